@@ -45,6 +45,10 @@ class CheckpointError(FastLoraError, ValueError):
     """An adapter folder is missing, damaged, unsafe, or does not fit the model."""
 
 
+class PoolClosedError(AdapterStateError):
+    """An adapter pool is closed, or it is closing and takes no new leases."""
+
+
 class AdapterTooLargeError(CheckpointError):
     """An adapter exceeds a limit of its pool.
 

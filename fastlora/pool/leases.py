@@ -17,7 +17,10 @@ from fastlora.pool.resident import Entry, PoolStats, Resident
 from fastlora.pool.scales import ScaleMaker
 from fastlora.pool.tiers import Tiers, unknown
 from fastlora.pool.transfers import Transfers
-from fastlora.validation import AdapterStateError, PoolFullError
+from fastlora.validation import AdapterStateError, PoolClosedError, PoolFullError
+
+# Threads that prefetch. With several, an adapter that is slow to read delays no other one.
+_THREADS = 4
 
 
 class Lease:
@@ -79,7 +82,8 @@ class Residency:
             done. Whoever changes the tiers notifies all.
         held: Thread -> its leases.
         queue: Requests that wait for room, in the order of their coming.
-        closed: The pool is.
+        closing: No new lease is granted and no adapter is added.
+        closed: The pool is closed.
         hits, misses, loads: See `PoolStats`.
     """
 
@@ -91,18 +95,20 @@ class Residency:
         self.changed = threading.Condition(threading.RLock())
         self.held: dict[int, list[Lease]] = {}
         self.queue: list[Request] = []
-        self.closed = False
+        self.closing = self.closed = False
         self.hits = self.misses = self.loads = 0
-        self._worker: ThreadPoolExecutor | None = None
-        self._worker_thread: int | None = None
+        self._workers: ThreadPoolExecutor | None = None
+        self._prefetching: set[int] = set()  # threads
 
     def check_open(self) -> None:
-        """Raises `AdapterStateError` once the pool is closed."""
+        """Raises `PoolClosedError` once the pool is closing."""
         if self.closed:
-            raise AdapterStateError("the pool is closed")
+            raise PoolClosedError("the pool is closed")
+        if self.closing:
+            raise PoolClosedError("the pool is closing and takes no new leases")
 
     def check_known(self, names: Iterable[str]) -> None:
-        """Raises `AdapterNotFoundError` unless all names are, `AdapterStateError` once closed."""
+        """Raises `AdapterNotFoundError` unless all names are, `PoolClosedError` once closing."""
         with self.changed:
             self.check_open()
             known = self._tiers.entries
@@ -112,11 +118,28 @@ class Residency:
             known = dict(known)
         raise unknown(lost, known)  # looking for close names takes its time
 
-    def check_unleased(self) -> None:
-        """Raises `AdapterStateError` while leases are held, but for those of the background."""
-        held = sum(len(n) for owner, n in self.held.items() if owner != self._worker_thread)
-        if held:
-            raise AdapterStateError(f"{held} leases are held; end them before close()")
+    def close(self, wait: float | None) -> None:
+        """Refuses new leases, and waits until all have ended; see `AdapterPool.close`."""
+        with self.changed:
+            held = sum(len(n) for owner, n in self.held.items() if owner not in self._prefetching)
+            if wait is None and held:
+                raise AdapterStateError(
+                    f"{held} leases are held; end them before close(), or let it wait for them"
+                )
+            self.closing = True
+            workers, self._workers = self._workers, None
+            self.changed.notify_all()
+        if workers is not None:  # without the lock: callbacks of cancelled futures run here
+            workers.shutdown(wait=False, cancel_futures=True)
+        with self.changed:
+            # A thread that prefetches ends after the adapter that it is reading.
+            if not self.changed.wait_for(lambda: not (self.held or self._prefetching), wait):
+                held = sum(map(len, self.held.values()))
+                raise AdapterStateError(
+                    f"{held} leases are held and {len(self._prefetching)} threads read adapters "
+                    f"after {wait:g} seconds; the pool takes no new leases, and a later close() "
+                    "closes it"
+                )
 
     def acquire_resident(self) -> Lease:
         """Leases what is on the device now, which takes no room."""
@@ -296,30 +319,29 @@ class Residency:
     # ---------------------------------------------------------------------------- background
 
     def prefetch(self, names: tuple[str, ...]) -> Future[None]:
-        """Brings adapters to the device in a thread of its own, as far as there is room now."""
+        """Brings adapters to the device in the background, as far as there is room now."""
         with self.changed:
             self.check_open()
-            if self._worker is None:
-                self._worker = ThreadPoolExecutor(1, thread_name_prefix="fastlora-prefetch")
-            return self._worker.submit(self._prefetch, names)
+            if self._workers is None:
+                self._workers = ThreadPoolExecutor(_THREADS, thread_name_prefix="fastlora-prefetch")
+            return self._workers.submit(self._prefetch, names)
 
     def _prefetch(self, names: tuple[str, ...]) -> None:
-        self._worker_thread = threading.get_ident()
-        for name in names:
-            request = Request((name,), counts=False)
-            try:
-                self.acquire(request, 0.0).release()
-            except PoolFullError:
-                with self.changed:
-                    self._tiers.keep(name, request.wanted[name])
-
-    def stop_prefetching(self) -> None:
-        """Ends the background thread, after the adapter that it is at."""
+        owner = threading.get_ident()
         with self.changed:
-            worker, self._worker = self._worker, None
-        if worker is not None:
-            worker.shutdown(cancel_futures=True)
-            self._worker_thread = None  # another thread may have its number by now
+            self._prefetching.add(owner)
+        try:
+            for name in names:
+                request = Request((name,), counts=False)
+                try:
+                    self.acquire(request, 0.0).release()
+                except PoolFullError:
+                    with self.changed:
+                        self._tiers.keep(name, request.wanted[name])
+        finally:
+            with self.changed:
+                self._prefetching.remove(owner)
+                self.changed.notify_all()
 
     def stats(self) -> PoolStats:
         """Returns what the pool holds and has done; call it under the lock."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
@@ -41,9 +42,10 @@ class AdapterPool:
     and keeps them as they are until it ends. Files are read and packed outside the pool's lock.
 
     A file that is being read belongs to no tier yet: beyond the budgets, a thread holds the
-    adapters that it is reading. So do the packed factors of the last two sets of adapters that came
-    again and ran in plain PyTorch (`fastlora.ops.torch.packed`). In front of a GPU the CPU tier is
-    page-locked, and PyTorch rounds such memory up to powers of two.
+    adapters that it is reading. `prefetch` has four threads. The packed factors of the last two
+    sets of adapters that came again and ran in plain PyTorch (`fastlora.ops.torch.packed`) come
+    on top, too. In front of a GPU the CPU tier is page-locked, and PyTorch rounds such memory up to
+    powers of two.
 
     Args:
         model: Any module. LoRA layers without adapters take the place of its target modules, and
@@ -370,8 +372,9 @@ class AdapterPool:
             CheckpointError: One cannot be read, or does not fit the model.
             PoolFullError: They can never fit beside what is pinned and what waiting threads hold,
                 or the time is up. Nothing has changed.
-            AdapterStateError: The pool is closed, or adapters are being copied to the GPU and a
-                CUDA graph is being captured.
+            PoolClosedError: The pool is closed or closing.
+            AdapterStateError: Adapters are being copied to the GPU and a CUDA graph is being
+                captured.
         """
         return self._residency.acquire(Request(self._known(names)), timeout)
 
@@ -379,7 +382,7 @@ class AdapterPool:
         """Keeps every adapter that is on the device now: for row ids that are slots.
 
         Raises:
-            AdapterStateError: As `lease`.
+            PoolClosedError, AdapterStateError: As `lease`.
         """
         return self._residency.acquire_resident()
 
@@ -389,19 +392,29 @@ class AdapterPool:
 
     # -------------------------------------------------------------------------------- closing
 
-    def close(self) -> None:
+    def close(self, wait: float | None = None) -> None:
         """Puts the base layers back into the model and forgets every adapter.
 
+        With ``wait``, new leases and blocks raise `PoolClosedError` from now on, in every thread,
+        and those that other threads hold have that many seconds to end. Without it, `close` does
+        not wait for leases. Either way, a thread that prefetches ends after the adapter that it is
+        reading. `close` on a closed pool does nothing.
+
+        Args:
+            wait: Seconds to wait for leases to end, or None to refuse while any is held.
+
         Raises:
-            AdapterStateError: Leases are held; nothing has changed.
+            AdapterStateError: Leases are held. Without ``wait``, nothing has changed. With it, the
+                time is up: the pool keeps refusing new leases, and a later `close` finishes.
+            ConfigError: ``wait`` is not a number of at least 0.
         """
-        with self._changed:
-            self._residency.check_unleased()
-        self._residency.stop_prefetching()
+        number = isinstance(wait, (int, float)) and not isinstance(wait, bool)
+        if wait is not None and not (number and 0 <= wait < math.inf):
+            raise ConfigError(f"wait must be a number of seconds, at least 0, got {wait!r}")
+        self._residency.close(wait)
         with self._changed:
             if self._residency.closed:
                 return
-            self._residency.check_unleased()
             self._residency.closed = True
             for name in list(self._tiers.entries):
                 self._tiers.remove(name)

@@ -543,8 +543,10 @@ def test_a_close_that_is_refused_changes_nothing(root: Path) -> None:
         with pytest.raises(KeyError, match="mine"), pool:
             raise KeyError("mine")
         use(pool, "a3")
-    pool._residency.stop_prefetching()
-    assert pool._residency._worker_thread is None  # another thread gets its number
+    for wait in (-1, float("nan"), float("inf"), "5", True):
+        with pytest.raises(ConfigError, match="wait must be a number of seconds"):
+            pool.close(wait=wait)  # type: ignore[arg-type]
+    use(pool, "a3")
     pool.close()
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import dataclasses
+import itertools
 import random
 import threading
 import time
@@ -15,11 +17,18 @@ from typing import Any
 import pytest
 import torch
 
+import fastlora
 import fastlora.pool.pool
 from fastlora.pool import AdapterPool, Lease
 from fastlora.pool.image import Image
-from fastlora.validation import AdapterNotFoundError, PoolFullError
+from fastlora.validation import (
+    AdapterNotFoundError,
+    AdapterStateError,
+    PoolClosedError,
+    PoolFullError,
+)
 from tests.support.pool_adapters import (
+    Blocks,
     RecordingTransfers,
     check_pool,
     make_folder,
@@ -191,6 +200,121 @@ def test_readers_do_not_hold_the_lock(
     reading.result(LONG).release()
 
 
+def test_a_slow_first_use_delays_no_other(
+    root: Path, threads: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """E4: other adapters waited in the background behind one that was slow to read."""
+    real, go = fastlora.pool.reader.AdapterReader.read_folder, threading.Event()
+
+    def read(self: Any, folder: Path) -> Image:
+        assert folder.name != "a0" or go.wait(LONG)
+        return real(self, folder)
+
+    monkeypatch.setattr(fastlora.pool.reader.AdapterReader, "read_folder", read)
+    pool = make_pool(root)
+    slow = pool.prefetch(["a0"])
+    for name in ("a1", "a2", "a3", "a4"):
+        pool.prefetch([name]).result(LONG)
+    assert not slow.done()
+    go.set()
+    slow.result(LONG)
+    assert len(pool.resident) == 5
+
+
+# --------------------------------------------------------------------------------------- closing
+
+
+def test_close_under_traffic(root: Path, threads: ThreadPoolExecutor) -> None:
+    """R9: with three threads that forward in a loop, there is no moment without a lease."""
+    model = Blocks()
+    modules = dict(model.named_modules())
+    pool = AdapterPool(model, target_modules=["q", "v"], max_adapters=3)
+    pool.register_folder(root)
+    ids, started = torch.arange(10).view(2, 5), threading.Barrier(4)
+
+    def work(seed: int) -> None:
+        for step in itertools.count():
+            with fastlora.adapters(pool, [f"a{(seed + step) % 8}", None]), torch.no_grad():
+                model(ids)
+                if step == 1:
+                    started.wait(LONG)  # all of them hold a lease now
+
+    loops = [threads.submit(work, seed) for seed in range(3)]
+    started.wait(LONG)
+    pool.close(wait=LONG)
+    for loop in loops:
+        with pytest.raises(PoolClosedError, match="the pool is clos"):
+            loop.result(LONG)
+    stats = pool.stats()
+    assert (stats.leases, stats.on_device, stats.in_cpu, stats.registered) == (0, 0, 0, 0)
+    assert (stats.device_bytes, stats.cpu_bytes) == (0, 0)
+    check_pool(pool)
+    assert dict(model.named_modules()) == modules
+
+
+def test_a_close_that_runs_out_of_time_is_finished_later(
+    root: Path, threads: ThreadPoolExecutor
+) -> None:
+    """R9: the pool refuses whatever would keep it open, while what holds a lease goes on."""
+    pool = make_pool(root, max_adapters=2)
+    lease = pool.lease(["a0", "a1"])
+    waiting = threads.submit(pool.lease, ["a2"], timeout=LONG)
+    assert waits(waiting)
+    start = time.monotonic()
+    with pytest.raises(AdapterStateError, match=r"1 leases are held .* after 0.2 seconds"):
+        pool.close(wait=0.2)
+    assert 0.2 <= time.monotonic() - start < LONG
+    with pytest.raises(PoolClosedError, match="closing and takes no new leases"):
+        waiting.result(LONG)
+    for call in (
+        lambda: pool.lease(["a0"]),
+        lambda: pool.lease([]),
+        lambda: pool.lease_resident(),
+        lambda: pool.register("b", root / "a2"),
+        lambda: pool.register_folder(root),
+        lambda: pool.load("b", root / "a2"),
+        lambda: pool.load("a0", root / "a2"),
+        lambda: pool.prefetch(["a3"]),
+        lambda: pool.pin("a0"),
+        lambda: pool.unload("a3"),
+    ):
+        with pytest.raises(PoolClosedError):
+            call()
+    with pytest.raises(AdapterStateError, match="1 leases are held"):
+        pool.close()
+    for resident in lease.residents:
+        assert same_adapter(pool, resident, root / resident.name)
+    later = threads.submit(pool.close, wait=LONG)
+    assert waits(later)
+    lease.release()
+    later.result(LONG)
+    pool.close()
+    with pytest.raises(PoolClosedError, match="is closed"):
+        pool.lease(["a0"])
+    stats = pool.stats()
+    assert (stats.leases, stats.device_bytes, stats.cpu_bytes, stats.registered) == (0, 0, 0, 0)
+    check_pool(pool)
+
+
+def test_close_ends_what_is_read_in_the_background(root: Path, slow: SlowReads) -> None:
+    """R9: a read that is under way counts as long as it runs, those that wait are cancelled."""
+    pool = make_pool(root)
+    running = [pool.prefetch([f"a{i}", "a7"]) for i in range(4)]
+    for _ in running:
+        assert slow.started.acquire(timeout=LONG)
+    queued = pool.prefetch(["a5"])
+    with pytest.raises(AdapterStateError, match="4 threads read adapters"):
+        pool.close(wait=0.05)
+    assert queued.cancelled()
+    slow.go.set()
+    pool.close()
+    for future in running:
+        with pytest.raises(PoolClosedError):
+            future.result(LONG)
+    assert pool.stats().device_bytes == pool.stats().cpu_bytes == 0
+    check_pool(pool)
+
+
 # ------------------------------------------------------------------------------------- hammering
 
 
@@ -212,6 +336,7 @@ def test_no_thread_ever_sees_a_half_loaded_adapter(root: Path, cpu_bytes: int | 
     known = contents(pool, root)
     seen = {"leases": 0, "gone": 0, "full": 0}
     failures: list[str] = []
+    prefetches: list[Future[None]] = []
     start = threading.Barrier(4)
 
     def work(seed: int) -> None:
@@ -228,7 +353,7 @@ def test_no_thread_ever_sees_a_half_loaded_adapter(root: Path, cpu_bytes: int | 
                 pool.load(name, root / name)
             elif action < 0.3:
                 with contextlib.suppress(AdapterNotFoundError):
-                    pool.prefetch([name])
+                    prefetches.append(pool.prefetch([name]))
             else:
                 names = [f"a{rng.randrange(8)}" for _ in range(rng.randrange(1, 4))]
                 try:
@@ -262,7 +387,7 @@ def test_no_thread_ever_sees_a_half_loaded_adapter(root: Path, cpu_bytes: int | 
         done.result(60)  # a deadlock ends here
     assert not failures, failures[0]
     assert seen["leases"] > 100
-    pool.prefetch([]).result(LONG)  # behind all others
+    assert not concurrent.futures.wait(prefetches, LONG).not_done
     check_pool(pool)
     assert pool.stats().leases == 0 and pool.stats().evictions > 10
 
