@@ -18,6 +18,7 @@ from fastlora.validation import (
     CheckpointError,
     ConfigError,
     FastLoraError,
+    PoolClosedError,
     PoolFullError,
 )
 
@@ -28,6 +29,7 @@ _STATUS: tuple[tuple[type[FastLoraError], int, str, str | None], ...] = (
     (AdminKeyError, 403, "invalid_request_error", "admin_key_required"),
     (QueueFullError, 429, "rate_limit_error", "queue_full"),
     (ClosedError, 503, "server_error", "shutting_down"),
+    (PoolClosedError, 503, "server_error", "shutting_down"),
     (CheckpointError, 422, "invalid_request_error", "adapter_damaged"),
     (PoolFullError, 422, "invalid_request_error", "adapter_too_large"),
     (AdapterStateError, 400, "invalid_request_error", None),

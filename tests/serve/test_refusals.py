@@ -191,3 +191,14 @@ def test_fields_that_request_nothing(served: Any, path: str) -> None:
         answer = served.http.post(path, json=body | more)
         assert answer.status_code == 200, answer.text
         assert 1 <= answer.json()["usage"]["completion_tokens"] <= 3
+
+
+def test_a_pool_that_closes_is_the_servers_end() -> None:
+    """Its refusal is no fault of the request."""
+    pytest.importorskip("fastapi", reason="the server needs it")
+    from fastlora.serve.refusals import error_of
+    from fastlora.validation import AdapterStateError, PoolClosedError
+
+    status, body = error_of(PoolClosedError("the pool is closed"))
+    assert (status, body["error"]["code"]) == (503, "shutting_down")
+    assert error_of(AdapterStateError("it exists"))[0] == 400
