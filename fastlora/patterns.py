@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextvars import ContextVar
 from typing import Any
 
@@ -29,14 +29,24 @@ _PLAIN = re.compile(r"[\w.-]+")
 
 
 class _Bounded:
-    """PCRE2's patterns, and the processor time that is left for them."""
+    """What matching has taken in a block, and what it has prepared.
+
+    Attributes:
+        ends: Id of a field's patterns -> the patterns, which keeps the id theirs, and their index.
+    """
 
     def __init__(self) -> None:
+        self.ends: dict[int, tuple[Collection[str], _Ends]] = {}
         self._compiled: dict[str, Any] = {}
-        self._end = time.thread_time() + MATCHING_SECONDS
+        self._seconds = 0.0  # of processor time
 
-    def check_time(self, field: str) -> None:
-        if time.thread_time() > self._end:
+    @contextlib.contextmanager
+    def timed(self, field: str) -> Iterator[None]:
+        """Counts the block as matching, and raises `CheckpointError` if the time is up."""
+        start = time.thread_time()
+        yield
+        self._seconds += time.thread_time() - start
+        if self._seconds > MATCHING_SECONDS:
             raise CheckpointError(
                 f"{field}: matching the config's patterns takes more than {MATCHING_SECONDS:g} s"
             )
@@ -108,9 +118,9 @@ def check_pattern(field: str, pattern: str) -> None:
     """
     bounded = _bounded.get()
     if bounded is not None:
-        bounded.check_time(field)
-        if not _PLAIN.fullmatch(pattern):
-            bounded.compiled(field, pattern, pattern)
+        with bounded.timed(field):
+            if not _PLAIN.fullmatch(pattern):
+                bounded.compiled(field, pattern, pattern)
         return
     try:
         re.compile(pattern)
@@ -122,20 +132,7 @@ def check_pattern(field: str, pattern: str) -> None:
 
 def matches_whole(field: str, pattern: str, name: str) -> bool:
     """Returns whether a pattern matches all of ``name``."""
-    if _PLAIN.fullmatch(pattern):
-        return _is_same(pattern, name)
     return _match(field, pattern, "{}", name, whole=True) is not None
-
-
-def matches_end(field: str, pattern: str, name: str) -> bool:
-    """Returns whether a pattern matches the last components of ``name``, or all of it."""
-    bounded = _bounded.get()
-    if bounded is not None:
-        bounded.check_time(field)
-    if _PLAIN.fullmatch(pattern):
-        start = len(name) - len(pattern)
-        return (start == 0 or name[start - 1 : start] == ".") and _is_same(pattern, name[start:])
-    return _match(field, pattern, r"(.*\.)?({})$", name) is not None
 
 
 def matches_components(field: str, pattern: str, name: str) -> bool:
@@ -150,22 +147,108 @@ def layer_index(field: str, pattern: str, name: str) -> int | None:
     return None if index is None else int(index)
 
 
+def first_at_end(field: str, patterns: Collection[str], name: str) -> str | None:
+    """Returns the first of a field's patterns that matches the last components of ``name``.
+
+    A pattern may also match all of it. In `bounded_matching`, ``patterns`` must stay as they are.
+    """
+    return _ends_of(field, patterns).first(name) if patterns else None
+
+
+def matching_no_end(field: str, patterns: Collection[str], names: Iterable[str]) -> list[str]:
+    """Returns the patterns for which `first_at_end` would return None with each of ``names``."""
+    ends, names = _ends_of(field, patterns), list(names)
+    found = {pattern for name in names for pattern in ends.plain(name)}
+    found |= {e for e in ends.expressions if any(ends.matches(e, name) for name in names)}
+    return [pattern for pattern in patterns if pattern not in found]
+
+
+class _Ends:
+    """Patterns of a field that match the last components of a name; plain ones are looked up.
+
+    Attributes:
+        expressions: Each pattern that is not plain -> its place in the order.
+    """
+
+    def __init__(self, field: str, patterns: Collection[str]) -> None:
+        self._field = field
+        # Lengths of the parts between dots -> pattern -> its place in the order.
+        self._plain: dict[tuple[int, ...], dict[str, int]] = {}
+        self.expressions: dict[str, int] = {}
+        with _timed(field):
+            for place, pattern in enumerate(patterns):
+                if _PLAIN.fullmatch(pattern):
+                    lengths = tuple(map(len, pattern.split(".")))
+                    self._plain.setdefault(lengths, {})[pattern] = place
+                else:
+                    self.expressions[pattern] = place
+
+    def plain(self, name: str) -> dict[str, int]:
+        """Returns the plain patterns that match, each with its place."""
+        found = {}
+        with _timed(self._field):
+            for lengths, patterns in self._plain.items():
+                end = _end_with_dots(name, lengths)
+                if end in patterns:
+                    found[end] = patterns[end]
+        return found
+
+    def matches(self, expression: str, name: str) -> bool:
+        """Returns whether an expression matches."""
+        return _match(self._field, expression, r"(.*\.)?({})$", name) is not None
+
+    def first(self, name: str) -> str | None:
+        """Returns the first pattern that matches."""
+        plain = self.plain(name)
+        best = min(plain, key=plain.__getitem__, default=None)
+        for expression, place in self.expressions.items():
+            if best is not None and plain[best] < place:
+                break
+            if self.matches(expression, name):
+                return expression
+        return best
+
+
+def _ends_of(field: str, patterns: Collection[str]) -> _Ends:
+    bounded = _bounded.get()
+    if bounded is None:
+        return _Ends(field, patterns)
+    if id(patterns) not in bounded.ends:
+        bounded.ends[id(patterns)] = patterns, _Ends(field, patterns)
+    return bounded.ends[id(patterns)][1]
+
+
+def _timed(field: str) -> contextlib.AbstractContextManager[None]:
+    bounded = _bounded.get()
+    return contextlib.nullcontext() if bounded is None else bounded.timed(field)
+
+
 def _match(field: str, pattern: str, form: str, name: str, *, whole: bool = False) -> Any:
     """Matches an expression of PEFT's that contains a pattern."""
-    expression = form.replace("{}", pattern)
-    bounded = _bounded.get()
-    if bounded is not None:
-        bounded.check_time(field)
-        if not _PLAIN.fullmatch(pattern):
+    with _timed(field):
+        is_plain = _PLAIN.fullmatch(pattern) is not None
+        if is_plain and len(pattern) > len(name):
+            return None  # and so ``re`` compiles and caches no long pattern of a folder
+        expression = form.replace("{}", pattern)
+        bounded = _bounded.get()
+        if bounded is not None and not is_plain:
             return bounded.match(field, pattern, expression, name, whole=whole)
-    return re.fullmatch(expression, name) if whole else re.match(expression, name)
+        return re.fullmatch(expression, name) if whole else re.match(expression, name)
 
 
-def _is_same(plain: str, name: str) -> bool:
-    if plain == name:
-        return True
-    pairs = zip(plain, name, strict=False)
-    return "." in plain and len(plain) == len(name) and all(p in (c, ".") for p, c in pairs)
+def _end_with_dots(name: str, lengths: tuple[int, ...]) -> str | None:
+    """Returns the end of a name with parts of these lengths, and a dot between any two of them.
+
+    None if it does not begin with a component of the name.
+    """
+    at = start = len(name) - sum(lengths) - len(lengths) + 1
+    if start < 0 or (start > 0 and name[start - 1] != "."):
+        return None
+    parts = []
+    for length in lengths:
+        parts.append(name[at : at + length])
+        at += length + 1
+    return ".".join(parts)
 
 
 def _short(pattern: str) -> str:

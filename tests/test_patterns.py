@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
 
 import pytest
 
-from fastlora import patterns
+from fastlora import LoraConfig, patterns
 from fastlora.patterns import (
     bounded_matching,
     check_pattern,
+    first_at_end,
     layer_index,
     matches_components,
-    matches_end,
     matches_whole,
+    matching_no_end,
 )
 from fastlora.validation import CheckpointError, ConfigError
 
@@ -56,6 +58,13 @@ SLOW = (r"(\w|\w\w|.|\.)*[!?]", r"(([a-z_.0-9]*)*)*\1[!?]", r"(?:(.+)\1?)*[!?]")
 NAME = NAMES[8]
 
 
+def matches_end(field: str, pattern: str, name: str) -> bool:
+    """Returns whether a single pattern matches the end of a name, as both functions say."""
+    matches = first_at_end(field, (pattern,), name) == pattern
+    assert matching_no_end(field, (pattern,), [name]) == ([] if matches else [pattern])
+    return matches
+
+
 @pytest.fixture(params=["re", "bounded"])
 def engine(request: pytest.FixtureRequest) -> Iterator[None]:
     """Matching as `get_peft_model` does it, and as a pool does it."""
@@ -80,6 +89,43 @@ def test_real_patterns_match_as_in_peft(pattern: str, engine: None) -> None:
         if not pattern.startswith("(?i)"):  # inside of an expression ``re`` refuses such a flag
             end = get_pattern_key([pattern], name) == pattern if pattern != name else True
             assert matches_end("rank_pattern", pattern, name) == end, name
+
+
+def test_the_first_of_many_patterns_counts_as_in_peft(engine: None) -> None:
+    """Order decides, between names, expressions, and names with a dot for any character."""
+    peft = pytest.importorskip("peft")
+    from peft.utils.other import get_pattern_key
+
+    del peft
+    several = [p for p in REAL if not p.startswith("(?i)")] + ["X1Xq", "layersX1.q", "3.mlp", "fc."]
+    for shift in range(len(several)):
+        keys = several[shift:] + several[:shift]
+        for name in NAMES:
+            found = first_at_end("rank_pattern", keys, name)
+            assert (found or name) == get_pattern_key(keys, name), (keys, name)
+        lost = {k for k in keys if all(re.match(rf"(.*\.)?({k})$", n) is None for n in NAMES)}
+        assert set(matching_no_end("rank_pattern", keys, NAMES)) == lost
+
+
+def test_a_pattern_for_each_module_of_a_large_model_is_no_attack() -> None:
+    """PEFT's EVA writes the rank of each module, by its full name."""
+    leaves = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    names = [f"model.layers.{i}.self_attn.{leaf}" for i in range(80) for leaf in leaves]
+    ranks = {name.removeprefix("model."): i + 1 for i, name in enumerate(names)}
+    config = LoraConfig(r=1, target_modules=leaves, rank_pattern=ranks, alpha_pattern=ranks)
+    with bounded_matching():
+        assert [config.rank_for(name) for name in names] == list(ranks.values())
+        assert {config.scaling_for(name) for name in names} == {1}
+        assert matching_no_end("rank_pattern", config.rank_pattern, names) == []
+
+
+def test_only_matching_counts() -> None:
+    """A large file of tensors takes its time to read, whatever its patterns are."""
+    with bounded_matching():
+        start = time.thread_time()
+        while time.thread_time() - start < 1.2 * patterns.MATCHING_SECONDS:
+            pass
+        assert matches_whole("target_modules", ".*q_proj", NAME)
 
 
 @pytest.mark.parametrize("pattern", ["layers", "h", "blocks", r"(?:h|layers)", r"bl\w+s"])
@@ -144,15 +190,23 @@ def test_a_pattern_that_is_no_pattern_is_refused_at_once(pattern: str) -> None:
     assert time.thread_time() - start < 4 * patterns.MATCHING_SECONDS
 
 
-@pytest.mark.parametrize("keys", [["q_proj.x", "a.q_proj"], [r"\d\.x", r"y\.q_proj"]])
-def test_many_patterns_on_many_names_share_one_bound(keys: list[str]) -> None:
+@pytest.mark.parametrize("plain", [True, False], ids=["names", "expressions"])
+def test_many_patterns_on_many_names_share_one_bound(plain: bool) -> None:
     """E2: none of them is slow, but a folder may hold any number."""
-    start = time.thread_time()
-    with bounded_matching(), pytest.raises(CheckpointError, match=r"patterns takes more than 0.25"):
-        for _ in range(10_000_000):
-            for key in keys:
-                matches_end("rank_pattern", key, NAME)
-    assert time.thread_time() - start < 2 * patterns.MATCHING_SECONDS
+    keys = ["a" * (i % 90) + "." + "b" * (i // 90) for i in range(8000)]
+    keys = keys if plain else [rf"{key}\d" for key in keys]
+    for match in (
+        lambda name: first_at_end("rank_pattern", keys, name),
+        lambda name: matching_no_end("rank_pattern", keys, [name]),
+    ):
+        start = time.thread_time()
+        with (
+            bounded_matching(),
+            pytest.raises(CheckpointError, match=r"patterns takes more than 0.25"),
+        ):
+            for number in range(10_000):
+                match(f"{NAME}.{number}")
+        assert time.thread_time() - start < 2 * patterns.MATCHING_SECONDS
     with bounded_matching():  # the next folder has its own
         assert matches_end("rank_pattern", r"q_pro\w", NAME)
 

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -22,7 +22,7 @@ from fastlora.model.adapter_files import CONFIG_NAME, MAX_CONFIG_BYTES, read_con
 from fastlora.model.config_checks import PeftType, TaskType, checked_fields
 from fastlora.model.config_methods import ConfigMethods
 from fastlora.model.replace_files import locked, replacing
-from fastlora.patterns import matches_end
+from fastlora.patterns import first_at_end
 from fastlora.validation import THE_PEFT_WAY, ConfigError, error_prefix
 
 # Field -> value that means "unset"; None stands for PEFT's default of None.
@@ -283,12 +283,12 @@ class LoraConfig(ConfigMethods):
 
     def rank_for(self, name: str) -> int:
         """Returns the rank of the module called ``name``."""
-        key = pattern_key("rank_pattern", self.rank_pattern, name)
+        key = first_at_end("rank_pattern", self.rank_pattern, name)
         return self.r if key is None else self.rank_pattern[key]
 
     def alpha_for(self, name: str) -> int | float:
         """Returns ``lora_alpha`` of the module called ``name``."""
-        key = pattern_key("alpha_pattern", self.alpha_pattern, name)
+        key = first_at_end("alpha_pattern", self.alpha_pattern, name)
         return self.lora_alpha if key is None else self.alpha_pattern[key]
 
     def scaling_for(self, name: str) -> float:
@@ -416,8 +416,3 @@ class LoraConfig(ConfigMethods):
         data = read_config(Path(folder))
         with error_prefix(Path(folder) / CONFIG_NAME):
             return cls.from_dict(data, for_loading=for_loading)
-
-
-def pattern_key(field: str, patterns: Iterable[str], name: str) -> str | None:
-    """Returns the first key of a field that matches the last components of ``name``."""
-    return next((key for key in patterns if matches_end(field, key, name)), None)

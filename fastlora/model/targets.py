@@ -30,8 +30,8 @@ from fastlora.model.walk import (
 from fastlora.patterns import (
     layer_index,
     matches_components,
-    matches_end,
     matches_whole,
+    matching_no_end,
 )
 from fastlora.validation import (
     ConfigError,
@@ -424,7 +424,6 @@ def _unused(
     if config.exclude_modules and not excludes:
         unused.append(f"exclude_modules={_shown(config.exclude_modules)}")
     for field in ("rank_pattern", "alpha_pattern"):
-        keys = getattr(config, field)
-        lost = sorted(k for k in keys if not any(matches_end(field, k, n) for n in found))
+        lost = matching_no_end(field, getattr(config, field), found)
         unused += [f"{field} keys {_shown(lost)}"] if lost else []
     return unused

@@ -105,10 +105,9 @@ class AdapterReader:
         is damaged, holds what a pool cannot take, or does not fit the model.
         """
         with self._opened(folder) as opened:
-            places = self._places(
-                opened.config, opened.header.keys, opened.header.infos, str(folder)
-            )
-            return self._pack(opened.config, places, opened.load().tensors, str(folder))
+            header = opened.header
+            places = self._places(header.config, header.keys, header.infos, str(folder))
+            return self._pack(header.config, places, opened.load().tensors, str(folder))
 
     @contextlib.contextmanager
     def _opened(self, folder: Path) -> Iterator[OpenAdapter]:
