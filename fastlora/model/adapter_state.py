@@ -36,6 +36,9 @@ from fastlora.validation import CheckpointError
 if TYPE_CHECKING:
     from fastlora.model.lora_model import LoraModel
 
+# The embeddings that PEFT saves along when they are targets.
+_SAVED_TARGETS = ("embed_tokens", "lm_head")
+
 
 def key_map(lora_model: LoraModel, adapter_name: str, bias: str | None = None) -> dict[str, str]:
     """Returns the file key of each tensor of an adapter, and its name in `plain_state`.
@@ -227,9 +230,10 @@ def collect(
     save = save_embedding_layers
     if save == "auto":
         save, why = _is_resized(model, config), "the embedding layer has been resized"
-        if not save:  # as PEFT: those that are targets
+        if not save:
             embeddings = {n: m for n, m in embeddings.items() if isinstance(m, LoraLayer)}
-            save, why = bool(embeddings), "embedding layers found in `target_modules`"
+            save = _targets_embedding(embeddings, adapter_name, config)
+            why = "embedding layers found in `target_modules`"
         if save:
             warnings.warn(f"Setting `save_embedding_layers` to `True` as {why}.", stacklevel=4)
     elif save and not hasattr(model, "get_input_embeddings"):
@@ -259,6 +263,21 @@ def _embeddings(model: nn.Module) -> dict[str, nn.Module]:
         with contextlib.suppress(NotImplementedError):  # a model of pictures has none
             found += [getattr(model, method)()] if hasattr(model, method) else []
     return {name: module for name, module in model.named_modules() if module in found}
+
+
+def _targets_embedding(
+    embeddings: dict[str, nn.Module], adapter_name: str, config: LoraConfig
+) -> bool:
+    """Whether PEFT finds an embedding among an adapter's targets; never beside trained tokens."""
+    if config.trainable_token_indices is not None:
+        return False
+    if not isinstance(config.target_modules, str):
+        return any(name in (config.target_modules or ()) for name in _SAVED_TARGETS)
+    return any(
+        isinstance(module, LoraLayer) and adapter_name in module.r
+        for name, module in embeddings.items()
+        if name.rpartition(".")[2] in _SAVED_TARGETS
+    )
 
 
 def _is_resized(model: nn.Module, config: LoraConfig) -> bool:

@@ -305,8 +305,9 @@ class LoraModel(PeftNames, nn.Module):
             save_directory: Made if need be. A failure leaves what was there.
             safe_serialization: Must be True: pickles are neither read nor written.
             selected_adapters: Which; None for all.
-            save_embedding_layers: Whether to write the base model's embeddings along; ``"auto"``
-                does so where one is a target or the vocabulary differs from the base model's.
+            save_embedding_layers: Whether to write the base model's embeddings along. As in PEFT,
+                ``"auto"`` does so where ``embed_tokens`` or ``lm_head`` is a target of the adapter,
+                and where the vocabulary differs from the base model's.
             is_main_process: False writes nothing.
             path_initial_model_for_weight_conversion: Folder of the adapter as it was before its
                 training. An adapter whose initialisation changed the base weights (PiSSA, OLoRA,

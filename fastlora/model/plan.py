@@ -12,13 +12,18 @@ from typing import Any
 from torch import nn
 
 from fastlora.layers import FastLoraLinear, LoraLayer, ModulesToSaveWrapper, ModuleWrapper
-from fastlora.layers.bases import linear_features
+from fastlora.layers.bases import is_transposed, linear_features
 from fastlora.layers.kinds import INSTEAD, Kind, Settings, kind_of, known_kinds
 from fastlora.layers.modules_to_save import check_copyable
 from fastlora.layers.tied_head import TiedLoraHead
 from fastlora.model.config import LoraConfig
 from fastlora.model.replication import Replication, in_place, replication_for
-from fastlora.model.targets import find_modules_to_save, find_targets, resolve_target_modules
+from fastlora.model.targets import (
+    find_modules_to_save,
+    find_targets,
+    modules_to_save_entries,
+    resolve_target_modules,
+)
 from fastlora.model.tied import NO_TIES, SharedWeights, Ties, tie_adapters
 from fastlora.model.tokens import Tokens, check_apart, find_tokens
 from fastlora.model.walk import base_of
@@ -83,14 +88,25 @@ def plan_for(
         plan = dataclasses.replace(plan, replication=replication)
         _warn_of_kinds(model, plan)
         config.target_modules = resolve_target_modules(model, config)
-    if plan.modules_to_save and not config.modules_to_save:
-        config.modules_to_save = [name.rpartition(".")[2] for name in plan.modules_to_save]
+        config.fan_in_fan_out = _stores_inputs_first(model, plan)
+    if plan.modules_to_save:
+        config.modules_to_save = modules_to_save_entries(config)
     if not config.base_model_name_or_path:
         name = getattr(model, "name_or_path", None) or getattr(
             getattr(model, "config", None), "_name_or_path", None
         )
         config.base_model_name_or_path = name or None
     return plan
+
+
+def _stores_inputs_first(model: nn.Module, plan: Plan) -> bool:
+    """Returns ``fan_in_fan_out`` as PEFT corrects it: that of the last linear among the targets."""
+    value = plan.config.fan_in_fan_out
+    for name in plan.targets:
+        base = base_of(model.get_submodule(name))
+        if isinstance(base, nn.Linear) or is_transposed(base):
+            value = is_transposed(base)
+    return value
 
 
 def plan_adapter(

@@ -6,6 +6,7 @@ In float64, so that what agrees agrees in every digit that matters.
 from __future__ import annotations
 
 import copy
+import json
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
@@ -269,12 +270,62 @@ def check_twin(feature: Feature, ours: Any, theirs: Any, expected: torch.Tensor)
 
 
 def check_same_keys(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
-    """Of the same shapes and dtypes; but a base weight that PEFT leaves out of a renamed target."""
+    """Of the same shapes and dtypes."""
     shapes = [{key: (t.shape, t.dtype) for key, t in tensors.items()} for tensors in (ours, theirs)]
-    for key in shapes[0].keys() - shapes[1].keys():
-        assert key.endswith("base_layer.weight")
-        del shapes[0][key]
     assert shapes[0] == shapes[1]
+
+
+OTHERS: dict[str, dict[str, Any]] = {
+    "a target of another adapter": {"target_modules": ["q_proj"]},
+    "beside trained tokens": {"target_modules": ["lm_head"], "trainable_token_indices": [1]},
+    "a target": {"target_modules": ["q_proj", "lm_head"]},
+    "a target by an expression": {"target_modules": ".*(q_proj|lm_head)"},
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_base_embeddings_in_files_are_those_that_peft_saves(name: str, tmp_path: Path) -> None:
+    """Where an adapter targets one itself, and trains no tokens."""
+    for library in (fastlora, peft):
+        folder = tmp_path / library.__name__
+        model = library.get_peft_model(
+            tiny("LlamaForCausalLM"), library.LoraConfig(target_modules=["lm_head", "v_proj"])
+        )
+        model.add_adapter("other", library.LoraConfig(**OTHERS[name]))
+        model.save_pretrained(folder, selected_adapters=["other"])
+    files = [load_adapter_folder(tmp_path / n / "other") for n in ("fastlora", "peft")]
+    check_same_keys(files[0].tensors, files[1].tensors)
+
+
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("targets", [["c_attn"], ["lm_head"], ["c_attn", "lm_head"]])
+def test_fan_in_fan_out_in_files_is_what_the_targets_say(
+    given: bool, targets: list[str], tmp_path: Path
+) -> None:
+    """Whatever the caller's config says, as in PEFT."""
+    found = []
+    for library in (fastlora, peft):
+        config = library.LoraConfig(target_modules=targets, fan_in_fan_out=given)
+        model = library.get_peft_model(tiny("GPT2LMHeadModel"), config)
+        model.save_pretrained(tmp_path)
+        found.append(json.loads((tmp_path / "adapter_config.json").read_text())["fan_in_fan_out"])
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("given", [None, ["pooler"]])
+def test_modules_to_save_in_files_have_the_heads_of_the_task(
+    given: list[str] | None, tmp_path: Path
+) -> None:
+    """All that PEFT looks for, whichever of them the model has, and those of the caller."""
+    found = []
+    for library in (fastlora, peft):
+        config = library.LoraConfig(
+            target_modules=["query"], task_type="SEQ_CLS", modules_to_save=copy.copy(given)
+        )
+        model = library.get_peft_model(tiny("BertForSequenceClassification"), config)
+        model.save_pretrained(tmp_path)
+        found.append(json.loads((tmp_path / "adapter_config.json").read_text())["modules_to_save"])
+    assert found[0] == found[1]
 
 
 def check_merging(feature: Feature, model: Any, expected: torch.Tensor) -> None:
