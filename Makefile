@@ -13,7 +13,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint docs recipes crash attack soak soak-serve clean
+.PHONY: help install demo test lint docs recipes crash attack fuzz soak soak-serve clean
 
 # The order is that in which a newcomer needs them.
 help: ## list the targets
@@ -29,6 +29,9 @@ test: $(VENV)/.installed ## run all tests: the main run, the Triton interpreter,
 
 recipes: $(VENV)/.installed ## run every recipe of examples/recipes, those too that take long (outside CI)
 	@FASTLORA_RECIPES=1 $(BIN)/python -m pytest tests/test_recipes.py -q $(ARGS)
+
+fuzz: $(VENV)/.installed ## 300 random scripts of operations on adapters, beside PEFT: 5 minutes (outside CI)
+	@FASTLORA_FUZZ_SEEDS=$${FASTLORA_FUZZ_SEEDS:-all} $(BIN)/python -m pytest -q tests/differential $(ARGS)
 
 lint: $(VENV)/.lint-installed ## ruff and mypy
 	$(BIN)/ruff check .

@@ -121,7 +121,11 @@ def sums_of_bits(tensor: torch.Tensor | None) -> Fingerprint:
         return ()
     bits = local(tensor.detach()).view(INTEGERS.get(tensor.itemsize, torch.int8))
     if bits.dim() < 2:
-        return (bits.sum(dtype=torch.int64),) if bits.dim() == 0 else (bits.long(),)
+        return (
+            (bits.sum(dtype=torch.int64),)
+            if bits.dim() == 0
+            else (bits.to(torch.int64, copy=True),)
+        )
     # Some rows at a time: a sum in 64 bits copies all of what it sums.
     by_row, by_column = [], bits.new_zeros(bits.shape[1:], dtype=torch.int64)
     for rows in bits.split(_ROWS):

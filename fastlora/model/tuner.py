@@ -444,6 +444,11 @@ class LoraTuner(nn.Module):
         self.group.check_closed("merge_adapter")
         wanted = None if adapter_names is None else self._known(adapter_names)
         layers = dict(inject.routed_modules(self.model))
+        if any(layer._disabled for layer in layers.values()):
+            raise AdapterStateError(
+                "adapters are disabled, and merged ones would act; call enable_adapter_layers() "
+                "first"
+            )
         shared = SharedWeights(self.model)
         chosen = {name: inject.present(layer, wanted) for name, layer in layers.items()}
         anything = False

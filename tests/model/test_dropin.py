@@ -13,9 +13,9 @@ import fastlora
 from fastlora import FastLoraLinear, LoraConfig, get_peft_model
 from fastlora.layers import FastLoraWrapper
 from fastlora.testing import assert_within_budget
-from fastlora.validation import UnsupportedLayerError
+from fastlora.validation import AdapterStateError, UnsupportedLayerError
 from tests.support.peft_twins import peft, q_of, twins
-from tests.support.tiny import TwoLayers, randomise, tiny_llama
+from tests.support.tiny import TwoLayers, randomise, tiny_llama, unchanged
 
 pytest.importorskip("transformers", reason="uses a Llama")
 
@@ -177,6 +177,26 @@ def test_unmerge_keeps_what_moves_no_version(how: str) -> None:
     written = layer.weight.detach().clone()
     layer.unmerge()
     torch.testing.assert_close(layer.weight, written - delta, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_unmerge_keeps_what_a_base_bias_learned_while_merged(dtype: torch.dtype) -> None:
+    """In every dtype: in float64 the bits of the bias were kept as a view of it."""
+    layer = FastLoraLinear(8, 8, r=2, dtype=dtype)
+    layer.merge()
+    with torch.no_grad():
+        layer.bias += 1.0
+    learned = layer.bias.detach().clone()
+    layer.unmerge()
+    assert torch.equal(layer.bias, learned)
+
+
+def test_merging_while_adapters_are_disabled_is_refused() -> None:
+    """The merged adapters would act, which are to be disabled."""
+    model = get_peft_model(TwoLayers(), LoraConfig(r=2, target_modules=["q"]))
+    model.base_model.disable_adapter_layers()
+    with unchanged(model), pytest.raises(AdapterStateError, match="enable_adapter_layers"):
+        model.merge_adapter()
 
 
 @pytest.mark.parametrize("elsewhere", ["step", "compiled step", "DoRA step", "refresh"])

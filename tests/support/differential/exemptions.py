@@ -1,0 +1,489 @@
+"""The differences from PEFT that `docs/differences.md` states, where a script meets them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from tests.support.differential.bases import SAMPLES
+from tests.support.differential.observations import Difference
+from tests.support.differential.scripts import Operation, Script
+
+
+class Meeting(NamedTuple):
+    """Where a difference was found.
+
+    Attributes:
+        script: The script.
+        done: The operations before the one that differs.
+        operation: The operation that differs.
+        difference: How it differs; ``what`` is ``"refusal"`` where one side refuses.
+        configs: PEFT's config of each adapter, as a dict, before the operation.
+        before: The facts of our side before the operation.
+        after: The facts of our side behind it.
+    """
+
+    script: Script
+    done: tuple[Operation, ...]
+    operation: Operation
+    difference: Difference
+    configs: dict[str, dict[str, Any]]
+    before: dict[str, Any]
+    after: dict[str, Any]
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The config that the operation adds."""
+        config: dict[str, Any] = self.operation.arguments.get("config", {})
+        return config
+
+    def refused(self, *words: str) -> bool:
+        """Whether fastlora alone refuses, with one of these words."""
+        what, ours, theirs = self.difference
+        refused = isinstance(ours, Exception) and not isinstance(theirs, Exception)
+        return what == "refusal" and refused and any(word in str(ours) for word in words)
+
+    def accepted(self, *words: str) -> bool:
+        """Whether PEFT alone refuses, with one of these words."""
+        what, ours, theirs = self.difference
+        accepted = isinstance(theirs, Exception) and not isinstance(ours, Exception)
+        return what == "refusal" and accepted and any(word in str(theirs) for word in words)
+
+    def of(self, *operations: str) -> bool:
+        """Whether the operation is one of these."""
+        return self.operation.name in operations
+
+    def about(self, *kinds: str) -> bool:
+        """Whether the difference is in facts or values whose keys begin like this."""
+        return self.difference.what.startswith(kinds)
+
+    def trains(self, *parts: str) -> bool:
+        """Whether it is about what trains, and only about names with one of these parts."""
+        what, ours, theirs = self.difference
+        if what.endswith("trainable"):
+            names = set(ours or ()) ^ set(theirs or ())
+        else:
+            names = {what.partition("gradient/base_model.model.")[2]}
+        return all(any(part in name for part in parts) for name in names)
+
+    def less(self) -> bool:
+        """Whether it is about what trains, and less of it trains than in PEFT."""
+        what, ours, theirs = self.difference
+        if what == "trainable":
+            return set(ours) < set(theirs)
+        return what.startswith("gradient/") and ours is None
+
+    def sums(self) -> list[str]:
+        """The adapters that `add_weighted_adapter` made."""
+        return [op.arguments["adapter_name"] for op in self.done if op.name == "weighted"]
+
+    def inactive(self) -> list[str]:
+        """The adapters behind the operation that do not act."""
+        return [n for n in self.after.get("adapters", ()) if n not in self.after["active"]]
+
+    def chosen(self, field: str) -> list[Any]:
+        """The values of a field in the configs of the adapters that the operation names."""
+        arguments = self.operation.arguments
+        names = arguments.get("adapters") or arguments.get("adapter_names") or self.configs
+        return [self.configs[name][field] for name in names if name in self.configs]
+
+
+def _biases(meeting: Meeting) -> bool:
+    """Whether base biases train otherwise than in PEFT, and not for an adapter that is idle."""
+    if not (meeting.trains("bias") and not meeting.trains("lora_", "modules_to_save")):
+        return False
+    trained = [name for name in meeting.after.get("trainable", ()) if _is_base_bias(name)]
+    active = meeting.after.get("active", ())
+    return not trained or any(
+        meeting.configs.get(name, meeting.config).get("bias", "none") != "none" for name in active
+    )
+
+
+def _is_base_bias(name: str) -> bool:
+    return name.endswith("bias") and "lora_" not in name and "modules_to_save" not in name
+
+
+class Exemption(NamedTuple):
+    """A row of `docs/differences.md`.
+
+    Attributes:
+        title: The beginning of the row, or of one of its sentences.
+        applies: Whether the row is about a difference.
+        witness: A script that meets it.
+    """
+
+    title: str
+    applies: Callable[[Meeting], bool]
+    witness: Script
+
+
+def _wrap(targets: Any, **config: Any) -> Operation:
+    config = {"r": 2, "target_modules": targets, **config}
+    return Operation("wrap", {"adapter_name": "default", "config": config})
+
+
+def _add(name: str, targets: Any, **config: Any) -> Operation:
+    config = {"r": 2, "target_modules": targets, **config}
+    return Operation("add", {"adapter_name": name, "config": config})
+
+
+def _op(name: str, **arguments: Any) -> Operation:
+    return Operation(name, arguments)
+
+
+def _set(names: Any) -> Operation:
+    return _op("set", adapter_name=names)
+
+
+def _mixed(*names: str) -> Operation:
+    return _op("mixed", adapter_names=[*names, *["default"] * (SAMPLES - len(names))])
+
+
+def _differing(meeting: Meeting) -> set[str]:
+    """The keys in which two dicts differ."""
+    _, ours, theirs = meeting.difference
+    return {key for key in ours | theirs if ours.get(key) != theirs.get(key)}
+
+
+def _of_sum(meeting: Meeting, part: str) -> bool:
+    """Whether the shapes of a sum's own tensors with this part in their names differ."""
+    what, ours, theirs = meeting.difference
+    name = f".{meeting.operation.arguments['adapter_name']}."
+    if what in ("parameters", "trainable"):
+        names = _differing(meeting) if what == "parameters" else set(ours) ^ set(theirs)
+        return all(name in f"{key}." and part in key for key in names)
+    shapes = [None if each is None else getattr(each, "shape", None) for each in (ours, theirs)]
+    return shapes[0] != shapes[1] and name in f"{what}." and part in what
+
+
+def _only_renamed(meeting: Meeting, theirs_end: str, ours_end: str) -> bool:
+    """Whether a file has PEFT's keys but for this end in place of that one."""
+    what, ours, theirs = meeting.difference
+    if what.endswith(": shapes"):
+        keys = [{key.replace(theirs_end, ours_end) for key in file} for file in (ours, theirs)]
+        return keys[0] == keys[1]
+    return (ours is None and what.endswith(theirs_end)) or (
+        theirs is None and what.endswith(ours_end)
+    )
+
+
+def _only_extra(meeting: Meeting, *ends: str) -> bool:
+    """Whether a file of PEFT's has keys with these ends, and is ours but for them."""
+    what, ours, theirs = meeting.difference
+    if what.endswith(": shapes"):
+        return dict(ours) == {k: v for k, v in theirs.items() if not k.endswith(ends)}
+    return ours is None and what.endswith(ends)
+
+
+def _weighted(*adapters: str, kind: str = "cat", name: str = "c", **options: Any) -> Operation:
+    options |= {"adapters": list(adapters), "weights": [0.5 for _ in adapters]}
+    return Operation("weighted", {"adapter_name": name, "combination_type": kind, **options})
+
+
+RELOAD = _op("reload", is_trainable=True)
+FROZEN = _op("set", adapter_name="default", inference_mode=True)
+EXEMPTIONS: tuple[Exemption, ...] = (
+    Exemption(
+        "A failed call changes nothing",
+        lambda m: m.about("theirs after a refusal"),
+        Script(
+            "Llama",
+            (_wrap(["q_proj"]), _add("ash", ["q_proj"], r=3, init_lora_weights="orthogonal")),
+        ),
+    ),
+    Exemption(
+        "DoRA rows share batches",
+        lambda m: m.of("mixed") and m.accepted("DoRA", "variants") and any(m.chosen("use_dora")),
+        Script("Llama", (_wrap(["q_proj"], use_dora=True), _mixed("default", "__base__"))),
+    ),
+    Exemption(
+        "A module of `modules_to_save` may be of any class in a mixed batch",
+        lambda m: m.of("mixed") and m.accepted("Mixed batching is only supported"),
+        Script("Llama", (_wrap(["q_proj"], modules_to_save=["norm"]), _mixed("default"))),
+    ),
+    Exemption(
+        "Convolutions with a dilation or a padding mode",
+        lambda m: m.script.base == "Whisper" and m.accepted("no attribute 'stride'"),
+        Script("Whisper", (_wrap(["conv1"]),)),
+    ),
+    Exemption(
+        "The base biases that an adapter asks for",
+        _biases,
+        Script("Llama", (_wrap(["q_proj"]), _add("ash", ["v_proj"], bias="all"), _set("ash"))),
+    ),
+    Exemption(
+        "the biases of an inactive adapter's copies train",
+        lambda m: (
+            m.less()
+            and m.trains(*(f"modules_to_save.{n}.bias" for n in m.inactive()))
+            and any(config["bias"] == "all" for config in m.configs.values())
+        ),
+        Script(
+            "BERT",
+            (
+                _wrap(["query"], bias="all", modules_to_save=["classifier"]),
+                _add("ash", ["key"], modules_to_save=["classifier"]),
+            ),
+        ),
+    ),
+    Exemption(
+        "Its file holds them under the names of a model that has this adapter alone",
+        lambda m: m.about("file ") and _only_renamed(m, "base_layer.bias", "bias"),
+        Script(
+            "Llama",
+            (_wrap(["q_proj"], bias="all"), _add("ash", ["v_proj"]), RELOAD),
+        ),
+    ),
+    Exemption(
+        "under names that no reader looks for",
+        lambda m: (
+            m.about("file ")
+            and any(config["bias"] == "all" for config in m.configs.values())
+            and _only_extra(m, ".modules_to_save.bias", ".original_module.bias")
+        ),
+        Script("BERT", (_wrap(["query"], bias="all", modules_to_save=["classifier"]), RELOAD)),
+    ),
+    Exemption(
+        "`disable_adapter` restores what trained before",
+        lambda m: (
+            m.of("within_disabled") and m.less() and m.after["trainable"] == m.before["trainable"]
+        ),
+        Script("Llama", (_wrap(["q_proj"]), FROZEN, _op("within_disabled"))),
+    ),
+    Exemption(
+        "`enable_adapter_layers` and the end of `disable_adapter`",
+        lambda m: m.of("enable") and m.less(),
+        Script("Llama", (_wrap(["q_proj"]), FROZEN, _op("disable"), _op("enable"))),
+    ),
+    Exemption(
+        "`merge_adapter`, then a forward in `disable_adapter`",
+        lambda m: m.of("within_disabled") and any(m.before["layers' merged_adapters"].values()),
+        Script("Llama", (_wrap(["q_proj"]), _op("merge"), _op("within_disabled"))),
+    ),
+    Exemption(
+        "Adding or loading an adapter leaves merged adapters merged",
+        lambda m: (
+            m.of("add", "load", "weighted") and any(m.before["layers' merged_adapters"].values())
+        ),
+        Script("Llama", (_wrap(["q_proj"]), _op("merge"), _add("ash", ["v_proj"]))),
+    ),
+    Exemption(
+        "`set_adapter` freezes the copies and rows of all other adapters",
+        lambda m: m.of("set") and m.less() and m.trains("modules_to_save", "trainable_tokens"),
+        Script(
+            "Llama",
+            (
+                _wrap(["q_proj"], modules_to_save=["norm"]),
+                _op("load", saved="default", adapter_name="ash", is_trainable=True),
+                _set("default"),
+            ),
+        ),
+    ),
+    Exemption(
+        "`delete_adapter` of an adapter that is not active",
+        lambda m: (
+            m.of("delete")
+            and m.less()
+            and m.trains("modules_to_save", "trainable_tokens")
+            and m.operation.arguments["adapter_name"] not in m.before["active"]
+        ),
+        Script(
+            "Llama",
+            (
+                _wrap(["q_proj"], trainable_token_indices=[1]),
+                FROZEN,
+                _add("ash", ["v_proj"], trainable_token_indices=[2]),
+                _op("delete", adapter_name="ash"),
+            ),
+        ),
+    ),
+    Exemption(
+        "Deleting the active adapter",
+        lambda m: (
+            m.of("delete")
+            and m.before["active"] == [m.operation.arguments["adapter_name"]]
+            and m.after["active"] == m.after["adapters"][:1]
+        ),
+        Script(
+            "Llama",
+            (
+                _wrap(["q_proj"]),
+                _add("ash", ["v_proj"]),
+                _op("delete", adapter_name="default"),
+            ),
+        ),
+    ),
+    Exemption(
+        "An adapter without trained tokens is saved",
+        lambda m: (
+            any(m.chosen("trainable_token_indices"))
+            and not all(m.chosen("trainable_token_indices"))
+            and m.accepted("token_adapter.trainable_tokens_delta", *(f"'{n}'" for n in m.configs))
+        ),
+        Script(
+            "Llama",
+            (_wrap(["q_proj"], trainable_token_indices=[1]), _add("ash", ["v_proj"]), RELOAD),
+        ),
+    ),
+    Exemption(
+        "A layer's own `set_adapter`",
+        lambda m: m.of("set") and m.refused("no adapter"),
+        Script("Llama", (_wrap(["q_proj"]), _set(["default", "ash"]))),
+    ),
+    Exemption(
+        "gives sums of rsLoRA adapters their right size",
+        lambda m: m.of("weighted") and m.about("update/", "file ") and any(m.chosen("use_rslora")),
+        Script("Llama", (_wrap(["q_proj"], use_rslora=True), _weighted("default"))),
+    ),
+    Exemption(
+        "A name that exists is refused, where PEFT returns without a word",
+        lambda m: m.of("weighted") and m.refused("exists already"),
+        Script("Llama", (_wrap(["q_proj"]), _weighted("default", name="default"))),
+    ),
+    Exemption(
+        "so are DoRA adapters and such with trained tokens",
+        lambda m: m.of("weighted") and m.refused("uses DoRA", "has trained tokens"),
+        Script("Llama", (_wrap(["q_proj"], use_dora=True), _weighted("default"))),
+    ),
+    Exemption(
+        "Adapters that train base biases have sums too",
+        lambda m: m.of("weighted") and m.accepted("only 1 adapter with bias"),
+        Script("Llama", (_wrap(["q_proj"], bias="all"), _weighted("default"))),
+    ),
+    Exemption(
+        "The config of a sum has the rank of its factors on each layer",
+        lambda m: (
+            m.difference.what.endswith(": config")
+            and any(m.about(f"file {name}:") for name in m.sums())
+            and _differing(m)
+            <= {"rank_pattern", "alpha_pattern", "init_lora_weights", "modules_to_save"}
+        ),
+        Script("Llama", (_wrap(["q_proj"], init_lora_weights=False), _weighted("default"), RELOAD)),
+    ),
+    Exemption(
+        "PEFT writes the largest rank for all layers",
+        lambda m: m.of("weighted") and _of_sum(m, "lora_"),
+        Script("Llama", (_wrap(["q_proj"]), _add("ash", ["v_proj"]), _weighted("default", "ash"))),
+    ),
+    Exemption(
+        "keeps `lora_bias`, the copy that one of the adapters owns of a module",
+        lambda m: (
+            m.of("weighted")
+            and any(m.chosen("modules_to_save"))
+            and (_of_sum(m, "modules_to_save") or m.about("layers' available_adapters"))
+        ),
+        Script(
+            "Llama",
+            (
+                _wrap(["q_proj"]),
+                _add("ash", ["q_proj"], modules_to_save=["norm"]),
+                _weighted("default", "ash", kind="linear"),
+            ),
+        ),
+    ),
+    Exemption(
+        "`load_adapter(is_trainable=True)` over a loaded adapter",
+        lambda m: (
+            m.of("load")
+            and m.operation.arguments["is_trainable"]
+            and m.operation.arguments["adapter_name"] in m.before["adapters"]
+            and (m.about("gradient/") or m.difference.what == "trainable")
+            and m.trains(f".{m.operation.arguments['adapter_name']}.")
+        ),
+        Script(
+            "Llama",
+            (
+                _wrap(["q_proj"]),
+                FROZEN,
+                _op("load", saved="default", adapter_name="default", is_trainable=True),
+            ),
+        ),
+    ),
+    Exemption(
+        "`merge_adapter` while adapters are disabled",
+        lambda m: m.of("merge") and m.refused("adapters are disabled"),
+        Script("Llama", (_wrap(["q_proj"]), _op("disable"), _op("merge"))),
+    ),
+    Exemption(
+        "`set_requires_grad`, `merge_adapter(adapter_names=)` and",
+        lambda m: m.of("require", "merge", "merge_and_unload") and m.refused("no adapter"),
+        Script(
+            "Llama",
+            (_wrap(["q_proj"]), _op("require", adapter_names="ash", requires_grad=False)),
+        ),
+    ),
+    Exemption(
+        "**Loading over a loaded adapter**",
+        lambda m: m.of("load") and m.refused("the loaded adapter"),
+        Script(
+            "Llama",
+            (
+                _wrap(["q_proj"]),
+                _add("ash", ["v_proj"]),
+                _op("load", saved="ash", adapter_name="default", is_trainable=False),
+            ),
+        ),
+    ),
+    Exemption(
+        "`disable_adapter_layers`** unmerges merged adapters at once",
+        lambda m: m.of("disable") and any(m.before["layers' merged_adapters"].values()),
+        Script("Llama", (_wrap(["q_proj"]), _op("merge"), _op("disable"))),
+    ),
+    Exemption(
+        "`set_adapter` on a merged model",
+        lambda m: (
+            m.of("set")
+            and any(
+                "token_adapter" in n for n, a in m.before["layers' merged_adapters"].items() if a
+            )
+        ),
+        Script(
+            "Llama",
+            (_wrap(["q_proj"], trainable_token_indices=[1]), _op("merge"), _set("default")),
+        ),
+    ),
+    Exemption(
+        "A module that an adapter owns a copy of is no target of another",
+        lambda m: m.of("add", "load") and m.refused("modules_to_save"),
+        Script(
+            "Llama",
+            (
+                _wrap(["q_proj"], modules_to_save=["lm_head"]),
+                _add("ash", "all-linear", trainable_token_indices={"lm_head": [1]}),
+            ),
+        ),
+    ),
+    Exemption(
+        "LoRA on a head that is tied to the embedding",
+        lambda m: (
+            m.of("wrap", "add")
+            and bool(m.config.get("trainable_token_indices"))
+            and m.refused("already adapted with LoRA (target_modules)")
+        ),
+        Script("T5", (_wrap(["q", "lm_head"], trainable_token_indices=[1]),)),
+    ),
+    Exemption(
+        "**Experts of a mixture of experts**",
+        lambda m: (
+            m.script.base == "Mixtral"
+            and (
+                m.config.get("target_modules") == "all-linear"
+                or (m.difference.what.endswith(": config") and _differing(m) == {"target_modules"})
+            )
+        ),
+        Script("Mixtral", (_wrap("all-linear"),)),
+    ),
+    Exemption(
+        "Mixtral without `target_modules`",
+        lambda m: m.script.base == "Mixtral" and m.accepted("No `target_modules` passed"),
+        Script("Mixtral", (_wrap(None),)),
+    ),
+)
+
+
+def row_of(meeting: Meeting) -> str | None:
+    """The title of the row that states a difference, or None."""
+    for exemption in EXEMPTIONS:
+        if exemption.applies(meeting):
+            return exemption.title
+    return None
