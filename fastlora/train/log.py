@@ -129,12 +129,12 @@ def write_picture(folder: Path, losses: Sequence[LoggedLoss]) -> Path | None:
 
 
 @contextlib.contextmanager
-def typed(path: Path) -> Iterator[None]:
-    """Makes an `OSError` of writing a file a `TrainError` that names it."""
+def typed(what: Path | str) -> Iterator[None]:
+    """Makes an `OSError` of writing a file, or something else, a `TrainError` that names it."""
     try:
         yield
     except OSError as error:
-        raise TrainError(f"{path}: could not be written ({error})") from error
+        raise TrainError(f"{what}: could not be written ({error})") from error
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
 from torch import nn
@@ -210,9 +212,30 @@ def data_notes(corpora: Mapping[str, Corpus], held_out: Mapping[str, Corpus]) ->
     return lines
 
 
+class _LossyStream:
+    """A stream that drops what cannot be written: a progress bar ends no run on a full disk."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def __eq__(self, other: object) -> bool:  # tqdm compares it with sys.stderr
+        return self._stream == other
+
+    def write(self, text: str) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.flush()
+
+
 def progress_bar(**options: Any) -> Any:
     """Returns a bar of tqdm; raises `TrainError` without tqdm."""
-    return needed("tqdm").tqdm(**options)
+    return needed("tqdm").tqdm(file=_LossyStream(sys.stderr), **options)
 
 
 def make_schedule(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -202,8 +203,16 @@ class RunProcesses:
         if self._tracked and values:
             self._accelerator.log(values, step=step)
 
+    def end_trackers(self) -> None:
+        """Has the trackers write what they hold, and end."""
+        while self._accelerator.trackers:
+            self._accelerator.trackers.pop().finish()
+
     def end(self) -> None:
-        """Leaves the process group."""
+        """Ends the trackers and leaves the process group."""
+        while self._accelerator.trackers:  # where another error ended the run, which is raised
+            with contextlib.suppress(OSError):
+                self.end_trackers()
         self._accelerator.end_training()
 
 

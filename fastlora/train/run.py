@@ -15,7 +15,7 @@ import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -37,6 +37,8 @@ from fastlora.validation import CheckpointError
 
 # Of fp16's normal numbers the smallest: below it, the gradient of a scaled loss loses digits.
 _LEAST_SCALE = 2.0**-14
+
+_Failure = TypeVar("_Failure", TrainError, CheckpointError)
 
 
 class NonFiniteError(TrainError):
@@ -109,8 +111,11 @@ def train(
         NonFiniteError: A loss, gradient or weight is not finite; or, in fp16, where a step that is
             not finite is skipped, no scale of an adapter's loss helps, or it never took a step.
             Checkpoints are as they were.
-        CheckpointError: An adapter or a checkpoint cannot be written. The message names the
-            adapters that were saved; the older checkpoints are as they were.
+        TrainError: The log, the losses or a tracker's data cannot be written. The run ended after
+            its step, as after a signal.
+        CheckpointError: An adapter or a checkpoint cannot be written. The older checkpoints are as
+            they were. This message and that of a `TrainError` after the first step name the
+            adapters that were saved and the newest checkpoint.
     """
     with open_run(settings, resume=resume, progress=progress, say=say) as run:
         return run.train()
@@ -160,8 +165,10 @@ class Run:
         self.processes = processes
         self.settings = settings
         self._signals = signals
-        # Whether a signal reached any of several processes by the last sum over them.
+        # Whether any of several processes had a reason to stop at the last sum over them.
         self._stop_agreed = False
+        # The first failure to write about the run, in the main process: a reason to stop.
+        self._failure: TrainError | None = None
         self.progress = progress and self.processes.main
         self.root = settings.out / "checkpoints"
         self.step = 0
@@ -226,13 +233,16 @@ class Run:
     def train(self) -> TrainResult:
         """Does all steps that are left, and writes the adapters.
 
-        Raises `RunInterrupted` where a signal came; what was trained is saved by then.
+        Raises `RunInterrupted` where a signal came, and `TrainError` where the log or what a
+        tracker writes could not be written; what was trained is saved by then.
         """
         settings, steps = self.settings, self.schedule.steps
         was_evaluated = self.processes.in_main(self._open_log)
-        self.processes.start_trackers()
+        with self._writing("trackers"):
+            self.processes.start_trackers()
         where = {"processes": self.processes.count, "device": str(self.processes.device)}
         self._write_log({"step": self.step, **where})
+        self.processes.in_main(self._check_written)
         saved = None
         self._signals.defer()
         # A run that was interrupted after this step did not evaluate; one that ended does it again.
@@ -250,19 +260,13 @@ class Run:
                 if self._is_due(settings.save_every):
                     self.save()
                     saved = self.step
-        if self.step < steps and self.step == self.resumed_from:
-            raise self._interrupted("before the first step: nothing was trained")
-        if saved != self.step:
+        if saved != self.step and not self._is_untrained():
             self.save()
+        means, files = self.processes.in_main(self._end_reports)
+        if self._is_untrained():
+            raise self._interrupted("before the first step: nothing was trained")
         if self.step < steps:
             raise self._interrupted(f"after step {self.step} of {steps}", saved=True)
-
-        def write() -> tuple[dict[str, float], tuple[Path, ...]]:
-            logged = log.read_losses(settings.out)
-            files = log.write_table(settings.out, logged), log.write_picture(settings.out, logged)
-            return log.mean_losses(logged), tuple(path for path in files if path is not None)
-
-        means, files = self.processes.in_main(write)
         if self._signals.received is not None or self._stops():
             raise self._interrupted(f"after its last step, {steps}", saved=True)
         losses, skipped = dict(self.losses), self._skipped()
@@ -278,14 +282,49 @@ class Run:
         self._log = log.RunLog(self.settings.out, self.step, evaluates=ended)
         return self._log.was_evaluated
 
+    def _end_reports(self) -> tuple[dict[str, float], tuple[Path, ...]]:
+        """Writes the losses of a run with no steps left, and ends the trackers.
+
+        Returns each adapter's mean loss, and the files. Raises the first failure to write about the
+        run.
+        """
+        folder = self.settings.out
+        means: dict[str, float] = {}
+        files: list[Path | None] = []
+        if self.step == self.schedule.steps and self._failure is None:
+            with self._writing("losses"):
+                logged = log.read_losses(folder)
+                means = log.mean_losses(logged)
+                files = [log.write_table(folder, logged), log.write_picture(folder, logged)]
+        with self._writing("trackers"):
+            self.processes.end_trackers()
+        self._check_written()
+        return means, tuple(path for path in files if path is not None)
+
+    @contextlib.contextmanager
+    def _writing(self, what: str) -> Iterator[None]:
+        """Makes a failure to write about the run end it after its step, as a signal does."""
+        try:
+            with log.typed(what):
+                yield
+        except TrainError as error:
+            self._failure = self._failure or error
+
+    def _check_written(self) -> None:
+        """Raises the first failure to write about the run."""
+        if self._failure is not None:
+            raise self._with_kept(self._failure, self._folders()) from self._failure
+
     def _stops(self) -> bool:
-        """Whether a signal ends the run after this step: the same in all processes.
+        """Whether the run ends after this step: the same in all processes.
 
         One process looks at once; several agree with the sum of their losses.
         """
-        if self.processes.count > 1:
-            return self._stop_agreed
-        return self._signals.received is not None
+        return self._stop_agreed if self.processes.count > 1 else self._has_to_stop()
+
+    def _has_to_stop(self) -> bool:
+        """Whether this process got a signal, or failed to write about the run."""
+        return self._signals.received is not None or self._failure is not None
 
     def _interrupted(self, when: str, *, saved: bool = False) -> RunInterrupted:
         number = self._signals.received or signal.SIGTERM  # of another process
@@ -302,13 +341,17 @@ class Run:
         return {name: self.settings.out / name for name in self.corpora if counts[name].steps}
 
     def _evaluate_if_due(self) -> dict[str, float]:
-        """Evaluates and answers where that is due; a signal leaves it to the resumed run."""
+        """Evaluates and answers where that is due; a run that stops leaves it to the next one."""
         if self._stops() or not self._is_due(self.settings.eval_every):
             return {}
         evaluated = self.evaluate() if self.held_out else {}
         if not self._stops():
             self.answer()
         return evaluated
+
+    def _is_untrained(self) -> bool:
+        """Whether steps are left, and this run has done none."""
+        return self.resumed_from == self.step < self.schedule.steps
 
     def _is_due(self, every: int) -> bool:
         """Whether what is done every so many steps, and at the end, is to be done now."""
@@ -374,8 +417,8 @@ class Run:
     ) -> dict[str, float]:
         """Returns each adapter's mean loss over its tokens in some samples, over all processes.
 
-        Where it trains, each process's own forwards have left their gradients. A signal ends an
-        evaluation early; its losses mean nothing then.
+        Where it trains, each process's own forwards have left their gradients. A run that stops
+        ends an evaluation early; its losses mean nothing then.
         """
         from accelerate.utils import set_seed
 
@@ -387,7 +430,7 @@ class Run:
         for number, part in enumerate(micro_batches(rows, corpora, self.schedule.micro_batch_size)):
             # Drawn in every process, so that all count alike.
             seeds = self.optimizers.draw_seeds([row.adapter for row in part]) if trains else None
-            if not trains and self._signals.received is not None:
+            if not trains and self._has_to_stop():
                 break
             if not self.processes.does(number):
                 continue
@@ -401,8 +444,7 @@ class Run:
                 self.optimizers.backward(losses)
             for name, value in losses.values.items():
                 sums[name] += value
-        stop = self._signals.received is not None
-        found, self._stop_agreed = self.processes.summed(sums, stop=stop)
+        found, self._stop_agreed = self.processes.summed(sums, stop=self._has_to_stop())
         return found
 
     def _logits(self, batch: Batch, seeds: Mapping[str, int] | None) -> torch.Tensor:
@@ -452,10 +494,12 @@ class Run:
             for name, own in found.items()
         }
         self._write_log({"step": self.step, "answers": entries})
-        for name, own in entries.items():
-            for number, entry in enumerate(own, 1):
-                self._say(f"step {self.step}, {name}: {entry['prompt']!r} -> {entry['answer']!r}")
-                self.processes.track({f"answers/{name}/{number}": entry["answer"]}, self.step)
+        with self._writing("answers"):
+            for name, own in entries.items():
+                for number, entry in enumerate(own, 1):
+                    prompt, text = entry["prompt"], entry["answer"]
+                    self._say(f"step {self.step}, {name}: {prompt!r} -> {text!r}")
+                    self.processes.track({f"answers/{name}/{number}": text}, self.step)
 
     def save(self) -> None:
         """Writes the adapters and then, if there is none of this step, a checkpoint.
@@ -482,7 +526,7 @@ class Run:
                     for adapter in self.settings.adapters:
                         save_adapter(self.model, adapter.name, folder / adapter.name)
             except CheckpointError as error:
-                raise self._partly_saved(error, self._folders()) from error
+                raise self._with_kept(error, self._folders()) from error
 
         self.processes.in_main(write)
 
@@ -499,18 +543,26 @@ class Run:
             except CheckpointError as error:
                 failures.append(error)
         if failures:
-            raise self._partly_saved(failures[0], saved) from failures[0]
+            raise self._with_kept(failures[0], saved) from failures[0]
 
-    def _partly_saved(self, error: CheckpointError, names: Iterable[str]) -> CheckpointError:
-        saved = ", ".join(str(self.settings.out / name) for name in names)
-        return CheckpointError(f"{error}; adapters saved after step {self.step}: {saved or 'none'}")
+    def _with_kept(self, error: _Failure, names: Iterable[str]) -> _Failure:
+        """Returns an error that says, too, which adapters were saved and how to continue."""
+        if self._is_untrained():
+            return type(error)(f"{error}; nothing was trained")
+        saved = ", ".join(str(self.settings.out / name) for name in names) or "none"
+        found = checkpoint.checkpoints(self.root)
+        resume = f"--resume continues from {found[-1]}" if found else "there is no checkpoint"
+        text = f"{error}; adapters saved after step {self.step}: {saved}; {resume}"
+        return type(error)(text)
 
     def _write_log(self, entry: dict[str, Any]) -> None:
-        if self._log is not None:
+        """Adds an entry to the log and to the trackers, in the main process."""
+        if self._log is None:
+            return
+        with self._writing("trackers"):
             self._log.write(entry)
-            self.processes.track(
-                log.flat({k: v for k, v in entry.items() if k != "step"}), self.step
-            )
+            numbers = log.flat({k: v for k, v in entry.items() if k != "step"})
+            self.processes.track(numbers, self.step)
 
     def _shown_losses(self) -> str:
         skipped = self._skipped()

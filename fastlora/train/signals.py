@@ -89,8 +89,9 @@ class StopSignals:
                     self.received,
                 )
             if self._say is not None:
-                # Python refuses a write inside a write that the signal interrupted.
-                with contextlib.suppress(RuntimeError):
+                # Python refuses a write inside a write that the signal interrupted, and the output
+                # may be a file on a full disk.
+                with contextlib.suppress(RuntimeError, OSError):
                     self._say(
                         f"{name}: the run ends after this step and saves its adapters and a "
                         "checkpoint; a second signal ends it at once"

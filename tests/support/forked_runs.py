@@ -112,6 +112,24 @@ class SignalInStep:
         Run._do_step = interrupted  # type: ignore[method-assign]
 
 
+class FullLogInStep:
+    """Makes the disk full for the log of a run from a step on."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def __call__(self) -> None:
+        do_step = Run._do_step
+
+        def full(run: Run) -> None:
+            if run.step + 1 == self.step and run._log is not None:
+                run._log.close()
+                run._log._file = open("/dev/full", "a", buffering=1)  # noqa: SIM115 (as RunLog)
+            do_step(run)
+
+        Run._do_step = full  # type: ignore[method-assign]
+
+
 class WaitInStep:
     """Makes a run write a file within a step, and wait there until it is killed."""
 

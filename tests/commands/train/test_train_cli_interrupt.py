@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import csv
+import errno
+import os
 import resource
 import shlex
 import signal
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -15,11 +20,13 @@ import torch
 
 import fastlora
 from fastlora.commands import cli
-from fastlora.train import checkpoint, prepare, run
+from fastlora.train import checkpoint, command, prepare, run
 from fastlora.train.config import parse_settings
+from fastlora.train.processes import RunProcesses
 from fastlora.train.run import Run, train
 from fastlora.train.signals import RunInterrupted
 from tests.support import train_runs
+from tests.support.programs import error_of
 from tests.support.train_runs import log, same
 
 STEPS = 6
@@ -283,10 +290,157 @@ def test_adapters_that_fit_on_a_full_disk(
         error = str(caught.value)
         assert start in error and error.count("could not be written") == 1
         names = ", ".join(str(out / name) for name in kept)
-        assert error.endswith(f"; adapters saved after step 4: {names}")
+        older = checkpoint.checkpoint_folder(out / "checkpoints", 2)
+        assert error.endswith(
+            f"; adapters saved after step 4: {names}; --resume continues from {older}"
+        )
         found = train_runs.saved(out)
         for key, tensor in whole.items():
             assert (key[0] in kept) == torch.equal(tensor, found[key]), key
         assert [path.name for path in checkpoint.checkpoints(out / "checkpoints")] == [
             "step-00000002"
         ]
+
+
+def full_log(patched: pytest.MonkeyPatch) -> None:
+    """The line of step 3 does not fit into the log."""
+    from tests.support.forked_runs import FullLogInStep
+
+    patched.setattr(Run, "_do_step", Run._do_step)  # which is set back at the end
+    FullLogInStep(3)()
+
+
+def full_at(owner: Any, name: str, call: int, start: str = "") -> Callable[[Any], None]:
+    """No space is left at a call of a function, among those with a text that starts so."""
+
+    def patch(patched: pytest.MonkeyPatch) -> None:
+        real, calls = getattr(owner, name), [0]
+
+        def called(*args: Any, **kwargs: Any) -> Any:
+            counts = str(args[0]).startswith(start)
+            calls[0] += counts
+            if counts and calls[0] == call:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return real(*args, **kwargs)
+
+        patched.setattr(owner, name, called)
+
+    return patch
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="writes to /dev/full")
+@pytest.mark.parametrize(
+    ("fill_disk", "what", "step"),
+    [
+        (full_log, "{out}/log.jsonl", 3),
+        (full_at(RunProcesses, "track", 3), "trackers", 2),
+        (full_at(command, "_say", 1, "step 4"), "answers", 4),
+        (full_at(csv, "writer", 1), "{out}/losses.csv", STEPS),
+        (full_at(RunProcesses, "end_trackers", 1), "trackers", STEPS),
+    ],
+)
+def test_a_full_disk_ends_a_run_as_a_signal_does(
+    fill_disk: Callable[[pytest.MonkeyPatch], None],
+    what: str,
+    step: int,
+    base: Path,
+    data: dict[str, Path],
+    whole: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The log or another report of the run does not fit: adapters and a checkpoint are saved.
+
+    The one error names them, and the resumed run ends as one that never stopped.
+    """
+    out = tmp_path / "out"
+    given = config_of(base, data, out) | {"sample_tokens": 1}
+    given["adapters"]["a"]["prompts"] = ["sea?"]
+    path = train_runs.write_config(tmp_path / "c.json", given)
+    with monkeypatch.context() as patched:
+        fill_disk(patched)
+        error = error_of(capsys, "train", path, "--quiet")
+    folder = checkpoint.checkpoint_folder(out / "checkpoints", step)
+    assert error == (
+        f"fastlora: error: {what.format(out=out)}: could not be written ([Errno 28] No space left "
+        f"on device); adapters saved after step {step}: {out / 'a'}, {out / 'b'}; --resume "
+        f"continues from {folder}"
+    )
+    assert same(out, folder / "adapters")
+    assert cli.main(["train", str(path), "--quiet", "--resume"]) == 0
+    assert same(out, whole)
+    lost = 3 if fill_disk is full_log else None
+    for kind in ("loss", "eval_loss"):
+        assert log(out, kind) == [entry for entry in log(whole, kind) if entry["step"] != lost]
+
+
+def test_a_full_disk_before_the_first_step(
+    given: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: Callable[..., str]
+) -> None:
+    """Nothing was trained, and the error says so."""
+    full_at(RunProcesses, "track", 1)(monkeypatch)
+    assert fails(given).endswith("No space left on device); nothing was trained")
+    assert {entry.name for entry in (tmp_path / "out").iterdir()} == {"log.jsonl"}
+
+
+def test_a_log_and_an_adapter_that_do_not_fit(
+    given: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: Callable[..., str]
+) -> None:
+    """The other adapter is saved, and the error is that of the adapter, once."""
+    full_log(monkeypatch)
+    full_at(run, "save_adapter_folder", 1, str(tmp_path / "out" / "a"))(monkeypatch)
+    given["save_every"] = 0
+    out = tmp_path / "out"
+    assert fails(given) == (
+        f"fastlora: error: {out / 'a'}: could not be written ([Errno 28] No space left on device); "
+        f"adapters saved after step 3: {out / 'b'}; there is no checkpoint"
+    )
+    assert {entry.name for entry in out.iterdir()} == {"log.jsonl", "b"}
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="writes to /dev/full")
+def test_output_on_a_full_disk(given: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A progress bar, or what a signal prints, that does not fit loses no adapter."""
+
+    def say(text: str) -> None:
+        if text.startswith("SIG"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    open_log = Run._open_log
+
+    def with_full_output(run: Run) -> bool:
+        monkeypatch.setattr(sys, "stderr", open("/dev/full", "w", buffering=1))  # noqa: SIM115
+        return open_log(run)
+
+    signal_at(monkeypatch, run, "causal_lm_losses", 3, signal.SIGINT)
+    monkeypatch.setattr(Run, "_open_log", with_full_output)
+    with pytest.raises(RunInterrupted, match="after step 2 of 4; saved"):
+        train(parse_settings(given, {}, "test"), say=say)
+    with contextlib.suppress(OSError):
+        sys.stderr.close()
+    monkeypatch.undo()
+    assert same(tmp_path / "out", tmp_path / "out" / "checkpoints" / "step-00000002" / "adapters")
+    assert train(parse_settings(given, {}, "test"), resume=True, progress=False).steps == 4
+
+
+def test_all_processes_end_where_the_log_is_full(
+    base: Path, data: dict[str, Path], whole: Path, tmp_path: Path
+) -> None:
+    """The first process cannot write the log of step 3; all end after the step that follows."""
+    from tests.support.forked_runs import FullLogInStep, processes
+
+    out = tmp_path / "out"
+    path = train_runs.write_config(tmp_path / "c.json", config_of(base, data, out))
+    arguments = ["train", path, "--quiet"]
+    runs = processes(2, arguments, tmp_path, {0: FullLogInStep(3)})
+    assert [each.wait() for each in runs] == [1, 1]
+    folder = checkpoint.checkpoint_folder(out / "checkpoints", 4)
+    kept = (
+        f"adapters saved after step 4: {out / 'a'}, {out / 'b'}; --resume continues from {folder}"
+    )
+    assert kept in runs[0].printed()
+    assert same(out, folder / "adapters")
+    runs = processes(2, [*arguments, "--resume"], tmp_path)
+    assert [each.wait() for each in runs] == [0, 0]
+    assert same(out, whole)
