@@ -56,7 +56,7 @@ def test_help_and_errors(tmp_path: Path) -> None:
         [*command.split(), "--help"] for command in (*commands, "bench mixed", "bench kernels")
     ]
     runs = {
-        "training needs transformers; install it with: pip install 'fastlora-triton[train]'": train,
+        "training needs accelerate; install it with: pip install 'fastlora-triton[train]'": train,
         "YAML needs PyYAML: `pip install pyyaml`": ["train", str(tmp_path / "run.yaml")],
         "chat needs transformers; install it with: pip install 'fastlora-triton[hf]'": [
             *("chat", base)
