@@ -339,10 +339,8 @@ def put(lora_model: LoraModel, adapter_name: str, tensors: Mapping[str, torch.Te
     tuner = lora_model.base_model
     tuner.check_known(adapter_name)
     state, own = plain_state(lora_model.state_dict()), key_map(lora_model, adapter_name)
-    # Trained biases are loaded whatever the config asks for, as in PEFT.
-    keys = own | key_map(lora_model, adapter_name, "all")
-    biases = _base_biases(tuner.model)
-    for disk in tensors:
+    keys, biases = dict(own), _base_biases(tuner.model)
+    for disk in tensors:  # base biases, whatever the config asks for, as in PEFT
         name = without_wrappers(disk.removeprefix(KEY_PREFIX))
         if disk not in keys and name in biases:
             keys[disk] = KEY_PREFIX + plain_name(biases[name][0])
