@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeVar
 
 from fastlora.init import Init, all_inits, find_init
 from fastlora.init.configs import CordaConfig, EvaConfig, LoraGAConfig, settings_of
-from fastlora.model.adapter_files import CONFIG_NAME, MAX_CONFIG_BYTES, read_config
+from fastlora.model.adapter_files import CONFIG_NAME, MAX_CONFIG_BYTES, edited_config, read_config
 from fastlora.model.config_checks import PeftType, TaskType, checked_fields
 from fastlora.model.config_methods import ConfigMethods
 from fastlora.model.replace_files import locked, replacing
@@ -383,7 +383,7 @@ class LoraConfig(ConfigMethods):
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         with locked(folder), replacing(folder / CONFIG_NAME) as partial:
-            partial.write_text(text, encoding="utf-8")
+            partial.write_bytes(edited_config(folder, text.encode("utf-8")))
 
     def to_json(self, **overrides: Any) -> str:
         """Returns the text of ``adapter_config.json``; an override of None is ignored.

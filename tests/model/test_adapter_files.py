@@ -97,6 +97,19 @@ def test_an_edited_config_counts(tmp_path: Path, cut_off: Path) -> None:
     assert load_adapter_folder(tmp_path / "a").config.lora_alpha == 3
 
 
+def test_the_config_that_was_replaced_can_be_saved_again(tmp_path: Path) -> None:
+    """A config that is saved alone counts, also the one that the last save replaced."""
+    wanted = LoraConfig(r=2, lora_alpha=8, target_modules=["q"])
+    save(tmp_path, alpha=16)
+    wanted.save_pretrained(tmp_path)
+    for _ in range(2):
+        save(tmp_path, alpha=16)
+        wanted.save_pretrained(tmp_path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert load_adapter_folder(tmp_path).config.lora_alpha == 8
+
+
 def test_weights_of_other_tools(tmp_path: Path) -> None:
     """With no metadata, or with other or too long metadata, the config file counts."""
     save(tmp_path)
