@@ -83,6 +83,15 @@ def routers(model: nn.Module) -> list[Stack]:
     return found
 
 
+def as_expert_name(model_type: object, entry: str) -> str:
+    """Returns the expert name that PEFT reads an entry of ``target_modules`` as, or the entry.
+
+    PEFT reads the last part alone: ``experts.3.down_proj`` adapts every expert of a Qwen3 MoE.
+    """
+    leaf = entry.rpartition(".")[2]
+    return leaf if leaf in _names_of(model_type) else entry
+
+
 def check_experts(
     model_type: object,
     entries: Collection[str],
@@ -105,7 +114,7 @@ def check_experts(
     """
     if not left_out:
         return
-    known = EXPERT_NAMES.get(model_type, ()) if isinstance(model_type, str) else ()
+    known = _names_of(model_type)
     refused = sorted(entry for entry in entries if entry.rpartition(".")[2] in known)
     what = (
         f"{_listed(stack.parameter for stack in left_out)}: stacked weights of experts and their "
@@ -119,6 +128,10 @@ def check_experts(
     if not adapts:
         raise UnsupportedLayerError(f"{shown} matches only experts, {what}")
     warnings.warn(f"{shown} leaves out {what}", stacklevel=4)
+
+
+def _names_of(model_type: object) -> frozenset[str]:
+    return EXPERT_NAMES.get(model_type, frozenset()) if isinstance(model_type, str) else frozenset()
 
 
 def _is_own(module: nn.Module) -> bool:

@@ -17,7 +17,13 @@ import torch.nn as nn
 
 from fastlora.model.config import LoraConfig
 from fastlora.model.default_targets import DEFAULT_TARGETS
-from fastlora.model.experts import Stack, check_experts, routers, stacked_experts
+from fastlora.model.experts import (
+    Stack,
+    as_expert_name,
+    check_experts,
+    routers,
+    stacked_experts,
+)
 from fastlora.model.walk import (
     base_modules,
     holds_copies,
@@ -84,12 +90,15 @@ def find_targets(model: nn.Module, config: LoraConfig) -> list[str]:
     names = list(wrapped)
     excluded = {name for name in names if _is_excluded(name, config, saved)}
     found = [n for n in names if n not in excluded and _matches(n, targets, config)]
-    experts = _experts_meant(model, targets, config, saved)
+    model_type = _model_type(model)
+    lost = {entry: as_expert_name(model_type, entry) for entry in _lost(names, targets)}
+    wanted = targets if isinstance(targets, str) else {*targets, *lost.values()}
+    experts = _experts_meant(model, wanted, config, saved)
     # Linear in both numbers: a config may hold any number of entries.
     expert_names = {suffix for s in experts for name in s.names for suffix in _suffixes(name)}
-    of_experts = [entry for entry in _lost(names, targets) if entry in expert_names]
+    of_experts = [entry for entry, read_as in lost.items() if read_as in expert_names]
     shown = f"target_modules={_shown(config.target_modules)}"
-    check_experts(_model_type(model), of_experts, experts, shown=shown, adapts=bool(found))
+    check_experts(model_type, of_experts, experts, shown=shown, adapts=bool(found))
     if not found:
         raise TargetNotFoundError(_nothing_found(names, excluded, targets, config))
     _check_bypassed(model, found)

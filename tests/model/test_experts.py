@@ -45,6 +45,8 @@ REFUSED: list[tuple[str, list[str]]] = [
     ("olmoe", V4),
     ("qwen3_moe", ["o_proj", "gate_proj"]),
     ("qwen3_moe", ["o_proj", "mlp.experts.down_proj"]),
+    ("qwen3_moe", ["o_proj", "experts.3.down_proj"]),
+    ("mixtral", ["o_proj", "block_sparse_moe.experts.0.w2"]),
     ("mixtral", MIXTRAL),
     ("mixtral", ["w1", "w2", "w3"]),
 ]
