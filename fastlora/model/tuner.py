@@ -411,8 +411,8 @@ class LoraTuner(nn.Module):
     def routed(self) -> list[Any]:
         """The modules whose adapters a mixed batch chooses by row."""
         found = self._routed
-        # A copied model has no banks yet.
-        return self._find_routed() if found is None or self.group.banks is None else found
+        # A copied model has no row checks yet.
+        return self._find_routed() if found is None or self.group.row_checks is None else found
 
     def _find_routed(self) -> list[nn.Module]:
         found = inject.routed_modules(self.model)

@@ -19,9 +19,9 @@ from fastlora.model import inject
 from fastlora.model.config import LoraConfig
 from fastlora.model.plan import plan_adapter
 from fastlora.pool.image import Target
-from fastlora.routing.banks import Banks
 from fastlora.routing.in_force import check_batch, unchecked
 from fastlora.routing.routing import Group, number_layers
+from fastlora.routing.row_checks import RowChecks
 from fastlora.validation import AdapterStateError, ConfigError, UnsupportedLayerError
 
 
@@ -76,7 +76,7 @@ class PoolLayers:
         try:
             for name, number in zip(names, number_layers(names), strict=True):
                 self._replace(name, number)
-            self.group.banks = Banks(
+            self.group.row_checks = RowChecks(
                 model, [(name, layer) for name, (_, layer) in self._replaced.items()]
             )
             self._check_batches()

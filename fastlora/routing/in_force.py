@@ -54,8 +54,8 @@ def routed(routing: Routing) -> Iterator[None]:
         RuntimeError: Blocks end in another order than the reverse of their beginning, as those of
             interleaved coroutines in one thread do. This one is closed all the same.
     """
-    banks = routing.group.banks
-    followed = routing.kept.followed = None if banks is None else banks.followed()
+    checks = routing.group.row_checks if routing.may_mix else None
+    followed = routing.kept.followed = None if checks is None else checks.followed()
     routing.group.count_block(1)
     try:
         with followed or contextlib.nullcontext():

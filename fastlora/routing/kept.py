@@ -18,7 +18,7 @@ from fastlora.ops.factors import Tables
 from fastlora.ops.rows import Rows
 from fastlora.ops.torch.packed import LayerPack, is_for
 from fastlora.ops.torch.packed_choice import RowsKind
-from fastlora.routing.banks import FollowedRows
+from fastlora.routing.row_checks import FollowedRows
 from fastlora.routing.watch import Watch
 from fastlora.weight_marks import marks
 
@@ -166,7 +166,7 @@ class BlockKept:
         seeds: By device and stream, the dropout seeds of layers by number.
         sets: What the model keeps of sets of adapters, by their keys.
         is_checked: Whether the host has looked at the ids.
-        followed: What follows the rows of the block; None where no layer can see a part of them.
+        followed: What checks the rows that layers get in the block; None where all are known.
     """
 
     decisions: dict[int, Any] = field(default_factory=dict)

@@ -19,7 +19,6 @@ from torch import nn
 
 from fastlora.ops.rows import Rows, sort_rows
 from fastlora.ops.seeds import layer_seeds, seeds_of_layer
-from fastlora.routing.banks import Banks, refuse_part
 from fastlora.routing.ids import NO_ADAPTER, Unchecked, fits
 from fastlora.routing.kept import (
     BlockKept,
@@ -28,6 +27,7 @@ from fastlora.routing.kept import (
     SetPack,
     stream_of,
 )
+from fastlora.routing.row_checks import RowChecks, refuse_part
 from fastlora.validation import AdapterNotFoundError, AdapterStateError
 from fastlora.weight_marks import Kept
 
@@ -43,13 +43,13 @@ class Group(Kept):
     Attributes:
         packs: Sets of adapters that the model keeps packed.
         unchecked: Batches whose ids the host has not seen yet.
-        banks: Layers that may see only a part of a batch's rows; None until they are looked for.
+        row_checks: What is known of the rows that layers get; None until layers have joined.
     """
 
     def __init__(self) -> None:
         self.packs = PackCache()
         self.unchecked = Unchecked()
-        self.banks: Banks | None = None
+        self.row_checks: RowChecks | None = None
         self._open = 0
         self._lock = threading.Lock()
 
@@ -134,6 +134,11 @@ class Routing:
             kept.is_checked = True
         return known
 
+    @property
+    def may_mix(self) -> bool:
+        """Whether rows can have different adapters: not with a single id."""
+        return self.ids.numel() > 1
+
     def check_rows(self, layer: RoutedLayer, x: torch.Tensor, compiling: bool) -> None:
         """Raises where a layer gets only some rows of the batch, or may in compiled code.
 
@@ -143,7 +148,7 @@ class Routing:
         followed = None if compiling else self.kept.followed
         if followed is not None:
             followed.check(layer, x)
-        elif layer.sees_part:
+        elif layer.sees_part and (compiling or self.may_mix):
             refuse_part(layer)
 
     def resting(self) -> contextlib.AbstractContextManager[None]:
@@ -221,4 +226,4 @@ def join_group(group: Group, root: nn.Module, layers: Sequence[tuple[str, Routed
         numbers = number_layers([name for name, _ in new], taken)
         for number, (_, layer) in zip(numbers, new, strict=True):
             layer.routed_by, layer.routed_as = group, number
-    group.banks = Banks(root, layers)
+    group.row_checks = RowChecks(root, layers)

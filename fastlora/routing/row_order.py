@@ -33,7 +33,8 @@ class Kind(enum.Enum):
         CHOSEN: Rows that the data chose, or placed.
         TABLE: Made from parameters and constants alone: its rows are no rows of the batch.
         COUNTED: A table that `torch.arange` counted: an index that keeps the order.
-        CHOICE: Ones and zeros in floating point, by which a product may choose rows.
+        CHOICE: Weights in floating point, zero or not by the data: a product may choose rows by
+            them.
     """
 
     ROWS = enum.auto()
@@ -228,20 +229,22 @@ class RowOrder(TorchDispatchMode):
     def _placed(
         self,
         dest: torch.Tensor,
-        index: torch.Tensor | None,
-        values: object,
+        indices: list[torch.Tensor],
+        values: Any,
         first: bool,
     ) -> tuple[Any, ...]:
-        """Returns the mark of a destination behind values that were put there by an index."""
+        """Returns the mark of a destination behind values that were put there by indices."""
+        index = next(iter(indices), None)
         mark, kind = self._mark(dest), self._kind(dest)
-        brought = self._kind(values) if isinstance(values, torch.Tensor) else Kind.TABLE
+        rows = isinstance(values, torch.Tensor) and values.dim() > 0
+        brought = self._kind(values) if rows else Kind.TABLE
         if brought is Kind.COUNTED and index is not None and first:
             return Kind.TABLE, None, self._origin(index)  # the inverse of the index
         if kind not in _TABLES:
             return kind, *(() if mark is None else mark[2:])
         if brought in _TABLES:
-            tables = index is None or self._kind(index) in _TABLES
-            return (kind if tables else Kind.ROWS,)
+            tables = all(self._kind(index) in _TABLES for index in indices)
+            return (kind if tables else Kind.CHOICE,)  # as ones at the places of a choice
         if brought is Kind.CHOSEN or not first or index is None:
             return (Kind.ROWS,)  # put back where they came from
         counted = self._kind(index) is Kind.COUNTED
@@ -330,8 +333,7 @@ def _copied_into(order: RowOrder, args: tuple[Any, ...], out: object) -> tuple[A
 
 def _index_put(order: RowOrder, args: tuple[Any, ...], out: object) -> tuple[Any, ...] | None:
     dest, indices, values = args[:3]
-    index = next((index for index in indices if index is not None), None)
-    return order._placed(dest, index, values, indices[0] is not None)
+    return order._placed(dest, list(_tensors(indices)), values, indices[0] is not None)
 
 
 def _along(order: RowOrder, args: tuple[Any, ...], out: object) -> tuple[Any, ...] | None:
@@ -343,7 +345,7 @@ def _along(order: RowOrder, args: tuple[Any, ...], out: object) -> tuple[Any, ..
 def _put_along(order: RowOrder, args: tuple[Any, ...], out: object) -> tuple[Any, ...] | None:
     """The rule of `index_add`, `index_copy` and `scatter`."""
     dest, dim, index, values = args[:4]
-    return order._placed(dest, index, values, dim in (0, -dest.dim()))
+    return order._placed(dest, [index], values, dim in (0, -dest.dim()))
 
 
 def _flat(order: RowOrder, args: tuple[Any, ...], out: object) -> tuple[Any, ...] | None:
@@ -353,7 +355,7 @@ def _flat(order: RowOrder, args: tuple[Any, ...], out: object) -> tuple[Any, ...
 
 def _mask_put(order: RowOrder, args: tuple[Any, ...], out: object) -> tuple[Any, ...] | None:
     dest, mask, values = args[:3]
-    return order._placed(dest, mask, values, True)
+    return order._placed(dest, [mask], values, True)
 
 
 def _embedded(order: RowOrder, args: tuple[Any, ...], out: object) -> tuple[Any, ...] | None:
@@ -361,13 +363,34 @@ def _embedded(order: RowOrder, args: tuple[Any, ...], out: object) -> tuple[Any,
     return order._taken(weight, ids, True)
 
 
-def _sorted(order: RowOrder, args: tuple[Any, ...], out: object) -> tuple[Any, ...] | None:
+def _sorted(order: RowOrder, args: tuple[Any, ...], out: Any) -> tuple[Any, ...] | None:
     """The rule of `sort`: sorting an index gives its inverse."""
-    source = next(_tensors(args))
+    source, dim = next(_tensors(args)), out[0].dim() - 1
     order._put(out, Kind.ROWS)
-    if isinstance(out, (tuple, list)) and not source.is_floating_point():
+    if not source.is_floating_point():
         order._put(out[1], Kind.ROWS, None, order._origin(source))
+    elif dim == 0:
+        order._put(out[0], Kind.CHOSEN, order._origin(out[1]))
     return None
+
+
+def _product(order: RowOrder, args: tuple[Any, ...], out: object) -> tuple[Any, ...] | None:
+    """The rule of an elementwise product: a weighted choice is one too."""
+    operands = list(_tensors(args))
+    kinds = [order._kind(tensor) for tensor in operands]
+    if Kind.CHOICE in kinds and Kind.CHOSEN not in kinds:
+        return (Kind.CHOICE,)
+    return order._together(operands, out)
+
+
+def _where(order: RowOrder, args: tuple[Any, ...], out: object) -> tuple[Any, ...] | None:
+    """The rule of `where`: between constants, a condition makes a choice."""
+    condition, *branches = args
+    if order._kind(condition) is Kind.ROWS and all(
+        order._kind(tensor) in _TABLES for tensor in branches
+    ):
+        return (Kind.CHOICE,)
+    return order._together(list(_tensors(args)), out)
 
 
 def _fresh(order: RowOrder, args: tuple[Any, ...], out: object) -> tuple[Any, ...] | None:
@@ -396,7 +419,9 @@ _RULES: dict[Any, Rule] = {
     **dict.fromkeys((aten.scatter, aten.scatter_, aten.scatter_add, aten.scatter_add_), _put_along),
     **dict.fromkeys((aten.scatter_reduce, aten.scatter_reduce_), _put_along),
     **dict.fromkeys((aten.masked_scatter, aten.masked_scatter_), _mask_put),
-    aten.sort: _sorted,
+    **dict.fromkeys((aten.sort, aten.topk), _sorted),
+    **dict.fromkeys((aten.mul, aten.mul_), _product),
+    aten.where: _where,
     aten._to_copy: _copied,
     **dict.fromkeys((aten.mm, aten.bmm, aten.matmul, aten.linear, aten._grouped_mm), _rows_from(0)),
     **dict.fromkeys((aten.mv, aten.convolution), _rows_from(0)),

@@ -6,6 +6,7 @@ multiple of the number of ids, they got another adapter's update without an erro
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -22,8 +23,8 @@ from tests.support.tiny import randomise, tiny, with_adapters
 
 D = 8
 X = torch.randn(2, 4, D, generator=torch.Generator().manual_seed(1))
-# Which expert each of the 8 tokens goes to: 4 tokens to each of 2.
-CHOICE = torch.tensor([0, 1, 0, 1, 1, 0, 1, 0])
+# Which expert each of the 8 tokens goes to: 4 tokens to each of 2, of both samples.
+CHOICE = torch.tensor([0, 0, 0, 1, 1, 1, 1, 0])
 # Both experts get every token, in an order that the router chose.
 BOTH = torch.tensor([5, 2, 7, 0, 1, 6, 3, 4])
 IDS = ["a", "b"]
@@ -169,6 +170,46 @@ def by_product(experts: Experts, x: torch.Tensor) -> torch.Tensor:
     return torch.einsum("tec,ecd->td", dispatch, made)
 
 
+def by_placed_ones(experts: Experts, x: torch.Tensor) -> torch.Tensor:
+    """By a product with ones that were written into zeros."""
+    places = CHOICE.argsort().argsort()
+    dispatch = torch.zeros(8, 8).scatter_(1, places[:, None], 1.0)
+    return _dispatched(experts, x, dispatch)
+
+
+def by_indexed_ones(experts: Experts, x: torch.Tensor) -> torch.Tensor:
+    """By a product with ones at the places of tokens."""
+    dispatch = torch.zeros(8, 8)
+    dispatch[torch.arange(8), CHOICE.argsort().argsort()] = 1.0
+    return _dispatched(experts, x, dispatch)
+
+
+def by_comparison(experts: Experts, x: torch.Tensor) -> torch.Tensor:
+    """By a product with ones where a place is a token's own."""
+    own = CHOICE.argsort().argsort()[:, None] == torch.arange(8)
+    return _dispatched(experts, x, torch.where(own, 1.0, 0.0))
+
+
+def by_weights(experts: Experts, x: torch.Tensor) -> torch.Tensor:
+    """By a product with the router's weights, zero in the places of others."""
+    weights = nn.functional.one_hot(CHOICE.argsort().argsort(), 8).float()
+    return _dispatched(experts, x, x[:, :1].sigmoid() * weights)
+
+
+def _dispatched(experts: Experts, x: torch.Tensor, dispatch: torch.Tensor) -> torch.Tensor:
+    parts = (dispatch.t() @ x).view(2, 4, D)
+    made = torch.cat([expert(part) for expert, part in zip(experts, parts, strict=True)])
+    return dispatch @ made
+
+
+def by_sorted_weights(experts: Experts, x: torch.Tensor) -> torch.Tensor:
+    """Tokens are multiplied by their sorted weights before their experts."""
+    weights, order = x[:, 0].sort()
+    parts = (x[order] * weights[:, None].expand(8, D)).split(4)
+    made = torch.cat([expert(part) for expert, part in zip(experts, parts, strict=True)])
+    return made[order.argsort()]
+
+
 def by_counting(experts: Experts, x: torch.Tensor) -> torch.Tensor:
     """Each expert gets a fixed part of the tokens."""
     parts = [expert(x[torch.arange(4 * n, 4 * n + 4)]) for n, expert in enumerate(experts)]
@@ -177,7 +218,8 @@ def by_counting(experts: Experts, x: torch.Tensor) -> torch.Tensor:
 
 WAYS = [
     *(by_index, by_mask, by_new_dimension, by_index_select, by_gather, by_sorting, by_buffer),
-    *(by_product, by_counting),
+    *(by_product, by_placed_ones, by_indexed_ones, by_comparison, by_weights),
+    *(by_sorted_weights, by_counting),
 ]
 
 
@@ -317,6 +359,49 @@ def test_experts_that_run_late_are_refused() -> None:
     model.train()
     with pytest.raises(UnsupportedLayerError, match="'0.left.w1'"), adapters(model, IDS):
         model(X)
+
+
+def test_an_expert_that_gets_all_rows_does_not_speak_for_the_others() -> None:
+    """A layer that was never followed and looks like an expert is refused, however late it runs."""
+    sparse = [False]
+
+    def second(experts: Experts, x: torch.Tensor) -> torch.Tensor:
+        out = experts[0](x)
+        index = CHOICE.nonzero().flatten()
+        return out.index_add(0, index, experts[1](x[index])) if sparse[0] else out
+
+    model = ours(moe(InList, second))
+    for _ in range(9):
+        with adapters(model, IDS):
+            model(X)
+    sparse[0] = True
+    with pytest.raises(UnsupportedLayerError, match="'0.experts.1.w1'"), adapters(model, IDS):
+        model(X)
+
+
+def test_a_layer_without_alike_siblings_is_refused() -> None:
+    """As the head of a masked language model, where it gets the masked tokens alone."""
+
+    class Head(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w1 = nn.Linear(D, 5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.w1(x.reshape(-1, D)[CHOICE == 0])
+
+    refuses(ours(Head()), "w1")
+
+
+def test_experts_run_in_a_batch_of_one_id() -> None:
+    """All of its rows have one adapter."""
+    model = ours(moe(InList, by_index))
+    refuses(model, "0.experts.0.w1")
+    for name in IDS:
+        model.set_adapter(name)
+        with adapters(model, [name]):
+            found = model(X.view(1, 8, D))
+        torch.testing.assert_close(found, model(X.view(1, 8, D)))
 
 
 def test_a_copy_of_a_model_refuses_its_experts() -> None:
@@ -468,8 +553,8 @@ def test_models_of_transformers_share_a_batch(kind: str) -> None:
                 alone = values({key: value[row : row + 1] for key, value in batch.items()})
             for each in found:
                 torch.testing.assert_close(each[row], alone[0], rtol=1e-4, atol=1e-5)
-    banks = model.base_model.group.banks
-    assert banks is not None and banks.followed() is None  # later blocks cost nothing
+    checks = model.base_model.group.row_checks
+    assert checks is not None and checks.followed() is None  # later blocks cost nothing
 
 
 def test_a_beam_search_shares_a_batch() -> None:
@@ -563,6 +648,17 @@ def test_a_router_beside_alike_modules_makes_them_experts() -> None:
         compiled(X)
 
 
+def test_compiled_code_alone_ends_the_following() -> None:
+    torch._dynamo.reset()
+    model = ours(Layers())
+    compiled = torch.compile(model, backend="eager")
+    for _ in range(9):
+        with torch.no_grad(), adapters(model, IDS):
+            compiled(X)
+    followed = model.base_model.group.row_checks.followed()
+    assert followed is not None and followed.order is None
+
+
 # --------------------------------------------------------------------------------- idle layers
 
 
@@ -582,11 +678,12 @@ def test_a_part_of_the_model_that_is_idle_ends_the_following() -> None:
     for _ in range(12):
         with torch.no_grad(), adapters(model, IDS):
             model(X)
-    banks = model.base_model.group.banks
-    followed = banks.followed()
+    checks = model.base_model.group.row_checks
+    followed = checks.followed()
     assert followed is not None and followed.order is None
     base.uses_image = True
-    for _ in range(2):
-        with torch.no_grad(), adapters(model, IDS):
+    first = pytest.warns(UserWarning, match="'image.layers.0.w1' runs in a mixed batch for the")
+    for warned in (first, contextlib.nullcontext()):
+        with warned, torch.no_grad(), adapters(model, IDS):
             model(X)
-    assert banks.followed() is None
+    assert checks.followed() is None

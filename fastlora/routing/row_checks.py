@@ -1,0 +1,261 @@
+"""Checks that every layer gets all rows of a mixed batch, in the order of the batch.
+
+A mixed batch gives a layer's rows to adapters by their position. That is wrong for an expert of a
+mixture, and for any other layer with rows that the data chose. The first mixed batch in which a
+layer runs follows the rows (`fastlora.routing.row_order`): either they reach the layer in order, or
+the layer raises before it computes. Later batches do not follow the rows of this layer.
+
+Training and evaluation are checked separately. Compiled code cannot be followed: a layer that looks
+like an expert raises there until a batch without compilation has shown that it gets all rows.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastlora.routing.row_order import RowOrder
+from fastlora.validation import UnsupportedLayerError
+
+# After so many followed blocks, layers that have not run, as in an unused part of the model, do not
+# keep later blocks followed: following costs 8 us an operator.
+_MOST_BLOCKS = 8
+
+
+class RowChecks:
+    """What is known of the rows that a model's layers get.
+
+    Args:
+        root: The model.
+        layers: Names in it, and the layers that mixed batches concern.
+    """
+
+    def __init__(self, root: nn.Module, layers: Iterable[tuple[str, Any]]) -> None:
+        layers = list(layers)
+        alike = _Alike()
+        self._first = layers[0][1] if layers else None
+        self._names = {layer.routed_as: name for name, layer in layers}
+        # By mode (training or not), the layers that a followed block has shown to get all rows,
+        # and how many blocks were followed.
+        self._shown: dict[bool, set[int]] = {False: set(), True: set()}
+        self._blocks = {False: 0, True: 0}
+        self._refused: set[int] = set()
+        for name, layer in layers:
+            layer.sees_part = alike.is_expert(root, name, layer)
+
+    def followed(self) -> FollowedRows | None:
+        """Returns what checks the layers of a block; None where all of them have been shown."""
+        if self._first is None:
+            return None
+        mode = bool(self._first.training)
+        if len(self._shown[mode]) == len(self._names):
+            return None
+        return FollowedRows(self, mode, self._blocks[mode] < _MOST_BLOCKS)
+
+    def name_of(self, layer: Any) -> str:
+        """Returns the name of a layer in the model."""
+        return self._names.get(layer.routed_as, type(layer).__name__)
+
+    def is_refused(self, layer: Any) -> bool:
+        """Whether a block has shown that a layer gets only some rows."""
+        return layer.routed_as in self._refused
+
+    def end_block(self, mode: bool, ran: Iterable[Any]) -> None:
+        """Notes the layers that a followed block has shown to get all rows."""
+        self._blocks[mode] += 1
+        for layer in ran:
+            if layer.routed_as not in self._refused:
+                self._shown[bool(layer.training)].add(layer.routed_as)
+                layer.sees_part = False
+
+    def refuse(self, layer: Any) -> None:
+        """Has a layer raise from now on, in compiled code too, and raises for it.
+
+        Raises:
+            UnsupportedLayerError: Always.
+        """
+        layer.sees_part = True
+        self._refused.add(layer.routed_as)
+        refuse_part(layer)
+
+    def note_unchecked(self, layer: Any) -> None:
+        """Warns where a layer runs for the first time, unfollowed; the next block is followed."""
+        mode = bool(layer.training)
+        if layer.routed_as in self._shown[mode] or self._blocks[mode] < _MOST_BLOCKS:
+            return
+        self._blocks[mode] = 0
+        warnings.warn(
+            f"layer {self.name_of(layer)!r} runs in a mixed batch for the first time, after "
+            f"{_MOST_BLOCKS} without it. Whether it gets every row of the batch in order is "
+            "checked from the next mixed batch on",
+            stacklevel=2,
+        )
+
+
+class FollowedRows:
+    """Checks the layers of one block: a context manager around it.
+
+    Args:
+        checks: The model's.
+        mode: Whether the model trains.
+        follows: Whether rows are followed. Else it is only noted that a layer has run, which the
+            next block then follows.
+    """
+
+    def __init__(self, checks: RowChecks, mode: bool, follows: bool) -> None:
+        self._checks, self._mode = checks, mode
+        self.order = RowOrder() if follows else None
+        self._ran: dict[int, Any] = {}
+
+    def __enter__(self) -> FollowedRows:
+        if self.order is not None:
+            self.order.__enter__()
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if self.order is not None:
+            self.order.__exit__(kind, error, trace)
+            if kind is None:
+                self._checks.end_block(self._mode, self._ran.values())
+
+    def begin(self, inputs: Iterable[object]) -> None:
+        """Takes what a model is called with to be in the order of the batch."""
+        if self.order is not None:
+            self.order.in_order(inputs)
+
+    def abandon(self) -> None:
+        """Follows nothing from now on, and shows nothing of the layers that ran."""
+        self._ran.clear()
+        if self.order is not None:
+            self.order.blind()
+
+    def check(self, layer: Any, x: torch.Tensor) -> None:
+        """Raises `UnsupportedLayerError` for a layer whose input has rows that the data chose."""
+        if self.order is not None and self.order.sees:
+            if self.order.is_chosen(x):
+                self._checks.refuse(layer)
+            self._ran[layer.routed_as] = layer
+        elif layer.routed_as not in self._ran:  # a checkpoint may run it again in another thread
+            if layer.sees_part:
+                refuse_part(layer)
+            self._checks.note_unchecked(layer)
+
+
+def refuse_part(layer: Any) -> None:
+    """Raises for a layer that gets only some rows, or may where rows are not followed.
+
+    Raises:
+        UnsupportedLayerError: Always.
+    """
+    checks: RowChecks = layer.routed_by.row_checks
+    name = checks.name_of(layer)
+    advice = (
+        "leave it out of target_modules, or use one adapter at a time, with set_adapter() and "
+        "without fastlora.adapters or adapter_names"
+    )
+    if checks.is_refused(layer):
+        raise UnsupportedLayerError(
+            f"layer {name!r} gets only some rows of the batch, as an expert of a mixture does: "
+            f"their position does not tell which adapter they belong to; {advice}"
+        )
+    raise UnsupportedLayerError(
+        f"layer {name!r} looks like an expert of a mixture, which would get only "
+        "some rows of the batch, and no mixed batch has shown yet that it gets all of them: run "
+        f"one without torch.compile first. If it does not get all: {advice}"
+    )
+
+
+# --------------------------------------------------------------------------------------- structure
+
+
+_LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+
+
+class _Alike:
+    """Finds which modules are alike, and remembers it."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, int] = {}
+        self._numbers: dict[Any, int] = {}
+        self._counts: dict[int, Counter[int]] = {}
+
+    def is_expert(self, root: nn.Module, name: str, layer: Any) -> bool:
+        """Whether a layer looks like an expert, or like a part of one.
+
+        It is then in one of several alike siblings, and a name says so or a router is beside it.
+        """
+        names = name.split(".")
+        holder: nn.Module = root
+        above: nn.Module | None = None
+        for depth, part in enumerate(names):
+            child = holder._modules.get(part)
+            if child is None:
+                break
+            count = self._count(holder)[self._number(child)]
+            if count > 1:
+                words = [part, _class_name(child)]
+                if child is not layer or isinstance(holder, _LISTS):
+                    words += [names[depth - 1] if depth else "", _class_name(holder)]
+                if any("expert" in word.lower() for word in words):
+                    return True
+                if _has_router(holder, above, count, getattr(layer, "in_features", 0)):
+                    return True
+            holder, above = child, holder
+        return False
+
+    def _count(self, holder: nn.Module) -> Counter[int]:
+        """Returns how many children of a module have each number."""
+        known = self._counts.get(id(holder))
+        if known is None:
+            children = [child for child in holder._modules.values() if child is not None]
+            known = self._counts[id(holder)] = Counter(map(self._number, children))
+        return known
+
+    def _number(self, module: nn.Module) -> int:
+        """Returns a number that a module has in common with those that are alike."""
+        known = self._known.get(id(module))
+        if known is None:
+            look = (*_look(module), *((n, self._number(m)) for n, m in _children(module)))
+            known = self._known[id(module)] = self._numbers.setdefault(look, len(self._numbers))
+        return known
+
+
+def _base(module: nn.Module) -> nn.Module:
+    """Returns the module that adapters are on; the module itself where there are none."""
+    find: Any = getattr(module, "get_base_layer", None)
+    return module if find is None else find()
+
+
+def _class_name(module: nn.Module) -> str:
+    return type(_base(module)).__name__
+
+
+def _look(module: nn.Module) -> Sequence[object]:
+    """Returns class and shapes of a module's own parameters, adapters apart."""
+    base = _base(module)
+    kind = nn.Linear if base is module and hasattr(module, "lora_A") else type(base)
+    shapes = [(n, tuple(p.shape)) for n, p in base._parameters.items() if p is not None]
+    return (kind, *shapes)
+
+
+def _children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yields name and module of the children of what adapters are on, adapters apart."""
+    for name, child in _base(module)._modules.items():
+        if child is not None and not name.startswith("lora_"):
+            yield name, child
+
+
+def _has_router(holder: nn.Module, above: nn.Module | None, count: int, width: int) -> bool:
+    """Whether beside alike modules a matrix has a row for each of them, as wide as their input."""
+    beside = [module for module in (holder, above) if module is not None]
+    children = [child for module in beside for child in module._modules.values()]
+    for module in (*beside, *children):
+        parameters = () if module is None else _base(module)._parameters.values()
+        if any(p is not None and tuple(p.shape) == (count, width) for p in parameters):
+            return True
+    return False
