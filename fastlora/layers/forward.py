@@ -48,6 +48,8 @@ def begin(layer: CommonLayer, x: torch.Tensor) -> LayerCall | MixedCall:
         return LayerCall(layer, given, x, conditions, names)
     if layer.sees_part or (not conditions.compiling and routing.kept.followed is not None):
         routing.check_rows(layer, given, conditions.compiling)
+    if not conditions.compiling and given.dim() > 2 and len(given) != len(routing.ids):
+        routing.check_dimensions(layer, given)
     return MixedCall(layer, given, x, conditions, routing)
 
 

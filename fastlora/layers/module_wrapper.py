@@ -63,6 +63,8 @@ class ModuleWrapper(Adapted, nn.Module):
         """Checks that x has all rows of a batch; returns what to compute them within."""
         compiling = conditions_of(x, "eager").compiling
         routing.check_rows(self, x, compiling)
+        if not compiling:
+            routing.check_dimensions(self, x)
         return nullcontext() if compiling else routing.resting()
 
     # ----------------------------------------------------------------------------- adapters

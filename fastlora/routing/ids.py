@@ -105,6 +105,20 @@ def fits(rows: int, ids: int) -> bool:
     return not rows % ids if ids else not rows
 
 
+def is_aligned(shape: Sequence[int], ids: int) -> bool:
+    """Whether leading dimensions of a batch, flattened, end an id's rows where an entry ends.
+
+    5 tokens of 2 samples, ``[5, 2]``, do not: the first 5 rows are those of 2.5 tokens.
+    """
+    for size in shape:
+        if size % ids == 0:
+            return True
+        if ids % size:
+            return False
+        ids //= size
+    return ids == 1
+
+
 class _Pending(NamedTuple):
     """The flag of one batch; ``arrived`` is behind its way to the host, None where it is there."""
 

@@ -19,7 +19,7 @@ from torch import nn
 
 from fastlora.ops.rows import Rows, sort_rows
 from fastlora.ops.seeds import layer_seeds, seeds_of_layer
-from fastlora.routing.ids import NO_ADAPTER, Unchecked, fits
+from fastlora.routing.ids import NO_ADAPTER, Unchecked, fits, is_aligned
 from fastlora.routing.kept import (
     BlockKept,
     PackCache,
@@ -150,6 +150,24 @@ class Routing:
             followed.check(layer, x)
         elif layer.sees_part and (compiling or self.may_mix):
             refuse_part(layer)
+
+    def check_dimensions(self, layer: RoutedLayer, x: torch.Tensor) -> None:
+        """Raises where the samples cannot be along the first dimension of ``x [..., K]``.
+
+        Raises:
+            ValueError: The rows of an id would end within an entry of the first dimensions.
+        """
+        count = self.ids.numel()
+        if not count or x.dim() < 3 or x.shape[0] % count == 0:
+            return
+        leading = x.shape[:-1]
+        if fits(leading.numel(), count) and not is_aligned(leading, count):
+            checks = self.group.row_checks
+            name = type(layer).__name__ if checks is None else checks.name_of(layer)
+            raise ValueError(
+                f"layer {name!r} got {list(x.shape)} in a batch with {count} adapter ids; expected "
+                "the samples along the first dimension, with as many entries each, or tokens"
+            )
 
     def resting(self) -> contextlib.AbstractContextManager[None]:
         """Within the block rows are not followed: layers sort them, and put them back."""

@@ -404,6 +404,31 @@ def test_experts_run_in_a_batch_of_one_id() -> None:
         torch.testing.assert_close(found, model(X.view(1, 8, D)))
 
 
+class SequenceFirst(nn.Module):
+    """Its linear gets ``[T, B, K]``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(D, D)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Maps ``[B, T, K]`` to ``[B, T, K]``."""
+        return self.w1(x.transpose(0, 1)).transpose(0, 1)
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_samples_that_are_not_along_the_first_dimension_are_refused(saved: bool) -> None:
+    """Rows went to adapters in order: those of the first half of the tokens to the first one."""
+    base = nn.ModuleDict({"inner": SequenceFirst(), "w2": nn.Linear(D, D)})
+    base.forward = base["inner"].forward
+    torch.manual_seed(0)
+    made = LoraConfig(r=2, target_modules=["w2"], modules_to_save=["w1"])
+    model = with_adapters(base, dict.fromkeys(IDS, made)) if saved else ours(base)
+    match = r"layer 'inner.w1' got \[5, 2, 8\] in a batch with 2 adapter ids"
+    with pytest.raises(ValueError, match=match), adapters(model, IDS):
+        model(torch.randn(2, 5, D))
+
+
 def test_a_copy_of_a_model_refuses_its_experts() -> None:
     import copy
 
