@@ -365,11 +365,17 @@ def _embedded(order: RowOrder, args: tuple[Any, ...], out: object) -> tuple[Any,
 
 def _sorted(order: RowOrder, args: tuple[Any, ...], out: Any) -> tuple[Any, ...] | None:
     """The rule of `sort`: sorting an index gives its inverse."""
-    source, dim = next(_tensors(args)), out[0].dim() - 1
-    order._put(out, Kind.ROWS)
+    source = next(_tensors(args))
+    _largest(order, args, out)
     if not source.is_floating_point():
         order._put(out[1], Kind.ROWS, None, order._origin(source))
-    elif dim == 0:
+    return None
+
+
+def _largest(order: RowOrder, args: tuple[Any, ...], out: Any) -> tuple[Any, ...] | None:
+    """The rule of `topk`: a vector's values are chosen by the indices beside them."""
+    order._put(out, Kind.ROWS)
+    if out[0].dim() == 1:
         order._put(out[0], Kind.CHOSEN, order._origin(out[1]))
     return None
 
@@ -419,7 +425,8 @@ _RULES: dict[Any, Rule] = {
     **dict.fromkeys((aten.scatter, aten.scatter_, aten.scatter_add, aten.scatter_add_), _put_along),
     **dict.fromkeys((aten.scatter_reduce, aten.scatter_reduce_), _put_along),
     **dict.fromkeys((aten.masked_scatter, aten.masked_scatter_), _mask_put),
-    **dict.fromkeys((aten.sort, aten.topk), _sorted),
+    aten.sort: _sorted,
+    aten.topk: _largest,
     **dict.fromkeys((aten.mul, aten.mul_), _product),
     aten.where: _where,
     aten._to_copy: _copied,
