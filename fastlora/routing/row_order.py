@@ -20,7 +20,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _get_current_dispatch_mode,
+    _pop_mode_temporarily,
+)
 
 aten = torch.ops.aten
 
@@ -102,7 +106,14 @@ class RowOrder(TorchDispatchMode):
 
     @contextlib.contextmanager
     def resting(self) -> Iterator[None]:
-        """Within the block nothing is noted: what it returns has the order of what it was given."""
+        """Within the block nothing is noted: what it returns has the order of what it was given.
+
+        The mode leaves PyTorch's stack of modes, so layers that share an input stay together.
+        """
+        if torch._C._len_torch_dispatch_stack() and _get_current_dispatch_mode() is self:
+            with _pop_mode_temporarily():
+                yield
+            return
         before, self._rests = self._rests, True
         try:
             yield
