@@ -18,14 +18,18 @@ from fastlora.validation import CheckpointError, ConfigError
 
 # Seconds of processor time for all patterns of an adapter.
 MATCHING_SECONDS = 0.25
-# PCRE2 takes 10 ms for these steps. Real patterns on real names need at most a tenth of them.
+# PCRE2 counts points that it may return to. It takes 10 ms for these of a usual pattern. Real
+# patterns on real names need at most a tenth of them.
 _STEPS = 100_000
+# Between two such points it may pass the whole pattern. It takes 0.1 s for these characters.
+_CHARACTERS = 40_000_000
 _HEAP_KIB = 8192
 # PCRE2 refuses patterns that compile to more than 64 KiB. It reads this many in 3 ms.
 _MOST_CHARACTERS = 1 << 16
 
 # In these, a dot is the only special character, and it matches any character.
 _PLAIN = re.compile(r"[\w.-]+")
+_COUNT = re.compile(r"[{,]\s*(\d+)")
 
 
 class _Bounded:
@@ -69,7 +73,8 @@ class _Bounded:
                 "pcre2; install it with: pip install pcre2"
             ) from error
         # The limits stand first. PCRE2 takes no others from behind a parenthesis.
-        limits = f"(*LIMIT_MATCH={_STEPS})(*LIMIT_HEAP={_HEAP_KIB})"
+        steps = min(_STEPS, _CHARACTERS // _expanded_length(pattern, expression))
+        limits = f"(*LIMIT_MATCH={steps})(*LIMIT_HEAP={_HEAP_KIB})"
         try:
             found = pcre2.compile(f"{limits}(?:{expression})", jit=False)
         except pcre2.LibraryError as error:
@@ -234,6 +239,16 @@ def _match(field: str, pattern: str, form: str, name: str, *, whole: bool = Fals
         if bounded is not None and not is_plain:
             return bounded.match(field, pattern, expression, name, whole=whole)
         return re.fullmatch(expression, name) if whole else re.match(expression, name)
+
+
+def _expanded_length(pattern: str, expression: str) -> int:
+    """Returns the most characters of an expression once PCRE2 has repeated what has a count."""
+    length = len(expression)
+    for count in _COUNT.findall(pattern):
+        length *= max(1, int(count[:6]))  # PCRE2 refuses counts of more digits
+        if length > _CHARACTERS:
+            break
+    return length
 
 
 def _end_with_dots(name: str, lengths: tuple[int, ...]) -> str | None:

@@ -170,6 +170,23 @@ def test_a_pattern_that_backtracks_is_refused_at_once(
 @pytest.mark.parametrize(
     "pattern",
     [
+        ".*?" * 6 + r"\b" * 20_000 + "[!?]",
+        r"(?:.?){30}(?:\b){9000}[!?]",
+        r"(?:\w?){9}X|" + ".*?" * 6 + r"(?:(?:\b){90}){ 90 }[!?]",
+    ],
+    ids=["long", "repeated", "cheap at first"],
+)
+def test_a_long_way_between_two_steps_is_bounded(pattern: str) -> None:
+    """E2: PCRE2 counts no step of most parts of a pattern, and 100,000 steps then take seconds."""
+    start = time.thread_time()
+    with bounded_matching(), pytest.raises(CheckpointError, match="target_modules: .*too long"):
+        matches_whole("target_modules", pattern, NAME)
+    assert time.thread_time() - start < 2 * patterns.MATCHING_SECONDS
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
         "(?:(?:(?:(?:a?b){50}){50}){50}){50}",  # PyPI's regex takes 18 s and 2.8 GB for it
         "(?:(a?){4000}){4000}",
         "(" * 5000 + "a" + ")*" * 5000,
