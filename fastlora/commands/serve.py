@@ -259,7 +259,8 @@ def _bound(host: str, port: int) -> Iterator[socket.socket]:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
     except socket.gaierror as error:
         raise CommandError(f"--host {host}: no such address ({error.strerror})") from error
-    with socket.socket(family, socket.SOCK_STREAM) as listening:
+    # asyncio sets TCP_NODELAY only where the protocol is named.
+    with socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listening:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listening.bind((host, port))

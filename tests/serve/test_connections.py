@@ -215,6 +215,39 @@ def test_unfinished_requests_do_not_delay_the_end() -> None:
         assert b"".join(iter(lambda: busy.recv(1 << 16), b"")).endswith(b"0\r\n\r\n")
 
 
+def test_small_chunks_hold_nobody_up(address: tuple[str, int]) -> None:
+    """E1: h11 takes 20 us for a chunk, so a body of such chunks would occupy the server."""
+    head = b"POST /x HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+    with contextlib.ExitStack() as stack:
+        own, *small = (stack.enter_context(socket.create_connection(address)) for _ in range(4))
+        assert b"hi" in answer(own)
+        for connection in small:
+            connection.sendall(head)
+            connection.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                connection.send(b"1\r\na\r\n" * 100_000)
+        start = time.monotonic()
+        assert b"hi" in answer(own)
+        assert time.monotonic() - start < 0.7
+        for connection in small:
+            assert seconds_open(connection) < SHORT.body_seconds
+        usual = stack.enter_context(socket.create_connection(address))
+        usual.sendall(head + (b"400\r\n" + bytes(1024) + b"\r\n") * 200 + b"0\r\n\r\n")
+        usual.settimeout(5)
+        data = b""
+        while len(data) < 200 * 1024:
+            data += usual.recv(1 << 20)
+        assert data.startswith(b"HTTP/1.1 200")
+
+
+def test_answers_are_sent_at_once() -> None:
+    """asyncio turns Nagle's algorithm off only where a socket names its protocol."""
+    with serve._bound("127.0.0.1", 0) as bound, socket.create_connection(bound.getsockname()):
+        accepted, _ = bound.accept()
+        with accepted:
+            assert accepted.proto == socket.IPPROTO_TCP
+
+
 def test_limits_leave_descriptors() -> None:
     """E1: connections, and those that are accepted while others are closed, fit in the limit."""
     for descriptors in (80, 256, 1024, 20_000, 1 << 20):
