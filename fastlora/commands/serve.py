@@ -185,9 +185,10 @@ def server_of(app: Any, args: argparse.Namespace, limits: Limits) -> uvicorn.Ser
 
     from fastlora.serve.connections import Connections, ConnectionServer
 
+    connections = Connections(limits)
     config = uvicorn.Config(
         app,
-        http=Connections(limits).protocol,  # type: ignore[arg-type] # it is called like a class
+        http=connections.protocol,  # type: ignore[arg-type] # it is called like a class
         ws="none",  # an upgraded connection would have no deadline
         backlog=limits.backlog,
         timeout_keep_alive=max(1, round(limits.idle_seconds)),
@@ -197,7 +198,7 @@ def server_of(app: Any, args: argparse.Namespace, limits: Limits) -> uvicorn.Ser
         timeout_graceful_shutdown=max(1, round(args.drain)),
         server_header=False,
     )
-    return ConnectionServer(config)
+    return ConnectionServer(config, connections)
 
 
 def build(args: argparse.Namespace) -> tuple[Any, list[str]]:

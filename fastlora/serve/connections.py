@@ -23,9 +23,8 @@ from fastlora.validation import ConfigError
 _log = logging.getLogger("fastlora.serve")
 _OTHER_FILES = 64  # than connections: the model's, adapters that are being read, pipes
 _LEAST = 8
-_READ = 1 << 13  # bytes at a time, which h11 takes apart in at most 40 ms
-# Bytes of a body that are the framing of its chunks. h11 takes as long for a chunk as for 20 KB.
-_MOST_FRAMING = 1 << 14
+_SMALL = 256  # bytes of a chunk that takes h11 longer to find than to copy, some 20 us
+_MOST_SMALL = 2048  # such chunks in a body
 _QUEUE = 1024  # the kernel drops connections beyond it, and their clients try again after a second
 _BUSY = b"HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
 
@@ -69,12 +68,13 @@ class Connections:
 
     Attributes:
         waiting: Connections in the order of their waiting, by what they wait for.
+        ending: The server takes no connection any more.
     """
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
         self.open = 0
-        self.buffer = bytearray(_READ)  # one for all: each read is handled before the next one
+        self.ending = False
         self._unfinished: dict[Connection, None] = {}
         self._idle: dict[Connection, None] = {}
         self._unread: dict[Connection, None] = {}
@@ -96,6 +96,8 @@ class Connections:
         been served. A quarter of the connections is left to unfinished requests, so that
         idle connections do not keep new clients out.
         """
+        if self.ending:
+            return False
         if self.open < self.limits.most:
             return True
         _log.warning("%d connections are open; new ones close those that wait", self.limits.most)
@@ -108,16 +110,18 @@ class Connections:
         return longest is not None
 
 
-class Connection(H11Protocol, asyncio.BufferedProtocol):
+class Connection(H11Protocol):
     """uvicorn's protocol, with a deadline whenever the connection waits for its client.
 
-    It reads little at a time, and closes a connection whose body comes in too many small chunks.
+    It also closes a connection whose body comes in too many small chunks.
     """
 
     def __init__(self, every: Connections, **given: Any) -> None:
         super().__init__(**given)
         self._every, self._counted = every, False
-        self._framing = 0
+        self._small_chunks = 0
+        self._parsed_event = self.conn.next_event
+        self.conn.next_event = self._next_event  # type: ignore[method-assign] # to count chunks
         self._waits: Waiting | None = None
         self._deadline: asyncio.TimerHandle | None = None
 
@@ -135,21 +139,9 @@ class Connection(H11Protocol, asyncio.BufferedProtocol):
         self._leave()
         super().connection_lost(exc)
 
-    def get_buffer(self, sizehint: int) -> bytearray:
-        return self._every.buffer
-
-    def buffer_updated(self, nbytes: int) -> None:
-        self.data_received(bytes(self._every.buffer[:nbytes]))
-
     def data_received(self, data: bytes) -> None:
-        cycle, has_chunks = self.cycle, self._has_chunks()
-        before = len(cycle.body) if has_chunks else 0
         super().data_received(data)
-        self._framing += len(data) - len(cycle.body) + before if has_chunks else -self._framing
-        if self._framing > _MOST_FRAMING:
-            self.end()
-        else:
-            self._look()
+        self._look()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
@@ -184,10 +176,17 @@ class Connection(H11Protocol, asyncio.BufferedProtocol):
                 seconds = self._every.limits.seconds(waits)
                 self._deadline = self.loop.call_later(seconds, self.end)
 
-    def _has_chunks(self) -> bool:
-        """Returns whether the client is sending a body in chunks."""
-        is_body = self.conn.their_state is h11.SEND_BODY
-        return is_body and any(name == b"transfer-encoding" for name, _ in self.headers)
+    def _next_event(self) -> Any:
+        """Returns what h11 has parsed next, for uvicorn."""
+        event = self._parsed_event()
+        if isinstance(event, h11.Request):
+            self._small_chunks = 0
+        elif isinstance(event, h11.Data) and event.chunk_start and len(event.data) < _SMALL:
+            self._small_chunks += 1
+            if self._small_chunks > _MOST_SMALL:
+                self.end()
+                return h11.NEED_DATA
+        return event
 
     def _waits_for(self) -> Waiting | None:
         if self.transport.is_closing() or self.flow.write_paused:
@@ -210,12 +209,23 @@ class Connection(H11Protocol, asyncio.BufferedProtocol):
 
 
 class ConnectionServer(uvicorn.Server):
-    """uvicorn's server, where more connections queue in the kernel than are accepted at a time."""
+    """uvicorn's server, where more connections queue in the kernel than are accepted at a time.
+
+    What was accepted as the server began to end is closed; uvicorn would wait for its deadline.
+    """
+
+    def __init__(self, config: uvicorn.Config, connections: Connections) -> None:
+        super().__init__(config)
+        self._connections = connections
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         for listening in sockets or ():
             listening.listen(_QUEUE)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._connections.ending = True
+        await super().shutdown(sockets)
 
 
 def raise_descriptor_limit() -> int | None:

@@ -18,7 +18,7 @@ from fastlora.validation import ConfigError
 
 pytest.importorskip("uvicorn", reason="the server needs it")
 
-from fastlora.serve.connections import Limits, limits_within, raise_descriptor_limit
+from fastlora.serve.connections import Connections, Limits, limits_within, raise_descriptor_limit
 
 SHORT = Limits(most=8, header_seconds=0.4, body_seconds=0.8, idle_seconds=0.6, backlog=2)
 HEAD = b"POST /%s HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n"
@@ -246,6 +246,14 @@ def test_answers_are_sent_at_once() -> None:
         accepted, _ = bound.accept()
         with accepted:
             assert accepted.proto == socket.IPPROTO_TCP
+
+
+def test_a_server_that_ends_takes_no_connection() -> None:
+    """E1: asyncio may have accepted one that uvicorn does not know of yet."""
+    connections = Connections(SHORT)
+    assert connections.make_room()
+    connections.ending = True
+    assert not connections.make_room()
 
 
 def test_limits_leave_descriptors() -> None:
