@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from fastlora.serve.sampling import MOST_STOPS, Sampling
 from fastlora.validation import ConfigError
@@ -32,6 +33,7 @@ _ASKS_NOTHING: Mapping[str, object] = {
     "top_logprobs": 0,
 }
 _INT64 = 2**63
+_MOST_PARTS = 2048  # of a conversation, as OpenAI has for messages; 30,000 take a second to check
 _T = TypeVar("_T")
 # One wrong element is enough: an error for each of a long list would hold everybody up for seconds.
 _List: TypeAlias = Annotated[list[_T], Field(fail_fast=True)]
@@ -52,7 +54,7 @@ class _Body(BaseModel):
             return data
         kept, unknown = {}, None
         for name, value in data.items():
-            if value is None or (name in cls.asks_nothing and value == cls.asks_nothing[name]):
+            if value is None or (name in cls.asks_nothing and _same(value, cls.asks_nothing[name])):
                 continue
             if name not in cls.model_fields:
                 unknown = name if unknown is None else unknown
@@ -156,6 +158,22 @@ class ChatBody(GenerationBody):
     messages: _List[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1, lt=_INT64)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _with_few_parts(cls, data: Any) -> Any:
+        """Refuses many messages, or many parts of them, before each is checked."""
+        messages = data.get("messages") if isinstance(data, dict) else None
+        if isinstance(messages, list):
+            contents = [own.get("content") for own in messages if isinstance(own, dict)]
+            parts = sum(max(1, len(own)) if isinstance(own, list) else 1 for own in contents)
+            if parts > _MOST_PARTS:
+                raise PydanticCustomError(
+                    "too_long",
+                    "messages have {parts} parts, expected at most {most}",
+                    {"parts": parts, "most": _MOST_PARTS},
+                )
+        return data
+
 
 class LoadBody(_Body):
     """vLLM's body of a load: where an adapter is, below the server's folder."""
@@ -170,6 +188,11 @@ class UnloadBody(_Body):
 
     lora_name: str = Field(max_length=256)
     lora_int_id: int | None = None
+
+
+def _same(value: object, other: object) -> bool:
+    """Whether two values of JSON are equal; ``logprobs: 0`` requests some, unlike False."""
+    return value == other and isinstance(value, bool) == isinstance(other, bool)
 
 
 def check_text(name: str, text: str) -> None:

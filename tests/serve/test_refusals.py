@@ -48,6 +48,7 @@ def refused(served: Any, path: str, status: int, body: Any, **options: Any) -> d
         ({"stop": "\ud800"}, "stop holds half a surrogate pair"),
         ({"n": 2}, "n: is not supported"),
         ({"logprobs": 3}, "logprobs: is not supported"),
+        ({"logprobs": 0}, "logprobs: is not supported"),  # of the answer's own tokens
         ({"presence_penalty": 1}, "presence_penalty: is not supported"),
         ({"tools": [{}]}, "tools: is not supported"),
         ({"no_such_thing": 1}, "no_such_thing: is not supported"),
@@ -104,6 +105,21 @@ def test_wrong_prompts(served: Any, prompt: Any, said: str) -> None:
 )
 def test_wrong_messages(served: Any, messages: Any, said: str) -> None:
     assert said in refused(served, CHAT, 400, {"messages": messages})["message"]
+
+
+@pytest.mark.parametrize(
+    ("count", "content"),
+    [(2049, "hi"), (2049, []), (1025, [{"type": "text", "text": ""}] * 2)],
+    ids=["messages", "empty messages", "parts"],
+)
+def test_a_conversation_of_too_many_parts(count: int, content: Any) -> None:
+    """E3: checking each of the 30,000 parts that fit in a body would hold everybody up."""
+    protocol = pytest.importorskip("fastlora.serve.protocol", reason="the server needs pydantic")
+    message = {"role": "user", "content": content}
+    body = {"model": "ash", "messages": [message] * (count - 1)}
+    assert len(protocol.ChatBody.model_validate(body).messages) == count - 1
+    with pytest.raises(ValueError, match=r"messages have \d+ parts, expected at most 2048"):
+        protocol.ChatBody.model_validate(body | {"messages": [message] * count})
 
 
 @pytest.mark.parametrize(
