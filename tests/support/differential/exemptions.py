@@ -175,7 +175,7 @@ def _only_extra(meeting: Meeting, *ends: str) -> bool:
     return ours is None and what.endswith(ends)
 
 
-def _weighted(*adapters: str, kind: str = "cat", name: str = "c", **options: Any) -> Operation:
+def _weighted(*adapters: str, kind: str = "cat", name: str = "birch", **options: Any) -> Operation:
     options |= {"adapters": list(adapters), "weights": [0.5 for _ in adapters]}
     return Operation("weighted", {"adapter_name": name, "combination_type": kind, **options})
 
