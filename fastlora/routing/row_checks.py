@@ -14,13 +14,17 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from fastlora.routing.row_order import RowOrder
 from fastlora.validation import UnsupportedLayerError
+
+if TYPE_CHECKING:
+    from fastlora.routing.kept import RoutedLayer
 
 # After so many followed blocks, layers that have not run, as in an unused part of the model, do not
 # keep later blocks followed: following costs 8 us an operator.
@@ -35,7 +39,7 @@ class RowChecks:
         layers: Names in it, and the layers that mixed batches concern.
     """
 
-    def __init__(self, root: nn.Module, layers: Iterable[tuple[str, Any]]) -> None:
+    def __init__(self, root: nn.Module, layers: Iterable[tuple[str, RoutedLayer]]) -> None:
         layers = list(layers)
         alike = _Alike()
         self._first = layers[0][1] if layers else None
@@ -57,15 +61,15 @@ class RowChecks:
             return None
         return FollowedRows(self, mode, self._blocks[mode] < _MOST_BLOCKS)
 
-    def name_of(self, layer: Any) -> str:
+    def name_of(self, layer: RoutedLayer) -> str:
         """Returns the name of a layer in the model."""
         return self._names.get(layer.routed_as, type(layer).__name__)
 
-    def is_refused(self, layer: Any) -> bool:
+    def is_refused(self, layer: RoutedLayer) -> bool:
         """Whether a block has shown that a layer gets only some rows."""
         return layer.routed_as in self._refused
 
-    def end_block(self, mode: bool, ran: Iterable[Any]) -> None:
+    def end_block(self, mode: bool, ran: Iterable[RoutedLayer]) -> None:
         """Notes the layers that a followed block has shown to get all rows."""
         self._blocks[mode] += 1
         for layer in ran:
@@ -73,7 +77,7 @@ class RowChecks:
                 self._shown[bool(layer.training)].add(layer.routed_as)
                 layer.sees_part = False
 
-    def refuse(self, layer: Any) -> None:
+    def refuse(self, layer: RoutedLayer) -> None:
         """Has a layer raise from now on, in compiled code too, and raises for it.
 
         Raises:
@@ -83,7 +87,7 @@ class RowChecks:
         self._refused.add(layer.routed_as)
         refuse_part(layer)
 
-    def note_unchecked(self, layer: Any) -> None:
+    def note_unchecked(self, layer: RoutedLayer) -> None:
         """Warns where a layer runs for the first time, unfollowed; the next block is followed."""
         mode = bool(layer.training)
         if layer.routed_as in self._shown[mode] or self._blocks[mode] < _MOST_BLOCKS:
@@ -110,14 +114,19 @@ class FollowedRows:
     def __init__(self, checks: RowChecks, mode: bool, follows: bool) -> None:
         self._checks, self._mode = checks, mode
         self.order = RowOrder() if follows else None
-        self._ran: dict[int, Any] = {}
+        self._ran: dict[int, RoutedLayer] = {}
 
     def __enter__(self) -> FollowedRows:
         if self.order is not None:
             self.order.__enter__()
         return self
 
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         if self.order is not None:
             self.order.__exit__(kind, error, trace)
             if kind is None:
@@ -134,7 +143,7 @@ class FollowedRows:
         if self.order is not None:
             self.order.blind()
 
-    def check(self, layer: Any, x: torch.Tensor) -> None:
+    def check(self, layer: RoutedLayer, x: torch.Tensor) -> None:
         """Raises `UnsupportedLayerError` for a layer whose input has rows that the data chose."""
         if self.order is not None and self.order.sees:
             if self.order.is_chosen(x):
@@ -146,7 +155,7 @@ class FollowedRows:
             self._checks.note_unchecked(layer)
 
 
-def refuse_part(layer: Any) -> None:
+def refuse_part(layer: RoutedLayer) -> None:
     """Raises for a layer that gets only some rows, or may where rows are not followed.
 
     Raises:
@@ -184,7 +193,7 @@ class _Alike:
         self._numbers: dict[Any, int] = {}
         self._counts: dict[int, Counter[int]] = {}
 
-    def is_expert(self, root: nn.Module, name: str, layer: Any) -> bool:
+    def is_expert(self, root: nn.Module, name: str, layer: RoutedLayer) -> bool:
         """Whether a layer looks like an expert, or like a part of one.
 
         It is then in one of several alike siblings, and a name says so or a router is beside it.

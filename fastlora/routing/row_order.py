@@ -14,11 +14,12 @@ from __future__ import annotations
 import contextlib
 import enum
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch._ops import OpOverload
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import (
     TorchDispatchMode,
@@ -27,6 +28,12 @@ from torch.utils._python_dispatch import (
 )
 
 aten = torch.ops.aten
+
+# Tensors, numbers and lists, as an ATen operator takes them.
+Arguments = tuple[Any, ...]
+Keywords = dict[str, Any]
+# The fields of a `Mark` after its storage.
+MarkFields = tuple[Any, ...]
 
 
 class Kind(enum.Enum):
@@ -87,11 +94,11 @@ class RowOrder(TorchDispatchMode):
         """Has `torch.compile` compile as it does outside of the mode."""
         return True
 
-    def __enter__(self) -> Any:
+    def __enter__(self) -> RowOrder:
         self._thread = threading.get_ident()
         return super().__enter__()
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, *error: object) -> None:
         self._thread = 0
         super().__exit__(*error)
 
@@ -131,7 +138,11 @@ class RowOrder(TorchDispatchMode):
                 self._marks.pop(_key(tensor), None)
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+        self,
+        func: OpOverload,
+        types: Sequence[type],
+        args: Arguments = (),
+        kwargs: Keywords | None = None,
     ) -> Any:
         """Calls an operator and notes what its result is."""
         kwargs = kwargs or {}
@@ -185,8 +196,8 @@ class RowOrder(TorchDispatchMode):
     # ------------------------------------------------------------------------------------- rules
 
     def _any(
-        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: object
-    ) -> tuple[Any, ...] | None:
+        self, func: OpOverload, args: Arguments, kwargs: Keywords, out: object
+    ) -> MarkFields | None:
         """Returns the mark of what any other operator returns; None to leave it as it is."""
         operands = list(_tensors((args, kwargs)))
         if getattr(func, "is_view", False):  # shares its storage; but parameters have no mark
@@ -204,7 +215,7 @@ class RowOrder(TorchDispatchMode):
             return kind, None if operand.is_floating_point() else _key(operand)
         return self._together(operands, out)
 
-    def _together(self, operands: list[torch.Tensor], out: object) -> tuple[Any, ...]:
+    def _together(self, operands: list[torch.Tensor], out: object) -> MarkFields:
         """Returns the mark of what comes of several operands, of which any may bring the rows."""
         kinds = [self._kind(tensor) for tensor in operands]
         if Kind.CHOSEN in kinds:
@@ -217,9 +228,7 @@ class RowOrder(TorchDispatchMode):
             return Kind.CHOSEN, None if mark is None else mark.origin
         return (Kind.TABLE if all(kind in _TABLES for kind in kinds) else Kind.ROWS,)
 
-    def _taken(
-        self, source: torch.Tensor, index: torch.Tensor | None, first: bool
-    ) -> tuple[Any, ...]:
+    def _taken(self, source: torch.Tensor, index: torch.Tensor | None, first: bool) -> MarkFields:
         """Returns the mark of elements of a source, by an index along its first dimension or not.
 
         An index that is no tensor of numbers (a mask) is one that the data chose.
@@ -241,14 +250,15 @@ class RowOrder(TorchDispatchMode):
         self,
         dest: torch.Tensor,
         indices: list[torch.Tensor],
-        values: Any,
+        values: object,
         first: bool,
-    ) -> tuple[Any, ...]:
+    ) -> MarkFields:
         """Returns the mark of a destination behind values that were put there by indices."""
         index = next(iter(indices), None)
         mark, kind = self._mark(dest), self._kind(dest)
-        rows = isinstance(values, torch.Tensor) and values.dim() > 0
-        brought = self._kind(values) if rows else Kind.TABLE
+        brought = Kind.TABLE
+        if isinstance(values, torch.Tensor) and values.dim():
+            brought = self._kind(values)
         if brought is Kind.COUNTED and index is not None and first:
             return Kind.TABLE, None, self._origin(index)  # the inverse of the index
         if kind not in _TABLES:
@@ -284,13 +294,13 @@ def _tensors(value: object) -> Iterator[torch.Tensor]:
 # Copies of a counted index that are counted too.
 _COPIES = {aten._to_copy, aten.clone, aten.lift_fresh, aten.lift_fresh_copy}
 
-Rule = Callable[[RowOrder, tuple[Any, ...], object], "tuple[Any, ...] | None"]
+Rule = Callable[[RowOrder, Arguments, Any], "MarkFields | None"]
 
 
 def _rows_from(which: int) -> Rule:
     """Returns the rule of operators that take their rows from one argument, as a product does."""
 
-    def rule(order: RowOrder, args: tuple[Any, ...], out: object) -> tuple[Any, ...] | None:
+    def rule(order: RowOrder, args: Arguments, out: object) -> MarkFields | None:
         source = args[which]
         mark, kind = order._mark(source), order._kind(source)
         others = [tensor for tensor in _tensors(args) if tensor is not source]
@@ -306,7 +316,7 @@ def _rows_from(which: int) -> Rule:
     return rule
 
 
-def _copied(order: RowOrder, args: tuple[Any, ...], out: object) -> tuple[Any, ...] | None:
+def _copied(order: RowOrder, args: Arguments, out: object) -> MarkFields | None:
     """The rule of a change of dtype: numbers that were whole or true may choose rows."""
     source = args[0]
     mark, kind = order._mark(source), order._kind(source)
@@ -316,7 +326,7 @@ def _copied(order: RowOrder, args: tuple[Any, ...], out: object) -> tuple[Any, .
     return kind, *(() if mark is None else mark[2:])
 
 
-def _indexed(order: RowOrder, args: tuple[Any, ...], out: object) -> tuple[Any, ...] | None:
+def _indexed(order: RowOrder, args: Arguments, out: object) -> MarkFields | None:
     source, indices = args[0], args[1]
     first = indices[0] is not None or order._unsqueezed == (_key(source), source.shape)
     order._unsqueezed = None
@@ -324,14 +334,14 @@ def _indexed(order: RowOrder, args: tuple[Any, ...], out: object) -> tuple[Any, 
     return order._taken(source, index, first)
 
 
-def _unsqueeze(order: RowOrder, args: tuple[Any, ...], out: object) -> tuple[Any, ...] | None:
+def _unsqueeze(order: RowOrder, args: Arguments, out: object) -> MarkFields | None:
     source, dim = args[:2]
     if isinstance(out, torch.Tensor) and dim in (0, -source.dim() - 1):
         order._unsqueezed = _key(out), out.shape
     return (Kind.TABLE,) if isinstance(source, nn.Parameter) else None
 
 
-def _copied_into(order: RowOrder, args: tuple[Any, ...], out: object) -> tuple[Any, ...] | None:
+def _copied_into(order: RowOrder, args: Arguments, out: object) -> MarkFields | None:
     """The rule of `copy_`, which fills a tensor, or a part of one."""
     dest, source = args[:2]
     kind = order._kind(dest)
@@ -342,39 +352,39 @@ def _copied_into(order: RowOrder, args: tuple[Any, ...], out: object) -> tuple[A
     return order._kind(source), *(() if mark is None else mark[2:])
 
 
-def _index_put(order: RowOrder, args: tuple[Any, ...], out: object) -> tuple[Any, ...] | None:
+def _index_put(order: RowOrder, args: Arguments, out: object) -> MarkFields | None:
     dest, indices, values = args[:3]
     return order._placed(dest, list(_tensors(indices)), values, indices[0] is not None)
 
 
-def _along(order: RowOrder, args: tuple[Any, ...], out: object) -> tuple[Any, ...] | None:
+def _along(order: RowOrder, args: Arguments, out: object) -> MarkFields | None:
     """The rule of `index_select` and `gather`."""
     source, dim, index = args[:3]
     return order._taken(source, index, dim in (0, -source.dim()))
 
 
-def _put_along(order: RowOrder, args: tuple[Any, ...], out: object) -> tuple[Any, ...] | None:
+def _put_along(order: RowOrder, args: Arguments, out: object) -> MarkFields | None:
     """The rule of `index_add`, `index_copy` and `scatter`."""
     dest, dim, index, values = args[:4]
     return order._placed(dest, [index], values, dim in (0, -dest.dim()))
 
 
-def _flat(order: RowOrder, args: tuple[Any, ...], out: object) -> tuple[Any, ...] | None:
+def _flat(order: RowOrder, args: Arguments, out: object) -> MarkFields | None:
     """The rule of `take` and `masked_select`."""
     return order._taken(args[0], args[1], True)
 
 
-def _mask_put(order: RowOrder, args: tuple[Any, ...], out: object) -> tuple[Any, ...] | None:
+def _mask_put(order: RowOrder, args: Arguments, out: object) -> MarkFields | None:
     dest, mask, values = args[:3]
     return order._placed(dest, [mask], values, True)
 
 
-def _embedded(order: RowOrder, args: tuple[Any, ...], out: object) -> tuple[Any, ...] | None:
+def _embedded(order: RowOrder, args: Arguments, out: object) -> MarkFields | None:
     weight, ids = args[:2]
     return order._taken(weight, ids, True)
 
 
-def _sorted(order: RowOrder, args: tuple[Any, ...], out: Any) -> tuple[Any, ...] | None:
+def _sorted(order: RowOrder, args: Arguments, out: Sequence[torch.Tensor]) -> MarkFields | None:
     """The rule of `sort`: sorting an index gives its inverse."""
     source = next(_tensors(args))
     _largest(order, args, out)
@@ -383,7 +393,7 @@ def _sorted(order: RowOrder, args: tuple[Any, ...], out: Any) -> tuple[Any, ...]
     return None
 
 
-def _largest(order: RowOrder, args: tuple[Any, ...], out: Any) -> tuple[Any, ...] | None:
+def _largest(order: RowOrder, args: Arguments, out: Sequence[torch.Tensor]) -> MarkFields | None:
     """The rule of `topk`: a vector's values are chosen by the indices beside them."""
     order._put(out, Kind.ROWS)
     if out[0].dim() == 1:
@@ -391,7 +401,7 @@ def _largest(order: RowOrder, args: tuple[Any, ...], out: Any) -> tuple[Any, ...
     return None
 
 
-def _product(order: RowOrder, args: tuple[Any, ...], out: object) -> tuple[Any, ...] | None:
+def _product(order: RowOrder, args: Arguments, out: object) -> MarkFields | None:
     """The rule of an elementwise product: a weighted choice is one too."""
     operands = list(_tensors(args))
     kinds = [order._kind(tensor) for tensor in operands]
@@ -400,7 +410,7 @@ def _product(order: RowOrder, args: tuple[Any, ...], out: object) -> tuple[Any, 
     return order._together(operands, out)
 
 
-def _where(order: RowOrder, args: tuple[Any, ...], out: object) -> tuple[Any, ...] | None:
+def _where(order: RowOrder, args: Arguments, out: object) -> MarkFields | None:
     """The rule of `where`: between constants, a condition makes a choice."""
     condition, *branches = args
     if order._kind(condition) is Kind.ROWS and all(
@@ -410,11 +420,11 @@ def _where(order: RowOrder, args: tuple[Any, ...], out: object) -> tuple[Any, ..
     return order._together(list(_tensors(args)), out)
 
 
-def _fresh(order: RowOrder, args: tuple[Any, ...], out: object) -> tuple[Any, ...] | None:
+def _fresh(order: RowOrder, args: Arguments, out: object) -> MarkFields | None:
     return (Kind.TABLE,)
 
 
-def _counted(order: RowOrder, args: tuple[Any, ...], out: object) -> tuple[Any, ...] | None:
+def _counted(order: RowOrder, args: Arguments, out: object) -> MarkFields | None:
     return (Kind.COUNTED,)
 
 
