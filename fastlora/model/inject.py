@@ -149,6 +149,8 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
     for _, module in found:
         if present(module, [adapter_name]):  # rows are deleted with those that they are tied to
             module.delete_adapter(adapter_name)
+        # A module without the adapter knows its name too, and may get a new adapter of that name.
+        module._active_adapters = [n for n in module._active_adapters if n != adapter_name]
 
 
 def routed_modules(model: nn.Module) -> list[tuple[str, Any]]:

@@ -191,6 +191,19 @@ def test_unmerge_keeps_what_a_base_bias_learned_while_merged(dtype: torch.dtype)
     assert torch.equal(layer.bias, learned)
 
 
+def test_a_deleted_adapter_is_active_on_no_layer() -> None:
+    """Also on layers that it was not on: a new adapter of that name would act there at once."""
+    model = get_peft_model(TwoLayers(), LoraConfig(r=2, target_modules=["q"]))
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["v"]))
+    model.base_model.set_adapter(["default", "other"])
+    model.delete_adapter("other")
+    assert all(status.active_adapters == ["default"] for status in model.get_layer_status())
+    x = torch.randn(3, 16)
+    expected = model(x)
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["q"], init_lora_weights=False))
+    assert torch.equal(model(x), expected)
+
+
 def test_merging_while_adapters_are_disabled_is_refused() -> None:
     """The merged adapters would act, which are to be disabled."""
     model = get_peft_model(TwoLayers(), LoraConfig(r=2, target_modules=["q"]))

@@ -66,6 +66,11 @@ class Meeting(NamedTuple):
             names = {what.partition("gradient/base_model.model.")[2]}
         return all(any(part in name for part in parts) for name in names)
 
+    def inside(self, *parts: str) -> bool:
+        """Whether it is a value of PEFT's alone, with one of these parts in its name."""
+        what, ours, _ = self.difference
+        return ours is None and any(part in what for part in parts)
+
     def less(self) -> bool:
         """Whether it is about what trains, and less of it trains than in PEFT."""
         what, ours, theirs = self.difference
@@ -145,6 +150,17 @@ def _differing(meeting: Meeting) -> set[str]:
     return {key for key in ours | theirs if ours.get(key) != theirs.get(key)}
 
 
+def _some_lack(meeting: Meeting, field: str) -> bool:
+    """Whether some of the loaded adapters have a field, and others do not."""
+    values = [bool(config[field]) for config in meeting.configs.values()]
+    return any(values) and not all(values)
+
+
+def _cast_while_merged(meeting: Meeting) -> bool:
+    names = [operation.name for operation in meeting.done]
+    return "merge" in names and "cast" in names[names.index("merge") :]
+
+
 def _of_sum(meeting: Meeting, part: str) -> bool:
     """Whether the shapes of a sum's own tensors with this part in their names differ."""
     what, ours, theirs = meeting.difference
@@ -156,15 +172,22 @@ def _of_sum(meeting: Meeting, part: str) -> bool:
     return shapes[0] != shapes[1] and name in f"{what}." and part in what
 
 
-def _only_renamed(meeting: Meeting, theirs_end: str, ours_end: str) -> bool:
-    """Whether a file has PEFT's keys but for this end in place of that one."""
+def _biases_of_others(meeting: Meeting) -> bool:
+    """Whether a file differs only in base biases of layers that are no targets of its adapter.
+
+    With ``bias="all"`` only in their names.
+    """
     what, ours, theirs = meeting.difference
-    if what.endswith(": shapes"):
-        keys = [{key.replace(theirs_end, ours_end) for key in file} for file in (ours, theirs)]
-        return keys[0] == keys[1]
-    return (ours is None and what.endswith(theirs_end)) or (
-        theirs is None and what.endswith(ours_end)
-    )
+    wrapped, bare = "base_layer.bias", "bias"
+    if not what.endswith(": shapes"):
+        return (ours is None and what.endswith(wrapped)) or (theirs is None and what.endswith(bare))
+    adapter = what.removeprefix("file ").removesuffix(": shapes")
+    targets = {key.partition(".lora_")[0] for key in theirs if ".lora_" in key}
+    files = [{key.replace(wrapped, bare) for key in file} for file in (ours, theirs)]
+    missing = {key.removesuffix(f".{bare}") for key in files[1] - files[0]}
+    if meeting.configs[adapter]["bias"] == "all" and missing:
+        return False
+    return files[0] <= files[1] and not missing & targets
 
 
 def _only_extra(meeting: Meeting, *ends: str) -> bool:
@@ -228,7 +251,7 @@ EXEMPTIONS: tuple[Exemption, ...] = (
     ),
     Exemption(
         "Its file holds them under the names of a model that has this adapter alone",
-        lambda m: m.about("file ") and _only_renamed(m, "base_layer.bias", "bias"),
+        lambda m: m.about("file ") and _biases_of_others(m),
         Script(
             "Llama",
             (_wrap(["q_proj"], bias="all"), _add("ash", ["v_proj"]), RELOAD),
@@ -246,7 +269,9 @@ EXEMPTIONS: tuple[Exemption, ...] = (
     Exemption(
         "`disable_adapter` restores what trained before",
         lambda m: (
-            m.of("within_disabled") and m.less() and m.after["trainable"] == m.before["trainable"]
+            m.of("within_disabled")
+            and m.about("trainable", "gradient/")
+            and m.after["trainable"] == m.before["trainable"]
         ),
         Script("Llama", (_wrap(["q_proj"]), FROZEN, _op("within_disabled"))),
     ),
@@ -259,6 +284,16 @@ EXEMPTIONS: tuple[Exemption, ...] = (
         "`merge_adapter`, then a forward in `disable_adapter`",
         lambda m: m.of("within_disabled") and any(m.before["layers' merged_adapters"].values()),
         Script("Llama", (_wrap(["q_proj"]), _op("merge"), _op("within_disabled"))),
+    ),
+    Exemption(
+        "**`unmerge` is exact**",
+        lambda m: _cast_while_merged(m) and m.about("parameter/", "output", "gradient/", "within"),
+        Script("Llama", (_wrap(["q_proj"]), _op("merge"), _op("cast"), _op("unmerge"))),
+    ),
+    Exemption(
+        "Merging into a head that shares the embedding's weight",
+        lambda m: m.of("merge") and m.refused("shares its weight with"),
+        Script("GPT-2", (_wrap(["lm_head"]), _op("merge"))),
     ),
     Exemption(
         "Adding or loading an adapter leaves merged adapters merged",
@@ -301,8 +336,12 @@ EXEMPTIONS: tuple[Exemption, ...] = (
         "Deleting the active adapter",
         lambda m: (
             m.of("delete")
-            and m.before["active"] == [m.operation.arguments["adapter_name"]]
-            and m.after["active"] == m.after["adapters"][:1]
+            and m.operation.arguments["adapter_name"] in m.before["active"]
+            and (
+                (len(m.before["active"]) == 1 and m.after["active"] == m.after["adapters"][:1])
+                or (m.less() and not any(m.before["layers' enabled"].values()))
+                or m.accepted("Attempted to set multiple")
+            )
         ),
         Script(
             "Llama",
@@ -316,8 +355,8 @@ EXEMPTIONS: tuple[Exemption, ...] = (
     Exemption(
         "An adapter without trained tokens is saved",
         lambda m: (
-            any(m.chosen("trainable_token_indices"))
-            and not all(m.chosen("trainable_token_indices"))
+            m.of("load", "reload", "mixed")
+            and (_some_lack(m, "trainable_token_indices") or _some_lack(m, "modules_to_save"))
             and m.accepted("token_adapter.trainable_tokens_delta", *(f"'{n}'" for n in m.configs))
         ),
         Script(
@@ -357,6 +396,7 @@ EXEMPTIONS: tuple[Exemption, ...] = (
             and any(m.about(f"file {name}:") for name in m.sums())
             and _differing(m)
             <= {"rank_pattern", "alpha_pattern", "init_lora_weights", "modules_to_save"}
+            | {"use_rslora"}
         ),
         Script("Llama", (_wrap(["q_proj"], init_lora_weights=False), _weighted("default"), RELOAD)),
     ),
@@ -444,7 +484,13 @@ EXEMPTIONS: tuple[Exemption, ...] = (
     ),
     Exemption(
         "A module that an adapter owns a copy of is no target of another",
-        lambda m: m.of("add", "load") and m.refused("modules_to_save"),
+        lambda m: (
+            m.of("add", "load")
+            and (
+                m.refused("modules_to_save")
+                or (m.about("initial/") and m.inside(".original_module.", ".modules_to_save."))
+            )
+        ),
         Script(
             "Llama",
             (
@@ -467,7 +513,7 @@ EXEMPTIONS: tuple[Exemption, ...] = (
         lambda m: (
             m.script.base == "Mixtral"
             and (
-                m.config.get("target_modules") == "all-linear"
+                isinstance(m.config.get("target_modules"), str)
                 or (m.difference.what.endswith(": config") and _differing(m) == {"target_modules"})
             )
         ),
@@ -475,7 +521,11 @@ EXEMPTIONS: tuple[Exemption, ...] = (
     ),
     Exemption(
         "Mixtral without `target_modules`",
-        lambda m: m.script.base == "Mixtral" and m.accepted("No `target_modules` passed"),
+        lambda m: (
+            m.script.base == "Mixtral"
+            and m.config.get("target_modules", "") is None
+            and m.accepted("No `target_modules` passed", "No modules were targeted")
+        ),
         Script("Mixtral", (_wrap(None),)),
     ),
 )

@@ -124,7 +124,7 @@ class _Writer:
             self.mixed: 1.6 * apart,
             self.step: 2,
             self.copy: 0.8,
-            self.cast: 0.5,
+            self.cast: 0.5 if not self.merged else 0.05,
         }
         (chosen,) = self.random.choices(list(weights), list(weights.values()))
         return chosen()

@@ -215,9 +215,11 @@ class Side:
         return facts
 
     def state(self) -> dict[str, Any]:
-        """What a refusal must not change: the facts, and the hooks of a mixed batch."""
-        hooks = [len(module._forward_pre_hooks) for module in (self.model or nn.Module()).modules()]
-        return self.facts() | {"hooks": hooks}
+        """What a refusal must not change: facts, parameters, and the hooks of a mixed batch."""
+        model = self.model or nn.Module()
+        sums = [parameter.sum().item() for parameter in model.parameters()]
+        hooks = [len(module._forward_pre_hooks) for module in model.modules()]
+        return self.facts() | {"hooks": hooks, "sums of the parameters": sums}
 
     def observe(self) -> Observation:
         """Facts, parameters, and a forward with every gradient."""
