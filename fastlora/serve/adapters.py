@@ -73,7 +73,7 @@ class ServedAdapters:
         # Came by `load`: the watch leaves them alone. Unloaded: it leaves these out.
         self._by_hand: set[str] = set()
         self._left_out: dict[str, tuple[object, ...]] = {}
-        self._said: set[tuple[object, ...]] = set()
+        self._refused: set[tuple[object, ...]] = set()  # at the last look; each is said once
 
     # ------------------------------------------------------------------------------ for requests
 
@@ -146,6 +146,7 @@ class ServedAdapters:
         if self.root is None:
             return
         found: dict[str, tuple[Path, tuple[object, ...]]] = {}
+        refused: set[tuple[object, ...]] = set()
         for entry in sorted(self.root.iterdir()) if self.root.is_dir() else ():
             mark = None if entry.name.startswith(".") else _mark(entry)
             if mark is None:
@@ -154,9 +155,12 @@ class ServedAdapters:
                 self._check_name(entry.name)
                 self._inside(entry)
             except ConfigError as error:
-                self._say_once((entry.name, *mark), f"{str(entry)!r} is left out: {error}")
+                refused.add((entry.name, *mark))
+                if (entry.name, *mark) not in self._refused:
+                    _log.warning("%r is left out: %s", str(entry), error)
                 continue
             found[entry.name] = entry, mark
+        self._refused = refused
         with self._lock:
             for name in [n for n in self._versions if n not in found and n not in self._by_hand]:
                 self._drop(name)
@@ -279,11 +283,6 @@ class ServedAdapters:
         option = _OPTIONS.get(getattr(error, "argument", ""))
         text = str(error).replace(f"{self.root}{os.sep}", "")
         return text if option is None else f"{text} (the server's {option})"
-
-    def _say_once(self, key: tuple[object, ...], text: str) -> None:
-        if key not in self._said:
-            self._said.add(key)
-            _log.warning("%s", text)
 
 
 def _mark(folder: Path) -> tuple[object, ...] | None:
