@@ -52,6 +52,6 @@ class Gate:
             await JSON(body, 401, {"WWW-Authenticate": "Bearer"})(scope, receive, noted)
         elif length.isdigit() and int(length[:19]) > most:
             body = error_body(too_long, "invalid_request_error", None)
-            await JSON(body, 413, {"Connection": "close"})(scope, receive, noted)
+            await JSON(body, 413)(scope, receive, noted)
         else:
             await self._app(scope, counted, noted)
