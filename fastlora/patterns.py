@@ -116,6 +116,15 @@ def bounded_matching() -> Iterator[None]:
         _bounded.reset(token)
 
 
+def timed(field: str) -> contextlib.AbstractContextManager[None]:
+    """In `bounded_matching`, counts the block as matching of a field; elsewhere does nothing.
+
+    Raises `CheckpointError` at the end of the block if the time is up.
+    """
+    bounded = _bounded.get()
+    return contextlib.nullcontext() if bounded is None else bounded.timed(field)
+
+
 def check_pattern(field: str, pattern: str) -> None:
     """Raises `ConfigError` unless ``pattern`` is a regular expression.
 
@@ -180,7 +189,7 @@ class _Ends:
         # Lengths of the parts between dots -> pattern -> its place in the order.
         self._plain: dict[tuple[int, ...], dict[str, int]] = {}
         self.expressions: dict[str, int] = {}
-        with _timed(field):
+        with timed(field):
             for place, pattern in enumerate(patterns):
                 if _PLAIN.fullmatch(pattern):
                     lengths = tuple(map(len, pattern.split(".")))
@@ -191,7 +200,7 @@ class _Ends:
     def plain(self, name: str) -> dict[str, int]:
         """Returns the plain patterns that match, each with its place."""
         found = {}
-        with _timed(self._field):
+        with timed(self._field):
             for lengths, patterns in self._plain.items():
                 end = _end_with_dots(name, lengths)
                 if end in patterns:
@@ -223,14 +232,9 @@ def _ends_of(field: str, patterns: Collection[str]) -> _Ends:
     return bounded.ends[id(patterns)][1]
 
 
-def _timed(field: str) -> contextlib.AbstractContextManager[None]:
-    bounded = _bounded.get()
-    return contextlib.nullcontext() if bounded is None else bounded.timed(field)
-
-
 def _match(field: str, pattern: str, form: str, name: str, *, whole: bool = False) -> Any:
     """Matches an expression of PEFT's that contains a pattern."""
-    with _timed(field):
+    with timed(field):
         is_plain = _PLAIN.fullmatch(pattern) is not None
         if is_plain and len(pattern) > len(name):
             return None  # and so ``re`` compiles and caches no long pattern of a folder

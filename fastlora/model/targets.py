@@ -38,6 +38,7 @@ from fastlora.patterns import (
     matches_components,
     matches_whole,
     matching_no_end,
+    timed,
 )
 from fastlora.validation import (
     ConfigError,
@@ -356,7 +357,8 @@ def _in_layers(name: str, config: LoraConfig) -> bool:
     else:
         match = re.match(r".*?\.[^.]*\.(\d+)\.", name)
         index = None if match is None else int(match[1])
-    return index in layers if isinstance(layers, list) else index == layers
+    with timed("layers_to_transform"):  # a config may hold any number of them
+        return index in layers if isinstance(layers, list) else index == layers
 
 
 def _check_bypassed(model: nn.Module, found: list[str]) -> None:
@@ -394,8 +396,8 @@ def _nothing_found(
         )
     if config.layers_to_transform is not None:
         layers = (
-            f" with layers_to_transform={config.layers_to_transform!r}, "
-            f"layers_pattern={config.layers_pattern!r}"
+            f" with layers_to_transform={_shown(config.layers_to_transform)}, "
+            f"layers_pattern={_shown(config.layers_pattern)}"
         )
         if not isinstance(targets, str) and any(_matches_names(n, targets) for n in names):
             return f"{shown} exists, but in no layer chosen{layers}"
@@ -403,12 +405,12 @@ def _nothing_found(
     return f"{shown} matches no module{_near(entries, names)}"
 
 
-def _shown(entries: Collection[str] | str | None) -> str:
-    """Returns the value of a field for a message: a pattern, or the first entries of a list."""
-    if entries is None or isinstance(entries, str):
-        return repr(entries)
-    more = len(entries) - _MOST_SHOWN
-    return f"{sorted(entries)[:_MOST_SHOWN]}" + (f" and {more} more" if more > 0 else "")
+def _shown(value: Collection[Any] | str | int | None) -> str:
+    """Returns the value of a field for a message: the first entries of a list, or all of it."""
+    if value is None or isinstance(value, (str, int)):
+        return repr(value)
+    more = len(value) - _MOST_SHOWN
+    return f"{sorted(value)[:_MOST_SHOWN]}" + (f" and {more} more" if more > 0 else "")
 
 
 def _lost(names: list[str], targets: Collection[str] | str) -> list[str]:

@@ -39,7 +39,7 @@ from fastlora.validation import (
 # How many kinds of adapters, by what their configs name, are remembered.
 _MOST_KINDS = 256
 # Bytes of a config and of a header's metadata that depend on no module.
-_CONFIG_BYTES, _METADATA_BYTES = 256 << 10, 1 << 20
+_CONFIG_BYTES, _METADATA_BYTES = 64 << 10, 256 << 10
 # A config names a module up to three times, and a header has up to four tensors of it. These are
 # the bytes beside the name.
 _NAMED_BYTES, _TENSOR_BYTES = 64, 160
@@ -268,8 +268,9 @@ class AdapterReader:
 def _limits_for(modules: list[str]) -> FileLimits:
     """Returns the limits of files that adapt these modules.
 
-    Parsing holds the interpreter's lock, and takes 25 times the memory of the text. The metadata of
-    a header may repeat the config, where an escaped character has two bytes.
+    Parsing holds the interpreter's lock: 65 ms for 1 MiB of empty lists, on one core of an EPYC.
+    The objects take up to 25 times the memory of the text. The metadata of a header may repeat the
+    config, where an escaped character has two bytes.
     """
     length, count = sum(map(len, modules)), len(modules)
     names = 3 * (length + count * _NAMED_BYTES)

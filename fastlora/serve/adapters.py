@@ -26,6 +26,7 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 _FILES = (CONFIG_NAME, "adapter_model.safetensors", "adapter_model.bin")
 # Argument of the pool -> the option that sets it.
 _OPTIONS = {"max_rank": "--max-rank", "max_adapter_bytes": "--max-adapter-mib"}
+_MOST_LETTERS = 1000  # of a message
 _log = logging.getLogger("fastlora.serve")
 
 
@@ -282,6 +283,8 @@ class ServedAdapters:
         """Returns a message for clients: without the server's own path, with its option's name."""
         option = _OPTIONS.get(getattr(error, "argument", ""))
         text = str(error).replace(f"{self.root}{os.sep}", "")
+        if len(text) > _MOST_LETTERS:  # it may quote a whole field of a config
+            text = f"{text[:_MOST_LETTERS]}..."
         return text if option is None else f"{text} (the server's {option})"
 
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.attacks import ADDRESS, ATTACKS, MOST_SECONDS
+from tests.support.attacks import ADDRESS, ATTACKS, MOST_SECONDS, REFUSED
 from tests.support.served import make_adapter, make_byte_base
 
 FULL = bool(os.environ.get("FASTLORA_ATTACK"))
@@ -141,10 +141,10 @@ def ask_often(port: int) -> tuple[list[float], list[float]]:
 
 
 @contextlib.contextmanager
-def attacking(program: Program, name: str) -> Iterator[list[int]]:
-    """Attacks in a process of its own, and ends that; yields the statuses, known at the end."""
+def attacking(program: Program, name: str) -> Iterator[list[tuple[str, int]]]:
+    """Attacks in a process of its own; yields models and statuses, which are known at the end."""
     command = [sys.executable, ROOT / "tests" / "support" / "attacks.py", name]
-    statuses: list[int] = []
+    statuses: list[tuple[str, int]] = []
     attack = subprocess.Popen(
         [*map(str, command), str(program.port), str(program.folder)],
         stdin=subprocess.PIPE,
@@ -155,7 +155,7 @@ def attacking(program: Program, name: str) -> Iterator[list[int]]:
         assert attack.poll() is None
         yield statuses
         output, _ = attack.communicate(timeout=MOST_SECONDS)  # which closes its input
-        statuses += json.loads(output)
+        statuses += [(model, status) for model, status in json.loads(output)]
     finally:
         attack.kill()
         attack.wait()
@@ -190,11 +190,15 @@ def test_others_are_served(program: Program, name: str) -> None:
                 raise AssertionError(
                     (measured, before_kept[len(before_kept) // 2], before_kept[-1])
                 )
-        assert 0 not in statuses, "a request was not answered"
-        assert not [status for status in statuses if status >= 500]
-        if name in ("long_prompts", "links", "fifos"):
-            assert statuses
-            assert 200 not in statuses
+        found = {status for _, status in statuses}
+        assert 0 not in found, "a request was not answered"
+        assert not {status for status in found if status >= 500}
+        if name == "long_prompts":
+            assert found and 200 not in found
+        for model in {model for model, _ in statuses if model.startswith(REFUSED)}:
+            own = [status for other, status in statuses if other == model]
+            assert 422 in own and not {*own} - {404, 422}, (model, own)  # 404 before it was found
+        assert (name in ("patterns", "sparse_adapter", "links", "fifos")) == (422 in found)
         time.sleep(SETTLE_SECONDS)
         assert program.resident - memory <= MOST_GROWTH
         if FULL or name == list(ATTACKS)[-1]:

@@ -1,8 +1,8 @@
 """Clients that attack a server on this machine, as a program: ``attacks.py NAME PORT FOLDER``.
 
 It runs until its input ends, and at most `MOST_SECONDS`. At the end it prints the statuses of the
-answers that it got, as JSON; 0 stands for none. It imports nothing but the standard library, so
-that it starts at once.
+answers that it got, each with the model of the request, as JSON; 0 stands for none. It imports
+nothing but the standard library, so that it starts at once.
 """
 
 from __future__ import annotations
@@ -25,15 +25,26 @@ from typing import Any
 MOST_SECONDS = 180.0
 ANSWER_SECONDS = 20.0
 ADDRESS = "127.0.0.1"
+# Names of adapters that a server must refuse with status 422.
+REFUSED = "refused-"
+# Both take ``re`` longer than any test may take, on names of ten characters already. PCRE2 finds at
+# once that no name has the last character of the second one.
+SLOW_PATTERN = r"(\w|\w|\w|.|.|.|..)*[!?]"
 BACKTRACKING = "(([a-z_.0-9]*)*)*!"
-FIELDS: dict[str, dict[str, Any]] = {
-    "target_modules": {"target_modules": BACKTRACKING},
-    "rank_pattern": {"rank_pattern": {BACKTRACKING: 3}},
-    "alpha_pattern": {"alpha_pattern": {BACKTRACKING: 3}},
-    "exclude_modules": {"exclude_modules": BACKTRACKING},
-    "layers_pattern": {"layers_to_transform": [0], "layers_pattern": BACKTRACKING},
-    "modules_to_save": {"modules_to_save": [BACKTRACKING]},
-}
+
+
+def pattern_fields(pattern: str) -> dict[str, dict[str, Any]]:
+    """Returns every field of a config that can hold a pattern, with this one in it."""
+    return {
+        "target_modules": {"target_modules": pattern},
+        "rank_pattern": {"rank_pattern": {pattern: 3}},
+        "alpha_pattern": {"alpha_pattern": {pattern: 3}},
+        "exclude_modules": {"exclude_modules": pattern},
+        "layers_pattern": {"layers_to_transform": [0], "layers_pattern": [pattern]},
+        "modules_to_save": {"modules_to_save": [pattern]},
+    }
+
+
 ODD = (
     *("evil\nfastlora: key accepted for tenantA", "a\rb", "\x1b[2Jx", "\u2028line", "-dash"),
     *(" ", "a b", "a'b", 'a"b', "a;b", "$(a)", "a%0Ab", "%s%n", "{0}", "..a", "base", "x" * 200),
@@ -49,7 +60,7 @@ class Attack:
         self.port, self.folder = port, folder
         self.end = time.monotonic() + MOST_SECONDS
         self.stopped = threading.Event()
-        self.statuses: list[int] = []
+        self.statuses: list[tuple[str, int]] = []
 
     @property
     def runs(self) -> bool:
@@ -99,7 +110,8 @@ class Attack:
         def client(number: int) -> None:
             turn = number
             while self.runs:
-                self.statuses.append(self._status(bodies[turn % len(bodies)]))
+                body = bodies[turn % len(bodies)]
+                self.statuses.append((body["model"], self._status(body)))
                 turn += 1
                 self.stopped.wait(pause)
 
@@ -164,16 +176,22 @@ def long_prompts(attack: Attack) -> None:
 
 
 def patterns(attack: Attack) -> None:
-    """An adapter for each field of a config that may be a pattern, with one that backtracks."""
-    for name, changes in FIELDS.items():
-        attack.copy(name, **changes)
-    attack.ask_for(list(FIELDS))
+    """An adapter for each field of a config that may be a pattern, with two that backtrack."""
+    names = []
+    config = json.loads((attack.folder / "ash" / _FILES[0]).read_text())
+    # A full name is exempt from layers_pattern.
+    leaves = sorted({name.rpartition(".")[2] for name in config["target_modules"]})
+    for kind, pattern in ((REFUSED, SLOW_PATTERN), ("decided-", BACKTRACKING)):
+        for field, changes in pattern_fields(pattern).items():
+            names.append(f"{kind}{field}")
+            attack.copy(names[-1], **{"target_modules": leaves, **changes})
+    attack.ask_for(names)
 
 
 def sparse_adapter(attack: Attack) -> None:
     """Adapters of rank 1,000,000 in files that hold a header alone."""
     for number in range(2):
-        folder = attack.copy(f"sparse{number}", r=1_000_000, target_modules=["q_proj"])
+        folder = attack.copy(f"{REFUSED}sparse{number}", r=1_000_000, target_modules=["q_proj"])
         header: dict[str, Any] = {}
         end = 0
         for layer in range(2):
@@ -186,7 +204,7 @@ def sparse_adapter(attack: Attack) -> None:
         with (folder / _FILES[1]).open("wb") as file:
             file.write(struct.pack("<Q", len(text)) + text)
             file.truncate(8 + len(text) + end)
-    attack.ask_for([f"sparse{number}" for number in range(2)])
+    attack.ask_for([f"{REFUSED}sparse{number}" for number in range(2)])
 
 
 def links(attack: Attack) -> None:
@@ -194,19 +212,19 @@ def links(attack: Attack) -> None:
     outside = attack.folder.parent / "outside"
     shutil.copytree(attack.folder / "ash", outside, dirs_exist_ok=True)
     for number, name in enumerate(_FILES):
-        folder = attack.copy(f"link{number}")
+        folder = attack.copy(f"{REFUSED}link{number}")
         (folder / name).unlink()
         (folder / name).symlink_to(outside / name)
-    attack.ask_for(["link0", "link1"])
+    attack.ask_for([f"{REFUSED}link{number}" for number in range(2)])
 
 
 def fifos(attack: Attack) -> None:
     """Files that are FIFOs, which nobody writes into."""
     for number, name in enumerate(_FILES):
-        folder = attack.copy(f"fifo{number}")
+        folder = attack.copy(f"{REFUSED}fifo{number}")
         (folder / name).unlink()
         os.mkfifo(folder / name)
-    attack.ask_for(["fifo0", "fifo1"])
+    attack.ask_for([f"{REFUSED}fifo{number}" for number in range(2)])
 
 
 def odd_names(attack: Attack) -> None:

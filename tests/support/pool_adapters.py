@@ -23,22 +23,13 @@ from fastlora.pool import AdapterPool, Factors
 from fastlora.pool.image import Image
 from fastlora.pool.tables import NO_COLUMN
 from fastlora.pool.transfers import Transfers
+from tests.support.attacks import SLOW_PATTERN, pattern_fields
 
 # Bytes of one adapter of rank 2 on q and v, fp32: three layers of two modules, blocks of 2 x 10 and
 # 2 x 14 elements, which are whole multiples of 16 bytes.
 RANK2 = 3 * 2 * 2 * (10 + 14) * 4
 
-# Takes ``re`` longer than any test may take, on names of ten characters already.
-SLOW_PATTERN = r"(\w|\w|\w|.|.|.|..)*[!?]"
-# Every field of a config that can hold a pattern, with that one in it.
-SLOW_FIELDS: dict[str, dict[str, Any]] = {
-    "target_modules": {"target_modules": SLOW_PATTERN},
-    "exclude_modules": {"exclude_modules": SLOW_PATTERN},
-    "rank_pattern": {"rank_pattern": {SLOW_PATTERN: 3}},
-    "alpha_pattern": {"alpha_pattern": {SLOW_PATTERN: 3}},
-    "layers_pattern": {"layers_pattern": [SLOW_PATTERN], "layers_to_transform": [0]},
-    "modules_to_save": {"modules_to_save": [SLOW_PATTERN]},
-}
+SLOW_FIELDS = pattern_fields(SLOW_PATTERN)
 
 
 class Block(nn.Module):
