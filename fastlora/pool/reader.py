@@ -143,7 +143,7 @@ class AdapterReader:
     def _check_bytes(self, nbytes: int, source: str) -> None:
         if self._max_bytes is not None and nbytes > self._max_bytes:
             raise AdapterTooLargeError(
-                f"{source}: the tensors take {nbytes} bytes, which exceeds the pool's "
+                f"{source}: takes {nbytes} bytes, which exceeds the pool's "
                 f"max_adapter_bytes={self._max_bytes}",
                 "max_adapter_bytes",
             )

@@ -296,6 +296,27 @@ def test_a_close_that_runs_out_of_time_is_finished_later(
     check_pool(pool)
 
 
+def test_blocks_of_the_model_while_and_after_its_pool_closes(root: Path) -> None:
+    """R9: the model's own blocks are refused with the pool's, and then it is a plain model."""
+    model = Blocks()
+    pool = AdapterPool(model, target_modules=["q", "v"])
+    pool.register("a0", root / "a0")
+    ids = torch.arange(5)[None]
+    with torch.no_grad():
+        plain = model(ids)
+        with fastlora.adapters(model, ["a0"]):
+            assert not torch.equal(model(ids), plain)
+            with pytest.raises(AdapterStateError, match="1 leases are held"):
+                pool.close(wait=0.01)
+            with pytest.raises(PoolClosedError), fastlora.adapters(model, ["a0"]):
+                pass
+            assert not torch.equal(model(ids), plain)
+        pool.close()
+        with pytest.raises(TypeError, match="a model with an AdapterPool"):
+            fastlora.adapters(model, ["a0"]).__enter__()
+        assert torch.equal(model(ids), plain)
+
+
 def test_close_ends_what_is_read_in_the_background(root: Path, slow: SlowReads) -> None:
     """R9: a read that is under way counts as long as it runs, those that wait are cancelled."""
     pool = make_pool(root)

@@ -195,12 +195,11 @@ def test_others_are_served(program: Program, name: str) -> None:
         assert not {status for status in found if status >= 500}
         if name == "long_prompts":
             assert found and 200 not in found
-        for model in {model for model, _ in statuses if model.startswith(REFUSED)}:
-            own = [status for other, status in statuses if other == model]
-            assert 422 in own and not {*own} - {404, 422}, (model, own)  # 404 before it was found
+        refused = {(model, status) for model, status in statuses if model.startswith(REFUSED)}
+        assert not [own for own in refused if own[1] not in (404, 422)]  # 404 before it is found
         assert (name in ("patterns", "sparse_adapter", "links", "fifos")) == (422 in found)
         time.sleep(SETTLE_SECONDS)
-        assert program.resident - memory <= MOST_GROWTH
+        assert program.resident - memory <= MOST_GROWTH // (2 if name == "sparse_adapter" else 1)
         if FULL or name == list(ATTACKS)[-1]:
             with contextlib.ExitStack() as stack:
                 for own in (name,) if FULL else ("idle_sockets", "slow_headers", name):

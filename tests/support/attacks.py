@@ -185,7 +185,7 @@ def patterns(attack: Attack) -> None:
         for field, changes in pattern_fields(pattern).items():
             names.append(f"{kind}{field}")
             attack.copy(names[-1], **{"target_modules": leaves, **changes})
-    attack.ask_for(names)
+    attack.ask_for(names, clients=4)
 
 
 def sparse_adapter(attack: Attack) -> None:
