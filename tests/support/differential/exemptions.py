@@ -355,7 +355,7 @@ EXEMPTIONS: tuple[Exemption, ...] = (
     Exemption(
         "An adapter without trained tokens is saved",
         lambda m: (
-            m.of("load", "reload", "mixed")
+            m.of("load", "reload", "mixed", "merge", "merge_and_unload")
             and (_some_lack(m, "trainable_token_indices") or _some_lack(m, "modules_to_save"))
             and m.accepted("token_adapter.trainable_tokens_delta", *(f"'{n}'" for n in m.configs))
         ),
