@@ -54,10 +54,14 @@ def pool_routing(
     for resident in lease.residents:
         residents[resident.column] = resident
     by_column = tuple("" if resident is None else resident.name for resident in residents)
-    source = Pool(tuple(residents), pool.tables.found(max_rank, pool.dtype))
+    source, fixed = (
+        Pool(tuple(residents), pool.tables.found(rank, pool.dtype))
+        for rank in (max_rank, pool.max_rank or lease.max_rank)
+    )
     drawn = draw_seeds(by_column, seeds, draw=False)  # a pool's adapters have no dropout
     # A copy: if it were a tensor that the routing has elsewhere too, graphs would be guarded by it.
-    whole = Routing(pool.group, by_column, columns.clone(), drawn, source)
+    # The rank is the pool's, since graphs are guarded by it and other mixes are to compile nothing.
+    whole = Routing(pool.group, by_column, columns.clone(), drawn, fixed)
     return Routing(pool.group, by_column, columns, drawn, source, whole=whole)
 
 

@@ -108,7 +108,8 @@ def test_without_a_template_a_message_begins_a_text(
     assert chat.messages == []
     assert said(chat, "/system be kind") == ["without a chat template a system prompt has no place"]
     whole, asked = chat.tokenizer, []
-    monkeypatch.setattr(chat._prompts, "_tokenizer", lambda text, **_: whole(text + "<eos>", **_))
+    ended = lambda texts, **how: whole([f"{text}<eos>" for text in texts], **how)  # noqa: E731
+    monkeypatch.setattr(chat._prompts, "_tokenizer", ended)
     chat._prompts._tokenizer.eos_token_id = whole.eos_token_id
     monkeypatch.setattr(chat, "_streamed", lambda ids: asked.append(ids) or "")
     chat.ask("the sea")
