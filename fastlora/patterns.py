@@ -72,7 +72,7 @@ class _Bounded:
                 f"{field}={pattern!r} is a regular expression. Matching it with a time limit needs "
                 "pcre2; install it with: pip install pcre2"
             ) from error
-        # The limits stand first. PCRE2 takes no others from behind a parenthesis.
+        # PCRE2 accepts limits only at the start of a pattern, so later ones cannot override these.
         steps = min(_STEPS, _CHARACTERS // _expanded_length(pattern, expression))
         limits = f"(*LIMIT_MATCH={steps})(*LIMIT_HEAP={_HEAP_KIB})"
         try:

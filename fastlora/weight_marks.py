@@ -172,7 +172,7 @@ class Marks:
 
 
 def _memory_of(weight: torch.Tensor) -> int:
-    """Returns the identity of a weight's storage; 0 where it has none (sparse layouts)."""
+    """Returns the identity of a weight's storage, or 0 for a sparse weight, which has none."""
     try:
         return weight.untyped_storage()._cdata
     except RuntimeError:

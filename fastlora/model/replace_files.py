@@ -209,7 +209,7 @@ def _owner_has_ended(folder: Path) -> bool:
 
 
 def _remove(folder: Path) -> None:
-    """Removes a temporary folder; its lock goes last, so what a kill leaves has its lock."""
+    """Removes a temporary folder, its lock file last: after a kill the rest is still locked."""
     for entry in folder.glob("*"):
         if entry.name == _LOCK:
             continue

@@ -88,7 +88,7 @@ class RowChecks:
         refuse_part(layer)
 
     def note_unchecked(self, layer: RoutedLayer) -> None:
-        """Warns where a layer runs for the first time, unfollowed; the next block is followed."""
+        """Warns about a layer that first runs unchecked, and has the next block check it."""
         mode = bool(layer.training)
         if layer.routed_as in self._shown[mode] or self._blocks[mode] < _MOST_BLOCKS:
             return

@@ -276,7 +276,7 @@ class Run:
         )
 
     def _open_log(self) -> bool:
-        """Opens the log, and returns whether an earlier run has evaluated after this step."""
+        """Opens the log and returns whether an earlier run already evaluated after this step."""
         checkpoint.sweep(self.root, self.settings.keep)
         ended = self.step == self.schedule.steps
         self._log = log.RunLog(self.settings.out, self.step, evaluates=ended)
