@@ -109,7 +109,8 @@ def _records_natively(
     many. Nor where x would be saved as a copy in rows.
     """
     dtype, factors, few = x.dtype, lora_a.dtype, _FEW_ROWS
-    if dtype is torch.bfloat16 and dtype not in products.EMULATED:
+    rows = x.numel() // max(x.shape[-1], 1)
+    if dtype is torch.bfloat16 and not products.is_slow(dtype, rows):
         few, fits = _FEW_BF16_ROWS, factors is dtype or factors is torch.float32
     else:
         fits = factors is dtype and (dtype is torch.float32 or dtype is torch.float64)
@@ -117,7 +118,7 @@ def _records_natively(
         fits
         and x.is_cpu
         and (x.dim() == 2 or x.is_contiguous())
-        and x.numel() < few * x.shape[-1]
+        and rows < few
         and known.dtype is dtype
         and lora_b.dtype is factors
         and known.is_cpu

@@ -190,7 +190,7 @@ def test_calls_do_not_grow_with_the_adapters(
 
     Two of the five are lora_bias's. How long a forward takes is what ``bench/mixed.py`` measures.
     """
-    monkeypatch.setattr(products, "EMULATED", frozenset())  # there a product is several
+    monkeypatch.setattr(products, "EMULATED", {})  # there a product is several
     units = frozenset([torch.bfloat16] if amx else [])
     monkeypatch.setattr(packed_choice, "_MATRIX_UNIT", units)
     x = torch.randn(64, 48).to(dtype)

@@ -31,7 +31,7 @@ PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "linear", "mv", "addmv", "dot")
 
 @pytest.fixture(autouse=True)
 def emulating(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(products, "EMULATED", frozenset(HALVES))
+    monkeypatch.setattr(products, "EMULATED", dict.fromkeys(HALVES, products.DOTS))
     yield
 
 
@@ -188,19 +188,28 @@ def test_temporaries_are_chunks() -> None:
 
 
 def test_only_a_processor_without_the_instructions_widens(monkeypatch: pytest.MonkeyPatch) -> None:
-    capability, has = "AVX2", {"bf16": False, "fp16": False}
+    capability, has_avx512_bf16, has = "AVX2", False, {"bf16": False, "fp16": False}
     mkldnn, backends = torch.ops.mkldnn, torch.backends
     monkeypatch.setattr(backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(backends.mkldnn, "is_available", lambda: True)
     for name in has:
         monkeypatch.setattr(mkldnn, f"_is_mkldnn_{name}_supported", lambda name=name: has[name])
-    assert products._emulated() == set(HALVES)
-    has["bf16"] = True
-    assert products._emulated() == {torch.float16}
-    capability = "AVX512"
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_avx512_bf16)
+    assert products._emulated() == dict.fromkeys(HALVES, products.DOTS)
+    has["bf16"] = True  # oneDNN says so of what it emulates with AVX512, too
+    assert products._emulated() == {torch.float16: products.DOTS}
+    capability, has_avx512_bf16 = "AVX512", False
+    both = {torch.bfloat16: products.ONEDNN, torch.float16: products.DOTS}
+    assert products._emulated() == both
+    has_avx512_bf16 = True
+    assert products._emulated() == {torch.float16: products.DOTS}
+    has["fp16"] = True
     assert not products._emulated()
-    capability = "AVX2"
+    capability, has = "AVX2", {"bf16": False, "fp16": False}
     monkeypatch.setattr(backends.mkldnn, "is_available", lambda: False)
+    assert not products._emulated()
+    capability = "DEFAULT"
+    monkeypatch.setattr(backends.mkldnn, "is_available", lambda: True)
     assert not products._emulated()
 
 
@@ -241,10 +250,28 @@ def test_few_rows_are_read_by_pytorch(dtype: torch.dtype) -> None:
         assert not counted.found
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+def test_onednn_keeps_fewer_than_64_rows(transposed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It emulates bf16 in any layout, alone and in batches; and no part has above 256 KiB."""
+    monkeypatch.setattr(products, "EMULATED", {torch.bfloat16: products.ONEDNN})
+    for rows, expected in ((63, 5), (64, 0)):
+        x, b = operands(torch.bfloat16, (rows, 40), (24, 40) if transposed else (40, 24))
+        b = b.t() if transposed else b
+        with HalfProducts() as counted:
+            y = products.mm(x, b)
+            products.linear(x, b.t())
+            products.addmm_(y, x, b)
+            products.baddbmm_(products.bmm(x[None], b[None]), x[None], b[None])
+        assert len(counted.found) == expected
+    x, weight = operands(torch.bfloat16, (64, 256), (4096, 256))
+    peak = measure.peak_step_bytes(partial(products.linear, x, weight))
+    assert peak <= 2 * 64 * 4096 + 4 * 64 * 256 + 2 * 4 * (1 << 16)
+
+
 LOWERED = """
 import torch
 from fastlora.ops.torch import products
-assert products.EMULATED == frozenset([torch.bfloat16, torch.float16]), products.EMULATED
+assert products.EMULATED.keys() == {torch.bfloat16, torch.float16}, products.EMULATED
 a, b = torch.randn(8, 40).bfloat16(), torch.randn(40, 24).bfloat16()
 assert torch.equal(products.mm(a, b), (a.float() @ b.float()).bfloat16())
 """

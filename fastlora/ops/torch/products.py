@@ -1,9 +1,9 @@
 """Matrix products on a CPU: in fp32 where the processor has no instructions for 16-bit ones.
 
 There PyTorch's own 16-bit products take many times as long as fp32's. SmolLM2's linear of 576 to
-1536, 512 rows of bf16, one AVX2 core, PyTorch and here: forward 91.5 and 11 ms, gradient of its
-input 377 and 11 ms; fp32's 10. The sums are fp32 either way and rounded once; where a product is
-added to a result, here also the sum is.
+1536, 512 rows of bf16, PyTorch and here: forward 91.5 and 11 ms on one AVX2 core, 30 and 8 on an
+AVX512 core without bf16; gradient of the input 377 and 11 ms, 30 and 7. The sums are fp32 either
+way and rounded once; where a product is added to a result, here also the sum is.
 
 Everywhere else these are PyTorch's functions, and under a compiler or tracer, where a graph is
 recorded, and for operands that do not agree in dtype. Temporaries are the smaller operand in fp32,
@@ -14,32 +14,57 @@ knows neither in-place products nor those with ``out``.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
-# Numbers of an operand that are widened at once, or as many as the smaller operand and the result
-# have together, if no more than `_MOST`: a product in two costs up to a third more than one.
-_CHUNK, _MOST = 1 << 17, 1 << 22
+# Numbers of an operand that are widened at once, unless `Emulation.largest_part` says otherwise.
+_CHUNK = 1 << 17
 # And at least so many rows of it.
 _LEAST = 32
-# PyTorch reads the weight of so few rows at memory's speed: 2 rows of bf16 through 576 to 1536 in
-# 0.43 ms and here in 0.81; 4 in 0.8 and 0.6.
-_FEW_ROWS = 3
 
 
-def _emulated() -> frozenset[torch.dtype]:
-    """Returns the dtypes whose products this processor emulates; known for x86 with AVX2 only."""
-    if (
-        torch.backends.cpu.get_cpu_capability() != "AVX2"
-        or not torch.backends.mkldnn.is_available()
-    ):
-        return frozenset()
-    supported = {
-        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported(),
-        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported(),
-    }
-    return frozenset(dtype for dtype, is_fast in supported.items() if not is_fast)
+@dataclass(frozen=True)
+class Emulation:
+    """How a processor that emulates a dtype's products fares, and so when they are widened.
+
+    Attributes:
+        few_rows: Rows of x up to which PyTorch multiplies by a weight ``[N, K]`` as quickly.
+        few_other_rows: Rows of the left operand up to which it does in any other layout.
+        largest_part: Numbers of an operand that may be widened at once, where the smaller operand
+            and the result together have as many.
+    """
+
+    few_rows: int
+    few_other_rows: int
+    largest_part: int
+
+
+# PyTorch takes dot products of few rows with what lies in memory as ``[N, K]``, at memory's speed:
+# 2 rows of bf16 through 576 to 1536 in 0.43 ms and here in 0.81; 4 in 0.8 and 0.6. For more rows a
+# product in two parts costs up to a third more than one.
+DOTS = Emulation(few_rows=3, few_other_rows=0, largest_part=1 << 22)
+# oneDNN emulates bf16 with AVX512 at a quarter of fp32's rate, whatever the layout, without a
+# temporary: 64 rows in 3.7 ms and here in 1.2, 8 in 0.66 and 0.68. Below 64 rows, or in larger
+# parts, what is widened would make a forward peak above PEFT's.
+ONEDNN = Emulation(few_rows=63, few_other_rows=63, largest_part=1 << 16)
+
+
+def _emulated() -> dict[torch.dtype, Emulation]:
+    """Returns the dtypes whose products this processor emulates, as far as is known (x86)."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    if capability not in ("AVX2", "AVX512") or not torch.backends.mkldnn.is_available():
+        return {}
+    emulated = {}
+    if capability == "AVX512":
+        if not torch.cpu._is_avx512_bf16_supported():
+            emulated[torch.bfloat16] = ONEDNN
+    elif not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        emulated[torch.bfloat16] = DOTS
+    if not torch.ops.mkldnn._is_mkldnn_fp16_supported():
+        emulated[torch.float16] = DOTS
+    return emulated
 
 
 EMULATED = _emulated()
@@ -61,14 +86,14 @@ def widens(*operands: torch.Tensor) -> bool:
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """Returns ``x @ weight.T + bias``, ``[M, N]``, for ``x [M, K]``."""
     operands = (x, weight) if bias is None else (x, weight, bias)
-    if x.dtype not in EMULATED or not widens(*operands) or _is_read_once(x, weight.t()):
+    if x.dtype not in EMULATED or not widens(*operands) or _are_few(x, weight.t()):
         return F.linear(x, weight, bias)
     return mm(x, weight.t()) if bias is None else addmm_(bias.repeat(x.shape[0], 1), x, weight.t())
 
 
 def mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Returns ``a @ b``, ``[M, N]``, for ``a [M, K]`` and ``b [K, N]``."""
-    if a.dtype not in EMULATED or not widens(a, b) or _is_read_once(a, b):
+    if a.dtype not in EMULATED or not widens(a, b) or _are_few(a, b):
         return torch.mm(a, b)
     y = a.new_empty(a.shape[0], b.shape[1])
 
@@ -81,7 +106,7 @@ def mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 def addmm_(y: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Adds ``a @ b`` to ``y [M, N]`` in place and returns it."""
-    if y.dtype not in EMULATED or not widens(y, a, b) or _is_read_once(a, b):
+    if y.dtype not in EMULATED or not widens(y, a, b) or _are_few(a, b):
         return y.addmm_(a, b)
 
     def add(part: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
@@ -93,7 +118,7 @@ def addmm_(y: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 def bmm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Returns ``a @ b``, ``[G, M, N]``, for ``a [G, M, K]`` and ``b [G, K, N]``."""
-    if not widens(a, b) or _is_read_once(a, b):
+    if not widens(a, b) or _are_few(a, b):
         return torch.bmm(a, b)
     y = a.new_empty(a.shape[0], a.shape[1], b.shape[2])
     for part in _groups(a, b):
@@ -104,16 +129,23 @@ def bmm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 def baddbmm_(y: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Adds ``a @ b`` to ``y [G, M, N]`` in place and returns it."""
-    if not widens(y, a, b):
+    if not widens(y, a, b) or _are_few(a, b):
         return y.baddbmm_(a, b)
     for part in _groups(a, b):
         y[part] = y[part].float().baddbmm_(a[part].float(), b[part].float())
     return y
 
 
-def _is_read_once(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether PyTorch takes dot products of few rows with what lies in memory as ``[N, K]``."""
-    return a.shape[-2] <= _FEW_ROWS and b.stride(-2) == 1
+def is_slow(dtype: torch.dtype, rows: int) -> bool:
+    """Whether PyTorch's products of so many rows are slow on this processor, in some layout."""
+    return dtype in EMULATED and rows > EMULATED[dtype].few_other_rows
+
+
+def _are_few(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether the rows of a are so few that PyTorch's emulated ``a @ b`` is as quick."""
+    emulation = EMULATED[a.dtype]
+    few = emulation.few_rows if b.stride(-2) == 1 else emulation.few_other_rows
+    return a.shape[-2] <= few
 
 
 def _in_parts(
@@ -126,7 +158,7 @@ def _in_parts(
     by_rows = a.numel() > b.numel()
     parted, whole = (a, b.float()) if by_rows else (b.t(), a.float())
     results = y if by_rows else y.t()
-    at_once = min(max(_CHUNK, whole.numel() + y.numel()), _MOST)
+    at_once = min(max(_CHUNK, whole.numel() + y.numel()), EMULATED[y.dtype].largest_part)
     size = max(at_once // max(parted.shape[1], results.shape[1], 1), _LEAST)
     for own, part in zip(parted.split(size), results.split(size), strict=True):
         if by_rows:
