@@ -55,12 +55,15 @@ class Settings:
         base: The base model's name; clients may say ``base`` too.
         keys: What clients must send.
         most_bytes: Of a request's body.
+        most_reading: Bytes of all requests' bodies that have not come whole, or ``most_bytes`` if
+            that is more. Bodies below 64 KiB do not count.
         watch_seconds: Between two looks into the folder of adapters; 0 for none.
     """
 
     base: str
     keys: Keys = Keys()
     most_bytes: int = 1 << 20
+    most_reading: int = 1 << 26
     watch_seconds: float = 2.0
 
 
@@ -88,6 +91,7 @@ class Server:
             Gate,
             keys=settings.keys,
             most_bytes=settings.most_bytes,
+            most_reading=settings.most_reading,
             metrics=self.metrics,
         )
         for method, path, call in (

@@ -1,4 +1,4 @@
-"""What every request passes first: the key, the bound of its body, and the count of answers."""
+"""What every request passes first: the key, the bounds of bodies, and the count of answers."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from fastlora.serve.metrics import Metrics
 from fastlora.serve.refusals import JSON, error_body
 
 _OPEN = ("/health",)  # without a key
+_SMALL_BODY = 1 << 16  # bytes, which are taken however many bodies are being read
+_RETRY = {"Retry-After": "1"}
 
 
 class Gate:
@@ -18,17 +20,25 @@ class Gate:
     It leaves in ``request.state.caller`` who sent a request.
     """
 
-    def __init__(self, app: ASGIApp, keys: Keys, most_bytes: int, metrics: Metrics) -> None:
-        self._app, self._keys = app, keys
-        self._most_bytes, self._metrics = most_bytes, metrics
+    def __init__(
+        self, app: ASGIApp, keys: Keys, most_bytes: int, most_reading: int, metrics: Metrics
+    ) -> None:
+        self._app, self._keys, self._metrics = app, keys, metrics
+        self._most_bytes, self._most_reading = most_bytes, max(most_bytes, most_reading)
+        self._reading = 0  # bytes of unfinished bodies, without those of small ones
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         headers = dict(scope["headers"])
-        most, read = self._most_bytes, 0
+        most, read, held = self._most_bytes, 0, 0
         too_long = f"the body has more than {most} bytes"
+
+        def hold(size: int) -> None:
+            nonlocal held
+            self._reading += size - held
+            held = size
 
         async def counted() -> Message:
             nonlocal read
@@ -36,6 +46,9 @@ class Gate:
             read += len(message.get("body", b""))
             if read > most:
                 raise HTTPException(413, too_long)
+            hold(read if read > _SMALL_BODY and message.get("more_body", False) else 0)
+            if held and self._reading > self._most_reading:
+                raise HTTPException(503, "too many large requests are being read", _RETRY)
             return message
 
         async def noted(message: Message) -> None:
@@ -54,4 +67,7 @@ class Gate:
             body = error_body(too_long, "invalid_request_error", None)
             await JSON(body, 413)(scope, receive, noted)
         else:
-            await self._app(scope, counted, noted)
+            try:
+                await self._app(scope, counted, noted)
+            finally:
+                hold(0)

@@ -78,8 +78,8 @@ async def _on_our_error(request: Request, error: Exception) -> Response:
 
 async def _on_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    body = error_body(str(error.detail), "invalid_request_error", None)
-    return JSON(body, error.status_code, error.headers)
+    kind = "invalid_request_error" if error.status_code < 500 else "server_error"
+    return JSON(error_body(str(error.detail), kind, None), error.status_code, error.headers)
 
 
 async def _on_wrong_body(request: Request, error: Exception) -> Response:

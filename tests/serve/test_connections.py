@@ -18,7 +18,19 @@ from fastlora.validation import ConfigError
 
 pytest.importorskip("uvicorn", reason="the server needs it")
 
+from starlette.exceptions import HTTPException
+
+from fastlora.serve.app import Settings
 from fastlora.serve.connections import Connections, Limits, limits_within, raise_descriptor_limit
+from fastlora.serve.gate import Gate
+
+
+class Uncounted:
+    """Metrics that count nothing."""
+
+    def answered(self, scope: Any, status: int) -> None:
+        pass
+
 
 SHORT = Limits(most=8, header_seconds=0.4, body_seconds=0.8, idle_seconds=0.6, backlog=2)
 HEAD = b"POST /%s HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n"
@@ -282,3 +294,42 @@ def test_the_limit_of_open_files_is_raised() -> None:
         assert raised == (None if before[1] == resource.RLIM_INFINITY else before[1])
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_bodies_that_are_being_read_are_bounded_together() -> None:
+    """A large body that does not fit is refused; small ones, and what follows, are not."""
+    settings = Settings("tiny", most_bytes=1 << 20, most_reading=(1 << 20) + (1 << 18))
+    gate = Gate(app, settings.keys, settings.most_bytes, settings.most_reading, metrics=Uncounted())
+
+    async def ask(*parts: bytes, held: asyncio.Event | None = None) -> int:
+        statuses, left = [], list(parts)
+
+        async def receive() -> dict[str, Any]:
+            if held is not None and len(left) == 1:
+                await held.wait()
+            part = left.pop(0)
+            return {"type": "http.request", "body": part, "more_body": bool(left)}
+
+        async def send(message: dict[str, Any]) -> None:
+            statuses.append(message.get("status"))
+
+        try:
+            await gate({"type": "http", "path": "/", "headers": []}, receive, send)
+        except HTTPException as error:
+            assert error.headers == {"Retry-After": "1"}
+            return error.status_code
+        return statuses[0]
+
+    async def traffic() -> None:
+        part, release = bytes(1 << 19), asyncio.Event()
+        slow = [asyncio.create_task(ask(part, part, held=release)) for _ in range(2)]
+        await asyncio.sleep(0.01)
+        for large in (b"", part):
+            assert await ask(part, b"") == 503
+            assert await ask(bytes(1 << 16), b"") == 200
+            assert await ask(part + large) == 200  # came whole: nothing waits for it
+        release.set()
+        assert await asyncio.gather(*slow) == [200, 200]
+        assert await ask(part, part) == 200
+
+    asyncio.run(traffic())
