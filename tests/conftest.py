@@ -28,9 +28,26 @@ os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", _compiled.name)
 pytest.register_assert_rewrite("tests.support")
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     """One intra-op thread, unless OMP_NUM_THREADS asks for more: results and times that repeat."""
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    text = "drawn(share): a large table of cases, of which FASTLORA_CASES=drawn takes a share"
+    config.addinivalue_line("markers", text)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keeps the cases that the commit draws, as the lanes ask; a file run alone runs whole."""
+    if os.environ.get("FASTLORA_CASES", "all") == "all":
+        return
+    from tests.support.drawn import is_drawn
+
+    kept, left_out = [], []
+    for item in items:
+        mark = item.get_closest_marker("drawn")
+        takes = mark is None or is_drawn(item.nodeid, *mark.args)
+        (kept if takes else left_out).append(item)
+    items[:] = kept
+    config.hook.pytest_deselected(items=left_out)
 
 
 def pytest_collection_finish() -> None:

@@ -6,7 +6,8 @@ that the lanes take about as long on two cores; ``aot`` compiles the kernels ahe
 supported GPU. A fifth lane, ``native``, runs ``tests/kernels`` on the GPU where
 there is one. Lanes run beside each other as far as the cores allow. The first one's output is shown
 while it comes, that of each other one whole when its turn comes, then pytest's closing lines, their
-total and the slowest tests.
+total and the slowest tests. Of tests that are marked ``drawn`` a part runs, which the hash of the
+commit draws; all of them run on a GPU, and with ``FASTLORA_CASES=all``.
 
     python tests/run_lanes.py [--jobs N] [--lane NAME]... [-- PYTEST ARGUMENTS]
 """
@@ -78,7 +79,7 @@ LANES = (
     Lane("commands", PROGRAMS),
     Lane("aot", ("tests/aot",)),
 )
-NATIVE = Lane("native", ("tests/kernels",))
+NATIVE = Lane("native", ("tests/kernels",), env={"FASTLORA_CASES": "all"})
 
 
 def lanes_here() -> tuple[Lane, ...]:
@@ -100,6 +101,7 @@ def run_lane(lane: Lane, pytest_args: Sequence[str], live: bool) -> Outcome:
     # One thread a lane: lanes share the cores, and threads that wait for each other stall both.
     environment.setdefault("OMP_NUM_THREADS", "1")
     environment.setdefault("OMP_WAIT_POLICY", "passive")
+    environment.setdefault("FASTLORA_CASES", "drawn")
     environment.update(lane.env)
     start = time.monotonic()
     output = b""

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+
+from tests.support import drawn
 
 _SPEC = importlib.util.spec_from_file_location(
     "run_lanes", Path(__file__).with_name("run_lanes.py")
@@ -106,3 +110,52 @@ def test_an_unknown_lane_is_refused(root: Path, capfdbinary: Any) -> None:
     with pytest.raises(SystemExit) as error:
         run_lanes.main(["--lane", "nope"])
     assert error.value.code == 2
+
+
+def test_a_run_draws_cases_unless_all_are_asked_for(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asks = "import os\ndef test_it():\n    assert os.environ['FASTLORA_CASES'] == 'drawn'\n"
+    (root / "tests" / "test_cases.py").write_text(asks, encoding="utf-8")
+    assert run_lanes.main(["--lane", "main"]) == 0
+    monkeypatch.setenv("FASTLORA_CASES", "all")
+    assert run_lanes.main(["--lane", "main"]) == 1
+    assert run_lanes.NATIVE.env == {"FASTLORA_CASES": "all"}
+
+
+def test_a_commit_draws_a_share_of_a_table(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same cases each time for one commit, others for another, and every case for some."""
+    conftest = request.config.pluginmanager.get_plugin(str(Path(__file__).parent / "conftest.py"))
+    table = [Item(f"test_table.py::test_case[{i}]", pytest.mark.drawn(0.4)) for i in range(500)]
+    always = Item("test_table.py::test_always", None)
+
+    def chosen(commit: str) -> set[str]:
+        left_out: list[Item] = []
+        hook = SimpleNamespace(pytest_deselected=lambda items: left_out.extend(items))
+        monkeypatch.setattr(drawn, "commit", lambda: commit)
+        items = [*table, always]
+        conftest.pytest_collection_modifyitems(SimpleNamespace(hook=hook), items)
+        assert always in items
+        assert len(items) + len(left_out) == 501
+        return {item.nodeid for item in items}
+
+    monkeypatch.setenv("FASTLORA_CASES", "all")
+    assert len(chosen("a")) == 501
+    monkeypatch.setenv("FASTLORA_CASES", "drawn")
+    commits = {commit: chosen(commit) for commit in "abcdefgh"}
+    assert commits["a"] == chosen("a") != commits["b"]
+    assert all(150 <= len(cases) <= 250 for cases in commits.values())
+    assert len(set.union(*commits.values())) >= 480
+
+
+@dataclass(frozen=True)
+class Item:
+    """A test as pytest collects it."""
+
+    nodeid: str
+    mark: Any
+
+    def get_closest_marker(self, name: str) -> Any:
+        return self.mark.mark if self.mark is not None and name == "drawn" else None

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import random
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,17 +21,11 @@ from fastlora.model.tuner import LoraTuner
 from fastlora.validation import ConfigError
 from tests.support.differential.exemptions import EXEMPTIONS, Exemption
 from tests.support.differential.oracle import Disagreement, run, run_seed
+from tests.support.drawn import commit
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 ALL = 300
 IN_CI = 60
-
-
-def _commit() -> str:
-    """The hash of the commit that is tested, or nothing outside of a repository."""
-    asked = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
-    found = subprocess.run(asked, capture_output=True, text=True, check=False)
-    return found.stdout.strip()
 
 
 def _seeds() -> list[int]:
@@ -42,7 +35,7 @@ def _seeds() -> list[int]:
         return list(range(ALL))
     if named:
         return [int(seed) for seed in named.split(",")]
-    return sorted(random.Random(_commit()).sample(range(ALL), IN_CI))
+    return sorted(random.Random(commit()).sample(range(ALL), IN_CI))
 
 
 @pytest.mark.parametrize("seed", _seeds())
