@@ -78,9 +78,11 @@ class Adapted:
             self._check_known(name)
         self._activate(names, inference_mode)
 
-    def _activate(self, names: list[str], inference_mode: bool = False) -> None:
+    def _activate(
+        self, names: list[str], inference_mode: bool = False, keep_merged: bool = False
+    ) -> None:
         """`set_adapter` for a whole model, where a module may lack some of the names."""
-        if self.merged:
+        if self.merged and not keep_merged:
             warnings.warn("set_adapter() unmerges the adapters merged so far", stacklevel=3)
             self.unmerge()
         self._active_adapters = list(dict.fromkeys(names))

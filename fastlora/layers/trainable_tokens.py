@@ -181,8 +181,10 @@ class TrainableTokensWrapper(ModuleWrapper):
         """Whether the rows are another module's."""
         return self.token_adapter.tied_adapter is not None
 
-    def _activate(self, names: list[str], inference_mode: bool = False) -> None:
-        super()._activate(names, inference_mode)
+    def _activate(
+        self, names: list[str], inference_mode: bool = False, keep_merged: bool = False
+    ) -> None:
+        super()._activate(names, inference_mode, keep_merged)
         self._act_as(names)
 
     def _act_as(self, names: list[str]) -> None:

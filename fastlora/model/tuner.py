@@ -201,15 +201,22 @@ class LoraTuner(nn.Module):
                     f"adapters {owners} each own {wrapper.owns} of one module ({wrapper.field}); "
                     f"Only one adapter can be set at a time for {type(wrapper).__name__}"
                 )
+        self._activate(names, inference_mode)
+
+    def _activate(
+        self, names: list[str], inference_mode: bool = False, keep_merged: bool = False
+    ) -> None:
         self._active, self._frozen = list(dict.fromkeys(names)), []
         for _, module in inject.routed_modules(self.model):
-            module._activate(self._active, inference_mode)
+            module._activate(self._active, inference_mode, keep_merged)
         for name in self.peft_config:
             for bias in self._biases(name):
                 bias.requires_grad_(name in self._active and not inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Removes an adapter; where it was the only active one, another takes its place.
+
+        Other adapters that are merged stay merged.
 
         Raises:
             AdapterNotFoundError: There is no such adapter.
@@ -233,7 +240,7 @@ class LoraTuner(nn.Module):
         if adapter_name in self._active:
             self._active.remove(adapter_name)
             if not self._active and self.peft_config:
-                self.set_adapter(next(iter(self.peft_config)))
+                self._activate([next(iter(self.peft_config))], keep_merged=True)
 
     def add_weighted_adapter(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -115,6 +116,21 @@ def test_unloading_keeps_what_is_merged(merges: list[str], disabled: bool) -> No
             model(torch.zeros(1, 16))
         bare.append(model.unload().state_dict())
     torch.testing.assert_close(bare[0], bare[1])
+
+
+@pytest.mark.parametrize("library", [fastlora, peft], ids=["fastlora", "peft"])
+def test_deleting_the_active_adapter_keeps_another_one_merged(library: Any) -> None:
+    """The adapter that becomes active was merged and stays in the weights, as in PEFT."""
+    config = library.LoraConfig(r=2, target_modules=["q"], init_lora_weights=False)
+    model = library.get_peft_model(TwoLayers(), config)
+    model.add_adapter("b", config)
+    model.merge_adapter(["b"])
+    x = torch.randn(3, 16)
+    expected = model(x)
+    model.delete_adapter("default")
+    assert model.base_model.model.q.merged_adapters == ["b"]
+    torch.testing.assert_close(model(x), expected)
+    torch.testing.assert_close(model.unload()(x), expected)
 
 
 def test_wrapper_shows_the_weight() -> None:
