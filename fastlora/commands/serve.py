@@ -229,7 +229,9 @@ def build(args: argparse.Namespace) -> tuple[Any, list[str]]:
         length=args.max_length,
         most_waiting=args.max_queue,
     )
-    settings = Settings(args.name, args.keys, args.max_body, args.watch)
+    settings = Settings(
+        base=args.name, keys=args.keys, most_bytes=args.max_body, watch_seconds=args.watch
+    )
     vocabulary = model.get_input_embeddings().num_embeddings
     server = Server(engine, adapters, Prompts(tokenizer, vocabulary, engine.length), settings)
     return server.app, adapters.names

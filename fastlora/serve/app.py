@@ -47,7 +47,7 @@ _SHORT_PROMPT = 1 << 14  # characters, which are tokens in some 10 ms
 _T = TypeVar("_T")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Settings:
     """What the HTTP side is told.
 

@@ -298,7 +298,7 @@ def test_the_limit_of_open_files_is_raised() -> None:
 
 def test_bodies_that_are_being_read_are_bounded_together() -> None:
     """A large body that does not fit is refused; small ones, and what follows, are not."""
-    settings = Settings("tiny", most_bytes=1 << 20, most_reading=(1 << 20) + (1 << 18))
+    settings = Settings(base="tiny", most_bytes=1 << 20, most_reading=(1 << 20) + (1 << 18))
     gate = Gate(app, settings.keys, settings.most_bytes, settings.most_reading, metrics=Uncounted())
 
     async def ask(*parts: bytes, held: asyncio.Event | None = None) -> int:
