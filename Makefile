@@ -24,7 +24,7 @@ install: $(VENV)/.installed ## make .venv with fastlora, what the demo and what 
 demo: $(VENV)/.installed ## train three adapters at once on SmolLM2-135M, compare with PEFT
 	@$(BIN)/fastlora demo $(ARGS)
 
-test: $(VENV)/.installed ## run all tests: the main run, the Triton interpreter, our commands, ahead-of-time compiles
+test: $(VENV)/.installed ## run the tests: the main run, the Triton interpreter, our commands, ahead-of-time compiles
 	@$(BIN)/python tests/run_lanes.py $(ARGS)
 
 recipes: $(VENV)/.installed ## run every recipe of examples/recipes, those too that take long (outside CI)

@@ -39,15 +39,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Keeps the cases that the commit draws, as the lanes ask; a file run alone runs whole."""
     if os.environ.get("FASTLORA_CASES", "all") == "all":
         return
-    from tests.support.drawn import is_drawn
+    from tests.support.drawn import draw
 
-    kept, left_out = [], []
+    tables: dict[str, list[pytest.Item]] = {}
     for item in items:
-        mark = item.get_closest_marker("drawn")
-        takes = mark is None or is_drawn(item.nodeid, *mark.args)
-        (kept if takes else left_out).append(item)
-    items[:] = kept
-    config.hook.pytest_deselected(items=left_out)
+        if item.get_closest_marker("drawn") is not None:
+            tables.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    left_out: set[str] = set()
+    for name, cases in tables.items():
+        mark = cases[0].get_closest_marker("drawn")
+        assert mark is not None
+        ids = [item.nodeid for item in cases]
+        left_out |= set(ids) - draw(ids, *mark.args, name)
+    config.hook.pytest_deselected(items=[item for item in items if item.nodeid in left_out])
+    items[:] = [item for item in items if item.nodeid not in left_out]
 
 
 def pytest_collection_finish() -> None:

@@ -29,6 +29,7 @@ def nodes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.setattr(autograd, "_FEW_ROWS", 0)
 
 
+@pytest.mark.drawn(1 / 2)
 @pytest.mark.parametrize("numbers", [[0.5, 2.0, 1 / 3], [1 / 3]], ids=["per rank row", "one"])
 def test_gradcheck(numbers: list[float], nodes: None) -> None:
     """Numerical derivatives agree in float64, for linear and add."""

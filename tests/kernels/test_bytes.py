@@ -246,6 +246,7 @@ def test_the_table_holds_what_is_counted() -> None:
     assert written == [row for step in STEPS for row in rows_of_table(step, counted_in(step))]
 
 
+@pytest.mark.drawn(1 / 3)
 @pytest.mark.parametrize("r", [8, 64])
 @pytest.mark.parametrize(("m", "width"), [(16, 576), (64, 576), (16, 1536), (64, 1536)])
 def test_fused_linear_moves_at_most_a_tenth_above_the_floor(

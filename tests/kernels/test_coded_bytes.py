@@ -39,6 +39,7 @@ if triton_interpreted():
     from tests.support.bytes.count_bytes import TABLE, Step, rows_of_table
     from tests.support.bytes.count_coded import STEPS, count_decode, floor_of_decode, moved
 
+    @pytest.mark.drawn(1 / 3)
     @pytest.mark.parametrize("step", STEPS, ids=str)
     def test_decode_moves_at_most_a_fifth_above_the_floor(step: Step) -> None:
         """Codes and scales are asked for once; the table of `docs` holds what is counted."""

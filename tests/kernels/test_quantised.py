@@ -104,6 +104,7 @@ CASES = [
 ]
 
 
+@pytest.mark.drawn(1 / 3)
 @pytest.mark.parametrize(("kind", "dtype", "options"), CASES, ids=str)
 def test_one_adapter(kind: str, dtype: torch.dtype, options: Any) -> None:
     """Siblings in one node of the graph, or one by one; against PEFT over the called modules."""
@@ -286,6 +287,7 @@ CHANGES: dict[str, Any] = {
 }
 
 
+@pytest.mark.drawn(1 / 3)
 @pytest.mark.filterwarnings("ignore:merged into")
 @pytest.mark.parametrize(
     ("kind", "change"),

@@ -150,6 +150,7 @@ def test_shrink(lab: Lab, dtype: torch.dtype, ranks: tuple[int, ...], k: int, sp
     assert_within_budget(found, layers.s, truth, "s")
 
 
+@pytest.mark.drawn(1 / 3)
 @pytest.mark.parametrize("kernel", ["linear", "expand"])
 @pytest.mark.parametrize("columns", [(64, 32), (70, 5, 33), (33, 64, 16, 48)], ids=str)
 @pytest.mark.parametrize("splits", [1, 3])

@@ -40,6 +40,7 @@ def check(model: Any, x: torch.Tensor, found: list[torch.Tensor | None]) -> None
             assert_within_budget(mine, plain, exact, f"result {number}")
 
 
+@pytest.mark.drawn(1 / 3)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(5, 32), (2, 9, 32), (70, 32)])
 def test_values_and_every_gradient(

@@ -68,6 +68,7 @@ def check(weight: CodedWeight) -> None:
         assert torch.equal(decoded(weight.coded, weight.dtype, rows, columns), dense)
 
 
+@pytest.mark.drawn(1 / 3)
 @pytest.mark.parametrize(("kind", "nested", "block"), FOUR_BITS)
 def test_4_bits(lab: Lab, dtype: torch.dtype, kind: str, nested: bool, block: int) -> None:
     check(four_bits(lab.rand(19, 3 * 256, dtype=dtype), kind, nested, block))

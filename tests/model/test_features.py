@@ -225,6 +225,7 @@ def check_training(feature: Feature, ours: Any, theirs: Any) -> None:
     assert all(gradient.any() for gradient in found.values())
 
 
+@pytest.mark.drawn(1 / 3)
 @pytest.mark.parametrize("name", FEATURES)
 def test_as_peft(name: str, tmp_path: Path) -> None:
     """Training, files both ways, without it, beside base rows, merged, unmerged, unloaded."""

@@ -44,6 +44,7 @@ CASES: dict[str, tuple[dict[str, Any], torch.dtype, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.drawn(1 / 3)
 @pytest.mark.parametrize("case", CASES)
 def test_logits_gradients_and_files(
     case: str,

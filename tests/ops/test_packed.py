@@ -152,6 +152,7 @@ PLANS = {
 }
 
 
+@pytest.mark.drawn(1 / 3)
 @pytest.mark.parametrize("case", PLANS)
 def test_plans(case: str) -> None:
     """Each plan is chosen where it is meant to be, and all give the same results."""

@@ -101,7 +101,7 @@ def answer(keys: Keys, method: str, path: str, sent: str | None, **options: Any)
 
     adapters: Any = SimpleNamespace(names=["ash"], unload=lambda name: None)
     engine: Any = SimpleNamespace(length=8)
-    app = Server(engine, adapters, SimpleNamespace(), Settings(base="tiny", keys)).app  # type: ignore
+    app = Server(engine, adapters, SimpleNamespace(), Settings(base="tiny", keys=keys)).app  # type: ignore
 
     async def ask() -> Any:
         transport = httpx.ASGITransport(app)

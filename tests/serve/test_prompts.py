@@ -153,7 +153,7 @@ def test_long_prompts_delay_no_short_one() -> None:
     engine: Any = SimpleNamespace(length=8, submit=submit, cancel=lambda job: None)
     prompts: Any = SimpleNamespace(of_text=of_text)
     adapters: Any = SimpleNamespace(names=[])
-    app = Server(engine, adapters, prompts, Settings("tiny")).app
+    app = Server(engine, adapters, prompts, Settings(base="tiny")).app
 
     async def ask() -> list[int]:
         transport = httpx.ASGITransport(app)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
-import hashlib
+import math
+import random
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -18,7 +20,7 @@ def commit() -> str:
     return found.stdout.strip()
 
 
-def is_drawn(case: str, share: float) -> bool:
-    """Whether the commit draws this case, as it does ``share`` of all cases."""
-    digest = hashlib.sha256(f"{commit()} {case}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") < share * 2**64
+def draw(cases: Sequence[str], share: float, table: str = "") -> set[str]:
+    """Returns the part of a table's cases that the commit draws, at least one of them."""
+    count = math.ceil(len(cases) * share)
+    return set(random.Random(f"{commit()} {table}").sample(sorted(cases), count))

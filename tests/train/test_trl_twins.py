@@ -188,6 +188,7 @@ def trainer_of(base: Path, rows: list[Row], out: Path, **options: Any) -> Any:
     )
 
 
+@pytest.mark.drawn(1 / 3)
 @pytest.mark.parametrize("case", CASES)
 def test_tokens_labels_and_losses(case: str, base: Path, tmp_path: Path) -> None:
     """Two steps over the whole data: tokens and labels equal, losses to rounding."""
