@@ -11,6 +11,7 @@ import contextlib
 import enum
 import logging
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -111,19 +112,13 @@ class Connections:
 
 
 class Connection(H11Protocol):
-    """uvicorn's protocol, with a deadline whenever the connection waits for its client.
-
-    It also closes a connection whose body comes in too many small chunks.
-    """
+    """uvicorn's protocol, with a deadline whenever the connection waits for its client."""
 
     def __init__(self, every: Connections, **given: Any) -> None:
         super().__init__(**given)
         self._every, self._counted = every, False
-        self._small_chunks = 0
-        self._parsed_event = self.conn.next_event
-        self.conn.next_event = self._next_event  # type: ignore[method-assign] # to count chunks
-        self._waits: Waiting | None = None
-        self._deadline: asyncio.TimerHandle | None = None
+        self.conn.next_event = ChunkCount(self.conn.next_event, self.end).next  # type: ignore
+        self._deadline = Deadline(self, every)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -156,7 +151,7 @@ class Connection(H11Protocol):
         self._look()
 
     def shutdown(self) -> None:
-        if self._waits is Waiting.BODY:  # no request yet that could end
+        if self._deadline.waits is Waiting.BODY:  # no request yet that could end
             self.end()
         else:
             super().shutdown()
@@ -167,26 +162,7 @@ class Connection(H11Protocol):
         self.transport.abort()
 
     def _look(self) -> None:
-        """Starts or stops the deadline where the connection waits for something else now."""
-        waits = self._waits_for()
-        if waits is not self._waits:
-            self._stop_waiting()
-            if waits is not None:
-                self._waits, self._every.waiting[waits][self] = waits, None
-                seconds = self._every.limits.seconds(waits)
-                self._deadline = self.loop.call_later(seconds, self.end)
-
-    def _next_event(self) -> Any:
-        """Returns what h11 has parsed next, for uvicorn."""
-        event = self._parsed_event()
-        if isinstance(event, h11.Request):
-            self._small_chunks = 0
-        elif isinstance(event, h11.Data) and event.chunk_start and len(event.data) < _SMALL:
-            self._small_chunks += 1
-            if self._small_chunks > _MOST_SMALL:
-                self.end()
-                return h11.NEED_DATA
-        return event
+        self._deadline.wait_for(self._waits_for())
 
     def _waits_for(self) -> Waiting | None:
         if self.transport.is_closing() or self.flow.write_paused:
@@ -196,16 +172,61 @@ class Connection(H11Protocol):
             return Waiting.REQUEST if is_between else Waiting.HEADERS
         return Waiting.BODY if self.conn.their_state is h11.SEND_BODY else None
 
-    def _stop_waiting(self) -> None:
-        if self._waits is not None and self._deadline is not None:
-            del self._every.waiting[self._waits][self]
-            self._deadline.cancel()
-            self._waits = None
-
     def _leave(self) -> None:
-        self._stop_waiting()
+        self._deadline.wait_for(None)
         self._every.open -= self._counted
         self._counted = False
+
+
+class Deadline:
+    """Closes a connection that waits for its client too long.
+
+    Attributes:
+        waits: What the connection waits for; None while its client waits for the server.
+    """
+
+    def __init__(self, connection: Connection, every: Connections) -> None:
+        self._connection, self._every = connection, every
+        self.waits: Waiting | None = None
+        self._timer: asyncio.TimerHandle | None = None
+
+    def wait_for(self, waits: Waiting | None) -> None:
+        """Starts anew where the connection waits for something else now."""
+        if waits is self.waits:
+            return
+        if self.waits is not None and self._timer is not None:
+            del self._every.waiting[self.waits][self._connection]
+            self._timer.cancel()
+        self.waits = waits
+        if waits is not None:
+            self._every.waiting[waits][self._connection] = None
+            seconds = self._every.limits.seconds(waits)
+            self._timer = self._connection.loop.call_later(seconds, self._connection.end)
+
+
+class ChunkCount:
+    """Ends a connection that sends a request's body in too many small chunks.
+
+    Args:
+        parsed: Returns what h11 has parsed next.
+        end: Closes the connection.
+    """
+
+    def __init__(self, parsed: Callable[[], Any], end: Callable[[], None]) -> None:
+        self._parsed, self._end = parsed, end
+        self._small = 0
+
+    def next(self) -> Any:
+        """Returns what h11 has parsed next; once the connection has ended, that it needs data."""
+        event = self._parsed()
+        if isinstance(event, h11.Request):
+            self._small = 0
+        elif isinstance(event, h11.Data) and event.chunk_start and len(event.data) < _SMALL:
+            self._small += 1
+            if self._small > _MOST_SMALL:
+                self._end()
+                return h11.NEED_DATA
+        return event
 
 
 class ConnectionServer(uvicorn.Server):
