@@ -156,7 +156,11 @@ def grad_b(
     }
     if with_ds:
         loads["lora_b"] = often(f * n * r, splits)
-    return Form(loads, stores, 2 * (1 + with_ds) * tiles)
+    flops = 2 * (1 + with_ds) * tiles
+    if with_bias and e < 4 and not config.rank_rows_first:
+        # The sums of dy's columns are a product with 16 columns of ones.
+        flops += 2 * tiles // config.block_r * 16
+    return Form(loads, stores, flops)
 
 
 def grad_a(

@@ -21,8 +21,22 @@ import triton.language as tl
 
 from fastlora.kernels.arguments import strides
 from fastlora.kernels.launch import kept, launch
-from fastlora.kernels.row_sums import ROW_SUMS, add_row_sums, store_sum
+from fastlora.kernels.row_sums import (
+    add_row_sums,
+    store_sum,
+    total_row_sums,
+    zero_row_sums,
+)
 from fastlora.kernels.tables import KernelConfig, cdiv
+
+
+@triton.jit
+def _store_ds(ds_ptrs, dy, b, scale, mask_m, mask_r, INPUT_PRECISION: tl.constexpr):
+    """Writes ``scale * dy @ b``, a tile's share of ds."""
+    # [BLOCK_M, BLOCK_N] x [BLOCK_N, BLOCK_R]
+    share = tl.dot(dy, b, input_precision=INPUT_PRECISION) * scale[None, :]
+    mask = mask_m[:, None] & mask_r[None, :]
+    tl.store(ds_ptrs, share.to(ds_ptrs.dtype.element_ty), mask=mask)
 
 
 # M varies from call to call: no compile of its own for 1 or a multiple of 16.
@@ -63,6 +77,10 @@ def _lora_grad_b_kernel(
     INPUT_PRECISION: tl.constexpr,
 ):
     dtype: tl.constexpr = dy_ptr.dtype.element_ty
+    # How dy's columns are summed (`add_row_sums`). In registers, acc's product must be waited for
+    # in its step: by the product of ds behind it, or because its result is used there.
+    BY_PRODUCT: tl.constexpr = not RANK_ROWS_FIRST and dtype != tl.float32
+    EACH_STEP: tl.constexpr = HAS_BIAS and not (HAS_DS or RANK_ROWS_FIRST or BY_PRODUCT)
     pid = tl.program_id(0)
     split = tl.program_id(1)
     num_pid_n = tl.cdiv(N, BLOCK_N)
@@ -94,49 +112,58 @@ def _lora_grad_b_kernel(
     s_ptr += row * stride_sm
     offs_dy = offs_m[:, None] * stride_dym + offs_n[None, :] * stride_dyn
     if RANK_ROWS_FIRST:
+        scales = scale[:, None]
         offs_s = offs_m[None, :] * stride_sm + offs_r[:, None] * stride_sr
         acc = tl.zeros((BLOCK_R, BLOCK_N), dtype=tl.float32)
     else:
+        scales = scale[None, :]
         offs_s = offs_m[:, None] * stride_sm + offs_r[None, :] * stride_sr
         acc = tl.zeros((BLOCK_N, BLOCK_R), dtype=tl.float32)
+    zeros = acc
     if HAS_BIAS:
-        column_sums = tl.zeros((ROW_SUMS, BLOCK_N), dtype=tl.float32)
+        column_sums = zero_row_sums(BLOCK_N, BY_PRODUCT)
     for m in range(first_m, min(first_m + rows_per_split, M), BLOCK_M):
         mask_m = offs_m < M - m
         # dy: [BLOCK_M, BLOCK_N]
         dy = tl.load(dy_ptr + offs_dy, mask=mask_m[:, None] & mask_n[None, :], other=0.0)
-        if HAS_DS:
-            # [BLOCK_M, BLOCK_N] x [BLOCK_N, BLOCK_R]
-            share = tl.dot(dy, b, input_precision=INPUT_PRECISION) * scale[None, :]
-            tl.store(
-                ds_ptr + offs_ds,
-                share.to(ds_ptr.dtype.element_ty),
-                mask=mask_m[:, None] & mask_r[None, :],
-            )
-            ds_ptr += tl.cast(stride_dsm, tl.int64) * BLOCK_M
+        if HAS_DS and RANK_ROWS_FIRST:
+            # First: it needs registers for dy, which are free again for the next product.
+            _store_ds(ds_ptr + offs_ds, dy, b, scale, mask_m, mask_r, INPUT_PRECISION)
+        if HAS_BIAS and BY_PRODUCT:
+            column_sums = add_row_sums(column_sums, dy, BLOCK_M, BLOCK_N, BY_PRODUCT)
+        start = zeros if EACH_STEP else acc
         if RANK_ROWS_FIRST:
             # s: [BLOCK_R, BLOCK_M]
             s = tl.load(s_ptr + offs_s, mask=mask_m[None, :] & mask_r[:, None], other=0.0)
             # [BLOCK_R, BLOCK_M] x [BLOCK_M, BLOCK_N]
-            acc = tl.dot(s, dy, acc, input_precision=INPUT_PRECISION)
+            total = tl.dot(s, dy, start, input_precision=INPUT_PRECISION)
         else:
             # s: [BLOCK_M, BLOCK_R]
             s = tl.load(s_ptr + offs_s, mask=mask_m[:, None] & mask_r[None, :], other=0.0)
             # [BLOCK_N, BLOCK_M] x [BLOCK_M, BLOCK_R]
-            acc = tl.dot(tl.trans(dy), s, acc, input_precision=INPUT_PRECISION)
-        if HAS_BIAS:
-            column_sums = add_row_sums(column_sums, dy, BLOCK_M, BLOCK_N)
+            total = tl.dot(tl.trans(dy), s, start, input_precision=INPUT_PRECISION)
+        acc = acc + total * scales if EACH_STEP else total
+        if HAS_BIAS and not BY_PRODUCT:
+            column_sums = add_row_sums(column_sums, dy, BLOCK_M, BLOCK_N, BY_PRODUCT)
+        if HAS_DS and not RANK_ROWS_FIRST:
+            # Last: the wait for this product covers those before it. With one of them in flight
+            # around the loop, ptxas would wait for each of their instructions.
+            _store_ds(ds_ptr + offs_ds, dy, b, scale, mask_m, mask_r, INPUT_PRECISION)
+        if HAS_DS:
+            ds_ptr += tl.cast(stride_dsm, tl.int64) * BLOCK_M
         dy_ptr += tl.cast(stride_dym, tl.int64) * BLOCK_M
         s_ptr += tl.cast(stride_sm, tl.int64) * BLOCK_M
 
     d_lora_b_ptr += tl.cast(split, tl.int64) * stride_dbp + first_n * stride_dbn
-    acc *= scale[:, None] if RANK_ROWS_FIRST else scale[None, :]
+    if not EACH_STEP:
+        acc *= scales
     store_sum(d_lora_b_ptr, acc, offs_n * stride_dbn, offs_r, mask_n, mask_r, RANK_ROWS_FIRST)
     if HAS_BIAS:  # noqa: SIM102 - this one is decided at compile time
         if first_r == 0:
             # d_bias: [BLOCK_N]
             d_bias_ptr += tl.cast(split, tl.int64) * N + first_n
-            tl.store(d_bias_ptr + offs_n, tl.sum(column_sums, axis=0), mask=mask_n)
+            sums = total_row_sums(column_sums, BY_PRODUCT)
+            tl.store(d_bias_ptr + offs_n, sums, mask=mask_n)
 
 
 @kept

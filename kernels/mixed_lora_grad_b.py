@@ -34,7 +34,13 @@ from fastlora.kernels.mixed_rows import (
     row_arguments,
     triton_dtype,
 )
-from fastlora.kernels.row_sums import ROW_SUMS, add_row_sums, add_rows, store_sum
+from fastlora.kernels.row_sums import (
+    add_row_sums,
+    add_rows,
+    store_sum,
+    total_row_sums,
+    zero_row_sums,
+)
 from fastlora.kernels.tables import KernelConfig, cdiv
 
 
@@ -105,7 +111,7 @@ def _mixed_lora_grad_b_kernel(
             acc = tl.zeros((BLOCK_R, BLOCK_N), dtype=tl.float32)
         else:
             acc = tl.zeros((BLOCK_N, BLOCK_R), dtype=tl.float32)
-        column_sums = tl.zeros((ROW_SUMS, BLOCK_N), dtype=tl.float32)
+        column_sums = zero_row_sums(BLOCK_N, BY_PRODUCT=False)
         for start in tl.range(first_m, stop_m, BLOCK_M):
             mask_m = offs_m < stop_m - start
             row = tl.load(order_ptr + start + offs_m, mask=mask_m, other=0).to(tl.int64)
@@ -133,7 +139,7 @@ def _mixed_lora_grad_b_kernel(
                     INPUT_PRECISION=INPUT_PRECISION,
                 )
             if HAS_BIAS:
-                column_sums = add_row_sums(column_sums, dy, BLOCK_M, BLOCK_N)
+                column_sums = add_row_sums(column_sums, dy, BLOCK_M, BLOCK_N, BY_PRODUCT=False)
 
         plane = tl.cast(first_m // rows + slot, tl.int64)
         if HAS_FACTORS:
@@ -144,7 +150,7 @@ def _mixed_lora_grad_b_kernel(
         if HAS_BIAS:  # noqa: SIM102 - this one is decided at compile time
             if first_r == 0:
                 # d_bias: [BLOCK_N]
-                sums = tl.sum(column_sums, axis=0)
+                sums = total_row_sums(column_sums, BY_PRODUCT=False)
                 tl.store(d_bias_ptr + plane * N + first_n + offs_n, sums, mask=mask_n)
 
 

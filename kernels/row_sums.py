@@ -1,24 +1,55 @@
-"""Sums over rows in registers, which the kernels of factors' gradients share."""
+"""Sums over rows, which the kernels of factors' gradients share."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-# A sum over rows is kept as so many sums, added up at its end.
-ROW_SUMS = tl.constexpr(8)
+# In registers a sum over rows is kept as so many sums, added up at its end.
+_PARTS = tl.constexpr(8)
+# By a product it is so many equal columns, the fewest that a product may have.
+_ONES = tl.constexpr(16)
 
 
 @triton.jit
-def add_row_sums(sums, tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Returns ``sums [ROW_SUMS, BLOCK_N]`` in fp32 plus the rows of ``tile [BLOCK_M, BLOCK_N]``.
+def zero_row_sums(BLOCK_N: tl.constexpr, BY_PRODUCT: tl.constexpr):
+    """Returns what `add_row_sums` begins with for tiles ``[BLOCK_M, BLOCK_N]``."""
+    if BY_PRODUCT:
+        sums = tl.zeros((BLOCK_N, _ONES), dtype=tl.float32)
+    else:
+        sums = tl.zeros((_PARTS, BLOCK_N), dtype=tl.float32)
+    return sums
 
-    Each takes every eighth row, so that the error grows with an eighth of the rows: one sum, row
-    after row as the interpreter adds them, has up to three times that of PyTorch's.
+
+@triton.jit
+def add_row_sums(
+    sums, tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BY_PRODUCT: tl.constexpr
+):
+    """Returns sums of rows plus the rows of ``tile [BLOCK_M, BLOCK_N]``, in fp32.
+
+    A product with ones, for 16 bits on sm_90, reads the tile from shared memory, as other products
+    do. Triton 3.6 to 3.9 gives a tile that is also read into registers one buffer too few there: it
+    copies a later tile over one that a product in flight still reads.
+
+    In registers a product of the same tile must therefore be waited for in its own step. Each of
+    eight sums takes every eighth row, so that the error grows with an eighth of the rows: one sum,
+    row after row as the interpreter adds them, has up to three times that of PyTorch's.
     """
-    # [BLOCK_M / 8, 8, BLOCK_N]
-    parts = tl.reshape(tile.to(tl.float32), (BLOCK_M // ROW_SUMS, ROW_SUMS, BLOCK_N))
-    return sums + tl.sum(parts, axis=0)
+    if BY_PRODUCT:
+        # [BLOCK_N, BLOCK_M] x [BLOCK_M, 16]
+        sums = tl.dot(tl.trans(tile), tl.full((BLOCK_M, _ONES), 1.0, tile.dtype), sums)
+    else:
+        # [BLOCK_M / 8, 8, BLOCK_N]
+        parts = tl.reshape(tile.to(tl.float32), (BLOCK_M // _PARTS, _PARTS, BLOCK_N))
+        sums += tl.sum(parts, axis=0)
+    return sums
+
+
+@triton.jit
+def total_row_sums(sums, BY_PRODUCT: tl.constexpr):
+    """Returns the sums ``[BLOCK_N]`` that `add_row_sums` has made."""
+    # Columns of a product are equal.
+    return tl.max(sums, axis=1) if BY_PRODUCT else tl.sum(sums, axis=0)
 
 
 @triton.jit

@@ -46,6 +46,19 @@ BUCKETS = {
     "mixed_lora_grad_x_add": ("training", {64}),
     "mixed_lora_train_expand": ("training", {64}),
 }
+# Kernels that ptxas serializes on sm_90 (C7515), by variant and dtype. A of their products lies in
+# registers: a tile under dropout, or one that was rounded to tf32. Triton makes several products of
+# each, along K, and leaves them in flight around the loop. ptxas finds that other instructions
+# define accumulators meanwhile, and waits for each product: at most 16 a step, beside hundreds of
+# instructions that make the masks. Triton takes A from registers wherever it was computed there.
+SERIALIZED = {
+    *(("lora_grad_a", variant, "bf16") for variant in ("heavy", "ragged")),
+    ("lora_grad_a", "heavy", "fp32"),
+    ("lora_grad_x", "heavy", "bf16"),  # Triton 3.6, of one tile
+    ("mixed_lora_grad_a", "training", "fp32"),
+    ("mixed_lora_train_shrink", "light", "bf16"),  # Triton 3.6
+    ("mixed_lora_train_shrink", "training", "fp32"),
+}
 Row = dict[str, str]
 
 
@@ -151,6 +164,33 @@ def test_no_wgmma_is_narrower_than_its_swizzle(all_rows: list[Row], version: str
     assert any(row["warps"] == "8" and row["block_m"] == "64" for row in found)
     for row in found:
         assert row["narrow_tiles"] == "0", row
+
+
+@pytest.mark.parametrize("version", [triton.__version__, OLDER])
+def test_no_buffer_is_refilled_under_a_product(all_rows: list[Row], version: str) -> None:
+    """Of all kernels whose wgmmas read what asynchronous copies write (`buffers.py`)."""
+    found = of(all_rows, arch="sm_90", triton=version, tensor_core="wgmma")
+    copied = {(row["kernel"], row["variant"]) for row in found if row["async_copies"] != "0"}
+    # With and without ds, and the sums of dy's columns in both.
+    assert {("lora_grad_b", name) for name in ("heavy", "light", "without_ds")} <= copied
+    for row in of(all_rows, triton=version):
+        assert row["refills"] == "0", row
+
+
+@pytest.mark.parametrize("version", [triton.__version__, OLDER])
+def test_ptxas_serializes_few_products(all_rows: list[Row], version: str) -> None:
+    """Only products with A in registers, which `SERIALIZED` lists with the reason."""
+    found = [row for row in of(all_rows, triton=version) if row["serialized"] != "0"]
+    for row in found:
+        key = (row["kernel"], row["variant"], row["dtype"])
+        assert key in SERIALIZED and row["register_a"] != "0", row
+
+
+def test_the_serialized_products_are_in_the_table() -> None:
+    """A kernel that no Triton of the table serializes any more leaves the list."""
+    with TABLE.open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["serialized"] != "0"]
+    assert {(row["kernel"], row["variant"], row["dtype"]) for row in rows} == SERIALIZED
 
 
 @pytest.mark.parametrize("arch", [arch for arch in ARCHS if arch.startswith("sm_")])

@@ -137,6 +137,9 @@ def test_a_wait_that_leaves_the_newest_in_flight() -> None:
     assert not refills(ir(older, newer, WAIT.format(1), first))
     assert len(refills(ir(older, newer, WAIT.format(1), second))) == 1
     assert len(refills(ir(older, newer, WAIT.format(2), first))) == 1
+    many = (older, *[newer] * 15)
+    assert not refills(ir(*many, WAIT.format(15), first))
+    assert len(refills(ir(*many, WAIT.format(16), first))) == 1
 
 
 @pytest.mark.parametrize(("buffers", "found"), [(2, 1), (3, 0), (4, 0)])

@@ -180,6 +180,31 @@ def test_one_block_of_columns_writes_ds_itself(lab: Lab) -> None:
     assert problem.written["ds"].dtype == torch.float16
 
 
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("rank_rows_first", [False, True])
+def test_a_pass_without_ds(
+    lab: Lab, dtype: torch.dtype, rank_rows_first: bool, splits: int
+) -> None:
+    """d_lora_b and the sums of dy's columns, as at large ranks; every rank row has its scaling."""
+    problem = Problem(lab, 83, 70, 16, 20, dtype)
+    problem.scaling = torch.linspace(0.5, 2.0, 20, device=lab.device)
+    config = replace(SMALL, splits=splits, rank_rows_first=rank_rows_first)
+    found = problem.grad_b(config, with_ds=False)
+    assert found.keys() == {"d_lora_b", "d_bias"}
+    problem.check(found)
+
+
+@pytest.mark.parametrize("rank_rows_first", [False, True])
+def test_inf_and_nan_stay_in_their_columns_sum(
+    lab: Lab, dtype: torch.dtype, rank_rows_first: bool
+) -> None:
+    problem = Problem(lab, 40, 48, 16, 5, dtype)
+    problem.dy[3, 7], problem.dy[20, 9] = float("inf"), float("nan")
+    sums = problem.grad_b(replace(SMALL, rank_rows_first=rank_rows_first))["d_bias"]
+    assert sums[7] == float("inf")
+    assert sums.isnan().nonzero().flatten().tolist() == [9]
+
+
 def test_without_bias(lab: Lab, dtype: torch.dtype) -> None:
     problem = Problem(lab, 17, 48, 64, 8, dtype)
     problem.bias = None

@@ -44,13 +44,13 @@ _VIEWS += ("ttg.memdesc_subslice",)
 # What writes to shared memory, and which operand names the place.
 _WRITES = {
     "ttg.async_copy_global_to_local": 1,
-    "ttng.async_tma_copy_global_to_local": -1,
     "ttg.local_store": 1,
 }
+_NOT_FOLLOWED = ("scf.", "cf.", "tt.call", "ttg.warp_specialize", "ttng.async_tma_")
 # A loop's indices repeat after as many steps as it has buffers.
-_MOST_STEPS = 64
-# Waits name fewer newer products than this.
-_MOST_PENDING = 8
+_MOST_STEPS = 256
+# Waits leave fewer products in flight than this.
+_MOST_PENDING = 64
 
 
 class _Buffer(NamedTuple):
@@ -128,7 +128,7 @@ class _Run:
                 flight = self.loop(operation, values, flight)
             elif operation.name == "scf.if":
                 flight = self.branches(operation, values, flight)
-            elif operation.name.startswith(("scf.", "cf.", "ttg.warp_specialize", "tt.call")):
+            elif operation.name.startswith(_NOT_FOLLOWED):
                 raise ValueError(f"cannot follow {operation.text}")
             else:
                 flight = self.step(operation, values, flight)

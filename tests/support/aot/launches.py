@@ -102,11 +102,13 @@ def cases(chips: Sequence[Chip] = CHIPS) -> list[Case]:
     it: dropout, lora_b as its parameter lies. "siblings" is that for three modules that share x,
     which are without dropout; of decode and prefill it is heavy for three modules in one grid, in
     16 bits; a linear of one adapter has siblings up to 64 rows. "split" is heavy for a linear whose
-    programs share out K.
+    programs share out K. "without_ds" is heavy for a gradient of lora_b where another pass makes
+    ds, on sm_90 where it takes wgmma.
     """
     result = []
     for chip in chips:
         for shipped in all_shipped(chip):
+            config = shipped.config
             if shipped.kernel.startswith("coded_"):
                 result += coded_cases(chip, shipped)
                 continue
@@ -120,6 +122,8 @@ def cases(chips: Sequence[Chip] = CHIPS) -> list[Case]:
                         result.append(Case(chip.arch, shipped, "siblings"))
                 continue
             result.append(Case(chip.arch, shipped, "heavy"))
+            if chip.arch == "sm_90" and shipped.kernel == "lora_grad_b" and config.block_m >= 64:
+                result.append(Case(chip.arch, shipped, "without_ds"))
             if chip.arch == "sm_80" and shipped.kernel in ("lora_grad_a", "lora_grad_b"):
                 result.append(Case(chip.arch, shipped, "plain"))
             if chip.arch == "sm_90" and shipped.dtype == torch.bfloat16 and shipped.r == 64:
@@ -259,7 +263,7 @@ def operands(case: Case) -> dict[str, Any]:
             "lora_expand": {"bias": bias, "reads_y": False} if count > 1 else {},
             "lora_dropout": {"out": empty(m, k), **dropped},
             "lora_grad_b": {
-                "ds": sums(m, r),
+                "ds": None if case.variant == "without_ds" else sums(m, r),
                 "d_lora_b": sums(n, r),
                 "d_bias": fp32(4, n) if heavy else None,
             },

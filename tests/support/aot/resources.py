@@ -1,11 +1,13 @@
 """What a compiled kernel uses, read off its code: a row of `docs/kernel_resources.csv`.
 
-With `dependent_launch.py`, `specialisation.py` and `wgmma.py` this is all that makes a row of a
-kernel; a change of these files makes every row unknown (`fingerprints.py`).
+With `buffers.py`, `dependent_launch.py`, `specialisation.py` and `wgmma.py` this is all that makes
+a row of a kernel; a change of these files makes every row unknown (`fingerprints.py`).
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
 import subprocess
 import tempfile
@@ -14,10 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import triton
+from triton import knobs
+from triton.compiler.compiler import make_backend
 
+from tests.support.aot.buffers import refills
 from tests.support.aot.dependent_launch import early_loads
 from tests.support.aot.launches import Case, Compiled, Launch
-from tests.support.aot.specialisation import TYPE_NAMES, specialise
+from tests.support.aot.specialisation import TYPE_NAMES, specialise, target_of
 from tests.support.aot.wgmma import narrow_tiles, overwrites, register_a_count
 
 # Registers and resident threads of one processor, for the estimate of occupancy.
@@ -33,8 +38,9 @@ class Resources:
     Of the copies and loads, those of NVIDIA; ``narrow_copies`` move less than 16 bytes a thread,
     ``vector_loads`` are the loads of 16; ``instructions`` are the shapes of the tensor cores' ones;
     ``early_loads`` are those of s that a dependent launch may run before the shrink has written it;
-    ``register_a``, ``overwrites`` and ``narrow_tiles`` are counts of `wgmma`; ``fingerprint`` is
-    that of `fingerprints.fingerprint`, by the Triton that wrote the table.
+    ``register_a``, ``overwrites`` and ``narrow_tiles`` are counts of `wgmma`, and ``refills`` is
+    that of `buffers`; ``serialized`` is 1 where ptxas waits for each wgmma before the next;
+    ``fingerprint`` is that of `fingerprints.fingerprint`, by the Triton that wrote the table.
     """
 
     triton: str
@@ -65,6 +71,8 @@ class Resources:
     register_a: int
     overwrites: int
     narrow_tiles: int
+    refills: int
+    serialized: int
     fingerprint: str
 
 
@@ -103,7 +111,8 @@ def resources_of(case: Case, launch: Launch, kernel: Compiled, digest: str) -> R
     counts = {name: len(shapes) for name, shapes in found.items()}
     tensor_core = max(counts, key=lambda name: counts[name])
     config = case.shipped.config
-    sass = cuobjdump(kernel, "-sass") if tensor_core == "wgmma" and counts["wgmma"] else ""
+    has_wgmma = counts.get("wgmma", 0) > 0
+    sass = cuobjdump(kernel, "-sass") if has_wgmma else ""
     return Resources(
         triton=triton.__version__,
         **key_of(case),
@@ -123,6 +132,8 @@ def resources_of(case: Case, launch: Launch, kernel: Compiled, digest: str) -> R
         register_a=register_a_count(sass),
         overwrites=len(overwrites(sass)),
         narrow_tiles=narrow_tiles(kernel.asm["ttgir"]),
+        refills=len(refills(kernel.asm["ttgir"])) if has_wgmma else 0,
+        serialized=serialized_products(launch, kernel, case.arch) if has_wgmma else 0,
         fingerprint=digest,
     )
 
@@ -134,6 +145,23 @@ def early_loads_of_s(launch: Launch, kernel: Any, arch: str) -> int:
     signature = specialise(launch, arch).signature
     names = [name for name, kind in signature.items() if kind != "constexpr"]
     return early_loads(kernel, names.index("s_ptr"))
+
+
+def serialized_products(launch: Launch, kernel: Compiled, arch: str) -> int:
+    """Returns how often ptxas says that it serializes a kernel's wgmmas, such as by C7515.
+
+    Triton's own last stage runs once more, on the same PTX and with the same options, since Triton
+    keeps nothing that ptxas says.
+    """
+    target, log = target_of(arch), io.StringIO()
+    backend: Any = make_backend(target)
+    options = backend.parse_options(specialise(launch, arch).options)
+    with knobs.nvidia.scope(), contextlib.redirect_stdout(log):
+        knobs.nvidia.dump_ptxas_log = True
+        backend.make_cubin(kernel.asm["ptx"], {}, options, target.arch)
+    if "Compiling entry function" not in log.getvalue():
+        raise RuntimeError(f"ptxas said nothing of a kernel:\n{log.getvalue()}")
+    return len(re.findall(r"wgmma\.mma_async instructions are serialized", log.getvalue()))
 
 
 def _nvidia_registers(kernel: Any) -> tuple[int, int]:

@@ -142,17 +142,21 @@ class Problem:
         launch_lora_dropout(self.written["dropped"], self.x, **self.drops(), config=config)
         return self.written
 
-    def grad_b(self, config: KernelConfig | None = None) -> Results:
-        """``ds``, ``d_lora_b`` and ``d_bias``."""
+    def grad_b(self, config: KernelConfig | None = None, with_ds: bool = True) -> Results:
+        """``d_lora_b``, ``d_bias`` and, on request, ``ds``."""
         config = config or self.config("lora_grad_b")
         outs = {
             "ds": self.lab.poisoned(self.m, self.r, dtype=self.dtype),
             "d_lora_b": self.lab.poisoned(self.n, self.r, dtype=self.lora_b.dtype),
             "d_bias": self.lab.poisoned(self.n, dtype=torch.float32),
         }
+        parts = [cdiv(self.n, config.block_n), config.splits, config.splits]
         self.written = {}
-        parts = (cdiv(self.n, config.block_n), config.splits, config.splits)
-        written = self._outputs(outs, parts)
+        if with_ds:
+            written = self._outputs(outs, parts)
+        else:
+            del outs["ds"]
+            written = [None, *self._outputs(outs, parts[1:])]
         launch_lora_grad_b(*written, self.dy, self.s, self.lora_b, self.scaling, config=config)
         return self._summed(outs)
 
