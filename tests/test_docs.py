@@ -22,7 +22,7 @@ pytest.importorskip("transformers", reason="the models of the pages are transfor
 pytest.importorskip("peft", reason="some pages patch a PEFT model")
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 # Its code runs in two processes: tests/distributed/checks_docs.py.
 ELSEWHERE = {"distributed.md"}
 
@@ -196,10 +196,10 @@ def test_the_sites_navigation_has_every_page() -> None:
     text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("nav:")[2]
     named = set(re.findall(r"[\w/]+\.md", text))
     site = importlib.import_module("docs.build_site")
-    pages = {page.name for page in PAGES[1:]}
+    pages = {page.relative_to(ROOT / "docs").as_posix() for page in PAGES[1:]}
     assert named == pages | set(site.OUTSIDE.values()) | {"reference.md"}
     index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
-    linked = set(re.findall(r"\]\((\w+\.md)\)", index))
+    linked = set(re.findall(r"\]\(([\w/]+\.md)\)", index))
     assert linked == pages - {"index.md"}
     assert all((ROOT / source).is_file() for source in site.OUTSIDE)
 
