@@ -1,0 +1,1 @@
+"""Executes the PTX that Triton generates for NVIDIA GPUs on CPU tensors, and checks each access."""
