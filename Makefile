@@ -13,7 +13,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint docs recipes crash attack fuzz soak soak-serve clean
+.PHONY: help install demo test lint docs recipes crash attack fuzz emulated emulate soak soak-serve clean
 
 # The order is that in which a newcomer needs them.
 help: ## list the targets
@@ -26,6 +26,12 @@ demo: $(VENV)/.installed ## train three adapters at once on SmolLM2-135M, compar
 
 test: $(VENV)/.installed ## run the tests: the main run, the Triton interpreter, our commands, ahead-of-time compiles
 	@$(BIN)/python tests/run_lanes.py $(ARGS)
+
+emulated: $(VENV)/.installed ## run kernels as compiled for sm_80 and sm_90, executed on the CPU: 3 minutes
+	@$(BIN)/python tests/run_lanes.py --lane emulated-sm_80 --lane emulated-sm_90 --lane emulator $(ARGS)
+
+emulate: $(VENV)/.installed ## all of that on more chips, the tests of kernels, and the configs of real layers: hours (outside CI)
+	@$(BIN)/python -m tests.emulated.emulate $(ARGS)
 
 recipes: $(VENV)/.installed ## run every recipe of examples/recipes, those too that take long (outside CI)
 	@FASTLORA_RECIPES=1 $(BIN)/python -m pytest tests/test_recipes.py -q $(ARGS)

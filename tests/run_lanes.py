@@ -4,10 +4,12 @@
 (Triton reads it once per process); ``commands`` are tests that start programs of ours, apart so
 that the lanes take about as long on two cores; ``aot`` compiles the kernels ahead of time for every
 supported GPU. A fifth lane, ``native``, runs ``tests/kernels`` on the GPU where
-there is one. Lanes run beside each other as far as the cores allow. The first one's output is shown
-while it comes, that of each other one whole when its turn comes, then pytest's closing lines, their
-total and the slowest tests. Of tests that are marked ``drawn`` a part runs, which the hash of the
-commit draws; all of them run on a GPU, and with ``FASTLORA_CASES=all``.
+there is one. Three more run only when they are named: ``emulated-sm_80`` and ``emulated-sm_90``
+are ``tests/emulated``, kernels as compiled for each chip and executed on the CPU, and ``emulator``
+has the tests of what executes them. Lanes run beside each other as far as the cores allow. The
+first one's output is shown while it comes, that of each other one whole when its turn comes, then
+pytest's closing lines, their total and the slowest tests. Of tests that are marked ``drawn`` a part
+runs, which the hash of the commit draws; all of them run on a GPU, and with ``FASTLORA_CASES=all``.
 
     python tests/run_lanes.py [--jobs N] [--lane NAME]... [-- PYTEST ARGUMENTS]
 """
@@ -74,10 +76,19 @@ class Outcome:
 
 PROGRAMS = ("tests/commands", "tests/crash", "tests/distributed")
 LANES = (
-    Lane("main", ("tests",), ignore=("tests/kernels", "tests/aot", *PROGRAMS)),
+    Lane(
+        "main",
+        ("tests",),
+        ignore=("tests/kernels", "tests/aot", "tests/emulated", "tests/emulator", *PROGRAMS),
+    ),
     Lane("interpreter", ("tests/kernels",), env={"TRITON_INTERPRET": "1"}),
     Lane("commands", PROGRAMS),
     Lane("aot", ("tests/aot",)),
+)
+EMULATED = (
+    Lane("emulated-sm_80", ("tests/emulated",), env={"EMULATE": "sm_80"}),
+    Lane("emulated-sm_90", ("tests/emulated",), env={"EMULATE": "sm_90"}),
+    Lane("emulator", ("tests/emulator",)),
 )
 NATIVE = Lane("native", ("tests/kernels",), env={"FASTLORA_CASES": "all"})
 
@@ -132,12 +143,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.jobs < 1:
         parser.error(f"--jobs must be at least 1, got {args.jobs}")
-    lanes = lanes_here()
+    lanes = (*lanes_here(), *EMULATED)
     names = [lane.name for lane in lanes]
     unknown = [name for name in args.lane or [] if name not in names]
     if unknown:
         parser.error(f"no lane {unknown[0]!r} here, expected one of {', '.join(names)}")
-    chosen = [lane for lane in lanes if not args.lane or lane.name in args.lane]
+    asked = args.lane or [lane.name for lane in lanes if lane not in EMULATED]
+    chosen = [lane for lane in lanes if lane.name in asked]
 
     outcomes = []
     start = time.monotonic()

@@ -112,6 +112,16 @@ def test_an_unknown_lane_is_refused(root: Path, capfdbinary: Any) -> None:
     assert error.value.code == 2
 
 
+def test_emulated_lanes_run_when_they_are_named(root: Path, capfdbinary: Any) -> None:
+    (root / "tests/emulated").mkdir()
+    asks = "import os\ndef test_it():\n    assert os.environ['EMULATE'] == 'sm_90'\n"
+    (root / "tests/emulated/test_e.py").write_text(asks, encoding="utf-8")
+    assert run_lanes.main([]) == 0
+    assert b"emulated" not in capfdbinary.readouterr().out
+    assert run_lanes.main(["--lane", "emulated-sm_90"]) == 0
+    assert run_lanes.main(["--lane", "emulated-sm_80"]) == 1
+
+
 def test_a_run_draws_cases_unless_all_are_asked_for(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,53 +19,14 @@ from fastlora.coded_weight import CodedWeight, matrix
 from fastlora.kernels import lora_linear, mixed_lora_linear
 from fastlora.ops.backend import BACKENDS, Backward, Siblings, Wanted
 from fastlora.ops.factors import Base, Operands
-from fastlora.ops.operators import launched
-from fastlora.ops.philox_reference import philox_keep_mask
 from fastlora.testing import assert_within_budget
 from tests.support.kernels.coded import coded_weight
+from tests.support.kernels.coded_linear import at, check_linear, of_tables
 from tests.support.kernels.lab import Lab
 from tests.support.kernels.mixed_grad_problem import GradProblem
-from tests.support.kernels.mixed_problem import MixedProblem
 
 TRITON = BACKENDS["triton"]
 KINDS = ("nf4", "nf4 nested", "fp4", "int8", "e4m3", "e5m2")
-SEED = 1234567
-
-
-def check_linear(lab: Lab, weight: CodedWeight, m: int, r: int = 8, p: float = 0.0) -> None:
-    """y and every gradient of one adapter, against the same operations over the matrix."""
-    (n, k), dtype, c = weight.shape, weight.dtype, 0.75
-    x, dy = lab.rand(m, k, dtype=dtype), lab.rand(m, n, dtype=dtype)
-    bias = lab.rand(n, dtype=dtype)
-    lora_a, lora_b = lab.rand(r, k, dtype=dtype), lab.rand(n, r, dtype=dtype)
-    seeds = torch.tensor([SEED], device=lab.device) if p else None
-    scaling = torch.tensor(c, device=lab.device)
-    operands = Operands([lora_a], [lora_b], [None], scaling, (p,), seeds)
-    with torch.no_grad():
-        y, s = TRITON.forward(x, Base(weight, bias), operands, None, None, "auto")
-        wanted = Wanted(True, True, False, (True, True, False))
-        found = TRITON.gradients(Backward(dy, weight, x, operands, None, s, wanted, "auto"))
-    mask = torch.ones(m, k)
-    if p:
-        mask = philox_keep_mask(SEED, m, k, p) / (1 - p)
-    results = {"y": y, "dx": found.dx, "d_lora_a": found.factors[0], "d_lora_b": found.factors[1]}
-
-    def by_torch(dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        w, a, b, g = (t.to(dtype) for t in (matrix(weight), lora_a, lora_b, dy))
-        keep = mask.to(lab.device, dtype)
-        dropped = x.to(dtype) * keep
-        s = dropped @ a.t()
-        ds = c * (g @ b)
-        return {
-            "y": x.to(dtype) @ w.t() + bias.to(dtype) + c * s @ b.t(),
-            "dx": g @ w + (ds @ a) * keep,
-            "d_lora_a": ds.t() @ dropped,
-            "d_lora_b": c * g.t() @ s,
-        }
-
-    near, exact = by_torch(dtype), by_torch(torch.float64)
-    for name, actual in results.items():
-        assert_within_budget(actual, near[name], exact[name], name)
 
 
 @pytest.fixture
@@ -192,26 +153,6 @@ def test_siblings_of_several_kinds_have_a_launch_each(lab: Lab, launches: list[s
 
 
 # ---------------------------------------------------------------------------- mixed batches
-
-
-def of_tables(lab: Lab, kind: str, ids: list[int], ranks: Any, dtype: torch.dtype) -> MixedProblem:
-    """A mixed batch over coded weights, whose truth is that of the matrices."""
-    problem = MixedProblem(lab, ids, ranks, 128, [40, 72, 64][: len(ranks)], dtype, biased=(1,))
-    problem.coded = [coded_weight(kind, weight) for weight in problem.weights]
-    problem.weights = [matrix(weight) for weight in problem.coded]
-    return problem
-
-
-def at(problem: MixedProblem, plan: str = "auto") -> torch.Tensor:
-    """y of module 0, as a layer asks for it."""
-    from fastlora.ops.triton import forward
-
-    read = launched(problem.coded[0], problem.x, problem.max_rank, plan)
-    invariant = plan == "invariant"
-    return forward.linear_at(
-        *(problem.x, read, problem.biases[0], problem.rows(invariant), None, problem.all_tables),
-        *(0, problem.max_rank, problem.factor_dtype, plan),
-    )[0]
 
 
 @pytest.mark.parametrize("kind", ["nf4", "nf4 nested", "e4m3"])

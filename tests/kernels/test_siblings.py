@@ -10,12 +10,12 @@ pytest.importorskip("triton", reason="triton is not installed")
 from fastlora.kernels.lora_expand import launch_lora_expand
 from fastlora.kernels.lora_linear import launch_lora_linear
 from fastlora.kernels.lora_shrink import launch_lora_shrink
-from fastlora.kernels.modules import Module
 from fastlora.kernels.plane_sums import launch_plane_sums
 from fastlora.kernels.tables import MAX_SIBLINGS, KernelConfig
 from fastlora.ops.backend import MOST_SIBLINGS
 from fastlora.testing import assert_within_budget
 from tests.support.kernels.lab import Lab
+from tests.support.kernels.layers import Layers
 from tests.support.kernels.mixed_problem import RANKS, MixedProblem, draw_ids
 
 # Columns and ranks of each: on and off the tiles, more rank rows than a chunk, four at most.
@@ -30,59 +30,6 @@ CONFIG = {"block_m": 16, "block_n": 32, "block_k": 32, "block_r": 16, "num_warps
 
 def test_layers_and_kernels_mean_as_many() -> None:
     assert MOST_SIBLINGS == MAX_SIBLINGS
-
-
-class Layers:
-    """Linears that are fed by one x ``[M, K]``."""
-
-    def __init__(
-        self,
-        lab: Lab,
-        m: int,
-        columns: tuple[int, ...],
-        ranks: tuple[int, ...],
-        dtype: torch.dtype,
-        bias: bool = True,
-        k: int = 72,
-    ) -> None:
-        self.lab, self.x = lab, lab.rand(m, k, dtype=dtype)
-        self.lora_a = [lab.rand(r, k, dtype=dtype) for r in ranks]
-        self.weight = [lab.rand(n, k, dtype=dtype) for n in columns]
-        self.lora_b = [lab.rand(n, r, dtype=dtype) for n, r in zip(columns, ranks, strict=True)]
-        self.bias = [lab.rand(n, dtype=dtype) if bias else None for n in columns]
-        self.scaling = [torch.tensor([0.5 + i], device=lab.device) for i in range(len(ranks))]
-        # No two kernels share an s: each reads the one that it should have.
-        self.s = torch.cat([self.x @ a.t() for a in self.lora_a], 1)
-
-    def modules(self, splits: int = 1, weights: bool = True) -> list[Module]:
-        """The launch's, over NaN."""
-        made = []
-        for weight, b, bias, scaling in zip(
-            self.weight, self.lora_b, self.bias, self.scaling, strict=True
-        ):
-            shape = (self.x.shape[0], weight.shape[0])
-            y = self.lab.poisoned(*shape, dtype=self.x.dtype)
-            if splits > 1:
-                y = self.lab.poisoned(splits, *shape, dtype=torch.float32)
-            made.append(Module(y, b, scaling, bias, weight if weights else None))
-        return made
-
-    def check(self, ys: list[torch.Tensor], product: bool = True) -> None:
-        """Compares every y with float64."""
-        results = []
-        for dtype in (self.x.dtype, torch.float64):
-            first, found = 0, []
-            for y, (_, b, scaling, bias, weight) in zip(ys, self.modules(), strict=True):
-                s = self.s[:, first : first + b.shape[1]].to(dtype)
-                first += b.shape[1]
-                own = (s @ b.to(dtype).t()) * scaling.to(dtype)
-                if product:
-                    own = own + self.x.to(dtype) @ weight.to(dtype).t()
-                found.append(own if bias is None else own + bias.to(dtype))
-                assert y.shape == own.shape
-            results.append(found)
-        for number, (y, plain, truth) in enumerate(zip(ys, *results, strict=True)):
-            assert_within_budget(y, plain, truth, f"y of {number}")
 
 
 @SIZES
@@ -117,7 +64,7 @@ def test_a_linear_that_splits_k(
     launch_lora_linear(modules, layers.x, planes, s_out=None, config=config, pdl=False)
     ys = [module.y for module in layers.modules()]
     sums = [module.y for module in modules]
-    launch_plane_sums(ys, sums, config=KernelConfig(num_warps=4))
+    launch_plane_sums(ys, sums, config=KernelConfig(num_warps=4, input_precision=""))
     layers.check(ys)
 
 

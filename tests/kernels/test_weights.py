@@ -57,6 +57,7 @@ def decoded(coded: Coded, dtype: torch.dtype, rows: int, columns: int) -> torch.
         BLOCK=coded.block if loader.by_block else 0,
         EVEN=n % rows == 0 and k % columns == 0,
         WEIGHT=loader.function,
+        enable_fp_fusion=loader.fuses,
     )
     return out
 

@@ -1,0 +1,1 @@
+"""Every kernel, as compiled for NVIDIA GPUs, against float64 on a CPU."""
