@@ -112,8 +112,8 @@ def invariant(shape: Shape, dtype: torch.dtype = BF16) -> Case:
 
     def run(lab: Lab) -> Results:
         m, n, k, r = shape
-        x, weight = lab.rand(m, k, dtype=dtype), lab.rand(n, k, dtype=dtype) / k**0.5
-        lora_a, lora_b = lab.rand(r, k, dtype=dtype) / k**0.5, lab.rand(n, r, dtype=dtype)
+        x, weight = lab.rand(m, k, dtype=dtype), lab.rand(n, k, dtype=dtype).div_(k**0.5)
+        lora_a, lora_b = lab.rand(r, k, dtype=dtype).div_(k**0.5), lab.rand(n, r, dtype=dtype)
         bias = lab.rand(n, dtype=dtype)
         given = {"scaling": 1.7, "bias": bias, "impl": "triton", "plan": "invariant"}
         y = lora_linear(x, weight, lora_a, lora_b, **given)
@@ -256,7 +256,7 @@ def step(
 
     def run(lab: Lab) -> Results:
         m, n, k = shape
-        ids = mix(40) + [3] * (m - 40)
+        ids = mix(min(m, 40)) + [3] * (m - 40)
         problem = GradProblem(lab, ids, n, k, dtype, run_rows=16, **given)
         found = problem.run(plan)
         problem.check(found)
@@ -265,11 +265,15 @@ def step(
     return run
 
 
-def sums(dtype: torch.dtype = BF16, *, planes: Sequence[int]) -> Case:
+def sums(
+    dtype: torch.dtype = BF16,
+    *,
+    planes: Sequence[int],
+    sizes: Sequence[int] = (1024, 3000, 77, 1030),
+) -> Case:
     """Planes of four outputs, some of which end within a block."""
 
     def run(lab: Lab) -> Results:
-        sizes = (1024, 3000, 77, 1030)
         stacks = [lab.rand(count, size) for count, size in zip(planes, sizes, strict=True)]
         outs = [lab.poisoned(size, dtype=dtype) for size in sizes]
         config = choose(chip_of(lab.device), "plane_sums", dtype)

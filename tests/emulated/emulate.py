@@ -87,10 +87,7 @@ def execute(run: Run, folder: str) -> int:
     """Runs a process to its end, and returns its exit code."""
     environment = {name: own for name, own in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"EMULATE": run.chip, "FASTLORA_CASES": "all", "OMP_NUM_THREADS": "1"}
-    key = key_of(run, folder)
-    environment["EMULATE_RECORD"] = json.dumps(key)
-    if key["triton"].startswith("3.6."):  # which has no fence between cp.async and wgmma
-        environment["EMULATE_ACCEPT"] = "PROXY"
+    environment["EMULATE_RECORD"] = json.dumps(key_of(run, folder))
     if folder:
         paths = (folder, os.environ.get("PYTHONPATH"))
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))

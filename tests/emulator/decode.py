@@ -83,12 +83,13 @@ class Program:
         name: Of the kernel.
         text: Its PTX.
         parameters: Type and name of each.
+        arguments: The kernel's names of them, once Triton launched it.
         parameter_offsets: Where each lies, by name; ``parameter_bytes`` is the sum.
         threads: Of a program; ``shared`` is its shared memory in bytes.
         code: Records, of type `RECORD`; ``operands`` is the list into which they point.
         constants: Values of the registers that hold constants.
         text_lines: The line of ``text`` from which each record came, counted from zero.
-        reached: Nonzero for each record that a lane executed, in any launch.
+        reached: Of each record, in all launches, `REACHED` and `AT_EDGE` of `machine/machine.h`.
     """
 
     def __init__(self, text: str, shared: int = 0) -> None:
@@ -102,6 +103,7 @@ class Program:
         self.files = {int(number): path.rsplit("/", 1)[-1] for number, path in files}
         words = [line.split() for line in found[2].split(",") if line.strip()]
         self.parameters = [(line[1].lstrip("."), line[-1]) for line in words]
+        self.arguments: list[str] = []
         self.parameter_offsets: dict[str, int] = {}
         offset = 0
         for kind, name in self.parameters:
@@ -148,7 +150,7 @@ class Program:
         took it.
         """
         reachable = self.reachable()
-        return int(self.reached[reachable].sum()), len(reachable)
+        return int((self.reached[reachable] & 1).sum()), len(reachable)
 
 
 def _closure(start: int, edges: list[set[int]]) -> set[int]:
@@ -514,7 +516,7 @@ class _Decoder:
     def _wgmma(self, s: _Statement) -> None:
         match s.modifiers[0]:
             case "fence":
-                return self.emit("NO_EFFECT")
+                return self.emit("WGMMA_FENCE")
             case "commit_group":
                 return self.emit("WGMMA_COMMIT")
             case "wait_group":

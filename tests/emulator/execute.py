@@ -22,6 +22,8 @@ FORWARD, SHUFFLED, BACKWARD = ORDERS = (0, 1, 2)
 # Reports after which results mean nothing.
 FATAL = ("UNSUPPORTED", "TRAP", "LIMIT")
 _REPORT_BYTES = 1 << 16
+# Accesses out of bounds after which a launch looks for no further storages: a search is slow.
+_MOST_MISSES = 3
 _FIND_RANGE = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_uint64, ctypes.c_uint32)
 # By id. The garbage collector takes 0.1 s to name all objects of a process.
 _met: weakref.WeakValueDictionary[int, torch.Tensor] = weakref.WeakValueDictionary()
@@ -102,8 +104,8 @@ def execute(
         program: The decoded kernel.
         grid: Programs along each axis.
         values: Of the parameters, in order; addresses are numbers.
-        storages: That addresses among them mean. Those of other addresses are looked for among all
-            tensors that live.
+        storages: That addresses among them mean. Those of addresses in tables are looked for among
+            all tensors that live.
         dependent: Whether it is a programmatic dependent of the launch before.
         order: Of warps and programs: `FORWARD`, `SHUFFLED` (in slices of up to 200 instructions) or
             `BACKWARD`.
@@ -117,7 +119,7 @@ def execute(
     ranges = np.array([(p, p + s.nbytes()) for p, s in used.items()], dtype=np.uint64).reshape(-1)
     counts = np.zeros(1 + len(names("opcode")), dtype=np.uint64)
     reports = ctypes.create_string_buffer(_REPORT_BYTES)
-    finder = _Finder(used)
+    finder = _Finder(used, values)
     launch = _Launch(
         code=program.code.ctypes.data,
         code_size=len(program.code),
@@ -168,20 +170,35 @@ def forget_last_launch() -> None:
 class _Finder:
     """Finds the storages of addresses that are no arguments, as those in tables."""
 
-    def __init__(self, used: dict[int, torch.UntypedStorage]) -> None:
-        self.used = used
+    def __init__(self, used: dict[int, torch.UntypedStorage], values: Sequence[Any]) -> None:
+        self.used, self.misses = used, 0
+        self.numbers = [value for value in values if isinstance(value, int)]
 
     def find(self, address: int, size: int) -> int:
         """Adds the storage that has an address, and returns whether there is one."""
+        if self.misses == _MOST_MISSES:
+            return 0
         for tensor in _living_tensors():
             storage = tensor.untyped_storage()
             low = storage.data_ptr()
             high = low + storage.nbytes()
-            if low <= address and address + size <= high and low not in self.used:
+            inside = low <= address and address + size <= high
+            if inside and low not in self.used and self.is_meant(low, high):
                 self.used[low] = storage
                 library().add_range(ctypes.c_uint64(low), ctypes.c_uint64(high))
                 return 1
+        self.misses += 1
         return 0
+
+    def is_meant(self, low: int, high: int) -> bool:
+        """Whether an argument, or memory that the launch may read, has an address of a storage."""
+        if any(low <= number < high for number in self.numbers):
+            return True
+        for storage in self.used.values():
+            words = torch.empty(0, dtype=torch.int64).set_(storage, 0, (storage.nbytes() // 8,))
+            if ((words >= low) & (words < high)).any():
+                return True
+        return False
 
 
 def _living_tensors() -> Iterator[torch.Tensor]:

@@ -129,7 +129,6 @@ def wgmma_kernel(
     body += "shr.u32 %q, %tid, 2; and.b32 %q, %q, 7;"
     body += "shr.u32 %v, %tid, 5; mad.lo.u32 %row, %v, 16, %q;"  # the lane's row of A
     base, start_b = 1024, 1024 + 2 * image_a.numel()
-    body += "wgmma.fence.sync.aligned;"
     for step in range(WGMMA_K // 16):
         per_row = max(width, 16)
         along_k = 32 * step // per_row * far_a + 32 * step % per_row
@@ -149,6 +148,7 @@ def wgmma_kernel(
             along_k = 32 * step // per_row * far_b + 32 * step % per_row
             right = _descriptor(start_b + along_k, far_b, block_b, width)
         flags = f"1, 1, {int(major == 'MN')}" if in_registers else f"1, 1, 0, {int(major == 'MN')}"
+        body += "wgmma.fence.sync.aligned;"
         body += f"wgmma.mma_async.sync.aligned.m64n{WGMMA_N}k16.f32.bf16.bf16 {{{', '.join(d)}}}, "
         body += f"{left}, {right}, %accumulate, {flags};"
     body += "wgmma.commit_group.sync.aligned; BEFORE: wgmma.wait_group.sync.aligned 0; AFTER: "

@@ -13,7 +13,7 @@ import torch
 from tests.emulator import execute as execution
 from tests.emulator.build import why_unavailable
 from tests.emulator.decode import Program
-from tests.emulator.driver import emulate
+from tests.emulator.driver import COPY_FENCE, Emulation, emulate
 from tests.emulator.ptx import kernel, run, wgmma_kernel
 
 pytestmark = pytest.mark.skipif(bool(why_unavailable()), reason=why_unavailable())
@@ -87,6 +87,13 @@ FAULTS = {
         "RACE shared write after read",
         warps=2,
     ),
+    "write of the value that another warp read": Fault(
+        "st.shared.b32 [%s], 7; bar.sync 0; ld.shared.b32 %x, [%s]; st.shared.b32 [%far], 7;",
+        "st.shared.b32 [%s], 7; bar.sync 0; ld.shared.b32 %x, [%s]; bar.sync 0; "
+        "st.shared.b32 [%far], 7;",
+        "RACE shared write after read",
+        warps=2,
+    ),
     "two warps write one word": Fault(
         "and.b32 %t, %s, 1148; st.shared.b32 [%t], %tid;",
         "and.b32 %t, %s, 1148; st.shared.b32 [%t], 7;",
@@ -114,6 +121,15 @@ FAULTS = {
     "write onto a pending cp.async": Fault(
         f"{COPY} st.shared.b32 [%s], 12345; cp.async.wait_group 0;",
         f"{COPY} cp.async.wait_group 0; st.shared.b32 [%s], 12345;",
+        "RACE shared write onto a pending cp.async",
+        shared=512,
+    ),
+    "a cp.async that nothing waits for": Fault(
+        f"{COPY}", f"{COPY} cp.async.wait_group 0;", "PENDING cp.async at the end", shared=512
+    ),
+    "cp.async onto a pending cp.async": Fault(
+        f"{COPY} {COPY} cp.async.wait_group 0;",
+        f"{COPY} cp.async.wait_group 0; bar.sync 0; {COPY} cp.async.wait_group 0;",
         "RACE shared write onto a pending cp.async",
         shared=512,
     ),
@@ -202,6 +218,53 @@ def test_wgmma_needs_a_proxy_fence() -> None:
     without = run(body.replace(fence, "bar.sync 0;"), *tensors, warps=4, shared=size)
     assert without.reports
     assert all(found.startswith("PROXY wgmma reads what generic") for found in without.reports)
+
+
+def test_wgmma_must_end_before_its_warp() -> None:
+    body, tensors, _ = wgmma_kernel(128, "K", in_registers=True)
+    body = re.sub("BEFORE: wgmma.wait_group.*", "", body)
+    outcome = run(body, *tensors, warps=4, shared=2 * tensors[0].numel())
+    assert any(report.startswith("PENDING wgmma at the end") for report in outcome.reports)
+
+
+def test_wgmma_needs_its_fence() -> None:
+    """At first, and behind each access to its registers but a move."""
+    body, tensors, _ = wgmma_kernel(128, "K", in_registers=True)
+    size = 2 * tensors[0].numel()
+    fence, report = "wgmma.fence.sync.aligned;", "REGISTER of a wgmma, no wgmma.fence"
+    for place, text in ((fence, ""), (fence, fence + "add.f32 %d3, %d3, 0f3F800000;")):
+        faulty = run(body.replace(place, text), *tensors, warps=4, shared=size)
+        assert any(found.startswith(report) for found in faulty.reports)
+    moved = run(body.replace(fence, fence + "mov.b32 %d3, 0;"), *tensors, warps=4, shared=size)
+    assert not any(found.startswith(report) for found in moved.reports)
+
+
+def test_the_exempt_report_alone_is_dropped() -> None:
+    """Triton 3.6 leaves out one fence: its report is dropped, and that of other writes is not."""
+    body, tensors, _ = wgmma_kernel(64, "K", in_registers=False)
+    stores = body.replace("FENCE: fence.proxy.async.shared::cta;", "")
+    pair = r"ld.global.v4.b32 {[^}]*}, \[%g\+(\d+)\];st.shared.v4.b32 [^;]*;"
+    copies = re.sub(pair, r"cp.async.cg.shared.global [%s+\1], [%g+\1], 16;", stores)
+    copies = copies.replace("bar.sync 0;", "cp.async.wait_all; bar.sync 0;")
+    for text, report in ((stores, "PROXY wgmma reads what generic"), (copies, COPY_FENCE)):
+        program = kernel(text, pointers=3, warps=4, shared=2 * tensors[0].numel())
+        strict, lenient = Emulation("sm_90", 4), Emulation("sm_90", 4, exempt=COPY_FENCE)
+        for emulation in (strict, lenient):
+            emulation.launch(program, (1, 1, 1), *tensors, dependent=False)
+        assert strict.reports
+        assert all(found.startswith(report) for found in strict.reports)
+        assert lenient.reports == ([] if report == COPY_FENCE else strict.reports)
+
+
+def test_memory_that_nothing_points_to_is_out_of_bounds() -> None:
+    """Another tensor may be read where an argument has its address, directly or in a table."""
+    body = "ld.global.b64 %q, [%p0]; ld.global.b32 %x, [%q]; st.global.b32 [%p1], %x;"
+    other, out = torch.tensor([5, 6, 7], dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    table = torch.tensor([other.data_ptr()])
+    assert run(body, table, out).reports == []
+    assert int(out) == 5
+    lost = f"mov.b64 %q, {other.data_ptr()}; ld.global.b32 %x, [%q];"
+    assert run(lost, out).reports[0].startswith("OOB global read")
 
 
 def test_a_word_that_holds_a_byte_of_a_tensor_may_be_read() -> None:

@@ -121,6 +121,7 @@ inline bool set_predicates(Machine& m) {
   }
   u64* with = at.b ? m.source(2) : nullptr;
   each_lane(m.active, [&](int lane) {
+    if (a[lane] == b[lane]) m.at_edge();
     bool result = compare_values(at.a, type, a[lane], b[lane]);
     bool other = with && with[lane];
     auto combined = [&](bool value) {
@@ -409,7 +410,12 @@ inline bool Machine::arithmetic() {
     case LOP3:
       map3(m, [&](u64 a, u64 b, u64 c) { return logic_of_three(at->immediate, a, b, c); });
       return true;
-    case SELP: map3(m, [](u64 a, u64 b, u64 c) { return c ? a : b; }); return true;
+    case SELP:
+      map3(m, [&](u64 a, u64 b, u64 c) {
+        if (c) at_edge();
+        return c ? a : b;
+      });
+      return true;
     case SETP: return set_predicates(m);
     case CVT:  // `a` is the source's type; `c`: 1 rounds to an integral number
       map1(m, [&](u64 a) { return convert(*at, a); });

@@ -49,6 +49,8 @@ struct Warp {
   std::vector<Uses> use_groups;
   std::vector<u8> in_flight;  // of each register: 1 an input, 2 a result of a wgmma in flight
   bool wgmma_in_flight;
+  std::vector<u64> accessed;  // when each register was accessed, but for moves; see wgmma_fence
+  u64 wgmma_fence;            // when the last one was executed; 0 for never
   std::vector<u32> unfenced;  // bytes that this warp wrote since its last fence
   u32 fence_epoch;
   u64* lanes(int number) { return &registers[(size_t)number * 32]; }
@@ -252,8 +254,7 @@ struct Checks {
                           const SharedByte& byte, bool same, bool lands) {
     bool other_writer = byte.write_thread / 32 != (u32)warp;
     bool read_here = byte.read_epoch == epoch;
-    if (same) return;
-    if (byte.write_epoch == epoch && other_writer && byte.written)
+    if (byte.write_epoch == epoch && other_writer && byte.written && !same)
       report("RACE shared write after write, no barrier", at, warp, lane, address);
     if (read_here && (byte.read_warps & ~(1u << warp)))
       report("RACE shared write after read, no barrier", at, warp, lane, address);
@@ -264,7 +265,7 @@ struct Checks {
              address);
     if (byte.in_flight)
       report("RACE shared write while a wgmma in flight reads", at, warp, lane, address);
-    if (byte.pending && lands)
+    if (byte.pending)
       report("RACE shared write onto a pending cp.async", at, warp, lane, address);
   }
 
@@ -307,6 +308,18 @@ struct Checks {
     last_fence = epoch;
     for (u32 address : warps[warp].unfenced) state(address).proxy = ASYNC;
     warps[warp].unfenced.clear();
+  }
+
+  // Reports a wgmma whose registers were accessed since the last `wgmma.fence`. Another wgmma's
+  // accesses do not count, nor do moves: LLVM puts copies there, which ptxas removes.
+  void check_wgmma_fence(const Instruction& at, int warp, const i32* operands, int inputs) {
+    const Warp& w = warps[warp];
+    bool ordered = w.wgmma_fence;
+    for (int i = 0; i < at.destination_count; i++)
+      ordered &= w.accessed[operands[at.destinations + i]] <= w.wgmma_fence;
+    for (int i = 0; i < inputs; i++)
+      ordered &= w.accessed[operands[at.sources + i]] <= w.wgmma_fence;
+    if (!ordered) report("REGISTER of a wgmma, no wgmma.fence since its access", at, warp, 0, 0);
   }
 
   // Reports accesses to registers that a wgmma in flight reads or writes.

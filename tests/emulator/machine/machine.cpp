@@ -9,6 +9,7 @@ Machine::Machine(const Launch& launch)
   code = launch.code;
   shared_bytes = launch.shared_bytes;
   find_range = launch.find_range;
+  for (i64 i = 0; i < launch.code_size; i++) has_wgmma |= code[i].opcode == WGMMA;
   for (i64 i = 0; i < launch.range_count; i++)
     ranges.push_back({launch.ranges[2 * i], launch.ranges[2 * i + 1], {}, {}, {}, {}});
 }
@@ -47,16 +48,29 @@ void Machine::step(int number) {
     for (int lane = 0; lane < 32; lane++) holds |= (u32)((predicate[lane] != 0) != negated) << lane;
     active &= holds;
   }
-  if (active) launch.reached[pc] = 1;
+  if (active) launch.reached[pc] |= REACHED;
+  if (at->guard >= 0 && active != live) at_edge();
   if (at->opcode == BRA) return branch(live, pc + 1);
-  if (at->opcode == RET) warp->alive &= ~active;
+  if (at->opcode == RET) end_lanes();
   each_lane(live, [&](int lane) { warp->pc[lane] = pc + 1; });
   if (active && at->opcode != RET) execute();
+}
+
+// Ends the active lanes; what they copy or multiply must have been waited for.
+void Machine::end_lanes() {
+  warp->alive &= ~active;
+  each_lane(active, [&](int lane) {
+    bool copies = !warp->open_copies[lane].empty();
+    for (const auto& group : warp->copy_groups[lane]) copies |= !group.empty();
+    if (copies) report("PENDING cp.async at the end", *at, warp_number, lane, 0);
+  });
+  if (warp->wgmma_in_flight) report("PENDING wgmma at the end", *at, warp_number, 0, 0);
 }
 
 void Machine::execute() {
   if (warp->wgmma_in_flight && at->opcode != WGMMA)
     check_registers(*at, warp_number, launch.operands);
+  if (has_wgmma && at->opcode != WGMMA && at->opcode != MOV) note_accesses();
   bool done = true;
   if (at->opcode < LAST_ARITHMETIC) {
     done = arithmetic();
@@ -77,8 +91,12 @@ void Machine::execute() {
       case WGMMA: wgmma(); break;
       case WGMMA_COMMIT: wgmma_commit(); break;
       case WGMMA_WAIT: wgmma_wait(); break;
+      case WGMMA_FENCE: warp->wgmma_fence = executed; break;
       case PROXY_FENCE: proxy_fence(warp_number); break;
-      case GRID_WAIT: warp->at_grid_wait = before_grid_wait; break;
+      case GRID_WAIT:
+        if (before_grid_wait) at_edge();
+        warp->at_grid_wait = before_grid_wait;
+        break;
       case TRAP:
         report("TRAP", *at, warp_number, std::countr_zero(active), 0);
         stopped = true;
@@ -108,6 +126,8 @@ static void reset(Warp& warp, const Launch& launch) {
   warp.open_uses.clear();
   warp.use_groups.clear();
   warp.in_flight.assign(launch.register_count, 0);
+  warp.accessed.assign(launch.register_count, 0);
+  warp.wgmma_fence = 0;
   warp.unfenced.clear();
 }
 

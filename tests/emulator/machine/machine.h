@@ -29,9 +29,15 @@ struct Launch {
 
 enum Order { FORWARD, SHUFFLED, BACKWARD };
 
+// What `reached` has of an instruction. AT_EDGE: its guard excluded a lane; a cp.async copied less
+// than its size; a setp compared equal operands; a selp chose its first operand;
+// or a wait had something to wait for.
+enum Reached : u8 { REACHED = 1, AT_EDGE = 2 };
+
 struct Machine : Checks {
   const Launch& launch;
   int warp_count;
+  bool has_wgmma = false;
   std::mt19937 random;
   u64 executed = 0;
   u64 executed_by_opcode[OPCODE_COUNT] = {};
@@ -48,6 +54,7 @@ struct Machine : Checks {
   void release_barrier();
   void step(int number);
   void branch(u32 live, u32 next);
+  void end_lanes();
   void execute();
   bool arithmetic();
   bool memory();
@@ -56,6 +63,7 @@ struct Machine : Checks {
   void wgmma();
   void wgmma_commit();
   void wgmma_wait();
+  void note_accesses();
 
   // Operands of the current instruction. Denormals are flushed where it says so.
   i32 destination_number(int i) { return launch.operands[at->destinations + i]; }
@@ -74,6 +82,8 @@ struct Machine : Checks {
     }
     return flushed[i];
   }
+
+  void at_edge() { launch.reached[at - code] |= AT_EDGE; }
 
   void unsupported() {
     report("UNSUPPORTED instruction", *at, warp_number, 0, 0);

@@ -59,6 +59,7 @@ inline void begin_copy(Machine& m, int lane) {
     m.report("MISALIGNED cp.async source", at, m.warp_number, lane, from);
     return;
   }
+  if (copied < size) m.at_edge();
   bool readable = copied == size && m.global_access(at, m.warp_number, lane, from, size, false);
   if (copied < size) {
     readable = true;
@@ -74,6 +75,7 @@ inline void begin_copy(Machine& m, int lane) {
 inline void wait_for_copies(Machine& m, int lane) {
   auto& groups = m.warp->copy_groups[lane];
   while ((int)groups.size() > std::max(m.at->a, 0)) {
+    if (!groups.front().empty()) m.at_edge();
     for (const Copy& copy : groups.front()) m.finish_copy(*m.at, m.warp_number, copy);
     groups.erase(groups.begin());
   }

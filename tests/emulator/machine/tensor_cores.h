@@ -126,6 +126,7 @@ inline void Machine::wgmma() {
   else if (!read_operand(*this, source(0)[0], 16 * (warp_number % 4), 16, I.b & 2, A)) return;
   if (!read_operand(*this, source(next)[0], 0, I.a, I.b & 4, B)) return;
   bool accumulate = source(next + 1)[0];
+  check_wgmma_fence(I, warp_number, launch.operands, in_registers ? 4 : 0);
   auto in_flight = [&](i32 number, u8 use) {
     warp->in_flight[number] |= use;
     warp->open_uses.push_back({number, use});
@@ -144,6 +145,12 @@ inline void Machine::wgmma() {
   }
 }
 
+inline void Machine::note_accesses() {
+  for (int i = 0; i < at->destination_count; i++)
+    if (!is_sink(i)) warp->accessed[destination_number(i)] = executed;
+  for (int i = 0; i < at->source_count; i++) warp->accessed[source_number(i)] = executed;
+}
+
 inline void Machine::wgmma_commit() {
   warp->read_groups.push_back(std::move(warp->open_reads));
   warp->use_groups.push_back(std::move(warp->open_uses));
@@ -155,6 +162,7 @@ inline void Machine::wgmma_commit() {
 inline void Machine::wgmma_wait() {
   Warp& w = *warp;
   while ((int)w.read_groups.size() > at->a) {
+    at_edge();
     for (auto [address, bytes] : w.read_groups.front()) {
       shared_read(*at, warp_number, 0, address, bytes, true);
       for (u32 i = 0; i < bytes; i++) state(address + i).in_flight--;

@@ -30,7 +30,8 @@ using i64 = int64_t;
   LD_PARAM, LD_GLOBAL, ST_GLOBAL, LD_SHARED, ST_SHARED, ATOMIC, CP_ASYNC, CP_ASYNC_COMMIT,       \
   CP_ASYNC_WAIT, LDMATRIX, STMATRIX, LAST_MEMORY,                                                \
   SHFL, REDUX, VOTE, ELECT, BAR_SYNC, BAR_WARP_SYNC, LAST_WARP, MMA, WGMMA, WGMMA_COMMIT,        \
-  WGMMA_WAIT, PROXY_FENCE, GRID_WAIT, GRID_TRIGGER, NO_EFFECT, TRAP, BRA, RET, OPCODE_COUNT
+  WGMMA_WAIT, WGMMA_FENCE, PROXY_FENCE, GRID_WAIT, GRID_TRIGGER, NO_EFFECT, TRAP, BRA, RET,      \
+  OPCODE_COUNT
 enum Opcode { OPCODES };
 
 #define TYPES                                                                                    \

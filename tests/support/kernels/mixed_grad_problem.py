@@ -58,7 +58,7 @@ class GradProblem(Batch):
         factor_dtype = self.factor_dtype or self.dtype
         self.x = lab.rand(self.m, self.k, dtype=self.dtype)
         self.dy = lab.rand(self.m, self.n, dtype=self.dtype)
-        self.weight = lab.rand(self.n, self.k, dtype=self.dtype) / self.k**0.5
+        self.weight = lab.rand(self.n, self.k, dtype=self.dtype).div_(self.k**0.5)
         self.lora_a = [
             (lab.rand(r, self.k) / self.k**0.5).to(self.dtype).to(factor_dtype) for r in self.ranks
         ]

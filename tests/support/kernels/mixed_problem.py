@@ -158,7 +158,7 @@ class MixedProblem(Batch):
         self.sort()
         self.max_rank = max(1, *(max(row) for row in self.ranks))
         self.x = self.lab.rand(self.m, self.k, dtype=self.dtype)
-        self.weights = [self.lab.rand(n, self.k, dtype=self.dtype) / self.k**0.5 for n in self.ns]
+        self.weights = [self._weight(n) for n in self.ns]
         self.biases = [self.lab.rand(n, dtype=self.dtype) for n in self.ns]
         self.scaling = 0.5 + torch.rand(len(self.ns), self.slots).to(self.lab.device)
         self.rank = torch.tensor(self.ranks, dtype=torch.int32, device=self.lab.device)
@@ -168,6 +168,9 @@ class MixedProblem(Batch):
         self.lora_b_address = self._table([[f.lora_b for f in row] for row in self.factors])
         biases = self._table([[f.lora_bias for f in row] for row in self.factors])
         self.lora_bias_address = biases if self.biased else None
+
+    def _weight(self, n: int) -> torch.Tensor:
+        return self.lab.rand(n, self.k, dtype=self.dtype).div_(self.k**0.5)
 
     def _image(self, slot: int) -> list[Factors]:
         """Makes one adapter: blocks at multiples of 16 bytes, NaN between them."""
