@@ -42,15 +42,32 @@ class _Bounded:
     def __init__(self) -> None:
         self.ends: dict[int, tuple[Collection[str], _Ends]] = {}
         self._compiled: dict[str, Any] = {}
-        self._seconds = 0.0  # of processor time
+        # Seconds of processor time: of the outermost blocks that have ended, and the start of the
+        # one that is open.
+        self._seconds = 0.0
+        self._start: float | None = None
 
     @contextlib.contextmanager
     def timed(self, field: str) -> Iterator[None]:
-        """Counts the block as matching, and raises `CheckpointError` if the time is up."""
-        start = time.thread_time()
-        yield
-        self._seconds += time.thread_time() - start
-        if self._seconds > MATCHING_SECONDS:
+        """Counts the block as matching, and raises `CheckpointError` if the time is up.
+
+        A block within another one counts as part of it.
+        """
+        outermost = self._start is None
+        if outermost:
+            self._start = time.thread_time()
+        try:
+            yield
+            self._check_time(field)
+        finally:
+            if outermost:
+                self._seconds, self._start = self._passed(), None
+
+    def _passed(self) -> float:
+        return self._seconds + (0.0 if self._start is None else time.thread_time() - self._start)
+
+    def _check_time(self, field: str) -> None:
+        if self._passed() > MATCHING_SECONDS:
             raise CheckpointError(
                 f"{field}: matching the config's patterns takes more than {MATCHING_SECONDS:g} s"
             )
@@ -119,7 +136,8 @@ def bounded_matching() -> Iterator[None]:
 def timed(field: str) -> contextlib.AbstractContextManager[None]:
     """In `bounded_matching`, counts the block as matching of a field; elsewhere does nothing.
 
-    Raises `CheckpointError` at the end of the block if the time is up.
+    Raises `CheckpointError` at the end of the block if the time is up. Matching checks the time
+    too, so a block around a loop over patterns counts the loop's own time and ends with it.
     """
     bounded = _bounded.get()
     return contextlib.nullcontext() if bounded is None else bounded.timed(field)
@@ -166,15 +184,20 @@ def first_at_end(field: str, patterns: Collection[str], name: str) -> str | None
 
     A pattern may also match all of it. In `bounded_matching`, ``patterns`` must stay as they are.
     """
-    return _ends_of(field, patterns).first(name) if patterns else None
+    if not patterns:
+        return None
+    with timed(field):
+        return _ends_of(field, patterns).first(name)
 
 
 def matching_no_end(field: str, patterns: Collection[str], names: Iterable[str]) -> list[str]:
     """Returns the patterns for which `first_at_end` would return None with each of ``names``."""
-    ends, names = _ends_of(field, patterns), list(names)
-    found = {pattern for name in names for pattern in ends.plain(name)}
-    found |= {e for e in ends.expressions if any(ends.matches(e, name) for name in names)}
-    return [pattern for pattern in patterns if pattern not in found]
+    names = list(names)
+    with timed(field):
+        ends = _ends_of(field, patterns)
+        found = {pattern for name in names for pattern in ends.plain(name)}
+        found |= {e for e in ends.expressions if any(ends.matches(e, name) for name in names)}
+        return [pattern for pattern in patterns if pattern not in found]
 
 
 class _Ends:

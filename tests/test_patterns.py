@@ -228,6 +228,20 @@ def test_many_patterns_on_many_names_share_one_bound(plain: bool) -> None:
         assert matches_end("rank_pattern", r"q_pro\w", NAME)
 
 
+def test_the_bound_covers_the_loop_over_many_patterns() -> None:
+    """E2: all time of a config of 3,000 cheap expressions counts, the loops' own time too."""
+    ranks = {f"(a|b|c)*x{i}$": 2 for i in range(3000)}
+    start = time.thread_time()
+    with (
+        bounded_matching(),
+        pytest.raises(CheckpointError, match=r"rank_pattern: .* takes more than 0.25"),
+    ):
+        config = LoraConfig(target_modules=["q_proj"], rank_pattern=ranks)
+        for number in range(10_000):
+            config.rank_for(f"{NAME}.{number}")
+    assert time.thread_time() - start < 1.2 * patterns.MATCHING_SECONDS
+
+
 def test_without_pcre2_names_match_and_expressions_are_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

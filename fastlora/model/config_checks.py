@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from fastlora.init import find_init
-from fastlora.patterns import check_pattern
+from fastlora.patterns import check_pattern, timed
 from fastlora.validation import ConfigError, check_dropout, check_rank, near_names
 
 
@@ -96,8 +96,7 @@ def _check_values(fields: Mapping[str, Any]) -> None:
     if saved is not None and not isinstance(saved, list):
         raise ConfigError(f"modules_to_save must be a list of names or None, got {saved!r}")
     _check_names("modules_to_save", saved or [])
-    for entry in saved or ():
-        _check_regex("modules_to_save", entry)
+    _check_regexes("modules_to_save", saved or [])
     _check_layers(fields["layers_to_transform"], fields["layers_pattern"], fields["target_modules"])
     for name in ("rank_pattern", "alpha_pattern"):
         _check_pattern(name, fields[name])
@@ -163,8 +162,7 @@ def _check_layers(layers: Any, pattern: Any, targets: Any) -> None:
     if pattern is not None:
         if not isinstance(pattern, (str, list)):
             raise ConfigError(f"layers_pattern must be a name or a list of names, got {pattern!r}")
-        for entry in [pattern] if isinstance(pattern, str) else pattern:
-            _check_regex("layers_pattern", entry)
+        _check_regexes("layers_pattern", [pattern] if isinstance(pattern, str) else pattern)
     for name, value in (("layers_to_transform", layers), ("layers_pattern", pattern)):
         if value is not None and isinstance(targets, str):
             raise ConfigError(
@@ -178,8 +176,8 @@ def _check_layers(layers: Any, pattern: Any, targets: Any) -> None:
 def _check_pattern(name: str, patterns: Any) -> None:
     if not isinstance(patterns, dict):
         raise ConfigError(f"{name} must be a dict of module name to value, got {patterns!r}")
+    _check_regexes(name, patterns)
     for key, value in patterns.items():
-        _check_regex(name, key)
         if name == "alpha_pattern":
             _check_number(f"alpha_pattern[{key!r}]", value)
         elif isinstance(value, bool) or not isinstance(value, int) or value <= 0:
@@ -205,6 +203,12 @@ def _check_names(name: str, values: Any) -> None:
     for value in values:
         if not isinstance(value, str) or not value:
             raise ConfigError(f"{name} must hold module names, got the entry {value!r}")
+
+
+def _check_regexes(name: str, values: Iterable[Any]) -> None:
+    with timed(name):
+        for value in values:
+            _check_regex(name, value)
 
 
 def _check_regex(name: str, value: Any) -> None:

@@ -333,7 +333,8 @@ def _is_excluded(name: str, config: LoraConfig, saved: list[str]) -> bool:
         return True
     # Whole path components here, and everything below them, although find_modules_to_save takes any
     # suffix: both are PEFT's rules.
-    return any(matches_components("modules_to_save", entry, name) for entry in saved)
+    with timed("modules_to_save"):
+        return any(matches_components("modules_to_save", entry, name) for entry in saved)
 
 
 def _matches(name: str, targets: set[str] | str, config: LoraConfig) -> bool:
@@ -352,8 +353,9 @@ def _in_layers(name: str, config: LoraConfig) -> bool:
     patterns = [patterns] if isinstance(patterns, str) else patterns
     # The first numbered part of the name counts: further ones may be experts.
     if patterns:
-        found = (layer_index("layers_pattern", pattern, name) for pattern in patterns)
-        index = next((i for i in found if i is not None), None)
+        with timed("layers_pattern"):
+            found = (layer_index("layers_pattern", pattern, name) for pattern in patterns)
+            index = next((i for i in found if i is not None), None)
     else:
         match = re.match(r".*?\.[^.]*\.(\d+)\.", name)
         index = None if match is None else int(match[1])
