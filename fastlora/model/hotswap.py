@@ -152,7 +152,7 @@ def hotswap_adapter(
 
     Raises:
         AdapterNotFoundError: There is no such adapter.
-        AdapterStateError: It is merged.
+        AdapterStateError: It is merged, or a `fastlora.adapters` block of the model is open.
         ConfigError: The two differ in DoRA, lora_bias or dropout.
         CheckpointError: The folder is missing or damaged.
         HotswapError: It has tensors that the loaded adapter has no place for. Nothing has changed
@@ -219,7 +219,7 @@ def _swap(
                 f"Configs are incompatible: for {field}, {mine!r} != {other!r}; load the adapter "
                 "under another name"
             )
-    tuner.check_replaces(adapter_name, config)
+    tuner.check_replaces("hotswap_adapter", adapter_name, config)
     layers = {n: layer for n, layer in lora_layers(tuner.model).items() if adapter_name in layer.r}
     for layer in layers.values():
         if adapter_name in layer.merged_adapters:

@@ -263,6 +263,8 @@ class LoraModel(PeftNames, nn.Module):
 
         Raises:
             CheckpointError: The folder is missing, damaged, or does not fit; nothing has changed.
+            AdapterStateError: The name is loaded, and a `fastlora.adapters` block of the model is
+                open in any thread.
         """
         file = _read_folder(model_id, subfolder, unused)
         model = self.get_base_model()
@@ -273,7 +275,7 @@ class LoraModel(PeftNames, nn.Module):
         if adapter_name in self.peft_config:
             loaded = self.peft_config[adapter_name]
             adapter_state.check_same_adapter(model, adapter_name, loaded, plan, file.path)
-            self.base_model.check_replaces(adapter_name, plan.config)
+            self.base_model.check_replaces("load_adapter", adapter_name, plan.config)
         else:
             self.base_model.add_adapter(
                 adapter_name, plan, autocast_adapter_dtype=autocast_adapter_dtype

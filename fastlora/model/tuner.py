@@ -28,7 +28,12 @@ from fastlora.routing.block import parameters_routing
 from fastlora.routing.ids import check_adapter_name
 from fastlora.routing.routers import register_router
 from fastlora.routing.routing import Group, Routing, join_group
-from fastlora.validation import AdapterNotFoundError, AdapterStateError, near_names
+from fastlora.validation import (
+    AdapterNotFoundError,
+    AdapterStateError,
+    error_prefix,
+    near_names,
+)
 
 
 class LoraTuner(nn.Module):
@@ -171,12 +176,21 @@ class LoraTuner(nn.Module):
                 stacklevel=4,
             )
 
-    def check_replaces(self, adapter_name: str, config: LoraConfig) -> None:
-        """Raises `ConfigError` where the weights of another adapter cannot take an adapter's place.
+    def check_replaces(self, operation: str, adapter_name: str, config: LoraConfig) -> None:
+        """Raises where an operation cannot put another adapter's weights in an adapter's place.
 
-        They do not where they were trained on base weights that their start had changed, and this
-        adapter's start has not.
+        Args:
+            operation: The method that replaces the weights.
+            adapter_name: The loaded adapter.
+            config: Of the other adapter.
+
+        Raises:
+            AdapterStateError: A `fastlora.adapters` block of the model is open.
+            ConfigError: The weights were trained on base weights that their start had changed, and
+                this adapter's start has not.
         """
+        with error_prefix(f"adapter {adapter_name!r} is loaded already"):
+            self.group.check_closed(operation)
         if adapter_name not in self._changed_base:
             config.check_plain(f"an adapter that takes the place of {adapter_name!r}")
 

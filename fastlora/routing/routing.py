@@ -68,7 +68,7 @@ class Group(Kept):
             raise AdapterStateError(
                 f"{operation}() while {self._open} fastlora.adapters() or adapter_names= blocks of "
                 "this model are open, in this thread or another: their rows would lose their "
-                "adapters; call it after the blocks have ended"
+                "adapters or get other weights; call it after the blocks have ended"
             )
 
 

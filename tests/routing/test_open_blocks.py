@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -136,6 +137,39 @@ def test_operations_that_would_change_an_open_block_raise(make: Any, operation: 
     with pytest.raises(KeyError), adapters(model, MIX):
         raise KeyError
     OPERATIONS[operation](model)
+
+
+@pytest.mark.parametrize("replace", ["load_adapter", "hotswap_adapter"])
+def test_other_weights_for_a_loaded_adapter_within_a_block_raise(
+    replace: str, tmp_path: Path
+) -> None:
+    """Rows keep the weights that they began with, in any thread; a new name is allowed (R7)."""
+    model = ours("q", "v")
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        for parameter in model.parameters():  # both adapters have other values than their files
+            parameter.mul_(1.5)
+
+    def put() -> None:
+        if replace == "load_adapter":
+            model.load_adapter(tmp_path / "a", "b")
+        else:
+            fastlora.hotswap_adapter(model, tmp_path / "a", "b")
+
+    def refused_put() -> None:
+        match = rf"'b' is loaded already: {replace}\(\) while 1 .* or get other weights"
+        with unchanged(model), pytest.raises(AdapterStateError, match=match):
+            put()
+
+    with torch.no_grad(), adapters(model, MIX):
+        before = model(X)
+        refused_put()
+        ThreadPoolExecutor(1).submit(refused_put).result(60)
+        model.load_adapter(tmp_path / "a", "c")
+        torch.testing.assert_close(model(X), before)
+    put()
+    with torch.no_grad(), adapters(model, MIX):
+        assert not torch.allclose(model(X)[1], before[1])
 
 
 @pytest.mark.parametrize("make", [ours, patched])
