@@ -6,13 +6,16 @@ seeds, name them: ``FASTLORA_FUZZ_SEEDS=17,203 python -m pytest tests/differenti
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
 pytest.importorskip("transformers", reason="the models are its")
 
@@ -90,10 +93,60 @@ def _refuse_repeated_names(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LoraTuner, "add_weighted_adapter", planted)
 
 
+def _plant_bias(monkeypatch: pytest.MonkeyPatch, instead: dict[str, str]) -> None:
+    """Reads values of ``bias`` as others."""
+
+    def planted(self: LoraTuner, name: str) -> list[nn.Parameter]:
+        bias = self.peft_config[name].bias
+        return list(inject.adapter_biases(self.model, name, instead.get(bias, bias)).values())
+
+    monkeypatch.setattr(LoraTuner, "_biases", planted)
+
+
+def _train_no_biases(monkeypatch: pytest.MonkeyPatch) -> None:
+    _plant_bias(monkeypatch, {"all": "none", "lora_only": "none"})
+
+
+def _train_biases_of_targets_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    _plant_bias(monkeypatch, {"all": "lora_only"})
+
+
+def _train_biases_of_all_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    _plant_bias(monkeypatch, {"lora_only": "all"})
+
+
+def _act_where_disabled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Merged adapters act within `disable_adapter` too."""
+    disable = LoraTuner.disable_adapter
+
+    @contextlib.contextmanager
+    def planted(self: LoraTuner) -> Iterator[None]:
+        layers = [layer for layer in inject.lora_layers(self.model).values() if layer.merged]
+        weights = [layer.get_base_layer().weight for layer in layers]
+        merged = [weight.detach().clone() for weight in weights]
+        with disable(self):
+            unmerged = [weight.detach().clone() for weight in weights]
+            _write(weights, merged)
+            yield
+            _write(weights, unmerged)
+
+    monkeypatch.setattr(LoraTuner, "disable_adapter", planted)
+
+
+@torch.no_grad()
+def _write(weights: list[torch.Tensor], values: list[torch.Tensor]) -> None:
+    for weight, value in zip(weights, values, strict=True):
+        weight.copy_(value)
+
+
 PLANTED = {
     _train_idle_biases: (4, 26),
     _unmerge_before_unload: (12, 55),
     _refuse_repeated_names: (168, 173),
+    _train_no_biases: (8, 24),
+    _train_biases_of_targets_alone: (13, 44),
+    _train_biases_of_all_modules: (8, 24),
+    _act_where_disabled: (38, 39),
 }
 
 

@@ -5,107 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
+
+from tests.support.differential import base_biases
 from tests.support.differential.bases import SAMPLES
-from tests.support.differential.observations import Difference
+from tests.support.differential.meeting import WITHIN, Meeting
 from tests.support.differential.scripts import Operation, Script
-
-
-class Meeting(NamedTuple):
-    """Where a difference was found.
-
-    Attributes:
-        script: The script.
-        done: The operations before the one that differs.
-        operation: The operation that differs.
-        difference: How it differs; ``what`` is ``"refusal"`` where one side refuses.
-        configs: PEFT's config of each adapter, as a dict, before the operation.
-        before: The facts of our side before the operation.
-        after: The facts of our side behind it.
-    """
-
-    script: Script
-    done: tuple[Operation, ...]
-    operation: Operation
-    difference: Difference
-    configs: dict[str, dict[str, Any]]
-    before: dict[str, Any]
-    after: dict[str, Any]
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """The config that the operation adds."""
-        config: dict[str, Any] = self.operation.arguments.get("config", {})
-        return config
-
-    def refused(self, *words: str) -> bool:
-        """Whether fastlora alone refuses, with one of these words."""
-        what, ours, theirs = self.difference
-        refused = isinstance(ours, Exception) and not isinstance(theirs, Exception)
-        return what == "refusal" and refused and any(word in str(ours) for word in words)
-
-    def accepted(self, *words: str) -> bool:
-        """Whether PEFT alone refuses, with one of these words."""
-        what, ours, theirs = self.difference
-        accepted = isinstance(theirs, Exception) and not isinstance(ours, Exception)
-        return what == "refusal" and accepted and any(word in str(theirs) for word in words)
-
-    def of(self, *operations: str) -> bool:
-        """Whether the operation is one of these."""
-        return self.operation.name in operations
-
-    def about(self, *kinds: str) -> bool:
-        """Whether the difference is in facts or values whose keys begin like this."""
-        return self.difference.what.startswith(kinds)
-
-    def trains(self, *parts: str) -> bool:
-        """Whether it is about what trains, and only about names with one of these parts."""
-        what, ours, theirs = self.difference
-        if what.endswith("trainable"):
-            names = set(ours or ()) ^ set(theirs or ())
-        else:
-            names = {what.partition("gradient/base_model.model.")[2]}
-        return all(any(part in name for part in parts) for name in names)
-
-    def inside(self, *parts: str) -> bool:
-        """Whether it is a value of PEFT's alone, with one of these parts in its name."""
-        what, ours, _ = self.difference
-        return ours is None and any(part in what for part in parts)
-
-    def less(self) -> bool:
-        """Whether it is about what trains, and less of it trains than in PEFT."""
-        what, ours, theirs = self.difference
-        if what == "trainable":
-            return set(ours) < set(theirs)
-        return what.startswith("gradient/") and ours is None
-
-    def sums(self) -> list[str]:
-        """The adapters that `add_weighted_adapter` made."""
-        return [op.arguments["adapter_name"] for op in self.done if op.name == "weighted"]
-
-    def inactive(self) -> list[str]:
-        """The adapters behind the operation that do not act."""
-        return [n for n in self.after.get("adapters", ()) if n not in self.after["active"]]
-
-    def chosen(self, field: str) -> list[Any]:
-        """The values of a field in the configs of the adapters that the operation names."""
-        arguments = self.operation.arguments
-        names = arguments.get("adapters") or arguments.get("adapter_names") or self.configs
-        return [self.configs[name][field] for name in names if name in self.configs]
-
-
-def _biases(meeting: Meeting) -> bool:
-    """Whether base biases train otherwise than in PEFT, and not for an adapter that is idle."""
-    if not (meeting.trains("bias") and not meeting.trains("lora_", "modules_to_save")):
-        return False
-    trained = [name for name in meeting.after.get("trainable", ()) if _is_base_bias(name)]
-    active = meeting.after.get("active", ())
-    return not trained or any(
-        meeting.configs.get(name, meeting.config).get("bias", "none") != "none" for name in active
-    )
-
-
-def _is_base_bias(name: str) -> bool:
-    return name.endswith("bias") and "lora_" not in name and "modules_to_save" not in name
 
 
 class Exemption(NamedTuple):
@@ -198,6 +103,84 @@ def _only_extra(meeting: Meeting, *ends: str) -> bool:
     return ours is None and what.endswith(ends)
 
 
+def _stays_merged(meeting: Meeting) -> bool:
+    """Whether it shows that adapters stay merged here, and that PEFT has unmerged them."""
+    what, ours, theirs = meeting.difference
+    if what == "layers' merged_adapters":
+        rows = _of_rows(meeting.merged())  # which PEFT leaves merged
+        return _merged(ours) == meeting.merged() and _merged(theirs).items() <= rows.items()
+    if what.startswith("parameter/"):
+        return meeting.in_merged() and meeting.was(ours)
+    # Factors that are merged have no part in the forward.
+    names = {name for names in meeting.merged().values() for name in names}
+    of_merged = meeting.in_merged() and any(f".{name}." in f"{what}." for name in names)
+    return what.startswith("gradient/") and of_merged and ours is None
+
+
+def _others_act(meeting: Meeting, merged: dict[str, list[str]]) -> bool:
+    """Whether it is an output or gradient, and other adapters than the active ones are merged."""
+    facts = meeting.after
+    for layer, names in merged.items():
+        active = {*facts["active"]} & {*facts["layers' available_adapters"][layer]}
+        if active != {*names}:
+            return meeting.about("output", "gradient/")
+    return False
+
+
+def _merges_again(meeting: Meeting) -> bool:
+    """Whether it shows that PEFT unmerges in the forward, and what was merged here still is."""
+    fact = "layers' merged_adapters"
+    values = meeting.values, meeting.values_after
+    return (
+        meeting.about(WITHIN)
+        and _unmerged_at_once(meeting)
+        and meeting.after[fact] == meeting.before[fact]
+        and all(torch.equal(value, values[1][name]) for name, value in values[0].items())
+    )
+
+
+def _starts_from_merged(meeting: Meeting) -> bool:
+    """Whether it is the magnitude of a new adapter with DoRA on a layer with merged adapters."""
+    what = meeting.difference.what
+    return what.startswith("initial/") and "lora_magnitude" in what and meeting.in_merged()
+
+
+def _unmerged_at_once(meeting: Meeting, rows: bool = False) -> bool:
+    """Whether it shows that nothing is merged here, and that in PEFT what was merged still is.
+
+    With ``rows`` only what was merged of trained rows.
+    """
+    what, ours, theirs = meeting.difference
+    what = what.removeprefix(WITHIN)
+    if what == "layers' merged_adapters":
+        merged = meeting.merged()
+        return not any(ours.values()) and _merged(theirs) == (_of_rows(merged) if rows else merged)
+    if what.startswith("parameter/"):
+        return meeting.in_merged() and meeting.was(theirs) and (not rows or "token_adapter" in what)
+    return False
+
+
+def _rows_unmerged_at_once(meeting: Meeting) -> bool:
+    """Whether it shows that trained rows are unmerged here, and that in PEFT they still are."""
+    what, _, theirs = meeting.difference
+    # Rows that are merged have no part in the forward.
+    idle = what.startswith("gradient/") and ".trainable_tokens_delta." in what and theirs is None
+    return (
+        _unmerged_at_once(meeting, rows=True)
+        or (idle and meeting.in_merged())
+        or _others_act(meeting, _of_rows(meeting.merged()))
+    )
+
+
+def _of_rows(merged: dict[str, list[str]]) -> dict[str, list[str]]:
+    return {layer: names for layer, names in merged.items() if "token_adapter" in layer}
+
+
+def _merged(found: dict[str, list[str]]) -> dict[str, list[str]]:
+    """The layers that have merged adapters, each with their names."""
+    return {layer: names for layer, names in found.items() if names}
+
+
 def _weighted(*adapters: str, kind: str = "cat", name: str = "birch", **options: Any) -> Operation:
     options |= {"adapters": list(adapters), "weights": [0.5 for _ in adapters]}
     return Operation("weighted", {"adapter_name": name, "combination_type": kind, **options})
@@ -231,7 +214,7 @@ EXEMPTIONS: tuple[Exemption, ...] = (
     ),
     Exemption(
         "The base biases that an adapter asks for",
-        _biases,
+        base_biases.follow_their_rules,
         Script("Llama", (_wrap(["q_proj"]), _add("ash", ["v_proj"], bias="all"), _set("ash"))),
     ),
     Exemption(
@@ -282,7 +265,7 @@ EXEMPTIONS: tuple[Exemption, ...] = (
     ),
     Exemption(
         "`merge_adapter`, then a forward in `disable_adapter`",
-        lambda m: m.of("within_disabled") and any(m.before["layers' merged_adapters"].values()),
+        lambda m: m.of("within_disabled") and _merges_again(m),
         Script("Llama", (_wrap(["q_proj"]), _op("merge"), _op("within_disabled"))),
     ),
     Exemption(
@@ -298,7 +281,8 @@ EXEMPTIONS: tuple[Exemption, ...] = (
     Exemption(
         "Adding or loading an adapter leaves merged adapters merged",
         lambda m: (
-            m.of("add", "load", "weighted") and any(m.before["layers' merged_adapters"].values())
+            m.of("add", "load", "weighted")
+            and (_stays_merged(m) or _starts_from_merged(m) or _others_act(m, m.merged()))
         ),
         Script("Llama", (_wrap(["q_proj"]), _op("merge"), _add("ash", ["v_proj"]))),
     ),
@@ -466,17 +450,12 @@ EXEMPTIONS: tuple[Exemption, ...] = (
     ),
     Exemption(
         "`disable_adapter_layers`** unmerges merged adapters at once",
-        lambda m: m.of("disable") and any(m.before["layers' merged_adapters"].values()),
+        lambda m: m.of("disable") and _unmerged_at_once(m),
         Script("Llama", (_wrap(["q_proj"]), _op("merge"), _op("disable"))),
     ),
     Exemption(
         "`set_adapter` on a merged model",
-        lambda m: (
-            m.of("set")
-            and any(
-                "token_adapter" in n for n, a in m.before["layers' merged_adapters"].items() if a
-            )
-        ),
+        lambda m: m.of("set") and _rows_unmerged_at_once(m),
         Script(
             "Llama",
             (_wrap(["q_proj"], trainable_token_indices=[1]), _op("merge"), _set("default")),

@@ -10,12 +10,14 @@ from typing import Any
 import torch
 
 import fastlora
-from tests.support.differential.exemptions import Meeting, row_of
+from tests.support.differential.exemptions import row_of
+from tests.support.differential.meeting import First, Meeting
 from tests.support.differential.observations import Difference, differences
 from tests.support.differential.scripts import Operation, Script, draw
 from tests.support.differential.sides import Observation, Side, peft
 
 READS = ("load", "reload")  # operations that read what `save` wrote
+FIRST = ("wrap", "reload")  # operations that give a base model its first adapter
 OURS = ("save", "observe")  # operations that fastlora never refuses
 SHOWN = 8  # differences in a message
 
@@ -60,17 +62,31 @@ class _Run:
         self.single = Side(script, peft, torch.float32, folder / "single")
         self.ours.partner, self.theirs.partner = self.theirs, self.ours
         self.sides = (self.ours, self.theirs, self.single)
+        self.first = First("", "none", frozenset())
 
     def run(self) -> list[str]:
         """Runs the operations until one differs; see `run`."""
         for number, operation in enumerate(self.script.operations):
             done, configs = self.script.operations[:number], self.configs()
-            before = self.ours.facts()
+            before, values = self.ours.facts(), self.ours.copied()
             found = self.operate(operation, number)
-            after = self.ours.facts()
+            after, values_after = self.ours.facts(), self.ours.copied()
+            if operation.name in FIRST:
+                self.first = self.first_adapter(after)
             meetings = [
-                Meeting(self.script, done, operation, each, configs, before, after)
-                for each in found
+                Meeting(
+                    self.script,
+                    done,
+                    operation,
+                    difference,
+                    configs,
+                    before,
+                    after,
+                    values,
+                    values_after,
+                    self.first,
+                )
+                for difference in found
             ]
             rows = [row_of(meeting) for meeting in meetings]
             unstated = [m for m, row in zip(meetings, rows, strict=True) if row is None]
@@ -88,6 +104,11 @@ class _Run:
         """PEFT's config of each adapter."""
         held = getattr(self.theirs.model, "peft_config", None) or {}
         return {name: config.to_dict() for name, config in held.items()}
+
+    def first_adapter(self, facts: dict[str, Any]) -> First:
+        """What PEFT's model got first, with the facts of our side."""
+        name, config = next(iter(self.configs().items()), ("", {"bias": "none"}))
+        return First(name, config["bias"], frozenset(facts.get("parameters", ())))
 
     def operate(self, operation: Operation, number: int) -> list[Difference]:
         """Runs an operation on every side; returns the differences behind it."""

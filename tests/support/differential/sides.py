@@ -214,6 +214,12 @@ class Side:
             facts[f"layers' {field}"] = {layer["name"]: layer[field] for layer in layers}
         return facts
 
+    def copied(self) -> dict[str, torch.Tensor]:
+        """Copies of the parameters; none where there is no model."""
+        if self.model is None:
+            return {}
+        return {name: p.detach().clone() for name, p in self.parameters().items()}
+
     def state(self) -> dict[str, Any]:
         """What a refusal must not change: facts, parameters, and the hooks of a mixed batch."""
         model = self.model or nn.Module()
@@ -224,7 +230,7 @@ class Side:
     def observe(self) -> Observation:
         """Facts, parameters, and a forward with every gradient."""
         facts = self.facts()
-        values: Values = {f"parameter/{n}": p.detach() for n, p in self.parameters().items()}
+        values: Values = {f"parameter/{n}": p for n, p in self.copied().items()}
         self.model.train(self.script.training)
         return Observation(facts, values | self.forward())
 
