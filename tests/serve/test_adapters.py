@@ -114,6 +114,26 @@ def test_a_damaged_folder_fails_its_own_requests(served: Any) -> None:
         shutil.rmtree(served.folder / folder)
 
 
+def refused_when_it_comes(served: Any, folder: Path, why: str) -> None:
+    """Moves a folder to the server's, which refuses it with status 422 within a second.
+
+    It refuses a request and a load; both messages contain ``why``.
+    """
+    name = folder.name
+    folder.rename(served.folder / name)
+    body = {"model": name, **GREEDY}
+    wait_for(lambda: served.http.post("/v1/completions", json=body).status_code != 404)
+    answer = served.http.post("/v1/completions", json=body)
+    assert answer.status_code == 422, answer.text
+    assert why in answer.json()["error"]["message"]
+    seconds = []
+    for _ in range(3):  # each reads the folder anew; the machine may be busy at some
+        start = time.monotonic()
+        assert why in post(served, "load", 422, lora_name="other", lora_path=name)
+        seconds.append(time.monotonic() - start)
+    assert min(seconds) < 1
+
+
 @pytest.mark.parametrize("field", SLOW_FIELDS)
 def test_a_pattern_that_backtracks_stops_nobody(served: Any, field: str) -> None:
     """E2: its own requests get status 422 within a second. The server answers others meanwhile."""
@@ -122,18 +142,7 @@ def test_a_pattern_that_backtracks_stops_nobody(served: Any, field: str) -> None
     config = json.loads((folder / "adapter_config.json").read_text())
     config["target_modules"] = [name.rpartition(".")[2] for name in config["target_modules"]]
     (folder / "adapter_config.json").write_text(json.dumps(config | SLOW_FIELDS[field]))
-    folder.rename(served.folder / field)
-    body = {"model": field, **GREEDY}
-    wait_for(lambda: served.http.post("/v1/completions", json=body).status_code != 404)
-    answer = served.http.post("/v1/completions", json=body)
-    assert answer.status_code == 422, answer.text
-    assert field in answer.json()["error"]["message"]
-    seconds = []
-    for _ in range(3):  # each reads the folder anew; the machine may be busy at some
-        start = time.monotonic()
-        assert field in post(served, "load", 422, lora_name="slow", lora_path=field)
-        seconds.append(time.monotonic() - start)
-    assert min(seconds) < 1
+    refused_when_it_comes(served, folder, field)
     assert said(served, "ash") == served.alone.text("the sea", "ash", 12)
     shutil.rmtree(served.folder / field)
 
@@ -147,19 +156,8 @@ def test_an_adapter_over_a_limit_is_refused_unread(served: Any, option: str) -> 
     )
     folder = make_sparse_folder(served.folder.parent / name, served.folder / "ash", **size)
     assert (folder / "adapter_model.safetensors").stat().st_size > 1_500_000_000
-    body = {"model": name, **GREEDY}
     with peak_memory(50 << 20):
-        folder.rename(served.folder / name)
-        wait_for(lambda: served.http.post("/v1/completions", json=body).status_code != 404)
-        answer = served.http.post("/v1/completions", json=body)
-        assert answer.status_code == 422, answer.text
-        assert option in answer.json()["error"]["message"]
-        seconds = []
-        for _ in range(3):  # each reads the folder anew; the machine may be busy at some
-            start = time.monotonic()
-            assert option in post(served, "load", 422, lora_name="large", lora_path=name)
-            seconds.append(time.monotonic() - start)
-        assert min(seconds) < 1
+        refused_when_it_comes(served, folder, option)
     shutil.rmtree(served.folder / name)
 
 

@@ -232,27 +232,37 @@ def test_handlers_of_the_program_stay(
     assert same(tmp_path / "out", tmp_path / "other")
 
 
+def two_processes(
+    path: Path, codes: list[int], *flags: str, prepare: dict[int, Any] | None = None
+) -> list[str]:
+    """Runs a config in two processes, which end with these codes; returns what each printed.
+
+    ``prepare`` is by rank.
+    """
+    from tests.support.forked_runs import processes
+
+    runs = processes(2, ["train", path, "--quiet", *flags], path.parent, prepare)
+    assert [each.wait() for each in runs] == codes
+    return [each.printed() for each in runs]
+
+
 def test_all_processes_end_the_same_step(
     base: Path, data: dict[str, Path], whole: Path, tmp_path: Path
 ) -> None:
     """E20: a signal reaches one of two processes; both end that step, and the first one saves."""
-    from tests.support.forked_runs import SignalInStep, processes
+    from tests.support.forked_runs import SignalInStep
 
     out = tmp_path / "out"
     path = train_runs.write_config(tmp_path / "c.json", config_of(base, data, out))
-    arguments = ["train", path, "--quiet"]
     # torchrun sends a second one: it counts as the same.
     twice = SignalInStep(3, signal.SIGTERM, signal.SIGTERM)
-    runs = processes(2, arguments, tmp_path, {1: twice})
-    assert [each.wait() for each in runs] == [128 + signal.SIGTERM, 0]
-    printed = runs[0].printed()
-    assert f"interrupted by SIGTERM after step 3 of {STEPS}; saved: {out / 'a'}, " in printed
+    printed = two_processes(path, [128 + signal.SIGTERM, 0], prepare={1: twice})
+    assert f"interrupted by SIGTERM after step 3 of {STEPS}; saved: {out / 'a'}, " in printed[0]
     resume = f"torchrun --nproc-per-node 2 -m fastlora train {path} --quiet --resume"
-    assert f"resume with: {resume}\n" in printed
-    assert "Traceback" not in printed + runs[1].printed()
+    assert f"resume with: {resume}\n" in printed[0]
+    assert "Traceback" not in "".join(printed)
     assert len(log(out)) == 3
-    runs = processes(2, [*arguments, "--resume"], tmp_path)
-    assert [each.wait() for each in runs] == [0, 0]
+    two_processes(path, [0, 0], "--resume")
     assert same(out, whole) and log(out) == log(whole)
 
 
@@ -439,19 +449,16 @@ def test_all_processes_end_where_the_log_is_full(
     base: Path, data: dict[str, Path], whole: Path, tmp_path: Path
 ) -> None:
     """The first process cannot write the log of step 3; all end after the step that follows."""
-    from tests.support.forked_runs import FullLogInStep, processes
+    from tests.support.forked_runs import FullLogInStep
 
     out = tmp_path / "out"
     path = train_runs.write_config(tmp_path / "c.json", config_of(base, data, out))
-    arguments = ["train", path, "--quiet"]
-    runs = processes(2, arguments, tmp_path, {0: FullLogInStep(3)})
-    assert [each.wait() for each in runs] == [1, 1]
+    printed = two_processes(path, [1, 1], prepare={0: FullLogInStep(3)})
     folder = checkpoint.checkpoint_folder(out / "checkpoints", 4)
     kept = (
         f"adapters saved after step 4: {out / 'a'}, {out / 'b'}; --resume continues from {folder}"
     )
-    assert kept in runs[0].printed()
+    assert kept in printed[0]
     assert same(out, folder / "adapters")
-    runs = processes(2, [*arguments, "--resume"], tmp_path)
-    assert [each.wait() for each in runs] == [0, 0]
+    two_processes(path, [0, 0], "--resume")
     assert same(out, whole)
