@@ -55,7 +55,9 @@ def routed(routing: Routing) -> Iterator[None]:
             interleaved coroutines in one thread do. This one is closed all the same.
     """
     checks = routing.group.row_checks if routing.may_mix else None
-    followed = routing.kept.followed = None if checks is None else checks.followed()
+    followed = routing.kept.followed = (
+        None if checks is None else checks.followed(routing.ids.numel())
+    )
     routing.group.count_block(1)
     try:
         with followed or contextlib.nullcontext():

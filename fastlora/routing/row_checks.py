@@ -1,9 +1,14 @@
 """Checks that every layer gets all rows of a mixed batch, in the order of the batch.
 
 A mixed batch gives a layer's rows to adapters by their position. That is wrong for an expert of a
-mixture, and for any other layer with rows that the data chose. The first mixed batch in which a
-layer runs follows the rows (`fastlora.routing.row_order`): either they reach the layer in order, or
-the layer raises before it computes. Later batches do not follow the rows of this layer.
+mixture, for any other layer with rows that the data chose, and for a layer over a table that all
+samples share. The first mixed batch in which a layer runs follows the rows
+(`fastlora.routing.row_order`): either they reach the layer in order, or the layer raises before it
+computes. Later batches do not follow the rows of this layer.
+
+A mask may happen to pick rows in order, as many of each sample. A layer that looks like an expert
+raises there too. Any other layer, as the head behind the last token of each sample, runs, and the
+first 8 mixed batches follow it.
 
 Training and evaluation are checked separately. Compiled code cannot be followed: a layer that looks
 like an expert raises there until a batch without compilation has shown that it gets all rows.
@@ -12,15 +17,16 @@ like an expert raises there until a batch without compilation has shown that it 
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from fastlora.routing.row_order import RowOrder
+from fastlora.routing.row_order import Kind, RowOrder
 from fastlora.validation import UnsupportedLayerError
 
 if TYPE_CHECKING:
@@ -29,6 +35,28 @@ if TYPE_CHECKING:
 # After so many followed blocks, layers that have not run, as in an unused part of the model, do not
 # keep later blocks followed: following costs 8 us an operator.
 _MOST_BLOCKS = 8
+
+
+# Why a layer is refused: what follows its name.
+_SELECTED = (
+    "gets rows that the model selected by a mask or an index, as an expert of a mixture does: "
+    "their position does not tell which adapter they belong to"
+)
+_LONE_TABLE = (
+    "gets values made from the model's parameters alone, as a table of relative positions: all "
+    "samples share them, so no adapter of the batch is the right one"
+)
+_SEQUENCE_FIRST = (
+    "is in a {}, which computes with the sequence before the samples: the position of a row does "
+    "not tell which adapter it belongs to"
+)
+# Modules of transformers that compute [T, B, K] inside.
+_SEQUENCE_FIRST_MODULES = {
+    "XLNetModel",
+    "FSMTModel",
+    "LongformerSelfAttention",
+    "LEDEncoderSelfAttention",
+}
 
 
 class RowChecks:
@@ -48,43 +76,64 @@ class RowChecks:
         # and how many blocks were followed.
         self._shown: dict[bool, set[int]] = {False: set(), True: set()}
         self._blocks = {False: 0, True: 0}
-        self._refused: set[int] = set()
+        # Layers that are refused, and why.
+        self._refused: dict[int, str] = {}
+        self._root = weakref.ref(root)
         for name, layer in layers:
-            layer.sees_part = alike.is_expert(root, name, layer)
+            holder = _sequence_first(root, name)
+            if holder is not None:
+                self._refused[layer.routed_as] = _SEQUENCE_FIRST.format(holder)
+            layer.sees_part = holder is not None or alike.is_expert(root, name, layer)
 
-    def followed(self) -> FollowedRows | None:
-        """Returns what checks the layers of a block; None where all of them have been shown."""
+    def followed(self, count: int) -> FollowedRows | None:
+        """Returns what checks the layers of a block; None where all of them are known.
+
+        Args:
+            count: Number of adapter ids of the block.
+        """
         if self._first is None:
             return None
         mode = bool(self._first.training)
-        if len(self._shown[mode]) == len(self._names):
+        if len(self._shown[mode] | self._refused.keys()) == len(self._names):
             return None
-        return FollowedRows(self, mode, self._blocks[mode] < _MOST_BLOCKS)
+        root = self._root()
+        if root is None or self._blocks[mode] >= _MOST_BLOCKS:
+            return FollowedRows(self, mode, None)
+        return FollowedRows(self, mode, RowOrder(count, root.buffers()))
 
     def name_of(self, layer: RoutedLayer) -> str:
         """Returns the name of a layer in the model."""
         return self._names.get(layer.routed_as, type(layer).__name__)
 
-    def is_refused(self, layer: RoutedLayer) -> bool:
-        """Whether a block has shown that a layer gets only some rows."""
-        return layer.routed_as in self._refused
+    def why_refused(self, layer: RoutedLayer) -> str | None:
+        """Returns why a layer is refused; None where nothing has shown that it must be."""
+        return self._refused.get(layer.routed_as)
 
-    def end_block(self, mode: bool, ran: Iterable[RoutedLayer]) -> None:
-        """Notes the layers that a followed block has shown to get all rows."""
+    def end_block(self, mode: bool, ran: Iterable[RoutedLayer], even: Collection[int] = ()) -> None:
+        """Notes the layers that a followed block has shown to get all rows.
+
+        Args:
+            mode: Whether the model trains.
+            ran: The layers that ran.
+            even: Numbers of those that got rows that the data chose, in order this time: they are
+                followed again, as long as any block is.
+        """
         self._blocks[mode] += 1
         for layer in ran:
+            if layer.routed_as in even and self._blocks[mode] < _MOST_BLOCKS:
+                continue
             if layer.routed_as not in self._refused:
                 self._shown[bool(layer.training)].add(layer.routed_as)
                 layer.sees_part = False
 
-    def refuse(self, layer: RoutedLayer) -> None:
+    def refuse(self, layer: RoutedLayer, why: str) -> None:
         """Has a layer raise from now on, in compiled code too, and raises for it.
 
         Raises:
             UnsupportedLayerError: Always.
         """
         layer.sees_part = True
-        self._refused.add(layer.routed_as)
+        self._refused[layer.routed_as] = why
         refuse_part(layer)
 
     def note_unchecked(self, layer: RoutedLayer) -> None:
@@ -107,14 +156,15 @@ class FollowedRows:
     Args:
         checks: The model's.
         mode: Whether the model trains.
-        follows: Whether rows are followed. Else it is only noted that a layer has run, which the
-            next block then follows.
+        order: What follows rows. Without it, it is only noted that a layer has run, which the next
+            block then follows.
     """
 
-    def __init__(self, checks: RowChecks, mode: bool, follows: bool) -> None:
+    def __init__(self, checks: RowChecks, mode: bool, order: RowOrder | None) -> None:
         self._checks, self._mode = checks, mode
-        self.order = RowOrder() if follows else None
+        self.order = order
         self._ran: dict[int, RoutedLayer] = {}
+        self._even: set[int] = set()
 
     def __enter__(self) -> FollowedRows:
         if self.order is not None:
@@ -130,7 +180,7 @@ class FollowedRows:
         if self.order is not None:
             self.order.__exit__(kind, error, trace)
             if kind is None:
-                self._checks.end_block(self._mode, self._ran.values())
+                self._checks.end_block(self._mode, self._ran.values(), self._even)
 
     def begin(self, inputs: Iterable[object]) -> None:
         """Takes what a model is called with to be in the order of the batch."""
@@ -144,10 +194,18 @@ class FollowedRows:
             self.order.blind()
 
     def check(self, layer: RoutedLayer, x: torch.Tensor) -> None:
-        """Raises `UnsupportedLayerError` for a layer whose input has rows that the data chose."""
+        """Raises `UnsupportedLayerError` for a layer whose input is not every row in order."""
+        if self._checks.why_refused(layer) is not None:
+            refuse_part(layer)
         if self.order is not None and self.order.sees:
-            if self.order.is_chosen(x):
-                self._checks.refuse(layer)
+            kind = self.order.kind_of(x)
+            # Of an expert, a choice that fits this batch is a coincidence.
+            if kind is Kind.CHOSEN or (kind is Kind.EVEN and layer.sees_part):
+                self._checks.refuse(layer, _SELECTED)
+            if self.order.is_lone_table(x):
+                self._checks.refuse(layer, _LONE_TABLE)
+            if kind is Kind.EVEN:
+                self._even.add(layer.routed_as)
             self._ran[layer.routed_as] = layer
         elif layer.routed_as not in self._ran:  # a checkpoint may run it again in another thread
             if layer.sees_part:
@@ -167,11 +225,9 @@ def refuse_part(layer: RoutedLayer) -> None:
         "leave it out of target_modules, or use one adapter at a time, with set_adapter() and "
         "without fastlora.adapters or adapter_names"
     )
-    if checks.is_refused(layer):
-        raise UnsupportedLayerError(
-            f"layer {name!r} gets only some rows of the batch, as an expert of a mixture does: "
-            f"their position does not tell which adapter they belong to; {advice}"
-        )
+    why = checks.why_refused(layer)
+    if why is not None:
+        raise UnsupportedLayerError(f"layer {name!r} {why}; {advice}")
     raise UnsupportedLayerError(
         f"layer {name!r} looks like an expert of a mixture, which would get only "
         "some rows of the batch, and no mixed batch has shown yet that it gets all of them: run "
@@ -180,6 +236,18 @@ def refuse_part(layer: RoutedLayer) -> None:
 
 
 # --------------------------------------------------------------------------------------- structure
+
+
+def _sequence_first(root: nn.Module, name: str) -> str | None:
+    """Returns the class of a module above a layer that computes ``[T, B, K]``, or None."""
+    module: nn.Module | None = root
+    for part in name.split("."):
+        if module is None:
+            break
+        if type(module).__name__ in _SEQUENCE_FIRST_MODULES:
+            return type(module).__name__
+        module = module._modules.get(part)
+    return None
 
 
 _LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)

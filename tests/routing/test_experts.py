@@ -28,7 +28,7 @@ CHOICE = torch.tensor([0, 0, 0, 1, 1, 1, 1, 0])
 # Both experts get every token, in an order that the router chose.
 BOTH = torch.tensor([5, 2, 7, 0, 1, 6, 3, 4])
 IDS = ["a", "b"]
-REFUSED = r"layer '{}' gets only some rows of the batch"
+REFUSED = r"layer '{}' gets rows that the model selected"
 
 
 class Mlp(nn.Module):
@@ -313,7 +313,7 @@ def test_experts_of_a_pool_and_of_a_patched_model_are_refused() -> None:
         assert pool.stats().leases == 0
     model = patched(moe(InList, by_index))
     refuses(model, "model.0.experts.0.w1")
-    with pytest.raises(UnsupportedLayerError, match="gets only some rows"):
+    with pytest.raises(UnsupportedLayerError, match="gets rows that the model selected"):
         model(X, adapter_names=IDS)
 
 
@@ -323,7 +323,7 @@ def test_per_expert_linears_of_a_transformers_model_are_refused() -> None:
     sizes = {"num_experts": 2, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1}
     model = ours(tiny("SwitchTransformersForConditionalGeneration", **ids, **sizes), "all-linear")
     tokens = torch.randint(3, 31, (2, 4))
-    match = r"experts\.expert_\d\.wi' gets only some rows"
+    match = r"experts\.expert_\d\.wi' gets rows that the model selected"
     with pytest.raises(UnsupportedLayerError, match=match), adapters(model, IDS):
         model(input_ids=tokens, decoder_input_ids=tokens)
 
@@ -579,7 +579,7 @@ def test_models_of_transformers_share_a_batch(kind: str) -> None:
             for each in found:
                 torch.testing.assert_close(each[row], alone[0], rtol=1e-4, atol=1e-5)
     checks = model.base_model.group.row_checks
-    assert checks is not None and checks.followed() is None  # later blocks cost nothing
+    assert checks is not None and checks.followed(2) is None  # later blocks cost nothing
 
 
 def test_a_beam_search_shares_a_batch() -> None:
@@ -680,7 +680,7 @@ def test_compiled_code_alone_ends_the_following() -> None:
     for _ in range(9):
         with torch.no_grad(), adapters(model, IDS):
             compiled(X)
-    followed = model.base_model.group.row_checks.followed()
+    followed = model.base_model.group.row_checks.followed(2)
     assert followed is not None and followed.order is None
 
 
@@ -704,11 +704,11 @@ def test_a_part_of_the_model_that_is_idle_ends_the_following() -> None:
         with torch.no_grad(), adapters(model, IDS):
             model(X)
     checks = model.base_model.group.row_checks
-    followed = checks.followed()
+    followed = checks.followed(2)
     assert followed is not None and followed.order is None
     base.uses_image = True
     first = pytest.warns(UserWarning, match="'image.layers.0.w1' runs in a mixed batch for the")
     for warned in (first, contextlib.nullcontext()):
         with warned, torch.no_grad(), adapters(model, IDS):
             model(X)
-    assert checks.followed() is None
+    assert checks.followed(2) is None
