@@ -19,16 +19,15 @@ from torch.utils.checkpoint import checkpoint
 import fastlora
 from fastlora import LoraConfig, adapters
 from fastlora.validation import UnsupportedLayerError
-from tests.support.tiny import randomise, tiny, with_adapters
+from tests.support.row_checks import IDS, REFUSED, D, X, ours, refuses, routed
+from tests.support.tiny import tiny, with_adapters
 
-D = 8
-X = torch.randn(2, 4, D, generator=torch.Generator().manual_seed(1))
 # Which expert each of the 8 tokens goes to: 4 tokens to each of 2, of both samples.
 CHOICE = torch.tensor([0, 0, 0, 1, 1, 1, 1, 0])
+# What some experts add to their tokens.
+TABLE = nn.Parameter(torch.randn(8, D, generator=torch.Generator().manual_seed(3)))
 # Both experts get every token, in an order that the router chose.
 BOTH = torch.tensor([5, 2, 7, 0, 1, 6, 3, 4])
-IDS = ["a", "b"]
-REFUSED = r"layer '{}' gets rows that the model selected"
 
 
 class Mlp(nn.Module):
@@ -210,6 +209,77 @@ def by_sorted_weights(experts: Experts, x: torch.Tensor) -> torch.Tensor:
     return made[order.argsort()]
 
 
+def by_capacity(experts: Experts, x: torch.Tensor) -> torch.Tensor:
+    """Tokens that fit are written into a buffer of each expert, by expert and place."""
+    places = (nn.functional.one_hot(CHOICE, 2).cumsum(0) - 1).gather(1, CHOICE[:, None])[:, 0]
+    kept = places < 4
+    buffer = x.new_zeros(2, 4, D)
+    buffer[CHOICE[kept], places[kept]] = x[kept]
+    made = torch.stack([expert(part) for expert, part in zip(experts, buffer, strict=True)])
+    out = x.clone()
+    out[kept] = made[CHOICE[kept], places[kept]]
+    return out
+
+
+def by_sorted_capacity(experts: Experts, x: torch.Tensor) -> torch.Tensor:
+    """Tokens are sorted by expert, and padded in a buffer of each."""
+    order = CHOICE.argsort(stable=True)
+    counts = CHOICE.bincount(minlength=2)
+    chosen = CHOICE[order]
+    places = torch.arange(8) - (counts.cumsum(0) - counts)[chosen]
+    buffer = torch.zeros(2, 6, D)
+    buffer[chosen, places] = x[order]
+    made = torch.stack([expert(part) for expert, part in zip(experts, buffer, strict=True)])
+    out = torch.zeros_like(x)
+    out[order] = made[chosen, places]
+    return out
+
+
+def by_counted_sum(experts: Experts, x: torch.Tensor) -> torch.Tensor:
+    """Sorted tokens are added to zeros, in the order of the numbers of their places."""
+    order = CHOICE.argsort()
+    return _sorted(experts, order, torch.zeros_like(x).index_add(0, torch.arange(8), x[order]))
+
+
+def by_counted_places(experts: Experts, x: torch.Tensor) -> torch.Tensor:
+    """Sorted tokens are written into a new tensor."""
+    order = CHOICE.argsort()
+    rows = torch.empty_like(x)
+    rows[torch.arange(8)] = x[order]
+    return _sorted(experts, order, rows)
+
+
+def by_position_table(experts: Experts, x: torch.Tensor) -> torch.Tensor:
+    """To each expert's tokens a table's entries for their positions are added."""
+    out = torch.zeros_like(x)
+    for number, expert in enumerate(experts):
+        index = (number == CHOICE).nonzero().flatten()
+        out[index] = expert(x[index] + nn.functional.embedding(torch.arange(8)[index], TABLE))
+    return out
+
+
+def by_expert_table(experts: Experts, x: torch.Tensor) -> torch.Tensor:
+    """To sorted tokens a table's entry for their expert is added."""
+    order = CHOICE.argsort()
+    return _sorted(experts, order, x[order] + nn.functional.embedding(CHOICE[order], TABLE))
+
+
+def by_identity(experts: Experts, x: torch.Tensor) -> torch.Tensor:
+    """By a product with rows of the identity matrix."""
+    return _dispatched(experts, x, torch.eye(8)[CHOICE.argsort().argsort()])
+
+
+def by_added_gate(experts: Experts, x: torch.Tensor) -> torch.Tensor:
+    """Sorted tokens are added to a tensor in the order of the batch."""
+    order = CHOICE.argsort()
+    return _sorted(experts, order, x[order] + x.sigmoid()[:8])
+
+
+def _sorted(experts: Experts, order: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    parts = zip(experts, rows.split(4), strict=True)
+    return torch.cat([expert(part) for expert, part in parts])[order.argsort()]
+
+
 def by_counting(experts: Experts, x: torch.Tensor) -> torch.Tensor:
     """Each expert gets a fixed part of the tokens."""
     parts = [expert(x[torch.arange(4 * n, 4 * n + 4)]) for n, expert in enumerate(experts)]
@@ -219,7 +289,8 @@ def by_counting(experts: Experts, x: torch.Tensor) -> torch.Tensor:
 WAYS = [
     *(by_index, by_mask, by_new_dimension, by_index_select, by_gather, by_sorting, by_buffer),
     *(by_product, by_placed_ones, by_indexed_ones, by_comparison, by_weights),
-    *(by_sorted_weights, by_counting),
+    *(by_sorted_weights, by_counting, by_capacity, by_sorted_capacity, by_counted_sum),
+    *(by_counted_places, by_position_table, by_expert_table, by_identity, by_added_gate),
 ]
 
 
@@ -235,16 +306,6 @@ def moe(holder: type, way: Callable[[Experts, torch.Tensor], torch.Tensor]) -> n
     return nn.Sequential(Moe(), nn.Linear(D, 3))
 
 
-def ours(base: nn.Module, targets: Any = ("w1", "w2")) -> Any:
-    """Our model with random adapters a and b, in evaluation."""
-    torch.manual_seed(0)
-    targets = targets if isinstance(targets, str) else list(targets)
-    made = LoraConfig(r=2, target_modules=targets)
-    model = with_adapters(base, dict.fromkeys(IDS, made))
-    randomise(model)
-    return model.eval()
-
-
 def patched(base: nn.Module) -> Any:
     """PEFT's model with adapters a and b, patched."""
     peft = pytest.importorskip("peft", reason="patches PEFT's models")
@@ -252,30 +313,6 @@ def patched(base: nn.Module) -> Any:
     model = with_adapters(base, dict.fromkeys(IDS, made), peft).eval()
     fastlora.patch(model)
     return model
-
-
-def refuses(model: Any, name: str, x: torch.Tensor = X, target: Any = None) -> None:
-    """A mixed batch raises for a layer, in each block anew."""
-    for _ in range(2):
-        with (
-            torch.no_grad(),
-            pytest.raises(UnsupportedLayerError, match=REFUSED.format(name)),
-            adapters(model if target is None else target, IDS),
-        ):
-            model(x)
-
-
-def routed(model: Any, x: torch.Tensor = X, names: Any = ("a", "b")) -> None:
-    """A mixed batch gives each sample what its adapter alone gives, in three blocks."""
-    model.eval()
-    with torch.no_grad():
-        expected = []
-        for name, row in zip(names, x, strict=True):
-            model.set_adapter(name)
-            expected.append(model(row[None])[0])
-        for _ in range(3):
-            with adapters(model, list(names)):
-                torch.testing.assert_close(model(x), torch.stack(expected))
 
 
 # ------------------------------------------------------------------------------------- refused
@@ -404,6 +441,19 @@ def test_experts_run_in_a_batch_of_one_id() -> None:
         torch.testing.assert_close(found, model(X.view(1, 8, D)))
 
 
+def test_experts_are_refused_where_their_rows_happen_to_be_in_order() -> None:
+    """Each expert gets 2 tokens of each sample, in this batch."""
+
+    def lucky(experts: Experts, x: torch.Tensor) -> torch.Tensor:
+        out = torch.zeros_like(x)
+        for number, expert in enumerate(experts):
+            index = (torch.arange(8) % 2 == (x[:, 0] * 0 + number)).nonzero().flatten()
+            out[index] = expert(x[index])
+        return out
+
+    refuses(ours(moe(InList, lucky)), "0.experts.0.w1")
+
+
 class SequenceFirst(nn.Module):
     """Its linear gets ``[T, B, K]``."""
 
@@ -490,7 +540,8 @@ def test_layers_behind_experts_share_a_batch() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.w2(self.w1(self.moe(x)))
 
-    for way in (by_index, by_mask, by_index_select, by_gather, by_sorting):
+    ways = (by_index, by_mask, by_index_select, by_gather, by_sorting, by_capacity)
+    for way in (*ways, by_sorted_capacity, by_counted_places, by_position_table):
         model = ours(Behind(way), r"w1|w2")
         for _ in range(2):
             with torch.no_grad(), adapters(model, IDS):
