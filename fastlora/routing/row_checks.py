@@ -26,7 +26,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from fastlora.routing.row_order import Kind, RowOrder
+from fastlora.routing.row_facts import Kind
+from fastlora.routing.row_order import RowOrder
 from fastlora.validation import UnsupportedLayerError
 
 if TYPE_CHECKING:

@@ -52,6 +52,10 @@ IN_ORDER: dict[str, Pick] = {
         (torch.tensor([2, 0, 3, 1]) + 4 * torch.arange(h.shape[0])[:, None]).flatten()
     ],
     "new dimension": lambda h: h.reshape(-1, D)[None, is_last(h).flatten().nonzero()[:, 0]],
+    "beside a masked scatter": lambda h: (
+        h + torch.zeros_like(h).masked_scatter(is_last(h)[..., None], h).mul(0)
+    ),
+    "counted up": lambda h: h.reshape(-1, D)[torch.arange(0, h.shape[0] * 4, 2)],
     "sorted and back": lambda h: _and_back(h.reshape(-1, D), h[..., 1].flatten().argsort()),
     "placed back": lambda h: torch.zeros(h.shape[0] * 4, D).index_copy(
         0, h[..., 1].flatten().argsort(), h.reshape(-1, D)[h[..., 1].flatten().argsort()]
@@ -77,6 +81,10 @@ OUT_OF_ORDER: dict[str, Pick] = {
     ),
     "two samples at one place": lambda h: torch.zeros(2, D).index_add(
         0, torch.tensor([0, 0, 0, 1, 1, 1, 1, 0]), h.reshape(-1, D)
+    ),
+    "counted down": lambda h: h[torch.arange(1, -1, -1)],
+    "placed while counting down": lambda h: torch.zeros(8, D).index_copy(
+        0, torch.arange(7, -1, -1), h.reshape(-1, D)
     ),
     "joined": lambda h: torch.cat([h[torch.tensor([1])], h[torch.tensor([0])]]),
 }
