@@ -14,7 +14,6 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from fastlora.routing import row_samples
-from fastlora.routing.row_samples import NO_SAMPLE
 
 
 class Kind(enum.Enum):
@@ -127,7 +126,7 @@ class RowFacts:
             moved = row_samples.is_moved(tensor)
             return None if moved else row_samples.in_order(shape, self.count)
         if facts.kind in TABLES:
-            return torch.full(shape, NO_SAMPLE)
+            return row_samples.no_samples(shape)
         known = facts.samples
         return None if known is None else row_samples.of_view(tensor, known, lead)
 

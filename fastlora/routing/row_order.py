@@ -102,8 +102,10 @@ class RowOrder(TorchDispatchMode):
         if x.dim() > 2 and x.shape[0] == self._known.count:
             return False
         rows = x.numel() // max(x.shape[-1], 1)
-        if not rows or rows % self._known.count or not row_samples.is_readable(x):
-            return bool(rows)
+        if not rows or not row_samples.is_readable(x):
+            return False
+        if rows % self._known.count:
+            return True
         parts = x.detach().reshape(self._known.count, -1)
         return not bool((parts == parts[:1]).all())
 

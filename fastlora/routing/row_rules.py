@@ -24,7 +24,7 @@ from fastlora.routing.row_facts import (
     RowFacts,
     tensors_in,
 )
-from fastlora.routing.row_samples import NO_SAMPLE, Indices
+from fastlora.routing.row_samples import Indices
 
 aten = torch.ops.aten
 
@@ -185,7 +185,7 @@ def _samples_placed(
     lead = row_samples.dimensions_of(indices)
     if not row_samples.is_whole(dest) or not isinstance(values, torch.Tensor):
         return None
-    before: torch.Tensor | None = torch.full(dest.shape[:lead], NO_SAMPLE)
+    before: torch.Tensor | None = row_samples.no_samples(dest.shape[:lead])
     if held is not None:
         before = row_samples.of_view(dest, held, lead)
     there = None if before is None else row_samples.picked(before, indices)

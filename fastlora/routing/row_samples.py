@@ -28,7 +28,12 @@ def in_order(shape: Sequence[int], count: int) -> torch.Tensor | None:
     rows = math.prod(shape)
     if not rows or rows % count:
         return None
-    return (torch.arange(rows) * count // rows).view(*shape)
+    return (torch.arange(rows, device="cpu") * count // rows).view(*shape)
+
+
+def no_samples(shape: Sequence[int]) -> torch.Tensor:
+    """Returns the samples of rows of no sample."""
+    return torch.full(tuple(shape), NO_SAMPLE, device="cpu")
 
 
 def is_in_order(samples: torch.Tensor, count: int, *, blanks: bool = False) -> bool:
@@ -63,10 +68,10 @@ def of_view(tensor: torch.Tensor, samples: torch.Tensor, lead: int) -> torch.Ten
     if not samples.numel() or total % samples.numel():
         return None
     part = total // samples.numel()
-    at = torch.tensor(tensor.storage_offset())
+    at = torch.tensor(tensor.storage_offset(), device="cpu")
     dimensions = list(zip(tensor.shape, tensor.stride(), strict=True))
     for size, step in dimensions[:lead]:
-        at = at.unsqueeze(-1) + torch.arange(size) * step
+        at = at.unsqueeze(-1) + torch.arange(size, device="cpu") * step
     last = sum((size - 1) * step for size, step in dimensions[lead:])
     if at.numel() and int((at % part).max()) + last >= part:
         return None
