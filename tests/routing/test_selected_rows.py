@@ -193,20 +193,32 @@ def test_a_table_that_is_repeated_for_each_sample_shares_a_batch(table: str) -> 
 
 
 @pytest.mark.parametrize(
-    ("kind", "layer"), [("DebertaModel", "pos_proj"), ("DebertaV2Model", "pos_key_proj")]
+    ("kind", "shared", "layer"),
+    [
+        ("DebertaModel", False, "pos_proj"),
+        ("DebertaV2Model", False, "pos_key_proj"),
+        ("DebertaV2Model", True, "query_proj"),
+        ("DebertaV2Model", True, "key_proj"),
+    ],
 )
-def test_projections_of_relative_positions_are_refused(kind: str, layer: str) -> None:
+def test_projections_of_relative_positions_are_refused(kind: str, shared: bool, layer: str) -> None:
     """DeBERTa calls them on a table; what gets the batch alone shares it."""
     pytest.importorskip("transformers")
-    model = tiny(kind, relative_attention=True, pos_att_type=["p2c", "c2p"], type_vocab_size=0)
-    tokens = torch.randint(3, 31, (2, 4))
-    made = ours(model, [layer])
+    config = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 4}
+    config["share_att_key"] = shared
+    tokens = torch.randint(3, 31, (2, 4), generator=torch.Generator().manual_seed(2))
+    model = ours(tiny(kind, **config), [layer])
     name = f"encoder.layer.0.attention.self.{layer}"
-    with pytest.raises(UnsupportedLayerError, match=LONE.format(name)), adapters(made, IDS):
-        made(input_ids=tokens)
-    kept = ours(tiny(kind, relative_attention=True, pos_att_type=["p2c", "c2p"]), ["dense"])
-    with adapters(kept, IDS):
-        kept(input_ids=tokens)
+    with pytest.raises(UnsupportedLayerError, match=LONE.format(name)), adapters(model, IDS):
+        model(input_ids=tokens)
+    model = ours(tiny(kind, **config), ["value_proj" if "V2" in kind else "in_proj", "dense"])
+    with torch.no_grad():
+        with adapters(model, IDS):
+            mixed = model(input_ids=tokens)[0]
+        for row, adapter in enumerate(IDS):
+            model.set_adapter(adapter)
+            alone = model(input_ids=tokens[row : row + 1])[0][0]
+            torch.testing.assert_close(mixed[row], alone, rtol=1e-4, atol=1e-5)
 
 
 # ------------------------------------------------------------------------------ sequence first
