@@ -216,6 +216,7 @@ def check_mixed(counted: dict[str, KernelCount], expected: Forms) -> None:
             assert least <= found_here <= most * least, (names, bytes_of)
 
 
+@pytest.mark.drawn(1 / 3)
 @pytest.mark.parametrize("step", STEPS, ids=str)
 def test_a_step(step: Step) -> None:
     """Every tensor's bytes as the tiles say; at most a tenth above the floor in all."""
@@ -324,6 +325,7 @@ RANKS = [(8, 16, 64)[slot % 3] for slot in range(64)]
 TABLE_BYTES = 4 * 8 + 4 + 4
 
 
+@pytest.mark.drawn(1 / 2)
 @pytest.mark.parametrize("m", [72, 200])
 def test_adapters_add_their_own_bytes_and_flops(lab: Lab, dtype: torch.dtype, m: int) -> None:
     """No adapter, 1, 3 and 64 of ranks 8, 16 and 64; base rows in each batch; sizes off the tiles.

@@ -146,6 +146,7 @@ APART = {
 }
 
 
+@pytest.mark.drawn(1 / 3)
 @pytest.mark.parametrize("change", APART)
 def test_siblings_that_cannot_share(change: str) -> None:
     """Two that are left share; one that is left does not, and the report says why."""

@@ -205,6 +205,7 @@ def test_checkpoints_share_nothing(use_reentrant: bool, launches: Any) -> None:
     compare({"y": y.detach(), "dx": leaf.grad, **found}, near, exact)
 
 
+@pytest.mark.drawn(1 / 2)
 @pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
 def test_compiled(launches: Any, autocast: bool) -> None:
     """One shrink and one pass for d_lora_a, one graph for any mix; a DoRA that drops beside."""

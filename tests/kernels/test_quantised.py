@@ -168,6 +168,7 @@ def test_dropout(options: Any) -> None:
     compared(found, [step(theirs, x)], step(exact, x.double()))
 
 
+@pytest.mark.drawn(1 / 3)
 @pytest.mark.parametrize(
     ("kind", "dtype", "options"),
     [
@@ -377,6 +378,7 @@ def test_copies_do_not_share_codes() -> None:
 # ------------------------------------------------------------------------------------ saved
 
 
+@pytest.mark.drawn(1 / 3)
 @pytest.mark.parametrize(
     ("options", "reentrant"),
     [

@@ -334,6 +334,7 @@ def test_a_frozen_layer_needs_no_gradient(which: str) -> None:
     assert attention.q(x).grad_fn is attention.k(x).grad_fn is attention.v(x).grad_fn
 
 
+@pytest.mark.drawn(1 / 3)
 @pytest.mark.parametrize("which", NAMES[:3])
 @pytest.mark.parametrize("post", [True, False])
 def test_hooks_of_a_parameter_are_not_called_for_nothing(which: str, post: bool) -> None:

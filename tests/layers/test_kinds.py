@@ -206,6 +206,7 @@ def test_absent_adapters_get_zeros_where_processes_wait(
     assert absent and not any(grad.any() for grad in absent.values())
 
 
+@pytest.mark.drawn(1 / 2)
 @pytest.mark.parametrize(
     ("kind", "feature", "mixed"),
     [

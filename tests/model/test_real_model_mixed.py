@@ -56,6 +56,7 @@ class Solo:
         return found
 
 
+@pytest.mark.drawn(1 / 2)
 @pytest.mark.parametrize("count", [4, 64])
 def test_rows_and_gradients_are_pefts(count: int, fresh_smollm2: Callable[..., Any]) -> None:
     """Random mixes with base rows: named, by slot, once factors are packed, and in training."""

@@ -81,6 +81,7 @@ def check(
         assert_within_budget(found, plain, truth(model, root, names, tokens))
 
 
+@pytest.mark.drawn(1 / 3)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_any_mix_is_one_graph(tmp_path: Path, dtype: torch.dtype) -> None:
     """Four of six adapters fit, so that mixes evict; one is swapped, and a base weight changed."""
