@@ -24,12 +24,12 @@ def test_skips(): pytest.skip("it says why")
 """
 
 
-def run(folder: Path, fails: bool) -> list[dict[str, Any]]:
+def run(folder: Path, part: str, fails: bool) -> list[dict[str, Any]]:
     """Runs the tests on sm_80 in a process of their own, and returns the new lines of the log."""
     path, log = folder / "test_some.py", folder / "log.jsonl"
     path.write_text(TESTS.format(fails=fails), encoding="utf-8")
     before = log.read_text(encoding="utf-8") if log.exists() else ""
-    code = f"from tests.emulated.emulate import *; execute(Run('cases', 'sm_80', {path!r}), '')"
+    code = f"from tests.emulated.emulate import *; execute(Run({part!r}, 'sm_80', {path!r}), '')"
     code = f"from pathlib import PosixPath; {code}"
     environment = {**os.environ, "EMULATE_FOLDER": str(folder)}
     subprocess.run([sys.executable, "-c", code], env=environment, cwd=emulate.ROOT, check=True)
@@ -37,13 +37,18 @@ def run(folder: Path, fails: bool) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
-def test_a_second_run_leaves_out_what_did_not_fail(tmp_path: Path) -> None:
-    first = run(tmp_path, fails=True)
+@pytest.mark.parametrize("part", ["kernels", "cases"])
+def test_a_second_run_leaves_out_what_did_not_fail(tmp_path: Path, part: str) -> None:
+    """Cases start over, because coverage is known where one process ran all of them."""
+    first = run(tmp_path, part, fails=True)
     assert [line["outcome"] for line in first] == ["passed", "failed", "skipped"]
     assert "it says why" in first[2]["reason"] and first[0]["reason"] == "launches no kernel"
-    second = run(tmp_path, fails=False)
-    assert [line["test"].partition("::")[2] for line in second] == ["test_fails"]
-    assert second[0]["outcome"] == "passed"
+    second = run(tmp_path, part, fails=False)
+    names = [line["test"].partition("::")[2] for line in second]
+    every = ["test_passes", "test_fails", "test_skips"]
+    assert names == (every if part == "cases" else ["test_fails"])
+    assert all(line["outcome"] != "failed" for line in second)
+    assert run(tmp_path, part, fails=False) == []
 
 
 def test_sm_100_is_refused_by_name(capsys: pytest.CaptureFixture[str]) -> None:
