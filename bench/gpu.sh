@@ -110,7 +110,7 @@ install_checkout() {
     done
     # Into a folder, not an environment: a venv made from a venv does not see the packages of that.
     if boxed 90 "$python" -m pip install --quiet --no-index --no-deps --no-build-isolation \
-        --no-cache-dir --no-compile --target "$site" "$source" >"$scratch/pip.txt" 2>&1; then
+        --no-cache-dir --target "$site" "$source" >"$scratch/pip.txt" 2>&1; then
         export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH}
     else
         tail -n 3 "$scratch/pip.txt"
