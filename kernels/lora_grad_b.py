@@ -146,8 +146,8 @@ def _lora_grad_b_kernel(
         if HAS_BIAS and not BY_PRODUCT:
             column_sums = add_row_sums(column_sums, dy, BLOCK_M, BLOCK_N, BY_PRODUCT)
         if HAS_DS and not RANK_ROWS_FIRST:
-            # Last: the wait for this product covers those before it. With one of them in flight
-            # around the loop, ptxas would wait for each of their instructions.
+            # Last: waiting for this product also completes the earlier ones. If a product stayed in
+            # flight across the loop's back edge, ptxas would serialize its instructions.
             _store_ds(ds_ptr + offs_ds, dy, b, scale, mask_m, mask_r, INPUT_PRECISION)
         if HAS_DS:
             ds_ptr += tl.cast(stride_dsm, tl.int64) * BLOCK_M

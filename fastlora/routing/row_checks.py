@@ -87,7 +87,7 @@ class RowChecks:
             layer.sees_part = holder is not None or alike.is_expert(root, name, layer)
 
     def followed(self, count: int) -> FollowedRows | None:
-        """Returns what checks the layers of a block; None where all of them are known.
+        """Return the check of a block, or None if every layer has been checked.
 
         Args:
             count: Number of adapter ids of the block.

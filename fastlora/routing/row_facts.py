@@ -98,7 +98,7 @@ class RowFacts:
         return key_of(tensor) if origin is None else origin
 
     def put(self, out: object, facts: Facts) -> None:
-        """Notes what an operator returned."""
+        """Record the facts of an operator's result."""
         for tensor in out if isinstance(out, (tuple, list)) else (out,):
             if not isinstance(tensor, torch.Tensor):
                 continue
@@ -131,7 +131,7 @@ class RowFacts:
         return None if known is None else row_samples.of_view(tensor, known, lead)
 
     def carried(self, source: torch.Tensor, out: object) -> torch.Tensor | None:
-        """Returns the samples of what was computed row by row from a source that was chosen."""
+        """Return the samples of a result that was computed row by row from chosen rows."""
         if not isinstance(out, torch.Tensor) or not out.dim():
             return None
         known = self.of(source).samples
