@@ -37,9 +37,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Keeps the cases that the commit draws, as the lanes ask; a file run alone runs whole."""
-    if os.environ.get("FASTLORA_CASES", "all") == "all":
+    from tests.support.drawn import draw, is_drawn
+
+    if not is_drawn():
         return
-    from tests.support.drawn import draw
 
     tables: dict[str, list[pytest.Item]] = {}
     for item in items:

@@ -117,6 +117,7 @@ def kernels(chip: Chip, operation: Callable[..., None], *arguments: Any) -> set[
     return {kernel_of(launch, chip.arch) for launch in launches}
 
 
+@pytest.mark.drawn(1 / 3)
 @pytest.mark.parametrize(("n", "k"), SIZES)
 def test_one_adapter(chip: Chip, n: int, k: int) -> None:
     """A shrink and a linear for any number of rows; more than these outside of the mode."""
@@ -129,6 +130,7 @@ def test_one_adapter(chip: Chip, n: int, k: int) -> None:
         assert len(found["fused"]) > 2
 
 
+@pytest.mark.drawn(1 / 3)
 @pytest.mark.parametrize(("n", "k"), SIZES)
 def test_a_mixed_batch(chip: Chip, n: int, k: int) -> None:
     """A linear, and a shrink for one module and for three, for any rows, ranks and slots."""

@@ -57,7 +57,7 @@ def compiled(subject: Subject, **options: Any) -> Subject:
     return subject
 
 
-@pytest.mark.drawn(1 / 3)
+@pytest.mark.drawn(1 / 6)
 @pytest.mark.parametrize(("backend", "case"), BACKENDS, ids=str)
 def test_values(backend: str, case: Case) -> None:
     """One graph gives what float64 gives, value and gradients; a pool's without gradients."""
@@ -93,6 +93,7 @@ SURROUNDED = [
 ]
 
 
+@pytest.mark.drawn(1 / 3)
 @pytest.mark.parametrize("case", SURROUNDED, ids=str)
 def test_what_is_around_a_graph_or_within(case: Case) -> None:
     """A backward behind the block in another thread, a checkpoint within, autocast."""
@@ -138,7 +139,7 @@ WAYS = (
 )
 
 
-@pytest.mark.drawn(1 / 3)
+@pytest.mark.drawn(1 / 6)
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("case", STEPPED, ids=str)
 def test_a_step_between_two_evaluations_is_seen(case: Case, way: str) -> None:

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("fresh_compiler")
 MIXED = [case for case in CASES if case.rows == "mixed" and case.dtype == "float32"]
 
 
-@pytest.mark.drawn(1 / 3)
+@pytest.mark.drawn(1 / 6)
 @pytest.mark.parametrize("case", MIXED, ids=str)
 def test_mixes_and_lengths_compile_nothing(case: Case) -> None:
     """Any ids, slots, scalings and lengths are one graph in training and one in serving."""
@@ -96,7 +96,7 @@ def test_automatic_dynamic_shapes() -> None:
 SCALED = [("model", feature) for feature in ("plain", "bias", "dora")] + [("patched", "plain")]
 
 
-@pytest.mark.drawn(1 / 3)
+@pytest.mark.drawn(1 / 6)
 @pytest.mark.parametrize(("source", "feature"), SCALED)
 @pytest.mark.parametrize("training", [True, False])
 def test_other_scalings_compile_nothing(source: str, feature: str, training: bool) -> None:

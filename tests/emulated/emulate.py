@@ -37,10 +37,14 @@ from typing import Any, NamedTuple
 
 from tests.emulator.build import library, why_unavailable
 from tests.emulator.driver import CHIPS
-from tests.support.drawn import commit
 
 ROOT = Path(__file__).resolve().parents[2]
 LOG = Path(os.environ.get("EMULATE_FOLDER") or ROOT / ".emulate") / "log.jsonl"
+# What a run's results depend on.
+FOLDERS = (
+    *("fastlora", "kernels", "tests/conftest.py"),
+    *("tests/emulated", "tests/emulator", "tests/kernels", "tests/support"),
+)
 NO_TESTS = 5  # pytest's exit code for an empty run
 LANE = ("sm_80", "sm_90")
 CHIPS_OF = {
@@ -59,11 +63,16 @@ class Run(NamedTuple):
 
 
 @functools.cache
-def tree() -> str:
-    """Returns the commit, with a hash of the changes where files differ from it."""
-    asked = ["git", "-C", str(ROOT), "diff", "HEAD"]
-    changes = subprocess.run(asked, capture_output=True, check=True).stdout
-    return commit() + (f"+{hashlib.sha256(changes).hexdigest()[:12]}" if changes else "")
+def code() -> str:
+    """Returns a hash of the files that the runs depend on."""
+    asked = ["git", "-C", str(ROOT), "ls-files", "-co", "--exclude-standard", "--", *FOLDERS]
+    files = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.splitlines()
+    found = hashlib.sha256()
+    for name in sorted(files):
+        # A file may be deleted and not committed yet.
+        content = (ROOT / name).read_bytes() if (ROOT / name).exists() else b""
+        found.update(f"{name} {len(content)}\n".encode() + content)
+    return found.hexdigest()[:12]
 
 
 def runs(parts: Sequence[str], chips: Sequence[str]) -> list[Run]:
@@ -106,7 +115,7 @@ def execute(run: Run, folder: str) -> int:
 
 def key_of(run: Run, folder: str) -> dict[str, str]:
     """Returns what identifies a run in the log."""
-    return {"commit": tree(), "part": run.part, "chip": run.chip, "triton": version_of(folder)}
+    return {"code": code(), "part": run.part, "chip": run.chip, "triton": version_of(folder)}
 
 
 def outcomes(key: dict[str, str]) -> dict[str, dict[str, Any]]:

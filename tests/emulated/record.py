@@ -1,7 +1,7 @@
 """A pytest plugin for `make emulate`: writes down what each test did, and leaves out what passed.
 
-``$EMULATE_RECORD`` is JSON with the commit, the part, the chip and the version of Triton. A test
-that the log has with these runs again only if it failed.
+``$EMULATE_RECORD`` is JSON with a hash of the code, the part, the chip and the version of Triton.
+A test that the log has with these runs again only if it failed.
 """
 
 from __future__ import annotations

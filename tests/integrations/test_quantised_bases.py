@@ -74,6 +74,7 @@ def sides(kind: str, arch: str, feature: str) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.drawn(1 / 2)
 @pytest.mark.parametrize(("kind", "arch", "feature"), LLAMA + GPT2)
 def test_one_adapter(kind: str, arch: str, feature: str) -> None:
     """Logits and every factor's gradient in training, logits in evaluation; nothing is silent."""
@@ -142,6 +143,7 @@ def of_four(kind: str, library: Any) -> Any:
     return model
 
 
+@pytest.mark.drawn(1 / 2)
 @pytest.mark.parametrize("kind", KINDS)
 def test_mixed_batches_and_pools(kind: str, tmp_path: Path) -> None:
     """Each row is PEFT's with its adapter alone: logits, gradients of all factors; and a pool's."""

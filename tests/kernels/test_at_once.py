@@ -30,6 +30,7 @@ def check(model: Any, x: torch.Tensor, found: torch.Tensor) -> None:
     assert_within_budget(found, expected, truth)
 
 
+@pytest.mark.drawn(1 / 2)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(
     ("shape", "kernel"), [((1, 32), "linear"), ((3, 9, 32), "linear"), ((90, 32), "expand")]

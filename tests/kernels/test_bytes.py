@@ -216,7 +216,7 @@ def check_mixed(counted: dict[str, KernelCount], expected: Forms) -> None:
             assert least <= found_here <= most * least, (names, bytes_of)
 
 
-@pytest.mark.drawn(1 / 3)
+@pytest.mark.drawn(1 / 6)
 @pytest.mark.parametrize("step", STEPS, ids=str)
 def test_a_step(step: Step) -> None:
     """Every tensor's bytes as the tiles say; at most a tenth above the floor in all."""
@@ -247,7 +247,7 @@ def test_the_table_holds_what_is_counted() -> None:
     assert written == [row for step in STEPS for row in rows_of_table(step, counted_in(step))]
 
 
-@pytest.mark.drawn(1 / 3)
+@pytest.mark.drawn(1 / 6)
 @pytest.mark.parametrize("r", [8, 64])
 @pytest.mark.parametrize(("m", "width"), [(16, 576), (64, 576), (16, 1536), (64, 1536)])
 def test_fused_linear_moves_at_most_a_tenth_above_the_floor(
@@ -325,7 +325,7 @@ RANKS = [(8, 16, 64)[slot % 3] for slot in range(64)]
 TABLE_BYTES = 4 * 8 + 4 + 4
 
 
-@pytest.mark.drawn(1 / 2)
+@pytest.mark.drawn(1 / 3)
 @pytest.mark.parametrize("m", [72, 200])
 def test_adapters_add_their_own_bytes_and_flops(lab: Lab, dtype: torch.dtype, m: int) -> None:
     """No adapter, 1, 3 and 64 of ranks 8, 16 and 64; base rows in each batch; sizes off the tiles.

@@ -22,6 +22,7 @@ from tests.support.kernels.mixed_grad_problem import RANKS, GradProblem, mix
 from tests.support.kernels.mixed_problem import OPS
 
 
+@pytest.mark.drawn(1 / 2)
 @pytest.mark.parametrize("dropout", [False, True], ids=["plain", "dropout"])
 @pytest.mark.parametrize(
     ("m", "n", "k", "plan"),

@@ -46,6 +46,7 @@ def run(problem: Problem, kernel: str, **fields: Any) -> dict[str, torch.Tensor]
     return found
 
 
+@pytest.mark.drawn(1 / 3)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @EVERY_KERNEL
 def test_values(lab: Lab, dtype: torch.dtype, kernel: str, shape: tuple[Any, ...]) -> None:

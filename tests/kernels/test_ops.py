@@ -75,6 +75,7 @@ def plain_results(
     return {"y": y.detach()} | {n: g[:, back] if n in along_k else g for n, g in grads}
 
 
+@pytest.mark.drawn(1 / 2)
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("plan", ["fused", "split"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

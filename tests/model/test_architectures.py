@@ -163,6 +163,7 @@ def _quiet() -> Iterator[None]:
         yield
 
 
+@pytest.mark.drawn(1 / 2)
 @pytest.mark.parametrize("init", all_inits(), ids=lambda init: str(init.name))
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_wrapped_trained_saved_loaded_and_merged(name: str, init: Init, tmp_path: Path) -> None:

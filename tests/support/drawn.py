@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 import random
 import subprocess
 from collections.abc import Sequence
@@ -18,6 +19,11 @@ def commit() -> str:
     asked = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
     found = subprocess.run(asked, capture_output=True, text=True, check=False)
     return found.stdout.strip()
+
+
+def is_drawn() -> bool:
+    """Whether the run takes a part of large tables: lanes do, a file that is run alone does not."""
+    return os.environ.get("FASTLORA_CASES", "all") != "all"
 
 
 def draw(cases: Sequence[str], share: float, table: str = "") -> set[str]:

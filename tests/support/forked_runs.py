@@ -84,6 +84,8 @@ def _run(
         os.dup2(file.fileno(), 2)
     sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
     os.environ.update(env)
+    # A shell's background jobs ignore it, and what they start.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(1)
     if prepare is not None:
         prepare()

@@ -78,7 +78,7 @@ def _never_in_pytorch(request: pytest.FixtureRequest, monkeypatch: pytest.Monkey
         monkeypatch.setattr(segments, "forward", fell_back)
 
 
-@pytest.mark.drawn(1 / 3)
+@pytest.mark.drawn(1 / 6)
 @pytest.mark.parametrize(
     ("check", "case"),
     [
@@ -100,7 +100,7 @@ COMPILED = [
 ]
 
 
-@pytest.mark.drawn(1 / 2)
+@pytest.mark.drawn(1 / 4)
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("case", COMPILED, ids=str)
 def test_compiled(case: Case) -> None:
