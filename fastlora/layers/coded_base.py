@@ -233,8 +233,8 @@ def forget_weights(layer: object, captured: bool = False) -> None:
     kept = own.get("_coded")
     if isinstance(kept, KeptCode):
         kept.forget(captured)
-        if "_family" in own:
-            own["_family"].at_once.clear()  # a sibling has them too
+        if "_shared_input" in own:
+            own["_shared_input"].launches.clear()  # a sibling has them too
 
 
 def _watched(

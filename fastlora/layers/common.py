@@ -11,21 +11,21 @@ from torch import nn
 from fastlora.layers.bases import dense_weight
 from fastlora.layers.coded_base import forget_weights
 from fastlora.layers.factors import factors_of
+from fastlora.layers.group_members import knows_siblings, note_compiled
 from fastlora.layers.norms import magnitude_of
 from fastlora.layers.quantised import Quantised
 from fastlora.layers.scalings import Scaling, Scalings
-from fastlora.layers.sharing import knows_siblings, note_compiled
+from fastlora.layers.shared_input import SharedInputGroup, forget_group
 from fastlora.ops.factors import Base
 from fastlora.ops.torch.dora import nonzero
 from fastlora.routing.routing import Group
-from fastlora.routing.siblings import Family, forget_siblings
 from fastlora.weight_marks import marks
 
 
 def forget_kept(layer: CommonLayer) -> None:
     """Drops what a layer keeps of its weights, and its model of the adapters in mixed batches."""
     forget_weights(layer)
-    forget_siblings(layer)
+    forget_group(layer)
     marks.end_trained()  # blocks that are open keep some too
     layer._forget_packed()
 
@@ -54,7 +54,7 @@ class CommonLayer(nn.Module):
         sees_part: Whether the layer raises in a mixed batch, since it may see a part of the rows.
         table_row: Its row in a pool's tables.
         _disabled: Whether the layer is its base layer, whatever is active or in force.
-        _family: The layer and its siblings, once a forward has shown them.
+        _shared_input: The layer and its siblings, once a forward has shown them.
         get_base_layer: Returns the base layer; the layer itself where it is its own.
         _acting: Returns the names that act outside of a mixed batch.
     """
@@ -75,7 +75,7 @@ class CommonLayer(nn.Module):
     sees_part = False
     table_row = 0
     _disabled: bool
-    _family: Family
+    _shared_input: SharedInputGroup
     get_base_layer: Callable[[], Any]
     _acting: Callable[[], list[str]]
     knows_siblings = knows_siblings

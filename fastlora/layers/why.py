@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 # Why a base layer that is called as it is has no place in the batch-invariant mode.
 NOT_OUR_GEMM = "its base layer's own GEMM may go by the number of rows"
+# Why a pool's or a block's tables have no row of a layer.
+TOO_LATE = "it was adapted after the block began"
 DORA_DROPS = "DoRA with dropout in training: a second base product, both PyTorch's"
 
 

@@ -71,6 +71,7 @@ def routed(routing: Routing) -> Iterator[None]:
                     if other.kept.followed is not None:  # its mode ends with this block
                         other.kept.followed.abandon()
     finally:
+        routing.group.end_forward()
         routing.group.count_block(-1)
     if not innermost:
         raise RuntimeError(
@@ -98,6 +99,12 @@ def unchecked() -> Iterator[None]:
         yield
     finally:
         _thread.unchecked = before
+
+
+def end_forward(group: Group) -> None:
+    """Ends a forward of a model: drops what layers computed for others that were not called."""
+    if not is_compiled():
+        group.end_forward()
 
 
 def check_batch(

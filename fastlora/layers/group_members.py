@@ -1,0 +1,215 @@
+"""Which layers of a shared-input group one call takes together, and why others run alone.
+
+Nothing here computes. `fastlora.layers.group_forward` asks, for the layers that are fed by the same
+tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fastlora.layers import graph_slots
+from fastlora.layers.call import LayerCall, MixedCall
+from fastlora.layers.decide import slots_for_kernels
+from fastlora.layers.dora import dora_slots
+from fastlora.layers.factors import factors_of, has_tensor_hooks, is_hooked
+from fastlora.layers.shared_input import SharedInputGroup, known_group
+from fastlora.ops.conditions import constant_when_compiled
+from fastlora.ops.factors import Base, Factors, Slots
+from fastlora.validation import FastLoraError
+
+if TYPE_CHECKING:
+    from fastlora.layers.common import CommonLayer
+
+_IN_PYTORCH = "without kernels each of them has its own pass over x"
+_UNKNOWN = "no training forward seen yet"
+_DROPOUT = "under dropout each of them masks x for itself"
+_trains = attrgetter("requires_grad")  # in one call for many tensors
+
+
+# --------------------------------------------------------------------------- one adapter, every y
+
+
+def operands_of(
+    member: CommonLayer, call: LayerCall, first_base: Base, first: Factors
+) -> tuple[Base, Factors] | None:
+    """Returns a sibling's base layer and adapter if one call takes them beside a layer's.
+
+    With gradients not where a parameter has hooks: a node calls them for a y that nobody used, with
+    None. Nor where x needs no gradient and only one of the two layers trains: autograd takes each
+    output of a node for one that needs a gradient.
+    """
+    records, x = torch.is_grad_enabled(), call.given
+    hooked = records and is_hooked(member)
+    if hooked or member.impl != call.layer.impl:
+        return None
+    names, base = member._acting(), member._plain_base()
+    if len(names) != 1 or base is None:
+        return None
+    factors = factors_of(member, names[0], call)
+    if factors is None or not fits(member, x, base, factors):
+        return None
+    if records:
+        tensors = tensors_of(base, factors)
+        if has_tensor_hooks(tensors):
+            return None
+        trains, wanted = map(_trains, tensors), map(_trains, tensors_of(first_base, first))
+        if not x.requires_grad and any(trains) != any(wanted):
+            return None
+    return base, factors
+
+
+def fits(layer: CommonLayer, x: torch.Tensor, base: Base, own: Factors) -> bool:
+    """Whether one call takes a layer: plain, in x's dtype, with a seed that is drawn for it."""
+    weight, bias, lora_a, lora_b = base.weight, base.bias, own.lora_a, own.lora_b
+    if own.lora_bias is not None or own.magnitude is not None or weight is None:
+        return False
+    return (
+        all(tensor.device == x.device for tensor in tensors_of(base, own))
+        and weight.dtype is x.dtype
+        and (bias is None or bias.dtype is x.dtype)
+        and lora_a.shape[1] == x.shape[-1] == weight.shape[1]
+        and lora_a.shape[0] == lora_b.shape[1] > 0
+        and own.scaling.numel() == 1
+        and not (own.dropout_p and layer.is_split)
+    )
+
+
+def tensors_of(base: Base, own: Factors) -> list[torch.Tensor]:
+    """Returns what a layer's output depends on beside x."""
+    tensors = [own.lora_a, own.lora_b, own.scaling]
+    for tensor in base[:2]:
+        if tensor is not None:
+            tensors.append(tensor)
+    return tensors
+
+
+# ------------------------------------------------------------------------------ by lists, every s
+
+
+def sharing(
+    members: Sequence[CommonLayer | None], call: LayerCall | MixedCall, own: Slots
+) -> tuple[list[tuple[Any, Slots]], str]:
+    """Returns those of a layer's siblings that share with it, and their adapters.
+
+    None at all where the layer itself cannot; and why the last of the others does not.
+    """
+    found: list[tuple[Any, Slots]] = []
+    last = ""
+    for member in members:
+        if member is None:
+            continue
+        slots, why = (own, "") if member is call.layer else _slots_of(member, call)
+        if slots is not None:
+            why = _why_not(member, slots, own, call)
+        if slots is not None and not why:
+            found.append((member, slots))
+        elif member is call.layer:
+            return [], why
+        else:
+            last = f"of its siblings, {why}"
+    return found, last
+
+
+def _slots_of(member: CommonLayer, call: LayerCall | MixedCall) -> tuple[Slots | None, str]:
+    """Returns the adapters that a sibling will compute with, or None and why it does not share."""
+    if member.impl != call.layer.impl:
+        return None, "they have different implementations"
+    if isinstance(call, LayerCall):
+        names = member._acting()
+        if len(names) != 1:
+            return None, f"{len(names)} adapters act on one of them"
+        magnitudes = member._modules.get("lora_magnitude_vector")
+        if magnitudes is not None and names[0] in magnitudes._modules:
+            return None, "one of them is DoRA"
+        factors = factors_of(member, names[0], call)
+        if factors is None:
+            return None, "one of them has a factor or dropout that is hooked, or not plain"
+        return Slots((factors,)), ""
+    if member.routed_by is not call.layer.routed_by:
+        return None, "one of them is of another model"
+    if call.conditions.compiling:
+        made = graph_slots.slots_of(call, member)
+        return (None, "one of them is not in the graph") if made is None else (made.own, "")
+    dora = dora_slots(member, call.routing)
+    try:
+        slots = slots_for_kernels(call, member, () if dora is None else dora.dropped)
+    except (FastLoraError, ValueError):  # which its own call will raise
+        return None, "one of them cannot run"
+    return slots, "one of them runs without kernels"
+
+
+def _why_not(layer: CommonLayer, slots: Slots, own: Slots, call: LayerCall | MixedCall) -> str:
+    """Returns why a layer with these adapters has its own pass over x, or an empty string."""
+    x, mixed = call.given, isinstance(call, MixedCall)
+    device, k, dropped, trains, elsewhere = x.device, x.shape[-1], False, False, False
+    for factors in slots.own:
+        if factors is not None:
+            lora_a = factors.lora_a
+            dropped = dropped or factors.dropout_p > 0.0
+            trains = trains or lora_a.requires_grad
+            if lora_a.device != device or lora_a.dim() != 2 or lora_a.shape[1] != k:
+                elsewhere = True
+    if is_hooked(layer):
+        return "one of them has hooks"
+    # The node that they share calls a hook, with None, for an s that nobody used.
+    down = [tensor for tensor in lora_a_of(slots) if tensor is not None]
+    if not call.conditions.compiling and has_tensor_hooks(down):
+        return "a factor of one of them has hooks"
+    if dropped and mixed:
+        return _DROPOUT
+    if not trains:
+        return "one of them is frozen, or no adapter of the batch acts on it"
+    if elsewhere:
+        return "one of them has its factors elsewhere, or takes another number of features"
+    if mixed and graph_slots.dtype_of(slots) != graph_slots.dtype_of(own):
+        return "they have factors of different dtypes"
+    return ""
+
+
+def lora_a_of(slots: Slots) -> list[torch.Tensor | None]:
+    """Returns the lora_a of each slot; None for one without."""
+    return [None if factors is None else factors.lora_a for factors in slots.own]
+
+
+# ------------------------------------------------------------------------------ in the report
+
+
+@constant_when_compiled
+def knows_siblings(self: Any) -> bool:
+    """Whether a forward has shown a layer's siblings; no reason to compile again once one has."""
+    return known_group(self) is not None
+
+
+@constant_when_compiled
+def note_compiled(self: Any, why: str) -> None:
+    """Keeps why a layer shares nothing in the graph that is being compiled, empty if it does."""
+    self.__dict__["_compiled_alone"] = why
+
+
+def sibling_note(layer: CommonLayer, kernels: bool) -> str:
+    """Returns what the fusion report says of a layer's siblings in training.
+
+    ``kernels`` says that they compute it.
+    """
+    if not kernels:
+        return _IN_PYTORCH
+    group, compiled = known_group(layer), layer.__dict__.get("_compiled_alone")
+    if group is not None and len(group.members) < 2:
+        return "none"
+    eager = _UNKNOWN
+    if group is not None and id(layer) in group.why_alone:
+        eager = _verdict(group, group.why_alone[id(layer)])
+    if compiled is None:
+        return eager
+    graph = f"not shared: {compiled}" if group is None else _verdict(group, compiled)
+    return eager if graph == eager else f"{eager}; compiled: {graph}"
+
+
+def _verdict(group: SharedInputGroup, why: str) -> str:
+    count = len(group.members)
+    return f"{count}, not shared: {why}" if why else f"{count} share x"
