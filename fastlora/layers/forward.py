@@ -25,10 +25,10 @@ from fastlora.routing.in_force import routing_of
 from fastlora.weight_marks import Mark, marks
 
 if TYPE_CHECKING:
-    from fastlora.layers.common import CommonLayer
+    from fastlora.layers.layer import AdaptedLayer
 
 
-def begin(layer: CommonLayer, x: torch.Tensor) -> LayerCall | MixedCall:
+def begin(layer: AdaptedLayer, x: torch.Tensor) -> LayerCall | MixedCall:
     """Returns what a forward of a layer with ``x [..., K]`` runs under, and who acts.
 
     A `LayerCall` without names is that of the base layer alone.
@@ -71,7 +71,7 @@ def forward(call: LayerCall | MixedCall, base: Base) -> torch.Tensor:
     return y
 
 
-def _runs(layer: CommonLayer, names: list[str]) -> list[list[str]]:
+def _runs(layer: AdaptedLayer, names: list[str]) -> list[list[str]]:
     """Splits names into runs that are one call: DoRA adapters alone, others together."""
     runs: list[list[str]] = []
     for name in names:

@@ -260,7 +260,8 @@ def _outputs(call: LayerCall, base: Base, own: Factors, group: SharedInputGroup)
     records, several = torch.is_grad_enabled(), len(group.members) > 1
     if several:
         group.discard()  # of a layer that was not called
-    launch, backend = group.launches.get(id(layer)), BACKENDS[conditions.backend]
+    launch: GroupLaunch | None = group.launches.get(id(layer))
+    backend = BACKENDS[conditions.backend]
     if (
         launch is None
         or not launch.serves(x, base, own)

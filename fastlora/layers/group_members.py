@@ -23,7 +23,7 @@ from fastlora.ops.factors import Base, Factors, Slots
 from fastlora.validation import FastLoraError
 
 if TYPE_CHECKING:
-    from fastlora.layers.common import CommonLayer
+    from fastlora.layers.layer import AdaptedLayer
 
 _IN_PYTORCH = "without kernels each of them has its own pass over x"
 _UNKNOWN = "no training forward seen yet"
@@ -35,7 +35,7 @@ _trains = attrgetter("requires_grad")  # in one call for many tensors
 
 
 def operands_of(
-    member: CommonLayer, call: LayerCall, first_base: Base, first: Factors
+    member: AdaptedLayer, call: LayerCall, first_base: Base, first: Factors
 ) -> tuple[Base, Factors] | None:
     """Returns a sibling's base layer and adapter if one call takes them beside a layer's.
 
@@ -63,7 +63,7 @@ def operands_of(
     return base, factors
 
 
-def fits(layer: CommonLayer, x: torch.Tensor, base: Base, own: Factors) -> bool:
+def fits(layer: AdaptedLayer, x: torch.Tensor, base: Base, own: Factors) -> bool:
     """Whether one call takes a layer: plain, in x's dtype, with a seed that is drawn for it."""
     weight, bias, lora_a, lora_b = base.weight, base.bias, own.lora_a, own.lora_b
     if own.lora_bias is not None or own.magnitude is not None or weight is None:
@@ -92,7 +92,7 @@ def tensors_of(base: Base, own: Factors) -> list[torch.Tensor]:
 
 
 def sharing(
-    members: Sequence[CommonLayer | None], call: LayerCall | MixedCall, own: Slots
+    members: Sequence[AdaptedLayer | None], call: LayerCall | MixedCall, own: Slots
 ) -> tuple[list[tuple[Any, Slots]], str]:
     """Returns those of a layer's siblings that share with it, and their adapters.
 
@@ -115,7 +115,7 @@ def sharing(
     return found, last
 
 
-def _slots_of(member: CommonLayer, call: LayerCall | MixedCall) -> tuple[Slots | None, str]:
+def _slots_of(member: AdaptedLayer, call: LayerCall | MixedCall) -> tuple[Slots | None, str]:
     """Returns the adapters that a sibling will compute with, or None and why it does not share."""
     if member.impl != call.layer.impl:
         return None, "they have different implementations"
@@ -143,7 +143,7 @@ def _slots_of(member: CommonLayer, call: LayerCall | MixedCall) -> tuple[Slots |
     return slots, "one of them runs without kernels"
 
 
-def _why_not(layer: CommonLayer, slots: Slots, own: Slots, call: LayerCall | MixedCall) -> str:
+def _why_not(layer: AdaptedLayer, slots: Slots, own: Slots, call: LayerCall | MixedCall) -> str:
     """Returns why a layer with these adapters has its own pass over x, or an empty string."""
     x, mixed = call.given, isinstance(call, MixedCall)
     device, k, dropped, trains, elsewhere = x.device, x.shape[-1], False, False, False
@@ -191,7 +191,7 @@ def note_compiled(self: Any, why: str) -> None:
     self.__dict__["_compiled_alone"] = why
 
 
-def sibling_note(layer: CommonLayer, kernels: bool) -> str:
+def sibling_note(layer: AdaptedLayer, kernels: bool) -> str:
     """Returns what the fusion report says of a layer's siblings in training.
 
     ``kernels`` says that they compute it.

@@ -7,7 +7,7 @@ one launch serves neighbours.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -22,7 +22,7 @@ from fastlora.ops.rows import Rows
 from fastlora.ops.triton.pieces import rows_at
 
 if TYPE_CHECKING:
-    from fastlora.layers.common import CommonLayer
+    from fastlora.layers.layer import AdaptedLayer
 
 
 class Place(NamedTuple):
@@ -48,7 +48,7 @@ class Place(NamedTuple):
     row: int
     group: SharedInputGroup | None
     first: int
-    members: list[CommonLayer]
+    members: list[AdaptedLayer]
 
     def holds(self, tables: Tables, rows: Rows, invariant: bool) -> bool:
         """Whether it is for these."""
@@ -68,9 +68,9 @@ def place_of(
     if row is None:
         return None
     group = None if call.conditions.compiling else group_of(layer, call.x)
-    neighbours: dict[int, CommonLayer] = {row: layer}
+    neighbours: dict[int, AdaptedLayer] = {row: layer}
     for reference in () if group is None else group.members:
-        member = reference()
+        member: Any = reference()
         if member is not None and member is not layer and member.routed_by is layer.routed_by:
             place = row_of(member, member.routed_as, tables)
             if place is not None:

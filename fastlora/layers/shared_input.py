@@ -16,11 +16,11 @@ from threading import get_ident
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch import nn
 
 from fastlora.weight_marks import Kept
 
 if TYPE_CHECKING:
-    from fastlora.layers.group_forward import GroupLaunch
     from fastlora.routing.routing import Group
 
 # Of a thread, and of the tensor by its ``id``.
@@ -144,12 +144,14 @@ class SharedInputGroup(Results):
         idle: The ``id`` of layers that were not called when something was computed for them.
     """
 
-    def __init__(self, members: tuple[weakref.ref[Any], ...] = (), unwritten: bool = False) -> None:
+    def __init__(
+        self, members: tuple[weakref.ref[nn.Module], ...] = (), unwritten: bool = False
+    ) -> None:
         super().__init__()
         self.members = members
         self.unwritten = unwritten
         self.why_alone: dict[int, str] = {}
-        self.launches: dict[int, GroupLaunch] = {}
+        self.launches: dict[int, Any] = {}
         self.idle: set[int] = set()
 
     def discard(self) -> set[int]:
@@ -170,7 +172,7 @@ class SharedInputGroup(Results):
 class _Sequence:
     """Layers that one thread called one after the other with one tensor."""
 
-    def __init__(self, layer: object, x: torch.Tensor) -> None:
+    def __init__(self, layer: nn.Module, x: torch.Tensor) -> None:
         self.thread = get_ident()
         self.x = weakref.ref(x)
         self.members = [weakref.ref(layer)]
@@ -178,13 +180,13 @@ class _Sequence:
         # What the tensor was: how often written into, or where nobody counts that, its elements.
         self._state = x.clone() if x.is_inference() else x._version
 
-    def takes(self, layer: object, x: torch.Tensor) -> bool:
+    def takes(self, layer: nn.Module, x: torch.Tensor) -> bool:
         """Whether a layer that this thread calls with x is the next one."""
         if self.thread != get_ident() or self.x() is not x:
             return False
         return all(member() is not layer for member in self.members)
 
-    def add(self, layer: object, x: torch.Tensor) -> None:
+    def add(self, layer: nn.Module, x: torch.Tensor) -> None:
         """Notes the next layer."""
         self.members.append(weakref.ref(layer))
         if isinstance(self._state, int):
@@ -212,7 +214,7 @@ _watched: list[_Sequence] = []
 _watching = threading.Lock()
 
 
-def known_group(layer: Any) -> SharedInputGroup | None:
+def known_group(layer: nn.Module) -> SharedInputGroup | None:
     """Returns the group of a layer, None while it is not known."""
     known: SharedInputGroup | None = layer.__dict__.get("_shared_input")
     if known is not None:
@@ -222,7 +224,7 @@ def known_group(layer: Any) -> SharedInputGroup | None:
     return None
 
 
-def group_of(layer: Any, x: torch.Tensor) -> SharedInputGroup | None:
+def group_of(layer: nn.Module, x: torch.Tensor) -> SharedInputGroup | None:
     """`known_group` of a layer that is called with x, which makes it known sooner or later."""
     known: SharedInputGroup | None = layer.__dict__.get("_shared_input")
     if known is not None:  # as `known_group`, in no call of ours

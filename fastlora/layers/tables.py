@@ -14,10 +14,10 @@ from fastlora.routing.routing import Routing
 from fastlora.routing.watch import Watch
 
 if TYPE_CHECKING:
-    from fastlora.layers.common import CommonLayer
+    from fastlora.layers.layer import AdaptedLayer
 
 
-def row_of(layer: CommonLayer, number: int, tables: Tables) -> int | None:
+def row_of(layer: AdaptedLayer, number: int, tables: Tables) -> int | None:
     """Returns the row of a layer, of this number, or None where tables were made before it was.
 
     Layers of a pool know their rows.
@@ -84,7 +84,7 @@ def _factors_of(routing: Routing, watch: Watch | None) -> list[tuple[int, int, F
         if not getattr(layer, "is_linear", False):
             continue
         if watch is not None:
-            watch.add(layer, routing.names)
+            watch.add(layer, layer.scaling, routing.names)
         for column, name in enumerate(routing.names):
             if name not in layer.lora_A:
                 continue
