@@ -47,7 +47,16 @@ def failures(folder: Path, tests: Sequence[str], limit: float) -> tuple[list[str
         environment = {name: own for name, own in os.environ.items() if name != "TRITON_INTERPRET"}
         environment |= {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1", "FASTLORA_CASES": "all"}
         environment |= {"TRITON_INTERPRET": "1"} if interpreted else {}
-        command = [sys.executable, "-m", "pytest", "-q", "-rf", "--tb=line", "-p", "no:cacheprovider"]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-rf",
+            "--tb=line",
+            "-p",
+            "no:cacheprovider",
+        ]
         try:
             ended = subprocess.run(
                 [*command, *chosen],
@@ -62,8 +71,9 @@ def failures(folder: Path, tests: Sequence[str], limit: float) -> tuple[list[str
         except subprocess.TimeoutExpired:
             return failed, f"took more than {limit} s"
         output += ended.stdout + ended.stderr
-        lines = [line.split() for line in ended.stdout.splitlines()]
-        failed += [words[1] for words in lines if words[:1] == ["FAILED"]]
+        # A case may have spaces in its name.
+        lines = [line.partition(" - ")[0] for line in ended.stdout.splitlines()]
+        failed += [line.removeprefix("FAILED ") for line in lines if line.startswith("FAILED ")]
         if ended.returncode not in (0, 1):
             return [], output
     return failed, output
