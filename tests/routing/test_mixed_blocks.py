@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -213,15 +214,19 @@ def test_blocks_that_end_out_of_order() -> None:
 
 
 def test_a_merge_within_a_block() -> None:
-    """It would count twice."""
+    """It would count twice, beside packed factors too."""
     model = build()
     x = torch.randn(2, 16, dtype=torch.float64)
     layer = model.base_model.model.q
+    for _ in range(2):
+        with adapters(model, ["b", "c"]):
+            rows_of(model, x)
     with adapters(model, ["b", "c"]):
         rows_of(model, x)
         layer.merge(adapter_names=["b"])
-        with pytest.raises(AdapterStateError, match=r"\['b'\] were merged .* within the block"):
-            model(x)
+        for forward in (model, functools.partial(rows_of, model)):
+            with pytest.raises(AdapterStateError, match=r"\['b'\] were merged .* within the block"):
+                forward(x)
         layer.unmerge()
         torch.testing.assert_close(rows_of(model, x), model(x, adapter_names=["b", "c"]))
 
