@@ -12,15 +12,6 @@ _LAUNCHES = "tests/ops/test_kept_launches.py::"
 FAULTS = (
     # ----------------------------------------------------------------------------- one adapter
     Fault(
-        "The last column of each output keeps what was there.",
-        "mask off by one",
-        "912c58d",
-        "kernels/lora_expand.py",
-        "    mask_n = offs_n < N - pid_n * BLOCK_N\n",
-        "    mask_n = offs_n < N - pid_n * BLOCK_N - 1\n",
-        (f"{_ONE}test_expanded[expand-shape1]",),
-    ),
-    Fault(
         "The third of siblings reads the second one's columns of s.",
         "wrong module",
         "fde607c",
@@ -41,15 +32,6 @@ FAULTS = (
         "keep = philox_keep_mask(seed, first_m, k, threshold, 0, BLOCK_M, BLOCK_K)",
         "keep = philox_keep_mask(seed, 0, k, threshold, 0, BLOCK_M, BLOCK_K)",
         (f"{_ONE}test_every_chunk_and_masks_whatever_the_tile[shrink-(16, 16, 16)]",),
-    ),
-    Fault(
-        "The shrink reads past K where no tile divides it.",
-        "missing mask",
-        "912c58d",
-        "kernels/lora_shrink.py",
-        "            mask_k = offs_k < K - k\n",
-        "            mask_k = offs_k < K - k - 1\n",
-        (f"{_ONE}test_strided[shrink-rows]",),
     ),
     Fault(
         "A shrink of siblings reads their rank rows with the first one's stride twice.",
@@ -250,14 +232,5 @@ FAULTS = (
         "found = None if operators.computed else _steps(given, tensors, calls, fresh, result)",
         "found = _steps(given, tensors, calls, fresh, result)",
         (f"{_LAUNCHES}test_what_else_a_function_does_is_done_each_time",),
-    ),
-    Fault(
-        "Looks of kept launches pile up without end.",
-        "growing memory",
-        "c0e87ab",
-        "kernels/launch.py",
-        "            if len(looks) >= _MAX_LOOKS:\n                looks.clear()\n",
-        "",
-        (f"{_LAUNCHES}test_looks_are_dropped_past_a_number_of_them",),
     ),
 )

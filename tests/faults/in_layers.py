@@ -218,18 +218,6 @@ FAULTS = (
         (f"{_NODE}test_a_step_ends_what_a_forward_left",),
     ),
     Fault(
-        "A compiled step through base weights leaves what was kept of them.",
-        "compiled step",
-        "24e56d5",
-        "fastlora/weight_marks.py",
-        "if torch.compiler.is_compiling() or self._holds_watched(optimizer):",
-        "if self._holds_watched(optimizer):",
-        (
-            "tests/conformance/test_compiled.py::test_a_step_between_two_evaluations_is_seen"
-            "[model-single-dora-base-trains-step alone, frozen, compiled]",
-        ),
-    ),
-    Fault(
         "A parameter that was replaced twice, at its first address again, looks unchanged.",
         "replaced memory",
         "R5",
