@@ -49,6 +49,7 @@ def failures(folder: Path, tests: Sequence[str], limit: float) -> tuple[list[str
         environment = {name: own for name, own in os.environ.items() if name != "TRITON_INTERPRET"}
         environment |= {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1", "FASTLORA_CASES": "all"}
         environment |= {"TRITON_INTERPRET": "1"} if interpreted else {}
+        environment |= {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # which takes a second to import
         command = [
             sys.executable,
             "-m",
