@@ -22,6 +22,8 @@ FLOORS = 9  # as in `ORDER`
 FLOORS_IN_A_FOLDER = 12  # of layers/
 OPERATORS = 17
 AUTOGRAD_FUNCTIONS = 5
+# The routing in force, the batch-invariant mode, and the recording of launches.
+THREAD_LOCALS = 3
 # Folders and files of the package from the ground up; an import may not go up.
 ORDER: tuple[tuple[str, ...], ...] = (
     ("env", "validation", "patterns", "weight_marks", "sharding", "coded_weight", "kernels"),
@@ -223,3 +225,15 @@ def test_autograd_functions() -> None:
     ]
     found = {f"{f.__module__}.{f.__name__}" for f in ours}
     assert 0 < len(found) <= AUTOGRAD_FUNCTIONS, ", ".join(sorted(found))
+
+
+def test_thread_locals() -> None:
+    """What a thread computes for later calls is kept on what it was computed for."""
+    found = [
+        f"{name}.{node.name}"
+        for name, path in modules().items()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ClassDef)
+        and any(ast.unparse(base) in ("threading.local", "local") for base in node.bases)
+    ]
+    assert 0 < len(found) <= THREAD_LOCALS, found
