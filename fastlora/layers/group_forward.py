@@ -22,6 +22,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Hashable, Sequence
 from operator import attrgetter
+from threading import get_ident
 from typing import Any, NamedTuple
 
 import torch
@@ -138,16 +139,19 @@ def group_forward(call: LayerCall | MixedCall, base: Base, own: _Own) -> Shared 
     # Nobody counts writes into an inference tensor.
     if x.is_inference() and not group.unwritten:
         return None
-    if several and not why:
+    waiting = group.made.get((get_ident(), id(x))) if several else None
+    if waiting is not None and not why:
         taken = group.take(x, id(layer), _context(call, own))
         if taken is not None:
             key, made = taken
             if key == _key(call, base, own, made):
-                group.why_alone[id(layer)] = ""
+                if trains:
+                    group.why_alone[id(layer)] = ""
                 return made
             group.launches.clear()  # it computes other than the first took it to
             made = None
-    waits = several and group.waits(x, id(layer))
+        waiting = group.made.get((get_ident(), id(x)))
+    waits = waiting is not None and waiting.by != id(layer)
     if isinstance(call, LayerCall) and isinstance(own, Factors):
         if not why and _is_plain(call, base, own, group):
             if waits:  # the first left it out: the next forward finds out whether it still has to
@@ -202,7 +206,8 @@ def _key(
     call: LayerCall | MixedCall, base: Base, own: _Own, made: Shared
 ) -> tuple[object, ...] | None:
     """Returns what a layer would compute something like ``made`` from."""
-    stream = stream_of(call.given.device)
+    x = call.given  # its stream as `stream_of`, in no call of ours
+    stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
     if isinstance(own, Place):
         if made.y is None:
             return stream, own.first, len(own.members)
@@ -258,7 +263,7 @@ def _outputs(call: LayerCall, base: Base, own: Factors, group: SharedInputGroup)
     """Computes a layer and those that are called after it; None where it is not one for this."""
     layer, x, conditions = call.layer, call.given, call.conditions
     records, several = torch.is_grad_enabled(), len(group.members) > 1
-    if several:
+    if group.made:
         group.discard()  # of a layer that was not called
     launch: GroupLaunch | None = group.launches.get(id(layer))
     backend = BACKENDS[conditions.backend]
@@ -423,7 +428,8 @@ def _outputs_at(call: MixedCall, base: Base, own: Place) -> Shared | None:
     keys = [_key_of(stream, None, _present(like)) for like in bases]
     if None in keys:
         return None
-    own.group.discard()  # of a layer that was not called
+    if own.group.made:
+        own.group.discard()  # of a layer that was not called
     ys = outputs_at(call.x, bases, own)
     if ys is None:
         return None

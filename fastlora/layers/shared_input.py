@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Mapping
 from operator import is_
 from threading import get_ident
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
 _Place = tuple[int, int]
 
 
-class _Made(NamedTuple):
+class Made(NamedTuple):
     """What was computed from one tensor for several layers.
 
     Attributes:
@@ -43,11 +42,12 @@ class _Made(NamedTuple):
     version: int
     context: tuple[object, ...]
     by: int
-    own: dict[int, tuple[object, Any]]
+    own: dict[int, tuple[Any, Any]]
     unfinished: dict[_Place, Results] | None
 
-    def holds(self, x: torch.Tensor, version: int, context: tuple[object, ...]) -> bool:
+    def holds(self, x: torch.Tensor, context: tuple[object, ...]) -> bool:
         """Whether it was computed from this very tensor, unchanged since, in this context."""
+        version = 0 if x.is_inference() else x._version
         same = self.x() is x and self.version == version and len(context) == len(self.context)
         return same and all(map(is_, context, self.context))
 
@@ -58,43 +58,46 @@ class Results(Kept):
     Threads do not see each other's. A result is kept until it is taken, its tensor is gone, or
     `discard` is called: where the thread computes again, and where its forward of the model or its
     block ends. Layers are known by numbers.
+
+    Attributes:
+        made: By thread, and by ``id`` of the tensor.
     """
 
     def __init__(self) -> None:
-        self._made: dict[_Place, _Made] = {}
+        self.made: dict[_Place, Made] = {}
 
     def put(
         self,
         x: torch.Tensor,
         context: tuple[object, ...],
         by: int,
-        own: Mapping[int, tuple[object, object]],
+        own: dict[int, tuple[Any, Any]],
         model: Group | None = None,
     ) -> None:
         """Keeps a key and a result of each layer, which layer ``by`` computed from x."""
         place, version = (get_ident(), id(x)), 0 if x.is_inference() else x._version
-        before = self._made.get(place)
-        if before is not None and before.holds(x, version, context):
+        before = self.made.get(place)
+        if before is not None and before.holds(x, context):
             before.own.update(own)
             return
         unfinished = None if model is None else model.unfinished
         known = weakref.ref(x, lambda _: self._drop(place))
-        self._made[place] = _Made(known, version, context, by, dict(own), unfinished)
+        self.made[place] = Made(known, version, context, by, own, unfinished)
         if unfinished is not None:
             unfinished[place] = self
 
     def take(
         self, x: torch.Tensor, layer: int, context: tuple[object, ...]
-    ) -> tuple[object, Any] | None:
+    ) -> tuple[Any, Any] | None:
         """Returns the key and the result that this thread computed for a layer, and forgets them.
 
         None if there is none from this very tensor, unchanged since, in the very same ``context``.
         """
         place = get_ident(), id(x)
-        made = self._made.get(place)
+        made = self.made.get(place)
         if made is None:
             return None
-        if not made.holds(x, 0 if x.is_inference() else x._version, context):
+        if not made.holds(x, context):
             self._drop(place)  # they hold activations
             return None
         found = made.own.pop(layer, None)
@@ -102,28 +105,23 @@ class Results(Kept):
             self._drop(place)
         return found
 
-    def waits(self, x: torch.Tensor, layer: int) -> bool:
-        """Whether something that this thread computed from x by another layer is to be taken."""
-        made = self._made.get((get_ident(), id(x)))
-        return made is not None and made.by != layer
-
     def discard(self) -> set[int]:
         """Forgets what this thread computed and nobody took; returns for which layers."""
         untaken: set[int] = set()
-        if self._made:
+        if self.made:
             thread = get_ident()
-            for place in [place for place in [*self._made] if place[0] == thread]:
+            for place in [place for place in [*self.made] if place[0] == thread]:
                 made = self._drop(place)
                 untaken.update(() if made is None else made.own)
         return untaken
 
     def clear(self) -> None:
         """Forgets what every thread computed."""
-        for place in [*self._made]:
+        for place in [*self.made]:
             self._drop(place)
 
-    def _drop(self, place: _Place) -> _Made | None:
-        made = self._made.pop(place, None)
+    def _drop(self, place: _Place) -> Made | None:
+        made = self.made.pop(place, None)
         if made is not None and made.unfinished is not None:
             made.unfinished.pop(place, None)
         return made

@@ -156,8 +156,8 @@ FAULTS = (
         "other threads",
         "109853f",
         _HELD,
-        "for place in [place for place in [*self._made] if place[0] == thread]:",
-        "for place in [place for place in [*self._made] if thread]:",
+        "for place in [place for place in [*self.made] if place[0] == thread]:",
+        "for place in [place for place in [*self.made] if thread]:",
         (f"{_SHARED}test_threads_neither_take_nor_lose_results[one adapter-inputs of their own]",),
     ),
     Fault(

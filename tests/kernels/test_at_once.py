@@ -202,9 +202,9 @@ def test_nothing_is_kept_of_a_tensor_that_is_gone() -> None:
     group = known_group(model.base_model.model.q)
     with torch.no_grad():
         model.base_model.model.q(x)
-        assert group is not None and group._made
+        assert group is not None and group.made
         del x
-        assert not group._made
+        assert not group.made
 
 
 # ------------------------------------------------------------------------------- mixed batches
