@@ -18,7 +18,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import fastlora
-from fastlora.weight_marks import Stamp, marks, stamp_of
+from fastlora.weight_marks import Marks, Stamp, _memory_of, marks, stamp_of
 from tests.support.kinds import KINDS
 from tests.support.tiny import TwoLayers, quantised, randomise, trainable, two_layers, with_adapters
 
@@ -292,3 +292,16 @@ def test_an_optimizer_over_another_view_of_a_base_weight_ends_its_norms(model: A
     torch.optim.SGD([flat], lr=1.0, fused=True).step()
     with torch.no_grad():
         torch.testing.assert_close(model(X), copy.deepcopy(model)(X))
+
+
+def test_freed_base_weights_are_watched_no_longer() -> None:
+    """A process that loads models for days does not collect what it knew of each weight."""
+    own = Marks()
+    own._hooked = True  # no second hook for the whole process
+    kept = [torch.ones(1) for _ in range(8)]
+    for weight in kept:
+        own.of_base(weight)
+    for _ in range(5000):
+        own.of_base(torch.ones(1))
+    assert len(own._watched) <= 1024
+    assert all(_memory_of(weight) in own._watched for weight in kept)

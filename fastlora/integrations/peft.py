@@ -32,7 +32,7 @@ from fastlora.layers.coded_base import (
     sibling_base,
     why_called,
 )
-from fastlora.layers.common import CommonLayer
+from fastlora.layers.common import CommonLayer, forget_kept
 from fastlora.layers.factors import Parameters
 from fastlora.layers.forward import begin, forward
 from fastlora.layers.quantised import Quantised, keep_layout, peft_layers, quantised
@@ -95,6 +95,11 @@ class _FastForward(CommonLayer):
         super().update_layer(adapter_name, *args, **kwargs)  # type: ignore[misc]  # as above
         self._fit_scalings([adapter_name])
         self._forget_packed()
+
+    def delete_adapter(self: Any, adapter_name: str) -> None:
+        """As PEFT's layer."""
+        super().delete_adapter(adapter_name)  # type: ignore[misc]  # as above
+        forget_kept(self)
 
     def merge(self: Any, *args: Any, **kwargs: Any) -> None:
         """As PEFT's layer."""

@@ -12,7 +12,6 @@ from torch import nn
 from fastlora.init import Init, find_init
 from fastlora.layers import parts
 from fastlora.layers.bases import dense_weight, factor_like, keep_weight, replace_weight
-from fastlora.layers.coded_base import forget_weights
 from fastlora.layers.common import forget_kept
 from fastlora.layers.merging import Mergeable
 from fastlora.layers.starting import Starter, drop_data, find_data
@@ -248,7 +247,6 @@ class LoraLayer(Mergeable):
             raise AdapterStateError(
                 f"adapter {adapter_name!r} is merged; call unmerge() before deleting it"
             )
-        self._forget_packed()
         for table in (self.r, self.lora_alpha, self.scaling, self.use_rslora):
             table.pop(adapter_name, None)
         for part in ("lora_dropout", *self.adapter_parts):
@@ -256,7 +254,7 @@ class LoraLayer(Mergeable):
             if adapter_name in holder:
                 del holder[adapter_name]
         self.frozen_peft_weight_names.pop(adapter_name, None)
-        forget_weights(self)
+        forget_kept(self)
         self._active_adapters = [n for n in self._active_adapters if n != adapter_name]
 
     def adapter_parameters(self, adapter_name: str) -> Iterator[nn.Parameter]:

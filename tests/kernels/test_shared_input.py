@@ -11,12 +11,14 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.profiler import ProfilerActivity, profile
 
 pytest.importorskip("triton", reason="triton is not installed")
 
 import fastlora
 from fastlora import adapters
+from fastlora.layers.shared_input import group_of, known_group
 from tests.support.kernels.mixed_models import use_impl
 from tests.support.tiny import with_adapters
 
@@ -46,11 +48,14 @@ class Attention(nn.Module):
         return y
 
 
-def model_of(train: bool) -> Any:
-    """Three random adapters on the kernels; siblings are known."""
+def model_of(train: bool, library: str = "fastlora") -> Any:
+    """Three random adapters on the kernels; siblings are known. ``patched`` is PEFT's, patched."""
     torch.manual_seed(0)
-    config = fastlora.LoraConfig(r=4, target_modules=["q", "k", "v", "o"], init_lora_weights=False)
-    model = with_adapters(Attention(), {f"a{i}": config for i in range(3)})
+    source: Any = pytest.importorskip("peft") if library == "patched" else fastlora
+    config = source.LoraConfig(r=4, target_modules=["q", "k", "v", "o"], init_lora_weights=False)
+    model = with_adapters(Attention(), {f"a{i}": config for i in range(3)}, source)
+    if library == "patched":
+        fastlora.patch(model)
     use_impl(model.train(train), "triton")
     for _ in range(2):
         model(torch.randn(2, 32))
@@ -212,3 +217,40 @@ def test_a_block_that_ends_drops_what_nobody_took() -> None:
     del hidden
     gc.collect()
     assert held() is None
+
+
+def test_a_group_has_the_layers_that_one_thread_called() -> None:
+    """Another thread's call with the same tensor is no part of it, and x is not kept for it."""
+    first, second, other, last = (nn.Linear(2, 2) for _ in range(4))
+    x = torch.ones(1, 2)
+    group_of(first, x)
+    thread = threading.Thread(target=group_of, args=(other, x))
+    thread.start()
+    thread.join()
+    group_of(second, x)
+    held = weakref.ref(x)
+    del x
+    assert held() is None
+    group_of(last, torch.ones(1, 2))  # with what came before both threads are through
+    for members in ((first, second), (other,)):
+        for layer in members:
+            group = known_group(layer)
+            assert group is not None
+            assert [member() for member in group.members] == [*members]
+
+
+@pytest.mark.parametrize("library", ["fastlora", "patched"])
+@pytest.mark.parametrize("train", [False, True])
+def test_a_deleted_adapter_leaves_no_memory_behind(train: bool, library: str) -> None:
+    """What the first of siblings found for its next call holds the factors of the others too."""
+    model = model_of(train, library)
+    (name,) = model.active_adapters
+    with torch.set_grad_enabled(train):
+        model(torch.randn(3, 32))
+    factors = [each for key, each in model.named_parameters() if f".{name}." in key]
+    held = [StorageWeakRef(each.untyped_storage()) for each in factors]
+    assert len(held) == 8
+    del factors
+    model.delete_adapter(name)
+    gc.collect()
+    assert all(memory.expired() for memory in held)

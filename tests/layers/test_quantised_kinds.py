@@ -18,7 +18,7 @@ from fastlora.coded_weight import CodedWeight
 from fastlora.layers import FastLoraWrapper, coded_base
 from fastlora.layers.coded_base import KeptCode, sibling_base, why_called
 from fastlora.layers.norms import rows_of
-from fastlora.layers.quantised import quantised
+from fastlora.layers.quantised import Repacked, quantised
 from fastlora.ops.torch.dora import adapted_sums, square_norms
 from fastlora.testing import assert_within_budget
 from tests.support.peak_bytes import peak_bytes
@@ -223,6 +223,19 @@ def test_what_was_found_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
         assert kept.find(conv, torch.float32) == "its base layer is Conv1D, called as it is"
     assert seen[3:] == ["why_not_plain"]
     assert isinstance(found(torch.float16), CodedWeight)
+
+
+def test_a_write_ends_a_copy_of_the_codes() -> None:
+    """Of the product that evaluates on a CPU; here on any CPU, which may have no such product."""
+    module: Any = quantise(nn.Linear(128, 48).half(), "nf4")
+    kept = KeptCode()
+    kept._look(module)
+    kept.repacked = made = Repacked(module)
+    kept._look(module)
+    assert kept.repacked is made
+    module.weight.quant_state.absmax.mul_(2)
+    kept._look(module)
+    assert kept.repacked is None
 
 
 def test_another_thread_may_forget_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:

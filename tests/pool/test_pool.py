@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import gc
 import math
 import shutil
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +193,33 @@ def test_on_a_cpu_images_move_between_tiers_by_reference(root: Path) -> None:
             addresses.add(lease.residents[0].image.data_ptr())
     assert len(addresses) == 2
     assert pool.stats().loads == 2
+
+
+def test_adapters_of_equal_shape_share_a_layout(root: Path) -> None:
+    """It goes with the last of them."""
+    pool = make_pool(root)
+    pool.register("wide", make_folder(root.parent / "wide", 9, r=4))
+    with pool.lease(["a0", "a1", "wide"]) as lease:
+        one, two, wide = (resident.packed.layout for resident in lease.residents)
+        assert one is two is not wide
+    known = [weakref.ref(one), weakref.ref(wide)]
+    del lease, one, two, wide
+    for name in pool.names:
+        pool.unload(name)
+    gc.collect()
+    assert [layout() for layout in known] == [None, None]
+
+
+def test_what_found_no_room_is_not_kept(root: Path) -> None:
+    """An image that was read for a lease that was refused is in no tier, and is gone."""
+    pool = make_pool(root, max_adapters=1)
+    with pool.lease(["a0"]):
+        with contextlib.suppress(PoolFullError):
+            pool.lease(["a1"], timeout=0)
+        gc.collect()
+        assert pool.stats().loads == 2
+        assert not pool._tiers.staged
+        check_pool(pool)
 
 
 def test_after_its_folder_is_gone_an_evicted_adapter_is_an_error(root: Path) -> None:

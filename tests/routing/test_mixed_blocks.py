@@ -381,6 +381,15 @@ def test_a_dropout_that_trains_in_a_layer_that_does_not() -> None:
     assert torch.equal(before[1], before[2]) and not torch.allclose(run(), before[2])
 
 
+def test_ids_written_within_a_block() -> None:
+    """A block's rows are those of the ids that its first forward saw, whenever they are read."""
+    model, ids = build(), torch.tensor([0, 1])
+    with adapters(model, ids):
+        rows = open_routings()[-1].rows(4, ids.device)
+        ids.fill_(-1)
+        assert [(segment.slot, segment.start) for segment in rows.segments] == [(0, 0), (1, 2)]
+
+
 def test_unloading_frees_packed_factors() -> None:
     model = TwoLayers().eval()
     pool = fastlora.AdapterPool(model, target_modules=["q"])
