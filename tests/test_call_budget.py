@@ -5,7 +5,9 @@ Counts do not depend on the machine. Each ceiling is what the code takes today.
 
 from __future__ import annotations
 
+import copy
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -21,7 +23,7 @@ OURS = str(Path(fastlora.__file__).parent) + "/"
 
 
 class Budget(NamedTuple):
-    """Ceilings of one forward.
+    """Ceilings of one layer's forward.
 
     Attributes:
         calls: Python calls of functions of the package.
@@ -37,6 +39,7 @@ BUDGETS = {
     "one adapter": Budget(27, 12),
     "mixed training": Budget(54, 15),
     "mixed decode": Budget(19, 8),
+    "served token": Budget(20, 17),
 }
 
 # Files that ask what surrounds a forward, at most; others read `fastlora.ops.conditions`. What
@@ -61,23 +64,29 @@ def test_what_surrounds_a_forward_is_asked_in_few_files(question: str) -> None:
     assert 0 < len(found) <= ASKED[question], found
 
 
+class Count:
+    """Calls into the package, and the files that they are in; `note` is a thread's profiler."""
+
+    def __init__(self) -> None:
+        self.calls, self.files = 0, set[str]()
+
+    def note(self, frame: FrameType, event: str, _: Any) -> None:
+        """Counts a call of the package."""
+        if event == "call" and frame.f_code.co_filename.startswith(OURS):
+            self.calls += 1
+            self.files.add(frame.f_code.co_filename.removeprefix(OURS))
+
+
 def counted(run: Callable[[], Any]) -> tuple[int, set[str]]:
     """Calls into the package while something runs, and the files that they are in."""
-    calls, files = 0, set()
-
-    def note(frame: FrameType, event: str, _: Any) -> None:
-        nonlocal calls
-        if event == "call" and frame.f_code.co_filename.startswith(OURS):
-            calls += 1
-            files.add(frame.f_code.co_filename.removeprefix(OURS))
-
+    count = Count()
     before = sys.getprofile()
-    sys.setprofile(note)
+    sys.setprofile(count.note)
     try:
         run()
     finally:
         sys.setprofile(before)
-    return calls, files
+    return count.calls, count.files
 
 
 def adapted(names: str, train: bool) -> Any:
@@ -114,10 +123,71 @@ def mixed(train: bool) -> tuple[int, set[str]]:
     return found
 
 
+class Letters:
+    """A tokenizer with a letter for each token, and no end token."""
+
+    eos_token_id = None
+
+    def decode(self, tokens: list[int], **_: Any) -> str:
+        """The text of some tokens."""
+        return "".join(chr(65 + token) for token in tokens)
+
+
+def served_token(folder: Path) -> tuple[float, set[str]]:
+    """A token of four requests: calls for each of the 42 linears of a Llama of six blocks.
+
+    Two requests have one adapter, one has another, one has none. Counted over eight tokens in the
+    engine's thread, with all that the engine does between two forwards.
+    """
+    pytest.importorskip("transformers", reason="serves models of transformers")
+    from fastlora.serve.adapters import ServedAdapters
+    from fastlora.serve.engine import Engine
+    from fastlora.serve.sampling import Sampling
+    from tests.support.tiny import randomise, tiny_llama
+
+    base = tiny_llama(num_hidden_layers=6, eos_token_id=None).eval()
+    for seed, name in enumerate("ab"):
+        config = LoraConfig(r=4, target_modules="all-linear")
+        model = get_peft_model(copy.deepcopy(base), config)
+        randomise(model, seed)
+        model.save_pretrained(folder / name)
+    adapters = ServedAdapters(fastlora.AdapterPool(base, max_adapters=2), folder, reserved=())
+    adapters.scan()
+    for name in "ab":  # read before, or the requests would come in at different times
+        read = threading.Event()
+        adapters.prepare(adapters.take(name), read.set)
+        assert read.wait(60)
+    engine = Engine(base, Letters(), adapters, rows=4, length=64)
+    submitted, count = threading.Event(), Count()
+    turn, turns = engine._running.turn, 0
+
+    def counting() -> None:
+        nonlocal turns
+        assert submitted.wait(60)
+        turns += len(engine._running.jobs) == 4
+        if turns == 5:
+            sys.setprofile(count.note)
+        elif turns == 13:
+            sys.setprofile(None)
+        turn()
+
+    engine._running.turn = counting  # type: ignore[method-assign]
+    for name in ("a", "b", "a", None):
+        engine.submit([1, 2, 3], name, Sampling(20, 0), lambda piece: None)
+    submitted.set()
+    engine.close()
+    assert engine.stats.requests_finished == 4
+    assert turns >= 13
+    return count.calls / 8 / len(adapters.pool.modules), count.files
+
+
 @pytest.mark.parametrize("what", BUDGETS)
-def test_a_forward_keeps_its_budget(what: str) -> None:
+def test_a_forward_keeps_its_budget(what: str, tmp_path: Path) -> None:
     budget = BUDGETS[what]
-    if what.startswith("mixed"):
+    calls: float
+    if what == "served token":
+        calls, files = served_token(tmp_path)
+    elif what.startswith("mixed"):
         calls, files = mixed(train=what == "mixed training")
     else:
         run = layer_alone(8 if what.endswith("few rows") else 2048)
