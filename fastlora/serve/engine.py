@@ -157,6 +157,7 @@ class Engine:
     # ------------------------------------------------------------------------- the engine's thread
 
     def _serve(self) -> None:
+        """The thread: however it ends, its batch has no block open."""
         try:
             self._run()
         finally:

@@ -274,6 +274,23 @@ def test_close_does_not_wait_for_ever(start: Callable[..., Engine]) -> None:
     assert engine._adapters.pool.stats().leases == 0
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_thread_that_ends_early_leaves_no_block_open(start: Callable[..., Engine]) -> None:
+    """What no request may raise ends it between two tokens; the request's own lease is left."""
+    engine = start()
+    pieces: list[Piece] = []
+
+    def ends(piece: Piece) -> None:
+        pieces.append(piece)
+        if len(pieces) == 3:
+            raise SystemExit
+
+    engine.submit([1, 2, 3], "a", Sampling(60, 0), ends)
+    engine._thread.join(30)
+    assert not engine.alive
+    assert engine._adapters.pool.stats().leases == 1
+
+
 def test_nobody_is_called_under_the_lock(
     start: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
