@@ -46,6 +46,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     config.hook.pytest_deselected(items=done)
 
 
+def pytest_collectreport(report: pytest.CollectReport) -> None:
+    """Writes down a file that is skipped whole."""
+    if report.skipped and report.nodeid not in outcomes(KEY):
+        write(report.nodeid, "skipped", reason=str(report.longrepr[2]))  # type: ignore[index]
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
     """Writes a test down when its call ends, or when it ends before its call."""

@@ -274,6 +274,14 @@ def test_a_word_that_holds_a_byte_of_a_tensor_may_be_read() -> None:
     assert run("st.global.b32 [%p0+4], 0;", x).reports[0].startswith("OOB global write")
 
 
+def test_such_words_leave_a_launch_its_search_for_storages() -> None:
+    """A launch looks for storages a few times without success; then it looks no more."""
+    x, other = torch.arange(6, dtype=torch.uint8), torch.tensor([5], dtype=torch.int32)
+    table = torch.tensor([other.data_ptr()])
+    words = "ld.global.b32 %x, [%p0+4]; " * 4
+    assert run(f"{words} ld.global.b64 %q, [%p1]; ld.global.b32 %x, [%q];", x, table).reports == []
+
+
 def test_an_endless_kernel_is_given_up() -> None:
     assert run("LOOP: bra LOOP;", limit=1000).fatal[0].startswith("LIMIT")
 

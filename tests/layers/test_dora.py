@@ -8,7 +8,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from fastlora import FastLoraLinear, LoraConfig, adapters
-from fastlora.layers import FastLoraWrapper, dora_rows
+from fastlora.layers import FastLoraWrapper
+from fastlora.layers import dora as dora_layer
 from fastlora.testing import assert_within_budget
 from fastlora.validation import UnsupportedLayerError
 from tests.support.dora_truth import dora, layer_of, make_problem, parameters_of
@@ -178,9 +179,9 @@ def test_rows_without_dora_keep_their_bits(monkeypatch: pytest.MonkeyPatch) -> N
     }
     model = with_adapters(nn.Sequential(nn.Linear(20, 24)), configs).eval()
     nn.init.uniform_(model.base_model.model[0].lora_magnitude_vector["scaled"].weight)
-    given, run = list[torch.Tensor](), dora_rows.dora_rows
+    given, run = list[torch.Tensor](), dora_layer.dora_rows
     monkeypatch.setattr(
-        dora_rows,
+        dora_layer,
         "dora_rows",
         lambda call, y, slots: run(call, given.append(y.clone()) or y, slots),
     )

@@ -19,7 +19,7 @@ from fastlora.layers import FastLoraWrapper, coded_base
 from fastlora.layers.coded_base import KeptCode, sibling_base, why_called
 from fastlora.layers.norms import rows_of
 from fastlora.layers.quantised import quantised
-from fastlora.ops.torch.norms import adapted_sums, square_norms
+from fastlora.ops.torch.dora import adapted_sums, square_norms
 from fastlora.testing import assert_within_budget
 from tests.support.peak_bytes import peak_bytes
 from tests.support.peft_twins import peft
