@@ -180,7 +180,10 @@ class _Finder:
             return 0
         for tensor in _living_tensors():
             storage = tensor.untyped_storage()
-            low = storage.data_ptr()
+            try:
+                low = storage.data_ptr()
+            except RuntimeError:  # a tracer's, which has no memory
+                continue
             high = low + storage.nbytes()
             inside = low <= address and address + size <= high
             if inside and low not in self.used and self.is_meant(low, high):

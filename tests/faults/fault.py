@@ -79,11 +79,13 @@ def _statements(node: ast.stmt) -> list[ast.stmt]:
 
 
 def all_faults() -> tuple[Fault, ...]:
-    """Returns the faults of this package's modules ``in_...``, in the order of their names."""
+    """Returns the faults of all modules ``in_*`` of this package, in the order of their names."""
     import tests.faults as package
 
-    found: list[Fault] = []
-    modules = [info.name for info in pkgutil.iter_modules(package.__path__)]
-    for module in sorted(name for name in modules if name.startswith("in_")):
-        found += importlib.import_module(f"{package.__name__}.{module}").FAULTS
-    return tuple(found)
+    names = sorted(info.name for info in pkgutil.iter_modules(package.__path__))
+    modules = [
+        importlib.import_module(f"{package.__name__}.{name}")
+        for name in names
+        if name.startswith("in_")
+    ]
+    return tuple(fault for module in modules for fault in module.FAULTS)

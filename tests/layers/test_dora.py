@@ -191,6 +191,33 @@ def test_rows_without_dora_keep_their_bits(monkeypatch: pytest.MonkeyPatch) -> N
     assert not torch.allclose(y[1], given[0][1])
 
 
+@pytest.mark.parametrize("p", [0.0, 0.4])
+def test_rows_of_several_adapters_in_any_order(p: float) -> None:
+    """Each row has its own adapter's scale, and the mask of that one's seed, as alone."""
+    configs = {
+        name: LoraConfig(
+            target_modules=["0"],
+            use_dora=True,
+            init_lora_weights=False,
+            lora_dropout=0.0 if name == "a" else p,
+        )
+        for name in "abc"
+    }
+    model = with_adapters(nn.Sequential(nn.Linear(20, 24)), configs).double()
+    for module in model.base_model.model[0].lora_magnitude_vector.values():
+        nn.init.uniform_(module.weight)
+    x, ids = torch.randn(5, 20, dtype=torch.float64, requires_grad=True), [*"cabcb"]
+
+    def run(rows: list[int]) -> torch.Tensor:
+        with adapters(model, [ids[row] for row in rows], seeds={"b": 3, "c": 5}):
+            return model(x[rows])
+
+    y = run([*range(5)])
+    for name in "abc":
+        rows = [row for row, own in enumerate(ids) if own == name]
+        torch.testing.assert_close(y[rows], run(rows))
+
+
 def test_what_is_refused() -> None:
     """A weight that cannot be read; nothing has changed then."""
 
