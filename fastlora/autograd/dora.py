@@ -1,12 +1,14 @@
-"""DoRA's scale behind a LoRA result, as an autograd function.
+"""DoRA as autograd functions: a scale behind a LoRA result, and adapters with active dropout.
 
 With ``u = x @ weight.T + scaling * s @ lora_b.T`` the layer's output is ``g * u + bias``, where
 ``g = magnitude / ||weight + scaling * lora_b @ lora_a||`` per output row, and the norm is detached.
 So a LoRA forward by any implementation gives u, and what remains is one scale per column of u.
 
 With active dropout the base product meets the dropped input too, as in PEFT:
-``y = x @ weight.T + bias + (g - 1) * dropout(x) @ weight.T + g * scaling * s @ lora_b.T``
-(`fastlora.autograd.dora_dropped`).
+``y = x @ weight.T + bias + (g - 1) * dropout(x) @ weight.T + g * scaling * s @ lora_b.T``.
+Several adapters have rows each, and both base products are of these rows alone: an operator each
+way finds them by id, in a compiled graph, which serves any mix, when the graph runs. An adapter
+without rows gets zeros as gradients.
 
 Method: Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", https://arxiv.org/abs/2402.09353,
 sections 4.1 and 4.3 (the detached norm); PEFT 0.21.2, ``tuners/lora/dora.py``, for dropout.
@@ -17,12 +19,23 @@ Shapes: ``x [M, K]``, ``weight [N, K]``, ``lora_a [R, K]``, ``lora_b [N, R]``, `
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 from fastlora.autograd.linear import plain_backward
-from fastlora.ops.torch.scale import scale_columns, scale_columns_backward, scale_of
+from fastlora.ops.library import define, fakes, implements
+from fastlora.ops.rows import sort_rows
+from fastlora.ops.torch.dora import (
+    Dropped,
+    Wanted,
+    forward_rows,
+    gradients,
+    scale_columns,
+    scale_columns_backward,
+    scale_of,
+)
 
 
 class DoraScale(torch.autograd.Function):
@@ -58,3 +71,221 @@ class DoraScale(torch.autograd.Function):
         d_bias = dy.sum(0).to(ctx.bias_dtype) if ctx.needs_input_grad[1] else None
         d_u = du.view(grad.shape) if ctx.needs_input_grad[0] else None
         return d_u, d_bias, None, d_magnitude, None
+
+
+# ------------------------------------------------------------------------- active dropout
+
+_Item = TypeVar("_Item")
+
+# Of each adapter: lora_a, lora_b, magnitude, squares, scaling, seed.
+_EACH = 6
+_BATCH = "Tensor[] adapters, Tensor ids, int[] slots, float[] dropout_p, str impl"
+# They read on the host how many rows each adapter has: a CUDA graph cannot hold that.
+_TAGS = (torch.Tag.cudagraph_unsafe,)
+define(
+    f"dora_dropped(Tensor y, Tensor x, Tensor weight, {_BATCH}, bool keeps_z)"
+    " -> (Tensor, Tensor, Tensor)",
+    tags=_TAGS,
+)
+define(
+    f"dora_dropped_backward(Tensor dy, Tensor x, Tensor weight, {_BATCH}, Tensor s, Tensor z,"
+    " bool[] wanted) -> Tensor[]",
+    tags=_TAGS,
+)
+
+
+class _Own(NamedTuple):
+    """An adapter that has rows: its place among all, and theirs in x and in s and z."""
+
+    place: int
+    rows: torch.Tensor
+    part: slice
+    adapter: Dropped
+
+
+def _by(count: int, tensors: Sequence[_Item]) -> list[Sequence[_Item]]:
+    """Returns a sequence cut into parts of so many."""
+    return [tensors[at : at + count] for at in range(0, len(tensors), count)]
+
+
+def _by_id(
+    x: torch.Tensor,
+    adapters: Sequence[torch.Tensor],
+    ids: torch.Tensor,
+    slots: list[int],
+    dropout_p: list[float],
+    impl: str,
+) -> Iterator[_Own]:
+    """Yields adapters that have rows; ``slots`` has the number in ids of each."""
+    batch = sort_rows(ids, x.shape[0], max(slots) + 1)
+    starts = batch.slot_start.tolist()
+    for place, own in enumerate(_by(_EACH, adapters)):
+        start, stop = starts[slots[place]], starts[slots[place] + 1]
+        if start < stop:
+            adapter = Dropped._make((*own, dropout_p[place], impl))
+            seed = adapter.seed.to(x.device if impl == "triton" else "cpu")
+            rows = batch.order[start:stop].long().to(x.device)
+            yield _Own(place, rows, slice(start, stop), adapter._replace(seed=seed))
+
+
+def _saved(
+    y: torch.Tensor, x: torch.Tensor, adapters: Sequence[torch.Tensor], keeps_z: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns memory for s and z, of which only the adapters' rows are ever touched."""
+    rank = max(lora_a.shape[0] for lora_a in adapters[::_EACH])
+    return x.new_empty(x.shape[0], rank), x.new_empty(x.shape[0] if keeps_z else 0, y.shape[1])
+
+
+def _results(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    adapters: Sequence[torch.Tensor],
+    wanted: Sequence[bool],
+) -> list[torch.Tensor]:
+    """Returns memory for the gradients of x, the weight, and lora_a, lora_b and magnitude of each.
+
+    Of no element where one is not wanted.
+    """
+    like = [x, weight, *(t for own in _by(_EACH, adapters) for t in own[:3])]
+    return [
+        tensor.new_empty(tensor.shape if asked else (0,))
+        for tensor, asked in zip(like, wanted, strict=True)
+    ]
+
+
+@implements("dora_dropped")
+def _dora_dropped(
+    y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, *batch: Any
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns y with the adapters' rows added, and their s and z in the order of sorted rows."""
+    y = y.clone(memory_format=torch.contiguous_format)
+    s, z = _saved(y, x, batch[0], batch[-1])
+    for own in _by_id(x, *batch[:-1]):
+        y[own.rows], own_s, own_z = forward_rows(
+            y[own.rows], x[own.rows], weight, None, own.adapter, inplace=True
+        )
+        s[own.part, : own_s.shape[1]] = own_s
+        if z.shape[0]:
+            z[own.part] = own_z
+    return y, s, z
+
+
+@fakes("dora_dropped")
+def _(
+    y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, *batch: Any
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return y.new_empty(y.shape), *_saved(y, x, batch[0], batch[-1])
+
+
+@implements("dora_dropped_backward")
+def _dora_dropped_backward(
+    dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, *batch: Any
+) -> list[torch.Tensor]:
+    """Returns the gradients; see `_results`."""
+    *batch_of, s, z, wanted = batch
+    found = _results(x, weight, batch_of[0], wanted)
+    for tensor in found:
+        tensor.zero_()
+    for own in _by_id(x, *batch_of):
+        at = 2 + 3 * own.place
+        own_s = s[own.part, : own.adapter.lora_a.shape[0]]
+        own_z = z[own.part] if z.shape[0] else None
+        asked = Wanted(*wanted[:2], *wanted[at : at + 3])
+        got = gradients(
+            *(dy[own.rows], x[own.rows], weight, own.adapter, own_s, own_z, asked),
+            own_base=False,
+        )
+        if got.x is not None:
+            found[0][own.rows] = got.x
+        if got.weight is not None:
+            found[1] += got.weight
+        for offset, gradient in enumerate(got[2:]):
+            if gradient is not None:
+                found[at + offset].copy_(gradient)
+    return found
+
+
+@fakes("dora_dropped_backward")
+def _(dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, *batch: Any) -> list[torch.Tensor]:
+    return _results(x, weight, batch[0], batch[-1])
+
+
+class DoraDropped(torch.autograd.Function):
+    """Adapters with active dropout: the base product twice, see the module's docstring.
+
+    Saves x, s, the seeds, the parameters, and ``z = dropout(x) @ weight.T``, in PyTorch without the
+    mask's ``1 / (1 - p)``, where a magnitude wants a gradient. The mask is made again from the
+    seed.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        base: torch.Tensor | None,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        ids: torch.Tensor | None,
+        slots: tuple[int, ...],
+        dropout_p: tuple[float, ...],
+        impl: str,
+        *adapters: torch.Tensor,
+    ) -> torch.Tensor:
+        """Takes ``base``, the base layer's output, or computes it from weight and bias if None.
+
+        ``adapters`` has six tensors of each; see `Dropped`. ``ids [B]`` are per sample or per
+        token, and ``slots`` has the number in them of each adapter. Without ids there is one
+        adapter, which has all rows; with ids there is a ``base``.
+        """
+        flat = None if base is None else base.reshape(-1, base.shape[-1])
+        rows, needs = x.reshape(-1, x.shape[-1]), ctx.needs_input_grad
+        needs_a, needs_b, needs_m = (any(needs[at::_EACH]) for at in (8, 9, 10))
+        if ids is None:
+            own = Dropped._make((*adapters, *dropout_p, impl))
+            y, s, z = forward_rows(flat, rows, weight, bias, own)
+        else:
+            y, s, z = torch.ops.fastlora.dora_dropped(
+                *(flat, rows, weight, adapters, ids, slots, dropout_p, impl, needs_m)
+            )
+        ctx.slots, ctx.dropout_p, ctx.impl = slots, dropout_p, impl
+        ctx.x_shape, ctx.x_dtype, ctx.own_base = x.shape, x.dtype, base is None
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.save_for_backward(
+            x if needs[2] or needs_a or ids is not None else None,
+            weight,
+            ids,
+            s if needs_b or needs_m else None,
+            z if needs_m else None,
+            *adapters,
+        )
+        return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], weight.shape[0]))
+
+    @staticmethod
+    @plain_backward
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight, ids, s, z, *adapters = ctx.saved_tensors
+        needs_base, needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:4]
+        own_needs = _by(_EACH, ctx.needs_input_grad[8:])
+        wanted = [needs_x, needs_weight, *(need for own in own_needs for need in own[:3])]
+        dy = grad.reshape(-1, grad.shape[-1]).to(ctx.x_dtype)
+        rows = None if x is None else x.reshape(-1, x.shape[-1])
+        found: Sequence[torch.Tensor | None]
+        if ids is None:
+            adapter = Dropped._make((*adapters, *ctx.dropout_p, ctx.impl))
+            asked = Wanted(*wanted)
+            found = gradients(dy, rows, weight, adapter, s, z, asked, own_base=ctx.own_base)
+        else:
+            s = dy.new_empty(0, 0) if s is None else s
+            z = dy.new_empty(0, 0) if z is None else z
+            found = torch.ops.fastlora.dora_dropped_backward(
+                *(dy, rows, weight, adapters, ids, ctx.slots, ctx.dropout_p, ctx.impl),
+                *(s, z, wanted),
+            )
+        dx, d_weight, *d_own = (t if ask else None for t, ask in zip(found, wanted, strict=True))
+        dx = None if dx is None else dx.view(ctx.x_shape)
+        d_bias = dy.sum(0).to(ctx.bias_dtype) if needs_bias else None
+        d_adapters = [d for own in _by(3, d_own) for d in (*own, None, None, None)]
+        return (
+            *(grad if needs_base else None, dx, d_weight, d_bias),
+            *(None, None, None, None, *d_adapters),
+        )

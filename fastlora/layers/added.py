@@ -17,7 +17,7 @@ from fastlora.layers.decide import check_unmerged
 from fastlora.layers.norms import adapter_squares
 from fastlora.layers.scalings import Scalings
 from fastlora.ops.conditions import Conditions, conditions_of
-from fastlora.ops.torch.scale import scale_of
+from fastlora.ops.torch.dora import scale_of
 from fastlora.routing.ids import fits
 from fastlora.routing.in_force import is_captured, routing_of
 from fastlora.routing.routing import Routing

@@ -16,7 +16,7 @@ from fastlora.layers.quantised import Quantised
 from fastlora.layers.scalings import Scaling, Scalings
 from fastlora.layers.sharing import knows_siblings, note_compiled
 from fastlora.ops.factors import Base
-from fastlora.ops.torch.norms import nonzero
+from fastlora.ops.torch.dora import nonzero
 from fastlora.routing.routing import Group
 from fastlora.routing.siblings import Family, forget_siblings
 from fastlora.weight_marks import marks

@@ -1,25 +1,44 @@
-"""DoRA on one layer: the forward of active adapters.
+"""DoRA on one layer: the forward of active adapters, and the rows of a mixed batch that use it.
 
 An adapter uses DoRA where the layer's ``lora_magnitude_vector`` has its name.
+
+A mixed batch's products, by kernels, packed factors or PyTorch, give ``u + bias`` for every row,
+with ``u = x @ weight.T + scaling * s @ lora_b.T``. DoRA then scales the columns of its own rows;
+other rows keep their bits. An adapter whose dropout acts has no LoRA term before: its rows meet
+the base weight a second time (`fastlora.autograd.dora.DoraDropped`).
+
+Where a graph of autograd is recorded, rows are taken out adapter by adapter. Without one, and in a
+compiled graph, a row finds its adapter's g by its id; over a pool an operator finds it in memory.
+A compiled graph makes the norms of all the model's DoRA adapters in every forward, of those without
+rows too, for which ones have rows is the mix.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from fastlora.autograd.adapter import run_adapter
-from fastlora.autograd.dora import DoraScale
-from fastlora.autograd.dora_dropped import DoraDropped
+from fastlora.autograd.dora import DoraDropped, DoraScale
 from fastlora.autograd.linear import records_gradients
-from fastlora.layers.call import LayerCall
-from fastlora.layers.factors import scales_by_name, scaling_beside
+from fastlora.layers.call import LayerCall, MixedCall
+from fastlora.layers.factors import Scale, scales_by_name, scaling_beside
 from fastlora.layers.norms import adapter_squares, adapter_sums, magnitude_of
 from fastlora.layers.why import refuse_triton
 from fastlora.ops import backend as ops
-from fastlora.ops.factors import Base
-from fastlora.ops.torch.scale import scale_columns, scale_of
+from fastlora.ops.factors import Base, numbers_on
+from fastlora.ops.rows import Rows
+from fastlora.ops.seeds import seeds_of_layer
+from fastlora.ops.torch.dora import scale_columns, scale_of, times
+from fastlora.ops.triton.pieces import rows_at
+from fastlora.routing.routing import Routing
+
+if TYPE_CHECKING:
+    from fastlora.layers.common import CommonLayer
 
 
 def run_dora(call: LayerCall, base: Base, name: str) -> torch.Tensor:
@@ -96,3 +115,188 @@ def _called(call: LayerCall, y: torch.Tensor, name: str) -> torch.Tensor:
     else:
         scaled = y if bias is None else y - bias
     return (y + update + change * (scaled + update)).to(y.dtype)
+
+
+# ----------------------------------------------------------------------------- mixed batches
+
+
+class DoraSlots(NamedTuple):
+    """The slots whose adapter uses DoRA on one layer.
+
+    Attributes:
+        scaled: Those whose rows are scaled after their LoRA term.
+        dropped: Those whose dropout acts.
+    """
+
+    scaled: tuple[int, ...] = ()
+    dropped: tuple[int, ...] = ()
+
+
+def dora_slots(layer: CommonLayer, routing: Routing) -> DoraSlots | None:
+    """Returns which slots of a batch use DoRA on a layer; None where there are none.
+
+    Of a captured CUDA graph's slots only whether there may be any is known, and none are named.
+    """
+    source = routing.source
+    if routing.captured:
+        tables = source.tables
+        return None if tables is None or tables.scale_address is None else DoraSlots()
+    if source.residents is not None:
+        scaled = tuple(
+            slot
+            for slot, resident in enumerate(source.residents)
+            if resident is not None
+            and resident.uses_dora
+            and (factors := source.factors(layer, slot)) is not None
+            and factors.magnitude is not None
+        )
+        return DoraSlots(scaled) if scaled else None
+    magnitudes = layer._modules.get("lora_magnitude_vector")
+    if magnitudes is None or not magnitudes._modules:
+        return None
+    slots = [slot for slot, name in enumerate(routing.names) if name in magnitudes._modules]
+    if not slots:
+        return None
+    dropouts = layer._modules["lora_dropout"]._modules
+    dropped = tuple(slot for slot in slots if _acts(dropouts[routing.names[slot]]))
+    return DoraSlots(tuple(slot for slot in slots if slot not in dropped), dropped)
+
+
+def _acts(dropout: nn.Module) -> bool:
+    return type(dropout) is nn.Dropout and dropout.training and dropout.p > 0.0
+
+
+def dora_rows(call: MixedCall, y: torch.Tensor, slots: DoraSlots) -> torch.Tensor:
+    """Returns ``y [..., N]``, bias included, with DoRA in the rows of slots of `dora_slots`.
+
+    Rows of dropped ones are the base layer's before.
+    """
+    layer, routing, compiling = call.layer, call.routing, call.conditions.compiling
+    (scaled, dropped), bias, rows = slots, layer._own_bias(), None
+    if not compiling and _wants_rows(layer, y, bias, routing, slots):
+        rows = call.rows(host=True)
+        scaled = tuple(slot for slot in scaled if slot in rows.present)
+        dropped = tuple(slot for slot in dropped if slot in rows.present)
+    scales = routing.source.scales(call, (*scaled, *dropped))
+    if dropped:
+        y = _with_dropped(call, y, dropped, scales[len(scaled) :])
+    if not scaled:
+        return y
+    scales = scales[: len(scaled)]
+    if rows is not None:
+        if routing.source.residents is not None:
+            # A later block may write other scales where these lie.
+            scales = [Scale(g.clone(), None) for g, _ in scales]
+        return _scale_segments(y, bias, rows, dict(zip(scaled, scales, strict=True)))
+    return _scale_by_id(call, y, bias, dict(zip(scaled, scales, strict=True)))
+
+
+def _wants_rows(
+    layer: CommonLayer,
+    y: torch.Tensor,
+    bias: torch.Tensor | None,
+    routing: Routing,
+    slots: DoraSlots,
+) -> bool:
+    """Whether a graph is recorded through the scale of some row, or dropout acts."""
+    if slots.dropped:
+        return True
+    magnitudes = []
+    if routing.source.residents is None:
+        magnitudes = [magnitude_of(layer, routing.names[slot]) for slot in slots.scaled]
+    return records_gradients(y, bias, *magnitudes)
+
+
+def _with_dropped(
+    call: MixedCall, y: torch.Tensor, slots: tuple[int, ...], scales: Sequence[Scale]
+) -> torch.Tensor:
+    """Returns ``y [..., N]`` with the adapters of some slots, whose dropout acts, in their rows."""
+    layer, routing, x = call.layer, call.routing, call.x
+    if call.conditions.compiling:
+        seeds = seeds_of_layer(routing.seeds, layer.routed_as)
+    else:
+        seeds = routing.seeds_of(layer.routed_as, torch.device("cpu"))
+    adapters: list[torch.Tensor] = []
+    acting: dict[int, float] = {}
+    for slot, scale in zip(slots, scales, strict=True):
+        factors = routing.source.factors(layer, slot, call)
+        if factors is not None:
+            seed = layer._own_seed(seeds[slot : slot + 1])
+            adapters += (factors.lora_a, factors.lora_b, *scale, factors.scaling, seed)
+            acting[slot] = factors.dropout_p
+    weight = layer._weight_to_save(call.conditions.compiling)
+    return DoraDropped.apply(
+        *(y, x, weight, None, routing.ids, tuple(acting), tuple(acting.values())),
+        *(call.conditions.impl, *adapters),
+    )
+
+
+# -------------------------------------------------------------------------- without segments
+
+
+def _scale_by_id(
+    call: MixedCall, y: torch.Tensor, bias: torch.Tensor | None, scales: dict[int, Scale]
+) -> torch.Tensor:
+    """Returns a new y ``[..., N]`` with the rows of some slots scaled, bias ``[N]`` included.
+
+    Without a graph of autograd, or traced; on y's device, and without waiting for the ids.
+    """
+    routing, traced = call.routing, call.conditions.compiling
+    magnitudes, squares = zip(*scales.values(), strict=True)
+    g = scale_of(torch.stack(magnitudes), None if squares[0] is None else torch.stack(squares))
+    # [slots + 1, N]: ones in the last row, for all that are not scaled.
+    table, last = torch.cat([g, torch.ones_like(g[:1])]), len(scales)
+    row_of = {slot: row for row, slot in enumerate(scales)}
+    rows = tuple(row_of.get(slot, last) for slot in range(len(routing.names))) + (last,)
+    device = y.device
+    known = torch.tensor(rows, device=device) if traced else numbers_on(rows, torch.int64, device)
+    flat = y.reshape(-1, y.shape[-1])
+    each = flat.shape[0] // max(routing.ids.shape[0], 1)
+    places = known[routing.ids.to(device).clamp(min=-1)]  # -2 is an id that was out of range
+    places = places.unsqueeze(1).expand(-1, each).reshape(-1)
+    u = flat if bias is None else flat - bias.to(flat.dtype)
+    scaled = times(u, table.index_select(0, places), traced)
+    if bias is not None:
+        scaled += bias.to(flat.dtype)
+    return torch.where((places == last).unsqueeze(1), flat, scaled).view(y.shape)
+
+
+# ------------------------------------------------------------------------------ in segments
+
+
+def _scale_segments(
+    y: torch.Tensor, bias: torch.Tensor | None, rows: Rows, scales: dict[int, Scale]
+) -> torch.Tensor:
+    """Returns ``y [..., N]``, bias ``[N]`` included, with the rows of some slots scaled."""
+    segments = [segment for segment in rows.segments if segment.slot in scales]
+    lengths = tuple(segment.stop - segment.start for segment in segments)
+    flat = y.reshape(-1, y.shape[-1])
+    whole = rows.in_order and sum(lengths) == flat.shape[0]
+    if not whole:
+        places = torch.cat([torch.arange(s.start, s.stop) for s in segments]).to(y.device)
+        index = places if rows.in_order else rows.order.index_select(0, places).long()
+    own = flat if whole else flat.index_select(0, index)
+    u = own if bias is None else own - bias.to(own.dtype)
+    parts = zip(u.split(lengths), segments, strict=True)
+    scaled = torch.cat([DoraScale.apply(p, bias, False, *scales[s.slot]) for p, s in parts])
+    return (scaled if whole else flat.index_copy(0, index, scaled)).view(y.shape)
+
+
+# -------------------------------------------------------------------------------- over a pool
+
+
+def scale_pool_rows_(call: MixedCall, y: torch.Tensor) -> torch.Tensor:
+    """Scales DoRA's rows of ``y [..., N]`` in place: an operator finds g where tables say it lies.
+
+    So it is the same in a compiled graph, in a captured one and without: what changes with the
+    batch, a load or a hot swap are the contents of tensors. Nothing is done where the pool has not
+    seen such an adapter: its first one compiles a graph anew.
+    """
+    layer, tables = call.layer, call.routing.source.tables
+    if tables is None or tables.scale_address is None:
+        return y
+    flat, bias = y.view(-1, y.shape[-1]), layer._own_bias()
+    rows, impl = call.rows(), "eager" if call.conditions.impl == "eager" else "triton"
+    own = rows_at(rows) if impl == "triton" else rows.tensors()
+    torch.ops.fastlora.lora_scale_(flat, bias, own, tables.scale_address, layer.table_row, impl)
+    return y

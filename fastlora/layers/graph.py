@@ -16,7 +16,7 @@ from fastlora.layers import (
     tables,
 )
 from fastlora.layers.call import MixedCall
-from fastlora.layers.dora_rows import dora_rows, scale_pool_rows_
+from fastlora.layers.dora import dora_rows, scale_pool_rows_
 from fastlora.layers.graph_slots import slots_of
 from fastlora.layers.sharing import shared_shrink
 from fastlora.ops.factors import Base, Tables

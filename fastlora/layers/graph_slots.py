@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from fastlora.layers.call import MixedCall
-from fastlora.layers.dora_rows import DoraSlots, dora_slots
+from fastlora.layers.dora import DoraSlots, dora_slots
 from fastlora.layers.factors import factors_of
 from fastlora.ops.conditions import KERNEL_DTYPES
 from fastlora.ops.factors import Slots

@@ -16,8 +16,7 @@ from fastlora.layers.norms import base_squares, rows_of
 from fastlora.layers.scalings import Scaling
 from fastlora.layers.stored import Fingerprint, Stored, equal, sums_of_bits
 from fastlora.layers.why import uses_dora
-from fastlora.ops.torch.norms import adapted_sums, square_norms
-from fastlora.ops.torch.scale import scale_of
+from fastlora.ops.torch.dora import adapted_sums, scale_of, square_norms
 from fastlora.validation import AdapterStateError, UnsupportedLayerError
 
 # Rows of the weight that a merge handles at once: its only temporary.

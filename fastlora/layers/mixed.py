@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 
 from fastlora.autograd import linear
-from fastlora.layers import dora_rows, graph, packs, tables
+from fastlora.layers import dora as dora_layer
+from fastlora.layers import graph, packs, tables
 from fastlora.layers.absent import with_absent
 from fastlora.layers.call import MixedCall
 from fastlora.layers.decide import check_devices, decide
@@ -36,7 +37,7 @@ def run(call: MixedCall, base: Base) -> torch.Tensor:
             return made
     magnitudes, dora = layer._modules.get("lora_magnitude_vector"), None
     if (magnitudes is not None and magnitudes._modules) or routing.source.residents is not None:
-        dora = dora_rows.dora_slots(layer, routing)
+        dora = dora_layer.dora_slots(layer, routing)
     kept: packs.KeptDecision | None = routing.kept.decisions.get(layer.routed_as)
     if kept is not None and kept.holds(call, base):
         y, by_address = packs.run_kept(call, base, kept), False
@@ -45,8 +46,8 @@ def run(call: MixedCall, base: Base) -> torch.Tensor:
     if dora is None:
         return y
     if by_address and routing.source.residents is not None:
-        return dora_rows.scale_pool_rows_(call, y)
-    return dora_rows.dora_rows(call, y, dora)
+        return dora_layer.scale_pool_rows_(call, y)
+    return dora_layer.dora_rows(call, y, dora)
 
 
 def _by_rows(call: MixedCall, base: Base, without: tuple[int, ...]) -> tuple[torch.Tensor, bool]:

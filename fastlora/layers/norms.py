@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from fastlora.ops.torch.norms import InRows, adapted_sums, square_norms
+from fastlora.ops.torch.dora import InRows, adapted_sums, square_norms
 from fastlora.sharding import gathers_parameters, is_sharded, local
 from fastlora.weight_marks import Kept, Stamp, marks, stamp_of
 

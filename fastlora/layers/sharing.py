@@ -27,7 +27,7 @@ from fastlora.layers import (
 )
 from fastlora.layers.call import LayerCall, MixedCall
 from fastlora.layers.decide import slots_for_kernels
-from fastlora.layers.dora_rows import dora_slots
+from fastlora.layers.dora import dora_slots
 from fastlora.layers.factors import factors_of, has_tensor_hooks, is_hooked
 from fastlora.ops.conditions import constant_when_compiled
 from fastlora.ops.factors import Slots

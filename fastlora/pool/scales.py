@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from fastlora.layers.norms import adapter_squares, base_stamp, may_keep
-from fastlora.ops.torch.scale import scale_of
+from fastlora.ops.torch.dora import scale_of
 from fastlora.pool.resident import Resident, Scales
 from fastlora.pool.tables import PoolTables
 from fastlora.pool.transfers import Transfers

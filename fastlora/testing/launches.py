@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from unittest import mock
 
 from fastlora.env import triton_interpreted
 from fastlora.ops import conditions
+
+if TYPE_CHECKING:
+    from fastlora.kernels.chips import Chip
 
 _WARP_SIZE = {"cuda": 32, "hip": 64}
 # Triton keeps what it compiled by the number of the device: each block has a device of its own.
@@ -77,10 +80,10 @@ def stubbed_launches(chip: str = "sm_90", processors: int = 132) -> Iterator[lis
     from fastlora.kernels import chips
 
     described = chips.Chip(chip, processors)
-    shared_limit = described.shared_limit  # raises for an unknown chip
     launches: list[Launch] = []
+    counting = _CountingDriver(described, launches)  # raises for an unknown chip
     before, status = driver._active, (True, f"stubbed ({chip})")
-    driver.set_active(_Driver(chip, processors, shared_limit, launches))
+    driver.set_active(counting)
     compiler.max_shared_mem.cache_clear()
     try:
         with (
@@ -94,24 +97,24 @@ def stubbed_launches(chip: str = "sm_90", processors: int = 132) -> Iterator[lis
         compiler.max_shared_mem.cache_clear()
 
 
-class _Driver:
-    """What Triton's runtime asks of a driver, for a device that is not there."""
+class StandInDriver:
+    """What Triton's runtime asks of a driver, for a chip that is not there.
 
-    def __init__(
-        self, chip: str, processors: int, shared_limit: int, launches: list[Launch]
-    ) -> None:
+    A subclass has ``load_binary`` and ``launcher_cls``.
+    """
+
+    def __init__(self, chip: Chip) -> None:
         from triton.backends.compiler import GPUTarget
 
-        kind = "hip" if chip.startswith("gfx") else "cuda"
-        arch: Any = chip if kind == "hip" else int(chip.removeprefix("sm_"))
-        self._target = GPUTarget(kind, arch, _WARP_SIZE[kind])
-        self._number = next(_numbers)
-        self._launches = launches
+        kind = "hip" if chip.arch.startswith("gfx") else "cuda"
         self._properties = {
-            "max_shared_mem": shared_limit,
-            "multiprocessor_count": processors,
+            "max_shared_mem": chip.shared_limit,
+            "multiprocessor_count": chip.num_sms,
             "warpSize": _WARP_SIZE[kind],
         }
+        arch: Any = chip.arch if kind == "hip" else int(chip.arch.removeprefix("sm_"))
+        self._target = GPUTarget(kind, arch, _WARP_SIZE[kind])
+        self._number = next(_numbers)
         self.utils = self
 
     def get_current_target(self) -> Any:
@@ -130,12 +133,20 @@ class _Driver:
         """Returns the chip's limits."""
         return self._properties
 
+    def unload_module(self, module: Any) -> None:
+        """Python frees what was loaded."""
+
+
+class _CountingDriver(StandInDriver):
+    """Notes each launch and runs none."""
+
+    def __init__(self, chip: Chip, launches: list[Launch]) -> None:
+        super().__init__(chip)
+        self._launches = launches
+
     def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[Any, ...]:
         """Returns module, function, registers, spills and the most threads of a program."""
         return object(), binary, 0, 0, 1024
-
-    def unload_module(self, module: Any) -> None:
-        """Nothing was loaded."""
 
     def launcher_cls(self, source: Any, metadata: Any) -> Any:
         """Returns what launches a kernel: it notes that it was called."""

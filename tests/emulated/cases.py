@@ -51,6 +51,7 @@ def one(
     p: float = 0.0,
     siblings: Sequence[int] = (),
     fp32_factors: bool = False,
+    expanded: bool = False,
     **fields: Any,
 ) -> Case:
     """A kernel of one adapter.
@@ -62,6 +63,7 @@ def one(
         p: Dropout's probability.
         siblings: Ranks of further layers, for d_lora_a.
         fp32_factors: Whether factors and bias are fp32, with a scaling for each rank row.
+        expanded: Whether one row is all rows of x.
         fields: Of the config.
     """
 
@@ -71,6 +73,8 @@ def one(
         if fp32_factors:
             problem.lora_a, problem.lora_b = lab.rand(r, k), lab.rand(n, r)
             problem.bias, problem.scaling = lab.rand(n), torch.linspace(0.1, 2.0, r)
+        if expanded:
+            problem.x = lab.rand(1, k, dtype=dtype).expand(m, k)
         config = replace(problem.config(f"lora_{kernel}"), **fields)
         found: Results = getattr(problem, kernel)(config)
         problem.check(found)
@@ -227,13 +231,18 @@ def mixed_invariant(shape: tuple[int, int, int], dtype: torch.dtype = BF16) -> C
 
 
 def mixed_coded(
-    kind: str, m: int, adapters: int, dtype: torch.dtype = BF16, plan: str = "auto"
+    kind: str,
+    m: int,
+    adapters: int,
+    dtype: torch.dtype = BF16,
+    plan: str = "auto",
+    cycle: Sequence[int] = (8, 3, 0, 16),
 ) -> Case:
-    """A linear over codes of a mixed batch; many adapters go by pieces."""
+    """A linear over codes of a mixed batch, ranks in a cycle; many adapters go by pieces."""
 
     def run(lab: Lab) -> Results:
         ids = [(5 * row) % (adapters + 1) - 1 for row in range(m)]
-        ranks = [[(8, 3, 0, 16)[slot % 4] for slot in range(adapters)]]
+        ranks = [[cycle[slot % len(cycle)] for slot in range(adapters)]]
         problem = of_tables(lab, kind, ids, ranks, dtype)
         y = at(problem, plan)
         problem.check(y)
@@ -243,7 +252,13 @@ def mixed_coded(
 
 
 def step(
-    shape: tuple[int, int, int], dtype: torch.dtype = BF16, plan: str = "fused", **given: Any
+    shape: tuple[int, int, int],
+    dtype: torch.dtype = BF16,
+    plan: str = "fused",
+    *,
+    most: int = 3,
+    run_rows: int = 16,
+    **given: Any,
 ) -> Case:
     """Forward and every gradient of a mixed batch that trains, one adapter with rows in many runs.
 
@@ -251,13 +266,15 @@ def step(
         shape: Rows, outputs, inputs.
         dtype: Of x, the base and the gradients that flow.
         plan: Of the forward and of dx.
+        most: The slot of all rows behind the first 40.
+        run_rows: Positions of a run in the backward.
         given: Of `GradProblem`.
     """
 
     def run(lab: Lab) -> Results:
         m, n, k = shape
-        ids = mix(min(m, 40)) + [3] * (m - 40)
-        problem = GradProblem(lab, ids, n, k, dtype, run_rows=16, **given)
+        ids = mix(min(m, 40)) + [most] * (m - 40)
+        problem = GradProblem(lab, ids, n, k, dtype, run_rows=run_rows, **given)
         found = problem.run(plan)
         problem.check(found)
         return found

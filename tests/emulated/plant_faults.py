@@ -7,7 +7,9 @@ run on tensors that have NaN between their rows, and end where their storage end
 detected by a report, by a launch that is given up, by values beyond the budget, or by bits that
 differ between the orders of warps and programs. One that is not detected needs a reason.
 `planted_faults.csv` has the faults. A reason that was written there stays as long as its fault.
-Reasons that begin with "open" name what should show the fault, and was not tried.
+
+A fault is drawn from what `cases` reach, and tried in `other_sizes`, too: many a fault reads behind
+a row, and only the last row of a tensor has nothing behind it.
 """
 
 from __future__ import annotations
@@ -109,6 +111,44 @@ def cases() -> dict[str, Callable[[lab.Lab], dict[str, torch.Tensor]]]:
     }
 
 
+def other_sizes() -> dict[str, Callable[[lab.Lab], dict[str, torch.Tensor]]]:
+    """Returns cases from which no faults are drawn; those that `cases` do not show are tried here.
+
+    In most of them the lane that a fault concerns has the last row of a tensor.
+    """
+    from tests.emulated import cases as known
+
+    fp16, fp32, nested = known.FP16, known.FP32, "nf4 nested"
+    return {
+        "grad_a, 33 rows": known.one("grad_a", (33, 1, 300, 16), p=0.3, siblings=(8,)),
+        "shrink, fp32, 5 rows": known.one("shrink", (5, 1, 200, 5), fp32, splits=5),
+        "codes, nf4 nested, long": known.coded(nested, (64, 33, 1280, 40)),
+        "codes, nf4 nested, 5 outputs": known.coded(nested, (64, 5, 320, 40)),
+        "shrink, one row for all": known.one("shrink", (33, 1, 128, 16), p=0.3, expanded=True),
+        "mixed codes, rank of 1": known.mixed_coded(nested, 21, 9, cycle=(1, 3, 0, 16)),
+        "mixed sort, 7 slots": known.sort(40, 1, 7, 16),
+        # Rows of the last slot end with the batch, and so does their last piece.
+        **{
+            f"mixed step, last slot, {m} rows": known.step((m, 600, 70), dropout=True, most=6)
+            for m in (130, 138)
+        },
+        **{
+            f"mixed step, fp32 factors, {m} rows": known.step(
+                (m, 300, 64), factor_dtype=fp32, dropout=True, most=6, run_rows=run_rows
+            )
+            for m, run_rows in ((148, 64), (168, 16))
+        },
+        "mixed step, fp16, 3 outputs": known.step((138, 3, 64), fp16, "split", most=6),
+        "mixed step, fp32, 3 outputs": known.step((130, 3, 48), fp32, most=6),
+        "mixed step, rank 11": known.step(
+            (45, 600, 70), dropout=True, ranks=(1, 3, 8, 11, 64, 0, 16)
+        ),
+        "mixed step, fp16, rank 200": known.step(
+            (45, 64, 64), fp16, "split", ranks=(1, 3, 8, 16, 200, 0, 16)
+        ),
+    }
+
+
 def run(emulation: Emulation, case: str) -> tuple[dict[str, torch.Tensor], str]:
     """Runs a case; returns its results, and the first thing that tells of a fault."""
     emulation.launches.clear()
@@ -117,7 +157,7 @@ def run(emulation: Emulation, case: str) -> tuple[dict[str, torch.Tensor], str]:
     error = ""
     try:
         made = lab.Lab() if case in without_padding else PaddedLab()
-        found = cases()[case](made)
+        found = {**cases(), **other_sizes()}[case](made)
     except (AssertionError, RuntimeError) as raised:
         error = f"values: {(str(raised) or 'an assertion').splitlines()[0][:80]}"
     reports = [report.split(" in _")[0] for report in emulation.reports]
@@ -187,7 +227,9 @@ def describe(chip: str, place: Place, detected: str) -> Row:
     record = program.code[place.record]
     text = " ".join(program.text.split("\n")[line].split("//")[0].split())
     source = f"{program.files.get(int(record['file']), '')}:{record['line']}"
-    variant = hashlib.sha256(program.text.encode()).hexdigest()[:8]
+    # Behind the kernel stand the paths of its sources, which depend on the checkout.
+    kernel = program.text.partition("\n\t.file")[0]
+    variant = hashlib.sha256(kernel.encode()).hexdigest()[:8]
     about = chip, program.name, variant, place.kind, line + 1, text[:60], source
     return Row(*about, detected, "")
 
@@ -210,8 +252,16 @@ def attempt(emulation: Emulation, place: Place, cost: dict[str, int]) -> str:
 def try_faults(emulation: Emulation, count: int, only: str) -> Iterator[Row]:
     """Draws faults, and yields each once it was tried."""
     found, cost = survey(emulation, cases(), only)
-    for place in draw(found, count):
-        yield describe(emulation.chip, place, attempt(emulation, place, cost))
+    drawn = list(draw(found, count))
+    further, further_cost = survey(emulation, other_sizes(), only)
+    cost |= further_cost
+    others: dict[Program, set[str]] = defaultdict(set)
+    for program, _, _, names in further:
+        others[program].update(names)
+    for place in drawn:
+        tried = (*place.cases, *sorted(others[place.program], key=lambda case: cost[case]))
+        told = attempt(emulation, place._replace(cases=tried), cost)
+        yield describe(emulation.chip, place, told)
 
 
 def table() -> list[Row]:

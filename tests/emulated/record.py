@@ -19,7 +19,10 @@ from tests.emulated.emulate import LOG, outcomes
 KEY = json.loads(os.environ["EMULATE_RECORD"])
 assert KEY["triton"] == triton.__version__
 # Tests of tests/kernels that the emulator cannot run, by a part of their name.
-LEFT_OUT = {"test_kept.py": "needs streams and graphs of CUDA"}
+LEFT_OUT = {
+    "test_kept.py": "needs streams and graphs of CUDA",
+    "test_mixed_ops.py::test_cuda_graph": "needs graphs of CUDA",
+}
 # Launches of earlier tests.
 _COUNTED = pytest.StashKey[int]()
 
@@ -44,6 +47,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             done.append(item)
     items[:] = [item for item in items if item not in done]
     config.hook.pytest_deselected(items=done)
+
+
+def pytest_collectreport(report: pytest.CollectReport) -> None:
+    """Writes down a file that is skipped whole."""
+    if report.skipped and report.nodeid not in outcomes(KEY):
+        write(report.nodeid, "skipped", reason=str(report.longrepr[2]))  # type: ignore[index]
 
 
 @pytest.hookimpl(wrapper=True)

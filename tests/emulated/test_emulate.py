@@ -24,10 +24,10 @@ def test_skips(): pytest.skip("it says why")
 """
 
 
-def run(folder: Path, part: str, fails: bool) -> list[dict[str, Any]]:
+def run(folder: Path, part: str, fails: bool, tests: str = TESTS) -> list[dict[str, Any]]:
     """Runs the tests on sm_80 in a process of their own, and returns the new lines of the log."""
     path, log = folder / "test_some.py", folder / "log.jsonl"
-    path.write_text(TESTS.format(fails=fails), encoding="utf-8")
+    path.write_text(tests.format(fails=fails), encoding="utf-8")
     before = log.read_text(encoding="utf-8") if log.exists() else ""
     code = f"from tests.emulated.emulate import *; execute(Run({part!r}, 'sm_80', {path!r}), '')"
     code = f"from pathlib import PosixPath; {code}"
@@ -49,6 +49,16 @@ def test_a_second_run_leaves_out_what_did_not_fail(tmp_path: Path, part: str) ->
     assert names == (every if part == "cases" else ["test_fails"])
     assert all(line["outcome"] != "failed" for line in second)
     assert run(tmp_path, part, fails=False) == []
+
+
+def test_a_file_that_is_skipped_whole_is_written_down_once(tmp_path: Path) -> None:
+    path, log = tmp_path / "test_some.py", tmp_path / "log.jsonl"
+    skips = "import pytest\npytest.skip('it says why', allow_module_level=True)\n"
+    for _ in range(2):
+        run(tmp_path, "kernels", fails=False, tests=skips)
+    (line,) = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    assert line["test"].endswith(path.name)
+    assert line["outcome"] == "skipped" and "it says why" in line["reason"]
 
 
 def test_sm_100_is_refused_by_name(capsys: pytest.CaptureFixture[str]) -> None:

@@ -53,23 +53,23 @@ COMPARISONS |= {f"{name}u": 16 + COMPARISONS[name] for name in ("eq", "ne", "lt"
 COMPARISONS |= {"lo": 2, "ls": 3, "hi": 4, "hs": 5}
 ROUNDINGS = {"rn": 0, "rna": 0, "rz": 1, "rm": 2, "rp": 3}
 INTEGRAL_ROUNDINGS = {"rni": 0, "rzi": 1, "rmi": 2, "rpi": 3}
-ATOMICS = ("add", "min", "max", "and", "or", "xor", "exch", "cas")
+REDUCTIONS = ("add", "min", "max", "and", "or", "xor")
 SIMPLE = _words(
-    "add sub mul fma div rem min max abs neg and or xor not bfe bfi popc clz brev prmt selp "
-    "rcp sqrt rsqrt ex2 lg2 tanh shl shr"
+    "add sub mul fma div rem min max abs neg and or xor not bfe popc clz prmt selp rcp sqrt rsqrt "
+    "ex2 lg2 tanh shl shr"
 )
 SINGLE_PRECISION = ("rcp", "sqrt", "rsqrt", "ex2", "lg2", "tanh")
 WITH_TWO_TYPES = ("cvt", "mma", "wgmma", "add", "sub", "fma")
-SHIFTS = {"shl": 1, "shr": 1, "bfe": 1, "bfi": 2}  # operands before the 32-bit ones
+SHIFTS = ("shl", "shr", "bfe")  # operands behind the first one have 32 bits
 WITHOUT_EFFECT = ("membar", "fence", "nanosleep", "discard", "setmaxnreg", "prefetch")
 # Modifiers without influence on what is computed here: caches, scopes, layouts that mma fixes.
 NEUTRAL = _words(
     "approx full sync aligned uni to nc volatile relaxed acquire release acq_rel gpu cta sys "
     "global param shared shared::cta noftz row col lo hi wide cg ca async commit_group wait_group "
     "wait_all v2 v4 v8 x1 x2 x4 trans m8n8 relu mma_async proxy fence warp clamp wrap up "
-    "down bfly idx ballot any all cluster fractional arrive wait launch_dependents l r"
+    "down bfly idx cluster fractional arrive wait launch_dependents l r"
 )
-MODIFIERS = {*NEUTRAL, *COMPARISONS, *ROUNDINGS, *INTEGRAL_ROUNDINGS, *ATOMICS, *TYPES, "ftz"}
+MODIFIERS = {*NEUTRAL, *COMPARISONS, *ROUNDINGS, *INTEGRAL_ROUNDINGS, *REDUCTIONS, *TYPES, "ftz"}
 
 
 class UnsupportedInstruction(NotImplementedError):
@@ -347,7 +347,7 @@ class _Decoder:
         assert "relu" not in s.modifiers
         if len(s.kinds) > 1:
             return self.mixed(s)
-        typed = SHIFTS.get(s.base, len(s.operands))
+        typed = 1 if s.base in SHIFTS else len(s.operands)
         of = [self.operand(o, s.kind if i < typed else "U32") for i, o in enumerate(s.operands[1:])]
         if s.base == "selp":
             of[2] = self.operand(s.operands[3], "PRED")
@@ -383,11 +383,6 @@ class _Decoder:
             return self.emit("SREG", s.kind, [self.operand(to, s.kind)], immediate=number)
         opcode = "PACK" if of[0] == "{" else "UNPACK" if to[0] == "{" else "MOV"
         return self.emit(opcode, s.kind, self.group(to, s.kind), self.group(of, s.kind))
-
-    def _lop3(self, s: _Statement) -> None:
-        of = [self.operand(o, s.kind) for o in s.operands[1:4]]
-        to = [self.operand(s.operands[0], s.kind)]
-        self.emit("LOP3", s.kind, to, of, immediate=int(s.operands[4], 0))
 
     def _shf(self, s: _Statement) -> None:
         to, *of = [self.operand(o, "U32") for o in s.operands]
@@ -435,21 +430,6 @@ class _Decoder:
         of = [base, *self.group(s.operands[1], s.kind)]
         self.emit(opcode, s.kind, (), of, immediate=offset)
 
-    def _atom(self, s: _Statement) -> None:
-        to, *of = s.operands
-        self.atomic(s, [self.operand(to, s.kind)], of)
-
-    def _red(self, s: _Statement) -> None:
-        self.atomic(s, [], s.operands)
-
-    def atomic(self, s: _Statement, to: list[int], of: list[str]) -> None:
-        """Decodes an atomic operation of global or shared memory."""
-        base, offset = self.address(of[0])
-        number = ATOMICS.index(next(m for m in s.modifiers if m in ATOMICS))
-        values = [self.operand(o, s.kind) for o in of[1:]]
-        shared = int(s.is_shared)
-        self.emit("ATOMIC", s.kind, to, [base, *values], a=number, b=shared, immediate=offset)
-
     def _shfl(self, s: _Statement) -> None:
         mode = ("up", "down", "bfly", "idx").index(s.modifiers[1])
         to, *of = s.operands
@@ -458,15 +438,7 @@ class _Decoder:
 
     def _redux(self, s: _Statement) -> None:
         to, *of = [self.operand(o, s.kind) for o in s.operands]
-        self.emit("REDUX", s.kind, [to], of, a=ATOMICS.index(s.modifiers[1]))
-
-    def _vote(self, s: _Statement) -> None:
-        to, of = self.operand(s.operands[0], "U32"), self.operand(s.operands[1], "PRED")
-        mode = ("ballot", "any", "all").index(s.modifiers[1])
-        self.emit("VOTE", "PRED", [to], [of], a=mode)
-
-    def _elect(self, s: _Statement) -> None:
-        self.emit("ELECT", "PRED", [self.operand(o, "U32") for o in s.operands[0].split("|")])
+        self.emit("REDUX", s.kind, [to], of, a=REDUCTIONS.index(s.modifiers[1]))
 
     def _bar(self, s: _Statement) -> None:
         if "cluster" in s.modifiers:  # of one program

@@ -14,6 +14,7 @@ from unittest import mock
 
 import torch
 
+from fastlora.testing.launches import StandInDriver
 from tests.emulator.build import cache_folder
 from tests.emulator.decode import Program
 from tests.emulator.execute import FORWARD, Outcome, execute, forget_last_launch
@@ -172,50 +173,23 @@ def _leaves(values: Iterable[Any]) -> Iterator[Any]:
             yield value
 
 
-class _Driver:
-    """What Triton's runtime asks of a driver."""
+class _Driver(StandInDriver):
+    """What Triton's runtime asks of a driver; launches are executed."""
 
     def __init__(self, chip: Any) -> None:
-        from triton.backends.compiler import GPUTarget
-
-        self._target = GPUTarget("cuda", int(chip.arch.removeprefix("sm_")), 32)
+        super().__init__(chip)
         key = chip.arch, chip.num_sms
         self._number = _numbers_of.get(key) or _numbers_of.setdefault(key, next(_numbers))
-        self._properties = {
-            "max_shared_mem": chip.shared_limit,
-            "multiprocessor_count": chip.num_sms,
-            "warpSize": 32,
-        }
-        self.utils = self
         self.launcher_cls = _Launcher
-
-    def get_current_target(self) -> Any:
-        """Returns what kernels are compiled for."""
-        return self._target
-
-    def get_current_device(self) -> int:
-        """Returns the device's number."""
-        return self._number
-
-    def get_current_stream(self, device: int) -> int:
-        """Returns the default stream."""
-        return 0
 
     def get_active_torch_device(self) -> torch.device:
         """Returns where tensors are."""
         return torch.device("cpu")
 
-    def get_device_properties(self, device: int) -> dict[str, int]:
-        """Returns the chip's limits."""
-        return self._properties
-
     def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[Any, ...]:
         """Returns module, function, registers, spills and the most threads of a program."""
         program = Program(binary.decode(), shared)
         return program, program, 0, 0, 1024
-
-    def unload_module(self, module: Any) -> None:
-        """Python frees it."""
 
 
 class _Launcher:

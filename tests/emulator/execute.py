@@ -176,11 +176,14 @@ class _Finder:
 
     def find(self, address: int, size: int) -> int:
         """Adds the storage that has an address, and returns whether there is one."""
-        if self.misses == _MOST_MISSES:
+        if self.misses == _MOST_MISSES or self.reaches_past(address, size):
             return 0
         for tensor in _living_tensors():
             storage = tensor.untyped_storage()
-            low = storage.data_ptr()
+            try:
+                low = storage.data_ptr()
+            except RuntimeError:  # a tracer's, which has no memory
+                continue
             high = low + storage.nbytes()
             inside = low <= address and address + size <= high
             if inside and low not in self.used and self.is_meant(low, high):
@@ -189,6 +192,13 @@ class _Finder:
                 return 1
         self.misses += 1
         return 0
+
+    def reaches_past(self, address: int, size: int) -> bool:
+        """Whether an access is in part within a storage that is known."""
+        return any(
+            low < address + size and address < low + storage.nbytes()
+            for low, storage in self.used.items()
+        )
 
     def is_meant(self, low: int, high: int) -> bool:
         """Whether an argument, or memory that the launch may read, has an address of a storage."""

@@ -160,7 +160,7 @@ class _Reader:
 
     def guarded(self) -> list[int]:
         """Returns accesses to memory whose guard excluded a lane, or copies that were cut."""
-        accesses = self.of("LD_GLOBAL", "ST_GLOBAL", "ST_SHARED", "ATOMIC", at_edge=True)
+        accesses = self.of("LD_GLOBAL", "ST_GLOBAL", "ST_SHARED", at_edge=True)
         copies = self.of("CP_ASYNC", at_edge=True)
         accesses = [i for i in accesses if self.program.code[i]["guard"] >= 0]
         return accesses + [i for i in copies if len(self.sources(i)) > 2]
@@ -168,8 +168,7 @@ class _Reader:
     def bounds(self) -> list[int]:
         """Returns comparisons of integers from which masks of global memory are made."""
         masks = {
-            int(self.program.code[i]["guard"]) >> 1
-            for i in self.all_of(("LD_GLOBAL", "ST_GLOBAL", "ATOMIC"))
+            int(self.program.code[i]["guard"]) >> 1 for i in self.all_of(("LD_GLOBAL", "ST_GLOBAL"))
         }
         masks |= {self.sources(i)[2] for i in self.of("CP_ASYNC") if len(self.sources(i)) > 2}
         before = 0

@@ -256,13 +256,15 @@ def test_the_exempt_report_alone_is_dropped() -> None:
         assert lenient.reports == ([] if report == COPY_FENCE else strict.reports)
 
 
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
 def test_memory_that_nothing_points_to_is_out_of_bounds() -> None:
     """Another tensor may be read where an argument has its address, directly or in a table."""
     body = "ld.global.b64 %q, [%p0]; ld.global.b32 %x, [%q]; st.global.b32 [%p1], %x;"
     other, out = torch.tensor([5, 6, 7], dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
     table = torch.tensor([other.data_ptr()])
+    traced = torch._to_functional_tensor(torch.zeros(3))  # a tracer's, which has no memory
     assert run(body, table, out).reports == []
-    assert int(out) == 5
+    assert int(out) == 5 and traced.numel() == 3
     lost = f"mov.b64 %q, {other.data_ptr()}; ld.global.b32 %x, [%q];"
     assert run(lost, out).reports[0].startswith("OOB global read")
 
@@ -272,6 +274,14 @@ def test_a_word_that_holds_a_byte_of_a_tensor_may_be_read() -> None:
     assert run("ld.global.b32 %x, [%p0+4];", x).reports == []
     assert run("ld.global.b16 %x, [%p0+6];", x).reports[0].startswith("OOB global read")
     assert run("st.global.b32 [%p0+4], 0;", x).reports[0].startswith("OOB global write")
+
+
+def test_such_words_leave_a_launch_its_search_for_storages() -> None:
+    """A launch looks for storages a few times without success; then it looks no more."""
+    x, other = torch.arange(6, dtype=torch.uint8), torch.tensor([5], dtype=torch.int32)
+    table = torch.tensor([other.data_ptr()])
+    words = "ld.global.b32 %x, [%p0+4]; " * 4
+    assert run(f"{words} ld.global.b64 %q, [%p1]; ld.global.b32 %x, [%q];", x, table).reports == []
 
 
 def test_an_endless_kernel_is_given_up() -> None:

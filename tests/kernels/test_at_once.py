@@ -14,6 +14,7 @@ from torch import nn
 pytest.importorskip("triton", reason="triton is not installed")
 
 import fastlora
+from fastlora.routing.siblings import has_shares
 from fastlora.testing import assert_within_budget
 from tests.support.kernels.mixed_models import eager
 from tests.support.kernels.siblings import in_pytorch
@@ -180,17 +181,29 @@ def test_a_graph_and_gradients_do_without() -> None:
 
 
 def test_outputs_are_ones_own(launches: list[str]) -> None:
-    """Writing into one output, as models do, leaves the others alone."""
+    """Writing into one output, as models do, leaves the others alone, those of later calls too."""
     model, x = model_of(), torch.randn(3, 32)
     attention = model.base_model.model
     launches.clear()
     with torch.no_grad():
         q, k = attention.q(x), attention.k(x)
+        expected = k.clone()
         q.zero_()
+        k.zero_()
         again = attention.k(x)
         v = attention.v(x)
-    torch.testing.assert_close(k, again)
+    torch.testing.assert_close(again, expected)
     assert v.any() and launches.count("linear 3") == 1
+
+
+def test_nothing_is_kept_of_a_tensor_that_is_gone() -> None:
+    """What a sibling left holds activations: nobody can take it once its input is gone."""
+    model, x = model_of(), torch.randn(3, 32)
+    with torch.no_grad():
+        model.base_model.model.q(x)
+        assert has_shares()
+        del x
+        assert not has_shares()
 
 
 # ------------------------------------------------------------------------------- mixed batches

@@ -137,6 +137,16 @@ def test_layers_adapted_within_a_block(lab: Any) -> None:
         torch.testing.assert_close(found, before)
 
 
+def test_forwards_of_other_rows_in_one_block(lab: Any) -> None:
+    """Where a layer's factors lie is kept for the rows of the forward that found it."""
+    model, names = build(lab), ["a0", None, "a1"]
+    inputs = [torch.randn(3, tokens, 48, device=lab.device) for tokens in (1, 5, 2, 5)]
+    expected = [run(model, x, names) for x in inputs]
+    with torch.no_grad(), adapters(model, names):
+        for x, y in zip(inputs, expected, strict=True):
+            torch.testing.assert_close(model(x), y)
+
+
 def test_slots_are_looked_up_on_the_device(lab: Any) -> None:
     """As a captured graph does at every replay: swaps, evictions and wrong slots."""
     model = build(lab, (8, 4, 2))

@@ -8,7 +8,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from fastlora import FastLoraLinear, LoraConfig, adapters
-from fastlora.layers import FastLoraWrapper, dora_rows
+from fastlora.layers import FastLoraWrapper
+from fastlora.layers import dora as dora_layer
 from fastlora.testing import assert_within_budget
 from fastlora.validation import UnsupportedLayerError
 from tests.support.dora_truth import dora, layer_of, make_problem, parameters_of
@@ -178,9 +179,9 @@ def test_rows_without_dora_keep_their_bits(monkeypatch: pytest.MonkeyPatch) -> N
     }
     model = with_adapters(nn.Sequential(nn.Linear(20, 24)), configs).eval()
     nn.init.uniform_(model.base_model.model[0].lora_magnitude_vector["scaled"].weight)
-    given, run = list[torch.Tensor](), dora_rows.dora_rows
+    given, run = list[torch.Tensor](), dora_layer.dora_rows
     monkeypatch.setattr(
-        dora_rows,
+        dora_layer,
         "dora_rows",
         lambda call, y, slots: run(call, given.append(y.clone()) or y, slots),
     )
@@ -188,6 +189,33 @@ def test_rows_without_dora_keep_their_bits(monkeypatch: pytest.MonkeyPatch) -> N
         y = model(torch.randn(4, 20))
     assert torch.equal(y[[0, 2, 3]], given[0][[0, 2, 3]])
     assert not torch.allclose(y[1], given[0][1])
+
+
+@pytest.mark.parametrize("p", [0.0, 0.4])
+def test_rows_of_several_adapters_in_any_order(p: float) -> None:
+    """Each row has its own adapter's scale, and the mask of that one's seed, as alone."""
+    configs = {
+        name: LoraConfig(
+            target_modules=["0"],
+            use_dora=True,
+            init_lora_weights=False,
+            lora_dropout=0.0 if name == "a" else p,
+        )
+        for name in "abc"
+    }
+    model = with_adapters(nn.Sequential(nn.Linear(20, 24)), configs).double()
+    for module in model.base_model.model[0].lora_magnitude_vector.values():
+        nn.init.uniform_(module.weight)
+    x, ids = torch.randn(5, 20, dtype=torch.float64, requires_grad=True), [*"cabcb"]
+
+    def run(rows: list[int]) -> torch.Tensor:
+        with adapters(model, [ids[row] for row in rows], seeds={"b": 3, "c": 5}):
+            return model(x[rows])
+
+    y = run([*range(5)])
+    for name in "abc":
+        rows = [row for row, own in enumerate(ids) if own == name]
+        torch.testing.assert_close(y[rows], run(rows))
 
 
 def test_what_is_refused() -> None:

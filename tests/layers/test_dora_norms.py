@@ -11,8 +11,7 @@ import torch
 
 import fastlora.layers.norms as dora_layer
 from fastlora.bench.measure import peak_step_bytes
-from fastlora.ops.torch.norms import adapted_sums, nonzero, square_norms
-from fastlora.ops.torch.scale import scale_of
+from fastlora.ops.torch.dora import adapted_sums, nonzero, scale_of, square_norms
 from tests.support.dora_truth import layer_of, make_problem
 
 

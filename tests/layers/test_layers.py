@@ -144,3 +144,13 @@ def test_outputs_can_be_written_to(dtype: torch.dtype, shape: tuple[int, ...]) -
     torch.testing.assert_close(scale.grad, expected.sum())
     torch.relu_(layer(x)).sum().backward()
     assert layer.lora_B["default"].weight.grad is not None
+
+
+def test_autocast_leaves_fp64_alone() -> None:
+    """As a linear of PyTorch's."""
+    layer = trained(FastLoraLinear(16, 8, r=2).double())
+    x = torch.randn(3, 16, dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert nn.Linear(16, 8).double()(x).dtype == torch.float64
+        found = layer(x)
+    assert torch.equal(found, layer(x))

@@ -19,7 +19,7 @@ from fastlora.layers import FastLoraWrapper, coded_base
 from fastlora.layers.coded_base import KeptCode, sibling_base, why_called
 from fastlora.layers.norms import rows_of
 from fastlora.layers.quantised import quantised
-from fastlora.ops.torch.norms import adapted_sums, square_norms
+from fastlora.ops.torch.dora import adapted_sums, square_norms
 from fastlora.testing import assert_within_budget
 from tests.support.peak_bytes import peak_bytes
 from tests.support.peft_twins import peft
@@ -96,6 +96,12 @@ def _replaced(module: Any) -> None:
     module.forward = lambda x: plain(x) * 2
 
 
+def _unaligned(module: Any) -> None:
+    codes = module.weight.data
+    module.weight.data = torch.empty(codes.numel() + 1, dtype=codes.dtype)[1:].view_as(codes)
+    module.weight.data.copy_(codes)
+
+
 def _subclassed(module: Any) -> None:
     module.__class__ = type("Own", (type(module),), {})
 
@@ -123,6 +129,7 @@ CALLED: dict[str, tuple[Callable[[Any], None], str]] = {
         _with_state(code=lambda t: t.flip(0)),
         r"bitsandbytes [\d.]+: the codes of a Params4bit mean something else than here",
     ),
+    "within a word": (_unaligned, "codes of its base weight begin within a word of 4 bytes"),
     "hook": (_hooked, "its base layer has forward hooks"),
     "forward": (_replaced, "its base layer's forward was replaced"),
     "subclass": (_subclassed, "its base layer is Own, called as it is"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -213,15 +214,19 @@ def test_blocks_that_end_out_of_order() -> None:
 
 
 def test_a_merge_within_a_block() -> None:
-    """It would count twice."""
+    """It would count twice, beside packed factors too."""
     model = build()
     x = torch.randn(2, 16, dtype=torch.float64)
     layer = model.base_model.model.q
+    for _ in range(2):
+        with adapters(model, ["b", "c"]):
+            rows_of(model, x)
     with adapters(model, ["b", "c"]):
         rows_of(model, x)
         layer.merge(adapter_names=["b"])
-        with pytest.raises(AdapterStateError, match=r"\['b'\] were merged .* within the block"):
-            model(x)
+        for forward in (functools.partial(rows_of, model), model):
+            with pytest.raises(AdapterStateError, match=r"\['b'\] were merged .* within the block"):
+                forward(x)
         layer.unmerge()
         torch.testing.assert_close(rows_of(model, x), model(x, adapter_names=["b", "c"]))
 
@@ -349,6 +354,31 @@ def test_an_adapter_loaded_in_inference_mode() -> None:
     with adapters(pool, ["a", "b"]):
         model(x).sum().backward()
     assert x.grad is not None and torch.isfinite(x.grad).all()
+
+
+def test_training_behind_inference_mode() -> None:
+    """Scalings that inference mode met first, which no other test has, are saved for a backward."""
+    model, x = build(lora_alpha=7.3125), torch.randn(2, 16, dtype=torch.float64)
+    with torch.inference_mode(), adapters(model, ["a", "b"]):
+        model(x)
+    with adapters(model.train(), ["a", "b"]):
+        model(x).sum().backward()
+    assert model.base_model.model.q.lora_B["a"].weight.grad.any()
+
+
+def test_a_dropout_that_trains_in_a_layer_that_does_not() -> None:
+    """Packed factors drop nothing, so they serve no adapter with a dropout that acts."""
+    model, x = build(lora_dropout=0.5), torch.randn(2, 16, dtype=torch.float64)
+
+    def run() -> torch.Tensor:
+        with adapters(model, ["a", "b"]):
+            return rows_of(model, x)
+
+    before = [run() for _ in range(3)]
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.train()
+    assert torch.equal(before[1], before[2]) and not torch.allclose(run(), before[2])
 
 
 def test_unloading_frees_packed_factors() -> None:

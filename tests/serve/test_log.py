@@ -97,6 +97,23 @@ def test_a_folder_is_quoted(tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
     assert repr(str(folder)) in caplog.text
 
 
+def test_a_refused_folder_is_named_again_when_it_returns(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each folder that cannot be served is named once, for as long as it is there."""
+    folder = tmp_path / "adapters" / "-x"
+    folder.mkdir(parents=True)
+    (folder / "adapter_config.json").write_text("{}")
+    adapters = ServedAdapters(SimpleNamespace(), folder.parent, ())  # type: ignore[arg-type]
+    named = []
+    for change in (None, None, (folder, tmp_path / "away"), (tmp_path / "away", folder)):
+        if change is not None:
+            change[0].rename(change[1])
+        adapters.scan()
+        named.append(len(caplog.records))
+    assert named == [1, 1, 1, 2]
+
+
 def test_the_program_uses_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """E11: for the root logger, and so for uvicorn, asyncio and Python's warnings."""
     root, stream = logging.getLogger(), io.StringIO()

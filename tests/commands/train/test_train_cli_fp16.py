@@ -98,6 +98,20 @@ def test_the_log_is_json(tmp_path: Path) -> None:
     assert log(tmp_path, "step") == [{"step": 1, "x": {"a": None, "b": [None, 2.5]}, "y": None}]
 
 
+def test_a_log_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
+    """Steps after it are taken again, and the last line of a killed run may be half a line."""
+    written = RunLog(tmp_path, 0)
+    for step in (1, 2, 3):
+        written.write({"step": step, "x": 0})
+    written.close()
+    with written.path.open("a") as file:
+        file.write('{"step": 4, "x')
+    again = RunLog(tmp_path, 2)
+    again.write({"step": 3, "x": 1})
+    again.close()
+    assert log(tmp_path, "x") == [{"step": step, "x": step // 3} for step in (1, 2, 3)]
+
+
 @pytest.mark.parametrize(
     ("path", "value", "words"),
     [

@@ -231,12 +231,6 @@ inline u64 extract_bits(int type, u64 value, u32 position, u32 length) {
   return result;
 }
 
-inline u64 insert_bits(int type, u64 from, u64 into, u32 position, u32 length) {
-  for (u32 i = 0; i < length && position + i < 8u * width(type); i++)
-    into = (into & ~(1ull << (position + i))) | (from >> i & 1) << (position + i);
-  return into;
-}
-
 inline u64 permute_bytes(u64 a, u64 b, u64 selectors) {
   u64 both = (a & 0xffffffff) | b << 32;
   u64 result = 0;
@@ -246,13 +240,6 @@ inline u64 permute_bytes(u64 a, u64 b, u64 selectors) {
     if (selector & 8) byte = byte & 0x80 ? 0xff : 0;
     result |= (u64)byte << 8 * i;
   }
-  return result;
-}
-
-inline u64 logic_of_three(int table, u64 a, u64 b, u64 c) {
-  u32 result = 0;
-  for (int i = 0; i < 8; i++)
-    if (table >> i & 1) result |= (i & 4 ? a : ~a) & (i & 2 ? b : ~b) & (i & 1 ? c : ~c);
   return result;
 }
 
@@ -389,27 +376,9 @@ inline bool Machine::arithmetic() {
     case BFE:
       map3(m, [&](u64 a, u64 b, u64 c) { return extract_bits(type, a, b & 255, c & 255); });
       return true;
-    case BFI: {
-      u64* length = source(3);
-      u64 *d = destination(0), *a = source(0), *b = source(1), *c = source(2);
-      each_lane(active, [&](int lane) {
-        d[lane] = insert_bits(type, a[lane], b[lane], c[lane] & 255, length[lane] & 255);
-      });
-      return true;
-    }
     case POPC: map1(m, [](u64 a) { return std::popcount(a); }); return true;
     case CLZ: map1(m, [&](u64 a) { return std::countl_zero(a & mask) - 64 + bits; }); return true;
-    case BREV:
-      map1(m, [&](u64 a) {
-        u64 value = 0;
-        for (u32 i = 0; i < bits; i++) value |= (a >> i & 1) << (bits - 1 - i);
-        return value;
-      });
-      return true;
     case PRMT: map3(m, [](u64 a, u64 b, u64 c) { return permute_bytes(a, b, c); }); return true;
-    case LOP3:
-      map3(m, [&](u64 a, u64 b, u64 c) { return logic_of_three(at->immediate, a, b, c); });
-      return true;
     case SELP:
       map3(m, [&](u64 a, u64 b, u64 c) {
         if (c) at_edge();

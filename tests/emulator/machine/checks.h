@@ -117,8 +117,8 @@ struct Checks {
   }
 
   // Checks and notes an access to global memory; returns whether it may take place.
-  bool global_access(const Instruction& at, int warp, int lane, u64 address, u32 bytes, bool write,
-                     bool atomic = false) {
+  bool global_access(const Instruction& at, int warp, int lane, u64 address, u32 bytes,
+                     bool write) {
     if (address % bytes) {
       report("MISALIGNED global", at, warp, lane, address);
       return false;
@@ -131,7 +131,7 @@ struct Checks {
       report(write ? "OOB global write" : "OOB global read", at, warp, lane, address);
       return false;
     }
-    if (before_grid_wait) check_primary(at, warp, lane, address, bytes, write, atomic);
+    if (before_grid_wait) check_primary(at, warp, lane, address, bytes, write);
     if (range->access.empty()) {
       size_t size = range->high - range->low;
       range->writer.assign(size, 0);
@@ -143,9 +143,8 @@ struct Checks {
       size_t k = address - range->low + i;
       if (k >= range->access.size()) continue;
       if (write && !(range->access[k] & WRITTEN)) range->before[k] = *(u8*)(address + i);
-      range->access[k] |= (write ? WRITTEN : 0) | (write && !atomic ? 0 : READ);
-      if (!atomic)
-        check_programs(at, warp, lane, address, write, range->writer[k], range->reader[k]);
+      range->access[k] |= write ? WRITTEN : READ;
+      check_programs(at, warp, lane, address, write, range->writer[k], range->reader[k]);
     }
     return true;
   }
@@ -168,15 +167,15 @@ struct Checks {
   }
 
   // Reports an access before `griddepcontrol.wait` that conflicts with the launch before.
-  void check_primary(const Instruction& at, int warp, int lane, u64 address, u32 bytes, bool write,
-                     bool atomic) {
+  void check_primary(const Instruction& at, int warp, int lane, u64 address, u32 bytes,
+                     bool write) {
     GlobalRange* range = find_in(*primary, address, 1);
     if (!range) return;
     u8 seen = 0;
     for (size_t k = address - range->low; k < address - range->low + bytes; k++)
       if (k < range->access.size()) seen |= range->access[k];
     std::string more = " primary " + primary_name;
-    if ((!write || atomic) && (seen & WRITTEN))
+    if (!write && (seen & WRITTEN))
       report("PDL read before griddepcontrol.wait of what the primary writes", at, warp, lane,
              address, more.c_str());
     if (write && (seen & WRITTEN))

@@ -1,4 +1,4 @@
-// Loads, stores, atomics, cp.async, and matrices in shared memory.
+// Loads, stores, cp.async, and matrices in shared memory.
 #pragma once
 #include "machine.h"
 
@@ -9,38 +9,6 @@ inline u64 loaded(int type, const void* from) {
   u64 value = 0;
   memcpy(&value, from, width(type));
   return is_signed(type) && width(type) < 4 ? extend(type, value) & 0xffffffff : value;
-}
-
-// The operations of `atom` and `red`, in the order of decode.py.
-enum AtomicOperation { ATOMIC_ADD, ATOMIC_MIN, ATOMIC_MAX, ATOMIC_AND, ATOMIC_OR, ATOMIC_XOR,
-                       ATOMIC_EXCHANGE, ATOMIC_COMPARE };
-
-inline u64 sum_of(int type, u64 a, u64 b) {
-  switch (type) {
-    case F32: return bits_of(as_f32(a) + as_f32(b));
-    case F64: return bits_of(as_f64(a) + as_f64(b));
-    case F16: return float_to_half(half_to_float(a) + half_to_float(b));
-    case BF16: return float_to_bf16(bf16_to_float(a) + bf16_to_float(b));
-    case F16X2: return sum_of(F16, a & 0xffff, b & 0xffff) | sum_of(F16, a >> 16, b >> 16) << 16;
-    case BF16X2:
-      return sum_of(BF16, a & 0xffff, b & 0xffff) | sum_of(BF16, a >> 16, b >> 16) << 16;
-    default: return a + b;
-  }
-}
-
-inline u64 atomic_result(int operation, int type, u64 old, u64 value, u64 other) {
-  bool less = is_signed(type) ? (i64)extend(type, old) < (i64)extend(type, value)
-                              : extend(type, old) < extend(type, value);
-  switch (operation) {
-    case ATOMIC_ADD: return sum_of(type, old, value);
-    case ATOMIC_MIN: return less ? old : value;
-    case ATOMIC_MAX: return less ? value : old;
-    case ATOMIC_AND: return old & value;
-    case ATOMIC_OR: return old | value;
-    case ATOMIC_XOR: return old ^ value;
-    case ATOMIC_EXCHANGE: return value;
-    default: return old == (value & mask_of(type)) ? other : old;
-  }
 }
 
 // cp.async: `a` is its size, `c` the source's offset; operands are addresses, and bytes to copy.
@@ -193,23 +161,6 @@ inline bool Machine::memory() {
       });
       return true;
     }
-    case ATOMIC:  // `a` is the operation, `b`: 1 in shared memory
-      each_lane(active, [&](int lane) {
-        u64 place = address(lane);
-        bool allowed = I.b ? shared_bounds(I, w, lane, place, size, size)
-                           : global_access(I, w, lane, place, size, true, true);
-        u64 old = POISON;
-        if (allowed) {
-          u8* cell = I.b ? shared_at(place) : (u8*)place;
-          old = 0;
-          memcpy(&old, cell, size);
-          u64 other = I.source_count > 2 ? source(2)[lane] : 0;
-          u64 result = atomic_result(I.a, type, old, source(1)[lane], other);
-          memcpy(cell, &result, size);
-        }
-        if (!is_sink(0)) destination(0)[lane] = old;
-      });
-      return true;
     case CP_ASYNC: each_lane(active, [&](int lane) { begin_copy(*this, lane); }); return true;
     case CP_ASYNC_COMMIT:
       each_lane(active, [&](int lane) {

@@ -24,12 +24,12 @@ using i64 = int64_t;
 // decode.py asks the library for these names, in this order.
 #define OPCODES                                                                                  \
   MOV, SREG, PACK, UNPACK, ADD, SUB, MUL, MULHI, MULWIDE, MAD, MADHI, MADWIDE, FMA, DIV, REM,    \
-  MIN, MAX, ABS, NEG, AND, OR, XOR, NOT, SHL, SHR, SHF_L, SHF_R, BFE, BFI, POPC, CLZ, BREV,      \
-  PRMT, LOP3, SELP, SETP, CVT, CVT_PACK, CVT_E4M3, RCP, SQRT, RSQRT, EX2, LG2, TANH,             \
+  MIN, MAX, ABS, NEG, AND, OR, XOR, NOT, SHL, SHR, SHF_L, SHF_R, BFE, POPC, CLZ, PRMT,           \
+  SELP, SETP, CVT, CVT_PACK, CVT_E4M3, RCP, SQRT, RSQRT, EX2, LG2, TANH,                         \
   CREATE_POLICY, LAST_ARITHMETIC,                                                                \
-  LD_PARAM, LD_GLOBAL, ST_GLOBAL, LD_SHARED, ST_SHARED, ATOMIC, CP_ASYNC, CP_ASYNC_COMMIT,       \
+  LD_PARAM, LD_GLOBAL, ST_GLOBAL, LD_SHARED, ST_SHARED, CP_ASYNC, CP_ASYNC_COMMIT,               \
   CP_ASYNC_WAIT, LDMATRIX, STMATRIX, LAST_MEMORY,                                                \
-  SHFL, REDUX, VOTE, ELECT, BAR_SYNC, BAR_WARP_SYNC, LAST_WARP, MMA, WGMMA, WGMMA_COMMIT,        \
+  SHFL, REDUX, BAR_SYNC, BAR_WARP_SYNC, LAST_WARP, MMA, WGMMA, WGMMA_COMMIT,                     \
   WGMMA_WAIT, WGMMA_FENCE, PROXY_FENCE, GRID_WAIT, GRID_TRIGGER, NO_EFFECT, TRAP, BRA, RET,      \
   OPCODE_COUNT
 enum Opcode { OPCODES };

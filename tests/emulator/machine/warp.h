@@ -58,25 +58,6 @@ inline bool Machine::warp_wide() {
       each_lane(active, [&](int lane) { d[lane] = result; });
       return true;
     }
-    case VOTE: {  // `a`: 0 ballot, 1 any, 2 all
-      check_converged("DIVERGENT vote.sync");
-      u64 *d = destination(0), *a = source(0);
-      u32 votes = 0;
-      each_lane(active, [&](int lane) { votes |= (u32)(a[lane] != 0) << lane; });
-      u64 result = at->a == 0 ? votes : at->a == 1 ? votes != 0 : votes == active;
-      each_lane(active, [&](int lane) { d[lane] = result; });
-      return true;
-    }
-    case ELECT: {
-      check_converged("DIVERGENT elect.sync");
-      int first = std::countr_zero(active);
-      u64* elected = destination(at->destination_count - 1);
-      each_lane(active, [&](int lane) {
-        elected[lane] = lane == first;
-        if (at->destination_count > 1 && !is_sink(0)) destination(0)[lane] = first;
-      });
-      return true;
-    }
     case BAR_SYNC:
       if (active != ALL_LANES) report("DIVERGENT bar.sync", *at, warp_number, 0, 0);
       if (at->source_count > 1 && source(1)[0] != (u64)warp_count * 32) unsupported();

@@ -1,0 +1,341 @@
+"""DoRA in PyTorch: the norms that it divides by, its scale of columns, and active dropout.
+
+The norms are in factored form: ``||weight + scaling * lora_b @ lora_a||`` of each output row,
+without that sum. The largest temporary is ``[N, R]``.
+
+The scale is ``g * u + bias`` for ``u [M, N]`` and ``g [N]``. g is never rounded to 16 bits: near 1,
+where training starts, these come in steps of 2**-8 and more. A row whose norm is 0 has g = 0.
+
+With active dropout the base product is computed twice, as in PEFT:
+``y = x @ weight.T + bias + (g - 1) * dropout(x) @ weight.T + g * scaling * s @ lora_b.T``.
+LoRA's own products are operators' where they run over Triton.
+
+Shapes: ``x [M, K]``, ``weight [N, K]``, ``lora_a [R, K]``, ``lora_b [N, R]``, ``s [M, R]``; u, y,
+dy and z ``[M, N]``; magnitude, squares (of the norms), g and bias ``[N]``; ``scaling`` without
+dimensions. ``traced`` says that a compiler traces the function.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from fastlora.coded_weight import as_matrix
+from fastlora.ops.torch import products, reference
+from fastlora.ops.torch.single import keep_mask
+
+# Elements of the weight that a norm widens at once.
+_CHUNK = 1 << 18
+
+
+class InRows(NamedTuple):
+    """A weight ``[N, K]`` that is made some rows at a time, as quantised ones are.
+
+    Attributes:
+        make: Yields them, ``[n, K]``.
+        dtype, device: Of the rows.
+    """
+
+    make: Callable[[], Iterator[torch.Tensor]]
+    dtype: torch.dtype
+    device: torch.device
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(torch.float32, dtype)
+
+
+def outside_autocast(compute: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Has a function of a weight and others compute in their dtypes, whatever surrounds it."""
+
+    @functools.wraps(compute)
+    def run(weight: torch.Tensor | InRows, *args: object) -> torch.Tensor:
+        device_type = weight.device.type
+        if device_type in ("cpu", "cuda") and torch.is_autocast_enabled(device_type):
+            with torch.autocast(device_type, enabled=False):
+                return compute(weight, *args)
+        return compute(weight, *args)
+
+    return run
+
+
+@torch.no_grad()
+def square_norms(weight: torch.Tensor | InRows, at_once: bool = False) -> torch.Tensor:
+    """Returns ``||weight||^2`` of each row, ``[N]`` in fp32 (fp64 for fp64).
+
+    16-bit weights are widened a few rows at a time: no temporary is as large as the weight.
+    ``at_once`` is for graphs, where compilers see to that.
+    """
+    wide = _wide(weight.dtype)
+    if isinstance(weight, InRows):
+        made = [torch.linalg.vector_norm(part.to(wide), dim=1) for part in weight.make()]
+        return torch.cat(made).square()
+    if weight.dtype == wide or at_once:
+        return torch.linalg.vector_norm(weight, dim=1, dtype=wide).square()
+    rows = max(_CHUNK // max(weight.shape[1], 1), 1)
+    parts = [torch.linalg.vector_norm(part.to(wide), dim=1) for part in weight.split(rows)]
+    return torch.cat(parts).square() if parts else weight.new_zeros(0, dtype=wide)
+
+
+@outside_autocast
+@torch.no_grad()
+def adapted_sums(
+    weight: torch.Tensor | InRows,
+    squares: torch.Tensor,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    scaling: torch.Tensor | float,
+) -> torch.Tensor:
+    """Returns ``||weight + scaling * lora_b @ lora_a||^2`` of each row.
+
+    In factored form,
+    ``||W||^2 + 2 c rowsum((W A^T) * B) + c^2 rowsum((B (A A^T)) * B)``: the largest temporary is
+    ``[N, R]``. Where the update cancels most of a row, what remains has the rounding of its terms.
+    Sums over parts of the columns, each of weight and lora_a, add up to those of the whole rows.
+
+    Args:
+        weight: ``[N, K]``.
+        squares: Of `square_norms`.
+        lora_a: ``[R, K]``; rounded to the weight's dtype for the product with it.
+        lora_b: ``[N, R]``.
+        scaling: A number, or a tensor without dimensions.
+
+    Returns:
+        ``[N]`` in fp32 (fp64 for an fp64 weight).
+    """
+    wide = squares.dtype
+    a, b = lora_a.to(wide), lora_b.to(wide)
+    # [N, K] x [K, R], then [N, R] x [R, R]
+    down = lora_a.to(weight.dtype).t()
+    if isinstance(weight, InRows):
+        cross = torch.cat([products.mm(part, down) for part in weight.make()]).to(wide)
+    else:
+        cross = products.mm(weight, down).to(wide)
+    gram = torch.mm(a, a.t())
+    if isinstance(scaling, torch.Tensor):
+        inner = cross.addmm_(b, gram * scaling, beta=2.0)
+        total = squares + inner.mul_(b).sum(1) * scaling
+    else:  # numbers cost no operations of their own
+        inner = cross.addmm_(b, gram, beta=2.0, alpha=scaling)
+        rows = torch.baddbmm(
+            squares[:, None, None], inner[:, None, :], b[:, :, None], alpha=scaling
+        )
+        total = rows.view(-1)
+    return total
+
+
+def nonzero(sums: torch.Tensor) -> torch.Tensor:
+    """Returns squared norms with infinity for 0: a row whose norm is 0 has g = 0, not NaN."""
+    return F.threshold(sums, 0.0, float("inf"))  # keeps NaN
+
+
+# ------------------------------------------------------------------------- scale of columns
+
+
+def scale_of(magnitude: torch.Tensor, squares: torch.Tensor | None) -> torch.Tensor:
+    """Returns g, ``[N]``, of a magnitude and its squares; without these it is g already."""
+    return magnitude if squares is None else magnitude.to(squares.dtype) * squares.rsqrt()
+
+
+def times(
+    u: torch.Tensor, scale: torch.Tensor, traced: bool, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Returns ``u * scale`` in u's dtype, rounded once, in ``out`` if given; scale may be wider.
+
+    On a GPU a wider scale makes no wider copy of u.
+    """
+    if u.dtype == scale.dtype:
+        return torch.mul(u, scale, out=out)
+    if traced:
+        return (u * scale).to(u.dtype)
+    return torch.mul(u, scale, out=torch.empty_like(u) if out is None else out)
+
+
+def scale_columns(
+    u: torch.Tensor,
+    bias: torch.Tensor | None,
+    scale: torch.Tensor,
+    inplace: bool = False,
+    *,
+    traced: bool = False,
+) -> torch.Tensor:
+    """Returns ``scale * u + bias`` without recording a graph, in a contiguous u if ``inplace``."""
+    y = times(u, scale, traced, u if inplace else None)
+    return y if bias is None else y.add_(bias)
+
+
+def scaled_with_sums(
+    dy: torch.Tensor, u: torch.Tensor, scale: torch.Tensor, traced: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns ``scale * dy``, and the sums over rows of ``dy * u``, ``[N]``."""
+    product = dy * u
+    # fp16 sums of scaled losses can leave its range, and bf16 rounds them to 8 bits.
+    sums = product.sum(0, dtype=torch.float32 if dy.itemsize == 2 else None)
+    # Into the same memory: fresh pages cost as much as the arithmetic on a CPU.
+    return times(dy, scale, traced, product), sums
+
+
+def scale_columns_backward(
+    dy: torch.Tensor,
+    u: torch.Tensor | None,
+    magnitude: torch.Tensor,
+    squares: torch.Tensor | None,
+    traced: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Returns the gradients of u, and of the magnitude where u is there."""
+    scale = scale_of(magnitude, squares)
+    if u is None:
+        return scale_columns(dy, None, scale, traced=traced), None
+    du, sums = scaled_with_sums(dy, u, scale, traced)
+    return du, sums if squares is None else sums * squares.rsqrt()
+
+
+# --------------------------------------------------------------------------- active dropout
+
+
+class Dropped(NamedTuple):
+    """One DoRA adapter whose dropout acts.
+
+    Attributes:
+        lora_a, lora_b, magnitude: ``[R, K]``, ``[N, R]``, ``[N]``.
+        squares: The norm's, ``[N]``.
+        scaling: Without dimensions.
+        seed: Of its mask, int64 ``[1]``.
+        dropout_p: Probability.
+        impl: ``"triton"``, or the name of PyTorch's backend.
+    """
+
+    lora_a: torch.Tensor
+    lora_b: torch.Tensor
+    magnitude: torch.Tensor
+    squares: torch.Tensor
+    scaling: torch.Tensor
+    seed: torch.Tensor
+    dropout_p: float
+    impl: str
+
+    def masked(self, rows: torch.Tensor, after: torch.Tensor | None) -> torch.Tensor:
+        """Returns dropout of ``rows [M, K]``, always with the same mask.
+
+        ``after`` is as in `fastlora.ops.torch.single.keep_mask`.
+        """
+        if self.impl == "triton":
+            made: torch.Tensor = torch.ops.fastlora.lora_dropout(rows, self.seed, self.dropout_p)
+            return made
+        keep = keep_mask(rows, self.seed, self.dropout_p, after, self.impl == "traced eager")
+        return reference.select_(keep, rows).mul_(1.0 / (1.0 - self.dropout_p))
+
+
+class Wanted(NamedTuple):
+    """Which gradients a backward is to find."""
+
+    x: bool
+    weight: bool
+    lora_a: bool
+    lora_b: bool
+    magnitude: bool
+
+
+class Found(NamedTuple):
+    """The gradients of `Wanted`, None where it was not."""
+
+    x: torch.Tensor | None = None
+    weight: torch.Tensor | None = None
+    lora_a: torch.Tensor | None = None
+    lora_b: torch.Tensor | None = None
+    magnitude: torch.Tensor | None = None
+
+
+def forward_rows(
+    base: torch.Tensor | None,
+    rows: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    adapter: Dropped,
+    inplace: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Runs an adapter on the rows ``[M, K]`` of x without recording a graph.
+
+    ``base [M, N]`` is the base layer's output, None to compute it from weight and bias; contiguous
+    if it may become y, ``inplace``.
+
+    Returns:
+        ``y [M, N]``, ``s [M, R]`` and ``z [M, N]``.
+    """
+    lora_a, lora_b, magnitude, squares, scaling, _, _, impl = adapter
+    weight_x, scale = as_matrix(weight).to(rows.dtype), scale_of(magnitude, squares)
+    masked = adapter.masked(rows, None)
+    z, scaled_b = products.linear(masked, weight_x), _scaled_rows(lora_b, scale, rows.dtype)
+    if base is None:
+        y = products.linear(rows, weight_x, None if bias is None else bias.to(rows.dtype))
+    else:
+        y = base if inplace else base.clone(memory_format=torch.contiguous_format)
+    if impl == "triton":
+        s = torch.ops.fastlora.lora_shrink(masked, [], [lora_a], 1, None, [0.0], impl)
+        torch.ops.fastlora.lora_expand_(y, s, [], [scaled_b], [None], scaling, impl)
+    else:
+        s = reference.lora_shrink(masked, lora_a)
+        reference.lora_expand_(y, s, scaled_b, scaling)
+    y.addcmul_(z.to(y.dtype), (scale - 1.0).to(y.dtype))
+    return y, s, z
+
+
+def gradients(
+    dy: torch.Tensor,
+    rows: torch.Tensor | None,
+    weight: torch.Tensor,
+    adapter: Dropped,
+    s: torch.Tensor | None,
+    z: torch.Tensor | None,
+    wanted: Wanted,
+    *,
+    own_base: bool,
+) -> Found:
+    """Returns the gradients for ``dy [M, N]`` in x's dtype.
+
+    x, ``rows``, is read for the gradients of weight and lora_a, s for those of lora_b and
+    magnitude, z for the magnitude's. ``own_base`` says that the forward made the base layer's
+    output, and its gradients count too.
+    """
+    lora_a, lora_b, magnitude, squares, scaling, *_ = adapter
+    d_weight = d_lora_a = d_lora_b = d_magnitude = dx = sums = None
+    traced = adapter.impl == "traced eager"
+    scale = scale_of(magnitude, squares)
+    if z is None or not wanted.magnitude:
+        through_z = times(dy, scale - 1.0, traced)
+    else:
+        through_z, sums = scaled_with_sums(dy, z, scale - 1.0, traced)
+    if s is not None and (wanted.lora_b or wanted.magnitude):
+        # [R, M] x [M, N]: (scaling * s)^T dy serves both.
+        inner = products.mm((s * scaling).to(dy.dtype).t(), dy).to(squares.dtype)
+        if wanted.lora_b:
+            d_lora_b = (inner * scale).t().to(lora_b.dtype).contiguous()
+        if sums is not None:
+            through_s = inner.mul_(lora_b.to(dy.dtype).t()).sum(0)
+            d_magnitude = through_s.add_(sums).mul_(squares.rsqrt()).to(magnitude.dtype)
+    if wanted.x or wanted.lora_a:
+        ds = products.mm(dy, _scaled_rows(lora_b, scale, dy.dtype)).mul_(scaling)
+    if wanted.x:
+        weight_x = as_matrix(weight).to(dy.dtype)
+        # [M, N] x [N, K], and the adapter's [M, R] x [R, K] into it
+        dx = products.addmm_(products.mm(through_z, weight_x), ds, lora_a.to(dy.dtype))
+        dx = adapter.masked(dx, dy)
+        dx = products.addmm_(dx, dy, weight_x) if own_base else dx
+    if rows is not None and (wanted.lora_a or wanted.weight):
+        masked = adapter.masked(rows, dy)
+        if wanted.lora_a:
+            d_lora_a = products.mm(ds.t(), masked).to(lora_a.dtype)
+        if wanted.weight:
+            d_weight = products.mm(through_z.t(), masked)
+            d_weight = products.addmm_(d_weight, dy.t(), rows) if own_base else d_weight
+            d_weight = d_weight.to(weight.dtype)
+    return Found(dx, d_weight, d_lora_a, d_lora_b, d_magnitude)
+
+
+def _scaled_rows(lora_b: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Returns ``g * lora_b`` in ``dtype``, rounded once, for g ``[N]``."""
+    return (lora_b.detach().to(dtype).to(scale.dtype) * scale[:, None]).to(dtype)

@@ -1,0 +1,92 @@
+"""Faults of ``fastlora/commands`` and ``fastlora/integrations``."""
+
+from __future__ import annotations
+
+from tests.faults.fault import Fault
+
+_CLI = "tests/commands/test_cli.py"
+_PATCH = "tests/integrations/test_patch.py"
+
+FAULTS = (
+    Fault(
+        sentence="The doctor shows a server's key.",
+        kind="a secret shown",
+        source="eafed83",
+        path="fastlora/env.py",
+        before='{name: "(set)" if name in _SECRETS else value for name, value in found.items()}',
+        after="found",
+        tests=("tests/commands/test_doctor.py::test_a_machine_that_is_well",),
+    ),
+    Fault(
+        sentence="A merged model gets the base model's tokenizer where the adapter has its own.",
+        kind="a file of the wrong folder",
+        source="1a50363",
+        path="fastlora/commands/cli.py",
+        before="_copy_tokenizer(adapter, partial) or _copy_tokenizer(Path(args.base), partial)",
+        after="_copy_tokenizer(Path(args.base), partial) or _copy_tokenizer(adapter, partial)",
+        tests=(f"{_CLI}::test_the_adapters_tokenizer_comes_first",),
+    ),
+    Fault(
+        sentence="A patch that is undone leaves scalings of fastlora's on PEFT's layers.",
+        kind="a record left in place",
+        source="3c0448f",
+        path="fastlora/integrations/peft.py",
+        before='    scalings = dict(module.__dict__.pop("_scaling"))\n',
+        after='    scalings = module.__dict__.pop("_scaling")\n',
+        tests=(f"{_PATCH}::test_scalings_of_a_patched_model",),
+    ),
+    Fault(
+        sentence="Half of a model is unpatched when a layer of it cannot be.",
+        kind="half a change after a failure",
+        source="c614857",
+        path="fastlora/integrations/peft.py",
+        before="""\
+    for module in model.modules():
+        check_unpatches(module)
+    for module in model.modules():
+        unpatch_layer(module)
+""",
+        after="""\
+    for module in model.modules():
+        unpatch_layer(module)
+""",
+        tests=(f"{_PATCH}::test_a_layer_whose_class_has_changed_is_not_unpatched",),
+    ),
+    Fault(
+        sentence="An adapter that cannot be routed keeps later layers out of open blocks.",
+        kind="layers unknown to open blocks",
+        source="e5b400a",
+        path="fastlora/integrations/peft.py",
+        before="""\
+        join_group(self.group, self.tuner, layers)  # whatever the others are: blocks may be open
+        for name, module in others:
+            raise UnsupportedLayerError(
+                f"{name!r} is PEFT's {type(module).__name__}, which would not follow the routing; "
+                "pass adapter_names= to the model instead"
+            )
+""",
+        after="""\
+        for name, module in others:
+            raise UnsupportedLayerError(
+                f"{name!r} is PEFT's {type(module).__name__}, which would not follow the routing; "
+                "pass adapter_names= to the model instead"
+            )
+        join_group(self.group, self.tuner, layers)
+""",
+        tests=(
+            "tests/routing/test_open_blocks.py::test_an_adapter_that_cannot_be_routed_within_a_block",
+        ),
+    ),
+    Fault(
+        sentence="Adapters of a patched model are deleted while rows of an open block use them.",
+        kind="a change in an open block",
+        source="eba4346",
+        path="fastlora/integrations/peft.py",
+        before='        self._check_closed("delete_adapter")\n',
+        after="",
+        tests=(
+            "tests/routing/test_open_blocks.py::"
+            "test_operations_that_would_change_an_open_block_raise[patched-delete_adapter]",
+        ),
+    ),
+)

@@ -1,0 +1,285 @@
+"""Faults of ``fastlora/model``: adapters of a model, targets, patterns, swaps, sums and files."""
+
+from __future__ import annotations
+
+from tests.faults.fault import Fault
+
+_BIASES = "tests/model/test_base_biases.py"
+_CALLS = "tests/integrations/test_at_home_calls.py"
+_DROPIN = "tests/model/test_dropin.py"
+_HOTSWAP = "tests/model/test_hotswap.py"
+_PATTERNS = "tests/test_patterns.py"
+_OPEN_BLOCKS = "tests/routing/test_open_blocks.py"
+
+FAULTS = (
+    Fault(
+        sentence="A mixed batch of a patched model computes with the factors of before a swap.",
+        kind="a stale packed copy",
+        source="17b48e7",
+        path="fastlora/model/hotswap.py",
+        before="""\
+        marks.end_all()
+        for layer in own.modules():
+            if isinstance(layer, CommonLayer):
+                forget_kept(layer)
+        return
+""",
+        after="        return\n",
+        tests=(f"{_HOTSWAP}::test_a_mixed_batch_of_a_patched_model_sees_the_swap",),
+    ),
+    Fault(
+        sentence="A hot swap refuses a file that holds the base embedding as the model has it.",
+        kind="a tensor without a place",
+        source="9e5a853",
+        path="fastlora/model/hotswap.py",
+        before="(same and weight is not None and torch.equal(weight, tensor.to(weight)))",
+        after="(same and weight is None)",
+        tests=(f"{_HOTSWAP}::test_files_that_hold_the_base_embedding",),
+    ),
+    Fault(
+        sentence="A rank that a convolution's groups do not divide is refused without its name.",
+        kind="a check of groups left out",
+        source="0a14a4e",
+        path="fastlora/model/hotswap.py",
+        before='            groups = blocks_of(layer, "lora_A")\n',
+        after="            groups = 1\n",
+        tests=(f"{_HOTSWAP}::test_a_rank_that_groups_do_not_divide_is_refused",),
+    ),
+    Fault(
+        sentence="A hot swap puts rows of other tokens into an adapter's trained rows.",
+        kind="configs that differ unseen",
+        source="d706142",
+        path="fastlora/model/hotswap.py",
+        before=', "bias", "trainable_token_indices")',
+        after=', "bias")',
+        tests=(f"{_HOTSWAP}::test_trained_rows_are_swapped",),
+    ),
+    Fault(
+        sentence="A weighted sum refuses a list that names an adapter twice.",
+        kind="names counted once",
+        source="7968eb2",
+        path="fastlora/model/weighted.py",
+        before="    if len(weights) != len(adapters):\n",
+        after="    if len(weights) != len(configs):\n",
+        tests=("tests/algebra/test_weighted.py::test_two_copies_of_one_module_are_refused",),
+    ),
+    Fault(
+        sentence="The base biases of an idle adapter train with the active one's factors.",
+        kind="a parameter that trains unasked",
+        source="f1c9c8e",
+        path="fastlora/model/tuner.py",
+        before="bias.requires_grad_(name in self._active and not inference_mode)",
+        after="bias.requires_grad_(not inference_mode)",
+        tests=(f"{_BIASES}::test_biases_train_as_the_factors_do",),
+    ),
+    Fault(
+        sentence="The base biases of a deleted adapter go on training.",
+        kind="a parameter that trains unasked",
+        source="f1c9c8e",
+        path="fastlora/model/tuner.py",
+        before="""\
+        for bias in biases:
+            bias.requires_grad_(False)
+        del self.peft_config[adapter_name]
+""",
+        after="        del self.peft_config[adapter_name]\n",
+        tests=(f"{_BIASES}::test_deleting_an_adapter_freezes_its_biases",),
+    ),
+    Fault(
+        sentence="A merged adapter leaves the weights when the active one is deleted.",
+        kind="a merge undone",
+        source="9032abf",
+        path="fastlora/model/tuner.py",
+        before="self._activate([next(iter(self.peft_config))], keep_merged=True)",
+        after="self._activate([next(iter(self.peft_config))])",
+        tests=(f"{_DROPIN}::test_deleting_the_active_adapter_keeps_another_one_merged[fastlora]",),
+    ),
+    Fault(
+        sentence="Unloading takes merged adapters out of the weights.",
+        kind="a merge lost",
+        source="0dfda71",
+        path="fastlora/model/inject.py",
+        before="        base = module.release()\n        model.set_submodule(name, base.to(dtype)",
+        after=(
+            "        module.unmerge() if not merge else None\n"
+            "        base = module.release()\n        model.set_submodule(name, base.to(dtype)"
+        ),
+        tests=(f"{_DROPIN}::test_unloading_keeps_what_is_merged",),
+    ),
+    Fault(
+        sentence="A deleted adapter stays active on layers that it was not on.",
+        kind="a name kept",
+        source="dbfd241",
+        path="fastlora/model/inject.py",
+        before="""\
+            module.delete_adapter(adapter_name)
+        # A module without the adapter knows its name too, and may get a new adapter of that name.
+        module._active_adapters = [""",
+        after="""\
+            module.delete_adapter(adapter_name)
+            module._active_adapters = [""",
+        tests=(f"{_DROPIN}::test_a_deleted_adapter_is_active_on_no_layer",),
+    ),
+    Fault(
+        sentence="A second adapter freezes what somebody trains of the base model.",
+        kind="a parameter frozen",
+        source="1bc60fd",
+        path="fastlora/model/inject.py",
+        before="        for parameter in trained:\n            parameter.requires_grad_(True)\n",
+        after="        del trained\n",
+        tests=(f"{_BIASES}::test_what_a_user_unfreezes_stays_trainable",),
+    ),
+    Fault(
+        sentence="Biases of a module that an adapter has a copy of train and are saved.",
+        kind="a parameter counted wrongly",
+        source="79f7229",
+        path="fastlora/model/inject.py",
+        before=' == "bias" and id(parameter) not in originals:',
+        after=' == "bias":',
+        tests=(f"{_BIASES}::test_a_file_holds_the_biases_that_were_trained",),
+    ),
+    Fault(
+        sentence="Trained tokens of a tied module act only once their adapter is set.",
+        kind="an adapter that does not act",
+        source="3de6d60",
+        path="fastlora/model/inject.py",
+        before="                    rows._activate([adapter_name], plan.config.inference_mode)\n",
+        after="                    pass\n",
+        tests=(
+            "tests/model/test_trainable_tokens.py::test_an_adapter_that_was_added_acts_as_in_peft",
+        ),
+    ),
+    Fault(
+        sentence="An adapter's own file does not load over it after its scale was set.",
+        kind="a scaling compared wrongly",
+        source="15e0917",
+        path="fastlora/model/adapter_state.py",
+        before="loaded = (layers[name].r[adapter_name], loaded_config.scaling_for(name))",
+        after="loaded = (layers[name].r[adapter_name], layers[name].scaling[adapter_name])",
+        tests=("tests/model/test_model.py::test_own_files_load_over_an_adapter_that_was_scaled",),
+    ),
+    Fault(
+        sentence="Base biases in a file of PEFT's are left out because of their names there.",
+        kind="a file without what was trained",
+        source="f1c9c8e",
+        path="fastlora/model/adapter_state.py",
+        before="        name = without_wrappers(disk.removeprefix(KEY_PREFIX))\n",
+        after="        name = disk.removeprefix(KEY_PREFIX)\n",
+        tests=(f"{_BIASES}::test_biases_in_files_of_peft",),
+    ),
+    Fault(
+        sentence="A loaded adapter gets other weights while a mixed batch uses it.",
+        kind="a change in an open block",
+        source="c9ac794",
+        path="fastlora/model/tuner.py",
+        before="            self.group.check_closed(operation)\n        if adapter_name not in",
+        after="            pass\n        if adapter_name not in",
+        tests=(f"{_OPEN_BLOCKS}::test_other_weights_for_a_loaded_adapter_within_a_block_raise",),
+    ),
+    Fault(
+        sentence="A PiSSA adapter takes a plain one's place, on base weights that it does not fit.",
+        kind="a base weight of its own ignored",
+        source="8aa38ac",
+        path="fastlora/model/tuner.py",
+        before='config.check_plain(f"an adapter that takes the place of {adapter_name!r}")',
+        after="pass",
+        tests=(
+            "tests/init/test_weight_inits.py::test_what_cannot_go_without_its_own_base_weights",
+        ),
+    ),
+    Fault(
+        sentence="Adapters are disabled while rows of an open block ask for them.",
+        kind="a change in an open block",
+        source="eba4346",
+        path="fastlora/model/tuner.py",
+        before='        self.group.check_closed("disable_adapter_layers")\n',
+        after="",
+        tests=(
+            f"{_OPEN_BLOCKS}::test_operations_that_would_change_an_open_block_raise"
+            "[ours-disable_adapter_layers]",
+        ),
+    ),
+    Fault(
+        sentence="A target may lie inside of a module that another adapter owns a copy of.",
+        kind="a target inside of a copy",
+        source="35a7f96",
+        path="fastlora/model/targets.py",
+        before="        if wrapped[name]:\n            raise UnsupportedLayerError(",
+        after="        if wrapped[name] is None:\n            raise UnsupportedLayerError(",
+        tests=(
+            "tests/layers/test_modules_to_save.py::test_what_would_reach_into_a_copy_is_refused",
+        ),
+    ),
+    Fault(
+        sentence="Names of experts are read as a whole, where PEFT reads their last part.",
+        kind="targets matched wrongly",
+        source="c6d8222",
+        path="fastlora/model/experts.py",
+        before='    leaf = entry.rpartition(".")[2]\n    return leaf if',
+        after="    leaf = entry\n    return leaf if",
+        tests=("tests/model/test_experts.py::test_names_of_experts_are_refused",),
+    ),
+    Fault(
+        sentence="A config that names experts of a mixture trains its other modules alone.",
+        kind="a refusal that is a warning",
+        source="963da28",
+        path="fastlora/model/experts.py",
+        before="    if refused:\n        raise UnsupportedLayerError(",
+        after="    if refused and not adapts:\n        raise UnsupportedLayerError(",
+        tests=("tests/model/test_experts.py::test_names_of_experts_are_refused",),
+    ),
+    Fault(
+        sentence="The config that a user hands to from_pretrained is not the model's own.",
+        kind="a config that is a copy",
+        source="886f7dc",
+        path="fastlora/model/lora_model.py",
+        before="            plan = replace(plan, config=config)\n        self = cls.__new__(cls)\n",
+        after="        self = cls.__new__(cls)\n",
+        tests=(f"{_CALLS}::test_a_config_given_to_from_pretrained_is_kept",),
+    ),
+    Fault(
+        sentence="A file without a task does not name the base model's class.",
+        kind="a field not written",
+        source="542dd01",
+        path="fastlora/model/lora_model.py",
+        before="_auto_mapping(self.get_base_model()) if not config.task_type else None",
+        after="None",
+        tests=(f"{_CALLS}::test_the_class_of_the_base_model_is_in_the_file",),
+    ),
+    Fault(
+        sentence="The loop over a config's many patterns takes time that nothing bounds.",
+        kind="a time not counted",
+        source="b5c43c7",
+        path="fastlora/patterns.py",
+        before="    with timed(field):\n        return _ends_of(field, patterns).first(name)\n",
+        after="    return _ends_of(field, patterns).first(name)\n",
+        tests=(f"{_PATTERNS}::test_the_bound_covers_the_loop_over_many_patterns",),
+    ),
+    Fault(
+        sentence="A long pattern may pass itself for seconds between two counted steps.",
+        kind="a pattern unbounded",
+        source="1bba3e8",
+        path="fastlora/patterns.py",
+        before="steps = min(_STEPS, _CHARACTERS // _expanded_length(pattern, expression))",
+        after="steps = _STEPS",
+        tests=(f"{_PATTERNS}::test_a_long_way_between_two_steps_is_bounded[long]",),
+    ),
+    Fault(
+        sentence="Reading a large adapter counts as matching, and its patterns are refused.",
+        kind="a time counted wrongly",
+        source="354d3a8",
+        path="fastlora/patterns.py",
+        before="        self._start: float | None = None\n",
+        after="        self._start: float | None = time.thread_time()\n",
+        tests=(f"{_PATTERNS}::test_only_matching_counts",),
+    ),
+    Fault(
+        sentence="An expression counts before a plain name that comes earlier in the config.",
+        kind="an order of patterns lost",
+        source="354d3a8",
+        path="fastlora/patterns.py",
+        before="            if best is not None and plain[best] < place:\n                break\n",
+        after="            if best is not None and place < 0:\n                break\n",
+        tests=(f"{_PATTERNS}::test_the_first_of_many_patterns_counts_as_in_peft[re]",),
+    ),
+)

@@ -1,0 +1,215 @@
+"""Faults of routing: which rows have which adapter, blocks, threads, what layers share."""
+
+from __future__ import annotations
+
+from tests.faults.fault import Fault
+
+_SIBLINGS = "fastlora/routing/siblings.py"
+_BLOCKS = "tests/routing/test_mixed_blocks.py::"
+_SELECTED = "tests/routing/test_selected_rows.py::"
+
+FAULTS = (
+    # ------------------------------------------------------------------------------- siblings
+    Fault(
+        "A layer that is called twice with one x returns the same tensor twice.",
+        "shared result taken twice",
+        "0dec55e",
+        _SIBLINGS,
+        "    del shares.own[owner]\n",
+        "",
+        ("tests/kernels/test_at_once.py::test_outputs_are_ones_own",),
+    ),
+    Fault(
+        "A sibling takes what was made from x as it was before a write.",
+        "missed write",
+        "254cb2a",
+        _SIBLINGS,
+        "same = shares.x() is x and shares.version == version and len(context)",
+        "same = shares.x() is x and len(context)",
+        ("tests/kernels/test_at_once.py::test_a_change_between_the_calls_is_seen[a write into x]",),
+    ),
+    Fault(
+        "What a layer made of one tensor is taken by its sibling that gets another one.",
+        "another tensor",
+        "254cb2a",
+        _SIBLINGS,
+        "same = shares.x() is x and shares",
+        "same = shares",
+        ("tests/kernels/test_at_once.py::test_a_change_between_the_calls_is_seen[another tensor]",),
+    ),
+    Fault(
+        "In inference mode layers share x though it was written into between their calls.",
+        "inference mode",
+        "f116496",
+        _SIBLINGS,
+        "            self.unwritten = same\n",
+        "            self.unwritten = True\n",
+        ("tests/kernels/test_at_once.py::test_inference_mode_with_a_write_between",),
+    ),
+    Fault(
+        "What the first of siblings made is kept when x is gone.",
+        "kept memory",
+        "893a1e8",
+        _SIBLINGS,
+        "    if shares is not None and shares.x is x:\n",
+        "    if shares is None:\n",
+        ("tests/kernels/test_at_once.py::test_nothing_is_kept_of_a_tensor_that_is_gone",),
+    ),
+    # ------------------------------------------------------------------------- rows and ids
+    Fault(
+        "Two layers with names of one CRC draw the same masks.",
+        "same number",
+        "c088499",
+        "fastlora/routing/routing.py",
+        "        while number in used:\n            number += 1\n",
+        "",
+        (f"{_BLOCKS}test_layers_whose_names_collide",),
+    ),
+    Fault(
+        "A layer with the sequence first gives rows to the adapters of other samples.",
+        "wrong dimension",
+        "2e3e9bb",
+        "fastlora/routing/routing.py",
+        "if fits(leading.numel(), count) and not is_aligned(leading, count):",
+        "if False:",
+        (
+            "tests/routing/test_experts.py::"
+            "test_samples_that_are_not_along_the_first_dimension_are_refused",
+        ),
+    ),
+    Fault(
+        "A block notices no change of factors once it has found them packed.",
+        "stale packs",
+        "1871540",
+        "fastlora/routing/routing.py",
+        "if known is None or not known.may_hold:",
+        "if known is None:",
+        (
+            "tests/conformance/test_conformance.py::"
+            "test_conformance[changes_are_seen-model-mixed-plain]",
+        ),
+    ),
+    Fault(
+        "An adapter is changed while a block uses it in another thread.",
+        "open block",
+        "eba4346",
+        "fastlora/routing/routing.py",
+        "        if self._open:\n            raise",
+        "        if self._open < 0:\n            raise",
+        (
+            "tests/routing/test_open_blocks.py::"
+            "test_operations_that_would_change_an_open_block_raise[ours-delete_adapter]",
+        ),
+    ),
+    Fault(
+        "Ids are taken for tokens though they are neither as many as tokens nor as samples.",
+        "wrong count",
+        "ee4c39f",
+        "fastlora/routing/in_force.py",
+        "if count not in (samples, tokens):",
+        "if tokens % max(count, 1):",
+        (f"{_BLOCKS}test_ids_that_are_neither_samples_nor_tokens[3-ours]",),
+    ),
+    Fault(
+        "A block that ends out of order ends the other one.",
+        "order of blocks",
+        "8655115",
+        "fastlora/routing/in_force.py",
+        "_put_in_force(tuple(other for other in _thread.open if other is not routing))",
+        "_put_in_force(_thread.open[:-1])",
+        (f"{_BLOCKS}test_blocks_that_end_out_of_order",),
+    ),
+    Fault(
+        "A checkpoint's repetition in the backward has no adapters.",
+        "checkpoint",
+        "c088499",
+        "fastlora/routing/checkpoints.py",
+        "        with only_routed(routings):\n            return function(*args, **kwargs)",
+        "        return function(*args, **kwargs)",
+        (f"{_BLOCKS}test_gradients_within_a_block_without[False]",),
+    ),
+    Fault(
+        "An id out of range on a GPU is never told.",
+        "lost error",
+        "109e6d6",
+        "fastlora/routing/ids.py",
+        "                if flag.item():\n",
+        "                if False:\n",
+        (f"{_BLOCKS}test_ids_out_of_range_are_told_by_a_later_block_that_waits_for_nothing",),
+    ),
+    Fault(
+        "A compiled batch gives the adapters' seeds to other adapters.",
+        "wrong slot",
+        "bc02d30",
+        "fastlora/routing/block.py",
+        "    spread[[place[name] for name in names]] = seeds\n",
+        "    spread[: len(names)] = seeds\n",
+        ("tests/conformance/test_compiled.py::test_values[aot_eager-model-mixed-dropout]",),
+    ),
+    Fault(
+        "A compiled batch of some adapters takes the first adapters of the model.",
+        "wrong adapter",
+        "bc02d30",
+        "fastlora/routing/block.py",
+        "    return table[slots.clamp(min=NO_ADAPTER)]\n",
+        "    return slots.clamp(min=NO_ADAPTER)\n",
+        ("tests/conformance/test_compiled.py::test_values[aot_eager-model-mixed-plain-called]",),
+    ),
+    # ---------------------------------------------------------------------- what blocks keep
+    Fault(
+        "Packs are used though a factor was replaced.",
+        "replaced memory",
+        "R5",
+        "fastlora/routing/watch.py",
+        "                and all(map(eq, states, self._states))\n",
+        "",
+        ("tests/test_weight_marks.py::test_replaced_parameters_are_seen[packed-replaced twice]",),
+    ),
+    Fault(
+        "Packs are used though an adapter's dropout acts now.",
+        "dropout",
+        "912c58d",
+        "fastlora/routing/watch.py",
+        "                and not any(map(_training, self._dropouts))\n",
+        "",
+        (f"{_BLOCKS}test_a_dropout_that_trains_in_a_layer_that_does_not",),
+    ),
+    Fault(
+        "Packs are used though something is hooked into a factor's module.",
+        "hook",
+        "1d73623",
+        "fastlora/routing/watch.py",
+        "                and not any(self._hooks)\n",
+        "",
+        ("tests/conformance/test_conformance.py::test_conformance[hooks-model-mixed-plain]",),
+    ),
+    # ------------------------------------------------------------------------- followed rows
+    Fault(
+        "A mask that fits one batch by chance is taken to fit every batch.",
+        "chosen rows",
+        "ce2f116",
+        "fastlora/routing/row_facts.py",
+        "return Facts(Kind.EVEN) if by_data else ROWS",
+        "return ROWS",
+        (f"{_SELECTED}test_a_mask_that_fits_by_chance_is_followed_again",),
+    ),
+    Fault(
+        "Rows that count down look like rows in order.",
+        "order of an index",
+        "ce2f116",
+        "fastlora/routing/row_rules.py",
+        "return not row_samples.is_readable(index) or bool((index.flatten().diff() >= 0).all())",
+        "return True",
+        (f"{_SELECTED}test_rows_out_of_order_are_refused[counted down]",),
+    ),
+    Fault(
+        "A layer over a table that all samples share gives its rows to adapters.",
+        "shared table",
+        "5037054",
+        "fastlora/routing/row_checks.py",
+        "            if self.order.is_lone_table(x):\n"
+        "                self._checks.refuse(layer, _LONE_TABLE)\n",
+        "",
+        (f"{_SELECTED}test_a_layer_over_a_table_of_the_model_is_refused",),
+    ),
+)
