@@ -1,4 +1,4 @@
-"""How many calls of ours, and into how many files, one layer's forward is; counted, not timed.
+"""How many Python calls, and into how many files, a forward and a load take; counted, not timed.
 
 Counts do not depend on the machine. Each ceiling is what the code takes today.
 """
@@ -15,15 +15,16 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from torch import nn
 
 import fastlora
-from fastlora import FastLoraLinear, LoraConfig, get_peft_model
+from fastlora import FastLoraLinear, LoraConfig, LoraModel, get_peft_model
 
 OURS = str(Path(fastlora.__file__).parent) + "/"
 
 
 class Budget(NamedTuple):
-    """Ceilings of one layer's forward.
+    """Ceilings of a layer's forward, or of a load.
 
     Attributes:
         calls: Python calls of functions of the package.
@@ -41,6 +42,11 @@ BUDGETS = {
     "mixed decode": Budget(19, 8),
     "served token": Budget(20, 17),
 }
+
+# Loading an adapter of three linears of 8 x 8 into a model: the second load of a process.
+LOAD = Budget(709, 41)
+# SmolLM2's load takes at most so many times PEFT's calls.
+MOST_OF_PEFTS = 1.5
 
 # Files that ask what surrounds a forward, at most; others read `fastlora.ops.conditions`. What
 # models and the trainer ask is another matter.
@@ -65,21 +71,21 @@ def test_what_surrounds_a_forward_is_asked_in_few_files(question: str) -> None:
 
 
 class Count:
-    """Calls into the package, and the files that they are in; `note` is a thread's profiler."""
+    """Calls into a package, and the files that they are in; `note` is a thread's profiler."""
 
-    def __init__(self) -> None:
-        self.calls, self.files = 0, set[str]()
+    def __init__(self, package: str = OURS) -> None:
+        self.package, self.calls, self.files = package, 0, set[str]()
 
     def note(self, frame: FrameType, event: str, _: Any) -> None:
         """Counts a call of the package."""
-        if event == "call" and frame.f_code.co_filename.startswith(OURS):
+        if event == "call" and frame.f_code.co_filename.startswith(self.package):
             self.calls += 1
-            self.files.add(frame.f_code.co_filename.removeprefix(OURS))
+            self.files.add(frame.f_code.co_filename.removeprefix(self.package))
 
 
-def counted(run: Callable[[], Any]) -> tuple[int, set[str]]:
-    """Calls into the package while something runs, and the files that they are in."""
-    count = Count()
+def counted(run: Callable[[], Any], package: str = OURS) -> tuple[int, set[str]]:
+    """Calls into a package while something runs, and the files that they are in."""
+    count = Count(package)
     before = sys.getprofile()
     sys.setprofile(count.note)
     try:
@@ -196,3 +202,32 @@ def test_a_forward_keeps_its_budget(what: str, tmp_path: Path) -> None:
         calls, files = counted(run)
     assert calls <= budget.calls
     assert len(files) <= budget.files, sorted(files)
+
+
+def second_load(library: Any, base: nn.Module, folder: Path, package: str) -> tuple[int, set[str]]:
+    """Calls of the second of two loads of an adapter, each into a model of its own."""
+    library.from_pretrained(copy.deepcopy(base), folder)
+    model = copy.deepcopy(base)
+    return counted(lambda: library.from_pretrained(model, folder), package)
+
+
+def test_a_load_keeps_its_budget(tmp_path: Path) -> None:
+    base = nn.Sequential(*[nn.Linear(8, 8) for _ in range(3)])
+    config = LoraConfig(r=4, target_modules=["0", "1", "2"])
+    get_peft_model(copy.deepcopy(base), config).save_pretrained(tmp_path)
+    calls, files = second_load(LoraModel, base, tmp_path, OURS)
+    assert calls <= LOAD.calls
+    assert len(files) <= LOAD.files, sorted(files)
+
+
+def test_a_load_takes_few_more_calls_than_pefts(
+    fresh_smollm2: Callable[[], Any], tmp_path: Path
+) -> None:
+    peft = pytest.importorskip("peft")
+    base = fresh_smollm2()
+    config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    get_peft_model(copy.deepcopy(base), config).save_pretrained(tmp_path)
+    ours, _ = second_load(LoraModel, base, tmp_path, OURS)
+    theirs, _ = second_load(peft.PeftModel, base, tmp_path, str(Path(peft.__file__).parent) + "/")
+    assert theirs > 0
+    assert ours <= MOST_OF_PEFTS * theirs, (ours, theirs)
