@@ -233,4 +233,22 @@ FAULTS = (
         "found = _steps(given, tensors, calls, fresh, result)",
         (f"{_LAUNCHES}test_what_else_a_function_does_is_done_each_time",),
     ),
+    Fault(
+        sentence="A function keeps launches for any number of looks.",
+        kind="no bound",
+        source="M10",
+        path="kernels/launch.py",
+        before="                looks.clear()\n",
+        after="                pass\n",
+        tests=("tests/ops/test_kept_launches.py::test_looks_are_dropped_past_a_number_of_them",),
+    ),
+    Fault(
+        sentence="Two threads sort a call's arguments by two records, and keep its launches twice.",
+        kind="other threads",
+        source="M10",
+        path="kernels/launch.py",
+        before="    return _known_sorts.setdefault(kinds, found)",
+        after="    return found",
+        tests=("tests/ops/test_kept_launches.py::test_two_threads_sort_arguments_alike",),
+    ),
 )

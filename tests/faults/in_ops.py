@@ -279,4 +279,13 @@ FAULTS = (
         "inplace = True",
         ("tests/test_functional.py::test_add_in_place_and_out_of_place",),
     ),
+    Fault(
+        sentence="Pieces for one row tile are used for another one.",
+        kind="wrong key",
+        source="M10",
+        path="fastlora/ops/rows.py",
+        before="made = self._pieces.get(block_m)",
+        after="made = next(iter(self._pieces.values()), None)",
+        tests=("tests/ops/test_rows.py::test_groups",),
+    ),
 )

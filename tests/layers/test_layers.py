@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -71,6 +73,15 @@ def test_merged_layer_moves_and_disables() -> None:
     layer.unmerge()
     assert layer.weight.dtype == torch.float64
     torch.testing.assert_close(layer.float().eval().to_linear()(x), base)
+
+
+def test_unmerging_frees_what_a_merge_kept() -> None:
+    layer: Any = trained(FastLoraLinear(32, 48, r=4))
+    layer.merge()
+    kept = [weakref.ref(tensor) for tensor in layer._unmerged]
+    layer.unmerge()
+    gc.collect()
+    assert [tensor() for tensor in kept] == [None, None]
 
 
 def test_another_adapter_ends_a_merge() -> None:

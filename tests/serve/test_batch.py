@@ -258,6 +258,24 @@ def test_a_forward_that_fails_leaves_no_block_open(start: Callable[..., Run], tu
     assert run.errors[2:] == []
 
 
+def test_a_row_that_failed_is_zeros_for_the_next_request(start: Callable[..., Run]) -> None:
+    """Masked positions of a shorter row take part in a product, where NaN times 0 is NaN."""
+    run = start()
+    run.join("a")
+    run.turns(6)
+    (spoilt,) = run.join("b")
+    run.turns(1)
+    rows = run.batch._rows.cache
+    assert run.batch.jobs[1] is spoilt
+    for kept in rows._all():
+        kept[1] = float("nan")
+    run.batch._fail(spoilt, FailedError("not finite"))
+    run.join("c")
+    run.turns(3)
+    assert all(logits.isfinite().all() for logits in run.logits)
+    assert [type(error) for error in run.errors] == [FailedError]
+
+
 def test_closing_ends_the_block(start: Callable[..., Run]) -> None:
     run = start()
     run.join("a", "b")
