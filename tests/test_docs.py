@@ -16,6 +16,7 @@ import torch
 import fastlora
 from fastlora import LoraConfig, get_peft_model
 from fastlora.train.config import parse_settings, read_settings
+from tests.faults.fault import all_faults
 from tests.support.tiny import tiny_llama
 
 pytest.importorskip("transformers", reason="the models of the pages are transformers'")
@@ -255,3 +256,29 @@ def test_the_features_name_every_field_and_tests_that_are_there() -> None:
     assert fields == [field.name for field in dataclasses.fields(LoraConfig)]
     files = re.findall(r"(?:tests|fastlora)/[\w/]+\.py", text)
     assert files and [name for name in files if not (ROOT / name).is_file()] == []
+
+
+def test_the_page_of_caches_names_every_cache_and_its_proof() -> None:
+    """Each row has tests and faults that are there, and each file that keeps something is named."""
+    text = (ROOT / "docs" / "dev" / "caches.md").read_text(encoding="utf-8")
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    sentences = {fault.sentence for fault in all_faults()}
+    for row in rows[1:]:
+        *_, tests, faults = row
+        assert len(row) == 5, row[0]
+        assert set(faults.split("<br>")) <= sentences, row[0]
+        for test in tests.split("<br>"):
+            file, _, name = test.strip("`").partition("::")
+            assert f"def {name}(" in (ROOT / file).read_text(encoding="utf-8"), test
+    keeps = (
+        r"functools\.(lru_cache|cache\b|cached_property)|WeakValueDictionary\("
+        r"|\(Kept\)|threading\.local|stamp_of\("
+    )
+    files = [
+        path.relative_to(ROOT).as_posix()
+        for folder in ("fastlora", "kernels")
+        for path in sorted((ROOT / folder).rglob("*.py"))
+        if re.search(keeps, path.read_text(encoding="utf-8"))
+    ]
+    assert len(files) > 20
+    assert [name for name in files if f"`{name}`" not in text] == []

@@ -85,4 +85,13 @@ FAULTS = (
         after='        if found:\n            rest = rest.replace("bias", "weight")\n',
         tests=(f"{_OPTIMIZERS}::test_lorafa_of_several_adapters_and_of_all_their_parts",),
     ),
+    Fault(
+        sentence="A model keeps the gradients that its adapters have started from.",
+        kind="kept memory",
+        source="M10",
+        path="fastlora/layers/starting.py",
+        before="        delattr(found[0], init.data)",
+        after="        pass",
+        tests=("tests/init/test_data_inits.py::test_lora_ga_gradients_caches_and_loaders",),
+    ),
 )

@@ -595,4 +595,13 @@ FAULTS = (
         after="        self.merge_error = None\n",
         tests=("tests/layers/test_layers.py::test_unmerging_frees_what_a_merge_kept",),
     ),
+    Fault(
+        sentence="A backward reads codes that were written to after its forward.",
+        kind="missed write",
+        source="M10",
+        path="fastlora/coded_weight.py",
+        before="        if not self.is_unwritten:\n            raise",
+        after="        if False:\n            raise",
+        tests=("tests/kernels/test_quantised.py::test_codes_written_between_forward_and_backward",),
+    ),
 )

@@ -316,4 +316,13 @@ FAULTS = (
         after="pass",
         tests=("tests/routing/test_mixed_blocks.py::test_unloading_frees_packed_factors",),
     ),
+    Fault(
+        sentence="A thread holds a lease that it has ended.",
+        kind="a lease kept",
+        source="M10",
+        path="fastlora/pool/leases.py",
+        before="            self.held[owner].remove(lease)\n",
+        after="            pass\n",
+        tests=("tests/pool/test_pool.py::test_a_lease_keeps_its_adapters_on_the_device",),
+    ),
 )

@@ -211,4 +211,15 @@ FAULTS = (
         after="        pass\n",
         tests=("tests/ops/test_packed.py::test_what_a_captured_graph_reads_stays",),
     ),
+    Fault(
+        sentence="Tables of a set are used behind a write that moves no version.",
+        kind="no mark",
+        source="M10",
+        path="fastlora/routing/kept.py",
+        before="        self.mark = marks.of_trained() if changes else None\n",
+        after="        self.mark = None\n",
+        tests=(
+            "tests/kernels/test_mixed_tables.py::test_tables_end_with_what_they_were_made_from",
+        ),
+    ),
 )

@@ -168,6 +168,7 @@ def test_lora_ga_gradients_caches_and_loaders(tmp_path: Path) -> None:
     torch.testing.assert_close(
         fastlora.get_peft_model(model, config)(ids).logits, expected, atol=1e-5, rtol=1e-5
     )
+    assert not any("_peft_loraga_grad" in module.__dict__ for module in model.modules())
 
 
 def test_lora_ga_on_conv1d_scales_by_its_outputs() -> None:
