@@ -190,7 +190,7 @@ def without(part: str) -> Iterator[None]:
         return of_decode(chip, [row for row in rows if row.block_n >= row.block_m], *sizes)
 
     of_decode = configs._of_decode
-    alone = (layers, "output_at_once", lambda *_: None)
+    alone = (layers, "group_forward", lambda *_: None)
     whole_k, wide_tiles = (configs, "MAX_WEIGHT_SPLITS", 1), (configs, "_of_decode", wide)
     changes: dict[str, list[tuple[Any, str, Any]]] = {
         "": [],

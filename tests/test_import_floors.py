@@ -22,6 +22,8 @@ FLOORS = 9  # as in `ORDER`
 FLOORS_IN_A_FOLDER = 12  # of layers/
 OPERATORS = 17
 AUTOGRAD_FUNCTIONS = 5
+# The routing in force, the batch-invariant mode, and the recording of launches.
+THREAD_LOCALS = 3
 # Folders and files of the package from the ground up; an import may not go up.
 ORDER: tuple[tuple[str, ...], ...] = (
     ("env", "validation", "patterns", "weight_marks", "sharding", "coded_weight", "kernels"),
@@ -55,12 +57,15 @@ def modules() -> dict[str, Path]:
 
 
 class _Imports(ast.NodeVisitor):
-    """Collects names of modules, and names imported from modules."""
+    """Collects names of modules, and names imported from modules, on request for annotations."""
 
-    def __init__(self, package: str) -> None:
-        self.package, self.found = package, set[str]()
+    def __init__(self, package: str, annotations: bool = False) -> None:
+        self.package, self.annotations, self.found = package, annotations, set[str]()
 
     def visit_If(self, node: ast.If) -> None:
+        if self.annotations:
+            self.generic_visit(node)
+            return
         name = node.test.attr if isinstance(node.test, ast.Attribute) else ""
         name = node.test.id if isinstance(node.test, ast.Name) else name
         for child in node.orelse if name == "TYPE_CHECKING" else [node.test, *node.body]:
@@ -88,10 +93,12 @@ class _Imports(ast.NodeVisitor):
         self.generic_visit(node)
 
 
-def imports_of(name: str, path: Path, known: dict[str, Path]) -> set[str]:
+def imports_of(
+    name: str, path: Path, known: dict[str, Path], annotations: bool = False
+) -> set[str]:
     """Modules of ours that a module imports. The package itself imports what it hands on."""
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
-    visitor = _Imports(package)
+    visitor = _Imports(package, annotations)
     visitor.visit(ast.parse(path.read_text()))
     found = set()
     for target in visitor.found:
@@ -102,10 +109,10 @@ def imports_of(name: str, path: Path, known: dict[str, Path]) -> set[str]:
     return found
 
 
-def graph() -> dict[str, set[str]]:
-    """What each module imports."""
+def graph(annotations: bool = False) -> dict[str, set[str]]:
+    """What each module imports; on request for its annotations too."""
     known = modules()
-    return {name: imports_of(name, path, known) for name, path in known.items()}
+    return {name: imports_of(name, path, known, annotations) for name, path in known.items()}
 
 
 def floors(edges: dict[str, set[str]]) -> dict[str, int]:
@@ -161,6 +168,12 @@ def test_nothing_imports_itself_in_a_circle() -> None:
     assert floors(edges).keys() == edges.keys() and floors(units(edges))
 
 
+def test_annotations_make_no_circle_in_layers() -> None:
+    """A layer's type is in the lowest files, so that those that a forward calls can name it."""
+    edges = inside(graph(annotations=True), "fastlora.layers")
+    assert edges["fastlora.layers.call"] and floors(edges)
+
+
 def test_imports_go_down() -> None:
     assert not list(upward(graph()))
 
@@ -212,3 +225,15 @@ def test_autograd_functions() -> None:
     ]
     found = {f"{f.__module__}.{f.__name__}" for f in ours}
     assert 0 < len(found) <= AUTOGRAD_FUNCTIONS, ", ".join(sorted(found))
+
+
+def test_thread_locals() -> None:
+    """What a thread computes for later calls is kept on what it was computed for."""
+    found = [
+        f"{name}.{node.name}"
+        for name, path in modules().items()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ClassDef)
+        and any(ast.unparse(base) in ("threading.local", "local") for base in node.bases)
+    ]
+    assert 0 < len(found) <= THREAD_LOCALS, found

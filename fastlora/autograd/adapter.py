@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from fastlora.autograd import linear
-from fastlora.autograd.shrink import Shrunk
+from fastlora.autograd.shared_input import Shared
 from fastlora.ops import backend
 from fastlora.ops.conditions import Conditions
 from fastlora.ops.factors import Base, Factors
@@ -33,7 +33,7 @@ def run_adapter(
     factors: Factors,
     conditions: Conditions,
     plan: str = "auto",
-    shrunk: Shrunk | None = None,
+    shared: Shared | None = None,
     own_seed: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Returns ``[..., N]`` of a base layer with one adapter, whose tensors fit.
@@ -45,7 +45,7 @@ def run_adapter(
             (fp64 for an fp64 x); a lora_bias goes with one without dimensions.
         conditions: What the call runs under.
         plan: As in `fastlora.functional.lora_linear`.
-        shrunk: The layer's share of a pass over x, where siblings shared one; x, dropout_p and
+        shared: The s that was made for the layer together with others, if it was; x, dropout_p and
             implementation are then those that it was made with.
         own_seed: Returns the seed to use in place of a drawn one, where processes share a layer.
     """
@@ -57,7 +57,7 @@ def run_adapter(
         and known is not None
         and not (weight is None and (conditions.invariant or lora_bias is not None))
         and not dropout_p
-        and shrunk is None
+        and shared is None
         and plan == "auto"
         and conditions.autocast is None
         and not conditions.tracing
@@ -84,8 +84,8 @@ def run_adapter(
         conditions.check_invariant(x, plan, dropout_p)
         plan = "invariant"
     s = seed = None
-    if shrunk is not None:
-        s, seed = shrunk
+    if shared is not None:
+        s, seed = shared.s, shared.seed
     elif dropout_p > 0.0:
         seed = backend.draw_seed(x, conditions.impl)
         seed = seed if own_seed is None else own_seed(seed)

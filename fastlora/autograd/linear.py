@@ -5,11 +5,11 @@
 seeds and the parameters; never a cast or dropped copy of x, nor a mask. Whatever needs no gradient
 is neither saved nor computed.
 
-On kernels `fastlora.autograd.siblings` has one for plain layers that are fed by the same tensor.
-Where others share their passes over it, the graph has two kinds of node:
-that of `fastlora.autograd.shrink` makes every sibling's s, and its backward yields their d_lora_a
-and nothing else; each sibling's `LoraLinear` takes its s, and its backward returns dx with the LoRA
-term inside, ds (the gradient of s) and d_lora_b.
+On kernels `fastlora.autograd.shared_input` has nodes for layers that are fed by the same tensor.
+Plain ones are one node. Where others share their passes over x, the graph has two kinds of node:
+`LoraShrink` makes every layer's s, and its backward yields their d_lora_a and nothing else; each
+layer's `LoraLinear` takes its s, and its backward returns dx with the LoRA term inside, ds (the
+gradient of s) and d_lora_b.
 
 Shapes: ``x [..., K]``, ``weight [N, K]``, ``y [..., N]``; of each adapter ``lora_a [R, K]``,
 ``lora_b [N, R]``, ``lora_bias [N]`` or None, not scaled; s as in `fastlora.ops.backend.Backend`.
@@ -73,7 +73,7 @@ def run(
         seeds: Of the adapters' dropout, int64 ``[S]``; None where none acts.
         factors: ``lora_a, lora_b, lora_bias`` of each adapter in turn; three None where an adapter
             leaves the layer alone.
-        s: Of `fastlora.autograd.shrink.shrink`, where a sibling made it.
+        s: Of `fastlora.autograd.shared_input.shrink`, where a sibling made it.
     """
     if s is not None:  # the gradient of lora_a comes through it
         factors = list(factors)

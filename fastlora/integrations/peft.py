@@ -42,7 +42,7 @@ from fastlora.ops.seeds import draw_seeds
 from fastlora.routing.block import parameters_routing
 from fastlora.routing.checkpoints import keep_routing
 from fastlora.routing.ids import BASE, named_ids
-from fastlora.routing.in_force import check_batch
+from fastlora.routing.in_force import check_batch, end_forward
 from fastlora.routing.in_force import routed as routing_in_force
 from fastlora.routing.routing import Group, Routing, join_group
 from fastlora.validation import UnsupportedLayerError
@@ -236,7 +236,12 @@ class FastPeftLoraModel(PeftLoraModel):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the model, whose batch must fit the adapter ids in force."""
         self._check_batch(args, kwargs)
-        return super().forward(*args, **kwargs)
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            kept = self.__dict__.get("_fastlora_routed")
+            if kept is not None:
+                end_forward(kept.group)
 
     def _check_batch(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         kept = self.__dict__.get("_fastlora_routed")
@@ -383,7 +388,7 @@ def unpatch_layer(module: nn.Module) -> None:
 _OWN_ATTRIBUTES = (
     "_dora_norms",
     "_coded",
-    "_family",
+    "_shared_input",
     "_compiled_alone",
     "routed_by",
     "routed_as",

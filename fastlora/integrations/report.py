@@ -11,7 +11,7 @@ from torch import nn
 
 from fastlora.layers import LoraLayer
 from fastlora.layers.coded_base import reads_codes
-from fastlora.layers.sharing import sibling_note
+from fastlora.layers.group_members import sibling_note
 from fastlora.ops.conditions import triton_status
 from fastlora.sharding import is_fsdp_module
 

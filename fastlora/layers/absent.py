@@ -16,7 +16,7 @@ from fastlora.layers.call import MixedCall
 from fastlora.sharding import local
 
 if TYPE_CHECKING:
-    from fastlora.layers.common import CommonLayer
+    from fastlora.layers.layer import AdaptedLayer
 
 
 def with_absent(call: MixedCall, y: torch.Tensor, *, waits: bool) -> torch.Tensor:
@@ -43,7 +43,7 @@ def with_absent(call: MixedCall, y: torch.Tensor, *, waits: bool) -> torch.Tenso
     return torch.cat([y, *rows])
 
 
-def _parameters_of(layer: CommonLayer, name: str) -> Iterator[torch.Tensor]:
+def _parameters_of(layer: AdaptedLayer, name: str) -> Iterator[torch.Tensor]:
     """Yields an adapter's parameters on one layer, whatever kinds of them there are."""
     for holder in layer._modules.values():
         if isinstance(holder, nn.ModuleDict) and name in holder:

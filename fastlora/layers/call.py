@@ -11,7 +11,7 @@ from fastlora.ops.rows import Rows, sort_rows
 from fastlora.routing.routing import Routing
 
 if TYPE_CHECKING:
-    from fastlora.layers.common import CommonLayer
+    from fastlora.layers.layer import AdaptedLayer
 
 
 class LayerCall(NamedTuple):
@@ -25,7 +25,7 @@ class LayerCall(NamedTuple):
         names: The adapters that act.
     """
 
-    layer: CommonLayer
+    layer: AdaptedLayer
     given: torch.Tensor
     x: torch.Tensor
     conditions: Conditions
@@ -41,7 +41,7 @@ class MixedCall(NamedTuple):
         routing: The batch's; in a graph that is being compiled its ``whole``.
     """
 
-    layer: CommonLayer
+    layer: AdaptedLayer
     given: torch.Tensor
     x: torch.Tensor
     conditions: Conditions

@@ -30,7 +30,7 @@ from fastlora.validation import UnsupportedLayerError
 from fastlora.weight_marks import Kept, Stamp, stamp_of
 
 if TYPE_CHECKING:
-    from fastlora.layers.common import CommonLayer
+    from fastlora.layers.layer import AdaptedLayer
 
 _UNCOUNTED = "its base weight was made in inference mode, where nobody counts writes"
 _CAPTURED = "a CUDA graph is being captured; run a forward before"
@@ -189,21 +189,21 @@ def call_base(
     return module(x, *args, **kwargs) if made is None else made
 
 
-def sibling_base(layer: CommonLayer) -> Base | None:
+def sibling_base(layer: AdaptedLayer) -> Base | None:
     """Returns what stands for a layer's base layer on kernels, in the dtype it computes in."""
     kept = _kept(layer)
     code = kept.find(layer.get_base_layer(), None)
     return None if isinstance(code, str) else kept.base_of(code)
 
 
-def why_called(layer: CommonLayer) -> str:
+def why_called(layer: AdaptedLayer) -> str:
     """Returns why a base layer that is no plain linear is called on kernels; empty if it is not."""
     kept = _kept(layer)
     code = kept.find(layer.get_base_layer(), kept.dtype)
     return code if isinstance(code, str) else ""
 
 
-def reads_codes(layer: CommonLayer) -> str:
+def reads_codes(layer: AdaptedLayer) -> str:
     """Returns what kernels read of a layer's base weight, and in which dtype they compute.
 
     Known once `why_called` was asked; empty where the weight is plain, or the base layer called.
@@ -233,8 +233,8 @@ def forget_weights(layer: object, captured: bool = False) -> None:
     kept = own.get("_coded")
     if isinstance(kept, KeptCode):
         kept.forget(captured)
-        if "_family" in own:
-            own["_family"].at_once.clear()  # a sibling has them too
+        if "_shared_input" in own:
+            own["_shared_input"].launches.clear()  # a sibling has them too
 
 
 def _watched(
@@ -251,7 +251,7 @@ def _watched(
         raise AttributeError(kind.lacks(error)) from error
 
 
-def _kept(layer: CommonLayer) -> KeptCode:
+def _kept(layer: AdaptedLayer) -> KeptCode:
     own = layer.__dict__
     kept: KeptCode | None = own.get("_coded")
     if kept is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -11,73 +11,29 @@ from torch import nn
 from fastlora.layers.bases import dense_weight
 from fastlora.layers.coded_base import forget_weights
 from fastlora.layers.factors import factors_of
+from fastlora.layers.group_members import knows_siblings, note_compiled
+from fastlora.layers.layer import AdaptedLayer
 from fastlora.layers.norms import magnitude_of
-from fastlora.layers.quantised import Quantised
 from fastlora.layers.scalings import Scaling, Scalings
-from fastlora.layers.sharing import knows_siblings, note_compiled
-from fastlora.ops.factors import Base
-from fastlora.ops.torch.dora import nonzero
-from fastlora.routing.routing import Group
-from fastlora.routing.siblings import Family, forget_siblings
+from fastlora.layers.shared_input import forget_group
 from fastlora.weight_marks import marks
 
 
 def forget_kept(layer: CommonLayer) -> None:
     """Drops what a layer keeps of its weights, and its model of the adapters in mixed batches."""
     forget_weights(layer)
-    forget_siblings(layer)
+    forget_group(layer)
     marks.end_trained()  # blocks that are open keep some too
     layer._forget_packed()
 
 
-class CommonLayer(nn.Module):
-    """A linear with adapters by name, under PEFT's names; ours, and PEFT's after `fastlora.patch`.
+class CommonLayer(AdaptedLayer):
+    """A linear with adapters by name; ours, and PEFT's after `fastlora.patch`.
 
     It keeps nothing of its weights from one mode, training or evaluation, to the other. Its
     ``scaling`` is always a `Scalings`, whose tensors lie where the factors do.
-
-    What begins with `_own` is all of the layer's, or of one that is split over processes
-    (`fastlora.layers.tensor_parallel`) what this process has; shapes are then this process's.
-
-    Attributes:
-        impl: Implementation, as in `fastlora.functional.lora_linear`.
-        in_features, out_features: K and N.
-        lora_A, lora_B: Adapter name to a linear with weight ``[R, K]``, and ``[N, R]``.
-        lora_dropout: Adapter name to a dropout or an identity.
-        merged_adapters: A list of the adapters that are merged into the base weight.
-        cast_input_dtype_enabled: Whether modules of an adapter that are called one by one get x in
-            their own dtype; PEFT's `disable_input_dtype_casting` sets it.
-        is_split: Whether other processes have the rest of the layer.
-        is_linear: Whether it is a linear, whose adapters kernels and packs may hold.
-        routed_by: The model's group of layers, once the layer is in a model.
-        routed_as: Its number there.
-        sees_part: Whether the layer raises in a mixed batch, since it may see a part of the rows.
-        table_row: Its row in a pool's tables.
-        _disabled: Whether the layer is its base layer, whatever is active or in force.
-        _family: The layer and its siblings, once a forward has shown them.
-        get_base_layer: Returns the base layer; the layer itself where it is its own.
-        _acting: Returns the names that act outside of a mixed batch.
     """
 
-    _modules: dict[str, Any]
-    impl = "auto"
-    in_features: int
-    out_features: int
-    lora_A: Any
-    lora_B: Any
-    lora_dropout: Any
-    merged_adapters: Any
-    cast_input_dtype_enabled = True
-    is_split = False
-    is_linear = True
-    routed_by: Group | None = None
-    routed_as = 0
-    sees_part = False
-    table_row = 0
-    _disabled: bool
-    _family: Family
-    get_base_layer: Callable[[], Any]
-    _acting: Callable[[], list[str]]
     knows_siblings = knows_siblings
     note_compiled = note_compiled
     _own_factors = factors_of
@@ -88,35 +44,9 @@ class CommonLayer(nn.Module):
         if self.routed_by is not None:
             self.routed_by.packs.clear()
 
-    def _plain_base(self) -> Base | None:
-        """Returns the base layer's weight and bias; None where it must be called."""
-        return None
-
     def _own_weight(self) -> torch.Tensor:
         """Returns the base weight as a dense matrix, ``[N, K]``."""
         return dense_weight(self.get_base_layer())
-
-    def _own_quantised(self) -> Quantised | None:
-        """Returns how the base weight is quantised; None where it is not."""
-        return None
-
-    def _weight_to_save(self, compiling: bool) -> torch.Tensor:
-        """Returns the base weight for a node of a graph: without a matrix where it is quantised."""
-        found = None if compiling else self._own_quantised()
-        return self._own_weight() if found is None else found.unread()
-
-    def _own_bias(self) -> torch.Tensor | None:
-        """Returns the base bias, ``[N]``, or None."""
-        bias: torch.Tensor | None = getattr(self.get_base_layer(), "bias", None)
-        return bias
-
-    def _own_seed(self, seed: torch.Tensor) -> torch.Tensor:
-        """Returns the dropout seeds to use in place of drawn ones, same shape."""
-        return seed
-
-    def _of_whole_rows(self, sums: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Returns the norms' squares of adapters, given `adapted_sums` over the columns here."""
-        return [nonzero(each) for each in sums]
 
     def train(self, mode: bool = True) -> Any:
         """As `nn.Module.train`."""

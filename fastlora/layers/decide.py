@@ -19,7 +19,7 @@ from fastlora.ops.factors import Base, Slots, Tables
 from fastlora.validation import AdapterStateError, ImplementationError, check_same_device
 
 if TYPE_CHECKING:
-    from fastlora.layers.common import CommonLayer
+    from fastlora.layers.layer import AdaptedLayer
 
 
 class Decision(NamedTuple):
@@ -83,7 +83,7 @@ def decide(call: MixedCall, base: Base, without: Sequence[int]) -> Decision:
     return Decision(bare)
 
 
-def check_unmerged(layer: CommonLayer) -> None:
+def check_unmerged(layer: AdaptedLayer) -> None:
     """Raises `AdapterStateError` where adapters are merged into the weights of a layer."""
     if layer.merged_adapters:
         raise AdapterStateError(
@@ -116,7 +116,7 @@ def tables_for(call: MixedCall) -> Tables | None:
 
 
 def slots_for_kernels(
-    call: MixedCall, layer: CommonLayer, without: Sequence[int] = ()
+    call: MixedCall, layer: AdaptedLayer, without: Sequence[int] = ()
 ) -> Slots | None:
     """Returns the adapters of all slots for kernels; None where PyTorch runs.
 

@@ -38,7 +38,7 @@ from fastlora.ops.triton.pieces import rows_at
 from fastlora.routing.routing import Routing
 
 if TYPE_CHECKING:
-    from fastlora.layers.common import CommonLayer
+    from fastlora.layers.layer import AdaptedLayer
 
 
 def run_dora(call: LayerCall, base: Base, name: str) -> torch.Tensor:
@@ -132,7 +132,7 @@ class DoraSlots(NamedTuple):
     dropped: tuple[int, ...] = ()
 
 
-def dora_slots(layer: CommonLayer, routing: Routing) -> DoraSlots | None:
+def dora_slots(layer: AdaptedLayer, routing: Routing) -> DoraSlots | None:
     """Returns which slots of a batch use DoRA on a layer; None where there are none.
 
     Of a captured CUDA graph's slots only whether there may be any is known, and none are named.
@@ -192,7 +192,7 @@ def dora_rows(call: MixedCall, y: torch.Tensor, slots: DoraSlots) -> torch.Tenso
 
 
 def _wants_rows(
-    layer: CommonLayer,
+    layer: AdaptedLayer,
     y: torch.Tensor,
     bias: torch.Tensor | None,
     routing: Routing,

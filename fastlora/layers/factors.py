@@ -17,7 +17,7 @@ from fastlora.sharding import is_sharded
 from fastlora.validation import UnsupportedLayerError
 
 if TYPE_CHECKING:
-    from fastlora.layers.common import CommonLayer
+    from fastlora.layers.layer import AdaptedLayer
     from fastlora.pool.resident import Resident
 
 
@@ -62,7 +62,7 @@ def _is_replaced(module: nn.Module) -> bool:
 
 
 def factors_of(
-    layer: CommonLayer,
+    layer: AdaptedLayer,
     name: str,
     call: LayerCall | MixedCall | None = None,
     *,
@@ -104,7 +104,7 @@ def factors_of(
     return Factors(lora_a, lora_b, scaling, up._parameters["bias"], dropout_p, magnitude)
 
 
-def why_not_fused(layer: CommonLayer, names: list[str], gathered: bool = False) -> str:
+def why_not_fused(layer: AdaptedLayer, names: list[str], gathered: bool = False) -> str:
     """Returns why adapters cannot run as bare tensors, or an empty string.
 
     Their modules must then be called: hooks, parametrizations, shards and replacements of users and
@@ -131,7 +131,7 @@ def why_not_fused(layer: CommonLayer, names: list[str], gathered: bool = False) 
     return ""
 
 
-def scaling_beside(layer: CommonLayer, name: str, call: LayerCall | MixedCall) -> torch.Tensor:
+def scaling_beside(layer: AdaptedLayer, name: str, call: LayerCall | MixedCall) -> torch.Tensor:
     """Returns an adapter's scaling as a tensor without dimensions: on x's device, fp32 or fp64.
 
     In a graph that is compiled it is the graph's input; a number would be part of the graph.
@@ -187,7 +187,7 @@ class Source(Protocol):
         """Where all factors lie, where that is known at all times."""
 
     def factors(
-        self, layer: CommonLayer, slot: int, call: MixedCall | None = None
+        self, layer: AdaptedLayer, slot: int, call: MixedCall | None = None
     ) -> Factors | None:
         """Returns a slot's factors on a layer; None where the adapter leaves the layer alone.
 
@@ -217,7 +217,7 @@ class Parameters:
         self.names = names
 
     def factors(
-        self, layer: CommonLayer, slot: int, call: MixedCall | None = None
+        self, layer: AdaptedLayer, slot: int, call: MixedCall | None = None
     ) -> Factors | None:
         name = self.names[slot]
         if name not in layer._modules["lora_A"]._modules:
@@ -249,7 +249,7 @@ class Pool:
         self.residents, self.tables = residents, tables
 
     def factors(
-        self, layer: CommonLayer, slot: int, call: MixedCall | None = None
+        self, layer: AdaptedLayer, slot: int, call: MixedCall | None = None
     ) -> Factors | None:
         resident = self.residents[slot]
         found: Factors | None = None if resident is None else resident.factors(layer.table_row)
@@ -271,7 +271,7 @@ class Pool:
 
 
 def slots_of(
-    source: Source, layer: CommonLayer, which: Sequence[int], without: Sequence[int] = ()
+    source: Source, layer: AdaptedLayer, which: Sequence[int], without: Sequence[int] = ()
 ) -> Slots:
     """Returns a layer's adapters in these slots; those of ``without`` are None."""
     own: list[Factors | None] = []

@@ -14,23 +14,21 @@ import torch
 
 from fastlora.autograd.adapter import run_adapter
 from fastlora.layers import mixed
-from fastlora.layers.at_once import output_at_once
 from fastlora.layers.call import LayerCall, MixedCall
 from fastlora.layers.dora import run_dora
 from fastlora.layers.factors import scaling_beside, why_not_fused
-from fastlora.layers.sharing import shared_shrink
+from fastlora.layers.group_forward import group_forward
 from fastlora.layers.why import NOT_OUR_GEMM, refuse_triton, uses_dora
 from fastlora.ops.conditions import conditions_of
-from fastlora.ops.factors import Base, Factors, Slots
+from fastlora.ops.factors import Base, Factors
 from fastlora.routing.in_force import routing_of
-from fastlora.routing.siblings import family_of
 from fastlora.weight_marks import Mark, marks
 
 if TYPE_CHECKING:
-    from fastlora.layers.common import CommonLayer
+    from fastlora.layers.layer import AdaptedLayer
 
 
-def begin(layer: CommonLayer, x: torch.Tensor) -> LayerCall | MixedCall:
+def begin(layer: AdaptedLayer, x: torch.Tensor) -> LayerCall | MixedCall:
     """Returns what a forward of a layer with ``x [..., K]`` runs under, and who acts.
 
     A `LayerCall` without names is that of the base layer alone.
@@ -73,7 +71,7 @@ def forward(call: LayerCall | MixedCall, base: Base) -> torch.Tensor:
     return y
 
 
-def _runs(layer: CommonLayer, names: list[str]) -> list[list[str]]:
+def _runs(layer: AdaptedLayer, names: list[str]) -> list[list[str]]:
     """Splits names into runs that are one call: DoRA adapters alone, others together."""
     runs: list[list[str]] = []
     for name in names:
@@ -90,18 +88,14 @@ def _run_together(call: LayerCall, base: Base, names: list[str]) -> torch.Tensor
     layer, x, conditions = call.layer, call.x, call.conditions
     if conditions.invariant and base.weight is None:
         conditions.refuse(layer, NOT_OUR_GEMM)
-    bias = shrunk = None
+    bias = shared = None
     others: list[Factors] = []
     if len(names) == 1:
         first = layer._own_factors(names[0], call)
         if first is not None and conditions.impl != "eager":  # on kernels
-            family = None if conditions.compiling else family_of(layer, call.given)
-            if family is not None:
-                y = output_at_once(call, base, first, family)
-                if y is not None:
-                    return y
-            if torch.is_grad_enabled():
-                shrunk = shared_shrink(call, Slots((first,)), family)
+            shared = group_forward(call, base, first)
+            if shared is not None and shared.y is not None:
+                return shared.y
     else:
         first, others, bias = _joined(call, names)
     if first is None:
@@ -109,7 +103,7 @@ def _run_together(call: LayerCall, base: Base, names: list[str]) -> torch.Tensor
         return _called(call, base.output(x), names)
     if bias is not None and base.weight is not None:
         base, bias = base._replace(bias=bias if base.bias is None else base.bias + bias), None
-    y = run_adapter(x, base, first, conditions, "auto", shrunk, layer._own_seed)
+    y = run_adapter(x, base, first, conditions, "auto", shared, layer._own_seed)
     if bias is not None:
         y = y + bias.to(y.dtype)
     for other in others:

@@ -11,14 +11,13 @@ import torch
 import torch.nn.functional as F
 
 from fastlora.autograd.linear import records_gradients
-from fastlora.layers import (
-    graph_ops,  # noqa: F401 - registers operators
-    tables,
-)
+from fastlora.layers import graph_ops  # noqa: F401 - registers operators
 from fastlora.layers.call import MixedCall
 from fastlora.layers.dora import dora_rows, scale_pool_rows_
 from fastlora.layers.graph_slots import slots_of
-from fastlora.layers.sharing import shared_shrink
+from fastlora.layers.group_forward import group_forward
+from fastlora.layers.places import output_at, place_of
+from fastlora.layers.why import TOO_LATE
 from fastlora.ops.factors import Base, Tables
 
 
@@ -35,8 +34,8 @@ def run_in_graph(call: MixedCall, base: Base) -> torch.Tensor | None:
         return None
     if not slots.own.present:  # theirs is DoRA's, which drops
         return dora_rows(call, base.output(x), slots.dora)
-    shrunk = shared_shrink(call, slots.own, None) if slots.impl == "triton" else None
-    s = None if shrunk is None else shrunk.s
+    shared = group_forward(call, base, slots.own) if slots.impl == "triton" else None
+    s = None if shared is None else shared.s
     dropout_p = slots.own.dropout_p
     made = torch.ops.fastlora.lora_mixed(
         *(x, *base[:3], slots.own.tensors(), slots.scaling, batch.ids, batch.seeds, dropout_p),
@@ -60,5 +59,10 @@ def _of_pool(call: MixedCall, base: Base, found: Tables) -> torch.Tensor | None:
             y, weight = F.linear(x, weight, bias), None
     elif y is not None:
         y = y.clone(memory_format=torch.contiguous_format)
-    made = tables.run(call, Base(weight, bias, y, True), found, "auto", impl)
+    base, place = Base(weight, bias, y, True), place_of(call, found, call.rows(), impl=impl)
+    if place is None:
+        call.conditions.refuse(call.layer, TOO_LATE)
+        return scale_pool_rows_(call, base.output(x))
+    made = output_at(call, base, place, impl)
+    made = made if x.dim() == 2 else made.view(*x.shape[:-1], made.shape[1])
     return scale_pool_rows_(call, made)

@@ -20,18 +20,22 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
 from fastlora.autograd.linear import Call, run
-from fastlora.autograd.shrink import Shrunk, shrink
+from fastlora.autograd.shared_input import Shared, shrink
+from fastlora.layers.shared_input import Results
 from fastlora.ops.factors import Base
 from fastlora.ops.library import composes, define
 from fastlora.ops.rows import sort_rows
 from fastlora.ops.seeds import seeds_of_layer
-from fastlora.routing.siblings import keep_shares, take_share
+
+# What the first call of `lora_shared` in a trace made for those behind it.
+_TRACED = Results()
 
 define(
     "lora_mixed(Tensor x, Tensor? weight, Tensor? bias, Tensor? y, Tensor?[] factors,"
@@ -93,27 +97,28 @@ def _lora_shared(
     """
     by_place = dict(zip(places, lora_a, strict=True))
 
-    def make(layers: Sequence[int]) -> list[Shrunk]:
+    def make(layers: Sequence[int]) -> list[Shared]:
         flat = x.to(dtype)
         m = flat.numel() // flat.shape[-1]
         rows = None if ids is None else sort_rows(ids, m, slots, flat.device)
-        found = [[by_place.get(layer * slots + i) for i in range(slots)] for layer in layers]
+        each = [[by_place.get(layer * slots + i) for i in range(slots)] for layer in layers]
         if factor_dtype is not None:
-            found = [[None if a is None else a.to(factor_dtype) for a in each] for each in found]
-        return shrink(flat, found, [dropout_p[layer] for layer in layers], "triton", rows)
+            each = [[None if a is None else a.to(factor_dtype) for a in own] for own in each]
+        return shrink(flat, each, [dropout_p[layer] for layer in layers], "triton", rows)
 
+    found: Any = None
     if not isinstance(x, (FakeTensor, FunctionalTensor)):
         # Nothing says whether the others will call, so nothing is kept for them.
-        (share,) = make([own])
+        (found,) = make([own])
     else:
         context = (*lora_a, ids)
         versions = [tensor._version for tensor in context if tensor is not None]
         others = places, dropout_p, slots, dtype, factor_dtype, torch.is_grad_enabled()
         key = (versions, *others)
-        found = take_share(x, own, context, key)
-        if found is None:
+        known, found = _TRACED.take(x, own, context) or (None, None)
+        if known != key:
+            _TRACED.discard()  # of layers that are not in their graph
             made = make(range(len(dropout_p)))
-            keep_shares(x, context, {i: (key, s) for i, s in enumerate(made) if i != own})
+            _TRACED.put(x, context, own, {i: (key, s) for i, s in enumerate(made) if i != own})
             found = made[own]
-        share = found
-    return share.s, [] if share.seed is None else [share.seed]
+    return found.s, [] if found.seed is None else [found.seed]

@@ -14,7 +14,7 @@ from fastlora.ops.conditions import KERNEL_DTYPES
 from fastlora.ops.factors import Slots
 
 if TYPE_CHECKING:
-    from fastlora.layers.common import CommonLayer
+    from fastlora.layers.layer import AdaptedLayer
 
 
 class InGraph(NamedTuple):
@@ -34,7 +34,7 @@ class InGraph(NamedTuple):
     dora: DoraSlots
 
 
-def slots_of(call: MixedCall, layer: CommonLayer) -> InGraph | None:
+def slots_of(call: MixedCall, layer: AdaptedLayer) -> InGraph | None:
     """Returns the slots of a call's layer, or a sibling of its ``impl``; None if in no graph.
 
     The call's routing is the batch's ``whole``.

@@ -1,7 +1,7 @@
 """A mixed batch: each row has its own adapter, or none.
 
 `fastlora.layers.decide` says who computes it: kernels that find factors by address
-(`fastlora.layers.tables`), PyTorch over packed factors (`fastlora.layers.packs`), or
+(`fastlora.layers.places`), PyTorch over packed factors (`fastlora.layers.packs`), or
 `fastlora.autograd.linear` from the adapters as lists. In a graph that is being compiled
 `fastlora.layers.graph` does all of it.
 """
@@ -16,15 +16,16 @@ import torch.nn.functional as F
 
 from fastlora.autograd import linear
 from fastlora.layers import dora as dora_layer
-from fastlora.layers import graph, packs, tables
+from fastlora.layers import graph, packs
 from fastlora.layers.absent import with_absent
 from fastlora.layers.call import MixedCall
 from fastlora.layers.decide import check_devices, decide
 from fastlora.layers.factors import slots_of
-from fastlora.layers.sharing import shared_shrink
-from fastlora.ops.factors import Base, Slots, numbers_on
+from fastlora.layers.group_forward import group_forward
+from fastlora.layers.places import Place, linear_at, output_at, place_of
+from fastlora.layers.why import TOO_LATE
+from fastlora.ops.factors import Base, Slots, Tables, numbers_on
 from fastlora.ops.rows import Rows
-from fastlora.routing.siblings import family_of
 from fastlora.validation import check_dropout_dtype
 
 
@@ -58,11 +59,10 @@ def _by_rows(call: MixedCall, base: Base, without: tuple[int, ...]) -> tuple[tor
     layer, x, routing = call.layer, call.x, call.routing
     is_bare, plan, found, slots = decide(call, base, without)
     if found is not None:
-        return tables.run(call, base, found, plan), True
+        return _by_address(call, base, found, plan == "invariant"), True
     if slots is not None:
-        family = None if call.conditions.compiling else family_of(layer, call.given)
-        shrunk = shared_shrink(call, slots, family)
-        y = _run_listed(call, base, slots, call.rows(), s=None if shrunk is None else shrunk.s)
+        shared = group_forward(call, base, slots)
+        y = _run_listed(call, base, slots, call.rows(), s=None if shared is None else shared.s)
     else:
         rows = routing.rows(x.numel() // x.shape[-1], x.device, host=True)
         if is_bare:
@@ -75,6 +75,28 @@ def _by_rows(call: MixedCall, base: Base, without: tuple[int, ...]) -> tuple[tor
     if routing.absent_gradients and torch.is_grad_enabled():
         y = with_absent(call, y, waits=slots is None)
     return y, False
+
+
+def _by_address(call: MixedCall, base: Base, tables: Tables, invariant: bool) -> torch.Tensor:
+    """Returns ``[..., N]`` by kernels that find factors in tables.
+
+    Of the base layer alone where the tables do not know the layer.
+    """
+    layer, x, rows = call.layer, call.x, call.rows()
+    place: Place | None = call.routing.kept.places.get(layer.routed_as)
+    if place is None or not place.holds(tables, rows, invariant):
+        place = place_of(call, tables, rows, invariant)
+        if place is None:
+            call.conditions.refuse(layer, TOO_LATE)
+            return base.output(x)
+    shared = None if base.weight is None else group_forward(call, base, place)
+    if shared is None:
+        y = output_at(call, base, place)
+    elif shared.y is None:
+        y = linear_at(call, base, place, shared.s)[0]
+    else:
+        y = shared.y
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
 
 
 def _run_listed(

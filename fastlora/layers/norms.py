@@ -13,7 +13,7 @@ from fastlora.sharding import gathers_parameters, is_sharded, local
 from fastlora.weight_marks import Kept, Stamp, marks, stamp_of
 
 if TYPE_CHECKING:
-    from fastlora.layers.common import CommonLayer
+    from fastlora.layers.layer import AdaptedLayer
 
 # Tensors and their context: what a `Stamp` is made of.
 _Watched = tuple[Sequence[torch.Tensor], tuple[Hashable, ...]]
@@ -36,7 +36,7 @@ class NormCache(Kept):
         self.kept: dict[str | None, tuple[Stamp, torch.Tensor]] = {}
 
 
-def magnitude_of(layer: CommonLayer, name: str) -> torch.Tensor:
+def magnitude_of(layer: AdaptedLayer, name: str) -> torch.Tensor:
     """Returns an adapter's magnitude, ``[N]``."""
     magnitude: torch.Tensor = layer._modules["lora_magnitude_vector"]._modules[name].weight
     return magnitude
@@ -47,7 +47,7 @@ def may_keep(device: torch.device) -> bool:
     return device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
 
 
-def base_stamp(layer: CommonLayer) -> Stamp | None:
+def base_stamp(layer: AdaptedLayer) -> Stamp | None:
     """Returns the stamp of a layer's base weight; None where a stamp cannot detect changes.
 
     The same object until the weight changes, or is said to (`forget_weights`).
@@ -62,7 +62,7 @@ def base_stamp(layer: CommonLayer) -> Stamp | None:
     return known
 
 
-def rows_of(layer: CommonLayer) -> torch.Tensor | InRows:
+def rows_of(layer: AdaptedLayer) -> torch.Tensor | InRows:
     """Returns a layer's base weight ``[N, K]``: a matrix, or where it is quantised its rows."""
     found = layer._own_quantised()
     if found is None:
@@ -71,7 +71,7 @@ def rows_of(layer: CommonLayer) -> torch.Tensor | InRows:
 
 
 def base_squares(
-    layer: CommonLayer, weight: torch.Tensor | InRows, compiling: bool = False
+    layer: AdaptedLayer, weight: torch.Tensor | InRows, compiling: bool = False
 ) -> torch.Tensor:
     """Returns ``||W||^2``, ``[N]``, of a layer's weight: kept while that stays what it is.
 
@@ -92,7 +92,7 @@ def base_squares(
 
 
 def adapter_sums(
-    layer: CommonLayer,
+    layer: AdaptedLayer,
     lora_a: torch.Tensor,
     lora_b: torch.Tensor,
     scaling: torch.Tensor | float,
@@ -108,7 +108,7 @@ def adapter_sums(
 
 
 def adapter_squares(
-    layer: CommonLayer,
+    layer: AdaptedLayer,
     lora_a: torch.Tensor,
     lora_b: torch.Tensor,
     scaling: torch.Tensor | float,
@@ -119,7 +119,7 @@ def adapter_squares(
 
 
 def kept_sums(
-    layer: CommonLayer, name: str, scaling: torch.Tensor | float, compiling: bool
+    layer: AdaptedLayer, name: str, scaling: torch.Tensor | float, compiling: bool
 ) -> torch.Tensor:
     """Returns `adapter_sums` by name, ``[N]``; without gradients, kept until something changes.
 
@@ -138,7 +138,7 @@ def kept_sums(
     return _kept(layer, name, watched, lambda: adapter_sums(layer, *own, scaling, compiling))
 
 
-def _watched_base(layer: CommonLayer) -> _Watched | None:
+def _watched_base(layer: AdaptedLayer) -> _Watched | None:
     weight = getattr(layer.get_base_layer(), "weight", None)
     if not isinstance(weight, torch.Tensor):
         return None
@@ -169,7 +169,7 @@ def _watched(tensors: Sequence[torch.Tensor], *context: Hashable) -> _Watched | 
 
 
 def _kept(
-    layer: CommonLayer,
+    layer: AdaptedLayer,
     name: str | None,
     watched: _Watched | None,
     make: Callable[[], torch.Tensor],
@@ -191,7 +191,7 @@ def _kept(
     return known[1]
 
 
-def _cache(layer: CommonLayer) -> NormCache:
+def _cache(layer: AdaptedLayer) -> NormCache:
     cache: NormCache | None = layer.__dict__.get("_dora_norms")
     if cache is None:
         cache = layer.__dict__["_dora_norms"] = NormCache()

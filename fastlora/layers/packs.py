@@ -21,7 +21,7 @@ from fastlora.validation import UnsupportedLayerError
 from fastlora.weight_marks import Mark, marks
 
 if TYPE_CHECKING:
-    from fastlora.layers.common import CommonLayer
+    from fastlora.layers.layer import AdaptedLayer
 
 
 class KeptDecision(NamedTuple):
@@ -93,7 +93,8 @@ def find(call: MixedCall, rows: Rows) -> KeptDecision | None:
     pack, due = sets.get(number, x.dtype, kind)
     if due:
         if sets.watch is not None:  # first: another thread may replace a factor meanwhile
-            sets.watch.add(layer, [routing.names[slot] for slot in rows.present])
+            names = [routing.names[slot] for slot in rows.present]
+            sets.watch.add(layer, layer.scaling, names)
         slots = _slots(layer, call, rows)
         pack = None if slots is None else pack_layer(slots, x.dtype, kind)
         sets.put(number, x.dtype, kind, pack)
@@ -110,7 +111,7 @@ def find(call: MixedCall, rows: Rows) -> KeptDecision | None:
     return found
 
 
-def _slots(layer: CommonLayer, call: MixedCall, rows: Rows) -> Slots | None:
+def _slots(layer: AdaptedLayer, call: MixedCall, rows: Rows) -> Slots | None:
     """Returns the adapters with rows; None where a dropout acts or factors are elsewhere."""
     try:
         slots = slots_of(call.routing.source, layer, rows.present)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -12,8 +13,19 @@ from fastlora.init import Given, Init, find_init
 from fastlora.layers.bases import is_transposed, linear_features, why_not_replaceable
 from fastlora.validation import AdapterStateError, InitialisationError, UnsupportedLayerError
 
-if TYPE_CHECKING:
-    from fastlora.layers.base import LoraLayer
+
+class StartedLayer(Protocol):
+    """What an adapter's start asks of its `fastlora.layers.base.LoraLayer`."""
+
+    merged_adapters: Any
+    is_split: bool
+
+    @property
+    def get_base_layer(self) -> Callable[[], Any]: ...
+
+    def _calibrated(self) -> list[nn.Module]: ...
+
+    def _weight_to_start_from(self, why: str) -> torch.Tensor: ...
 
 
 class Starter:
@@ -39,7 +51,7 @@ class Starter:
 
     def __init__(
         self,
-        layer: LoraLayer,
+        layer: StartedLayer,
         name: bool | str,
         scaling: float,
         config: object | None,
@@ -142,7 +154,7 @@ class Starter:
         return layer._weight_to_start_from(f"init_lora_weights={name!r} reads the base weight")
 
 
-def find_data(layer: LoraLayer, init: Init) -> tuple[nn.Module, object] | None:
+def find_data(layer: StartedLayer, init: Init) -> tuple[nn.Module, object] | None:
     """Returns what the calibration of an init has left for a layer, and on which module."""
     for module in layer._calibrated():
         if init.data in module.__dict__:
@@ -150,7 +162,7 @@ def find_data(layer: LoraLayer, init: Init) -> tuple[nn.Module, object] | None:
     return None
 
 
-def drop_data(layer: LoraLayer, init: Init) -> None:
+def drop_data(layer: StartedLayer, init: Init) -> None:
     """Forgets what a calibration has left, once an adapter has started from it."""
     found = find_data(layer, init)
     if found is not None:

@@ -18,15 +18,17 @@ from fastlora.routing.routing import Routing
 from fastlora.validation import ImplementationError
 
 if TYPE_CHECKING:
-    from fastlora.layers.common import CommonLayer
+    from fastlora.layers.layer import AdaptedLayer
 
 # Why a base layer that is called as it is has no place in the batch-invariant mode.
 NOT_OUR_GEMM = "its base layer's own GEMM may go by the number of rows"
+# Why a pool's or a block's tables have no row of a layer.
+TOO_LATE = "it was adapted after the block began"
 DORA_DROPS = "DoRA with dropout in training: a second base product, both PyTorch's"
 
 
 def fusion(
-    layer: CommonLayer, names: list[str], why_not_base: str, gathered: bool
+    layer: AdaptedLayer, names: list[str], why_not_base: str, gathered: bool
 ) -> tuple[bool, str]:
     """Returns whether the base GEMM and the adapters that act are one call, and why not.
 
@@ -40,14 +42,14 @@ def fusion(
     return not why, why
 
 
-def uses_dora(layer: CommonLayer, names: list[str]) -> bool:
+def uses_dora(layer: AdaptedLayer, names: list[str]) -> bool:
     """Whether one of these adapters of the layer uses DoRA."""
     holder = layer._modules.get("lora_magnitude_vector")
     magnitudes: Any = None if holder is None else holder._modules
     return bool(magnitudes) and any(name in magnitudes for name in names)
 
 
-def why_dora_not_fused(layer: CommonLayer, names: list[str]) -> str:
+def why_dora_not_fused(layer: AdaptedLayer, names: list[str]) -> str:
     """Returns why active adapters are not one call because of DoRA, or an empty string."""
     if not uses_dora(layer, names):
         return ""
@@ -59,7 +61,7 @@ def why_dora_not_fused(layer: CommonLayer, names: list[str]) -> str:
     return ""
 
 
-def refuse_triton(layer: CommonLayer, names: list[str]) -> None:
+def refuse_triton(layer: AdaptedLayer, names: list[str]) -> None:
     """Raises `ImplementationError` where kernels are to run and modules must be called instead."""
     if layer.impl == "triton":
         raise ImplementationError(f"impl='triton' cannot run: {why_not_fused(layer, names)}")

@@ -33,7 +33,7 @@ from fastlora.model.status import (
 )
 from fastlora.model.tuner import LoraTuner
 from fastlora.routing.block import adapters
-from fastlora.routing.in_force import check_batch
+from fastlora.routing.in_force import check_batch, end_forward
 from fastlora.sharding import Gathering
 from fastlora.validation import THE_PEFT_WAY, ConfigError, ImplementationError
 
@@ -375,7 +375,10 @@ class LoraModel(PeftNames, nn.Module):
         """
         with self._block(adapter_names):
             check_batch(self.base_model.group, args, kwargs)
-            return self.base_model(*args, **kwargs)
+            try:
+                return self.base_model(*args, **kwargs)
+            finally:
+                end_forward(self.base_model.group)
 
     def generate(
         self, *args: Any, adapter_names: Sequence[str | None] | None = None, **kwargs: Any
@@ -384,7 +387,10 @@ class LoraModel(PeftNames, nn.Module):
         generate: Any = self.get_base_model().generate
         with self._block(adapter_names):
             check_batch(self.base_model.group, args, kwargs, per_sample=True)
-            return generate(*args, **kwargs)
+            try:
+                return generate(*args, **kwargs)
+            finally:
+                end_forward(self.base_model.group)
 
     def _block(
         self, adapter_names: Sequence[str | None] | None

@@ -110,7 +110,7 @@ class Backend(ABC):
     """An implementation of a linear with adapters; what calls it knows its name only.
 
     What computes siblings has to be there where `computes_siblings` says so, and in a backend that
-    layers share s in (`fastlora.layers.sharing`).
+    layers share s in (`fastlora.layers.group_forward`).
 
     Shapes: ``x [M, K]``, ``weight [N, K]``, ``y`` and ``dy [M, N]``. With rows, s and
     ds are ``[M, R]`` at sorted positions, R at least the largest rank; without, one adapter has all

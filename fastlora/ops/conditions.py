@@ -104,10 +104,11 @@ def is_compiled() -> bool:
     return torch.compiler.is_compiling()
 
 
-def sees_operators(x: torch.Tensor, within_node: bool = False) -> bool:
+def sees_operators(x: torch.Tensor, within_node: bool = False, by_profiler: bool = True) -> bool:
     """Whether something sees the operators called on x: tracing, modes, autograd, a profiler.
 
-    ``within_node`` leaves out autograd, which records nothing within a node of its own.
+    ``within_node`` leaves out autograd, which records nothing within a node of its own. Without
+    ``by_profiler`` a profiler does not count.
     """
     return bool(
         torch.compiler.is_compiling()
@@ -116,8 +117,16 @@ def sees_operators(x: torch.Tensor, within_node: bool = False) -> bool:
         or torch._C._len_torch_dispatch_stack()
         or torch._C._functorch.maybe_current_level() is not None
         or torch._C._get_tracing_state() is not None
-        or torch.autograd._profiler_enabled()
+        or (by_profiler and torch.autograd._profiler_enabled())
     )
+
+
+def on_device_of(x: torch.Tensor, function: Callable[..., Any], *args: Any) -> Any:
+    """Calls a function that launches kernels while x's device is the current one."""
+    if not x.is_cuda or x.device.index == torch.cuda.current_device():
+        return function(*args)
+    with torch.cuda.device(x.device):
+        return function(*args)
 
 
 def resolve_impl(impl: str, x: torch.Tensor, dtype: torch.dtype | None = None) -> str:

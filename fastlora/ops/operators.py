@@ -14,6 +14,7 @@ import torch
 from fastlora.coded_weight import Coded, CodedWeight, matrix
 from fastlora.ops import schema
 from fastlora.ops.backend import Backend, Backward, Gradients, Siblings, register_backend
+from fastlora.ops.conditions import on_device_of, sees_operators
 from fastlora.ops.factors import Base, Operands
 from fastlora.ops.layout import split_grad_a, split_grad_b
 from fastlora.ops.plans import choose_plan
@@ -198,18 +199,18 @@ class OperatorBackend(Backend):
         return [found[index] for index in range(len(flat))]
 
     def computes_siblings(self, x: torch.Tensor) -> bool:
-        # Not where somebody looks at operators.
-        return self.impl == "triton" and schema.is_direct(x, within_node=True)
+        # Not where somebody looks at operators. A profiler sees the launches themselves.
+        return self.impl == "triton" and not sees_operators(x, True, by_profiler=False)
 
     def siblings(
         self, x: torch.Tensor, siblings: Siblings, with_s: bool = False
     ) -> list[torch.Tensor]:
         operands: Sequence[torch.Tensor | Coded | None] = siblings.operands
-        dropout_p = siblings.dropout_p
         if _over_codes(siblings):
             operands = _with_launched(siblings, x, "coded_lora_linear")
-        made: list[torch.Tensor] = schema.kernels_of(False).siblings(
-            x, dropout_p, with_s, *operands
+        function = schema.kernels_of(False).siblings
+        made: list[torch.Tensor] = on_device_of(
+            x, function, x, siblings.dropout_p, with_s, *operands
         )
         return made
 
@@ -248,6 +249,32 @@ class OperatorBackend(Backend):
             all_seeds = torch.cat([any_seed if seed is None else seed for seed in seeds])
         operator = self._operators(x).lora_grad_a
         return [*self._grad_a(x, list(ds), flat, all_seeds, dropout_p, rows, operator)]
+
+
+def siblings_at(
+    x: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor | None],
+    rows: list[torch.Tensor],
+    tables: list[torch.Tensor],
+    first: int,
+    max_rank: int,
+    factor_dtype: torch.dtype,
+) -> list[torch.Tensor] | None:
+    """Returns y of modules that are fed by the same x, neighbours in the tables from ``first`` on.
+
+    None where somebody looks at operators, or kernels read the weights in different ways.
+    """
+    if sees_operators(x, by_profiler=False):
+        return None
+    from fastlora.kernels.modules import are_of_a_kind
+
+    read = [launched(weight, x, max_rank, "auto") for weight in weights]
+    if not are_of_a_kind(read):
+        return None
+    function, given = schema.kernels_of(False).siblings_at, (x, read, biases, rows, tables)
+    made: list[torch.Tensor] = on_device_of(x, function, *given, first, max_rank, factor_dtype)
+    return made
 
 
 def launched(

@@ -41,7 +41,7 @@ from typing import Any, Protocol
 
 import torch
 
-from fastlora.ops.conditions import sees_operators
+from fastlora.ops.conditions import on_device_of, sees_operators
 from fastlora.ops.factors import Factor, present
 from fastlora.ops.layout import columns_of, layout, layout_b, max_rank, planes_shape
 from fastlora.ops.library import define, fakes, implements
@@ -73,11 +73,7 @@ def operator(schema: str, impl: str | None = None) -> Callable[[Callable[..., An
         if chosen != "triton":
             return getattr(opaque, attribute)(*given)
         function = getattr(kernels_of(backward), attribute)
-        x = args[0]
-        if not x.is_cuda or x.device.index == torch.cuda.current_device():
-            return function(*given)
-        with torch.cuda.device(x.device):
-            return function(*given)
+        return on_device_of(args[0], function, *given)
 
     # Autograd counts writes into a tensor, so an operator that does that is called as registered.
     setattr(_DIRECT, name, getattr(torch.ops.fastlora, name) if "!" in schema else run)
@@ -91,23 +87,16 @@ class Operators(Protocol):
 
 
 def operators_for(x: torch.Tensor, within_node: bool = False) -> Operators:
-    """Returns the operators by name, for x and tensors of its kind; see `is_direct`.
+    """Returns the operators by name, for x and tensors of its kind.
 
     Where nothing would see a registered operator and x lies on the current device, these are the
-    functions that run them: the dispatcher takes 5 us a call.
+    functions that run them: the dispatcher takes 5 us a call. ``within_node`` says that they will
+    be called within a node of autograd's, which records nothing.
     """
     registered: Any = torch.ops.fastlora
-    found: Operators = _DIRECT if is_direct(x, within_node) else registered
-    return found
-
-
-def is_direct(x: torch.Tensor, within_node: bool = False) -> bool:
-    """Whether what launches may be called as it is: nothing sees it, on the current device.
-
-    ``within_node`` says that it will be called within a node of autograd's, which records nothing.
-    """
     here = not x.is_cuda or x.device.index == torch.cuda.current_device()
-    return here and not sees_operators(x, within_node)
+    found: Operators = _DIRECT if here and not sees_operators(x, within_node) else registered
+    return found
 
 
 @functools.cache

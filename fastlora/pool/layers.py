@@ -19,7 +19,7 @@ from fastlora.model import inject
 from fastlora.model.config import LoraConfig
 from fastlora.model.plan import plan_adapter
 from fastlora.pool.image import Target
-from fastlora.routing.in_force import check_batch, unchecked
+from fastlora.routing.in_force import check_batch, end_forward, unchecked
 from fastlora.routing.routing import Group, number_layers
 from fastlora.routing.row_checks import RowChecks
 from fastlora.validation import AdapterStateError, ConfigError, UnsupportedLayerError
@@ -111,8 +111,11 @@ class PoolLayers:
             opened = contextlib.nullcontext() if adapter_names is None else block(adapter_names)
             with opened:
                 check_batch(group, args, kwargs, **rules)
-                with around():
-                    return method(*args, **kwargs)
+                try:
+                    with around():
+                        return method(*args, **kwargs)
+                finally:
+                    end_forward(group)
 
         own = self._model.__dict__
         self._wrapped[name] = call, own.get(name)

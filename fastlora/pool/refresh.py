@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import nn
 
 from fastlora.layers.coded_base import forget_weights
+from fastlora.layers.shared_input import forget_group
 from fastlora.pool.pool import pool_of
-from fastlora.routing.siblings import forget_siblings
 from fastlora.weight_marks import marks
 
 
@@ -28,7 +28,7 @@ def refresh(model: nn.Module) -> None:
     marks.end_all()
     for module in model.modules():
         forget_weights(module, captured=True)
-        forget_siblings(module)
+        forget_group(module)
         group = getattr(module, "routed_by", None)
         if group is not None:
             group.packs.clear()

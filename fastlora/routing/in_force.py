@@ -76,6 +76,7 @@ def routed(routing: Routing) -> Iterator[None]:
                     if other.kept.followed is not None:  # its mode ends with this block
                         other.kept.followed.abandon()
     finally:
+        routing.group.end_forward()
         routing.group.count_block(-1)
     if not innermost:
         raise RuntimeError(
@@ -103,6 +104,12 @@ def unchecked() -> Iterator[None]:
         yield
     finally:
         _thread.unchecked = before
+
+
+def end_forward(group: Group) -> None:
+    """Ends a forward of a model: drops what layers computed for others that were not called."""
+    if not is_compiled() and group.unfinished:
+        group.end_forward()
 
 
 def check_batch(

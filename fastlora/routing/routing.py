@@ -44,12 +44,15 @@ class Group(Kept):
         packs: Sets of adapters that the model keeps packed.
         unchecked: Batches whose ids the host has not seen yet.
         row_checks: What is known of the rows that layers get; None until layers have joined.
+        unfinished: What layers computed for others that have yet to take it; see
+            `fastlora.layers.shared_input.Results`. By thread, and by ``id`` of their input.
     """
 
     def __init__(self) -> None:
         self.packs = PackCache()
         self.unchecked = Unchecked()
         self.row_checks: RowChecks | None = None
+        self.unfinished: dict[tuple[int, int], Any] = {}
         self._open = 0
         self._lock = threading.Lock()
 
@@ -57,6 +60,15 @@ class Group(Kept):
         """Counts a block of the model that opens (1) or closes (-1), in any thread."""
         with self._lock:
             self._open += change
+
+    def end_forward(self) -> None:
+        """Drops what this thread's forward or block computed for layers that were not called."""
+        if self.unfinished:
+            thread = threading.get_ident()
+            for place in [place for place in [*self.unfinished] if place[0] == thread]:
+                results = self.unfinished.pop(place, None)
+                if results is not None:
+                    results.discard()
 
     def check_closed(self, operation: str) -> None:
         """Raises `AdapterStateError` while a block of the model is open in any thread.

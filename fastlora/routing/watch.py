@@ -5,13 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import repeat
 from operator import attrgetter, contains, eq, getitem, is_
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
-
-if TYPE_CHECKING:
-    from fastlora.layers.common import CommonLayer
 
 _version = attrgetter("_version")
 _data_ptr = torch.Tensor.data_ptr
@@ -42,14 +39,14 @@ class Watch:
         self._own: list[dict[str, Any]] = []
         self._hooked = self._untold = False
 
-    def add(self, layer: CommonLayer, names: Sequence[str]) -> None:
-        """Remembers those of the adapters that a layer has."""
-        modules = layer._modules
+    def add(self, layer: nn.Module, scaling: Mapping[str, object], names: Sequence[str]) -> None:
+        """Remembers those of the adapters that a layer has, with its scalings by name."""
+        modules: dict[str, Any] = layer._modules
         downs, ups = modules["lora_A"]._modules, modules["lora_B"]._modules
         dropouts = modules["lora_dropout"]._modules
         present = [name for name in names if name in downs]
         for name in present:
-            for table in (downs, ups, dropouts, layer.scaling):
+            for table in (downs, ups, dropouts, scaling):
                 self._remember(table, name)
             for module in (downs[name], ups[name]):
                 own = module.__dict__

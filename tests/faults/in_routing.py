@@ -1,60 +1,13 @@
-"""Faults of routing: which rows have which adapter, blocks, threads, what layers share."""
+"""Faults of routing: which rows have which adapter, blocks, threads."""
 
 from __future__ import annotations
 
 from tests.faults.fault import Fault
 
-_SIBLINGS = "fastlora/routing/siblings.py"
 _BLOCKS = "tests/routing/test_mixed_blocks.py::"
 _SELECTED = "tests/routing/test_selected_rows.py::"
 
 FAULTS = (
-    # ------------------------------------------------------------------------------- siblings
-    Fault(
-        "A layer that is called twice with one x returns the same tensor twice.",
-        "shared result taken twice",
-        "0dec55e",
-        _SIBLINGS,
-        "    del shares.own[owner]\n",
-        "",
-        ("tests/kernels/test_at_once.py::test_outputs_are_ones_own",),
-    ),
-    Fault(
-        "A sibling takes what was made from x as it was before a write.",
-        "missed write",
-        "254cb2a",
-        _SIBLINGS,
-        "same = shares.x() is x and shares.version == version and len(context)",
-        "same = shares.x() is x and len(context)",
-        ("tests/kernels/test_at_once.py::test_a_change_between_the_calls_is_seen[a write into x]",),
-    ),
-    Fault(
-        "What a layer made of one tensor is taken by its sibling that gets another one.",
-        "another tensor",
-        "254cb2a",
-        _SIBLINGS,
-        "same = shares.x() is x and shares",
-        "same = shares",
-        ("tests/kernels/test_at_once.py::test_a_change_between_the_calls_is_seen[another tensor]",),
-    ),
-    Fault(
-        "In inference mode layers share x though it was written into between their calls.",
-        "inference mode",
-        "f116496",
-        _SIBLINGS,
-        "            self.unwritten = same\n",
-        "            self.unwritten = True\n",
-        ("tests/kernels/test_at_once.py::test_inference_mode_with_a_write_between",),
-    ),
-    Fault(
-        "What the first of siblings made is kept when x is gone.",
-        "kept memory",
-        "893a1e8",
-        _SIBLINGS,
-        "    if shares is not None and shares.x is x:\n",
-        "    if shares is None:\n",
-        ("tests/kernels/test_at_once.py::test_nothing_is_kept_of_a_tensor_that_is_gone",),
-    ),
     # ------------------------------------------------------------------------- rows and ids
     Fault(
         "Two layers with names of one CRC draw the same masks.",

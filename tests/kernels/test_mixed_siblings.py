@@ -125,9 +125,9 @@ def test_what_is_not_shared(launches: Any) -> None:
                 between(own)
             if others is names:
                 found = layers.k(own)
-        if others is not names:
-            with adapters(model, others):
-                found = layers.k(own)
+            else:
+                with adapters(model, others):
+                    found = layers.k(own)
         made = launches.of("mixed_shrink")
         with adapters(model, others):
             assert torch.equal(found, layers.k(own.clone()))

@@ -62,7 +62,7 @@ def test_inference_mode_shares_where_nobody_was_seen_to_write(lab: Any) -> None:
     assert shrinks(model, x) == [2]
     with torch.inference_mode():
         assert shrinks(model, x.clone()) == [2]
-    model.base_model.model.q._family.unwritten = False
+    model.base_model.model.q._shared_input.unwritten = False
     with torch.inference_mode():
         assert shrinks(model, x.clone()) == [1, 1]  # q's and k's, neither of them for both
 

@@ -71,5 +71,5 @@ def apart(model: Any) -> Any:
     """A copy on kernels with layers that know no siblings."""
     copied = copy.deepcopy(model)
     for module in copied.modules():
-        module.__dict__.pop("_family", None)
+        module.__dict__.pop("_shared_input", None)
     return copied

@@ -1,0 +1,210 @@
+"""Layers that are fed by the same x: nodes of the graph for all of them.
+
+`LoraSiblings` makes every y, and every gradient. It is for one adapter each, on kernels
+(`fastlora.ops.backend.Backend.siblings`). Its backward waits for the gradients of all outputs that
+were used, and returns one dx. Saved are x itself, s, the seeds and the parameters, as by
+`fastlora.autograd.linear.LoraLinear`.
+
+`LoraShrink` makes every s. Its backward forms every layer's d_lora_a from one read of x, and
+nothing else; the layers' own nodes (`fastlora.autograd.linear.LoraLinear`) return the rest.
+
+Shapes: ``x [..., K]``, of each layer ``weight [N, K]``, ``bias [N]`` or None, ``lora_a [R, K]``,
+``lora_b [N, R]``, ``y [..., N]``; s as in `fastlora.ops.backend.Backend`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch._C._functorch import unwrap_if_dead
+
+import fastlora.ops.operators  # noqa: F401  # registers a backend
+from fastlora.autograd.linear import plain_backward
+from fastlora.ops import backend
+from fastlora.ops.backend import BACKENDS, Siblings
+from fastlora.ops.factors import present
+from fastlora.ops.rows import Rows
+from fastlora.ops.torch import products
+
+_Factor = torch.Tensor | None
+
+
+class Shared(NamedTuple):
+    """What was made for a layer together with others: its output, or its s.
+
+    Attributes:
+        y: ``[..., N]``; None where the layer makes it from s.
+        s: In the dtype of the products.
+        seed: Of the dropout mask in s, int64 ``[1]``; None without dropout.
+    """
+
+    y: torch.Tensor | None = None
+    s: torch.Tensor | None = None
+    seed: torch.Tensor | None = None
+
+
+def run_siblings(x: torch.Tensor, siblings: Siblings, impl: str) -> Sequence[torch.Tensor]:
+    """Returns y ``[..., N]`` of each of 1 to 4 layers, recorded where gradients are.
+
+    ``impl`` is a backend that computes them at once, in x's dtype.
+    """
+    if torch.is_grad_enabled():
+        parameters = siblings.operands[: 4 * len(siblings.dropout_p)]
+        ys: tuple[torch.Tensor, ...] = _recorded(unwrap_if_dead(x), siblings, impl, *parameters)
+        return ys
+    return _shaped(BACKENDS[impl].siblings(_flat(x), siblings), x)
+
+
+class LoraSiblings(torch.autograd.Function):
+    """`run_siblings` where a graph is recorded.
+
+    Takes weights, biases, lora_a and lora_b of all once more: autograd looks into no record. A
+    layer with a y that nobody used takes no part in the backward.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, siblings: Siblings, impl: str, *parameters: torch.Tensor | None
+    ) -> tuple[torch.Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        operands, dropout_p = siblings
+        made = BACKENDS[impl].siblings(_flat(x), siblings, True)
+        count, needs = len(dropout_p), ctx.needs_input_grad
+        # Weights that train need x as every lora_a does.
+        saves_x = any(needs[3 : 3 + count]) or any(needs[3 + 2 * count : 3 + 3 * count])
+        ctx.call = impl, dropout_p, x.shape
+        ctx.save_for_backward(x if saves_x else None, *operands, *made[count:])
+        return tuple(_shaped(made[:count], x))
+
+    @staticmethod
+    @plain_backward
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        # Once: what is saved can be taken a single time.
+        x, *saved = ctx.saved_tensors
+        (impl, dropout_p, shape), (needs_x, _, _, *needs) = ctx.call, ctx.needs_input_grad
+        count, dys = len(dropout_p), grads
+        if len(shape) != 2:
+            x = None if x is None else x.reshape(-1, shape[-1])
+            dys = tuple(None if dy is None else dy.reshape(-1, dy.shape[-1]) for dy in grads)
+        operands, s = saved[: 6 * count], saved[6 * count :]
+        dx, *found = BACKENDS[impl].siblings_gradients(
+            dys, x, Siblings(operands, dropout_p), s, (needs_x, *needs)
+        )
+        if dx is not None and len(shape) != 2:
+            dx = dx.view(shape)
+        d_weights: list[torch.Tensor | None] = [None] * count
+        if any(needs[: 2 * count]):  # base layers that train
+            for i, (dy, weight, bias) in enumerate(
+                zip(dys, operands, operands[count : 2 * count], strict=False)
+            ):
+                if needs[i] and dy is not None:
+                    d_weights[i] = products.mm(dy.t(), x).to(weight.dtype)
+                if bias is not None and (d_bias := found[i]) is not None:
+                    found[i] = d_bias.to(bias.dtype)
+        return dx, None, None, *d_weights, *found
+
+
+# Called where no transform of torch.func is in force: `LoraSiblings.apply` would ask for one, and
+# whether one has left an argument behind, which only x can be.
+_recorded: Any = super(torch.autograd.Function, LoraSiblings).apply
+
+
+def shrink(
+    x: torch.Tensor,
+    lora_a: Sequence[Sequence[_Factor]],
+    dropout_p: Sequence[float],
+    impl: str,
+    rows: Rows | None = None,
+) -> list[Shared]:
+    """Returns s of each of G layers. Seeds are drawn in order, as the layers would by themselves.
+
+    Args:
+        x: Their input, in the dtype of the products.
+        lora_a: Of each layer its adapters' by slot, None where one leaves the layer alone; one
+            each without rows.
+        dropout_p: Probability that acts on each layer; 0 with rows.
+        impl: Name of the backend.
+        rows: Which adapter each row has; None where one has all.
+    """
+    x = x.detach()  # the gradient of x is the layers' own part
+    seeds = tuple(backend.draw_seed(x, impl) if p > 0.0 else None for p in dropout_p)
+    flat = [tensor for own in lora_a for tensor in own]
+    made = LoraShrink.apply(x, seeds, tuple(dropout_p), impl, rows, *flat)
+    return [Shared(None, *each) for each in zip(made, seeds, strict=True)]
+
+
+class LoraShrink(torch.autograd.Function):
+    """s of G layers that are fed by the same x.
+
+    Takes x detached, since its gradient is not this node's part; of each layer a seed or None, and
+    the lora_a of its adapters in turn: one each without rows, one of every slot with them. Saves x,
+    the seeds and the factors. The backward reads x once for all d_lora_a; a layer with an s that
+    nobody used takes no part in it.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        seeds: tuple[torch.Tensor | None, ...],
+        dropouts: tuple[float, ...],
+        impl: str,
+        rows: Rows | None,
+        *lora_a: _Factor,
+    ) -> tuple[torch.Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.dropouts, ctx.impl, ctx.rows = dropouts, impl, rows
+        ctx.save_for_backward(x, *lora_a, *seeds)
+        layers = _by_layer(lora_a, len(dropouts))
+        return tuple(BACKENDS[impl].shrink(_flat(x), layers, seeds, dropouts, rows))
+
+    @staticmethod
+    @plain_backward
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        count = len(ctx.dropouts)
+        x, *saved = ctx.saved_tensors
+        lora_a, seeds = saved[: len(saved) - count], saved[len(saved) - count :]
+        each, needs = len(lora_a) // count, ctx.needs_input_grad[5:]
+        found: list[torch.Tensor | None] = [None] * len(lora_a)
+        wanted = [
+            i
+            for i in range(count)
+            if grads[i] is not None and any(needs[i * each : (i + 1) * each])
+        ]
+        if wanted:
+            ds: Any = [grads[i] for i in wanted]
+            layers = _by_layer(lora_a, count)
+            gradients = BACKENDS[ctx.impl].grad_a(
+                _flat(x),
+                ds,
+                [layers[i] for i in wanted],
+                [seeds[i] for i in wanted],
+                [ctx.dropouts[i] for i in wanted],
+                ctx.rows,
+            )
+            places = [i * each + slot for i in wanted for slot in range(each)]
+            for place, gradient in zip(places, gradients, strict=True):
+                found[place] = gradient if needs[place] else None
+        return None, None, None, None, None, *found
+
+
+def _flat(x: torch.Tensor) -> torch.Tensor:
+    """Returns ``[M, K]``; x itself if it is that, for which ``reshape`` takes 1.6 us."""
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+
+
+def _shaped(ys: Sequence[torch.Tensor], x: torch.Tensor) -> Sequence[torch.Tensor]:
+    """Returns ``[..., N]`` of what a backend made as ``[M, N]``."""
+    if x.dim() == 2:
+        return ys
+    # Not views to autograd, which would refuse to let anyone write into them.
+    unflat, shape = torch.ops.aten._unsafe_view.default, x.shape[:-1]
+    return [unflat(y, (*shape, y.shape[1])) for y in ys]
+
+
+def _by_layer(lora_a: Sequence[_Factor], layers: int) -> list[list[torch.Tensor]]:
+    """Returns the lora_a of each layer, of rank 0 where an adapter leaves it alone."""
+    each = len(lora_a) // layers
+    return [present(lora_a[start : start + each], 0) for start in range(0, len(lora_a), each)]

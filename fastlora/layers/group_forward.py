@@ -1,0 +1,355 @@
+"""What a layer takes from the layers that are fed by the same tensor, and computes for them.
+
+Every forward on kernels asks `group_forward`. A layer takes what one before it in its group
+computed for it. Else it computes for itself and for those behind it, which find their results at
+their own calls:
+
+* every y in one call, and with gradients in one node of the graph: one adapter each, or a mixed
+  batch without gradients that finds factors by address;
+* where that does not fit, every s from one pass over x: in training (over a base layer that is
+  called, with lora_bias, under autocast, in a mixed batch), or by address beside the layer's own y;
+* in a graph that is being compiled every s by one operator that all layers call alike
+  (`fastlora.layers.graph_ops`). A compiled graph must not see what one call leaves for another. A
+  group was seen in a forward before; what one leaves afterwards changes no graph.
+
+Each layer compares what it would compute from with what its result was computed from, tensor by
+tensor. So the first may trust what it found of the others at an earlier call. Where sharing would
+not be safe or saves nothing, a layer runs alone, and the fusion report says why.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Hashable, Sequence
+from operator import attrgetter
+from threading import get_ident
+from typing import Any
+
+import torch
+
+from fastlora.autograd.shared_input import Shared, run_siblings, shrink
+from fastlora.layers import graph_ops  # noqa: F401 - registers operators
+from fastlora.layers.call import LayerCall, MixedCall
+from fastlora.layers.graph_slots import dtype_of
+from fastlora.layers.group_members import (
+    GroupLaunch,
+    launch_of,
+    lora_a_of,
+    sharing,
+    tensors_of,
+)
+from fastlora.layers.places import Place, linear_at, outputs_at
+from fastlora.layers.shared_input import SharedInputGroup, group_of
+from fastlora.ops.backend import BACKENDS, MOST_SIBLINGS, Siblings, draw_seed
+from fastlora.ops.factors import Base, Factors, Slots
+from fastlora.routing.kept import stream_of
+from fastlora.weight_marks import marks
+
+_UNSEEN = "no forward was seen before torch.compile"
+_INVARIANT = "the batch-invariant mode is on"
+_CHECKPOINT = (
+    "saved-tensor hooks are in force (activation checkpointing, offloading): a recomputed forward "
+    "must save what the first one saved"
+)
+_LAST = "no sibling that is called after it can share"
+# In one call for many tensors.
+_version_of, _trains = attrgetter("_version"), attrgetter("requires_grad")
+_device_of = torch.Tensor.get_device
+# A key holds the memory until the result is taken: no other tensor can get it.
+_memory_of = torch.Tensor.untyped_storage
+
+
+# Of an operand: the adapter that acts, those of all slots, or where kernels find them by address.
+_Own = Factors | Slots | Place
+
+
+def group_forward(call: LayerCall | MixedCall, base: Base, own: _Own) -> Shared | None:
+    """Returns what a layer has from its group: its y, or the s that it makes its own y from.
+
+    None where it runs alone. On kernels. Factors are those of the adapter that acts, `Slots` those
+    of a mixed batch, and a `Place` says where kernels find them; y is ``[M, N]`` then.
+    """
+    layer, x, records = call.layer, call.given, torch.is_grad_enabled()
+    if call.conditions.compiling:
+        return None if isinstance(own, Place) or not records else _in_graph(call, _listed(own))
+    group = own.group if isinstance(own, Place) else group_of(layer, x)
+    if group is None or (isinstance(own, Slots) and not records):
+        return None
+    if group.idle and id(layer) in group.idle:
+        group.idle.discard(id(layer))
+        group.launches.clear()
+    trains, several = records and not isinstance(own, Place), len(group.members) > 1
+    why, made = _why_not_now(call) if trains else "", None
+    # Nobody counts writes into an inference tensor.
+    if x.is_inference() and not group.unwritten:
+        return None
+    waiting = group.made.get((get_ident(), id(x))) if several else None
+    if waiting is not None and not why:
+        taken = group.take(x, id(layer), _context(call, own))
+        if taken is not None:
+            key, made = taken
+            if key == _key(call, base, own, made):
+                if trains:
+                    group.why_alone[id(layer)] = ""
+                return made
+            group.launches.clear()  # it computes other than the first took it to
+            made = None
+        waiting = group.made.get((get_ident(), id(x)))
+    waits = waiting is not None and waiting.by != id(layer)
+    if isinstance(call, LayerCall) and isinstance(own, Factors):
+        if not why and _is_plain(call, base, own, group):
+            if waits:  # the first left it out: the next forward finds out whether it still has to
+                group.launches.clear()
+            else:
+                made = _outputs(call, base, own, group)
+    elif isinstance(call, MixedCall) and isinstance(own, Place) and not waits:
+        made = _outputs_at(call, base, own)
+    if made is None and several and not why:
+        if isinstance(call, MixedCall) and isinstance(own, Place):
+            made = _output_and_s(call, base, own)
+        elif trains and not isinstance(own, Place) and not x.is_inference():
+            made, why = _shrunk(call, _listed(own), group)
+    if trains:
+        group.why_alone[id(layer)] = why
+    return made
+
+
+def _why_not_now(call: LayerCall | MixedCall) -> str:
+    """Returns why no layer may share at this moment, or an empty string."""
+    if call.conditions.invariant:
+        return _INVARIANT
+    # A forward that runs within a backward is a checkpoint's, whose first run could not share.
+    recomputed = torch._C._current_graph_task_id() != -1
+    if recomputed or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        return _CHECKPOINT
+    return ""
+
+
+def _listed(own: Factors | Slots) -> Slots:
+    return own if isinstance(own, Slots) else Slots((own,))
+
+
+# --------------------------------------------------------------- what a result depends on beside x
+
+
+def _context(call: LayerCall | MixedCall, own: _Own) -> tuple[object, ...]:
+    """Returns what all results of a group depend on, compared by identity."""
+    records, conditions = torch.is_grad_enabled(), call.conditions
+    if isinstance(own, Place):
+        # With gradients on, every call makes a mark; a pool's adapters are not trained.
+        return own.rows, own.of, own.invariant, None if records else marks.trained
+    # Of a block that has ended nothing is held: it knows all layers of its model.
+    block = weakref.ref(call.routing) if isinstance(call, MixedCall) else None
+    surroundings = block, conditions.autocast, conditions.invariant
+    if records:
+        return (*surroundings, marks.of_step(), call.given.requires_grad)
+    return (*surroundings, marks.trained)
+
+
+def _key(
+    call: LayerCall | MixedCall, base: Base, own: _Own, made: Shared
+) -> tuple[object, ...] | None:
+    """Returns what a layer would compute something like ``made`` from."""
+    x = call.given  # its stream as `stream_of`, in no call of ours
+    stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
+    if isinstance(own, Place):
+        if made.y is None:
+            return stream, own.first, len(own.members)
+        return _key_of(stream, None, _present(base))
+    if made.y is None:
+        return _key_of_s(stream, _listed(own))
+    if isinstance(own, Slots) or own.lora_bias is not None or own.magnitude is not None:
+        return None
+    return _key_of(stream, own.dropout_p, tensors_of(base, own))
+
+
+def _key_of(
+    stream: int, dropout_p: Hashable, tensors: Sequence[torch.Tensor]
+) -> tuple[object, ...] | None:
+    """Returns a key of tensors that are unchanged since; None where nobody counts writes."""
+    trains = map(_trains, tensors) if torch.is_grad_enabled() else ()
+    ids, memory = map(id, tensors), map(_memory_of, tensors)
+    try:
+        return (stream, dropout_p, *ids, *map(_version_of, tensors), *memory, *trains)
+    except RuntimeError:  # an inference tensor
+        return None
+
+
+def _key_of_s(stream: int, own: Slots) -> tuple[object, ...] | None:
+    """Returns the key of an s: every lora_a, and dropout."""
+    dropout_p = tuple(None if factors is None else factors.dropout_p for factors in own.own)
+    return _key_of(stream, dropout_p, [a for a in lora_a_of(own) if a is not None])
+
+
+def _present(base: Base) -> list[torch.Tensor]:
+    return [tensor for tensor in base[:2] if tensor is not None]
+
+
+# --------------------------------------------------------------------------- one adapter, every y
+
+
+def _is_plain(call: LayerCall, base: Base, own: Factors, group: SharedInputGroup) -> bool:
+    """Whether one call may compute a layer's y together with that of others."""
+    conditions = call.conditions
+    return (
+        base.weight is not None
+        and own.lora_bias is None
+        and own.magnitude is None
+        and group.unwritten
+        and conditions.autocast is None
+        and not conditions.invariant
+        # A checkpoint's first run may record nothing; its repetition draws each seed at its layer.
+        and (not own.dropout_p or torch.is_grad_enabled())
+    )
+
+
+def _outputs(call: LayerCall, base: Base, own: Factors, group: SharedInputGroup) -> Shared | None:
+    """Computes a layer and those that are called after it; None where it is not one for this."""
+    layer, x, conditions = call.layer, call.given, call.conditions
+    records, several = torch.is_grad_enabled(), len(group.members) > 1
+    if group.made:
+        group.discard()  # of a layer that was not called
+    launch: GroupLaunch | None = group.launches.get(id(layer))
+    backend = BACKENDS[conditions.backend]
+    if (
+        launch is None
+        or not launch.serves(x, base, own)
+        or (records and not launch.fits_one_node(x))
+    ):
+        group.launches.clear()  # another one's is as old
+        launch = group.launches[id(layer)] = launch_of(call, base, own, group)
+    siblings = launch.siblings
+    if siblings is None or not backend.computes_siblings(x):
+        return None
+    if records and several and not launch.others:
+        return None  # it may still share s
+    if {*map(_device_of, launch.tensors)} != {x.get_device()}:  # moved as they are
+        return None
+    keys: list[tuple[object, ...] | None] = []
+    if launch.others:
+        stream = stream_of(x.device)
+        keys = [_key_of(stream, *other) for other in launch.others]
+        if None in keys:
+            return None
+    if own.dropout_p:
+        operands, dropout_p = siblings
+        seeds = [draw_seed(x, conditions.backend) for _ in dropout_p]
+        siblings = Siblings((*operands[: -len(seeds)], *seeds), dropout_p)
+    y, *ys = run_siblings(x, siblings, conditions.backend)
+    if ys:
+        made = zip(keys, map(Shared, ys), strict=True)
+        results = dict(zip(launch.owners[1:], made, strict=True))
+        group.put(x, _context(call, own), id(layer), results, layer.routed_by)
+    return Shared(y)
+
+
+# ------------------------------------------------------------------------------ by lists, every s
+
+
+def _shrunk(
+    call: LayerCall | MixedCall, own: Slots, group: SharedInputGroup
+) -> tuple[Shared | None, str]:
+    """Computes s for a layer and those behind it; returns its own, or None and why."""
+    members: list[Any] = [reference() for reference in group.members]
+    behind = members[members.index(call.layer) + 1 :]
+    computed: set[int] = set()  # with another one's y
+    if isinstance(call, LayerCall):
+        computed.update(*(launch.owners[1:] for launch in group.launches.values()))
+    others = [member for member in behind if id(member) not in computed]
+    found, why = sharing([call.layer, *others], call, own)
+    if len(found) < 2:
+        return None, why or _LAST
+    rows = call.rows() if isinstance(call, MixedCall) else None
+    lora_a = [lora_a_of(slots) for _, slots in found]
+    dropout_p = [max(slots.dropout_p) for _, slots in found]
+    first, *made = shrink(call.x, lora_a, dropout_p, call.conditions.backend, rows)
+    stream = stream_of(call.given.device)
+    keys = [_key_of_s(stream, slots) for _, slots in found[1:]]
+    owners = [id(member) for member, _ in found[1:]]
+    results = dict(zip(owners, zip(keys, made, strict=True), strict=True))
+    layer, x = call.layer, call.given
+    group.put(x, _context(call, own), id(layer), results, layer.routed_by)
+    return first, ""
+
+
+def _in_graph(call: LayerCall | MixedCall, own: Slots) -> Shared | None:
+    """Returns s in a graph that is being compiled, for any number of rows."""
+    layer, conditions = call.layer, call.conditions
+    if not layer.knows_siblings():
+        layer.note_compiled(_UNSEEN)
+        return None
+    members: list[Any] = [reference() for reference in layer._shared_input.members]
+    why = ""
+    found: list[tuple[Any, Slots]] = []
+    if len(members) < 2:
+        why = "none"
+    elif conditions.invariant:
+        why = _INVARIANT
+    else:
+        found, why = sharing(members, call, own)
+    if len(found) < 2:
+        layer.note_compiled(why or _LAST)
+        return None
+    layer.note_compiled("")
+    factors: list[torch.Tensor] = []
+    places: list[int] = []
+    for number, (_, slots) in enumerate(found):
+        for slot, lora_a in enumerate(lora_a_of(slots)):
+            if lora_a is not None:
+                factors.append(lora_a)
+                places.append(number * len(own.own) + slot)
+    (mine,) = [number for number, (member, _) in enumerate(found) if member is layer]
+    dropout_p = [max(slots.dropout_p) for _, slots in found]
+    ids, slots_of_all, dtype = None, 1, None
+    if isinstance(call, MixedCall):
+        batch = call.routing
+        ids, slots_of_all, dtype = batch.ids, len(batch.names), dtype_of(own)
+    s, seeds = torch.ops.fastlora.lora_shared(
+        *(call.given, factors, places, mine, dropout_p, ids, slots_of_all, call.x.dtype, dtype)
+    )
+    return Shared(None, s, seeds[0] if dropout_p[mine] > 0.0 else None)
+
+
+# ------------------------------------------------------------------------------------- by address
+
+
+def _outputs_at(call: MixedCall, base: Base, own: Place) -> Shared | None:
+    """Computes a layer and its neighbours in the tables; None where it is not one for this."""
+    if own.group is None or own.invariant or len(own.members) > MOST_SIBLINGS:
+        return None
+    bases: list[Base] = []
+    for member in own.members:
+        like = base if member is call.layer else member._plain_base()
+        if like is None or member.impl != call.layer.impl:
+            return None
+        bases.append(like)
+    stream = stream_of(call.given.device)
+    keys = [_key_of(stream, None, _present(like)) for like in bases]
+    if None in keys:
+        return None
+    if own.group.made:
+        own.group.discard()  # of a layer that was not called
+    ys = outputs_at(call.x, bases, own)
+    if ys is None:
+        return None
+    made = zip(keys, map(Shared, ys), strict=True)
+    results = dict(zip(map(id, own.members), made, strict=True))
+    _, mine = results.pop(id(call.layer))
+    layer, context = call.layer, _context(call, own)
+    own.group.put(call.given, context, id(layer), results, layer.routed_by)
+    return mine
+
+
+def _output_and_s(call: MixedCall, base: Base, own: Place) -> Shared | None:
+    """Computes a layer, and s of its neighbours in the tables too."""
+    if own.group is None:
+        return None
+    y, *planes = linear_at(call, base, own, shares=True)
+    if planes:
+        made = Shared(None, planes[0])
+        key = _key(call, base, own, made)
+        others = [id(member) for member in own.members if member is not call.layer]
+        results = dict.fromkeys(others, (key, made))
+        layer, context = call.layer, _context(call, own)
+        own.group.put(call.given, context, id(layer), results, layer.routed_by)
+    return Shared(y)

@@ -1,0 +1,157 @@
+"""What a layer's launches take where kernels find a mixed batch's factors by address.
+
+A layer's row in the tables, and the layers of its shared-input group that have the rows beside it:
+one launch serves neighbours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from fastlora.coded_weight import Coded, CodedWeight
+from fastlora.layers.call import MixedCall
+from fastlora.layers.shared_input import SharedInputGroup, group_of
+from fastlora.layers.tables import row_of
+from fastlora.ops import schema
+from fastlora.ops.factors import Base, Tables
+from fastlora.ops.operators import launched, siblings_at
+from fastlora.ops.rows import Rows
+from fastlora.ops.triton.pieces import rows_at
+
+if TYPE_CHECKING:
+    from fastlora.layers.layer import AdaptedLayer
+
+
+class Place(NamedTuple):
+    """What a layer's launches take in every forward of a block with the same rows.
+
+    Attributes:
+        of: The tables.
+        rows: The rows.
+        invariant: Whether they are for the batch-invariant mode.
+        own: The rows as operators take them.
+        tables: The tables as operators take them.
+        row: The layer's in the tables.
+        group: The layer's, if others of it are its neighbours in the tables; else None.
+        first: The row of the first of these.
+        members: They and the layer, in the tables' order.
+    """
+
+    of: Tables
+    rows: Rows
+    invariant: bool
+    own: list[torch.Tensor]
+    tables: list[torch.Tensor]
+    row: int
+    group: SharedInputGroup | None
+    first: int
+    members: list[AdaptedLayer]
+
+    def holds(self, tables: Tables, rows: Rows, invariant: bool) -> bool:
+        """Whether it is for these."""
+        return self.of is tables and self.rows is rows and self.invariant == invariant
+
+
+def place_of(
+    call: MixedCall, tables: Tables, rows: Rows, invariant: bool = False, impl: str = "triton"
+) -> Place | None:
+    """Returns a layer's `Place`; None where the tables do not know it.
+
+    Kept for the block once the layer's group is known. A compiled graph must not see what one call
+    leaves for another, so each layer is on its own there.
+    """
+    layer = call.layer
+    row = row_of(layer, layer.routed_as, tables)
+    if row is None:
+        return None
+    group = None if call.conditions.compiling else group_of(layer, call.x)
+    neighbours: dict[int, AdaptedLayer] = {row: layer}
+    for reference in () if group is None else group.members:
+        member: Any = reference()
+        if member is not None and member is not layer and member.routed_by is layer.routed_by:
+            place = row_of(member, member.routed_as, tables)
+            if place is not None:
+                neighbours[place] = member
+    first, stop = row, row + 1
+    while first - 1 in neighbours:
+        first -= 1
+    while stop in neighbours:
+        stop += 1
+    members = [neighbours[each] for each in range(first, stop)]
+    own = rows_at(rows, invariant) if impl == "triton" else rows.tensors()
+    beside = group if len(members) > 1 else None
+    found = Place(tables, rows, invariant, own, tables.tensors(), row, beside, first, members)
+    if group is not None:
+        call.routing.kept.places[layer.routed_as] = found
+    return found
+
+
+def output_at(call: MixedCall, base: Base, place: Place, impl: str = "triton") -> torch.Tensor:
+    """Returns y ``[M, N]`` of a base layer with every row's own adapter, computed alone.
+
+    ``impl`` is other than kernels only for what the base layer made.
+    """
+    if base.weight is not None:
+        return linear_at(call, base, place)[0]
+    y, of = base.rows_to_write(), place.of
+    # For PyTorch, which reads no largest rank, it is a constant: guards compile nothing for it.
+    max_rank = of.max_rank if impl == "triton" else 0
+    torch.ops.fastlora.lora_add_at_(
+        *(y, _flat(call.x), place.own, place.tables, place.row, max_rank, of.dtype, impl)
+    )
+    return y
+
+
+def linear_at(
+    call: MixedCall,
+    base: Base,
+    place: Place,
+    s: torch.Tensor | None = None,
+    shares: bool = False,
+) -> list[torch.Tensor]:
+    """Returns y ``[M, N]`` over a base weight with every row's own adapter.
+
+    ``s`` is what a neighbour made. Whoever ``shares`` makes that of all neighbours, which is
+    returned behind y.
+    """
+    x, of, plan = _flat(call.x), place.of, "invariant" if place.invariant else "auto"
+    if base.weight is None:
+        raise ValueError("a base layer that is called has no weight for a launch")
+    read: torch.Tensor | Coded = base.weight
+    if call.conditions.compiling:
+        operators: schema.Operators = torch.ops.fastlora
+    else:
+        is_coded = isinstance(read, CodedWeight)
+        operators = schema.operators_for(x, within_node=is_coded)
+        if is_coded and operators is not torch.ops.fastlora:
+            read = launched(base.weight, x, of.max_rank, plan)
+    neighbours = None
+    if shares or s is not None:
+        neighbours = place.first, place.first + len(place.members)
+    made: list[torch.Tensor] = operators.lora_linear_at(
+        *(x, read, base.bias, place.own, s, place.tables, place.row),
+        *(of.max_rank, of.dtype, plan, neighbours),
+    )
+    return made
+
+
+def outputs_at(x: torch.Tensor, bases: Sequence[Base], place: Place) -> list[torch.Tensor] | None:
+    """Returns y ``[M, N]`` of a layer and its neighbours; None where no launch takes them all."""
+    flat, biases = _flat(x), [base.bias for base in bases]
+    weights = [base.weight for base in bases if base.weight is not None]
+    if len(weights) < len(bases) or len({bias is None for bias in biases}) > 1:
+        return None
+    tensors = [*weights, *(bias for bias in biases if bias is not None)]
+    if not all(t.dtype is x.dtype and t.device == x.device and t.is_contiguous() for t in tensors):
+        return None
+    return siblings_at(
+        *(flat, weights, biases, place.own, place.tables),
+        *(place.first, place.of.max_rank, place.of.dtype),
+    )
+
+
+def _flat(x: torch.Tensor) -> torch.Tensor:
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
