@@ -41,6 +41,7 @@ def run(problem: Problem, kernel: str, **fields: Any) -> dict[str, torch.Tensor]
     """Launches a kernel; with fields of a config, of small tiles."""
     if kernel == "dropout":
         problem.p = problem.ps[0] = problem.p or P
+        fields = fields and {**fields, "input_precision": ""}  # it has no dot
     config = replace(SMALL, siblings=len(problem.all_ds), **fields) if fields else None
     found: dict[str, torch.Tensor] = getattr(problem, kernel)(config)
     return found

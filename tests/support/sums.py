@@ -8,7 +8,7 @@ several orders says how far off that may be.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,6 +20,7 @@ from fastlora.testing import farthest
 _DRAWN = 3
 
 Results = Mapping[str, torch.Tensor]
+_T = TypeVar("_T")
 
 
 def _in_order(a: torch.Tensor, b: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
@@ -44,34 +45,43 @@ class InOrder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        aten = torch.ops.aten
-        plain = func in (aten.mm.default, aten.bmm.default)
-        added = func in (aten.addmm.default, aten.baddbmm.default)
-        if not (plain or added) or args[-1].dtype is not torch.float32:
+        name = func._schema.name.removeprefix("aten::")
+        if name.rstrip("_") not in ("mm", "bmm", "addmm", "baddbmm"):
             return func(*args, **kwargs)
-        a, b = args[-2:]
+        *start, a, b = args
+        if b.dtype is not torch.float32:
+            return func(*args, **kwargs)
         if self._generator is not None:
             order = torch.randperm(a.shape[-1], generator=self._generator)
             a, b = a.index_select(-1, order), b.index_select(-2, order)
-        shape = (*a.shape[:-1], b.shape[-1])
-        if plain:
-            return _in_order(a, b, a.new_zeros(shape))
-        beta, alpha = kwargs.get("beta", 1), kwargs.get("alpha", 1)
-        return _in_order(a * alpha, b, (args[0] * beta).expand(shape))
+        total = a.new_zeros(*a.shape[:-1], b.shape[-1])
+        beta = kwargs.get("beta", 1)
+        if start and beta:
+            total += start[0] * beta
+        total = _in_order(a * kwargs.get("alpha", 1), b, total)
+        into = start[0] if name.endswith("_") else kwargs.get("out")
+        return total if into is None else into.copy_(total)
+
+
+def in_orders(compute: Callable[[], _T]) -> list[_T]:
+    """Returns what PyTorch computes in its own order, and on a CPU in other ones.
+
+    On a GPU, and where NumPy multiplies for Triton's interpreter, PyTorch's own order is enough.
+    """
+    runs = [compute()]
+    if not triton_interpreted() and not torch.cuda.is_available():
+        for seed in (None, *range(_DRAWN)):
+            with InOrder(seed):
+                runs.append(compute())
+    return runs
 
 
 def yardstick(compute: Callable[[], Results], exact: Results) -> dict[str, torch.Tensor]:
     """Returns of each of PyTorch's results that of several orders which is farthest off.
 
-    On a GPU, and where NumPy multiplies for Triton's interpreter, PyTorch's own order is enough.
-
     Args:
         compute: What PyTorch computes in the dtype under test, by name.
         exact: The float64 results.
     """
-    runs = [compute()]
-    if not triton_interpreted() and all(result.is_cpu for result in runs[0].values()):
-        for seed in (None, *range(_DRAWN)):
-            with InOrder(seed):
-                runs.append(compute())
+    runs = in_orders(compute)
     return {name: farthest((run[name] for run in runs), exact[name]) for name in runs[0]}
