@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 
 import fastlora.ops.operators  # noqa: F401  # registers backends
 import fastlora.ops.torch.backend  # noqa: F401  # registers a backend
-from fastlora.ops.backend import BACKENDS, Backward, Wanted
+from fastlora.ops.backend import BACKENDS, Backward
 from fastlora.ops.factors import Base, operands_of
 from fastlora.ops.rows import Rows
 from fastlora.ops.torch import products
@@ -199,17 +199,17 @@ class LoraLinear(torch.autograd.Function):
         plan = "auto" if call.plan == "invariant" else call.plan  # a backward has no such plan
         operands = operands_of(factors, scaling, call.dropout_p, seeds, call.slots)
         needs_own_bias = call.rows is None and needs[2]
-        wanted = Wanted(needs_x, needs_bias or needs_own_bias, needs_s, needs)
-        given = Backward(dy, weight, flat, operands, call.rows, s, wanted, plan)
-        found = BACKENDS[call.impl].gradients(given)
-        dx, d_bias, d_weight = found.dx, found.d_bias, None
+        wants = needs_x, needs_bias or needs_own_bias, needs_s, needs
+        given = Backward(dy, weight, flat, operands, call.rows, s, plan, *wants)
+        dx, d_bias, ds, d_factors = BACKENDS[call.impl].gradients(given)
+        d_weight = None
         if dx is not None and len(shape) != 2:
             dx = dx.view(shape)
         if needs_own_bias and d_bias is not None:
             sums = d_bias
             if grad.dtype != ctx.x_dtype:  # a y that was given
                 sums = column_sums(grad.reshape(-1, grad.shape[-1]))
-            found.factors[2] = (sums * scaling).to(factors[2].dtype)
+            d_factors[2] = (sums * scaling).to(factors[2].dtype)
         if needs_weight and flat is not None:
             d_weight = products.mm(dy.t(), flat).to(weight.dtype)
         return (
@@ -217,11 +217,11 @@ class LoraLinear(torch.autograd.Function):
             d_weight,
             d_bias.to(ctx.bias_dtype) if needs_bias and d_bias is not None else None,
             grad if needs_y else None,
-            found.ds if needs_s else None,
+            ds if needs_s else None,
             None,
             None,
             None,
-            *(found.factors if call.rows is None else _those(found.factors, needs)),
+            *(d_factors if call.rows is None else _those(d_factors, needs)),
         )
 
 

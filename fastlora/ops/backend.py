@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from fastlora.ops.factors import Base, Operands
     from fastlora.ops.rows import Rows
 
+_Gradient = torch.Tensor | None
+
 
 def draw_seed(x: torch.Tensor, impl: str) -> torch.Tensor:
     """Draws a dropout seed (one int64) from torch's default generator.
@@ -32,22 +34,6 @@ def draw_seed(x: torch.Tensor, impl: str) -> torch.Tensor:
     return torch.randint(0, 2**62, (1,), dtype=torch.int64, device=device)
 
 
-class Wanted(NamedTuple):
-    """Which gradients of a layer are wanted.
-
-    Attributes:
-        x: Of x.
-        bias: Of the base bias.
-        s: Of an s that was given.
-        factors: Of ``lora_a, lora_b, lora_bias`` of each adapter in turn.
-    """
-
-    x: bool
-    bias: bool
-    s: bool
-    factors: Sequence[bool]
-
-
 class Backward(NamedTuple):
     """What the gradients of a `Backend.forward` are made of, but that of the base weight.
 
@@ -57,7 +43,10 @@ class Backward(NamedTuple):
         x: None where no gradient needs it.
         operands, rows, plan: As in the forward.
         s: Of the forward; None without rows where no lora_b is wanted.
-        wanted: Which gradients. That of one adapter's lora_bias is the caller's part.
+        wants_x, wants_bias, wants_s: Whether those of x, of the base bias, and of an s that was
+            given are wanted.
+        wants: Whether those of ``lora_a, lora_b, lora_bias`` of each adapter in turn are. That of
+            one adapter's lora_bias is the caller's part.
     """
 
     dy: torch.Tensor
@@ -66,26 +55,16 @@ class Backward(NamedTuple):
     operands: Operands
     rows: Rows | None
     s: torch.Tensor | None
-    wanted: Wanted
     plan: str
+    wants_x: bool
+    wants_bias: bool
+    wants_s: bool
+    wants: Sequence[bool]
 
 
-class Gradients(NamedTuple):
-    """Gradients of a layer; None for those that are not wanted.
-
-    Attributes:
-        dx: ``[M, K]``.
-        factors: Of ``lora_a, lora_b, lora_bias`` of each adapter in turn; None also where an
-            adapter has no rows.
-        ds: ``[M, R]``.
-        d_bias: ``[N]`` of the base bias.
-    """
-
-    dx: torch.Tensor | None
-    factors: list[torch.Tensor | None]
-    ds: torch.Tensor | None
-    d_bias: torch.Tensor | None
-
+# dx ``[M, K]``; d_bias ``[N]`` of the base bias; ds ``[M, R]``; and those of ``lora_a, lora_b,
+# lora_bias`` of each adapter in turn. None for what is not wanted, and for an adapter without rows.
+Gradients = tuple[_Gradient, _Gradient, _Gradient, list[_Gradient]]
 
 # Layers of one launch; `fastlora.kernels.tables.MAX_SIBLINGS` without an import of Triton.
 MOST_SIBLINGS = 4
@@ -140,7 +119,7 @@ class Backend(ABC):
 
     @abstractmethod
     def gradients(self, given: Backward) -> Gradients:
-        """Returns the gradients that are wanted."""
+        """Returns dx, d_bias, ds, and the gradients of factors; see `Gradients`."""
 
     # ------------------------------------------------- layers that are fed by the same x, at once
 

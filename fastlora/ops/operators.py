@@ -97,7 +97,7 @@ class OperatorBackend(Backend):
     def gradients(self, given: Backward) -> Gradients:
         operators, function = self._operators(given.dy), OperatorBackend._gradients
         read: torch.Tensor | Coded | None = None
-        if given.weight is not None and given.wanted.x:
+        if given.weight is not None and given.wants_x:
             dy, ups, launch = given.dy, given.operands.lora_b, "coded_lora_grad_x"
             read = given.weight if given.weight.dtype is dy.dtype else given.weight.to(dy.dtype)
             read = self._launched(read, dy, ups, given.plan, operators, launch)
@@ -110,9 +110,9 @@ class OperatorBackend(Backend):
         self, given: Backward, weight: torch.Tensor | Coded | None, operators: schema.Operators
     ) -> Gradients:
         """`gradients` by operators of `schema.operators_for`, with what they take for a weight."""
-        dy, _, x, operands, rows, s, wanted, plan = given
+        dy, _, x, operands, rows, s, plan, wants_x, wants_bias, wants_s, wants = given
         lora_a, lora_b, lora_bias, scaling, dropout_p, seeds, _ = operands
-        drop, wants = (seeds, list(dropout_p)), wanted.factors
+        drop = seeds, list(dropout_p)
         found: list[torch.Tensor | None] = [None] * len(wants)
         d_bias = None
         if rows is not None:
@@ -127,22 +127,22 @@ class OperatorBackend(Backend):
                     found[3 * slot + 1 : 3 * slot + 3] = pair
         elif wants[1]:
             ds, found[1], d_bias = operators.lora_grad_b(
-                dy, s, [], 0, lora_b, [wanted.bias], scaling, True, self.impl
+                dy, s, [], 0, lora_b, [wants_bias], scaling, True, self.impl
             )
         else:
             ds = reference.lora_ds(dy, lora_b[0], scaling)
-        if wanted.bias and d_bias is None:
+        if wants_bias and d_bias is None:
             d_bias = reference.column_sums(dy)
         dx = None
-        if wanted.x:
+        if wants_x:
             dx = operators.lora_grad_x(
                 dy, weight, ds, self._in_pieces(rows), lora_a, *drop, self.impl, plan
             )
         if x is not None and any(wants[::3]):
             found[::3] = self._grad_a(x, [ds], lora_a, *drop, rows, operators.lora_grad_a)
-        if wanted.s and rows is not None and torch.is_anomaly_enabled():
+        if wants_s and rows is not None and torch.is_anomaly_enabled():
             ds = _without_the_unwritten(ds, rows, lora_a)
-        return Gradients(dx, found, ds, d_bias)
+        return dx, d_bias, ds, found
 
     def _in_runs(
         self, launch: str, rows: Rows, like: torch.Tensor

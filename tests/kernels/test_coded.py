@@ -17,7 +17,7 @@ pytest.importorskip("torchao", reason="torchao is not installed")
 
 from fastlora.coded_weight import CodedWeight, matrix
 from fastlora.kernels import lora_linear, mixed_lora_linear
-from fastlora.ops.backend import BACKENDS, Backward, Siblings, Wanted
+from fastlora.ops.backend import BACKENDS, Backward, Siblings
 from fastlora.ops.factors import Base, Operands
 from fastlora.testing import assert_within_budget
 from tests.support.kernels.coded import coded_weight
@@ -196,14 +196,14 @@ def test_mixed_training(lab: Lab, dtype: torch.dtype, launches: list[str]) -> No
         *(problem.lora_a, problem.lora_b, problem.lora_bias, problem.scaling),
         *(dropout_p, problem.seeds),
     )
-    wanted = Wanted(True, False, False, [True] * 12)
+    wants = True, False, False, [True] * 12
     with torch.no_grad():
         y, s = TRITON.forward(problem.x, Base(weight), operands, rows, None, "auto")
-        given = problem.dy, weight, problem.x, operands, rows, s, wanted, "auto"
-        found = TRITON.gradients(Backward(*given))
-    results = {"y": y, "dx": found.dx}
+        given = problem.dy, weight, problem.x, operands, rows, s, "auto"
+        dx, _, _, factors = TRITON.gradients(Backward(*given, *wants))
+    results = {"y": y, "dx": dx}
     for slot in range(4):
-        results[f"d_lora_a {slot}"], results[f"d_lora_b {slot}"] = found.factors[3 * slot :][:2]
+        results[f"d_lora_a {slot}"], results[f"d_lora_b {slot}"] = factors[3 * slot :][:2]
     problem.check({name: made for name, made in results.items() if made is not None})
     assert launches == ["load_table4"] * 2
 
