@@ -144,6 +144,6 @@ def slots_for_kernels(
 
 def check_devices(slots: Slots, x: torch.Tensor) -> None:
     """Raises `ValueError` where a factor is on another device than x."""
-    for factors in slots.own:
+    for factors in slots:
         if factors is not None and factors.lora_a.device != x.device:
             check_same_device(x, lora_a=factors.lora_a, lora_b=factors.lora_b)

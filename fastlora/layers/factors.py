@@ -12,7 +12,7 @@ from torch import nn
 from fastlora.layers.call import LayerCall, MixedCall
 from fastlora.layers.norms import kept_sums
 from fastlora.layers.scalings import Scalings
-from fastlora.ops.factors import Factors, Slots, Tables
+from fastlora.ops.factors import Factors, Slots, Tables, numbers_on
 from fastlora.sharding import is_sharded
 from fastlora.validation import UnsupportedLayerError
 
@@ -148,6 +148,21 @@ def scaling_beside(layer: AdaptedLayer, name: str, call: LayerCall | MixedCall) 
     return torch.full((), value, dtype=exact, device=x.device)
 
 
+def scalings_beside(values: Sequence[float | torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """Returns scalings as a tensor beside x, fp32 (fp64 for fp64) ``[S]``.
+
+    A tensor of PEFT's compiled hot swap is read on its device.
+    """
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    numbers: list[float] = []
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            same = [torch.as_tensor(v, dtype=dtype, device=x.device).reshape(()) for v in values]
+            return torch.stack(same)
+        numbers.append(value)
+    return numbers_on(tuple(numbers), dtype, x.device)
+
+
 class Scale(NamedTuple):
     """What DoRA's g ``[N]`` of one adapter on one linear is made of; see `scale_of`.
 
@@ -274,7 +289,7 @@ def slots_of(
     source: Source, layer: AdaptedLayer, which: Sequence[int], without: Sequence[int] = ()
 ) -> Slots:
     """Returns a layer's adapters in these slots; those of ``without`` are None."""
-    own: list[Factors | None] = []
+    found: Slots = []
     for slot in which:
-        own.append(None if slot in without else source.factors(layer, slot))
-    return Slots(tuple(own))
+        found.append(None if slot in without else source.factors(layer, slot))
+    return found

@@ -129,12 +129,12 @@ def _slots_of(member: AdaptedLayer, call: LayerCall | MixedCall) -> tuple[Slots 
         factors = factors_of(member, names[0], call)
         if factors is None:
             return None, "one of them has a factor or dropout that is hooked, or not plain"
-        return Slots((factors,)), ""
+        return [factors], ""
     if member.routed_by is not call.layer.routed_by:
         return None, "one of them is of another model"
     if call.conditions.compiling:
         made = graph_slots.slots_of(call, member)
-        return (None, "one of them is not in the graph") if made is None else (made.own, "")
+        return (None, "one of them is not in the graph") if made is None else (made[0], "")
     dora = dora_slots(member, call.routing)
     try:
         slots = slots_for_kernels(call, member, () if dora is None else dora.dropped)
@@ -147,7 +147,7 @@ def _why_not(layer: AdaptedLayer, slots: Slots, own: Slots, call: LayerCall | Mi
     """Returns why a layer with these adapters has its own pass over x, or an empty string."""
     x, mixed = call.given, isinstance(call, MixedCall)
     device, k, dropped, trains, elsewhere = x.device, x.shape[-1], False, False, False
-    for factors in slots.own:
+    for factors in slots:
         if factors is not None:
             lora_a = factors.lora_a
             dropped = dropped or factors.dropout_p > 0.0
@@ -173,7 +173,7 @@ def _why_not(layer: AdaptedLayer, slots: Slots, own: Slots, call: LayerCall | Mi
 
 def lora_a_of(slots: Slots) -> list[torch.Tensor | None]:
     """Returns the lora_a of each slot; None for one without."""
-    return [None if factors is None else factors.lora_a for factors in slots.own]
+    return [None if factors is None else factors.lora_a for factors in slots]
 
 
 # ------------------------------------------------------------------------------ in the report

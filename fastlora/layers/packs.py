@@ -117,6 +117,7 @@ def _slots(layer: AdaptedLayer, call: MixedCall, rows: Rows) -> Slots | None:
         slots = slots_of(call.routing.source, layer, rows.present)
     except UnsupportedLayerError:  # which the layer's own call raises
         return None
-    if any(f.dropout_p or f.lora_a.device != call.x.device for f in slots.present):
-        return None
+    for factors in slots:
+        if factors is not None and (factors.dropout_p or factors.lora_a.device != call.x.device):
+            return None
     return slots

@@ -336,8 +336,8 @@ FAULTS = (
         "dropout",
         "912c58d",
         "fastlora/layers/packs.py",
-        "if any(f.dropout_p or f.lora_a.device != call.x.device for f in slots.present):",
-        "if any(f.lora_a.device != call.x.device for f in slots.present):",
+        "(factors.dropout_p or factors.lora_a.device != call.x.device)",
+        "factors.lora_a.device != call.x.device",
         (f"{_KEPT}model-mixed-plain]",),
     ),
     # ----------------------------------------------------------------------------------- DoRA

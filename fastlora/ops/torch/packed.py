@@ -10,13 +10,12 @@ Nothing here computes a forward; `fastlora.ops.torch.packed_forward` does.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
-from fastlora.ops.factors import Factors, Slots
+from fastlora.ops.factors import Slots
 from fastlora.ops.torch.packed_choice import RowsKind, is_coalesced, is_dense
 
 # Widest block of rank rows that one product takes; units are coalesced up to it.
@@ -103,22 +102,21 @@ def pack_layer(slots: Slots, dtype: torch.dtype, kind: RowsKind) -> LayerPack | 
     None where no adapter has factors, or some are not finite: a product that serves several
     adapters would carry a NaN from one to the others.
     """
-    factors = slots.own
-    layout = _layout(factors, dtype, kind)
+    layout = _layout(slots, dtype, kind)
     if layout is None:
         return None
-    (n, _), (_, k) = slots.present[0].lora_b.shape, slots.present[0].lora_a.shape
-    device = slots.present[0].lora_a.device
+    some = next(factors for factors in slots if factors is not None)
+    (n, _), (_, k), device = some.lora_b.shape, some.lora_a.shape, some.lora_a.device
     dense = is_dense(layout.unit, layout.units, dtype)
     shape = (k, layout.units, layout.unit) if dense else (layout.units, layout.unit, k)
     lora_a = torch.zeros(shape, dtype=dtype, device=device)
     by_unit = lora_a.permute(1, 2, 0) if dense else lora_a
     lora_b = torch.zeros(layout.units, layout.unit, n, dtype=dtype, device=device)
     lora_bias = None
-    if any(f is not None and f.lora_bias is not None for f in factors):
-        lora_bias = torch.zeros(len(factors) + 1, n, dtype=dtype, device=device)
+    if any(f is not None and f.lora_bias is not None for f in slots):
+        lora_bias = torch.zeros(len(slots) + 1, n, dtype=dtype, device=device)
     exact = torch.float64 if dtype == torch.float64 else torch.float32
-    for at, (place, own) in enumerate(zip(layout.places, factors, strict=True)):
+    for at, (place, own) in enumerate(zip(layout.places, slots, strict=True)):
         if own is None:
             continue
         unit, first = divmod(place.first, layout.unit)
@@ -134,8 +132,8 @@ def pack_layer(slots: Slots, dtype: torch.dtype, kind: RowsKind) -> LayerPack | 
     return LayerPack(layout, lora_a, lora_b, lora_bias)
 
 
-def _layout(factors: Sequence[Factors | None], dtype: torch.dtype, kind: RowsKind) -> Layout | None:
-    ranks = tuple(0 if f is None else f.lora_a.shape[0] for f in factors)
+def _layout(slots: Slots, dtype: torch.dtype, kind: RowsKind) -> Layout | None:
+    ranks = tuple(0 if f is None else f.lora_a.shape[0] for f in slots)
     return make_layout(ranks, is_coalesced(dtype, kind)) if any(ranks) else None
 
 
