@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
@@ -163,16 +163,10 @@ def scalings_beside(values: Sequence[float | torch.Tensor], x: torch.Tensor) -> 
     return numbers_on(tuple(numbers), dtype, x.device)
 
 
-class Scale(NamedTuple):
-    """What DoRA's g ``[N]`` of one adapter on one linear is made of; see `scale_of`.
-
-    Attributes:
-        magnitude: ``[N]``; g itself where there are no squares.
-        squares: The norms' squares, ``[N]``, infinity for 0; or None.
-    """
-
-    magnitude: torch.Tensor
-    squares: Any  # as above
+# What DoRA's g ``[N]`` of one adapter on one linear is made of, see `fastlora.ops.torch.dora`: the
+# magnitude ``[N]``, and the norms' squares ``[N]``, infinity for 0. Without squares, None, the
+# magnitude is g itself.
+Scale = tuple[torch.Tensor, Any]
 
 
 def scales_by_name(call: LayerCall | MixedCall, names: Sequence[str]) -> list[Scale]:
@@ -184,7 +178,7 @@ def scales_by_name(call: LayerCall | MixedCall, names: Sequence[str]) -> list[Sc
         sums.append(kept_sums(layer, name, scaling, compiling))
     squares = layer._of_whole_rows(sums)
     magnitudes = [layer._own_magnitude(name) for name in names]
-    return list(map(Scale, magnitudes, squares))
+    return list(zip(magnitudes, squares, strict=True))
 
 
 # --------------------------------------------------------------------------------------- sources
@@ -278,7 +272,7 @@ class Pool:
         """See `Source.scales`; a pool keeps g itself (`fastlora.pool.scales`)."""
         found: list[Any] = [self.residents[slot] for slot in slots]  # each has scales by now
         row = call.layer.table_row
-        return [Scale(resident.scales.by_module[row], None) for resident in found]
+        return [(resident.scales.by_module[row], None) for resident in found]
 
     def identity(self, slot: int) -> Hashable:
         resident = self.residents[slot]
