@@ -21,7 +21,7 @@ from fastlora.layers.call import MixedCall
 from fastlora.layers.decide import check_devices, decide
 from fastlora.layers.factors import scalings_beside, slots_of
 from fastlora.layers.group_forward import group_forward
-from fastlora.layers.places import Place, linear_at, output_at, place_of
+from fastlora.layers.places import linear_at, output_at, place_of
 from fastlora.layers.why import TOO_LATE
 from fastlora.ops.factors import Base, Operands, Slots, Tables, present
 from fastlora.ops.rows import Rows
@@ -41,9 +41,9 @@ def run(call: MixedCall, base: Base) -> torch.Tensor:
     magnitudes, dora = layer._modules.get("lora_magnitude_vector"), None
     if (magnitudes is not None and magnitudes._modules) or routing.source.residents is not None:
         dora = dora_layer.dora_slots(layer, routing)
-    kept: packs.KeptDecision | None = routing.kept.decisions.get(layer.routed_as)
-    if kept is not None and kept.holds(call, base):
-        y, by_address = packs.run_kept(call, base, kept), False
+    known = routing.kept.layers.get(("packs", layer.routed_as))
+    if known is not None and known[0] == packs.key_of(call, base):
+        y, by_address = packs.run_kept(call, base, *known[1]), False
     else:
         y, by_address = _by_rows(call, base, () if dora is None else dora.dropped)
     if dora is None:
@@ -59,18 +59,18 @@ def _by_rows(call: MixedCall, base: Base, without: tuple[int, ...]) -> tuple[tor
     Slots of ``without`` get the base layer only.
     """
     layer, x, routing = call.layer, call.x, call.routing
-    is_bare, plan, found, slots = decide(call, base, without)
+    is_bare, found, slots = decide(call, base, without)
     if found is not None:
-        return _by_address(call, base, found, plan == "invariant"), True
+        return _by_address(call, base, found), True
     if slots is not None:
         shared = group_forward(call, base, slots)
         y = _run_listed(call, base, slots, call.rows(), s=None if shared is None else shared.s)
     else:
         rows = routing.rows(x.numel() // x.shape[-1], x.device, host=True)
         if is_bare:
-            kept = packs.find(call, rows)
+            kept = packs.find(call, base, rows)
             if kept is not None:
-                return packs.run_kept(call, base, kept), False
+                return packs.run_kept(call, base, *kept), False
         own = slots_of(routing.source, layer, rows.present, without)
         check_devices(own, x)
         y = _run_listed(call, base, own, rows, rows.present)
@@ -79,18 +79,15 @@ def _by_rows(call: MixedCall, base: Base, without: tuple[int, ...]) -> tuple[tor
     return y, False
 
 
-def _by_address(call: MixedCall, base: Base, tables: Tables, invariant: bool) -> torch.Tensor:
+def _by_address(call: MixedCall, base: Base, tables: Tables) -> torch.Tensor:
     """Returns ``[..., N]`` by kernels that find factors in tables.
 
     Of the base layer alone where the tables do not know the layer.
     """
-    layer, x, rows = call.layer, call.x, call.rows()
-    place: Place | None = call.routing.kept.places.get(layer.routed_as)
-    if place is None or not place.holds(tables, rows, invariant):
-        place = place_of(call, tables, rows, invariant)
-        if place is None:
-            call.conditions.refuse(layer, TOO_LATE)
-            return base.output(x)
+    x, place = call.x, place_of(call, tables, call.rows(), call.conditions.invariant)
+    if place is None:
+        call.conditions.refuse(call.layer, TOO_LATE)
+        return base.output(x)
     shared = None if base.weight is None else group_forward(call, base, place)
     if shared is None:
         y = output_at(call, base, place)

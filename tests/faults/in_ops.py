@@ -106,7 +106,7 @@ FAULTS = (
         "copies",
         "1f559c1",
         "fastlora/ops/torch/packed.py",
-        "return make_layout(ranks, is_coalesced(dtype, kind)) is pack.layout",
+        "return make_layout(pack.layout.ranks, is_coalesced(dtype, kind)) is pack.layout",
         "return False",
         (f"{_PACKED}test_batches_of_a_set_share_its_packs",),
     ),

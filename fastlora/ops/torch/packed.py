@@ -24,26 +24,21 @@ WIDEST_BLOCK = 64
 _ROUNDED_UNITS = 8
 
 
-class Place(NamedTuple):
-    """Where an adapter's rank rows stand: ``rank`` rows from ``first`` on; rank 0 has none."""
-
-    first: int
-    rank: int
-
-
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """Places of a set of adapters, the same for all layers on which they have these ranks.
+    """Where the rank rows of a set of adapters stand, on all layers where they have these ranks.
 
     Attributes:
         unit: Rank rows in a unit.
         units: Their number.
-        places: One for each adapter of the set, in its order.
+        firsts: The first rank row of each adapter of the set, in its order.
+        ranks: The number of each adapter's rank rows; 0 for one that has none.
     """
 
     unit: int
     units: int
-    places: tuple[Place, ...]
+    firsts: tuple[int, ...]
+    ranks: tuple[int, ...]
 
     @property
     def rank_rows(self) -> int:
@@ -59,7 +54,7 @@ def make_layout(ranks: tuple[int, ...], coalesced: bool = False) -> Layout:
     """
     unit = max(ranks)
     used: list[int] = []
-    places = [Place(0, 0)] * len(ranks)
+    firsts = [0] * len(ranks)
     for index in sorted(range(len(ranks)), key=lambda i: -ranks[i]):
         rank = ranks[index]
         if not rank:
@@ -69,15 +64,17 @@ def make_layout(ranks: tuple[int, ...], coalesced: bool = False) -> Layout:
         at = len(used) if rank == unit else next(roomy, len(used))
         if at == len(used):
             used.append(0)
-        places[index] = Place(at * unit + used[at], rank)
+        firsts[index] = at * unit + used[at]
         used[at] += rank
     units = len(used)
     if not coalesced:
-        return Layout(unit, units, tuple(places))
+        return Layout(unit, units, tuple(firsts), ranks)
     rounded = units
     if units >= _ROUNDED_UNITS:
         rounded += -units % max(WIDEST_BLOCK // unit, 1)
-    return make_layout(ranks, False) if rounded == units else Layout(unit, rounded, tuple(places))
+    if rounded == units:
+        return make_layout(ranks, False)
+    return Layout(unit, rounded, tuple(firsts), ranks)
 
 
 class LayerPack(NamedTuple):
@@ -116,11 +113,11 @@ def pack_layer(slots: Slots, dtype: torch.dtype, kind: RowsKind) -> LayerPack | 
     if any(f is not None and f.lora_bias is not None for f in slots):
         lora_bias = torch.zeros(len(slots) + 1, n, dtype=dtype, device=device)
     exact = torch.float64 if dtype == torch.float64 else torch.float32
-    for at, (place, own) in enumerate(zip(layout.places, slots, strict=True)):
+    for at, own in enumerate(slots):
         if own is None:
             continue
-        unit, first = divmod(place.first, layout.unit)
-        rows = slice(first, first + place.rank)
+        unit, first = divmod(layout.firsts[at], layout.unit)
+        rows = slice(first, first + layout.ranks[at])
         by_unit[unit, rows] = own.lora_a
         lora_b[unit, rows] = own.lora_b.t().to(exact) * own.scaling
         if lora_bias is not None and own.lora_bias is not None:
@@ -139,5 +136,4 @@ def _layout(slots: Slots, dtype: torch.dtype, kind: RowsKind) -> Layout | None:
 
 def is_for(pack: LayerPack, dtype: torch.dtype, kind: RowsKind) -> bool:
     """Whether packing for another kind of batch in the pack's dtype would give the same."""
-    ranks = tuple(place.rank for place in pack.layout.places)
-    return make_layout(ranks, is_coalesced(dtype, kind)) is pack.layout
+    return make_layout(pack.layout.ranks, is_coalesced(dtype, kind)) is pack.layout
