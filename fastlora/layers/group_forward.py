@@ -42,7 +42,7 @@ from fastlora.layers.group_members import (
 )
 from fastlora.layers.places import Place, linear_at, outputs_at
 from fastlora.layers.shared_input import SharedInputGroup, group_of
-from fastlora.ops.backend import BACKENDS, MOST_SIBLINGS, Siblings, draw_seed
+from fastlora.ops.backend import BACKENDS, MOST_SIBLINGS, draw_seed
 from fastlora.ops.factors import Base, Factors, Slots
 from fastlora.routing.kept import stream_of
 from fastlora.weight_marks import marks
@@ -72,7 +72,8 @@ class GroupLaunch(NamedTuple):
         dtype, device: Of x.
         base, own: The first's.
         owners: The ``id`` of each layer.
-        siblings: Their operands, without seeds; None where the first is not one for this.
+        operands: Theirs, without seeds; empty where the first is not one for this.
+        dropout_p: Probability that acts on each.
         tensors: What their outputs depend on beside x.
         dtypes: Of each, which may change in place.
         others: Of each but the first, the probability of dropout, and its part of the tensors.
@@ -84,7 +85,8 @@ class GroupLaunch(NamedTuple):
     base: Base
     own: Factors
     owners: list[int]
-    siblings: Siblings | None
+    operands: tuple[torch.Tensor | None, ...]
+    dropout_p: tuple[float, ...]
     tensors: list[torch.Tensor]
     dtypes: list[torch.dtype]
     others: list[tuple[float, list[torch.Tensor]]]
@@ -274,8 +276,8 @@ def _outputs(call: LayerCall, base: Base, own: Factors, group: SharedInputGroup)
     ):
         group.launches.clear()  # another one's is as old
         launch = group.launches[id(layer)] = _launch_of(call, base, own, group)
-    siblings = launch.siblings
-    if siblings is None or not backend.computes_siblings(x):
+    operands, dropout_p = launch.operands, launch.dropout_p
+    if not operands or not backend.computes_siblings(x):
         return None
     if records and several and not launch.others:
         return None  # it may still share s
@@ -288,10 +290,9 @@ def _outputs(call: LayerCall, base: Base, own: Factors, group: SharedInputGroup)
         if None in keys:
             return None
     if own.dropout_p:
-        operands, dropout_p = siblings
         seeds = [draw_seed(x, conditions.backend) for _ in dropout_p]
-        siblings = Siblings((*operands[: -len(seeds)], *seeds), dropout_p)
-    y, *ys = run_siblings(x, siblings, conditions.backend)
+        operands = *operands[: -len(seeds)], *seeds
+    y, *ys = run_siblings(x, operands, dropout_p, conditions.backend)
     if ys:
         made = zip(keys, map(Shared, ys), strict=True)
         results = dict(zip(launch.owners[1:], made, strict=True))
@@ -336,7 +337,8 @@ def _launch_of(call: LayerCall, base: Base, own: Factors, group: SharedInputGrou
         base,
         own,
         [owner for owner, *_ in found],
-        Siblings(operands, dropout_p) if found else None,
+        operands,
+        dropout_p,
         [tensor for each in tensors for tensor in each],
         [tensor.dtype for each in tensors for tensor in each],
         list(zip(dropout_p, tensors, strict=True))[1:],

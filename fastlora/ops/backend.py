@@ -70,21 +70,6 @@ Gradients = tuple[_Gradient, _Gradient, _Gradient, list[_Gradient]]
 MOST_SIBLINGS = 4
 
 
-class Siblings(NamedTuple):
-    """G layers that are fed by the same x, each with one adapter and no lora_bias.
-
-    Attributes:
-        operands: One list, as what runs in every step takes it: the weights of all, ``[N, K]`` in
-            x's dtype; the biases, ``[N]`` or None; every lora_a ``[R, K]``, every lora_b
-            ``[N, R]``; the scalings, fp32 of one element; the seeds of dropout, int64 ``[1]`` or
-            None.
-        dropout_p: Probability that acts on each.
-    """
-
-    operands: Sequence[torch.Tensor | None]
-    dropout_p: tuple[float, ...]
-
-
 class Backend(ABC):
     """An implementation of a linear with adapters; what calls it knows its name only.
 
@@ -123,6 +108,11 @@ class Backend(ABC):
 
     # ------------------------------------------------- layers that are fed by the same x, at once
 
+    # G siblings, each with one adapter and no lora_bias, are one list of operands, as what runs in
+    # every step takes it: the weights of all, ``[N, K]`` in x's dtype; the biases, ``[N]`` or None;
+    # every lora_a ``[R, K]``, every lora_b ``[N, R]``; the scalings, fp32 of one element; the seeds
+    # of dropout, int64 ``[1]`` or None. ``dropout_p`` has the probability that acts on each.
+
     def computes_siblings(self, x: torch.Tensor) -> bool:
         """Whether the backend computes layers that are fed by x at once, by what follows."""
         return False
@@ -159,7 +149,11 @@ class Backend(ABC):
         raise NotImplementedError
 
     def siblings(
-        self, x: torch.Tensor, siblings: Siblings, with_s: bool = False
+        self,
+        x: torch.Tensor,
+        operands: Sequence[torch.Tensor | None],
+        dropout_p: tuple[float, ...],
+        with_s: bool = False,
     ) -> list[torch.Tensor]:
         """Returns y ``[M, N]`` of each of 1 to 4 layers that are fed by the same x.
 
@@ -171,7 +165,8 @@ class Backend(ABC):
         self,
         dys: Sequence[torch.Tensor | None],
         x: torch.Tensor | None,
-        siblings: Siblings,
+        operands: Sequence[torch.Tensor | None],
+        dropout_p: tuple[float, ...],
         s: Sequence[torch.Tensor],
         wants: tuple[bool, ...],
     ) -> list[torch.Tensor | None]:
@@ -180,7 +175,7 @@ class Backend(ABC):
         Args:
             dys: Of each layer, any strides; None where nobody used its y.
             x: None where no lora_a's gradient is wanted.
-            siblings: Their operands.
+            operands, dropout_p: Theirs.
             s: Of `siblings`.
             wants: Whether that of x is wanted, of each weight (which is the caller's part), bias,
                 lora_a and lora_b.

@@ -13,7 +13,7 @@ import torch
 
 from fastlora.coded_weight import Coded, CodedWeight, matrix
 from fastlora.ops import schema
-from fastlora.ops.backend import Backend, Backward, Gradients, Siblings, register_backend
+from fastlora.ops.backend import Backend, Backward, Gradients, register_backend
 from fastlora.ops.conditions import on_device_of, sees_operators
 from fastlora.ops.factors import Base, Operands
 from fastlora.ops.layout import split_grad_a, split_grad_b
@@ -203,32 +203,34 @@ class OperatorBackend(Backend):
         return self.impl == "triton" and not sees_operators(x, True, by_profiler=False)
 
     def siblings(
-        self, x: torch.Tensor, siblings: Siblings, with_s: bool = False
+        self,
+        x: torch.Tensor,
+        operands: Sequence[torch.Tensor | None],
+        dropout_p: tuple[float, ...],
+        with_s: bool = False,
     ) -> list[torch.Tensor]:
-        operands: Sequence[torch.Tensor | Coded | None] = siblings.operands
-        if _over_codes(siblings):
-            operands = _with_launched(siblings, x, "coded_lora_linear")
+        read: Sequence[torch.Tensor | Coded | None] = operands
+        if _over_codes(operands, len(dropout_p)):
+            read = _with_launched(operands, len(dropout_p), x, "coded_lora_linear")
         function = schema.kernels_of(False).siblings
-        made: list[torch.Tensor] = on_device_of(
-            x, function, x, siblings.dropout_p, with_s, *operands
-        )
+        made: list[torch.Tensor] = on_device_of(x, function, x, dropout_p, with_s, *read)
         return made
 
     def siblings_gradients(
         self,
         dys: Sequence[torch.Tensor | None],
         x: torch.Tensor | None,
-        siblings: Siblings,
+        operands: Sequence[torch.Tensor | None],
+        dropout_p: tuple[float, ...],
         s: Sequence[torch.Tensor],
         wants: tuple[bool, ...],
     ) -> list[torch.Tensor | None]:
-        operands: Sequence[torch.Tensor | Coded | None] = siblings.operands
-        dropout_p = siblings.dropout_p
-        if _over_codes(siblings):
+        read: Sequence[torch.Tensor | Coded | None] = operands
+        if _over_codes(operands, len(dropout_p)):
             dy = next(dy for dy in dys if dy is not None) if wants[0] else None
-            operands = _with_launched(siblings, dy, "coded_lora_grad_x")
+            read = _with_launched(operands, len(dropout_p), dy, "coded_lora_grad_x")
         made: list[torch.Tensor | None] = schema.kernels_of(True).siblings(
-            x, dropout_p, wants, *dys, *operands, *s
+            x, dropout_p, wants, *dys, *read, *s
         )
         return made
 
@@ -295,16 +297,15 @@ def launched(
     return weight.coded if coded else matrix(weight)
 
 
-def _over_codes(siblings: Siblings) -> bool:
-    """Whether a weight of theirs is stored as codes."""
-    return CodedWeight in map(type, siblings.operands[: len(siblings.dropout_p)])
+def _over_codes(operands: Sequence[torch.Tensor | None], count: int) -> bool:
+    """Whether a weight of so many siblings is stored as codes."""
+    return CodedWeight in map(type, operands[:count])
 
 
 def _with_launched(
-    siblings: Siblings, x: torch.Tensor | None, launch: str
+    operands: Sequence[torch.Tensor | None], count: int, x: torch.Tensor | None, launch: str
 ) -> Sequence[torch.Tensor | Coded | None]:
     """Returns siblings' operands with what kernels read of their weights; None without an x."""
-    operands, count = siblings.operands, len(siblings.dropout_p)
     read: list[torch.Tensor | Coded | None] = [None] * count
     if x is not None:
         for i, (weight, up) in enumerate(
