@@ -192,6 +192,8 @@ def first_at_end(field: str, patterns: Collection[str], name: str) -> str | None
 
 def matching_no_end(field: str, patterns: Collection[str], names: Iterable[str]) -> list[str]:
     """Returns the patterns for which `first_at_end` would return None with each of ``names``."""
+    if not patterns:
+        return []
     names = list(names)
     with timed(field):
         ends = _ends_of(field, patterns)

@@ -12,7 +12,7 @@ fresh factors, and writes what comes back. A method does not see layers, models 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -109,7 +109,7 @@ class Init:
         name: True, False or a string.
         start: The method.
         title: As its authors write it, for messages about settings and changed base weights.
-        pattern: A regular expression for all the names it has.
+        pattern: A regular expression for all the names it has, where it has more than one.
         changes_base: Whether it moves a part of the base weight into the factors, so that an
             adapter means something only beside the base weight that it was trained on.
         converts: Whether base weight and scaled factors add up to the weight as it was, so that a
@@ -140,18 +140,12 @@ class Init:
     frozen: tuple[str, ...] = ()
     any_kind: bool = False
 
-    def matches(self, value: bool | str) -> bool:
-        """Whether a value of ``init_lora_weights`` means this one."""
-        if isinstance(value, bool) or isinstance(self.name, bool):
-            return value is self.name
-        return re.fullmatch(self.pattern or self.name, value) is not None
-
     def is_random(self, value: bool | str) -> bool:
         """Whether the base changes in another way at each run of it."""
         return bool(self.random) and re.fullmatch(self.random, str(value)) is not None
 
 
-_registered: list[Init] = []
+_registered: dict[bool | str, Init] = {}
 
 
 def register_init(
@@ -160,15 +154,15 @@ def register_init(
     """Makes a function known as an initialisation; ``facts`` are fields of `Init`."""
 
     def register(start: Callable[[Given], Start]) -> Callable[[Given], Start]:
-        _registered.append(Init(name, start, **facts))
+        _registered.setdefault(name, Init(name, start, **facts))
         return start
 
     return register
 
 
-def all_inits() -> Iterator[Init]:
-    """Yields every initialisation that is registered."""
-    yield from _registered
+def all_inits() -> list[Init]:
+    """Returns every initialisation that is registered."""
+    return list(_registered.values())
 
 
 def find_init(value: object) -> Init:
@@ -179,10 +173,13 @@ def find_init(value: object) -> Init:
     """
     if isinstance(value, (bool, str)):
         lowered = value.lower() if isinstance(value, str) else value
-        for init in _registered:
-            if init.matches(lowered):
+        found = _registered.get(lowered)
+        if found is not None:
+            return found
+        for init in _registered.values():
+            if init.pattern and isinstance(lowered, str) and re.fullmatch(init.pattern, lowered):
                 return init
-    names = ", ".join(repr(init.name) for init in _registered)
+    names = ", ".join(map(repr, _registered))
     raise ConfigError(
         f"init_lora_weights must be one of {names} or 'pissa_niter_<n>', got {value!r}"
     )

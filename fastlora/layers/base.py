@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from fastlora.init import Init, find_init
+from fastlora.init import Init
 from fastlora.layers import parts
 from fastlora.layers.bases import dense_weight, factor_like, keep_weight, replace_weight
 from fastlora.layers.coded_base import forget_weights
@@ -166,7 +166,7 @@ class LoraLayer(Mergeable):
         init_lora_weights = self._init_here(init_lora_weights)
         start = Starter(self, init_lora_weights, scaling, init_config, from_file)
         factors = self._new_factors(r, lora_bias, start)
-        init = find_init(init_lora_weights)
+        init = start.asked
         undo = self._keep_base(init)
         self._forget_packed()
         try:
@@ -177,7 +177,8 @@ class LoraLayer(Mergeable):
             dropout = nn.Dropout(lora_dropout) if lora_dropout > 0.0 else nn.Identity()
             self.lora_dropout[adapter_name] = dropout.train(self.training)
             for part, factor in factors.items():
-                self._part(part)[adapter_name] = parts.frozen_like(factor, reference, self.training)
+                frozen = parts.frozen_like(factor, reference, self.training)
+                self._modules[part][adapter_name] = frozen
             if init.frozen:
                 pair = dict(zip(("lora_A", "lora_B"), factors, strict=True))
                 self.frozen_peft_weight_names[adapter_name] = tuple(pair[f] for f in init.frozen)
@@ -192,14 +193,15 @@ class LoraLayer(Mergeable):
             self.delete_adapter(adapter_name)
             undo()
             raise
-        drop_data(self, init)
+        if init.data:
+            drop_data(self, init)
 
     def _keep_base(self, init: Init, offload: bool = False) -> Callable[[], None]:
         """Returns a function that undoes what an init is about to do to the base layer.
 
         With ``offload`` a weight that lies on an accelerator is kept in the CPU's memory.
         """
-        data = find_data(self, init)
+        data = find_data(self, init) if init.data else None
         restore = keep_weight(self.get_base_layer(), offload) if init.changes_base else None
 
         def undo() -> None:
@@ -252,7 +254,7 @@ class LoraLayer(Mergeable):
         for table in (self.r, self.lora_alpha, self.scaling, self.use_rslora):
             table.pop(adapter_name, None)
         for part in ("lora_dropout", *self.adapter_parts):
-            holder = self._part(part)
+            holder = self._modules[part]
             if adapter_name in holder:
                 del holder[adapter_name]
         self.frozen_peft_weight_names.pop(adapter_name, None)
@@ -261,8 +263,9 @@ class LoraLayer(Mergeable):
 
     def adapter_parameters(self, adapter_name: str) -> Iterator[nn.Parameter]:
         """Yields what an adapter can train on this layer; nothing where it is not on it."""
+        fixed = self.frozen_peft_weight_names.get(adapter_name, ())
         for part in self.adapter_parts:
-            holder, fixed = self._part(part), self.frozen_peft_weight_names.get(adapter_name, ())
+            holder = self._modules[part]
             if adapter_name in holder and part not in fixed:
                 factor = holder[adapter_name]
                 yield from (factor,) if isinstance(factor, nn.Parameter) else factor.parameters()
@@ -304,10 +307,6 @@ class LoraLayer(Mergeable):
 
     # ----------------------------------------------------------------------------- plumbing
 
-    def _part(self, part: str) -> Any:
-        """Returns what holds a part of adapters: an `nn.ModuleDict` or an `nn.ParameterDict`."""
-        return self._modules[part]
-
     def file_names(self, adapter_name: str) -> dict[str, str]:
         return parts.file_names(self._held_parts(adapter_name), adapter_name)
 
@@ -315,14 +314,18 @@ class LoraLayer(Mergeable):
         """Makes factors of fewer than 32 bits fp32, and anew the magnitude that was rounded."""
         for part, factor in self._held_parts(adapter_name).items():
             if not isinstance(factor, parts.DoraMagnitude):
-                self._part(part)[adapter_name] = parts.widened(factor)
+                self._modules[part][adapter_name] = parts.widened(factor)
         if adapter_name in self.lora_magnitude_vector:
             self.reset_magnitude(adapter_name)  # not rounded to 16 bits first
 
     def _held_parts(self, adapter_name: str) -> dict[str, parts.Factor]:
         """Returns an adapter's factors and magnitude by the part that they belong to."""
-        held = {part: self._part(part) for part in self.adapter_parts}
-        return {p: holder[adapter_name] for p, holder in held.items() if adapter_name in holder}
+        held: dict[str, parts.Factor] = {}
+        for part in self.adapter_parts:
+            holder = self._modules[part]
+            if adapter_name in holder:
+                held[part] = holder[adapter_name]
+        return held
 
     @property
     def adapter_layer_names(self) -> tuple[str, ...]:

@@ -77,8 +77,10 @@ def factor_like(base: nn.Module) -> torch.Tensor | None:
     compute = getattr(base, "compute_dtype", None)
     if own and isinstance(compute, torch.dtype) and compute.is_floating_point:
         return torch.empty(0, dtype=compute, device=own[0].device)
-    # fp8 and packed integers cannot train.
-    return next((p for p in own if p.is_floating_point() and p.itemsize >= 2), None)
+    for parameter in own:
+        if parameter.is_floating_point() and parameter.itemsize >= 2:
+            return parameter  # fp8 and packed integers cannot train
+    return None
 
 
 def is_parallel(module: nn.Module) -> bool:

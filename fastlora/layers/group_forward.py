@@ -23,20 +23,18 @@ import weakref
 from collections.abc import Hashable, Sequence
 from operator import attrgetter
 from threading import get_ident
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from fastlora.autograd.shared_input import Shared, run_siblings, shrink
-from fastlora.coded_weight import CodedWeight
 from fastlora.layers import graph_ops  # noqa: F401 - registers operators
 from fastlora.layers.call import LayerCall, MixedCall
-from fastlora.layers.factors import has_tensor_hooks
 from fastlora.layers.graph_slots import dtype_of
 from fastlora.layers.group_members import (
-    fits,
+    GroupLaunch,
+    launch_of,
     lora_a_of,
-    operands_of,
     sharing,
     tensors_of,
 )
@@ -55,70 +53,14 @@ _CHECKPOINT = (
 )
 _LAST = "no sibling that is called after it can share"
 # In one call for many tensors.
-_version_of, _dtype_of = attrgetter("_version"), attrgetter("dtype")
-_trains, _device_of = attrgetter("requires_grad"), torch.Tensor.get_device
+_version_of, _trains = attrgetter("_version"), attrgetter("requires_grad")
+_device_of = torch.Tensor.get_device
 # A key holds the memory until the result is taken: no other tensor can get it.
 _memory_of = torch.Tensor.untyped_storage
 
 
 # Of an operand: the adapter that acts, those of all slots, or where kernels find them by address.
 _Own = Factors | Slots | Place
-
-
-class GroupLaunch(NamedTuple):
-    """What the first layer of a group computes: itself, and those that are called after it.
-
-    Attributes:
-        dtype, device: Of x.
-        base, own: The first's.
-        owners: The ``id`` of each layer.
-        operands: Theirs, without seeds; empty where the first is not one for this.
-        dropout_p: Probability that acts on each.
-        tensors: What their outputs depend on beside x.
-        dtypes: Of each, which may change in place.
-        others: Of each but the first, the probability of dropout, and its part of the tensors.
-        coded: The weights of others that are codes: a write to them is seen here.
-    """
-
-    dtype: torch.dtype
-    device: torch.device
-    base: Base
-    own: Factors
-    owners: list[int]
-    operands: tuple[torch.Tensor | None, ...]
-    dropout_p: tuple[float, ...]
-    tensors: list[torch.Tensor]
-    dtypes: list[torch.dtype]
-    others: list[tuple[float, list[torch.Tensor]]]
-    coded: list[CodedWeight]
-
-    def serves(self, x: torch.Tensor, base: Base, own: Factors) -> bool:
-        """Whether it was found for the very same layer and such an input."""
-        before, known = self.own, self.base
-        return (
-            own.lora_a is before.lora_a
-            and own.lora_b is before.lora_b
-            and own.scaling is before.scaling
-            and own.dropout_p == before.dropout_p
-            and base.weight is known.weight
-            and base.bias is known.bias
-            and x.dtype is self.dtype
-            and x.device == self.device
-            and [*map(_dtype_of, self.tensors)] == self.dtypes
-            and (not self.coded or all(weight.is_unwritten for weight in self.coded))
-        )
-
-    def fits_one_node(self, x: torch.Tensor) -> bool:
-        """Whether one node of the graph still does for all of them; see `operands_of`."""
-        if not self.others:
-            return True
-        if has_tensor_hooks(self.tensors):
-            return False
-        if x.requires_grad:
-            return True
-        others = [any(map(_trains, tensors)) for _, tensors in self.others]
-        own = any(map(_trains, tensors_of(self.base, self.own)))
-        return others == [own] * len(others)
 
 
 def group_forward(call: LayerCall | MixedCall, base: Base, own: _Own) -> Shared | None:
@@ -275,7 +217,7 @@ def _outputs(call: LayerCall, base: Base, own: Factors, group: SharedInputGroup)
         or (records and not launch.fits_one_node(x))
     ):
         group.launches.clear()  # another one's is as old
-        launch = group.launches[id(layer)] = _launch_of(call, base, own, group)
+        launch = group.launches[id(layer)] = launch_of(call, base, own, group)
     operands, dropout_p = launch.operands, launch.dropout_p
     if not operands or not backend.computes_siblings(x):
         return None
@@ -298,52 +240,6 @@ def _outputs(call: LayerCall, base: Base, own: Factors, group: SharedInputGroup)
         results = dict(zip(launch.owners[1:], made, strict=True))
         group.put(x, _context(call, own), id(layer), results, layer.routed_by)
     return Shared(y)
-
-
-def _launch_of(call: LayerCall, base: Base, own: Factors, group: SharedInputGroup) -> GroupLaunch:
-    """Finds the layers that one call takes beside a layer."""
-    layer, x = call.layer, call.given
-    found: list[tuple[int, Base, Factors]] = []
-    apart = torch.is_grad_enabled() and has_tensor_hooks(tensors_of(base, own))
-    for reference in group.members:
-        member: Any = reference()
-        if member is layer and fits(member, x, base, own):
-            found.append((id(layer), base, own))
-        elif (
-            found
-            and not apart
-            and member is not None
-            and id(member) not in group.idle
-            and len(found) < MOST_SIBLINGS
-        ):
-            like = operands_of(member, call, base, own)
-            # Under dropout each has launches of its own, which nothing else is to have.
-            if like is not None and bool(like[1].dropout_p) == bool(own.dropout_p):
-                found.append((id(member), *like))
-    bases, factors = [base for _, base, _ in found], [own for *_, own in found]
-    dropout_p = tuple(own.dropout_p for own in factors)
-    operands = (
-        *(base.weight for base in bases),
-        *(base.bias for base in bases),
-        *(own.lora_a for own in factors),
-        *(own.lora_b for own in factors),
-        *(own.scaling for own in factors),
-        *([None] * len(found)),
-    )
-    tensors = [tensors_of(*each) for each in zip(bases, factors, strict=True)]
-    return GroupLaunch(
-        x.dtype,
-        x.device,
-        base,
-        own,
-        [owner for owner, *_ in found],
-        operands,
-        dropout_p,
-        [tensor for each in tensors for tensor in each],
-        [tensor.dtype for each in tensors for tensor in each],
-        list(zip(dropout_p, tensors, strict=True))[1:],
-        [base.weight for base in bases[1:] if isinstance(base.weight, CodedWeight)],
-    )
 
 
 # ------------------------------------------------------------------------------ by lists, every s

@@ -1,6 +1,6 @@
 """Which layers of a shared-input group one call takes together, and why others run alone.
 
-Nothing here computes. `fastlora.layers.group_forward` asks, for the layers that are fed by the same
+Nothing here computes. `fastlora.layers.group_forward` asks, for layers that are fed by the same
 tensor.
 """
 
@@ -8,16 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from fastlora.coded_weight import CodedWeight
 from fastlora.layers import graph_slots
 from fastlora.layers.call import LayerCall, MixedCall
 from fastlora.layers.decide import slots_for_kernels
 from fastlora.layers.dora import dora_slots
 from fastlora.layers.factors import factors_of, has_tensor_hooks, is_hooked
 from fastlora.layers.shared_input import SharedInputGroup, known_group
+from fastlora.ops.backend import MOST_SIBLINGS
 from fastlora.ops.conditions import constant_when_compiled
 from fastlora.ops.factors import Base, Factors, Slots
 from fastlora.validation import FastLoraError
@@ -28,13 +30,116 @@ if TYPE_CHECKING:
 _IN_PYTORCH = "without kernels each of them has its own pass over x"
 _UNKNOWN = "no training forward seen yet"
 _DROPOUT = "under dropout each of them masks x for itself"
-_trains = attrgetter("requires_grad")  # in one call for many tensors
+# In one call for many tensors.
+_dtype_of, _trains = attrgetter("dtype"), attrgetter("requires_grad")
 
 
 # --------------------------------------------------------------------------- one adapter, every y
 
 
-def operands_of(
+class GroupLaunch(NamedTuple):
+    """What the first layer of a group computes: itself, and those that are called after it.
+
+    Attributes:
+        dtype, device: Of x.
+        base, own: The first's.
+        owners: The ``id`` of each layer.
+        operands: Of all, without seeds; empty where the first is not one for this.
+        dropout_p: Probability that acts on each.
+        tensors: What their outputs depend on beside x.
+        dtypes: Of each, which may change in place.
+        others: Of each but the first, the probability of dropout, and its part of the tensors.
+        coded: The weights of others that are codes: a write to them is seen here.
+    """
+
+    dtype: torch.dtype
+    device: torch.device
+    base: Base
+    own: Factors
+    owners: list[int]
+    operands: tuple[torch.Tensor | None, ...]
+    dropout_p: tuple[float, ...]
+    tensors: list[torch.Tensor]
+    dtypes: list[torch.dtype]
+    others: list[tuple[float, list[torch.Tensor]]]
+    coded: list[CodedWeight]
+
+    def serves(self, x: torch.Tensor, base: Base, own: Factors) -> bool:
+        """Whether it was found for the very same layer and such an input."""
+        before, known = self.own, self.base
+        return (
+            own.lora_a is before.lora_a
+            and own.lora_b is before.lora_b
+            and own.scaling is before.scaling
+            and own.dropout_p == before.dropout_p
+            and base.weight is known.weight
+            and base.bias is known.bias
+            and x.dtype is self.dtype
+            and x.device == self.device
+            and [*map(_dtype_of, self.tensors)] == self.dtypes
+            and (not self.coded or all(weight.is_unwritten for weight in self.coded))
+        )
+
+    def fits_one_node(self, x: torch.Tensor) -> bool:
+        """Whether one node of the graph still does for all of them; see `_operands_of`."""
+        if not self.others:
+            return True
+        if has_tensor_hooks(self.tensors):
+            return False
+        if x.requires_grad:
+            return True
+        others = [any(map(_trains, tensors)) for _, tensors in self.others]
+        own = any(map(_trains, tensors_of(self.base, self.own)))
+        return others == [own] * len(others)
+
+
+def launch_of(call: LayerCall, base: Base, own: Factors, group: SharedInputGroup) -> GroupLaunch:
+    """Finds the layers that one call takes beside a layer."""
+    layer, x = call.layer, call.given
+    found: list[tuple[int, Base, Factors]] = []
+    apart = torch.is_grad_enabled() and has_tensor_hooks(tensors_of(base, own))
+    for reference in group.members:
+        member: Any = reference()
+        if member is layer and _fits(member, x, base, own):
+            found.append((id(layer), base, own))
+        elif (
+            found
+            and not apart
+            and member is not None
+            and id(member) not in group.idle
+            and len(found) < MOST_SIBLINGS
+        ):
+            like = _operands_of(member, call, base, own)
+            # Under dropout each has launches of its own, which nothing else is to have.
+            if like is not None and bool(like[1].dropout_p) == bool(own.dropout_p):
+                found.append((id(member), *like))
+    bases, factors = [base for _, base, _ in found], [own for *_, own in found]
+    dropout_p = tuple(own.dropout_p for own in factors)
+    operands = (
+        *(base.weight for base in bases),
+        *(base.bias for base in bases),
+        *(own.lora_a for own in factors),
+        *(own.lora_b for own in factors),
+        *(own.scaling for own in factors),
+        *([None] * len(found)),
+    )
+    tensors = [tensors_of(*each) for each in zip(bases, factors, strict=True)]
+    return GroupLaunch(
+        x.dtype,
+        x.device,
+        base,
+        own,
+        [owner for owner, *_ in found],
+        operands,
+        dropout_p,
+        [tensor for each in tensors for tensor in each],
+        [tensor.dtype for each in tensors for tensor in each],
+        list(zip(dropout_p, tensors, strict=True))[1:],
+        [base.weight for base in bases[1:] if isinstance(base.weight, CodedWeight)],
+    )
+
+
+def _operands_of(
     member: AdaptedLayer, call: LayerCall, first_base: Base, first: Factors
 ) -> tuple[Base, Factors] | None:
     """Returns a sibling's base layer and adapter if one call takes them beside a layer's.
@@ -51,7 +156,7 @@ def operands_of(
     if len(names) != 1 or base is None:
         return None
     factors = factors_of(member, names[0], call)
-    if factors is None or not fits(member, x, base, factors):
+    if factors is None or not _fits(member, x, base, factors):
         return None
     if records:
         tensors = tensors_of(base, factors)
@@ -63,7 +168,7 @@ def operands_of(
     return base, factors
 
 
-def fits(layer: AdaptedLayer, x: torch.Tensor, base: Base, own: Factors) -> bool:
+def _fits(layer: AdaptedLayer, x: torch.Tensor, base: Base, own: Factors) -> bool:
     """Whether one call takes a layer: plain, in x's dtype, with a seed that is drawn for it."""
     weight, bias, lora_a, lora_b = base.weight, base.bias, own.lora_a, own.lora_b
     if own.lora_bias is not None or own.magnitude is not None or weight is None:

@@ -78,7 +78,10 @@ def kind_of(module: nn.Module, custom: Mapping[type, type] | None = None) -> Kin
     for base_class, layer_class in (custom or {}).items():
         if isinstance(module, base_class):
             return _custom(layer_class)
-    return next((kind for kind in _KINDS if kind.takes(module)), None)
+    for kind in _KINDS:
+        if kind.takes(module):
+            return kind
+    return None
 
 
 def known_kinds() -> list[str]:

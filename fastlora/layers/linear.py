@@ -96,6 +96,19 @@ class FastLoraLinear(LoraLayer, nn.Linear):
         why = why_not_plain(linear)
         if why:
             raise UnsupportedLayerError(f"from_linear takes a plain nn.Linear; {why}")
+        self = cls._around(linear)
+        if adapter_name is not None:
+            self.add_adapter(adapter_name, **adapter)
+            self.set_adapter(adapter_name)
+        self._freeze_base()
+        return self
+
+    @classmethod
+    def _around(cls, linear: nn.Linear) -> FastLoraLinear:
+        """Returns a layer without adapters that shares a plain linear's weight and bias.
+
+        It does not freeze them.
+        """
         self = cls.__new__(cls)
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
@@ -105,10 +118,6 @@ class FastLoraLinear(LoraLayer, nn.Linear):
         # Not a submodule: it comes back, as it is, when the adapters go.
         self.__dict__["_linear"] = (linear,)
         self._init_adapters()
-        if adapter_name is not None:
-            self.add_adapter(adapter_name, **adapter)
-            self.set_adapter(adapter_name)
-        self._freeze_base()
         return self
 
     def to_linear(self) -> nn.Linear:

@@ -19,7 +19,9 @@ from fastlora.validation import UnsupportedLayerError
 def _wrap(module: nn.Module) -> LoraLayer:
     if why_not_plain(module):
         return FastLoraWrapper(module)
-    return FastLoraLinear.from_linear(module, adapter_name=None)  # type: ignore[arg-type]  # plain
+    layer = FastLoraLinear._around(module)  # type: ignore[arg-type]  # plain
+    layer._freeze_base()
+    return layer
 
 
 def _shapes(module: nn.Module, asked: Settings) -> Shapes:

@@ -44,9 +44,10 @@ def widened(factor: Factor) -> Factor:
         if factor.itemsize >= torch.float32.itemsize:
             return factor
         return nn.Parameter(factor.detach().float(), factor.requires_grad)
-    if all(p.itemsize < torch.float32.itemsize for p in factor.parameters()):
-        factor.to(torch.float32)
-    return factor
+    for parameter in factor.parameters():
+        if parameter.itemsize >= torch.float32.itemsize:
+            return factor
+    return factor.to(torch.float32)
 
 
 def file_names(held: Mapping[str, Factor], adapter_name: str) -> dict[str, str]:

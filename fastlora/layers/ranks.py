@@ -39,7 +39,7 @@ def set_factors(
 ) -> None:
     """Puts factors of another rank in the place of an adapter's; its scaling stays what it is."""
     for part, factor in factors.items():
-        layer._part(part)[adapter_name] = factor
+        layer._modules[part][adapter_name] = factor
     layer.r[adapter_name] = rank
     set_scaling(layer, adapter_name, layer.scaling[adapter_name])
     layer._fit_scalings([adapter_name])

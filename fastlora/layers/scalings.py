@@ -32,7 +32,8 @@ class Scalings(dict[str, Scaling]):
 
     def __init__(self, items: Mapping[str, Scaling] | Iterable[tuple[str, Scaling]] = ()) -> None:
         super().__init__()
-        self.update(items)
+        if items:
+            self.update(items)
 
     def __copy__(self) -> Scalings:
         copied = Scalings()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Mapping
 from operator import is_
 from threading import get_ident
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -42,7 +43,7 @@ class Made(NamedTuple):
     version: int
     context: tuple[object, ...]
     by: int
-    own: dict[int, tuple[Any, Any]]
+    own: dict[int, tuple[object, object]]
     unfinished: dict[_Place, Results] | None
 
     def holds(self, x: torch.Tensor, context: tuple[object, ...]) -> bool:
@@ -71,7 +72,7 @@ class Results(Kept):
         x: torch.Tensor,
         context: tuple[object, ...],
         by: int,
-        own: dict[int, tuple[Any, Any]],
+        own: Mapping[int, tuple[object, object]],
         model: Group | None = None,
     ) -> None:
         """Keeps a key and a result of each layer, which layer ``by`` computed from x."""
@@ -82,7 +83,7 @@ class Results(Kept):
             return
         unfinished = None if model is None else model.unfinished
         known = weakref.ref(x, lambda _: self._drop(place))
-        self.made[place] = Made(known, version, context, by, own, unfinished)
+        self.made[place] = Made(known, version, context, by, dict(own), unfinished)
         if unfinished is not None:
             unfinished[place] = self
 

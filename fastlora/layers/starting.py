@@ -39,6 +39,8 @@ class Starter:
         from_file: See `LoraLayer.add_adapter`.
 
     Attributes:
+        base: The layer's base layer.
+        asked: What the name means.
         init: What runs.
         weight: The base weight ``[N, K]`` to go on with, once `fill` has run; None for the old one.
 
@@ -56,14 +58,15 @@ class Starter:
         from_file: bool,
     ) -> None:
         self.layer, self.scaling, self.config = layer, scaling, config
-        self.name, self.init = name, find_init(name)
+        self.asked = find_init(name)
+        self.name, self.init = name, self.asked
         self.weight: torch.Tensor | None = None
-        base = layer.get_base_layer()
+        self.base = base = layer.get_base_layer()
         base_weight = base._parameters.get("weight")
         is_meta = base_weight is not None and base_weight.is_meta  # there is nothing to read
         if is_meta or (from_file and not self.init.changes_base):
             self.name, self.init = True, find_init(True)
-        found = find_data(layer, self.init)
+        found = find_data(layer, self.init) if self.init.data else None
         if self.init.data and found is None:
             linear = linear_features(base) is not None
             if linear and not (from_file and not self.init.must_repeat):
@@ -111,8 +114,7 @@ class Starter:
                 f"init_lora_weights={self.name!r} is for linear layers, as in PEFT; expected True, "
                 "False or 'gaussian' here, or to leave it out (exclude_modules)"
             )
-        base = self.layer.get_base_layer()
-        weight = base._parameters.get("weight")
+        weight = self.base._parameters.get("weight")
         floating = weight is not None and weight.is_floating_point()
         start = self.init.start(
             Given(
@@ -125,7 +127,7 @@ class Starter:
                 dtype=weight.dtype if weight is not None and floating else lora_a.dtype,
                 config=self.config,
                 data=self.data,
-                transposed=is_transposed(base),
+                transposed=is_transposed(self.base),
             )
         )
         self.weight = start.weight
@@ -144,7 +146,7 @@ class Starter:
                 "over processes; expected True, False, 'gaussian' or 'orthogonal'"
             )
         if self.init.changes_base:
-            why = why_not_replaceable(layer.get_base_layer(), self.init.on_quantised)
+            why = why_not_replaceable(self.base, self.init.on_quantised)
             if why:
                 raise UnsupportedLayerError(
                     f"init_lora_weights={name!r} changes the base weight, and {why}"
@@ -153,8 +155,8 @@ class Starter:
 
 
 def find_data(layer: StartedLayer, init: Init) -> tuple[nn.Module, object] | None:
-    """Returns what a calibration has left for a layer, and on which module."""
-    for module in layer._calibrated() if init.data else ():
+    """Returns what the calibration of an init has left for a layer, and on which module."""
+    for module in layer._calibrated():
         if init.data in module.__dict__:
             return module, module.__dict__[init.data]
     return None

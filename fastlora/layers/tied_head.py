@@ -36,7 +36,7 @@ class _Transposed(nn.Module):
     def weight(self) -> torch.Tensor:
         """The factor, as a linear has it."""
         (source,), part, adapter_name = self._at
-        factor: torch.Tensor = source._part(part)[adapter_name]
+        factor: torch.Tensor = source._modules[part][adapter_name]
         return factor.t()
 
     @property

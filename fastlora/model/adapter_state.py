@@ -26,7 +26,7 @@ from fastlora.model.adapter_folder import KEY_PREFIX, TOKENS_KEY, AdapterFile
 from fastlora.model.base_state import bare_key, without_wrappers
 from fastlora.model.config import LoraConfig
 from fastlora.model.inject import adapter_biases, base_parameters, routed_modules
-from fastlora.model.plan import Plan, factor_shapes
+from fastlora.model.plan import Plan
 from fastlora.model.replication import in_place
 from fastlora.model.tied import input_embedding
 from fastlora.model.walk import base_of, outer_modules, plain_name
@@ -156,8 +156,8 @@ def check_same_adapter(
 
 def _expected_shapes(model: nn.Module, plan: Plan) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
-    for name in plan.targets:
-        for key, shape in factor_shapes(model.get_submodule(name), name, plan.config).items():
+    for name, target in plan.targets.items():
+        for key, shape in target.shapes().items():
             shapes[f"{KEY_PREFIX}{name}.{key}"] = shape
     for name in (*plan.modules_to_save, *plan.tied_copies):
         for key, tensor in base_of(model.get_submodule(name)).state_dict().items():
@@ -174,7 +174,7 @@ def _tied_shapes(
 ) -> dict[str, tuple[int, ...]]:
     """What PEFT saves of a head that has the input embedding's LoRA; it need not be there."""
     shapes: dict[str, tuple[int, ...]] = {}
-    at = KEY_PREFIX + str(input_embedding(model))
+    at = KEY_PREFIX + str(input_embedding(model)) if plan.tied_heads else ""
     for name in plan.tied_heads:
         for end, own in (("lora_A", "lora_embedding_B"), ("lora_B", "lora_embedding_A")):
             shapes[f"{KEY_PREFIX}{name}.{end}.weight"] = expected[f"{at}.{own}"][::-1]
@@ -339,10 +339,11 @@ def put(lora_model: LoraModel, adapter_name: str, tensors: Mapping[str, torch.Te
     tuner = lora_model.base_model
     tuner.check_known(adapter_name)
     state, own = plain_state(lora_model.state_dict()), key_map(lora_model, adapter_name)
-    keys, biases = dict(own), _base_biases(tuner.model)
-    for disk in tensors:  # base biases, whatever the config asks for, as in PEFT
+    keys, others = dict(own), [disk for disk in tensors if disk not in own]
+    biases = _base_biases(tuner.model) if others else {}
+    for disk in others:  # base biases, whatever the config asks for, as in PEFT
         name = without_wrappers(disk.removeprefix(KEY_PREFIX))
-        if disk not in keys and name in biases:
+        if name in biases:
             keys[disk] = KEY_PREFIX + plain_name(biases[name][0])
     present = {disk: key for disk, key in keys.items() if disk in tensors and key in state}
     for disk, key in present.items():

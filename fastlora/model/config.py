@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from fastlora.init import Init, all_inits, find_init
+from fastlora.init import Init, Settings, all_inits, find_init
 from fastlora.init.configs import CordaConfig, EvaConfig, LoraGAConfig, settings_of
 from fastlora.model.adapter_files import CONFIG_NAME, MAX_CONFIG_BYTES, edited_config, read_config
 from fastlora.model.config_checks import PeftType, TaskType, checked_fields
@@ -156,18 +156,16 @@ class LoraConfig(ConfigMethods):
         if self.peft_version is None and stage != "load":
             self.peft_version = self._version_of_peft()
         self.check_supported(stage)
+        chosen = self.init
         for init in all_inits():
-            self._read_settings(init, stage)
-        if stage == "new" and self.init.converts:
+            if init.settings is not None:
+                self._read_settings(init, init.settings, init is chosen, stage)
+        if stage == "new" and chosen.converts:
             self._warn_of_conversion()
 
-    def _read_settings(self, init: Init, stage: Stage) -> None:
+    def _read_settings(self, init: Init, where: Settings, chosen: bool, stage: Stage) -> None:
         """Brings the settings of an initialisation into one form; warns where they are idle."""
-        where = init.settings
-        if where is None:
-            return
-        value, chosen = getattr(self, where.field) or None, init is self.init
-        made = settings_of(value, where.cls)
+        made = settings_of(getattr(self, where.field) or None, where.cls)
         if made is None and chosen and where.missing == "refuse" and stage == "new":
             raise ConfigError(
                 f"`{where.field}` must be specified when `init_lora_weights` is {init.name!r}."
@@ -283,13 +281,15 @@ class LoraConfig(ConfigMethods):
 
     def rank_for(self, name: str) -> int:
         """Returns the rank of the module called ``name``."""
-        key = first_at_end("rank_pattern", self.rank_pattern, name)
-        return self.r if key is None else self.rank_pattern[key]
+        patterns = self.rank_pattern
+        key = first_at_end("rank_pattern", patterns, name) if patterns else None
+        return self.r if key is None else patterns[key]
 
     def alpha_for(self, name: str) -> int | float:
         """Returns ``lora_alpha`` of the module called ``name``."""
-        key = first_at_end("alpha_pattern", self.alpha_pattern, name)
-        return self.lora_alpha if key is None else self.alpha_pattern[key]
+        patterns = self.alpha_pattern
+        key = first_at_end("alpha_pattern", patterns, name) if patterns else None
+        return self.lora_alpha if key is None else patterns[key]
 
     def scaling_for(self, name: str) -> float:
         """Returns the factor on the LoRA branch of the module called ``name``."""

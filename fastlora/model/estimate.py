@@ -15,7 +15,7 @@ from torch import nn
 
 from fastlora.layers.bases import factor_like
 from fastlora.model import inject
-from fastlora.model.plan import Plan, factor_shapes, plan_for
+from fastlora.model.plan import Plan, plan_for
 from fastlora.model.replication import in_place
 from fastlora.model.walk import base_of
 
@@ -192,10 +192,9 @@ def human_bytes(count: int) -> str:
 def _trainable(model: nn.Module, plan: Plan, autocast: bool) -> Iterator[tuple[int, int]]:
     """Yields count and bytes an element of each tensor that the adapter would train."""
     config = plan.config
-    for name in plan.targets:
-        module = model.get_submodule(name)
-        itemsize = _factor_itemsize(module, autocast)
-        for shape in factor_shapes(module, name, config).values():
+    for target in plan.targets.values():
+        itemsize = _factor_itemsize(target.base, autocast)
+        for shape in target.shapes().values():
             yield math.prod(shape), itemsize
     for name in plan.modules_to_save:
         for parameter in base_of(model.get_submodule(name)).parameters():
@@ -211,7 +210,7 @@ def _trainable(model: nn.Module, plan: Plan, autocast: bool) -> Iterator[tuple[i
         yield parameter.numel(), parameter.itemsize
 
 
-def _factor_itemsize(module: nn.Module, autocast: bool) -> int:
-    reference = factor_like(base_of(module))
+def _factor_itemsize(base: nn.Module, autocast: bool) -> int:
+    reference = factor_like(base)
     itemsize = (torch.get_default_dtype() if reference is None else reference.dtype).itemsize
     return max(itemsize, torch.float32.itemsize) if autocast else itemsize

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from fastlora.model.walk import base_modules, is_lora_layer
+from fastlora.model.walk import BaseModules, is_lora_layer
 from fastlora.validation import THE_PEFT_WAY, UnsupportedLayerError
 
 # The linear layers of transformers 4 that a stacked parameter holds.
@@ -59,19 +59,20 @@ class Stack(NamedTuple):
     names: tuple[str, ...]
 
 
-def stacked_experts(model: nn.Module) -> list[Stack]:
-    """Returns the stacked weights of a model, ``[experts, ...]``."""
+def stacked_experts(modules: BaseModules) -> list[Stack]:
+    """Returns the stacked weights in a model's modules, ``[experts, ...]``."""
     return [
         Stack(f"{name}.{leaf}", tuple(_module_names(name, leaf)))
-        for name, module, _ in base_modules(model)
+        for name, module, _ in modules
+        if module._parameters
         for leaf in _stacked(module)
     ]
 
 
-def routers(model: nn.Module) -> list[Stack]:
+def routers(modules: BaseModules) -> list[Stack]:
     """Returns the routers of stacked experts that are no linear layers."""
     found = []
-    for name, module, _ in base_modules(model):
+    for name, module, _ in modules:
         children = dict(module.named_children())
         experts = {n for child in children.values() for n in _stacked(child).values()}
         for child_name, child in children.items():
@@ -141,13 +142,11 @@ def _is_own(module: nn.Module) -> bool:
 
 def _stacked(module: nn.Module) -> dict[str, int]:
     """Returns a module's own stacked parameters, each with its number of experts."""
-    if not _is_own(module):
-        return {}
-    return {
-        leaf: parameter.shape[0]
-        for leaf, parameter in module._parameters.items()
-        if parameter is not None and parameter.dim() == 3 and min(parameter.shape) > 1
-    }
+    found: dict[str, int] = {}
+    for leaf, parameter in module._parameters.items():
+        if parameter is not None and parameter.dim() == 3 and min(parameter.shape) > 1:
+            found[leaf] = parameter.shape[0]
+    return found if found and _is_own(module) else {}
 
 
 def _module_names(module: str, leaf: str) -> Iterable[str]:

@@ -17,7 +17,7 @@ from fastlora.layers import LoraLayer, ModulesToSaveWrapper, ModuleWrapper, Trai
 from fastlora.layers.tied_head import TiedLoraHead
 from fastlora.layers.trainable_tokens import TokenAdapter
 from fastlora.model.dequantise import as_if_plain, dense_dtype, dequantise, make_plain
-from fastlora.model.plan import Plan, kind_for, settings_for
+from fastlora.model.plan import Plan, settings_for
 from fastlora.model.replication import forget_replication
 from fastlora.model.tied import SharedWeights, input_embedding, note_untied
 from fastlora.model.walk import base_of, outer_modules
@@ -80,14 +80,13 @@ def add_adapter(
         if plan.replication is not None:
             plan.replication.apply()
         with _outside_inference_mode():
-            for name in plan.targets:
-                layer = holder(name, LoraLayer, lambda m: kind_for(m, plan.config).wrap(m))
-                settings = settings_for(name, plan.config)._replace(from_file=plan.from_file)
+            for name, target in plan.targets.items():
+                layer = holder(name, LoraLayer, target.kind.wrap)
                 for each in (layer, *layer.inner_layers().values()):
                     if init.changes_base or init.data:
                         undo.append(each._keep_base(init, offload=True))
                     with error_prefix(f"target module {name!r}"):
-                        each.add_adapter(adapter_name, **settings._asdict())
+                        each.add_adapter(adapter_name, **target.settings._asdict())
                     if autocast_adapter_dtype:
                         each.widen(adapter_name)
             for name in plan.modules_to_save:
@@ -205,19 +204,24 @@ def trained_biases(
     return dict(found.values())
 
 
-def base_parameters(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Parameter]]:
-    """Yields name and value of what belongs to no adapter; what is tied comes once a name."""
-    for key, parameter in module._parameters.items():
-        if parameter is not None:
-            yield f"{prefix}{key}", parameter
-    adapters: tuple[str, ...] = ()
-    if isinstance(module, LoraLayer):
-        adapters = ("lora_dropout", *module.adapter_parts)
-    elif isinstance(module, (ModuleWrapper, TokenAdapter)):
-        adapters = module.owned
-    for key, child in module._modules.items():
-        if child is not None and key not in adapters:
-            yield from base_parameters(child, f"{prefix}{key}.")
+def base_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Returns name and value of what belongs to no adapter; what is tied comes once a name."""
+    found: list[tuple[str, nn.Parameter]] = []
+    ahead = [("", model)]  # the next one last
+    while ahead:
+        prefix, module = ahead.pop()
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                found.append((f"{prefix}{key}", parameter))
+        adapters: tuple[str, ...] = ()
+        if isinstance(module, LoraLayer):
+            adapters = ("lora_dropout", *module.adapter_parts)
+        elif isinstance(module, (ModuleWrapper, TokenAdapter)):
+            adapters = module.owned
+        for key, child in reversed(module._modules.items()):
+            if child is not None and key not in adapters:
+                ahead.append((f"{prefix}{key}.", child))
+    return found
 
 
 def unload(

@@ -5,15 +5,15 @@ from __future__ import annotations
 import copy
 import dataclasses
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
 from fastlora.layers import FastLoraLinear, LoraLayer, ModulesToSaveWrapper, ModuleWrapper
 from fastlora.layers.bases import is_transposed, linear_features
-from fastlora.layers.kinds import INSTEAD, Kind, Settings, kind_of, known_kinds
+from fastlora.layers.kinds import INSTEAD, Kind, Settings, Shapes, kind_of, known_kinds
 from fastlora.layers.modules_to_save import check_copyable
 from fastlora.layers.tied_head import TiedLoraHead
 from fastlora.model.config import LoraConfig
@@ -26,9 +26,27 @@ from fastlora.model.targets import (
 )
 from fastlora.model.tied import NO_TIES, SharedWeights, Ties, tie_adapters
 from fastlora.model.tokens import Tokens, check_apart, find_tokens
-from fastlora.model.walk import base_of
+from fastlora.model.walk import base_modules, base_of
 from fastlora.routing.ids import check_adapter_name
 from fastlora.validation import AdapterStateError, ConfigError, UnsupportedLayerError, error_prefix
+
+
+class Target(NamedTuple):
+    """A module that gets LoRA.
+
+    Attributes:
+        base: The module without adapters.
+        kind: What kind of module that is.
+        settings: What the adapter is to be on it.
+    """
+
+    base: nn.Module
+    kind: Kind
+    settings: Settings
+
+    def shapes(self) -> Shapes:
+        """Returns the shapes of what the adapter has there, by the ends of their file keys."""
+        return self.kind.shapes(self.base, self.settings)
 
 
 @dataclass(frozen=True)
@@ -37,8 +55,9 @@ class Plan:
 
     Attributes:
         config: The adapter's.
-        targets: Modules that get LoRA.
+        targets: Name of each module that gets LoRA, and what LoRA is there.
         modules_to_save: Modules that it owns a copy of.
+        target_modules: What the config's field of that name means on the model.
         from_file: Whether its weights exist already.
         tokens: Modules of which it trains rows.
         tied_copies: Modules that have the input embedding's copy.
@@ -47,8 +66,9 @@ class Plan:
     """
 
     config: LoraConfig
-    targets: list[str]
+    targets: dict[str, Target]
     modules_to_save: list[str]
+    target_modules: set[str] | str
     from_file: bool = False
     tokens: dict[str, Tokens] = field(default_factory=dict)
     tied_copies: list[str] = field(default_factory=list)
@@ -86,9 +106,9 @@ def plan_for(
         ties = tie_adapters(model, config)
         plan = plan_adapter(model, config, from_file=loading, ties=ties)
         plan = dataclasses.replace(plan, replication=replication)
-        _warn_of_kinds(model, plan)
-        config.target_modules = resolve_target_modules(model, config)
-        config.fan_in_fan_out = _stores_inputs_first(model, plan)
+        _warn_of_kinds(plan)
+        config.target_modules = plan.target_modules
+        config.fan_in_fan_out = _stores_inputs_first(plan)
     if plan.modules_to_save:
         config.modules_to_save = modules_to_save_entries(config)
     if not config.base_model_name_or_path:
@@ -99,14 +119,13 @@ def plan_for(
     return plan
 
 
-def _stores_inputs_first(model: nn.Module, plan: Plan) -> bool:
+def _stores_inputs_first(plan: Plan) -> bool:
     """Returns ``fan_in_fan_out`` as PEFT corrects it: that of the last linear among the targets."""
-    value = plan.config.fan_in_fan_out
-    for name in plan.targets:
-        base = base_of(model.get_submodule(name))
-        if isinstance(base, nn.Linear) or is_transposed(base):
-            value = is_transposed(base)
-    return value
+    for target in reversed(plan.targets.values()):
+        transposed = is_transposed(target.base)
+        if transposed or isinstance(target.base, nn.Linear):
+            return transposed
+    return plan.config.fan_in_fan_out
 
 
 def plan_adapter(
@@ -120,7 +139,10 @@ def plan_adapter(
             config does not fit; or another adapter has LoRA, or a copy, where this one is to have a
             copy or LoRA.
     """
-    targets, saved = find_targets(model, config), find_modules_to_save(model, config)
+    modules = base_modules(model)
+    meant = resolve_target_modules(model, config, modules)
+    targets = find_targets(model, config, meant, modules)
+    saved = find_modules_to_save(model, config)
     copies, heads = list(ties.names), list[str]()
     saved = [name for name in saved if name not in copies]
     if not ties.copies:
@@ -131,23 +153,11 @@ def plan_adapter(
         targets += [name for name in tied if name not in (*heads, *targets)]
         _check_tied_lora(model, config, targets, heads)
     tokens = find_tokens(model, config)
-    plan = Plan(config, targets, saved, from_file, tokens, copies, heads)
-    check_apart(tokens, targets, saved, plan.tied)
+    check_apart(tokens, targets, saved, [*copies, *heads])
     if config.init.changes_base:
-        _check_untied(model, plan)
-    for name in plan.targets:
-        base = base_of(model.get_submodule(name))
-        with error_prefix(f"target module {name!r} is a {type(base).__name__}"):
-            kind_for(base, config).check(base, settings_for(name, config))
-        parent = model.get_submodule(name.rpartition(".")[0])
-        if isinstance(parent, nn.TransformerEncoderLayer) and not isinstance(
-            base, nn.MultiheadAttention
-        ):
-            warnings.warn(
-                f"{name!r}: nn.TransformerEncoderLayer may read this weight without calling the "
-                "module in evaluation; set torch.backends.mha.set_fastpath_enabled(False)",
-                stacklevel=4,
-            )
+        _check_untied(model, config, targets)
+    found = _targets(model, config, targets, from_file)
+    plan = Plan(config, found, saved, meant, from_file, tokens, copies, heads)
     for name in (*plan.modules_to_save, *plan.tied_copies):
         module = model.get_submodule(name)
         if isinstance(module, ModulesToSaveWrapper):
@@ -167,23 +177,48 @@ def plan_adapter(
     return plan
 
 
-def _warn_of_kinds(model: nn.Module, plan: Plan) -> None:
+def _targets(
+    model: nn.Module, config: LoraConfig, names: Sequence[str], from_file: bool
+) -> dict[str, Target]:
+    """Returns what LoRA is on the modules of these names; raises as `plan_adapter`."""
+    found = {}
+    common, custom = _common_settings(config, from_file), config.custom_modules
+    for name in names:
+        base = base_of(model.get_submodule(name))
+        with error_prefix(f"target module {name!r} is a {type(base).__name__}"):
+            target = Target(base, _kind_for(base, custom), _settings_at(name, config, common))
+            target.kind.check(base, target.settings)
+        found[name] = target
+        parent = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(parent, nn.TransformerEncoderLayer) and not isinstance(
+            base, nn.MultiheadAttention
+        ):
+            warnings.warn(
+                f"{name!r}: nn.TransformerEncoderLayer may read this weight without calling the "
+                "module in evaluation; set torch.backends.mha.set_fastpath_enabled(False)",
+                stacklevel=5,
+            )
+    return found
+
+
+def _warn_of_kinds(plan: Plan) -> None:
     """Warns where a new adapter has no input to drop, or one of PEFT's computes otherwise."""
     config = plan.config
-    bases = {name: base_of(model.get_submodule(name)) for name in plan.targets}
-    kinds = {name: kind_for(base, config) for name, base in bases.items()}
-    without = [name for name, kind in kinds.items() if not kind.drops]
+    without = [name for name, target in plan.targets.items() if not target.kind.drops]
     if without and config.lora_dropout and not plan.from_file:
         more = f" and {len(without) - 1} more targets" if len(without) > 1 else ""
         warnings.warn(
             f"lora_dropout={config.lora_dropout} does nothing on {without[0]!r}{more}, as in "
-            f"PEFT: the adapter of a {type(bases[without[0]]).__name__} has no input to drop",
+            f"PEFT: the adapter of a {type(plan.targets[without[0]].base).__name__} has no input "
+            "to drop",
             stacklevel=4,
         )
     if config.peft_version and plan.from_file:
-        for note, name in {kind.of_peft: name for name, kind in kinds.items()}.items():
+        notes = {target.kind.of_peft: name for name, target in plan.targets.items()}
+        for note, name in notes.items():
             if note:
-                warnings.warn(f"{name!r} is a {type(bases[name]).__name__}: {note}", stacklevel=4)
+                base = plan.targets[name].base
+                warnings.warn(f"{name!r} is a {type(base).__name__}: {note}", stacklevel=4)
 
 
 def _check_tied_lora(
@@ -211,16 +246,16 @@ def _check_tied_lora(
         )
 
 
-def _check_untied(model: nn.Module, plan: Plan) -> None:
+def _check_untied(model: nn.Module, config: LoraConfig, targets: Sequence[str]) -> None:
     """Raises where the initialisation would change a weight that another module has too."""
     shared = SharedWeights(model)
-    for name in plan.targets:
+    for name in targets:
         module = model.get_submodule(name)
         base = base_of(module)
         other = shared.beside(base, (module, base))
         if other is not None and linear_features(base) is not None:
             raise AdapterStateError(
-                f"init_lora_weights={plan.config.init_lora_weights!r} changes the weight of target "
+                f"init_lora_weights={config.init_lora_weights!r} changes the weight of target "
                 f"module {name!r}, which {other!r} shares; leave it out (exclude_modules), or "
                 "untie the two first"
             )
@@ -228,21 +263,34 @@ def _check_untied(model: nn.Module, plan: Plan) -> None:
 
 def settings_for(name: str, config: LoraConfig) -> Settings:
     """Returns what an adapter is to be on the module called ``name``."""
+    return _settings_at(name, config, _common_settings(config))
+
+
+def _common_settings(config: LoraConfig, from_file: bool = False) -> Settings:
+    """Returns what an adapter is to be on modules that no pattern of its config names."""
     return Settings(
-        r=config.rank_for(name),
-        lora_alpha=config.alpha_for(name),
+        r=config.r,
+        lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
         use_rslora=config.use_rslora,
         lora_bias=config.lora_bias,
         use_dora=config.use_dora,
         init_lora_weights=config.init_lora_weights,
         init_config=config.init_config,
+        from_file=from_file,
     )
 
 
-def kind_for(base: nn.Module, config: LoraConfig) -> Kind:
+def _settings_at(name: str, config: LoraConfig, common: Settings) -> Settings:
+    """Returns the common settings with the rank and alpha of the module called ``name``."""
+    if not config.rank_pattern and not config.alpha_pattern:
+        return common
+    return common._replace(r=config.rank_for(name), lora_alpha=config.alpha_for(name))
+
+
+def _kind_for(base: nn.Module, custom: Mapping[type, type]) -> Kind:
     """Returns the kind of a module; raises `UnsupportedLayerError` where it has none."""
-    kind = kind_of(base, config.custom_modules)
+    kind = kind_of(base, custom)
     if kind is None:
         raise UnsupportedLayerError(
             f"fastlora adapts {', '.join(known_kinds())} (Conv1D of transformers and quantised "
@@ -252,7 +300,7 @@ def kind_for(base: nn.Module, config: LoraConfig) -> Kind:
     return kind
 
 
-def factor_shapes(module: nn.Module, name: str, config: LoraConfig) -> dict[str, tuple[int, ...]]:
+def factor_shapes(module: nn.Module, name: str, config: LoraConfig) -> Shapes:
     """Returns the shapes of what an adapter has on a module, by the ends of their file keys."""
     base = base_of(module)
     kind = kind_of(base, config.custom_modules)

@@ -25,6 +25,7 @@ from fastlora.model.experts import (
     stacked_experts,
 )
 from fastlora.model.walk import (
+    BaseModules,
     base_modules,
     holds_copies,
     holds_tokens,
@@ -67,7 +68,12 @@ _MINIMISE_FROM = 20
 _MOST_SHOWN = 10
 
 
-def find_targets(model: nn.Module, config: LoraConfig) -> list[str]:
+def find_targets(
+    model: nn.Module,
+    config: LoraConfig,
+    targets: set[str] | str | None = None,
+    modules: BaseModules | None = None,
+) -> list[str]:
     """Returns the names of the modules to adapt, in the order of ``named_modules()``.
 
     A name may be that of a LoRA layer already in place (a second adapter); names inside such a
@@ -76,6 +82,12 @@ def find_targets(model: nn.Module, config: LoraConfig) -> list[str]:
     Where adapters own copies of a module (``modules_to_save``), ``"all-linear"`` leaves it out with
     all below it; linear layers that are left out so, other than the output head, are warned about.
 
+    Args:
+        model: The model.
+        config: The adapter's.
+        targets: What `resolve_target_modules` returns, where that is known.
+        modules: The model's `base_modules`, where they are known.
+
     Raises:
         TargetNotFoundError: Nothing matches; the message lists close names.
         ConfigError: ``target_modules`` is None and the architecture has no default.
@@ -83,18 +95,20 @@ def find_targets(model: nn.Module, config: LoraConfig) -> list[str]:
             other adapters own copies of, or below one; or an entry names experts that PEFT adapts
             (``target_parameters``) and matches no module.
     """
-    targets = resolve_target_modules(model, config)
+    modules = base_modules(model) if modules is None else modules
+    targets = resolve_target_modules(model, config, modules) if targets is None else targets
     if targets == NO_TARGETS:
         return []
     saved = modules_to_save_entries(config)
-    wrapped = {name: inside for name, _, inside in base_modules(model) if name}
+    wrapped = {name: inside for name, _, inside in modules if name}
     names = list(wrapped)
-    excluded = {name for name in names if _is_excluded(name, config, saved)}
+    excludes = bool(config.exclude_modules or saved)
+    excluded = {name for name in names if excludes and _is_excluded(name, config, saved)}
     found = [n for n in names if n not in excluded and _matches(n, targets, config)]
     model_type = _model_type(model)
     lost = {entry: as_expert_name(model_type, entry) for entry in _lost(names, targets)}
     wanted = targets if isinstance(targets, str) else {*targets, *lost.values()}
-    experts = _experts_meant(model, wanted, config, saved)
+    experts = _experts_meant(modules, wanted, config, saved)
     # Linear in both numbers: a config may hold any number of entries.
     expert_names = {suffix for s in experts for name in s.names for suffix in _suffixes(name)}
     of_experts = [entry for entry, read_as in lost.items() if read_as in expert_names]
@@ -109,11 +123,13 @@ def find_targets(model: nn.Module, config: LoraConfig) -> list[str]:
                 f"target module {name!r} {_of_copies(model, name)}; expected other targets, or "
                 "to leave it out with exclude_modules"
             )
-    unused = _unused(names, found, bool(excluded), targets, config, of_experts)
+    unmatched = [entry for entry in lost if entry not in of_experts]
+    unused = _unused(unmatched, found, bool(excluded), config)
     if unused:
         warnings.warn(f"these match no module: {'; '.join(unused)}", stacklevel=2)
     if any(wrapped.values()) and _is_all_linear(config.target_modules):
-        left = [n for n, inside in _linears(model, config) if inside and n not in excluded]
+        linears = _linears(model, config, modules)
+        left = [n for n, inside in linears if inside and n not in excluded]
         if left:
             more = f" and {len(left) - 1} more" if len(left) > 1 else ""
             warnings.warn(
@@ -124,11 +140,11 @@ def find_targets(model: nn.Module, config: LoraConfig) -> list[str]:
 
 
 def _experts_meant(
-    model: nn.Module, targets: set[str] | str, config: LoraConfig, saved: list[str]
+    modules: BaseModules, targets: set[str] | str, config: LoraConfig, saved: list[str]
 ) -> list[Stack]:
     """Returns the stacked weights of experts that a config names; ``"all-linear"`` names all."""
     everything = _is_all_linear(config.target_modules)
-    stacks = [*stacked_experts(model), *(routers(model) if everything else ())]
+    stacks = [*stacked_experts(modules), *(routers(modules) if everything else ())]
     return [
         stack
         for stack in stacks
@@ -201,11 +217,14 @@ def _task_heads(config: LoraConfig) -> tuple[str, ...]:
     return _TASK_HEADS.get(config.task_type or "", ())
 
 
-def resolve_target_modules(model: nn.Module, config: LoraConfig) -> set[str] | str:
+def resolve_target_modules(
+    model: nn.Module, config: LoraConfig, modules: BaseModules | None = None
+) -> set[str] | str:
     """Returns what ``target_modules`` means on this model: names, or a regular expression.
 
     None becomes the architecture's default and ``"all-linear"`` the names of the linear layers;
-    this is what belongs in a saved config.
+    this is what belongs in a saved config. ``modules`` are the model's `base_modules`, where they
+    are known.
 
     Raises:
         ConfigError: ``target_modules`` is None and the architecture has no default.
@@ -214,7 +233,8 @@ def resolve_target_modules(model: nn.Module, config: LoraConfig) -> set[str] | s
     if targets is None:
         targets = _default_targets(model, config)
     if _is_all_linear(targets):
-        targets = {name for name, inside in _linears(model, config) if not inside}
+        modules = base_modules(model) if modules is None else modules
+        targets = {name for name, inside in _linears(model, config, modules) if not inside}
     if isinstance(targets, str):
         return targets
     targets = set(targets)
@@ -222,7 +242,8 @@ def resolve_target_modules(model: nn.Module, config: LoraConfig) -> set[str] | s
         # With layers_to_transform, a full name is exempt from the layer filter and a suffix is not:
         # PEFT's shortening then changes which modules are meant.
         return targets
-    others = [n for n, _, _ in base_modules(model) if n and not _matches_names(n, targets)]
+    modules = base_modules(model) if modules is None else modules
+    others = [n for n, _, _ in modules if n and not _matches_names(n, targets)]
     shorter = minimal_suffixes(targets, others)
     return shorter if len(shorter) < len(targets) else targets
 
@@ -239,8 +260,12 @@ def minimal_suffixes(names: Collection[str], others: Iterable[str]) -> set[str]:
 
 
 def _suffixes(name: str) -> list[str]:
-    parts = name.split(".")
-    return [".".join(parts[i:]) for i in range(len(parts) - 1, -1, -1)]
+    """Returns the ends of a name that begin with a component, the shortest first."""
+    found, at = [], len(name)
+    while at >= 0:
+        at = name.rfind(".", 0, at)
+        found.append(name[at + 1 :])
+    return found
 
 
 def _default_targets(model: nn.Module, config: LoraConfig) -> set[str] | str:
@@ -281,7 +306,7 @@ def _is_all_linear(targets: object) -> bool:
     return isinstance(targets, str) and targets.lower() == ALL_LINEAR
 
 
-def _linears(model: nn.Module, config: LoraConfig) -> list[tuple[str, bool]]:
+def _linears(model: nn.Module, config: LoraConfig, modules: BaseModules) -> list[tuple[str, bool]]:
     """Returns the linear layers but the output head, and whether each is at or below a wrapper."""
     kinds = (nn.Linear, *_transformers_class("pytorch_utils", "Conv1D"))
     head = _output_head(model, config)
@@ -293,7 +318,6 @@ def _linears(model: nn.Module, config: LoraConfig) -> list[tuple[str, bool]]:
         under = (module, module._modules.get("base_layer"))
         return any(isinstance(m, kinds) for m in under) or "Linear" in type(module).__name__
 
-    modules = base_modules(model)
     return [(n, inside) for n, m, inside in modules if n and m is not head and is_linear(m)]
 
 
@@ -321,7 +345,7 @@ def _of_copies(model: nn.Module, name: str) -> str:
 
 
 def _matches_names(name: str, entries: Collection[str]) -> bool:
-    return any(suffix in entries for suffix in _suffixes(name))
+    return any(map(entries.__contains__, _suffixes(name)))
 
 
 def _is_excluded(name: str, config: LoraConfig, saved: list[str]) -> bool:
@@ -424,16 +448,14 @@ def _lost(names: list[str], targets: Collection[str] | str) -> list[str]:
 
 
 def _unused(
-    names: list[str],
-    found: list[str],
-    excludes: bool,
-    targets: set[str] | str,
-    config: LoraConfig,
-    of_experts: Collection[str],
+    unmatched: list[str], found: list[str], excludes: bool, config: LoraConfig
 ) -> list[str]:
-    """Returns what of a config matches no module and no expert, for a warning."""
-    lost = [entry for entry in _lost(names, targets) if entry not in of_experts]
-    unused = [f"target_modules entries {_shown(lost)}"] if lost else []
+    """Returns what of a config matches no module and no expert, for a warning.
+
+    ``unmatched`` are entries of ``target_modules``, ``found`` the targets, and ``excludes`` says
+    whether a module is excluded.
+    """
+    unused = [f"target_modules entries {_shown(unmatched)}"] if unmatched else []
     if config.exclude_modules and not excludes:
         unused.append(f"exclude_modules={_shown(config.exclude_modules)}")
     for field in ("rank_pattern", "alpha_pattern"):

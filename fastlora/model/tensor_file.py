@@ -128,10 +128,11 @@ class TensorFile:
         with error_prefix(self.path):
             for name in self.infos if names is None else names:
                 info = self.infos[name]
+                nbytes = info.nbytes
                 # Not mapped: a mapped file that somebody truncates kills the process.
-                data = bytearray(info.nbytes)
+                data = bytearray(nbytes)
                 self._file.seek(info.start)
-                if self._file.readinto(data) != info.nbytes:  # type: ignore[attr-defined]
+                if self._file.readinto(data) != nbytes:  # type: ignore[attr-defined]
                     raise CheckpointError(f"tensor {name!r} ends early")
                 tensors[name] = torch.frombuffer(data, dtype=info.dtype).reshape(info.shape)
             if self._stat() != self._state:
@@ -255,14 +256,15 @@ def _tensor_info(name: str, entry: Any, data_start: int) -> TensorInfo:
 
 
 def _is_sizes(value: Any) -> bool:
-    return isinstance(value, list) and all(
-        isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in value
-    )
+    # What JSON has is of these very types: True is a bool.
+    return isinstance(value, list) and set(map(type, value)) <= {int} and min(value, default=0) >= 0
 
 
 def _check_coverage(infos: dict[str, TensorInfo], start: int, size: int) -> None:
     position = start
-    for name, info in sorted(infos.items(), key=lambda item: item[1].start):
+    starts = {name: info.start for name, info in infos.items()}
+    for name in sorted(starts, key=starts.__getitem__):
+        info = infos[name]
         if info.stop > size:
             raise CheckpointError(
                 f"truncated, tensor {name!r} ends at byte {info.stop}, the file at {size}"

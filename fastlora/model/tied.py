@@ -42,6 +42,8 @@ def input_embedding(model: nn.Module) -> str | None:
         found = get() if callable(get) else None
     except NotImplementedError:
         return None
+    if found is None:
+        return None
     named = base_modules(model)
     return next((name for name, module, _ in named if module is found and name), None)
 
@@ -83,8 +85,8 @@ def tie_adapters(model: nn.Module, config: LoraConfig) -> Ties:
     adapted without ``ensure_weight_tying``; both are PEFT's.
     """
     known, targets = list(EMBEDDING_NAMES), config.target_modules
-    embedding = input_embedding(model)
-    if config.ensure_weight_tying and embedding is not None:
+    embedding = input_embedding(model) if config.ensure_weight_tying else None
+    if embedding is not None:
         # PEFT writes it into the config and, where it is called otherwise, ties nothing when it
         # reads that file.
         known += [embedding, embedding.rpartition(".")[2]]

@@ -130,7 +130,8 @@ class LoraTuner(nn.Module):
         names = dict.fromkeys((*self.targeted_module_names, *plan.targets))
         self.targeted_module_names = list(names)
         # A layer that is new must know at once whose block may be open around its first forward.
-        modules: list[Any] = [self.model.get_submodule(name) for name in plan.touched]
+        model = self.model
+        modules: list[Any] = [model.get_submodule(name) for name in plan.touched]
         for module in modules:
             if not module._active_adapters:
                 module._active_adapters = list(self._active)
@@ -208,7 +209,7 @@ class LoraTuner(nn.Module):
             AdapterStateError: Two of them own a copy of the same module.
         """
         names = self._known(adapter_name)
-        for _, wrapper in inject.routed_modules(self.model):
+        for _, wrapper in inject.routed_modules(self.model) if len(names) > 1 else ():
             owners = inject.present(wrapper, names) or []
             if len(owners) > 1 and isinstance(wrapper, ModuleWrapper):
                 raise AdapterStateError(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -13,6 +12,10 @@ from fastlora.layers import LoraLayer
 
 # What torch.compile, FSDP1 and activation checkpointing put into the names of what they wrap.
 _WRAPPED = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+
+
+# Name and module of each module of a base model, and whether adapters own a version of it.
+BaseModules = list[tuple[str, nn.Module, bool]]
 
 
 def plain_name(name: str) -> str:
@@ -45,6 +48,8 @@ def is_wrapper(module: nn.Module) -> bool:
 def original_of(module: nn.Module) -> nn.Module:
     """Returns what a wrapper wraps; any other module as it is."""
     original: nn.Module | None = module
+    if not module._modules:
+        return module
     if holds_tokens(module):
         original = module.get_submodule("token_adapter.base_layer")
     elif holds_copies(module):
@@ -59,55 +64,59 @@ def base_of(module: nn.Module) -> nn.Module:
 
 def outer_modules(
     model: nn.Module, *, remove_duplicate: bool = True, inner_layers: bool = False
-) -> Iterator[tuple[str, nn.Module]]:
-    """Yields what ``named_modules()`` does, but nothing inside a LoRA layer or a wrapper.
+) -> list[tuple[str, nn.Module]]:
+    """Returns what ``named_modules()`` yields, but nothing inside a LoRA layer or a wrapper.
 
-    Both themselves are yielded; what a wrapper is says `is_wrapper`. So a model with many adapters
+    Both themselves are among it; what a wrapper is says `is_wrapper`. So a model with many adapters
     takes no longer to walk than one with none, and what one adapter owns is never found for
     another. ``inner_layers`` has LoRA layers follow that lie inside others of ours and share their
     adapters (`LoraLayer.inner_layers`).
     """
+    found: list[tuple[str, nn.Module]] = []
     seen: set[nn.Module] = set()
-
-    def walk(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    ahead = [("", model)]  # the next one last
+    while ahead:
+        name, module = ahead.pop()
         if remove_duplicate:
             if module in seen:
-                return
+                continue
             seen.add(module)
-        yield name, module
+        found.append((name, module))
+        if not module._modules:
+            continue  # nothing lies inside
         if is_lora_layer(module):
             # What a layer was made from, and is known by under another name too, lies inside it.
-            inside = [module._modules.get("base_layer"), *module.__dict__.get("_linear", ())]
-            seen.update(m for part in inside if part is not None for m in part.modules())
+            for part in (module._modules.get("base_layer"), *module.__dict__.get("_linear", ())):
+                if part is not None:
+                    seen.update(part.modules())
             inner: Any = getattr(module, "inner_layers", None) if inner_layers else None
             if inner is not None:
                 for below, layer in inner().items():
-                    yield f"{name}.{below}", layer
+                    found.append((f"{name}.{below}", layer))
         elif is_wrapper(module):
             seen.update(original_of(module).modules())
         else:
-            for child_name, child in module._modules.items():
+            for child_name, child in reversed(module._modules.items()):
                 if child is not None:
-                    yield from walk(f"{name}.{child_name}" if name else child_name, child)
+                    ahead.append((f"{name}.{child_name}" if name else child_name, child))
+    return found
 
-    yield from walk("", model)
 
-
-def base_modules(
-    model: nn.Module, *, remove_duplicate: bool = True
-) -> Iterator[tuple[str, nn.Module, bool]]:
-    """Yields `outer_modules`, and what wrappers wrap, under the names that the base model has.
+def base_modules(model: nn.Module, *, remove_duplicate: bool = True) -> BaseModules:
+    """Returns `outer_modules`, and what wrappers wrap, under the names that the base model has.
 
     The last of each three says whether the module is a wrapper, or inside the original of one.
     """
+    found: BaseModules = []
     for name, module in outer_modules(model, remove_duplicate=remove_duplicate):
-        wraps = is_wrapper(module)
-        yield name, module, wraps
+        wraps = bool(module._modules) and is_wrapper(module)
+        found.append((name, module, wraps))
         if wraps:
             original = original_of(module)
             for inner, part in original.named_modules(remove_duplicate=remove_duplicate):
                 if inner:
-                    yield f"{name}.{inner}", part, True
+                    found.append((f"{name}.{inner}", part, True))
+    return found
 
 
 def peft_function(model: nn.Module, module: str, name: str, refusal: Exception) -> Any:

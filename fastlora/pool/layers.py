@@ -14,7 +14,7 @@ from torch import nn
 
 from fastlora.layers import FastLoraLinear, FastLoraWrapper, LoraLayer
 from fastlora.layers.bases import why_not_plain
-from fastlora.layers.kinds import LINEAR, kind_of
+from fastlora.layers.kinds import LINEAR
 from fastlora.model import inject
 from fastlora.model.config import LoraConfig
 from fastlora.model.plan import plan_adapter
@@ -55,16 +55,16 @@ class PoolLayers:
             raise AdapterStateError(
                 "the model has LoRA layers already; unload() or close() what put them there first"
             )
-        names = plan_adapter(model, LoraConfig(target_modules=target_modules)).targets
+        found = plan_adapter(model, LoraConfig(target_modules=target_modules)).targets
+        names = list(found)
         if "" in names:
             raise ConfigError("the model itself is the target; wrap it in a module first")
-        for name in names:
-            kind = kind_of(model.get_submodule(name))
-            if kind is None or kind.name != LINEAR:
+        for name, target in found.items():
+            if target.kind.name != LINEAR:
                 raise UnsupportedLayerError(
-                    f"target module {name!r} is a {type(model.get_submodule(name)).__name__}; an "
-                    "adapter pool adapts linear layers only: leave it out, or load the adapters "
-                    "into a LoraModel and route them with fastlora.adapters"
+                    f"target module {name!r} is a {type(target.base).__name__}; an adapter pool "
+                    "adapts linear layers only: leave it out, or load the adapters into a "
+                    "LoraModel and route them with fastlora.adapters"
                 )
         self.group = Group()
         self._model = model

@@ -15,11 +15,11 @@ import torch
 from torch import nn
 
 from fastlora.model.adapter_files import CONFIG_NAME
-from fastlora.pool.image import Packer
+from fastlora.pool.image import Image, Packer
 from fastlora.pool.layers import PoolLayers
 from fastlora.pool.leases import Lease, Request, Residency
 from fastlora.pool.reader import AdapterReader
-from fastlora.pool.resident import PoolStats
+from fastlora.pool.resident import Entry, PoolStats
 from fastlora.pool.router import pool_routing
 from fastlora.pool.scales import ScaleMaker
 from fastlora.pool.tables import PoolTables
@@ -168,20 +168,33 @@ class AdapterPool:
                 next lease makes: it is in the pool then.
         """
         _check_name(name)
-        folder: Path | None = None
         if isinstance(source, Mapping):
-            image = self._reader.read_state(name, source, config)
+            self._put(Entry(name, None, pin), self._reader.read_state(name, source, config))
         elif config is not None:
             raise ConfigError("config= is for state dicts; a folder has its own")
         else:
-            folder = Path(source).absolute()
-            image = self._reader.read_folder(folder)
+            self.load_entry(Entry(name, Path(source).absolute(), pin))
+
+    @torch.inference_mode(False)
+    def load_entry(self, entry: Entry) -> None:
+        """Does what `load` does, with a record that the caller made.
+
+        Args:
+            entry: Names the adapter and its folder. It is the pool's record from now on.
+
+        Raises:
+            ConfigError: The name is wrong, or there is no folder.
+            CheckpointError, PoolFullError, torch.OutOfMemoryError: As `load`.
+        """
+        self._put(entry, self._reader.read_folder(_folder_of(entry)))
+
+    def _put(self, entry: Entry, image: Image) -> None:
         with self._changed:
             self._residency.check_open()
-            self._tiers.put(name, folder, image, pin=pin)
+            self._tiers.put(entry, image)
             self._residency.loads += 1
             self._changed.notify_all()
-        self._residency.settle(name)
+        self._residency.settle(entry.name)
 
     def register(self, name: str, folder: str | os.PathLike[str]) -> None:
         """Remembers where an adapter is; it is read when it is first used.
@@ -196,7 +209,18 @@ class AdapterPool:
             AdapterStateError: The name exists.
             ConfigError: The name is wrong.
         """
-        self._register({name: Path(folder).absolute()})
+        self.register_entry(Entry(name, Path(folder).absolute()))
+
+    def register_entry(self, entry: Entry) -> None:
+        """Does what `register` does, with a record that the caller made.
+
+        Args:
+            entry: Names the adapter and its folder. It is the pool's record from now on.
+
+        Raises:
+            CheckpointError, AdapterStateError, ConfigError: As `register`.
+        """
+        self._register([entry])
 
     def register_folder(self, root: str | os.PathLike[str]) -> list[str]:
         """Registers every adapter folder in a folder under its folder's name.
@@ -224,16 +248,15 @@ class AdapterPool:
                 f"{path}: an adapter of its own and a subfolder would both be named {path.name!r}; "
                 "rename one of the folders"
             )
-        self._register(found)
+        self._register([Entry(name, folder) for name, folder in found.items()])
         return sorted(found)
 
-    def _register(self, folders: Mapping[str, Path]) -> None:
-        for name in folders:
-            _check_name(name)
-        uses_dora = [self._reader.check_folder(folder).use_dora for folder in folders.values()]
+    def _register(self, entries: Sequence[Entry]) -> None:
+        folders = [_folder_of(entry) for entry in entries]
+        uses_dora = [self._reader.check_folder(folder).use_dora for folder in folders]
         with self._changed:
             self._residency.check_open()
-            self._tiers.add(folders, any(uses_dora))
+            self._tiers.add(entries, any(uses_dora))
 
     def unload(self, name: str) -> None:
         """Forgets an adapter. Leases on it go on; its memory is free when they have ended.
@@ -292,6 +315,14 @@ class AdapterPool:
         """Names of the adapters on the device, the least recently used first."""
         with self._changed:
             return list(self._tiers.device)
+
+    @property
+    def replaced(self) -> int:
+        """How many times `load` replaced an adapter or `unload` forgot one.
+
+        While the number stays the same, the adapters of an open block are those of their names.
+        """
+        return self._tiers.replaced
 
     def slot_of(self, name: str) -> int | None:
         """Returns an adapter's slot, or None while it is not on the device.
@@ -466,6 +497,14 @@ def _check_name(name: object) -> None:
         raise ConfigError(
             f"an adapter's name must be a non-empty string other than {BASE!r}, got {name!r}"
         )
+
+
+def _folder_of(entry: Entry) -> Path:
+    """Returns the folder of a record; raises `ConfigError` where name or folder is wrong."""
+    _check_name(entry.name)
+    if entry.folder is None:
+        raise ConfigError(f"the record of {entry.name!r} has no folder")
+    return entry.folder
 
 
 def _check_limit(name: str, value: object, least: int) -> None:

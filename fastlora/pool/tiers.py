@@ -38,6 +38,8 @@ class Tiers:
         retired: Replaced or forgotten, and still held by leases.
         host: Images in the CPU tier, the least recently used first.
         staged: Images that a thread has read and no tier holds yet.
+        evictions: How many adapters left the device for others.
+        replaced: How many times a name lost the adapter that it had.
     """
 
     def __init__(
@@ -54,7 +56,7 @@ class Tiers:
         self.retired: set[Resident] = set()
         self.host: OrderedDict[str, Image] = OrderedDict()
         self.staged: WeakValueDictionary[str, Image] = WeakValueDictionary()
-        self.evictions = 0
+        self.evictions = self.replaced = 0
         self._tables, self._transfers = tables, transfers
         self._free_slots = list(reversed(range(self.slots)))
         self._free_columns = list(reversed(range(self.columns + 1)))
@@ -75,12 +77,14 @@ class Tiers:
             return resident.packed
         return self.host.get(name) or self.staged.get(name)
 
-    def add(self, folders: Mapping[str, Path], uses_dora: bool) -> None:
-        """Registers new names whose adapters are on disk; one of them may use DoRA."""
-        for name in folders:
-            if name in self.entries:
-                raise AdapterStateError(f"adapter {name!r} exists already; load() replaces it")
-        self.entries.update({name: Entry(name, folder) for name, folder in folders.items()})
+    def add(self, entries: Collection[Entry], uses_dora: bool) -> None:
+        """Registers new names with their adapters on disk; one of them may use DoRA."""
+        for entry in entries:
+            if entry.name in self.entries:
+                raise AdapterStateError(
+                    f"adapter {entry.name!r} exists already; load() replaces it"
+                )
+        self.entries.update({entry.name: entry for entry in entries})
         # Graphs that are compiled or captured from now on have its scales.
         self._tables.uses_dora |= uses_dora
 
@@ -91,20 +95,23 @@ class Tiers:
         self.host.pop(name, None)
         self.staged.pop(name, None)
         del self.entries[name]
+        self.replaced += 1
 
-    def put(self, name: str, folder: Path | None, image: Image, *, pin: bool) -> None:
+    def put(self, entry: Entry, image: Image) -> None:
         """Registers or replaces an adapter and brings it to the device where that is possible.
 
         A name keeps its slot. Where the device has no room beside what leases and pins hold, an
-        adapter that need not be there goes to the CPU tier; with ``pin`` it must, and stays. Raises
-        `PoolFullError` where it never fits, or not now though it must; nothing has changed then.
+        adapter that need not be there goes to the CPU tier; a pinned one must, and stays. The new
+        adapter of a pinned name is pinned. Raises `PoolFullError` where it never fits, or not now
+        though it must; nothing has changed then.
         """
+        name = entry.name
         before, old = self.entries.get(name), self.device.get(name)
-        pin = pin or (before is not None and before.pinned)
-        self._check_sizes(name, folder, image)
+        pinned = entry.pinned or (before is not None and before.pinned)
+        self._check_sizes(name, entry.folder, image)
         leased = old if old is not None and old.leases else None
         now = self.fits({name: image}, self.leased(), leased)
-        if pin and not now:
+        if pinned and not now:
             raise PoolFullError(
                 f"adapter {name!r} ({image.nbytes} bytes) is to be pinned and the device tier has "
                 f"no room beside what leases and pins hold; {self.describe()}"
@@ -113,7 +120,8 @@ class Tiers:
         if now:  # what can fail comes while the name still has its old adapter
             self._make_room({name: image})
             resident = self._uploaded(name, image)
-        self.entries[name] = Entry(name, folder, pin)
+        entry.pinned, self.entries[name] = pinned, entry
+        self.replaced += before is not None
         self.staged.pop(name, None)
         self.host.pop(name, None)
         if resident is None:

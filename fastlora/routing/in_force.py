@@ -36,6 +36,11 @@ def routing_of(layer: RoutedLayer) -> Routing | None:
     return by_group.get(layer.routed_by) if by_group else None
 
 
+def follows_rows() -> bool:
+    """Whether an open block of this thread follows rows: it sees all that the thread computes."""
+    return any(routing.kept.followed is not None for routing in _thread.open)
+
+
 def is_captured(tensor: torch.Tensor) -> bool:
     """Whether a tensor is read by a CUDA graph that is being captured in this thread."""
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
@@ -103,7 +108,7 @@ def unchecked() -> Iterator[None]:
 
 def end_forward(group: Group) -> None:
     """Ends a forward of a model: drops what layers computed for others that were not called."""
-    if not is_compiled():
+    if not is_compiled() and group.unfinished:
         group.end_forward()
 
 

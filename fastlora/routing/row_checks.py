@@ -19,9 +19,9 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -254,52 +254,109 @@ def _sequence_first(root: nn.Module, name: str) -> str | None:
 _LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
 
+class _Step(NamedTuple):
+    """The last step of the way from a model to a module.
+
+    Attributes:
+        alike: How many children of the module above are like this one.
+        is_named: Whether names or classes say that these are experts.
+        beside: Shapes of the parameters beside them, among which a router's would be.
+    """
+
+    alike: int
+    is_named: bool
+    beside: set[tuple[int, ...]]
+
+
 class _Alike:
     """Finds which modules are alike, and remembers it."""
 
     def __init__(self) -> None:
         self._known: dict[int, int] = {}
         self._numbers: dict[Any, int] = {}
-        self._counts: dict[int, Counter[int]] = {}
+        self._counts: dict[int, dict[str, int]] = {}
+        self._shapes: dict[int, set[tuple[int, ...]]] = {}
+        self._steps: dict[tuple[str, bool], _Step] = {}
 
     def is_expert(self, root: nn.Module, name: str, layer: RoutedLayer) -> bool:
         """Whether a layer looks like an expert, or like a part of one.
 
-        It is then in one of several alike siblings, and a name says so or a router is beside it.
+        It is then in one of several alike siblings, and a name says so or a router is beside it: a
+        matrix with a row for each of them, as wide as their input.
         """
-        names = name.split(".")
-        holder: nn.Module = root
-        above: nn.Module | None = None
-        for depth, part in enumerate(names):
-            child = holder._modules.get(part)
+        width = getattr(layer, "in_features", 0)
+        modules, names, at = [root], [""], ""
+        for part in name.split("."):
+            child = modules[-1]._modules.get(part)
             if child is None:
                 break
-            count = self._count(holder)[self._number(child)]
-            if count > 1:
-                words = [part, _class_name(child)]
-                if child is not layer or isinstance(holder, _LISTS):
-                    words += [names[depth - 1] if depth else "", _class_name(holder)]
-                if any("expert" in word.lower() for word in words):
-                    return True
-                if _has_router(holder, above, count, getattr(layer, "in_features", 0)):
-                    return True
-            holder, above = child, holder
+            modules.append(child)
+            names.append(part)
+            at = f"{at}.{part}"
+            key = at, child is layer
+            step = self._steps.get(key)
+            if step is None:
+                step = self._steps[key] = self._step(modules, names, child is layer)
+            if step.alike > 1 and (step.is_named or (step.alike, width) in step.beside):
+                return True
         return False
 
-    def _count(self, holder: nn.Module) -> Counter[int]:
-        """Returns how many children of a module have each number."""
+    def _step(self, modules: list[nn.Module], names: list[str], at_layer: bool) -> _Step:
+        """Returns the last step of a way; ``at_layer`` says that it leads to the layer itself."""
+        holder, child = modules[-2:]
+        alike = self._count(holder)[names[-1]]
+        if alike == 1:
+            return _Step(alike, False, set())
+        words = [names[-1], _class_name(child)]
+        if not at_layer or isinstance(holder, _LISTS):
+            words += [names[-2], _class_name(holder)]
+        beside = set[tuple[int, ...]]().union(*map(self._shapes_in, modules[-3:-1]))
+        return _Step(alike, "expert" in " ".join(words).lower(), beside)
+
+    def _count(self, holder: nn.Module) -> dict[str, int]:
+        """Returns for each child of a module how many of its children are like that one."""
         known = self._counts.get(id(holder))
         if known is None:
-            children = [child for child in holder._modules.values() if child is not None]
-            known = self._counts[id(holder)] = Counter(map(self._number, children))
+            numbers: dict[str, int] = {}
+            for name, child in holder._modules.items():
+                if child is not None:
+                    numbers[name] = self._number(child)
+            counts = Counter(numbers.values())
+            known = {name: counts[number] for name, number in numbers.items()}
+            self._counts[id(holder)] = known
         return known
 
     def _number(self, module: nn.Module) -> int:
-        """Returns a number that a module has in common with those that are alike."""
+        """Returns a number that a module has in common with those that are alike.
+
+        These have one class, and parameters and children of the same names that are alike, adapters
+        apart.
+        """
         known = self._known.get(id(module))
         if known is None:
-            look = (*_look(module), *((n, self._number(m)) for n, m in _children(module)))
-            known = self._known[id(module)] = self._numbers.setdefault(look, len(self._numbers))
+            base = _base(module)
+            kind = nn.Linear if base is module and hasattr(module, "lora_A") else type(base)
+            look: list[object] = [kind]
+            for name, parameter in base._parameters.items():
+                if parameter is not None:
+                    look.append((name, tuple(parameter.shape)))
+            for name, child in base._modules.items():
+                if child is not None and not name.startswith("lora_"):
+                    look.append((name, self._number(child)))
+            known = self._numbers.setdefault(tuple(look), len(self._numbers))
+            self._known[id(module)] = known
+        return known
+
+    def _shapes_in(self, holder: nn.Module) -> set[tuple[int, ...]]:
+        """Returns the shapes of the parameters of a module and of its children, adapters apart."""
+        known = self._shapes.get(id(holder))
+        if known is None:
+            known = self._shapes[id(holder)] = set()
+            for module in (holder, *holder._modules.values()):
+                parameters = () if module is None else _base(module)._parameters.values()
+                for parameter in parameters:
+                    if parameter is not None:
+                        known.add(tuple(parameter.shape))
         return known
 
 
@@ -311,29 +368,3 @@ def _base(module: nn.Module) -> nn.Module:
 
 def _class_name(module: nn.Module) -> str:
     return type(_base(module)).__name__
-
-
-def _look(module: nn.Module) -> Sequence[object]:
-    """Returns class and shapes of a module's own parameters, adapters apart."""
-    base = _base(module)
-    kind = nn.Linear if base is module and hasattr(module, "lora_A") else type(base)
-    shapes = [(n, tuple(p.shape)) for n, p in base._parameters.items() if p is not None]
-    return (kind, *shapes)
-
-
-def _children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yields name and module of the children of what adapters are on, adapters apart."""
-    for name, child in _base(module)._modules.items():
-        if child is not None and not name.startswith("lora_"):
-            yield name, child
-
-
-def _has_router(holder: nn.Module, above: nn.Module | None, count: int, width: int) -> bool:
-    """Whether beside alike modules a matrix has a row for each of them, as wide as their input."""
-    beside = [module for module in (holder, above) if module is not None]
-    children = [child for module in beside for child in module._modules.values()]
-    for module in (*beside, *children):
-        parameters = () if module is None else _base(module)._parameters.values()
-        if any(p is not None and tuple(p.shape) == (count, width) for p in parameters):
-            return True
-    return False

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from fastlora.model.adapter_files import CONFIG_NAME
 from fastlora.pool import AdapterPool
+from fastlora.pool.resident import Entry
 from fastlora.validation import (
     AdapterNotFoundError,
     AdapterStateError,
@@ -30,30 +31,28 @@ _MOST_LETTERS = 1000  # of a message
 _log = logging.getLogger("fastlora.serve")
 
 
-@dataclass(eq=False)
-class Version:
+@dataclass(eq=False, kw_only=True)
+class Version(Entry):
     """An adapter as it was at one time; a change of its folder makes another one.
 
+    It is the pool's record of the adapter, too. Its ``name`` there is its own, so that old and new
+    can run side by side.
+
     Attributes:
-        name: What clients call it.
-        pooled: Its own name in the pool, so that old and new can run side by side.
-        folder: Where it lies.
+        served_as: What clients call it.
         mark: Changes with the files.
         ready: It has been read.
         error: Why it cannot be used.
+        users: Requests that have it.
+        waiting: What to call once it is ready or damaged; not empty while it is being read.
     """
 
-    name: str
-    pooled: str
-    folder: Path
+    served_as: str
     mark: tuple[object, ...]
     ready: bool = False
     error: str | None = None
-    _reading: bool = False
-    _registered: bool = False
-    _gone: bool = False
-    _users: int = 0
-    _then: list[Callable[[], None]] = field(default_factory=list)
+    users: int = 0
+    waiting: list[Callable[[], None]] = field(default_factory=list)
 
 
 class ServedAdapters:
@@ -97,13 +96,13 @@ class ServedAdapters:
                 raise AdapterNotFoundError(f"the model {name!r} does not exist")
             if version.error is not None:
                 raise CheckpointError(f"adapter {name!r} cannot be used: {version.error}")
-            version._users += 1
+            version.users += 1
             return version
 
     def give_back(self, version: Version) -> None:
         """Ends a request's use of a version."""
         with self._lock:
-            version._users -= 1
+            version.users -= 1
             self._forget_unused(version)
 
     def prepare(self, version: Version, then: Callable[[], None]) -> None:
@@ -112,10 +111,9 @@ class ServedAdapters:
         with self._lock:
             waits = not version.ready and version.error is None
             if waits:
-                version._then.append(then)
-                if not version._reading:
-                    version._reading = True
-                    future = self.pool.prefetch([version.pooled])
+                if not version.waiting:
+                    future = self.pool.prefetch([version.name])
+                version.waiting.append(then)
         # Without the lock, since both may call `then` here and now, which takes locks of its own.
         if future is not None:
             future.add_done_callback(lambda done: self._was_read(version, done))
@@ -125,15 +123,14 @@ class ServedAdapters:
     def _was_read(self, version: Version, done: Future[None]) -> None:
         error = None if done.cancelled() else done.exception()
         with self._lock:
-            version._reading = False
             if error is None:
                 version.ready = True
             else:
                 version.error = self._without_root(error)
-                _log.warning("adapter %r cannot be used: %s", version.name, error)
+                _log.warning("adapter %r cannot be used: %s", version.served_as, error)
                 if not isinstance(error, CheckpointError):  # the next look may find it well
                     version.mark = ()
-            waiting, version._then = version._then, []
+            waiting, version.waiting = version.waiting, []
         for then in waiting:
             then()
 
@@ -167,15 +164,9 @@ class ServedAdapters:
                 self._drop(name)
             for name in [n for n in self._left_out if n not in found]:
                 del self._left_out[name]
-            for name, (folder, mark) in found.items():
-                known = self._versions.get(name)
-                if name in self._by_hand or self._left_out.get(name) == mark:
-                    continue
-                if known is None or known.mark != mark:
-                    try:
-                        self._put(name, folder, mark)
-                    except CheckpointError as error:
-                        _log.warning("adapter %r cannot be used: %s", name, error)
+            due = [name for name, (_, mark) in found.items() if self._is_due(name, mark)]
+        for name in due:
+            self._put(self._version(name, *found[name]))
 
     def load(self, name: str, path: str, *, replace: bool = False) -> None:
         """Gives an adapter of the folder a name.
@@ -202,16 +193,16 @@ class ServedAdapters:
                 raise AdapterStateError(
                     f"adapter {name!r} is loaded; unload it first, or set load_inplace"
                 )
-        trial = f"{name}\n{next(self._numbers)}"
+        version = self._version(name, folder, mark)
         try:
-            self.pool.load(trial, folder)  # reads all of it, so what is damaged is refused here
+            self.pool.load_entry(version)  # reads all of it, so what is damaged is refused here
         except (CheckpointError, OSError) as error:
             raise CheckpointError(self._without_root(error)) from error
+        version.ready = True
         with self._lock:
             self._drop(name)
             self._by_hand.add(name)
             self._left_out.pop(name, None)
-            version = Version(name, trial, folder, mark, ready=True, _registered=True)
             self._versions[name] = version
 
     def unload(self, name: str) -> None:
@@ -234,29 +225,46 @@ class ServedAdapters:
 
     # ------------------------------------------------------------------------------------- inside
 
-    def _put(self, name: str, folder: Path, mark: tuple[object, ...]) -> None:
-        """Registers a version and makes it the name's; raises where it is damaged already."""
-        self._drop(name)
-        version = Version(name, f"{name}\n{next(self._numbers)}", folder, mark)
-        self._versions[name] = version
+    def _version(self, name: str, folder: Path, mark: tuple[object, ...]) -> Version:
+        return Version(f"{name}\n{next(self._numbers)}", folder, served_as=name, mark=mark)
+
+    def _is_due(self, name: str, mark: tuple[object, ...]) -> bool:
+        """Whether the watch is to bring a folder's adapter in, as its files are."""
+        if name in self._by_hand or self._left_out.get(name) == mark:
+            return False
+        known = self._versions.get(name)
+        return known is None or known.mark != mark
+
+    def _put(self, version: Version) -> None:
+        """Registers a version and makes it the name's, with its error where it is damaged.
+
+        Requests do not wait for the files: they are read without the lock. If a client loads or
+        unloads the name meanwhile, the pool forgets the version.
+        """
+        name = version.served_as
         try:
-            self.pool.register(version.pooled, folder)
+            self.pool.register_entry(version)
         except (CheckpointError, ConfigError, OSError) as error:
             version.error = self._without_root(error)
-            raise CheckpointError(version.error) from error
-        version._registered = True
+        with self._lock:
+            if self._is_due(name, version.mark):
+                self._drop(name)
+                self._versions[name] = version
+                if version.error is not None:
+                    _log.warning("adapter %r cannot be used: %s", name, version.error)
+            self._forget_unused(version)
 
     def _drop(self, name: str) -> None:
         version = self._versions.pop(name, None)
         self._by_hand.discard(name)
         if version is not None:
-            version._gone = True
             self._forget_unused(version)
 
     def _forget_unused(self, version: Version) -> None:
-        if version._gone and not version._users and version._registered:
-            version._registered = False
-            self.pool.unload(version.pooled)
+        """Has the pool forget a version that is no name's any more and that no request has."""
+        is_current = self._versions.get(version.served_as) is version
+        if not is_current and not version.users and version.name in self.pool:
+            self.pool.unload(version.name)
 
     def _check_name(self, name: str) -> None:
         if not _NAME.fullmatch(name):

@@ -8,12 +8,13 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import torch
 
 from fastlora.pool import AdapterPool
 from fastlora.routing.block import adapters as routed_to
+from fastlora.routing.in_force import follows_rows
 from fastlora.serve.adapters import Version
 from fastlora.serve.job import EngineStats, FailedError, Job, Piece, told
 from fastlora.serve.rows import Rows
@@ -23,6 +24,39 @@ from fastlora.validation import CheckpointError, FastLoraError
 _log = logging.getLogger("fastlora.serve")
 # Tokens of prompts in one forward: who already answers waits no longer than for these.
 PREFILL_TOKENS = 512
+
+
+class HeldBlock:
+    """A `fastlora.adapters` block that stays open from forward to forward.
+
+    It closes when the rows have other adapters, when the pool replaces or unloads an adapter, when
+    a forward fails, and after a forward that follows rows. While it is open, it keeps its adapters
+    on the device: `close` it before their requests give them back.
+    """
+
+    def __init__(self, pool: AdapterPool) -> None:
+        self._pool = pool
+        self._held = contextlib.ExitStack()
+        self._key: tuple[object, ...] | None = None  # what the open block is for
+
+    @contextlib.contextmanager
+    def over(self, names: Sequence[str | None]) -> Iterator[None]:
+        """Within the block each row of a forward uses its adapter, by its name in the pool."""
+        key = (self._pool.replaced, *names)
+        if key != self._key:
+            self.close()
+            if any(names):
+                self._held.enter_context(routed_to(self._pool, names))
+        self._key = None
+        with self._held.pop_all() as held:
+            yield
+            if not follows_rows():
+                self._held, self._key = held.pop_all(), key
+
+    def close(self) -> None:
+        """Closes the block, if it is open."""
+        self._key = None
+        self._held.close()
 
 
 class Batch:
@@ -41,8 +75,9 @@ class Batch:
         stats: EngineStats,
         ended: Callable[[Job, FastLoraError | None], None],
     ) -> None:
-        self._ends, self._pool, self._rows = ends, pool, rows
+        self._ends, self._rows = ends, rows
         self._stats, self._ended = stats, ended
+        self._block = HeldBlock(pool)
         self.jobs: list[Job] = []
         self._answering = 0
 
@@ -60,6 +95,10 @@ class Batch:
         """Ends all of them."""
         for job in list(self.jobs):
             self._fail(job, error)
+
+    def close(self) -> None:
+        """Closes the block that the last forward left open."""
+        self._block.close()
 
     def turn(self) -> None:
         """Reads a part of the prompts, and makes the next token of all that answer."""
@@ -88,8 +127,7 @@ class Batch:
         names = [job.pooled for job in chosen]
         start = time.perf_counter()
         try:
-            block = routed_to(self._pool, names) if any(names) else contextlib.nullcontext()
-            with block:
+            with self._block.over(names):
                 logits = self._rows.forward(first, [job.done for job in chosen], parts)
         except Exception as error:  # out of memory, say: others go on
             _log.exception("a forward of %d rows failed", len(chosen))
@@ -149,6 +187,7 @@ class Batch:
 
     def _leave(self, job: Job, error: FastLoraError | None = None) -> None:
         """Frees a request's row; the last ones take the place of those that left."""
+        self._block.close()
         row = self.jobs.index(job)
         if error is not None or not job.tokens:  # nobody has looked whether its values are finite
             self._rows.cache.clear(row)
@@ -175,4 +214,4 @@ def _not_finite(version: Version | None) -> FastLoraError:
     what = "numbers that are not finite"
     if version is None:
         return FailedError(f"the base model gives {what}")
-    return CheckpointError(f"adapter {version.name!r} cannot be used: it gives {what}")
+    return CheckpointError(f"adapter {version.served_as!r} cannot be used: it gives {what}")

@@ -55,7 +55,7 @@ class Engine:
         self._tokenizer, ends = tokenizer, end_tokens(model, tokenizer)
         self._running = Batch(ends, self._pool, cached, self.stats, self._end)
         self._closing = False
-        self._thread = threading.Thread(target=self._run, name="fastlora-engine", daemon=True)
+        self._thread = threading.Thread(target=self._serve, name="fastlora-engine", daemon=True)
         self._thread.start()
 
     # ---------------------------------------------------------------------------- for any thread
@@ -156,6 +156,13 @@ class Engine:
 
     # ------------------------------------------------------------------------- the engine's thread
 
+    def _serve(self) -> None:
+        """The thread: however it ends, its batch has no block open."""
+        try:
+            self._run()
+        finally:
+            self._running.close()
+
     def _run(self) -> None:
         while True:
             with self._changed:
@@ -210,7 +217,7 @@ class Engine:
                     job.lease = self._leased(version)
                 except Exception as error:  # out of memory, say; others may have room
                     if not isinstance(error, FastLoraError):
-                        _log.exception("adapter %r could not be brought in", version.name)
+                        _log.exception("adapter %r could not be brought in", version.served_as)
                     with self._changed:
                         self._waiting.remove(job)
                     self._end(job, told(error))
@@ -230,13 +237,13 @@ class Engine:
         Raises `CheckpointError` where it is damaged, `PoolFullError` where it never fits.
         """
         if version.error is not None:
-            raise CheckpointError(f"adapter {version.name!r} cannot be used: {version.error}")
+            raise CheckpointError(f"adapter {version.served_as!r} cannot be used: {version.error}")
         held = self._running.adapters
-        if len(self._pool.plan([*held, version.pooled])) > 1:
+        if len(self._pool.plan([*held, version.name])) > 1:
             return None
         try:
             # Where nobody runs, nobody will leave: the pool says whether there can be room.
-            return self._pool.lease([version.pooled], timeout=0.0 if held else None)
+            return self._pool.lease([version.name], timeout=0.0 if held else None)
         except PoolFullError:
             if held:
                 return None

@@ -88,7 +88,7 @@ class Job:
     @property
     def pooled(self) -> str | None:
         """Its adapter's name in the pool."""
-        return None if self.version is None else self.version.pooled
+        return None if self.version is None else self.version.name
 
     def say(self, piece: Piece) -> None:
         """Lets its owner hear a piece."""

@@ -54,7 +54,7 @@ FAULTS = (
             self._make_room({name: image})
 """,
         after="""\
-        self.entries[name] = Entry(name, folder, pin)
+        self.entries[name] = entry
         if now:
             self._make_room({name: image})
 """,

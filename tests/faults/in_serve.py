@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from tests.faults.fault import Fault
 
+_ADAPTERS = "tests/serve/test_adapters.py"
+_BATCH = "tests/serve/test_batch.py"
 _CONNECTIONS = "tests/serve/test_connections.py"
 _ENGINE = "tests/serve/test_engine.py"
 _KEYS = "tests/serve/test_keys.py"
@@ -19,6 +21,57 @@ FAULTS = (
         before="            job.lease.release()\n            job.lease = None",
         after="            job.lease.release()\n            pass",
         tests=(f"{_ENGINE}::test_who_keeps_a_request_that_has_ended_keeps_no_adapter",),
+    ),
+    Fault(
+        sentence="The block of a batch keeps the adapter of a request that has left.",
+        kind="a block kept",
+        source="M10",
+        path="fastlora/serve/batch.py",
+        before="        self._block.close()\n        row = self.jobs.index(job)\n",
+        after="        row = self.jobs.index(job)\n",
+        tests=(f"{_BATCH}::test_a_block_is_held_while_the_rows_keep_their_adapters",),
+    ),
+    Fault(
+        sentence="A block that follows rows stays open, and sees what the engine computes.",
+        kind="a mode left on",
+        source="M10",
+        path="fastlora/serve/batch.py",
+        before="            if not follows_rows():\n",
+        after="            if True:\n",
+        tests=(f"{_BATCH}::test_a_block_is_held_while_the_rows_keep_their_adapters",),
+    ),
+    Fault(
+        sentence="The next token does not see that the pool has replaced or unloaded an adapter.",
+        kind="a stale adapter",
+        source="M10",
+        path="fastlora/serve/batch.py",
+        before="key = (self._pool.replaced, *names)",
+        after="key = (0, *names)",
+        tests=(
+            f"{_BATCH}::test_an_adapter_that_is_replaced_between_two_tokens[pooled]",
+            f"{_BATCH}::test_an_adapter_that_the_pool_forgets_fails_its_rows",
+        ),
+    ),
+    Fault(
+        sentence="A thread of the engine that ends early leaves its block open.",
+        kind="a block kept",
+        source="M10",
+        path="fastlora/serve/engine.py",
+        before="            self._running.close()\n",
+        after="            pass\n",
+        tests=(f"{_ENGINE}::test_a_thread_that_ends_early_leaves_no_block_open",),
+    ),
+    Fault(
+        sentence="A registration that ends late undoes what a client loaded or unloaded meanwhile.",
+        kind="a race of two changes",
+        source="M10",
+        path="fastlora/serve/adapters.py",
+        before="            if self._is_due(name, version.mark):\n",
+        after="            if True:\n",
+        tests=(
+            f"{_ADAPTERS}::test_a_slow_registration_delays_no_request[load]",
+            f"{_ADAPTERS}::test_a_slow_registration_delays_no_request[unload]",
+        ),
     ),
     Fault(
         sentence="Those who wait for an adapter are told under the lock that it has been read.",

@@ -335,6 +335,59 @@ def test_a_file_that_becomes_a_link_after_the_listing(served: Any) -> None:
     shutil.rmtree(folder)
 
 
+@pytest.mark.parametrize("meanwhile", ["take", "load", "unload"])
+def test_a_slow_registration_delays_no_request(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, meanwhile: str
+) -> None:
+    """The watch is still reading a config. What a client loads or unloads meanwhile counts."""
+    make_adapter(tmp_path / "ash", 0)
+    pool = fastlora.AdapterPool(tiny_llama())
+    adapters = ServedAdapters(pool, tmp_path, reserved=())
+    adapters.scan()
+    begun, goes_on = threading.Event(), threading.Event()
+    register = pool.register_entry
+
+    def slow(entry: Any) -> None:
+        begun.set()
+        assert goes_on.wait(20)
+        register(entry)
+
+    monkeypatch.setattr(pool, "register_entry", slow)
+    changed = tmp_path / ("ash" if meanwhile == "unload" else "birch")
+    make_adapter(changed, 1, r=3)
+    watch = threading.Thread(target=adapters.scan)
+    watch.start()
+    assert begun.wait(20)
+
+    def client() -> None:
+        if meanwhile == "take":
+            adapters.give_back(adapters.take("ash"))
+        elif meanwhile == "load":
+            adapters.load("birch", "ash")
+        else:
+            adapters.unload("ash")
+
+    request = threading.Thread(target=client)
+    request.start()
+    request.join(10)
+    was_delayed = request.is_alive()
+    goes_on.set()
+    watch.join(20)
+    request.join(20)
+    assert not was_delayed
+    found = {name: adapters.take(name) for name in adapters.names}
+    folders = {name: version.folder and version.folder.name for name, version in found.items()}
+    assert (
+        folders
+        == {
+            "take": {"ash": "ash", "birch": "birch"},
+            "load": {"ash": "ash", "birch": "ash"},
+            "unload": {},
+        }[meanwhile]
+    )
+    assert sorted(pool.names) == sorted(version.name for version in found.values())
+
+
 def test_nothing_is_left_in_the_pool(served: Any) -> None:
     """Old versions have gone, and nobody holds a lease."""
     pages = served.http.get("/metrics").text

@@ -209,13 +209,19 @@ def test_who_does_not_listen_any_more_is_no_fault(
 
 def test_a_cancelled_request_frees_its_place(start: Callable[..., Engine], alone: Alone) -> None:
     engine = start(rows=1)
-    heard = Heard()
-    long = engine.submit([1, 2, 3], "a", Sampling(60, 0), heard)
+    heard, cancelled = Heard(), threading.Event()
+
+    def hear(piece: Piece) -> None:
+        heard(piece)
+        assert cancelled.wait(30)  # or the answer may end before
+
+    long = engine.submit([1, 2, 3], "a", Sampling(60, 0), hear)
+    assert heard.first.wait(30)
     waiting = Heard()
     second = engine.submit([1, 2, 3], "b", Sampling(60, 0), waiting)
-    assert heard.first.wait(30)
     engine.cancel(second)
     engine.cancel(long)
+    cancelled.set()
     for own in (heard, waiting):
         with pytest.raises(ClosedError):
             own.text()
@@ -255,6 +261,7 @@ def test_close_waits_for_those_that_are_there(start: Callable[..., Engine], alon
     with pytest.raises(ClosedError, match="shutting down"):
         ask(engine, "x", "a")
     assert not engine.alive
+    assert engine._adapters.pool.stats().leases == 0
 
 
 def test_close_does_not_wait_for_ever(start: Callable[..., Engine]) -> None:
@@ -264,6 +271,24 @@ def test_close_does_not_wait_for_ever(start: Callable[..., Engine]) -> None:
     for own in heard:
         with pytest.raises(ClosedError):
             own.text()
+    assert engine._adapters.pool.stats().leases == 0
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_thread_that_ends_early_leaves_no_block_open(start: Callable[..., Engine]) -> None:
+    """What no request may raise ends it between two tokens; the request's own lease is left."""
+    engine = start()
+    pieces: list[Piece] = []
+
+    def ends(piece: Piece) -> None:
+        pieces.append(piece)
+        if len(pieces) == 3:
+            raise SystemExit
+
+    engine.submit([1, 2, 3], "a", Sampling(60, 0), ends)
+    engine._thread.join(30)
+    assert not engine.alive
+    assert engine._adapters.pool.stats().leases == 1
 
 
 def test_nobody_is_called_under_the_lock(
