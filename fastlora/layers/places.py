@@ -59,12 +59,13 @@ def place_of(
     Kept for the block once the layer's group is known. A compiled graph must not see what one call
     leaves for another, so each layer is on its own there.
     """
-    layer, kept = call.layer, call.routing.kept
-    at, key = ("places", layer.routed_as), (id(tables), rows, invariant)
-    known = kept.layers.get(at)
-    if known is not None and known[0] == key:
-        place: Place = known[1]
-        return place
+    layer, key = call.layer, None
+    if not call.conditions.compiling:
+        key = (id(tables), rows, invariant)
+        known = call.routing.kept.layers.get(("places", layer.routed_as))
+        if known is not None and known[0] == key:
+            place: Place = known[1]
+            return place
     row = row_of(layer, layer.routed_as, tables)
     if row is None:
         return None
@@ -86,7 +87,7 @@ def place_of(
     shared = group if len(members) > 1 else None
     found = Place(tables, rows, invariant, own, tables.tensors(), row, shared, first, members)
     if group is not None:
-        kept.layers[at] = key, found
+        call.routing.kept.layers["places", layer.routed_as] = key, found
     return found
 
 
