@@ -13,10 +13,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from fastlora.autograd.linear import Call, run
+from fastlora.autograd.linear import run
 from fastlora.bench.contenders import SCALING, Contender, Results
 from fastlora.bench.mixed_kernels import MixedProblem
-from fastlora.ops.factors import Base
+from fastlora.ops.factors import Base, Operands
 
 
 def _backward(p: MixedProblem, y: torch.Tensor) -> Results:
@@ -42,9 +42,9 @@ def _segments(p: MixedProblem) -> Results:
 
 def _kernels(plan: str, p: MixedProblem) -> Results:
     impl = "opaque" if p.impl == "eager" else p.impl  # the operators, in PyTorch too
-    call = Call(impl, plan, (0.0,) * len(p.ranks), p.groups)
-    factors = [factor for lora_a, lora_b in p.each for factor in (lora_a, lora_b, None)]
-    y = run(p.x, Base(p.weight), call, p.scaling[0], None, factors)
+    count, (lora_a, lora_b) = len(p.ranks), zip(*p.each, strict=True)
+    operands = Operands([*lora_a], [*lora_b], [None] * count, p.scaling[0], (0.0,) * count)
+    y = run(p.x, Base(p.weight), operands, impl, plan, p.groups)
     return _backward(p, y)
 
 

@@ -316,4 +316,4 @@ def block_r_of(kernel: str, row: Row, r: int, siblings: int = 1) -> int:
 
 
 for _arch, _path in measurements.files():
-    measurements.put_first(_arch, row_files.read(_path).entries, _path)
+    measurements.put_first(_arch, row_files.read(_path)[0], _path)

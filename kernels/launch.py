@@ -257,23 +257,17 @@ def _is_watched() -> bool:
     )
 
 
-class _Sorts(NamedTuple):
-    """Which of some values are of which sort, by their types.
-
-    Attributes:
-        tensors, plain: Pick tensors, and values that are looked at as they are.
-        sequences: The places of sequences.
-        others: Pick the rest: configs, which `_Steps` keeps, so no other one gets their ``id``.
-    """
-
-    tensors: Callable[[Sequence[Any]], Sequence[Any]]
-    plain: Callable[[Sequence[Any]], Sequence[Any]]
-    sequences: tuple[int, ...]
-    others: Callable[[Sequence[Any]], Sequence[Any]]
+_Picks = Callable[[Sequence[Any]], Sequence[Any]]
+_Sorts = tuple[_Picks, _Picks, tuple[int, ...], _Picks]
 
 
 @functools.cache
 def _sorts_of(kinds: tuple[type, ...]) -> _Sorts:
+    """Returns which of some values are of which sort, by their types.
+
+    What picks tensors, and values that are looked at as they are; the places of sequences; and what
+    picks the rest: configs, which `_Steps` keeps, so no other one gets their ``id``.
+    """
     tensors: list[int] = []
     plain: list[int] = []
     sequences: list[int] = []
@@ -287,7 +281,7 @@ def _sorts_of(kinds: tuple[type, ...]) -> _Sorts:
             sequences.append(place)
         else:
             others.append(place)
-    found = _Sorts(_picks(tensors), _picks(plain), tuple(sequences), _picks(others))
+    found = _picks(tensors), _picks(plain), tuple(sequences), _picks(others)
     return _known_sorts.setdefault(kinds, found)  # `cache` may call this in two threads at once
 
 
@@ -298,11 +292,12 @@ _known_sorts: dict[tuple[type, ...], _Sorts] = {}
 def _look_at(values: Sequence[Any], look: list[Hashable], tensors: list[torch.Tensor]) -> None:
     """Adds what values look like beside their tensors, and these."""
     sorts = _sorts_of((*map(type, values),))
-    tensors += sorts.tensors(values)
+    tensors_of, plain_of, sequences, others_of = sorts
+    tensors += tensors_of(values)
     look.append(id(sorts))  # the number of values and their types
-    look += sorts.plain(values)
-    look += map(id, sorts.others(values))
-    for place in sorts.sequences:
+    look += plain_of(values)
+    look += map(id, others_of(values))
+    for place in sequences:
         value = values[place]
         if type(value) is tuple and value and type(value[0]) in _NUMBERS:  # of one type
             look += type(value[0]), value

@@ -26,15 +26,8 @@ class Entry(NamedTuple):
     row: Row
 
 
-class RowFile(NamedTuple):
-    """What a file holds; ``like`` names another one, or is ""."""
-
-    entries: list[Entry]
-    like: str
-
-
-def read(path: Path) -> RowFile:
-    """Returns what a file holds.
+def read(path: Path) -> tuple[list[Entry], str]:
+    """Returns the rows of a file, and the name of another one that it is like, or "".
 
     Raises:
         ValueError: It is no JSON, or a row has an unknown column or a value of another type.
@@ -50,7 +43,7 @@ def read(path: Path) -> RowFile:
             found.append(_entry(dict(columns)))
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{path}, row {number}: {error}") from error
-    return RowFile(found, like)
+    return found, like
 
 
 def columns_of(entry: Entry) -> dict[str, Any]:

@@ -164,11 +164,11 @@ def candidates_of(family: str) -> Table:
 
     A launch and kind that stands in the family's own file does not count in the other one.
     """
-    found = row_files.read(Path(__file__).parent / "candidates" / f"{family}.json")
+    entries, like = row_files.read(Path(__file__).parent / "candidates" / f"{family}.json")
     own: dict[tuple[str, str], tuple[Row, ...]] = {}
-    for launch, kind, row in found.entries:
+    for launch, kind, row in entries:
         own[launch, kind] = (*own.get((launch, kind), ()), row)
-    return {**candidates_of(found.like), **own} if found.like else own
+    return {**candidates_of(like), **own} if like else own
 
 
 def table_of(chip: Chip) -> Table:

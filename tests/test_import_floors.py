@@ -24,6 +24,9 @@ OPERATORS = 17
 AUTOGRAD_FUNCTIONS = 5
 # The routing in force, the batch-invariant mode, and the recording of launches.
 THREAD_LOCALS = 3
+# Classes of the forward path that only hold values. A record that two steps can share is one.
+RECORDS = 45
+FORWARD_PATH = ("layers", "autograd", "routing", "ops", "kernels")
 # Folders and files of the package from the ground up; an import may not go up.
 ORDER: tuple[tuple[str, ...], ...] = (
     ("env", "validation", "patterns", "weight_marks", "sharding", "coded_weight", "kernels"),
@@ -225,6 +228,25 @@ def test_autograd_functions() -> None:
     ]
     found = {f"{f.__module__}.{f.__name__}" for f in ours}
     assert 0 < len(found) <= AUTOGRAD_FUNCTIONS, ", ".join(sorted(found))
+
+
+def is_record(node: ast.ClassDef) -> bool:
+    """Whether a class is a dataclass, a named tuple or a typed dictionary."""
+    made_by = [ast.unparse(each) for each in (*node.bases, *node.decorator_list)]
+    return any(
+        kind in text for text in made_by for kind in ("NamedTuple", "TypedDict", "dataclass")
+    )
+
+
+def test_records_of_the_forward_path() -> None:
+    found = [
+        f"{name}.{node.name}"
+        for name, path in modules().items()
+        if name.partition(".")[2].split(".")[0] in FORWARD_PATH
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ClassDef) and is_record(node)
+    ]
+    assert 0 < len(found) <= RECORDS, sorted(found)
 
 
 def test_thread_locals() -> None:

@@ -14,7 +14,7 @@ from fastlora.autograd import linear
 from fastlora.autograd.shared_input import Shared
 from fastlora.ops import backend
 from fastlora.ops.conditions import Conditions
-from fastlora.ops.factors import Base, Factors
+from fastlora.ops.factors import Base, Factors, Operands
 from fastlora.ops.torch import products
 from fastlora.validation import ImplementationError, check_same_device
 
@@ -89,8 +89,8 @@ def run_adapter(
     elif dropout_p > 0.0:
         seed = backend.draw_seed(x, conditions.impl)
         seed = seed if own_seed is None else own_seed(seed)
-    call = linear.Call(name, plan, (dropout_p,))
-    return linear.run(x, base, call, scaling, seed, (lora_a, lora_b, lora_bias), s)
+    operands = Operands([lora_a], [lora_b], [lora_bias], scaling, (dropout_p,), seed)
+    return linear.run(x, base, operands, name, plan, s=s)
 
 
 def _records_natively(

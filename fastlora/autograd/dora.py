@@ -20,7 +20,7 @@ Shapes: ``x [M, K]``, ``weight [N, K]``, ``lora_a [R, K]``, ``lora_b [N, R]``, `
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -29,7 +29,6 @@ from fastlora.ops.library import define, fakes, implements
 from fastlora.ops.rows import sort_rows
 from fastlora.ops.torch.dora import (
     Dropped,
-    Wanted,
     forward_rows,
     gradients,
     scale_columns,
@@ -94,15 +93,6 @@ define(
 )
 
 
-class _Own(NamedTuple):
-    """An adapter that has rows: its place among all, and theirs in x and in s and z."""
-
-    place: int
-    rows: torch.Tensor
-    part: slice
-    adapter: Dropped
-
-
 def _by(count: int, tensors: Sequence[_Item]) -> list[Sequence[_Item]]:
     """Returns a sequence cut into parts of so many."""
     return [tensors[at : at + count] for at in range(0, len(tensors), count)]
@@ -115,8 +105,11 @@ def _by_id(
     slots: list[int],
     dropout_p: list[float],
     impl: str,
-) -> Iterator[_Own]:
-    """Yields adapters that have rows; ``slots`` has the number in ids of each."""
+) -> Iterator[tuple[int, torch.Tensor, slice, Dropped]]:
+    """Yields adapters that have rows, by their ``slots`` in ids.
+
+    Of each its place among all, its rows in x, where these are in s and z, and the adapter.
+    """
     batch = sort_rows(ids, x.shape[0], max(slots) + 1)
     starts = batch.slot_start.tolist()
     for place, own in enumerate(_by(_EACH, adapters)):
@@ -125,7 +118,7 @@ def _by_id(
             adapter = Dropped._make((*own, dropout_p[place], impl))
             seed = adapter.seed.to(x.device if impl == "triton" else "cpu")
             rows = batch.order[start:stop].long().to(x.device)
-            yield _Own(place, rows, slice(start, stop), adapter._replace(seed=seed))
+            yield place, rows, slice(start, stop), adapter._replace(seed=seed)
 
 
 def _saved(
@@ -160,13 +153,11 @@ def _dora_dropped(
     """Returns y with the adapters' rows added, and their s and z in the order of sorted rows."""
     y = y.clone(memory_format=torch.contiguous_format)
     s, z = _saved(y, x, batch[0], batch[-1])
-    for own in _by_id(x, *batch[:-1]):
-        y[own.rows], own_s, own_z = forward_rows(
-            y[own.rows], x[own.rows], weight, None, own.adapter, inplace=True
-        )
-        s[own.part, : own_s.shape[1]] = own_s
+    for _, rows, part, adapter in _by_id(x, *batch[:-1]):
+        y[rows], own_s, own_z = forward_rows(y[rows], x[rows], weight, None, adapter, inplace=True)
+        s[part, : own_s.shape[1]] = own_s
         if z.shape[0]:
-            z[own.part] = own_z
+            z[part] = own_z
     return y, s, z
 
 
@@ -186,22 +177,24 @@ def _dora_dropped_backward(
     found = _results(x, weight, batch_of[0], wanted)
     for tensor in found:
         tensor.zero_()
-    for own in _by_id(x, *batch_of):
-        at = 2 + 3 * own.place
-        own_s = s[own.part, : own.adapter.lora_a.shape[0]]
-        own_z = z[own.part] if z.shape[0] else None
-        asked = Wanted(*wanted[:2], *wanted[at : at + 3])
-        got = gradients(
-            *(dy[own.rows], x[own.rows], weight, own.adapter, own_s, own_z, asked),
+    wants_x, wants_weight, *wants = wanted
+    for place, rows, part, adapter in _by_id(x, *batch_of):
+        own = slice(3 * place, 3 * place + 3)
+        dx, d_weight, d_factors = gradients(
+            *(dy[rows], x[rows], weight, adapter, s[part, : adapter.lora_a.shape[0]]),
+            z[part] if z.shape[0] else None,
             own_base=False,
+            wants_x=wants_x,
+            wants_weight=wants_weight,
+            wants=wants[own],
         )
-        if got.x is not None:
-            found[0][own.rows] = got.x
-        if got.weight is not None:
-            found[1] += got.weight
-        for offset, gradient in enumerate(got[2:]):
+        if dx is not None:
+            found[0][rows] = dx
+        if d_weight is not None:
+            found[1] += d_weight
+        for result, gradient in zip(found[2:][own], d_factors, strict=True):
             if gradient is not None:
-                found[at + offset].copy_(gradient)
+                result.copy_(gradient)
     return found
 
 
@@ -272,8 +265,14 @@ class DoraDropped(torch.autograd.Function):
         found: Sequence[torch.Tensor | None]
         if ids is None:
             adapter = Dropped._make((*adapters, *ctx.dropout_p, ctx.impl))
-            asked = Wanted(*wanted)
-            found = gradients(dy, rows, weight, adapter, s, z, asked, own_base=ctx.own_base)
+            dx, d_weight, d_factors = gradients(
+                *(dy, rows, weight, adapter, s, z),
+                own_base=ctx.own_base,
+                wants_x=needs_x,
+                wants_weight=needs_weight,
+                wants=wanted[2:],
+            )
+            found = dx, d_weight, *d_factors
         else:
             s = dy.new_empty(0, 0) if s is None else s
             z = dy.new_empty(0, 0) if z is None else z

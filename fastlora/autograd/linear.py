@@ -19,47 +19,28 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from itertools import chain
+from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
 
 import fastlora.ops.operators  # noqa: F401  # registers backends
 import fastlora.ops.torch.backend  # noqa: F401  # registers a backend
-from fastlora.ops.backend import BACKENDS, Backward, Wanted
-from fastlora.ops.factors import Base, operands_of
+from fastlora.ops.backend import BACKENDS, Backward
+from fastlora.ops.factors import Base, Operands
 from fastlora.ops.rows import Rows
 from fastlora.ops.torch import products
 from fastlora.ops.torch.reference import column_sums
-
-_Factor = torch.Tensor | None
-
-
-class Call(NamedTuple):
-    """What a call is beside tensors.
-
-    Attributes:
-        impl: Name of the backend.
-        plan: As in `fastlora.functional.lora_linear`.
-        dropout_p: Probability that acts on each adapter.
-        rows: Which adapter each row has; None where one has all.
-        slots: Slot of each adapter; None where they are 0 to ``S - 1``.
-    """
-
-    impl: str
-    plan: str = "auto"
-    dropout_p: tuple[float, ...] = (0.0,)
-    rows: Rows | None = None
-    slots: tuple[int, ...] | None = None
 
 
 def run(
     x: torch.Tensor,
     base: Base,
-    call: Call,
-    scaling: torch.Tensor,
-    seeds: torch.Tensor | None,
-    factors: Sequence[_Factor],
+    operands: Operands,
+    impl: str,
+    plan: str = "auto",
+    rows: Rows | None = None,
     s: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Returns ``[..., N]``: a base product, or a given y, with every row's own adapter.
@@ -67,21 +48,21 @@ def run(
     Args:
         x: The input, in the dtype of the products.
         base: The base layer.
-        call: What else the call is.
-        scaling: fp32 (fp64 beside an fp64 x) ``[S]``; of one adapter without rows also ``[R]`` or
-            without dimensions.
-        seeds: Of the adapters' dropout, int64 ``[S]``; None where none acts.
-        factors: ``lora_a, lora_b, lora_bias`` of each adapter in turn; three None where an adapter
-            leaves the layer alone.
+        operands: The adapters, with scalings in fp32 (fp64 beside an fp64 x).
+        impl: Name of the backend.
+        plan: As in `fastlora.functional.lora_linear`.
+        rows: Which adapter each row has; None where one has all.
         s: Of `fastlora.autograd.shared_input.shrink`, where a sibling made it.
     """
     if s is not None:  # the gradient of lora_a comes through it
-        factors = list(factors)
-        factors[::3] = [None if tensor is None else tensor.detach() for tensor in factors[::3]]
-    weight, bias, y, _ = base
-    if torch.is_grad_enabled() and records_gradients(x, weight, bias, y, s, *factors):
-        return LoraLinear.apply(x, weight, bias, y, s, scaling, seeds, call, *factors)
-    return _forward(x, base, s, scaling, seeds, call, factors)[0]
+        operands = operands._replace(lora_a=[a.detach() for a in operands.lora_a])
+    if torch.is_grad_enabled():
+        lora_a, lora_b, lora_bias, *others = operands
+        given = *base[:3], s
+        if records_gradients(x, *given, *lora_a, *lora_b, *lora_bias):
+            factors = chain.from_iterable(zip(lora_a, lora_b, lora_bias, strict=True))
+            return LoraLinear.apply(x, *given, *others, rows, impl, plan, *factors)
+    return _forward(x, base, operands, rows, s, impl, plan)[0]
 
 
 def records_gradients(*tensors: torch.Tensor | None) -> bool:
@@ -96,11 +77,11 @@ def records_gradients(*tensors: torch.Tensor | None) -> bool:
 def _forward(
     x: torch.Tensor,
     base: Base,
+    operands: Operands,
+    rows: Rows | None,
     s: torch.Tensor | None,
-    scaling: torch.Tensor,
-    seeds: torch.Tensor | None,
-    call: Call,
-    factors: Sequence[_Factor],
+    impl: str,
+    plan: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns ``[..., N]`` and s without recording a graph."""
     dtype, shape, (weight, bias, y, inplace) = x.dtype, x.shape, base
@@ -111,17 +92,16 @@ def _forward(
         if not y.is_contiguous():
             y, inplace = y.contiguous(), True
         y = y.view(-1, y.shape[-1])
-    operands = operands_of(factors, scaling, call.dropout_p, seeds, call.slots)
-    own_bias = None if call.rows is not None else operands.lora_bias[0]
+    own_bias = None if rows is not None else operands.lora_bias[0]
     if own_bias is not None:
-        own_bias = own_bias * scaling
+        own_bias = own_bias * operands.scaling
         if weight is not None:
             bias = own_bias if bias is None else bias + own_bias
     if bias is not None and bias.dtype != dtype:
         bias = bias.to(dtype)
     if weight is not base.weight or bias is not base.bias or y is not None:
         base = Base(weight, bias, y, inplace)
-    made, s = BACKENDS[call.impl].forward(flat, base, operands, call.rows, s, call.plan)
+    made, s = BACKENDS[impl].forward(flat, base, operands, rows, s, plan)
     if own_bias is not None and weight is None:
         made += own_bias.to(made.dtype)
     if made is y and given is not None and given.is_contiguous():
@@ -168,15 +148,22 @@ class LoraLinear(torch.autograd.Function):
         y: torch.Tensor | None,
         s: torch.Tensor | None,
         scaling: torch.Tensor,
+        dropout_p: tuple[float, ...],
         seeds: torch.Tensor | None,
-        call: Call,
-        *factors: Any,  # tensors, or None
+        slots: tuple[int, ...] | None,
+        rows: Rows | None,
+        impl: str,
+        plan: str,
+        *factors: Any,  # lora_a, lora_b, lora_bias of each adapter in turn
     ) -> torch.Tensor:
-        made, s = _forward(x, Base(weight, bias, y), s, scaling, seeds, call, factors)
+        operands = _operands_of(factors, scaling, dropout_p, seeds, slots)
+        made, s = _forward(x, Base(weight, bias, y), operands, rows, s, impl, plan)
         needs = ctx.needs_input_grad
-        needs_a, needs_b = any(needs[8::3]), any(needs[9::3])
-        saves_x, saves_s = needs_a or needs[1], needs_b or call.rows is not None
-        ctx.call, ctx.x_shape, ctx.x_dtype = call, x.shape, x.dtype
+        needs_a, needs_b = any(needs[12::3]), any(needs[13::3])
+        saves_x, saves_s = needs_a or needs[1], needs_b or rows is not None
+        ctx.dropout_p, ctx.slots, ctx.rows, ctx.impl = dropout_p, slots, rows, impl
+        ctx.plan = "auto" if plan == "invariant" else plan  # a backward has no such plan
+        ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.save_for_backward(
             x if saves_x else None, weight, s if saves_s else None, scaling, seeds, *factors
@@ -188,28 +175,27 @@ class LoraLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         # Once: what checkpoints recompute can be taken a single time.
         x, weight, s, scaling, seeds, *factors = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias, needs_y, needs_s, _, _, _, *needs = ctx.needs_input_grad
-        call, shape = ctx.call, ctx.x_shape
+        needs_x, needs_weight, needs_bias, needs_y, needs_s = ctx.needs_input_grad[:5]
+        needs, rows, shape = ctx.needs_input_grad[12:], ctx.rows, ctx.x_shape
         dy, flat = grad, x
         if len(shape) != 2:
             dy = grad.reshape(-1, grad.shape[-1])
             flat = None if x is None else x.reshape(-1, shape[-1])
         if dy.dtype != ctx.x_dtype:
             dy = dy.to(ctx.x_dtype)
-        plan = "auto" if call.plan == "invariant" else call.plan  # a backward has no such plan
-        operands = operands_of(factors, scaling, call.dropout_p, seeds, call.slots)
-        needs_own_bias = call.rows is None and needs[2]
-        wanted = Wanted(needs_x, needs_bias or needs_own_bias, needs_s, needs)
-        given = Backward(dy, weight, flat, operands, call.rows, s, wanted, plan)
-        found = BACKENDS[call.impl].gradients(given)
-        dx, d_bias, d_weight = found.dx, found.d_bias, None
+        operands = _operands_of(factors, scaling, ctx.dropout_p, seeds, ctx.slots)
+        needs_own_bias = rows is None and needs[2]
+        wants = needs_x, needs_bias or needs_own_bias, needs_s, needs
+        given = Backward(dy, weight, flat, operands, rows, s, ctx.plan, *wants)
+        dx, d_bias, ds, d_factors = BACKENDS[ctx.impl].gradients(given)
+        d_weight = None
         if dx is not None and len(shape) != 2:
             dx = dx.view(shape)
         if needs_own_bias and d_bias is not None:
             sums = d_bias
             if grad.dtype != ctx.x_dtype:  # a y that was given
                 sums = column_sums(grad.reshape(-1, grad.shape[-1]))
-            found.factors[2] = (sums * scaling).to(factors[2].dtype)
+            d_factors[2] = (sums * scaling).to(factors[2].dtype)
         if needs_weight and flat is not None:
             d_weight = products.mm(dy.t(), flat).to(weight.dtype)
         return (
@@ -217,12 +203,22 @@ class LoraLinear(torch.autograd.Function):
             d_weight,
             d_bias.to(ctx.bias_dtype) if needs_bias and d_bias is not None else None,
             grad if needs_y else None,
-            found.ds if needs_s else None,
-            None,
-            None,
-            None,
-            *(found.factors if call.rows is None else _those(found.factors, needs)),
+            ds if needs_s else None,
+            *([None] * 7),
+            *(d_factors if rows is None else _those(d_factors, needs)),
         )
+
+
+def _operands_of(
+    factors: Sequence[Any],
+    scaling: torch.Tensor,
+    dropout_p: tuple[float, ...],
+    seeds: torch.Tensor | None,
+    slots: tuple[int, ...] | None,
+) -> Operands:
+    """Returns the operands of ``lora_a, lora_b, lora_bias`` of each adapter in turn."""
+    lora_a, lora_b, lora_bias = list(factors[::3]), list(factors[1::3]), list(factors[2::3])
+    return Operands(lora_a, lora_b, lora_bias, scaling, dropout_p, seeds, slots)
 
 
 def _those(

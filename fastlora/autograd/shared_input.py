@@ -23,7 +23,7 @@ from torch._C._functorch import unwrap_if_dead
 import fastlora.ops.operators  # noqa: F401  # registers a backend
 from fastlora.autograd.linear import plain_backward
 from fastlora.ops import backend
-from fastlora.ops.backend import BACKENDS, Siblings
+from fastlora.ops.backend import BACKENDS
 from fastlora.ops.factors import present
 from fastlora.ops.rows import Rows
 from fastlora.ops.torch import products
@@ -45,16 +45,19 @@ class Shared(NamedTuple):
     seed: torch.Tensor | None = None
 
 
-def run_siblings(x: torch.Tensor, siblings: Siblings, impl: str) -> Sequence[torch.Tensor]:
+def run_siblings(
+    x: torch.Tensor, operands: Sequence[_Factor], dropout_p: tuple[float, ...], impl: str
+) -> Sequence[torch.Tensor]:
     """Returns y ``[..., N]`` of each of 1 to 4 layers, recorded where gradients are.
 
-    ``impl`` is a backend that computes them at once, in x's dtype.
+    Operands are those of `fastlora.ops.backend.Backend.siblings`. ``impl`` is a backend that
+    computes them at once, in x's dtype.
     """
     if torch.is_grad_enabled():
-        parameters = siblings.operands[: 4 * len(siblings.dropout_p)]
-        ys: tuple[torch.Tensor, ...] = _recorded(unwrap_if_dead(x), siblings, impl, *parameters)
+        given = unwrap_if_dead(x), operands, dropout_p, impl
+        ys: tuple[torch.Tensor, ...] = _recorded(*given, *operands[: 4 * len(dropout_p)])
         return ys
-    return _shaped(BACKENDS[impl].siblings(_flat(x), siblings), x)
+    return _shaped(BACKENDS[impl].siblings(_flat(x), operands, dropout_p), x)
 
 
 class LoraSiblings(torch.autograd.Function):
@@ -66,14 +69,18 @@ class LoraSiblings(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, siblings: Siblings, impl: str, *parameters: torch.Tensor | None
+        ctx: Any,
+        x: torch.Tensor,
+        operands: Sequence[_Factor],
+        dropout_p: tuple[float, ...],
+        impl: str,
+        *parameters: _Factor,
     ) -> tuple[torch.Tensor, ...]:
         ctx.set_materialize_grads(False)
-        operands, dropout_p = siblings
-        made = BACKENDS[impl].siblings(_flat(x), siblings, True)
+        made = BACKENDS[impl].siblings(_flat(x), operands, dropout_p, True)
         count, needs = len(dropout_p), ctx.needs_input_grad
         # Weights that train need x as every lora_a does.
-        saves_x = any(needs[3 : 3 + count]) or any(needs[3 + 2 * count : 3 + 3 * count])
+        saves_x = any(needs[4 : 4 + count]) or any(needs[4 + 2 * count : 4 + 3 * count])
         ctx.call = impl, dropout_p, x.shape
         ctx.save_for_backward(x if saves_x else None, *operands, *made[count:])
         return tuple(_shaped(made[:count], x))
@@ -83,14 +90,14 @@ class LoraSiblings(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         # Once: what is saved can be taken a single time.
         x, *saved = ctx.saved_tensors
-        (impl, dropout_p, shape), (needs_x, _, _, *needs) = ctx.call, ctx.needs_input_grad
+        (impl, dropout_p, shape), (needs_x, _, _, _, *needs) = ctx.call, ctx.needs_input_grad
         count, dys = len(dropout_p), grads
         if len(shape) != 2:
             x = None if x is None else x.reshape(-1, shape[-1])
             dys = tuple(None if dy is None else dy.reshape(-1, dy.shape[-1]) for dy in grads)
         operands, s = saved[: 6 * count], saved[6 * count :]
         dx, *found = BACKENDS[impl].siblings_gradients(
-            dys, x, Siblings(operands, dropout_p), s, (needs_x, *needs)
+            dys, x, operands, dropout_p, s, (needs_x, *needs)
         )
         if dx is not None and len(shape) != 2:
             dx = dx.view(shape)
@@ -103,7 +110,7 @@ class LoraSiblings(torch.autograd.Function):
                     d_weights[i] = products.mm(dy.t(), x).to(weight.dtype)
                 if bias is not None and (d_bias := found[i]) is not None:
                     found[i] = d_bias.to(bias.dtype)
-        return dx, None, None, *d_weights, *found
+        return dx, None, None, None, *d_weights, *found
 
 
 # Called where no transform of torch.func is in force: `LoraSiblings.apply` would ask for one, and

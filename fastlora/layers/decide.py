@@ -6,7 +6,7 @@ Nothing here computes; `fastlora.layers.why` says why something better does not 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -22,24 +22,14 @@ if TYPE_CHECKING:
     from fastlora.layers.layer import AdaptedLayer
 
 
-class Decision(NamedTuple):
-    """What one forward of one layer in a mixed batch will do.
+def decide(
+    call: MixedCall, base: Base, without: Sequence[int]
+) -> tuple[bool, Tables | None, Slots | None]:
+    """Returns who computes a forward in a mixed batch.
 
-    Attributes:
-        is_bare: Whether neither gradients nor dropout nor autocast are in it.
-        plan: As in `fastlora.functional.lora_linear`.
-        tables: Where kernels find factors by their addresses, if they do.
-        slots: All slots, if kernels are given the factors. Without either PyTorch computes.
-    """
-
-    is_bare: bool
-    plan: str = "auto"
-    tables: Tables | None = None
-    slots: Slots | None = None
-
-
-def decide(call: MixedCall, base: Base, without: Sequence[int]) -> Decision:
-    """Returns what a forward in a mixed batch will do.
+    Whether neither gradients nor dropout nor autocast are in it; where kernels find factors by
+    their addresses, if they do; and all slots, if kernels are given the factors. Without either
+    PyTorch computes.
 
     Args:
         call: The layer's.
@@ -56,7 +46,7 @@ def decide(call: MixedCall, base: Base, without: Sequence[int]) -> Decision:
     autocast, invariant = conditions.autocast, conditions.invariant
     check_unmerged(layer)
     if layer.is_split:
-        return Decision(False)
+        return False, None, None
     fits = base.y is None or base.y.dtype == x.dtype
     if base.weight is None:
         conditions.refuse(layer, NOT_OUR_GEMM)
@@ -67,7 +57,7 @@ def decide(call: MixedCall, base: Base, without: Sequence[int]) -> Decision:
     if bare:
         tables = tables_for(call)
         if tables is not None:
-            return Decision(True, "invariant" if invariant else "auto", tables)
+            return True, tables, None
     if call.routing.captured:
         raise AdapterStateError(why_not_captured(bare, autocast))
     if invariant:
@@ -75,12 +65,12 @@ def decide(call: MixedCall, base: Base, without: Sequence[int]) -> Decision:
     if not bare and fits:
         slots = slots_for_kernels(call, layer, without)
         if slots is not None:
-            return Decision(False, slots=slots)
+            return False, None, slots
     elif not bare and base.y is not None and layer.impl == "triton":
         raise ImplementationError(
             f"impl='triton' cannot run: the base layer returned {base.y.dtype} for x in {x.dtype}"
         )
-    return Decision(bare)
+    return bare, None, None
 
 
 def check_unmerged(layer: AdaptedLayer) -> None:
@@ -144,6 +134,6 @@ def slots_for_kernels(
 
 def check_devices(slots: Slots, x: torch.Tensor) -> None:
     """Raises `ValueError` where a factor is on another device than x."""
-    for factors in slots.own:
+    for factors in slots:
         if factors is not None and factors.lora_a.device != x.device:
             check_same_device(x, lora_a=factors.lora_a, lora_b=factors.lora_b)

@@ -186,7 +186,7 @@ def dora_rows(call: MixedCall, y: torch.Tensor, slots: DoraSlots) -> torch.Tenso
     if rows is not None:
         if routing.source.residents is not None:
             # A later block may write other scales where these lie.
-            scales = [Scale(g.clone(), None) for g, _ in scales]
+            scales = [(g.clone(), None) for g, _ in scales]
         return _scale_segments(y, bias, rows, dict(zip(scaled, scales, strict=True)))
     return _scale_by_id(call, y, bias, dict(zip(scaled, scales, strict=True)))
 

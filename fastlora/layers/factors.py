@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
@@ -12,7 +12,7 @@ from torch import nn
 from fastlora.layers.call import LayerCall, MixedCall
 from fastlora.layers.norms import kept_sums
 from fastlora.layers.scalings import Scalings
-from fastlora.ops.factors import Factors, Slots, Tables
+from fastlora.ops.factors import Factors, Slots, Tables, numbers_on
 from fastlora.sharding import is_sharded
 from fastlora.validation import UnsupportedLayerError
 
@@ -148,16 +148,25 @@ def scaling_beside(layer: AdaptedLayer, name: str, call: LayerCall | MixedCall) 
     return torch.full((), value, dtype=exact, device=x.device)
 
 
-class Scale(NamedTuple):
-    """What DoRA's g ``[N]`` of one adapter on one linear is made of; see `scale_of`.
+def scalings_beside(values: Sequence[float | torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """Returns scalings as a tensor beside x, fp32 (fp64 for fp64) ``[S]``.
 
-    Attributes:
-        magnitude: ``[N]``; g itself where there are no squares.
-        squares: The norms' squares, ``[N]``, infinity for 0; or None.
+    A tensor of PEFT's compiled hot swap is read on its device.
     """
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    numbers: list[float] = []
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            same = [torch.as_tensor(v, dtype=dtype, device=x.device).reshape(()) for v in values]
+            return torch.stack(same)
+        numbers.append(value)
+    return numbers_on(tuple(numbers), dtype, x.device)
 
-    magnitude: torch.Tensor
-    squares: Any  # as above
+
+# What DoRA's g ``[N]`` of one adapter on one linear is made of, see `fastlora.ops.torch.dora`: the
+# magnitude ``[N]``, and the norms' squares ``[N]``, infinity for 0. Without squares, None, the
+# magnitude is g itself.
+Scale = tuple[torch.Tensor, Any]
 
 
 def scales_by_name(call: LayerCall | MixedCall, names: Sequence[str]) -> list[Scale]:
@@ -169,7 +178,7 @@ def scales_by_name(call: LayerCall | MixedCall, names: Sequence[str]) -> list[Sc
         sums.append(kept_sums(layer, name, scaling, compiling))
     squares = layer._of_whole_rows(sums)
     magnitudes = [layer._own_magnitude(name) for name in names]
-    return list(map(Scale, magnitudes, squares))
+    return list(zip(magnitudes, squares, strict=True))
 
 
 # --------------------------------------------------------------------------------------- sources
@@ -263,7 +272,7 @@ class Pool:
         """See `Source.scales`; a pool keeps g itself (`fastlora.pool.scales`)."""
         found: list[Any] = [self.residents[slot] for slot in slots]  # each has scales by now
         row = call.layer.table_row
-        return [Scale(resident.scales.by_module[row], None) for resident in found]
+        return [(resident.scales.by_module[row], None) for resident in found]
 
     def identity(self, slot: int) -> Hashable:
         resident = self.residents[slot]
@@ -274,7 +283,7 @@ def slots_of(
     source: Source, layer: AdaptedLayer, which: Sequence[int], without: Sequence[int] = ()
 ) -> Slots:
     """Returns a layer's adapters in these slots; those of ``without`` are None."""
-    own: list[Factors | None] = []
+    found: Slots = []
     for slot in which:
-        own.append(None if slot in without else source.factors(layer, slot))
-    return Slots(tuple(own))
+        found.append(None if slot in without else source.factors(layer, slot))
+    return found

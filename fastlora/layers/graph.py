@@ -7,6 +7,8 @@ factors, the batch-invariant mode, gradients through a pool.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
@@ -14,6 +16,7 @@ from fastlora.autograd.linear import records_gradients
 from fastlora.layers import graph_ops  # noqa: F401 - registers operators
 from fastlora.layers.call import MixedCall
 from fastlora.layers.dora import dora_rows, scale_pool_rows_
+from fastlora.layers.factors import scalings_beside
 from fastlora.layers.graph_slots import slots_of
 from fastlora.layers.group_forward import group_forward
 from fastlora.layers.places import output_at, place_of
@@ -29,19 +32,26 @@ def run_in_graph(call: MixedCall, base: Base) -> torch.Tensor | None:
     call = call._replace(routing=batch)
     if batch.source.tables is not None:
         return _of_pool(call, base, batch.source.tables)
-    slots = slots_of(call, layer)
-    if slots is None:
+    found = slots_of(call, layer)
+    if found is None:
         return None
-    if not slots.own.present:  # theirs is DoRA's, which drops
-        return dora_rows(call, base.output(x), slots.dora)
-    shared = group_forward(call, base, slots.own) if slots.impl == "triton" else None
-    s = None if shared is None else shared.s
-    dropout_p = slots.own.dropout_p
+    slots, impl, dora = found
+    tensors: list[torch.Tensor | None] = []
+    scalings: list[Any] = []
+    dropout_p: list[float] = []
+    for factors in slots:
+        tensors += (None,) * 3 if factors is None else (*factors[:2], factors.lora_bias)
+        scalings.append(0.0 if factors is None else factors.scaling)
+        dropout_p.append(0.0 if factors is None else factors.dropout_p)
+    if slots.count(None) == len(slots):  # theirs is DoRA's, which drops
+        return dora_rows(call, base.output(x), dora)
+    shared = group_forward(call, base, slots) if impl == "triton" else None
+    s, scaling = None if shared is None else shared.s, scalings_beside(scalings, x)
     made = torch.ops.fastlora.lora_mixed(
-        *(x, *base[:3], slots.own.tensors(), slots.scaling, batch.ids, batch.seeds, dropout_p),
-        *(layer.routed_as if any(dropout_p) else 0, slots.impl, s),
+        *(x, *base[:3], tensors, scaling, batch.ids, batch.seeds, dropout_p),
+        *(layer.routed_as if any(dropout_p) else 0, impl, s),
     )
-    return dora_rows(call, made, slots.dora)
+    return dora_rows(call, made, dora)
 
 
 def _of_pool(call: MixedCall, base: Base, found: Tables) -> torch.Tensor | None:

@@ -26,10 +26,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
-from fastlora.autograd.linear import Call, run
+from fastlora.autograd.linear import run
 from fastlora.autograd.shared_input import Shared, shrink
 from fastlora.layers.shared_input import Results
-from fastlora.ops.factors import Base
+from fastlora.ops.factors import Base, Operands, present
 from fastlora.ops.library import composes, define
 from fastlora.ops.rows import sort_rows
 from fastlora.ops.seeds import seeds_of_layer
@@ -71,11 +71,13 @@ def _lora_mixed(
         if impl == "triton":
             drawn = drawn.to(x.device, non_blocking=True)
     # In PyTorch, too, a tracer is not shown how rows lie.
-    call = Call("opaque" if impl == "eager" else impl, "auto", tuple(dropout_p), rows)
+    name = "opaque" if impl == "eager" else impl
     dtypes = [tensor.dtype for tensor in factors if tensor is not None]
     dtype = functools.reduce(torch.promote_types, dtypes)
     factors = [None if tensor is None else tensor.to(dtype) for tensor in factors]
-    return run(x, Base(weight, bias, y), call, scaling, drawn, factors, s)
+    downs, ups, biases = present(factors[::3], 0), present(factors[1::3], 1), factors[2::3]
+    operands = Operands(downs, ups, biases, scaling, tuple(dropout_p), drawn)
+    return run(x, Base(weight, bias, y), operands, name, rows=rows, s=s)
 
 
 @composes("lora_shared")

@@ -40,7 +40,7 @@ from fastlora.layers.group_members import (
 )
 from fastlora.layers.places import Place, linear_at, outputs_at
 from fastlora.layers.shared_input import SharedInputGroup, group_of
-from fastlora.ops.backend import BACKENDS, MOST_SIBLINGS, Siblings, draw_seed
+from fastlora.ops.backend import BACKENDS, MOST_SIBLINGS, draw_seed
 from fastlora.ops.factors import Base, Factors, Slots
 from fastlora.routing.kept import stream_of
 from fastlora.weight_marks import marks
@@ -73,7 +73,7 @@ def group_forward(call: LayerCall | MixedCall, base: Base, own: _Own) -> Shared 
     if call.conditions.compiling:
         return None if isinstance(own, Place) or not records else _in_graph(call, _listed(own))
     group = own.group if isinstance(own, Place) else group_of(layer, x)
-    if group is None or (isinstance(own, Slots) and not records):
+    if group is None or (isinstance(own, list) and not records):
         return None
     if group.idle and id(layer) in group.idle:
         group.idle.discard(id(layer))
@@ -126,7 +126,7 @@ def _why_not_now(call: LayerCall | MixedCall) -> str:
 
 
 def _listed(own: Factors | Slots) -> Slots:
-    return own if isinstance(own, Slots) else Slots((own,))
+    return own if isinstance(own, list) else [own]
 
 
 # --------------------------------------------------------------- what a result depends on beside x
@@ -158,7 +158,7 @@ def _key(
         return _key_of(stream, None, _present(base))
     if made.y is None:
         return _key_of_s(stream, _listed(own))
-    if isinstance(own, Slots) or own.lora_bias is not None or own.magnitude is not None:
+    if isinstance(own, list) or own.lora_bias is not None or own.magnitude is not None:
         return None
     return _key_of(stream, own.dropout_p, tensors_of(base, own))
 
@@ -177,7 +177,7 @@ def _key_of(
 
 def _key_of_s(stream: int, own: Slots) -> tuple[object, ...] | None:
     """Returns the key of an s: every lora_a, and dropout."""
-    dropout_p = tuple(None if factors is None else factors.dropout_p for factors in own.own)
+    dropout_p = tuple(None if factors is None else factors.dropout_p for factors in own)
     return _key_of(stream, dropout_p, [a for a in lora_a_of(own) if a is not None])
 
 
@@ -218,8 +218,8 @@ def _outputs(call: LayerCall, base: Base, own: Factors, group: SharedInputGroup)
     ):
         group.launches.clear()  # another one's is as old
         launch = group.launches[id(layer)] = launch_of(call, base, own, group)
-    siblings = launch.siblings
-    if siblings is None or not backend.computes_siblings(x):
+    operands, dropout_p = launch.operands, launch.dropout_p
+    if not operands or not backend.computes_siblings(x):
         return None
     if records and several and not launch.others:
         return None  # it may still share s
@@ -232,10 +232,9 @@ def _outputs(call: LayerCall, base: Base, own: Factors, group: SharedInputGroup)
         if None in keys:
             return None
     if own.dropout_p:
-        operands, dropout_p = siblings
         seeds = [draw_seed(x, conditions.backend) for _ in dropout_p]
-        siblings = Siblings((*operands[: -len(seeds)], *seeds), dropout_p)
-    y, *ys = run_siblings(x, siblings, conditions.backend)
+        operands = *operands[: -len(seeds)], *seeds
+    y, *ys = run_siblings(x, operands, dropout_p, conditions.backend)
     if ys:
         made = zip(keys, map(Shared, ys), strict=True)
         results = dict(zip(launch.owners[1:], made, strict=True))
@@ -261,7 +260,7 @@ def _shrunk(
         return None, why or _LAST
     rows = call.rows() if isinstance(call, MixedCall) else None
     lora_a = [lora_a_of(slots) for _, slots in found]
-    dropout_p = [max(slots.dropout_p) for _, slots in found]
+    dropout_p = [_dropout_of(slots) for _, slots in found]
     first, *made = shrink(call.x, lora_a, dropout_p, call.conditions.backend, rows)
     stream = stream_of(call.given.device)
     keys = [_key_of_s(stream, slots) for _, slots in found[1:]]
@@ -270,6 +269,11 @@ def _shrunk(
     layer, x = call.layer, call.given
     group.put(x, _context(call, own), id(layer), results, layer.routed_by)
     return first, ""
+
+
+def _dropout_of(slots: Slots) -> float:
+    """Returns the probability that acts on a layer: of one adapter, as `sharing` sees to."""
+    return max(0.0 if factors is None else factors.dropout_p for factors in slots)
 
 
 def _in_graph(call: LayerCall | MixedCall, own: Slots) -> Shared | None:
@@ -297,9 +301,9 @@ def _in_graph(call: LayerCall | MixedCall, own: Slots) -> Shared | None:
         for slot, lora_a in enumerate(lora_a_of(slots)):
             if lora_a is not None:
                 factors.append(lora_a)
-                places.append(number * len(own.own) + slot)
+                places.append(number * len(own) + slot)
     (mine,) = [number for number, (member, _) in enumerate(found) if member is layer]
-    dropout_p = [max(slots.dropout_p) for _, slots in found]
+    dropout_p = [_dropout_of(slots) for _, slots in found]
     ids, slots_of_all, dtype = None, 1, None
     if isinstance(call, MixedCall):
         batch = call.routing

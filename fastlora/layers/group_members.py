@@ -19,7 +19,7 @@ from fastlora.layers.decide import slots_for_kernels
 from fastlora.layers.dora import dora_slots
 from fastlora.layers.factors import factors_of, has_tensor_hooks, is_hooked
 from fastlora.layers.shared_input import SharedInputGroup, known_group
-from fastlora.ops.backend import MOST_SIBLINGS, Siblings
+from fastlora.ops.backend import MOST_SIBLINGS
 from fastlora.ops.conditions import constant_when_compiled
 from fastlora.ops.factors import Base, Factors, Slots
 from fastlora.validation import FastLoraError
@@ -44,7 +44,8 @@ class GroupLaunch(NamedTuple):
         dtype, device: Of x.
         base, own: The first's.
         owners: The ``id`` of each layer.
-        siblings: Their operands, without seeds; None where the first is not one for this.
+        operands: Of all, without seeds; empty where the first is not one for this.
+        dropout_p: Probability that acts on each.
         tensors: What their outputs depend on beside x.
         dtypes: Of each, which may change in place.
         others: Of each but the first, the probability of dropout, and its part of the tensors.
@@ -56,7 +57,8 @@ class GroupLaunch(NamedTuple):
     base: Base
     own: Factors
     owners: list[int]
-    siblings: Siblings | None
+    operands: tuple[torch.Tensor | None, ...]
+    dropout_p: tuple[float, ...]
     tensors: list[torch.Tensor]
     dtypes: list[torch.dtype]
     others: list[tuple[float, list[torch.Tensor]]]
@@ -128,7 +130,8 @@ def launch_of(call: LayerCall, base: Base, own: Factors, group: SharedInputGroup
         base,
         own,
         [owner for owner, *_ in found],
-        Siblings(operands, dropout_p) if found else None,
+        operands,
+        dropout_p,
         [tensor for each in tensors for tensor in each],
         [tensor.dtype for each in tensors for tensor in each],
         list(zip(dropout_p, tensors, strict=True))[1:],
@@ -231,12 +234,12 @@ def _slots_of(member: AdaptedLayer, call: LayerCall | MixedCall) -> tuple[Slots 
         factors = factors_of(member, names[0], call)
         if factors is None:
             return None, "one of them has a factor or dropout that is hooked, or not plain"
-        return Slots((factors,)), ""
+        return [factors], ""
     if member.routed_by is not call.layer.routed_by:
         return None, "one of them is of another model"
     if call.conditions.compiling:
         made = graph_slots.slots_of(call, member)
-        return (None, "one of them is not in the graph") if made is None else (made.own, "")
+        return (None, "one of them is not in the graph") if made is None else (made[0], "")
     dora = dora_slots(member, call.routing)
     try:
         slots = slots_for_kernels(call, member, () if dora is None else dora.dropped)
@@ -249,7 +252,7 @@ def _why_not(layer: AdaptedLayer, slots: Slots, own: Slots, call: LayerCall | Mi
     """Returns why a layer with these adapters has its own pass over x, or an empty string."""
     x, mixed = call.given, isinstance(call, MixedCall)
     device, k, dropped, trains, elsewhere = x.device, x.shape[-1], False, False, False
-    for factors in slots.own:
+    for factors in slots:
         if factors is not None:
             lora_a = factors.lora_a
             dropped = dropped or factors.dropout_p > 0.0
@@ -275,7 +278,7 @@ def _why_not(layer: AdaptedLayer, slots: Slots, own: Slots, call: LayerCall | Mi
 
 def lora_a_of(slots: Slots) -> list[torch.Tensor | None]:
     """Returns the lora_a of each slot; None for one without."""
-    return [None if factors is None else factors.lora_a for factors in slots.own]
+    return [None if factors is None else factors.lora_a for factors in slots]
 
 
 # ------------------------------------------------------------------------------ in the report

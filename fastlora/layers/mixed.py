@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,13 +19,16 @@ from fastlora.layers import graph, packs
 from fastlora.layers.absent import with_absent
 from fastlora.layers.call import MixedCall
 from fastlora.layers.decide import check_devices, decide
-from fastlora.layers.factors import slots_of
+from fastlora.layers.factors import scalings_beside, slots_of
 from fastlora.layers.group_forward import group_forward
-from fastlora.layers.places import Place, linear_at, output_at, place_of
+from fastlora.layers.places import linear_at, output_at, place_of
 from fastlora.layers.why import TOO_LATE
-from fastlora.ops.factors import Base, Slots, Tables, numbers_on
+from fastlora.ops.factors import Base, Operands, Slots, Tables, present
 from fastlora.ops.rows import Rows
 from fastlora.validation import check_dropout_dtype
+
+# What stands for the `Factors` of an adapter that leaves a layer alone.
+_NO_FACTORS: Any = None, None, 0.0, None, 0.0, None
 
 
 def run(call: MixedCall, base: Base) -> torch.Tensor:
@@ -39,9 +41,9 @@ def run(call: MixedCall, base: Base) -> torch.Tensor:
     magnitudes, dora = layer._modules.get("lora_magnitude_vector"), None
     if (magnitudes is not None and magnitudes._modules) or routing.source.residents is not None:
         dora = dora_layer.dora_slots(layer, routing)
-    kept: packs.KeptDecision | None = routing.kept.decisions.get(layer.routed_as)
-    if kept is not None and kept.holds(call, base):
-        y, by_address = packs.run_kept(call, base, kept), False
+    known = routing.kept.layers.get(("packs", layer.routed_as))
+    if known is not None and known[0] == packs.key_of(call, base):
+        y, by_address = packs.run_kept(call, base, *known[1]), False
     else:
         y, by_address = _by_rows(call, base, () if dora is None else dora.dropped)
     if dora is None:
@@ -57,18 +59,18 @@ def _by_rows(call: MixedCall, base: Base, without: tuple[int, ...]) -> tuple[tor
     Slots of ``without`` get the base layer only.
     """
     layer, x, routing = call.layer, call.x, call.routing
-    is_bare, plan, found, slots = decide(call, base, without)
+    is_bare, found, slots = decide(call, base, without)
     if found is not None:
-        return _by_address(call, base, found, plan == "invariant"), True
+        return _by_address(call, base, found), True
     if slots is not None:
         shared = group_forward(call, base, slots)
         y = _run_listed(call, base, slots, call.rows(), s=None if shared is None else shared.s)
     else:
         rows = routing.rows(x.numel() // x.shape[-1], x.device, host=True)
         if is_bare:
-            kept = packs.find(call, rows)
+            kept = packs.find(call, base, rows)
             if kept is not None:
-                return packs.run_kept(call, base, kept), False
+                return packs.run_kept(call, base, *kept), False
         own = slots_of(routing.source, layer, rows.present, without)
         check_devices(own, x)
         y = _run_listed(call, base, own, rows, rows.present)
@@ -77,18 +79,15 @@ def _by_rows(call: MixedCall, base: Base, without: tuple[int, ...]) -> tuple[tor
     return y, False
 
 
-def _by_address(call: MixedCall, base: Base, tables: Tables, invariant: bool) -> torch.Tensor:
+def _by_address(call: MixedCall, base: Base, tables: Tables) -> torch.Tensor:
     """Returns ``[..., N]`` by kernels that find factors in tables.
 
     Of the base layer alone where the tables do not know the layer.
     """
-    layer, x, rows = call.layer, call.x, call.rows()
-    place: Place | None = call.routing.kept.places.get(layer.routed_as)
-    if place is None or not place.holds(tables, rows, invariant):
-        place = place_of(call, tables, rows, invariant)
-        if place is None:
-            call.conditions.refuse(layer, TOO_LATE)
-            return base.output(x)
+    x, place = call.x, place_of(call, tables, call.rows(), call.conditions.invariant)
+    if place is None:
+        call.conditions.refuse(call.layer, TOO_LATE)
+        return base.output(x)
     shared = None if base.weight is None else group_forward(call, base, place)
     if shared is None:
         y = output_at(call, base, place)
@@ -112,20 +111,23 @@ def _run_listed(
     ``slots`` are those of ``which``, for PyTorch; or all, for kernels, with s if a sibling made it.
     """
     x, impl = call.x, "triton" if which is None else "eager"
-    tensors: list[torch.Tensor | None] = []
+    lora_a: list[Any] = []
+    lora_b: list[Any] = []
+    lora_bias: list[torch.Tensor | None] = []
     scalings: list[Any] = []
     dropout_p: list[float] = []
-    for factors in slots.own:  # in one loop: every call here is one in every step
-        if factors is None:
-            tensors += (None, None, None)
-            scalings.append(0.0)
-            dropout_p.append(0.0)
-        else:
-            tensors += (factors.lora_a, factors.lora_b, factors.lora_bias)
-            scalings.append(factors.scaling)
-            dropout_p.append(factors.dropout_p)
-    if slots.own.count(None) == len(slots.own):
+    for factors in slots:  # in one loop: every call here is one in every step
+        down, up, scaling, bias, p, _ = _NO_FACTORS if factors is None else factors
+        lora_a.append(down)
+        lora_b.append(up)
+        lora_bias.append(bias)
+        scalings.append(scaling)
+        dropout_p.append(p)
+    missing = slots.count(None)
+    if missing == len(slots):
         return _base_rows(x, base, impl)
+    if missing:
+        lora_a, lora_b = present(lora_a, 0), present(lora_b, 1)
     seeds = None
     if any(dropout_p):
         check_dropout_dtype(x.dtype)
@@ -133,8 +135,9 @@ def _run_listed(
         seeds = call.routing.seeds_of(call.layer.routed_as, device)
         seeds = call.layer._own_seed(seeds if which is None else seeds[list(which)])
     name = f"traced {impl}" if call.conditions.compiling else impl
-    how = linear.Call(name, "auto", tuple(dropout_p), rows, which)
-    return linear.run(x, base, how, scalings_beside(scalings, x), seeds, tensors, s)
+    scaling, drop = scalings_beside(scalings, x), (tuple(dropout_p), seeds)
+    own = Operands(lora_a, lora_b, lora_bias, scaling, *drop, which)
+    return linear.run(x, base, own, name, rows=rows, s=s)
 
 
 def _base_rows(x: torch.Tensor, base: Base, impl: str) -> torch.Tensor:
@@ -146,20 +149,5 @@ def _base_rows(x: torch.Tensor, base: Base, impl: str) -> torch.Tensor:
         return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
     # An adapter of rank 0: the base product and its gradients are the backend's all the same.
     (n, k), zero = weight.shape, scalings_beside((0.0,), x).reshape(())
-    factors = x.new_empty(0, k), x.new_empty(n, 0), None
-    return linear.run(x, base, linear.Call(impl), zero, None, factors)
-
-
-def scalings_beside(values: Sequence[float | torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-    """Returns scalings as a tensor beside x, fp32 (fp64 for fp64) ``[S]``.
-
-    A tensor of PEFT's compiled hot swap is read on its device.
-    """
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    numbers: list[float] = []
-    for value in values:
-        if isinstance(value, torch.Tensor):
-            same = [torch.as_tensor(v, dtype=dtype, device=x.device).reshape(()) for v in values]
-            return torch.stack(same)
-        numbers.append(value)
-    return numbers_on(tuple(numbers), dtype, x.device)
+    operands = Operands([x.new_empty(0, k)], [x.new_empty(n, 0)], [None], zero, (0.0,))
+    return linear.run(x, base, operands, impl)

@@ -5,7 +5,7 @@ From the second time on that a set of adapters comes, without gradients and with
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -18,60 +18,47 @@ from fastlora.ops.torch.packed import LayerPack, pack_layer
 from fastlora.ops.torch.packed_choice import kind_of
 from fastlora.routing.in_force import is_captured
 from fastlora.validation import UnsupportedLayerError
-from fastlora.weight_marks import Mark, marks
+from fastlora.weight_marks import marks
 
 if TYPE_CHECKING:
     from fastlora.layers.layer import AdaptedLayer
 
 
-class KeptDecision(NamedTuple):
-    """That a layer runs by packed factors: found once, and used again while it holds.
+# What is kept of a layer: its factors, how to multiply, and the rows that this is for.
+_Packed = tuple[LayerPack, packed_forward.Plan, Rows]
 
-    Attributes:
-        pack: The factors.
-        plan: How to multiply.
-        rows: The rows that the plan is for.
-        dtype, device: Of x.
-        impl: The layer's.
-        mark: The set's.
+
+def key_of(call: MixedCall, base: Base) -> tuple[object, ...] | None:
+    """Returns what a forward by packed factors is kept for; None where that has to be decided.
+
+    It is the dtype, device and rows of x, the layer's implementation, and the mark of its factors.
     """
-
-    pack: LayerPack
-    plan: packed_forward.Plan
-    rows: Rows
-    dtype: torch.dtype
-    device: torch.device
-    impl: str
-    mark: Mark | None
-
-    def holds(self, call: MixedCall, base: Base) -> bool:
-        """Whether `fastlora.layers.decide` and `find` would come to it again."""
-        layer, x, conditions = call.layer, call.x, call.conditions
-        like = base.y if base.weight is None else base.weight
-        return not (
-            layer.training
-            or torch.is_grad_enabled()
-            or x.dtype is not self.dtype
-            or x.device != self.device
-            or layer.impl != self.impl
-            or like is None
-            or like.dtype is not self.dtype
-            or (self.mark is not marks.trained and self.mark is not None)
-            or layer.merged_adapters
-            or x.numel() != self.rows.m * x.shape[-1]
-            or conditions.invariant
-            or conditions.autocast is not None
-            # What a captured graph reads is pinned where it is found.
-            or is_captured(x)
-        )
+    layer, x, conditions = call.layer, call.x, call.conditions
+    like, dtype = base.y if base.weight is None else base.weight, x.dtype
+    if (
+        layer.training
+        or torch.is_grad_enabled()
+        or like is None
+        or like.dtype is not dtype
+        or layer.merged_adapters
+        or conditions.invariant
+        or conditions.autocast is not None
+        # What a captured graph reads is pinned where it is found.
+        or is_captured(x)
+    ):
+        return None
+    mark = marks.trained if call.routing.source.residents is None else None
+    return dtype, x.device, layer.impl, mark, x.numel() // x.shape[-1]
 
 
-def run_kept(call: MixedCall, base: Base, kept: KeptDecision) -> torch.Tensor:
+def run_kept(
+    call: MixedCall, base: Base, pack: LayerPack, plan: packed_forward.Plan, rows: Rows
+) -> torch.Tensor:
     """Returns ``[..., N]`` by packed factors.
 
     Most of a decode step is spent here, where the host's own time counts.
     """
-    (pack, plan, rows, *_), x = kept, call.x
+    x = call.x
     flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     if base.weight is not None:
         y = packed_forward.linear(flat, base.weight, base.bias, rows, pack, plan)
@@ -80,7 +67,7 @@ def run_kept(call: MixedCall, base: Base, kept: KeptDecision) -> torch.Tensor:
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
 
 
-def find(call: MixedCall, rows: Rows) -> KeptDecision | None:
+def find(call: MixedCall, base: Base, rows: Rows) -> _Packed | None:
     """Returns the layer's packed factors and how to multiply; None where they are not packed.
 
     Kept for the block.
@@ -104,8 +91,11 @@ def find(call: MixedCall, rows: Rows) -> KeptDecision | None:
     plan = packed_forward.plan_for(rows, pack.layout, x.dtype, plans)
     if plan is None:
         return None
-    found = KeptDecision(pack, plan, rows, x.dtype, x.device, layer.impl, sets.mark)
-    routing.kept.decisions[number] = found
+    found, key = (pack, plan, rows), key_of(call, base)
+    if key is not None:
+        dtype, device, impl, _, m = key
+        # The mark with which they were packed: another thread may have ended it since.
+        routing.kept.layers["packs", number] = (dtype, device, impl, sets.mark, m), found
     if is_captured(x):
         routing.group.packs.pin(found)
     return found
@@ -117,6 +107,7 @@ def _slots(layer: AdaptedLayer, call: MixedCall, rows: Rows) -> Slots | None:
         slots = slots_of(call.routing.source, layer, rows.present)
     except UnsupportedLayerError:  # which the layer's own call raises
         return None
-    if any(f.dropout_p or f.lora_a.device != call.x.device for f in slots.present):
-        return None
+    for factors in slots:
+        if factors is not None and (factors.dropout_p or factors.lora_a.device != call.x.device):
+            return None
     return slots

@@ -50,10 +50,6 @@ class Place(NamedTuple):
     first: int
     members: list[AdaptedLayer]
 
-    def holds(self, tables: Tables, rows: Rows, invariant: bool) -> bool:
-        """Whether it is for these."""
-        return self.of is tables and self.rows is rows and self.invariant == invariant
-
 
 def place_of(
     call: MixedCall, tables: Tables, rows: Rows, invariant: bool = False, impl: str = "triton"
@@ -63,7 +59,13 @@ def place_of(
     Kept for the block once the layer's group is known. A compiled graph must not see what one call
     leaves for another, so each layer is on its own there.
     """
-    layer = call.layer
+    layer, key = call.layer, None
+    if not call.conditions.compiling:
+        key = (id(tables), rows, invariant)
+        known = call.routing.kept.layers.get(("places", layer.routed_as))
+        if known is not None and known[0] == key:
+            place: Place = known[1]
+            return place
     row = row_of(layer, layer.routed_as, tables)
     if row is None:
         return None
@@ -72,9 +74,9 @@ def place_of(
     for reference in () if group is None else group.members:
         member: Any = reference()
         if member is not None and member is not layer and member.routed_by is layer.routed_by:
-            place = row_of(member, member.routed_as, tables)
-            if place is not None:
-                neighbours[place] = member
+            beside = row_of(member, member.routed_as, tables)
+            if beside is not None:
+                neighbours[beside] = member
     first, stop = row, row + 1
     while first - 1 in neighbours:
         first -= 1
@@ -82,10 +84,10 @@ def place_of(
         stop += 1
     members = [neighbours[each] for each in range(first, stop)]
     own = rows_at(rows, invariant) if impl == "triton" else rows.tensors()
-    beside = group if len(members) > 1 else None
-    found = Place(tables, rows, invariant, own, tables.tensors(), row, beside, first, members)
+    shared = group if len(members) > 1 else None
+    found = Place(tables, rows, invariant, own, tables.tensors(), row, shared, first, members)
     if group is not None:
-        call.routing.kept.places[layer.routed_as] = found
+        call.routing.kept.layers["places", layer.routed_as] = key, found
     return found
 
 
@@ -117,7 +119,8 @@ def linear_at(
     ``s`` is what a neighbour made. Whoever ``shares`` makes that of all neighbours, which is
     returned behind y.
     """
-    x, of, plan = _flat(call.x), place.of, "invariant" if place.invariant else "auto"
+    of, plan = place.of, "invariant" if place.invariant else "auto"
+    x = call.x if call.x.dim() == 2 else call.x.reshape(-1, call.x.shape[-1])
     if base.weight is None:
         raise ValueError("a base layer that is called has no weight for a launch")
     read: torch.Tensor | Coded = base.weight

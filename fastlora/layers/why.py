@@ -96,7 +96,7 @@ def why_not_tables(bare: bool, dtype: torch.dtype | None) -> str:
 def why_not_lists(routing: Routing, slots: Slots) -> str:
     """Returns why kernels cannot take some factors, or an empty string."""
     dtypes: dict[torch.dtype, str] = {}
-    for name, factors in zip(routing.names, slots.own, strict=True):
+    for name, factors in zip(routing.names, slots, strict=True):
         for tensor in () if factors is None else (*factors[:2], factors.lora_bias):
             if tensor is not None:
                 dtypes.setdefault(tensor.dtype, name)

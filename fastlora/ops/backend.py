@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from fastlora.ops.factors import Base, Operands
     from fastlora.ops.rows import Rows
 
+_Gradient = torch.Tensor | None
+
 
 def draw_seed(x: torch.Tensor, impl: str) -> torch.Tensor:
     """Draws a dropout seed (one int64) from torch's default generator.
@@ -32,22 +34,6 @@ def draw_seed(x: torch.Tensor, impl: str) -> torch.Tensor:
     return torch.randint(0, 2**62, (1,), dtype=torch.int64, device=device)
 
 
-class Wanted(NamedTuple):
-    """Which gradients of a layer are wanted.
-
-    Attributes:
-        x: Of x.
-        bias: Of the base bias.
-        s: Of an s that was given.
-        factors: Of ``lora_a, lora_b, lora_bias`` of each adapter in turn.
-    """
-
-    x: bool
-    bias: bool
-    s: bool
-    factors: Sequence[bool]
-
-
 class Backward(NamedTuple):
     """What the gradients of a `Backend.forward` are made of, but that of the base weight.
 
@@ -57,7 +43,10 @@ class Backward(NamedTuple):
         x: None where no gradient needs it.
         operands, rows, plan: As in the forward.
         s: Of the forward; None without rows where no lora_b is wanted.
-        wanted: Which gradients. That of one adapter's lora_bias is the caller's part.
+        wants_x, wants_bias, wants_s: Whether those of x, of the base bias, and of an s that was
+            given are wanted.
+        wants: Whether those of ``lora_a, lora_b, lora_bias`` of each adapter in turn are. That of
+            one adapter's lora_bias is the caller's part.
     """
 
     dy: torch.Tensor
@@ -66,44 +55,19 @@ class Backward(NamedTuple):
     operands: Operands
     rows: Rows | None
     s: torch.Tensor | None
-    wanted: Wanted
     plan: str
+    wants_x: bool
+    wants_bias: bool
+    wants_s: bool
+    wants: Sequence[bool]
 
 
-class Gradients(NamedTuple):
-    """Gradients of a layer; None for those that are not wanted.
-
-    Attributes:
-        dx: ``[M, K]``.
-        factors: Of ``lora_a, lora_b, lora_bias`` of each adapter in turn; None also where an
-            adapter has no rows.
-        ds: ``[M, R]``.
-        d_bias: ``[N]`` of the base bias.
-    """
-
-    dx: torch.Tensor | None
-    factors: list[torch.Tensor | None]
-    ds: torch.Tensor | None
-    d_bias: torch.Tensor | None
-
+# dx ``[M, K]``; d_bias ``[N]`` of the base bias; ds ``[M, R]``; and those of ``lora_a, lora_b,
+# lora_bias`` of each adapter in turn. None for what is not wanted, and for an adapter without rows.
+Gradients = tuple[_Gradient, _Gradient, _Gradient, list[_Gradient]]
 
 # Layers of one launch; `fastlora.kernels.tables.MAX_SIBLINGS` without an import of Triton.
 MOST_SIBLINGS = 4
-
-
-class Siblings(NamedTuple):
-    """G layers that are fed by the same x, each with one adapter and no lora_bias.
-
-    Attributes:
-        operands: One list, as what runs in every step takes it: the weights of all, ``[N, K]`` in
-            x's dtype; the biases, ``[N]`` or None; every lora_a ``[R, K]``, every lora_b
-            ``[N, R]``; the scalings, fp32 of one element; the seeds of dropout, int64 ``[1]`` or
-            None.
-        dropout_p: Probability that acts on each.
-    """
-
-    operands: Sequence[torch.Tensor | None]
-    dropout_p: tuple[float, ...]
 
 
 class Backend(ABC):
@@ -140,9 +104,14 @@ class Backend(ABC):
 
     @abstractmethod
     def gradients(self, given: Backward) -> Gradients:
-        """Returns the gradients that are wanted."""
+        """Returns dx, d_bias, ds, and the gradients of factors; see `Gradients`."""
 
     # ------------------------------------------------- layers that are fed by the same x, at once
+
+    # G siblings, each with one adapter and no lora_bias, are one list of operands, as what runs in
+    # every step takes it: the weights of all, ``[N, K]`` in x's dtype; the biases, ``[N]`` or None;
+    # every lora_a ``[R, K]``, every lora_b ``[N, R]``; the scalings, fp32 of one element; the seeds
+    # of dropout, int64 ``[1]`` or None. ``dropout_p`` has the probability that acts on each.
 
     def computes_siblings(self, x: torch.Tensor) -> bool:
         """Whether the backend computes layers that are fed by x at once, by what follows."""
@@ -180,7 +149,11 @@ class Backend(ABC):
         raise NotImplementedError
 
     def siblings(
-        self, x: torch.Tensor, siblings: Siblings, with_s: bool = False
+        self,
+        x: torch.Tensor,
+        operands: Sequence[torch.Tensor | None],
+        dropout_p: tuple[float, ...],
+        with_s: bool = False,
     ) -> list[torch.Tensor]:
         """Returns y ``[M, N]`` of each of 1 to 4 layers that are fed by the same x.
 
@@ -192,7 +165,8 @@ class Backend(ABC):
         self,
         dys: Sequence[torch.Tensor | None],
         x: torch.Tensor | None,
-        siblings: Siblings,
+        operands: Sequence[torch.Tensor | None],
+        dropout_p: tuple[float, ...],
         s: Sequence[torch.Tensor],
         wants: tuple[bool, ...],
     ) -> list[torch.Tensor | None]:
@@ -201,7 +175,7 @@ class Backend(ABC):
         Args:
             dys: Of each layer, any strides; None where nobody used its y.
             x: None where no lora_a's gradient is wanted.
-            siblings: Their operands.
+            operands, dropout_p: Theirs.
             s: Of `siblings`.
             wants: Whether that of x is wanted, of each weight (which is the caller's part), bias,
                 lora_a and lora_b.

@@ -71,34 +71,8 @@ class Base(NamedTuple):
         return flat if self.inplace or flat.data_ptr() != self.y.data_ptr() else flat.clone()
 
 
-class Slots(NamedTuple):
-    """The adapters of one linear by slot.
-
-    Attributes:
-        own: Factors of each slot; None where the adapter leaves the linear alone.
-    """
-
-    own: tuple[Factors | None, ...]
-
-    @property
-    def present(self) -> list[Factors]:
-        """The factors of slots that have any."""
-        return [factors for factors in self.own if factors is not None]
-
-    @property
-    def dropout_p(self) -> list[float]:
-        """Probability that acts on each slot."""
-        return [0.0 if factors is None else factors.dropout_p for factors in self.own]
-
-    def tensors(self) -> list[torch.Tensor | None]:
-        """Returns ``lora_a, lora_b, lora_bias`` of each slot in turn; three None for none."""
-        found: list[torch.Tensor | None] = []
-        for factors in self.own:
-            if factors is None:
-                found += (None, None, None)
-            else:
-                found += (factors.lora_a, factors.lora_b, factors.lora_bias)
-        return found
+# The adapters of one linear by slot; None for one that leaves the linear alone.
+Slots = list[Factors | None]
 
 
 class Operands(NamedTuple):
@@ -120,22 +94,6 @@ class Operands(NamedTuple):
     dropout_p: tuple[float, ...]
     seeds: torch.Tensor | None = None
     slots: tuple[int, ...] | None = None
-
-
-def operands_of(
-    tensors: Sequence[torch.Tensor | None],
-    scaling: torch.Tensor,
-    dropout_p: tuple[float, ...],
-    seeds: torch.Tensor | None,
-    slots: tuple[int, ...] | None,
-) -> Operands:
-    """Returns the operands of what `Slots.tensors` returned."""
-    if len(tensors) == 3:
-        lora_a, lora_b, lora_bias = tensors
-        if lora_a is not None and lora_b is not None:
-            return Operands([lora_a], [lora_b], [lora_bias], scaling, dropout_p, seeds, slots)
-    downs, ups = present(tensors[::3], 0), present(tensors[1::3], 1)
-    return Operands(downs, ups, list(tensors[2::3]), scaling, dropout_p, seeds, slots)
 
 
 class Tables(NamedTuple):

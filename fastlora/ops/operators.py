@@ -13,7 +13,7 @@ import torch
 
 from fastlora.coded_weight import Coded, CodedWeight, matrix
 from fastlora.ops import schema
-from fastlora.ops.backend import Backend, Backward, Gradients, Siblings, register_backend
+from fastlora.ops.backend import Backend, Backward, Gradients, register_backend
 from fastlora.ops.conditions import on_device_of, sees_operators
 from fastlora.ops.factors import Base, Operands
 from fastlora.ops.layout import split_grad_a, split_grad_b
@@ -97,7 +97,7 @@ class OperatorBackend(Backend):
     def gradients(self, given: Backward) -> Gradients:
         operators, function = self._operators(given.dy), OperatorBackend._gradients
         read: torch.Tensor | Coded | None = None
-        if given.weight is not None and given.wanted.x:
+        if given.weight is not None and given.wants_x:
             dy, ups, launch = given.dy, given.operands.lora_b, "coded_lora_grad_x"
             read = given.weight if given.weight.dtype is dy.dtype else given.weight.to(dy.dtype)
             read = self._launched(read, dy, ups, given.plan, operators, launch)
@@ -110,9 +110,9 @@ class OperatorBackend(Backend):
         self, given: Backward, weight: torch.Tensor | Coded | None, operators: schema.Operators
     ) -> Gradients:
         """`gradients` by operators of `schema.operators_for`, with what they take for a weight."""
-        dy, _, x, operands, rows, s, wanted, plan = given
+        dy, _, x, operands, rows, s, plan, wants_x, wants_bias, wants_s, wants = given
         lora_a, lora_b, lora_bias, scaling, dropout_p, seeds, _ = operands
-        drop, wants = (seeds, list(dropout_p)), wanted.factors
+        drop = seeds, list(dropout_p)
         found: list[torch.Tensor | None] = [None] * len(wants)
         d_bias = None
         if rows is not None:
@@ -127,22 +127,22 @@ class OperatorBackend(Backend):
                     found[3 * slot + 1 : 3 * slot + 3] = pair
         elif wants[1]:
             ds, found[1], d_bias = operators.lora_grad_b(
-                dy, s, [], 0, lora_b, [wanted.bias], scaling, True, self.impl
+                dy, s, [], 0, lora_b, [wants_bias], scaling, True, self.impl
             )
         else:
             ds = reference.lora_ds(dy, lora_b[0], scaling)
-        if wanted.bias and d_bias is None:
+        if wants_bias and d_bias is None:
             d_bias = reference.column_sums(dy)
         dx = None
-        if wanted.x:
+        if wants_x:
             dx = operators.lora_grad_x(
                 dy, weight, ds, self._in_pieces(rows), lora_a, *drop, self.impl, plan
             )
         if x is not None and any(wants[::3]):
             found[::3] = self._grad_a(x, [ds], lora_a, *drop, rows, operators.lora_grad_a)
-        if wanted.s and rows is not None and torch.is_anomaly_enabled():
+        if wants_s and rows is not None and torch.is_anomaly_enabled():
             ds = _without_the_unwritten(ds, rows, lora_a)
-        return Gradients(dx, found, ds, d_bias)
+        return dx, d_bias, ds, found
 
     def _in_runs(
         self, launch: str, rows: Rows, like: torch.Tensor
@@ -203,32 +203,34 @@ class OperatorBackend(Backend):
         return self.impl == "triton" and not sees_operators(x, True, by_profiler=False)
 
     def siblings(
-        self, x: torch.Tensor, siblings: Siblings, with_s: bool = False
+        self,
+        x: torch.Tensor,
+        operands: Sequence[torch.Tensor | None],
+        dropout_p: tuple[float, ...],
+        with_s: bool = False,
     ) -> list[torch.Tensor]:
-        operands: Sequence[torch.Tensor | Coded | None] = siblings.operands
-        if _over_codes(siblings):
-            operands = _with_launched(siblings, x, "coded_lora_linear")
+        read: Sequence[torch.Tensor | Coded | None] = operands
+        if _over_codes(operands, len(dropout_p)):
+            read = _with_launched(operands, len(dropout_p), x, "coded_lora_linear")
         function = schema.kernels_of(False).siblings
-        made: list[torch.Tensor] = on_device_of(
-            x, function, x, siblings.dropout_p, with_s, *operands
-        )
+        made: list[torch.Tensor] = on_device_of(x, function, x, dropout_p, with_s, *read)
         return made
 
     def siblings_gradients(
         self,
         dys: Sequence[torch.Tensor | None],
         x: torch.Tensor | None,
-        siblings: Siblings,
+        operands: Sequence[torch.Tensor | None],
+        dropout_p: tuple[float, ...],
         s: Sequence[torch.Tensor],
         wants: tuple[bool, ...],
     ) -> list[torch.Tensor | None]:
-        operands: Sequence[torch.Tensor | Coded | None] = siblings.operands
-        dropout_p = siblings.dropout_p
-        if _over_codes(siblings):
+        read: Sequence[torch.Tensor | Coded | None] = operands
+        if _over_codes(operands, len(dropout_p)):
             dy = next(dy for dy in dys if dy is not None) if wants[0] else None
-            operands = _with_launched(siblings, dy, "coded_lora_grad_x")
+            read = _with_launched(operands, len(dropout_p), dy, "coded_lora_grad_x")
         made: list[torch.Tensor | None] = schema.kernels_of(True).siblings(
-            x, dropout_p, wants, *dys, *operands, *s
+            x, dropout_p, wants, *dys, *read, *s
         )
         return made
 
@@ -295,16 +297,15 @@ def launched(
     return weight.coded if coded else matrix(weight)
 
 
-def _over_codes(siblings: Siblings) -> bool:
-    """Whether a weight of theirs is stored as codes."""
-    return CodedWeight in map(type, siblings.operands[: len(siblings.dropout_p)])
+def _over_codes(operands: Sequence[torch.Tensor | None], count: int) -> bool:
+    """Whether a weight of so many siblings is stored as codes."""
+    return CodedWeight in map(type, operands[:count])
 
 
 def _with_launched(
-    siblings: Siblings, x: torch.Tensor | None, launch: str
+    operands: Sequence[torch.Tensor | None], count: int, x: torch.Tensor | None, launch: str
 ) -> Sequence[torch.Tensor | Coded | None]:
     """Returns siblings' operands with what kernels read of their weights; None without an x."""
-    operands, count = siblings.operands, len(siblings.dropout_p)
     read: list[torch.Tensor | Coded | None] = [None] * count
     if x is not None:
         for i, (weight, up) in enumerate(

@@ -159,9 +159,9 @@ class BlockKept:
     """What one block keeps: made at most once for its batch.
 
     Attributes:
-        decisions: By number of a layer, what was decided for it.
+        layers: By what computes a layer ("packs" or "places") and its number, a key and what was
+            found. That holds for a forward that has an equal key.
         plans: By rows, then by layout and bytes of an element, how to multiply packed factors.
-        places: By number of a layer, where kernels find its factors.
         rows: By number of rows, device and stream.
         seeds: By device and stream, the dropout seeds of layers by number.
         sets: What the model keeps of sets of adapters, by their keys.
@@ -169,9 +169,8 @@ class BlockKept:
         followed: What checks the rows that layers get in the block; None where all are known.
     """
 
-    decisions: dict[int, Any] = field(default_factory=dict)
+    layers: dict[tuple[str, int], tuple[Hashable, Any]] = field(default_factory=dict)
     plans: dict[Rows, dict[Any, Any]] = field(default_factory=dict)
-    places: dict[int, Any] = field(default_factory=dict)
     rows: dict[tuple[int, torch.device, int], Rows] = field(default_factory=dict)
     seeds: dict[tuple[torch.device, int], dict[int, torch.Tensor]] = field(default_factory=dict)
     sets: dict[tuple[Hashable, ...], SetPack] = field(default_factory=dict)

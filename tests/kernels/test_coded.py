@@ -17,7 +17,7 @@ pytest.importorskip("torchao", reason="torchao is not installed")
 
 from fastlora.coded_weight import CodedWeight, matrix
 from fastlora.kernels import lora_linear, mixed_lora_linear
-from fastlora.ops.backend import BACKENDS, Backward, Siblings, Wanted
+from fastlora.ops.backend import BACKENDS, Backward
 from fastlora.ops.factors import Base, Operands
 from fastlora.testing import assert_within_budget
 from tests.support.kernels.coded import coded_weight
@@ -114,10 +114,10 @@ def test_siblings(lab: Lab, dtype: torch.dtype, launches: list[str], kind: str) 
     operands = [*weights, *biases, *lora_a, *lora_b, *scalings, None, None, None]
     dys = [lab.rand(m, n, dtype=dtype) for n in sizes]
     with torch.no_grad():
-        *ys, s = TRITON.siblings(x, Siblings(operands, (0.0,) * 3), True)
+        *ys, s = TRITON.siblings(x, operands, (0.0,) * 3, True)
         assert launches == [f"load_{'int8' if kind == 'int8' else weights[0].coded.kind}"]
         wants = (True, *[False] * 6, *[True] * 6)
-        dx, *_ = TRITON.siblings_gradients(dys, x, Siblings(operands, (0.0,) * 3), [s], wants)
+        dx, *_ = TRITON.siblings_gradients(dys, x, operands, (0.0,) * 3, [s], wants)
     assert len(launches) == 4 and "plain" not in launches
 
     def by_torch(kept: torch.dtype) -> list[torch.Tensor]:
@@ -142,9 +142,7 @@ def test_siblings_of_several_kinds_have_a_launch_each(lab: Lab, launches: list[s
     lora_a, lora_b = [lab.rand(4, 64)] * 3, [lab.rand(32, 4)] * 3
     scalings = [torch.ones(1, device=lab.device)] * 3
     with torch.no_grad():
-        ys = TRITON.siblings(
-            x, Siblings([*weights, *none, *lora_a, *lora_b, *scalings, *none], (0.0,) * 3)
-        )
+        ys = TRITON.siblings(x, [*weights, *none, *lora_a, *lora_b, *scalings, *none], (0.0,) * 3)
     assert sorted(launches) == ["load_int8", "load_table4", "plain"]
     for y, weight in zip(ys, weights, strict=True):
         dense = matrix(weight) if isinstance(weight, CodedWeight) else weight
@@ -196,14 +194,14 @@ def test_mixed_training(lab: Lab, dtype: torch.dtype, launches: list[str]) -> No
         *(problem.lora_a, problem.lora_b, problem.lora_bias, problem.scaling),
         *(dropout_p, problem.seeds),
     )
-    wanted = Wanted(True, False, False, [True] * 12)
+    wants = True, False, False, [True] * 12
     with torch.no_grad():
         y, s = TRITON.forward(problem.x, Base(weight), operands, rows, None, "auto")
-        given = problem.dy, weight, problem.x, operands, rows, s, wanted, "auto"
-        found = TRITON.gradients(Backward(*given))
-    results = {"y": y, "dx": found.dx}
+        given = problem.dy, weight, problem.x, operands, rows, s, "auto"
+        dx, _, _, factors = TRITON.gradients(Backward(*given, *wants))
+    results = {"y": y, "dx": dx}
     for slot in range(4):
-        results[f"d_lora_a {slot}"], results[f"d_lora_b {slot}"] = found.factors[3 * slot :][:2]
+        results[f"d_lora_a {slot}"], results[f"d_lora_b {slot}"] = factors[3 * slot :][:2]
     problem.check({name: made for name, made in results.items() if made is not None})
     assert launches == ["load_table4"] * 2
 

@@ -20,7 +20,7 @@ from triton import knobs
 from fastlora.coded_weight import Coded, CodedWeight
 from fastlora.kernels import launch as launching
 from fastlora.kernels.launch import empty, kept, launch, product
-from fastlora.ops.backend import Backward, Wanted
+from fastlora.ops.backend import Backward
 from fastlora.ops.factors import Operands, Tables
 from fastlora.ops.layout import planes_shape
 from fastlora.ops.operators import OperatorBackend
@@ -252,8 +252,8 @@ def _gradients(m: int, bias: bool = False, p: float = 0.0, plan: str = "auto") -
     )
     seeds = torch.zeros(1, dtype=torch.int64) if p else None
     operands = Operands([lora_a], [lora_b], [None], torch.ones(()), (p,), seeds)
-    wanted = Wanted(True, bias, False, (True, True, False))
-    return (Backward(dy, weight, x, operands, None, s, wanted, plan),)
+    wants = True, bias, False, (True, True, False)
+    return (Backward(dy, weight, x, operands, None, s, plan, *wants),)
 
 
 def _operands(p: float, k: int = 96) -> list[torch.Tensor | None]:

@@ -297,12 +297,12 @@ def test_layout_holds_every_rank_row_once() -> None:
     ranks = (3, 64, 0, 8, 16, 1, 8, 64, 16, 3, 3)
     layout = make_layout(ranks)
     taken = [0] * layout.rank_rows
-    for place, rank in zip(layout.places, ranks, strict=True):
-        assert place.rank == rank
-        for row in range(place.first, place.first + rank):
+    assert layout.ranks == ranks
+    for first, rank in zip(layout.firsts, ranks, strict=True):
+        for row in range(first, first + rank):
             taken[row] += 1
         if rank:
-            assert place.first // layout.unit == (place.first + rank - 1) // layout.unit
+            assert first // layout.unit == (first + rank - 1) // layout.unit
     assert max(taken) == 1
     assert sum(taken) == sum(ranks)
     assert layout.units == 3  # 64, 64, and all the others together
@@ -357,7 +357,7 @@ def test_what_a_captured_graph_reads_stays(captured: bool) -> None:
 
     def noted(*given: Any) -> Any:
         found: Any = find(*given)
-        read.extend(weakref.ref(t) for t in (*found.pack, *found.plan) if is_tensor(t))
+        read.extend(weakref.ref(t) for t in (*found[0], *found[1]) if is_tensor(t))
         return found
 
     with (

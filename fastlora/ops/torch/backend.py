@@ -46,19 +46,19 @@ class TorchBackend(Backend):
         return reference.lora_expand_(y, s, lora_b, operands.scaling), s
 
     def gradients(self, given: Backward) -> Gradients:
-        dy, weight, x, operands, rows, s, wanted, _ = given
+        dy, weight, x, operands, rows, s = given[:6]
         if rows is None or s is None:
             return single.gradients(given, self.traced)
-        wants, dx, dy = wanted.factors, None, rows.sorted(dy)
-        wants_ds = wanted.x or wanted.s or any(wants[::3])
+        wants, dx, dy = given.wants, None, rows.sorted(dy)
+        wants_ds = given.wants_x or given.wants_s or any(wants[::3])
         ds, d_lora_b, d_lora_bias = segments.grad_b(dy, s, operands, rows, wants, wants_ds)
         d_lora_a: list[torch.Tensor | None] = [None] * len(d_lora_b)
         if x is not None and any(wants[::3]):
             d_lora_a = segments.grad_a(x, [ds], [operands], rows, wants[::3])
-        if wanted.x:
+        if given.wants_x:
             dx = segments.grad_x(dy, weight, ds, operands, rows)
         factors = [t for own in zip(d_lora_a, d_lora_b, d_lora_bias, strict=True) for t in own]
-        return Gradients(dx, factors, ds, dy.sum(0) if wanted.bias else None)
+        return dx, dy.sum(0) if given.wants_bias else None, ds, factors
 
 
 register_backend("eager", TorchBackend(False))

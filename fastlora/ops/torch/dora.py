@@ -18,7 +18,7 @@ dimensions. ``traced`` says that a compiler traces the function.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -27,6 +27,8 @@ import torch.nn.functional as F
 from fastlora.coded_weight import as_matrix
 from fastlora.ops.torch import products, reference
 from fastlora.ops.torch.single import keep_mask
+
+_Gradient = torch.Tensor | None
 
 # Elements of the weight that a norm widens at once.
 _CHUNK = 1 << 18
@@ -230,26 +232,6 @@ class Dropped(NamedTuple):
         return reference.select_(keep, rows).mul_(1.0 / (1.0 - self.dropout_p))
 
 
-class Wanted(NamedTuple):
-    """Which gradients a backward is to find."""
-
-    x: bool
-    weight: bool
-    lora_a: bool
-    lora_b: bool
-    magnitude: bool
-
-
-class Found(NamedTuple):
-    """The gradients of `Wanted`, None where it was not."""
-
-    x: torch.Tensor | None = None
-    weight: torch.Tensor | None = None
-    lora_a: torch.Tensor | None = None
-    lora_b: torch.Tensor | None = None
-    magnitude: torch.Tensor | None = None
-
-
 def forward_rows(
     base: torch.Tensor | None,
     rows: torch.Tensor,
@@ -291,49 +273,53 @@ def gradients(
     adapter: Dropped,
     s: torch.Tensor | None,
     z: torch.Tensor | None,
-    wanted: Wanted,
     *,
     own_base: bool,
-) -> Found:
-    """Returns the gradients for ``dy [M, N]`` in x's dtype.
+    wants_x: bool,
+    wants_weight: bool,
+    wants: Sequence[bool],
+) -> tuple[_Gradient, _Gradient, list[_Gradient]]:
+    """Returns the gradients for ``dy [M, N]`` in x's dtype, None for those that are not wanted.
 
+    They are those of x, of the weight, and of lora_a, lora_b and magnitude, as ``wants`` has them.
     x, ``rows``, is read for the gradients of weight and lora_a, s for those of lora_b and
     magnitude, z for the magnitude's. ``own_base`` says that the forward made the base layer's
     output, and its gradients count too.
     """
     lora_a, lora_b, magnitude, squares, scaling, *_ = adapter
+    wants_a, wants_b, wants_magnitude = wants
     d_weight = d_lora_a = d_lora_b = d_magnitude = dx = sums = None
     traced = adapter.impl == "traced eager"
     scale = scale_of(magnitude, squares)
-    if z is None or not wanted.magnitude:
+    if z is None or not wants_magnitude:
         through_z = times(dy, scale - 1.0, traced)
     else:
         through_z, sums = scaled_with_sums(dy, z, scale - 1.0, traced)
-    if s is not None and (wanted.lora_b or wanted.magnitude):
+    if s is not None and (wants_b or wants_magnitude):
         # [R, M] x [M, N]: (scaling * s)^T dy serves both.
         inner = products.mm((s * scaling).to(dy.dtype).t(), dy).to(squares.dtype)
-        if wanted.lora_b:
+        if wants_b:
             d_lora_b = (inner * scale).t().to(lora_b.dtype).contiguous()
         if sums is not None:
             through_s = inner.mul_(lora_b.to(dy.dtype).t()).sum(0)
             d_magnitude = through_s.add_(sums).mul_(squares.rsqrt()).to(magnitude.dtype)
-    if wanted.x or wanted.lora_a:
+    if wants_x or wants_a:
         ds = products.mm(dy, _scaled_rows(lora_b, scale, dy.dtype)).mul_(scaling)
-    if wanted.x:
+    if wants_x:
         weight_x = as_matrix(weight).to(dy.dtype)
         # [M, N] x [N, K], and the adapter's [M, R] x [R, K] into it
         dx = products.addmm_(products.mm(through_z, weight_x), ds, lora_a.to(dy.dtype))
         dx = adapter.masked(dx, dy)
         dx = products.addmm_(dx, dy, weight_x) if own_base else dx
-    if rows is not None and (wanted.lora_a or wanted.weight):
+    if rows is not None and (wants_a or wants_weight):
         masked = adapter.masked(rows, dy)
-        if wanted.lora_a:
+        if wants_a:
             d_lora_a = products.mm(ds.t(), masked).to(lora_a.dtype)
-        if wanted.weight:
+        if wants_weight:
             d_weight = products.mm(through_z.t(), masked)
             d_weight = products.addmm_(d_weight, dy.t(), rows) if own_base else d_weight
             d_weight = d_weight.to(weight.dtype)
-    return Found(dx, d_weight, d_lora_a, d_lora_b, d_magnitude)
+    return dx, d_weight, [d_lora_a, d_lora_b, d_magnitude]
 
 
 def _scaled_rows(lora_b: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -10,13 +10,12 @@ Nothing here computes a forward; `fastlora.ops.torch.packed_forward` does.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
-from fastlora.ops.factors import Factors, Slots
+from fastlora.ops.factors import Slots
 from fastlora.ops.torch.packed_choice import RowsKind, is_coalesced, is_dense
 
 # Widest block of rank rows that one product takes; units are coalesced up to it.
@@ -25,26 +24,21 @@ WIDEST_BLOCK = 64
 _ROUNDED_UNITS = 8
 
 
-class Place(NamedTuple):
-    """Where an adapter's rank rows stand: ``rank`` rows from ``first`` on; rank 0 has none."""
-
-    first: int
-    rank: int
-
-
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """Places of a set of adapters, the same for all layers on which they have these ranks.
+    """Where the rank rows of a set of adapters stand, on all layers where they have these ranks.
 
     Attributes:
         unit: Rank rows in a unit.
         units: Their number.
-        places: One for each adapter of the set, in its order.
+        firsts: The first rank row of each adapter of the set, in its order.
+        ranks: The number of each adapter's rank rows; 0 for one that has none.
     """
 
     unit: int
     units: int
-    places: tuple[Place, ...]
+    firsts: tuple[int, ...]
+    ranks: tuple[int, ...]
 
     @property
     def rank_rows(self) -> int:
@@ -60,7 +54,7 @@ def make_layout(ranks: tuple[int, ...], coalesced: bool = False) -> Layout:
     """
     unit = max(ranks)
     used: list[int] = []
-    places = [Place(0, 0)] * len(ranks)
+    firsts = [0] * len(ranks)
     for index in sorted(range(len(ranks)), key=lambda i: -ranks[i]):
         rank = ranks[index]
         if not rank:
@@ -70,15 +64,17 @@ def make_layout(ranks: tuple[int, ...], coalesced: bool = False) -> Layout:
         at = len(used) if rank == unit else next(roomy, len(used))
         if at == len(used):
             used.append(0)
-        places[index] = Place(at * unit + used[at], rank)
+        firsts[index] = at * unit + used[at]
         used[at] += rank
     units = len(used)
     if not coalesced:
-        return Layout(unit, units, tuple(places))
+        return Layout(unit, units, tuple(firsts), ranks)
     rounded = units
     if units >= _ROUNDED_UNITS:
         rounded += -units % max(WIDEST_BLOCK // unit, 1)
-    return make_layout(ranks, False) if rounded == units else Layout(unit, rounded, tuple(places))
+    if rounded == units:
+        return make_layout(ranks, False)
+    return Layout(unit, rounded, tuple(firsts), ranks)
 
 
 class LayerPack(NamedTuple):
@@ -103,26 +99,25 @@ def pack_layer(slots: Slots, dtype: torch.dtype, kind: RowsKind) -> LayerPack | 
     None where no adapter has factors, or some are not finite: a product that serves several
     adapters would carry a NaN from one to the others.
     """
-    factors = slots.own
-    layout = _layout(factors, dtype, kind)
+    layout = _layout(slots, dtype, kind)
     if layout is None:
         return None
-    (n, _), (_, k) = slots.present[0].lora_b.shape, slots.present[0].lora_a.shape
-    device = slots.present[0].lora_a.device
+    some = next(factors for factors in slots if factors is not None)
+    (n, _), (_, k), device = some.lora_b.shape, some.lora_a.shape, some.lora_a.device
     dense = is_dense(layout.unit, layout.units, dtype)
     shape = (k, layout.units, layout.unit) if dense else (layout.units, layout.unit, k)
     lora_a = torch.zeros(shape, dtype=dtype, device=device)
     by_unit = lora_a.permute(1, 2, 0) if dense else lora_a
     lora_b = torch.zeros(layout.units, layout.unit, n, dtype=dtype, device=device)
     lora_bias = None
-    if any(f is not None and f.lora_bias is not None for f in factors):
-        lora_bias = torch.zeros(len(factors) + 1, n, dtype=dtype, device=device)
+    if any(f is not None and f.lora_bias is not None for f in slots):
+        lora_bias = torch.zeros(len(slots) + 1, n, dtype=dtype, device=device)
     exact = torch.float64 if dtype == torch.float64 else torch.float32
-    for at, (place, own) in enumerate(zip(layout.places, factors, strict=True)):
+    for at, own in enumerate(slots):
         if own is None:
             continue
-        unit, first = divmod(place.first, layout.unit)
-        rows = slice(first, first + place.rank)
+        unit, first = divmod(layout.firsts[at], layout.unit)
+        rows = slice(first, first + layout.ranks[at])
         by_unit[unit, rows] = own.lora_a
         lora_b[unit, rows] = own.lora_b.t().to(exact) * own.scaling
         if lora_bias is not None and own.lora_bias is not None:
@@ -134,12 +129,11 @@ def pack_layer(slots: Slots, dtype: torch.dtype, kind: RowsKind) -> LayerPack | 
     return LayerPack(layout, lora_a, lora_b, lora_bias)
 
 
-def _layout(factors: Sequence[Factors | None], dtype: torch.dtype, kind: RowsKind) -> Layout | None:
-    ranks = tuple(0 if f is None else f.lora_a.shape[0] for f in factors)
+def _layout(slots: Slots, dtype: torch.dtype, kind: RowsKind) -> Layout | None:
+    ranks = tuple(0 if f is None else f.lora_a.shape[0] for f in slots)
     return make_layout(ranks, is_coalesced(dtype, kind)) if any(ranks) else None
 
 
 def is_for(pack: LayerPack, dtype: torch.dtype, kind: RowsKind) -> bool:
     """Whether packing for another kind of batch in the pack's dtype would give the same."""
-    ranks = tuple(place.rank for place in pack.layout.places)
-    return make_layout(ranks, is_coalesced(dtype, kind)) is pack.layout
+    return make_layout(pack.layout.ranks, is_coalesced(dtype, kind)) is pack.layout

@@ -99,8 +99,8 @@ def _plan(rows: Rows, layout: Layout, dtype: torch.dtype) -> Plan | None:
     m, device = rows.m, rows.order.device
     # Index within the set of each row's adapter, G for none; on the CPU, where blocks are counted.
     member = rows.members.cpu()
-    first = torch.tensor([place.first for place in layout.places] + [0])[member]
-    rank = torch.tensor([place.rank for place in layout.places] + [0])[member]
+    first = torch.tensor([*layout.firsts, 0])[member]
+    rank = torch.tensor([*layout.ranks, 0])[member]
     kind = kind_of(m, rows.each)
     if is_dense(layout.unit, layout.units, dtype):
         at = torch.arange(layout.rank_rows)

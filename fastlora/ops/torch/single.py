@@ -45,23 +45,23 @@ def shrink(
 
 def gradients(given: Backward, traced: bool) -> Gradients:
     """Returns the gradients of a layer; see `fastlora.ops.backend.Backend.gradients`."""
-    dy, weight, x, operands, _, s, wanted, _ = given
+    dy, weight, x, operands, _, s, _, wants_x, wants_bias, _, wants = given
     (lora_a,), (lora_b,), _, scaling, (dropout_p,), seed, _ = operands
-    wants_a, wants_b, _ = wanted.factors
+    wants_a, wants_b, _ = wants
     d_lora_a = d_lora_b = dx = keep = None
     factor, dropped = reference.cast(lora_a, dy.dtype), 1.0 / (1.0 - dropout_p)
     ds = reference.lora_ds(dy, lora_b, scaling)
     inner = ds
-    if seed is not None and (wanted.x or wants_a):
+    if seed is not None and (wants_x or wants_a):
         like = dy.new_empty(dy.shape[0], factor.shape[1]) if x is None else x
         keep = keep_mask(like, seed, dropout_p, ds, traced)
         inner = ds * dropped
-    if wanted.x and keep is not None:
+    if wants_x and keep is not None:
         # The base's share goes into the dropped update: one buffer of x's size less to make.
         dx = reference.drop_(products.mm(inner, factor), keep)
         if weight is not None:
             products.addmm_(dx, dy, reference.cast(weight, dy.dtype))
-    elif wanted.x:
+    elif wants_x:
         if weight is None:
             dx = products.mm(ds, factor)
         else:
@@ -72,5 +72,5 @@ def gradients(given: Backward, traced: bool) -> Gradients:
         d_lora_a = reference.cast(products.mm(inner.t(), kept), lora_a.dtype)
     if wants_b and s is not None:
         d_lora_b = reference.lora_d_b(dy, s, lora_b, scaling)
-    d_bias = reference.column_sums(dy) if wanted.bias else None
-    return Gradients(dx, [d_lora_a, d_lora_b, None], ds, d_bias)
+    d_bias = reference.column_sums(dy) if wants_bias else None
+    return dx, d_bias, ds, [d_lora_a, d_lora_b, None]

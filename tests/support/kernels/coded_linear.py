@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from fastlora.coded_weight import CodedWeight, matrix
-from fastlora.ops.backend import BACKENDS, Backward, Wanted
+from fastlora.ops.backend import BACKENDS, Backward
 from fastlora.ops.factors import Base, Operands
 from fastlora.ops.operators import launched
 from fastlora.ops.philox_reference import philox_keep_mask
@@ -39,10 +39,10 @@ def check_linear(
         y, s = TRITON.forward(x, Base(weight, bias), operands, None, None, plan)
         results: dict[str, Any] = {"y": y}
         if plan != "invariant":
-            wanted = Wanted(True, True, False, (True, True, False))
-            found = TRITON.gradients(Backward(dy, weight, x, operands, None, s, wanted, plan))
-            results["dx"], (d_a, d_b, _) = found.dx, found.factors
-            results |= {"d_lora_a": d_a, "d_lora_b": d_b}
+            wants = True, True, False, (True, True, False)
+            given = Backward(dy, weight, x, operands, None, s, plan, *wants)
+            dx, _, _, (d_a, d_b, _) = TRITON.gradients(given)
+            results |= {"dx": dx, "d_lora_a": d_a, "d_lora_b": d_b}
     mask = torch.ones(m, k)
     if p:
         mask = philox_keep_mask(SEED, m, k, p) / (1 - p)
