@@ -39,8 +39,8 @@ class Budget(NamedTuple):
 
 BUDGETS = {
     "one adapter, few rows": Budget(13, 7),
-    "one adapter": Budget(26, 11),
-    "mixed training": Budget(51, 15),
+    "one adapter": Budget(25, 11),
+    "mixed training": Budget(50, 15),
     "mixed decode": Budget(15, 8),
     "kernels": Budget(27, 11),
     "served token": Budget(20, 17),

@@ -156,7 +156,8 @@ class LoraLinear(torch.autograd.Function):
         plan: str,
         *factors: Any,  # lora_a, lora_b, lora_bias of each adapter in turn
     ) -> torch.Tensor:
-        operands = _operands_of(factors, scaling, dropout_p, seeds, slots)
+        own = list(factors[::3]), list(factors[1::3]), list(factors[2::3])
+        operands = Operands(*own, scaling, dropout_p, seeds, slots)
         made, s = _forward(x, Base(weight, bias, y), operands, rows, s, impl, plan)
         needs = ctx.needs_input_grad
         needs_a, needs_b = any(needs[12::3]), any(needs[13::3])
@@ -183,7 +184,8 @@ class LoraLinear(torch.autograd.Function):
             flat = None if x is None else x.reshape(-1, shape[-1])
         if dy.dtype != ctx.x_dtype:
             dy = dy.to(ctx.x_dtype)
-        operands = _operands_of(factors, scaling, ctx.dropout_p, seeds, ctx.slots)
+        own = factors[::3], factors[1::3], factors[2::3]
+        operands = Operands(*own, scaling, ctx.dropout_p, seeds, ctx.slots)
         needs_own_bias = rows is None and needs[2]
         wants = needs_x, needs_bias or needs_own_bias, needs_s, needs
         given = Backward(dy, weight, flat, operands, rows, s, ctx.plan, *wants)
@@ -207,18 +209,6 @@ class LoraLinear(torch.autograd.Function):
             *([None] * 7),
             *(d_factors if rows is None else _those(d_factors, needs)),
         )
-
-
-def _operands_of(
-    factors: Sequence[Any],
-    scaling: torch.Tensor,
-    dropout_p: tuple[float, ...],
-    seeds: torch.Tensor | None,
-    slots: tuple[int, ...] | None,
-) -> Operands:
-    """Returns the operands of ``lora_a, lora_b, lora_bias`` of each adapter in turn."""
-    lora_a, lora_b, lora_bias = list(factors[::3]), list(factors[1::3]), list(factors[2::3])
-    return Operands(lora_a, lora_b, lora_bias, scaling, dropout_p, seeds, slots)
 
 
 def _those(
