@@ -257,6 +257,9 @@ def test_a_cache_of_a_torchao_weight_does_not_stop_a_move() -> None:
 CHANGES: dict[str, Callable[[torch.Tensor], Any]] = {
     "a write": lambda weight: weight.mul_(2),
     "other memory": lambda weight: setattr(weight, "data", weight.data.clone()),
+    "another storage at its address": lambda weight: setattr(
+        weight, "data", torch.from_numpy(weight.data.numpy())
+    ),
     "fewer rows": lambda weight: setattr(weight, "data", weight.data[:2]),
     "a transpose": lambda weight: setattr(weight, "data", weight.data.t()),
     "another dtype": lambda weight: setattr(weight, "data", weight.data.half()),
