@@ -44,7 +44,7 @@ class Made(NamedTuple):
     context: tuple[object, ...]
     by: int
     own: dict[int, tuple[object, object]]
-    unfinished: dict[_Place, Results] | None
+    unfinished: dict[tuple[int, int, int], Results] | None
 
     def holds(self, x: torch.Tensor, context: tuple[object, ...]) -> bool:
         """Whether it was computed from this very tensor, unchanged since, in this context."""
@@ -53,12 +53,16 @@ class Made(NamedTuple):
         return same and all(map(is_, context, self.context))
 
 
+# By thread, what a layer computed for others last.
+_put_last: dict[int, weakref.ref[Results]] = {}
+
+
 class Results(Kept):
     """What layers computed for others; each of these takes its own once.
 
     Threads do not see each other's. A result is kept until it is taken, its tensor is gone, or
-    `discard` is called: where the thread computes again, and where its forward of the model or its
-    block ends. Layers are known by numbers.
+    `discard` is called: where the thread computes again, for these layers or others, and where its
+    forward of the model or its block ends. Layers are known by numbers.
 
     Attributes:
         made: By thread, and by ``id`` of the tensor.
@@ -77,6 +81,11 @@ class Results(Kept):
     ) -> None:
         """Keeps a key and a result of each layer, which layer ``by`` computed from x."""
         place, version = (get_ident(), id(x)), 0 if x.is_inference() else x._version
+        last = _put_last.get(place[0])
+        other = None if last is None else last()
+        if other is not None and other is not self:
+            other.discard()  # x may be written meanwhile, and not every write is counted
+        _put_last[place[0]] = weakref.ref(self)
         before = self.made.get(place)
         if before is not None and before.holds(x, context):
             before.own.update(own)
@@ -85,7 +94,7 @@ class Results(Kept):
         known = weakref.ref(x, lambda _: self._drop(place))
         self.made[place] = Made(known, version, context, by, dict(own), unfinished)
         if unfinished is not None:
-            unfinished[place] = self
+            unfinished[place[0], place[1], id(self)] = self
 
     def take(
         self, x: torch.Tensor, layer: int, context: tuple[object, ...]
@@ -124,7 +133,7 @@ class Results(Kept):
     def _drop(self, place: _Place) -> Made | None:
         made = self.made.pop(place, None)
         if made is not None and made.unfinished is not None:
-            made.unfinished.pop(place, None)
+            made.unfinished.pop((place[0], place[1], id(self)), None)
         return made
 
 

@@ -52,7 +52,7 @@ class Group(Kept):
         self.packs = PackCache()
         self.unchecked = Unchecked()
         self.row_checks: RowChecks | None = None
-        self.unfinished: dict[tuple[int, int], Any] = {}
+        self.unfinished: dict[tuple[int, int, int], Any] = {}
         self._open = 0
         self._lock = threading.Lock()
 

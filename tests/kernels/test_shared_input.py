@@ -254,3 +254,36 @@ def test_a_deleted_adapter_leaves_no_memory_behind(train: bool, library: str) ->
     model.delete_adapter(name)
     gc.collect()
     assert all(memory.expired() for memory in held)
+
+
+class Named(nn.Module):
+    """Four linears, of which a forward calls those that it is told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleDict({name: nn.Linear(16, 16) for name in "qkgu"})
+
+    def forward(self, x: torch.Tensor, names: str) -> dict[str, torch.Tensor]:
+        """Returns the output of each."""
+        return {name: self.layers[name](x) for name in names}
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["a model", "its base called"])
+def test_an_input_that_is_written_between_two_forwards(whole: bool) -> None:
+    """Inference tensors count no writes: what two groups left for k and u is not taken later."""
+    torch.manual_seed(0)
+    config = fastlora.LoraConfig(r=4, target_modules=list("qkgu"), init_lora_weights=False)
+    model = use_impl(fastlora.get_peft_model(Named(), config).eval(), "triton")
+    call = model if whole else model.base_model.model
+    with torch.inference_mode():
+        for names in ("qk", "gu") * 2:  # two groups
+            model(torch.randn(8, 16), names)
+        for _ in range(2):
+            model(torch.randn(8, 16), "qkgu")
+        x, h = torch.randn(2, 8, 16)
+        call(x, "qg") if whole else (call(x, "q"), call(h, "gu"))
+        x.copy_(torch.randn(8, 16))
+        names = "ku" if whole else "k"
+        found, expected = call(x, names), call(x.clone(), names)
+    for name in names:
+        torch.testing.assert_close(found[name], expected[name])
