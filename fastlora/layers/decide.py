@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 def decide(
     call: MixedCall, base: Base, without: Sequence[int]
 ) -> tuple[bool, Tables | None, Slots | None]:
-    """Returns who computes a forward in a mixed batch.
+    """Returns which implementation computes a forward in a mixed batch.
 
-    Whether neither gradients nor dropout nor autocast are in it; where kernels find factors by
-    their addresses, if they do; and all slots, if kernels are given the factors. Without either
-    PyTorch computes.
+    The first item says whether the forward runs without gradients, dropout, and autocast. The
+    second one is the tables of addresses, if kernels read factors by address. The third one is the
+    factors of all slots, if kernels take them as tensors. If both are None, PyTorch computes.
 
     Args:
         call: The layer's.

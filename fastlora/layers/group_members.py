@@ -199,9 +199,10 @@ def tensors_of(base: Base, own: Factors) -> list[torch.Tensor]:
 def sharing(
     members: Sequence[AdaptedLayer | None], call: LayerCall | MixedCall, own: Slots
 ) -> tuple[list[tuple[Any, Slots]], str]:
-    """Returns those of a layer's siblings that share with it, and their adapters.
+    """Returns the siblings that share a pass over x with a layer, and their adapters.
 
-    None at all where the layer itself cannot; and why the last of the others does not.
+    The list is empty if the layer itself cannot share. The text says why the last sibling that was
+    left out cannot.
     """
     found: list[tuple[Any, Slots]] = []
     last = ""

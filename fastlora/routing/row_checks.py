@@ -6,9 +6,9 @@ samples share. The first mixed batch in which a layer runs follows the rows
 (`fastlora.routing.row_order`): either they reach the layer in order, or the layer raises before it
 computes. Later batches do not follow the rows of this layer.
 
-A mask may happen to pick rows in order, as many of each sample. A layer that looks like an expert
-raises there too. Any other layer, as the head behind the last token of each sample, runs, and the
-first 8 mixed batches follow it.
+A mask can happen to select equally many rows of each sample, in order. A layer that looks like an
+expert raises in this case too. Any other layer, such as a head on the last token of each sample,
+runs, and the first 8 mixed batches follow its rows.
 
 Training and evaluation are checked separately. Compiled code cannot be followed: a layer that looks
 like an expert raises there until a batch without compilation has shown that it gets all rows.

@@ -86,7 +86,7 @@ class RowFacts:
         self._next_drop = _FIRST_DROP
 
     def of(self, tensor: torch.Tensor) -> Facts:
-        """Returns what is known of a tensor's rows."""
+        """Returns what is known about the rows of a tensor."""
         mark = self._marks.get(key_of(tensor))
         if mark is not None:
             return mark.facts

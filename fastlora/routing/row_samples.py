@@ -21,9 +21,10 @@ Indices = Sequence["torch.Tensor | None"]
 
 
 def in_order(shape: Sequence[int], count: int) -> torch.Tensor | None:
-    """Returns the samples of rows ``shape`` in the order of the batch; None where they do not fit.
+    """Returns the sample of each row, for rows in the order of the batch.
 
-    Row r of R has sample ``r * count // R``, as a layer in a mixed batch takes it.
+    Row r of R belongs to sample ``r * count // R``, as a layer in a mixed batch assumes. Returns
+    None if R, the number of elements of ``shape``, is zero or is not a multiple of ``count``.
     """
     rows = math.prod(shape)
     if not rows or rows % count:

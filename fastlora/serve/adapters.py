@@ -261,7 +261,7 @@ class ServedAdapters:
             self._forget_unused(version)
 
     def _forget_unused(self, version: Version) -> None:
-        """Has the pool forget a version that is no name's any more and that no request has."""
+        """Unloads a replaced version from the pool once no request uses it."""
         is_current = self._versions.get(version.served_as) is version
         if not is_current and not version.users and version.name in self.pool:
             self.pool.unload(version.name)

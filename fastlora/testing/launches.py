@@ -98,9 +98,9 @@ def stubbed_launches(chip: str = "sm_90", processors: int = 132) -> Iterator[lis
 
 
 class StandInDriver:
-    """What Triton's runtime asks of a driver, for a chip that is not there.
+    """A driver for Triton's runtime that stands in for a GPU that is not present.
 
-    A subclass has ``load_binary`` and ``launcher_cls``.
+    Subclasses define ``load_binary`` and ``launcher_cls``.
     """
 
     def __init__(self, chip: Chip) -> None:
