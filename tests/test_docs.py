@@ -252,7 +252,7 @@ def test_the_readme_has_its_ways_in() -> None:
 def test_the_features_name_every_field_and_tests_that_are_there() -> None:
     """A new field, or a test that moves, changes the page."""
     text = (ROOT / "docs" / "features.md").read_text(encoding="utf-8")
-    fields = re.findall(r"^\| `(\w+)` \|", text.partition("## Initialisations")[0], re.M)
+    fields = re.findall(r"^\| `(\w+)` \|", text.partition("## Initializations")[0], re.M)
     assert fields == [field.name for field in dataclasses.fields(LoraConfig)]
     files = re.findall(r"(?:tests|fastlora)/[\w/]+\.py", text)
     assert files and [name for name in files if not (ROOT / name).is_file()] == []
