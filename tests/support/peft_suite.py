@@ -206,9 +206,9 @@ def main(base_path: str, ours_path: str, patched_path: str | None = None) -> str
         "",
         "The tests are part of PEFT's source distribution. A pytest plugin runs them in three",
         "ways: with PEFT alone; with the four names above replaced before the tests import them;",
-        "and with `fastlora.patch` applied to every LoRA model. It writes one JSON object per test.",
-        "`python -m tests.support.peft_suite BASE OURS PATCHED` makes the page from the three",
-        "files. Its docstring describes them.",
+        "and with `fastlora.patch` applied to every LoRA model. It writes one JSON object per",
+        "test. `python -m tests.support.peft_suite BASE OURS PATCHED` makes the page from the",
+        "three files. Its docstring describes them.",
     ]
     sys.stderr.writelines(f"{text}\n" for text in rest)
     return "\n".join(lines)
