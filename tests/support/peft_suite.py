@@ -109,7 +109,7 @@ RULES = (
     ),
     Rule(
         "Others, one test each",
-        f"DoRA norms in another order of sums, one factor of a pair, one layer disabled; {DIFFERS}",
+        f"DoRA norms summed in another order, one factor of a pair, one layer set alone; {DIFFERS}",
         r"layer_replication|embed_scale_is|has no partner|extra_key_raises|lora_plus_embedding"
         r"|use_dora_linear|active_adapters_irregular|FastLoraMultiheadAttention|auto class",
     ),
