@@ -179,7 +179,7 @@ def test_the_figures_of_serving_are_those_of_the_results() -> None:
         ratio = statistics.median(a / b for a, b in zip(own, first, strict=True))
         assert " | ".join([*(f"{rate:.1f}" for rate in own), f"{ratio:.2f} |"]) in page
     (soak,) = rows_of("serve_soak_cpu.csv")
-    assert f"It gave {int(soak['requests']):,} answers at " in page
+    assert f"The server sent {int(soak['requests']):,} answers at " in page
     assert f"during {soak['changes']} loads, replacements, and unloads." in page
     assert f"All {soak['greedy']} greedy answers matched" in page
     assert f"Memory was {int(soak['mib']):,} MiB" in page

@@ -169,9 +169,9 @@ def main(base_path: str, ours_path: str, patched_path: str | None = None) -> str
     lines = [
         "# PEFT's own tests",
         "",
-        "This page shows which of PEFT 0.21.2's own tests pass with fastlora. It counts the tests",
-        "that name LoRA or no method. They ran on a CPU without the Hub. The models are small",
-        "random ones with the names and architectures of the originals.",
+        "This page shows how many of PEFT 0.21.2's own tests pass with fastlora. It counts the",
+        "tests that name LoRA or no specific method. They ran on a CPU without access to the Hub.",
+        "Small random models with the same names and architectures replaced the Hub's models.",
         "",
         "| run | passed | fail, but pass with PEFT alone |",
         "|---|---|---|",
@@ -199,16 +199,17 @@ def main(base_path: str, ours_path: str, patched_path: str | None = None) -> str
         lines += [f"| Not sorted | {len(rest)} | to be read |"]
     if patched_path:
         lines += ["", "## Tests that fail in patched models", ""]
-        lines += [f"* `{entry['id'].partition('::')[2]}`" for entry in worst] or ["Nothing."]
+        failed = [entry["id"].partition("::")[2] for entry in worst]
+        lines += ["```text", *failed, "```"] if failed else ["No test fails."]
     lines += [
         "",
         "## Update this page",
         "",
         "The tests are part of PEFT's source distribution. A pytest plugin runs them in three",
-        "ways: with PEFT alone; with the four names above replaced before the tests import them;",
-        "and with `fastlora.patch` applied to every LoRA model. It writes one JSON object per",
-        "test. `python -m tests.support.peft_suite BASE OURS PATCHED` makes the page from the",
-        "three files. Its docstring describes them.",
+        "ways: with PEFT alone, with the four names above replaced before the tests import them,",
+        "and with `fastlora.patch` applied to every LoRA model. The plugin writes one JSON object",
+        "per test. `python -m tests.support.peft_suite BASE OURS PATCHED` makes the page from the",
+        "three files. The docstring of the module describes the files.",
     ]
     sys.stderr.writelines(f"{text}\n" for text in rest)
     return "\n".join(lines)

@@ -233,7 +233,7 @@ EXEMPTIONS: tuple[Exemption, ...] = (
         ),
     ),
     Exemption(
-        "Its file names them as in a model that has only this adapter",
+        "The adapter's file names the biases as in a model that has only this adapter",
         lambda m: m.about("file ") and _biases_of_others(m),
         Script(
             "Llama",
