@@ -165,7 +165,7 @@ def test_the_figures_of_the_readme_and_the_home_are_those_of_the_results() -> No
     )
     serving = " ".join((ROOT / "docs" / "serving.md").read_text(encoding="utf-8").split())
     assert f"takes {ours} times the base model's time" in serving
-    assert f"where PEFT's `adapter_names` takes {peft}:" in serving
+    assert f"PEFT's `adapter_names` takes {peft} times" in serving
     # What has no figure here says so.
     assert not [c for n, c in cells.items() if n not in expected and re.search(r"\d\.\d", c)]
     peak = float(steps["dora", "bf16"]["peak_ratio"])
@@ -189,11 +189,12 @@ def test_the_figures_of_serving_are_those_of_the_results() -> None:
         ratio = statistics.median(a / b for a, b in zip(own, first, strict=True))
         assert " | ".join([*(f"{rate:.1f}" for rate in own), f"{ratio:.2f} |"]) in page
     (soak,) = rows_of("serve_soak_cpu.csv")
-    assert f": {int(soak['requests']):,} answers, " in page
-    assert f"beside {soak['changes']} loads, swaps and unloads. All {soak['greedy']} greedy" in page
+    assert f"The server sent {int(soak['requests']):,} answers at " in page
+    assert f"during {soak['changes']} loads, replacements, and unloads." in page
+    assert f"All {soak['greedy']} greedy answers matched" in page
     assert f"Memory was {int(soak['mib']):,} MiB" in page
-    assert f"at most {int(soak['mib_most']):,}; " in page
-    assert f"the last quarter's median was {float(soak['growth']):.3f} of the second's" in page
+    assert f"at most {int(soak['mib_most']):,} MiB." in page
+    assert f"The median of the last quarter was {float(soak['growth']):.3f} times" in page
 
 
 def rows_of(name: str) -> list[dict[str, str]]:
