@@ -10,7 +10,7 @@ among them, beside any adapters, whatever the largest rank, and whether siblings
 shared a shrink. Bit equality is claimed of GPUs only, and only as far as the native test was run.
 
 It holds because one kernel, tile, split of K and plan serve every batch, and no arithmetic of other
-rows reaches a row's accumulator (`docs/decisions.md`, Kernels). What cannot keep it raises
+rows reaches a row's accumulator (`docs/dev/decisions.md`, Kernels). What cannot keep it raises
 `ImplementationError`. What is no LoRA linear (attention, norms, an unadapted lm_head) is PyTorch's,
 in the mode as outside.
 
