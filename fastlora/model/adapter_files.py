@@ -176,7 +176,7 @@ def open_regular(path: Path, root: Path | None = None) -> BinaryIO:
     try:
         descriptor = os.open(path, flags) if root is None else _open_in(root, path, flags)
     except OSError as error:
-        if error.errno == errno.ENXIO:  # a socket
+        if error.errno == errno.ENXIO:  # the path is a socket
             raise CheckpointError(f"{path}: is not a regular file") from error
         raise
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):

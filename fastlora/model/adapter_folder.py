@@ -101,8 +101,8 @@ class AdapterHeader:
     Attributes:
         path: The folder.
         config: The adapter's config.
-        infos: A mapping of each key in the file to the tensor's dtype, shape, and position.
-        keys: A mapping of each key in the file to its parts.
+        infos: The dtype, shape, and position of each tensor, by its key in the file.
+        keys: The parts of each key in the file.
     """
 
     path: Path
@@ -117,8 +117,8 @@ class AdapterFile:
 
     Attributes:
         path, config, keys: See `AdapterHeader`.
-        tensors: A mapping of each key in the file to the tensor, on the CPU and in the file's
-            dtype. Keys of the kind ``"duplicate"`` are left out.
+        tensors: The tensors by their keys in the file, on the CPU and in the file's dtype. Keys of
+            the kind ``"duplicate"`` are left out.
     """
 
     path: Path
@@ -130,7 +130,7 @@ class AdapterFile:
 class OpenAdapter:
     """An adapter folder with both files open.
 
-    The config and the weights belong to the same save, even if the folder changes meanwhile.
+    The config and the weights belong together, even if the folder changes in the meantime.
 
     Attributes:
         path: The folder.
@@ -223,7 +223,8 @@ def inspect_adapter_folder(path: str | os.PathLike[str]) -> AdapterHeader:
 def renamed(file: AdapterFile, mapping: Mapping[str, str] | None) -> AdapterFile:
     """Return an adapter file with its modules renamed to their current names in the model.
 
-    Some transformers models define such a mapping for the module names of earlier versions.
+    Some transformers models define a mapping from the module names of earlier versions to the
+    current names.
 
     Args:
         file: The loaded adapter.
@@ -299,7 +300,7 @@ def check_tensors(config: LoraConfig, tensors: Tensors, source: str) -> dict[str
         source: The name of the file, for messages.
 
     Returns:
-        A mapping of each key to its parts.
+        The parts of each key, by key.
 
     Raises:
         CheckpointError: If a key is unknown, or a tensor does not fit the config.

@@ -41,7 +41,7 @@ _SAVED_TARGETS = ("embed_tokens", "lm_head")
 
 
 def key_map(lora_model: LoraModel, adapter_name: str, bias: str | None = None) -> dict[str, str]:
-    """Return a mapping of an adapter's file keys to the names of its tensors in `plain_state`.
+    """Return the name in `plain_state` of each tensor of an adapter, by its key in a file.
 
     File keys do not contain the adapter's name. A module in ``modules_to_save`` keeps its own name,
     and the bias of an adapted layer is named ``base_layer.bias``. All file keys are those of a

@@ -201,8 +201,9 @@ def preprocess_loraga(
 ) -> None:
     """Prepare a model for ``init_lora_weights="lora_ga"``. Call this before `get_peft_model`.
 
-    This function stores the mean gradient of each target layer's weight on the layer. Meanwhile,
-    only these weights receive gradients, which take as much memory as the weights themselves.
+    This function stores the mean gradient of each target layer's weight on the layer. During the
+    calibration, only these weights receive gradients, which take as much memory as the weights
+    themselves.
 
     The method is that of https://arxiv.org/abs/2407.05000, as implemented in PEFT 0.21.2.
 

@@ -77,7 +77,7 @@ class LoraConfig(ConfigMethods):
         target_modules: The modules to adapt: a list of names, a regular expression that must match
             the whole name of a module, ``"all-linear"``, or None for the default of the model's
             architecture. An entry of a list matches a module with exactly this name, and every
-            module whose name ends with a dot followed by the entry.
+            module with a name that ends with a dot and the entry.
         exclude_modules: Modules to exclude from the targets: a list of names or a regular
             expression, matched in the same way as ``target_modules``.
         lora_alpha: Determines the scaling, which is ``lora_alpha / r``, or
@@ -97,9 +97,9 @@ class LoraConfig(ConfigMethods):
         layers_to_transform: The indices of the layers to adapt. ``target_modules`` must then be a
             list of names.
         layers_pattern: The name of the list of layers that ``layers_to_transform`` refers to.
-        rank_pattern: A mapping of regular expressions to ranks. Each expression must match the end
-            of a module's name; the first match is used.
-        alpha_pattern: A mapping of regular expressions to values of ``lora_alpha``, with the same
+        rank_pattern: A mapping from regular expressions to ranks. An expression applies to a module
+            if it matches the end of the module's name. The first match is used.
+        alpha_pattern: A mapping from regular expressions to values of ``lora_alpha``, with the same
             rules as ``rank_pattern``.
         loftq_config: Settings for ``"loftq"``, stored as a dict.
         eva_config: Settings for ``"eva"``.
@@ -109,8 +109,8 @@ class LoraConfig(ConfigMethods):
             (DoRA, https://arxiv.org/abs/2402.09353).
         layer_replication: Ranges ``(first, end)`` of layer indices, with ``end`` excluded, that
             make up a deeper model. Copies of a layer share its weights and have their own adapters.
-        trainable_token_indices: Rows of the input embedding to train, or a mapping of module names
-            to the rows to train in these modules.
+        trainable_token_indices: The rows of the input embedding to train, or a mapping from module
+            names to the rows to train in these modules.
         ensure_weight_tying: Whether modules that the model ties to its input embedding share the
             embedding's adapter.
         lora_bias: Whether B has a bias. The bias is multiplied by the scaling like the rest of the
@@ -313,7 +313,7 @@ class LoraConfig(ConfigMethods):
         classes again and pass ``config=``.
 
         Args:
-            mapping: A mapping of module classes to subclasses of `fastlora.layers.LoraLayer`. The
+            mapping: A mapping from module classes to subclasses of `fastlora.layers.LoraLayer`. The
                 subclass is called with the module as its only argument.
         """
         self._custom_modules = {**self.custom_modules, **mapping}
@@ -458,7 +458,8 @@ class LoraConfig(ConfigMethods):
         data = self.to_dict() | {key: v for key, v in overrides.items() if v is not None}
         # Only the fields are sorted. PEFT sorts the patterns too, which can change the first match.
         text = json.dumps({key: data[key] for key in sorted(data)}, indent=2)
-        if len(text) > MAX_CONFIG_BYTES:  # ASCII
+        # The text is ASCII, so its length is its size in bytes.
+        if len(text) > MAX_CONFIG_BYTES:
             raise ConfigError(
                 f"{CONFIG_NAME} would have {len(text)} bytes, expected at most {MAX_CONFIG_BYTES}"
             )

@@ -24,7 +24,7 @@ class ConfigMethods:
     Attributes:
         modules_to_tie, target_modules_to_tie: Attributes that PEFT sets on a config that is passed
             to it.
-        _custom_modules: A mapping of module classes to LoRA layer classes, under PEFT's name.
+        _custom_modules: A mapping from module classes to LoRA layer classes, under PEFT's name.
     """
 
     modules_to_tie: ClassVar[Any] = None
@@ -80,5 +80,5 @@ class ConfigMethods:
 
     def push_to_hub(self, repo_id: str, **options: Any) -> Any:
         """Upload ``adapter_config.json`` to the Hub. See `fastlora.model.hub.push_to_hub`."""
-        save: Any = self.save_pretrained  # type: ignore[attr-defined]  # LoraConfig has it
+        save: Any = self.save_pretrained  # type: ignore[attr-defined]  # defined by LoraConfig
         return push_to_hub(save, repo_id, **options)

@@ -110,7 +110,7 @@ def get_eva_state_dict(
             ``prepare_layer_inputs_fn``. With None, the batch itself is passed.
         prepare_layer_inputs_fn: A function of a layer's inputs, the result of
             ``prepare_model_inputs_fn``, and the layer's name. It returns rows ``[M, K]``. A mapping
-            of layer names to functions is accepted too. With None, all rows are used.
+            from layer names to functions is accepted too. With None, all rows are used.
         adapter_name: The adapter to compute directions for.
         gather_distributed_inputs: Whether to gather the rows of all processes.
         show_progress_bar: Whether to show a progress bar, if tqdm is installed.
@@ -280,7 +280,7 @@ def _apply(
 ) -> None:
     """Copy the directions into the adapter's factors, and update the config.
 
-    Factors whose rank changes are replaced.
+    If the rank of a layer changes, its factors are replaced with new ones.
     """
     layers = {n: layer for n, layer in lora_layers(tuner.model).items() if adapter_name in layer.r}
     found = {

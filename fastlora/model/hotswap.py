@@ -67,7 +67,7 @@ def prepare_model_for_compiled_hotswap(
         model: A model with adapters.
         target_rank: The largest rank of all adapters that will be swapped in. With None, the ranks
             are not changed.
-        config: A config, or a mapping of adapter names to configs, in which the ranks are set to
+        config: A config, or a mapping from adapter names to configs, in which the ranks are set to
             ``target_rank``. The configs in the model are always updated.
         check_compiled: The action to take if the model is already compiled: ``"error"``,
             ``"warn"``, or ``"ignore"``.
@@ -162,6 +162,7 @@ def hotswap_adapter(
         ConfigError: If the two configs differ in ``use_dora``, ``lora_bias``, ``lora_dropout``,
             ``bias``, or ``trainable_token_indices``.
         CheckpointError: If the folder is missing or damaged.
+        UnsupportedLayerError: If a layer that is split over several processes needs a larger rank.
         HotswapError: If the new weights do not fit the loaded adapter. The model is unchanged after
             any of these errors.
     """
@@ -198,7 +199,8 @@ def hotswap_adapter_from_state_dict(
         parameter_prefix: Accepted for compatibility with PEFT and ignored.
 
     Raises:
-        UnsupportedLayerError: If the model is not a `LoraModel`.
+        UnsupportedLayerError: If the model is not a `LoraModel`, or in the case listed in
+            `hotswap_adapter`.
         AdapterNotFoundError, AdapterStateError, ConfigError, HotswapError: See `hotswap_adapter`.
     """
     own: Any = getattr(model, "_orig_mod", model)
@@ -392,9 +394,9 @@ def _exactly(name: str) -> str:
 def _without_base_weights(
     model: nn.Module, tensors: Mapping[str, torch.Tensor], keys: Container[str]
 ) -> dict[str, torch.Tensor]:
-    """Return the tensors of a file without base weights that equal the model's own.
+    """Return the tensors of a file, except for base weights that equal the model's own weights.
 
-    PEFT saves such weights for embeddings.
+    PEFT saves base weights of embeddings with some adapters.
     """
     own = dict(model.named_parameters())
     kept = {}

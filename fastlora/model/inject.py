@@ -121,7 +121,7 @@ def add_adapter(
                 if adapter_name not in rows.adapter_names:
                     rows.add_adapter(adapter_name, tokens.indices, autocast_adapter_dtype)
                 if tied and name in replaced:
-                    # PEFT 0.21.2 activates the first adapter of a tied module at once.
+                    # PEFT 0.21.2 immediately activates the first adapter of a tied module.
                     rows._activate([adapter_name], plan.config.inference_mode)
     except BaseException:
         delete_adapter(model, adapter_name)

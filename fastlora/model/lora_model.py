@@ -201,20 +201,20 @@ class LoraModel(PeftNames, nn.Module):
             adapter_name: The name of the adapter in the model.
             is_trainable: Whether to continue training the adapter. If False, the adapter is frozen
                 and the model is put into evaluation mode.
-            config: A config to use instead of the one in the folder. As in PEFT, the model then
-                uses a given `LoraConfig` object itself, and updates its ``target_modules`` and
-                ``inference_mode``.
+            config: A config to use instead of the one in the folder. As in PEFT, a `LoraConfig`
+                object is not copied: the model uses it as its own config, and updates
+                ``target_modules`` and ``inference_mode`` in it.
             autocast_adapter_dtype: See `get_peft_model`.
             subfolder: The path of the adapter inside the folder.
             ignore_mismatched_sizes: Whether to skip tensors with a shape that differs from the
                 model's, with a warning. The skipped parameters keep their initial values.
-            key_mapping: A mapping of regular expressions to replacements, for modules that have
+            key_mapping: A mapping from regular expressions to replacements, for modules that have
                 other names in the file than in the model. With None, the mapping that the model
                 itself defines is used, if there is one.
-            **unused: The arguments ``torch_device``, ``low_cpu_mem_usage``, ``revision``,
-                ``token``, ``cache_dir``, ``device_map``, and the arguments related to
-                ``device_map`` of PEFT. They are accepted and ignored: each adapter is placed on the
-                devices of the layers that it adapts.
+            **unused: Arguments of PEFT that are accepted and ignored: ``torch_device``,
+                ``low_cpu_mem_usage``, ``revision``, ``token``, ``cache_dir``, ``device_map``, and
+                the arguments related to ``device_map``. Each adapter is placed on the devices of
+                the layers that it adapts.
 
         Raises:
             CheckpointError: If the folder is missing or damaged, or does not fit the model.
@@ -328,9 +328,9 @@ class LoraModel(PeftNames, nn.Module):
                 or if the vocabulary size differs from that of the original base model.
             is_main_process: Whether this process writes files.
             path_initial_model_for_weight_conversion: The folder of the untrained adapter. It is
-                needed to convert an adapter whose initialization changed the base weights (PiSSA,
-                OLoRA, CorDA, LoRA-GA). The adapter is then saved as plain LoRA of twice the rank
-                for the original base weights.
+                needed to convert an adapter with an initialization that changed the base weights
+                (PiSSA, OLoRA, CorDA, LoRA-GA). The adapter is then saved as plain LoRA of twice the
+                rank for the original base weights.
             state_dict: Tensors to save instead of the model's own, by parameter name.
 
         Raises:
@@ -427,7 +427,7 @@ class LoraModel(PeftNames, nn.Module):
     def print_trainable_parameters(self) -> None:
         """Print the numbers of trainable and of all parameters, and their ratio, as PEFT does."""
         trainable, total = self.get_nb_trainable_parameters()
-        print(  # noqa: T201  # printing is what it is for
+        print(  # noqa: T201  # this method is meant to print
             f"trainable params: {trainable:,d} || all params: {total:,d} || "
             f"trainable%: {100 * trainable / total:.4f}"
         )
@@ -500,7 +500,7 @@ def _require_input_gradients(model: nn.Module) -> None:
     them, and the output of a frozen embedding does not.
     """
     if hasattr(model, "enable_input_require_grads"):
-        model.enable_input_require_grads()  # type: ignore[operator]  # transformers' method
+        model.enable_input_require_grads()  # type: ignore[operator]  # a method of transformers
     elif hasattr(model, "get_input_embeddings"):
         embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]  # as above
         embeddings.register_forward_hook(_require_gradient)

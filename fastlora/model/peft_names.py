@@ -80,5 +80,5 @@ class PeftNames:
 
     def push_to_hub(self, repo_id: str, **options: Any) -> Any:
         """Upload the files that `save_pretrained` writes. See `fastlora.model.hub.push_to_hub`."""
-        save: Any = self.save_pretrained  # type: ignore[attr-defined]  # LoraModel has it
+        save: Any = self.save_pretrained  # type: ignore[attr-defined]  # defined by LoraModel
         return push_to_hub(save, repo_id, **options)

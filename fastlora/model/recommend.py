@@ -117,12 +117,12 @@ def recommend(
 ) -> Recommendation:
     """Recommend hyperparameters to start with for a base model of a given size.
 
-    | parameters                | r        | alpha    | dropout |
-    |---------------------------|----------|----------|---------|
-    | under 1 billion           | 4 to 8   | 16 to 32 | 0.05    |
-    | 1 to under 7 billion      | 8 to 16  | 32 to 64 | 0.05    |
-    | 7 to under 13 billion     | 16 to 32 | 64       | 0.1     |
-    | 13 billion or more        | 32       | 64       | 0.1     |
+    | parameters            | r        | alpha    | dropout |
+    |-----------------------|----------|----------|---------|
+    | under 1 billion       | 4 to 8   | 16 to 32 | 0.05    |
+    | 1 to under 7 billion  | 8 to 16  | 32 to 64 | 0.05    |
+    | 7 to under 13 billion | 16 to 32 | 64       | 0.1     |
+    | 13 billion or more    | 32       | 64       | 0.1     |
 
     For all sizes, the learning rate is 1e-4 to 5e-4, and gradients are clipped. The recommended
     starting values are the largest r and the smallest alpha of the ranges, so that alpha is 2 r.

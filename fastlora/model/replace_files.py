@@ -127,8 +127,8 @@ def try_lock(descriptor: int, *, wait: bool = False) -> bool | None:
         wait: Whether to wait until the lock is free.
 
     Returns:
-        True if the lock was acquired, False if another process holds it, or None if the platform or
-        the file system does not support ``flock``.
+        True if the lock was acquired, False if it is already held elsewhere, or None if the
+        platform or the file system does not support ``flock``.
     """
     if fcntl is None:
         return None

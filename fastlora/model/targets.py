@@ -49,7 +49,7 @@ from fastlora.validation import (
 )
 
 ALL_LINEAR = "all-linear"
-# PEFT's marker for an adapter that adapts nothing.
+# The value of target_modules that PEFT uses for an adapter without targets.
 NO_TARGETS = "dummy-target-modules"
 
 # Heads that PEFT trains in full for a task, even if modules_to_save does not name them.

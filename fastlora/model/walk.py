@@ -110,7 +110,7 @@ def outer_modules(
 
 
 def base_modules(model: nn.Module, *, remove_duplicate: bool = True) -> BaseModules:
-    """Return all modules of a base model under their names in the model without adapters.
+    """Return the modules of a base model under their names in the model without adapters.
 
     LoRA layers and wrappers take the place of the modules that they replaced. In addition to
     `outer_modules`, the modules inside wrapped modules are included.
