@@ -119,8 +119,9 @@ def preprocess_corda(
     """Prepare a model for ``init_lora_weights="corda"``. Call this before `get_peft_model`.
 
     For each target layer, this function accumulates the covariance ``[K, K]`` of the layer's inputs
-    in fp32, over any number of batches. It then stores R directions on the layer. About 256
-    sequences of 2,048 tokens are enough for K = 4096. With too little data, the covariances are
+    over any number of batches. The sums are in fp32, or in the inputs' dtype if ``corda_config``
+    sets ``use_float16_for_covariance``. The function then stores R directions on the layer. About
+    256 sequences of 2,048 tokens are enough for K = 4096. With too little data, the covariances are
     rank-deficient.
 
     The method is that of https://arxiv.org/abs/2406.05223, as implemented in PEFT 0.21.2.
