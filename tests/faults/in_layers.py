@@ -326,7 +326,7 @@ FAULTS = (
         "captured graph",
         "8d39947",
         "fastlora/layers/packs.py",
-        "        # What a captured graph reads is pinned where it is found.\n"
+        "        # A lookup pins the tensors that a captured graph reads.\n"
         "        or is_captured(x)\n",
         "",
         ("tests/ops/test_packed.py::test_a_capture_within_an_open_block_pins_what_it_reads",),
