@@ -408,8 +408,8 @@ FAULTS = (
         "lost write",
         "a602bf8",
         "fastlora/layers/merging.py",
-        "unwritten = kept is not None and self._is_as_merged()\n        # Alike",
-        "unwritten = kept is not None\n        # Alike",
+        "unwritten = kept is not None and self._is_as_merged()\n        # All processes",
+        "unwritten = kept is not None\n        # All processes",
         ("tests/model/test_dropin.py::test_unmerge_keeps_what_moves_no_version[fused step]",),
     ),
     Fault(
