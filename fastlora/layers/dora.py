@@ -87,7 +87,7 @@ def _scaled(
         return DoraScale.apply(u, bias, magnitude, squares)
     rows, scale = u.reshape(-1, u.shape[-1]), scale_of(magnitude, squares)
     rows = scale_columns(rows, bias, scale, True)
-    return torch.ops.aten._unsafe_view(rows, u.shape)  # Not a view for autograd; see `run`.
+    return torch.ops.aten._unsafe_view(rows, u.shape)  # Not a view, so that it is writable.
 
 
 def _called(call: LayerCall, y: torch.Tensor, name: str) -> torch.Tensor:

@@ -110,7 +110,7 @@ class Bits4(Quantised):
             raise NotCoded(f"its blocks are of {block} weights, and kernels read 16 at least")
         if not weight.data.is_contiguous():
             raise NotCoded(f"{library}: its codes have gaps")
-        # Detached, because writes to the parameter are counted on it too, unlike on `.data`.
+        # detach(), unlike `.data`, also counts writes to the parameter.
         codes, count = weight.detach().view(torch.uint8).view(-1), n * k // block
         own = functools.partial(check_part, like=codes, library=library)
         own("weight", codes, dtypes=torch.uint8, count=n * k // 2)
