@@ -37,7 +37,9 @@ def run_adapter(
     shared: Shared | None = None,
     own_seed: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """Return the output ``[..., N]`` of a base layer with one adapter with valid tensors.
+    """Return the output ``[..., N]`` of a base layer with one adapter.
+
+    The caller ensures that the shapes match.
 
     Args:
         x: ``[..., K]``, in autocast's dtype if autocast is on.
@@ -144,7 +146,7 @@ def _native_linear(
     In fp32 and fp64 the result has the same bits. In bf16 the update is rounded before it is added,
     and x is converted for fp32 factors. No Python code runs in the backward, and little runs here:
     between two products of a large model, code is evicted from the processor's cache, and each call
-    takes microseconds. Saved are x, ``scaling * s``, and the parameters. dx is the sum of two
+    takes microseconds. The nodes save x, ``scaling * s``, and the parameters. dx is the sum of two
     products, where `LoraLinear` adds one to the other in place.
     """
     shape = x.shape

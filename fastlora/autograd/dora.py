@@ -4,12 +4,12 @@ With ``u = x @ weight.T + scaling * s @ lora_b.T``, the layer's output is ``g * 
 ``g = magnitude / ||weight + scaling * lora_b @ lora_a||`` per output row, with a detached norm. Any
 implementation of a LoRA forward pass can compute u. What remains is one scale per column of u.
 
-With active dropout, the base weight is also multiplied by the dropped input, as in PEFT: ``y = x @
-weight.T + bias + (g - 1) * dropout(x) @ weight.T + g * scaling * s @ lora_b.T``. If there are
-several adapters, each has its own rows, and both base products are computed for these rows only.
-One operator for the forward and one for the backward find the rows by id. In a compiled graph,
-which serves any mix of adapters, they do so when the graph runs. An adapter without rows gets zeros
-as gradients.
+With active dropout, the base weight is also multiplied by the dropped input, as in PEFT:
+``y = x @ weight.T + bias + (g - 1) * dropout(x) @ weight.T + g * scaling * s @ lora_b.T``.
+If there are several adapters, each has its own rows, and both base products are computed for these
+rows only. One operator for the forward and one for the backward find the rows by id. In a compiled
+graph, which serves any mix of adapters, they do so when the graph runs. An adapter without rows
+gets zeros as gradients.
 
 Method: Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", https://arxiv.org/abs/2402.09353,
 sections 4.1 and 4.3 (the detached norm); PEFT 0.21.2, ``tuners/lora/dora.py``, for dropout.

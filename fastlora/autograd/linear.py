@@ -2,9 +2,9 @@
 
 `run` takes a base weight, or the output of the base layer. It takes one adapter for all rows, or
 many adapters with `fastlora.ops.rows.Rows`. It also takes an s that another layer of the
-shared-input group has computed, or None. Saved for the backward are x itself, s, the seeds, and the
-parameters. A cast or dropped copy of x, or a mask, is never saved. What needs no gradient is
-neither saved nor computed.
+shared-input group has computed, or None. The function saves x itself, s, the seeds, and the
+parameters. It never saves a cast or dropped copy of x, or a mask. It saves and computes nothing for
+inputs that need no gradient.
 
 On kernels, `fastlora.autograd.shared_input` has nodes for layers that receive the same tensor.
 Plain layers are one node. For layers that share only their pass over x, the graph has two kinds of
@@ -179,8 +179,7 @@ class LoraLinear(torch.autograd.Function):
     @staticmethod
     @plain_backward
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        # Read the saved tensors only once: recomputed ones of a checkpoint can be read a single
-        # time.
+        # Access `saved_tensors` once: a checkpoint lets its tensors be unpacked a single time.
         x, weight, s, scaling, seeds, *factors = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, needs_y, needs_s = ctx.needs_input_grad[:5]
         needs, rows, shape = ctx.needs_input_grad[12:], ctx.rows, ctx.x_shape

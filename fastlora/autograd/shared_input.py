@@ -2,8 +2,8 @@
 
 `LoraSiblings` computes every y and every gradient. It requires one adapter per layer, and kernels
 (`fastlora.ops.backend.Backend.siblings`). Its backward waits for the gradients of all outputs that
-were used, and returns one dx. As in `fastlora.autograd.linear.LoraLinear`, saved are x itself, s,
-the seeds, and the parameters.
+were used, and returns one dx. Like `fastlora.autograd.linear.LoraLinear`, it saves x itself, s, the
+seeds, and the parameters.
 
 `LoraShrink` computes every s. Its backward computes every layer's d_lora_a from one read of x, and
 nothing else. The layers' own nodes (`fastlora.autograd.linear.LoraLinear`) return the rest.
@@ -36,7 +36,7 @@ class Shared(NamedTuple):
 
     Attributes:
         y: ``[..., N]``, or None if the layer computes it from s.
-        s: In the dtype of the products.
+        s: The layer's s in the dtype of the products, or None if y is given.
         seed: Seed of the dropout mask in s, int64 ``[1]``; None without dropout.
     """
 
@@ -88,7 +88,7 @@ class LoraSiblings(torch.autograd.Function):
     @staticmethod
     @plain_backward
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        # Read the saved tensors only once: they can be read a single time.
+        # Access `saved_tensors` once: a checkpoint lets its tensors be unpacked a single time.
         x, *saved = ctx.saved_tensors
         (impl, dropout_p, shape), (needs_x, _, _, _, *needs) = ctx.call, ctx.needs_input_grad
         count, dys = len(dropout_p), grads
@@ -147,8 +147,8 @@ class LoraShrink(torch.autograd.Function):
     """Compute s of G layers that receive the same x.
 
     x is passed detached, because this node does not compute its gradient. There is a seed or None
-    for each layer. The lora_a of all layers follow in turn: one per layer without rows, and one per
-    slot and layer with rows. Saves x, the seeds, and the factors. The backward reads x once for all
+    for each layer. The lora_a of all layers follow in turn. Each layer has one
+    per slot, or without rows only one. Saves x, the seeds, and the factors. The backward reads x once for all
     d_lora_a. A layer with an unused s takes no part in it.
     """
 

@@ -1,4 +1,4 @@
-"""The state that every LoRA layer has: named adapters, and which of them are active and train."""
+"""The state that every LoRA layer has: named adapters, and which are active and trainable."""
 
 from __future__ import annotations
 
@@ -148,8 +148,8 @@ class LoraLayer(Mergeable):
                 the initialization reads.
             ConfigError: A value is out of range, or both lora_bias and use_dora are set.
             InitialisationError: The initialization cannot start from this weight, or lacks data.
-            UnsupportedLayerError: use_dora is set, or the initialization reads the base weight, and
-                the base weight cannot be read or changed.
+            UnsupportedLayerError: The base weight cannot be read or changed as use_dora or the
+                initialization requires.
         """
         if adapter_name in self.r:
             raise AdapterStateError(f"adapter {adapter_name!r} exists already on this layer")
@@ -218,7 +218,7 @@ class LoraLayer(Mergeable):
         return undo
 
     def _place(self, adapter_name: str) -> None:
-        """Finish placing an adapter's new factors; called before the adapter has a magnitude."""
+        """Prepare an adapter's new factors, before it has a magnitude. Does nothing by default."""
 
     def reset_magnitude(self, adapter_name: str) -> None:
         """Set an adapter's magnitude to the row norms of its adapted weight, in its factors' dtype.

@@ -1,4 +1,4 @@
-"""One layer's forward pass: the facts that every step needs, determined at its beginning."""
+"""The state of one layer's forward pass, determined once at its beginning."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class MixedCall(NamedTuple):
         """Return the slots of x's rows; ``host`` says whether the host reads them."""
         x, routing = self.x, self.routing
         m = x.numel() // x.shape[-1]
-        # All layers make the same call, which the compiler merges.
+        # All layers make the same call, so the compiler can merge the calls.
         if self.conditions.compiling:
             return sort_rows(routing.ids, m, len(routing.names), x.device, keeps=False)
         return routing.rows(m, x.device, host=host)

@@ -1,4 +1,4 @@
-"""The common base of fastlora's own layers and of patched PEFT layers, except for forward()."""
+"""Code that fastlora's own layers and patched PEFT layers share, except for forward()."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class CommonLayer(AdaptedLayer):
                 scalings.fit(name, factor)
 
     def _first_factor(self, name: str) -> torch.Tensor | None:
-        """Return a tensor on the device where an adapter's scaling belongs, or None."""
+        """Return an adapter's first factor, which determines the device of its scaling, or None."""
         factors = self._modules.get("lora_A")  # Missing at the very beginning.
         if isinstance(factors, nn.ModuleDict) and name in factors:
             lora_a: Any = factors[name].weight

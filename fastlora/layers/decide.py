@@ -29,7 +29,8 @@ def decide(
 
     The first item says whether the forward runs without gradients, dropout, and autocast. The
     second item is the address tables, if kernels read factors by address. The third item is the
-    factors of all slots, if kernels take them as tensors. If both are None, PyTorch computes.
+    factors of all slots, if kernels take them as tensors. If the second and third items are None,
+    PyTorch computes.
 
     Args:
         call: The call of the layer.

@@ -1,4 +1,4 @@
-"""The forward pass of every LoRA layer: own layers, patched PEFT layers, and shards.
+"""The forward pass of every LoRA layer: fastlora's own, patched PEFT layers, and shards.
 
 A layer calls `begin`, prepares its base layer, and calls `forward`. In a mixed batch each row has
 its own adapter (`fastlora.layers.mixed`). Outside a mixed batch the active adapters apply to all

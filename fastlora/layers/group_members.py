@@ -285,7 +285,7 @@ def _why_not(layer: AdaptedLayer, slots: Slots, own: Slots, call: LayerCall | Mi
 
 
 def lora_a_of(slots: Slots) -> list[torch.Tensor | None]:
-    """Returns the lora_a of each slot; None for one without."""
+    """Return the lora_a of each slot, with None for a slot without factors."""
     return [None if factors is None else factors.lora_a for factors in slots]
 
 

@@ -91,7 +91,7 @@ class AdaptedLayer(nn.Module):
     def _weight_to_save(self, compiling: bool) -> torch.Tensor:
         """Return the base weight to save in an autograd node.
 
-        If the weight is quantized, the result stands for it without a dense matrix.
+        If the weight is quantized, the result represents it without a dense matrix.
         """
         found = None if compiling else self._own_quantised()
         return self._own_weight() if found is None else found.unread()

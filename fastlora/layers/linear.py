@@ -202,5 +202,5 @@ class FastLoraLinear(LoraLayer, nn.Linear):
         return Plain(self.weight), self.bias
 
     def extra_repr(self) -> str:
-        """Add the adapters' ranks and the active adapters to the description by `nn.Linear`."""
+        """Return the description by `nn.Linear`, with ranks and active adapters added."""
         return f"{nn.Linear.extra_repr(self)}, r={self.r}, active={self._active_adapters}"

@@ -1,4 +1,4 @@
-"""Layers of a mixed batch that run from packed factors: which factors, and the plan.
+"""Packed factors of a layer in a mixed batch: finding them, and running the layer with them.
 
 Packed factors are used without gradients and without kernels, from the second time that a set of
 adapters occurs.

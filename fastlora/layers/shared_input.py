@@ -50,7 +50,7 @@ class Made(NamedTuple):
     unfinished: dict[tuple[int, int, int], Results] | None
 
     def holds(self, x: torch.Tensor, context: tuple[object, ...]) -> bool:
-        """Return whether the results belong to this tensor, unwritten since, and this context."""
+        """Return whether the results are from this context and tensor, unwritten since."""
         version = 0 if x.is_inference() else x._version
         known = self.context
         if self.x() is not x or self.version != version or len(context) != len(known):

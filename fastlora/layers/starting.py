@@ -86,7 +86,9 @@ class Starter:
 
     @torch.no_grad()
     def fill(self, lora_a: nn.Module, lora_b: nn.Module) -> None:
-        """Fill the weights of new factor modules; a bias of lora_b becomes zero, except for False.
+        """Fill the weights of new factor modules.
+
+        A bias of lora_b becomes zero, except with ``init_lora_weights=False``.
 
         Args:
             lora_a: A linear ``[R, K]``, or a convolution.

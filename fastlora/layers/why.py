@@ -71,7 +71,7 @@ def refuse_triton(layer: AdaptedLayer, names: list[str]) -> None:
 
 
 def why_not_captured(bare: bool, dtype: torch.dtype | None) -> str:
-    """Return why kernels, the only implementation that can look up adapters, do not run."""
+    """Return the error message for a CUDA graph over a pool that cannot run on kernels."""
     if bare:
         why = "the layer runs without kernels"
     elif dtype is not None:

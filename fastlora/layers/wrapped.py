@@ -72,7 +72,7 @@ class FastLoraWrapper(LoraLayer):
         return sibling_base(self)
 
     def _may_write_into(self, y: torch.Tensor, x: torch.Tensor) -> bool:
-        """Return whether the base layer's output y may be overwritten: nothing else can hold it."""
+        """Return whether the base layer's output may be overwritten: no other code can hold it."""
         hooked = self.base_layer._forward_hooks or "forward" in self.base_layer.__dict__
         return makes_fresh_outputs(self.base_layer) and not (hooked or y is x or y._is_view())
 

@@ -20,7 +20,10 @@ from fastlora.routing.in_force import only_routed, open_routings
 
 @functools.cache
 def keep_routing() -> None:
-    """Make all later checkpoints of this process preserve the current routing."""
+    """Make checkpoints preserve the routing that is current when they are created.
+
+    This applies to all later checkpoints of the process.
+    """
     reentrant = torch_checkpoint.CheckpointFunction
     other = torch_checkpoint._checkpoint_without_reentrant_generator
 

@@ -115,7 +115,7 @@ class PackCache:
     def __init__(self) -> None:
         self._captured: dict[int, object] = {}
         self._sets: OrderedDict[tuple[Hashable, ...], SetPack] = OrderedDict()
-        self._lock = threading.Lock()  # threads that serve one model share its packs
+        self._lock = threading.Lock()  # Threads that serve one model share its packs.
 
     def get(self, key: tuple[Hashable, ...], changes: bool) -> SetPack:
         """Return the adapter set of a key, or a new set if it is unknown or outdated.

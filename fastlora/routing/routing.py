@@ -159,7 +159,7 @@ class Routing:
         """Raise if a layer gets only some rows of the batch, or if it may in compiled code.
 
         Raises:
-            UnsupportedLayerError: The layer does. The message names the layer.
+            UnsupportedLayerError: The layer gets or may get only some rows. The message names it.
         """
         followed = None if compiling else self.kept.followed
         if followed is not None:

@@ -283,9 +283,9 @@ class _Alike:
     def is_expert(self, root: nn.Module, name: str, layer: RoutedLayer) -> bool:
         """Return whether a layer looks like an expert, or like a part of one.
 
-        This is so if the layer is in one of several alike modules, and either a name says that they
-        are experts or a router is next to them. A router is a matrix with one row per module and
-        the width of their input.
+        It does if it is in one of several alike modules, and either a name says that they are
+        experts or a router is next to them. A router is a matrix with one row per module and the
+        width of their input.
         """
         width = getattr(layer, "in_features", 0)
         modules, names, at = [root], [""], ""

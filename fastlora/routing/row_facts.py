@@ -48,8 +48,9 @@ class Facts(NamedTuple):
         kind: The kind of the rows.
         origin: For a chosen tensor or an index, the key of the index that it was derived from.
         inverse: For an index that is the inverse of another index, the key of the other index.
-        samples: The sample of each row if values were read, as int64, one for each of equally many
-            equal parts of the storage. For an even tensor, only if rows have yet to be placed.
+        samples: The samples of the rows, int64, if values were read. Each sample stands for one of
+            as many equal parts of the storage. An even tensor has samples only while rows have yet
+            to be placed.
     """
 
     kind: Kind

@@ -48,7 +48,7 @@ def facts_of_result(
 def _any(
     known: RowFacts, func: OpOverload, args: Arguments, kwargs: Keywords, out: object
 ) -> Facts | None:
-    """Apply the rule of operators without a rule of their own."""
+    """Apply the default rule, for operators that are not in `_RULES`."""
     operands = list(tensors_in((args, kwargs)))
     # A view shares its storage and its mark, but parameters have no mark.
     if getattr(func, "is_view", False):
@@ -199,7 +199,7 @@ def _samples_placed(
 
 
 def _rows_from(which: int) -> Rule:
-    """Return the rule of operators with the rows of one argument, such as matrix products."""
+    """Return the rule of operators that take their rows from one argument, as a product does."""
 
     def rule(known: RowFacts, args: Arguments, out: object) -> Facts | None:
         source = args[which]
@@ -306,7 +306,7 @@ def _embedded(known: RowFacts, args: Arguments, out: object) -> Facts | None:
 
 
 def _nonzero(known: RowFacts, args: Arguments, out: object) -> Facts | None:
-    """Apply the rule of `nonzero`, which returns the numbers of the rows that a mask picks."""
+    """Apply the rule of `nonzero`, which returns the positions that a mask picks."""
     (mask,) = args
     if known.are_tables(mask):
         return CONSTANT

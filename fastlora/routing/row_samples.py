@@ -12,8 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
-# Stand for the sample of a row without a sample, as in a new buffer, and for the sample of a row
-# that several samples share.
+# Values for a row without a sample, as in a new buffer, and for a row that several samples share.
 NO_SAMPLE = -1
 SEVERAL_SAMPLES = -2
 
@@ -51,7 +50,7 @@ def is_in_order(samples: torch.Tensor, count: int, *, blanks: bool = False) -> b
 
 
 def is_moved(tensor: torch.Tensor) -> bool:
-    """Return whether a view has moved its memory's first dimension after another dimension."""
+    """Return whether another dimension has a larger stride than the first, as after a permute."""
     sizes, strides = tensor.shape, tensor.stride()
     if not sizes or sizes[0] == 1:
         return False
@@ -91,7 +90,7 @@ def is_whole(tensor: torch.Tensor) -> bool:
 
 
 def dimensions_of(indices: Indices) -> int:
-    """Return the number of indexed dimensions of a tensor; a mask indexes each of its own."""
+    """Return the number of indexed dimensions of a tensor; a mask counts as many as it has."""
     return sum(1 if i is None or not _is_mask(i) else i.dim() for i in indices)
 
 
