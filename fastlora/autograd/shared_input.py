@@ -147,9 +147,11 @@ class LoraShrink(torch.autograd.Function):
     """Compute s of G layers that receive the same x.
 
     x is passed detached, because this node does not compute its gradient. There is a seed or None
-    for each layer. The lora_a of all layers follow in turn. Each layer has one
-    per slot, or without rows only one. Saves x, the seeds, and the factors. The backward reads x once for all
-    d_lora_a. A layer with an unused s takes no part in it.
+    for each layer. The lora_a of all layers follow in turn. Each layer has one per slot, or without
+    rows only one.
+
+    Saves x, the seeds, and the factors. The backward reads x once for all d_lora_a. A layer with an
+    unused s takes no part in it.
     """
 
     @staticmethod

@@ -238,7 +238,7 @@ class LoraLayer(Mergeable):
     def refresh(self) -> None:
         """Invalidate everything that is cached of this layer's weights and of its model's adapters.
 
-        Call it after writing through a parameter's ``.data``: no cache can detect such a write.
+        Call it after writing through a parameter's ``.data``: no cache can detect that write.
         """
         marks.end_all()
         forget_kept(self)

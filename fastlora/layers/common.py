@@ -56,7 +56,7 @@ class CommonLayer(AdaptedLayer):
 
     @property
     def scaling(self) -> dict[str, Scaling]:
-        """Maps an adapter name to the factor that its update is multiplied by."""
+        """Maps an adapter name to the number that multiplies its update."""
         scalings: dict[str, Scaling] = self.__dict__["_scaling"]
         return scalings
 

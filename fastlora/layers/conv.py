@@ -144,7 +144,7 @@ class FastLoraConv(AddedLora):
             up.bias.copy_(bias)
 
     def _norm_factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return two matrices with the product whose norms DoRA uses, as in PEFT.
+        """Return two matrices with the product that DoRA computes norms with, as in PEFT.
 
         With one group they are the factors. With groups, PEFT multiplies the flattened ``lora_B``
         and ``lora_A`` and reshapes the product to ``[N, C / groups, ...]``. Output n has row

@@ -135,8 +135,8 @@ def _why_not_now(call: LayerCall | MixedCall) -> str:
     """Return why no layer may share results in this call, or an empty string."""
     if call.conditions.invariant:
         return _INVARIANT
-    # A forward pass within a backward pass recomputes a checkpoint, whose first run could not
-    # share.
+    # A forward pass within a backward pass recomputes a checkpoint. The checkpoint's first run
+    # could not share.
     recomputed = torch._C._current_graph_task_id() != -1
     if recomputed or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
         return _CHECKPOINT

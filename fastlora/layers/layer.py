@@ -45,7 +45,7 @@ class AdaptedLayer(nn.Module):
         _shared_input: The layer's shared-input group, once a forward pass has identified it.
         get_base_layer: Returns the base layer, which may be the layer itself.
         _acting: Returns the names of the adapters that are applied outside a mixed batch.
-        scaling: Maps an adapter name to the factor that its update is multiplied by.
+        scaling: Maps an adapter name to the number that multiplies its update.
         knows_siblings: Returns whether a forward pass has identified the layer's shared-input
             group.
         note_compiled: Records why the layer shares nothing in a graph that is being compiled.

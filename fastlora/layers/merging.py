@@ -260,7 +260,7 @@ class Mergeable(Adapted, CommonLayer):
         return down.weight, up.weight, up.bias
 
     def _norm_factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the factors whose product DoRA adds to the base weight to compute norms."""
+        """Return the two factors of the update that DoRA includes in its norms."""
         lora_a, lora_b, _ = self._factors(name)
         return lora_a, lora_b
 

@@ -99,7 +99,7 @@ class ModulesToSaveWrapper(ModuleWrapper):
         """Run the copy of each adapter on its own rows along x's first dimension.
 
         If ids are per token, the rows are those of ``x [..., K]`` flattened. A copy may return any
-        structure of tensors whose first dimension has the copy's rows.
+        structure of tensors that have the copy's rows in their first dimension.
         """
         lead = x.shape[:1]
         if not fits(x.shape[0], routing.ids.numel()):

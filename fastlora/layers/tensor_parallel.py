@@ -80,7 +80,7 @@ class TensorParallelLora(FastLoraWrapper):
         UnsupportedLayerError: The base layer is not split, or is split in an unsupported way.
     """
 
-    base_layer: Any  # an nn.Linear whose parameters are DTensors
+    base_layer: Any  # an nn.Linear with DTensors as parameters
     is_split = True
 
     def __init__(self, base_layer: nn.Module) -> None:

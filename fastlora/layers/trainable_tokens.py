@@ -94,7 +94,7 @@ class TokenAdapter(nn.Module):
 
     @property
     def active_adapter(self) -> list[str]:
-        """Name of the adapter whose rows apply outside mixed batches, in a list as in PEFT."""
+        """Name of the adapter with the rows that apply outside mixed batches, in a list."""
         return list(self.active_adapters)
 
     @property
@@ -112,7 +112,7 @@ class TrainableTokensWrapper(ModuleWrapper):
 
     Args:
         original: An `nn.Embedding` or `nn.Linear` that `check_tokens` accepts.
-        tied_to: The wrapper of the embedding whose weight and rows this module shares.
+        tied_to: The wrapper of the embedding that this module shares its weight and rows with.
     """
 
     field: ClassVar[str] = "trainable_token_indices"

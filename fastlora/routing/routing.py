@@ -43,7 +43,7 @@ class Group(Kept):
 
     Attributes:
         packs: The cache of the model's adapter sets.
-        unchecked: Batches whose ids the host has not checked yet.
+        unchecked: Batches with ids that the host has not checked yet.
         row_checks: Checks of the rows that layers get; None until layers have joined.
         unfinished: Results that layers computed for other layers and that have not been taken; see
             `fastlora.layers.shared_input.Results`. The keys are the thread, the ``id`` of the
