@@ -56,8 +56,8 @@ class KeptCode(Kept):
 
     Attributes:
         dtype: Dtype of x in the last forward pass.
-        repacked: The product over a copy of the codes that evaluation on a CPU uses, once it
-            exists.
+        repacked: The product over a copy of the codes, for evaluation on a CPU; None until it is
+            first used.
     """
 
     dtype: torch.dtype | None
@@ -174,7 +174,7 @@ def coded_base(call: LayerCall | MixedCall) -> Base | None:
 def call_base(
     call: LayerCall | MixedCall, module: nn.Module, *args: Any, **kwargs: Any
 ) -> torch.Tensor:
-    """Return the output of a base layer for its layer's original input, by calling the base layer.
+    """Call a base layer with the original input of its LoRA layer, and return the output.
 
     In evaluation on a CPU, a few rows may use a product over a copy of 4-bit codes (`Repacked`)
     instead. The copy is dropped by the next call with gradients, and with the cached weight for
@@ -209,7 +209,7 @@ def why_called(layer: AdaptedLayer) -> str:
 
 
 def reads_codes(layer: AdaptedLayer) -> str:
-    """Return the quantization that kernels read of a layer's base weight, and their dtype.
+    """Return the name of the quantization that kernels read, with the dtype they compute in.
 
     The text is available after a call of `why_called`. It is empty if the weight is plain or the
     base layer is called.

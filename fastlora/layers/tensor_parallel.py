@@ -134,8 +134,7 @@ class TensorParallelLora(FastLoraWrapper):
             parts.append((self.lora_magnitude_vector[name], by_output))
         for holder, placement in parts:
             for key, parameter in list(holder.named_parameters(recurse=False)):
-                # The values of the first process are sent to all, whatever their random generators
-                # gave.
+                # All processes get the first one's values, because their generators may differ.
                 split = distribute_tensor(parameter.detach(), mesh, [placement])
                 holder.register_parameter(key, nn.Parameter(split, parameter.requires_grad))
         if self._handle is None:
@@ -143,7 +142,7 @@ class TensorParallelLora(FastLoraWrapper):
             self._handle = self.base_layer.register_forward_hook(self._add_update, prepend=True)
 
     def reset_magnitude(self, adapter_name: str) -> None:
-        """Reset the magnitude as `LoraLayer.reset_magnitude`; every process must call it."""
+        """Reset a magnitude as `LoraLayer.reset_magnitude` does; every process must call it."""
         from torch.distributed.tensor import DTensor
 
         super().reset_magnitude(adapter_name)

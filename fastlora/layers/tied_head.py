@@ -85,7 +85,7 @@ class TiedLoraHead(AddedLora):
         }
 
     def file_names(self, adapter_name: str) -> dict[str, str]:
-        """Return no names: the embedding's factors are saved, and for PEFT copies of them."""
+        """Return no names: files hold the embedding's factors, and copies of them for PEFT."""
         return {}
 
     def _samples(self, x: torch.Tensor) -> tuple[int, int]:
