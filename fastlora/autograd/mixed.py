@@ -1,13 +1,13 @@
-"""The operator of a mixed batch in a compiled graph: it decomposes where autograd is traced.
+"""The operator of a mixed batch in a compiled graph; it decomposes when autograd is traced.
 
-All that depends on the mix are tensors: slots of the samples or tokens, and dropout seeds. The
-factors of every adapter that the model has are arguments, whether it has rows or not, so that a
-graph serves any mix. In the backward, adapters without rows get zeros. Rows are sorted once a
-graph: layers call `fastlora.ops.rows.sort_rows` alike.
+Everything that depends on the mix of adapters is a tensor: the slots of samples or tokens, and the
+dropout seeds. The factors of all adapters of the model are arguments, whether or not an adapter has
+rows, so one graph serves any mix. In the backward, adapters without rows get zeros. Rows are sorted
+once per graph, because all layers call `fastlora.ops.rows.sort_rows` with the same arguments.
 
-Shapes: ``x [..., K]``, ``weight [N, K]``, ``y [..., N]``, ids and seeds int64 ``[B]`` and ``[S]``;
-of each slot ``lora_a [rank, K]``, ``lora_b [N, rank]`` and ``lora_bias [N]`` in turn, three None
-for an adapter that leaves the layer alone, and ``scaling [S]``.
+Shapes: ``x [..., K]``, ``weight [N, K]``, ``y [..., N]``, ids and seeds int64 ``[B]`` and ``[S]``,
+and ``scaling [S]``; for each slot ``lora_a [rank, K]``, ``lora_b [N, rank]``, and ``lora_bias [N]``
+in turn, or three times None for an adapter that does not adapt the layer.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def _lora_mixed(
     impl: str,
     s: torch.Tensor | None,
 ) -> torch.Tensor:
-    """`fastlora.autograd.linear.run` of a mixed batch; factors are taken in one dtype."""
+    """Compute `fastlora.autograd.linear.run` for a mixed batch, with all factors in one dtype."""
     rows = sort_rows(ids, x.numel() // x.shape[-1], len(dropout_p), x.device)
     drawn = None
     if any(dropout_p):

@@ -1,9 +1,10 @@
-"""A mixed batch: each row has its own adapter, or none.
+"""Mixed batches: each row has its own adapter, or none.
 
-`fastlora.layers.decide` says who computes it: kernels that find factors by address
-(`fastlora.layers.places`), PyTorch over packed factors (`fastlora.layers.packs`), or
-`fastlora.autograd.linear` from the adapters as lists. In a graph that is being compiled nothing
-that depends on the mix is read but as a tensor, so that no mix compiles anything.
+`fastlora.layers.decide` chooses the implementation: kernels that find factors by address
+(`fastlora.layers.places`), PyTorch with packed factors (`fastlora.layers.packs`), or
+`fastlora.autograd.linear` with the adapters as lists. In a graph that is being compiled, everything
+that depends on the batch's adapters is read from tensors only. Another mix of adapters therefore
+does not cause recompilation.
 """
 
 from __future__ import annotations
@@ -29,12 +30,15 @@ from fastlora.ops.factors import Base, Operands, Slots, Tables, present
 from fastlora.ops.rows import Rows
 from fastlora.validation import check_dropout_dtype
 
-# What stands for the `Factors` of an adapter that leaves a layer alone.
+# Stands for the `Factors` of an adapter that does not adapt the layer.
 _NO_FACTORS: Any = None, None, 0.0, None, 0.0, None
 
 
 def run(call: MixedCall, base: Base) -> torch.Tensor:
-    """Returns ``[..., N]``; rows of adapters that the layer lacks are base rows."""
+    """Return the output ``[..., N]`` of a mixed batch.
+
+    Rows of adapters that the layer does not have get the base layer's output.
+    """
     layer, routing = call.layer, call.routing
     if call.conditions.compiling:
         made = _in_graph(call, base)
@@ -56,9 +60,9 @@ def run(call: MixedCall, base: Base) -> torch.Tensor:
 
 
 def _by_rows(call: MixedCall, base: Base, without: tuple[int, ...]) -> tuple[torch.Tensor, bool]:
-    """Returns `run` before DoRA's scales, and whether kernels made it by addresses.
+    """Return the output of `run` before DoRA's scales, and whether kernels made it by address.
 
-    Slots of ``without`` get the base layer only.
+    Rows of the slots in ``without`` get the base layer's output.
     """
     layer, x, routing = call.layer, call.x, call.routing
     is_bare, found, slots = decide(call, base, without)
@@ -82,9 +86,9 @@ def _by_rows(call: MixedCall, base: Base, without: tuple[int, ...]) -> tuple[tor
 
 
 def _by_address(call: MixedCall, base: Base, tables: Tables) -> torch.Tensor:
-    """Returns ``[..., N]`` by kernels that find factors in tables.
+    """Return the output ``[..., N]`` from kernels that find factors in tables.
 
-    Of the base layer alone where the tables do not know the layer.
+    If the tables have no row for the layer, return the base layer's output.
     """
     x, conditions = call.x, call.conditions
     place = place_of(call, tables, call.rows(), conditions.invariant, conditions.backend)
@@ -109,9 +113,11 @@ def _run_listed(
     which: tuple[int, ...] | None = None,
     s: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Returns ``[..., N]`` with every row's own adapter, by `fastlora.autograd.linear.run`.
+    """Return ``[..., N]`` with each row's own adapter, from `fastlora.autograd.linear.run`.
 
-    ``slots`` are those of ``which``, for PyTorch; or all, for kernels, with s if a sibling made it.
+    For PyTorch, ``slots`` are the factors of the slots in ``which``. For kernels, they are the
+    factors of all slots, and ``s`` is given if another layer of the shared-input group has computed
+    it.
     """
     x, impl = call.x, "triton" if which is None else "eager"
     lora_a: list[Any] = []
@@ -119,7 +125,8 @@ def _run_listed(
     lora_bias: list[torch.Tensor | None] = []
     scalings: list[Any] = []
     dropout_p: list[float] = []
-    for factors in slots:  # in one loop: every call here is one in every step
+    # One loop collects everything, because this code runs in every step.
+    for factors in slots:
         down, up, scaling, bias, p, _ = _NO_FACTORS if factors is None else factors
         lora_a.append(down)
         lora_b.append(up)
@@ -143,13 +150,13 @@ def _run_listed(
 
 
 def _base_rows(x: torch.Tensor, base: Base, impl: str) -> torch.Tensor:
-    """`_run_listed` where no slot has an adapter on the layer."""
+    """Return the output of `_run_listed` if no slot has an adapter on the layer."""
     weight, bias, y, _ = base
     if weight is None:
         return base.output(x)
     if impl != "eager":
         return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-    # An adapter of rank 0: the base product and its gradients are the backend's all the same.
+    # An adapter of rank 0 lets the backend compute the base product and its gradients.
     (n, k), zero = weight.shape, scalings_beside((0.0,), x).reshape(())
     operands = Operands([x.new_empty(0, k)], [x.new_empty(n, 0)], [None], zero, (0.0,))
     return linear.run(x, base, operands, impl)
@@ -159,10 +166,10 @@ def _base_rows(x: torch.Tensor, base: Base, impl: str) -> torch.Tensor:
 
 
 def _in_graph(call: MixedCall, base: Base) -> torch.Tensor | None:
-    """Returns `run` in a graph that is being compiled; None where it cannot be in one.
+    """Return the output of `run` in a graph that is being compiled, or None if unsupported.
 
-    What graphs cannot do is left to the forward that runs without them, where a full graph breaks:
-    hooked factors, the batch-invariant mode, gradients through a pool.
+    Graphs do not support hooked factors, the batch-invariant mode, or gradients through a pool.
+    These are left to the forward pass outside of graphs, which breaks a full graph.
     """
     layer, batch, x = call.layer, call.routing.whole, call.x
     if batch is None or (base.y is not None and base.y.dtype != x.dtype):
@@ -174,13 +181,14 @@ def _in_graph(call: MixedCall, base: Base) -> torch.Tensor | None:
     slots = slots_in_graph(call, layer, dora.dropped)
     if slots is None:
         return None
-    if slots.count(None) == len(slots):  # theirs is DoRA's, which drops
+    # At most DoRA adapters with dropout remain.
+    if slots.count(None) == len(slots):
         return dora_layer.dora_rows(call, base.output(x), dora)
     return dora_layer.dora_rows(call, _listed_in_graph(call, base, slots), dora)
 
 
 def _listed_in_graph(call: MixedCall, base: Base, slots: Slots) -> torch.Tensor:
-    """Returns ``[..., N]`` with every row's own adapter, of which there is one."""
+    """Return ``[..., N]`` with each row's own adapter, for at least one adapter on the layer."""
     layer, batch, x, impl = call.layer, call.routing, call.x, call.conditions.impl
     if dtype_of(slots) not in KERNEL_DTYPES and layer.impl != "triton":
         impl = "eager"
@@ -201,12 +209,12 @@ def _listed_in_graph(call: MixedCall, base: Base, slots: Slots) -> torch.Tensor:
 
 
 def _of_pool_in_graph(call: MixedCall, base: Base, tables: Tables) -> torch.Tensor | None:
-    """`_in_graph` over a pool: without gradients, in what its tables hold."""
+    """Return the output of `_in_graph` over a pool, without gradients, from the pool's tables."""
     x, impl, (weight, bias, y, _) = call.x, call.conditions.impl, base
     if linear.records_gradients(x, weight, bias, y) or x.dtype == torch.float64:
         return None
     if call.conditions.invariant or (impl != "triton" and x.device.type != "cpu"):
-        return None  # tables have addresses, and PyTorch reads those of a CPU
+        return None  # Tables hold addresses, which PyTorch can read on a CPU only.
     if weight is not None:
         weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
         if impl != "triton":

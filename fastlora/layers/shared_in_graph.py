@@ -1,10 +1,11 @@
-"""The operator that gives a layer its s from a shared-input group in a compiled graph, by kernels.
+"""The operator by which kernels compute a layer's s in a compiled graph.
 
-A graph must not see what one call leaves for another. So every layer calls the operator with the
-factors of all and gets its own share. The first call that is traced makes one node, and the others,
-which bring the very same tensors, find what it made; so one node has the gradients of all. Calls
-that a compiler merges afterwards would each keep a backward, with one gradient to do. Where nothing
-is traced each call makes its own.
+A compiled graph must not see results that one call leaves for another. Every layer of a
+shared-input group therefore calls the operator with the factors of all layers, and receives its own
+s. The first call that is traced creates one autograd node for all layers. The other calls pass the
+very same tensors and find its results, so that one node computes the gradients of all layers.
+Without this, a compiler could still merge the calls, but each of them would keep its own backward
+with a single gradient. Outside tracing, each call computes its own s.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from fastlora.layers.shared_input import Results
 from fastlora.ops.library import composes, define
 from fastlora.ops.rows import sort_rows
 
-# What the first call in a trace made for those behind it.
+# The results of the first call in a trace, for the calls after it.
 _TRACED = Results()
 
 define(
@@ -42,10 +43,10 @@ def _lora_shared(
     dtype: torch.dtype,
     factor_dtype: torch.dtype | None,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Returns s of layer number ``own``, and its seed if it has dropout.
+    """Return s of layer number ``own``, and its seed if the layer has dropout.
 
-    ``places`` has the place of each lora_a among those of all layers and slots; without ids one
-    adapter has all rows. Factors are taken in ``factor_dtype``, or as they are.
+    ``places`` has the position of each lora_a among those of all layers and slots. Without ids, one
+    adapter applies to all rows. If ``factor_dtype`` is given, factors are converted to it.
     """
     by_place = dict(zip(places, lora_a, strict=True))
 
@@ -60,7 +61,7 @@ def _lora_shared(
 
     found: Any = None
     if not isinstance(x, (FakeTensor, FunctionalTensor)):
-        # Nothing says whether the others will call, so nothing is kept for them.
+        # It is not known whether the other layers will call, so nothing is stored for them.
         (found,) = make([own])
     else:
         context = (*lora_a, ids)
@@ -69,7 +70,7 @@ def _lora_shared(
         key = (versions, *others)
         known, found = _TRACED.take(x, own, context) or (None, None)
         if known != key:
-            _TRACED.discard()  # of layers that are not in their graph
+            _TRACED.discard()  # Drop results for layers that are not in their graph.
             made = make(range(len(dropout_p)))
             _TRACED.put(x, context, own, {i: (key, s) for i, s in enumerate(made) if i != own})
             found = made[own]

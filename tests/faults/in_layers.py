@@ -271,7 +271,7 @@ FAULTS = (
         "training forward",
         "ff7b90d",
         "fastlora/layers/forward.py",
-        "        marks.trained = Mark()  # a step may follow\n",
+        "        marks.trained = Mark()  # An optimizer step may follow.\n",
         "        pass\n",
         (f"{_KEPT}model-mixed-plain]",),
     ),
@@ -326,7 +326,7 @@ FAULTS = (
         "captured graph",
         "8d39947",
         "fastlora/layers/packs.py",
-        "        # What a captured graph reads is pinned where it is found.\n"
+        "        # A lookup pins the tensors that a captured graph reads.\n"
         "        or is_captured(x)\n",
         "",
         ("tests/ops/test_packed.py::test_a_capture_within_an_open_block_pins_what_it_reads",),
@@ -408,8 +408,8 @@ FAULTS = (
         "lost write",
         "a602bf8",
         "fastlora/layers/merging.py",
-        "unwritten = kept is not None and self._is_as_merged()\n        # Alike",
-        "unwritten = kept is not None\n        # Alike",
+        "unwritten = kept is not None and self._is_as_merged()\n        # All processes",
+        "unwritten = kept is not None\n        # All processes",
         ("tests/model/test_dropin.py::test_unmerge_keeps_what_moves_no_version[fused step]",),
     ),
     Fault(
@@ -564,7 +564,7 @@ FAULTS = (
         kind="kept memory",
         source="M10",
         path="fastlora/layers/common.py",
-        before="        forget_kept(self)  # caches keep no memory that the model has left\n",
+        before="        forget_kept(self)  # Caches must not keep unused memory.\n",
         after="",
         tests=("tests/test_weight_marks.py::test_caches_keep_no_memory_of_earlier_weights",),
     ),
