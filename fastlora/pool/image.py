@@ -43,7 +43,7 @@ class Target(NamedTuple):
     out_features: int
 
     def shape(self, kind: str, rank: int) -> tuple[int, ...]:
-        """Returns the shape of a block in PEFT's layout."""
+        """Return the shape of a block in PEFT's layout."""
         if kind == "lora_a":
             return rank, self.in_features
         return (self.out_features, rank) if kind == "lora_b" else (self.out_features,)
@@ -81,7 +81,7 @@ class Layout:
         return tuple(i for i, (_, at) in enumerate(self.blocks) if at[_MAGNITUDE] != ABSENT)
 
     def views(self, data: torch.Tensor, index: int) -> dict[str, torch.Tensor]:
-        """Returns the blocks of one module in an image, by kind; none where it is absent.
+        """Return the blocks of one module in an image, by kind; none where it is absent.
 
         In PEFT's layout: lora_b is ``[N, r]``, a view of its rank rows.
         """
@@ -152,7 +152,7 @@ class Packer:
         scaling: Mapping[int, float],
         source: str,
     ) -> Image:
-        """Copies an adapter's tensors into an image, rounded to the pool's dtype.
+        """Copy an adapter's tensors into an image, rounded to the pool's dtype.
 
         ``tensors`` are checked, by module number and kind of block, in PEFT's layout (``lora_b
         [N, r]``). Raises `CheckpointError` where a finite value is too large for the dtype.

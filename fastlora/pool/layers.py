@@ -90,7 +90,7 @@ class PoolLayers:
         ]
 
     def _check_batches(self) -> None:
-        """Makes the model compare each batch with its adapter ids, before any work.
+        """Make the model compare each batch with its adapter ids, before any work.
 
         Within `generate` the batch that came in counts: a beam search makes more rows of it.
         """
@@ -101,7 +101,7 @@ class PoolLayers:
     def _wrap(
         self, name: str, around: Callable[[], AbstractContextManager[None]], **rules: bool
     ) -> None:
-        """Gives a method of the model PEFT's ``adapter_names=``, and a check of its batch."""
+        """Give a method of the model PEFT's ``adapter_names=``, and a check of its batch."""
         method, group, block = getattr(self._model, name), self.group, self._block
 
         @functools.wraps(method)
@@ -134,7 +134,7 @@ class PoolLayers:
         self._replaced[name] = module, layer
 
     def remove(self) -> None:
-        """Puts the base layers back; parameters train again where they did."""
+        """Put the base layers back; parameters train again where they did."""
         for name, (_, layer) in self._replaced.items():
             if self._model.get_submodule(name) is layer:
                 self._model.set_submodule(name, layer.release())
@@ -151,7 +151,7 @@ class PoolLayers:
             parameter.requires_grad_(True)
 
     def like(self) -> tuple[torch.device, torch.dtype]:
-        """Returns the device of the base weights, and the dtype of the first.
+        """Return the device of the base weights, and the dtype of the first.
 
         Raises:
             UnsupportedLayerError: They lie on several devices.

@@ -39,7 +39,7 @@ class Lease:
         self._release = release
 
     def release(self) -> None:
-        """Ends the lease; a second call does nothing."""
+        """End the lease; a second call does nothing."""
         self._release(self)
 
     def __enter__(self) -> Lease:
@@ -101,14 +101,14 @@ class Residency:
         self._prefetching: set[int] = set()  # threads
 
     def check_open(self) -> None:
-        """Raises `PoolClosedError` once the pool is closing."""
+        """Raise `PoolClosedError` once the pool is closing."""
         if self.closed:
             raise PoolClosedError("the pool is closed")
         if self.closing:
             raise PoolClosedError("the pool is closing and takes no new leases")
 
     def check_known(self, names: Iterable[str]) -> None:
-        """Raises `AdapterNotFoundError` unless all names are, `PoolClosedError` once closing."""
+        """Raise `AdapterNotFoundError` unless all names are, `PoolClosedError` once closing."""
         with self.changed:
             self.check_open()
             known = self._tiers.entries
@@ -119,7 +119,7 @@ class Residency:
         raise unknown(lost, known)  # looking for close names takes its time
 
     def close(self, wait: float | None) -> None:
-        """Refuses new leases, and waits until all have ended; see `AdapterPool.close`."""
+        """Refuse new leases, and waits until all have ended; see `AdapterPool.close`."""
         with self.changed:
             held = sum(len(n) for owner, n in self.held.items() if owner not in self._prefetching)
             if wait is None and held:
@@ -142,7 +142,7 @@ class Residency:
                 )
 
     def acquire_resident(self) -> Lease:
-        """Leases what is on the device now, which takes no room."""
+        """Lease what is on the device now, which takes no room."""
         with self.changed:
             self.check_open()
             self.hits += len(self._tiers.device)
@@ -150,7 +150,7 @@ class Residency:
         return self._ready(lease)
 
     def acquire(self, request: Request, timeout: float | None) -> Lease:
-        """Waits for a lease, ``timeout`` seconds for room; see `AdapterPool.lease`."""
+        """Wait for a lease, ``timeout`` seconds for room; see `AdapterPool.lease`."""
         deadline = None if timeout is None else time.monotonic() + timeout
         try:
             while True:
@@ -166,7 +166,7 @@ class Residency:
                     self.changed.notify_all()
 
     def settle(self, name: str) -> None:
-        """Makes the scales of a new adapter that is pinned, which may not be leased again."""
+        """Make the scales of a new adapter that is pinned, which may not be leased again."""
         with self.changed:
             entry, resident = self._tiers.entries.get(name), self._tiers.device.get(name)
             if entry is None or not entry.pinned or resident is None or not resident.uses_dora:
@@ -175,14 +175,14 @@ class Residency:
         self._ready(lease).release()
 
     def remake_scales(self) -> None:
-        """Makes scales anew of all that is on the device, replaced adapters in use included."""
+        """Make scales anew of all that is on the device, replaced adapters in use included."""
         with self.changed:
             self.check_open()
             lease = self._hold(tuple(self._tiers.residents))
         self._ready(lease).release()
 
     def _hold(self, residents: tuple[Resident, ...]) -> Lease:
-        """Leases what is on the device, for the calling thread."""
+        """Lease what is on the device, for the calling thread."""
         for resident in set(residents):
             resident.leases += 1
         lease = Lease(residents, self._release)
@@ -190,7 +190,7 @@ class Residency:
         return lease
 
     def _step(self, request: Request, deadline: float | None) -> Lease | list[Entry]:
-        """Waits until a request is granted, or adapters must be read for it, which it returns."""
+        """Wait until a request is granted, or adapters must be read for it, which it returns."""
         tiers = self._tiers
         while True:
             self.check_open()
@@ -219,7 +219,7 @@ class Residency:
             self.changed.wait(left)
 
     def _look_up(self, request: Request) -> list[Entry]:
-        """Notes where a request's adapters are; returns those that are in no memory."""
+        """Note where a request's adapters are; returns those that are in no memory."""
         entries = {name: self._tiers.entry(name) for name in request.names}
         images = {name: self._tiers.image(name) for name in entries}
         request.wanted = {name: image for name, image in images.items() if image is not None}
@@ -253,7 +253,7 @@ class Residency:
         return self._hold(tuple(residents[name] for name in request.names))
 
     def _ready(self, lease: Lease) -> Lease:
-        """Lets the calling thread's work on the device come after the copies of its adapters."""
+        """Let the calling thread's work on the device come after the copies of its adapters."""
         try:
             residents = list(dict.fromkeys(lease.residents))
             self._scales.prepare(residents, self.changed)
@@ -286,7 +286,7 @@ class Residency:
             self.changed.notify_all()
 
     def _may_go(self, request: Request) -> bool:
-        """Returns whether it is a request's turn.
+        """Return whether it is a request's turn.
 
         First come, first served, so that a large request is not passed by small ones for ever. A
         thread that holds leases goes first: others wait for it.
@@ -295,7 +295,7 @@ class Residency:
         return first or request.owner in self.held or not request.names
 
     def _could_fit(self, request: Request) -> bool:
-        """Returns whether a request will fit once others have ended their leases.
+        """Return whether a request will fit once others have ended their leases.
 
         Threads that run will; of those that wait, the ones whose own requests can be met. Where
         two wait for each other, the one that comes last is told so here.
@@ -319,7 +319,7 @@ class Residency:
     # ---------------------------------------------------------------------------- background
 
     def prefetch(self, names: tuple[str, ...]) -> Future[None]:
-        """Brings adapters to the device in the background, as far as there is room now."""
+        """Bring adapters to the device in the background, as far as there is room now."""
         with self.changed:
             self.check_open()
             if self._workers is None:
@@ -344,7 +344,7 @@ class Residency:
                 self.changed.notify_all()
 
     def stats(self) -> PoolStats:
-        """Returns what the pool holds and has done; call it under the lock."""
+        """Return what the pool holds and has done; call it under the lock."""
         tiers = self._tiers
         return PoolStats(
             registered=len(tiers.entries),

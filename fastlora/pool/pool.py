@@ -144,7 +144,7 @@ class AdapterPool:
         config: Any = None,
         pin: bool = False,
     ) -> None:
-        """Reads an adapter and brings it to the device; an adapter of that name is replaced.
+        """Read an adapter and brings it to the device; an adapter of that name is replaced.
 
         The replaced one keeps acting in forwards that hold a lease, and its slot is the new one's.
         Where leases and pins leave no room on the device, the adapter waits in the CPU tier, and
@@ -177,7 +177,7 @@ class AdapterPool:
 
     @torch.inference_mode(False)
     def load_entry(self, entry: Entry) -> None:
-        """Does what `load` does, with a record that the caller made.
+        """Do what `load` does, with a record that the caller made.
 
         Args:
             entry: Names the adapter and its folder. It is the pool's record from now on.
@@ -197,7 +197,7 @@ class AdapterPool:
         self._residency.settle(entry.name)
 
     def register(self, name: str, folder: str | os.PathLike[str]) -> None:
-        """Remembers where an adapter is; it is read when it is first used.
+        """Remember where an adapter is; it is read when it is first used.
 
         Args:
             name: A new name.
@@ -212,7 +212,7 @@ class AdapterPool:
         self.register_entry(Entry(name, Path(folder).absolute()))
 
     def register_entry(self, entry: Entry) -> None:
-        """Does what `register` does, with a record that the caller made.
+        """Do what `register` does, with a record that the caller made.
 
         Args:
             entry: Names the adapter and its folder. It is the pool's record from now on.
@@ -223,7 +223,7 @@ class AdapterPool:
         self._register([entry])
 
     def register_folder(self, root: str | os.PathLike[str]) -> list[str]:
-        """Registers every adapter folder in a folder under its folder's name.
+        """Register every adapter folder in a folder under its folder's name.
 
         A folder that is an adapter's itself, as PEFT writes the adapter ``"default"`` beside
         subfolders of others, is registered under its own name too.
@@ -259,7 +259,7 @@ class AdapterPool:
             self._tiers.add(entries, any(uses_dora))
 
     def unload(self, name: str) -> None:
-        """Forgets an adapter. Leases on it go on; its memory is free when they have ended.
+        """Forget an adapter. Leases on it go on; its memory is free when they have ended.
 
         Raises:
             AdapterNotFoundError: There is none of that name.
@@ -271,7 +271,7 @@ class AdapterPool:
         self.group.packs.clear()
 
     def pin(self, name: str) -> None:
-        """Brings an adapter to the device and keeps it there until `unpin`.
+        """Bring an adapter to the device and keeps it there until `unpin`.
 
         Raises:
             AdapterNotFoundError: There is none of that name.
@@ -282,7 +282,7 @@ class AdapterPool:
             self._tiers.entry(name).pinned = True
 
     def unpin(self, name: str) -> None:
-        """Lets an adapter be evicted again.
+        """Let an adapter be evicted again.
 
         Raises:
             AdapterNotFoundError: There is none of that name.
@@ -293,7 +293,7 @@ class AdapterPool:
             self._changed.notify_all()
 
     def prefetch(self, names: Sequence[str]) -> Future[None]:
-        """Brings adapters to the device in the background, as far as there is room without waiting.
+        """Bring adapters to the device in the background, as far as there is room without waiting.
 
         Returns:
             A future. It need not be waited for; ``result()`` raises where an adapter could not be
@@ -325,7 +325,7 @@ class AdapterPool:
         return self._tiers.replaced
 
     def slot_of(self, name: str) -> int | None:
-        """Returns an adapter's slot, or None while it is not on the device.
+        """Return an adapter's slot, or None while it is not on the device.
 
         It is certain to stay the adapter's only while a lease or a pin holds it.
 
@@ -338,7 +338,7 @@ class AdapterPool:
             return None if resident is None else resident.slot
 
     def plan(self, names: Sequence[str | None]) -> list[list[int]]:
-        """Splits a batch into batches that the device can hold, each of whole samples.
+        """Split a batch into batches that the device can hold, each of whole samples.
 
         Args:
             names: An adapter for each sample, as for `fastlora.adapters`; None for the base model.
@@ -377,7 +377,7 @@ class AdapterPool:
             return len(self._tiers.entries)
 
     def stats(self) -> PoolStats:
-        """Returns what the pool holds and has done."""
+        """Return what the pool holds and has done."""
         with self._changed:
             return self._residency.stats()
 
@@ -385,7 +385,7 @@ class AdapterPool:
 
     @torch.inference_mode(False)
     def lease(self, names: Sequence[str], *, timeout: float | None = None) -> Lease:
-        """Brings adapters to the device and keeps them there, as they are, until the lease ends.
+        """Bring adapters to the device and keeps them there, as they are, until the lease ends.
 
         All or nothing: it waits, holding nothing, while the leases of other threads take room that
         it needs. A thread's own leases never end while it waits.
@@ -410,7 +410,7 @@ class AdapterPool:
         return self._residency.acquire(Request(self._known(names)), timeout)
 
     def lease_resident(self) -> Lease:
-        """Keeps every adapter that is on the device now: for row ids that are slots.
+        """Keep every adapter that is on the device now: for row ids that are slots.
 
         Raises:
             PoolClosedError, AdapterStateError: As `lease`.
@@ -418,13 +418,13 @@ class AdapterPool:
         return self._residency.acquire_resident()
 
     def remake_scales(self) -> None:
-        """Makes DoRA's scales of all that is on the device anew; `fastlora.refresh` calls it."""
+        """Make DoRA's scales of all that is on the device anew; `fastlora.refresh` calls it."""
         self._residency.remake_scales()
 
     # -------------------------------------------------------------------------------- closing
 
     def close(self, wait: float | None = None) -> None:
-        """Puts the base layers back into the model and forgets every adapter.
+        """Put the base layers back into the model and forgets every adapter.
 
         With ``wait``, new leases and blocks raise `PoolClosedError` from now on, in every thread,
         and those that other threads hold have that many seconds to end. Without it, `close` does
@@ -471,11 +471,11 @@ class AdapterPool:
         validate: bool,
         held: contextlib.ExitStack,
     ) -> Routing:
-        """Returns the routing of a `fastlora.adapters` block; ``held`` takes the lease."""
+        """Return the routing of a `fastlora.adapters` block; ``held`` takes the lease."""
         return pool_routing(self, ids, seeds, validate, held)
 
     def _known(self, names: Sequence[str]) -> tuple[str, ...]:
-        """Returns names that are all registered; raises for others, and for a single string."""
+        """Return names that are all registered; raises for others, and for a single string."""
         if isinstance(names, str) or not isinstance(names, Sequence):
             raise TypeError(f"names is {names!r}, expected a list of names")
         self._residency.check_known(names)
@@ -486,13 +486,13 @@ class AdapterPool:
 
 
 def pool_of(model: nn.Module) -> AdapterPool | None:
-    """Returns the pool that was made for a model, or None."""
+    """Return the pool that was made for a model, or None."""
     found: AdapterPool | None = model.__dict__.get(_ATTRIBUTE)
     return found
 
 
 def _check_name(name: object) -> None:
-    """Raises `ConfigError` unless an adapter can have this name."""
+    """Raise `ConfigError` unless an adapter can have this name."""
     if not isinstance(name, str) or not name or name == BASE:
         raise ConfigError(
             f"an adapter's name must be a non-empty string other than {BASE!r}, got {name!r}"
@@ -500,7 +500,7 @@ def _check_name(name: object) -> None:
 
 
 def _folder_of(entry: Entry) -> Path:
-    """Returns the folder of a record; raises `ConfigError` where name or folder is wrong."""
+    """Return the folder of a record; raises `ConfigError` where name or folder is wrong."""
     _check_name(entry.name)
     if entry.folder is None:
         raise ConfigError(f"the record of {entry.name!r} has no folder")

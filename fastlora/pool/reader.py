@@ -91,7 +91,7 @@ class AdapterReader:
         self._named: dict[bytes, list[str]] = {}
 
     def check_folder(self, folder: Path) -> LoraConfig:
-        """Returns a folder's config, checked as far as can be without reading tensors.
+        """Return a folder's config, checked as far as can be without reading tensors.
 
         Raises `CheckpointError` where the folder holds no adapter that this pool can take.
         """
@@ -99,7 +99,7 @@ class AdapterReader:
             return opened.config
 
     def read_folder(self, folder: Path) -> Image:
-        """Reads, checks and packs an adapter folder.
+        """Read, checks and packs an adapter folder.
 
         Raises `CheckpointError`, with file, tensor, what was found and what was expected, where it
         is damaged, holds what a pool cannot take, or does not fit the model.
@@ -111,14 +111,14 @@ class AdapterReader:
 
     @contextlib.contextmanager
     def _opened(self, folder: Path) -> Iterator[OpenAdapter]:
-        """Opens a folder, bounds the matching in the block, and checks the config and the size."""
+        """Open a folder, bounds the matching in the block, and checks the config and the size."""
         with bounded_matching(), open_adapter_folder(folder, self._root, self._limits) as opened:
             self._check_config(opened.config, str(folder / CONFIG_NAME))
             self._check_bytes(opened.nbytes, str(folder))
             yield opened
 
     def read_state(self, name: str, tensors: Mapping[str, torch.Tensor], config: Any) -> Image:
-        """Checks and packs a state dict with PEFT's keys; raises as `read_folder`.
+        """Check and packs a state dict with PEFT's keys; raises as `read_folder`.
 
         ``config`` is a `fastlora.LoraConfig`, PEFT's own, or a mapping of its fields; ``name`` is
         for messages.
@@ -176,7 +176,7 @@ class AdapterReader:
     def _places(
         self, config: LoraConfig, keys: Mapping[str, AdapterKey], tensors: Tensors, source: str
     ) -> dict[str, Place]:
-        """Returns where each tensor goes; raises `CheckpointError` unless all fit the pool."""
+        """Return where each tensor goes; raises `CheckpointError` unless all fit the pool."""
         places: dict[str, Place] = {}
         names = [target.name for target in self._packer.targets]
         for key, (module, kind) in keys.items():
@@ -239,7 +239,7 @@ class AdapterReader:
             self._check_rank(f"{source}: {key!r} has rank {shape[0]}, which", shape[0])
 
     def _check_complete(self, config: LoraConfig, found: set[str]) -> None:
-        """Refuses an adapter that lacks a module which its config names: it is of another base."""
+        """Refuse an adapter that lacks a module which its config names: it is of another base."""
         if config.target_modules is None or config.target_modules == NO_TARGETS:
             return
         fields = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
@@ -266,7 +266,7 @@ class AdapterReader:
 
 
 def _limits_for(modules: list[str]) -> FileLimits:
-    """Returns the limits of files that adapt these modules.
+    """Return the limits of files that adapt these modules.
 
     Parsing holds the interpreter's lock: 65 ms for 1 MiB of empty lists, on one core of an EPYC.
     The objects take up to 25 times the memory of the text. The metadata of a header may repeat the

@@ -11,7 +11,7 @@ from fastlora.weight_marks import marks
 
 
 def refresh(model: nn.Module) -> None:
-    """Forgets whatever fastlora derived from a model's weights.
+    """Forget whatever fastlora derived from a model's weights.
 
     Needed only after writes that nobody tells of: through ``.data`` or ``set_`` (PEFT's
     `hotswap_adapter`), by compiled code under no `torch.optim.Optimizer`, in place in the middle of

@@ -71,7 +71,7 @@ class Resident:
         self._views: dict[int, Factors | None] = {}
 
     def factors(self, table_row: int) -> Factors | None:
-        """Returns the factors of one module, or None where the adapter lacks it.
+        """Return the factors of one module, or None where the adapter lacks it.
 
         Args:
             table_row: The module's number in the pool, its layer's ``table_row``.

@@ -24,7 +24,7 @@ def pool_routing(
     validate: bool,
     held: contextlib.ExitStack,
 ) -> Routing:
-    """Returns a routing to adapters of an `AdapterPool`, leased until ``held`` closes.
+    """Return a routing to adapters of an `AdapterPool`, leased until ``held`` closes.
 
     Its slots are the columns of the pool's tables. The rest is as in `fastlora.adapters`.
     """
@@ -66,7 +66,7 @@ def pool_routing(
 
 
 def captured_pool_routing(pool: Any, ids: torch.Tensor) -> Routing:
-    """Returns the routing of a CUDA graph: slots are looked up at every replay, on the device."""
+    """Return the routing of a CUDA graph: slots are looked up at every replay, on the device."""
     check_slot_ids(ids)
     if pool.max_rank is None:
         raise AdapterStateError(

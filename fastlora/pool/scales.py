@@ -40,7 +40,7 @@ class ScaleMaker:
         self._stamps: list[Any] = []
 
     def prepare(self, residents: Iterable[Resident], guard: AbstractContextManager[Any]) -> None:
-        """Makes leased adapters' scales that are missing, or of other base weights.
+        """Make leased adapters' scales that are missing, or of other base weights.
 
         The caller does not hold ``guard``, the pool's lock: norms take their time. Raises
         `AdapterStateError` where there are such and a CUDA graph is being captured.
@@ -66,7 +66,7 @@ class ScaleMaker:
                     self._make(resident, rows, stamps)
 
     def _stale(self, dora: list[Resident]) -> tuple[list[_Stale], list[Any]]:
-        """Returns what is to be made, and the stamps of now."""
+        """Return what is to be made, and the stamps of now."""
         stamps, known = [base_stamp(layer) for layer in self._layers], self._stamps
         if stamps == known:
             stamps = known

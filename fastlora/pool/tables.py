@@ -54,13 +54,13 @@ class PoolTables:
         self.rank, self.scaling = self._numbers[0], self._numbers[1].view(torch.float32)
 
     def found(self, max_rank: int, dtype: torch.dtype) -> Tables:
-        """Returns where factors lie, and scales once there is an adapter with DoRA."""
+        """Return where factors lie, and scales once there is an adapter with DoRA."""
         scales = self.scale_address if self.uses_dora else None
         addresses = self.a_address, self.b_address, self.bias_address
         return Tables(*addresses, self.rank, self.scaling, max_rank, dtype, scales)
 
     def write(self, column: int, image: Image) -> None:
-        """Fills a column for an image on the device, on the current stream."""
+        """Fill a column for an image on the device, on the current stream."""
         offsets, first = image.layout.offsets, image.data.data_ptr()
         addresses = first + offsets * image.data.itemsize
         addresses[offsets == ABSENT] = 0
@@ -75,16 +75,16 @@ class PoolTables:
         self._copy(self._numbers[:, :, column], numbers)
 
     def assign(self, slot: int, column: int) -> None:
-        """Makes a slot mean a column, or none with `NO_COLUMN`, on the current stream."""
+        """Make a slot mean a column, or none with `NO_COLUMN`, on the current stream."""
         self.column_of[slot] = column
         self.plain_column_of[slot] = NO_COLUMN if column in self._dora_columns else column
 
     def write_scales(self, column: int, addresses: torch.Tensor) -> None:
-        """Notes where a column's scales lie: ``[G]`` int64 on the host, 0 for none."""
+        """Note where a column's scales lie: ``[G]`` int64 on the host, 0 for none."""
         self._copy(self.scale_address[:, column], addresses)
 
     def columns(self, ids: torch.Tensor) -> torch.Tensor:
-        """Returns the column of each id, a slot: -1 stays, and what is out of range becomes -2.
+        """Return the column of each id, a slot: -1 stays, and what is out of range becomes -2.
 
         Operations on the device only, so that a CUDA graph looks slots up anew at every replay.
         One that is captured before there is DoRA has no scales: to it such slots stay empty.
@@ -92,7 +92,7 @@ class PoolTables:
         return looked_up(self.column_of if self.uses_dora else self.plain_column_of, ids)
 
     def clear(self, column: int) -> None:
-        """Makes a column free, on the current stream."""
+        """Make a column free, on the current stream."""
         self._numbers[0, :, column] = 0
         if column in self._dora_columns:
             self._dora_columns.remove(column)
@@ -104,7 +104,7 @@ class PoolTables:
 
 
 def looked_up(table: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Returns ``table[ids]``; -1 stays, and what is out of range becomes -2. Waits for nothing."""
+    """Return ``table[ids]``; -1 stays, and what is out of range becomes -2. Waits for nothing."""
     table = table.to(ids.device, non_blocking=True)
     ids = ids.to(torch.int64)
     outside = (ids < 0) | (ids >= table.numel())

@@ -64,21 +64,21 @@ class Tiers:
     # ---------------------------------------------------------------------------------- names
 
     def entry(self, name: str) -> Entry:
-        """Returns what is known about a name, or raises `AdapterNotFoundError`."""
+        """Return what is known about a name, or raises `AdapterNotFoundError`."""
         found = self.entries.get(name)
         if found is None:
             raise unknown(name, self.entries)
         return found
 
     def image(self, name: str) -> Image | None:
-        """Returns an adapter's image wherever it is in memory."""
+        """Return an adapter's image wherever it is in memory."""
         resident = self.device.get(name)
         if resident is not None:
             return resident.packed
         return self.host.get(name) or self.staged.get(name)
 
     def add(self, entries: Collection[Entry], uses_dora: bool) -> None:
-        """Registers new names with their adapters on disk; one of them may use DoRA."""
+        """Register new names with their adapters on disk; one of them may use DoRA."""
         for entry in entries:
             if entry.name in self.entries:
                 raise AdapterStateError(
@@ -89,7 +89,7 @@ class Tiers:
         self._tables.uses_dora |= uses_dora
 
     def remove(self, name: str) -> None:
-        """Forgets a name; its memory goes at once, or with the last lease on it."""
+        """Forget a name; its memory goes at once, or with the last lease on it."""
         self.entry(name)
         self._leave_device(name)
         self.host.pop(name, None)
@@ -98,7 +98,7 @@ class Tiers:
         self.replaced += 1
 
     def put(self, entry: Entry, image: Image) -> None:
-        """Registers or replaces an adapter and brings it to the device where that is possible.
+        """Register or replaces an adapter and brings it to the device where that is possible.
 
         A name keeps its slot. Where the device has no room beside what leases and pins hold, an
         adapter that need not be there goes to the CPU tier; a pinned one must, and stays. The new
@@ -162,7 +162,7 @@ class Tiers:
         return sum(resident.packed.nbytes for resident in self.residents)
 
     def leased(self) -> set[Resident]:
-        """Returns who is held by leases."""
+        """Return who is held by leases."""
         return {resident for resident in self.residents if resident.leases}
 
     def fits(
@@ -171,7 +171,7 @@ class Tiers:
         held: Collection[Resident],
         replaced: Resident | None = None,
     ) -> bool:
-        """Returns whether adapters fit on the device together with pinned and held ones.
+        """Return whether adapters fit on the device together with pinned and held ones.
 
         ``replaced`` is a held one that one of the wanted takes the name of.
         """
@@ -189,7 +189,7 @@ class Tiers:
         )
 
     def bring(self, images: Mapping[str, Image]) -> list[Resident]:
-        """Makes registered adapters resident, which fit as `fits` says; returns them in order."""
+        """Make registered adapters resident, which fit as `fits` says; returns them in order."""
         missing = {name: image for name, image in images.items() if name not in self.device}
         shares = self._transfers.shares_memory
         if missing:
@@ -211,7 +211,7 @@ class Tiers:
         return [self.device[name] for name in images]
 
     def release(self, resident: Resident, mark: tuple[object, int] | None) -> None:
-        """Takes one lease from a resident.
+        """Take one lease from a resident.
 
         ``mark`` lies behind the forwards that read it, with their stream; or is None.
         """
@@ -223,13 +223,13 @@ class Tiers:
             self._free(resident)
 
     def keep(self, name: str, image: Image) -> None:
-        """Keeps an adapter's image in the CPU tier, as its latest, unless the device has it."""
+        """Keep an adapter's image in the CPU tier, as its latest, unless the device has it."""
         known = self.host.get(name) or self.staged.get(name)
         if name in self.entries and name not in self.device and known is image:
             self._to_host(name, image)
 
     def _uploaded(self, name: str, image: Image) -> Resident:
-        """Copies an image to the device, into a column that is free, and has its slot mean that.
+        """Copy an image to the device, into a column that is free, and has its slot mean that.
 
         The slot is what the name has already, or a free one. There is room for all of this; where
         it fails (the GPU's memory is full), nothing has changed.
@@ -255,7 +255,7 @@ class Tiers:
         return resident
 
     def _make_room(self, wanted: Mapping[str, Image]) -> None:
-        """Evicts the least recently used adapters until what is wanted has room.
+        """Evict the least recently used adapters until what is wanted has room.
 
         A name's old adapter is not evicted, and leaves its room to the new one unless it is leased.
         """
@@ -284,7 +284,7 @@ class Tiers:
                 self.host.move_to_end(name)
 
     def _leave_device(self, name: str) -> None:
-        """Takes a name off the device, if it is there."""
+        """Take a name off the device, if it is there."""
         resident = self.device.pop(name, None)
         if resident is not None:
             self._retire(resident)  # first: captured graphs that still run look its slot up
@@ -293,7 +293,7 @@ class Tiers:
             self._free_slots.append(resident.slot)
 
     def _retire(self, resident: Resident) -> None:
-        """Frees the memory of one that no name has any more, now or with the last lease on it."""
+        """Free the memory of one that no name has any more, now or with the last lease on it."""
         if resident.leases:
             self.retired.add(resident)
         else:
@@ -314,7 +314,7 @@ class Tiers:
         return sum(image.nbytes for image in self.host.values())
 
     def _to_host(self, name: str, image: Image) -> None:
-        """Keeps an image in the CPU tier as the most recent, where the budget allows it at all."""
+        """Keep an image in the CPU tier as the most recent, where the budget allows it at all."""
         if name in self.host:
             self.host.move_to_end(name)
             return
@@ -334,7 +334,7 @@ class Tiers:
         self.host[name] = image
 
     def describe(self) -> str:
-        """Returns the device tier's contents in numbers, for messages."""
+        """Return the device tier's contents in numbers, for messages."""
         leased = sum(1 for resident in self.device.values() if resident.leases)
         pinned = sum(1 for name in self.device if self.entries[name].pinned)
         limit = "" if self.device_bytes is None else f" (device_bytes={self.device_bytes})"
@@ -346,7 +346,7 @@ class Tiers:
 
 
 def unknown(name: str, known: Collection[str]) -> AdapterNotFoundError:
-    """Returns the error for a name that is not registered."""
+    """Return the error for a name that is not registered."""
     return AdapterNotFoundError(
         f"no adapter {name!r} among the {len(known)} of this pool{near_names(str(name), known)}"
     )

@@ -29,30 +29,30 @@ class Transfers:
     shares_memory = True
 
     def ordered(self) -> contextlib.AbstractContextManager[Any]:
-        """Returns a block within which writes to the device tier happen in order."""
+        """Return a block within which writes to the device tier happen in order."""
         return contextlib.nullcontext()
 
     def upload(self, image: Image) -> Image:
-        """Returns the image in device memory."""
+        """Return the image in device memory."""
         return image
 
     def written(self) -> Any:
-        """Returns a mark behind the writes so far, or None where there is nothing to wait for."""
+        """Return a mark behind the writes so far, or None where there is nothing to wait for."""
         return None
 
     def is_done(self, mark: Any) -> bool:
-        """Returns whether the device is past a mark."""
+        """Return whether the device is past a mark."""
         return True
 
     def wait_for_writes(self, marks: Iterable[Any]) -> None:
-        """Lets whatever the calling thread starts next come after these writes."""
+        """Let whatever the calling thread starts next come after these writes."""
 
     def read(self) -> tuple[Any, Any] | None:
-        """Returns a mark behind what the calling thread has started, and its stream; or None."""
+        """Return a mark behind what the calling thread has started, and its stream; or None."""
         return None
 
     def wait_for_reads(self, marks: Iterable[Any]) -> None:
-        """Lets the next writes come after these reads."""
+        """Let the next writes come after these reads."""
 
 
 class CudaTransfers(Transfers):
@@ -69,27 +69,27 @@ class CudaTransfers(Transfers):
         self._stream = torch.cuda.Stream(device)
 
     def ordered(self) -> contextlib.AbstractContextManager[Any]:
-        """Makes the pool's stream the current one."""
+        """Make the pool's stream the current one."""
         return torch.cuda.stream(self._stream)
 
     def upload(self, image: Image) -> Image:
-        """Starts the copy of a pinned image."""
+        """Start the copy of a pinned image."""
         data = torch.empty_like(image.data, device=self._device, pin_memory=False)
         data.copy_(image.data, non_blocking=True)
         return dataclasses.replace(image, data=data)
 
     def written(self) -> torch.cuda.Event:
-        """Records an event on the pool's stream."""
+        """Record an event on the pool's stream."""
         event = torch.cuda.Event()
         event.record(self._stream)
         return event
 
     def is_done(self, mark: torch.cuda.Event) -> bool:
-        """Asks the event, which must not be done while a graph is captured."""
+        """Ask the event, which must not be done while a graph is captured."""
         return not torch.cuda.is_current_stream_capturing() and mark.query()
 
     def wait_for_writes(self, marks: Iterable[torch.cuda.Event]) -> None:
-        """Makes the current stream wait, which one that captures a CUDA graph cannot."""
+        """Make the current stream wait, which one that captures a CUDA graph cannot."""
         stream = torch.cuda.current_stream(self._device)
         capturing = torch.cuda.is_current_stream_capturing()
         for event in marks:
@@ -101,7 +101,7 @@ class CudaTransfers(Transfers):
             stream.wait_event(event)
 
     def read(self) -> tuple[torch.cuda.Event, int] | None:
-        """Records an event on the current stream; a captured forward has read nothing yet."""
+        """Record an event on the current stream; a captured forward has read nothing yet."""
         if torch.cuda.is_current_stream_capturing():
             return None
         stream = torch.cuda.current_stream(self._device)
@@ -110,13 +110,13 @@ class CudaTransfers(Transfers):
         return event, stream.cuda_stream
 
     def wait_for_reads(self, marks: Iterable[torch.cuda.Event]) -> None:
-        """Makes the pool's stream wait."""
+        """Make the pool's stream wait."""
         for event in marks:
             self._stream.wait_event(event)
 
 
 def make_transfers(device: torch.device) -> Transfers:
-    """Returns how images get to a CPU or a CUDA device."""
+    """Return how images get to a CPU or a CUDA device."""
     if device.type == "cuda":
         return CudaTransfers(device)
     if device.type != "cpu":
