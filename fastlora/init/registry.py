@@ -109,7 +109,8 @@ class Init:
     Attributes:
         name: Value of ``init_lora_weights`` that selects it: True, False, or a string.
         start: The function that computes the factors.
-        title: Name of the method as its authors write it, for messages.
+        title: Name of the method as its authors write it, for messages about settings and changed
+            base weights.
         pattern: Regular expression for all names of the method, if there are several.
         changes_base: Whether it moves a part of the base weight into the factors. An adapter then
             works only with the base weight that it was trained on.
