@@ -1,8 +1,8 @@
 """Matching of a config's patterns, with Python's ``re`` or with limits on time and memory.
 
-PEFT's patterns are regular expressions for ``re``, whose matching time can grow exponentially.
-Inside `bounded_matching`, PCRE2 matches them instead. Unlike ``re``, it counts the steps and the
-memory of a match and stops at a limit. Plain names never need PCRE2.
+PEFT's patterns are regular expressions for ``re``, which can take exponential time to match. Inside
+`bounded_matching`, PCRE2 matches them instead. Unlike ``re``, it counts the steps and the memory of
+a match and stops at a limit. Plain names never need PCRE2.
 """
 
 from __future__ import annotations

@@ -179,10 +179,11 @@ class Gathering:
 
 
 def copy_whole_(target: torch.Tensor, source: torch.Tensor) -> None:
-    """Copy ``source``, which every process holds in full, into ``target``, which keeps its dtype.
+    """Copy ``source`` into ``target``, which keeps its dtype.
 
-    If ``target`` is a DTensor, each process copies its own shard without communication. If
-    ``source`` is a DTensor too, it must be sharded in the same way.
+    Every process must hold all of ``source``. If ``target`` is a DTensor, each process copies its
+    own shard without communication. If ``source`` is a DTensor too, it must be sharded in the same
+    way.
     """
     if not is_sharded(target) or is_sharded(source):
         target.copy_(source)

@@ -38,7 +38,7 @@ class AdapterNotFoundError(FastLoraError, ValueError):
 
 
 class AdapterStateError(FastLoraError, ValueError):
-    """The operation conflicts with the current state (an adapter exists already or is merged)."""
+    """The operation is not possible in the current state, such as while an adapter is merged."""
 
 
 class CheckpointError(FastLoraError, ValueError):

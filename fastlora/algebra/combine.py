@@ -76,7 +76,7 @@ def combine(
     density: float | None = None,
     majority_sign_method: str = "total",
 ) -> torch.Tensor:
-    """Return the combination of tensors of one shape by one of the `METHODS`.
+    """Combine tensors of one shape into a weighted sum, by one of the `METHODS`.
 
     Args:
         method: A key of `METHODS`.

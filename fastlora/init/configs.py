@@ -105,9 +105,9 @@ class LoraGAConfig:
     """Settings of LoRA-GA.
 
     Args:
-        direction: Which of the gradient's first 2 r singular directions make A and which make B:
-            "ArB2r" (the first r make A), "A2rBr" (the first r make B), "ArBr" (they alternate), or
-            "random" (r random directions make both).
+        direction: How the gradient's first 2 r singular directions are divided between A and B:
+            "ArB2r" (A gets the first r), "A2rBr" (B gets the first r), "ArBr" (they alternate), or
+            "random" (both get the same r random directions).
         scale: Scale of the factors: "stable" (B times ``out_features ** 0.25 /
             sqrt(stable_gamma)``), "weight_svd" (B scaled to the weight's largest singular value),
             "gd_scale" (both factors divided by the adapter's scaling), or "unit" (no scale).

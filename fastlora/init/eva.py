@@ -14,8 +14,8 @@ import torch
 from fastlora.init.configs import EvaConfig
 from fastlora.init.registry import Given, Settings, Start, register_init
 
-# Returns the rows [M, K] of a layer's inputs that count, given the inputs, the prepared batch, and
-# the layer's name.
+# A function of a layer's inputs, the prepared batch, and the layer's name. It returns the rows [M,
+# K] of the inputs that EVA uses.
 Prepare = Callable[[Any, Any, str], torch.Tensor]
 
 

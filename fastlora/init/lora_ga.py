@@ -35,7 +35,7 @@ def lora_ga(given: Given) -> Start:
     """Return factors from the gradient's singular vectors, and the weight without their update.
 
     The gradient is ``U S V^T``. R rows of ``V^T`` make A, and R columns of ``U S`` make B.
-    `LoraGAConfig.direction` says which.
+    `LoraGAConfig.direction` selects them.
 
     Raises:
         InitialisationError: The settings or the gradient are missing, the gradient is not finite or

@@ -1,6 +1,6 @@
 """PEFT compatibility of fastlora's config, model, and layers: they pass `isinstance` checks.
 
-TRL, transformers, and accelerate check with `isinstance` what they were given. Right after `import
+TRL, transformers, and accelerate recognize PEFT's objects with `isinstance`. Right after `import
 peft`, fastlora's config and model get PEFT's classes as additional bases, and fastlora's layers are
 registered with PEFT's abstract classes. Either library may be imported first. This module does not
 import PEFT before something else has.
@@ -26,7 +26,7 @@ from fastlora.model.config import LoraConfig
 
 @functools.cache
 def join_peft() -> None:
-    """Make fastlora's classes pass as PEFT's, and PEFT's functions accept fastlora's models."""
+    """Register fastlora's classes with PEFT, and make PEFT's functions accept fastlora's models."""
     theirs: Any = importlib.import_module("peft.tuners.lora")
     layers: Any = importlib.import_module("peft.tuners.tuners_utils")
     peft: Any = importlib.import_module("peft")

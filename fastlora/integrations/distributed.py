@@ -1,4 +1,4 @@
-"""Adapters in several processes, where torch.distributed does not support LoRA layers.
+"""Distributed training with adapters, for cases that torch.distributed does not support.
 
 DDP and FSDP2 (`fully_shard`) accept models with adapters unchanged; docs/distributed.md describes
 how to use them.
@@ -89,7 +89,7 @@ def tensor_parallel(model: LoraModel, device_mesh: Any, plan: dict[str, Any]) ->
 
 
 def _split_like(linear: nn.Module, layer: FastLoraLinear) -> LoraLayer:
-    """Return a LoRA layer for a base layer that may have been sharded, with the same adapters."""
+    """Return a LoRA layer with the adapters of ``layer``, over a base layer that may be sharded."""
     if parallel_style(linear) is None:
         return layer
     split = TensorParallelLora(linear)

@@ -156,7 +156,7 @@ class FastPeftLinear(_FastForward, PeftLinear):  # type: ignore[misc]  # PEFT le
 
 
 def _named_as_before(cls: type) -> type:
-    """Set a class's ``__name__`` to that of its PEFT base, and return the class.
+    """Give a class the ``__name__`` of its PEFT base class, and return it.
 
     The class is then printed under PEFT's name, also in `get_layer_status`. Pickles use the
     qualified name, which does not change.

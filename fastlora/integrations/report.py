@@ -31,8 +31,8 @@ class LayerFusion:
         reason: Fallback reason if the layer is not fused, else empty.
         siblings: How many layers share their passes over x in training (s and d_lora_a), or why
             this layer does not. Known only after a training forward.
-        reads: What kernels read of a quantized base layer. Without kernels, the base layer is
-            called unchanged.
+        reads: Format of a quantized base weight that kernels read, and the dtype of their products.
+            Without kernels, the base layer is called unchanged. Empty for other layers.
     """
 
     name: str

@@ -42,7 +42,7 @@ when_imported("transformers.pipelines.base", _name_to_pipelines)
 
 @contextlib.contextmanager
 def as_causal_model(folder: object) -> Iterator[None]:
-    """Convert errors that transformers raises in the block, while loading, to `CheckpointError`."""
+    """Convert errors from loading a causal language model in the block to `CheckpointError`."""
     try:
         yield
     except (*CANNOT_READ, RuntimeError) as error:
@@ -52,7 +52,7 @@ def as_causal_model(folder: object) -> Iterator[None]:
 
 
 def end_tokens(model: Any, tokenizer: Any) -> set[int]:
-    """Return the ids of the tokens that end an answer, from the config and the tokenizer."""
+    """Return the ids of the tokens that end an answer, for a model and its tokenizer."""
     given = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ends = {*(given if isinstance(given, (list, tuple)) else [given]), tokenizer.eos_token_id}
     return {end for end in ends if end is not None}

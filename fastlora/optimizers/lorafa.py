@@ -31,7 +31,7 @@ _RIDGE = 1e-8
 
 
 class LoraFAOptimizer(Optimizer):
-    """AdamW that replaces lora_B's gradient by that of LoRA-FA.
+    """AdamW that uses the LoRA-FA gradient for lora_B.
 
     All other parameters that have a gradient get plain AdamW steps.
 

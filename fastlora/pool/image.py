@@ -1,10 +1,10 @@
-"""The image of an adapter: one 1-D tensor with all of its factors, which loads in one copy.
+"""The image of an adapter: a 1-D tensor that holds all of its factors and loads in one copy.
 
 For each module that the adapter adapts, in the pool's order, the image holds ``lora_a [r, K]`` and
 ``lora_b`` as rank rows ``[r, N]`` (the transpose of PEFT's ``[N, r]``). They are followed by
 ``lora_bias [N]`` and DoRA's magnitude ``[N]``, if the adapter has them. The magnitude is in fp32
-even in a 16-bit image, because it scales whole rows. Ranks are not padded, and other modules take
-no space. Each block starts at a multiple of 16 bytes, for vector loads.
+even in a 16-bit image, because it scales whole rows. Ranks are not padded, and a module without
+factors takes no space. Each block starts at a multiple of 16 bytes, for vector loads.
 """
 
 from __future__ import annotations

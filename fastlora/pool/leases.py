@@ -1,4 +1,4 @@
-"""Leases, which keep adapters on the device, and the queue of threads that wait for one.
+"""Leases, which keep adapters on the device, and the queue of threads that wait for a lease.
 
 A request first reads the adapters that are not in memory. It then waits for room, and gets all of
 its adapters together.

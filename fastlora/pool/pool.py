@@ -1,4 +1,7 @@
-"""`AdapterPool`: thousands of adapters for one model, any of which a batch may use."""
+"""`AdapterPool`, which keeps thousands of adapters for one model.
+
+A batch may use any of the adapters.
+"""
 
 from __future__ import annotations
 
@@ -67,7 +70,7 @@ class AdapterPool:
     Attributes:
         modules: Name, K, and N of each target module, in the order of the layers' ``table_row``.
         group: Identifies the layers as this pool's.
-        tables: What kernels read about the adapters on the device.
+        tables: The tables of addresses, ranks, and scalings that kernels read.
         max_rank: As given.
 
     Raises:
@@ -340,7 +343,7 @@ class AdapterPool:
     def slot_of(self, name: str) -> int | None:
         """Return an adapter's slot, or None if it is not on the device.
 
-        The adapter is certain to keep the slot only while a lease or a pin holds it.
+        The slot is guaranteed only while a lease or a pin keeps the adapter on the device.
 
         Raises:
             AdapterNotFoundError: No adapter has this name.

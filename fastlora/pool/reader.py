@@ -38,7 +38,7 @@ from fastlora.validation import (
 
 # Limit on the number of cached module lists. Each belongs to one choice of target modules.
 _MOST_KINDS = 256
-# Bytes allowed for the parts of a config and of a header's metadata that no module adds to.
+# Bytes allowed for the parts of a config and of a header's metadata that do not depend on modules.
 _CONFIG_BYTES, _METADATA_BYTES = 64 << 10, 256 << 10
 # A config names a module up to three times, and a header lists up to four tensors of it. These are
 # the bytes of each mention besides the name.
@@ -187,7 +187,11 @@ class AdapterReader:
     def _places(
         self, config: LoraConfig, keys: Mapping[str, AdapterKey], tensors: Tensors, source: str
     ) -> dict[str, Place]:
-        """Return the place of each tensor. Raise `CheckpointError` if one does not fit the pool."""
+        """Return the module index and the block of each tensor.
+
+        Raises:
+            CheckpointError: A tensor does not fit the pool, or the adapter is incomplete.
+        """
         places: dict[str, Place] = {}
         names = [target.name for target in self._packer.targets]
         for key, (module, kind) in keys.items():

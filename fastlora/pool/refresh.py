@@ -13,12 +13,12 @@ from fastlora.weight_marks import marks
 def refresh(model: nn.Module) -> None:
     """Clear everything that fastlora has cached from a model's weights.
 
-    This is needed only after writes that cannot be detected:
+    This is needed only after writes that fastlora cannot detect:
 
     * through ``.data`` or ``set_``, as PEFT's `hotswap_adapter` does;
     * by compiled code that does not use a `torch.optim.Optimizer`;
-    * in place, inside a `fastlora.adapters` block;
-    * to base weights, inside a `fastlora.adapters` block over a pool with DoRA adapters.
+    * to factors, in the middle of a `fastlora.adapters` block;
+    * to base weights under a pool with DoRA adapters, while a lease is open.
 
     All other writes are detected: steps of optimizers, including fused and compiled ones, and any
     write that is followed by a change between training and evaluation mode.

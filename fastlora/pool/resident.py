@@ -21,7 +21,7 @@ class Scales:
         by_module: Index of a module -> g, ``[N]`` in fp32 (fp64 for an fp64 weight).
         blocks: The same scales in fp32, as kernels read them.
         stamps: Stamps of the base weights that the scales were computed from.
-        written: Event after the last write, or None.
+        written: Event that follows the last write, or None.
     """
 
     __slots__ = ("blocks", "by_module", "stamps", "written")
@@ -36,7 +36,7 @@ class Scales:
 class Resident:
     """An adapter on the device. Its factors never change: a hot swap creates a new resident.
 
-    Its memory is certain to remain its own only while a lease holds it. The pool's lock guards the
+    Its memory is guaranteed to stay valid only while a lease holds it. The pool's lock guards the
     last four attributes.
 
     Attributes:
@@ -51,8 +51,9 @@ class Resident:
         scales: Scales of a DoRA adapter, computed with the first lease, or None.
         packed: The image with its layout.
         leases: Number of leases that hold the adapter.
-        written: Event after the copy to the device, or None once the copy is known to be done.
-        reads: Stream -> event after the last forward on it that read the adapter.
+        written: Event that follows the copy to the device, or None once the copy is known to be
+            done.
+        reads: Stream -> event that follows the last forward on it that read the adapter.
     """
 
     def __init__(self, name: str, slot: int, column: int, image: Image) -> None:
@@ -117,7 +118,8 @@ class PoolStats:
         device_bytes, cpu_bytes: Bytes in each tier. The device includes replaced images that leases
             hold.
         leases: Number of leases that are held.
-        hits, misses: Number of adapters that leases found on the device, or had to bring there.
+        hits: Number of adapters that leases found on the device.
+        misses: Number of adapters that leases had to bring to the device.
         loads: Number of adapters read and packed.
         evictions: Number of adapters that left the device to make room.
     """

@@ -127,7 +127,7 @@ class Tiers:
                 f"no room beside what leases and pins hold; {self.describe()}"
             )
         resident = None
-        if now:  # while the name still has its old adapter, since this can fail
+        if now:  # first, because it can fail: the name still has its old adapter
             self._make_room({name: image})
             resident = self._uploaded(name, image)
         entry.pinned, self.entries[name] = pinned, entry
@@ -232,7 +232,7 @@ class Tiers:
 
         Args:
             resident: The adapter.
-            mark: Event after the forwards that read the adapter, with their stream, or None.
+            mark: Event that follows the forwards that read the adapter, with their stream, or None.
         """
         if mark is not None:
             resident.reads[mark[1]] = mark[0]

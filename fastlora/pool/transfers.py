@@ -37,7 +37,7 @@ class Transfers:
         return image
 
     def written(self) -> Any:
-        """Return an event after the writes so far, or None if there is nothing to wait for."""
+        """Return an event that follows all writes so far, or None if no wait is needed."""
         return None
 
     def is_done(self, mark: Any) -> bool:
@@ -45,14 +45,14 @@ class Transfers:
         return True
 
     def wait_for_writes(self, marks: Iterable[Any]) -> None:
-        """Make the work that the calling thread starts next wait for these events of writes."""
+        """Make the calling thread's next work on the device wait for these write events."""
 
     def read(self) -> tuple[Any, Any] | None:
-        """Return an event after the calling thread's work so far and its stream, or None."""
+        """Return an event that follows the calling thread's work, with its stream, or None."""
         return None
 
     def wait_for_reads(self, marks: Iterable[Any]) -> None:
-        """Make the next writes wait for these events of reads."""
+        """Make the next writes wait for these read events."""
 
 
 class CudaTransfers(Transfers):

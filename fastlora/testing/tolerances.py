@@ -73,9 +73,9 @@ def farthest(runs: Iterable[torch.Tensor], truth: torch.Tensor) -> torch.Tensor:
 def summed_otherwise(model: nn.Module, seed: int) -> Iterator[None]:
     """Make every linear layer add its products in a random order within the block.
 
-    The result is as accurate as that of any other order. A deep model can amplify a difference in
-    the last bit. The worst of several orders then shows how far PyTorch's own result may be off,
-    which a single run does not.
+    The result is as accurate as with any other order. A deep model can amplify a difference in the
+    last bit. The worst of several orders then shows how far PyTorch's own result may be off, which
+    a single run does not.
 
     Args:
         model: The model. All of its `torch.nn.Linear` modules are affected, including their

@@ -50,7 +50,7 @@ FAULTS = (
         source="91cf170",
         path="fastlora/pool/tiers.py",
         before="""\
-        if now:  # while the name still has its old adapter, since this can fail
+        if now:  # first, because it can fail: the name still has its old adapter
             self._make_room({name: image})
 """,
         after="""\
