@@ -47,9 +47,9 @@ def lora_linear(
         plan: What the Triton implementation launches. ``"fused"`` is one GEMM with the LoRA term in
             its epilogue. ``"split"`` computes the LoRA update first, and cuBLAS then adds the base
             product to it. ``"invariant"`` is the fused plan of `fastlora.batch_invariant`. Inside
-            that mode, it replaces ``"auto"`` and ``"fused"``, and ``"split"`` raises. ``"auto"`` is
-            the plan that ``FASTLORA_PLAN`` names, or else one from a table by chip, dtype, number
-            of rows, and rank.
+            that mode, it replaces ``"auto"`` and ``"fused"``, and ``"split"`` raises an error.
+            ``"auto"`` is the plan that ``FASTLORA_PLAN`` names, or else one from a table by chip,
+            dtype, number of rows, and rank.
 
     Returns:
         ``[..., N]`` in x's dtype.

@@ -136,7 +136,7 @@ class PoolLayers:
         self._replaced[name] = module, layer
 
     def remove(self) -> None:
-        """Restore the base layers. Parameters that trained before train again."""
+        """Restore the base layers, and make all parameters that trained before trainable again."""
         for name, (_, layer) in self._replaced.items():
             if self._model.get_submodule(name) is layer:
                 self._model.set_submodule(name, layer.release())
