@@ -5,8 +5,8 @@ the output folder. Each adapter has a table `adapters.NAME` with its `data` and 
 `r`, `alpha`, `dropout`, `targets`, `rslora`, `dora`, `lr`, or any other field of
 `fastlora.LoraConfig`. A table `defaults` has settings for all adapters.
 
-Flags override the file. To use several GPUs or processes, run `torchrun --nproc-per-node N -m
-fastlora train ...`.
+Flags override the file. For several GPUs or processes, run:
+`torchrun --nproc-per-node N -m fastlora train ...`
 """
 
 from __future__ import annotations
