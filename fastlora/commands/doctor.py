@@ -1,9 +1,9 @@
 """Check whether fastlora works here, and which layers of a model it will fuse.
 
 The output lists the installed and the supported versions, the devices and whether the kernels run
-on them, and the environment variables of fastlora. With MODEL, it also lists the layers of an
-adapter on the model: whether each is fused, and why not. The weights of the model are read only if
-they are quantized.
+on them, and the environment variables of fastlora. With MODEL, it also shows which layers of the
+model would be fused with an adapter, and why others would not. The weights of the model are read
+only if they are quantized.
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ def _report(base: nn.Module, adapter: Path | None) -> tuple[FusionReport, list[s
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     chosen, why = implementation_on(device or torch.device("cpu"))
     report = fusion_report(model.train())
-    # No forward has run, so the shared-input groups are unknown.
+    # No forward pass has run, so the shared-input groups are unknown.
     rows = tuple(replace(row, siblings="") for row in report.rows)
     adapted = [name for name, module in model.named_modules() if isinstance(module, LoraLayer)]
     within = tuple(f"{name}." for name in adapted)

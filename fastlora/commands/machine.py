@@ -1,4 +1,4 @@
-"""Find the installed packages and the available devices, and problems with them."""
+"""Check the installed packages, the available devices, and the environment."""
 
 from __future__ import annotations
 
@@ -31,8 +31,7 @@ _OPTIONAL = {
 _PACKAGES = ("torch", "triton", "safetensors", *_OPTIONAL)
 # Files that the drivers of GPUs create.
 _DRIVERS = (("NVIDIA", Path("/proc/driver/nvidia/version")), ("AMD", Path("/dev/kfd")))
-# Sizes of the trial launch on each GPU: rows, in, out, rank. In fp16, its error stays far below the
-# bound.
+# Sizes of the trial launch on each GPU: rows, in, out, rank. The bound is far above its fp16 error.
 _TRIAL, _TRIAL_ERROR = (16, 64, 64, 8), 0.03
 
 
@@ -134,7 +133,7 @@ def packages(found: Findings) -> Iterator[dict[str, str | None]]:
 
 
 def why_not_importable(name: str) -> str:
-    """Return the error that importing a package raises, on one line, or an empty string."""
+    """Return the error of importing a package, on one line, or an empty string without error."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

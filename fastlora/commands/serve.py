@@ -1,7 +1,7 @@
 """``fastlora serve``: an OpenAI-compatible server for a model and a folder of adapters.
 
-Clients name an adapter, or the base model, as the model. The server uses HTTP without encryption.
-It listens on this machine only unless --host says otherwise.
+Clients select an adapter or the base model by the model name in a request. The server uses HTTP
+without encryption. It listens on this machine only unless --host says otherwise.
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ def _keep_memory_level() -> None:
 
 
 def limits_of(args: argparse.Namespace, descriptors: int | None) -> Limits:
-    """Return the limits of connections from the options, given a limit on open files."""
+    """Return the connection limits that the options set, within a limit on open files."""
     from fastlora.serve.connections import limits_within
 
     return limits_within(

@@ -33,7 +33,7 @@ _log = logging.getLogger("fastlora.serve")
 
 @dataclass(eq=False, kw_only=True)
 class Version(Entry):
-    """An adapter with the files that it had at one time. New files make a new version.
+    """A version of an adapter. When the files of the adapter change, a new version is created.
 
     A version is also the pool's record of the adapter. Its ``name`` in the pool is unique, so old
     and new versions can run side by side.
@@ -75,11 +75,11 @@ class ServedAdapters:
         self._lock = threading.RLock()
         self._numbers = itertools.count(1)
         self._versions: dict[str, Version] = {}
-        # Names that came by `load`, which `scan` does not change; and unloaded adapters, which
-        # `scan` does not load again until their files change.
+        # `scan` does not change adapters that `load` has added. It does not add an unloaded adapter
+        # again until its files change.
         self._by_hand: set[str] = set()
         self._left_out: dict[str, tuple[object, ...]] = {}
-        self._refused: set[tuple[object, ...]] = set()  # in the last scan; each is logged once
+        self._refused: set[tuple[object, ...]] = set()  # rejected in the last scan; logged once
 
     @property
     def names(self) -> list[str]:
@@ -88,7 +88,7 @@ class ServedAdapters:
             return sorted(name for name, own in self._versions.items() if own.error is None)
 
     def take(self, name: str) -> Version:
-        """Return the current version of an adapter for a request, which must call `give_back`.
+        """Return the current version of an adapter, for a request that calls `give_back` later.
 
         Raises:
             AdapterNotFoundError: There is no adapter of this name.
@@ -118,7 +118,7 @@ class ServedAdapters:
                 if not version.waiting:
                     future = self.pool.prefetch([version.name])
                 version.waiting.append(then)
-        # Do this without the lock, because both may call `then` immediately, and `then` takes other
+        # Release the lock first: both branches may call `then` immediately, and `then` takes other
         # locks.
         if future is not None:
             future.add_done_callback(lambda done: self._was_read(version, done))
@@ -142,7 +142,8 @@ class ServedAdapters:
     def scan(self) -> None:
         """Scan the folder: add new and changed adapters, and remove deleted ones.
 
-        An adapter in a damaged folder keeps its name, and requests for it fail.
+        If the folder of an adapter is damaged, the adapter keeps its name, but requests for it
+        fail.
         """
         if self.root is None:
             return
@@ -172,7 +173,7 @@ class ServedAdapters:
             self._put(self._version(name, *found[name]))
 
     def load(self, name: str, path: str, *, replace: bool = False) -> None:
-        """Load an adapter from the folder under a name.
+        """Load an adapter from the server's folder, and give it a name.
 
         Args:
             name: Name of letters, digits, ``.``, ``_``, and ``-``.
@@ -182,8 +183,8 @@ class ServedAdapters:
                 one.
 
         Raises:
-            ConfigError: The name is invalid, the path leads out of the server's folder, or it has
-                no adapter.
+            ConfigError: The name is invalid, the path leads out of the server's folder, or there is
+                no adapter at the path.
             AdapterStateError: There is already an adapter of this name.
             CheckpointError: The adapter is damaged, too large, or made for another model.
         """
@@ -291,7 +292,7 @@ class ServedAdapters:
         return real
 
     def _without_root(self, error: BaseException) -> str:
-        """Return an error message for clients, without the server's path and with its option."""
+        """Return an error message for clients: drop the server's path and name its option."""
         option = _OPTIONS.get(getattr(error, "argument", ""))
         text = str(error).replace(f"{self.root}{os.sep}", "")
         if len(text) > _MOST_LETTERS:  # it may quote a whole field of a config

@@ -24,7 +24,7 @@ _T = TypeVar("_T")
 
 
 class Answer:
-    """An answer that is being generated, for the event loop.
+    """An answer that is being generated, for use in the event loop.
 
     Raises the errors of `Engine.submit`.
     """
@@ -49,7 +49,7 @@ class Answer:
         return piece
 
     def cancel(self) -> None:
-        """Cancel the request, because no client waits for it."""
+        """Cancel the request when no client waits for its answer."""
         self._engine.cancel(self._job)
 
 

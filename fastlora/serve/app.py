@@ -41,7 +41,7 @@ from fastlora.serve.sampling import Sampling
 from fastlora.validation import AdapterNotFoundError, ConfigError, near_names
 
 _log = logging.getLogger("fastlora.serve")
-_COMPLETION_TOKENS = 16  # default of OpenAI for completions
+_COMPLETION_TOKENS = 16  # OpenAI's default max_tokens for completions
 _CLOSED_BY_CLIENT = 499
 _SHORT_PROMPT = 1 << 14  # characters, which take about 10 ms to tokenize
 _T = TypeVar("_T")

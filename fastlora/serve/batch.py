@@ -1,4 +1,4 @@
-"""The running requests. Each has a row of keys and values, and a forward serves many of them.
+"""The running requests. Each has a row of keys and values, and a forward pass reads many rows.
 
 This module takes no locks: only the engine's thread calls it.
 """
@@ -22,17 +22,17 @@ from fastlora.serve.sampling import choose
 from fastlora.validation import CheckpointError, FastLoraError
 
 _log = logging.getLogger("fastlora.serve")
-# Maximum number of prompt tokens in a forward. Running requests wait no longer than for these.
+# Maximum number of prompt tokens in a forward pass. It bounds how long running requests wait.
 PREFILL_TOKENS = 512
 
 
 class HeldBlock:
-    """A `fastlora.adapters` block that stays open from one forward to the next.
+    """A `fastlora.adapters` block that stays open from one forward pass to the next.
 
     It is closed when the rows use other adapters, when the pool replaces or unloads an adapter,
-    when a forward fails, and after a forward in which the block tracked rows (`follows_rows`).
-    While the block is open, it keeps its adapters on the device: call `close` before their requests
-    release them.
+    when a forward pass fails, and after a forward pass in which the block tracked rows
+    (`follows_rows`). While the block is open, it keeps its adapters on the device: call `close`
+    before their requests release them.
     """
 
     def __init__(self, pool: AdapterPool) -> None:
@@ -42,7 +42,7 @@ class HeldBlock:
 
     @contextlib.contextmanager
     def over(self, names: Sequence[str | None]) -> Iterator[None]:
-        """Within the block, route each row of a forward to an adapter by its name in the pool."""
+        """Route each row of a forward pass in the block to an adapter, by its name in the pool."""
         key = (self._pool.replaced, *names)
         if key != self._key:
             self.close()
@@ -67,7 +67,7 @@ class Batch:
 
     Attributes:
         jobs: The requests, each at the index of its row: first the requests that generate tokens,
-            then those with an incompletely read prompt.
+            then those that still have a part of their prompt to read.
     """
 
     def __init__(
@@ -100,11 +100,11 @@ class Batch:
             self._fail(job, error)
 
     def close(self) -> None:
-        """Close the block that the last forward left open."""
+        """Close the block that the last forward pass left open."""
         self._block.close()
 
     def turn(self) -> None:
-        """Read a part of the prompts, and generate a token for each request with a read prompt."""
+        """Read part of the unread prompts, then generate a token for each fully read prompt."""
         if self._answering < len(self.jobs):
             self._run(self._answering, self._next_prompts())
         if self._answering:
@@ -122,9 +122,9 @@ class Batch:
         return chosen
 
     def _run(self, first: int, chosen: Sequence[Job]) -> None:
-        """Run a forward over adjacent rows, and choose tokens if their prompts are complete.
+        """Run a forward pass over adjacent rows, and choose tokens if their prompts are complete.
 
-        If the forward fails, the requests in it fail.
+        If the forward pass fails, the requests in it fail.
         """
         parts = [(job.prompt[job.done :] or job.tokens[-1:])[:PREFILL_TOKENS] for job in chosen]
         names = [job.pooled for job in chosen]
@@ -187,10 +187,10 @@ class Batch:
             self._leave(job, told(error))
 
     def _leave(self, job: Job, error: FastLoraError | None = None) -> None:
-        """Remove a request, and move the last rows into the places that become free."""
+        """Remove a request, and move the last rows into the rows that become free."""
         self._block.close()
         row = self.jobs.index(job)
-        if error is not None or not job.tokens:  # its values may be non-finite
+        if error is not None or not job.tokens:  # cached values may be non-finite
             self._rows.cache.clear(row)
         if row < self._answering:
             self._answering -= 1
@@ -211,7 +211,7 @@ class Batch:
 
 
 def _not_finite(version: Version | None) -> FastLoraError:
-    """Return the error for non-finite logits. It blames the adapter, if there is one."""
+    """Return the error for non-finite logits, which names the adapter if there is one."""
     what = "numbers that are not finite"
     if version is None:
         return FailedError(f"the base model gives {what}")

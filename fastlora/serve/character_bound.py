@@ -48,7 +48,9 @@ class CharacterBound:
 
 
 def _facts(parts: Mapping[str, Any]) -> tuple[int, re.Pattern[str] | None] | None:
-    """Return the most characters per token and a pattern of those that can disappear, or None.
+    """Return the maximum number of characters per token, and a pattern of vanishing characters.
+
+    Returns None if there is no bound. The pattern is None if no characters can vanish.
 
     Args:
         parts: The tokenizer as JSON.
@@ -117,7 +119,7 @@ def _replaces_by_as_many(step: Mapping[str, Any]) -> bool:
     return bool(pattern) and len(step["content"]) >= len(pattern)
 
 
-# Steps that shorten no text, except by composing characters.
+# Steps that never shorten a text, except by composing characters.
 _KEEPS: Mapping[str, Callable[[Mapping[str, Any]], bool]] = {
     **dict.fromkeys(("NFC", "NFD", "NFKC", "NFKD", "Lowercase", "Prepend"), _always),
     **dict.fromkeys(("ByteLevel", "Metaspace", "Digits", "UnicodeScripts"), _always),

@@ -66,11 +66,10 @@ class Limits:
 
 
 class Connections:
-    """The open connections of a server, from which one is closed if a new one does not fit.
+    """The open connections of a server. If a new one does not fit, a waiting one is closed.
 
     Attributes:
-        waiting: For each event, the connections that wait for it or share its queue, longest wait
-            first.
+        waiting: Waiting connections by event, longest wait first. HEADERS and BODY share a queue.
         ending: Whether the server has stopped accepting connections.
     """
 
@@ -153,7 +152,7 @@ class Connection(H11Protocol):
         self._look()
 
     def shutdown(self) -> None:
-        if self._deadline.waits is Waiting.BODY:  # no request has started that could finish
+        if self._deadline.waits is Waiting.BODY:  # the request is incomplete and cannot finish
             self.end()
         else:
             super().shutdown()

@@ -109,7 +109,7 @@ class Engine:
         return job
 
     def cancel(self, job: Job) -> None:
-        """End a request that no client waits for. Its row is free at the next token."""
+        """End a request that no client waits for. Its row becomes free at the next token."""
         job.cancelled = True
         self._wake()
 
@@ -209,8 +209,8 @@ class Engine:
     def _admit(self) -> None:
         """Give rows to waiting requests in the order of their arrival.
 
-        If the adapter of a request does not fit now, later requests may overtake the request. No
-        more of them may do so than there are rows.
+        If the adapter of a request does not fit yet, later requests may start first, but at most as
+        many as there are rows.
         """
         blocked: list[Job] = []
         with self._changed:
@@ -262,7 +262,7 @@ class Engine:
             raise
 
     def _end(self, job: Job, error: FastLoraError | None) -> None:
-        """Return a request's adapter, and send an error if its answer is incomplete."""
+        """Release a request's adapter, and send an error if its answer is incomplete."""
         if job.version is not None:
             self._adapters.give_back(job.version)
         if job.ended:

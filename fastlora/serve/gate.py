@@ -10,7 +10,7 @@ from fastlora.serve.metrics import Metrics
 from fastlora.serve.refusals import JSON, error_body
 
 _OPEN = ("/health",)  # paths that need no key
-_SMALL_BODY = 1 << 16  # bytes; bodies up to this size are never held back
+_SMALL_BODY = 1 << 16  # bytes; bodies up to this size do not count toward the total
 _RETRY = {"Retry-After": "1"}
 
 

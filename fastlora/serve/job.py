@@ -27,7 +27,7 @@ class FailedError(FastLoraError):
 
 
 def told(error: Exception) -> FastLoraError:
-    """Return the error to send to a client. Of an internal error, it names the type only."""
+    """Return the error to send to a client. It reveals only the type of an internal error."""
     if isinstance(error, FastLoraError):
         return error
     return FailedError(f"the server failed at this request ({type(error).__name__})")
@@ -52,7 +52,7 @@ class Piece:
 
 @dataclass(eq=False)
 class Job:
-    """A request to the engine. While it runs, its index in the batch is its row.
+    """A request to the engine. The index of a running request in the batch is its row.
 
     Attributes:
         prompt: Tokens of the prompt.
@@ -62,7 +62,7 @@ class Job:
         text: Decoder of the answer.
         lease: Lease that keeps the adapter on the device while the request runs.
         tokens: Tokens of the answer so far.
-        done: Number of positions of its row that are in the cache.
+        done: Number of cached positions in its row.
         came: Time of arrival, from `time.monotonic`.
         passed: Number of later requests that started earlier because their adapters fit and the
             adapter of this request did not.

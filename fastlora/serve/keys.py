@@ -1,4 +1,4 @@
-"""The keys of a server: where they are read from, and which caller has sent one."""
+"""Read the API keys of a server, and identify callers by the keys that they send."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class AdminKeyError(FastLoraError):
 
 
 class Caller(enum.Enum):
-    """The sender of a request, as far as its key tells."""
+    """The kind of caller that a request comes from, according to its key."""
 
     STRANGER = "stranger"
     CLIENT = "client"
@@ -45,7 +45,7 @@ class Keys:
             raise ConfigError("the admin key must differ from the API key")
 
     def caller(self, authorization: bytes) -> Caller:
-        """Return the sender of an ``Authorization`` header, with constant-time comparisons."""
+        """Return the caller that an ``Authorization`` header identifies, in constant time."""
         scheme, _, token = authorization.partition(b" ")
         given = token.strip(b" ") if scheme.lower() == b"bearer" else b""
         is_client, is_admin = (

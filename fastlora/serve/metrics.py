@@ -32,7 +32,7 @@ class Metrics(Collector):
         self._registry.register(self)
 
     def answered(self, scope: MutableMapping[str, Any], status: int) -> None:
-        """Count an answer. All paths without a route are counted together."""
+        """Count a response. All paths without a route are counted together."""
         route = scope.get("route")
         self._answers.labels(getattr(route, "path", "other"), str(status)).inc()
 

@@ -67,7 +67,7 @@ class _Body(BaseModel):
 
 
 class StreamOptions(_Body):
-    """Options of a stream: whether its last chunk has token counts."""
+    """Options of a stream. `include_usage` adds a last chunk with the token counts."""
 
     asks_nothing = {"include_obfuscation": False}
 
@@ -130,7 +130,7 @@ class TextPart(_Body):
 
 
 class Message(_Body):
-    """A message of a conversation. It may be an earlier answer in the form that clients dump."""
+    """A message of a conversation, or an earlier answer as clients serialize it."""
 
     asks_nothing = {"annotations": [], "tool_calls": []}
 
@@ -141,7 +141,7 @@ class Message(_Body):
     @model_validator(mode="before")
     @classmethod
     def _with_content(cls, data: Any) -> Any:
-        """Add an empty content to an assistant's message without one. Other roles need content."""
+        """Add empty content to an assistant's message without content; other roles require it."""
         if isinstance(data, dict) and data.get("role") == "assistant":
             return data if data.get("content") is not None else {**data, "content": ""}
         return data
@@ -193,7 +193,7 @@ class UnloadBody(_Body):
 
 
 def _same(value: object, other: object) -> bool:
-    """Return whether two JSON values are equal, where 0 differs from False.
+    """Return whether two JSON values are equal, treating 0 and False as different.
 
     ``logprobs: 0`` requests log probabilities, but ``logprobs: false`` does not.
     """

@@ -47,7 +47,7 @@ class JSON(Response):
 
 
 def add_handlers(app: FastAPI) -> None:
-    """Make an application answer every error in OpenAI's format."""
+    """Add handlers that answer every error of an application in OpenAI's format."""
     app.add_exception_handler(FastLoraError, _on_our_error)
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(RequestValidationError, _on_wrong_body)

@@ -1,7 +1,7 @@
-"""Cache rows of keys and values, one for each running request, and forwards over some rows.
+"""A cache of keys and values with a row per running request, and forward passes over its rows.
 
 Every request starts at position 0 of its row in the cache, so requests of any lengths can run side
-by side. The rows of a forward are adjacent, so their keys and values are read in place.
+by side. The rows of a forward pass are adjacent, so their keys and values are read in place.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ _STEP = 256  # minimum number of positions by which the cache grows
 
 
 class RowCache:
-    """Keys and values of every layer, as a transformers cache: layers call `update`.
+    """The keys and values of every layer, with the interface of a transformers cache.
+
+    Layers call `update` to write and read their keys and values.
 
     The buffers have shape ``[rows, heads, length, head_dim]``. They are initialized to zeros,
     because a masked position still takes part in a product with weight 0. Their length grows as
@@ -37,7 +39,7 @@ class RowCache:
         self._room = min(length, _STEP)
 
     def begin(self, first: int, starts: torch.Tensor, count: int) -> None:
-        """Set where the next forward writes ``count`` new tokens of each row, from ``first`` on.
+        """Set where the next forward pass writes: ``count`` new tokens of each row from ``first``.
 
         ``starts``, ``[n]`` int64, has the first new position of each row. The positions must be
         equal unless ``count`` is 1.
@@ -52,7 +54,11 @@ class RowCache:
     def update(
         self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write a layer's new keys and values. Return those of the rows, up to the longest row."""
+        """Write the new keys and values of a layer.
+
+        Returns the keys and values of the rows in this forward pass, up to the end of the longest
+        row.
+        """
         found = []
         for states, kept in zip(
             (keys, values), self._buffers(layer_idx, keys, values), strict=True
@@ -108,19 +114,19 @@ class RowCache:
 
     @property
     def nbytes(self) -> int:
-        """Size of the cache in bytes, known after the first forward."""
+        """Size of the cache in bytes, known after the first forward pass."""
         return sum(kept.nbytes for kept in self._all())
 
     def get_seq_length(self, *_: Any, **__: Any) -> int:
         """Return the number of positions before the new tokens, in the longest row.
 
-        Some models ask for this although they are given position_ids.
+        Some models call this even though they are given position_ids.
         """
         return int(self._starts.max()) if self._starts.numel() else 0
 
 
 class Rows:
-    """Run forwards of a causal language model of transformers over a `RowCache`.
+    """Run forward passes of a causal language model of transformers over a `RowCache`.
 
     Args:
         model: The model, in evaluation mode.
@@ -129,7 +135,7 @@ class Rows:
 
     Raises:
         UnsupportedLayerError: The model caches something other than keys and values, or its forward
-            does not accept a cache, positions, and a mask.
+            pass does not accept a cache, positions, and a mask.
         ConfigError: ``length`` exceeds the limit of the model.
     """
 

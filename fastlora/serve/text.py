@@ -19,7 +19,7 @@ class AnswerText:
         stop: Texts that end the answer.
 
     Attributes:
-        stopped: Whether a stop text has appeared. It is dropped, with all text after it.
+        stopped: Whether a stop text has appeared. The stop text and all text after it are dropped.
     """
 
     def __init__(self, tokenizer: Any, prompt: Sequence[int], stop: Sequence[str]) -> None:
@@ -68,7 +68,7 @@ class AnswerText:
         if found:
             self.stopped, self._held = True, ""
             return text[: min(found)]
-        # The longest suffix that a stop text can begin with.
+        # Find the longest suffix of the text that a stop text begins with.
         for length in range(min(self._longest - 1, len(text)), 0, -1):
             if any(stop.startswith(text[-length:]) for stop in self._stop):
                 self._held = text[-length:]

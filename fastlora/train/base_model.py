@@ -120,9 +120,9 @@ def _transformers() -> Any:
 def check_keeps_apart(model: nn.Module, packing: str) -> None:
     """Raise `TrainError` unless a model keeps packed documents separate by their positions.
 
-    Most models in transformers do. In a model that does not, each document would attend to the
-    documents before it in the row. The check runs two forwards that differ only in the first
-    document of each row, and compares the logits of the second document.
+    Most models in transformers keep them separate. In any other model, each document would attend
+    to the documents before it in the row. The check runs two forward passes that differ only in the
+    first document of each row, and compares the logits of the second document.
     """
     device = next(model.parameters()).device
     ids = torch.arange(8, device=device).repeat(2, 1)

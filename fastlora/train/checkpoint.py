@@ -137,8 +137,8 @@ def read_checkpoint(path: Path) -> TrainState:
 def fingerprint(model: nn.Module) -> dict[str, str]:
     """Return the dtype, the shape, and a digest of each base parameter, by name.
 
-    The digest covers 64 values spread over the parameter. They suffice to detect a fine-tuned or
-    differently initialized model, and a large model need not be read in full.
+    The digest covers 64 values spread over the parameter. This is enough to detect a fine-tuned or
+    differently initialized model without reading a large model in full.
     """
     found = {}
     for name, parameter in base_parameters(model):
@@ -153,7 +153,7 @@ def fingerprint(model: nn.Module) -> dict[str, str]:
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], at: str = "") -> list[str]:
-    """Return the differences between two identities, each as in ``"batch_size was 8, is 4"``."""
+    """Return the differences between two identities, such as ``"batch_size was 8, is 4"``."""
     found = []
     for key in dict.fromkeys([*before, *now]):
         path = f"{at}.{key}" if at else str(key)

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 # Value of --init -> value of init_lora_weights.
 _INITS: dict[str, bool | str] = {"true": True, "gaussian": "gaussian", "false": False}
-# Flags of fields of `fastlora.LoraConfig`: keyword arguments of argparse, and the help text.
+# Flags for fields of `fastlora.LoraConfig`: keyword arguments for argparse, and the help text.
 _LORA_FLAGS: dict[str, tuple[dict[str, Any], str]] = {
     "--r": ({"type": int, "metavar": "N"}, "rank"),
     "--alpha": ({"type": float, "metavar": "X"}, "numerator of the scaling"),
@@ -184,7 +184,7 @@ def _flags(args: argparse.Namespace, parser: argparse.ArgumentParser) -> dict[st
 
 
 def summary(result: TrainResult) -> str:
-    """Return a text about a finished run, with a line for each adapter."""
+    """Return a summary of a finished run, with one line per adapter."""
     lines = []
     if result.resumed_from:
         done = ": nothing was left to do; --steps MORE goes on" if not result.losses else ""
@@ -282,11 +282,11 @@ def dry_run(settings: TrainSettings, *, resume: bool = False) -> str:
 def _step_bytes(
     settings: TrainSettings, advice: Recommendation, samples: int, length: int
 ) -> int | None:
-    """Return the bytes that the longest forward and its backward use, or None if unknown.
+    """Return the bytes used by the longest forward and backward pass, or None if unknown.
 
     Weights and gradients are not included. The count uses the base model before quantization.
-    Dropout is turned off, because it stores only seeds. The result is None if the model does not
-    run on the meta device.
+    Dropout is left out of the count, because it stores only seeds. The result is None if the model
+    does not run on the meta device.
     """
     plain = replace(settings, load_in=None, dtype=dtype_of(settings))
     base = base_model.empty_base(plain)

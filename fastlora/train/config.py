@@ -1,7 +1,7 @@
 """Settings of a training run, read from a file and from flags and checked before any work.
 
-Each setting is a field of `TrainSettings` or `AdapterSettings`. The field also defines the valid
-values and the command-line flag of the setting.
+Each setting is a field of `TrainSettings` or `AdapterSettings`. The field also defines the
+setting's valid values and its command-line flag.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from fastlora.train.kinds import (
 )
 from fastlora.validation import AdapterStateError, ConfigError, error_prefix, near_names
 
-# Folders of these names lie beside the adapters in the output folder.
+# Reserved names: folders with these names are stored beside the adapters in the output folder.
 RESERVED_NAMES = ("checkpoints", "trackers")
 
 # Short names -> field names.

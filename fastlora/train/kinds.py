@@ -129,7 +129,7 @@ PAIRS = Kind(_columns, {"type": _pairs, "metavar": "OURS=THEIRS,..."})
 
 
 def setting(kind: Kind, text: str = "", default: Any = dataclasses.MISSING) -> Any:
-    """Return a dataclass field for a setting of some kind.
+    """Return a dataclass field for a setting of the given kind.
 
     ``text`` is the help text of its flag. A setting without a text has no flag.
     """

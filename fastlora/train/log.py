@@ -22,18 +22,18 @@ LOG, TABLE, PICTURE = "log.jsonl", "losses.csv", "losses.png"
 class RunLog:
     """Append entries to ``log.jsonl`` in a run's folder: one JSON object per line.
 
-    Opening the log removes all entries after ``step``, where the run starts or resumes. They come
-    from a run that was killed. With ``evaluates``, opening the log also removes the evaluations and
-    answers of step ``step`` itself, because the run repeats them.
+    Opening the log removes all entries after ``step``, because an earlier run wrote them before it
+    was killed. With ``evaluates``, opening the log also removes the evaluations and answers logged
+    at ``step``, because the run repeats them.
 
     Args:
         folder: The output folder of the run.
-        step: Number of steps that are done when the run starts.
-        evaluates: Whether the run evaluates after step ``step`` again.
+        step: The step at which the run starts or resumes.
+        evaluates: Whether the run repeats the evaluation at ``step``.
 
     Attributes:
-        was_evaluated: Whether the log has an evaluation or answers of step ``step`` that the run
-            does not repeat.
+        was_evaluated: Whether the log has an evaluation or answers at ``step`` that the run does
+            not repeat.
 
     Raises:
         TrainError: The file cannot be written. `write` raises it too.
@@ -45,8 +45,8 @@ class RunLog:
             folder.mkdir(parents=True, exist_ok=True)
             lines: list[str] = []
             if self.path.is_file():
-                # A killed run may leave an incomplete last line, which `_step_of` puts after every
-                # step.
+                # A killed run may leave an incomplete last line, for which `_step_of` returns
+                # infinity.
                 lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
             kept = [line for line in lines if _step_of(line) <= step]
             last = [line for line in kept if _step_of(line) == step and _is_evaluation(line)]
@@ -63,7 +63,7 @@ class RunLog:
             self._file.write(json.dumps(_finite(entry), allow_nan=False) + "\n")
 
     def close(self) -> None:
-        """Close the file. An error here repeats an earlier write error, which has been raised."""
+        """Close the file. Errors are ignored, because an earlier write has already raised them."""
         with contextlib.suppress(OSError):
             self._file.close()
 

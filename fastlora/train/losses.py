@@ -1,4 +1,4 @@
-"""The loss of each adapter in a mixed batch: the mean over its own tokens, as in training alone."""
+"""The loss of each adapter in a mixed batch: the mean over the adapter's own tokens."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ IGNORED = -100
 class AdapterLosses:
     """The losses of a mixed batch.
 
-    Adapters without a counted token are in none of the fields.
+    Adapters without counted tokens are left out of all fields.
 
     Attributes:
         by_adapter: The loss of each adapter, a scalar tensor with its graph.
@@ -28,11 +28,12 @@ class AdapterLosses:
         tokens: Number of counted tokens of each adapter.
         total: Sum of the finite losses, or a zero without a graph if there are none. Its gradient
             for an adapter is the gradient of the adapter's own loss. An adapter with a non-finite
-            loss may still get NaN gradients (0 * NaN), because its rows take part in the backward;
-            `AdapterOptimizers.backward` prevents this.
+            loss may still get NaN gradients (0 * NaN), because its rows take part in the backward
+            pass; `AdapterOptimizers.backward` prevents this.
         own_divisors: Whether each loss is a mean over the adapter's tokens in this batch, and not a
             share of a mean over more tokens (argument ``tokens`` of `adapter_losses`).
-        graph: The token losses. A backward from them reaches the whole graph of the forward.
+        graph: The token losses. A backward pass from them reaches the whole graph of the forward
+            pass.
     """
 
     by_adapter: dict[str, torch.Tensor]
@@ -117,7 +118,7 @@ def adapter_losses(
 def _own_sums(
     losses: torch.Tensor, mask: torch.Tensor, samples: dict[str, list[int]]
 ) -> list[tuple[str, torch.Tensor, int, float]]:
-    """Return each adapter's name, summed loss, token count, and summed loss as a number."""
+    """Return (name, summed loss, token count, summed loss as a float) for each adapter."""
     if not samples:
         return []
     # Select instead of multiplying, so that a NaN outside the mask adds nothing. [B]
@@ -139,7 +140,10 @@ def causal_lm_losses(
     *,
     tokens: Mapping[str, int] | None = None,
 ) -> AdapterLosses:
-    """Return each adapter's next-token loss, as a causal LM in transformers computes it alone.
+    """Return each adapter's mean next-token loss.
+
+    The loss equals the loss that a causal language model of transformers computes for a batch with
+    the samples of this adapter only.
 
     Args:
         logits: Logits of shape ``[B, T, V]``, in any floating-point dtype. 16-bit logits are

@@ -1,9 +1,9 @@
 """`AdapterOptimizers`: a separate optimizer, schedule, clipping, and loss scale for each adapter.
 
-Everything that a step of an adapter depends on belongs to that adapter alone, so the step equals a
-step of the adapter trained alone. An adapter without rows in the batch does not change, whereas a
-shared AdamW would update it with zero gradients. A non-finite value in one adapter skips the step
-of that adapter only.
+Everything that affects a step of an adapter belongs to that adapter, so the adapter trains exactly
+as it would alone. An adapter without rows in the batch does not change, whereas a shared AdamW
+would update it with zero gradients. A non-finite value in one adapter stops the step of that
+adapter only.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from fastlora.validation import AdapterNotFoundError, AdapterStateError, near_na
 def train_adapters(model: LoraModel, names: str | Sequence[str]) -> None:
     """Make the named adapters trainable, and freeze all other adapters.
 
-    Unlike ``model.set_adapter``, this function leaves the active adapters as they are, and several
-    named adapters may each have their own copy of the same module (``modules_to_save``). This is
-    safe because a row of a mixed batch uses at most one adapter. A later call to
-    ``model.set_adapter`` freezes the other adapters again.
+    Unlike ``model.set_adapter``, this function does not change which adapters are active. Several
+    of the named adapters may also have their own copies of the same module (``modules_to_save``),
+    because each row of a mixed batch uses at most one adapter. A later call to
+    ``model.set_adapter`` freezes all adapters that it does not activate.
 
     Args:
         model: The model with its adapters.
@@ -69,7 +69,7 @@ def check_trained_together(model: LoraModel, names: str | Sequence[str]) -> list
 
 @dataclass(frozen=True)
 class StepReport:
-    """The outcome of an `AdapterOptimizers.step`. Adapters in no field had no loss.
+    """The result of `AdapterOptimizers.step`. An adapter in none of the fields had no loss.
 
     Attributes:
         stepped: Adapters that the step updated.
@@ -93,7 +93,7 @@ class AdapterOptimizers:
         optimizers: For each adapter, a function that creates its optimizer from a list of its
             parameters, for instance ``functools.partial(torch.optim.AdamW, lr=1e-3)``.
         schedulers: For some or all adapters, a function that creates a learning-rate schedule from
-            the optimizer. A schedule advances by one at each step of its adapter.
+            the optimizer. A schedule advances only when its adapter steps.
         max_grad_norm: Norm to clip the gradient of each adapter to: one value for all adapters, or
             a value for each. None disables clipping.
         scaler: Function that creates a `torch.amp.GradScaler`, for training in fp16. It is called
@@ -167,7 +167,7 @@ class AdapterOptimizers:
 
     @property
     def counts(self) -> dict[str, AdapterCounts]:
-        """Counts of the steps, non-finite values, and forwards of each adapter so far, by name."""
+        """The `AdapterCounts` of each adapter so far, by name."""
         return {name: adapter.counts for name, adapter in self._adapters.items()}
 
     def loss_scale(self, name: str) -> float | None:
@@ -182,10 +182,10 @@ class AdapterOptimizers:
     def draw_seeds(self, names: Sequence[str | None]) -> dict[str, int]:
         """Return a dropout seed for each adapter of a batch, for `fastlora.adapters`.
 
-        A seed is derived from ``seed``, the name of the adapter, and the number of its forwards so
-        far. The dropout masks are therefore the same as if the adapter trained alone, provided that
-        its samples are padded to the same length. If processes share batches, each process draws
-        its own seeds, and every forward counts for every adapter.
+        A seed is derived from ``seed``, the name of the adapter, and the number of its forward
+        passes so far. The dropout masks are therefore the same as if the adapter trained alone,
+        provided that its samples are padded to the same length. If processes share batches, each
+        process draws its own seeds, and every forward pass counts for every adapter.
 
         Args:
             names: The adapter of each sample. None and ``"__base__"`` need no seed.
@@ -210,7 +210,7 @@ class AdapterOptimizers:
         return {name: int(count) for name, count in total.items() if count}
 
     def backward(self, losses: AdapterLosses) -> None:
-        """Accumulate the gradients of the finite losses; do not change those of other adapters.
+        """Accumulate the gradients of the finite losses, and leave other adapters unchanged.
 
         A non-finite loss is counted and skipped. Gradients that its adapter has accumulated from
         earlier batches of the same step are preserved. The exception is FSDP2 without gradient
@@ -223,7 +223,7 @@ class AdapterOptimizers:
         ``tokens`` are taken as shares of a common mean (`total_tokens`).
 
         Args:
-            losses: Losses of a forward inside `fastlora.adapters`.
+            losses: Losses of a forward pass inside a `fastlora.adapters` block.
 
         Raises:
             AdapterNotFoundError: A loss belongs to an adapter that has no optimizer in this object.
@@ -245,11 +245,11 @@ class AdapterOptimizers:
         ]
         seeds: list[torch.Tensor | None] = [None] * len(roots)
         if self._group.alone:
-            # Rows of a skipped loss still take part in the backward, where 0 * NaN is NaN.
+            # Rows of a skipped loss still take part in the backward pass, where 0 * NaN is NaN.
             spoiled = [adapter for name, adapter in self._adapters.items() if name not in own]
         else:
-            # Run the backward over the whole graph, even without rows of an adapter in this
-            # process: DDP and FSDP2 wait for every parameter.
+            # Run the backward pass over the whole graph, whichever adapters this process has rows
+            # of: DDP and FSDP2 wait for every parameter.
             spoiled = [self._adapters[name] for name in agreed.left_out]
             if not losses.graph.requires_grad:
                 raise AdapterStateError(
@@ -278,11 +278,11 @@ class AdapterOptimizers:
         advance, and its loss scale, if it has one, is lowered.
 
         Args:
-            present: The adapters to step after a backward without `backward`; None to step those
-                that `backward` had finite losses for.
+            present: The adapters to step, if the backward pass was run without calling `backward`.
+                None steps the adapters with finite losses in `backward`.
 
         Returns:
-            The adapters that stepped and that did not, with their gradient norms.
+            The adapters that stepped, the adapters that did not, and the gradient norms.
 
         Raises:
             AdapterNotFoundError: An adapter has no optimizer in this object.
@@ -292,7 +292,7 @@ class AdapterOptimizers:
             wanted = self._present
         else:
             wanted = self._group.anywhere([self._known(name).name for name in present])
-        # Under DDP's no_sync(), gradients set aside during a backward have not been averaged.
+        # Under DDP's no_sync(), gradients set aside in a backward pass have not been averaged.
         for name in self._adapters:
             if name in wanted and name in self._left_out:
                 self._group.average_(self._adapters[name].parameters)

@@ -41,7 +41,7 @@ class Schedule:
     Attributes:
         order: The samples of each step.
         steps: Number of steps.
-        micro_batch_size: Number of samples in a forward.
+        micro_batch_size: Number of samples in a forward pass.
         own_steps: Number of steps in which each adapter has samples.
     """
 
@@ -189,7 +189,9 @@ def read_data(
     *,
     progress: bool = False,
 ) -> dict[str, Corpus]:
-    """Return the tokens of each adapter's ``"data"`` or ``"eval_data"``, without empty entries.
+    """Return each adapter's tokens, from its ``"data"`` or ``"eval_data"`` files.
+
+    Adapters without files are left out.
 
     Raises `DataError` if a file or a row is invalid.
     """
@@ -221,7 +223,10 @@ def data_notes(corpora: Mapping[str, Corpus], held_out: Mapping[str, Corpus]) ->
 
 
 class _LossyStream:
-    """A stream that drops failed writes, so that a progress bar ends no run on a full disk."""
+    """A stream that ignores failed writes, so that a progress bar cannot end a run.
+
+    A write fails on a full disk, for instance.
+    """
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -252,8 +257,8 @@ def make_schedule(
     """Return the steps of a run.
 
     Raises:
-        ConfigError: A step has fewer forwards than there are processes, or an adapter has no sample
-            in any step.
+        ConfigError: A step has fewer forward passes than there are processes, or an adapter has no
+            sample in any step.
     """
     size = settings.batch_size
     micro = settings.micro_batch_size or math.ceil(size / processes)
@@ -282,7 +287,7 @@ def make_optimizers(
     schedule: Schedule,
     device: torch.device,
 ) -> AdapterOptimizers:
-    """Return an AdamW for each adapter, with its schedule, clipping, and, in fp16, loss scale."""
+    """Return AdamW optimizers with schedules, clipping, and, in fp16, loss scales."""
     return AdapterOptimizers(
         model,
         {

@@ -20,7 +20,7 @@ from fastlora.validation import ConfigError, FastLoraError, near_names
 T = TypeVar("T")
 
 INSTALL = "pip install 'fastlora-triton[train]'"
-# A key among adapter names, none of which contains a slash.
+# This key is used beside adapter names, which cannot contain a slash.
 _STOP = "/stop"
 
 
@@ -37,7 +37,7 @@ def needed(name: str, what: str = "training needs") -> Any:
 
 
 class Agreed(NamedTuple):
-    """The losses of a batch that count, as all processes agree.
+    """The losses of a batch that all processes agree to use.
 
     Attributes:
         finite: Adapters with a loss in at least one process and a non-finite loss in none.
@@ -52,7 +52,7 @@ class Agreed(NamedTuple):
 
 
 class BatchGroup:
-    """The processes that share batches. A process that trains alone has no communication cost.
+    """The processes that share batches. A process that trains alone does not communicate.
 
     Args:
         group: See `AdapterOptimizers`.
@@ -124,8 +124,8 @@ def launched() -> int:
 class RunProcesses:
     """The processes of `fastlora train`, through accelerate: one, or several under torchrun.
 
-    Every process has the whole model, with the same adapters and optimizer states. Only the process
-    with `main` writes files and reports.
+    Every process has the whole model, with the same adapters and optimizer states. Only the main
+    process (`main`) writes files and reports.
 
     Args:
         cpu: Whether to run on the CPU even if there is an accelerator.
@@ -222,7 +222,7 @@ class RunProcesses:
 
     def end(self) -> None:
         """Finish the trackers and leave the process group."""
-        while self._accelerator.trackers:  # if another error ended the run, that error is raised
+        while self._accelerator.trackers:  # left after an error, which is already being raised
             with contextlib.suppress(OSError):
                 self.end_trackers()
         self._accelerator.end_training()

@@ -1,10 +1,10 @@
 """Train several adapters of one base model together, in one process or in several.
 
-A step has a fixed set of samples and a fixed number of forwards. The forwards are distributed over
-the processes, and the gradients are summed before the optimizers step. A run in several processes
-therefore matches a run in one process, up to the rounding of that sum. All random numbers are a
-function of the seed, the step, and the forward, so a resumed run is bitwise identical to an
-uninterrupted one.
+A step has a fixed set of samples and a fixed number of forward passes. The forward passes are
+distributed over the processes, and the gradients are summed before the optimizers step. A run in
+several processes therefore matches a run in one process, up to the rounding of that sum. All random
+numbers are a function of the seed, the step, and the forward pass, so a resumed run is bitwise
+identical to an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -90,13 +90,13 @@ def train(
     progress: bool = True,
     say: Callable[[str], object] | None = None,
 ) -> TrainResult:
-    """Train adapters, and write each of them to a folder of its name in PEFT's format.
+    """Train adapters, and write each one to a folder with its name, in PEFT's format.
 
     The run holds a lock on ``settings.out``. In the main thread, if Python's default handlers of
     SIGINT and SIGTERM are installed, the first signal ends the run after the current step. The run
-    then saves the adapters and a checkpoint. A second signal acts as it does outside of a run.
+    then saves the adapters and a checkpoint. A second signal has its usual effect.
 
-    Every training forward reseeds the global random generators of Python, NumPy, and torch.
+    Every training forward pass reseeds the global random generators of Python, NumPy, and torch.
 
     Args:
         settings: Settings from `read_settings`.
@@ -119,7 +119,7 @@ def train(
         TrainError: The log, the losses, or the data of a tracker cannot be written. The run has
             ended after its step, as after a signal.
         CheckpointError: An adapter or a checkpoint cannot be written. The older checkpoints are
-            unchanged. This message, like that of a `TrainError` after the first step, names the
+            unchanged. After the first step, the messages of this error and of `TrainError` name the
             saved adapters and the newest checkpoint.
     """
     with open_run(settings, resume=resume, progress=progress, say=say) as run:
@@ -146,7 +146,8 @@ def open_run(
         stack.callback(processes.end)
         processes.in_main(lambda: stack.enter_context(folder_lock(settings.out)))
         found = prepare.checkpoint_to_resume(settings, resume=resume)
-        # Add all adapters to the base model without weights first, before data or weights are read.
+        # Add all adapters to an empty base model first, to find errors before data or weights are
+        # read.
         empty = base_model.empty_base(settings)
         prepare.add_adapters(empty, settings, recommend(empty))
         run = Run(settings, found, processes, signals, progress, say)
@@ -366,7 +367,7 @@ class Run:
         return self.resumed_from == self.step < self.schedule.steps
 
     def _is_due(self, every: int) -> bool:
-        """Return whether an action that is due every ``every`` steps and at the end is due now."""
+        """Return whether work that is done every ``every`` steps and at the end is due now."""
         return self.step == self.schedule.steps or (every > 0 and self.step % every == 0)
 
     def close(self) -> None:
@@ -402,7 +403,7 @@ class Run:
         self._write_log({"step": self.step, **entry})
 
     def _skipped(self) -> dict[str, int]:
-        """Return the number of steps that each adapter has skipped, without adapters at zero."""
+        """Return the number of skipped steps of each adapter that has skipped any."""
         counts = self.optimizers.counts
         return {name: count.skipped_steps for name, count in counts.items() if count.skipped_steps}
 
@@ -427,10 +428,10 @@ class Run:
     def _losses(
         self, rows: Sequence[Row], corpora: Mapping[str, Corpus], *, trains: bool
     ) -> dict[str, float]:
-        """Return each adapter's mean loss over its tokens in ``rows``, from all processes.
+        """Return each adapter's mean loss over its tokens in ``rows``, across all processes.
 
-        With ``trains``, the forwards of this process also accumulate gradients. A run that stops
-        ends an evaluation early; the returned losses are then meaningless.
+        With ``trains``, the forward passes of this process also accumulate gradients. A run that
+        stops ends an evaluation early; the returned losses are then meaningless.
         """
         from accelerate.utils import set_seed
 
@@ -440,13 +441,13 @@ class Run:
             tokens[row.adapter] += corpora[row.adapter].counted(row.sample)
         sums = dict.fromkeys(tokens, 0.0)
         for number, part in enumerate(micro_batches(rows, corpora, self.schedule.micro_batch_size)):
-            # Draw seeds in every process, so that all processes count the same forwards.
+            # Draw seeds in every process, so that all processes count the same forward passes.
             seeds = self.optimizers.draw_seeds([row.adapter for row in part]) if trains else None
             if not trains and self._has_to_stop():
                 break
             if not self.processes.does(number):
                 continue
-            if trains:  # random numbers in the base model depend on step and forward too
+            if trains:  # makes random numbers a function of step and forward pass
                 set_seed(seed_of(self.settings.seed, self.step, number, nbytes=4))
             batch = collate(part, corpora, self.pad, self.processes.device)
             losses = causal_lm_losses(  # nothing keeps the logits alive after this call
@@ -599,6 +600,6 @@ def save_adapter(model: LoraModel, name: str, folder: Path) -> None:
 
 
 def _first(items: Sequence[str], count: int, separator: str) -> str:
-    """Return the first ``count`` items, joined, and the number of items that follow them."""
+    """Return the first ``count`` items, joined, and the number of the remaining items."""
     more = [f"and {len(items) - count} more"] if len(items) > count else []
     return separator.join([*items[:count], *more])

@@ -41,7 +41,8 @@ class AdapterCounts:
     Attributes:
         steps: Number of optimizer steps.
         skipped_steps: Number of steps skipped because a gradient was not finite.
-        non_finite_losses: Number of losses left out of a backward because they were not finite.
+        non_finite_losses: Number of losses left out of a backward pass because they were not
+            finite.
         forwards: Number of dropout seeds drawn.
     """
 
@@ -83,7 +84,7 @@ class Solo:
             raise AdapterStateError(_frozen(self.name))
 
     def draw_seed(self, rank: int = 0) -> int:
-        """Count one more forward, and return its dropout seed in process ``rank``, 62 bits."""
+        """Count one more forward pass, and return its dropout seed in process ``rank``, 62 bits."""
         parts = (self.seed, self.counts.forwards, self.name, *([rank] if rank else []))
         self.counts.forwards += 1
         return seed_of(*parts, nbytes=8) >> 2

@@ -93,7 +93,7 @@ class Order:
 
 
 def micro_batches(rows: Sequence[Row], corpora: Mapping[str, Corpus], size: int) -> list[list[Row]]:
-    """Split the samples of a step into forwards of ``size`` samples, sorted by length.
+    """Split the samples of a step into forward passes of ``size`` samples, sorted by length.
 
     Sorting reduces the padding.
     """
@@ -102,7 +102,7 @@ def micro_batches(rows: Sequence[Row], corpora: Mapping[str, Corpus], size: int)
 
 
 class Batch(NamedTuple):
-    """The inputs of one forward.
+    """The inputs of one forward pass.
 
     Attributes:
         adapters: The adapter of each of the B samples.

@@ -1,7 +1,7 @@
 """Formats of training data: the columns of each format, and the samples that its rows become.
 
 Unless the format is given, it is determined from the columns of the file alone. It is an error if
-the columns match no format or several. Samples are the same as those of TRL's SFTTrainer.
+the columns match no format or several. TRL's SFTTrainer makes the same samples from each format.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from fastlora.train.data.files import DataError, Place, parsed_json, read_rows, 
 Message = dict[str, Any]
 Messages = list[Message]
 PACKINGS = ("bfd", "bfd_split", "wrapped")
-# Speakers in shared chats with ChatGPT -> roles in chat templates.
+# Names of speakers in ShareGPT chats -> roles in chat templates.
 _SPEAKERS = {"human": "user", "gpt": "assistant"}
 _ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 # The two prompts of Stanford Alpaca (Taori et al., 2023), after which the format is named.
@@ -162,7 +162,7 @@ def a_turn(role: str, text: str) -> Messages:
 
 
 def alpaca_prompt(instruction: str, input: str = "", *, chat: bool = False) -> str:
-    """Return Alpaca's prompt for an instruction, or with ``chat`` the text of the user's turn."""
+    """Return Alpaca's prompt for an instruction, or only the user's text if ``chat``."""
     if chat:
         return f"{instruction}\n\n{input}" if input else instruction
     given = f"### Input:\n{input}\n\n" if input else ""
@@ -341,7 +341,7 @@ class _Values:
             raise self._wrong(column, f"{what} has no content (or value), got {shown(entry)}")
         if content is not None and not isinstance(content, str | list):
             raise self._wrong(column, f"{what} has content {shown(content)}, expected a string")
-        # Templates read ``content``, and its null was dropped above.
+        # Templates read ``content``, so restore the null that was dropped above.
         return message if content is not None else {**message, "content": None}
 
     def _check_encodes(self, column: str, text: str) -> None:

@@ -1,6 +1,6 @@
 """Encode samples as tokens, and mark the tokens that contribute to the loss.
 
-The result for a sample is the same as in TRL's SFTTrainer (1.16). A text, or a completion that is
+A sample becomes the same tokens as in TRL's SFTTrainer (1.16). A text, or a completion that is
 text, is followed by the tokenizer's end token. A chat is formatted by the tokenizer's chat
 template. A prompt and its completion are encoded together. The loss begins at the first token that
 differs from the tokens of the prompt alone, so a token that spans the boundary is learned.
@@ -256,7 +256,7 @@ def _corpus(rows: list[list[_Encoded]], *, apart: bool, **more: Any) -> Corpus:
 def _check_template(
     samples: Sequence[Sample], tokenizer: PreTrainedTokenizerBase, reading: Reading
 ) -> None:
-    """Raise `DataError` if the chat template is missing or lacks a requested feature."""
+    """Raise `DataError` if the samples or the chat template do not fit the options."""
     chat = next((sample for sample in samples if sample.chat), None)
     text = next((sample for sample in samples if not sample.chat), None)
     if reading.assistant_only_loss and text is not None:
@@ -284,7 +284,7 @@ def _check_template(
 def _encoded(
     samples: Sequence[Sample], tokenizer: PreTrainedTokenizerBase, reading: Reading
 ) -> Iterator[_Encoded]:
-    """Yield the samples as tokens, with the tokens that contribute to the loss."""
+    """Yield the samples as tokens, and mark the tokens that contribute to the loss."""
     end = tokenizer.eos_token or ""
     heads: list[str] = []
     wholes: list[str] = []
@@ -328,7 +328,10 @@ def _encoded_chat(sample: Sample, tokenizer: PreTrainedTokenizerBase, reading: R
 
 
 def _behind(place: Place, head: list[int], ids: list[int], reading: Reading) -> _Encoded:
-    """Return a document in which the loss begins where its tokens differ from the prompt's."""
+    """Return a document with a loss from the first token that differs from the prompt's tokens.
+
+    Without ``completion_only_loss``, all of its tokens contribute to the loss.
+    """
     same = next((n for n, (a, b) in enumerate(zip(head, ids, strict=False)) if a != b), None)
     start = min(len(head), len(ids)) if same is None else same
     parted = len(head) - start
