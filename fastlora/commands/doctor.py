@@ -84,7 +84,7 @@ def _model(
 ) -> tuple[FusionReport | None, dict[str, Any]]:
     """Return the fusion report of a model with an adapter, and the facts about it for JSON.
 
-    If the model cannot be loaded, this is added to the problems, and the report is None.
+    If the model cannot be loaded, the error is added to the problems, and the report is None.
     """
     from fastlora.layers.why import DORA_DROPS
 

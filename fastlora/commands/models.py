@@ -61,5 +61,5 @@ def load_tokenizer(folder: str) -> Any:
 
 
 def step(text: str) -> None:
-    """Print what the command is doing to stderr."""
+    """Print a progress message to stderr."""
     print(f"fastlora: {text}", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""Options of commands as rows of a table, with argparse's arguments and the smallest value."""
+"""Command-line options as rows of a table: how each is parsed, and its smallest value."""
 
 from __future__ import annotations
 

@@ -255,7 +255,7 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
 
 @contextlib.contextmanager
 def _bound(host: str, port: int) -> Iterator[socket.socket]:
-    """Yield a listening socket. It is opened before the model loads, to report a used port early.
+    """Yield a listening socket, opened before the model loads so that a used port fails early.
 
     Clients that connect meanwhile wait. The socket has to listen, because a port without a listener
     could be bound twice.
@@ -284,7 +284,7 @@ def _is_local(host: str) -> bool:
 
 @contextlib.contextmanager
 def _signals_end() -> Iterator[None]:
-    """Exit with code 0 after a signal that uvicorn has handled and raises again."""
+    """Let the process exit with code 0 after a signal that uvicorn handles and raises again."""
     before = {
         number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)
     }

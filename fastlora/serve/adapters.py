@@ -212,7 +212,7 @@ class ServedAdapters:
             self._versions[name] = version
 
     def unload(self, name: str) -> None:
-        """Unload an adapter. Running requests finish with it.
+        """Unload an adapter. Running requests continue to use it until they end.
 
         `scan` adds the adapter again when its files change; `load` adds it at any time.
 
@@ -280,7 +280,7 @@ class ServedAdapters:
             raise ConfigError(f"{name!r} is the base model's name")
 
     def _inside(self, path: Path) -> Path:
-        """Return a path without symbolic links, which must lie below the server's folder."""
+        """Return the resolved path; raise `ConfigError` unless it is below the server's folder."""
         if self.root is None:
             raise ConfigError("this server was started without --adapters")
         try:

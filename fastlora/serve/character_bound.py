@@ -83,7 +83,7 @@ def _facts(parts: Mapping[str, Any]) -> tuple[int, re.Pattern[str] | None] | Non
 
 
 def _steps(part: Mapping[str, Any] | None, inner: str) -> Iterator[Mapping[str, Any]]:
-    """Yield the steps of a part, with sequences flattened."""
+    """Yield the steps of a part of the tokenizer, with sequences flattened."""
     if part is not None and part["type"] == "Sequence":
         for own in part[inner]:
             yield from _steps(own, inner)

@@ -88,7 +88,7 @@ class Connections:
         }
 
     def protocol(self, **given: Any) -> Connection:
-        """Return the protocol of a new connection, for uvicorn's ``http``."""
+        """Return the protocol of a new connection, for uvicorn's ``http`` option."""
         return Connection(self, **given)
 
     def make_room(self) -> bool:

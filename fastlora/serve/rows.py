@@ -39,10 +39,10 @@ class RowCache:
         self._room = min(length, _STEP)
 
     def begin(self, first: int, starts: torch.Tensor, count: int) -> None:
-        """Set where the next forward pass writes: ``count`` new tokens of each row from ``first``.
+        """Set where the next forward pass writes ``count`` new tokens in each of its rows.
 
-        ``starts``, ``[n]`` int64, has the first new position of each row. The positions must be
-        equal unless ``count`` is 1.
+        ``first`` is the first row of the pass. ``starts``, ``[n]`` int64, has the first new
+        position of each row. The positions must be equal unless ``count`` is 1.
         """
         self._first, self._starts = first, starts
         self._at = int(starts[0]) if bool((starts == starts[0]).all()) else None

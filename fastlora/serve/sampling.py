@@ -26,7 +26,7 @@ class Sampling:
         top_p: Sample from the smallest set of likeliest tokens with at least this total
             probability.
         seed: Seed of the random numbers for this request; None for a random seed.
-        stop: Texts that end the answer. They are not part of it.
+        stop: Stop texts, which end the answer and are not part of it.
 
     Raises:
         ConfigError: There are too many stop texts, or one is empty. `protocol` checks the numbers.

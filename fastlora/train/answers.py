@@ -1,4 +1,4 @@
-"""Generate each adapter's answers to its own prompts, at evaluations."""
+"""Generate each adapter's answers to its prompts during evaluations."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ class AdapterSettings:
         weight_decay: Weight decay of AdamW.
         schedule: Shape of the learning-rate schedule after the warm-up.
         warmup_ratio: Fraction of the adapter's steps in which the learning rate rises.
-        max_grad_norm: Norm to clip the adapter's gradient to; 0 disables clipping.
+        max_grad_norm: Maximum norm of the adapter's gradient; 0 disables clipping.
     """
 
     name: str

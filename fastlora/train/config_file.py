@@ -18,8 +18,8 @@ def read_settings_file(path: Path) -> dict[str, Any]:
     """Return the content of a config file, with relative paths resolved against its folder.
 
     Raises:
-        ConfigError: The file has another extension, cannot be read, or holds no table, or the
-            library that reads it is not installed.
+        ConfigError: The file has an unsupported extension, cannot be read, or does not contain a
+            table, or the library that reads it is not installed.
     """
     kind = _KINDS.get(path.suffix.lower())
     if kind is None:

@@ -47,8 +47,8 @@ def folder_lock(folder: Path) -> Iterator[None]:
         folder: The output folder of the run.
 
     Raises:
-        TrainError: Another run holds the lock, and nothing has changed; the message names the other
-            process. Or the lock file cannot be written.
+        TrainError: Another run holds the lock, or the lock file cannot be written. If another run
+            holds the lock, nothing has changed, and the message names its process.
     """
     path = folder / LOCK
     created = [parent for parent in (folder, *folder.parents) if not parent.exists()]

@@ -144,7 +144,7 @@ def write_picture(folder: Path, losses: Sequence[LoggedLoss]) -> Path | None:
 
 @contextlib.contextmanager
 def typed(what: Path | str) -> Iterator[None]:
-    """Convert an `OSError` in the block to a `TrainError` that names ``what``, such as a file."""
+    """Convert an `OSError` raised in the block to a `TrainError` that names ``what``."""
     try:
         yield
     except OSError as error:

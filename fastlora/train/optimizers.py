@@ -94,8 +94,8 @@ class AdapterOptimizers:
             parameters, for instance ``functools.partial(torch.optim.AdamW, lr=1e-3)``.
         schedulers: For some or all adapters, a function that creates a learning-rate schedule from
             the optimizer. A schedule advances only when its adapter steps.
-        max_grad_norm: Norm to clip the gradient of each adapter to: one value for all adapters, or
-            a value for each. None disables clipping.
+        max_grad_norm: Maximum gradient norm of each adapter: one value for all adapters, or a value
+            for each. None disables clipping.
         scaler: Function that creates a `torch.amp.GradScaler`, for training in fp16. It is called
             once for each adapter, so that an overflow in one adapter does not lower the loss scale
             of another.
@@ -228,7 +228,7 @@ class AdapterOptimizers:
         Raises:
             AdapterNotFoundError: A loss belongs to an adapter that has no optimizer in this object.
             AdapterStateError: A loss belongs to an adapter that has been frozen in the meantime, or
-                the losses of several processes have no graph. Nothing has changed.
+                processes share the batch and ``losses`` has no graph.
         """
         for name in losses.values:
             self._known(name).check_trainable()

@@ -122,7 +122,7 @@ def launched() -> int:
 
 
 class RunProcesses:
-    """The processes of `fastlora train`, through accelerate: one, or several under torchrun.
+    """The processes of `fastlora train`, run by accelerate: one, or several under torchrun.
 
     Every process has the whole model, with the same adapters and optimizer states. Only the main
     process (`main`) writes files and reports.
@@ -211,7 +211,7 @@ class RunProcesses:
             self._accelerator.init_trackers("trackers")
 
     def track(self, values: dict[str, Any], step: int) -> None:
-        """Send named numbers and texts to the trackers."""
+        """Send numbers and texts to the trackers, each under a name."""
         if self._tracked and values:
             self._accelerator.log(values, step=step)
 

@@ -1,7 +1,7 @@
 """`load_in`: quantize the base model with bitsandbytes while it is loaded, as in QLoRA.
 
-``4bit`` is NF4 with nested scales and bf16 products (Dettmers et al., 2023, arXiv 2305.14314);
-``8bit`` is LLM.int8.
+``4bit`` is NF4 with nested scales (Dettmers et al., 2023, arXiv 2305.14314). Its products are in
+bf16, or in fp16 if ``dtype`` is float16. ``8bit`` is LLM.int8.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def stored_quantisation(model_config: object) -> Any:
 
 
 def quantise_empty(model: PreTrainedModel, config: Any) -> None:
-    """Replace linear layers of a model on the meta device by quantized ones, as a config says."""
+    """Replace linear layers of a model on the meta device with quantized ones, as configured."""
     library: Any = importlib.import_module("transformers.quantizers.auto")
     quantiser, dtype = library.AutoHfQuantizer.from_config(config, pre_quantized=False), model.dtype
     quantiser.preprocess_model(model=model, device_map={"": "cpu"})

@@ -136,7 +136,7 @@ def open_run(
 ) -> Iterator[Run]:
     """Set up a run and yield it. Arguments and errors are those of `train`.
 
-    The block holds the lock of the output folder and handles signals.
+    The ``with`` block holds the lock of the output folder and handles signals.
     """
     prepare.check_folders(settings)
     with contextlib.ExitStack() as stack:

@@ -76,7 +76,7 @@ class Order:
         return dict(zip(self.names, counts.tolist(), strict=True))
 
     def _places(self, first: int, count: int) -> torch.Tensor:
-        """Return ``count`` entries of the endless sequence of shuffled epochs, from ``first``."""
+        """Return ``count`` entries, from ``first``, of the endless sequence of shuffled epochs."""
         parts = []
         while count:
             epoch, at = divmod(first, self.total)

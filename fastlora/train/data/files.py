@@ -33,7 +33,7 @@ class Place(NamedTuple):
     Attributes:
         path: The file, or the folder of a `datasets` dataset.
         number: Number of the line, entry, or row, counted from 1; 0 for a plain text file.
-        unit: What ``number`` counts: ``"line"``, ``"entry"``, or ``"row"``.
+        unit: The numbered unit: ``"line"``, ``"entry"``, or ``"row"``.
         others: Number of samples that are packed after this one in the same row.
     """
 

@@ -64,7 +64,7 @@ class Sample(NamedTuple):
         place: Source of the sample.
         prompt: Input of the model, as text or messages; None if there is no separate prompt.
         text: The text or messages to learn.
-        template: Further arguments for the chat template, beside the messages.
+        template: Arguments for the chat template, in addition to the messages.
         ends: Whether an end token follows the text. This is False for plain text files only.
     """
 
@@ -82,7 +82,7 @@ class Sample(NamedTuple):
 
 @dataclass(frozen=True)
 class Reading:
-    """Options for how files become samples, and samples become tokens.
+    """Options for reading samples from files and for encoding them as tokens.
 
     Attributes:
         format: A name in `FORMATS`, or None to determine the format from the columns.
@@ -298,7 +298,7 @@ class _Values:
         return found
 
     def template(self) -> dict[str, Any]:
-        """Return the arguments that the row has for the chat template, beside the messages."""
+        """Return the row's arguments for the chat template, in addition to the messages."""
         found: dict[str, Any] = {}
         if "tools" in self._names and (tools := self._json("tools")) is not None:
             if not isinstance(tools, list):

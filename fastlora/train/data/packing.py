@@ -3,7 +3,7 @@
 The strategies and their results are those of `pack_dataset` in TRL 1.16:
 
 * ``bfd``, best fit decreasing (Ding et al., 2024): documents are placed from the longest to the
-  shortest, each in the row with the least room that still fits it. Documents longer than a row are
+  shortest, each in the fullest row that still has room for it. Documents longer than a row are
   truncated first.
 * ``bfd_split``: like ``bfd``, but documents longer than a row are split, and each part is placed as
   a document of its own.
@@ -18,7 +18,7 @@ from collections.abc import Sequence
 
 # Number of documents that are packed together: `datasets` passes batches of this size to TRL.
 _CHUNK = 1000
-# A part of a document: the index of the document, the start, and the end.
+# A part of a document: (index of the document, start, end).
 Stretch = tuple[int, int, int]
 
 

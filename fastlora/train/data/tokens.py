@@ -107,7 +107,7 @@ class Corpus:
 
 
 class _Encoded(NamedTuple):
-    """A document as tokens.
+    """A document, encoded as tokens.
 
     Attributes:
         place: Source of the document.
