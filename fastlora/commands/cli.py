@@ -310,7 +310,7 @@ def _merge(args: argparse.Namespace) -> int:
 
 
 def _copy_tokenizer(source: Path, target: Path) -> bool:
-    """Copy the tokenizer files in ``source``, if there are any; return whether there are."""
+    """Copy the tokenizer files in ``source``, and return False if there are none."""
     if not (source / "tokenizer_config.json").is_file():
         return False
     for name in _TOKENIZER_FILES:

@@ -133,7 +133,7 @@ def packages(found: Findings) -> Iterator[dict[str, str | None]]:
 
 
 def why_not_importable(name: str) -> str:
-    """Return the error of importing a package, on one line, or an empty string without error."""
+    """Return the error of importing a package as one line, or an empty string if it succeeds."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -33,7 +33,7 @@ _log = logging.getLogger("fastlora.serve")
 
 @dataclass(eq=False, kw_only=True)
 class Version(Entry):
-    """A version of an adapter. When the files of the adapter change, a new version is created.
+    """A version of an adapter. A change of the adapter's files creates a new version.
 
     A version is also the pool's record of the adapter. Its ``name`` in the pool is unique, so old
     and new versions can run side by side.
@@ -212,7 +212,7 @@ class ServedAdapters:
             self._versions[name] = version
 
     def unload(self, name: str) -> None:
-        """Unload an adapter. Running requests continue to use it until they end.
+        """Unload an adapter, which running requests continue to use until they end.
 
         `scan` adds the adapter again when its files change; `load` adds it at any time.
 

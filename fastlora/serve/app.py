@@ -68,7 +68,7 @@ class Settings:
 
 
 class Server:
-    """The server's application `app`. When the application ends, it closes the engine."""
+    """The HTTP application `app`, which closes the engine when it ends."""
 
     def __init__(
         self, engine: Engine, adapters: ServedAdapters, prompts: Prompts, settings: Settings
@@ -176,7 +176,7 @@ class Server:
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
     async def unload(self, body: UnloadBody) -> Response:
-        """Unload an adapter. Running requests continue to use it until they end."""
+        """Unload an adapter, which running requests continue to use until they end."""
         await asyncio.to_thread(self.adapters.unload, body.lora_name)
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 

@@ -104,7 +104,7 @@ class Batch:
         self._block.close()
 
     def turn(self) -> None:
-        """Read part of the unread prompts, then generate a token for each fully read prompt."""
+        """Read part of the unread prompts, then generate one token for each fully read prompt."""
         if self._answering < len(self.jobs):
             self._run(self._answering, self._next_prompts())
         if self._answering:

@@ -66,7 +66,7 @@ class Limits:
 
 
 class Connections:
-    """The open connections of a server. If a new one does not fit, a waiting one is closed.
+    """The open connections of a server. A new connection that does not fit replaces a waiting one.
 
     Attributes:
         waiting: Waiting connections by event, longest wait first. HEADERS and BODY share a queue.

@@ -27,7 +27,7 @@ class FailedError(FastLoraError):
 
 
 def told(error: Exception) -> FastLoraError:
-    """Return the error to send to a client. It reveals only the type of an internal error."""
+    """Return the error to send to a client, which reveals only the type of an internal error."""
     if isinstance(error, FastLoraError):
         return error
     return FailedError(f"the server failed at this request ({type(error).__name__})")

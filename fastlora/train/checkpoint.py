@@ -103,7 +103,7 @@ def writing(folder: Path, consequence: str = "") -> Iterator[None]:
 
 
 def sweep(root: Path, keep: int) -> None:
-    """Remove all but the newest ``keep`` checkpoints, and unfinished ones from killed runs."""
+    """Remove all but the newest ``keep`` checkpoints, and what killed runs left unfinished."""
     for old in checkpoints(root)[:-keep]:
         with contextlib.suppress(OSError):  # do not fail the run; the next checkpoint tries again
             remove_folder(old)
@@ -153,7 +153,7 @@ def fingerprint(model: nn.Module) -> dict[str, str]:
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], at: str = "") -> list[str]:
-    """Return the differences between two identities, such as ``"batch_size was 8, is 4"``."""
+    """Return the differences between two run identities, such as ``"batch_size was 8, is 4"``."""
     found = []
     for key in dict.fromkeys([*before, *now]):
         path = f"{at}.{key}" if at else str(key)

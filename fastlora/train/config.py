@@ -129,7 +129,7 @@ class AdapterSettings:
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """Settings of a whole training run. The help text of each flag describes its field.
+    """Settings of a whole training run. The help texts of the flags describe the single fields.
 
     `seed` determines the initial factors of new adapters, the order of the data, and dropout. The
     factors are at least fp32, whatever `dtype` is. With `completion_only_loss`, prompts do not

@@ -63,13 +63,13 @@ class RunLog:
             self._file.write(json.dumps(_finite(entry), allow_nan=False) + "\n")
 
     def close(self) -> None:
-        """Close the file. Errors are ignored, because an earlier write has already raised them."""
+        """Close the file, and ignore an error that an earlier write has already raised."""
         with contextlib.suppress(OSError):
             self._file.close()
 
 
 class LoggedLoss(NamedTuple):
-    """A loss in the log. A number is None if it was not finite or was not logged."""
+    """A loss in the log, with None for a number that was not finite or was not logged."""
 
     step: int
     adapter: str

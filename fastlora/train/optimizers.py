@@ -69,7 +69,9 @@ def check_trained_together(model: LoraModel, names: str | Sequence[str]) -> list
 
 @dataclass(frozen=True)
 class StepReport:
-    """The result of `AdapterOptimizers.step`. An adapter in none of the fields had no loss.
+    """The result of `AdapterOptimizers.step`.
+
+    An adapter without a loss since the previous step is in none of the fields.
 
     Attributes:
         stepped: Adapters that the step updated.

@@ -52,7 +52,10 @@ class Schedule:
 
 
 def check_folders(settings: TrainSettings) -> None:
-    """Raise `CheckpointError` if the model is no local folder, `TrainError` if out is a file."""
+    """Check that the model is a local folder, and that ``out`` is not a file.
+
+    Raises `CheckpointError` for the model, and `TrainError` for ``out``.
+    """
     if not (settings.model / "config.json").is_file():
         raise CheckpointError(
             f"{settings.model}: no model folder (it has no config.json); only local folders are "

@@ -206,7 +206,7 @@ class RunProcesses:
         return cast(T, result)
 
     def start_trackers(self) -> None:
-        """Start a run in each tracker. Call this only once files may be written."""
+        """Start a run in each tracker, which may create files."""
         if self._tracked:
             self._accelerator.init_trackers("trackers")
 

@@ -134,7 +134,7 @@ def open_run(
     progress: bool = True,
     say: Callable[[str], object] | None = None,
 ) -> Iterator[Run]:
-    """Set up a run and yield it. Arguments and errors are those of `train`.
+    """Set up a run and yield it, with the arguments and errors of `train`.
 
     The ``with`` block holds the lock of the output folder and handles signals.
     """
@@ -156,7 +156,7 @@ def open_run(
 
 
 class Run:
-    """A training run that has been set up. It resumes from the checkpoint ``resumed``, if given."""
+    """A training run that is ready to start, or to resume from the checkpoint ``resumed``."""
 
     def __init__(
         self,
@@ -313,7 +313,7 @@ class Run:
 
     @contextlib.contextmanager
     def _writing(self, what: str) -> Iterator[None]:
-        """Record a failed write in the block. The run then ends after its step, as at a signal."""
+        """Record a failed write in the block, so that the run ends after its current step."""
         try:
             with log.typed(what):
                 yield

@@ -227,7 +227,7 @@ def _object(place: Place, row: Any) -> dict[str, Any]:
 
 
 def _sample(name: str, values: _Values, chat: bool) -> Sample:
-    """Return the sample of a row. With ``chat``, a text prompt becomes a user's turn."""
+    """Return the sample of a row, with a text prompt as a user's turn if ``chat``."""
     values.check_there(FORMATS[name].required)
     place = values.place
     if name == "text":
@@ -277,7 +277,7 @@ class _Values:
         return list if all(lists) else str
 
     def text(self, column: str, *, optional: bool = False, empty: bool = False) -> str:
-        """Return a text. With ``optional``, return "" for a missing or null value."""
+        """Return the text in a column, or "" for a missing or null value if ``optional``."""
         value = self._row.get(self._names[column])
         if optional and value is None:
             return ""
