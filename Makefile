@@ -30,7 +30,7 @@ test: $(VENV)/.installed ## run the tests: the main run, the Triton interpreter,
 emulated: $(VENV)/.installed ## run kernels as compiled for sm_80 and sm_90, executed on the CPU: 3 minutes
 	@$(BIN)/python tests/run_lanes.py --lane emulated-sm_80 --lane emulated-sm_90 --lane emulator $(ARGS)
 
-faults: $(VENV)/.installed ## plant each known fault in a copy of the project and run the tests that must notice: 10 minutes
+faults: $(VENV)/.installed ## plant each known fault in a copy of the project and run the tests that must notice: 3 minutes
 	@$(BIN)/python -m tests.faults.run $(ARGS)
 
 emulate: $(VENV)/.installed ## all of that on more chips, the tests of kernels, and the configs of real layers: hours (outside CI)
