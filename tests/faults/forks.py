@@ -138,15 +138,18 @@ def _run(folder: str, arguments: Sequence[str], output: str) -> NoReturn:
     """Runs pytest in a copy of the project, as `python -m pytest` does."""
     import pytest
 
-    with open(os.devnull) as nothing, open(output, "w") as printed:
-        os.dup2(nothing.fileno(), 0)
-        os.dup2(printed.fileno(), 1)
-        os.dup2(printed.fileno(), 2)
+    nothing, printed = os.open(os.devnull, os.O_RDWR), os.open(output, os.O_WRONLY)
+    for stream, target in ((0, nothing), (1, printed), (2, printed)):
+        os.dup2(target, stream)
     os.chdir(folder)
     os.environ["PYTHONPATH"] = folder
     sys.path[0] = folder
     code = pytest.main([*arguments])
-    gc.freeze()  # to collect all of what was imported takes a second
+    sys.stdout.flush()
+    # To collect all of what was imported takes a second; what is not collected some libraries list.
+    gc.freeze()
+    for stream in (1, 2):
+        os.dup2(nothing, stream)
     sys.exit(code)
 
 
