@@ -238,6 +238,8 @@ WRONG: list[tuple[dict[str, Any], type[FastLoraError], str]] = [
     ({"combination_type": "linear"}, ConfigError, "same r value"),
     ({"combination_type": "ties_svd"}, ConfigError, "needs a density"),
     ({"combination_type": "dare_ties_svd", "density": 0}, ConfigError, "needs a density"),
+    ({"combination_type": "ties_svd", "density": -0.5}, ConfigError, "needs a density"),
+    ({"combination_type": "ties_svd", "density": 1.5}, ConfigError, "needs a density"),
     ({"svd_rank": 0}, ConfigError, "r must be a positive integer"),
     ({"svd_clamp": 2.0}, ConfigError, "svd_clamp"),
     ({"majority_sign_method": "most"}, ConfigError, "majority_sign_method"),

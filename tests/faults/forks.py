@@ -97,29 +97,29 @@ def forks(environment: Mapping[str, str], imports: Sequence[str] = IMPORTS) -> I
 
 
 def _serve(address: str, imports: Sequence[str]) -> NoReturn:
-    """Imports, and forks for each connection until standard input ends."""
+    """Imports, and forks for each connection until standard input ends, and kills the forks."""
     for name in imports:
         importlib.import_module(name)
     gc.collect()
     gc.freeze()
+    watches: set[int] = set()
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(address)
         server.listen()
         os.write(sys.stdout.fileno(), b"ready\n")
         while sys.stdin not in select.select([sys.stdin, server], [], [])[0]:
             with Connection(server.accept()[0].detach()) as connection:
-                if os.fork() == 0:
+                watch = os.fork()
+                if watch == 0:
                     _watch(connection)
-            _reap(os.WNOHANG)
-    _reap(0)
+            watches.add(watch)
+            # Waited for, so that their time counts as this process's.
+            watches -= {each for each in watches if os.waitpid(each, os.WNOHANG)[0]}
+    for watch in watches:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(watch, signal.SIGKILL)
+        os.waitpid(watch, 0)
     os._exit(0)
-
-
-def _reap(options: int) -> None:
-    """Waits for forks that have ended, so that their time counts as this process's."""
-    with contextlib.suppress(ChildProcessError):
-        while os.waitpid(-1, options)[0]:
-            pass
 
 
 def _watch(connection: Connection) -> NoReturn:

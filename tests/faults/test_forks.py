@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -59,8 +60,26 @@ def test_the_limit_ends_what_a_run_has_started(forking: Forks, tmp_path: Path) -
     body = "open('pid', 'w').write(str(subprocess.Popen(['sleep', '60']).pid)); signal.pause()"
     code, _ = _run(forking, tmp_path, body, limit=3)
     assert code is None
+    _ends(int((tmp_path / "pid").read_text()))
+
+
+def test_the_end_of_the_block_ends_its_runs(tmp_path: Path) -> None:
+    body = (
+        "open('pid.new', 'w').write(str(os.getpid())); os.rename('pid.new', 'pid'); signal.pause()"
+    )
+    with ThreadPoolExecutor(1) as threads:
+        with forks({}, imports=("pytest",)) as found:
+            run = threads.submit(_run, found, tmp_path, body)
+            while not (tmp_path / "pid").exists():
+                time.sleep(0.05)
+        assert isinstance(run.exception(timeout=10), EOFError)
+    _ends(int((tmp_path / "pid").read_text()))
+
+
+def _ends(pid: int) -> None:
+    """Waits for the end of a process that was killed."""
     deadline = time.monotonic() + 10
-    while _runs(int((tmp_path / "pid").read_text())):
+    while _runs(pid):
         assert time.monotonic() < deadline
         time.sleep(0.05)
 

@@ -328,3 +328,22 @@ def test_all_linear_says_that_it_leaves_out_stacked_experts() -> None:
         UserWarning, match="leaves out 'experts.up', 'experts.down': .*target_parameters"
     ):
         assert find_targets(model, config) == ["lin"]
+
+
+@pytest.mark.parametrize("count, more", [(10, ""), (11, " and 1 more"), (30, " and 20 more")])
+def test_messages_name_ten_entries(count: int, more: str) -> None:
+    """A config may hold any number of them."""
+    names = [f"missing{index:02}" for index in range(count)]
+    config = LoraConfig(target_modules=names)
+    with pytest.raises(TargetNotFoundError) as raised:
+        find_targets(tiny_llama(), config)
+    assert f"target_modules={names[:10]}{more} matches no module" in str(raised.value)
+
+
+@pytest.mark.parametrize("count", [19, 20])
+def test_names_are_shortened_from_twenty_on(count: int) -> None:
+    """As PEFT stores them."""
+    names = {f"layers.{index}.attn.q_proj" for index in range(count)}
+    model = nn.ModuleDict({"layers": nn.ModuleList(Block() for _ in range(count))})
+    found = resolve_target_modules(model, LoraConfig(target_modules=sorted(names)))
+    assert found == (names if count < 20 else {"q_proj"})

@@ -41,6 +41,8 @@ def test_rows_of_several_samples_have_no_sample() -> None:
     assert row_samples.of_view(rows.transpose(0, 1), SAMPLES, 1) is None
     assert row_samples.of_view(rows.view(3, 16), SAMPLES, 1) is None
     assert row_samples.of_view(torch.randn(5, 2), SAMPLES, 1) is None
+    behind_the_first_element = torch.randn(24).as_strided((5, 4), (4, 1), 1)
+    assert row_samples.of_view(behind_the_first_element, SAMPLES, 1) is None
 
 
 def test_the_order_of_the_batch() -> None:
