@@ -318,6 +318,25 @@ def test_a_swap_has_a_column_whatever_leases_hold(root: Path) -> None:
         assert all(same_adapter(pool, resident, root / "a7") for resident in lease.residents)
 
 
+def test_a_lease_evicts_for_columns_alone(root: Path) -> None:
+    """There are slots for two more adapters, and leases on replaced ones hold the columns."""
+    pool = make_pool(root, max_adapters=4)
+    leases = []
+    for seed in range(7):
+        pool.load("a0", root / f"a{seed}")
+        leases.append(pool.lease(["a0"]))
+    leases.pop().release()
+    pool.lease(["a1"]).release()
+    assert pool.stats().on_device == 2
+    with pool.lease(["a2", "a3"]) as lease:
+        assert same_adapter(pool, lease.residents[0], root / "a2")
+        assert same_adapter(pool, lease.residents[1], root / "a3")
+        check_pool(pool)
+    for seed, lease in enumerate(leases):
+        assert same_adapter(pool, lease.residents[0], root / f"a{seed}")
+        lease.release()
+
+
 def test_unloading_spares_the_leases(root: Path) -> None:
     pool = make_pool(root, max_adapters=1)
     with pool.lease(["a0"]) as lease:
