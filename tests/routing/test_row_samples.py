@@ -84,3 +84,15 @@ def test_values_of_meta_tensors_are_not_read() -> None:
     index = torch.empty(2, dtype=torch.long, device="meta")
     assert row_samples.picked(SAMPLES, [index]) is None
     assert row_samples.placed(SAMPLES, [index], SAMPLES[:2], adds=False) is None
+
+
+def test_the_host_reads_cpu_tensors_while_a_graph_is_captured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert row_samples.is_readable(torch.ones(1))
+    assert row_samples.is_readable(torch.nn.Parameter(torch.ones(1)))
+
+
+def test_what_is_no_sample_is_told_from_each_sample() -> None:
+    assert max(NO_SAMPLE, SEVERAL_SAMPLES) < 0 and NO_SAMPLE != SEVERAL_SAMPLES
