@@ -16,6 +16,7 @@ from fastlora.model.config import LoraConfig
 from fastlora.model.default_targets import DEFAULT_TARGETS
 from fastlora.model.inject import lora_layers
 from fastlora.model.targets import (
+    check_every_target,
     find_modules_to_save,
     find_targets,
     minimal_suffixes,
@@ -328,6 +329,34 @@ def test_all_linear_says_that_it_leaves_out_stacked_experts() -> None:
         UserWarning, match="leaves out 'experts.up', 'experts.down': .*target_parameters"
     ):
         assert find_targets(model, config) == ["lin"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        without = LoraConfig(target_modules="all-linear", exclude_modules=["experts"])
+        assert find_targets(model, without) == ["lin"]
+
+
+def test_all_linear_says_which_layers_it_leaves_out() -> None:
+    """Those of which other adapters own copies; a copied module of another kind is none."""
+    config = LoraConfig(target_modules="all-linear")
+    for saved, said in (
+        ("my_head", "leaves out 'my_head': it is a module that adapters ['default'] own copies of"),
+        ("head", "leaves out 'layers.0.head' and 6 more: it is a module"),
+        ("embed", None),
+    ):
+        first = LoraConfig(target_modules=["q_proj"], modules_to_save=[saved])
+        base = get_peft_model(Tower(), first).base_model.model
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            find_targets(base, config)
+        messages = [str(warning.message) for warning in caught]
+        assert len(messages) == (said is not None)
+        assert said is None or said in messages[0]
+
+
+def test_each_name_has_to_match_where_that_is_asked() -> None:
+    check_every_target(Tower(), LoraConfig(target_modules=["q_proj", "up"]))
+    with pytest.raises(TargetNotFoundError, match=r"\['k_proj'\] match no module"):
+        check_every_target(Tower(), LoraConfig(target_modules=["q_proj", "k_proj"]))
 
 
 @pytest.mark.parametrize("count, more", [(10, ""), (11, " and 1 more"), (30, " and 20 more")])

@@ -6,6 +6,7 @@ import random
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastlora.ops.rows import INVALID_SLOT, NO_SLOT, rows_of, sort_rows
 
@@ -111,6 +112,17 @@ def test_no_value_is_read_on_the_host() -> None:
         assert found.shape == expected.shape and found.dtype == expected.dtype
     assert groups.pieces(16).shape == real.pieces(16).shape
     assert groups.invalid.shape == real.invalid.shape
+
+
+def test_compilers_know_all_sizes() -> None:
+    real = sort_rows(torch.zeros(8, dtype=torch.int64), 32, 5)
+    with FakeTensorMode():
+        fake = sort_rows(torch.zeros(8, dtype=torch.int64), 32, 5)
+        pieces = fake.pieces(16)
+    for found, expected in zip(fake.tensors(), real.tensors(), strict=True):
+        assert found.shape == expected.shape and found.dtype == expected.dtype
+    assert fake.invalid.shape == real.invalid.shape and fake.invalid.dtype == torch.bool
+    assert pieces.shape == real.pieces(16).shape
 
 
 def test_pieces_are_made_when_they_are_asked_for_and_kept() -> None:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import threading
 import weakref
 
 import torch
 
 from fastlora.ops.torch.packed_choice import RowsKind
-from fastlora.routing import in_force
 from fastlora.routing.kept import PackCache, SetPack
-from fastlora.routing.routing import Group, number_layers
 from fastlora.weight_marks import marks
 
 
@@ -71,25 +68,3 @@ def test_what_a_graph_reads_is_kept_until_it_is_unpinned() -> None:
     assert kept() is not None
     cache.unpin()
     assert kept() is None
-
-
-def test_a_forward_ends_what_it_made_for_layers_that_were_not_called() -> None:
-    class Results:
-        is_discarded = False
-
-        def discard(self) -> None:
-            self.is_discarded = True
-
-    group, own, others = Group(), Results(), Results()
-    thread = threading.get_ident()
-    group.unfinished = {(thread, 0, 1): own, (thread + 1, 0, 1): others}
-    in_force.end_forward(group)
-    assert own.is_discarded and not others.is_discarded
-    assert list(group.unfinished.values()) == [others]
-
-
-def test_layers_have_numbers_of_their_own() -> None:
-    first, second = number_layers(["q", "v"])
-    assert first != second and number_layers(["v"]) == [second]
-    assert number_layers(["q", "v"], [first, second]) == [first + 1, second + 1]
-    assert number_layers(["q"], [first, first + 1]) == [first + 2]

@@ -64,6 +64,7 @@ KINDS: dict[str, tuple[Make, Kind]] = {
     ),
     "a mask": (lambda x, n: x[n == 1], Kind.EVEN),
     "elements of a mask": (lambda x, n: x.masked_select(n[..., None] == 1), Kind.CHOSEN),
+    "numbers of a mask": (lambda x, n: n.masked_select(n > 1), Kind.ROWS),
     "elements of a table": (lambda x, n: TABLE.masked_select(torch.ones(D) > 0), Kind.TABLE),
     "the largest in order": (lambda x, n: (n[:, 0] + x[:, 0, 0] * 0).topk(2)[0], Kind.EVEN),
     "the largest out of order": (lambda x, n: (n[:, 1] + x[:, 0, 0] * 0).topk(2)[0], Kind.CHOSEN),
