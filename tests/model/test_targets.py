@@ -353,6 +353,19 @@ def test_all_linear_says_which_layers_it_leaves_out() -> None:
         assert said is None or said in messages[0]
 
 
+def test_what_other_adapters_own_copies_of_is_no_target() -> None:
+    first = LoraConfig(target_modules=["up"], modules_to_save=["my_head", "attn"])
+    base = get_peft_model(Tower(), first).base_model.model
+    for name, where in (("my_head", "is"), ("layers.0.attn.q_proj", "lies in 'layers.0.attn',")):
+        with pytest.raises(UnsupportedLayerError, match=f"{name}' {where} a module that adapters"):
+            find_targets(base, LoraConfig(target_modules=[name]))
+    below = LoraConfig(target_modules=["up"], modules_to_save=["attn.q_proj"])
+    with pytest.raises(UnsupportedLayerError, match="attn.q_proj', which lies in 'layers.0.attn'"):
+        find_modules_to_save(base, below)
+    again = LoraConfig(target_modules=["up"], modules_to_save=["my_head"])
+    assert find_modules_to_save(base, again) == ["my_head"]
+
+
 def test_each_name_has_to_match_where_that_is_asked() -> None:
     check_every_target(Tower(), LoraConfig(target_modules=["q_proj", "up"]))
     with pytest.raises(TargetNotFoundError, match=r"\['k_proj'\] match no module"):

@@ -287,6 +287,7 @@ def test_swaps_beyond_the_spare_columns_wait_in_the_cpu_tier(root: Path) -> None
         if pool.slot_of("a0") is not None:
             leases.append(pool.lease(["a0"]))
     assert len(leases) == 5  # one slot, four spare columns
+    assert pool.stats().in_cpu == 1
     with pytest.raises(PoolFullError):
         pool.lease(["a0"])
     for seed, lease in enumerate(leases):
@@ -316,6 +317,16 @@ def test_a_swap_has_a_column_whatever_leases_hold(root: Path) -> None:
         lease.release()
     with pool.lease(["a0", "a1"]) as lease:
         assert all(same_adapter(pool, resident, root / "a7") for resident in lease.residents)
+
+
+def test_messages_name_the_limit_that_there_is(root: Path) -> None:
+    for limits, said in (({}, False), ({"device_bytes": RANK2}, True)):
+        pool = make_pool(root, max_adapters=1, **limits)
+        with pool.lease(["a0"]), pytest.raises(PoolFullError) as raised:
+            pool.pin("a1")
+        assert "it holds 1 adapters of at most 1" in str(raised.value)
+        assert "; 1 are leased, 0 pinned, 0 replaced" in str(raised.value)
+        assert (f"(device_bytes={RANK2})" in str(raised.value)) is said
 
 
 def test_a_lease_evicts_for_columns_alone(root: Path) -> None:

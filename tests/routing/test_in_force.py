@@ -13,6 +13,7 @@ from torch import nn
 from fastlora import adapters
 from fastlora.routing import in_force
 from fastlora.routing.routing import Group, number_layers
+from fastlora.validation import AdapterStateError
 from tests.support.row_checks import D, ours
 
 
@@ -50,6 +51,19 @@ def test_a_batch_has_an_id_for_each_sample_or_token(
             in_force.check_batch(group, (x,), {}, per_sample=per_sample)
         in_force.check_batch(Group(), (torch.empty(7, D),), {})
     in_force.check_batch(group, (torch.empty(7, D),), {})
+
+
+def test_no_block_begins_over_merged_weights() -> None:
+    model = _model()
+    model.merge_adapter()
+    with (
+        pytest.raises(AdapterStateError, match="merged into the base weights"),
+        adapters(model, []),
+    ):
+        pass
+    model.unmerge_adapter()
+    with adapters(model, ["b"]):
+        assert in_force.open_routings()
 
 
 def test_blocks_end_in_the_reverse_order() -> None:

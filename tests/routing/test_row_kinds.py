@@ -244,6 +244,8 @@ def test_a_table_of_the_model_that_reaches_a_layer_alone() -> None:
     assert RowOrder(2, [different]).is_lone_table(different)
     assert not RowOrder(2, [different]).is_lone_table(different.clone())
     assert not RowOrder(2).is_lone_table(different)
+    of_each_sample = torch.arange(8.0 * D).view(2, 4, D)
+    assert not RowOrder(2, [of_each_sample]).is_lone_table(of_each_sample)
 
 
 def test_marks_of_storages_that_are_gone_are_dropped() -> None:
