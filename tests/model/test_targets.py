@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import warnings
 from collections.abc import Callable
@@ -380,6 +381,27 @@ def test_messages_name_ten_entries(count: int, more: str) -> None:
     with pytest.raises(TargetNotFoundError) as raised:
         find_targets(tiny_llama(), config)
     assert f"target_modules={names[:10]}{more} matches no module" in str(raised.value)
+
+
+def test_a_message_names_ten_modules() -> None:
+    model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(12)))
+    with pytest.raises(TargetNotFoundError, match="it has 0, 1, 10, 11, 2, 3, 4, 5, 6, 7$"):
+        find_targets(model, LoraConfig(target_modules=["missing"]))
+
+
+def test_the_architecture_is_in_any_kind_of_config() -> None:
+    @dataclasses.dataclass
+    class Config:
+        model_type: str = "llama"
+
+    model = Tower()
+    for config in (Config(), {"model_type": "llama"}, transformers.LlamaConfig()):
+        model.config = config
+        assert resolve_target_modules(model, LoraConfig()) == set(DEFAULT_TARGETS["llama"])
+    for config in (Config, None, {"model_type": 3}, "llama"):
+        model.config = config
+        with pytest.raises(ConfigError, match="has no default targets"):
+            resolve_target_modules(model, LoraConfig())
 
 
 @pytest.mark.parametrize("count", [19, 20])

@@ -319,6 +319,40 @@ def test_a_swap_has_a_column_whatever_leases_hold(root: Path) -> None:
         assert all(same_adapter(pool, resident, root / "a7") for resident in lease.residents)
 
 
+def test_a_pool_counts_names_that_lose_their_adapter(root: Path) -> None:
+    """Who keeps something by names asks whether they mean the same adapters still."""
+    pool = make_pool(root, max_adapters=2)
+    before = pool.replaced
+    use(pool, "a0", "a1")
+    use(pool, "a2")  # evicts another one, which keeps its name
+    pool.load("new", root / "a3")
+    assert pool.replaced == before
+    pool.load("a0", root / "a4")
+    assert pool.replaced == before + 1
+    pool.unload("a1")
+    assert pool.replaced == before + 2
+
+
+def test_tables_that_cannot_be_written_keep_their_slots(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = make_pool(root, max_adapters=2)
+    use(pool, "a0")
+    columns = pool.tables.column_of.tolist()
+
+    def write(column: int, image: object) -> None:
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(pool.tables, "write", write)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            pool.lease(["a1"])
+        with pytest.raises(RuntimeError, match="out of memory"):
+            pool.load("a0", root / "a2")
+    assert pool.tables.column_of.tolist() == columns
+    use(pool, "a0", "a1")
+
+
 def test_messages_name_the_limit_that_there_is(root: Path) -> None:
     for limits, said in (({}, False), ({"device_bytes": RANK2}, True)):
         pool = make_pool(root, max_adapters=1, **limits)

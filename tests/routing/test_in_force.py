@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from contextlib import nullcontext
 from typing import Any
@@ -12,8 +13,9 @@ from torch import nn
 
 from fastlora import adapters
 from fastlora.routing import in_force
+from fastlora.routing.kept import BlockKept
 from fastlora.routing.routing import Group, number_layers
-from fastlora.validation import AdapterStateError
+from fastlora.validation import AdapterNotFoundError, AdapterStateError
 from tests.support.row_checks import D, ours
 
 
@@ -51,6 +53,28 @@ def test_a_batch_has_an_id_for_each_sample_or_token(
             in_force.check_batch(group, (x,), {}, per_sample=per_sample)
         in_force.check_batch(Group(), (torch.empty(7, D),), {})
     in_force.check_batch(group, (torch.empty(7, D),), {})
+
+
+def test_samples_without_tokens_have_ids_to_generate() -> None:
+    model = _model()
+    group, x = model.base_model.group, torch.empty(2, 0, D)
+    with adapters(model, []):
+        in_force.check_batch(group, (x,), {})
+        with pytest.raises(ValueError, match="2 samples and 0 adapter ids"):
+            in_force.check_batch(group, (x,), {}, per_sample=True)
+
+
+def test_a_later_block_is_told_of_an_id_out_of_range() -> None:
+    model = _model()
+    with adapters(model, ["a", "b"]):
+        (routing,) = in_force.open_routings()
+        for ids, invalid in (([0, 1], False), ([0, -2], True)):
+            routing = dataclasses.replace(routing, ids=torch.tensor(ids), kept=BlockKept())
+            routing.rows(4, torch.device("cpu"))
+            routing.check_ids()
+            wrong = pytest.raises(AdapterNotFoundError, match="in an earlier block")
+            with wrong if invalid else nullcontext():
+                routing.group.unchecked.check()
 
 
 def test_no_block_begins_over_merged_weights() -> None:
