@@ -13,7 +13,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint docs recipes crash attack fuzz emulated emulate faults soak soak-serve clean
+.PHONY: help install demo test lint docs recipes crash attack fuzz emulated emulate faults mutants soak soak-serve clean
 
 # The order is that in which a newcomer needs them.
 help: ## list the targets
@@ -32,6 +32,9 @@ emulated: $(VENV)/.installed ## run kernels as compiled for sm_80 and sm_90, exe
 
 faults: $(VENV)/.installed ## plant each known fault in a copy of the project and run the tests that must notice: 3 minutes
 	@$(BIN)/python -m tests.faults.run $(ARGS)
+
+mutants: $(VENV)/.lint-installed ## change 300 lines of five parts, one at a time, and count what no test notices: an hour (outside CI)
+	@$(BIN)/python -m tests.faults.mutants $(ARGS)
 
 emulate: $(VENV)/.installed ## all of that on more chips, the tests of kernels, and the configs of real layers: hours (outside CI)
 	@$(BIN)/python -m tests.emulated.emulate $(ARGS)
