@@ -1,1 +1,1 @@
-"""The autograd functions: what is saved for backward, and every gradient."""
+"""Autograd functions of adapters: the tensors that they save, and every gradient."""

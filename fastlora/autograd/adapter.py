@@ -1,6 +1,6 @@
-"""One adapter on a base layer: which dtype, with which dropout seed, recorded by whom.
+"""One adapter on a base layer: dtype checks, the dropout seed, and the choice of autograd nodes.
 
-On a CPU, where rows are few, PyTorch's own nodes compute it; else `fastlora.autograd.linear`.
+On a CPU, PyTorch's own nodes compute few rows. Otherwise `fastlora.autograd.linear` computes.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ from fastlora.ops.factors import Base, Factors, Operands
 from fastlora.ops.torch import products
 from fastlora.validation import ImplementationError, check_same_device
 
-# Below so many rows Python in a backward costs more than a second buffer for dx: of SmolLM2's step
-# PyTorch's nodes take 0.97 at 256 rows and 1.00 at 896 (fp32, one AVX2 core).
+# With fewer rows than this, Python code in the backward costs more than a second buffer for dx.
+# PyTorch's nodes take 0.97 times as long for a step of SmolLM2 at 256 rows, and 1.00 times as long
+# at 896 (fp32, one AVX2 core).
 _FEW_ROWS = 1024
-# Of bf16's step over PEFT's at 8, 32 and 64 rows: with fp32 factors 0.96, 0.98, 0.97 by the nodes
-# and 1.14, 1.05, 0.92 by the function, with bf16 factors 1.00, 0.98, 0.98 and 1.04, 1.00, 1.00
-# (SmolLM2, one Zen 5 core).
+# Time of a bf16 step relative to PEFT at 8, 32, and 64 rows (SmolLM2, one Zen 5 core). With fp32
+# factors: 0.96, 0.98, 0.97 by PyTorch's nodes, and 1.14, 1.05, 0.92 by the autograd function. With
+# bf16 factors: 1.00, 0.98, 0.98 by the nodes, and 1.04, 1.00, 1.00 by the function.
 _FEW_BF16_ROWS = 64
 
 
@@ -36,24 +37,27 @@ def run_adapter(
     shared: Shared | None = None,
     own_seed: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """Returns ``[..., N]`` of a base layer with one adapter, whose tensors fit.
+    """Return the output ``[..., N]`` of a base layer with one adapter.
+
+    The caller ensures that the shapes match.
 
     Args:
-        x: ``[..., K]``, in autocast's dtype where that is on.
+        x: ``[..., K]``, in autocast's dtype if autocast is on.
         base: The base layer.
-        factors: One adapter, with a scaling that is a tensor without dimensions or ``[R]``, in fp32
-            (fp64 for an fp64 x); a lora_bias goes with one without dimensions.
-        conditions: What the call runs under.
+        factors: One adapter. Its scaling is a tensor without dimensions or ``[R]``, in fp32 (fp64
+            for an fp64 x). With a lora_bias it must have no dimensions.
+        conditions: The conditions of the call.
         plan: As in `fastlora.functional.lora_linear`.
-        shared: The s that was made for the layer together with others, if it was; x, dropout_p and
-            implementation are then those that it was made with.
-        own_seed: Returns the seed to use in place of a drawn one, where processes share a layer.
+        shared: The s that was computed for the layer together with others, or None. x, dropout_p,
+            and the implementation must be those that it was computed with.
+        own_seed: Returns the seed to use in place of a drawn one, if processes share a layer.
     """
     lora_a, lora_b, scaling, lora_bias, dropout_p, _ = factors
     weight, name = base.weight, conditions.backend
     known = base.y if weight is None else weight
     if (
         name == "eager"
+        and not conditions.compiling
         and known is not None
         and not (weight is None and (conditions.invariant or lora_bias is not None))
         and not dropout_p
@@ -101,12 +105,12 @@ def _records_natively(
     lora_b: torch.Tensor,
     scaling: torch.Tensor,
 ) -> bool:
-    """Whether PyTorch's own nodes are to compute a layer, for the PyTorch path without dropout.
+    """Return whether PyTorch's own nodes compute a layer on the PyTorch path without dropout.
 
     ``known`` is the base weight, or the output of a base layer that was called.
 
-    Not in compiled graphs, for which nobody asks: they would be one for few rows and another for
-    many. Nor where x would be saved as a copy in rows.
+    The function is not called for compiled graphs, which would differ for few and many rows. The
+    result is False if x would have to be copied to be saved as rows.
     """
     dtype, factors, few = x.dtype, lora_a.dtype, _FEW_ROWS
     rows = x.numel() // max(x.shape[-1], 1)
@@ -137,21 +141,23 @@ def _native_linear(
     lora_b: torch.Tensor,
     scaling: torch.Tensor,
 ) -> torch.Tensor:
-    """`fastlora.autograd.linear.run` in PyTorch's own nodes.
+    """Compute `fastlora.autograd.linear.run` with PyTorch's own nodes.
 
-    In fp32 and fp64 the same bits; in bf16 the update is rounded before it is added, and x is
-    widened for fp32 factors. No Python runs in the backward, and little here: between two products
-    of a large model its code has left the cache, and each call takes microseconds. Saves x,
-    ``scaling * s`` and the parameters. dx is the sum of two products, where `LoraLinear` adds one
-    to the other in place.
+    In fp32 and fp64 the result has the same bits. In bf16 the update is rounded before it is added,
+    and x is converted for fp32 factors. No Python code runs in the backward, and little runs here:
+    between two products of a large model, code is evicted from the processor's cache, and each call
+    takes microseconds. The nodes save x, ``scaling * s``, and the parameters. dx is the sum of two
+    products, where `LoraLinear` adds one to the other in place.
     """
     shape = x.shape
-    # Rows make fewer nodes. Without gradients y would be a view that nobody may write to with them.
+    # A 2-D input makes fewer nodes. Without gradients, y would be a view that cannot be written to
+    # with gradients enabled.
     as_rows = len(shape) > 2 and torch.is_grad_enabled()
     if as_rows:
         x = x.view(-1, shape[-1])
     y = F.linear(x, weight, bias)
-    if x.dtype is torch.bfloat16:  # so few rows that another pass over y costs little
+    # There are so few rows that another pass over y costs little.
+    if x.dtype is torch.bfloat16:
         y.add_(F.linear(F.linear(x.to(lora_a.dtype), lora_a) * scaling, lora_b))
     else:
         s = F.linear(x, lora_a) * scaling
@@ -170,9 +176,9 @@ def _native_add(
     scaling: torch.Tensor,
     inplace: bool,
 ) -> torch.Tensor:
-    """As `_native_linear`, onto the output ``[..., N]`` of a base layer that was called.
+    """Add the update to the output ``[..., N]`` of a base layer, as `_native_linear` does.
 
-    ``inplace`` as in `Base`.
+    ``inplace`` is as in `Base`.
     """
     inplace = inplace and not linear.records_gradients(y, x, lora_a, lora_b)
     if x.dtype is torch.bfloat16:

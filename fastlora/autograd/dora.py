@@ -1,20 +1,21 @@
-"""DoRA as autograd functions: a scale behind a LoRA result, and adapters with active dropout.
+"""DoRA as autograd functions: a scale of a LoRA result, and adapters with active dropout.
 
-With ``u = x @ weight.T + scaling * s @ lora_b.T`` the layer's output is ``g * u + bias``, where
-``g = magnitude / ||weight + scaling * lora_b @ lora_a||`` per output row, and the norm is detached.
-So a LoRA forward by any implementation gives u, and what remains is one scale per column of u.
+With ``u = x @ weight.T + scaling * s @ lora_b.T``, the layer's output is ``g * u + bias``. Here
+``g = magnitude / ||weight + scaling * lora_b @ lora_a||`` per output row, with a detached norm. Any
+implementation of a LoRA forward pass can compute u. What remains is one scale per column of u.
 
-With active dropout the base product meets the dropped input too, as in PEFT:
+With active dropout, the base weight is also multiplied by the dropped input, as in PEFT:
 ``y = x @ weight.T + bias + (g - 1) * dropout(x) @ weight.T + g * scaling * s @ lora_b.T``.
-Several adapters have rows each, and both base products are of these rows alone: an operator each
-way finds them by id, in a compiled graph, which serves any mix, when the graph runs. An adapter
-without rows gets zeros as gradients.
+If there are several adapters, each has its own rows, and both base products are computed for these
+rows only. One operator for the forward and one for the backward find the rows by id. In a compiled
+graph, which serves any mix of adapters, they do so when the graph runs. An adapter without rows
+gets zeros as gradients.
 
 Method: Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", https://arxiv.org/abs/2402.09353,
 sections 4.1 and 4.3 (the detached norm); PEFT 0.21.2, ``tuners/lora/dora.py``, for dropout.
 
-Shapes: ``x [M, K]``, ``weight [N, K]``, ``lora_a [R, K]``, ``lora_b [N, R]``, ``s [M, R]``,
-``u`` and ``y [M, N]``, ``magnitude [N]``.
+Shapes: ``x [M, K]``, ``weight [N, K]``, ``lora_a [R, K]``, ``lora_b [N, R]``, ``s [M, R]``, ``u``
+and ``y [M, N]``, ``magnitude [N]``.
 """
 
 from __future__ import annotations
@@ -38,9 +39,10 @@ from fastlora.ops.torch.dora import (
 
 
 class DoraScale(torch.autograd.Function):
-    """``y = g * u + bias``.
+    """Compute ``y = g * u + bias``.
 
-    Saves u, which only the magnitude's gradient needs, where that is wanted; and N numbers.
+    Saves u if the magnitude needs a gradient, which is the only one that needs u. Also saves the
+    magnitude and the squared norms.
     """
 
     @staticmethod
@@ -48,15 +50,14 @@ class DoraScale(torch.autograd.Function):
         ctx: Any,
         u: torch.Tensor,
         bias: torch.Tensor | None,
-        traced: bool,
         magnitude: torch.Tensor,
         squares: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Takes ``u [..., N]``; ``traced`` says that a graph is being compiled."""
+        """Compute y ``[..., N]`` from ``u [..., N]``."""
         rows = u.reshape(-1, u.shape[-1])
-        y = scale_columns(rows, bias, scale_of(magnitude, squares), traced=traced)
-        ctx.traced, ctx.bias_dtype = traced, None if bias is None else bias.dtype
-        ctx.save_for_backward(u if ctx.needs_input_grad[3] else None, magnitude, squares)
+        y = scale_columns(rows, bias, scale_of(magnitude, squares))
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.save_for_backward(u if ctx.needs_input_grad[2] else None, magnitude, squares)
         return torch.ops.aten._unsafe_view(y, u.shape)
 
     @staticmethod
@@ -65,21 +66,21 @@ class DoraScale(torch.autograd.Function):
         u, magnitude, squares = ctx.saved_tensors
         dy = grad.reshape(-1, grad.shape[-1])
         rows = None if u is None else u.reshape(dy.shape)
-        du, d_own = scale_columns_backward(dy, rows, magnitude, squares, ctx.traced)
+        du, d_own = scale_columns_backward(dy, rows, magnitude, squares)
         d_magnitude = None if d_own is None else d_own.to(magnitude.dtype)
         d_bias = dy.sum(0).to(ctx.bias_dtype) if ctx.needs_input_grad[1] else None
         d_u = du.view(grad.shape) if ctx.needs_input_grad[0] else None
-        return d_u, d_bias, None, d_magnitude, None
+        return d_u, d_bias, d_magnitude, None
 
 
 # ------------------------------------------------------------------------- active dropout
 
 _Item = TypeVar("_Item")
 
-# Of each adapter: lora_a, lora_b, magnitude, squares, scaling, seed.
+# Number of tensors per adapter: lora_a, lora_b, magnitude, squares, scaling, seed.
 _EACH = 6
 _BATCH = "Tensor[] adapters, Tensor ids, int[] slots, float[] dropout_p, str impl"
-# They read on the host how many rows each adapter has: a CUDA graph cannot hold that.
+# The operators read each adapter's number of rows on the host, which a CUDA graph cannot record.
 _TAGS = (torch.Tag.cudagraph_unsafe,)
 define(
     f"dora_dropped(Tensor y, Tensor x, Tensor weight, {_BATCH}, bool keeps_z)"
@@ -94,7 +95,7 @@ define(
 
 
 def _by(count: int, tensors: Sequence[_Item]) -> list[Sequence[_Item]]:
-    """Returns a sequence cut into parts of so many."""
+    """Split a sequence into parts of length ``count``."""
     return [tensors[at : at + count] for at in range(0, len(tensors), count)]
 
 
@@ -106,9 +107,10 @@ def _by_id(
     dropout_p: list[float],
     impl: str,
 ) -> Iterator[tuple[int, torch.Tensor, slice, Dropped]]:
-    """Yields adapters that have rows, by their ``slots`` in ids.
+    """Yield the adapters that have rows, given their ``slots`` in ids.
 
-    Of each its place among all, its rows in x, where these are in s and z, and the adapter.
+    Each item has the adapter's position among all adapters, its rows in x, the slice of s and z for
+    these rows, and the adapter.
     """
     batch = sort_rows(ids, x.shape[0], max(slots) + 1)
     starts = batch.slot_start.tolist()
@@ -124,7 +126,7 @@ def _by_id(
 def _saved(
     y: torch.Tensor, x: torch.Tensor, adapters: Sequence[torch.Tensor], keeps_z: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns memory for s and z, of which only the adapters' rows are ever touched."""
+    """Return uninitialized memory for s and z; only the adapters' rows of it are used."""
     rank = max(lora_a.shape[0] for lora_a in adapters[::_EACH])
     return x.new_empty(x.shape[0], rank), x.new_empty(x.shape[0] if keeps_z else 0, y.shape[1])
 
@@ -135,9 +137,9 @@ def _results(
     adapters: Sequence[torch.Tensor],
     wanted: Sequence[bool],
 ) -> list[torch.Tensor]:
-    """Returns memory for the gradients of x, the weight, and lora_a, lora_b and magnitude of each.
+    """Return memory for the gradients of x and weight, and of each lora_a, lora_b, and magnitude.
 
-    Of no element where one is not wanted.
+    A gradient that is not wanted has no elements.
     """
     like = [x, weight, *(t for own in _by(_EACH, adapters) for t in own[:3])]
     return [
@@ -150,7 +152,7 @@ def _results(
 def _dora_dropped(
     y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, *batch: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns y with the adapters' rows added, and their s and z in the order of sorted rows."""
+    """Return y with the adapters' rows updated, and s and z in the order of the sorted rows."""
     y = y.clone(memory_format=torch.contiguous_format)
     s, z = _saved(y, x, batch[0], batch[-1])
     for _, rows, part, adapter in _by_id(x, *batch[:-1]):
@@ -172,7 +174,7 @@ def _(
 def _dora_dropped_backward(
     dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, *batch: Any
 ) -> list[torch.Tensor]:
-    """Returns the gradients; see `_results`."""
+    """Return the gradients; see `_results`."""
     *batch_of, s, z, wanted = batch
     found = _results(x, weight, batch_of[0], wanted)
     for tensor in found:
@@ -204,11 +206,11 @@ def _(dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, *batch: Any) -> l
 
 
 class DoraDropped(torch.autograd.Function):
-    """Adapters with active dropout: the base product twice, see the module's docstring.
+    """Compute adapters with active dropout; see the module's docstring.
 
-    Saves x, s, the seeds, the parameters, and ``z = dropout(x) @ weight.T``, in PyTorch without the
-    mask's ``1 / (1 - p)``, where a magnitude wants a gradient. The mask is made again from the
-    seed.
+    Saves x, s, the seeds, and the parameters. If a magnitude needs a gradient, it also saves
+    ``z = dropout(x) @ weight.T``, in PyTorch without the mask's factor ``1 / (1 - p)``. The
+    backward computes the mask again from the seed.
     """
 
     @staticmethod
@@ -224,11 +226,11 @@ class DoraDropped(torch.autograd.Function):
         impl: str,
         *adapters: torch.Tensor,
     ) -> torch.Tensor:
-        """Takes ``base``, the base layer's output, or computes it from weight and bias if None.
+        """Compute y from ``base``, the base layer's output, or from weight and bias if it is None.
 
-        ``adapters`` has six tensors of each; see `Dropped`. ``ids [B]`` are per sample or per
-        token, and ``slots`` has the number in them of each adapter. Without ids there is one
-        adapter, which has all rows; with ids there is a ``base``.
+        ``adapters`` has six tensors for each adapter; see `Dropped`. ``ids [B]`` are per sample or
+        per token, and ``slots`` has each adapter's slot in them. If ids is None, there is one
+        adapter, which applies to all rows. With ids, ``base`` must be given.
         """
         flat = None if base is None else base.reshape(-1, base.shape[-1])
         rows, needs = x.reshape(-1, x.shape[-1]), ctx.needs_input_grad

@@ -1,18 +1,20 @@
 """The autograd function of a linear with adapters: what is saved, and every gradient.
 
-`run` takes a base weight, or what the base layer made; one adapter for all rows, or many with
-`fastlora.ops.rows.Rows`; an s that a sibling made, or none. Saved for backward are x itself, s, the
-seeds and the parameters; never a cast or dropped copy of x, nor a mask. Whatever needs no gradient
-is neither saved nor computed.
+`run` takes a base weight, or the output of the base layer. It takes one adapter for all rows, or
+many adapters with `fastlora.ops.rows.Rows`. It also takes an s that another layer of the
+shared-input group has computed, or None. The function saves x itself, s, the seeds, and the
+parameters. It never saves a cast or dropped copy of x, or a mask. It saves and computes nothing for
+inputs that need no gradient.
 
-On kernels `fastlora.autograd.shared_input` has nodes for layers that are fed by the same tensor.
-Plain ones are one node. Where others share their passes over x, the graph has two kinds of node:
-`LoraShrink` makes every layer's s, and its backward yields their d_lora_a and nothing else; each
-layer's `LoraLinear` takes its s, and its backward returns dx with the LoRA term inside, ds (the
-gradient of s) and d_lora_b.
+On kernels, `fastlora.autograd.shared_input` has nodes for layers that receive the same tensor.
+Plain layers are one node. For layers that share only their pass over x, the graph has two kinds of
+nodes. `LoraShrink` computes every layer's s, and its backward computes every layer's d_lora_a and
+nothing else. Each layer's `LoraLinear` takes its s, and its backward returns dx including the LoRA
+term, ds (the gradient of s), and d_lora_b.
 
-Shapes: ``x [..., K]``, ``weight [N, K]``, ``y [..., N]``; of each adapter ``lora_a [R, K]``,
-``lora_b [N, R]``, ``lora_bias [N]`` or None, not scaled; s as in `fastlora.ops.backend.Backend`.
+Shapes: ``x [..., K]``, ``weight [N, K]``, ``y [..., N]``; for each adapter ``lora_a [R, K]``,
+``lora_b [N, R]``, and ``lora_bias [N]`` or None, not scaled; s as in
+`fastlora.ops.backend.Backend`.
 """
 
 from __future__ import annotations
@@ -43,18 +45,19 @@ def run(
     rows: Rows | None = None,
     s: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Returns ``[..., N]``: a base product, or a given y, with every row's own adapter.
+    """Return ``[..., N]``: a base product, or a given y, with each row's own adapter.
 
     Args:
         x: The input, in the dtype of the products.
         base: The base layer.
-        operands: The adapters, with scalings in fp32 (fp64 beside an fp64 x).
+        operands: The adapters, with scalings in fp32 (fp64 for an fp64 x).
         impl: Name of the backend.
         plan: As in `fastlora.functional.lora_linear`.
-        rows: Which adapter each row has; None where one has all.
-        s: Of `fastlora.autograd.shared_input.shrink`, where a sibling made it.
+        rows: The adapter of each row, or None if one adapter applies to all rows.
+        s: The result of `fastlora.autograd.shared_input.shrink`, if another layer of the
+            shared-input group has computed it.
     """
-    if s is not None:  # the gradient of lora_a comes through it
+    if s is not None:  # lora_a gets its gradient through s.
         operands = operands._replace(lora_a=[a.detach() for a in operands.lora_a])
     if torch.is_grad_enabled():
         lora_a, lora_b, lora_bias, *others = operands
@@ -66,7 +69,7 @@ def run(
 
 
 def records_gradients(*tensors: torch.Tensor | None) -> bool:
-    """Whether a graph is recorded through one of these."""
+    """Return whether a graph is recorded through any of these tensors."""
     if torch.is_grad_enabled():
         for tensor in tensors:
             if tensor is not None and tensor.requires_grad:
@@ -83,7 +86,7 @@ def _forward(
     impl: str,
     plan: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns ``[..., N]`` and s without recording a graph."""
+    """Return the output ``[..., N]`` and s, without recording a graph."""
     dtype, shape, (weight, bias, y, inplace) = x.dtype, x.shape, base
     flat, given = x if len(shape) == 2 else x.reshape(-1, shape[-1]), y
     if weight is not None and weight.dtype != dtype:
@@ -106,20 +109,21 @@ def _forward(
         made += own_bias.to(made.dtype)
     if made is y and given is not None and given.is_contiguous():
         return given, s
-    if len(shape) != 2:  # not a view to autograd, which would refuse to let anyone write into it
+    # Not a view for autograd, which would not allow in-place writes to it.
+    if len(shape) != 2:
         made = torch.ops.aten._unsafe_view.default(made, (*shape[:-1], made.shape[-1]))
     return made, s
 
 
 def plain_backward(backward: Callable[..., Any]) -> Any:
-    """A backward that has no derivative, and the dtypes of its forward whatever surrounds it."""
+    """Decorate a backward to raise on a second derivative, and to ignore the current autocast."""
     once = once_differentiable(backward)
 
     @functools.wraps(backward)
     def run(ctx: Any, *grads: torch.Tensor | None) -> Any:
-        # Where no second derivative is recorded, nothing has to see to it that it raises.
+        # `once_differentiable` is needed only if a second derivative is recorded.
         compute = once if torch.is_grad_enabled() else backward
-        # The only kind of device that the context's tensors can be on is that of a gradient.
+        # The context's tensors are on the same type of device as the gradient.
         grad = grads[0]
         if grad is None:
             grad = next((g for g in grads if g is not None), None)
@@ -133,10 +137,10 @@ def plain_backward(backward: Callable[..., Any]) -> Any:
 
 
 class LoraLinear(torch.autograd.Function):
-    """`run` where a graph is recorded; y itself is not written.
+    """Compute `run` with a recorded graph; a given y is not overwritten.
 
-    Saves x, s, the seeds and the parameters; dropout masks are made again from the seeds. With an
-    ``s`` that siblings share, every lora_a comes detached and x is not saved for it.
+    Saves x, s, the seeds, and the parameters. Dropout masks are computed again from the seeds. If
+    ``s`` is shared with other layers, every lora_a is detached, and x is not saved for it.
     """
 
     @staticmethod
@@ -154,7 +158,7 @@ class LoraLinear(torch.autograd.Function):
         rows: Rows | None,
         impl: str,
         plan: str,
-        *factors: Any,  # lora_a, lora_b, lora_bias of each adapter in turn
+        *factors: Any,  # lora_a, lora_b, and lora_bias of each adapter in turn
     ) -> torch.Tensor:
         own = list(factors[::3]), list(factors[1::3]), list(factors[2::3])
         operands = Operands(*own, scaling, dropout_p, seeds, slots)
@@ -163,7 +167,8 @@ class LoraLinear(torch.autograd.Function):
         needs_a, needs_b = any(needs[12::3]), any(needs[13::3])
         saves_x, saves_s = needs_a or needs[1], needs_b or rows is not None
         ctx.dropout_p, ctx.slots, ctx.rows, ctx.impl = dropout_p, slots, rows, impl
-        ctx.plan = "auto" if plan == "invariant" else plan  # a backward has no such plan
+        # There is no such plan for a backward.
+        ctx.plan = "auto" if plan == "invariant" else plan
         ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.save_for_backward(
@@ -174,7 +179,7 @@ class LoraLinear(torch.autograd.Function):
     @staticmethod
     @plain_backward
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        # Once: what checkpoints recompute can be taken a single time.
+        # Access `saved_tensors` once: a checkpoint lets its tensors be unpacked a single time.
         x, weight, s, scaling, seeds, *factors = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, needs_y, needs_s = ctx.needs_input_grad[:5]
         needs, rows, shape = ctx.needs_input_grad[12:], ctx.rows, ctx.x_shape
@@ -195,7 +200,7 @@ class LoraLinear(torch.autograd.Function):
             dx = dx.view(shape)
         if needs_own_bias and d_bias is not None:
             sums = d_bias
-            if grad.dtype != ctx.x_dtype:  # a y that was given
+            if grad.dtype != ctx.x_dtype:  # The given y has another dtype.
                 sums = column_sums(grad.reshape(-1, grad.shape[-1]))
             d_factors[2] = (sums * scaling).to(factors[2].dtype)
         if needs_weight and flat is not None:
@@ -214,5 +219,5 @@ class LoraLinear(torch.autograd.Function):
 def _those(
     gradients: Sequence[torch.Tensor | None], wanted: Sequence[bool]
 ) -> list[torch.Tensor | None]:
-    """Returns the gradients that are wanted; backends make those of several adapters together."""
+    """Return the wanted gradients; backends compute those of several adapters together."""
     return [grad if wants else None for grad, wants in zip(gradients, wanted, strict=True)]

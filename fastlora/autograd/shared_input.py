@@ -1,14 +1,14 @@
-"""Layers that are fed by the same x: nodes of the graph for all of them.
+"""Autograd nodes for layers that receive the same x.
 
-`LoraSiblings` makes every y, and every gradient. It is for one adapter each, on kernels
+`LoraSiblings` computes every y and every gradient. It requires one adapter per layer, and kernels
 (`fastlora.ops.backend.Backend.siblings`). Its backward waits for the gradients of all outputs that
-were used, and returns one dx. Saved are x itself, s, the seeds and the parameters, as by
-`fastlora.autograd.linear.LoraLinear`.
+were used, and returns one dx. Like `fastlora.autograd.linear.LoraLinear`, it saves x itself, s, the
+seeds, and the parameters.
 
-`LoraShrink` makes every s. Its backward forms every layer's d_lora_a from one read of x, and
-nothing else; the layers' own nodes (`fastlora.autograd.linear.LoraLinear`) return the rest.
+`LoraShrink` computes every s. Its backward computes every layer's d_lora_a from one read of x, and
+nothing else. The layers' own nodes (`fastlora.autograd.linear.LoraLinear`) return the rest.
 
-Shapes: ``x [..., K]``, of each layer ``weight [N, K]``, ``bias [N]`` or None, ``lora_a [R, K]``,
+Shapes: ``x [..., K]``; for each layer ``weight [N, K]``, ``bias [N]`` or None, ``lora_a [R, K]``,
 ``lora_b [N, R]``, ``y [..., N]``; s as in `fastlora.ops.backend.Backend`.
 """
 
@@ -32,12 +32,12 @@ _Factor = torch.Tensor | None
 
 
 class Shared(NamedTuple):
-    """What was made for a layer together with others: its output, or its s.
+    """The result of a layer that was computed together with others: its output, or its s.
 
     Attributes:
-        y: ``[..., N]``; None where the layer makes it from s.
-        s: In the dtype of the products.
-        seed: Of the dropout mask in s, int64 ``[1]``; None without dropout.
+        y: ``[..., N]``, or None if the layer computes it from s.
+        s: The layer's s in the dtype of the products, or None if y is given.
+        seed: Seed of the dropout mask in s, int64 ``[1]``; None without dropout.
     """
 
     y: torch.Tensor | None = None
@@ -48,10 +48,10 @@ class Shared(NamedTuple):
 def run_siblings(
     x: torch.Tensor, operands: Sequence[_Factor], dropout_p: tuple[float, ...], impl: str
 ) -> Sequence[torch.Tensor]:
-    """Returns y ``[..., N]`` of each of 1 to 4 layers, recorded where gradients are.
+    """Return y ``[..., N]`` of each of 1 to 4 layers; a graph is recorded if gradients are enabled.
 
-    Operands are those of `fastlora.ops.backend.Backend.siblings`. ``impl`` is a backend that
-    computes them at once, in x's dtype.
+    ``operands`` are as in `fastlora.ops.backend.Backend.siblings`. ``impl`` is a backend that
+    computes all layers in one call, in x's dtype.
     """
     if torch.is_grad_enabled():
         given = unwrap_if_dead(x), operands, dropout_p, impl
@@ -61,10 +61,10 @@ def run_siblings(
 
 
 class LoraSiblings(torch.autograd.Function):
-    """`run_siblings` where a graph is recorded.
+    """Compute `run_siblings` with a recorded graph.
 
-    Takes weights, biases, lora_a and lora_b of all once more: autograd looks into no record. A
-    layer with a y that nobody used takes no part in the backward.
+    The weights, biases, lora_a, and lora_b of all layers are passed a second time, because autograd
+    does not look into nested arguments. A layer with an unused y takes no part in the backward.
     """
 
     @staticmethod
@@ -79,7 +79,7 @@ class LoraSiblings(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         made = BACKENDS[impl].siblings(_flat(x), operands, dropout_p, True)
         count, needs = len(dropout_p), ctx.needs_input_grad
-        # Weights that train need x as every lora_a does.
+        # Trainable weights need x, as every lora_a does.
         saves_x = any(needs[4 : 4 + count]) or any(needs[4 + 2 * count : 4 + 3 * count])
         ctx.call = impl, dropout_p, x.shape
         ctx.save_for_backward(x if saves_x else None, *operands, *made[count:])
@@ -88,7 +88,7 @@ class LoraSiblings(torch.autograd.Function):
     @staticmethod
     @plain_backward
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        # Once: what is saved can be taken a single time.
+        # Access `saved_tensors` once: a checkpoint lets its tensors be unpacked a single time.
         x, *saved = ctx.saved_tensors
         (impl, dropout_p, shape), (needs_x, _, _, _, *needs) = ctx.call, ctx.needs_input_grad
         count, dys = len(dropout_p), grads
@@ -102,7 +102,7 @@ class LoraSiblings(torch.autograd.Function):
         if dx is not None and len(shape) != 2:
             dx = dx.view(shape)
         d_weights: list[torch.Tensor | None] = [None] * count
-        if any(needs[: 2 * count]):  # base layers that train
+        if any(needs[: 2 * count]):  # Base layers train.
             for i, (dy, weight, bias) in enumerate(
                 zip(dys, operands, operands[count : 2 * count], strict=False)
             ):
@@ -113,8 +113,9 @@ class LoraSiblings(torch.autograd.Function):
         return dx, None, None, None, *d_weights, *found
 
 
-# Called where no transform of torch.func is in force: `LoraSiblings.apply` would ask for one, and
-# whether one has left an argument behind, which only x can be.
+# Function.apply without the checks for torch.func in `LoraSiblings.apply`. They ask whether a
+# transform is active, and whether one has left behind a dead wrapper. None is active here, and only
+# x can be a wrapper.
 _recorded: Any = super(torch.autograd.Function, LoraSiblings).apply
 
 
@@ -125,17 +126,17 @@ def shrink(
     impl: str,
     rows: Rows | None = None,
 ) -> list[Shared]:
-    """Returns s of each of G layers. Seeds are drawn in order, as the layers would by themselves.
+    """Return s of each of G layers, drawing seeds in the order in which the layers would.
 
     Args:
-        x: Their input, in the dtype of the products.
-        lora_a: Of each layer its adapters' by slot, None where one leaves the layer alone; one
-            each without rows.
-        dropout_p: Probability that acts on each layer; 0 with rows.
+        x: The layers' input, in the dtype of the products.
+        lora_a: For each layer the lora_a of its adapters by slot, with None for an adapter that
+            does not adapt the layer. Without rows, each layer has one.
+        dropout_p: Active dropout probability of each layer; 0 with rows.
         impl: Name of the backend.
-        rows: Which adapter each row has; None where one has all.
+        rows: The adapter of each row, or None if one adapter applies to all rows.
     """
-    x = x.detach()  # the gradient of x is the layers' own part
+    x = x.detach()  # The layers' own nodes compute the gradient of x.
     seeds = tuple(backend.draw_seed(x, impl) if p > 0.0 else None for p in dropout_p)
     flat = [tensor for own in lora_a for tensor in own]
     made = LoraShrink.apply(x, seeds, tuple(dropout_p), impl, rows, *flat)
@@ -143,12 +144,14 @@ def shrink(
 
 
 class LoraShrink(torch.autograd.Function):
-    """s of G layers that are fed by the same x.
+    """Compute s of G layers that receive the same x.
 
-    Takes x detached, since its gradient is not this node's part; of each layer a seed or None, and
-    the lora_a of its adapters in turn: one each without rows, one of every slot with them. Saves x,
-    the seeds and the factors. The backward reads x once for all d_lora_a; a layer with an s that
-    nobody used takes no part in it.
+    x is passed detached, because this node does not compute its gradient. There is a seed or None
+    for each layer. The lora_a of all layers follow in turn. Each layer has one per slot, or without
+    rows only one.
+
+    Saves x, the seeds, and the factors. The backward reads x once for all d_lora_a. A layer with an
+    unused s takes no part in it.
     """
 
     @staticmethod
@@ -198,20 +201,20 @@ class LoraShrink(torch.autograd.Function):
 
 
 def _flat(x: torch.Tensor) -> torch.Tensor:
-    """Returns ``[M, K]``; x itself if it is that, for which ``reshape`` takes 1.6 us."""
+    """Return ``[M, K]``; if x has that shape, skip ``reshape``, which takes 1.6 us."""
     return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
 def _shaped(ys: Sequence[torch.Tensor], x: torch.Tensor) -> Sequence[torch.Tensor]:
-    """Returns ``[..., N]`` of what a backend made as ``[M, N]``."""
+    """Return a backend's outputs ``[M, N]`` in the shape ``[..., N]``."""
     if x.dim() == 2:
         return ys
-    # Not views to autograd, which would refuse to let anyone write into them.
+    # Not views for autograd, which would not allow in-place writes to them.
     unflat, shape = torch.ops.aten._unsafe_view.default, x.shape[:-1]
     return [unflat(y, (*shape, y.shape[1])) for y in ys]
 
 
 def _by_layer(lora_a: Sequence[_Factor], layers: int) -> list[list[torch.Tensor]]:
-    """Returns the lora_a of each layer, of rank 0 where an adapter leaves it alone."""
+    """Return the lora_a of each layer, with rank 0 for an adapter that does not adapt it."""
     each = len(lora_a) // layers
     return [present(lora_a[start : start + each], 0) for start in range(0, len(lora_a), each)]

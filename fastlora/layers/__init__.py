@@ -1,6 +1,6 @@
-"""LoRA layers: state, merging, and a forward through `fastlora.functional`."""
+"""LoRA layers: adapter state, merging, and a forward pass through `fastlora.functional`."""
 
-from fastlora.layers import (  # noqa: F401 - register their kinds
+from fastlora.layers import (  # noqa: F401 - importing them registers their layer kinds
     conv,
     embedding,
     linears,

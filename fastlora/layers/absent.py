@@ -1,7 +1,8 @@
-"""Zeros as gradients of adapters that have no rows in a batch.
+"""Zero gradients for unused adapters, which have no rows in a batch.
 
-Where processes share a batch, another one may have rows for them. DDP and FSDP2 then add gradients
-up parameter by parameter, and wait for ever, or mix up parameters, where one process has none.
+If several processes share a batch, another process may have rows for these adapters. DDP and FSDP2
+then reduce gradients parameter by parameter. If a parameter has no gradient in one process, they
+wait forever or mix up parameters.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ if TYPE_CHECKING:
 
 
 def with_absent(call: MixedCall, y: torch.Tensor, *, waits: bool) -> torch.Tensor:
-    """Returns y, of any shape, which gives adapters of a layer without rows zeros as gradients.
+    """Return y, of any shape, connected to the parameters of adapters that have no rows.
 
-    ``waits`` says whether to wait for ids on a GPU. Else all adapters get zeros, to which gradients
-    are added.
+    In the backward pass these parameters get zeros as gradients. If ``waits`` is not set and the
+    ids are on a GPU, all adapters are connected, to avoid waiting for the ids. Zeros are then added
+    to the other gradients.
     """
     layer, routing = call.layer, call.routing
     present: set[str] = set()
@@ -38,13 +40,13 @@ def with_absent(call: MixedCall, y: torch.Tensor, *, waits: bool) -> torch.Tenso
     ]
     if not absent:
         return y
-    # No rows of y come from them, so what they get are zeros.
+    # Every slice is empty, so the parameters get zeros as gradients.
     rows = [local(p)[:0].reshape(0, *y.shape[1:]).to(y.dtype) for p in absent]
     return torch.cat([y, *rows])
 
 
 def _parameters_of(layer: AdaptedLayer, name: str) -> Iterator[torch.Tensor]:
-    """Yields an adapter's parameters on one layer, whatever kinds of them there are."""
+    """Yield all of an adapter's parameters on one layer."""
     for holder in layer._modules.values():
         if isinstance(holder, nn.ModuleDict) and name in holder:
             yield from holder[name].parameters()

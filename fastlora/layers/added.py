@@ -1,7 +1,7 @@
-"""`BesideLora`: a LoRA layer over a module that is called as it is, without kernels of ours.
+"""`BesideLora`: a LoRA layer over a module that is called unchanged, without kernels.
 
-`AddedLora` adds adapters one by one to what that module made; in a mixed batch each adapter gets
-its own samples.
+`AddedLora` adds adapters one by one to the module's output. In a mixed batch each adapter gets its
+own samples.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ from fastlora.weight_marks import Mark, marks
 
 
 class BesideLora(LoraLayer):
-    """A LoRA layer over a module that is called as it is.
+    """A LoRA layer over a module that is called unchanged.
 
-    What it lacks is found on that module: models read the stride of a convolution.
+    Attributes that the layer lacks are looked up on that module, because models read, for example,
+    the stride of a convolution.
 
     Args:
         base_layer: The module.
@@ -54,11 +55,11 @@ class BesideLora(LoraLayer):
 
     @property
     def bias(self) -> Any:
-        """The base layer's bias."""
+        """The base layer's bias, or None."""
         return getattr(self.base_layer, "bias", None)
 
     def __getattr__(self, name: str) -> Any:
-        """Finds what the layer lacks on the base layer."""
+        """Look up an attribute that the layer lacks on the base layer."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -67,14 +68,14 @@ class BesideLora(LoraLayer):
             return getattr(self._modules["base_layer"], name)
 
     def fusion(self, gathered: bool = False) -> tuple[bool, str]:
-        """Not fused; says what computes it."""
+        """Return False, and the reason: what computes the layer instead."""
         return False, f"its base layer is {type(self.base_layer).__name__}: {self.not_fused}"
 
     def _begin(self, x: torch.Tensor) -> Conditions:
-        """Returns what a forward in which adapters act runs under.
+        """Return the conditions of a forward pass in which adapters are applied.
 
         Raises:
-            ImplementationError: Only kernels may run, by ``impl`` or in the batch-invariant mode.
+            ImplementationError: ``impl="triton"`` or the batch-invariant mode requires kernels.
         """
         conditions = conditions_of(x, "eager")
         if self.impl == "triton":
@@ -82,17 +83,17 @@ class BesideLora(LoraLayer):
             raise ImplementationError(f"impl='triton' cannot run on {kind}: {self.not_fused}")
         conditions.refuse(self, self.not_fused)
         if torch.is_grad_enabled() and not conditions.compiling:
-            marks.trained = Mark()  # a step may follow
+            marks.trained = Mark()  # An optimizer step may follow.
         return conditions
 
 
 class AddedLora(BesideLora):
-    """A LoRA layer whose adapters are added one by one.
+    """A LoRA layer that adds its adapters one by one.
 
-    A kind has `_plus` and `_samples`, beside what `LoraLayer` asks of it.
+    Besides the methods that `LoraLayer` names, a layer kind implements `_plus` and `_samples`.
     """
 
-    # ----------------------------------------------------------------------- what a kind answers
+    # ------------------------------------------- methods that a layer kind overrides
 
     def _plus(
         self,
@@ -102,25 +103,26 @@ class AddedLora(BesideLora):
         conditions: Conditions,
         seed: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Returns y with one adapter, in y's dtype or a wider one.
+        """Return y with one adapter added, in y's dtype or a wider one.
 
         Args:
-            name: The adapter's.
+            name: The adapter's name.
             x: The input, of all samples or some.
-            y: What came out for them so far.
-            conditions: What the call runs under.
-            seed: Of its dropout, int64 ``[]`` on the CPU; None draws from torch's generator.
+            y: The output for these samples so far.
+            conditions: The conditions of the call.
+            seed: The seed of the adapter's dropout, int64 ``[]`` on the CPU; None draws from
+                torch's generator.
         """
         raise UnsupportedLayerError(f"{type(self).__name__} computes nothing")
 
     def _samples(self, x: torch.Tensor) -> tuple[int, int]:
-        """Returns how many samples an input has, and how many leading dimensions count them."""
+        """Return the number of samples in x, and how many leading dimensions count them."""
         raise UnsupportedLayerError(f"{type(self).__name__} computes nothing")
 
     # ------------------------------------------------------------------------------------ forward
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Calls the base layer, and adds the adapters that act."""
+        """Call the base layer, and add the adapters."""
         y: torch.Tensor = self.base_layer(x, *args, **kwargs)
         routing = None if self._disabled else routing_of(self)
         names = self._acting() if routing is None else []
@@ -139,7 +141,7 @@ class AddedLora(BesideLora):
     def _mixed(
         self, routing: Routing, x: torch.Tensor, y: torch.Tensor, conditions: Conditions
     ) -> torch.Tensor:
-        """Returns y with each sample's own adapter."""
+        """Return y with each sample's own adapter added."""
         check_unmerged(self)
         m, dims = self._samples(x)
         count = routing.ids.shape[0]
@@ -161,13 +163,14 @@ class AddedLora(BesideLora):
     def _by_segment(
         self, routing: Routing, x: torch.Tensor, y: torch.Tensor, conditions: Conditions
     ) -> torch.Tensor:
-        """`_mixed` where the host may know which samples are whose."""
+        """Return the output of `_mixed` if the host may read which samples have which adapter."""
         rows = routing.rows(x.shape[0], x.device, host=True)
         seeds = routing.seeds_of(self.routed_as, torch.device("cpu")) if self.training else None
         spans = {routing.names[s.slot]: (s.slot, s.start, s.stop) for s in rows.segments}
         names = [name for name in spans if name in self.r]
         if routing.absent_gradients and torch.is_grad_enabled():
-            names += [name for name in self.r if name not in spans]  # on no samples: zeros
+            # These run on no samples, which gives them zeros as gradients.
+            names += [name for name in self.r if name not in spans]
         for name in names:
             slot, start, stop = spans.get(name, (None, 0, 0))
             seed = None if seeds is None or slot is None else seeds[slot]
@@ -183,9 +186,9 @@ class AddedLora(BesideLora):
     def _by_mask(
         self, routing: Routing, x: torch.Tensor, y: torch.Tensor, conditions: Conditions
     ) -> torch.Tensor:
-        """`_mixed` in a graph: every adapter on all samples, and each sample its own of these.
+        """Return the output of `_mixed` in a graph, which may not depend on the values of ids.
 
-        Nothing that depends on the mix is read but as a tensor.
+        Every adapter runs on all samples, and each sample selects the output of its own adapter.
         """
         each = x.shape[0] // max(routing.ids.shape[0], 1)
         ids = routing.ids.to(x.device).unsqueeze(1).expand(-1, each).reshape(-1)
@@ -202,9 +205,10 @@ class AddedLora(BesideLora):
     def _dropped(
         self, dropout: nn.Module, x: torch.Tensor, seed: torch.Tensor | None
     ) -> torch.Tensor:
-        """Returns x, dropped where a dropout acts; x itself where none does.
+        """Return x after dropout, or x itself if no dropout is active.
 
-        With a seed an adapter's samples drop the same elements whatever else is in the batch.
+        With a seed, an adapter drops the same elements of its samples whatever else is in the
+        batch.
         """
         if isinstance(dropout, nn.Identity):
             return x
@@ -215,13 +219,13 @@ class AddedLora(BesideLora):
         return torch.where(keep.bool(), x, 0.0) * (1.0 / (1.0 - dropout.p))
 
     def _scaling_beside(self, name: str, like: torch.Tensor) -> torch.Tensor:
-        """Returns an adapter's scaling as a tensor without dimensions beside another one."""
+        """Return an adapter's scaling as a tensor without dimensions, on the device of ``like``."""
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
         scalings: Scalings = self.__dict__["_scaling"]
         return scalings.tensors[name].to(like.device, dtype).reshape(())
 
     def _dora_scale(self, name: str, conditions: Conditions) -> torch.Tensor | None:
-        """Returns DoRA's g of an adapter, ``[N]`` in fp32; None where it does not use DoRA."""
+        """Return the adapter's DoRA scale g, shape ``[N]``, fp32; None if it does not use DoRA."""
         if name not in self.lora_magnitude_vector:
             return None
         lora_a, lora_b = self._norm_factors(name)

@@ -1,13 +1,13 @@
 """`FastLoraMultiheadAttention`: an `nn.MultiheadAttention` with adapters.
 
-``in_proj_weight [3E, E]`` and ``out_proj.weight [E, E]`` have an adapter each, of one name and
-rank. The module reads both weights and calls no linear, so a forward gives it
-``weight + scaling * lora_B @ lora_A`` in their place, made anew each time: gradients flow into the
-factors, and nothing is written into the module's own weights.
+``in_proj_weight [3E, E]`` and ``out_proj.weight [E, E]`` each have an adapter, of the same name and
+rank. The attention module reads both weights and does not call linear layers. A forward pass
+therefore replaces each weight by ``weight + scaling * lora_B @ lora_A``, computed anew each time.
+Gradients flow into the factors, and the module's own weights are not written to.
 
-Shapes and file names are those of PEFT 0.21.2, ``tuners/lora/layer.py`` (`MultiheadAttention`):
+Shapes and file names follow PEFT 0.21.2, ``tuners/lora/layer.py`` (`MultiheadAttention`):
 ``lora_A``, ``lora_B`` and ``base_layer.out_proj.lora_A``, ``.lora_B``. PEFT merges and unmerges in
-every forward, and merges out_proj's adapter twice.
+every forward pass, and merges out_proj's adapter twice.
 """
 
 from __future__ import annotations
@@ -35,24 +35,24 @@ _OUT = "base_layer.out_proj"
 
 
 class OutProjection(FastLoraWrapper):
-    """The adapters of an attention's out_proj, which reads the weight and never calls the layer."""
+    """The adapters of an attention's out_proj, which is read and never called."""
 
     is_linear = False
 
     def fusion(self, gathered: bool = False) -> tuple[bool, str]:
-        """Not fused."""
+        """Return False, and the reason."""
         return False, _WHY
 
 
 class FastLoraMultiheadAttention(BesideLora):
-    """A LoRA layer over an `nn.MultiheadAttention`, or a subclass, which is called as it is.
+    """A LoRA layer over an `nn.MultiheadAttention`, or a subclass.
 
     Args:
-        base_layer: The attention; its out_proj becomes a LoRA layer until `release`.
+        base_layer: The attention. Its out_proj becomes a LoRA layer until `release`.
 
     Attributes:
-        lora_A: Adapter name to a linear with weight ``[R, E]``.
-        lora_B: Adapter name to a linear with weight ``[3E, R]``.
+        lora_A: Maps an adapter name to a linear with weight ``[R, E]``.
+        lora_B: Maps an adapter name to a linear with weight ``[3E, R]``.
     """
 
     not_fused = _WHY
@@ -63,9 +63,9 @@ class FastLoraMultiheadAttention(BesideLora):
 
     @property
     def _qkv_same_embed_dim(self) -> bool:
-        """False while adapters act, so that an `nn.TransformerEncoderLayer` calls this layer.
+        """False while adapters apply, so that an `nn.TransformerEncoderLayer` calls this layer.
 
-        In evaluation it would read the base weights otherwise.
+        Otherwise the encoder layer would read the base weights in evaluation.
         """
         return not self._acting() and not self._out()._acting()
 
@@ -74,18 +74,19 @@ class FastLoraMultiheadAttention(BesideLora):
         return out
 
     def inner_layers(self) -> dict[str, LoraLayer]:
-        """Returns out_proj's, which has adapters of the same names."""
+        """Return out_proj's LoRA layer, which has adapters of the same names."""
         return {_OUT: self._out()}
 
     def release(self) -> nn.Module:
-        """Returns the attention, with its own out_proj in it."""
+        """Return the attention, with its original out_proj restored."""
         base = self.base_layer
         if isinstance(base.out_proj, LoraLayer):
             base.out_proj = base.out_proj.release()
         return self.base_layer
 
     def _new_factors(self, r: int, lora_bias: bool, start: Starter) -> dict[str, parts.Factor]:
-        if not self.r:  # PEFT draws the first adapter's out_proj twice, before and behind this
+        # PEFT draws the first adapter's out_proj factors twice, before and after these.
+        if not self.r:
             self._out()._new_factors(r, lora_bias, start)
         return super()._new_factors(r, lora_bias, start)
 
@@ -99,7 +100,7 @@ class FastLoraMultiheadAttention(BesideLora):
         return Plain(weight), bias
 
     def forward(self, query: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Calls the attention with weights that have the active adapters in them."""
+        """Call the attention with the active adapters added to its weights."""
         routing = None if self._disabled else routing_of(self)
         if routing is not None and any(name in self.r for name in routing.names):
             raise UnsupportedLayerError(
@@ -114,7 +115,8 @@ class FastLoraMultiheadAttention(BesideLora):
         base = self.base_layer
         weight = _adapted(self, base.in_proj_weight, own)
         out_weight = _adapted(self._out(), self._out().weight, inner)
-        if conditions.compiling:  # which knows no modules that are made on the way
+        # The compiler does not support modules that are created during the call.
+        if conditions.compiling:
             weights = {"in_proj_weight": weight, "out_proj.base_layer.weight": out_weight}
             return torch.func.functional_call(base, weights, (query, *args), kwargs)
         out = _stand_in(self._out().get_base_layer(), {"weight": out_weight})
@@ -124,7 +126,7 @@ class FastLoraMultiheadAttention(BesideLora):
 
 
 def _adapted(layer: LoraLayer, weight: torch.Tensor, names: list[str]) -> torch.Tensor:
-    """Returns a weight ``[N, K]`` with adapters of a layer, in the weight's dtype, rounded once."""
+    """Return a weight ``[N, K]`` with a layer's adapters added, in its dtype, rounded once."""
     if not names:
         return weight
     wide = torch.promote_types(torch.float32, weight.dtype)
@@ -138,11 +140,14 @@ def _adapted(layer: LoraLayer, weight: torch.Tensor, names: list[str]) -> torch.
 
 
 def _stand_in(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
-    """Returns a module that shares all with another but some parameters; no thread sees it."""
+    """Return a copy of a module with some parameters replaced; everything else is shared.
+
+    The original is not changed, so other threads do not see the replacement.
+    """
     made = object.__new__(type(module))
     made.__dict__.update(module.__dict__)
     made.__dict__["_parameters"] = {**module._parameters, **tensors}
-    for name in tensors:  # where FSDP puts gathered weights
+    for name in tensors:  # FSDP stores gathered weights here.
         made.__dict__.pop(name, None)
     return made
 

@@ -1,4 +1,4 @@
-"""What every LoRA layer has: named adapters, and which of them act and train."""
+"""The state that every LoRA layer has: named adapters, and which are active and trainable."""
 
 from __future__ import annotations
 
@@ -30,19 +30,22 @@ from fastlora.weight_marks import marks
 
 
 class LoraLayer(Mergeable):
-    """Adapters by name on one base layer; the attribute names are PEFT's.
+    """Named adapters on one base layer, under PEFT's attribute names.
 
-    What is here holds for every kind of layer. A kind answers the few methods below "what a kind
-    answers"; as they are here they are a linear's.
+    This class holds what all kinds of layers have in common. A layer kind overrides the methods in
+    the section "methods that a layer kind overrides"; their defaults are those of a linear.
 
     Attributes:
-        adapter_parts: Names of what holds an adapter's tensors by its name, in files too.
-        lora_A: Adapter name to a linear module with weight ``[R, K]``.
-        lora_B: Adapter name to a linear module with weight ``[N, R]``, with a bias for lora_bias.
-        lora_dropout: Adapter name to `nn.Dropout` or `nn.Identity`.
-        lora_magnitude_vector: Name of an adapter that uses DoRA to a module with weight ``[N]``.
-        r, lora_alpha, scaling: Adapter name to number.
-        frozen_peft_weight_names: Adapter name to the parts of it that never train.
+        adapter_parts: Names of the containers that hold an adapter's tensors by adapter name. Files
+            use these names too.
+        lora_A: Maps an adapter name to a linear module with weight ``[R, K]``.
+        lora_B: Maps an adapter name to a linear module with weight ``[N, R]``, and a bias if the
+            adapter has lora_bias.
+        lora_dropout: Maps an adapter name to `nn.Dropout` or `nn.Identity`.
+        lora_magnitude_vector: Maps the name of an adapter that uses DoRA to a module with weight
+            ``[N]``.
+        r, lora_alpha, scaling: Map an adapter name to a number.
+        frozen_peft_weight_names: Maps an adapter name to those of its parts that never train.
         impl: Implementation, as in `fastlora.functional.lora_linear`.
     """
 
@@ -64,41 +67,41 @@ class LoraLayer(Mergeable):
         self._init_merging()
         self._watch_loads()
 
-    # ----------------------------------------------------------------------- what a kind answers
+    # ------------------------------------------- methods that a layer kind overrides
 
     def release(self) -> nn.Module:
-        """Returns the module to put where this layer is, once its adapters are to go."""
+        """Return the module that replaces this layer when its adapters are removed."""
         return self.get_base_layer()
 
     def fusion(self, gathered: bool = False) -> tuple[bool, str]:
-        """Returns whether the base GEMM and the LoRA term run fused, and the reason if not."""
+        """Return whether the base GEMM and LoRA term run fused, and the fallback reason if not."""
         raise UnsupportedLayerError(f"{type(self).__name__} has no base layer")
 
     def _new_factors(self, r: int, lora_bias: bool, start: Starter) -> dict[str, parts.Factor]:
-        """Returns an adapter's new factors by the part that they belong to, drawn as PEFT does."""
+        """Return a new adapter's factors by part, with values drawn as PEFT draws them."""
         lora_a = nn.Linear(self.in_features, r, bias=False)
         lora_b = nn.Linear(r, self.out_features, bias=lora_bias)
         start.fill(lora_a, lora_b)
         return {"lora_A": lora_a, "lora_B": lora_b}
 
     def _init_here(self, init: bool | str) -> bool | str:
-        """Returns what an ``init_lora_weights`` means on this kind."""
+        """Return the value that an ``init_lora_weights`` setting stands for on this layer kind."""
         return init
 
     def _calibrated(self) -> list[nn.Module]:
-        """Returns the modules on which a calibration may have left its result."""
+        """Return the modules on which a calibration may have left its result."""
         return [self.get_base_layer()]
 
     def _weight_to_start_from(self, why: str) -> torch.Tensor:
-        """Returns the base weight ``[N, K]``; ``why`` begins what is said where it has none."""
+        """Return the base weight ``[N, K]``; ``why`` begins the error message if there is none."""
         return dense_weight(self.get_base_layer(), why).detach()
 
     def _magnitude_like(self, norms: torch.Tensor) -> torch.Tensor:
-        """Returns norms ``[N]`` in the shape of a magnitude."""
+        """Return norms ``[N]`` in the shape of this layer's magnitude."""
         return norms
 
     def inner_layers(self) -> dict[str, LoraLayer]:
-        """Returns, by their names below this one, LoRA layers that always have its adapters."""
+        """Return nested LoRA layers that always have this layer's adapters, by relative name."""
         return {}
 
     # ----------------------------------------------------------------------------- adapters
@@ -117,35 +120,36 @@ class LoraLayer(Mergeable):
         init_config: object | None = None,
         from_file: bool = False,
     ) -> None:
-        """Adds an adapter; it acts only after `set_adapter`.
+        """Add an adapter without activating it; `set_adapter` activates it.
 
         Random values are drawn as PEFT draws them, so the same seed gives the same factors. Some
-        initialisations move a part of the base weight into the factors: the layer's output stays
-        what it was, and the base weight is another one from then on.
+        initializations move a part of the base weight into the factors. They change the base weight
+        and leave the layer's output unchanged.
 
         Args:
-            adapter_name: A name that the layer does not have, without dots.
+            adapter_name: A name without dots that is not in use on the layer.
             r: Rank, positive.
             lora_alpha: Numerator of the scaling.
             lora_dropout: Probability in [0, 1) of dropping an element of the adapter's input.
-            use_rslora: Scale by ``lora_alpha / sqrt(r)`` instead of ``lora_alpha / r``.
-            lora_bias: Give lora_B a bias.
-            use_dora: Give the adapter a magnitude for each output, at first the norm of that row of
-                the adapted weight (DoRA, https://arxiv.org/abs/2402.09353).
+            use_rslora: Whether to scale by ``lora_alpha / sqrt(r)`` instead of ``lora_alpha / r``.
+            lora_bias: Whether lora_B has a bias.
+            use_dora: Whether the adapter has a magnitude for each output, initialized to the norm
+                of that row of the adapted weight (DoRA, https://arxiv.org/abs/2402.09353).
             init_lora_weights: True (A Kaiming-uniform, B zero), ``"gaussian"`` (A normal with
                 standard deviation ``1 / r``, B zero), False (both random), or the name of another
                 method of `fastlora.init`.
-            init_config: The method's own settings, as ``LoraConfig.lora_ga_config``.
-            from_file: The factors are about to be overwritten with trained ones. Only a change of
-                the base weight is then repeated.
+            init_config: Settings of the initialization method, such as
+                ``LoraConfig.lora_ga_config``.
+            from_file: Whether trained factors are about to overwrite the new factors. If so, only a
+                change of the base weight is repeated.
 
         Raises:
-            AdapterStateError: The name exists, or an adapter is merged into the weight that the
-                initialisation reads.
-            ConfigError: A value is out of range, or lora_bias is asked for beside use_dora.
-            InitialisationError: The initialisation cannot start from this weight, or lacks data.
-            UnsupportedLayerError: use_dora, or an initialisation that reads the base weight, and
-                the base weight cannot be read or changed.
+            AdapterStateError: The name is in use, or an adapter is merged into the base weight that
+                the initialization reads.
+            ConfigError: A value is out of range, or both lora_bias and use_dora are set.
+            InitialisationError: The initialization cannot start from this weight, or lacks data.
+            UnsupportedLayerError: The base weight cannot be read or changed as use_dora or the
+                initialization requires.
         """
         if adapter_name in self.r:
             raise AdapterStateError(f"adapter {adapter_name!r} exists already on this layer")
@@ -158,7 +162,8 @@ class LoraLayer(Mergeable):
             raise ConfigError(
                 "The argument lora_bias=True is not supported for DoRA; expected use_dora=False"
             )
-        reference = self._factor_like()  # raises before anything changes, as what follows may
+        # This and the calls below may raise; nothing has changed yet.
+        reference = self._factor_like()
         if use_dora:
             self._own_weight()
         scaling = lora_alpha / (math.sqrt(r) if use_rslora else r)
@@ -196,9 +201,9 @@ class LoraLayer(Mergeable):
             drop_data(self, init)
 
     def _keep_base(self, init: Init, offload: bool = False) -> Callable[[], None]:
-        """Returns a function that undoes what an init is about to do to the base layer.
+        """Return a function that undoes the changes that an initialization makes to the base layer.
 
-        With ``offload`` a weight that lies on an accelerator is kept in the CPU's memory.
+        With ``offload``, a weight on an accelerator is saved in CPU memory.
         """
         data = find_data(self, init) if init.data else None
         restore = keep_weight(self.get_base_layer(), offload) if init.changes_base else None
@@ -213,13 +218,14 @@ class LoraLayer(Mergeable):
         return undo
 
     def _place(self, adapter_name: str) -> None:
-        """Puts an adapter's new factors where they belong; no word about a magnitude yet."""
+        """Prepare an adapter's new factors, before it has a magnitude. Does nothing by default."""
 
     def reset_magnitude(self, adapter_name: str) -> None:
-        """Makes an adapter's magnitude the norms of its adapted weight, in its factors' dtype.
+        """Set an adapter's magnitude to the row norms of its adapted weight, in its factors' dtype.
 
-        The adapter then changes nothing but the direction of the weight's rows: with lora_B zero,
-        as it starts, the layer is its base layer. It is frozen.
+        The adapter then changes only the direction of the weight's rows. While lora_B is zero, as
+        it is at initialization, the layer's output is that of its base layer. The new magnitude is
+        frozen.
         """
         self._check_known(adapter_name)
         _, lora_b, _ = self._factors(adapter_name)
@@ -230,19 +236,19 @@ class LoraLayer(Mergeable):
         self.lora_magnitude_vector[adapter_name] = magnitude
 
     def refresh(self) -> None:
-        """Forgets what the layer keeps of its weights, and its model of adapters in mixed batches.
+        """Invalidate everything that is cached of this layer's weights and of its model's adapters.
 
-        Call it after writing through a parameter's ``.data``, which nothing else can see.
+        Call it after writing through a parameter's ``.data``: no cache can detect that write.
         """
         marks.end_all()
         forget_kept(self)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Removes an adapter.
+        """Remove an adapter.
 
         Raises:
-            AdapterNotFoundError: The layer has no such adapter.
-            AdapterStateError: It is merged.
+            AdapterNotFoundError: The layer has no adapter of this name.
+            AdapterStateError: The adapter is merged.
         """
         self._check_known(adapter_name)
         if adapter_name in self.merged_adapters:
@@ -260,7 +266,7 @@ class LoraLayer(Mergeable):
         self._active_adapters = [n for n in self._active_adapters if n != adapter_name]
 
     def adapter_parameters(self, adapter_name: str) -> Iterator[nn.Parameter]:
-        """Yields what an adapter can train on this layer; nothing where it is not on it."""
+        """Yield the adapter's trainable parameters on this layer; none if it lacks the adapter."""
         fixed = self.frozen_peft_weight_names.get(adapter_name, ())
         for part in self.adapter_parts:
             holder = self._modules[part]
@@ -269,7 +275,7 @@ class LoraLayer(Mergeable):
                 yield from (factor,) if isinstance(factor, nn.Parameter) else factor.parameters()
 
     def set_scale(self, adapter_name: str, factor: float) -> None:
-        """Sets the scaling to ``factor`` times what rank and alpha give."""
+        """Set the scaling to ``factor`` times the value that the rank and lora_alpha give."""
         self._check_known(adapter_name)
         r = self.r[adapter_name]
         base = math.sqrt(r) if self.use_rslora[adapter_name] else r
@@ -277,14 +283,14 @@ class LoraLayer(Mergeable):
         self._forget_packed()
 
     def scale_layer(self, scale: float) -> None:
-        """Multiplies the scaling of the active adapters."""
+        """Multiply the scaling of each active adapter by ``scale``."""
         self._forget_packed()
         for name in self._active_adapters:
             if name in self.scaling:
                 self.scaling[name] *= scale
 
     def unscale_layer(self, scale: float | None = None) -> None:
-        """Divides the scaling of the active adapters, or sets it back to what the config gives."""
+        """Divide the scaling of each active adapter by ``scale``, or reset it if None."""
         self._forget_packed()
         for name in self._active_adapters:
             if name in self.scaling:
@@ -294,7 +300,7 @@ class LoraLayer(Mergeable):
                     self.scaling[name] /= scale
 
     def _acting(self) -> list[str]:
-        """Names that the next forward adds to the base layer's output."""
+        """Return the names of the adapters to apply outside a mixed batch."""
         if self._disabled or self.merged_adapters:
             return []
         active: Any = self._active_adapters
@@ -303,21 +309,22 @@ class LoraLayer(Mergeable):
             return [active[0]]
         return [name for name in active if name in known]
 
-    # ----------------------------------------------------------------------------- plumbing
+    # ------------------------------------------------------------------------- state and file names
 
     def file_names(self, adapter_name: str) -> dict[str, str]:
         return parts.file_names(self._held_parts(adapter_name), adapter_name)
 
     def widen(self, adapter_name: str) -> None:
-        """Makes factors of fewer than 32 bits fp32, and anew the magnitude that was rounded."""
+        """Convert factors of fewer than 32 bits to fp32, and recompute the magnitude from them."""
         for part, factor in self._held_parts(adapter_name).items():
             if not isinstance(factor, parts.DoraMagnitude):
                 self._modules[part][adapter_name] = parts.widened(factor)
         if adapter_name in self.lora_magnitude_vector:
-            self.reset_magnitude(adapter_name)  # not rounded to 16 bits first
+            # Recomputed in fp32, because the old magnitude was rounded to the narrower dtype.
+            self.reset_magnitude(adapter_name)
 
     def _held_parts(self, adapter_name: str) -> dict[str, parts.Factor]:
-        """Returns an adapter's factors and magnitude by the part that they belong to."""
+        """Return an adapter's factors and magnitude by part."""
         held: dict[str, parts.Factor] = {}
         for part in self.adapter_parts:
             holder = self._modules[part]
@@ -327,7 +334,7 @@ class LoraLayer(Mergeable):
 
     @property
     def adapter_layer_names(self) -> tuple[str, ...]:
-        """Names of what holds each adapter's factors."""
+        """Names of the containers that hold each adapter's factors."""
         return tuple(part for part in self.adapter_parts if part != "lora_magnitude_vector")
 
     def _all_available_adapter_names(self) -> list[str]:
@@ -342,7 +349,7 @@ class LoraLayer(Mergeable):
             )
 
     def _factor_like(self) -> torch.Tensor | None:
-        """A tensor whose device and dtype new factors take, or None for torch's defaults."""
+        """Return a tensor with the device and dtype of new factors; None for torch's defaults."""
         base = self.get_base_layer()
         if any(map(is_sharded, base.parameters(recurse=False))):
             raise AdapterStateError(

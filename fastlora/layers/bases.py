@@ -1,4 +1,4 @@
-"""What is known of base layers: which can be adapted, which are plain, their dense weight."""
+"""Base layers: which can be adapted, which are plain, and their dense weight."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ COLUMN_WISE, ROW_WISE = "column-wise", "row-wise"
 
 
 def linear_features(module: nn.Module) -> tuple[int, int] | None:
-    """Returns ``(in_features, out_features)`` of a linear-like module, or None for any other.
+    """Return ``(in_features, out_features)`` of a linear-like module, or None for any other.
 
-    Linear-like is what says so itself (`nn.Linear`, quantised linears of bitsandbytes, torchao,
-    GPTQ and others), and Hugging Face's Conv1D, whose weight is ``[K, N]``.
+    A module is linear-like if it has both attributes (`nn.Linear`, quantized linears of
+    bitsandbytes, torchao, GPTQ and others), or if it is Hugging Face's Conv1D, which has a weight
+    ``[K, N]``.
     """
     weight = getattr(module, "weight", None)
     if type(module).__name__ == "Conv1D" and isinstance(weight, torch.Tensor):
@@ -34,12 +35,12 @@ def linear_features(module: nn.Module) -> tuple[int, int] | None:
 
 
 def why_not_plain(module: nn.Module, gathered: bool = False) -> str:
-    """Returns why a module cannot be computed from its weight alone, or an empty string.
+    """Return why a module cannot be computed from its weight alone, or an empty string.
 
-    ``gathered`` says that FSDP2 puts plain parameters in place of shards for the forward.
+    ``gathered`` says that FSDP2 replaces shards by plain parameters during the forward pass.
 
-    Only a true `nn.Linear` that nothing has hooked into is plain: a subclass, a parametrization, a
-    forward hook (accelerate's offloading) or a replaced forward must go on being called.
+    Only an `nn.Linear` without hooks is plain. A subclass, or a module with a parametrization, a
+    forward hook (accelerate's offloading), or a replaced forward, must still be called.
     """
     if type(module) is not nn.Linear:
         return f"its base layer is {type(module).__name__}, called as it is"
@@ -58,7 +59,7 @@ def why_not_plain(module: nn.Module, gathered: bool = False) -> str:
 
 
 def why_hooked(module: nn.Module) -> str:
-    """Returns why a call of a module does more than its class's forward, or an empty string."""
+    """Return why calling a module does more than its class's forward, or an empty string."""
     if "forward" in module.__dict__:
         return "its base layer's forward was replaced"
     if module._forward_hooks or module._forward_pre_hooks:
@@ -69,9 +70,10 @@ def why_hooked(module: nn.Module) -> str:
 
 
 def factor_like(base: nn.Module) -> torch.Tensor | None:
-    """Returns a tensor whose device and dtype new factors take; None for torch's defaults.
+    """Return a tensor with the device and dtype of new factors, or None for torch's defaults.
 
-    As in PEFT, a base layer that says what it computes in (bitsandbytes' 4 bits, HQQ) goes by that.
+    As in PEFT, new factors use the ``compute_dtype`` of a base layer that has one (bitsandbytes'
+    4-bit layers, HQQ).
     """
     own = list(base.parameters(recurse=False))
     compute = getattr(base, "compute_dtype", None)
@@ -79,21 +81,21 @@ def factor_like(base: nn.Module) -> torch.Tensor | None:
         return torch.empty(0, dtype=compute, device=own[0].device)
     for parameter in own:
         if parameter.is_floating_point() and parameter.itemsize >= 2:
-            return parameter  # fp8 and packed integers cannot train
+            return parameter  # fp8 and packed integers cannot train.
     return None
 
 
 def is_parallel(module: nn.Module) -> bool:
-    """Returns whether tensor parallelism has split a module, in a way that fits or not."""
+    """Return whether tensor parallelism has split a module, in a supported way or not."""
     split = getattr(module, "_distribute_module_applied", False)
     return bool(split) and is_sharded(module._parameters.get("weight"))
 
 
 def parallel_style(module: nn.Module) -> str | None:
-    """Returns how a module's weight is split over a tensor-parallel mesh, or None where it is not.
+    """Return how a module's weight is split over a tensor-parallel mesh, or None if it is not.
 
     Raises:
-        UnsupportedLayerError: It is split in a way that adapters cannot follow.
+        UnsupportedLayerError: Adapters do not support the way in which it is split.
     """
     weight: Any = module._parameters.get("weight")
     if not is_parallel(module):
@@ -117,20 +119,21 @@ def parallel_style(module: nn.Module) -> str | None:
 
 
 def makes_fresh_outputs(module: nn.Module) -> bool:
-    """Returns whether nobody but the caller holds what a linear-like module returns."""
+    """Return whether the caller of a linear-like module has the only reference to its output."""
     kind = type(module)
-    return kind is nn.Linear or f"{kind.__module__}.{kind.__qualname__}" in FRESH  # `class_name`
+    # The name has the form that `class_name` returns.
+    return kind is nn.Linear or f"{kind.__module__}.{kind.__qualname__}" in FRESH
 
 
 def stored_weight(module: nn.Module, shape: tuple[int, int]) -> Stored:
-    """Returns how a linear-like module stores its weight, for a merge.
+    """Return how a linear-like module stores its weight, for a merge.
 
     Args:
         module: The base layer.
         shape: N and K.
 
     Raises:
-        UnsupportedLayerError: Nothing can be merged into it.
+        UnsupportedLayerError: The weight does not support merging.
     """
     found = quantised(module)
     if found is not None:
@@ -150,14 +153,14 @@ def stored_weight(module: nn.Module, shape: tuple[int, int]) -> Stored:
 def dense_weight(
     module: object, why: str = "DoRA needs the base weight for its norm"
 ) -> torch.Tensor:
-    """Returns the weight ``[N, K]`` of a linear-like module, dequantised where it is quantised.
+    """Return the weight ``[N, K]`` of a linear-like module, dequantized if it is quantized.
 
-    Knows `nn.Linear` and its subclasses, Conv1D of transformers (whose weight is transposed, as a
-    view), and the kinds of `fastlora.layers.quantised`.
+    Supported are `nn.Linear` and its subclasses, Conv1D of transformers (as a view of its
+    transposed weight), and the kinds of `fastlora.layers.quantised`.
 
     Args:
         module: The base layer.
-        why: What it is read for, with which a refusal begins.
+        why: The purpose of reading it, which begins the error message.
 
     Raises:
         UnsupportedLayerError: The module's weight is of none of these kinds.
@@ -165,7 +168,7 @@ def dense_weight(
     base: Any = module
     own = base._parameters.get("weight") if isinstance(base, nn.Module) else None
     if type(own) is nn.Parameter and type(base).__name__ != "Conv1D" and _is_dense(own):
-        return own  # at once: it is asked in every forward
+        return own  # Return early: this runs in every forward pass.
     found = quantised(base)
     if found is not None:
         return found.dense()
@@ -181,17 +184,18 @@ def dense_weight(
 
 
 def is_transposed(module: nn.Module) -> bool:
-    """Returns whether a linear-like module stores its weight ``[K, N]``."""
+    """Return whether a linear-like module stores its weight as ``[K, N]``."""
     return type(module).__name__ == "Conv1D"
 
 
 def why_not_replaceable(module: nn.Module, quantised_too: bool) -> str:
-    """Returns why a linear-like module cannot be given another weight, or an empty string.
+    """Return why a linear-like module's weight cannot be replaced, or an empty string.
 
-    ``quantised_too`` says that a quantised weight may be quantised anew.
+    ``quantised_too`` says that a quantized weight may be quantized again.
 
     Raises:
-        UnsupportedLayerError: It may, and nobody knows how.
+        UnsupportedLayerError: The quantized weight may be quantized again, but its kind does not
+            support it.
     """
     found = quantised(module)
     if found is not None and quantised_too:
@@ -213,10 +217,10 @@ def why_not_replaceable(module: nn.Module, quantised_too: bool) -> str:
 
 
 def replace_weight(module: nn.Module, weight: torch.Tensor) -> None:
-    """Gives a linear-like module another weight ``[N, K]``, in its own dtype and layout.
+    """Replace the weight of a linear-like module by ``weight [N, K]``, in its own dtype and layout.
 
-    The parameter stays; its old values stay where they are, for whoever holds them. A quantised
-    weight is quantised anew. See `why_not_replaceable`.
+    The parameter object stays the same. Its old values are not overwritten, because other code may
+    hold them. A quantized weight is quantized again. See `why_not_replaceable`.
     """
     found = quantised(module)
     if found is not None:
@@ -228,10 +232,11 @@ def replace_weight(module: nn.Module, weight: torch.Tensor) -> None:
 
 
 def keep_weight(module: nn.Module, offload: bool) -> Callable[[], None]:
-    """Returns a function that gives a module the weight it has now, bit for bit.
+    """Return a function that restores a module's current weight, bit for bit.
 
-    `replace_weight` leaves the old values alone, so they are kept and not copied; with ``offload``
-    those of an accelerator are copied to the CPU, for models that it has no room for twice.
+    `replace_weight` does not overwrite the old values, so they are kept without a copy. With
+    ``offload``, the values of a weight on an accelerator are copied to the CPU, for models that do
+    not fit there twice.
     """
     found = quantised(module)
     if found is not None:
@@ -243,7 +248,7 @@ def keep_weight(module: nn.Module, offload: bool) -> Callable[[], None]:
         return put_back
     own: Any = module._parameters.get("weight")
     if own is None:
-        return lambda: None  # `why_not_replaceable` has something to say
+        return lambda: None  # `why_not_replaceable` gives the reason.
     where, kept = own.device, own.data.cpu() if offload and not own.is_meta else own.data
 
     def restore() -> None:

@@ -1,4 +1,4 @@
-"""One layer's forward: what every step of it needs, found when it begins."""
+"""The state of one layer's forward pass, determined once at its beginning."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
 
 class LayerCall(NamedTuple):
-    """A layer that is called outside of a mixed batch: the same adapters act on all rows.
+    """A layer call outside a mixed batch: the same adapters apply to all rows.
 
     Attributes:
-        layer: Holds the adapters.
-        given: ``[..., K]``, the very tensor that the layer was called with.
-        x: The same in the dtype that is computed in.
-        conditions: What the call runs under.
-        names: The adapters that act.
+        layer: The layer with the adapters.
+        given: The tensor that the layer was called with, ``[..., K]``.
+        x: ``given`` in the dtype of the computation.
+        conditions: The conditions of the call (implementation, autocast, tracing).
+        names: Names of the adapters to apply.
     """
 
     layer: AdaptedLayer
@@ -33,12 +33,12 @@ class LayerCall(NamedTuple):
 
 
 class MixedCall(NamedTuple):
-    """A layer that is called in a mixed batch: each row has its own adapter.
+    """A layer call in a mixed batch: each row has its own adapter.
 
     Attributes:
-        layer: Holds the adapters, or its pool does.
-        given, x, conditions: As of a `LayerCall`.
-        routing: The batch's; in a graph that is being compiled its ``whole``.
+        layer: The layer. It or its pool holds the adapters.
+        given, x, conditions: As in `LayerCall`.
+        routing: The batch's routing. In a graph that is being compiled, the routing's ``whole``.
     """
 
     layer: AdaptedLayer
@@ -48,9 +48,10 @@ class MixedCall(NamedTuple):
     routing: Routing
 
     def rows(self, *, host: bool = False) -> Rows:
-        """Returns the slots of x's rows; ``host`` says whether the host reads them."""
+        """Return the slots of x's rows; ``host`` says whether the host reads them."""
         x, routing = self.x, self.routing
         m = x.numel() // x.shape[-1]
-        if self.conditions.compiling:  # all layers call it alike, and compilers merge them
+        # All layers make the same call, so the compiler can merge the calls.
+        if self.conditions.compiling:
             return sort_rows(routing.ids, m, len(routing.names), x.device, keeps=False)
         return routing.rows(m, x.device, host=host)

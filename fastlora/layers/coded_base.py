@@ -1,8 +1,9 @@
-"""A quantised base layer on kernels: its weight for them, in place of a call of its module.
+"""A quantized base layer on kernels: the weight that kernels read in place of a module call.
 
-On kernels, where the module does nothing but its product, a layer's `Base` is that of a plain
-linear, with a `CodedWeight` for the weight: its forward, siblings, mixed batches and DoRA go as a
-plain linear's. Elsewhere the module is called as it is, and the fusion report says why.
+If kernels run and the module does nothing but its product, a layer's `Base` has the form of a plain
+linear's, with a `CodedWeight` as its weight. The forward pass, shared inputs, mixed batches, and
+DoRA then work as for a plain linear. Otherwise the module is called unchanged, and the fusion
+report gives the reason.
 """
 
 from __future__ import annotations
@@ -37,30 +38,32 @@ _CAPTURED = "a CUDA graph is being captured; run a forward before"
 
 
 class Code(NamedTuple):
-    """A base layer's weight for kernels, and its kind."""
+    """A base layer's weight for kernels, and its quantization kind."""
 
     weight: CodedWeight
     kind: Quantised
 
 
-# A module's kind; and by dtype its weight for kernels, or why there is none.
+# A module's quantization kind, and by dtype its weight for kernels or the fallback reason.
 _Found = tuple[Quantised | None, dict[torch.dtype, Code | str]]
 
 
 class KeptCode(Kept):
-    """What a layer keeps of its base layer's weight while that is the same and unwritten.
+    """A layer's cache of its base layer's weight for kernels, valid until the weight changes.
 
-    By dtype of x, refusals too: with autocast on and off by turns nothing is made anew. A copied
-    layer starts without any.
+    Entries are stored by dtype of x, and include fallback reasons. Switching autocast on and off
+    therefore recomputes nothing. A copied layer starts with an empty cache.
 
     Attributes:
-        dtype: Of x in the last forward.
-        repacked: The product of evaluations on a CPU over a copy of the codes, once there was one.
+        dtype: Dtype of x in the last forward pass.
+        repacked: The product over a copy of the codes, for evaluation on a CPU; None until it is
+            first used.
     """
 
     dtype: torch.dtype | None
     repacked: Repacked | None
-    # Of which module and weight, and what was made of that: in one, for threads.
+    # The module, its weight's stamp, and the entries: one tuple, so that threads read it
+    # atomically.
     _of: tuple[nn.Module | None, Stamp | None, _Found | None]
 
     def __init__(self) -> None:
@@ -68,9 +71,9 @@ class KeptCode(Kept):
         self.forget()
 
     def find(self, module: nn.Module, dtype: torch.dtype | None) -> Code | str:
-        """Returns the weight for a module that gets x in ``dtype``, or why it must be called.
+        """Return the weight for a module with x in ``dtype``, or why the module must be called.
 
-        ``dtype`` is None for what the module computes in.
+        If ``dtype`` is None, the dtype that the module computes in is used.
         """
         if dtype is not None:
             self.dtype = dtype
@@ -92,16 +95,17 @@ class KeptCode(Kept):
             elif not may_keep(kind.codes().device):
                 return _CAPTURED
             else:
-                with torch.inference_mode(False), torch.no_grad():  # for a backward one day
+                # A later backward pass may need it.
+                with torch.inference_mode(False), torch.no_grad():
                     weight = kind.coded(dtype)
                 code = weight if isinstance(weight, str) else Code(weight, kind)
             made[dtype] = code
         return code
 
     def base_of(self, code: Code) -> Base:
-        """Returns what stands for the module in a forward.
+        """Return the `Base` that replaces a call of the module in a forward pass.
 
-        What a CUDA graph reads stays until `fastlora.refresh`.
+        A weight that a CUDA graph reads is kept until `fastlora.refresh`.
         """
         weight, kind = code
         if is_captured(weight) and all(weight is not known for known in self._captured):
@@ -109,14 +113,14 @@ class KeptCode(Kept):
         return Base(weight, kind.bias_in(weight.dtype))
 
     def forget(self, captured: bool = False) -> None:
-        """Drops all but what CUDA graphs read, at its address; ``captured`` that too."""
+        """Clear the cache; weights that CUDA graphs read are kept unless ``captured``."""
         self.dtype = self.repacked = None
         self._of = None, None, None
         if captured:
             self._captured.clear()
 
     def evaluated(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
-        """Returns what a module that `keeps_layout` makes of x; None where it is to be called."""
+        """Return a `keeps_layout` module's output from repacked codes, or None to call it."""
         try:
             if self._look(module) is None:
                 return None
@@ -128,13 +132,13 @@ class KeptCode(Kept):
         return None if not repacked.takes(x) or why_hooked(module) else repacked(x)
 
     def _look(self, module: nn.Module) -> _Found | None:
-        """Returns a module's kind, and what was made of its weight; None if nobody counts writes.
+        """Return a module's kind and the cached entries, or None if writes are not counted.
 
-        What is of another weight, or was made before a write, is forgotten.
+        Entries of another weight, or from before a write, are dropped.
 
         Raises:
-            UnsupportedLayerError: The weight is not quantised yet.
-            AttributeError: It is of another version of a library's.
+            UnsupportedLayerError: The weight is not quantized yet.
+            AttributeError: The weight is from an unsupported version of a library.
         """
         known, stamp, kept = self._of
         if kept is not None and stamp is not None and known is module:
@@ -150,9 +154,9 @@ class KeptCode(Kept):
 
 
 def coded_base(call: LayerCall | MixedCall) -> Base | None:
-    """Returns what stands for a layer's base layer in a forward; None where that must be called."""
+    """Return the `Base` that replaces a call of the base layer, or None if it must be called."""
     conditions, x = call.conditions, call.x
-    # In the batch-invariant mode "auto" means kernels, and the forward says where there are none.
+    # In the batch-invariant mode "auto" means kernels, and the forward raises if they cannot run.
     runs = conditions.impl == "triton" or (conditions.invariant and conditions.impl == "auto")
     if not runs or conditions.compiling or conditions.tracing:
         return None
@@ -170,10 +174,11 @@ def coded_base(call: LayerCall | MixedCall) -> Base | None:
 def call_base(
     call: LayerCall | MixedCall, module: nn.Module, *args: Any, **kwargs: Any
 ) -> torch.Tensor:
-    """Returns what a base layer makes of the very tensor that its layer got, by calling it.
+    """Call a base layer with the original input of its LoRA layer, and return the output.
 
-    In evaluation few rows on a CPU may take a product over a copy of 4-bit codes (`Repacked`). The
-    copy goes with the next gradient, and with what ends codes for kernels.
+    In evaluation on a CPU, a few rows may use a product over a copy of 4-bit codes (`Repacked`)
+    instead. The copy is dropped by the next call with gradients, and with the cached weight for
+    kernels.
     """
     layer, x, conditions = call.layer, call.given, call.conditions
     made: torch.Tensor | None = None
@@ -190,23 +195,24 @@ def call_base(
 
 
 def sibling_base(layer: AdaptedLayer) -> Base | None:
-    """Returns what stands for a layer's base layer on kernels, in the dtype it computes in."""
+    """Return a layer's `Base` for kernels in its base layer's own dtype, or None."""
     kept = _kept(layer)
     code = kept.find(layer.get_base_layer(), None)
     return None if isinstance(code, str) else kept.base_of(code)
 
 
 def why_called(layer: AdaptedLayer) -> str:
-    """Returns why a base layer that is no plain linear is called on kernels; empty if it is not."""
+    """Return why a base layer that is not a plain linear is called, or an empty string."""
     kept = _kept(layer)
     code = kept.find(layer.get_base_layer(), kept.dtype)
     return code if isinstance(code, str) else ""
 
 
 def reads_codes(layer: AdaptedLayer) -> str:
-    """Returns what kernels read of a layer's base weight, and in which dtype they compute.
+    """Return the name of the quantization that kernels read, with the dtype they compute in.
 
-    Known once `why_called` was asked; empty where the weight is plain, or the base layer called.
+    The text is available after a call of `why_called`. It is empty if the weight is plain or the
+    base layer is called.
     """
     kept: KeptCode | None = layer.__dict__.get("_coded")
     code = "" if kept is None else kept.find(layer.get_base_layer(), kept.dtype)
@@ -216,7 +222,7 @@ def reads_codes(layer: AdaptedLayer) -> str:
 
 
 def as_called(call: LayerCall | MixedCall, base: Base, y: torch.Tensor) -> torch.Tensor:
-    """Returns a layer's output in the dtype that its base layer would give it: x's."""
+    """Return a layer's output in the dtype that its base layer would return: the dtype of x."""
     dtype = call.given.dtype
     if y.dtype is dtype or not isinstance(base.weight, CodedWeight):
         return y
@@ -224,9 +230,9 @@ def as_called(call: LayerCall | MixedCall, base: Base, y: torch.Tensor) -> torch
 
 
 def forget_weights(layer: object, captured: bool = False) -> None:
-    """Drops what a layer keeps of its weights: norms, and codes for kernels.
+    """Clear what a layer caches of its weights: norms, and quantized weights for kernels.
 
-    ``captured`` says that no CUDA graph reads them any longer.
+    ``captured`` says that no CUDA graph reads the weights any longer.
     """
     own = layer.__dict__
     own.pop("_dora_norms", None)
@@ -234,13 +240,13 @@ def forget_weights(layer: object, captured: bool = False) -> None:
     if isinstance(kept, KeptCode):
         kept.forget(captured)
         if "_shared_input" in own:
-            own["_shared_input"].launches.clear()  # a sibling has them too
+            own["_shared_input"].launches.clear()  # Launches of the group hold the weights too.
 
 
 def _watched(
     module: nn.Module, kind: Quantised | None
 ) -> tuple[Sequence[torch.Tensor], tuple[Hashable, ...]] | None:
-    """Returns what a stamp of a module's weight is made of; None where the weight was replaced."""
+    """Return the arguments of a stamp of a module's weight, or None if the weight was replaced."""
     if kind is None:
         weight = module._parameters.get("weight")
         identity: tuple[Any, ...] = id(weight), type(weight)

@@ -1,4 +1,4 @@
-"""What layers of ours and patched layers of PEFT's have in common, beside their forward."""
+"""Code that fastlora's own layers and patched PEFT layers share, except for forward()."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from fastlora.weight_marks import marks
 
 
 def forget_kept(layer: CommonLayer) -> None:
-    """Drops what a layer keeps of its weights, and its model of the adapters in mixed batches."""
+    """Clear what is cached of a layer's weights and of its model's adapters in mixed batches."""
     forget_weights(layer)
     forget_group(layer)
-    marks.end_trained()  # blocks that are open keep some too
+    marks.end_trained()  # Open blocks cache results too.
     layer._forget_packed()
 
 
 class CommonLayer(AdaptedLayer):
-    """A linear with adapters by name; ours, and PEFT's after `fastlora.patch`.
+    """A linear with named adapters: a fastlora layer, or a PEFT layer after `fastlora.patch`.
 
-    It keeps nothing of its weights from one mode, training or evaluation, to the other. Its
-    ``scaling`` is always a `Scalings`, whose tensors lie where the factors do.
+    Switching between training and evaluation clears everything that is cached of its weights. Its
+    ``scaling`` is always a `Scalings`, with tensors on the device of the factors.
     """
 
     knows_siblings = knows_siblings
@@ -40,23 +40,23 @@ class CommonLayer(AdaptedLayer):
     _own_magnitude = magnitude_of
 
     def _forget_packed(self) -> None:
-        """Drops packed factors of mixed batches, within a block too: they are about to change."""
+        """Clear the packed factors of mixed batches, even in an open block: they may change."""
         if self.routed_by is not None:
             self.routed_by.packs.clear()
 
     def _own_weight(self) -> torch.Tensor:
-        """Returns the base weight as a dense matrix, ``[N, K]``."""
+        """Return the base weight as a dense matrix, ``[N, K]``."""
         return dense_weight(self.get_base_layer())
 
     def train(self, mode: bool = True) -> Any:
-        """As `nn.Module.train`."""
+        """Set the mode as `nn.Module.train` does, and clear caches if the mode changes."""
         if mode != self.training:
             forget_kept(self)
         return super().train(mode)
 
     @property
     def scaling(self) -> dict[str, Scaling]:
-        """Adapter name to the number that its update is multiplied with."""
+        """Maps an adapter name to the number that multiplies its update."""
         scalings: dict[str, Scaling] = self.__dict__["_scaling"]
         return scalings
 
@@ -66,7 +66,7 @@ class CommonLayer(AdaptedLayer):
         self._fit_scalings(values)
 
     def _watch_loads(self) -> None:
-        """Has scalings follow factors that ``load_state_dict(assign=True)`` replaces."""
+        """Refit scalings after ``load_state_dict(assign=True)`` has replaced factors."""
         if _fit_loaded not in self._load_state_dict_post_hooks.values():
             self.register_load_state_dict_post_hook(_fit_loaded)
 
@@ -83,15 +83,15 @@ class CommonLayer(AdaptedLayer):
                 scalings.fit(name, factor)
 
     def _first_factor(self, name: str) -> torch.Tensor | None:
-        """Returns a tensor that lies where an adapter's scaling is to lie, once there is one."""
-        factors = self._modules.get("lora_A")  # not there at the very beginning
+        """Return an adapter's first factor, which determines the device of its scaling, or None."""
+        factors = self._modules.get("lora_A")  # Missing at the very beginning.
         if isinstance(factors, nn.ModuleDict) and name in factors:
             lora_a: Any = factors[name].weight
             return lora_a
         return None
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-        forget_kept(self)  # caches keep no memory that the model has left
+        forget_kept(self)  # Caches must not keep unused memory.
         super()._apply(fn, recurse)
         self._fit_scalings(self.scaling)
         return self

@@ -1,13 +1,15 @@
 """`FastLoraConv`: an `nn.Conv1d`, `nn.Conv2d` or `nn.Conv3d` with adapters.
 
-``y = conv(x, weight) + bias + scaling * lora_B(lora_A(dropout(x)))``: lora_A convolves as the base
-layer does (kernel, stride, padding, dilation and padding mode), into R channels of one group;
-lora_B is a convolution of one point with the groups of the base layer. With one group that is a
-convolution with ``weight + scaling * lora_B @ lora_A``, kernels flattened, into which it merges:
-as a matrix ``[N, K]`` the weight has K = channels times kernel. With more, every output sees all
-input channels, for which the base weight has no place.
+``y = conv(x, weight) + bias + scaling * lora_B(lora_A(dropout(x)))``. lora_A convolves as the base
+layer does (kernel, stride, padding, dilation and padding mode), into R channels with one group.
+lora_B is a pointwise convolution with the groups of the base layer.
 
-Shapes and file names are those of PEFT 0.21.2, ``tuners/lora/layer.py``, `_ConvNd`; DoRA is its
+With one group, the sum is a convolution with ``weight + scaling * lora_B @ lora_A``, with flattened
+kernels, and the adapter can be merged. As a matrix ``[N, K]``, the weight has K = channels times
+kernel size. With more groups, every output of the adapter depends on all input channels, which the
+base weight cannot represent.
+
+Shapes and file names follow PEFT 0.21.2, ``tuners/lora/layer.py``, `_ConvNd`. DoRA follows
 ``tuners/lora/dora.py``, `_DoraConvNdLayer`.
 """
 
@@ -28,7 +30,7 @@ from fastlora.layers.stored import Plain, Stored
 from fastlora.ops.conditions import Conditions
 from fastlora.validation import UnsupportedLayerError
 
-# The convolution of a weight with so many dimensions.
+# The convolution class by the number of dimensions of its weight.
 _CLASSES: dict[int, type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]] = {
     3: nn.Conv1d,
     4: nn.Conv2d,
@@ -37,15 +39,16 @@ _CLASSES: dict[int, type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]] = {
 
 
 class FastLoraConv(AddedLora):
-    """A LoRA layer over a convolution, or a subclass, which is called as it is.
+    """A LoRA layer over a convolution, or a subclass, which is called unchanged.
 
     Args:
         base_layer: The convolution.
 
     Attributes:
-        lora_A: Adapter name to a convolution with weight ``[R, C, ...]``, kernel as the base's.
-        lora_B: Adapter name to a convolution with weight ``[N, R / groups, 1, ...]``.
-        lora_magnitude_vector: Adapter name to a module with weight ``[1, N, 1, ...]``.
+        lora_A: Maps an adapter name to a convolution with weight ``[R, C, ...]`` and the base
+            layer's kernel size.
+        lora_B: Maps an adapter name to a convolution with weight ``[N, R / groups, 1, ...]``.
+        lora_magnitude_vector: Maps an adapter name to a module with weight ``[1, N, 1, ...]``.
     """
 
     not_fused = "two convolutions beside it, PyTorch's"
@@ -71,7 +74,7 @@ class FastLoraConv(AddedLora):
         return self._by_channel(norms).unsqueeze(0)
 
     def _by_channel(self, numbers: torch.Tensor) -> torch.Tensor:
-        """Returns a number for each channel, ``[N]``, as ``[N, 1, ...]``: beside y's channels."""
+        """Reshape one number per channel, ``[N]``, to ``[N, 1, ...]``, to broadcast over y."""
         return numbers.view(-1, *(1,) * len(self.base_layer.kernel_size))
 
     def _own_magnitude(self, name: str) -> torch.Tensor:
@@ -99,7 +102,7 @@ class FastLoraConv(AddedLora):
         g = self._dora_scale(name, conditions)
         if g is None:
             return y + update
-        # As PEFT: under dropout the base weight meets the dropped input a second time.
+        # As in PEFT, under dropout the base weight is applied to the dropped input a second time.
         if dropped is not inner:
             scaled = base._conv_forward(dropped.to(base.weight.dtype), base.weight, None)
         else:
@@ -110,14 +113,14 @@ class FastLoraConv(AddedLora):
     # ------------------------------------------------------------------------ weight and factors
 
     def _matrix(self, kernels: torch.Tensor) -> torch.Tensor:
-        """Returns ``[N, C, ...]`` as ``[N, K]``, in the order in which the base weight is stored.
+        """Flatten ``[N, C, ...]`` to ``[N, K]``, in the memory order of the base weight.
 
-        So a matrix of the base weight is a view of it.
+        The matrix of the base weight is therefore a view of it.
         """
         return (kernels if self.weight.is_contiguous() else kernels.movedim(1, -1)).flatten(1)
 
     def _kernels(self, matrix: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-        """Undoes `_matrix`."""
+        """Undo `_matrix`, giving a tensor of this shape."""
         if self.weight.is_contiguous():
             return matrix.view(shape)
         n, c, *kernel = shape
@@ -127,7 +130,7 @@ class FastLoraConv(AddedLora):
         return self._kernels(delta, self.weight.shape)
 
     def _factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """As `LoraLayer`, as matrices; with groups lora_b is ``[N, R / groups]``."""
+        """Return the factors as matrices; with groups, lora_b is ``[N, R / groups]``."""
         down, up = self.lora_A[name], self.lora_B[name]
         return self._matrix(down.weight), up.weight.flatten(1), up.bias
 
@@ -141,11 +144,11 @@ class FastLoraConv(AddedLora):
             up.bias.copy_(bias)
 
     def _norm_factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `LoraLayer`; with groups two whose product is what PEFT norms for DoRA.
+        """Return two matrices with the product that DoRA computes norms with, as in PEFT.
 
-        That is ``lora_B`` and ``lora_A``, flattened, multiplied, and the product reshaped to
-        ``[N, C / groups, ...]``: output n has row ``n // groups`` of lora_B over its share
-        ``n % groups`` of the input channels.
+        With one group they are the factors. With groups, PEFT multiplies the flattened ``lora_B``
+        and ``lora_A`` and reshapes the product to ``[N, C / groups, ...]``. Output n has row
+        ``n // groups`` of lora_B times share ``n % groups`` of the input channels.
         """
         down, up = self.lora_A[name], self.lora_B[name]
         groups = self.base_layer.groups
@@ -161,7 +164,7 @@ class FastLoraConv(AddedLora):
         return self._matrix(self.weight)
 
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
-        """As `LoraLayer`; a convolution with groups has none."""
+        """Return the adapter's update of the weight; raise for a convolution with groups."""
         self._refuse_groups("there is no update of the weight of")
         return super().get_delta_weight(adapter_name)
 

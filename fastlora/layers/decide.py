@@ -1,6 +1,6 @@
-"""What one forward of one layer will do: decided once, in one place, as data.
+"""The choice of implementation for one forward pass of one layer in a mixed batch.
 
-Nothing here computes; `fastlora.layers.why` says why something better does not run.
+Nothing is computed here. `fastlora.layers.why` explains why a better implementation does not run.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 
 from fastlora.autograd.linear import records_gradients
 from fastlora.layers.call import MixedCall
-from fastlora.layers.factors import slots_of
+from fastlora.layers.factors import factors_of, slots_of
 from fastlora.layers.tables import tables_of
 from fastlora.layers.why import NOT_OUR_GEMM, why_not_captured, why_not_lists, why_not_tables
 from fastlora.ops.factors import Base, Slots, Tables
@@ -25,26 +25,31 @@ if TYPE_CHECKING:
 def decide(
     call: MixedCall, base: Base, without: Sequence[int]
 ) -> tuple[bool, Tables | None, Slots | None]:
-    """Returns which implementation computes a forward in a mixed batch.
+    """Return which implementation computes a forward pass in a mixed batch.
 
     The first item says whether the forward runs without gradients, dropout, and autocast. The
-    second one is the tables of addresses, if kernels read factors by address. The third one is the
-    factors of all slots, if kernels take them as tensors. If both are None, PyTorch computes.
+    second item is the address tables, if kernels read factors by address. The third item is the
+    factors of all slots, if kernels take them as tensors. If the second and third items are None,
+    PyTorch computes.
 
     Args:
-        call: The layer's.
+        call: The call of the layer.
         base: The base layer.
-        without: Slots whose rows others compute.
+        without: Slots to leave out, because DoRA with dropout computes their rows separately.
 
     Raises:
-        AdapterStateError: An adapter is merged, or a capture over a pool would need PyTorch.
-        ImplementationError: ``impl="triton"`` or the batch-invariant mode cannot run, and why.
-        TypeError: The base weight's dtype is not x's.
-        UnsupportedLayerError: A factor is hooked, or not a plain linear: rows cannot share it.
+        AdapterStateError: An adapter is merged, or a CUDA graph capture over a pool would need
+            PyTorch.
+        ImplementationError: ``impl="triton"`` or the batch-invariant mode cannot run. The message
+            gives the reason.
+        TypeError: The base weight's dtype differs from the dtype of x.
+        UnsupportedLayerError: A factor has hooks or is not a plain linear, so a mixed batch cannot
+            use it.
     """
     layer, x, conditions = call.layer, call.x, call.conditions
     autocast, invariant = conditions.autocast, conditions.invariant
-    check_unmerged(layer)
+    if layer.merged_adapters:
+        check_unmerged(layer)
     if layer.is_split:
         return False, None, None
     fits = base.y is None or base.y.dtype == x.dtype
@@ -63,7 +68,9 @@ def decide(
     if invariant:
         conditions.refuse(layer, why_not_tables(bare, autocast))
     if not bare and fits:
-        slots = slots_for_kernels(call, layer, without)
+        slots = None
+        if conditions.impl == "triton":
+            slots = slots_for_kernels(call, layer, without)
         if slots is not None:
             return False, None, slots
     elif not bare and base.y is not None and layer.impl == "triton":
@@ -74,7 +81,7 @@ def decide(
 
 
 def check_unmerged(layer: AdaptedLayer) -> None:
-    """Raises `AdapterStateError` where adapters are merged into the weights of a layer."""
+    """Raise `AdapterStateError` if adapters are merged into the layer's base weight."""
     if layer.merged_adapters:
         raise AdapterStateError(
             f"adapters {layer.merged_adapters} were merged into the base weights within the block, "
@@ -83,40 +90,41 @@ def check_unmerged(layer: AdaptedLayer) -> None:
 
 
 def without_gradients(call: MixedCall, base: Base) -> bool:
-    """Whether no gradient is recorded and no dropout can act."""
+    """Return whether no gradient is recorded and no dropout is active."""
     routing = call.routing
-    if call.layer.training and not routing.captured:  # of a pool, whose adapters drop nothing
+    # A captured routing is over a pool, and a pool's adapters have no dropout.
+    if call.layer.training and not routing.captured:
         return False
     if not torch.is_grad_enabled():
         return True
-    # A pool's factors have no gradients; those of parameters are not asked one by one.
+    # A pool's factors have no gradients. Parameters are not checked one by one.
     return routing.source.residents is not None and not records_gradients(call.x, *base[:3])
 
 
 def tables_for(call: MixedCall) -> Tables | None:
-    """Returns where kernels find the factors; None where kernels do not run."""
+    """Return the address tables of the factors, or None if kernels do not run."""
     x, conditions = call.x, call.conditions
     if conditions.invariant:
         conditions.check_invariant(x)
     elif conditions.impl != "triton":
         return None
     tables = tables_of(call.routing, x)
-    # The adapters of one routing lie on one device: a model on several runs in PyTorch.
+    # The adapters of one routing are on one device. A model on several devices runs in PyTorch.
     return tables if tables is not None and tables.rank.device == x.device else None
 
 
 def slots_for_kernels(
     call: MixedCall, layer: AdaptedLayer, without: Sequence[int] = ()
 ) -> Slots | None:
-    """Returns the adapters of all slots for kernels; None where PyTorch runs.
+    """Return the adapters of all slots for kernels, or None if PyTorch computes.
 
     Args:
-        call: A layer's.
-        layer: That one, or a sibling of the same ``impl``.
-        without: Slots whose rows others compute.
+        call: The call of a layer.
+        layer: That layer, or a layer of the same shared-input group with the same ``impl``.
+        without: Slots to leave out, because DoRA with dropout computes their rows separately.
 
     Raises:
-        ImplementationError, UnsupportedLayerError: As `decide`.
+        ImplementationError, UnsupportedLayerError: As for `decide`.
         ValueError: A factor is on another device than x.
     """
     if call.conditions.impl != "triton":
@@ -132,8 +140,30 @@ def slots_for_kernels(
     return slots
 
 
+def slots_in_graph(
+    call: MixedCall, layer: AdaptedLayer, without: Sequence[int] = ()
+) -> Slots | None:
+    """Return the adapters of all slots for a graph that is being compiled.
+
+    Returns None if they cannot be part of a graph.
+
+    Args:
+        call: The call of a layer. Its routing is the batch's ``whole``.
+        layer: That layer, or a layer of the same shared-input group with the same ``impl``.
+        without: Slots to leave out, because DoRA with dropout computes their rows separately.
+    """
+    names = call.routing.names
+    if layer.merged_adapters or call.conditions.invariant:
+        return None
+    found = {name: factors_of(layer, name, call) for name in names if name in layer.lora_A}
+    for factors in found.values():
+        if factors is None or factors.lora_a.device != call.x.device:
+            return None
+    return [None if slot in without else found.get(name) for slot, name in enumerate(names)]
+
+
 def check_devices(slots: Slots, x: torch.Tensor) -> None:
-    """Raises `ValueError` where a factor is on another device than x."""
+    """Raise `ValueError` if a factor is on another device than x."""
     for factors in slots:
         if factors is not None and factors.lora_a.device != x.device:
             check_same_device(x, lora_a=factors.lora_a, lora_b=factors.lora_b)

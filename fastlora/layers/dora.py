@@ -1,16 +1,16 @@
-"""DoRA on one layer: the forward of active adapters, and the rows of a mixed batch that use it.
+"""DoRA on one layer: the forward pass of active adapters, and DoRA's rows in a mixed batch.
 
-An adapter uses DoRA where the layer's ``lora_magnitude_vector`` has its name.
+An adapter uses DoRA on a layer if the layer's ``lora_magnitude_vector`` has its name.
 
-A mixed batch's products, by kernels, packed factors or PyTorch, give ``u + bias`` for every row,
-with ``u = x @ weight.T + scaling * s @ lora_b.T``. DoRA then scales the columns of its own rows;
-other rows keep their bits. An adapter whose dropout acts has no LoRA term before: its rows meet
-the base weight a second time (`fastlora.autograd.dora.DoraDropped`).
+In a mixed batch, kernels, packed factors, or PyTorch first compute ``u + bias`` for every row, with
+``u = x @ weight.T + scaling * s @ lora_b.T``. DoRA then scales the columns of its own rows. Other
+rows keep their bits. An adapter with active dropout has no LoRA term in u, and its rows are
+multiplied by the base weight a second time (`fastlora.autograd.dora.DoraDropped`).
 
-Where a graph of autograd is recorded, rows are taken out adapter by adapter. Without one, and in a
-compiled graph, a row finds its adapter's g by its id; over a pool an operator finds it in memory.
-A compiled graph makes the norms of all the model's DoRA adapters in every forward, of those without
-rows too, for which ones have rows is the mix.
+If autograd records a graph, rows are gathered adapter by adapter. Without a graph, and in a
+compiled graph, a row finds its adapter's scale g by its id. Over a pool an operator reads g by
+address. A compiled graph computes the norms of all the model's DoRA adapters in every forward pass,
+even of adapters without rows, because the rows of each adapter differ from batch to batch.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ if TYPE_CHECKING:
 
 
 def run_dora(call: LayerCall, base: Base, name: str) -> torch.Tensor:
-    """Returns ``[..., N]`` of a base layer and one adapter with DoRA.
+    """Return the output ``[..., N]`` of a base layer and one DoRA adapter.
 
-    It is a LoRA forward, and a scale of its columns.
+    It is the output of a LoRA forward pass with scaled columns.
     """
     layer, x, conditions = call.layer, call.x, call.conditions
     factors = layer._own_factors(name, call)
@@ -59,10 +59,9 @@ def run_dora(call: LayerCall, base: Base, name: str) -> torch.Tensor:
         conditions.refuse(layer, f"dropout_p={dropout_p} acts; call eval()")
     ((magnitude, squares),) = scales_by_name(call, [name])
     if dropout_p:
-        runs = conditions.impl if conditions.impl == "triton" else conditions.backend
         return DoraDropped.apply(
             *(base.y, x, _weight_of(call) if weight is None else weight, base.bias),
-            *(None, (), (dropout_p,), runs),
+            *(None, (), (dropout_p,), conditions.backend),
             *(lora_a, lora_b, magnitude, squares, scaling),
             layer._own_seed(ops.draw_seed(x, conditions.impl)),
         )
@@ -70,7 +69,7 @@ def run_dora(call: LayerCall, base: Base, name: str) -> torch.Tensor:
     u = run_adapter(x, base._replace(bias=None), factors, conditions)
     if weight is None and bias is not None:
         u = u - bias.to(u.dtype)
-    return _scaled(u, bias, magnitude, squares, conditions.compiling)
+    return _scaled(u, bias, magnitude, squares)
 
 
 def _weight_of(call: LayerCall) -> torch.Tensor:
@@ -82,18 +81,17 @@ def _scaled(
     bias: torch.Tensor | None,
     magnitude: torch.Tensor,
     squares: torch.Tensor | None,
-    traced: bool,
 ) -> torch.Tensor:
-    """Returns ``g * u + bias`` for ``u [..., N]``, in u's memory where no graph is recorded."""
+    """Return ``g * u + bias`` for ``u [..., N]``, written into u if no graph is recorded."""
     if records_gradients(u, bias, magnitude):
-        return DoraScale.apply(u, bias, traced, magnitude, squares)
+        return DoraScale.apply(u, bias, magnitude, squares)
     rows, scale = u.reshape(-1, u.shape[-1]), scale_of(magnitude, squares)
-    rows = scale_columns(rows, bias, scale, True, traced=traced)
-    return torch.ops.aten._unsafe_view(rows, u.shape)  # no view to autograd: see `run`
+    rows = scale_columns(rows, bias, scale, True)
+    return torch.ops.aten._unsafe_view(rows, u.shape)  # Not a view, so that it is writable.
 
 
 def _called(call: LayerCall, y: torch.Tensor, name: str) -> torch.Tensor:
-    """Adds a DoRA adapter by calling its modules, as PEFT does."""
+    """Add a DoRA adapter to y by calling its modules, as PEFT does."""
     layer, x, conditions = call.layer, call.given, call.conditions
     refuse_triton(layer, [name])
     down, up = layer.lora_A[name], layer.lora_B[name]
@@ -102,7 +100,7 @@ def _called(call: LayerCall, y: torch.Tensor, name: str) -> torch.Tensor:
     inner = x.to(down.weight.dtype) if conditions.autocast is None else x
     inner = dropout(inner)
     factors = down.weight, up.weight, scaling
-    if conditions.tracing:  # ONNX lacks what takes zeros out elsewhere
+    if conditions.tracing:  # ONNX lacks the operation that replaces zeros elsewhere.
         sums = adapter_sums(layer, *factors, True)
         squares = sums.masked_fill(sums <= 0, torch.inf)
     else:
@@ -121,11 +119,11 @@ def _called(call: LayerCall, y: torch.Tensor, name: str) -> torch.Tensor:
 
 
 class DoraSlots(NamedTuple):
-    """The slots whose adapter uses DoRA on one layer.
+    """The slots with an adapter that uses DoRA on one layer.
 
     Attributes:
-        scaled: Those whose rows are scaled after their LoRA term.
-        dropped: Those whose dropout acts.
+        scaled: Slots with rows that are scaled after their LoRA term.
+        dropped: Slots with active dropout.
     """
 
     scaled: tuple[int, ...] = ()
@@ -133,9 +131,10 @@ class DoraSlots(NamedTuple):
 
 
 def dora_slots(layer: AdaptedLayer, routing: Routing) -> DoraSlots | None:
-    """Returns which slots of a batch use DoRA on a layer; None where there are none.
+    """Return the slots of a batch that use DoRA on a layer, or None if there are none.
 
-    Of a captured CUDA graph's slots only whether there may be any is known, and none are named.
+    The slots of a captured CUDA graph are not known. The result is then empty if any of them may
+    use DoRA, and None otherwise.
     """
     source = routing.source
     if routing.captured:
@@ -167,9 +166,9 @@ def _acts(dropout: nn.Module) -> bool:
 
 
 def dora_rows(call: MixedCall, y: torch.Tensor, slots: DoraSlots) -> torch.Tensor:
-    """Returns ``y [..., N]``, bias included, with DoRA in the rows of slots of `dora_slots`.
+    """Return ``y [..., N]``, bias included, with DoRA applied to the rows of ``slots``.
 
-    Rows of dropped ones are the base layer's before.
+    On entry, the rows of dropped slots have the base layer's output.
     """
     layer, routing, compiling = call.layer, call.routing, call.conditions.compiling
     (scaled, dropped), bias, rows = slots, layer._own_bias(), None
@@ -185,7 +184,7 @@ def dora_rows(call: MixedCall, y: torch.Tensor, slots: DoraSlots) -> torch.Tenso
     scales = scales[: len(scaled)]
     if rows is not None:
         if routing.source.residents is not None:
-            # A later block may write other scales where these lie.
+            # Copy the scales, because a later block may overwrite them in place.
             scales = [(g.clone(), None) for g, _ in scales]
         return _scale_segments(y, bias, rows, dict(zip(scaled, scales, strict=True)))
     return _scale_by_id(call, y, bias, dict(zip(scaled, scales, strict=True)))
@@ -198,7 +197,7 @@ def _wants_rows(
     routing: Routing,
     slots: DoraSlots,
 ) -> bool:
-    """Whether a graph is recorded through the scale of some row, or dropout acts."""
+    """Return whether autograd records a graph through some row's scale, or dropout is active."""
     if slots.dropped:
         return True
     magnitudes = []
@@ -210,7 +209,7 @@ def _wants_rows(
 def _with_dropped(
     call: MixedCall, y: torch.Tensor, slots: tuple[int, ...], scales: Sequence[Scale]
 ) -> torch.Tensor:
-    """Returns ``y [..., N]`` with the adapters of some slots, whose dropout acts, in their rows."""
+    """Return ``y [..., N]`` with the adapters that have active dropout applied to their rows."""
     layer, routing, x = call.layer, call.routing, call.x
     if call.conditions.compiling:
         seeds = seeds_of_layer(routing.seeds, layer.routed_as)
@@ -227,47 +226,50 @@ def _with_dropped(
     weight = layer._weight_to_save(call.conditions.compiling)
     return DoraDropped.apply(
         *(y, x, weight, None, routing.ids, tuple(acting), tuple(acting.values())),
-        *(call.conditions.impl, *adapters),
+        *(call.conditions.backend, *adapters),
     )
 
 
-# -------------------------------------------------------------------------- without segments
+# ---------------------------------------------------------------------------- by adapter id
 
 
 def _scale_by_id(
     call: MixedCall, y: torch.Tensor, bias: torch.Tensor | None, scales: dict[int, Scale]
 ) -> torch.Tensor:
-    """Returns a new y ``[..., N]`` with the rows of some slots scaled, bias ``[N]`` included.
+    """Return a new y ``[..., N]`` with the rows of some slots scaled, bias ``[N]`` included.
 
-    Without a graph of autograd, or traced; on y's device, and without waiting for the ids.
+    This is for calls that record no autograd graph, and for traced calls. Everything runs on y's
+    device, without waiting for the ids.
     """
-    routing, traced = call.routing, call.conditions.compiling
+    routing, compiling = call.routing, call.conditions.compiling
     magnitudes, squares = zip(*scales.values(), strict=True)
     g = scale_of(torch.stack(magnitudes), None if squares[0] is None else torch.stack(squares))
-    # [slots + 1, N]: ones in the last row, for all that are not scaled.
+    # [slots + 1, N]: the last row has ones, for rows that are not scaled.
     table, last = torch.cat([g, torch.ones_like(g[:1])]), len(scales)
     row_of = {slot: row for row, slot in enumerate(scales)}
     rows = tuple(row_of.get(slot, last) for slot in range(len(routing.names))) + (last,)
     device = y.device
-    known = torch.tensor(rows, device=device) if traced else numbers_on(rows, torch.int64, device)
+    known = (
+        torch.tensor(rows, device=device) if compiling else numbers_on(rows, torch.int64, device)
+    )
     flat = y.reshape(-1, y.shape[-1])
     each = flat.shape[0] // max(routing.ids.shape[0], 1)
-    places = known[routing.ids.to(device).clamp(min=-1)]  # -2 is an id that was out of range
+    places = known[routing.ids.to(device).clamp(min=-1)]  # An id of -2 was out of range.
     places = places.unsqueeze(1).expand(-1, each).reshape(-1)
     u = flat if bias is None else flat - bias.to(flat.dtype)
-    scaled = times(u, table.index_select(0, places), traced)
+    scaled = times(u, table.index_select(0, places))
     if bias is not None:
         scaled += bias.to(flat.dtype)
     return torch.where((places == last).unsqueeze(1), flat, scaled).view(y.shape)
 
 
-# ------------------------------------------------------------------------------ in segments
+# ------------------------------------------------------------------------------- by segment
 
 
 def _scale_segments(
     y: torch.Tensor, bias: torch.Tensor | None, rows: Rows, scales: dict[int, Scale]
 ) -> torch.Tensor:
-    """Returns ``y [..., N]``, bias ``[N]`` included, with the rows of some slots scaled."""
+    """Return ``y [..., N]``, bias ``[N]`` included, with the rows of some slots scaled."""
     segments = [segment for segment in rows.segments if segment.slot in scales]
     lengths = tuple(segment.stop - segment.start for segment in segments)
     flat = y.reshape(-1, y.shape[-1])
@@ -278,7 +280,7 @@ def _scale_segments(
     own = flat if whole else flat.index_select(0, index)
     u = own if bias is None else own - bias.to(own.dtype)
     parts = zip(u.split(lengths), segments, strict=True)
-    scaled = torch.cat([DoraScale.apply(p, bias, False, *scales[s.slot]) for p, s in parts])
+    scaled = torch.cat([DoraScale.apply(p, bias, *scales[s.slot]) for p, s in parts])
     return (scaled if whole else flat.index_copy(0, index, scaled)).view(y.shape)
 
 
@@ -286,17 +288,17 @@ def _scale_segments(
 
 
 def scale_pool_rows_(call: MixedCall, y: torch.Tensor) -> torch.Tensor:
-    """Scales DoRA's rows of ``y [..., N]`` in place: an operator finds g where tables say it lies.
+    """Scale DoRA's rows of ``y [..., N]`` in place, with scales g found in the pool's tables.
 
-    So it is the same in a compiled graph, in a captured one and without: what changes with the
-    batch, a load or a hot swap are the contents of tensors. Nothing is done where the pool has not
-    seen such an adapter: its first one compiles a graph anew.
+    The same operator runs in a compiled graph, in a captured graph, and without a graph, because a
+    new batch, a load, or a hot swap changes only the contents of tensors. Nothing is done until the
+    pool has seen a DoRA adapter. The first one recompiles a graph.
     """
     layer, tables = call.layer, call.routing.source.tables
     if tables is None or tables.scale_address is None:
         return y
     flat, bias = y.view(-1, y.shape[-1]), layer._own_bias()
-    rows, impl = call.rows(), "eager" if call.conditions.impl == "eager" else "triton"
+    rows, impl = call.rows(), call.conditions.backend
     own = rows_at(rows) if impl == "triton" else rows.tensors()
     torch.ops.fastlora.lora_scale_(flat, bias, own, tables.scale_address, layer.table_row, impl)
     return y

@@ -1,13 +1,14 @@
 """`FastLoraEmbedding`: an `nn.Embedding` with adapters.
 
-``y = weight[ids] + scale * scaling * lora_embedding_A.T[ids] @ lora_embedding_B.T``, where scale is
-the base layer's ``embed_scale`` (Gemma's and Bart's embeddings have one), else 1. So the adapted
-weight is ``weight + scaling * (lora_embedding_B @ lora_embedding_A).T``, that of a linear on
-one-hot rows: K is the size of the vocabulary and N that of a vector.
+``y = weight[ids] + scale * scaling * lora_embedding_A.T[ids] @ lora_embedding_B.T``. Here scale is
+the base layer's ``embed_scale`` if it has one (as Gemma's and Bart's embeddings do), and 1
+otherwise. The adapted weight is ``weight + scaling * (lora_embedding_B @ lora_embedding_A).T``. It
+is the weight of a linear on one-hot rows: K is the size of the vocabulary, and N is the size of a
+vector.
 
-Shapes and file names are those of PEFT 0.21.2, ``tuners/lora/layer.py``, `Embedding`. No dropout
-acts on ids. lora_embedding_A has a dense gradient whatever ``sparse`` says, for it is stored by
-rank; ``max_norm`` bounds vectors of the base layer only, and nothing is written into factors.
+Shapes and file names follow PEFT 0.21.2, ``tuners/lora/layer.py``, `Embedding`. Dropout is not
+applied to ids. lora_embedding_A has a dense gradient regardless of ``sparse``, because it is stored
+by rank. ``max_norm`` limits only the vectors of the base layer, and factors are never written to.
 """
 
 from __future__ import annotations
@@ -29,14 +30,14 @@ from fastlora.validation import UnsupportedLayerError
 
 
 class FastLoraEmbedding(AddedLora):
-    """A LoRA layer over an `nn.Embedding`, or a subclass, which is called as it is.
+    """A LoRA layer over an `nn.Embedding`, or a subclass, which is called unchanged.
 
     Args:
         base_layer: The embedding.
 
     Attributes:
-        lora_embedding_A: Adapter name to ``[R, num_embeddings]``.
-        lora_embedding_B: Adapter name to ``[embedding_dim, R]``.
+        lora_embedding_A: Maps an adapter name to ``[R, num_embeddings]``.
+        lora_embedding_B: Maps an adapter name to ``[embedding_dim, R]``.
     """
 
     adapter_parts = ("lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
@@ -47,7 +48,7 @@ class FastLoraEmbedding(AddedLora):
         self.lora_embedding_A, self.lora_embedding_B = nn.ParameterDict(), nn.ParameterDict()
 
     def _init_here(self, init: bool | str) -> bool | str:
-        # As PEFT: whatever starts a linear, an embedding starts with A zero and B normal.
+        # As in PEFT, most initializations of linears give an embedding A zero and B normal.
         return init if init in (False, "mica") else True
 
     def _new_factors(self, r: int, lora_bias: bool, start: Starter) -> dict[str, Factor]:

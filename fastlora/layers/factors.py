@@ -1,7 +1,8 @@
-"""Where a layer's adapters come from: its parameters, or a pool's images."""
+"""The sources of a layer's adapters: the layer's parameters, or an adapter pool."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Hashable, Sequence
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Protocol
@@ -22,9 +23,9 @@ if TYPE_CHECKING:
 
 
 def is_hooked(*modules: nn.Module) -> bool:
-    """Whether calling one of these modules does more than its class's forward."""
+    """Return whether calling any of these modules does more than its class's forward."""
     for module in modules:
-        own = module.__dict__  # every module's forward asks this: attributes would take longer
+        own = module.__dict__  # This runs in every forward pass; attributes are slower.
         if (
             own["_forward_hooks"]
             or own["_forward_pre_hooks"]
@@ -36,17 +37,17 @@ def is_hooked(*modules: nn.Module) -> bool:
     return False
 
 
-# In one call for many tensors.
+# With map(), attrgetter reads an attribute of many tensors without a Python call for each.
 _hooks_of, _post_hooks_of = map(attrgetter, ("_backward_hooks", "_post_accumulate_grad_hooks"))
 
 
 def has_tensor_hooks(tensors: Sequence[torch.Tensor]) -> bool:
-    """Whether something waits for the gradient of one of these."""
+    """Return whether any of these tensors has a hook on its gradient."""
     return any(map(_hooks_of, tensors)) or any(map(_post_hooks_of, tensors))
 
 
 def plain_weight(module: nn.Module) -> torch.Tensor | None:
-    """Returns the weight of a linear that nothing has hooked into, else None."""
+    """Return the weight parameter of an `nn.Linear` without hooks, or None for other modules."""
     if type(module) is not nn.Linear or is_hooked(module):
         return None
     weight = module._parameters.get("weight")
@@ -54,7 +55,7 @@ def plain_weight(module: nn.Module) -> torch.Tensor | None:
 
 
 def _is_replaced(module: nn.Module) -> bool:
-    """Whether a linear that nothing has hooked into has a plain tensor in place of its weight."""
+    """Return whether an `nn.Linear` without hooks has a plain tensor in place of its weight."""
     if type(module) is not nn.Linear or is_hooked(module):
         return False
     weight = module._parameters.get("weight")
@@ -68,21 +69,22 @@ def factors_of(
     *,
     drops: bool = True,
 ) -> Factors | None:
-    """Returns one adapter's factors from its parameters; None where its modules must be called.
+    """Return an adapter's factors from its parameters, or None if its modules must be called.
 
     Args:
-        layer: Has the adapter.
-        name: The adapter's.
-        call: Where given, the scaling is `scaling_beside`; else the number.
-        drops: False where no dropout can act: its module is not looked at.
+        layer: The layer with the adapter.
+        name: The adapter's name.
+        call: If given, the scaling is the tensor that `scaling_beside` returns. Otherwise it is the
+            layer's own value.
+        drops: Whether dropout can be active. If False, the dropout module is ignored.
     """
-    # Looked up as nn.Module keeps them, in few calls: each takes microseconds in a large model.
+    # Read the module dicts directly: each attribute lookup takes microseconds in a large model.
     modules = layer._modules
     down, up = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
     dropout, dropout_p = modules["lora_dropout"]._modules[name], 0.0
     if type(dropout) is nn.Dropout:
         dropout_p = dropout.p if dropout.training else 0.0
-    elif drops and type(dropout) is not nn.Identity:  # PEFT's, where there is no dropout
+    elif drops and type(dropout) is not nn.Identity:  # PEFT uses nn.Identity for no dropout.
         return None
     if type(down) is not nn.Linear or type(up) is not nn.Linear:
         return None
@@ -94,7 +96,8 @@ def factors_of(
     if type(lora_a) is not nn.Parameter or type(lora_b) is not nn.Parameter:
         return None
     if call is None:
-        scaling = layer.__dict__["_scaling"][name]  # as `layer.scaling[name]`, in no call of ours
+        # This is `layer.scaling[name]` without the property's Python call.
+        scaling = layer.__dict__["_scaling"][name]
     else:
         scaling = scaling_beside(layer, name, call)
     magnitudes = modules.get("lora_magnitude_vector")
@@ -104,12 +107,24 @@ def factors_of(
     return Factors(lora_a, lora_b, scaling, up._parameters["bias"], dropout_p, magnitude)
 
 
-def why_not_fused(layer: AdaptedLayer, names: list[str], gathered: bool = False) -> str:
-    """Returns why adapters cannot run as bare tensors, or an empty string.
+def dtype_of(slots: Slots) -> torch.dtype:
+    """Return the dtype that represents all factors exactly, or fp32 if there are none."""
+    dtypes = [
+        tensor.dtype
+        for factors in slots
+        if factors is not None
+        for tensor in (factors.lora_a, factors.lora_b, factors.lora_bias)
+        if tensor is not None
+    ]
+    return functools.reduce(torch.promote_types, dtypes or [torch.float32])
 
-    Their modules must then be called: hooks, parametrizations, shards and replacements of users and
-    libraries live there. ``gathered`` says that FSDP2 puts plain parameters in place of shards for
-    the forward.
+
+def why_not_fused(layer: AdaptedLayer, names: list[str], gathered: bool = False) -> str:
+    """Return why adapters cannot run as plain tensors, or an empty string.
+
+    If they cannot, their modules must be called, because hooks, parametrizations, shards, and
+    replaced modules take effect there. ``gathered`` says that FSDP2 replaces shards by plain
+    parameters during the forward pass.
     """
     for name in names:
         factors = plain_weight(layer.lora_A[name]), plain_weight(layer.lora_B[name])
@@ -132,13 +147,14 @@ def why_not_fused(layer: AdaptedLayer, names: list[str], gathered: bool = False)
 
 
 def scaling_beside(layer: AdaptedLayer, name: str, call: LayerCall | MixedCall) -> torch.Tensor:
-    """Returns an adapter's scaling as a tensor without dimensions: on x's device, fp32 or fp64.
+    """Return an adapter's scaling as a tensor without dimensions on x's device.
 
-    In a graph that is compiled it is the graph's input; a number would be part of the graph.
+    The dtype is fp64 if x is fp64, and fp32 otherwise. In a graph that is being compiled, the
+    tensor is an input of the graph; a number would be a constant of the graph.
     """
     x = call.x
     exact = torch.float64 if x.dtype == torch.float64 else torch.float32
-    scalings: Scalings = layer.__dict__["_scaling"]  # what `layer.scaling` returns
+    scalings: Scalings = layer.__dict__["_scaling"]  # The value of `layer.scaling`.
     beside = scalings.tensors[name]
     if beside.dtype is exact and beside.device == x.device and not beside.dim():
         return beside
@@ -149,9 +165,9 @@ def scaling_beside(layer: AdaptedLayer, name: str, call: LayerCall | MixedCall) 
 
 
 def scalings_beside(values: Sequence[float | torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-    """Returns scalings as a tensor beside x, fp32 (fp64 for fp64) ``[S]``.
+    """Return scalings as a tensor ``[S]`` on x's device, in fp32 (fp64 if x is fp64).
 
-    A tensor of PEFT's compiled hot swap is read on its device.
+    If PEFT's compiled hot swap has made a scaling a tensor, the host does not read its value.
     """
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     numbers: list[float] = []
@@ -163,14 +179,14 @@ def scalings_beside(values: Sequence[float | torch.Tensor], x: torch.Tensor) -> 
     return numbers_on(tuple(numbers), dtype, x.device)
 
 
-# What DoRA's g ``[N]`` of one adapter on one linear is made of, see `fastlora.ops.torch.dora`: the
-# magnitude ``[N]``, and the norms' squares ``[N]``, infinity for 0. Without squares, None, the
-# magnitude is g itself.
+# The components of the DoRA scale ``g [N]`` of one adapter on one linear (see
+# `fastlora.ops.torch.dora`): the magnitude ``[N]``, and the squared norms ``[N]`` with infinity for
+# 0. If the squared norms are None, the magnitude is g itself.
 Scale = tuple[torch.Tensor, Any]
 
 
 def scales_by_name(call: LayerCall | MixedCall, names: Sequence[str]) -> list[Scale]:
-    """Returns the `Scale` of adapters that are parameters and use DoRA on a layer."""
+    """Return the `Scale` of each named adapter; each must be a parameter and use DoRA."""
     layer, compiling = call.layer, call.conditions.compiling
     sums = []
     for name in names:
@@ -189,28 +205,29 @@ class Source(Protocol):
 
     @property
     def residents(self) -> tuple[Any, ...] | None:
-        """A pool's entry of each slot, None for an empty one; None for parameters."""
+        """The pool's entry of each slot, None for an empty slot; None for parameters."""
 
     @property
     def tables(self) -> Tables | None:
-        """Where all factors lie, where that is known at all times."""
+        """The address tables of all factors, if they exist at all times, or None."""
 
     def factors(
         self, layer: AdaptedLayer, slot: int, call: MixedCall | None = None
     ) -> Factors | None:
-        """Returns a slot's factors on a layer; None where the adapter leaves the layer alone.
+        """Return a slot's factors on a layer, or None if the adapter does not adapt the layer.
 
-        Where a call is given, the scaling is a tensor without dimensions beside its x.
+        If a call is given, the scaling is a tensor without dimensions on the device of its x.
 
         Raises:
-            UnsupportedLayerError: The adapter's modules must be called, which rows cannot share.
+            UnsupportedLayerError: The adapter's modules must be called, which a mixed batch does
+                not support.
         """
 
     def scales(self, call: MixedCall, slots: Sequence[int]) -> list[Scale]:
-        """Returns what DoRA scales with on a layer in slots that use it there."""
+        """Return the DoRA `Scale` of each of these slots, which use DoRA on the layer."""
 
     def identity(self, slot: int) -> Hashable:
-        """Returns what tells the adapter of a slot from all others."""
+        """Return a value that identifies the adapter of a slot."""
 
 
 class Parameters:
@@ -250,8 +267,9 @@ class Pool:
     """Adapters that an `fastlora.AdapterPool` holds.
 
     Args:
-        residents: The pool's entry of each slot, a column of the tables; None for an empty one.
-        tables: The pool's.
+        residents: The pool's entry of each slot, or None for an empty slot. Slots are columns of
+            the tables.
+        tables: The pool's address tables.
     """
 
     def __init__(self, residents: tuple[Resident | None, ...], tables: Tables) -> None:
@@ -269,8 +287,8 @@ class Pool:
         return found._replace(scaling=torch.full((), found.scaling, dtype=exact, device=x.device))
 
     def scales(self, call: MixedCall, slots: Sequence[int]) -> list[Scale]:
-        """See `Source.scales`; a pool keeps g itself (`fastlora.pool.scales`)."""
-        found: list[Any] = [self.residents[slot] for slot in slots]  # each has scales by now
+        """Return the `Scale` of each slot; a pool caches g itself (`fastlora.pool.scales`)."""
+        found: list[Any] = [self.residents[slot] for slot in slots]  # Each has its scales by now.
         row = call.layer.table_row
         return [(resident.scales.by_module[row], None) for resident in found]
 
@@ -282,7 +300,7 @@ class Pool:
 def slots_of(
     source: Source, layer: AdaptedLayer, which: Sequence[int], without: Sequence[int] = ()
 ) -> Slots:
-    """Returns a layer's adapters in these slots; those of ``without`` are None."""
+    """Return a layer's factors in the slots ``which``, with None for the slots in ``without``."""
     found: Slots = []
     for slot in which:
         found.append(None if slot in without else source.factors(layer, slot))

@@ -1,9 +1,10 @@
-"""The one forward of every LoRA layer: ours, patched ones of PEFT's, and shares of split ones.
+"""The forward pass of every LoRA layer: fastlora's own, patched PEFT layers, and shards.
 
-A layer calls `begin`, sees to its base layer, and calls `forward`. In a mixed batch each row has
-its own adapter (`fastlora.layers.mixed`). Outside of one the active adapters act on all rows: in
-one call, but that DoRA (`fastlora.layers.dora`) scales what came before it, dropout masks x for
-each adapter alone, and modules that are hooked or replaced are called as they are.
+A layer calls `begin`, prepares its base layer, and calls `forward`. In a mixed batch each row has
+its own adapter (`fastlora.layers.mixed`). Outside a mixed batch the active adapters apply to all
+rows, in one call if possible. There are three exceptions. DoRA (`fastlora.layers.dora`) scales the
+output of everything before it. Dropout masks x separately for each adapter. Modules that are hooked
+or replaced are called unchanged.
 """
 
 from __future__ import annotations
@@ -29,16 +30,17 @@ if TYPE_CHECKING:
 
 
 def begin(layer: AdaptedLayer, x: torch.Tensor) -> LayerCall | MixedCall:
-    """Returns what a forward of a layer with ``x [..., K]`` runs under, and who acts.
+    """Return the call record of a layer's forward pass with ``x [..., K]``.
 
-    A `LayerCall` without names is that of the base layer alone.
+    It holds the conditions of the forward pass and says which adapters apply. A `LayerCall` without
+    names applies the base layer alone.
     """
     routing = None if layer._disabled else routing_of(layer)
     names = layer._acting() if routing is None else []
     acts = routing is not None or names
     conditions = conditions_of(x, layer.impl if acts else "eager")
     if torch.is_grad_enabled() and not conditions.compiling:
-        marks.trained = Mark()  # a step may follow
+        marks.trained = Mark()  # An optimizer step may follow.
     given, autocast = x, conditions.autocast
     if autocast is not None and acts:
         x = x.to(autocast)
@@ -52,7 +54,7 @@ def begin(layer: AdaptedLayer, x: torch.Tensor) -> LayerCall | MixedCall:
 
 
 def forward(call: LayerCall | MixedCall, base: Base) -> torch.Tensor:
-    """Returns ``[..., N]`` of a base layer and the adapters that act."""
+    """Return the output ``[..., N]`` of a base layer and the adapters of the call."""
     if isinstance(call, MixedCall):
         if call.conditions.compiling or call.routing.kept.followed is None:
             return mixed.run(call, base)
@@ -61,7 +63,7 @@ def forward(call: LayerCall | MixedCall, base: Base) -> torch.Tensor:
     magnitudes = call.layer._modules.get("lora_magnitude_vector")
     if magnitudes is None or not magnitudes._modules or not uses_dora(call.layer, call.names):
         return _run_together(call, base, call.names)
-    # One after the other, as PEFT does: DoRA scales what came before it, other adapters too.
+    # Run in sequence, as PEFT does: DoRA scales the sum of all terms before it.
     for run in _runs(call.layer, call.names):
         if uses_dora(call.layer, run):
             y = run_dora(call, base, run[0])
@@ -72,7 +74,7 @@ def forward(call: LayerCall | MixedCall, base: Base) -> torch.Tensor:
 
 
 def _runs(layer: AdaptedLayer, names: list[str]) -> list[list[str]]:
-    """Splits names into runs that are one call: DoRA adapters alone, others together."""
+    """Split names into runs that are one call each: DoRA adapters alone, others together."""
     runs: list[list[str]] = []
     for name in names:
         alone = uses_dora(layer, [name])
@@ -84,7 +86,7 @@ def _runs(layer: AdaptedLayer, names: list[str]) -> list[list[str]]:
 
 
 def _run_together(call: LayerCall, base: Base, names: list[str]) -> torch.Tensor:
-    """Returns ``[..., N]`` of a base layer and adapters of which none uses DoRA there."""
+    """Return the output ``[..., N]`` of a base layer and adapters that do not use DoRA."""
     layer, x, conditions = call.layer, call.x, call.conditions
     if conditions.invariant and base.weight is None:
         conditions.refuse(layer, NOT_OUR_GEMM)
@@ -92,7 +94,7 @@ def _run_together(call: LayerCall, base: Base, names: list[str]) -> torch.Tensor
     others: list[Factors] = []
     if len(names) == 1:
         first = layer._own_factors(names[0], call)
-        if first is not None and conditions.impl != "eager":  # on kernels
+        if first is not None and conditions.impl != "eager":  # Kernels run.
             shared = group_forward(call, base, first)
             if shared is not None and shared.y is not None:
                 return shared.y
@@ -114,9 +116,11 @@ def _run_together(call: LayerCall, base: Base, names: list[str]) -> torch.Tensor
 def _joined(
     call: LayerCall, names: list[str]
 ) -> tuple[Factors | None, list[Factors], torch.Tensor | None]:
-    """Returns adapters as one, those that dropout keeps apart, and the one's lora_bias ``[N]``.
+    """Return several adapters joined into one, with the adapters that cannot be joined.
 
-    The lora_bias is scaled. No adapter where the modules of one of them must be called.
+    Returns the joined factors, the adapters that dropout keeps separate, and the scaled sum of the
+    joined adapters' lora_bias ``[N]`` or None. The joined factors are None if the modules of any
+    adapter must be called.
     """
     found: list[Factors] = []
     for name in names:
@@ -136,7 +140,7 @@ def _joined(
 
 
 def _called(call: LayerCall, y: torch.Tensor, names: list[str]) -> torch.Tensor:
-    """Adds adapters by calling their modules one by one, as PEFT does."""
+    """Add adapters to y by calling their modules one by one, as PEFT does."""
     layer, x = call.layer, call.given
     refuse_triton(layer, names)
     for name in names:

@@ -1,20 +1,23 @@
-"""What a layer takes from the layers that are fed by the same tensor, and computes for them.
+"""The results that the layers of a shared-input group compute for each other.
 
-Every forward on kernels asks `group_forward`. A layer takes what one before it in its group
-computed for it. Else it computes for itself and for those behind it, which find their results at
-their own calls:
+Every forward pass on kernels calls `group_forward`. If an earlier layer of the group has computed a
+result for this layer, the layer takes it. Otherwise the layer computes for itself and for the
+layers that are called after it. They take their results in their own calls. There are three cases:
 
-* every y in one call, and with gradients in one node of the graph: one adapter each, or a mixed
-  batch without gradients that finds factors by address;
-* where that does not fit, every s from one pass over x: in training (over a base layer that is
-  called, with lora_bias, under autocast, in a mixed batch), or by address beside the layer's own y;
-* in a graph that is being compiled every s by one operator that all layers call alike
-  (`fastlora.layers.graph_ops`). A compiled graph must not see what one call leaves for another. A
-  group was seen in a forward before; what one leaves afterwards changes no graph.
+* Every y is computed in one call, which is one autograd node if gradients are recorded. This
+  requires one adapter per layer, or a mixed batch without gradients that finds factors by address.
+* Otherwise, every s is computed from one pass over x. This happens in training (over a base layer
+  that is called, with lora_bias, under autocast, in a mixed batch), or by address together with the
+  layer's own y.
+* In a graph that is being compiled, every s is computed by one operator that all layers call with
+  the same arguments (`fastlora.layers.shared_in_graph`). A compiled graph must not see results that
+  one call leaves for another. It relies on a group that an earlier forward pass has identified, and
+  results that are stored later do not change the graph.
 
-Each layer compares what it would compute from with what its result was computed from, tensor by
-tensor. So the first may trust what it found of the others at an earlier call. Where sharing would
-not be safe or saves nothing, a layer runs alone, and the fusion report says why.
+Before a layer takes a result, it compares the tensors that it would use with the tensors that the
+result was computed from. The first layer may therefore rely on what an earlier call has found out
+about the others. If sharing would not be safe or would save nothing, a layer runs alone, and the
+fusion report gives the reason.
 """
 
 from __future__ import annotations
@@ -27,10 +30,10 @@ from typing import Any
 
 import torch
 
+import fastlora.layers.shared_in_graph  # noqa: F401  # registers an operator
 from fastlora.autograd.shared_input import Shared, run_siblings, shrink
-from fastlora.layers import graph_ops  # noqa: F401 - registers operators
 from fastlora.layers.call import LayerCall, MixedCall
-from fastlora.layers.graph_slots import dtype_of
+from fastlora.layers.factors import dtype_of
 from fastlora.layers.group_members import (
     GroupLaunch,
     launch_of,
@@ -52,73 +55,88 @@ _CHECKPOINT = (
     "must save what the first one saved"
 )
 _LAST = "no sibling that is called after it can share"
-# In one call for many tensors.
+# With map(), attrgetter reads an attribute of many tensors without a Python call for each.
 _version_of, _trains = attrgetter("_version"), attrgetter("requires_grad")
 _device_of = torch.Tensor.get_device
-# A key holds the memory until the result is taken: no other tensor can get it.
+# A key holds the storage until the result is taken, so that no other tensor can reuse the memory.
 _memory_of = torch.Tensor.untyped_storage
 
 
-# Of an operand: the adapter that acts, those of all slots, or where kernels find them by address.
+# A layer's operands: the active adapter, the adapters of all slots, or the place of a mixed batch.
 _Own = Factors | Slots | Place
 
 
 def group_forward(call: LayerCall | MixedCall, base: Base, own: _Own) -> Shared | None:
-    """Returns what a layer has from its group: its y, or the s that it makes its own y from.
+    """Return a layer's shared result: its y, or the s that it computes its own y from.
 
-    None where it runs alone. On kernels. Factors are those of the adapter that acts, `Slots` those
-    of a mixed batch, and a `Place` says where kernels find them; y is ``[M, N]`` then.
+    The function is called only if kernels run.
+
+    Args:
+        call: The call of the layer.
+        base: The base layer.
+        own: The `Factors` of the active adapter, the `Slots` of a mixed batch, or the `Place` where
+            kernels find the factors of a mixed batch. With a `Place`, y is ``[M, N]``.
+
+    Returns:
+        The shared result, or None if the layer runs alone.
     """
     layer, x, records = call.layer, call.given, torch.is_grad_enabled()
     if call.conditions.compiling:
         return None if isinstance(own, Place) or not records else _in_graph(call, _listed(own))
-    group = own.group if isinstance(own, Place) else group_of(layer, x)
-    if group is None or (isinstance(own, list) and not records):
+    place = own if isinstance(own, Place) else None
+    group = group_of(layer, x) if place is None else place.group
+    if group is None or (not records and isinstance(own, list)):
         return None
     if group.idle and id(layer) in group.idle:
         group.idle.discard(id(layer))
         group.launches.clear()
-    trains, several = records and not isinstance(own, Place), len(group.members) > 1
-    why, made = _why_not_now(call) if trains else "", None
-    # Nobody counts writes into an inference tensor.
-    if x.is_inference() and not group.unwritten:
+    trains, several = records and place is None, len(group.members) > 1
+    why, made, waits = _why_not_now(call) if trains else "", None, False
+    # PyTorch does not count writes to an inference tensor.
+    if not group.unwritten and x.is_inference():
         return None
-    waiting = group.made.get((get_ident(), id(x))) if several else None
-    if waiting is not None and not why:
-        taken = group.take(x, id(layer), _context(call, own))
-        if taken is not None:
-            key, made = taken
-            if key == _key(call, base, own, made):
-                if trains:
-                    group.why_alone[id(layer)] = ""
-                return made
-            group.launches.clear()  # it computes other than the first took it to
-            made = None
-        waiting = group.made.get((get_ident(), id(x)))
-    waits = waiting is not None and waiting.by != id(layer)
-    if isinstance(call, LayerCall) and isinstance(own, Factors):
-        if not why and _is_plain(call, base, own, group):
-            if waits:  # the first left it out: the next forward finds out whether it still has to
+    if group.made and several:
+        at = get_ident(), id(x)
+        waiting = group.made.get(at)
+        if waiting is not None and not why:
+            taken = group.take(x, id(layer), _context(call, own), waiting)
+            if taken is not None:
+                key, made = taken
+                if key == _key(call, base, own, made):
+                    if trains:
+                        group.why_alone[id(layer)] = ""
+                    return made
+                # The layer uses other tensors than the first layer assumed.
                 group.launches.clear()
-            else:
-                made = _outputs(call, base, own, group)
-    elif isinstance(call, MixedCall) and isinstance(own, Place) and not waits:
-        made = _outputs_at(call, base, own)
-    if made is None and several and not why:
-        if isinstance(call, MixedCall) and isinstance(own, Place):
-            made = _output_and_s(call, base, own)
-        elif trains and not isinstance(own, Place) and not x.is_inference():
-            made, why = _shrunk(call, _listed(own), group)
+                made = None
+            waiting = group.made.get(at)
+        waits = waiting is not None and waiting.by != id(layer)
+    if place is not None:
+        if isinstance(call, MixedCall):
+            made = None if waits else _outputs_at(call, base, place)
+            if made is None and several:
+                made = _output_and_s(call, base, place)
+        return made
+    if not why and isinstance(own, Factors) and _is_plain(call, base, own, group):
+        # The first layer left this one out. The next forward pass checks whether it still has to.
+        if waits:
+            group.launches.clear()
+        else:
+            made = _outputs(call, base, own, group)
     if trains:
+        if made is None and several and not why and not x.is_inference():
+            slots: Any = [own] if isinstance(own, Factors) else own
+            made, why = _shrunk(call, slots, group)
         group.why_alone[id(layer)] = why
     return made
 
 
 def _why_not_now(call: LayerCall | MixedCall) -> str:
-    """Returns why no layer may share at this moment, or an empty string."""
+    """Return why no layer may share results in this call, or an empty string."""
     if call.conditions.invariant:
         return _INVARIANT
-    # A forward that runs within a backward is a checkpoint's, whose first run could not share.
+    # A forward pass within a backward pass recomputes a checkpoint. The checkpoint's first run
+    # could not share.
     recomputed = torch._C._current_graph_task_id() != -1
     if recomputed or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
         return _CHECKPOINT
@@ -129,28 +147,31 @@ def _listed(own: Factors | Slots) -> Slots:
     return own if isinstance(own, list) else [own]
 
 
-# --------------------------------------------------------------- what a result depends on beside x
+# ---------------------------------------------------- dependencies of a result, apart from x
 
 
 def _context(call: LayerCall | MixedCall, own: _Own) -> tuple[object, ...]:
-    """Returns what all results of a group depend on, compared by identity."""
+    """Return the context that all results of a group depend on; items are compared by identity."""
     records, conditions = torch.is_grad_enabled(), call.conditions
     if isinstance(own, Place):
-        # With gradients on, every call makes a mark; a pool's adapters are not trained.
+        # With gradients enabled, every call starts a new weights version. It is left out here,
+        # because a pool's adapters are not trained.
         return own.rows, own.of, own.invariant, None if records else marks.trained
-    # Of a block that has ended nothing is held: it knows all layers of its model.
+    autocast, invariant = conditions.autocast, conditions.invariant
+    # The reference to the block is weak, because a block that has ended must not keep the model's
+    # layers alive.
     block = weakref.ref(call.routing) if isinstance(call, MixedCall) else None
-    surroundings = block, conditions.autocast, conditions.invariant
     if records:
-        return (*surroundings, marks.of_step(), call.given.requires_grad)
-    return (*surroundings, marks.trained)
+        return block, autocast, invariant, marks.of_step(), call.given.requires_grad
+    return block, autocast, invariant, marks.trained
 
 
 def _key(
     call: LayerCall | MixedCall, base: Base, own: _Own, made: Shared
 ) -> tuple[object, ...] | None:
-    """Returns what a layer would compute something like ``made`` from."""
-    x = call.given  # its stream as `stream_of`, in no call of ours
+    """Return the key of the operands that a layer would compute a result like ``made`` from."""
+    # The stream is determined as in `stream_of`, without a Python call.
+    x = call.given
     stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
     if isinstance(own, Place):
         if made.y is None:
@@ -166,17 +187,17 @@ def _key(
 def _key_of(
     stream: int, dropout_p: Hashable, tensors: Sequence[torch.Tensor]
 ) -> tuple[object, ...] | None:
-    """Returns a key of tensors that are unchanged since; None where nobody counts writes."""
+    """Return a key that changes with the tensors, or None if their writes are not counted."""
     trains = map(_trains, tensors) if torch.is_grad_enabled() else ()
     ids, memory = map(id, tensors), map(_memory_of, tensors)
     try:
         return (stream, dropout_p, *ids, *map(_version_of, tensors), *memory, *trains)
-    except RuntimeError:  # an inference tensor
+    except RuntimeError:  # One of them is an inference tensor.
         return None
 
 
 def _key_of_s(stream: int, own: Slots) -> tuple[object, ...] | None:
-    """Returns the key of an s: every lora_a, and dropout."""
+    """Return the key of an s, made of every lora_a and the dropout probabilities."""
     dropout_p = tuple(None if factors is None else factors.dropout_p for factors in own)
     return _key_of(stream, dropout_p, [a for a in lora_a_of(own) if a is not None])
 
@@ -188,8 +209,10 @@ def _present(base: Base) -> list[torch.Tensor]:
 # --------------------------------------------------------------------------- one adapter, every y
 
 
-def _is_plain(call: LayerCall, base: Base, own: Factors, group: SharedInputGroup) -> bool:
-    """Whether one call may compute a layer's y together with that of others."""
+def _is_plain(
+    call: LayerCall | MixedCall, base: Base, own: Factors, group: SharedInputGroup
+) -> bool:
+    """Return whether one call may compute a layer's y together with those of other layers."""
     conditions = call.conditions
     return (
         base.weight is not None
@@ -198,17 +221,20 @@ def _is_plain(call: LayerCall, base: Base, own: Factors, group: SharedInputGroup
         and group.unwritten
         and conditions.autocast is None
         and not conditions.invariant
-        # A checkpoint's first run may record nothing; its repetition draws each seed at its layer.
+        # The first run of a checkpoint may record nothing, and its recomputation draws each layer's
+        # seed in that layer's own call.
         and (not own.dropout_p or torch.is_grad_enabled())
     )
 
 
-def _outputs(call: LayerCall, base: Base, own: Factors, group: SharedInputGroup) -> Shared | None:
-    """Computes a layer and those that are called after it; None where it is not one for this."""
+def _outputs(
+    call: LayerCall | MixedCall, base: Base, own: Factors, group: SharedInputGroup
+) -> Shared | None:
+    """Compute a layer and the layers called after it, or return None if one call cannot."""
     layer, x, conditions = call.layer, call.given, call.conditions
     records, several = torch.is_grad_enabled(), len(group.members) > 1
     if group.made:
-        group.discard()  # of a layer that was not called
+        group.discard()  # Drop results of layers that were not called.
     launch: GroupLaunch | None = group.launches.get(id(layer))
     backend = BACKENDS[conditions.backend]
     if (
@@ -216,14 +242,14 @@ def _outputs(call: LayerCall, base: Base, own: Factors, group: SharedInputGroup)
         or not launch.serves(x, base, own)
         or (records and not launch.fits_one_node(x))
     ):
-        group.launches.clear()  # another one's is as old
+        group.launches.clear()  # The launches of other layers are as old.
         launch = group.launches[id(layer)] = launch_of(call, base, own, group)
     operands, dropout_p = launch.operands, launch.dropout_p
     if not operands or not backend.computes_siblings(x):
         return None
     if records and several and not launch.others:
-        return None  # it may still share s
-    if {*map(_device_of, launch.tensors)} != {x.get_device()}:  # moved as they are
+        return None  # The layer may still share s.
+    if {*map(_device_of, launch.tensors)} != {x.get_device()}:  # A tensor was moved in place.
         return None
     keys: list[tuple[object, ...] | None] = []
     if launch.others:
@@ -248,10 +274,10 @@ def _outputs(call: LayerCall, base: Base, own: Factors, group: SharedInputGroup)
 def _shrunk(
     call: LayerCall | MixedCall, own: Slots, group: SharedInputGroup
 ) -> tuple[Shared | None, str]:
-    """Computes s for a layer and those behind it; returns its own, or None and why."""
+    """Compute s for a layer and those called after it; return its own s, or None and the reason."""
     members: list[Any] = [reference() for reference in group.members]
     behind = members[members.index(call.layer) + 1 :]
-    computed: set[int] = set()  # with another one's y
+    computed: set[int] = set()  # Layers with a y from another layer's call.
     if isinstance(call, LayerCall):
         computed.update(*(launch.owners[1:] for launch in group.launches.values()))
     others = [member for member in behind if id(member) not in computed]
@@ -272,12 +298,12 @@ def _shrunk(
 
 
 def _dropout_of(slots: Slots) -> float:
-    """Returns the probability that acts on a layer: of one adapter, as `sharing` sees to."""
+    """Return a layer's active dropout probability; `sharing` ensures that one adapter has it."""
     return max(0.0 if factors is None else factors.dropout_p for factors in slots)
 
 
 def _in_graph(call: LayerCall | MixedCall, own: Slots) -> Shared | None:
-    """Returns s in a graph that is being compiled, for any number of rows."""
+    """Return s in a graph that is being compiled, for any number of rows, or None."""
     layer, conditions = call.layer, call.conditions
     if not layer.knows_siblings():
         layer.note_compiled(_UNSEEN)
@@ -318,7 +344,7 @@ def _in_graph(call: LayerCall | MixedCall, own: Slots) -> Shared | None:
 
 
 def _outputs_at(call: MixedCall, base: Base, own: Place) -> Shared | None:
-    """Computes a layer and its neighbours in the tables; None where it is not one for this."""
+    """Compute a layer and its neighbors in the tables, or return None if one launch cannot."""
     if own.group is None or own.invariant or len(own.members) > MOST_SIBLINGS:
         return None
     bases: list[Base] = []
@@ -332,7 +358,7 @@ def _outputs_at(call: MixedCall, base: Base, own: Place) -> Shared | None:
     if None in keys:
         return None
     if own.group.made:
-        own.group.discard()  # of a layer that was not called
+        own.group.discard()  # Drop results of layers that were not called.
     ys = outputs_at(call.x, bases, own)
     if ys is None:
         return None
@@ -345,7 +371,7 @@ def _outputs_at(call: MixedCall, base: Base, own: Place) -> Shared | None:
 
 
 def _output_and_s(call: MixedCall, base: Base, own: Place) -> Shared | None:
-    """Computes a layer, and s of its neighbours in the tables too."""
+    """Compute a layer's y, together with s for the layer's neighbors in the tables."""
     if own.group is None:
         return None
     y, *planes = linear_at(call, base, own, shares=True)

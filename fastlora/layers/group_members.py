@@ -1,7 +1,6 @@
-"""Which layers of a shared-input group one call takes together, and why others run alone.
+"""Which layers of a shared-input group one call computes, and why other layers run alone.
 
-Nothing here computes. `fastlora.layers.group_forward` asks, for layers that are fed by the same
-tensor.
+Nothing is computed here. `fastlora.layers.group_forward` calls these functions.
 """
 
 from __future__ import annotations
@@ -13,11 +12,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from fastlora.coded_weight import CodedWeight
-from fastlora.layers import graph_slots
 from fastlora.layers.call import LayerCall, MixedCall
-from fastlora.layers.decide import slots_for_kernels
+from fastlora.layers.decide import slots_for_kernels, slots_in_graph
 from fastlora.layers.dora import dora_slots
-from fastlora.layers.factors import factors_of, has_tensor_hooks, is_hooked
+from fastlora.layers.factors import dtype_of, factors_of, has_tensor_hooks, is_hooked
 from fastlora.layers.shared_input import SharedInputGroup, known_group
 from fastlora.ops.backend import MOST_SIBLINGS
 from fastlora.ops.conditions import constant_when_compiled
@@ -30,7 +28,7 @@ if TYPE_CHECKING:
 _IN_PYTORCH = "without kernels each of them has its own pass over x"
 _UNKNOWN = "no training forward seen yet"
 _DROPOUT = "under dropout each of them masks x for itself"
-# In one call for many tensors.
+# With map(), attrgetter reads an attribute of many tensors without a Python call for each.
 _dtype_of, _trains = attrgetter("dtype"), attrgetter("requires_grad")
 
 
@@ -38,18 +36,19 @@ _dtype_of, _trains = attrgetter("dtype"), attrgetter("requires_grad")
 
 
 class GroupLaunch(NamedTuple):
-    """What the first layer of a group computes: itself, and those that are called after it.
+    """The call that computes the first layer of a group and the layers called after it.
 
     Attributes:
-        dtype, device: Of x.
-        base, own: The first's.
+        dtype, device: Dtype and device of x.
+        base, own: The first layer's base layer and factors.
         owners: The ``id`` of each layer.
-        operands: Of all, without seeds; empty where the first is not one for this.
-        dropout_p: Probability that acts on each.
-        tensors: What their outputs depend on beside x.
-        dtypes: Of each, which may change in place.
-        others: Of each but the first, the probability of dropout, and its part of the tensors.
-        coded: The weights of others that are codes: a write to them is seen here.
+        operands: The operands of all layers, with None for the seeds. Empty if the first layer
+            cannot be computed this way.
+        dropout_p: Active dropout probability of each layer.
+        tensors: The tensors that the outputs depend on, apart from x.
+        dtypes: Dtype of each tensor. It may change in place.
+        others: For each layer but the first, its dropout probability and its part of ``tensors``.
+        coded: The quantized weights of the layers other than the first, to detect writes to them.
     """
 
     dtype: torch.dtype
@@ -65,7 +64,7 @@ class GroupLaunch(NamedTuple):
     coded: list[CodedWeight]
 
     def serves(self, x: torch.Tensor, base: Base, own: Factors) -> bool:
-        """Whether it was found for the very same layer and such an input."""
+        """Return whether the launch was prepared for the same tensors and for an input like x."""
         before, known = self.own, self.base
         return (
             own.lora_a is before.lora_a
@@ -81,7 +80,7 @@ class GroupLaunch(NamedTuple):
         )
 
     def fits_one_node(self, x: torch.Tensor) -> bool:
-        """Whether one node of the graph still does for all of them; see `_operands_of`."""
+        """Return whether one autograd node still fits all layers; see `_operands_of`."""
         if not self.others:
             return True
         if has_tensor_hooks(self.tensors):
@@ -93,8 +92,10 @@ class GroupLaunch(NamedTuple):
         return others == [own] * len(others)
 
 
-def launch_of(call: LayerCall, base: Base, own: Factors, group: SharedInputGroup) -> GroupLaunch:
-    """Finds the layers that one call takes beside a layer."""
+def launch_of(
+    call: LayerCall | MixedCall, base: Base, own: Factors, group: SharedInputGroup
+) -> GroupLaunch:
+    """Return the launch for a layer and the layers called after it that one call can include."""
     layer, x = call.layer, call.given
     found: list[tuple[int, Base, Factors]] = []
     apart = torch.is_grad_enabled() and has_tensor_hooks(tensors_of(base, own))
@@ -110,7 +111,8 @@ def launch_of(call: LayerCall, base: Base, own: Factors, group: SharedInputGroup
             and len(found) < MOST_SIBLINGS
         ):
             like = _operands_of(member, call, base, own)
-            # Under dropout each has launches of its own, which nothing else is to have.
+            # With dropout each layer has its own launches, which a layer without dropout does not
+            # need.
             if like is not None and bool(like[1].dropout_p) == bool(own.dropout_p):
                 found.append((id(member), *like))
     bases, factors = [base for _, base, _ in found], [own for *_, own in found]
@@ -140,13 +142,14 @@ def launch_of(call: LayerCall, base: Base, own: Factors, group: SharedInputGroup
 
 
 def _operands_of(
-    member: AdaptedLayer, call: LayerCall, first_base: Base, first: Factors
+    member: AdaptedLayer, call: LayerCall | MixedCall, first_base: Base, first: Factors
 ) -> tuple[Base, Factors] | None:
-    """Returns a sibling's base layer and adapter if one call takes them beside a layer's.
+    """Return another layer's base layer and adapter if one call can compute both layers.
 
-    With gradients not where a parameter has hooks: a node calls them for a y that nobody used, with
-    None. Nor where x needs no gradient and only one of the two layers trains: autograd takes each
-    output of a node for one that needs a gradient.
+    With gradients there are two more conditions. No parameter may have hooks, because the shared
+    node calls them, with None, for a y that was never used. If x needs no gradient, both layers
+    must train or neither, because autograd treats every output of a node as one that needs a
+    gradient.
     """
     records, x = torch.is_grad_enabled(), call.given
     hooked = records and is_hooked(member)
@@ -169,7 +172,11 @@ def _operands_of(
 
 
 def _fits(layer: AdaptedLayer, x: torch.Tensor, base: Base, own: Factors) -> bool:
-    """Whether one call takes a layer: plain, in x's dtype, with a seed that is drawn for it."""
+    """Return whether one call can include a layer.
+
+    The layer must be plain and have x's dtype. With dropout it must not be split, because a split
+    layer does not use the drawn seed.
+    """
     weight, bias, lora_a, lora_b = base.weight, base.bias, own.lora_a, own.lora_b
     if own.lora_bias is not None or own.magnitude is not None or weight is None:
         return False
@@ -185,7 +192,7 @@ def _fits(layer: AdaptedLayer, x: torch.Tensor, base: Base, own: Factors) -> boo
 
 
 def tensors_of(base: Base, own: Factors) -> list[torch.Tensor]:
-    """Returns what a layer's output depends on beside x."""
+    """Return the tensors that a layer's output depends on, apart from x."""
     tensors = [own.lora_a, own.lora_b, own.scaling]
     for tensor in base[:2]:
         if tensor is not None:
@@ -199,10 +206,10 @@ def tensors_of(base: Base, own: Factors) -> list[torch.Tensor]:
 def sharing(
     members: Sequence[AdaptedLayer | None], call: LayerCall | MixedCall, own: Slots
 ) -> tuple[list[tuple[Any, Slots]], str]:
-    """Returns the siblings that share a pass over x with a layer, and their adapters.
+    """Return the layers that share a pass over x with the calling layer, and their adapters.
 
-    The list is empty if the layer itself cannot share. The text says why the last sibling that was
-    left out cannot.
+    If the calling layer itself cannot share, the list is empty and the text gives the reason.
+    Otherwise the text says why the last layer that was left out cannot share.
     """
     found: list[tuple[Any, Slots]] = []
     last = ""
@@ -222,7 +229,7 @@ def sharing(
 
 
 def _slots_of(member: AdaptedLayer, call: LayerCall | MixedCall) -> tuple[Slots | None, str]:
-    """Returns the adapters that a sibling will compute with, or None and why it does not share."""
+    """Return the adapters that another layer of the group will use, or None and the reason."""
     if member.impl != call.layer.impl:
         return None, "they have different implementations"
     if isinstance(call, LayerCall):
@@ -238,19 +245,19 @@ def _slots_of(member: AdaptedLayer, call: LayerCall | MixedCall) -> tuple[Slots 
         return [factors], ""
     if member.routed_by is not call.layer.routed_by:
         return None, "one of them is of another model"
-    if call.conditions.compiling:
-        made = graph_slots.slots_of(call, member)
-        return (None, "one of them is not in the graph") if made is None else (made[0], "")
     dora = dora_slots(member, call.routing)
+    dropped = () if dora is None else dora.dropped
+    if call.conditions.compiling:
+        return slots_in_graph(call, member, dropped), "one of them is not in the graph"
     try:
-        slots = slots_for_kernels(call, member, () if dora is None else dora.dropped)
-    except (FastLoraError, ValueError):  # which its own call will raise
+        slots = slots_for_kernels(call, member, dropped)
+    except (FastLoraError, ValueError):  # The layer's own call will raise it.
         return None, "one of them cannot run"
     return slots, "one of them runs without kernels"
 
 
 def _why_not(layer: AdaptedLayer, slots: Slots, own: Slots, call: LayerCall | MixedCall) -> str:
-    """Returns why a layer with these adapters has its own pass over x, or an empty string."""
+    """Return why a layer with these adapters needs its own pass over x, or an empty string."""
     x, mixed = call.given, isinstance(call, MixedCall)
     device, k, dropped, trains, elsewhere = x.device, x.shape[-1], False, False, False
     for factors in slots:
@@ -262,7 +269,7 @@ def _why_not(layer: AdaptedLayer, slots: Slots, own: Slots, call: LayerCall | Mi
                 elsewhere = True
     if is_hooked(layer):
         return "one of them has hooks"
-    # The node that they share calls a hook, with None, for an s that nobody used.
+    # The shared node calls a hook, with None, for an s that was never used.
     down = [tensor for tensor in lora_a_of(slots) if tensor is not None]
     if not call.conditions.compiling and has_tensor_hooks(down):
         return "a factor of one of them has hooks"
@@ -272,35 +279,38 @@ def _why_not(layer: AdaptedLayer, slots: Slots, own: Slots, call: LayerCall | Mi
         return "one of them is frozen, or no adapter of the batch acts on it"
     if elsewhere:
         return "one of them has its factors elsewhere, or takes another number of features"
-    if mixed and graph_slots.dtype_of(slots) != graph_slots.dtype_of(own):
+    if mixed and dtype_of(slots) != dtype_of(own):
         return "they have factors of different dtypes"
     return ""
 
 
 def lora_a_of(slots: Slots) -> list[torch.Tensor | None]:
-    """Returns the lora_a of each slot; None for one without."""
+    """Return the lora_a of each slot, with None for a slot without factors."""
     return [None if factors is None else factors.lora_a for factors in slots]
 
 
-# ------------------------------------------------------------------------------ in the report
+# ------------------------------------------------------------------------- fusion report
 
 
 @constant_when_compiled
 def knows_siblings(self: Any) -> bool:
-    """Whether a forward has shown a layer's siblings; no reason to compile again once one has."""
+    """Return whether a forward pass has identified the layer's shared-input group.
+
+    `torch.compile` keeps the result as a constant and does not recompile when it changes.
+    """
     return known_group(self) is not None
 
 
 @constant_when_compiled
 def note_compiled(self: Any, why: str) -> None:
-    """Keeps why a layer shares nothing in the graph that is being compiled, empty if it does."""
+    """Record why a layer shares nothing in the graph being compiled, or an empty string."""
     self.__dict__["_compiled_alone"] = why
 
 
 def sibling_note(layer: AdaptedLayer, kernels: bool) -> str:
-    """Returns what the fusion report says of a layer's siblings in training.
+    """Return the fusion report's text about a layer's shared-input group in training.
 
-    ``kernels`` says that they compute it.
+    ``kernels`` says whether kernels compute the layer.
     """
     if not kernels:
         return _IN_PYTORCH

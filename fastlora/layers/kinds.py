@@ -1,6 +1,6 @@
-"""The kinds of modules that adapters go on: a file each, which registers its `Kind`.
+"""Layer kinds: the kinds of modules that adapters support, each registered in its own file.
 
-Whoever needs to know what a module is, and which adapter fits it, asks `kind_of`.
+`kind_of` returns the kind of a module, which describes the adapters that fit it.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 Shapes = dict[str, tuple[int, ...]]
 
-# What does for PEFT's layers what none of ours does.
+# The alternative for modules that PEFT supports and fastlora's own layers do not.
 INSTEAD = "make it with peft.get_peft_model(model, config), then fastlora.patch(model)"
 
 
 class Settings(NamedTuple):
-    """What an adapter is to be on one module: the arguments of `LoraLayer.add_adapter`."""
+    """The settings of an adapter on one module: the arguments of `LoraLayer.add_adapter`."""
 
     r: int = 8
     lora_alpha: float = 8
@@ -36,17 +36,18 @@ class Settings(NamedTuple):
 
 
 class Kind(NamedTuple):
-    """A kind of module that adapters go on.
+    """A kind of module that adapters support.
 
     Attributes:
-        name: What messages call it.
-        takes: Whether a module, without adapters, is of the kind.
-        wrap: Makes the layer that holds a module's adapters, with none yet.
-        shapes: What a file holds of an adapter on a module: name below the module to shape.
-        check: Raises `UnsupportedLayerError` where an adapter cannot be on a module as asked, and
-            says what can.
-        drops: Whether lora_dropout acts there.
-        of_peft: What to know of an adapter there that PEFT has trained; empty for nothing.
+        name: The kind's name in messages.
+        takes: Returns whether a module without adapters is of this kind.
+        wrap: Creates the layer for a module's adapters, without any adapter.
+        shapes: Returns the shapes of an adapter's tensors in a file, by name relative to the
+            module.
+        check: Raises `UnsupportedLayerError` if a module does not support the settings, with a
+            message that says which settings it supports.
+        drops: Whether lora_dropout has an effect.
+        of_peft: A note on adapters that PEFT has trained on this kind, or an empty string.
     """
 
     name: str
@@ -63,17 +64,17 @@ _KINDS: list[Kind] = []
 
 
 def register_kind(kind: Kind) -> Kind:
-    """Registers a kind; of those that take a module the last one registered has it."""
+    """Register a layer kind; if several kinds accept a module, the last one registered wins."""
     _KINDS.insert(0, kind)
     return kind
 
 
 def kind_of(module: nn.Module, custom: Mapping[type, type] | None = None) -> Kind | None:
-    """Returns the kind of a module without adapters; None where adapters cannot go on it.
+    """Return the kind of a module without adapters, or None if adapters do not support it.
 
     Args:
         module: The base layer.
-        custom: Class of a module to the user's class of its LoRA layer; these come first.
+        custom: Maps a module class to the user's LoRA layer class for it; takes precedence.
     """
     for base_class, layer_class in (custom or {}).items():
         if isinstance(module, base_class):
@@ -85,12 +86,12 @@ def kind_of(module: nn.Module, custom: Mapping[type, type] | None = None) -> Kin
 
 
 def known_kinds() -> list[str]:
-    """Returns what kinds of modules adapters go on, for messages."""
+    """Return the names of all layer kinds, for messages."""
     return sorted({kind.name for kind in _KINDS})
 
 
 def linear_shapes(k: int, n: int, asked: Settings) -> Shapes:
-    """Returns `Kind.shapes` of a linear from k features to n."""
+    """Return `Kind.shapes` for a linear with k input features and n output features."""
     shapes: Shapes = {"lora_A.weight": (asked.r, k), "lora_B.weight": (n, asked.r)}
     if asked.lora_bias:
         shapes["lora_B.bias"] = (n,)
@@ -100,7 +101,7 @@ def linear_shapes(k: int, n: int, asked: Settings) -> Shapes:
 
 
 def _custom(layer_class: type) -> Kind:
-    """Returns the kind of modules that a class of the user's makes LoRA layers for."""
+    """Return the layer kind for a LoRA layer class that the user has registered."""
 
     def check(module: nn.Module, asked: Settings) -> None:
         from fastlora.layers.base import LoraLayer

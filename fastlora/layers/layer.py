@@ -1,4 +1,4 @@
-"""What a forward asks of a layer, whoever implements it: the type that annotations name."""
+"""The interface that a forward pass requires of a layer, as a type for annotations."""
 
 from __future__ import annotations
 
@@ -18,35 +18,40 @@ if TYPE_CHECKING:
 
 
 class AdaptedLayer(nn.Module):
-    """A linear with adapters by name, under PEFT's names; `fastlora.layers.common` implements it.
+    """Interface of a linear layer with named adapters, under PEFT's attribute names.
 
-    What begins with `_own` is all of the layer's, or of one that is split over processes
-    (`fastlora.layers.tensor_parallel`) what this process has; shapes are then this process's.
+    `fastlora.layers.common` implements it. Names that start with ``_own`` refer to the whole layer.
+    For a layer that is split over processes (`fastlora.layers.tensor_parallel`) they refer to this
+    process's shard, and shapes are those of the shard.
 
     Attributes:
         impl: Implementation, as in `fastlora.functional.lora_linear`.
         in_features, out_features: K and N.
-        lora_A, lora_B: Adapter name to a linear with weight ``[R, K]``, and ``[N, R]``.
-        lora_dropout: Adapter name to a dropout or an identity.
-        merged_adapters: A list of the adapters that are merged into the base weight.
-        cast_input_dtype_enabled: Whether modules of an adapter that are called one by one get x in
-            their own dtype; PEFT's `disable_input_dtype_casting` sets it.
-        is_split: Whether other processes have the rest of the layer.
-        is_linear: Whether it is a linear, whose adapters kernels and packs may hold.
-        routed_by: The model's group of layers, once the layer is in a model.
-        routed_as: Its number there.
-        sees_part: Whether the layer raises in a mixed batch, since it may see a part of the rows.
-        table_row: Its row in a pool's tables.
-        _disabled: Whether the layer is its base layer, whatever is active or in force.
-        _shared_input: The layer and its siblings, once a forward has shown them.
-        get_base_layer: Returns the base layer; the layer itself where it is its own.
-        _acting: Returns the names that act outside of a mixed batch.
-        scaling: Adapter name to the number that its update is multiplied with.
-        knows_siblings: Whether a forward has shown the layer's group.
-        note_compiled: Keeps why the layer shares nothing in a graph that is being compiled.
+        lora_A, lora_B: Maps an adapter name to a linear with weight ``[R, K]`` and ``[N, R]``.
+        lora_dropout: Maps an adapter name to a dropout module or an identity.
+        merged_adapters: List of the adapters that are merged into the base weight.
+        cast_input_dtype_enabled: Whether x is cast to an adapter's dtype when the adapter's modules
+            are called one by one. PEFT's `disable_input_dtype_casting` sets it.
+        is_split: Whether other processes hold the rest of the layer.
+        is_linear: Whether the layer is a linear. Only then may address tables and packed factors
+            include its adapters.
+        routed_by: The routing group of the model that the layer belongs to, or None.
+        routed_as: The layer's number in that group.
+        sees_part: Whether the layer raises in a mixed batch because it may receive only part of the
+            rows.
+        table_row: The layer's row in a pool's address tables.
+        _disabled: Whether the layer runs as its base layer alone, regardless of the active adapters
+            and of open `fastlora.adapters` blocks.
+        _shared_input: The layer's shared-input group, once a forward pass has identified it.
+        get_base_layer: Returns the base layer, which may be the layer itself.
+        _acting: Returns the names of the adapters that are applied outside a mixed batch.
+        scaling: Maps an adapter name to the number that multiplies its update.
+        knows_siblings: Returns whether a forward pass has identified the layer's shared-input
+            group.
+        note_compiled: Records why the layer shares nothing in a graph that is being compiled.
         _own_weight: Returns the base weight as a dense matrix, ``[N, K]``.
-        _own_factors: Returns an adapter's factors, as `fastlora.layers.factors.factors_of`.
-        _own_magnitude: Returns an adapter's magnitude, as `fastlora.layers.norms.magnitude_of`.
+        _own_factors: Returns an adapter's factors; see `fastlora.layers.factors.factors_of`.
+        _own_magnitude: Returns an adapter's magnitude; see `fastlora.layers.norms.magnitude_of`.
     """
 
     _modules: dict[str, Any]
@@ -76,27 +81,33 @@ class AdaptedLayer(nn.Module):
     _own_magnitude: Callable[[str], torch.Tensor]
 
     def _plain_base(self) -> Base | None:
-        """Returns the base layer's weight and bias; None where it must be called."""
+        """Return the base layer's weight and bias, or None if the base layer must be called."""
         return None
 
     def _own_quantised(self) -> Quantised | None:
-        """Returns how the base weight is quantised; None where it is not."""
+        """Return the quantization of the base weight, or None if it is not quantized."""
         return None
 
     def _weight_to_save(self, compiling: bool) -> torch.Tensor:
-        """Returns the base weight for a node of a graph: without a matrix where it is quantised."""
+        """Return the base weight to save in an autograd node.
+
+        If the weight is quantized, the result represents it without a dense matrix.
+        """
         found = None if compiling else self._own_quantised()
         return self._own_weight() if found is None else found.unread()
 
     def _own_bias(self) -> torch.Tensor | None:
-        """Returns the base bias, ``[N]``, or None."""
+        """Return the base bias, ``[N]``, or None."""
         bias: torch.Tensor | None = getattr(self.get_base_layer(), "bias", None)
         return bias
 
     def _own_seed(self, seed: torch.Tensor) -> torch.Tensor:
-        """Returns the dropout seeds to use in place of drawn ones, same shape."""
+        """Return the dropout seeds to use in place of the drawn seeds, with the same shape."""
         return seed
 
     def _of_whole_rows(self, sums: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Returns the norms' squares of adapters, given `adapted_sums` over the columns here."""
+        """Return each adapter's squared norms over whole rows, ``[N]``, with infinity for 0.
+
+        ``sums`` are the `adapted_sums` over the columns that this process holds.
+        """
         return [nonzero(each) for each in sums]

@@ -22,24 +22,27 @@ DEFAULT_ADAPTER = "default"
 
 
 class FastLoraLinear(LoraLayer, nn.Linear):
-    """``y = x @ weight.T + bias + scaling * dropout(x) @ lora_A.T @ lora_B.T``.
+    """Linear layer with LoRA adapters.
 
-    An `nn.Linear` in every other respect: ``weight [N, K]`` and ``bias [N]`` keep their names and
-    are frozen; the adapter (called ``"default"``) is trainable.
+    Computes ``y = x @ weight.T + bias + scaling * dropout(x) @ lora_A.T @ lora_B.T``.
+
+    In every other respect the layer is an `nn.Linear`. ``weight [N, K]`` and ``bias [N]`` keep
+    their names and are frozen. The adapter, named ``"default"``, is trainable.
 
     Args:
         in_features: K.
         out_features: N.
         bias: Whether the base layer has a bias.
         r: Rank of the first adapter.
-        lora_alpha: Numerator of its scaling.
+        lora_alpha: Numerator of the first adapter's scaling.
         lora_dropout: Probability in [0, 1) of dropping an element of the adapter's input.
-        use_rslora: Scale by ``lora_alpha / sqrt(r)``.
-        lora_bias: Give lora_B a bias.
-        use_dora: Scale each output by a trained magnitude; see `LoraLayer.add_adapter`.
-        init_lora_weights: As in `LoraLayer.add_adapter`, with ``init_config``.
-        device: Of all parameters.
-        dtype: Of all parameters.
+        use_rslora: Whether to scale by ``lora_alpha / sqrt(r)``.
+        lora_bias: Whether lora_B has a bias.
+        use_dora: Whether to scale each output by a trained magnitude; see `LoraLayer.add_adapter`.
+        init_lora_weights: Initialization method; see `LoraLayer.add_adapter`.
+        init_config: Settings of the initialization method; see `LoraLayer.add_adapter`.
+        device: Device of all parameters.
+        dtype: Dtype of all parameters.
 
     Raises:
         ConfigError: A value is out of range.
@@ -82,16 +85,16 @@ class FastLoraLinear(LoraLayer, nn.Linear):
     def from_linear(
         cls, linear: nn.Linear, *, adapter_name: str | None = DEFAULT_ADAPTER, **adapter: Any
     ) -> FastLoraLinear:
-        """Makes a layer that shares ``linear``'s weight and bias (and freezes them).
+        """Create a layer that shares the weight and bias of ``linear``, and freeze both.
 
         Args:
             linear: A plain `nn.Linear`.
-            adapter_name: Name of the first adapter; None for none yet.
-            **adapter: ``r``, ``lora_alpha``, ... as in `LoraLayer.add_adapter`.
+            adapter_name: Name of the first adapter, or None to add no adapter.
+            **adapter: ``r``, ``lora_alpha``, and the other arguments of `LoraLayer.add_adapter`.
 
         Raises:
             UnsupportedLayerError: ``linear`` is not a plain `nn.Linear`.
-            ConfigError: A value is out of range; ``linear`` is then as it was.
+            ConfigError: A value is out of range. ``linear`` is then unchanged.
         """
         why = why_not_plain(linear)
         if why:
@@ -105,23 +108,24 @@ class FastLoraLinear(LoraLayer, nn.Linear):
 
     @classmethod
     def _around(cls, linear: nn.Linear) -> FastLoraLinear:
-        """Returns a layer without adapters that shares a plain linear's weight and bias.
+        """Return a layer without adapters that shares a plain linear's weight and bias.
 
-        It does not freeze them.
+        The weight and bias are not frozen.
         """
         self = cls.__new__(cls)
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight = linear.weight
-        self.register_parameter("bias", linear.bias)  # None too: its forward looks for it there
+        # Register a bias of None too, because forward() looks for "bias" among the parameters.
+        self.register_parameter("bias", linear.bias)
         self.training = linear.training
-        # Not a submodule: it comes back, as it is, when the adapters go.
+        # Not a submodule: `to_linear` returns this very module once the adapters are removed.
         self.__dict__["_linear"] = (linear,)
         self._init_adapters()
         return self
 
     def to_linear(self) -> nn.Linear:
-        """Returns the `nn.Linear` this was made from, or a new one, with weight and bias shared."""
+        """Return the original `nn.Linear`, or a new one, sharing this layer's weight and bias."""
         (linear,) = self.__dict__.get("_linear", (None,))
         if linear is None:
             linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
@@ -129,7 +133,7 @@ class FastLoraLinear(LoraLayer, nn.Linear):
         return linear.train(self.training)
 
     def release(self) -> nn.Module:
-        """As `to_linear`, for whatever kind of layer a caller has."""
+        """Return `to_linear()`; callers use this name for every kind of layer."""
         return self.to_linear()
 
     def _freeze_base(self) -> None:
@@ -138,9 +142,9 @@ class FastLoraLinear(LoraLayer, nn.Linear):
             self.bias.requires_grad_(False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Maps ``x [..., K]`` to ``[..., N]`` through the base layer and the active adapters."""
+        """Apply the base layer and the active adapters to ``x [..., K]``, giving ``[..., N]``."""
         call = begin(self, x)
-        # As nn.Module keeps them: looking an attribute up takes a microsecond.
+        # Read `_parameters` directly: an attribute lookup on a module takes a microsecond.
         weight: Any = self._parameters.get("weight")
         if type(weight) is nn.Parameter and "bias" in self._parameters:
             bias = self._parameters["bias"]
@@ -160,22 +164,25 @@ class FastLoraLinear(LoraLayer, nn.Linear):
         return Base(weight, self.bias) if type(weight) is nn.Parameter else None
 
     def get_base_layer(self) -> nn.Module:
-        """Returns the layer itself: it is its own base layer."""
+        """Return the layer itself, which is its own base layer."""
         return self
 
     @property
     def base_layer(self) -> nn.Linear:
-        """The bare linear that shares weight and bias; PEFT's name for what it wraps."""
+        """A plain linear that shares weight and bias, under PEFT's name for the base layer."""
         return self.to_linear()
 
     def _calibrated(self) -> list[nn.Module]:
-        """Returns the layer, and the `nn.Linear` it was made from, which a calibration saw."""
+        """Return the modules on which a calibration may have left its result.
+
+        These are the layer and the `nn.Linear` that it was created from.
+        """
         return [self, *self.__dict__.get("_linear", ())]
 
     def fusion(self, gathered: bool = False) -> tuple[bool, str]:
-        """Returns whether the base GEMM and the LoRA term run fused, and the reason if not.
+        """Return whether the base GEMM and LoRA term run fused, and the fallback reason if not.
 
-        ``gathered`` says that FSDP2 puts plain parameters in place of shards for the forward.
+        ``gathered`` says that FSDP2 replaces shards by plain parameters during the forward pass.
         """
         if is_sharded(self._parameters.get("weight")) and not gathered:
             return False, "its base weight is sharded (a DTensor) and nothing gathers it"
@@ -195,5 +202,5 @@ class FastLoraLinear(LoraLayer, nn.Linear):
         return Plain(self.weight), self.bias
 
     def extra_repr(self) -> str:
-        """Adds the adapters' ranks to what `nn.Linear` prints."""
+        """Return the description by `nn.Linear`, with ranks and active adapters added."""
         return f"{nn.Linear.extra_repr(self)}, r={self.r}, active={self._active_adapters}"

@@ -1,6 +1,6 @@
-"""The kind of linear-like modules: which class of LoRA layer a linear gets.
+"""The layer kind of linear-like modules, which chooses a linear's LoRA layer class.
 
-One that is split over processes is a kind of its own (`fastlora.layers.tensor_parallel`).
+Linears that are split over processes are a separate kind (`fastlora.layers.tensor_parallel`).
 """
 
 from __future__ import annotations
@@ -25,13 +25,14 @@ def _wrap(module: nn.Module) -> LoraLayer:
 
 
 def _shapes(module: nn.Module, asked: Settings) -> Shapes:
-    k, n = linear_features(module) or (0, 0)  # never None where the kind takes a module
+    # Never None for a module that this kind accepts.
+    k, n = linear_features(module) or (0, 0)
     return linear_shapes(k, n, asked)
 
 
 def _check(module: nn.Module, asked: Settings) -> None:
-    # Shards: FSDP2's layers refuse new adapters themselves, and one that is there may be loaded
-    # anew; tensor-parallel layers look at their own part.
+    # Skip sharded weights. FSDP2 layers reject new adapters themselves, and an existing adapter may
+    # be reloaded. Tensor-parallel layers check their own shard.
     if asked.use_dora and not is_sharded(module._parameters.get("weight")):
         dense_weight(module)
     if type(module).__name__ == "NonDynamicallyQuantizableLinear":

@@ -1,4 +1,4 @@
-"""Merging: adapters added to the base weight, and taken out of it again."""
+"""Merging adapters into the base weight, and unmerging them."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from fastlora.layers.why import uses_dora
 from fastlora.ops.torch.dora import adapted_sums, scale_of, square_norms
 from fastlora.validation import AdapterStateError, UnsupportedLayerError
 
-# Rows of the weight that a merge handles at once: its only temporary.
+# Number of rows that a merge handles at a time. These rows are its only temporary.
 _MERGE_ROWS = 1024
 
 
 class Mergeable(Adapted, CommonLayer):
-    """The merging half of `LoraLayer`, which has the adapters."""
+    """The merging part of `LoraLayer`; that class holds the adapters."""
 
     out_features: int
     in_features: int
@@ -33,37 +33,37 @@ class Mergeable(Adapted, CommonLayer):
 
     def _init_merging(self) -> None:
         self._init_adapted()
-        # (weight, bias) as they were before the first merge, only while merged, and what `_sums`
-        # returned behind the last one. What a weight is kept as, `Stored` knows.
+        # While adapters are merged: the (weight, bias) from before the first merge, and the `_sums`
+        # from after the last one. `Stored` determines how a weight is saved.
         self._unmerged: tuple[object, torch.Tensor | None] | None = None
         self._when_merged: list[Fingerprint] = []
-        # g of each merged adapter that uses DoRA: it comes from norms of the unmerged weight.
+        # g of each merged adapter that uses DoRA, from norms of the unmerged weight.
         self._merged_scales: dict[str, torch.Tensor] = {}
 
     def get_base_layer(self) -> nn.Module:
-        """Returns the module that the adapters modify."""
+        """Return the module that the adapters modify."""
         base: nn.Module | None = self._modules.get("base_layer")
         if base is None:
             raise UnsupportedLayerError(f"{type(self).__name__} has no base layer")
         return base
 
     def _mergeable(self) -> tuple[Stored, torch.Tensor | None]:
-        """Returns the base weight and the bias, or raises."""
+        """Return the base weight and the bias, or raise if they do not support merging."""
         raise UnsupportedLayerError(f"{type(self).__name__} cannot be merged")
 
     def _sums(self) -> list[Fingerprint]:
-        """Returns of the base weight and its bias what differs once they were written to."""
+        """Return fingerprints of the base weight and its bias, which a write to them changes."""
         weight, bias = self._mergeable()
         return [weight.fingerprint(), sums_of_bits(bias)]
 
     def _is_as_merged(self) -> bool:
-        """Whether nobody has written to the base weight or its bias since the last merge."""
+        """Return whether the base weight and its bias are unwritten since the last merge."""
         return all(map(equal, self._sums(), self._when_merged))
 
-    # What differs where several processes have parts of the layer.
+    # Overridden if several processes have parts of the layer.
 
     def _all_agree(self, holds: bool) -> bool:
-        """Whether something holds in every process, so that all raise or none does."""
+        """Return whether a condition holds in every process, so that all of them raise or none."""
         return holds
 
     def _merge(self, names: list[str], keep_base: bool) -> None:
@@ -82,7 +82,10 @@ class Mergeable(Adapted, CommonLayer):
         forget_weights(self)
 
     def _write(self, weight: Stored, matrix: torch.Tensor) -> None:
-        """Puts ``matrix [N, K]`` in the weight's place; says in `merge_error` what that loses."""
+        """Replace the weight by ``matrix [N, K]``, and record the lost precision.
+
+        The loss is stored in `merge_error`. Weights that are merged in place lose nothing here.
+        """
         if weight.in_place:
             return
         wanted = weight.square_distance(matrix)
@@ -93,7 +96,7 @@ class Mergeable(Adapted, CommonLayer):
     def check_merge(
         self, safe_merge: bool = False, adapter_names: list[str] | None = None
     ) -> list[str]:
-        """Returns the names that `merge` would merge, or raises as it would; changes nothing."""
+        """Return the names that `merge` would merge, or raise as it would, without any change."""
         for name in adapter_names or ():
             self._check_known(name)
         wanted = self._active_adapters if adapter_names is None else adapter_names
@@ -123,21 +126,23 @@ class Mergeable(Adapted, CommonLayer):
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Takes every merged adapter out of the base weight again.
+        """Unmerge every merged adapter.
 
-        Exactly, with ``keep_base``; unless the weight or bias was written to while merged (a loaded
-        state, a trained bias): then the update is subtracted, so that what was written stays.
+        With ``keep_base`` the base weight is restored exactly. If the weight or bias was written to
+        while merged (a loaded state, a trained bias), the update is subtracted instead, which
+        preserves the written values.
 
         Raises:
-            AdapterStateError: What a DoRA adapter scaled by 0 is to be computed back; nothing has
-                changed.
+            AdapterStateError: The update of a DoRA adapter must be subtracted, but its scale is 0
+                in a row. Nothing has changed.
         """
         if not self.merged:
             return
         weight, bias = self._mergeable()
         kept = self._unmerged
         unwritten = kept is not None and self._is_as_merged()
-        # Alike in every process: one that was written to alone would wait for the others below.
+        # All processes must take the same branch: one that takes the second branch alone would wait
+        # for the others in the calls below.
         if self._all_agree(unwritten) and kept is not None:
             weight.restore(kept[0])
             if bias is not None and kept[1] is not None:
@@ -158,7 +163,7 @@ class Mergeable(Adapted, CommonLayer):
         forget_weights(self)
 
     def _unmerge_from(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        """Computes every merged adapter out of ``weight [N, K]`` and ``bias [N]`` in place."""
+        """Subtract every merged adapter from ``weight [N, K]`` and ``bias [N]`` in place."""
         merged = list(self.merged_adapters)
         for place in range(len(merged) - 1, -1, -1):
             name = merged[place]
@@ -167,7 +172,7 @@ class Mergeable(Adapted, CommonLayer):
             self._add_to_bias(bias, merged[: place + 1], -1.0, self._merged_scales)
 
     def _scales(self, names: list[str]) -> dict[str, torch.Tensor]:
-        """Returns g ``[N]`` of those adapters that use DoRA."""
+        """Return the scale g ``[N]`` of each adapter that uses DoRA."""
         layer: Any = self
         dora = [name for name in names if uses_dora(layer, [name])]
         return {
@@ -177,7 +182,7 @@ class Mergeable(Adapted, CommonLayer):
 
     @torch.no_grad()
     def _unmerged_squares(self, names: list[str]) -> dict[str, torch.Tensor]:
-        """Returns the norms' squares of adapters on the base weight as it is without a merge."""
+        """Return the adapters' squared norms, computed with the unmerged base weight."""
         if not names:
             return {}
         layer: Any = self
@@ -203,10 +208,10 @@ class Mergeable(Adapted, CommonLayer):
     def _add_delta(
         self, weight: torch.Tensor, name: str, sign: float, scale: torch.Tensor | None = None
     ) -> None:
-        """Adds ``sign * scaling * B @ A`` to ``weight [N, K]`` in place, rounding once.
+        """Add ``sign * scaling * B @ A`` to ``weight [N, K]`` in place, rounding once.
 
-        With ``scale [N]``, g of a DoRA adapter or one over it, the sum is scaled by it; when the
-        update is taken out (``sign < 0``) the weight is scaled first.
+        ``scale [N]`` is the g of a DoRA adapter, or its inverse. If it is given, the sum is
+        multiplied by it. To subtract an update (``sign < 0``), the weight is multiplied first.
         """
         lora_a, lora_b, _ = self._factors(name)
         compute = torch.promote_types(torch.float32, weight.dtype)
@@ -216,7 +221,7 @@ class Mergeable(Adapted, CommonLayer):
             rows = weight[start : start + _MERGE_ROWS]
             factor = lora_b[start : start + _MERGE_ROWS].to(compute)
             by = None if scale is None else scale[start : start + _MERGE_ROWS, None].to(compute)
-            wide = rows.to(compute)  # itself, where it is that already
+            wide = rows.to(compute)  # Rows that are wide already are not copied.
             if by is not None and sign < 0:
                 wide *= by
             wide.addmm_(factor, lora_a, alpha=alpha)
@@ -233,9 +238,9 @@ class Mergeable(Adapted, CommonLayer):
         sign: float,
         scales: dict[str, torch.Tensor],
     ) -> None:
-        """Adds ``sign`` times what the last of some merged adapters changes in the bias.
+        """Add ``sign`` times the change in the bias that the last adapter of ``names`` causes.
 
-        ``scales`` has g ``[N]`` of those that use DoRA.
+        ``scales`` has the g ``[N]`` of the adapters that use DoRA.
         """
         before: torch.Tensor | None = None
         change: torch.Tensor | None = None
@@ -250,27 +255,27 @@ class Mergeable(Adapted, CommonLayer):
             bias.add_((change if before is None else change - before) * sign)
 
     def _factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Returns lora_a ``[R, K]``, lora_b ``[N, R]`` and lora_bias ``[N]`` or None."""
+        """Return lora_a ``[R, K]``, lora_b ``[N, R]``, and lora_bias ``[N]`` or None."""
         down, up = self.lora_A[name], self.lora_B[name]
         return down.weight, up.weight, up.bias
 
     def _norm_factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns the factors of the update that DoRA norms with the base weight."""
+        """Return the two factors of the update that DoRA includes in its norms."""
         lora_a, lora_b, _ = self._factors(name)
         return lora_a, lora_b
 
     def _put_factors(
         self, name: str, lora_a: torch.Tensor, lora_b: torch.Tensor, bias: torch.Tensor | None
     ) -> None:
-        """Copies into an adapter what `_factors` returns of another one."""
+        """Copy the results of `_factors` for another adapter into an adapter's factors."""
         for place, value in zip(self._factors(name), (lora_a, lora_b, bias), strict=True):
             if place is not None and value is not None:
                 place.copy_(value)
 
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
-        """Returns ``scaling * B @ A`` in the shape of the base weight and the factors' dtype.
+        """Return ``scaling * B @ A`` in the shape of the base weight and the factors' dtype.
 
-        Without a magnitude, as PEFT.
+        As in PEFT, a DoRA magnitude is not included.
         """
         self._check_known(adapter_name)
         lora_a, lora_b, _ = self._factors(adapter_name)
@@ -279,7 +284,7 @@ class Mergeable(Adapted, CommonLayer):
         return self._weight_like(delta)
 
     def _weight_like(self, delta: torch.Tensor) -> torch.Tensor:
-        """Returns an update ``[N, K]`` in the shape of the base weight."""
+        """Return an update ``[N, K]`` in the shape of the base weight."""
         return delta
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
@@ -305,6 +310,6 @@ def _kept(weight: Stored, bias: torch.Tensor | None) -> tuple[object, torch.Tens
 
 
 def _is_finite(matrix: torch.Tensor, bias: torch.Tensor | None) -> bool:
-    # A value that is not finite is the least or the largest; `isfinite` makes copies.
+    # The minimum or the maximum is not finite if any value is not; `isfinite` would make copies.
     ends = [*matrix.aminmax(), *(() if bias is None else bias.aminmax())] if matrix.numel() else []
     return all(bool(end.isfinite()) for end in ends)

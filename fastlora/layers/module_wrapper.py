@@ -1,4 +1,4 @@
-"""What stands in place of a module that adapters train otherwise than by LoRA."""
+"""The base class of wrappers for modules that adapters train by other means than LoRA."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from fastlora.validation import AdapterNotFoundError, UnsupportedLayerError
 
 
 class ModuleWrapper(Adapted, nn.Module):
-    """A module of which each adapter has its own version, whole or in part.
+    """Wraps a module of which each adapter has its own version, in whole or in part.
 
-    A subclass says what an adapter has of it. Names of parameters and of file keys are PEFT's.
+    A subclass defines what a version contains. Names of parameters and of file keys follow PEFT.
 
     Attributes:
-        field: The config field that asks for it.
+        field: The config field that requests the wrapper.
         owned: Names of the children that adapters own.
-        owns: What an adapter has, for messages.
-        held: Name of the child that has the module that was there before.
-        routed_by, routed_as: The model's group of layers, and this one's number in it.
-        sees_part: As of a `fastlora.layers.common.CommonLayer`.
+        owns: Name of an adapter's versions in messages.
+        held: Name of the child that holds the original module.
+        routed_by, routed_as: The routing group of the model, and this module's number in it.
+        sees_part: As in `fastlora.layers.common.CommonLayer`.
     """
 
     field: ClassVar[str]
@@ -42,25 +42,25 @@ class ModuleWrapper(Adapted, nn.Module):
         self.routed_by: Group | None = None
         self.routed_as, self.sees_part = 0, False
 
-    # ------------------------------------------------------------------ what subclasses provide
+    # ---------------------------------------------------------- methods that subclasses override
 
     def get_base_layer(self) -> nn.Module:
-        """Returns the module that was there before."""
+        """Return the original module."""
         raise UnsupportedLayerError(f"{type(self).__name__} has no base layer")
 
     @property
     def _versions(self) -> nn.ModuleDict | nn.ParameterDict:
-        """Adapter name to its version."""
+        """Maps an adapter name to the adapter's version."""
         raise UnsupportedLayerError(f"{type(self).__name__} has no adapters")
 
     def file_names(self, adapter_name: str) -> dict[str, str]:
-        """Returns the ends of an adapter's file keys, and of their names in ``state_dict()``."""
+        """Map the ends of an adapter's file keys to its names in ``state_dict()``."""
         raise UnsupportedLayerError(f"{type(self).__name__} has no adapters")
 
     # ------------------------------------------------------------------------ mixed batches
 
     def _checked(self, routing: Routing, x: torch.Tensor) -> AbstractContextManager[None]:
-        """Checks that x has all rows of a batch; returns what to compute them within."""
+        """Check that x has all rows of a batch, and return the context manager to compute in."""
         compiling = conditions_of(x, "eager").compiling
         routing.check_rows(self, x, compiling)
         if not compiling:
@@ -70,11 +70,11 @@ class ModuleWrapper(Adapted, nn.Module):
     # ----------------------------------------------------------------------------- adapters
 
     def release(self) -> nn.Module:
-        """Returns the module that takes this one's place when the adapters are taken out."""
+        """Return the module that replaces this one when the adapters are removed."""
         return self.get_base_layer()
 
     def current(self) -> nn.Module:
-        """Returns the module that answers for attributes that the wrapper lacks."""
+        """Return the module on which attributes that the wrapper lacks are looked up."""
         return self.get_base_layer()
 
     @property
@@ -83,17 +83,17 @@ class ModuleWrapper(Adapted, nn.Module):
         return list(self._versions)
 
     def adapter_parameters(self, adapter_name: str) -> Iterator[nn.Parameter]:
-        """Yields the parameters of an adapter's version; nothing where it has none."""
+        """Yield the parameters of an adapter's version; none if it has no version."""
         if adapter_name in self._versions:
             version = self._versions[adapter_name]
             yield from (version,) if isinstance(version, nn.Parameter) else version.parameters()
 
     def _drop(self, adapter_name: str) -> None:
-        """Removes an adapter's version."""
+        """Remove an adapter's version."""
         del self._versions[adapter_name]
 
     def __getattr__(self, name: str) -> Any:
-        """Finds what the wrapper lacks on the module that it stands for (``.weight``, ...)."""
+        """Look up an attribute that the wrapper lacks (``.weight``, ...) on the current module."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -102,7 +102,7 @@ class ModuleWrapper(Adapted, nn.Module):
         return getattr(self.current(), name)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Drops an adapter's version; raises `AdapterNotFoundError` where it has none."""
+        """Remove an adapter's version; raise `AdapterNotFoundError` if it has none."""
         self._check_known(adapter_name)
         self._drop(adapter_name)
         self._active_adapters = [n for n in self._active_adapters if n != adapter_name]
@@ -116,7 +116,7 @@ class ModuleWrapper(Adapted, nn.Module):
 
     @property
     def active_adapters(self) -> list[str]:
-        """Names set active that have a version here."""
+        """Names of the active adapters that have a version here."""
         return [name for name in self._active_adapters if name in self.adapter_names]
 
     @property
@@ -125,7 +125,7 @@ class ModuleWrapper(Adapted, nn.Module):
         return self.owned
 
     def acting(self) -> str | None:
-        """Returns the adapter whose version the next forward runs; None for the original."""
+        """Return the adapter with the version that the next forward runs; None for the original."""
         if self._disabled:
             return None
         known = self.adapter_names
@@ -135,12 +135,12 @@ class ModuleWrapper(Adapted, nn.Module):
 def own_slots(
     ids: torch.Tensor, names: tuple[str, ...], known: list[str], x_rows: int, device: torch.device
 ) -> torch.Tensor:
-    """Returns the place in ``known`` of each row's adapter, int64 ``[x_rows]``; -1 for none.
+    """Return the index in ``known`` of each row's adapter, int64 ``[x_rows]``; -1 for none.
 
-    ``ids [B]`` are slots of samples or tokens, ``names`` has the adapter of each slot.
+    ``ids [B]`` are the slots of samples or tokens, and ``names`` has the adapter of each slot.
 
     Raises:
-        ValueError: There is no whole number of rows for each id.
+        ValueError: The number of rows is not a multiple of the number of ids.
     """
     count = ids.numel()
     if not fits(x_rows, count):

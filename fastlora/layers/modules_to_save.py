@@ -1,4 +1,4 @@
-"""`ModulesToSaveWrapper`: a module trained whole, one copy for each adapter."""
+"""`ModulesToSaveWrapper`: a module that is trained in full, with one copy per adapter."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fastlora.validation import UnsupportedLayerError
 
 
 def check_copyable(module: nn.Module) -> None:
-    """Raises `UnsupportedLayerError` for a container without a forward."""
+    """Raise `UnsupportedLayerError` for a container without a forward."""
     if isinstance(module, (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)):
         raise UnsupportedLayerError(
             f"modules_to_save needs modules that can be called, got {type(module).__name__}"
@@ -25,7 +25,7 @@ def check_copyable(module: nn.Module) -> None:
 
 
 class ModulesToSaveWrapper(ModuleWrapper):
-    """Runs the active adapter's copy of a module, or the original where no adapter is active.
+    """Runs the active adapter's copy of a module, or the original if no adapter is active.
 
     Args:
         original_module: The module to copy.
@@ -47,11 +47,11 @@ class ModulesToSaveWrapper(ModuleWrapper):
         original_module.requires_grad_(False)
 
     def add_adapter(self, adapter_name: str, tied_to: nn.Module | None = None) -> None:
-        """Copies the original module for an adapter.
+        """Copy the original module for an adapter.
 
         Args:
-            adapter_name: Whose copy it is.
-            tied_to: A module whose weight the copy has too.
+            adapter_name: The adapter that gets the copy.
+            tied_to: A module that shares its weight with the copy.
         """
         weight: Any = getattr(self.original_module, "weight", None)
         memo = {} if tied_to is None else {id(weight): tied_to.weight}
@@ -60,32 +60,32 @@ class ModulesToSaveWrapper(ModuleWrapper):
 
     @property
     def _versions(self) -> nn.ModuleDict:
-        """Adapter name to its copy."""
+        """Maps an adapter name to its copy."""
         return self.modules_to_save
 
     def file_names(self, adapter_name: str) -> dict[str, str]:
-        """Returns the copy's own names, and those in ``state_dict()``."""
+        """Map the copy's own tensor names to their names in ``state_dict()``."""
         if adapter_name not in self.modules_to_save:
             return {}
         owned = self.modules_to_save[adapter_name].state_dict()
         return {key: f"modules_to_save.{adapter_name}.{key}" for key in owned}
 
     def get_base_layer(self) -> nn.Module:
-        """Returns the original module."""
+        """Return the original module."""
         return self.original_module
 
     def release(self) -> nn.Module:
-        """Returns the active adapter's copy, or the original; disabled adapters count too."""
+        """Return the active adapter's copy, even if adapters are disabled, or the original."""
         name = next(iter(self.active_adapters), None)
         return self.original_module if name is None else self.modules_to_save[name]
 
     def current(self) -> nn.Module:
-        """Returns the module that the next forward runs."""
+        """Return the module that the next forward runs."""
         name = self.acting()
         return self.original_module if name is None else self.modules_to_save[name]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Calls the current module; in a mixed batch, each sample's own copy."""
+        """Call the current module, or in a mixed batch each sample's own copy."""
         routing = routing_of(self)
         if routing is None or self._disabled:
             return self.current()(*args, **kwargs)
@@ -96,18 +96,19 @@ class ModulesToSaveWrapper(ModuleWrapper):
             return self._mixed(routing, x, *args, **kwargs)
 
     def _mixed(self, routing: Routing, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Runs the copy of each adapter on its own rows along x's first dimension.
+        """Run the copy of each adapter on its own rows along x's first dimension.
 
-        With ids per token, rows are those of ``x [..., K]`` flattened. A copy may return any
-        structure of tensors whose first dimension is that of its rows.
+        If ids are per token, the rows are those of ``x [..., K]`` flattened. A copy may return any
+        structure of tensors that have the copy's rows in their first dimension.
         """
         lead = x.shape[:1]
         if not fits(x.shape[0], routing.ids.numel()):
             lead, x = x.shape[:-1], x.reshape(-1, x.shape[-1])
         known, count = list(self.modules_to_save), x.shape[0]
         own = own_slots(routing.ids, routing.names, known, count, x.device)
-        # Every process that shares the batch calls the same modules in the same order, some on no
-        # rows: FSDP2 may have wrapped each of them, and each call then waits for the others.
+        # All processes that share the batch call the same modules in the same order, some on no
+        # rows. FSDP2 may have wrapped each module, and each call then waits for the other
+        # processes.
         together = routing.absent_gradients and torch.is_grad_enabled()
         indices, parts = [], []
         for slot, module in enumerate((self.original_module, *self.modules_to_save.values()), -1):
@@ -124,7 +125,7 @@ class ModulesToSaveWrapper(ModuleWrapper):
     def _together(
         self, indices: list[torch.Tensor], found: tuple[object, ...], lead: torch.Size
     ) -> object:
-        """Returns what copies made of their own rows as one tensor, ``[*lead, ...]``."""
+        """Combine the results of copies on their own rows into one tensor, ``[*lead, ...]``."""
         tensors = [value for value in found if isinstance(value, torch.Tensor)]
         if len(tensors) < len(found):
             return found[0]  # None, or a number

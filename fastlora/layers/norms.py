@@ -1,4 +1,4 @@
-"""The norms that DoRA divides by on one layer, and what is kept of them between forwards."""
+"""The norms that DoRA divides by on one layer, and their cache."""
 
 from __future__ import annotations
 
@@ -15,20 +15,21 @@ from fastlora.weight_marks import Kept, Stamp, marks, stamp_of
 if TYPE_CHECKING:
     from fastlora.layers.layer import AdaptedLayer
 
-# Tensors and their context: what a `Stamp` is made of.
+# Tensors and a context, from which a `Stamp` is made.
 _Watched = tuple[Sequence[torch.Tensor], tuple[Hashable, ...]]
 
 
 class NormCache(Kept):
-    """The norms that one layer keeps: ``||W||^2``, and without gradients each adapter's own.
+    """One layer's cached norms: ``||W||^2``, and without gradients the norms of each adapter.
 
-    Each is kept with a `Stamp` of what it was made from. In-place writes through ``.data`` change
-    no stamp: `LoraLayer.refresh` is for these. Nor do FSDP2's gatherings: in a process that uses it
-    nothing is kept. A copied layer starts with an empty cache.
+    Each entry is stored with a `Stamp` of the tensors that it was made from. A stamp does not
+    detect in-place writes through ``.data``; call `LoraLayer.refresh` after them. Nor does it
+    detect that FSDP2 has gathered parameters, so nothing is cached in a process that uses FSDP2. A
+    copied layer starts with an empty cache.
 
     Attributes:
         base: The stamp of the base weight.
-        kept: By adapter, its stamp and sums; under None, those of the base weight's squares.
+        kept: Maps an adapter to its stamp and sums, and None to those of the base weight's squares.
     """
 
     def __init__(self) -> None:
@@ -37,20 +38,20 @@ class NormCache(Kept):
 
 
 def magnitude_of(layer: AdaptedLayer, name: str) -> torch.Tensor:
-    """Returns an adapter's magnitude, ``[N]``."""
+    """Return an adapter's magnitude, ``[N]``."""
     magnitude: torch.Tensor = layer._modules["lora_magnitude_vector"]._modules[name].weight
     return magnitude
 
 
 def may_keep(device: torch.device) -> bool:
-    """Whether tensors made now may serve a later forward: not those of a graph being captured."""
+    """Return whether tensors made now may be cached: not during the capture of a CUDA graph."""
     return device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
 
 
 def base_stamp(layer: AdaptedLayer) -> Stamp | None:
-    """Returns the stamp of a layer's base weight; None where a stamp cannot detect changes.
+    """Return the stamp of a layer's base weight, or None if a stamp cannot detect changes.
 
-    The same object until the weight changes, or is said to (`forget_weights`).
+    The same object is returned until the weight changes or `forget_weights` clears it.
     """
     watched = _watched_base(layer)
     if watched is None:
@@ -63,7 +64,7 @@ def base_stamp(layer: AdaptedLayer) -> Stamp | None:
 
 
 def rows_of(layer: AdaptedLayer) -> torch.Tensor | InRows:
-    """Returns a layer's base weight ``[N, K]``: a matrix, or where it is quantised its rows."""
+    """Return a layer's base weight ``[N, K]``, as a matrix, or as `InRows` if it is quantized."""
     found = layer._own_quantised()
     if found is None:
         return layer._own_weight()
@@ -73,9 +74,9 @@ def rows_of(layer: AdaptedLayer) -> torch.Tensor | InRows:
 def base_squares(
     layer: AdaptedLayer, weight: torch.Tensor | InRows, compiling: bool = False
 ) -> torch.Tensor:
-    """Returns ``||W||^2``, ``[N]``, of a layer's weight: kept while that stays what it is.
+    """Return ``||W||^2``, ``[N]``, of a layer's base weight, cached until the weight changes.
 
-    ``compiling`` says that a graph is being compiled, which keeps nothing.
+    ``compiling`` says that a graph is being compiled. Nothing is cached then.
     """
     if compiling:
         return square_norms(weight, at_once=True)
@@ -83,7 +84,8 @@ def base_squares(
     if may_keep(weight.device):
         trains = not isinstance(weight, InRows) and weight.requires_grad
         if trains and torch.is_grad_enabled():
-            # It trains: written to soon, and not every optimizer moves versions.
+            # The weight trains: it will be written to soon, and not every optimizer changes its
+            # version.
             _cache(layer).kept.pop(None, None)
         else:
             base = base_stamp(layer)
@@ -98,9 +100,10 @@ def adapter_sums(
     scaling: torch.Tensor | float,
     compiling: bool = False,
 ) -> torch.Tensor:
-    """Returns `adapted_sums` of ``lora_a [R, K]`` and ``lora_b [N, R]`` on a layer, ``[N]``.
+    """Return `adapted_sums` of ``lora_a [R, K]`` and ``lora_b [N, R]`` on a layer, ``[N]``.
 
-    Over this process's part of the base weight ``[N, K]``. A tensor of a scaling has no dimensions.
+    The sums are over this process's part of the base weight ``[N, K]``. If the scaling is a tensor,
+    it has no dimensions.
     """
     weight = layer._own_weight() if compiling else rows_of(layer)
     squares = base_squares(layer, weight, compiling)
@@ -114,17 +117,17 @@ def adapter_squares(
     scaling: torch.Tensor | float,
     compiling: bool = False,
 ) -> torch.Tensor:
-    """Returns an adapter's norms on a layer, squared, ``[N]``; infinity for 0. Computed now."""
+    """Compute an adapter's squared norms on a layer, ``[N]``, with infinity for 0."""
     return layer._of_whole_rows([adapter_sums(layer, lora_a, lora_b, scaling, compiling)])[0]
 
 
 def kept_sums(
     layer: AdaptedLayer, name: str, scaling: torch.Tensor | float, compiling: bool
 ) -> torch.Tensor:
-    """Returns `adapter_sums` by name, ``[N]``; without gradients, kept until something changes.
+    """Return `adapter_sums` of a named adapter, ``[N]``; without gradients they are cached.
 
-    With gradients they are computed in every forward: an optimizer may be about to step, and not
-    all of them move versions.
+    With gradients they are computed in every forward pass, because an optimizer may be about to
+    step, and not all optimizers change the versions of tensors.
     """
     modules, watched = layer._modules, None
     lora_a = modules["lora_A"]._modules[name].weight
@@ -150,17 +153,17 @@ def _watched_base(layer: AdaptedLayer) -> _Watched | None:
 
 
 def _watched(tensors: Sequence[torch.Tensor], *context: Hashable) -> _Watched | None:
-    """Returns what a stamp of tensors is made of; None where a stamp cannot detect changes."""
-    if gathers_parameters():  # it may be one that was gathered anew, where the last one lay
+    """Return the arguments of a stamp of tensors, or None if a stamp cannot detect changes."""
+    if gathers_parameters():  # A newly gathered tensor may reuse the last one's memory.
         return None
     parts: list[torch.Tensor] = []
-    # Another parameter over the same memory has a version of its own.
+    # Another parameter over the same memory has its own version.
     context = (*context, *map(id, tensors))
     for tensor in tensors:
         part = tensor
         if is_sharded(tensor) and not tensor.is_inference():
             part = local(tensor)
-            # What writes into a DTensor moves its version, or that of the part.
+            # A write to a DTensor changes its version or that of its local part.
             context = (*context, tensor._version)
         if type(part) not in (nn.Parameter, torch.Tensor):
             return None
@@ -174,9 +177,9 @@ def _kept(
     watched: _Watched | None,
     make: Callable[[], torch.Tensor],
 ) -> torch.Tensor:
-    """Returns what a layer keeps under a name while its stamp holds, or makes it.
+    """Return the layer's cached value for a name if its stamp holds, or compute it.
 
-    None for ``watched`` keeps nothing.
+    If ``watched`` is None, nothing is cached.
     """
     if watched is None:
         return make()
@@ -186,7 +189,8 @@ def _kept(
         stamp = stamp_of(*watched)
         if stamp is None:
             return make()
-        with torch.inference_mode(False), torch.no_grad():  # for a backward one day
+        # A later backward pass may need the result.
+        with torch.inference_mode(False), torch.no_grad():
             known = kept[name] = stamp, make()
     return known[1]
 

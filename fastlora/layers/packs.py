@@ -1,6 +1,7 @@
-"""A mixed batch's layers from packed factors: which factors, and how to multiply.
+"""Packed factors of a layer in a mixed batch: finding them, and running the layer with them.
 
-From the second time on that a set of adapters comes, without gradients and without kernels.
+Packed factors are used without gradients and without kernels, from the second time that a set of
+adapters occurs.
 """
 
 from __future__ import annotations
@@ -24,14 +25,15 @@ if TYPE_CHECKING:
     from fastlora.layers.layer import AdaptedLayer
 
 
-# What is kept of a layer: its factors, how to multiply, and the rows that this is for.
+# The cached entry of a layer: its packed factors, the plan, and the rows that the plan is for.
 _Packed = tuple[LayerPack, packed_forward.Plan, Rows]
 
 
 def key_of(call: MixedCall, base: Base) -> tuple[object, ...] | None:
-    """Returns what a forward by packed factors is kept for; None where that has to be decided.
+    """Return the cache key of a forward pass with packed factors, or None if it cannot be cached.
 
-    It is the dtype, device and rows of x, the layer's implementation, and the mark of its factors.
+    The key has the dtype, device, and number of rows of x, the layer's implementation, and the
+    weights version of its factors.
     """
     layer, x, conditions = call.layer, call.x, call.conditions
     like, dtype = base.y if base.weight is None else base.weight, x.dtype
@@ -43,7 +45,7 @@ def key_of(call: MixedCall, base: Base) -> tuple[object, ...] | None:
         or layer.merged_adapters
         or conditions.invariant
         or conditions.autocast is not None
-        # What a captured graph reads is pinned where it is found.
+        # A lookup pins the tensors that a captured graph reads.
         or is_captured(x)
     ):
         return None
@@ -54,9 +56,9 @@ def key_of(call: MixedCall, base: Base) -> tuple[object, ...] | None:
 def run_kept(
     call: MixedCall, base: Base, pack: LayerPack, plan: packed_forward.Plan, rows: Rows
 ) -> torch.Tensor:
-    """Returns ``[..., N]`` by packed factors.
+    """Return the output ``[..., N]`` from packed factors.
 
-    Most of a decode step is spent here, where the host's own time counts.
+    A decode step spends most of its time here, so the host's own time matters.
     """
     x = call.x
     flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
@@ -68,9 +70,9 @@ def run_kept(
 
 
 def find(call: MixedCall, base: Base, rows: Rows) -> _Packed | None:
-    """Returns the layer's packed factors and how to multiply; None where they are not packed.
+    """Return the layer's packed factors, the plan, and the rows, or None if it is not packed.
 
-    Kept for the block.
+    The result is cached for the block.
     """
     layer, routing, x = call.layer, call.routing, call.x
     if not rows.segments:
@@ -79,7 +81,8 @@ def find(call: MixedCall, base: Base, rows: Rows) -> _Packed | None:
     sets = routing.set_of(routing.identities(rows))
     pack, due = sets.get(number, x.dtype, kind)
     if due:
-        if sets.watch is not None:  # first: another thread may replace a factor meanwhile
+        # Watch the factors before packing them: another thread may replace one meanwhile.
+        if sets.watch is not None:
             names = [routing.names[slot] for slot in rows.present]
             sets.watch.add(layer, layer.scaling, names)
         slots = _slots(layer, call, rows)
@@ -94,7 +97,7 @@ def find(call: MixedCall, base: Base, rows: Rows) -> _Packed | None:
     found, key = (pack, plan, rows), key_of(call, base)
     if key is not None:
         dtype, device, impl, _, m = key
-        # The mark with which they were packed: another thread may have ended it since.
+        # The weights version is that of the packing: another thread may have ended it since.
         routing.kept.layers["packs", number] = (dtype, device, impl, sets.mark, m), found
     if is_captured(x):
         routing.group.packs.pin(found)
@@ -102,10 +105,13 @@ def find(call: MixedCall, base: Base, rows: Rows) -> _Packed | None:
 
 
 def _slots(layer: AdaptedLayer, call: MixedCall, rows: Rows) -> Slots | None:
-    """Returns the adapters with rows; None where a dropout acts or factors are elsewhere."""
+    """Return the adapters that have rows, or None if their factors cannot be packed.
+
+    Active dropout, hooks, and factors on another device than x prevent packing.
+    """
     try:
         slots = slots_of(call.routing.source, layer, rows.present)
-    except UnsupportedLayerError:  # which the layer's own call raises
+    except UnsupportedLayerError:  # The layer's own call raises this error.
         return None
     for factors in slots:
         if factors is not None and (factors.dropout_p or factors.lora_a.device != call.x.device):

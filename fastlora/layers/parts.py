@@ -1,6 +1,6 @@
-"""One adapter's tensors on one layer: made, widened, and what files call them.
+"""One adapter's tensors on one layer: creation, conversion to fp32, and names in files.
 
-A factor is a module with a weight (`nn.Linear`, a convolution, DoRA's magnitude), or a parameter
+A factor is a module with a weight (an `nn.Linear`, a convolution, a DoRA magnitude), or a parameter
 where PEFT has one (embeddings).
 """
 
@@ -15,10 +15,10 @@ Factor = nn.Module | nn.Parameter
 
 
 class DoraMagnitude(nn.Module):
-    """One adapter's magnitude: ``weight [N]``, under the name that PEFT gives it.
+    """One adapter's DoRA magnitude: ``weight [N]``, under the name that PEFT gives it.
 
     Args:
-        magnitude: Its first value.
+        magnitude: Initial value.
     """
 
     def __init__(self, magnitude: torch.Tensor) -> None:
@@ -27,7 +27,7 @@ class DoraMagnitude(nn.Module):
 
 
 def frozen_like(factor: Factor, reference: torch.Tensor | None, training: bool) -> Factor:
-    """Returns a new factor frozen, with a tensor's device and dtype."""
+    """Return a new factor, frozen, with the device and dtype of ``reference``."""
     if isinstance(factor, nn.Module):
         if reference is not None:
             factor.to(device=reference.device, dtype=reference.dtype)
@@ -39,7 +39,7 @@ def frozen_like(factor: Factor, reference: torch.Tensor | None, training: bool) 
 
 
 def widened(factor: Factor) -> Factor:
-    """Returns a factor in fp32 where it has fewer bits; a module is changed in place."""
+    """Return a factor in fp32 if it has fewer than 32 bits, changing a module in place."""
     if isinstance(factor, nn.Parameter):
         if factor.itemsize >= torch.float32.itemsize:
             return factor
@@ -51,10 +51,10 @@ def widened(factor: Factor) -> Factor:
 
 
 def file_names(held: Mapping[str, Factor], adapter_name: str) -> dict[str, str]:
-    """Returns what a file calls an adapter's tensors, and their names in ``state_dict()``.
+    """Map the names of an adapter's tensors in files to their names in ``state_dict()``.
 
-    Both below the layer's own name: ``lora_A.weight``, and ``lora_A.default.weight``. ``held`` has
-    its factors and magnitude by the part that they belong to.
+    Both names are relative to the layer: ``lora_A.weight`` maps to ``lora_A.default.weight``.
+    ``held`` contains the adapter's factors and magnitude by part.
     """
     names: dict[str, str] = {}
     for part, factor in held.items():

@@ -1,7 +1,7 @@
-"""What a layer's launches take where kernels find a mixed batch's factors by address.
+"""The arguments of a layer's launches when kernels find a mixed batch's factors by address.
 
-A layer's row in the tables, and the layers of its shared-input group that have the rows beside it:
-one launch serves neighbours.
+They are the layer's row in the tables, and its neighbors: the layers of its shared-input group that
+have adjacent rows. One launch serves a layer and its neighbors.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ if TYPE_CHECKING:
 
 
 class Place(NamedTuple):
-    """What a layer's launches take in every forward of a block with the same rows.
+    """The arguments of a layer's launches in every forward pass of a block with the same rows.
 
     Attributes:
         of: The tables.
         rows: The rows.
-        invariant: Whether they are for the batch-invariant mode.
+        invariant: Whether the launches are for the batch-invariant mode.
         own: The rows as operators take them.
         tables: The tables as operators take them.
-        row: The layer's in the tables.
-        group: The layer's, if others of it are its neighbours in the tables; else None.
-        first: The row of the first of these.
-        members: They and the layer, in the tables' order.
+        row: The layer's row in the tables.
+        group: The layer's shared-input group if the layer has neighbors in the tables, or None.
+        first: The lowest row among the layer and its neighbors.
+        members: The layer and its neighbors, in the order of the tables.
     """
 
     of: Tables
@@ -54,10 +54,11 @@ class Place(NamedTuple):
 def place_of(
     call: MixedCall, tables: Tables, rows: Rows, invariant: bool = False, impl: str = "triton"
 ) -> Place | None:
-    """Returns a layer's `Place`; None where the tables do not know it.
+    """Return a layer's `Place`, or None if the tables have no row for the layer.
 
-    Kept for the block once the layer's group is known. A compiled graph must not see what one call
-    leaves for another, so each layer is on its own there.
+    The result is cached for the block once the layer's shared-input group is known. In a graph that
+    is being compiled each layer runs alone, because a compiled graph must not see results that one
+    call leaves for another.
     """
     layer, key = call.layer, None
     if not call.conditions.compiling:
@@ -92,14 +93,14 @@ def place_of(
 
 
 def output_at(call: MixedCall, base: Base, place: Place, impl: str = "triton") -> torch.Tensor:
-    """Returns y ``[M, N]`` of a base layer with every row's own adapter, computed alone.
+    """Return y ``[M, N]`` of a base layer with each row's own adapter, for this layer alone.
 
-    ``impl`` is other than kernels only for what the base layer made.
+    ``impl`` may differ from ``"triton"`` only if the base layer's output is given.
     """
     if base.weight is not None:
         return linear_at(call, base, place)[0]
     y, of = base.rows_to_write(), place.of
-    # For PyTorch, which reads no largest rank, it is a constant: guards compile nothing for it.
+    # PyTorch does not need the largest rank. A constant avoids recompilation by a guard on it.
     max_rank = of.max_rank if impl == "triton" else 0
     torch.ops.fastlora.lora_add_at_(
         *(y, _flat(call.x), place.own, place.tables, place.row, max_rank, of.dtype, impl)
@@ -114,10 +115,10 @@ def linear_at(
     s: torch.Tensor | None = None,
     shares: bool = False,
 ) -> list[torch.Tensor]:
-    """Returns y ``[M, N]`` over a base weight with every row's own adapter.
+    """Return y ``[M, N]`` from a base weight with each row's own adapter.
 
-    ``s`` is what a neighbour made. Whoever ``shares`` makes that of all neighbours, which is
-    returned behind y.
+    ``s`` is the result that a neighbor has computed. If ``shares`` is set, the call also computes s
+    for all neighbors and returns it after y.
     """
     of, plan = place.of, "invariant" if place.invariant else "auto"
     x = call.x if call.x.dim() == 2 else call.x.reshape(-1, call.x.shape[-1])
@@ -142,7 +143,7 @@ def linear_at(
 
 
 def outputs_at(x: torch.Tensor, bases: Sequence[Base], place: Place) -> list[torch.Tensor] | None:
-    """Returns y ``[M, N]`` of a layer and its neighbours; None where no launch takes them all."""
+    """Return y ``[M, N]`` of a layer and its neighbors, or None if one launch cannot serve them."""
     flat, biases = _flat(x), [base.bias for base in bases]
     weights = [base.weight for base in bases if base.weight is not None]
     if len(weights) < len(bases) or len({bias is None for bias in biases}) > 1:

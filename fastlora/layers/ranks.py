@@ -1,7 +1,7 @@
-"""An adapter's factors on one layer with another rank: the rows behind its own are zero.
+"""An adapter's factors on one layer, padded to a larger rank with zeros.
 
-Such a factor computes what it computed before. So adapters of different ranks can take each
-other's place in tensors of one shape, which a compiled graph keeps.
+Padded factors compute the same update. Adapters of different ranks can therefore replace each other
+in tensors of one shape, as a compiled graph requires.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from fastlora.layers.starting import Starter
 
 @torch.no_grad()
 def resized(layer: LoraLayer, adapter_name: str, rank: int) -> dict[str, parts.Factor]:
-    """Returns an adapter's factors by part with a rank that is not smaller; changes nothing."""
+    """Return an adapter's factors by part, padded to ``rank``; the layer is not changed."""
     held = layer._held_parts(adapter_name)
     lora_bias = layer._factors(adapter_name)[2] is not None
-    with torch.random.fork_rng(devices=[]):  # what is drawn is overwritten
+    with torch.random.fork_rng(devices=[]):  # The drawn values are overwritten below.
         made = layer._new_factors(rank, lora_bias, Starter(layer, False, 1.0, None, False))
     for part, factor in made.items():
         old = tensors_of(held[part])
@@ -37,7 +37,7 @@ def resized(layer: LoraLayer, adapter_name: str, rank: int) -> dict[str, parts.F
 def set_factors(
     layer: LoraLayer, adapter_name: str, factors: dict[str, parts.Factor], rank: int
 ) -> None:
-    """Puts factors of another rank in the place of an adapter's; its scaling stays what it is."""
+    """Replace an adapter's factors by factors of another rank, without changing its scaling."""
     for part, factor in factors.items():
         layer._modules[part][adapter_name] = factor
     layer.r[adapter_name] = rank
@@ -47,7 +47,7 @@ def set_factors(
 
 
 def set_scaling(layer: LoraLayer, adapter_name: str, scaling: float | torch.Tensor) -> None:
-    """Sets an adapter's scaling, and the alpha that gives it at the rank of its factors."""
+    """Set an adapter's scaling, and the lora_alpha that gives it at the adapter's rank."""
     own = layer.scaling[adapter_name]
     if isinstance(own, torch.Tensor):
         own.fill_(scaling)
@@ -59,23 +59,23 @@ def set_scaling(layer: LoraLayer, adapter_name: str, scaling: float | torch.Tens
 
 
 def tensors_of(factor: parts.Factor) -> dict[str, nn.Parameter]:
-    """Returns the tensors of a factor by name; that of a parameter is its ``weight``."""
+    """Return the tensors of a factor by name; a parameter has the name ``weight``."""
     if isinstance(factor, nn.Parameter):
         return {"weight": factor}
     return dict(factor.named_parameters())
 
 
 def blocks_of(layer: LoraLayer, part: str) -> int:
-    """Returns in how many blocks a factor has its rank rows: groups of a convolution, or one."""
+    """Return the number of blocks of rank rows in a factor: the groups of a convolution, or 1."""
     base: Any = layer.get_base_layer()
     return int(getattr(base, "groups", 1)) if part == "lora_A" else 1
 
 
 @torch.no_grad()
 def put_rows(target: torch.Tensor, source: torch.Tensor, blocks: int = 1) -> None:
-    """Writes a factor into one of the same or a larger rank, in place; zeros behind its rows.
+    """Copy a factor into a tensor of the same or a larger rank, and fill the rest with zeros.
 
-    The rank rows are in so many blocks along the first dimension.
+    The rank rows form ``blocks`` equal blocks along the first dimension.
     """
     if target.shape == source.shape:
         target.copy_(source)

@@ -1,7 +1,8 @@
 """A layer's scalings, which compiled graphs take as inputs.
 
-To whoever sets or reads one, a number by adapter name, as in PEFT. Beside each there is a tensor of
-that value, which a graph reads in its place: another value, or another adapter, compiles nothing.
+For users, each scaling is a number by adapter name, as in PEFT. A tensor with the same value is
+stored with each number, and compiled graphs read the tensor. Another value or another adapter
+therefore does not cause recompilation.
 """
 
 from __future__ import annotations
@@ -15,19 +16,19 @@ Scaling = float | torch.Tensor
 
 
 class Scalings(dict[str, Scaling]):
-    """Adapter name to a number, or to a tensor without dimensions (PEFT's compiled hot swap).
+    """Maps an adapter name to a number, or to a 0-dim tensor (PEFT's compiled hot swap).
 
     Attributes:
-        tensors: Adapter name to a tensor of that value, replaced when the value changes: backwards
-            may still need the old one. A value that is a tensor is here itself. Of a name that went
-            one may stay.
+        tensors: Maps an adapter name to a tensor with the same value. A new value creates a new
+            tensor, because a backward pass may still need the old one. If the value is a tensor,
+            the entry is that tensor. Entries of removed names may remain.
     """
 
     tensors: dict[str, torch.Tensor]
 
     def __new__(cls, *_: Any) -> Scalings:
         self = super().__new__(cls)
-        self.tensors = {}  # pickle fills in items before anything else
+        self.tensors = {}  # Set it here: pickle fills in items before it restores anything else.
         return self
 
     def __init__(self, items: Mapping[str, Scaling] | Iterable[tuple[str, Scaling]] = ()) -> None:
@@ -37,7 +38,7 @@ class Scalings(dict[str, Scaling]):
 
     def __copy__(self) -> Scalings:
         copied = Scalings()
-        copied.tensors.update(self.tensors)  # whose devices and dtypes are to stay
+        copied.tensors.update(self.tensors)  # Keep their devices and dtypes.
         copied.update(self)
         return copied
 
@@ -50,9 +51,10 @@ class Scalings(dict[str, Scaling]):
         self._make(name, device, dtype)
 
     def fit(self, name: str, factor: torch.Tensor) -> None:
-        """Puts the tensor of a number where an adapter's factors are; fp64 beside such, or fp32.
+        """Move an adapter's scaling tensor to the device of its factors.
 
-        Beside factors on the meta device it stays where it is, for it has contents.
+        The dtype is fp64 if the factors are fp64, and fp32 otherwise. If the factors are on the
+        meta device, the tensor is not moved, so that its value is not lost.
         """
         if factor.is_meta:
             return
@@ -63,12 +65,12 @@ class Scalings(dict[str, Scaling]):
     def _make(self, name: str, device: torch.device, dtype: torch.dtype) -> None:
         value = self[name]
         if not isinstance(value, torch.Tensor):
-            with torch.inference_mode(False):  # it will be saved for a backward one day
+            with torch.inference_mode(False):  # A backward may save it later.
                 value = torch.full((), value, dtype=dtype, device=device)
         self.tensors[name] = value
 
     def setdefault(self, name: str, value: Scaling | None = None) -> Scaling:
-        """As a dict's, but that there is no None."""
+        """Set a missing scaling as `dict.setdefault` does, but raise `TypeError` for None."""
         if name not in self:
             if value is None:
                 raise TypeError(f"scaling of {name!r} is None, expected a number")
@@ -76,7 +78,7 @@ class Scalings(dict[str, Scaling]):
         return self[name]
 
     def update(self, *items: Any, **named: Any) -> None:
-        """As a dict's."""
+        """Set several scalings, as `dict.update` does."""
         for name, value in dict(*items, **named).items():
             self[name] = value
 

@@ -1,9 +1,10 @@
-"""Layers that are fed by the same tensor, such as q/k/v and gate/up: one shared-input group.
+"""Shared-input groups: layers that receive the same tensor, such as q/k/v and gate/up.
 
-A group is found by watching, since names of modules say nothing here. A layer that receives the
-very tensor object that the layers before it received is in their group. The group holds what one
-of its layers computes for the others. A result belongs to the tensor that it was computed from and
-to the thread that computed it. `fastlora.layers.group_forward` computes results and takes them.
+Groups are identified by observation, because module names are not reliable. A layer that receives
+the very tensor object that the layers before it received belongs to their group. A group holds the
+results that one of its layers computes for the others. A result belongs to the tensor that it was
+computed from and to the thread that computed it. `fastlora.layers.group_forward` computes and takes
+results.
 """
 
 from __future__ import annotations
@@ -23,20 +24,22 @@ from fastlora.weight_marks import Kept
 if TYPE_CHECKING:
     from fastlora.routing.routing import Group
 
-# Of a thread, and of the tensor by its ``id``.
+# The place of a result: the thread, and the ``id`` of the tensor.
 _Place = tuple[int, int]
 
 
 class Made(NamedTuple):
-    """What was computed from one tensor for several layers.
+    """The results that were computed from one tensor for several layers.
 
     Attributes:
-        x: The tensor, at ``version``, which counts writes into x; 0 for an inference tensor, which
-            counts none.
+        x: The tensor.
+        version: The version of x, which counts writes to it; 0 for an inference tensor, which has
+            none.
         context: What all results depend on, compared by identity.
-        by: The layer that computed it.
-        own: By layer, what else its result depends on, and the result.
-        unfinished: Where the model notes that there are results; None outside of a model.
+        by: The layer that computed the results.
+        own: Maps a layer to a key, which covers the rest of what its result depends on, and its
+            result.
+        unfinished: The model's record of pending results; None outside a model.
     """
 
     x: weakref.ref[torch.Tensor]
@@ -47,25 +50,28 @@ class Made(NamedTuple):
     unfinished: dict[tuple[int, int, int], Results] | None
 
     def holds(self, x: torch.Tensor, context: tuple[object, ...]) -> bool:
-        """Whether it was computed from this very tensor, unchanged since, in this context."""
+        """Return whether the results are from this context and tensor, unwritten since."""
         version = 0 if x.is_inference() else x._version
-        same = self.x() is x and self.version == version and len(context) == len(self.context)
-        return same and all(map(is_, context, self.context))
+        known = self.context
+        if self.x() is not x or self.version != version or len(context) != len(known):
+            return False
+        return all(map(is_, context, known))
 
 
-# By thread, what a layer computed for others last.
+# By thread, the `Results` that it stored to last.
 _put_last: dict[int, weakref.ref[Results]] = {}
 
 
 class Results(Kept):
-    """What layers computed for others; each of these takes its own once.
+    """Results that layers computed for other layers; each layer takes its result once.
 
-    Threads do not see each other's. A result is kept until it is taken, its tensor is gone, or
-    `discard` is called: where the thread computes again, for these layers or others, and where its
-    forward of the model or its block ends. Layers are known by numbers.
+    Threads do not see each other's results. A result is stored until it is taken, its tensor is
+    freed, or `discard` is called. `discard` is called when the thread stores results for other
+    layers, when it computes again for these layers, and when its forward pass of the model or its
+    block ends. Layers are identified by numbers.
 
     Attributes:
-        made: By thread, and by ``id`` of the tensor.
+        made: Results by thread and by ``id`` of the tensor.
     """
 
     def __init__(self) -> None:
@@ -79,12 +85,13 @@ class Results(Kept):
         own: Mapping[int, tuple[object, object]],
         model: Group | None = None,
     ) -> None:
-        """Keeps a key and a result of each layer, which layer ``by`` computed from x."""
+        """Store a key and a result for each layer in ``own``, computed by layer ``by`` from x."""
         place, version = (get_ident(), id(x)), 0 if x.is_inference() else x._version
         last = _put_last.get(place[0])
         other = None if last is None else last()
         if other is not None and other is not self:
-            other.discard()  # x may be written meanwhile, and not every write is counted
+            # x may be written to meanwhile, and not every write is counted.
+            other.discard()
         _put_last[place[0]] = weakref.ref(self)
         before = self.made.get(place)
         if before is not None and before.holds(x, context):
@@ -97,26 +104,29 @@ class Results(Kept):
             unfinished[place[0], place[1], id(self)] = self
 
     def take(
-        self, x: torch.Tensor, layer: int, context: tuple[object, ...]
+        self, x: torch.Tensor, layer: int, context: tuple[object, ...], made: Made | None = None
     ) -> tuple[Any, Any] | None:
-        """Returns the key and the result that this thread computed for a layer, and forgets them.
+        """Remove and return the key and the result that this thread computed for a layer.
 
-        None if there is none from this very tensor, unchanged since, in the very same ``context``.
+        Returns None if there is no result from this very tensor, unwritten since, in the same
+        ``context``. ``made`` is this thread's entry for x, if the caller has looked it up.
         """
         place = get_ident(), id(x)
-        made = self.made.get(place)
+        if made is None:
+            made = self.made.get(place)
         if made is None:
             return None
         if not made.holds(x, context):
-            self._drop(place)  # they hold activations
+            self._drop(place)  # The results hold activations.
             return None
-        found = made.own.pop(layer, None)
-        if not made.own:
+        own = made.own
+        found = own.pop(layer, None)
+        if not own:
             self._drop(place)
         return found
 
     def discard(self) -> set[int]:
-        """Forgets what this thread computed and nobody took; returns for which layers."""
+        """Drop the results that this thread computed and no layer took; return these layers."""
         untaken: set[int] = set()
         if self.made:
             thread = get_ident()
@@ -126,7 +136,7 @@ class Results(Kept):
         return untaken
 
     def clear(self) -> None:
-        """Forgets what every thread computed."""
+        """Drop the results of every thread."""
         for place in [*self.made]:
             self._drop(place)
 
@@ -138,18 +148,19 @@ class Results(Kept):
 
 
 class SharedInputGroup(Results):
-    """Layers that were fed by the same tensor, in the order of their calls, and their results.
+    """Layers that received the same tensor, in the order of their calls, and their results.
 
-    A copied or unpickled layer has one without members: it has yet to be seen.
+    A copied or unpickled layer has a group without members until a forward pass identifies its
+    group.
 
     Attributes:
-        members: The layers; results are theirs by ``id``.
-        unwritten: Whether nobody was seen to write into the tensor between their calls. Writes into
-            an inference tensor are not counted: what was seen once is then relied on.
-        why_alone: Why the last training forward of a layer (by its ``id``) shared nothing; empty
-            where it did.
-        launches: By a layer's ``id``, what its call computes; kept for its next call.
-        idle: The ``id`` of layers that were not called when something was computed for them.
+        members: The layers. Results are stored by their ``id``.
+        unwritten: Whether no write to the tensor was observed between their calls. PyTorch does not
+            count writes to an inference tensor, so the first observation is relied on.
+        why_alone: Maps the ``id`` of a layer to the reason why its last training forward shared
+            nothing, or to an empty string if it shared.
+        launches: Maps the ``id`` of a layer to the launch of its call, cached for its next call.
+        idle: The ``id`` of each layer that was not called after a result was computed for it.
     """
 
     def __init__(
@@ -163,7 +174,10 @@ class SharedInputGroup(Results):
         self.idle: set[int] = set()
 
     def discard(self) -> set[int]:
-        """As `Results.discard`; nothing more is computed for these layers until they are called."""
+        """Drop results as `Results.discard` does, and mark their layers as idle.
+
+        Nothing is computed for an idle layer until it is called again.
+        """
         untaken = super().discard()
         if untaken:
             self.launches.clear()
@@ -171,7 +185,7 @@ class SharedInputGroup(Results):
         return untaken
 
     def clear(self) -> None:
-        """Forgets what every thread computed, and what was found for later calls."""
+        """Drop the results of every thread, and the launches that are cached for later calls."""
         super().clear()
         self.launches.clear()
         self.idle.clear()
@@ -185,27 +199,28 @@ class _Sequence:
         self.x = weakref.ref(x)
         self.members = [weakref.ref(layer)]
         self.unwritten = True
-        # What the tensor was: how often written into, or where nobody counts that, its elements.
+        # The tensor's version, or a copy of the tensor if PyTorch does not count writes to it.
         self._state = x.clone() if x.is_inference() else x._version
 
     def takes(self, layer: nn.Module, x: torch.Tensor) -> bool:
-        """Whether a layer that this thread calls with x is the next one."""
+        """Return whether this thread's call of a layer with x continues the sequence."""
         if self.thread != get_ident() or self.x() is not x:
             return False
         return all(member() is not layer for member in self.members)
 
     def add(self, layer: nn.Module, x: torch.Tensor) -> None:
-        """Notes the next layer."""
+        """Add the next layer."""
         self.members.append(weakref.ref(layer))
         if isinstance(self._state, int):
             self.unwritten &= x._version == self._state
         elif self.unwritten:
             captured = x.is_cuda and torch.cuda.is_current_stream_capturing()
-            same = not captured and torch.equal(_bits(x), _bits(self._state))  # waits, once a layer
+            # torch.equal waits for the device, once per layer.
+            same = not captured and torch.equal(_bits(x), _bits(self._state))
             self.unwritten = same
 
     def end(self) -> None:
-        """Makes the layers a group, but those that another thread has seen beside others."""
+        """Make the layers a group, except those that another thread has put in a group."""
         group = SharedInputGroup(tuple(self.members), self.unwritten)
         for reference in self.members:
             member: Any = reference()
@@ -214,16 +229,16 @@ class _Sequence:
 
 
 def _bits(x: torch.Tensor) -> torch.Tensor:
-    return x.contiguous().view(torch.uint8)  # a NaN is like itself
+    return x.contiguous().view(torch.uint8)  # A NaN has the same bits as itself.
 
 
-# Sequences that may go on: at most one of each thread.
+# Sequences that may continue: at most one per thread.
 _watched: list[_Sequence] = []
 _watching = threading.Lock()
 
 
 def known_group(layer: nn.Module) -> SharedInputGroup | None:
-    """Returns the group of a layer, None while it is not known."""
+    """Return the group of a layer, or None if it is not known yet."""
     known: SharedInputGroup | None = layer.__dict__.get("_shared_input")
     if known is not None:
         for member in known.members:
@@ -233,9 +248,9 @@ def known_group(layer: nn.Module) -> SharedInputGroup | None:
 
 
 def group_of(layer: nn.Module, x: torch.Tensor) -> SharedInputGroup | None:
-    """`known_group` of a layer that is called with x, which makes it known sooner or later."""
+    """Return the group of a layer that is called with x, or None while it is being identified."""
     known: SharedInputGroup | None = layer.__dict__.get("_shared_input")
-    if known is not None:  # as `known_group`, in no call of ours
+    if known is not None:  # This is `known_group` without a Python call.
         for reference in known.members:
             if reference() is layer:
                 return known
@@ -244,7 +259,8 @@ def group_of(layer: nn.Module, x: torch.Tensor) -> SharedInputGroup | None:
             if sequence.takes(layer, x):
                 sequence.add(layer, x)
                 return None
-            # A thread that calls another layer, or with another tensor, is through with its last.
+            # A thread that calls another layer, or uses another tensor, has ended its last
+            # sequence.
             if sequence.thread == get_ident() or sequence.x() is None:
                 _watched.remove(sequence)
                 sequence.end()
@@ -255,7 +271,7 @@ def group_of(layer: nn.Module, x: torch.Tensor) -> SharedInputGroup | None:
 
 
 def forget_group(layer: object) -> None:
-    """Forgets what a layer's group holds for later calls."""
+    """Clear what a layer's group caches for later calls."""
     group = getattr(layer, "__dict__", {}).get("_shared_input")
     if group is not None:
         group.clear()

@@ -1,4 +1,4 @@
-"""How a new adapter's factors get their first values: what an initialisation sees of a layer."""
+"""Initial values of a new adapter's factors, and what an initialization reads of a layer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastlora.validation import AdapterStateError, InitialisationError, Unsuppor
 
 
 class StartedLayer(Protocol):
-    """What an adapter's start asks of its `fastlora.layers.base.LoraLayer`."""
+    """The interface that an adapter's initialization requires of a `LoraLayer`."""
 
     merged_adapters: Any
     is_split: bool
@@ -29,24 +29,24 @@ class StartedLayer(Protocol):
 
 
 class Starter:
-    """Puts the first values into one adapter's fresh factors on one layer.
+    """Initializes one adapter's new factors on one layer.
 
     Args:
-        layer: The layer. Nothing of it changes.
+        layer: The layer, which is not changed.
         name: The value of ``init_lora_weights``.
-        scaling: The adapter's.
-        config: The method's own settings.
+        scaling: The adapter's scaling.
+        config: The settings of the initialization method.
         from_file: See `LoraLayer.add_adapter`.
 
     Attributes:
         base: The layer's base layer.
-        asked: What the name means.
-        init: What runs.
-        weight: The base weight ``[N, K]`` to go on with, once `fill` has run; None for the old one.
+        asked: The initialization that the name stands for.
+        init: The initialization that runs.
+        weight: The new base weight ``[N, K]`` once `fill` has run, or None if it is unchanged.
 
     Raises:
-        ConfigError: There is no such initialisation.
-        InitialisationError: The layer lacks the data that it needs.
+        ConfigError: There is no initialization of this name.
+        InitialisationError: The layer lacks the data that the initialization needs.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Starter:
         self.weight: torch.Tensor | None = None
         self.base = base = layer.get_base_layer()
         base_weight = base._parameters.get("weight")
-        is_meta = base_weight is not None and base_weight.is_meta  # there is nothing to read
+        is_meta = base_weight is not None and base_weight.is_meta  # There are no values to read.
         if is_meta or (from_file and not self.init.changes_base):
             self.name, self.init = True, find_init(True)
         found = find_data(layer, self.init) if self.init.data else None
@@ -86,15 +86,17 @@ class Starter:
 
     @torch.no_grad()
     def fill(self, lora_a: nn.Module, lora_b: nn.Module) -> None:
-        """Fills the weights of modules; a bias of the second one becomes zero, but for False.
+        """Fill the weights of new factor modules.
+
+        A bias of lora_b becomes zero, except with ``init_lora_weights=False``.
 
         Args:
             lora_a: A linear ``[R, K]``, or a convolution.
             lora_b: A linear ``[N, R]``, or a convolution.
 
         Raises:
-            InitialisationError: The initialisation cannot start from the layer's weight.
-            UnsupportedLayerError: The layer's kind has no such initialisation.
+            InitialisationError: The initialization cannot start from the layer's weight.
+            UnsupportedLayerError: The layer kind does not support this initialization.
         """
         down: Any = lora_a
         up: Any = lora_b
@@ -108,7 +110,10 @@ class Starter:
     def values(
         self, lora_a: torch.Tensor, lora_b: torch.Tensor, linear: bool = True
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns the first values of ``lora_a [R, K]`` and ``lora_b [N, R]``, freshly drawn."""
+        """Return the initial values of ``lora_a [R, K]`` and ``lora_b [N, R]``.
+
+        Both arguments hold freshly drawn values.
+        """
         if not linear and not self.init.any_kind:
             raise UnsupportedLayerError(
                 f"init_lora_weights={self.name!r} is for linear layers, as in PEFT; expected True, "
@@ -155,7 +160,7 @@ class Starter:
 
 
 def find_data(layer: StartedLayer, init: Init) -> tuple[nn.Module, object] | None:
-    """Returns what the calibration of an init has left for a layer, and on which module."""
+    """Return the result that a calibration has left for a layer, and the module that holds it."""
     for module in layer._calibrated():
         if init.data in module.__dict__:
             return module, module.__dict__[init.data]
@@ -163,7 +168,7 @@ def find_data(layer: StartedLayer, init: Init) -> tuple[nn.Module, object] | Non
 
 
 def drop_data(layer: StartedLayer, init: Init) -> None:
-    """Forgets what a calibration has left, once an adapter has started from it."""
+    """Delete the result of a calibration, once an adapter has been initialized from it."""
     found = find_data(layer, init)
     if found is not None:
         delattr(found[0], init.data)

@@ -1,6 +1,7 @@
-"""How a base layer stores the weight that adapters are merged into, and the plain way to do so.
+"""How a base layer stores the weight that adapters are merged into, with the plain storage.
 
-Quantised ways are in `fastlora.layers.quantised`; `fastlora.layers.bases` finds that of a module.
+`fastlora.layers.quantised` has the quantized storages. `fastlora.layers.bases` finds a module's
+storage.
 """
 
 from __future__ import annotations
@@ -19,53 +20,53 @@ _ROWS = 64
 
 
 class Stored(Protocol):
-    """A base layer's weight, ``[N, K]``.
+    """The storage of a base layer's weight, ``[N, K]``.
 
     Attributes:
-        in_place: Whether what is written into `dense` is in the weight at once.
-        backend: What PEFT calls a kind of quantisation in a layer's status; None for none.
+        in_place: Whether a write to the result of `dense` changes the weight itself.
+        backend: PEFT's name for the quantization in a layer's status, or None.
     """
 
     in_place: bool
     backend: str | None
 
     def dense(self) -> torch.Tensor:
-        """Returns the weight as a matrix: a view of it, or a tensor that was just made."""
+        """Return the weight as a matrix, either a view of it or a new tensor."""
 
     def wide(self) -> torch.Tensor:
-        """Returns what to merge into: the weight itself, or a matrix made in fp32."""
+        """Return the matrix to merge into: the weight itself, or a new fp32 matrix."""
 
     def square_distance(self, matrix: torch.Tensor) -> float:
-        """Returns the square of the Frobenius norm of what the weight and a matrix differ by."""
+        """Return the squared Frobenius norm of the difference between the weight and a matrix."""
 
     def check_writable(self) -> None:
-        """Raises `UnsupportedLayerError` where `write` would."""
+        """Raise `UnsupportedLayerError` if `write` would."""
 
     def write(self, dense: torch.Tensor) -> None:
-        """Puts ``dense [N, K]`` in the weight's place, quantised as the weight was."""
+        """Replace the weight by ``dense [N, K]``, quantized as the weight was."""
 
     def keep(self) -> object:
-        """Returns a copy of all that `write` changes."""
+        """Return a copy of everything that `write` changes."""
 
     def restore(self, kept: object) -> None:
-        """Puts back what `keep` returned, bit for bit, on the weight's device."""
+        """Restore the result of `keep`, bit for bit, on the weight's device."""
 
     def moved(self, kept: object, fn: Callable[[torch.Tensor], torch.Tensor]) -> object:
-        """Returns what `keep` returned, once the module has applied ``fn`` to its tensors."""
+        """Return the result of `keep`, adapted after the module applied ``fn`` to its tensors."""
 
     def dense_of(self, kept: object) -> torch.Tensor:
-        """Returns the matrix that `keep` was called on."""
+        """Return the matrix that the result of `keep` stands for."""
 
     def fingerprint(self) -> Fingerprint:
-        """Returns what differs once somebody else has written to the weight."""
+        """Return tensors that change when other code writes to the weight."""
 
 
 class Plain:
     """A floating-point weight that merging writes into.
 
     Args:
-        weight: In any shape.
-        matrix: A view of it, ``[N, K]``; None where it has that shape.
+        weight: The weight, in any shape.
+        matrix: Returns a view of the weight as ``[N, K]``; None if it has that shape.
     """
 
     in_place = True
@@ -86,10 +87,10 @@ class Plain:
         return float((self.dense() - matrix).square().sum(dtype=torch.float64))
 
     def check_writable(self) -> None:
-        """Never raises."""
+        """Do nothing: a plain weight is always writable."""
 
     def write(self, dense: torch.Tensor) -> None:
-        """Nothing is left to do: ``dense`` is the weight."""
+        """Do nothing: ``dense`` is the weight itself."""
 
     def keep(self) -> object:
         return self.weight.detach().clone()
@@ -113,9 +114,10 @@ class Plain:
 
 
 def sums_of_bits(tensor: torch.Tensor | None) -> Fingerprint:
-    """Returns the sums of a tensor's rows and columns as integers, which a write changes.
+    """Return the sums of a tensor's bits over rows and columns as integers.
 
-    Whoever writes, and whatever counts it: optimizers, compiled code, ``.data``, a loaded state.
+    Any write changes them, whether or not it changes the tensor's version: by an optimizer, by
+    compiled code, through ``.data``, or by loading a state.
     """
     if tensor is None:
         return ()
@@ -126,7 +128,7 @@ def sums_of_bits(tensor: torch.Tensor | None) -> Fingerprint:
             if bits.dim() == 0
             else (bits.to(torch.int64, copy=True),)
         )
-    # Some rows at a time: a sum in 64 bits copies all of what it sums.
+    # Process some rows at a time, because a 64-bit sum copies its whole input.
     by_row, by_column = [], bits.new_zeros(bits.shape[1:], dtype=torch.int64)
     for rows in bits.split(_ROWS):
         by_column += rows.sum(0, dtype=torch.int64)
@@ -135,5 +137,5 @@ def sums_of_bits(tensor: torch.Tensor | None) -> Fingerprint:
 
 
 def equal(some: Fingerprint, others: Fingerprint) -> bool:
-    """Whether two fingerprints are the same."""
+    """Return whether two fingerprints are equal."""
     return len(some) == len(others) and all(map(torch.equal, some, others))

@@ -1,4 +1,4 @@
-"""Where the factors of a mixed batch lie, as Triton kernels find them: by address."""
+"""Address tables: where Triton kernels find the factors of a mixed batch."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ if TYPE_CHECKING:
 
 
 def row_of(layer: AdaptedLayer, number: int, tables: Tables) -> int | None:
-    """Returns the row of a layer, of this number, or None where tables were made before it was.
+    """Return a layer's row in the tables, or None if the layer is newer than the tables.
 
-    Layers of a pool know their rows.
+    ``number`` is the layer's number in its model. In a pool's tables the row is the layer's
+    ``table_row``.
     """
     if tables.rows is not None:
         return tables.rows.get(number)
@@ -28,10 +29,10 @@ def row_of(layer: AdaptedLayer, number: int, tables: Tables) -> int | None:
 
 
 def tables_of(routing: Routing, x: torch.Tensor) -> Tables | None:
-    """Returns where a batch's factors lie, for x; None where a factor is not a bare tensor."""
+    """Return the address tables of a batch for x, or None if a factor is not a plain tensor."""
     if routing.source.tables is not None:
         return routing.source.tables
-    # Of so many layers: a later block finds those that the model has got since.
+    # The key has the number of layers: a later block also finds layers that were added since.
     sets = routing.set_of(("tables", len(routing.layers), *routing.names))
     if sets.tables is None:
         sets.tables = _model_tables(routing, sets.watch)
@@ -43,9 +44,11 @@ def tables_of(routing: Routing, x: torch.Tensor) -> Tables | None:
 
 
 def _model_tables(routing: Routing, watch: Watch | None) -> Tables | Literal[False]:
-    """Returns the tables of all adapters of a routing on all layers of its model; False for none.
+    """Return the tables of all adapters of a routing on all layers of its model, or False.
 
-    lora_a is read where it lies; lora_b, which kernels read as rank rows, is copied once.
+    The result is False if a factor is not a plain tensor, or if factors are on several devices.
+    lora_a is read in place if its dtype and layout allow it. lora_b is copied once, because kernels
+    read it as rank rows.
     """
     found = _factors_of(routing, watch)
     blocks = [] if found is None else [(f.lora_a, f.lora_b, f.lora_bias) for _, _, f in found]
@@ -56,7 +59,7 @@ def _model_tables(routing: Routing, watch: Watch | None) -> Tables | Literal[Fal
     addresses = torch.zeros(3, *shape, dtype=torch.int64)
     rank, scaling = torch.zeros(shape, dtype=torch.int32), torch.zeros(shape)
     kept: list[torch.Tensor] = []
-    # The widest holds each adapter's factors exactly, whoever else is in the batch.
+    # The widest dtype represents every adapter's factors exactly, whatever else is in the batch.
     dtypes = [tensor.dtype for tensor in tensors]
     dtype = functools.reduce(torch.promote_types, dtypes, dtypes[0] if dtypes else torch.float32)
     for row, column, factors in found:
@@ -75,9 +78,9 @@ def _model_tables(routing: Routing, watch: Watch | None) -> Tables | Literal[Fal
 
 
 def _factors_of(routing: Routing, watch: Watch | None) -> list[tuple[int, int, Factors]] | None:
-    """Returns row, column and factors of every adapter on every layer.
+    """Return the row, column, and factors of every adapter on every layer.
 
-    None where a factor is not a bare tensor.
+    Returns None if a factor is not a plain tensor.
     """
     found = []
     for row, layer in enumerate(routing.layers):
@@ -96,6 +99,6 @@ def _factors_of(routing: Routing, watch: Watch | None) -> list[tuple[int, int, F
 
 
 def _block(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Returns a tensor as kernels read it: contiguous, in ``dtype``, at a multiple of 16 bytes."""
+    """Return a tensor as kernels read it: contiguous, in ``dtype``, and aligned to 16 bytes."""
     block = tensor.detach().to(dtype).contiguous()
     return block.clone() if block.data_ptr() % 16 else block

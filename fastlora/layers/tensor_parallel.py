@@ -1,27 +1,29 @@
-"""`TensorParallelLora`: adapters on a linear whose weight is split over a tensor-parallel mesh.
+"""`TensorParallelLora`: adapters on a linear that is split over a tensor-parallel mesh.
 
-Shapes on one of T processes, where ``parallelize_module`` split the base layer:
+Shapes on one of T processes, after ``parallelize_module`` has split the base layer:
 
-- column-wise: ``x [..., K]`` whole, ``weight [N/T, K]``, ``lora_A [R, K]`` whole,
+- column-wise: ``x [..., K]`` unsharded, ``weight [N/T, K]``, ``lora_A [R, K]`` unsharded,
   ``lora_B [N/T, R]``, ``y [..., N/T]``;
-- row-wise: ``x [..., K/T]``, ``weight [N, K/T]``, ``lora_A [R, K/T]``, ``lora_B [N, R]`` whole,
-  ``y [..., N]``, to be summed over the processes.
+- row-wise: ``x [..., K/T]``, ``weight [N, K/T]``, ``lora_A [R, K/T]``, ``lora_B [N, R]``
+  unsharded, ``y [..., N]``, to be summed over the processes.
 
-In both, this process's share of the update is ``scaling * x @ lora_A.T @ lora_B.T`` on what it has,
-added to its share of y. A product is linear, so partial sums of s ride along in those of y: the
-forward sends nothing that the base layer does not. In the backward dx joins the base layer's
-reduction, and only the whole factor's gradient is summed over the processes.
+In both cases, this process's share of the update is ``scaling * x @ lora_A.T @ lora_B.T`` on its
+shards. It is added to this process's share of y. Products are linear, so the partial sums of s are
+summed together with those of y: the forward pass communicates nothing beyond what the base layer
+does. In the backward pass, dx joins the base layer's reduction, and only the gradient of the
+unsharded factor is summed over the processes.
 
 DoRA scales each output by ``g = magnitude / ||weight + scaling * lora_b @ lora_a||``, N numbers:
 
-- column-wise the weight has whole rows, so ``magnitude [N/T]`` is split along with them, and
-  nothing is sent;
-- row-wise it has a part of each row. ``magnitude [N]`` is whole, and the squared norms ``[N]`` are
-  summed over the processes in every forward. Outputs are summed behind it, and g times a sum is the
-  sum of g times each summand: each process scales its own.
+- column-wise, each process has whole rows of the weight. ``magnitude [N/T]`` is split in the same
+  way, and nothing is communicated;
+- row-wise, each process has a part of each row. ``magnitude [N]`` is unsharded, and the squared
+  norms ``[N]`` are summed over the processes in every forward pass. Outputs are summed after the
+  scale: g times a sum is the sum of g times each summand, so each process scales its own.
 
-What is kept of norms between forwards is each process's own part: whether a forward sends does not
-depend on it, and so no process waits for one that found its part where another did not.
+Only each process's own part of the norms is cached between forward passes. Whether a forward pass
+communicates therefore does not depend on the cache, so no process that misses its cache waits for
+one that hits.
 """
 
 from __future__ import annotations
@@ -51,31 +53,34 @@ from fastlora.routing.in_force import routing_of
 from fastlora.sharding import local, own, whole
 from fastlora.validation import AdapterStateError, ImplementationError, UnsupportedLayerError
 
-# Apart from each other after a multiplication by any rank: the golden ratio in 62 bits.
+# The golden ratio in 62 bits: its products with different ranks are far apart.
 _SEED_STEP = 0x278DDE6E5FD29F05
 
 
 class TensorParallelLora(FastLoraWrapper):
-    """``y = base_layer(x) + scaling * dropout(x) @ lora_A.T @ lora_B.T`` over several processes.
+    """LoRA adapters on a linear that is split over several processes.
 
-    The factors are DTensors over the base layer's mesh: column-wise lora_B is split along N and
-    lora_A whole, row-wise lora_A is split along K and lora_B whole. The update is added between the
-    base layer's product and the collectives behind it.
+    Computes ``y = base_layer(x) + scaling * dropout(x) @ lora_A.T @ lora_B.T``.
 
-    With dropout, column-wise processes draw one mask (a broadcast of one number for each forward);
-    row-wise each draws its own for its columns, so that masks differ from those of one process.
+    The factors are DTensors over the base layer's mesh. Column-wise, lora_B is split along N and
+    lora_A is replicated. Row-wise, lora_A is split along K and lora_B is replicated. The update is
+    added between the base layer's product and the collectives after it.
 
-    Every process must call `add_adapter`; the first one's values count. It raises
-    `AdapterStateError` where FSDP2 shards the layer too.
+    With dropout, column-wise processes use one mask, for which each forward pass broadcasts one
+    number. Row-wise, each process draws a mask for its own columns, so the masks differ from those
+    of a single process.
+
+    Every process must call `add_adapter`; the first process's values are used. It raises
+    `AdapterStateError` if FSDP2 shards the layer too.
 
     Args:
         base_layer: An `nn.Linear` that ``parallelize_module`` has split.
 
     Raises:
-        UnsupportedLayerError: It is split in a way that adapters cannot follow, or not at all.
+        UnsupportedLayerError: The base layer is not split, or is split in an unsupported way.
     """
 
-    base_layer: Any  # an nn.Linear whose parameters are DTensors
+    base_layer: Any  # an nn.Linear with DTensors as parameters
     is_split = True
 
     def __init__(self, base_layer: nn.Module) -> None:
@@ -89,10 +94,10 @@ class TensorParallelLora(FastLoraWrapper):
     # ----------------------------------------------------------------------------- adapters
 
     def take_adapters(self, layer: LoraLayer) -> None:
-        """Moves another layer's adapters here, with all that they have.
+        """Move another layer's adapters to this layer, with all their settings.
 
         Args:
-            layer: A LoRA layer over the same base weight, of no use afterwards.
+            layer: A LoRA layer over the same base weight. It must not be used afterwards.
         """
         for name in ("r", "lora_alpha", "scaling", "use_rslora"):
             setattr(self, name, copy.copy(getattr(layer, name)))
@@ -104,13 +109,13 @@ class TensorParallelLora(FastLoraWrapper):
             self._place(name)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """See `LoraLayer.delete_adapter`."""
+        """Remove an adapter; see `LoraLayer.delete_adapter`."""
         super().delete_adapter(adapter_name)
         if not len(self.lora_A):
             self.release()
 
     def release(self) -> nn.Module:
-        """Returns the base layer as it was before the first adapter came."""
+        """Return the base layer as it was before the first adapter was added."""
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
@@ -129,15 +134,15 @@ class TensorParallelLora(FastLoraWrapper):
             parts.append((self.lora_magnitude_vector[name], by_output))
         for holder, placement in parts:
             for key, parameter in list(holder.named_parameters(recurse=False)):
-                # Sent from the first process, so that all start alike whatever their generators.
+                # All processes get the first one's values, because their generators may differ.
                 split = distribute_tensor(parameter.detach(), mesh, [placement])
                 holder.register_parameter(key, nn.Parameter(split, parameter.requires_grad))
         if self._handle is None:
-            # Before the hook that parallelize_module registered: it sees this process's share.
+            # Prepend the hook to that of parallelize_module, so that it sees this process's share.
             self._handle = self.base_layer.register_forward_hook(self._add_update, prepend=True)
 
     def reset_magnitude(self, adapter_name: str) -> None:
-        """See `LoraLayer.reset_magnitude`; every process must call it."""
+        """Reset a magnitude as `LoraLayer.reset_magnitude` does; every process must call it."""
         from torch.distributed.tensor import DTensor
 
         super().reset_magnitude(adapter_name)
@@ -150,7 +155,7 @@ class TensorParallelLora(FastLoraWrapper):
         holder.weight = nn.Parameter(magnitude, requires_grad=False)
 
     def _output_placement(self) -> Any:
-        """How what has one number for each output is spread over the processes."""
+        """Return the placement of tensors with one number for each output."""
         from torch.distributed.tensor import Replicate, Shard
 
         return Shard(0) if self.style == COLUMN_WISE else Replicate()
@@ -167,18 +172,19 @@ class TensorParallelLora(FastLoraWrapper):
     # ------------------------------------------------------------------------------ forward
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Maps x to y as the base layer does, in the layouts that its parallel style has."""
+        """Map x to y as the base layer does, in the layouts of its parallel style."""
         conditions_of(x, "eager").refuse(self, NOT_OUR_GEMM)
         if not torch.is_inference_mode_enabled():
             return self.base_layer(x, *args, **kwargs)
-        # There a DTensor's sums are sent before the hook sees a share of them.
+        # In inference mode a DTensor's sums would be sent before the hook sees this process's
+        # share.
         with torch.inference_mode(False), torch.no_grad():
             return self.base_layer(x, *args, **kwargs)
 
     def _add_update(
         self, _: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor
     ) -> torch.Tensor | None:
-        """Adds this process's share of the update to its share of y, between the collectives."""
+        """Add this process's share of the update to its share of y, before the collectives on y."""
         from torch.distributed.tensor import DTensor, Partial
 
         if self.impl == "triton" and not self._disabled and routing_of(self) is not None:
@@ -192,7 +198,7 @@ class TensorParallelLora(FastLoraWrapper):
         x: Any = call.x
         y: Any = output
         self._check_layouts(x, y)
-        # Each process has the whole x and a part of its gradient, or a part of both.
+        # Each process has all of x and a part of its gradient, or a part of both.
         partial = (Partial(),) if self.style == COLUMN_WISE else x.placements
         own_x, own_y = x.to_local(grad_placements=partial), y.to_local()
         call = call._replace(given=own_x, x=own_x)
@@ -216,15 +222,15 @@ class TensorParallelLora(FastLoraWrapper):
                 "are not those of ColwiseParallel or RowwiseParallel"
             )
 
-    # ------------------------------------------- what a forward asks of it: see `layers.common`
+    # ------------------------------------- interface of a forward pass: see `layers.common`
 
     def _own_factors(
         self, name: str, call: LayerCall | MixedCall | None = None, *, drops: bool = True
     ) -> Factors:
-        """Returns this process's share of an adapter as plain tensors; all of it unscaled.
+        """Return this process's share of an adapter as plain, unscaled tensors.
 
         Raises:
-            UnsupportedLayerError: Its modules must be called.
+            UnsupportedLayerError: The adapter's modules must be called.
         """
         up, dropout = self.lora_B[name], self.lora_dropout[name]
         for module in (self.lora_A[name], up, dropout):
@@ -235,7 +241,7 @@ class TensorParallelLora(FastLoraWrapper):
                 )
         lora_bias = None if up.bias is None else own(up.bias)
         if lora_bias is not None and self.style == ROW_WISE:
-            # All shares of y are summed: the bias goes into the first one.
+            # All shares of y are summed, so only the first process adds the bias.
             lora_bias = lora_bias * (not self.base_layer.weight.device_mesh.get_local_rank())
         return Factors(
             own(self.lora_A[name].weight),
@@ -252,10 +258,11 @@ class TensorParallelLora(FastLoraWrapper):
         return local(self.base_layer.weight)
 
     def _own_bias(self) -> torch.Tensor | None:
-        """This process's share of the base bias in its share of y; all may be trained.
+        """Return this process's share of the base bias, as it is in its share of y.
 
-        Row-wise an equal part, as torch adds it. Taken out before the scale and put back behind
-        it, the parts sum up to the bias wherever torch has added it.
+        Row-wise, each process gets an equal part, as torch adds the bias. DoRA subtracts these
+        parts before its scale and adds them afterwards, so that they sum to the bias wherever torch
+        has added it. All parts may be trained.
         """
         bias = super()._own_bias()
         if bias is None or self.style == COLUMN_WISE:
@@ -263,30 +270,31 @@ class TensorParallelLora(FastLoraWrapper):
         return own(bias) / self.base_layer.weight.device_mesh.size()
 
     def _own_seed(self, seed: torch.Tensor) -> torch.Tensor:
-        """Returns one seed for all where all have the same columns of x, else one for each."""
+        """Return one seed for all processes if they share x's columns, or one seed for each."""
         mesh = self.base_layer.weight.device_mesh
         if self.style == ROW_WISE:
             return seed ^ (mesh.get_local_rank() * _SEED_STEP % 2**62)
-        shared = seed.to(mesh.device_type, copy=True)  # the block keeps its own
+        shared = seed.to(mesh.device_type, copy=True)  # The block keeps its own.
         dist.broadcast(shared, group=mesh.get_group(), group_src=0)
         return shared.to(seed.device)
 
     def _of_whole_rows(self, sums: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         if self.style == ROW_WISE and sums:
-            joined = torch.stack(list(sums))  # one message for all
+            joined = torch.stack(list(sums))  # One message for all sums.
             dist.all_reduce(joined, group=self.base_layer.weight.device_mesh.get_group())
             sums = joined.unbind()
         return super()._of_whole_rows(sums)
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        # Whoever gets the tensors may write into their parts, which no version tells of: dcp.load.
+        # The caller may write into the tensors' local parts, as dcp.load does. No version records
+        # that.
         forget_weights(self)
         super()._save_to_state_dict(*args, **kwargs)
 
     # ------------------------------------------------------------------------ merging, report
 
     def fusion(self, gathered: bool = False) -> tuple[bool, str]:
-        """Not fused; says so, and what DoRA adds to that."""
+        """Return False, and the reason, with what DoRA adds to it."""
         why = f"{self.style} tensor parallel: added to each process's share of the output"
         names = self._acting()
         if uses_dora(self, names):
@@ -295,7 +303,7 @@ class TensorParallelLora(FastLoraWrapper):
         return False, why
 
     def _mergeable(self) -> tuple[Stored, torch.Tensor | None]:
-        """This process's share of the base weight, which takes its share of the update."""
+        """Return this process's shards of the base weight and bias, which a merge updates."""
         weight, bias = self.base_layer.weight, self.base_layer.bias
         if weight.device_mesh.ndim != 1:
             raise UnsupportedLayerError(
@@ -315,7 +323,7 @@ class TensorParallelLora(FastLoraWrapper):
         return bool(flag.item())
 
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
-        """Returns ``scaling * B @ A``, all of ``[N, K]``; every process must call it."""
+        """Return the whole ``scaling * B @ A``, ``[N, K]``; every process must call it."""
         self._check_known(adapter_name)
         lora_a, lora_b, _ = super()._factors(adapter_name)
         return self.scaling[adapter_name] * (whole(lora_b) @ whole(lora_a)).detach()
@@ -327,7 +335,7 @@ def _shapes(module: nn.Module, asked: Settings) -> Shapes:
 
 
 def _check(module: nn.Module, asked: Settings) -> None:
-    """Refuses nothing: a layer that exists may be loaded anew, and a new one looks when made."""
+    """Accept all settings: `TensorParallelLora` checks its base layer itself."""
 
 
 register_kind(Kind(LINEAR, is_parallel, TensorParallelLora, _shapes, _check))

@@ -1,9 +1,9 @@
-"""`TiedLoraHead`: a head whose weight is an embedding's, with that embedding's adapters.
+"""`TiedLoraHead`: a head with an embedding's weight, and with the embedding's adapters.
 
-The adapted weight of the embedding is ``weight + scaling * (B @ A).T``, ``[V, D]``, and so is the
-head's: ``y = base(x) + scaling * dropout(x) @ B @ A``. The two have one A ``[R, V]`` and one B
-``[D, R]``, which get the sum of both gradients. PEFT 0.21.2 gives the head parameters of its own
-over the same memory, each of which an optimizer then steps.
+The adapted weight of the embedding is ``weight + scaling * (B @ A).T``, ``[V, D]``, and so is that
+of the head: ``y = base(x) + scaling * dropout(x) @ B @ A``. The two layers share one A ``[R, V]``
+and one B ``[D, R]``, which receive the sum of both gradients. PEFT 0.21.2 gives the head its own
+parameters over the same memory, and an optimizer then steps both.
 """
 
 from __future__ import annotations
@@ -25,35 +25,35 @@ if TYPE_CHECKING:
 
 
 class _Transposed(nn.Module):
-    """A factor that is another layer's, transposed; it has no parameters of its own."""
+    """A transposed factor of another layer, without parameters of its own."""
 
     def __init__(self, source: FastLoraEmbedding, part: str, adapter_name: str) -> None:
         super().__init__()
-        # In a tuple: the source is no module of this one.
+        # The tuple keeps the source from becoming a submodule.
         self._at = (source,), part, adapter_name
 
     @property
     def weight(self) -> torch.Tensor:
-        """The factor, as a linear has it."""
+        """The factor in the layout of a linear's weight."""
         (source,), part, adapter_name = self._at
         factor: torch.Tensor = source._modules[part][adapter_name]
         return factor.t()
 
     @property
     def bias(self) -> None:
-        """None."""
+        """None: the factor has no bias."""
         return None
 
 
 class TiedLoraHead(AddedLora):
-    """A linear that takes the LoRA of the embedding whose weight it has.
+    """A linear that uses the LoRA adapters of the embedding that it shares its weight with.
 
     Args:
         base_layer: The linear.
         tied_to: The embedding's layer.
 
     Raises:
-        UnsupportedLayerError: ``base_layer`` is no `nn.Linear`.
+        UnsupportedLayerError: ``base_layer`` is not an `nn.Linear`.
     """
 
     not_fused = "its factors are those of the embedding that it is tied to"
@@ -74,7 +74,7 @@ class TiedLoraHead(AddedLora):
         return self._source[0]
 
     def add_adapter(self, adapter_name: str, **settings: Any) -> None:
-        """Takes an adapter of the embedding's; for ``settings`` see `LoraLayer.add_adapter`."""
+        """Use an adapter of the embedding; see `LoraLayer.add_adapter` for ``settings``."""
         self._adding = adapter_name
         super().add_adapter(adapter_name, **settings)
 
@@ -85,7 +85,7 @@ class TiedLoraHead(AddedLora):
         }
 
     def file_names(self, adapter_name: str) -> dict[str, str]:
-        """None: the embedding's are saved, and for PEFT copies of them."""
+        """Return no names: files hold the embedding's factors, and copies of them for PEFT."""
         return {}
 
     def _samples(self, x: torch.Tensor) -> tuple[int, int]:
@@ -112,8 +112,9 @@ class TiedLoraHead(AddedLora):
         return Plain(self.weight), None
 
     def _merge(self, names: list[str], keep_base: bool) -> None:
-        self.merged_adapters += names  # the weight is the embedding's, which merges them
+        # The embedding merges its adapters into the shared weight.
+        self.merged_adapters += names
 
     def unmerge(self) -> None:
-        """Undoes `merge`."""
+        """Undo `merge`."""
         self.merged_adapters.clear()

@@ -1,8 +1,8 @@
-"""`TrainableTokensWrapper`: some rows of an embedding trained, by adapter.
+"""`TrainableTokensWrapper`: trains some rows of an embedding, separately for each adapter.
 
-With token t at place i of an adapter's indices, an embedding gives ``delta[i]`` for t and
-``weight[t]`` for every other token, and a head that is tied to it multiplies by ``delta[i]`` in
-column t. Neither copies the weight ``[V, D]``: rows and columns are replaced in the result.
+If token t is at index i of an adapter's indices, an embedding returns ``delta[i]`` for t, and
+``weight[t]`` for every other token. A head that is tied to the embedding multiplies by ``delta[i]``
+in column t. Neither copies the weight ``[V, D]``. Rows and columns are replaced in the result.
 
 Method: PEFT 0.21.2, ``tuners/trainable_tokens/layer.py``, which replaces rows in a copy.
 """
@@ -24,16 +24,16 @@ from fastlora.validation import AdapterStateError, ConfigError, UnsupportedLayer
 
 
 def check_tokens(module: nn.Module, indices: list[int]) -> None:
-    """Raises unless rows of a module can train.
+    """Raise unless rows of a module can be trained.
 
     Args:
         module: The base layer.
-        indices: Of the rows.
+        indices: Indices of the rows.
 
     Raises:
-        UnsupportedLayerError: It is no embedding and no linear with a plain weight.
-        AdapterStateError: Its weight is sharded.
-        ConfigError: It has no such row.
+        UnsupportedLayerError: The module is not an embedding or linear with a plain weight.
+        AdapterStateError: The weight is sharded.
+        ConfigError: An index is out of range.
     """
     weight = module._parameters.get("weight")
     if is_sharded(weight):
@@ -55,30 +55,32 @@ def check_tokens(module: nn.Module, indices: list[int]) -> None:
 
 
 class TokenAdapter(nn.Module):
-    """The base layer, and each adapter's rows beside it; names are PEFT's.
+    """The base layer with each adapter's rows; attribute names follow PEFT.
 
     Attributes:
-        base_layer: An embedding, or a linear that is tied to one or stands alone.
-        trainable_tokens_delta: Adapter name to its rows, ``[n, D]``.
-        token_indices: Adapter name to what rows of the weight they replace.
-        tied_adapter: Whose rows these are, where the weight is tied to another module's; or None.
-        active_adapters: As the wrapper's.
-        together: All that have these rows.
-        before: Merged adapter to the weight's rows that it has replaced, ``[n, D]``.
-        tables: Indices of an adapter, or of several with their places, by device.
+        base_layer: An embedding, or a linear, tied to an embedding or not.
+        trainable_tokens_delta: Maps an adapter name to its rows, ``[n, D]``.
+        token_indices: Maps an adapter name to the indices of the weight's rows that they replace.
+        tied_adapter: The owner of the rows if the weight is tied to another module's weight, or
+            None.
+        active_adapters: The same as the wrapper's.
+        together: All `TokenAdapter` objects that share these rows.
+        before: Maps a merged adapter to the rows of the weight that it has replaced, ``[n, D]``.
+        tables: Indices of an adapter, or of several adapters with their places, by device.
     """
 
     owned: ClassVar[tuple[str, ...]] = ("trainable_tokens_delta",)
     trainable_tokens_delta: nn.ParameterDict
     token_indices: dict[str, list[int]]
-    together: list[TokenAdapter]  # a list: they are no modules of this one
+    # A plain list, so that its items are not submodules.
+    together: list[TokenAdapter]
     tables: dict[object, tuple[torch.Tensor, torch.Tensor]]
 
     def __init__(self, base_layer: nn.Module, tied_adapter: TokenAdapter | None) -> None:
         super().__init__()
         self.training = base_layer.training
         self.base_layer = base_layer
-        # In a tuple, so that it is no module of this one: its parameters have one name here.
+        # The tuple keeps it from becoming a submodule, so that each parameter has a single name.
         self._tied = () if tied_adapter is None else (tied_adapter,)
         self.active_adapters: list[str] = []
         if tied_adapter is None:
@@ -92,25 +94,25 @@ class TokenAdapter(nn.Module):
 
     @property
     def active_adapter(self) -> list[str]:
-        """Name of the adapter whose rows act outside of mixed batches, in a list as in PEFT."""
+        """Name of the adapter with the rows that apply outside mixed batches, in a list."""
         return list(self.active_adapters)
 
     @property
     def tied_adapter(self) -> TokenAdapter | None:
-        """Whose rows these are, or None."""
+        """The `TokenAdapter` that owns the rows, or None if this one does."""
         return self._tied[0] if self._tied else None
 
     def get_base_layer(self) -> nn.Module:
-        """Returns the base layer."""
+        """Return the base layer."""
         return self.base_layer
 
 
 class TrainableTokensWrapper(ModuleWrapper):
-    """An embedding, or a head tied to one, of which adapters train some rows.
+    """An embedding, or a head tied to one, with some rows that adapters train.
 
     Args:
         original: An `nn.Embedding` or `nn.Linear` that `check_tokens` accepts.
-        tied_to: The wrapper of the embedding whose weight this module has, and whose rows it takes.
+        tied_to: The wrapper of the embedding that this module shares its weight and rows with.
     """
 
     field: ClassVar[str] = "trainable_token_indices"
@@ -127,15 +129,15 @@ class TrainableTokensWrapper(ModuleWrapper):
 
     @torch.no_grad()
     def add_adapter(self, adapter_name: str, indices: list[int], autocast: bool = True) -> None:
-        """Gives an adapter rows of its own, at first those of the weight.
+        """Create an adapter's rows, initialized from the weight.
 
         Args:
             adapter_name: A new name.
-            indices: Of the rows, each once.
-            autocast: Keep rows of a 16-bit weight in fp32.
+            indices: Indices of the rows, without duplicates.
+            autocast: Whether to store rows of a 16-bit weight in fp32.
         """
         if self.token_adapter.tied_adapter is not None:
-            return  # they are there
+            return  # The owner has them.
         weight: Any = self._unmerged_rows(indices)
         wide = autocast and weight.itemsize < torch.float32.itemsize
         rows = nn.Parameter(weight.to(torch.float32 if wide else weight.dtype), requires_grad=False)
@@ -144,7 +146,7 @@ class TrainableTokensWrapper(ModuleWrapper):
         self.token_adapter.tables.clear()
 
     def _unmerged_rows(self, indices: list[int]) -> torch.Tensor:
-        """Returns a copy of rows of the weight as they are without a merge, ``[n, D]``."""
+        """Return a copy of the weight's rows as they are without a merge, ``[n, D]``."""
         weight: Any = self.get_base_layer().weight
         rows = weight.detach()[torch.tensor(indices, device=weight.device)].clone()
         for name, before in reversed(self._replaced().items()):
@@ -156,16 +158,16 @@ class TrainableTokensWrapper(ModuleWrapper):
 
     @property
     def token_indices(self) -> dict[str, list[int]]:
-        """Adapter name to the rows that it trains."""
+        """Maps an adapter name to the indices of the rows that it trains."""
         return self.token_adapter.token_indices
 
     @property
     def _versions(self) -> nn.ParameterDict:
-        """Adapter name to its rows."""
+        """Maps an adapter name to its rows."""
         return self.token_adapter.trainable_tokens_delta
 
     def file_names(self, adapter_name: str) -> dict[str, str]:
-        """Returns the key of an adapter's rows; none where they are another module's."""
+        """Map the file key of an adapter's rows to its name; empty if another module owns them."""
         if self.is_tied or adapter_name not in self.token_indices:
             return {}
         key = "token_adapter.trainable_tokens_delta"
@@ -178,7 +180,7 @@ class TrainableTokensWrapper(ModuleWrapper):
 
     @property
     def is_tied(self) -> bool:
-        """Whether the rows are another module's."""
+        """Whether another module owns the rows."""
         return self.token_adapter.tied_adapter is not None
 
     def _activate(
@@ -188,7 +190,7 @@ class TrainableTokensWrapper(ModuleWrapper):
         self._act_as(names)
 
     def _act_as(self, names: list[str]) -> None:
-        """Has the rows of these adapters act, whether or not they train."""
+        """Apply the rows of these adapters, whether or not they train."""
         self._active_adapters = list(names)
         self.token_adapter.active_adapters = list(names)
 
@@ -199,21 +201,21 @@ class TrainableTokensWrapper(ModuleWrapper):
         self.token_adapter.tables.clear()
 
     def get_base_layer(self) -> nn.Module:
-        """Returns the embedding or linear."""
+        """Return the embedding or linear."""
         return self.token_adapter.base_layer
 
     # ------------------------------------------------------------------------------- forward
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Calls the base layer and replaces what an adapter trains.
+        """Call the base layer, and replace the rows or columns that an adapter trains.
 
         Args:
-            x: Ids ``[...]`` of an embedding, or ``[..., D]`` of a linear.
-            *args: The base layer's.
-            **kwargs: The base layer's.
+            x: Ids ``[...]`` for an embedding, or ``[..., D]`` for a linear.
+            *args: Passed to the base layer.
+            **kwargs: Passed to the base layer.
 
         Returns:
-            ``[..., D]`` of an embedding, ``[..., V]`` of a linear.
+            ``[..., D]`` from an embedding, ``[..., V]`` from a linear.
         """
         base, routing = self.get_base_layer(), routing_of(self)
         y: torch.Tensor = base(x, *args, **kwargs)
@@ -230,9 +232,9 @@ class TrainableTokensWrapper(ModuleWrapper):
             return self._mixed(routing, x, y)
 
     def _mixed(self, routing: Routing, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """Returns y with every row's own adapter; base rows where it has none here."""
+        """Return y with each row's own adapter; rows without an adapter here are base rows."""
         known = [name for name in routing.names if name in self.token_indices]
-        # Every adapter that trains gets a gradient where other processes wait for it.
+        # Every adapter that trains must get a gradient if other processes wait for it.
         every = routing.absent_gradients and torch.is_grad_enabled()
         known = self.adapter_names if every else known
         if not known:
@@ -252,9 +254,9 @@ class TrainableTokensWrapper(ModuleWrapper):
     def _embedded(
         self, ids: torch.Tensor, y: torch.Tensor, names: list[str], own: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Returns y ``[..., D]`` with adapters' rows where ids ``[...]`` have one.
+        """Return y ``[..., D]`` with adapters' rows in place of those ids ``[...]`` that have one.
 
-        ``own [...]`` is each id's place in names, or -1.
+        ``own [...]`` is the index of each id's adapter in ``names``, or -1.
         """
         base: Any = self.get_base_layer()
         ids, (keys, places) = ids.long(), self._table(names, ids.device)
@@ -264,21 +266,22 @@ class TrainableTokensWrapper(ModuleWrapper):
         deltas = [self._versions[name] for name in names]
         rows = (deltas[0] if len(deltas) == 1 else torch.cat(deltas)).to(base.weight.dtype)
         found = places[at]
-        if base.scale_grad_by_freq:  # ids without a row have one of their own, not to be counted
+        # Ids without an adapter's row share one extra row, so that they are not counted.
+        if base.scale_grad_by_freq:
             found = torch.where(hit, found, rows.shape[0])
             rows = torch.cat((rows, rows.new_zeros(1, rows.shape[1])))
         if base.max_norm is not None:
-            rows = rows.clone()  # which is scaled in place
+            rows = rows.clone()  # F.embedding scales it in place.
         new = F.embedding(found, rows, None, base.max_norm, base.norm_type, base.scale_grad_by_freq)
-        if base.padding_idx is not None:  # which has no gradient
+        if base.padding_idx is not None:  # The padding row has no gradient.
             new = torch.where((ids == base.padding_idx).unsqueeze(-1), new.detach(), new)
-        scale: Any = getattr(base, "embed_scale", None)  # of Gemma's and BART's embeddings
+        scale: Any = getattr(base, "embed_scale", None)  # Embeddings of Gemma and BART have it.
         if scale is not None:
             new = new * (scale.to(new.dtype) if isinstance(scale, torch.Tensor) else scale)
         return torch.where(hit.unsqueeze(-1), new.to(y.dtype), y)
 
     def _table(self, names: list[str], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns sorted ``place of name * V + token``, int64, and where each one's row is."""
+        """Return sorted keys ``index of name * V + token``, int64, and the row of each key."""
         base: Any = self.get_base_layer()
         rows: int = base.weight.shape[0]
         key = (*names, rows, device)
@@ -296,7 +299,7 @@ class TrainableTokensWrapper(ModuleWrapper):
         return tables[key]
 
     def _of_rows(self, x: torch.Tensor, y: torch.Tensor, name: str) -> torch.Tensor:
-        """Returns y ``[..., V]`` of x ``[..., D]`` with an adapter's columns in place."""
+        """Return y ``[..., V]`` for x ``[..., D]``, with an adapter's columns replaced."""
         base: Any = self.get_base_layer()
         index, places = self._table([name], x.device)
         delta = self._versions[name].to(base.weight.dtype)[places]
@@ -311,11 +314,11 @@ class TrainableTokensWrapper(ModuleWrapper):
     def check_merge(
         self, safe_merge: bool = False, adapter_names: list[str] | None = None
     ) -> list[str]:
-        """Returns the names that `merge` would merge, or raises as it would; changes nothing.
+        """Return the names that `merge` would merge, or raise as it would, without any change.
 
         Raises:
-            AdapterStateError: Two of them train the same row, or ``safe_merge`` found a value that
-                is not finite.
+            AdapterStateError: Two of the adapters train the same row, or ``safe_merge`` found a
+                value that is not finite.
         """
         wanted = self._active_adapters if adapter_names is None else adapter_names
         known, merged = self.token_indices, self.merged_adapters
@@ -342,7 +345,7 @@ class TrainableTokensWrapper(ModuleWrapper):
 
     @torch.no_grad()
     def _merge(self, names: list[str], keep_base: bool) -> None:
-        """Writes adapters' rows into the weight; what was there is kept until `unmerge`."""
+        """Write adapters' rows into the weight; the old rows are kept until `unmerge`."""
         weight: Any = self.get_base_layer().weight
         replaced = self._replaced()
         for name in names:
@@ -354,7 +357,7 @@ class TrainableTokensWrapper(ModuleWrapper):
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Puts back the rows that were there."""
+        """Restore the rows that `merge` replaced."""
         weight: Any = self.get_base_layer().weight
         replaced = self._replaced()
         while self.merged_adapters:
@@ -364,13 +367,16 @@ class TrainableTokensWrapper(ModuleWrapper):
                 weight.index_copy_(0, self._index(name, weight.device), before.to(weight))
 
     def _replaced(self) -> dict[str, torch.Tensor]:
-        """Returns what merges have replaced in the weight; modules that share it have one dict."""
+        """Return the rows that merges have replaced.
+
+        Modules that share the weight share the dict.
+        """
         own, tied = self.token_adapter, self.token_adapter.tied_adapter
         shares = tied is not None and tied.base_layer.weight is own.base_layer.weight
         return tied.before if tied is not None and shares else own.before
 
     def __getattr__(self, name: str) -> Any:
-        """Finds what the wrapper lacks on the base layer; ``weight`` has the rows in place."""
+        """Look up a missing attribute on the base layer; ``weight`` includes the active rows."""
         found: Any = super().__getattr__(name)
         acting = self.acting() if name == "weight" and not self.merged else None
         if acting is None:

@@ -1,7 +1,7 @@
-"""Why a layer does not run in the best way: one sentence for each case.
+"""Fallback reasons: why a layer does not run in the best way, in one sentence per case.
 
-The fusion report, the refusals of ``impl="triton"`` and of the batch-invariant mode, and captures
-of CUDA graphs all take theirs from here.
+They appear in the fusion report and in the errors of ``impl="triton"``, of the batch-invariant
+mode, and of CUDA graph captures.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from fastlora.validation import ImplementationError
 if TYPE_CHECKING:
     from fastlora.layers.layer import AdaptedLayer
 
-# Why a base layer that is called as it is has no place in the batch-invariant mode.
+# Reason why a base layer that is called unchanged is not supported in the batch-invariant mode.
 NOT_OUR_GEMM = "its base layer's own GEMM may go by the number of rows"
-# Why a pool's or a block's tables have no row of a layer.
+# Reason why the address tables of a pool or a block have no row for a layer.
 TOO_LATE = "it was adapted after the block began"
 DORA_DROPS = "DoRA with dropout in training: a second base product, both PyTorch's"
 
@@ -30,10 +30,13 @@ DORA_DROPS = "DoRA with dropout in training: a second base product, both PyTorch
 def fusion(
     layer: AdaptedLayer, names: list[str], why_not_base: str, gathered: bool
 ) -> tuple[bool, str]:
-    """Returns whether the base GEMM and the adapters that act are one call, and why not.
+    """Return whether the base GEMM and the active adapters are one call, and the reason if not.
 
-    ``why_not_base`` is why the base layer is called as it is; empty where it is not. ``gathered``
-    says that FSDP2 puts plain parameters in place of shards for the forward.
+    Args:
+        layer: The layer.
+        names: The active adapters.
+        why_not_base: Reason why the base layer is called, or an empty string if it is not called.
+        gathered: Whether FSDP2 replaces shards by plain parameters during the forward pass.
     """
     why = why_not_base or why_not_fused(layer, names, gathered) or why_dora_not_fused(layer, names)
     drops = [n for n in names if isinstance(layer.lora_dropout[n], nn.Dropout)]
@@ -43,14 +46,14 @@ def fusion(
 
 
 def uses_dora(layer: AdaptedLayer, names: list[str]) -> bool:
-    """Whether one of these adapters of the layer uses DoRA."""
+    """Return whether any of these adapters uses DoRA on the layer."""
     holder = layer._modules.get("lora_magnitude_vector")
     magnitudes: Any = None if holder is None else holder._modules
     return bool(magnitudes) and any(name in magnitudes for name in names)
 
 
 def why_dora_not_fused(layer: AdaptedLayer, names: list[str]) -> str:
-    """Returns why active adapters are not one call because of DoRA, or an empty string."""
+    """Return why DoRA keeps the active adapters from being one call, or an empty string."""
     if not uses_dora(layer, names):
         return ""
     if len(names) > 1:
@@ -62,13 +65,13 @@ def why_dora_not_fused(layer: AdaptedLayer, names: list[str]) -> str:
 
 
 def refuse_triton(layer: AdaptedLayer, names: list[str]) -> None:
-    """Raises `ImplementationError` where kernels are to run and modules must be called instead."""
+    """Raise `ImplementationError` if ``impl="triton"`` is set but the modules must be called."""
     if layer.impl == "triton":
         raise ImplementationError(f"impl='triton' cannot run: {why_not_fused(layer, names)}")
 
 
 def why_not_captured(bare: bool, dtype: torch.dtype | None) -> str:
-    """Returns why only kernels could look adapters up, and do not run."""
+    """Return the error message for a CUDA graph over a pool that cannot run on kernels."""
     if bare:
         why = "the layer runs without kernels"
     elif dtype is not None:
@@ -82,7 +85,7 @@ def why_not_captured(bare: bool, dtype: torch.dtype | None) -> str:
 
 
 def why_not_tables(bare: bool, dtype: torch.dtype | None) -> str:
-    """Returns why a mixed batch runs in PyTorch's GEMMs although there are kernels."""
+    """Return why a mixed batch runs in PyTorch's GEMMs although kernels are available."""
     if dtype is not None:
         return f"autocast is on; give the model the dtype {dtype}"
     if not bare:
@@ -94,7 +97,7 @@ def why_not_tables(bare: bool, dtype: torch.dtype | None) -> str:
 
 
 def why_not_lists(routing: Routing, slots: Slots) -> str:
-    """Returns why kernels cannot take some factors, or an empty string."""
+    """Return why kernels do not support some factors, or an empty string."""
     dtypes: dict[torch.dtype, str] = {}
     for name, factors in zip(routing.names, slots, strict=True):
         for tensor in () if factors is None else (*factors[:2], factors.lora_bias):

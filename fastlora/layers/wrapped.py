@@ -1,4 +1,4 @@
-"""`FastLoraWrapper`: adapters beside a base layer that is called as it is."""
+"""`FastLoraWrapper`: adapters on a base layer that is called unchanged."""
 
 from __future__ import annotations
 
@@ -20,11 +20,14 @@ from fastlora.validation import UnsupportedLayerError
 
 
 class FastLoraWrapper(LoraLayer):
-    """``y = base_layer(x) + scaling * dropout(x) @ lora_A.T @ lora_B.T``.
+    """LoRA adapters on a linear-like base layer that is called unchanged.
 
-    For base layers that are not plain `nn.Linear`: quantised, tensor parallel, offloaded by hooks,
-    Hugging Face's Conv1D. Without gradients the update goes into the base layer's output in place
-    where that is safe. On kernels a quantised base whose codes they read is part of their product.
+    Computes ``y = base_layer(x) + scaling * dropout(x) @ lora_A.T @ lora_B.T``.
+
+    The class is for base layers that are not a plain `nn.Linear`: quantized layers, tensor-parallel
+    layers, layers that hooks offload, and Hugging Face's Conv1D. Without gradients, the update is
+    added to the base layer's output in place where that is safe. If kernels can read the quantized
+    base weight, they compute the base product too.
 
     Args:
         base_layer: Any linear-like module.
@@ -48,7 +51,7 @@ class FastLoraWrapper(LoraLayer):
         base_layer.requires_grad_(False)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Maps ``x [..., K]`` to ``[..., N]``; further arguments go to the base layer."""
+        """Map ``x [..., K]`` to ``[..., N]``, passing further arguments to the base layer."""
         call = begin(self, x)
         acts = not isinstance(call, LayerCall) or call.names
         if acts and not (args or kwargs):
@@ -69,7 +72,7 @@ class FastLoraWrapper(LoraLayer):
         return sibling_base(self)
 
     def _may_write_into(self, y: torch.Tensor, x: torch.Tensor) -> bool:
-        """Whether the base layer's output is ours to overwrite: nobody else can have kept it."""
+        """Return whether the base layer's output may be overwritten: no other code can hold it."""
         hooked = self.base_layer._forward_hooks or "forward" in self.base_layer.__dict__
         return makes_fresh_outputs(self.base_layer) and not (hooked or y is x or y._is_view())
 
@@ -84,7 +87,7 @@ class FastLoraWrapper(LoraLayer):
         return self.base_layer.bias
 
     def fusion(self, gathered: bool = False) -> tuple[bool, str]:
-        """Returns whether the base GEMM and the LoRA term run fused, and the reason if not."""
+        """Return whether the base GEMM and LoRA term run fused, and the fallback reason if not."""
         return fusion(self, self._acting(), why_called(self), gathered)
 
     def _mergeable(self) -> tuple[Stored, torch.Tensor | None]:

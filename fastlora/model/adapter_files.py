@@ -1,8 +1,9 @@
-"""The two files of an adapter folder: opened once each, and which config belongs to the weights.
+"""Open the two files of an adapter folder, and find the config that belongs to the weights.
 
-Saving replaces first the weights and then the config, so a kill in between leaves new weights
-beside an old config. Therefore the weights' metadata repeat the config that they were saved with,
-and name the config that the save replaces. See `_config_of`.
+A save replaces the weights file first and the config file second. If the process is killed in
+between, the folder holds new weights and an old config. For this reason the metadata of the weights
+file contains a copy of the config that the weights were saved with, and a hash of the config file
+that the save replaces. `_config_of` compares both with the config file.
 """
 
 from __future__ import annotations
@@ -26,19 +27,21 @@ CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 MAX_CONFIG_BYTES = 4 << 20
 
-# Keys of the weights' metadata: the config as text, and the SHA-256 of the config that the save
-# replaces. Without the second, it replaces none, or the same one.
+# Keys in the metadata of the weights file: the config as text, and the SHA-256 of the config file
+# that the save replaces. The second key is missing if the folder had no config file, or if its
+# config file was identical to the new one.
 _CONFIG, _REPLACES = "fastlora.config", "fastlora.replaces"
 _TRIES = 10
 
 
 @dataclass(frozen=True)
 class FileLimits:
-    """How many bytes of an adapter folder are parsed.
+    """Upper limits on the sizes that are parsed from an adapter folder, in bytes.
 
     Attributes:
-        config: Largest config, in its file or in the weights' metadata.
-        header: Largest header of the file of tensors, with its metadata.
+        config: Maximum size of the config, both in its own file and in the metadata of the weights
+            file.
+        header: Maximum size of the header of the weights file, including its metadata.
     """
 
     config: int = MAX_CONFIG_BYTES
@@ -47,11 +50,11 @@ class FileLimits:
 
 @dataclass(frozen=True)
 class AdapterFiles:
-    """The opened files of an adapter folder.
+    """The open files of an adapter folder.
 
     Attributes:
-        config: The fields of the config that belongs to the weights, unchecked.
-        weights: The file of tensors, with its header read.
+        config: The fields of the config that belongs to the weights. Their values are not checked.
+        weights: The open weights file. Its header has been read.
     """
 
     config: dict[str, Any]
@@ -62,17 +65,20 @@ class AdapterFiles:
 def open_adapter_files(
     folder: Path, root: Path | None = None, limits: FileLimits | None = None
 ) -> Iterator[AdapterFiles]:
-    """Opens an adapter folder's files for the block; nothing is written.
+    """Open the files of an adapter folder for the duration of a ``with`` block.
+
+    The files are opened for reading only.
 
     Args:
         folder: The adapter folder.
-        root: Folder that both files must be in after links are resolved; None for anywhere.
-        limits: Largest config and header that are parsed; None for those of any adapter.
+        root: A folder that must contain both files after symbolic links are resolved. With None,
+            the files may be anywhere.
+        limits: Size limits for the config and the header. With None, the default limits apply.
 
     Raises:
-        CheckpointError: A file is not a regular file, lies outside ``root``, is too large, or is
-            damaged; or the files keep changing.
-        OSError: A file is missing or cannot be opened.
+        CheckpointError: If a file is not a regular file, is outside ``root``, is too large, or is
+            damaged, or if the files keep changing while they are read.
+        OSError: If a file is missing or cannot be opened.
     """
     path = folder / CONFIG_NAME
     limits = limits or FileLimits()
@@ -81,7 +87,7 @@ def open_adapter_files(
         file = open_regular(folder / WEIGHTS_NAME, root)
         with TensorFile(file, folder / WEIGHTS_NAME, limits.header) as weights:
             own = _config_of(text, weights.metadata, path, limits.config)
-            # A save that ran meanwhile may have replaced both files.
+            # A concurrent save may have replaced both files since the config was read.
             if own is None and _read_config(path, root, limits.config) != text:
                 continue
             yield AdapterFiles(_fields(text if own is None else own, path), weights)
@@ -90,10 +96,13 @@ def open_adapter_files(
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Returns the fields of an adapter folder's config, as `open_adapter_files` finds it.
+    """Return the fields of an adapter folder's config, chosen as in `open_adapter_files`.
 
-    The file of tensors may be missing or damaged; then the config file counts. Raises
-    `CheckpointError` if that is missing, too large, or not a JSON object.
+    If the weights file is missing or damaged, the config file is used.
+
+    Raises:
+        CheckpointError: If the config file is needed and is missing, too large, or not a JSON
+            object.
     """
     with contextlib.suppress(OSError, CheckpointError), open_adapter_files(folder) as files:
         return files.config
@@ -101,10 +110,10 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def read_config_file(path: Path) -> dict[str, Any]:
-    """Returns the fields in an ``adapter_config.json``, unchecked.
+    """Return the fields of an ``adapter_config.json`` file without checking their values.
 
     Raises:
-        CheckpointError: The file is missing, too large, or not a JSON object.
+        CheckpointError: If the file is missing, too large, or not a JSON object.
     """
     try:
         return _fields(_read_config(path), path)
@@ -115,7 +124,13 @@ def read_config_file(path: Path) -> dict[str, Any]:
 
 
 def config_metadata(folder: Path, text: bytes) -> dict[str, str]:
-    """Returns the metadata of weights that are saved into a folder with the config ``text``."""
+    """Return the metadata for a weights file that is saved with the config ``text``.
+
+    Args:
+        folder: The folder that the weights are saved into. Its current config file, if there is
+            one, is about to be replaced.
+        text: The new content of the config file.
+    """
     metadata = {_CONFIG: text.decode("utf-8")}
     with contextlib.suppress(OSError, CheckpointError):
         replaced = _read_config(folder / CONFIG_NAME)
@@ -125,10 +140,15 @@ def config_metadata(folder: Path, text: bytes) -> dict[str, str]:
 
 
 def edited_config(folder: Path, text: bytes) -> bytes:
-    """Returns what to write for a config that is saved into a folder without weights.
+    """Return the bytes to write when a config is saved on its own, without weights.
 
-    Readers would take the very bytes that the weights replaced for a save that was cut off, so a
-    newline is added to these.
+    If the config equals the one that the folder's weights replaced, readers would conclude that the
+    save of the weights was interrupted, and would ignore the config file. In this case a newline is
+    appended, so that the bytes differ.
+
+    Args:
+        folder: The folder that the config is saved into.
+        text: The content of the config file.
     """
     path = folder / WEIGHTS_NAME
     with (
@@ -141,21 +161,22 @@ def edited_config(folder: Path, text: bytes) -> bytes:
 
 
 def open_regular(path: Path, root: Path | None = None) -> BinaryIO:
-    """Opens a regular file once, for reading, and checks what was opened.
+    """Open a regular file for reading, and check the open descriptor rather than the path.
 
-    Links are followed. With ``root``, the resolved path must be in that folder; a link that
-    appears after the path was resolved is not followed. (Windows has no way to ensure the latter.)
+    Symbolic links are followed. With ``root``, the resolved path must be inside that folder, and a
+    link that appears after the path was resolved is not followed. (Windows offers no way to ensure
+    the latter.)
 
     Raises:
-        CheckpointError: The file is not a regular file, or is outside ``root``.
-        OSError: The file is missing or cannot be opened.
+        CheckpointError: If the file is not a regular file, or is outside ``root``.
+        OSError: If the file is missing or cannot be opened.
     """
-    # Opening a FIFO waits for a writer, except without blocking.
+    # Without O_NONBLOCK, opening a FIFO would wait for a writer.
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     try:
         descriptor = os.open(path, flags) if root is None else _open_in(root, path, flags)
     except OSError as error:
-        if error.errno == errno.ENXIO:  # a socket
+        if error.errno == errno.ENXIO:  # the path is a socket
             raise CheckpointError(f"{path}: is not a regular file") from error
         raise
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -196,13 +217,21 @@ def _read_config(path: Path, root: Path | None = None, most: int = MAX_CONFIG_BY
 
 
 def _config_of(text: bytes, metadata: Mapping[str, str], path: Path, most: int) -> bytes | None:
-    """Returns the config that belongs to weights, or None for the config file's ``text``.
+    """Return the config that belongs to the weights, or None if ``text`` is to be used.
 
-    The config file counts if it is the one that the weights were saved with. It does not count if
-    it is the one that their save was about to replace: that save was cut off, or still runs.
-    Otherwise somebody has edited the config since, or the weights are not fastlora's: None.
+    If ``text`` is the config that the weights were saved with, it is returned. If ``text`` is the
+    config that the save was about to replace, the save was interrupted or is still running, and the
+    config stored in the metadata is returned. Otherwise, the config was edited after the save or
+    the weights were not written by fastlora, and None is returned.
 
-    Raises `CheckpointError` if the config that belongs to the weights has more than ``most`` bytes.
+    Args:
+        text: The content of the config file.
+        metadata: The metadata of the weights file.
+        path: The config file, for messages.
+        most: The maximum size of the stored config, in bytes.
+
+    Raises:
+        CheckpointError: If the stored config is needed and has more than ``most`` bytes.
     """
     saved = metadata.get(_CONFIG, "").encode("utf-8", "surrogatepass")
     if not saved:

@@ -1,9 +1,10 @@
-"""PEFT adapter folders (``adapter_config.json``, ``adapter_model.safetensors``), without PEFT.
+"""Read and write PEFT adapter folders without PEFT.
 
-Everything is checked before anything is returned or written: names, shapes, ranks, and the config
-against the tensors. Pickles are never opened.
+An adapter folder holds ``adapter_config.json`` and ``adapter_model.safetensors``. Everything is
+checked before anything is returned or written: key names, shapes, ranks, and the config against the
+tensors. Pickle files are never opened.
 
-Method: PEFT 0.21.2, ``utils/save_and_load.py``.
+The format follows PEFT 0.21.2, ``utils/save_and_load.py``.
 """
 
 from __future__ import annotations
@@ -35,17 +36,18 @@ from fastlora.model.tensor_file import TensorInfo, write_tensors
 from fastlora.validation import CheckpointError, ConfigError, error_prefix
 
 KEY_PREFIX = "base_model.model."
-# End of the key of the rows of an embedding that an adapter trains.
+# Suffix of the key that stores the embedding rows that an adapter trains.
 TOKENS_KEY = "token_adapter.trainable_tokens_delta"
 
 _PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
 _FACTOR_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# Names of the modules whose base weight PEFT saves beside the adapter after a vocabulary change.
+# Embedding and head modules. PEFT saves their base weights with the adapter if the vocabulary size
+# has changed.
 _EMBEDDINGS = (
     *("embed_tokens", "lm_head", "wte", "word_embeddings"),
     *("embed_in", "embed_out", "shared", "proj_out"),
 )
-# Tensors of features that fastlora does not have yet -> the config field that asks for them.
+# Tensors of features that fastlora does not support -> the config field that enables the feature.
 _FOREIGN = {
     "lora_diag": "kasa_config",
     "lora_velora_embed": "velora_config",
@@ -56,7 +58,8 @@ _PARTNERS = {
     "lora_embedding_A": "lora_embedding_B",
     "lora_embedding_B": "lora_embedding_A",
 }
-# What has a value for each output -> the config field that asks for it, and the end of its key.
+# Vectors with one value per output feature -> the config field that enables the vector, and the
+# suffix of its key.
 _VECTORS = {
     "lora_B_bias": ("lora_bias", "lora_B.bias"),
     "magnitude": ("use_dora", "lora_magnitude_vector"),
@@ -75,16 +78,16 @@ Tensors = Mapping[str, TensorInfo | torch.Tensor]
 
 
 class AdapterKey(NamedTuple):
-    """A key of an adapter file, taken apart.
+    """A parsed key of an adapter's weights file.
 
     Attributes:
-        module: Name of the module in the base model.
-        kind: ``"lora_A"``, ``"lora_B"``, ``"lora_B_bias"``, ``"magnitude"`` (of DoRA),
-            ``"lora_embedding_A"``, ``"lora_embedding_B"``, ``"saved"`` (of a module in
-            ``modules_to_save``), ``"tokens"`` (of ``trainable_token_indices``), ``"bias"`` (a base
-            bias that trained), ``"base"`` (a base
-            embedding that was saved along) or
-            ``"duplicate"`` (a copy that PEFT adds for a saved module; nothing to load).
+        module: The name of the module in the base model.
+        kind: The kind of tensor: ``"lora_A"``, ``"lora_B"``, ``"lora_B_bias"``, ``"magnitude"``
+            (for DoRA), ``"lora_embedding_A"``, ``"lora_embedding_B"``, ``"saved"`` (a tensor of a
+            module in ``modules_to_save``), ``"tokens"`` (the rows of ``trainable_token_indices``),
+            ``"bias"`` (a trained bias of the base model), ``"base"`` (a base weight, such as an
+            embedding, that was saved with the adapter), or ``"duplicate"`` (a second copy that PEFT
+            writes for a module in ``modules_to_save``; it is not loaded).
     """
 
     module: str
@@ -93,13 +96,13 @@ class AdapterKey(NamedTuple):
 
 @dataclass(frozen=True)
 class AdapterHeader:
-    """An adapter folder, checked, with no tensor loaded.
+    """The checked contents of an adapter folder without the tensor data.
 
     Attributes:
         path: The folder.
-        config: Its config.
-        infos: Key on disk -> dtype, shape and place.
-        keys: Key on disk -> its parts.
+        config: The adapter's config.
+        infos: The dtype, shape, and position of each tensor, by its key in the file.
+        keys: The parts of each key in the file.
     """
 
     path: Path
@@ -110,11 +113,12 @@ class AdapterHeader:
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """An adapter folder, checked and loaded.
+    """The checked contents of an adapter folder with the tensor data.
 
     Attributes:
-        path, config, keys: As in `AdapterHeader`.
-        tensors: Key on disk -> tensor on the CPU, in the file's dtype; no duplicates.
+        path, config, keys: See `AdapterHeader`.
+        tensors: The tensors by their keys in the file, on the CPU and in the file's dtype. Keys of
+            the kind ``"duplicate"`` are left out.
     """
 
     path: Path
@@ -124,11 +128,13 @@ class AdapterFile:
 
 
 class OpenAdapter:
-    """An adapter folder with both files open: whatever happens to the folder, they belong together.
+    """An adapter folder with both files open.
+
+    The config and the weights belong together, even if the folder changes in the meantime.
 
     Attributes:
         path: The folder.
-        config: Its config.
+        config: The adapter's config.
     """
 
     def __init__(self, path: Path, files: AdapterFiles) -> None:
@@ -142,21 +148,27 @@ class OpenAdapter:
 
     @property
     def nbytes(self) -> int:
-        """Apparent size of the file of tensors."""
+        """The size of the weights file in bytes, as the file system reports it."""
         return self._weights.nbytes
 
     @cached_property
     def header(self) -> AdapterHeader:
-        """The header, checked against the config; no tensor is read.
+        """The header of the weights file, checked against the config. No tensor data is read.
 
-        Raises `CheckpointError` if the header is damaged or contradicts the config.
+        Raises:
+            CheckpointError: If the header is damaged or contradicts the config.
         """
         infos = self._weights.infos
         keys = check_tensors(self.config, infos, str(self._weights.path))
         return AdapterHeader(self.path, self.config, infos, keys)
 
     def load(self) -> AdapterFile:
-        """Returns the checked adapter with its tensors; raises as `header`."""
+        """Return the checked adapter with its tensors.
+
+        Raises:
+            CheckpointError: If the weights file is damaged, contradicts the config, or changes
+                while it is read.
+        """
         keys = self.header.keys
         wanted = [key for key, parts in keys.items() if parts.kind != "duplicate"]
         return AdapterFile(self.path, self.config, keys, self._weights.read(wanted))
@@ -166,18 +178,20 @@ class OpenAdapter:
 def open_adapter_folder(
     path: str | os.PathLike[str], root: Path | None = None, limits: FileLimits | None = None
 ) -> Iterator[OpenAdapter]:
-    """Opens a local adapter folder for the block; ids of the Hugging Face Hub are not downloaded.
+    """Open a local adapter folder for the duration of a ``with`` block.
 
-    If a save into the folder was cut off, the block sees the whole old or the whole new adapter.
+    Only local folders are supported; repository ids of the Hugging Face Hub are not downloaded. If
+    a save into the folder was interrupted, the block sees either the complete old adapter or the
+    complete new one.
 
     Args:
-        path: The folder.
-        root: Folder that the adapter's files must be in after links are resolved; None follows
-            links anywhere.
-        limits: Largest config and header that are parsed; None for those of any adapter.
+        path: The adapter folder.
+        root: A folder that must contain the adapter's files after symbolic links are resolved. With
+            None, links may lead anywhere.
+        limits: Size limits for the config and the header. With None, the default limits apply.
 
     Raises:
-        CheckpointError: A file is missing, damaged or unsafe; the message names the file.
+        CheckpointError: If a file is missing, damaged, or unsafe. The message names the file.
     """
     folder = Path(path)
     with contextlib.ExitStack() as stack:
@@ -189,27 +203,33 @@ def open_adapter_folder(
 
 
 def load_adapter_folder(path: str | os.PathLike[str]) -> AdapterFile:
-    """Reads a local adapter folder; links are followed.
+    """Read a local adapter folder. Symbolic links are followed.
 
     Raises:
-        CheckpointError: A file is missing, damaged, unsafe, or contradicts the other; the message
-            names file, tensor, what was found and what was expected.
+        CheckpointError: If a file is missing, damaged, or unsafe, or if the two files contradict
+            each other. The message names the file and the tensor, and states the value that was
+            found and the value that was expected.
     """
     with open_adapter_folder(path) as opened:
         return opened.load()
 
 
 def inspect_adapter_folder(path: str | os.PathLike[str]) -> AdapterHeader:
-    """Checks a local adapter folder as `load_adapter_folder` does, and reads no tensor data."""
+    """Check a local adapter folder as `load_adapter_folder` does, without reading tensor data."""
     with open_adapter_folder(path) as opened:
         return opened.header
 
 
 def renamed(file: AdapterFile, mapping: Mapping[str, str] | None) -> AdapterFile:
-    """Returns a file whose modules have the names that a model has for them now.
+    """Return an adapter file with its modules renamed to their current names in the model.
 
-    ``mapping`` gives regular expressions for keys without `KEY_PREFIX` replacements; the first that
-    matches counts, as in PEFT. transformers' models have one for their old names.
+    Some transformers models define a mapping from the module names of earlier versions to the
+    current names.
+
+    Args:
+        file: The loaded adapter.
+        mapping: Regular expressions and their replacements, applied to keys without `KEY_PREFIX`.
+            As in PEFT, only the first expression that matches a key is applied.
     """
     if not mapping:
         return file
@@ -238,16 +258,24 @@ def save_adapter_folder(
     *,
     auto_mapping: dict[str, Any] | None = None,
 ) -> None:
-    """Writes an adapter folder that PEFT and fastlora read, with ``inference_mode`` True.
+    """Write an adapter folder that PEFT and fastlora can load.
 
-    Both files are complete on disk under temporary names before the weights and then the config
-    are renamed. A failure or a crash before leaves the old adapter. A crash between the renames
-    leaves the new adapter to fastlora, and new weights beside the old config to other readers.
-    Simultaneous saves into one folder wait for each other.
+    The config is written with ``inference_mode=True``. Both files are first written completely
+    under temporary names. Then the weights file is renamed, and after it the config file. If the
+    save fails or the process is killed before the renames, the old adapter remains. If it is killed
+    between the renames, fastlora reads the new adapter, but other readers find new weights beside
+    the old config. Concurrent saves into the same folder wait for each other.
+
+    Args:
+        path: The folder. It is created if it does not exist.
+        config: The adapter's config.
+        tensors: The adapter's tensors by key in the file.
+        auto_mapping: The value of ``auto_mapping`` in the config file. With None, the config's own
+            value is written.
 
     Raises:
-        CheckpointError: ``tensors``, by key on disk, do not fit the config or each other, or cannot
-            be written.
+        CheckpointError: If the tensors do not fit the config or each other, or if a file cannot be
+            written.
     """
     folder = Path(path)
     if folder.exists() and not folder.is_dir():
@@ -264,9 +292,18 @@ def save_adapter_folder(
 
 
 def check_tensors(config: LoraConfig, tensors: Tensors, source: str) -> dict[str, AdapterKey]:
-    """Returns every key's parts; raises `CheckpointError` unless all fit the config.
+    """Parse the keys of an adapter file, and check the tensors against the config.
 
-    ``source`` names the file in messages.
+    Args:
+        config: The adapter's config.
+        tensors: The tensors, or their descriptions, by key in the file.
+        source: The name of the file, for messages.
+
+    Returns:
+        The parts of each key, by key.
+
+    Raises:
+        CheckpointError: If a key is unknown, or a tensor does not fit the config.
     """
     with error_prefix(source):
         keys = {key: _parse(key, config, tensors) for key in tensors}
@@ -284,7 +321,7 @@ def check_tensors(config: LoraConfig, tensors: Tensors, source: str) -> dict[str
 
 
 def _why_missing(folder: Path, error: OSError) -> str:
-    """Returns a message for an adapter folder that lacks a file."""
+    """Return an error message for an adapter folder in which a file is missing."""
     if folder.is_file():
         return f"{folder}: is a file, expected the folder that holds {WEIGHTS_NAME}"
     if not folder.is_dir():
@@ -293,7 +330,7 @@ def _why_missing(folder: Path, error: OSError) -> str:
             "Face Hub, pass the folder that huggingface_hub.snapshot_download(repo_id) returns"
         )
     missing = [name for name in (CONFIG_NAME, WEIGHTS_NAME) if not (folder / name).is_file()]
-    if not missing:  # it has come meanwhile
+    if not missing:  # the file was created in the meantime
         return f"{folder}: {error.strerror}"
     pickles = [name for name in _PICKLES if (folder / name).exists()]
     if pickles and WEIGHTS_NAME in missing:
@@ -329,7 +366,7 @@ def _parse(key: str, config: LoraConfig, tensors: Tensors) -> AdapterKey:
         )
     copied = any(entry.rpartition(".")[2] in _EMBEDDINGS for entry in entries)
     if config.ensure_weight_tying and copied and module.rpartition(".")[2] in _EMBEDDINGS:
-        return AdapterKey(module, "saved")  # tied to one of modules_to_save
+        return AdapterKey(module, "saved")  # tied to a module in modules_to_save
     inner = module.removesuffix(".base_layer").removesuffix(".token_adapter")
     if leaf == "bias" and config.bias != "none":
         return AdapterKey(inner, "bias")
@@ -352,11 +389,11 @@ def _check_factor(
         raise CheckpointError(f"{key!r} has no partner, expected {partner} of {module!r}")
     shape = tuple(tensors[key].shape)
     _check_dtype(key, tensors[key])
-    if not 2 <= len(shape) <= 5:  # more than 2 are a convolution's
+    if not 2 <= len(shape) <= 5:  # convolutions have more than 2 dimensions
         raise CheckpointError(f"{key!r} has shape {shape}, expected 2 to 5 dimensions")
     axis, expected = (0, "(rank, in)") if kind.endswith("A") else (1, "(out, rank)")
     rank = config.rank_for(adapted_module(module))
-    grouped = axis == 1 and len(shape) > 2  # a grouped convolution's lora_B has rank / groups
+    grouped = axis == 1 and len(shape) > 2  # lora_B of a grouped convolution has rank / groups
     if rank % max(shape[axis], 1) if grouped else shape[axis] != rank:
         raise CheckpointError(
             f"{key!r} has shape {shape} {expected}, so rank {shape[axis]}; "
@@ -369,7 +406,11 @@ def _check_factor(
 
 
 def adapted_module(module: str) -> str:
-    """Returns the target that a module of a file belongs to: parts lie below its base layer."""
+    """Return the name of the target module that a module name in an adapter file belongs to.
+
+    Some targets consist of several LoRA layers. The inner layers are named below the target's
+    ``base_layer``.
+    """
     return module.partition(".base_layer.")[0]
 
 
@@ -384,7 +425,7 @@ def _check_vector(
         raise CheckpointError(f"{key!r} has no factors, expected lora_B of {module!r}")
     n, *kernel = tensors[factor].shape
     expected: tuple[int, ...] = (n,)
-    if kind == "magnitude" and len(kernel) > 1:  # a convolution's
+    if kind == "magnitude" and len(kernel) > 1:  # a convolution
         expected = (1, n, *[1] * (len(kernel) - 1))
     if tuple(tensors[key].shape) != expected:
         raise CheckpointError(f"{key!r} has shape {tuple(tensors[key].shape)}, expected {expected}")

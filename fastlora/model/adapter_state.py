@@ -1,4 +1,4 @@
-"""Which tensors of a model belong to an adapter, and what PEFT's files call them."""
+"""Map an adapter's tensors between a model's ``state_dict()`` and the keys of PEFT's files."""
 
 from __future__ import annotations
 
@@ -36,17 +36,22 @@ from fastlora.validation import CheckpointError
 if TYPE_CHECKING:
     from fastlora.model.lora_model import LoraModel
 
-# The embeddings that PEFT saves along when they are targets.
+# The embeddings that PEFT saves with an adapter that targets them.
 _SAVED_TARGETS = ("embed_tokens", "lm_head")
 
 
 def key_map(lora_model: LoraModel, adapter_name: str, bias: str | None = None) -> dict[str, str]:
-    """Returns the file key of each tensor of an adapter, and its name in `plain_state`.
+    """Return the name in `plain_state` of each tensor of an adapter, by its key in a file.
 
-    In a file the adapter's name is left out, a copied module has its own name, and the bias of an
-    adapted layer is its ``base_layer.bias``. Base biases are those that the adapter trains under
-    ``bias``: the config's, unless another is given. All names are those of a model that has this
-    adapter alone.
+    File keys do not contain the adapter's name. A module in ``modules_to_save`` keeps its own name,
+    and the bias of an adapted layer is named ``base_layer.bias``. All file keys are those of a
+    model that has this adapter only.
+
+    Args:
+        lora_model: The model that has the adapter.
+        adapter_name: The name of the adapter.
+        bias: A value of ``LoraConfig.bias``, which determines the base biases that are included.
+            With None, the value in the adapter's config is used.
     """
     tuner = lora_model.base_model
     model, bias = tuner.model, bias or tuner.peft_config[adapter_name].bias
@@ -63,17 +68,31 @@ def key_map(lora_model: LoraModel, adapter_name: str, bias: str | None = None) -
 
 
 def plain_state(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a state dict without what wrappers of modules put into names; tensors are shared."""
+    """Return a state dict with the name components of wrapper modules removed.
+
+    See `plain_name` for the wrappers. The tensors are the same objects.
+    """
     return {plain_name(key): tensor for key, tensor in state.items()}
 
 
 def check_fit(
     model: nn.Module, plan: Plan, file: AdapterFile, ignore_mismatched_sizes: bool = False
 ) -> AdapterFile:
-    """Returns a file whose tensors are what its plan needs, shape by shape.
+    """Check that the tensors of an adapter file fit a model, and return the file.
 
-    With ``ignore_mismatched_sizes`` tensors of other shapes are left out, and named in a warning.
-    Else one of them is a `CheckpointError`, as are tensors that are missing or have no place.
+    Args:
+        model: The base model, with or without adapters.
+        plan: The plan for the adapter on this model.
+        file: The loaded adapter.
+        ignore_mismatched_sizes: Whether to leave out tensors with a different shape and emit a
+            warning, instead of raising an error.
+
+    Returns:
+        ``file``, or a copy of it without the tensors that were left out.
+
+    Raises:
+        CheckpointError: If a tensor is missing, has no counterpart in the model, or has a different
+            shape and ``ignore_mismatched_sizes`` is False.
     """
     tensors, path, other = file.tensors, file.path, dict[str, str]()
     with in_place(plan.replication):
@@ -110,10 +129,21 @@ def check_fit(
 def check_same_adapter(
     model: nn.Module, adapter_name: str, loaded_config: LoraConfig, plan: Plan, path: Path
 ) -> None:
-    """Raises `CheckpointError` unless a file can overwrite a loaded adapter in place.
+    """Check that an adapter file can overwrite a loaded adapter in place.
 
-    That takes the same modules, and on each the same rank and the same scaling in both configs. A
-    scaling that `set_scale` has set since stays, as in PEFT.
+    Both adapters must adapt the same modules. On each module, both configs must give the same rank
+    and the same scaling. A scaling that was changed with `set_scale` is not compared and remains in
+    effect, as in PEFT.
+
+    Args:
+        model: The base model with its adapters.
+        adapter_name: The name of the loaded adapter.
+        loaded_config: The config of the loaded adapter.
+        plan: The plan for the adapter in the file.
+        path: The adapter folder, for messages.
+
+    Raises:
+        CheckpointError: If the adapters differ.
     """
     config = plan.config
     layers = {
@@ -172,7 +202,11 @@ def _expected_shapes(model: nn.Module, plan: Plan) -> dict[str, tuple[int, ...]]
 def _tied_shapes(
     model: nn.Module, expected: dict[str, tuple[int, ...]], plan: Plan
 ) -> dict[str, tuple[int, ...]]:
-    """What PEFT saves of a head that has the input embedding's LoRA; it need not be there."""
+    """Return the shapes of the optional tensors that PEFT saves for tied output heads.
+
+    A tied head uses the LoRA factors of the input embedding. PEFT also saves these factors,
+    transposed, under the head's name.
+    """
     shapes: dict[str, tuple[int, ...]] = {}
     at = KEY_PREFIX + str(input_embedding(model)) if plan.tied_heads else ""
     for name in plan.tied_heads:
@@ -182,7 +216,10 @@ def _tied_shapes(
 
 
 def _base_biases(model: nn.Module) -> dict[str, tuple[str, torch.Tensor]]:
-    """Returns name and value of each base bias, by the name that a model without adapters has."""
+    """Return the base model's biases by their names in the model without adapters.
+
+    Each value is a tuple of the bias's current name and the parameter.
+    """
     return {
         plain_name(str(bare_key(model, name))): (name, parameter)
         for name, parameter in base_parameters(model)
@@ -191,7 +228,7 @@ def _base_biases(model: nn.Module) -> dict[str, tuple[str, torch.Tensor]]:
 
 
 def _base_weight(model: nn.Module, name: str) -> torch.Tensor | None:
-    """The weight of a module's base layer, or None where there is none."""
+    """Return the weight of a module's base layer, or None if there is no such module or weight."""
     try:
         module = model.get_submodule(name)
     except AttributeError:
@@ -206,10 +243,17 @@ def collect(
     source: dict[str, torch.Tensor],
     save_embedding_layers: bool | str,
 ) -> dict[str, torch.Tensor]:
-    """Returns an adapter's tensors by file key, out of those by name in ``state_dict()``.
+    """Return an adapter's tensors by file key.
 
-    Raises `CheckpointError` where ``source`` lacks one; trained biases may be absent. For
-    ``save_embedding_layers`` see `LoraModel.save_pretrained`.
+    Args:
+        lora_model: The model that has the adapter.
+        adapter_name: The name of the adapter.
+        source: Tensors by their names in the model's ``state_dict()``.
+        save_embedding_layers: See `LoraModel.save_pretrained`.
+
+    Raises:
+        CheckpointError: If a tensor of the adapter is missing in ``source``. Trained biases of the
+            base model may be missing.
     """
     tensors = {}
     source = plain_state(source)
@@ -245,7 +289,7 @@ def collect(
     if save:
         for name, module in embeddings.items():
             if isinstance(module, ModulesToSaveWrapper):
-                continue  # its copy is saved
+                continue  # the adapter's copy of the module is saved instead
             inner = "base_layer.weight" if isinstance(module, LoraLayer) else "weight"
             if isinstance(module, TrainableTokensWrapper):
                 inner = "token_adapter.base_layer.weight"
@@ -257,10 +301,10 @@ def collect(
 
 
 def _embeddings(model: nn.Module) -> dict[str, nn.Module]:
-    """Input and output embedding of a transformers model, by name."""
+    """Return the input and output embeddings of a transformers model by name."""
     found = []
     for method in ("get_input_embeddings", "get_output_embeddings"):
-        with contextlib.suppress(NotImplementedError):  # a model of pictures has none
+        with contextlib.suppress(NotImplementedError):  # vision models have no embeddings
             found += [getattr(model, method)()] if hasattr(model, method) else []
     return {name: module for name, module in model.named_modules() if module in found}
 
@@ -268,7 +312,10 @@ def _embeddings(model: nn.Module) -> dict[str, nn.Module]:
 def _targets_embedding(
     embeddings: dict[str, nn.Module], adapter_name: str, config: LoraConfig
 ) -> bool:
-    """Whether PEFT finds an embedding among an adapter's targets; never beside trained tokens."""
+    """Return whether an adapter targets an embedding, by PEFT's rules.
+
+    The result is always False if the adapter has ``trainable_token_indices``.
+    """
     if config.trainable_token_indices is not None:
         return False
     if not isinstance(config.target_modules, str):
@@ -281,7 +328,10 @@ def _targets_embedding(
 
 
 def _is_resized(model: nn.Module, config: LoraConfig) -> bool:
-    """Whether the vocabulary is not that of the base model's folder, where there is one."""
+    """Return whether the model's vocabulary size differs from the one in the base model's folder.
+
+    The result is False if the base model was not loaded from a local folder.
+    """
     path = Path(config.base_model_name_or_path or "") / "config.json"
     size = getattr(getattr(model, "config", None), "vocab_size", None)
     if not config.base_model_name_or_path or not path.is_file() or size is None:
@@ -292,9 +342,15 @@ def _is_resized(model: nn.Module, config: LoraConfig) -> bool:
 
 @torch.no_grad()
 def load(lora_model: LoraModel, adapter_name: str, file: AdapterFile) -> None:
-    """Copies a checked file's tensors into an adapter's parameters, in their own dtypes.
+    """Copy the tensors of a checked file into an adapter's parameters.
 
-    An embedding that PEFT saved along, because its vocabulary was resized, goes into the base.
+    The parameters keep their dtypes. If the file contains a base embedding, which PEFT saves when
+    the vocabulary was resized, the embedding is copied into the base model.
+
+    Args:
+        lora_model: The model that has the adapter.
+        adapter_name: The name of the adapter.
+        file: The file, as returned by `check_fit`.
     """
     put(lora_model, adapter_name, file.tensors)
     for disk, parts in file.keys.items():
@@ -305,9 +361,12 @@ def load(lora_model: LoraModel, adapter_name: str, file: AdapterFile) -> None:
 
 
 def _write(lora_model: LoraModel, key: str, target: torch.Tensor, source: torch.Tensor) -> None:
-    """Copies into a tensor of the model; one on the meta device is replaced by one on its layer's.
+    """Copy ``source`` into ``target``, the model's tensor called ``key``.
 
-    Raises `CheckpointError` where a source has no storage itself.
+    A target on the meta device is replaced by a new tensor on the device of its base layer.
+
+    Raises:
+        CheckpointError: If ``source`` itself is on the meta device.
     """
     if source.is_meta:
         raise CheckpointError(f"the tensor given for {key!r} is on the meta device: it has no data")
@@ -331,17 +390,27 @@ def _write(lora_model: LoraModel, key: str, target: torch.Tensor, source: torch.
 
 @torch.no_grad()
 def put(lora_model: LoraModel, adapter_name: str, tensors: Mapping[str, torch.Tensor]) -> Any:
-    """Copies tensors by file key into an adapter's parameters, as far as there are some.
+    """Copy tensors into an adapter's parameters. Missing tensors are allowed.
 
-    Returns the file keys of the adapter that are missing, and those that it has no place for, as
-    `nn.Module.load_state_dict`. Raises `CheckpointError`, before any change, where a shape differs.
+    Args:
+        lora_model: The model that has the adapter.
+        adapter_name: The name of the adapter.
+        tensors: The tensors by file key.
+
+    Returns:
+        A named tuple with ``missing_keys`` and ``unexpected_keys``, which are lists of file keys,
+        as `nn.Module.load_state_dict` returns.
+
+    Raises:
+        AdapterNotFoundError: If there is no such adapter.
+        CheckpointError: If a shape differs. No tensor has been changed in this case.
     """
     tuner = lora_model.base_model
     tuner.check_known(adapter_name)
     state, own = plain_state(lora_model.state_dict()), key_map(lora_model, adapter_name)
     keys, others = dict(own), [disk for disk in tensors if disk not in own]
     biases = _base_biases(tuner.model) if others else {}
-    for disk in others:  # base biases, whatever the config asks for, as in PEFT
+    for disk in others:  # base biases, regardless of the config's bias field, as in PEFT
         name = without_wrappers(disk.removeprefix(KEY_PREFIX))
         if name in biases:
             keys[disk] = KEY_PREFIX + plain_name(biases[name][0])

@@ -1,4 +1,4 @@
-"""The base model's state dict under the keys that it had before adapters came."""
+"""Get and load the base model's state dict, with the keys of the model without adapters."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from fastlora.layers.module_wrapper import ModuleWrapper
 from fastlora.layers.trainable_tokens import TokenAdapter
 from fastlora.sharding import copy_whole_
 
-# Where a wrapper keeps the module that it was made around.
+# Attributes under which LoRA layers and wrappers hold the module that they wrap.
 _INNER = ("base_layer", "original_module", "token_adapter")
 
 
 def base_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Returns a base model's tensors by the keys of the model without adapters."""
+    """Return a base model's tensors under the keys of the model without adapters."""
     named = ((bare_key(model, key), tensor) for key, tensor in model.state_dict().items())
     return {bare: tensor for bare, tensor in named if bare is not None}
 
@@ -28,10 +28,20 @@ def base_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
 def load_base_state_dict(
     model: nn.Module, tensors: Mapping[str, torch.Tensor], strict: bool = True
 ) -> Any:
-    """Copies tensors into a base model, by the keys of the model without adapters.
+    """Copy tensors into a base model that has adapters.
 
-    Returns the missing and the unexpected keys, as `nn.Module.load_state_dict`. Raises
-    `RuntimeError`, before any change, for such a key if ``strict``, and where a shape differs.
+    Args:
+        model: The base model, with or without adapters.
+        tensors: The tensors under the keys of the model without adapters.
+        strict: Whether missing and unexpected keys raise an error.
+
+    Returns:
+        A named tuple with ``missing_keys`` and ``unexpected_keys``, as
+        `nn.Module.load_state_dict` returns.
+
+    Raises:
+        RuntimeError: If a shape differs, or if ``strict`` is True and a key is missing or
+            unexpected. No tensor has been changed in this case.
     """
     entries = base_state_dict(model)
     missing = [key for key in entries if key not in tensors]
@@ -54,10 +64,16 @@ def load_base_state_dict(
 
 
 def bare_key(model: nn.Module, key: str, adapter_name: str | None = None) -> str | None:
-    """Returns a key of a model's state dict as the model without adapters has it.
+    """Return the key that a tensor of the model has in the model without adapters.
 
-    With ``adapter_name``, returns it as PEFT has it in a model with that adapter alone. Returns
-    None where the tensor belongs to an adapter.
+    Args:
+        model: The base model, with or without adapters.
+        key: A key of the model's ``state_dict()``.
+        adapter_name: The name of an adapter. If given, the returned key is the one that PEFT uses
+            in a model with this adapter only.
+
+    Returns:
+        The key, or None if the tensor belongs to an adapter.
     """
     module: nn.Module | None = model
     parts: list[str] = []
@@ -79,7 +95,10 @@ def bare_key(model: nn.Module, key: str, adapter_name: str | None = None) -> str
 
 
 def without_wrappers(module: str) -> str:
-    """Returns the name of a base module in an adapter file as the model without adapters has it."""
+    """Return the name of a base module without the components that wrappers add in adapter files.
+
+    The result is the module's name in the model without adapters.
+    """
     return ".".join(part for part in module.split(".") if part not in _INNER)
 
 

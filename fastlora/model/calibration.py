@@ -1,7 +1,8 @@
-"""Initialisations that look at data before an adapter is added: CorDA and LoRA-GA.
+"""Calibrate a model on data for initializations that run before an adapter is added.
 
-Names and arguments are PEFT's, and so is what they leave on the layers and in cache files: either
-library goes on from what the other has calibrated. EVA, which comes afterwards, is in
+These are CorDA and LoRA-GA. Function names and arguments are the same as in PEFT, and so are the
+attributes stored on the layers and the contents of cache files. Each library can therefore use a
+calibration made with the other. EVA, which runs after the adapter is added, is in
 `fastlora.model.eva`.
 """
 
@@ -36,11 +37,18 @@ from fastlora.validation import ConfigError, InitialisationError, error_prefix
 
 
 def calibrated_layers(model: nn.Module, config: LoraConfig, title: str) -> dict[str, nn.Module]:
-    """Returns the linear layers that a config targets, by name; others are left out, as in PEFT.
+    """Return the linear layers that a config targets, by name.
+
+    Targets of other kinds are left out, as in PEFT.
+
+    Args:
+        model: The model, with or without adapters.
+        config: The adapter's config.
+        title: The name of the initialization method, for messages.
 
     Raises:
-        TargetNotFoundError: Nothing matches.
-        InitialisationError: No target is a linear layer, or the weight of one is quantised.
+        TargetNotFoundError: If no module matches the config.
+        InitialisationError: If no target is a linear layer, or if a target has a quantized weight.
     """
     tuner = tuner_of(model)
     inner = model if tuner is None else tuner.model
@@ -72,7 +80,19 @@ def _runner(
     name: str,
     show: bool,
 ) -> Callable[[], object]:
-    """Returns what to call for one pass over the data."""
+    """Return a function that runs the model once over the calibration data.
+
+    Args:
+        model: The model to calibrate.
+        run: The user's function, which takes precedence over ``dataloader``.
+        dataloader: The batches, used if ``run`` is None.
+        each: Called with the model and each batch of ``dataloader``.
+        name: The name of the argument that holds ``run``, for messages.
+        show: Whether to show a progress bar.
+
+    Raises:
+        ConfigError: If both ``run`` and ``dataloader`` are None.
+    """
     if run is not None:
         return run
     if dataloader is None:
@@ -96,26 +116,29 @@ def preprocess_corda(
     dataloader: Iterable[Any] | None = None,
     show_progress_bar: bool = True,
 ) -> None:
-    """Prepares a model for ``init_lora_weights="corda"``; call it before `get_peft_model`.
+    """Prepare a model for ``init_lora_weights="corda"``. Call this before `get_peft_model`.
 
-    It sums a covariance ``[K, K]`` for each target layer, in fp32 and whatever number of batches
-    there is, then leaves R directions on the layer. Some 256 sequences of 2,048 tokens are enough
-    for K = 4096; too few give covariances of a low rank.
+    For each target layer, this function accumulates the covariance ``[K, K]`` of the layer's inputs
+    over any number of batches. The sums are in fp32, or in the inputs' dtype if ``corda_config``
+    sets ``use_float16_for_covariance``. The function then stores R directions on the layer. About
+    256 sequences of 2,048 tokens are enough for K = 4096. With too little data, the covariances are
+    rank-deficient.
+
+    The method is that of https://arxiv.org/abs/2406.05223, as implemented in PEFT 0.21.2.
 
     Args:
-        model: The model.
-        lora_config: Its ``corda_config`` says which directions, and names the cache files.
-        run_model: Runs the model over the data.
-        hooked_model: The model that ``run_model`` runs, where that is a copy.
-        dataloader: In place of ``run_model``: batches to call the model with.
-        show_progress_bar: Show one over the batches, where tqdm is installed.
+        model: The model to prepare.
+        lora_config: The adapter's config. Its ``corda_config`` selects the directions and names the
+            cache files.
+        run_model: A function that runs the model over the data.
+        hooked_model: The model that ``run_model`` runs, if it is a copy of ``model``.
+        dataloader: The batches to call the model with. Used if ``run_model`` is None.
+        show_progress_bar: Whether to show a progress bar over the batches, if tqdm is installed.
 
     Raises:
-        ConfigError: There is neither data nor a cache file.
-        InitialisationError: A layer, which the message names, cannot be calibrated.
-        TargetNotFoundError: Nothing matches the config.
-
-    Method: https://arxiv.org/abs/2406.05223, as in PEFT 0.21.2.
+        ConfigError: If there is neither data nor a cache file.
+        InitialisationError: If a layer cannot be calibrated. The message names the layer.
+        TargetNotFoundError: If no module matches the config.
     """
     config = own_config(lora_config)
     settings: CordaConfig = settings_of(config.corda_config, CordaConfig) or CordaConfig()
@@ -177,26 +200,30 @@ def preprocess_loraga(
     dataloader: Iterable[Any] | None = None,
     show_progress_bar: bool = True,
 ) -> None:
-    """Prepares a model for ``init_lora_weights="lora_ga"``; call it before `get_peft_model`.
+    """Prepare a model for ``init_lora_weights="lora_ga"``. Call this before `get_peft_model`.
 
-    It leaves the mean gradient of each target layer's weight on the layer. Only these weights get
-    gradients meanwhile; they take as much memory as the weights themselves.
+    This function stores the mean gradient of each target layer's weight on the layer. During the
+    calibration, only these weights receive gradients, which take as much memory as the weights
+    themselves.
+
+    The method is that of https://arxiv.org/abs/2407.05000, as implemented in PEFT 0.21.2.
 
     Args:
-        model: The model.
-        lora_config: Its ``lora_ga_config`` must be set.
-        train_step: Runs forward and backward passes of the model; their gradients add up.
-        cache_file: Where the gradients are kept; they are read from there if it exists.
-        dataloader: In place of ``train_step``: batches to call the model with, whose output has a
-            ``loss``.
-        show_progress_bar: Show one over the batches, where tqdm is installed.
+        model: The model to prepare.
+        lora_config: The adapter's config. Its ``lora_ga_config`` must be set.
+        train_step: A function that runs forward and backward passes of the model. The result is the
+            mean over all backward passes.
+        cache_file: The file to store the gradients in. If the file exists, the gradients are read
+            from it instead of being computed.
+        dataloader: The batches to call the model with. The output for each batch must have a
+            ``loss``. Used if ``train_step`` is None.
+        show_progress_bar: Whether to show a progress bar over the batches, if tqdm is installed.
 
     Raises:
-        ConfigError: ``lora_ga_config`` is not set, or there is neither data nor a cache file.
-        InitialisationError: A layer, which the message names, got no gradient or is quantised.
-        TargetNotFoundError: Nothing matches the config.
-
-    Method: https://arxiv.org/abs/2407.05000, as in PEFT 0.21.2.
+        ConfigError: If ``lora_ga_config`` is not set, or if there is neither data nor a cache file.
+        InitialisationError: If a layer received no gradient or is quantized. The message names the
+            layer.
+        TargetNotFoundError: If no module matches the config.
     """
     config = own_config(lora_config)
     if settings_of(config.lora_ga_config, LoraGAConfig) is None:
@@ -225,7 +252,10 @@ def preprocess_loraga(
 def estimate_gradients(
     model: nn.Module, lora_config: Any, train_step: Callable[[], object]
 ) -> None:
-    """Leaves the mean gradient of each target layer's weight on it; see `preprocess_loraga`."""
+    """Store the mean gradient of each target layer's weight on the layer.
+
+    See `preprocess_loraga` for the arguments.
+    """
     layers = calibrated_layers(model, own_config(lora_config), "LoRA-GA")
     training = in_mode(model, training=True)
     with same_buffers(model), training, lora_ga.gradients(model, layers) as found:
@@ -234,7 +264,7 @@ def estimate_gradients(
 
 
 def _leave(layers: Mapping[str, nn.Module], attribute: str, results: Mapping[str, object]) -> None:
-    """Gives each layer its own result."""
+    """Store each layer's result as an attribute of the layer."""
     for name, module in layers.items():
         setattr(module, attribute, results[name])
 

@@ -1,4 +1,7 @@
-"""Adapters that are computed from others, whole, before the model changes."""
+"""Adapters that are computed from existing ones.
+
+A new adapter is computed completely before the model is changed.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +23,13 @@ from fastlora.validation import AdapterStateError, UnsupportedLayerError
 
 
 class Factors(NamedTuple):
-    """What an adapter is to have on one layer.
+    """The parameters of a computed adapter on one layer.
 
     Attributes:
-        lora_a, lora_b: ``[R, K]`` and ``[N, R]``.
-        lora_bias: ``[N]``, or None.
-        magnitude: Of an adapter that uses DoRA, in its own shape.
+        lora_a, lora_b: The factors, ``[R, K]`` and ``[N, R]``.
+        lora_bias: The bias of ``lora_b``, ``[N]``, or None.
+        magnitude: The DoRA magnitude, in the shape of the layer's parameter, or None if the adapter
+            does not use DoRA.
     """
 
     lora_a: torch.Tensor
@@ -35,13 +39,14 @@ class Factors(NamedTuple):
 
 
 class Made(NamedTuple):
-    """An adapter that is computed, and not in the model yet.
+    """A computed adapter that has not been added to the model yet.
 
     Attributes:
-        plan: Its config, and the modules it goes on.
-        factors: What it has on each LoRA layer.
-        copies: Module of ``modules_to_save`` to the adapter whose copy it takes over.
-        wide: Whether the factors are fp32 beside base layers of 16 bits.
+        plan: The adapter's config and the modules that it adapts.
+        factors: The adapter's factors on each LoRA layer, by the layer's name.
+        copies: The name of each module in ``modules_to_save``, and the existing adapter from which
+            the new adapter copies this module.
+        wide: Whether the factors of 16-bit base layers are stored in fp32.
     """
 
     plan: Plan
@@ -51,12 +56,17 @@ class Made(NamedTuple):
 
     @property
     def ranks(self) -> dict[str, int]:
-        """Layer to the rank of its factors."""
+        """The rank of the factors on each layer, by the layer's name."""
         return {name: each.lora_a.shape[0] for name, each in self.factors.items()}
 
     @torch.no_grad()
     def fill(self, model: nn.Module, adapter_name: str) -> None:
-        """Copies what was computed into the adapter, once the model has it."""
+        """Copy the computed values into an adapter that has been added to the model.
+
+        Args:
+            model: The base model with its adapters.
+            adapter_name: The name of the adapter, which was added with ``plan``.
+        """
         layers = lora_layers(model)
         for name, made in self.factors.items():
             layer = layers[name]
@@ -72,13 +82,21 @@ class Made(NamedTuple):
 
 
 def pair_of(name: str, layer: LoraLayer, adapter: str, *, multiplied: bool = True) -> low_rank.Pair:
-    """Returns an adapter's factors on a layer as matrices, in fp32 or wider.
+    """Return an adapter's factors on a layer as two matrices, in fp32 or a wider dtype.
 
-    ``multiplied`` says that their product is to be the update.
+    Args:
+        name: The name of the layer, for messages.
+        layer: The LoRA layer.
+        adapter: The name of the adapter.
+        multiplied: Whether to require that the product of the two matrices is the adapter's update.
+
+    Returns:
+        The matrices ``lora_a [R, K]`` and ``lora_b [N, R]``.
 
     Raises:
-        AdapterStateError: They are sharded, or have values that are not finite.
-        UnsupportedLayerError: The update is no product of two matrices that could be written to.
+        AdapterStateError: If the factors are sharded or contain values that are not finite.
+        UnsupportedLayerError: If ``multiplied`` is True and the update is not the product of the
+            two matrices, as in a grouped convolution.
     """
     lora_a, lora_b, _ = layer._factors(adapter)
     if layer.is_split or is_sharded(lora_a) or is_sharded(lora_b):
@@ -102,10 +120,18 @@ def made(
     factors: Mapping[str, Factors],
     config: LoraConfig | None = None,
 ) -> Made:
-    """Returns an adapter that is ready to be added, on the layers that it has factors for.
+    """Return a computed adapter that is ready to be added to the model.
 
-    ``configs`` are those of the adapters that it was computed from; ``config`` is its own, or None
-    where its factors hold all scalings. Raises as `LoraTuner.add_weighted_adapter`.
+    Args:
+        model: The base model with its adapters.
+        configs: The configs of the adapters that the new adapter was computed from, by name.
+        factors: The new adapter's factors on each layer that it adapts, by the layer's name.
+        config: The new adapter's config. With None, the factors already include all scalings, and
+            the config is derived from ``configs``.
+
+    Raises:
+        AdapterStateError: If two of the adapters own a copy of the same module.
+        ConfigError: If an adapter was trained on base weights that its initialization changed.
     """
     copies = _copies_of(model, list(configs))
     if config is None:
@@ -116,7 +142,7 @@ def made(
     inner = {f"{n}.{below}" for n, layer in layers.items() for below in layer.inner_layers()}
     outer = set(factors) - inner
     if set(plan.targets) != outer:
-        # Configs that pick layers in different ways have no sum but the names themselves.
+        # The configs select layers in different ways. Only a list of names describes all layers.
         config.target_modules = outer
         config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
         plan = plan_adapter(model, config)
@@ -125,18 +151,22 @@ def made(
 
 
 def _copies_of(model: nn.Module, adapters: Sequence[str]) -> dict[str, str]:
-    """Returns each module that adapters own a copy of, and the one whose copy a new adapter takes.
+    """Return the modules that the adapters own a copy of, each with the adapter to copy it from.
 
-    Raises as `check_one_copy`.
+    Raises:
+        AdapterStateError: See `check_one_copy`.
     """
     check_one_copy(model, adapters)
     return {name: owners[0] for name, owners in _owners_of_copies(model, adapters).items()}
 
 
 def check_one_copy(model: nn.Module, adapters: Sequence[str]) -> None:
-    """Raises `AdapterStateError` where a sum of adapters would have two copies of one module.
+    """Check that at most one of the adapters owns a copy of any module.
 
-    An adapter that comes twice has two, as in PEFT.
+    If a name occurs twice in ``adapters``, its copies count twice, as in PEFT.
+
+    Raises:
+        AdapterStateError: If a module has more than one copy.
     """
     for name, owners in _owners_of_copies(model, adapters).items():
         if len(owners) > 1:
@@ -147,7 +177,7 @@ def check_one_copy(model: nn.Module, adapters: Sequence[str]) -> None:
 
 
 def _owners_of_copies(model: nn.Module, adapters: Sequence[str]) -> dict[str, list[str]]:
-    """Returns each module that adapters own copies of, and those adapters."""
+    """Return the modules that the adapters own copies of, each with the names of its owners."""
     found = {}
     for name, module in routed_modules(model):
         copies = getattr(module, "modules_to_save", None)
@@ -160,10 +190,18 @@ def _owners_of_copies(model: nn.Module, adapters: Sequence[str]) -> dict[str, li
 def _config_for(
     configs: Sequence[LoraConfig], ranks: Mapping[str, int], copies: Mapping[str, str]
 ) -> LoraConfig:
-    """Returns the config of an adapter whose factors hold all scalings: its alpha is its rank.
+    """Return the config of a computed adapter whose factors include all scalings.
 
-    Of the adapters that it is made of the first one's other fields are taken. Raises `ConfigError`
-    where one of them means something only on base weights that its start changed.
+    ``lora_alpha`` equals the rank, so that the adapter's scaling is 1. Fields that are not
+    determined by the computation are copied from the first of ``configs``.
+
+    Args:
+        configs: The configs of the adapters that the new adapter was computed from.
+        ranks: The rank on each layer, by the layer's name.
+        copies: The modules in ``modules_to_save``; only the names are used.
+
+    Raises:
+        ConfigError: If an adapter was trained on base weights that its initialization changed.
     """
     for each in configs:
         each.check_plain("an adapter computed from it")
@@ -173,7 +211,7 @@ def _config_for(
     config.use_rslora = False  # alpha / sqrt(rank) would scale a second time
     config.rank_pattern = {f"^{re.escape(name)}": r for name, r in ranks.items() if r != rank}
     config.alpha_pattern = dict(config.rank_pattern)
-    config.bias = "none"  # biases of the base model are not the adapter's own
+    config.bias = "none"  # the biases of the base model do not belong to the adapter
     config.lora_bias = any(each.lora_bias for each in configs)
     config.init_lora_weights = True
     config.modules_to_save = sorted(copies) or None

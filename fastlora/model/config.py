@@ -1,7 +1,8 @@
-"""`LoraConfig`: PEFT's field names, defaults and file format, checked when it is made.
+"""`LoraConfig`, with the field names, defaults, and file format of PEFT.
 
-A field that fastlora leaves to PEFT is accepted at its default and refused otherwise,
-in one error, so that a config never silently does less than it says.
+The values are checked when a config is created. A field that fastlora does not support is accepted
+only at its default value. Otherwise an error names all such fields, so no setting is silently
+ignored.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from fastlora.model.replace_files import locked, replacing
 from fastlora.patterns import first_at_end
 from fastlora.validation import THE_PEFT_WAY, ConfigError, error_prefix
 
-# Field -> value that means "unset"; None stands for PEFT's default of None.
+# Fields that fastlora does not support -> the values that leave the feature switched off.
 _NOT_IMPLEMENTED: dict[str, tuple[Any, ...]] = {
     "megatron_config": (None, {}),
     "megatron_core": ("megatron.core", None),
@@ -39,21 +40,24 @@ _NOT_IMPLEMENTED: dict[str, tuple[Any, ...]] = {
     "arrow_config": (None,),
     "kasa_config": (None,),
 }
-# Without effect on an adapter whose weights exist: they belong to what another field switches on.
+# Fields without an effect on an adapter that already has weights. They are settings of features
+# that other fields enable.
 _IDLE_AFTER_INIT = ("megatron_core", "qalora_group_size")
 
-# "new": the adapter is about to be initialised. "load": its weights come from a file.
-# "live": it already sits in a model, so whatever its initialisation did to the base is done.
+# "new": the adapter is about to be initialized. "load": its weights come from a file.
+# "live": it is already in a model, and its initialization has already changed the base weights if
+# it changes them at all.
 Stage = Literal["new", "load", "live"]
 _T = TypeVar("_T", bound="LoraConfig")
 
 
 @dataclass
 class LoraRuntimeConfig:
-    """Settings of one run, never saved.
+    """Settings for the current run. They are never saved.
 
     Args:
-        ephemeral_gpu_offload: Accepted for PEFT's sake. PEFT uses it for DoRA's norm only.
+        ephemeral_gpu_offload: Accepted for compatibility with PEFT and ignored. PEFT uses it only
+            to compute DoRA's weight norm.
     """
 
     ephemeral_gpu_offload: bool = False
@@ -61,47 +65,62 @@ class LoraRuntimeConfig:
 
 @dataclass
 class LoraConfig(ConfigMethods):
-    """What an adapter adapts, and how. Fields and defaults are those of PEFT 0.21.2.
-
-    Raises:
-        ConfigError: A value is wrong, two values contradict each other, or a field is set that
-            fastlora does not have. The message names field, value and what to do.
+    """The configuration of a LoRA adapter. Fields and defaults are those of PEFT 0.21.2.
 
     Args:
-        task_type: "CAUSAL_LM", "SEQ_CLS", ... as in PEFT, or None.
+        task_type: The task, such as ``"CAUSAL_LM"`` or ``"SEQ_CLS"``, as in PEFT; or None.
         peft_type: Always ``"LORA"``, as a `PeftType`.
-        peft_version: The version of PEFT that wrote the config, or writes files like ours.
-        inference_mode: True freezes the adapter.
-        r: Rank, at least 1.
-        target_modules: Names (equal to a module's name or to its end after a dot), a regular
-            expression for whole names, ``"all-linear"``, or None for the architecture's default.
-        exclude_modules: Names or a regular expression, matched alike, taken away from the targets.
-        lora_alpha: The scaling is ``lora_alpha / r``, or ``lora_alpha / sqrt(r)`` with rsLoRA.
-        lora_dropout: Probability in [0, 1), applied to the input of the LoRA branch only.
-        fan_in_fan_out: The base weight is stored ``[in, out]``.
-        bias: Which biases of the base model train and are saved.
-        use_rslora: See ``lora_alpha``.
-        modules_to_save: Modules of which the adapter owns a full trained copy.
-        init_lora_weights: True (A uniform, B zero), "gaussian" (A normal, B zero), False (both
-            random, so the new adapter changes the output), "orthogonal", or a method that looks at
-            the base weight ("pissa", "pissa_niter_4", "olora", "mica", "loftq") or at data
-            ("corda", "eva", "lora_ga"); see ``docs/initialisation.md``.
-        layers_to_transform: Only these layer indices; needs named ``target_modules``.
-        layers_pattern: Name of the list that those indices count in.
-        rank_pattern: Regular expression for the end of a module's name -> rank; first match wins.
-        alpha_pattern: The same for ``lora_alpha``.
-        loftq_config: Settings of "loftq"; kept as a dict.
-        eva_config: Settings of "eva".
-        corda_config: Settings of "corda".
-        lora_ga_config: Settings of "lora_ga".
-        use_dora: Gives each output a trained magnitude (DoRA, https://arxiv.org/abs/2402.09353).
-        layer_replication: Ranges ``(first, behind the last)`` of the model's layers that make up a
-            deeper model; copies of a layer share its weights and have adapters of their own.
-        trainable_token_indices: Rows of the input embedding that train, or module name -> rows.
-        ensure_weight_tying: Where the model ties its embeddings, what is tied to an adapted input
-            embedding has the embedding's adapter.
-        lora_bias: Gives B a bias, which is scaled with the rest of the branch; not with DoRA.
-        runtime_config: Never saved.
+        peft_version: The version of PEFT that wrote the config. In a new config, it is the version
+            of the installed PEFT if PEFT is imported, or else the version that fastlora follows.
+        inference_mode: Whether the adapter is frozen.
+        r: The rank, at least 1.
+        target_modules: The modules to adapt: a list of names, a regular expression that must match
+            the whole name of a module, ``"all-linear"``, or None for the default of the model's
+            architecture. An entry of a list matches a module with exactly this name, and every
+            module with a name that ends with a dot and the entry.
+        exclude_modules: Modules to exclude from the targets: a list of names or a regular
+            expression, matched in the same way as ``target_modules``.
+        lora_alpha: Determines the scaling, which is ``lora_alpha / r``, or
+            ``lora_alpha / sqrt(r)`` with ``use_rslora``.
+        lora_dropout: The dropout probability in [0, 1), applied only to the input of the LoRA
+            branch.
+        fan_in_fan_out: Whether the base weight is stored as ``[in, out]``.
+        bias: Which biases of the base model are trained and saved: ``"none"``, ``"all"``, or
+            ``"lora_only"`` for the biases of the adapted modules.
+        use_rslora: Whether to use rank-stabilized LoRA. See ``lora_alpha``.
+        modules_to_save: Modules that are trained in full. The adapter owns a copy of each.
+        init_lora_weights: The initialization: True (A uniform, B zero), ``"gaussian"`` (A normal,
+            B zero), False (both random, so that a new adapter changes the output),
+            ``"orthogonal"``, a method that uses the base weight (``"pissa"``, ``"pissa_niter_4"``,
+            ``"olora"``, ``"mica"``, ``"loftq"``), or a method that uses data (``"corda"``,
+            ``"eva"``, ``"lora_ga"``). See ``docs/initialisation.md``.
+        layers_to_transform: The indices of the layers to adapt. ``target_modules`` must then be a
+            list of names.
+        layers_pattern: The name of the list of layers that ``layers_to_transform`` refers to.
+        rank_pattern: A mapping from regular expressions to ranks. An expression applies to a module
+            if it matches the end of the module's name. The first match is used.
+        alpha_pattern: A mapping from regular expressions to values of ``lora_alpha``, with the same
+            rules as ``rank_pattern``.
+        loftq_config: Settings for ``"loftq"``, stored as a dict.
+        eva_config: Settings for ``"eva"``.
+        corda_config: Settings for ``"corda"``.
+        lora_ga_config: Settings for ``"lora_ga"``.
+        use_dora: Whether to train a magnitude for each output feature
+            (DoRA, https://arxiv.org/abs/2402.09353).
+        layer_replication: Ranges ``(first, end)`` of layer indices, with ``end`` excluded, that
+            make up a deeper model. Copies of a layer share its weights and have their own adapters.
+        trainable_token_indices: The rows of the input embedding to train, or a mapping from module
+            names to the rows to train in these modules.
+        ensure_weight_tying: Whether modules that the model ties to its input embedding share the
+            embedding's adapter.
+        lora_bias: Whether B has a bias. The bias is multiplied by the scaling like the rest of the
+            LoRA branch. Not supported together with DoRA.
+        runtime_config: Settings for the current run. They are never saved.
+
+    Raises:
+        ConfigError: If a value is invalid, if two values contradict each other, or if a field is
+            set that fastlora does not support. The message names the field and its value, and says
+            what to do.
     """
 
     task_type: TaskType | str | None = None
@@ -164,7 +183,21 @@ class LoraConfig(ConfigMethods):
             self._warn_of_conversion()
 
     def _read_settings(self, init: Init, where: Settings, chosen: bool, stage: Stage) -> None:
-        """Brings the settings of an initialisation into one form; warns where they are idle."""
+        """Normalize the settings field of an initialization method.
+
+        Emits a warning if the settings are given for a method that is not selected, or if the
+        selected method falls back to its default settings.
+
+        Args:
+            init: The initialization method.
+            where: A description of the method's settings field.
+            chosen: Whether ``init_lora_weights`` selects this method.
+            stage: See `check_supported`.
+
+        Raises:
+            ConfigError: If the adapter is new and the selected method requires settings, but none
+                are given.
+        """
         made = settings_of(getattr(self, where.field) or None, where.cls)
         if made is None and chosen and where.missing == "refuse" and stage == "new":
             raise ConfigError(
@@ -199,11 +232,14 @@ class LoraConfig(ConfigMethods):
             )
 
     def check_supported(self, stage: Stage = "new") -> None:
-        """Raises `ConfigError`, naming every field that fastlora does not have.
+        """Check that the config uses only fields that fastlora supports.
 
         Args:
-            stage: ``"new"`` for an adapter about to be initialised, ``"load"`` for one whose
-                weights come from a file, ``"live"`` for one that already sits in a model.
+            stage: ``"new"`` if the adapter is about to be initialized, ``"load"`` if its weights
+                come from a file, or ``"live"`` if it is already in a model.
+
+        Raises:
+            ConfigError: If an unsupported field is set. The message names all of these fields.
         """
         idle = _IDLE_AFTER_INIT if stage != "new" else ()
         unset = {
@@ -216,10 +252,17 @@ class LoraConfig(ConfigMethods):
             raise ConfigError(f"fastlora does not have {names}; {THE_PEFT_WAY}")
 
     def check_plain(self, what: str) -> None:
-        """Raises `ConfigError` where the adapter means something only on a base weight of its own.
+        """Check that the adapter can be used with the original base weights.
+
+        Some initializations change the base weights, and the adapter is then trained on the changed
+        weights. If loading must repeat this change, an error is raised. If PEFT does not repeat it
+        either, only a warning is emitted.
 
         Args:
-            what: What cannot take such an adapter.
+            what: A description of the operation's result, as the subject of the message.
+
+        Raises:
+            ConfigError: If the initialization changed the base weights and must be repeated.
         """
         if not self.init.changes_base:
             return
@@ -240,20 +283,22 @@ class LoraConfig(ConfigMethods):
 
     @property
     def init(self) -> Init:
-        """The initialisation that ``init_lora_weights`` names."""
+        """The initialization method that ``init_lora_weights`` selects."""
         return find_init(self.init_lora_weights)
 
     @property
     def init_config(self) -> object | None:
-        """Settings of that initialisation, or None where it has none."""
+        """The settings of the selected initialization method, or None if there are none."""
         where = self.init.settings
         return None if where is None else settings_of(getattr(self, where.field) or None, where.cls)
 
     def shapes_only(self) -> LoraConfig:
-        """Returns a loaded adapter's config as that of a new one with the same shapes.
+        """Return a copy of the config with the default initialization.
+
+        A new adapter with this config has parameters of the same shapes.
 
         Raises:
-            ConfigError: Such an adapter cannot be loaded.
+            ConfigError: If fastlora cannot load an adapter with this config.
         """
         self.check_supported("load")
         default = LoraConfig()
@@ -262,56 +307,66 @@ class LoraConfig(ConfigMethods):
         return dataclasses.replace(self, init_lora_weights=True, **idle)
 
     def _register_custom_module(self, mapping: Mapping[type, type]) -> None:
-        """Names classes of yours as LoRA layers of modules; the name and what it does are PEFT's.
+        """Register custom LoRA layer classes for module classes, under PEFT's name for this method.
 
-        The config is not saved with it: to load such an adapter, register again and pass
-        ``config=``.
+        The registration is not saved with the config. To load an adapter that uses it, register the
+        classes again and pass ``config=``.
 
         Args:
-            mapping: Class of a module to a subclass of `fastlora.layers.LoraLayer`, which is made
-                with the module as its only argument.
+            mapping: A mapping from module classes to subclasses of `fastlora.layers.LoraLayer`. The
+                subclass is called with the module as its only argument.
         """
         self._custom_modules = {**self.custom_modules, **mapping}
 
     @property
     def custom_modules(self) -> dict[type, type]:
-        """What `_register_custom_module` named; the first class that a module is of counts."""
+        """The classes registered with `_register_custom_module`.
+
+        For each module, the first class that the module is an instance of is used.
+        """
         named: dict[type, type] | None = self.__dict__.get("_custom_modules")
         return named or {}
 
     def rank_for(self, name: str) -> int:
-        """Returns the rank of the module called ``name``."""
+        """Return the rank for the module called ``name``."""
         patterns = self.rank_pattern
         key = first_at_end("rank_pattern", patterns, name) if patterns else None
         return self.r if key is None else patterns[key]
 
     def alpha_for(self, name: str) -> int | float:
-        """Returns ``lora_alpha`` of the module called ``name``."""
+        """Return ``lora_alpha`` for the module called ``name``."""
         patterns = self.alpha_pattern
         key = first_at_end("alpha_pattern", patterns, name) if patterns else None
         return self.lora_alpha if key is None else patterns[key]
 
     def scaling_for(self, name: str) -> float:
-        """Returns the factor on the LoRA branch of the module called ``name``."""
+        """Return the scaling of the LoRA branch for the module called ``name``."""
         rank = self.rank_for(name)
         return self.alpha_for(name) / (math.sqrt(rank) if self.use_rslora else rank)
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the fields, ready for JSON: sets as sorted lists, no ``runtime_config``."""
+        """Return the fields as a dict that can be written as JSON.
+
+        Sets become sorted lists, and ``runtime_config`` is left out.
+        """
         data = dataclasses.asdict(self)
         del data["runtime_config"]
         return {key: sorted(v) if isinstance(v, set) else v for key, v in data.items()}
 
     @classmethod
     def from_dict(cls: type[_T], data: Mapping[str, Any], *, for_loading: bool = False) -> _T:
-        """Returns a config from the fields of an ``adapter_config.json``.
+        """Create a config from the fields of an ``adapter_config.json``.
 
-        Keys that no field has (a newer PEFT's) are dropped with one warning, as PEFT does.
+        Unknown keys, such as those of a newer PEFT version, are dropped with a single warning, as
+        in PEFT.
 
         Args:
-            data: Field -> value.
-            for_loading: The weights come from a file: how they were initialised matters only if
-                that changed the base weights, which raises `ConfigError`. The value is kept.
+            data: The values by field name.
+            for_loading: Whether the adapter's weights come from a file. Settings that only affect
+                the initialization are then not checked. ``init_lora_weights`` keeps its value.
+
+        Raises:
+            ConfigError: See `LoraConfig`.
         """
         if for_loading and data.get("peft_type", "LORA") is None:
             raise ConfigError("peft_type is None, expected 'LORA'")
@@ -319,12 +374,16 @@ class LoraConfig(ConfigMethods):
 
     @classmethod
     def from_peft(cls: type[_T], peft_config: Any, *, initialised: bool = False) -> _T:
-        """Returns the config that says what a ``peft.LoraConfig`` says.
+        """Create a config from a ``peft.LoraConfig``.
 
         Args:
             peft_config: PEFT's config object.
-            initialised: Its adapter sits in a model already, so how it was initialised is of no
-                interest.
+            initialised: Whether the adapter is already in a model. Settings that only affect the
+                initialization are then not checked.
+
+        Raises:
+            ConfigError: If the object is not a config for LoRA, or has a value that `LoraConfig`
+                does not accept.
         """
         if not callable(getattr(peft_config, "to_dict", None)):
             raise ConfigError(f"expected a LoraConfig, got {peft_config!r}")
@@ -342,7 +401,7 @@ class LoraConfig(ConfigMethods):
 
     @classmethod
     def _build(cls: type[_T], data: Mapping[str, Any], stage: Stage) -> _T:
-        config = object.__new__(cls)  # __init__ would check for a new adapter
+        config = object.__new__(cls)  # __init__ would apply the checks for a new adapter
         fields = {f.name: f for f in dataclasses.fields(cls)}
         for name, f in fields.items():
             if name in data and name != "runtime_config":
@@ -371,12 +430,14 @@ class LoraConfig(ConfigMethods):
         auto_mapping: dict[str, Any] | None = None,
         auto_mapping_dict: dict[str, Any] | None = None,
     ) -> None:
-        """Writes ``adapter_config.json`` into a folder, which is made if need be.
+        """Write ``adapter_config.json`` into a folder.
 
         Args:
-            save_directory: The folder.
-            auto_mapping: Class and library of a base model without a task type, as PEFT records it.
-            auto_mapping_dict: The same, as PEFT's models pass it.
+            save_directory: The folder. It is created if it does not exist.
+            auto_mapping: The class and the library of the base model. PEFT records them if the
+                config has no task type.
+            auto_mapping_dict: The name under which PEFT's models pass ``auto_mapping``. Used if
+                ``auto_mapping`` is None.
         """
         auto_mapping = auto_mapping if auto_mapping is not None else auto_mapping_dict
         text = self.to_json(auto_mapping=auto_mapping)
@@ -386,14 +447,19 @@ class LoraConfig(ConfigMethods):
             partial.write_bytes(edited_config(folder, text.encode("utf-8")))
 
     def to_json(self, **overrides: Any) -> str:
-        """Returns the text of ``adapter_config.json``; an override of None is ignored.
+        """Return the text of ``adapter_config.json``.
 
-        Raises `ConfigError` if the text is longer than a reader accepts.
+        Args:
+            **overrides: Values to write in place of the config's own. A value of None is ignored.
+
+        Raises:
+            ConfigError: If the text is longer than the maximum that `from_pretrained` reads.
         """
         data = self.to_dict() | {key: v for key, v in overrides.items() if v is not None}
         # Only the fields are sorted. PEFT sorts the patterns too, which can change the first match.
         text = json.dumps({key: data[key] for key in sorted(data)}, indent=2)
-        if len(text) > MAX_CONFIG_BYTES:  # ASCII
+        # The text is ASCII, so its length is its size in bytes.
+        if len(text) > MAX_CONFIG_BYTES:
             raise ConfigError(
                 f"{CONFIG_NAME} would have {len(text)} bytes, expected at most {MAX_CONFIG_BYTES}"
             )
@@ -403,15 +469,20 @@ class LoraConfig(ConfigMethods):
     def from_pretrained(
         cls: type[_T], folder: str | os.PathLike[str], *, for_loading: bool = False
     ) -> _T:
-        """Returns the config of a local folder, from ``adapter_config.json``; see `from_dict`.
+        """Read the config of a local adapter folder.
 
-        It is the config that belongs to the folder's weights: if a save was cut off after it had
-        replaced the weights and before it replaced ``adapter_config.json``, the config comes from
-        the weights' metadata. `from_json_file` returns the fields of the file itself.
+        The result is the config that belongs to the folder's weights. If a save was interrupted
+        after it replaced the weights and before it replaced ``adapter_config.json``, the config
+        stored in the metadata of the weights file is returned. To read the config file itself, use
+        `from_json_file`.
+
+        Args:
+            folder: The adapter folder.
+            for_loading: See `from_dict`.
 
         Raises:
-            CheckpointError: The file is missing or is not a JSON object.
-            ConfigError: A value in it is refused.
+            CheckpointError: If the config file is missing or is not a JSON object.
+            ConfigError: If a value is not accepted.
         """
         data = read_config(Path(folder))
         with error_prefix(Path(folder) / CONFIG_NAME):

@@ -1,4 +1,4 @@
-"""The checks behind `LoraConfig`: each names the field, its value, and what was expected."""
+"""The checks of `LoraConfig`. Each error names the field, its value, and the expected value."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastlora.validation import ConfigError, check_dropout, check_rank, near_nam
 
 
 class TaskType(str, enum.Enum):
-    """What a model is for; members and values are PEFT's."""
+    """The tasks that a model can be trained for. The members and values are those of PEFT."""
 
     SEQ_CLS = "SEQ_CLS"
     SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
@@ -24,34 +24,37 @@ class TaskType(str, enum.Enum):
 
 
 class PeftType(str, enum.Enum):
-    """PEFT's methods, of which ours is one."""
+    """The adapter methods of PEFT. fastlora supports only LoRA."""
 
     LORA = "LORA"
 
 
-# The PEFT that our fields, defaults and files are those of.
+# The PEFT version that the fields, the defaults, and the file format follow.
 PEFT_VERSION = "0.21.2"
 BIAS_MODES = ("none", "all", "lora_only")
 
 
 def checked_fields(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the fields of a config with equal ways to write a value brought into one.
+    """Check the fields of a config, and return them in normalized form.
 
-    Enums become strings, collections of names become sets or lists of their own, and so on.
+    For example, collections of names become new sets or lists, and ``task_type`` becomes a string.
+
+    Args:
+        given: The values by field name.
 
     Raises:
-        ConfigError: A value is wrong, or contradicts another.
+        ConfigError: If a value is invalid or contradicts another value.
     """
     fields = dict(given)
     for name in ("task_type", "peft_type"):
-        fields[name] = getattr(fields[name], "value", fields[name])  # PEFT's are string enums
+        fields[name] = getattr(fields[name], "value", fields[name])  # string enums in PEFT
     for name in ("target_modules", "exclude_modules"):
         if isinstance(fields[name], (list, tuple, set, frozenset)):
             _check_names(name, fields[name])
             fields[name] = set(fields[name])
     for name in ("modules_to_save", "layers_to_transform", "layers_pattern", "target_parameters"):
         if isinstance(fields[name], (list, tuple, range)):
-            fields[name] = list(fields[name])  # the caller's list stays the caller's
+            fields[name] = list(fields[name])  # a copy, so that later changes do not affect it
         elif isinstance(fields[name], (set, frozenset)):
             fields[name] = sorted(fields[name], key=str)
     for name in ("rank_pattern", "alpha_pattern"):
@@ -71,7 +74,7 @@ def checked_fields(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_values(fields: Mapping[str, Any]) -> None:
-    """Raises `ConfigError` for the first value that is wrong or contradicts another."""
+    """Raise `ConfigError` for the first value that is invalid or contradicts another value."""
     if fields["peft_type"] != "LORA":
         raise ConfigError(f"peft_type must be 'LORA', got {fields['peft_type']!r}")
     _check_choice("task_type", fields["task_type"], (None, *(task.value for task in TaskType)))
@@ -112,7 +115,7 @@ def _check_values(fields: Mapping[str, Any]) -> None:
 
 
 def _ranges(given: Any) -> Any:
-    """Returns ``layer_replication`` as a list of its own; raises `ConfigError`."""
+    """Return a copy of ``layer_replication`` as a list; raise `ConfigError` if it is invalid."""
     if given is None or not isinstance(given, (list, tuple)):
         pairs: list[Any] = [] if given is None else [given]
     else:
@@ -128,7 +131,7 @@ def _ranges(given: Any) -> Any:
 
 
 def _token_lists(given: Any) -> Any:
-    """Returns ``trainable_token_indices`` as lists of its own; raises `ConfigError`."""
+    """Return a copy of ``trainable_token_indices``; raise `ConfigError` if it is invalid."""
     if given is None:
         return None
     if isinstance(given, Mapping):

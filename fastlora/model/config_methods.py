@@ -1,4 +1,7 @@
-"""What PEFT's configs answer beside their fields; where PEFT is imported, its own come behind."""
+"""The methods of `LoraConfig` that exist for compatibility with PEFT's configs.
+
+If PEFT is imported, its own config class follows in the method resolution order.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +19,12 @@ _T = TypeVar("_T", bound="ConfigMethods")
 
 
 class ConfigMethods:
-    """Methods of `LoraConfig` under PEFT's names.
+    """The methods of PEFT's config classes, for `LoraConfig`.
 
     Attributes:
-        modules_to_tie, target_modules_to_tie: What PEFT notes on a config that is given to it.
-        _custom_modules: A module class to what makes its LoRA layer, in PEFT.
+        modules_to_tie, target_modules_to_tie: Attributes that PEFT sets on a config that is passed
+            to it.
+        _custom_modules: A mapping from module classes to LoRA layer classes, under PEFT's name.
     """
 
     modules_to_tie: ClassVar[Any] = None
@@ -28,26 +32,32 @@ class ConfigMethods:
     _custom_modules: Any = None
 
     def _version_of_peft(self) -> str:
-        """Returns the version of PEFT where that is imported, else that of our fields."""
+        """Return PEFT's version if PEFT is imported, or else the version that fastlora follows."""
         theirs: Any = getattr(super(), "_get_peft_version", None)
         return PEFT_VERSION if theirs is None else theirs()
 
     @property
     def is_prompt_learning(self) -> bool:
-        """Always False. PEFT's configs have it, and Hugging Face's Trainer reads it."""
+        """Always False. The Trainer of transformers reads this attribute of PEFT's configs."""
         return False
 
     @property
     def is_adaption_prompt(self) -> bool:
-        """Always False, as `is_prompt_learning`."""
+        """Always False. PEFT's configs have this attribute."""
         return False
 
     @classmethod
     def from_json_file(cls, path_json_file: str | os.PathLike[str], **_: Any) -> dict[str, Any]:
-        """Returns the fields in an ``adapter_config.json``, unchecked, as the file has them.
+        """Return the fields of an ``adapter_config.json`` file without checking their values.
+
+        ``runtime_config`` is dropped with a warning.
+
+        Args:
+            path_json_file: The file.
+            **_: Accepted for compatibility with PEFT and ignored.
 
         Raises:
-            CheckpointError: The file is missing, too large, or not a JSON object.
+            CheckpointError: If the file is missing, too large, or not a JSON object.
         """
         data = read_config_file(Path(path_json_file))
         if data.pop("runtime_config", None) is not None:
@@ -56,15 +66,19 @@ class ConfigMethods:
 
     @classmethod
     def from_peft_type(cls: type[_T], **fields: Any) -> _T:
-        """Returns a config with these fields; PEFT's name for it."""
+        """Create a config with the given fields. This is an alias under PEFT's name."""
         return cls(**fields)
 
     @classmethod
     def check_kwargs(cls, **fields: Any) -> Mapping[str, Any]:
-        """Returns the fields as they are; PEFT's name for a check that ours do when made."""
+        """Return the fields unchanged.
+
+        PEFT checks the fields in its method of this name. `LoraConfig` checks them when a config is
+        created.
+        """
         return fields
 
     def push_to_hub(self, repo_id: str, **options: Any) -> Any:
-        """Uploads ``adapter_config.json``; see `fastlora.model.hub.push_to_hub`."""
-        save: Any = self.save_pretrained  # type: ignore[attr-defined]  # LoraConfig has it
+        """Upload ``adapter_config.json`` to the Hub. See `fastlora.model.hub.push_to_hub`."""
+        save: Any = self.save_pretrained  # type: ignore[attr-defined]  # defined by LoraConfig
         return push_to_hub(save, repo_id, **options)

@@ -1,9 +1,11 @@
-"""Saving an adapter whose initialisation changed the base weights as one that did not.
+"""Convert an adapter that was trained on changed base weights into one for the original weights.
 
-With ``W`` the weight as it was, ``W' = W - s B0 A0`` the one in training and ``s`` the scaling,
-``W' + s B A = W + s (B A - B0 A0) = W + s [B | -B0] [A ; A0]``: a plain adapter of twice the rank.
+Some initializations change the base weight ``W`` into ``W' = W - s B0 A0``, where ``s`` is the
+scaling and ``A0``, ``B0`` are the initial factors. After training,
+``W' + s B A = W + s (B A - B0 A0) = W + s [B | -B0] [A ; A0]``. This is a plain LoRA adapter of
+twice the rank on the original weight ``W``.
 
-Method: PEFT 0.21.2, ``save_pretrained(path_initial_model_for_weight_conversion=)``.
+The method follows PEFT 0.21.2, ``save_pretrained(path_initial_model_for_weight_conversion=)``.
 """
 
 from __future__ import annotations
@@ -22,13 +24,15 @@ from fastlora.validation import CheckpointError, ConfigError
 
 
 def read_initial(config: LoraConfig, path: str | os.PathLike[str]) -> AdapterFile:
-    """Returns the adapter as it was before its training, for `convert`.
+    """Load the untrained adapter that `convert` needs.
 
-    Its config may say what it will: only its tensors count.
+    Args:
+        config: The config of the trained adapter.
+        path: The folder of the untrained adapter. `convert` uses only its tensors, not its config.
 
     Raises:
-        CheckpointError: The folder is missing or damaged.
-        ConfigError: An adapter with this config cannot be converted.
+        CheckpointError: If the folder is missing or damaged.
+        ConfigError: If an adapter with this config cannot be converted.
     """
     if config.use_rslora and (config.rank_pattern or config.alpha_pattern):
         raise ConfigError(
@@ -36,7 +40,7 @@ def read_initial(config: LoraConfig, path: str | os.PathLike[str]) -> AdapterFil
             "supported when using `rank_pattern` or `alpha_pattern` at the same time as "
             "`use_rslora=True`."
         )
-    # True is what PEFT's examples set it to while they save the untrained adapter.
+    # PEFT's examples set init_lora_weights to True while they save the untrained adapter.
     if not config.init.converts and config.init_lora_weights is not True:
         titles = ", ".join(init.title for init in all_inits() if init.converts)
         raise ConfigError(
@@ -50,10 +54,20 @@ def read_initial(config: LoraConfig, path: str | os.PathLike[str]) -> AdapterFil
 def convert(
     config: LoraConfig, tensors: Mapping[str, torch.Tensor], initial: AdapterFile
 ) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
-    """Returns config and tensors, by file key, of the plain adapter that does the same.
+    """Convert a trained adapter into an equivalent one for the original base weights.
 
-    All tensors but factors stay as they are. Raises `CheckpointError` where the trained adapter and
-    the ``initial`` one do not have the same factors.
+    Only the factors are changed. All other tensors are returned as they are.
+
+    Args:
+        config: The config of the trained adapter.
+        tensors: The tensors of the trained adapter by file key.
+        initial: The untrained adapter.
+
+    Returns:
+        The config and the tensors, by file key, of an adapter of twice the rank.
+
+    Raises:
+        CheckpointError: If the factors of the two adapters differ in their keys or shapes.
     """
     keys = check_tensors(config, tensors, "the adapter")
     made = dict(tensors)

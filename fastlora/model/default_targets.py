@@ -1,8 +1,8 @@
-"""The modules that a config without ``target_modules`` adapts, by the base model's ``model_type``.
+"""The default ``target_modules`` for each ``model_type`` of base models.
 
-Facts from PEFT 0.21.2 (``peft/utils/constants.py``, its LoRA table): a config that leaves the
-choice to the library must pick the same modules here and there. A string is a regular expression
-for whole names.
+The table is that of PEFT 0.21.2 (``peft/utils/constants.py``, the table for LoRA), so that a config
+without ``target_modules`` adapts the same modules in both libraries. A string is a regular
+expression that must match the whole name of a module.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Plain linears in place of quantised ones, one after the other."""
+"""Replace quantized linear layers with plain ones, one layer at a time."""
 
 from __future__ import annotations
 
@@ -14,15 +14,17 @@ from fastlora.layers.bases import dense_weight, linear_features
 from fastlora.layers.quantised import quantised
 from fastlora.validation import UnsupportedLayerError
 
-# What transformers notes on a quantised model, beside `quantization_config` in its config.
+# Attributes that transformers sets on a quantized model, in addition to `quantization_config` in
+# the model's config.
 _MARKS = ("hf_quantizer", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit")
 
 
 def dense_dtype(model: nn.Module) -> torch.dtype:
-    """Returns what a model's linears are in once they are dequantised.
+    """Return the dtype for a model's linear layers after dequantization.
 
-    That of its first parameter that is not quantised, which is what its layers hand on; else what
-    its first quantised linear computes in.
+    This is the dtype of the first floating-point parameter of at least 16 bits that is not a
+    quantized weight, since the layers exchange activations of this dtype. If there is no such
+    parameter, it is the compute dtype of the first quantized linear layer, or fp32.
     """
     linears = [module for module in model.modules() if is_quantised(module)]
     codes = {id(module._parameters.get("weight")) for module in linears}
@@ -37,19 +39,31 @@ def dense_dtype(model: nn.Module) -> torch.dtype:
 
 
 def is_quantised(module: object) -> bool:
-    """Returns whether a module is itself a linear over a quantised weight."""
+    """Return whether a module is itself a linear layer with a quantized weight.
+
+    The result is False for a module that wraps such a layer.
+    """
     if not isinstance(module, nn.Module) or linear_features(module) is None:
         return False
-    own = module._parameters.keys() & {"weight", "W_q"}  # HQQ's; what wraps one has none of its own
+    # HQQ calls its weight W_q. A module that wraps a quantized layer has neither parameter.
+    own = module._parameters.keys() & {"weight", "W_q"}
     return bool(own) and quantised(module) is not None
 
 
 @contextlib.contextmanager
 def as_if_plain(layer: nn.Module, with_values: bool) -> Iterator[None]:
-    """For checks: inside, the base layer of an adapted one is plain; without values, on no device.
+    """Replace a quantized base layer with a plain one for the duration of a ``with`` block.
+
+    This allows a merge to be checked before the layer is dequantized permanently. A layer without a
+    quantized base layer is not changed.
+
+    Args:
+        layer: The LoRA layer.
+        with_values: Whether the plain layer has the dequantized values, in fp32. If False, it is on
+            the meta device.
 
     Raises:
-        UnsupportedLayerError: It is quantised in a way that nobody knows.
+        UnsupportedLayerError: If the quantization format is not supported.
     """
     own: Any = getattr(layer, "base_layer", None)
     if not (isinstance(layer, LoraLayer) and is_quantised(own)):
@@ -63,10 +77,14 @@ def as_if_plain(layer: nn.Module, with_values: bool) -> Iterator[None]:
 
 
 def make_plain(layer: nn.Module) -> bool:
-    """Gives an adapted layer over a quantised linear a plain one in fp32; says whether it did.
+    """Replace the quantized base layer of a LoRA layer with a plain one in fp32.
 
-    What is merged into it is taken out before, where that gives the codes back exactly, and merged
-    again behind it.
+    If adapters are merged and the quantized weight from before the merge is available, the adapters
+    are unmerged first and merged again into the plain layer. Otherwise the merged weight is
+    dequantized as it is.
+
+    Returns:
+        True if the base layer was replaced, or False if it is not a quantized linear layer.
     """
     own: Any = getattr(layer, "base_layer", None)
     if not (isinstance(layer, LoraLayer) and is_quantised(own)):
@@ -82,11 +100,18 @@ def make_plain(layer: nn.Module) -> bool:
 
 
 def dequantise(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Puts plain linears in the place of every quantised one, and takes the notes of it away.
+    """Replace every quantized linear layer of a model with a plain one.
 
-    Returns the model, or the linear that takes its place.
+    Also removes the attributes that mark the model as quantized.
+
+    Args:
+        model: The model.
+        dtype: The dtype of the new weights.
+
+    Returns:
+        The model, or the new linear layer if the model itself is a quantized linear layer.
     """
-    made: dict[nn.Module, nn.Linear] = {}  # one that has several names keeps them all
+    made: dict[nn.Module, nn.Linear] = {}  # a layer with several names is replaced under each
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if is_quantised(module):
             if module not in made:
@@ -107,7 +132,10 @@ def dequantise(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 @torch.no_grad()
 def _plain(module: nn.Module, dtype: torch.dtype | None) -> nn.Linear:
-    """Returns a linear with a module's weight, in ``dtype``; on the meta device for None."""
+    """Return a plain linear layer with the module's weight and bias in ``dtype``.
+
+    With None, the layer is on the meta device.
+    """
     k, n = linear_features(module) or (0, 0)
     bias: Any = getattr(module, "bias", None)
     made = nn.Linear(k, n, bias is not None, device="meta").requires_grad_(False)
@@ -124,5 +152,5 @@ def _wide(module: nn.Module) -> torch.Tensor:
         try:
             return found.wide()
         except UnsupportedLayerError:
-            pass  # it can be read, and not written
+            pass  # this format can be read but not written
     return dense_weight(module).float()

@@ -1,6 +1,7 @@
-"""`estimate`: how large an adapter will be, and what training it holds in memory.
+"""`estimate`: the size of an adapter, and the memory that is needed to train it.
 
-From shapes alone: works on a model on the meta device, allocates nothing and changes nothing.
+The estimate uses only the shapes of tensors. It works with a model on the meta device, allocates no
+tensors, and does not change the model.
 """
 
 from __future__ import annotations
@@ -19,28 +20,31 @@ from fastlora.model.plan import Plan, plan_for
 from fastlora.model.replication import in_place
 from fastlora.model.walk import base_of
 
-# bitsandbytes': bytes of a table of 16 values, and how many absmax share one when they are nested.
+# In bitsandbytes: the size of a table of 16 values in bytes, and the block size of nested scales,
+# which is the number of absmax values that share one scale.
 _CODE_BYTES, _NESTED = 64, 256
 _UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """The size of an adapter, and of what one of its training steps keeps beside activations.
+    """The size of an adapter, and the memory of a training step without activations.
 
     Attributes:
-        adapter_parameters: Trainable parameters: the adapter's, and the biases of the base model
-            that its config trains.
-        base_parameters: Of the model without adapters; a weight that is tied counts once.
-        modules: How many modules the adapter adapts.
-        weight_bytes: Of the trainable parameters.
-        gradient_bytes: Of their gradients.
-        optimizer_bytes: Of the optimizer's state.
-        base_bytes: Of the base model's parameters, as they are stored: those of bitsandbytes and
-            torchao in their bits, with what scales them.
-        scale_bytes: How much of that scales quantised weights.
-        workspace_bytes: Of the largest quantised weight once it is dequantised, which a step does
-            with one weight after the other; 0 where none is.
+        adapter_parameters: The number of trainable parameters. These are the adapter's parameters
+            and the biases of the base model that its config trains.
+        base_parameters: The number of parameters of the model without adapters. Tied weights are
+            counted once.
+        modules: The number of modules that the adapter adapts.
+        weight_bytes: The size of the trainable parameters in bytes.
+        gradient_bytes: The size of their gradients in bytes.
+        optimizer_bytes: The size of the optimizer state in bytes.
+        base_bytes: The size of the base model's parameters in bytes, as they are stored. Weights
+            quantized by bitsandbytes or torchao are counted in their quantized form, including
+            their scales.
+        scale_bytes: The part of ``base_bytes`` that is taken by the scales of quantized weights.
+        workspace_bytes: The size of the largest quantized weight after dequantization in bytes, or
+            0 if no weight is quantized. A training step dequantizes one weight at a time.
     """
 
     adapter_parameters: int
@@ -55,16 +59,16 @@ class Estimate:
 
     @property
     def share(self) -> float:
-        """Trainable parameters over those of the base model."""
+        """The number of trainable parameters divided by that of the base model's parameters."""
         return self.adapter_parameters / max(self.base_parameters, 1)
 
     @property
     def training_bytes(self) -> int:
-        """Weights, gradients and optimizer state of the adapter, without the base model."""
+        """The total size of the adapter's weights, gradients, and optimizer state in bytes."""
         return self.weight_bytes + self.gradient_bytes + self.optimizer_bytes
 
     def __str__(self) -> str:
-        """One line."""
+        """Return a summary in one line."""
         bits = (
             f" ({human_bytes(self.scale_bytes)} of it scales), one weight dequantised "
             f"{human_bytes(self.workspace_bytes)}"
@@ -86,25 +90,26 @@ def estimate(
     optimizer_states: int = 2,
     autocast_adapter_dtype: bool = True,
 ) -> Estimate:
-    """Returns the size of an adapter before it is made.
+    """Estimate the size of an adapter, and the memory to train it, before it is created.
 
     Args:
-        model: Any module, on any device (`torch.device("meta")` allocates nothing), with adapters
-            already or without.
-        config: A `fastlora.LoraConfig`, or PEFT's own.
-        optimizer_states: Tensors that the optimizer keeps for each parameter: 2 for Adam and AdamW,
-            1 for SGD with momentum, 0 for plain SGD.
-        autocast_adapter_dtype: As in `get_peft_model`: factors of 16-bit base layers are fp32.
+        model: Any module on any device, with or without adapters. A model on
+            ``torch.device("meta")`` needs no memory.
+        config: A `fastlora.LoraConfig` or a ``peft.LoraConfig``.
+        optimizer_states: The number of tensors that the optimizer stores for each parameter: 2 for
+            Adam and AdamW, 1 for SGD with momentum, and 0 for plain SGD.
+        autocast_adapter_dtype: Whether the factors of 16-bit base layers are stored in fp32, as in
+            `get_peft_model`.
 
     Raises:
         TargetNotFoundError, UnsupportedLayerError, ConfigError: See `get_peft_model`.
-        ValueError: ``optimizer_states`` is negative.
+        ValueError: If ``optimizer_states`` is negative.
     """
     if optimizer_states < 0:
         raise ValueError(f"optimizer_states is {optimizer_states}, expected at least 0")
     base = getattr(getattr(model, "base_model", None), "model", None)
     if isinstance(base, nn.Module) and hasattr(model, "peft_config"):
-        model = base  # a LoraModel: targets are named from its base model
+        model = base  # a LoraModel; the names of targets are relative to its base model
     plan = plan_for(model, "estimate", config)
     with in_place(plan.replication):
         trained = list(_trainable(model, plan, autocast_adapter_dtype))
@@ -125,19 +130,29 @@ def estimate(
 
 
 def own_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Returns the parameters that belong to no adapter, each once."""
+    """Return the parameters that do not belong to any adapter, each of them once."""
     return list({id(p): p for _, p in inject.base_parameters(model)}.values())
 
 
 def logical_numel(parameter: torch.Tensor) -> int:
-    """Returns how many values a parameter stands for: bitsandbytes packs two into a byte."""
+    """Return the number of logical values in a parameter.
+
+    It differs from ``parameter.numel()`` for 4-bit weights of bitsandbytes, which pack two values
+    into a byte.
+    """
     state = getattr(parameter, "quant_state", None)
     shape = getattr(state, "shape", None)
     return parameter.numel() if shape is None else math.prod(shape)
 
 
 class _Bytes(NamedTuple):
-    """Of a parameter: what it stores, and its matrix where it is quantised."""
+    """The size of a parameter in bytes.
+
+    Attributes:
+        codes: The size of the stored values, quantized or not.
+        scales: The size of the scales of a quantized weight.
+        dense: The size of a quantized weight after dequantization, or 0 if it is not quantized.
+    """
 
     codes: int
     scales: int = 0
@@ -145,7 +160,10 @@ class _Bytes(NamedTuple):
 
 
 def _stored(parameter: torch.Tensor) -> _Bytes:
-    """Returns what a parameter takes; of one that bitsandbytes will quantise, what it will take."""
+    """Return the size of a parameter.
+
+    For a weight that bitsandbytes has not quantized yet, the size after quantization is returned.
+    """
     kind, numel = type(parameter).__name__, logical_numel(parameter)
     own: Any = parameter
     if kind == "Params4bit":
@@ -161,17 +179,17 @@ def _stored(parameter: torch.Tensor) -> _Bytes:
             )
         return _Bytes(codes, scales, numel * compute.itemsize)
     if kind == "Int8Params":
-        # Its backward has the weight in fp16.
+        # The backward pass dequantizes the weight to fp16.
         return _Bytes(numel, 4 * parameter.shape[0], 2 * numel)
     if type(parameter).__module__.startswith("torchao."):
         parts, _ = own.__tensor_flatten__()
-        sizes = [getattr(own, name).nbytes for name in parts]  # the codes come first
+        sizes = [getattr(own, name).nbytes for name in parts]  # the quantized values come first
         return _Bytes(sizes[0], sum(sizes[1:]), parameter.nbytes)
     return _Bytes(parameter.nbytes)
 
 
 def _tensor_bytes(state: object) -> int:
-    """Returns what the tensors in a quant state take, and those in the states inside it."""
+    """Return the size in bytes of all tensors in a quant state, including nested states."""
     found = 0
     for value in vars(state).values():
         if isinstance(value, torch.Tensor):
@@ -182,7 +200,7 @@ def _tensor_bytes(state: object) -> int:
 
 
 def human_bytes(count: int) -> str:
-    """Returns ``9437184`` as ``"9.0 MiB"``."""
+    """Format a number of bytes for display, such as ``9437184`` as ``"9.0 MiB"``."""
     value, unit = float(count), 0
     while value >= 1024 and unit < len(_UNITS) - 1:
         value, unit = value / 1024, unit + 1
@@ -190,7 +208,7 @@ def human_bytes(count: int) -> str:
 
 
 def _trainable(model: nn.Module, plan: Plan, autocast: bool) -> Iterator[tuple[int, int]]:
-    """Yields count and bytes an element of each tensor that the adapter would train."""
+    """Yield the numel and the itemsize in bytes of each tensor that the adapter would train."""
     config = plan.config
     for target in plan.targets.values():
         itemsize = _factor_itemsize(target.base, autocast)

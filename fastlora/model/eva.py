@@ -1,10 +1,11 @@
-"""EVA's pass over data: directions for each layer's A, and ranks shared out between layers.
+"""EVA: initialize each layer's A from data, and redistribute the ranks between layers.
 
-Names, arguments and results are PEFT's: a state of directions from either library fits the other.
+Function names, arguments, and results are the same as in PEFT. A state dict computed by one library
+can be used with the other.
 
-Method: https://arxiv.org/abs/2410.07170, as in PEFT 0.21.2, ``tuners/lora/eva.py``. Unlike PEFT
-this keeps no batch, takes batches that are no dicts of tokens, and stops with an error where no
-batch has enough rows.
+The method is that of https://arxiv.org/abs/2410.07170, as implemented in PEFT 0.21.2,
+``tuners/lora/eva.py``. Unlike PEFT, this implementation does not keep a batch in memory, accepts
+batches other than dicts of tokens, and raises an error if no batch has enough rows.
 """
 
 from __future__ import annotations
@@ -32,14 +33,23 @@ from fastlora.model.targets import find_targets, resolve_target_modules
 from fastlora.model.tuner import LoraTuner, tuner_of
 from fastlora.validation import AdapterStateError, ConfigError, InitialisationError
 
-# rho above this means "as many as there are".
+# A larger rho means "no limit". It is reduced to the largest dimension of a parameter divided by r.
 _MOST_RHO = 1000
 
 
 def prepare_model_inputs_fn_language_modeling(model_input: Any, peft_config: Any) -> Any:
-    """Returns the indices of the tokens that count: attended to, and with a label where that is.
+    """Return the indices of the tokens to use in a batch.
 
-    None, which stands for all rows, where a batch is no mapping with input_ids.
+    A token is used if the attention mask includes it and, with ``use_label_mask``, its label is not
+    ``label_mask_value``.
+
+    Args:
+        model_input: The batch.
+        peft_config: The adapter's config, which has the ``eva_config``.
+
+    Returns:
+        The indices of the tokens, ``[tokens, dims of the mask]``; or None, which means all rows, if
+        the batch is not a mapping with ``input_ids``.
     """
     if not isinstance(model_input, Mapping) or "input_ids" not in model_input:
         return None
@@ -56,7 +66,13 @@ def prepare_model_inputs_fn_language_modeling(model_input: Any, peft_config: Any
 def prepare_layer_inputs_fn_language_modeling(
     layer_input: Any, model_input: Any, layer_name: str
 ) -> torch.Tensor:
-    """Returns the rows of a layer's input at the indices that its counterpart above found."""
+    """Return the rows of a layer's input that belong to the selected tokens, ``[tokens, K]``.
+
+    Args:
+        layer_input: The input of the layer, or the tuple of its inputs.
+        model_input: The result of `prepare_model_inputs_fn_language_modeling` for the batch.
+        layer_name: The name of the layer.
+    """
     x = layer_input[0] if isinstance(layer_input, (tuple, list)) else layer_input
     if model_input is None or not isinstance(x, torch.Tensor) or x.dim() <= model_input.shape[1]:
         return as_rows(layer_input, model_input, layer_name)
@@ -79,26 +95,33 @@ def get_eva_state_dict(
     gather_distributed_inputs: bool = True,
     show_progress_bar: bool = True,
 ) -> dict[str, torch.Tensor]:
-    """Returns directions ``[rank, K]`` for the A of each layer, as many as its share of the ranks.
+    """Compute the EVA directions ``[rank, K]`` for the A of each layer.
 
-    The loader is run over, from its start again if need be, until the directions have settled. Kept
-    are at most ``rho * r`` directions for each layer; layers with the same inputs share them.
+    The total rank of all layers is redistributed between them. Each layer gets at most ``rho * r``
+    directions, and layers with the same inputs share their directions. The function iterates over
+    the dataloader, repeatedly if necessary, until the directions have converged.
 
     Args:
-        model: A model with an adapter, or a bare one.
-        dataloader: Any iterable that can start again.
-        peft_config: Config of the adapter; needed where the model is bare.
-        forward_fn: Calls the model with a batch.
-        prepare_model_inputs_fn: Called with batch and config; what it returns is given to the next.
-        prepare_layer_inputs_fn: Called with a layer's inputs, that, and the layer's name; returns
-            rows ``[M, K]``. A mapping gives layers their own; None takes all rows.
-        adapter_name: Which adapter of the model.
-        gather_distributed_inputs: Bring the rows of all processes together.
-        show_progress_bar: Show one, where tqdm is installed.
+        model: A model with or without an adapter.
+        dataloader: The batches. Any iterable that can be iterated over more than once.
+        peft_config: The config of the adapter. Required if the model has no adapter.
+        forward_fn: A function that calls the model. Its arguments are the model and a batch.
+        prepare_model_inputs_fn: A function of the batch and the config. Its result is passed to
+            ``prepare_layer_inputs_fn``. With None, the batch itself is passed.
+        prepare_layer_inputs_fn: A function of a layer's inputs, the result of
+            ``prepare_model_inputs_fn``, and the layer's name. It returns rows ``[M, K]``. A mapping
+            from layer names to functions is accepted too. With None, all rows are used.
+        adapter_name: The adapter to compute directions for.
+        gather_distributed_inputs: Whether to gather the rows of all processes.
+        show_progress_bar: Whether to show a progress bar, if tqdm is installed.
+
+    Returns:
+        The directions by layer name.
 
     Raises:
-        ConfigError: The model is bare and there is no config, or a mapping names no layer.
-        InitialisationError: The loader has no batch, or none with enough rows.
+        ConfigError: If the model has no adapter and no config is given, or if a mapping contains
+            unknown layer names.
+        InitialisationError: If the dataloader has no batches, or no batch with enough rows.
     """
     tuner = tuner_of(model)
     if peft_config is None:
@@ -137,7 +160,11 @@ def get_eva_state_dict(
 def _layers(
     model: nn.Module, tuner: LoraTuner | None, config: LoraConfig, adapter_name: str
 ) -> dict[str, nn.Module]:
-    """Returns the linear layers by name: those of the adapter, or of a bare model's targets."""
+    """Return the linear layers by name.
+
+    These are the adapter's layers or, in a model without adapters, the linear layers that the
+    config targets.
+    """
     if tuner is not None:
         found = lora_layers(tuner.model).items()
         return {f"{KEY_PREFIX}{n}": layer for n, layer in found if _is_linear(layer, adapter_name)}
@@ -157,7 +184,7 @@ def _is_linear(layer: LoraLayer, adapter_name: str) -> bool:
 def _by_layer(
     prepare: Prepare | Mapping[str, Prepare] | None, layers: Mapping[str, nn.Module]
 ) -> dict[str, Prepare]:
-    """Returns what makes rows of each layer's inputs."""
+    """Return the function that converts the inputs of each layer to rows, by layer name."""
     if not isinstance(prepare, Mapping):
         return dict.fromkeys(layers, prepare or as_rows)
     lost = sorted(set(prepare) - set(layers))
@@ -173,7 +200,7 @@ def _limits(
     rho: float,
     r: int,
 ) -> dict[str, int]:
-    """Returns the highest rank that each layer can get."""
+    """Return the maximum rank of each layer."""
     if rho > _MOST_RHO:
         rho = min(rho, max(max(p.shape) for p in model.parameters() if p.dim()) // r)
     widths = {name: (linear_features(layer) or (0, 0))[0] for name, layer in layers.items()}
@@ -195,23 +222,26 @@ def initialize_lora_eva_weights(
     gather_distributed_inputs: bool = True,
     show_progress_bar: bool = True,
 ) -> None:
-    """Gives an adapter with ``init_lora_weights="eva"`` its directions and ranks.
+    """Initialize an adapter that was added with ``init_lora_weights="eva"``.
 
-    Layers whose rank changes get new factors, so make optimizers afterwards. A layer whose share is
-    no rank at all loses the adapter. The config follows: rank_pattern, alpha_pattern and
-    target_modules say what there is.
+    If the rank of a layer changes, the layer gets new parameters, so create the optimizer after
+    this call. A layer that is assigned a rank of 0 loses the adapter. The adapter's config is
+    updated: ``rank_pattern``, ``alpha_pattern``, and ``target_modules`` describe the new state.
 
     Args:
         model: The model with the adapter.
         dataloader, forward_fn, prepare_model_inputs_fn, prepare_layer_inputs_fn,
             gather_distributed_inputs, show_progress_bar: See `get_eva_state_dict`.
-        eva_state_dict: What that function returned; then no data is needed.
-        adapter_name: Which adapter.
+        eva_state_dict: A result of `get_eva_state_dict`. If it is given, no data is needed.
+        adapter_name: The adapter to initialize.
 
     Raises:
-        ConfigError: The adapter has another initialisation, or there is neither data nor state.
-        AdapterStateError: Several adapters act, or one is merged. Nothing has changed then.
-        InitialisationError: The state does not fit the adapter, or see `get_eva_state_dict`.
+        ConfigError: If the adapter has a different initialization, or if there is neither a
+            dataloader nor a state dict.
+        AdapterStateError: If several adapters are active, or an adapter is merged. The model is
+            unchanged in this case.
+        InitialisationError: If the state dict does not fit the adapter, or in the cases listed in
+            `get_eva_state_dict`.
     """
     tuner = tuner_of(model)
     if tuner is None:
@@ -248,7 +278,10 @@ def initialize_lora_eva_weights(
 def _apply(
     tuner: LoraTuner, adapter_name: str, config: LoraConfig, state: Mapping[str, torch.Tensor]
 ) -> None:
-    """Puts directions into factors, of another rank where that changes, and into the config."""
+    """Copy the directions into the adapter's factors, and update the config.
+
+    If the rank of a layer changes, its factors are replaced with new ones.
+    """
     layers = {n: layer for n, layer in lora_layers(tuner.model).items() if adapter_name in layer.r}
     found = {
         name: state[f"{KEY_PREFIX}{name}"] for name in layers if f"{KEY_PREFIX}{name}" in state
@@ -298,7 +331,7 @@ def _apply(
 
 
 def _remake(layer: LoraLayer, adapter_name: str, asked: Any) -> None:
-    """Gives a layer's adapter factors of another rank, in the dtype that it had."""
+    """Replace an adapter's factors on a layer with new ones, which have the same dtype."""
     before = layer.lora_A[adapter_name].weight.dtype
     layer.delete_adapter(adapter_name)
     layer.add_adapter(adapter_name, **asked._asdict())
@@ -307,7 +340,7 @@ def _remake(layer: LoraLayer, adapter_name: str, asked: Any) -> None:
 
 
 def _take_off(tuner: LoraTuner, name: str, layer: LoraLayer, adapter_name: str) -> None:
-    """Removes an adapter from a layer, and the layer where it was the last one."""
+    """Remove an adapter from a layer, and the LoRA layer itself if no adapter is left on it."""
     layer.delete_adapter(adapter_name)
     if not layer.r:
         tuner.model.set_submodule(name, layer.release())

@@ -1,6 +1,6 @@
-"""The experts that a config names and LoRA cannot go on: weights stacked in one parameter.
+"""Detect targets that are stacked expert weights, which fastlora cannot adapt.
 
-transformers 5 keeps the experts of a layer in two parameters, ``gate_up_proj`` and ``down_proj``,
+transformers 5 stores all experts of a layer in two parameters, ``gate_up_proj`` and ``down_proj``,
 where transformers 4 had linear layers. Configs still use the names of the linear layers.
 """
 
@@ -17,14 +17,14 @@ from torch import nn
 from fastlora.model.walk import BaseModules, is_lora_layer
 from fastlora.validation import THE_PEFT_WAY, UnsupportedLayerError
 
-# The linear layers of transformers 4 that a stacked parameter holds.
+# Stacked parameters -> the names of the linear layers in transformers 4 that they replace.
 _EARLIER_NAMES = {
     "gate_up_proj": ("gate_proj", "up_proj", "w1", "w3"),
     "down_proj": ("w2",),
 }
 
-# The names for which PEFT 0.21.2 adapts the experts, by the base model's ``model_type``. Facts from
-# ``peft/utils/transformers_weight_conversion.py`` with transformers 5.24.
+# The target names for which PEFT 0.21.2 adapts the experts, by the base model's ``model_type``.
+# Taken from ``peft/utils/transformers_weight_conversion.py`` with transformers 5.24.
 _OF_MIXTRAL = frozenset({"w1", "w2", "w3"})
 _OF_QWEN2_MOE = frozenset({"gate_proj", "up_proj", "down_proj"})
 EXPERT_NAMES: MappingProxyType[str, frozenset[str]] = MappingProxyType(
@@ -43,16 +43,16 @@ EXPERT_NAMES: MappingProxyType[str, frozenset[str]] = MappingProxyType(
         ),
     }
 )
-# Parameters that a message lists.
+# Maximum number of parameters to list in a message.
 _LISTED = 4
 
 
 class Stack(NamedTuple):
-    """A parameter that holds one weight of every expert, or a router beside such parameters.
+    """A parameter that stacks the weights of all experts, or the router weight of such experts.
 
     Attributes:
-        parameter: Its name.
-        names: Names of modules by which a config can mean it.
+        parameter: The name of the parameter.
+        names: The module names that a config may use to refer to the parameter.
     """
 
     parameter: str
@@ -60,7 +60,7 @@ class Stack(NamedTuple):
 
 
 def stacked_experts(modules: BaseModules) -> list[Stack]:
-    """Returns the stacked weights in a model's modules, ``[experts, ...]``."""
+    """Return the stacked expert weights ``[experts, ...]`` in a model's modules."""
     return [
         Stack(f"{name}.{leaf}", tuple(_module_names(name, leaf)))
         for name, module, _ in modules
@@ -70,7 +70,7 @@ def stacked_experts(modules: BaseModules) -> list[Stack]:
 
 
 def routers(modules: BaseModules) -> list[Stack]:
-    """Returns the routers of stacked experts that are no linear layers."""
+    """Return the routers of stacked experts, except for routers that are linear layers."""
     found = []
     for name, module, _ in modules:
         children = dict(module.named_children())
@@ -85,9 +85,11 @@ def routers(modules: BaseModules) -> list[Stack]:
 
 
 def as_expert_name(model_type: object, entry: str) -> str:
-    """Returns the expert name that PEFT reads an entry of ``target_modules`` as, or the entry.
+    """Return the expert name that PEFT reads an entry of ``target_modules`` as.
 
-    PEFT reads the last part alone: ``experts.3.down_proj`` adapts every expert of a Qwen3 MoE.
+    PEFT uses only the last component of the entry. For example, ``experts.3.down_proj`` adapts all
+    experts of a Qwen3 MoE. If the last component is not an expert name, the entry is returned
+    unchanged.
     """
     leaf = entry.rpartition(".")[2]
     return leaf if leaf in _names_of(model_type) else entry
@@ -101,17 +103,18 @@ def check_experts(
     shown: str,
     adapts: bool,
 ) -> None:
-    """Warns of the experts that a config leaves out, or refuses the config.
+    """Emit a warning, or raise an error, if a config names experts that cannot be adapted.
 
     Args:
-        model_type: The base model's.
-        entries: Entries of ``target_modules`` that match experts and no module.
+        model_type: The ``model_type`` of the base model.
+        entries: The entries of ``target_modules`` that match experts but no module.
         left_out: The experts that the config names.
-        shown: ``target_modules``, for the message.
+        shown: A description of ``target_modules``, for messages.
         adapts: Whether the config matches other modules.
 
     Raises:
-        UnsupportedLayerError: PEFT adapts experts for an entry, or the config matches nothing else.
+        UnsupportedLayerError: If PEFT would adapt the experts for one of the entries, or if the
+            config matches no other modules.
     """
     if not left_out:
         return
@@ -136,12 +139,12 @@ def _names_of(model_type: object) -> frozenset[str]:
 
 
 def _is_own(module: nn.Module) -> bool:
-    """Returns whether a module is of a model's own class, and has no adapters."""
+    """Return whether a module's class is defined outside ``torch.nn``, and it has no adapters."""
     return not type(module).__module__.startswith("torch.nn") and not is_lora_layer(module)
 
 
 def _stacked(module: nn.Module) -> dict[str, int]:
-    """Returns a module's own stacked parameters, each with its number of experts."""
+    """Return the stacked parameters that a module holds directly, with their numbers of experts."""
     found: dict[str, int] = {}
     for leaf, parameter in module._parameters.items():
         if parameter is not None and parameter.dim() == 3 and min(parameter.shape) > 1:
@@ -150,14 +153,21 @@ def _stacked(module: nn.Module) -> dict[str, int]:
 
 
 def _module_names(module: str, leaf: str) -> Iterable[str]:
-    """Yields the names that a stacked parameter has, or had as linear layers of experts."""
+    """Yield the module names that can refer to a stacked parameter.
+
+    These are the parameter's own name and the names of the linear layers that it replaces, each
+    with and without the index of an expert.
+    """
     for name in (leaf, *_EARLIER_NAMES.get(leaf, ())):
         yield f"{module}.{name}"
         yield f"{module}.0.{name}"
 
 
 def _listed(parameters: Iterable[str]) -> str:
-    """Returns names of parameters for a message; layers that differ by number are one name."""
+    """Return a list of parameter names for a message.
+
+    Indices are replaced by ``*``, so that the layers of a model appear as a single name.
+    """
     names = list(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in parameters))
     more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
     return ", ".join(map(repr, names[:_LISTED])) + more

@@ -1,8 +1,8 @@
-"""Hot swap: another adapter's weights in the tensors of one that is loaded.
+"""Hot-swapping: copy another adapter's weights into the tensors of a loaded adapter.
 
-Nothing is compiled anew: parameters stay the same objects of the same shape, and graphs take
-scalings as inputs. Names and arguments are those of PEFT 0.21.2, ``utils/hotswap.py``. Everything
-is checked before the first tensor is written.
+Compiled models are not recompiled, because the parameters remain the same objects with the same
+shapes, and the scalings are inputs of the compiled graphs. Function names and arguments are those
+of PEFT 0.21.2, ``utils/hotswap.py``. All checks are made before the first tensor is written.
 """
 
 from __future__ import annotations
@@ -42,12 +42,13 @@ from fastlora.weight_marks import marks
 if TYPE_CHECKING:
     from fastlora.model.lora_model import LoraModel
 
-# Fields of a config that the tensors do not show, and that a layer cannot change in place.
+# Config fields that must be equal in both adapters. They are not visible in the tensors, and a
+# layer cannot change them in place.
 _MUST_AGREE = ("use_dora", "lora_bias", "lora_dropout", "bias", "trainable_token_indices")
 
 
 class HotswapError(CheckpointError, RuntimeError):
-    """The weights have no place in the adapter that they are to replace."""
+    """The new weights do not fit the adapter that they should replace."""
 
 
 def prepare_model_for_compiled_hotswap(
@@ -57,23 +58,26 @@ def prepare_model_for_compiled_hotswap(
     config: Any = None,
     check_compiled: str = "error",
 ) -> None:
-    """Gives all adapters of a model one rank, so that swaps between ranks compile nothing.
+    """Pad all adapters of a model to the same rank, so that later swaps do not recompile the model.
 
-    Call it after the first adapter is loaded and before the model is compiled. What the model
-    computes stays the same. Swaps between adapters of one rank do not need it.
+    Call this function after the first adapter is loaded and before the model is compiled. It does
+    not change the model's outputs. It is not needed if all adapters have the same rank.
 
     Args:
-        model: One with adapters.
-        target_rank: The largest rank that will be swapped in; None leaves ranks as they are.
-        config: A config, or configs by adapter name, whose ranks are set to ``target_rank``; the
-            model's own are up to date without it.
-        check_compiled: What to do about a model that is compiled already: ``"error"``, ``"warn"``
-            or ``"ignore"``.
+        model: A model with adapters.
+        target_rank: The largest rank of all adapters that will be swapped in. With None, the ranks
+            are not changed.
+        config: A config, or a mapping from adapter names to configs, in which the ranks are set to
+            ``target_rank``. The configs in the model are always updated.
+        check_compiled: The action to take if the model is already compiled: ``"error"``,
+            ``"warn"``, or ``"ignore"``.
 
     Raises:
-        AdapterStateError: The model has no adapter, or is compiled already.
-        ConfigError: ``check_compiled`` is none of the three, or an adapter has a larger rank.
-        UnsupportedLayerError: A layer is split over processes. Nothing has changed then.
+        AdapterStateError: If the model has no adapter or is already compiled.
+        ConfigError: If ``check_compiled`` is invalid, if an adapter has a rank larger than
+            ``target_rank``, or if the groups of a convolution do not divide ``target_rank``.
+        UnsupportedLayerError: If a layer is split over several processes. The model is unchanged
+            after any of these errors.
     """
     if check_compiled not in ("error", "warn", "ignore"):
         raise ConfigError(
@@ -137,33 +141,37 @@ def hotswap_adapter(
     torch_device: str | None = None,
     **kwargs: Any,
 ) -> None:
-    """Replaces a loaded adapter by one from a PEFT adapter folder, in place.
+    """Replace the weights of a loaded adapter with those of a PEFT adapter folder, in place.
 
-    Layers that the new adapter does not have get an update of zero. A larger rank than the loaded
-    one's makes new tensors, and compiled models compile anew: see
-    `prepare_model_for_compiled_hotswap`.
+    On layers that the new adapter does not adapt, the update becomes zero. If the new adapter has a
+    larger rank than the loaded one, new tensors are allocated and compiled models are recompiled.
+    `prepare_model_for_compiled_hotswap` avoids this.
 
     Args:
-        model: A `LoraModel`, compiled or not. (PEFT's own models go to PEFT's function.)
+        model: A `LoraModel`, compiled or not. For a PEFT model, PEFT's function is called.
         model_name_or_path: A local folder.
-        adapter_name: The adapter to replace; it keeps its name.
-        torch_device: Without effect: tensors go where the adapter's are.
-        **kwargs: ``subfolder``: where in the folder the adapter is. PEFT's others change nothing.
+        adapter_name: The adapter to replace. Its name does not change.
+        torch_device: Ignored. The adapter's tensors stay on their devices.
+        **kwargs: ``subfolder`` is the path of the adapter inside the folder. Other arguments of
+            PEFT are ignored.
 
     Raises:
-        AdapterNotFoundError: There is no such adapter.
-        AdapterStateError: It is merged, or a `fastlora.adapters` block of the model is open.
-        ConfigError: The two differ in DoRA, lora_bias or dropout.
-        CheckpointError: The folder is missing or damaged.
-        HotswapError: It has tensors that the loaded adapter has no place for. Nothing has changed
-            after any of these.
+        AdapterNotFoundError: If there is no such adapter.
+        AdapterStateError: If the adapter is merged, or if a `fastlora.adapters` block of the model
+            is open.
+        ConfigError: If the two configs differ in ``use_dora``, ``lora_bias``, ``lora_dropout``,
+            ``bias``, or ``trainable_token_indices``.
+        CheckpointError: If the folder is missing or damaged.
+        UnsupportedLayerError: If a layer that is split over several processes needs a larger rank.
+        HotswapError: If the new weights do not fit the loaded adapter. The model is unchanged after
+            any of these errors.
     """
     own: Any = getattr(model, "_orig_mod", model)
     if tuner_of(own) is None:
         _theirs(model, "hotswap_adapter")(
             model, model_name_or_path, adapter_name, torch_device, **kwargs
         )
-        # PEFT writes where nothing sees it, maybe into patched layers.
+        # PEFT may have written into layers that fastlora has patched, without any notification.
         marks.end_all()
         for layer in own.modules():
             if isinstance(layer, CommonLayer):
@@ -180,16 +188,19 @@ def hotswap_adapter_from_state_dict(
     config: Any,
     parameter_prefix: str = "lora_",
 ) -> None:
-    """Replaces a loaded adapter by tensors, in place.
+    """Replace the weights of a loaded adapter with the tensors of a state dict, in place.
 
     Args:
         model: A `LoraModel`, compiled or not.
-        state_dict: By names as in the model's ``state_dict()``, or as in a file.
+        state_dict: The new tensors. The keys are those of the model's ``state_dict()`` or those of
+            an adapter file.
         adapter_name: The adapter to replace.
-        config: That of the new one.
-        parameter_prefix: PEFT's argument, without effect.
+        config: The config of the new adapter.
+        parameter_prefix: Accepted for compatibility with PEFT and ignored.
 
     Raises:
+        UnsupportedLayerError: If the model is not a `LoraModel`, or in the case listed in
+            `hotswap_adapter`.
         AdapterNotFoundError, AdapterStateError, ConfigError, HotswapError: See `hotswap_adapter`.
     """
     own: Any = getattr(model, "_orig_mod", model)
@@ -208,7 +219,7 @@ def hotswap_adapter_from_state_dict(
 def _swap(
     model: LoraModel, tensors: Mapping[str, torch.Tensor], adapter_name: str, config: LoraConfig
 ) -> None:
-    """Checks everything, and then writes ``tensors``, by file key, into an adapter."""
+    """Check the new tensors, given by file key, and then write them into a loaded adapter."""
     tuner = model.base_model
     tuner.check_known(adapter_name)
     old = tuner.peft_config[adapter_name]
@@ -244,7 +255,7 @@ def _swap(
         if given[name] and rank > layer.r[adapter_name]:
             _refuse_split(name, layer)
             grown[name] = resized(layer, adapter_name, rank), rank
-    # From here on nothing is refused.
+    # All checks have passed. The model is changed from here on.
     for name, (factors, rank) in grown.items():
         set_factors(layers[name], adapter_name, factors, rank)
     for name, layer in layers.items():
@@ -261,9 +272,12 @@ def _swap(
 def _given(
     name: str, layer: LoraLayer, tensors: Mapping[str, torch.Tensor], config: LoraConfig
 ) -> dict[str, torch.Tensor]:
-    """Returns what a layer gets, by file name below it: all of it, or nothing.
+    """Return the new tensors for a layer, by their file keys relative to the layer.
 
-    Raises `HotswapError` for a part of it, and for other shapes.
+    The result is empty if the new adapter does not adapt the layer.
+
+    Raises:
+        HotswapError: If only some of the layer's tensors are given, or if a shape differs.
     """
     expected = factor_shapes(layer, name, config)
     at = f"{KEY_PREFIX}{name}."
@@ -281,7 +295,7 @@ def _given(
 
 
 def _write(layer: LoraLayer, adapter_name: str, new: Mapping[str, torch.Tensor]) -> None:
-    """Writes what a layer gets into its factors; an update of zero where it gets nothing."""
+    """Write new tensors into a layer's factors. If ``new`` is empty, the update becomes zero."""
     held = layer._held_parts(adapter_name)
     for part, factor in held.items():
         if part == "lora_magnitude_vector" and not new:
@@ -293,7 +307,8 @@ def _write(layer: LoraLayer, adapter_name: str, new: Mapping[str, torch.Tensor])
             else:
                 put_rows(tensor, source, blocks_of(layer, part) if name == "weight" else 1)
     if not new and "lora_magnitude_vector" in held:
-        # With an update of zero, the norms of the weight's own rows change nothing.
+        # If the update is zero and the magnitude equals the norms of the weight's rows, DoRA does
+        # not change the layer's output.
         kept: Any = layer.lora_magnitude_vector[adapter_name]
         layer.reset_magnitude(adapter_name)
         fresh: Any = layer.lora_magnitude_vector[adapter_name]
@@ -308,9 +323,13 @@ def _copies(
     tensors: Mapping[str, torch.Tensor],
     keys: Mapping[str, str],
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Returns what is written outside of LoRA layers, and what into it.
+    """Return the tensors to write outside of LoRA layers, as pairs of target and source.
 
-    A copied module that the new adapter does not have becomes the original again.
+    If the new adapter has no copy of a module in ``modules_to_save``, the loaded adapter's copy is
+    reset to the original module.
+
+    Raises:
+        HotswapError: If a tensor is missing or has a different shape.
     """
     base = model.base_model.model
     state = model.state_dict()
@@ -324,7 +343,7 @@ def _copies(
             source = _original(base, key)
         if source is None:
             if disk.endswith("bias"):
-                continue  # PEFT leaves some out
+                continue  # PEFT does not save some biases
             raise HotswapError(f"the new adapter has no {disk}")
         if source.shape != state[key].shape:
             raise HotswapError(
@@ -336,7 +355,10 @@ def _copies(
 
 
 def _original(base: nn.Module, key: str) -> torch.Tensor | None:
-    """Returns the tensor that an adapter's copy was made from; None for what is no copy."""
+    """Return the tensor of the original module for a tensor of an adapter's copy.
+
+    The result is None if the tensor called ``key`` does not belong to a copy.
+    """
     name, found, rest = key.removeprefix(KEY_PREFIX).partition(".modules_to_save.")
     wrapper = base.get_submodule(name) if found else None
     if not isinstance(wrapper, ModulesToSaveWrapper):
@@ -346,7 +368,7 @@ def _original(base: nn.Module, key: str) -> torch.Tensor | None:
 
 
 def _fit_config(config: LoraConfig, adapter_name: str, layers: Mapping[str, LoraLayer]) -> None:
-    """Makes a config say what the ranks and scalings of layers are, so that files of it load."""
+    """Update a config to match the ranks and scalings of the layers, so that saved files load."""
     own = {name: layer for name, layer in layers.items() if adapter_name in layer.r}
     if not own:
         return
@@ -372,7 +394,10 @@ def _exactly(name: str) -> str:
 def _without_base_weights(
     model: nn.Module, tensors: Mapping[str, torch.Tensor], keys: Container[str]
 ) -> dict[str, torch.Tensor]:
-    """Returns a file's tensors but those that the base model has as they are: embeddings."""
+    """Return the tensors of a file, except for base weights that equal the model's own weights.
+
+    PEFT saves base weights of embeddings with some adapters.
+    """
     own = dict(model.named_parameters())
     kept = {}
     for key, tensor in tensors.items():
@@ -384,7 +409,7 @@ def _without_base_weights(
 
 
 def _with_name(key: str, adapter_name: str) -> str:
-    """Returns a file key with the adapter's name in it, as PEFT's message has it."""
+    """Return a file key with the adapter's name inserted, as it appears in PEFT's message."""
     return re.sub(r"(\.lora_[^.]*)", rf"\1.{adapter_name}", key, count=1)
 
 

@@ -1,4 +1,4 @@
-"""Pushing an adapter to the Hugging Face Hub, and its model card; through huggingface_hub."""
+"""Push adapters to the Hugging Face Hub, and write model cards, with huggingface_hub."""
 
 from __future__ import annotations
 
@@ -27,22 +27,24 @@ def push_to_hub(
     revision: str | None = None,
     create_pr: bool = False,
 ) -> Any:
-    """Uploads what ``save`` writes into a folder; makes the repository if need be.
+    """Upload the files that ``save`` writes to a repository on the Hugging Face Hub.
+
+    The repository is created if it does not exist.
 
     Args:
-        save: Writes files into the folder that it is given.
-        repo_id: Name of the repository, with its owner.
-        private: Whether a new repository is private; None for the owner's default.
-        token: As in huggingface_hub.
-        commit_message, commit_description: Of the upload.
+        save: A function that writes files into the folder it is called with.
+        repo_id: The name of the repository, including its owner.
+        private: Whether a new repository is private. With None, the owner's default applies.
+        token: The access token, as in huggingface_hub.
+        commit_message, commit_description: The message and the description of the commit.
         revision: The branch to upload to.
-        create_pr: Open a pull request in place of a commit.
+        create_pr: Whether to open a pull request instead of committing to the branch.
 
     Returns:
-        huggingface_hub's `CommitInfo`.
+        The `CommitInfo` of huggingface_hub.
 
     Raises:
-        ImplementationError: huggingface_hub is not installed.
+        ImplementationError: If huggingface_hub is not installed.
     """
     if importlib.util.find_spec("huggingface_hub") is None:
         raise ImplementationError("push_to_hub needs huggingface_hub: pip install huggingface_hub")
@@ -65,10 +67,16 @@ def push_to_hub(
 def write_card(
     folder: Path, base_model: str | None, tags: Sequence[str], pipeline: str | None = None
 ) -> None:
-    """Writes an adapter's model card, or adds to the one that is there; keys and tags are PEFT's.
+    """Write an adapter's model card, or update an existing one. Keys and tags follow PEFT.
 
-    Writes nothing where huggingface_hub, which knows the format, is not installed. ``pipeline`` is
-    what the model is for, in the Hub's words.
+    Without huggingface_hub, which reads and writes the format, nothing is written.
+
+    Args:
+        folder: The folder of the model card.
+        base_model: The id or the path of the base model, or None if it is unknown.
+        tags: Tags to add to the card.
+        pipeline: The Hub's ``pipeline_tag``, such as ``"text-generation"``. An existing tag is not
+            changed.
     """
     if importlib.util.find_spec("huggingface_hub") is None:
         return
@@ -77,7 +85,7 @@ def write_card(
     path = folder / CARD_NAME
     try:
         card = ModelCard(path.read_text(encoding="utf-8") if path.is_file() else _CARD)
-    except Exception as error:  # of a YAML library that is huggingface_hub's business
+    except Exception as error:  # may be raised by the YAML library that huggingface_hub uses
         warnings.warn(f"{path} is no model card, and stays as it is: {error}", stacklevel=4)
         return
     data: Any = card.data

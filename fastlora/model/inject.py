@@ -1,4 +1,4 @@
-"""Putting adapters into a model and taking them out: whole, or not at all."""
+"""Add adapters to a model and remove them. If adding an adapter fails, the model is unchanged."""
 
 from __future__ import annotations
 
@@ -26,9 +26,11 @@ from fastlora.validation import AdapterStateError, ConfigError, error_prefix
 
 @contextlib.contextmanager
 def _without_collecting() -> Iterator[None]:
-    """Pauses Python's cycle collector: thousands of new modules make it scan all the others.
+    """Disable Python's cyclic garbage collector for the duration of a ``with`` block.
 
-    With it, the 64th adapter on 210 layers takes 0.16 s and the second 0.09; without, both 0.10.
+    Creating thousands of modules triggers the collector, which then scans all existing objects.
+    With the collector, adding the second adapter to 210 layers takes 0.09 s, and adding the 64th
+    takes 0.16 s. Without it, each takes 0.10 s.
     """
     was_enabled = gc.isenabled()
     gc.disable()
@@ -41,7 +43,11 @@ def _without_collecting() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _outside_inference_mode() -> Iterator[None]:
-    """Makes tensors that outlive the mode: they can train, and writes into them are counted."""
+    """Leave inference mode for the duration of a ``with`` block.
+
+    Tensors that are created in the block are ordinary tensors. They can require gradients, and they
+    have version counters.
+    """
     if not torch.is_inference_mode_enabled():
         yield
         return
@@ -53,11 +59,19 @@ def _outside_inference_mode() -> Iterator[None]:
 def add_adapter(
     model: nn.Module, adapter_name: str, plan: Plan, *, autocast_adapter_dtype: bool = True
 ) -> None:
-    """Adds an adapter to every module of its plan, inactive.
+    """Add an inactive adapter to every module in its plan.
 
-    Base parameters that train still train afterwards. On failure the model is as before. As in
-    PEFT, one adapter acts and trains at once: the first one with trained tokens, on modules that
-    share the input embedding's weight.
+    Base parameters that were trainable before remain trainable. If an error is raised, the model is
+    unchanged.
+
+    There is one exception to inactivity, as in PEFT: the first adapter with trained tokens becomes
+    active and trainable immediately on modules that share the input embedding's weight.
+
+    Args:
+        model: The base model, with or without adapters.
+        adapter_name: The name of the new adapter.
+        plan: The adapter's config and the modules to adapt.
+        autocast_adapter_dtype: Whether to store the factors of 16-bit base layers in fp32.
     """
     replaced: dict[str, tuple[nn.Module, nn.Module]] = {}
     undo: list[Callable[[], None]] = []
@@ -65,7 +79,7 @@ def add_adapter(
     trained = [p for _, p in base_parameters(model) if p.requires_grad]
 
     def holder(name: str, kind: type, make: Callable[[nn.Module], nn.Module]) -> Any:
-        """Returns the module of that name, made what holds adapters if it is not yet."""
+        """Return the module called ``name``, wrapped with ``make`` if it is not a ``kind`` yet."""
         module = model.get_submodule(name)
         if isinstance(module, kind):
             return module
@@ -107,7 +121,7 @@ def add_adapter(
                 if adapter_name not in rows.adapter_names:
                     rows.add_adapter(adapter_name, tokens.indices, autocast_adapter_dtype)
                 if tied and name in replaced:
-                    # PEFT 0.21.2 activates the first adapter of a tied module at once.
+                    # PEFT 0.21.2 immediately activates the first adapter of a tied module.
                     rows._activate([adapter_name], plan.config.inference_mode)
     except BaseException:
         delete_adapter(model, adapter_name)
@@ -120,13 +134,13 @@ def add_adapter(
         if plan.replication is not None:
             plan.replication.undo()
         raise
-    finally:  # a module that gets its first adapter freezes its own parameters
+    finally:  # adding the first adapter to a module freezes the module's own parameters
         for parameter in trained:
             parameter.requires_grad_(True)
 
 
 def to_meta(model: nn.Module, adapter_name: str) -> None:
-    """Leaves an adapter without storage, on the meta device, to be loaded into."""
+    """Move an adapter's parameters to the meta device. Loading weights allocates them again."""
     for _, module in routed_modules(model):
         for owned in module._modules.values():
             if isinstance(owned, nn.ModuleDict) and adapter_name in owned:
@@ -138,7 +152,11 @@ def to_meta(model: nn.Module, adapter_name: str) -> None:
 
 
 def delete_adapter(model: nn.Module, adapter_name: str) -> None:
-    """Removes an adapter; the layers stay. Raises `AdapterStateError` where it is merged."""
+    """Remove an adapter from all modules. The LoRA layers themselves remain in the model.
+
+    Raises:
+        AdapterStateError: If the adapter is merged.
+    """
     found = routed_modules(model)
     if any(adapter_name in module.merged_adapters for _, module in found):
         raise AdapterStateError(
@@ -146,32 +164,42 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
             "Please unmerge them first."
         )
     for _, module in found:
-        if present(module, [adapter_name]):  # rows are deleted with those that they are tied to
+        if present(module, [adapter_name]):  # tied rows were deleted together with their source
             module.delete_adapter(adapter_name)
-        # A module without the adapter knows its name too, and may get a new adapter of that name.
+        # A module without the adapter may also list the name as active, and may later get a new
+        # adapter with the same name.
         module._active_adapters = [n for n in module._active_adapters if n != adapter_name]
 
 
 def routed_modules(model: nn.Module) -> list[tuple[str, Any]]:
-    """Returns name and module of all that hold adapters, which a mixed batch chooses by row."""
+    """Return the name and the module of every module that holds adapters.
+
+    In a mixed batch, these modules select an adapter for each row.
+    """
     kinds = (LoraLayer, ModuleWrapper)
     found = outer_modules(model, inner_layers=True)
     return [(name, module) for name, module in found if isinstance(module, kinds)]
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
-    """Returns every LoRA layer of a model by its name, those inside others too."""
+    """Return all LoRA layers of a model by name, including those inside other LoRA layers."""
     return {name: m for name, m in routed_modules(model) if isinstance(m, LoraLayer)}
 
 
 def freeze_base(model: nn.Module) -> None:
-    """Freezes the base model and leaves adapters alone."""
+    """Freeze all parameters of the base model. Adapters are not affected."""
     for _, parameter in base_parameters(model):
         parameter.requires_grad_(False)
 
 
 def adapter_biases(model: nn.Module, adapter_name: str, bias: str) -> dict[str, nn.Parameter]:
-    """Returns the base biases that an adapter trains, by name; ``bias`` is its config's field."""
+    """Return the biases of the base model that an adapter trains, by name.
+
+    Args:
+        model: The base model with its adapters.
+        adapter_name: The name of the adapter.
+        bias: The value of ``LoraConfig.bias``.
+    """
     if bias == "none":
         return {}
     modules = [module for _, module in routed_modules(model) if present(module, [adapter_name])]
@@ -183,16 +211,16 @@ def adapter_biases(model: nn.Module, adapter_name: str, bias: str) -> dict[str, 
 def trained_biases(
     model: nn.Module, bias: str, targets: Iterable[nn.Module], copied: Iterable[nn.Module]
 ) -> dict[str, nn.Parameter]:
-    """Returns the base biases that an adapter trains, by name.
+    """Return the biases of the base model that an adapter trains, by name.
 
-    A bias that has several names comes once. The biases of a module that the adapter owns a copy of
-    are not among them.
+    A bias that has several names is returned once. The biases of modules that the adapter owns a
+    copy of are not included.
 
     Args:
         model: The base model, with or without adapters.
         bias: ``"none"``, ``"all"``, or ``"lora_only"`` for the biases of the targets.
-        targets: Modules that the adapter adapts with LoRA.
-        copied: Modules that the adapter owns a copy of.
+        targets: The modules that the adapter adapts with LoRA.
+        copied: The modules that the adapter owns a copy of.
     """
     at_targets = {id(getattr(base_of(module), "bias", None)) for module in targets}
     originals = {id(p) for module in copied for p in base_of(module).parameters()}
@@ -205,9 +233,12 @@ def trained_biases(
 
 
 def base_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """Returns name and value of what belongs to no adapter; what is tied comes once a name."""
+    """Return the name and the value of every parameter that does not belong to an adapter.
+
+    A tied parameter is returned once for each of its names.
+    """
     found: list[tuple[str, nn.Parameter]] = []
-    ahead = [("", model)]  # the next one last
+    ahead = [("", model)]  # a stack: the next module is the last element
     while ahead:
         prefix, module = ahead.pop()
         for key, parameter in module._parameters.items():
@@ -233,17 +264,23 @@ def unload(
     progressbar: bool = False,
     dequantize: bool = False,
 ) -> nn.Module:
-    """Puts base layers back in place of LoRA layers, with the adapters merged in or dropped.
+    """Replace all LoRA layers with their base layers, and return the base model.
 
-    Adapters that are merged already stay merged, as in PEFT.
+    Adapters that are already merged stay merged, as in PEFT. A module in ``modules_to_save`` is
+    replaced by the active adapter's copy. All checks are made first, so that the model is unchanged
+    if an error is raised.
 
-    With ``dequantize``, quantised linears become plain ones before adapters are merged into them.
-
-    A module of ``modules_to_save`` becomes the active adapter's copy. Every check comes first, so a
-    merge that `LoraLayer.merge` refuses changes nothing.
+    Args:
+        model: The base model with its adapters.
+        merge: Whether to merge adapters into the base weights. If False, they are dropped.
+        safe_merge: Whether to raise an error if merged weights are not finite.
+        adapter_names: The adapters to merge. With None, the active adapters are merged.
+        progressbar: Whether to show a progress bar, if tqdm is installed.
+        dequantize: Whether to replace quantized linear layers with plain ones. When merging, this
+            is done before adapters are merged into a layer.
     """
     found = routed_modules(model)
-    found.sort(key=lambda each: -each[0].count(".base_layer."))  # inner ones before their outer
+    found.sort(key=lambda each: -each[0].count(".base_layer."))  # inner layers before outer layers
     if merge:
         for _, module in found:
             with as_if_plain(module, safe_merge) if dequantize else contextlib.nullcontext():
@@ -273,7 +310,12 @@ def unload(
 
 
 def tell_merge_errors(errors: Mapping[str, float | None]) -> None:
-    """Warns of what quantising merged weights again has lost; by layer, None where nothing has."""
+    """Emit a warning about the error from quantizing merged weights again.
+
+    Args:
+        errors: The share of the merged change that was lost on each layer, by the layer's name, or
+            None if the layer is not quantized.
+    """
     lossy = {name: error for name, error in errors.items() if error is not None}
     if lossy:
         worst = max(lossy, key=lossy.__getitem__)
@@ -286,7 +328,10 @@ def tell_merge_errors(errors: Mapping[str, float | None]) -> None:
 
 
 def present(module: Any, adapter_names: list[str] | None) -> list[str] | None:
-    """Returns those of the names that a module has; None, for the active ones, stays None."""
+    """Return the adapter names that a module has.
+
+    With None, which stands for the active adapters, the result is None.
+    """
     if adapter_names is None:
         return None
     known = module.r if isinstance(module, LoraLayer) else module.adapter_names

@@ -1,6 +1,7 @@
-"""LoftQ for a model that is quantised already: factors for what quantisation lost.
+"""LoftQ for quantized models: initialize an adapter to compensate for the quantization error.
 
-Method: https://arxiv.org/abs/2310.08659, as in PEFT 0.21.2, ``utils/loftq_utils.py``.
+The method is that of https://arxiv.org/abs/2310.08659, as implemented in PEFT 0.21.2,
+``utils/loftq_utils.py``.
 """
 
 from __future__ import annotations
@@ -40,26 +41,30 @@ def replace_lora_weights_loftq(
     adapter_name: str = DEFAULT_ADAPTER,
     callback: Callable[[nn.Module, str], bool] | None = None,
 ) -> None:
-    """Makes an adapter on bitsandbytes' 4-bit layers what their quantisation lost.
+    """Set an adapter on 4-bit bitsandbytes layers to approximate the quantization error.
 
-    Its factors become the best of their rank for ``W - Q``, W from a file, one layer at a time. The
-    base layers stay as they are. Call it before training.
+    On each layer, the factors become the best low-rank approximation of ``W - Q``, where ``W`` is
+    the unquantized weight from a file and ``Q`` is the dequantized weight. The base layers are not
+    changed. Call this function before training.
 
     Args:
         peft_model: A model with the adapter.
-        model_path: The unquantised model: a ``model.safetensors``, or the folder that has it, in
-            parts too. None takes the folder that the model was loaded from, or the Hugging Face
-            Hub's cache of it.
-        adapter_name: Which adapter.
-        callback: Called with the model and the layer's name after each layer; False takes the
-            layer's change back. It may compare the outputs with those of the unquantised model.
+        model_path: The unquantized model: a ``model.safetensors`` file, or a folder with this file,
+            which may be sharded. With None, it is the folder that the model was loaded from, or the
+            model's folder in the local cache of the Hugging Face Hub.
+        adapter_name: The adapter to change.
+        callback: A function that is called with the model and the layer's name after each layer. If
+            it returns False, the change to the layer is undone. For example, it may compare the
+            outputs with those of the unquantized model.
 
     Raises:
-        ConfigError: The model is no model with adapters, or no file is known.
-        UnsupportedLayerError: The adapter is on no 4-bit layer.
-        CheckpointError: The file is missing, or lacks a weight.
-        InitialisationError: A weight is not finite, or smaller than the rank. No factor has changed
-            after any of these but one that ``callback`` raises.
+        ConfigError: If the model has no adapters, or if the path of the unquantized model is
+            unknown.
+        UnsupportedLayerError: If the adapter is not on any 4-bit layer.
+        CheckpointError: If the file is missing, lacks a weight, or has a weight of another shape.
+        InitialisationError: If a weight is not finite, or if the rank is larger than a dimension of
+            a weight. No factor has changed after any of these errors. An error raised by
+            ``callback`` leaves the changes made so far.
     """
     tuner = tuner_of(peft_model)
     if tuner is None:
@@ -109,9 +114,16 @@ def _weights(
     path: str | Path | None,
     layers: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Returns the slice of a file that is each layer's unquantised weight ``[N, K]``, to be read.
+    """Return a safetensors slice of each layer's unquantized weight ``[N, K]``, not read yet.
 
-    Raises `CheckpointError` unless all are there, in their shapes.
+    Args:
+        opened: The stack that closes the files.
+        model: The base model.
+        path: See ``model_path`` of `replace_lora_weights_loftq`.
+        layers: The layers by name.
+
+    Raises:
+        CheckpointError: If a weight is missing or has a different shape.
     """
     place = Path(_folder_of(model) if path is None else path)
     place = place if place.name.endswith(_WEIGHTS) else place / _WEIGHTS
@@ -123,7 +135,7 @@ def _weights(
         parts = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         full = {f"{name}.weight" for name in layers}
         keys = full | {key.removeprefix(prefix) for key in full}
-        # A part that no layer needs may be damaged, or not there.
+        # Shards that no layer needs are not opened. They may be damaged or missing.
         files = {place.parent / part for key, part in parts.items() if key in keys}
     else:
         raise CheckpointError(
@@ -151,7 +163,11 @@ def _weights(
 
 
 def _folder_of(model: nn.Module) -> str:
-    """Returns where a transformers model was loaded from; raises `ConfigError` for any other."""
+    """Return the folder that a transformers model was loaded from.
+
+    Raises:
+        ConfigError: If the model is not a transformers model, or its files are not on disk.
+    """
     config: Any = getattr(model, "config", None)
     name = getattr(config, "_name_or_path", None)
     if not name:

@@ -1,4 +1,4 @@
-"""`get_peft_model` and `LoraModel`: a model with adapters, its calls and its files."""
+"""`get_peft_model` and `LoraModel`: create, call, save, and load a model with adapters."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ from fastlora.routing.in_force import check_batch, end_forward
 from fastlora.sharding import Gathering
 from fastlora.validation import THE_PEFT_WAY, ConfigError, ImplementationError
 
-# Arguments of PEFT's that have no effect on a local folder and a loaded model, which stays on the
-# devices that it is on.
+# Arguments of PEFT that are accepted and ignored. They have no meaning for a local folder, or for a
+# loaded model, which stays on its devices.
 _WITHOUT_EFFECT = (
     *("torch_device", "low_cpu_mem_usage", "revision", "token", "cache_dir", "device_map"),
     *("max_memory", "offload_folder", "offload_dir", "offload_index", "ephemeral_gpu_offload"),
@@ -54,21 +54,25 @@ def get_peft_model(
     revision: str | None = None,
     low_cpu_mem_usage: bool = False,
 ) -> LoraModel:
-    """Adds a LoRA adapter to a model, in place, and returns it wrapped.
+    """Add a LoRA adapter to a model in place, and return the model wrapped in a `LoraModel`.
 
     Args:
-        model: Any module; its base parameters are frozen.
-        peft_config: A `fastlora.LoraConfig`, or PEFT's own.
-        adapter_name: Name of the adapter.
-        mixed: Must be False: adapters of other kinds than LoRA are not supported.
-        autocast_adapter_dtype: Keep factors of 16-bit base layers in fp32, as PEFT does.
-        revision: Written into the config.
-        low_cpu_mem_usage: Leave the adapter on the meta device, to be loaded into.
+        model: Any module. Its parameters are frozen.
+        peft_config: A `fastlora.LoraConfig` or a ``peft.LoraConfig``.
+        adapter_name: The name of the adapter.
+        mixed: Must be False. Adapters of types other than LoRA are not supported.
+        autocast_adapter_dtype: Whether to store the factors of 16-bit base layers in fp32, as PEFT
+            does.
+        revision: The revision of the base model to record in the config.
+        low_cpu_mem_usage: Whether to create the adapter on the meta device, so that its weights can
+            be loaded later.
 
     Raises:
-        TargetNotFoundError: The config names no module of the model.
-        UnsupportedLayerError: It names one that cannot be adapted.
-        ConfigError: A field is wrong. The model is unchanged after any of these.
+        TargetNotFoundError: If the config does not match any module of the model.
+        UnsupportedLayerError: If the config matches a module that cannot be adapted.
+        ConfigError: If a field of the config is invalid. The model is unchanged after any of these
+            errors.
+        ImplementationError: If ``mixed`` is True.
     """
     if mixed:
         raise ImplementationError(f"mixed=True: fastlora has LoRA only; {THE_PEFT_WAY}")
@@ -87,14 +91,15 @@ def get_peft_model(
 class LoraModel(PeftNames, nn.Module):
     """A model with named adapters.
 
-    Where peft is imported, the object is also an instance of `peft.PeftModel`, which is what makes
-    Hugging Face's Trainer save and resume adapters only.
+    If PEFT is imported, every `LoraModel` is also an instance of ``peft.PeftModel``. For this
+    reason, the Trainer of transformers saves and resumes only the adapters.
 
     Args:
-        model: Any module; LoRA layers replace its target modules in place.
-        peft_config: A `fastlora.LoraConfig`, or PEFT's own.
-        adapter_name: Name of the first adapter, which is active.
-        autocast_adapter_dtype: Keep factors of 16-bit base layers in fp32, as PEFT does.
+        model: Any module. Its target modules are replaced with LoRA layers in place.
+        peft_config: A `fastlora.LoraConfig` or a ``peft.LoraConfig``.
+        adapter_name: The name of the first adapter, which becomes active.
+        autocast_adapter_dtype: Whether to store the factors of 16-bit base layers in fp32, as PEFT
+            does.
         low_cpu_mem_usage: See `get_peft_model`.
 
     Attributes:
@@ -122,7 +127,7 @@ class LoraModel(PeftNames, nn.Module):
     def _install(
         self, model: nn.Module, plan: Plan, adapter_name: str, autocast_adapter_dtype: bool
     ) -> None:
-        """Wraps ``model`` and gives it its first adapter, active."""
+        """Wrap ``model``, and add and activate its first adapter."""
         nn.Module.__init__(self)
         self.base_model = LoraTuner(model)
         self.base_model.add_adapter(
@@ -140,16 +145,17 @@ class LoraModel(PeftNames, nn.Module):
         low_cpu_mem_usage: bool = False,
         autocast_adapter_dtype: bool = True,
     ) -> None:
-        """Adds an adapter, frozen and not active yet.
+        """Add an adapter. It is frozen and inactive until `set_adapter` activates it.
 
         Args:
-            adapter_name: A new name.
-            peft_config: A `fastlora.LoraConfig`, or PEFT's own.
+            adapter_name: A name that no other adapter has.
+            peft_config: A `fastlora.LoraConfig` or a ``peft.LoraConfig``.
             low_cpu_mem_usage: See `get_peft_model`.
             autocast_adapter_dtype: See `get_peft_model`.
 
         Raises:
-            AdapterStateError: The name exists, or another adapter trains biases too.
+            AdapterStateError: If the name is in use, or if the config trains biases of the base
+                model and another adapter already does.
             TargetNotFoundError, UnsupportedLayerError, ConfigError: See `get_peft_model`.
         """
         plan = plan_for(self.get_base_model(), adapter_name, peft_config)
@@ -160,15 +166,15 @@ class LoraModel(PeftNames, nn.Module):
             to_meta(self.get_base_model(), adapter_name)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """See `LoraTuner.set_adapter`."""
+        """Activate one adapter or several. See `LoraTuner.set_adapter`."""
         self.base_model.set_adapter(adapter_name, inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """See `LoraTuner.delete_adapter`."""
+        """Delete an adapter. See `LoraTuner.delete_adapter`."""
         self.base_model.delete_adapter(adapter_name)
 
     def disable_adapter(self) -> contextlib.AbstractContextManager[None]:
-        """Within the block the model is its base model."""
+        """Return a context manager that disables all adapters. See `LoraTuner.disable_adapter`."""
         return self.base_model.disable_adapter()
 
     @classmethod
@@ -186,29 +192,34 @@ class LoraModel(PeftNames, nn.Module):
         key_mapping: Mapping[str, str] | None = None,
         **unused: Any,
     ) -> LoraModel:
-        """Wraps a model with an adapter from a PEFT adapter folder.
+        """Load an adapter from a PEFT adapter folder, and return the model with the adapter.
 
         Args:
-            model: The base model; or one with adapters, which gets another, active.
+            model: The base model, or a `LoraModel`. A `LoraModel` gets an additional adapter, which
+                becomes active.
             model_id: A local folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
-            adapter_name: Name to give it.
-            is_trainable: Whether to go on training it; else it is frozen and in evaluation mode.
-            config: In place of the folder's config. A `LoraConfig` is the model's own from then on,
-                with its targets resolved and `inference_mode` set; as in PEFT.
+            adapter_name: The name of the adapter in the model.
+            is_trainable: Whether to continue training the adapter. If False, the adapter is frozen
+                and the model is put into evaluation mode.
+            config: A config to use instead of the one in the folder. As in PEFT, a `LoraConfig`
+                object is not copied: the model uses it as its own config, and updates
+                ``target_modules`` and ``inference_mode`` in it.
             autocast_adapter_dtype: See `get_peft_model`.
-            subfolder: Where in the folder the adapter is.
-            ignore_mismatched_sizes: Leave tensors of another shape than the model's out, with a
-                warning; they stay as initialised.
-            key_mapping: Regular expression -> replacement for names of modules in the file that
-                the model calls otherwise now; None for the model's own mapping, if it has one.
-            **unused: PEFT's ``torch_device``, ``low_cpu_mem_usage``, ``revision``, ``token``,
-                ``cache_dir``, ``device_map`` and what belongs to it, which change nothing here:
-                adapters go beside the layers of the model, wherever these are.
+            subfolder: The path of the adapter inside the folder.
+            ignore_mismatched_sizes: Whether to skip tensors with a shape that differs from the
+                model's, with a warning. The skipped parameters keep their initial values.
+            key_mapping: A mapping from regular expressions to replacements, for modules that have
+                other names in the file than in the model. With None, the mapping that the model
+                itself defines is used, if there is one.
+            **unused: Arguments of PEFT that are accepted and ignored: ``torch_device``,
+                ``low_cpu_mem_usage``, ``revision``, ``token``, ``cache_dir``, ``device_map``, and
+                the arguments related to ``device_map``. Each adapter is placed on the devices of
+                the layers that it adapts.
 
         Raises:
-            CheckpointError: The folder is missing, damaged, or does not fit the model.
+            CheckpointError: If the folder is missing or damaged, or does not fit the model.
             TargetNotFoundError, UnsupportedLayerError, ConfigError: See `get_peft_model`.
-                The model is unchanged after any of these.
+                The model is unchanged after any of these errors.
         """
         if isinstance(model, LoraModel):
             if config is not None:
@@ -246,25 +257,27 @@ class LoraModel(PeftNames, nn.Module):
         key_mapping: Mapping[str, str] | None = None,
         **unused: Any,
     ) -> Any:
-        """Loads a PEFT adapter folder: as a new adapter, not active yet, or over one in place.
+        """Load a PEFT adapter folder, as a new inactive adapter or in place of a loaded one.
 
-        Over one in place, a scaling that `set_scale` has set stays.
+        If an adapter is overwritten, a scaling that was set with `set_scale` remains in effect.
 
         Args:
             model_id, autocast_adapter_dtype, subfolder, ignore_mismatched_sizes, key_mapping,
-                unused: As in `from_pretrained`.
-            adapter_name: A new name, or that of an adapter to overwrite in place.
-            is_trainable: Has the adapter train, active or not; False puts the model into evaluation
-                mode.
+                unused: See `from_pretrained`.
+            adapter_name: A new name, or the name of a loaded adapter to overwrite in place.
+            is_trainable: Whether to make the adapter trainable, even if it is inactive. If False,
+                the model is put into evaluation mode.
 
         Returns:
-            The adapter's missing keys, those of tensors left out for their size, and unexpected
-            ones, always none; as `nn.Module.load_state_dict`.
+            A named tuple with ``missing_keys`` and ``unexpected_keys``, as
+            `nn.Module.load_state_dict` returns. ``missing_keys`` lists the tensors that were
+            skipped because of their shapes. ``unexpected_keys`` is always empty.
 
         Raises:
-            CheckpointError: The folder is missing, damaged, or does not fit; nothing has changed.
-            AdapterStateError: The name is loaded, and a `fastlora.adapters` block of the model is
-                open in any thread.
+            CheckpointError: If the folder is missing or damaged, or does not fit the model. The
+                model is unchanged in this case.
+            AdapterStateError: If the adapter is already loaded and a `fastlora.adapters` block of
+                the model is open in any thread.
         """
         file = _read_folder(model_id, subfolder, unused)
         model = self.get_base_model()
@@ -298,31 +311,34 @@ class LoraModel(PeftNames, nn.Module):
         *,
         state_dict: dict[str, torch.Tensor] | None = None,
     ) -> None:
-        """Writes adapters as PEFT does: ``"default"`` into the folder, others into subfolders.
+        """Save adapters in PEFT's format.
 
-        Where parameters are sharded over processes (FSDP2, tensor parallelism), every process must
-        call this: the first one writes, and all return when the files are there.
+        The adapter called ``"default"`` is written into the folder, and each other adapter into a
+        subfolder with the adapter's name. If parameters are sharded over several processes (FSDP2
+        or tensor parallelism), every process must call this method. The first process writes the
+        files, and all processes return when the files are complete.
 
         Args:
-            save_directory: Made if need be. A failure leaves what was there.
-            safe_serialization: Must be True: pickles are neither read nor written.
-            selected_adapters: Which; None for all.
-            save_embedding_layers: Whether to write the base model's embeddings along. As in PEFT,
-                ``"auto"`` does so where ``embed_tokens`` or ``lm_head`` is a target of the adapter,
-                and where the vocabulary differs from the base model's.
-            is_main_process: False writes nothing.
-            path_initial_model_for_weight_conversion: Folder of the adapter as it was before its
-                training. An adapter whose initialisation changed the base weights (PiSSA, OLoRA,
-                CorDA, LoRA-GA) is then written as plain LoRA of twice the rank, for the base
-                weights as they were.
-            state_dict: Tensors to take in place of the model's own, by its parameter names.
+            save_directory: The folder. It is created if it does not exist. If an adapter cannot be
+                written, its existing files remain.
+            safe_serialization: Must be True. Pickle files are neither read nor written.
+            selected_adapters: The adapters to save. With None, all adapters are saved.
+            save_embedding_layers: Whether to save the base model's embeddings too. As in PEFT,
+                ``"auto"`` saves them if ``embed_tokens`` or ``lm_head`` is a target of the adapter,
+                or if the vocabulary size differs from that of the original base model.
+            is_main_process: Whether this process writes files.
+            path_initial_model_for_weight_conversion: The folder of the untrained adapter. It is
+                needed to convert an adapter with an initialization that changed the base weights
+                (PiSSA, OLoRA, CorDA, LoRA-GA). The adapter is then saved as plain LoRA of twice the
+                rank for the original base weights.
+            state_dict: Tensors to save instead of the model's own, by parameter name.
 
         Raises:
-            AdapterNotFoundError: There is no such adapter.
-            CheckpointError: ``state_dict`` lacks a tensor of the adapter, or the untrained adapter
-                does not fit it.
-            ConfigError: The adapter cannot be converted.
-            ValueError: ``safe_serialization`` is False.
+            AdapterNotFoundError: If there is no such adapter.
+            CheckpointError: If ``state_dict`` lacks a tensor of the adapter, or if the untrained
+                adapter does not fit the trained one.
+            ConfigError: If the adapter cannot be converted.
+            ValueError: If ``safe_serialization`` is False.
         """
         if not safe_serialization:
             raise ValueError("safe_serialization must be True: fastlora writes safetensors only")
@@ -353,25 +369,25 @@ class LoraModel(PeftNames, nn.Module):
                         config, tensors = conversion.convert(config, tensors, initial[name])
                     mapping = _auto_mapping(self.get_base_model()) if not config.task_type else None
                     save_adapter_folder(folder, config, tensors, auto_mapping=mapping)
-                except Exception as error:  # the others are waiting, and must hear of it
+                except Exception as error:  # `finish` reports it to the waiting processes
                     failure = error
         if writes and failure is None and names:
             self.create_or_update_model_card(save_directory)
         gathering.finish(failure)
 
     def get_base_model(self) -> nn.Module:
-        """Returns the model, with the LoRA layers in it."""
+        """Return the base model, which contains the LoRA layers."""
         return self.base_model.model
 
     def forward(
         self, *args: Any, adapter_names: Sequence[str | None] | None = None, **kwargs: Any
     ) -> Any:
-        """Calls the model.
+        """Call the base model with its adapters.
 
         Args:
-            *args: The model's.
-            adapter_names: An adapter for each sample, as in `fastlora.adapters`.
-            **kwargs: The model's.
+            *args: Positional arguments of the base model.
+            adapter_names: The adapter to use for each sample of the batch. See `fastlora.adapters`.
+            **kwargs: Keyword arguments of the base model.
         """
         with self._block(adapter_names):
             check_batch(self.base_model.group, args, kwargs)
@@ -383,7 +399,13 @@ class LoraModel(PeftNames, nn.Module):
     def generate(
         self, *args: Any, adapter_names: Sequence[str | None] | None = None, **kwargs: Any
     ) -> Any:
-        """Calls the model's `generate`, beam search included; arguments as in `forward`."""
+        """Call the base model's ``generate`` method. Beam search is supported.
+
+        Args:
+            *args: Positional arguments of ``generate``.
+            adapter_names: The adapter to use for each sample of the batch. See `fastlora.adapters`.
+            **kwargs: Keyword arguments of ``generate``.
+        """
         generate: Any = self.get_base_model().generate
         with self._block(adapter_names):
             check_batch(self.base_model.group, args, kwargs, per_sample=True)
@@ -398,28 +420,31 @@ class LoraModel(PeftNames, nn.Module):
         return contextlib.nullcontext() if adapter_names is None else adapters(self, adapter_names)
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """Returns the number of trainable parameters and of all parameters."""
+        """Return the number of trainable parameters and the number of all parameters."""
         counts = [(p.numel(), p.requires_grad) for p in self.parameters()]
         return sum(n for n, trains in counts if trains), sum(n for n, _ in counts)
 
     def print_trainable_parameters(self) -> None:
-        """Prints the two counts and their ratio, in PEFT's words."""
+        """Print the numbers of trainable and of all parameters, and their ratio, as PEFT does."""
         trainable, total = self.get_nb_trainable_parameters()
-        print(  # noqa: T201  # printing is what it is for
+        print(  # noqa: T201  # this method is meant to print
             f"trainable params: {trainable:,d} || all params: {total:,d} || "
             f"trainable%: {100 * trainable / total:.4f}"
         )
 
     def get_layer_status(self) -> list[TunerLayerStatus]:
-        """See `fastlora.get_layer_status`."""
+        """Return the status of each adapted module. See `fastlora.get_layer_status`."""
         return get_layer_status(self)
 
     def get_model_status(self) -> TunerModelStatus:
-        """See `fastlora.get_model_status`."""
+        """Return the status of the model. See `fastlora.get_model_status`."""
         return get_model_status(self)
 
     def __getattr__(self, name: str) -> Any:
-        """Finds what is not here on the tuner (``merge_and_unload``) or the model (``config``)."""
+        """Look up missing attributes on the tuner, and then on the base model.
+
+        For example, the tuner has ``merge_and_unload``, and the base model has ``config``.
+        """
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -431,7 +456,12 @@ class LoraModel(PeftNames, nn.Module):
 def _read_folder(
     model_id: str | os.PathLike[str], subfolder: str | None, unused: dict[str, Any]
 ) -> AdapterFile:
-    """Reads an adapter folder; raises `TypeError` for arguments other than PEFT's idle ones."""
+    """Read an adapter folder.
+
+    Raises:
+        CheckpointError: See `load_adapter_folder`.
+        TypeError: If ``unused`` has an argument that is not among the ignored arguments of PEFT.
+    """
     for name, value in unused.items():
         if name not in _WITHOUT_EFFECT:
             raise TypeError(f"unexpected argument {name}={value!r}")
@@ -439,13 +469,16 @@ def _read_folder(
 
 
 def _auto_mapping(model: nn.Module) -> dict[str, str]:
-    """Returns the base model's class, by which PEFT's AutoPeftModel finds it without a task."""
+    """Return the class and the library of the base model.
+
+    PEFT's AutoPeftModel uses them to load the base model if the config has no task type.
+    """
     cls = type(model)
     return {"base_model_class": cls.__name__, "parent_library": cls.__module__}
 
 
 def _names_now(model: nn.Module, key_mapping: Mapping[str, str] | None) -> Mapping[str, str]:
-    """Returns the given mapping of names in files, or the one that transformers' models have."""
+    """Return the given key mapping, or else the one that a transformers model defines."""
     if key_mapping is not None:
         return key_mapping
     own = getattr(model, "_checkpoint_conversion_mapping", None)
@@ -461,9 +494,13 @@ def _is_checkpointing(model: nn.Module) -> bool:
 
 
 def _require_input_gradients(model: nn.Module) -> None:
-    """A frozen embedding would cut checkpointed layers off from the gradient."""
+    """Make the embedding's output require gradients.
+
+    Reentrant checkpointing computes gradients only if an input of the checkpointed layers requires
+    them, and the output of a frozen embedding does not.
+    """
     if hasattr(model, "enable_input_require_grads"):
-        model.enable_input_require_grads()  # type: ignore[operator]  # transformers' method
+        model.enable_input_require_grads()  # type: ignore[operator]  # a method of transformers
     elif hasattr(model, "get_input_embeddings"):
         embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]  # as above
         embeddings.register_forward_hook(_require_gradient)

@@ -1,4 +1,4 @@
-"""What `LoraModel` answers under PEFT's names, beside its own calls and files."""
+"""Attributes and methods of `LoraModel` that exist for compatibility with PEFT's models."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 
 class PeftNames:
-    """Attributes and methods of `peft.PeftModel` that need only the tuner and the configs.
+    """Attributes and methods of ``peft.PeftModel`` that use only the tuner and the configs.
 
     Attributes:
-        peft_type: PEFT's name for the method.
+        peft_type: The adapter method, always LoRA.
     """
 
     base_model: LoraTuner
@@ -28,40 +28,43 @@ class PeftNames:
 
     @property
     def peft_config(self) -> dict[str, LoraConfig]:
-        """Adapter name to config."""
+        """The config of each adapter, by name."""
         return self.base_model.peft_config
 
     @property
     def active_adapters(self) -> list[str]:
-        """Names of the adapters that act."""
+        """The names of the active adapters."""
         return self.base_model.active_adapters
 
     @property
     def active_adapter(self) -> str:
-        """Name of the first adapter that acts."""
+        """The name of the first active adapter, or an empty string if there is none."""
         return next(iter(self.active_adapters), "")
 
     @property
     def active_peft_config(self) -> LoraConfig:
-        """The config of the active adapter."""
+        """The config of the first active adapter."""
         return self.peft_config[self.active_adapter]
 
     @property
     def has_active_enabled_adapter(self) -> bool:
-        """Whether an adapter acts on some layer."""
+        """Whether an adapter is active and adapters are not disabled."""
         return bool(self.active_adapters) and not self.base_model.disabled
 
     def set_requires_grad(
         self, adapter_names: str | Sequence[str], requires_grad: bool = True
     ) -> None:
-        """See `LoraTuner.set_requires_grad`."""
+        """Make adapters trainable, or freeze them. See `LoraTuner.set_requires_grad`."""
         self.base_model.set_requires_grad(adapter_names, requires_grad)
 
     def create_or_update_model_card(self, output_dir: str | os.PathLike[str]) -> None:
-        """Writes ``README.md`` into a folder, or adds to the one there.
+        """Write a model card, ``README.md``, into a folder, or update an existing one.
 
-        It has PEFT's keys: the library, the base model, tags. Where huggingface_hub is not
-        installed nothing is written.
+        The metadata has the same keys as in PEFT: the library, the base model, and tags. If
+        huggingface_hub is not installed, nothing is written.
+
+        Args:
+            output_dir: The folder.
         """
         model: Any = self.base_model.model
         config: Any = getattr(model, "config", None)
@@ -76,6 +79,6 @@ class PeftNames:
         write_card(Path(output_dir), config.get("_name_or_path"), tags, pipeline)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> Any:
-        """Uploads what `save_pretrained` writes; see `fastlora.model.hub.push_to_hub`."""
-        save: Any = self.save_pretrained  # type: ignore[attr-defined]  # LoraModel has it
+        """Upload the files that `save_pretrained` writes. See `fastlora.model.hub.push_to_hub`."""
+        save: Any = self.save_pretrained  # type: ignore[attr-defined]  # defined by LoraModel
         return push_to_hub(save, repo_id, **options)

@@ -1,4 +1,4 @@
-"""What an adapter's config comes to on a model: the modules it touches, or why it does not fit."""
+"""Resolve an adapter's config against a model: find the modules to adapt, and check them."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ from fastlora.validation import AdapterStateError, ConfigError, UnsupportedLayer
 
 
 class Target(NamedTuple):
-    """A module that gets LoRA.
+    """A module that an adapter will adapt with LoRA.
 
     Attributes:
         base: The module without adapters.
-        kind: What kind of module that is.
-        settings: What the adapter is to be on it.
+        kind: The kind of the module.
+        settings: The settings of the adapter on this module.
     """
 
     base: nn.Module
@@ -45,24 +45,25 @@ class Target(NamedTuple):
     settings: Settings
 
     def shapes(self) -> Shapes:
-        """Returns the shapes of what the adapter has there, by the ends of their file keys."""
+        """Return the shapes of the adapter's tensors on this module, by file key suffix."""
         return self.kind.shapes(self.base, self.settings)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """An adapter that fits a model: its config, and the modules it touches in the model's order.
+    """An adapter config that was checked against a model, and the modules that it will change.
 
     Attributes:
-        config: The adapter's.
-        targets: Name of each module that gets LoRA, and what LoRA is there.
-        modules_to_save: Modules that it owns a copy of.
-        target_modules: What the config's field of that name means on the model.
-        from_file: Whether its weights exist already.
-        tokens: Modules of which it trains rows.
-        tied_copies: Modules that have the input embedding's copy.
-        tied_heads: Modules that have its LoRA.
-        replication: The layers that it finds these modules in, where they are yet to be made.
+        config: The adapter's config.
+        targets: The modules to adapt with LoRA, by name, in the model's order.
+        modules_to_save: The names of the modules that the adapter owns a copy of.
+        target_modules: The resolved value of the config's ``target_modules``.
+        from_file: Whether the adapter's weights come from a file.
+        tokens: The modules in which the adapter trains rows, by name.
+        tied_copies: The names of the modules that share the adapter's copy of the input embedding.
+        tied_heads: The names of the modules that share the input embedding's LoRA factors.
+        replication: The replicated layers, if they must be put in place before the modules can be
+            found.
     """
 
     config: LoraConfig
@@ -77,26 +78,33 @@ class Plan:
 
     @property
     def tied(self) -> list[str]:
-        """Modules that have the input embedding's copy or LoRA; it is the same for all of them."""
+        """The names of the modules that share the input embedding's copy or LoRA factors."""
         return [*self.tied_copies, *self.tied_heads]
 
     @property
     def touched(self) -> list[str]:
-        """Names of all modules that it touches."""
+        """The names of all modules that the adapter will change."""
         return [*self.targets, *self.modules_to_save, *self.tied, *self.tokens]
 
 
 def plan_for(
     model: nn.Module, adapter_name: str, peft_config: Any, *, loading: bool = False
 ) -> Plan:
-    """Returns what an adapter will touch, with a copy of its config whose targets are resolved.
+    """Create the plan for adding an adapter to a model.
 
-    ``peft_config`` may be PEFT's own; ``loading`` says that the weights come from a file.
+    The plan contains a copy of the config with ``target_modules`` resolved. Neither the model nor
+    ``peft_config`` is changed.
+
+    Args:
+        model: The base model, with or without adapters.
+        adapter_name: The name of the adapter.
+        peft_config: A `fastlora.LoraConfig` or a ``peft.LoraConfig``.
+        loading: Whether the adapter's weights come from a file.
 
     Raises:
-        TargetNotFoundError: The config names no module of the model.
-        UnsupportedLayerError: It names one that cannot be adapted.
-        ConfigError: A field or the name is wrong.
+        TargetNotFoundError: If the config does not match any module of the model.
+        UnsupportedLayerError: If the config matches a module that cannot be adapted.
+        ConfigError: If a field of the config or the adapter's name is invalid.
     """
     check_adapter_name(adapter_name)
     config = copy.deepcopy(own_config(peft_config))
@@ -120,7 +128,10 @@ def plan_for(
 
 
 def _stores_inputs_first(plan: Plan) -> bool:
-    """Returns ``fan_in_fan_out`` as PEFT corrects it: that of the last linear among the targets."""
+    """Return ``fan_in_fan_out`` after PEFT's correction.
+
+    PEFT sets it according to the last linear layer among the targets.
+    """
     for target in reversed(plan.targets.values()):
         transposed = is_transposed(target.base)
         if transposed or isinstance(target.base, nn.Linear):
@@ -131,13 +142,21 @@ def _stores_inputs_first(plan: Plan) -> bool:
 def plan_adapter(
     model: nn.Module, config: LoraConfig, from_file: bool = False, ties: Ties = NO_TIES
 ) -> Plan:
-    """Finds what a config names and checks that LoRA can go there; changes nothing.
+    """Find the modules that a config names, and check that they can be adapted.
+
+    The model is not changed.
+
+    Args:
+        model: The base model, with or without adapters.
+        config: The adapter's config.
+        from_file: Whether the adapter's weights come from a file.
+        ties: The modules that share the input embedding's adapter.
 
     Raises:
-        TargetNotFoundError: Nothing matches.
-        UnsupportedLayerError: A target is of no kind that adapters go on, or of one that this
-            config does not fit; or another adapter has LoRA, or a copy, where this one is to have a
-            copy or LoRA.
+        TargetNotFoundError: If no module matches the config.
+        UnsupportedLayerError: If a target is of a kind that cannot be adapted, at least with this
+            config; or if the adapter needs a copy of a module that another adapter adapts with
+            LoRA, or the other way around.
     """
     modules = base_modules(model)
     meant = resolve_target_modules(model, config, modules)
@@ -146,7 +165,8 @@ def plan_adapter(
     copies, heads = list(ties.names), list[str]()
     saved = [name for name in saved if name not in copies]
     if not ties.copies:
-        # As PEFT: of what is tied, heads share the embedding's LoRA, and embeddings have their own.
+        # As in PEFT, tied heads share the embedding's LoRA factors, and tied embeddings have their
+        # own factors.
         tied, copies = copies, []
         heads = [n for n in tied if not isinstance(base_of(model.get_submodule(n)), nn.Embedding)]
         targets = [name for name in targets if name not in heads]
@@ -161,7 +181,7 @@ def plan_adapter(
     for name in (*plan.modules_to_save, *plan.tied_copies):
         module = model.get_submodule(name)
         if isinstance(module, ModulesToSaveWrapper):
-            continue  # checked when it was made
+            continue  # checked when the wrapper was created
         check_copyable(module)
         for inner, part in module.named_modules():
             if isinstance(part, LoraLayer):
@@ -180,7 +200,11 @@ def plan_adapter(
 def _targets(
     model: nn.Module, config: LoraConfig, names: Sequence[str], from_file: bool
 ) -> dict[str, Target]:
-    """Returns what LoRA is on the modules of these names; raises as `plan_adapter`."""
+    """Return the checked targets with the given names.
+
+    Raises:
+        UnsupportedLayerError: See `plan_adapter`.
+    """
     found = {}
     common, custom = _common_settings(config, from_file), config.custom_modules
     for name in names:
@@ -202,7 +226,12 @@ def _targets(
 
 
 def _warn_of_kinds(plan: Plan) -> None:
-    """Warns where a new adapter has no input to drop, or one of PEFT's computes otherwise."""
+    """Emit warnings for kinds of modules that do not behave as the config suggests.
+
+    One warning is for a new adapter with ``lora_dropout`` on a module without an input that dropout
+    can apply to. The other is for an adapter from PEFT on a kind of module that fastlora computes
+    differently.
+    """
     config = plan.config
     without = [name for name, target in plan.targets.items() if not target.kind.drops]
     if without and config.lora_dropout and not plan.from_file:
@@ -224,7 +253,19 @@ def _warn_of_kinds(plan: Plan) -> None:
 def _check_tied_lora(
     model: nn.Module, config: LoraConfig, targets: Sequence[str], tied: Sequence[str]
 ) -> None:
-    """Raises where LoRA is to be tied to the input embedding's and cannot, or is not and must."""
+    """Check the modules that share the input embedding's LoRA factors.
+
+    Args:
+        model: The base model, with or without adapters.
+        config: The adapter's config.
+        targets: The names of the modules that get their own LoRA factors.
+        tied: The names of the modules that will share the input embedding's factors.
+
+    Raises:
+        UnsupportedLayerError: If a target shares the input embedding's factors for another adapter,
+            or if a tied module is not a linear layer that can share them.
+        ConfigError: If the config uses DoRA or an initialization with a frozen factor.
+    """
     for name in targets:
         if isinstance(model.get_submodule(name), TiedLoraHead):
             raise UnsupportedLayerError(
@@ -247,7 +288,11 @@ def _check_tied_lora(
 
 
 def _check_untied(model: nn.Module, config: LoraConfig, targets: Sequence[str]) -> None:
-    """Raises where the initialisation would change a weight that another module has too."""
+    """Check that the initialization does not change a weight that several modules share.
+
+    Raises:
+        AdapterStateError: If a target shares its weight with another module.
+    """
     shared = SharedWeights(model)
     for name in targets:
         module = model.get_submodule(name)
@@ -262,12 +307,12 @@ def _check_untied(model: nn.Module, config: LoraConfig, targets: Sequence[str]) 
 
 
 def settings_for(name: str, config: LoraConfig) -> Settings:
-    """Returns what an adapter is to be on the module called ``name``."""
+    """Return the settings of an adapter on the module called ``name``."""
     return _settings_at(name, config, _common_settings(config))
 
 
 def _common_settings(config: LoraConfig, from_file: bool = False) -> Settings:
-    """Returns what an adapter is to be on modules that no pattern of its config names."""
+    """Return the settings of an adapter on modules that none of its patterns match."""
     return Settings(
         r=config.r,
         lora_alpha=config.lora_alpha,
@@ -282,14 +327,18 @@ def _common_settings(config: LoraConfig, from_file: bool = False) -> Settings:
 
 
 def _settings_at(name: str, config: LoraConfig, common: Settings) -> Settings:
-    """Returns the common settings with the rank and alpha of the module called ``name``."""
+    """Return the common settings with the rank and alpha for the module called ``name``."""
     if not config.rank_pattern and not config.alpha_pattern:
         return common
     return common._replace(r=config.rank_for(name), lora_alpha=config.alpha_for(name))
 
 
 def _kind_for(base: nn.Module, custom: Mapping[type, type]) -> Kind:
-    """Returns the kind of a module; raises `UnsupportedLayerError` where it has none."""
+    """Return the kind of a module.
+
+    Raises:
+        UnsupportedLayerError: If fastlora does not support the module's class.
+    """
     kind = kind_of(base, custom)
     if kind is None:
         raise UnsupportedLayerError(
@@ -301,12 +350,18 @@ def _kind_for(base: nn.Module, custom: Mapping[type, type]) -> Kind:
 
 
 def factor_shapes(module: nn.Module, name: str, config: LoraConfig) -> Shapes:
-    """Returns the shapes of what an adapter has on a module, by the ends of their file keys."""
+    """Return the shapes of an adapter's tensors on a module, by file key suffix.
+
+    Args:
+        module: The module, with or without adapters.
+        name: The name of the module, which selects the rank.
+        config: The adapter's config.
+    """
     base = base_of(module)
     kind = kind_of(base, config.custom_modules)
     return {} if kind is None else kind.shapes(base, settings_for(name, config))
 
 
 def own_config(config: Any) -> LoraConfig:
-    """Returns a config of either library as ours; one of ours is the same object."""
+    """Convert a config of PEFT to a `LoraConfig`. A `LoraConfig` is returned as it is."""
     return config if isinstance(config, LoraConfig) else LoraConfig.from_peft(config)

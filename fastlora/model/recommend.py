@@ -1,4 +1,4 @@
-"""`recommend`: what the field advises to start from, by the size of the base model."""
+"""`recommend`: common starting values for hyperparameters, by the size of the base model."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from fastlora.model.config import LoraConfig
 from fastlora.model.estimate import logical_numel, own_parameters
 
 _BILLION = 1_000_000_000
-# Below so many parameters: range of r, range of alpha, dropout. The last row has no end.
+# Rows of: exclusive upper bound on the number of parameters, range of r, range of alpha, dropout.
 _BY_SIZE: tuple[tuple[float, tuple[int, int], tuple[int, int], float], ...] = (
     (1 * _BILLION, (4, 8), (16, 32), 0.05),
     (7 * _BILLION, (8, 16), (32, 64), 0.05),
     (13 * _BILLION, (16, 32), (64, 64), 0.1),
     (float("inf"), (32, 32), (64, 64), 0.1),
 )
-# How QLoRA stores a base model (Dettmers et al., 2023, arXiv 2305.14314, sections 3 and 4): fields
-# of transformers' BitsAndBytesConfig.
+# The quantization that QLoRA uses for the base model (Dettmers et al., 2023, arXiv 2305.14314,
+# sections 3 and 4), as fields of BitsAndBytesConfig in transformers.
 QLORA: Mapping[str, Any] = MappingProxyType(
     {
         "load_in_4bit": True,
@@ -33,25 +33,26 @@ QLORA: Mapping[str, Any] = MappingProxyType(
     }
 )
 _IN_4_BITS = ", base model in 4 bits (NF4, nested scales, products in bf16), paged AdamW"
-# Of the memory, what a base model may take: activations, adapters and their optimizer need some.
+# The fraction of the memory that the base model may take. The rest is for activations, adapters,
+# and the optimizer state.
 _OF_MEMORY = 0.6
 
 
 @dataclass(frozen=True)
 class Recommendation:
-    """A start for the hyperparameters, and the ranges to search in.
+    """Recommended starting values for hyperparameters, and ranges for a search.
 
     Attributes:
-        num_params: Parameters of the base model that it is for.
-        r: Rank to start with: the upper end of ``r_range``.
-        lora_alpha: Alpha to start with: the lower end of ``lora_alpha_range``.
-        lora_dropout: Dropout probability.
-        target_modules: What to adapt: every linear layer but the output head.
-        learning_rate: Of AdamW, after the warm-up.
-        max_grad_norm: To clip each adapter's gradient to.
-        r_range, lora_alpha_range, learning_rate_range: Lower and upper end.
-        load_in: ``"4bit"`` where the base model in 16 bits leaves a step too little memory; None
-            where it does not, or where nothing was said about memory.
+        num_params: The number of parameters of the base model.
+        r: The rank to start with, the upper end of ``r_range``.
+        lora_alpha: The value of alpha to start with, the lower end of ``lora_alpha_range``.
+        lora_dropout: The dropout probability.
+        target_modules: The modules to adapt: every linear layer except the output head.
+        learning_rate: The learning rate of AdamW after the warm-up.
+        max_grad_norm: The maximum norm that each adapter's gradient is clipped to.
+        r_range, lora_alpha_range, learning_rate_range: The lower and upper end of each range.
+        load_in: ``"4bit"`` if the base model in 16 bits would leave too little memory for a
+            training step. None if it would not, or if no memory size was given.
     """
 
     num_params: int
@@ -68,13 +69,17 @@ class Recommendation:
 
     @property
     def optimizer(self) -> str:
-        """The optimizer's class; with ``load_in`` a paged one, whose state may leave the GPU."""
+        """The class of the optimizer.
+
+        With ``load_in``, it is a paged optimizer, which can move its state out of GPU memory.
+        """
         return "bitsandbytes.optim.PagedAdamW32bit" if self.load_in else "torch.optim.AdamW"
 
     def quantization_config(self) -> Any:
-        """Returns what `from_pretrained` of transformers takes as that, or None.
+        """Return a ``quantization_config`` for `from_pretrained` of transformers, or None.
 
-        NF4 with nested scales and products in bf16, as QLoRA has it.
+        The config selects NF4 with nested scales and computation in bf16, as in QLoRA. The result
+        is None if ``load_in`` is None.
         """
         if self.load_in is None:
             return None
@@ -82,10 +87,10 @@ class Recommendation:
         return library.BitsAndBytesConfig(**QLORA)
 
     def config(self, **changes: Any) -> LoraConfig:
-        """Returns a config with these values.
+        """Create a `fastlora.LoraConfig` with the recommended values.
 
         Args:
-            **changes: Fields of `fastlora.LoraConfig` to set beside or instead.
+            **changes: Further fields to set, or values that replace the recommended ones.
         """
         fields: dict[str, Any] = {
             "r": self.r,
@@ -96,7 +101,7 @@ class Recommendation:
         return LoraConfig(**(fields | changes))
 
     def __str__(self) -> str:
-        """One line."""
+        """Return a summary in one line."""
         low, high = self.learning_rate_range
         return (
             f"{_size(self.num_params)} parameters: r {self.r} ({_range(self.r_range)}), "
@@ -110,23 +115,29 @@ class Recommendation:
 def recommend(
     model_or_num_params: nn.Module | int, *, memory_bytes: int | None = None
 ) -> Recommendation:
-    """Returns where to start for a base model of this size.
+    """Recommend hyperparameters to start with for a base model of a given size.
 
-    Under 1 billion parameters: r 4 to 8, alpha 16 to 32, dropout 0.05; from 1 to under 7: 8 to 16,
-    32 to 64, 0.05; from 7 to under 13: 16 to 32, 64, 0.1; from 13: 32, 64, 0.1. The learning rate
-    is 1e-4 to 5e-4 with gradient clipping throughout. Of the ranges, the largest r and the smallest
-    alpha are the start, so that alpha is 2 r.
+    | parameters            | r        | alpha    | dropout |
+    |-----------------------|----------|----------|---------|
+    | under 1 billion       | 4 to 8   | 16 to 32 | 0.05    |
+    | 1 to under 7 billion  | 8 to 16  | 32 to 64 | 0.05    |
+    | 7 to under 13 billion | 16 to 32 | 64       | 0.1     |
+    | 13 billion or more    | 32       | 64       | 0.1     |
 
-    With ``memory_bytes`` it says too whether to train as QLoRA does (Dettmers et al., 2023, arXiv
-    2305.14314): where the parameters in 16 bits take more than 60 % of that memory.
+    For all sizes, the learning rate is 1e-4 to 5e-4, and gradients are clipped. The recommended
+    starting values are the largest r and the smallest alpha of the ranges, so that alpha is 2 r.
+
+    With ``memory_bytes``, the result also says whether to use QLoRA (Dettmers et al., 2023, arXiv
+    2305.14314). It is recommended if the parameters in 16 bits take more than 60 % of the memory.
 
     Args:
-        model_or_num_params: A model (its adapters don't count), or a number of parameters.
-        memory_bytes: Of the device that is to train it.
+        model_or_num_params: A model, or a number of parameters. The adapters of a model are not
+            counted.
+        memory_bytes: The memory of the device that is used for training, in bytes.
 
     Raises:
-        TypeError: It is neither.
-        ValueError: The number, the model's number of parameters, or ``memory_bytes`` is below 1.
+        TypeError: If ``model_or_num_params`` is neither a model nor an integer.
+        ValueError: If the number of parameters or ``memory_bytes`` is less than 1.
     """
     if isinstance(model_or_num_params, nn.Module):
         count = sum(map(logical_numel, own_parameters(model_or_num_params)))

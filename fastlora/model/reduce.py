@@ -1,7 +1,8 @@
-"""Adapters of a smaller rank: by singular value decomposition, and without intruder dimensions.
+"""Reduce the rank of adapters with an SVD, and reduce their intruder dimensions.
 
-`convert_to_lora`, `save_as_lora` and `reduce_intruder_dimension` have the names and arguments of
-PEFT 0.21.2 (``tuners/lora/conversion.py`` and ``intruders.py``). `reduce_rank` says what it loses.
+`convert_to_lora`, `save_as_lora`, and `reduce_intruder_dimension` have the names and arguments of
+PEFT 0.21.2 (``tuners/lora/conversion.py`` and ``intruders.py``). `reduce_rank` is specific to
+fastlora and reports the approximation error.
 """
 
 from __future__ import annotations
@@ -30,18 +31,19 @@ from fastlora.validation import AdapterStateError, ConfigError, UnsupportedLayer
 if TYPE_CHECKING:
     from fastlora.model.lora_model import LoraModel
 
-# A name that no user gives an adapter.
+# The name of a temporary adapter. It must not be the name of a user's adapter.
 _CONVERTED = "fastlora-converted"
 
 
 @dataclass(frozen=True)
 class RankReduction:
-    """What `reduce_rank` made.
+    """The result of `reduce_rank`.
 
     Args:
-        adapter_name: Name of the new adapter.
-        ranks: Layer to the new rank there.
-        errors: Layer to what is lost there, as a share of the update's Frobenius norm.
+        adapter_name: The name of the new adapter.
+        ranks: The new rank on each layer, by the layer's name.
+        errors: The relative error on each layer, by the layer's name. It is the Frobenius norm of
+            the lost part of the update, divided by the Frobenius norm of the whole update.
     """
 
     adapter_name: str
@@ -50,7 +52,7 @@ class RankReduction:
 
     @property
     def largest_error(self) -> float:
-        """The largest of the errors."""
+        """The largest relative error of any layer."""
         return max(self.errors.values())
 
     def __str__(self) -> str:
@@ -69,27 +71,30 @@ def reduce_rank(
     adapter_name: str = "default",
     new_adapter_name: str = "reduced",
 ) -> RankReduction:
-    """Adds an adapter that is another one at a smaller rank, frozen and not active.
+    """Add an adapter that approximates an existing adapter at another rank.
 
-    On each layer it is the update of that rank nearest to the old one, in the Frobenius norm. Its
-    factors hold the scaling. A bias of lora_B, DoRA's magnitude and copies of modules are taken
-    over.
+    On each layer, the new update is the best approximation of the old update with the given rank,
+    in the Frobenius norm. The factors of the new adapter include the scaling. Biases of ``lora_B``,
+    DoRA magnitudes, and copies of modules are carried over. The new adapter is frozen and inactive.
 
     Args:
-        model: Has the adapter.
-        rank: A number, or the share of the update's squares to keep, in (0, 1]: then each layer
-            gets the smallest rank that does.
-        adapter_name: The adapter to reduce, which stays as it is.
-        new_adapter_name: Name of the new one.
+        model: The model that has the adapter.
+        rank: The new rank as an integer, or the fraction of the update's squared Frobenius norm to
+            keep as a float in (0, 1]. With a fraction, each layer gets the smallest rank that keeps
+            it.
+        adapter_name: The adapter to reduce. It is not changed.
+        new_adapter_name: The name of the new adapter.
 
     Returns:
-        The ranks and what was lost, by layer.
+        The rank and the relative error on each layer.
 
     Raises:
-        AdapterNotFoundError: There is no such adapter.
-        AdapterStateError: The new name exists; factors are sharded or not finite.
-        ConfigError: ``rank`` is out of range, or larger than a layer's.
-        UnsupportedLayerError: A layer's update is no product of two matrices. Nothing has changed.
+        AdapterNotFoundError: If there is no such adapter.
+        AdapterStateError: If the new name is in use, if the adapter has trained tokens, or if
+            factors are sharded or not finite.
+        ConfigError: If ``rank`` is out of range, or larger than a dimension of a layer's weight.
+        UnsupportedLayerError: If a layer's update is not the product of two matrices. The model is
+            unchanged after any of these errors.
     """
     model.base_model.check_new(new_adapter_name)
     new, errors = _reduced(model, rank, adapter_name)
@@ -104,15 +109,19 @@ def convert_to_lora(
     progressbar: bool = False,
     compile_kwargs: dict[str, Any] | None = None,
 ) -> tuple[Any, dict[str, torch.Tensor]]:
-    """Returns config and tensors of an adapter at another rank, as files have them.
+    """Convert an adapter to a LoRA adapter of another rank, without adding it to the model.
 
-    A warning says what is lost, as `reduce_rank` returns it.
+    A warning reports the approximation error, as described in `reduce_rank`.
 
     Args:
-        model: A `LoraModel`; a model of PEFT's, of any method, goes to PEFT's function.
-        rank: As in `reduce_rank`.
-        adapter_name: The adapter to convert, which stays as it is.
-        progressbar, compile_kwargs: PEFT's arguments, without effect on models of ours.
+        model: A `LoraModel`. For a PEFT model with an adapter of any method, PEFT's function is
+            called.
+        rank: See `reduce_rank`.
+        adapter_name: The adapter to convert. It is not changed.
+        progressbar, compile_kwargs: Arguments of PEFT. They are ignored for a `LoraModel`.
+
+    Returns:
+        The config of the converted adapter, and its tensors by file key.
 
     Raises:
         AdapterNotFoundError, AdapterStateError, ConfigError, UnsupportedLayerError: See
@@ -146,11 +155,11 @@ def save_as_lora(
     progressbar: bool = False,
     compile_kwargs: dict[str, Any] | None = None,
 ) -> None:
-    """Writes what `convert_to_lora` returns into a folder that PEFT and fastlora load.
+    """Convert an adapter as `convert_to_lora` does, and save it in PEFT's format.
 
     Args:
-        path: The folder, made if need be.
-        model, rank, adapter_name, progressbar, compile_kwargs: As in `convert_to_lora`.
+        path: The folder. It is created if it does not exist.
+        model, rank, adapter_name, progressbar, compile_kwargs: See `convert_to_lora`.
     """
     if tuner_of(model) is None:
         _theirs(model, "save_as_lora")(path, model, rank, adapter_name, progressbar, compile_kwargs)
@@ -168,26 +177,30 @@ def reduce_intruder_dimension(
     mitigation_lambda: float = 0.75,
     logging_sink: Callable[..., Any] | None = print,
 ) -> None:
-    """Adds an adapter without most of what is foreign to the base weights, and makes it active.
+    """Add and activate a copy of an adapter with reduced intruder dimensions.
 
-    An intruder is one of the first singular vectors of the adapted weight that no singular vector
-    of the base weight resembles; it is what makes a model forget
-    (https://arxiv.org/abs/2410.21228). Less of it costs accuracy on the adapter's own task.
+    An intruder dimension is one of the leading singular vectors of the adapted weight that is not
+    similar to any singular vector of the base weight. Intruder dimensions are associated with
+    forgetting (https://arxiv.org/abs/2410.21228). Reducing them may lower the accuracy on the
+    adapter's own task.
 
     Args:
-        peft_model: Has the adapter.
-        old_adapter_name: The adapter to look at, which stays as it is.
-        new_adapter_name: Name of the new one, of the same rank and scaling.
-        top_k: How many of the first singular vectors to look at.
-        threshold_epsilon: Up to which cosine similarity one is an intruder.
-        mitigation_lambda: What is left of an intruder.
-        logging_sink: Gets a line for each layer; None for no lines.
+        peft_model: The model that has the adapter.
+        old_adapter_name: The adapter to copy. It is not changed.
+        new_adapter_name: The name of the new adapter, which has the same rank and scaling.
+        top_k: The number of leading singular vectors to examine.
+        threshold_epsilon: A singular vector is an intruder if its largest cosine similarity is less
+            than this value.
+        mitigation_lambda: The fraction of each intruder dimension to keep.
+        logging_sink: A function that is called with a line of text for each layer. With None,
+            nothing is logged.
 
     Raises:
-        AdapterNotFoundError: There is no such adapter.
-        AdapterStateError: The new name exists; the old adapter uses DoRA, or is merged; factors are
-            sharded or not finite.
-        UnsupportedLayerError: A base weight cannot be read. Nothing has changed then.
+        AdapterNotFoundError: If there is no such adapter.
+        AdapterStateError: If the new name is in use, if an adapter is merged, if the old adapter
+            uses DoRA or has trained tokens, or if factors are sharded or not finite.
+        UnsupportedLayerError: If a base weight cannot be read. The model is unchanged after any of
+            these errors.
     """
     if tuner_of(peft_model) is None:
         raise AdapterStateError(
@@ -229,10 +242,17 @@ def _without_intruders(
     scaling: float,
     how: tuple[int, float, float],
 ) -> tuple[low_rank.Pair, int] | None:
-    """Returns factors with less of the intruders, and their number; None where there are none.
+    """Return an adapter's factors with reduced intruder dimensions.
 
-    ``weight`` is ``[N, K]``; ``how`` is top_k, threshold_epsilon and mitigation_lambda of
-    `reduce_intruder_dimension`.
+    Args:
+        weight: The base weight, ``[N, K]``.
+        pair: The adapter's factors, ``[R, K]`` and ``[N, R]``.
+        scaling: The adapter's scaling.
+        how: ``top_k``, ``threshold_epsilon``, and ``mitigation_lambda`` of
+            `reduce_intruder_dimension`.
+
+    Returns:
+        The new factors and the number of intruder dimensions; or None if there are none.
     """
     lora_a, lora_b = pair
     top, threshold, left = how
@@ -242,7 +262,7 @@ def _without_intruders(
     index = (similar < threshold).nonzero().flatten()
     if not index.numel():
         return None
-    # What is taken away has the rank of the number of intruders: so has the sum, with R.
+    # The subtracted part has rank I, the number of intruders, so the sum has at most rank R + I.
     intruders = adapted.vh[index], adapted.u[:, index] * adapted.s[index]
     found = low_rank.decompose_pairs([pair, intruders], [1.0, (left - 1.0) / scaling])
     rank = lora_a.shape[0]
@@ -254,7 +274,7 @@ def _without_intruders(
 def _reduced(
     model: LoraModel, rank: int | float, adapter_name: str
 ) -> tuple[Made, dict[str, float]]:
-    """Computes an adapter at another rank, and what is lost on each layer."""
+    """Return an approximation of an adapter at another rank, and the relative error by layer."""
     share = isinstance(rank, float)
     if isinstance(rank, bool) or not isinstance(rank, (int, float)) or rank <= 0:
         raise ConfigError(
@@ -294,7 +314,12 @@ def _reduced(
 
 
 def _layers_with(model: LoraModel, adapter_name: str) -> Iterator[tuple[str, LoraLayer]]:
-    """Yields name and layer of all that have an adapter."""
+    """Yield the name and the layer of every LoRA layer that has the adapter.
+
+    Raises:
+        AdapterNotFoundError: If there is no such adapter.
+        AdapterStateError: If the adapter has trained tokens.
+    """
     tuner = model.base_model
     tuner.check_known(adapter_name)
     if tuner.peft_config[adapter_name].trainable_token_indices:

@@ -1,8 +1,9 @@
-"""Replaces files and folders: after a crash at any moment, the old one or the new one is there.
+"""Replace files and folders atomically: after a crash, either the old or the new version exists.
 
-The new content is written into a temporary folder beside the old one, ``.NAME.HOST-PID-ID.tmp``, is
-flushed to disk, and is then renamed. The writer holds an ``flock`` on a file in its temporary
-folder, so a later writer recognizes and removes the folders that killed writers left.
+The new content is written into a temporary folder beside the old version, which is called
+``.NAME.HOST-PID-ID.tmp``. The content is flushed to disk and then renamed. The writer holds an
+``flock`` on a file in its temporary folder. A later writer can therefore recognize and remove the
+temporary folders of writers that were killed.
 """
 
 from __future__ import annotations
@@ -23,17 +24,17 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]  # every use checks for None
 
-_LOCK = "lock"  # the file in a temporary folder that its writer has locked
+_LOCK = "lock"  # the file in a temporary folder that the writer locks
 _TEMPORARY = re.compile(r"\..+\.(?P<host>[0-9a-f]{8})-(?P<pid>\d{1,10})-[0-9a-f]{8}\.tmp")
-# What a file system answers that cannot flush a folder.
+# Errors from file systems that cannot flush a folder.
 _NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yields a temporary path to write; the file is renamed to ``path`` when the block ends.
+    """Yield a temporary path to write to. The file is renamed to ``path`` when the block ends.
 
-    If the block raises, ``path`` is unchanged.
+    If the block raises an error, ``path`` is unchanged.
     """
     with replacing_together(path) as (partial,):
         yield partial
@@ -41,10 +42,11 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def replacing_together(first: Path, *others: Path) -> Iterator[tuple[Path, ...]]:
-    """Yields a temporary path for each path; the files are renamed, in order, when the block ends.
+    """Yield a temporary path for each path. The files are renamed in order when the block ends.
 
-    All paths are in one folder. Every file is on disk before the first is renamed, and each rename
-    is on disk before the next. If the block or a flush of a file raises, no path has changed.
+    All paths must be in the same folder. All files are flushed to disk before the first one is
+    renamed, and each rename is flushed to disk before the next one. If the block or the flush of a
+    file raises an error, no path has been changed.
     """
     paths = (first, *others)
     with _temporary(first) as work:
@@ -59,10 +61,10 @@ def replacing_together(first: Path, *others: Path) -> Iterator[tuple[Path, ...]]
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Yields a temporary folder to fill; it is renamed to ``path`` when the block ends.
+    """Yield a temporary folder to fill. The folder is renamed to ``path`` when the block ends.
 
-    If the block raises, the folder is removed. At the end, ``path`` must not exist or must be an
-    empty folder.
+    If the block raises an error, the temporary folder is removed. When the block ends, ``path``
+    must not exist or must be an empty folder.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with _temporary(path) as work:
@@ -80,26 +82,27 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def remove_folder(path: Path) -> None:
-    """Removes a folder; it loses its name first, so it is never seen incomplete."""
+    """Remove a folder. It is renamed first, so that no reader sees it partly removed."""
     with _temporary(path) as work:
         path.rename(work / "old")
 
 
 def remove_abandoned(folder: Path) -> None:
-    """Removes the temporary folders in a folder that belong to no living writer."""
+    """Remove all temporary folders in a folder, except those of writers that are still running."""
     for path in folder.glob(".*.tmp"):
         if _TEMPORARY.fullmatch(path.name):
-            with contextlib.suppress(OSError):  # another writer removes it, or may not be touched
+            with contextlib.suppress(OSError):  # removed by another writer, or no permission
                 _remove_if_abandoned(path)
 
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Waits for the exclusive lock on a folder, and holds it during the block.
+    """Acquire the exclusive lock on a folder, and hold it for the duration of a ``with`` block.
 
-    The lock is an ``flock`` on the folder itself, so it leaves no file, and it ends with the
-    process. If the platform or the file system has no such lock, the block runs without it. On a
-    network file system, the lock usually excludes the processes of one host only.
+    The lock is an ``flock`` on the folder itself. It needs no file, and it is released when the
+    process ends. If the platform or the file system does not support ``flock``, the block runs
+    without a lock. On a network file system, the lock usually excludes only other processes on the
+    same host.
     """
     if fcntl is None:
         yield
@@ -110,18 +113,22 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            if held:  # closing is not enough: a process that was forked meanwhile shares the lock
+            if held:  # closing is not enough: a process forked in the meantime shares the lock
                 fcntl.flock(descriptor, fcntl.LOCK_UN)
     finally:
         os.close(descriptor)
 
 
 def try_lock(descriptor: int, *, wait: bool = False) -> bool | None:
-    """Takes the exclusive ``flock`` on an open file or folder.
+    """Acquire the exclusive ``flock`` on an open file or folder.
+
+    Args:
+        descriptor: The file descriptor.
+        wait: Whether to wait until the lock is free.
 
     Returns:
-        True if the lock is held now, False if someone else holds it, None if the platform or the
-        file system has no such lock.
+        True if the lock was acquired, False if it is already held elsewhere, or None if the
+        platform or the file system does not support ``flock``.
     """
     if fcntl is None:
         return None
@@ -135,7 +142,7 @@ def try_lock(descriptor: int, *, wait: bool = False) -> bool | None:
 
 
 def flush_to_disk(path: Path) -> None:
-    """Waits until a file's content, or the names in a folder, are on disk."""
+    """Flush the content of a file, or the directory entries of a folder, to disk."""
     is_folder = path.is_dir()
     if is_folder and fcntl is None:  # Windows cannot open folders
         return
@@ -151,7 +158,7 @@ def flush_to_disk(path: Path) -> None:
 
 @contextlib.contextmanager
 def _temporary(path: Path) -> Iterator[Path]:
-    """Makes a temporary folder beside ``path``, owns it during the block, and then removes it."""
+    """Create a locked temporary folder beside ``path``, and remove it when the block ends."""
     remove_abandoned(path.parent)
     folder, descriptor = _make_owned(path)
     try:
@@ -162,14 +169,14 @@ def _temporary(path: Path) -> Iterator[Path]:
 
 
 def _make_owned(path: Path) -> tuple[Path, int]:
-    """Makes a temporary folder; returns it with the descriptor that holds its lock."""
+    """Create a temporary folder, and return it with the descriptor that holds its lock."""
     while True:
         name = f".{path.name}.{_host()}-{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp"
         folder = path.with_name(name)
         folder.mkdir()
         try:
             descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
-        except FileNotFoundError:  # another writer took the empty folder for an abandoned one
+        except FileNotFoundError:  # another writer removed the empty folder as abandoned
             continue
         except OSError:
             _remove(folder)
@@ -177,14 +184,16 @@ def _make_owned(path: Path) -> tuple[Path, int]:
         try_lock(descriptor, wait=True)
         if (folder / _LOCK).exists():
             return folder, descriptor
-        os.close(descriptor)  # another writer locked it first, and removed the folder
+        os.close(descriptor)  # another writer acquired the lock first and removed the folder
 
 
 def _remove_if_abandoned(folder: Path) -> None:
     try:
         descriptor = os.open(folder / _LOCK, os.O_RDWR)
     except FileNotFoundError:
-        folder.rmdir()  # killed before it had a lock: empty; a living writer makes another folder
+        # The folder is empty: its writer was killed before it created the lock file. If the writer
+        # is still running, it creates another folder.
+        folder.rmdir()
         return
     try:
         held = try_lock(descriptor)
@@ -195,7 +204,10 @@ def _remove_if_abandoned(folder: Path) -> None:
 
 
 def _owner_has_ended(folder: Path) -> bool:
-    """Whether the process in a temporary folder's name ran on this host and exists no more."""
+    """Return whether a temporary folder belongs to a process on this host that has ended.
+
+    The host and the process id are part of the folder's name.
+    """
     owner = _TEMPORARY.fullmatch(folder.name)
     if owner is None or owner["host"] != _host():
         return False
@@ -209,7 +221,11 @@ def _owner_has_ended(folder: Path) -> bool:
 
 
 def _remove(folder: Path) -> None:
-    """Removes a temporary folder, its lock file last: after a kill the rest is still locked."""
+    """Remove a temporary folder.
+
+    The lock file is removed last. If the process is killed before that, the remaining files are in
+    a folder that still has its lock file, and a later writer can remove them.
+    """
     for entry in folder.glob("*"):
         if entry.name == _LOCK:
             continue
@@ -221,5 +237,5 @@ def _remove(folder: Path) -> None:
 
 
 def _host() -> str:
-    """Returns a digest of the host's name, which a file's name can hold."""
+    """Return a digest of the host's name that is valid in a file name."""
     return hashlib.blake2b(platform.node().encode(), digest_size=4).hexdigest()

@@ -1,9 +1,9 @@
-"""`layer_replication`: a deeper model out of a model's own layers, which keep their weights.
+"""`layer_replication`: build a deeper model by repeating a model's layers.
 
-Ranges ``[[0, 4], [2, 5]]`` make of layers 0 to 4 the layers 0, 1, 2, 3, 2, 3, 4. Copies share their
-base weights; each has its own adapters.
+For a model with layers 0 to 4, the ranges ``[[0, 4], [2, 5]]`` give the layers 0, 1, 2, 3, 2, 3, 4.
+Copies of a layer share the base weights, but each copy has its own adapters.
 
-Method: PEFT 0.21.2, ``tuners/tuners_utils.py``, `replicate_layers`.
+The implementation follows `replicate_layers` in PEFT 0.21.2, ``tuners/tuners_utils.py``.
 """
 
 from __future__ import annotations
@@ -18,26 +18,27 @@ from torch import nn
 from fastlora.model.walk import is_lora_layer, is_wrapper
 from fastlora.validation import AdapterStateError, ConfigError, UnsupportedLayerError
 
-# Where the list of layers is below a model's innermost part: Llama's and GPT-NeoX's, BERT's,
-# Falcon's and GPT-2's.
+# Paths of the list of layers inside the innermost model: for Llama and GPT-NeoX, for BERT, and for
+# Falcon and GPT-2.
 _LISTS = ("layers", "encoder.layer", "h")
-# Fields of a model's config that hold a value for each layer.
+# Fields of a model's config that have one value per layer.
 _BY_LAYER = ("layer_types", "no_rope_layers", "mlp_layer_types")
 
 Ranges = Sequence[Sequence[int]]
 
 
 class Replication:
-    """A model's list of layers, and the longer one to put in its place.
+    """A model's list of layers, and the longer list that can replace it.
 
     Args:
         model: The base model.
-        ranges: First layer of each run, and the one behind its last.
+        ranges: The ranges of layer indices, as pairs of the first index and the end, which is
+            excluded.
 
     Raises:
-        ConfigError: A range is none of the model's layers.
-        UnsupportedLayerError: The model's layers are not found.
-        AdapterStateError: The layers have adapters.
+        ConfigError: If a range is not within the model's layers.
+        UnsupportedLayerError: If the model's list of layers cannot be found.
+        AdapterStateError: If the layers already have adapters.
     """
 
     def __init__(self, model: nn.Module, ranges: Ranges) -> None:
@@ -65,13 +66,13 @@ class Replication:
         }
 
     def apply(self) -> None:
-        """Puts the longer list in place."""
+        """Replace the model's list of layers with the longer one, and update the model's config."""
         setattr(self._holder, self._name, self._new)
         for name in self._before:
             setattr(self._config, name, self._settings[name])
 
     def undo(self) -> None:
-        """Puts the model's own list back, and its config's values."""
+        """Restore the model's own list of layers and the values in its config."""
         setattr(self._holder, self._name, self._old)
         for name, value in self._before.items():
             setattr(self._config, name, value)
@@ -79,7 +80,7 @@ class Replication:
 
 @contextlib.contextmanager
 def in_place(replication: Replication | None) -> Iterator[None]:
-    """Within the block a model has its layers replicated."""
+    """Replicate a model's layers for the duration of a ``with`` block. None has no effect."""
     if replication is None:
         yield
         return
@@ -91,11 +92,18 @@ def in_place(replication: Replication | None) -> Iterator[None]:
 
 
 def replication_for(model: nn.Module, ranges: Ranges | None) -> Replication | None:
-    """Returns what an adapter's config asks for; None where the model is so already.
+    """Return the replication that an adapter's config requires.
+
+    The result is None if none is required, or if the model's layers are already replicated in this
+    way.
+
+    Args:
+        model: The base model.
+        ranges: The config's ``layer_replication``.
 
     Raises:
-        ConfigError: The model's layers are replicated in another way.
-        ConfigError, UnsupportedLayerError, AdapterStateError: As `Replication`.
+        ConfigError: If the model's layers are already replicated in another way.
+        ConfigError, UnsupportedLayerError, AdapterStateError: See `Replication`.
     """
     there = _mark_of(model)
     asked = [list(pair) for pair in ranges or ()]
@@ -110,7 +118,10 @@ def replication_for(model: nn.Module, ranges: Ranges | None) -> Replication | No
 
 
 def forget_replication(model: nn.Module) -> None:
-    """Makes replicated layers the model's own, for adapters to come."""
+    """Treat replicated layers as the model's own from now on.
+
+    Adapters that are added later do not need ``layer_replication`` in their configs.
+    """
     if _mark_of(model) is not None:
         holder, name, _ = _layers_of(model)
         del getattr(holder, name).__dict__["replication"]
@@ -126,7 +137,7 @@ def _mark_of(model: nn.Module) -> list[list[int]] | None:
 
 
 def _layers_of(model: nn.Module) -> tuple[nn.Module, str, nn.ModuleList]:
-    """Returns a model's list of layers, what holds it, and under which name."""
+    """Return the module that holds a model's list of layers, the attribute name, and the list."""
     part, seen = model, {model}
     while True:
         for path in _LISTS:
@@ -159,11 +170,16 @@ def _checked(ranges: Ranges, count: int) -> Ranges:
 
 
 def _copy_of(layer: nn.Module, place: int) -> nn.Module:
-    """Returns a copy of a layer that shares its parameters, buffers and the model's config."""
+    """Return a copy of a layer that shares the parameters, the buffers, and the model's config.
+
+    Args:
+        layer: The layer to copy.
+        place: The index of the copy in the new list of layers.
+    """
     configs = [m.__dict__["config"] for m in layer.modules() if "config" in m.__dict__]
     shared = [*layer.parameters(), *layer.buffers(), *configs]
     made = copy.deepcopy(layer, {id(part): part for part in shared})
     for module in made.modules():
         if hasattr(module, "layer_idx"):
-            module.layer_idx = place  # type: ignore[assignment]  # where its keys are cached
+            module.layer_idx = place  # type: ignore[assignment]  # the layer's index in a KV cache
     return made

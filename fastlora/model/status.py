@@ -1,7 +1,7 @@
-"""What adapters of a model are there, act, train and are merged; PEFT's records, by its names.
+"""Report which adapters of a model are available, active, trainable, and merged.
 
-`get_layer_status` and `get_model_status` of PEFT 0.21.2, ``peft_model.py``: the same fields, and
-``"irregular"`` where layers differ.
+`get_layer_status` and `get_model_status` return the same fields as in PEFT 0.21.2,
+``peft_model.py``. The value of a field is ``"irregular"`` if layers differ.
 """
 
 from __future__ import annotations
@@ -27,19 +27,23 @@ _T = TypeVar("_T")
 
 @dataclass
 class TunerLayerStatus:
-    """One module that holds adapters.
+    """The status of one module that holds adapters.
 
     Args:
-        name: Of the module, from the tuner on (``model.layers.0.self_attn.q_proj``).
-        module_type: PEFT's name for its kind (``lora.Linear``).
-        enabled: Whether adapters may act.
-        active_adapters: Names set active, whether or not a LoRA layer has them; of a module that
-            adapters own copies of, those that have one.
-        merged_adapters: Names merged into the base weight, in order.
-        requires_grad: By adapter, whether all of its tensors here train.
-        available_adapters: Names that the module has, sorted.
-        devices: By adapter, the types of devices that its tensors are on.
-        quantization_backend: How the base weight is quantised (``"bnb 4bit"``), or None.
+        name: The name of the module, relative to the tuner
+            (``model.layers.0.self_attn.q_proj``).
+        module_type: PEFT's name for the kind of module (``lora.Linear``).
+        enabled: Whether adapters are enabled.
+        active_adapters: The names of the active adapters. A LoRA layer also lists active adapters
+            that it does not have. A module that adapters own copies of lists only the active
+            adapters with a copy.
+        merged_adapters: The names of the adapters merged into the base weight, in the order of
+            merging.
+        requires_grad: Whether all of an adapter's tensors in this module require gradients, by
+            adapter name. The value is ``"irregular"`` if only some do.
+        available_adapters: The sorted names of the adapters that the module has.
+        devices: The types of the devices that an adapter's tensors are on, by adapter name.
+        quantization_backend: The quantization of the base weight (``"bnb 4bit"``), or None.
     """
 
     name: str
@@ -55,16 +59,17 @@ class TunerLayerStatus:
 
 @dataclass
 class TunerModelStatus:
-    """A whole model.
+    """The status of a whole model.
 
     Args:
-        base_model_type: Class of the base model.
-        adapter_model_type: ``"LoraModel"``; ``"None"`` for a model that is not wrapped.
-        peft_types: By adapter ``"LORA"``; empty for a model that is not wrapped.
-        trainable_params, total_params: Numbers of parameters.
-        num_adapter_layers: Number of modules that hold adapters.
+        base_model_type: The class name of the base model, or ``"other"`` for a model that is
+            neither a `LoraModel` nor a transformers model.
+        adapter_model_type: ``"LoraModel"``, or ``"None"`` for a model that is not wrapped.
+        peft_types: ``"LORA"`` for each adapter name. Empty for a model that is not wrapped.
+        trainable_params, total_params: The numbers of trainable and of all parameters.
+        num_adapter_layers: The number of modules that hold adapters.
         enabled, active_adapters, merged_adapters, requires_grad, available_adapters, devices,
-            quantization_backend: As in `TunerLayerStatus`, of all of them.
+            quantization_backend: See `TunerLayerStatus`. The values combine those of all modules.
     """
 
     base_model_type: str
@@ -83,13 +88,14 @@ class TunerModelStatus:
 
 
 def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
-    """Returns the status of each module that holds adapters, in the model's order.
+    """Return the status of each module that holds adapters, in the model's order.
 
     Args:
-        model: A `LoraModel`, or any module with LoRA layers of fastlora's in it.
+        model: A `LoraModel`, or any module that contains LoRA layers of fastlora.
 
     Raises:
-        AdapterStateError: It has none. (`ValueError`, as PEFT raises.)
+        AdapterStateError: If the model has no such layers. It is a subclass of `ValueError`, the
+            error that PEFT raises.
     """
     found = [_status(*each) for each in routed_modules(tuner_of(model) or model)]
     if not found:
@@ -101,13 +107,13 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
 
 
 def get_model_status(model: nn.Module) -> TunerModelStatus:
-    """Returns the status of a whole model.
+    """Return the status of a whole model.
 
     Args:
-        model: As in `get_layer_status`.
+        model: A `LoraModel`, or any module that contains LoRA layers of fastlora.
 
     Raises:
-        AdapterStateError: It has no LoRA layer of fastlora's.
+        AdapterStateError: If the model has no such layers.
     """
     layers = get_layer_status(model)
     tuner = tuner_of(model)
@@ -129,7 +135,8 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
         total_params=sum(size for size, _ in sizes),
         num_adapter_layers=len(layers),
         enabled=_one(layer.enabled for layer in layers),
-        # A module without a copy of the active adapter's disagrees with nobody.
+        # A module without active adapters, such as one that the active adapter has no copy of, is
+        # not considered to differ from the others.
         active_adapters=_one([layer.active_adapters for layer in layers if layer.active_adapters]),
         merged_adapters=IRREGULAR if missing else merged,
         requires_grad={
@@ -164,11 +171,11 @@ def _status(name: str, module: Any) -> TunerLayerStatus:
 
 
 def _tensors(module: Any) -> dict[str, list[nn.Parameter]]:
-    """Returns what each adapter has on a module."""
+    """Return the parameters of each adapter on a module."""
     found: dict[str, list[nn.Parameter]] = {}
     if isinstance(module, ModuleWrapper):
         return {name: list(module.adapter_parameters(name)) for name in module.adapter_names}
-    holder = getattr(module, "tied_to", module)  # a tied head has the embedding's factors
+    holder = getattr(module, "tied_to", module)  # a tied head uses the embedding's factors
     for name in module.r:
         for factor in holder._held_parts(name).values():
             found.setdefault(name, []).extend(tensors_of(factor).values())
@@ -180,12 +187,15 @@ def _quantised(module: Any) -> Quantised | None:
         return None
     try:
         return quantised(module.get_base_layer())
-    except UnsupportedLayerError:  # not quantised yet
+    except UnsupportedLayerError:  # not quantized yet
         return None
 
 
 def _type_of(module: Any, found: Quantised | None) -> str:
-    """Returns PEFT's name for a kind of module: that of PyTorch's class that its base layer is."""
+    """Return PEFT's name for the kind of a module.
+
+    For a LoRA layer, the name is derived from the PyTorch class of its base layer.
+    """
     if isinstance(module, TrainableTokensWrapper):
         return "TrainableTokensLayer"
     if not isinstance(module, LoraLayer):
@@ -199,7 +209,7 @@ def _type_of(module: Any, found: Quantised | None) -> str:
 
 
 def _one(values: Iterable[Any]) -> Any:
-    """Returns the value that all have, or ``"irregular"``."""
+    """Return the common value, or ``"irregular"`` if the values differ."""
     found = list(values)
     if not found:
         return []

@@ -1,6 +1,7 @@
-"""What a step of a model without weights would hold: every tensor that it makes, counted.
+"""Measure the memory of a training step on the meta device by counting the tensors it creates.
 
-On the meta device tensors have sizes and no memory, so a model that fits nowhere can be asked.
+Tensors on the meta device have a size but need no memory. The measurement therefore works for
+models that do not fit into the memory of this machine.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from torch.utils._pytree import tree_leaves
 
 
 def step_memory(step: Callable[[], object]) -> int:
-    """Returns the most bytes that tensors made in a call hold at once.
+    """Return the peak memory of the tensors that a function creates, in bytes.
 
-    Attention counts as a fused kernel does it: without the matrix of scores.
+    Attention is counted as in a fused kernel, which does not store the matrix of scores.
 
     Args:
-        step: Forward and backward of a model on the meta device.
+        step: A function that runs the forward and the backward pass of a model on the meta device.
     """
     counter = _Counter()
     with _fused_attention(), counter:
@@ -31,7 +32,11 @@ def step_memory(step: Callable[[], object]) -> int:
 
 
 class _Counter(TorchDispatchMode):
-    """Counts the storages that operations make, from the first tensor on one to its release."""
+    """Track the total size of the storages that operations create until they are freed.
+
+    Attributes:
+        peak: The largest total size so far, in bytes.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,9 +44,9 @@ class _Counter(TorchDispatchMode):
         self._known: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Runs an operation and counts what it made."""
+        """Run an operation, and count the storages that it created."""
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
-            return False  # no mask is all ones: padded batches are what is asked for
+            return False  # for example "is the mask all ones?": assume that batches are padded
         made = func(*args, **(kwargs or {}))
         given = {t.untyped_storage()._cdata for t in _tensors((args, kwargs))}
         for tensor in _tensors(made):
@@ -62,9 +67,11 @@ class _Counter(TorchDispatchMode):
 
 @contextlib.contextmanager
 def _fused_attention() -> Iterator[None]:
-    """Replaces attention by what keeps as much as a fused kernel; on the meta device there is none.
+    """Replace attention with an operation that saves as much memory as a fused kernel does.
 
-    A mode of functions would not reach what a checkpoint calls again in the backward.
+    There is no fused kernel for the meta device. The function is patched because a
+    ``TorchFunctionMode`` would not be active when activation checkpointing calls attention again in
+    the backward pass.
     """
     own: Any = functional.scaled_dot_product_attention
 
@@ -72,8 +79,9 @@ def _fused_attention() -> Iterator[None]:
         groups = query.shape[:-3] + (key.shape[-3], -1) + query.shape[-2:]
         if key.shape != value.shape or query.shape[-2:] != key.shape[-2:]:
             return own(query, key, value, *args, **kwargs)
-        # The gradients of two products need three inputs and what lies between: as many as q, k, v
-        # and the output of attention. Groups of heads share theirs, which are not copied.
+        # Two products save their three inputs and the intermediate result for the backward pass. A
+        # fused kernel saves as much: q, k, v, and the output. Grouped heads share k and v, which
+        # are broadcast and not copied.
         product = query.view(groups) * key.unsqueeze(-3) * value.unsqueeze(-3)
         return product.view(query.shape)
 

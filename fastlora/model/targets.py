@@ -1,7 +1,7 @@
-"""Which modules a config names: PEFT's matching, as pure functions of model and config.
+"""Find the modules that a config selects, by PEFT's matching rules.
 
-Method: PEFT 0.21.2, ``tuners/tuners_utils.py`` and ``utils/other.py``. Nothing here changes the
-model or the config.
+The rules follow PEFT 0.21.2, ``tuners/tuners_utils.py`` and ``utils/other.py``. No function in this
+module changes the model or the config.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ from fastlora.validation import (
 )
 
 ALL_LINEAR = "all-linear"
-# PEFT's marker for an adapter that adapts nothing.
+# The value of target_modules that PEFT uses for an adapter without targets.
 NO_TARGETS = "dummy-target-modules"
 
-# Heads that PEFT trains in full for a task, whether or not modules_to_save names them.
+# Heads that PEFT trains in full for a task, even if modules_to_save does not name them.
 _TASK_HEADS = {
     "SEQ_CLS": ("classifier", "score"),
     "TOKEN_CLS": ("classifier", "score"),
@@ -60,11 +60,13 @@ _TASK_HEADS = {
 }
 _CLASSIFIER_HEADS = ("score", "classifier")
 _MAMBA_TYPES = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
-# Their mixers pass these weights to a fused kernel and never call the modules.
+# The mixers of these models pass the weights of these modules to a fused kernel, and never call the
+# modules themselves.
 _MAMBA_BYPASSED = ("out_proj", "conv1d")
-# From this many names on, PEFT stores the shortest suffixes that mean the same.
+# If there are at least this many names, PEFT replaces them with the shortest suffixes that match
+# the same modules.
 _MINIMISE_FROM = 20
-# Names in a message. A config may hold any number of them.
+# Maximum number of names to list in a message. A config may have any number of names.
 _MOST_SHOWN = 10
 
 
@@ -74,26 +76,28 @@ def find_targets(
     targets: set[str] | str | None = None,
     modules: BaseModules | None = None,
 ) -> list[str]:
-    """Returns the names of the modules to adapt, in the order of ``named_modules()``.
+    """Return the names of the modules to adapt, in the order of ``named_modules()``.
 
-    A name may be that of a LoRA layer already in place (a second adapter); names inside such a
-    layer are never returned. Entries that match nothing while others match are named in a warning;
-    so are experts that the config names, whose weights are stacked in parameters.
-    Where adapters own copies of a module (``modules_to_save``), ``"all-linear"`` leaves it out with
-    all below it; linear layers that are left out so, other than the output head, are warned about.
+    The result may include LoRA layers that already have other adapters, but no modules inside a
+    LoRA layer. ``"all-linear"`` leaves out every module that adapters own copies of
+    (``modules_to_save``), and all modules inside it.
+
+    Warnings are emitted for entries that match no module while others do, for matching experts with
+    weights that are stacked in a parameter, and for linear layers other than the output head that
+    ``"all-linear"`` leaves out because adapters own copies.
 
     Args:
-        model: The model.
-        config: The adapter's.
-        targets: What `resolve_target_modules` returns, where that is known.
-        modules: The model's `base_modules`, where they are known.
+        model: The base model, with or without adapters.
+        config: The adapter's config.
+        targets: The result of `resolve_target_modules`, or None to compute it.
+        modules: The result of `base_modules`, or None to compute it.
 
     Raises:
-        TargetNotFoundError: Nothing matches; the message lists close names.
-        ConfigError: ``target_modules`` is None and the architecture has no default.
-        UnsupportedLayerError: A target is one that its architecture never calls, or a module that
-            other adapters own copies of, or below one; or an entry names experts that PEFT adapts
-            (``target_parameters``) and matches no module.
+        TargetNotFoundError: If no module matches. The message suggests similar names.
+        ConfigError: If ``target_modules`` is None and the model's architecture has no default.
+        UnsupportedLayerError: If a target is never called in the model's architecture, if a target
+            is a module that other adapters own copies of or is inside one, or if an entry matches
+            no module but names experts that PEFT can adapt (``target_parameters``).
     """
     modules = base_modules(model) if modules is None else modules
     targets = resolve_target_modules(model, config, modules) if targets is None else targets
@@ -109,7 +113,8 @@ def find_targets(
     lost = {entry: as_expert_name(model_type, entry) for entry in _lost(names, targets)}
     wanted = targets if isinstance(targets, str) else {*targets, *lost.values()}
     experts = _experts_meant(modules, wanted, config, saved)
-    # Linear in both numbers: a config may hold any number of entries.
+    # The time is linear in the number of experts and in the number of entries. A config may have
+    # any number of entries.
     expert_names = {suffix for s in experts for name in s.names for suffix in _suffixes(name)}
     of_experts = [entry for entry, read_as in lost.items() if read_as in expert_names]
     shown = f"target_modules={_shown(config.target_modules)}"
@@ -142,7 +147,7 @@ def find_targets(
 def _experts_meant(
     modules: BaseModules, targets: set[str] | str, config: LoraConfig, saved: list[str]
 ) -> list[Stack]:
-    """Returns the stacked weights of experts that a config names; ``"all-linear"`` names all."""
+    """Return the stacked expert weights that a config names. ``"all-linear"`` names all of them."""
     everything = _is_all_linear(config.target_modules)
     stacks = [*stacked_experts(modules), *(routers(modules) if everything else ())]
     return [
@@ -157,9 +162,12 @@ def _experts_meant(
 
 
 def check_every_target(model: nn.Module, config: LoraConfig) -> None:
-    """Raises `TargetNotFoundError` where a name in ``target_modules`` matches no module.
+    """Check that every name in ``target_modules`` matches a module.
 
-    `find_targets` warns about it where others match.
+    This is stricter than `find_targets`, which only emits a warning if other names match.
+
+    Raises:
+        TargetNotFoundError: If a name does not match any module.
     """
     names = [name for name, _, _ in base_modules(model) if name]
     lost = _lost(names, config.target_modules or ())
@@ -170,21 +178,26 @@ def check_every_target(model: nn.Module, config: LoraConfig) -> None:
 
 
 def find_modules_to_save(model: nn.Module, config: LoraConfig) -> list[str]:
-    """Returns the names of the modules that the adapter owns a full copy of, in model order.
+    """Return the names of the modules that the adapter owns a copy of, in the model's order.
 
-    An entry matches every name that ends with it (``"head"`` matches ``"lm_head"``), as in PEFT. A
-    module inside another match is left out: it is part of that copy. Modules inside a LoRA layer
-    never match. The heads that a task adds need not exist.
+    As in PEFT, an entry matches every name that ends with it, so that ``"head"`` matches
+    ``"lm_head"``. A module inside another matching module is left out, because it is part of that
+    module's copy. Modules inside a LoRA layer never match. Heads that the task adds to
+    ``modules_to_save`` do not have to exist.
+
+    Args:
+        model: The base model, with or without adapters.
+        config: The adapter's config.
 
     Raises:
-        TargetNotFoundError: ``modules_to_save`` is set and matches no module. (Where only some of
-            its entries match nothing, a warning names them.)
-        UnsupportedLayerError: A match lies inside a module that other adapters own copies of.
+        TargetNotFoundError: If ``modules_to_save`` is set and no entry matches a module. If only
+            some entries match no module, a warning lists them instead.
+        UnsupportedLayerError: If a match is inside a module that other adapters own copies of.
     """
     entries = tuple(modules_to_save_entries(config))
     if not entries:
         return []
-    # Tied modules count under each of their names.
+    # Modules with several names can be matched by each of their names.
     base = list(base_modules(model, remove_duplicate=False))
     names = [name for name, _, _ in base if name]
     named = [e for e in config.modules_to_save or () if e not in _task_heads(config)]
@@ -209,7 +222,7 @@ def find_modules_to_save(model: nn.Module, config: LoraConfig) -> list[str]:
 
 
 def modules_to_save_entries(config: LoraConfig) -> list[str]:
-    """Returns ``modules_to_save`` and the heads that the task adds to it, each once."""
+    """Return the entries of ``modules_to_save`` and the heads of the task, without duplicates."""
     return list(dict.fromkeys([*(config.modules_to_save or ()), *_task_heads(config)]))
 
 
@@ -220,14 +233,18 @@ def _task_heads(config: LoraConfig) -> tuple[str, ...]:
 def resolve_target_modules(
     model: nn.Module, config: LoraConfig, modules: BaseModules | None = None
 ) -> set[str] | str:
-    """Returns what ``target_modules`` means on this model: names, or a regular expression.
+    """Resolve ``target_modules`` for a model to a set of names or a regular expression.
 
-    None becomes the architecture's default and ``"all-linear"`` the names of the linear layers;
-    this is what belongs in a saved config. ``modules`` are the model's `base_modules`, where they
-    are known.
+    None is replaced with the default of the model's architecture, and ``"all-linear"`` with the
+    names of the linear layers. The result is the value to store in a saved config.
+
+    Args:
+        model: The base model, with or without adapters.
+        config: The adapter's config.
+        modules: The result of `base_modules`, or None to compute it.
 
     Raises:
-        ConfigError: ``target_modules`` is None and the architecture has no default.
+        ConfigError: If ``target_modules`` is None and the model's architecture has no default.
     """
     targets = config.target_modules
     if targets is None:
@@ -239,8 +256,8 @@ def resolve_target_modules(
         return targets
     targets = set(targets)
     if len(targets) < _MINIMISE_FROM or config.layers_to_transform is not None:
-        # With layers_to_transform, a full name is exempt from the layer filter and a suffix is not:
-        # PEFT's shortening then changes which modules are meant.
+        # With layers_to_transform, full names are exempt from the layer filter but suffixes are
+        # not. PEFT's shortening would then change which modules match.
         return targets
     modules = base_modules(model) if modules is None else modules
     others = [n for n, _, _ in modules if n and not _matches_names(n, targets)]
@@ -249,7 +266,7 @@ def resolve_target_modules(
 
 
 def minimal_suffixes(names: Collection[str], others: Iterable[str]) -> set[str]:
-    """Returns few short suffixes that together match all of ``names`` and none of ``others``."""
+    """Return a small set of suffixes that match all of ``names`` and none of ``others``."""
     taken = {suffix for other in others for suffix in _suffixes(other)}
     chosen: set[str] = set()
     for name in sorted(names):
@@ -260,7 +277,7 @@ def minimal_suffixes(names: Collection[str], others: Iterable[str]) -> set[str]:
 
 
 def _suffixes(name: str) -> list[str]:
-    """Returns the ends of a name that begin with a component, the shortest first."""
+    """Return the suffixes of a dotted name, from the last component to the whole name."""
     found, at = [], len(name)
     while at >= 0:
         at = name.rfind(".", 0, at)
@@ -296,7 +313,7 @@ def _model_type(model: nn.Module) -> Any:
 
 
 def _transformers_class(module: str, name: str) -> tuple[type, ...]:
-    # An instance of the class can only exist once transformers has been imported.
+    # Instances of the class can exist only if transformers has been imported.
     loaded = sys.modules.get(f"transformers.{module}")
     cls = getattr(loaded, name, None)
     return (cls,) if isinstance(cls, type) else ()
@@ -307,14 +324,18 @@ def _is_all_linear(targets: object) -> bool:
 
 
 def _linears(model: nn.Module, config: LoraConfig, modules: BaseModules) -> list[tuple[str, bool]]:
-    """Returns the linear layers but the output head, and whether each is at or below a wrapper."""
+    """Return the linear layers except for the output head.
+
+    Each item is the layer's name and whether the layer is, or is inside, a module that adapters own
+    copies of or train rows of.
+    """
     kinds = (nn.Linear, *_transformers_class("pytorch_utils", "Conv1D"))
     head = _output_head(model, config)
 
     def is_linear(module: nn.Module) -> bool:
         if not is_lora_layer(module):
             return isinstance(original_of(module), kinds)
-        # By its name too, as PEFT knows its own.
+        # The class name is checked too. PEFT recognizes its own layers in this way.
         under = (module, module._modules.get("base_layer"))
         return any(isinstance(m, kinds) for m in under) or "Linear" in type(module).__name__
 
@@ -333,7 +354,11 @@ def _output_head(model: nn.Module, config: LoraConfig) -> nn.Module | None:
 
 
 def _of_copies(model: nn.Module, name: str) -> str:
-    """Says whose copies a module is part of, for messages."""
+    """Return the reason why a module cannot be a target, for messages.
+
+    The module called ``name`` is, or is inside, a module that adapters own copies of or train rows
+    of.
+    """
     for outer, module in outer_modules(model, remove_duplicate=False):
         if is_wrapper(module) and (name == outer or name.startswith(f"{outer}.")):
             where = "is" if name == outer else f"lies in {outer!r},"
@@ -355,8 +380,8 @@ def _is_excluded(name: str, config: LoraConfig, saved: list[str]) -> bool:
             return True
     elif exclude and _matches_names(name, exclude):
         return True
-    # Whole path components here, and everything below them, although find_modules_to_save takes any
-    # suffix: both are PEFT's rules.
+    # Here, an entry matches whole path components and everything below them. In
+    # find_modules_to_save, it matches any suffix. Both rules are PEFT's.
     with timed("modules_to_save"):
         return any(matches_components("modules_to_save", entry, name) for entry in saved)
 
@@ -375,7 +400,7 @@ def _in_layers(name: str, config: LoraConfig) -> bool:
         return True
     patterns = config.layers_pattern or []
     patterns = [patterns] if isinstance(patterns, str) else patterns
-    # The first numbered part of the name counts: further ones may be experts.
+    # The first number in the name is the layer's index. Later numbers may be indices of experts.
     if patterns:
         with timed("layers_pattern"):
             found = (layer_index("layers_pattern", pattern, name) for pattern in patterns)
@@ -383,7 +408,7 @@ def _in_layers(name: str, config: LoraConfig) -> bool:
     else:
         match = re.match(r".*?\.[^.]*\.(\d+)\.", name)
         index = None if match is None else int(match[1])
-    with timed("layers_to_transform"):  # a config may hold any number of them
+    with timed("layers_to_transform"):  # a config may list any number of layers
         return index in layers if isinstance(layers, list) else index == layers
 
 
@@ -399,7 +424,8 @@ def _check_bypassed(model: nn.Module, found: list[str]) -> None:
 
 def _near(entries: Sequence[str], names: list[str]) -> str:
     for entry in entries[:_MOST_SHOWN]:
-        # As many parts as the entry has: `attn.q_proj` is close to `self_attn.q_proj`.
+        # Compare with names of the same number of components: `attn.q_proj` with
+        # `self_attn.q_proj`.
         depth = entry.count(".")
         candidates = sorted({s for n in names for s in _suffixes(n)[depth : depth + 1]})
         close = near_names(entry, candidates)
@@ -411,7 +437,7 @@ def _near(entries: Sequence[str], names: list[str]) -> str:
 def _nothing_found(
     names: list[str], excluded: Collection[str], targets: set[str] | str, config: LoraConfig
 ) -> str:
-    """Says why there is no target."""
+    """Return an error message that explains why no module is a target."""
     entries = [targets] if isinstance(targets, str) else sorted(targets)
     shown = f"target_modules={_shown(targets)}"
     before = [name for name in names if name in excluded and _matches(name, targets, config)]
@@ -432,7 +458,7 @@ def _nothing_found(
 
 
 def _shown(value: Collection[Any] | str | int | None) -> str:
-    """Returns the value of a field for a message: the first entries of a list, or all of it."""
+    """Return the value of a config field for a message. A long list is shortened."""
     if value is None or isinstance(value, (str, int)):
         return repr(value)
     more = len(value) - _MOST_SHOWN
@@ -440,7 +466,10 @@ def _shown(value: Collection[Any] | str | int | None) -> str:
 
 
 def _lost(names: list[str], targets: Collection[str] | str) -> list[str]:
-    """Returns the entries of a list of targets that match no name."""
+    """Return the entries of a list of targets that match none of the names.
+
+    If ``targets`` is a regular expression, the result is empty.
+    """
     if isinstance(targets, str):
         return []
     known = {suffix for name in names for suffix in _suffixes(name)}
@@ -450,10 +479,13 @@ def _lost(names: list[str], targets: Collection[str] | str) -> list[str]:
 def _unused(
     unmatched: list[str], found: list[str], excludes: bool, config: LoraConfig
 ) -> list[str]:
-    """Returns what of a config matches no module and no expert, for a warning.
+    """Return descriptions of the config values that match no module, for a warning.
 
-    ``unmatched`` are entries of ``target_modules``, ``found`` the targets, and ``excludes`` says
-    whether a module is excluded.
+    Args:
+        unmatched: The entries of ``target_modules`` that match no module and no experts.
+        found: The names of the targets.
+        excludes: Whether at least one module is excluded.
+        config: The adapter's config.
     """
     unused = [f"target_modules entries {_shown(unmatched)}"] if unmatched else []
     if config.exclude_modules and not excludes:

@@ -1,7 +1,8 @@
-"""Safetensors files, read without trust: the header is checked before any data is read.
+"""Read and write safetensors files.
 
-Format: the header's length (8 bytes, little-endian), the header as JSON ``{name: {dtype, shape,
-data_offsets}}``, the data.
+Files are not trusted: the header is checked before any data is read. A file consists of the length
+of the header (8 bytes, little-endian), the header as JSON ``{name: {dtype, shape, data_offsets}}``,
+and the data.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ from safetensors.torch import save_file
 
 from fastlora.validation import CheckpointError, error_prefix
 
-# Two hundred bytes a tensor: enough for an adapter of 100,000 tensors.
+# At about 200 bytes per tensor, this is enough for adapters with more than 100,000 tensors.
 MAX_HEADER_BYTES = 32 << 20
-# Time to take a name apart grows with the square of its length.
+# The time to parse a name grows with the square of its length.
 MAX_NAME_LENGTH = 1024
 _METADATA = "__metadata__"
 _METADATA_START = f'{{"{_METADATA}":'
@@ -45,7 +46,13 @@ _DTYPES = {
 
 
 class TensorInfo(NamedTuple):
-    """What a header says about one tensor; ``start`` and ``stop`` are positions in the file."""
+    """The description of a tensor in a header.
+
+    Attributes:
+        dtype: The tensor's dtype.
+        shape: The tensor's shape.
+        start, stop: The position of the tensor's data in the file, in bytes. ``stop`` is excluded.
+    """
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -54,22 +61,28 @@ class TensorInfo(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tensor."""
+        """The size of the tensor in bytes."""
         return self.stop - self.start
 
 
 class TensorFile:
-    """An open safetensors file: the header and the tensors are read from one descriptor.
+    """An open safetensors file. The header and the tensors are read from the same descriptor.
 
-    Use it as a context manager, which closes the file. Errors name ``path``, which is not opened
-    again.
+    Use it as a context manager, which closes the file.
 
-    Raises:
-        CheckpointError: The file is truncated, or its header is too long or not UTF-8.
+    Args:
+        file: The open file.
+        path: The path of the file, used only in messages.
+        max_header_bytes: The maximum size of the header in bytes.
 
     Attributes:
-        path: As given.
-        metadata: The header's metadata if they come first, as safetensors writes them; else empty.
+        path: The path of the file.
+        metadata: The metadata in the header. It is empty if the metadata is not at the beginning of
+            the header, where safetensors writes it.
+
+    Raises:
+        CheckpointError: If the file is truncated, or if its header is too long or is not valid
+            UTF-8.
     """
 
     def __init__(
@@ -94,14 +107,16 @@ class TensorFile:
 
     @property
     def nbytes(self) -> int:
-        """Apparent size of the file."""
+        """The size of the file in bytes, as the file system reports it."""
         return self._state[0]
 
     @cached_property
     def infos(self) -> dict[str, TensorInfo]:
-        """Every tensor's dtype, shape and place, checked against the size of the file.
+        """The dtype, the shape, and the position of each tensor, by name.
 
-        Raises `CheckpointError` if the header is not a JSON object that describes the data exactly.
+        Raises:
+            CheckpointError: If the header is not a JSON object, or if the tensors that it describes
+                do not cover the data in the file exactly.
         """
         with error_prefix(self.path):
             try:
@@ -116,20 +131,21 @@ class TensorFile:
         return found
 
     def read(self, names: Collection[str] | None = None) -> dict[str, torch.Tensor]:
-        """Returns tensors on the CPU, each in memory of its own.
+        """Read tensors into CPU memory. Tensors do not share storage.
 
         Args:
-            names: The tensors to read; None for all.
+            names: The names of the tensors to read. With None, all tensors are read.
 
         Raises:
-            CheckpointError: The file changed, or ends early.
+            CheckpointError: If the file was changed since it was opened, or ends early.
         """
         tensors = {}
         with error_prefix(self.path):
             for name in self.infos if names is None else names:
                 info = self.infos[name]
                 nbytes = info.nbytes
-                # Not mapped: a mapped file that somebody truncates kills the process.
+                # The file is not memory-mapped, because the process would be killed if another
+                # process truncated the file.
                 data = bytearray(nbytes)
                 self._file.seek(info.start)
                 if self._file.readinto(data) != nbytes:  # type: ignore[attr-defined]
@@ -145,7 +161,11 @@ class TensorFile:
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Returns the tensors of a file; see `TensorFile` for the errors."""
+    """Return all tensors of a safetensors file.
+
+    Raises:
+        CheckpointError: See `TensorFile`.
+    """
     with TensorFile(path.open("rb"), path) as file:
         return file.read()
 
@@ -153,9 +173,17 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
 def write_tensors(
     path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Writes a safetensors file with ``{"format": "pt"}`` and ``metadata`` in its header.
+    """Write a safetensors file.
 
-    Equal arguments give equal bytes. Raises `CheckpointError` if the file cannot be written.
+    Equal arguments produce files with equal bytes.
+
+    Args:
+        path: The file to write.
+        tensors: The tensors by name.
+        metadata: Metadata to write into the header in addition to ``{"format": "pt"}``.
+
+    Raises:
+        CheckpointError: If the file cannot be written.
     """
     stored: dict[str, torch.Tensor] = {}
     seen: set[int] = set()
@@ -173,7 +201,10 @@ def write_tensors(
 
 
 def _order_metadata(path: Path, texts: Mapping[str, str]) -> None:
-    """Writes the header's metadata in the given order; safetensors writes a random one."""
+    """Rewrite the metadata in a file's header in the given order.
+
+    safetensors writes the metadata in a random order.
+    """
     ordered = json.dumps(texts, ensure_ascii=False, separators=(",", ":"))
     with path.open("r+b") as file:
         written, end = _metadata(_read_header(file)[0])
@@ -183,7 +214,7 @@ def _order_metadata(path: Path, texts: Mapping[str, str]) -> None:
 
 
 def _metadata(header: str) -> tuple[dict[str, str], int]:
-    """Returns the metadata at the beginning of a header, and where they end."""
+    """Return the metadata at the beginning of a header, and the position where it ends."""
     if not header.startswith(_METADATA_START):
         return {}, 0
     try:
@@ -195,7 +226,16 @@ def _metadata(header: str) -> tuple[dict[str, str], int]:
 
 
 def _read_header(file: BinaryIO, most: int = MAX_HEADER_BYTES) -> tuple[str, int]:
-    """Returns the text of a header of at most ``most`` bytes, and where the data starts."""
+    """Read the header, and return its text and the position of the data in the file.
+
+    Args:
+        file: The open file, positioned at its start.
+        most: The maximum size of the header in bytes.
+
+    Raises:
+        CheckpointError: If the file is truncated, or if the header is too long or is not valid
+            UTF-8.
+    """
     size = os.fstat(file.fileno()).st_size
     if size < 8:
         raise CheckpointError(f"truncated, found {size} bytes, expected at least 8")
@@ -256,7 +296,7 @@ def _tensor_info(name: str, entry: Any, data_start: int) -> TensorInfo:
 
 
 def _is_sizes(value: Any) -> bool:
-    # What JSON has is of these very types: True is a bool.
+    # Compare exact types, because `True` is an instance of int.
     return isinstance(value, list) and set(map(type, value)) <= {int} and min(value, default=0) >= 0
 
 

@@ -1,4 +1,4 @@
-"""Weights that a model ties to its input embedding, and what merging does to tied weights."""
+"""Find weights that a model ties to its input embedding, and untie weights for a merge."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ from fastlora.patterns import matches_components, matches_whole
 if TYPE_CHECKING:
     from fastlora.model.config import LoraConfig
 
-# What PEFT takes for an embedding, or for a head tied to one, by the end of its name.
+# Last components of names that PEFT considers to be embeddings, or heads tied to embeddings.
 EMBEDDING_NAMES = ("embed_tokens", "lm_head")
 
 
 class Ties(NamedTuple):
-    """Modules whose adapter is to be the input embedding's.
+    """The modules that will share the input embedding's adapter.
 
     Attributes:
-        names: Theirs.
-        copies: Whether that is a copy (``modules_to_save``), and not LoRA.
+        names: The names of the modules.
+        copies: Whether they share a copy of the weight (``modules_to_save``) rather than LoRA
+            factors.
     """
 
     names: tuple[str, ...] = ()
@@ -36,7 +37,10 @@ NO_TIES = Ties()
 
 
 def input_embedding(model: nn.Module) -> str | None:
-    """Returns the name of a model's input embedding, or None where it does not say which it is."""
+    """Return the name of a model's input embedding.
+
+    The result is None if ``get_input_embeddings`` does not exist or does not return a module.
+    """
     get: Any = getattr(model, "get_input_embeddings", None)
     try:
         found = get() if callable(get) else None
@@ -49,15 +53,16 @@ def input_embedding(model: nn.Module) -> str | None:
 
 
 def ties_embeddings(model: nn.Module) -> bool:
-    """Returns whether a model's config ties its embeddings."""
+    """Return whether a model's config has ``tie_word_embeddings=True``."""
     return bool(_setting(model, "tie_word_embeddings"))
 
 
 def tied_with_embedding(model: nn.Module) -> list[str]:
-    """Returns the sorted names of the modules whose weight is the input embedding's.
+    """Return the sorted names of the modules that share the input embedding's weight.
 
-    As in PEFT, they are those of which ``_tied_weights_keys`` says so, in the model or in parts of
-    it, unless the config says ``tie_word_embeddings=False``; and they share it indeed.
+    As in PEFT, only modules listed in ``_tied_weights_keys`` of the model or of its submodules are
+    considered, and the result is empty if the model's config has ``tie_word_embeddings=False``. In
+    addition, the parameters must be the same object.
     """
     embedding = input_embedding(model)
     if embedding is None or _setting(model, "tie_word_embeddings") is False:
@@ -78,17 +83,23 @@ def tied_with_embedding(model: nn.Module) -> list[str]:
 
 
 def tie_adapters(model: nn.Module, config: LoraConfig) -> Ties:
-    """Returns the modules whose adapter is to be the input embedding's, as the config asks.
+    """Return the modules that will share the input embedding's adapter.
 
-    The config then names the embedding, in ``modules_to_save`` or ``target_modules``, and not what
-    is tied to it. What it asks for and cannot be is a warning, and so is a tied module that is
-    adapted without ``ensure_weight_tying``; both are PEFT's.
+    If there are any, the config is changed in place: ``modules_to_save`` or ``target_modules`` then
+    names the embedding instead of the modules tied to it.
+
+    As in PEFT, a warning is emitted if the config requires tying that is not possible, or if a tied
+    module is adapted without ``ensure_weight_tying``.
+
+    Args:
+        model: The base model, with or without adapters.
+        config: The adapter's config.
     """
     known, targets = list(EMBEDDING_NAMES), config.target_modules
     embedding = input_embedding(model) if config.ensure_weight_tying else None
     if embedding is not None:
-        # PEFT writes it into the config and, where it is called otherwise, ties nothing when it
-        # reads that file.
+        # PEFT writes the embedding's name into the config. When PEFT reads this config again, it
+        # ties nothing if the name is not one of the known names.
         known += [embedding, embedding.rpartition(".")[2]]
     copied = any(name.rpartition(".")[2] in known for name in config.modules_to_save or ())
     if isinstance(targets, str):
@@ -106,7 +117,7 @@ def tie_adapters(model: nn.Module, config: LoraConfig) -> Ties:
             )
         return Ties()
     if not tied or embedding is None:
-        if config.trainable_token_indices is None:  # which has its own word for it
+        if config.trainable_token_indices is None:  # `find_tokens` emits its own warning
             _warn(
                 "You have requested `ensure_weight_tying`, but no tied modules were found in the "
                 "model"
@@ -129,7 +140,7 @@ def tie_adapters(model: nn.Module, config: LoraConfig) -> Ties:
 
 
 def _renamed(entries: list[str], embedding: str, tied: list[str]) -> list[str]:
-    """Returns entries with the embedding's name, and without those of what is tied to it."""
+    """Add the embedding's name to a list of entries, and remove the entries for tied modules."""
     renamed = [*entries, embedding] if embedding not in entries else list(entries)
     for name in tied:
         matching = (e for e in renamed if matches_components("modules_to_save", e, name))
@@ -143,10 +154,10 @@ def _warn(message: str) -> None:
 
 
 class SharedWeights:
-    """The weights of a model that several modules have, and those that a merge makes their own.
+    """Track the weights that modules of a model share, and untie weights before a merge.
 
     Args:
-        model: With its adapters.
+        model: The base model with its adapters.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -159,14 +170,22 @@ class SharedWeights:
                     self._holders.setdefault(id(parameter), []).append((name, module))
 
     def beside(self, base: nn.Module, family: Collection[nn.Module]) -> str | None:
-        """Returns the name of a module outside of a family that has a module's weight, or None."""
+        """Return the name of a module that shares the weight of ``base``.
+
+        Args:
+            base: The module with the weight.
+            family: Modules to ignore.
+
+        Returns:
+            The name of the first such module, or None if there is none.
+        """
         holders = self._holders.get(id(base._parameters.get("weight")), ())
         return next((name for name, module in holders if module not in family), None)
 
     def other(self, module: Any) -> str | None:
-        """Returns the name of another module with a layer's base weight, if there is one.
+        """Return the name of another module that shares a layer's base weight, or None.
 
-        Modules that take rows or LoRA from the layer, or it from them, are the layer too.
+        Modules that share the layer's adapter, either LoRA factors or trained rows, are ignored.
         """
         return self.beside(module.get_base_layer(), self._family(module))
 
@@ -181,7 +200,14 @@ class SharedWeights:
         return {m for m in bases if m.weight is base.weight}
 
     def untie(self, name: str, module: Any) -> None:
-        """Gives a layer its own weight where a merge would also change, say, the embedding."""
+        """Give a layer its own copy of the base weight if another module shares the weight.
+
+        Otherwise, merging an adapter into an output head would also change the embedding.
+
+        Args:
+            name: The name of the layer.
+            module: The layer.
+        """
         other = self.other(module)
         if other is None:
             return
@@ -195,7 +221,7 @@ class SharedWeights:
         self._untied.append((name, other, own.numel() * own.element_size()))
 
     def tell(self) -> None:
-        """Warns of the weights that are no longer shared, and what they take."""
+        """Emit a warning about the untied weights and the additional memory that they take."""
         if not self._untied:
             return
         name, other, _ = self._untied[0]
@@ -209,7 +235,7 @@ class SharedWeights:
 
 
 def note_untied(model: nn.Module) -> None:
-    """Has a model's config no longer say that its embeddings are tied, where they are not."""
+    """Set ``tie_word_embeddings`` to False if the model's embeddings are no longer tied."""
     config: Any = getattr(model, "config", None)
     if not ties_embeddings(model) or isinstance(config, dict):
         return
@@ -230,7 +256,7 @@ def note_untied(model: nn.Module) -> None:
 
 
 def _setting(model: nn.Module, name: str) -> Any:
-    """Returns a field of a model's config, or None."""
+    """Return a field of a model's config, or None if there is no such field."""
     config: Any = getattr(model, "config", None)
     if isinstance(config, dict):
         return config.get(name)

@@ -1,6 +1,6 @@
-"""Which modules `trainable_token_indices` means, and which of them share their rows.
+"""Find the modules that ``trainable_token_indices`` selects, and those that share trained rows.
 
-Method: PEFT 0.21.2, ``utils/other.py``, `set_additional_trainable_modules`.
+The rules follow `set_additional_trainable_modules` in PEFT 0.21.2, ``utils/other.py``.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from fastlora.validation import ConfigError, TargetNotFoundError, UnsupportedLay
 
 @dataclass(frozen=True)
 class Tokens:
-    """Rows of a module that an adapter trains.
+    """The rows of a module that an adapter trains.
 
     Attributes:
-        indices: Of the rows.
-        tied_to: The name of the embedding whose rows these are, or None.
+        indices: The indices of the rows.
+        tied_to: The name of the embedding that the module shares the rows with, or None.
     """
 
     indices: list[int]
@@ -34,16 +34,23 @@ class Tokens:
 
 
 def find_tokens(model: nn.Module, config: LoraConfig) -> dict[str, Tokens]:
-    """Returns the modules of which an adapter trains rows, by name, the embedding before its ties.
+    """Return the modules in which an adapter trains rows, by name.
 
-    A list means the input embedding. A key means every module whose name ends with it. Where the
-    model ties its embeddings, what is tied to a chosen input embedding takes its rows, unless the
-    config gives both different ones.
+    If ``trainable_token_indices`` is a list, it refers to the input embedding. If it is a mapping,
+    each key refers to every module with a name that ends with the key. If the input embedding is
+    selected and the model ties its embeddings, the tied modules share the embedding's rows, unless
+    the config selects different rows for them. The embedding comes before the modules tied to it.
+
+    Args:
+        model: The base model, with or without adapters.
+        config: The adapter's config.
 
     Raises:
-        TargetNotFoundError: A key matches no module.
-        ConfigError: Tied modules are to have different rows, although ``ensure_weight_tying``.
-        UnsupportedLayerError: A module is no embedding or linear, or is trained otherwise too.
+        TargetNotFoundError: If a key matches no module.
+        ConfigError: If ``ensure_weight_tying`` is True, but different rows are selected for tied
+            modules.
+        UnsupportedLayerError: If a module is neither an embedding nor a linear layer, or if it is
+            also trained in another way.
     """
     wanted = config.trainable_token_indices
     if wanted is None:
@@ -81,7 +88,17 @@ def find_tokens(model: nn.Module, config: LoraConfig) -> dict[str, Tokens]:
 def check_apart(
     tokens: Collection[str], targets: Collection[str], saved: Collection[str], tied: Collection[str]
 ) -> None:
-    """Raises `UnsupportedLayerError` where an adapter is to train a module in two ways."""
+    """Check that an adapter does not train any module in two ways.
+
+    Args:
+        tokens: The names of the modules in which it trains rows.
+        targets: The names of the modules that it adapts with LoRA.
+        saved: The names of the modules that it owns a copy of.
+        tied: The names of the modules that share the input embedding's adapter.
+
+    Raises:
+        UnsupportedLayerError: If a module is trained in two ways.
+    """
     for name in tied:
         if name in targets:
             raise UnsupportedLayerError(
@@ -124,7 +141,12 @@ def _matches(model: nn.Module, wanted: dict[str, list[int]]) -> dict[str, list[i
 
 
 def _check(model: nn.Module, name: str, rows: Tokens) -> None:
-    """Raises unless a module can have the rows."""
+    """Check that an adapter can train the given rows of a module.
+
+    Raises:
+        UnsupportedLayerError: If the module does not support it, or if other adapters adapt the
+            module in another way.
+    """
     module: Any = model.get_submodule(name)
     if isinstance(module, LoraLayer) or holds_copies(module):
         how = "LoRA" if isinstance(module, LoraLayer) else "a full copy (modules_to_save)"

@@ -1,7 +1,7 @@
-"""`LoraTuner`: the adapters of a whole model; which act, which train, merging.
+"""`LoraTuner`: add, activate, train, merge, and delete the adapters of a whole model.
 
-It is what PEFT calls the tuner and what users reach as ``lora_model.base_model``. Files and the
-model's own calls are `fastlora.model`'s.
+It corresponds to the tuner of PEFT. Users reach it as ``lora_model.base_model``. Saving and loading
+adapters, and calls of the model, are implemented in `LoraModel`.
 """
 
 from __future__ import annotations
@@ -37,16 +37,20 @@ from fastlora.validation import (
 
 
 class LoraTuner(nn.Module):
-    """Holds a model and its adapters. Attribute and method names are PEFT's.
+    """A model and its adapters. Attributes and methods have the same names as in PEFT.
 
     Args:
-        model: Any module; LoRA layers replace its target modules in place.
+        model: Any module. Its target modules are replaced with LoRA layers in place.
 
     Attributes:
-        model: The model, with the LoRA layers in it.
-        peft_config: Adapter name to config.
-        targeted_module_names: Modules that adapters have LoRA on, in the order of being added.
-        targeted_parameter_names: Always empty: LoRA on single parameters is not supported.
+        model: The base model, which contains the LoRA layers.
+        peft_config: The config of each adapter, by name.
+        targeted_module_names: The names of the modules that adapters adapt with LoRA, in the order
+            in which they were added.
+        targeted_parameter_names: Always empty, since LoRA on single parameters is not supported.
+
+    Raises:
+        AdapterStateError: If the model already contains LoRA layers.
     """
 
     prefix = "lora_"
@@ -64,19 +68,20 @@ class LoraTuner(nn.Module):
         self._active: list[str] = []
         self._changed_base: dict[str, Init] = {}
         self._keeps_layout = False
-        # Known to this model's layers; an object of its own stays theirs in copies and pickles.
+        # The layers of this model refer to the same object. Since it is a separate object, the
+        # references remain correct when the model is copied or pickled.
         self.group = Group()
         self._routed: list[nn.Module] | None = None
-        # What `disable_adapter_layers` has frozen.
+        # The parameters that `disable_adapter_layers` froze.
         self._frozen: list[nn.Parameter] = []
         self.training = model.training
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Calls the model."""
+        """Call the base model."""
         return self.model(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        """Finds what is not here on the model."""
+        """Look up missing attributes on the base model."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -86,27 +91,31 @@ class LoraTuner(nn.Module):
 
     @property
     def active_adapters(self) -> list[str]:
-        """Names of the adapters that act."""
+        """The names of the active adapters."""
         return list(self._active)
 
     @property
     def active_adapter(self) -> list[str]:
-        """The same, under PEFT's other name."""
+        """The names of the active adapters. This is PEFT's other name for `active_adapters`."""
         return list(self._active)
 
     def add_adapter(
         self, adapter_name: str, plan: Plan, *, autocast_adapter_dtype: bool = True
     ) -> None:
-        """Adds an adapter, frozen and not active; the first one freezes the base model.
+        """Add an adapter. It is frozen and inactive.
+
+        Adding the first adapter freezes the base model.
 
         Args:
-            adapter_name: A new name.
-            plan: From `plan_for`.
-            autocast_adapter_dtype: Keep factors of 16-bit base layers in fp32, as PEFT does.
+            adapter_name: A name that no other adapter has.
+            plan: The result of `plan_for`.
+            autocast_adapter_dtype: Whether to store the factors of 16-bit base layers in fp32, as
+                PEFT does.
 
         Raises:
-            AdapterStateError: The name exists, or another adapter trains biases too, or has
-                changed base weights that this one is to be loaded beside.
+            AdapterStateError: If the name is in use, if both this adapter and another one train
+                biases of the base model, or if this adapter is loaded from a file and needs a
+                change of the base weights that conflicts with the change of another adapter.
         """
         self.check_new(adapter_name)
         config = plan.config
@@ -123,13 +132,15 @@ class LoraTuner(nn.Module):
         )
         for module in before:
             if isinstance(module, TrainableTokensWrapper):
-                module._act_as(self._active)  # what an earlier call has activated at once
+                # Adding an earlier adapter may have activated that adapter on this module.
+                module._act_as(self._active)
         self.peft_config[adapter_name] = config
         if config.init.changes_base:
             self._changed_base[adapter_name] = config.init
         names = dict.fromkeys((*self.targeted_module_names, *plan.targets))
         self.targeted_module_names = list(names)
-        # A layer that is new must know at once whose block may be open around its first forward.
+        # A new layer must belong to the model's routing group before its first forward, because a
+        # `fastlora.adapters` block may already be open.
         model = self.model
         modules: list[Any] = [model.get_submodule(name) for name in plan.touched]
         for module in modules:
@@ -140,11 +151,19 @@ class LoraTuner(nn.Module):
         if len(self.peft_config) == 1:
             inject.freeze_base(self.model)
         if not config.inference_mode and not self._keeps_layout:
-            keep_layout(self.model)  # once: it walks over all modules
+            keep_layout(self.model)  # only once, because it walks over all modules
             self._keeps_layout = True
 
     def _check_base_changes(self, adapter_name: str, plan: Plan) -> None:
-        """Warns, or raises, where the initialisation of one adapter is in the way of another."""
+        """Check whether the initializations of adapters conflict.
+
+        Emits a warning if an initialization changes the base weights of a model with several
+        adapters, or if loading cannot repeat the change because it is random.
+
+        Raises:
+            AdapterStateError: If the adapter is loaded from a file, its initialization must be
+                repeated, and another adapter has already changed the base weights.
+        """
         config, init = plan.config, plan.config.init
         others = self._changed_base
         if plan.from_file and init.changes_base and init.must_repeat and others:
@@ -178,17 +197,17 @@ class LoraTuner(nn.Module):
             )
 
     def check_replaces(self, operation: str, adapter_name: str, config: LoraConfig) -> None:
-        """Raises where an operation cannot put another adapter's weights in an adapter's place.
+        """Check that the weights of a loaded adapter can be replaced with those of another.
 
         Args:
-            operation: The method that replaces the weights.
-            adapter_name: The loaded adapter.
-            config: Of the other adapter.
+            operation: The name of the method that replaces the weights, for messages.
+            adapter_name: The name of the loaded adapter.
+            config: The config of the other adapter.
 
         Raises:
-            AdapterStateError: A `fastlora.adapters` block of the model is open.
-            ConfigError: The weights were trained on base weights that their start had changed, and
-                this adapter's start has not.
+            AdapterStateError: If a `fastlora.adapters` block of the model is open.
+            ConfigError: If the other adapter was trained on base weights that its initialization
+                changed, and the initialization of the loaded adapter did not change them.
         """
         with error_prefix(f"adapter {adapter_name!r} is loaded already"):
             self.group.check_closed(operation)
@@ -196,17 +215,20 @@ class LoraTuner(nn.Module):
             config.check_plain(f"an adapter that takes the place of {adapter_name!r}")
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Makes these adapters act, and of all adapters them alone trainable.
+        """Activate adapters and make them trainable. All other adapters are frozen.
 
-        The base biases that an adapter's config asks for train exactly while its factors do.
+        If an adapter's config selects biases of the base model, these biases are trainable whenever
+        the adapter's factors are.
 
         Args:
-            adapter_name: One name, or several whose updates add up.
-            inference_mode: Leave all of them frozen.
+            adapter_name: The name of an adapter, or several names. The updates of several adapters
+                are added.
+            inference_mode: Whether to freeze the active adapters too.
 
         Raises:
-            AdapterNotFoundError: There is no such adapter.
-            AdapterStateError: Two of them own a copy of the same module.
+            AdapterNotFoundError: If there is no such adapter.
+            AdapterStateError: If two of the adapters own a copy, or trained rows, of the same
+                module.
         """
         names = self._known(adapter_name)
         for _, wrapper in inject.routed_modules(self.model) if len(names) > 1 else ():
@@ -229,13 +251,14 @@ class LoraTuner(nn.Module):
                 bias.requires_grad_(name in self._active and not inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Removes an adapter; where it was the only active one, another takes its place.
+        """Delete an adapter. If it was the only active one, another adapter becomes active.
 
         Other adapters that are merged stay merged.
 
         Raises:
-            AdapterNotFoundError: There is no such adapter.
-            AdapterStateError: It is merged, or a `fastlora.adapters` block of the model is open.
+            AdapterNotFoundError: If there is no such adapter.
+            AdapterStateError: If the adapter is merged, or if a `fastlora.adapters` block of the
+                model is open.
         """
         self.group.check_closed("delete_adapter")
         if adapter_name not in self.peft_config:
@@ -270,34 +293,40 @@ class LoraTuner(nn.Module):
         density: float | None = None,
         majority_sign_method: str = "total",
     ) -> None:
-        """Adds an adapter that is the weighted sum of others, frozen and not active.
+        """Add an adapter that is a weighted sum of other adapters. It is frozen and inactive.
 
         Args:
-            adapters: Names of the adapters to add. A name may come more than once. For a list of
-                one name, ``"linear"`` is used.
-            weights: A number for each, negative ones too.
-            adapter_name: Name of the sum.
-            combination_type: ``"svd"`` and ``"cat"`` add the updates ``lora_b @ lora_a``: the first
-                in the best approximation of its rank, the second exactly, with the sum of the
-                ranks. ``"linear"`` adds lora_a and lora_b each, which is rough, and needs equal
-                ranks; ``"ties"``, ``"dare_linear"``, ``"dare_ties"`` and ``"magnitude_prune"`` do
-                so after leaving out values (see `fastlora.algebra.combine`). With ``"_svd"`` behind
-                them these four treat the updates in place of the factors.
-            svd_rank: Rank of the sum, where the type ends in svd; None for the largest of theirs.
-            svd_clamp: Quantile of the factors' values that they are clamped to.
-            svd_full_matrices: Without effect: the values are the same either way.
-            svd_driver: Of cuSOLVER, for models on a GPU; see `torch.linalg.svd`.
-            density: Share of values that types which leave out values keep, in (0, 1].
-            majority_sign_method: What elects signs in TIES: ``"total"`` of values, or
-                ``"frequency"``.
+            adapters: The names of the adapters to add. A name may occur more than once. If there is
+                only one name, the combination type ``"linear"`` is used.
+            weights: One number per name. Negative numbers are allowed.
+            adapter_name: The name of the new adapter.
+            combination_type: How to combine the adapters. ``"cat"`` adds the updates
+                ``lora_b @ lora_a`` exactly; the rank of the result is the sum of the ranks.
+                ``"svd"`` adds the updates and returns the best approximation of rank ``svd_rank``.
+                ``"linear"`` adds ``lora_a`` and ``lora_b`` separately, which is a rough
+                approximation and requires equal ranks. ``"ties"``, ``"dare_linear"``,
+                ``"dare_ties"``, and ``"magnitude_prune"`` do the same after setting some values to
+                zero (see `fastlora.algebra.combine`). With the suffix ``"_svd"``, these four types
+                operate on the updates instead of the factors.
+            svd_rank: The rank of the result, for types that end in ``"svd"``. With None, it is the
+                largest rank of the adapters.
+            svd_clamp: For types that end in ``"svd"``, the quantile of the factors' values that the
+                values are clamped to. With None, they are not clamped.
+            svd_full_matrices: Ignored, since it does not affect the result.
+            svd_driver: The cuSOLVER driver for models on a GPU. See `torch.linalg.svd`.
+            density: The fraction of values to keep, in (0, 1], for types that set values to zero.
+            majority_sign_method: How TIES elects signs: ``"total"`` by the sum of the values, or
+                ``"frequency"`` by the number of values with each sign.
 
         Raises:
-            AdapterNotFoundError: There is no such adapter.
-            AdapterStateError: The name exists; an adapter uses DoRA, has trained tokens, or values
-                that are not finite; two of them own a copy of one module; or factors are sharded.
-            ConfigError: Another argument is wrong, or ranks differ where they must not.
-            UnsupportedLayerError: A grouped convolution, and a type that adds updates.
-                Nothing has changed then.
+            AdapterNotFoundError: If there is no such adapter.
+            AdapterStateError: If the new name is in use; if an adapter uses DoRA, has trained
+                tokens, or has values that are not finite; if two adapters own a copy of the same
+                module; or if factors are sharded.
+            ConfigError: If another argument is invalid, or if the ranks differ and the type
+                requires equal ranks.
+            UnsupportedLayerError: If a layer is a grouped convolution and the type adds updates.
+                The model is unchanged after any of these errors.
         """
         names = self._known(adapters)
         self.check_new(adapter_name)
@@ -308,27 +337,39 @@ class LoraTuner(nn.Module):
         self.add_computed(adapter_name, combined(self.model, configs, names, weights, how))
 
     def add_computed(self, adapter_name: str, made: Made) -> None:
-        """Adds an adapter with the factors that were computed for it, frozen and not active."""
+        """Add a computed adapter to the model. It is frozen and inactive.
+
+        Args:
+            adapter_name: A name that no other adapter has.
+            made: The computed adapter.
+        """
         self.add_adapter(adapter_name, made.plan, autocast_adapter_dtype=made.wide)
         made.fill(self.model, adapter_name)
 
     def check_new(self, adapter_name: str) -> None:
-        """Raises unless an adapter can have that name."""
+        """Check that a new adapter can have the name.
+
+        Raises:
+            ConfigError: If the name is invalid.
+            AdapterStateError: If the name is in use.
+        """
         check_adapter_name(adapter_name)
         if adapter_name in self.peft_config:
             raise AdapterStateError(f"adapter {adapter_name!r} exists already")
 
     def enable_adapter_layers(self) -> None:
-        """Undoes `disable_adapter_layers`."""
+        """Enable adapters again after `disable_adapter_layers`."""
         self._thaw(self._frozen)
         self._frozen = []
         self._set_disabled(False)
 
     def disable_adapter_layers(self) -> None:
-        """Makes the model its base model; merged adapters are unmerged.
+        """Disable and freeze all adapters, so that the model computes as the base model.
+
+        Merged adapters are unmerged.
 
         Raises:
-            AdapterStateError: A `fastlora.adapters` block of the model is open.
+            AdapterStateError: If a `fastlora.adapters` block of the model is open.
         """
         self.group.check_closed("disable_adapter_layers")
         if any(module.merged for _, module in inject.routed_modules(self.model)):
@@ -343,30 +384,38 @@ class LoraTuner(nn.Module):
 
     @property
     def disabled(self) -> bool:
-        """Whether the model is its base model now, on every layer."""
+        """Whether adapters are disabled on every layer."""
         return all(module._disabled for _, module in inject.routed_modules(self.model))
 
     def set_requires_grad(
         self, adapter_names: str | Sequence[str], requires_grad: bool = True
     ) -> None:
-        """Has adapters train, or freezes them, whether they act or not; leaves others alone.
+        """Make adapters trainable, or freeze them, whether they are active or not.
 
-        Base biases follow an adapter that is active. They act in every forward, so those of an
-        inactive adapter stay frozen.
+        Other adapters are not affected. The biases of the base model that an adapter trains change
+        with the adapter if it is active. If it is inactive, its biases stay frozen, because they
+        take effect in every forward.
+
+        Args:
+            adapter_names: The name of an adapter, or several names.
+            requires_grad: Whether the adapters are trainable.
 
         Raises:
-            AdapterNotFoundError: There is no such adapter.
+            AdapterNotFoundError: If there is no such adapter.
         """
         for parameter in self._trainable(self._known(adapter_names)):
             parameter.requires_grad_(requires_grad)
 
     def _biases(self, name: str) -> list[nn.Parameter]:
-        """Returns the base biases that an adapter's config asks for."""
+        """Return the biases of the base model that an adapter's config selects for training."""
         found = inject.adapter_biases(self.model, name, self.peft_config[name].bias)
         return list(found.values())
 
     def _trainable(self, names: Collection[str]) -> list[nn.Parameter]:
-        """Returns what adapters can train now: what they own, and base biases of active ones."""
+        """Return the parameters that the named adapters can train in the current state.
+
+        These are the adapters' own parameters, and the base model's biases of active adapters.
+        """
         owned = [
             parameter
             for _, module in inject.routed_modules(self.model)
@@ -377,14 +426,17 @@ class LoraTuner(nn.Module):
         return list({id(parameter): parameter for parameter in (*owned, *biases)}.values())
 
     def _freeze_adapters(self) -> list[nn.Parameter]:
-        """Freezes what the adapters train, and returns it."""
+        """Freeze the trainable parameters of all adapters, and return these parameters."""
         trained = [p for p in self._trainable(self.peft_config) if p.requires_grad]
         for parameter in trained:
             parameter.requires_grad_(False)
         return trained
 
     def _thaw(self, frozen: Collection[nn.Parameter]) -> None:
-        """Has what `_freeze_adapters` returned train again, as far as adapters can train it now."""
+        """Make parameters that `_freeze_adapters` returned trainable again.
+
+        Parameters that the adapters cannot train in the current state stay frozen.
+        """
         trainable = {id(parameter) for parameter in self._trainable(self.peft_config)}
         for parameter in frozen:
             if id(parameter) in trainable:
@@ -392,9 +444,11 @@ class LoraTuner(nn.Module):
 
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Within the block the model is its base model, and none of its adapters train.
+        """Disable and freeze all adapters for the duration of a ``with`` block.
 
-        Base biases keep the values that an adapter has given them, and are frozen with it.
+        Biases of the base model that an adapter has trained keep their values and are frozen too.
+        On exit, the previous state is restored. If adapters were disabled on only some layers
+        before, a warning is emitted and they are enabled on all layers.
         """
         layers = inject.lora_layers(self.model).values()
         irregular = len({layer._disabled for layer in layers}) > 1
@@ -413,7 +467,7 @@ class LoraTuner(nn.Module):
             try:
                 yield
             finally:
-                # Where other adapters were set active meanwhile, these are to train.
+                # If `set_adapter` was called in the block, its result must not be overwritten.
                 if self._active is active:
                     self._thaw(frozen)
 
@@ -424,16 +478,21 @@ class LoraTuner(nn.Module):
         validate: bool,
         held: contextlib.ExitStack,
     ) -> Routing:
-        """Returns the routing of a `fastlora.adapters` block."""
+        """Create the routing for a `fastlora.adapters` block.
+
+        Args:
+            ids, seeds, validate: See `fastlora.adapters`.
+            held: A stack for resources to release when the block ends. Not used here.
+        """
         return parameters_routing(
             self.group, self.routed, tuple(self.peft_config), Parameters, ids, seeds, validate
         )
 
     @property
     def routed(self) -> list[Any]:
-        """The modules whose adapters a mixed batch chooses by row."""
+        """The modules that select an adapter for each row of a mixed batch."""
         found = self._routed
-        # A copied model has no row checks yet.
+        # A copied model does not have row checks yet, so they must be set up first.
         return self._find_routed() if found is None or self.group.row_checks is None else found
 
     def _find_routed(self) -> list[nn.Module]:
@@ -443,7 +502,7 @@ class LoraTuner(nn.Module):
         return self._routed
 
     def check_known(self, name: str) -> None:
-        """Raises `AdapterNotFoundError` unless an adapter of that name is loaded."""
+        """Raise `AdapterNotFoundError` if no adapter with the given name is loaded."""
         if name not in self.peft_config:
             raise AdapterNotFoundError(
                 f"no adapter {name!r}; loaded are {list(self.peft_config)}"
@@ -457,11 +516,21 @@ class LoraTuner(nn.Module):
         *,
         keep_base: bool = True,
     ) -> None:
-        """Merges adapters into the base weights until `unmerge_adapter`; see `LoraLayer.merge`.
+        """Merge adapters into the base weights. `unmerge_adapter` undoes this.
+
+        Args:
+            adapter_names: The adapters to merge. With None, the active adapters are merged.
+            safe_merge: Whether to raise an error if merged weights are not finite.
+            keep_base: Whether to store the base weights from before the merge, so that unmerging is
+                exact. See `LoraLayer.merge`.
 
         Raises:
-            AdapterNotFoundError, AdapterStateError, UnsupportedLayerError: Nothing has changed. A
-                `fastlora.adapters` block of the model that is open is an `AdapterStateError`.
+            AdapterNotFoundError: If there is no such adapter.
+            AdapterStateError: If adapters are disabled, if a target shares its weight with another
+                module, if a `fastlora.adapters` block of the model is open, or if a layer cannot
+                merge an adapter in its current state.
+            UnsupportedLayerError: If a layer does not support merging. The model is unchanged after
+                any of these errors.
         """
         self.group.check_closed("merge_adapter")
         wanted = None if adapter_names is None else self._known(adapter_names)
@@ -490,7 +559,7 @@ class LoraTuner(nn.Module):
         inject.tell_merge_errors({name: layer.merge_error for name, layer in layers.items()})
 
     def unmerge_adapter(self) -> None:
-        """Takes merged adapters out of the base weights again."""
+        """Remove all merged adapters from the base weights."""
         for _, module in inject.routed_modules(self.model):
             module.unmerge()
 
@@ -502,21 +571,25 @@ class LoraTuner(nn.Module):
         *,
         dequantize: bool = False,
     ) -> nn.Module:
-        """Merges adapters into the base weights and returns the bare model.
+        """Merge adapters into the base weights, and return the base model without LoRA layers.
 
-        A quantised weight is rounded again, and one warning says what that loses; with
-        ``dequantize`` nothing is lost but the rounding of the dtype.
+        A quantized weight is quantized again after the merge, and a single warning reports the
+        error. With ``dequantize``, the only error is that of rounding to the dtype of the weight.
 
         Args:
-            progressbar: Show one, where tqdm is installed.
-            safe_merge: Refuse weights that are not finite.
-            adapter_names: Which; None for the active ones.
-            dequantize: Make every quantised linear of the model a plain one, in the dtype of what
-                is not quantised; layer by layer.
+            progressbar: Whether to show a progress bar, if tqdm is installed.
+            safe_merge: Whether to raise an error if merged weights are not finite.
+            adapter_names: The adapters to merge. With None, the active adapters are merged.
+            dequantize: Whether to replace every quantized linear layer of the model with a plain
+                one. The layers are converted one at a time, to the dtype of the parameters that are
+                not quantized.
 
         Raises:
-            AdapterNotFoundError, AdapterStateError, UnsupportedLayerError: Nothing has changed. A
-                `fastlora.adapters` block of the model that is open is an `AdapterStateError`.
+            AdapterNotFoundError: If there is no such adapter.
+            AdapterStateError: If a `fastlora.adapters` block of the model is open, or if a layer
+                cannot merge an adapter in its current state.
+            UnsupportedLayerError: If a layer does not support merging. The model is unchanged after
+                any of these errors.
         """
         self.group.check_closed("merge_and_unload")
         return inject.unload(
@@ -529,23 +602,27 @@ class LoraTuner(nn.Module):
         )
 
     def unload(self, *, dequantize: bool = False) -> nn.Module:
-        """Takes the LoRA layers out and returns the bare model.
+        """Remove the LoRA layers, and return the base model.
 
-        Adapters that `merge_adapter` has merged stay in the weights, and a module of
-        ``modules_to_save`` is replaced by the active adapter's copy; both as in PEFT. For the
-        model as it was before, call `unmerge_adapter` first.
+        As in PEFT, adapters that were merged with `merge_adapter` stay in the weights, and a module
+        in ``modules_to_save`` is replaced with the active adapter's copy. To get the original base
+        weights, call `unmerge_adapter` first.
 
         Args:
-            dequantize: As in `merge_and_unload`.
+            dequantize: See `merge_and_unload`.
 
         Raises:
-            AdapterStateError: A `fastlora.adapters` block of the model is open.
+            AdapterStateError: If a `fastlora.adapters` block of the model is open.
         """
         self.group.check_closed("unload")
         return inject.unload(self.model, merge=False, dequantize=dequantize)
 
     def _known(self, names: str | Sequence[str]) -> list[str]:
-        """Returns one name or several as a list; raises where one is not loaded."""
+        """Return one name or several names as a list.
+
+        Raises:
+            AdapterNotFoundError: If one of the adapters is not loaded.
+        """
         chosen = [names] if isinstance(names, str) else list(names)
         for name in chosen:
             self.check_known(name)
@@ -553,7 +630,7 @@ class LoraTuner(nn.Module):
 
 
 def tuner_of(model: object) -> LoraTuner | None:
-    """Returns the tuner of a `LoraModel`; None for any other object."""
+    """Return the tuner of a `LoraModel`, or None for any other object."""
     tuner = getattr(model, "base_model", None)
     return tuner if isinstance(tuner, LoraTuner) else None
 

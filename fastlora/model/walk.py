@@ -1,4 +1,4 @@
-"""Walks over a model with adapters that see its base modules, and nothing that adapters own."""
+"""Iterate over the base modules of a model with adapters, without the modules of the adapters."""
 
 from __future__ import annotations
 
@@ -10,43 +10,45 @@ from torch import nn
 
 from fastlora.layers import LoraLayer
 
-# What torch.compile, FSDP1 and activation checkpointing put into the names of what they wrap.
+# Name components that torch.compile, FSDP1, and activation checkpointing add when they wrap a
+# module.
 _WRAPPED = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 
 
-# Name and module of each module of a base model, and whether adapters own a version of it.
+# For each module of a base model: the name, the module, and whether it is, or is inside, a module
+# that adapters own a copy of or train rows of.
 BaseModules = list[tuple[str, nn.Module, bool]]
 
 
 def plain_name(name: str) -> str:
-    """Returns a module's or a tensor's name without those of wrappers around its parents."""
+    """Return the name of a module or tensor without the components that wrapper modules add."""
     for wrapped in _WRAPPED:
         name = name.replace(wrapped, "")
     return name
 
 
 def is_lora_layer(module: nn.Module) -> bool:
-    """Returns whether ``module`` holds LoRA factors, be it fastlora's or PEFT's."""
+    """Return whether ``module`` is a LoRA layer of fastlora or PEFT."""
     return hasattr(module, "lora_A") or hasattr(module, "lora_embedding_A")
 
 
 def holds_copies(module: nn.Module) -> bool:
-    """Returns whether ``module`` wraps one that adapters own copies of, fastlora's or PEFT's."""
+    """Return whether ``module`` is a ``modules_to_save`` wrapper of fastlora or PEFT."""
     return "original_module" in module._modules and "modules_to_save" in module._modules
 
 
 def holds_tokens(module: nn.Module) -> bool:
-    """Returns whether ``module`` wraps one that adapters train rows of, fastlora's or PEFT's."""
+    """Return whether ``module`` is a ``trainable_token_indices`` wrapper of fastlora or PEFT."""
     return "token_adapter" in module._modules
 
 
 def is_wrapper(module: nn.Module) -> bool:
-    """Returns whether ``module`` stands for one that adapters train otherwise than by LoRA."""
+    """Return whether ``module`` is a wrapper for ``modules_to_save`` or trained tokens."""
     return holds_copies(module) or holds_tokens(module)
 
 
 def original_of(module: nn.Module) -> nn.Module:
-    """Returns what a wrapper wraps; any other module as it is."""
+    """Return the module inside a wrapper. Any other module is returned as it is."""
     original: nn.Module | None = module
     if not module._modules:
         return module
@@ -58,23 +60,27 @@ def original_of(module: nn.Module) -> nn.Module:
 
 
 def base_of(module: nn.Module) -> nn.Module:
-    """Returns what a LoRA layer or a wrapper was made around; any other module as it is."""
+    """Return the base module of a LoRA layer or wrapper. Any other module is returned as it is."""
     return module.get_base_layer() if isinstance(module, LoraLayer) else original_of(module)
 
 
 def outer_modules(
     model: nn.Module, *, remove_duplicate: bool = True, inner_layers: bool = False
 ) -> list[tuple[str, nn.Module]]:
-    """Returns what ``named_modules()`` yields, but nothing inside a LoRA layer or a wrapper.
+    """Return the items of ``named_modules()``, except for modules inside LoRA layers and wrappers.
 
-    Both themselves are among it; what a wrapper is says `is_wrapper`. So a model with many adapters
-    takes no longer to walk than one with none, and what one adapter owns is never found for
-    another. ``inner_layers`` has LoRA layers follow that lie inside others of ours and share their
-    adapters (`LoraLayer.inner_layers`).
+    The LoRA layers and the wrappers (see `is_wrapper`) themselves are included. The time does not
+    depend on the number of adapters, and modules that belong to an adapter are never returned.
+
+    Args:
+        model: The model, with or without adapters.
+        remove_duplicate: Whether to return a module with several names only once.
+        inner_layers: Whether to include LoRA layers that are part of other LoRA layers. See
+            `LoraLayer.inner_layers`.
     """
     found: list[tuple[str, nn.Module]] = []
     seen: set[nn.Module] = set()
-    ahead = [("", model)]  # the next one last
+    ahead = [("", model)]  # a stack: the next module is the last element
     while ahead:
         name, module = ahead.pop()
         if remove_duplicate:
@@ -83,9 +89,10 @@ def outer_modules(
             seen.add(module)
         found.append((name, module))
         if not module._modules:
-            continue  # nothing lies inside
+            continue  # no child modules
         if is_lora_layer(module):
-            # What a layer was made from, and is known by under another name too, lies inside it.
+            # The module that the layer was created from is inside the layer, and may also have
+            # another name in the model.
             for part in (module._modules.get("base_layer"), *module.__dict__.get("_linear", ())):
                 if part is not None:
                     seen.update(part.modules())
@@ -103,9 +110,14 @@ def outer_modules(
 
 
 def base_modules(model: nn.Module, *, remove_duplicate: bool = True) -> BaseModules:
-    """Returns `outer_modules`, and what wrappers wrap, under the names that the base model has.
+    """Return the modules of a base model under their names in the model without adapters.
 
-    The last of each three says whether the module is a wrapper, or inside the original of one.
+    LoRA layers and wrappers take the place of the modules that they replaced. In addition to
+    `outer_modules`, the modules inside wrapped modules are included.
+
+    Returns:
+        Tuples of the name, the module, and whether the module is a wrapper or is inside a wrapped
+        module.
     """
     found: BaseModules = []
     for name, module in outer_modules(model, remove_duplicate=remove_duplicate):
@@ -120,10 +132,17 @@ def base_modules(model: nn.Module, *, remove_duplicate: bool = True) -> BaseModu
 
 
 def peft_function(model: nn.Module, module: str, name: str, refusal: Exception) -> Any:
-    """Returns a function of PEFT's for a model with layers of PEFT's; raises ``refusal`` else."""
+    """Return a function of PEFT, if the model has adapter layers of PEFT.
+
+    Args:
+        model: The model.
+        module: The Python module that has the function.
+        name: The name of the function.
+        refusal: The error to raise if the model has no adapter layers of PEFT.
+    """
     layers: Any = sys.modules.get("peft.tuners.tuners_utils")
     kind = () if layers is None else layers.BaseTunerLayer
-    # Ours are PEFT's too, by registration.
+    # The layers of fastlora are registered as virtual subclasses of BaseTunerLayer.
     if any(isinstance(m, kind) and not isinstance(m, LoraLayer) for m in model.modules()):
         return getattr(importlib.import_module(module), name)
     raise refusal

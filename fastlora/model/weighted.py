@@ -1,4 +1,4 @@
-"""An adapter that is the weighted sum of others: what `LoraTuner.add_weighted_adapter` makes."""
+"""Compute weighted sums of adapters for `LoraTuner.add_weighted_adapter`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fastlora.validation import AdapterStateError, ConfigError, check_rank, near
 
 
 class Combination(NamedTuple):
-    """How to add adapters; see `LoraTuner.add_weighted_adapter`."""
+    """Options for combining adapters. See `LoraTuner.add_weighted_adapter`."""
 
     combination_type: str = "svd"
     svd_rank: int | None = None
@@ -29,12 +29,12 @@ class Combination(NamedTuple):
 
     @property
     def of_updates(self) -> bool:
-        """Whether updates ``lora_b @ lora_a`` are added, and not factors."""
+        """Whether the updates ``lora_b @ lora_a`` are combined rather than the factors."""
         return self.combination_type.endswith("svd")
 
 
 class Summand(NamedTuple):
-    """An adapter in a sum, and its weight."""
+    """An adapter and its weight in a sum."""
 
     adapter: str
     weight: float
@@ -47,10 +47,18 @@ def combined(
     weights: Sequence[float],
     how: Combination,
 ) -> Made:
-    """Computes the weighted sum of adapters of a base model, in order; changes nothing.
+    """Compute the weighted sum of adapters. The model is not changed.
 
-    ``adapters`` may have a name more than once, and ``configs`` has the config of each name. Raises
-    as `LoraTuner.add_weighted_adapter`.
+    Args:
+        model: The base model with its adapters.
+        configs: The configs of the adapters, by name.
+        adapters: The names of the adapters in the sum. A name may occur more than once.
+        weights: One number per name.
+        how: How to combine the adapters.
+
+    Raises:
+        AdapterStateError, ConfigError, UnsupportedLayerError: See
+            `LoraTuner.add_weighted_adapter`.
     """
     _check(configs, adapters, weights, how)
     check_one_copy(model, adapters)
@@ -71,7 +79,12 @@ def _check(
     weights: Sequence[float],
     how: Combination,
 ) -> None:
-    """Raises `ConfigError` for what cannot be asked, `AdapterStateError` for what has no sum."""
+    """Check the arguments of `combined`.
+
+    Raises:
+        ConfigError: If an argument is invalid.
+        AdapterStateError: If an adapter cannot be added to others.
+    """
     kind = how.combination_type
     if kind not in combine.COMBINATIONS:
         raise ConfigError(
@@ -112,7 +125,14 @@ def _check(
 
 
 def _on_layer(name: str, layer: LoraLayer, holders: Sequence[Summand], how: Combination) -> Factors:
-    """Computes the sum on one layer, of the adapters that it has."""
+    """Compute the sum on one layer.
+
+    Args:
+        name: The name of the layer, for messages.
+        layer: The LoRA layer.
+        holders: The adapters in the sum that the layer has.
+        how: How to combine the adapters.
+    """
     multiplied = how.of_updates or how.combination_type == "cat"
     adapters = [summand.adapter for summand in holders]
     weights = [summand.weight for summand in holders]
@@ -138,7 +158,7 @@ def _on_layer(name: str, layer: LoraLayer, holders: Sequence[Summand], how: Comb
             f"{ranks} on {name!r}; expected 'cat', or a type "
             "that ends in 'svd'"
         )
-    # A root of the scale on either factor, and its sign on one of them.
+    # Multiply both factors by the square root of |scale|, and one of them by the sign.
     roots = [math.sqrt(abs(scale)) for scale in scales]
     signed = [math.copysign(root, scale) for root, scale in zip(roots, scales, strict=True)]
     return Factors(
@@ -161,7 +181,7 @@ def _svd(
     weights: Sequence[float],
     how: Combination,
 ) -> low_rank.Pair:
-    """Returns factors of the sum of updates, rank rows from the one that matters most."""
+    """Return factors of the combined updates, ordered by decreasing singular value."""
     if how.combination_type == "svd":
         scales = [w * s for w, s in zip(weights, scalings, strict=True)]
         found = low_rank.decompose_pairs(pairs, scales, how.svd_driver)
@@ -174,7 +194,7 @@ def _svd(
 def _bias(
     biases: Sequence[torch.Tensor | None], scales: Sequence[float], how: Combination
 ) -> torch.Tensor | None:
-    """Returns the sum of what adapters with a lora_bias add to the output, ``[N]``."""
+    """Return the combined ``lora_bias``, ``[N]``, or None if no adapter has one."""
     found = [(b.detach(), s) for b, s in zip(biases, scales, strict=True) if b is not None]
     if not found:
         return None

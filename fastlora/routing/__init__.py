@@ -1,1 +1,1 @@
-"""Which row of a batch uses which adapter."""
+"""Routing of a mixed batch: which row uses which adapter."""

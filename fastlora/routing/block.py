@@ -1,4 +1,4 @@
-"""`adapters`: a batch whose rows belong to different adapters, or to none."""
+"""`adapters`: runs a batch with rows of different adapters, or of none."""
 
 from __future__ import annotations
 
@@ -33,45 +33,53 @@ def adapters(
     validate: bool = False,
     absent_gradients: bool | None = None,
 ) -> Iterator[None]:
-    """Within the block, every row of a forward of ``model`` uses its own adapter.
+    """Run each row of ``model``'s forward passes within the block with its own adapter.
 
-    For serving and for training: a backward may run after the block and in another thread, through
-    activation checkpoints too. Blocks nest, and each thread has its own. Adapters of a pool are
-    brought to the device when the block begins, and stay there, as they are, until it ends.
+    The block is for serving and for training. A backward pass may run after the block and in
+    another thread, also through activation checkpoints. Blocks may be nested, and each thread has
+    its own blocks. A pool's adapters are moved to the device when the block begins. They stay
+    there, unchanged, until the block ends.
 
-    One CUDA graph serves any mix: capture the block with ids in a tensor of slots on the GPU, after
-    a forward outside of the capture, and write other slots into that tensor before a replay. Over a
-    pool a replay finds whatever adapters its slots mean then, hot swaps included; hold a
-    `AdapterPool.lease` on them meanwhile, taken after the last change of base weights where they
-    use DoRA. Slots out of range give NaN rows there and no error; so do adapters with DoRA that
-    nobody has leased yet, and all of them where the capture came before the pool's first. Over
-    other models a replay finds the adapters as they were at the capture, and what it reads of them
-    stays in memory until `fastlora.refresh`: capture again where they have changed.
+    One CUDA graph serves any mix of adapters. Run a forward pass outside of the capture first. Then
+    capture the block with ids in a tensor of slots on the GPU, and write other slots into that
+    tensor before a replay.
+
+    Over a pool, a replay uses the adapters that its slots refer to at that time, including
+    hot-swapped ones. Hold an `AdapterPool.lease` on these adapters during the replay. If they use
+    DoRA, take the lease after the last change of the base weights. Slots out of range give NaN rows
+    and no error. So do adapters with DoRA that have never been leased, and all adapters with DoRA
+    if the graph was captured before the pool's first one.
+
+    Over other models, a replay uses the adapters as they were at the capture. The tensors that it
+    reads stay in memory until `fastlora.refresh`. Capture the graph again if the adapters have
+    changed.
 
     Args:
-        model: A `LoraModel`, an `AdapterPool` or the model that one was made for, or a PEFT model
-            that was patched; bare or in DistributedDataParallel. Which adapters are active is of no
-            consequence here.
-        ids: For each sample a name, or None (or ``"__base__"``) for the base model alone; or an int
-            tensor of slots for each sample or token, -1 for none. A slot is an index into
-            ``list(model.peft_config)``, or a pool's `AdapterPool.slot_of`. No ids are those of a
-            batch without rows.
-        seeds: Dropout seed of each adapter in this forward. With the same seed an adapter drops the
-            same elements whatever else is in the batch. Those not given are drawn, in training.
-        validate: Check slots on a GPU before any work, which waits for them. Otherwise rows whose
-            slot does not exist come out NaN, and a later block of the model raises, the next one
-            where the GPU has come so far: no block waits.
-        absent_gradients: Whether a backward gives zeros, and not None, to adapters that train and
-            have no rows here. DDP and FSDP2 need that where another process may have rows for
-            them. None: where torch.distributed runs with several processes.
+        model: A `LoraModel`, an `AdapterPool` or the model that one was made for, or a patched PEFT
+            model. The model may be wrapped in DistributedDataParallel. The active adapters do not
+            matter within the block.
+        ids: For each sample a name, or None (or ``"__base__"``) for the base model alone.
+            Alternatively, an int tensor of slots for each sample or token, with -1 for none. A slot
+            is an index into ``list(model.peft_config)``, or for a pool the result of
+            `AdapterPool.slot_of`. Empty ids are for a batch without rows.
+        seeds: Dropout seed of each adapter in this forward pass. With the same seed, an adapter
+            drops the same elements whatever else is in the batch. In training, missing seeds are
+            drawn.
+        validate: Whether to check slots on a GPU before any work, which waits for the GPU.
+            Otherwise nothing waits: rows with an invalid slot become NaN, and a later block of the
+            model raises, as soon as the GPU has reported the error.
+        absent_gradients: Whether a backward pass gives zeros instead of None as gradients to
+            trainable adapters that have no rows in the batch. DDP and FSDP2 need this if another
+            process may have rows for them. The default, None, enables it if torch.distributed runs
+            with several processes.
 
     Raises:
-        AdapterNotFoundError: A name or slot that is not there.
-        AdapterStateError: An adapter is merged, or a pool is closed, or was made without max_rank
-            and a CUDA graph is being captured.
-        RuntimeError: Blocks of a thread end in another order than the reverse of their beginning.
+        AdapterNotFoundError: A name or slot does not exist.
+        AdapterStateError: An adapter is merged; or a pool is closed; or a CUDA graph is being
+            captured over a pool that was made without max_rank.
+        RuntimeError: The blocks of a thread do not end in the reverse order of their beginning.
         PoolFullError: A pool is too small for the batch's adapters.
-        CheckpointError: A pool cannot read one of them.
+        CheckpointError: A pool cannot read one of the adapters.
         TypeError, ValueError: ``model`` or ``ids`` is not as described.
     """
     with contextlib.ExitStack() as held:
@@ -96,13 +104,14 @@ def parameters_routing(
     seeds: Mapping[str, int] | None,
     validate: bool,
 ) -> Routing:
-    """Returns the routing of a block to adapters that are parameters of a model's layers.
+    """Return the routing of a block with adapters that are parameters of a model's layers.
 
-    A slot is an index into ``known``, the model's adapters; ``source`` makes the source of some.
+    A slot is an index into ``known``, the names of the model's adapters. ``source`` returns the
+    `Source` of some of these names.
 
     Raises:
         AdapterStateError: An adapter is merged.
-        AdapterNotFoundError: A name or slot that is not there.
+        AdapterNotFoundError: A name or slot does not exist.
     """
     for module in layers:
         merged = getattr(module, "merged_adapters", None)
@@ -130,9 +139,9 @@ def parameters_routing(
 
 
 def _among(known: tuple[str, ...], names: tuple[str, ...], slots: torch.Tensor) -> torch.Tensor:
-    """Returns slots ``[B]`` of ``names`` as slots of ``known``, in a tensor of its own.
+    """Convert slots ``[B]`` of ``names`` to slots of ``known``, in a new tensor.
 
-    If it were a tensor that a routing has elsewhere too, compiled graphs would be guarded by that.
+    A tensor that a routing also holds elsewhere would add a guard to compiled graphs.
     """
     if names == known or not names:
         return slots.clone()
@@ -142,7 +151,7 @@ def _among(known: tuple[str, ...], names: tuple[str, ...], slots: torch.Tensor) 
 
 
 def _spread(seeds: torch.Tensor, known: tuple[str, ...], names: tuple[str, ...]) -> torch.Tensor:
-    """Returns the seeds of ``names`` among those of ``known``, zeros for others."""
+    """Return a seed for each name in ``known``: the seeds of ``names``, and zero for others."""
     place = {name: index for index, name in enumerate(known)}
     spread = torch.zeros(len(known), dtype=torch.int64)
     spread[[place[name] for name in names]] = seeds

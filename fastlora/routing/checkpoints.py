@@ -1,9 +1,10 @@
-"""Activation checkpoints in mixed batches: a recomputed forward has the routing of the first.
+"""Activation checkpoints in mixed batches: a recomputed forward has the original routing.
 
-A checkpoint runs a function again in the backward, when the block that set the routing has closed
-and maybe in another thread. So what `torch.utils.checkpoint` keeps to run again is the function
-with its routing, for either kind of checkpoint and whoever calls it (transformers, a user). torch
-has no hook for this: the two names that its `checkpoint` looks up at each call are replaced.
+A checkpoint runs its function again in the backward pass. By then the block that set the routing
+has ended, and the backward may run in another thread. Therefore the function that
+`torch.utils.checkpoint` stores is wrapped together with its routing. This works for both kinds of
+checkpoints and for every caller (transformers, user code). torch has no hook for it, so the two
+names that its `checkpoint` looks up at each call are replaced.
 """
 
 from __future__ import annotations
@@ -19,12 +20,15 @@ from fastlora.routing.in_force import only_routed, open_routings
 
 @functools.cache
 def keep_routing() -> None:
-    """Makes checkpoints keep the routing in force, from now on in this process."""
+    """Make checkpoints preserve the routing that is current when they are created.
+
+    This applies to all later checkpoints of the process.
+    """
     reentrant = torch_checkpoint.CheckpointFunction
     other = torch_checkpoint._checkpoint_without_reentrant_generator
 
     class CheckpointFunction(reentrant):  # type: ignore[misc, valid-type]  # made once
-        """torch's, whose function keeps its routing."""
+        """torch's class, with a function that preserves its routing."""
 
         @classmethod
         def apply(cls, function: Callable[..., Any], *args: Any) -> Any:
@@ -40,7 +44,7 @@ def keep_routing() -> None:
 
 
 def _with_routing(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns ``function`` as it runs now: also where there is no routing now."""
+    """Return ``function`` wrapped to run with the current routing, even if there is none."""
     routings = open_routings()
 
     @functools.wraps(function, updated=())

@@ -1,4 +1,4 @@
-"""What callers give as a batch's adapters: names or slots, checked."""
+"""The adapter ids of a batch as callers pass them: names or slots, checked."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from torch import nn
 
 from fastlora.validation import AdapterNotFoundError, ConfigError, near_names
 
-# PEFT's name for rows without an adapter; None means the same here.
+# PEFT's name for rows without an adapter. None has the same meaning.
 BASE = "__base__"
 NO_ADAPTER = -1
-OUT_OF_RANGE = -2  # what a slot becomes that nobody has checked and that does not exist
+# Replaces an unchecked slot that does not exist.
+OUT_OF_RANGE = -2
 
 
 def check_adapter_name(name: object) -> None:
-    """Raises `ConfigError` unless an adapter of a model can have this name."""
+    """Raise `ConfigError` unless the name is valid for an adapter of a model."""
     if not isinstance(name, str) or not name or "." in name:
         raise ConfigError(f"adapter_name must be a non-empty string without dots, got {name!r}")
     if name == BASE:
@@ -33,16 +34,18 @@ def check_adapter_name(name: object) -> None:
 def named_ids(
     known: Sequence[str] | None, ids: Sequence[str | None]
 ) -> tuple[tuple[str, ...], torch.Tensor]:
-    """Returns the adapters of a batch in one order for any batch, and the slot of each id.
+    """Return the names of a batch's adapters, and the slot of each id.
+
+    The order of the names does not depend on the batch.
 
     Args:
-        known: Names of the model's adapters, which give the order; None for the alphabet's, where
-            others check the names.
-        ids: A name, or None or ``"__base__"``, for each sample.
+        known: Names of the model's adapters, which determine the order. None for alphabetical
+            order, if other code checks the names.
+        ids: For each sample a name, or None or ``"__base__"``.
 
     Raises:
-        AdapterNotFoundError: A name that is not there.
-        TypeError: ``ids`` is one string.
+        AdapterNotFoundError: A name does not exist.
+        TypeError: ``ids`` is a string or not a sequence, or an item is not a name or None.
     """
     if isinstance(ids, str) or not isinstance(ids, Sequence):
         what = f"the string {ids!r}" if isinstance(ids, str) else f"a {type(ids).__name__}"
@@ -69,15 +72,15 @@ def named_ids(
 
 
 def checked_slots(ids: torch.Tensor, slots: Sequence[str | None]) -> torch.Tensor:
-    """Returns ids that are slots as int64 after a check.
+    """Check ids that are slots, and return them as int64 on the CPU.
 
     Args:
         ids: Integers ``[B]``; -1 for none.
-        slots: Adapter of each slot, None for an empty one.
+        slots: Adapter of each slot, or None for an empty slot.
 
     Raises:
-        AdapterNotFoundError: A slot that is not there or empty.
-        ValueError, TypeError: ``ids`` has other dimensions, or is not of integers.
+        AdapterNotFoundError: A slot does not exist or is empty.
+        ValueError, TypeError: ``ids`` does not have one dimension, or not an integer dtype.
     """
     check_slot_ids(ids)
     numbers = ids.to(device="cpu", dtype=torch.int64)
@@ -93,7 +96,7 @@ def checked_slots(ids: torch.Tensor, slots: Sequence[str | None]) -> torch.Tenso
 
 
 def check_slot_ids(ids: torch.Tensor) -> None:
-    """Raises `TypeError` or `ValueError` unless ids are integers ``[B]``."""
+    """Raise `TypeError` or `ValueError` unless ids are integers ``[B]``."""
     if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
         raise TypeError(f"ids has dtype {ids.dtype}, expected integers")
     if ids.dim() != 1:
@@ -101,14 +104,15 @@ def check_slot_ids(ids: torch.Tensor) -> None:
 
 
 def fits(rows: int, ids: int) -> bool:
-    """Whether so many rows are a whole number for each of so many ids; no ids are for no rows."""
+    """Return whether ``rows`` is a multiple of ``ids``; without ids there must be no rows."""
     return not rows % ids if ids else not rows
 
 
 def is_aligned(shape: Sequence[int], ids: int) -> bool:
-    """Whether leading dimensions of a batch, flattened, end an id's rows where an entry ends.
+    """Return whether each id's rows end at the boundary of an entry of the leading dimensions.
 
-    5 tokens of 2 samples, ``[5, 2]``, do not: the first 5 rows are those of 2.5 tokens.
+    For example, 2 samples of 5 tokens in the shape ``[5, 2]`` do not: the first 5 of the flattened
+    rows belong to 2.5 tokens.
     """
     for size in shape:
         if size % ids == 0:
@@ -120,7 +124,7 @@ def is_aligned(shape: Sequence[int], ids: int) -> bool:
 
 
 class _Pending(NamedTuple):
-    """The flag of one batch; ``arrived`` is behind its way to the host, None where it is there."""
+    """One batch's flag; ``arrived`` is the event after its copy to the host, or None on the CPU."""
 
     flag: torch.Tensor
     arrived: torch.cuda.Event | None
@@ -128,9 +132,10 @@ class _Pending(NamedTuple):
 
 
 class Unchecked:
-    """Batches of a model whose ids a GPU looked at and the host has not: nothing waits for them."""
+    """A model's batches with ids that only the GPU has checked; the host does not wait for it."""
 
-    # Behind so many the oldest is waited for: a device that is so far behind costs no step more.
+    # With more pending batches than this, wait for the oldest. If the device is this far behind,
+    # waiting costs no time.
     _MOST = 64
 
     def __init__(self) -> None:
@@ -138,7 +143,7 @@ class Unchecked:
         self._lock = threading.Lock()
 
     def add(self, flag: torch.Tensor, message: str) -> None:
-        """Sends a flag, bool ``[1]``, to the host; true is an id out of range."""
+        """Copy a flag, bool ``[1]``, to the host; true means that an id is out of range."""
         arrived = None
         if flag.is_cuda:
             host = torch.empty(flag.shape, dtype=torch.bool, pin_memory=True)
@@ -149,9 +154,9 @@ class Unchecked:
             self._pending.append(_Pending(flag, arrived, message))
 
     def check(self) -> None:
-        """Raises `AdapterNotFoundError` for a batch whose flag has arrived, once for each batch.
+        """Raise `AdapterNotFoundError` for each failed batch once its flag has arrived.
 
-        A stream that is being captured may ask nothing: then a later block does.
+        Nothing can be queried while a stream is being captured. A later block raises instead.
         """
         if not self._pending:
             return

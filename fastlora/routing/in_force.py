@@ -1,4 +1,4 @@
-"""What is in force in a thread: the routings of its open `fastlora.adapters` blocks, a capture."""
+"""The current state of a thread: its open `fastlora.adapters` blocks, and a graph capture."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastlora.routing.routing import Group, Routing
 
 
 class _Thread(threading.local):
-    """What is in force in a thread: the routings of the open blocks, and the last of each model."""
+    """A thread's current state: the routings of open blocks, and the innermost for each model."""
 
     def __init__(self) -> None:
         self.unchecked = False
@@ -26,23 +26,23 @@ _thread = _Thread()
 
 
 def open_routings() -> tuple[Routing, ...]:
-    """Returns the routings of the blocks that are open in this thread, the innermost last."""
+    """Return the routings of the blocks that are open in this thread, innermost last."""
     return _thread.open
 
 
 def routing_of(layer: RoutedLayer) -> Routing | None:
-    """Returns the routing in force for a layer, or None."""
+    """Return the current routing of a layer's model, or None."""
     by_group = _thread.by_group
     return by_group.get(layer.routed_by) if by_group else None
 
 
 def follows_rows() -> bool:
-    """Whether an open block of this thread follows rows: it sees all that the thread computes."""
+    """Return whether an open block of this thread follows rows, and thus sees every operator."""
     return any(routing.kept.followed is not None for routing in _thread.open)
 
 
 def is_captured(tensor: torch.Tensor) -> bool:
-    """Whether a tensor is read by a CUDA graph that is being captured in this thread."""
+    """Return whether a CUDA graph that is being captured in this thread reads a tensor."""
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
@@ -53,11 +53,11 @@ def _put_in_force(routings: tuple[Routing, ...]) -> None:
 
 @contextlib.contextmanager
 def routed(routing: Routing) -> Iterator[None]:
-    """Puts a routing in force within the block, beside those of other models.
+    """Activate a routing within the block, in addition to the routings of other models.
 
     Raises:
-        RuntimeError: Blocks end in another order than the reverse of their beginning, as those of
-            interleaved coroutines in one thread do. This one is closed all the same.
+        RuntimeError: Blocks do not end in the reverse order of their beginning, as with interleaved
+            coroutines in one thread. This block is closed nevertheless.
     """
     checks = routing.group.row_checks if routing.may_mix else None
     followed = routing.kept.followed = (
@@ -73,7 +73,7 @@ def routed(routing: Routing) -> Iterator[None]:
                 innermost = bool(_thread.open) and _thread.open[-1] is routing
                 _put_in_force(tuple(other for other in _thread.open if other is not routing))
                 for other in () if innermost else _thread.open:
-                    if other.kept.followed is not None:  # its mode ends with this block
+                    if other.kept.followed is not None:  # Its dispatch mode ends with this block.
                         other.kept.followed.abandon()
     finally:
         routing.group.end_forward()
@@ -87,7 +87,7 @@ def routed(routing: Routing) -> Iterator[None]:
 
 @contextlib.contextmanager
 def only_routed(routings: tuple[Routing, ...]) -> Iterator[None]:
-    """Puts these routings, and no others, in force within the block."""
+    """Replace the thread's current routings by these within the block."""
     before = _thread.open
     _put_in_force(routings)
     try:
@@ -98,7 +98,7 @@ def only_routed(routings: tuple[Routing, ...]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def unchecked() -> Iterator[None]:
-    """Within the block `check_batch` checks nothing in this thread."""
+    """Disable `check_batch` in this thread within the block."""
     before, _thread.unchecked = _thread.unchecked, True
     try:
         yield
@@ -107,7 +107,7 @@ def unchecked() -> Iterator[None]:
 
 
 def end_forward(group: Group) -> None:
-    """Ends a forward of a model: drops what layers computed for others that were not called."""
+    """End a model's forward pass: drop results computed for layers that were not called."""
     if not is_compiled() and group.unfinished:
         group.end_forward()
 
@@ -115,12 +115,13 @@ def end_forward(group: Group) -> None:
 def check_batch(
     group: Group, args: Sequence[object], kwargs: Mapping[str, object], *, per_sample: bool = False
 ) -> None:
-    """Raises unless a model's arguments fit the ids of the routing in force for it.
+    """Raise unless a model's arguments fit the ids of its current routing.
 
-    If ``per_sample`` ids of tokens will not do: the model will see other tokens than these.
+    With ``per_sample``, ids per token are not supported, because the model will see other tokens
+    later.
 
     Raises:
-        ValueError: There are neither as many ids as samples nor as many as tokens.
+        ValueError: The number of ids is neither the number of samples nor the number of tokens.
     """
     routing = _thread.by_group.get(group)
     if routing is None or _thread.unchecked:

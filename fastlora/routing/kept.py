@@ -1,7 +1,7 @@
-"""What is kept of mixed batches: of one block, and of one model between its blocks.
+"""Caches of mixed batches: for one block, and for one model across its blocks.
 
-A `Routing` is immutable and holds one `BlockKept`, a model's `Group` one `PackCache`. Everything
-kept of factors ends with `PackCache.clear`.
+A `Routing` is immutable and holds one `BlockKept`. A model's `Group` holds one `PackCache`.
+`PackCache.clear` invalidates everything that is cached of factors.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from fastlora.routing.row_checks import FollowedRows
 from fastlora.routing.watch import Watch
 from fastlora.weight_marks import marks
 
-# Sets of adapters that one model keeps packed. Each holds a copy of its adapters' factors, or two:
-# few rows and many may want them laid out otherwise.
+# Number of adapter sets that one model caches as packed factors. Each set holds one or two copies
+# of its adapters' factors, because few rows and many rows may need different layouts.
 _MOST_SETS = 2
 
 
 def stream_of(device: torch.device) -> int:
-    """Returns the current stream of a device; 0 where it has none."""
+    """Return the current stream of a device, or 0 if the device has no streams."""
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
 class RoutedLayer(Protocol):
-    """What routing needs to know of a layer.
+    """The attributes of a layer that routing uses.
 
     Attributes:
-        routed_by: What the layers of its model have in common; None outside of a model.
+        routed_by: The routing group of the layer's model; None outside a model.
         routed_as: The layer's number in its model.
-        training: Whether dropout can act.
+        training: Whether dropout can be active.
         sees_part: Whether the layer raises in a block that does not follow rows.
     """
 
@@ -49,15 +49,16 @@ class RoutedLayer(Protocol):
 
 
 class SetPack:
-    """A set of adapters, packed for those layers that have met it twice.
+    """A set of adapters, with packed factors for each layer that has met the set twice.
 
     Args:
-        changes: Whether their factors can change, as those of a pool cannot.
+        changes: Whether the factors can change. A pool's factors cannot.
 
     Attributes:
-        watch: Tells whether the factors are still those that were packed; None if they must be.
-        mark: With which they were packed; None where they cannot change.
-        tables: The set's tables for kernels, once they are made; False where there can be none.
+        watch: Detects whether the factors have changed since they were packed; None if they cannot.
+        mark: The weights version of the packed factors; None if they cannot change.
+        tables: The set's address tables for kernels. None until they are made, and False if they
+            cannot be made.
     """
 
     def __init__(self, changes: bool) -> None:
@@ -69,15 +70,15 @@ class SetPack:
 
     @property
     def may_hold(self) -> bool:
-        """Whether the factors can still be those that were packed."""
+        """Whether the weights version is current, so that the packed factors can still be valid."""
         return self.mark is None or self.mark is marks.trained
 
     def holds(self) -> bool:
-        """Whether they are: looks at each of them."""
+        """Return whether the packed factors are valid, by checking each factor."""
         return self.may_hold and (self.watch is None or self.watch.unchanged())
 
     def get(self, number: int, dtype: torch.dtype, kind: RowsKind) -> tuple[LayerPack | None, bool]:
-        """Returns a layer's pack, or None; and whether the layer is to be packed now."""
+        """Return a layer's packed factors or None, and whether the layer should be packed now."""
         key = (number, dtype, kind)
         pack = self._packs.get(key)
         if pack is not None or key in self._packs:
@@ -93,12 +94,12 @@ class SetPack:
         return None, False
 
     def put(self, number: int, dtype: torch.dtype, kind: RowsKind, pack: LayerPack | None) -> None:
-        """Keeps the pack of a layer; None for one whose factors cannot be packed."""
+        """Store the packed factors of a layer, or None if its factors cannot be packed."""
         self._packs[(number, dtype, kind)] = pack
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all packs."""
+        """Total size of all packed factors in bytes."""
         tensors = {}
         for pack in list(self._packs.values()):
             if pack is not None:
@@ -109,22 +110,23 @@ class SetPack:
 
 
 class PackCache:
-    """The sets that one model keeps packed: the last ones used, and those that CUDA graphs read."""
+    """The adapter sets that a model caches: the last ones used, and those that CUDA graphs read."""
 
     def __init__(self) -> None:
         self._captured: dict[int, object] = {}
         self._sets: OrderedDict[tuple[Hashable, ...], SetPack] = OrderedDict()
-        self._lock = threading.Lock()  # threads that serve one model share its packs
+        self._lock = threading.Lock()  # Threads that serve one model share its packs.
 
     def get(self, key: tuple[Hashable, ...], changes: bool) -> SetPack:
-        """Returns the set of adapters that a key names, a new one if unknown or if factors changed.
+        """Return the adapter set of a key, or a new set if it is unknown or outdated.
 
-        ``changes`` says that they can.
+        A set is outdated if its factors have changed. ``changes`` says whether they can change.
         """
         with self._lock:
             known = self._sets.get(key)
             if known is None or not known.holds():
-                if known is not None:  # other sets may keep memory of replaced factors too
+                # Other sets may hold memory of replaced factors too.
+                if known is not None:
                     held = [(other, each) for other, each in self._sets.items() if each.holds()]
                     self._sets = OrderedDict(held)
                 known = self._sets[key] = SetPack(changes)
@@ -134,39 +136,39 @@ class PackCache:
             return known
 
     def clear(self) -> None:
-        """Forgets all sets: their factors may be about to change, or have changed unseen."""
-        marks.end_trained()  # open blocks have sets too
+        """Clear all sets, because their factors may change, or may have changed undetected."""
+        marks.end_trained()  # Open blocks have sets too.
         with self._lock:
             self._sets.clear()
 
     def pin(self, *kept: object) -> None:
-        """Keeps what a CUDA graph that is being captured reads: replays find it at its address."""
+        """Keep objects that a graph being captured reads, so that their addresses stay valid."""
         self._captured.update((id(each), each) for each in kept)
 
     def unpin(self) -> None:
-        """Forgets what CUDA graphs read, which are not to be replayed any more."""
+        """Release the objects that CUDA graphs read. The graphs must not be replayed afterwards."""
         self._captured.clear()
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all packs."""
+        """Total size of all packed factors in bytes."""
         with self._lock:
             return sum(known.nbytes for known in self._sets.values())
 
 
 @dataclass(eq=False)
 class BlockKept:
-    """What one block keeps: made at most once for its batch.
+    """The cache of one block; each entry is made at most once for the block's batch.
 
     Attributes:
-        layers: By what computes a layer ("packs" or "places") and its number, a key and what was
-            found. That holds for a forward that has an equal key.
-        plans: By rows, then by layout and bytes of an element, how to multiply packed factors.
-        rows: By number of rows, device and stream.
-        seeds: By device and stream, the dropout seeds of layers by number.
-        sets: What the model keeps of sets of adapters, by their keys.
-        is_checked: Whether the host has looked at the ids.
-        followed: What checks the rows that layers get in the block; None where all are known.
+        layers: Maps the use ("packs" or "places") and the number of a layer to a key and a result.
+            The result is valid for a forward pass with an equal key.
+        plans: Plans for packed factors, by rows, and then by layout and element size.
+        rows: Sorted rows, by number of rows, device, and stream.
+        seeds: Dropout seeds by layer number, for each device and stream.
+        sets: The model's adapter sets, by key.
+        is_checked: Whether the host has checked the ids.
+        followed: Checks the rows that layers get in the block; None if all layers are known.
     """
 
     layers: dict[tuple[str, int], tuple[Hashable, Any]] = field(default_factory=dict)

@@ -1,6 +1,6 @@
-"""Who makes the routing of a model's batches: its tuner, its pool, or what patched it.
+"""Routers, which make the routing of a model's batches: a tuner, a pool, or a patch.
 
-Each registers how to find itself, so that `fastlora.adapters` imports none of them.
+Each router registers a function that finds it, so `fastlora.adapters` imports none of them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from fastlora.routing.routing import Routing
 
 
 class Router(Protocol):
-    """What makes routings for a model."""
+    """Makes the routings of a model."""
 
     def routing(
         self,
@@ -24,28 +24,29 @@ class Router(Protocol):
         validate: bool,
         held: contextlib.ExitStack,
     ) -> Routing:
-        """Returns the routing of one block; ``held`` takes what must last as long as the block."""
+        """Return the routing of one block; ``held`` gets what must stay alive during the block."""
 
 
 _FINDERS: list[Callable[[Any], Router | None]] = []
 
 
 def register_router(find: Callable[[Any], Router | None]) -> Callable[[Any], Router | None]:
-    """Registers how to find the router of a model.
+    """Register a function that returns a model's router or None.
 
-    The earliest registered is asked first: patched models are found by a walk over all modules, of
-    which a model with many adapters has tens of thousands, and ours by an attribute.
+    Functions are tried in the order of their registration. Patched models are found by a walk over
+    all modules, and a model with many adapters has tens of thousands. fastlora's own models are
+    found by an attribute.
     """
     _FINDERS.append(find)
     return find
 
 
 def router_of(model: object) -> Router:
-    """Returns the router of a model.
+    """Return the router of a model.
 
     Raises:
-        UnsupportedLayerError: A layer of it cannot take part in a mixed batch.
-        TypeError: The model has none.
+        UnsupportedLayerError: A layer of the model does not support mixed batches.
+        TypeError: The model has no router.
     """
     for find in _FINDERS:
         router = find(model)

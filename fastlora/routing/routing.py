@@ -1,8 +1,9 @@
-"""Which adapter each row of a forward uses: one immutable object for the whole model.
+"""The adapter of each row in a forward pass: one immutable object for the whole model.
 
-Inside ``with fastlora.adapters(model, ids):`` every LoRA layer of the model takes its rows'
-adapters from a `Routing` that this module keeps for each thread. Layers see rows in any shape: ids
-are per sample or per token, and a layer with M rows and B ids gives each id M / B rows in sequence.
+Inside ``with fastlora.adapters(model, ids):``, every LoRA layer of the model gets the adapters of
+its rows from a `Routing`, which is stored per thread. Layers may have rows in any shape. Ids are
+per sample or per token. In a layer with M rows and B ids, each id applies to M / B consecutive
+rows.
 """
 
 from __future__ import annotations
@@ -36,16 +37,17 @@ if TYPE_CHECKING:
 
 
 class Group(Kept):
-    """What the layers of one model have in common, and other models' do not.
+    """The state that the layers of one model share.
 
-    A copied or unpickled model gets a group of its own, which has yet to see a forward.
+    A copied or unpickled model gets a new group, which has not seen a forward pass.
 
     Attributes:
-        packs: Sets of adapters that the model keeps packed.
-        unchecked: Batches whose ids the host has not seen yet.
-        row_checks: What is known of the rows that layers get; None until layers have joined.
-        unfinished: What layers computed for others that have yet to take it; see
-            `fastlora.layers.shared_input.Results`. By thread, and by ``id`` of their input.
+        packs: The cache of the model's adapter sets.
+        unchecked: Batches with ids that the host has not checked yet.
+        row_checks: Checks of the rows that layers get; None until layers have joined.
+        unfinished: Results that layers computed for other layers and that have not been taken; see
+            `fastlora.layers.shared_input.Results`. The keys are the thread, the ``id`` of the
+            input, and the ``id`` of the results.
     """
 
     def __init__(self) -> None:
@@ -57,12 +59,12 @@ class Group(Kept):
         self._lock = threading.Lock()
 
     def count_block(self, change: int) -> None:
-        """Counts a block of the model that opens (1) or closes (-1), in any thread."""
+        """Count a block of the model that opens (1) or closes (-1), in any thread."""
         with self._lock:
             self._open += change
 
     def end_forward(self) -> None:
-        """Drops what this thread's forward or block computed for layers that were not called."""
+        """Drop this thread's results for layers that were not called in a forward pass or block."""
         if self.unfinished:
             thread = threading.get_ident()
             for place in [place for place in [*self.unfinished] if place[0] == thread]:
@@ -71,10 +73,11 @@ class Group(Kept):
                     results.discard()
 
     def check_closed(self, operation: str) -> None:
-        """Raises `AdapterStateError` while a block of the model is open in any thread.
+        """Raise `AdapterStateError` while a block of the model is open in any thread.
 
         Args:
-            operation: The method that would change what the rows of the block use.
+            operation: Name of the method that would change the adapters or weights of the block's
+                rows.
         """
         if self._open:
             raise AdapterStateError(
@@ -86,22 +89,22 @@ class Group(Kept):
 
 @dataclass(frozen=True, eq=False)
 class Routing:
-    """Adapters of a batch.
+    """The adapters of a batch.
 
     Attributes:
-        group: The layers that take part; others ignore the routing.
-        names: Adapter of each slot; empty for a slot that has none.
-        ids: Slot of each sample or token, ``[B]`` int64; -1 for none. On a GPU they are not
-            checked yet, and -2 is an id that was out of range.
-        seeds: Dropout seed of each slot for this forward, int64 ``[S]`` on the CPU.
-        source: Where the adapters of the slots come from.
+        group: The group of layers that the routing applies to.
+        names: Adapter of each slot; an empty string for an empty slot.
+        ids: Slot of each sample or token, ``[B]`` int64; -1 for none. On a GPU they are not checked
+            yet, and -2 stands for an id that was out of range.
+        seeds: Dropout seed of each slot for this forward pass, int64 ``[S]`` on the CPU.
+        source: The source of the slots' adapters.
         layers: The model's routed modules when the block began.
         absent_gradients: Whether trainable adapters without rows get zeros as gradients.
-        whole: The same batch as compiled graphs read it: over all adapters that the model has, so
-            that another mix is other contents of the same tensors; None where graphs cannot.
-        captured: Slots are a CUDA graph's, which are looked up at its replays: nothing is known of
-            the adapters now.
-        kept: What is made of the batch at most once.
+        whole: The same batch for compiled graphs, with all adapters of the model, so that another
+            mix changes only the contents of tensors. None if graphs are not supported.
+        captured: Whether the slots belong to a CUDA graph and are looked up at its replays. The
+            adapters are then unknown.
+        kept: The cache of the block.
     """
 
     group: Group
@@ -116,16 +119,17 @@ class Routing:
     kept: BlockKept = field(default_factory=BlockKept, repr=False)
 
     def rows(self, m: int, device: torch.device, *, host: bool = False) -> Rows:
-        """Returns the rows of a layer input with ``m`` rows, made once for each ``m`` and stream.
+        """Return the sorted rows of a layer input with ``m`` rows, cached by ``m`` and stream.
 
         Args:
-            m: Rows of the input.
-            device: Of the input.
-            host: Whether the caller reads them on the host; then ids are checked at once.
+            m: Number of rows of the input.
+            device: Device of the input.
+            host: Whether the caller reads the rows on the host. The ids are then checked
+                immediately.
 
         Raises:
-            AdapterNotFoundError: ``host``, and an id is out of range.
-            ValueError: ``m`` is no multiple of the number of ids.
+            AdapterNotFoundError: ``host`` is set and an id is out of range.
+            ValueError: ``m`` is not a multiple of the number of ids.
         """
         kept = self.kept
         key = (m, device, stream_of(device) if device.type == "cuda" else 0)
@@ -137,7 +141,7 @@ class Routing:
                     f"a layer has {m} rows and the batch {count} adapter ids; expected as many "
                     "ids as samples, or as tokens"
                 )
-            # A copy: rows read ids later too, when the caller may have written others there.
+            # Clone the ids: rows read them later too, when the caller may have overwritten them.
             ids = self.ids if self.ids.is_cuda else self.ids.clone()
             known = kept.rows[key] = sort_rows(ids, m, len(self.names), device)
         if host and not kept.is_checked:
@@ -148,14 +152,14 @@ class Routing:
 
     @property
     def may_mix(self) -> bool:
-        """Whether rows can have different adapters: not with a single id."""
+        """Whether rows can have different adapters, which requires more than one id."""
         return self.ids.numel() > 1
 
     def check_rows(self, layer: RoutedLayer, x: torch.Tensor, compiling: bool) -> None:
-        """Raises where a layer gets only some rows of the batch, or may in compiled code.
+        """Raise if a layer gets only some rows of the batch, or if it may in compiled code.
 
         Raises:
-            UnsupportedLayerError: It does; the error names the layer.
+            UnsupportedLayerError: The layer gets or may get only some rows. The message names it.
         """
         followed = None if compiling else self.kept.followed
         if followed is not None:
@@ -164,10 +168,10 @@ class Routing:
             refuse_part(layer)
 
     def check_dimensions(self, layer: RoutedLayer, x: torch.Tensor) -> None:
-        """Raises where the samples cannot be along the first dimension of ``x [..., K]``.
+        """Raise if the samples cannot be along the first dimension of ``x [..., K]``.
 
         Raises:
-            ValueError: The rows of an id would end within an entry of the first dimensions.
+            ValueError: An id's rows would end within an entry of the leading dimensions.
         """
         count = self.ids.numel()
         if not count or x.dim() < 3 or x.shape[0] % count == 0:
@@ -182,35 +186,36 @@ class Routing:
             )
 
     def resting(self) -> contextlib.AbstractContextManager[None]:
-        """Within the block rows are not followed: layers sort them, and put them back."""
+        """Return a context in which rows are not followed, because layers sort and restore them."""
         followed = self.kept.followed
         if followed is None or followed.order is None or not followed.order.sees:
             return contextlib.nullcontext()
         return followed.order.resting()
 
     def seeds_of(self, number: int, device: torch.device) -> torch.Tensor:
-        """Returns the dropout seeds of layer ``number``, int64 ``[S]``, on a device.
+        """Return the dropout seeds of layer ``number``, int64 ``[S]``, on a device.
 
-        One copy brings those of all layers.
+        The seeds of all layers are copied to the device together.
         """
         key = (device, stream_of(device))
         known = self.kept.seeds.get(key)
         if known is None:
             numbers = [layer.routed_as for layer in self.layers if hasattr(layer, "lora_A")]
-            with torch.inference_mode(False):  # functions save them for a backward
+            # Autograd functions save them for a backward pass.
+            with torch.inference_mode(False):
                 made = layer_seeds(self.seeds, numbers)
             if device.type == "cuda":
                 made = made.pin_memory().to(device, non_blocking=True)
             known = self.kept.seeds[key] = dict(zip(numbers, made.unbind(), strict=True))
-        if number not in known:  # a layer that came after the block began
+        if number not in known:  # The layer was added after the block began.
             with torch.inference_mode(False):
                 known[number] = seeds_of_layer(self.seeds, number).to(device)
         return known[number]
 
     def set_of(self, key: tuple[Hashable, ...]) -> SetPack:
-        """Returns what the model keeps of a set of adapters.
+        """Return the model's cached set of adapters for a key.
 
-        Whether factors changed is asked once for each block and whenever they may have.
+        Changes of factors are checked once per block, and after each end of their weights version.
         """
         known = self.kept.sets.get(key)
         if known is None or not known.may_hold:
@@ -218,11 +223,11 @@ class Routing:
         return known
 
     def identities(self, rows: Rows) -> tuple[Hashable, ...]:
-        """Returns what names the adapters that have rows, in order of slots."""
+        """Return the identities of the adapters that have rows, in the order of their slots."""
         return tuple(self.source.identity(segment.slot) for segment in rows.segments)
 
     def check_ids(self) -> None:
-        """Has a later block of the model ask whether an id was out of range; nothing waits."""
+        """Let a later block of the model check whether an id was out of range, without waiting."""
         message = f"in an earlier block {self._out_of_range()}; its rows came out NaN"
         for rows in self.kept.rows.values():
             self.group.unchecked.add(rows.invalid, message)
@@ -233,10 +238,10 @@ class Routing:
 
 
 def number_layers(names: Sequence[str], taken: Iterable[int] = ()) -> list[int]:
-    """Returns a number for each layer of a model: its name's CRC-32, or the next free number.
+    """Return a number for each layer of a model: the CRC-32 of its name, or the next free number.
 
-    By name, so that a layer's dropout does not depend on which other modules are adapted. ``taken``
-    are the numbers of other layers of the model.
+    The number depends on the name, so that a layer's dropout does not depend on which other modules
+    are adapted. ``taken`` are the numbers of the model's other layers.
     """
     used, numbers = set(taken), []
     for name in names:
@@ -249,7 +254,7 @@ def number_layers(names: Sequence[str], taken: Iterable[int] = ()) -> list[int]:
 
 
 def join_group(group: Group, root: nn.Module, layers: Sequence[tuple[str, RoutedLayer]]) -> None:
-    """Makes layers, given with their names in it, a model's; those that are keep their numbers."""
+    """Add named layers to a model's group; layers that belong to it keep their numbers."""
     new = [(name, layer) for name, layer in layers if layer.routed_by is not group]
     if new:
         taken = [layer.routed_as for _, layer in layers if layer.routed_by is group]

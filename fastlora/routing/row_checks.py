@@ -33,12 +33,12 @@ from fastlora.validation import UnsupportedLayerError
 if TYPE_CHECKING:
     from fastlora.routing.kept import RoutedLayer
 
-# After so many followed blocks, layers that have not run, as in an unused part of the model, do not
-# keep later blocks followed: following costs 8 us an operator.
+# After this number of followed blocks, layers that have not run, such as those in an unused part of
+# the model, no longer cause blocks to be followed. Following costs 8 us per operator.
 _MOST_BLOCKS = 8
 
 
-# Why a layer is refused: what follows its name.
+# Reasons why a layer raises, to be inserted after its name.
 _SELECTED = (
     "gets rows that the model selected by a mask or an index, as an expert of a mixture does: "
     "their position does not tell which adapter they belong to"
@@ -51,7 +51,7 @@ _SEQUENCE_FIRST = (
     "is in a {}, which computes with the sequence before the samples: the position of a row does "
     "not tell which adapter it belongs to"
 )
-# Modules of transformers that compute [T, B, K] inside.
+# Modules of transformers that compute in the layout [T, B, K].
 _SEQUENCE_FIRST_MODULES = {
     "XLNetModel",
     "FSMTModel",
@@ -61,11 +61,11 @@ _SEQUENCE_FIRST_MODULES = {
 
 
 class RowChecks:
-    """What is known of the rows that a model's layers get.
+    """The state of a model's checks of the rows that its layers get.
 
     Args:
         root: The model.
-        layers: Names in it, and the layers that mixed batches concern.
+        layers: The layers that run in mixed batches, with their names in the model.
     """
 
     def __init__(self, root: nn.Module, layers: Iterable[tuple[str, RoutedLayer]]) -> None:
@@ -73,11 +73,11 @@ class RowChecks:
         alike = _Alike()
         self._first = layers[0][1] if layers else None
         self._names = {layer.routed_as: name for name, layer in layers}
-        # By mode (training or not), the layers that a followed block has shown to get all rows,
-        # and how many blocks were followed.
+        # By mode (training or not): the layers that got all rows in a followed block, and the
+        # number of followed blocks.
         self._shown: dict[bool, set[int]] = {False: set(), True: set()}
         self._blocks = {False: 0, True: 0}
-        # Layers that are refused, and why.
+        # Layers that raise, with the reason.
         self._refused: dict[int, str] = {}
         self._root = weakref.ref(root)
         for name, layer in layers:
@@ -103,21 +103,21 @@ class RowChecks:
         return FollowedRows(self, mode, RowOrder(count, root.buffers()))
 
     def name_of(self, layer: RoutedLayer) -> str:
-        """Returns the name of a layer in the model."""
+        """Return the name of a layer in the model."""
         return self._names.get(layer.routed_as, type(layer).__name__)
 
     def why_refused(self, layer: RoutedLayer) -> str | None:
-        """Returns why a layer is refused; None where nothing has shown that it must be."""
+        """Return why a layer raises, or None if no check has failed."""
         return self._refused.get(layer.routed_as)
 
     def end_block(self, mode: bool, ran: Iterable[RoutedLayer], even: Collection[int] = ()) -> None:
-        """Notes the layers that a followed block has shown to get all rows.
+        """Record the layers that got all rows in a followed block.
 
         Args:
             mode: Whether the model trains.
             ran: The layers that ran.
-            even: Numbers of those that got rows that the data chose, in order this time: they are
-                followed again, as long as any block is.
+            even: Numbers of the layers with rows that the data chose and that were in order this
+                time. They are followed again, as long as any block is.
         """
         self._blocks[mode] += 1
         for layer in ran:
@@ -128,7 +128,7 @@ class RowChecks:
                 layer.sees_part = False
 
     def refuse(self, layer: RoutedLayer, why: str) -> None:
-        """Has a layer raise from now on, in compiled code too, and raises for it.
+        """Raise for a layer, now and in all later mixed batches, in compiled code too.
 
         Raises:
             UnsupportedLayerError: Always.
@@ -138,7 +138,7 @@ class RowChecks:
         refuse_part(layer)
 
     def note_unchecked(self, layer: RoutedLayer) -> None:
-        """Warns about a layer that first runs unchecked, and has the next block check it."""
+        """Warn about a layer that first runs unchecked, and let the next block check it."""
         mode = bool(layer.training)
         if layer.routed_as in self._shown[mode] or self._blocks[mode] < _MOST_BLOCKS:
             return
@@ -152,13 +152,13 @@ class RowChecks:
 
 
 class FollowedRows:
-    """Checks the layers of one block: a context manager around it.
+    """Context manager that checks the layers of one block.
 
     Args:
-        checks: The model's.
+        checks: The model's checks.
         mode: Whether the model trains.
-        order: What follows rows. Without it, it is only noted that a layer has run, which the next
-            block then follows.
+        order: Follows the rows. If it is None, the block only records that a layer has run, so that
+            the next block follows it.
     """
 
     def __init__(self, checks: RowChecks, mode: bool, order: RowOrder | None) -> None:
@@ -184,23 +184,23 @@ class FollowedRows:
                 self._checks.end_block(self._mode, self._ran.values(), self._even)
 
     def begin(self, inputs: Iterable[object]) -> None:
-        """Takes what a model is called with to be in the order of the batch."""
+        """Record that the inputs of a model are in the order of the batch."""
         if self.order is not None:
             self.order.in_order(inputs)
 
     def abandon(self) -> None:
-        """Follows nothing from now on, and shows nothing of the layers that ran."""
+        """Stop following rows, and record nothing about the layers that ran."""
         self._ran.clear()
         if self.order is not None:
             self.order.blind()
 
     def check(self, layer: RoutedLayer, x: torch.Tensor) -> None:
-        """Raises `UnsupportedLayerError` for a layer whose input is not every row in order."""
+        """Raise `UnsupportedLayerError` unless a layer's input has every row in order."""
         if self._checks.why_refused(layer) is not None:
             refuse_part(layer)
         if self.order is not None and self.order.sees:
             kind = self.order.kind_of(x)
-            # Of an expert, a choice that fits this batch is a coincidence.
+            # For an expert, a selection that fits this batch is a coincidence.
             if kind is Kind.CHOSEN or (kind is Kind.EVEN and layer.sees_part):
                 self._checks.refuse(layer, _SELECTED)
             if self.order.is_lone_table(x):
@@ -208,14 +208,15 @@ class FollowedRows:
             if kind is Kind.EVEN:
                 self._even.add(layer.routed_as)
             self._ran[layer.routed_as] = layer
-        elif layer.routed_as not in self._ran:  # a checkpoint may run it again in another thread
+        # A checkpoint may run the layer again in another thread.
+        elif layer.routed_as not in self._ran:
             if layer.sees_part:
                 refuse_part(layer)
             self._checks.note_unchecked(layer)
 
 
 def refuse_part(layer: RoutedLayer) -> None:
-    """Raises for a layer that gets only some rows, or may where rows are not followed.
+    """Raise for a layer that gets only some rows, or that may get some and is not followed.
 
     Raises:
         UnsupportedLayerError: Always.
@@ -240,7 +241,7 @@ def refuse_part(layer: RoutedLayer) -> None:
 
 
 def _sequence_first(root: nn.Module, name: str) -> str | None:
-    """Returns the class of a module above a layer that computes ``[T, B, K]``, or None."""
+    """Return the class name of a parent module that computes in ``[T, B, K]``, or None."""
     module: nn.Module | None = root
     for part in name.split("."):
         if module is None:
@@ -255,12 +256,13 @@ _LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
 
 class _Step(NamedTuple):
-    """The last step of the way from a model to a module.
+    """The last step of the path from a model to a module.
 
     Attributes:
-        alike: How many children of the module above are like this one.
-        is_named: Whether names or classes say that these are experts.
-        beside: Shapes of the parameters beside them, among which a router's would be.
+        alike: Number of children of the parent module that are like this module, including it.
+        is_named: Whether names or classes say that these modules are experts.
+        beside: Shapes of the parameters next to these modules. The weight of a router would be
+            among them.
     """
 
     alike: int
@@ -269,7 +271,7 @@ class _Step(NamedTuple):
 
 
 class _Alike:
-    """Finds which modules are alike, and remembers it."""
+    """Finds modules that are alike, and caches the results."""
 
     def __init__(self) -> None:
         self._known: dict[int, int] = {}
@@ -279,10 +281,11 @@ class _Alike:
         self._steps: dict[tuple[str, bool], _Step] = {}
 
     def is_expert(self, root: nn.Module, name: str, layer: RoutedLayer) -> bool:
-        """Whether a layer looks like an expert, or like a part of one.
+        """Return whether a layer looks like an expert, or like a part of one.
 
-        It is then in one of several alike siblings, and a name says so or a router is beside it: a
-        matrix with a row for each of them, as wide as their input.
+        It does if it is in one of several alike modules, and either a name says that they are
+        experts or a router is next to them. A router is a matrix with one row per module and the
+        width of their input.
         """
         width = getattr(layer, "in_features", 0)
         modules, names, at = [root], [""], ""
@@ -302,7 +305,7 @@ class _Alike:
         return False
 
     def _step(self, modules: list[nn.Module], names: list[str], at_layer: bool) -> _Step:
-        """Returns the last step of a way; ``at_layer`` says that it leads to the layer itself."""
+        """Return the last step of a path; ``at_layer`` says whether it leads to the layer."""
         holder, child = modules[-2:]
         alike = self._count(holder)[names[-1]]
         if alike == 1:
@@ -314,7 +317,7 @@ class _Alike:
         return _Step(alike, "expert" in " ".join(words).lower(), beside)
 
     def _count(self, holder: nn.Module) -> dict[str, int]:
-        """Returns for each child of a module how many of its children are like that one."""
+        """Return for each child of a module the number of children that are like it."""
         known = self._counts.get(id(holder))
         if known is None:
             numbers: dict[str, int] = {}
@@ -327,10 +330,10 @@ class _Alike:
         return known
 
     def _number(self, module: nn.Module) -> int:
-        """Returns a number that a module has in common with those that are alike.
+        """Return a number that is equal for modules that are alike.
 
-        These have one class, and parameters and children of the same names that are alike, adapters
-        apart.
+        Modules are alike if they have the same class, and parameters and children with the same
+        names that are alike. Adapters are ignored.
         """
         known = self._known.get(id(module))
         if known is None:
@@ -348,7 +351,7 @@ class _Alike:
         return known
 
     def _shapes_in(self, holder: nn.Module) -> set[tuple[int, ...]]:
-        """Returns the shapes of the parameters of a module and of its children, adapters apart."""
+        """Return the shapes of the parameters of a module and its children, without adapters."""
         known = self._shapes.get(id(holder))
         if known is None:
             known = self._shapes[id(holder)] = set()
@@ -361,7 +364,7 @@ class _Alike:
 
 
 def _base(module: nn.Module) -> nn.Module:
-    """Returns the module that adapters are on; the module itself where there are none."""
+    """Return the module's base layer, or the module itself if it has no adapters."""
     find: Any = getattr(module, "get_base_layer", None)
     return module if find is None else find()
 

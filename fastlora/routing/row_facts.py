@@ -1,4 +1,4 @@
-"""What is known of the rows of tensors: marks on their storages.
+"""Facts about the rows of tensors, stored as marks on the tensors' storages.
 
 Views share their storage, so they need no mark of their own.
 """
@@ -17,18 +17,18 @@ from fastlora.routing import row_samples
 
 
 class Kind(enum.Enum):
-    """What the rows of a tensor are.
+    """The origin of a tensor's rows.
 
     Attributes:
         ROWS: Rows of the batch, in its order. A tensor without a mark is of this kind.
         EVEN: Rows that the data chose, and that are in the order of the batch this time.
-        CHOSEN: Rows that the data chose, or placed.
-        TABLE: Made from parameters and buffers, and no data: its rows are no rows of the batch.
+        CHOSEN: Rows that the data chose or placed.
+        TABLE: Made from parameters and buffers, without data. The rows are not rows of the batch.
         CONSTANT: Made from numbers alone, as by `torch.zeros`.
-        COUNTED: Made by `torch.arange`: an index that keeps the order.
-        IDENTITY: Made by `torch.eye`: its rows are a choice, if data choose them.
-        CHOICE: Weights in floating point, zero or not by the data: a product may choose rows by
-            them.
+        COUNTED: Made by `torch.arange`: an index that preserves the order.
+        IDENTITY: Made by `torch.eye`. If data choose its rows, these are a choice.
+        CHOICE: Floating-point weights that are zero or nonzero depending on the data. A product
+            with them may choose rows.
     """
 
     ROWS = enum.auto()
@@ -45,11 +45,12 @@ class Facts(NamedTuple):
     """What is known of the rows of a storage.
 
     Attributes:
-        kind: What they are.
-        origin: Of a chosen tensor and of an index, the key of the index that it began with.
-        inverse: Of an index that inverts another one, the key of that one.
-        samples: The sample of each row, where values were read: int64, one for each of as many
-            equal parts of the storage. Of an even tensor, only where rows have yet to be placed.
+        kind: The kind of the rows.
+        origin: For a chosen tensor or an index, the key of the index that it was derived from.
+        inverse: For an index that is the inverse of another index, the key of the other index.
+        samples: The samples of the rows, int64, if values were read. Each sample stands for one of
+            as many equal parts of the storage. An even tensor has samples only while rows have yet
+            to be placed.
     """
 
     kind: Kind
@@ -59,22 +60,22 @@ class Facts(NamedTuple):
 
 
 class Mark(NamedTuple):
-    """What is known of a storage; the reference keeps its key from being given to another one."""
+    """The facts of a storage; the reference keeps another storage from getting its key."""
 
     storage: StorageWeakRef
     facts: Facts
 
 
 ROWS, TABLE, CONSTANT = Facts(Kind.ROWS), Facts(Kind.TABLE), Facts(Kind.CONSTANT)
-# Rows in the order of the batch; and no rows of the batch.
+# Kinds with rows in the order of the batch, and kinds without rows of the batch.
 ORDERED = (Kind.ROWS, Kind.EVEN)
 TABLES = (Kind.TABLE, Kind.CONSTANT, Kind.COUNTED, Kind.IDENTITY)
-# Marks of storages that are gone are dropped first when there are so many marks.
+# With this number of marks, the marks of freed storages are dropped for the first time.
 _FIRST_DROP = 4096
 
 
 class RowFacts:
-    """What is known of the rows of each tensor of a block.
+    """The facts about the rows of each tensor of a block.
 
     Args:
         count: Number of adapter ids of the batch.
@@ -86,14 +87,14 @@ class RowFacts:
         self._next_drop = _FIRST_DROP
 
     def of(self, tensor: torch.Tensor) -> Facts:
-        """Returns what is known about the rows of a tensor."""
+        """Return what is known of the rows of a tensor."""
         mark = self._marks.get(key_of(tensor))
         if mark is not None:
             return mark.facts
         return TABLE if isinstance(tensor, nn.Parameter) else ROWS
 
     def origin(self, tensor: torch.Tensor) -> int:
-        """Returns the key of the index that an index began with: its own where it is new."""
+        """Return the key of the index that an index was derived from, by default its own key."""
         origin = self.of(tensor).origin
         return key_of(tensor) if origin is None else origin
 
@@ -105,7 +106,7 @@ class RowFacts:
             own = facts
             unknown = own.kind is Kind.CHOSEN and own.samples is None
             if (unknown or own.kind is Kind.CHOICE) and not tensor.is_floating_point():
-                own = ROWS  # an index or a mask, not what a layer gets
+                own = ROWS  # An index or a mask is never a layer's input.
             key = key_of(tensor)
             if not key:
                 continue
@@ -118,7 +119,7 @@ class RowFacts:
             self._marks[key] = Mark(StorageWeakRef(tensor.untyped_storage()), own)
 
     def samples(self, tensor: torch.Tensor, lead: int) -> torch.Tensor | None:
-        """Returns the samples of a tensor's ``lead`` first dimensions; None if not known."""
+        """Return the samples of a tensor's ``lead`` first dimensions, or None if unknown."""
         facts, shape = self.of(tensor), tensor.shape[:lead]
         if len(shape) < lead:
             return None
@@ -146,22 +147,22 @@ class RowFacts:
     def facts_of_samples(
         self, samples: torch.Tensor | None, origin: int | None, by_data: bool
     ) -> Facts:
-        """Returns the facts of rows with these samples, which an index picked."""
+        """Return the facts of rows that an index picked, given their samples."""
         if samples is not None and row_samples.is_in_order(samples, self.count):
             return Facts(Kind.EVEN) if by_data else ROWS
         return Facts(Kind.CHOSEN, origin, None, None if samples is None else samples.flatten())
 
     def are_tables(self, *indices: torch.Tensor | None) -> bool:
-        """Whether all of these were made without data."""
+        """Return whether all of these indices were made without data."""
         return all(index is None or self.of(index).kind in TABLES for index in indices)
 
     def forget(self, tensor: torch.Tensor) -> None:
-        """Takes a tensor to be rows of the batch in its order."""
+        """Treat a tensor as rows of the batch in order."""
         self._marks.pop(key_of(tensor), None)
 
 
 def key_of(tensor: torch.Tensor) -> int:
-    """Returns what names a tensor's storage; 0 for a tensor without one, as a sparse tensor."""
+    """Return the key of a tensor's storage, or 0 for a tensor without one (a sparse tensor)."""
     try:
         return tensor.untyped_storage()._cdata
     except NotImplementedError:
@@ -169,7 +170,7 @@ def key_of(tensor: torch.Tensor) -> int:
 
 
 def tensors_in(value: object) -> Iterator[torch.Tensor]:
-    """Yields the tensors of arguments: nested in tuples, lists and dicts."""
+    """Yield the tensors in arguments, including those nested in tuples, lists, and dicts."""
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, (tuple, list)):

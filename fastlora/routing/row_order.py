@@ -1,13 +1,13 @@
-"""Which tensors of a forward have lost the order of the batch's rows: found by watching operators.
+"""Which tensors of a forward pass are not in the order of the batch, by watching operators.
 
-A mixed batch gives a layer's rows to adapters by their position. That is wrong for a tensor whose
-rows the data chose, as a router chooses tokens for an expert. `RowOrder` sees every operator of a
-block and marks the storage of each tensor whose rows are not those of the batch in order. Views
-share their storage, so they need no mark of their own.
+A mixed batch assigns a layer's rows to adapters by their position. That is wrong for a tensor with
+rows that the data chose, as when a router chooses tokens for an expert. `RowOrder` sees every
+operator of a block. It marks the storage of each tensor with rows that are not those of the batch
+in order. Views share their storage, so they need no mark of their own.
 
-An index that comes from data, or that permutes, does not show by itself whether the rows stay in
-order. Then its values are read once, and `fastlora.routing.row_samples` finds the sample of each
-row. On a GPU that waits for the index.
+If an index comes from data, or permutes, the operator alone does not show whether the rows stay in
+order. In this case the values of the index are read once, and `fastlora.routing.row_samples` finds
+the sample of each row. On a GPU that waits for the index.
 
 Operators inside code of `torch.compile` are not seen, and the mode causes no compilation.
 """
@@ -33,7 +33,7 @@ from fastlora.routing.row_rules import Arguments, Keywords, facts_of_result
 
 
 class RowOrder(TorchDispatchMode):
-    """Within the mode, notes which tensors have rows that are not the batch's in order.
+    """Dispatch mode that records which tensors have rows that are not the batch's in order.
 
     Args:
         count: Number of adapter ids of the batch.
@@ -52,7 +52,7 @@ class RowOrder(TorchDispatchMode):
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
-        """Has `torch.compile` compile as it does outside of the mode."""
+        """Return True, so that `torch.compile` compiles as it does outside the mode."""
         return True
 
     def __enter__(self) -> RowOrder:
@@ -64,7 +64,7 @@ class RowOrder(TorchDispatchMode):
         super().__exit__(*error)
 
     def blind(self) -> None:
-        """Has `sees` be false from now on, where the mode may be on or not."""
+        """Make `sees` False from now on, even if the mode is still on."""
         self._thread = 0
 
     @property
@@ -74,9 +74,9 @@ class RowOrder(TorchDispatchMode):
 
     @contextlib.contextmanager
     def resting(self) -> Iterator[None]:
-        """Within the block nothing is noted: what it returns has the order of what it was given.
+        """Stop recording within the block; its result has the order of its input.
 
-        The mode leaves PyTorch's stack of modes, so layers that share an input stay together.
+        The mode leaves PyTorch's stack of modes, so layers that share an input can run together.
         """
         if torch._C._len_torch_dispatch_stack() and _get_current_dispatch_mode() is self:
             with _pop_mode_temporarily():
@@ -89,13 +89,13 @@ class RowOrder(TorchDispatchMode):
             self._rests = before
 
     def kind_of(self, x: torch.Tensor) -> Kind:
-        """Returns what the rows of a tensor are."""
+        """Return the kind of a tensor's rows."""
         return self._known.of(x).kind
 
     def is_lone_table(self, x: torch.Tensor) -> bool:
-        """Whether ``x [..., K]`` was made from the model alone, and not repeated for each sample.
+        """Return whether ``x [..., K]`` was made from the model alone, without a copy per sample.
 
-        Of fewer than 3 dimensions, values show whether samples have the same rows.
+        With fewer than 3 dimensions, the values show whether all samples have the same rows.
         """
         if self._known.of(x).kind is not Kind.TABLE or not x.is_floating_point():
             return False
@@ -110,7 +110,7 @@ class RowOrder(TorchDispatchMode):
         return not bool((parts == parts[:1]).all())
 
     def in_order(self, tensors: Iterable[object]) -> None:
-        """Takes tensors to be rows of the batch in its order, as a model's own input is."""
+        """Record that tensors are rows of the batch in order, as a model's own inputs are."""
         for tensor in tensors:
             if isinstance(tensor, torch.Tensor) and self.sees:
                 self._known.forget(tensor)
@@ -122,7 +122,7 @@ class RowOrder(TorchDispatchMode):
         args: Arguments = (),
         kwargs: Keywords | None = None,
     ) -> Any:
-        """Calls an operator and notes what its result is."""
+        """Call an operator, and record the facts of its result."""
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         if not self._rests:

@@ -1,6 +1,6 @@
-"""What each operator does to the rows of a batch: rules that `fastlora.routing.row_order` applies.
+"""Rules for the effect of each operator on the rows of a batch; see `fastlora.routing.row_order`.
 
-A rule returns the `Facts` of an operator's result, or None to leave them as they are.
+A rule returns the `Facts` of an operator's result, or None to leave them unchanged.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from fastlora.routing.row_samples import Indices
 
 aten = torch.ops.aten
 
-# Tensors, numbers and lists, as an ATen operator takes them.
+# Tensors, numbers, and lists, as ATen operators take them.
 Arguments = tuple[Any, ...]
 Keywords = dict[str, Any]
 
 Rule = Callable[[RowFacts, Arguments, Any], "Facts | None"]
-# Copies of a counted index that are counted too.
+# Copies of a COUNTED index that are COUNTED too.
 _COPIES = {aten._to_copy, aten.clone, aten.lift_fresh, aten.lift_fresh_copy}
 
 
 def facts_of_result(
     known: RowFacts, func: OpOverload, args: Arguments, kwargs: Keywords, out: object
 ) -> Facts | None:
-    """Returns the facts of what an operator returned; None to leave them as they are."""
+    """Return the facts of an operator's result, or None to leave them unchanged."""
     rule = _RULES.get(getattr(func, "overloadpacket", None))
     return _any(known, func, args, kwargs, out) if rule is None else rule(known, args, out)
 
@@ -48,9 +48,10 @@ def facts_of_result(
 def _any(
     known: RowFacts, func: OpOverload, args: Arguments, kwargs: Keywords, out: object
 ) -> Facts | None:
-    """Returns the facts of what any other operator returns; None to leave them as they are."""
+    """Apply the default rule, for operators that are not in `_RULES`."""
     operands = list(tensors_in((args, kwargs)))
-    if getattr(func, "is_view", False):  # shares its storage; but parameters have no mark
+    # A view shares its storage and its mark, but parameters have no mark.
+    if getattr(func, "is_view", False):
         return TABLE if isinstance(operands[0], nn.Parameter) else None
     if not operands:
         return CONSTANT
@@ -68,7 +69,7 @@ def _any(
 
 
 def _together(known: RowFacts, operands: list[torch.Tensor], out: object) -> Facts:
-    """Returns the facts of what comes of several operands, of which any may bring the rows."""
+    """Return the facts of a result of several operands, any of which may contribute its rows."""
     kinds = [known.of(tensor).kind for tensor in operands]
     shape = next((tensor.shape for tensor in tensors_in(out)), None)
     full = [
@@ -79,8 +80,8 @@ def _together(known: RowFacts, operands: list[torch.Tensor], out: object) -> Fac
     if Kind.CHOSEN in kinds:
         chosen = operands[kinds.index(Kind.CHOSEN)]
         samples = known.carried(chosen, out)
-        # Added to rows of the batch, as to a residual, rows that the rules have lost are taken
-        # to be beside their own. Rows whose samples are known are not.
+        # Rows that the rules have lost are taken to be in order if they are added to rows of the
+        # batch, as to a residual. Rows with known samples are not.
         if samples is None and full:
             return Facts(full[0])
         return Facts(Kind.CHOSEN, known.of(chosen).origin, None, samples)
@@ -90,7 +91,7 @@ def _together(known: RowFacts, operands: list[torch.Tensor], out: object) -> Fac
 
 
 def _picked(known: RowFacts, source: torch.Tensor, indices: Indices) -> Facts:
-    """Returns the facts of what indices pick from a source, one for each dimension."""
+    """Return the facts of the rows that indices, one per dimension, pick from a source."""
     facts = known.of(source)
     index = next((index for index in indices if index is not None), None)
     if index is None or not source.numel():
@@ -98,14 +99,14 @@ def _picked(known: RowFacts, source: torch.Tensor, indices: Indices) -> Facts:
     if facts.kind in TABLES:
         return _looked_up(known, facts.kind, indices)
     own = known.of(index)
-    # A first dimension of one entry is none of samples: `x[None, index]` makes one.
+    # A first dimension of one entry is not a dimension of samples: `x[None, index]` makes one.
     first = indices[0] is not None or source.shape[0] == 1
     if not first and facts.kind is not Kind.CHOSEN:
         return facts
     if first and facts.kind in ORDERED and _counts_all(known, index, source):
         return facts
     if facts.kind is Kind.CHOSEN and own.inverse is not None and own.inverse == facts.origin:
-        return ROWS  # the order before the choice
+        return ROWS  # This restores the order from before the choice.
     samples = known.samples(source, row_samples.dimensions_of(indices))
     if samples is not None:
         samples = row_samples.picked(samples, indices)
@@ -113,14 +114,14 @@ def _picked(known: RowFacts, source: torch.Tensor, indices: Indices) -> Facts:
 
 
 def _counts_all(known: RowFacts, index: torch.Tensor, rows: torch.Tensor) -> bool:
-    """Whether an index has the numbers of all entries of a first dimension, in ascending order."""
+    """Return whether an index is an ascending range over all entries of a first dimension."""
     if known.of(index).kind is not Kind.COUNTED or index.shape[:1] != rows.shape[:1]:
         return False
     return not row_samples.is_readable(index) or bool((index.flatten().diff() >= 0).all())
 
 
 def _looked_up(known: RowFacts, kind: Kind, indices: Indices) -> Facts:
-    """Returns the facts of rows of a table: those of the index that picked them."""
+    """Return the facts of rows of a table, which are those of the index that picked them."""
     if known.are_tables(*indices):
         return TABLE if kind is Kind.TABLE else CONSTANT
     if kind is Kind.IDENTITY:
@@ -138,7 +139,7 @@ def _looked_up(known: RowFacts, kind: Kind, indices: Indices) -> Facts:
 def _placed(
     known: RowFacts, dest: torch.Tensor, indices: Indices, values: object, *, adds: bool = False
 ) -> Facts:
-    """Returns the facts of a destination behind values that were put there by indices."""
+    """Return the facts of a destination after indices have placed values in it."""
     index = next((index for index in indices if index is not None), None)
     facts, brought = known.of(dest), CONSTANT
     if isinstance(values, torch.Tensor) and values.dim():
@@ -148,13 +149,13 @@ def _placed(
         return facts
     origin = known.origin(index)
     if brought.kind is Kind.COUNTED and first:
-        return Facts(Kind.CONSTANT, None, origin)  # the inverse of the index
+        return Facts(Kind.CONSTANT, None, origin)  # The result is the inverse of the index.
     if facts.kind not in TABLES and facts.samples is None:
         return facts
     if brought.kind in TABLES:
         if facts.samples is not None:
             return facts
-        # Numbers at places that data chose are weights of a choice.
+        # Numbers at places that data chose are the weights of a choice.
         return facts if known.are_tables(*indices) else Facts(Kind.CHOICE)
     if not first:
         return Facts(brought.kind, brought.origin)
@@ -169,7 +170,7 @@ def _placed(
     if not row_samples.is_in_order(samples, known.count, blanks=True):
         return Facts(Kind.CHOSEN, origin, None, samples.flatten())
     if (back or known.are_tables(*indices)) and row_samples.is_in_order(samples, known.count):
-        return ROWS  # every row is where it came from
+        return ROWS  # Every row is back where it came from.
     return Facts(Kind.EVEN, None, None, samples.flatten())
 
 
@@ -181,7 +182,7 @@ def _samples_placed(
     values: object,
     adds: bool,
 ) -> torch.Tensor | None:
-    """Returns the samples of a destination's indexed dimensions; None if not known."""
+    """Return the samples of a destination's indexed dimensions, or None if unknown."""
     lead = row_samples.dimensions_of(indices)
     if not row_samples.is_whole(dest) or not isinstance(values, torch.Tensor):
         return None
@@ -198,7 +199,7 @@ def _samples_placed(
 
 
 def _rows_from(which: int) -> Rule:
-    """Returns the rule of operators that take their rows from one argument, as a product does."""
+    """Return the rule of operators that take their rows from one argument, as a product does."""
 
     def rule(known: RowFacts, args: Arguments, out: object) -> Facts | None:
         source = args[which]
@@ -207,7 +208,7 @@ def _rows_from(which: int) -> Rule:
         if facts.kind in TABLES:
             return _together(known, others or [source], out)
         if facts.kind is Kind.CHOICE:
-            # One product for the whole batch chooses rows; one for each sample does not.
+            # One product for the whole batch chooses rows; a product for each sample does not.
             whole = source.dim() == 2 or source.shape[0] == 1
             rows = any(known.of(tensor).kind in ORDERED for tensor in others)
             return Facts(Kind.CHOSEN) if whole and rows else ROWS
@@ -217,7 +218,7 @@ def _rows_from(which: int) -> Rule:
 
 
 def _copied(known: RowFacts, args: Arguments, out: object) -> Facts | None:
-    """The rule of a change of dtype: numbers that were whole or true may choose rows."""
+    """Apply the rule of a change of dtype: integers and booleans become weights of a choice."""
     source = args[0]
     facts = known.of(source)
     whole = not (source.is_floating_point() or source.is_complex())
@@ -233,7 +234,7 @@ def _indexed(known: RowFacts, args: Arguments, out: object) -> Facts | None:
 
 
 def _copied_into(known: RowFacts, args: Arguments, out: object) -> Facts | None:
-    """The rule of `copy_`, which fills a tensor, or a part of one."""
+    """Apply the rule of `copy_`, which fills a tensor or a part of one."""
     dest, source = args[:2]
     kind = known.of(dest).kind
     whole = dest.numel() == row_samples.storage_size(dest)
@@ -249,7 +250,7 @@ def _index_put(known: RowFacts, args: Arguments, out: object) -> Facts | None:
 
 
 def _selected(known: RowFacts, args: Arguments, out: object) -> Facts | None:
-    """The rule of `index_select`."""
+    """Apply the rule of `index_select`."""
     source, dim, index = args[:3]
     if not source.dim():
         return None
@@ -257,7 +258,7 @@ def _selected(known: RowFacts, args: Arguments, out: object) -> Facts | None:
 
 
 def _gathered(known: RowFacts, args: Arguments, out: object) -> Facts | None:
-    """The rule of `gather`, which picks rows along the first dimension alone."""
+    """Apply the rule of `gather`, which picks rows only along the first dimension."""
     source, dim, index = args[:3]
     facts = known.of(source)
     if not source.dim() or (dim % source.dim() and facts.kind not in TABLES):
@@ -266,7 +267,7 @@ def _gathered(known: RowFacts, args: Arguments, out: object) -> Facts | None:
 
 
 def _put_along(adds: bool) -> Rule:
-    """Returns the rule of `index_add`, `index_copy` and `scatter`."""
+    """Return the rule of `index_add`, `index_copy`, and `scatter`."""
 
     def rule(known: RowFacts, args: Arguments, out: object) -> Facts | None:
         dest, dim, index, values = args[:4]
@@ -279,9 +280,9 @@ def _put_along(adds: bool) -> Rule:
 
 
 def _row_index(index: torch.Tensor) -> torch.Tensor:
-    """Returns the index of rows in one that was expanded to their elements, as `gather` takes it.
+    """Return the row index that was expanded to the elements of its rows, as `gather` takes it.
 
-    One that was not expanded is returned as it is, an index of elements.
+    An index that was not expanded is returned unchanged, as an index of elements.
     """
     while index.dim() > 1 and (index.stride(-1) == 0 or index.shape[-1] == 1):
         index = index.select(-1, 0)
@@ -289,7 +290,7 @@ def _row_index(index: torch.Tensor) -> torch.Tensor:
 
 
 def _flat(known: RowFacts, args: Arguments, out: object) -> Facts | None:
-    """The rule of `take` and `masked_select`, which pick elements and no rows."""
+    """Apply the rule of `take` and `masked_select`, which pick elements, not rows."""
     source, index = args[:2]
     facts = known.of(source)
     return facts if facts.kind in TABLES else Facts(Kind.CHOSEN, known.origin(index))
@@ -305,7 +306,7 @@ def _embedded(known: RowFacts, args: Arguments, out: object) -> Facts | None:
 
 
 def _nonzero(known: RowFacts, args: Arguments, out: object) -> Facts | None:
-    """The rule of `nonzero`, which numbers the rows that a mask picks."""
+    """Apply the rule of `nonzero`, which returns the positions that a mask picks."""
     (mask,) = args
     if known.are_tables(mask):
         return CONSTANT
@@ -316,7 +317,7 @@ def _nonzero(known: RowFacts, args: Arguments, out: object) -> Facts | None:
 
 
 def _sorted(known: RowFacts, args: Arguments, out: Sequence[torch.Tensor]) -> Facts | None:
-    """The rule of `sort`: sorting an index gives its inverse."""
+    """Apply the rule of `sort`: sorting an index gives its inverse."""
     source = next(tensors_in(args))
     _largest(known, args, out)
     if not source.is_floating_point():
@@ -325,7 +326,7 @@ def _sorted(known: RowFacts, args: Arguments, out: Sequence[torch.Tensor]) -> Fa
 
 
 def _largest(known: RowFacts, args: Arguments, out: Sequence[torch.Tensor]) -> Facts | None:
-    """The rule of `topk`: a vector's values are chosen by the indices beside them."""
+    """Apply the rule of `topk`: the returned indices choose the values of a vector."""
     source = next(tensors_in(args))
     facts = ROWS
     if out[0].dim() == 1 and not known.are_tables(source):
@@ -339,7 +340,7 @@ def _largest(known: RowFacts, args: Arguments, out: Sequence[torch.Tensor]) -> F
 
 
 def _joined(stacks: bool) -> Rule:
-    """Returns the rule of `cat` and `stack`: parts of chosen rows may be in order together."""
+    """Return the rule of `cat` and `stack`: parts of chosen rows may be in order together."""
 
     def rule(known: RowFacts, args: Arguments, out: object) -> Facts | None:
         parts = [part for part in args[0] if part.numel()] or list(args[0])
@@ -359,7 +360,7 @@ def _joined(stacks: bool) -> Rule:
 
 
 def _product(known: RowFacts, args: Arguments, out: object) -> Facts | None:
-    """The rule of an elementwise product: a weighted choice is one too."""
+    """Apply the rule of an elementwise product: a weighted choice is a choice too."""
     operands = list(tensors_in(args))
     kinds = [known.of(tensor).kind for tensor in operands]
     if Kind.CHOICE in kinds and Kind.CHOSEN not in kinds:
@@ -368,7 +369,7 @@ def _product(known: RowFacts, args: Arguments, out: object) -> Facts | None:
 
 
 def _where(known: RowFacts, args: Arguments, out: object) -> Facts | None:
-    """The rule of `where`: between constants, a condition makes a choice."""
+    """Apply the rule of `where`: a condition between constants makes a choice."""
     condition, *branches = args
     if known.of(condition).kind in ORDERED and known.are_tables(*tensors_in(branches)):
         return Facts(Kind.CHOICE)
@@ -376,7 +377,7 @@ def _where(known: RowFacts, args: Arguments, out: object) -> Facts | None:
 
 
 def _always(kind: Kind) -> Rule:
-    """Returns the rule of operators that make a tensor of one kind."""
+    """Return the rule of operators that always make a tensor of one kind."""
     return lambda known, args, out: Facts(kind)
 
 

@@ -1,8 +1,8 @@
-"""Which sample of a batch each row of a tensor comes from: int64 tensors on the CPU.
+"""The sample of a batch that each row of a tensor comes from, as int64 tensors on the CPU.
 
 A row is an entry of a tensor's leading dimensions. Its sample is the position of its adapter id in
-the batch. To index rows, `picked` and `placed` index their samples in the same way. They read the
-values of indices: on a GPU that waits for them.
+the batch. When an operator indexes rows, `picked` and `placed` index the rows' samples in the same
+way. They read the values of indices, which on a GPU waits for them.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from collections.abc import Sequence
 
 import torch
 
-# The sample of a row of no sample, as of a new buffer, and of a row that two samples share.
+# Values for a row without a sample, as in a new buffer, and for a row that several samples share.
 NO_SAMPLE = -1
 SEVERAL_SAMPLES = -2
 
-# Along each leading dimension an index, or None for all entries of the dimension.
+# For each leading dimension an index, or None for all entries of the dimension.
 Indices = Sequence["torch.Tensor | None"]
 
 
 def in_order(shape: Sequence[int], count: int) -> torch.Tensor | None:
-    """Returns the sample of each row, for rows in the order of the batch.
+    """Return the sample of each row, for rows in the order of the batch.
 
     Row r of R belongs to sample ``r * count // R``, as a layer in a mixed batch assumes. Returns
     None if R, the number of elements of ``shape``, is zero or is not a multiple of ``count``.
@@ -33,14 +33,14 @@ def in_order(shape: Sequence[int], count: int) -> torch.Tensor | None:
 
 
 def no_samples(shape: Sequence[int]) -> torch.Tensor:
-    """Returns the samples of rows of no sample."""
+    """Return the samples of rows that belong to no sample."""
     return torch.full(tuple(shape), NO_SAMPLE, device="cpu")
 
 
 def is_in_order(samples: torch.Tensor, count: int, *, blanks: bool = False) -> bool:
-    """Whether rows are in the order of the batch, as many of each sample.
+    """Return whether rows are in the order of the batch, with equally many for each sample.
 
-    If ``blanks``, rows of no sample fit everywhere.
+    If ``blanks`` is set, rows without a sample are accepted at any position.
     """
     expected = in_order(samples.shape, count)
     if expected is None:
@@ -50,7 +50,7 @@ def is_in_order(samples: torch.Tensor, count: int, *, blanks: bool = False) -> b
 
 
 def is_moved(tensor: torch.Tensor) -> bool:
-    """Whether a view moved the first dimension of its memory behind another one."""
+    """Return whether another dimension has a larger stride than the first, as after a permute."""
     sizes, strides = tensor.shape, tensor.stride()
     if not sizes or sizes[0] == 1:
         return False
@@ -58,11 +58,11 @@ def is_moved(tensor: torch.Tensor) -> bool:
 
 
 def of_view(tensor: torch.Tensor, samples: torch.Tensor, lead: int) -> torch.Tensor | None:
-    """Returns the samples of a tensor's ``lead`` first dimensions; None where they are not known.
+    """Return the samples of a tensor's ``lead`` first dimensions, or None if they are unknown.
 
     Args:
         tensor: Any view of its storage.
-        samples: One for each of as many equal parts of the storage.
+        samples: One sample for each of as many equal parts of the storage.
         lead: Number of dimensions.
     """
     total = storage_size(tensor)
@@ -80,36 +80,36 @@ def of_view(tensor: torch.Tensor, samples: torch.Tensor, lead: int) -> torch.Ten
 
 
 def storage_size(tensor: torch.Tensor) -> int:
-    """Returns how many elements a tensor's storage has room for."""
+    """Return the number of elements that a tensor's storage has room for."""
     return tensor.untyped_storage().nbytes() // tensor.element_size()
 
 
 def is_whole(tensor: torch.Tensor) -> bool:
-    """Whether a tensor is all of its storage, in the order of the memory."""
+    """Return whether a tensor covers its whole storage, in the order of the memory."""
     return tensor.is_contiguous() and tensor.numel() == storage_size(tensor)
 
 
 def dimensions_of(indices: Indices) -> int:
-    """Returns how many dimensions of a tensor are indexed: a mask takes as many as it has."""
+    """Return the number of indexed dimensions of a tensor; a mask counts as many as it has."""
     return sum(1 if i is None or not _is_mask(i) else i.dim() for i in indices)
 
 
 def read(indices: Indices) -> list[torch.Tensor | None] | None:
-    """Returns indices on the CPU; None where values cannot be read."""
+    """Return indices on the CPU, or None if their values cannot be read."""
     if not all(index is None or is_readable(index) for index in indices):
         return None
     return [None if index is None else index.cpu() for index in indices]
 
 
 def is_readable(tensor: torch.Tensor) -> bool:
-    """Whether a tensor has values that the host can read: not in the capture of a CUDA graph."""
+    """Return whether the host can read a tensor's values: not in the capture of a CUDA graph."""
     if tensor.is_meta or type(tensor) not in (torch.Tensor, torch.nn.Parameter):
         return False
     return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def picked(samples: torch.Tensor, indices: Indices) -> torch.Tensor | None:
-    """Returns the samples of rows that indices pick; None where values cannot be read."""
+    """Return the samples of the rows that indices pick, or None if values cannot be read."""
     values = read(indices)
     return None if values is None else torch.ops.aten.index(samples, values)
 
@@ -117,9 +117,10 @@ def picked(samples: torch.Tensor, indices: Indices) -> torch.Tensor | None:
 def placed(
     samples: torch.Tensor, indices: Indices, values: torch.Tensor, *, adds: bool
 ) -> torch.Tensor | None:
-    """Returns the samples of rows after rows with samples ``values`` were put there by indices.
+    """Return the samples of rows after indices have placed rows with samples ``values``.
 
-    If ``adds``, they are added to what is there. None where values cannot be read.
+    If ``adds`` is set, the placed rows are added to the existing rows. Returns None if the values
+    of indices cannot be read.
     """
     read_indices = read(indices)
     if read_indices is None:
@@ -129,7 +130,7 @@ def placed(
         several = (before != NO_SAMPLE) & (before != values)
         values = values.masked_fill(several, SEVERAL_SAMPLES)
     after = torch.ops.aten.index_put(samples, read_indices, values)
-    # Rows that were put to one place: the place has one of them, and the others differ from it.
+    # If several rows were put in one place, the place has one of them, and the others differ.
     differ = (torch.ops.aten.index(after, read_indices) != values).long()
     shared = torch.ops.aten.index_put(torch.zeros_like(after), read_indices, differ, True)
     return after.masked_fill(shared > 0, SEVERAL_SAMPLES)

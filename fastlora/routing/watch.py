@@ -1,4 +1,4 @@
-"""Whether parameters of adapters, and what is hooked into them, are as they were."""
+"""Detection of changes to adapters' parameters, and of hooks on their modules."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ _training = attrgetter("training")
 
 
 class Watch:
-    """Remembers modules, parameters with their versions, scalings and dropouts of adapters.
+    """Records modules, parameters with their versions, scalings, and dropouts of adapters.
 
-    It is asked once when a block begins. It does not see writes that move no version: for these
-    there are marks (`fastlora.weight_marks`), which are checked within a block too.
+    It is checked once when a block begins. It does not detect writes that change no version.
+    Weights versions (`fastlora.weight_marks`) cover these, and are checked within a block too.
 
-    It keeps the memory of the factors, so that no other tensor can get their addresses, and an
-    address and a version identify the contents. A `Stamp` keeps no memory, but takes longer to
-    compare. Lists are flat, and compared without a loop in Python: 64 adapters on SmolLM2 have
-    13,440 pairs of factors, and every block pays for the look at each of them.
+    It keeps the factors' memory alive, so that no other tensor can get the same address. An address
+    and a version then identify the contents. A `Stamp` keeps no memory alive, but takes longer to
+    compare. The lists are flat and are compared without a Python loop, because every block checks
+    each entry: 64 adapters on SmolLM2 have 13,440 pairs of factors.
     """
 
     def __init__(self) -> None:
@@ -40,7 +40,7 @@ class Watch:
         self._hooked = self._untold = False
 
     def add(self, layer: nn.Module, scaling: Mapping[str, object], names: Sequence[str]) -> None:
-        """Remembers those of the adapters that a layer has, with its scalings by name."""
+        """Record the named adapters that a layer has, with the layer's scalings by name."""
         modules: dict[str, Any] = layer._modules
         downs, ups = modules["lora_A"]._modules, modules["lora_B"]._modules
         dropouts = modules["lora_dropout"]._modules
@@ -50,7 +50,7 @@ class Watch:
                 self._remember(table, name)
             for module in (downs[name], ups[name]):
                 own = module.__dict__
-                # Later ones are of no consequence without gradients.
+                # Backward hooks that are added later have no effect without gradients.
                 self._hooked |= bool(own["_backward_hooks"] or own["_backward_pre_hooks"])
                 self._hooks += [own["_forward_hooks"], own["_forward_pre_hooks"]]
                 self._own.append(own)
@@ -72,8 +72,8 @@ class Watch:
             self._memory.append(value.untyped_storage())
 
     def unchanged(self) -> bool:
-        """Whether all of it is as it was, and nothing has been hooked into it."""
-        # One pass for both: a tensor once read is still in the processor's cache.
+        """Return whether everything is as recorded, and nothing has been hooked since."""
+        # One pass reads both: a tensor that was just read is still in the processor's cache.
         tensors = self._parameters
         states = zip(map(_version, tensors), map(_data_ptr, tensors), strict=True)
         try:
@@ -86,5 +86,5 @@ class Watch:
                 and not any(self._hooks)
                 and not any(map(contains, self._own, repeat("forward")))
             )
-        except KeyError:  # an adapter was deleted
+        except KeyError:  # An adapter was deleted.
             return False

@@ -140,7 +140,7 @@ FAULTS = (
         kind="no bound on a config",
         source="600789c",
         path="fastlora/model/config.py",
-        before="        if len(text) > MAX_CONFIG_BYTES:  # ASCII\n",
+        before="        if len(text) > MAX_CONFIG_BYTES:\n",
         after="        if not text:\n",
         tests=(f"{_FILES}::test_a_config_of_a_gigabyte_is_not_read",),
     ),

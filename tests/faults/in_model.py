@@ -113,7 +113,8 @@ FAULTS = (
         path="fastlora/model/inject.py",
         before="""\
             module.delete_adapter(adapter_name)
-        # A module without the adapter knows its name too, and may get a new adapter of that name.
+        # A module without the adapter may also list the name as active, and may later get a new
+        # adapter with the same name.
         module._active_adapters = [""",
         after="""\
             module.delete_adapter(adapter_name)

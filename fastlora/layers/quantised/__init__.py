@@ -1,8 +1,8 @@
-"""Quantised base weights: what kernels read of them, as a dense matrix, and written by a merge.
+"""Quantized base weights: read by kernels, read as a dense matrix, and written by a merge.
 
-A file for each library, a class for each kind, and nothing else here knows a library of quantised
-layers. `quantised` finds the kind of a module, for `fastlora.layers.bases`, for a layer's forward
-on kernels (`fastlora.layers.coded_base`) and for merging.
+Each library has a file, and each kind of quantization has a class. No other module knows the
+libraries of quantized layers. `quantised` finds the kind of a module for `fastlora.layers.bases`,
+for a layer's forward pass on kernels (`fastlora.layers.coded_base`), and for merging.
 """
 
 from fastlora.layers.quantised import (

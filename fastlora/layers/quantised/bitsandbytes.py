@@ -1,4 +1,4 @@
-"""Weights that bitsandbytes has quantised: 4 bits (NF4, FP4), and int8."""
+"""Weights quantized by bitsandbytes: 4 bits (NF4, FP4) and int8."""
 
 from __future__ import annotations
 
@@ -26,16 +26,17 @@ from fastlora.layers.quantised.kind import (
 from fastlora.layers.quantised.repacking import MODULES, is_repacked
 from fastlora.layers.stored import Fingerprint
 
-# Blocks that share a largest value of their largest values, in bytes. bitsandbytes knows no other.
+# Number of blocks with absmax values that are quantized together. bitsandbytes supports no other
+# number.
 _NESTED_BLOCK = 256
 
 
 @register_quantised
 class Bits4(Quantised):
-    """A `Linear4bit` of bitsandbytes: codes of 4 bits, blocks with a largest value each.
+    """A `Linear4bit` of bitsandbytes: 4-bit codes, in blocks with one absmax each.
 
-    In evaluation on a CPU bitsandbytes repacks the codes for its product, and rounds the blocks'
-    values to bf16. `write` makes the usual layout again; the next forward repacks that.
+    In evaluation on a CPU, bitsandbytes repacks the codes for its product, and rounds the blocks'
+    absmax values to bf16. `write` restores the usual layout, and the next forward pass repacks it.
     """
 
     backend = "bnb 4bit"
@@ -54,7 +55,7 @@ class Bits4(Quantised):
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of the weight before it was quantised; of a repacked one that of its product."""
+        """The dtype of the weight before quantization, or fp32 if the codes are repacked."""
         found: torch.dtype = self.weight.quant_state.dtype
         return torch.float32 if self._is_repacked() else found
 
@@ -75,17 +76,22 @@ class Bits4(Quantised):
 
     def watched(self) -> Sequence[torch.Tensor]:
         state = self.weight.quant_state
-        inner = getattr(state, "state2", None)  # not once it is repacked
+        inner = getattr(state, "state2", None)  # Repacked weights have none.
         nested = [] if inner is None else [inner.absmax, inner.code, state.offset]
         return [self.weight, state.absmax, state.code, *nested]
 
     def settings(self) -> Hashable:
         base, state = self.base, self.weight.quant_state
-        # By a weak reference: another object may get the `id` of one that is gone.
+        # A weak reference, because another object may get the `id` of a deleted one.
         return weakref.ref(state), state.quant_type, base.compute_dtype, base.compute_type_is_set
 
     def read(self, dtype: torch.dtype) -> tuple[Coded, tuple[torch.Tensor, ...]]:
-        """As `Quantised`; values are ``table[code] * largest``, in blocks along K."""
+        """Return the codes as `Quantised.read` does.
+
+        A value is ``table[code] * absmax``, with the absmax of its block.
+
+        Blocks run along K.
+        """
         weight, state, (n, k) = self.weight, self.weight.quant_state, self.shape
         library, block = self.library(), state.blocksize
         if not self.base.compute_type_is_set:
@@ -100,11 +106,11 @@ class Bits4(Quantised):
             )
         if not isinstance(block, int) or block <= 0 or block & (block - 1) or k % block:
             raise NotCoded(f"blocks of {block} weights do not divide its {k} in_features")
-        if block < 16:  # kernels load words of 8 codes
+        if block < 16:  # Kernels load words of 8 codes.
             raise NotCoded(f"its blocks are of {block} weights, and kernels read 16 at least")
         if not weight.data.is_contiguous():
             raise NotCoded(f"{library}: its codes have gaps")
-        # Detached, unlike `.data`: writes to the parameter are counted here too.
+        # detach(), unlike `.data`, also counts writes to the parameter.
         codes, count = weight.detach().view(torch.uint8).view(-1), n * k // block
         own = functools.partial(check_part, like=codes, library=library)
         own("weight", codes, dtypes=torch.uint8, count=n * k // 2)
@@ -147,7 +153,7 @@ class Bits4(Quantised):
         return f"{state.quant_type}{' nested' if state.nested else ''}"
 
     def maker(self, dtype: torch.dtype) -> Callable[[], torch.Tensor]:
-        """As `Quantised`; of the codes that are there now, whatever replaces them."""
+        """Return a function that makes the matrix from the codes that are current now."""
         if self._is_repacked():
             return super().maker(dtype)
         library, state = _bitsandbytes(), copy.copy(self.weight.quant_state)
@@ -155,7 +161,7 @@ class Bits4(Quantised):
         return lambda: library.dequantize_4bit(codes, state)
 
     def bias_in(self, dtype: torch.dtype) -> torch.Tensor | None:
-        """As `Quantised`; bitsandbytes changes the dtype of the bias for good."""
+        """Return the bias in ``dtype``; as in bitsandbytes, this converts the module's bias."""
         bias: torch.Tensor | None = self.base.bias
         if bias is not None and bias.dtype is not dtype:
             with torch.inference_mode(False):
@@ -170,11 +176,11 @@ class Bits4(Quantised):
         return found
 
     def _blocks(self, count: int = PIECES) -> int:
-        """Returns how many blocks each of so many pieces has."""
+        """Return the number of blocks in each of ``count`` pieces."""
         return -(-(self.shape[0] * self.shape[1]) // (count * self._block))
 
     def pieces(self, count: int = PIECES) -> Iterator[torch.Tensor]:
-        """As `Quantised`; repacked ones are one piece."""
+        """Yield pieces as `Quantised.pieces` does; a repacked weight is one piece."""
         if self._is_repacked():
             yield from super().pieces()
             return
@@ -186,10 +192,10 @@ class Bits4(Quantised):
             yield self._dequantised(part, own, min(size, elements - index * size))
 
     def rows(self) -> Iterator[torch.Tensor]:
-        """As `Quantised`; whole where a block reaches into the next row.
+        """Yield rows as `Quantised.rows` does, or the whole weight if blocks cross rows.
 
-        There bitsandbytes 0.50 computes with other values on a CPU than it stored, and a norm is to
-        be that of what it computes with.
+        In that case bitsandbytes 0.50 computes on a CPU with other values than it stored, and a
+        norm must match the values that it computes with.
         """
         if self.shape[1] % self._block:
             yield self.dense()
@@ -197,14 +203,14 @@ class Bits4(Quantised):
             yield from super().rows()
 
     def _largest(self) -> torch.Tensor:
-        """Returns the largest value of each block, in fp32."""
+        """Return the absmax of each block, in fp32."""
         state, absmax = self.weight.quant_state, self.weight.quant_state.absmax
         if state.nested:
             absmax = _bitsandbytes().dequantize_blockwise(absmax, state.state2).add_(state.offset)
         return absmax.float()
 
     def _dequantised(self, codes: torch.Tensor, largest: torch.Tensor, count: int) -> torch.Tensor:
-        """Returns some whole blocks as bitsandbytes does, in fp32."""
+        """Dequantize some whole blocks with bitsandbytes, in fp32."""
         state = self.weight.quant_state
         piece = type(state)(
             absmax=largest,
@@ -232,13 +238,13 @@ class Bits4(Quantised):
         new = parts[0][1]
         new.absmax = torch.cat([part.absmax for _, part in parts])
         if state.original_nested if packed else state.nested:
-            # As the library nests them: without their mean, in 8 bits.
+            # As bitsandbytes nests them: without their mean, in 8 bits.
             new.offset, new.nested = new.absmax.mean(), True
             new.absmax, new.state2 = library.quantize_blockwise(
                 new.absmax - new.offset, blocksize=256
             )
         new.shape = dense.shape
-        new.dtype = state.original_dtype if packed else state.dtype  # that of the product
+        new.dtype = state.original_dtype if packed else state.dtype  # The dtype of the product.
         self.restore((torch.cat([codes for codes, _ in parts]), new))
 
     def keep(self) -> object:
@@ -248,21 +254,21 @@ class Bits4(Quantised):
         both: Any = kept
         data, state = both
         self.weight.data = data.to(self.weight.device)
-        # In place: the module has a reference to the very object.
+        # In place, because the module refers to this very object.
         own = self.weight.quant_state.__dict__
         own.clear()
         own.update(_cloned(state).__dict__)
         self.weight.quant_state.to(self.weight.device)
 
     def fingerprint(self) -> Fingerprint:
-        """How often each code occurs, which repacking leaves as it is."""
+        """Return how often each code occurs, which repacking does not change."""
         counts = self.weight.data.view(torch.uint8).flatten().bincount(minlength=256).view(16, 16)
         return (counts.sum(0) + counts.sum(1),)
 
 
 @register_quantised
 class Bits8(Quantised):
-    """A `Linear8bitLt` of bitsandbytes: int8, and a largest value for each row."""
+    """A `Linear8bitLt` of bitsandbytes: int8 codes, with one absmax per row."""
 
     backend = "bnb 8bit"
     peft_layer = ("peft.tuners.lora.bnb", "Linear8bitLt")
@@ -271,7 +277,7 @@ class Bits8(Quantised):
 
     def __init__(self, base: object) -> None:
         super().__init__(base)
-        # They move from the parameter to the module's state with the first forward.
+        # The first forward pass moves the scales from the parameter to the module's state.
         moved = self.base.state.SCB
         self.scales = self.weight.SCB if moved is None else moved
         if self.weight.dtype != torch.int8 or self.scales is None:
@@ -283,14 +289,14 @@ class Bits8(Quantised):
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of what bitsandbytes dequantises to."""
+        """The dtype to which bitsandbytes dequantizes."""
         return torch.float32
 
     def parts(self) -> list[torch.Tensor]:
         return [self.weight, self.scales]
 
     def read(self, dtype: torch.dtype) -> tuple[Coded, tuple[torch.Tensor, ...]]:
-        """As `Quantised`: nothing stands for its module, whose product is not that of a matrix."""
+        """Raise `NotCoded`: the module's product rounds x too, so no matrix can replace it."""
         threshold = getattr(self.base.state, "threshold", 0.0)
         apart = f", but for columns with values above {threshold}" if threshold else ""
         raise NotCoded(
@@ -308,7 +314,10 @@ class Bits8(Quantised):
             yield dequantise(codes[rows], scales[rows]).view(-1).float()
 
     def write(self, dense: torch.Tensor) -> None:
-        """As `Stored`; from fp16, which is all that bitsandbytes takes."""
+        """Replace the weight as `Stored.write` does, from fp16.
+
+        bitsandbytes accepts no other dtype here.
+        """
         quantise = _bitsandbytes().int8_vectorwise_quant
         made = [quantise(dense[rows].to(torch.float16))[:2] for rows in self.row_slices()]
         self.restore([torch.cat(values) for values in zip(*made, strict=True)])
@@ -325,7 +334,7 @@ def _bitsandbytes() -> Any:
 
 
 def _cloned(state: object) -> Any:
-    """Returns a copy of a quant state, and of those inside it, with tensors of its own."""
+    """Return a copy of a quant state and its nested states, with cloned tensors."""
     made: Any = copy.copy(state)
     for name, value in vars(state).items():
         if isinstance(value, torch.Tensor):
@@ -337,9 +346,9 @@ def _cloned(state: object) -> Any:
 
 @torch.no_grad()
 def _through(base: nn.Module, device: torch.device) -> torch.Tensor:
-    """Returns the weight that a layer computes with: what it makes of the unit vectors.
+    """Return the weight that a layer computes with, by applying the layer to unit vectors.
 
-    For 4-bit weights that an evaluation on a CPU has repacked, which cannot be dequantised.
+    This is for 4-bit weights that an evaluation on a CPU has repacked. They cannot be dequantized.
     """
     layer: Any = base
     columns = layer(torch.eye(layer.in_features, device=device))
@@ -347,7 +356,7 @@ def _through(base: nn.Module, device: torch.device) -> torch.Tensor:
 
 
 def _decoded(codes: torch.Tensor, parts: tuple[torch.Tensor, ...], block: int) -> torch.Tensor:
-    """Returns what kernels make of whole blocks of 4-bit codes, in fp32."""
+    """Return the values of whole blocks of 4-bit codes as kernels decode them, in fp32."""
     absmax, table, *nested = parts
     count = 2 * codes.numel() // block
     largest = absmax[:count]

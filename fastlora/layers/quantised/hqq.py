@@ -1,4 +1,4 @@
-"""Weights that HQQ has quantised: their modules are called, and their weight can be read."""
+"""Weights quantized by HQQ: their modules are called, and their weight can be read."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastlora.validation import UnsupportedLayerError
 
 @register_quantised
 class Hqq(Quantised):
-    """An `HQQLinear`: codes with a zero and a scale for each group, which may be packed."""
+    """An `HQQLinear`: codes, maybe packed, with a zero point and a scale for each group."""
 
     peft_layer = ("peft.tuners.lora.hqq", "HqqLoraLinear")
 
@@ -27,7 +27,7 @@ class Hqq(Quantised):
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of HQQ's product."""
+        """The dtype of HQQ's product."""
         found: torch.dtype = self.base.compute_dtype
         return found
 
@@ -40,7 +40,7 @@ class Hqq(Quantised):
         return made
 
     def check_writable(self) -> None:
-        """Raises `UnsupportedLayerError`: a merge would need HQQ's solver, with its settings."""
+        """Raise `UnsupportedLayerError`: a merge would need HQQ's solver with its settings."""
         raise UnsupportedLayerError(
             f"cannot merge into {type(self.base).__name__}: HQQ quantises a weight by solving for "
             "it; dequantise the base model first"

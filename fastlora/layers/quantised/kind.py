@@ -1,7 +1,8 @@
-"""What a kind of quantised weight answers, and the kinds by name of their class.
+"""The interface of a kind of quantized weight, and the registry of kinds.
 
-A kind is one class, a `Quantised` under `register_quantised`: which modules it knows, their weight
-as a dense matrix, whole and some rows at a time, how a merge writes it, and what kernels read.
+A kind is a subclass of `Quantised` with the decorator `register_quantised`. It defines which
+modules it supports, their weight as a dense matrix, as a whole and some rows at a time, how a merge
+writes the weight, and what kernels read.
 """
 
 from __future__ import annotations
@@ -18,37 +19,41 @@ from fastlora.coded_weight import Coded, CodedWeight
 from fastlora.layers.stored import Fingerprint, Stored, sums_of_bits
 from fastlora.validation import UnsupportedLayerError
 
-# Into so many pieces a weight is cut: on a CPU libraries make several copies of what they quantise.
+# Number of pieces of a weight: on a CPU, libraries make several copies of what they quantize.
 PIECES = 16
-# Below twice so many elements a matrix is made whole for a norm: pieces cost a call each.
+# A weight with fewer than twice this number of elements is made as a whole for a norm, because each
+# piece costs a call.
 _WHOLE = 1 << 19
 _Kind = TypeVar("_Kind", bound="type[Quantised]")
 _kinds: list[type[Quantised]] = []
-# Classes of modules that return a tensor that they have just made, and keep no reference to it.
+# Module classes that return a new tensor and keep no reference to it.
 FRESH: set[str] = set()
 
 
-class NotCoded(Exception):  # noqa: N818  # it is a reason, and never leaves this folder
-    """Why kernels cannot read a weight; raised where `Quantised.read` reads it."""
+# The name has no suffix Error: it is a fallback reason, and does not leave this folder.
+class NotCoded(Exception):  # noqa: N818
+    """The reason why kernels cannot read a weight, raised by `Quantised.read`."""
 
 
 class Quantised(Stored):
-    """What the kinds have in common: `dense` makes a tensor.
+    """Base class of the kinds of quantized weights; `dense` makes a new tensor.
 
-    A weight that nothing can be merged into raises in `check_writable`, and the class says no more
-    of merging.
+    A kind that does not support merging raises in `check_writable`, and defines nothing else for
+    merging.
 
     Args:
         base: The module.
 
     Attributes:
-        modules: Names of the modules' classes, see `class_name`; a subclass may do anything.
-        fresh_output: Whether they return a tensor that they have just made, and keep none.
-        casts: Whether they take x in any dtype, compute in their own, and return x's.
-        peft_layer: Python module and class of PEFT's layer over them, if it has one.
-        weight: Its weight.
+        modules: Names of the supported module classes; see `class_name`. Subclasses of these
+            classes are not supported, because they may do anything.
+        fresh_output: Whether the modules return a new tensor and keep no reference to it.
+        casts: Whether the modules accept x in any dtype, compute in their own, and return x's
+            dtype.
+        peft_layer: Python module and class of PEFT's layer for these modules, or None.
+        weight: The module's weight.
         shape: N and K.
-        dtype: Of what `dense` makes.
+        dtype: Dtype of the result of `dense`.
     """
 
     in_place = False
@@ -65,50 +70,50 @@ class Quantised(Stored):
 
     @staticmethod
     def weight_of(module: object) -> Any:
-        """Returns what the module keeps its weight in."""
+        """Return the object in which the module stores its weight."""
         return getattr(module, "weight", None)
 
     @classmethod
     def matches(cls, module: object) -> bool:
-        """Returns whether a module's weight is of this kind."""
+        """Return whether a module's weight is of this kind."""
         raise TypeError(f"{cls.__name__} lacks `matches`")
 
     @property
     def dtype(self) -> torch.dtype:
-        """As above."""
+        """The dtype of the result of `dense`."""
         found: torch.dtype = self.weight.dtype
         return found
 
     # ------------------------------------------------------------------------ what kernels read
 
     def computes_in(self) -> torch.dtype | None:
-        """Returns the dtype that the module computes in; None for that of x."""
+        """Return the dtype that the module computes in, or None if it is that of x."""
         return self.dtype
 
     def is_there(self) -> bool:
-        """Returns whether the module still has the very weight that this was made for."""
+        """Return whether the module still has the very weight that this object was created for."""
         return self.weight_of(self.base) is self.weight
 
     def watched(self) -> Sequence[torch.Tensor]:
-        """Returns the tensors that the weight depends on: a cache of it ends when one changes."""
+        """Return the tensors that the weight depends on; a change to one invalidates its caches."""
         return self.parts()
 
     def settings(self) -> Hashable:
-        """Returns what else the weight depends on, to be compared by ``==``."""
+        """Return everything else that the weight depends on, to be compared by ``==``."""
         return None
 
     def read(self, dtype: torch.dtype) -> tuple[Coded, tuple[torch.Tensor, ...]]:
-        """Returns what kernels read in the place of a matrix in ``dtype``, and what it points to.
+        """Return what kernels read in place of a matrix in ``dtype``, and the tensors it points to.
 
-        What is read of a library's object is checked here: dtypes, sizes, values of tables.
+        The method checks what it reads of a library's object: dtypes, sizes, values of tables.
 
         Raises:
-            NotCoded: They cannot, and why.
+            NotCoded: Kernels cannot read the weight. The message gives the reason.
         """
         raise NotCoded(f"its base layer is {type(self.base).__name__}, called as it is")
 
     def library(self) -> str:
-        """Returns name and version of the library that quantised the weight."""
+        """Return the name and version of the library that quantized the weight."""
         kind = type(self.base) if self.weight is None else type(self.weight)
         name = kind.__module__.partition(".")[0]
         try:
@@ -117,11 +122,11 @@ class Quantised(Stored):
             return name
 
     def lacks(self, error: AttributeError) -> str:
-        """Returns what is said of a library's object that lacks a field."""
+        """Return the fallback reason for a library's object that lacks a field."""
         return f"{self.library()}: {error}; its base layer is called as it is"
 
     def coded(self, dtype: torch.dtype) -> CodedWeight | str:
-        """Returns the weight for kernels, in ``dtype``, or why the module must be called."""
+        """Return the weight for kernels in ``dtype``, or why the module must be called."""
         if class_name(self.base) not in self.modules:
             return f"its base layer is {type(self.base).__name__}, called as it is"
         if self.codes().is_meta:
@@ -133,7 +138,8 @@ class Quantised(Stored):
             coded, keeps = self.read(dtype)
         except NotCoded as error:
             return str(error)
-        except AttributeError as error:  # another version of a library's
+        # The library has an unsupported version.
+        except AttributeError as error:
             return self.lacks(error)
         if coded.codes.data_ptr() % 4:
             return "the codes of its base weight begin within a word of 4 bytes"
@@ -141,46 +147,46 @@ class Quantised(Stored):
 
     @property
     def says(self) -> str:
-        """What the fusion report calls the weight."""
+        """The weight's name in the fusion report."""
         return self.backend or type(self).__name__
 
     def unread(self) -> CodedWeight:
-        """Returns the weight as a tensor without a matrix, which PyTorch computes with."""
+        """Return the weight as a tensor without a matrix, for PyTorch to compute with."""
         n, k = self.shape
         codes = self.codes()
         coded = Coded("", codes, torch.empty(0, dtype=torch.int64), n, k, k)
         return CodedWeight(coded, self.maker(self.dtype), self.dtype, (codes,))
 
     def parts(self) -> list[torch.Tensor]:
-        """Returns the tensors that the weight is stored in, the codes first."""
+        """Return the tensors that store the weight, with the codes first."""
         return [self.weight]
 
     def codes(self) -> torch.Tensor:
-        """Returns a tensor that lies where the weight does."""
+        """Return the codes, a tensor on the weight's device."""
         return self.parts()[0]
 
     def maker(self, dtype: torch.dtype) -> Callable[[], torch.Tensor]:
-        """Returns what makes the matrix ``[N, K]`` that the weight is now, in ``dtype``."""
+        """Return a function that makes the current weight as a matrix ``[N, K]`` in ``dtype``."""
         return lambda: self.dense().to(dtype)
 
     def bias_in(self, dtype: torch.dtype) -> torch.Tensor | None:
-        """Returns the module's bias, for a product in ``dtype``; changes what the module would."""
+        """Return the bias for a product in ``dtype``, with the module's own side effects on it."""
         bias: torch.Tensor | None = self.base.bias
         return bias
 
     # ------------------------------------------------------------------------------- in pieces
 
     def row_slices(self, count: int = PIECES) -> list[slice]:
-        """Returns the rows of each of so many pieces."""
+        """Return the rows of each of about ``count`` pieces."""
         step = -(-self.shape[0] // count)
         return [slice(start, start + step) for start in range(0, self.shape[0], step)]
 
     def pieces(self, count: int = PIECES) -> Iterator[torch.Tensor]:
-        """Yields the elements of the weight in fp32, about so many pieces of rows or blocks."""
+        """Yield the weight's elements in fp32, in about ``count`` pieces of rows or blocks."""
         yield self.dense().reshape(-1).float()
 
     def rows(self) -> Iterator[torch.Tensor]:
-        """Yields the matrix in `dtype`, some rows ``[n, K]`` at a time."""
+        """Yield the matrix in `dtype`, some rows ``[n, K]`` at a time."""
         (n, k), rest = self.shape, None
         count = min(PIECES, n * k // _WHOLE)
         if count < 2:
@@ -194,7 +200,7 @@ class Quantised(Stored):
             rest = flat[whole:] if whole < flat.numel() else None
 
     def wide(self) -> torch.Tensor:
-        """As `Stored`; no other copy is made on the way."""
+        """Return a new fp32 matrix as `Stored.wide` does, without another full copy."""
         made = torch.empty(self.shape, dtype=torch.float32, device=self.weight.device)
         flat, start = made.view(-1), 0
         for piece in self.pieces():
@@ -224,7 +230,7 @@ class Quantised(Stored):
         return tuple(total for part in self.parts() for total in sums_of_bits(part))
 
     def moved(self, kept: object, fn: Callable[[torch.Tensor], torch.Tensor]) -> object:
-        """As it is: ``fn`` may change the dtype, and `restore` moves to the device."""
+        """Return ``kept``: ``fn`` may change the dtype, and `restore` moves it to the device."""
         return kept
 
     def dense_of(self, kept: object) -> torch.Tensor:
@@ -237,7 +243,7 @@ class Quantised(Stored):
 
 
 def register_quantised(kind: _Kind) -> _Kind:
-    """Makes a kind known; decorates its class. Later ones are asked first."""
+    """Class decorator that registers a kind; kinds registered later are tried first."""
     _kinds.insert(0, kind)
     if kind.fresh_output:
         FRESH.update(kind.modules)
@@ -245,21 +251,21 @@ def register_quantised(kind: _Kind) -> _Kind:
 
 
 def peft_layers() -> list[tuple[str, str]]:
-    """Returns Python module and class of PEFT's layers over weights of a known kind."""
+    """Return the Python module and class of PEFT's layers over weights of the registered kinds."""
     return [kind.peft_layer for kind in _kinds if kind.peft_layer is not None]
 
 
 def class_name(module: object) -> str:
-    """Returns the name of a module's class, with its Python module."""
+    """Return the name of a module's class, with its Python module."""
     kind = type(module)
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def quantised(module: object) -> Quantised | None:
-    """Returns how a module's weight is quantised, or None where no kind knows it.
+    """Return the quantization of a module's weight, or None if no kind supports it.
 
     Raises:
-        UnsupportedLayerError: The library has not quantised the weight yet.
+        UnsupportedLayerError: The library has not quantized the weight yet.
     """
     for kind in _kinds:
         if kind.matches(module):
@@ -275,12 +281,20 @@ def check_part(
     count: int,
     library: str,
 ) -> torch.Tensor:
-    """Returns a part of a library's weight, a field's, which is as kernels read it.
+    """Check a part of a library's weight and return it.
 
-    Of one of these dtypes, with so many elements side by side, where ``like`` lies.
+    Kernels require one of these dtypes, ``count`` contiguous elements, and the device of ``like``.
+
+    Args:
+        name: The field's name, for the message.
+        part: The field's value.
+        like: A tensor on the required device.
+        dtypes: The accepted dtype or dtypes.
+        count: The required number of elements.
+        library: The library's name and version, for the message.
 
     Raises:
-        NotCoded: It is not.
+        NotCoded: The part does not meet the requirements.
     """
     wanted = (dtypes,) if isinstance(dtypes, torch.dtype) else dtypes
     if not isinstance(part, torch.Tensor) or part.dtype not in wanted:
@@ -298,16 +312,16 @@ def check_part(
 
 
 def addresses_of(*parts: torch.Tensor) -> torch.Tensor:
-    """Returns int64 ``[len(parts)]``, on their device: where parts lie, as loaders take them."""
+    """Return the addresses of parts for loaders, int64 ``[len(parts)]``, on the parts' device."""
     found = torch.tensor([part.data_ptr() for part in parts], dtype=torch.int64)
     return found.to(parts[0].device)
 
 
 def check_decoding(decoded: torch.Tensor, rows: torch.Tensor, library: str, what: str) -> None:
-    """Compares what codes mean to kernels with what a library makes of them, both in fp32.
+    """Compare codes as kernels decode them with the library's own dequantization, both in fp32.
 
     Raises:
-        NotCoded: They differ: the library has moved something.
+        NotCoded: They differ, because the library has changed its format.
     """
     scale = rows.abs().max().clamp(min=torch.finfo(torch.float32).tiny)
     error = float(((decoded - rows).abs().max() / scale).nan_to_num(math.inf))
@@ -319,7 +333,7 @@ def check_decoding(decoded: torch.Tensor, rows: torch.Tensor, library: str, what
 
 
 def not_quantised_yet(base: nn.Module) -> UnsupportedLayerError:
-    """Returns the error for a layer of bitsandbytes whose weight is as it was made."""
+    """Return the error for a bitsandbytes layer with a weight that is not quantized yet."""
     return UnsupportedLayerError(
         f"the weight of this {type(base).__name__} is not quantised yet: bitsandbytes does that "
         "when the model moves to its device, so call model.to(device) first"

@@ -1,12 +1,13 @@
-"""What bitsandbytes does to 4-bit weights in evaluation on a CPU with AVX512 bf16, and what we do.
+"""How bitsandbytes repacks 4-bit weights in evaluation on a CPU with AVX512 bf16, and the remedy.
 
-A forward there with an x that needs no gradient repacks the codes for a product of their own, and
-rounds the blocks' largest values to bf16. From then on the module gives x no gradient, and nothing
-raises. There is no way back: the values of before are gone (bitsandbytes 0.50).
+On these CPUs, a forward pass with an x that needs no gradient repacks the codes for a special
+product, and rounds the blocks' absmax values to bf16. From then on the module computes no gradient
+for x, and nothing raises. The change cannot be undone, because the old values are gone
+(bitsandbytes 0.50).
 
-So the 4-bit layers of a model whose adapters train are kept from it (`keep_layout`), and LoRA
-layers run that product over a repacked copy of the codes (`Repacked`), which they keep beside them
-while they evaluate: `fastlora.layers.coded_base`.
+For this reason, `keep_layout` prevents repacking in the 4-bit layers of a model with trained
+adapters. LoRA layers run the special product over a repacked copy of the codes instead
+(`Repacked`). They cache the copy while they evaluate; see `fastlora.layers.coded_base`.
 """
 
 from __future__ import annotations
@@ -23,25 +24,26 @@ from torch import nn
 
 from fastlora.layers.quantised.kind import class_name
 
-# Classes whose forward is known; a subclass may do anything.
+# Classes with a known forward; a subclass may do anything.
 MODULES = tuple(
     f"bitsandbytes.nn.modules.{name}" for name in ("Linear4bit", "LinearNF4", "LinearFP4")
 )
 _REPACKS = "support_avx512bf16_for_cpu"
-# Where `keep_layout` has cleared the former: what bitsandbytes would do by itself.
+# Set where `keep_layout` has cleared the flag above: bitsandbytes would repack by default.
 _KEPT = "_fastlora_keeps_layout"
-# Above so many rows dequantising the weight and multiplying is faster in bf16: the product over
-# repacked codes takes 0.83 to 0.95 of that at 64 rows, 1.00 to 1.18 at 128; in fp32 0.42 to 0.67
-# and 0.54 to 0.69 (N and K from 192 to 4096, one Zen 4 core).
+# With more rows than this, it is faster in bf16 to dequantize the weight and multiply. The product
+# over repacked codes takes 0.83 to 0.95 times as long at 64 rows, and 1.00 to 1.18 times at 128. In
+# fp32 it takes 0.42 to 0.67 times as long at 64 rows, and 0.54 to 0.69 times at 128 (N and K from
+# 192 to 4096, one Zen 4 core).
 _FEW_BF16_ROWS = 64
-_TILE = 32  # rows of a weight that bitsandbytes packs together
-_BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # elements that its product takes
+_TILE = 32  # Rows of a weight that bitsandbytes packs together.
+_BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # Block sizes that its product supports.
 
 
 def keep_layout(model: nn.Module) -> None:
-    """Keeps bitsandbytes from repacking a model in which adapters train.
+    """Prevent bitsandbytes from repacking a model in which adapters train.
 
-    All of its 4-bit layers, since gradients go through those without adapters too.
+    This includes all 4-bit layers, because gradients also pass through those without adapters.
     """
     repacked = False
     for module in model.modules():
@@ -57,12 +59,12 @@ def keep_layout(model: nn.Module) -> None:
 
 
 def keeps_layout(module: nn.Module) -> bool:
-    """Returns whether bitsandbytes would repack a module in evaluation, and is kept from it."""
+    """Return whether `keep_layout` prevents bitsandbytes from repacking a module."""
     return _KEPT in module.__dict__
 
 
 def warn_of_repacked(layer: object, base: nn.Module, x: torch.Tensor) -> None:
-    """Warns where a forward that is to have gradients gets none through its base layer."""
+    """Warn if a forward pass with gradients gets none through its repacked base layer."""
     if not (torch.is_grad_enabled() and x.is_cpu and is_repacked(base)):
         return
     own: Any = layer
@@ -71,18 +73,18 @@ def warn_of_repacked(layer: object, base: nn.Module, x: torch.Tensor) -> None:
 
 
 def is_repacked(base: nn.Module) -> bool:
-    """Returns whether a module's codes were repacked."""
+    """Return whether a module's codes have been repacked."""
     state = getattr(base._parameters.get("weight"), "quant_state", None)
     return bool(getattr(state, "packing_format_for_cpu", False))
 
 
 class Repacked:
-    """bitsandbytes' product in evaluation over a copy of a module's codes; the module stays as is.
+    """bitsandbytes' evaluation product over a copy of a module's codes; the module is not changed.
 
-    The copy is made when the first product is: 4 bits a weight, and a bf16 value for each block.
+    The first product makes the copy. It takes 4 bits per weight, and a bf16 value per block.
 
     Args:
-        base: A `Linear4bit` that `keep_layout` has kept as it was quantised.
+        base: A `Linear4bit` that `keep_layout` has kept from being repacked.
     """
 
     def __init__(self, base: nn.Module) -> None:
@@ -92,13 +94,13 @@ class Repacked:
         self._copied: tuple[Any, ...] | None = None
 
     def takes(self, x: torch.Tensor) -> bool:
-        """Returns whether x is one that this is faster for than a call of the module."""
+        """Return whether this product supports x, and is faster than a call of the module."""
         return x.is_cpu and x.shape[-1] == self._k and 0 < x.numel() <= self._few * self._k
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """Returns ``[..., N]`` for ``x [..., K]``, as the module would in evaluation: no gradient.
+        """Compute ``[..., N]`` for ``x [..., K]``, as the module would in evaluation.
 
-        A tensor of its own; in x's dtype.
+        The result is a new tensor in x's dtype, without a gradient.
         """
         copied, bias, dtype = self._copied or self._copy(), self._module.bias, self._dtype
         inner = x if dtype is None or x.dtype is dtype else x.to(dtype)
@@ -110,27 +112,27 @@ class Repacked:
     def _copy(self) -> tuple[Any, ...]:
         weight = self._module.weight
         with torch.inference_mode(False), torch.no_grad():
-            state = copy.copy(weight.quant_state)  # fields are replaced there, and not written to
+            state = copy.copy(weight.quant_state)  # Fields are replaced, not written to.
             codes, state = _library()._convert_weight_packed_for_cpu(weight.data, state)
         self._copied = codes, list(state.shape), state.absmax, state.code, state.blocksize
         return self._copied
 
 
 def _few_rows(base: nn.Module) -> int:
-    """Returns up to how many rows the product over repacked codes is faster; 0 for never."""
+    """Return the largest number of rows for which the repacked product is faster; 0 for never."""
     module: Any = base
     weight = module.weight
     state = getattr(weight, "quant_state", None)
     if state is None or not module.compute_type_is_set or is_repacked(module):
         return 0
     if weight.is_inference():
-        return 0  # nobody counts its writes
+        return 0  # Its writes are not counted.
     n, k = state.shape
     fits = (n, k) == (module.out_features, module.in_features) and state.absmax.is_cpu
     if not fits or n % _TILE or k % state.blocksize or state.blocksize not in _BLOCKS:
-        return 0  # bitsandbytes would raise
+        return 0  # bitsandbytes would raise.
     library = _library()
-    # A pickled module may have come from another CPU.
+    # A pickled module may come from another CPU.
     if not (library.has_avx512bf16() and hasattr(library, "_convert_weight_packed_for_cpu")):
         return 0
     return _FEW_BF16_ROWS if module.compute_dtype is torch.bfloat16 else sys.maxsize

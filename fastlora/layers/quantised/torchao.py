@@ -1,4 +1,4 @@
-"""Weights that torchao has quantised: int8 and float8 by rows, groups or all, int4 and others."""
+"""Weights quantized by torchao: int8 and float8 (by row, group, or tensor), int4, and others."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fastlora.layers.quantised.kind import (
 )
 from fastlora.validation import UnsupportedLayerError
 
-# The loader of each dtype that weights are stored in.
+# The kernel loader for each dtype in which weights are stored.
 _LOADERS = {
     torch.int8: "int8",
     torch.float8_e4m3fn: "float8_e4m3",
@@ -31,7 +31,7 @@ _LOADERS = {
 
 @register_quantised
 class TorchAO(Quantised):
-    """A weight of torchao's: int8 or float8 with scales by row, by group or one for all."""
+    """A torchao weight: int8 or float8, with a scale per row, per group, or per tensor."""
 
     backend = "torchao"
     peft_layer = ("peft.tuners.lora.torchao", "TorchaoLoraLinear")
@@ -43,7 +43,10 @@ class TorchAO(Quantised):
         return type(getattr(module, "weight", None)).__module__.startswith("torchao.")
 
     def read(self, dtype: torch.dtype) -> tuple[Coded, tuple[torch.Tensor, ...]]:
-        """As `Quantised`; values are ``code * scale`` of each row, or of the weight."""
+        """Return the codes as `Quantised.read` does; a value is ``code * scale`` of its row.
+
+        A single scale for the weight is expanded to all rows.
+        """
         weight, (n, k), name = self.weight, self.shape, type(self.weight).__name__
         if name not in _TORCHAO:
             raise NotCoded(f"its base weight is a {name} of torchao, which no kernel here reads")
@@ -82,7 +85,7 @@ class TorchAO(Quantised):
         return f"torchao {self.weight.qdata.dtype}".replace("torch.", "")
 
     def maker(self, dtype: torch.dtype) -> Callable[[], torch.Tensor]:
-        """As `Quantised`; rounded once."""
+        """Return the function that makes the matrix in ``dtype``, rounded once."""
         weight = self.weight
         return lambda: weight.dequantize(dtype)
 
@@ -93,7 +96,7 @@ class TorchAO(Quantised):
         return self.weight.dequantize()
 
     def pieces(self, count: int = PIECES) -> Iterator[torch.Tensor]:
-        """As `Quantised`; of a kind that may have no slices in one."""
+        """Yield pieces as `Quantised.pieces` does; unknown torchao classes are one piece."""
         if type(self.weight).__name__ not in _TORCHAO:
             yield from super().pieces()
             return
@@ -101,7 +104,7 @@ class TorchAO(Quantised):
             yield self.weight[rows].dequantize(torch.float32).reshape(-1)
 
     def check_writable(self) -> None:
-        """Raises `UnsupportedLayerError` for a kind that is not known how to be made again."""
+        """Raise `UnsupportedLayerError` for torchao classes that cannot be quantized again here."""
         if type(self.weight).__name__ not in _TORCHAO:
             raise UnsupportedLayerError(
                 f"cannot merge into a {type(self.weight).__name__} of torchao; expected one of "
@@ -112,7 +115,7 @@ class TorchAO(Quantised):
         self.check_writable()
         make, granularity = _TORCHAO[type(self.weight).__name__], _granularity(self.weight, dense)
         by_row = int(self.weight.block_size[0]) == 1
-        # All of it before the first is written: a failure half way changes nothing.
+        # Quantize everything before writing anything, so that a failure changes nothing.
         made = [
             (rows, _tensors(make(self.weight, dense[rows], granularity)))
             for rows in (self.row_slices() if by_row else [slice(None)])
@@ -123,7 +126,7 @@ class TorchAO(Quantised):
 
 
 class _TorchaoWeight(Protocol):
-    """What is read of a weight of torchao's, beside its methods as a tensor."""
+    """The attributes that are read of a torchao weight, besides its tensor methods."""
 
     tensor_data_names: Sequence[str]
     block_size: Sequence[int]
@@ -139,7 +142,7 @@ class _TorchaoWeight(Protocol):
 
 
 def _tensors(weight: _TorchaoWeight | torch.Tensor) -> list[torch.Tensor]:
-    """Returns what a weight of torchao's is stored in."""
+    """Return the tensors that store a torchao weight."""
     own: Any = weight
     optional = getattr(own, "optional_tensor_data_names", None) or ()
     found = [getattr(own, name) for name in (*own.tensor_data_names, *optional)]
@@ -176,7 +179,7 @@ def _made_float8(weight: _TorchaoWeight, dense: torch.Tensor, granularity: objec
 
 
 def _granularity(weight: _TorchaoWeight, dense: torch.Tensor) -> Any:
-    """Returns torchao's word for a weight's blocks: rows, all of it, or groups of columns."""
+    """Return torchao's granularity of a weight's blocks: row, tensor, or group of columns."""
     library = importlib.import_module("torchao.quantization")
     block = [int(size) for size in weight.block_size]
     if block == [1, dense.shape[1]]:
