@@ -281,8 +281,9 @@ def test_modules_to_save_that_do_not_exist() -> None:
     with pytest.raises(TargetNotFoundError, match="haed.*close names: .*head"):
         find_modules_to_save(Tower(), LoraConfig(target_modules=["up"], modules_to_save=["haed"]))
     config = LoraConfig(target_modules=["up"], modules_to_save=["head", "nowhere"])
-    with pytest.warns(UserWarning, match="nowhere"):
+    with pytest.warns(UserWarning, match="nowhere") as caught:
         assert find_modules_to_save(Tower(), config)[-2:] == ["my_head", "head"]
+    assert caught[0].filename == __file__
 
 
 def test_mamba_modules_that_are_never_called() -> None:

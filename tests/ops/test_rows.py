@@ -128,6 +128,7 @@ def test_compilers_know_all_sizes() -> None:
 def test_pieces_are_made_when_they_are_asked_for_and_kept() -> None:
     ids = torch.tensor([1, 0, 1])
     rows = sort_rows(ids, 12, 2)
+    assert not rows._pieces
     first = rows.pieces(4)
     assert rows.pieces(4) is first
     assert not torch.equal(rows.pieces(2), first)
