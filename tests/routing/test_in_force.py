@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from fastlora import adapters
-from fastlora.routing import in_force
+from fastlora.ops.rows import INVALID_SLOT, NO_SLOT
+from fastlora.routing import block, in_force
 from fastlora.routing.kept import BlockKept
 from fastlora.routing.routing import Group, number_layers
 from fastlora.validation import AdapterNotFoundError, AdapterStateError
@@ -65,16 +66,31 @@ def test_samples_without_tokens_have_ids_to_generate() -> None:
 
 
 def test_a_later_block_is_told_of_an_id_out_of_range() -> None:
-    model = _model()
+    """The message has the first 20 names of any number."""
+    model, names = _model(), tuple(f"n{slot:02}" for slot in range(25))
     with adapters(model, ["a", "b"]):
         (routing,) = in_force.open_routings()
         for ids, invalid in (([0, 1], False), ([0, -2], True)):
-            routing = dataclasses.replace(routing, ids=torch.tensor(ids), kept=BlockKept())
+            routing = dataclasses.replace(
+                routing, names=names, ids=torch.tensor(ids), kept=BlockKept()
+            )
             routing.rows(4, torch.device("cpu"))
             routing.check_ids()
-            wrong = pytest.raises(AdapterNotFoundError, match="in an earlier block")
+            wrong = pytest.raises(AdapterNotFoundError, match=r"in an earlier block.*'n19'\]")
             with wrong if invalid else nullcontext():
                 routing.group.unchecked.check()
+
+
+def test_slots_that_nobody_checks_and_that_do_not_exist_are_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As of ids that a captured graph reads."""
+    monkeypatch.setattr(block, "is_captured", lambda ids: True)
+    with adapters(_model(), torch.tensor([1, 7, -1, -5], dtype=torch.int32)):
+        (routing,) = in_force.open_routings()
+    rows = routing.rows(4, torch.device("cpu"))
+    assert routing.ids.tolist() == [1, INVALID_SLOT, NO_SLOT, INVALID_SLOT]
+    assert rows.present == (1,) and rows.invalid.item()
 
 
 def test_no_block_begins_over_merged_weights() -> None:

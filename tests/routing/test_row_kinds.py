@@ -218,6 +218,13 @@ def test_a_product_has_the_rows_of_one_argument(operator: Any) -> None:
         assert (facts.kind is Kind.CHOSEN) == (chosen == ROWS_FROM[operator])
 
 
+def test_an_operator_of_operators_keeps_what_chose_its_rows() -> None:
+    known, rows = RowFacts(2), torch.randn(2, D)
+    known.put(rows, Facts(Kind.CHOSEN))
+    facts = facts_of_result(known, torch.ops.higher_order.cond, (rows,), {}, torch.empty(2, D))
+    assert facts is not None and facts.kind is Kind.CHOSEN
+
+
 def test_weights_of_a_choice_choose_rows_of_the_whole_batch_alone() -> None:
     for shape, kind in (((3, 8), Kind.CHOSEN), ((1, 3, 8), Kind.CHOSEN), ((2, 3, 4), Kind.ROWS)):
         known = RowFacts(2)
