@@ -16,7 +16,11 @@ from fastlora.ops.rows import INVALID_SLOT, NO_SLOT
 from fastlora.routing import block, in_force
 from fastlora.routing.kept import BlockKept
 from fastlora.routing.routing import Group, number_layers
-from fastlora.validation import AdapterNotFoundError, AdapterStateError
+from fastlora.validation import (
+    AdapterNotFoundError,
+    AdapterStateError,
+    UnsupportedLayerError,
+)
 from tests.support.row_checks import D, ours
 
 
@@ -91,6 +95,30 @@ def test_slots_that_nobody_checks_and_that_do_not_exist_are_none(
     rows = routing.rows(4, torch.device("cpu"))
     assert routing.ids.tolist() == [1, INVALID_SLOT, NO_SLOT, INVALID_SLOT]
     assert rows.present == (1,) and rows.invalid.item()
+
+
+@pytest.mark.parametrize(
+    ("ids", "sees_part", "compiling", "refused"),
+    [
+        (["a", "b"], False, False, False),
+        (["a", "b"], False, True, False),
+        (["a", "b"], True, False, True),
+        (["a"], True, False, False),
+        (["a"], True, True, True),
+    ],
+)
+def test_an_expert_is_refused_where_rows_are_not_followed(
+    ids: list[str], sees_part: bool, compiling: bool, refused: bool
+) -> None:
+    model = _model()
+    layer = model.base_model.model[0]
+    layer.sees_part = sees_part
+    with adapters(model, ids):
+        (routing,) = in_force.open_routings()
+    routing.kept.followed = None
+    wrong = pytest.raises(UnsupportedLayerError, match="layer '0' looks like an expert")
+    with wrong if refused else nullcontext():
+        routing.check_rows(layer, torch.ones(2, D), compiling)
 
 
 def test_no_block_begins_over_merged_weights() -> None:
