@@ -1,14 +1,22 @@
 """``s = dropout(x) @ lora_a.T``: x ``[M, K]``, lora_a ``[R, K]``, s ``[M, R]``.
 
-Siblings, up to four modules that are fed by the same x, have their rank rows side by side: R is the
-sum of their ranks, and one read of x makes the columns of all.
-
-Split along K when the rows alone do not fill the chip: each split writes an fp32 plane ``[M, R]``
-of ``[splits, M, R]``, summed in a fixed order by what reads s next: `lora_linear`, `lora_expand`,
-or `plane_sums`.
+One adapter: siblings, up to four modules that are fed by the same x, have their rank rows side by
+side: R is the sum of their ranks, and one read of x makes the columns of all. Split along K when
+the rows alone do not fill the chip: each split writes an fp32 plane ``[M, R]`` of ``[splits, M,
+R]``, summed in a fixed order by what reads s next: `lora_linear`, `lora_expand`, or `plane_sums`.
 
 Bytes moved, e an element: ``e (M K + R K + M R)``, x read once per ``BLOCK_R`` rank rows; with
 planes ``8 splits M R`` in place of ``e M R``.
+
+Mixed batch: each row has its own adapter. x is in any order of rows, and lora_a ``[rank, K]`` of
+each adapter and module lies behind tables ``[G, S]``. s are fp32 planes ``[splits, G, M, R]`` over
+sorted positions, one a split of K, which `mixed_lora_linear` and `mixed_lora_expand` sum in their
+order. A row of s is written up to its adapter's rank, in fours; rows without an adapter are not
+written. Dropout, which every module has for itself, takes a launch for each.
+
+Bytes moved, e and f an element of x and of the factors: ``e M' K``, M' the rows with an adapter,
+once for each BLOCK_R columns; ``f K`` a rank row of every adapter present, read once a piece; and
+``4 splits`` an element of s.
 """
 
 from __future__ import annotations
@@ -22,8 +30,74 @@ import triton.language as tl
 
 from fastlora.kernels.arguments import dropout_of, numbered, strides
 from fastlora.kernels.launch import kept, launch
+from fastlora.kernels.mixed_rows import (
+    S_COLUMNS,
+    TABLES,
+    DropoutTables,
+    RankRows,
+    factor_pointer,
+    load_piece,
+    round_up,
+    row_arguments,
+    sibling_columns,
+    triton_dtype,
+)
 from fastlora.kernels.philox import philox_keep_mask
 from fastlora.kernels.tables import MAX_SIBLINGS, KernelConfig, cdiv
+
+
+@triton.jit
+def _shrink_tile(
+    x_ptr,
+    offs_x,
+    rank_rows,
+    mask_m,
+    mask_r,
+    span,
+    strides,
+    drop,
+    BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):
+    """Returns ``dropout(x) @ lora_a.T`` over a range of K, fp32 ``[BLOCK_M, BLOCK_R]``.
+
+    ``x_ptr`` plus ``offs_x [BLOCK_M, BLOCK_K]`` and ``rank_rows [BLOCK_R]`` point at the range's
+    first columns. ``span`` is the range and K. ``drop`` is the seed, the number of the tile's first
+    row in the mask, the threshold, and 1 / (1 - p).
+    """
+    first_k, last_k, K = span
+    stride_xk, stride_ak = strides
+    seed, first_row, threshold, inv_keep = drop
+    offs_k = tl.arange(0, BLOCK_K)
+    offs_a = offs_k[:, None] * stride_ak
+    acc = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
+    for k in range(first_k, last_k, BLOCK_K):
+        mask_x = mask_m[:, None]
+        mask_a = mask_r[None, :]
+        if not EVEN_K:
+            mask_k = offs_k < K - k
+            mask_x = mask_x & mask_k[None, :]
+            mask_a = mask_a & mask_k[:, None]
+        # x: [BLOCK_M, BLOCK_K], a: [BLOCK_K, BLOCK_R]
+        x = tl.load(x_ptr + offs_x, mask=mask_x, other=0.0)
+        a = tl.load(rank_rows[None, :] + offs_a, mask=mask_a, other=0.0)
+        if HAS_DROPOUT:
+            keep = philox_keep_mask(seed, first_row, k, threshold, 0, BLOCK_M, BLOCK_K)
+            x = tl.where(keep, x, 0.0)
+        # [BLOCK_M, BLOCK_K] x [BLOCK_K, BLOCK_R]
+        product = tl.dot(x, a.to(x.dtype), input_precision=INPUT_PRECISION)
+        if HAS_DROPOUT:
+            # Not behind the loop: what uses a dot in its step waits for it. Else Triton before 3.9
+            # lets the next step's mask write to registers that wgmma still reads (triton#9433).
+            product *= tl.cast(inv_keep, tl.float32)
+        acc += product
+        x_ptr += tl.cast(stride_xk, tl.int64) * BLOCK_K
+        rank_rows += tl.cast(stride_ak, tl.int64) * BLOCK_K
+    return acc
 
 
 # M and threshold vary from call to call: no compile of its own for 1 or a multiple of 16.
@@ -94,33 +168,16 @@ def _lora_shrink_kernel(
     if ALIGNED:  # which a choice between tensors hides from the compiler
         rank_rows = tl.multiple_of(rank_rows, 16)
     rank_rows += tl.cast(first_k, tl.int64) * stride_ak
-    offs_a = offs_k[:, None] * stride_ak
+    seed = 0
     if HAS_DROPOUT:
         seed = tl.load(seed_ptr)
-
-    acc = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
-    for k in range(first_k, min(first_k + k_per_split, K), BLOCK_K):
-        mask_x = mask_m[:, None]
-        mask_a = mask_r[None, :]
-        if not EVEN_K:
-            mask_k = offs_k < K - k
-            mask_x = mask_x & mask_k[None, :]
-            mask_a = mask_a & mask_k[:, None]
-        # x: [BLOCK_M, BLOCK_K], a: [BLOCK_K, BLOCK_R]
-        x = tl.load(x_ptr + offs_x, mask=mask_x, other=0.0)
-        a = tl.load(rank_rows[None, :] + offs_a, mask=mask_a, other=0.0)
-        if HAS_DROPOUT:
-            keep = philox_keep_mask(seed, first_m, k, threshold, 0, BLOCK_M, BLOCK_K)
-            x = tl.where(keep, x, 0.0)
-        # [BLOCK_M, BLOCK_K] x [BLOCK_K, BLOCK_R]
-        product = tl.dot(x, a.to(x.dtype), input_precision=INPUT_PRECISION)
-        if HAS_DROPOUT:
-            # Not behind the loop: what uses a dot in its step waits for it. Else Triton before 3.9
-            # lets the next step's mask write to registers that wgmma still reads (triton#9433).
-            product *= tl.cast(inv_keep, tl.float32)
-        acc += product
-        x_ptr += tl.cast(stride_xk, tl.int64) * BLOCK_K
-        rank_rows += tl.cast(stride_ak, tl.int64) * BLOCK_K
+    acc = _shrink_tile(
+        *(x_ptr, offs_x, rank_rows, mask_m, mask_r),
+        (first_k, min(first_k + k_per_split, K), K),
+        (stride_xk, stride_ak),
+        (seed, first_m, threshold, inv_keep),
+        *(BLOCK_M, BLOCK_R, BLOCK_K, EVEN_K, HAS_DROPOUT, INPUT_PRECISION),
+    )
 
     out_ptr += tl.cast(split, tl.int64) * stride_op + tl.cast(first_m, tl.int64) * stride_om
     out_ptr += tl.cast(first_r, tl.int64) * stride_or
@@ -130,6 +187,139 @@ def _lora_shrink_kernel(
         acc.to(out_ptr.dtype.element_ty),
         mask=mask_m[:, None] & mask_r[None, :],
     )
+
+
+@triton.jit
+def _shrink_columns(
+    start,
+    tensors,
+    rows,
+    sizes,
+    drop,
+    strides,
+    G: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    FACTOR_DTYPE: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):
+    """Writes BLOCK_R columns of s: the modules' rank rows side by side, each module's in fours."""
+    s_ptr, x_ptr, lora_a_address_ptr, rank_ptr = tensors
+    slot, offs_xm, mask_m = rows
+    first_k, last_k, K, R = sizes
+    stride_sg, stride_sm, stride_xk, stride_table = strides
+    offs_m = tl.arange(0, BLOCK_M)
+    offs_k = tl.arange(0, BLOCK_K)
+    column = start + tl.arange(0, BLOCK_R)
+    sibling, r, mask_a, mask_s = sibling_columns(column, slot, rank_ptr, stride_table, G, BLOCK_R)
+    address = tl.load(lora_a_address_ptr + sibling * stride_table + slot, mask=mask_s, other=0)
+    rank_rows = factor_pointer(address, FACTOR_DTYPE) + tl.cast(r, tl.int64) * K + first_k
+    offs_x = offs_xm[:, None] + offs_k[None, :] * stride_xk
+    x_ptr += tl.cast(first_k, tl.int64) * stride_xk
+    acc = _shrink_tile(
+        *(x_ptr, offs_x, rank_rows, mask_m, mask_a),
+        (first_k, last_k, K),
+        (stride_xk, 1),
+        drop,
+        *(BLOCK_M, BLOCK_R, BLOCK_K, EVEN_K, HAS_DROPOUT, INPUT_PRECISION),
+    )
+
+    # s: [BLOCK_M, BLOCK_R]
+    r = tl.max_contiguous(tl.multiple_of(r, S_COLUMNS), S_COLUMNS)
+    # A rank table may come to hold more than s was allocated for, under a graph captured before.
+    mask_s = mask_s & (r < R)
+    offs_s = tl.cast(sibling, tl.int64) * stride_sg + r
+    s_ptrs = s_ptr + offs_m[:, None] * stride_sm + offs_s[None, :]
+    tl.store(s_ptrs, acc.to(s_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_s[None, :])
+
+
+# M varies from call to call: no compile of its own for 1 or a multiple of 16.
+@triton.jit(do_not_specialize=["M", "stride_table"], do_not_specialize_on_alignment=TABLES)
+def _mixed_lora_shrink_kernel(
+    # tensors
+    s_ptr,
+    x_ptr,
+    order_ptr,
+    segment_of_ptr,
+    segment_slot_ptr,
+    piece_start_ptr,
+    lora_a_address_ptr,
+    rank_ptr,
+    slot_start_ptr,
+    seed_ptr,
+    threshold_ptr,
+    inv_keep_ptr,
+    # scalars
+    M,
+    K,
+    R,
+    k_per_split,
+    # strides
+    stride_sp,
+    stride_sg,
+    stride_sm,
+    stride_xm,
+    stride_xk,
+    stride_table,
+    # meta
+    G: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    NARROW_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    FACTOR_DTYPE: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    LAUNCH_DEPENDENTS: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):
+    if LAUNCH_DEPENDENTS:
+        tl.extra.cuda.gdc_launch_dependents()
+    split = tl.program_id(1)
+    first_m, stop_m, slot = load_piece(
+        tl.program_id(0), piece_start_ptr, segment_of_ptr, segment_slot_ptr, M
+    )
+    columns = 0
+    for g in tl.static_range(G):
+        rank = tl.load(rank_ptr + g * stride_table + slot, mask=slot >= 0, other=0)
+        columns += round_up(rank, S_COLUMNS)
+
+    if columns > 0:
+        offs_m = tl.arange(0, BLOCK_M)
+        mask_m = offs_m < stop_m - first_m
+        offs_xm = tl.load(order_ptr + first_m + offs_m, mask=mask_m, other=0).to(tl.int64)
+        offs_xm *= stride_xm
+        first_k = split * k_per_split
+        last_k = min(first_k + k_per_split, K)
+        first_row, seed, threshold, inv_keep = 0, 0, 0, 1.0
+        if HAS_DROPOUT:
+            # The row's number among those of its adapter, whatever else is in the batch.
+            first_row = first_m - tl.load(slot_start_ptr + slot)
+            seed = tl.load(seed_ptr + slot)
+            threshold = tl.load(threshold_ptr + slot)
+            inv_keep = tl.load(inv_keep_ptr + slot)
+        s_ptr += tl.cast(split, tl.int64) * stride_sp + tl.cast(first_m, tl.int64) * stride_sm
+        tensors = s_ptr, x_ptr, lora_a_address_ptr, rank_ptr
+        rows = slot, offs_xm, mask_m
+        sizes = first_k, last_k, K, R
+        drop = seed, first_row, threshold, inv_keep
+        strides = stride_sg, stride_sm, stride_xk, stride_table
+        if columns <= NARROW_R:
+            _shrink_columns(
+                *(0, tensors, rows, sizes, drop, strides),
+                *(G, BLOCK_M, NARROW_R, BLOCK_K, EVEN_K),
+                *(FACTOR_DTYPE, HAS_DROPOUT, INPUT_PRECISION),
+            )
+        else:
+            for start in tl.range(0, columns, BLOCK_R, num_stages=1):
+                _shrink_columns(
+                    *(start, tensors, rows, sizes, drop, strides),
+                    *(G, BLOCK_M, BLOCK_R, BLOCK_K, EVEN_K),
+                    *(FACTOR_DTYPE, HAS_DROPOUT, INPUT_PRECISION),
+                )
 
 
 @kept
@@ -179,6 +369,57 @@ def launch_lora_shrink(
         EVEN_K=k % config.block_k == 0,
         SIBLINGS=count,
         ALIGNED=count > 1 and all(_is_aligned(a) for a in lora_a),
+        LAUNCH_DEPENDENTS=config.launch_dependents,
+    )
+
+
+@kept
+def launch_mixed_lora_shrink(
+    s: torch.Tensor,
+    x: torch.Tensor,
+    rows: Sequence[torch.Tensor],
+    down: RankRows,
+    *,
+    config: KernelConfig,
+    dropout: DropoutTables | None = None,
+) -> None:
+    """Writes each row's ``dropout(x) @ lora_a.T`` for G modules, one plane a split of K.
+
+    Args:
+        s: fp32, or in x's dtype if there is one split, ``[splits, G, M, R]``, the last dimension
+            contiguous and R a multiple of 4 that is no smaller than any rank; what a larger rank
+            has past R is not written.
+        x: ``[M, K]``, any strides.
+        rows: Sorted, with ``Rows.pieces(config.block_m)``: as `row_arguments` takes them.
+        down: Of the G modules, in tables ``[G, S]``.
+        config: From `configs.choose`.
+        dropout: Of the one module, ``G = 1``; None for none.
+    """
+    m, k = x.shape
+    if m == 0:
+        return
+    splits = s.shape[0]
+    launch(
+        _mixed_lora_shrink_kernel,
+        (rows[-1].shape[0] - 1, splits),
+        s_ptr=s,
+        x_ptr=x,
+        **row_arguments(rows),
+        lora_a_address_ptr=down.address,
+        rank_ptr=down.rank,
+        M=m,
+        K=k,
+        R=s.shape[3],
+        k_per_split=cdiv(cdiv(k, config.block_k), splits) * config.block_k,
+        **strides("s", "pgm_", s),
+        **strides("x", "mk", x),
+        stride_table=down.rank.stride(0),
+        G=down.rank.shape[0],
+        **config.arguments("mkr"),
+        NARROW_R=config.narrow_r,
+        EVEN_K=k % config.block_k == 0,
+        FACTOR_DTYPE=triton_dtype(down.dtype),
+        **DropoutTables.arguments(dropout, rows),
         LAUNCH_DEPENDENTS=config.launch_dependents,
     )
 
