@@ -41,10 +41,9 @@ def _segments(p: MixedProblem) -> Results:
 
 
 def _kernels(plan: str, p: MixedProblem) -> Results:
-    impl = "opaque" if p.impl == "eager" else p.impl  # the operators, in PyTorch too
     count, (lora_a, lora_b) = len(p.ranks), zip(*p.each, strict=True)
     operands = Operands([*lora_a], [*lora_b], [None] * count, p.scaling[0], (0.0,) * count)
-    y = run(p.x, Base(p.weight), operands, impl, plan, p.groups)
+    y = run(p.x, Base(p.weight), operands, p.impl, plan, p.groups)
     return _backward(p, y)
 
 

@@ -40,7 +40,7 @@ class Budget(NamedTuple):
 BUDGETS = {
     "one adapter, few rows": Budget(13, 7),
     "one adapter": Budget(25, 11),
-    "mixed training": Budget(50, 15),
+    "mixed training": Budget(49, 15),
     "mixed decode": Budget(15, 8),
     "kernels": Budget(27, 11),
     "served token": Budget(20, 17),

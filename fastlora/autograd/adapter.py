@@ -54,6 +54,7 @@ def run_adapter(
     known = base.y if weight is None else weight
     if (
         name == "eager"
+        and not conditions.compiling
         and known is not None
         and not (weight is None and (conditions.invariant or lora_bias is not None))
         and not dropout_p

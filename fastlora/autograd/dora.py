@@ -48,15 +48,14 @@ class DoraScale(torch.autograd.Function):
         ctx: Any,
         u: torch.Tensor,
         bias: torch.Tensor | None,
-        traced: bool,
         magnitude: torch.Tensor,
         squares: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Takes ``u [..., N]``; ``traced`` says that a graph is being compiled."""
+        """Takes ``u [..., N]``."""
         rows = u.reshape(-1, u.shape[-1])
-        y = scale_columns(rows, bias, scale_of(magnitude, squares), traced=traced)
-        ctx.traced, ctx.bias_dtype = traced, None if bias is None else bias.dtype
-        ctx.save_for_backward(u if ctx.needs_input_grad[3] else None, magnitude, squares)
+        y = scale_columns(rows, bias, scale_of(magnitude, squares))
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.save_for_backward(u if ctx.needs_input_grad[2] else None, magnitude, squares)
         return torch.ops.aten._unsafe_view(y, u.shape)
 
     @staticmethod
@@ -65,11 +64,11 @@ class DoraScale(torch.autograd.Function):
         u, magnitude, squares = ctx.saved_tensors
         dy = grad.reshape(-1, grad.shape[-1])
         rows = None if u is None else u.reshape(dy.shape)
-        du, d_own = scale_columns_backward(dy, rows, magnitude, squares, ctx.traced)
+        du, d_own = scale_columns_backward(dy, rows, magnitude, squares)
         d_magnitude = None if d_own is None else d_own.to(magnitude.dtype)
         d_bias = dy.sum(0).to(ctx.bias_dtype) if ctx.needs_input_grad[1] else None
         d_u = du.view(grad.shape) if ctx.needs_input_grad[0] else None
-        return d_u, d_bias, None, d_magnitude, None
+        return d_u, d_bias, d_magnitude, None
 
 
 # ------------------------------------------------------------------------- active dropout

@@ -12,7 +12,7 @@ import torch
 
 from fastlora.autograd.linear import records_gradients
 from fastlora.layers.call import MixedCall
-from fastlora.layers.factors import slots_of
+from fastlora.layers.factors import factors_of, slots_of
 from fastlora.layers.tables import tables_of
 from fastlora.layers.why import NOT_OUR_GEMM, why_not_captured, why_not_lists, why_not_tables
 from fastlora.ops.factors import Base, Slots, Tables
@@ -44,7 +44,8 @@ def decide(
     """
     layer, x, conditions = call.layer, call.x, call.conditions
     autocast, invariant = conditions.autocast, conditions.invariant
-    check_unmerged(layer)
+    if layer.merged_adapters:
+        check_unmerged(layer)
     if layer.is_split:
         return False, None, None
     fits = base.y is None or base.y.dtype == x.dtype
@@ -63,7 +64,9 @@ def decide(
     if invariant:
         conditions.refuse(layer, why_not_tables(bare, autocast))
     if not bare and fits:
-        slots = slots_for_kernels(call, layer, without)
+        slots = None
+        if conditions.impl == "triton":
+            slots = slots_for_kernels(call, layer, without)
         if slots is not None:
             return False, None, slots
     elif not bare and base.y is not None and layer.impl == "triton":
@@ -130,6 +133,26 @@ def slots_for_kernels(
         return None
     check_devices(slots, call.x)
     return slots
+
+
+def slots_in_graph(
+    call: MixedCall, layer: AdaptedLayer, without: Sequence[int] = ()
+) -> Slots | None:
+    """Returns the adapters of all slots for a graph that is being compiled; None if in no graph.
+
+    Args:
+        call: A layer's, whose routing is the batch's ``whole``.
+        layer: That one, or a sibling of the same ``impl``.
+        without: Slots whose rows others compute.
+    """
+    names = call.routing.names
+    if layer.merged_adapters or call.conditions.invariant:
+        return None
+    found = {name: factors_of(layer, name, call) for name in names if name in layer.lora_A}
+    for factors in found.values():
+        if factors is None or factors.lora_a.device != call.x.device:
+            return None
+    return [None if slot in without else found.get(name) for slot, name in enumerate(names)]
 
 
 def check_devices(slots: Slots, x: torch.Tensor) -> None:

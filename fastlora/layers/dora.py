@@ -59,10 +59,9 @@ def run_dora(call: LayerCall, base: Base, name: str) -> torch.Tensor:
         conditions.refuse(layer, f"dropout_p={dropout_p} acts; call eval()")
     ((magnitude, squares),) = scales_by_name(call, [name])
     if dropout_p:
-        runs = conditions.impl if conditions.impl == "triton" else conditions.backend
         return DoraDropped.apply(
             *(base.y, x, _weight_of(call) if weight is None else weight, base.bias),
-            *(None, (), (dropout_p,), runs),
+            *(None, (), (dropout_p,), conditions.backend),
             *(lora_a, lora_b, magnitude, squares, scaling),
             layer._own_seed(ops.draw_seed(x, conditions.impl)),
         )
@@ -70,7 +69,7 @@ def run_dora(call: LayerCall, base: Base, name: str) -> torch.Tensor:
     u = run_adapter(x, base._replace(bias=None), factors, conditions)
     if weight is None and bias is not None:
         u = u - bias.to(u.dtype)
-    return _scaled(u, bias, magnitude, squares, conditions.compiling)
+    return _scaled(u, bias, magnitude, squares)
 
 
 def _weight_of(call: LayerCall) -> torch.Tensor:
@@ -82,13 +81,12 @@ def _scaled(
     bias: torch.Tensor | None,
     magnitude: torch.Tensor,
     squares: torch.Tensor | None,
-    traced: bool,
 ) -> torch.Tensor:
     """Returns ``g * u + bias`` for ``u [..., N]``, in u's memory where no graph is recorded."""
     if records_gradients(u, bias, magnitude):
-        return DoraScale.apply(u, bias, traced, magnitude, squares)
+        return DoraScale.apply(u, bias, magnitude, squares)
     rows, scale = u.reshape(-1, u.shape[-1]), scale_of(magnitude, squares)
-    rows = scale_columns(rows, bias, scale, True, traced=traced)
+    rows = scale_columns(rows, bias, scale, True)
     return torch.ops.aten._unsafe_view(rows, u.shape)  # no view to autograd: see `run`
 
 
@@ -227,7 +225,7 @@ def _with_dropped(
     weight = layer._weight_to_save(call.conditions.compiling)
     return DoraDropped.apply(
         *(y, x, weight, None, routing.ids, tuple(acting), tuple(acting.values())),
-        *(call.conditions.impl, *adapters),
+        *(call.conditions.backend, *adapters),
     )
 
 
@@ -241,7 +239,7 @@ def _scale_by_id(
 
     Without a graph of autograd, or traced; on y's device, and without waiting for the ids.
     """
-    routing, traced = call.routing, call.conditions.compiling
+    routing, compiling = call.routing, call.conditions.compiling
     magnitudes, squares = zip(*scales.values(), strict=True)
     g = scale_of(torch.stack(magnitudes), None if squares[0] is None else torch.stack(squares))
     # [slots + 1, N]: ones in the last row, for all that are not scaled.
@@ -249,13 +247,15 @@ def _scale_by_id(
     row_of = {slot: row for row, slot in enumerate(scales)}
     rows = tuple(row_of.get(slot, last) for slot in range(len(routing.names))) + (last,)
     device = y.device
-    known = torch.tensor(rows, device=device) if traced else numbers_on(rows, torch.int64, device)
+    known = (
+        torch.tensor(rows, device=device) if compiling else numbers_on(rows, torch.int64, device)
+    )
     flat = y.reshape(-1, y.shape[-1])
     each = flat.shape[0] // max(routing.ids.shape[0], 1)
     places = known[routing.ids.to(device).clamp(min=-1)]  # -2 is an id that was out of range
     places = places.unsqueeze(1).expand(-1, each).reshape(-1)
     u = flat if bias is None else flat - bias.to(flat.dtype)
-    scaled = times(u, table.index_select(0, places), traced)
+    scaled = times(u, table.index_select(0, places))
     if bias is not None:
         scaled += bias.to(flat.dtype)
     return torch.where((places == last).unsqueeze(1), flat, scaled).view(y.shape)
@@ -278,7 +278,7 @@ def _scale_segments(
     own = flat if whole else flat.index_select(0, index)
     u = own if bias is None else own - bias.to(own.dtype)
     parts = zip(u.split(lengths), segments, strict=True)
-    scaled = torch.cat([DoraScale.apply(p, bias, False, *scales[s.slot]) for p, s in parts])
+    scaled = torch.cat([DoraScale.apply(p, bias, *scales[s.slot]) for p, s in parts])
     return (scaled if whole else flat.index_copy(0, index, scaled)).view(y.shape)
 
 
@@ -296,7 +296,7 @@ def scale_pool_rows_(call: MixedCall, y: torch.Tensor) -> torch.Tensor:
     if tables is None or tables.scale_address is None:
         return y
     flat, bias = y.view(-1, y.shape[-1]), layer._own_bias()
-    rows, impl = call.rows(), "eager" if call.conditions.impl == "eager" else "triton"
+    rows, impl = call.rows(), call.conditions.backend
     own = rows_at(rows) if impl == "triton" else rows.tensors()
     torch.ops.fastlora.lora_scale_(flat, bias, own, tables.scale_address, layer.table_row, impl)
     return y

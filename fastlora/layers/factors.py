@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Hashable, Sequence
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Protocol
@@ -102,6 +103,18 @@ def factors_of(
     if magnitudes is not None and name in magnitudes._modules:
         magnitude = magnitudes._modules[name]._parameters["weight"]
     return Factors(lora_a, lora_b, scaling, up._parameters["bias"], dropout_p, magnitude)
+
+
+def dtype_of(slots: Slots) -> torch.dtype:
+    """Returns the dtype that holds all factors exactly."""
+    dtypes = [
+        tensor.dtype
+        for factors in slots
+        if factors is not None
+        for tensor in (factors.lora_a, factors.lora_b, factors.lora_bias)
+        if tensor is not None
+    ]
+    return functools.reduce(torch.promote_types, dtypes or [torch.float32])
 
 
 def why_not_fused(layer: AdaptedLayer, names: list[str], gathered: bool = False) -> str:

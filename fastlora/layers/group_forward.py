@@ -9,8 +9,8 @@ their own calls:
 * where that does not fit, every s from one pass over x: in training (over a base layer that is
   called, with lora_bias, under autocast, in a mixed batch), or by address beside the layer's own y;
 * in a graph that is being compiled every s by one operator that all layers call alike
-  (`fastlora.layers.graph_ops`). A compiled graph must not see what one call leaves for another. A
-  group was seen in a forward before; what one leaves afterwards changes no graph.
+  (`fastlora.layers.shared_in_graph`). A compiled graph must not see what one call leaves for
+  another. A group was seen in a forward before; what one leaves afterwards changes no graph.
 
 Each layer compares what it would compute from with what its result was computed from, tensor by
 tensor. So the first may trust what it found of the others at an earlier call. Where sharing would
@@ -27,10 +27,10 @@ from typing import Any
 
 import torch
 
+import fastlora.layers.shared_in_graph  # noqa: F401  # registers an operator
 from fastlora.autograd.shared_input import Shared, run_siblings, shrink
-from fastlora.layers import graph_ops  # noqa: F401 - registers operators
 from fastlora.layers.call import LayerCall, MixedCall
-from fastlora.layers.graph_slots import dtype_of
+from fastlora.layers.factors import dtype_of
 from fastlora.layers.group_members import (
     GroupLaunch,
     launch_of,

@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from fastlora.coded_weight import CodedWeight
-from fastlora.layers import graph_slots
 from fastlora.layers.call import LayerCall, MixedCall
-from fastlora.layers.decide import slots_for_kernels
+from fastlora.layers.decide import slots_for_kernels, slots_in_graph
 from fastlora.layers.dora import dora_slots
-from fastlora.layers.factors import factors_of, has_tensor_hooks, is_hooked
+from fastlora.layers.factors import dtype_of, factors_of, has_tensor_hooks, is_hooked
 from fastlora.layers.shared_input import SharedInputGroup, known_group
 from fastlora.ops.backend import MOST_SIBLINGS
 from fastlora.ops.conditions import constant_when_compiled
@@ -238,12 +237,12 @@ def _slots_of(member: AdaptedLayer, call: LayerCall | MixedCall) -> tuple[Slots 
         return [factors], ""
     if member.routed_by is not call.layer.routed_by:
         return None, "one of them is of another model"
-    if call.conditions.compiling:
-        made = graph_slots.slots_of(call, member)
-        return (None, "one of them is not in the graph") if made is None else (made[0], "")
     dora = dora_slots(member, call.routing)
+    dropped = () if dora is None else dora.dropped
+    if call.conditions.compiling:
+        return slots_in_graph(call, member, dropped), "one of them is not in the graph"
     try:
-        slots = slots_for_kernels(call, member, () if dora is None else dora.dropped)
+        slots = slots_for_kernels(call, member, dropped)
     except (FastLoraError, ValueError):  # which its own call will raise
         return None, "one of them cannot run"
     return slots, "one of them runs without kernels"
@@ -272,7 +271,7 @@ def _why_not(layer: AdaptedLayer, slots: Slots, own: Slots, call: LayerCall | Mi
         return "one of them is frozen, or no adapter of the batch acts on it"
     if elsewhere:
         return "one of them has its factors elsewhere, or takes another number of features"
-    if mixed and graph_slots.dtype_of(slots) != graph_slots.dtype_of(own):
+    if mixed and dtype_of(slots) != dtype_of(own):
         return "they have factors of different dtypes"
     return ""
 

@@ -2,8 +2,8 @@
 
 `fastlora.layers.decide` says who computes it: kernels that find factors by address
 (`fastlora.layers.places`), PyTorch over packed factors (`fastlora.layers.packs`), or
-`fastlora.autograd.linear` from the adapters as lists. In a graph that is being compiled
-`fastlora.layers.graph` does all of it.
+`fastlora.autograd.linear` from the adapters as lists. In a graph that is being compiled nothing
+that depends on the mix is read but as a tensor, so that no mix compiles anything.
 """
 
 from __future__ import annotations
@@ -13,16 +13,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+import fastlora.autograd.mixed  # noqa: F401  # registers an operator
 from fastlora.autograd import linear
 from fastlora.layers import dora as dora_layer
-from fastlora.layers import graph, packs
+from fastlora.layers import packs
 from fastlora.layers.absent import with_absent
 from fastlora.layers.call import MixedCall
-from fastlora.layers.decide import check_devices, decide
-from fastlora.layers.factors import scalings_beside, slots_of
+from fastlora.layers.decide import check_devices, decide, slots_in_graph
+from fastlora.layers.factors import dtype_of, scalings_beside, slots_of
 from fastlora.layers.group_forward import group_forward
 from fastlora.layers.places import linear_at, output_at, place_of
 from fastlora.layers.why import TOO_LATE
+from fastlora.ops.conditions import KERNEL_DTYPES
 from fastlora.ops.factors import Base, Operands, Slots, Tables, present
 from fastlora.ops.rows import Rows
 from fastlora.validation import check_dropout_dtype
@@ -35,7 +37,7 @@ def run(call: MixedCall, base: Base) -> torch.Tensor:
     """Returns ``[..., N]``; rows of adapters that the layer lacks are base rows."""
     layer, routing = call.layer, call.routing
     if call.conditions.compiling:
-        made = graph.run_in_graph(call, base)
+        made = _in_graph(call, base)
         if made is not None:
             return made
     magnitudes, dora = layer._modules.get("lora_magnitude_vector"), None
@@ -84,13 +86,14 @@ def _by_address(call: MixedCall, base: Base, tables: Tables) -> torch.Tensor:
 
     Of the base layer alone where the tables do not know the layer.
     """
-    x, place = call.x, place_of(call, tables, call.rows(), call.conditions.invariant)
+    x, conditions = call.x, call.conditions
+    place = place_of(call, tables, call.rows(), conditions.invariant, conditions.backend)
     if place is None:
-        call.conditions.refuse(call.layer, TOO_LATE)
+        conditions.refuse(call.layer, TOO_LATE)
         return base.output(x)
     shared = None if base.weight is None else group_forward(call, base, place)
     if shared is None:
-        y = output_at(call, base, place)
+        y = output_at(call, base, place, conditions.backend)
     elif shared.y is None:
         y = linear_at(call, base, place, shared.s)[0]
     else:
@@ -134,10 +137,9 @@ def _run_listed(
         device = x.device if impl == "triton" else torch.device("cpu")
         seeds = call.routing.seeds_of(call.layer.routed_as, device)
         seeds = call.layer._own_seed(seeds if which is None else seeds[list(which)])
-    name = f"traced {impl}" if call.conditions.compiling else impl
     scaling, drop = scalings_beside(scalings, x), (tuple(dropout_p), seeds)
     own = Operands(lora_a, lora_b, lora_bias, scaling, *drop, which)
-    return linear.run(x, base, own, name, rows=rows, s=s)
+    return linear.run(x, base, own, impl, rows=rows, s=s)
 
 
 def _base_rows(x: torch.Tensor, base: Base, impl: str) -> torch.Tensor:
@@ -151,3 +153,65 @@ def _base_rows(x: torch.Tensor, base: Base, impl: str) -> torch.Tensor:
     (n, k), zero = weight.shape, scalings_beside((0.0,), x).reshape(())
     operands = Operands([x.new_empty(0, k)], [x.new_empty(n, 0)], [None], zero, (0.0,))
     return linear.run(x, base, operands, impl)
+
+
+# ------------------------------------------------------------------------- in a compiled graph
+
+
+def _in_graph(call: MixedCall, base: Base) -> torch.Tensor | None:
+    """Returns `run` in a graph that is being compiled; None where it cannot be in one.
+
+    What graphs cannot do is left to the forward that runs without them, where a full graph breaks:
+    hooked factors, the batch-invariant mode, gradients through a pool.
+    """
+    layer, batch, x = call.layer, call.routing.whole, call.x
+    if batch is None or (base.y is not None and base.y.dtype != x.dtype):
+        return None
+    call = call._replace(routing=batch)
+    if batch.source.tables is not None:
+        return _of_pool_in_graph(call, base, batch.source.tables)
+    dora = dora_layer.dora_slots(layer, batch) or dora_layer.DoraSlots()
+    slots = slots_in_graph(call, layer, dora.dropped)
+    if slots is None:
+        return None
+    if slots.count(None) == len(slots):  # theirs is DoRA's, which drops
+        return dora_layer.dora_rows(call, base.output(x), dora)
+    return dora_layer.dora_rows(call, _listed_in_graph(call, base, slots), dora)
+
+
+def _listed_in_graph(call: MixedCall, base: Base, slots: Slots) -> torch.Tensor:
+    """Returns ``[..., N]`` with every row's own adapter, of which there is one."""
+    layer, batch, x, impl = call.layer, call.routing, call.x, call.conditions.impl
+    if dtype_of(slots) not in KERNEL_DTYPES and layer.impl != "triton":
+        impl = "eager"
+    tensors: list[torch.Tensor | None] = []
+    scalings: list[Any] = []
+    dropout_p: list[float] = []
+    for factors in slots:
+        down, up, scaling, bias, p, _ = _NO_FACTORS if factors is None else factors
+        tensors += (down, up, bias)
+        scalings.append(scaling)
+        dropout_p.append(p)
+    shared = group_forward(call, base, slots) if impl == "triton" else None
+    made: torch.Tensor = torch.ops.fastlora.lora_mixed(
+        *(x, *base[:3], tensors, scalings_beside(scalings, x), batch.ids, batch.seeds, dropout_p),
+        *(layer.routed_as if any(dropout_p) else 0, impl, None if shared is None else shared.s),
+    )
+    return made
+
+
+def _of_pool_in_graph(call: MixedCall, base: Base, tables: Tables) -> torch.Tensor | None:
+    """`_in_graph` over a pool: without gradients, in what its tables hold."""
+    x, impl, (weight, bias, y, _) = call.x, call.conditions.impl, base
+    if linear.records_gradients(x, weight, bias, y) or x.dtype == torch.float64:
+        return None
+    if call.conditions.invariant or (impl != "triton" and x.device.type != "cpu"):
+        return None  # tables have addresses, and PyTorch reads those of a CPU
+    if weight is not None:
+        weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+        if impl != "triton":
+            y, weight = F.linear(x, weight, bias), None
+    elif y is not None:
+        y = y.clone(memory_format=torch.contiguous_format)
+    made = _by_address(call, Base(weight, bias, y, True), tables)
+    return dora_layer.scale_pool_rows_(call, made)

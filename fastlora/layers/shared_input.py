@@ -49,8 +49,10 @@ class Made(NamedTuple):
     def holds(self, x: torch.Tensor, context: tuple[object, ...]) -> bool:
         """Whether it was computed from this very tensor, unchanged since, in this context."""
         version = 0 if x.is_inference() else x._version
-        same = self.x() is x and self.version == version and len(context) == len(self.context)
-        return same and all(map(is_, context, self.context))
+        known = self.context
+        if self.x() is not x or self.version != version or len(context) != len(known):
+            return False
+        return all(map(is_, context, known))
 
 
 # By thread, what a layer computed for others last.
@@ -97,21 +99,24 @@ class Results(Kept):
             unfinished[place[0], place[1], id(self)] = self
 
     def take(
-        self, x: torch.Tensor, layer: int, context: tuple[object, ...]
+        self, x: torch.Tensor, layer: int, context: tuple[object, ...], made: Made | None = None
     ) -> tuple[Any, Any] | None:
         """Returns the key and the result that this thread computed for a layer, and forgets them.
 
         None if there is none from this very tensor, unchanged since, in the very same ``context``.
+        ``made`` is what this thread has of x, where the caller looked it up.
         """
         place = get_ident(), id(x)
-        made = self.made.get(place)
+        if made is None:
+            made = self.made.get(place)
         if made is None:
             return None
         if not made.holds(x, context):
             self._drop(place)  # they hold activations
             return None
-        found = made.own.pop(layer, None)
-        if not made.own:
+        own = made.own
+        found = own.pop(layer, None)
+        if not own:
             self._drop(place)
         return found
 

@@ -104,6 +104,11 @@ def is_compiled() -> bool:
     return torch.compiler.is_compiling()
 
 
+def is_traced(x: torch.Tensor) -> bool:
+    """Whether a compiler traces what is computed from x: it sees no values."""
+    return torch.compiler.is_compiling() or type(x) not in _PLAIN
+
+
 def sees_operators(x: torch.Tensor, within_node: bool = False, by_profiler: bool = True) -> bool:
     """Whether something sees the operators called on x: tracing, modes, autograd, a profiler.
 
@@ -112,8 +117,8 @@ def sees_operators(x: torch.Tensor, within_node: bool = False, by_profiler: bool
     """
     return bool(
         torch.compiler.is_compiling()
-        or (torch.is_grad_enabled() and not within_node)
         or type(x) not in _PLAIN
+        or (torch.is_grad_enabled() and not within_node)
         or torch._C._len_torch_dispatch_stack()
         or torch._C._functorch.maybe_current_level() is not None
         or torch._C._get_tracing_state() is not None
@@ -169,7 +174,7 @@ class Conditions(NamedTuple):
     Attributes:
         impl: ``"triton"`` or ``"eager"``. In the batch-invariant mode what was asked for, which
             `check_invariant` checks.
-        backend: Its name in `fastlora.ops.backend.BACKENDS`: that has one of its own for a graph.
+        backend: Its name in `fastlora.ops.backend.BACKENDS`; the kernels' in that mode.
         compiling: Whether `torch.compile` traces the forward.
         invariant: Whether the batch-invariant mode is on, or the call has its plan.
         autocast: The dtype of autocast, where it is on.
@@ -236,9 +241,7 @@ def conditions_of(x: torch.Tensor, impl: str, plan: str = "auto") -> Conditions:
         autocast = torch.get_autocast_dtype(kind)
     compiling = torch.compiler.is_compiling()
     if plan == "invariant" or _thread.invariant:
-        return Conditions(
-            impl, "traced triton" if compiling else "triton", compiling, True, autocast
-        )
+        return Conditions(impl, "triton", compiling, True, autocast)
     if impl == "auto" and kind not in KERNEL_DEVICES:
         impl = "eager"
     elif impl != "eager":
@@ -246,8 +249,7 @@ def conditions_of(x: torch.Tensor, impl: str, plan: str = "auto") -> Conditions:
     tracing = not compiling and (torch._C._get_tracing_state() is not None or x.is_nested)
     if impl == "eager" and autocast is None and not compiling and not tracing:
         return _USUAL  # each layer of a model asks: what is made once is not made there
-    backend = f"traced {impl}" if compiling else impl
-    return Conditions(impl, backend, compiling, False, autocast, tracing)
+    return Conditions(impl, impl, compiling, False, autocast, tracing)
 
 
 _USUAL = Conditions("eager", "eager", False, False, None)

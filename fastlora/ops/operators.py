@@ -1,4 +1,4 @@
-"""The backend of the registered operators: Triton's kernels, and PyTorch within compiled graphs.
+"""The backends of the registered operators: Triton's kernels, and PyTorch's part in graphs.
 
 An operator is opaque to compilers, which see neither Triton nor, in a mixed batch, how rows lie.
 """
@@ -30,18 +30,16 @@ class OperatorBackend(Backend):
 
     Args:
         impl: What the operators run: ``"triton"``, or ``"eager"`` for PyTorch.
-        traced: Whether a compiler traces what it does.
     """
 
-    def __init__(self, impl: str, traced: bool) -> None:
-        self.impl, self.traced = impl, traced
+    def __init__(self, impl: str) -> None:
+        self.impl = impl
 
     def _operators(self, x: torch.Tensor, weight: torch.Tensor | None = None) -> schema.Operators:
         """Returns the operators for x, and of a backward for dy."""
-        registered: Any = torch.ops.fastlora
         # Over codes no product of PyTorch's runs which autograd could record.
         alone = isinstance(weight, CodedWeight) and self.impl == "triton"
-        return registered if self.traced else schema.operators_for(x, within_node=alone)
+        return schema.operators_for(x, within_node=alone)
 
     def forward(
         self,
@@ -334,7 +332,4 @@ def _without_the_unwritten(
     return torch.where(torch.arange(ds.shape[1], device=ds.device) < own[:, None], ds, 0)
 
 
-register_backend("triton", OperatorBackend("triton", False))
-register_backend("traced triton", OperatorBackend("triton", True))
-# A mixed batch in PyTorch within a compiled graph.
-register_backend("opaque", OperatorBackend("eager", True))
+register_backend("triton", OperatorBackend("triton"))

@@ -6,7 +6,7 @@ depends on a batch's mix is a tensor on the device: nothing waits for the host, 
 do not depend on the mix, and a CUDA graph replays any.
 
 ``impl="triton"`` runs the function of the operator's name in `fastlora.ops.triton.forward` or
-`backward`, ``impl="eager"`` that in `fastlora.ops.torch.opaque`: PyTorch for many slots, which
+`backward`, ``impl="eager"`` that in `fastlora.ops.torch.operators`: PyTorch for many slots, which
 compiled graphs of mixed batches call, since they cannot read where rows begin.
 
 Shapes, for M rows, S slots (adapters) and G modules (layers) that share x:
@@ -45,7 +45,7 @@ from fastlora.ops.conditions import on_device_of, sees_operators
 from fastlora.ops.factors import Factor, present
 from fastlora.ops.layout import columns_of, layout, layout_b, max_rank, planes_shape
 from fastlora.ops.library import define, fakes, implements
-from fastlora.ops.torch import opaque, reference
+from fastlora.ops.torch import operators, reference
 
 _Tensors = list[torch.Tensor]
 _Factors = list[Factor]
@@ -71,7 +71,7 @@ def operator(schema: str, impl: str | None = None) -> Callable[[Callable[..., An
         if place is not None:
             chosen, given = args[place], (*args[:place], *args[place + 1 :])
         if chosen != "triton":
-            return getattr(opaque, attribute)(*given)
+            return getattr(operators, attribute)(*given)
         function = getattr(kernels_of(backward), attribute)
         return on_device_of(args[0], function, *given)
 
@@ -94,9 +94,10 @@ def operators_for(x: torch.Tensor, within_node: bool = False) -> Operators:
     be called within a node of autograd's, which records nothing.
     """
     registered: Any = torch.ops.fastlora
+    if sees_operators(x, within_node):
+        return registered
     here = not x.is_cuda or x.device.index == torch.cuda.current_device()
-    found: Operators = _DIRECT if here and not sees_operators(x, within_node) else registered
-    return found
+    return _DIRECT if here else registered
 
 
 @functools.cache

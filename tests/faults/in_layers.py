@@ -501,7 +501,7 @@ FAULTS = (
         "In a compiled mixed batch all layers draw the same mask.",
         "dropout seeds",
         "bc02d30",
-        "fastlora/layers/graph.py",
+        "fastlora/layers/mixed.py",
         "layer.routed_as if any(dropout_p) else 0",
         "0",
         ("tests/conformance/test_compiled.py::test_values[aot_eager-model-mixed-dropout]",),

@@ -312,7 +312,7 @@ def _gradients_over_codes(p: float) -> tuple[Any, ...]:
     return (given._replace(weight=weight, x=x, operands=operands),)
 
 
-_gradients_of = OperatorBackend("triton", traced=False).gradients
+_gradients_of = OperatorBackend("triton").gradients
 Make = Callable[[], tuple[Any, ...]]
 OPERATORS: dict[str, tuple[Callable[..., Any], Make]] = {
     "linear": (forward.linear, lambda: _half(5)),

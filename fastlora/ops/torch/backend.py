@@ -1,24 +1,26 @@
-"""The backend in plain PyTorch, on any device: one adapter on all rows, or segments of rows."""
+"""The backend in plain PyTorch, on any device: one adapter on all rows, or segments of rows.
+
+Where a compiler traces, which cannot see how the rows of a mixed batch lie, it calls the registered
+operators for them.
+"""
 
 from __future__ import annotations
 
 import torch
 
-from fastlora.ops.backend import Backend, Backward, Gradients, register_backend
+from fastlora.ops.backend import Backward, Gradients, register_backend
+from fastlora.ops.conditions import is_traced
 from fastlora.ops.factors import Base, Operands
+from fastlora.ops.operators import OperatorBackend
 from fastlora.ops.rows import Rows
 from fastlora.ops.torch import products, reference, segments, single
 
 
-class TorchBackend(Backend):
-    """PyTorch; layers that are fed by the same x have products of their own, which are as fast.
+class TorchBackend(OperatorBackend):
+    """PyTorch; layers that are fed by the same x have products of their own, which are as fast."""
 
-    Args:
-        traced: Whether a compiler traces what it does.
-    """
-
-    def __init__(self, traced: bool) -> None:
-        self.traced = traced
+    def __init__(self) -> None:
+        super().__init__("eager")
 
     def forward(
         self,
@@ -30,13 +32,15 @@ class TorchBackend(Backend):
         plan: str,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if rows is not None:
+            if is_traced(x):
+                return super().forward(x, base, operands, rows, s, plan)
             return segments.forward(x, base, operands, rows, s)
         weight, bias, y, inplace = base
         (lora_a,), (lora_b,) = operands[:2]
         if s is None and operands.seeds is None:
             s = reference.lora_shrink(x, lora_a)
         elif s is None:
-            s = single.shrink(x, lora_a, operands.seeds, operands.dropout_p[0], self.traced)
+            s = single.shrink(x, lora_a, operands.seeds, operands.dropout_p[0])
         if weight is not None:
             y = products.linear(x, weight, bias)
         elif y is not None and not inplace:
@@ -48,7 +52,9 @@ class TorchBackend(Backend):
     def gradients(self, given: Backward) -> Gradients:
         dy, weight, x, operands, rows, s = given[:6]
         if rows is None or s is None:
-            return single.gradients(given, self.traced)
+            return single.gradients(given)
+        if is_traced(dy):
+            return super().gradients(given)
         wants, dx, dy = given.wants, None, rows.sorted(dy)
         wants_ds = given.wants_x or given.wants_s or any(wants[::3])
         ds, d_lora_b, d_lora_bias = segments.grad_b(dy, s, operands, rows, wants, wants_ds)
@@ -61,5 +67,4 @@ class TorchBackend(Backend):
         return dx, dy.sum(0) if given.wants_bias else None, ds, factors
 
 
-register_backend("eager", TorchBackend(False))
-register_backend("traced eager", TorchBackend(True))
+register_backend("eager", TorchBackend())

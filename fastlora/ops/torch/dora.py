@@ -12,7 +12,7 @@ LoRA's own products are operators' where they run over Triton.
 
 Shapes: ``x [M, K]``, ``weight [N, K]``, ``lora_a [R, K]``, ``lora_b [N, R]``, ``s [M, R]``; u, y,
 dy and z ``[M, N]``; magnitude, squares (of the norms), g and bias ``[N]``; ``scaling`` without
-dimensions. ``traced`` says that a compiler traces the function.
+dimensions.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 
 from fastlora.coded_weight import as_matrix
+from fastlora.ops.conditions import is_traced
 from fastlora.ops.torch import products, reference
 from fastlora.ops.torch.single import keep_mask
 
@@ -143,16 +144,14 @@ def scale_of(magnitude: torch.Tensor, squares: torch.Tensor | None) -> torch.Ten
     return magnitude if squares is None else magnitude.to(squares.dtype) * squares.rsqrt()
 
 
-def times(
-    u: torch.Tensor, scale: torch.Tensor, traced: bool, out: torch.Tensor | None = None
-) -> torch.Tensor:
+def times(u: torch.Tensor, scale: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """Returns ``u * scale`` in u's dtype, rounded once, in ``out`` if given; scale may be wider.
 
     On a GPU a wider scale makes no wider copy of u.
     """
     if u.dtype == scale.dtype:
         return torch.mul(u, scale, out=out)
-    if traced:
+    if is_traced(u):
         return (u * scale).to(u.dtype)
     return torch.mul(u, scale, out=torch.empty_like(u) if out is None else out)
 
@@ -162,23 +161,21 @@ def scale_columns(
     bias: torch.Tensor | None,
     scale: torch.Tensor,
     inplace: bool = False,
-    *,
-    traced: bool = False,
 ) -> torch.Tensor:
     """Returns ``scale * u + bias`` without recording a graph, in a contiguous u if ``inplace``."""
-    y = times(u, scale, traced, u if inplace else None)
+    y = times(u, scale, u if inplace else None)
     return y if bias is None else y.add_(bias)
 
 
 def scaled_with_sums(
-    dy: torch.Tensor, u: torch.Tensor, scale: torch.Tensor, traced: bool = False
+    dy: torch.Tensor, u: torch.Tensor, scale: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns ``scale * dy``, and the sums over rows of ``dy * u``, ``[N]``."""
     product = dy * u
     # fp16 sums of scaled losses can leave its range, and bf16 rounds them to 8 bits.
     sums = product.sum(0, dtype=torch.float32 if dy.itemsize == 2 else None)
     # Into the same memory: fresh pages cost as much as the arithmetic on a CPU.
-    return times(dy, scale, traced, product), sums
+    return times(dy, scale, product), sums
 
 
 def scale_columns_backward(
@@ -186,13 +183,12 @@ def scale_columns_backward(
     u: torch.Tensor | None,
     magnitude: torch.Tensor,
     squares: torch.Tensor | None,
-    traced: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Returns the gradients of u, and of the magnitude where u is there."""
     scale = scale_of(magnitude, squares)
     if u is None:
-        return scale_columns(dy, None, scale, traced=traced), None
-    du, sums = scaled_with_sums(dy, u, scale, traced)
+        return scale_columns(dy, None, scale), None
+    du, sums = scaled_with_sums(dy, u, scale)
     return du, sums if squares is None else sums * squares.rsqrt()
 
 
@@ -208,7 +204,7 @@ class Dropped(NamedTuple):
         scaling: Without dimensions.
         seed: Of its mask, int64 ``[1]``.
         dropout_p: Probability.
-        impl: ``"triton"``, or the name of PyTorch's backend.
+        impl: ``"triton"`` or ``"eager"``.
     """
 
     lora_a: torch.Tensor
@@ -228,7 +224,7 @@ class Dropped(NamedTuple):
         if self.impl == "triton":
             made: torch.Tensor = torch.ops.fastlora.lora_dropout(rows, self.seed, self.dropout_p)
             return made
-        keep = keep_mask(rows, self.seed, self.dropout_p, after, self.impl == "traced eager")
+        keep = keep_mask(rows, self.seed, self.dropout_p, after)
         return reference.select_(keep, rows).mul_(1.0 / (1.0 - self.dropout_p))
 
 
@@ -289,12 +285,11 @@ def gradients(
     lora_a, lora_b, magnitude, squares, scaling, *_ = adapter
     wants_a, wants_b, wants_magnitude = wants
     d_weight = d_lora_a = d_lora_b = d_magnitude = dx = sums = None
-    traced = adapter.impl == "traced eager"
     scale = scale_of(magnitude, squares)
     if z is None or not wants_magnitude:
-        through_z = times(dy, scale - 1.0, traced)
+        through_z = times(dy, scale - 1.0)
     else:
-        through_z, sums = scaled_with_sums(dy, z, scale - 1.0, traced)
+        through_z, sums = scaled_with_sums(dy, z, scale - 1.0)
     if s is not None and (wants_b or wants_magnitude):
         # [R, M] x [M, N]: (scaling * s)^T dy serves both.
         inner = products.mm((s * scaling).to(dy.dtype).t(), dy).to(squares.dtype)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from fastlora.ops.backend import Backward, Gradients
+from fastlora.ops.conditions import is_traced
 from fastlora.ops.torch import products, reference
 
 
@@ -17,14 +18,12 @@ def keep_mask(
     seed: torch.Tensor,
     dropout_p: float,
     after: torch.Tensor | None,
-    traced: bool,
 ) -> torch.Tensor:
     """Returns the dropout mask of x; see `reference.lora_keep`. Compilers see an operator.
 
-    ``after`` is a tensor of the backward that draws it, None in a forward; ``traced`` says that a
-    graph is being compiled.
+    ``after`` is a tensor of the backward that draws it, None in a forward.
     """
-    if traced or type(seed) is not torch.Tensor:
+    if is_traced(seed):
         return torch.ops.fastlora.lora_keep(x, seed, dropout_p, after)
     return reference.lora_keep(x, seed, dropout_p)
 
@@ -34,16 +33,15 @@ def shrink(
     lora_a: torch.Tensor,
     seed: torch.Tensor | None,
     dropout_p: float,
-    traced: bool,
 ) -> torch.Tensor:
     """Returns s; x is dropped first where there is a seed."""
     if seed is None:
         return reference.lora_shrink(x, lora_a)
-    dropped = reference.select_(keep_mask(x, seed, dropout_p, None, traced), x)
+    dropped = reference.select_(keep_mask(x, seed, dropout_p, None), x)
     return reference.lora_shrink(dropped, lora_a).mul_(1.0 / (1.0 - dropout_p))
 
 
-def gradients(given: Backward, traced: bool) -> Gradients:
+def gradients(given: Backward) -> Gradients:
     """Returns the gradients of a layer; see `fastlora.ops.backend.Backend.gradients`."""
     dy, weight, x, operands, _, s, _, wants_x, wants_bias, _, wants = given
     (lora_a,), (lora_b,), _, scaling, (dropout_p,), seed, _ = operands
@@ -54,7 +52,7 @@ def gradients(given: Backward, traced: bool) -> Gradients:
     inner = ds
     if seed is not None and (wants_x or wants_a):
         like = dy.new_empty(dy.shape[0], factor.shape[1]) if x is None else x
-        keep = keep_mask(like, seed, dropout_p, ds, traced)
+        keep = keep_mask(like, seed, dropout_p, ds)
         inner = ds * dropped
     if wants_x and keep is not None:
         # The base's share goes into the dropped update: one buffer of x's size less to make.

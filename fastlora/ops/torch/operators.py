@@ -1,4 +1,4 @@
-"""What operators run in PyTorch, in compiled graphs, which cannot see how a mixed batch's rows lie.
+"""The registered operators of mixed batches in PyTorch, for compiled graphs: these cannot see rows.
 
 Arguments are those of the operators of `fastlora.ops.schema`, products those of
 `fastlora.ops.torch.segments`. Behind tables of addresses the memory of this process is read.

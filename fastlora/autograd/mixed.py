@@ -1,0 +1,59 @@
+"""The operator of a mixed batch in a compiled graph: it decomposes where autograd is traced.
+
+All that depends on the mix are tensors: slots of the samples or tokens, and dropout seeds. The
+factors of every adapter that the model has are arguments, whether it has rows or not, so that a
+graph serves any mix. In the backward, adapters without rows get zeros. Rows are sorted once a
+graph: layers call `fastlora.ops.rows.sort_rows` alike.
+
+Shapes: ``x [..., K]``, ``weight [N, K]``, ``y [..., N]``, ids and seeds int64 ``[B]`` and ``[S]``;
+of each slot ``lora_a [rank, K]``, ``lora_b [N, rank]`` and ``lora_bias [N]`` in turn, three None
+for an adapter that leaves the layer alone, and ``scaling [S]``.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from fastlora.autograd.linear import run
+from fastlora.ops.factors import Base, Operands, present
+from fastlora.ops.library import composes, define
+from fastlora.ops.rows import sort_rows
+from fastlora.ops.seeds import seeds_of_layer
+
+define(
+    "lora_mixed(Tensor x, Tensor? weight, Tensor? bias, Tensor? y, Tensor?[] factors,"
+    " Tensor scaling, Tensor ids, Tensor seeds, float[] dropout_p, int projection, str impl,"
+    " Tensor? s) -> Tensor"
+)
+
+
+@composes("lora_mixed")
+def _lora_mixed(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    y: torch.Tensor | None,
+    factors: list[torch.Tensor | None],
+    scaling: torch.Tensor,
+    ids: torch.Tensor,
+    seeds: torch.Tensor,
+    dropout_p: list[float],
+    projection: int,
+    impl: str,
+    s: torch.Tensor | None,
+) -> torch.Tensor:
+    """`fastlora.autograd.linear.run` of a mixed batch; factors are taken in one dtype."""
+    rows = sort_rows(ids, x.numel() // x.shape[-1], len(dropout_p), x.device)
+    drawn = None
+    if any(dropout_p):
+        drawn = seeds_of_layer(seeds, projection)
+        if impl == "triton":
+            drawn = drawn.to(x.device, non_blocking=True)
+    dtypes = [tensor.dtype for tensor in factors if tensor is not None]
+    dtype = functools.reduce(torch.promote_types, dtypes)
+    factors = [None if tensor is None else tensor.to(dtype) for tensor in factors]
+    downs, ups, biases = present(factors[::3], 0), present(factors[1::3], 1), factors[2::3]
+    operands = Operands(downs, ups, biases, scaling, tuple(dropout_p), drawn)
+    return run(x, Base(weight, bias, y), operands, impl, rows=rows, s=s)
