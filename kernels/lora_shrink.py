@@ -46,60 +46,6 @@ from fastlora.kernels.philox import philox_keep_mask
 from fastlora.kernels.tables import MAX_SIBLINGS, KernelConfig, cdiv
 
 
-@triton.jit
-def _shrink_tile(
-    x_ptr,
-    offs_x,
-    rank_rows,
-    mask_m,
-    mask_r,
-    span,
-    strides,
-    drop,
-    BLOCK_M: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
-):
-    """Returns ``dropout(x) @ lora_a.T`` over a range of K, fp32 ``[BLOCK_M, BLOCK_R]``.
-
-    ``x_ptr`` plus ``offs_x [BLOCK_M, BLOCK_K]`` and ``rank_rows [BLOCK_R]`` point at the range's
-    first columns. ``span`` is the range and K. ``drop`` is the seed, the number of the tile's first
-    row in the mask, the threshold, and 1 / (1 - p).
-    """
-    first_k, last_k, K = span
-    stride_xk, stride_ak = strides
-    seed, first_row, threshold, inv_keep = drop
-    offs_k = tl.arange(0, BLOCK_K)
-    offs_a = offs_k[:, None] * stride_ak
-    acc = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
-    for k in range(first_k, last_k, BLOCK_K):
-        mask_x = mask_m[:, None]
-        mask_a = mask_r[None, :]
-        if not EVEN_K:
-            mask_k = offs_k < K - k
-            mask_x = mask_x & mask_k[None, :]
-            mask_a = mask_a & mask_k[:, None]
-        # x: [BLOCK_M, BLOCK_K], a: [BLOCK_K, BLOCK_R]
-        x = tl.load(x_ptr + offs_x, mask=mask_x, other=0.0)
-        a = tl.load(rank_rows[None, :] + offs_a, mask=mask_a, other=0.0)
-        if HAS_DROPOUT:
-            keep = philox_keep_mask(seed, first_row, k, threshold, 0, BLOCK_M, BLOCK_K)
-            x = tl.where(keep, x, 0.0)
-        # [BLOCK_M, BLOCK_K] x [BLOCK_K, BLOCK_R]
-        product = tl.dot(x, a.to(x.dtype), input_precision=INPUT_PRECISION)
-        if HAS_DROPOUT:
-            # Not behind the loop: what uses a dot in its step waits for it. Else Triton before 3.9
-            # lets the next step's mask write to registers that wgmma still reads (triton#9433).
-            product *= tl.cast(inv_keep, tl.float32)
-        acc += product
-        x_ptr += tl.cast(stride_xk, tl.int64) * BLOCK_K
-        rank_rows += tl.cast(stride_ak, tl.int64) * BLOCK_K
-    return acc
-
-
 # M and threshold vary from call to call: no compile of its own for 1 or a multiple of 16.
 @triton.jit(do_not_specialize=["M", "threshold"])
 def _lora_shrink_kernel(
@@ -168,16 +114,33 @@ def _lora_shrink_kernel(
     if ALIGNED:  # which a choice between tensors hides from the compiler
         rank_rows = tl.multiple_of(rank_rows, 16)
     rank_rows += tl.cast(first_k, tl.int64) * stride_ak
-    seed = 0
+    offs_a = offs_k[:, None] * stride_ak
     if HAS_DROPOUT:
         seed = tl.load(seed_ptr)
-    acc = _shrink_tile(
-        *(x_ptr, offs_x, rank_rows, mask_m, mask_r),
-        (first_k, min(first_k + k_per_split, K), K),
-        (stride_xk, stride_ak),
-        (seed, first_m, threshold, inv_keep),
-        *(BLOCK_M, BLOCK_R, BLOCK_K, EVEN_K, HAS_DROPOUT, INPUT_PRECISION),
-    )
+
+    acc = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
+    for k in range(first_k, min(first_k + k_per_split, K), BLOCK_K):
+        mask_x = mask_m[:, None]
+        mask_a = mask_r[None, :]
+        if not EVEN_K:
+            mask_k = offs_k < K - k
+            mask_x = mask_x & mask_k[None, :]
+            mask_a = mask_a & mask_k[:, None]
+        # x: [BLOCK_M, BLOCK_K], a: [BLOCK_K, BLOCK_R]
+        x = tl.load(x_ptr + offs_x, mask=mask_x, other=0.0)
+        a = tl.load(rank_rows[None, :] + offs_a, mask=mask_a, other=0.0)
+        if HAS_DROPOUT:
+            keep = philox_keep_mask(seed, first_m, k, threshold, 0, BLOCK_M, BLOCK_K)
+            x = tl.where(keep, x, 0.0)
+        # [BLOCK_M, BLOCK_K] x [BLOCK_K, BLOCK_R]
+        product = tl.dot(x, a.to(x.dtype), input_precision=INPUT_PRECISION)
+        if HAS_DROPOUT:
+            # Not behind the loop: what uses a dot in its step waits for it. Else Triton before 3.9
+            # lets the next step's mask write to registers that wgmma still reads (triton#9433).
+            product *= tl.cast(inv_keep, tl.float32)
+        acc += product
+        x_ptr += tl.cast(stride_xk, tl.int64) * BLOCK_K
+        rank_rows += tl.cast(stride_ak, tl.int64) * BLOCK_K
 
     out_ptr += tl.cast(split, tl.int64) * stride_op + tl.cast(first_m, tl.int64) * stride_om
     out_ptr += tl.cast(first_r, tl.int64) * stride_or
@@ -187,6 +150,62 @@ def _lora_shrink_kernel(
         acc.to(out_ptr.dtype.element_ty),
         mask=mask_m[:, None] & mask_r[None, :],
     )
+
+
+@kept
+def launch_lora_shrink(
+    out: torch.Tensor,
+    x: torch.Tensor,
+    lora_a: Sequence[torch.Tensor],
+    *,
+    seed: torch.Tensor | None,
+    dropout_p: float,
+    config: KernelConfig,
+) -> None:
+    """Writes ``dropout(x) @ lora_a.T`` of each sibling, side by side.
+
+    Args:
+        out: ``[M, R]`` in x's dtype when ``config.splits == 1``, else fp32 ``[splits, M, R]``.
+        x: ``[M, K]``, any strides.
+        lora_a: Of 1 to `MAX_SIBLINGS` siblings ``[rank, K]``, x's dtype or one that is cast to it
+            at the load; any strides, the same for all. R is the sum of the ranks.
+        seed: int64 device tensor of one element; read only when ``dropout_p > 0``.
+        dropout_p: Probability of dropping an element of x, a multiple of 2**-16 after rounding.
+        config: From `configs.choose`.
+    """
+    (m, k), count = x.shape, len(lora_a)
+    *firsts, r = itertools.accumulate(a.shape[0] for a in lora_a)
+    others = [*firsts, *[0] * (MAX_SIBLINGS - count)]
+    if m == 0:
+        return
+    blocks_k = cdiv(k, config.block_k)
+    grid = (cdiv(m, config.block_m) * cdiv(r, config.block_r), config.splits)
+    launch(
+        _lora_shrink_kernel,
+        grid,
+        out_ptr=out,
+        x_ptr=x,
+        **numbered("lora_a{}_ptr", lora_a),
+        **{f"first_{i}": first for i, first in enumerate(others, 1)},
+        **dropout_of(seed, dropout_p),
+        M=m,
+        K=k,
+        R=r,
+        k_per_split=cdiv(blocks_k, config.splits) * config.block_k,
+        **strides("o", "pmr", out),
+        **strides("x", "mk", x),
+        **strides("a", "rk", lora_a[0]),
+        **config.arguments("mkr"),
+        EVEN_K=k % config.block_k == 0,
+        SIBLINGS=count,
+        ALIGNED=count > 1 and all(_is_aligned(a) for a in lora_a),
+        LAUNCH_DEPENDENTS=config.launch_dependents,
+    )
+
+
+def _is_aligned(lora_a: torch.Tensor) -> bool:
+    """Whether every rank row begins at a multiple of 16 bytes."""
+    return lora_a.data_ptr() % 16 == 0 and lora_a.stride(0) * lora_a.itemsize % 16 == 0
 
 
 @triton.jit
@@ -210,23 +229,39 @@ def _shrink_columns(
     s_ptr, x_ptr, lora_a_address_ptr, rank_ptr = tensors
     slot, offs_xm, mask_m = rows
     first_k, last_k, K, R = sizes
+    first_row, seed, threshold, inv_keep = drop
     stride_sg, stride_sm, stride_xk, stride_table = strides
     offs_m = tl.arange(0, BLOCK_M)
     offs_k = tl.arange(0, BLOCK_K)
     column = start + tl.arange(0, BLOCK_R)
     sibling, r, mask_a, mask_s = sibling_columns(column, slot, rank_ptr, stride_table, G, BLOCK_R)
     address = tl.load(lora_a_address_ptr + sibling * stride_table + slot, mask=mask_s, other=0)
-    rank_rows = factor_pointer(address, FACTOR_DTYPE) + tl.cast(r, tl.int64) * K + first_k
+    a_ptrs = factor_pointer(address, FACTOR_DTYPE) + tl.cast(r, tl.int64) * K + first_k
+    a_ptrs = a_ptrs[None, :] + offs_k[:, None]
     offs_x = offs_xm[:, None] + offs_k[None, :] * stride_xk
     x_ptr += tl.cast(first_k, tl.int64) * stride_xk
-    acc = _shrink_tile(
-        *(x_ptr, offs_x, rank_rows, mask_m, mask_a),
-        (first_k, last_k, K),
-        (stride_xk, 1),
-        drop,
-        *(BLOCK_M, BLOCK_R, BLOCK_K, EVEN_K, HAS_DROPOUT, INPUT_PRECISION),
-    )
 
+    acc = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
+    for k in range(first_k, last_k, BLOCK_K):
+        mask_xk = mask_m[:, None]
+        mask_ak = mask_a[None, :]
+        if not EVEN_K:
+            mask_k = offs_k < K - k
+            mask_xk = mask_xk & mask_k[None, :]
+            mask_ak = mask_ak & mask_k[:, None]
+        # x: [BLOCK_M, BLOCK_K], a: [BLOCK_K, BLOCK_R]
+        x = tl.load(x_ptr + offs_x, mask=mask_xk, other=0.0)
+        a = tl.load(a_ptrs, mask=mask_ak, other=0.0)
+        if HAS_DROPOUT:
+            keep = philox_keep_mask(seed, first_row, k, threshold, 0, BLOCK_M, BLOCK_K)
+            x = tl.where(keep, x, 0.0)
+        # [BLOCK_M, BLOCK_K] x [BLOCK_K, BLOCK_R]
+        acc = tl.dot(x, a.to(x.dtype), acc, input_precision=INPUT_PRECISION)
+        x_ptr += tl.cast(stride_xk, tl.int64) * BLOCK_K
+        a_ptrs += BLOCK_K
+
+    if HAS_DROPOUT:
+        acc *= inv_keep
     # s: [BLOCK_M, BLOCK_R]
     r = tl.max_contiguous(tl.multiple_of(r, S_COLUMNS), S_COLUMNS)
     # A rank table may come to hold more than s was allocated for, under a graph captured before.
@@ -305,7 +340,7 @@ def _mixed_lora_shrink_kernel(
         tensors = s_ptr, x_ptr, lora_a_address_ptr, rank_ptr
         rows = slot, offs_xm, mask_m
         sizes = first_k, last_k, K, R
-        drop = seed, first_row, threshold, inv_keep
+        drop = first_row, seed, threshold, inv_keep
         strides = stride_sg, stride_sm, stride_xk, stride_table
         if columns <= NARROW_R:
             _shrink_columns(
@@ -320,57 +355,6 @@ def _mixed_lora_shrink_kernel(
                     *(G, BLOCK_M, BLOCK_R, BLOCK_K, EVEN_K),
                     *(FACTOR_DTYPE, HAS_DROPOUT, INPUT_PRECISION),
                 )
-
-
-@kept
-def launch_lora_shrink(
-    out: torch.Tensor,
-    x: torch.Tensor,
-    lora_a: Sequence[torch.Tensor],
-    *,
-    seed: torch.Tensor | None,
-    dropout_p: float,
-    config: KernelConfig,
-) -> None:
-    """Writes ``dropout(x) @ lora_a.T`` of each sibling, side by side.
-
-    Args:
-        out: ``[M, R]`` in x's dtype when ``config.splits == 1``, else fp32 ``[splits, M, R]``.
-        x: ``[M, K]``, any strides.
-        lora_a: Of 1 to `MAX_SIBLINGS` siblings ``[rank, K]``, x's dtype or one that is cast to it
-            at the load; any strides, the same for all. R is the sum of the ranks.
-        seed: int64 device tensor of one element; read only when ``dropout_p > 0``.
-        dropout_p: Probability of dropping an element of x, a multiple of 2**-16 after rounding.
-        config: From `configs.choose`.
-    """
-    (m, k), count = x.shape, len(lora_a)
-    *firsts, r = itertools.accumulate(a.shape[0] for a in lora_a)
-    others = [*firsts, *[0] * (MAX_SIBLINGS - count)]
-    if m == 0:
-        return
-    blocks_k = cdiv(k, config.block_k)
-    grid = (cdiv(m, config.block_m) * cdiv(r, config.block_r), config.splits)
-    launch(
-        _lora_shrink_kernel,
-        grid,
-        out_ptr=out,
-        x_ptr=x,
-        **numbered("lora_a{}_ptr", lora_a),
-        **{f"first_{i}": first for i, first in enumerate(others, 1)},
-        **dropout_of(seed, dropout_p),
-        M=m,
-        K=k,
-        R=r,
-        k_per_split=cdiv(blocks_k, config.splits) * config.block_k,
-        **strides("o", "pmr", out),
-        **strides("x", "mk", x),
-        **strides("a", "rk", lora_a[0]),
-        **config.arguments("mkr"),
-        EVEN_K=k % config.block_k == 0,
-        SIBLINGS=count,
-        ALIGNED=count > 1 and all(_is_aligned(a) for a in lora_a),
-        LAUNCH_DEPENDENTS=config.launch_dependents,
-    )
 
 
 @kept
@@ -422,8 +406,3 @@ def launch_mixed_lora_shrink(
         **DropoutTables.arguments(dropout, rows),
         LAUNCH_DEPENDENTS=config.launch_dependents,
     )
-
-
-def _is_aligned(lora_a: torch.Tensor) -> bool:
-    """Whether every rank row begins at a multiple of 16 bytes."""
-    return lora_a.data_ptr() % 16 == 0 and lora_a.stride(0) * lora_a.itemsize % 16 == 0

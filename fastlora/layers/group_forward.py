@@ -72,44 +72,48 @@ def group_forward(call: LayerCall | MixedCall, base: Base, own: _Own) -> Shared 
     layer, x, records = call.layer, call.given, torch.is_grad_enabled()
     if call.conditions.compiling:
         return None if isinstance(own, Place) or not records else _in_graph(call, _listed(own))
-    group = own.group if isinstance(own, Place) else group_of(layer, x)
-    if group is None or (isinstance(own, list) and not records):
+    place = own if isinstance(own, Place) else None
+    group = group_of(layer, x) if place is None else place.group
+    if group is None or (not records and isinstance(own, list)):
         return None
     if group.idle and id(layer) in group.idle:
         group.idle.discard(id(layer))
         group.launches.clear()
-    trains, several = records and not isinstance(own, Place), len(group.members) > 1
-    why, made = _why_not_now(call) if trains else "", None
+    trains, several = records and place is None, len(group.members) > 1
+    why, made, waits = _why_not_now(call) if trains else "", None, False
     # Nobody counts writes into an inference tensor.
-    if x.is_inference() and not group.unwritten:
+    if not group.unwritten and x.is_inference():
         return None
-    waiting = group.made.get((get_ident(), id(x))) if several else None
-    if waiting is not None and not why:
-        taken = group.take(x, id(layer), _context(call, own))
-        if taken is not None:
-            key, made = taken
-            if key == _key(call, base, own, made):
-                if trains:
-                    group.why_alone[id(layer)] = ""
-                return made
-            group.launches.clear()  # it computes other than the first took it to
-            made = None
-        waiting = group.made.get((get_ident(), id(x)))
-    waits = waiting is not None and waiting.by != id(layer)
-    if isinstance(call, LayerCall) and isinstance(own, Factors):
-        if not why and _is_plain(call, base, own, group):
-            if waits:  # the first left it out: the next forward finds out whether it still has to
-                group.launches.clear()
-            else:
-                made = _outputs(call, base, own, group)
-    elif isinstance(call, MixedCall) and isinstance(own, Place) and not waits:
-        made = _outputs_at(call, base, own)
-    if made is None and several and not why:
-        if isinstance(call, MixedCall) and isinstance(own, Place):
-            made = _output_and_s(call, base, own)
-        elif trains and not isinstance(own, Place) and not x.is_inference():
-            made, why = _shrunk(call, _listed(own), group)
+    if group.made and several:
+        at = get_ident(), id(x)
+        waiting = group.made.get(at)
+        if waiting is not None and not why:
+            taken = group.take(x, id(layer), _context(call, own), waiting)
+            if taken is not None:
+                key, made = taken
+                if key == _key(call, base, own, made):
+                    if trains:
+                        group.why_alone[id(layer)] = ""
+                    return made
+                group.launches.clear()  # it computes other than the first took it to
+                made = None
+            waiting = group.made.get(at)
+        waits = waiting is not None and waiting.by != id(layer)
+    if place is not None:
+        if isinstance(call, MixedCall):
+            made = None if waits else _outputs_at(call, base, place)
+            if made is None and several:
+                made = _output_and_s(call, base, place)
+        return made
+    if not why and isinstance(own, Factors) and _is_plain(call, base, own, group):
+        if waits:  # the first left it out: the next forward finds out whether it still has to
+            group.launches.clear()
+        else:
+            made = _outputs(call, base, own, group)
     if trains:
+        if made is None and several and not why and not x.is_inference():
+            slots: Any = [own] if isinstance(own, Factors) else own
+            made, why = _shrunk(call, slots, group)
         group.why_alone[id(layer)] = why
     return made
 
@@ -138,12 +142,12 @@ def _context(call: LayerCall | MixedCall, own: _Own) -> tuple[object, ...]:
     if isinstance(own, Place):
         # With gradients on, every call makes a mark; a pool's adapters are not trained.
         return own.rows, own.of, own.invariant, None if records else marks.trained
+    autocast, invariant = conditions.autocast, conditions.invariant
     # Of a block that has ended nothing is held: it knows all layers of its model.
     block = weakref.ref(call.routing) if isinstance(call, MixedCall) else None
-    surroundings = block, conditions.autocast, conditions.invariant
     if records:
-        return (*surroundings, marks.of_step(), call.given.requires_grad)
-    return (*surroundings, marks.trained)
+        return block, autocast, invariant, marks.of_step(), call.given.requires_grad
+    return block, autocast, invariant, marks.trained
 
 
 def _key(
@@ -188,7 +192,9 @@ def _present(base: Base) -> list[torch.Tensor]:
 # --------------------------------------------------------------------------- one adapter, every y
 
 
-def _is_plain(call: LayerCall, base: Base, own: Factors, group: SharedInputGroup) -> bool:
+def _is_plain(
+    call: LayerCall | MixedCall, base: Base, own: Factors, group: SharedInputGroup
+) -> bool:
     """Whether one call may compute a layer's y together with that of others."""
     conditions = call.conditions
     return (
@@ -203,7 +209,9 @@ def _is_plain(call: LayerCall, base: Base, own: Factors, group: SharedInputGroup
     )
 
 
-def _outputs(call: LayerCall, base: Base, own: Factors, group: SharedInputGroup) -> Shared | None:
+def _outputs(
+    call: LayerCall | MixedCall, base: Base, own: Factors, group: SharedInputGroup
+) -> Shared | None:
     """Computes a layer and those that are called after it; None where it is not one for this."""
     layer, x, conditions = call.layer, call.given, call.conditions
     records, several = torch.is_grad_enabled(), len(group.members) > 1

@@ -92,7 +92,9 @@ class GroupLaunch(NamedTuple):
         return others == [own] * len(others)
 
 
-def launch_of(call: LayerCall, base: Base, own: Factors, group: SharedInputGroup) -> GroupLaunch:
+def launch_of(
+    call: LayerCall | MixedCall, base: Base, own: Factors, group: SharedInputGroup
+) -> GroupLaunch:
     """Finds the layers that one call takes beside a layer."""
     layer, x = call.layer, call.given
     found: list[tuple[int, Base, Factors]] = []
@@ -139,7 +141,7 @@ def launch_of(call: LayerCall, base: Base, own: Factors, group: SharedInputGroup
 
 
 def _operands_of(
-    member: AdaptedLayer, call: LayerCall, first_base: Base, first: Factors
+    member: AdaptedLayer, call: LayerCall | MixedCall, first_base: Base, first: Factors
 ) -> tuple[Base, Factors] | None:
     """Returns a sibling's base layer and adapter if one call takes them beside a layer's.
 

@@ -16,12 +16,13 @@ Parts:
     make emulate ARGS="--triton ../triton36"
 
 ``log.jsonl`` in ``.emulate``, or in the folder ``$EMULATE_FOLDER``, keeps a line for each test. A
-second run of the same files leaves out what did not fail.
+second run of the same code leaves out what did not fail.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import functools
 import hashlib
 import json
@@ -64,15 +65,27 @@ class Run(NamedTuple):
 
 @functools.cache
 def code() -> str:
-    """Returns a hash of the files that the runs depend on."""
+    """Returns a hash of the files that the runs depend on, Python's without comments."""
     asked = ["git", "-C", str(ROOT), "ls-files", "-co", "--exclude-standard", "--", *FOLDERS]
     files = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.splitlines()
     found = hashlib.sha256()
     for name in sorted(files):
         # A file may be deleted and not committed yet.
         content = (ROOT / name).read_bytes() if (ROOT / name).exists() else b""
+        if name.endswith(".py"):
+            content = without_comments(content)
         found.update(f"{name} {len(content)}\n".encode() + content)
     return found.hexdigest()[:12]
+
+
+def without_comments(source: bytes) -> bytes:
+    """Returns a Python file's syntax tree as text, without its comments and docstrings."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        documented = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
+        if documented and ast.get_docstring(node, clean=False) is not None:
+            del node.body[0]
+    return ast.dump(tree).encode()
 
 
 def runs(parts: Sequence[str], chips: Sequence[str]) -> list[Run]:

@@ -65,3 +65,11 @@ def test_sm_100_is_refused_by_name(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         emulate.main(["--chip", "sm_100"])
     assert "does not execute sm_100" in capsys.readouterr().err
+
+
+def test_only_code_starts_the_runs_over() -> None:
+    source = b'"""A module."""\n\ndef f(x):\n    """Doubles."""\n    return 2 * x\n'
+    same = b"def f(x):\n    # What f does.\n    return 2 * x\n"
+    other = source.replace(b"2 * x", b"3 * x")
+    found = [emulate.without_comments(each) for each in (source, same, other)]
+    assert found[0] == found[1] != found[2]

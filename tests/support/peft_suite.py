@@ -33,7 +33,7 @@ class Rule(NamedTuple):
     pattern: str
 
 
-NOT_OURS = "refused by name; `peft.get_peft_model`, then `fastlora.patch`"
+NOT_OURS = "not supported by fastlora; use `peft.get_peft_model`, then `fastlora.patch`"
 DIFFERS = "[differences](differences.md)"
 RULES = (
     Rule(
@@ -44,77 +44,79 @@ RULES = (
     ),
     Rule("`target_parameters`", NOT_OURS, r"does not have target_parameters|argetParameter"),
     Rule(
-        "Other methods than LoRA, models that mix methods",
+        "Methods other than LoRA, models that mix methods",
         NOT_OURS,
         r"expected 'LORA'|must be 'LORA'|mixed=True|[Mm]ixedModel|[Pp]rompt|prefix_tuning",
     ),
     Rule(
         "Pickles",
-        f"neither read nor written; {DIFFERS}, Files",
+        f"fastlora neither reads nor writes them; {DIFFERS}, Files",
         r"safe_serialization|adapter_model.bin",
     ),
-    Rule("Ids of the Hub", f"not downloaded; {DIFFERS}, Files", r"no such folder. Only local"),
+    Rule("Hub ids", f"fastlora downloads nothing; {DIFFERS}, Files", r"no such folder. Only local"),
     Rule(
-        "A second `get_peft_model` on one base",
-        f"raises, where PEFT warns; {DIFFERS}, Adapters",
+        "A second `get_peft_model` on the same base model",
+        f"raises an error, where PEFT warns; {DIFFERS}, Adapters",
         r"has LoRA layers already|test_mapping",
     ),
     Rule(
-        "Mixed batches in training and of DoRA",
-        f"work, where PEFT refuses them; {DIFFERS}, Adapters",
+        "Mixed batches in training and with DoRA",
+        f"work, where PEFT raises an error; {DIFFERS}, Adapters",
         r"DID NOT RAISE.*(mixed_adapter|DoRA)|mixed_adapter.*DID NOT RAISE|MixedAdapterBatches.*",
     ),
     Rule(
-        "Merging into a weight that is shared",
-        f"is refused, or parts the two with other words; {DIFFERS}, Adapters",
+        "Merging into a shared weight",
+        f"raises an error, or separates the weights with another warning; {DIFFERS}, Adapters",
         r"shares its weight|[Tt]ied|tie_word|WeightTying",
     ),
     Rule(
-        "Adapters named as a module",
-        f"lose nothing, so there is no warning; {DIFFERS}, Adapters",
+        "Adapters with the name of a module",
+        f"lose no tensors, so there is no warning; {DIFFERS}, Adapters",
         r"NamingConflict",
     ),
     Rule(
-        "Missing or misshapen tensors",
-        f"an error before anything changes; {DIFFERS}, Adapters",
+        "Missing tensors, or tensors of the wrong shape",
+        f"raise an error before anything changes; {DIFFERS}, Adapters",
         r"missing_keys_warning|FsdpShape|ignore_mismatched_sizes|state_dict has no",
     ),
     Rule(
-        "LoRA layers of PEFT's classes by `_register_custom_module`",
-        f"are `fastlora.layers.LoraLayer`s; {DIFFERS}, Adapters",
+        "PEFT's LoRA layers with `_register_custom_module`",
+        f"must be subclasses of `fastlora.layers.LoraLayer`; {DIFFERS}, Adapters",
         r"registered for it|DynamicDispatch",
     ),
     Rule(
         "Sums of adapters with trained tokens",
-        f"are refused, where PEFT drops the tokens; {DIFFERS}, Adapters",
+        f"raise an error, where PEFT drops the tokens; {DIFFERS}, Adapters",
         r"which have no sum",
     ),
     Rule(
-        "Words or class of an error",
-        f"ours name layer, field and value; {DIFFERS}, Adapters",
+        "Text or class of an error",
+        f"fastlora's names the layer, the field, and the value; {DIFFERS}, Adapters",
         r"Regex pattern did not match\.|matches no module|can be called, got|DID NOT RAISE"
         r"|bias must be one of|on this layer, which has|has no default targets"
         r"|trains rows of|ensure_weight_tying gives|cannot split",
     ),
     Rule(
-        "Words or class of a warning",
-        f"ours say what is left out; {DIFFERS}, Adapters",
+        "Text or class of a warning",
+        f"fastlora's names what is left out; {DIFFERS}, Adapters",
         r"DID NOT WARN|warnings emitted|_warns|any\(<generator",
     ),
     Rule(
-        "PEFT's classes, private methods and caches",
-        f"ours have their own; {DIFFERS}, Adapters",
+        "PEFT's classes, private methods, and caches",
+        f"fastlora has its own; {DIFFERS}, Adapters",
         r"isinstance\(|has no attribute '|TestDoraCaching|Prefixes|repr_lora|assert \[\]"
         r"|AuxiliaryTrainingWrapper|MinimalTargetModules|test_merge_layers.*LoRA trainable_tokens",
     ),
     Rule(
         "Others, one test each",
-        f"norms of DoRA by other sums, half a pair of factors, a layer switched alone; {DIFFERS}",
+        f"DoRA norms summed in another order, one factor of a pair, one layer set alone; {DIFFERS}",
         r"layer_replication|embed_scale_is|has no partner|extra_key_raises|lora_plus_embedding"
         r"|use_dora_linear|active_adapters_irregular|FastLoraMultiheadAttention|auto class",
     ),
     Rule(
-        "Config files", f"checked on reading, and when made; {DIFFERS}, Config", r"test_config.py"
+        "Config files",
+        f"checked when they are read and when they are created; {DIFFERS}, Config",
+        r"test_config.py",
     ),
 )
 
@@ -165,29 +167,30 @@ def main(base_path: str, ours_path: str, patched_path: str | None = None) -> str
         else:
             found[rule] += 1
     lines = [
-        "# PEFT's own tests over fastlora",
+        "# PEFT's own tests",
         "",
-        "PEFT 0.21.2's tests, those that name LoRA or no method at all, on a CPU, without the Hub:",
-        "models are small random ones of the same names and architectures.",
+        "This page shows how many of PEFT 0.21.2's own tests pass with fastlora. It counts the",
+        "tests that name LoRA or no specific method. They ran on a CPU without access to the Hub.",
+        "Small random models with the same names and architectures replaced the Hub's models.",
         "",
-        "| run | passed | worse than PEFT alone |",
+        "| run | passed | fail, but pass with PEFT alone |",
         "|---|---|---|",
         f"| PEFT alone | {passed(base):,} of {len(base):,} | |",
-        f"| `LoraConfig`, `get_peft_model`, `PeftModel`, `TaskType` are ours | {passed(ours):,} |"
+        f"| fastlora's `LoraConfig`, `get_peft_model`, `PeftModel`, `TaskType` | {passed(ours):,} |"
         f" {len(worse(base, ours)):,} |",
     ]
     if patched_path:
         patched = read(patched_path)
         worst = worse(base, patched)
         lines.append(
-            f"| every LoRA model goes through `fastlora.patch` | {passed(patched):,} |"
+            f"| PEFT with `fastlora.patch` on every LoRA model | {passed(patched):,} |"
             f" {len(worst):,} |"
         )
     lines += [
         "",
-        "## What fails with ours in PEFT's place, and passes with PEFT alone",
+        "## Tests that fail with fastlora in place of PEFT",
         "",
-        "| class of tests | number | why |",
+        "| tests about | number | why they fail |",
         "|---|---|---|",
     ]
     order = sorted(found, key=lambda n: -found[n])
@@ -195,17 +198,18 @@ def main(base_path: str, ours_path: str, patched_path: str | None = None) -> str
     if rest:
         lines += [f"| Not sorted | {len(rest)} | to be read |"]
     if patched_path:
-        lines += ["", "## What fails in patched models", ""]
-        lines += [f"* `{entry['id'].partition('::')[2]}`" for entry in worst] or ["Nothing."]
+        lines += ["", "## Tests that fail in patched models", ""]
+        failed = [entry["id"].partition("::")[2] for entry in worst]
+        lines += ["```text", *failed, "```"] if failed else ["No test fails."]
     lines += [
         "",
-        "## To make this page again",
+        "## Update this page",
         "",
-        "The tests come with PEFT's source distribution. A pytest plugin runs them in three ways:",
-        "with PEFT alone; with the four names above replaced before the tests import them; and",
-        "with `fastlora.patch` around all that makes a model. It writes one JSON object a test.",
-        "`python -m tests.support.peft_suite BASE OURS PATCHED` makes the page of the three files;",
-        "its docstring says what is in them.",
+        "The tests are part of PEFT's source distribution. A pytest plugin runs them in three",
+        "ways: with PEFT alone, with the four names above replaced before the tests import them,",
+        "and with `fastlora.patch` applied to every LoRA model. The plugin writes one JSON object",
+        "per test. `python -m tests.support.peft_suite BASE OURS PATCHED` makes the page from the",
+        "three files. The docstring of the module describes the files.",
     ]
     sys.stderr.writelines(f"{text}\n" for text in rest)
     return "\n".join(lines)

@@ -198,12 +198,12 @@ EXEMPTIONS: tuple[Exemption, ...] = (
         ),
     ),
     Exemption(
-        "DoRA rows share batches",
+        "DoRA adapters can share a batch",
         lambda m: m.of("mixed") and m.accepted("DoRA", "variants") and any(m.chosen("use_dora")),
         Script("Llama", (_wrap(["q_proj"], use_dora=True), _mixed("default", "__base__"))),
     ),
     Exemption(
-        "A module of `modules_to_save` may be of any class in a mixed batch",
+        "Any module of `modules_to_save` can be in a mixed batch",
         lambda m: m.of("mixed") and m.accepted("Mixed batching is only supported"),
         Script("Llama", (_wrap(["q_proj"], modules_to_save=["norm"]), _mixed("default"))),
     ),
@@ -218,7 +218,7 @@ EXEMPTIONS: tuple[Exemption, ...] = (
         Script("Llama", (_wrap(["q_proj"]), _add("ash", ["v_proj"], bias="all"), _set("ash"))),
     ),
     Exemption(
-        "the biases of an inactive adapter's copies train",
+        "the biases in the copies of an inactive adapter train",
         lambda m: (
             m.less()
             and m.trains(*(f"modules_to_save.{n}.bias" for n in m.inactive()))
@@ -233,7 +233,7 @@ EXEMPTIONS: tuple[Exemption, ...] = (
         ),
     ),
     Exemption(
-        "Its file holds them under the names of a model that has this adapter alone",
+        "The adapter's file names the biases as in a model that has only this adapter",
         lambda m: m.about("file ") and _biases_of_others(m),
         Script(
             "Llama",
@@ -241,7 +241,7 @@ EXEMPTIONS: tuple[Exemption, ...] = (
         ),
     ),
     Exemption(
-        "under names that no reader looks for",
+        "under names that no loader reads",
         lambda m: (
             m.about("file ")
             and any(config["bias"] == "all" for config in m.configs.values())
@@ -250,7 +250,7 @@ EXEMPTIONS: tuple[Exemption, ...] = (
         Script("BERT", (_wrap(["query"], bias="all", modules_to_save=["classifier"]), RELOAD)),
     ),
     Exemption(
-        "`disable_adapter` restores what trained before",
+        "`disable_adapter` restores the previous trainable state",
         lambda m: (
             m.of("within_disabled")
             and m.about("trainable", "gradient/")
@@ -269,7 +269,7 @@ EXEMPTIONS: tuple[Exemption, ...] = (
         Script("Llama", (_wrap(["q_proj"]), _op("merge"), _op("within_disabled"))),
     ),
     Exemption(
-        "**`unmerge` is exact**",
+        "**`unmerge` is exact.**",
         lambda m: _cast_while_merged(m) and m.about("parameter/", "output", "gradient/", "within"),
         Script("Llama", (_wrap(["q_proj"]), _op("merge"), _op("cast"), _op("unmerge"))),
     ),
@@ -299,7 +299,7 @@ EXEMPTIONS: tuple[Exemption, ...] = (
         ),
     ),
     Exemption(
-        "`delete_adapter` of an adapter that is not active",
+        "Deleting an adapter that is not active",
         lambda m: (
             m.of("delete")
             and m.less()
@@ -337,7 +337,7 @@ EXEMPTIONS: tuple[Exemption, ...] = (
         ),
     ),
     Exemption(
-        "An adapter without trained tokens is saved",
+        "Adapters with and without trained tokens",
         lambda m: (
             m.of("load", "reload", "mixed", "merge", "merge_and_unload")
             and (_some_lack(m, "trainable_token_indices") or _some_lack(m, "modules_to_save"))
@@ -354,27 +354,27 @@ EXEMPTIONS: tuple[Exemption, ...] = (
         Script("Llama", (_wrap(["q_proj"]), _set(["default", "ash"]))),
     ),
     Exemption(
-        "gives sums of rsLoRA adapters their right size",
+        "Sums of rsLoRA adapters have the correct size",
         lambda m: m.of("weighted") and m.about("update/", "file ") and any(m.chosen("use_rslora")),
         Script("Llama", (_wrap(["q_proj"], use_rslora=True), _weighted("default"))),
     ),
     Exemption(
-        "A name that exists is refused, where PEFT returns without a word",
+        "An existing name raises an error, where PEFT returns silently",
         lambda m: m.of("weighted") and m.refused("exists already"),
         Script("Llama", (_wrap(["q_proj"]), _weighted("default", name="default"))),
     ),
     Exemption(
-        "so are DoRA adapters and such with trained tokens",
+        "DoRA adapters, adapters with trained tokens",
         lambda m: m.of("weighted") and m.refused("uses DoRA", "has trained tokens"),
         Script("Llama", (_wrap(["q_proj"], use_dora=True), _weighted("default"))),
     ),
     Exemption(
-        "Adapters that train base biases have sums too",
+        "Adapters that train base biases can be added",
         lambda m: m.of("weighted") and m.accepted("only 1 adapter with bias"),
         Script("Llama", (_wrap(["q_proj"], bias="all"), _weighted("default"))),
     ),
     Exemption(
-        "The config of a sum has the rank of its factors on each layer",
+        "The config of the sum has the rank of the factors on each layer",
         lambda m: (
             m.difference.what.endswith(": config")
             and any(m.about(f"file {name}:") for name in m.sums())
@@ -390,7 +390,7 @@ EXEMPTIONS: tuple[Exemption, ...] = (
         Script("Llama", (_wrap(["q_proj"]), _add("ash", ["v_proj"]), _weighted("default", "ash"))),
     ),
     Exemption(
-        "keeps `lora_bias`, the copy that one of the adapters owns of a module",
+        "The sum keeps `lora_bias`, a copy of a module that one of the adapters owns",
         lambda m: (
             m.of("weighted")
             and any(m.chosen("modules_to_save"))
@@ -429,7 +429,7 @@ EXEMPTIONS: tuple[Exemption, ...] = (
         Script("Llama", (_wrap(["q_proj"]), _op("disable"), _op("merge"))),
     ),
     Exemption(
-        "`set_requires_grad`, `merge_adapter(adapter_names=)` and",
+        "**Unknown adapter names** raise an error in `set_requires_grad`, `merge_adapter",
         lambda m: m.of("require", "merge", "merge_and_unload") and m.refused("no adapter"),
         Script(
             "Llama",
@@ -449,7 +449,7 @@ EXEMPTIONS: tuple[Exemption, ...] = (
         ),
     ),
     Exemption(
-        "`disable_adapter_layers`** unmerges merged adapters at once",
+        "`disable_adapter_layers` unmerges merged adapters at once",
         lambda m: m.of("disable") and _unmerged_at_once(m),
         Script("Llama", (_wrap(["q_proj"]), _op("merge"), _op("disable"))),
     ),
@@ -462,7 +462,7 @@ EXEMPTIONS: tuple[Exemption, ...] = (
         ),
     ),
     Exemption(
-        "A module that an adapter owns a copy of is no target of another",
+        "An adapter cannot target a module that another adapter owns a copy of",
         lambda m: (
             m.of("add", "load")
             and (
