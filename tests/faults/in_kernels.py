@@ -29,7 +29,7 @@ FAULTS = (
         "wrong mask",
         "912c58d",
         "kernels/lora_shrink.py",
-        "keep = philox_keep_mask(seed, first_row, k, threshold, 0, BLOCK_M, BLOCK_K)",
+        "keep = philox_keep_mask(seed, first_m, k, threshold, 0, BLOCK_M, BLOCK_K)",
         "keep = philox_keep_mask(seed, 0, k, threshold, 0, BLOCK_M, BLOCK_K)",
         (f"{_ONE}test_every_chunk_and_masks_whatever_the_tile[shrink-(16, 16, 16)]",),
     ),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-# Kernels for mixed batches that share a loop, and a file, with the kernel for one adapter.
+# Kernels for mixed batches in the file of the kernel for one adapter.
 _IN_ONE_FILE = ("mixed_lora_shrink", "mixed_lora_grad_a", "mixed_lora_grad_b")
 
 
