@@ -1,4 +1,4 @@
-"""The host's cost of a linear, a block and a training step: fastlora, PEFT and the bare layers.
+"""Host time of a linear layer, a block, and a training step: fastlora, PEFT, and bare layers.
 
 python bench/host.py [--device auto|cpu|cuda] [--repeats 15] [--calls 10] [--out CSV]
 
