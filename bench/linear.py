@@ -1,4 +1,4 @@
-"""Times one LoRA linear: fastlora's plans, the base alone, PEFT's way, and ``addmm_``.
+"""Times one LoRA linear: fastlora's plans, the base alone, PEFT's operations, and ``addmm_``.
 
     python bench/linear.py --out results.csv [--tests pass] [--seconds 300] [--device cpu --dry-run]
 

@@ -37,7 +37,7 @@ Side = Callable[[], torch.Tensor]
 
 
 class WrongResultError(FastLoraError):
-    """A side computes something else than the others, so its time is meaningless."""
+    """A side computes a different result from the others, so its time is meaningless."""
 
 
 class Check(NamedTuple):

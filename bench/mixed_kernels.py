@@ -1,4 +1,4 @@
-"""Times one linear on a mixed batch: fastlora's kernels, and the plain PyTorch ways by hand.
+"""Times one linear on a mixed batch: fastlora's kernels, and plain PyTorch by hand.
 
     python bench/mixed_kernels.py --out mixed.csv --tests pass [--seconds 110] [--device cuda]
 
