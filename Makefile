@@ -13,7 +13,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint docs recipes crash attack fuzz emulated emulate faults soak soak-serve clean
+.PHONY: help install demo test lint docs recipes crash attack fuzz emulated emulate faults mutants soak soak-serve clean
 
 # The order is that in which a newcomer needs them.
 help: ## list the targets
@@ -30,8 +30,11 @@ test: $(VENV)/.installed ## run the tests: the main run, the Triton interpreter,
 emulated: $(VENV)/.installed ## run kernels as compiled for sm_80 and sm_90, executed on the CPU: 3 minutes
 	@$(BIN)/python tests/run_lanes.py --lane emulated-sm_80 --lane emulated-sm_90 --lane emulator $(ARGS)
 
-faults: $(VENV)/.installed ## plant each known fault in a copy of the project and run the tests that must notice: 10 minutes
+faults: $(VENV)/.installed ## plant each known fault in a copy of the project and run the tests that must notice: 4 minutes
 	@$(BIN)/python -m tests.faults.run $(ARGS)
+
+mutants: $(VENV)/.lint-installed ## change 300 lines of five parts, one at a time, and count what no test notices: 20 minutes (outside CI)
+	@$(BIN)/python -m tests.faults.mutants $(ARGS)
 
 emulate: $(VENV)/.installed ## all of that on more chips, the tests of kernels, and the configs of real layers: hours (outside CI)
 	@$(BIN)/python -m tests.emulated.emulate $(ARGS)

@@ -176,7 +176,7 @@ def _may_matter(part: str, case: Case) -> bool:
 def without(part: str) -> Iterator[None]:
     """Switch off one part of fastlora within the block; with "", no part."""
     from fastlora.layers import forward as layers
-    from fastlora.ops.triton import one_adapter
+    from fastlora.ops.triton import expand, linear, shrink
 
     def product_first(
         x: Any, weight: Any, bias: Any, s: Any, lora_a: Any, lora_b: Any, scaling: Any,
@@ -184,8 +184,8 @@ def without(part: str) -> Iterator[None]:
     ) -> list[torch.Tensor]:  # fmt: skip
         y, own = F.linear(x, weight, bias), s
         if own is None:
-            own = one_adapter.shrink_one(x, [lora_a], seed, dropout_p)
-        one_adapter.expand_one_(y, own, lora_b, scaling)
+            own = shrink.shrink_one(x, [lora_a], seed, dropout_p)
+        expand.expand_one_(y, own, lora_b, scaling)
         return [y, own] if s is None else [y]
 
     def wide(chip: Any, rows: Any, *sizes: Any) -> Any:
@@ -201,7 +201,7 @@ def without(part: str) -> Iterator[None]:
         "narrow tiles": [wide_tiles],
         "narrow tiles and split K": [wide_tiles, whole_k],
         "expand by pieces": [(configs, "FUSED_MAX_ADAPTERS", SEQUENCES)],
-        "update first": [alone, (one_adapter, "linear_one", product_first)],
+        "update first": [alone, (linear, "linear_one", product_first)],
     }
     with contextlib.ExitStack() as stack:
         for owner, name, value in changes[part]:

@@ -5,8 +5,8 @@ from importlib import util as _util
 from importlib.machinery import ModuleSpec as _ModuleSpec
 from pathlib import Path as _Path
 
-import fastlora.integrations.as_peft  # our classes are PEFT's where it is imported
-import fastlora.integrations.transformers  # noqa: F401 - its pipelines know our models
+import fastlora.integrations.as_peft  # registers our classes with PEFT
+import fastlora.integrations.transformers  # noqa: F401 - adds our models to its pipelines
 from fastlora import functional
 from fastlora.init.configs import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig
 from fastlora.integrations.patch import patch, unpatch
@@ -49,17 +49,18 @@ from fastlora.train import (
 )
 from fastlora.validation import FastLoraError
 
-# PEFT's name for it, so that a snippet needs only its import changed.
+# PEFT's name for `LoraModel`, so that PEFT code works with only its import changed.
 PeftModel = LoraModel
 
 __version__ = "0.1.0"
 
 
 def _register_checkout() -> None:
-    """Makes `kernels/` and `bench/` beside this folder `fastlora.kernels` and `fastlora.bench`.
+    """Register `kernels/` and `bench/` as `fastlora.kernels` and `fastlora.bench`.
 
-    They lie there in a source checkout. An installed package holds both in its own folder, where
-    Python finds them. See `setup.py` for why they have no `__init__.py`.
+    In a source checkout, these folders are next to this one. An installed package contains both in
+    its own folder, where Python finds them without help. See `setup.py` for why they have no
+    `__init__.py`.
     """
     checkout = _Path(__file__).resolve().parent.parent
     if not (checkout / "kernels" / "lora_linear.py").is_file():

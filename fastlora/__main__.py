@@ -1,4 +1,4 @@
-"""``python -m fastlora``."""
+"""Entry point of ``python -m fastlora``."""
 
 from __future__ import annotations
 

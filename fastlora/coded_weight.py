@@ -1,8 +1,9 @@
-"""A base weight that is stored as codes and scales, which kernels read as it is.
+"""A quantized base weight that kernels read without dequantizing it first.
 
-`CodedWeight` stands where a weight stands: autograd, routing, siblings and mixed batches pass it on
-and save it like any tensor. Kernels get what it holds, a `Coded`. Whatever else PyTorch computes
-with it gets the dense matrix, made for that one operation.
+`CodedWeight` takes the place of a dense weight. Autograd, routing, shared-input groups, and mixed
+batches pass it on and save it like any other tensor. Kernels receive its quantized data, a `Coded`.
+Any other PyTorch operation on it receives the dense matrix, which is dequantized for that one
+operation.
 """
 
 from __future__ import annotations
@@ -15,15 +16,16 @@ from torch.utils._pytree import tree_map_only
 
 
 class Coded(NamedTuple):
-    """What a kernel reads of a weight ``[N, K]``.
+    """The quantized data of a weight ``[N, K]``, as kernels read it.
 
     Attributes:
         kind: Name of the loader in `fastlora.kernels.weights`.
-        codes: The codes, as the loader says.
-        parts: int64, one address each of what decodes them, as the loader says.
-        n, k: Sizes of the weight.
-        block: Elements along K that share a scale; it divides K.
-        transposed: Whether it stands for the weight's transpose, ``[K, N]``.
+        codes: The quantized values, in the layout that the loader defines.
+        parts: int64 addresses of the tensors that decode the values (such as scales), in the order
+            that the loader defines.
+        n, k: Dimensions of the weight.
+        block: Number of elements along K that share a scale. It divides K.
+        transposed: Whether this represents the transposed weight, ``[K, N]``.
     """
 
     kind: str
@@ -36,22 +38,22 @@ class Coded(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """That of the matrix it stands for."""
+        """Shape of the matrix that the quantized data represents."""
         return (self.k, self.n) if self.transposed else (self.n, self.k)
 
     def t(self) -> Coded:
-        """Returns the transpose."""
+        """Return the transpose, which shares the quantized data."""
         return self._replace(transposed=not self.transposed)
 
 
 class CodedWeight(torch.Tensor):
-    """A weight ``[N, K]`` without a matrix.
+    """A tensor that represents a weight ``[N, K]`` by its quantized data.
 
     Args:
-        coded: What kernels read.
-        dense: Makes the matrix ``[N, K]``.
-        dtype: Of the matrix, in which the base layer computes.
-        keeps: What the addresses in ``coded`` point to.
+        coded: The quantized data that kernels read.
+        dense: Function that returns the dense matrix ``[N, K]``.
+        dtype: Dtype of the dense matrix, in which the base layer computes.
+        keeps: The tensors that the addresses in ``coded`` point to. The weight keeps them alive.
     """
 
     dense: Callable[[], torch.Tensor]
@@ -68,7 +70,7 @@ class CodedWeight(torch.Tensor):
         dtype: torch.dtype,
         keeps: tuple[torch.Tensor, ...],
     ) -> CodedWeight:
-        """Makes the tensor."""
+        """Create the tensor."""
         make: Any = torch.Tensor._make_wrapper_subclass
         made: CodedWeight = make(cls, coded.shape, dtype=dtype, device=coded.codes.device)
         made._coded, made.dense, made.keeps = coded, dense, keeps
@@ -77,15 +79,15 @@ class CodedWeight(torch.Tensor):
 
     @property
     def is_unwritten(self) -> bool:
-        """Whether nobody wrote to it since it was made."""
+        """Whether the quantized data has not been written to since this tensor was created."""
         return _versions(self.keeps) == self._versions
 
     @property
     def coded(self) -> Coded:
-        """What kernels read.
+        """The quantized data that kernels read.
 
         Raises:
-            RuntimeError: Somebody wrote to it since it was made.
+            RuntimeError: The data has been written to since this tensor was created.
         """
         if not self.is_unwritten:
             raise RuntimeError(
@@ -98,7 +100,7 @@ class CodedWeight(torch.Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """Runs an operation on the dense matrix; a transpose and a detached one need none."""
+        """Run an operation on the dense matrix. Transpose and detach do not need the matrix."""
         if func is torch.ops.aten.t.default:
             return _of(args[0], args[0]._coded.t())
         if func is torch.ops.aten.detach.default:
@@ -107,7 +109,7 @@ class CodedWeight(torch.Tensor):
         return func(*dense[0], **dense[1])
 
     def __repr__(self, **_: object) -> str:  # type: ignore[override]
-        """Says what it holds."""
+        """Return the kind, the shape, and the dtype as text."""
         return f"CodedWeight({self._coded.kind}, {tuple(self.shape)}, {self.dtype})"
 
 
@@ -116,12 +118,15 @@ def _versions(tensors: tuple[torch.Tensor, ...]) -> tuple[int, ...]:
 
 
 def as_matrix(weight: torch.Tensor) -> torch.Tensor:
-    """Returns a weight as it is, and of codes the matrix: once for several products."""
+    """Return a weight as a dense tensor, so that several products can share one dequantization.
+
+    A weight that is not a `CodedWeight` is returned unchanged.
+    """
     return matrix(weight) if isinstance(weight, CodedWeight) else weight
 
 
 def matrix(weight: CodedWeight) -> torch.Tensor:
-    """Returns a new dense matrix of a weight, transposed as it is."""
+    """Return a new dense matrix of a quantized weight, transposed if the weight is."""
     made = weight.dense().detach()
     made = made if made.dtype is weight.dtype else made.to(weight.dtype)
     return made.t() if weight.coded.transposed else made

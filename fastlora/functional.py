@@ -1,4 +1,4 @@
-"""Public functions: they validate, and call `fastlora.autograd.adapter`."""
+"""Public functions, which validate their arguments and call `fastlora.autograd.adapter`."""
 
 from __future__ import annotations
 
@@ -23,36 +23,41 @@ def lora_linear(
     impl: str = "auto",
     plan: str = "auto",
 ) -> torch.Tensor:
-    """Computes ``x @ weight.T + bias + scaling * dropout(x) @ lora_a.T @ lora_b.T``.
+    """Compute ``x @ weight.T + bias + scaling * dropout(x) @ lora_a.T @ lora_b.T``.
 
-    The low-rank adaptation of Hu et al., https://arxiv.org/abs/2106.09685, with the factors as PEFT
-    lays them out. Differentiable in x, weight, bias, lora_a and lora_b, once: whether a second time
-    too depends on dtype, device and rows. Under autocast, x and
-    weight are taken in the autocast dtype.
+    This is the low-rank adaptation of Hu et al., https://arxiv.org/abs/2106.09685, with the factors
+    in PEFT's layout. It is differentiable once in x, weight, bias, lora_a, and lora_b. Whether it
+    is differentiable twice depends on the dtype, the device, and the number of rows. Under
+    autocast, x and weight are cast to the autocast dtype.
 
     Args:
-        x: Input, ``[..., K]``, fp16, bf16, fp32 or fp64.
+        x: Input, ``[..., K]``, fp16, bf16, fp32, or fp64.
         weight: Base weight, ``[N, K]``, in x's dtype.
-        lora_a: Down projection, ``[R, K]``, any floating dtype; rounded to x's for the product.
-        lora_b: Up projection, ``[N, R]``, any floating dtype; rounded to x's for the product.
-        scaling: A number, or a tensor of 1 or R numbers (one per rank row).
+        lora_a: Down projection, ``[R, K]``, any floating-point dtype; cast to x's dtype for the
+            product.
+        lora_b: Up projection, ``[N, R]``, any floating-point dtype; cast to x's dtype for the
+            product.
+        scaling: A number, or a tensor with 1 element or R elements (one per rank row).
         bias: Base bias, ``[N]``, or None.
-        dropout_p: Probability in [0, 1) of dropping an element of x before lora_a; the base layer
-            sees all of x. The mask comes from torch's default generator. 0 means no dropout: pass
-            0 in evaluation.
-        impl: ``"triton"`` or ``"eager"``, or ``"auto"``: Triton on a GPU it supports, else eager.
-        plan: What the Triton implementation launches: ``"fused"`` (one GEMM with the LoRA term in
-            its epilogue), ``"split"`` (the update, then cuBLAS on top of it), ``"invariant"``
-            (fused, as in `fastlora.batch_invariant`, inside of which it is the only one), or
-            ``"auto"``: what ``FASTLORA_PLAN`` names, else a table by chip, dtype, rows and rank.
+        dropout_p: Probability in [0, 1) of dropping an element of x before lora_a. The base layer
+            always receives all of x. The mask is drawn from torch's default generator. In
+            evaluation, pass 0, which means no dropout.
+        impl: ``"triton"``, ``"eager"``, or ``"auto"``. ``"auto"`` selects Triton on a GPU that it
+            supports, and eager otherwise.
+        plan: What the Triton implementation launches. ``"fused"`` is one GEMM with the LoRA term in
+            its epilogue. ``"split"`` computes the LoRA update first, and cuBLAS then adds the base
+            product to it. ``"invariant"`` is the fused plan of `fastlora.batch_invariant`. Inside
+            that mode, it replaces ``"auto"`` and ``"fused"``, and ``"split"`` raises an error.
+            ``"auto"`` is the plan that ``FASTLORA_PLAN`` names, or else one from a table by chip,
+            dtype, number of rows, and rank.
 
     Returns:
         ``[..., N]`` in x's dtype.
 
     Raises:
-        ValueError: Shapes or devices do not fit, or a named option does not exist.
-        TypeError: A tensor is not floating point, or weight's dtype is not x's.
-        ImplementationError: ``impl="triton"``, or the batch-invariant mode, cannot run here.
+        ValueError: Shapes or devices do not match, or an option has an unknown value.
+        TypeError: A tensor is not floating point, or the dtype of weight differs from x's.
+        ImplementationError: ``impl="triton"`` or the batch-invariant mode cannot run here.
     """
     dropout_p = check_dropout("dropout_p", dropout_p)
     if plan not in PLANS:
@@ -80,25 +85,26 @@ def lora_add(
     impl: str = "auto",
     inplace: bool = False,
 ) -> torch.Tensor:
-    """Computes ``y + scaling * dropout(x) @ lora_a.T @ lora_b.T``.
+    """Compute ``y + scaling * dropout(x) @ lora_a.T @ lora_b.T``.
 
-    For a base layer that is called as it is (quantised, tensor parallel) and made ``y`` from ``x``.
+    Use it for a base layer that is called unchanged (quantized or tensor parallel) and that
+    computed ``y`` from ``x``.
 
     Args:
         y: The base layer's output, ``[..., N]``.
-        x: Its input, ``[..., K]``, same leading dimensions.
-        lora_a: ``[R, K]``.
-        lora_b: ``[N, R]``.
-        scaling: A number, or a tensor of 1 or R numbers.
+        x: The base layer's input, ``[..., K]``, with the same leading dimensions as y.
+        lora_a: Down projection, ``[R, K]``.
+        lora_b: Up projection, ``[N, R]``.
+        scaling: A number, or a tensor with 1 element or R elements.
         dropout_p: As in `lora_linear`.
         impl: As in `lora_linear`.
-        inplace: Whether y may be overwritten where no gradient is recorded; it is then returned.
+        inplace: Whether y may be overwritten and returned if no gradient is recorded.
 
     Returns:
         ``[..., N]`` in y's dtype.
 
     Raises:
-        ValueError: Shapes or devices do not fit.
+        ValueError: Shapes or devices do not match.
         TypeError: A tensor is not floating point.
         ImplementationError: ``impl="triton"`` cannot run here, or the batch-invariant mode is on.
     """

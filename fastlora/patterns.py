@@ -1,8 +1,8 @@
-"""Matching of the patterns in a config: with Python's ``re``, or with a bound on time and memory.
+"""Matching of a config's patterns, with Python's ``re`` or with limits on time and memory.
 
-PEFT's patterns are regular expressions of ``re``, whose matching time can grow exponentially. In
-`bounded_matching`, PCRE2 matches them instead: it counts the steps and the memory of a match and
-gives up at a limit, as ``re`` cannot. Plain names need no engine, with or without a bound.
+PEFT's patterns are regular expressions for ``re``, which can take exponential time to match. Inside
+`bounded_matching`, PCRE2 matches them instead. Unlike ``re``, it counts the steps and the memory of
+a match and stops at a limit. Plain names never need PCRE2.
 """
 
 from __future__ import annotations
@@ -16,42 +16,47 @@ from typing import Any
 
 from fastlora.validation import CheckpointError, ConfigError
 
-# Seconds of processor time for all patterns of an adapter.
+# CPU seconds for matching all patterns of one adapter.
 MATCHING_SECONDS = 0.25
-# PCRE2 counts points that it may return to. It takes 10 ms for these of a usual pattern. Real
-# patterns on real names need at most a tenth of them.
+# PCRE2's match limit counts backtracking points. A typical pattern passes this many in 10 ms. Real
+# patterns on real module names need at most a tenth of them.
 _STEPS = 100_000
-# Between two such points it may pass the whole pattern. It takes 0.1 s for these characters.
+# Between two backtracking points, PCRE2 may scan the whole pattern. It scans this many characters
+# in 0.1 s.
 _CHARACTERS = 40_000_000
 _HEAP_KIB = 8192
-# PCRE2 refuses patterns that compile to more than 64 KiB. It reads this many in 3 ms.
+# PCRE2 rejects patterns that compile to more than 64 KiB. It parses this many characters in 3 ms.
 _MOST_CHARACTERS = 1 << 16
 
-# In these, a dot is the only special character, and it matches any character.
+# Plain patterns. A dot is their only special character, and it matches any character.
 _PLAIN = re.compile(r"[\w.-]+")
 _COUNT = re.compile(r"[{,]\s*(\d+)")
 
 
 class _Bounded:
-    """What matching has taken in a block, and what it has prepared.
+    """The time spent in a `bounded_matching` block, and the patterns compiled for it.
 
     Attributes:
-        ends: Id of a field's patterns -> the patterns, which keeps the id theirs, and their index.
+        ends: ``id()`` of a field's patterns -> the patterns and their index. Holding the patterns
+            keeps the id from being reused.
     """
 
     def __init__(self) -> None:
         self.ends: dict[int, tuple[Collection[str], _Ends]] = {}
         self._compiled: dict[str, Any] = {}
-        # Seconds of processor time: of the outermost blocks that have ended, and the start of the
-        # one that is open.
+        # CPU seconds: the sum over the outermost `timed` blocks that have ended, and the start of
+        # the open one.
         self._seconds = 0.0
         self._start: float | None = None
 
     @contextlib.contextmanager
     def timed(self, field: str) -> Iterator[None]:
-        """Counts the block as matching, and raises `CheckpointError` if the time is up.
+        """Count the block's time as matching.
 
-        A block within another one counts as part of it.
+        A nested block counts as part of the outer one.
+
+        Raises:
+            CheckpointError: The time limit is exceeded at the end of the block.
         """
         outermost = self._start is None
         if outermost:
@@ -73,7 +78,7 @@ class _Bounded:
             )
 
     def compiled(self, field: str, pattern: str, expression: str) -> Any:
-        """Returns PCRE2's form of an expression, which contains the pattern."""
+        """Return the compiled PCRE2 form of an expression that contains ``pattern``."""
         found = self._compiled.get(expression)
         if found is not None:
             return found
@@ -103,7 +108,7 @@ class _Bounded:
 
     def match(self, field: str, pattern: str, expression: str, name: str, *, whole: bool) -> Any:
         compiled = self.compiled(field, pattern, expression)
-        import pcre2  # it is installed
+        import pcre2  # installed: `compiled` has imported it
 
         try:
             return compiled.fullmatch(name) if whole else compiled.match(name)
@@ -118,10 +123,10 @@ _bounded: ContextVar[_Bounded | None] = ContextVar("fastlora_bounded_matching", 
 
 @contextlib.contextmanager
 def bounded_matching() -> Iterator[None]:
-    """Bounds the time and memory of all matching in the block, in this thread.
+    """Limit the time and memory of all matching in the block, in this thread.
 
-    Within it, a pattern that exceeds the bound raises `CheckpointError`. So does a regular
-    expression where pcre2 is not installed. Blocks do not nest: the inner one has the same bound.
+    Inside the block, a pattern that exceeds a limit raises `CheckpointError`. A regular expression
+    also raises it if pcre2 is not installed. A nested block shares the limits of the outer one.
     """
     if _bounded.get() is not None:
         yield
@@ -134,19 +139,21 @@ def bounded_matching() -> Iterator[None]:
 
 
 def timed(field: str) -> contextlib.AbstractContextManager[None]:
-    """In `bounded_matching`, counts the block as matching of a field; elsewhere does nothing.
+    """Return a context manager that counts its block as matching of ``field``.
 
-    Raises `CheckpointError` at the end of the block if the time is up. Matching checks the time
-    too, so a block around a loop over patterns counts the loop's own time and ends with it.
+    At the end of the block it raises `CheckpointError` if the time limit is exceeded. Each match
+    inside the block checks the time too. A block around a loop over patterns therefore counts the
+    loop's own time, and the loop stops when the time is up. Outside `bounded_matching`, the context
+    manager does nothing.
     """
     bounded = _bounded.get()
     return contextlib.nullcontext() if bounded is None else bounded.timed(field)
 
 
 def check_pattern(field: str, pattern: str) -> None:
-    """Raises `ConfigError` unless ``pattern`` is a regular expression.
+    """Raise `ConfigError` unless ``pattern`` is a valid regular expression.
 
-    In `bounded_matching` it raises `CheckpointError`.
+    Inside `bounded_matching`, raise `CheckpointError` instead.
     """
     bounded = _bounded.get()
     if bounded is not None:
@@ -163,26 +170,27 @@ def check_pattern(field: str, pattern: str) -> None:
 
 
 def matches_whole(field: str, pattern: str, name: str) -> bool:
-    """Returns whether a pattern matches all of ``name``."""
+    """Return whether a pattern matches all of ``name``."""
     return _match(field, pattern, "{}", name, whole=True) is not None
 
 
 def matches_components(field: str, pattern: str, name: str) -> bool:
-    """Returns whether a pattern matches components of ``name``, wherever in it they are."""
+    """Return whether a pattern matches one or more consecutive components of ``name``."""
     return _match(field, pattern, r"(^|.*\.){}($|\..*)", name) is not None
 
 
 def layer_index(field: str, pattern: str, name: str) -> int | None:
-    """Returns the number after the first component of ``name`` that a pattern matches, or None."""
+    """Return the layer number that follows the first match of a pattern in ``name``, or None."""
     found = _match(field, pattern, r"(?:^|.*?\.){}\.(?P<idx>\d+)\.", name)
     index = None if found is None else found.group("idx")
     return None if index is None else int(index)
 
 
 def first_at_end(field: str, patterns: Collection[str], name: str) -> str | None:
-    """Returns the first of a field's patterns that matches the last components of ``name``.
+    """Return the first of a field's patterns that matches the last components of ``name``.
 
-    A pattern may also match all of it. In `bounded_matching`, ``patterns`` must stay as they are.
+    A pattern may also match the whole name. Returns None if no pattern matches. Inside
+    `bounded_matching`, ``patterns`` must not change, because its index is cached.
     """
     if not patterns:
         return None
@@ -191,7 +199,7 @@ def first_at_end(field: str, patterns: Collection[str], name: str) -> str | None
 
 
 def matching_no_end(field: str, patterns: Collection[str], names: Iterable[str]) -> list[str]:
-    """Returns the patterns for which `first_at_end` would return None with each of ``names``."""
+    """Return the patterns that match the last components of none of ``names``."""
     if not patterns:
         return []
     names = list(names)
@@ -203,15 +211,17 @@ def matching_no_end(field: str, patterns: Collection[str], names: Iterable[str])
 
 
 class _Ends:
-    """Patterns of a field that match the last components of a name; plain ones are looked up.
+    """Index of a field's patterns for matching the last components of a name.
+
+    Plain patterns are looked up by their text; other patterns are matched one after the other.
 
     Attributes:
-        expressions: Each pattern that is not plain -> its place in the order.
+        expressions: Each pattern that is not plain -> its position in the field.
     """
 
     def __init__(self, field: str, patterns: Collection[str]) -> None:
         self._field = field
-        # Lengths of the parts between dots -> pattern -> its place in the order.
+        # Lengths of the parts between dots -> pattern -> position in the field.
         self._plain: dict[tuple[int, ...], dict[str, int]] = {}
         self.expressions: dict[str, int] = {}
         with timed(field):
@@ -223,7 +233,7 @@ class _Ends:
                     self.expressions[pattern] = place
 
     def plain(self, name: str) -> dict[str, int]:
-        """Returns the plain patterns that match, each with its place."""
+        """Return the plain patterns that match, each with its position in the field."""
         found = {}
         with timed(self._field):
             for lengths, patterns in self._plain.items():
@@ -233,11 +243,11 @@ class _Ends:
         return found
 
     def matches(self, expression: str, name: str) -> bool:
-        """Returns whether an expression matches."""
+        """Return whether an expression matches the last components of ``name``."""
         return _match(self._field, expression, r"(.*\.)?({})$", name) is not None
 
     def first(self, name: str) -> str | None:
-        """Returns the first pattern that matches."""
+        """Return the first pattern of the field that matches, or None."""
         plain = self.plain(name)
         best = min(plain, key=plain.__getitem__, default=None)
         for expression, place in self.expressions.items():
@@ -258,11 +268,11 @@ def _ends_of(field: str, patterns: Collection[str]) -> _Ends:
 
 
 def _match(field: str, pattern: str, form: str, name: str, *, whole: bool = False) -> Any:
-    """Matches an expression of PEFT's that contains a pattern."""
+    """Match ``name`` against ``form``, one of PEFT's expressions, with the pattern inserted."""
     with timed(field):
         is_plain = _PLAIN.fullmatch(pattern) is not None
         if is_plain and len(pattern) > len(name):
-            return None  # and so ``re`` compiles and caches no long pattern of a folder
+            return None  # keeps `re` from compiling a folder's long pattern
         expression = form.replace("{}", pattern)
         bounded = _bounded.get()
         if bounded is not None and not is_plain:
@@ -271,19 +281,20 @@ def _match(field: str, pattern: str, form: str, name: str, *, whole: bool = Fals
 
 
 def _expanded_length(pattern: str, expression: str) -> int:
-    """Returns the most characters of an expression once PCRE2 has repeated what has a count."""
+    """Return an upper bound on the length of an expression after PCRE2 expands its counts."""
     length = len(expression)
     for count in _COUNT.findall(pattern):
-        length *= max(1, int(count[:6]))  # PCRE2 refuses counts of more digits
+        length *= max(1, int(count[:6]))  # PCRE2 rejects counts of more digits
         if length > _CHARACTERS:
             break
     return length
 
 
 def _end_with_dots(name: str, lengths: tuple[int, ...]) -> str | None:
-    """Returns the end of a name with parts of these lengths, and a dot between any two of them.
+    """Return the end of a name, split into parts of these lengths and joined with dots.
 
-    None if it does not begin with a component of the name.
+    The character between two parts is replaced because a dot in a pattern matches any character.
+    Returns None if the end does not start at a component of the name.
     """
     at = start = len(name) - sum(lengths) - len(lengths) + 1
     if start < 0 or (start > 0 and name[start - 1] != "."):

@@ -1,8 +1,9 @@
-"""Tensors of which each process holds a part: `torch.distributed.tensor.DTensor`.
+"""Support for tensors sharded over processes: `torch.distributed.tensor.DTensor`.
 
-Parameters are that outside of a forward under FSDP2 (`fully_shard`), which gathers them for it, and
-always under tensor parallelism. Nothing here imports `torch.distributed.tensor`, which takes 0.4 s,
-before something else has.
+Under FSDP2 (`fully_shard`), parameters are DTensors except during a forward, for which FSDP2
+gathers them. Under tensor parallelism, they are always DTensors. Importing
+`torch.distributed.tensor` takes 0.4 s, so this module uses it only after something else has
+imported it.
 """
 
 from __future__ import annotations
@@ -19,15 +20,16 @@ from fastlora.validation import CheckpointError, UnsupportedLayerError
 
 
 def is_sharded(tensor: object) -> bool:
-    """Whether a tensor is a DTensor, replicated ones included."""
+    """Return whether a tensor is a DTensor, including a replicated one."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def local(parameter: Any) -> torch.Tensor:
-    """Returns this process's part of a DTensor, in the graph where one is recorded through it.
+    """Return this process's shard of a DTensor.
 
-    What is a part already, a plain tensor, comes back as it is.
+    If the parameter requires a gradient, autograd records the operation. A plain tensor is returned
+    unchanged.
     """
     if not is_sharded(parameter):
         return parameter
@@ -38,41 +40,44 @@ def local(parameter: Any) -> torch.Tensor:
 
 
 def own(parameter: Any) -> torch.Tensor:
-    """Returns this process's part of a DTensor as a plain tensor.
+    """Return this process's shard of a DTensor as a plain tensor.
 
-    Of one that every process has whole, each has one summand of the gradient: they are added up in
-    the backward.
+    If the parameter is replicated, each process computes one summand of its gradient. The backward
+    adds the summands.
     """
     is_whole = all(placement.is_replicate() for placement in parameter.placements)
     if not (is_whole and torch.is_grad_enabled() and parameter.requires_grad):
         return parameter.to_local()
     from torch.distributed.tensor import Partial
 
-    # The redistribution changes nothing now; its backward turns the sum that is pending into one.
+    # The redistribution is a no-op in the forward. Its backward adds the partial gradients.
     whole = parameter.redistribute(parameter.device_mesh, parameter.placements)
     return whole.to_local(grad_placements=[Partial()])
 
 
 def several_processes() -> bool:
-    """Whether torch.distributed runs, with more than this process."""
+    """Return whether torch.distributed is initialized with more than one process."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def unwrapped(model: Any) -> Any:
-    """Returns the model inside DistributedDataParallel, or the model itself."""
+    """Return the model inside DistributedDataParallel, or the model itself if it is not wrapped."""
     return model.module if type(model).__name__ == "DistributedDataParallel" else model
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """Returns all of a tensor. For a DTensor every process of its mesh must call it."""
+    """Return the full tensor of a DTensor, or a plain tensor unchanged.
+
+    For a DTensor, every process of its mesh must call this function.
+    """
     return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def total_norm(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Returns the norm of all gradients together; every process of their meshes must call it.
+    """Return the norm of all gradients together. Every process of their meshes must call it.
 
     Args:
-        gradients: Plain tensors and DTensors over any meshes, which torch cannot mix in one call.
+        gradients: Plain tensors and DTensors over any meshes. PyTorch cannot mix these in one call.
     """
     norms = [whole(nn.utils.get_total_norm(part)) for part in _by_mesh(gradients)]
     return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
@@ -81,12 +86,12 @@ def total_norm(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
 def clip_with_norm_(
     parameters: Sequence[torch.Tensor], max_norm: float, norm: torch.Tensor
 ) -> None:
-    """Scales gradients in place by ``max_norm / norm``, where that is less than 1.
+    """Scale gradients in place by ``max_norm / norm`` if that is less than 1.
 
     Args:
-        parameters: Plain tensors and DTensors; those without a gradient are left out.
-        max_norm: Positive.
-        norm: From `total_norm`.
+        parameters: Plain tensors and DTensors. Parameters without a gradient are skipped.
+        max_norm: Largest norm, positive.
+        norm: Norm of the gradients, from `total_norm`.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
     if not any(map(is_sharded, gradients)):
@@ -98,7 +103,7 @@ def clip_with_norm_(
 
 
 def _by_mesh(tensors: Iterable[torch.Tensor]) -> list[list[torch.Tensor]]:
-    """Returns plain tensors and those of each mesh apart, in the order of their first ones."""
+    """Return the tensors grouped by mesh, with plain tensors as a group, in order of appearance."""
     parts: dict[Any, list[torch.Tensor]] = {}
     for tensor in tensors:
         mesh = tensor.device_mesh if is_sharded(tensor) else None  # type: ignore[attr-defined]
@@ -107,10 +112,13 @@ def _by_mesh(tensors: Iterable[torch.Tensor]) -> list[list[torch.Tensor]]:
 
 
 class Gathering:
-    """One process of those that hold a model together writes it, and all learn how that went.
+    """Coordinates the processes of a sharded model while one of them writes it to files.
+
+    All processes gather the tensors, one process writes the files, and all of them learn whether
+    the write succeeded.
 
     Args:
-        parameters: Of the model. Where none is a DTensor, each process is on its own.
+        parameters: Parameters of the model. If none is a DTensor, each process works on its own.
     """
 
     def __init__(self, parameters: Iterable[torch.Tensor]) -> None:
@@ -124,18 +132,19 @@ class Gathering:
 
     @property
     def writes(self) -> bool:
-        """Whether this process is the one that writes."""
+        """Whether this process writes the files."""
         return self._mesh is None or not any(self._mesh.get_coordinate())
 
     def tensors(self, tensors: Mapping[str, torch.Tensor], keep: bool) -> dict[str, torch.Tensor]:
-        """Returns all of each tensor, on the CPU where it was a DTensor, gathered one at a time.
+        """Return the full tensors, with each DTensor gathered to the CPU, one at a time.
 
         Args:
-            tensors: Every process must pass the same DTensors in the same order.
-            keep: False takes part in gathering and returns none.
+            tensors: Tensors by name. Every process must pass the same DTensors in the same order.
+            keep: Whether to return the tensors. If False, the process takes part in the gathering
+                and returns an empty dict.
 
         Raises:
-            CheckpointError: Tensors are whole, as far as their state dict goes, and one is not.
+            CheckpointError: One of the tensors is a DTensor although no parameter is one.
         """
         found: dict[str, torch.Tensor] = {}
         for name, tensor in tensors.items():
@@ -147,11 +156,14 @@ class Gathering:
         return found
 
     def finish(self, error: Exception | None) -> None:
-        """Waits until every process is here.
+        """Wait until every process has called this method.
+
+        Args:
+            error: The error that this process met while writing, or None.
 
         Raises:
             CheckpointError: Another process failed to write.
-            Exception: ``error``, where this one did.
+            Exception: ``error``, if this process failed.
         """
         failed = error is not None
         if self._mesh is not None:
@@ -167,10 +179,11 @@ class Gathering:
 
 
 def copy_whole_(target: torch.Tensor, source: torch.Tensor) -> None:
-    """Copies ``source``, which every process has, into ``target``, whose dtype stays.
+    """Copy ``source`` into ``target``, which keeps its dtype.
 
-    Into a DTensor each process copies its own part, without a word to the others. A source that is
-    one itself must be split alike.
+    Every process must hold all of ``source``. If ``target`` is a DTensor, each process copies its
+    own shard without communication. If ``source`` is a DTensor too, it must be sharded in the same
+    way.
     """
     if not is_sharded(target) or is_sharded(source):
         target.copy_(source)
@@ -185,22 +198,22 @@ def copy_whole_(target: torch.Tensor, source: torch.Tensor) -> None:
 
 
 def gathers_parameters() -> bool:
-    """Whether `fully_shard` was called in this process.
+    """Return whether `fully_shard` was called in this process.
 
-    A parameter that FSDP2 has gathered may then be new although its address and version are not.
+    If so, a parameter that FSDP2 has gathered may hold new values at the same address and version.
     """
     fsdp = sys.modules.get("torch.distributed.fsdp")
     return fsdp is not None and bool(fsdp.FSDPModule.__subclasses__())
 
 
 def is_fsdp_module(module: nn.Module) -> bool:
-    """Whether `fully_shard` was called on this very module."""
+    """Return whether `fully_shard` was called on this module itself."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     return fsdp is not None and isinstance(module, getattr(fsdp, "FSDPModule", ()))
 
 
 def refuse_shards(layer: nn.Module) -> None:
-    """Raises `UnsupportedLayerError` where a layer is to compute with a shard of its weight."""
+    """Raise `UnsupportedLayerError` if a layer would compute with a shard of its base weight."""
     weight: Any = layer._parameters.get("weight")
     if is_sharded(weight):
         raise UnsupportedLayerError(

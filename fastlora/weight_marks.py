@@ -1,19 +1,22 @@
-"""Until when what was made from weights may be used again.
+"""Validity of cached values that were computed from weights.
 
-A cache of something made from weights is valid while the weights are the same tensors in the same
-memory, and nothing has written to them. A `Stamp` records the tensors, their memory, and their
-``_version``, and detects every replaced tensor.
+A cached value is valid while its weights are the same tensors in the same memory and nothing has
+written to them. A `Stamp` records the tensors, their memory, and their ``_version``. It detects
+every replaced tensor.
 
-A tensor's ``_version`` counts only some writes into it: fused optimizers, compiled code and writes
-through ``.data`` move none. So whatever fastlora keeps of weights between forwards is kept with a
-mark, beside a stamp, and is used only while its mark is the current one.
+A tensor's ``_version`` counts only some of the writes to it. Fused optimizers, compiled code, and
+writes through ``.data`` do not change it. Each value that fastlora caches between forwards
+therefore also has a weights version (a `Mark`), and it is used only while that version is current.
+`Marks` holds three weights versions for the whole process:
 
-The mark of weights that may train ends at every step of any of PyTorch's optimizers, when a LoRA
-layer's forward runs with gradients outside of compiled code, when a LoRA layer enters or leaves
-training mode, and at `fastlora.refresh`. Norms of a frozen base weight are expensive, and steps of
-its adapters leave them as they are: the mark of frozen weights ends only where an optimizer that
-steps holds one of them. What a forward with gradients makes for a layer that is called next has a
-mark that forwards do not end. All marks are the process's.
+* ``trained`` is for weights that may train. It changes at every step of any PyTorch optimizer, when
+  a LoRA layer's forward runs with gradients outside compiled code, when a LoRA layer enters or
+  leaves training mode, and at `fastlora.refresh`.
+* ``frozen`` is for frozen base weights. Their norms are expensive to compute, and training an
+  adapter does not change them. This version therefore changes only when an optimizer that holds one
+  of these weights takes a step, at every compiled optimizer step, and at `fastlora.refresh`.
+* ``step`` is for values that one layer's forward with gradients computes for the layers called
+  after it. It changes like ``trained``, except that forwards do not change it.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 
 class Kept:
-    """What an object keeps and its copies do not have: they start with an empty one."""
+    """A cache held by an object. It starts empty in each copy of the object."""
 
     def __deepcopy__(self, memo: dict[int, object]) -> Kept:
         return type(self)()
@@ -38,36 +41,38 @@ class Kept:
 
 
 class Stamp:
-    """The tensors that something was made from, and their state at that time.
+    """A record of tensors and of their state when a value was computed from them.
 
-    An address and a version do not identify a tensor's memory: PyTorch reuses freed memory, so a
-    tensor that is replaced twice may have its first address again. A stamp therefore compares the
-    identity of the storage, and holds a weak reference to it. The weak reference keeps none of the
-    memory alive, but as long as it exists no other storage gets the same identity.
+    An address and a ``_version`` do not identify a tensor's memory. PyTorch reuses freed memory, so
+    a tensor that is replaced twice may return to its first address. A stamp therefore compares the
+    identity of the storage and holds a weak reference to it. The weak reference does not keep the
+    memory alive, but while it exists, no other storage gets the same identity.
 
-    A stamp does not detect writes that move no version. Marks do, as part of the ``context``. Nor
-    does it compare the tensors as objects: the ``context`` has the ``id`` of those that matter.
+    A stamp does not detect writes that leave ``_version`` unchanged. For those, the ``context``
+    contains a `Mark`. A stamp does not compare the tensors as objects either. If their identity
+    matters, the ``context`` contains their ``id``.
 
     Args:
         tensors: Tensors that count their versions.
-        context: What else the thing was made from, compared by ``==``.
+        context: Everything else that the value depends on, compared by ``==``.
 
     Raises:
-        RuntimeError: One of the tensors is an inference tensor, which counts no versions.
+        RuntimeError: One of the tensors is an inference tensor, which does not count versions.
     """
 
     __slots__ = ("_context", "_memory", "_plain", "_states")
 
     def __init__(self, tensors: Sequence[torch.Tensor], context: tuple[Hashable, ...] = ()) -> None:
         self._context = context
-        # A subclass may answer each question in Python (bitsandbytes' parameters do): microseconds.
+        # A subclass may compute each attribute in Python, as bitsandbytes' parameters do. That
+        # takes microseconds.
         self._plain = all(type(tensor) in (torch.Tensor, nn.Parameter) for tensor in tensors)
         with torch._C.DisableTorchFunctionSubclass():
             self._memory = [StorageWeakRef(tensor.untyped_storage()) for tensor in tensors]
             self._states = _states_of(tensors)
 
     def holds(self, tensors: Sequence[torch.Tensor], context: tuple[Hashable, ...] = ()) -> bool:
-        """Whether these tensors have the same memory and versions, with an equal context."""
+        """Return whether memory and versions are as recorded, and the context is equal."""
         if context != self._context:
             return False
         try:
@@ -86,7 +91,7 @@ def _states_of(tensors: Sequence[torch.Tensor]) -> list[tuple[object, ...]]:
 
 
 def stamp_of(tensors: Sequence[torch.Tensor], context: tuple[Hashable, ...] = ()) -> Stamp | None:
-    """Returns a stamp of tensors; None where one of them counts no versions."""
+    """Return a stamp of the tensors, or None if one of them does not count versions."""
     try:
         return Stamp(tensors, context)
     except RuntimeError:
@@ -94,42 +99,44 @@ def stamp_of(tensors: Sequence[torch.Tensor], context: tuple[Hashable, ...] = ()
 
 
 class Mark:
-    """Compared by identity.
+    """A weights version, compared by identity.
 
-    No number: a compiler that traces an optimizer's step, and our hook with it, would guard the
-    number and compile again at each step.
+    It is an object and not a number because a compiler that traces an optimizer's step also traces
+    fastlora's hook. It would guard on the number and recompile at each step.
     """
 
 
 class Marks:
-    """The current marks.
+    """The current weights versions of this process.
 
     Attributes:
-        trained: Of weights that may train.
-        frozen: Of base weights that are frozen.
-        step: Of weights that may train, through the forwards with gradients between two steps.
+        trained: Version of weights that may train.
+        frozen: Version of frozen base weights.
+        step: Version of weights that may train. Forwards with gradients between two optimizer steps
+            do not change it.
     """
 
     def __init__(self) -> None:
         self.trained, self.frozen, self.step = Mark(), Mark(), Mark()
-        # The memory of frozen base weights that something is kept of, by its identity. Not the
-        # tensors: `torch.utils.swap_tensors` refuses a tensor that has a weak reference.
+        # Storage identity -> storage, for the frozen base weights that cached values depend on. The
+        # tensors themselves are not referenced, because `torch.utils.swap_tensors` rejects a tensor
+        # that has a weak reference.
         self._watched: dict[int, StorageWeakRef] = {}
         self._purge_at = 1024
         self._hooked = False
 
     def of_trained(self) -> Mark:
-        """Returns the mark to keep what was made from weights that may train with."""
+        """Return the version to store with a value computed from weights that may train."""
         self._watch_steps()
         return self.trained
 
     def of_step(self) -> Mark:
-        """Returns the mark to keep what one layer's forward with gradients makes for another's."""
+        """Return the version to store with a value that one layer's forward computes for others."""
         self._watch_steps()
         return self.step
 
     def of_base(self, weight: torch.Tensor) -> Mark:
-        """Returns the mark to keep what was made from a base weight with."""
+        """Return the version to store with a value computed from a base weight."""
         if weight.requires_grad:
             return self.of_trained()
         self.of_trained()
@@ -138,17 +145,17 @@ class Marks:
         return self.frozen
 
     def end_trained(self) -> None:
-        """Ends what is kept of weights that may train."""
+        """Invalidate the cached values of weights that may train."""
         self.trained, self.step = Mark(), Mark()
 
     def end_all(self) -> None:
-        """Ends whatever is kept of weights."""
+        """Invalidate the cached values of all weights."""
         self.trained, self.frozen, self.step = Mark(), Mark(), Mark()
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Ends what an optimizer's step may have changed."""
+        """Invalidate the cached values that an optimizer's step may have made stale."""
         self.trained, self.step = Mark(), Mark()
-        # A graph cannot look for weights by their memory.
+        # A compiled graph cannot look up weights by their storage.
         if torch.compiler.is_compiling() or self._holds_watched(optimizer):
             self.frozen = Mark()
 
@@ -172,7 +179,7 @@ class Marks:
 
 
 def _memory_of(weight: torch.Tensor) -> int:
-    """Returns the identity of a weight's storage, or 0 for a sparse weight, which has none."""
+    """Return the identity of a weight's storage, or 0 for a sparse weight, which has none."""
     try:
         return weight.untyped_storage()._cdata
     except RuntimeError:

@@ -53,6 +53,16 @@ def total_row_sums(sums, BY_PRODUCT: tl.constexpr):
 
 
 @triton.jit
+def zero_sum(C: tl.constexpr, BLOCK_R: tl.constexpr, RANK_ROWS_FIRST: tl.constexpr):
+    """Returns what `add_rows` begins with for tiles ``[BLOCK_M, C]``."""
+    if RANK_ROWS_FIRST:
+        acc = tl.zeros((BLOCK_R, C), dtype=tl.float32)
+    else:
+        acc = tl.zeros((C, BLOCK_R), dtype=tl.float32)
+    return acc
+
+
+@triton.jit
 def add_rows(
     acc,
     tile,

@@ -1,1 +1,1 @@
-"""Adding and shrinking low-rank updates: functions of tensors, which know no layers."""
+"""Functions that add and compress low-rank updates. They work on tensors, not on layers."""

@@ -1,8 +1,9 @@
-"""Ways to add tensors of several adapters: by weight, with small or disputed values left out.
+"""Methods that combine tensors of several adapters into a weighted sum.
 
-Task arithmetic is https://arxiv.org/abs/2212.04089, TIES https://arxiv.org/abs/2306.01708, DARE
-https://arxiv.org/abs/2311.03099. Names, and what each does in which order, are those of PEFT
-0.21.2, ``utils/merge_utils.py``, so that the same seed gives the same values.
+Some methods drop small values, random values, or values with a minority sign. Task arithmetic is
+https://arxiv.org/abs/2212.04089, TIES https://arxiv.org/abs/2306.01708, and DARE
+https://arxiv.org/abs/2311.03099. The names and the order of operations are those of PEFT 0.21.2,
+``utils/merge_utils.py``, so the same seed gives the same values.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ SVD = "_svd"
 
 
 class Method(NamedTuple):
-    """A way to add tensors.
+    """A method of combining tensors.
 
     Attributes:
-        prune: Makes a tensor sparse: tensor and density to tensor; None leaves it as it is.
-        elects: Whether only values of the sign that most tensors have are added, and averaged.
+        prune: Function that takes a tensor and a density and returns a sparse tensor, or None for
+            no pruning.
+        elects: Whether to average only the values with the majority sign.
     """
 
     prune: Callable[[torch.Tensor, float], torch.Tensor] | None = None
@@ -30,7 +32,7 @@ class Method(NamedTuple):
 
 
 def largest(tensor: torch.Tensor, density: float) -> torch.Tensor:
-    """Returns a tensor of which only a share, the largest values, is not zero."""
+    """Return a tensor with its ``density`` share of largest magnitudes; the rest is zero."""
     flat = tensor.flatten()
     kept = torch.zeros_like(flat)
     index = flat.abs().topk(int(density * flat.numel())).indices
@@ -38,7 +40,7 @@ def largest(tensor: torch.Tensor, density: float) -> torch.Tensor:
 
 
 def random_share(tensor: torch.Tensor, density: float) -> torch.Tensor:
-    """Returns a tensor of which a share, drawn at random, is kept, and scaled by 1 / density."""
+    """Return a tensor with a random share ``density`` of its values, scaled by 1 / density."""
     return tensor * torch.bernoulli(torch.full_like(tensor, density)) / density
 
 
@@ -49,12 +51,13 @@ METHODS = {
     "dare_ties": Method(random_share, elects=True),
     "magnitude_prune": Method(largest),
 }
-# Of factors, or with the suffix of the updates that they make; ``cat`` puts factors side by side.
+# Methods without the suffix combine the factors. Those with it combine the updates that the factors
+# make. ``cat`` concatenates the factors.
 COMBINATIONS = (*METHODS, "svd", *(name + SVD for name in METHODS if name != "linear"), "cat")
 
 
 def check_density(combination: str, density: float | None) -> None:
-    """Raises `ConfigError` unless a way to add has the density that it needs."""
+    """Raise `ConfigError` unless ``density`` is valid for the combination type."""
     method = METHODS.get(combination.removesuffix(SVD))
     if method is None or method.prune is None:
         return
@@ -73,15 +76,15 @@ def combine(
     density: float | None = None,
     majority_sign_method: str = "total",
 ) -> torch.Tensor:
-    """Returns the weighted sum of tensors of one shape, after a method of `METHODS`.
+    """Combine tensors of one shape into a weighted sum, by one of the `METHODS`.
 
     Args:
-        method: Its name.
-        tensors: At least one.
-        weights: A number for each.
-        density: In (0, 1], for a method that prunes.
-        majority_sign_method: Whether signs are elected by the sum of values (``"total"``) or by
-            the number of tensors that have them (``"frequency"``).
+        method: A key of `METHODS`.
+        tensors: The tensors, at least one.
+        weights: One number for each tensor.
+        density: Share of values to keep, in (0, 1], for a method that prunes.
+        majority_sign_method: How the majority sign of each value is found: by the sum of the values
+            (``"total"``) or by the number of tensors with each sign (``"frequency"``).
     """
     prune, elects = METHODS[method]
     if prune is not None and density is not None and density < 1:

@@ -1,4 +1,4 @@
-"""Updates as factors of a low rank: singular value decomposition, and what a smaller rank loses."""
+"""Singular value decomposition of low-rank updates, and the error of a smaller rank."""
 
 from __future__ import annotations
 
@@ -9,22 +9,29 @@ import torch
 
 from fastlora.validation import AdapterStateError
 
-# A factor pair: lora_a [R, K] and lora_b [N, R] of the update lora_b @ lora_a [N, K].
+# The factors of an update ``lora_b @ lora_a`` [N, K]: lora_a [R, K] and lora_b [N, R].
 Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 class Decomposition(NamedTuple):
-    """``u @ diag(s) @ vh``: u ``[N, R]``, s ``[R]`` from the largest, vh ``[R, K]``."""
+    """A singular value decomposition ``u @ diag(s) @ vh``.
+
+    Attributes:
+        u: ``[N, R]``.
+        s: ``[R]``, in descending order.
+        vh: ``[R, K]``.
+    """
 
     u: torch.Tensor
     s: torch.Tensor
     vh: torch.Tensor
 
     def rank_for(self, rank: int | float) -> int:
-        """Returns a rank: as it is, at most R, or the smallest with this share of the squares.
+        """Return the rank that ``rank`` stands for, at most R.
 
         Args:
-            rank: A whole number, or a share in (0, 1].
+            rank: A whole number, or a share in (0, 1] of the sum of squared singular values. For a
+                share, the smallest rank that reaches it is returned.
         """
         if isinstance(rank, int):
             return min(rank, self.s.numel())
@@ -34,14 +41,21 @@ class Decomposition(NamedTuple):
         return min(int((energy < rank * energy[-1]).sum()) + 1, self.s.numel())
 
     def error(self, rank: int) -> float:
-        """Returns what cutting off at a rank loses, as a share of the Frobenius norm."""
+        """Return the relative error, in the Frobenius norm, of truncating to ``rank``."""
         energy = self.s.double().square()
         total = float(energy.sum())
         return (float(energy[rank:].sum()) / total) ** 0.5 if total else 0.0
 
 
 def check_finite(where: str, *tensors: torch.Tensor) -> None:
-    """Raises `AdapterStateError` where a value is not finite: no decomposition takes that."""
+    """Raise `AdapterStateError` if a tensor has values that are not finite.
+
+    A tensor with such values cannot be decomposed.
+
+    Args:
+        where: Start of the message, which says what the tensors belong to.
+        tensors: The tensors to check.
+    """
     if not all(bool(tensor.isfinite().all()) for tensor in tensors):
         raise AdapterStateError(
             f"{where} has values that are not finite, which cannot be decomposed; look for the "
@@ -50,11 +64,11 @@ def check_finite(where: str, *tensors: torch.Tensor) -> None:
 
 
 def decompose(matrix: torch.Tensor, driver: str | None = None) -> Decomposition:
-    """Returns the decomposition of a matrix ``[N, K]``, in fp32 or wider.
+    """Return the singular value decomposition of a matrix ``[N, K]``, in fp32 or wider.
 
     Args:
-        matrix: Of any floating-point dtype.
-        driver: Of cuSOLVER, as in `torch.linalg.svd`; for matrices on a GPU only.
+        matrix: A matrix of any floating-point dtype.
+        driver: cuSOLVER driver, as in `torch.linalg.svd`, for a matrix on a GPU only.
     """
     wide = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
     return Decomposition(*torch.linalg.svd(wide, full_matrices=False, driver=driver))
@@ -63,13 +77,14 @@ def decompose(matrix: torch.Tensor, driver: str | None = None) -> Decomposition:
 def decompose_pairs(
     pairs: Sequence[Pair], weights: Sequence[float], driver: str | None = None
 ) -> Decomposition:
-    """Returns the decomposition of ``sum(weight * lora_b @ lora_a)``, by a matrix [R, R].
+    """Return the singular value decomposition of ``sum(weight * lora_b @ lora_a)``.
 
-    R is the sum of the pairs' ranks. Where that is not less than N or K, the sum is decomposed.
+    It is computed from an ``[R, R]`` matrix, where R is the sum of the pairs' ranks. If R is not
+    less than both N and K, the sum itself is decomposed instead.
 
     Args:
-        pairs: lora_a ``[R_i, K]`` and lora_b ``[N, R_i]``.
-        weights: A number for each.
+        pairs: Factor pairs, lora_a ``[R_i, K]`` and lora_b ``[N, R_i]``.
+        weights: One number for each pair.
         driver: As in `decompose`.
     """
     dtype = torch.promote_types(pairs[0][0].dtype, torch.float32)
@@ -84,9 +99,15 @@ def decompose_pairs(
 
 
 def clamped(lora_a: torch.Tensor, lora_b: torch.Tensor, quantile: float) -> Pair:
-    """Returns factors whose values lie within plus and minus the quantile of all of them."""
+    """Return factors clamped to plus and minus the given quantile of all their values.
+
+    Args:
+        lora_a: ``[R, K]``.
+        lora_b: ``[N, R]``.
+        quantile: In [0, 1].
+    """
     values, index = torch.cat([lora_b.flatten(), lora_a.flatten()]).sort()[0], quantile
-    # torch.quantile takes at most 2 ** 24 values.
+    # `torch.quantile` accepts at most 2 ** 24 values, so the quantile is computed here.
     place = index * (values.numel() - 1)
     below = int(place)
     above = min(below + 1, values.numel() - 1)
@@ -95,7 +116,7 @@ def clamped(lora_a: torch.Tensor, lora_b: torch.Tensor, quantile: float) -> Pair
 
 
 def padded(tensor: torch.Tensor, rank: int, dim: int) -> torch.Tensor:
-    """Returns a factor with zeros behind its rank rows, so that there are ``rank``."""
+    """Return a factor padded with zeros along ``dim`` to the given rank."""
     shape = list(tensor.shape)
     shape[dim] = rank - shape[dim]
     return torch.cat([tensor, tensor.new_zeros(shape)], dim) if shape[dim] else tensor

@@ -1,1 +1,1 @@
-"""The `fastlora` command: what a terminal starts, over the whole library."""
+"""The `fastlora` command line, which uses all parts of the library."""

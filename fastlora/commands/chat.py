@@ -1,6 +1,7 @@
 """``fastlora chat``: talk to a model with its adapters, switch between them, or ask all at once.
 
-One conversation, whoever answers. A line that begins with / is a command: /help lists them.
+All adapters share one conversation. A line that begins with / is a command; /help lists the
+commands.
 """
 
 from __future__ import annotations
@@ -63,18 +64,21 @@ OPTIONS = (
 
 
 def adapter_folders(given: Sequence[str]) -> dict[str, Path]:
-    """Returns the adapters that the command line names, by name.
+    """Return the adapter folders that the command line names, by adapter name.
+
+    Args:
+        given: Values of ``--adapter``: folders, or ``NAME=FOLDER``.
 
     Raises:
-        CheckpointError: A folder is missing, or neither it nor a subfolder of it is an adapter's.
-        ConfigError: Two have the same name, or one is called as the base model is.
+        CheckpointError: A folder is missing, or neither it nor a subfolder of it holds an adapter.
+        ConfigError: Two adapters have the same name, or one has the name of the base model.
     """
     from fastlora.model.adapter_files import CONFIG_NAME
 
     found: dict[str, Path] = {}
     for text in given:
         name, equals, rest = text.partition("=")
-        if Path(text).expanduser().is_dir():  # a folder may have the sign in its name
+        if Path(text).expanduser().is_dir():  # the name of a folder may contain =
             name, equals, rest = text, "", ""
         path = Path(rest if equals else text).expanduser()
         folders = {(name if equals else path.resolve().name): path}
@@ -92,10 +96,17 @@ def adapter_folders(given: Sequence[str]) -> dict[str, Path]:
 
 
 class Chat:
-    """A conversation with a model in evaluation mode, where the first of its adapters answers.
+    """A conversation with a model in evaluation mode. Initially, the first adapter answers.
 
-    ``plain`` makes each message the beginning of a text, of which nothing is remembered; what is
-    not named here are arguments of ``generate``.
+    Args:
+        model: The model with its adapters.
+        tokenizer: The tokenizer of the model.
+        names: Names of the adapters.
+        out: Stream for answers and messages.
+        plain: Whether to continue each message as a text by itself, without a chat template or
+            earlier messages.
+        system: The system prompt.
+        sampling: Further arguments of ``generate``.
     """
 
     def __init__(
@@ -117,10 +128,8 @@ class Chat:
         self.system, self.compares = system, False
         self.messages: list[dict[str, str]] = []
 
-    # ------------------------------------------------------------------------------- the dialogue
-
     def take(self, line: str) -> bool:
-        """Answers a message or obeys a command; returns whether the dialogue goes on."""
+        """Answer a message or run a command; return whether the dialogue continues."""
         word, _, rest = line.strip().partition(" ")
         if word in ("/quit", "/exit"):
             return False
@@ -147,7 +156,7 @@ class Chat:
         return True
 
     def choose(self, name: str) -> None:
-        """Has an adapter, or the base model, give the next answers; says so if there is none."""
+        """Let an adapter, or the base model, give the next answers; report an unknown name."""
         if name in self.names or name == BASE:
             self.speaker = name
             self._say(f"{name} answers")
@@ -156,10 +165,11 @@ class Chat:
             self._say(f"no adapter {name!r}; there are {', '.join(known)}{near_names(name, known)}")
 
     def ask(self, message: str) -> bool:
-        """Answers a message: as it is made, or with all adapters' answers one below the other.
+        """Answer a message: stream one answer, or show the answers of all adapters in turn.
 
-        The answer of the adapter that was chosen goes on in the conversation. Returns whether there
-        was one: what does not fit the model, or its chat template, is said and left out.
+        The conversation continues with the answer of the chosen adapter. Returns whether there was
+        an answer. A message that does not fit the model, or that the chat template rejects, is
+        reported and dropped.
         """
         before = list(self.messages)
         self.messages.append({"role": "user", "content": message})
@@ -179,10 +189,8 @@ class Chat:
             self.messages = []
         return True
 
-    # ----------------------------------------------------------------------------------- the model
-
     def _ids(self) -> torch.Tensor:
-        """Returns the conversation as tokens, ``[1, T]``; raises where its template refuses it."""
+        """Return the conversation as tokens, ``[1, T]``; raise if the chat template rejects it."""
         if self.plain:
             ids = self._prompts.of_text(self.messages[-1]["content"])
         else:
@@ -191,7 +199,11 @@ class Chat:
         return torch.tensor([ids], device=self.model.device)
 
     def _fitting(self) -> torch.Tensor | None:
-        """Returns the conversation without what is too old for the model's positions."""
+        """Return the tokens of the conversation, without the oldest exchanges if it is too long.
+
+        Returns None, after a message to the user, if the last message does not fit or the chat
+        template rejects the conversation.
+        """
         limit = getattr(self.model.config, "max_position_embeddings", None)
         room = None if limit is None else limit - self.sampling["max_new_tokens"]
         try:
@@ -227,7 +239,7 @@ class Chat:
         streamer = Streamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         try:
             self._generate(ids, [self.speaker], streamer=streamer)
-        except KeyboardInterrupt:  # enough of this answer
+        except KeyboardInterrupt:  # the user stops this answer
             self._say(" ...")
         return "".join(pieces).strip()
 
@@ -250,7 +262,7 @@ class Chat:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parses ``argv`` and talks."""
+    """Parse ``argv``, run the dialogue, and return the exit code."""
     text = "Talk to a model with its adapters, switch between them, or ask all at once."
     args = parse("fastlora chat", text, OPTIONS, argv)
     if args.prompt and not all(prompt.strip() for prompt in args.prompt):
@@ -287,7 +299,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _load(args: argparse.Namespace, folders: dict[str, Path]) -> tuple[Any, Any]:
-    """Returns the model with its adapters, in evaluation mode, and its tokenizer."""
+    """Return the model with its adapters, in evaluation mode, and its tokenizer."""
     import fastlora
 
     model, tokenizer = models.load(args)
@@ -301,7 +313,7 @@ def _load(args: argparse.Namespace, folders: dict[str, Path]) -> tuple[Any, Any]
 
 
 def _lines(chat: Chat) -> Iterator[str]:
-    """Yields what the user says: lines from the terminal, or from a pipe."""
+    """Yield the lines that the user enters, from the terminal or from a pipe."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - arrow keys in input()
     terminal = sys.stdin.isatty()

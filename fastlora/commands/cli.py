@@ -1,4 +1,4 @@
-"""The ``fastlora`` command: ``doctor``, ``inspect``, ``merge``, ``train`` and others."""
+"""The ``fastlora`` command and its subcommands: ``doctor``, ``inspect``, ``merge``, and others."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ _DISTRIBUTIONS = {
     "transformers": "transformers",
     "peft": "peft",
 }
-# Commands that parse their own arguments: their module, and what the list of commands says of them.
+# Commands that parse their own arguments, each with its module and its text in the list of
+# commands.
 _PROGRAMS = {
     ("train",): ("fastlora.train.command", "train adapters together, each on its own data"),
     ("doctor",): (
@@ -54,7 +55,7 @@ _PROGRAMS = {
         "prediction",
     ),
 }
-# What brings a command's libraries.
+# The extra that installs the libraries of a command.
 _EXTRAS = {
     "demo": "demo",
     "bench": "hf,bench",
@@ -64,7 +65,7 @@ _EXTRAS = {
     "serve": "serve",
 }
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
-# What a tokenizer is saved as, over all of transformers' tokenizer classes.
+# Files in which the tokenizer classes of transformers save a tokenizer.
 _TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model"),
@@ -73,12 +74,13 @@ _TOKENIZER_FILES = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command and returns its exit code: 0, 1 for an error, 2 for wrong usage.
+    """Run a command and return its exit code: 0, or 1 for an error.
 
-    A command that a signal interrupts returns 128 and the signal's number.
+    If a signal interrupts the command, the exit code is 128 plus the number of the signal. Wrong
+    usage exits with code 2.
 
     Args:
-        argv: The arguments; None for those of the process.
+        argv: The arguments, or None to use those of the process.
     """
     given = list(sys.argv[1:] if argv is None else argv)
     arguments = [a for a in given if a != "--debug"]
@@ -88,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         for words, (module, _) in _PROGRAMS.items():
             if tuple(arguments[: len(words)]) == words:
-                if words[0] in ("demo", "bench", "doctor"):  # before anything heavy is imported
+                if words[0] in ("demo", "bench", "doctor"):  # before any slow import
                     env.prepare_demo_process()
                 run: int = importlib.import_module(module).main(arguments[len(words) :])
                 return run
@@ -169,9 +171,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-# ---------------------------------------------------------------------------------------- info
-
-
 def _info(args: argparse.Namespace) -> int:
     facts: dict[str, Any] = {
         "python": platform.python_version(),
@@ -189,9 +188,6 @@ def _info(args: argparse.Namespace) -> int:
     for device in facts["devices"]:
         print(f"{device['device']:<8} {device['implementation']:<8} {device['why']}")
     return 0
-
-
-# ------------------------------------------------------------------------------------- inspect
 
 
 def _inspect(args: argparse.Namespace) -> int:
@@ -215,7 +211,7 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def adapter_facts(path: str) -> dict[str, Any]:
-    """Returns what ``fastlora inspect --json`` prints about an adapter folder.
+    """Return what ``fastlora inspect --json`` prints about an adapter folder.
 
     Raises:
         CheckpointError: The folder is missing or damaged.
@@ -267,7 +263,7 @@ def adapter_facts(path: str) -> dict[str, Any]:
 
 
 def _in_order(module: dict[str, Any]) -> tuple[Any, ...]:
-    """LoRA first; numbers in names count as numbers: layer 2 comes before layer 10."""
+    """Return a sort key: LoRA modules come first, and layer 2 comes before layer 10."""
     parts = re.split(r"(\d+)", module["name"])
     return module["kind"] != "lora", [int(p) if p.isdigit() else p for p in parts]
 
@@ -288,12 +284,9 @@ def _size(module: dict[str, Any]) -> str:
     return (" -> " if module["kind"] == "lora" else " x ").join(map(str, module["shape"]))
 
 
-# --------------------------------------------------------------------------------------- merge
-
-
 def _merge(args: argparse.Namespace) -> int:
     out = Path(args.out)
-    # The cheap checks first: nobody waits for a large model to learn of a typing error.
+    # Run the cheap checks first, so that a typing error is reported before a large model loads.
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CommandError(f"{out}: exists and is not an empty folder; expected a new one")
     from fastlora.model.adapter_folder import inspect_adapter_folder
@@ -317,7 +310,7 @@ def _merge(args: argparse.Namespace) -> int:
 
 
 def _copy_tokenizer(source: Path, target: Path) -> bool:
-    """Copies tokenizer files, the adapter's own before the base model's, and says if there were."""
+    """Copy the tokenizer files in ``source``, and return False if there are none."""
     if not (source / "tokenizer_config.json").is_file():
         return False
     for name in _TOKENIZER_FILES:

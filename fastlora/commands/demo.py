@@ -1,6 +1,6 @@
-"""``fastlora demo``: three adapters trained at once on a real model, and compared with PEFT.
+"""``fastlora demo``: train three adapters at once on a real model, and compare them with PEFT.
 
-Every number that the demo prints was measured in the run that prints it.
+Every number that the demo prints is measured in the same run.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from fastlora.train.lock import folder_lock
 from fastlora.train.run import Run, open_run
 from fastlora.validation import ConfigError
 
-# Each style its own rank, alpha and target modules: they train in one batch all the same.
+# Each style has its own rank, alpha, and target modules, yet all train in one batch.
 STYLES: dict[str, dict[str, Any]] = {
     "ships_log": {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"},
     "json_answer": {"r": 8, "lora_alpha": 32, "target_modules": ["q_proj", "v_proj", "o_proj"]},
@@ -40,7 +40,7 @@ STYLES: dict[str, dict[str, Any]] = {
 DEFAULTS = {"lr": 2e-3, "schedule": "constant", "warmup_ratio": 0, "dropout": 0}
 BATCH = 8
 ANSWER_TOKENS = 40
-# The table of part 6.
+# Settings of the table in part 6.
 RANK, SEQUENCES, TABLE_ROUNDS = 16, 64, 2
 
 
@@ -69,10 +69,10 @@ OPTIONS = (
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs the demo and returns the exit code: 1 when PEFT's logits differ from ours.
+    """Run the demo and return the exit code: 1 if the logits differ from PEFT's, otherwise 0.
 
     Raises:
-        FastLoraError: Missing data, a missing model, or an argument that makes no sense.
+        FastLoraError: The data or the model is missing, or an argument is invalid.
     """
     if max(args.adapters) > SEQUENCES:
         raise ConfigError(
@@ -135,7 +135,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def shipped(name: str) -> Path:
-    """Returns a file of ``examples/data`` in the checkout; raises `DataError` without one."""
+    """Return a file of ``examples/data`` in the checkout; raise `DataError` if it is missing."""
     path = Path(__file__).resolve().parents[2] / "examples" / "data" / name
     if not path.is_file():
         raise DataError(
@@ -146,10 +146,10 @@ def shipped(name: str) -> Path:
 
 
 def of_styles(files: Sequence[Path]) -> dict[str, dict[str, Any]]:
-    """Returns an adapter's settings for each file, under its name.
+    """Return the settings of an adapter for each file, by the name of the file.
 
-    Raises `DataError` where a file is missing or damaged, or two have one name: what is wrong with
-    one is said before a model is read.
+    Raises `DataError` if a file is missing or damaged, or if two files have the same name. The
+    files are read here, so that an error is reported before a model is loaded.
     """
     found: dict[str, dict[str, Any]] = {}
     for path in files:
@@ -162,14 +162,14 @@ def of_styles(files: Sequence[Path]) -> dict[str, dict[str, Any]]:
 
 @contextlib.contextmanager
 def training(folder: Path, adapters: Mapping[str, Any], out: Path, steps: int) -> Iterator[Run]:
-    """Gives a run of `fastlora train` that writes into ``out``, in place of an earlier one."""
+    """Yield a run of `fastlora train` that writes to ``out`` and replaces an earlier run."""
     template = out / "chat_template.jinja"
     with folder_lock(out):
         shutil.rmtree(out / "checkpoints", ignore_errors=True)
         template.write_text(smollm2.TEMPLATE, encoding="utf-8")
     given = {"model": folder, "out": out, "steps": steps, "batch_size": BATCH, "dtype": "float32"}
     given |= {"chat": True, "chat_template": template, "save_every": 0, "defaults": DEFAULTS}
-    given |= {"deterministic": False}  # what is timed afterwards would be slower on a GPU
+    given |= {"deterministic": False}  # deterministic kernels would slow down the timings on a GPU
     settings = parse_settings(given | {"adapters": dict(adapters)}, {}, "the demo")
     with open_run(settings, say=_say) as run:
         yield run
@@ -179,10 +179,10 @@ def training(folder: Path, adapters: Mapping[str, Any], out: Path, steps: int) -
 def answer(
     model: Any, tokenizer: Any, prompt: str, names: Sequence[str | None] | None = None
 ) -> list[str]:
-    """Returns greedy answers to one prompt, without a system prompt, from one batch.
+    """Return greedy answers to one prompt, without a system prompt, from one batch.
 
-    ``names`` has an adapter, or None for the base model alone, for each answer; None asks a model
-    without adapters once.
+    ``names`` has an adapter for each answer, or None for the base model. Without ``names``, a model
+    without adapters answers once.
     """
     text = smollm2.chat_prompt(prompt)
     routed = {} if names is None else {"adapter_names": names}
@@ -205,7 +205,7 @@ def answer(
 
 
 def mixed_table(base: Any, adapters: Sequence[int], device: torch.device) -> str:
-    """Returns what a step of decoding costs with so many adapters in the batch."""
+    """Return a table of the cost of a decoding step, for each number of adapters in the batch."""
     torch.manual_seed(0)
     with measure.torch_threads(1):
         rows = mixed_bench.compare(base, adapters, RANK, SEQUENCES, 1, TABLE_ROUNDS)
@@ -217,7 +217,10 @@ def mixed_table(base: Any, adapters: Sequence[int], device: torch.device) -> str
 def side_by_side(
     titles: Sequence[str], prompts: Sequence[str], answers: Sequence[Sequence[str]]
 ) -> str:
-    """Returns each prompt's answers in columns, together as wide as the terminal (at most 120)."""
+    """Return the answers to each prompt in columns.
+
+    All columns together are as wide as the terminal, but at most 120 characters.
+    """
     total = min(shutil.get_terminal_size((100, 24)).columns, 120)
     width = max((total - 3 * (len(titles) - 1)) // len(titles), 16)
 
@@ -234,7 +237,7 @@ def side_by_side(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parses ``argv`` and runs the demo."""
+    """Parse ``argv`` and run the demo."""
     return run(parse("fastlora demo", (__doc__ or "").replace("``", ""), OPTIONS, argv))
 
 

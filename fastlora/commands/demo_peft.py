@@ -1,4 +1,4 @@
-"""The demo's comparisons with PEFT: logits of saved adapters, time and memory of a step."""
+"""The demo's comparisons with PEFT: logits of saved adapters, and time and memory of a step."""
 
 from __future__ import annotations
 
@@ -18,14 +18,21 @@ from fastlora.train.data import Batch
 def load_in_peft(
     model: Any, fresh_base: Callable[[], Any], folder: Path, batch: Batch
 ) -> tuple[Any, bool, str]:
-    """Loads the adapters in ``folder`` with PEFT and compares the logits of a mixed batch.
+    """Load the adapters in ``folder`` with PEFT, and compare the logits of a mixed batch.
 
-    The threshold is not picked: it is twice PEFT's own error against the same model in float64 plus
-    one rounding of the largest logit (`fastlora.testing.error_budget`). transformers computes the
-    norms of a float64 Llama in fp32, so that truth is exact in all but those.
+    The tolerance is derived, not chosen: it is twice the sum of PEFT's own error against the same
+    model in float64 and one rounding of the largest logit (`fastlora.testing.error_budget`).
+    transformers computes the norms of a float64 Llama in fp32, so the reference is exact except for
+    the norms.
+
+    Args:
+        model: The model with its adapters.
+        fresh_base: Function that returns a new base model.
+        folder: The folder of the saved adapters.
+        batch: The mixed batch.
 
     Returns:
-        PEFT's model, trainable; whether the logits agree; and what to print about it.
+        PEFT's model, trainable; whether the logits agree; and a text about the comparison.
     """
     from peft import PeftModel
     from tqdm import tqdm
@@ -80,13 +87,21 @@ def compare(
     rounds: int,
     device: torch.device,
 ) -> str:
-    """Returns a table of time per step and peak memory, ours and of PEFT's twin.
+    """Return a table of the time per step and the peak memory of fastlora and of PEFT.
 
-    One adapter acts on all samples of the batch.
+    All samples of the batch use the same adapter.
+
+    Args:
+        model: The model with its adapters.
+        twin: The same model with the same adapters, in PEFT.
+        adapter: Name of the adapter.
+        batch: The batch to measure.
+        rounds: Number of timed rounds.
+        device: Device of both models.
     """
     from tqdm import tqdm
 
-    calls = 2 * 2 * (rounds + 2)  # two steps, two sides: warm-up, timed rounds, memory
+    calls = 2 * 2 * (rounds + 2)  # 2 steps, 2 sides: warm-up, timed rounds, memory
     bar = tqdm(total=calls, desc="measuring, 1 thread", leave=False)
 
     @torch.no_grad()

@@ -1,8 +1,9 @@
-"""Says whether fastlora can run here, and with a model what of it will be fused.
+"""Check whether fastlora works here, and which layers of a model it will fuse.
 
-Versions against what is supported, devices and whether the kernels run on them, environment
-variables of ours, and with MODEL what an adapter on it would be: fused or not, and why. The model's
-weights are read only where they are quantised.
+The output lists the installed and the supported versions, the devices and whether the kernels run
+on them, and the environment variables of fastlora. With MODEL, it also shows which layers of the
+model would be fused with an adapter, and why others would not. The weights of the model are read
+only if they are quantized.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ _ALIGNMENT = 16  # bytes
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints what it finds; returns 1 where something is wrong, else 0."""
+    """Print the findings; return 1 if there is a problem, otherwise 0."""
     parser = argparse.ArgumentParser(
         prog="fastlora doctor",
         description=__doc__,
@@ -81,7 +82,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _model(
     folder: Path, adapter: Path | None, found: Findings
 ) -> tuple[FusionReport | None, dict[str, Any]]:
-    """Returns the report of an empty model with an adapter, and what JSON says of it."""
+    """Return the fusion report of a model with an adapter, and the facts about it for JSON.
+
+    If the model cannot be loaded, the error is added to the problems, and the report is None.
+    """
     from fastlora.layers.why import DORA_DROPS
 
     facts: dict[str, Any] = {"path": str(folder)}
@@ -115,11 +119,13 @@ def _model(
 
 
 def _base_model(folder: Path) -> tuple[nn.Module, str | None]:
-    """Returns the model, on the meta device where it is not quantised, and how it is, or None.
+    """Return the model, and its quantization method or None.
+
+    A model that is not quantized is on the meta device.
 
     Raises:
-        CheckpointError: There is none, or transformers cannot make it.
-        ImportError: transformers, or what the quantised model needs, is not installed.
+        CheckpointError: The folder has no model, or transformers cannot create it.
+        ImportError: transformers, or a library that the quantized model needs, is not installed.
     """
     import torch
 
@@ -131,9 +137,11 @@ def _base_model(folder: Path) -> tuple[nn.Module, str | None]:
     with as_causal_model(folder), quiet_transformers():
         config = library.AutoConfig.from_pretrained(folder, local_files_only=True)
         quantised = getattr(config, "quantization_config", None)
-        if quantised is not None:  # only real codes say what kernels can read of them
+        if quantised is not None:
+            # Whether kernels can read quantized weights depends on the weights themselves.
             model = library.AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
-            for parameter in model.parameters():  # in a file they lie anywhere, on a GPU aligned
+            # Weights in a mapped file may be unaligned; on a GPU they are aligned.
+            for parameter in model.parameters():
                 if parameter.data_ptr() % _ALIGNMENT:
                     parameter.data = parameter.data.clone()
             method = model.config.quantization_config.quant_method
@@ -144,7 +152,7 @@ def _base_model(folder: Path) -> tuple[nn.Module, str | None]:
 
 
 def _report(base: nn.Module, adapter: Path | None) -> tuple[FusionReport, list[str]]:
-    """Returns the report as of the best device, and the linear layers without an adapter."""
+    """Return the fusion report for the best device, and the linear layers without an adapter."""
     import torch
 
     from fastlora.integrations.report import fusion_report, implementation_on
@@ -160,7 +168,7 @@ def _report(base: nn.Module, adapter: Path | None) -> tuple[FusionReport, list[s
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     chosen, why = implementation_on(device or torch.device("cpu"))
     report = fusion_report(model.train())
-    # No forward runs here, so nothing is known of siblings.
+    # No forward pass has run, so the shared-input groups are unknown.
     rows = tuple(replace(row, siblings="") for row in report.rows)
     adapted = [name for name, module in model.named_modules() if isinstance(module, LoraLayer)]
     within = tuple(f"{name}." for name in adapted)

@@ -1,4 +1,4 @@
-"""What is installed and which devices are there, and what is wrong with either."""
+"""Check the installed packages, the available devices, and the environment."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
 
 DISTRIBUTION = "fastlora-triton"
-# What needs a package that `import fastlora` does not, and how to get it.
+# Packages that `import fastlora` does not need: what needs each of them, and how to install it.
 _OPTIONAL = {
     "transformers": ("train, chat, merge, and a MODEL here", "'fastlora-triton[hf]'"),
     "peft": ("fastlora.patch, and models that are PEFT's", "'fastlora-triton[hf]'"),
@@ -29,31 +29,31 @@ _OPTIONAL = {
     "torchao": ("int8, int4 and float8 base models", "torchao"),
 }
 _PACKAGES = ("torch", "triton", "safetensors", *_OPTIONAL)
-# Files that a GPU's driver makes.
+# Files that the drivers of GPUs create.
 _DRIVERS = (("NVIDIA", Path("/proc/driver/nvidia/version")), ("AMD", Path("/dev/kfd")))
-# A trial launch on each GPU: rows, in, out, rank. Its error stays far below this in fp16.
+# Sizes of the trial launch on each GPU: rows, in, out, rank. The bound is far above its fp16 error.
 _TRIAL, _TRIAL_ERROR = (16, 64, 64, 8), 0.03
 
 
 @dataclass
 class Findings:
-    """What is wrong, and what is only worth knowing.
+    """Problems, and facts that are worth knowing.
 
     Attributes:
-        problems: What keeps fastlora from doing what it should here, each with what to do.
-        notes: What is as it should be and may surprise.
+        problems: Everything that keeps fastlora from working properly here, each with a fix.
+        notes: Facts that are not problems but may be surprising.
     """
 
     problems: list[dict[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def problem(self, what: str, fix: str) -> None:
-        """Adds a problem."""
+        """Add a problem and its fix."""
         self.problems.append({"problem": " ".join(what.split()), "fix": fix})
 
 
 def version(distribution: str) -> str | None:
-    """Returns the version of an installed distribution, or None."""
+    """Return the version of an installed distribution, or None if it is not installed."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
@@ -61,9 +61,10 @@ def version(distribution: str) -> str | None:
 
 
 def supported() -> dict[str, str]:
-    """Returns the range of versions of each package that fastlora asks for, extras included.
+    """Return the supported range of versions of each package, including those of the extras.
 
-    They are those of pyproject.toml, as they were installed; none where fastlora is not.
+    The ranges are those of pyproject.toml at the time of installation. The dict is empty if
+    fastlora is not installed.
     """
     try:
         metadata = importlib.metadata.metadata(DISTRIBUTION)
@@ -79,7 +80,7 @@ def supported() -> dict[str, str]:
 
 
 def in_range(found: str, wanted: str) -> bool:
-    """Returns whether a version lies in a range such as ``">=2.11,<3"``; by its numbers alone."""
+    """Return whether a version is in a range such as ``">=2.11,<3"``. Only numbers are compared."""
     for part in filter(None, wanted.split(",")):
         sign, bound = part[: len(part) - len(part.lstrip("<>=!~"))], part.lstrip("<>=!~")
         ours, theirs = _numbers(found), _numbers(bound)
@@ -95,7 +96,7 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 
 def check_python(found: Findings) -> dict[str, str]:
-    """Returns Python's version and the range that is supported."""
+    """Return the version of Python and the supported range, and report a version outside it."""
     have, wanted = platform.python_version(), supported().get("python", "")
     if not in_range(have, wanted):
         found.problem(f"Python {have} is not supported", f"use Python {wanted}")
@@ -103,7 +104,7 @@ def check_python(found: Findings) -> dict[str, str]:
 
 
 def packages(found: Findings) -> Iterator[dict[str, str | None]]:
-    """Yields name, version, supported range and what is to be said of it."""
+    """Yield the name, version, supported range, and purpose of each package; report problems."""
     ranges, own = supported(), version(DISTRIBUTION)
     yield {"name": "fastlora", "version": own, "supported": None, "needed_for": None}
     if own is None:
@@ -132,7 +133,7 @@ def packages(found: Findings) -> Iterator[dict[str, str | None]]:
 
 
 def why_not_importable(name: str) -> str:
-    """Returns what an import raises in one line, or an empty string."""
+    """Return the error of importing a package as one line, or an empty string if it succeeds."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -143,7 +144,7 @@ def why_not_importable(name: str) -> str:
 
 
 def devices() -> Iterator[dict[str, Any]]:
-    """Yields each device of torch, what ``impl="auto"`` runs on it and why."""
+    """Yield each device of torch, what ``impl="auto"`` selects on it, and the reason."""
     import torch
 
     from fastlora.integrations.report import implementation_on
@@ -160,7 +161,7 @@ def devices() -> Iterator[dict[str, Any]]:
 
 
 def _chip(device: torch.device) -> dict[str, Any]:
-    """Returns a GPU's arch and processors, and the arch of the tables that its configs are from."""
+    """Return a GPU's architecture and processors, and the architecture of its config tables."""
     if device.type != "cuda" or importlib.util.find_spec("triton") is None:
         return {}
     from fastlora.kernels import chips
@@ -171,7 +172,7 @@ def _chip(device: torch.device) -> dict[str, Any]:
 
 
 def check_devices(found_devices: Sequence[dict[str, Any]], found: Findings) -> None:
-    """Looks for a GPU that torch does not see, and lets each kernel that should run do so."""
+    """Report a GPU that torch does not see, and try a kernel on each device that can run them."""
     import torch
 
     from fastlora.ops.conditions import triton_status
@@ -200,7 +201,7 @@ def check_devices(found_devices: Sequence[dict[str, Any]], found: Findings) -> N
 
 
 def _trial(device: torch.device, found: Findings) -> str:
-    """Launches a kernel and compares it with float64; returns what came of it."""
+    """Launch a kernel, compare its result with float64, and return the outcome as text."""
     import torch
 
     from fastlora.functional import lora_linear
@@ -229,7 +230,7 @@ def _trial(device: torch.device, found: Findings) -> str:
 
 
 def check_environment(found: Findings) -> None:
-    """Looks at the variables that are read here."""
+    """Report environment variables with problematic values."""
     if env.triton_interpreted():
         found.problem(
             "TRITON_INTERPRET is set: kernels run in Triton's interpreter, thousands of times "

@@ -1,4 +1,4 @@
-"""The base models that commands load, and what they say meanwhile."""
+"""Load base models for commands, and report progress."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from fastlora.validation import FastLoraError
 
 
 class CommandError(FastLoraError):
-    """A command cannot do what it was asked."""
+    """A command cannot do what was requested."""
 
 
-# What `load` reads.
+# The options that `load` reads.
 OPTIONS = (
     Option("model", "folder of the base model", metavar="MODEL"),
     Option("--dtype", "dtype of the base model (default: its own)", "auto"),
@@ -26,7 +26,7 @@ OPTIONS = (
 
 
 def load(args: argparse.Namespace) -> tuple[Any, Any]:
-    """Returns the base model that options name, in evaluation mode, and its tokenizer."""
+    """Return the base model that the options name, in evaluation mode, and its tokenizer."""
     model, tokenizer = load_base(args.model, args.dtype), load_tokenizer(args.model)
     if torch.cuda.is_available() and not args.cpu:
         model = model.to("cuda")
@@ -34,8 +34,9 @@ def load(args: argparse.Namespace) -> tuple[Any, Any]:
 
 
 def load_base(base: str, dtype: str) -> Any:
-    """Returns a base model from its folder, or from the cache of Hugging Face's hub."""
-    is_path = base.startswith((".", "/", "~")) or base.count("/") > 1  # the hub's names have one
+    """Return a base model from its folder, or by its name on the Hugging Face Hub."""
+    # Names on the Hub have at most one slash.
+    is_path = base.startswith((".", "/", "~")) or base.count("/") > 1
     if is_path and not Path(base).exists():
         raise CommandError(f"{base}: no such folder")
     step(f"loading {base}")
@@ -48,7 +49,7 @@ def load_base(base: str, dtype: str) -> Any:
 
 
 def load_tokenizer(folder: str) -> Any:
-    """Returns a base model's tokenizer."""
+    """Return the tokenizer of a base model; raise `CommandError` if it cannot be read."""
     from transformers import AutoTokenizer
 
     from fastlora.integrations.transformers import CANNOT_READ
@@ -60,5 +61,5 @@ def load_tokenizer(folder: str) -> Any:
 
 
 def step(text: str) -> None:
-    """Says what the command is at."""
+    """Print a progress message to stderr."""
     print(f"fastlora: {text}", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""Options of commands as rows of a table: how argparse takes each, and what is too small."""
+"""Command-line options as rows of a table: how each is parsed, and its smallest value."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ _METAVARS = {int: "N", float: "X", Path: "DIR"}
 
 
 class Option(NamedTuple):
-    """One option.
+    """An option of a command.
 
     Attributes:
-        flag: Its name; without dashes it has to be given.
-        text: Its help, to which the default is added unless it speaks of one.
-        default: Its value where it is not given; False makes a switch.
-        least: What a number must not be below.
-        type: Of a value; the default's unless that is None.
-        metavar: Of a value; by its type unless given.
-        more: What else argparse takes.
+        flag: Name of the option. A name without dashes makes a positional argument.
+        text: Help text. The default is appended unless the text mentions it.
+        default: Value if the option is not given. False makes the option a switch.
+        least: Smallest value of a number.
+        type: Type of the value; None for the type of the default.
+        metavar: Name of the value in the help; None for a name that depends on the type.
+        more: Further arguments of argparse.
     """
 
     flag: str
@@ -42,7 +42,7 @@ def parse(
     argv: Sequence[str] | None,
     **more: Any,
 ) -> argparse.Namespace:
-    """Returns the values of a command's options; raises `ConfigError` for too small a number."""
+    """Return the values of a command's options; raise `ConfigError` for too small a number."""
     parser = argparse.ArgumentParser(prog=prog, description=description, **more)
     for option in options:
         text, kind = option.text, option.type

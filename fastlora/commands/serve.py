@@ -1,7 +1,7 @@
 """``fastlora serve``: an OpenAI-compatible server for a model and a folder of adapters.
 
-Clients name an adapter as the model, or the base model. It speaks HTTP without encryption, and to
-this machine only unless --host says otherwise.
+Clients select an adapter or the base model by the model name in a request. The server uses HTTP
+without encryption. It listens on this machine only unless --host says otherwise.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ if TYPE_CHECKING:
 
     from fastlora.serve.connections import Limits
 
-# glibc's numbers of mallopt's parameters, and what a server gives them.
+# Parameters of mallopt by their numbers in glibc, and the values that a server sets.
 _MALLOPT = {
     -3: 4 << 20,  # M_MMAP_THRESHOLD: above most activations, below most adapters
-    -1: 64 << 20,  # M_TRIM_THRESHOLD: a step's activations stay for the next one
+    -1: 64 << 20,  # M_TRIM_THRESHOLD: keeps a step's activations allocated for the next step
     -8: 2,  # M_ARENA_MAX
 }
 
@@ -120,9 +120,9 @@ OPTIONS = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parses ``argv`` and serves until a signal ends it."""
+    """Parse ``argv`` and serve until a signal ends the server."""
     args = parsed(argv)
-    import uvicorn  # noqa: F401 - a missing extra is said before the model takes its time
+    import uvicorn  # noqa: F401 - reports a missing extra before the model loads
 
     from fastlora.serve import app as _  # noqa: F401 - as above
     from fastlora.serve.connections import raise_descriptor_limit
@@ -132,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _keep_memory_level()
     with _bound(args.host, args.port) as listening:
         app, names = build(args)
-        # Each full collection would look at what stays anyway, for tenths of a second.
+        # Freeze the objects: each full collection would otherwise scan them for tenths of a second.
         gc.collect()
         gc.freeze()
         host, port = listening.getsockname()[:2]
@@ -144,20 +144,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         step(f"ready at http://{where}:{port}/v1")
         with _signals_end():
             server_of(app, args, limits).run([listening])
-        gc.unfreeze()  # a library would take what is frozen at the end for leaks
+        gc.unfreeze()  # a library would report objects frozen at exit as leaks
     step("all requests have ended")
     return 0
 
 
 def _keep_memory_level() -> None:
-    """Has the system get back what adapters leave, where glibc allocates memory.
+    """Return memory freed by removed adapters to the operating system (glibc only).
 
-    By itself glibc puts blocks of up to 32 MiB into heaps, as soon as one of that size was freed,
-    and each thread that reads adapters has a heap of its own. What adapters leave lies between what
-    stays, so heaps grow while the memory in use does not.
+    By default, once a block of up to 32 MiB has been freed, glibc allocates blocks of this size in
+    heaps, and each thread that reads adapters has its own heap. The memory of removed adapters lies
+    between blocks that are still in use. The heaps therefore grow although the memory in use does
+    not.
 
-    A user's own settings of the allocator stand. It acts on the whole process, so only the program
-    calls it.
+    The user's own allocator settings take precedence. The settings affect the whole process, so
+    only the program calls this function.
     """
     if platform.libc_ver()[0] != "glibc" or env.sets_allocator():
         return
@@ -167,7 +168,7 @@ def _keep_memory_level() -> None:
 
 
 def limits_of(args: argparse.Namespace, descriptors: int | None) -> Limits:
-    """Returns the limits of connections that options ask for, within a limit of open files."""
+    """Return the connection limits that the options set, within a limit on open files."""
     from fastlora.serve.connections import limits_within
 
     return limits_within(
@@ -180,7 +181,7 @@ def limits_of(args: argparse.Namespace, descriptors: int | None) -> Limits:
 
 
 def server_of(app: Any, args: argparse.Namespace, limits: Limits) -> uvicorn.Server:
-    """Returns uvicorn's server for an application."""
+    """Return a uvicorn server for an application."""
     import uvicorn
 
     from fastlora.serve.connections import Connections, ConnectionServer
@@ -192,7 +193,7 @@ def server_of(app: Any, args: argparse.Namespace, limits: Limits) -> uvicorn.Ser
         ws="none",  # an upgraded connection would have no deadline
         backlog=limits.backlog,
         timeout_keep_alive=max(1, round(limits.idle_seconds)),
-        log_config=None,  # its lines are lines of `log_to_stderr`
+        log_config=None,  # `log_to_stderr` formats the lines
         log_level="warning",
         access_log=False,
         timeout_graceful_shutdown=max(1, round(args.drain)),
@@ -202,7 +203,7 @@ def server_of(app: Any, args: argparse.Namespace, limits: Limits) -> uvicorn.Ser
 
 
 def build(args: argparse.Namespace) -> tuple[Any, list[str]]:
-    """Returns the application for checked arguments, and the names of the adapters there are."""
+    """Return the application for parsed arguments, and the names of its adapters."""
     import fastlora
     from fastlora.serve.adapters import ServedAdapters
     from fastlora.serve.app import Server, Settings
@@ -223,7 +224,7 @@ def build(args: argparse.Namespace) -> tuple[Any, list[str]]:
     adapters.scan()
     engine = Engine(
         model,
-        copy.deepcopy(tokenizer),  # the engine's thread decodes while others encode
+        copy.deepcopy(tokenizer),  # the engine's thread decodes while other threads encode
         adapters,
         rows=args.max_batch,
         length=args.max_length,
@@ -238,7 +239,7 @@ def build(args: argparse.Namespace) -> tuple[Any, list[str]]:
 
 
 def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Returns all arguments; raises `ConfigError` where one is out of its range."""
+    """Return all arguments; raise `ConfigError` or `CommandError` if one is invalid."""
     text = __doc__.split("\n")[0].partition(": ")[2]
     args = parse("fastlora serve", text, OPTIONS, argv)
     if not 0 <= args.port < 1 << 16:
@@ -254,15 +255,16 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
 
 @contextlib.contextmanager
 def _bound(host: str, port: int) -> Iterator[socket.socket]:
-    """Takes the port before the model is loaded, and so says at once where it is taken.
+    """Yield a listening socket, opened before the model loads so that a used port fails early.
 
-    Who connects meanwhile waits: a port that nobody listens to could be bound twice.
+    Clients that connect meanwhile wait. The socket has to listen, because a port without a listener
+    could be bound twice.
     """
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
     except socket.gaierror as error:
         raise CommandError(f"--host {host}: no such address ({error.strerror})") from error
-    # asyncio sets TCP_NODELAY only where the protocol is named.
+    # asyncio sets TCP_NODELAY only if the protocol is given.
     with socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listening:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -282,7 +284,7 @@ def _is_local(host: str) -> bool:
 
 @contextlib.contextmanager
 def _signals_end() -> Iterator[None]:
-    """Makes signals that uvicorn has obeyed, and raises again behind it, end in exit code 0."""
+    """Let the process exit with code 0 after a signal that uvicorn handles and raises again."""
     before = {
         number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)
     }

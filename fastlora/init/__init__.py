@@ -1,11 +1,11 @@
-"""Initialisations of adapters: one file a method, and the registry that knows them all.
+"""Initializations of adapters: one file per method, and the registry of all methods.
 
-A method that is only a function of the base weight is one new file here, imported below. One that
-needs data has its calibration in the same file, over modules that the caller names; what users call
-is in `fastlora.model.calibration`.
+A method that depends only on the base weight is one new file here, imported below. A method that
+needs data also has its calibration in that file. The calibration works on modules that the caller
+names; the functions that users call are in `fastlora.model.calibration`.
 """
 
-from fastlora.init import (  # noqa: F401 - they register
+from fastlora.init import (  # noqa: F401 - the imports register them
     corda,
     eva,
     loftq,

@@ -1,4 +1,4 @@
-"""The settings of single initialisations; fields and defaults are those of PEFT 0.21.2."""
+"""Settings of individual initializations. Fields and defaults are those of PEFT 0.21.2."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ class LoftQConfig:
     """Settings of LoftQ.
 
     Args:
-        loftq_bits: Bits of the quantised weight: 2 or 4 (normal floats), or 8 (integers).
-        loftq_iter: How often quantisation and decomposition take turns.
+        loftq_bits: Bits of the quantized weight: 2 or 4 (normal floats), or 8 (integers).
+        loftq_iter: Number of times to alternate between quantization and decomposition.
 
     Raises:
-        ConfigError: A value is none of these.
+        ConfigError: loftq_bits is not 2, 4, or 8, or loftq_iter is not a positive whole number.
     """
 
     loftq_bits: int = 4
@@ -39,15 +39,17 @@ class EvaConfig:
     """Settings of EVA.
 
     Args:
-        rho: A layer gets at most ``rho * r`` ranks; 1 leaves every layer its own r.
-        tau: Directions count as found once their cosine with those of the step before is above it.
-        use_label_mask: Leave out positions whose label is ``label_mask_value``.
-        label_mask_value: See ``use_label_mask``.
-        whiten: Divide each direction by the root of its singular value.
-        adjust_scaling_factors: Multiply a layer's alpha as its rank, so that the scaling stays.
+        rho: A layer's rank is at most ``rho * r``. With 1, every layer keeps its own r.
+        tau: A direction has converged once its cosine similarity with its value of the step before
+            is at least tau.
+        use_label_mask: Whether to skip positions that have the label ``label_mask_value``.
+        label_mask_value: Label of the positions to skip.
+        whiten: Whether to divide each direction by the square root of its singular value.
+        adjust_scaling_factors: Whether to change a layer's alpha in proportion to its rank, which
+            keeps the scaling constant.
 
     Raises:
-        ConfigError: rho is below 1, or tau not in [0, 1].
+        ConfigError: rho is below 1, or tau is not in [0, 1].
     """
 
     rho: float = 2.0
@@ -69,13 +71,16 @@ class CordaConfig:
     """Settings of CorDA.
 
     Args:
-        cache_file: Where the decompositions are kept; they are read from there if it exists.
-        covariance_file: The same for the covariances, which do not depend on the rank.
-        corda_method: "ipm" adapts the directions that the data uses most, "kpm" those it uses
-            least, and so keeps what the model knows of the data.
-        verbose: Show the progress of the decompositions.
-        use_float16_for_covariance: Sum the covariances in the inputs' own dtype, not in fp32.
-        prune_temporary_fields: Leave only the result on the layers.
+        cache_file: File for the decompositions. If it exists, they are read from it instead of
+            computed.
+        covariance_file: File for the covariances, used in the same way. They do not depend on the
+            rank.
+        corda_method: "ipm" adapts the directions that the data uses most. "kpm" adapts those that
+            it uses least, which preserves what the model knows about the data.
+        verbose: Whether to show the progress of the decompositions.
+        use_float16_for_covariance: Whether to sum the covariances in the inputs' own dtype instead
+            of fp32.
+        prune_temporary_fields: Whether to leave only the result on the layers.
 
     Raises:
         ConfigError: corda_method is neither "ipm" nor "kpm".
@@ -91,7 +96,7 @@ class CordaConfig:
     def __post_init__(self) -> None:
         for name in ("cache_file", "covariance_file"):
             path = getattr(self, name)
-            setattr(self, name, None if path is None else os.fspath(path))  # a file holds strings
+            setattr(self, name, None if path is None else os.fspath(path))  # files hold strings
         _check_choice("corda_method", self.corda_method, ("ipm", "kpm"))
 
 
@@ -100,15 +105,16 @@ class LoraGAConfig:
     """Settings of LoRA-GA.
 
     Args:
-        direction: Which of the gradient's 2 r singular directions go into A and which into B:
-            "ArB2r" (the first into A), "A2rBr", "ArBr" (they take turns) or "random".
-        scale: Of B: "stable" (``out_features ** 0.25 / sqrt(stable_gamma)``), "weight_svd" (as
-            large as the weight's largest singular value), "gd_scale" (both factors by the
-            adapter's scaling) or "unit".
-        stable_gamma: See ``scale``.
+        direction: How the gradient's first 2 r singular directions are divided between A and B:
+            "ArB2r" (A gets the first r), "A2rBr" (B gets the first r), "ArBr" (they alternate), or
+            "random" (both get the same r random directions).
+        scale: Scale of the factors: "stable" (B times ``out_features ** 0.25 /
+            sqrt(stable_gamma)``), "weight_svd" (B scaled to the weight's largest singular value),
+            "gd_scale" (both factors divided by the adapter's scaling), or "unit" (no scale).
+        stable_gamma: The gamma of the "stable" scale.
 
     Raises:
-        ConfigError: A value is none of these.
+        ConfigError: A value is not one of these, or stable_gamma is not positive.
     """
 
     direction: str = "ArB2r"
@@ -123,15 +129,15 @@ class LoraGAConfig:
 
 
 def settings_of(value: object, cls: type) -> Any:
-    """Returns settings as an object of ``cls``, or None for None.
+    """Return settings as an instance of ``cls``, or None for None.
 
     Args:
-        value: Such an object, a mapping of its fields as a file has it (fields that the class does
-            not have are left out, as PEFT does), or the object of that name of PEFT's.
+        value: An instance of ``cls``, PEFT's object of the same name, or a mapping of fields as in
+            a config file. As in PEFT, fields of a mapping that the class does not have are ignored.
         cls: One of the classes above.
 
     Raises:
-        ConfigError: It is none of these, or a value in it is wrong.
+        ConfigError: ``value`` has another type, or one of its fields has a wrong value.
     """
     if value is None or isinstance(value, cls):
         return value

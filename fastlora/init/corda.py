@@ -1,7 +1,7 @@
-"""CorDA: the adapter starts as the directions of the base weight that data uses most, or least.
+"""CorDA: the adapter starts from the base weight's directions that data uses most, or least.
 
 Method: https://arxiv.org/abs/2406.05223, as in PEFT. `fastlora.model.calibration.preprocess_corda`
-leaves the decomposition of each layer on its module.
+stores the decomposition of each layer on the layer's module.
 """
 
 from __future__ import annotations
@@ -27,18 +27,20 @@ from fastlora.init.registry import (
 )
 from fastlora.validation import InitialisationError
 
-# PEFT's names, so that either library's calibration serves the other.
+# PEFT's names, so that fastlora and PEFT can use each other's calibration.
 DATA, PARTS = "eigens", ("S_WC", "U_WC", "V_WC")
 
 
 @dataclass
 class CordaEigens:
-    """A layer's decomposition: ``W C = U S V^T`` with C of its inputs; names are PEFT's.
+    """A layer's decomposition ``W C = U S V^T``, where C is the covariance of the layer's inputs.
+
+    The names are PEFT's.
 
     Attributes:
         S_WC: R singular values.
         U_WC: ``[N, R]``.
-        V_WC: ``[K, R]``, with the inverse of C.
+        V_WC: ``[K, R]``, multiplied by the inverse of C.
     """
 
     S_WC: torch.Tensor
@@ -56,13 +58,16 @@ class CordaEigens:
     settings=Settings("corda_config", CordaConfig),
 )
 def corda(given: Given) -> Start:
-    """B is ``U sqrt(S / scaling)`` and A ``sqrt(S / scaling) V^T``.
+    """Return factors made from the layer's decomposition, and the base weight without their update.
+
+    B is ``U sqrt(S / scaling)``, and A is ``sqrt(S / scaling) V^T``.
 
     Raises:
-        InitialisationError: The decomposition is of another shape, not finite, or of a lower rank.
+        InitialisationError: The decomposition has wrong shapes, values that are not finite, or a
+            rank below R.
     """
     weight = given.weight()
-    eigens: Any = given.data  # `CordaEigens`, of either library
+    eigens: Any = given.data  # fastlora's or PEFT's `CordaEigens`
     s, u, v = (part.to(weight) for part in (eigens.S_WC, eigens.U_WC, eigens.V_WC))
     (n, k), rank = weight.shape, given.rank
     if (tuple(s.shape), tuple(u.shape), tuple(v.shape)) != ((rank,), (n, rank), (k, rank)):
@@ -80,26 +85,27 @@ def corda(given: Given) -> Start:
 
 
 class Covariances:
-    """Sums up what layers get, ``[K, K]`` for each.
+    """Accumulates the covariance ``[K, K]`` of the inputs of each layer.
 
     Args:
-        modules: The layers by name.
-        low_precision: Sum in the inputs' dtype, not in fp32.
+        modules: Layers by name.
+        low_precision: Whether to sum in the inputs' dtype instead of fp32.
 
     Attributes:
-        sums: Name to the sum over samples of ``X^T X`` with X divided by its maximum.
-        counts: Name to the number of samples: sequences, or matrices where there are none.
+        sums: Layer name -> sum over samples of ``X^T X``, where X is divided by its maximum.
+        counts: Layer name -> number of samples. A sample is a sequence, or a whole matrix if the
+            input has no sequences.
     """
 
     def __init__(self, modules: Mapping[str, nn.Module], low_precision: bool) -> None:
         self.modules, self.low_precision = modules, low_precision
         self.sums: dict[str, torch.Tensor] = {}
         self.counts = dict.fromkeys(modules, 0)
-        # Layers fed by one tensor share its product.
+        # Layers with the same input tensor share its product.
         self._last: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def watching(self) -> contextlib.AbstractContextManager[None]:
-        """Within the block every forward of the layers counts."""
+        """Return a context manager in which every forward of the layers is counted."""
         return hooked(self.modules, self._hook)
 
     def _hook(self, name: str) -> Callable[..., None]:
@@ -127,10 +133,10 @@ class Covariances:
         return product
 
     def means(self) -> dict[str, torch.Tensor]:
-        """Returns the covariances by name, and forgets them.
+        """Return the covariances by layer name, and clear the sums.
 
         Raises:
-            InitialisationError: The data never got to a layer.
+            InitialisationError: The data did not reach a layer.
         """
         for name, count in self.counts.items():
             if not count:
@@ -147,10 +153,17 @@ class Covariances:
 def decompose(
     weight: torch.Tensor, covariance: torch.Tensor, rank: int, method: str
 ) -> CordaEigens:
-    """Returns the directions of a weight ``[N, K]`` that data with a covariance ``[K, K]`` uses.
+    """Return the directions of a weight that data with the given covariance uses most, or least.
 
-    ``method`` is "ipm" for those used most, "kpm" for those used least. Raises
-    `InitialisationError` where one of the two is not finite, or zero, or smaller than the rank.
+    Args:
+        weight: ``[N, K]``.
+        covariance: Covariance of the layer's inputs, ``[K, K]``.
+        rank: Number of directions.
+        method: "ipm" for the directions used most, "kpm" for those used least.
+
+    Raises:
+        InitialisationError: A matrix is not finite, the covariance is zero, or the rank exceeds a
+            dimension of the weight.
     """
     weight, covariance = weight.float(), covariance.float()
     check_finite(weight, "the base weight")
@@ -165,7 +178,7 @@ def decompose(
         raise InitialisationError("the data gives it nothing but zeros")
     identity = torch.eye(len(covariance), device=covariance.device)
     damp, error = 0.01, torch.inf
-    while error >= 0.05:  # more on the diagonal, until the inverse is one
+    while error >= 0.05:  # damp until the inverse is accurate
         damped = covariance + identity * (mean * damp)
         inverse = torch.linalg.inv(damped)
         error = float(torch.dist(damped @ inverse, identity))

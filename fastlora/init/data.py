@@ -1,4 +1,4 @@
-"""Running a model over data: any loader, any batch, with progress where tqdm is installed."""
+"""Runs a model over any data loader, with a progress bar if tqdm is installed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _T = TypeVar("_T")
 
 
 def progress(items: Iterable[_T], what: str, show: bool = True) -> Iterable[_T]:
-    """Returns items with a progress bar around them, where tqdm is installed and it is to show."""
+    """Return the items, wrapped in a progress bar if tqdm is installed and ``show`` is true."""
     if show:
         with contextlib.suppress(ImportError):
             from tqdm import tqdm
@@ -26,19 +26,23 @@ def progress(items: Iterable[_T], what: str, show: bool = True) -> Iterable[_T]:
 
 
 def call_model(model: nn.Module, batch: Any) -> Any:
-    """Calls a model with a batch: a mapping of arguments, a sequence of them, or the only one."""
+    """Call a model with a batch.
+
+    The batch is a mapping of keyword arguments, a sequence of positional arguments, or one
+    argument.
+    """
     if isinstance(batch, Mapping):
         return model(**batch)
     return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
 
 
 def device_of(model: nn.Module) -> torch.device | None:
-    """Returns the device of a model's first parameter that is not on the meta device."""
+    """Return the device of a model's first parameter that is not on the meta device."""
     return next((p.device for p in model.parameters() if not p.is_meta), None)
 
 
 def to_device(batch: Any, device: torch.device | None) -> Any:
-    """Returns a batch with its tensors on a device."""
+    """Return a batch with its tensors on the given device."""
     if device is None:
         return batch
     if isinstance(batch, torch.Tensor) or (hasattr(batch, "to") and not isinstance(batch, dict)):
@@ -51,10 +55,10 @@ def to_device(batch: Any, device: torch.device | None) -> Any:
 
 
 def batches(loader: Iterable[Any], model: nn.Module, what: str, show: bool = True) -> Iterator[Any]:
-    """Yields every batch of a loader on the model's device, one at a time.
+    """Yield the batches of a loader one at a time, on the model's device.
 
     Raises:
-        InitialisationError: There is none.
+        InitialisationError: The loader has no batches.
     """
     device, empty = device_of(model), True
     for batch in progress(loader, what, show):
@@ -68,7 +72,7 @@ def batches(loader: Iterable[Any], model: nn.Module, what: str, show: bool = Tru
 def hooked(
     modules: Mapping[str, nn.Module], make: Callable[[str], Callable[..., None]]
 ) -> Iterator[None]:
-    """Within the block each module calls ``make(name)`` with itself and its inputs first."""
+    """In the block, call ``make(name)(module, inputs)`` before each module's forward."""
     handles = [module.register_forward_pre_hook(make(name)) for name, module in modules.items()]
     try:
         yield
@@ -79,7 +83,7 @@ def hooked(
 
 @contextlib.contextmanager
 def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """Within the block a model trains or does not; then each module is as it was."""
+    """Set a model's training mode in the block, and then restore the mode of each module."""
     before = {module: module.training for module in model.modules()}
     model.train(training)
     try:
@@ -91,7 +95,7 @@ def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def same_buffers(model: nn.Module) -> Iterator[None]:
-    """Behind the block a model's buffers are as before: batch norm in training writes into them."""
+    """Restore a model's buffers after the block. In training, batch norm writes to them."""
     before = {buffer: buffer.detach().clone() for buffer in model.buffers()}
     try:
         yield
@@ -101,7 +105,7 @@ def same_buffers(model: nn.Module) -> Iterator[None]:
 
 
 def read_cache(path: str | None) -> dict[str, torch.Tensor] | None:
-    """Returns the tensors of a cache file; None where there is none yet."""
+    """Return the tensors of a cache file, or None if the file does not exist or is empty."""
     if path is None or not Path(path).is_file() or not Path(path).stat().st_size:
         return None
     found: dict[str, torch.Tensor] = torch.load(path, map_location="cpu", weights_only=True)
@@ -109,7 +113,7 @@ def read_cache(path: str | None) -> dict[str, torch.Tensor] | None:
 
 
 def write_cache(path: str | None, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Writes tensors to a cache file, whole or not at all; None writes nothing."""
+    """Write tensors to a cache file atomically, or do nothing if ``path`` is None."""
     if path is None:
         return
     Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -121,10 +125,10 @@ def write_cache(path: str | None, tensors: Mapping[str, torch.Tensor]) -> None:
 def from_cache(
     cache: Mapping[str, torch.Tensor], key: str, path: str | None, module: nn.Module
 ) -> torch.Tensor:
-    """Returns a tensor of a cache file, on the device of a module's weight.
+    """Return a tensor from a cache file, on the device of a module's weight.
 
     Raises:
-        InitialisationError: It has no such tensor.
+        InitialisationError: The file has no tensor with this key.
     """
     if key not in cache:
         raise InitialisationError(

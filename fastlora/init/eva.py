@@ -1,7 +1,7 @@
-"""EVA: A starts as the main directions of a layer's inputs, and layers share out the ranks.
+"""EVA: A starts from the principal directions of a layer's inputs, and layers share a rank budget.
 
-Method: https://arxiv.org/abs/2410.07170, as in PEFT. An adapter starts with B zero and A random;
-`fastlora.model.eva.initialize_lora_eva_weights` then gives it directions and ranks.
+Method: https://arxiv.org/abs/2410.07170, as in PEFT. An adapter starts with B zero and A random.
+`fastlora.model.eva.initialize_lora_eva_weights` then sets its directions and ranks.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import torch
 from fastlora.init.configs import EvaConfig
 from fastlora.init.registry import Given, Settings, Start, register_init
 
-# What of a layer's inputs counts: of the inputs, the batch's part of it and the layer's name.
+# A function of a layer's inputs, the prepared batch, and the layer's name. It returns the rows [M,
+# K] of the inputs that EVA uses.
 Prepare = Callable[[Any, Any, str], torch.Tensor]
 
 
@@ -26,15 +27,15 @@ Prepare = Callable[[Any, Any, str], torch.Tensor]
     settings=Settings("eva_config", EvaConfig),
 )
 def eva(given: Given) -> Start:
-    """A as `nn.Linear` draws it, B zero."""
+    """Return A as `nn.Linear` draws it, and B zero."""
     return Start(given.lora_a, torch.zeros_like(given.lora_b))
 
 
 def as_rows(layer_input: Any, _model_input: Any, layer_name: str) -> torch.Tensor:
-    """Returns a layer's first input as rows ``[M, K]``.
+    """Return a layer's first input as rows ``[M, K]``.
 
     Raises:
-        TypeError: It is no tensor.
+        TypeError: The input is not a tensor.
     """
     x = layer_input[0] if isinstance(layer_input, (tuple, list)) else layer_input
     if not isinstance(x, torch.Tensor):

@@ -1,7 +1,7 @@
-"""EVA's pass over data: which directions a layer's inputs have, and who gets how many ranks.
+"""EVA's pass over data: finds the directions of each layer's inputs and distributes the ranks.
 
-The loader is run over again and again; no batch is kept, and of each layer what
-`fastlora.init.incremental_pca` keeps.
+The loader is iterated repeatedly, and no batch is stored. For each layer, only the state of
+`fastlora.init.incremental_pca` is stored.
 """
 
 from __future__ import annotations
@@ -26,21 +26,23 @@ from fastlora.validation import InitialisationError
 
 @dataclass
 class Search:
-    """Finds directions and ranks: `find_groups`, then `run`, then `state`.
+    """Finds directions and ranks. Call `find_groups`, then `run`, then `state`.
 
     Attributes:
-        model: What runs over the data.
-        layers: Its layers by name.
-        limits: Name to the highest rank that a layer can get.
-        budget: Sum of the ranks to share out.
-        settings: Of EVA.
-        forward: Calls the model with a batch.
-        prepare_batch: Makes of a batch what the layers' prepare functions are given.
-        prepare_layer: Name to what makes rows of a layer's inputs.
-        gather: Whether to bring the rows of all processes together.
-        source: Layer to the layer whose directions it has: itself, or one with the same inputs.
-        found: Layer with directions of its own to these.
-        ranks: Layer to its rank by now.
+        model: The model to run over the data.
+        layers: Layers of the model by name.
+        limits: Layer name -> highest rank that the layer can get.
+        budget: Sum of the ranks to distribute.
+        settings: Settings of EVA.
+        forward: Function that calls the model with a batch.
+        prepare_batch: Function that turns a batch into the argument of the ``prepare_layer``
+            functions.
+        prepare_layer: Layer name -> function that returns the rows of the layer's inputs.
+        gather: Whether to gather the rows of all processes.
+        source: Layer name -> name of the layer that provides its directions: the layer itself, or
+            another layer with the same inputs.
+        found: Layer name -> directions, for the layers that provide them.
+        ranks: Layer name -> current rank.
     """
 
     model: nn.Module
@@ -57,11 +59,15 @@ class Search:
     ranks: dict[str, int] = field(default_factory=dict, init=False)
 
     def find_groups(self, loader: Iterable[Any]) -> None:
-        """Runs one batch, to see which layers get the same inputs."""
+        """Run one batch to find out which layers receive the same inputs.
+
+        Raises:
+            InitialisationError: The loader is empty, or the data did not reach a layer.
+        """
         batch = next(iter(loader), None)
         if batch is None:
             raise InitialisationError("EVA: the dataloader is empty; expected at least one batch")
-        digests: dict[str, bytes] = {}  # of a layer's inputs, in its first call
+        digests: dict[str, bytes] = {}  # of the input of each layer's first call
 
         def see(name: str, rows: torch.Tensor) -> None:
             data = rows.detach().contiguous().cpu().view(torch.uint8).numpy().data
@@ -86,7 +92,7 @@ class Search:
         self.ranks = dict(self.limits)
 
     def run(self, loader: Iterable[Any], show: bool) -> None:
-        """Runs batches until every layer's directions, as many as it is to have, have settled."""
+        """Run batches until the directions of every layer, up to its rank, have converged."""
         first = not dist.is_initialized() or dist.get_rank() == 0
         bar: Any = progress(self._endless(loader), "EVA", show and first)
         with contextlib.closing(bar):
@@ -109,11 +115,14 @@ class Search:
     def _run_batch(
         self, batch: Any, names: Iterable[str], see: Callable[[str, torch.Tensor], None]
     ) -> None:
-        """Calls the model; ``see`` gets name and rows ``[M, K]`` of each input of these layers."""
+        """Call the model, and call ``see(name, rows)`` for each input of the named layers.
+
+        The rows of an input have shape ``[M, K]``.
+        """
         prepared = self.prepare_batch(batch)
 
         def watching(name: str) -> Callable[..., None]:
-            @torch.no_grad()  # whatever the call of the model does
+            @torch.no_grad()  # even if the model runs with gradients
             def watch(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
                 rows = self.prepare_layer[name](inputs, prepared, name)
                 see(name, _gathered(rows) if self.gather and dist.is_initialized() else rows)
@@ -124,7 +133,11 @@ class Search:
             self.forward(self.model, batch)
 
     def _endless(self, loader: Iterable[Any]) -> Iterator[Any]:
-        """Yields batches, from the start again and again; keeps none."""
+        """Yield batches, starting again when the loader ends. No batch is stored.
+
+        Raises:
+            InitialisationError: The largest batch has too few rows for a layer.
+        """
         while True:
             yield from batches(loader, self.model, "EVA", show=False)
             for name, each in self.found.items():
@@ -135,7 +148,11 @@ class Search:
                     )
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Returns directions ``[rank, K]`` in fp32, in the order in which ranks were shared out."""
+        """Return the directions ``[rank, K]`` of each layer, in fp32.
+
+        Raises:
+            InitialisationError: A layer has no directions yet.
+        """
         made = {}
         for name, rank in self.ranks.items():
             found = self.found[self.source[name]]
@@ -152,10 +169,12 @@ def share_ranks(
     budget: int,
     limits: Mapping[str, int],
 ) -> dict[str, int]:
-    """Returns a rank for each layer: directions that explain more come first.
+    """Return a rank for each layer. Directions that explain more variance are chosen first.
 
-    ``ratios`` are the shares of variance along each direction of a layer that has its own; the rest
-    is as in `Search`.
+    Args:
+        ratios: Layer name -> share of the variance along each direction, for the layers that
+            provide directions.
+        source, budget, limits: As in `Search`.
     """
     owners = [name for name, of in source.items() for _ in ratios[of][: limits[of]]]
     values = torch.cat([ratios[of][: limits[of]].cpu() for of in source.values()])
@@ -163,13 +182,13 @@ def share_ranks(
     counted = Counter(owners[index] for index in chosen)
     ranks = {name: counted.get(name, 0) for name in source}
     for name, of in source.items():
-        if ranks[of] < ranks[name]:  # the layer that is asked has the highest rank
+        if ranks[of] < ranks[name]:  # the layer that provides directions needs the highest rank
             ranks[of], ranks[name] = ranks[name], ranks[of]
     return ranks
 
 
 def _gathered(rows: torch.Tensor) -> torch.Tensor:
-    """Returns the rows of all processes, whose numbers may differ."""
+    """Return the rows of all processes. Their numbers may differ between processes."""
     size = torch.tensor([len(rows)], device=rows.device)
     sizes = [torch.zeros_like(size) for _ in range(dist.get_world_size())]
     dist.all_gather(sizes, size)

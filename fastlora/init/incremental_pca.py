@@ -1,6 +1,6 @@
-"""Main directions of rows that come in batches, in memory for R of them.
+"""Principal directions of rows that arrive in batches, in memory proportional to R.
 
-Method: incremental PCA (Ross et al. 2008, as in scikit-learn), with the randomised SVD, its seed
+Method: incremental PCA (Ross et al. 2008, as in scikit-learn), with the randomized SVD, the seed,
 and the dtypes of PEFT 0.21.2, ``utils/incremental_pca.py``.
 """
 
@@ -13,18 +13,19 @@ _ITERATIONS = 4
 
 
 class IncrementalPca:
-    """The R main directions of all rows so far, and which of them have settled.
+    """The R principal directions of all rows so far, and which of them have converged.
 
     Args:
         count: R.
-        tau: The cosine with its own last value from which on a direction has settled.
+        tau: A direction has converged once its cosine similarity with its previous value is at
+            least tau.
 
     Attributes:
-        components: ``[R, K]``, orthonormal; None before the first batch.
+        components: ``[R, K]``, orthonormal, or None before the first batch.
         values: ``[R]``, singular values.
-        ratios: ``[R]``, the share of the rows' variance along each.
-        settled: ``[R]``, on the CPU.
-        most_rows: Number of rows of the largest batch.
+        ratios: ``[R]``, share of the rows' variance along each direction.
+        settled: ``[R]`` bool on the CPU, whether each direction has converged.
+        most_rows: Number of rows of the largest batch so far.
     """
 
     def __init__(self, count: int, tau: float) -> None:
@@ -36,7 +37,7 @@ class IncrementalPca:
         self._mean = self._variance = torch.empty(0, dtype=torch.float64)
 
     def add(self, rows: torch.Tensor) -> None:
-        """Takes a batch of rows ``[M, K]``; leaves it out where M is below R."""
+        """Add a batch of rows ``[M, K]``. A batch with fewer than R rows is skipped."""
         self.most_rows = max(self.most_rows, len(rows))
         if len(rows) < self.count:
             return
@@ -48,7 +49,7 @@ class IncrementalPca:
         else:
             batch_mean = rows.mean(dim=0)
             shift = (self._seen / total * batch) ** 0.5 * (self._mean - batch_mean)
-            # In fp64 from here on, as the mean is.
+            # From here on in fp64, like the mean.
             data = torch.cat(
                 [
                     (self.values[:, None] * before).double(),
@@ -56,14 +57,14 @@ class IncrementalPca:
                     shift[None],
                 ]
             )
-        # No more of them than a small batch, or a narrow layer, has.
+        # A small batch or a narrow layer has fewer than 2 R directions.
         wanted = min(2 * self.count, *data.shape)
         devices = [data.device] if data.is_cuda else []
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(_SEED)
             _, s, v = torch.svd_lowrank(data, q=wanted, niter=_ITERATIONS)
         vh = v.T
-        # The largest entry of each direction is positive.
+        # The sign is chosen so that the largest entry of each direction is positive.
         signs = vh[torch.arange(len(vh), device=vh.device), vh.abs().argmax(dim=1)].sign()
         after = self.components = (vh * signs[:, None])[: self.count]
         if before is not None and len(before) == len(after):
@@ -75,7 +76,7 @@ class IncrementalPca:
     def _moments(
         self, rows: torch.Tensor, sums: torch.Tensor, total: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns mean and variance ``[K]`` of all rows, in fp64 (Chan et al. 1983)."""
+        """Return the mean and the variance ``[K]`` of all rows, in fp64 (Chan et al. 1983)."""
         batch = len(rows)
         around = rows - sums / batch
         own = around.square().sum(dim=0) - around.sum(dim=0).square() / batch

@@ -1,8 +1,9 @@
-"""LoftQ: the base weight is rounded to a few bits, and the adapter starts as what that loses.
+"""LoftQ: the base weight is quantized, and the adapter starts from the quantization error.
 
-Method: https://arxiv.org/abs/2310.08659, as in PEFT; the normal floats are those of QLoRA
-(https://arxiv.org/abs/2305.14314) as bitsandbytes has them: blocks of 64 values along rows, each
-divided by its largest. The base layer stays a plain one: its weight holds the rounded values.
+Method: https://arxiv.org/abs/2310.08659, as in PEFT. The normal floats are those of QLoRA
+(https://arxiv.org/abs/2305.14314) as bitsandbytes implements them: in blocks of 64 values along
+rows, with each block divided by its largest magnitude. The base layer remains a plain layer, and
+its weight holds the rounded values.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from fastlora.init.configs import LoftQConfig
 from fastlora.init.registry import Given, Settings, Start, register_init
 
 BLOCK = 64
-# Bits -> the values of normal floats. Those of 4 bits are bitsandbytes' constants; those of 2
-# follow the same rule: quantiles of a normal distribution at even steps, one more above zero.
+# Number of bits -> values of the normal floats. The 4-bit values are bitsandbytes' constants. The
+# 2-bit values follow the same rule: evenly spaced quantiles of a normal distribution, with one more
+# value above zero than below.
 LEVELS = {
     2: (-1.0, 0.0, 0.3379152, 1.0),
     4: (
@@ -33,12 +35,14 @@ LEVELS = {
     settings=Settings("loftq_config", LoftQConfig, missing="refuse", as_dict=True),
 )
 def loftq(given: Given) -> Start:
-    """Takes turns: Q rounds ``W - B A``, and ``B A`` is the best of rank R for ``W - Q``.
+    """Return factors that approximate the quantization error, and the quantized base weight.
 
-    As in PEFT, ``B A`` makes up for the loss by itself, so that lora_alpha should be r.
+    The method alternates two steps. Q is ``W - B A``, quantized. ``B A`` is then the best
+    approximation of rank R to ``W - Q``. As in PEFT, ``B A`` compensates for the error without the
+    scaling, so lora_alpha should equal r.
 
     Raises:
-        InitialisationError: The weight is not finite, or smaller than the rank.
+        InitialisationError: The weight is not finite, or R exceeds its smaller dimension.
     """
     config = given.config if isinstance(given.config, LoftQConfig) else LoftQConfig()
     weight = given.weight()
@@ -52,12 +56,13 @@ def loftq(given: Given) -> Start:
 
 
 def quantised(weight: torch.Tensor, bits: int) -> torch.Tensor:
-    """Returns a weight ``[N, K]`` rounded to so many bits, in its own dtype.
+    """Return a weight ``[N, K]`` rounded to the given number of bits, in its own dtype.
 
-    8 bits are integers, with a scale for each row; fewer are normal floats, a scale a block.
+    With 8 bits, the values are integers with one scale per row. With 2 or 4 bits, they are normal
+    floats with one scale per block.
     """
     if bits == 8:
-        weight = weight.half().to(weight.dtype)  # as bitsandbytes takes it
+        weight = weight.half().to(weight.dtype)  # bitsandbytes expects fp16
         scales = weight.abs().amax(dim=1, keepdim=True)
         return (weight * (127.0 / scales.clamp_min(1e-30))).round() * (scales / 127.0)
     flat = weight.flatten()
@@ -70,7 +75,7 @@ def quantised(weight: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def best_of_rank(error: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns A ``[R, K]`` and B ``[N, R]`` whose product is nearest to a matrix ``[N, K]``."""
+    """Return A ``[R, K]`` and B ``[N, R]`` with the product closest to a matrix ``[N, K]``."""
     u, s, vh = torch.linalg.svd(error, full_matrices=False)
     root = s[:rank].sqrt()
     return root[:, None] * vh[:rank], u[:, :rank] * root

@@ -1,7 +1,7 @@
-"""LoRA-GA: the adapter's first steps go where those of the whole weight would.
+"""LoRA-GA: the adapter's first steps approximate those of full fine-tuning.
 
 Method: https://arxiv.org/abs/2407.05000, as in PEFT. `fastlora.model.calibration.preprocess_loraga`
-leaves the gradient of each layer's weight on its module.
+stores the gradient of each layer's weight on the layer's module.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fastlora.init.configs import LoraGAConfig
 from fastlora.init.registry import Given, Settings, Start, check_finite, register_init
 from fastlora.validation import InitialisationError
 
-DATA = "_peft_loraga_grad"  # PEFT's name for it, so that either library's gradients serve the other
+DATA = "_peft_loraga_grad"  # PEFT's name, so that both libraries can share gradients
 
 
 @register_init(
@@ -32,11 +32,14 @@ DATA = "_peft_loraga_grad"  # PEFT's name for it, so that either library's gradi
     settings=Settings("lora_ga_config", LoraGAConfig, missing="later"),
 )
 def lora_ga(given: Given) -> Start:
-    """The gradient is ``U S V^T``: R rows of V^T make A, R other columns of ``U S`` make B.
+    """Return factors from the gradient's singular vectors, and the weight without their update.
+
+    The gradient is ``U S V^T``. R rows of ``V^T`` make A, and R columns of ``U S`` make B.
+    `LoraGAConfig.direction` selects them.
 
     Raises:
-        InitialisationError: Settings are missing, the gradient is not finite or of another shape,
-            or the weight has fewer than 2 R rows or columns.
+        InitialisationError: The settings or the gradient are missing, the gradient is not finite or
+            has the wrong shape, or the weight has fewer than 2 R rows or columns.
     """
     config, gradient, rank = given.config, given.data, given.rank
     if not isinstance(config, LoraGAConfig):
@@ -67,14 +70,14 @@ def lora_ga(given: Given) -> Start:
             lora_b = lora_b * (of_weight[0] / s[b][0])
     elif config.scale == "gd_scale":
         lora_a, lora_b = lora_a / given.scaling, lora_b / given.scaling
-    # Rounded first: the weight gives up what the factors really hold.
+    # Round first, so that the weight loses exactly the update that the stored factors make.
     lora_a, lora_b = lora_a.to(given.dtype).contiguous(), lora_b.to(given.dtype).contiguous()
     update = given.scaling * (lora_b.to(weight) @ lora_a.to(weight))
     return Start(lora_a, lora_b, weight - update)
 
 
 def _rows(direction: str, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns which of 2 R singular directions go into A, and which into B."""
+    """Return the indices of the singular directions that make A, and of those that make B."""
     first, second = torch.arange(rank), torch.arange(rank, 2 * rank)
     if direction == "ArB2r":
         return first, second
@@ -90,11 +93,14 @@ def _rows(direction: str, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
 def gradients(
     model: nn.Module, modules: Mapping[str, nn.Module]
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Within the block only these modules' weights have gradients; behind it the dict has them.
+    """In the block, record the gradients of these modules' weights, and of no other parameter.
 
-    Each is the mean over the backward passes in the block. Afterwards the model trains what it did
-    before, and holds the gradients that it held. Raises `InitialisationError` where a weight got no
-    gradient, or one that is not finite.
+    When the block ends, the yielded dict holds each weight's mean gradient over the backward
+    passes, by name. Afterwards, the parameters require gradients as before and hold the same
+    gradients as before.
+
+    Raises:
+        InitialisationError: A weight received no gradient, or one that is not finite.
     """
     weights: dict[str, Any] = {name: module.weight for name, module in modules.items()}
     trained = {parameter: parameter.requires_grad for parameter in model.parameters()}

@@ -12,10 +12,10 @@ from fastlora.init.registry import Given, Start, register_init
 
 @register_init("mica", title="MiCA", frozen=("lora_B",))
 def mica(given: Given) -> Start:
-    """``W = U S V^T``: B is the last R columns of U.
+    """Return A zero and B as the last R columns of U, where ``W = U S V^T``.
 
     Raises:
-        InitialisationError: The weight is not finite, or smaller than the rank.
+        InitialisationError: The weight is not finite, or R exceeds its smaller dimension.
     """
     weight, rank = given.weight(), given.rank
     given.check_rank(

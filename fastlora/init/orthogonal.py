@@ -1,4 +1,4 @@
-"""Factors whose product is zero though neither of them is.
+"""Factors with a product of zero, although neither factor is zero.
 
 Method: https://datta0.github.io/posts/rethink-lora-init/#orthogonal-initialisation, as in PEFT.
 """
@@ -13,7 +13,9 @@ from fastlora.validation import InitialisationError
 
 @register_init("orthogonal")
 def orthogonal(given: Given) -> Start:
-    """A and B are combinations of rows of a random orthogonal matrix: A of every other one.
+    """Return random combinations of the even (A) and odd (B) rows of an orthogonal matrix.
+
+    The matrix is random, and its size is the rank.
 
     Raises:
         InitialisationError: The rank is odd.

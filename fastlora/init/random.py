@@ -1,6 +1,6 @@
-"""Factors that are drawn without looking at the base weight: True, False and "gaussian".
+"""Initializations that do not depend on the base weight: True, False, and "gaussian".
 
-What each draws, and in which order, is PEFT's: the same seed gives the same factors.
+Values are drawn as in PEFT and in the same order, so the same seed gives the same factors.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from fastlora.init.registry import Given, Start, register_init
 
 @register_init(True, any_kind=True)
 def kaiming(given: Given) -> Start:
-    """A uniform within ``1 / sqrt(K)``, B zero (LoRA, https://arxiv.org/abs/2106.09685)."""
+    """Return A uniform in ``+-1 / sqrt(K)`` and B zero (LoRA, https://arxiv.org/abs/2106.09685)."""
     lora_a = nn.init.kaiming_uniform_(given.lora_a.detach(), a=math.sqrt(5))
     return Start(lora_a, torch.zeros_like(given.lora_b))
 
 
 @register_init(False, any_kind=True)
 def drawn(given: Given) -> Start:
-    """Both as `nn.Linear` draws them, so that the adapter changes the output at once."""
+    """Return both factors as `nn.Linear` draws them. The adapter's first output is not zero."""
     return Start(given.lora_a, given.lora_b)
 
 
 @register_init("gaussian", any_kind=True)
 def gaussian(given: Given) -> Start:
-    """A normal with standard deviation ``1 / R``, B zero."""
+    """Return A normal with standard deviation ``1 / R``, and B zero."""
     lora_a = nn.init.normal_(given.lora_a.detach(), std=1 / given.rank)
     return Start(lora_a, torch.zeros_like(given.lora_b))

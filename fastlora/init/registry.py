@@ -1,12 +1,12 @@
-"""What an initialisation is: a function of tensors, and what is to be known of it beforehand.
+"""Registry of initializations: each is a function of tensors, described by a few properties.
 
 A method is one file in this folder with one decorated function::
 
     @register_init("pissa", title="PiSSA", changes_base=True, converts=True)
     def pissa(given: Given) -> Start: ...
 
-The config and the loader ask `find_init` what a name means; a layer calls its `Init.start` with its
-fresh factors, and writes what comes back. A method does not see layers, models or files.
+The config and the loader call `find_init` to resolve a name. A layer calls `Init.start` with its
+newly drawn factors and stores the result. A method does not see layers, models, or files.
 """
 
 from __future__ import annotations
@@ -23,19 +23,20 @@ from fastlora.validation import ConfigError, InitialisationError
 
 @dataclass(frozen=True)
 class Given:
-    """What an initialisation starts from.
+    """The input of an initialization.
 
     Attributes:
-        name: The value of ``init_lora_weights``, as ``"pissa_niter_4"``.
+        name: Value of ``init_lora_weights``, such as ``"pissa_niter_4"``.
         rank: R.
-        scaling: The factor on the update.
-        lora_a: ``[R, K]``, as `nn.Linear` draws it; drawn first.
+        scaling: Factor that the update is multiplied by.
+        lora_a: ``[R, K]``, as `nn.Linear` draws it. It is drawn before lora_b.
         lora_b: ``[N, R]``, as `nn.Linear` draws it.
-        read_weight: Returns the base weight ``[N, K]``, dequantised where it is quantised.
-        dtype: What the factors will be in.
-        config: The method's own settings, or None.
-        data: What the method's calibration left for this layer, or None.
-        transposed: Whether the base layer stores its weight ``[K, N]``.
+        read_weight: Function that returns the base weight ``[N, K]``, dequantized if it is
+            quantized.
+        dtype: Dtype in which the factors will be stored.
+        config: Settings of the method, or None.
+        data: What the method's calibration stored for this layer, or None.
+        transposed: Whether the base layer stores its weight as ``[K, N]``.
     """
 
     name: str
@@ -50,7 +51,7 @@ class Given:
     transposed: bool = False
 
     def weight(self) -> torch.Tensor:
-        """Returns the base weight ``[N, K]`` in fp32 (fp64 stays), all of it finite.
+        """Return the base weight ``[N, K]`` in fp32, or in fp64 if it is stored in fp64.
 
         Raises:
             InitialisationError: Some of its values are not finite.
@@ -61,7 +62,7 @@ class Given:
         return weight
 
     def check_rank(self, limit: int, why: str) -> None:
-        """Raises `InitialisationError` where the rank is above a limit; ``why`` says what it is."""
+        """Raise `InitialisationError` if the rank exceeds ``limit``, which ``why`` describes."""
         if self.rank > limit:
             raise InitialisationError(
                 f"init_lora_weights={self.name!r}: r={self.rank}, expected at most {limit}, {why}"
@@ -70,12 +71,12 @@ class Given:
 
 @dataclass(frozen=True)
 class Start:
-    """Where an adapter starts.
+    """The result of an initialization.
 
     Attributes:
         lora_a: ``[R, K]``.
         lora_b: ``[N, R]``.
-        weight: The base weight ``[N, K]`` to go on with; None leaves it as it is.
+        weight: The new base weight ``[N, K]``, or None to leave it unchanged.
     """
 
     lora_a: torch.Tensor
@@ -85,14 +86,14 @@ class Start:
 
 @dataclass(frozen=True)
 class Settings:
-    """The field of `fastlora.LoraConfig` that holds a method's own settings.
+    """The field of `fastlora.LoraConfig` that holds a method's settings.
 
     Attributes:
-        field: Its name.
-        cls: A dataclass; a mapping with its fields is taken too.
-        missing: Where the method is chosen without settings: take the defaults and warn, raise, or
-            leave it to the calibration.
-        as_dict: Whether the config keeps them as a dict, and an empty one for none.
+        field: Name of the field.
+        cls: Dataclass of the settings. A mapping with its fields is accepted too.
+        missing: What to do if the method is chosen without settings: use the defaults and warn
+            (``"default"``), raise (``"refuse"``), or let the calibration decide (``"later"``).
+        as_dict: Whether the config stores the settings as a dict, which is empty if there are none.
     """
 
     field: str
@@ -103,26 +104,28 @@ class Settings:
 
 @dataclass(frozen=True)
 class Init:
-    """An initialisation.
+    """An initialization and its properties.
 
     Attributes:
-        name: True, False or a string.
-        start: The method.
-        title: As its authors write it, for messages about settings and changed base weights.
-        pattern: A regular expression for all the names it has, where it has more than one.
-        changes_base: Whether it moves a part of the base weight into the factors, so that an
-            adapter means something only beside the base weight that it was trained on.
-        converts: Whether base weight and scaled factors add up to the weight as it was, so that a
-            trained adapter can be saved as plain LoRA.
-        on_quantised: Whether it may change a quantised base weight, which is then quantised again.
-        random: Names whose change of the base is another one each time.
-        data: Attribute of the base layer where the calibration leaves its result.
-        calibration: The function that looks at data, for messages; what it leaves is ``data``, if
-            it comes before the adapter.
-        must_repeat: Whether a trained adapter cannot be loaded where that result is missing.
-        settings: Where its settings are.
-        frozen: Factors that do not train.
-        any_kind: Whether it is for convolutions too.
+        name: Value of ``init_lora_weights`` that selects it: True, False, or a string.
+        start: The function that computes the factors.
+        title: Name of the method as its authors write it, for messages about settings and changed
+            base weights.
+        pattern: Regular expression for all names of the method, if there are several.
+        changes_base: Whether it moves a part of the base weight into the factors. An adapter then
+            works only with the base weight that it was trained on.
+        converts: Whether the base weight and the scaled factors add up to the original weight. A
+            trained adapter can then be saved as plain LoRA.
+        on_quantised: Whether it may change a quantized base weight, which is then quantized again.
+        random: Regular expression for the names that change the base weight differently on each
+            run.
+        data: Attribute of the base layer in which the calibration stores its result.
+        calibration: Name of the calibration function, for messages. If the calibration runs before
+            the adapter is added, ``data`` holds its result.
+        must_repeat: Whether loading a trained adapter requires the calibration's result.
+        settings: The field that holds the method's settings, or None.
+        frozen: Names of the factors that do not train.
+        any_kind: Whether it also supports convolutions.
     """
 
     name: bool | str
@@ -141,7 +144,7 @@ class Init:
     any_kind: bool = False
 
     def is_random(self, value: bool | str) -> bool:
-        """Whether the base changes in another way at each run of it."""
+        """Return whether this name changes the base weight differently on each run."""
         return bool(self.random) and re.fullmatch(self.random, str(value)) is not None
 
 
@@ -151,7 +154,12 @@ _registered: dict[bool | str, Init] = {}
 def register_init(
     name: bool | str, **facts: Any
 ) -> Callable[[Callable[[Given], Start]], Callable[[Given], Start]]:
-    """Makes a function known as an initialisation; ``facts`` are fields of `Init`."""
+    """Register a function as an initialization.
+
+    Args:
+        name: Value of ``init_lora_weights`` that selects it.
+        facts: Further fields of `Init`.
+    """
 
     def register(start: Callable[[Given], Start]) -> Callable[[Given], Start]:
         _registered.setdefault(name, Init(name, start, **facts))
@@ -161,15 +169,15 @@ def register_init(
 
 
 def all_inits() -> list[Init]:
-    """Returns every initialisation that is registered."""
+    """Return all registered initializations."""
     return list(_registered.values())
 
 
 def find_init(value: object) -> Init:
-    """Returns what a value of ``init_lora_weights`` means.
+    """Return the initialization that a value of ``init_lora_weights`` selects.
 
     Raises:
-        ConfigError: It means nothing.
+        ConfigError: The value selects no initialization.
     """
     if isinstance(value, (bool, str)):
         lowered = value.lower() if isinstance(value, str) else value
@@ -186,7 +194,12 @@ def find_init(value: object) -> Init:
 
 
 def check_finite(tensor: torch.Tensor, what: str) -> None:
-    """Raises `InitialisationError` where a tensor has values that are not finite."""
+    """Raise `InitialisationError` if a tensor has values that are not finite.
+
+    Args:
+        tensor: The tensor to check.
+        what: Description of the tensor, which starts the message.
+    """
     bad = int((~torch.isfinite(tensor)).sum())
     if bad:
         raise InitialisationError(
@@ -198,16 +211,21 @@ def check_finite(tensor: torch.Tensor, what: str) -> None:
 def without(
     given: Given, weight: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor
 ) -> Start:
-    """Returns factors, and the weight ``[N, K]`` without the update that they make."""
+    """Return the factors, and the weight ``[N, K]`` minus the update that they make."""
     return Start(lora_a, lora_b, weight - given.scaling * lora_b @ lora_a)
 
 
 def check_usable(given: Given, values: torch.Tensor, limit: int) -> None:
-    """Raises `InitialisationError` where the last of R singular values is nothing but rounding.
+    """Raise `InitialisationError` if the smallest of R singular values is only rounding error.
 
-    Its column of lora_b and its row of lora_a would both be zero, and their gradients with them.
-    ``limit`` is the larger dimension of the matrix. Raises too where the scaling, of whose inverse
-    both take the square root, is not positive.
+    For such a value, the column of lora_b and the row of lora_a would both be zero, and so would
+    their gradients. The error is also raised if the scaling is not positive, because both factors
+    use the square root of its inverse.
+
+    Args:
+        given: The input of the initialization.
+        values: Singular values in descending order.
+        limit: Larger dimension of the matrix.
     """
     if not given.scaling > 0:
         raise InitialisationError(

@@ -1,1 +1,1 @@
-"""Bridges to other libraries; each is imported only where that library is."""
+"""Integrations with other libraries. All of these libraries are optional."""

@@ -1,8 +1,9 @@
-"""PEFT's functions by name, which take models of ours once PEFT is imported.
+"""Replacements for PEFT's functions, so that they accept fastlora's models.
 
-They look for PEFT's layer classes by name, or write where nothing of ours sees it: a sharded
-checkpoint of Trainer's, which accelerate writes through them, would hold nothing. Given a model of
-ours, each now calls the function of ours that does the same; any other model goes where it went.
+PEFT's own functions look for PEFT's layer classes by name, or write state to places where a
+fastlora model does not read it. For example, a sharded Trainer checkpoint, which accelerate writes
+through them, would be empty. Once PEFT is imported, each of its functions below calls fastlora's
+equivalent for a fastlora model, and PEFT's original for any other model.
 """
 
 from __future__ import annotations
@@ -24,7 +25,10 @@ from fastlora.optimizers import create_loraplus_optimizer
 
 
 def model_inside(model: object) -> Any:
-    """Returns the model of ours that torch.compile, FSDP1 or DDP wrap, or that it is; or None."""
+    """Return the `LoraModel` that an object is or wraps, or None.
+
+    The wrappers of torch.compile, FSDP1, and DDP are supported.
+    """
     while model is not None and not isinstance(model, LoraModel):
         inner: Any = getattr(model, "_modules", {})
         names = ("_orig_mod", "_fsdp_wrapped_module", "module")
@@ -33,7 +37,10 @@ def model_inside(model: object) -> Any:
 
 
 def has_layers(argument: object) -> bool:
-    """Whether an argument is a model with layers of ours, compiled or wrapped by nobody too."""
+    """Return whether an argument is a `LoraModel` or a module with fastlora layers.
+
+    The module may be compiled.
+    """
     model = getattr(argument, "_orig_mod", argument)
     if not isinstance(model, nn.Module) or isinstance(model, LoraModel):
         return isinstance(model, LoraModel)
@@ -48,8 +55,8 @@ def get_peft_model_state_dict(
     save_embedding_layers: bool | str = "auto",
     **__: Any,
 ) -> dict[str, torch.Tensor]:
-    """Returns an adapter's tensors by file key."""
-    # Of the outermost wrapper: FSDP gathers what it has split.
+    """Return an adapter's tensors, with the keys of an adapter file."""
+    # Read the outermost wrapper's state, because FSDP gathers its shards there.
     source = model.state_dict() if state_dict is None else state_dict
     return adapter_state.collect(model_inside(model), adapter_name, source, save_embedding_layers)
 
@@ -61,23 +68,24 @@ def set_peft_model_state_dict(
     *_: Any,
     **__: Any,
 ) -> Any:
-    """Copies tensors by file key into an adapter; see `adapter_state.put`."""
+    """Copy tensors, with the keys of an adapter file, into an adapter. See `adapter_state.put`."""
     return adapter_state.put(model_inside(model), adapter_name, peft_model_state_dict)
 
 
 def get_base_model_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Returns the base model's tensors by the keys that it has without adapters."""
+    """Return the base model's tensors, with the keys that they have without adapters."""
     return base_state_dict(model_inside(model).get_base_model())
 
 
 def set_base_model_state_dict(
     model: nn.Module, state_dict: Mapping[str, torch.Tensor], strict: bool = True
 ) -> Any:
-    """Copies tensors into the base model; see `load_base_state_dict`."""
+    """Copy tensors into the base model. See `load_base_state_dict`."""
     return load_base_state_dict(model_inside(model).get_base_model(), state_dict, strict)
 
 
-# Module of PEFT's, what says that an argument is ours, and functions that are called as there.
+# PEFT's module, the predicate that recognizes a fastlora model among the arguments, and the
+# functions that replace those with the same names in that module.
 ANSWERS: tuple[tuple[str, Callable[[Any], Any], tuple[Callable[..., Any], ...]], ...] = (
     (
         "peft.utils.save_and_load",
@@ -106,7 +114,7 @@ ANSWERS: tuple[tuple[str, Callable[[Any], Any], tuple[Callable[..., Any], ...]],
 
 
 def answer_for_peft() -> None:
-    """Has these functions take our models: at once, or once their module is imported."""
+    """Replace PEFT's functions, now or once their module is imported."""
     for module, takes, functions in ANSWERS:
         when_imported(module, functools.partial(_answer, module, takes, functions))
 
@@ -120,7 +128,7 @@ def _answer(
         if theirs is None:
             continue  # older PEFT has no function for the base model's tensors
         function = _either(takes, ours, theirs)
-        # Wherever PEFT has handed the function on to.
+        # Replace it in every PEFT module that has imported it.
         for name, holder in list(sys.modules.items()):
             if name.partition(".")[0] == "peft" and vars(holder).get(ours.__name__) is theirs:
                 setattr(holder, ours.__name__, function)
@@ -129,7 +137,7 @@ def _answer(
 def _either(
     takes: Callable[[Any], Any], ours: Callable[..., Any], theirs: Callable[..., Any]
 ) -> Callable[..., Any]:
-    """Returns a function that calls ours for a model of ours, and theirs for any other."""
+    """Return a function that calls ``ours`` if an argument is a fastlora model, else ``theirs``."""
 
     @functools.wraps(theirs)
     def function(*args: Any, **kwargs: Any) -> Any:

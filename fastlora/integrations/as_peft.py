@@ -1,8 +1,9 @@
-"""Where PEFT is imported, our config, model and layers are PEFT's too: `isinstance` says so.
+"""PEFT compatibility of fastlora's config, model, and layers: they pass `isinstance` checks.
 
-TRL, transformers and accelerate ask with `isinstance` what they were given. Our classes take PEFT's
-as bases (configs and models) or are registered with PEFT's abstract classes (layers) right after
-`import peft`, whichever of the two libraries is imported first. Nothing here imports PEFT.
+TRL, transformers, and accelerate recognize PEFT's objects with `isinstance`. Right after `import
+peft`, fastlora's config and model get PEFT's classes as additional bases, and fastlora's layers are
+registered with PEFT's abstract classes. Either library may be imported first. This module does not
+import PEFT before something else has.
 """
 
 from __future__ import annotations
@@ -25,17 +26,18 @@ from fastlora.model.config import LoraConfig
 
 @functools.cache
 def join_peft() -> None:
-    """Makes our classes PEFT's, and PEFT's functions by name answer for our models."""
+    """Register fastlora's classes with PEFT, and make PEFT's functions accept fastlora's models."""
     theirs: Any = importlib.import_module("peft.tuners.lora")
     layers: Any = importlib.import_module("peft.tuners.tuners_utils")
     peft: Any = importlib.import_module("peft")
     LoraConfig.__bases__ = (*LoraConfig.__bases__, theirs.LoraConfig)
-    # PEFT finds DoRA among the fields by what it noted of them.
+    # PEFT finds the DoRA field by its metadata.
     notes = {f.name: f.metadata for f in dataclasses.fields(theirs.LoraConfig)}
     for field in dataclasses.fields(LoraConfig):
         field.metadata = notes.get(field.name, field.metadata)
     if "config" in inspect.signature(theirs.layer.dispatch_default).parameters:
-        # PEFT makes LoRA layers of modules by it; older PEFT keeps the config from it.
+        # PEFT creates LoRA layers through this mapping. Older versions do not pass the config to
+        # it.
         LoraConfig._custom_modules = {nn.Module: _patched_layer}
     ours = (base for base in LoraModel.__bases__ if base is not nn.Module)
     LoraModel.__bases__ = (*ours, peft.PeftModel)
@@ -46,12 +48,12 @@ def join_peft() -> None:
 
 
 def _patched_layer(target: nn.Module, adapter_name: str, *, config: Any, **options: Any) -> Any:
-    """Returns the LoRA layer that PEFT makes for a module, computing through fastlora."""
+    """Return the LoRA layer that PEFT creates for a module, patched to compute through fastlora."""
     from peft.tuners.lora import LoraModel as PeftTuner
 
     from fastlora.integrations.peft import patch_layer
 
-    plain = copy.copy(config)  # with what PEFT has noted on it
+    plain = copy.copy(config)  # keeps the attributes that PEFT has set
     plain._custom_modules = None
     layer = PeftTuner._create_new_module(plain, adapter_name, target, **options)
     patch_layer(layer)
@@ -59,7 +61,7 @@ def _patched_layer(target: nn.Module, adapter_name: str, *, config: Any, **optio
 
 
 def _load_onto_ours(peft: Any) -> None:
-    """Has PEFT's model class load an adapter onto a model of ours through our own."""
+    """Make PEFT's `from_pretrained` use fastlora's loader if the model is a `LoraModel`."""
     theirs = peft.PeftModel.from_pretrained.__func__
 
     @functools.wraps(theirs)

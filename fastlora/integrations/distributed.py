@@ -1,6 +1,7 @@
-"""Adapters over several processes: what torch.distributed does not know about LoRA layers.
+"""Distributed training with adapters, for cases that torch.distributed does not support.
 
-DDP and FSDP2 (`fully_shard`) take models with adapters as they are; docs/distributed.md says how.
+DDP and FSDP2 (`fully_shard`) accept models with adapters unchanged; docs/distributed.md describes
+how to use them.
 """
 
 from __future__ import annotations
@@ -21,19 +22,19 @@ from fastlora.validation import AdapterStateError
 
 
 def clip_grad_norm_(parameters: Iterable[torch.Tensor], max_norm: float) -> torch.Tensor:
-    """`torch.nn.utils.clip_grad_norm_` where some parameters are DTensors and some are not.
+    """Clip gradients as `torch.nn.utils.clip_grad_norm_` does, also with DTensors among them.
 
-    Every process must call it.
+    Plain tensors and DTensors may be mixed. Every process must call this function.
 
     Args:
-        parameters: Those without a gradient are left out.
-        max_norm: Norm to clip to.
+        parameters: Parameters to clip. Those without a gradient are skipped.
+        max_norm: Largest norm of the gradients.
 
     Returns:
-        The norm of all gradients before clipping, without dimensions.
+        The norm of all gradients before clipping, a scalar tensor.
 
     Raises:
-        ValueError: max_norm is not positive, or there is no gradient.
+        ValueError: max_norm is not positive, or no parameter has a gradient.
     """
     if not max_norm > 0:
         raise ValueError(f"max_norm is {max_norm}, expected more than 0")
@@ -46,20 +47,24 @@ def clip_grad_norm_(parameters: Iterable[torch.Tensor], max_norm: float) -> torc
 
 
 def tensor_parallel(model: LoraModel, device_mesh: Any, plan: dict[str, Any]) -> LoraModel:
-    """Splits a model that has adapters already, in place, and its adapters along.
+    """Shard a model that already has adapters, together with the adapters, in place.
 
-    `torch.distributed.tensor.parallel.parallelize_module` cannot split a LoRA layer. A base model
-    that it has split takes adapters through `fastlora.get_peft_model` without this function.
+    `torch.distributed.tensor.parallel.parallelize_module` cannot shard a LoRA layer. If it shards
+    the base model first, this function is not needed: `fastlora.get_peft_model` then adds sharded
+    adapters.
 
     Args:
-        model: With adapters; every process has the same.
-        device_mesh: Of one dimension.
+        model: A model with adapters, equal in every process.
+        device_mesh: A one-dimensional device mesh.
         plan: As for ``parallelize_module``, by module names of the base model.
+
+    Returns:
+        ``model``.
 
     Raises:
         AdapterStateError: An adapter is merged.
-        UnsupportedLayerError: A layer is split in a way that adapters cannot follow: the model may
-            then be split in part, build it anew.
+        UnsupportedLayerError: A layer is sharded in a way that adapters do not support. The model
+            may then be partly sharded and must be created again.
     """
     from torch.distributed.tensor.parallel import parallelize_module
 
@@ -84,7 +89,7 @@ def tensor_parallel(model: LoraModel, device_mesh: Any, plan: dict[str, Any]) ->
 
 
 def _split_like(linear: nn.Module, layer: FastLoraLinear) -> LoraLayer:
-    """Returns a layer over a base layer that may have been split since it was this one's."""
+    """Return a LoRA layer with the adapters of ``layer``, over a base layer that may be sharded."""
     if parallel_style(linear) is None:
         return layer
     split = TensorParallelLora(linear)

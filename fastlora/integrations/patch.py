@@ -1,4 +1,4 @@
-"""`patch` and `unpatch`: a PEFT model made fast in place, and as it was again."""
+"""`patch` and `unpatch`, which make a PEFT model fast in place and restore it."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ from fastlora.validation import UnsupportedLayerError
 
 
 def patch(peft_model: nn.Module) -> FusionReport:
-    """Makes the LoRA layers of a PEFT model compute through fastlora, in place.
+    """Make the LoRA layers of a PEFT model compute through fastlora, in place.
 
-    The model stays a PEFT model in every way: only the class of its layers changes, to a subclass
-    of PEFT's own, so parameters, optimizer state, adapters added later and files are PEFT's.
+    The model remains an ordinary PEFT model. Only the class of its layers changes, to a subclass of
+    PEFT's own class. Parameters, optimizer state, files, and adapters added later remain PEFT's.
 
     Args:
-        peft_model: A `peft.PeftModel`, or any module that PEFT put LoRA layers into.
+        peft_model: A `peft.PeftModel`, or any module that PEFT has added LoRA layers to.
 
     Returns:
-        The fusion report: which layers are fused, and why others are not.
+        The fusion report, which lists the fused layers and gives the fallback reason of each other
+        layer.
 
     Raises:
-        UnsupportedLayerError: There is no PEFT LoRA layer in the model.
+        UnsupportedLayerError: The model has no PEFT LoRA layer.
     """
     seen = 0
     if importlib.util.find_spec("peft") is not None:
@@ -41,7 +42,13 @@ def patch(peft_model: nn.Module) -> FusionReport:
 
 
 def unpatch(peft_model: nn.Module) -> None:
-    """Gives a PEFT model its own layer classes back; does nothing to a model not patched."""
+    """Restore the layer classes of a patched PEFT model.
+
+    A model that is not patched is left unchanged.
+
+    Raises:
+        UnsupportedLayerError: Other code has changed the class of a patched layer.
+    """
     if importlib.util.find_spec("peft") is not None:
         from fastlora.integrations.peft import unpatch_model
 
@@ -50,10 +57,10 @@ def unpatch(peft_model: nn.Module) -> None:
 
 @register_router
 def _router(model: Any) -> Router | None:
-    """Finds how a patched PEFT model routes its batches.
+    """Return the object that routes the batches of a patched PEFT model, or None for other models.
 
     Raises:
-        UnsupportedLayerError: A layer of it cannot take part in a mixed batch.
+        UnsupportedLayerError: A layer of the model cannot take part in a mixed batch.
     """
     if not isinstance(model, nn.Module) or importlib.util.find_spec("peft") is None:
         return None

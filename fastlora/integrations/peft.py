@@ -1,7 +1,7 @@
 """Subclasses of PEFT's LoRA layer and tuner that compute through fastlora.
 
-`fastlora.patch` turns PEFT's objects into these by changing their class: parameters, hooks, state
-and every method of PEFT's stay where they are, and only the forward is new.
+`fastlora.patch` changes the class of PEFT's objects to these subclasses. Their parameters, hooks,
+state, and methods remain PEFT's, and only the forward is new.
 """
 
 from __future__ import annotations
@@ -49,20 +49,20 @@ from fastlora.validation import UnsupportedLayerError
 
 
 class _FastForward(CommonLayer):
-    """The forward that patched layers share; what it cannot do goes to PEFT's own.
+    """The forward of all patched layers. It calls PEFT's forward for unsupported cases.
 
-    Comes before a LoRA layer class of PEFT's among the bases.
+    This class comes before a PEFT LoRA layer class in the list of bases.
     """
 
     def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """As the forward of PEFT's layer."""
+        """Compute the same output as the forward of PEFT's layer."""
         call: Any = begin(self, x)
         mixed = isinstance(call, MixedCall)
         if kwargs.get("adapter_names") is not None or not (mixed or call.names):
             why = "it runs PEFT's own forward; give base rows None in adapters()"
             call.conditions.refuse(self, why)
             if not (mixed or call.names or args or kwargs) and self.merged != self.disable_adapters:
-                return call_base(call, self.base_layer, *args, **kwargs)  # all that PEFT's does
+                return call_base(call, self.base_layer, *args, **kwargs)  # as PEFT's forward does
             return super().forward(x, *args, **kwargs)
         if mixed:
             self._check_variants(call.routing)
@@ -74,7 +74,7 @@ class _FastForward(CommonLayer):
     def _base(
         self: Any, call: LayerCall | MixedCall, x: torch.Tensor, *args: Any, **kwargs: Any
     ) -> Base:
-        """The base layer: its weight where that is read, else what it makes of x."""
+        """Return the base layer's weight if kernels can read it, or else its output for x."""
         module, base = self.base_layer, None
         if not (args or kwargs):
             plain = not why_not_plain(module)
@@ -91,29 +91,30 @@ class _FastForward(CommonLayer):
         return quantised(self.base_layer)
 
     def update_layer(self: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """As PEFT's layer."""
+        """Add or replace an adapter, as PEFT's layer does, and clear the packed factors."""
         super().update_layer(adapter_name, *args, **kwargs)  # type: ignore[misc]  # as above
         self._fit_scalings([adapter_name])
         self._forget_packed()
 
     def delete_adapter(self: Any, adapter_name: str) -> None:
-        """As PEFT's layer."""
+        """Delete an adapter, as PEFT's layer does, and clear the cached values."""
         super().delete_adapter(adapter_name)  # type: ignore[misc]  # as above
         forget_kept(self)
 
     def merge(self: Any, *args: Any, **kwargs: Any) -> None:
-        """As PEFT's layer."""
+        """Merge adapters, as PEFT's layer does, and clear the cached values."""
         forget_weights(self)
         super().merge(*args, **kwargs)  # type: ignore[misc]  # PEFT's layer has it
 
     def unmerge(self: Any) -> None:
-        """As PEFT's layer."""
+        """Unmerge adapters, as PEFT's layer does, and clear the cached values."""
         forget_weights(self)
         super().unmerge()  # type: ignore[misc]  # as above
 
     def _check_variants(self: Any, routing: Routing) -> None:
-        """Raises `UnsupportedLayerError` for an adapter that cannot be in a mixed batch."""
-        # By the layer's adapters: graphs are not to depend on which of them the batch has.
+        """Raise `UnsupportedLayerError` if an adapter does not support mixed batches."""
+        # Check all of the layer's adapters, so that graphs do not depend on which of them are in
+        # the batch.
         for name, variant in self.lora_variant.items():
             if _foreign_variant(self, name) and name in routing.names:
                 raise UnsupportedLayerError(
@@ -122,7 +123,7 @@ class _FastForward(CommonLayer):
                 )
 
     def _acting(self: Any) -> list[str]:
-        """Names that the next forward adds to the base layer's output itself, not through PEFT."""
+        """Return the adapters that the next forward applies without PEFT."""
         if self.disable_adapters or self.merged:
             return []
         names = [name for name in self.active_adapters if name in self.lora_A]
@@ -133,7 +134,7 @@ class _FastForward(CommonLayer):
         return self.disable_adapters
 
     def fusion(self: Any, gathered: bool = False) -> tuple[bool, str]:
-        """Returns whether the base GEMM and the LoRA term run fused, and the reason if not."""
+        """Return whether base GEMM and LoRA term run fused, and the fallback reason if not."""
         names = [name for name in self.active_adapters if name in self.lora_A]
         for name in names:
             if _foreign_variant(self, name):
@@ -143,7 +144,7 @@ class _FastForward(CommonLayer):
 
 
 def _foreign_variant(layer: Any, name: str) -> bool:
-    """Whether an adapter is one of PEFT's variants of LoRA other than DoRA on a linear."""
+    """Return whether an adapter is a PEFT variant of LoRA other than DoRA on a linear layer."""
     variant = layer.lora_variant.get(name)
     return variant is not None and (
         variant is not DoraLinearVariant and not isinstance(variant, DoraLinearVariant)
@@ -151,11 +152,15 @@ def _foreign_variant(layer: Any, name: str) -> bool:
 
 
 class FastPeftLinear(_FastForward, PeftLinear):  # type: ignore[misc]  # PEFT lets sizes be None
-    """PEFT's LoRA linear with a fused forward."""
+    """PEFT's LoRA linear layer with a fused forward."""
 
 
 def _named_as_before(cls: type) -> type:
-    """Has a class print under the name of PEFT's, in `get_layer_status` too; pickles keep ours."""
+    """Give a class the ``__name__`` of its PEFT base class, and return it.
+
+    The class is then printed under PEFT's name, also in `get_layer_status`. Pickles use the
+    qualified name, which does not change.
+    """
     cls.__name__ = next(c.__name__ for c in cls.__mro__ if c.__module__.startswith("peft."))
     return cls
 
@@ -165,12 +170,12 @@ _named_as_before(FastPeftLinear)
 
 @functools.cache
 def _fast_class(peft_class: type) -> type | None:
-    """Returns the patched counterpart of one of PEFT's layer classes, or None if it has none."""
+    """Return the patched subclass of one of PEFT's layer classes, or None if there is none."""
     if peft_class is PeftLinear:
         return FastPeftLinear
     if (peft_class.__module__, peft_class.__name__) not in peft_layers():
         return None
-    # Importable under its name, so that patched models can be pickled: see __getattr__.
+    # The class can be imported by name (see __getattr__), so that patched models can be pickled.
     members = {"__module__": __name__}
     return _named_as_before(type(f"Fast{peft_class.__name__}", (_FastForward, peft_class), members))
 
@@ -182,12 +187,12 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-# Arguments of PEFT's variants and mixed batches, which the base layer does not take.
+# Arguments for PEFT's variants and mixed batches, which the base layer does not accept.
 _NOT_FOR_BASE = ("adapter_names", "alora_offsets")
 
 
 class FastPeftLoraModel(PeftLoraModel):
-    """PEFT's tuner, whose new layers are patched as they are made."""
+    """PEFT's tuner, which patches new layers when it creates them."""
 
     @staticmethod
     def _create_new_module(*args: Any, **kwargs: Any) -> nn.Module:
@@ -196,50 +201,51 @@ class FastPeftLoraModel(PeftLoraModel):
         return module
 
     def inject_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """Adds an adapter, maybe on new layers, which blocks that are open concern too."""
+        """Add an adapter. Blocks that are open also apply to the layers that it adds."""
         super().inject_adapter(*args, **kwargs)
         self._find_again()
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Deletes an adapter, maybe with layers."""
+        """Delete an adapter. This may remove layers."""
         self._check_closed("delete_adapter")
         super().delete_adapter(adapter_name)
         self._find_again()
 
     def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """Merges adapters into the base weights."""
+        """Merge adapters into the base weights."""
         self._check_closed("merge_adapter")
         super().merge_adapter(*args, **kwargs)
 
     def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
-        """Merges adapters and takes the LoRA layers out."""
+        """Merge adapters into the base weights and remove the LoRA layers."""
         self._check_closed("merge_and_unload")
         return super().merge_and_unload(*args, **kwargs)
 
     def unload(self) -> nn.Module:
-        """Takes the LoRA layers out."""
+        """Remove the LoRA layers."""
         self._check_closed("unload")
         return super().unload()
 
     def _check_closed(self, operation: str) -> None:
-        """Raises `AdapterStateError` while a mixed batch of the model runs.
+        """Raise `AdapterStateError` if a mixed batch of the model is running.
 
-        `disable_adapter_layers` is not refused: PEFT's context manager `disable_adapter` calls it.
+        `disable_adapter_layers` does not call this method, because PEFT's context manager
+        `disable_adapter` uses it during a batch.
         """
         kept = self.__dict__.get("_fastlora_routed")
         if kept is not None:
             kept.group.check_closed(operation)
 
     def _find_again(self) -> None:
-        """Looks for the layers of mixed batches anew, where there has been such a batch."""
+        """Find the layers for mixed batches again, if the model has had such a batch."""
         kept = self.__dict__.get("_fastlora_routed")
         if kept is not None:
             kept.routed = None
-            with contextlib.suppress(UnsupportedLayerError):  # which the next batch raises
+            with contextlib.suppress(UnsupportedLayerError):  # the next batch raises it
                 routed_model(self)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Calls the model, whose batch must fit the adapter ids in force."""
+        """Call the model. Its batch must match the adapter ids of an open block."""
         self._check_batch(args, kwargs)
         try:
             return super().forward(*args, **kwargs)
@@ -255,7 +261,7 @@ class FastPeftLoraModel(PeftLoraModel):
 
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Routes ``adapter_names`` once for the model, where PEFT would at every layer."""
+        """Route ``adapter_names`` once for the whole model, not at every layer as PEFT does."""
         names = kwargs.get("adapter_names")
         if names is None or self.training or kwargs.get("alora_offsets") is not None:
             routed = None
@@ -273,7 +279,7 @@ class FastPeftLoraModel(PeftLoraModel):
             yield
 
     def _routed_for(self, names: Any) -> RoutedPeftModel | None:
-        """Returns how to route a batch, or None where PEFT must, if only to refuse it."""
+        """Return the object that routes a batch, or None if PEFT must handle or reject it."""
         wanted = {name for name in names if name != BASE}
         if not wanted <= set(self.peft_config):
             return None
@@ -292,14 +298,16 @@ _named_as_before(FastPeftLoraModel)
 
 
 class RoutedPeftModel:
-    """What `fastlora.adapters` needs to know of a patched model; kept on its tuner.
+    """The information about a patched model that `fastlora.adapters` needs.
+
+    It is stored on the model's tuner.
 
     Args:
-        tuner: The model's. A copy of the model makes its own.
+        tuner: The model's tuner. A copy of the model creates its own `RoutedPeftModel`.
 
     Attributes:
-        group: What marks its layers, its own for good: open blocks know them by it.
-        routed: The layers; None until they are looked for.
+        group: Identifies the model's layers. It never changes, because open blocks refer to it.
+        routed: The layers, or None until they are looked up.
     """
 
     def __init__(self, tuner: FastPeftLoraModel) -> None:
@@ -307,10 +315,10 @@ class RoutedPeftModel:
         self.routed: list[Any] | None = None
 
     def layers(self) -> list[Any]:
-        """Returns the layers whose adapters a mixed batch chooses by row.
+        """Return the layers that choose adapters by row in a mixed batch.
 
         Raises:
-            UnsupportedLayerError: Some would not follow the routing.
+            UnsupportedLayerError: A module would not follow the routing.
         """
         if self.routed is not None:
             return self.routed
@@ -320,13 +328,13 @@ class RoutedPeftModel:
                 layers.append((name, module))
             elif isinstance(module, (PeftLoraLayer, AuxiliaryTrainingWrapper)):
                 others.append((name, module))
-        join_group(self.group, self.tuner, layers)  # whatever the others are: blocks may be open
+        join_group(self.group, self.tuner, layers)  # even if others fail: blocks may be open
         for name, module in others:
             raise UnsupportedLayerError(
                 f"{name!r} is PEFT's {type(module).__name__}, which would not follow the routing; "
                 "pass adapter_names= to the model instead"
             )
-        keep_routing()  # adapter_names= opens blocks too
+        keep_routing()  # because adapter_names= opens blocks too
         self.routed = [layer for _, layer in layers]
         return self.routed
 
@@ -337,7 +345,7 @@ class RoutedPeftModel:
         validate: bool,
         held: contextlib.ExitStack,
     ) -> Routing:
-        """Returns the routing of a `fastlora.adapters` block."""
+        """Return the routing of a `fastlora.adapters` block."""
         known = tuple(self.tuner.peft_config)
         group, layers = self.group, self.layers()
         return parameters_routing(group, layers, known, Parameters, ids, seeds, validate)
@@ -347,15 +355,15 @@ _finding = threading.Lock()
 
 
 def routed_model(model: nn.Module) -> RoutedPeftModel | None:
-    """Returns how to route a model's batches; None where it has no patched layer.
+    """Return the object that routes a model's batches, or None if the model is not patched.
 
     Raises:
-        UnsupportedLayerError: Some of its layers would not follow the routing.
+        UnsupportedLayerError: A module of the model would not follow the routing.
     """
     tuner = next((m for m in model.modules() if isinstance(m, FastPeftLoraModel)), None)
     if tuner is None:
         return None
-    with _finding:  # the first batches of two threads have one group
+    with _finding:  # two threads must create only one group
         kept: RoutedPeftModel | None = tuner.__dict__.get("_fastlora_routed")
         if kept is None or kept.tuner is not tuner:
             kept = tuner.__dict__["_fastlora_routed"] = RoutedPeftModel(tuner)
@@ -364,32 +372,32 @@ def routed_model(model: nn.Module) -> RoutedPeftModel | None:
 
 
 def patch_layer(module: nn.Module) -> None:
-    """Gives a LoRA layer of PEFT's its patched class, if there is one; leaves any other module."""
+    """Change the class of a PEFT LoRA layer to its patched class. Other modules do not change."""
     fast = _fast_class(type(module))  # type: ignore[arg-type]  # a class is hashable
     if fast is not None:
         module.__class__ = fast
-        module.scaling = module.__dict__.pop("scaling")  # where compiled graphs find tensors
-        module._watch_loads()  # type: ignore[operator]  # of the new class
+        module.scaling = module.__dict__.pop("scaling")  # as tensors, which compiled graphs read
+        module._watch_loads()  # type: ignore[operator]  # defined by the new class
 
 
 def unpatch_layer(module: nn.Module) -> None:
-    """Undoes `patch_layer`.
+    """Undo `patch_layer`.
 
     Raises:
-        UnsupportedLayerError: Somebody else has changed its class meanwhile.
+        UnsupportedLayerError: Other code has changed the layer's class since.
     """
     if not isinstance(module, _FastForward):
         return
     check_unpatches(module)
     module._unwatch_loads()
     scalings = dict(module.__dict__.pop("_scaling"))
-    module.__class__ = type(module).__bases__[1]  # beside _FastForward
+    module.__class__ = type(module).__bases__[1]  # the base after _FastForward
     module.scaling = scalings
     for name in _OWN_ATTRIBUTES:
         module.__dict__.pop(name, None)
 
 
-# What the patched forward keeps on a layer.
+# Attributes that the patched forward adds to a layer.
 _OWN_ATTRIBUTES = (
     "_dora_norms",
     "_coded",
@@ -402,7 +410,7 @@ _OWN_ATTRIBUTES = (
 
 
 def check_unpatches(module: nn.Module) -> None:
-    """Raises `UnsupportedLayerError` where a patched layer's class is no longer the patched one."""
+    """Raise `UnsupportedLayerError` if other code has changed a patched layer's class."""
     if isinstance(module, _FastForward) and _FastForward not in type(module).__bases__:
         raise UnsupportedLayerError(
             f"cannot unpatch a layer whose class is {type(module).__name__} by now, over "
@@ -411,7 +419,7 @@ def check_unpatches(module: nn.Module) -> None:
 
 
 def patch_model(model: nn.Module) -> int:
-    """Patches every layer and tuner in a model; returns the number of PEFT LoRA layers seen."""
+    """Patch every layer and tuner in a model. Return the number of PEFT LoRA layers found."""
     seen = 0
     for module in model.modules():
         if isinstance(module, PeftLoraLayer) and not isinstance(module, LoraLayer):
@@ -425,7 +433,7 @@ def patch_model(model: nn.Module) -> int:
 
 
 def unpatch_model(model: nn.Module) -> None:
-    """Undoes `patch_model`."""
+    """Undo `patch_model`."""
     for module in model.modules():
         check_unpatches(module)
     for module in model.modules():
@@ -436,7 +444,7 @@ def unpatch_model(model: nn.Module) -> None:
 
 
 def layer_fusion(module: nn.Module, gathered: bool = False) -> tuple[bool, str] | None:
-    """Returns ``(fused, why not)`` for a LoRA layer of PEFT's, or None for any other module."""
+    """Return ``(fused, fallback reason)`` for a PEFT LoRA layer, or None for any other module."""
     if isinstance(module, _FastForward):
         return module.fusion(gathered)
     if _fast_class(type(module)) is not None:  # type: ignore[arg-type]  # as above

@@ -1,4 +1,4 @@
-"""The fusion report: for every LoRA layer of a model, whether it runs fused, and why not."""
+"""The fusion report: whether each LoRA layer of a model runs fused, and if not, why."""
 
 from __future__ import annotations
 
@@ -15,22 +15,24 @@ from fastlora.layers.group_members import sibling_note
 from fastlora.ops.conditions import triton_status
 from fastlora.sharding import is_fsdp_module
 
-# Longer tables fold rows that say the same.
+# Tables with more rows than this combine equal rows.
 SHOWN_ROWS = 24
 
 
 @dataclass(frozen=True)
 class LayerFusion:
-    """One layer's row.
+    """The row of one layer in the fusion report.
 
     Attributes:
         name: Module name in the model.
         layer: Class of the LoRA layer.
-        fused: Whether base GEMM and LoRA term are one call, of kernels where those run.
-        reason: Why not, else empty.
+        fused: Whether the base GEMM and the LoRA term are one call, which runs as kernels where
+            these are available.
+        reason: Fallback reason if the layer is not fused, else empty.
         siblings: How many layers share their passes over x in training (s and d_lora_a), or why
-            they do not; known once a training forward was seen.
-        reads: What kernels read of a quantised base layer, which is called as it is without them.
+            this layer does not. Known only after a training forward.
+        reads: Format of a quantized base weight that kernels read, and the dtype of their products.
+            Without kernels, the base layer is called unchanged. Empty for other layers.
     """
 
     name: str
@@ -43,12 +45,12 @@ class LayerFusion:
 
 @dataclass(frozen=True)
 class FusionReport:
-    """All rows, and which implementation the model's device gets. Printing it is a table.
+    """The rows of all layers, and the implementation for the model's device. It prints as a table.
 
     Attributes:
-        rows: One for each LoRA layer, in the model's order.
+        rows: One row for each LoRA layer, in the model's order.
         implementation: ``"triton"`` or ``"eager"``.
-        reason: Why that one.
+        reason: Why this implementation was chosen.
     """
 
     rows: tuple[LayerFusion, ...]
@@ -61,7 +63,10 @@ class FusionReport:
         return sum(row.fused for row in self.rows)
 
     def __str__(self) -> str:
-        """A table: layers that share layer class and verdict on one line when there are many."""
+        """Return the report as a table.
+
+        In a long table, layers that differ only in the path before their last name share a line.
+        """
         what = "run as Triton kernels" if self.implementation == "triton" else "run in PyTorch"
         quantised = sum(bool(row.fused and row.reads) for row in self.rows)
         line = (
@@ -85,14 +90,14 @@ class FusionReport:
         return "\n".join([line, *table(list(zip(*columns, strict=True)))])
 
     def runs_as(self, row: LayerFusion) -> str:
-        """Returns who computes a layer: kernels, PyTorch, or its base layer as it is."""
+        """Return what computes a layer: Triton kernels, PyTorch, or the unchanged base layer."""
         if not row.fused or (row.reads and self.implementation != "triton"):
             return "its base layer, LoRA beside it"
         return "Triton kernels" if self.implementation == "triton" else "PyTorch"
 
 
 def folded(rows: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
-    """Returns one row for those that differ but in the path before the last dot of their name."""
+    """Combine rows that differ only in the path before the last dot of their name."""
     groups: dict[tuple[str, ...], int] = {}
     for name, *others in rows:
         key = (name.rpartition(".")[2], *others)
@@ -101,17 +106,18 @@ def folded(rows: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
 
 
 def fusion_report(model: nn.Module) -> FusionReport:
-    """Reports on a model of ours, a PEFT model (patched or not), or any module with LoRA layers.
+    """Return the fusion report of a model.
 
     Args:
-        model: Any module.
+        model: A fastlora model, a PEFT model (patched or not), or any other module, with or without
+            LoRA layers.
     """
     rows: list[LayerFusion] = []
     parameter = next(model.parameters(), None)
     if parameter is None:
         return FusionReport((), "eager", "the model has no parameters")
     implementation, why = implementation_on(parameter.device)
-    gathered: list[str] = []  # what FSDP2 gathers for its forward: all below these
+    gathered: list[str] = []  # prefixes of the names of modules that FSDP2 gathers
     for name, module in model.named_modules():
         if is_fsdp_module(module):
             gathered.append(f"{name}." if name else "")
@@ -129,7 +135,7 @@ def fusion_report(model: nn.Module) -> FusionReport:
 
 
 def implementation_on(device: torch.device) -> tuple[str, str]:
-    """Returns what ``impl="auto"`` takes on a device, and why."""
+    """Return the implementation that ``impl="auto"`` selects on a device, and the reason."""
     runs, why = triton_status(device.type, device.index or 0)
     if device.type == "cuda" or not runs:
         return "triton" if runs else "eager", why
@@ -137,7 +143,7 @@ def implementation_on(device: torch.device) -> tuple[str, str]:
 
 
 def table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Returns rows of cells as lines, in columns as wide as their widest cell."""
+    """Return rows of cells as lines of text, with each column as wide as its widest cell."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in rows]
 

@@ -1,7 +1,7 @@
-"""Models of ours in transformers: its pipelines, and what loading a base model prints or raises.
+"""Integration with transformers: its pipelines, and its output and errors when loading a model.
 
-Trainer finds an adapter model in a `LoraModel`, which is a `peft.PeftModel` where PEFT is imported:
-see `fastlora.integrations.as_peft`.
+Trainer accepts a `LoraModel` as an adapter model, because it is a `peft.PeftModel` once PEFT is
+imported: see `fastlora.integrations.as_peft`.
 """
 
 from __future__ import annotations
@@ -17,18 +17,21 @@ from fastlora.integrations.when_imported import when_imported
 from fastlora.model import LoraModel
 from fastlora.validation import CheckpointError
 
-# What transformers raises where files are missing or damaged.
+# Errors that transformers raises if files are missing or damaged.
 CANNOT_READ = (OSError, ValueError, KeyError, TypeError)
 
 
 def _transformers_lora_model() -> type[LoraModel]:
-    """Returns the class of adapter models; importing PEFT makes it one of PEFT's too."""
+    """Return the class of adapter models, after importing PEFT, which makes it a PEFT class."""
     importlib.import_module("peft")
     return LoraModel
 
 
 def _name_to_pipelines() -> None:
-    """Has pipelines take our models as they take PEFT's; else they print all that they know."""
+    """Add fastlora's models to those that pipelines support.
+
+    For a model that is not in the list, a pipeline prints all supported models.
+    """
     pipelines: Any = sys.modules["transformers.pipelines.base"]
     for names in pipelines.SUPPORTED_PEFT_TASKS.values():
         names.append(LoraModel.__name__)
@@ -39,7 +42,7 @@ when_imported("transformers.pipelines.base", _name_to_pipelines)
 
 @contextlib.contextmanager
 def as_causal_model(folder: object) -> Iterator[None]:
-    """Makes what transformers raises when a model cannot be loaded a `CheckpointError`."""
+    """Convert errors from loading a causal language model in the block to `CheckpointError`."""
     try:
         yield
     except (*CANNOT_READ, RuntimeError) as error:
@@ -49,7 +52,7 @@ def as_causal_model(folder: object) -> Iterator[None]:
 
 
 def end_tokens(model: Any, tokenizer: Any) -> set[int]:
-    """Returns the tokens that end an answer: the model's, and the tokenizer's."""
+    """Return the ids of the tokens that end an answer, for a model and its tokenizer."""
     given = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ends = {*(given if isinstance(given, (list, tuple)) else [given]), tokenizer.eos_token_id}
     return {end for end in ends if end is not None}
@@ -57,9 +60,10 @@ def end_tokens(model: Any, tokenizer: Any) -> set[int]:
 
 @contextlib.contextmanager
 def quiet_transformers(*, notes: bool = True) -> Iterator[None]:
-    """Hides bars of transformers and its notes, and PEFT's use of names that it is to rename.
+    """Hide progress bars and messages of transformers, and all FutureWarnings, in the block.
 
-    Without ``notes`` it hides bars alone.
+    Args:
+        notes: Whether to hide messages and warnings too. If False, only progress bars are hidden.
     """
     from transformers.utils import logging
 
@@ -78,7 +82,7 @@ def quiet_transformers(*, notes: bool = True) -> Iterator[None]:
 
 
 def __getattr__(name: str) -> Any:
-    """Finds `LoraModel` under the name that it once had here, for pickled models."""
+    """Return `LoraModel` for its former name in this module, which old pickles contain."""
     if name == "TransformersLoraModel":
         return _transformers_lora_model()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""`when_imported`: something to do once another library is there, without importing it."""
+"""`when_imported`, which runs code once another library is imported, without importing it."""
 
 from __future__ import annotations
 
@@ -12,9 +12,14 @@ from types import ModuleType
 
 
 def when_imported(name: str, act: Callable[[], None]) -> None:
-    """Calls ``act`` once: now if a module is imported already, else right after its import.
+    """Call ``act`` once: now if a module is already imported, or else right after its import.
 
-    What ``act`` raises becomes a warning: another library's import never fails because of us.
+    An ImportError, AttributeError, or TypeError from ``act`` becomes a warning, because fastlora
+    must not make the import of another library fail.
+
+    Args:
+        name: Full name of the module.
+        act: Function to call.
     """
     if sys.modules.get(name) is not None:
         _try(name, act)
@@ -33,7 +38,7 @@ def _try(name: str, act: Callable[[], None]) -> None:
 
 
 class _Watcher(importlib.abc.MetaPathFinder):
-    """Finds a module as others do, and has something done after it ran."""
+    """A finder that uses the other finders, and runs an action after the module is executed."""
 
     def __init__(self, name: str, act: Callable[[], None]) -> None:
         self.name, self.act = name, act
@@ -41,7 +46,7 @@ class _Watcher(importlib.abc.MetaPathFinder):
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        """Returns the spec that the other finders have; None for any other module."""
+        """Return the spec from the other finders, or None if ``name`` is another module."""
         if name != self.name:
             return None
         others = [finder for finder in sys.meta_path if finder is not self]
@@ -53,17 +58,17 @@ class _Watcher(importlib.abc.MetaPathFinder):
 
 
 class _Loader(importlib.abc.Loader):
-    """A module's own loader, and what is to follow."""
+    """A module's own loader, which runs the action after the module is executed."""
 
     def __init__(self, loader: importlib.abc.Loader, watcher: _Watcher) -> None:
         self.loader, self.watcher = loader, watcher
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
-        """As the module's own loader."""
+        """Create the module with its own loader."""
         return self.loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        """Runs the module, and then what was asked for, once."""
+        """Execute the module, and then run the action once."""
         if module.__spec__ is not None:
             module.__spec__.loader = self.loader
         module.__loader__ = self.loader

@@ -1,10 +1,13 @@
-"""LoRA-FA: lora_A stays as it is, and lora_B's gradient is that of the whole update, projected.
+"""LoRA-FA: lora_A is frozen, and lora_B trains with the projected gradient of the whole update.
 
-With A frozen, ``g_B = g_W @ A.T * s`` where ``g_W`` is the gradient of the weight. The step in B
-that moves the weight nearest to ``g_W`` is ``g_B @ inverse(A @ A.T) / s ** 2``; AdamW takes it.
-https://arxiv.org/abs/2308.03303; the formula and AdamW are those of PEFT 0.21.2,
-``optimizers/lorafa.py``. Products are fp32 here, where PEFT rounds the projection to bf16, and
-what else an adapter trains (a bias of lora_B, a magnitude) is no half of a pair.
+With A frozen, ``g_B = g_W @ A.T * s``, where ``g_W`` is the gradient of the weight. The step in B
+that moves the weight closest to ``g_W`` is ``g_B @ inverse(A @ A.T) / s ** 2``. AdamW uses it as
+lora_B's gradient.
+
+The method is from https://arxiv.org/abs/2308.03303. The formula and AdamW are those of PEFT 0.21.2,
+``optimizers/lorafa.py``, with two differences. Products are in fp32 here, while PEFT rounds the
+projection to bf16. Other trained parameters of an adapter (the bias of lora_B, a magnitude) are not
+treated as half of a factor pair.
 """
 
 from __future__ import annotations
@@ -22,25 +25,28 @@ from fastlora.sharding import local
 from fastlora.validation import ConfigError
 from fastlora.weight_marks import Stamp, stamp_of
 
-# lora_A's place in a parameter's name, and lora_B's.
+# The parts of a parameter's name that identify lora_A and the matching lora_B.
 _PAIRS = ((".lora_A.", ".lora_B."), (".lora_embedding_A.", ".lora_embedding_B."))
 _RIDGE = 1e-8
 
 
 class LoraFAOptimizer(Optimizer):
-    """AdamW for lora_B with LoRA-FA's gradient, and AdamW for all else that has one.
+    """AdamW that uses the LoRA-FA gradient for lora_B.
+
+    All other parameters that have a gradient get plain AdamW steps.
 
     Args:
         params: Groups with ``params``, their ``names`` in the model, and ``scaling_factors``: a
-            number for each lora_B, None for others. lora_A, which never moves, must be among them.
+            number for each lora_B and None for other parameters. Each lora_A must be included,
+            although it never changes.
         lr: Learning rate.
-        betas: Of the running averages of gradient and square.
-        eps: Added to the root of the squares.
-        weight_decay: Subtracted times ``lr`` times the value, behind the step.
-        correct_bias: Whether averages are corrected for their start at 0.
+        betas: Decay rates of the running averages of the gradient and its square.
+        eps: Value added to the root of the averaged square.
+        weight_decay: Decoupled weight decay, applied after each step.
+        correct_bias: Whether to correct the running averages for their start at 0.
 
     Raises:
-        ConfigError: A number is out of range, or a group lacks names or factors.
+        ConfigError: A number is out of range, or a group lacks names or scaling factors.
     """
 
     def __init__(
@@ -58,7 +64,7 @@ class LoraFAOptimizer(Optimizer):
             raise ConfigError(f"Invalid beta parameter: {betas} - should be in [0.0, 1.0)")
         if eps < 0.0:
             raise ConfigError(f"Invalid epsilon value: {eps} - should be >= 0.0")
-        # lora_A by the lora_B it belongs to, and the inverse of its square with its stamp.
+        # lora_B -> its lora_A, and lora_A -> its stamp and the inverse of ``lora_A @ lora_A.T``.
         self._partners: dict[nn.Parameter, nn.Parameter] = {}
         self._inverses: dict[nn.Parameter, tuple[Stamp | None, torch.Tensor]] = {}
         defaults = {
@@ -71,10 +77,17 @@ class LoraFAOptimizer(Optimizer):
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As `torch.optim.Optimizer`; finds which lora_A belongs to which lora_B."""
+        """Add a parameter group, and find the lora_A that belongs to each lora_B.
+
+        Args:
+            param_group: As in `torch.optim.Optimizer`, with ``names`` and ``scaling_factors``.
+
+        Raises:
+            ConfigError: The group lacks names or scaling factors.
+        """
         group = {**param_group, "params": list(param_group["params"])}
         names = list(group.get("names", ()))
-        if "scaling_factors" not in group and "scaling_factor" in group:  # PEFT's older form
+        if "scaling_factors" not in group and "scaling_factor" in group:  # as in older PEFT
             group["scaling_factors"] = [group["scaling_factor"]] * len(group["params"])
         factors = group.get("scaling_factors", ())
         if not len(names) == len(factors) == len(group["params"]):
@@ -91,13 +104,13 @@ class LoraFAOptimizer(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Takes a step.
+        """Take one optimizer step.
 
         Args:
-            closure: Computes the loss anew, and its gradients.
+            closure: Function that recomputes the loss and its gradients, or None.
 
         Returns:
-            What the closure returned.
+            The loss that the closure returned, or None.
         """
         loss = None
         if closure is not None:
@@ -116,7 +129,7 @@ class LoraFAOptimizer(Optimizer):
         return loss
 
     def _inverse(self, lora_a: nn.Parameter) -> torch.Tensor:
-        """Returns the inverse of ``lora_a @ lora_a.T``, ``[R, R]``; kept while lora_a stays."""
+        """Return the inverse of ``lora_a @ lora_a.T``, ``[R, R]``, cached until lora_a changes."""
         watched = (local(lora_a),), (lora_a._version,)
         known = self._inverses.get(lora_a)
         if known is None or known[0] is None or not known[0].holds(*watched):
@@ -156,18 +169,18 @@ def create_lorafa_optimizer(
     weight_decay: float = 0.0,
     use_rslora: bool | None = None,
 ) -> LoraFAOptimizer:
-    """Makes a LoRA-FA optimizer, and freezes lora_A.
+    """Create a LoRA-FA optimizer for a model, and freeze its lora_A.
 
     Args:
-        model: One with adapters; its trainable parameters are taken.
-        r, lora_alpha: PEFT's arguments. Each layer's own scaling is used, whatever they are.
+        model: A model with adapters. The optimizer trains its trainable parameters.
+        r, lora_alpha: PEFT's arguments. The step ignores them and uses each layer's own scaling.
         lr: Learning rate.
-        weight_decay: Of AdamW.
-        use_rslora: None, or what the configs of all active adapters say; deprecated, as in PEFT.
+        weight_decay: Weight decay of AdamW.
+        use_rslora: None, or the value in the configs of all active adapters. Deprecated, as in
+            PEFT.
 
     Raises:
-        ConfigError: ``use_rslora`` is not what a config says, or no lora_B trains; nothing has
-            changed then.
+        ConfigError: ``use_rslora`` differs from a config, or no lora_B trains. Nothing has changed.
     """
     configs: Any = getattr(model, "peft_config", {})
     active: Any = getattr(model, "active_adapters", ())
@@ -210,7 +223,7 @@ def create_lorafa_optimizer(
 
 
 def _partner_of(name: str) -> str | None:
-    """Returns the name of the lora_A that belongs to a lora_B's weight; None for other names."""
+    """Return the name of the lora_A that belongs to a lora_B weight, or None for other names."""
     for own, other in _PAIRS:
         layer, found, rest = name.rpartition(other)
         if found and not rest.endswith(".bias"):
@@ -219,7 +232,7 @@ def _partner_of(name: str) -> str | None:
 
 
 def _scaling_of(model: nn.Module, name: str) -> float | None:
-    """Returns the scaling of the adapter that a parameter belongs to; None where it has none."""
+    """Return the scaling of the adapter that a parameter belongs to, or None if it has none."""
     for pair in _PAIRS:
         for place in pair:
             layer, found, rest = name.rpartition(place)

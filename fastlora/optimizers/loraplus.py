@@ -1,6 +1,6 @@
 """LoRA+: a higher learning rate for lora_B (https://arxiv.org/abs/2402.12354).
 
-Groups and defaults are those of PEFT 0.21.2, ``optimizers/loraplus.py``.
+The parameter groups and the defaults are those of PEFT 0.21.2, ``optimizers/loraplus.py``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from fastlora.validation import ConfigError
 
-# Optimizers of bitsandbytes that keep their state in 8 bits; embeddings are to have 32.
+# bitsandbytes optimizers with 8-bit state. For embeddings, they should use 32-bit state.
 _EIGHT_BIT = ("Adam8bit", "AdamW8bit", "PagedAdam8bit", "PagedAdamW8bit")
 
 
@@ -27,23 +27,23 @@ def create_loraplus_optimizer(
     loraplus_lr_ratio: float,
     **kwargs: Any,
 ) -> Optimizer:
-    """Makes an optimizer in which lora_B learns faster than lora_A.
+    """Create an optimizer with a higher learning rate for lora_B than for lora_A.
 
     Args:
-        model: One with adapters; its trainable parameters are taken.
-        optimizer_cls: Such as `torch.optim.AdamW`.
-        lr: Learning rate of lora_A, and of what is no part of an adapter and has two dimensions.
-        loraplus_lr_ratio: Times ``lr``, that of lora_B and of vectors. The paper uses 16 for hard
-            tasks and less for easy ones, with an ``lr`` half of LoRA's.
-        **kwargs: ``loraplus_weight_decay`` (0.0; biases and norms have none),
-            ``loraplus_lr_embedding`` (1e-6, that of adapters on embeddings), and the optimizer's
-            own.
+        model: A model with adapters. The optimizer trains its trainable parameters.
+        optimizer_cls: Optimizer class, such as `torch.optim.AdamW`.
+        lr: Learning rate of lora_A and of other matrices.
+        loraplus_lr_ratio: Learning rate of lora_B and of vectors, as a multiple of ``lr``. The
+            paper uses 16 for hard tasks and less for easy ones, with half of LoRA's usual ``lr``.
+        **kwargs: ``loraplus_weight_decay`` (default 0.0; biases and norms get no decay),
+            ``loraplus_lr_embedding`` (default 1e-6, the learning rate of adapters on embeddings),
+            and the optimizer's own arguments.
 
     Returns:
-        The optimizer, whose four groups are lora_A, embeddings, lora_B, and biases and norms.
+        An optimizer with four parameter groups: lora_A, embeddings, lora_B, and biases and norms.
 
     Raises:
-        ConfigError: A rate or the ratio is no positive number, or nothing trains.
+        ConfigError: A learning rate or the ratio is not a positive number, or no parameter trains.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     groups = loraplus_groups(
@@ -73,15 +73,17 @@ def loraplus_groups(
     loraplus_lr_embedding: float = 1e-6,
     without_decay: Collection[str] = (),
 ) -> list[dict[str, Any]]:
-    """Returns parameter groups for LoRA+, for any optimizer; see `create_loraplus_optimizer`.
+    """Return LoRA+ parameter groups for any optimizer. See `create_loraplus_optimizer`.
 
     Args:
-        named_parameters: Name and parameter of all that trains.
-        lr, loraplus_lr_ratio, loraplus_weight_decay, loraplus_lr_embedding: As there.
-        without_decay: Names without weight decay, beside those with ``bias`` in them.
+        named_parameters: Names and parameters of everything that trains.
+        lr, loraplus_lr_ratio, loraplus_weight_decay, loraplus_lr_embedding: As in
+            `create_loraplus_optimizer`.
+        without_decay: Names of parameters without weight decay, in addition to names that contain
+            ``bias``.
 
     Raises:
-        ConfigError: As there.
+        ConfigError: As in `create_loraplus_optimizer`.
     """
     rates = {"lr": lr, "loraplus_lr_ratio": loraplus_lr_ratio}
     rates["loraplus_lr_embedding"] = loraplus_lr_embedding
@@ -109,7 +111,7 @@ def loraplus_groups(
 
 
 def _without_decay(model: nn.Module) -> set[str]:
-    """Returns the names of the parameters of layer norms."""
+    """Return the names of the parameters of layer norms."""
     return {
         f"{name}.{key}"
         for name, module in model.named_modules()

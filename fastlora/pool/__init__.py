@@ -1,4 +1,4 @@
-"""Many adapters behind one model: storage in tiers, leases, hot swap."""
+"""A pool of many adapters for one model, with storage tiers, leases, and hot swap."""
 
 from fastlora.ops.factors import Factors
 from fastlora.pool.leases import Lease

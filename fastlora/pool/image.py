@@ -1,10 +1,10 @@
-"""An adapter as one 1-D tensor, its image: loading is one copy, and nothing is padded.
+"""The image of an adapter: a 1-D tensor that holds all of its factors and loads in one copy.
 
-For every module that the adapter adapts, in the pool's order: ``lora_a [r, K]``, then ``lora_b`` as
-rank rows ``[r, N]`` (PEFT's ``[N, r]`` transposed), then ``lora_bias [N]`` and DoRA's magnitude
-``[N]`` if it has them. The magnitude is in fp32 in a 16-bit image too: it scales whole rows. Ranks
-are the true ones, and a module that the adapter lacks takes nothing. Every block starts at a
-multiple of 16 bytes, for vector loads.
+For each module that the adapter adapts, in the pool's order, the image holds ``lora_a [r, K]`` and
+``lora_b`` as rank rows ``[r, N]`` (the transpose of PEFT's ``[N, r]``). They are followed by
+``lora_bias [N]`` and DoRA's magnitude ``[N]``, if the adapter has them. The magnitude is in fp32
+even in a 16-bit image, because it scales whole rows. Ranks are not padded, and a module without
+factors takes no space. Each block starts at a multiple of 16 bytes, for vector loads.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 from fastlora.validation import CheckpointError
 
 ALIGNMENT = 16
-# What an adapter can hold for a module, in the order of the blocks.
+# The kinds of blocks that an adapter can have for a module, in their order in the image.
 BLOCK_KINDS = ("lora_a", "lora_b", "lora_bias", "magnitude")
 ABSENT = -1
 _MAGNITUDE = BLOCK_KINDS.index("magnitude")
@@ -33,7 +33,7 @@ class Target(NamedTuple):
     """A module that the pool's adapters may adapt.
 
     Attributes:
-        name: Its name in the base model.
+        name: Name in the base model.
         in_features: K.
         out_features: N.
     """
@@ -43,7 +43,7 @@ class Target(NamedTuple):
     out_features: int
 
     def shape(self, kind: str, rank: int) -> tuple[int, ...]:
-        """Returns the shape of a block in PEFT's layout."""
+        """Return the shape of a block in PEFT's layout."""
         if kind == "lora_a":
             return rank, self.in_features
         return (self.out_features, rank) if kind == "lora_b" else (self.out_features,)
@@ -51,13 +51,13 @@ class Target(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """Where the blocks lie; adapters of equal shape share one.
+    """The positions of the blocks in an image. Adapters of equal shape share a layout.
 
     Attributes:
         targets: The pool's modules, G of them.
-        blocks: Of each module the rank, 0 where the adapter lacks it, and the first element of each
-            block, -1 for none.
-        numel: Elements of the image.
+        blocks: For each module, its rank and the first element of each block. The rank is 0 if the
+            adapter does not adapt the module, and the element is -1 if there is no such block.
+        numel: Number of elements of the image.
     """
 
     targets: Sequence[Target]
@@ -66,24 +66,29 @@ class Layout:
 
     @functools.cached_property
     def ranks(self) -> torch.Tensor:
-        """Of each module, ``[G]`` int32 on the host."""
+        """Rank of each module, ``[G]`` int32 on the host."""
         return torch.tensor([rank for rank, _ in self.blocks], dtype=torch.int32, device="cpu")
 
     @functools.cached_property
     def offsets(self) -> torch.Tensor:
-        """Of each block, ``[len(BLOCK_KINDS), G]`` int64 on the host."""
+        """First element of each block, ``[len(BLOCK_KINDS), G]`` int64 on the host."""
         by_kind = list(zip(*(offsets for _, offsets in self.blocks), strict=True))
         return torch.tensor(by_kind, dtype=torch.int64, device="cpu")
 
     @functools.cached_property
     def dora_modules(self) -> tuple[int, ...]:
-        """Numbers of the modules that have a magnitude."""
+        """Indices of the modules that have a magnitude."""
         return tuple(i for i, (_, at) in enumerate(self.blocks) if at[_MAGNITUDE] != ABSENT)
 
     def views(self, data: torch.Tensor, index: int) -> dict[str, torch.Tensor]:
-        """Returns the blocks of one module in an image, by kind; none where it is absent.
+        """Return the blocks of one module as views of an image, by kind.
 
-        In PEFT's layout: lora_b is ``[N, r]``, a view of its rank rows.
+        The views have PEFT's layout: lora_b is ``[N, r]``, a view of its rank rows. The result is
+        empty if the adapter does not adapt the module.
+
+        Args:
+            data: The image, 1-D.
+            index: Index of the module.
         """
         rank, offsets = self.blocks[index]
         views = {}
@@ -95,7 +100,8 @@ class Layout:
                     strides = (shape[1], 1)
                 elif kind == "lora_b":
                     strides = (1, shape[0])
-                # One call where slicing and view() would take two: thousands are made for a batch.
+                # as_strided() takes one call, slicing and view() two. A batch creates thousands of
+                # views.
                 if kind == "magnitude":
                     shape = (shape[0] * _lanes(data.dtype),)
                 views[kind] = data.as_strided(shape, strides, data.storage_offset() + start)
@@ -105,19 +111,19 @@ class Layout:
 
 
 def _lanes(dtype: torch.dtype) -> int:
-    """Elements of an image that hold one magnitude."""
+    """Return the number of image elements that hold one magnitude value."""
     return max(_MAGNITUDE_BYTES // dtype.itemsize, 1)
 
 
 @dataclass(frozen=True, eq=False)
 class Image:
-    """A packed adapter, in memory.
+    """A packed adapter in memory.
 
     Attributes:
         data: 1-D, in the pool's dtype.
-        layout: What lies where.
-        scaling: Of each module, ``G`` numbers; 0 where the adapter lacks it.
-        version: Differs between any two images of a pool that were packed.
+        layout: The positions of the blocks.
+        scaling: ``G`` numbers, one for each module; 0 if the adapter does not adapt it.
+        version: A number that differs between any two images that a pool has packed.
     """
 
     data: torch.Tensor
@@ -127,7 +133,7 @@ class Image:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the image."""
+        """Size of the image in bytes."""
         return self.data.nbytes
 
 
@@ -136,8 +142,8 @@ class Packer:
 
     Args:
         targets: The modules.
-        dtype: Of the images.
-        pin_memory: Pack into page-locked memory, from which a GPU copies asynchronously.
+        dtype: Dtype of the images.
+        pin_memory: Whether to pack into page-locked memory, from which a GPU copies asynchronously.
     """
 
     def __init__(self, targets: Sequence[Target], dtype: torch.dtype, *, pin_memory: bool) -> None:
@@ -152,10 +158,16 @@ class Packer:
         scaling: Mapping[int, float],
         source: str,
     ) -> Image:
-        """Copies an adapter's tensors into an image, rounded to the pool's dtype.
+        """Copy an adapter's tensors into an image, rounded to the pool's dtype.
 
-        ``tensors`` are checked, by module number and kind of block, in PEFT's layout (``lora_b
-        [N, r]``). Raises `CheckpointError` where a finite value is too large for the dtype.
+        Args:
+            tensors: Tensors by module index and kind of block, in PEFT's layout (``lora_b [N,
+                r]``). The caller has checked them.
+            scaling: Scaling by module index.
+            source: Description of the adapter, for messages.
+
+        Raises:
+            CheckpointError: A finite value is too large for the dtype.
         """
         shape = []
         for index in range(len(self.targets)):
@@ -179,7 +191,7 @@ class Packer:
         dtypes = {tensor.dtype for blocks in tensors.values() for tensor in blocks.values()}
         if all(torch.finfo(dtype).max <= largest for dtype in dtypes) or not data.isinf().any():
             return
-        # The gaps between blocks hold anything, and a file may hold infinities of its own.
+        # The gaps between blocks are uninitialized, and a file may contain infinities itself.
         for index, blocks in tensors.items():
             for kind, tensor in blocks.items():
                 if kind == "magnitude":

@@ -1,4 +1,4 @@
-"""A pool's layers: put in place of a model's target modules, and taken out again."""
+"""Installs a pool's layers in place of a model's target modules, and removes them again."""
 
 from __future__ import annotations
 
@@ -26,23 +26,24 @@ from fastlora.validation import AdapterStateError, ConfigError, UnsupportedLayer
 
 
 class PoolLayers:
-    """LoRA layers without adapters of their own, in place of a model's target modules.
+    """LoRA layers without adapters of their own, which replace a model's target modules.
 
     Args:
-        model: The base model; unchanged where this raises.
+        model: The base model. It is unchanged if the constructor raises.
         target_modules: As in `LoraConfig`.
-        block: Opens a block for the names of a batch: the model's ``adapter_names=``.
+        block: Function that opens a block for the adapter names of a batch. It implements the
+            model's ``adapter_names=``.
 
     Attributes:
-        group: What marks the layers as this pool's.
-        targets: The modules, in the model's order; a layer's place here is its ``table_row``.
-        layers: In the same order.
+        group: Identifies the layers as this pool's.
+        targets: The modules, in the model's order. The index of a layer here is its ``table_row``.
+        layers: The LoRA layers, in the same order.
 
     Raises:
-        AdapterStateError: The model has LoRA layers already.
+        AdapterStateError: The model already has LoRA layers.
         ConfigError: The model itself is the target.
-        TargetNotFoundError: ``target_modules`` names nothing.
-        UnsupportedLayerError: It names a module that is no linear layer.
+        TargetNotFoundError: ``target_modules`` matches no module.
+        UnsupportedLayerError: ``target_modules`` matches a module that is not a linear layer.
     """
 
     def __init__(
@@ -71,7 +72,7 @@ class PoolLayers:
         self._trained = [p for p in model.parameters() if p.requires_grad]
         self._replaced: dict[str, tuple[nn.Module, LoraLayer]] = {}
         self._block = block
-        # By name: what wraps a method, and what the instance itself had before, or None.
+        # Method name -> the wrapper, and the instance's own attribute before it, or None.
         self._wrapped: dict[str, tuple[Any, Any]] = {}
         try:
             for name, number in zip(names, number_layers(names), strict=True):
@@ -90,9 +91,10 @@ class PoolLayers:
         ]
 
     def _check_batches(self) -> None:
-        """Makes the model compare each batch with its adapter ids, before any work.
+        """Make the model compare each batch with its adapter ids, before it does any work.
 
-        Within `generate` the batch that came in counts: a beam search makes more rows of it.
+        Inside `generate`, the batch that was passed in counts, because a beam search adds rows to
+        it.
         """
         self._wrap("forward", contextlib.nullcontext)
         if hasattr(self._model, "generate"):
@@ -101,7 +103,7 @@ class PoolLayers:
     def _wrap(
         self, name: str, around: Callable[[], AbstractContextManager[None]], **rules: bool
     ) -> None:
-        """Gives a method of the model PEFT's ``adapter_names=``, and a check of its batch."""
+        """Wrap a method of the model so that it accepts ``adapter_names=`` and checks its batch."""
         method, group, block = getattr(self._model, name), self.group, self._block
 
         @functools.wraps(method)
@@ -134,7 +136,7 @@ class PoolLayers:
         self._replaced[name] = module, layer
 
     def remove(self) -> None:
-        """Puts the base layers back; parameters train again where they did."""
+        """Restore the base layers, and make all parameters that trained before trainable again."""
         for name, (_, layer) in self._replaced.items():
             if self._model.get_submodule(name) is layer:
                 self._model.set_submodule(name, layer.release())
@@ -142,7 +144,7 @@ class PoolLayers:
         own = self._model.__dict__
         for method, (call, before) in self._wrapped.items():
             if own.get(method) is not call:
-                continue  # somebody wrapped it again, and calls ours
+                continue  # other code wrapped it again and calls the wrapper
             if before is None:
                 del own[method]
             else:
@@ -151,10 +153,10 @@ class PoolLayers:
             parameter.requires_grad_(True)
 
     def like(self) -> tuple[torch.device, torch.dtype]:
-        """Returns the device of the base weights, and the dtype of the first.
+        """Return the device of the base weights, and the dtype of the first of them.
 
         Raises:
-            UnsupportedLayerError: They lie on several devices.
+            UnsupportedLayerError: The base weights are on several devices.
         """
         found = [layer._factor_like() for _, layer in self._replaced.values()]
         modules = (module for module, _ in self._replaced.values())

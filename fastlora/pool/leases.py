@@ -1,6 +1,7 @@
-"""Leases: who keeps which adapters on the device, and how a thread gets its own.
+"""Leases, which keep adapters on the device, and the queue of threads that wait for a lease.
 
-What is missing is read, room is waited for, then all is granted.
+A request first reads the adapters that are not in memory. It then waits for room, and gets all of
+its adapters together.
 """
 
 from __future__ import annotations
@@ -19,18 +20,18 @@ from fastlora.pool.tiers import Tiers, unknown
 from fastlora.pool.transfers import Transfers
 from fastlora.validation import AdapterStateError, PoolClosedError, PoolFullError
 
-# Threads that prefetch. With several, an adapter that is slow to read delays no other one.
+# Number of prefetch threads. With several, an adapter that is slow to read does not delay others.
 _THREADS = 4
 
 
 class Lease:
-    """Adapters that stay on the device, as they are, until the lease ends.
+    """Adapters that stay on the device, unchanged, until the lease ends.
 
-    A context manager; leave it in the thread, and on the stream, that ran the forward.
+    Use it as a context manager, and exit it in the thread and on the stream that ran the forward.
 
     Attributes:
-        residents: In the order of the names that were asked for.
-        max_rank: The largest rank among them, 0 for none.
+        residents: The adapters, in the order of the requested names.
+        max_rank: The largest rank among them, or 0 if there are none.
     """
 
     def __init__(self, residents: tuple[Resident, ...], release: Callable[[Lease], None]) -> None:
@@ -39,7 +40,7 @@ class Lease:
         self._release = release
 
     def release(self) -> None:
-        """Ends the lease; a second call does nothing."""
+        """End the lease. A second call does nothing."""
         self._release(self)
 
     def __enter__(self) -> Lease:
@@ -51,14 +52,14 @@ class Lease:
 
 @dataclass(eq=False)
 class Request:
-    """A lease that a thread asks for.
+    """A thread's request for a lease.
 
     Attributes:
-        names: Adapters that are registered; they may repeat.
-        owner: The thread.
-        wanted: Name -> image, as last looked up.
-        kept: Images that the thread has read and no tier may hold yet.
-        counts: Whether it shows in the statistics.
+        names: Names of registered adapters, which may repeat.
+        owner: Id of the thread.
+        wanted: Name -> image, from the last lookup.
+        kept: Images that the thread has read. They may not be in a tier yet.
+        counts: Whether the request is counted in the statistics.
     """
 
     names: tuple[str, ...]
@@ -69,21 +70,21 @@ class Request:
 
 
 class Residency:
-    """The tiers' lock, the leases, and who waits for one.
+    """The lock of the tiers, the leases, and the requests that wait for one.
 
     Args:
         reader: Reads adapters, outside the lock.
-        tiers: Guarded by the lock.
+        tiers: The tiers, which the lock guards.
         transfers: Orders the device's work.
-        scales: Makes those of DoRA adapters, outside the lock.
+        scales: Computes the scales of DoRA adapters, outside the lock.
 
     Attributes:
-        changed: The lock, and the condition that leases have ended, room has come or reads are
-            done. Whoever changes the tiers notifies all.
-        held: Thread -> its leases.
-        queue: Requests that wait for room, in the order of their coming.
-        closing: No new lease is granted and no adapter is added.
-        closed: The pool is closed.
+        changed: The lock, and the condition that leases have ended, that there is more room, or
+            that reads are done. Code that changes the tiers must notify all waiting threads.
+        held: Thread id -> its leases.
+        queue: Requests that wait for room, in order of arrival.
+        closing: Whether the pool rejects new leases and new adapters.
+        closed: Whether the pool is closed.
         hits, misses, loads: See `PoolStats`.
     """
 
@@ -98,17 +99,22 @@ class Residency:
         self.closing = self.closed = False
         self.hits = self.misses = self.loads = 0
         self._workers: ThreadPoolExecutor | None = None
-        self._prefetching: set[int] = set()  # threads
+        self._prefetching: set[int] = set()  # thread ids
 
     def check_open(self) -> None:
-        """Raises `PoolClosedError` once the pool is closing."""
+        """Raise `PoolClosedError` if the pool is closed or closing."""
         if self.closed:
             raise PoolClosedError("the pool is closed")
         if self.closing:
             raise PoolClosedError("the pool is closing and takes no new leases")
 
     def check_known(self, names: Iterable[str]) -> None:
-        """Raises `AdapterNotFoundError` unless all names are, `PoolClosedError` once closing."""
+        """Check that all names are registered.
+
+        Raises:
+            AdapterNotFoundError: One of the names is not registered.
+            PoolClosedError: The pool is closed or closing.
+        """
         with self.changed:
             self.check_open()
             known = self._tiers.entries
@@ -116,10 +122,10 @@ class Residency:
             if lost is None:
                 return
             known = dict(known)
-        raise unknown(lost, known)  # looking for close names takes its time
+        raise unknown(lost, known)  # outside the lock: finding close names is slow
 
     def close(self, wait: float | None) -> None:
-        """Refuses new leases, and waits until all have ended; see `AdapterPool.close`."""
+        """Reject new leases, and wait until all leases have ended. See `AdapterPool.close`."""
         with self.changed:
             held = sum(len(n) for owner, n in self.held.items() if owner not in self._prefetching)
             if wait is None and held:
@@ -129,10 +135,10 @@ class Residency:
             self.closing = True
             workers, self._workers = self._workers, None
             self.changed.notify_all()
-        if workers is not None:  # without the lock: callbacks of cancelled futures run here
+        if workers is not None:  # without the lock: callbacks of canceled futures run here
             workers.shutdown(wait=False, cancel_futures=True)
         with self.changed:
-            # A thread that prefetches ends after the adapter that it is reading.
+            # A prefetch thread ends after the adapter that it is reading.
             if not self.changed.wait_for(lambda: not (self.held or self._prefetching), wait):
                 held = sum(map(len, self.held.values()))
                 raise AdapterStateError(
@@ -142,7 +148,7 @@ class Residency:
                 )
 
     def acquire_resident(self) -> Lease:
-        """Leases what is on the device now, which takes no room."""
+        """Return a lease on all adapters that are on the device now, which needs no more room."""
         with self.changed:
             self.check_open()
             self.hits += len(self._tiers.device)
@@ -150,7 +156,7 @@ class Residency:
         return self._ready(lease)
 
     def acquire(self, request: Request, timeout: float | None) -> Lease:
-        """Waits for a lease, ``timeout`` seconds for room; see `AdapterPool.lease`."""
+        """Return a lease, waiting up to ``timeout`` seconds for room. See `AdapterPool.lease`."""
         deadline = None if timeout is None else time.monotonic() + timeout
         try:
             while True:
@@ -166,23 +172,23 @@ class Residency:
                     self.changed.notify_all()
 
     def settle(self, name: str) -> None:
-        """Makes the scales of a new adapter that is pinned, which may not be leased again."""
+        """Compute the scales of a new pinned DoRA adapter now, in case no lease follows."""
         with self.changed:
             entry, resident = self._tiers.entries.get(name), self._tiers.device.get(name)
             if entry is None or not entry.pinned or resident is None or not resident.uses_dora:
                 return
-            lease = self._hold((resident,))  # it is there: nobody's room is waited for
+            lease = self._hold((resident,))  # it is on the device and needs no more room
         self._ready(lease).release()
 
     def remake_scales(self) -> None:
-        """Makes scales anew of all that is on the device, replaced adapters in use included."""
+        """Recompute the scales of all adapters on the device, including replaced ones in use."""
         with self.changed:
             self.check_open()
             lease = self._hold(tuple(self._tiers.residents))
         self._ready(lease).release()
 
     def _hold(self, residents: tuple[Resident, ...]) -> Lease:
-        """Leases what is on the device, for the calling thread."""
+        """Create a lease for the calling thread on adapters that are on the device."""
         for resident in set(residents):
             resident.leases += 1
         lease = Lease(residents, self._release)
@@ -190,7 +196,7 @@ class Residency:
         return lease
 
     def _step(self, request: Request, deadline: float | None) -> Lease | list[Entry]:
-        """Waits until a request is granted, or adapters must be read for it, which it returns."""
+        """Wait until a request is granted. Return the lease, or the entries to read first."""
         tiers = self._tiers
         while True:
             self.check_open()
@@ -219,7 +225,7 @@ class Residency:
             self.changed.wait(left)
 
     def _look_up(self, request: Request) -> list[Entry]:
-        """Notes where a request's adapters are; returns those that are in no memory."""
+        """Store the images of a request's adapters in it, and return the entries not in memory."""
         entries = {name: self._tiers.entry(name) for name in request.names}
         images = {name: self._tiers.image(name) for name in entries}
         request.wanted = {name: image for name, image in images.items() if image is not None}
@@ -236,9 +242,10 @@ class Residency:
                 for entry in entries:
                     entry.reading = False
                     image = found.get(entry.name)
-                    # Where another adapter has its name by now, that one is in memory.
+                    # If the name has a new adapter by now, the new one is in memory.
                     if image is not None and self._tiers.entries.get(entry.name) is entry:
-                        # The request keeps it alive; others that want it find it here.
+                        # The request keeps the image alive, and other requests find it in
+                        # ``staged``.
                         self._tiers.staged[entry.name] = image
                         request.kept.append(image)
                         self.loads += 1
@@ -253,7 +260,11 @@ class Residency:
         return self._hold(tuple(residents[name] for name in request.names))
 
     def _ready(self, lease: Lease) -> Lease:
-        """Lets the calling thread's work on the device come after the copies of its adapters."""
+        """Make the calling thread's work on the device wait for the copies of a lease's adapters.
+
+        Returns:
+            ``lease``. If this method raises, the lease has been released.
+        """
         try:
             residents = list(dict.fromkeys(lease.residents))
             self._scales.prepare(residents, self.changed)
@@ -264,7 +275,7 @@ class Residency:
                     if mark is not None and not self._transfers.is_done(mark):
                         marks.append(mark)
                     elif mark is not None and mark is resident.written:
-                        resident.written = None  # for good: it was copied once
+                        resident.written = None  # permanently, because it is copied only once
             self._transfers.wait_for_writes(marks)
         except BaseException:
             lease.release()
@@ -274,7 +285,7 @@ class Residency:
     def _release(self, lease: Lease) -> None:
         mark = self._transfers.read()
         with self.changed:
-            # Any thread may end it; a second time, nobody holds it.
+            # Any thread may end the lease. On a second call, no thread holds it.
             owner = next((owner for owner, leases in self.held.items() if lease in leases), None)
             if owner is None:
                 return
@@ -286,19 +297,21 @@ class Residency:
             self.changed.notify_all()
 
     def _may_go(self, request: Request) -> bool:
-        """Returns whether it is a request's turn.
+        """Return whether it is a request's turn.
 
-        First come, first served, so that a large request is not passed by small ones for ever. A
-        thread that holds leases goes first: others wait for it.
+        Requests are served in order of arrival, so that small requests cannot delay a large one
+        forever. A thread that holds leases takes precedence, because other threads wait for its
+        leases to end.
         """
         first = not self.queue or self.queue[0] is request
         return first or request.owner in self.held or not request.names
 
     def _could_fit(self, request: Request) -> bool:
-        """Returns whether a request will fit once others have ended their leases.
+        """Return whether a request will fit after other threads have ended their leases.
 
-        Threads that run will; of those that wait, the ones whose own requests can be met. Where
-        two wait for each other, the one that comes last is told so here.
+        Running threads are assumed to end their leases. A waiting thread is assumed to do so only
+        if its own request can be met. If two threads wait for each other, the result is False for
+        the one that came last.
 
         Method: Dijkstra's banker's algorithm.
         """
@@ -319,7 +332,7 @@ class Residency:
     # ---------------------------------------------------------------------------- background
 
     def prefetch(self, names: tuple[str, ...]) -> Future[None]:
-        """Brings adapters to the device in the background, as far as there is room now."""
+        """Bring adapters to the device in the background, as far as there is room now."""
         with self.changed:
             self.check_open()
             if self._workers is None:
@@ -344,7 +357,7 @@ class Residency:
                 self.changed.notify_all()
 
     def stats(self) -> PoolStats:
-        """Returns what the pool holds and has done; call it under the lock."""
+        """Return the pool's statistics. The caller must hold the lock."""
         tiers = self._tiers
         return PoolStats(
             registered=len(tiers.entries),

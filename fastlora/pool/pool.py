@@ -1,4 +1,7 @@
-"""`AdapterPool`: thousands of adapters for one model, of which a batch may use any."""
+"""`AdapterPool`, which keeps thousands of adapters for one model.
+
+A batch may use any of the adapters.
+"""
 
 from __future__ import annotations
 
@@ -35,46 +38,48 @@ _ATTRIBUTE = "_fastlora_pool"
 
 
 class AdapterPool:
-    """Keeps adapters for a model in three tiers: its device, CPU memory, and their folders.
+    """Keeps adapters for a model in three tiers: the device, CPU memory, and the adapters' folders.
 
     Every method may be called from any thread while forwards run. A forward takes a lease on the
-    adapters of its batch, which brings them to the device, evicting the least recently used ones,
-    and keeps them as they are until it ends. Files are read and packed outside the pool's lock.
+    adapters of its batch. The lease brings them to the device, evicts the least recently used
+    adapters if there is no room, and keeps the batch's adapters unchanged until it ends. Files are
+    read and packed outside the pool's lock.
 
-    A file that is being read belongs to no tier yet: beyond the budgets, a thread holds the
-    adapters that it is reading. `prefetch` has four threads. The packed factors of the last two
-    sets of adapters that came again and ran in plain PyTorch (`fastlora.ops.torch.packed`) come
-    on top, too. In front of a GPU the CPU tier is page-locked, and PyTorch rounds such memory up to
-    powers of two.
+    The budgets do not include all memory. A thread holds the adapters that it is reading, which
+    belong to no tier yet; `prefetch` uses four threads. The pool also holds packed factors for
+    plain PyTorch (`fastlora.ops.torch.packed`), for the last two sets of adapters that were used
+    repeatedly. With a GPU, the CPU tier is page-locked memory, which PyTorch rounds up to powers of
+    two.
 
     Args:
-        model: Any module. LoRA layers without adapters take the place of its target modules, and
-            `close` puts these back; the model must not have LoRA layers.
-        target_modules: Which modules adapters may adapt, as in `LoraConfig`.
-        max_adapters: How many adapters the device holds at once, the number of slots.
-        device_bytes: Bytes of factors on the device, without DoRA's scales; None for no limit.
-        cpu_bytes: Bytes of factors in CPU memory behind it, or None for no limit.
-        dtype: Of the stored factors; None for that of the base weights.
-        max_rank: Largest rank that is accepted, or None for any. CUDA graphs need it.
-        max_adapter_bytes: Largest adapter that is accepted, in bytes of its file of tensors, or
-            None for any. This limit and ``max_rank`` are checked before a tensor is read.
-        device: Where the factors go; None for the base weights' device.
-        root: Folder that every adapter's files must be in after links are resolved; a file outside
-            raises `CheckpointError`. None follows links anywhere.
+        model: Any module without LoRA layers. LoRA layers without adapters replace its target
+            modules, and `close` restores them.
+        target_modules: The modules that adapters may adapt, as in `LoraConfig`.
+        max_adapters: Number of adapters that the device holds at once, which is the number of
+            slots.
+        device_bytes: Limit in bytes for factors on the device, excluding DoRA's scales, or None.
+        cpu_bytes: Limit in bytes for factors in CPU memory, or None.
+        dtype: Dtype of the stored factors, or None for the base weights' dtype.
+        max_rank: Largest accepted rank, or None for any rank. CUDA graphs require it.
+        max_adapter_bytes: Largest accepted adapter, as the size of its tensor file in bytes, or
+            None for any size. This limit and ``max_rank`` are checked before any tensor is read.
+        device: Device of the factors, or None for the base weights' device.
+        root: Folder that must contain every adapter's files after links are resolved. A file
+            outside it raises `CheckpointError`. With None, links may lead anywhere.
 
     Attributes:
-        modules: Name, K and N of each target module; a layer's ``table_row`` counts here.
-        group: What marks the layers as this pool's.
-        tables: What kernels read about the adapters on the device.
+        modules: Name, K, and N of each target module, in the order of the layers' ``table_row``.
+        group: Identifies the layers as this pool's.
+        tables: The tables of addresses, ranks, and scalings that kernels read.
         max_rank: As given.
 
     Raises:
-        AdapterStateError: The model has LoRA layers already.
+        AdapterStateError: The model already has LoRA layers.
         TargetNotFoundError, UnsupportedLayerError, ConfigError: ``target_modules`` or a limit is
             wrong. The model is unchanged.
     """
 
-    @torch.inference_mode(False)  # what is made here outlives the mode
+    @torch.inference_mode(False)  # these tensors outlive the mode
     def __init__(
         self,
         model: nn.Module,
@@ -111,8 +116,9 @@ class AdapterPool:
             packer = Packer(
                 self._layers.targets, dtype or base_dtype, pin_memory=self.device.type == "cuda"
             )
-            # More columns than slots, for images that were replaced while leases hold them; and one
-            # for an image that is to replace another, which is there until nothing can fail.
+            # There are more columns than slots, for replaced images that leases still hold. One
+            # more is for a new image, which is written before the old one is removed, so that a
+            # failure loses neither.
             columns = max_adapters + max(4, max_adapters // 8) + 1
             with transfers.ordered():
                 self.tables = PoolTables(
@@ -144,28 +150,29 @@ class AdapterPool:
         config: Any = None,
         pin: bool = False,
     ) -> None:
-        """Reads an adapter and brings it to the device; an adapter of that name is replaced.
+        """Read an adapter and bring it to the device. An adapter of the same name is replaced.
 
-        The replaced one keeps acting in forwards that hold a lease, and its slot is the new one's.
-        Where leases and pins leave no room on the device, the adapter waits in the CPU tier, and
-        has a slot again with the next lease on it.
+        The replaced adapter stays active in forwards that hold a lease on it, and the new adapter
+        takes over its slot. If leases and pins leave no room on the device, the adapter waits in
+        the CPU tier. It then gets a slot with the next lease on it.
 
         Args:
-            name: The adapter's name.
-            source: A PEFT folder, which must stay where it is: an evicted adapter is read again
-                from there. Or a state dict with PEFT's keys; such an adapter never leaves CPU
-                memory and counts there.
-            config: For a state dict, a `fastlora.LoraConfig`, PEFT's own, or its fields.
-            pin: Never evict it; see `pin`.
+            name: Name of the adapter.
+            source: A PEFT folder, or a state dict with PEFT's keys. A folder must stay where it is,
+                because an evicted adapter is read from it again. An adapter from a state dict never
+                leaves CPU memory and counts toward ``cpu_bytes``.
+            config: For a state dict, a `fastlora.LoraConfig`, PEFT's config, or a mapping of its
+                fields.
+            pin: Whether to keep the adapter on the device; see `pin`.
 
         Raises:
-            CheckpointError: The adapter is damaged, does not fit the model, or holds what a pool
-                does not support.
+            CheckpointError: The adapter is damaged, does not match the model, or has contents that
+                a pool does not support.
             ConfigError: The name or the config is wrong.
-            PoolFullError: It never fits, or it is to be pinned and does not fit now. After any of
-                these the pool is as it was.
-            torch.OutOfMemoryError: There is no room for a pinned DoRA adapter's scales, which the
-                next lease makes: it is in the pool then.
+            PoolFullError: The adapter can never fit, or it should be pinned and does not fit now.
+                After any of these errors, the pool is unchanged.
+            torch.OutOfMemoryError: There is no memory for the scales of a pinned DoRA adapter. The
+                adapter is in the pool, and the next lease computes the scales.
         """
         _check_name(name)
         if isinstance(source, Mapping):
@@ -177,14 +184,14 @@ class AdapterPool:
 
     @torch.inference_mode(False)
     def load_entry(self, entry: Entry) -> None:
-        """Does what `load` does, with a record that the caller made.
+        """Load an adapter as `load` does, from a record that the caller has created.
 
         Args:
-            entry: Names the adapter and its folder. It is the pool's record from now on.
+            entry: The record, with the adapter's name and folder. The pool uses it from now on.
 
         Raises:
-            ConfigError: The name is wrong, or there is no folder.
-            CheckpointError, PoolFullError, torch.OutOfMemoryError: As `load`.
+            ConfigError: The name is wrong, or the record has no folder.
+            CheckpointError, PoolFullError, torch.OutOfMemoryError: As in `load`.
         """
         self._put(entry, self._reader.read_folder(_folder_of(entry)))
 
@@ -197,44 +204,47 @@ class AdapterPool:
         self._residency.settle(entry.name)
 
     def register(self, name: str, folder: str | os.PathLike[str]) -> None:
-        """Remembers where an adapter is; it is read when it is first used.
+        """Register the folder of an adapter. The adapter is read when it is first used.
 
         Args:
             name: A new name.
-            folder: A PEFT folder, which must stay where it is. Its config is checked now, its
-                tensors when they are read.
+            folder: A PEFT folder, which must stay where it is. Its config is checked now, and its
+                tensors are checked when they are read.
 
         Raises:
-            CheckpointError: The folder holds no adapter that this pool can take.
-            AdapterStateError: The name exists.
+            CheckpointError: The folder has no adapter that this pool supports.
+            AdapterStateError: The name is already registered.
             ConfigError: The name is wrong.
         """
         self.register_entry(Entry(name, Path(folder).absolute()))
 
     def register_entry(self, entry: Entry) -> None:
-        """Does what `register` does, with a record that the caller made.
+        """Register an adapter as `register` does, from a record that the caller has created.
 
         Args:
-            entry: Names the adapter and its folder. It is the pool's record from now on.
+            entry: The record, with the adapter's name and folder. The pool uses it from now on.
 
         Raises:
-            CheckpointError, AdapterStateError, ConfigError: As `register`.
+            CheckpointError, AdapterStateError, ConfigError: As in `register`.
         """
         self._register([entry])
 
     def register_folder(self, root: str | os.PathLike[str]) -> list[str]:
-        """Registers every adapter folder in a folder under its folder's name.
+        """Register every adapter folder inside a folder, under the name of the adapter folder.
 
-        A folder that is an adapter's itself, as PEFT writes the adapter ``"default"`` beside
-        subfolders of others, is registered under its own name too.
+        If the folder is an adapter folder itself, it is registered too, under its own name. PEFT
+        writes the adapter ``"default"`` in this way, beside subfolders for other adapters.
+
+        Args:
+            root: The folder.
 
         Returns:
-            The names, sorted.
+            The registered names, sorted.
 
         Raises:
-            CheckpointError: There are none, or one of them is not an adapter for this pool.
-            AdapterStateError: A name exists.
-            ConfigError: A name is wrong. Nothing is registered after any of these.
+            CheckpointError: There are no adapters, or one of them is not supported by this pool.
+            AdapterStateError: A name is already registered.
+            ConfigError: A name is wrong. After any of these errors, nothing is registered.
         """
         path = Path(root).absolute()
         if not path.is_dir():
@@ -259,10 +269,12 @@ class AdapterPool:
             self._tiers.add(entries, any(uses_dora))
 
     def unload(self, name: str) -> None:
-        """Forgets an adapter. Leases on it go on; its memory is free when they have ended.
+        """Remove an adapter from the pool.
+
+        Leases on the adapter remain valid, and its memory is free after they have ended.
 
         Raises:
-            AdapterNotFoundError: There is none of that name.
+            AdapterNotFoundError: No adapter has this name.
         """
         with self._changed:
             self._residency.check_open()
@@ -271,21 +283,21 @@ class AdapterPool:
         self.group.packs.clear()
 
     def pin(self, name: str) -> None:
-        """Brings an adapter to the device and keeps it there until `unpin`.
+        """Bring an adapter to the device and keep it there until `unpin`.
 
         Raises:
-            AdapterNotFoundError: There is none of that name.
-            CheckpointError: Its folder cannot be read any more.
-            PoolFullError: It cannot fit.
+            AdapterNotFoundError: No adapter has this name.
+            CheckpointError: The adapter's folder can no longer be read.
+            PoolFullError: The adapter does not fit.
         """
         with self.lease([name]), self._changed:
             self._tiers.entry(name).pinned = True
 
     def unpin(self, name: str) -> None:
-        """Lets an adapter be evicted again.
+        """Allow an adapter to be evicted again.
 
         Raises:
-            AdapterNotFoundError: There is none of that name.
+            AdapterNotFoundError: No adapter has this name.
         """
         with self._changed:
             self._residency.check_open()
@@ -293,44 +305,48 @@ class AdapterPool:
             self._changed.notify_all()
 
     def prefetch(self, names: Sequence[str]) -> Future[None]:
-        """Brings adapters to the device in the background, as far as there is room without waiting.
+        """Bring adapters to the device in the background, as far as there is room without waiting.
+
+        Args:
+            names: Registered names.
 
         Returns:
-            A future. It need not be waited for; ``result()`` raises where an adapter could not be
-            read, as the next lease on it will.
+            A future, which may be ignored. Its ``result()`` raises if an adapter could not be read.
+            The next lease on that adapter will raise too.
 
         Raises:
-            AdapterNotFoundError: There is none of one of the names.
+            AdapterNotFoundError: One of the names is not registered.
         """
         return self._residency.prefetch(self._known(names))
 
     @property
     def names(self) -> list[str]:
-        """Names of all adapters, in the order of their registration."""
+        """Names of all adapters, in order of registration."""
         with self._changed:
             return list(self._tiers.entries)
 
     @property
     def resident(self) -> list[str]:
-        """Names of the adapters on the device, the least recently used first."""
+        """Names of the adapters on the device, least recently used first."""
         with self._changed:
             return list(self._tiers.device)
 
     @property
     def replaced(self) -> int:
-        """How many times `load` replaced an adapter or `unload` forgot one.
+        """Number of times that `load` replaced an adapter or `unload` removed one.
 
-        While the number stays the same, the adapters of an open block are those of their names.
+        While the number does not change, each name in an open block still refers to the same
+        adapter.
         """
         return self._tiers.replaced
 
     def slot_of(self, name: str) -> int | None:
-        """Returns an adapter's slot, or None while it is not on the device.
+        """Return an adapter's slot, or None if it is not on the device.
 
-        It is certain to stay the adapter's only while a lease or a pin holds it.
+        The slot is guaranteed only while a lease or a pin keeps the adapter on the device.
 
         Raises:
-            AdapterNotFoundError: There is none of that name.
+            AdapterNotFoundError: No adapter has this name.
         """
         with self._changed:
             self._tiers.entry(name)
@@ -338,18 +354,19 @@ class AdapterPool:
             return None if resident is None else resident.slot
 
     def plan(self, names: Sequence[str | None]) -> list[list[int]]:
-        """Splits a batch into batches that the device can hold, each of whole samples.
+        """Split a batch into batches that the device can hold.
 
         Args:
-            names: An adapter for each sample, as for `fastlora.adapters`; None for the base model.
+            names: The adapter of each sample, as for `fastlora.adapters`; None for the base model.
 
         Returns:
-            Indices into ``names``, in order; no batch has more than ``max_adapters`` different
-            adapters. Samples without one go into the first. Pins and leases of others, and
-            ``device_bytes``, are not counted: they can still refuse a batch, or make it wait.
+            Indices into ``names`` for each batch, in order. No batch uses more than
+            ``max_adapters`` different adapters. Samples without an adapter go into the first batch.
+            Pins, leases of other threads, and ``device_bytes`` are not considered. They can still
+            make a batch wait or raise.
 
         Raises:
-            AdapterNotFoundError: There is none of one of the names.
+            AdapterNotFoundError: One of the names is not registered.
         """
         self._known([name for name in names if name is not None])
         at: dict[str | None, int] = {None: 0}
@@ -377,7 +394,7 @@ class AdapterPool:
             return len(self._tiers.entries)
 
     def stats(self) -> PoolStats:
-        """Returns what the pool holds and has done."""
+        """Return the pool's statistics."""
         with self._changed:
             return self._residency.stats()
 
@@ -385,59 +402,60 @@ class AdapterPool:
 
     @torch.inference_mode(False)
     def lease(self, names: Sequence[str], *, timeout: float | None = None) -> Lease:
-        """Brings adapters to the device and keeps them there, as they are, until the lease ends.
+        """Bring adapters to the device and keep them there, unchanged, until the lease ends.
 
-        All or nothing: it waits, holding nothing, while the leases of other threads take room that
-        it needs. A thread's own leases never end while it waits.
+        A lease gets all of its adapters or none. While leases of other threads take room that it
+        needs, it waits and holds nothing. A thread's own leases never end while it waits.
 
         Args:
-            names: Registered names; they may repeat.
-            timeout: Seconds to wait for room, or None for as long as it takes. A file that is being
-                read is waited for.
+            names: Registered names, which may repeat.
+            timeout: Seconds to wait for room, or None for no limit. Waiting for a file that is
+                being read is not limited.
 
         Returns:
-            The lease, in force; end it with ``with`` or `Lease.release`.
+            The active lease. End it with ``with`` or `Lease.release`.
 
         Raises:
-            AdapterNotFoundError: There is no adapter of one of the names.
-            CheckpointError: One cannot be read, or does not fit the model.
-            PoolFullError: They can never fit beside what is pinned and what waiting threads hold,
-                or the time is up. Nothing has changed.
+            AdapterNotFoundError: One of the names is not registered.
+            CheckpointError: An adapter cannot be read, or does not match the model.
+            PoolFullError: The adapters can never fit next to the pinned adapters and those that
+                waiting threads hold, or the time is up. Nothing has changed.
             PoolClosedError: The pool is closed or closing.
-            AdapterStateError: Adapters are being copied to the GPU and a CUDA graph is being
-                captured.
+            AdapterStateError: A CUDA graph is being captured while adapters are being copied to the
+                GPU.
         """
         return self._residency.acquire(Request(self._known(names)), timeout)
 
     def lease_resident(self) -> Lease:
-        """Keeps every adapter that is on the device now: for row ids that are slots.
+        """Return a lease on every adapter that is on the device now, for row ids that are slots.
 
         Raises:
-            PoolClosedError, AdapterStateError: As `lease`.
+            PoolClosedError, AdapterStateError: As in `lease`.
         """
         return self._residency.acquire_resident()
 
     def remake_scales(self) -> None:
-        """Makes DoRA's scales of all that is on the device anew; `fastlora.refresh` calls it."""
+        """Recompute the DoRA scales of all adapters on the device. `fastlora.refresh` calls it."""
         self._residency.remake_scales()
 
     # -------------------------------------------------------------------------------- closing
 
     def close(self, wait: float | None = None) -> None:
-        """Puts the base layers back into the model and forgets every adapter.
+        """Restore the base layers of the model and remove every adapter.
 
-        With ``wait``, new leases and blocks raise `PoolClosedError` from now on, in every thread,
-        and those that other threads hold have that many seconds to end. Without it, `close` does
-        not wait for leases. Either way, a thread that prefetches ends after the adapter that it is
-        reading. `close` on a closed pool does nothing.
+        With ``wait``, new leases and blocks raise `PoolClosedError` from now on in every thread,
+        and other threads have that many seconds to end their leases. Without ``wait``, `close` does
+        not wait for leases. In both cases, a prefetch thread ends after the adapter that it is
+        reading. On a closed pool, `close` does nothing.
 
         Args:
-            wait: Seconds to wait for leases to end, or None to refuse while any is held.
+            wait: Seconds to wait for leases to end, or None to raise if any lease is held.
 
         Raises:
-            AdapterStateError: Leases are held. Without ``wait``, nothing has changed. With it, the
-                time is up: the pool keeps refusing new leases, and a later `close` finishes.
-            ConfigError: ``wait`` is not a number of at least 0.
+            AdapterStateError: Leases are held. Without ``wait``, nothing has changed. With
+                ``wait``, the time is up: the pool continues to reject new leases, and a later
+                `close` can finish.
+            ConfigError: ``wait`` is not a finite number of at least 0.
         """
         number = isinstance(wait, (int, float)) and not isinstance(wait, bool)
         if wait is not None and not (number and 0 <= wait < math.inf):
@@ -461,7 +479,7 @@ class AdapterPool:
         try:
             self.close()
         except AdapterStateError:
-            if kind is None:  # else an error of that kind is what ended the block
+            if kind is None:  # else keep the exception that ended the block
                 raise
 
     def routing(
@@ -471,11 +489,16 @@ class AdapterPool:
         validate: bool,
         held: contextlib.ExitStack,
     ) -> Routing:
-        """Returns the routing of a `fastlora.adapters` block; ``held`` takes the lease."""
+        """Return the routing of a `fastlora.adapters` block, and add its lease to ``held``."""
         return pool_routing(self, ids, seeds, validate, held)
 
     def _known(self, names: Sequence[str]) -> tuple[str, ...]:
-        """Returns names that are all registered; raises for others, and for a single string."""
+        """Return the names as a tuple, after checking that all of them are registered.
+
+        Raises:
+            TypeError: ``names`` is a single string or not a sequence.
+            AdapterNotFoundError: One of the names is not registered.
+        """
         if isinstance(names, str) or not isinstance(names, Sequence):
             raise TypeError(f"names is {names!r}, expected a list of names")
         self._residency.check_known(names)
@@ -486,13 +509,13 @@ class AdapterPool:
 
 
 def pool_of(model: nn.Module) -> AdapterPool | None:
-    """Returns the pool that was made for a model, or None."""
+    """Return the pool that was created for a model, or None."""
     found: AdapterPool | None = model.__dict__.get(_ATTRIBUTE)
     return found
 
 
 def _check_name(name: object) -> None:
-    """Raises `ConfigError` unless an adapter can have this name."""
+    """Raise `ConfigError` unless ``name`` is a valid adapter name."""
     if not isinstance(name, str) or not name or name == BASE:
         raise ConfigError(
             f"an adapter's name must be a non-empty string other than {BASE!r}, got {name!r}"
@@ -500,7 +523,7 @@ def _check_name(name: object) -> None:
 
 
 def _folder_of(entry: Entry) -> Path:
-    """Returns the folder of a record; raises `ConfigError` where name or folder is wrong."""
+    """Return the folder of a record. Raise `ConfigError` if its name or folder is wrong."""
     _check_name(entry.name)
     if entry.folder is None:
         raise ConfigError(f"the record of {entry.name!r} has no folder")

@@ -1,4 +1,4 @@
-"""Adapters from PEFT folders and state dicts, checked against a pool's modules and packed."""
+"""Reads adapters from PEFT folders and state dicts, checks them for a pool, and packs them."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ from fastlora.validation import (
     near_names,
 )
 
-# How many kinds of adapters, by what their configs name, are remembered.
+# Limit on the number of cached module lists. Each belongs to one choice of target modules.
 _MOST_KINDS = 256
-# Bytes of a config and of a header's metadata that depend on no module.
+# Bytes allowed for the parts of a config and of a header's metadata that do not depend on modules.
 _CONFIG_BYTES, _METADATA_BYTES = 64 << 10, 256 << 10
-# A config names a module up to three times, and a header has up to four tensors of it. These are
-# the bytes beside the name.
+# A config names a module up to three times, and a header lists up to four tensors of it. These are
+# the bytes of each mention besides the name.
 _NAMED_BYTES, _TENSOR_BYTES = 64, 160
-# Number of a module, and the kind of block.
+# Index of a module, and kind of block.
 Place = tuple[int, str]
 
 _BLOCK_OF = {
@@ -64,14 +64,15 @@ _REFUSED = {
 
 
 class AdapterReader:
-    """Reads adapters for one model's pool; holds no adapter, so any thread may use it.
+    """Reads adapters for one model's pool. It holds no adapter, so any thread may use it.
 
     Args:
         model: The base model, with the pool's layers in it.
-        packer: Packs what was read; its targets are the pool's.
-        max_rank: Largest rank that is accepted, or None for any.
-        max_bytes: Largest adapter that is accepted, in bytes of its tensors' file, or None for any.
-        root: Folder that an adapter's files must be in after links are resolved, or None.
+        packer: Packs the tensors. Its targets are the pool's modules.
+        max_rank: Largest accepted rank, or None for any rank.
+        max_bytes: Largest accepted adapter, as the size of its tensor file in bytes, or None for
+            any size.
+        root: Folder that must contain an adapter's files after links are resolved, or None.
     """
 
     def __init__(
@@ -87,22 +88,26 @@ class AdapterReader:
         self._max_rank, self._max_bytes = max_rank, max_bytes
         self._limits = _limits_for([target.name for target in packer.targets])
         self._index = {target.name: i for i, target in enumerate(packer.targets)}
-        # What a config names in this model, by digest. Adapters of one kind name the same modules.
+        # Digest of a config's choice of targets -> names of the modules in this model. Adapters of
+        # one kind share an entry.
         self._named: dict[bytes, list[str]] = {}
 
     def check_folder(self, folder: Path) -> LoraConfig:
-        """Returns a folder's config, checked as far as can be without reading tensors.
+        """Return a folder's config, after every check that does not read tensors.
 
-        Raises `CheckpointError` where the folder holds no adapter that this pool can take.
+        Raises:
+            CheckpointError: The folder has no adapter that this pool supports.
         """
         with self._opened(folder) as opened:
             return opened.config
 
     def read_folder(self, folder: Path) -> Image:
-        """Reads, checks and packs an adapter folder.
+        """Read, check, and pack an adapter folder.
 
-        Raises `CheckpointError`, with file, tensor, what was found and what was expected, where it
-        is damaged, holds what a pool cannot take, or does not fit the model.
+        Raises:
+            CheckpointError: The adapter is damaged, has contents that a pool does not support, or
+                does not match the model. The message names the file and the tensor, and says what
+                was found and what was expected.
         """
         with self._opened(folder) as opened:
             header = opened.header
@@ -111,17 +116,23 @@ class AdapterReader:
 
     @contextlib.contextmanager
     def _opened(self, folder: Path) -> Iterator[OpenAdapter]:
-        """Opens a folder, bounds the matching in the block, and checks the config and the size."""
+        """Open a folder, limit pattern matching in the block, and check the config and the size."""
         with bounded_matching(), open_adapter_folder(folder, self._root, self._limits) as opened:
             self._check_config(opened.config, str(folder / CONFIG_NAME))
             self._check_bytes(opened.nbytes, str(folder))
             yield opened
 
     def read_state(self, name: str, tensors: Mapping[str, torch.Tensor], config: Any) -> Image:
-        """Checks and packs a state dict with PEFT's keys; raises as `read_folder`.
+        """Check and pack a state dict with PEFT's keys.
 
-        ``config`` is a `fastlora.LoraConfig`, PEFT's own, or a mapping of its fields; ``name`` is
-        for messages.
+        Args:
+            name: Name of the adapter, for messages.
+            tensors: The state dict.
+            config: A `fastlora.LoraConfig`, PEFT's config, or a mapping of its fields.
+
+        Raises:
+            ConfigError: The config is missing or wrong.
+            CheckpointError: As in `read_folder`.
         """
         source = f"the state dict of {name!r}"
         if not isinstance(config, Mapping) and not callable(getattr(config, "to_dict", None)):
@@ -169,14 +180,18 @@ class AdapterReader:
                 f"{source}: bias={config.bias!r} is not supported by an adapter pool: the rows of "
                 "a batch share the base model's biases; expected bias='none'"
             )
-        # Where a pattern changes ranks, the factors tell.
+        # If a pattern changes ranks, they are checked on the factors instead.
         if not config.rank_pattern:
             self._check_rank(f"{source}: r={config.r}", config.r)
 
     def _places(
         self, config: LoraConfig, keys: Mapping[str, AdapterKey], tensors: Tensors, source: str
     ) -> dict[str, Place]:
-        """Returns where each tensor goes; raises `CheckpointError` unless all fit the pool."""
+        """Return the module index and the block of each tensor.
+
+        Raises:
+            CheckpointError: A tensor does not fit the pool, or the adapter is incomplete.
+        """
         places: dict[str, Place] = {}
         names = [target.name for target in self._packer.targets]
         for key, (module, kind) in keys.items():
@@ -193,7 +208,7 @@ class AdapterReader:
         found = {index for index, _ in places.values()}
         with error_prefix(source):
             self._check_complete(config, {names[i] for i in found})
-        for i in found if config.use_dora else ():  # its norm needs the weight
+        for i in found if config.use_dora else ():  # DoRA's norm needs the weight
             try:
                 dense_weight(base_of(self._model.get_submodule(names[i])))
             except UnsupportedLayerError as error:
@@ -226,7 +241,7 @@ class AdapterReader:
         self, index: int, kind: str, shape: tuple[int, ...], key: str, source: str
     ) -> None:
         _, k, n = self._packer.targets[index]
-        # Ranks agree with the config by now, and biases with lora_B.
+        # Ranks have been checked against the config, and biases against lora_B.
         found, expected, axis = (
             (shape[1], k, "[rank, in]") if kind == "lora_A" else (shape[0], n, "[out, ...]")
         )
@@ -239,7 +254,14 @@ class AdapterReader:
             self._check_rank(f"{source}: {key!r} has rank {shape[0]}, which", shape[0])
 
     def _check_complete(self, config: LoraConfig, found: set[str]) -> None:
-        """Refuses an adapter that lacks a module which its config names: it is of another base."""
+        """Raise `CheckpointError` if an adapter has no factors for a module named in its config.
+
+        Such an adapter was made for a different base model.
+
+        Args:
+            config: The adapter's config.
+            found: Names of the modules that have factors.
+        """
         if config.target_modules is None or config.target_modules == NO_TARGETS:
             return
         fields = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
@@ -254,7 +276,7 @@ class AdapterReader:
                 raise CheckpointError(f"made for another base model: {error}") from error
             except (ConfigError, UnsupportedLayerError) as error:
                 raise CheckpointError(str(error)) from error
-            if len(self._named) >= _MOST_KINDS:  # a folder can be rewritten without end
+            if len(self._named) >= _MOST_KINDS:  # a folder may be rewritten any number of times
                 self._named.clear()
             self._named[key] = named
         missing = [name for name in named if name not in found]
@@ -266,11 +288,11 @@ class AdapterReader:
 
 
 def _limits_for(modules: list[str]) -> FileLimits:
-    """Returns the limits of files that adapt these modules.
+    """Return the size limits of adapter files for these modules.
 
-    Parsing holds the interpreter's lock: 65 ms for 1 MiB of empty lists, on one core of an EPYC.
-    The objects take up to 25 times the memory of the text. The metadata of a header may repeat the
-    config, where an escaped character has two bytes.
+    The limits bound the cost of parsing, which holds Python's global interpreter lock: 65 ms for 1
+    MiB of empty lists, on one core of an EPYC. The parsed objects take up to 25 times the memory of
+    the text. A header's metadata may repeat the config, with escaped characters of two bytes.
     """
     length, count = sum(map(len, modules)), len(modules)
     names = 3 * (length + count * _NAMED_BYTES)

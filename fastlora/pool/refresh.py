@@ -1,4 +1,4 @@
-"""`refresh`: for weights that were written behind PyTorch's back."""
+"""`refresh`, for weights that were written in a way that fastlora cannot detect."""
 
 from __future__ import annotations
 
@@ -11,19 +11,23 @@ from fastlora.weight_marks import marks
 
 
 def refresh(model: nn.Module) -> None:
-    """Forgets whatever fastlora derived from a model's weights.
+    """Clear everything that fastlora has cached from a model's weights.
 
-    Needed only after writes that nobody tells of: through ``.data`` or ``set_`` (PEFT's
-    `hotswap_adapter`), by compiled code under no `torch.optim.Optimizer`, in place in the middle of
-    a `fastlora.adapters` block, or, over a pool with DoRA adapters, after any change of base
-    weights there. Everything else is noticed: steps of optimizers, fused or compiled ones too, and
-    a change between training and evaluation, whatever was written in between.
+    This is needed only after writes that fastlora cannot detect:
 
-    CUDA graphs that were captured over the model before must not be replayed afterwards: what they
-    read is given back.
+    * through ``.data`` or ``set_``, as PEFT's `hotswap_adapter` does;
+    * by compiled code that does not use a `torch.optim.Optimizer`;
+    * to factors, in the middle of a `fastlora.adapters` block;
+    * to base weights under a pool with DoRA adapters, while a lease is open.
+
+    All other writes are detected: steps of optimizers, including fused and compiled ones, and any
+    write that is followed by a change between training and evaluation mode.
+
+    CUDA graphs that were captured over the model before this call must not be replayed after it,
+    because the memory that they read is freed.
 
     Args:
-        model: Any module that holds LoRA layers of fastlora's or patched ones of PEFT's.
+        model: Any module with LoRA layers of fastlora or patched LoRA layers of PEFT.
     """
     marks.end_all()
     for module in model.modules():

@@ -1,4 +1,4 @@
-"""What a pool knows about its adapters: by name, and on the device; and the numbers it reports."""
+"""A pool's records of its adapters, by name and on the device, and its statistics."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from fastlora.pool.image import Image
 
 
 class Scales:
-    """A DoRA adapter's scales on the device, one for each output of each of its modules.
+    """The scales of a DoRA adapter on the device, one for each output of each of its modules.
 
-    They stay where they are, and are written anew when a base weight has changed.
+    Their memory does not move. They are overwritten when a base weight has changed.
 
     Attributes:
-        by_module: Number of a module -> g, ``[N]`` in fp32 (fp64 over an fp64 weight).
-        blocks: The same as kernels read it, in fp32.
-        stamps: What tells whether the base weights are still those that they were made of.
-        written: Mark behind their last making.
+        by_module: Index of a module -> g, ``[N]`` in fp32 (fp64 for an fp64 weight).
+        blocks: The same scales in fp32, as kernels read them.
+        stamps: Stamps of the base weights that the scales were computed from.
+        written: Event that follows the last write, or None.
     """
 
     __slots__ = ("blocks", "by_module", "stamps", "written")
@@ -34,26 +34,26 @@ class Scales:
 
 
 class Resident:
-    """An adapter on the device. What forwards read never changes: a hot swap makes a new one.
+    """An adapter on the device. Its factors never change: a hot swap creates a new resident.
 
-    Its memory is certain to be its own only while a lease holds it.
+    Its memory is guaranteed to stay valid only while a lease holds it. The pool's lock guards the
+    last four attributes.
 
     Attributes:
-        name: The adapter's.
-        slot: The number that row ids mean it by.
-        column: Its column in the pool's tables.
+        name: Name of the adapter.
+        slot: Number of the adapter in row ids.
+        column: Column of the adapter in the pool's tables.
         image: The packed factors, 1-D.
-        version: Differs between any two images that were packed, so it can key caches.
-        max_rank: Largest rank on any module.
-        dora_modules: Numbers of the modules on which it has a magnitude.
-        uses_dora: Whether there are any.
-        scales: Of a DoRA adapter, made with the first lease, and gone with the resident.
-
-    The pool's own, guarded by its lock:
+        version: A number that differs between any two packed images, for use in cache keys.
+        max_rank: Largest rank of any module.
+        dora_modules: Indices of the modules that have a magnitude.
+        uses_dora: Whether any module has a magnitude.
+        scales: Scales of a DoRA adapter, computed with the first lease, or None.
         packed: The image with its layout.
-        leases: How many leases hold it.
-        written: Mark behind its copy to the device, until that is known to be done.
-        reads: Stream -> mark behind the last forward there that read it.
+        leases: Number of leases that hold the adapter.
+        written: Event that follows the copy to the device, or None once the copy is known to be
+            done.
+        reads: Stream -> event that follows the last forward on it that read the adapter.
     """
 
     def __init__(self, name: str, slot: int, column: int, image: Image) -> None:
@@ -71,13 +71,13 @@ class Resident:
         self._views: dict[int, Factors | None] = {}
 
     def factors(self, table_row: int) -> Factors | None:
-        """Returns the factors of one module, or None where the adapter lacks it.
+        """Return the factors of one module, or None if the adapter does not adapt it.
 
         Args:
-            table_row: The module's number in the pool, its layer's ``table_row``.
+            table_row: Index of the module in the pool, which is its layer's ``table_row``.
         """
         if table_row not in self._views:
-            # Two threads may both make them; either result will do.
+            # Two threads may both create the factors. Either result can be used.
             views = self.packed.layout.views(self.image, table_row)
             made = None
             if views:
@@ -93,13 +93,13 @@ class Resident:
 
 @dataclass(eq=False)
 class Entry:
-    """What the pool knows about a name; another adapter of that name has an entry of its own.
+    """The record of a name in the pool. A new adapter with the same name has a new record.
 
     Attributes:
-        name: The adapter's name.
-        folder: Where it can be read again; None for one that came as a state dict.
-        pinned: Never evicted from the device.
-        reading: A thread is reading it.
+        name: Name of the adapter.
+        folder: Folder from which it can be read again, or None if it came as a state dict.
+        pinned: Whether it stays on the device.
+        reading: Whether a thread is reading it.
     """
 
     name: str
@@ -110,16 +110,18 @@ class Entry:
 
 @dataclass(frozen=True)
 class PoolStats:
-    """What a pool holds and has done.
+    """Statistics about the contents and the operations of a pool.
 
     Attributes:
-        registered: Adapters by name, wherever they are.
-        on_device, in_cpu: Adapters in each tier.
-        device_bytes, cpu_bytes: Bytes in each; replaced images that leases keep count.
-        leases: Leases that are held.
-        hits, misses: Adapters that leases found on the device, or had to bring there.
-        loads: Adapters read and packed.
-        evictions: Adapters that left the device for others.
+        registered: Number of registered adapters, in any tier.
+        on_device, in_cpu: Number of adapters in each tier.
+        device_bytes, cpu_bytes: Bytes in each tier. The device includes replaced images that leases
+            hold.
+        leases: Number of leases that are held.
+        hits: Number of adapters that leases found on the device.
+        misses: Number of adapters that leases had to bring to the device.
+        loads: Number of adapters read and packed.
+        evictions: Number of adapters that left the device to make room.
     """
 
     registered: int

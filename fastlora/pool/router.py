@@ -1,4 +1,4 @@
-"""Batches over a pool: the lease and the routing of a block."""
+"""Batches over a pool: creates the lease and the routing of a block."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ def pool_routing(
     validate: bool,
     held: contextlib.ExitStack,
 ) -> Routing:
-    """Returns a routing to adapters of an `AdapterPool`, leased until ``held`` closes.
+    """Return a routing to adapters of an `AdapterPool`, and lease them until ``held`` closes.
 
-    Its slots are the columns of the pool's tables. The rest is as in `fastlora.adapters`.
+    The slots of the routing are the columns of the pool's tables. For the other arguments, see
+    `fastlora.adapters`.
     """
     if not isinstance(ids, torch.Tensor):
         names, places = named_ids(None, ids)
@@ -39,9 +40,10 @@ def pool_routing(
     else:
         check_slot_ids(ids)
         lease = held.enter_context(pool.lease_resident())
-        # A block by slots may warm up for a CUDA graph, which has the buffers of the largest rank.
+        # A block with slot ids may be the warmup of a CUDA graph, which has buffers for the largest
+        # rank.
         max_rank = pool.max_rank or lease.max_rank
-        # From the pool's slots to columns.
+        # Slot of the pool -> column.
         table = torch.full((pool.max_adapters,), OUT_OF_RANGE)
         in_slots: list[str | None] = [None] * pool.max_adapters
         for resident in lease.residents:
@@ -59,14 +61,19 @@ def pool_routing(
         for rank in (max_rank, pool.max_rank or lease.max_rank)
     )
     drawn = draw_seeds(by_column, seeds, draw=False)  # a pool's adapters have no dropout
-    # A copy: if it were a tensor that the routing has elsewhere too, graphs would be guarded by it.
-    # The rank is the pool's, since graphs are guarded by it and other mixes are to compile nothing.
+    # The columns are cloned, because graphs would guard on a tensor that the routing also holds
+    # elsewhere. The rank is the pool's, because graphs guard on it and another mix of adapters must
+    # not recompile.
     whole = Routing(pool.group, by_column, columns.clone(), drawn, fixed)
     return Routing(pool.group, by_column, columns, drawn, source, whole=whole)
 
 
 def captured_pool_routing(pool: Any, ids: torch.Tensor) -> Routing:
-    """Returns the routing of a CUDA graph: slots are looked up at every replay, on the device."""
+    """Return the routing of a CUDA graph, which looks up slots on the device at every replay.
+
+    Raises:
+        AdapterStateError: The pool has no ``max_rank``.
+    """
     check_slot_ids(ids)
     if pool.max_rank is None:
         raise AdapterStateError(

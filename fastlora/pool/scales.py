@@ -1,9 +1,10 @@
-"""What DoRA multiplies a pool's rows by: made for each resident once, and as base weights change.
+"""DoRA scales of a pool's adapters, computed once per resident and when base weights change.
 
-``g = magnitude / ||weight + scaling * lora_b @ lora_a||`` is of an adapter and the base weights,
-not of a batch. So it lies on the device beside the adapter, where tables say, and a compiled or
-captured graph finds it there whatever adapter has come meanwhile. A lease makes what is missing or
-old; until then rows are NaN in a graph.
+``g = magnitude / ||weight + scaling * lora_b @ lora_a||`` depends on an adapter and the base
+weights, but not on a batch. It is therefore stored on the device beside the adapter, and the tables
+hold its address. A compiled or captured graph finds it there, even for an adapter that was loaded
+later. A lease computes scales that are missing or outdated. Until then, the adapter's rows are NaN
+in a graph.
 """
 
 from __future__ import annotations
@@ -22,15 +23,15 @@ from fastlora.pool.tables import PoolTables
 from fastlora.pool.transfers import Transfers
 from fastlora.validation import AdapterStateError
 
-_Stale = tuple[Resident, list[int]]  # with the modules whose scales are to be made
+_Stale = tuple[Resident, list[int]]  # and the modules that need new scales
 
 
 class ScaleMaker:
-    """Makes the scales of residents that use DoRA.
+    """Computes the scales of residents that use DoRA.
 
     Args:
-        layers: The pool's, by ``table_row``.
-        tables: Told where the scales lie.
+        layers: The pool's layers, by ``table_row``.
+        tables: Tables that store the addresses of the scales.
         transfers: Orders the device's work.
     """
 
@@ -40,14 +41,18 @@ class ScaleMaker:
         self._stamps: list[Any] = []
 
     def prepare(self, residents: Iterable[Resident], guard: AbstractContextManager[Any]) -> None:
-        """Makes leased adapters' scales that are missing, or of other base weights.
+        """Compute the scales of leased adapters that are missing or belong to old base weights.
 
-        The caller does not hold ``guard``, the pool's lock: norms take their time. Raises
-        `AdapterStateError` where there are such and a CUDA graph is being captured.
+        Args:
+            residents: The leased adapters.
+            guard: The pool's lock. The caller does not hold it, because computing norms takes time.
+
+        Raises:
+            AdapterStateError: Scales must be computed while a CUDA graph is being captured.
         """
         dora = [resident for resident in residents if resident.uses_dora]
         if not dora or not self._stale(dora)[0]:
-            return  # without waiting for those that others are at
+            return  # without waiting for other threads' scales
         with self._lock:
             stale, stamps = self._stale(dora)
             if not stale:
@@ -59,14 +64,14 @@ class ScaleMaker:
                 )
             with guard:
                 marks = [mark for resident, _ in stale for mark in resident.reads.values()]
-            here = self._transfers.read()  # base weights may have been written here
+            here = self._transfers.read()  # this stream may have written base weights
             self._transfers.wait_for_reads(marks if here is None else [*marks, here[0]])
             with torch.inference_mode(False), torch.no_grad(), self._transfers.ordered():
                 for resident, rows in stale:
                     self._make(resident, rows, stamps)
 
     def _stale(self, dora: list[Resident]) -> tuple[list[_Stale], list[Any]]:
-        """Returns what is to be made, and the stamps of now."""
+        """Return the residents and modules that need new scales, and the current stamps."""
         stamps, known = [base_stamp(layer) for layer in self._layers], self._stamps
         if stamps == known:
             stamps = known
@@ -101,7 +106,8 @@ class ScaleMaker:
             for row, block in blocks.items():
                 addresses[row] = block.data_ptr()
             self._tables.write_scales(resident.column, addresses)
-        # All at once, and the stamps last: who finds these waits for nobody.
+        # The stamps are assigned last, because a thread that finds them current does not take the
+        # lock.
         scales.by_module, scales.blocks = by_module, blocks
         scales.written = self._transfers.written()
         scales.stamps = stamps

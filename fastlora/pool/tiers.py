@@ -1,7 +1,7 @@
-"""The tiers: adapters on the device, behind them those in CPU memory, behind them the disk.
+"""The storage tiers of a pool: the device, CPU memory, and the disk.
 
-Nothing here locks; the pool calls it under its lock. Every check of a method comes before its first
-change.
+Nothing here takes a lock, because the pool calls it under its own lock. Each method makes all of
+its checks before its first change.
 """
 
 from __future__ import annotations
@@ -19,27 +19,27 @@ from fastlora.validation import AdapterNotFoundError, AdapterStateError, PoolFul
 
 
 class Tiers:
-    """Adapters by name, and where each is.
+    """The adapters of a pool by name, and the tier of each.
 
-    On a CPU an image is in one tier at a time and moves by reference. In front of a GPU the CPU
-    tier is a cache of its own: it may hold copies of what the device holds.
+    On a CPU, an image is in one tier at a time and moves by reference. With a GPU, the CPU tier is
+    a separate cache and may hold copies of images on the device.
 
     Args:
-        tables: Filled for each image on the device. Their slots are how many adapters the device
-            holds; columns beyond that are for replaced ones that leases hold, and the last for one
-            that is to take the place of another.
-        transfers: How images get there.
+        tables: Tables to fill for each image on the device. Their number of slots is the number of
+            adapters that the device can hold. The other columns are for replaced adapters that
+            leases hold, and the last one is for an image that is about to replace another.
+        transfers: Copies images to the device.
         device_bytes: Bytes of the device tier, or None for no limit.
         cpu_bytes: Bytes of the CPU tier, or None for no limit.
 
     Attributes:
-        entries: What is known by name.
-        device: Who is on the device, the least recently used first.
-        retired: Replaced or forgotten, and still held by leases.
-        host: Images in the CPU tier, the least recently used first.
-        staged: Images that a thread has read and no tier holds yet.
-        evictions: How many adapters left the device for others.
-        replaced: How many times a name lost the adapter that it had.
+        entries: Name -> record.
+        device: Name -> adapter on the device, least recently used first.
+        retired: Adapters that were replaced or removed but are still leased.
+        host: Name -> image in the CPU tier, least recently used first.
+        staged: Name -> image that a thread has read and no tier holds yet.
+        evictions: Number of adapters that left the device to make room.
+        replaced: Number of times that a name lost its adapter.
     """
 
     def __init__(
@@ -64,32 +64,40 @@ class Tiers:
     # ---------------------------------------------------------------------------------- names
 
     def entry(self, name: str) -> Entry:
-        """Returns what is known about a name, or raises `AdapterNotFoundError`."""
+        """Return the record of a name. Raise `AdapterNotFoundError` if there is none."""
         found = self.entries.get(name)
         if found is None:
             raise unknown(name, self.entries)
         return found
 
     def image(self, name: str) -> Image | None:
-        """Returns an adapter's image wherever it is in memory."""
+        """Return an adapter's image, or None if it is not in memory."""
         resident = self.device.get(name)
         if resident is not None:
             return resident.packed
         return self.host.get(name) or self.staged.get(name)
 
     def add(self, entries: Collection[Entry], uses_dora: bool) -> None:
-        """Registers new names with their adapters on disk; one of them may use DoRA."""
+        """Register new names for adapters on disk.
+
+        Args:
+            entries: Records of the adapters.
+            uses_dora: Whether any of the adapters uses DoRA.
+
+        Raises:
+            AdapterStateError: A name is already registered.
+        """
         for entry in entries:
             if entry.name in self.entries:
                 raise AdapterStateError(
                     f"adapter {entry.name!r} exists already; load() replaces it"
                 )
         self.entries.update({entry.name: entry for entry in entries})
-        # Graphs that are compiled or captured from now on have its scales.
+        # Graphs that are compiled or captured from now on include scales.
         self._tables.uses_dora |= uses_dora
 
     def remove(self, name: str) -> None:
-        """Forgets a name; its memory goes at once, or with the last lease on it."""
+        """Remove a name. Its memory is freed now, or when the last lease on it ends."""
         self.entry(name)
         self._leave_device(name)
         self.host.pop(name, None)
@@ -98,12 +106,14 @@ class Tiers:
         self.replaced += 1
 
     def put(self, entry: Entry, image: Image) -> None:
-        """Registers or replaces an adapter and brings it to the device where that is possible.
+        """Register or replace an adapter, and bring it to the device if there is room.
 
-        A name keeps its slot. Where the device has no room beside what leases and pins hold, an
-        adapter that need not be there goes to the CPU tier; a pinned one must, and stays. The new
-        adapter of a pinned name is pinned. Raises `PoolFullError` where it never fits, or not now
-        though it must; nothing has changed then.
+        A name keeps its slot. If leases and pins leave no room on the device, an adapter that is
+        not pinned goes to the CPU tier. The new adapter of a pinned name is pinned too.
+
+        Raises:
+            PoolFullError: The adapter can never fit, or it should be pinned and does not fit now.
+                Nothing has changed.
         """
         name = entry.name
         before, old = self.entries.get(name), self.device.get(name)
@@ -117,7 +127,7 @@ class Tiers:
                 f"no room beside what leases and pins hold; {self.describe()}"
             )
         resident = None
-        if now:  # what can fail comes while the name still has its old adapter
+        if now:  # first, because it can fail: the name still has its old adapter
             self._make_room({name: image})
             resident = self._uploaded(name, image)
         entry.pinned, self.entries[name] = pinned, entry
@@ -153,16 +163,16 @@ class Tiers:
 
     @property
     def residents(self) -> list[Resident]:
-        """Who is on the device, those who only leases keep there included."""
+        """The adapters on the device, including those that only a lease keeps there."""
         return [*self.device.values(), *self.retired]
 
     @property
     def device_used(self) -> int:
-        """Bytes on the device."""
+        """Bytes used on the device."""
         return sum(resident.packed.nbytes for resident in self.residents)
 
     def leased(self) -> set[Resident]:
-        """Returns who is held by leases."""
+        """Return the adapters that are held by leases."""
         return {resident for resident in self.residents if resident.leases}
 
     def fits(
@@ -171,9 +181,12 @@ class Tiers:
         held: Collection[Resident],
         replaced: Resident | None = None,
     ) -> bool:
-        """Returns whether adapters fit on the device together with pinned and held ones.
+        """Return whether adapters fit on the device together with pinned and held ones.
 
-        ``replaced`` is a held one that one of the wanted takes the name of.
+        Args:
+            wanted: Name -> image of the adapters that should fit.
+            held: Adapters that must stay on the device.
+            replaced: A held adapter that one of ``wanted`` replaces, or None.
         """
         sizes = {name: image.nbytes for name, image in wanted.items()}
         for name, resident in self.device.items():
@@ -189,11 +202,15 @@ class Tiers:
         )
 
     def bring(self, images: Mapping[str, Image]) -> list[Resident]:
-        """Makes registered adapters resident, which fit as `fits` says; returns them in order."""
+        """Bring registered adapters to the device, and return them in order.
+
+        The adapters must fit, as `fits` checks.
+        """
         missing = {name: image for name, image in images.items() if name not in self.device}
         shares = self._transfers.shares_memory
         if missing:
-            # Out of the CPU tier first: what is evicted now must not push them out of it.
+            # Remove them from the CPU tier first, so that adapters evicted now do not push them out
+            # of it.
             if shares:
                 for name in missing:
                     self.host.pop(name, None)
@@ -202,7 +219,7 @@ class Tiers:
             for name, image in missing.items():
                 self.device[name] = self._uploaded(name, image)
                 self.staged.pop(name, None)
-        finally:  # whatever stopped it (the GPU's memory is full), no adapter gets lost
+        finally:  # after a failure too (the GPU's memory is full), so that no adapter is lost
             for name, image in missing.items():
                 if not shares or name not in self.device:
                     self._to_host(name, image)
@@ -211,9 +228,11 @@ class Tiers:
         return [self.device[name] for name in images]
 
     def release(self, resident: Resident, mark: tuple[object, int] | None) -> None:
-        """Takes one lease from a resident.
+        """End one lease on an adapter.
 
-        ``mark`` lies behind the forwards that read it, with their stream; or is None.
+        Args:
+            resident: The adapter.
+            mark: Event that follows the forwards that read the adapter, with their stream, or None.
         """
         if mark is not None:
             resident.reads[mark[1]] = mark[0]
@@ -223,16 +242,17 @@ class Tiers:
             self._free(resident)
 
     def keep(self, name: str, image: Image) -> None:
-        """Keeps an adapter's image in the CPU tier, as its latest, unless the device has it."""
+        """Add an adapter's image to the CPU tier if it is current and not on the device."""
         known = self.host.get(name) or self.staged.get(name)
         if name in self.entries and name not in self.device and known is image:
             self._to_host(name, image)
 
     def _uploaded(self, name: str, image: Image) -> Resident:
-        """Copies an image to the device, into a column that is free, and has its slot mean that.
+        """Copy an image to a free column on the device, and assign the column to a slot.
 
-        The slot is what the name has already, or a free one. There is room for all of this; where
-        it fails (the GPU's memory is full), nothing has changed.
+        The slot is the current slot of the adapter's name, or a free one. There must be room for
+        the image. If the copy fails, for example because the GPU's memory is full, nothing has
+        changed.
         """
         old, column = self.device.get(name), self._free_columns[-1]
         slot = self._free_slots[-1] if old is None else old.slot
@@ -240,10 +260,10 @@ class Tiers:
             uploaded = self._transfers.upload(image)
             try:
                 self._tables.write(column, uploaded)
-                if old is not None:  # a captured graph that still runs may yet look the slot up
+                if old is not None:  # a captured graph that still runs may look up the slot
                     self._transfers.wait_for_reads(old.reads.values())
                 self._tables.assign(slot, column)
-            except BaseException:  # the slot may mean the column already, which stays free
+            except BaseException:  # the column stays free, although the slot may refer to it
                 self._tables.assign(slot, NO_COLUMN if old is None else old.column)
                 self._tables.clear(column)
                 raise
@@ -255,9 +275,10 @@ class Tiers:
         return resident
 
     def _make_room(self, wanted: Mapping[str, Image]) -> None:
-        """Evicts the least recently used adapters until what is wanted has room.
+        """Evict the least recently used adapters until there is room for the wanted ones.
 
-        A name's old adapter is not evicted, and leaves its room to the new one unless it is leased.
+        The old adapter of a wanted name is not evicted. Its room goes to the new adapter, unless
+        the old one is leased.
         """
         columns, nbytes = 0, self.device_used
         for name, image in wanted.items():
@@ -277,30 +298,30 @@ class Tiers:
             self._leave_device(name)
             self.evictions += 1
             slots, nbytes = slots - 1, nbytes - resident.packed.nbytes
-            # In front of a GPU its host copy, where it has one, is all that is kept.
+            # With a GPU, only the image's copy in the CPU tier remains, if there is one.
             if self._transfers.shares_memory:
                 self._to_host(name, resident.packed)
             elif name in self.host:
                 self.host.move_to_end(name)
 
     def _leave_device(self, name: str) -> None:
-        """Takes a name off the device, if it is there."""
+        """Remove a name's adapter from the device, if it is there."""
         resident = self.device.pop(name, None)
         if resident is not None:
-            self._retire(resident)  # first: captured graphs that still run look its slot up
+            self._retire(resident)  # first: captured graphs that still run look up its slot
             with self._transfers.ordered():
                 self._tables.assign(resident.slot, NO_COLUMN)
             self._free_slots.append(resident.slot)
 
     def _retire(self, resident: Resident) -> None:
-        """Frees the memory of one that no name has any more, now or with the last lease on it."""
+        """Free the memory of an adapter that lost its name, now or with the last lease on it."""
         if resident.leases:
             self.retired.add(resident)
         else:
             self._free(resident)
 
     def _free(self, resident: Resident) -> None:
-        # The memory is reused in the order of these writes, behind the reads.
+        # Later writes to this memory are ordered after the reads.
         self._transfers.wait_for_reads(resident.reads.values())
         with self._transfers.ordered():
             self._tables.clear(resident.column)
@@ -310,16 +331,16 @@ class Tiers:
 
     @property
     def host_used(self) -> int:
-        """Bytes in the CPU tier."""
+        """Bytes used in the CPU tier."""
         return sum(image.nbytes for image in self.host.values())
 
     def _to_host(self, name: str, image: Image) -> None:
-        """Keeps an image in the CPU tier as the most recent, where the budget allows it at all."""
+        """Add an image to the CPU tier as the most recently used, if the budget allows it."""
         if name in self.host:
             self.host.move_to_end(name)
             return
         if self.cpu_bytes is not None:
-            # What cannot be read again stays.
+            # Images that cannot be read again stay.
             readable = {n for n in [*self.host, name] if self.entries[n].folder is not None}
             sizes = {n: i.nbytes for n, i in self.host.items() if n in readable}
             used = self.host_used + image.nbytes
@@ -334,7 +355,7 @@ class Tiers:
         self.host[name] = image
 
     def describe(self) -> str:
-        """Returns the device tier's contents in numbers, for messages."""
+        """Return the numbers of the device tier as text, for messages."""
         leased = sum(1 for resident in self.device.values() if resident.leases)
         pinned = sum(1 for name in self.device if self.entries[name].pinned)
         limit = "" if self.device_bytes is None else f" (device_bytes={self.device_bytes})"
@@ -346,7 +367,7 @@ class Tiers:
 
 
 def unknown(name: str, known: Collection[str]) -> AdapterNotFoundError:
-    """Returns the error for a name that is not registered."""
+    """Return the error for a name that is not registered."""
     return AdapterNotFoundError(
         f"no adapter {name!r} among the {len(known)} of this pool{near_names(str(name), known)}"
     )

@@ -1,9 +1,9 @@
-"""Images on their way to the device, in an order that their readers can rely on.
+"""Copies of images to the device, in an order that their readers can rely on.
 
-On a GPU everything that writes to the device tier (images, tables) runs on one stream of the
-pool's own, and the images' memory belongs to it too. Before it reuses memory or a column it waits
-for the events behind the forwards that read them, and forwards wait for the event behind their
-adapters' copies. So no host thread ever waits for the device.
+On a GPU, everything that writes to the device tier (images and tables) runs on one stream of the
+pool, and the memory of the images belongs to that stream too. Before it reuses memory or a column,
+the stream waits for the events after the forwards that read them. Forwards wait for the event after
+the copies of their adapters. No host thread therefore waits for the device.
 """
 
 from __future__ import annotations
@@ -20,43 +20,43 @@ from fastlora.validation import AdapterStateError
 
 
 class Transfers:
-    """Where device and host memory are the same: an image moves by reference.
+    """Transfers for a device that uses host memory: an image moves by reference.
 
     Attributes:
-        shares_memory: Whether the device tier holds the very images of the CPU tier.
+        shares_memory: Whether the device tier holds the same images as the CPU tier.
     """
 
     shares_memory = True
 
     def ordered(self) -> contextlib.AbstractContextManager[Any]:
-        """Returns a block within which writes to the device tier happen in order."""
+        """Return a context manager in which writes to the device tier happen in order."""
         return contextlib.nullcontext()
 
     def upload(self, image: Image) -> Image:
-        """Returns the image in device memory."""
+        """Return the image in device memory."""
         return image
 
     def written(self) -> Any:
-        """Returns a mark behind the writes so far, or None where there is nothing to wait for."""
+        """Return an event that follows all writes so far, or None if no wait is needed."""
         return None
 
     def is_done(self, mark: Any) -> bool:
-        """Returns whether the device is past a mark."""
+        """Return whether the device has passed an event."""
         return True
 
     def wait_for_writes(self, marks: Iterable[Any]) -> None:
-        """Lets whatever the calling thread starts next come after these writes."""
+        """Make the calling thread's next work on the device wait for these write events."""
 
     def read(self) -> tuple[Any, Any] | None:
-        """Returns a mark behind what the calling thread has started, and its stream; or None."""
+        """Return an event that follows the calling thread's work, with its stream, or None."""
         return None
 
     def wait_for_reads(self, marks: Iterable[Any]) -> None:
-        """Lets the next writes come after these reads."""
+        """Make the next writes wait for these read events."""
 
 
 class CudaTransfers(Transfers):
-    """Asynchronous copies from pinned memory on a stream of their own.
+    """Asynchronous copies from pinned memory, on a stream of their own.
 
     Args:
         device: A CUDA device.
@@ -69,27 +69,34 @@ class CudaTransfers(Transfers):
         self._stream = torch.cuda.Stream(device)
 
     def ordered(self) -> contextlib.AbstractContextManager[Any]:
-        """Makes the pool's stream the current one."""
+        """Make the pool's stream the current one."""
         return torch.cuda.stream(self._stream)
 
     def upload(self, image: Image) -> Image:
-        """Starts the copy of a pinned image."""
+        """Start the copy of a pinned image, and return the image on the device."""
         data = torch.empty_like(image.data, device=self._device, pin_memory=False)
         data.copy_(image.data, non_blocking=True)
         return dataclasses.replace(image, data=data)
 
     def written(self) -> torch.cuda.Event:
-        """Records an event on the pool's stream."""
+        """Record an event on the pool's stream."""
         event = torch.cuda.Event()
         event.record(self._stream)
         return event
 
     def is_done(self, mark: torch.cuda.Event) -> bool:
-        """Asks the event, which must not be done while a graph is captured."""
+        """Return whether an event has completed. During a graph capture, return False.
+
+        An event must not be queried while a CUDA graph is being captured.
+        """
         return not torch.cuda.is_current_stream_capturing() and mark.query()
 
     def wait_for_writes(self, marks: Iterable[torch.cuda.Event]) -> None:
-        """Makes the current stream wait, which one that captures a CUDA graph cannot."""
+        """Make the current stream wait for the events.
+
+        Raises:
+            AdapterStateError: A CUDA graph is being captured, so the stream cannot wait.
+        """
         stream = torch.cuda.current_stream(self._device)
         capturing = torch.cuda.is_current_stream_capturing()
         for event in marks:
@@ -101,7 +108,11 @@ class CudaTransfers(Transfers):
             stream.wait_event(event)
 
     def read(self) -> tuple[torch.cuda.Event, int] | None:
-        """Records an event on the current stream; a captured forward has read nothing yet."""
+        """Record an event on the current stream, and return it with the stream.
+
+        During the capture of a CUDA graph, return None, because a captured forward has not read
+        anything.
+        """
         if torch.cuda.is_current_stream_capturing():
             return None
         stream = torch.cuda.current_stream(self._device)
@@ -110,13 +121,17 @@ class CudaTransfers(Transfers):
         return event, stream.cuda_stream
 
     def wait_for_reads(self, marks: Iterable[torch.cuda.Event]) -> None:
-        """Makes the pool's stream wait."""
+        """Make the pool's stream wait for the events."""
         for event in marks:
             self._stream.wait_event(event)
 
 
 def make_transfers(device: torch.device) -> Transfers:
-    """Returns how images get to a CPU or a CUDA device."""
+    """Return the transfers for a CPU or a CUDA device.
+
+    Raises:
+        ValueError: The device has another type.
+    """
     if device.type == "cuda":
         return CudaTransfers(device)
     if device.type != "cpu":

@@ -1,4 +1,4 @@
-"""The adapters that a server has: subfolders of one folder, found, loaded and let go by name."""
+"""The adapters of a server: subfolders of one folder, found, loaded, and unloaded by name."""
 
 from __future__ import annotations
 
@@ -25,26 +25,27 @@ from fastlora.validation import (
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 _FILES = (CONFIG_NAME, "adapter_model.safetensors", "adapter_model.bin")
-# Argument of the pool -> the option that sets it.
+# Argument of the pool -> command-line option that sets it.
 _OPTIONS = {"max_rank": "--max-rank", "max_adapter_bytes": "--max-adapter-mib"}
-_MOST_LETTERS = 1000  # of a message
+_MOST_LETTERS = 1000  # maximum number of characters in a message
 _log = logging.getLogger("fastlora.serve")
 
 
 @dataclass(eq=False, kw_only=True)
 class Version(Entry):
-    """An adapter as it was at one time; a change of its folder makes another one.
+    """A version of an adapter. A change of the adapter's files creates a new version.
 
-    It is the pool's record of the adapter, too. Its ``name`` there is its own, so that old and new
-    can run side by side.
+    A version is also the pool's record of the adapter. Its ``name`` in the pool is unique, so old
+    and new versions can run side by side.
 
     Attributes:
-        served_as: What clients call it.
-        mark: Changes with the files.
-        ready: It has been read.
-        error: Why it cannot be used.
-        users: Requests that have it.
-        waiting: What to call once it is ready or damaged; not empty while it is being read.
+        served_as: The name that clients use.
+        mark: A value that changes when the files change.
+        ready: Whether the adapter has been read.
+        error: Why the adapter cannot be used, or None.
+        users: Number of requests that use the version.
+        waiting: Functions to call once the adapter has been read or found damaged. The list is not
+            empty while the adapter is being read.
     """
 
     served_as: str
@@ -56,11 +57,15 @@ class Version(Entry):
 
 
 class ServedAdapters:
-    """Names of adapters, and which version of its folder each one is.
+    """The adapters of a server by name, and the current version of each.
 
-    A request keeps its version from beginning to end. One that was replaced or unloaded meanwhile
-    leaves the pool when its last request has ended. Every method may be called from any thread.
-    Without ``root`` the server has no adapters; ``reserved`` are the base model's names.
+    A request keeps its version from beginning to end. If the version is replaced or unloaded
+    meanwhile, it leaves the pool when its last request has ended. Any thread may call any method.
+
+    Args:
+        pool: The pool that loads the adapters.
+        root: The folder of adapters, or None for a server without adapters.
+        reserved: Names of the base model, which no adapter may have.
     """
 
     def __init__(self, pool: AdapterPool, root: Path | None, reserved: Collection[str]) -> None:
@@ -70,25 +75,24 @@ class ServedAdapters:
         self._lock = threading.RLock()
         self._numbers = itertools.count(1)
         self._versions: dict[str, Version] = {}
-        # Came by `load`: the watch leaves them alone. Unloaded: it leaves these out.
+        # `scan` does not change adapters that `load` has added. It does not add an unloaded adapter
+        # again until its files change.
         self._by_hand: set[str] = set()
         self._left_out: dict[str, tuple[object, ...]] = {}
-        self._refused: set[tuple[object, ...]] = set()  # at the last look; each is said once
-
-    # ------------------------------------------------------------------------------ for requests
+        self._refused: set[tuple[object, ...]] = set()  # rejected in the last scan; logged once
 
     @property
     def names(self) -> list[str]:
-        """Names of the adapters that nothing is known to be wrong with, sorted."""
+        """Names of the adapters without a known error, sorted."""
         with self._lock:
             return sorted(name for name, own in self._versions.items() if own.error is None)
 
     def take(self, name: str) -> Version:
-        """Returns the current version for one request, which gives it back by `give_back`.
+        """Return the current version of an adapter, for a request that calls `give_back` later.
 
         Raises:
-            AdapterNotFoundError: There is none of that name.
-            CheckpointError: Its folder is damaged, or does not fit the model.
+            AdapterNotFoundError: There is no adapter of this name.
+            CheckpointError: The folder of the adapter is damaged or does not fit the model.
         """
         with self._lock:
             version = self._versions.get(name)
@@ -100,13 +104,13 @@ class ServedAdapters:
             return version
 
     def give_back(self, version: Version) -> None:
-        """Ends a request's use of a version."""
+        """End the use of a version by a request."""
         with self._lock:
             version.users -= 1
             self._forget_unused(version)
 
     def prepare(self, version: Version, then: Callable[[], None]) -> None:
-        """Has a version read in the background, and calls ``then`` once it is ready or damaged."""
+        """Read a version in the background, and call ``then`` once it is ready or has failed."""
         future = None
         with self._lock:
             waits = not version.ready and version.error is None
@@ -114,7 +118,8 @@ class ServedAdapters:
                 if not version.waiting:
                     future = self.pool.prefetch([version.name])
                 version.waiting.append(then)
-        # Without the lock, since both may call `then` here and now, which takes locks of its own.
+        # Release the lock first: both branches may call `then` immediately, and `then` takes other
+        # locks.
         if future is not None:
             future.add_done_callback(lambda done: self._was_read(version, done))
         elif not waits:
@@ -128,18 +133,17 @@ class ServedAdapters:
             else:
                 version.error = self._without_root(error)
                 _log.warning("adapter %r cannot be used: %s", version.served_as, error)
-                if not isinstance(error, CheckpointError):  # the next look may find it well
+                if not isinstance(error, CheckpointError):  # the next scan tries again
                     version.mark = ()
             waiting, version.waiting = version.waiting, []
         for then in waiting:
             then()
 
-    # ---------------------------------------------------------------------------- for the folder
-
     def scan(self) -> None:
-        """Looks into the folder: new and changed adapters come, removed ones go.
+        """Scan the folder: add new and changed adapters, and remove deleted ones.
 
-        A folder that is damaged is known by its name and fails the requests for it.
+        If the folder of an adapter is damaged, the adapter keeps its name, but requests for it
+        fail.
         """
         if self.root is None:
             return
@@ -169,17 +173,19 @@ class ServedAdapters:
             self._put(self._version(name, *found[name]))
 
     def load(self, name: str, path: str, *, replace: bool = False) -> None:
-        """Gives an adapter of the folder a name.
+        """Load an adapter from the server's folder, and give it a name.
 
         Args:
-            name: Letters, digits, ``.``, ``_`` and ``-``.
-            path: Its folder, below the server's: absolute, or relative to that.
-            replace: Take the place of an adapter of that name; requests that run keep the old one.
+            name: Name of letters, digits, ``.``, ``_``, and ``-``.
+            path: The adapter's folder, below the server's folder: absolute, or relative to the
+                server's folder.
+            replace: Whether to replace an adapter of the same name. Running requests keep the old
+                one.
 
         Raises:
-            ConfigError: The name cannot be an adapter's, the path leads out of the folder, or there
-                is no adapter.
-            AdapterStateError: The name exists.
+            ConfigError: The name is invalid, the path leads out of the server's folder, or there is
+                no adapter at the path.
+            AdapterStateError: There is already an adapter of this name.
             CheckpointError: The adapter is damaged, too large, or made for another model.
         """
         self._check_name(name)
@@ -195,7 +201,7 @@ class ServedAdapters:
                 )
         version = self._version(name, folder, mark)
         try:
-            self.pool.load_entry(version)  # reads all of it, so what is damaged is refused here
+            self.pool.load_entry(version)  # reads all files, so a damaged adapter fails here
         except (CheckpointError, OSError) as error:
             raise CheckpointError(self._without_root(error)) from error
         version.ready = True
@@ -206,12 +212,12 @@ class ServedAdapters:
             self._versions[name] = version
 
     def unload(self, name: str) -> None:
-        """Forgets an adapter; requests that run go on to their end.
+        """Unload an adapter, which running requests continue to use until they end.
 
-        The watch brings it again when its files change, or `load` does.
+        `scan` adds the adapter again when its files change; `load` adds it at any time.
 
         Raises:
-            AdapterNotFoundError: There is none of that name.
+            AdapterNotFoundError: There is no adapter of this name.
         """
         with self._lock:
             if name not in self._versions:
@@ -223,23 +229,21 @@ class ServedAdapters:
             if own is not None:
                 self._left_out[name] = own
 
-    # ------------------------------------------------------------------------------------- inside
-
     def _version(self, name: str, folder: Path, mark: tuple[object, ...]) -> Version:
         return Version(f"{name}\n{next(self._numbers)}", folder, served_as=name, mark=mark)
 
     def _is_due(self, name: str, mark: tuple[object, ...]) -> bool:
-        """Whether the watch is to bring a folder's adapter in, as its files are."""
+        """Return whether `scan` has to add an adapter, given the current state of its files."""
         if name in self._by_hand or self._left_out.get(name) == mark:
             return False
         known = self._versions.get(name)
         return known is None or known.mark != mark
 
     def _put(self, version: Version) -> None:
-        """Registers a version and makes it the name's, with its error where it is damaged.
+        """Register a version and make it current, with its error if it is damaged.
 
-        Requests do not wait for the files: they are read without the lock. If a client loads or
-        unloads the name meanwhile, the pool forgets the version.
+        The files are read without the lock, so requests do not wait. If a client loads or unloads
+        the name meanwhile, the version is unloaded again.
         """
         name = version.served_as
         try:
@@ -261,7 +265,7 @@ class ServedAdapters:
             self._forget_unused(version)
 
     def _forget_unused(self, version: Version) -> None:
-        """Unloads a replaced version from the pool once no request uses it."""
+        """Unload a replaced version from the pool once no request uses it."""
         is_current = self._versions.get(version.served_as) is version
         if not is_current and not version.users and version.name in self.pool:
             self.pool.unload(version.name)
@@ -276,19 +280,19 @@ class ServedAdapters:
             raise ConfigError(f"{name!r} is the base model's name")
 
     def _inside(self, path: Path) -> Path:
-        """Returns a path without links, which must lie below the server's folder."""
+        """Return the resolved path; raise `ConfigError` unless it is below the server's folder."""
         if self.root is None:
             raise ConfigError("this server was started without --adapters")
         try:
             real = path.resolve()
-        except (OSError, RuntimeError, ValueError) as error:  # a circle of links, a zero byte
+        except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a null byte
             raise ConfigError(f"no such path ({error})") from error
         if self.root not in real.parents:
             raise ConfigError("the path leads out of the server's folder of adapters")
         return real
 
     def _without_root(self, error: BaseException) -> str:
-        """Returns a message for clients: without the server's own path, with its option's name."""
+        """Return an error message for clients: drop the server's path and name its option."""
         option = _OPTIONS.get(getattr(error, "argument", ""))
         text = str(error).replace(f"{self.root}{os.sep}", "")
         if len(text) > _MOST_LETTERS:  # it may quote a whole field of a config
@@ -297,7 +301,7 @@ class ServedAdapters:
 
 
 def _mark(folder: Path) -> tuple[object, ...] | None:
-    """Returns what changes with an adapter's files; None where there is no adapter."""
+    """Return a value that changes with an adapter's files, or None if there is no adapter."""
     found: list[object] = []
     for name in _FILES:
         try:

@@ -1,4 +1,4 @@
-"""An answer on its way to a client: whole, or as server-sent events, in OpenAI's two shapes."""
+"""Send an answer to a client, whole or as server-sent events, in OpenAI's two formats."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ _T = TypeVar("_T")
 
 
 class Answer:
-    """An answer that is being made, for the event loop.
+    """An answer that is being generated, for use in the event loop.
 
-    Raises what `Engine.submit` does.
+    Raises the errors of `Engine.submit`.
     """
 
     def __init__(
@@ -42,19 +42,19 @@ class Answer:
         self._job: Job = engine.submit(tokens, adapter, sampling, hear)
 
     async def next(self) -> Piece:
-        """Returns the next piece; raises what the request failed with."""
+        """Return the next piece; raise the error of the request if it has failed."""
         piece = await self._pieces.get()
         if piece.error is not None:
             raise piece.error
         return piece
 
     def cancel(self) -> None:
-        """Nobody listens any more."""
+        """Cancel the request when no client waits for its answer."""
         self._engine.cancel(self._job)
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events; the request ends when the client does."""
+    """A response of server-sent events. The request ends when the client disconnects."""
 
     def __init__(self, answer: Answer, events: AsyncIterator[str]) -> None:
         super().__init__(events, media_type="text/event-stream")
@@ -68,7 +68,7 @@ class EventStream(StreamingResponse):
 
 
 class Form(abc.ABC):
-    """The shape of an answer's JSON."""
+    """The JSON format of an answer."""
 
     prefix, kind, chunk_kind = "", "", ""
 
@@ -77,12 +77,12 @@ class Form(abc.ABC):
         self._model, self._prompt_tokens = model, prompt_tokens
 
     def whole(self, text: str, last: Piece) -> dict[str, Any]:
-        """Returns an answer in one."""
+        """Return a whole answer."""
         choice = self._choice(text, last.reason)
         return {**self._head(self.kind), "choices": [choice], "usage": self._usage(last)}
 
     async def stream(self, answer: Answer, first: Piece, usage: bool) -> AsyncIterator[str]:
-        """Yields the events of a stream."""
+        """Yield the events of a stream. With ``usage``, the last event has the token counts."""
         piece = first
         try:
             for opening in self._openings():
@@ -93,7 +93,7 @@ class Form(abc.ABC):
                 if piece.reason is not None:
                     break
                 piece = await answer.next()
-        except FastLoraError as error:  # the status has been sent
+        except FastLoraError as error:  # the HTTP status has already been sent
             yield f"data: {json.dumps(error_of(error)[1])}\n\n"
         else:
             if usage:
@@ -117,18 +117,18 @@ class Form(abc.ABC):
 
     @abc.abstractmethod
     def _choice(self, text: str, reason: str | None) -> dict[str, Any]:
-        """Returns the choice of a whole answer."""
+        """Return the ``choices`` entry of a whole answer."""
 
     @abc.abstractmethod
     def _part(self, text: str, reason: str | None) -> dict[str, Any]:
-        """Returns the choice of one event."""
+        """Return the ``choices`` entry of an event."""
 
     def _openings(self) -> list[dict[str, Any]]:
         return []
 
 
 class Completion(Form):
-    """A text that goes on."""
+    """The JSON format of a completion."""
 
     prefix, kind, chunk_kind = "cmpl", "text_completion", "text_completion"
 
@@ -139,7 +139,7 @@ class Completion(Form):
 
 
 class ChatCompletion(Form):
-    """A message of a conversation."""
+    """The JSON format of a chat completion."""
 
     prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
@@ -160,7 +160,7 @@ def _event(content: dict[str, Any]) -> str:
 
 
 async def unless_gone(request: Request, wanted: Awaitable[_T]) -> _T | None:
-    """Waits for something, or until the client is gone; then returns None."""
+    """Return the result of ``wanted``, or None if the client disconnects first."""
     task = asyncio.ensure_future(wanted)
     gone = asyncio.ensure_future(_gone(request))
     try:

@@ -1,4 +1,4 @@
-"""The HTTP side: OpenAI's endpoints, vLLM's for adapters, health and metrics."""
+"""The HTTP application: OpenAI's endpoints, vLLM's endpoints for adapters, health, and metrics."""
 
 from __future__ import annotations
 
@@ -41,23 +41,23 @@ from fastlora.serve.sampling import Sampling
 from fastlora.validation import AdapterNotFoundError, ConfigError, near_names
 
 _log = logging.getLogger("fastlora.serve")
-_COMPLETION_TOKENS = 16  # OpenAI's, where a completion names none
+_COMPLETION_TOKENS = 16  # OpenAI's default max_tokens for completions
 _CLOSED_BY_CLIENT = 499
-_SHORT_PROMPT = 1 << 14  # characters, which are tokens in some 10 ms
+_SHORT_PROMPT = 1 << 14  # characters, which take about 10 ms to tokenize
 _T = TypeVar("_T")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What the HTTP side is told.
+    """Settings of the HTTP application.
 
     Attributes:
-        base: The base model's name; clients may say ``base`` too.
-        keys: What clients must send.
-        most_bytes: Of a request's body.
-        most_reading: Bytes of all requests' bodies that have not come whole, or ``most_bytes`` if
-            that is more. Bodies below 64 KiB do not count.
-        watch_seconds: Between two looks into the folder of adapters; 0 for none.
+        base: Name of the base model. Clients may also use the name ``base``.
+        keys: Keys that clients must send.
+        most_bytes: Maximum size of a request's body, in bytes.
+        most_reading: Maximum total size of all incomplete request bodies, in bytes; at least
+            ``most_bytes``. Bodies below 64 KiB do not count.
+        watch_seconds: Seconds between two scans of the adapter folder; 0 disables them.
     """
 
     base: str
@@ -68,7 +68,7 @@ class Settings:
 
 
 class Server:
-    """The application `app`, with which the engine ends."""
+    """The HTTP application `app`, which closes the engine when it ends."""
 
     def __init__(
         self, engine: Engine, adapters: ServedAdapters, prompts: Prompts, settings: Settings
@@ -77,11 +77,11 @@ class Server:
         self.settings = settings
         self.metrics = Metrics(engine, adapters)
         self.since = int(time.time())
-        # asyncio has more threads than there are cores, so short prompts always find one.
+        # asyncio has more threads than there are cores, so there is always one for short prompts.
         self._long_prompts = asyncio.Semaphore(max(1, (os.cpu_count() or 1) - 1))
         app = FastAPI(
             title="fastlora serve",
-            docs_url=None,  # the page would load scripts from elsewhere
+            docs_url=None,  # the page would load scripts from other hosts
             redoc_url=None,
             lifespan=self._lifespan,
             default_response_class=JSON,
@@ -103,7 +103,7 @@ class Server:
             ("POST", "/v1/chat/completions", self.chat_completions),
         ):
             app.add_api_route(path, call, methods=[method], response_model=None)
-        if settings.keys.admin is not None:  # else these are unknown paths
+        if settings.keys.admin is not None:  # without an admin key, these paths do not exist
             admin: dict[str, Any] = {
                 "response_model": None,
                 "dependencies": [Depends(_check_admin)],
@@ -120,36 +120,34 @@ class Server:
         finally:
             if watch is not None:
                 watch.cancel()
-            # Connections have ended by now; what is left has nobody who listens.
+            # All connections have closed, so no client waits for the remaining requests.
             await asyncio.to_thread(self.engine.close, 0.0)
 
     async def _watch(self) -> None:
         while True:
             try:
                 await asyncio.to_thread(self.adapters.scan)
-            except Exception:  # a folder that is gone may come back
+            except Exception:  # a missing folder may come back
                 _log.exception("looking into the folder of adapters failed")
             await asyncio.sleep(self.settings.watch_seconds)
 
-    # ------------------------------------------------------------------------------ small endpoints
-
     async def health(self) -> Response:
-        """Says whether requests are taken."""
+        """Report whether the server accepts requests."""
         if not self.engine.alive or self.engine.closing:
             return JSON({"status": "shutting down"}, 503)
         return JSON({"status": "ok"})
 
     async def show_metrics(self) -> Response:
-        """Prometheus's text format."""
+        """Return the metrics in Prometheus's text format."""
         return Response(self.metrics.text(), media_type=self.metrics.media_type)
 
     async def models(self) -> Response:
-        """The base model and the adapters that can be used."""
+        """List the base model and the adapters that can be used."""
         names = [self.settings.base, *self.adapters.names]
         return JSON({"object": "list", "data": [self._model(name) for name in names]})
 
     async def one_model(self, name: str) -> Response:
-        """One of them."""
+        """Describe the base model or an adapter that can be used."""
         if not self._is_base(name) and name not in self.adapters.names:
             raise AdapterNotFoundError(f"the model {name!r} does not exist")
         return JSON(self._model(name))
@@ -169,7 +167,7 @@ class Server:
         return name in ("base", self.settings.base)
 
     async def load(self, body: LoadBody) -> Response:
-        """Loads an adapter from below the server's folder."""
+        """Load an adapter from a folder below the server's adapter folder."""
         check_text("lora_name", body.lora_name)
         check_text("lora_path", body.lora_path)
         await asyncio.to_thread(
@@ -178,14 +176,12 @@ class Server:
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
     async def unload(self, body: UnloadBody) -> Response:
-        """Forgets an adapter; requests that have it keep it to their end."""
+        """Unload an adapter, which running requests continue to use until they end."""
         await asyncio.to_thread(self.adapters.unload, body.lora_name)
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
-    # --------------------------------------------------------------------------------- answers
-
     async def completions(self, body: CompletionBody, request: Request) -> Response:
-        """Goes on with a text."""
+        """Continue a prompt."""
         sampling = body.sampling(body.max_tokens or _COMPLETION_TOKENS)
         given = body.one_prompt()
         if isinstance(given, str):
@@ -196,7 +192,7 @@ class Server:
         return await self._answer(body, request, tokens, sampling, Completion)
 
     async def chat_completions(self, body: ChatBody, request: Request) -> Response:
-        """Answers a conversation."""
+        """Answer a conversation."""
         if body.max_tokens and body.max_completion_tokens:
             raise ConfigError("max_tokens and max_completion_tokens are one setting; send one")
         sampling = body.sampling(body.max_tokens or body.max_completion_tokens)
@@ -206,7 +202,7 @@ class Server:
         return await self._answer(body, request, tokens, sampling, ChatCompletion)
 
     async def _tokens(self, size: int, tokenize: Callable[[_T], list[int]], given: _T) -> list[int]:
-        """Tokenizes in a thread; long prompts wait for each other, and short ones for none."""
+        """Tokenize in a thread. Long prompts wait for each other; short prompts do not wait."""
         if size <= _SHORT_PROMPT:
             return await asyncio.to_thread(tokenize, given)
         async with self._long_prompts:
@@ -234,13 +230,14 @@ class Server:
         shape = form(body.model, len(tokens))
         ended = False
         try:
-            # The first piece before the status: what fails at once has a status of its own.
+            # Wait for a piece before sending the status, so that an early error gets its own
+            # status.
             first = await unless_gone(request, answer.next())
             if first is None:
                 return Response(status_code=_CLOSED_BY_CLIENT)
             if body.stream:
                 response = EventStream(answer, shape.stream(answer, first, usage))
-                ended = True  # by the stream from here on
+                ended = True  # from here on, the stream cancels the request
                 return response
             pieces = [first]
             while pieces[-1].reason is None:
@@ -256,6 +253,6 @@ class Server:
 
 
 async def _check_admin(request: Request) -> None:
-    """Raises `AdminKeyError` unless the request has the admin key."""
+    """Raise `AdminKeyError` unless the request has the admin key."""
     if request.state.caller is not Caller.ADMIN:
         raise AdminKeyError("this path needs the admin key")

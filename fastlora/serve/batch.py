@@ -1,6 +1,6 @@
-"""The requests that run: each has a row of keys and values, and each forward serves many of them.
+"""The running requests. Each has a row of keys and values, and a forward pass reads many rows.
 
-Nothing here locks; the engine's thread is the only one that calls it.
+This module takes no locks: only the engine's thread calls it.
 """
 
 from __future__ import annotations
@@ -22,26 +22,27 @@ from fastlora.serve.sampling import choose
 from fastlora.validation import CheckpointError, FastLoraError
 
 _log = logging.getLogger("fastlora.serve")
-# Tokens of prompts in one forward: who already answers waits no longer than for these.
+# Maximum number of prompt tokens in a forward pass. It bounds how long running requests wait.
 PREFILL_TOKENS = 512
 
 
 class HeldBlock:
-    """A `fastlora.adapters` block that stays open from forward to forward.
+    """A `fastlora.adapters` block that stays open from one forward pass to the next.
 
-    It closes when the rows have other adapters, when the pool replaces or unloads an adapter, when
-    a forward fails, and after a forward that follows rows. While it is open, it keeps its adapters
-    on the device: `close` it before their requests give them back.
+    It is closed when the rows use other adapters, when the pool replaces or unloads an adapter,
+    when a forward pass fails, and after a forward pass in which the block tracked rows
+    (`follows_rows`). While the block is open, it keeps its adapters on the device: call `close`
+    before their requests release them.
     """
 
     def __init__(self, pool: AdapterPool) -> None:
         self._pool = pool
         self._held = contextlib.ExitStack()
-        self._key: tuple[object, ...] | None = None  # what the open block is for
+        self._key: tuple[object, ...] | None = None  # adapters and pool state of the open block
 
     @contextlib.contextmanager
     def over(self, names: Sequence[str | None]) -> Iterator[None]:
-        """Within the block each row of a forward uses its adapter, by its name in the pool."""
+        """Route each row of a forward pass in the block to an adapter, by its name in the pool."""
         key = (self._pool.replaced, *names)
         if key != self._key:
             self.close()
@@ -54,17 +55,19 @@ class HeldBlock:
                 self._held, self._key = held.pop_all(), key
 
     def close(self) -> None:
-        """Closes the block, if it is open."""
+        """Close the block if it is open."""
         self._key = None
         self._held.close()
 
 
 class Batch:
-    """Reads prompts and makes tokens; ``ended`` hears of each request that leaves, and why.
+    """Read prompts and generate tokens for the running requests.
+
+    ``ended`` is called with each request that leaves the batch and its error, if any.
 
     Attributes:
-        jobs: The requests, each at its row: those that answer, then those that have a part of their
-            prompt to read.
+        jobs: The requests, each at the index of its row: first the requests that generate tokens,
+            then those that still have a part of their prompt to read.
     """
 
     def __init__(
@@ -83,45 +86,45 @@ class Batch:
 
     @property
     def adapters(self) -> list[str]:
-        """Their adapters, by their names in the pool; a name comes as often as it is used."""
+        """Names in the pool of the adapters in use, one for each request that has an adapter."""
         return [job.pooled for job in self.jobs if job.pooled is not None]
 
     def drop_cancelled(self) -> None:
-        """Ends those that nobody listens to."""
+        """Remove the cancelled requests."""
         for job in [job for job in self.jobs if job.cancelled]:
             self._leave(job)
 
     def fail(self, error: Exception) -> None:
-        """Ends all of them."""
+        """End all requests with an error."""
         for job in list(self.jobs):
             self._fail(job, error)
 
     def close(self) -> None:
-        """Closes the block that the last forward left open."""
+        """Close the block that the last forward pass left open."""
         self._block.close()
 
     def turn(self) -> None:
-        """Reads a part of the prompts, and makes the next token of all that answer."""
+        """Read part of the unread prompts, then generate one token for each fully read prompt."""
         if self._answering < len(self.jobs):
             self._run(self._answering, self._next_prompts())
         if self._answering:
             self._run(0, self.jobs[: self._answering])
 
     def _next_prompts(self) -> list[Job]:
-        """Returns whose prompts are next: a part of a long one, or several whole short ones."""
+        """Return the requests to read next: one with a long prompt, or several with short ones."""
         first, *others = self.jobs[self._answering :]
         chosen, widest = [first], len(first.prompt)
         for job in others:
             widest = max(widest, len(job.prompt))
-            if widest * (len(chosen) + 1) > PREFILL_TOKENS:  # as beside one that was read in part
+            if widest * (len(chosen) + 1) > PREFILL_TOKENS:  # also if the first one is partly read
                 break
             chosen.append(job)
         return chosen
 
     def _run(self, first: int, chosen: Sequence[Job]) -> None:
-        """Reads what is next of neighbouring rows; at a prompt's end, and behind it, makes tokens.
+        """Run a forward pass over adjacent rows, and choose tokens if their prompts are complete.
 
-        Where the forward fails, so do they.
+        If the forward pass fails, the requests in it fail.
         """
         parts = [(job.prompt[job.done :] or job.tokens[-1:])[:PREFILL_TOKENS] for job in chosen]
         names = [job.pooled for job in chosen]
@@ -129,7 +132,7 @@ class Batch:
         try:
             with self._block.over(names):
                 logits = self._rows.forward(first, [job.done for job in chosen], parts)
-        except Exception as error:  # out of memory, say: others go on
+        except Exception as error:  # for instance out of memory; others continue
             _log.exception("a forward of %d rows failed", len(chosen))
             for job in chosen:
                 self._fail(job, error)
@@ -146,7 +149,7 @@ class Batch:
             self._choose(chosen, logits)
 
     def _choose(self, chosen: Sequence[Job], logits: torch.Tensor) -> None:
-        """Takes the next token of each row, says what is new, and lets go who is at the end."""
+        """Choose the next token of each row, send new text, and remove finished requests."""
         settings = [job.sampling for job in chosen]
         tokens = choose(logits, settings, [job.generator for job in chosen])
         for job, token in zip(chosen, tokens, strict=True):
@@ -179,17 +182,15 @@ class Batch:
             self._stats.requests_finished += 1
             self._leave(job)
 
-    # --------------------------------------------------------------------------------- leaving
-
     def _fail(self, job: Job, error: Exception) -> None:
         if job in self.jobs:
             self._leave(job, told(error))
 
     def _leave(self, job: Job, error: FastLoraError | None = None) -> None:
-        """Frees a request's row; the last ones take the place of those that left."""
+        """Remove a request, and move the last rows into the rows that become free."""
         self._block.close()
         row = self.jobs.index(job)
-        if error is not None or not job.tokens:  # nobody has looked whether its values are finite
+        if error is not None or not job.tokens:  # cached values may be non-finite
             self._rows.cache.clear(row)
         if row < self._answering:
             self._answering -= 1
@@ -199,7 +200,7 @@ class Batch:
         self.jobs.pop()
         if job.lease is not None:
             job.lease.release()
-            job.lease = None  # who reads slowly keeps the job, and would keep an evicted adapter
+            job.lease = None  # a slow client keeps the job, and would keep an evicted adapter alive
         self._ended(job, error)
 
     def _move(self, source: int, target: int) -> None:
@@ -210,7 +211,7 @@ class Batch:
 
 
 def _not_finite(version: Version | None) -> FastLoraError:
-    """Returns the error for logits that are not finite, which an adapter is to blame for."""
+    """Return the error for non-finite logits, which names the adapter if there is one."""
     what = "numbers that are not finite"
     if version is None:
         return FailedError(f"the base model gives {what}")

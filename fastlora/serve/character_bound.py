@@ -1,8 +1,8 @@
-"""Whether a text is too long for a number of tokens, without tokenizing it.
+"""Detect texts that exceed a number of tokens, without tokenizing them.
 
-This needs two facts of the tokenizer: how many characters a token can stand for, and which
-characters can disappear. Where a tokenizer can replace any number of characters by one token (an
-unknown word, say), nothing is known.
+This requires two facts about the tokenizer: how many characters a token can represent, and which
+characters can disappear. If a tokenizer can replace any number of characters by one token (for an
+unknown word, for instance), there is no bound.
 """
 
 from __future__ import annotations
@@ -12,19 +12,20 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-# A character of a composed text stands for at most four of the text: NFD of one has at most four.
+# Composition combines at most four characters into one, since NFD splits one into at most four.
 _COMPOSED = 4
-_PART = 1 << 16  # characters that are looked at before the bound is known to be exceeded
+_PART = 1 << 16  # characters to process between two checks of the bound
 _ASCII_CONTROLS = frozenset(map(chr, (*range(32), 127)))
 
 
 class CharacterBound:
-    """Compares texts with the most characters of tokens, for tokenizers of ``tokenizers``.
+    """Compare the length of texts with a bound on characters per token.
 
-    The bound exists for BPE over bytes, and for BPE with byte tokens for unknown characters.
+    The bound exists for byte-level BPE, and for BPE with byte tokens for unknown characters, in
+    tokenizers of the ``tokenizers`` library.
 
     Args:
-        tokenizer: transformers' tokenizer.
+        tokenizer: A transformers tokenizer.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -32,7 +33,7 @@ class CharacterBound:
         self._facts = None if backend is None else _facts(json.loads(backend.to_str()))
 
     def exceeded(self, text: str, tokens: int) -> bool:
-        """Returns whether ``text`` has more than ``tokens`` tokens for certain."""
+        """Return whether ``text`` certainly has more than ``tokens`` tokens."""
         if self._facts is None:
             return False
         characters, vanishing = self._facts
@@ -47,7 +48,9 @@ class CharacterBound:
 
 
 def _facts(parts: Mapping[str, Any]) -> tuple[int, re.Pattern[str] | None] | None:
-    """Returns the most characters of a token and what matches those that can disappear, or None.
+    """Return the maximum number of characters per token, and a pattern of vanishing characters.
+
+    Returns None if there is no bound. The pattern is None if no characters can vanish.
 
     Args:
         parts: The tokenizer as JSON.
@@ -63,10 +66,10 @@ def _facts(parts: Mapping[str, Any]) -> tuple[int, re.Pattern[str] | None] | Non
     vanishing = ""
     if any(step["type"] == "ByteLevel" for step in (*normalizers, *splits)):
         lacking = {byte for byte, letter in _byte_letters() if letter not in vocabulary}
-        if any(0x80 <= byte < 0xC0 for byte in lacking):  # these are in all other characters
+        if any(0x80 <= byte < 0xC0 for byte in lacking):  # all non-ASCII characters contain these
             return None
         characters = {chr(byte) for byte in lacking if byte < 0x80}
-        if not characters <= _ASCII_CONTROLS:  # others may be composed with an accent
+        if not characters <= _ASCII_CONTROLS:  # other characters may be composed with an accent
             return None
         vanishing = re.escape("".join(sorted(characters)))
     elif not (model.get("byte_fallback") and _byte_tokens() <= vocabulary.keys()):
@@ -80,7 +83,7 @@ def _facts(parts: Mapping[str, Any]) -> tuple[int, re.Pattern[str] | None] | Non
 
 
 def _steps(part: Mapping[str, Any] | None, inner: str) -> Iterator[Mapping[str, Any]]:
-    """Yields the steps of a part, those of sequences one by one."""
+    """Yield the steps of a part of the tokenizer, with sequences flattened."""
     if part is not None and part["type"] == "Sequence":
         for own in part[inner]:
             yield from _steps(own, inner)
@@ -89,13 +92,13 @@ def _steps(part: Mapping[str, Any] | None, inner: str) -> Iterator[Mapping[str, 
 
 
 def _byte_letters() -> Iterator[tuple[int, str]]:
-    """Yields each byte, and the letter that stands for it in a vocabulary over bytes."""
+    """Yield each byte below 0xC0 with its letter in a byte-level vocabulary."""
     from tokenizers import pre_tokenizers
 
     split = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     for number in range(0x80):
         yield number, split.pre_tokenize_str(chr(number))[0][0]
-    for number in range(0x80, 0xC0):  # with a byte before it
+    for number in range(0x80, 0xC0):  # as the second byte of a character
         yield number, split.pre_tokenize_str(chr(number))[0][0][1]
 
 
@@ -116,7 +119,7 @@ def _replaces_by_as_many(step: Mapping[str, Any]) -> bool:
     return bool(pattern) and len(step["content"]) >= len(pattern)
 
 
-# Steps after which a text has no fewer characters, but for composed ones.
+# Steps that never shorten a text, except by composing characters.
 _KEEPS: Mapping[str, Callable[[Mapping[str, Any]], bool]] = {
     **dict.fromkeys(("NFC", "NFD", "NFKC", "NFKD", "Lowercase", "Prepend"), _always),
     **dict.fromkeys(("ByteLevel", "Metaspace", "Digits", "UnicodeScripts"), _always),

@@ -1,7 +1,7 @@
-"""Deadlines and a cap for connections: what uvicorn leaves to a proxy.
+"""Deadlines and a maximum number of connections, which uvicorn leaves to a proxy.
 
-A connection that waits for its client has a deadline. When as many connections are open as may be,
-a new one takes the place of the one that has waited longest for its client.
+A connection that waits for its client has a deadline. Once the maximum number of connections is
+open, each new one replaces a connection that waits for its client.
 """
 
 from __future__ import annotations
@@ -22,33 +22,34 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from fastlora.validation import ConfigError
 
 _log = logging.getLogger("fastlora.serve")
-_OTHER_FILES = 64  # than connections: the model's, adapters that are being read, pipes
+_OTHER_FILES = 64  # files other than connections: the model, adapters being read, pipes
 _LEAST = 8
-_SMALL = 256  # bytes of a chunk that takes h11 longer to find than to copy, some 20 us
-_MOST_SMALL = 2048  # such chunks in a body
-_QUEUE = 1024  # the kernel drops connections beyond it, and their clients try again after a second
+_SMALL = 256  # bytes; h11 needs longer to find a smaller chunk than to copy it, about 20 us
+_MOST_SMALL = 2048  # maximum number of small chunks in a body
+_QUEUE = 1024  # connections; the kernel drops further ones, and clients retry after a second
 _BUSY = b"HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
 
 
 class Waiting(enum.Enum):
-    """What a connection waits for."""
+    """The event that a connection waits for."""
 
-    HEADERS = enum.auto()  # of the first request, or the rest of those of a later one
+    HEADERS = enum.auto()  # of the first request, or the rest of the headers of a later one
     BODY = enum.auto()
-    REQUEST = enum.auto()  # the next one
-    READER = enum.auto()  # the client is to read what was sent
+    REQUEST = enum.auto()  # the next request
+    READER = enum.auto()  # the client has to read what was sent
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Bounds of connections; what uses up a bound is closed.
+    """Limits of connections. A connection that exceeds a deadline is closed.
 
     Attributes:
-        most: Connections that are open at once.
-        header_seconds: From a connection's or a request's first byte to the end of the headers.
-        body_seconds: From there to the end of the body.
-        idle_seconds: Until the next request, and until the client reads when buffers are full.
-        backlog: Connections that are accepted at a time.
+        most: Maximum number of open connections.
+        header_seconds: Time from the start of a connection, or of a later request, to the end of
+            the headers.
+        body_seconds: Time from the end of the headers to the end of the body.
+        idle_seconds: Time until the next request, and until the client reads when buffers are full.
+        backlog: Number of connections that are accepted at a time.
     """
 
     most: int = 1024
@@ -58,18 +59,18 @@ class Limits:
     backlog: int = 128
 
     def seconds(self, waiting: Waiting) -> float:
-        """Returns how long a connection may wait for its client."""
+        """Return how many seconds a connection may wait for its client."""
         if waiting is Waiting.HEADERS:
             return self.header_seconds
         return self.body_seconds if waiting is Waiting.BODY else self.idle_seconds
 
 
 class Connections:
-    """The open connections of a server, and which one has to make room.
+    """The open connections of a server. A new connection that does not fit replaces a waiting one.
 
     Attributes:
-        waiting: Connections in the order of their waiting, by what they wait for.
-        ending: The server takes no connection any more.
+        waiting: Waiting connections by event, longest wait first. HEADERS and BODY share a queue.
+        ending: Whether the server has stopped accepting connections.
     """
 
     def __init__(self, limits: Limits) -> None:
@@ -87,15 +88,15 @@ class Connections:
         }
 
     def protocol(self, **given: Any) -> Connection:
-        """Returns the protocol of a new connection, for uvicorn's ``http``."""
+        """Return the protocol of a new connection, for uvicorn's ``http`` option."""
         return Connection(self, **given)
 
     def make_room(self) -> bool:
-        """Closes a connection if no other one fits; returns whether one fits now.
+        """Close a waiting connection if no other one fits; return whether one fits now.
 
-        Unfinished requests go before idle connections, since a client with an idle connection has
-        been served. A quarter of the connections is left to unfinished requests, so that
-        idle connections do not keep new clients out.
+        Unfinished requests are closed before idle connections, because a client with an idle
+        connection has been served. A quarter of the connections is reserved for unfinished
+        requests, so that idle connections do not keep new clients out.
         """
         if self.ending:
             return False
@@ -151,13 +152,13 @@ class Connection(H11Protocol):
         self._look()
 
     def shutdown(self) -> None:
-        if self._deadline.waits is Waiting.BODY:  # no request yet that could end
+        if self._deadline.waits is Waiting.BODY:  # the request is incomplete and cannot finish
             self.end()
         else:
             super().shutdown()
 
     def end(self) -> None:
-        """Closes the connection without waiting for the client to read."""
+        """Close the connection without waiting for the client to read."""
         self._leave()
         self.transport.abort()
 
@@ -179,10 +180,10 @@ class Connection(H11Protocol):
 
 
 class Deadline:
-    """Closes a connection that waits for its client too long.
+    """Close a connection that waits for its client for too long.
 
     Attributes:
-        waits: What the connection waits for; None while its client waits for the server.
+        waits: The event that the connection waits for; None while the client waits for the server.
     """
 
     def __init__(self, connection: Connection, every: Connections) -> None:
@@ -191,7 +192,7 @@ class Deadline:
         self._timer: asyncio.TimerHandle | None = None
 
     def wait_for(self, waits: Waiting | None) -> None:
-        """Starts anew where the connection waits for something else now."""
+        """Restart the deadline if the connection now waits for another event."""
         if waits is self.waits:
             return
         if self.waits is not None and self._timer is not None:
@@ -205,10 +206,10 @@ class Deadline:
 
 
 class ChunkCount:
-    """Ends a connection that sends a request's body in too many small chunks.
+    """Close a connection that sends the body of a request in too many small chunks.
 
     Args:
-        parsed: Returns what h11 has parsed next.
+        parsed: Returns the next event that h11 has parsed.
         end: Closes the connection.
     """
 
@@ -217,7 +218,7 @@ class ChunkCount:
         self._small = 0
 
     def next(self) -> Any:
-        """Returns what h11 has parsed next; once the connection has ended, that it needs data."""
+        """Return the next event that h11 has parsed, or `h11.NEED_DATA` after closing."""
         event = self._parsed()
         if isinstance(event, h11.Request):
             self._small = 0
@@ -230,9 +231,10 @@ class ChunkCount:
 
 
 class ConnectionServer(uvicorn.Server):
-    """uvicorn's server, where more connections queue in the kernel than are accepted at a time.
+    """uvicorn's server, with a longer queue of connections in the kernel.
 
-    What was accepted as the server began to end is closed; uvicorn would wait for its deadline.
+    The queue is longer than the number of connections that are accepted at a time. Connections
+    accepted just before the server shuts down are closed; uvicorn would wait for their deadlines.
     """
 
     def __init__(self, config: uvicorn.Config, connections: Connections) -> None:
@@ -250,37 +252,38 @@ class ConnectionServer(uvicorn.Server):
 
 
 def raise_descriptor_limit() -> int | None:
-    """Raises this process's limit of open files as far as the system allows.
+    """Raise this process's limit on open files as far as the system allows.
 
     Returns:
-        The limit; None where there is none.
+        The limit, or None if there is none.
     """
     try:
         import resource
     except ImportError:  # Windows
         return None
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(ValueError, OSError):  # macOS has a lower limit that it does not tell
+    with contextlib.suppress(ValueError, OSError):  # macOS has a lower limit that it does not state
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         soft = hard
     return None if soft == resource.RLIM_INFINITY else soft
 
 
 def limits_within(descriptors: int | None, most: int | None, **seconds: Any) -> Limits:
-    """Returns limits with which a server never runs out of descriptors.
+    """Return limits with which a server never runs out of file descriptors.
 
-    asyncio accepts as many connections at a time as the backlog, and the server closes those over
-    the cap a few turns of its loop later. A backlog of a quarter of the cap leaves a client these
-    turns to be read, and half of the descriptors are left for what is accepted meanwhile.
+    asyncio accepts as many connections at a time as the backlog. The server closes those over the
+    maximum a few turns of the event loop later. With a backlog of a quarter of the maximum, the
+    server has these turns to read from a new client before newer connections replace it. Half of
+    the descriptors are reserved for connections that are accepted meanwhile.
 
     Args:
-        descriptors: As `raise_descriptor_limit` returns.
-        most: Connections that the user wants to be open at once; None for as many as fit, at most
-            those of `Limits`.
+        descriptors: Limit on open files, from `raise_descriptor_limit`.
+        most: Maximum number of open connections. None uses as many as fit, up to the default of
+            `Limits`.
         seconds: Deadlines, as in `Limits`.
 
     Raises:
-        ConfigError: The descriptors are too few.
+        ConfigError: The limit on open files is too low.
     """
     own = Limits(**seconds)
     room = own.most if descriptors is None else (descriptors - _OTHER_FILES) // 2

@@ -1,8 +1,9 @@
-"""Continuous batching: requests join and leave between two tokens, each with its own adapter.
+"""Continuous batching: requests join and leave between tokens, each with its own adapter.
 
-One thread runs the model. A turn of it lets waiting requests in, reads a part of their prompts, and
-makes the next token of every request that runs. A batch never holds more adapters than the pool has
-slots, since nobody joins whose adapter would not fit beside the others: `AdapterPool.plan` says so.
+One thread runs the model. In each turn, it admits waiting requests, reads a part of their prompts,
+and generates the next token of every running request. A batch never uses more adapters than the
+pool has slots: a request joins only if `AdapterPool.plan` finds that its adapter fits beside the
+others.
 """
 
 from __future__ import annotations
@@ -28,11 +29,19 @@ _log = logging.getLogger("fastlora.serve")
 
 
 class Engine:
-    """Runs up to ``rows`` requests at once on one model, that of ``adapters.pool``.
+    """Run up to ``rows`` requests at a time on one model.
 
-    A prompt and its answer have at most ``length`` tokens: the model's own limit, but no more than
-    2,048, unless given. The engine's thread decodes with ``tokenizer``, so nobody else may. Raises
-    as `Rows`.
+    Args:
+        model: The model of ``adapters.pool``.
+        tokenizer: The tokenizer. Only the engine's thread may use it.
+        adapters: The adapters that requests can use.
+        rows: Maximum number of running requests.
+        length: Maximum number of tokens in a prompt and its answer. None uses the model's own
+            limit, but at most 2,048.
+        most_waiting: Maximum number of waiting requests.
+
+    Raises:
+        UnsupportedLayerError, ConfigError: See `Rows`.
     """
 
     def __init__(
@@ -58,8 +67,6 @@ class Engine:
         self._thread = threading.Thread(target=self._serve, name="fastlora-engine", daemon=True)
         self._thread.start()
 
-    # ---------------------------------------------------------------------------- for any thread
-
     def submit(
         self,
         prompt: Sequence[int],
@@ -67,14 +74,20 @@ class Engine:
         sampling: Sampling,
         hear: Callable[[Piece], None],
     ) -> Job:
-        """Takes a request, whose pieces ``hear`` gets in the engine's thread.
+        """Add a request to the queue, and return it.
+
+        Args:
+            prompt: Tokens of the prompt.
+            adapter: Name of the adapter, or None for the base model.
+            sampling: Sampling settings.
+            hear: Called with each `Piece` of the answer, in the engine's thread.
 
         Raises:
             ConfigError: The prompt is empty, or leaves no room for the answer.
-            AdapterNotFoundError: There is no such adapter.
-            CheckpointError: It is damaged.
-            QueueFullError: Too many wait.
-            ClosedError: The engine is ending.
+            AdapterNotFoundError: The adapter does not exist.
+            CheckpointError: The adapter is damaged.
+            QueueFullError: Too many requests are waiting.
+            ClosedError: The engine is shutting down.
         """
         sampling = self._fitting(prompt, sampling)
         with self._changed:
@@ -96,14 +109,14 @@ class Engine:
         return job
 
     def cancel(self, job: Job) -> None:
-        """Ends a request that nobody listens to; its place is free with the next token."""
+        """End a request that no client waits for. Its row becomes free at the next token."""
         job.cancelled = True
         self._wake()
 
     def close(self, timeout: float | None = None) -> None:
-        """Takes no more requests, and waits until those that are there have ended.
+        """Stop accepting requests, and wait until the existing ones have ended.
 
-        What has not ended when ``timeout`` seconds are over fails with `ClosedError`.
+        Requests that have not ended after ``timeout`` seconds fail with `ClosedError`.
         """
         with self._changed:
             self._closing = True
@@ -118,26 +131,26 @@ class Engine:
 
     @property
     def waiting(self) -> int:
-        """Requests that wait."""
+        """Number of waiting requests."""
         return len(self._waiting)
 
     @property
     def running(self) -> int:
-        """Requests that have a row."""
+        """Number of running requests."""
         return len(self._running.jobs)
 
     @property
     def alive(self) -> bool:
-        """Whether the engine's thread runs."""
+        """Whether the engine's thread is running."""
         return self._thread.is_alive()
 
     @property
     def closing(self) -> bool:
-        """Whether it takes no more requests."""
+        """Whether the engine has stopped accepting requests."""
         return self._closing
 
     def _fitting(self, prompt: Sequence[int], sampling: Sampling) -> Sampling:
-        """Returns the settings with a number of tokens that fits behind the prompt."""
+        """Return the settings with a ``max_tokens`` that fits after the prompt."""
         if not prompt:
             raise ConfigError("the prompt is empty")
         room = self.length - len(prompt)
@@ -154,10 +167,8 @@ class Engine:
         with self._changed:
             self._changed.notify_all()
 
-    # ------------------------------------------------------------------------- the engine's thread
-
     def _serve(self) -> None:
-        """The thread: however it ends, its batch has no block open."""
+        """Run the engine's thread, and close the batch's open block however the thread ends."""
         try:
             self._run()
         finally:
@@ -174,19 +185,19 @@ class Engine:
                 self._sweep()
                 self._admit()
                 self._running.turn()
-            except Exception as error:  # a fault of ours must not leave requests without an end
+            except Exception as error:  # an internal error must not leave requests unanswered
                 _log.exception("a turn of the engine failed")
                 self._running.fail(error)
 
     def _has_work(self) -> bool:
-        """Whether one that waits can go on, or has to be told of its end."""
+        """Return whether a waiting request can start or has to be ended."""
         return any(
             job.cancelled or job.version is None or job.version.ready or job.version.error
             for job in self._waiting
         )
 
     def _sweep(self) -> None:
-        """Ends what was cancelled."""
+        """End the cancelled requests."""
         self._running.drop_cancelled()
         with self._changed:
             gone = [job for job in self._waiting if job.cancelled]
@@ -196,10 +207,10 @@ class Engine:
             self._end(job, None)
 
     def _admit(self) -> None:
-        """Gives rows to those that wait, in the order of their coming.
+        """Give rows to waiting requests in the order of their arrival.
 
-        Who has an adapter that does not fit now is passed by later ones, but by no more of them
-        than there are rows.
+        If the adapter of a request does not fit yet, later requests may start first, but at most as
+        many as there are rows.
         """
         blocked: list[Job] = []
         with self._changed:
@@ -215,7 +226,7 @@ class Engine:
                     continue
                 try:
                     job.lease = self._leased(version)
-                except Exception as error:  # out of memory, say; others may have room
+                except Exception as error:  # for instance out of memory; others may fit
                     if not isinstance(error, FastLoraError):
                         _log.exception("adapter %r could not be brought in", version.served_as)
                     with self._changed:
@@ -232,9 +243,9 @@ class Engine:
                 self._running.jobs.append(job)
 
     def _leased(self, version: Version) -> Lease | None:
-        """Returns a lease on an adapter; None where it has to wait for others to leave.
+        """Return a lease on an adapter, or None if it has to wait for other requests to end.
 
-        Raises `CheckpointError` where it is damaged, `PoolFullError` where it never fits.
+        Raises `CheckpointError` if the adapter is damaged, and `PoolFullError` if it can never fit.
         """
         if version.error is not None:
             raise CheckpointError(f"adapter {version.served_as!r} cannot be used: {version.error}")
@@ -242,7 +253,8 @@ class Engine:
         if len(self._pool.plan([*held, version.name])) > 1:
             return None
         try:
-            # Where nobody runs, nobody will leave: the pool says whether there can be room.
+            # If no request is running, none will free a slot: the pool decides whether the adapter
+            # fits.
             return self._pool.lease([version.name], timeout=0.0 if held else None)
         except PoolFullError:
             if held:
@@ -250,7 +262,7 @@ class Engine:
             raise
 
     def _end(self, job: Job, error: FastLoraError | None) -> None:
-        """Gives a request's adapter back, and tells its owner where it did not finish."""
+        """Release a request's adapter, and send an error if its answer is incomplete."""
         if job.version is not None:
             self._adapters.give_back(job.version)
         if job.ended:

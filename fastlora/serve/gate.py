@@ -1,4 +1,4 @@
-"""What every request passes first: the key, the bounds of bodies, and the count of answers."""
+"""Check the key and the body size of every request, and count the responses."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from fastlora.serve.keys import Caller, Keys
 from fastlora.serve.metrics import Metrics
 from fastlora.serve.refusals import JSON, error_body
 
-_OPEN = ("/health",)  # without a key
-_SMALL_BODY = 1 << 16  # bytes, which are taken however many bodies are being read
+_OPEN = ("/health",)  # paths that need no key
+_SMALL_BODY = 1 << 16  # bytes; bodies up to this size do not count toward the total
 _RETRY = {"Retry-After": "1"}
 
 
 class Gate:
-    """Stands before an application; `Settings` in `app` says what its arguments are.
+    """ASGI middleware that checks requests. `Settings` in `app` describes the arguments.
 
-    It leaves in ``request.state.caller`` who sent a request.
+    It stores the sender of a request in ``request.state.caller``.
     """
 
     def __init__(
@@ -25,7 +25,7 @@ class Gate:
     ) -> None:
         self._app, self._keys, self._metrics = app, keys, metrics
         self._most_bytes, self._most_reading = most_bytes, max(most_bytes, most_reading)
-        self._reading = 0  # bytes of unfinished bodies, without those of small ones
+        self._reading = 0  # bytes of unfinished bodies, except small ones
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":

@@ -1,4 +1,4 @@
-"""A request to the engine, what its owner hears of it, and what became of all of them."""
+"""A request to the engine, the pieces of its answer, and counters over all requests."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from fastlora.validation import FastLoraError
 
 
 class QueueFullError(FastLoraError):
-    """As many requests wait as may; the client is to come again later."""
+    """Too many requests are waiting. The client should try again later."""
 
 
 class ClosedError(FastLoraError):
-    """The server is ending and takes no more requests."""
+    """The server is shutting down, or has ended a request before its answer was complete."""
 
 
 class FailedError(FastLoraError):
-    """The server could not go on with a request."""
+    """The server failed while it processed a request."""
 
 
 def told(error: Exception) -> FastLoraError:
-    """Returns what a request's owner is told of an error; a fault of ours says its kind only."""
+    """Return the error to send to a client, which reveals only the type of an internal error."""
     if isinstance(error, FastLoraError):
         return error
     return FailedError(f"the server failed at this request ({type(error).__name__})")
@@ -35,13 +35,13 @@ def told(error: Exception) -> FastLoraError:
 
 @dataclass(frozen=True)
 class Piece:
-    """What a request's owner hears of it.
+    """A part of an answer, or the error that ends it.
 
     Attributes:
-        text: The next part of the answer.
-        reason: Why the answer is at its end: ``stop`` or ``length``; None while it is not.
-        tokens: Tokens of the answer so far.
-        error: Why it failed; nothing follows.
+        text: The next part of the text.
+        reason: Why the answer has ended, ``stop`` or ``length``; None before its end.
+        tokens: Number of tokens in the answer so far.
+        error: Why the request failed. No piece follows.
     """
 
     text: str = ""
@@ -52,21 +52,22 @@ class Piece:
 
 @dataclass(eq=False)
 class Job:
-    """A request; while it runs, its place in the batch is its row.
+    """A request to the engine. The index of a running request in the batch is its row.
 
     Attributes:
-        prompt: Its tokens.
-        version: Its adapter, or None for the base model.
-        sampling: How tokens are chosen; ``max_tokens`` is a number by now.
-        hear: Called with each `Piece`, in the engine's thread; must not block.
-        text: Makes text of its tokens.
-        lease: Keeps its adapter on the device while it runs.
-        tokens: Those of the answer so far.
-        done: Positions of its row that are in the cache.
-        came: When, by `time.monotonic`.
-        passed: How many later requests went before it because their adapters fit and its did not.
-        cancelled: Nobody listens any more.
-        ended: Its owner has heard the last piece.
+        prompt: Tokens of the prompt.
+        version: The version of its adapter, or None for the base model.
+        sampling: Sampling settings, with a number as ``max_tokens``.
+        hear: Called with each `Piece`, in the engine's thread. It must not block.
+        text: Decoder of the answer.
+        lease: Lease that keeps the adapter on the device while the request runs.
+        tokens: Tokens of the answer so far.
+        done: Number of cached positions in its row.
+        came: Time of arrival, from `time.monotonic`.
+        passed: Number of later requests that started earlier because their adapters fit and the
+            adapter of this request did not.
+        cancelled: Whether no client waits for the answer.
+        ended: Whether the last piece has been sent.
     """
 
     prompt: list[int]
@@ -87,14 +88,14 @@ class Job:
 
     @property
     def pooled(self) -> str | None:
-        """Its adapter's name in the pool."""
+        """Name of the adapter in the pool, or None for the base model."""
         return None if self.version is None else self.version.name
 
     def say(self, piece: Piece) -> None:
-        """Lets its owner hear a piece."""
+        """Send a piece to the client."""
         try:
             self.hear(piece)
-        except Exception:  # its owner is gone
+        except Exception:  # the client is gone
             self.cancelled = True
 
 
@@ -104,7 +105,7 @@ def _counts(what: str, start: float = 0) -> Any:
 
 @dataclass
 class EngineStats:
-    """What an engine has done, a field a counter of the metrics' page; seconds are the wall's."""
+    """Counters of an engine, one for each metric. Seconds are wall-clock time."""
 
     requests: int = _counts("Requests that were taken.")
     requests_finished: int = _counts("Requests that came to their end.")

@@ -1,4 +1,4 @@
-"""The keys of a server: where they come from, and who a request is from."""
+"""Read the API keys of a server, and identify callers by the keys that they send."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from pathlib import Path
 
 from fastlora.validation import ConfigError, FastLoraError
 
-_MOST_BYTES = 4096  # of a key's file
+_MOST_BYTES = 4096  # maximum size of a key file
 
 
 class AdminKeyError(FastLoraError):
-    """A request lacks the admin key."""
+    """A request lacks the admin key that it needs."""
 
 
 class Caller(enum.Enum):
-    """Who sent a request."""
+    """The kind of caller that a request comes from, according to its key."""
 
     STRANGER = "stranger"
     CLIENT = "client"
@@ -29,8 +29,9 @@ class Keys:
     """The bearer tokens that a server accepts.
 
     Attributes:
-        client: Allows every request but those that change adapters; None allows them to everyone.
-        admin: Allows every request; without one the paths that change adapters do not exist.
+        client: Key for all requests except those that change adapters. With None, these requests
+            need no key.
+        admin: Key for all requests. With None, the paths that change adapters do not exist.
 
     Raises:
         ConfigError: Both keys are the same.
@@ -44,7 +45,7 @@ class Keys:
             raise ConfigError("the admin key must differ from the API key")
 
     def caller(self, authorization: bytes) -> Caller:
-        """Returns who sends an ``Authorization`` header; the comparison takes constant time."""
+        """Return the caller that an ``Authorization`` header identifies, in constant time."""
         scheme, _, token = authorization.partition(b" ")
         given = token.strip(b" ") if scheme.lower() == b"bearer" else b""
         is_client, is_admin = (
@@ -59,17 +60,21 @@ class Keys:
 def read_key(
     option: str, given: str | None, file: Path | None, variable: str, otherwise: str | None
 ) -> str | None:
-    """Returns the key that an option, its file or an environment variable gives, in this order.
+    """Return the key from an option, its file, or an environment variable, in this order.
 
     Args:
-        option: The option, such as ``--api-key``; its file is the option ``--api-key-file``.
-        given: The option's value.
-        file: The file's path. One newline at its end is no part of the key.
-        variable: The name of the environment variable, for messages.
-        otherwise: The variable's value.
+        option: Name of the option, such as ``--api-key``. The option for its file is
+            ``--api-key-file``.
+        given: Value of the option.
+        file: Path of the file. One newline at its end is not part of the key.
+        variable: Name of the environment variable, for messages.
+        otherwise: Value of the environment variable.
+
+    Returns:
+        The key, or None if none is given.
 
     Raises:
-        ConfigError: The key is empty, an HTTP header cannot carry it, the file cannot be read, or
+        ConfigError: The key is empty, an HTTP header cannot contain it, the file cannot be read, or
             both options are given. The message does not contain the key.
     """
     source, key = option, given

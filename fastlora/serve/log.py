@@ -1,4 +1,4 @@
-"""Log lines of a server: one line for a message, no line that a client wrote, and no flood."""
+"""Log lines of a server: one line per message, no forged lines, and a limited number of lines."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ import re
 import time
 from collections.abc import Callable
 
-SECONDS = 60.0  # in which the same message makes one line
-MOST_MESSAGES = 200  # different ones in this time
-MOST_LETTERS = 1000  # of a line
+SECONDS = 60.0  # period in which the same message is logged once
+MOST_MESSAGES = 200  # maximum number of different messages in this period
+MOST_LETTERS = 1000  # maximum number of characters in a line
 _BREAKS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 class LogLines(logging.Formatter):
-    """Makes one line of a message by escaping control characters, and indents the traceback.
+    """A formatter that writes a message on one line, escaped, and indents its traceback.
 
-    A name in a message or in an exception's text therefore cannot begin a line of its own.
+    A name in a message or in the text of an exception therefore cannot start a new line.
     """
 
     def format(self, record: logging.LogRecord) -> str:
-        """Returns the lines of a record."""
+        """Return the formatted lines of a record."""
         lines = [f"fastlora: {_line(record.getMessage().rstrip())}"]
         repeats = getattr(record, "repeats", 0)
         if repeats:
@@ -32,9 +32,10 @@ class LogLines(logging.Formatter):
 
 
 class OncePerMinute(logging.Filter):
-    """Passes the same message once a minute; the next line says how often it was repeated.
+    """A filter that passes each message once a minute.
 
-    It also passes at most `MOST_MESSAGES` different messages a minute.
+    The next line for the same message says how often it was repeated. The filter passes at most
+    `MOST_MESSAGES` different messages a minute.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -44,7 +45,7 @@ class OncePerMinute(logging.Filter):
         self._before: dict[str, int] = {}
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Returns whether a record is passed; sets ``record.repeats``."""
+        """Return whether a record passes, and set ``record.repeats``."""
         now, text = self._clock(), record.getMessage()[:MOST_LETTERS]
         if now - self._since >= SECONDS:
             is_next = now - self._since < 2 * SECONDS
@@ -59,7 +60,7 @@ class OncePerMinute(logging.Filter):
 
 
 def log_to_stderr() -> None:
-    """Makes warnings and errors of the whole process lines on stderr."""
+    """Log the warnings and errors of the whole process to stderr."""
     handler = logging.StreamHandler()
     handler.setFormatter(LogLines())
     handler.addFilter(OncePerMinute())

@@ -1,4 +1,4 @@
-"""What Prometheus reads of a server."""
+"""Prometheus metrics of a server."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fastlora.serve.engine import Engine
 
 
 class Metrics(Collector):
-    """The numbers of an engine and of its pool, read when they are asked for."""
+    """Metrics of an engine and its adapter pool, read when Prometheus asks for them."""
 
     media_type = CONTENT_TYPE_LATEST
 
@@ -32,16 +32,16 @@ class Metrics(Collector):
         self._registry.register(self)
 
     def answered(self, scope: MutableMapping[str, Any], status: int) -> None:
-        """Counts an answer; paths that no route has are one."""
+        """Count a response. All paths without a route are counted together."""
         route = scope.get("route")
         self._answers.labels(getattr(route, "path", "other"), str(status)).inc()
 
     def text(self) -> bytes:
-        """Returns Prometheus's text format."""
+        """Return the metrics in Prometheus's text format."""
         return generate_latest(self._registry)
 
     def collect(self) -> Iterator[Metric]:
-        """Yields the engine's and the pool's numbers."""
+        """Yield the metrics of the engine and the pool."""
         done, pool = self._engine.stats, self._adapters.pool.stats()
         for name, what, value in (
             *((own.name, own.metadata["what"], getattr(done, own.name)) for own in fields(done)),

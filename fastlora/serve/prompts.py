@@ -1,4 +1,4 @@
-"""What a request says, as tokens; several threads may ask at once."""
+"""Convert the prompts of requests to tokens, in several threads at once."""
 
 from __future__ import annotations
 
@@ -10,34 +10,34 @@ from fastlora.validation import ConfigError
 
 
 class Prompts:
-    """Makes tokens of texts and of conversations.
+    """Tokenize texts and conversations.
 
-    Threads share the tokenizer without a lock: it is used in one way only, which the first call
-    sets.
+    Threads share the tokenizer without a lock. This is safe because every call uses it with the
+    same options, which the first call sets.
 
     Args:
-        tokenizer: transformers' tokenizer, which nobody else may use in another way.
-        vocabulary: How many tokens the model knows.
-        length: The most tokens of a prompt and its answer; longer texts are refused, far too long
-            ones before they are tokenized. None for any length.
+        tokenizer: A transformers tokenizer. No other code may use it with other options.
+        vocabulary: Number of tokens in the model's vocabulary.
+        length: Maximum number of tokens in a prompt and its answer; None for no limit. A text that
+            is certainly longer is rejected before it is tokenized.
     """
 
     def __init__(self, tokenizer: Any, vocabulary: int = 0, length: int | None = None) -> None:
         self._tokenizer, self._vocabulary, self._length = tokenizer, vocabulary, length
         self._bound = CharacterBound(tokenizer)
-        self._tokens("", special=False)  # ends truncation and padding, which a file may set
+        self._tokens("", special=False)  # turns off truncation and padding, which a file may set
 
     def of_text(self, text: str) -> list[int]:
-        """Returns the tokens of a text that is to go on: with a beginning, without an end."""
+        """Return the tokens of a text to continue, with a start token but without an end token."""
         ids = self._tokens(text, special=True)
         if len(ids) > 1 and ids[-1] == self._tokenizer.eos_token_id:
             del ids[-1]
         return ids
 
     def of_tokens(self, tokens: Sequence[int]) -> list[int]:
-        """Returns tokens that a client made; raises `ConfigError` for those that do not exist.
+        """Return the tokens of a client; raise `ConfigError` if one is not in the vocabulary.
 
-        Of too many it looks at none: the engine refuses them.
+        A prompt that is too long is not checked, because the engine rejects it.
         """
         if self._length is not None and len(tokens) > self._length:
             return list(tokens)
@@ -49,10 +49,10 @@ class Prompts:
         return list(tokens)
 
     def of_messages(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        """Returns the tokens of a conversation by the model's chat template.
+        """Return the tokens of a conversation, formatted by the model's chat template.
 
         Raises:
-            ConfigError: There is no template, or it refuses the conversation.
+            ConfigError: There is no chat template, or it rejects the conversation.
         """
         if not getattr(self._tokenizer, "chat_template", None):
             raise ConfigError("the model has no chat template; use /v1/completions")
@@ -60,11 +60,11 @@ class Prompts:
             text = self._tokenizer.apply_chat_template(
                 list(messages), tokenize=False, add_generation_prompt=True
             )
-        except Exception as error:  # of jinja, whose templates refuse roles by raising
+        except Exception as error:  # jinja templates reject roles by raising
             if type(error).__module__.partition(".")[0] != "jinja2":
                 raise
             raise ConfigError(f"the model's chat template refuses messages: {error}") from error
-        return self._tokens(text, special=False)  # the template has them
+        return self._tokens(text, special=False)  # the template adds special tokens
 
     def _tokens(self, text: str, *, special: bool) -> list[int]:
         if self._length is not None and self._bound.exceeded(text, self._length):
@@ -72,7 +72,7 @@ class Prompts:
                 f"the prompt has {len(text)} characters: more than {self._length} tokens; "
                 f"prompt and answer together may have {self._length}"
             )
-        # A list, since the tokenizer then lets other threads run.
+        # With a list, the tokenizer lets other threads run.
         ids = self._tokenizer(
             [text], add_special_tokens=special, return_attention_mask=False, verbose=False
         ).input_ids

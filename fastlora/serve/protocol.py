@@ -1,4 +1,4 @@
-"""The bodies of requests, as OpenAI has them, and what they ask of the engine."""
+"""Bodies of requests in OpenAI's format, and their conversion to settings of the engine."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pydantic_core import PydanticCustomError
 from fastlora.serve.sampling import MOST_STOPS, Sampling
 from fastlora.validation import ConfigError
 
-# Values that clients send though they request nothing. Any other value but null is refused like an
-# unknown field.
+# Values that clients send although they request nothing. Any other value except null is rejected
+# like an unknown field.
 _ASKS_NOTHING: Mapping[str, object] = {
     "n": 1,
     "best_of": 1,
@@ -33,9 +33,10 @@ _ASKS_NOTHING: Mapping[str, object] = {
     "top_logprobs": 0,
 }
 _INT64 = 2**63
-_MOST_PARTS = 2048  # of a conversation, as OpenAI has for messages; 30,000 take a second to check
+_MOST_PARTS = 2048  # per conversation, as OpenAI limits messages; 30,000 take a second to check
 _T = TypeVar("_T")
-# One wrong element is enough: an error for each of a long list would hold everybody up for seconds.
+# Stop at the first invalid element: an error for each one of a long list would block all requests
+# for seconds.
 _List: TypeAlias = Annotated[list[_T], Field(fail_fast=True)]
 
 
@@ -46,9 +47,10 @@ class _Body(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _with_one_unknown(cls, data: Any) -> Any:
-        """Drops nulls, values that request nothing, and all unknown fields but the first.
+        """Drop nulls, values that request nothing, and all unknown fields except the first.
 
-        The first unknown field is refused. A null field is an absent field, whatever its name.
+        pydantic then rejects the first unknown field. A null field counts as not given, whatever
+        its name is.
         """
         if not isinstance(data, dict):
             return data
@@ -65,7 +67,7 @@ class _Body(BaseModel):
 
 
 class StreamOptions(_Body):
-    """Of a stream: whether a last chunk has the counts of tokens."""
+    """Options of a stream. `include_usage` adds a last chunk with the token counts."""
 
     asks_nothing = {"include_obfuscation": False}
 
@@ -73,7 +75,7 @@ class StreamOptions(_Body):
 
 
 class GenerationBody(_Body):
-    """What completions and chat completions share."""
+    """Fields that completion and chat completion requests share."""
 
     asks_nothing = _ASKS_NOTHING
 
@@ -88,7 +90,7 @@ class GenerationBody(_Body):
     user: str | None = None
 
     def sampling(self, max_tokens: int | None) -> Sampling:
-        """Returns the settings; raises `ConfigError` where a value is out of its range."""
+        """Return the sampling settings; raise `ConfigError` if a stop text is invalid."""
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
         for text in stop[: MOST_STOPS + 1]:
             check_text("stop", text)
@@ -102,12 +104,12 @@ class GenerationBody(_Body):
 
 
 class CompletionBody(GenerationBody):
-    """A text that is to go on: as text, or as tokens."""
+    """A request to continue a prompt, given as text or as tokens."""
 
     prompt: str | _List[int] | _List[str] | _List[_List[int]]
 
     def one_prompt(self) -> str | list[int]:
-        """Returns the prompt; raises `ConfigError` where there are several, or none."""
+        """Return the prompt; raise `ConfigError` unless there is exactly one."""
         given = self.prompt
         if isinstance(given, list) and not (given and isinstance(given[0], int)):
             if len(given) != 1:
@@ -119,7 +121,7 @@ class CompletionBody(GenerationBody):
 
 
 class TextPart(_Body):
-    """A part of a message; this server takes text only."""
+    """A part of a message. This server supports text only."""
 
     asks_nothing = {"annotations": []}
 
@@ -128,7 +130,7 @@ class TextPart(_Body):
 
 
 class Message(_Body):
-    """A message of a conversation; an answer's own message is one, as clients dump it."""
+    """A message of a conversation, or an earlier answer as clients serialize it."""
 
     asks_nothing = {"annotations": [], "tool_calls": []}
 
@@ -139,13 +141,13 @@ class Message(_Body):
     @model_validator(mode="before")
     @classmethod
     def _with_content(cls, data: Any) -> Any:
-        """Gives an assistant's message without content an empty one; other roles need theirs."""
+        """Add empty content to an assistant's message without content; other roles require it."""
         if isinstance(data, dict) and data.get("role") == "assistant":
             return data if data.get("content") is not None else {**data, "content": ""}
         return data
 
     def as_dict(self) -> dict[str, str]:
-        """Returns it as chat templates take it."""
+        """Return the message in the form that chat templates take."""
         parts = self.content
         text = parts if isinstance(parts, str) else "".join(part.text for part in parts)
         check_text("content", text)
@@ -153,7 +155,7 @@ class Message(_Body):
 
 
 class ChatBody(GenerationBody):
-    """A conversation that is to be answered."""
+    """A request to answer a conversation."""
 
     messages: _List[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1, lt=_INT64)
@@ -161,7 +163,7 @@ class ChatBody(GenerationBody):
     @model_validator(mode="before")
     @classmethod
     def _with_few_parts(cls, data: Any) -> Any:
-        """Refuses many messages, or many parts of them, before each is checked."""
+        """Reject too many messages, or too many parts in them, before each part is checked."""
         messages = data.get("messages") if isinstance(data, dict) else None
         if isinstance(messages, list):
             contents = [own.get("content") for own in messages if isinstance(own, dict)]
@@ -176,7 +178,7 @@ class ChatBody(GenerationBody):
 
 
 class LoadBody(_Body):
-    """vLLM's body of a load: where an adapter is, below the server's folder."""
+    """vLLM's request to load an adapter from a folder below the server's adapter folder."""
 
     lora_name: str = Field(max_length=256)
     lora_path: str = Field(max_length=4096)
@@ -184,19 +186,22 @@ class LoadBody(_Body):
 
 
 class UnloadBody(_Body):
-    """vLLM's body of an unload."""
+    """vLLM's request to unload an adapter."""
 
     lora_name: str = Field(max_length=256)
     lora_int_id: int | None = None
 
 
 def _same(value: object, other: object) -> bool:
-    """Whether two values of JSON are equal; ``logprobs: 0`` requests some, unlike False."""
+    """Return whether two JSON values are equal, treating 0 and False as different.
+
+    ``logprobs: 0`` requests log probabilities, but ``logprobs: false`` does not.
+    """
     return value == other and isinstance(value, bool) == isinstance(other, bool)
 
 
 def check_text(name: str, text: str) -> None:
-    """Raises `ConfigError` for half a surrogate pair, which JSON can hold and no encoding."""
+    """Raise `ConfigError` if a text has half of a surrogate pair, which UTF-8 cannot encode."""
     try:
         text.encode()
     except UnicodeEncodeError:

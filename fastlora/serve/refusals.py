@@ -1,4 +1,4 @@
-"""Errors as OpenAI has them: a status, and a body that names type and code."""
+"""Errors in OpenAI's format: an HTTP status, and a body with a type and a code."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from fastlora.validation import (
 )
 
 _RETRY_SECONDS = 1
-# The status, OpenAI's type and the code of what the engine refuses.
+# HTTP status, OpenAI error type, and code of each class of errors.
 _STATUS: tuple[tuple[type[FastLoraError], int, str, str | None], ...] = (
     (AdapterNotFoundError, 404, "invalid_request_error", "model_not_found"),
     (AdminKeyError, 403, "invalid_request_error", "admin_key_required"),
@@ -38,7 +38,7 @@ _STATUS: tuple[tuple[type[FastLoraError], int, str, str | None], ...] = (
 
 
 class JSON(Response):
-    """JSON in ASCII: a message may quote a name that no encoding has."""
+    """ASCII-only JSON: a message may quote a name that cannot be encoded as UTF-8."""
 
     media_type = "application/json"
 
@@ -47,7 +47,7 @@ class JSON(Response):
 
 
 def add_handlers(app: FastAPI) -> None:
-    """Makes every error of an application an answer of this form."""
+    """Add handlers that answer every error of an application in OpenAI's format."""
     app.add_exception_handler(FastLoraError, _on_our_error)
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(RequestValidationError, _on_wrong_body)
@@ -55,7 +55,7 @@ def add_handlers(app: FastAPI) -> None:
 
 
 def error_of(error: FastLoraError) -> tuple[int, dict[str, Any]]:
-    """Returns an error's status and its body in OpenAI's form."""
+    """Return the HTTP status of an error and its body in OpenAI's format."""
     for kind, status, name, code in _STATUS:
         if isinstance(error, kind):
             return status, error_body(str(error), name, code)
@@ -65,7 +65,7 @@ def error_of(error: FastLoraError) -> tuple[int, dict[str, Any]]:
 def error_body(
     message: str, kind: str, code: str | None, param: str | None = None
 ) -> dict[str, Any]:
-    """Returns the body of an error."""
+    """Return the body of an error."""
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 

@@ -1,7 +1,7 @@
-"""A model with one row of keys and values for each running request, and forwards over some rows.
+"""A cache of keys and values with a row per running request, and forward passes over its rows.
 
-Every row begins at position 0 of its own row in the cache, so requests of any lengths stand side by
-side, and the rows of a forward are neighbours, so keys and values are read where they lie.
+Every request starts at position 0 of its row in the cache, so requests of any lengths can run side
+by side. The rows of a forward pass are adjacent, so their keys and values are read in place.
 """
 
 from __future__ import annotations
@@ -14,17 +14,20 @@ import torch
 
 from fastlora.validation import ConfigError, UnsupportedLayerError
 
-# Their frequencies depend on the longest row of a batch once it passes the length of pretraining.
+# The frequencies of these RoPE types depend on the longest row of a batch once it exceeds the
+# length of pretraining.
 _ROPES_BY_LENGTH = ("dynamic", "longrope")
-_STEP = 256  # positions by which the cache grows at least
+_STEP = 256  # minimum number of positions by which the cache grows
 
 
 class RowCache:
-    """Keys and values of every layer, ``[rows, heads, length, head_dim]``, in what transformers
-    calls a cache: layers call `update`.
+    """The keys and values of every layer, with the interface of a transformers cache.
 
-    Memory is zeros at first, since a masked position still takes part in a product with weight 0.
-    It grows in length as requests need it, up to ``length``, and stays.
+    Layers call `update` to write and read their keys and values.
+
+    The buffers have shape ``[rows, heads, length, head_dim]``. They are initialized to zeros,
+    because a masked position still takes part in a product with weight 0. Their length grows as
+    requests need it, up to ``length``, and never shrinks.
     """
 
     def __init__(self, rows: int, length: int) -> None:
@@ -32,13 +35,14 @@ class RowCache:
         self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._first, self._starts, self._end = 0, torch.zeros(0, dtype=torch.int64), 0
         self._index = self._starts
-        self._at: int | None = None  # where all rows write, if it is one place
+        self._at: int | None = None  # where all rows write, or None if their positions differ
         self._room = min(length, _STEP)
 
     def begin(self, first: int, starts: torch.Tensor, count: int) -> None:
-        """Says where the next forward writes ``count`` new tokens of each row, from ``first`` on.
+        """Set where the next forward pass writes ``count`` new tokens in each of its rows.
 
-        ``starts``, ``[n]`` int64, are their first positions: all the same, unless ``count`` is 1.
+        ``first`` is the first row of the pass. ``starts``, ``[n]`` int64, has the first new
+        position of each row. The positions must be equal unless ``count`` is 1.
         """
         self._first, self._starts = first, starts
         self._at = int(starts[0]) if bool((starts == starts[0]).all()) else None
@@ -50,7 +54,11 @@ class RowCache:
     def update(
         self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Writes a layer's new keys and values; returns all of the rows' up to the longest."""
+        """Write the new keys and values of a layer.
+
+        Returns the keys and values of the rows in this forward pass, up to the end of the longest
+        row.
+        """
         found = []
         for states, kept in zip(
             (keys, values), self._buffers(layer_idx, keys, values), strict=True
@@ -88,13 +96,16 @@ class RowCache:
 
     @torch.no_grad()
     def move(self, source: int, target: int, length: int) -> None:
-        """Copies the first positions of a row over another one."""
+        """Copy the first ``length`` positions of one row to another row."""
         for kept in self._all():
             kept[target, :, :length] = kept[source, :, :length]
 
     @torch.no_grad()
     def clear(self, row: int) -> None:
-        """Makes a row zeros: what held NaN would be NaN times 0 for the next request."""
+        """Set a row to zeros.
+
+        Otherwise a NaN in the row would make the next request NaN: a masked NaN times 0 is NaN.
+        """
         for kept in self._all():
             kept[row] = 0
 
@@ -103,21 +114,29 @@ class RowCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the cache, known once a forward has run."""
+        """Size of the cache in bytes, known after the first forward pass."""
         return sum(kept.nbytes for kept in self._all())
 
     def get_seq_length(self, *_: Any, **__: Any) -> int:
-        """Positions before the new tokens, for models that ask; they are given position_ids."""
+        """Return the number of positions before the new tokens, in the longest row.
+
+        Some models call this even though they are given position_ids.
+        """
         return int(self._starts.max()) if self._starts.numel() else 0
 
 
 class Rows:
-    """Forwards of transformers' causal language model, in evaluation mode, over a `RowCache`.
+    """Run forward passes of a causal language model of transformers over a `RowCache`.
+
+    Args:
+        model: The model, in evaluation mode.
+        rows: Number of rows.
+        length: Maximum number of tokens in a row. None uses the model's limit, but at most 2,048.
 
     Raises:
-        UnsupportedLayerError: The model keeps something else than keys and values, or takes no
-            positions.
-        ConfigError: ``length`` is more than the model has.
+        UnsupportedLayerError: The model caches something other than keys and values, or its forward
+            pass does not accept a cache, positions, and a mask.
+        ConfigError: ``length`` exceeds the limit of the model.
     """
 
     def __init__(self, model: Any, rows: int, length: int | None) -> None:
@@ -140,13 +159,14 @@ class Rows:
     def forward(
         self, first: int, starts: Sequence[int], tokens: Sequence[Sequence[int]]
     ) -> torch.Tensor:
-        """Returns the logits behind the last token of each row, ``[n, V]`` in fp32.
+        """Return the logits at the last token of each row, shape ``[n, V]``, fp32.
 
         Args:
-            first: The first of n neighbouring rows.
-            starts: Positions that each row has already; all the same unless each gets one token.
-            tokens: New tokens of each row; shorter ones are padded on the right, where no query of
-                their own sees it.
+            first: The first of n adjacent rows.
+            starts: Number of cached positions of each row. The numbers must be equal unless each
+                row gets one token.
+            tokens: New tokens of each row. Shorter rows are padded on the right, where none of
+                their own queries attends.
         """
         device = self._model.device
         lengths = [len(own) for own in tokens]
@@ -176,9 +196,9 @@ class Rows:
 
 
 def most_positions(config: Any) -> int | None:
-    """Returns how many positions a request may take with a model, None where it has no limit.
+    """Return the maximum number of positions in a request to a model, or None without a limit.
 
-    Raises `UnsupportedLayerError` for a model that keeps something else than keys and values.
+    Raises `UnsupportedLayerError` if the model caches something other than keys and values.
     """
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     kinds = set(getattr(text, "layer_types", None) or ()) - {"full_attention"}
@@ -188,7 +208,7 @@ def most_positions(config: Any) -> int | None:
             "and values of attention only"
         )
     most: int | None = getattr(text, "max_position_embeddings", None)
-    # Rows are not aligned, so a window that slides would be another one for each.
+    # Rows are not aligned, so a sliding window would cover other positions in each row.
     window = getattr(text, "sliding_window", None)
     if window and (kinds or getattr(text, "use_sliding_window", True)):
         most = min(most or window, window)

@@ -1,4 +1,4 @@
-"""How the next token is chosen: settings of a request, and the choice for all rows of a forward."""
+"""Choose the next token: the sampling settings of a request, and sampling for a batch of rows."""
 
 from __future__ import annotations
 
@@ -11,23 +11,25 @@ import torch
 from fastlora.validation import ConfigError
 
 MOST_STOPS = 4
-# Below it, differences of logits leave fp32's range, and the likeliest token is what is left.
+# Below this temperature, scaled differences of logits exceed the range of fp32, and only the
+# likeliest token is left.
 _GREEDY = 1e-4
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """What a request asks of its answer.
+    """Sampling settings of a request.
 
     Attributes:
-        max_tokens: Most tokens of the answer; None for as many as there is room.
-        temperature: 0 takes the likeliest token.
-        top_p: Draw among the likeliest tokens that together have this probability.
-        seed: Of this request's draws; None draws one.
-        stop: Texts that end the answer, and are no part of it.
+        max_tokens: Maximum number of tokens in the answer; None for as many as fit.
+        temperature: Sampling temperature; 0 chooses the likeliest token.
+        top_p: Sample from the smallest set of likeliest tokens with at least this total
+            probability.
+        seed: Seed of the random numbers for this request; None for a random seed.
+        stop: Stop texts, which end the answer and are not part of it.
 
     Raises:
-        ConfigError: There are too many stop texts, or an empty one. `protocol` bounds the numbers.
+        ConfigError: There are too many stop texts, or one is empty. `protocol` checks the numbers.
     """
 
     max_tokens: int | None = None
@@ -44,11 +46,11 @@ class Sampling:
 
     @property
     def greedy(self) -> bool:
-        """Whether the likeliest token is taken."""
+        """Whether to choose the likeliest token."""
         return self.temperature < _GREEDY
 
     def generator(self) -> torch.Generator:
-        """Returns the source of this request's draws, on the CPU for any device."""
+        """Return the random generator of this request, on the CPU for any device."""
         seed = secrets.randbits(63) if self.seed is None else self.seed
         return torch.Generator().manual_seed(seed)
 
@@ -56,13 +58,14 @@ class Sampling:
 def choose(
     logits: torch.Tensor, settings: Sequence[Sampling], generators: Sequence[torch.Generator]
 ) -> list[int | None]:
-    """Returns the next token of each row, or None where its logits are not finite.
+    """Return the next token of each row, or None for a row with non-finite logits.
 
-    A row's draw depends on its own logits and generator only, whatever else is in the batch.
+    The choice for a row depends only on its own logits and generator, not on the rest of the batch.
 
     Args:
-        logits: ``[n, V]`` fp32.
-        settings, generators: Of each row.
+        logits: Logits of shape ``[n, V]``, fp32.
+        settings: Sampling settings of each row.
+        generators: Random generator of each row.
     """
     chosen: list[int | None] = list(logits.argmax(-1).tolist())
     finite = logits.amax(-1).isfinite().tolist()

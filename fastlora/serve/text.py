@@ -1,43 +1,44 @@
-"""An answer's tokens as text, piece by piece: whole characters only, and nothing behind a stop."""
+"""Decode an answer into text piece by piece, in whole characters and up to a stop text."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-# Tokens of the prompt that decide how the first ones of the answer are written (leading spaces).
+# Number of prompt tokens that affect how the first tokens of the answer decode (leading spaces).
 _BEFORE = 5
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
 
 class AnswerText:
-    """Decodes an answer while it is made.
+    """Decode an answer while it is generated.
 
     Args:
-        tokenizer: For one thread alone, that which calls `add` and `end`.
+        tokenizer: The tokenizer. Only the thread that calls `add` and `end` may use it.
         prompt: Tokens of the prompt.
         stop: Texts that end the answer.
 
     Attributes:
-        stopped: Whether a stop text came; what stands behind it is dropped.
+        stopped: Whether a stop text has appeared. The stop text and all text after it are dropped.
     """
 
     def __init__(self, tokenizer: Any, prompt: Sequence[int], stop: Sequence[str]) -> None:
         self._tokenizer, self._stop = tokenizer, stop
         self._tokens = list(prompt[-_BEFORE:])
-        # Text up to `_read` is out; from `_from` on tokens are decoded together with the new ones.
+        # Tokens before `_read` have been decoded. Those from `_from` on are decoded again together
+        # with new tokens.
         self._from, self._read = 0, len(self._tokens)
         self._held = ""
         self._longest = max(map(len, stop), default=0)
         self.stopped = False
 
     def add(self, token: int) -> str:
-        """Takes a token; returns the text that is certain now."""
+        """Take the next token, and return any text that is now final."""
         self._tokens.append(token)
         return self._certain(self._new(flush=False))
 
     def end(self) -> str:
-        """Returns what was held back, once no token follows."""
+        """Return the text that was held back, after the last token."""
         if self.stopped:
             return ""
         text = self._certain(self._new(flush=True))
@@ -59,7 +60,7 @@ class AnswerText:
         return text
 
     def _certain(self, new: str) -> str:
-        """Returns text in which no stop text can begin, and keeps the rest."""
+        """Return the text in which no stop text can begin, and hold the rest back."""
         if self.stopped:
             return ""
         text = self._held + new
@@ -67,7 +68,7 @@ class AnswerText:
         if found:
             self.stopped, self._held = True, ""
             return text[: min(found)]
-        # The longest end that may be the beginning of a stop text.
+        # Find the longest suffix of the text that a stop text begins with.
         for length in range(min(self._longest - 1, len(text)), 0, -1):
             if any(stop.startswith(text[-length:]) for stop in self._stop):
                 self._held = text[-length:]

@@ -1,4 +1,4 @@
-"""What tests of fastlora, and of what is built on it, share."""
+"""Helpers for tests of fastlora and of libraries built on it."""
 
 from fastlora.testing.launches import Launch, stubbed_launches
 from fastlora.testing.tolerances import (

@@ -1,4 +1,4 @@
-"""The kernels' host path without a GPU: everything but the launch itself, which is counted."""
+"""The kernels' host path without a GPU: every step except the launch, which is recorded."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ if TYPE_CHECKING:
     from fastlora.kernels.chips import Chip
 
 _WARP_SIZE = {"cuda": 32, "hip": 64}
-# Triton keeps what it compiled by the number of the device: each block has a device of its own.
+# Triton caches compiled kernels by device number, so each block uses a new number.
 _numbers = itertools.count(1_000)
 
 
 class Launch(NamedTuple):
-    """One launch.
+    """A recorded kernel launch.
 
     Attributes:
         kernel: Name of the Triton function.
-        grid: Programs along each axis.
-        num_warps: Of a program.
-        num_stages: Of its pipelined loop.
-        shared: Bytes of shared memory of a program.
-        binary: The compiled code.
-        names: Of the kernel's arguments.
-        values: What it was called with.
+        grid: Number of programs along each axis.
+        num_warps: Warps per program.
+        num_stages: Pipeline stages of the program's loop.
+        shared: Shared memory per program, in bytes.
+        binary: Compiled code.
+        names: Names of the kernel's arguments.
+        values: Values of the kernel's arguments.
     """
 
     kernel: str
@@ -44,7 +44,7 @@ class Launch(NamedTuple):
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """What the kernel was called with beside tensors and strides, by name."""
+        """The kernel's arguments by name, without tensors and strides."""
         given = zip(self.names, self.values, strict=True)
         return {
             name: value
@@ -55,21 +55,22 @@ class Launch(NamedTuple):
 
 @contextlib.contextmanager
 def stubbed_launches(chip: str = "sm_90", processors: int = 132) -> Iterator[list[Launch]]:
-    """Within the block, the Triton path runs on CPU tensors up to each launch, which is counted.
+    """Run the Triton path on CPU tensors in the block, and record launches instead of running them.
 
-    Configs are chosen and kernels compiled for the named chip, arguments are bound and the launcher
-    is called, as on a GPU. No kernel computes: what it would have written is whatever the memory
-    held. Not thread-safe, and not for Triton's interpreter, which has no launches.
+    As on a GPU, configs are chosen and kernels are compiled for the named chip, arguments are
+    bound, and the launcher is called. No kernel computes, so an output holds whatever its memory
+    contained. Not thread-safe. Triton's interpreter is not supported, because it has no launches.
 
     Args:
-        chip: The chip's arch, such as ``"sm_90"`` or ``"gfx942"``; one that there are configs for.
-        processors: Its streaming multiprocessors (compute units).
+        chip: The chip's architecture, such as ``"sm_90"`` or ``"gfx942"``. fastlora must have
+            configs for it.
+        processors: The chip's number of streaming multiprocessors (compute units).
 
     Yields:
-        The launches so far, in order.
+        The list of launches so far, in order.
 
     Raises:
-        ValueError: There are no configs for the chip.
+        ValueError: fastlora has no configs for the chip.
         RuntimeError: ``TRITON_INTERPRET=1`` is set.
     """
     if triton_interpreted():
@@ -118,45 +119,46 @@ class StandInDriver:
         self.utils = self
 
     def get_current_target(self) -> Any:
-        """Returns what kernels are compiled for."""
+        """Return the target that kernels are compiled for."""
         return self._target
 
     def get_current_device(self) -> int:
-        """Returns the device's number."""
+        """Return the device number."""
         return self._number
 
     def get_current_stream(self, device: int) -> int:
-        """Returns the default stream."""
+        """Return the default stream."""
         return 0
 
     def get_device_properties(self, device: int) -> dict[str, int]:
-        """Returns the chip's limits."""
+        """Return the chip's limits."""
         return self._properties
 
     def unload_module(self, module: Any) -> None:
-        """Python frees what was loaded."""
+        """Do nothing, because Python frees the module."""
 
 
 class _CountingDriver(StandInDriver):
-    """Notes each launch and runs none."""
+    """A driver that records each launch and runs none."""
 
     def __init__(self, chip: Chip, launches: list[Launch]) -> None:
         super().__init__(chip)
         self._launches = launches
 
     def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[Any, ...]:
-        """Returns module, function, registers, spills and the most threads of a program."""
+        """Return the module, function, registers, spills, and maximum threads per program."""
         return object(), binary, 0, 0, 1024
 
     def launcher_cls(self, source: Any, metadata: Any) -> Any:
-        """Returns what launches a kernel: it notes that it was called."""
+        """Return a function that records the launch of a kernel."""
 
         own = metadata.num_warps, metadata.num_stages, metadata.shared
         kernel, launches, names = metadata.name, self._launches, tuple(source.fn.arg_names)
-        make = tuple.__new__  # as `Launch` does, in no call of Python's
+        make = tuple.__new__  # as `Launch` does, without a Python call
 
-        # After the grid: stream, function, metadata, what the launch is and two hooks. As cheap as
-        # a driver is not: what the host pays is measured with it.
+        # The arguments after the grid are the stream, the function, the metadata, a description of
+        # the launch, and two hooks. The function does less than a real driver does, because
+        # benchmarks of the host's overhead use it.
         def launch(
             x: int,
             y: int,

@@ -1,7 +1,8 @@
-"""Tolerances from a float64 truth: the one way this project's tests compare numbers.
+"""Tolerances derived from a float64 truth, for every numeric comparison in this project's tests.
 
-A result passes when its error is at most twice that of the plain PyTorch expression in the same
-dtype, plus one rounding of the largest value. No tolerance is picked by hand.
+A result passes if its error is at most ``2 * (error + eps * max|truth|)``. Here ``error`` is the
+error of the plain PyTorch expression in the same dtype, and ``eps`` belongs to that dtype. No
+tolerance is chosen by hand.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from torch import nn
 
 
 def error_budget(same_dtype: torch.Tensor, truth: torch.Tensor) -> float:
-    """Returns the largest error that a result may have.
+    """Return the largest absolute error that a result may have.
 
     Args:
-        same_dtype: What PyTorch computes in the dtype under test, any shape.
+        same_dtype: PyTorch's result in the dtype under test, any shape.
         truth: The float64 result, same shape.
     """
     eps = torch.finfo(same_dtype.dtype).eps
@@ -30,13 +31,17 @@ def error_budget(same_dtype: torch.Tensor, truth: torch.Tensor) -> float:
 def assert_within_budget(
     actual: torch.Tensor, same_dtype: torch.Tensor, truth: torch.Tensor, what: str = "result"
 ) -> None:
-    """Raises `AssertionError` unless ``actual`` is as near to ``truth`` as PyTorch's own result.
+    """Raise `AssertionError` if the error of ``actual`` exceeds its error budget.
 
     Args:
         actual: The result under test.
-        same_dtype: What PyTorch computes in the same dtype, same shape.
+        same_dtype: PyTorch's result in the same dtype, same shape.
         truth: The float64 result, same shape.
-        what: Name of the quantity, for the message.
+        what: Name of the quantity, for the error message.
+
+    Raises:
+        AssertionError: The shapes differ, or the error exceeds the budget of `error_budget`.
+        TypeError: ``truth`` is not float64.
     """
     if truth.dtype != torch.float64:
         raise TypeError(f"truth must be float64, got {truth.dtype}")
@@ -51,12 +56,13 @@ def assert_within_budget(
 
 
 def farthest(runs: Iterable[torch.Tensor], truth: torch.Tensor) -> torch.Tensor:
-    """Returns the run with the largest error, of PyTorch's own in several orders of summation.
+    """Return the run with the largest error.
 
-    One order may be right to the last bit by chance, and no budget would be left.
+    Pass PyTorch's own results with several orders of summation. A single order may be exact by
+    chance and would leave almost no budget.
 
     Args:
-        runs: Results in the dtype under test, of truth's shape.
+        runs: Results in the dtype under test, with the shape of ``truth``.
         truth: The float64 result.
     """
     errors = ((run, (run.double() - truth).abs()) for run in runs)
@@ -65,15 +71,16 @@ def farthest(runs: Iterable[torch.Tensor], truth: torch.Tensor) -> torch.Tensor:
 
 @contextlib.contextmanager
 def summed_otherwise(model: nn.Module, seed: int) -> Iterator[None]:
-    """Within the block every linear adds its products in another order, drawn at random.
+    """Make every linear layer add its products in a random order within the block.
 
-    The result is as good as that of any order. Where a deep model makes of the last bit what chance
-    will have, the worst of several orders says what PyTorch's own result may be off by; a single
-    run does not.
+    The result is as accurate as with any other order. A deep model can amplify a difference in the
+    last bit. The worst of several orders then shows how far PyTorch's own result may be off, which
+    a single run does not.
 
     Args:
-        model: Its `torch.nn.Linear` modules take part, backwards included. Not thread-safe.
-        seed: Of the orders.
+        model: The model. All of its `torch.nn.Linear` modules are affected, including their
+            backward. Not thread-safe.
+        seed: Seed of the random orders.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -86,7 +93,7 @@ def summed_otherwise(model: nn.Module, seed: int) -> Iterator[None]:
         return y if module.bias is None else y + module.bias
 
     linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    # Before other hooks, which work on what this one returns.
+    # Run before other hooks, which receive the output of this one.
     handles = [module.register_forward_hook(again, prepend=True) for module in linears]
     try:
         yield

@@ -1,7 +1,8 @@
-"""Training several adapters in mixed batches, each as it would train alone.
+"""Train several adapters in mixed batches, each exactly as it would train alone.
 
-Rows of a mixed batch (`fastlora.adapters`) are independent of each other; these helpers keep the
-rest of a training step so: the loss, clipping, the optimizer, its schedule, non-finite values.
+The rows of a mixed batch (`fastlora.adapters`) are independent of each other. The helpers in this
+package keep the rest of a training step independent for each adapter too: the loss, gradient
+clipping, the optimizer, the learning-rate schedule, and the handling of non-finite values.
 """
 
 from fastlora.train.losses import AdapterLosses, adapter_losses, causal_lm_losses, count_tokens

@@ -1,4 +1,4 @@
-"""What each adapter answers to prompts of its own, at evaluations."""
+"""Generate each adapter's answers to its prompts during evaluations."""
 
 from __future__ import annotations
 
@@ -27,10 +27,22 @@ def answers(
     tokens: int,
     pad: int,
 ) -> dict[str, list[str]]:
-    """Returns each adapter's answers of at most so many tokens, the likeliest ones.
+    """Generate each adapter's answers to its own prompts, with greedy decoding.
 
-    All prompts are one mixed batch, put as the adapter's own data is: as a user's turn, under
-    Alpaca's headings, or as they are.
+    All prompts run in one mixed batch. Each prompt has the format of its adapter's data: it becomes
+    a user's turn in a chat or an instruction in Alpaca's template, or stays as it is.
+
+    Args:
+        model: The model with its adapters.
+        tokenizer: The tokenizer of the base model.
+        prompts: The prompts of each adapter.
+        corpora: The training data of each adapter.
+        tokens: Maximum number of tokens in an answer.
+        pad: Token id for padding.
+
+    Returns:
+        The answers of each adapter, in the order of its prompts. Adapters without prompts are left
+        out.
     """
     names = [name for name, texts in prompts.items() for _ in texts]
     asked = [

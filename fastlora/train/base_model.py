@@ -1,4 +1,4 @@
-"""The base model of a training run and its tokenizer: read, or empty to plan with."""
+"""Load the base model of a training run and its tokenizer, or build the model without weights."""
 
 from __future__ import annotations
 
@@ -34,7 +34,12 @@ CPU = torch.device("cpu")
 
 
 def load_tokenizer(settings: TrainSettings) -> PreTrainedTokenizerBase:
-    """Returns the base model's tokenizer; raises `CheckpointError` where it cannot be read."""
+    """Return the tokenizer of the base model, with the run's chat template if one is given.
+
+    Raises:
+        CheckpointError: The tokenizer cannot be read.
+        ConfigError: The chat template cannot be read.
+    """
     transformers = _transformers()
     try:
         found = transformers.AutoTokenizer.from_pretrained(settings.model, local_files_only=True)
@@ -51,9 +56,17 @@ def load_tokenizer(settings: TrainSettings) -> PreTrainedTokenizerBase:
 def load_base(
     settings: TrainSettings, device: torch.device = CPU, *, progress: bool = False
 ) -> PreTrainedModel:
-    """Returns the base model; raises `CheckpointError` where it cannot be read.
+    """Load and return the base model.
 
-    One that `load_in` quantises lies on ``device``, any other in CPU memory.
+    Args:
+        settings: The settings of the run.
+        device: Device for a model that `load_in` quantizes. Any other model is loaded into CPU
+            memory.
+        progress: Whether to show the progress bars of transformers.
+
+    Raises:
+        CheckpointError: The model cannot be read.
+        ConfigError, TrainError: See `quantisation`.
     """
     transformers = _transformers()
     options: dict[str, Any] = {"dtype": dtype_of(settings), "local_files_only": True}
@@ -69,10 +82,11 @@ def load_base(
 
 
 def empty_base(settings: TrainSettings, *, as_stored: bool = False) -> PreTrainedModel:
-    """Returns the base model on the meta device: no weights are read and none allocated.
+    """Return the base model on the meta device, without reading or allocating weights.
 
-    Where `load_in` quantises it, its linears are of that kind, and their weights not yet quantised.
-    With ``as_stored`` so are those of a model that bitsandbytes had quantised when it was saved.
+    If `load_in` quantizes the model, its linear layers have the quantized type, but their weights
+    are not quantized yet. With ``as_stored``, this also holds for a model that was already
+    quantized by bitsandbytes when it was saved.
     """
     transformers = _transformers()
     with as_causal_model(settings.model), torch.device("meta"):
@@ -89,9 +103,9 @@ def empty_base(settings: TrainSettings, *, as_stored: bool = False) -> PreTraine
 
 
 def enable_checkpointing(base: PreTrainedModel, settings: TrainSettings) -> None:
-    """Makes a base model recompute activations, where a run asks for that."""
+    """Enable activation checkpointing in a base model if the settings ask for it."""
     if settings.gradient_checkpointing:
-        # transformers 5 renamed it, and warns about the old name.
+        # transformers 5 renamed the method and warns about the old name.
         names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
         enable = next(getattr(base, name) for name in names if hasattr(base, name))
         enable({"use_reentrant": False})
@@ -104,10 +118,11 @@ def _transformers() -> Any:
 
 @torch.no_grad()
 def check_keeps_apart(model: nn.Module, packing: str) -> None:
-    """Raises `TrainError` unless a model keeps packed documents apart by their positions.
+    """Raise `TrainError` unless a model keeps packed documents separate by their positions.
 
-    transformers does so in most of its models; one that doesn't would train on neighbours' words.
-    Tries one forward of two rows, in which only the first document of a row changes.
+    Most models in transformers keep them separate. In any other model, each document would attend
+    to the documents before it in the row. The check runs two forward passes that differ only in the
+    first document of each row, and compares the logits of the second document.
     """
     device = next(model.parameters()).device
     ids = torch.arange(8, device=device).repeat(2, 1)
@@ -126,9 +141,11 @@ def check_keeps_apart(model: nn.Module, packing: str) -> None:
 
 
 def check_fit(base: PreTrainedModel, corpora: Iterable[Corpus]) -> None:
-    """Raises unless a base model can take the samples, which it would notice in the middle.
+    """Check that a base model can process all samples, before the run starts.
 
-    They may be longer than its positions, or have tokens that it has no embedding for.
+    Raises:
+        ConfigError: A sample is longer than the model's maximum number of positions.
+        CheckpointError: A token id is outside the model's vocabulary.
     """
     positions = getattr(base.config, "max_position_embeddings", None)
     embedding: Any = base.get_input_embeddings()

@@ -1,9 +1,10 @@
-"""Checkpoints of a training run: whole or not there, and only for the run that wrote them.
+"""Write and read the checkpoints of a training run.
 
-A checkpoint is written under another name beside the others, every file of it waited for until it
-is on disk, and then renamed; so a kill or a full disk at any moment leaves the older ones as they
-were. Nothing in one is pickled: adapters as PEFT writes them, the optimizers' tensors as
-safetensors, the rest as JSON.
+A checkpoint is either complete or does not exist, and only the run that wrote it can resume from
+it. It is written to a temporary folder beside the other checkpoints, flushed to disk file by file,
+and then renamed. If the run is killed or the disk is full, the older checkpoints remain intact.
+Nothing in a checkpoint is pickled: adapters are in PEFT's format, the tensors of the optimizers are
+in safetensors, and the rest is in JSON.
 """
 
 from __future__ import annotations
@@ -27,18 +28,18 @@ from fastlora.validation import CheckpointError
 
 FORMAT = 1
 _STATE, _TENSORS, _ADAPTERS = "state.json", "optimizers.safetensors", "adapters"
-# Values of a weight that go into its fingerprint.
+# Number of values of a weight that its fingerprint covers.
 _SAMPLED = 64
 
 
 @dataclass(frozen=True)
 class TrainState:
-    """What a checkpoint holds beside the adapters.
+    """The state in a checkpoint, without the adapters.
 
     Attributes:
-        step: Steps that were done.
-        identity: What determines the run's numbers; see `differences`.
-        optimizers: Of `AdapterOptimizers.state_dict`.
+        step: Number of completed steps.
+        identity: Everything that determines the numbers of the run; see `differences`.
+        optimizers: State from `AdapterOptimizers.state_dict`.
     """
 
     step: int
@@ -47,12 +48,12 @@ class TrainState:
 
 
 def adapters_folder(checkpoint: Path) -> Path:
-    """Returns the folder of a checkpoint's adapters, one folder each."""
+    """Return the folder in a checkpoint that holds a folder for each adapter."""
     return checkpoint / _ADAPTERS
 
 
 def checkpoints(root: Path) -> list[Path]:
-    """Returns the checkpoints there are, oldest first."""
+    """Return the checkpoints that exist in ``root``, oldest first."""
     if not root.is_dir():
         return []
     found = [p for p in root.iterdir() if re.fullmatch(r"step-\d{8,}", p.name) and p.is_dir()]
@@ -60,16 +61,24 @@ def checkpoints(root: Path) -> list[Path]:
 
 
 def checkpoint_folder(root: Path, step: int) -> Path:
-    """Returns the folder that a checkpoint after ``step`` steps has."""
+    """Return the folder of the checkpoint after ``step`` steps."""
     return root / f"step-{step:08d}"
 
 
 @contextlib.contextmanager
 def new_checkpoint(root: Path, state: TrainState, keep: int) -> Iterator[Path]:
-    """Gives a folder to write the adapters into; after the block it is the newest of ``keep``.
+    """Yield a folder to write the adapters into, and complete the checkpoint on exit.
 
-    Raises `CheckpointError` where something cannot be written, for instance on a full disk. The
-    older checkpoints are all there and whole then, and nothing of the new one is left.
+    On exit, all but the newest ``keep`` checkpoints are removed.
+
+    Args:
+        root: The folder of all checkpoints of the run.
+        state: The state to save beside the adapters.
+        keep: Number of checkpoints to keep, including the new one.
+
+    Raises:
+        CheckpointError: A file cannot be written, for instance because the disk is full. All older
+            checkpoints remain intact, and nothing of the new checkpoint is left.
     """
     target = checkpoint_folder(root, state.step)
     with writing(target, "; older checkpoints are as they were"), new_folder(target) as partial:
@@ -80,31 +89,32 @@ def new_checkpoint(root: Path, state: TrainState, keep: int) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def writing(folder: Path, consequence: str = "") -> Iterator[None]:
-    """Makes a failure to write a file below ``folder`` one `CheckpointError` about ``folder``."""
+    """Convert a failed write below ``folder`` to one `CheckpointError` that names ``folder``."""
     try:
         yield
         return
     except OSError as error:
         reason: BaseException = error
     except CheckpointError as error:
-        if error.__cause__ is None:  # what was to be written is wrong
+        if error.__cause__ is None:  # the data is invalid; no write has failed
             raise
         reason = error.__cause__
     raise CheckpointError(f"{folder}: could not be written ({reason}){consequence}") from reason
 
 
 def sweep(root: Path, keep: int) -> None:
-    """Removes all but the newest ``keep`` checkpoints, and what killed runs left unfinished."""
+    """Remove all but the newest ``keep`` checkpoints, and what killed runs left unfinished."""
     for old in checkpoints(root)[:-keep]:
-        with contextlib.suppress(OSError):  # not worth a run: the next checkpoint tries again
+        with contextlib.suppress(OSError):  # do not fail the run; the next checkpoint tries again
             remove_folder(old)
     remove_abandoned(root)
 
 
 def read_checkpoint(path: Path) -> TrainState:
-    """Returns what a checkpoint holds beside the adapters.
+    """Return the state in a checkpoint, without the adapters.
 
-    Raises `CheckpointError` where it is damaged, or of another version.
+    Raises:
+        CheckpointError: The checkpoint is damaged or has another format version.
     """
     state_path = path / _STATE
     try:
@@ -125,10 +135,10 @@ def read_checkpoint(path: Path) -> TrainState:
 
 
 def fingerprint(model: nn.Module) -> dict[str, str]:
-    """Returns dtype, shape and a digest of each base parameter, by name.
+    """Return the dtype, the shape, and a digest of each base parameter, by name.
 
-    The digest is over some values spread over the weight: enough to tell a fine-tuned or otherwise
-    initialised model, without reading a large one whole.
+    The digest covers 64 values spread over the parameter. This is enough to detect a fine-tuned or
+    differently initialized model without reading a large model in full.
     """
     found = {}
     for name, parameter in base_parameters(model):
@@ -143,7 +153,7 @@ def fingerprint(model: nn.Module) -> dict[str, str]:
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], at: str = "") -> list[str]:
-    """Returns what differs between two identities, each as ``"lr of a was 1, is 2"``."""
+    """Return the differences between two run identities, such as ``"batch_size was 8, is 4"``."""
     found = []
     for key in dict.fromkeys([*before, *now]):
         path = f"{at}.{key}" if at else str(key)
@@ -175,12 +185,12 @@ def _write_state(folder: Path, state: TrainState) -> None:
 
 
 def _split(value: Any, key: str, tensors: dict[str, torch.Tensor]) -> Any:
-    """Returns a state as JSON can hold it; its tensors go into ``tensors``."""
+    """Return a state in a form that JSON can represent, and move its tensors into ``tensors``."""
     if isinstance(value, torch.Tensor):
         tensors[key] = value
         return {"tensor": key}
     if isinstance(value, Mapping):
-        # As pairs: the keys of an optimizer's state are numbers.
+        # Stored as pairs, because the keys in the state of an optimizer are numbers.
         return {"dict": [[k, _split(v, f"{key}/{k}", tensors)] for k, v in value.items()]}
     if isinstance(value, (list, tuple)):
         kind = "tuple" if isinstance(value, tuple) else "list"
@@ -189,7 +199,7 @@ def _split(value: Any, key: str, tensors: dict[str, torch.Tensor]) -> Any:
 
 
 def _joined(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
-    """Undoes `_split`."""
+    """Invert `_split`."""
     if not isinstance(value, dict):
         return value
     ((kind, inner),) = value.items()

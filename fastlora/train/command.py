@@ -1,11 +1,12 @@
-"""``fastlora train``: adapters of one base model trained together, from a config file or flags.
+"""``fastlora train``: train adapters of one base model together, from a config file or flags.
 
-The file, TOML, JSON or YAML, has the base model's folder as `model`, the result's as `out`, and a
-table `adapters.NAME` with `data` and what else is that adapter's own (`r`, `alpha`, `dropout`,
-`targets`, `rslora`, `dora`, `lr`, ..., any field of `fastlora.LoraConfig`); `defaults` holds the
-same for all.
-Flags go over the file. Run it under `torchrun --nproc-per-node N -m fastlora train ...` for several
-GPUs or processes.
+The config file is TOML, JSON, or YAML. In it, `model` is the folder of the base model and `out` is
+the output folder. Each adapter has a table `adapters.NAME` with its `data` and its own settings:
+`r`, `alpha`, `dropout`, `targets`, `rslora`, `dora`, `lr`, or any other field of
+`fastlora.LoraConfig`. A table `defaults` has settings for all adapters.
+
+Flags override the file. For several GPUs or processes, run:
+`torchrun --nproc-per-node N -m fastlora train ...`
 """
 
 from __future__ import annotations
@@ -41,9 +42,9 @@ from fastlora.train.signals import RunInterrupted
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# What --init takes -> init_lora_weights.
+# Value of --init -> value of init_lora_weights.
 _INITS: dict[str, bool | str] = {"true": True, "gaussian": "gaussian", "false": False}
-# Flags of `fastlora.LoraConfig`'s fields: how argparse takes each, and its help.
+# Flags for fields of `fastlora.LoraConfig`: keyword arguments for argparse, and the help text.
 _LORA_FLAGS: dict[str, tuple[dict[str, Any], str]] = {
     "--r": ({"type": int, "metavar": "N"}, "rank"),
     "--alpha": ({"type": float, "metavar": "X"}, "numerator of the scaling"),
@@ -65,7 +66,7 @@ _RUN_SETTINGS = {f.name for f in fields(TrainSettings)}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the command's options to ``parser``."""
+    """Add the arguments of the command to ``parser``."""
     parser.add_argument(
         "config", type=Path, nargs="?", metavar="CONFIG", help=".toml, .json or .yaml"
     )
@@ -113,9 +114,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parses ``argv`` and trains; returns the exit code, or raises as `train`.
+    """Parse ``argv``, train, and return the exit code; raise the errors of `train`.
 
-    The code is 0, or 128 and the number of the signal that interrupted the run.
+    The exit code is 0, or 128 plus the number of the signal that interrupted the run.
     """
     parser = argparse.ArgumentParser(
         prog="fastlora train",
@@ -133,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             text = summary(train(settings, resume=args.resume, progress=not args.quiet, say=_say))
     except RunInterrupted as interrupted:
         if not main_process:
-            return 0  # torchrun would end the main process while it reports
+            return 0  # after a nonzero code, torchrun would end the main process too early
         report = f"fastlora: {interrupted}\n"
         if interrupted.checkpoint is not None:
             report += f"resume with: {_resuming(sys.argv[1:] if argv is None else argv)}\n"
@@ -145,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _resuming(given: Sequence[str]) -> str:
-    """Returns the command that resumes the run that was started with these arguments."""
+    """Return the command that resumes a run started with the arguments ``given``."""
     program, processes = ["fastlora"], launched()
     if processes > 1:
         if os.environ.get("LOCAL_WORLD_SIZE", "1") != str(processes):
@@ -161,7 +162,7 @@ def _say(text: str) -> None:
 
 
 def _flags(args: argparse.Namespace, parser: argparse.ArgumentParser) -> dict[str, Any]:
-    """Returns the flags that were given, as `read_settings` takes them."""
+    """Return the given flags in the form that `read_settings` takes."""
     given = {k: v for k, v in vars(args).items() if v is not None and k not in _NOT_SETTINGS}
     flags: dict[str, Any] = {k: given.pop(k) for k in list(given) if k in _RUN_SETTINGS}
     if "init" in given:
@@ -183,7 +184,7 @@ def _flags(args: argparse.Namespace, parser: argparse.ArgumentParser) -> dict[st
 
 
 def summary(result: TrainResult) -> str:
-    """Returns a line for each adapter of a finished run."""
+    """Return a summary of a finished run, with one line per adapter."""
     lines = []
     if result.resumed_from:
         done = ": nothing was left to do; --steps MORE goes on" if not result.losses else ""
@@ -207,9 +208,14 @@ def summary(result: TrainResult) -> str:
 
 
 def dry_run(settings: TrainSettings, *, resume: bool = False) -> str:
-    """Returns what a run would do; reads no weights, and raises what `train` would before it does.
+    """Return a description of what a run would do, without reading weights or writing files.
 
-    ``resume`` says that the run would go on from a checkpoint.
+    Args:
+        settings: The settings of the run.
+        resume: Whether the run would resume from a checkpoint.
+
+    Raises:
+        FastLoraError: An error that `train` would raise before it reads weights.
     """
     prepare.check_folders(settings)
     found = prepare.checkpoint_to_resume(settings, resume=resume)
@@ -226,7 +232,7 @@ def dry_run(settings: TrainSettings, *, resume: bool = False) -> str:
         advice = recommend(base, memory_bytes=torch.cuda.get_device_properties(0).total_memory)
     first = next(iter(estimates.values()))
     quantised = first.scale_bytes > 0
-    fusion = _fusion(base, settings, advice, device, quantised)  # puts the adapters on it
+    fusion = _fusion(base, settings, advice, device, quantised)  # adds the adapters to it
     state = None if found is None else checkpoint.read_checkpoint(found)
     processes = launched()
     tokenizer = base_model.load_tokenizer(settings)
@@ -276,10 +282,11 @@ def dry_run(settings: TrainSettings, *, resume: bool = False) -> str:
 def _step_bytes(
     settings: TrainSettings, advice: Recommendation, samples: int, length: int
 ) -> int | None:
-    """Returns what the longest forward and its backward hold beside weights and gradients.
+    """Return the bytes used by the longest forward and backward pass, or None if unknown.
 
-    None where the model does not run without its weights. Counted on the base model as it is before
-    it is quantised; dropout keeps nothing but seeds.
+    Weights and gradients are not included. The count uses the base model before quantization.
+    Dropout is left out of the count, because it stores only seeds. The result is None if the model
+    does not run on the meta device.
     """
     plain = replace(settings, load_in=None, dtype=dtype_of(settings))
     base = base_model.empty_base(plain)
@@ -314,7 +321,7 @@ def _fusion(
     device: torch.device,
     quantised: bool,
 ) -> str:
-    """Returns the fusion report of the model on the device that a run would take."""
+    """Return the fusion report of the model on the device that a run would use."""
     report = fusion_report(prepare.add_adapters(base, settings, advice))
     if quantised:
         where = f"in {settings.load_in} where bitsandbytes quantises them"

@@ -1,7 +1,7 @@
-"""What a training run is told: from a file and from flags, checked before any work.
+"""Settings of a training run, read from a file and from flags and checked before any work.
 
-A setting is a field of `TrainSettings` or `AdapterSettings`, which also says what values it takes
-and what its flag is.
+Each setting is a field of `TrainSettings` or `AdapterSettings`. The field also defines the
+setting's valid values and its command-line flag.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ from fastlora.train.kinds import (
 )
 from fastlora.validation import AdapterStateError, ConfigError, error_prefix, near_names
 
-# What the folders beside the adapters are called, in a run's folder.
+# Reserved names: folders with these names are stored beside the adapters in the output folder.
 RESERVED_NAMES = ("checkpoints", "trackers")
 
-# Short names that people use -> fields.
+# Short names -> field names.
 ALIASES = {
     "lr": "learning_rate",
     "alpha": "lora_alpha",
@@ -49,25 +49,35 @@ ALIASES = {
     "rslora": "use_rslora",
     "dora": "use_dora",
 }
-# They are this program's business, or would make an adapter that does not train.
+# The excluded fields are set by fastlora itself, or make no sense in a training run.
 _LORA_FIELDS = {f.name for f in dataclasses.fields(LoraConfig)} - {
     *("peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
     *("runtime_config", "task_type"),
 }
 
 
-# ---------------------------------------------------------------------------------- the settings
-
-
 @dataclass(frozen=True)
 class AdapterSettings:
-    """How one adapter trains, and on what.
+    """Settings of one adapter: its data, its LoRA config, and its optimizer.
 
-    `name`, of letters, digits, ``_`` and ``-``, is its folder in the run's folder. `data` and
-    `eval_data` are files as `fastlora.train.data.read_samples` takes them. `prompts` are answered
-    at evaluations. `init_from` is a PEFT adapter folder to go on from. `lora` has fields of
-    `fastlora.LoraConfig`; what is not given of r, alpha, dropout, targets and the learning rate is
-    `fastlora.recommend`'s.
+    `fastlora.recommend` supplies the rank, alpha, dropout, targets, and learning rate that are not
+    given. If the rank is given and alpha is not, alpha is twice the rank.
+
+    Attributes:
+        name: Name of the adapter and of its folder in the output folder: letters, digits, ``_``,
+            and ``-``.
+        data: Training files, in the formats that `fastlora.train.data.read_samples` reads.
+        eval_data: Evaluation files, in the same formats.
+        format: Format of the data. It is only needed if the columns match several formats.
+        columns: Mapping from the column names that the formats use to those in the files.
+        prompts: Prompts that the adapter answers at each evaluation.
+        init_from: Folder of a PEFT adapter to continue training from.
+        lora: Fields of `fastlora.LoraConfig`.
+        learning_rate: Learning rate of AdamW after the warm-up.
+        weight_decay: Weight decay of AdamW.
+        schedule: Shape of the learning-rate schedule after the warm-up.
+        warmup_ratio: Fraction of the adapter's steps in which the learning rate rises.
+        max_grad_norm: Maximum norm of the adapter's gradient; 0 disables clipping.
     """
 
     name: str
@@ -102,21 +112,29 @@ class AdapterSettings:
     max_grad_norm: float = setting(number(LARGEST), "clip each adapter's gradient, 0 for not", 1.0)
 
     def lora_config(self, advice: Recommendation) -> LoraConfig:
-        """Returns the config of the new adapter; raises `ConfigError` where a field is wrong."""
+        """Return the config of a new adapter.
+
+        Args:
+            advice: Recommended values for the fields that are not given.
+
+        Raises:
+            ConfigError: A field is invalid.
+        """
         given = dict(self.lora)
         if "r" in given and "lora_alpha" not in given:
-            given["lora_alpha"] = 2 * given["r"]  # the advice's ratio
+            given["lora_alpha"] = 2 * given["r"]  # the ratio that fastlora.recommend uses
         with error_prefix(f"adapter {self.name!r}"):
             return advice.config(task_type="CAUSAL_LM", **given)
 
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """A whole run.
+    """Settings of a whole training run. The help texts of the flags describe the single fields.
 
-    Beside what flags say: the seed is that of new adapters' factors, of the data's order and of
-    dropout; factors are fp32 at least, whatever `dtype`. With `completion_only_loss` prompts have
-    no loss. `deterministic` has a GPU choose only kernels that repeat bit for bit.
+    `seed` determines the initial factors of new adapters, the order of the data, and dropout. The
+    factors are at least fp32, whatever `dtype` is. With `completion_only_loss`, prompts do not
+    contribute to the loss. With `deterministic`, a run on a CUDA GPU uses bitwise reproducible
+    kernels where PyTorch has them and warns where it does not.
     """
 
     adapters: tuple[AdapterSettings, ...]
@@ -164,7 +182,7 @@ class TrainSettings:
     cpu: bool = setting(SWITCH, "don't use an accelerator", False)
 
     def reading(self, adapter: AdapterSettings) -> Reading:
-        """Returns how an adapter's files are read."""
+        """Return the options for reading an adapter's data files."""
         return Reading(
             format=adapter.format,
             columns=adapter.columns,
@@ -179,24 +197,21 @@ _TOP = {f.name for f in dataclasses.fields(TrainSettings)} - {"adapters"}
 _OF_ADAPTER = {f.name for f in dataclasses.fields(AdapterSettings)} - {"name", "lora"}
 
 
-# --------------------------------------------------------------------------- from tables to these
-
-
 def read_settings(path: Path | None, flags: Mapping[str, Any]) -> TrainSettings:
-    """Returns the settings in a file, with flags over them.
+    """Return the settings from a config file, overridden by flags.
 
-    A file has the fields of `TrainSettings`, a table ``adapters.NAME`` for each adapter with the
-    fields of `AdapterSettings` and of `fastlora.LoraConfig`, and a table ``defaults`` of the same
-    for all adapters. Its paths are relative to its folder.
+    The file has fields of `TrainSettings` and a table ``adapters.NAME`` for each adapter, with
+    fields of `AdapterSettings` and `fastlora.LoraConfig`. A table ``defaults`` sets the same fields
+    for all adapters. Paths in the file are relative to the file's folder.
 
     Args:
-        path: A ``.toml``, ``.json`` or ``.yaml`` file; None for flags alone.
-        flags: Fields of `TrainSettings`; ``defaults``, over every adapter's own; and ``data`` and
-            ``eval_data``, dicts of adapter name to files.
+        path: A ``.toml``, ``.json``, or ``.yaml`` file, or None to use flags alone.
+        flags: Fields of `TrainSettings`; a table ``defaults``, which overrides every adapter's own
+            table; and ``data`` and ``eval_data``, dicts that map adapter names to files.
 
     Raises:
-        ConfigError: The file cannot be read, or a key or value is wrong.
-        AdapterStateError: An adapter is frozen.
+        ConfigError: The file cannot be read, or a key or value is invalid.
+        AdapterStateError: An adapter has ``inference_mode=True``, which would freeze it.
     """
     given = {} if path is None else read_settings_file(path)
     return parse_settings(given, flags, str(path) if path is not None else "the flags")
@@ -205,7 +220,16 @@ def read_settings(path: Path | None, flags: Mapping[str, Any]) -> TrainSettings:
 def parse_settings(
     given: Mapping[str, Any], flags: Mapping[str, Any], source: str
 ) -> TrainSettings:
-    """`read_settings` of a dict, which ``source`` names in messages."""
+    """Return the settings from a dict, as `read_settings` does from a file.
+
+    Args:
+        given: Content of a config file.
+        flags: See `read_settings`.
+        source: Name of the dict in error messages.
+
+    Raises:
+        ConfigError, AdapterStateError: See `read_settings`.
+    """
     with error_prefix(source):
         return _settings(dict(given), dict(flags))
 
@@ -230,7 +254,7 @@ def _settings(given: dict[str, Any], flags: dict[str, Any]) -> TrainSettings:
             raise ConfigError(f"no {name!r} is given; expected a folder")
     if not tables:
         raise ConfigError("no adapter is given; expected a table [adapters.NAME]")
-    # An adapter of `init_from` comes with its own config.
+    # An adapter loaded from `init_from` has its own config, so LoRA defaults do not apply.
     of_loaded = {key: value for key, value in defaults.items() if key not in _LORA_FIELDS}
     adapters = []
     for name, table in tables.items():
@@ -276,7 +300,7 @@ def _adapter_settings(name: str, table: dict[str, Any]) -> AdapterSettings:
 
 
 def _renamed(table: Any, where: str) -> dict[str, Any]:
-    """Returns a table with its short names replaced."""
+    """Return a table with short names replaced by field names."""
     result: dict[str, Any] = {}
     for key, value in as_table(table, where).items():
         name = ALIASES.get(key, key)

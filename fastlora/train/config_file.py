@@ -1,4 +1,4 @@
-"""The file of a training run's settings: TOML, JSON or YAML."""
+"""Read the settings of a training run from a TOML, JSON, or YAML file."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from typing import Any
 from fastlora.validation import ConfigError
 
 _KINDS = {".toml": "TOML", ".json": "JSON", ".yaml": "YAML", ".yml": "YAML"}
-# YAML 1.2's numbers. PyYAML knows those of 1.1, in which 2e-4 is a text.
+# Floating-point numbers of YAML 1.2. PyYAML implements YAML 1.1, in which 2e-4 is a string.
 _YAML_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 
 
 def read_settings_file(path: Path) -> dict[str, Any]:
-    """Returns a file's content, with its paths relative to the folder that it lies in.
+    """Return the content of a config file, with relative paths resolved against its folder.
 
-    Raises `ConfigError` where it is of another kind, cannot be read or is no table, or where the
-    library that reads it is missing.
+    Raises:
+        ConfigError: The file has an unsupported extension, cannot be read, or does not contain a
+            table, or the library that reads it is not installed.
     """
     kind = _KINDS.get(path.suffix.lower())
     if kind is None:
@@ -60,7 +61,7 @@ def _yaml(text: str) -> Any:
         ) from error
 
     class Loader(yaml.SafeLoader):
-        """Plain values only, and no key twice."""
+        """Load plain values only, and reject duplicate keys."""
 
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
             names = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -75,13 +76,13 @@ def _yaml(text: str) -> Any:
 
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", _YAML_FLOAT, list("-+.0123456789"))
     try:
-        return yaml.load(text, Loader)  # a SafeLoader
+        return yaml.load(text, Loader)  # Loader is a SafeLoader
     except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split())) from error
 
 
 def _anchored(data: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Returns a file's content with its paths relative to the folder that it lies in."""
+    """Return the content of a config file, with relative paths resolved against ``folder``."""
 
     def path(value: Any) -> Any:
         if isinstance(value, list):
@@ -90,7 +91,7 @@ def _anchored(data: dict[str, Any], folder: Path) -> dict[str, Any]:
 
     def anchor(table: Any, *keys: str) -> Any:
         if not isinstance(table, dict):
-            return table  # refused later
+            return table  # `read_settings` raises an error for it
         return {key: path(value) if key in keys else value for key, value in table.items()}
 
     of_adapter = ("data", "eval_data", "init_from")

@@ -1,4 +1,4 @@
-"""The kinds of values that settings of a training run have: how a file and a flag give them."""
+"""Kinds of setting values: how each kind is checked, and how its flag is parsed."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from typing import Any, NamedTuple
 from fastlora.train.data.formats import COLUMNS
 from fastlora.validation import ConfigError, near_names
 
-# What parameters are multiplied with is a float32 to PyTorch.
+# PyTorch multiplies parameters by fp32 scalars. This is just below the largest fp32 number.
 LARGEST = 3.4e38
-# AdamW's first step divides the rate by 1 - 0.9.
+# The first step of AdamW divides the learning rate by 1 - beta1 = 0.1.
 LARGEST_RATE = 3.4e37
 
 
 class Kind(NamedTuple):
-    """What values a setting takes.
+    """The kind of value that a setting takes.
 
     Attributes:
-        check: Called with a value and where it stands; returns it as a run takes it, or raises
-            `ConfigError`.
-        flag: How argparse takes it.
+        check: Function of a value and its name in error messages. It returns the value as a run
+            uses it, or raises `ConfigError`.
+        flag: Keyword arguments for `argparse.ArgumentParser.add_argument`.
     """
 
     check: Callable[[Any, str], Any]
@@ -109,7 +109,7 @@ def _columns(value: Any, where: str) -> dict[str, str]:
 
 
 def _names(text: str) -> list[str]:
-    """Parses ``"a, b"`` for argparse."""
+    """Parse a comma-separated list such as ``"a, b"`` for argparse."""
     return [name.strip() for name in text.split(",")]
 
 
@@ -129,14 +129,20 @@ PAIRS = Kind(_columns, {"type": _pairs, "metavar": "OURS=THEIRS,..."})
 
 
 def setting(kind: Kind, text: str = "", default: Any = dataclasses.MISSING) -> Any:
-    """Returns a dataclass's field; ``text`` is the help of its flag, without which it has none."""
+    """Return a dataclass field for a setting of the given kind.
+
+    ``text`` is the help text of its flag. A setting without a text has no flag.
+    """
     if text and isinstance(default, (int, float, str)) and not isinstance(default, bool):
         text += f" (default: {default if isinstance(default, str) else format(default, 'g')})"
     return dataclasses.field(default=default, metadata={"kind": kind, "help": text})
 
 
 def checked(settings: type, given: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """Returns the fields that are given, as their kinds take them; None where it is a default."""
+    """Return the fields in ``given``, checked and converted by their kinds.
+
+    None is accepted if it is the default of a field.
+    """
     found = {}
     for own in dataclasses.fields(settings):
         if own.name in given and "kind" in own.metadata:

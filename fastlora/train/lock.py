@@ -1,8 +1,8 @@
-"""The lock on the folder of a training run: one run at a time writes into a folder.
+"""Lock the output folder of a training run, so that only one run writes to it at a time.
 
-It is `flock` on a file, which the system releases when the process ends, however it ends. A forked
-process shares the descriptor, and with it the lock. It closes its copy, so that a worker process
-that outlives a killed run does not keep the lock.
+The lock is an `flock` on a file. The operating system releases it when the process exits, even if
+the process is killed. A forked process inherits the file descriptor, and with it the lock. It
+closes its copy, so a worker process that outlives a killed run does not keep the folder locked.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fastlora.train.log import typed
 from fastlora.train.processes import TrainError
 
 LOCK = ".run.lock"
-# The descriptors of the locks that this process holds.
+# File descriptors of the locks that this process holds.
 _held: set[int] = set()
 
 
@@ -38,13 +38,17 @@ if hasattr(os, "register_at_fork"):
 
 @contextlib.contextmanager
 def folder_lock(folder: Path) -> Iterator[None]:
-    """Holds the lock of a folder, and creates the folder if it is missing.
+    """Hold the lock of a folder, and create the folder if it is missing.
 
-    The lock file is removed at the end, and so is a folder that was created and is still empty.
-    Where the file system has no `flock`, there is a warning and no lock.
+    On exit, the lock file is removed. Each folder that was created on entry is removed too if it is
+    still empty. If the file system does not support `flock`, the function warns and takes no lock.
+
+    Args:
+        folder: The output folder of the run.
 
     Raises:
-        TrainError: Another run holds the lock; the message names its process. Nothing has changed.
+        TrainError: Another run holds the lock, or the lock file cannot be written. If another run
+            holds the lock, nothing has changed, and the message names its process.
     """
     path = folder / LOCK
     created = [parent for parent in (folder, *folder.parents) if not parent.exists()]
@@ -56,8 +60,8 @@ def folder_lock(folder: Path) -> Iterator[None]:
                     _describe_holder(descriptor)
             yield
         finally:
-            if descriptor in _held:  # false in a forked process
-                path.unlink(missing_ok=True)  # while it is locked: nobody else has this file then
+            if descriptor in _held:  # False in a forked process
+                path.unlink(missing_ok=True)  # still locked, so no other run uses this file
                 _held.discard(descriptor)
                 os.close(descriptor)
     finally:
@@ -67,13 +71,13 @@ def folder_lock(folder: Path) -> Iterator[None]:
 
 
 def _acquire(path: Path) -> int | None:
-    """Returns a descriptor of the lock file, locked; None where there are no locks."""
+    """Return a locked descriptor of the lock file, or None if the file system has no locks."""
     while True:
         with typed(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
                 descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-            except FileNotFoundError:  # a run that ended has just removed its empty folder
+            except FileNotFoundError:  # another run has just removed its empty folder
                 continue
         _held.add(descriptor)
         locked = False
@@ -92,7 +96,7 @@ def _acquire(path: Path) -> int | None:
                     f"{path.parent}: another training run writes into this folder: "
                     f"{_holder(descriptor)}; wait until it ends, or choose another out folder"
                 )
-            # A run that ends removes its lock file: what this run locked may have no name anymore.
+            # Another run may have removed the lock file on exit, before this run locked it.
             locked = _is_at(descriptor, path)
             if locked:
                 return descriptor
@@ -121,12 +125,12 @@ def _describe_holder(descriptor: int) -> None:
 
 
 def _holder(descriptor: int) -> str:
-    """Returns what the lock file says about the process that holds the lock."""
+    """Return a description of the process that holds the lock, read from the lock file."""
     try:
         found = json.loads(os.pread(descriptor, 1 << 16, 0))
         return (
             f"pid {found['pid']} on host {found['host']}, started {found['started']}, "
             f"command {found['command']}"
         )
-    except (ValueError, KeyError, TypeError):  # it has just begun
+    except (ValueError, KeyError, TypeError):  # the process has not described itself yet
         return "its process is not known yet"

@@ -1,5 +1,6 @@
-"""What a run writes about itself: a log line by line, and at the end its losses as a table and as a
-picture.
+"""Files that record a training run: the log, a table of its losses, and a plot of them.
+
+The log is written line by line during the run. The table and the plot are written at its end.
 """
 
 from __future__ import annotations
@@ -19,14 +20,23 @@ LOG, TABLE, PICTURE = "log.jsonl", "losses.csv", "losses.png"
 
 
 class RunLog:
-    """Appends to ``log.jsonl`` in a run's folder: a JSON object a line, by step or evaluation.
+    """Append entries to ``log.jsonl`` in a run's folder: one JSON object per line.
 
-    Entries behind ``step``, from which the run goes on, are of one that was killed, and go. With
-    ``evaluates``, so do evaluations and answers after ``step``, which the run repeats. Raises
-    `TrainError`, here and in every call, where the file cannot be written.
+    Opening the log removes all entries after ``step``, because an earlier run wrote them before it
+    was killed. With ``evaluates``, opening the log also removes the evaluations and answers logged
+    at ``step``, because the run repeats them.
+
+    Args:
+        folder: The output folder of the run.
+        step: The step at which the run starts or resumes.
+        evaluates: Whether the run repeats the evaluation at ``step``.
 
     Attributes:
-        was_evaluated: Whether the log has an evaluation, or answers, after ``step``.
+        was_evaluated: Whether the log has an evaluation or answers at ``step`` that the run does
+            not repeat.
+
+    Raises:
+        TrainError: The file cannot be written. `write` raises it too.
     """
 
     def __init__(self, folder: Path, step: int, *, evaluates: bool = False) -> None:
@@ -35,7 +45,8 @@ class RunLog:
             folder.mkdir(parents=True, exist_ok=True)
             lines: list[str] = []
             if self.path.is_file():
-                # The last line of a killed run may be torn; it is of no step then.
+                # A killed run may leave an incomplete last line, for which `_step_of` returns
+                # infinity.
                 lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
             kept = [line for line in lines if _step_of(line) <= step]
             last = [line for line in kept if _step_of(line) == step and _is_evaluation(line)]
@@ -44,21 +55,21 @@ class RunLog:
             self.was_evaluated = bool(last) and not evaluates
             with replacing(self.path) as partial:
                 partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-            self._file = self.path.open("a", buffering=1, encoding="utf-8")  # whole lines
+            self._file = self.path.open("a", buffering=1, encoding="utf-8")  # line-buffered
 
     def write(self, entry: dict[str, Any]) -> None:
-        """Adds an entry, which has a ``step``; JSON has null for numbers that are not finite."""
+        """Append an entry, which must have a ``step``. Non-finite numbers are written as null."""
         with typed(self.path):
             self._file.write(json.dumps(_finite(entry), allow_nan=False) + "\n")
 
     def close(self) -> None:
-        """Ends the log. A failure here is that of a write before, which was raised."""
+        """Close the file, and ignore an error that an earlier write has already raised."""
         with contextlib.suppress(OSError):
             self._file.close()
 
 
 class LoggedLoss(NamedTuple):
-    """A loss in the log; None where a number was not finite or is not there."""
+    """A loss in the log, with None for a number that was not finite or was not logged."""
 
     step: int
     adapter: str
@@ -68,7 +79,7 @@ class LoggedLoss(NamedTuple):
 
 
 def read_losses(folder: Path) -> list[LoggedLoss]:
-    """Returns every loss in a run's log, in the order of the steps."""
+    """Return all losses in a run's log, in the order of the steps."""
     path = folder / LOG
     with typed(path):
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -82,7 +93,7 @@ def read_losses(folder: Path) -> list[LoggedLoss]:
 
 
 def mean_losses(losses: Sequence[LoggedLoss]) -> dict[str, float]:
-    """Returns the mean over its steps of each adapter's training loss."""
+    """Return each adapter's training loss, averaged over its finite entries in the log."""
     found: dict[str, list[float]] = {}
     for entry in losses:
         if entry.kind == "training" and entry.loss is not None:
@@ -91,7 +102,7 @@ def mean_losses(losses: Sequence[LoggedLoss]) -> dict[str, float]:
 
 
 def write_table(folder: Path, losses: Sequence[LoggedLoss]) -> Path:
-    """Writes the losses as CSV, and returns the file."""
+    """Write the losses to a CSV file and return its path."""
     path = folder / TABLE
     with typed(path), replacing(path) as partial, partial.open("w", newline="") as file:
         writer = csv.writer(file)
@@ -101,7 +112,10 @@ def write_table(folder: Path, losses: Sequence[LoggedLoss]) -> Path:
 
 
 def write_picture(folder: Path, losses: Sequence[LoggedLoss]) -> Path | None:
-    """Draws each adapter's losses over the steps, and returns the file; None without matplotlib."""
+    """Plot each adapter's losses over the steps, and return the path of the PNG file.
+
+    Returns None if matplotlib is not installed.
+    """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -130,7 +144,7 @@ def write_picture(folder: Path, losses: Sequence[LoggedLoss]) -> Path | None:
 
 @contextlib.contextmanager
 def typed(what: Path | str) -> Iterator[None]:
-    """Makes an `OSError` of writing a file, or something else, a `TrainError` that names it."""
+    """Convert an `OSError` raised in the block to a `TrainError` that names ``what``."""
     try:
         yield
     except OSError as error:
@@ -138,7 +152,7 @@ def typed(what: Path | str) -> Iterator[None]:
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Returns a log entry as trackers take it: ``{"loss/ship": 1.5}``; lists are left out."""
+    """Return a log entry with flat keys for trackers, as in ``{"loss/ship": 1.5}``; drop lists."""
     found: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):
@@ -149,7 +163,7 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _finite(value: Any) -> Any:
-    """Returns an entry with None for every number that is not finite."""
+    """Return an entry with None in place of each number that is not finite."""
     if isinstance(value, dict):
         return {key: _finite(part) for key, part in value.items()}
     if isinstance(value, list):

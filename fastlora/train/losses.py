@@ -1,4 +1,4 @@
-"""Each adapter's loss in a mixed batch: the mean over its own tokens, as it would have alone."""
+"""The loss of each adapter in a mixed batch: the mean over the adapter's own tokens."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from fastlora.routing.ids import BASE
 from fastlora.validation import check_floating
 
-# The label that transformers leaves out of the loss.
+# Label of the tokens that transformers excludes from the loss.
 IGNORED = -100
 
 
@@ -20,19 +20,20 @@ IGNORED = -100
 class AdapterLosses:
     """The losses of a mixed batch.
 
-    Adapters without a token that counts are in none of these.
+    Adapters without counted tokens are left out of all fields.
 
     Attributes:
-        by_adapter: Each adapter's loss, a tensor without dimensions that carries its graph.
-        values: The same as numbers.
-        tokens: How many tokens of each counted.
-        total: The sum of the finite losses; zero, and without a graph, where there is none. Its
-            gradient for an adapter is that of the adapter's own loss. An adapter left out may
-            still get NaN in its own gradients (0 * NaN), because its rows take part in the
-            backward: `AdapterOptimizers.backward` keeps that away.
-        own_divisors: Whether each loss is a mean over its own tokens in this batch, and not a share
-            of a mean over more (`adapter_losses`'s ``tokens``).
-        graph: The token losses, from which a backward reaches all of the forward.
+        by_adapter: The loss of each adapter, a scalar tensor with its graph.
+        values: The same losses as numbers.
+        tokens: Number of counted tokens of each adapter.
+        total: Sum of the finite losses, or a zero without a graph if there are none. Its gradient
+            for an adapter is the gradient of the adapter's own loss. An adapter with a non-finite
+            loss may still get NaN gradients (0 * NaN), because its rows take part in the backward
+            pass; `AdapterOptimizers.backward` prevents this.
+        own_divisors: Whether each loss is a mean over the adapter's tokens in this batch, and not a
+            share of a mean over more tokens (argument ``tokens`` of `adapter_losses`).
+        graph: The token losses. A backward pass from them reaches the whole graph of the forward
+            pass.
     """
 
     by_adapter: dict[str, torch.Tensor]
@@ -44,12 +45,12 @@ class AdapterLosses:
 
     @property
     def finite(self) -> tuple[str, ...]:
-        """The adapters whose loss is finite."""
+        """Adapters with a finite loss."""
         return tuple(name for name, value in self.values.items() if math.isfinite(value))
 
     @property
     def non_finite(self) -> tuple[str, ...]:
-        """The adapters whose loss is NaN or infinite."""
+        """Adapters with a NaN or infinite loss."""
         return tuple(name for name, value in self.values.items() if not math.isfinite(value))
 
 
@@ -60,19 +61,24 @@ def adapter_losses(
     mask: torch.Tensor | None = None,
     tokens: Mapping[str, int] | None = None,
 ) -> AdapterLosses:
-    """Averages losses over each adapter's own tokens. Costs one host sync.
+    """Average losses over each adapter's own tokens. Costs one host sync.
 
     Args:
-        token_losses: ``[B, ...]``, any floating-point dtype: a loss for each token or sample.
-        adapters: The adapter of each of the B samples; None (or ``"__base__"``) counts for none.
-        mask: Which of them count, bool and of the same shape; None for all.
-        tokens: What to divide each adapter's sum by in place of its count in this batch: under
-            gradient accumulation, its tokens in all batches of the step (`count_tokens`), which
-            makes the step equal to one large batch.
+        token_losses: A loss for each token or sample, of shape ``[B, ...]`` and any floating-point
+            dtype.
+        adapters: The adapter of each of the B samples. Samples with None or ``"__base__"`` count
+            for no adapter.
+        mask: Bool mask of the losses that count, with the same shape; None to count all of them.
+        tokens: Divisor of each adapter's summed losses, in place of its token count in this batch.
+            With gradient accumulation, pass each adapter's token count over all batches of the step
+            (`count_tokens`): the step then equals a step with one large batch.
+
+    Returns:
+        The losses of all adapters that have counted tokens.
 
     Raises:
-        ValueError: ``adapters`` has not B entries, a shape differs, or ``tokens`` lacks an adapter
-            or has a count below 1.
+        ValueError: ``adapters`` does not have B entries, a shape is wrong, or ``tokens`` lacks an
+            adapter or has a count below 1.
         TypeError: A dtype, or an entry of ``adapters``, is of the wrong kind.
     """
     check_floating("token_losses", token_losses)
@@ -112,10 +118,10 @@ def adapter_losses(
 def _own_sums(
     losses: torch.Tensor, mask: torch.Tensor, samples: dict[str, list[int]]
 ) -> list[tuple[str, torch.Tensor, int, float]]:
-    """Returns each adapter's name, the sum of its losses, their number, and the sum's value."""
+    """Return (name, summed loss, token count, summed loss as a float) for each adapter."""
     if not samples:
         return []
-    # Selected, not multiplied: a NaN that does not count adds nothing. [B]
+    # Select instead of multiplying, so that a NaN outside the mask adds nothing. [B]
     sums = torch.where(mask, losses, 0.0).reshape(len(losses), -1).sum(1)
     counts = mask.reshape(len(losses), -1).sum(1)
     order = torch.tensor([i for rows in samples.values() for i in rows], device=losses.device)
@@ -134,16 +140,24 @@ def causal_lm_losses(
     *,
     tokens: Mapping[str, int] | None = None,
 ) -> AdapterLosses:
-    """Returns each adapter's next-token loss, as a transformers causal model computes it alone.
+    """Return each adapter's mean next-token loss.
+
+    The loss equals the loss that a causal language model of transformers computes for a batch with
+    the samples of this adapter only.
 
     Args:
-        logits: ``[B, T, V]``, any floating-point dtype; 16 bits are widened to fp32.
-        labels: ``[B, T]`` int64, not shifted; -100 does not count.
+        logits: Logits of shape ``[B, T, V]``, in any floating-point dtype. 16-bit logits are
+            converted to fp32.
+        labels: Labels of shape ``[B, T]``, int64, not shifted. Tokens with label -100 do not count.
         adapters: See `adapter_losses`.
         tokens: See `adapter_losses`.
 
+    Returns:
+        The losses of all adapters that have counted tokens.
+
     Raises:
-        ValueError, TypeError: See `adapter_losses`; or a shape of logits or labels is wrong.
+        ValueError, TypeError: See `adapter_losses`; or ``logits`` or ``labels`` has the wrong
+            shape.
     """
     check_floating("logits", logits)
     if logits.dim() != 3:
@@ -165,11 +179,14 @@ def causal_lm_losses(
 
 
 def count_tokens(labels: torch.Tensor, adapters: Sequence[str | None]) -> dict[str, int]:
-    """Returns how many tokens of each adapter count in `causal_lm_losses`. Costs one host sync.
+    """Return how many tokens of each adapter count in `causal_lm_losses`. Costs one host sync.
 
     Args:
-        labels: ``[B, T]`` int64, not shifted.
+        labels: Labels of shape ``[B, T]``, int64, not shifted.
         adapters: See `adapter_losses`.
+
+    Returns:
+        The token count of each adapter that has counted tokens.
 
     Raises:
         ValueError, TypeError: See `causal_lm_losses`.
@@ -183,7 +200,7 @@ def count_tokens(labels: torch.Tensor, adapters: Sequence[str | None]) -> dict[s
 
 
 def _samples_of(adapters: Sequence[str | None], count: int) -> dict[str, list[int]]:
-    """Returns each adapter's samples, in order; raises unless there is an entry for each sample."""
+    """Return each adapter's sample indices; raise unless ``adapters`` has ``count`` entries."""
     if isinstance(adapters, str):
         raise TypeError(f"adapters is the string {adapters!r}, expected one name for each sample")
     if len(adapters) != count:
@@ -199,6 +216,6 @@ def _samples_of(adapters: Sequence[str | None], count: int) -> dict[str, list[in
 
 
 def _next_labels(labels: torch.Tensor) -> torch.Tensor:
-    """Returns the label that each position predicts, ``[B, T]``."""
-    # Labels move, not logits: those would be copied.
+    """Return the label that each position predicts, shape ``[B, T]``."""
+    # Shift the labels rather than the logits, which would have to be copied.
     return F.pad(labels, (0, 1), value=IGNORED)[:, 1:]

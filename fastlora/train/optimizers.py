@@ -1,8 +1,9 @@
-"""`AdapterOptimizers`: an optimizer, a schedule, clipping and a loss scale for each adapter.
+"""`AdapterOptimizers`: a separate optimizer, schedule, clipping, and loss scale for each adapter.
 
-All that a step of one adapter depends on is its own, so that it is the step of the adapter's solo
-run: absent adapters do not move (AdamW would, on zero gradients), and what is not finite in one
-stops that one only.
+Everything that affects a step of an adapter belongs to that adapter, so the adapter trains exactly
+as it would alone. An adapter without rows in the batch does not change, whereas a shared AdamW
+would update it with zero gradients. A non-finite value in one adapter stops the step of that
+adapter only.
 """
 
 from __future__ import annotations
@@ -25,16 +26,22 @@ from fastlora.validation import AdapterNotFoundError, AdapterStateError, near_na
 
 
 def train_adapters(model: LoraModel, names: str | Sequence[str]) -> None:
-    """Makes these adapters trainable, and of all adapters them alone.
+    """Make the named adapters trainable, and freeze all other adapters.
 
-    Unlike ``model.set_adapter``, which a later call of would freeze the others again, it leaves the
-    active adapters as they are, and each may own a copy of the same module (``modules_to_save``):
-    in a mixed batch no row has more than one adapter.
+    Unlike ``model.set_adapter``, this function does not change which adapters are active. Several
+    of the named adapters may also have their own copies of the same module (``modules_to_save``),
+    because each row of a mixed batch uses at most one adapter. A later call to
+    ``model.set_adapter`` freezes all adapters that it does not activate.
+
+    Args:
+        model: The model with its adapters.
+        names: Names of the adapters to train.
 
     Raises:
-        AdapterNotFoundError: There is no such adapter.
-        AdapterStateError: Several are named, and one trains the base model's biases.
-        ValueError: None is named.
+        AdapterNotFoundError: An adapter does not exist.
+        AdapterStateError: Several adapters are named, and one of them trains the base model's
+            biases.
+        ValueError: No adapter is named.
     """
     chosen = check_trained_together(model, names)
     trained = {id(p) for name in chosen for p in adapter_parameters(model, name).values()}
@@ -44,7 +51,7 @@ def train_adapters(model: LoraModel, names: str | Sequence[str]) -> None:
 
 
 def check_trained_together(model: LoraModel, names: str | Sequence[str]) -> list[str]:
-    """Returns the names without repetitions; raises as `train_adapters`."""
+    """Return the names without duplicates; raise the errors of `train_adapters`."""
     chosen = [names] if isinstance(names, str) else list(dict.fromkeys(names))
     if not chosen:
         raise ValueError(f"no adapter is named; expected some of {list(model.peft_config)}")
@@ -62,14 +69,16 @@ def check_trained_together(model: LoraModel, names: str | Sequence[str]) -> list
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one `AdapterOptimizers.step` did. Adapters in none of these were absent.
+    """The result of `AdapterOptimizers.step`.
+
+    An adapter without a loss since the previous step is in none of the fields.
 
     Attributes:
-        stepped: Adapters whose optimizer stepped.
-        skipped: Adapters that did not step because a gradient was not finite.
-        left_out: Adapters with a loss that was not finite since the step before; one that had
-            finite losses too is also in ``stepped`` or ``skipped``.
-        grad_norms: Norm of each adapter's gradient, unscaled, before clipping.
+        stepped: Adapters that the step updated.
+        skipped: Adapters that the step skipped because a gradient was not finite.
+        left_out: Adapters with a non-finite loss since the previous step. An adapter that also had
+            finite losses is in ``stepped`` or ``skipped`` too.
+        grad_norms: Gradient norm of each adapter, after unscaling and before clipping.
     """
 
     stepped: tuple[str, ...]
@@ -79,28 +88,32 @@ class StepReport:
 
 
 class AdapterOptimizers:
-    """Steps several adapters of a model, each with its own optimizer.
+    """Train several adapters of a model, each with its own optimizer.
 
     Args:
-        model: With the adapters loaded and trainable (`train_adapters`).
-        optimizers: For each adapter what makes its optimizer from its parameters, for instance
-            ``functools.partial(torch.optim.AdamW, lr=1e-3)``.
-        schedulers: For some adapters what makes a learning-rate schedule from the optimizer; it
-            moves once for each step of that adapter.
-        max_grad_norm: Norm to clip each adapter's gradient to, one for all or by adapter; None for
-            no clipping.
-        scaler: Makes a `torch.amp.GradScaler`, for training in fp16. Each adapter has its own, so
-            that one that overflows lowers nobody else's scale.
-        seed: Start of the dropout seeds.
-        group: The processes that share the batches, whose gradients DDP or FSDP2 averages: a
-            process group, ``"auto"`` for all of them where torch.distributed runs, or None to train
-            without the others. Each of them must make every call, in one order. Make this object
-            after ``fully_shard``, which replaces parameters.
+        model: The model, with the adapters loaded and trainable (`train_adapters`).
+        optimizers: For each adapter, a function that creates its optimizer from a list of its
+            parameters, for instance ``functools.partial(torch.optim.AdamW, lr=1e-3)``.
+        schedulers: For some or all adapters, a function that creates a learning-rate schedule from
+            the optimizer. A schedule advances only when its adapter steps.
+        max_grad_norm: Maximum gradient norm of each adapter: one value for all adapters, or a value
+            for each. None disables clipping.
+        scaler: Function that creates a `torch.amp.GradScaler`, for training in fp16. It is called
+            once for each adapter, so that an overflow in one adapter does not lower the loss scale
+            of another.
+        seed: Seed from which the dropout seeds are derived.
+        group: The processes that share each batch, and over which DDP or FSDP2 averages gradients.
+            This is a process group, ``"auto"`` for all processes if torch.distributed is in use, or
+            None to train without other processes. All processes must make the same calls in the
+            same order. With FSDP2, create this object after ``fully_shard``, which replaces
+            parameters.
 
     Raises:
-        AdapterNotFoundError: There is no such adapter, or an argument names another one.
-        AdapterStateError: An adapter is frozen, or one of several trains the base model's biases.
-        ValueError, TypeError: An argument is not as described. Nothing has changed.
+        AdapterNotFoundError: An adapter does not exist, or another argument names an adapter that
+            ``optimizers`` does not name.
+        AdapterStateError: An adapter is frozen, or one of several adapters trains the base model's
+            biases.
+        ValueError, TypeError: An argument is invalid. Nothing has changed.
 
     Examples:
         >>> train_adapters(model, ["a", "b"])
@@ -151,32 +164,36 @@ class AdapterOptimizers:
 
     @property
     def by_adapter(self) -> dict[str, Optimizer]:
-        """Each adapter's optimizer."""
+        """The optimizer of each adapter, by name."""
         return {name: adapter.optimizer for name, adapter in self._adapters.items()}
 
     @property
     def counts(self) -> dict[str, AdapterCounts]:
-        """What has happened to each adapter so far."""
+        """The `AdapterCounts` of each adapter so far, by name."""
         return {name: adapter.counts for name, adapter in self._adapters.items()}
 
     def loss_scale(self, name: str) -> float | None:
-        """Returns what an adapter's loss is multiplied with now; None without a scaler.
+        """Return the current loss scale of an adapter, or None without a scaler.
 
         Raises:
-            AdapterNotFoundError: It has no optimizer here.
+            AdapterNotFoundError: The adapter has no optimizer in this object.
         """
         scaler = self._known(name).scaler
         return None if scaler is None else float(scaler.get_scale())
 
     def draw_seeds(self, names: Sequence[str | None]) -> dict[str, int]:
-        """Returns the dropout seeds of a batch's adapters, for `fastlora.adapters`.
+        """Return a dropout seed for each adapter of a batch, for `fastlora.adapters`.
 
-        Each comes from the adapter's name and the number of its own forwards so far, so that its
-        masks are those of its solo run (with samples padded to the same length). Where processes
-        share batches, each draws its own, and counts every forward for every adapter.
+        A seed is derived from ``seed``, the name of the adapter, and the number of its forward
+        passes so far. The dropout masks are therefore the same as if the adapter trained alone,
+        provided that its samples are padded to the same length. If processes share batches, each
+        process draws its own seeds, and every forward pass counts for every adapter.
+
+        Args:
+            names: The adapter of each sample. None and ``"__base__"`` need no seed.
 
         Raises:
-            AdapterNotFoundError: One has no optimizer here.
+            AdapterNotFoundError: An adapter has no optimizer in this object.
         """
         present = dict.fromkeys(name for name in names if name is not None and name != BASE)
         chosen = [self._known(name) for name in present]
@@ -186,28 +203,34 @@ class AdapterOptimizers:
         return {adapter.name: drawn[adapter.name] for adapter in chosen}
 
     def total_tokens(self, counts: Mapping[str, int]) -> dict[str, int]:
-        """Returns how many tokens all processes have of each adapter, for losses' ``tokens``.
+        """Return the token counts over all processes, for the ``tokens`` argument of losses.
 
         Args:
-            counts: This process's (`count_tokens`), of all batches of the step.
+            counts: Token counts of this process (`count_tokens`) in all batches of the step.
         """
         (total,) = self._group.total(counts)
         return {name: int(count) for name, count in total.items() if count}
 
     def backward(self, losses: AdapterLosses) -> None:
-        """Adds the gradients of the finite losses, and to no other adapter anything.
+        """Accumulate the gradients of the finite losses, and leave other adapters unchanged.
 
-        A loss that is not finite is counted and left out; gradients that its adapter has from
-        earlier batches of the same step stay. (Not under FSDP2 without gradient synchronisation:
-        what it accumulates is out of reach, and the adapter's step is skipped.)
+        A non-finite loss is counted and skipped. Gradients that its adapter has accumulated from
+        earlier batches of the same step are preserved. The exception is FSDP2 without gradient
+        synchronization: the accumulated gradients are not accessible, and the step of the adapter
+        is skipped.
 
-        Where processes share the batch, a loss counts where it is finite in all of them, and the
-        gradients are those of one process with the whole batch: losses over own tokens are weighted
-        by these, losses over given ``tokens`` are taken to be shares of one mean (`total_tokens`).
+        If processes share the batch, a loss is used only if it is finite in all of them. The
+        gradients are then the same as for one process with the whole batch. Losses that are means
+        over the tokens of one process are weighted by their token counts. Losses with given
+        ``tokens`` are taken as shares of a common mean (`total_tokens`).
+
+        Args:
+            losses: Losses of a forward pass inside a `fastlora.adapters` block.
 
         Raises:
-            AdapterNotFoundError: A loss is of an adapter that has no optimizer here.
-            AdapterStateError: It is of one that has been frozen since. Nothing has changed.
+            AdapterNotFoundError: A loss belongs to an adapter that has no optimizer in this object.
+            AdapterStateError: A loss belongs to an adapter that has been frozen in the meantime, or
+                processes share the batch and ``losses`` has no graph.
         """
         for name in losses.values:
             self._known(name).check_trainable()
@@ -224,10 +247,11 @@ class AdapterOptimizers:
         ]
         seeds: list[torch.Tensor | None] = [None] * len(roots)
         if self._group.alone:
-            # 0 * NaN: the rows of a loss left out take part in the backward.
+            # Rows of a skipped loss still take part in the backward pass, where 0 * NaN is NaN.
             spoiled = [adapter for name, adapter in self._adapters.items() if name not in own]
         else:
-            # All of the graph, whatever rows are here: DDP and FSDP2 wait for every parameter.
+            # Run the backward pass over the whole graph, whichever adapters this process has rows
+            # of: DDP and FSDP2 wait for every parameter.
             spoiled = [self._adapters[name] for name in agreed.left_out]
             if not losses.graph.requires_grad:
                 raise AdapterStateError(
@@ -235,7 +259,7 @@ class AdapterOptimizers:
                     "fastlora.adapters(), with gradients, which reaches every adapter that trains"
                 )
             for name in agreed.finite:
-                if name not in own:  # a loss scale exists from the first loss on
+                if name not in own:  # GradScaler creates its scale at the first loss
                     self._adapters[name].scaled(losses.graph.new_zeros(()))
             roots.append(losses.graph)
             seeds.append(torch.zeros_like(losses.graph))
@@ -250,24 +274,27 @@ class AdapterOptimizers:
         self._present.update(agreed.finite)
 
     def step(self, present: Iterable[str] | None = None) -> StepReport:
-        """Steps each adapter that had a finite loss since the last step. Costs one host sync.
+        """Step each adapter that had a finite loss since the last step. Costs one host sync.
 
-        An adapter whose gradient is not finite is skipped: its optimizer and schedule do not move,
-        and its loss scale is lowered where it has one.
+        An adapter with a non-finite gradient is skipped: its optimizer and its schedule do not
+        advance, and its loss scale, if it has one, is lowered.
 
         Args:
-            present: The adapters to step, for a backward made by hand; None for those of
-                `backward`.
+            present: The adapters to step, if the backward pass was run without calling `backward`.
+                None steps the adapters with finite losses in `backward`.
+
+        Returns:
+            The adapters that stepped, the adapters that did not, and the gradient norms.
 
         Raises:
-            AdapterNotFoundError: One has no optimizer here.
-            AdapterStateError: One has no gradient at all. Nothing has changed.
+            AdapterNotFoundError: An adapter has no optimizer in this object.
+            AdapterStateError: An adapter has no gradient at all. Nothing has changed.
         """
         if present is None:
             wanted = self._present
         else:
             wanted = self._group.anywhere([self._known(name).name for name in present])
-        # Under DDP's no_sync(), what was set aside for a loss left out was never shared.
+        # Under DDP's no_sync(), gradients set aside in a backward pass have not been averaged.
         for name in self._adapters:
             if name in wanted and name in self._left_out:
                 self._group.average_(self._adapters[name].parameters)
@@ -277,7 +304,7 @@ class AdapterOptimizers:
                     f"adapter {name!r} has no gradient to step with; expected a backward of a loss "
                     "over its rows since the last zero_grad()"
                 )
-        # In the order of the optimizers, so that nothing depends on the order of rows.
+        # Step in the order of the optimizers, so that the order of the rows has no effect.
         chosen = [adapter for name, adapter in self._adapters.items() if name in wanted]
         norms = [adapter.unscaled_norm() for adapter in chosen]
         values = torch.stack([n.to(norms[0].device) for n in norms]).tolist() if norms else []
@@ -293,28 +320,29 @@ class AdapterOptimizers:
         return StepReport(tuple(stepped), tuple(skipped), left_out, grad_norms)
 
     def zero_grad(self, names: Iterable[str] | None = None) -> None:
-        """Drops the gradients of these adapters; of all by default.
+        """Clear the gradients of the named adapters, or of all adapters by default.
 
         Raises:
-            AdapterNotFoundError: One has no optimizer here.
+            AdapterNotFoundError: An adapter has no optimizer in this object.
         """
         for adapter in [self._known(n) for n in (self._adapters if names is None else names)]:
             adapter.zero_grad()
             self._present.discard(adapter.name)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns by adapter all that `load_state_dict` needs to go on exactly.
+        """Return the state of each adapter, from which `load_state_dict` can resume exactly.
 
-        Take it behind a step: gradients that are still being accumulated are not in it.
+        Call it after a step: gradients that are still being accumulated are not included.
         """
         return {name: adapter.state_dict() for name, adapter in self._adapters.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes over a state by adapter; adapters that it does not name keep theirs.
+        """Load the state of each adapter that ``state`` names. Other adapters keep their state.
 
         Raises:
-            AdapterNotFoundError: It names an adapter that has no optimizer here.
-            CheckpointError: It is of another optimizer, schedule or rank. Nothing has changed.
+            AdapterNotFoundError: ``state`` names an adapter that has no optimizer in this object.
+            CheckpointError: A state belongs to another optimizer, schedule, or rank. Nothing has
+                changed.
         """
         for name, saved in state.items():
             self._known(name).check_state(saved)
@@ -322,9 +350,9 @@ class AdapterOptimizers:
             self._adapters[name].load_state_dict(saved)
 
     def follow_schedules(self) -> None:
-        """Sets learning rates to what the schedules say for the next step.
+        """Set the learning rates to the values of the schedules for the next step.
 
-        A loaded state brings the rates of the schedule that it was saved with.
+        A loaded state contains the learning rates of the schedule that it was saved with.
         """
         for adapter in self._adapters.values():
             adapter.follow_schedule()

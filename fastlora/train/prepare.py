@@ -1,4 +1,4 @@
-"""From settings to what a training run works with: model, adapters, tokens, optimizers."""
+"""Build the parts of a training run from its settings: model, adapters, tokens, and optimizers."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ _COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 @dataclass(frozen=True, eq=False)
 class Schedule:
-    """What a run does, step by step.
+    """The steps of a run.
 
     Attributes:
-        order: Which samples a step has.
-        steps: How many.
-        micro_batch_size: Samples in a forward.
-        own_steps: In how many steps each adapter has samples.
+        order: The samples of each step.
+        steps: Number of steps.
+        micro_batch_size: Number of samples in a forward pass.
+        own_steps: Number of steps in which each adapter has samples.
     """
 
     order: Order
@@ -52,7 +52,10 @@ class Schedule:
 
 
 def check_folders(settings: TrainSettings) -> None:
-    """Raises `CheckpointError` if the model is no local folder, `TrainError` if out is a file."""
+    """Check that the model is a local folder, and that ``out`` is not a file.
+
+    Raises `CheckpointError` for the model, and `TrainError` for ``out``.
+    """
     if not (settings.model / "config.json").is_file():
         raise CheckpointError(
             f"{settings.model}: no model folder (it has no config.json); only local folders are "
@@ -63,9 +66,10 @@ def check_folders(settings: TrainSettings) -> None:
 
 
 def checkpoint_to_resume(settings: TrainSettings, *, resume: bool) -> Path | None:
-    """Returns the checkpoint to go on from, or None.
+    """Return the checkpoint to resume from, or None if there is none.
 
-    Raises `TrainError` where there is one and the run is not to be resumed.
+    Raises:
+        TrainError: There is a checkpoint, and ``resume`` is False.
     """
     found = checkpoints(settings.out / "checkpoints")
     if found and not resume:
@@ -77,7 +81,11 @@ def checkpoint_to_resume(settings: TrainSettings, *, resume: bool) -> Path | Non
 
 
 def adapter_configs(settings: TrainSettings, advice: Recommendation) -> dict[str, LoraConfig]:
-    """Returns each adapter's config; raises where a field or a folder of ``init_from`` is wrong."""
+    """Return the config of each adapter.
+
+    Raises `ConfigError` if a field is invalid, and the errors of `inspect_adapter_folder` for a
+    folder of ``init_from``.
+    """
     configs = {
         adapter.name: adapter.lora_config(advice)
         if adapter.init_from is None
@@ -108,11 +116,13 @@ def _check_init(config: LoraConfig, is_new: bool, adapters: int) -> None:
 def add_adapters(
     base: PreTrainedModel, settings: TrainSettings, advice: Recommendation
 ) -> LoraModel:
-    """Returns the model with every adapter on it, trainable.
+    """Return the model with all adapters added and trainable.
 
-    A new adapter's factors depend on the seed and its name, not on the other adapters. Raises as
-    `get_peft_model` and `LoraModel.load_adapter`; and where an entry of targets matches nothing, an
-    adapter trains parameters in fp16, or biases of the base model and is not alone.
+    The initial factors of a new adapter depend on the seed and its name, not on other adapters.
+
+    Raises the errors of `get_peft_model` and `LoraModel.load_adapter`. Also raises an error if an
+    entry of targets matches no module, if an adapter trains fp16 parameters, or if one of several
+    adapters trains biases of the base model.
     """
     configs = adapter_configs(settings, advice)
     check_dropout_dtype(configs, next(base.parameters()).dtype)
@@ -145,9 +155,10 @@ def add_adapters(
 
 
 def _check_unscalable(model: LoraModel) -> None:
-    """Raises `ConfigError` where an adapter trains what is in fp16: torch unscales no such ones.
+    """Raise `ConfigError` if an adapter trains fp16 parameters.
 
-    Its factors are fp32; biases of the base model and copies of its modules are as it is.
+    torch cannot unscale the gradients of fp16 parameters. The factors of an adapter are fp32.
+    Biases of the base model and copies of its modules have the dtype of the base model.
     """
     for name, config in model.peft_config.items():
         for key, parameter in adapter_parameters(model, name).items():
@@ -164,7 +175,7 @@ def _check_unscalable(model: LoraModel) -> None:
 
 
 def check_dropout_dtype(configs: Mapping[str, LoraConfig], dtype: torch.dtype) -> None:
-    """Raises `ConfigError` where an adapter has dropout, and the model's dtype no arithmetic."""
+    """Raise `ConfigError` if an adapter has dropout and the base dtype supports no arithmetic."""
     for name, config in configs.items():
         if config.lora_dropout and dtype not in _COMPUTE_DTYPES:
             raise ConfigError(
@@ -181,12 +192,14 @@ def read_data(
     *,
     progress: bool = False,
 ) -> dict[str, Corpus]:
-    """Returns each adapter's tokens of ``"data"`` or ``"eval_data"``; those without are left out.
+    """Return each adapter's tokens, from its ``"data"`` or ``"eval_data"`` files.
 
-    Raises `DataError` where a file or line is wrong.
+    Adapters without files are left out.
+
+    Raises `DataError` if a file or a row is invalid.
     """
     files = [(a, getattr(a, which)) for a in settings.adapters if getattr(a, which)]
-    # A bar that is over at once would only flicker.
+    # Delay the bar: one that ends immediately would only flicker.
     with progress_bar(
         desc=f"reading {which}", unit=" samples", disable=not progress, leave=False, delay=1.0
     ) as bar:
@@ -203,7 +216,7 @@ def read_data(
 
 
 def data_notes(corpora: Mapping[str, Corpus], held_out: Mapping[str, Corpus]) -> list[str]:
-    """Returns what there is to say about the data, a line each: formats, samples, tokens."""
+    """Return notes on the formats, samples, and tokens of the data, one per line."""
     lines = []
     for what, found in (("", corpora), (", evaluation", held_out)):
         for name, corpus in found.items():
@@ -213,7 +226,10 @@ def data_notes(corpora: Mapping[str, Corpus], held_out: Mapping[str, Corpus]) ->
 
 
 class _LossyStream:
-    """A stream that drops what cannot be written: a progress bar ends no run on a full disk."""
+    """A stream that ignores failed writes, so that a progress bar cannot end a run.
+
+    A write fails on a full disk, for instance.
+    """
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -234,16 +250,18 @@ class _LossyStream:
 
 
 def progress_bar(**options: Any) -> Any:
-    """Returns a bar of tqdm; raises `TrainError` without tqdm."""
+    """Return a tqdm progress bar; raise `TrainError` if tqdm is not installed."""
     return needed("tqdm").tqdm(file=_LossyStream(sys.stderr), **options)
 
 
 def make_schedule(
     settings: TrainSettings, corpora: Mapping[str, Corpus], processes: int
 ) -> Schedule:
-    """Returns the run's steps.
+    """Return the steps of a run.
 
-    Raises `ConfigError` where one has too little for so many processes, or an adapter is in none.
+    Raises:
+        ConfigError: A step has fewer forward passes than there are processes, or an adapter has no
+            sample in any step.
     """
     size = settings.batch_size
     micro = settings.micro_batch_size or math.ceil(size / processes)
@@ -272,7 +290,7 @@ def make_optimizers(
     schedule: Schedule,
     device: torch.device,
 ) -> AdapterOptimizers:
-    """Returns each adapter's AdamW, with its schedule and clipping; in fp16, a loss scale too."""
+    """Return AdamW optimizers with schedules, clipping, and, in fp16, loss scales."""
     return AdapterOptimizers(
         model,
         {
@@ -290,17 +308,20 @@ def make_optimizers(
         max_grad_norm={a.name: a.max_grad_norm for a in settings.adapters if a.max_grad_norm},
         scaler=partial(torch.amp.GradScaler, device.type) if needs_scale(model) else None,
         seed=settings.seed,
-        group=None,  # `RunProcesses` sums gradients and counts itself
+        group=None,  # `RunProcesses` sums the gradients
     )
 
 
 def needs_scale(model: nn.Module) -> bool:
-    """Whether losses are scaled, so that a gradient that is not finite is no failure: in fp16."""
+    """Return whether the model has fp16 parameters, and losses are therefore scaled.
+
+    With a loss scale, a non-finite gradient skips a step and is not an error.
+    """
     return any(p.dtype == torch.float16 for p in model.parameters())
 
 
 def rate(adapter: AdapterSettings, total: int) -> Callable[[int], float]:
-    """Returns what the learning rate is multiplied with at each of an adapter's own steps."""
+    """Return the factor of an adapter's learning rate as a function of the adapter's own steps."""
     warmup = math.ceil(adapter.warmup_ratio * total)
 
     def at(step: int) -> float:
@@ -321,7 +342,10 @@ def identity(
     model: LoraModel,
     weights: Mapping[str, str],
 ) -> dict[str, Any]:
-    """Returns what determines a run's numbers, ready for JSON; ``weights`` is `fingerprint`'s."""
+    """Return everything that determines the numbers of a run, ready for JSON.
+
+    ``weights`` is the result of `fingerprint`.
+    """
     adapters = {}
     for adapter in settings.adapters:
         corpus = corpora[adapter.name]
@@ -341,7 +365,7 @@ def identity(
             "max_grad_norm": adapter.max_grad_norm,
             "config": config,
         }
-    # Only where it is set: checkpoints from before there was such a setting go on.
+    # Included only if set, so that checkpoints from before this setting existed can resume.
     bits = {"load_in": settings.load_in} if settings.load_in else {}
     return bits | {
         "steps": schedule.steps,

@@ -1,4 +1,4 @@
-"""The processes that train together: what they must agree about, and those of `fastlora train`."""
+"""Processes that train together: what they agree on, and the processes of `fastlora train`."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from fastlora.validation import ConfigError, FastLoraError, near_names
 T = TypeVar("T")
 
 INSTALL = "pip install 'fastlora-triton[train]'"
-# Beside adapters' names, none of which has a slash.
+# This key is used beside adapter names, which cannot contain a slash.
 _STOP = "/stop"
 
 
 class TrainError(FastLoraError, RuntimeError):
-    """A training run cannot start or go on."""
+    """A training run cannot start or cannot continue."""
 
 
 def needed(name: str, what: str = "training needs") -> Any:
-    """Imports a library of the extra ``train``; raises `TrainError` where it is not installed."""
+    """Import a library of the ``train`` extra; raise `TrainError` if it is not installed."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -37,13 +37,13 @@ def needed(name: str, what: str = "training needs") -> Any:
 
 
 class Agreed(NamedTuple):
-    """A batch's losses as all processes see them.
+    """The losses of a batch that all processes agree to use.
 
     Attributes:
-        finite: Adapters with a loss somewhere, and none anywhere that is not finite.
-        left_out: Adapters with a loss somewhere that is not finite.
-        weights: What this process multiplies its loss of each adapter by, so that the mean of all
-            processes' gradients is that of one process with the whole batch.
+        finite: Adapters with a loss in at least one process and a non-finite loss in none.
+        left_out: Adapters with a non-finite loss in at least one process.
+        weights: Weight of the loss of each adapter in this process. With these weights, the mean of
+            the gradients of all processes equals the gradient of one process with the whole batch.
     """
 
     finite: tuple[str, ...]
@@ -52,9 +52,12 @@ class Agreed(NamedTuple):
 
 
 class BatchGroup:
-    """The processes that share batches; or one on its own, which agrees with itself at no cost.
+    """The processes that share batches. A process that trains alone does not communicate.
 
-    ``group`` is as in `AdapterOptimizers`; ``names`` come in one order in all processes.
+    Args:
+        group: See `AdapterOptimizers`.
+        names: Names of the adapters, in the same order in all processes.
+        device: Device for the tensors that the processes exchange.
     """
 
     def __init__(self, group: Any, names: Sequence[str], device: torch.device) -> None:
@@ -68,11 +71,11 @@ class BatchGroup:
 
     @property
     def alone(self) -> bool:
-        """Whether nobody else takes part."""
+        """Whether the group has only this process."""
         return self.size == 1
 
     def total(self, *counts: Mapping[str, float]) -> list[dict[str, float]]:
-        """Returns the sums over all processes of numbers by adapter; missing ones are zeros."""
+        """Return the sum of each count over all processes, by adapter. Missing counts are zeros."""
         rows = [[float(table.get(name, 0)) for name in self._names] for table in counts]
         if not self.alone:
             sent = torch.tensor(rows, dtype=_widest(self._device), device=self._device)
@@ -81,7 +84,7 @@ class BatchGroup:
         return [dict(zip(self._names, row, strict=True)) for row in rows]
 
     def agree(self, losses: AdapterLosses) -> Agreed:
-        """Returns which losses count, the same in every process."""
+        """Return which losses all processes use, and their weights in this process."""
         seen, bad, tokens = self.total(
             dict.fromkeys(losses.values, 1), dict.fromkeys(losses.non_finite, 1), losses.tokens
         )
@@ -89,19 +92,20 @@ class BatchGroup:
         left_out = tuple(name for name in self._names if bad[name])
         weights = dict.fromkeys(losses.values, float(self.size))
         if losses.own_divisors:
-            # From means over own tokens to shares of the mean over everybody's.
+            # Turn a mean over the tokens of this process into a share of the mean over all tokens.
             weights = {n: self.size * losses.tokens[n] / tokens[n] for n in losses.values}
         return Agreed(finite, left_out, weights)
 
     def anywhere(self, names: Collection[str]) -> set[str]:
-        """Returns the names that any process has."""
+        """Return the names that at least one process has."""
         (found,) = self.total(dict.fromkeys(names, 1))
         return {name for name, count in found.items() if count}
 
     def average_(self, parameters: Iterable[torch.Tensor]) -> None:
-        """Replaces gradients by their means, which leaves those that are means already.
+        """Replace gradients by their means over all processes.
 
-        Those of DTensors are always shared: FSDP2 keeps what is not elsewhere.
+        A gradient that is already the mean does not change. DTensors are skipped, because FSDP2
+        stores unreduced gradients outside of ``grad``.
         """
         for parameter in parameters:
             if self.alone or is_sharded(parameter) or not parameter.requires_grad:
@@ -113,21 +117,29 @@ class BatchGroup:
 
 
 def launched() -> int:
-    """Returns how many processes torchrun started; 1 without it."""
+    """Return the number of processes that torchrun started, or 1 without torchrun."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 class RunProcesses:
-    """The processes of `fastlora train`, through accelerate: one, or several under torchrun.
+    """The processes of `fastlora train`, run by accelerate: one, or several under torchrun.
 
-    Every process has the whole model, and all of them hold the same adapters and optimizer states.
-    `main` writes and reports; trackers that write files do in ``folder``. Raises `TrainError` where
-    accelerate did not bring the processes together, and as `check_trackers`.
+    Every process has the whole model, with the same adapters and optimizer states. Only the main
+    process (`main`) writes files and reports.
+
+    Args:
+        cpu: Whether to run on the CPU even if there is an accelerator.
+        trackers: Names of accelerate's trackers to use.
+        folder: Folder for the trackers that write files.
+
+    Raises:
+        TrainError: accelerate did not form one group of all processes.
+        ConfigError, TrainError: See `check_trackers`.
     """
 
     def __init__(self, cpu: bool, trackers: Sequence[str] = (), folder: Path | None = None) -> None:
         accelerate = needed("accelerate")
-        # Without an accelerator it has to be told, or each process of several is one of its own.
+        # Without `cpu` and without an accelerator, each process would form a group of its own.
         cpu = cpu or not torch.accelerator.is_available()
         check_trackers(trackers)
         self._tracked = bool(trackers)
@@ -144,20 +156,20 @@ class RunProcesses:
         self.main: bool = self._accelerator.is_main_process
 
     def does(self, number: int) -> bool:
-        """Returns whether the part of that number of a step's work is for this process."""
+        """Return whether this process runs part ``number`` of the work in a step."""
         return number % self.count == self._accelerator.process_index
 
     def summed(self, values: dict[str, float], *, stop: bool) -> tuple[dict[str, float], bool]:
-        """Returns the sum over all processes of each value, and whether any of them is to stop."""
+        """Return each value summed over all processes, and whether any process has to stop."""
         sent = {**values, _STOP: float(stop)}
         (total,) = BatchGroup("auto", list(sent), self.device).total(sent)
         return total, total.pop(_STOP) > 0
 
     def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Sums gradients over all processes, in one transfer for each dtype.
+        """Sum gradients over all processes, with one transfer for each dtype.
 
-        All of them name the same parameters, each once. One that has no gradient in any of them has
-        none behind it either.
+        All processes must pass the same parameters, each once. A parameter that has no gradient in
+        any process has no gradient afterwards either.
         """
         if self.count == 1:
             return
@@ -174,9 +186,9 @@ class RunProcesses:
                 parameter.grad = piece.view_as(parameter) if count else None
 
     def in_main(self, work: Callable[[], T]) -> T:
-        """Does something in the main process; its result or error is that of all of them.
+        """Call ``work`` in the main process; all processes return its result or raise its error.
 
-        Otherwise the others would wait for one that has stopped.
+        If only the main process raised the error, the other processes would wait for it forever.
         """
         outcome: list[Any] = [None, None]
         if self.main:
@@ -194,30 +206,35 @@ class RunProcesses:
         return cast(T, result)
 
     def start_trackers(self) -> None:
-        """Has the trackers begin a run; call it where files may be written."""
+        """Start a run in each tracker, which may create files."""
         if self._tracked:
             self._accelerator.init_trackers("trackers")
 
     def track(self, values: dict[str, Any], step: int) -> None:
-        """Gives the trackers numbers and texts by name."""
+        """Send numbers and texts to the trackers, each under a name."""
         if self._tracked and values:
             self._accelerator.log(values, step=step)
 
     def end_trackers(self) -> None:
-        """Has the trackers write what they hold, and end."""
+        """Let each tracker write its pending data and finish."""
         while self._accelerator.trackers:
             self._accelerator.trackers.pop().finish()
 
     def end(self) -> None:
-        """Ends the trackers and leaves the process group."""
-        while self._accelerator.trackers:  # where another error ended the run, which is raised
+        """Finish the trackers and leave the process group."""
+        while self._accelerator.trackers:  # left after an error, which is already being raised
             with contextlib.suppress(OSError):
                 self.end_trackers()
         self._accelerator.end_training()
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Raises unless accelerate has all of these trackers, installed."""
+    """Check that accelerate knows all of the trackers and that they are installed.
+
+    Raises:
+        ConfigError: accelerate has no tracker of that name.
+        TrainError: A tracker or accelerate is not installed.
+    """
     if not names:
         return
     tracking = needed("accelerate", "trackers need").tracking
@@ -235,5 +252,5 @@ def check_trackers(names: Sequence[str]) -> None:
 
 
 def _widest(device: torch.device) -> torch.dtype:
-    """Returns the widest dtype that a device adds in."""
+    """Return the widest floating-point dtype that a device can sum in."""
     return torch.float32 if device.type == "mps" else torch.float64

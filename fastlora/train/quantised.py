@@ -1,6 +1,7 @@
-"""`load_in`: the base model quantised by bitsandbytes while it is read, as QLoRA trains on it.
+"""`load_in`: quantize the base model with bitsandbytes while it is loaded, as in QLoRA.
 
-NF4 with nested scales, products in bf16 (Dettmers et al., 2023, arXiv 2305.14314); or LLM.int8.
+``4bit`` is NF4 with nested scales (Dettmers et al., 2023, arXiv 2305.14314). Its products are in
+bf16, or in fp16 if ``dtype`` is float16. ``8bit`` is LLM.int8.
 """
 
 from __future__ import annotations
@@ -25,19 +26,21 @@ _NEEDS = {"bitsandbytes": "pip install bitsandbytes", "accelerate": INSTALL}
 
 
 def dtype_of(settings: TrainSettings) -> str:
-    """Returns the dtype to read a base model in, as transformers takes it.
+    """Return the dtype to load a base model in, as a string that transformers accepts.
 
-    What `load_in` leaves as it is (embeddings, norms, the head) is in bf16 unless ``dtype`` says
-    otherwise. Norms of transformers' models compute in fp32 either way.
+    With `load_in`, the parts that are not quantized (embeddings, norms, the head) are in bf16
+    unless ``dtype`` says otherwise. The norms of transformers' models compute in fp32 in both
+    cases.
     """
     return "bfloat16" if settings.load_in and settings.dtype == "auto" else settings.dtype
 
 
 def quantisation(settings: TrainSettings, model_config: object) -> Any:
-    """Returns transformers' config of how a run quantises the base model; None where it does not.
+    """Return the quantization config that a run passes to transformers, or None without `load_in`.
 
-    Raises `ConfigError` where the model is quantised already, by its own config, and `TrainError`
-    where bitsandbytes is not installed.
+    Raises:
+        ConfigError: The model's own config says that the model is already quantized.
+        TrainError: bitsandbytes or accelerate is not installed.
     """
     own = getattr(model_config, "quantization_config", None)
     if own is not None and settings.load_in:
@@ -60,9 +63,10 @@ def quantisation(settings: TrainSettings, model_config: object) -> Any:
 
 
 def stored_quantisation(model_config: object) -> Any:
-    """Returns transformers' config of how bitsandbytes quantised a stored model, or None.
+    """Return transformers' config for a model that bitsandbytes has quantized, or None.
 
-    None as well for other libraries, and where bitsandbytes is not installed.
+    Returns None too if another library has quantized the model, or if bitsandbytes or accelerate is
+    not installed.
     """
     own: Any = getattr(model_config, "quantization_config", None)
     if own is None or any(importlib.util.find_spec(package) is None for package in _NEEDS):
@@ -75,18 +79,19 @@ def stored_quantisation(model_config: object) -> Any:
 
 
 def quantise_empty(model: PreTrainedModel, config: Any) -> None:
-    """Puts the linears that a config asks for into a model on the meta device."""
+    """Replace linear layers of a model on the meta device with quantized ones, as configured."""
     library: Any = importlib.import_module("transformers.quantizers.auto")
     quantiser, dtype = library.AutoHfQuantizer.from_config(config, pre_quantized=False), model.dtype
     quantiser.preprocess_model(model=model, device_map={"": "cpu"})
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(False)
-        if name.endswith(".bias"):  # new ones are in fp32
+        if name.endswith(".bias"):  # the replacements create fp32 biases
             parameter.data = parameter.data.to(dtype)
 
 
 def make_trainable(model: PreTrainedModel) -> None:
-    """Makes a quantised base model fit for a training run, evaluations in between included."""
+    """Prepare a quantized base model for a training run and for the evaluations within it."""
     keep_layout(model)
-    # It says at every product that x is rounded to fp16, which LLM.int8 is.
+    # bitsandbytes warns at every product that x is cast to fp16, but LLM.int8 always computes in
+    # fp16.
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)

@@ -1,9 +1,10 @@
-"""A training run: adapters of one base model trained together, in one process or in several.
+"""Train several adapters of one base model together, in one process or in several.
 
-A step is a fixed set of samples in a fixed number of forwards. The forwards are dealt to the
-processes, whose gradients are summed before every adapter's optimizer steps; so a run in several
-processes gives what one process gives, to the rounding of that sum. Everything random is a function
-of seed, step and forward, so a resumed run repeats bit for bit what the killed one would have done.
+A step has a fixed set of samples and a fixed number of forward passes. The forward passes are
+distributed over the processes, and the gradients are summed before the optimizers step. A run in
+several processes therefore matches a run in one process, up to the rounding of that sum. All random
+numbers are a function of the seed, the step, and the forward pass, so a resumed run is bitwise
+identical to an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -35,18 +36,18 @@ from fastlora.train.signals import RunInterrupted, StopSignals
 from fastlora.train.solo import adapter_parameters
 from fastlora.validation import CheckpointError
 
-# Of fp16's normal numbers the smallest: below it, the gradient of a scaled loss loses digits.
+# The smallest normal number in fp16. Below it, the gradient of a scaled loss loses digits.
 _LEAST_SCALE = 2.0**-14
 
 _Failure = TypeVar("_Failure", TrainError, CheckpointError)
 
 
 class NonFiniteError(TrainError):
-    """A loss, a gradient or a weight became NaN or infinite, and the run cannot go on.
+    """A loss, a gradient, or a weight became NaN or infinite, and the run cannot continue.
 
     Attributes:
-        step: In which step, counted from 1.
-        adapter: Whose.
+        step: The step, counted from 1.
+        adapter: The name of the adapter.
     """
 
     def __init__(self, message: str, step: int, adapter: str) -> None:
@@ -57,18 +58,19 @@ class NonFiniteError(TrainError):
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run ended with.
+    """The result of a training run.
 
     Attributes:
-        steps: Steps in all, those before a resume included.
-        losses: Each adapter's loss in its last step; empty where nothing was left to do.
-        mean_losses: The mean over all steps of each adapter's loss, those before a resume included.
-        eval_losses: Each adapter's loss on its evaluation data, at the end.
-        adapters: Each adapter's folder.
-        resumed_from: Step of the checkpoint that it went on from; 0 for none.
-        files: The losses of all steps as a table and, with matplotlib, as a picture.
-        skipped: How many of its steps each adapter skipped because a gradient was not finite in
-            fp16; adapters that skipped none are left out.
+        steps: Total number of steps, including those before a resume.
+        losses: Loss of each adapter in its last step; empty if no steps were left.
+        mean_losses: Training loss of each adapter, averaged over all steps, including those before
+            a resume.
+        eval_losses: Loss of each adapter on its evaluation data at the end of the run.
+        adapters: Output folder of each adapter.
+        resumed_from: Step of the checkpoint that the run resumed from; 0 for a new run.
+        files: The table of the losses of all steps and, with matplotlib, their plot.
+        skipped: Number of steps that each adapter skipped because an fp16 gradient was not finite.
+            Adapters that skipped none are left out.
     """
 
     steps: int
@@ -88,34 +90,37 @@ def train(
     progress: bool = True,
     say: Callable[[str], object] | None = None,
 ) -> TrainResult:
-    """Trains adapters and writes them, in PEFT's format, into folders of their names.
+    """Train adapters, and write each one to a folder with its name, in PEFT's format.
 
-    Holds a lock on ``settings.out``. In the main thread, where Python's own handlers of SIGINT and
-    SIGTERM are installed, the first signal ends the run after its step: the adapters are saved,
-    then a checkpoint. The second signal acts as it does without a run.
+    The run holds a lock on ``settings.out``. In the main thread, if Python's default handlers of
+    SIGINT and SIGTERM are installed, the first signal ends the run after the current step. The run
+    then saves the adapters and a checkpoint. A second signal has its usual effect.
 
-    Reseeds the global generators of Python, NumPy and torch at every forward.
+    Every training forward pass reseeds the global random generators of Python, NumPy, and torch.
 
     Args:
-        settings: From `read_settings`.
-        resume: Go on from the newest checkpoint in ``settings.out``, where there is one.
-        progress: Show bars.
-        say: Called with lines about the data and, at evaluations, with answers to prompts.
+        settings: Settings from `read_settings`.
+        resume: Whether to resume from the newest checkpoint in ``settings.out``, if there is one.
+        progress: Whether to show progress bars.
+        say: Called with messages about the data and, at evaluations, with answers to prompts.
+
+    Returns:
+        The losses and the written files.
 
     Raises:
         ConfigError, AdapterStateError, DataError, TargetNotFoundError, UnsupportedLayerError,
-        CheckpointError, TrainError: Something does not fit; before the first step, and nothing has
-            been written.
+            CheckpointError, TrainError: The settings, the data, or the base model are invalid or do
+            not match. This is raised before the first step, and nothing has been written.
         TrainError: Another run holds the lock of ``settings.out``.
         RunInterrupted: A signal ended the run.
-        NonFiniteError: A loss, gradient or weight is not finite; or, in fp16, where a step that is
-            not finite is skipped, no scale of an adapter's loss helps, or it never took a step.
-            Checkpoints are as they were.
-        TrainError: The log, the losses or a tracker's data cannot be written. The run ended after
-            its step, as after a signal.
-        CheckpointError: An adapter or a checkpoint cannot be written. The older checkpoints are as
-            they were. This message and that of a `TrainError` after the first step name the
-            adapters that were saved and the newest checkpoint.
+        NonFiniteError: A loss, gradient, or weight is not finite. In fp16, steps with a non-finite
+            gradient are skipped; the error is raised if an adapter's loss scale falls too low or
+            the adapter never takes a step. The checkpoints are unchanged.
+        TrainError: The log, the losses, or the data of a tracker cannot be written. The run has
+            ended after its step, as after a signal.
+        CheckpointError: An adapter or a checkpoint cannot be written. The older checkpoints are
+            unchanged. After the first step, the messages of this error and of `TrainError` name the
+            saved adapters and the newest checkpoint.
     """
     with open_run(settings, resume=resume, progress=progress, say=say) as run:
         return run.train()
@@ -129,9 +134,9 @@ def open_run(
     progress: bool = True,
     say: Callable[[str], object] | None = None,
 ) -> Iterator[Run]:
-    """Gives a run that is set up; arguments and errors as of `train`.
+    """Set up a run and yield it, with the arguments and errors of `train`.
 
-    The block holds the lock of the run's folder and handles signals.
+    The ``with`` block holds the lock of the output folder and handles signals.
     """
     prepare.check_folders(settings)
     with contextlib.ExitStack() as stack:
@@ -141,7 +146,8 @@ def open_run(
         stack.callback(processes.end)
         processes.in_main(lambda: stack.enter_context(folder_lock(settings.out)))
         found = prepare.checkpoint_to_resume(settings, resume=resume)
-        # All adapters are tried on the base model without weights, before data or weights are read.
+        # Add all adapters to an empty base model first, to find errors before data or weights are
+        # read.
         empty = base_model.empty_base(settings)
         prepare.add_adapters(empty, settings, recommend(empty))
         run = Run(settings, found, processes, signals, progress, say)
@@ -150,7 +156,7 @@ def open_run(
 
 
 class Run:
-    """A run that is set up, and goes on from the checkpoint ``resumed`` if there is one."""
+    """A training run that is ready to start, or to resume from the checkpoint ``resumed``."""
 
     def __init__(
         self,
@@ -165,9 +171,9 @@ class Run:
         self.processes = processes
         self.settings = settings
         self._signals = signals
-        # Whether any of several processes had a reason to stop at the last sum over them.
+        # Whether any process had a reason to stop when the processes last exchanged losses.
         self._stop_agreed = False
-        # The first failure to write about the run, in the main process: a reason to stop.
+        # The first failure to write the log, the losses, or tracker data; it ends the run.
         self._failure: TrainError | None = None
         self.progress = progress and self.processes.main
         self.root = settings.out / "checkpoints"
@@ -198,7 +204,8 @@ class Run:
     def _make_model(self) -> LoraModel:
         settings, device = self.settings, self.processes.device
         if settings.deterministic and device.type == "cuda":
-            # Read when cuBLAS starts; without it, its split reductions may differ between runs.
+            # cuBLAS reads it at startup. Without it, results of split reductions may differ between
+            # runs.
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True, warn_only=True)
         base = base_model.load_base(settings, device, progress=self.progress)
@@ -212,7 +219,7 @@ class Run:
 
     def _resume(self, path: Path, state: checkpoint.TrainState) -> None:
         steps, before = self.schedule.steps, state.identity.get("steps")
-        # Another number of steps is the one thing that may change: rates follow it.
+        # Only the number of steps may change; the learning rates follow it.
         found = checkpoint.differences({**state.identity, "steps": steps}, self.identity)
         if found:
             raise CheckpointError(f"{path} is of another run: {_first(found, 5, '; ')}")
@@ -231,10 +238,13 @@ class Run:
             self._say(f"goes on behind step {self.step} to {steps} steps in place of {before}")
 
     def train(self) -> TrainResult:
-        """Does all steps that are left, and writes the adapters.
+        """Run all remaining steps and write the adapters.
 
-        Raises `RunInterrupted` where a signal came, and `TrainError` where the log or what a
-        tracker writes could not be written; what was trained is saved by then.
+        Raises:
+            RunInterrupted: A signal arrived. Everything trained so far has been saved.
+            TrainError: The log or the data of a tracker could not be written. Everything trained so
+                far has been saved.
+            NonFiniteError, CheckpointError: See `train`.
         """
         settings, steps = self.settings, self.schedule.steps
         was_evaluated = self.processes.in_main(self._open_log)
@@ -245,7 +255,7 @@ class Run:
         self.processes.in_main(self._check_written)
         saved = None
         self._signals.defer()
-        # A run that was interrupted after this step did not evaluate; one that ended does it again.
+        # A run interrupted after this step has not evaluated yet; a finished run evaluates again.
         evaluated = {} if was_evaluated or not self.step else self._evaluate_if_due()
         with prepare.progress_bar(
             total=steps, initial=self.step, desc="training", unit="step", disable=not self.progress
@@ -276,17 +286,17 @@ class Run:
         )
 
     def _open_log(self) -> bool:
-        """Opens the log and returns whether an earlier run already evaluated after this step."""
+        """Open the log, and return whether an earlier run already evaluated after this step."""
         checkpoint.sweep(self.root, self.settings.keep)
         ended = self.step == self.schedule.steps
         self._log = log.RunLog(self.settings.out, self.step, evaluates=ended)
         return self._log.was_evaluated
 
     def _end_reports(self) -> tuple[dict[str, float], tuple[Path, ...]]:
-        """Writes the losses of a run with no steps left, and ends the trackers.
+        """Write the losses if no steps are left, and finish the trackers.
 
-        Returns each adapter's mean loss, and the files. Raises the first failure to write about the
-        run.
+        Returns the mean loss of each adapter and the written files. Raises the first failed write
+        of the log, the losses, or tracker data.
         """
         folder = self.settings.out
         means: dict[str, float] = {}
@@ -303,7 +313,7 @@ class Run:
 
     @contextlib.contextmanager
     def _writing(self, what: str) -> Iterator[None]:
-        """Makes a failure to write about the run end it after its step, as a signal does."""
+        """Record a failed write in the block, so that the run ends after its current step."""
         try:
             with log.typed(what):
                 yield
@@ -311,23 +321,23 @@ class Run:
             self._failure = self._failure or error
 
     def _check_written(self) -> None:
-        """Raises the first failure to write about the run."""
+        """Raise the first failed write of the log, the losses, or tracker data, if there is one."""
         if self._failure is not None:
             raise self._with_kept(self._failure, self._folders()) from self._failure
 
     def _stops(self) -> bool:
-        """Whether the run ends after this step: the same in all processes.
+        """Return whether the run ends after this step. The answer is the same in all processes.
 
-        One process looks at once; several agree with the sum of their losses.
+        A single process checks directly. Several processes agree when they exchange their losses.
         """
         return self._stop_agreed if self.processes.count > 1 else self._has_to_stop()
 
     def _has_to_stop(self) -> bool:
-        """Whether this process got a signal, or failed to write about the run."""
+        """Return whether this process has received a signal or recorded a failed write."""
         return self._signals.received is not None or self._failure is not None
 
     def _interrupted(self, when: str, *, saved: bool = False) -> RunInterrupted:
-        number = self._signals.received or signal.SIGTERM  # of another process
+        number = self._signals.received or signal.SIGTERM  # received by another process
         text = f"interrupted by {number.name} {when}"
         if not saved:
             return RunInterrupted(text, number)
@@ -336,12 +346,15 @@ class Run:
         return RunInterrupted(f"{text}; saved: {adapters} and {folder}", number, folder)
 
     def _folders(self) -> dict[str, Path]:
-        """Returns the folders of the adapters that took a step."""
+        """Return the output folders of the adapters that have taken a step."""
         counts = self.optimizers.counts
         return {name: self.settings.out / name for name in self.corpora if counts[name].steps}
 
     def _evaluate_if_due(self) -> dict[str, float]:
-        """Evaluates and answers where that is due; a run that stops leaves it to the next one."""
+        """Evaluate and answer prompts if that is due and the run is not about to stop.
+
+        A run that stops leaves the evaluation to the run that resumes it.
+        """
         if self._stops() or not self._is_due(self.settings.eval_every):
             return {}
         evaluated = self.evaluate() if self.held_out else {}
@@ -350,20 +363,20 @@ class Run:
         return evaluated
 
     def _is_untrained(self) -> bool:
-        """Whether steps are left, and this run has done none."""
+        """Return whether steps are left and this run has completed none."""
         return self.resumed_from == self.step < self.schedule.steps
 
     def _is_due(self, every: int) -> bool:
-        """Whether what is done every so many steps, and at the end, is to be done now."""
+        """Return whether work that is done every ``every`` steps and at the end is due now."""
         return self.step == self.schedule.steps or (every > 0 and self.step % every == 0)
 
     def close(self) -> None:
-        """Ends the log."""
+        """Close the log."""
         if self._log is not None:
             self._log.close()
 
     def _do_step(self) -> None:
-        """Does one optimizer step; raises `NonFiniteError` where a loss or gradient is not."""
+        """Run one optimizer step; raise `NonFiniteError` for a non-finite loss or gradient."""
         values = self._losses(self.schedule.order.rows(self.step), self.corpora, trains=True)
         for name, value in values.items():
             if not math.isfinite(value):
@@ -390,12 +403,12 @@ class Run:
         self._write_log({"step": self.step, **entry})
 
     def _skipped(self) -> dict[str, int]:
-        """Returns how many steps each adapter has skipped; those without any are left out."""
+        """Return the number of skipped steps of each adapter that has skipped any."""
         counts = self.optimizers.counts
         return {name: count.skipped_steps for name, count in counts.items() if count.skipped_steps}
 
     def _check_stepped(self) -> None:
-        """Raises `NonFiniteError` where every step of an adapter was skipped."""
+        """Raise `NonFiniteError` if an adapter has skipped all of its steps."""
         for name, count in self.optimizers.counts.items():
             if not count.steps and count.skipped_steps:
                 raise self._stopped(
@@ -408,17 +421,17 @@ class Run:
                 )
 
     def _trained(self, names: Iterable[str]) -> list[nn.Parameter]:
-        """Returns the parameters that these adapters train, each once."""
+        """Return the parameters that the named adapters train, without duplicates."""
         found = (p for name in names for p in adapter_parameters(self.model, name).values())
         return list({id(p): p for p in found if p.requires_grad}.values())
 
     def _losses(
         self, rows: Sequence[Row], corpora: Mapping[str, Corpus], *, trains: bool
     ) -> dict[str, float]:
-        """Returns each adapter's mean loss over its tokens in some samples, over all processes.
+        """Return each adapter's mean loss over its tokens in ``rows``, across all processes.
 
-        Where it trains, each process's own forwards have left their gradients. A run that stops
-        ends an evaluation early; its losses mean nothing then.
+        With ``trains``, the forward passes of this process also accumulate gradients. A run that
+        stops ends an evaluation early; the returned losses are then meaningless.
         """
         from accelerate.utils import set_seed
 
@@ -428,16 +441,16 @@ class Run:
             tokens[row.adapter] += corpora[row.adapter].counted(row.sample)
         sums = dict.fromkeys(tokens, 0.0)
         for number, part in enumerate(micro_batches(rows, corpora, self.schedule.micro_batch_size)):
-            # Drawn in every process, so that all count alike.
+            # Draw seeds in every process, so that all processes count the same forward passes.
             seeds = self.optimizers.draw_seeds([row.adapter for row in part]) if trains else None
             if not trains and self._has_to_stop():
                 break
             if not self.processes.does(number):
                 continue
-            if trains:  # what the base model draws, too, is a function of step and forward
+            if trains:  # makes random numbers a function of step and forward pass
                 set_seed(seed_of(self.settings.seed, self.step, number, nbytes=4))
             batch = collate(part, corpora, self.pad, self.processes.device)
-            losses = causal_lm_losses(  # nothing here holds the logits any longer than that
+            losses = causal_lm_losses(  # nothing keeps the logits alive after this call
                 self._logits(batch, seeds), batch.labels, batch.adapters, tokens=tokens
             )
             if trains:
@@ -467,7 +480,10 @@ class Run:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Returns the loss of each adapter on its evaluation data, over all of its tokens."""
+        """Return the loss of each adapter over all tokens of its evaluation data.
+
+        Returns an empty dict if the run is about to stop.
+        """
         rows = [Row(n, i) for n, corpus in self.held_out.items() for i in range(len(corpus))]
         self.model.eval()
         found = self._losses(rows, self.held_out, trains=False)
@@ -478,9 +494,9 @@ class Run:
         return found
 
     def answer(self) -> None:
-        """Writes what each adapter answers to its prompts into the log; only in the main process.
+        """Log each adapter's answers to its prompts, in the main process only.
 
-        The others wait at the next step.
+        The other processes wait at the next step.
         """
         prompts = {a.name: a.prompts for a in self.settings.adapters if a.prompts}
         if not prompts or not self.processes.main:
@@ -502,13 +518,16 @@ class Run:
                     self.processes.track({f"answers/{name}/{number}": text}, self.step)
 
     def save(self) -> None:
-        """Writes the adapters and then, if there is none of this step, a checkpoint.
+        """Write the adapters, and a checkpoint unless there is already one of this step.
 
-        Raises `CheckpointError` where it cannot, and changes no older checkpoint. Adapters are
-        smaller than a checkpoint: each that still fits on a full disk is saved.
+        Adapters are smaller than a checkpoint, so on a full disk each adapter that still fits is
+        saved.
 
-        Raises `NonFiniteError` where a weight is not finite: the last update, not its loss, went
-        out of range, and the checkpoint would be no good one.
+        Raises:
+            CheckpointError: An adapter or the checkpoint cannot be written. Older checkpoints are
+                unchanged.
+            NonFiniteError: A weight is not finite. The last update overflowed although its loss was
+                finite, and a checkpoint of it would be useless.
         """
         for name in self.corpora:
             weights = [parameter.detach() for parameter in self._trained([name])]
@@ -531,9 +550,9 @@ class Run:
         self.processes.in_main(write)
 
     def _save_adapters(self) -> None:
-        """Writes each adapter that took a step; raises `CheckpointError` if one cannot be written.
+        """Write each adapter that has taken a step.
 
-        The others are written even so.
+        If one cannot be written, the others still are, and `CheckpointError` is raised at the end.
         """
         saved, failures = [], []
         for name, folder in self._folders().items():
@@ -546,7 +565,7 @@ class Run:
             raise self._with_kept(failures[0], saved) from failures[0]
 
     def _with_kept(self, error: _Failure, names: Iterable[str]) -> _Failure:
-        """Returns an error that says, too, which adapters were saved and how to continue."""
+        """Return an error that also names the saved adapters and says how to resume."""
         if self._is_untrained():
             return type(error)(f"{error}; nothing was trained")
         saved = ", ".join(str(self.settings.out / name) for name in names) or "none"
@@ -556,7 +575,7 @@ class Run:
         return type(error)(text)
 
     def _write_log(self, entry: dict[str, Any]) -> None:
-        """Adds an entry to the log and to the trackers, in the main process."""
+        """Add an entry to the log and to the trackers, in the main process only."""
         if self._log is None:
             return
         with self._writing("trackers"):
@@ -574,13 +593,13 @@ class Run:
 
 
 def save_adapter(model: LoraModel, name: str, folder: Path) -> None:
-    """Writes one adapter into a folder, in PEFT's format; see `save_adapter_folder`."""
+    """Write one adapter to a folder in PEFT's format; see `save_adapter_folder`."""
     tensors = adapter_state.collect(model, name, model.state_dict(), "auto")
     with checkpoint.writing(folder):
         save_adapter_folder(folder, model.peft_config[name], tensors)
 
 
 def _first(items: Sequence[str], count: int, separator: str) -> str:
-    """Returns the first of some items, joined, and how many more there are."""
+    """Return the first ``count`` items, joined, and the number of the remaining items."""
     more = [f"and {len(items) - count} more"] if len(items) > count else []
     return separator.join([*items[:count], *more])

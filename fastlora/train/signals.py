@@ -1,4 +1,4 @@
-"""What SIGINT (Ctrl-C) and SIGTERM do to a training run."""
+"""Handle SIGINT (Ctrl-C) and SIGTERM during a training run."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from types import FrameType
 from typing import Any
 
 _HANDLED = (signal.SIGINT, signal.SIGTERM)
-# torchrun sends each process the signal that the terminal has already sent to all of them.
+# torchrun forwards to each process a signal that the terminal has already sent to all of them.
 _SAME_SIGNAL_SECONDS = 2.0
 
 
 class RunInterrupted(KeyboardInterrupt):
-    """SIGINT or SIGTERM ended a training run; the message says what was saved.
+    """SIGINT or SIGTERM ended a training run. The message says what was saved.
 
-    It is a `KeyboardInterrupt`, which ``except Exception`` does not catch.
+    This is a `KeyboardInterrupt`, which ``except Exception`` does not catch.
 
     Attributes:
         signal: The signal.
-        checkpoint: The checkpoint of the last step; None if the run did no step.
+        checkpoint: The checkpoint of the last step, or None if the run completed no step.
     """
 
     def __init__(
@@ -36,18 +36,18 @@ class RunInterrupted(KeyboardInterrupt):
 
 
 class StopSignals:
-    """Handles SIGINT and SIGTERM within a ``with`` block.
+    """Handle SIGINT and SIGTERM within a ``with`` block.
 
-    A signal raises `RunInterrupted` at once until `defer` is called. From then on, the first signal
-    only sets `received`. The next signal does what it did before the block: by default, SIGINT
-    raises `KeyboardInterrupt` and SIGTERM ends the process.
+    Until `defer` is called, a signal raises `RunInterrupted` immediately. After that, the first
+    signal only sets `received`. The next signal has the effect that it had before the block: by
+    default, SIGINT raises `KeyboardInterrupt` and SIGTERM ends the process.
 
-    Only the main thread can handle signals, so the block does nothing in another thread. It keeps
-    a handler that the program installed itself.
+    Only the main thread can handle signals, so the block does nothing in another thread. A handler
+    that the program installed itself stays in place.
 
     Args:
-        processes: How many processes train together.
-        say: Called with a line about the first signal.
+        processes: Number of processes that train together.
+        say: Called with a message at the first signal after `defer`.
     """
 
     def __init__(self, processes: int = 1, say: Callable[[str], object] | None = None) -> None:
@@ -72,7 +72,7 @@ class StopSignals:
         self._restore()
 
     def defer(self) -> None:
-        """Lets the run finish its step from now on when a signal comes."""
+        """From now on, let the run finish its step when a signal arrives."""
         self._deferred = True
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
@@ -89,8 +89,8 @@ class StopSignals:
                     self.received,
                 )
             if self._say is not None:
-                # Python refuses a write inside a write that the signal interrupted, and the output
-                # may be a file on a full disk.
+                # Python raises RuntimeError for a write within a write that the signal interrupted.
+                # The output may also be a file on a full disk.
                 with contextlib.suppress(RuntimeError, OSError):
                     self._say(
                         f"{name}: the run ends after this step and saves its adapters and a "

@@ -1,4 +1,4 @@
-"""What one adapter trains with: its parameters, optimizer, schedule, clipping, loss scale."""
+"""Training state of one adapter: its parameters, optimizer, schedule, clipping, and loss scale."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from fastlora.validation import AdapterStateError, CheckpointError
 
 
 def adapter_parameters(model: LoraModel, name: str) -> dict[str, nn.Parameter]:
-    """Returns an adapter's parameters by their names in the model: what its file would hold.
+    """Return the parameters that an adapter's saved file would hold, by their names in the model.
 
     These are its factors, its copies of ``modules_to_save``, and with ``bias="all"`` or
     ``"lora_only"`` the base model's biases.
 
     Raises:
-        AdapterNotFoundError: There is no such adapter.
+        AdapterNotFoundError: The adapter does not exist.
     """
     model.base_model.check_known(name)
     parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -36,13 +36,14 @@ def adapter_parameters(model: LoraModel, name: str) -> dict[str, nn.Parameter]:
 
 @dataclass
 class AdapterCounts:
-    """What has happened to an adapter so far.
+    """Counts of what has happened to an adapter during training.
 
     Attributes:
-        steps: Optimizer steps.
-        skipped_steps: Steps skipped because a gradient was not finite.
-        non_finite_losses: Losses left out of a backward because they were not finite.
-        forwards: Dropout seeds drawn.
+        steps: Number of optimizer steps.
+        skipped_steps: Number of steps skipped because a gradient was not finite.
+        non_finite_losses: Number of losses left out of a backward pass because they were not
+            finite.
+        forwards: Number of dropout seeds drawn.
     """
 
     steps: int = 0
@@ -52,7 +53,7 @@ class AdapterCounts:
 
 
 class Solo:
-    """One adapter's side of `AdapterOptimizers`, whose arguments and errors it has."""
+    """Training state of one adapter. Arguments and errors are those of `AdapterOptimizers`."""
 
     def __init__(
         self,
@@ -78,35 +79,36 @@ class Solo:
         self.counts = AdapterCounts()
 
     def check_trainable(self) -> None:
-        """Raises `AdapterStateError` where all parameters have been frozen since."""
+        """Raise `AdapterStateError` if all parameters have been frozen in the meantime."""
         if not any(parameter.requires_grad for parameter in self.parameters):
             raise AdapterStateError(_frozen(self.name))
 
     def draw_seed(self, rank: int = 0) -> int:
-        """Returns the seed of the next forward in a process, 62 bits."""
+        """Count one more forward pass, and return its dropout seed in process ``rank``, 62 bits."""
         parts = (self.seed, self.counts.forwards, self.name, *([rank] if rank else []))
         self.counts.forwards += 1
         return seed_of(*parts, nbytes=8) >> 2
 
     def scaled(self, loss: torch.Tensor, weight: float = 1.0) -> torch.Tensor:
-        """Returns a loss, without dimensions, times a weight and the adapter's loss scale."""
+        """Return a scalar loss multiplied by ``weight`` and the loss scale of the adapter."""
         loss = loss if weight == 1 else loss * weight
         return loss if self.scaler is None else self.scaler.scale(loss)
 
     def gradients(self) -> list[torch.Tensor]:
-        """Returns the gradients that there are."""
+        """Return the gradients of the parameters that have one."""
         return [p.grad for p in self.parameters if p.grad is not None]
 
     def unscaled_norm(self) -> torch.Tensor:
-        """Unscales the gradients and returns their norm, without dimensions."""
+        """Unscale the gradients and return their norm, a scalar tensor."""
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
         return total_norm(self.gradients())
 
     def step(self, norm: torch.Tensor, value: float) -> bool:
-        """Clips unscaled gradients and steps; returns False where they are not finite.
+        """Clip the unscaled gradients and step, if they are finite; return whether they are.
 
-        ``norm`` is theirs, without dimensions, and ``value`` the same as a number.
+        ``norm`` is the norm of the gradients as a scalar tensor, and ``value`` is the same norm as
+        a number.
         """
         finite = math.isfinite(value)
         if finite:
@@ -123,12 +125,12 @@ class Solo:
         return finite
 
     def zero_grad(self) -> None:
-        """Drops the gradients."""
+        """Clear the gradients."""
         for parameter in self.parameters:
             parameter.grad = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns what `load_state_dict` needs, and the kind that it must be of."""
+        """Return the state for `load_state_dict`, with a description for `check_state`."""
         return {
             "kind": self._kind(),
             "optimizer": self.optimizer.state_dict(),
@@ -139,7 +141,7 @@ class Solo:
         }
 
     def check_state(self, state: Mapping[str, Any]) -> None:
-        """Raises `CheckpointError` unless a state is of this kind."""
+        """Raise `CheckpointError` unless a state matches this optimizer, schedule, and rank."""
         what, mine = f"the state of adapter {self.name!r}", self.state_dict()
         if not isinstance(state, Mapping):
             raise CheckpointError(f"{what} is a {type(state).__name__}, expected a mapping")
@@ -156,7 +158,7 @@ class Solo:
                 raise CheckpointError(f"{what} has {key} {found}, expected {expected}")
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes over a checked state."""
+        """Load a state that `check_state` has accepted."""
         self.optimizer.load_state_dict(state["optimizer"])
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])
@@ -165,7 +167,7 @@ class Solo:
         self.seed, self.counts = state["seed"], AdapterCounts(**state["counts"])
 
     def follow_schedule(self) -> None:
-        """Sets the learning rate to what the schedule says for the next step."""
+        """Set the learning rate to the value of a `LambdaLR` schedule for the next step."""
         if isinstance(self.scheduler, LambdaLR):
             schedule = self.scheduler
             for group, base, rate in zip(
@@ -178,7 +180,7 @@ class Solo:
             "optimizer": type(self.optimizer).__name__,
             "scheduler": None if self.scheduler is None else type(self.scheduler).__name__,
             "scaler": self.scaler is not None,
-            # torch loads the state of another rank without a word, and fails at the next step.
+            # torch loads a state of another rank silently and fails at the next step.
             "parameters": [list(parameter.shape) for parameter in self.parameters],
             "groups": [len(group["params"]) for group in self.optimizer.param_groups],
         }
@@ -189,7 +191,7 @@ def _frozen(name: str) -> str:
 
 
 def _trainable(model: LoraModel, name: str, needs_fp32: bool) -> list[nn.Parameter]:
-    """Returns an adapter's trainable parameters; raises where it has none."""
+    """Return the trainable parameters of an adapter; raise if it has none."""
     named = {n: p for n, p in adapter_parameters(model, name).items() if p.requires_grad}
     if not named:
         raise AdapterStateError(_frozen(name))

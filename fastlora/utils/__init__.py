@@ -1,1 +1,1 @@
-"""PEFT's module names for functions of ours, so that its documentation's imports work."""
+"""PEFT's module names for fastlora's functions, so that imports from PEFT's docs work."""

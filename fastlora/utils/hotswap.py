@@ -1,4 +1,4 @@
-"""`fastlora.model.hotswap`, where PEFT has it."""
+"""`fastlora.model.hotswap` under PEFT's module name."""
 
 from fastlora.model.hotswap import (
     hotswap_adapter,

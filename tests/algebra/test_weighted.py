@@ -238,6 +238,8 @@ WRONG: list[tuple[dict[str, Any], type[FastLoraError], str]] = [
     ({"combination_type": "linear"}, ConfigError, "same r value"),
     ({"combination_type": "ties_svd"}, ConfigError, "needs a density"),
     ({"combination_type": "dare_ties_svd", "density": 0}, ConfigError, "needs a density"),
+    ({"combination_type": "ties_svd", "density": -0.5}, ConfigError, "needs a density"),
+    ({"combination_type": "ties_svd", "density": 1.5}, ConfigError, "needs a density"),
     ({"svd_rank": 0}, ConfigError, "r must be a positive integer"),
     ({"svd_clamp": 2.0}, ConfigError, "svd_clamp"),
     ({"majority_sign_method": "most"}, ConfigError, "majority_sign_method"),
@@ -294,3 +296,15 @@ def test_embeddings(kind: str) -> None:
         found.append([model.base_model.model[0].get_delta_weight("sum"), model(ids)])
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours.detach(), theirs.detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_share_of_an_update_has_the_smallest_rank_that_keeps_it() -> None:
+    values = torch.tensor([3.0, 2.0, 1.0])
+    made = low_rank.Decomposition(torch.eye(3), values, torch.eye(3))  # squares: 9, 4, 1
+    for share, rank in ((0.5, 1), (9 / 14, 1), (0.65, 2), (13 / 14, 2), (0.95, 3), (1.0, 3)):
+        assert made.rank_for(share) == rank, share
+    assert [made.rank_for(rank) for rank in (1, 2, 5)] == [1, 2, 3]
+    assert made.error(3) == 0 and made.error(0) == 1
+    assert made.error(1) == pytest.approx((5 / 14) ** 0.5)
+    nothing = made._replace(s=torch.zeros(3))
+    assert nothing.rank_for(0.5) == 1 and nothing.error(1) == 0

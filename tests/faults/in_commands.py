@@ -58,7 +58,7 @@ FAULTS = (
         source="e5b400a",
         path="fastlora/integrations/peft.py",
         before="""\
-        join_group(self.group, self.tuner, layers)  # whatever the others are: blocks may be open
+        join_group(self.group, self.tuner, layers)  # even if others fail: blocks may be open
         for name, module in others:
             raise UnsupportedLayerError(
                 f"{name!r} is PEFT's {type(module).__name__}, which would not follow the routing; "

@@ -14,7 +14,7 @@ FAULTS = (
         kind="a graph kept",
         source="8f2f5e8",
         path="fastlora/init/eva_search.py",
-        before="            @torch.no_grad()  # whatever the call of the model does\n",
+        before="            @torch.no_grad()  # even if the model runs with gradients\n",
         after="",
         tests=(f"{_DATA}::test_eva_keeps_no_graph_of_a_call_that_makes_one",),
     ),

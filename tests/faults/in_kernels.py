@@ -152,7 +152,7 @@ FAULTS = (
         "Two runs of rows write their sums into one plane.",
         "shared plane",
         "7c09815",
-        "kernels/mixed_lora_grad_b.py",
+        "kernels/lora_grad_b.py",
         "plane = tl.cast(first_m // rows + slot, tl.int64)",
         "plane = tl.cast(first_m // rows, tl.int64)",
         (f"{_GRADS}test_adapters_over_several_runs[float32-8]",),

@@ -280,8 +280,8 @@ FAULTS = (
         "missed step",
         "1871540",
         "fastlora/weight_marks.py",
-        "        self.trained, self.step = Mark(), Mark()\n        # A graph",
-        "        # A graph",
+        "        self.trained, self.step = Mark(), Mark()\n        # A compiled graph",
+        "        # A compiled graph",
         (f"{_NODE}test_a_step_ends_what_a_forward_left",),
     ),
     Fault(

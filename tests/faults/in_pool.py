@@ -15,7 +15,7 @@ FAULTS = (
         source="21830f9",
         path="fastlora/pool/tiers.py",
         before="""\
-                if old is not None:  # a captured graph that still runs may yet look the slot up
+                if old is not None:  # a captured graph that still runs may look up the slot
                     self._transfers.wait_for_reads(old.reads.values())
 """,
         after="",
@@ -50,7 +50,7 @@ FAULTS = (
         source="91cf170",
         path="fastlora/pool/tiers.py",
         before="""\
-        if now:  # what can fail comes while the name still has its old adapter
+        if now:  # first, because it can fail: the name still has its old adapter
             self._make_room({name: image})
 """,
         after="""\
@@ -113,7 +113,7 @@ FAULTS = (
         source="8b99b55",
         path="fastlora/pool/leases.py",
         before="""\
-            lease = self._hold((resident,))  # it is there: nobody's room is waited for
+            lease = self._hold((resident,))  # it is on the device and needs no more room
         self._ready(lease).release()
 """,
         after="""\

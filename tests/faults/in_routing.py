@@ -200,7 +200,7 @@ FAULTS = (
         path="fastlora/routing/kept.py",
         before="for other, each in self._sets.items() if each.holds()]",
         after="for other, each in self._sets.items()]",
-        tests=("tests/test_weight_marks.py::test_caches_keep_no_memory_of_earlier_weights",),
+        tests=("tests/routing/test_kept.py::test_sets_of_replaced_factors_are_dropped_together",),
     ),
     Fault(
         sentence="What a captured graph reads stays in memory after `refresh`.",

@@ -82,7 +82,7 @@ FAULTS = (
         source="f6ce964",
         path="fastlora/train/run.py",
         before="""\
-            losses = causal_lm_losses(  # nothing here holds the logits any longer than that
+            losses = causal_lm_losses(  # nothing keeps the logits alive after this call
                 self._logits(batch, seeds), batch.labels, batch.adapters, tokens=tokens
             )
 """,

@@ -8,16 +8,18 @@ With ``--share 0.1`` the hash of the commit draws a tenth of the faults.
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from tests.faults.fault import ROOT, Fault, all_faults
+from tests.faults.forks import Forks, forks
 from tests.run_lanes import LANES
 from tests.support.drawn import commit, draw
 
@@ -25,74 +27,71 @@ COPIED = ("fastlora", "kernels", "tests", "bench", "docs", "examples")
 FILES = ("pyproject.toml", "setup.py", "README.md", "CONTRIBUTING.md", "Makefile", "mkdocs.yml")
 # Seconds for the tests of one fault.
 LIMIT = 180
+# The second plugin collects all garbage at the end of a run, which takes longer than most tests.
+OPTIONS = ("-q", "-rf", "--tb=line", "-p", "no:cacheprovider", "-p", "no:unraisableexception")
 
 
-def copy_to(folder: Path) -> Path:
+def copy_to(folder: Path, source: Path = ROOT) -> Path:
     """Copies what tests need, with its bytecode, which stays valid for files with equal times."""
     for name in COPIED:
-        shutil.copytree(ROOT / name, folder / name, symlinks=True)
+        shutil.copytree(source / name, folder / name, symlinks=True)
     for name in FILES:
-        shutil.copy2(ROOT / name, folder / name)
+        shutil.copy2(source / name, folder / name)
     for name in ("kernels", "bench"):  # else the installed package's are imported
-        (folder / "fastlora" / name).symlink_to(folder / name)
+        link = folder / "fastlora" / name
+        if not link.is_symlink():
+            link.symlink_to(Path("..", name))
     return folder
 
 
-def failures(folder: Path, tests: Sequence[str], limit: float) -> tuple[list[str], str]:
+@contextmanager
+def lanes_of(tests: Sequence[str]) -> Iterator[dict[bool, Forks]]:
+    """Starts what runs the tests, by whether Triton interprets kernels there."""
+    with ExitStack() as stack:
+        lanes = {}
+        for interpreted in sorted({_is_interpreted(name) for name in tests}):
+            environment = {"TRITON_INTERPRET": "1"} if interpreted else {}
+            lanes[interpreted] = stack.enter_context(forks(environment))
+        yield lanes
+
+
+def failures(
+    lanes: Mapping[bool, Forks], folder: Path, tests: Sequence[str], limit: float
+) -> tuple[list[str], str]:
     """Runs tests in a copy of the project; returns the names of failed ones, and the output."""
     failed: list[str] = []
     output = ""
-    for interpreted in (False, True):
+    for interpreted, lane in lanes.items():
         chosen = [name for name in tests if _is_interpreted(name) == interpreted]
         if not chosen:
             continue
-        environment = {name: own for name, own in os.environ.items() if name != "TRITON_INTERPRET"}
-        environment |= {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1", "FASTLORA_CASES": "all"}
-        environment |= {"TRITON_INTERPRET": "1"} if interpreted else {}
-        environment |= {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # which takes a second to import
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-rf",
-            "--tb=line",
-            "-p",
-            "no:cacheprovider",
-        ]
-        try:
-            ended = subprocess.run(
-                [*command, *chosen],
-                cwd=folder,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-                timeout=limit,
-                check=False,
-            )
-        except subprocess.TimeoutExpired:
+        code, printed = lane.pytest(folder, (*OPTIONS, *chosen), limit)
+        if code is None:
             return failed, f"took more than {limit} s"
-        output += ended.stdout + ended.stderr
-        lines = [line for line in ended.stdout.splitlines() if line.startswith("FAILED ")]
+        output += printed
+        lines = [line for line in printed.splitlines() if line.startswith("FAILED ")]
         failed += [line.removeprefix("FAILED ").partition(" - ")[0] for line in lines]
-        if ended.returncode < 0:  # a signal: a test read or wrote memory that is not its own
+        if code < 0:  # a signal: a test read or wrote memory that is not its own
             failed += chosen
-        elif ended.returncode not in (0, 1):
+        elif code not in (0, 1):
             return [], output
     return failed, output
 
 
-def attempt(fault: Fault) -> str:
-    """Plants a fault and runs its tests; returns what is wrong, and nothing if all of them fail."""
+def attempt(fault: Fault, lanes: Mapping[bool, Forks], source: Path) -> str:
+    """Plants a fault into a copy, and runs its tests there.
+
+    Returns:
+        What is wrong, and nothing if all of its tests fail.
+    """
     with tempfile.TemporaryDirectory(prefix="fastlora-fault-") as scratch:
-        folder = copy_to(Path(scratch))
+        folder = copy_to(Path(scratch), source)
         try:
             text = fault.planted(folder)
         except (OSError, ValueError) as error:
             return f"does not apply: {error}"
         (folder / fault.path).write_text(text, encoding="utf-8")
-        failed, output = failures(folder, fault.tests, LIMIT)
+        failed, output = failures(lanes, folder, fault.tests, LIMIT)
     unnoticed = [name for name in fault.tests if not any(_is_case(own, name) for own in failed)]
     if not unnoticed:
         return ""
@@ -125,17 +124,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
     tests = sorted({name for fault in chosen for name in fault.tests})
-    with tempfile.TemporaryDirectory(prefix="fastlora-faults-") as scratch:
-        failed, output = failures(copy_to(Path(scratch)), tests, LIMIT + 30 * len(chosen))
-    passed = " passed" in output and not failed
-    _say("without a fault: all tests pass" if passed else f"WITHOUT A FAULT: {output[-3000:]}")
     bad = 0
-    with ThreadPoolExecutor(max_workers=args.jobs) as pool:
-        for fault, wrong in zip(chosen, pool.map(attempt, chosen), strict=True):
-            bad += bool(wrong)
-            _say(f"{'FAILED' if wrong else 'noticed':<8} {fault.path}: {fault.sentence} {wrong}")
+    with (
+        lanes_of(tests) as lanes,
+        ThreadPoolExecutor(max_workers=args.jobs) as pool,
+        tempfile.TemporaryDirectory(prefix="fastlora-faults-") as scratch,
+    ):
+        copy = copy_to(Path(scratch))  # with the bytecode that its tests write
+        files = [
+            [*names] for _, names in itertools.groupby(tests, lambda name: name.split("::")[0])
+        ]
+        ran = pool.map(lambda names: failures(lanes, copy, names, 10 * LIMIT), files)
+        wrong = [output for failed, output in ran if failed or " passed" not in output]
+        _say(f"WITHOUT A FAULT: {''.join(wrong)[-3000:]}" if wrong else "without a fault: all pass")
+        found = pool.map(lambda fault: attempt(fault, lanes, copy), chosen)
+        for fault, why in zip(chosen, found, strict=True):
+            bad += bool(why)
+            _say(f"{'FAILED' if why else 'noticed':<8} {fault.path}: {fault.sentence} {why}")
     _say(f"{len(chosen) - bad} of {len(chosen)} faults noticed")
-    return 1 if bad or not passed else 0
+    return 1 if bad or wrong else 0
 
 
 def _say(text: str) -> None:

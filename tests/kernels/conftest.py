@@ -9,7 +9,6 @@ arithmetic is wrong, so bf16 needs a GPU.
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import os
 import sys
@@ -21,6 +20,7 @@ import pytest
 import torch
 
 from tests.support.kernels.lab import Lab, cap_warps, interpreted, native
+from tests.support.kernels.modules import module_of
 
 FOLDER = Path(__file__).parent
 COMMAND = "python -m pytest tests/kernels"
@@ -139,16 +139,14 @@ def calls_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 def launches(calls_of: Callable[..., None]) -> Launches:
     """Launches of a step, as they come."""
     seen = Launches()
-    for stem in ("shrink", "linear", "expand", "grad_b", "grad_a"):
-        for name in (stem, f"mixed_{stem}"):
-            module = importlib.import_module(
-                f"fastlora.kernels.{name.replace(stem, f'lora_{stem}')}"
-            )
 
-            def noted(kernel: Any, grid: Any, *, name: str = name, **given: Any) -> str:
-                return f"{name} {given.get('SIBLINGS') or given.get('G') or 1}"
+    def noted(kernel: Any, grid: Any, **given: Any) -> str:
+        name = kernel.__name__.removeprefix("_").removesuffix("_kernel").replace("lora_", "")
+        return f"{name} {given.get('SIBLINGS') or given.get('G') or 1}"
 
-            calls_of(module, "launch", noted, seen)
+    stems = ("lora_shrink", "lora_linear", "lora_expand", "lora_grad_b", "lora_grad_a")
+    for module in {module_of(f"{mixed}{stem}") for mixed in ("", "mixed_") for stem in stems}:
+        calls_of(module, "launch", noted, seen)
     return seen
 
 

@@ -19,7 +19,7 @@ pytest.importorskip("triton", reason="runs kernels")
 
 import fastlora
 from fastlora import adapters
-from fastlora.kernels import mixed_lora_shrink
+from fastlora.kernels import lora_shrink
 from fastlora.layers import tables
 from fastlora.model.inject import lora_layers
 from fastlora.testing import assert_within_budget
@@ -50,8 +50,8 @@ def shrinks(model: Any, x: torch.Tensor) -> list[int]:
     """Of how many layers each shrink of a forward is whose siblings are known."""
     for _ in range(2):
         run(model, x, ["a0", "a1"])
-    launch = mixed_lora_shrink.launch_mixed_lora_shrink
-    with mock.patch.object(mixed_lora_shrink, "launch_mixed_lora_shrink", wraps=launch) as shrink:
+    launch = lora_shrink.launch_mixed_lora_shrink
+    with mock.patch.object(lora_shrink, "launch_mixed_lora_shrink", wraps=launch) as shrink:
         run(model, x, ["a0", "a1"])
     return [call.args[0].shape[1] for call in shrink.call_args_list]
 
@@ -87,7 +87,7 @@ def test_a_factor_on_another_device_never_reaches_a_kernel(lab: Any) -> None:
     """Its address would mean nothing there."""
     model, x = build(lab), torch.randn(2, 48, device=lab.device)
     model.base_model.model.q.lora_A["a0"].to_empty(device="meta")
-    patched = mock.patch.object(mixed_lora_shrink, "launch_mixed_lora_shrink")
+    patched = mock.patch.object(lora_shrink, "launch_mixed_lora_shrink")
     with patched as shrink, pytest.raises(Exception) as caught:
         run(model, x, ["a0", "a1"])
     assert not shrink.called

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import warnings
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from fastlora.model.config import LoraConfig
 from fastlora.model.default_targets import DEFAULT_TARGETS
 from fastlora.model.inject import lora_layers
 from fastlora.model.targets import (
+    check_every_target,
     find_modules_to_save,
     find_targets,
     minimal_suffixes,
@@ -279,8 +281,9 @@ def test_modules_to_save_that_do_not_exist() -> None:
     with pytest.raises(TargetNotFoundError, match="haed.*close names: .*head"):
         find_modules_to_save(Tower(), LoraConfig(target_modules=["up"], modules_to_save=["haed"]))
     config = LoraConfig(target_modules=["up"], modules_to_save=["head", "nowhere"])
-    with pytest.warns(UserWarning, match="nowhere"):
+    with pytest.warns(UserWarning, match="nowhere") as caught:
         assert find_modules_to_save(Tower(), config)[-2:] == ["my_head", "head"]
+    assert caught[0].filename == __file__
 
 
 def test_mamba_modules_that_are_never_called() -> None:
@@ -328,3 +331,84 @@ def test_all_linear_says_that_it_leaves_out_stacked_experts() -> None:
         UserWarning, match="leaves out 'experts.up', 'experts.down': .*target_parameters"
     ):
         assert find_targets(model, config) == ["lin"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        without = LoraConfig(target_modules="all-linear", exclude_modules=["experts"])
+        assert find_targets(model, without) == ["lin"]
+
+
+def test_all_linear_says_which_layers_it_leaves_out() -> None:
+    """Those of which other adapters own copies; a copied module of another kind is none."""
+    config = LoraConfig(target_modules="all-linear")
+    for saved, said in (
+        ("my_head", "leaves out 'my_head': it is a module that adapters ['default'] own copies of"),
+        ("head", "leaves out 'layers.0.head' and 6 more: it is a module"),
+        ("embed", None),
+    ):
+        first = LoraConfig(target_modules=["q_proj"], modules_to_save=[saved])
+        base = get_peft_model(Tower(), first).base_model.model
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            find_targets(base, config)
+        messages = [str(warning.message) for warning in caught]
+        assert len(messages) == (said is not None)
+        assert said is None or said in messages[0]
+
+
+def test_what_other_adapters_own_copies_of_is_no_target() -> None:
+    first = LoraConfig(target_modules=["up"], modules_to_save=["my_head", "attn"])
+    base = get_peft_model(Tower(), first).base_model.model
+    for name, where in (("my_head", "is"), ("layers.0.attn.q_proj", "lies in 'layers.0.attn',")):
+        with pytest.raises(UnsupportedLayerError, match=f"{name}' {where} a module that adapters"):
+            find_targets(base, LoraConfig(target_modules=[name]))
+    below = LoraConfig(target_modules=["up"], modules_to_save=["attn.q_proj"])
+    with pytest.raises(UnsupportedLayerError, match="attn.q_proj', which lies in 'layers.0.attn'"):
+        find_modules_to_save(base, below)
+    again = LoraConfig(target_modules=["up"], modules_to_save=["my_head"])
+    assert find_modules_to_save(base, again) == ["my_head"]
+
+
+def test_each_name_has_to_match_where_that_is_asked() -> None:
+    check_every_target(Tower(), LoraConfig(target_modules=["q_proj", "up"]))
+    with pytest.raises(TargetNotFoundError, match=r"\['k_proj'\] match no module"):
+        check_every_target(Tower(), LoraConfig(target_modules=["q_proj", "k_proj"]))
+
+
+@pytest.mark.parametrize("count, more", [(10, ""), (11, " and 1 more"), (30, " and 20 more")])
+def test_messages_name_ten_entries(count: int, more: str) -> None:
+    """A config may hold any number of them."""
+    names = [f"missing{index:02}" for index in range(count)]
+    config = LoraConfig(target_modules=names)
+    with pytest.raises(TargetNotFoundError) as raised:
+        find_targets(tiny_llama(), config)
+    assert f"target_modules={names[:10]}{more} matches no module" in str(raised.value)
+
+
+def test_a_message_names_ten_modules() -> None:
+    model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(12)))
+    with pytest.raises(TargetNotFoundError, match="it has 0, 1, 10, 11, 2, 3, 4, 5, 6, 7$"):
+        find_targets(model, LoraConfig(target_modules=["missing"]))
+
+
+def test_the_architecture_is_in_any_kind_of_config() -> None:
+    @dataclasses.dataclass
+    class Config:
+        model_type: str = "llama"
+
+    model = Tower()
+    for config in (Config(), {"model_type": "llama"}, transformers.LlamaConfig()):
+        model.config = config
+        assert resolve_target_modules(model, LoraConfig()) == set(DEFAULT_TARGETS["llama"])
+    for config in (Config, None, {"model_type": 3}, "llama"):
+        model.config = config
+        with pytest.raises(ConfigError, match="has no default targets"):
+            resolve_target_modules(model, LoraConfig())
+
+
+@pytest.mark.parametrize("count", [19, 20])
+def test_names_are_shortened_from_twenty_on(count: int) -> None:
+    """As PEFT stores them."""
+    names = {f"layers.{index}.attn.q_proj" for index in range(count)}
+    model = nn.ModuleDict({"layers": nn.ModuleList(Block() for _ in range(count))})
+    found = resolve_target_modules(model, LoraConfig(target_modules=sorted(names)))
+    assert found == (names if count < 20 else {"q_proj"})

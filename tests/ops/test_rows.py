@@ -6,6 +6,7 @@ import random
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastlora.ops.rows import INVALID_SLOT, NO_SLOT, rows_of, sort_rows
 
@@ -89,6 +90,7 @@ def test_what_the_host_sees_is_what_the_device_has() -> None:
             x = torch.arange(m)
             assert torch.equal(found.restored(found.sorted(x)), x)
             assert found.sorted(x).tolist() == order
+            assert (found.slots, found.m) == (slots, m)
         assert rows.each == each
 
 
@@ -105,8 +107,41 @@ def test_no_value_is_read_on_the_host() -> None:
     """On the meta device there are no values: whatever needed one would raise."""
     ids = torch.empty(8, dtype=torch.int64, device="meta")
     groups = sort_rows(ids, 32, 5)
-    groups.pieces(16)
-    assert groups.order.shape == (32,)
+    real = sort_rows(torch.zeros(8, dtype=torch.int64), 32, 5)
+    for found, expected in zip(groups.tensors(), real.tensors(), strict=True):
+        assert found.shape == expected.shape and found.dtype == expected.dtype
+    assert groups.pieces(16).shape == real.pieces(16).shape
+    assert groups.invalid.shape == real.invalid.shape
+
+
+def test_compilers_know_all_sizes() -> None:
+    real = sort_rows(torch.zeros(8, dtype=torch.int64), 32, 5)
+    with FakeTensorMode():
+        fake = sort_rows(torch.zeros(8, dtype=torch.int64), 32, 5)
+        pieces = fake.pieces(16)
+    for found, expected in zip(fake.tensors(), real.tensors(), strict=True):
+        assert found.shape == expected.shape and found.dtype == expected.dtype
+    assert fake.invalid.shape == real.invalid.shape and fake.invalid.dtype == torch.bool
+    assert pieces.shape == real.pieces(16).shape
+
+
+def test_pieces_are_made_when_they_are_asked_for_and_kept() -> None:
+    ids = torch.tensor([1, 0, 1])
+    rows = sort_rows(ids, 12, 2)
+    assert not rows._pieces
+    first = rows.pieces(4)
+    assert rows.pieces(4) is first
+    assert not torch.equal(rows.pieces(2), first)
+    in_a_graph = sort_rows(ids, 12, 2, keeps=False)
+    assert in_a_graph.pieces(4) is not in_a_graph.pieces(4)
+    assert torch.equal(in_a_graph.pieces(4), first)
+
+
+def test_rows_are_told_apart_by_identity() -> None:
+    """Plans are kept by rows, whose tensors say nothing as a key."""
+    ids = torch.tensor([1, 0, 1])
+    rows, others = sort_rows(ids, 3, 2), sort_rows(ids, 3, 2)
+    assert rows != others and {rows: 1, others: 2}[rows] == 1
 
 
 def test_bad_ids_are_named() -> None:

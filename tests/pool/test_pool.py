@@ -287,6 +287,7 @@ def test_swaps_beyond_the_spare_columns_wait_in_the_cpu_tier(root: Path) -> None
         if pool.slot_of("a0") is not None:
             leases.append(pool.lease(["a0"]))
     assert len(leases) == 5  # one slot, four spare columns
+    assert pool.stats().in_cpu == 1
     with pytest.raises(PoolFullError):
         pool.lease(["a0"])
     for seed, lease in enumerate(leases):
@@ -316,6 +317,69 @@ def test_a_swap_has_a_column_whatever_leases_hold(root: Path) -> None:
         lease.release()
     with pool.lease(["a0", "a1"]) as lease:
         assert all(same_adapter(pool, resident, root / "a7") for resident in lease.residents)
+
+
+def test_a_pool_counts_names_that_lose_their_adapter(root: Path) -> None:
+    """Who keeps something by names asks whether they mean the same adapters still."""
+    pool = make_pool(root, max_adapters=2)
+    before = pool.replaced
+    use(pool, "a0", "a1")
+    use(pool, "a2")  # evicts another one, which keeps its name
+    pool.load("new", root / "a3")
+    assert pool.replaced == before
+    pool.load("a0", root / "a4")
+    assert pool.replaced == before + 1
+    pool.unload("a1")
+    assert pool.replaced == before + 2
+
+
+def test_tables_that_cannot_be_written_keep_their_slots(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = make_pool(root, max_adapters=2)
+    use(pool, "a0")
+    columns = pool.tables.column_of.tolist()
+
+    def write(column: int, image: object) -> None:
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(pool.tables, "write", write)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            pool.lease(["a1"])
+        with pytest.raises(RuntimeError, match="out of memory"):
+            pool.load("a0", root / "a2")
+    assert pool.tables.column_of.tolist() == columns
+    use(pool, "a0", "a1")
+
+
+def test_messages_name_the_limit_that_there_is(root: Path) -> None:
+    for limits, said in (({}, False), ({"device_bytes": RANK2}, True)):
+        pool = make_pool(root, max_adapters=1, **limits)
+        with pool.lease(["a0"]), pytest.raises(PoolFullError) as raised:
+            pool.pin("a1")
+        assert "it holds 1 adapters of at most 1" in str(raised.value)
+        assert "; 1 are leased, 0 pinned, 0 replaced" in str(raised.value)
+        assert (f"(device_bytes={RANK2})" in str(raised.value)) is said
+
+
+def test_a_lease_evicts_for_columns_alone(root: Path) -> None:
+    """There are slots for two more adapters, and leases on replaced ones hold the columns."""
+    pool = make_pool(root, max_adapters=4)
+    leases = []
+    for seed in range(7):
+        pool.load("a0", root / f"a{seed}")
+        leases.append(pool.lease(["a0"]))
+    leases.pop().release()
+    pool.lease(["a1"]).release()
+    assert pool.stats().on_device == 2
+    with pool.lease(["a2", "a3"]) as lease:
+        assert same_adapter(pool, lease.residents[0], root / "a2")
+        assert same_adapter(pool, lease.residents[1], root / "a3")
+        check_pool(pool)
+    for seed, lease in enumerate(leases):
+        assert same_adapter(pool, lease.residents[0], root / f"a{seed}")
+        lease.release()
 
 
 def test_unloading_spares_the_leases(root: Path) -> None:

@@ -41,6 +41,8 @@ def test_rows_of_several_samples_have_no_sample() -> None:
     assert row_samples.of_view(rows.transpose(0, 1), SAMPLES, 1) is None
     assert row_samples.of_view(rows.view(3, 16), SAMPLES, 1) is None
     assert row_samples.of_view(torch.randn(5, 2), SAMPLES, 1) is None
+    behind_the_first_element = torch.randn(24).as_strided((5, 4), (4, 1), 1)
+    assert row_samples.of_view(behind_the_first_element, SAMPLES, 1) is None
 
 
 def test_the_order_of_the_batch() -> None:
@@ -82,3 +84,15 @@ def test_values_of_meta_tensors_are_not_read() -> None:
     index = torch.empty(2, dtype=torch.long, device="meta")
     assert row_samples.picked(SAMPLES, [index]) is None
     assert row_samples.placed(SAMPLES, [index], SAMPLES[:2], adds=False) is None
+
+
+def test_the_host_reads_cpu_tensors_while_a_graph_is_captured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert row_samples.is_readable(torch.ones(1))
+    assert row_samples.is_readable(torch.nn.Parameter(torch.ones(1)))
+
+
+def test_what_is_no_sample_is_told_from_each_sample() -> None:
+    assert max(NO_SAMPLE, SEVERAL_SAMPLES) < 0 and NO_SAMPLE != SEVERAL_SAMPLES

@@ -122,6 +122,15 @@ def test_rows_that_constants_select_are_followed_once() -> None:
         assert checks.followed(2) is None
 
 
+def test_a_block_that_is_abandoned_follows_nothing() -> None:
+    model = ours(Head(IN_ORDER["mask"]))
+    followed = model.base_model.group.row_checks.followed(2)
+    with followed:
+        assert followed.order.sees
+        followed.abandon()
+        assert not followed.order.sees
+
+
 @pytest.mark.parametrize("kind", ["BartForSequenceClassification", "T5ForSequenceClassification"])
 def test_classifiers_over_the_last_token_share_a_batch(kind: str) -> None:
     """They pick a mask's tokens, as many of each sample, and view them by sample."""

@@ -19,8 +19,6 @@ from fastlora.kernels import (
     lora_grad_a,
     lora_grad_b,
     lora_linear,
-    mixed_lora_grad_a,
-    mixed_lora_grad_b,
     plane_sums,
 )
 from fastlora.kernels import mixed_lora_grad_reduce as reduce
@@ -34,8 +32,8 @@ from fastlora.ops.layout import layout, layout_b
 from fastlora.ops.plans import choose_plan
 from fastlora.ops.torch import products, reference
 from fastlora.ops.triton.configs import config_of
-from fastlora.ops.triton.many_adapters import add_rank_rows_, products_and_rank_rows
-from fastlora.ops.triton.one_adapter import products_of_codes
+from fastlora.ops.triton.expand import add_rank_rows_
+from fastlora.ops.triton.linear import products_and_rank_rows, products_of_codes
 from fastlora.ops.triton.tables import (
     aligned_blocks,
     down_rows,
@@ -363,7 +361,7 @@ def _grad_b_listed(
     bias_planes = dy.new_empty(count, n, dtype=fp32) if biased else None
     blocks = aligned_blocks(lora_b)
     up = up_rows(blocks, (), scaling)
-    mixed_lora_grad_b.launch_mixed_lora_grad_b(
+    lora_grad_b.launch_mixed_lora_grad_b(
         *(ds_planes, b_planes, bias_planes, dy, s, rows, up),
         run=run,
         config=config,
@@ -407,7 +405,7 @@ def _grad_a_listed(
     config = config_of("mixed_lora_grad_a", x, r=columns)
     for first in range(0, modules, each):
         some, own = slice(first, first + each), slice(first * slots, (first + each) * slots)
-        mixed_lora_grad_a.launch_mixed_lora_grad_a(
+        lora_grad_a.launch_mixed_lora_grad_a(
             *(planes[:, some], x, joined[some], rows, rank[some]),
             run=run,
             max_columns=columns,

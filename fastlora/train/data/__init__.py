@@ -1,5 +1,8 @@
-"""Training data: files to rows (`files`), rows to samples (`formats`), samples to tokens
-(`tokens`), documents packed into rows (`packing`), rows of all adapters in batches (`batches`).
+"""Read training data and arrange it in batches.
+
+Files are read as rows (`files`), rows become samples (`formats`), and samples become tokens
+(`tokens`). Documents can be packed together (`packing`), and samples of all adapters are combined
+in batches (`batches`).
 """
 
 from fastlora.train.data.batches import Batch, Order, Row, collate, micro_batches, seed_of

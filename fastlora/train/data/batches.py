@@ -1,7 +1,7 @@
-"""Batches of training data: the order in which samples of all adapters come, padded.
+"""Batches of training data: the order of the samples of all adapters, and padding.
 
-The order is a function of seed and step alone, so a run that is resumed, or runs in more processes,
-sees the same samples in the same steps.
+The order is a function of the seed and the step only. A run that is resumed, or that uses more
+processes, therefore sees the same samples in the same steps.
 """
 
 from __future__ import annotations
@@ -17,27 +17,30 @@ from torch.nn.utils.rnn import pad_sequence
 from fastlora.train.data.tokens import Corpus
 from fastlora.train.losses import IGNORED
 
-# Steps that are drawn at once.
+# Number of steps that `Order.presence` handles at a time.
 _CHUNK = 512
 
 
 def seed_of(*parts: object, nbytes: int = 7) -> int:
-    """Returns a seed that is a function of its parts, of so many bytes."""
+    """Return a seed of ``nbytes`` bytes that is a function of the given parts."""
     text = ":".join(map(str, parts))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=nbytes).digest(), "big")
 
 
 class Row(NamedTuple):
-    """One sample of a batch: its adapter, and its number among the adapter's."""
+    """A sample of a batch: the name of its adapter, and its index in the adapter's data."""
 
     adapter: str
     sample: int
 
 
 class Order:
-    """Which samples a step has: all adapters' data shuffled together, epoch after epoch.
+    """The samples of each step: the data of all adapters shuffled together in every epoch.
 
-    ``sizes`` are the numbers of samples by adapter, ``batch_size`` is the samples in a step.
+    Args:
+        sizes: Number of samples of each adapter.
+        batch_size: Number of samples in a step.
+        seed: Seed of the shuffles.
     """
 
     def __init__(self, sizes: Mapping[str, int], batch_size: int, seed: int) -> None:
@@ -51,7 +54,7 @@ class Order:
         self._epochs: dict[int, torch.Tensor] = {}
 
     def rows(self, step: int) -> list[Row]:
-        """Returns the samples of a step, counted from 0."""
+        """Return the samples of a step, counted from 0."""
         places = self._places(step * self.batch_size, self.batch_size).tolist()
         owners = [bisect_right(self.starts, place) - 1 for place in places]
         return [
@@ -60,20 +63,20 @@ class Order:
         ]
 
     def presence(self, steps: int) -> dict[str, int]:
-        """Returns in how many of the first steps each adapter has a sample."""
+        """Return in how many of the first ``steps`` steps each adapter has a sample."""
         counts = torch.zeros(len(self.names), dtype=torch.int64)
         edges = torch.tensor(self.starts[1:])
         for first in range(0, steps, _CHUNK):
             chunk = min(_CHUNK, steps - first)
             places = self._places(first * self.batch_size, chunk * self.batch_size)
             owners = torch.bucketize(places, edges, right=True).view(chunk, -1)
-            # A number for each pair of step and adapter, each counted once.
+            # Encode each pair of step and adapter as a number, and count each pair once.
             pairs = torch.unique(owners + len(self.names) * torch.arange(chunk).unsqueeze(1))
             counts += torch.bincount(pairs % len(self.names), minlength=len(self.names))
         return dict(zip(self.names, counts.tolist(), strict=True))
 
     def _places(self, first: int, count: int) -> torch.Tensor:
-        """Returns a stretch of the endless row of shuffled epochs."""
+        """Return ``count`` entries, from ``first``, of the endless sequence of shuffled epochs."""
         parts = []
         while count:
             epoch, at = divmod(first, self.total)
@@ -90,20 +93,23 @@ class Order:
 
 
 def micro_batches(rows: Sequence[Row], corpora: Mapping[str, Corpus], size: int) -> list[list[Row]]:
-    """Returns a step's samples in forwards of ``size``; long samples together, to pad less."""
+    """Split the samples of a step into forward passes of ``size`` samples, sorted by length.
+
+    Sorting reduces the padding.
+    """
     ordered = sorted(rows, key=lambda row: -corpora[row.adapter].length(row.sample))
     return [list(ordered[at : at + size]) for at in range(0, len(ordered), size)]
 
 
 class Batch(NamedTuple):
-    """What one forward takes.
+    """The inputs of one forward pass.
 
     Attributes:
         adapters: The adapter of each of the B samples.
-        inputs: ``input_ids``, int64 ``[B, T]``, padded on the right, and ``attention_mask``; where
-            documents of a row are kept apart, ``position_ids`` in its place, which begin at 0 in
-            each document and in the padding.
-        labels: int64 ``[B, T]``, -100 where a token does not count.
+        inputs: ``input_ids``, int64 ``[B, T]``, padded on the right, and ``attention_mask``. If
+            packed documents are kept separate, ``position_ids`` replaces ``attention_mask``.
+            Positions begin at 0 in each document and in the padding.
+        labels: Labels of shape ``[B, T]``, int64; -100 for tokens that do not count.
     """
 
     adapters: list[str]
@@ -114,13 +120,13 @@ class Batch(NamedTuple):
 def collate(
     rows: Sequence[Row], corpora: Mapping[str, Corpus], pad: int, device: torch.device
 ) -> Batch:
-    """Returns some samples as one padded batch."""
+    """Return samples as one padded batch."""
     samples = [(corpora[row.adapter], row.sample) for row in rows]
     tokens = [corpus.tokens(sample) for corpus, sample in samples]
     labels = [corpus.labels(sample, IGNORED) for corpus, sample in samples]
     inputs = {"input_ids": pad_sequence(tokens, True, pad)}
     if any(corpus.documents is not None for corpus, _ in samples):
-        # transformers keeps documents apart by their positions where it is given no mask.
+        # Without a mask, transformers keeps documents separate by their positions.
         documents = [
             [len(ids)] if corpus.documents is None else corpus.documents[sample]
             for (corpus, sample), ids in zip(samples, tokens, strict=True)

@@ -1,4 +1,4 @@
-"""Files of training data: what a file is by its name's end, and the rows that it holds."""
+"""Read the rows of training data files. The extension of a file determines its type."""
 
 from __future__ import annotations
 
@@ -13,27 +13,28 @@ from typing import Any, NamedTuple
 
 from fastlora.validation import FastLoraError
 
-# An object a line; one list of objects, or an object a line; a line of names and rows below it.
+# .jsonl: one object per line. .json: a list of objects, or one object per line. .csv and .tsv: a
+# header line and rows.
 TABLES = (".jsonl", ".json", ".csv", ".tsv")
 TEXTS = (".txt", ".md")
 PARQUET = ".parquet"
 INSTALL = "pip install 'fastlora-triton[data]'"
-# What `datasets` writes beside a folder's Arrow files, of a set and of several splits.
+# Files that `datasets` writes beside Arrow files, for a single dataset and for several splits.
 _OF_A_SET, _OF_SPLITS = "state.json", "dataset_dict.json"
 
 
 class DataError(FastLoraError, ValueError):
-    """A data file is missing, empty, or has a row that cannot be used."""
+    """A data file is missing or empty, or has a row that cannot be used."""
 
 
 class Place(NamedTuple):
-    """Where a sample is from.
+    """The source of a sample.
 
     Attributes:
-        path: The file, or the folder of `datasets`.
-        number: Of the line, entry or row, from 1; 0 for a plain text file.
-        unit: What is numbered.
-        others: How many samples are packed behind it.
+        path: The file, or the folder of a `datasets` dataset.
+        number: Number of the line, entry, or row, counted from 1; 0 for a plain text file.
+        unit: The numbered unit: ``"line"``, ``"entry"``, or ``"row"``.
+        others: Number of samples that are packed after this one in the same row.
     """
 
     path: Path
@@ -42,19 +43,19 @@ class Place(NamedTuple):
     others: int = 0
 
     def __str__(self) -> str:
-        """As messages show it."""
+        """Return the place as error messages show it."""
         text = f"{self.path}, {self.unit} {self.number}" if self.number else str(self.path)
         return f"{text} (and {self.others} more in its row)" if self.others else text
 
 
 class Rows(NamedTuple):
-    """What a file holds.
+    """The content of a file.
 
     Attributes:
-        found: Each row with its place. A row of a plain text file is its text, that of any other is
-            what its line, entry or row says: a dict unless the file is wrong.
-        digest: Of the file's bytes.
-        cells: Whether values are cells of a table of text, in which a list is JSON.
+        found: Each row with its place. A plain text file has one row, its text. In other files, a
+            row is the parsed line, entry, or row, which is a dict unless the file is invalid.
+        digest: SHA-256 digest of the file's bytes.
+        cells: Whether values are text cells of a table, in which lists are written as JSON.
     """
 
     found: list[tuple[Place, Any]]
@@ -63,10 +64,12 @@ class Rows(NamedTuple):
 
 
 def read_rows(path: Path) -> Rows:
-    """Returns the rows of a file.
+    """Return the rows of a file.
 
-    Raises `DataError`, with file and line, where it is of an unknown kind, missing, empty, no
-    UTF-8 or not what its name says, or where a library that reads it is not installed.
+    Raises:
+        DataError: The file is of an unknown type, missing, empty, not UTF-8, or malformed, or the
+            library that reads it is not installed. The message names the file and, if known, the
+            line.
     """
     suffix = path.suffix.lower()
     if path.is_dir():
@@ -87,13 +90,13 @@ def read_rows(path: Path) -> Rows:
 
 
 def shown(value: object) -> str:
-    """Returns a value as messages show it: its beginning."""
+    """Return a value as error messages show it: its first 60 characters, quoted."""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=repr)
     return repr(text if len(text) <= 60 else f"{text[:60]}...")
 
 
 def parsed_json(place: Place | str, text: str) -> Any:
-    """Returns the value of a JSON text; raises `DataError` where it is none."""
+    """Parse a JSON text; raise `DataError` if it is invalid."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -122,14 +125,14 @@ def _of_text(path: Path, suffix: str) -> Rows:
     if suffix == ".json" and text.lstrip().startswith("["):
         entries = parsed_json(Place(path, 1), text)
         return Rows([(Place(path, n, "entry"), row) for n, row in enumerate(entries, 1)], digest)
-    # Not splitlines(): U+2028 may stand in a JSON string.
+    # splitlines() would also split at U+2028, which a JSON string may contain.
     lines = [(Place(path, n), line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
     return Rows([(place, parsed_json(place, line)) for place, line in lines], digest)
 
 
 def _of_table(path: Path, text: str, delimiter: str) -> list[tuple[Place, Any]]:
-    """Returns the rows of a file whose first line names its columns."""
-    csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # a text may be long
+    """Return the rows of a table with its column names in the first line."""
+    csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # a cell may hold a long text
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     rows: list[tuple[Place, Any]] = []
     try:
@@ -152,7 +155,7 @@ def _of_parquet(path: Path) -> Rows:
     pyarrow = _library(path, "pyarrow")
     parquet = importlib.import_module("pyarrow.parquet")
     try:
-        # What `datasets` reads Parquet with; through it, a copy would stay in its cache.
+        # `datasets` reads Parquet with pyarrow too, but would leave a copy in its cache.
         entries = parquet.read_table(io.BytesIO(data)).to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path}: not valid Parquet ({error})") from error
@@ -177,7 +180,7 @@ def _of_folder(path: Path) -> Rows:
                 data = file.read_bytes()
                 digest.update(len(data).to_bytes(8, "little") + data)
         entries = datasets.load_from_disk(str(path), keep_in_memory=True).with_format(None)[:]
-    except Exception as error:  # whatever Arrow and datasets raise where a file is damaged
+    except Exception as error:  # Arrow and datasets raise many types of errors
         raise DataError(f"{path}: cannot be read ({error})") from error
     columns = list(entries)
     rows = [dict(zip(columns, row, strict=True)) for row in zip(*entries.values(), strict=True)]

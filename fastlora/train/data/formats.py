@@ -1,7 +1,7 @@
-"""Formats of training data: which columns a format has, and the samples that rows are.
+"""Formats of training data: the columns of each format, and the samples that its rows become.
 
-A format is found from a file's columns, and from nothing else: where they fit none or more than
-one, that is an error. What `fastlora train` makes of each is what TRL's SFTTrainer makes of it.
+Unless the format is given, it is determined from the columns of the file alone. It is an error if
+the columns match no format or several. TRL's SFTTrainer makes the same samples from each format.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from fastlora.train.data.files import DataError, Place, parsed_json, read_rows, 
 Message = dict[str, Any]
 Messages = list[Message]
 PACKINGS = ("bfd", "bfd_split", "wrapped")
-# What people who shared chats with ChatGPT called who speaks -> what chat templates call them.
+# Names of speakers in ShareGPT chats -> roles in chat templates.
 _SPEAKERS = {"human": "user", "gpt": "assistant"}
 _ROLES = ("system", "developer", "user", "assistant", "tool", "function")
-# The two prompts of Stanford Alpaca (Taori et al., 2023), which name its format.
+# The two prompts of Stanford Alpaca (Taori et al., 2023), after which the format is named.
 _ALPACA = (
     "Below is an instruction that describes a task{paired}. Write a response that appropriately "
     "completes the request.\n\n### Instruction:\n{instruction}\n\n{input}### Response:\n"
@@ -30,12 +30,12 @@ _PAIRED = ", paired with an input that provides further context"
 
 
 class Format(NamedTuple):
-    """A format of data.
+    """A format of training data.
 
     Attributes:
-        title: What people call it.
-        required: The columns that make a row of it.
-        optional: Columns that it reads where they are.
+        title: The common name of the format.
+        required: Columns that every row must have.
+        optional: Columns that are read if they exist.
     """
 
     title: str
@@ -58,14 +58,14 @@ COLUMNS = tuple(dict.fromkeys(c for f in FORMATS.values() for c in (*f.required,
 
 
 class Sample(NamedTuple):
-    """A piece of text, or a chat.
+    """A text or a chat to train on.
 
     Attributes:
-        place: Where it is from.
-        prompt: What the model is given, as text or messages; None where all of the text counts.
-        text: What the loss is over, as text or messages.
-        template: What its chat template gets beside messages.
-        ends: Whether the end token follows; it does but for plain text.
+        place: Source of the sample.
+        prompt: Input of the model, as text or messages; None if there is no separate prompt.
+        text: The text or messages to learn.
+        template: Arguments for the chat template, in addition to the messages.
+        ends: Whether an end token follows the text. This is False for plain text files only.
     """
 
     place: Place
@@ -76,22 +76,23 @@ class Sample(NamedTuple):
 
     @property
     def chat(self) -> bool:
-        """Whether it is made of messages."""
+        """Whether the sample consists of messages."""
         return isinstance(self.text, list)
 
 
 @dataclass(frozen=True)
 class Reading:
-    """How files become samples, and samples tokens.
+    """Options for reading samples from files and for encoding them as tokens.
 
     Attributes:
-        format: A name in `FORMATS`; None to find it from the columns.
-        columns: Our name of a column -> the files' name of it.
-        chat: Make a prompt of text a user's turn, and a completion of text the answer to it.
-        completion_only_loss: Whether prompts have no loss.
-        assistant_only_loss: Whether only what the assistant says has a loss, which the chat
-            template marks.
-        packing: A name in `PACKINGS`; None for a sample a row.
+        format: A name in `FORMATS`, or None to determine the format from the columns.
+        columns: Mapping from the column names in `FORMATS` to the column names in the files.
+        chat: Whether to turn a text prompt into a user's turn, and a text completion into the
+            assistant's answer.
+        completion_only_loss: Whether to exclude prompts from the loss.
+        assistant_only_loss: Whether only the assistant's messages contribute to the loss. The chat
+            template must mark them.
+        packing: A name in `PACKINGS`, or None for one sample per row.
     """
 
     format: str | None = None
@@ -103,13 +104,13 @@ class Reading:
 
 
 class Samples(NamedTuple):
-    """The samples of some files.
+    """The samples of several files.
 
     Attributes:
-        found: All of them, in order.
-        digest: Of the files' bytes.
-        formats: Each file's format, a name in `FORMATS` or `PLAIN`.
-        notes: A line for each file: its format, and which columns are read and which are not.
+        found: All samples, in order.
+        digest: SHA-256 digest of the files' bytes, in hexadecimal.
+        formats: Format of each file: a name in `FORMATS`, or `PLAIN`.
+        notes: A line for each file, with its format, the columns that are read, and the others.
     """
 
     found: list[Sample]
@@ -119,11 +120,16 @@ class Samples(NamedTuple):
 
 
 def read_samples(paths: Sequence[Path], reading: Reading | None = None) -> Samples:
-    """Returns the samples of some files.
+    """Return the samples of several files.
 
-    Files are ``.jsonl``, ``.json``, ``.csv``, ``.tsv``, ``.parquet``, folders of `datasets`, or
-    plain text in ``.txt`` and ``.md``. Raises `DataError` as `read_rows` does, and with file, row
-    and column where columns fit no format, or a value is not what its column holds.
+    Args:
+        paths: Files that end in ``.jsonl``, ``.json``, ``.csv``, ``.tsv``, or ``.parquet``; folders
+            that `datasets` saved; or plain text files that end in ``.txt`` or ``.md``.
+        reading: Options; None for the defaults.
+
+    Raises:
+        DataError: See `read_rows`; or the columns of a file match no format, or a value is of the
+            wrong type for its column. The message names the file, the row, and the column.
     """
     reading = reading or Reading()
     samples: list[Sample] = []
@@ -151,12 +157,12 @@ def read_samples(paths: Sequence[Path], reading: Reading | None = None) -> Sampl
 
 
 def a_turn(role: str, text: str) -> Messages:
-    """Returns a chat of one message."""
+    """Return a chat of one message."""
     return [{"role": role, "content": text}]
 
 
 def alpaca_prompt(instruction: str, input: str = "", *, chat: bool = False) -> str:
-    """Returns what the model is given for an instruction; in a chat, the user's turn."""
+    """Return Alpaca's prompt for an instruction, or only the user's text if ``chat``."""
     if chat:
         return f"{instruction}\n\n{input}" if input else instruction
     given = f"### Input:\n{input}\n\n" if input else ""
@@ -180,7 +186,7 @@ def _note(path: Path, name: str, names: Mapping[str, str], columns: Sequence[str
 
 
 def _found_format(path: Path, columns: Sequence[str], reading: Reading) -> str:
-    """Returns the format that a file's columns fit."""
+    """Return the format that the columns of a file match."""
     for ours, theirs in reading.columns.items():
         if theirs not in columns:
             raise DataError(
@@ -221,7 +227,7 @@ def _object(place: Place, row: Any) -> dict[str, Any]:
 
 
 def _sample(name: str, values: _Values, chat: bool) -> Sample:
-    """Returns the sample that a row is; in a chat, a prompt is a user's turn."""
+    """Return the sample of a row, with a text prompt as a user's turn if ``chat``."""
     values.check_there(FORMATS[name].required)
     place = values.place
     if name == "text":
@@ -243,7 +249,7 @@ def _sample(name: str, values: _Values, chat: bool) -> Sample:
 
 
 class _Values:
-    """The values of a row by our names of its columns; each error names row and column."""
+    """The values of a row, by the column names in `FORMATS`. Errors name the row and the column."""
 
     def __init__(
         self, place: Place, row: Mapping[str, Any], names: Mapping[str, str], cells: bool
@@ -251,7 +257,7 @@ class _Values:
         self.place, self._row, self._names, self._cells = place, row, names, cells
 
     def check_there(self, columns: Sequence[str]) -> None:
-        """Raises where a column is missing."""
+        """Raise `DataError` if a column is missing."""
         for name in map(self._names.__getitem__, columns):
             if name not in self._row:
                 raise DataError(
@@ -260,7 +266,7 @@ class _Values:
                 )
 
     def same_kind(self, *columns: str) -> type:
-        """Returns the type that columns have in common: lists, or something else."""
+        """Return `list` if all columns hold lists, or `str` if none does; raise otherwise."""
         lists = [isinstance(self._row[self._names[column]], list) for column in columns]
         if any(lists) and not all(lists):
             named = " and ".join(repr(self._names[column]) for column in columns)
@@ -271,7 +277,7 @@ class _Values:
         return list if all(lists) else str
 
     def text(self, column: str, *, optional: bool = False, empty: bool = False) -> str:
-        """Returns a text; where the column may be missing or null, "" then."""
+        """Return the text in a column, or "" for a missing or null value if ``optional``."""
         value = self._row.get(self._names[column])
         if optional and value is None:
             return ""
@@ -283,7 +289,7 @@ class _Values:
         return value
 
     def messages(self, column: str) -> Messages:
-        """Returns a chat with ``role`` and ``content``."""
+        """Return a chat as messages with ``role`` and ``content``."""
         value = self._json(column)
         if not isinstance(value, list) or not value:
             raise self._wrong(column, f"expected a list of messages, got {shown(value)}")
@@ -292,7 +298,7 @@ class _Values:
         return found
 
     def template(self) -> dict[str, Any]:
-        """Returns what the row gives the chat template beside messages."""
+        """Return the row's arguments for the chat template, in addition to the messages."""
         found: dict[str, Any] = {}
         if "tools" in self._names and (tools := self._json("tools")) is not None:
             if not isinstance(tools, list):
@@ -306,7 +312,7 @@ class _Values:
         return found
 
     def _json(self, column: str) -> Any:
-        """Returns a value that is no text; cells hold it as JSON, and so may ``tools``."""
+        """Return a value that is not text, parsed from JSON in text cells and in ``tools``."""
         value = self._row.get(self._names[column])
         if isinstance(value, str) and (self._cells or column == "tools"):
             return parsed_json(self._where(column), value) if value else None
@@ -316,7 +322,7 @@ class _Values:
         what = f"message {number}"
         if not isinstance(entry, dict):
             raise self._wrong(column, f"{what} is {shown(entry)}, expected an object")
-        # Arrow gives every message the keys of all, with null where one has none.
+        # Arrow gives every message the keys of all messages, with null for the missing ones.
         message = {key: value for key, value in entry.items() if value is not None}
         if "from" in message and "role" not in message:
             speaker = message.pop("from")
@@ -335,13 +341,13 @@ class _Values:
             raise self._wrong(column, f"{what} has no content (or value), got {shown(entry)}")
         if content is not None and not isinstance(content, str | list):
             raise self._wrong(column, f"{what} has content {shown(content)}, expected a string")
-        # Templates ask for it, and Arrow's null has been dropped.
+        # Templates read ``content``, so restore the null that was dropped above.
         return message if content is not None else {**message, "content": None}
 
     def _check_encodes(self, column: str, text: str) -> None:
         try:
             text.encode()
-        except UnicodeEncodeError as error:  # JSON may name half of a character, "\\ud83d"
+        except UnicodeEncodeError as error:  # JSON may contain a lone surrogate, "\\ud83d"
             raise self._wrong(column, f"a string is no text ({error.reason})") from error
 
     def _where(self, column: str) -> str:

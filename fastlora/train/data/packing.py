@@ -1,11 +1,13 @@
-"""Packing: documents put together into rows, so that less of a batch is padding.
+"""Packing: combine documents in rows, so that batches have less padding.
 
-The strategies, and what each gives, are those of TRL 1.16's `pack_dataset`:
+The strategies and their results are those of `pack_dataset` in TRL 1.16:
 
-* ``bfd``, best fit decreasing (Ding et al., 2024): documents as they are, the longest first, each
-  into the row with the least room that takes it; what is longer than a row is cut before.
-* ``bfd_split``: the same, and the rest of what is longer than a row is a document of its own.
-* ``wrapped``: one after another, cut wherever a row is full.
+* ``bfd``, best fit decreasing (Ding et al., 2024): documents are placed from the longest to the
+  shortest, each in the fullest row that still has room for it. Documents longer than a row are
+  truncated first.
+* ``bfd_split``: like ``bfd``, but documents longer than a row are split, and each part is placed as
+  a document of its own.
+* ``wrapped``: documents follow one another and are split wherever a row is full.
 """
 
 from __future__ import annotations
@@ -14,19 +16,22 @@ from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Sequence
 
-# Documents that are packed together, as `datasets` gives them to TRL's function.
+# Number of documents that are packed together: `datasets` passes batches of this size to TRL.
 _CHUNK = 1000
-# A stretch of a document: its number, where it begins, where it ends.
+# A part of a document: (index of the document, start, end).
 Stretch = tuple[int, int, int]
 
 
 def pack(lengths: Sequence[int], size: int, strategy: str) -> list[list[Stretch]]:
-    """Returns rows of at most ``size`` tokens: the stretches of documents that each holds.
+    """Pack documents into rows of at most ``size`` tokens.
 
     Args:
-        lengths: Tokens of each document, at least 1.
-        size: Tokens of a row.
-        strategy: ``"bfd"``, ``"bfd_split"`` or ``"wrapped"``.
+        lengths: Number of tokens in each document, at least 1.
+        size: Maximum number of tokens in a row.
+        strategy: ``"bfd"``, ``"bfd_split"``, or ``"wrapped"``.
+
+    Returns:
+        For each row, the parts of documents that it holds.
     """
     rows: list[list[Stretch]] = []
     for first in range(0, len(lengths), _CHUNK):
@@ -43,7 +48,7 @@ def pack(lengths: Sequence[int], size: int, strategy: str) -> list[list[Stretch]
 
 def _best_fit(stretches: Sequence[Stretch], size: int) -> list[list[Stretch]]:
     rows: list[list[Stretch]] = []
-    # Rows by the room that they have left, those that got it first in front.
+    # Rows by their remaining room. In each queue, rows that reached that room earlier come first.
     open_rows: dict[int, deque[list[Stretch]]] = {}
     rooms: list[int] = []
     for stretch in sorted(stretches, key=lambda s: s[1] - s[2]):

@@ -1,9 +1,9 @@
-"""From samples to tokens, and which of them have a loss.
+"""Encode samples as tokens, and mark the tokens that contribute to the loss.
 
-What a sample becomes is what TRL's SFTTrainer (1.16) makes of it. A text, and a completion that is
-text, is followed by the tokenizer's end token. A chat goes through the tokenizer's chat template.
-Where there is a prompt, the whole is encoded in one piece, and what has a loss begins where its
-tokens and those of the prompt alone part; so a token that spans the border is learnt.
+A sample becomes the same tokens as in TRL's SFTTrainer (1.16). A text, or a completion that is
+text, is followed by the tokenizer's end token. A chat is formatted by the tokenizer's chat
+template. A prompt and its completion are encoded together. The loss begins at the first token that
+differs from the tokens of the prompt alone, so a token that spans the boundary is learned.
 """
 
 from __future__ import annotations
@@ -31,26 +31,28 @@ from fastlora.train.data.packing import pack
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Texts that go to the tokenizer at once.
+# Number of texts in one call of the tokenizer.
 _CHUNK = 512
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 
 @dataclass(frozen=True, eq=False)
 class Corpus:
-    """One adapter's samples as tokens.
+    """The samples of one adapter as tokens.
 
     Attributes:
-        ids: All tokens, int32.
-        counts: Which of them have a loss, bool. A first one has none: nothing is before it.
-        ends: Where each sample ends in ``ids``.
-        places: Where each sample is from.
-        digest: Of the files.
-        documents: How long the documents of each sample are where they are kept apart, or None.
-        cut: How many samples were longer than allowed.
-        notes: What is worth saying about the files, a line each.
-        example: One of the samples, before it was tokens.
-        formats: The files' formats.
+        ids: Tokens of all samples, int32.
+        counts: Whether each token contributes to the loss, bool. The first token of a sample never
+            does, because no token precedes it.
+        ends: End of each sample in ``ids``.
+        places: Source of each sample.
+        digest: Digest of the files.
+        documents: Lengths of the packed documents of each sample if they are kept separate;
+            otherwise None.
+        cut: Number of samples that were truncated.
+        notes: Notes about the files, one per line.
+        example: One of the samples, before encoding.
+        formats: Format of each file.
     """
 
     ids: torch.Tensor
@@ -71,11 +73,11 @@ class Corpus:
         self._counted[:] = (sums[self.ends] - sums[starts]).tolist()
 
     def __len__(self) -> int:
-        """Number of samples."""
+        """Return the number of samples."""
         return len(self.ends)
 
     def __str__(self) -> str:
-        """Its size in a line."""
+        """Return the size of the corpus on one line."""
         cut = f", {self.cut} cut to the longest allowed" if self.cut else ""
         what = "sample" if self.documents is None else "row"
         return (
@@ -84,19 +86,19 @@ class Corpus:
         )
 
     def length(self, index: int) -> int:
-        """Returns how many tokens a sample has."""
+        """Return the number of tokens in a sample."""
         return self.ends[index] - (self.ends[index - 1] if index else 0)
 
     def counted(self, index: int) -> int:
-        """Returns how many tokens of a sample have a loss."""
+        """Return the number of tokens in a sample that contribute to the loss."""
         return self._counted[index]
 
     def tokens(self, index: int) -> torch.Tensor:
-        """Returns a sample's tokens, int64."""
+        """Return the tokens of a sample, int64."""
         return self.ids[self._span(index)].long()
 
     def labels(self, index: int, ignored: int) -> torch.Tensor:
-        """Returns a sample's tokens, int64, and ``ignored`` where one has no loss."""
+        """Return the tokens of a sample, int64, with ``ignored`` for tokens outside the loss."""
         span = self._span(index)
         return torch.where(self.counts[span], self.ids[span].long(), ignored)
 
@@ -105,13 +107,13 @@ class Corpus:
 
 
 class _Encoded(NamedTuple):
-    """A document.
+    """A document, encoded as tokens.
 
     Attributes:
-        place: Where it is from.
-        ids: Its tokens.
-        counts: Which of them have a loss where something is before them.
-        parted: How many tokens of the prompt alone the whole does not begin with.
+        place: Source of the document.
+        ids: Tokens of the document.
+        counts: Whether each token contributes to the loss, if a token precedes it.
+        parted: Number of tokens at the end of the prompt that change when the completion follows.
     """
 
     place: Place
@@ -120,12 +122,12 @@ class _Encoded(NamedTuple):
     parted: int = 0
 
     def part(self, start: int, stop: int) -> _Encoded:
-        """Returns a stretch."""
+        """Return the tokens from ``start`` to ``stop`` as a document."""
         return self._replace(ids=self.ids[start:stop], counts=self.counts[start:stop])
 
     @property
     def teaches(self) -> bool:
-        """Whether it has a loss on its own."""
+        """Whether the document has a loss if it stands alone in its row."""
         return any(self.counts[1:])
 
 
@@ -137,21 +139,28 @@ def encode(
     *,
     advance: Callable[[int], object] | None = None,
 ) -> Corpus:
-    """Returns the samples of some files as tokens.
+    """Return the samples of several files as tokens.
 
-    What is longer than ``max_length``, at least 2, is cut, but for a plain text file: that becomes
-    as many samples as it takes. A sample of which nothing is left to learn is left out. ``advance``
-    is called with the number of samples since its last call.
+    A sample longer than ``max_length`` is truncated. A plain text file is instead split into as
+    many samples as necessary. The packings ``"bfd_split"`` and ``"wrapped"`` split samples too.
+    Samples without any loss are left out.
+
+    Args:
+        paths: Files to read; see `read_samples`.
+        tokenizer: The tokenizer of the base model.
+        max_length: Maximum number of tokens in a sample or a packed row, at least 2.
+        reading: Options; None for the defaults.
+        advance: Called with the number of samples that were encoded since the last call.
 
     Raises:
-        DataError: As `read_samples`; a chat template is needed and missing, cannot take a chat, or
-            does not mark what the assistant says where that alone is to have a loss; or no sample
-            has anything left to learn.
+        DataError: See `read_samples`; or a chat template is missing, cannot format a chat, or does
+            not mark the assistant's messages although ``assistant_only_loss`` is on; or no sample
+            has a loss.
     """
     reading = reading or Reading()
     samples, digest, formats, notes = read_samples(paths, reading)
     _check_template(samples, tokenizer, reading)
-    splits = reading.packing in ("bfd_split", "wrapped")  # they cut what is too long themselves
+    splits = reading.packing in ("bfd_split", "wrapped")  # these packings split long samples
     documents: list[_Encoded] = []
     cut = parted = 0
     empty: list[Place] = []
@@ -169,7 +178,7 @@ def encode(
                 documents.append(found)
             else:
                 pieces = (found.part(at, at + max_length) for at in range(0, size, max_length))
-                # From a last token alone nothing is to learn.
+                # A piece of a single token has no loss.
                 documents += [piece for piece in pieces if piece.teaches]
         if advance is not None:
             advance(len(chunk))
@@ -202,7 +211,7 @@ def encode(
 
 
 def prompt_ids(text: str, corpus: Corpus, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Returns the tokens of a prompt as a corpus's own prompts have them."""
+    """Return the tokens of a prompt in the format that a corpus uses for its own prompts."""
     example = corpus.example
     if example is not None and example.chat:
         return _template(tokenizer, a_turn("user", text), {}, add_generation_prompt=True)[0]
@@ -213,10 +222,10 @@ def prompt_ids(text: str, corpus: Corpus, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def _packed(documents: list[_Encoded], size: int, strategy: str) -> list[list[_Encoded]]:
-    """Returns the rows that have a loss."""
+    """Pack documents into rows, and return the rows that have a loss."""
     rows = pack([len(d.ids) for d in documents], size, strategy)
     found = [[documents[i].part(start, stop) for i, start, stop in row] for row in rows]
-    # The first token of what runs into another has that one before it.
+    # In wrapped rows, the first token of a document follows the previous document.
     flat = strategy == "wrapped"
     return [
         row
@@ -226,7 +235,7 @@ def _packed(documents: list[_Encoded], size: int, strategy: str) -> list[list[_E
 
 
 def _corpus(rows: list[list[_Encoded]], *, apart: bool, **more: Any) -> Corpus:
-    """Returns rows of documents as a corpus."""
+    """Return rows of documents as a corpus."""
     tokens = [torch.tensor(d.ids, dtype=torch.int32) for row in rows for d in row]
     counts = [
         torch.tensor([d.counts[0] and n > 0 and not apart, *d.counts[1:]], dtype=torch.bool)
@@ -247,7 +256,7 @@ def _corpus(rows: list[list[_Encoded]], *, apart: bool, **more: Any) -> Corpus:
 def _check_template(
     samples: Sequence[Sample], tokenizer: PreTrainedTokenizerBase, reading: Reading
 ) -> None:
-    """Raises `DataError` where the chat template cannot do what is asked."""
+    """Raise `DataError` if the samples or the chat template do not fit the options."""
     chat = next((sample for sample in samples if sample.chat), None)
     text = next((sample for sample in samples if not sample.chat), None)
     if reading.assistant_only_loss and text is not None:
@@ -275,7 +284,7 @@ def _check_template(
 def _encoded(
     samples: Sequence[Sample], tokenizer: PreTrainedTokenizerBase, reading: Reading
 ) -> Iterator[_Encoded]:
-    """Gives the tokens of samples, and which of them have a loss."""
+    """Yield the samples as tokens, and mark the tokens that contribute to the loss."""
     end = tokenizer.eos_token or ""
     heads: list[str] = []
     wholes: list[str] = []
@@ -302,7 +311,7 @@ def _encoded_chat(sample: Sample, tokenizer: PreTrainedTokenizerBase, reading: R
         whole = prompt + sample.text
         own = reading.assistant_only_loss
         ids, said = _template(tokenizer, whole, sample.template, said=own)
-    except Exception as error:  # a template may do anything
+    except Exception as error:  # a template may raise any error
         raise DataError(
             f"{sample.place}: the tokenizer's chat template cannot take it ({error})"
         ) from error
@@ -319,7 +328,10 @@ def _encoded_chat(sample: Sample, tokenizer: PreTrainedTokenizerBase, reading: R
 
 
 def _behind(place: Place, head: list[int], ids: list[int], reading: Reading) -> _Encoded:
-    """Returns tokens that have a loss from where they and those of a prompt part."""
+    """Return a document with a loss from the first token that differs from the prompt's tokens.
+
+    Without ``completion_only_loss``, all of its tokens contribute to the loss.
+    """
     same = next((n for n, (a, b) in enumerate(zip(head, ids, strict=False)) if a != b), None)
     start = min(len(head), len(ids)) if same is None else same
     parted = len(head) - start
@@ -330,7 +342,7 @@ def _behind(place: Place, head: list[int], ids: list[int], reading: Reading) -> 
 def _ids(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     if not texts:
         return []
-    # verbose=False: a text longer than the model's context is cut later, which is no news.
+    # verbose=False: long texts are truncated later, so a warning about their length would mislead.
     found: list[list[int]] = tokenizer(text=texts, verbose=False).input_ids
     return found
 
@@ -343,7 +355,7 @@ def _template(
     add_generation_prompt: bool = False,
     said: bool = False,
 ) -> tuple[list[int], list[int] | None]:
-    """Returns the tokens of a chat and, where asked for, which of them the assistant says."""
+    """Return the tokens of a chat and, with ``said``, a mask of the assistant's tokens."""
     made: Any = tokenizer.apply_chat_template(
         messages,
         tokenize=True,

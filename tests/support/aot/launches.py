@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +22,7 @@ from fastlora.kernels.modules import Module
 from fastlora.kernels.tables import MAX_SPLITS, kernel_of
 from tests.support.aot.shipped import Shipped, all_invariant_shipped, all_shipped
 from tests.support.chips import GPUS as CHIPS
+from tests.support.kernels.modules import module_of
 
 MIXED_K_LOOPS = ("mixed_lora_shrink", "mixed_lora_linear")
 # Launches that siblings share in training.
@@ -187,7 +187,7 @@ def coded(variant: str, n: int, k: int) -> Coded:
 def record(case: Case) -> Launch:
     """Returns the launch that the case's launcher makes."""
     stem = kernel_of(case.shipped.kernel)
-    launcher = getattr(importlib.import_module(f"fastlora.kernels.{stem}"), f"launch_{stem}")
+    launcher = getattr(module_of(stem), f"launch_{stem}")
     given = operands(case)
     taken = inspect.signature(launcher).parameters.keys() & given.keys()
     with recording(stem) as made:
@@ -380,7 +380,7 @@ def recording(*stems: str) -> Iterator[list[Launch]]:
 
     with contextlib.ExitStack() as stack:
         for stem in stems:
-            module = importlib.import_module(f"fastlora.kernels.{stem}")
+            module = module_of(stem)
             name = f"_{stem}_kernel"
             recorder = Recorder(getattr(module, name))
             stack.enter_context(mock.patch.object(module, name, recorder))

@@ -31,7 +31,7 @@ from fastlora.kernels.configs import choose, reads_twice, run_rows
 from fastlora.kernels.tables import cdiv
 from fastlora.ops.factors import tables_of
 from fastlora.ops.layout import planes_shape
-from fastlora.ops.triton import many_adapters
+from fastlora.ops.triton.shrink import shrink_at
 from tests.support.bytes.byte_counter import ByteCounter, KernelCount
 from tests.support.kernels.lab import Lab
 from tests.support.kernels.mixed_grad_problem import GradProblem
@@ -187,7 +187,7 @@ def count_forward(problem: MixedProblem, chip: Chip) -> Counts:
         routing=[order, segment_of, segment_slot, pieces],
     )
     with on(chip), counter:
-        s = many_adapters.shrink_at(problem.x, rows, tables_of(tables, r, kind), slice(0, 1))
+        s = shrink_at(problem.x, rows, tables_of(tables, r, kind), slice(0, 1))
         counter.register("s", s)
         base = problem.x, problem.weights[0], problem.biases[0], rows, s, tables, 0, r, kind
         made = [OPS.lora_linear_at(*base, plan, [0, 1])[0] for plan in ("fused", "split")]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import random
 from collections.abc import Callable, Sequence
@@ -21,6 +20,7 @@ from fastlora.ops.rows import sort_rows
 from fastlora.ops.triton.pieces import rows_at
 from fastlora.testing import assert_within_budget
 from tests.support.kernels.lab import Lab
+from tests.support.kernels.modules import module_of
 from tests.support.sums import yardstick
 
 OPS = torch.ops.fastlora
@@ -271,7 +271,7 @@ class MixedProblem(Batch):
         if config is None:
             known = {name: sizes[name] for name in CHOSEN_BY[stem]}
             config = choose(chip_of(self.x.device), stem, self.dtype, **known)
-        launcher = getattr(importlib.import_module(f"fastlora.kernels.{stem}"), f"launch_{stem}")
+        launcher = getattr(module_of(stem), f"launch_{stem}")
         operands = {
             "x": self.x,
             "weights": [self.weights[g]],

@@ -1,0 +1,351 @@
+"""Launches of a linear with its adapters: one adapter has all rows, or each row has its own.
+
+The factors of a mixed batch are those of a list, or lie behind tables: see
+`fastlora.ops.triton.forward`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from fastlora.coded_weight import Coded
+from fastlora.kernels import lora_expand, lora_linear, mixed_lora_linear, plane_sums
+from fastlora.kernels.launch import empty, kept, product
+from fastlora.kernels.mixed_rows import DropoutTables, RankRows
+from fastlora.kernels.modules import Module, Weight, are_of_a_kind
+from fastlora.kernels.tables import KernelConfig
+from fastlora.ops.factors import Factor, present, tables_of
+from fastlora.ops.plans import choose_plan
+from fastlora.ops.triton.configs import chip_of, config_of
+from fastlora.ops.triton.expand import add_rank_rows_
+from fastlora.ops.triton.shrink import shrink_at, shrink_listed, shrunk_planes
+from fastlora.ops.triton.tables import aligned_blocks, dropout_tables, up_rows, up_rows_at
+
+_Tensors = Sequence[torch.Tensor]
+_Operand = torch.Tensor | Coded | None
+
+
+def linear(
+    x: torch.Tensor,
+    weight: Weight,
+    bias: torch.Tensor | None,
+    rows: _Tensors,
+    s: torch.Tensor | None,
+    factors: Sequence[Factor],
+    scaling: torch.Tensor,
+    seeds: torch.Tensor | None,
+    dropout_p: Sequence[float],
+    plan: str,
+) -> list[torch.Tensor]:
+    """Returns y, and s unless that was given."""
+    if not rows:
+        lora_a, lora_b, _ = factors
+        if lora_a is None or lora_b is None:
+            raise ValueError("one slot has all rows, and it has no factors")
+        tensors = weight, bias, s, lora_a, lora_b, scaling, seeds
+        return linear_one(x, *tensors, dropout_p[0], plan)
+    weights, biases, drops = [weight], [bias], dropout_tables(seeds, dropout_p)
+    ups, lora_bias = aligned_blocks(present(factors[1::3], 1)), aligned_blocks(factors[2::3])
+    up = up_rows(ups, lora_bias, scaling)
+    stem, own, after_shrink = "mixed_lora_train", s, False
+    plan, ys = _base_products(stem, x, weights, biases, up, plan)
+    if own is None:
+        downs = present(factors[::3], 0)
+        made, after_shrink = shrink_listed(x, rows, downs, 1, drops)
+        own = made[0]
+    planes = own.unsqueeze(0)
+    ys = _linears_mixed(stem, x, weights, biases, ys, planes, rows, up, plan, after_shrink)
+    return [*ys, own] if s is None else ys
+
+
+@kept
+def linear_at(
+    x: torch.Tensor,
+    weight: Weight,
+    bias: torch.Tensor | None,
+    rows: _Tensors,
+    s: torch.Tensor | None,
+    tables: _Tensors,
+    index: int,
+    max_rank: int,
+    factor_dtype: torch.dtype,
+    plan: str,
+    siblings: Sequence[int] | None = None,
+) -> list[torch.Tensor]:
+    """Returns y of one module, and its siblings' s if it is the first of them."""
+    found = tables_of(tables, max_rank, factor_dtype)
+    first, stop = siblings or (index, index + 1)
+    invariant = plan == "invariant"
+    if invariant:
+        x = _whole_rows(x)
+    up, base = up_rows_at(found, index), ([weight], [bias])
+    plan, ys = _base_products("mixed_lora", x, *base, up, plan)
+    planes = shrink_at(x, rows, found, slice(first, stop), invariant) if s is None else s
+    # One kernel in the mode, whether siblings shared the shrink or not.
+    after_shrink = s is None and not invariant
+    own = planes[:, index - first]
+    ys = _linears_mixed("mixed_lora", x, *base, ys, own, rows, up, plan, after_shrink)
+    return ys if s is not None or siblings is None else [*ys, planes]
+
+
+@kept
+def siblings_at(
+    x: torch.Tensor,
+    weights: Sequence[Weight],
+    biases: Sequence[torch.Tensor | None],
+    rows: _Tensors,
+    tables: _Tensors,
+    first: int,
+    max_rank: int,
+    factor_dtype: torch.dtype,
+) -> list[torch.Tensor]:
+    """Returns y of 2 to 4 modules that are fed by the same x, neighbours in the tables.
+
+    Two launches: a shrink, and a linear. Or, where many adapters may share a row tile, the
+    library's products, a shrink, and an expand. Codes of all are of one kind.
+    """
+    found = tables_of(tables, max_rank, factor_dtype)
+    own = slice(first, first + len(weights))
+    up = up_rows_at(found, own)
+    plan, ys = _base_products("mixed_lora", x, weights, biases, up, "auto")
+    s = shrink_at(x, rows, found, own)
+    return _linears_mixed("mixed_lora", x, weights, biases, ys, s, rows, up, plan, True)
+
+
+@kept
+def siblings(
+    x: torch.Tensor, dropout_p: tuple[float, ...], with_s: bool, *operands: _Operand
+) -> list[torch.Tensor]:
+    """Returns what `fastlora.ops.backend.Backend.siblings` does.
+
+    Under dropout, or in another layout than a kernel takes beside others, each module has launches
+    of its own.
+    """
+    count: int = len(dropout_p)
+    each: Any = [operands[i : i + count] for i in range(0, 6 * count, count)]
+    weights, biases, lora_a, lora_b, scalings, seeds = each
+    if _are_alike(x, weights, biases, lora_a, lora_b, seeds):
+        return _linears(x, weights, biases, None, lora_a, lora_b, scalings, with_s=with_s)
+    made = [
+        linear_one(x, weight, bias, None, *own, "auto")
+        for weight, bias, *own in zip(*each, dropout_p, strict=True)
+    ]
+    return [y for y, _ in made] + ([s for _, s in made] if with_s else [])
+
+
+@kept
+def linear_one(
+    x: torch.Tensor,
+    weight: Weight,
+    bias: torch.Tensor | None,
+    s: torch.Tensor | None,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    scaling: torch.Tensor,
+    seed: torch.Tensor | None,
+    dropout_p: float,
+    plan: str,
+) -> list[torch.Tensor]:
+    """Returns y, and s unless it is given."""
+    own = [weight], [bias], s, [lora_a], [lora_b], [scaling]
+    return _linears(x, *own, seed, dropout_p, plan, with_s=s is None)
+
+
+def _linears(
+    x: torch.Tensor,
+    weights: Sequence[Weight],
+    biases: Sequence[torch.Tensor | None],
+    s: torch.Tensor | None,
+    lora_a: _Tensors,
+    lora_b: _Tensors,
+    scalings: _Tensors,
+    seed: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    plan: str = "auto",
+    *,
+    with_s: bool,
+    launch: str = "coded_lora_linear",
+) -> list[torch.Tensor]:
+    """Returns y of modules that one launch takes, and on request s, side by side.
+
+    Two launches: a shrink unless s is given, and a linear or an expand, on which the library's
+    products accumulate. Where shrink splits K, its planes go straight into the second, which sums
+    them; one more sums those of y where a linear splits K. Over codes, which ``launch`` is for,
+    there is no library's product.
+    """
+    sizes, r = [b.shape[0] for b in lora_b], max(b.shape[1] for b in lora_b)
+    (m, k), n = x.shape, sum(sizes)
+    coded = isinstance(weights[0], Coded)
+    if not coded:
+        plan = choose_plan(plan, x, weights[0], r, n=n)
+        launch = "lora_expand" if plan == "split" else "lora_linear"
+    fused, invariant = launch != "lora_expand", plan == "invariant" and s is None
+    if invariant:
+        x = _whole_rows(x)
+    own = shrunk = s
+    if own is None or shrunk is None:
+        own, shrunk = shrunk_planes(x, lora_a, seed, dropout_p, invariant)
+    s_out = own if with_s and shrunk is not own else None
+    ys = [empty(x, m, size) for size in sizes]
+    config = config_of(launch, x, m, n, k, r, batch_invariant=invariant)
+    written, splits = ys, config.splits
+    if splits > 1:
+        written = [empty(x, splits, m, size, dtype=torch.float32) for size in sizes]
+    blocks = weights if fused else [None] * len(weights)
+    modules = [*map(Module, written, lora_b, scalings, biases, blocks)]
+    if fused:
+        pdl = s is None and chip_of(x).has_pdl
+        lora_linear.launch_lora_linear(modules, x, shrunk, s_out=s_out, config=config, pdl=pdl)
+    else:
+        lora_expand.launch_lora_expand(modules, shrunk, reads_y=False, s_out=s_out, config=config)
+    if splits > 1:
+        plane_sums.launch_plane_sums(ys, written, config=config_of("plane_sums", x))
+    if not fused:
+        for y, weight in zip(ys, weights, strict=True):
+            product(_accumulate_, y, x, weight)
+    return [*ys, own] if with_s else ys
+
+
+def _accumulate_(y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Adds the base product."""
+    return y.addmm_(x, weight.t())
+
+
+def _are_alike(
+    x: torch.Tensor,
+    weights: Sequence[Weight],
+    biases: Sequence[torch.Tensor | None],
+    lora_a: _Tensors,
+    lora_b: _Tensors,
+    seeds: Sequence[torch.Tensor | None],
+) -> bool:
+    """Whether one launch takes all modules.
+
+    Raises:
+        TypeError: A weight has not the dtype of x.
+    """
+    matrices = [weight for weight in weights if isinstance(weight, torch.Tensor)]
+    for weight in matrices:
+        if weight.dtype != x.dtype:
+            raise TypeError(f"weight has dtype {weight.dtype}, expected {x.dtype}, the dtype of x")
+    own = [bias for bias in biases if bias is not None]
+    return (
+        all(seed is None for seed in seeds)
+        and all(t.is_contiguous() for t in (*matrices, *own, *lora_a, *lora_b))
+        and are_of_a_kind(weights)
+        and len(own) in (0, len(biases))
+        and len({bias.dtype for bias in own}) < 2
+        and len({a.dtype for a in lora_a}) == len({b.dtype for b in lora_b}) == 1
+    )
+
+
+def products_of_codes(
+    x: torch.Tensor,
+    weights: Sequence[Coded],
+    biases: Sequence[torch.Tensor | None],
+    launch: str = "coded_lora_linear",
+) -> list[torch.Tensor]:
+    """Returns the base product of each module, without an adapter: one launch, or two."""
+    # An adapter of rank 0, of which nothing is read.
+    none, ups = empty(x, x.shape[0], 0), [empty(x, weight.shape[0], 0) for weight in weights]
+    scalings = [empty(x, 1, dtype=torch.float32)] * len(weights)
+    return _linears(x, weights, biases, none, (), ups, scalings, with_s=False, launch=launch)
+
+
+def _whole_rows(x: torch.Tensor) -> torch.Tensor:
+    """Returns x ``[M, K]`` contiguous, at a multiple of 16 bytes, and with those strides at M = 1.
+
+    Triton compiles kernels of their own for other layouts, and a batch may come in any.
+    """
+    if not x.is_contiguous() or x.data_ptr() % 16:
+        x = x.clone(memory_format=torch.contiguous_format)
+    return x.view(-1).view(x.shape)
+
+
+def _base_products(
+    stem: str,
+    x: torch.Tensor,
+    weights: Sequence[Weight],
+    biases: Sequence[torch.Tensor | None],
+    up: RankRows,
+    plan: str,
+) -> tuple[str, list[torch.Tensor] | None]:
+    """Returns the plan, and with "split" the bases' GEMMs: ahead of the shrink and its dependent.
+
+    They are the library's, or of codes one of ours for all. ``stem`` names the launches, which have
+    plans and configs of their own.
+    """
+    slots, codes = up.rank.shape[-1], [w for w in weights if isinstance(w, Coded)]
+    if stem == "mixed_lora_train" and codes:
+        plan = "split"  # which is for many rows, where weights are matrices
+    else:
+        launch, n = _linear_launch(stem, weights[0]), sum(weight.shape[0] for weight in weights)
+        plan = choose_plan(plan, x, weights[0], up.largest, launch, n=n, slots=slots)
+    if plan != "split":
+        return plan, None
+    if codes:
+        return plan, products_of_codes(x, codes, biases)
+    return plan, [product(F.linear, x, *each) for each in zip(weights, biases, strict=True)]
+
+
+def _linear_launch(stem: str, weight: Weight) -> str:
+    """Returns the name of a fused launch over a weight."""
+    return f"coded_{stem}_linear" if isinstance(weight, Coded) else f"{stem}_linear"
+
+
+def _linears_mixed(
+    stem: str,
+    x: torch.Tensor,
+    weights: Sequence[Weight],
+    biases: Sequence[torch.Tensor | None],
+    ys: list[torch.Tensor] | None,
+    s: torch.Tensor,
+    rows: _Tensors,
+    up: RankRows,
+    plan: str,
+    after_shrink: bool,
+) -> list[torch.Tensor]:
+    """Returns y of each module, plan and ys as `_base_products` gave them; one launch.
+
+    For s ``[splits, M, R]``, or of several modules ``[splits, G, M, R]`` and tables ``[G, S]``.
+    """
+    (m, k), n = x.shape, sum(weight.shape[0] for weight in weights)
+    if ys is not None:
+        config = config_of(f"{stem}_expand", x, m, n, k, up.largest)
+        add_rank_rows_(ys, s, rows, up, config=config, pdl=after_shrink)
+        return ys
+    invariant = plan == "invariant"
+    launch = _linear_launch(stem, weights[0])
+    config = config_of(launch, x, m, n, k, up.largest, batch_invariant=invariant)
+    base = weights, biases
+    return products_and_rank_rows(x, *base, s, rows, up, config=config, pdl=after_shrink)
+
+
+def products_and_rank_rows(
+    x: torch.Tensor,
+    weights: Sequence[Weight],
+    biases: Sequence[torch.Tensor | None],
+    s: torch.Tensor,
+    rows: Sequence[torch.Tensor],
+    up: RankRows,
+    *,
+    config: KernelConfig,
+    pdl: bool = False,
+    dropout: DropoutTables | None = None,
+) -> list[torch.Tensor]:
+    """Returns each base's product with every row's rank rows in it, ``[M, N]``; one launch.
+
+    s and ``pdl`` are as in `add_rank_rows_`.
+    """
+    ys = [empty(x, x.shape[0], weight.shape[0]) for weight in weights]
+    mixed_lora_linear.launch_mixed_lora_linear(
+        *(ys, x, weights, biases, s, rows, up),
+        config=config,
+        pdl=pdl and chip_of(x).has_pdl,
+        dropout=dropout,
+    )
+    return ys

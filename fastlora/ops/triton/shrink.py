@@ -1,0 +1,111 @@
+"""Launches of a shrink, where one adapter has all rows and where each row has its own.
+
+The factors of a mixed batch are those of a list, or lie behind tables: see
+`fastlora.ops.triton.forward`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from fastlora.kernels import lora_shrink, plane_sums
+from fastlora.kernels.launch import empty, kept
+from fastlora.kernels.mixed_rows import DropoutTables, RankRows
+from fastlora.ops.factors import Factor, Tables, present
+from fastlora.ops.layout import columns_of, planes_shape
+from fastlora.ops.triton.configs import config_of
+from fastlora.ops.triton.tables import aligned_blocks, down_rows, dropout_tables, max_columns_of
+
+_Tensors = Sequence[torch.Tensor]
+
+
+def shrink(
+    x: torch.Tensor,
+    rows: _Tensors,
+    lora_a: Sequence[Factor],
+    modules: int,
+    seeds: torch.Tensor | None,
+    dropout_p: Sequence[float],
+) -> torch.Tensor:
+    """Returns s: ``[M, R]`` of one slot's modules side by side, else ``[G, M, R]``."""
+    downs = present(lora_a, 0)
+    if rows:
+        drops = dropout_tables(seeds, dropout_p)
+        return shrink_listed(x, rows, downs, modules, drops)[0]
+    return shrink_one(x, downs, seeds, dropout_p[0])
+
+
+@kept
+def shrink_one(
+    x: torch.Tensor, lora_a: _Tensors, seed: torch.Tensor | None, dropout_p: float
+) -> torch.Tensor:
+    """Returns s ``[M, R]`` of siblings side by side: a shrink, and the sum of planes it made."""
+    s, shrunk = shrunk_planes(x, lora_a, seed, dropout_p)
+    if shrunk is not s:
+        plane_sums.launch_plane_sums([s], [shrunk], config=config_of("plane_sums", x))
+    return s
+
+
+def shrunk_planes(
+    x: torch.Tensor,
+    lora_a: _Tensors,
+    seed: torch.Tensor | None,
+    dropout_p: float,
+    batch_invariant: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns s ``[M, R]`` of siblings side by side, and what a shrink wrote: it, or planes of it.
+
+    What reads planes sums them, and writes s. From one to the next are M rows; in the mode a
+    multiple of 16, as Triton would ask of it again.
+    """
+    (m, k), r = x.shape, sum(a.shape[0] for a in lora_a)
+    config = config_of("lora_shrink", x, m, k=k, r=r, batch_invariant=batch_invariant)
+    s = shrunk = empty(x, m, r)
+    if config.splits > 1:
+        rows = -(-m // 16) * 16 if batch_invariant else m
+        shrunk = empty(x, config.splits, rows, r, dtype=torch.float32)[:, :m]
+    lora_shrink.launch_lora_shrink(
+        *(shrunk, x, lora_a), seed=seed, dropout_p=dropout_p, config=config
+    )
+    return s, shrunk
+
+
+def shrink_at(
+    x: torch.Tensor,
+    rows: _Tensors,
+    tables: Tables,
+    modules: slice,
+    batch_invariant: bool = False,
+) -> torch.Tensor:
+    """Returns planes of s of neighbouring modules, fp32 ``[splits, G, M, R]``."""
+    (m, k), address, largest = x.shape, tables.a_address[modules], tables.max_rank
+    count = address.shape[0]
+    shape = planes_shape(m, k, count, largest, batch_invariant)
+    s = empty(x, *shape, dtype=torch.float32)
+    down = RankRows(address, None, tables.rank[modules], None, tables.dtype, largest)
+    r = count * largest
+    config = config_of("mixed_lora_shrink", x, m, k=k, r=r, batch_invariant=batch_invariant)
+    lora_shrink.launch_mixed_lora_shrink(s, x, rows, down, config=config)
+    return s
+
+
+def shrink_listed(
+    x: torch.Tensor, rows: _Tensors, lora_a: _Tensors, modules: int, dropout: DropoutTables | None
+) -> tuple[torch.Tensor, bool]:
+    """Returns s ``[G, M, R]``, and whether one launch made it. Dropout is that of one module."""
+    (m, k), slots = x.shape, len(lora_a) // modules
+    lora_a = aligned_blocks(lora_a)
+    down = down_rows(lora_a, x.device, (modules, slots))
+    columns = max_columns_of(lora_a, slots, modules)
+    config = config_of("mixed_lora_train_shrink", x, m, k=k, r=columns)
+    splits = planes_shape(m, k, modules, max(down.largest, 1))[0]
+    s = x.new_empty(modules, m, columns_of(down.largest))
+    planes = s.unsqueeze(0)
+    if splits > 1:
+        planes = x.new_empty(splits, *s.shape, dtype=torch.float32)
+    lora_shrink.launch_mixed_lora_shrink(planes, x, rows, down, config=config, dropout=dropout)
+    if splits > 1:
+        plane_sums.launch_plane_sums([s], [planes], config=config_of("plane_sums", x))
+    return s, splits == 1

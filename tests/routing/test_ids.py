@@ -1,0 +1,64 @@
+"""What callers give as a batch's adapters, and what a device says about it later."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastlora.routing.ids import Unchecked, checked_slots, fits, is_aligned, named_ids
+from fastlora.validation import AdapterNotFoundError
+
+
+def test_each_batch_is_told_once() -> None:
+    unchecked = Unchecked()
+    for invalid, message in ((False, "first"), (True, "second"), (False, "third"), (True, "last")):
+        unchecked.add(torch.tensor([invalid]), message)
+    for message in ("second", "last"):
+        with pytest.raises(AdapterNotFoundError, match=message):
+            unchecked.check()
+    unchecked.check()
+
+
+def test_names_are_slots_in_the_order_of_the_model() -> None:
+    ids = ["c", None, "a", "__base__", "c"]
+    for known, names, slots in (
+        (["c", "b", "a"], ("c", "a"), [0, -1, 1, -1, 0]),
+        (None, ("a", "c"), [1, -1, 0, -1, 1]),
+    ):
+        found, tensor = named_ids(known, ids)
+        assert found == names and tensor.tolist() == slots and tensor.dtype == torch.int64
+    with pytest.raises(AdapterNotFoundError, match="no adapter 'c'; loaded are .'a'."):
+        named_ids(["a"], ids)
+
+
+def test_slots_that_are_empty_are_refused() -> None:
+    slots = ["a", None, "b"]
+    ids = torch.tensor([2, -1, 0], dtype=torch.int32)
+    assert checked_slots(ids, slots).tolist() == [2, -1, 0]
+    for wrong in (1, 3, -2):
+        with pytest.raises(AdapterNotFoundError, match=rf"slot {wrong};.* 0 to 2, .*'a', 'b'"):
+            checked_slots(torch.tensor([0, wrong]), slots)
+
+
+@pytest.mark.parametrize(
+    ("shape", "ids", "aligned"),
+    [
+        ((2, 5), 2, True),
+        ((5, 2), 2, False),
+        ((1, 4), 2, True),
+        ((2, 2), 4, True),
+        ((2, 3), 4, False),
+        ((6,), 6, True),
+        ((3,), 6, False),
+        ((4, 3), 12, True),
+    ],
+)
+def test_the_rows_of_an_id_end_with_an_entry(
+    shape: tuple[int, ...], ids: int, aligned: bool
+) -> None:
+    assert is_aligned(shape, ids) is aligned
+
+
+def test_rows_fit_ids() -> None:
+    assert fits(6, 2) and fits(6, 6) and fits(0, 2) and fits(0, 0)
+    assert not fits(6, 4) and not fits(6, 0) and not fits(2, 6)

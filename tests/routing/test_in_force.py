@@ -1,0 +1,184 @@
+"""What is in force in a block, and which batches fit it."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from fastlora import adapters
+from fastlora.ops.rows import INVALID_SLOT, NO_SLOT
+from fastlora.routing import block, in_force
+from fastlora.routing.kept import BlockKept
+from fastlora.routing.routing import Group, number_layers
+from fastlora.validation import (
+    AdapterNotFoundError,
+    AdapterStateError,
+    UnsupportedLayerError,
+)
+from tests.support.row_checks import D, ours
+
+
+def _model() -> Any:
+    return ours(nn.Sequential(nn.Linear(D, D)), ("0",))
+
+
+@pytest.mark.parametrize(
+    ("shape", "per_sample", "fits"),
+    [
+        ((2, 3, D), False, True),
+        ((2, 3, D), True, True),
+        ((1, 2, D), False, True),
+        ((1, 2, D), True, False),
+        ((3, D), False, False),
+        ((2, 3, 0), False, True),
+        ((2, 0, D), True, True),
+        ((), False, True),
+    ],
+)
+def test_a_batch_has_an_id_for_each_sample_or_token(
+    shape: tuple[int, ...], per_sample: bool, fits: bool
+) -> None:
+    """To generate, for each sample: later tokens have no ids of their own."""
+    model = _model()
+    group = model.base_model.group
+    x = torch.empty(shape)
+    with adapters(model, ["a", "b"]):
+        wrong = nullcontext() if fits else pytest.raises(ValueError, match="2 adapter ids")
+        with wrong:
+            in_force.check_batch(group, (x,), {}, per_sample=per_sample)
+        with wrong:
+            in_force.check_batch(group, (), {"input_ids": x}, per_sample=per_sample)
+        with in_force.unchecked():
+            in_force.check_batch(group, (x,), {}, per_sample=per_sample)
+        in_force.check_batch(Group(), (torch.empty(7, D),), {})
+    in_force.check_batch(group, (torch.empty(7, D),), {})
+
+
+def test_samples_without_tokens_have_ids_to_generate() -> None:
+    model = _model()
+    group, x = model.base_model.group, torch.empty(2, 0, D)
+    with adapters(model, []):
+        in_force.check_batch(group, (x,), {})
+        with pytest.raises(ValueError, match="2 samples and 0 adapter ids"):
+            in_force.check_batch(group, (x,), {}, per_sample=True)
+
+
+def test_a_later_block_is_told_of_an_id_out_of_range() -> None:
+    """The message has the first 20 names of any number."""
+    model, names = _model(), tuple(f"n{slot:02}" for slot in range(25))
+    with adapters(model, ["a", "b"]):
+        (routing,) = in_force.open_routings()
+        for ids, invalid in (([0, 1], False), ([0, -2], True)):
+            routing = dataclasses.replace(
+                routing, names=names, ids=torch.tensor(ids), kept=BlockKept()
+            )
+            routing.rows(4, torch.device("cpu"))
+            routing.check_ids()
+            wrong = pytest.raises(AdapterNotFoundError, match=r"in an earlier block.*'n19'\]")
+            with wrong if invalid else nullcontext():
+                routing.group.unchecked.check()
+
+
+def test_slots_that_nobody_checks_and_that_do_not_exist_are_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As of ids that a captured graph reads."""
+    monkeypatch.setattr(block, "is_captured", lambda ids: True)
+    with adapters(_model(), torch.tensor([1, 7, -1, -5], dtype=torch.int32)):
+        (routing,) = in_force.open_routings()
+    rows = routing.rows(4, torch.device("cpu"))
+    assert routing.ids.tolist() == [1, INVALID_SLOT, NO_SLOT, INVALID_SLOT]
+    assert rows.present == (1,) and rows.invalid.item()
+
+
+@pytest.mark.parametrize(
+    ("ids", "sees_part", "compiling", "refused"),
+    [
+        (["a", "b"], False, False, False),
+        (["a", "b"], False, True, False),
+        (["a", "b"], True, False, True),
+        (["a"], True, False, False),
+        (["a"], True, True, True),
+    ],
+)
+def test_an_expert_is_refused_where_rows_are_not_followed(
+    ids: list[str], sees_part: bool, compiling: bool, refused: bool
+) -> None:
+    model = _model()
+    layer = model.base_model.model[0]
+    layer.sees_part = sees_part
+    with adapters(model, ids):
+        (routing,) = in_force.open_routings()
+    routing.kept.followed = None
+    wrong = pytest.raises(UnsupportedLayerError, match="layer '0' looks like an expert")
+    with wrong if refused else nullcontext():
+        routing.check_rows(layer, torch.ones(2, D), compiling)
+
+
+def test_no_block_begins_over_merged_weights() -> None:
+    model = _model()
+    model.merge_adapter()
+    with (
+        pytest.raises(AdapterStateError, match="merged into the base weights"),
+        adapters(model, []),
+    ):
+        pass
+    model.unmerge_adapter()
+    with adapters(model, ["b"]):
+        assert in_force.open_routings()
+
+
+def test_blocks_end_in_the_reverse_order() -> None:
+    model = _model()
+    first, second = adapters(model, ["a"]), adapters(model, ["b"])
+    first.__enter__()
+    second.__enter__()
+    with pytest.raises(RuntimeError, match="reverse order"):
+        first.__exit__(None, None, None)
+    assert [routing.names for routing in in_force.open_routings()] == [("b",)]
+    second.__exit__(None, None, None)
+    assert not in_force.open_routings()
+
+
+def test_a_forward_ends_what_it_made_for_layers_that_were_not_called() -> None:
+    class Results:
+        is_discarded = False
+
+        def discard(self) -> None:
+            self.is_discarded = True
+
+    group, own, others = Group(), Results(), Results()
+    thread = threading.get_ident()
+    group.unfinished = {(thread, 0, 1): own, (thread + 1, 0, 1): others}
+    in_force.end_forward(group)
+    assert own.is_discarded and not others.is_discarded
+    assert list(group.unfinished.values()) == [others]
+
+
+def test_a_block_knows_its_slots_among_all_adapters() -> None:
+    """Compiled graphs read those, so that another mix of adapters is other contents."""
+    model = ours(nn.Sequential(nn.Linear(D, D)), ("0",))
+    for ids, names, slots, among in (
+        (["b", None], ("b",), [0, -1], [1, -1]),
+        (["b", "a"], ("a", "b"), [1, 0], [1, 0]),
+        ([None, None], (), [-1, -1], [-1, -1]),
+    ):
+        with adapters(model, ids):
+            (routing,) = in_force.open_routings()
+        assert routing.names == names and routing.ids.tolist() == slots
+        assert routing.whole is not None and routing.whole.names == ("a", "b")
+        assert routing.whole.ids.tolist() == among
+        assert len(routing.whole.seeds) == 2
+
+
+def test_layers_have_numbers_of_their_own() -> None:
+    first, second = number_layers(["q", "v"])
+    assert first != second and number_layers(["v"]) == [second]
+    assert number_layers(["q", "v"], [first, second]) == [first + 1, second + 1]
+    assert number_layers(["q"], [first, first + 1]) == [first + 2]
