@@ -77,7 +77,7 @@ MOST_SIBLINGS = 4
 
 
 class Backend(ABC):
-    """An implementation of a linear layer with adapters. Callers refer to it by name.
+    """An implementation of linear layers with adapters. Callers refer to it by name.
 
     A backend implements `siblings` and `siblings_gradients` if `computes_siblings` can return True.
     It implements `shrink` and `grad_a` if layers share s on it (`fastlora.layers.group_forward`).
@@ -98,7 +98,7 @@ class Backend(ABC):
         s: torch.Tensor | None,
         plan: str,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the output ``[M, N]`` of a base layer with each row's own adapter, and s.
+        """Return the output ``[M, N]`` of a layer with its adapters, and the shrink output s.
 
         Args:
             x: The input.
@@ -113,7 +113,7 @@ class Backend(ABC):
 
     @abstractmethod
     def gradients(self, given: Backward) -> Gradients:
-        """Return dx, d_bias, ds, and the gradients of the factors, as `Gradients` describes."""
+        """Return the gradients of a layer, in the order that `Gradients` describes."""
 
     # -------------------------------------------------- layers of a shared-input group, in one call
 
@@ -124,7 +124,7 @@ class Backend(ABC):
     # int64 ``[1]`` or None. ``dropout_p`` holds the active dropout probability of each layer.
 
     def computes_siblings(self, x: torch.Tensor) -> bool:
-        """Return whether `siblings` can compute a shared-input group with input x."""
+        """Return whether one call can compute all layers of the shared-input group of x."""
         return False
 
     def shrink(
@@ -135,7 +135,7 @@ class Backend(ABC):
         dropout_p: Sequence[float],
         rows: Rows | None,
     ) -> list[torch.Tensor]:
-        """Return s of each of G layers of a shared-input group.
+        """Return the shrink output s of each layer of a shared-input group.
 
         Args:
             x: Input of the layers.
@@ -156,7 +156,7 @@ class Backend(ABC):
         dropout_p: Sequence[float],
         rows: Rows | None,
     ) -> list[torch.Tensor | None]:
-        """Return the gradients of all lora_a that `shrink` received, layer by layer.
+        """Return the gradients of all lora_a of a shared-input group, layer by layer.
 
         Args:
             x: Input of the layers.
@@ -172,7 +172,7 @@ class Backend(ABC):
         dropout_p: tuple[float, ...],
         with_s: bool = False,
     ) -> list[torch.Tensor]:
-        """Return y ``[M, N]`` of each of 1 to 4 layers of a shared-input group.
+        """Return the output ``[M, N]`` of each of 1 to 4 layers of a shared-input group.
 
         If ``with_s`` is True, the s of the layers follows: one tensor with the s of all layers side
         by side, or one tensor for each layer.
@@ -188,7 +188,7 @@ class Backend(ABC):
         s: Sequence[torch.Tensor],
         wants: tuple[bool, ...],
     ) -> list[torch.Tensor | None]:
-        """Return the gradients of the arguments of `siblings`, or None for unwanted gradients.
+        """Return the gradients of the inputs of `siblings`, with None for unwanted gradients.
 
         The caller computes the gradients of base weights.
 
@@ -211,5 +211,5 @@ BACKENDS: dict[str, Backend] = {}
 
 
 def register_backend(name: str, backend: Backend) -> None:
-    """Register a backend under a name that ``impl`` resolves to."""
+    """Register a backend under the name by which callers look it up."""
     BACKENDS[name] = backend

@@ -56,7 +56,7 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def constant_when_compiled(function: _Function) -> _Function:
-    """Make `torch.compile` call a function while tracing and treat the result as a constant.
+    """Make `torch.compile` call a function while it traces, and treat the result as a constant.
 
     This has the effect of `torch.compiler.assume_constant_result`, but does not import the
     compiler, which takes longer to import than torch itself.
@@ -67,7 +67,7 @@ def constant_when_compiled(function: _Function) -> _Function:
 
 @functools.cache
 def _gpu_status(index: int) -> tuple[bool, str]:
-    """Return whether the kernels support GPU ``index``, and the GPU's name or the reason."""
+    """Return whether the kernels support a GPU, and the GPU's name or the reason why not."""
     properties = torch.cuda.get_device_properties(index)
     from fastlora.kernels import chips
 
@@ -79,7 +79,7 @@ def _gpu_status(index: int) -> tuple[bool, str]:
 
 @constant_when_compiled
 def triton_status(device_type: str, index: int = 0) -> tuple[bool, str]:
-    """Return whether the Triton kernels can run on a device, and the reason.
+    """Return whether the Triton kernels can run on a device, and the reason as text.
 
     Args:
         device_type: ``"cpu"``, ``"cuda"`` (also for ROCm), or any other device type of torch.
@@ -95,7 +95,7 @@ def triton_status(device_type: str, index: int = 0) -> tuple[bool, str]:
 
 
 def runs_kernels(device: torch.device) -> bool:
-    """Return whether "auto" selects the kernels on a device, for a dtype that they support."""
+    """Return whether ``impl="auto"`` selects the kernels on a device, for a supported dtype."""
     return device.type in KERNEL_DEVICES and triton_status(device.type, device.index or 0)[0]
 
 
@@ -105,12 +105,12 @@ def is_compiled() -> bool:
 
 
 def is_traced(x: torch.Tensor) -> bool:
-    """Return whether a compiler traces the operations on x, so that x has no values to read."""
+    """Return whether a compiler is tracing the operations on x, so that its values are unknown."""
     return torch.compiler.is_compiling() or type(x) not in _PLAIN
 
 
 def sees_operators(x: torch.Tensor, within_node: bool = False, by_profiler: bool = True) -> bool:
-    """Return whether anything observes the operators that are called on x.
+    """Return whether anything, such as a tracer or a profiler, observes operators called on x.
 
     Observers are tracers, dispatch modes, functorch transforms, autograd, and profilers.
     ``within_node`` excludes autograd, which records nothing inside an autograd function. Without
@@ -128,7 +128,7 @@ def sees_operators(x: torch.Tensor, within_node: bool = False, by_profiler: bool
 
 
 def on_device_of(x: torch.Tensor, function: Callable[..., Any], *args: Any) -> Any:
-    """Call a function that launches kernels, with x's device as the current device."""
+    """Call a function that launches kernels while x's device is the current device."""
     if not x.is_cuda or x.device.index == torch.cuda.current_device():
         return function(*args)
     with torch.cuda.device(x.device):
@@ -195,7 +195,7 @@ class Conditions(NamedTuple):
     tracing: bool = False
 
     def refuse(self, layer: _Layer, why: str) -> None:
-        """Raise `ImplementationError` if the batch-invariant mode is on.
+        """Raise an error if the batch-invariant mode is on, because a layer cannot run in it.
 
         ``layer`` is a layer that cannot run in this mode, and ``why`` is the reason.
         """

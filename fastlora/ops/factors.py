@@ -66,7 +66,7 @@ class Base(NamedTuple):
         return self.y
 
     def rows_to_write(self) -> torch.Tensor:
-        """Return y as ``[M, N]``, in memory that may be overwritten."""
+        """Return y as ``[M, N]`` in memory that may be overwritten, as a copy if necessary."""
         if self.y is None:
             raise ValueError("no base output is given")
         flat = self.y.reshape(-1, self.y.shape[-1])
@@ -78,7 +78,7 @@ Slots = list[Factors | None]
 
 
 class Operands(NamedTuple):
-    """The adapters of one linear layer, as functions, backends, and operators receive them.
+    """The adapters of one linear layer, in the form that backends and operators receive.
 
     Attributes:
         lora_a, lora_b, lora_bias: For each adapter ``[R, K]``, ``[N, R]``, and ``[N]`` or None, not
@@ -100,7 +100,7 @@ class Operands(NamedTuple):
 
 
 class Tables(NamedTuple):
-    """Addresses, ranks, and scalings of factors: a row per layer (G), a column per adapter (S).
+    """Tables of the addresses, ranks, and scalings of adapters, by layer (G) and adapter (S).
 
     Attributes:
         a_address, b_address, bias_address: int64 ``[G, S]``, with 0 for a factor that does not
@@ -127,7 +127,7 @@ class Tables(NamedTuple):
     kept: tuple[torch.Tensor, ...] = ()
 
     def tensors(self) -> list[torch.Tensor]:
-        """Return the operators' argument ``Tensor[] tables``."""
+        """Return the tensors that operators receive as their argument ``tables``."""
         found = [self.a_address, self.b_address, self.rank, self.scaling]
         if self.bias_address is not None:
             found.append(self.bias_address)
@@ -135,14 +135,14 @@ class Tables(NamedTuple):
 
 
 def tables_of(tensors: Sequence[torch.Tensor], max_rank: int, dtype: torch.dtype) -> Tables:
-    """Return the `Tables` that an operator's argument ``tables`` describes."""
+    """Return a `Tables` record of the tensors in an operator's argument ``tables``."""
     a_address, b_address, rank, scaling, *biases = tensors
     bias_address = biases[0] if biases else None
     return Tables(a_address, b_address, bias_address, rank, scaling, max_rank, dtype)
 
 
 def present(factors: Sequence[Factor], rank_dim: int) -> list[torch.Tensor]:
-    """Return factors with an empty factor of rank 0 in place of each None.
+    """Return a list of factors in which an empty factor of rank 0 replaces each None.
 
     ``rank_dim`` is the dimension of the rank: 0 for lora_a, and 1 for lora_b.
     """
@@ -161,7 +161,7 @@ def present(factors: Sequence[Factor], rank_dim: int) -> list[torch.Tensor]:
 def numbers_on(
     values: tuple[Number, ...], dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
-    """Return numbers as a tensor ``[len(values)]`` on a device, without waiting for the device.
+    """Return a 1-D tensor of numbers on a device, without synchronizing with the device.
 
     Results are cached.
     """

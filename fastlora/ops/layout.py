@@ -24,19 +24,19 @@ _PLANE_ROWS = 16384
 
 
 def max_rank(factors: Sequence[Factor], rank_dim: int) -> int:
-    """Return the largest rank, or 1 if that is larger."""
+    """Return the largest rank of the factors, at least 1."""
     return max(1, *(factor.shape[rank_dim] for factor in factors if factor is not None))
 
 
 def columns_of(largest: int) -> int:
-    """Return R, the columns of s and ds: the largest rank, rounded up to a multiple of 16."""
+    """Return the number of columns of s and ds: the largest rank rounded up to a multiple of 16."""
     return max(-(-largest // 16) * 16, 16)
 
 
 def planes_shape(
     m: int, k: int, modules: int, largest: int, batch_invariant: bool = False
 ) -> tuple[int, int, int, int]:
-    """Return the shape of a shrink's split-K partial sums: splits of K, modules, rows, and ranks.
+    """Return the shape of a shrink's split-K partial sums: splits, modules, rows, and columns.
 
     The number of splits depends neither on the chip nor on the adapters of the rows, so that a fake
     implementation can compute it. Sizes may be symbolic.
@@ -48,7 +48,7 @@ def planes_shape(
 
 
 def layout(factors: Sequence[torch.Tensor]) -> tuple[list[int], int]:
-    """Return the offset of each factor's gradient in the buffer, and the buffer's size.
+    """Return the offset of each factor's gradient in a packed buffer, and the buffer's size.
 
     Both are in elements.
     """
@@ -58,7 +58,7 @@ def layout(factors: Sequence[torch.Tensor]) -> tuple[list[int], int]:
 def layout_b(
     lora_b: Sequence[torch.Tensor], with_bias: Sequence[bool]
 ) -> tuple[list[int], list[int], int]:
-    """Return the offsets of the gradients of lora_b and of lora_bias, and the buffer's size.
+    """Return the offsets of all lora_b and lora_bias gradients in a packed buffer, and its size.
 
     The offset of a lora_bias that does not exist is -1. All values are in elements.
     """
@@ -73,7 +73,7 @@ def layout_b(
 def split_grad_b(
     packed: torch.Tensor, lora_b: Sequence[Factor], with_bias: Sequence[bool]
 ) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
-    """Return d_lora_b ``[N, rank]`` and d_lora_bias ``[N]`` of each slot, views of ``packed``."""
+    """Return views of the gradients of each slot's lora_b and lora_bias in a packed buffer."""
     ups = present(lora_b, 1)
     offsets, bias_offsets, _ = layout_b(ups, with_bias)
     found: list[tuple[torch.Tensor, torch.Tensor | None]] = []
@@ -85,7 +85,7 @@ def split_grad_b(
 
 
 def split_grad_a(packed: torch.Tensor, lora_a: Sequence[Factor]) -> list[torch.Tensor]:
-    """Return d_lora_a ``[rank, K]`` of each slot of each module, views of ``packed``."""
+    """Return views of the gradients of all lora_a in a packed buffer, ``[rank, K]`` each."""
     downs = present(lora_a, 0)
     offsets, _ = layout(downs)
     return [
@@ -95,7 +95,7 @@ def split_grad_a(packed: torch.Tensor, lora_a: Sequence[Factor]) -> list[torch.T
 
 
 def _offsets(sizes: Sequence[int], itemsize: int) -> tuple[list[int], int]:
-    """Return the offset of each block, aligned to 16 bytes, and the total size, in elements."""
+    """Return offsets that align blocks to 16 bytes, and the total size, both in elements."""
     each = 16 // itemsize
     offsets, end = [], 0
     for size in sizes:

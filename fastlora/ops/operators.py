@@ -39,7 +39,7 @@ class OperatorBackend(Backend):
         self.impl = impl
 
     def _operators(self, x: torch.Tensor, weight: torch.Tensor | None = None) -> schema.Operators:
-        """Return the operators to call on x, or on dy in a backward pass."""
+        """Return the operators to call for an input x, or for dy in a backward pass."""
         # With a quantized weight, no PyTorch operation runs that autograd could record.
         alone = isinstance(weight, CodedWeight) and self.impl == "triton"
         return schema.operators_for(x, within_node=alone)
@@ -84,7 +84,7 @@ class OperatorBackend(Backend):
         operators: schema.Operators,
         launch: str = "coded_lora_linear",
     ) -> torch.Tensor | Coded:
-        """Return a weight in the form that the operators receive.
+        """Return the weight in the form that the given operators accept.
 
         Registered operators and the PyTorch implementation receive the weight itself.
         """
@@ -93,7 +93,7 @@ class OperatorBackend(Backend):
         return launched(weight, x, max(b.shape[1] for b in lora_b), plan, launch)
 
     def _in_pieces(self, rows: Rows | None) -> list[torch.Tensor]:
-        """Return the operators' argument ``rows``, with pieces if kernels run."""
+        """Return the tensors that operators receive as ``rows``, with pieces if kernels run."""
         if rows is None:
             return []
         return rows_listed(rows) if self.impl == "triton" else rows.tensors()
@@ -113,7 +113,7 @@ class OperatorBackend(Backend):
     def _gradients(
         self, given: Backward, weight: torch.Tensor | Coded | None, operators: schema.Operators
     ) -> Gradients:
-        """Compute `gradients` with the given operators and the weight in the form they receive."""
+        """Compute `gradients` with given operators, and a weight in the form that they accept."""
         dy, _, x, operands, rows, s, plan, wants_x, wants_bias, wants_s, wants = given
         lora_a, lora_b, lora_bias, scaling, dropout_p, seeds, _ = operands
         drop = seeds, list(dropout_p)
@@ -151,7 +151,7 @@ class OperatorBackend(Backend):
     def _in_runs(
         self, launch: str, rows: Rows, like: torch.Tensor
     ) -> tuple[list[torch.Tensor], int]:
-        """Return the argument ``rows`` of a launch over ``[M, columns]``, and the rows per run."""
+        """Return the tensors that a launch receives as ``rows``, and the number of rows per run."""
         if self.impl != "triton":
             return rows.tensors(), 0
         return rows_in_runs(launch, rows, like.dtype, like.shape[1])
@@ -166,7 +166,7 @@ class OperatorBackend(Backend):
         rows: Rows | None,
         operator: Callable[..., Any],
     ) -> list[torch.Tensor]:
-        """Return the gradients of the lora_a of G layers, given one ds per layer."""
+        """Return the gradients of lora_a of several layers, given one ds per layer."""
         drop = seeds, list(dropout_p)
         if rows is None:
             made: list[torch.Tensor] = operator(x, ds, [], 0, lora_a, *drop, self.impl)
@@ -267,7 +267,7 @@ def siblings_at(
     max_rank: int,
     factor_dtype: torch.dtype,
 ) -> list[torch.Tensor] | None:
-    """Return y of the modules of a shared-input group, with adjacent table rows from ``first``.
+    """Return the outputs of a shared-input group's modules, whose table rows start at ``first``.
 
     The result is None if something observes operators, or if one launch cannot read all of the
     weights.
@@ -291,7 +291,7 @@ def launched(
     plan: str,
     launch: str = "coded_lora_linear",
 ) -> torch.Tensor | Coded:
-    """Return a weight ``[N, K]`` in the form that kernels read.
+    """Return a base weight in the form that kernels read: dense or quantized.
 
     A dense weight is returned unchanged. For a quantized weight, the result is its quantized data,
     or a new dense matrix if there are too many rows. The table's plan for ``launch`` decides which.
@@ -304,14 +304,14 @@ def launched(
 
 
 def _over_codes(operands: Sequence[torch.Tensor | None], count: int) -> bool:
-    """Return whether any weight in the operands of ``count`` layers is quantized."""
+    """Return whether any base weight of a shared-input group is quantized."""
     return CodedWeight in map(type, operands[:count])
 
 
 def _with_launched(
     operands: Sequence[torch.Tensor | None], count: int, x: torch.Tensor | None, launch: str
 ) -> Sequence[torch.Tensor | Coded | None]:
-    """Return the operands of a shared-input group with each weight in the form that kernels read.
+    """Return the operands of a shared-input group, with weights in the form that kernels read.
 
     Without an x, the weights are None.
     """
@@ -336,7 +336,10 @@ def _kept(function: _Function) -> _Function:
 def _without_the_unwritten(
     ds: torch.Tensor, rows: Rows, lora_a: Sequence[torch.Tensor]
 ) -> torch.Tensor:
-    """Return ds with zeros in unwritten elements, so that anomaly detection finds no NaN there."""
+    """Return ds with zeros in place of unwritten elements, which could be NaN.
+
+    Anomaly detection would report such a NaN.
+    """
     # Slots -2 and -1 are for rows without an adapter. As indices, they select the two zeros.
     ranks = torch.tensor([*(a.shape[0] for a in lora_a), 0, 0], device=ds.device)
     own = ranks[rows.segment_slot.long()[rows.segment_of.long()]]

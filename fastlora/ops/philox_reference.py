@@ -21,7 +21,7 @@ _COLUMNS_PER_COUNTER = 8
 def philox_keep_mask(
     seed: int, rows: int, cols: int, p: float, projection: int = 0
 ) -> torch.Tensor:
-    """Return the mask of the elements that dropout keeps, bool ``[rows, cols]`` on the CPU.
+    """Return a bool mask ``[rows, cols]`` on the CPU that is True where dropout keeps an element.
 
     Args:
         seed: Any 64-bit integer, signed or unsigned.
@@ -45,7 +45,7 @@ def philox_keep_mask(
 def _philox_4x32(
     counter: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], key: tuple[int, int]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the four words of each counter, as int64 tensors with values below 2**32."""
+    """Return the four Philox output words of each counter, as int64 tensors below 2**32."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(_ROUNDS):
@@ -58,7 +58,7 @@ def _philox_4x32(
 
 
 def _multiply_32(value: torch.Tensor, factor: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the high and the low 32 bits of ``value * factor``, both of which are below 2**32.
+    """Return the high and low 32 bits of ``value * factor`` for 32-bit operands.
 
     The product of two 32-bit numbers overflows int64, so it is computed from 16-bit halves.
     """

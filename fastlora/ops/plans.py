@@ -33,7 +33,7 @@ def choose_plan(
     n: int | None = None,
     slots: int = 1,
 ) -> str:
-    """Return the plan for x ``[M, K]`` and a weight ``[N, K]``.
+    """Return the plan of a linear layer: which kernels to launch for x ``[M, K]`` and a weight.
 
     A plan that the call names takes precedence over ``FASTLORA_PLAN``, which takes precedence over
     the table.
@@ -63,7 +63,7 @@ def choose_plan(
 
 
 def precision(dtype: torch.dtype) -> str:
-    """Return how dots of fp32 operands round: "tf32" if the user has allowed it, else "ieee".
+    """Return the precision of fp32 matrix products: "tf32" if the user has allowed it, else "ieee".
 
     torch's older switches (``set_float32_matmul_precision``, ``allow_tf32``) also set the value
     that is read here. Reading the older switches raises once the newer switch has been used.
@@ -81,7 +81,7 @@ def _from_table(
     siblings_n: int | None,
     slots: int,
 ) -> str:
-    """Return the plan in the chip's table for M rows of x, or of dy, and a weight ``[N, K]``."""
+    """Return the plan that the chip's table has for the size of a layer and its input."""
     (n, k), m, rounding = weight.shape, x.shape[0], precision(x.dtype)
     chips, configs = _tables()
     chip, sizes = chips.chip_of(x.device), {"m": m, "n": siblings_n or n, "k": k, "r": r}
@@ -90,7 +90,7 @@ def _from_table(
 
 @functools.cache
 def _tables() -> tuple[Any, Any]:
-    """Return the modules of chips and of configs, which import Triton."""
+    """Return the modules `chips` and `configs` of `fastlora.kernels`, which import Triton."""
     from fastlora.kernels import chips, configs
 
     return chips, configs

@@ -30,7 +30,7 @@ define("rows_pieces(Tensor segment_of, int slots, SymInt block_m) -> Tensor")
 
 
 class Segment(NamedTuple):
-    """The rows of one slot, as a range of sorted positions.
+    """The rows of one slot, as a range of positions in sorted order.
 
     Attributes:
         slot: The slot.
@@ -75,11 +75,11 @@ class Rows:
     _pieces: dict[int, torch.Tensor] | None = field(default_factory=dict, repr=False)
 
     def tensors(self) -> list[torch.Tensor]:
-        """Return the operators' argument ``Tensor[] rows``."""
+        """Return the tensors that operators receive as their argument ``rows``."""
         return [self.order, self.segment_of, self.segment_slot, self.slot_start]
 
     def pieces(self, block_m: int) -> torch.Tensor:
-        """Return the start of each piece, int32 ``[pieces + 1]``, with M in unused entries.
+        """Return the start of each piece of rows, int32 ``[pieces + 1]``, with M in unused entries.
 
         The first call caches the result. In a graph nothing is cached, because compilers merge
         equal calls. If a CUDA graph is captured over rows that were sorted outside of it, the first
@@ -102,7 +102,10 @@ class Rows:
 
     @functools.cached_property
     def segments(self) -> tuple[Segment, ...]:
-        """One segment for each slot that has rows, in order of slots. Waits for ids on a GPU."""
+        """One segment for each slot that has rows, in order of slots.
+
+        Reading ids from a GPU waits for it.
+        """
         if self.ids is None:
             starts = self.slot_start.tolist()
         else:
@@ -118,7 +121,7 @@ class Rows:
 
     @functools.cached_property
     def _slot_of_ids(self) -> torch.Tensor:
-        """The ids on the CPU, int64 ``[B]``, with `INVALID_SLOT` for ids out of range."""
+        """The ids as an int64 tensor on the CPU, with `INVALID_SLOT` for ids out of range."""
         if self.ids is None:
             raise ValueError("rows that came as tensors have no ids")
         ids = self.ids.to(device="cpu", dtype=torch.int64)
@@ -134,14 +137,14 @@ class Rows:
 
     @functools.cached_property
     def inverse(self) -> torch.Tensor:
-        """Sorted position of each row, int64 ``[M]``."""
+        """The position of each row in sorted order, int64 ``[M]``."""
         inverse = torch.empty(self.m, dtype=torch.int64, device=self.order.device)
         inverse[self.order.long()] = torch.arange(self.m, device=self.order.device)
         return inverse
 
     @functools.cached_property
     def members(self) -> torch.Tensor:
-        """Index of each row's segment, int64 ``[M]``; ``len(segments)`` for rows without a slot."""
+        """The index of each row's segment, int64 ``[M]``, or ``len(segments)`` without a slot."""
         member = torch.full((self.m,), len(self.segments))
         for index, (_, start, stop) in enumerate(self.segments):
             member[start:stop] = index
@@ -149,11 +152,14 @@ class Rows:
         return member if self.in_order else member.index_select(0, self.inverse)
 
     def sorted(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return ``tensor [M, ...]`` at sorted positions; the tensor itself if rows are sorted."""
+        """Return the rows of a tensor ``[M, ...]`` in sorted order.
+
+        If rows are already sorted, this is the tensor itself.
+        """
         return tensor if self.in_order else tensor.index_select(0, self.order)
 
     def restored(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return a tensor in the original order of rows; the inverse of `sorted`."""
+        """Return the rows of a tensor in their original order, as the inverse of `sorted`."""
         return tensor if self.in_order else tensor.index_select(0, self.inverse)
 
 
@@ -195,7 +201,7 @@ def sort_rows(
 
 
 def rows_of(tensors: Sequence[torch.Tensor]) -> Rows:
-    """Return the `Rows` that an operator's argument ``rows`` describes.
+    """Return a `Rows` record of the tensors in an operator's argument ``rows``.
 
     Pieces at the end of the argument are ignored.
     """
@@ -260,7 +266,7 @@ def _empty(m: int, slots: int, device: torch.device, block_m: int) -> tuple[torc
 
 @implements("rows_pieces")
 def _rows_pieces(segment_of: torch.Tensor, slots: int, block_m: int) -> torch.Tensor:
-    """Return the start of each piece of sorted rows; see `Rows.pieces`."""
+    """Return the start position of each piece of the sorted rows; see `Rows.pieces`."""
     m = segment_of.shape[0]
     position = torch.arange(m, dtype=torch.int32, device=segment_of.device)
     starts = _starts(segment_of) | (position % block_m == 0)
@@ -284,7 +290,7 @@ def piece_entries(m: int, slots: int, block_m: int) -> int:
 
 
 def _starts(values: torch.Tensor) -> torch.Tensor:
-    """Return bool ``[M]``, whether each value differs from the previous one. The first does."""
+    """Return a bool mask of the values that differ from the previous one, including the first."""
     differs = torch.ones(values.shape, dtype=torch.bool, device=values.device)
     torch.ne(values[1:], values[:-1], out=differs[1:])
     return differs

@@ -91,7 +91,7 @@ class Operators(Protocol):
 
 
 def operators_for(x: torch.Tensor, within_node: bool = False) -> Operators:
-    """Return the operators to call on x and on tensors like it.
+    """Return the operators to call for x: the registered ones, or their implementations.
 
     If nothing would observe a registered operator, and x is on the current device, the result holds
     the functions that the operators run. This saves the dispatcher's 5 us per call. ``within_node``
@@ -106,7 +106,7 @@ def operators_for(x: torch.Tensor, within_node: bool = False) -> Operators:
 
 @functools.cache
 def kernels_of(backward: bool) -> ModuleType:
-    """Return the module with the launches of a backward pass, or of a forward pass."""
+    """Return the module with the kernel launches of a backward or of a forward pass."""
     from fastlora.ops.triton import backward as gradients
     from fastlora.ops.triton import forward
 
@@ -123,7 +123,7 @@ _DROP = "Tensor? seeds, float[] dropout_p"
     " -> Tensor"
 )
 def _(x: torch.Tensor, rows: _Tensors, lora_a: _Factors, modules: int, *_: object) -> torch.Tensor:
-    """Return s of G modules from one read of x: ``[G, M, R]``, or ``[M, R]`` for one slot.
+    """Return the shrink output s of G modules: ``[G, M, R]``, or ``[M, R]`` for one slot.
 
     With one slot, the modules are side by side. ``lora_a`` has the slots of each module in turn.
     With active dropout, there is one module.
@@ -146,7 +146,7 @@ def _(
     factors: _Factors,
     *_: object,
 ) -> _Tensors:
-    """Return y, and s unless it is given."""
+    """Return the layer's output y, and the shrink output s unless it is given."""
     y, largest = x.new_empty(x.shape[0], weight.shape[0]), max_rank(factors[::3], 0)
     if s is not None:
         return [y]
@@ -163,7 +163,7 @@ def _(*_: object) -> None:
 
 @operator("lora_dropout(Tensor x, Tensor seed, float dropout_p) -> Tensor", "triton")
 def _(x: torch.Tensor, *_: object) -> torch.Tensor:
-    """Return x after dropout with the kernels' mask for one slot."""
+    """Return x after dropout with the mask that the kernels use for one adapter."""
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
@@ -196,7 +196,7 @@ def _(
     with_factors: bool,
     impl: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return ds, the gradients of the factors, and the column sums of dy, from one read of dy.
+    """Return ds, the gradients of lora_b and lora_bias, and the column sums of dy.
 
     With rows, which come in runs of ``run``, the gradients are one buffer for
     `layout.split_grad_b`. The buffer is empty without ``with_factors``. ``with_bias`` says which
@@ -225,7 +225,7 @@ def _(
     lora_a: _Factors,
     *_: object,
 ) -> torch.Tensor:
-    """Return dx of one module, or dx of the adapters' term alone if there is no weight."""
+    """Return the gradient of x, or its adapters' part alone if there is no weight."""
     return dy.new_empty(dy.shape[0], present(lora_a, 0)[0].shape[1])
 
 
@@ -236,7 +236,7 @@ def _(
 def _(
     x: torch.Tensor, ds: _Tensors, rows: _Tensors, run: int, lora_a: _Factors, *_: object
 ) -> _Tensors:
-    """Return d_lora_a of G modules, given one ds per module, from one read of x.
+    """Return the gradients of lora_a of G modules, given one ds per module.
 
     Active dropout needs a read of x for each module. With one slot, there is one tensor for each
     module. With rows, which come in runs of ``run``, there is one buffer for `layout.split_grad_a`.
@@ -270,7 +270,7 @@ def _(
     plan: str,
     siblings: list[int] | None = None,
 ) -> _Tensors:
-    """Return y of one module, and the s of ``siblings`` unless s is given.
+    """Return the output y of one module, and s for all modules of ``siblings`` unless given.
 
     ``siblings`` are the modules that share a shrink, as a range of table rows: the first row, and
     the row after the last one. Their s consists of split-K partial sums that have not been added
@@ -294,7 +294,7 @@ def _(*_: object) -> None:
     " str impl) -> ()"
 )
 def _(*_: object) -> None:
-    """Compute ``y = (y - bias) * g + bias`` in rows with DoRA scales g on the module.
+    """Compute ``y = (y - bias) * g + bias`` in the rows of adapters that have DoRA scales g.
 
     ``scale_address`` is int64 ``[G, S]``, the addresses of g, fp32 ``[N]``. 0 stands for no scales;
     see also `fastlora.ops.factors.PENDING`. All other rows keep their bits.

@@ -47,14 +47,17 @@ def draw_seeds(
 
 
 def layer_seeds(seeds: torch.Tensor, layers: Sequence[int]) -> torch.Tensor:
-    """Return the seeds of L layers, given by number, and S adapters, int64 ``[L, S]``."""
+    """Return the dropout seeds of L layers and S adapters, int64 ``[L, S]``.
+
+    ``layers`` are the numbers of the layers.
+    """
     steps = [_signed((number + 1) * _INCREMENT) for number in layers]
     steps_of = torch.tensor(steps, dtype=torch.int64, device=seeds.device)
     return _mixed_bits(seeds[None, :] + steps_of[:, None])  # wraps around at 64 bits
 
 
 def seeds_of_layer(seeds: torch.Tensor, layer: int) -> torch.Tensor:
-    """Return the seeds of one layer and S adapters, int64 ``[S]``; see `layer_seeds`."""
+    """Return the dropout seeds of one layer for S adapters, int64 ``[S]``; see `layer_seeds`."""
     return _mixed_bits(seeds + _signed((layer + 1) * _INCREMENT))
 
 
@@ -71,5 +74,5 @@ def _mixed_bits(z: torch.Tensor) -> torch.Tensor:
 
 
 def _shifted(z: torch.Tensor, bits: int) -> torch.Tensor:
-    """Return z shifted right by ``bits``, filling with zeros from the left."""
+    """Return z after a logical right shift by ``bits``."""
     return (z >> bits) & (2 ** (64 - bits) - 1)

@@ -37,7 +37,7 @@ _CHUNK = 1 << 18
 
 
 class InRows(NamedTuple):
-    """A weight ``[N, K]`` that is computed a few rows at a time, such as a quantized weight.
+    """A weight that is computed a few rows at a time, such as a quantized weight.
 
     Attributes:
         make: Yields the rows in parts ``[n, K]``.
@@ -54,7 +54,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def outside_autocast(compute: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """Return a function of a weight and other arguments that disables autocast while it runs."""
+    """Wrap a function so that autocast is disabled while it runs."""
 
     @functools.wraps(compute)
     def run(weight: torch.Tensor | InRows, *args: object) -> torch.Tensor:
@@ -69,7 +69,7 @@ def outside_autocast(compute: Callable[..., torch.Tensor]) -> Callable[..., torc
 
 @torch.no_grad()
 def square_norms(weight: torch.Tensor | InRows, at_once: bool = False) -> torch.Tensor:
-    """Return ``||weight||^2`` of each row, ``[N]`` in fp32 (fp64 for fp64).
+    """Return the squared norm of each row of a weight, ``[N]`` in fp32 (fp64 for an fp64 weight).
 
     16-bit weights are converted a few rows at a time, so that no temporary is as large as the
     weight. Pass ``at_once`` in a graph, in which the compiler avoids the temporary.
@@ -94,7 +94,7 @@ def adapted_sums(
     lora_b: torch.Tensor,
     scaling: torch.Tensor | float,
 ) -> torch.Tensor:
-    """Return ``||weight + scaling * lora_b @ lora_a||^2`` of each row.
+    """Return the squared norm of each row of ``weight + scaling * lora_b @ lora_a``.
 
     The norms are computed in factored form:
     ``||W||^2 + 2 c rowsum((W A^T) * B) + c^2 rowsum((B (A A^T)) * B)``.
@@ -134,7 +134,7 @@ def adapted_sums(
 
 
 def nonzero(sums: torch.Tensor) -> torch.Tensor:
-    """Return squared norms with infinity in place of 0: rows with norm 0 get g = 0, not NaN."""
+    """Replace squared norms of 0 by infinity, so that DoRA's scale is 0 there and not NaN."""
     return F.threshold(sums, 0.0, float("inf"))  # keeps NaN
 
 
@@ -142,12 +142,15 @@ def nonzero(sums: torch.Tensor) -> torch.Tensor:
 
 
 def scale_of(magnitude: torch.Tensor, squares: torch.Tensor | None) -> torch.Tensor:
-    """Return the scale g, ``[N]``. Without squares, ``magnitude`` is already g."""
+    """Return DoRA's scale g ``[N]`` of each output.
+
+    Without ``squares``, ``magnitude`` is already the scale.
+    """
     return magnitude if squares is None else magnitude.to(squares.dtype) * squares.rsqrt()
 
 
 def times(u: torch.Tensor, scale: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    """Return ``u * scale`` in u's dtype, rounded once. ``scale`` may have a wider dtype.
+    """Return ``u * scale`` in u's dtype, rounded once, for a scale that may have a wider dtype.
 
     The result is written to ``out`` if it is given. On a GPU, no wider copy of u is made.
     """
@@ -175,7 +178,7 @@ def scale_columns(
 def scaled_with_sums(
     dy: torch.Tensor, u: torch.Tensor, scale: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return ``scale * dy``, and the sums of ``dy * u`` over rows, ``[N]``."""
+    """Return ``scale * dy``, and the column sums ``[N]`` of ``dy * u``."""
     product = dy * u
     # In fp16, sums of scaled losses can overflow. In bf16, they would be rounded to 8 bits.
     sums = product.sum(0, dtype=torch.float32 if dy.itemsize == 2 else None)
@@ -189,7 +192,7 @@ def scale_columns_backward(
     magnitude: torch.Tensor,
     squares: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return the gradient of u, and the gradient of the magnitude, or None without u."""
+    """Return the gradients of u and of the magnitude; the second is None if u is not given."""
     scale = scale_of(magnitude, squares)
     if u is None:
         return scale_columns(dy, None, scale), None
@@ -241,7 +244,7 @@ def forward_rows(
     adapter: Dropped,
     inplace: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Run an adapter on the rows ``[M, K]`` of x without recording a graph.
+    """Run a DoRA adapter with active dropout on rows ``[M, K]`` without recording a graph.
 
     ``base [M, N]`` is the base layer's output, or None to compute it from weight and bias. With
     ``inplace``, y may overwrite ``base``, which must then be contiguous.
@@ -280,7 +283,7 @@ def gradients(
     wants_weight: bool,
     wants: Sequence[bool],
 ) -> tuple[_Gradient, _Gradient, list[_Gradient]]:
-    """Return the gradients of x, of the weight, and of ``[lora_a, lora_b, magnitude]``.
+    """Return the gradients of x, of the weight, and of lora_a, lora_b, and the magnitude.
 
     A gradient that is not wanted is None. ``wants`` says which of lora_a, lora_b, and magnitude are
     wanted. ``dy [M, N]`` is in x's dtype. ``rows`` is x, and is needed for the gradients of the
@@ -324,5 +327,5 @@ def gradients(
 
 
 def _scaled_rows(lora_b: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return ``g * lora_b`` in ``dtype`` for g ``[N]``; the product is rounded once."""
+    """Return lora_b with its rows scaled by DoRA's g, rounded once to ``dtype``."""
     return (lora_b.detach().to(dtype).to(scale.dtype) * scale[:, None]).to(dtype)

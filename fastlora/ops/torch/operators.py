@@ -32,7 +32,7 @@ def keep(
 def _layers(
     lora_a: _Factors, modules: int, seeds: torch.Tensor | None, dropout_p: Sequence[float]
 ) -> list[Operands]:
-    """Return each module's own lora_a and dropout, taken from the lists of all modules."""
+    """Split the lora_a and the dropout of all modules into one record per module."""
     downs, slots = present(lora_a, 0), len(lora_a) // modules
     found = []
     for start in range(0, len(downs), slots):
@@ -50,7 +50,7 @@ def shrink(
     seeds: torch.Tensor | None,
     dropout_p: Sequence[float],
 ) -> torch.Tensor:
-    """Return s of G modules, ``[G, M, R]``."""
+    """Return the shrink output s of G modules, ``[G, M, R]``."""
     return segments.shrink(x, _layers(lora_a, modules, seeds, dropout_p), rows_of(rows))
 
 
@@ -108,7 +108,7 @@ def grad_b(
     scaling: torch.Tensor,
     with_factors: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return ds, a buffer with d_lora_b and d_lora_bias of every adapter, and an empty tensor."""
+    """Return ds, a buffer with the gradients of lora_b and lora_bias, and an empty tensor."""
     batch, ups = rows_of(rows), present(lora_b, 1)
     packed = ups[0].new_zeros(layout_b(ups, with_bias)[2] if with_factors else 0)
     # Only the dtype of a lora_bias is read.
@@ -132,7 +132,7 @@ def grad_x(
     dropout_p: Sequence[float],
     plan: str,
 ) -> torch.Tensor:
-    """Return dx of one module, or dx of the adapters' term alone if there is no weight."""
+    """Return the gradient of x, or its adapters' part alone if there is no weight."""
     operands, batch = segments.down(present(lora_a, 0), seeds, dropout_p), rows_of(rows)
     return segments.grad_x(batch.sorted(dy), weight, ds, operands, batch)
 
@@ -146,7 +146,7 @@ def grad_a(
     seeds: torch.Tensor | None,
     dropout_p: Sequence[float],
 ) -> list[torch.Tensor]:
-    """Return a list of one buffer with every d_lora_a of G modules, given one ds per module."""
+    """Return, as a list of one buffer, the gradients of lora_a of G modules."""
     downs = present(lora_a, 0)
     packed, layers = downs[0].new_zeros(layout(downs)[1]), _layers(downs, len(ds), seeds, dropout_p)
     found = segments.grad_a(x, ds, layers, rows_of(rows), [True] * len(downs))
@@ -193,7 +193,7 @@ def scale_(
     scale_address: torch.Tensor,
     index: int,
 ) -> None:
-    """Scale the rows of y in place; rows with the address `PENDING` become NaN."""
+    """Scale the rows of y in place by DoRA's scales; rows with the address `PENDING` become NaN."""
     if not y.numel():
         return
     batch, shift = rows_of(rows), None if bias is None else bias.to(y.dtype)
@@ -210,6 +210,6 @@ def scale_(
 
 
 def block_at(address: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Return a tensor that views the memory of this process at an address."""
+    """Return a tensor that is a view of the process's memory at an address."""
     raw = (ctypes.c_char * (math.prod(shape) * dtype.itemsize)).from_address(address)
     return torch.frombuffer(raw, dtype=dtype).view(shape)

@@ -26,7 +26,7 @@ _ROUNDED_UNITS = 8
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """The positions of the rank rows of a set of adapters.
+    """The positions of a set of adapters' rank rows in packed factors.
 
     Layers on which the adapters have the same ranks share a layout.
 
@@ -44,13 +44,15 @@ class Layout:
 
     @property
     def rank_rows(self) -> int:
-        """The number of all rank rows, including unused ones, which are zeros."""
+        """The total number of rank rows, including unused ones, which are zeros."""
         return self.unit * self.units
 
 
 @functools.lru_cache(maxsize=256)
 def make_layout(ranks: tuple[int, ...], coalesced: bool = False) -> Layout:
-    """Assign adapters to units, the largest first, each to the first unit with enough room.
+    """Assign adapters to units of rank rows, each to the first unit with enough room.
+
+    The largest adapters are assigned first.
 
     With ``coalesced``, units will be combined into blocks, and a large number of units is rounded
     up to full blocks.
@@ -81,7 +83,7 @@ def make_layout(ranks: tuple[int, ...], coalesced: bool = False) -> Layout:
 
 
 class LayerPack(NamedTuple):
-    """The factors of a set of adapters on one layer.
+    """The packed factors of a set of adapters on one layer.
 
     Attributes:
         layout: Position of the rank rows.
@@ -97,7 +99,7 @@ class LayerPack(NamedTuple):
 
 
 def pack_layer(slots: Slots, dtype: torch.dtype, kind: RowsKind) -> LayerPack | None:
-    """Pack a layer's adapters, rounded to x's dtype, for a kind of batch.
+    """Pack the factors of a layer's adapters for a kind of batch, in x's dtype.
 
     The result is None if no adapter has factors, or if any factor is not finite. A product that
     serves several adapters would carry a NaN from one adapter to the others.
@@ -138,5 +140,5 @@ def _layout(slots: Slots, dtype: torch.dtype, kind: RowsKind) -> Layout | None:
 
 
 def is_for(pack: LayerPack, dtype: torch.dtype, kind: RowsKind) -> bool:
-    """Return whether packing for this kind of batch in the same dtype would give the same pack."""
+    """Return whether a pack also fits another kind of batch in the same dtype."""
     return make_layout(pack.layout.ranks, is_coalesced(dtype, kind)) is pack.layout

@@ -35,7 +35,7 @@ _MATRIX_UNIT = frozenset(
 
 
 class RowsKind(enum.Enum):
-    """The kind of a batch's rows, as far as the choice of products depends on it.
+    """The kind of a batch's rows, which decides how matrix products are arranged.
 
     Attributes:
         FEW: Few rows, as in a decode or with a short prompt.
@@ -49,20 +49,25 @@ class RowsKind(enum.Enum):
 
 
 def kind_of(rows: int, each: int) -> RowsKind:
-    """Return the kind of a batch of ``rows`` rows, with ``each`` adjacent rows per id."""
+    """Return the kind of a batch with ``rows`` rows, if ``each`` adjacent ones share an id."""
     if rows <= _FEW_ROWS:
         return RowsKind.FEW
     return RowsKind.SAMPLES if each >= _LONG else RowsKind.MANY
 
 
 def is_dense(unit: int, units: int, dtype: torch.dtype) -> bool:
-    """Return whether every row is best multiplied by all rank rows, ``units`` of ``unit`` each."""
+    """Return whether multiplying every row by the rank rows of all adapters is fastest.
+
+    There are ``units`` units of ``unit`` rank rows each.
+    """
     limit = _DENSE_MATRIX_UNIT if dtype in _MATRIX_UNIT else _DENSE
     return units == 1 or unit * units <= limit
 
 
 def is_coalesced(dtype: torch.dtype, kind: RowsKind) -> bool:
-    """Return whether batched products are faster with several units per block: 16 bits, few rows.
+    """Return whether batched products are faster with several units of rank rows per block.
+
+    This is the case for few rows in a 16-bit dtype.
 
     In bf16, 64 rows of 64 adapters take 4.6 times as long as the base product with blocks of 4
     rows, and 6.1 times as long with blocks of 1 row. In fp32, the block size makes no difference.

@@ -37,7 +37,7 @@ _MOST_PLACES = {RowsKind.FEW: 2.0, RowsKind.MANY: 1.25, RowsKind.SAMPLES: 1.25}
 
 
 class Dense(NamedTuple):
-    """A plan that multiplies every row by all rank rows.
+    """A plan that multiplies every row by the rank rows of all adapters.
 
     Attributes:
         other: bool ``[M, rank rows]``, the rank rows that belong to other adapters than the row's
@@ -48,7 +48,7 @@ class Dense(NamedTuple):
 
 
 class Blocks(NamedTuple):
-    """A plan that arranges rows in blocks, each with a few units of rank rows.
+    """A plan that gathers rows into blocks, each for a few units of rank rows.
 
     Attributes:
         blocks: Number of blocks.
@@ -71,7 +71,7 @@ class Blocks(NamedTuple):
 
 
 class Samples(NamedTuple):
-    """A plan for B samples of T adjacent tokens.
+    """A plan that multiplies each sample by its own adapter's rank rows, for B samples of T tokens.
 
     Attributes:
         units: The unit of each sample's adapter, int64 ``[B]``; any unit for a sample without an
@@ -92,7 +92,7 @@ Plan = Dense | Blocks | Samples
 def plan_for(
     rows: Rows, layout: Layout, dtype: torch.dtype, known: dict[tuple[Layout, int], Plan | None]
 ) -> Plan | None:
-    """Return the plan of the products, from the cache ``known`` if possible.
+    """Return a plan for the matrix products of a batch, from the cache ``known`` if possible.
 
     The result is None if separate products for each adapter are faster.
     """
@@ -143,7 +143,7 @@ def _samples(
 
 
 def _blocks(first: torch.Tensor, rank: torch.Tensor, layout: Layout, coalesced: int) -> Blocks:
-    """Assign every row a place in its adapter's block. Rows without an adapter fill free places."""
+    """Assign each row a place in its adapter's block; rows without an adapter fill free places."""
     m, blocks = first.numel(), layout.units // coalesced
     width = coalesced * layout.unit
     block = first // width
@@ -170,7 +170,7 @@ def _blocks(first: torch.Tensor, rank: torch.Tensor, layout: Layout, coalesced: 
 
 
 def shrink(x: torch.Tensor, pack: LayerPack, plan: Plan) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return x and s, with zeros in the columns of s that belong to other adapters.
+    """Return x and the shrink output s, with zeros in other adapters' columns of s.
 
     ``x [M, K]`` is returned as it is, or with its rows gathered into blocks. s is ``[M, rank
     rows]``, ``[blocks, C, rank rows of a block]``, or ``[B, T, unit]``.
@@ -198,7 +198,7 @@ def linear(
     pack: LayerPack,
     plan: Plan,
 ) -> torch.Tensor:
-    """Return the output ``[M, N]`` of a plain linear base layer with each row's own adapter."""
+    """Return the output ``[M, N]`` of a plain linear layer with each row's own adapter."""
     if isinstance(plan, Blocks) and plan.exact:
         gathered, s = shrink(x, pack, plan)
         y = products.linear(gathered, weight, bias)
@@ -209,7 +209,7 @@ def linear(
 
 
 def add_(y: torch.Tensor, x: torch.Tensor, rows: Rows, pack: LayerPack, plan: Plan) -> torch.Tensor:
-    """Add each row's own adapter for ``x [M, K]`` to ``y [M, N]`` in place."""
+    """Add the output of each row's own adapter to ``y [M, N]`` in place."""
     _, s = shrink(x, pack, plan)
     if isinstance(plan, Dense):
         # [M, rank rows] x [rank rows, N]

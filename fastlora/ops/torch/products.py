@@ -30,7 +30,7 @@ _LEAST = 32
 
 @dataclass(frozen=True)
 class Emulation:
-    """Limits that decide when the operands of an emulated dtype are converted to fp32.
+    """Size limits that decide when products in an emulated dtype are computed in fp32.
 
     Attributes:
         few_rows: Up to this many rows of x, PyTorch is as fast for a weight ``[N, K]``.
@@ -58,7 +58,10 @@ ONEDNN = Emulation(few_rows=63, few_other_rows=63, largest_part=1 << 16)
 
 
 def _emulated() -> dict[torch.dtype, Emulation]:
-    """Return the dtypes of products that this processor emulates, as far as is known (x86 only)."""
+    """Return the dtypes that this processor emulates in matrix products, as far as is known.
+
+    Only x86 processors are known.
+    """
     capability = torch.backends.cpu.get_cpu_capability()
     if capability not in ("AVX2", "AVX512") or not torch.backends.mkldnn.is_available():
         return {}
@@ -77,7 +80,7 @@ EMULATED = _emulated()
 
 
 def widens(*operands: torch.Tensor) -> bool:
-    """Return whether a product of these operands is computed in fp32 here."""
+    """Return whether this module computes a product of these operands in fp32."""
     first = operands[0]
     return (
         first.dtype in EMULATED
@@ -90,7 +93,7 @@ def widens(*operands: torch.Tensor) -> bool:
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """Return ``x @ weight.T + bias``, ``[M, N]``, for ``x [M, K]``."""
+    """Return ``x @ weight.T + bias``, of shape ``[M, N]``, for ``x [M, K]``."""
     operands = (x, weight) if bias is None else (x, weight, bias)
     if x.dtype not in EMULATED or not widens(*operands) or _are_few(x, weight.t()):
         return F.linear(x, weight, bias)
@@ -98,7 +101,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 
 
 def mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Return ``a @ b``, ``[M, N]``, for ``a [M, K]`` and ``b [K, N]``."""
+    """Return ``a @ b``, of shape ``[M, N]``, for ``a [M, K]`` and ``b [K, N]``."""
     if a.dtype not in EMULATED or not widens(a, b) or _are_few(a, b):
         return torch.mm(a, b)
     y = a.new_empty(a.shape[0], b.shape[1])
@@ -123,7 +126,7 @@ def addmm_(y: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def bmm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Return ``a @ b``, ``[G, M, N]``, for ``a [G, M, K]`` and ``b [G, K, N]``."""
+    """Return ``a @ b``, of shape ``[G, M, N]``, for ``a [G, M, K]`` and ``b [G, K, N]``."""
     if not widens(a, b) or _are_few(a, b):
         return torch.bmm(a, b)
     y = a.new_empty(a.shape[0], a.shape[1], b.shape[2])
@@ -143,12 +146,12 @@ def baddbmm_(y: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def is_slow(dtype: torch.dtype, rows: int) -> bool:
-    """Return whether products of ``rows`` rows are slow in PyTorch, in at least one layout."""
+    """Return whether PyTorch's own products with this many rows are slow in some layout."""
     return dtype in EMULATED and rows > EMULATED[dtype].few_other_rows
 
 
 def _are_few(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Return whether a has so few rows that PyTorch's emulated ``a @ b`` is as fast."""
+    """Return whether ``a`` has so few rows that PyTorch's emulated ``a @ b`` is as fast."""
     emulation = EMULATED[a.dtype]
     few = emulation.few_rows if b.stride(-2) == 1 else emulation.few_other_rows
     return a.shape[-2] <= few
@@ -160,7 +163,7 @@ def _in_parts(
     a: torch.Tensor,
     b: torch.Tensor,
 ) -> None:
-    """Call ``compute`` on parts of y with operands in fp32; the smaller operand is not split."""
+    """Compute y in parts, with operands converted to fp32; the smaller operand is not split."""
     by_rows = a.numel() > b.numel()
     parted, whole = (a, b.float()) if by_rows else (b.t(), a.float())
     results = y if by_rows else y.t()

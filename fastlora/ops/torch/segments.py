@@ -33,7 +33,7 @@ def down(
     seeds: torch.Tensor | None = None,
     dropout_p: Sequence[float] | None = None,
 ) -> Operands:
-    """Return operands for functions that only read lora_a and dropout."""
+    """Return an `Operands` record for functions that only read lora_a and dropout."""
     none, unread = [0.0] * len(lora_a), lora_a[0].new_empty(0)
     return Operands(list(lora_a), [], [], unread, tuple(dropout_p or none), seeds)
 
@@ -43,7 +43,7 @@ def up(
     lora_bias: Sequence[torch.Tensor | None],
     scaling: torch.Tensor,
 ) -> Operands:
-    """Return operands for functions that only read lora_b, lora_bias, and scaling."""
+    """Return an `Operands` record for functions that only read lora_b, lora_bias, and scaling."""
     return Operands([], list(lora_b), list(lora_bias), scaling, (0.0,) * len(lora_b))
 
 
@@ -63,7 +63,7 @@ class _Share(NamedTuple):
     own: slice
 
     def part(self, s: torch.Tensor) -> torch.Tensor:
-        """Return a view of the adapter's part of s or ds, ``[rows, rank]``."""
+        """Return a view of this adapter's part of s or ds, ``[rows, rank]``."""
         return s[self.at, : self.rank] if s.dim() == 2 else s[self.own].view(-1, self.rank)
 
 
@@ -85,7 +85,7 @@ def _shares(operands: Operands, rows: Rows) -> list[_Share]:
 
 
 def _dropped(rows: torch.Tensor, operands: Operands, place: int) -> torch.Tensor:
-    """Return rows of an adapter after dropout. Every call uses the same mask."""
+    """Return rows of an adapter after dropout, with the same mask in every call."""
     if operands.seeds is None or not operands.dropout_p[place]:
         return rows
     check_dropout_dtype(rows.dtype)
@@ -96,7 +96,10 @@ def _dropped(rows: torch.Tensor, operands: Operands, place: int) -> torch.Tensor
 def forward(
     x: torch.Tensor, base: Base, operands: Operands, rows: Rows, s: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the output ``[M, N]`` of a base layer with each row's own adapter, and s."""
+    """Return the output ``[M, N]`` of a layer with each row's own adapter, and s.
+
+    s is the shrink output, either given or computed here.
+    """
     x, y = rows.sorted(x), base.y
     if base.weight is not None:
         ordered = products.linear(x, base.weight, base.bias)
@@ -112,7 +115,10 @@ def forward(
 def _add_shares(
     y: torch.Tensor, x: torch.Tensor, operands: Operands, rows: Rows, s: torch.Tensor | None
 ) -> torch.Tensor:
-    """Add every adapter to its own rows of y in place and return s. Rows are sorted."""
+    """Add the output of each adapter to its rows of y in place, and return the shrink output s.
+
+    Rows are sorted.
+    """
     made, drops, shares = s is None, operands.seeds is not None, _shares(operands, rows)
     if s is None:
         s = x.new_empty(shares[-1].own.stop if shares else 0)
@@ -142,7 +148,9 @@ def _add_shares(
 def _add_batched(
     y: torch.Tensor, x: torch.Tensor, operands: Operands, group: list[_Share], s: torch.Tensor
 ) -> None:
-    """Add adapters of one rank to y, and write s, with two batched products over stacked factors.
+    """Add the output of several adapters of one rank to y, with two batched products.
+
+    The products use stacked factors, and s is written too.
 
     If an adapter has fewer rows than another one in the group, its first row fills the free places,
     and the results there are discarded. No adapter is multiplied with the rows of another one.
@@ -171,7 +179,9 @@ def _add_batched(
 def _padded(
     spans: tuple[tuple[int, int], ...], device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return indices that arrange G spans of rows as ``[G, C]``; C is the longest span's length.
+    """Return indices that gather G spans of rows into a padded batch ``[G, C]``.
+
+    C is the length of the longest span.
 
     The result has three parts: the row at each place, ``[G * C]``, where the first row of a span
     fills its free places; the places that are not filled this way; and the rows at those places.
@@ -191,7 +201,7 @@ def _padded(
 
 
 def shrink(x: torch.Tensor, layers: Sequence[Operands], rows: Rows) -> torch.Tensor:
-    """Return s of G layers with the same input x, ``[G, M, R]``.
+    """Return the shrink output s of G layers with the same input x, ``[G, M, R]``.
 
     The rows of x may be in any order. Those of s are sorted.
     """
@@ -212,7 +222,9 @@ def grad_b(
     wants: Sequence[bool],
     wants_ds: bool = True,
 ) -> tuple[torch.Tensor, list[torch.Tensor | None], list[torch.Tensor | None]]:
-    """Return ds, and d_lora_b and d_lora_bias of each adapter, or None for an adapter without rows.
+    """Return ds, and the gradients of each adapter's lora_b and lora_bias.
+
+    The gradients are None for an adapter without rows.
 
     ``dy`` is at sorted positions. ``wants`` says whether the gradients of ``lora_a, lora_b,
     lora_bias`` of each adapter in turn are wanted.
@@ -240,7 +252,7 @@ def grad_x(
     operands: Operands,
     rows: Rows,
 ) -> torch.Tensor:
-    """Return ``dx [M, K]``, or dx of the adapters' term alone if there is no weight.
+    """Return the gradient of x, or its adapters' part alone if there is no weight.
 
     ``dy`` is at sorted positions. The rows of dx are in their original order.
     """
@@ -265,7 +277,7 @@ def grad_a(
     rows: Rows,
     wants: Sequence[bool],
 ) -> list[torch.Tensor | None]:
-    """Return d_lora_a of each adapter of G layers.
+    """Return the gradient of lora_a of each adapter of G layers.
 
     ``wants`` says which are wanted. The result has None for an adapter without rows, and for a
     gradient that is not wanted. The rows of x may be in any order.

@@ -19,7 +19,7 @@ def keep_mask(
     dropout_p: float,
     after: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Return the dropout mask of x; see `reference.lora_keep`. Compilers see an operator.
+    """Return the dropout mask of x, from a registered operator if a compiler traces.
 
     ``after`` is a tensor of the backward pass that needs the mask, or None in a forward pass.
     """
@@ -34,7 +34,7 @@ def shrink(
     seed: torch.Tensor | None,
     dropout_p: float,
 ) -> torch.Tensor:
-    """Return s. With a seed, dropout is applied to x first."""
+    """Return the shrink output s of x, after dropout if there is a seed."""
     if seed is None:
         return reference.lora_shrink(x, lora_a)
     dropped = reference.select_(keep_mask(x, seed, dropout_p, None), x)
@@ -42,7 +42,7 @@ def shrink(
 
 
 def gradients(given: Backward) -> Gradients:
-    """Return the gradients of a layer; see `fastlora.ops.backend.Backend.gradients`."""
+    """Return the gradients of a layer with one adapter; see `Backend.gradients`."""
     dy, weight, x, operands, _, s, _, wants_x, wants_bias, _, wants = given
     (lora_a,), (lora_b,), _, scaling, (dropout_p,), seed, _ = operands
     wants_a, wants_b, _ = wants

@@ -59,7 +59,7 @@ def grad_b(
     scaling: torch.Tensor,
     with_factors: bool,
 ) -> _GradB:
-    """Return ds, the gradients of the factors, and for one slot the column sums of dy."""
+    """Return ds, the gradients of lora_b and lora_bias, and for one slot the column sums of dy."""
     ups = present(lora_b, 1)
     if not rows:
         return _grad_b_one(dy, s, ups[0], scaling, with_bias[0])
@@ -76,7 +76,7 @@ def grad_x(
     dropout_p: Sequence[float],
     plan: str,
 ) -> torch.Tensor:
-    """Return dx ``[M, K]``, or dx of the adapters' term alone if there is no weight."""
+    """Return the gradient of x, or its adapters' part alone if there is no weight."""
     downs = present(lora_a, 0)
     if not rows:
         p = 0.0 if seeds is None else dropout_p[0]
@@ -108,7 +108,11 @@ def grad_a(
     seeds: torch.Tensor | None,
     dropout_p: Sequence[float],
 ) -> list[torch.Tensor]:
-    """Return d_lora_a of each module for one slot, or one buffer for all modules and slots."""
+    """Return the gradient of lora_a of each module, or one buffer with all gradients if packed.
+
+    There is one tensor per module if one slot has all rows. Otherwise a list of one buffer has the
+    gradients of all modules and slots.
+    """
     downs = present(lora_a, 0)
     if not rows:
         return _grad_a_one(x, ds, downs, seeds, dropout_p)
@@ -122,7 +126,7 @@ def siblings(
     wants: tuple[bool, ...],
     *tensors: torch.Tensor | Coded | None,
 ) -> list[torch.Tensor | None]:
-    """Compute `fastlora.ops.backend.Backend.siblings_gradients`.
+    """Return the gradients of a shared-input group, as `Backend.siblings_gradients` defines them.
 
     ``tensors`` are every dy, the operands, and s. dx is one tensor, into which the products of the
     modules accumulate one after the other.
@@ -168,7 +172,7 @@ def siblings(
 
 
 def _side_by_side(*seeds: torch.Tensor | None) -> torch.Tensor:
-    """Return int64 ``[G]`` from seeds ``[1]``, with any number in place of None."""
+    """Concatenate seeds into one tensor, int64 ``[G]``, with any number in place of None."""
     any_seed = next(seed for seed in seeds if seed is not None)
     return torch.cat([any_seed if seed is None else seed for seed in seeds])
 
@@ -183,7 +187,7 @@ def _grad_b_one(
     scaling: torch.Tensor,
     with_bias: bool,
 ) -> _GradB:
-    """Return ds, d_lora_b, and the column sums of dy.
+    """Return ds, the gradient of lora_b, and the column sums of dy, for one adapter.
 
     If partial sums of ds would cost more than a read of dy, a library product computes ds.
     """
@@ -208,7 +212,7 @@ def _sums_over_rows(
     with_ds: bool,
     config: KernelConfig,
 ) -> list[torch.Tensor]:
-    """Return d_lora_b, the column sums of dy, and on request ds.
+    """Return the gradient of lora_b, the column sums of dy, and on request ds.
 
     There is one launch over dy, and one that adds partial sums if programs share a sum.
     """
@@ -247,7 +251,9 @@ def _grad_x_one(
     plan: str,
     onto: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return dx: one fused launch, or an update that writes dx, and a library product added to it.
+    """Return the gradient of x for one adapter, including the base layer's part.
+
+    There is one fused launch, or an update that writes dx, and a library product added to it.
 
     ``onto`` is the dx of earlier modules of a shared-input group, to which this one is added.
     """
@@ -284,7 +290,7 @@ def _grad_x_of_adapter(
     dropout_p: float,
     onto: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return the adapter's term of dx ``[M, K]``, added to ``onto``, in one launch."""
+    """Return the adapter's part of the gradient of x, added to ``onto``, in one launch."""
     (m, n), (r, k) = dy.shape, lora_a.shape
     dx, config = onto, config_of("lora_grad_x_add", dy, m, n, k, r)
     if dx is None:
@@ -302,7 +308,7 @@ def _grad_a_one(
     seeds: torch.Tensor | None,
     dropout_p: Sequence[float],
 ) -> list[torch.Tensor]:
-    """Return d_lora_a of each module.
+    """Return the gradient of lora_a of each module.
 
     There is one launch over x for every four modules, and one that adds partial sums if rows are
     split.
@@ -327,7 +333,7 @@ def _grad_a_of_siblings(
     seeds: torch.Tensor | None,
     dropout_p: list[float],
 ) -> list[torch.Tensor]:
-    """Return d_lora_a ``[R, K]`` of up to `MAX_SIBLINGS` modules, in their factors' dtypes."""
+    """Return the gradients of lora_a of up to `MAX_SIBLINGS` modules, in their factors' dtypes."""
     (m, k), ranks, count = x.shape, [tensor.shape[1] for tensor in ds], len(ds)
     config = config_of("lora_grad_a", x, m, k=k, r=max(ranks), siblings=count)
     outs = [empty(x, r, k, dtype=dtype) for r, dtype in zip(ranks, dtypes, strict=True)]
@@ -353,7 +359,10 @@ def _grad_b_listed(
     scaling: torch.Tensor,
     with_factors: bool,
 ) -> _GradB:
-    """Return the results of `grad_b`: one launch over dy writes partial sums, and one adds them."""
+    """Return the results of `grad_b` for a mixed batch.
+
+    One launch over dy writes partial sums, and one adds them.
+    """
     (m, n), largest, device, fp32 = dy.shape, s.shape[1], dy.device, torch.float32
     offsets, bias_offsets, end = layout_b(lora_b, with_bias)
     packed = lora_b[0].new_empty(end if with_factors else 0)
@@ -396,7 +405,7 @@ def _grad_a_listed(
     lora_a: Sequence[torch.Tensor],
     dropout: DropoutTables | None,
 ) -> torch.Tensor:
-    """Return the buffer of all d_lora_a.
+    """Return a buffer with the gradients of all lora_a of a mixed batch.
 
     There is one launch over x for all modules, or under dropout one per module, and one that adds
     the partial sums.

@@ -9,7 +9,7 @@ from fastlora.ops.plans import precision
 
 
 def chip_of(x: torch.Tensor) -> chips.Chip:
-    """Return the chip that runs the launches of a tensor."""
+    """Return the chip of a tensor's device, on which its kernels run."""
     return chips.chip_of(x.device)
 
 
@@ -24,7 +24,7 @@ def config_of(
     siblings: int = 1,
     batch_invariant: bool = False,
 ) -> configs.KernelConfig:
-    """Return the config of a launch on x's device, with dots in x's dtype.
+    """Return the config of a kernel launch on x's device, for dots in x's dtype.
 
     The sizes, ``siblings``, and ``batch_invariant`` are as in `fastlora.kernels.configs.choose`.
     """

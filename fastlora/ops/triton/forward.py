@@ -50,7 +50,7 @@ def scale_(
     scale_address: torch.Tensor,
     index: int,
 ) -> None:
-    """Scale the rows of DoRA adapters, in one launch for any batch."""
+    """Scale the rows that belong to DoRA adapters in place, in one launch for any batch."""
     whole_bias = None if bias is None else bias.contiguous()
     mixed_dora_scale.launch_mixed_dora_scale(
         *(y, whole_bias, rows, scale_address[index]),

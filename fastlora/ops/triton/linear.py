@@ -76,7 +76,7 @@ def linear_at(
     plan: str,
     siblings: Sequence[int] | None = None,
 ) -> list[torch.Tensor]:
-    """Return y of one module, and for the first of ``siblings`` the s of all of them."""
+    """Return the output of one module, and for the first of several modules their s."""
     found = tables_of(tables, max_rank, factor_dtype)
     first, stop = siblings or (index, index + 1)
     invariant = plan == "invariant"
@@ -103,7 +103,7 @@ def siblings_at(
     max_rank: int,
     factor_dtype: torch.dtype,
 ) -> list[torch.Tensor]:
-    """Return y of 2 to 4 modules with the same input x and adjacent table rows.
+    """Return the outputs of 2 to 4 modules with the same input x and adjacent table rows.
 
     There are two launches, a shrink and a linear. If many adapters may share a row tile, there are
     library products, a shrink, and an expand. Quantized weights must all be of one kind.
@@ -120,7 +120,7 @@ def siblings_at(
 def siblings(
     x: torch.Tensor, dropout_p: tuple[float, ...], with_s: bool, *operands: _Operand
 ) -> list[torch.Tensor]:
-    """Compute `fastlora.ops.backend.Backend.siblings`.
+    """Return the outputs of a shared-input group, as `Backend.siblings` defines them.
 
     Under dropout, or if a tensor's layout is not supported in a shared launch, each module has its
     own launches.
@@ -170,7 +170,7 @@ def _linears(
     with_s: bool,
     launch: str = "coded_lora_linear",
 ) -> list[torch.Tensor]:
-    """Return y of the modules of one launch, and on request s, side by side.
+    """Return the outputs of the modules of one launch, and on request the shrink output s.
 
     There are two launches: a shrink unless s is given, and a linear or an expand. After an expand,
     library products accumulate into y. If the shrink splits K, the second launch reads its partial
@@ -223,7 +223,7 @@ def _are_alike(
     lora_b: _Tensors,
     seeds: Sequence[torch.Tensor | None],
 ) -> bool:
-    """Return whether one launch can compute all modules.
+    """Return whether one kernel launch can compute all of these modules.
 
     Raises:
         TypeError: The dtype of a weight is not x's.
@@ -249,7 +249,10 @@ def products_of_codes(
     biases: Sequence[torch.Tensor | None],
     launch: str = "coded_lora_linear",
 ) -> list[torch.Tensor]:
-    """Return the base product of each module with quantized weights, in one or two launches."""
+    """Return the base layer's output of each module with a quantized weight.
+
+    There are one or two launches.
+    """
     # An adapter of rank 0, of which nothing is read.
     none, ups = empty(x, x.shape[0], 0), [empty(x, weight.shape[0], 0) for weight in weights]
     scalings = [empty(x, 1, dtype=torch.float32)] * len(weights)
@@ -257,7 +260,7 @@ def products_of_codes(
 
 
 def _whole_rows(x: torch.Tensor) -> torch.Tensor:
-    """Return x ``[M, K]`` contiguous, aligned to 16 bytes, and with the same strides for M = 1.
+    """Return x as a contiguous tensor that is aligned to 16 bytes, with standard strides for M = 1.
 
     Triton would compile separate kernels for other layouts, and a batch may have any layout.
     """
@@ -274,7 +277,9 @@ def _base_products(
     up: RankRows,
     plan: str,
 ) -> tuple[str, list[torch.Tensor] | None]:
-    """Return the plan, and for "split" the base products, which run before shrink and expand.
+    """Return the plan, and for the plan "split" the base layers' outputs.
+
+    These are computed before the shrink and the expand.
 
     The library computes them, or for quantized weights one fastlora GEMM for all. ``stem`` names
     the launches, which have their own plans and configs.
@@ -309,7 +314,9 @@ def _linears_mixed(
     plan: str,
     after_shrink: bool,
 ) -> list[torch.Tensor]:
-    """Return y of each module, with plan and ys from `_base_products`, in one launch.
+    """Return the output of each module in a mixed batch, in one launch.
+
+    ``plan`` and ``ys`` are from `_base_products`.
 
     s is ``[splits, M, R]``, or for several modules ``[splits, G, M, R]`` with tables ``[G, S]``.
     """
@@ -337,7 +344,7 @@ def products_and_rank_rows(
     pdl: bool = False,
     dropout: DropoutTables | None = None,
 ) -> list[torch.Tensor]:
-    """Return the base product plus each row's rank rows, ``[M, N]`` for each module, in one launch.
+    """Return the output of each module with each row's own adapter, in one fused launch.
 
     s and ``pdl`` are as in `add_rank_rows_`.
     """

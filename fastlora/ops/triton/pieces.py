@@ -12,14 +12,14 @@ from fastlora.ops.rows import Rows
 
 
 def rows_at(rows: Rows, batch_invariant: bool = False) -> list[torch.Tensor]:
-    """Return the argument ``rows`` of operators that receive tables of addresses."""
+    """Return the tensors that operators receive as ``rows``, for factors in tables of addresses."""
     from fastlora.kernels.configs import piece_rows
 
     return [*rows.tensors(), rows.pieces(piece_rows(rows.m, batch_invariant))]
 
 
 def rows_listed(rows: Rows) -> list[torch.Tensor]:
-    """Return the argument ``rows`` of operators that receive lists of factors.
+    """Return the tensors that operators receive as ``rows``, for factors in lists.
 
     `rows_in_runs` is for the operators that work on runs.
     """
@@ -31,7 +31,7 @@ def rows_listed(rows: Rows) -> list[torch.Tensor]:
 def rows_in_runs(
     launch: str, rows: Rows, dtype: torch.dtype, columns: int
 ) -> tuple[list[torch.Tensor], int]:
-    """Return the argument ``rows`` of ``lora_grad_b`` or ``lora_grad_a``, and the rows of a run.
+    """Return the tensors that a gradient operator receives as ``rows``, and the rows per run.
 
     Args:
         launch: ``"mixed_lora_grad_b"`` or ``"mixed_lora_grad_a"``.

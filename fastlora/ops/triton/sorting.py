@@ -13,7 +13,7 @@ from fastlora.ops.triton.configs import config_of
 def sorted_rows(
     ids: torch.Tensor, slots: int, empty: tuple[torch.Tensor, ...], block_m: int
 ) -> tuple[torch.Tensor, ...] | None:
-    """Return ``empty`` filled with the sorted rows, or None if one program cannot sort the ids.
+    """Sort rows by slot into ``empty`` and return it, or None if one program cannot sort them.
 
     Args:
         ids: ``[B]`` on the device.

@@ -18,7 +18,10 @@ _Block = TypeVar("_Block", torch.Tensor, torch.Tensor | None)
 
 
 def dropout_tables(seeds: torch.Tensor | None, dropout_p: Sequence[float]) -> DropoutTables | None:
-    """Return the dropout of a launch, from seeds int64 ``[S]`` on the device and each slot's p."""
+    """Return device tables of each slot's dropout seed, threshold, and scale for a launch.
+
+    ``seeds`` is int64 ``[S]`` on the device, and ``dropout_p`` has the probability of each slot.
+    """
     if seeds is None:
         return None
     thresholds = tuple(round(p * 65536) for p in dropout_p)
@@ -34,7 +37,7 @@ def dropout_tables(seeds: torch.Tensor | None, dropout_p: Sequence[float]) -> Dr
 def down_rows(
     lora_a: Sequence[torch.Tensor], device: torch.device, shape: tuple[int, ...] = (-1,)
 ) -> RankRows:
-    """Return the rank rows of a shrink, or of a gradient of x, from aligned lora_a.
+    """Return the addresses and ranks of aligned lora_a, for a shrink or a gradient of x.
 
     ``shape`` is the shape of the tables.
     """
@@ -49,7 +52,7 @@ def up_rows(
     lora_bias: Sequence[torch.Tensor | None],
     scaling: torch.Tensor,
 ) -> RankRows:
-    """Return the rank rows that a forward pass adds, from aligned lora_b and lora_bias."""
+    """Return the addresses, ranks, and scalings of aligned lora_b and lora_bias."""
     device, ranks = scaling.device, tuple(b.shape[1] for b in lora_b)
     biased = any(bias is not None for bias in lora_bias)
     bias_address = addresses_of(lora_bias, device) if biased else None
@@ -59,14 +62,17 @@ def up_rows(
 
 
 def up_rows_at(tables: Tables, index: int | slice) -> RankRows:
-    """Return the rank rows that a forward pass adds, of one module or of adjacent table rows."""
+    """Return the addresses, ranks, and scalings in some rows of the tables, for a forward pass.
+
+    ``index`` selects one module, or adjacent modules.
+    """
     bias = None if tables.bias_address is None else tables.bias_address[index]
     own = tables.b_address[index], bias, tables.rank[index], tables.scaling[index]
     return RankRows(*own, tables.dtype, tables.max_rank)
 
 
 def aligned_blocks(tensors: Sequence[_Block]) -> list[_Block]:
-    """Return factors as kernels read them: contiguous, and at multiples of 16 bytes.
+    """Return factors as kernels read them: contiguous and aligned to 16 bytes.
 
     The result must live until the launch, because the launch only has the addresses.
     """
@@ -79,13 +85,13 @@ def aligned_blocks(tensors: Sequence[_Block]) -> list[_Block]:
 
 
 def addresses_of(blocks: Sequence[torch.Tensor | None], device: torch.device) -> torch.Tensor:
-    """Return the addresses of tensors, int64, with 0 for None and for a tensor without elements."""
+    """Return the addresses of tensors as int64, with 0 for None and for an empty tensor."""
     values = tuple(0 if b is None or not b.numel() else b.data_ptr() for b in blocks)
     return numbers_on(values, torch.int64, device)
 
 
 def max_columns_of(lora_a: Sequence[torch.Tensor], slots: int, modules: int) -> int:
-    """Return the largest number of rank rows of an adapter in ``modules`` adjacent modules.
+    """Return the largest sum of an adapter's ranks over ``modules`` adjacent modules.
 
     The rank in each module is rounded up to a multiple of 4.
     """
