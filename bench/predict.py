@@ -49,7 +49,7 @@ CASES = (
     *(Case("prefill", 2048, n) for n in (0, 4, 64)),
     *(Case("training", m, 0, p) for m in (2048, 8192) for p in (0.0, 0.1)),
 )
-# Parts of fastlora that can be switched off to measure their benefit.
+# Parts of fastlora that can be switched off to predict their benefit.
 PARTS = (
     "siblings at once",
     "split K",

@@ -28,7 +28,7 @@ COLUMNS: tl.constexpr = tl.constexpr(16)
 INVALID_SLOT: tl.constexpr = tl.constexpr(-2)
 # The shrink fills a row of s up to a multiple of this, so that 16 bytes of fp32 are one load.
 S_COLUMNS: tl.constexpr = tl.constexpr(4)
-# Read element by element: do not specialize kernels on addresses that are multiples of 16.
+# Read element by element: do not specialize kernels on the alignment of these addresses.
 TABLES = [
     "order_ptr",
     "segment_of_ptr",

@@ -270,7 +270,7 @@ def is_batch_invariant() -> bool:
 
 @contextlib.contextmanager
 def batch_invariant(enabled: bool = True) -> Iterator[None]:
-    """Turn the batch-invariant mode on or off for the forward passes of this thread in the block.
+    """Turn the batch-invariant mode on or off for this thread within a ``with`` block.
 
     ``FASTLORA_BATCH_INVARIANT=1`` in the environment turns the mode on for all threads. A forward
     pass that activation checkpointing repeats during the backward pass needs this setting. The mode

@@ -267,7 +267,7 @@ def siblings_at(
     max_rank: int,
     factor_dtype: torch.dtype,
 ) -> list[torch.Tensor] | None:
-    """Return the outputs of a shared-input group's modules, whose table rows start at ``first``.
+    """Return the outputs of a shared-input group's modules, with table rows from ``first`` on.
 
     The result is None if something observes operators, or if one launch cannot read all of the
     weights.

@@ -19,7 +19,7 @@ def keep_mask(
     dropout_p: float,
     after: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Return the dropout mask of x, from a registered operator if a compiler traces.
+    """Return the dropout mask of x, from a registered operator if a compiler is tracing.
 
     ``after`` is a tensor of the backward pass that needs the mask, or None in a forward pass.
     """

@@ -76,7 +76,7 @@ def linear_at(
     plan: str,
     siblings: Sequence[int] | None = None,
 ) -> list[torch.Tensor]:
-    """Return the output of one module, and for the first of several modules their s."""
+    """Return the output of one module, and s if it was computed here for several modules."""
     found = tables_of(tables, max_rank, factor_dtype)
     first, stop = siblings or (index, index + 1)
     invariant = plan == "invariant"
