@@ -1,7 +1,8 @@
-"""The bytes and FLOPs of every launch in closed form, from shapes and tiles alone.
+"""Bytes and FLOPs of every launch in closed form, from shapes and tile sizes alone.
 
-Each function says what one launch moves; the tests of kernels count it in Triton's interpreter. Of
-a mixed batch that is all but the tables and the routing: a number for each adapter, piece or row.
+Each function returns the traffic of one launch. The tests of the kernels count the same traffic in
+Triton's interpreter. In a mixed batch, the functions leave out the tables and the routing, which
+are a few numbers per adapter, piece, or row.
 """
 
 from __future__ import annotations
@@ -12,14 +13,14 @@ from typing import NamedTuple
 from fastlora.kernels.tables import KernelConfig, cdiv
 
 Bytes = dict[str, tuple[int, int]]
-# Of memory that an operator allocates for itself.
+# Key for memory that an operator allocates internally.
 ELSEWHERE = "elsewhere"
 SCALING = 4  # bytes of one fp32
 SEED = 8  # bytes of one int64
 
 
 class Form(NamedTuple):
-    """What one launch moves and multiplies: (distinct, issued) bytes by tensor, and FLOPs."""
+    """Traffic and work of one launch: (distinct, issued) bytes by tensor, and FLOPs."""
 
     loads: Bytes
     stores: Bytes
@@ -27,17 +28,17 @@ class Form(NamedTuple):
 
     @property
     def distinct(self) -> int:
-        """Bytes touched at least once: what must come from memory."""
+        """Bytes that are touched at least once, which must come from memory."""
         return sum(d for side in (self.loads, self.stores) for d, _ in side.values())
 
     @property
     def issued(self) -> int:
-        """Bytes of every load and store: what the L2 cache must serve."""
+        """Bytes of all loads and stores, which the L2 cache must serve."""
         return sum(i for side in (self.loads, self.stores) for _, i in side.values())
 
 
 class Sizes(NamedTuple):
-    """Rows, outputs, columns of x and rank; bytes of an element of activations and of factors."""
+    """Rows, outputs, columns of x, and rank; bytes per element of activations and of factors."""
 
     m: int
     n: int
@@ -48,17 +49,17 @@ class Sizes(NamedTuple):
 
 
 def often(size: int, times: int = 1) -> tuple[int, int]:
-    """Bytes that are loaded, or stored, so many times."""
+    """Return (distinct, issued) bytes of data that is loaded or stored ``times`` times."""
     return size, size * times
 
 
 def summed(elements: int, parts: int, width: int) -> tuple[int, int]:
-    """An output as it is written: once in elements of so many bytes, or in planes of fp32."""
+    """Return the bytes of an output that is written once, or as several fp32 partial sums."""
     return often(width * elements if parts == 1 else 4 * parts * elements)
 
 
 def whole(size: int, block: int) -> int:
-    """The size, filled up to whole blocks."""
+    """Return the size rounded up to a multiple of the block."""
     return cdiv(size, block) * block
 
 
@@ -66,7 +67,7 @@ def whole(size: int, block: int) -> int:
 
 
 def shrink(sizes: Sizes, config: KernelConfig) -> Form:
-    """`launch_lora_shrink` without dropout: x once per block of rank rows."""
+    """Return the traffic of `launch_lora_shrink` without dropout: x once per block of rank rows."""
     m, _, k, r, e, f = sizes
     return Form(
         loads={
@@ -79,7 +80,7 @@ def shrink(sizes: Sizes, config: KernelConfig) -> Form:
 
 
 def _tiles(sizes: Sizes, config: KernelConfig, depth: int, columns: int) -> tuple[int, int, int]:
-    """Tiles of rows and of columns of a product with the rank rows' beside it, and its FLOPs."""
+    """Return the tiles of rows, tiles of columns, and FLOPs of a product with a LoRA term."""
     depth = whole(depth, config.block_k) if depth else 0
     flops = 2 * whole(sizes.m, config.block_m) * whole(columns, config.block_n)
     flops *= depth + whole(sizes.r, config.block_r)
@@ -87,9 +88,10 @@ def _tiles(sizes: Sizes, config: KernelConfig, depth: int, columns: int) -> tupl
 
 
 def linear(sizes: Sizes, config: KernelConfig, planes: int = 1, with_bias: bool = False) -> Form:
-    """`launch_lora_linear` as a forward; s is written besides where it is planes.
+    """Return the traffic of `launch_lora_linear` in a forward pass.
 
-    Programs that share K all ask for lora_b, scaling and bias, and the first of them for s.
+    With several ``planes``, which are split-K partial sums, s is also written. All programs that
+    share a sum over K load lora_b, scaling, and bias, and the first of them loads s.
     """
     m, n, k, r, e, f = sizes
     tiles_m, tiles_n, flops = _tiles(sizes, config, k, n)
@@ -115,7 +117,10 @@ def expand(
     planes: int = 1,
     reads_y: bool = True,
 ) -> Form:
-    """`launch_lora_expand`: y written, and read where it has a product, s once per tile of N."""
+    """Return the traffic of `launch_lora_expand`: y written, and s read once per tile of N.
+
+    With ``reads_y``, y holds a product already and is also read.
+    """
     m, n, _, r, e, f = sizes
     tiles_m, tiles_n, flops = _tiles(sizes, config, 0, n)
     loads = {
@@ -128,7 +133,7 @@ def expand(
 
 
 def dropout(sizes: Sizes, config: KernelConfig) -> Form:
-    """`launch_lora_dropout`: x once, what is kept once, and the seed in every program."""
+    """Return the traffic of `launch_lora_dropout`: x and the result once, the seed per program."""
     m, _, k, _, e, _ = sizes
     programs = cdiv(m, config.block_m) * cdiv(k, config.block_k)
     return Form({"x": often(e * m * k), "seed": often(SEED, programs)}, {"out": often(e * m * k)})
@@ -141,7 +146,10 @@ def grad_b(
     with_bias: bool = False,
     with_ds: bool = True,
 ) -> Form:
-    """`launch_lora_grad_b`: dy once per block of rank rows, s and lora_b once per program."""
+    """Return the traffic of `launch_lora_grad_b`.
+
+    dy is read once per block of rank rows, and s and lora_b once per program.
+    """
     m, n, _, r, e, f = sizes
     columns, splits = cdiv(n, config.block_n), config.splits
     stores = {"ds": summed(m * r, columns, e)} if with_ds else {}
@@ -158,7 +166,7 @@ def grad_b(
         loads["lora_b"] = often(f * n * r, splits)
     flops = 2 * (1 + with_ds) * tiles
     if with_bias and e < 4 and not config.rank_rows_first:
-        # The sums of dy's columns are a product with 16 columns of ones.
+        # The column sums of dy are computed as a product with 16 columns of ones.
         flops += 2 * tiles // config.block_r * 16
     return Form(loads, stores, flops)
 
@@ -166,7 +174,10 @@ def grad_b(
 def grad_a(
     sizes: Sizes, config: KernelConfig, ranks: Sequence[int] = (), drops: bool = False
 ) -> Form:
-    """`launch_lora_grad_a`: x once per block of rank rows, ds once per block of columns."""
+    """Return the traffic of `launch_lora_grad_a`.
+
+    x is read once per block of rank rows, and ds once per block of columns.
+    """
     m, _, k, r, e, f = sizes
     ranks = ranks or [r]
     columns, splits, blocks_r = cdiv(k, config.block_k), config.splits, cdiv(r, config.block_r)
@@ -181,7 +192,7 @@ def grad_a(
 
 
 def grad_x(sizes: Sizes, config: KernelConfig, drops: bool = False) -> Form:
-    """`launch_lora_linear` as the gradient of x: dy ``[m, n]``, dx ``[m, k]``."""
+    """Return the traffic of `launch_lora_linear` that computes dx ``[m, k]`` from dy ``[m, n]``."""
     m, n, k, r, e, f = sizes
     tiles_m, tiles_k, flops = _tiles(sizes, config, n, k)
     loads = {
@@ -196,7 +207,7 @@ def grad_x(sizes: Sizes, config: KernelConfig, drops: bool = False) -> Form:
 
 
 def plane_sums(outs: Iterable[tuple[int, int, int]]) -> Form:
-    """`launch_plane_sums` of outputs as (elements, planes, bytes of an element)."""
+    """Return the traffic of `launch_plane_sums` for (elements, partial sums, element bytes)."""
     outs = list(outs)
     read = sum(4 * elements * planes for elements, planes, _ in outs)
     written = sum(elements * width for elements, _, width in outs)
@@ -207,13 +218,13 @@ def plane_sums(outs: Iterable[tuple[int, int, int]]) -> Form:
 
 
 class Batch(NamedTuple):
-    """A linear for rows of many adapters.
+    """The operands of a linear layer in a mixed batch.
 
     Attributes:
-        ids: Slot of each row, -1 for none.
-        ranks: Of each slot.
-        n, k: Outputs, and columns of x.
-        e, f: Bytes of an element of activations, and of a factor.
+        ids: Slot of each row, or -1 for no adapter.
+        ranks: Rank of each slot.
+        n, k: Number of outputs, and number of columns of x.
+        e, f: Bytes per element of activations, and per element of factors.
     """
 
     ids: Sequence[int]
@@ -225,7 +236,7 @@ class Batch(NamedTuple):
 
     @property
     def m(self) -> int:
-        """Rows."""
+        """Number of rows."""
         return len(self.ids)
 
     @property
@@ -235,23 +246,26 @@ class Batch(NamedTuple):
 
     @property
     def own(self) -> int:
-        """Rank rows of all adapters that have rows."""
+        """Total number of rank rows of the adapters that have rows."""
         return sum(self.ranks[slot] for slot in {*self.ids} - {-1})
 
     def tiles(self, block_m: int) -> list[list[int]]:
-        """For each tile of sorted positions, the rank of each adapter with rows in it."""
+        """Return the ranks of the adapters with rows in each tile of sorted positions."""
         positions = sorted(self.ids)
         starts = range(0, self.m, block_m)
         slots = [{*positions[start : start + block_m]} - {-1} for start in starts]
         return [[self.ranks[slot] for slot in tile] for tile in slots]
 
     def pieces(self, block_m: int) -> list[int]:
-        """The rank of each piece."""
+        """Return the rank of each piece."""
         return [rank for tile in self.tiles(block_m) for rank in tile]
 
 
 def mixed_shrink(batch: Batch, config: KernelConfig, splits: int) -> Form:
-    """`launch_mixed_lora_shrink`: x once per block of rank rows, lora_a once per piece."""
+    """Return the traffic of `launch_mixed_lora_shrink`.
+
+    x is read once per block of rank rows, and lora_a once per piece.
+    """
 
     def width(rank: int) -> int:
         return config.narrow_r if rank <= config.narrow_r else config.block_r
@@ -269,7 +283,7 @@ def mixed_shrink(batch: Batch, config: KernelConfig, splits: int) -> Form:
 
 
 def _rank_rows(batch: Batch, ranks: Sequence[int], tiles_n: int, splits: int) -> Bytes:
-    """Loads of adding the rank rows: s once per tile of N, lora_b once for each of ``ranks``."""
+    """Return the loads of the LoRA term: s once per tile of N, lora_b once per entry of ranks."""
     width = batch.f * batch.n
     return {
         "s": often(4 * splits * sum(batch.held), tiles_n),
@@ -278,9 +292,10 @@ def _rank_rows(batch: Batch, ranks: Sequence[int], tiles_n: int, splits: int) ->
 
 
 def mixed_linear(batch: Batch, config: KernelConfig, splits: int, with_bias: bool) -> Form:
-    """`launch_mixed_lora_linear`: the base GEMM's bytes, as without adapters, and rank rows'.
+    """Return the traffic of `launch_mixed_lora_linear`: the base GEMM, and the LoRA term.
 
-    An adapter's columns come in blocks of 16, those of a tile's adapters side by side.
+    Each adapter has its columns in blocks of 16. The blocks of all adapters of a tile are side by
+    side.
     """
     m, n, k, e = batch.m, batch.n, batch.k, batch.e
     tiles, tiles_m = batch.tiles(config.block_m), cdiv(m, config.block_m)
@@ -296,7 +311,10 @@ def mixed_linear(batch: Batch, config: KernelConfig, splits: int, with_bias: boo
 
 
 def mixed_expand(batch: Batch, config: KernelConfig, splits: int) -> Form:
-    """`launch_mixed_lora_expand`: y read and written, s once a tile of N, lora_b once a piece."""
+    """Return the traffic of `launch_mixed_lora_expand`.
+
+    y is read and written, s is read once per tile of N, and lora_b once per piece.
+    """
     ranks, tiles_n = batch.pieces(config.block_m), cdiv(batch.n, config.block_n)
     y, loads = often(batch.e * len(batch.held) * batch.n), _rank_rows(batch, ranks, tiles_n, splits)
     columns = sum(whole(rank, config.block_r) for rank in ranks)
@@ -306,7 +324,10 @@ def mixed_expand(batch: Batch, config: KernelConfig, splits: int) -> Form:
 
 
 def mixed_scale(batch: Batch, config: KernelConfig) -> Form:
-    """`launch_mixed_dora_scale` with a bias: y read and written, the rest once per piece."""
+    """Return the traffic of `launch_mixed_dora_scale` with a bias.
+
+    y is read and written, and the other tensors are read once per piece.
+    """
     pieces, adapters = len(batch.pieces(config.block_m)), len({*batch.ids} - {-1})
     n, y = batch.n, often(batch.e * len(batch.held) * batch.n)
     loads = {"y": y, "scales": (4 * adapters * n, 4 * pieces * n)}
@@ -314,7 +335,10 @@ def mixed_scale(batch: Batch, config: KernelConfig) -> Form:
 
 
 def mixed_grad_b(batch: Batch, config: KernelConfig, run: int) -> Form:
-    """`launch_mixed_lora_grad_b`: one read of dy; a plane of ds a block of N, of d_lora_b a run."""
+    """Return the traffic of `launch_mixed_lora_grad_b`.
+
+    dy is read once. There is a partial sum of ds per block of N, and one of d_lora_b per run.
+    """
     n, e, f, columns = batch.n, batch.e, batch.f, cdiv(batch.n, config.block_n)
     ds, pieces = sum(batch.held), sum(batch.pieces(run))
     return Form(
@@ -328,7 +352,7 @@ def mixed_grad_b(batch: Batch, config: KernelConfig, run: int) -> Form:
 
 
 def mixed_grad_a(batch: Batch, config: KernelConfig, run: int) -> Form:
-    """`launch_mixed_lora_grad_a`: one read of x, and a plane for each run."""
+    """Return the traffic of `launch_mixed_lora_grad_a`: x once, and a partial sum per run."""
     k, e = batch.k, batch.e
     return Form(
         loads={
@@ -340,7 +364,7 @@ def mixed_grad_a(batch: Batch, config: KernelConfig, run: int) -> Form:
 
 
 def mixed_grad_x(batch: Batch, config: KernelConfig) -> Form:
-    """`launch_mixed_lora_linear` as the gradient of x."""
+    """Return the traffic of `launch_mixed_lora_linear` that computes dx."""
     m, n, k, e, f = batch.m, batch.n, batch.k, batch.e, batch.f
     tiles_m, tiles_k = cdiv(m, config.block_m), cdiv(k, config.block_n)
     return Form(
@@ -355,14 +379,17 @@ def mixed_grad_x(batch: Batch, config: KernelConfig) -> Form:
 
 
 def mixed_grad_b_reduce(batch: Batch, config: KernelConfig, run: int) -> Form:
-    """`launch_mixed_lora_grad_reduce`: every byte of the planes read, every result written."""
+    """Return the traffic of `launch_mixed_lora_grad_reduce` after `mixed_grad_b`.
+
+    Each byte of the partial sums is read once, and each result is written once.
+    """
     ds, d_lora_b = batch.e * sum(batch.held), batch.f * batch.own * batch.n
     planes = mixed_grad_b(batch, config, run).stores
     return Form(loads=planes, stores={"ds": often(ds), "d_lora_b": often(d_lora_b)})
 
 
 def mixed_grad_a_reduce(batch: Batch, run: int) -> Form:
-    """As `mixed_grad_b_reduce`, of d_lora_a."""
+    """Return the traffic of `launch_mixed_lora_grad_reduce` after `mixed_grad_a`."""
     planes = often(4 * sum(batch.pieces(run)) * batch.k)
     d_lora_a = often(batch.f * batch.own * batch.k)
     return Form(loads={ELSEWHERE: planes}, stores={"d_lora_a": d_lora_a})

@@ -1,4 +1,4 @@
-"""What compiled code says of a launch: registers, programs a processor, instructions, loops."""
+"""Properties of compiled kernels: registers, programs per processor, instructions, and loops."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*
 
 
 class Code(NamedTuple):
-    """Of one kernel.
+    """The compiled code of one kernel.
 
     Attributes:
-        registers: A thread's.
-        spilled: Bytes of stack and local memory of a thread.
-        instructions: Without NOP.
-        inner: Instructions of each loop that contains no other, in the order of their addresses.
-        largest: Those of the largest loop behind the first.
+        registers: Registers per thread.
+        spilled: Bytes of stack and local memory per thread.
+        instructions: Number of instructions, not counting NOP.
+        inner: Number of instructions of each innermost loop, in the order of addresses.
+        largest: Number of instructions of the largest loop after the first loop.
     """
 
     registers: int
@@ -35,7 +35,7 @@ class Code(NamedTuple):
 
 @functools.lru_cache(maxsize=256)
 def read_code(binary: bytes) -> Code:
-    """Returns what Triton's cuobjdump prints of a kernel that is compiled for NVIDIA."""
+    """Parse what Triton's cuobjdump prints about a kernel that was compiled for NVIDIA."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -73,8 +73,9 @@ def read_code(binary: bytes) -> Code:
 
 
 def programs_per_processor(launch: Launch, ceilings: Ceilings) -> int:
-    """Returns how many programs of a launch fit a processor at a time."""
-    # A warp's registers come in blocks of 256; the driver keeps 1 KiB of shared memory a program.
+    """Return how many programs of a launch can reside on a processor at a time."""
+    # A warp's registers are allocated in blocks of 256. The driver reserves 1 KiB of shared memory
+    # per program.
     warp = -(-read_code(launch.binary).registers * 32 // 256) * 256
     return min(
         ceilings.registers // (warp * launch.num_warps),

@@ -1,8 +1,9 @@
-"""Everything that is timed: fastlora's plans and the ways to do the same without it.
+"""The implementations that are timed: fastlora's plans, and ways to compute the same without it.
 
-Each contender takes a `Problem` and returns its results in a fixed order, so that one truth checks
-all of a kind: ``(y,)`` in a forward, ``(y, dx, d_lora_a, d_lora_b)`` in training (``(y, dx)`` for
-the base alone). Products of a ``"part"`` contender start from ``problem.y``.
+Each contender receives a `Problem` and returns its results in a fixed order, so that one float64
+result checks all contenders of a kind. The order is ``(y,)`` for a forward pass and
+``(y, dx, d_lora_a, d_lora_b)`` for training (``(y, dx)`` for the base alone). Contenders of the
+kind ``"part"`` add to ``problem.y``.
 """
 
 from __future__ import annotations
@@ -22,17 +23,17 @@ from fastlora.bench.shapes import DECODE_MAX_ROWS, Point
 from fastlora.ops.conditions import conditions_of
 from fastlora.ops.factors import Base, Factors
 
-SCALING = 2.0  # alpha = 2 r, a common choice; large enough that a missing term is seen
+SCALING = 2.0  # alpha = 2 r, a common choice, and large enough to reveal a missing term
 Results = tuple[torch.Tensor, ...]
 
 
 @dataclass
 class Problem:
-    """One set of random operands; several of them in turn keep the caches cold.
+    """One set of random operands. A benchmark rotates through several sets to keep caches cold.
 
     Shapes: ``x [M, K]``, ``weight [N, K]``, ``lora_a [R, K]``, ``lora_b [N, R]``, ``y`` and
-    ``dy [M, N]``. The fp32 factors hold the same values as the others. Gradients flow to x and the
-    factors when ``train`` was set.
+    ``dy [M, N]``. The fp32 factors have the same values as the others. In training, x and the
+    factors require gradients.
     """
 
     x: torch.Tensor
@@ -47,7 +48,7 @@ class Problem:
 
     @classmethod
     def random(cls, point: Point, dtype: torch.dtype, device: torch.device, impl: str) -> Problem:
-        """Draws operands that give the base and the adapter results of the same size."""
+        """Draw operands for which the base term and the adapter's term are of similar magnitude."""
 
         def normal(rows: int, columns: int, scale: float) -> torch.Tensor:
             return torch.randn(rows, columns, dtype=dtype, device=device).mul_(scale)
@@ -71,7 +72,7 @@ class Problem:
         return problem
 
     def factors(self, fp32: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns lora_a and lora_b, in fp32 or in x's dtype."""
+        """Return lora_a and lora_b, in fp32 or in x's dtype."""
         return (self.lora_a_fp32, self.lora_b_fp32) if fp32 else (self.lora_a, self.lora_b)
 
 
@@ -80,10 +81,11 @@ class Contender:
     """A named way to solve a problem.
 
     Attributes:
-        name: As in the results.
-        kind: Which truth and which floor hold for it (`shapes.floor_us`).
-        run: Solves a problem.
-        ours: Whether it is fastlora's.
+        name: Name in the results.
+        kind: Kind of the problem, which selects the float64 result and the floor
+            (`shapes.floor_us`).
+        run: Function that solves a problem.
+        ours: Whether fastlora computes it.
     """
 
     name: str
@@ -92,7 +94,7 @@ class Contender:
     ours: bool = False
 
 
-# ------------------------------------------------------------------------------------- the others
+# ---------------------------------------------------------------------------------- other libraries
 
 
 def _base(p: Problem) -> Results:
@@ -100,7 +102,7 @@ def _base(p: Problem) -> Results:
 
 
 def _peft_term(p: Problem, y: torch.Tensor, fp32: bool) -> torch.Tensor:
-    """What `peft.tuners.lora.Linear.forward` does behind its base layer, without dropout."""
+    """Add PEFT's adapter term to y, as `peft.tuners.lora.Linear.forward` does without dropout."""
     lora_a, lora_b = p.factors(fp32)
     dtype = y.dtype
     y = y + F.linear(F.linear(p.x.to(lora_a.dtype), lora_a), lora_b) * SCALING
@@ -128,7 +130,7 @@ def _addmm_part(p: Problem) -> Results:
 
 
 class _AddmmFunction(torch.autograd.Function):
-    """Unsloth's LoRA linear (`unsloth/kernels/fast_lora.py`, `LoRA_W`): GEMMs written by hand."""
+    """Unsloth's LoRA linear with handwritten GEMMs (`LoRA_W`, `unsloth/kernels/fast_lora.py`)."""
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -158,7 +160,7 @@ class _AddmmFunction(torch.autograd.Function):
 def addmm_linear(
     weight: torch.Tensor, r: int, trains: bool
 ) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Returns the forward of a linear ``[N, K]`` with factors of its own, by ``addmm_``."""
+    """Return a forward function that adds its own factors to a linear ``[N, K]`` by ``addmm_``."""
     n, k = weight.shape
     lora_a, lora_b = weight.new_empty(r, k), weight.new_empty(n, r)
     if trains:
@@ -169,13 +171,13 @@ def addmm_linear(
 
 
 def _augmented(p: Problem) -> Results:
-    """One GEMM over K + R, rounded once; both operands are copied."""
+    """Compute one GEMM over K + R, which rounds once. Both operands are copied."""
     x = torch.cat([p.x, F.linear(p.x, p.lora_a)], dim=1)
     weight = torch.cat([p.weight, (p.lora_b.float() * p.scaling).to(p.weight.dtype)], dim=1)
     return (F.linear(x, weight),)
 
 
-# ------------------------------------------------------------------------------------- fastlora's
+# ----------------------------------------------------------------------------------------- fastlora
 
 
 def _linear(p: Problem, plan: str, fp32: bool = False) -> Results:
@@ -193,7 +195,7 @@ def _shrink_expand(p: Problem) -> Results:
 
 @functools.cache
 def _without(feature: str) -> tuple[Any, ...]:
-    """Returns (object, attribute, replacement) that switch a feature of the fused plan off."""
+    """Return (object, attribute, replacement) patches that turn off a feature of the fused plan."""
     from fastlora.kernels import configs, lora_linear
     from fastlora.kernels import launch as launches
 
@@ -208,7 +210,7 @@ def _without(feature: str) -> tuple[Any, ...]:
     def launch_lora_linear(*args: Any, **kwargs: Any) -> None:
         launch(*args, **{**kwargs, "pdl": False})
 
-    # What is kept of launches does not see another config.
+    # Cached launches would not use another config.
     patches: tuple[Any, ...] = ((configs, "choose", choose), (launches, "_KEEPS", False))
     if feature == "pdl":
         patches += ((lora_linear, "launch_lora_linear", launch_lora_linear),)
@@ -226,7 +228,7 @@ def _fused_without(p: Problem, feature: str) -> Results:
 
 
 def _training(forward: Callable[[Problem], Results], fp32: bool = False) -> Any:
-    """Returns a contender's forward with the backward behind it."""
+    """Return a contender that runs a forward function and its backward pass."""
 
     def run(p: Problem) -> Results:
         (y,) = forward(p)
@@ -271,7 +273,7 @@ TRAIN = (
         _training(lambda p: (_AddmmFunction.apply(p.x, p.weight, p.lora_a, p.lora_b),)),
     ),
 )
-# The plain PyTorch expression in the dtype under test, whose error sets the budget of its kind.
+# For each kind, the contender whose error sets the error budget: plain PyTorch in the tested dtype.
 YARDSTICK = {
     "base": "base",
     "full": "peft",
@@ -282,7 +284,7 @@ YARDSTICK = {
 
 
 def contenders_for(point: Point, impl: str, *_: object) -> tuple[Contender, ...]:
-    """Returns the contenders of a point, the base first; every yardstick precedes its kind."""
+    """Return the contenders of a point. The base is first, and yardsticks precede their kind."""
     if point.mode == "train":
         return TRAIN
     if impl == "triton" and point.m <= DECODE_MAX_ROWS:
@@ -291,7 +293,7 @@ def contenders_for(point: Point, impl: str, *_: object) -> tuple[Contender, ...]
 
 
 def truths(point: Point, p: Problem) -> dict[str, Results]:
-    """Returns the float64 results by kind, in the order in which contenders return theirs."""
+    """Return the float64 results by kind, in the order in which contenders return their results."""
     x, weight, lora_a, lora_b, y = (
         t.detach().double() for t in (p.x, p.weight, p.lora_a, p.lora_b, p.y)
     )

@@ -1,8 +1,9 @@
-"""What linears with adapters run: every launch and operator of a step, with its bytes and FLOPs.
+"""The launches and operators in a step of linear layers with adapters, with bytes and FLOPs.
 
-Those of fastlora come from its real host path on CPU tensors, with launches stubbed and PyTorch's
-products skipped; those of PEFT, of ``addmm_`` and of the bare layers from meta tensors. Nothing
-computes, so a layer of any size takes milliseconds. All tensors are bf16, factors too.
+For fastlora they are recorded from its real host path on CPU tensors, with launches stubbed and
+PyTorch's products skipped. For PEFT, ``addmm_``, and the bare layers they are recorded on meta
+tensors. Nothing is computed, so a layer of any size takes milliseconds. All tensors are bf16,
+including factors.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ from fastlora.bench.contenders import addmm_linear
 from fastlora.bench.launch_forms import BF16, WIDTH, Work, work_of
 from fastlora.testing import stubbed_launches
 
-SEQUENCES = 64  # of a mixed prefill
+SEQUENCES = 64  # in a mixed prefill
 BARE, OURS, PEFT, ADDMM = "base", "fastlora", "peft", "addmm"
 Linears = Mapping[str, tuple[int, int]]  # (K, N) by name
-# Linears of a decoder layer that get the x of another.
+# Linear layers of a decoder layer that receive the same x as another one.
 _SIBLING_OF = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
-# Operators that launch nothing, beside views.
+# Operators other than views that launch nothing.
 _NO_KERNELS = (
     "empty",
     "new_empty",
@@ -44,7 +45,7 @@ _NO_KERNELS = (
 
 
 class Case(NamedTuple):
-    """What a layer does: ``adapters`` of a mixed batch, or 0 for one that acts on all rows."""
+    """A step of a layer, with ``adapters`` of a mixed batch, or 0 if one acts on all rows."""
 
     kind: str
     rows: int
@@ -53,15 +54,15 @@ class Case(NamedTuple):
 
     @property
     def sequences(self) -> int:
-        """Of a mixed batch: rows of one have one adapter."""
+        """Number of sequences in a mixed batch. All rows of a sequence have the same adapter."""
         return min(self.rows, SEQUENCES)
 
     def names(self) -> list[str]:
-        """The adapter of each sequence of a mixed batch."""
+        """Return the adapter name of each sequence in a mixed batch."""
         return [f"adapter_{i % self.adapters}" for i in range(self.sequences)]
 
     def batch(self, n: int, k: int, r: int) -> Batch:
-        """A linear's operands of a mixed batch, bf16."""
+        """Return the operands of a linear layer in a mixed batch, in bf16."""
         each = self.rows // self.sequences
         ids = [i % max(self.adapters, 1) for i in range(self.sequences) for _ in range(each)]
         return Batch(ids, [r] * max(self.adapters, 1), n, k, WIDTH, WIDTH)
@@ -71,7 +72,7 @@ class Case(NamedTuple):
 
 
 class Layer(nn.Module):
-    """Linears alone; memory that nobody reads is never filled."""
+    """A module of linear layers only, with uninitialized weights, because no value is read."""
 
     def __init__(self, linears: Linears, device: str) -> None:
         super().__init__()
@@ -80,13 +81,13 @@ class Layer(nn.Module):
             self.add_module(name, linear.to_empty(device=device).requires_grad_(False))
 
     def forward(self, xs: dict[str, torch.Tensor], **given: Any) -> list[torch.Tensor]:
-        """Maps the x of each linear ``[..., K]``; siblings get the same."""
+        """Return the output of each linear layer. A shared-input group receives the same x."""
         named = self.named_children()
         return [linear(xs[_SIBLING_OF.get(name, name)], **given) for name, linear in named]
 
 
 def adapted(library: Any, linears: Linears, case: Case, r: int, device: str) -> Any:
-    """Returns a library's model over a layer, with the adapters of a case."""
+    """Return a library's model over a layer, with the adapters of a case."""
     config = library.LoraConfig(
         r=r, lora_alpha=2 * r, lora_dropout=case.dropout, target_modules=list(linears)
     )
@@ -96,14 +97,14 @@ def adapted(library: Any, linears: Linears, case: Case, r: int, device: str) -> 
     )
     for i in range(1, case.adapters):
         made.add_adapter(f"adapter_{i}", config, **options)
-    # PEFT makes later adapters on meta tensors in fp32.
+    # PEFT creates later adapters on meta tensors in fp32.
     return made.to(BF16).train(case.kind == "training")
 
 
 def step(
     layer: Callable[..., Any], linears: Linears, case: Case, device: str
 ) -> Callable[[], None]:
-    """Returns a forward of the case, or forward and backward."""
+    """Return a function that runs a forward pass of the case, and in training a backward pass."""
     shape = (case.sequences, case.rows // case.sequences) if case.adapters else (case.rows,)
     shape = (case.rows,) if case.kind == "decode" else shape
     trains = case.kind == "training"
@@ -124,11 +125,11 @@ def step(
     return run
 
 
-# ------------------------------------------------------------------------------- what is counted
+# ----------------------------------------------------------------------------------------- counting
 
 
 def ours(linears: Linears, case: Case, r: int, chip: str, processors: int) -> list[Work]:
-    """Returns what one step of fastlora's launches: its own kernels, and PyTorch's."""
+    """Return the work of one step of fastlora: its own kernels, and PyTorch's operators."""
     layer = adapted(fastlora, linears, case, r, "cpu")
     inner = layer.base_model.model
     for linear in inner.children():
@@ -140,7 +141,7 @@ def ours(linears: Linears, case: Case, r: int, chip: str, processors: int) -> li
             stack.enter_context(torch.no_grad())
             stack.enter_context(fastlora.adapters(layer, case.names()))
         run = step(inner, linears, case, "cpu")
-        for _ in range(3):  # layers find out which of them share an x
+        for _ in range(3):  # layers find out which of them share an input
             launches.clear()
             products.clear()
             run()
@@ -151,9 +152,9 @@ def ours(linears: Linears, case: Case, r: int, chip: str, processors: int) -> li
 
 @contextlib.contextmanager
 def _skipped_products() -> Iterator[list[Work]]:
-    """Within the block, PyTorch's products on CPUs compute nothing, and are noted.
+    """Record PyTorch's matrix products on CPUs within the block, without computing them.
 
-    A mode of PyTorch's would do, but layers take another path beneath one.
+    A dispatch mode could record them too, but layers take another path within one.
     """
     found: list[Work] = []
 
@@ -169,7 +170,7 @@ def _skipped_products() -> Iterator[list[Work]]:
         return y
 
     def total(a: torch.Tensor, b: torch.Tensor, *, alpha: float = 1) -> torch.Tensor:
-        if a.dtype != BF16:  # the host's own; another operator than the replaced one makes it
+        if a.dtype != BF16:  # host arithmetic: use another operator than the replaced one
             return torch.sub(a, b, alpha=-alpha)
         made = torch.empty_like(a)
         found.append(_operator("add", [a, b], [made]))
@@ -177,7 +178,7 @@ def _skipped_products() -> Iterator[list[Work]]:
 
     library = torch.library.Library("aten", "IMPL")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it says that a kernel is replaced
+        warnings.simplefilter("ignore")  # PyTorch warns that a kernel is replaced
         library.impl("mm", product, "CPU")
         library.impl("addmm_", accumulate, "CPU")
         library.impl("add.Tensor", total, "CPU")
@@ -188,14 +189,14 @@ def _skipped_products() -> Iterator[list[Work]]:
 
 
 def _operator(name: str, inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> Work:
-    """Returns what an operator of PyTorch's moves: each tensor once."""
+    """Return the work of a PyTorch operator that moves each tensor once."""
     loads, stores = (sum(t.numel() * t.itemsize for t in side) for side in (inputs, outputs))
     flops = 2 * outputs[0].numel() * inputs[-1].shape[0] if "mm" in name else 0
     return Work(name, loads, stores, loads + stores, flops)
 
 
 class _Operators(TorchDispatchMode):
-    """Notes operators of PyTorch's on meta tensors."""
+    """A dispatch mode that records PyTorch's operators on meta tensors."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -204,12 +205,12 @@ class _Operators(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """Calls the operator."""
+        """Call the operator and record its work."""
         made, name = func(*args, **(kwargs or {})), func.overloadpacket.__name__
         inputs = [arg for arg in args if isinstance(arg, torch.Tensor)]
         outputs = [t for t in (made if isinstance(made, tuple) else (made,)) if t is not None]
         if not func.is_view and name not in _NO_KERNELS:
-            if name == "index":  # reads the rows that it writes
+            if name == "index":  # reads only the rows that it writes
                 inputs = outputs
             if name == "index_put_":
                 inputs = outputs = [args[2]]
@@ -218,7 +219,7 @@ class _Operators(TorchDispatchMode):
 
 
 def others(contender: str, linears: Linears, case: Case, r: int) -> list[Work]:
-    """Returns the operators of the bare layer, of PEFT's or of ``addmm_``, run on meta tensors."""
+    """Return the operators of the bare layer, PEFT, or ``addmm_``, recorded on meta tensors."""
     layer: Any = Layer(linears, "meta")
     if contender == PEFT:
         layer = adapted(importlib.import_module("peft"), linears, case, r, "meta").base_model.model
@@ -229,7 +230,7 @@ def others(contender: str, linears: Linears, case: Case, r: int) -> list[Work]:
         for linear in layer.children():
             linear.forward = addmm_linear(linear.weight, r, trains)
     run, mode = step(layer, linears, case, "meta"), _Operators()
-    # As on GPUs, where dropout is one kernel.
+    # As on GPUs, dropout is one kernel.
     with mock.patch.object(F, "dropout", _native_dropout), mode:
         run()
     return mode.found

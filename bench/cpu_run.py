@@ -1,4 +1,4 @@
-"""A benchmark of CPU time: one thread, and a CSV that says on which machine."""
+"""The frame of a CPU benchmark: one thread, and a CSV that describes the machine."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 def csv_rows(
     path: Path, device: torch.device = CPU
 ) -> Iterator[Callable[[Mapping[str, Any]], None]]:
-    """Runs the body on one thread; yields what writes a row, with the machine's columns in front.
+    """Run the body on one thread and yield a function that writes a row of the CSV.
 
-    Every row reaches the disk when it is written, and the first one gives the columns.
+    The columns that describe the machine come first. Each row is flushed when it is written. The
+    first row defines the columns.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     writer: Any = None
@@ -49,7 +50,7 @@ def csv_rows(
 
 
 def load_base(base: str, dtype: torch.dtype) -> Any:
-    """Returns SmolLM2, plain or in NF4 with nested scales and products in ``dtype``."""
+    """Return SmolLM2, either plain or in NF4 with nested scales and products in ``dtype``."""
     folder = smollm2.model_dir()
     if base == "plain":
         return smollm2.load_model(folder, dtype)

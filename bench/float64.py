@@ -1,4 +1,4 @@
-"""A model's outputs in float64, from the weights that it has."""
+"""A model's outputs in float64, computed from its own weights."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch.utils._pytree import tree_map
 
 
 class Float64(TorchFunctionMode):
-    """Within it torch computes in float64, whatever the dtypes of weights and casts."""
+    """A mode in which torch computes in float64, regardless of the dtypes of weights and casts."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """Calls ``func`` with its floating-point operands, and dtypes asked for, in float64."""
-        if getattr(func, "__name__", "") == "__get__":  # an attribute: no arithmetic
+        """Call ``func`` with float64 in place of every floating-point tensor and dtype argument."""
+        if getattr(func, "__name__", "") == "__get__":  # attribute access: no arithmetic
             return func(*args, **(kwargs or {}))
         if func in (torch.Tensor.float, torch.Tensor.half, torch.Tensor.bfloat16):
             func = torch.Tensor.double

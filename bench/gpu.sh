@@ -46,10 +46,11 @@ done
 [[ -z $tests || -e $tests ]] || die "--tests: $tests does not exist"
 [[ -z $tests ]] || tests=$(cd -- "$(dirname -- "$tests")" && pwd -P)/$(basename -- "$tests")
 python=$(command -v "${PYTHON:-python3}") || die "no ${PYTHON:-python3} on PATH; set PYTHON"
-# The steps change folders. A link stays one: behind it a virtual environment would not be seen.
+# The steps change folders, so the path is made absolute. A link is kept, because Python finds its
+# virtual environment by the link's path.
 [[ $python == /* ]] || python=$(cd -- "$(dirname -- "$python")" && pwd)/$(basename -- "$python")
 
-# Nothing is written into the checkout, which may be read-only, nor into the home folder.
+# Nothing is written into the checkout, which may be read-only, or into the home folder.
 scratch=$(mktemp -d) || die "no temporary folder"
 trap 'rm -rf "$scratch"' EXIT
 export PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
@@ -57,7 +58,8 @@ export TRITON_CACHE_DIR=$scratch/triton
 export HF_HUB_OFFLINE=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 unset TRITON_INTERPRET
 
-# One line: cores, whether xdist is there, card (or "none"). Fails with the name of what is missing.
+# Prints one line: cores, whether xdist is installed, and the card (or "none"). Fails with the name
+# of what is missing.
 probe=$(
     "$python" - <<'PY'
 import importlib.util, os, re, sys
@@ -92,7 +94,7 @@ out=$(cd -- "$out" && pwd -P)
 left() { echo $((budget - SECONDS)); }
 say() { echo "--- [$SECONDS s] $*"; }
 
-# boxed LIMIT COMMAND...: runs it for LIMIT seconds at most, and never past the end
+# boxed LIMIT COMMAND...: runs the command for at most LIMIT seconds, and never past the end
 boxed() {
     local limit=$1 rest
     shift
@@ -108,7 +110,7 @@ install_checkout() {
     for file in fastlora kernels bench setup.py pyproject.toml README.md LICENSE; do
         [[ ! -e $checkout/$file ]] || cp -R "$checkout/$file" "$source/"
     done
-    # Into a folder, not an environment: a venv made from a venv does not see the packages of that.
+    # Into a folder, not a virtual environment: a venv within a venv does not see its packages.
     if boxed 90 "$python" -m pip install --quiet --no-index --no-deps --no-build-isolation \
         --no-cache-dir --target "$site" "$source" >"$scratch/pip.txt" 2>&1; then
         export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH}
@@ -121,16 +123,17 @@ install_checkout() {
         'import fastlora, fastlora.kernels.lora_linear; print("fastlora from", fastlora.__file__)')
 }
 
-# What is most likely red where no GPU has run it before: sums over rows of d_lora_b at small ranks,
-# dropout in bf16, mixed linears at 64 rows, kept launches, siblings in one grid.
+# The tests that are most likely to fail on a GPU that has not run them before: sums over rows for
+# d_lora_b at small ranks, dropout in bf16, mixed linears at 64 rows, cached launches, and
+# shared-input groups in one grid.
 likeliest=(test_kept test_siblings test_siblings_node test_at_once test_mixed_siblings test_one_adapter
     test_mixed_forward test_mixed_lora_grad)
 
-# run_tests LIMIT ARGUMENT...: pytest on what the arguments say; its output goes to tests.txt
+# run_tests LIMIT ARGUMENT...: runs pytest with the arguments; its output goes to tests.txt
 run_tests() {
     local limit=$1 code
     shift
-    # What was installed comes before the checkout, where only `tests` is looked for.
+    # The installed package precedes the checkout, in which only `tests` is looked up.
     (
         cd "$checkout" || exit 2
         export PYTHONSAFEPATH=1 PYTHONPATH=$PYTHONPATH:$checkout OMP_NUM_THREADS=1
@@ -143,7 +146,7 @@ run_tests() {
     grep -E '^(FAILED|ERROR) ' "$scratch/tests.txt" | tee -a "$scratch/red.txt" | head -n 20
     tail -n 1 "$scratch/tests.txt"
     ((code != 124 && code != 137)) || echo "stopped at the time limit"
-    # Green means that some ran: a run that skips everything proves nothing.
+    # Green requires that some tests ran: a run that skips everything proves nothing.
     ((code == 0)) && grep -Eq '(^|[^0-9])[1-9][0-9]* (passed|tests? collected)' "$scratch/tests.txt"
 }
 
@@ -168,8 +171,8 @@ all_tests() {
     return $green
 }
 
-# Every red test alone, with a long trace, then with fewer warps: a fault of the compiler's often
-# goes away with them.
+# Runs every failed test alone, with a long trace, and then with fewer warps, with which a compiler
+# fault often disappears.
 look_at_red_tests() {
     local test warps
     sed -n 's/^[A-Z]* \([^ ]*\).*/\1/p' "$scratch/red.txt" | sort -u | head -n 4 >"$scratch/names.txt"
@@ -185,7 +188,7 @@ look_at_red_tests() {
     done <"$scratch/names.txt"
 }
 
-# measure SCRIPT SECONDS ARGUMENT...: starts anew after a crash or a hang, without what caused it
+# measure SCRIPT SECONDS ARGUMENT...: restarts after a crash or a hang, without the cause of it
 measure() {
     local script=$1 end=$((SECONDS + $2)) code=0 resume='' attempt seconds
     shift 2
@@ -196,7 +199,7 @@ measure() {
         boxed $((seconds + 60)) "$python" "$checkout/bench/$script" --tests "$verdict" \
             --checkout "$checkout" --seconds "$seconds" ${resume:+--resume} "$@"
         code=$?
-        ((code != 0 && code != 3)) || break # it came to its end; 3: some numbers were wrong
+        ((code != 0 && code != 3)) || break # finished; 3: some numbers were wrong
         echo "the benchmark ended with code $code (attempt $attempt)"
         resume=1
     done
@@ -204,7 +207,7 @@ measure() {
 }
 
 sanitize() {
-    # Once without the sanitizer, which then finds all kernels compiled.
+    # Runs once without the sanitizer, which then finds all kernels compiled.
     boxed 40 "$python" "$checkout/bench/sanitize.py" || return
     boxed 60 compute-sanitizer --tool memcheck --error-exitcode 9 \
         "$python" "$checkout/bench/sanitize.py"
@@ -243,7 +246,7 @@ main() {
     boxed $((for_sweep + 60)) "$python" "$checkout/bench/tune.py" --tests "$verdict" \
         --checkout "$checkout" --seconds "$for_sweep" "${sweep[@]}" --out "$out/measured" ||
         failed+=(sweep)
-    # What was measured is what is timed from here on.
+    # Everything that is timed from here on uses the measured table.
     export FASTLORA_MEASURED=$out/measured
 
     say "whole layers (at most 60 s)"

@@ -1,8 +1,8 @@
-"""The measuring itself: checks against float64, timing, and the CSV.
+"""The measurement itself: checks against float64, timing, and the CSV.
 
-On a GPU a contender is captured in a CUDA graph that runs through several sets of operands, more
-than its L2 cache holds, and the graphs of all contenders of a point are replayed in turn. On a CPU
-(dry runs) the same calls are timed with the clock.
+On a GPU, each contender is captured in a CUDA graph that rotates through several sets of operands,
+together larger than the L2 cache. The graphs of all contenders of a point are replayed in turn. On
+a CPU, for dry runs, the same calls are timed with the clock.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ COLUMNS = (
 
 MAX_SETS = 128
 MAX_CALLS = 512
-GRAPH_US = 2000.0  # a replay this long makes what it costs to start one negligible
+GRAPH_US = 2000.0  # a replay of this length makes its start-up cost negligible
 MAX_ROUNDS, MIN_ROUNDS = 20, 5
-POINT_US = 6e5  # how long the rounds of one point may take, at MIN_ROUNDS or more
+POINT_US = 6e5  # time limit for the rounds of one point; at least MIN_ROUNDS run
 DRY_ROUNDS = 2
 
 
 class Timing(NamedTuple):
-    """Microseconds of one call: median, 20th and 80th percentile over the rounds."""
+    """Microseconds per call: median, 20th percentile, and 80th percentile over the rounds."""
 
     median: float
     p20: float
@@ -50,7 +50,7 @@ class Timing(NamedTuple):
 
 
 class DeviceLostError(RuntimeError):
-    """The GPU refuses all further work of this process (an illegal address, for example)."""
+    """The GPU rejects all further work of this process, for example after an illegal address."""
 
 
 # ------------------------------------------------------------------------------------- the checks
@@ -58,7 +58,7 @@ class DeviceLostError(RuntimeError):
 
 @contextmanager
 def _poisoned_memory() -> Iterator[None]:
-    """Fills what `torch.empty` returns with NaN, so that a result left unwritten shows."""
+    """Fill the results of `torch.empty` with NaN, so that unwritten results are detected."""
     before = torch.are_deterministic_algorithms_enabled()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -70,13 +70,14 @@ def _poisoned_memory() -> Iterator[None]:
 
 
 class Checker:
-    """Compares contenders with the float64 truth of one problem, before they are timed.
+    """Compares contenders with the float64 results of one problem, before they are timed.
 
     Args:
-        problem: What they solve.
-        contenders: Those of one point, whole.
+        problem: The problem that the contenders solve.
+        contenders: All contenders of one point.
         truths: The float64 results by kind.
-        yardstick: By kind, the contender whose error in the dtype under test sets the budget.
+        yardstick: For each kind, the name of the contender that sets the budget by its error in the
+            tested dtype.
     """
 
     def __init__(
@@ -99,20 +100,20 @@ class Checker:
         return results
 
     def fault(self, contender: Contender) -> str:
-        """Returns what is wrong with a contender's results, or "" when nothing is."""
+        """Return a description of a contender's wrong result, or "" if all results are correct."""
         kind = contender.kind
         results = self._results(contender)
         triples = zip(results, self.same_dtype[kind], self.truths[kind], strict=True)
         for index, (actual, same_dtype, truth) in enumerate(triples):
             if contender.name == self.yardstick[kind]:
-                # At most four roundings of half an eps each; as much again for a GEMM that cuBLAS
-                # splits along K and sums in the result's dtype.
+                # At most four roundings of half an eps each. The budget is twice that, for GEMMs
+                # that cuBLAS splits along K and sums in the result's dtype.
                 error = ((actual.double() - truth).norm() / truth.norm()).item()
                 budget = 4.0 * torch.finfo(self.problem.x.dtype).eps
             else:
                 error = (actual.double() - truth).abs().max().item()
                 budget = testing.error_budget(same_dtype, truth)
-            if not error <= budget:  # NaN too
+            if not error <= budget:  # also catches NaN
                 return f"wrong: result {index} has error {error:.2e}, budget {budget:.2e}"
         return ""
 
@@ -121,7 +122,7 @@ class Checker:
 
 
 def time_plain(fn: Callable[[], Any], device: torch.device) -> Timing:
-    """Times calls one by one, each long enough that a launch costs nothing beside it."""
+    """Time calls one by one. Each must be long enough to make launch overhead negligible."""
     for _ in range(3):
         fn()
     times = []
@@ -143,16 +144,16 @@ def time_plain(fn: Callable[[], Any], device: torch.device) -> Timing:
 
 
 def summary(times: Sequence[float]) -> Timing:
-    """Returns the median and the 20th and 80th percentile of at least two times."""
+    """Return the median, the 20th percentile, and the 80th percentile of at least two times."""
     fifths = statistics.quantiles(times, n=5, method="inclusive")
     return Timing(statistics.median(times), fifths[0], fifths[3])
 
 
 def count_sets(point: Point, element: int, device: torch.device) -> int:
-    """Returns how many sets of operands exceed sixteen times the L2 cache (2 to `MAX_SETS`).
+    """Return how many sets of operands exceed sixteen times the L2 cache (2 to `MAX_SETS`).
 
-    At twice its size a cyclic walk still finds a fifth of its lines there, and more of those that
-    a kernel marked to be evicted first.
+    If the sets are only twice as large as the cache, a cyclic walk still finds a fifth of its cache
+    lines there, and more of the lines that a kernel marks to be evicted first.
     """
     if device.type != "cuda":
         return 2
@@ -163,13 +164,13 @@ def count_sets(point: Point, element: int, device: torch.device) -> int:
 
 
 def count_calls(sets: int, call_us: float) -> int:
-    """Returns how many calls one replay makes: whole turns through the sets."""
+    """Return the number of calls in one replay, a multiple of the number of sets."""
     wanted = min(MAX_CALLS, GRAPH_US / call_us)
     return sets * max(1, round(wanted / sets))
 
 
 def _capture(contender: Contender, problems: Sequence[Problem], calls: int) -> torch.cuda.CUDAGraph:
-    """Captures ``calls`` calls, turning through the problems; each runs once before."""
+    """Capture ``calls`` calls that rotate through the problems. Each problem runs once before."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -184,14 +185,14 @@ def _capture(contender: Contender, problems: Sequence[Problem], calls: int) -> t
 
 
 def _replay(graphs: dict[str, torch.cuda.CUDAGraph], calls: int) -> dict[str, list[float]]:
-    """Replays the graphs in turn, the first place going round, and returns times of a call."""
+    """Replay the graphs in rotating order and return the times of one call of each."""
     names = list(graphs)
     times: dict[str, list[float]] = {name: [] for name in names}
-    rounds, done = MAX_ROUNDS, -1  # the round before the first is not counted
+    rounds, done = MAX_ROUNDS, -1  # round -1 is not counted
     while done < rounds:
         order = [names[(index + done) % len(names)] for index in range(len(names))]
         marks = {name: [torch.cuda.Event(enable_timing=True) for _ in "se"] for name in names}
-        # Keeps the GPU busy while the host queues what follows, so that no gap is timed.
+        # Keeps the GPU busy while the host queues the next replays, so that no gap is timed.
         graphs[order[-1]].replay()
         for name in order:
             marks[name][0].record()
@@ -215,20 +216,20 @@ def time_contenders(
     note: Callable[[str], None],
     outcome: dict[str, Any],
 ) -> tuple[int, int]:
-    """Times contenders against each other, one process, in turns.
+    """Time contenders against each other in one process, in turns.
 
     Args:
-        contenders: All of them have passed their check.
+        contenders: Contenders that have passed their check.
         problems: Sets of operands.
-        call_us: About how long a call takes.
-        note: Called with a contender's name before it gets the device to itself.
-        outcome: Receives by name the `Timing`, or a text that says why there is none.
+        call_us: Estimated duration of a call.
+        note: Called with a contender's name before it has the device to itself.
+        outcome: Receives by name a `Timing`, or a text that says why there is none.
 
     Returns:
-        Calls in a replay, and rounds.
+        Number of calls in a replay, and number of rounds.
 
     Raises:
-        DeviceLostError: The GPU takes no more work from this process.
+        DeviceLostError: The GPU rejects further work of this process.
     """
     device = problems[0].x.device
     if device.type != "cuda":
@@ -252,7 +253,7 @@ def time_contenders(
 
 @contextmanager
 def guarded(device: torch.device, name: str, outcome: dict[str, Any]) -> Iterator[None]:
-    """Puts an exception into ``outcome[name]``; raises `DeviceLostError` if the GPU is gone."""
+    """Store an exception in ``outcome[name]``; raise `DeviceLostError` if the GPU is lost."""
     try:
         yield
         if device.type == "cuda":
@@ -264,12 +265,12 @@ def guarded(device: torch.device, name: str, outcome: dict[str, Any]) -> Iterato
 
 
 def error_text(error: Exception) -> str:
-    """Returns an exception as one short line."""
+    """Return an exception as one short line."""
     return f"error: {type(error).__name__}: {' '.join(str(error).split())[:160]}"
 
 
 def is_lost(device: torch.device) -> bool:
-    """Whether the GPU refuses further work of this process."""
+    """Return whether the GPU rejects further work of this process."""
     if device.type != "cuda":
         return False
     try:
@@ -284,7 +285,7 @@ def is_lost(device: torch.device) -> bool:
 
 
 class ResultFile:
-    """The CSV; every row reaches the disk when it is written."""
+    """The CSV. Each row is flushed when it is written."""
 
     def __init__(self, path: Path, resume: bool, common: dict[str, Any]) -> None:
         self.common = common
@@ -301,16 +302,16 @@ class ResultFile:
             self._file.flush()
 
     def close(self) -> None:
-        """Closes the file, and says that this process came to its end."""
+        """Close the file, and record that this process has finished normally."""
         self._file.close()
         self._journal.unlink(missing_ok=True)
 
     def note(self, point: Point, contender: str) -> None:
-        """Keeps on the disk what runs now, for the process that comes after a crash or a hang."""
+        """Record the running contender on disk, for the next process after a crash or a hang."""
         self._journal.write_text(json.dumps([*point, contender]))
 
     def blame(self) -> tuple[Point, str] | None:
-        """Returns what an earlier process was at when it died, if one did."""
+        """Return the point and contender that an earlier process was running if it died."""
         if not self.rows or not self._journal.exists():
             return None
         *point, contender = json.loads(self._journal.read_text())
@@ -318,18 +319,18 @@ class ResultFile:
         return Point(*point), contender
 
     def write(self, row: dict[str, Any]) -> None:
-        """Writes one row; columns it lacks stay empty."""
+        """Write one row. Missing columns are left empty."""
         row = {**self.common, **row}
         self._writer.writerow(row)
         self._file.flush()
         self.rows.append({column: str(row.get(column, "")) for column in COLUMNS})
 
     def done(self, point: Point) -> dict[str, str]:
-        """Returns contender and status of the rows of a point that are in the file."""
+        """Return the status of each contender with a row for a point in the file."""
         return {row["contender"]: row["status"] for row in self.rows_of(point)}
 
     def rows_of(self, point: Point) -> list[dict[str, str]]:
-        """Returns the rows of a point that are in the file."""
+        """Return the rows of a point in the file."""
         key = {"mode": point.mode, "model": point.model, "layer": point.layer}
         key |= {"M": str(point.m), "r": point.ranks or str(point.r)}
         key["adapters"] = str(point.adapters or "")

@@ -1,19 +1,20 @@
-"""The host's cost of a linear, a block and a training step: fastlora, PEFT and the bare layers.
+"""Host time of a linear layer, a block, and a training step: fastlora, PEFT, and bare layers.
 
 python bench/host.py [--device auto|cpu|cuda] [--repeats 15] [--calls 10] [--out CSV]
 
-The layer is the seven linears of a decoder layer: q, k and v of one x, o, gate and up of one x,
-down. K = N = 32, 64 rows, rank 16, fp32: what the host does for them does not depend on their size.
-All sides run in one process on one thread, in turn, over the same weights. The clock is this
-process's CPU time; a row has each side's minimum over the repeats.
+The layer has the seven linear layers of a decoder layer: q, k, and v with one input, o, gate and up
+with one input, and down. K = N = 32, with 64 rows, rank 16, and fp32, because the host's work does
+not depend on the size. All sides run in turn in one process on one thread, with the same weights.
+The clock is the CPU time of this process. A row has the minimum of each side over the repeats.
 
-On a GPU everything is launched, and the device may be busy for as long as it likes. Elsewhere
-Triton's launches are stubbed (`fastlora.testing.stubbed_launches`): fastlora's kernels cost what
-they cost up to the driver and compute nothing, while products of PEFT's, of the bare layer's and
-those of fastlora's that PyTorch makes run on the CPU. Nothing is subtracted for that.
+On a GPU, everything is launched, and the time does not include the work of the device. Elsewhere,
+Triton's launches are stubbed (`fastlora.testing.stubbed_launches`). fastlora's kernels then cost as
+much as on a GPU up to the driver call, and compute nothing. The matrix products that PyTorch
+computes for PEFT, for the bare layer, and for fastlora run on the CPU. Nothing is subtracted for
+them.
 
-Launches and products are counted with stubbed launches on any machine. PEFT's columns are empty
-where it is not installed.
+Launches and products are counted with stubbed launches on every machine. The columns for PEFT are
+empty if it is not installed.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from fastlora.testing import stubbed_launches
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SIZE, ROWS, RANK = 32, 64, 16
-MIXES = 8  # orders of a batch's adapters that blocks take in turn
+MIXES = 8  # number of different orders of a batch's adapters, used in turn
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm")
 
 BARE, OURS, PEFT = "bare", "fastlora", "peft"
@@ -50,9 +51,9 @@ Sides = dict[str, Callable[[], object]]
 
 
 class Shape(NamedTuple):
-    """Sizes of a decoder layer's linears, and rows of x: x is ``[rows, hidden]``.
+    """Sizes of the linear layers in a decoder layer, and rows of x: x is ``[rows, hidden]``.
 
-    k and v have ``kv`` outputs, a divisor of ``hidden``; gate and up have ``inner``.
+    k and v have ``kv`` outputs, which must divide ``hidden``. gate and up have ``inner`` outputs.
     """
 
     hidden: int = SIZE
@@ -66,15 +67,17 @@ SMALL = Shape()
 
 
 class Case(NamedTuple):
-    """A row: what runs, and in which mode of PyTorch's.
+    """One row of the CSV: what runs, and in which mode of PyTorch.
 
     Attributes:
-        name: Of the row.
-        mode: Makes the context that all sides run in.
-        adapters: In the model; more than one: a batch whose rows take them in random order.
-        block: Of a batch: "one" around all forwards, or one for "each".
-        dropout: Of a training step; None for an evaluation.
-        dora: Whether adapters have magnitudes.
+        name: Name of the row.
+        mode: Function that returns the context in which all sides run.
+        adapters: Number of adapters in the model. With several, rows of the batch have them in
+            random order.
+        block: For a batch, "one" for one block around all forward passes, or "each" for a block
+            around each.
+        dropout: Dropout of a training step, or None for an evaluation.
+        dora: Whether adapters use DoRA.
     """
 
     name: str
@@ -96,7 +99,7 @@ CASES = (
 
 
 class Layer(nn.Module):
-    """The seven linears. What else a decoder layer does is left out."""
+    """The seven linear layers, without the other parts of a decoder layer."""
 
     def __init__(self, shape: Shape = SMALL, **where: Any) -> None:
         super().__init__()
@@ -107,7 +110,7 @@ class Layer(nn.Module):
             self.add_module(name, nn.Linear(k, n, bias=False, **where))
 
     def forward(self, x: torch.Tensor, **given: Any) -> torch.Tensor:
-        """Maps x ``[M, hidden]`` to the same shape; ``given`` goes to every linear."""
+        """Return ``[M, hidden]`` for x of that shape; ``given`` goes to every linear layer."""
         q, k, v = (each(x, **given) for each in (self.q_proj, self.k_proj, self.v_proj))
         kv = k + v
         if kv.shape != q.shape:
@@ -117,7 +120,7 @@ class Layer(nn.Module):
 
 
 def main() -> int:
-    """Measures and writes the CSV, a row as soon as it is known."""
+    """Measure all cases and write the CSV, each row as soon as it is known."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--repeats", type=int, default=15)
@@ -138,7 +141,7 @@ def main() -> int:
 
 
 def measured(case: Case, device: torch.device, repeats: int, calls: int) -> dict[str, Any]:
-    """Times and counts one case; returns its row. Times are of a linear: a seventh of a call's."""
+    """Time and count one case and return its row, with times per linear layer (1/7 of a call)."""
     chip: tuple[Any, ...] = ()
     stubs: Any = contextlib.nullcontext()
     if device.type == "cuda":
@@ -175,10 +178,10 @@ def measured(case: Case, device: torch.device, repeats: int, calls: int) -> dict
 def host_us(
     sides: Sides, repeats: int, calls: int, noted: list[Any] | None = None
 ) -> dict[str, float]:
-    """Returns the CPU time of one call of each side: the minimum over the repeats.
+    """Return the CPU time of one call of each side, as the minimum over the repeats.
 
-    Each repeat is ``calls`` calls of one side after another, and starts with another side. What
-    stubs noted is forgotten before each: a driver keeps nothing of a launch.
+    In each repeat, every side runs ``calls`` times, starting with another side each time. Launches
+    that the stubs have recorded are cleared first, because a real driver would not keep them.
     """
     best = dict.fromkeys(sides, float("inf"))
     names = list(sides)
@@ -199,22 +202,24 @@ def host_us(
 
 
 def warm_up(sides: Sides) -> None:
-    """Compiles what the sides launch, and lets layers find out which of them share an x."""
+    """Call each side until launches are compiled and layers know which of them share an input."""
     for call in (*sides.values(),) * 3:
         call()
 
 
 def counted(case: Case, chip: tuple[Any, ...] = ()) -> tuple[int, int]:
-    """Returns Triton's launches, and PyTorch's products, of one call of fastlora's.
+    """Return the number of Triton launches and of PyTorch products in one call of fastlora.
 
-    ``chip`` is the chip and its processors that configs are chosen for; see `stubbed_launches`.
+    ``chip`` names the chip and its number of processors for the choice of configs; see
+    `stubbed_launches`.
     """
     with stubbed_launches(*chip) as launches, running(case, torch.device("cpu")) as sides:
         warm_up(sides)
         before = len(launches)
         sides[OURS]()
         made = len(launches) - before
-        # A profiler sees registered operators, which siblings at once are not.
+        # The profiler sees registered operators, which a grouped call of shared-input layers
+        # bypasses.
         with profile(activities=[ProfilerActivity.CPU]) as recorded:
             sides[OURS]()
     return made, sum(e.count for e in recorded.key_averages() if e.key in PRODUCTS)
@@ -224,17 +229,17 @@ def counted(case: Case, chip: tuple[Any, ...] = ()) -> tuple[int, int]:
 def running(
     case: Case, device: torch.device, shape: Shape = SMALL, dtype: torch.dtype = torch.float32
 ) -> Iterator[Sides]:
-    """Yields the sides of a case, within the contexts that they run in."""
+    """Yield the sides of a case, within the contexts in which they run."""
     torch.manual_seed(0)
     where = {"device": device, "dtype": dtype}
     bare = Layer(shape, **where).requires_grad_(False)
     x = torch.randn(shape.rows, shape.hidden, **where)
     models = {OURS: adapted(case, bare, fastlora, shape)}
-    for name in LINEARS:  # also where there is no GPU
+    for name in LINEARS:  # also without a GPU
         getattr(models[OURS].base_model.model, name).impl = "triton"
     if importlib.util.find_spec("peft"):
         models[PEFT] = adapted(case, bare, importlib.import_module("peft"), shape)
-    # The layers alone: what a wrapper around the model does is no linear's.
+    # Only the inner layers: a wrapper around the model is not part of a linear layer's cost.
     layers = {BARE: bare} | {name: model.base_model.model for name, model in models.items()}
     with case.mode(), contextlib.ExitStack() as around:
         if case.dropout is not None:
@@ -254,7 +259,7 @@ def running(
 
 
 def adapted(case: Case, bare: Layer, library: Any, shape: Shape) -> Any:
-    """Returns a model of a library's over the bare layers' weights."""
+    """Return a library's model over the weights of the bare layers."""
     layer = copy.deepcopy(bare, {id(weight): weight for weight in bare.parameters()})
     config = library.LoraConfig(
         r=shape.rank,
@@ -271,25 +276,25 @@ def adapted(case: Case, bare: Layer, library: Any, shape: Shape) -> Any:
 
 
 def names_of(adapters: int) -> list[str]:
-    """Returns the adapters' names."""
+    """Return the adapters' names."""
     return [f"adapter_{index}" for index in range(adapters)]
 
 
 def orders(adapters: int, rows: int = ROWS) -> list[list[str]]:
-    """Returns mixes of a batch: each adapter has as many rows as another, in random order."""
+    """Return mixes of a batch in random order, with the same number of rows for each adapter."""
     shuffle, names = random.Random(0), names_of(adapters) * (rows // adapters)
     return [shuffle.sample(names, len(names)) for _ in range(MIXES)]
 
 
 def call(layer: nn.Module, x: torch.Tensor, **given: Any) -> Callable[[], object]:
-    """Returns a forward."""
+    """Return a function that runs a forward pass."""
     return lambda: layer(x, **given)
 
 
 def blocks(
     model: Any, layer: nn.Module, x: torch.Tensor, mixes: list[list[str]]
 ) -> Callable[[], object]:
-    """Returns a forward of fastlora's in a block of its own, with another mix each time."""
+    """Return a function that runs fastlora's forward pass in its own block, with the next mix."""
     turn = itertools.cycle(mixes)
 
     def run() -> None:
@@ -300,13 +305,13 @@ def blocks(
 
 
 def batches(model: Any, x: torch.Tensor, mixes: list[list[str]]) -> Callable[[], object]:
-    """Returns a forward of PEFT's model, which hands the names to its layers, likewise."""
+    """Return a function that runs PEFT's forward pass with the adapter names of the next mix."""
     turn = itertools.cycle(mixes)
     return lambda: model(x, adapter_names=next(turn))
 
 
 def step(layer: nn.Module, x: torch.Tensor) -> Callable[[], object]:
-    """Returns forward and backward; x needs a gradient as in the middle of a model."""
+    """Return a function that runs forward and backward. As within a model, x needs a gradient."""
     own, dy = x.clone().requires_grad_(), torch.ones_like(x)
     trained = [own, *(p for p in layer.parameters() if p.requires_grad)]
 
@@ -319,7 +324,7 @@ def step(layer: nn.Module, x: torch.Tensor) -> Callable[[], object]:
 
 
 def show(row: Mapping[str, Any]) -> None:
-    """Prints one row."""
+    """Print one row."""
     peft = f"PEFT {row['peft_over_bare_us']}, ratio {row['ratio_to_peft']}"
     print(
         f"{row['case']}: over the bare {row['bare_us']} us a linear "

@@ -1,8 +1,9 @@
-"""``fastlora bench kernels``: one linear of a shape of yours, timed on a GPU or predicted without.
+"""``fastlora bench kernels``: time one linear layer of a given shape on a GPU, or predict its time.
 
-On a GPU every contender is checked against float64, then timed in CUDA graphs over operands that
-the caches do not hold. Without one, fastlora's kernels are compiled for ``--chip``; what the code
-says is printed, and a prediction, which is marked as one in every line and row.
+On a GPU, every contender is checked against float64. It is then timed in CUDA graphs, with operands
+that are not in the caches. Without a GPU, fastlora's kernels are compiled for ``--chip``. The
+command prints properties of the compiled code and a prediction. Every line and row says that it is
+a prediction.
 """
 
 from __future__ import annotations
@@ -30,11 +31,11 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 
 class KernelsBenchError(FastLoraError, ValueError):
-    """The benchmark cannot run as asked."""
+    """The benchmark cannot run with these options."""
 
 
 def shape(text: str) -> tuple[int, int, int, int]:
-    """Parses ``"M,K,N,r"`` for argparse."""
+    """Parse ``"M,K,N,r"`` for argparse."""
     try:
         m, k, n, r = (int(part) for part in text.split(","))
     except ValueError:
@@ -74,7 +75,7 @@ OPTIONS = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns 0, or 1 where a contender failed or gave wrong numbers."""
+    """Run the command; return 0, or 1 if a contender failed or its results were wrong."""
     args = parse(
         "fastlora bench kernels",
         "Times one linear with adapters on a GPU, by fastlora's kernels and without them. Without "
@@ -103,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def points(args: argparse.Namespace) -> list[Point]:
-    """Returns the problems."""
+    """Return the problems to measure."""
     mode, ranks = ("mixed", True) if args.adapters else ("forward", False)
     return [
         Point(mode, "yours", "linear", m, k, n, r, args.adapters, str(r) if ranks else "")
@@ -112,7 +113,7 @@ def points(args: argparse.Namespace) -> list[Point]:
 
 
 def names_of(args: argparse.Namespace, device: str) -> list[str]:
-    """Returns the names of what can be timed."""
+    """Return the names of the contenders that can be timed."""
     if args.adapters:
         ours = (*mixed_kernels.OURS, mixed_kernels.DENSE) if device == "cuda" else ()
         return [c.name for c in (*mixed_kernels.BY_HAND, *ours, mixed_kernels.GROUPED_MM)]
@@ -121,7 +122,7 @@ def names_of(args: argparse.Namespace, device: str) -> list[str]:
 
 
 def measure(args: argparse.Namespace, device: str) -> int:
-    """Checks and times; prints a line a contender, writes the CSV and the picture."""
+    """Check and time the contenders; print a line for each, and write the CSV and the picture."""
     wanted = args.contender or names_of(args, device)
     yours = [contender_of(name) for name in wanted if ".py:" in name]
     if yours and args.adapters:
@@ -132,7 +133,7 @@ def measure(args: argparse.Namespace, device: str) -> int:
     kept = {"base", *YARDSTICK.values(), *mixed_kernels.YARDSTICK.values(), *wanted}
 
     class Chosen(Bench):
-        """The contenders that were asked for, and what they are compared with."""
+        """The requested contenders, and those that they are compared with."""
 
         def contenders_for(self, point: Point) -> Sequence[Contender]:
             found = [c for c in super().contenders_for(point) if c.kind != "part"]
@@ -165,7 +166,7 @@ def measure(args: argparse.Namespace, device: str) -> int:
 
 
 def line_of(row: dict[str, str], point: Point, found: Sequence[Contender], element: int) -> str:
-    """Returns time, TFLOP/s and GB/s of what must be computed and moved, and the floor's share."""
+    """Return a line with time, TFLOP/s and GB/s of the necessary work, and the floor's share."""
     if row["status"] != "ok":
         return f"  {row['contender']}: {row['status']}; not timed"
     kind = next(c.kind for c in found if c.name == row["contender"])
@@ -178,7 +179,7 @@ def line_of(row: dict[str, str], point: Point, found: Sequence[Contender], eleme
 
 
 def draw(source: Path, shown: Sequence[str]) -> None:
-    """Draws the CSV beside it, where matplotlib is installed."""
+    """Draw the CSV as a picture next to it, if matplotlib is installed."""
     target = source.with_suffix(".png")
     try:
         if picture(source, target, shown):
@@ -188,7 +189,7 @@ def draw(source: Path, shown: Sequence[str]) -> None:
 
 
 def check_names(wanted: Sequence[str], known: Sequence[str]) -> None:
-    """Raises `KernelsBenchError` for a name that nobody has."""
+    """Raise `KernelsBenchError` for a name that is not a known contender."""
     for name in wanted:
         if name not in known:
             raise KernelsBenchError(
@@ -198,7 +199,7 @@ def check_names(wanted: Sequence[str], known: Sequence[str]) -> None:
 
 
 def contender_of(text: str) -> Contender:
-    """Returns the contender of ``FILE.py:FUNCTION``."""
+    """Return the contender that ``FILE.py:FUNCTION`` names."""
     file, _, name = text.rpartition(":")
     if not Path(file).is_file():
         raise KernelsBenchError(f"--contender {text}: there is no file {file}")
@@ -224,7 +225,7 @@ def contender_of(text: str) -> Contender:
 
 
 def predicted_names(args: argparse.Namespace) -> list[str]:
-    """Returns the names of what can be predicted."""
+    """Return the names of the contenders that can be predicted."""
     from fastlora.bench.counted import ADDMM, BARE, OURS, PEFT
 
     peft = [PEFT] if importlib.util.find_spec("peft") else []
@@ -232,7 +233,7 @@ def predicted_names(args: argparse.Namespace) -> list[str]:
 
 
 def predict(args: argparse.Namespace) -> int:
-    """Compiles, and prints what the code says and a prediction; writes the CSV."""
+    """Compile the kernels, print properties of the code and a prediction, and write the CSV."""
     if importlib.util.find_spec("triton") is None:
         raise KernelsBenchError("there is no GPU, and without triton nothing can be compiled")
     from fastlora.bench import ceilings, counted

@@ -1,4 +1,4 @@
-"""One launch as work: its bytes and FLOPs by closed form, and what its program keeps busy."""
+"""The work of one launch: bytes and FLOPs in closed form, instructions, and bytes in flight."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from fastlora.kernels.tables import KernelConfig
 from fastlora.testing import Launch
 
 BF16, WIDTH = torch.bfloat16, 2
-# What siblings' arguments have behind their names.
+# Suffixes of the argument names for each layer of a launch.
 _MARKS = ("", "_1", "_2", "_3")
 BatchOf = Callable[[int, int, int], Batch]
 
 
 class Work(NamedTuple):
-    """One kernel.
+    """The work of one kernel.
 
     Attributes:
-        name: Of the kernel, or of PyTorch's operator.
-        loads, stores: Distinct bytes.
-        issued: Bytes of every load and store.
-        flops: Of its products, whole tiles.
-        launch: Of a kernel of ours.
-        chunks: Rounds of its program's second loop.
+        name: Name of the kernel, or of PyTorch's operator.
+        loads, stores: Distinct bytes that are loaded and stored.
+        issued: Bytes of all loads and stores.
+        flops: FLOPs of its products, counting whole tiles.
+        launch: The launch, if the kernel is fastlora's.
+        chunks: Number of iterations of a program's second loop.
     """
 
     name: str
@@ -41,11 +41,12 @@ class Work(NamedTuple):
 
 
 def work_of(launch: Launch, batch_of: BatchOf, r: int) -> Work:
-    """Returns what one of our launches moves, by the closed form of its kernel.
+    """Return the work of one of fastlora's launches, from the closed form of its kernel.
 
     Args:
-        launch: With bf16 tensors.
-        batch_of: The mixed batch of a linear of N outputs, K columns and a rank.
+        launch: The launch, with bf16 tensors.
+        batch_of: Function that returns the mixed batch of a linear layer for N outputs, K columns,
+            and a rank.
         r: Rank of each adapter.
     """
     name = _stem(launch)
@@ -64,7 +65,7 @@ def _stem(launch: Launch) -> str:
 
 
 def _config(launch: Launch) -> KernelConfig:
-    """Returns what closed forms ask of the config that a launch came from."""
+    """Return the fields that closed forms read from the config of a launch."""
     given = launch.arguments
     return KernelConfig(
         block_m=given["BLOCK_M"],
@@ -78,7 +79,7 @@ def _config(launch: Launch) -> KernelConfig:
 
 
 def _form(launch: Launch, r: int) -> Form:
-    """Returns the form of a launch for one adapter."""
+    """Return the traffic and FLOPs of a launch for one adapter."""
     given, name = launch.arguments, _stem(launch)
     if name == "plane_sums":
         count = given["COUNT"]
@@ -112,10 +113,10 @@ def _form(launch: Launch, r: int) -> Form:
 
 
 def _mixed_form(launch: Launch, batch_of: BatchOf, r: int) -> Form:
-    """Returns the form of a launch for a mixed batch's forward."""
+    """Return the traffic and FLOPs of a launch in the forward pass of a mixed batch."""
     given, config = launch.arguments, _config(launch)
     n, k = given.get("N", 0), given.get("K", 0)
-    if _stem(launch) == "mixed_lora_shrink":  # all modules' rank rows of an adapter
+    if _stem(launch) == "mixed_lora_shrink":  # rank rows of an adapter in all modules
         return byte_forms.mixed_shrink(batch_of(n, k, r * given["G"]), config, launch.grid[1])
     sizes = [given[f"N{mark}"] for mark in _MARKS[: given["SIBLINGS"]]]
     if _stem(launch) == "mixed_lora_expand":
@@ -130,7 +131,7 @@ def _mixed_form(launch: Launch, batch_of: BatchOf, r: int) -> Form:
 
 
 def together(forms: Sequence[Form]) -> Form:
-    """Returns siblings of one launch as one form: they read the same x."""
+    """Return the layers of one launch as one form. They read the same x, which is counted once."""
     loads = {f"{t}_{i}": v for i, form in enumerate(forms) for t, v in form.loads.items()}
     for i in range(1, len(forms)):
         if f"x_{i}" in loads:
@@ -140,20 +141,20 @@ def together(forms: Sequence[Form]) -> Form:
 
 
 def instructions_of(launch: Launch, chunks: int) -> int:
-    """Returns the instructions that a warp runs: a loop's as often as the sizes say."""
+    """Return the instructions that a warp executes. The sizes determine the iterations of loops."""
     given, code = launch.arguments, read_code(launch.binary)
     rows, columns = given.get("rows_per_split", 0), given.get("k_per_split", given.get("K", 0))
     rounds = -(-rows // given["BLOCK_M"]) if rows else 0
     if not rows and "BLOCK_K" in given:
         rounds = -(-columns // given["BLOCK_K"])
-    if launch.kernel != "_mixed_lora_linear_kernel":  # of loops for several ranks one runs
+    if launch.kernel != "_mixed_lora_linear_kernel":  # only one of these loops runs
         return code.instructions + max(rounds - 1, 0) * max(code.inner, default=0)
     first = code.inner[0] if code.inner else 0
     return code.instructions + (rounds - 1) * first + (chunks - 1) * code.largest
 
 
 def bytes_in_flight(launch: Launch) -> int:
-    """Returns the bytes that a program has on their way; 0 where they are not counted."""
+    """Return the bytes that a program has in flight, or 0 if they are not counted."""
     given, stages = launch.arguments, max(launch.num_stages - 1, 1)
     m, n, k, r = (given.get(f"BLOCK_{axis}", 0) for axis in "MNKR")
     rows = min(m, given.get("M", m))

@@ -2,9 +2,10 @@
 
     python bench/layer.py --out layer.csv --tests pass [--seconds 120] [--rank 16] [--dry-run]
 
-The sizes are those of Llama-3.1-8B, in bf16. One call goes through q, k and v of one x, o, gate and
-up of one x, and down; a training step also through their backward. Weights of a layer exceed every
-L2 cache, so a second call finds none of them there. PEFT takes part where it is installed.
+The sizes are those of Llama-3.1-8B, in bf16. One call runs q, k, and v with one input, o, gate and
+up with one input, and down. A training step also runs their backward pass. The weights of a layer
+are larger than any L2 cache, so a second call finds none of them there. PEFT takes part if it is
+installed.
 """
 
 from __future__ import annotations
@@ -27,18 +28,18 @@ from fastlora.bench.host import BARE, Case, Shape, running, warm_up
 ROWS = (64, 1, 16, 2048, 32, 256, 24, 48, 128, 512, 8192)
 TRAIN_ROWS, SOME_ROWS, ADAPTERS = (2048, 8192), (64, 2048), (64, 1, 4, 16)
 TINY = Shape(hidden=32, kv=16, inner=48, rows=8, rank=4)
-CALL_US = 200.0  # about what a decode takes: it sets how many calls a replay makes
+CALL_US = 200.0  # about the time of a decode; it determines the number of calls in a replay
 CASE_SECONDS = 5.0
 
 
 class Operands(NamedTuple):
-    """What `time_contenders` asks of a problem."""
+    """The attributes of a problem that `time_contenders` uses."""
 
     x: torch.Tensor
 
 
 def cases() -> Iterator[tuple[Case, int]]:
-    """Yields what is timed and its rows, the most telling first."""
+    """Yield each case and its number of rows, the most informative first."""
     decode, train = Case("forward", torch.no_grad), Case("train", torch.enable_grad, dropout=0.0)
     mixed = Case("mixed", torch.no_grad, block="one")
     yield decode, ROWS[0]
@@ -54,13 +55,13 @@ def cases() -> Iterator[tuple[Case, int]]:
 
 
 def tiny_cases() -> Iterator[tuple[Case, int]]:
-    """Yields the first two cases, for a dry run."""
+    """Yield the first two cases in small sizes, for a dry run."""
     for case, _ in itertools.islice(cases(), 2):
         yield case._replace(adapters=min(case.adapters, 4)), TINY.rows
 
 
 def timed(case: Case, device: torch.device, shape: Shape) -> dict[str, Any]:
-    """Returns a timing of each side, or a text that says why there is none."""
+    """Return the timing of each side, or a text that says why there is none."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     outcome: dict[str, Any] = {}
     with running(case, device, shape, dtype) as sides:
@@ -77,7 +78,7 @@ def timed(case: Case, device: torch.device, shape: Shape) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Times cases until they or the time end; returns 1 if fastlora failed in one."""
+    """Time cases until all are done or the time is up; return 1 if fastlora failed in any case."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="the CSV")
     parser.add_argument("--tests", choices=("pass", "fail"), required=True, help="for the CSV")

@@ -1,8 +1,8 @@
-"""Times one LoRA linear: fastlora's plans, the base alone, PEFT's way, and ``addmm_``.
+"""Times one LoRA linear: fastlora's plans, the base alone, PEFT's operations, and ``addmm_``.
 
     python bench/linear.py --out results.csv [--tests pass] [--seconds 300] [--device cpu --dry-run]
 
-`bench/gpu.sh` runs it behind the tests; `bench/README.md` explains the rows.
+`bench/gpu.sh` runs it after the tests. `bench/README.md` explains the rows.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ from fastlora.bench.modes import MODES
 from fastlora.bench.peers import listed, peers_for
 from fastlora.bench.shapes import Point, Roofs, all_points, floor_us, tiny_points
 
-WRONG = 3  # exit code: it came to its end, and a contender failed or gave wrong numbers
-START_AGAIN = 75  # exit code: the GPU is lost to this process, a new one can go on
-LAUNCH_US = 3.0  # about what a kernel in a graph costs beside its floor
-# What a point may take before any was measured; afterwards the slowest one so far counts as well.
+WRONG = 3  # exit code: the run has finished, and a contender failed or gave wrong numbers
+START_AGAIN = 75  # exit code: this process has lost the GPU; a new one can continue
+LAUNCH_US = 3.0  # approximate cost of a kernel in a graph beyond its floor
+# Assumed time of a point before any is measured. Later, the slowest point so far counts as well.
 FIRST_POINT_SECONDS = 5.0
 
 
 class Bench:
-    """One run: where it measures, and the file that it fills; `MODES` says what."""
+    """One run: its device, and the file that it fills. `MODES` defines what is measured."""
 
-    hang_seconds = 45.0  # of a point: what takes longer is taken for hanging
+    hang_seconds = 45.0  # a point that takes longer is considered hung
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.device = torch.device(args.device)
@@ -66,13 +66,13 @@ class Bench:
             self._write(point, self.contenders_for(point), outcome, {})
 
     def contenders_for(self, point: Point) -> Sequence[Contender]:
-        """Returns the contenders of a point, peers behind the others."""
+        """Return the contenders of a point, with peers last."""
         found = MODES[point.mode].contenders(point, self.impl, self.device.type, self.dtype)
         return (*found, *peers_for(point.mode))
 
     @property
     def failed(self) -> bool:
-        """Whether any row is not what it should be."""
+        """Whether any row has a status other than "ok"."""
         return any(row["status"] != "ok" for row in self.file.rows)
 
     def _roofs(self, resumed: bool) -> Roofs:
@@ -92,10 +92,10 @@ class Bench:
         return roofs
 
     def prepare(self, point: Point) -> None:
-        """Does what a point needs beforehand, and has time limits of its own; here nothing."""
+        """Prepare a point outside of the time limit of `measure`. Does nothing by default."""
 
     def measure(self, point: Point) -> str:
-        """Checks and times every contender of a point, writes the rows, returns a line on them."""
+        """Check and time all contenders of a point, write the rows, and return a line on them."""
         before = self.file.done(point)
         contenders = [c for c in self.contenders_for(point) if c.name not in before]
         counts = {"sets": count_sets(point, self.dtype.itemsize, self.device)}
@@ -103,10 +103,11 @@ class Bench:
         try:
             self._measure(point, contenders, outcome, counts)
         except DeviceLostError:
-            # The rest of this point is measured by the next process, without the culprit.
+            # The next process measures the rest of this point, without the contender that lost the
+            # GPU.
             outcome = {name: text for name, text in outcome.items() if isinstance(text, str)}
             raise
-        except Exception as error:  # out of memory, above all: the next point may fit
+        except Exception as error:  # mostly out of memory: the next point may fit
             text = error_text(error)
             outcome = {contender.name: text for contender in contenders} | outcome
             if is_lost(self.device):
@@ -183,7 +184,7 @@ def _times(timing: Timing) -> dict[str, str]:
 
 
 def _line(outcome: dict[str, Any]) -> str:
-    """Returns the base's time, the others as multiples of it, and what failed."""
+    """Return the base's time, the other times as multiples of it, and the failures."""
     base = outcome.get("base")
     unit = base.median if isinstance(base, Timing) else 0.0
     words = []
@@ -198,7 +199,7 @@ def _line(outcome: dict[str, Any]) -> str:
 
 
 class _List(argparse.Action):
-    """Says who takes part, and ends; as ``--help`` it needs no other argument."""
+    """Prints the contenders and exits. Like ``--help``, it needs no other argument."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
         for mode, own in (("forward", (*FORWARD, *FUSED_VARIANTS)), ("train", TRAIN)):
@@ -208,7 +209,7 @@ class _List(argparse.Action):
 
 
 def arguments(description: str) -> argparse.ArgumentParser:
-    """Returns what every script of this kind takes."""
+    """Return a parser with the options that all scripts of this kind have."""
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--list", action=_List, nargs=0, help="who takes part, peers included")
     parser.add_argument("--out", type=Path, required=True, help="the CSV")
@@ -231,13 +232,13 @@ def main(
     tiny: Callable[[], list[Point]] = tiny_points,
     description: str = __doc__,
 ) -> int:
-    """Measures what the command line says, of points or in a dry run of tiny ones."""
+    """Measure the points that the command line selects, or tiny points in a dry run."""
     args = arguments(description).parse_args()
     return measure_all(Bench(args), tiny() if args.dry_run else points(), args)
 
 
 def measure_all(bench: Bench, points: list[Point], args: argparse.Namespace) -> int:
-    """Measures until the points or the time end; returns the exit code."""
+    """Measure until all points are done or the time is up; return the exit code."""
     end = time.monotonic() + args.seconds
     torch.manual_seed(0)
     points = points[: args.max_points]
@@ -263,7 +264,7 @@ def measure_all(bench: Bench, points: list[Point], args: argparse.Namespace) -> 
         finally:
             watchdog.cancel()
         seconds = time.monotonic() - start
-        if index:  # the first one also loads libraries
+        if index:  # the first point also loads libraries
             slowest = max(slowest, seconds)
         print(f"[{index + 1}/{len(points)}, {seconds:.1f} s] {point}: {line}", flush=True)
     bench.file.close()
@@ -271,7 +272,7 @@ def measure_all(bench: Bench, points: list[Point], args: argparse.Namespace) -> 
 
 
 def _give_up(point: Point) -> None:
-    """Ends a process whose kernel does not; the journal says which contender it was."""
+    """Exit from a process with a hung kernel. The journal names the contender."""
     print(f"{point}: no end", flush=True)
     os._exit(START_AGAIN)
 

@@ -1,4 +1,4 @@
-"""What a benchmark ran on: machine, versions, commit, and what a card was measured to do."""
+"""The machine of a benchmark: card, versions, commit, and measured peak rates of the card."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ import torch
 from fastlora.bench.harness import Timing, time_plain
 from fastlora.bench.shapes import Roofs
 
-# The checkout; where the package is installed, its own folder.
+# The checkout, or the folder of an installed package.
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def results_folder() -> Path:
-    """Returns the checkout's folder of results; of an installed package the working directory."""
+    """Return the checkout's results folder, or the working directory for an installed package."""
     folder = ROOT / "bench" / "results"
     return folder if folder.is_dir() else Path()
 
 
 def describe(device: torch.device, checkout: Path = ROOT) -> dict[str, Any]:
-    """Returns the columns that are the same in every row: card, versions, commit."""
+    """Return the columns with the same value in every row: card, versions, and commit."""
     try:
         import triton
 
@@ -58,7 +58,7 @@ def _driver() -> str:
 
 
 def processor() -> str:
-    """Returns the processor's name, or "unknown"."""
+    """Return the processor's name, or "unknown"."""
     with suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -67,9 +67,9 @@ def processor() -> str:
 
 
 def commit(checkout: Path) -> str:
-    """Returns the commit, or a digest of the sources where they differ from one or have none."""
+    """Return the commit, or a digest of the sources if they differ from it or there is none."""
     if not (checkout / "fastlora").is_dir():
-        return f"source-{_digest(checkout)}"  # a repository around it would not be ours
+        return f"source-{_digest(checkout)}"  # a surrounding repository would be another project
     git = ["git", "-c", "safe.directory=*", "-C", str(checkout)]
     with suppress(OSError, subprocess.SubprocessError):
         head, changes = (
@@ -96,10 +96,10 @@ def _digest(checkout: Path) -> str:
 
 
 def measure_roofs(device: torch.device, dtype: torch.dtype) -> tuple[Roofs, Timing, Timing]:
-    """Measures a large copy and a large GEMM on random data (small ones on a CPU).
+    """Measure a large copy and a large GEMM on random data (small ones on a CPU).
 
     Returns:
-        The roofs, and the times of one copy and one GEMM.
+        The measured rates, the time of one copy, and the time of one GEMM.
     """
     size, side = (2**30, 8192) if device.type == "cuda" else (2**22, 256)
     source = torch.randn(size // 4, dtype=torch.float32, device=device)

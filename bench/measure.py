@@ -1,9 +1,9 @@
-"""Implementations compared in one process: step times in turn, and peak memory of a step.
+"""Compares implementations in one process: interleaved timing, and the peak memory of a step.
 
-Speed is a median of paired ratios: all sides run one right after the other, the order changes
-every round, and each round gives one ratio, so that whatever slows the machine down for a while
-slows all; `share_frozen` has two models stand on one copy of the base's weights. Memory is the
-peak of live bytes that the allocator hands out within a step.
+Speed is a median of paired ratios. In each round, all sides run one after the other, in changing
+order, and each round gives one ratio. A temporary slowdown of the machine therefore affects all
+sides. `share_frozen` puts two models on one copy of the base weights. Memory is the peak of live
+bytes that the allocator hands out within a step.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.profiler import ProfilerActivity, profile
 
 @contextmanager
 def torch_threads(count: int) -> Iterator[None]:
-    """Runs the body with ``count`` intra-op CPU threads, then restores the number before."""
+    """Run the body with ``count`` intra-op CPU threads, then restore the previous number."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -38,21 +38,21 @@ def interleaved_seconds(
     device: torch.device | str = "cpu",
     on_round: Callable[[], object] = lambda: None,
 ) -> dict[str, list[float]]:
-    """Times functions against each other, one after another in each round.
+    """Time functions against each other, one after another in each round.
 
-    Each round starts with another side, and every other one goes backwards.
+    The first function changes from round to round, and every other round runs in reverse order.
 
-    On a CPU the clock is the time that this process spent on a core (`time.process_time`, all its
-    threads together): other processes don't count, which on a shared machine is the only number
-    that repeats. Run it on one thread (`torch_threads`), where it equals the undisturbed wall time.
-    On a GPU it is the time between two CUDA events around the call.
+    On a CPU, the clock is the time that all threads of this process spent on a core
+    (`time.process_time`). Other processes do not count, so it is the only repeatable time on a
+    shared machine. Use one thread (`torch_threads`), with which it equals the undisturbed wall
+    time. On a GPU, the clock is the time between two CUDA events around the call.
 
     Args:
-        sides: By name.
-        rounds: How many are timed, at least 1.
-        warmup: How many untimed rounds go before.
-        device: Where the work runs.
-        on_round: Called behind each timed round.
+        sides: The functions by name.
+        rounds: Number of timed rounds, at least 1.
+        warmup: Number of untimed rounds before the timed ones.
+        device: Device on which the work runs.
+        on_round: Called after each timed round.
 
     Returns:
         Seconds of each side in each round; see `median_ratio`.
@@ -79,19 +79,20 @@ def interleaved_seconds(
 
 
 def median_ratio(times: Mapping[str, Sequence[float]], side: str, other: str) -> float:
-    """Returns the median over the rounds of one side's time over another's."""
+    """Return the median over all rounds of one side's time divided by another side's."""
     pairs = zip(times[side], times[other], strict=True)
     return statistics.median(a / b for a, b in pairs)
 
 
 def share_frozen(source: nn.Module, target: nn.Module) -> None:
-    """Puts the memory of ``source``'s frozen parameters under those of ``target``, in their order.
+    """Make ``target``'s frozen parameters share the memory of ``source``'s, in order.
 
-    For two sides that stand on the same base model: where in memory a copy of the weights happens
-    to lie is then no advantage of either.
+    With two sides on the same base model, neither has an advantage from the place of its weights in
+    memory.
 
     Raises:
-        ValueError: They have not the same frozen parameters; ``target`` is then as it was.
+        ValueError: The frozen parameters of the models differ. ``target`` is unchanged in this
+            case.
     """
     frozen = [
         [parameter for parameter in side.parameters() if not parameter.requires_grad]
@@ -105,16 +106,18 @@ def share_frozen(source: nn.Module, target: nn.Module) -> None:
 
 
 def peak_step_bytes(fn: Callable[[], object], *, device: torch.device | str = "cpu") -> int:
-    """Returns the peak of bytes that one call of ``fn`` holds on top of what was there before.
+    """Return the peak number of bytes that one call of ``fn`` adds to the memory in use.
 
-    Counts the bytes that tensors ask for, not the pages behind them, so the number repeats exactly
-    where the resident size of the process does not. On a CPU it is rebuilt from the allocations
-    that `torch.profiler` records; memory from before the step that ``fn`` frees makes no room
-    there, since the profiler doesn't know its size. On a GPU it is the caching allocator's peak.
+    The function counts the bytes that tensors request, not the pages behind them. The result
+    therefore repeats exactly, unlike the resident size of the process. On a CPU, it is
+    reconstructed from the allocations that `torch.profiler` records. If ``fn`` frees memory that
+    was allocated before the step, this does not lower the count, because the profiler does not know
+    the size. On a GPU, the result is the peak of the caching allocator.
 
     Args:
-        fn: One step; call it once before, so that caches and lazily made buffers are not counted.
-        device: Where the work runs.
+        fn: One step. Call it once beforehand, so that caches and lazily created buffers are not
+            counted.
+        device: Device on which the work runs.
     """
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
@@ -139,7 +142,7 @@ def peak_step_bytes(fn: Callable[[], object], *, device: torch.device | str = "c
 
 
 def _allocations(recorded: profile) -> Iterator[tuple[int, int]]:
-    """Yields (address, bytes) in order of time; a negative size is a release."""
+    """Yield (address, bytes) in order of time. A negative size is a release."""
     results = getattr(recorded.profiler, "kineto_results", None)
     if results is None:
         raise RuntimeError("torch.profiler recorded nothing; is another profiler running?")

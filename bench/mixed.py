@@ -2,9 +2,10 @@
 
 python bench/mixed.py [--dtypes fp32,bf16] [--adapters 1,4,16,64] [--base plain|nf4] [--out CSV]
 
-All linear layers, rank 16, 64 sequences in random order over the adapters, one thread, one process,
-all sides in turn. ``decode`` is one token of each sequence, ``prefill`` sixteen. A side is timed
-only after its outputs have been compared with float64; over a base in NF4, with PEFT's.
+All linear layers have adapters of rank 16. The 64 sequences have their adapters in random order.
+All sides run in turn on one thread of one process. ``decode`` is one token per sequence, and
+``prefill`` is sixteen. A side is timed only after its outputs have been compared with float64, or
+with PEFT's outputs over an NF4 base.
 """
 
 from __future__ import annotations
@@ -29,13 +30,13 @@ from fastlora.bench.mixed_strategies import STRATEGIES, by_hand
 
 PHASES = {"decode": 1, "prefill": 16}
 SEQUENCES, RANK = 64, 16
-# One block around all forwards: what a decode loop does, where `OURS` enters one for each.
+# One block around all forward passes, as in a decode loop. `OURS` enters a block for each of them.
 OURS_ONCE = "fastlora_one_block"
 SORTED = "_sorted_before"
 
 
 def main() -> int:
-    """Measures and writes the CSV, a row as soon as it is known."""
+    """Measure all batches and write the CSV, each row as soon as it is known."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dtypes", default="fp32,bf16")
     parser.add_argument("--phases", default="decode,prefill")
@@ -61,7 +62,7 @@ def main() -> int:
 
 
 def measured(contest: Contest, tokens: int, adapters: int, rounds: int) -> list[dict[str, Any]]:
-    """Checks and times all sides of one batch; a row each."""
+    """Check and time all sides of one batch; return a row for each."""
     ids = contest.random_ids(SEQUENCES, tokens)
     mix = contest.random_mix(SEQUENCES, adapters)
     sides = contest.sides(mix, ids)
@@ -69,7 +70,7 @@ def measured(contest: Contest, tokens: int, adapters: int, rounds: int) -> list[
     sides[OURS_ONCE] = partial(last_output, contest.ours, ids)
     for name, strategy in STRATEGIES.items():
         sides[name] = by_hand(contest, strategy, mix, ids)
-        if name != "gathered_bmm":  # no row moves there anyway
+        if name != "gathered_bmm":  # this strategy moves no rows anyway
             sides[name + SORTED] = by_hand(contest, strategy, mix, ids, sorted_before=True)
     with fastlora.adapters(contest.ours, mix):
         rows, times = contest.measure(sides, mix, ids, rounds)
@@ -89,7 +90,10 @@ def measured(contest: Contest, tokens: int, adapters: int, rounds: int) -> list[
 
 @torch.no_grad()
 def on_quantised(contest: Contest, tokens: int, adapters: int, rounds: int) -> list[dict[str, Any]]:
-    """Times ours and PEFT's over a quantised base, which nobody computes by hand; a row each."""
+    """Time fastlora and PEFT over a quantized base and return a row for each.
+
+    There is no implementation by hand for a quantized base.
+    """
     ids = contest.random_ids(SEQUENCES, tokens)
     mix = contest.random_mix(SEQUENCES, adapters)
     sides = contest.sides(mix, ids)
@@ -100,7 +104,8 @@ def on_quantised(contest: Contest, tokens: int, adapters: int, rounds: int) -> l
         update = (outputs[PEFT] - outputs[BASE]).norm()
         errors = {name: float((y - outputs[PEFT]).norm() / update) for name, y in outputs.items()}
         for name in (OURS, OURS_ONCE):
-            # bf16 through 30 layers moves the adapters' term by a sixth; another adapter by 1.4.
+            # In bf16, 30 layers change the adapters' term by a sixth. A wrong adapter changes it by
+            # 1.4.
             if not errors[name] < 0.5:
                 raise RuntimeError(f"{name} differs from PEFT by {errors[name]} of the update")
         times = interleaved_seconds(sides, rounds)
@@ -123,7 +128,7 @@ def on_quantised(contest: Contest, tokens: int, adapters: int, rounds: int) -> l
 
 
 def show(dtype: str, phase: str, adapters: int, rows: list[dict[str, Any]]) -> None:
-    """Prints one batch's ratios."""
+    """Print the ratios of one batch."""
     found = {row["side"]: row for row in rows}
     base = ", ".join(f"{s} {float(r['ratio_to_base']):.2f}" for s, r in found.items())
     median = float(found[BASE]["median_ms"])

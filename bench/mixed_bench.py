@@ -1,8 +1,9 @@
-"""``fastlora bench mixed``: what a batch of many adapters costs on a model of yours.
+"""``fastlora bench mixed``: the cost of a batch of many adapters on a given model.
 
-Each number of adapters is a batch of the same sequences in which every one has a random adapter:
-as one mixed batch, by PEFT's ``adapter_names``, and one adapter after another, over the bare base
-model. Adapters are random, on all linear layers. Every result is compared with float64 first.
+For each number of adapters, the same sequences form a batch in which each sequence has a random
+adapter. The batch is timed as one mixed batch, with PEFT's ``adapter_names``, and one adapter after
+another, relative to the bare base model. Adapters are random, on all linear layers. All results are
+compared with float64 first.
 """
 
 from __future__ import annotations
@@ -27,16 +28,16 @@ from fastlora.model.targets import find_targets
 from fastlora.validation import FastLoraError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# A model keeps that many sets of adapters packed, each a copy of its factors.
+# Number of adapter sets that a model caches in packed form. Each is a copy of the factors.
 _PACKED_SETS = 2
 
 
 class BenchError(FastLoraError, ValueError):
-    """The benchmark cannot run as asked: an option, the model, or too little memory."""
+    """The benchmark cannot run because of an option, the model, or too little memory."""
 
 
 def counts(text: str) -> list[int]:
-    """Parses ``"1,4,16"`` for argparse: positive numbers, ascending and without repetitions."""
+    """Parse ``"1,4,16"`` for argparse into positive numbers, ascending and without duplicates."""
     try:
         found = sorted({int(part) for part in text.split(",")})
     except ValueError:
@@ -75,25 +76,25 @@ OPTIONS = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parses ``argv`` and runs the benchmark."""
+    """Parse ``argv`` and run the benchmark."""
     text = (__doc__ or "").replace("``", "")
     return run(parse("fastlora bench mixed", text, OPTIONS, argv))
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs the benchmark and returns the exit code 0.
+    """Run the benchmark and return the exit code 0.
 
     Raises:
-        BenchError: An option makes no sense, the model cannot be used, or memory would not do;
-            before any weight is read.
-        WrongResultError: A side's results are wrong.
+        BenchError: An option is invalid, the model cannot be used, or there is too little memory.
+            This is raised before any weight is read.
+        WrongResultError: The results of a side are wrong.
     """
     check_options(args)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with quiet_transformers():
         plan = plan_for(args)
         check_memory(plan, args, free_bytes(device))
-        args.out.mkdir(parents=True, exist_ok=True)  # an unwritable place shows before the work
+        args.out.mkdir(parents=True, exist_ok=True)  # fails early if unwritable
         torch.manual_seed(0)
         model = plan.load().to(device)
         with measure.torch_threads(args.threads):
@@ -123,7 +124,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def describe(facts: dict[str, Any]) -> str:
-    """Returns one line on what was measured."""
+    """Return one line that describes the measurement."""
     tokens = f"{facts['tokens']} token" + ("s" if facts["tokens"] > 1 else "")
     where = facts["device"]
     if where == "cpu":
@@ -135,7 +136,7 @@ def describe(facts: dict[str, Any]) -> str:
 
 
 def footnote(rounds: int, device: torch.device) -> str:
-    """Returns how the table is to be read."""
+    """Return an explanation of the table."""
     clock = "CUDA events" if device.type == "cuda" else "CPU time of the process"
     return (
         f"time over the base model: medians of {rounds} interleaved rounds' ratios, {clock};\n"
@@ -146,19 +147,19 @@ def footnote(rounds: int, device: torch.device) -> str:
 def compare(
     model: Any, adapters: Sequence[int], rank: int, sequences: int, tokens: int, rounds: int
 ) -> list[Row]:
-    """Checks and times mixed batches of each number of adapters.
+    """Check and time mixed batches for each number of adapters.
 
     Args:
-        model: A transformers model that takes ``input_ids`` alone; see `Contest` for what
-            becomes of it.
+        model: A transformers model that takes only ``input_ids``. `Contest` describes how it is
+            changed.
         adapters: Numbers of different adapters.
-        rank: Of each.
-        sequences: Of a batch.
-        tokens: Of a sequence.
-        rounds: Timed ones.
+        rank: Rank of each adapter.
+        sequences: Number of sequences in a batch.
+        tokens: Number of tokens in a sequence.
+        rounds: Number of timed rounds.
 
     Raises:
-        WrongResultError: A side's results are wrong.
+        WrongResultError: The results of a side are wrong.
     """
     from tqdm import tqdm
 
@@ -181,14 +182,14 @@ def compare(
 
 @dataclass(frozen=True)
 class Plan:
-    """How to load a model, and what it will need.
+    """How to load a model, and the memory that it needs.
 
     Attributes:
-        load: Returns it on the CPU.
-        dtype: Of its weights.
-        weights: Bytes of them.
+        load: Returns the model on the CPU.
+        dtype: Dtype of the weights.
+        weights: Bytes of the weights.
         adapter: Bytes of one adapter.
-        outputs: Bytes of a forward's results in float64, and of its largest weight so.
+        outputs: Bytes of a forward pass's results and of the largest weight in float64.
     """
 
     load: Callable[[], Any]
@@ -199,7 +200,7 @@ class Plan:
 
 
 def check_options(args: argparse.Namespace) -> None:
-    """Raises `BenchError` for options that make no sense together or alone."""
+    """Raise `BenchError` for an invalid option or an invalid combination of options."""
     if max(args.adapters) > args.sequences:
         raise BenchError(
             f"--adapters asks for {max(args.adapters)} different adapters in a batch of "
@@ -217,11 +218,11 @@ def check_options(args: argparse.Namespace) -> None:
 
 
 def plan_for(args: argparse.Namespace) -> Plan:
-    """Looks at the model's config, without its weights.
+    """Read the model's config, without its weights.
 
     Raises:
-        BenchError: transformers cannot load it, or it takes no token ids alone.
-        TargetNotFoundError: It has no linear layers.
+        BenchError: transformers cannot load the model, or it needs more inputs than token ids.
+        TargetNotFoundError: The model has no linear layers.
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModel
     from transformers import AutoModelForCausalLM as CausalLM
@@ -267,7 +268,10 @@ def plan_for(args: argparse.Namespace) -> Plan:
 
 
 def check_memory(plan: Plan, args: argparse.Namespace, free: int | None) -> None:
-    """Raises `BenchError` where less is free than the benchmark will need; None is not known."""
+    """Raise `BenchError` if the benchmark needs more memory than is free.
+
+    ``free`` is None if the free memory is unknown.
+    """
     largest = sorted(args.adapters)[-_PACKED_SETS:]
     held = max(args.adapters) + sum(largest)
     needed = plan.weights + held * plan.adapter + plan.outputs
@@ -282,7 +286,7 @@ def check_memory(plan: Plan, args: argparse.Namespace, free: int | None) -> None
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Returns the free memory of a device, or None where it cannot be told."""
+    """Return the free memory of a device, or None if it is unknown."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:

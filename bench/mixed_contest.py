@@ -1,7 +1,7 @@
-"""One mixed batch computed in several ways on one model: the sides of every comparison.
+"""One mixed batch computed in several ways on one model, for comparisons.
 
-All sides share the base weights and the adapters' factors, so that they differ in what they do
-only. Their results are compared with float64 before anything is timed.
+All sides share the base weights and the adapters' factors, so that they differ only in what they
+compute. Their results are compared with float64 before anything is timed.
 """
 
 from __future__ import annotations
@@ -23,40 +23,41 @@ from fastlora.bench.measure import interleaved_seconds, median_ratio
 from fastlora.validation import FastLoraError
 
 BASE, OURS, PEFT, IN_TURN = "base", "fastlora", "peft", "in_turn"
-# Calls before the one that is checked. A set of adapters is packed the second time that it comes;
-# the third time finds it packed.
+# Calls before the call that is checked. A set of adapters is packed in its second call, and found
+# in the cache from the third one on.
 _WARM_UP = {BASE: 1, OURS: 2}
-# A model carries one rounding far: of 64 sequences through 30 layers in bf16 the worst one of two
-# right results was off by 6.8 and 2.7, where most are off by 0.6. So all count together, over so
-# many sequences at least; where that does not cover a side, so often with other roundings. A right
-# side is one more such draw: it is the largest of all once in so many checks and one more.
+# A model amplifies each rounding. Among 64 sequences through 30 layers in bf16, the worst errors of
+# two correct results were 6.8 and 2.7, while most errors were 0.6. Therefore the errors of all
+# sequences are combined, over at least this many sequences. If a side exceeds the budget, the
+# yardstick is repeated up to this many times with other roundings. A correct side is one more draw
+# of this kind, so with n draws it is the largest in one of n + 1 checks.
 _DRAWS = 32
 
 Side = Callable[[], torch.Tensor]
 
 
 class WrongResultError(FastLoraError):
-    """A side computes something else than the others, so its time means nothing."""
+    """A side computes a different result from the others, so its time is meaningless."""
 
 
 class Check(NamedTuple):
-    """A side's error against float64, its root mean square, and what it may be."""
+    """The root mean square of a side's error against float64, and the error budget."""
 
     error: float
     budget: float
 
 
 class Row(NamedTuple):
-    """What one side took for one mixed batch.
+    """The result of one side for one mixed batch.
 
     Attributes:
-        adapters: Different adapters in the batch.
-        side: Its name.
-        median_ms: Milliseconds of a forward.
-        ratio_to_base: Median of the rounds' ratios to the base model's time.
-        rounds: How many.
-        error: Its difference from float64, root mean square; None for the base model.
-        budget: What it may be.
+        adapters: Number of different adapters in the batch.
+        side: Name of the side.
+        median_ms: Median milliseconds of a forward pass.
+        ratio_to_base: Median over the rounds of the time divided by the base model's.
+        rounds: Number of rounds.
+        error: Root mean square of the error against float64; None for the base model.
+        budget: Maximum allowed error.
     """
 
     adapters: int
@@ -71,23 +72,23 @@ class Row(NamedTuple):
 class Contest:
     """A model with many adapters of one rank on all its linear layers, in fastlora and in PEFT.
 
-    The base model goes into evaluation mode, its parameters are frozen and its cache of keys and
-    values is switched off: a forward is one step.
+    The base model is set to evaluation mode, its parameters are frozen, and its key-value cache is
+    turned off, so that a forward pass is one step.
 
     Args:
-        base: A transformers model that takes ``input_ids`` alone.
-        adapters: How many.
-        rank: Of each; alpha is half of that, so that the model stays well conditioned.
-        peft: Whether to build PEFT's side too.
+        base: A transformers model that takes only ``input_ids``.
+        adapters: Number of adapters.
+        rank: Rank of each adapter. alpha is half of the rank, to keep the model well conditioned.
+        peft: Whether to create PEFT's model too.
         on_adapter: Called after each adapter has been added.
 
     Attributes:
         base: The model itself.
         ours: A `fastlora.LoraModel` over the same weights.
         theirs: PEFT's model over the same weights and factors, or None.
-        names: Of the adapters.
+        names: Names of the adapters.
         targets: Names of the adapted modules.
-        scaling: Of every adapter.
+        scaling: Scaling of every adapter.
     """
 
     def __init__(
@@ -126,31 +127,31 @@ class Contest:
         self.theirs = _peft_twin(self, rank) if peft else None
 
     def layer(self, target: str) -> Any:
-        """Returns fastlora's layer of that name."""
+        """Return fastlora's layer with a given name."""
         return self.ours.get_base_model().get_submodule(target)
 
     def random_ids(self, sequences: int, tokens: int) -> torch.Tensor:
-        """Returns ``[sequences, tokens]`` int64 token numbers from torch's generator."""
+        """Return random int64 token ids ``[sequences, tokens]`` from torch's generator."""
         vocabulary = self.base.get_input_embeddings().num_embeddings
         device = next(self.base.parameters()).device
         return torch.randint(0, vocabulary, (sequences, tokens), device=device)
 
     def random_mix(self, sequences: int, adapters: int) -> list[str]:
-        """Returns the first adapters' names, shared out evenly in random order."""
+        """Return the names of the first adapters, distributed evenly in random order."""
         order = torch.randperm(sequences).tolist()
         return [self.names[index % adapters] for index in order]
 
     # ----------------------------------------------------------------------------- the sides
 
     def sides(self, mix: Sequence[str], ids: torch.Tensor) -> dict[str, Side]:
-        """Returns the ways to compute one batch, each the last token's output ``[B, V]``.
+        """Return the ways to compute one batch. Each returns the last token's output ``[B, V]``.
 
-        ``in_turn`` runs the adapters one after another, each on its own rows, in a model that holds
-        one adapter; changing it costs nothing there.
+        ``in_turn`` runs the adapters one after another, each on its own rows, in a model with one
+        adapter. Switching the adapter costs nothing in this model.
 
         Args:
             mix: An adapter for each of the B sequences.
-            ids: ``[B, T]`` int64.
+            ids: Token ids, int64 ``[B, T]``.
         """
         sides: dict[str, Side] = {
             BASE: partial(last_output, self.base, ids),
@@ -182,13 +183,14 @@ class Contest:
     def plain(
         self, mix: Sequence[str], ids: torch.Tensor, *, exact: bool = False, seed: int | None = None
     ) -> torch.Tensor:
-        """Returns the outputs ``[B, V]`` by the textbook expression, added by hooks on the base.
+        """Return the outputs ``[B, V]`` of the textbook expression, which hooks add to the base.
 
         Args:
             mix: See `sides`.
             ids: See `sides`.
-            exact: In float64 throughout, from the same weights.
-            seed: Move what each target gives by up to half a unit in its last place, at random.
+            exact: Whether to compute everything in float64, from the same weights.
+            seed: Seed of random changes to each target's output, by up to half a unit in the last
+                place; None for no changes.
         """
         rows = _rows_by_name(mix, ids.device)
         generator = None if seed is None else torch.Generator(ids.device).manual_seed(seed)
@@ -209,14 +211,15 @@ class Contest:
     def check(
         self, sides: Mapping[str, Side], mix: Sequence[str], ids: torch.Tensor
     ) -> dict[str, Check]:
-        """Compares every side but the base model's with float64, and warms it up.
+        """Compare every side except the base model with float64, and warm all sides up.
 
-        Every side is warm afterwards, and ours in its steady state.
+        Afterwards every side is warm, and fastlora is in its steady state.
 
         Raises:
-            WrongResultError: A side's error is beyond twice that of the textbook expression in the
-                model's own dtype, plus a rounding: the root mean square over all outputs, or over
-                those of the best sequence, where roundings hide the least.
+            WrongResultError: The error of a side is larger than twice the error of the textbook
+                expression in the model's own dtype, plus a rounding. The error is the root mean
+                square over all outputs, and over the outputs of the best sequence, in which
+                roundings hide the least.
         """
         truth = self.plain(mix, ids, exact=True)
         drawn = [_yardstick(self.plain(mix, ids), truth)]
@@ -254,20 +257,20 @@ class Contest:
         rounds: int,
         on_step: Callable[[], object] = lambda: None,
     ) -> tuple[list[Row], dict[str, list[float]]]:
-        """Checks the sides of one batch, then times them.
+        """Check the sides of one batch, then time them.
 
         Args:
-            sides: Ways to compute it; `BASE` must be among them.
+            sides: The ways to compute the batch, including `BASE`.
             mix: See `sides`.
             ids: See `sides`.
-            rounds: Timed ones, at least 1.
-            on_step: Called behind the check and behind each round.
+            rounds: Number of timed rounds, at least 1.
+            on_step: Called after the check and after each round.
 
         Returns:
-            A row for each side, and the seconds of each in each round.
+            A row for each side, and the seconds of each side in each round.
 
         Raises:
-            WrongResultError: See `check`; nothing was timed.
+            WrongResultError: See `check`. Nothing has been timed in this case.
         """
         checks = self.check(sides, mix, ids)
         on_step()
@@ -288,29 +291,30 @@ class Contest:
 
 
 def last_output(model: Any, ids: torch.Tensor, **arguments: Any) -> torch.Tensor:
-    """Returns a model's output for the last token of each sequence, ``[B, V]``."""
+    """Return a model's output for the last token of each sequence, ``[B, V]``."""
     output: torch.Tensor = model(input_ids=ids, **arguments)[0]
-    # A view of several tokens would keep the outputs of all.
+    # A view of several tokens would keep the outputs of all tokens alive.
     return output[:, 0] if output.shape[1] == 1 else output[:, -1].clone()
 
 
 def _yardstick(plain: torch.Tensor, truth: torch.Tensor) -> tuple[float, float]:
-    """Returns the textbook expression's error in the best sequence, and over all."""
+    """Return the error of the textbook expression in the best sequence, and over all sequences."""
     pairs = zip(_best_and_all(plain.double() - truth), _best_and_all(truth), strict=True)
     best, error = (error + torch.finfo(plain.dtype).eps / 2 * size for error, size in pairs)
     return best, error
 
 
 def _best_and_all(outputs: torch.Tensor) -> tuple[float, float]:
-    """Returns root mean squares of ``[B, V]``: the least of a row, and all; NaN where there is."""
+    """Return root mean squares of ``[B, V]``: the smallest of any row, and all. NaN propagates."""
     squares = outputs.square().mean(-1)
     return squares.amin().sqrt().item(), squares.mean().sqrt().item()
 
 
 def twin(model: Any) -> Any:
-    """Returns a copy of the modules that shares parameters and buffers.
+    """Return a copy of the modules that shares parameters and buffers.
 
-    But not 4-bit codes: bitsandbytes repacks them for one side, which the others would find.
+    4-bit weights are not shared: bitsandbytes repacks them for one side, which would affect the
+    others.
     """
     shared = [p for p in model.parameters() if getattr(p, "quant_state", None) is None]
     shared += model.buffers()
@@ -318,15 +322,15 @@ def twin(model: Any) -> Any:
 
 
 def _peft_twin(contest: Contest, rank: int) -> Any:
-    """Returns PEFT's model; all adapters but the first put into its dicts by hand.
+    """Return PEFT's model, with all adapters except the first one inserted into its dicts by hand.
 
-    Adding them one by one takes PEFT over a minute for 64.
+    Adding 64 adapters one by one takes PEFT over a minute.
     """
     import peft
 
     config = peft.LoraConfig(
         r=rank,
-        lora_alpha=0.5 * rank,  # type: ignore[arg-type]  # PEFT computes with it as it is
+        lora_alpha=0.5 * rank,  # type: ignore[arg-type]  # PEFT accepts a float here
         target_modules=contest.targets,
         init_lora_weights=False,
     )
@@ -358,7 +362,7 @@ def _add_adapters(
     inputs: tuple[torch.Tensor, ...],
     output: torch.Tensor,
 ) -> torch.Tensor:
-    """A forward hook: adds to each sequence its own adapter."""
+    """Add each sequence's own adapter to the output, as a forward hook."""
     batch = sum(len(own) for own in rows.values())
     x = inputs[0].reshape(batch, -1, inputs[0].shape[-1])
     result = output.reshape(batch, -1, output.shape[-1]).clone()

@@ -1,17 +1,18 @@
-"""A mixed batch by dense products: every row meets all rank rows and keeps its adapter's.
+"""A mixed batch by dense products: every row is multiplied by all rank rows, and keeps its own.
 
-``y = x @ weight.T + bias + select(x @ A.T) @ B``, A ``[S * R, K]`` and B ``[S * R, N]`` being the
-factors of all S slots side by side, R rows each, zeros past a slot's rank, B scaled. The products
-are the library's. What others' adapters hold is dropped by selection, and B is finite: an element
-of lora_b that is not makes its own adapter's rows NaN in its column, and nobody else's.
+``y = x @ weight.T + bias + select(x @ A.T) @ B``. A ``[S * R, K]`` and B ``[S * R, N]`` are the
+factors of all S slots side by side, with R rows each and zeros beyond a slot's rank. B is scaled.
+The GPU's BLAS library computes the products. Columns of other adapters are dropped by selection,
+and B is finite: a non-finite element of lora_b makes its column NaN in the rows of its own adapter
+only.
 
-The factors lie behind addresses, which PyTorch cannot read, so they are gathered by
-`launch_mixed_lora_expand`: to rows that are unit vectors of rank rows it adds the rank rows
-themselves. That writes and reads every slot's factors once more, in use or not. All shapes follow
-from S, R and M: a CUDA graph replays any mix, and launches do not depend on it.
+The factors are given as addresses, which PyTorch cannot read, so `launch_mixed_lora_expand` gathers
+them. Its rows of s are unit vectors, so that it adds the rank rows themselves. This reads and
+writes every slot's factors once more, whether they are used or not. All shapes follow from S, R,
+and M. A CUDA graph can be replayed for any mix, and the launches do not depend on the mix.
 
-A contender of `mixed_kernels`: it copies all factors at every call, and fastlora has no such plan.
-Arguments are those of `fastlora.ops.schema`, of one module.
+This is a contender of `mixed_kernels`. It copies all factors in every call, and fastlora has no
+plan of this kind. The arguments are as in `fastlora.ops.schema`, for one module.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ import torch.nn.functional as F
 from fastlora.ops.rows import INVALID_SLOT
 from fastlora.ops.triton.configs import config_of
 
-# Rank rows, S * R, from which every row's detour through all of them is no way at all.
+# From this many rank rows S * R on, multiplying every row by all of them cannot pay off.
 MAX_RANK_ROWS = 256
 
 
 def check_dense(slots: int, max_rank: int) -> None:
-    """Raises `ValueError` for more rank rows than this way takes."""
+    """Raise `ValueError` for more rank rows than this method supports."""
     if slots * max_rank > MAX_RANK_ROWS:
         raise ValueError(
             f"{slots} slots of rank {max_rank} are {slots * max_rank} rank rows, expected at most "
@@ -47,21 +48,22 @@ def dense_linear(
     max_rank: int,
     factor_dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Returns y ``[M, N]``.
+    """Return y ``[M, N]``.
 
     Args:
         x: ``[M, K]``.
         weight: ``[N, K]``.
         bias: ``[N]`` or None.
-        route: order, segment_of and segment_slot.
-        s: ``[splits, M, R']`` where siblings made it, then A is not gathered; else None.
+        route: order, segment_of, and segment_slot.
+        s: ``[splits, M, R']`` if another layer of the shared-input group has computed it. A is then
+            not gathered. Otherwise None.
         lora_a_address: ``[S]``.
-        tables: lora_b_address, lora_bias_address or None, rank and scaling, ``[S]`` each.
-        max_rank: The largest rank there may be; R, if it is not 0.
-        factor_dtype: Of what lies behind the addresses.
+        tables: lora_b_address, lora_bias_address or None, rank, and scaling, ``[S]`` each.
+        max_rank: Upper bound of the ranks. R is this bound, or 1 if it is 0.
+        factor_dtype: Dtype of the factors behind the addresses.
 
     Raises:
-        ValueError: As `check_dense`.
+        ValueError: See `check_dense`.
     """
     lora_b_address, lora_bias_address, rank, scaling = tables
     (m, k), n, slots, r = x.shape, weight.shape[0], rank.shape[0], max(max_rank, 1)
@@ -69,8 +71,8 @@ def dense_linear(
     check_dense(slots, r)
     rank = rank.clamp(max=r)
     gather = _Gather(x, rank, r, factor_dtype)
-    # What is added to a row before any product, by slot: the lora_bias, and NaN where it must be;
-    # then for rows without an adapter, and for invalid ids.
+    # The initial value of a row before any product, by slot: the lora_bias, or NaN where necessary.
+    # Two entries follow: for rows without an adapter, and for invalid ids.
     start = x.new_zeros(slots + 2, n)
     start[slots + 1].fill_(float("nan"))
     gather.add_start_(start[:slots], lora_b_address, lora_bias_address, scaling)
@@ -96,7 +98,7 @@ def dense_linear(
 
 
 class _Gather:
-    """Reads factors behind addresses into matrices of x's dtype."""
+    """Reads the factors behind addresses into matrices of x's dtype."""
 
     def __init__(
         self, x: torch.Tensor, rank: torch.Tensor, r: int, factor_dtype: torch.dtype
@@ -107,9 +109,9 @@ class _Gather:
     def rank_rows(
         self, address: torch.Tensor, scaling: torch.Tensor | None, columns: int
     ) -> torch.Tensor:
-        """Returns ``[S * R, columns]``; a column with an element that is not finite is NaN."""
+        """Return ``[S * R, columns]``. A column with a non-finite element is NaN."""
         rows = self.x.new_zeros(self.rank.shape[0] * self.r, columns)
-        # [R, R'], R' a multiple of 16 as kernels read s; for each slot the same.
+        # [R, R'], where R' is a multiple of 16, as kernels read s; the same for each slot.
         units = torch.eye(self.r, -(-self.r // 16) * 16, device=self.x.device)
         self._expand_(rows, units.repeat(self.rank.shape[0], 1), address, None, scaling)
         return rows
@@ -121,7 +123,7 @@ class _Gather:
         bias_address: torch.Tensor | None,
         scaling: torch.Tensor,
     ) -> None:
-        """Adds to ``[S, N]`` what an adapter's rows have whatever their s."""
+        """Add to ``[S, N]`` the terms of an adapter that do not depend on s."""
         nothing = torch.zeros(len(start), -(-self.r // 16) * 16, device=self.x.device)
         self._expand_(start, nothing, address, bias_address, scaling)
 

@@ -1,9 +1,10 @@
-"""Times one linear on a mixed batch: fastlora's kernels, and the plain PyTorch ways by hand.
+"""Times one linear on a mixed batch: fastlora's kernels, and plain PyTorch by hand.
 
     python bench/mixed_kernels.py --out mixed.csv --tests pass [--seconds 110] [--device cuda]
 
-Rows in random order, 64 sequences (or one a row, where there are fewer), every adapter as many.
-`bench/gpu.sh` runs it behind `bench/linear.py`; `bench/README.md` explains the rows.
+Rows are in random order, from 64 sequences (or one per row, if there are fewer rows). All adapters
+have the same number of sequences. `bench/gpu.sh` runs it after `bench/linear.py`, and
+`bench/README.md` explains the rows.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ YARDSTICK = {"base": "base", "mixed": "segments", "train_base": "base", "mixed_t
 
 
 class Base(NamedTuple):
-    """A linear as the strategies by hand take it."""
+    """A linear layer as the strategies by hand receive it."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None = None
@@ -43,11 +44,11 @@ class Base(NamedTuple):
 
 @dataclass
 class MixedProblem:
-    """One set of random operands; gradients flow to x and every factor in training.
+    """One set of random operands. In training, x and every factor require gradients.
 
-    ``x [M, K]``, ``weight [N, K]``. In training ``y [M, N]`` is the gradient of the result, else it
-    is empty. ``factors`` are lora_a ``[r, K]`` and lora_b ``[N, r]`` of each adapter in turn, of
-    its own rank.
+    The shapes are ``x [M, K]`` and ``weight [N, K]``. In training, ``y [M, N]`` is the gradient of
+    the result; otherwise it is empty. ``factors`` are lora_a ``[r, K]`` and lora_b ``[N, r]`` of
+    each adapter in turn, with the adapter's own rank.
     """
 
     x: torch.Tensor
@@ -63,7 +64,7 @@ class MixedProblem:
     def random(
         cls, point: Point, dtype: torch.dtype, device: torch.device, impl: str = ""
     ) -> MixedProblem:
-        """Draws operands that give the base and the adapters results of the same size."""
+        """Draw operands for which the base term and the adapters' term are of similar magnitude."""
         trains = point.mode == "mixed_train"
 
         def normal(rows: int, columns: int, scale: float) -> torch.Tensor:
@@ -89,17 +90,17 @@ class MixedProblem:
 
     @property
     def each(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Each adapter's lora_a and lora_b."""
+        """The lora_a and lora_b of each adapter."""
         return list(zip(self.factors[::2], self.factors[1::2], strict=True))
 
     @functools.cached_property
     def base(self) -> Base:
-        """The linear."""
+        """The base linear layer."""
         return Base(self.weight)
 
     @functools.cached_property
     def ranks(self) -> list[int]:
-        """Of each adapter."""
+        """The rank of each adapter."""
         return [lora_a.shape[0] for lora_a in self.factors[::2]]
 
     @functools.cached_property
@@ -116,7 +117,7 @@ class MixedProblem:
 
     @functools.cached_property
     def addresses(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of the stacked factors of one module, each ending at its own rank."""
+        """Addresses of the stacked factors of one module. Each adapter uses only its own rank."""
         a, b = (
             torch.tensor([[own.data_ptr() for own in factor]], device=factor.device)
             for factor in (self.stacked.lora_a, self.stacked.lora_b)
@@ -125,28 +126,28 @@ class MixedProblem:
 
     @functools.cached_property
     def scaling(self) -> torch.Tensor:
-        """Of each adapter, for one module."""
+        """The scaling of each adapter, for one module, ``[1, S]``."""
         return torch.full((1, len(self.ranks)), SCALING, device=self.x.device)
 
     @functools.cached_property
     def rank(self) -> torch.Tensor:
-        """The same of the ranks."""
+        """The rank of each adapter, for one module, int32 ``[1, S]``."""
         return torch.tensor([self.ranks], dtype=torch.int32, device=self.x.device)
 
     @property
     def routed(self) -> list[torch.Tensor]:
-        """What the operators take of the row groups."""
+        """The operators' argument ``rows``."""
         return rows_at(self.groups)
 
     @property
     def tables(self) -> tuple[Any, ...]:
-        """What the operators take of the adapters: tables of one module, and what is fixed."""
+        """The operators' arguments for adapters: tables, index, max_rank, and factor_dtype."""
         tables = [*self.addresses, self.rank, self.scaling]
         return tables, 0, max(self.ranks), self.x.dtype
 
 
 def truths(p: MixedProblem) -> dict[str, Results]:
-    """Returns the float64 results by kind: of a forward, or of training."""
+    """Return the float64 results by kind, for a forward pass or for training."""
     x, weight = p.x.detach().double(), p.weight.double()
     y = x @ weight.t()
     dy = p.y.double() if len(p.y) else torch.zeros_like(y)
@@ -197,7 +198,7 @@ def _dense(p: MixedProblem) -> Results:
 
 @functools.cache
 def has_grouped_mm(device: str, dtype: torch.dtype) -> bool:
-    """Whether this PyTorch has grouped products, for this device and dtype."""
+    """Return whether this version of PyTorch has grouped products for a device and a dtype."""
     if not hasattr(F, "grouped_mm"):
         return False
     x, factors = (
@@ -228,7 +229,7 @@ DENSE = Contender("dense", "mixed", _dense, ours=True)
 def contenders_for(
     point: Point, impl: str, device: str, dtype: torch.dtype
 ) -> tuple[Contender, ...]:
-    """Returns the contenders of a point: dense products where rank rows are few enough."""
+    """Return the contenders of a point, with dense products if there are few enough rank rows."""
     ranks, ours = point.ranks_of_adapters, OURS if impl == "triton" else ()
     if ours and len(ranks) * max(ranks) <= MAX_RANK_ROWS:
         ours = (*ours, DENSE)
@@ -236,7 +237,7 @@ def contenders_for(
 
 
 def main() -> int:
-    """Measures mixed batches."""
+    """Measure mixed batches."""
     from fastlora.bench import linear, shapes
 
     return linear.main(shapes.mixed_points, shapes.tiny_mixed_points, __doc__)

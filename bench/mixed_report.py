@@ -1,4 +1,4 @@
-"""What a comparison of mixed batches found: as a table, a CSV file and a picture."""
+"""The results of a comparison of mixed batches as a table, a CSV file, and a picture."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _TITLES = {
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Returns the times over the base model, a line for each number of adapters."""
+    """Return the times relative to the base model, one line for each number of adapters."""
     by_count: dict[int, dict[str, Row]] = {}
     for row in rows:
         by_count.setdefault(row.adapters, {})[row.side] = row
@@ -32,13 +32,13 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def columns(row: Row) -> dict[str, Any]:
-    """Returns a row's columns of a CSV file, numbers with six digits."""
+    """Return the CSV columns of a row, with numbers of six digits."""
     named = zip(Row._fields, row, strict=True)
     return {name: f"{v:.6g}" if isinstance(v, float) else v for name, v in named}
 
 
 def write_csv(path: Path, facts: Mapping[str, Any], rows: Sequence[Row]) -> None:
-    """Writes the rows, each with the facts in front; a file is there whole or not at all."""
+    """Write the rows, each preceded by the facts. The file is replaced as a whole or not at all."""
     partial = path.with_name(f".{path.name}.tmp")
     try:
         with partial.open("w", newline="", encoding="utf-8") as file:
@@ -51,10 +51,10 @@ def write_csv(path: Path, facts: Mapping[str, Any], rows: Sequence[Row]) -> None
 
 
 def plot(path: Path, title: str, rows: Sequence[Row]) -> None:
-    """Draws time over the base model against the number of adapters; needs matplotlib.
+    """Draw the time relative to the base model over the number of adapters. Requires matplotlib.
 
     Raises:
-        ImportError: It is not installed.
+        ImportError: matplotlib is not installed.
     """
     figure, ((axis,),) = new_figure(1, 1, (7, 4.2))
     series = {

@@ -1,9 +1,9 @@
-"""A mixed batch in plain PyTorch, by hand: the three ways that a careful user would write.
+"""A mixed batch in plain PyTorch by hand, in three ways that a careful user would write.
 
-Factors are stacked beforehand, an adapter a row. Rows come in random order; where a way wants them
-sorted by adapter, each layer sorts its input and puts its output back, as a layer that knows
-nothing of its neighbours must. With ``sorted_before`` the batch is sorted once and no layer moves a
-row: what a model written for it could do.
+Factors are stacked beforehand, one entry per adapter. Rows come in random order. If a strategy
+needs them sorted by adapter, each layer sorts its input and restores the order of its output, as a
+layer without knowledge of its neighbors must. With ``sorted_before``, the batch is sorted once and
+no layer moves a row, which only a model written for this purpose could do.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class Stacked:
     Attributes:
         lora_a: ``[G, R, K]``.
         lora_b: ``[G, R, N]``.
-        each: The same by adapter: pairs of ``[K, R]`` and ``[R, N]``.
-        scaling: Of every adapter.
+        each: The same factors by adapter, as pairs of ``[K, R]`` and ``[R, N]``.
+        scaling: Scaling of every adapter.
     """
 
     lora_a: torch.Tensor
@@ -38,14 +38,14 @@ class Stacked:
 
 @dataclass(frozen=True)
 class Rows:
-    """Whose the rows are.
+    """The adapters of the rows.
 
     Attributes:
-        slots: The adapter of each of the B sequences, ``[B]`` int64.
-        order: Rows sorted by adapter, ``[M]``; None where they come sorted.
-        inverse: Where each row went, ``[M]``; None with ``order``.
-        counts: Rows of each adapter.
-        ends: Their running sum, ``[G]`` int32.
+        slots: The adapter of each of the B sequences, int64 ``[B]``.
+        order: Rows sorted by adapter, ``[M]``; None if they are already sorted.
+        inverse: Sorted position of each row, ``[M]``; None if order is None.
+        counts: Number of rows of each adapter.
+        ends: Cumulative sum of the counts, int32 ``[G]``.
     """
 
     slots: torch.Tensor
@@ -56,7 +56,7 @@ class Rows:
 
     @classmethod
     def of(cls, slots: torch.Tensor, adapters: int, tokens: int, sorted_before: bool) -> Rows:
-        """Prepares a batch of sequences of ``tokens`` rows each."""
+        """Prepare a batch of sequences with ``tokens`` rows each."""
         by_row = slots.repeat_interleave(tokens)
         order = inverse = None
         if not sorted_before:
@@ -66,11 +66,11 @@ class Rows:
         return cls(slots, order, inverse, counts.tolist(), counts.cumsum(0).to(torch.int32))
 
     def there(self, x: torch.Tensor) -> torch.Tensor:
-        """Sorts rows by adapter."""
+        """Sort rows by adapter."""
         return x if self.order is None else x.index_select(0, self.order)
 
     def back(self, y: torch.Tensor) -> torch.Tensor:
-        """Puts rows back in their places."""
+        """Restore the original order of rows."""
         return y if self.inverse is None else y.index_select(0, self.inverse)
 
 
@@ -78,7 +78,7 @@ Strategy = Callable[[torch.Tensor, Any, Stacked, Rows], torch.Tensor]
 
 
 def segments(x: torch.Tensor, linear: Any, factors: Stacked, rows: Rows) -> torch.Tensor:
-    """Each adapter's two products on its own rows, the second into the base product."""
+    """Run two products per adapter on its own rows, and add the second to the base product."""
     x = rows.there(x)
     y = F.linear(x, linear.weight, linear.bias)
     parts = zip(x.split(rows.counts), y.split(rows.counts), factors.each, strict=True)
@@ -88,7 +88,7 @@ def segments(x: torch.Tensor, linear: Any, factors: Stacked, rows: Rows) -> torc
 
 
 def gathered_bmm(x: torch.Tensor, linear: Any, factors: Stacked, rows: Rows) -> torch.Tensor:
-    """Gathers each sequence's factors for two batched products; no row moves."""
+    """Gather each sequence's factors for two batched products. No row moves."""
     y = F.linear(x, linear.weight, linear.bias)
     batch = rows.slots.numel()
     lora_a = factors.lora_a.index_select(0, rows.slots)
@@ -100,7 +100,7 @@ def gathered_bmm(x: torch.Tensor, linear: Any, factors: Stacked, rows: Rows) -> 
 
 
 def grouped_mm(x: torch.Tensor, linear: Any, factors: Stacked, rows: Rows) -> torch.Tensor:
-    """Two grouped products over the sorted rows."""
+    """Compute two grouped products over the sorted rows."""
     x = rows.there(x)
     y = F.linear(x, linear.weight, linear.bias)
     s = F.grouped_mm(x, factors.lora_a.transpose(1, 2), offs=rows.ends)
@@ -124,14 +124,14 @@ def by_hand(
     *,
     sorted_before: bool = False,
 ) -> Side:
-    """Returns a side of the contest whose layers follow one strategy.
+    """Return a side of the contest in which layers use one strategy.
 
     Args:
-        contest: Gives base weights and factors.
+        contest: Provides base weights and factors.
         strategy: One of `STRATEGIES`.
         mix: An adapter for each of the B sequences.
-        ids: ``[B, T]`` int64.
-        sorted_before: Sort the batch once, outside the layers.
+        ids: Token ids, int64 ``[B, T]``.
+        sorted_before: Whether to sort the batch once, outside the layers.
     """
     names = sorted(set(mix), key=contest.names.index)
     slots = torch.tensor([names.index(name) for name in mix], device=ids.device)

@@ -1,7 +1,7 @@
-"""One linear in training on a mixed batch: forward and backward, fastlora's kernels and by hand.
+"""One linear in training on a mixed batch: forward and backward, by fastlora's kernels and by hand.
 
-What `bench/mixed_kernels.py` times beside its forwards. Results are ``(y, dx)``, then d_lora_a and
-d_lora_b of each adapter in turn.
+`bench/mixed_kernels.py` times these contenders in addition to its forward passes. Results are
+``(y, dx)``, then d_lora_a and d_lora_b of each adapter in turn.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def _base(p: MixedProblem) -> Results:
 
 
 def _segments(p: MixedProblem) -> Results:
-    """Rows sorted by adapter and put back, and PEFT's two products on each adapter's own rows."""
+    """Sort rows by adapter, run PEFT's two products on each adapter's rows, and restore order."""
     x = p.rows.there(p.x)
     y = F.linear(x, p.weight)
     parts = zip(x.split(p.rows.counts), y.split(p.rows.counts), strict=True)

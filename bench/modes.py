@@ -1,4 +1,4 @@
-"""What each mode of a `Point` is: its operands, their float64 results, and who computes them."""
+"""The modes of a `Point`: how operands are drawn, their float64 results, and the contenders."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ class Mode(NamedTuple):
     """One mode.
 
     Attributes:
-        draw: Returns one set of random operands of a point, for a dtype, a device and an ``impl``.
-        truths: Returns the float64 results by kind, of a point and its operands.
-        yardstick: By kind, whose error in the dtype under test sets the budget.
-        contenders: Returns those of a point, for an ``impl``, a type of device and a dtype; the
-            base first, and every yardstick before its kind.
-        solve: fastlora's way, by whatever plan it chooses.
+        draw: Returns one random set of operands of a point, for a dtype, a device, and an ``impl``.
+        truths: Returns the float64 results by kind, for a point and its operands.
+        yardstick: For each kind, the contender that sets the budget by its error in the tested
+            dtype.
+        contenders: Returns the contenders of a point, for an ``impl``, a device type, and a dtype.
+            The base is first, and yardsticks precede their kind.
+        solve: fastlora with the plan that it chooses itself.
     """
 
     draw: Callable[..., Any]

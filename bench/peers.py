@@ -1,7 +1,8 @@
-"""Kernels of other libraries as contenders, where they are installed: Unsloth's and vLLM's.
+"""Kernels of other libraries as contenders, if they are installed: Unsloth's and vLLM's.
 
-Both are called as their own layers call them. A version with another signature is an error in its
-row and costs the others nothing; what they compute is checked like everything else.
+They are called as the layers of these libraries call them. If an installed version has another
+signature, its row reports an error, and the other contenders are not affected. Their results are
+checked like all others.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 
 from fastlora.bench.contenders import SCALING, Contender, Problem, Results
 
-# By name: the module that has the kernels, and the mode that they are for.
+# By name: the module with the kernels, and the mode that they are for.
 PEERS = {
     "unsloth": ("unsloth.kernels.fast_lora", "train"),
     "vllm": ("vllm.lora.ops.triton_ops", "mixed"),
@@ -24,12 +25,12 @@ PEERS = {
 
 
 def is_installed(name: str) -> bool:
-    """Whether a peer's package is there; nothing of it is imported."""
+    """Return whether a peer's package is installed, without importing it."""
     return importlib.util.find_spec(name) is not None
 
 
 def listed() -> list[str]:
-    """Returns a line on each peer."""
+    """Return one line about each peer."""
     return [
         f"{name} ({mode}): {module} {'found' if is_installed(name) else 'is not installed'}"
         for name, (module, mode) in PEERS.items()
@@ -37,7 +38,7 @@ def listed() -> list[str]:
 
 
 def peers_for(mode: str) -> tuple[Contender, ...]:
-    """Returns the installed peers of a mode."""
+    """Return the installed peers of a mode."""
     runs: dict[str, Any] = {"unsloth": _unsloth, "vllm": _vllm}
     names = [name for name, (_, own) in PEERS.items() if own == mode and is_installed(name)]
     return tuple(Contender(name, mode, runs[name]) for name in names)
@@ -49,14 +50,14 @@ def _module(name: str) -> Any:
 
 
 def _unsloth(p: Problem) -> Results:
-    """`LoRA_W` on a batch of one sequence, forward and backward."""
+    """Run `LoRA_W` forward and backward on a batch of one sequence."""
     own = p.weight, None, p.lora_a, p.lora_b, SCALING
     y = _module("unsloth").LoRA_W.apply(p.x.unsqueeze(0), *own)[0]
     return (y.detach(), *torch.autograd.grad(y, (p.x, p.lora_a, p.lora_b), p.y))
 
 
 def _vllm(p: Any) -> Results:
-    """The library's product, `lora_shrink` and `lora_expand`; what a model keeps is made once."""
+    """Run the base product, `lora_shrink`, and `lora_expand`. Data of the model is cached."""
     ops, (m, _), count = _module("vllm"), p.x.shape, len(p.ranks)
     if "vllm" not in vars(p):
         meta = ops.LoRAKernelMeta.make(count, m, p.x.device)

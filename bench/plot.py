@@ -1,4 +1,4 @@
-"""Draws a results CSV: time over the bare base linear against rows, one panel a layer.
+"""Draws a results CSV: time over the bare base linear against rows, one panel per layer.
 
 python bench/plot.py results.csv [picture.png]
 python bench/plot.py mixed_cpu.csv [picture.png]     decode over the base model against adapters
@@ -20,8 +20,8 @@ Points = Sequence[tuple[int, float]]
 
 
 def new_figure(lines: int, columns: int, size: tuple[float, float]) -> tuple[Any, Any]:
-    """Returns a figure and its axes ``[lines, columns]``; `ImportError` without matplotlib."""
-    # Figure alone: pyplot would ask for a display, and keep the figure.
+    """Return a figure and its axes ``[lines, columns]``; raise `ImportError` without matplotlib."""
+    # Only Figure is used: pyplot would need a display and keep the figure alive.
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=size, layout="constrained")
@@ -29,7 +29,7 @@ def new_figure(lines: int, columns: int, size: tuple[float, float]) -> tuple[Any
 
 
 def draw(axis: Any, series: Mapping[str, Points], ours: Collection[str]) -> None:
-    """Draws a curve of ratios for each name, ours solid, and a line at the base's own time."""
+    """Draw a curve of ratios for each name, fastlora's solid, and a line at the base's time."""
     for name, points in series.items():
         axis.plot(*zip(*points, strict=True), "o-" if name in ours else "s--", label=name)
     axis.axhline(1.0, color="black", linewidth=0.8)
@@ -37,7 +37,7 @@ def draw(axis: Any, series: Mapping[str, Points], ours: Collection[str]) -> None
 
 
 def main() -> int:
-    """Writes the picture beside the CSV, or where the command line says."""
+    """Write the picture next to the CSV, or to the path on the command line."""
     if len(sys.argv) not in (2, 3):
         print(__doc__, file=sys.stderr)
         return 2
@@ -51,7 +51,7 @@ def main() -> int:
 
 
 def mixed_picture(rows: Sequence[Mapping[str, str]], target: Path) -> bool:
-    """Draws decode of a CSV of ``bench/mixed.py``, fastlora beside PEFT, one panel a dtype."""
+    """Draw the decodes in a CSV of ``bench/mixed.py``: fastlora and PEFT, one panel per dtype."""
     sides = {"fastlora": "fastlora_one_block", "PEFT, adapter_names": "peft"}
     dtypes = sorted({row["dtype"] for row in rows}, reverse=True)
     figure, axes = new_figure(1, len(dtypes), (4.6 * len(dtypes), 3.4))
@@ -78,7 +78,7 @@ def mixed_picture(rows: Sequence[Mapping[str, str]], target: Path) -> bool:
 
 
 def picture(source: Path, target: Path, shown: Sequence[str]) -> bool:
-    """Draws the rows of some contenders; returns whether any was timed."""
+    """Draw the rows of some contenders; return whether any of them was timed."""
     with source.open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["ratio_to_base"]]
     if not rows:

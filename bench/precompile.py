@@ -1,6 +1,6 @@
 """Compiles the kernels of every point beforehand, many at a time, by running them once.
 
-What is compiled lands in Triton's cache on the disk, where the benchmark finds it.
+The compiled kernels are stored in Triton's disk cache, where the benchmark finds them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MAX_SHOWN = 10
 
 
 def compile_point(point: Point, device: str, impl: str) -> str:
-    """Runs fastlora's contenders of a point once; returns what went wrong, or ""."""
+    """Run fastlora's contenders of a point once; return an error message, or ""."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     torch.set_num_threads(1)
     try:
@@ -47,7 +47,7 @@ def compile_point(point: Point, device: str, impl: str) -> str:
 
 
 def processes(device: str) -> int:
-    """Returns how many processes may use the device at a time."""
+    """Return how many processes may use the device at a time."""
     affinity = getattr(os, "sched_getaffinity", None)
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
     if device != "cuda":
@@ -57,7 +57,7 @@ def processes(device: str) -> int:
 
 
 def main() -> int:
-    """Compiles for all points; returns 0 also where some failed: the benchmark reports those."""
+    """Compile the kernels of all points and return 0. The benchmark reports those that failed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--impl", default="triton", choices=("triton", "eager"))
@@ -65,18 +65,18 @@ def main() -> int:
     args = parser.parse_args()
     start = time.monotonic()
     points = distinct_problems(tiny_points() if args.dry_run else all_points())
-    if args.impl == "triton":  # mixed batches have no other operators
+    if args.impl == "triton":  # mixed batches have Triton operators only
         points += distinct_problems(tiny_mixed_points() if args.dry_run else mixed_points())
     workers = processes(args.device)
     failures = 0
-    # Spawned: a forked child cannot use a GPU that its parent has touched.
+    # Processes are spawned, because a forked child cannot use a GPU that its parent has used.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
         futures = {pool.submit(compile_point, p, args.device, args.impl): p for p in points}
         for future in as_completed(futures):
             try:
                 fault = future.result()
-            except Exception as error:  # the process died, and the pool with it
+            except Exception as error:  # the process died and broke the pool
                 fault = f"{type(error).__name__}: {error}"
             if fault:
                 failures += 1

@@ -2,18 +2,20 @@
 
 python bench/predict.py [--model NAME] [--rank 16] [--chip sm_90] [--details] [--out CSV]
 
-No number here is measured. Launches, grids and configs are those of the real host path on CPU
-tensors (`fastlora.testing.stubbed_launches`), bytes and FLOPs follow from closed forms
-(`bench/byte_forms.py`), registers and instructions from the compiled code, and what the card can do
-from `bench/ceilings.py`. A launch takes its start, and then the longest of
+No number here is measured. The launches, grids, and configs are recorded from the real host path on
+CPU tensors (`fastlora.testing.stubbed_launches`). Bytes and FLOPs follow from closed forms
+(`bench/byte_forms.py`), and registers and instructions from the compiled code. The limits of the
+card are in `bench/ceilings.py`. The predicted time of a launch is its start-up time plus the
+longest of
 
-- its bytes through memory, at the share of the bandwidth that the loads on their way allow,
-- all that it loads and stores through the L2 cache,
+- its bytes through memory, at the share of the bandwidth that the loads in flight can use,
+- the bytes of all its loads and stores through the L2 cache,
 - its FLOPs on the processors that have a program,
-- its instructions: those of a program one after the other, wave by wave, or those of all programs.
+- its instructions: those of one program in sequence, wave by wave, or those of all programs.
 
-A product or another operator of PyTorch's takes its start, and the longer of bytes and FLOPs. Those
-of PEFT, of ``addmm_`` and of the bare layer are counted on meta tensors. All factors are bf16.
+The predicted time of a product or another PyTorch operator is its start-up time, plus the longer of
+its bytes and its FLOPs. The operators of PEFT, of ``addmm_``, and of the bare layer are recorded on
+meta tensors. All factors are bf16.
 """
 
 from __future__ import annotations
@@ -47,7 +49,7 @@ CASES = (
     *(Case("prefill", 2048, n) for n in (0, 4, 64)),
     *(Case("training", m, 0, p) for m in (2048, 8192) for p in (0.0, 0.1)),
 )
-# Parts of fastlora that are switched off to see what they are worth.
+# Parts of fastlora that can be switched off to predict their benefit.
 PARTS = (
     "siblings at once",
     "split K",
@@ -62,7 +64,7 @@ PARTS = (
 
 
 class Time(NamedTuple):
-    """A kernel's microseconds: its start, its work, and what sets the work's."""
+    """A kernel's time in microseconds: start-up, work, and the resource that limits the work."""
 
     start: float
     work: float
@@ -70,15 +72,15 @@ class Time(NamedTuple):
 
     @property
     def us(self) -> float:
-        """Both."""
+        """Start-up time plus work."""
         return self.start + self.work
 
 
 def times_of(works: Sequence[Work], ceilings: Ceilings, chip: str) -> list[Time]:
-    """Returns how long kernels take that run one after the other.
+    """Return the times of kernels that run one after the other.
 
-    A linear that is the programmatic dependent of a shrink waits for it behind its K loop, so the
-    shorter work of the two is hidden.
+    A linear launched as the programmatic dependent of a shrink waits for the shrink after its own K
+    loop, so the shorter work of the two is hidden.
     """
     times: list[Time] = []
     for work in works:
@@ -95,7 +97,7 @@ def _is_dependent(work: Work) -> bool:
 
 
 def time_of(work: Work, ceilings: Ceilings, chip: str) -> Time:
-    """Returns how long a kernel takes alone."""
+    """Return the time of a kernel that runs alone."""
     c, launch = ceilings, work.launch
     start = c.dependent_us if _is_dependent(work) else c.launch_us
     seconds = {
@@ -122,7 +124,7 @@ def time_of(work: Work, ceilings: Ceilings, chip: str) -> Time:
 
 
 def floor_of(linears: Linears, case: Case, r: int, c: Ceilings) -> float:
-    """Returns the microseconds of `shapes.floor_us` of all linears."""
+    """Return the sum of `shapes.floor_us` over all linear layers, in microseconds."""
     kind = {"training": "train"}.get(case.kind, "mixed" if case.adapters else "full")
     mode = {"full": "forward"}.get(kind, kind)
     roofs, ranks = Roofs(c.bytes_per_s, c.flop_per_s), str(r) if case.adapters else ""
@@ -135,7 +137,7 @@ def floor_of(linears: Linears, case: Case, r: int, c: Ceilings) -> float:
 
 
 def contenders_of(case: Case) -> list[str]:
-    """Returns who is predicted in a case; versions of ours are named after what they lack."""
+    """Return the contenders of a case; fastlora's variants are named after the missing part."""
     names = [BARE, OURS]
     names += [f"{OURS} without {part}" for part in PARTS if _may_matter(part, case)]
     names += [PEFT] if importlib.util.find_spec("peft") else []
@@ -145,7 +147,7 @@ def contenders_of(case: Case) -> list[str]:
 def predicted(
     contender: str, linears: Linears, case: Case, r: int, chip: str
 ) -> list[tuple[Work, Time]]:
-    """Returns every kernel of a contender's step, with its time."""
+    """Return every kernel in a contender's step, with its time."""
     ceilings = CEILINGS[chip]
     if contender.startswith(OURS):
         with without(contender.partition(" without ")[2]):
@@ -155,7 +157,7 @@ def predicted(
     return list(zip(works, times_of(works, ceilings, chip), strict=True))
 
 
-# ------------------------------------------------------------------------ ours as it was before
+# ------------------------------------------------------------------------ fastlora without one part
 
 
 def _may_matter(part: str, case: Case) -> bool:
@@ -172,7 +174,7 @@ def _may_matter(part: str, case: Case) -> bool:
 
 @contextlib.contextmanager
 def without(part: str) -> Iterator[None]:
-    """Within the block, fastlora goes without one part; "" is none."""
+    """Switch off one part of fastlora within the block; with "", no part."""
     from fastlora.layers import forward as layers
     from fastlora.ops.triton import expand, linear, shrink
 
@@ -216,7 +218,7 @@ def without(part: str) -> Iterator[None]:
 def row_of(
     contender: str, model: str, linears: Linears, case: Case, r: int, chip: str
 ) -> tuple[dict[str, Any], list[tuple[Work, Time]]]:
-    """Returns a row of the CSV, and the kernels behind it."""
+    """Return a row of the CSV, and the kernels that it was computed from."""
     found = predicted(contender, linears, case, r, chip)
     floor = floor_of(linears, case, r, CEILINGS[chip])
     us = sum(time.us for _, time in found)
@@ -243,7 +245,7 @@ def row_of(
 
 
 def write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Writes the CSV."""
+    """Write the CSV."""
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
@@ -251,7 +253,7 @@ def write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def line_of(row: dict[str, Any]) -> str:
-    """Returns a row as a line."""
+    """Return a row as one line of text."""
     return (
         f"prediction: {row['model']} {row['case']}, M {row['M']}, adapters: {row['adapters']}, "
         f"r {row['r']}, dropout {row['dropout']}: {row['contender']} {row['predicted_us']} us, "
@@ -260,7 +262,7 @@ def line_of(row: dict[str, Any]) -> str:
 
 
 def details(found: Sequence[tuple[Work, Time]], ceilings: Ceilings) -> Iterator[str]:
-    """Yields a line for each kernel of ours, and each product of PyTorch's beside them."""
+    """Yield a line for each kernel of fastlora, and each product of PyTorch in the step."""
     for work, time in found:
         megabytes = (work.loads + work.stores) / 1e6
         line = f"{work.name}: {time.us:.1f} us by {time.bound}, {megabytes:.2f} MB"
@@ -278,13 +280,13 @@ def details(found: Sequence[tuple[Work, Time]], ceilings: Ceilings) -> Iterator[
 
 
 def inputs(chip: str) -> Iterator[str]:
-    """Yields what is assumed of a chip, a line each."""
+    """Yield the assumptions about a chip, one line each."""
     for name, value in CEILINGS[chip]._asdict().items():
         yield f"input {name} = {value:g}" if isinstance(value, float) else f"input {name} = {value}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the predictions, and writes the CSV."""
+    """Print the predictions and write the CSV."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=tuple(DECODERS), help="default: all of them")
     parser.add_argument("--rank", type=int, default=16)

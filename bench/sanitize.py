@@ -1,4 +1,4 @@
-"""Runs the kernels once on small sizes off every tile, to be watched by compute-sanitizer."""
+"""Runs the kernels once on small sizes that no tile divides, for use under compute-sanitizer."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 
-# Every tensor its own allocation, so that an access past its end is one past an allocation's end.
+# Each tensor gets its own allocation, so that any access past its end is past an allocation's end.
 os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")
 
 import torch  # noqa: E402
@@ -15,20 +15,20 @@ from fastlora import functional  # noqa: E402
 from fastlora.ops.rows import sort_rows  # noqa: E402
 
 SIZES = ((1, 72, 40, 3), (17, 200, 136, 16), (130, 136, 72, 5))  # (M, K, N, R)
-# The same for mixed batches, whose adapters have these ranks in each of two modules.
+# (M, K, N) of mixed batches, with these ranks of the adapters in each of two modules.
 MIXED_SIZES = ((17, 72, 40), (130, 40, 72))
 MIXED_RANKS = ((3, 16, 40, 0), (8, 0, 1, 5))
 
 
 def mixed(m: int, k: int, n: int, dtype: torch.dtype, device: str) -> list[torch.Tensor]:
-    """Runs every kernel for mixed batches; every fifth row has no adapter.
+    """Run every kernel for mixed batches. Every fifth row has no adapter.
 
     Args:
-        m: Rows.
-        k: Input features.
-        n: Output features.
-        dtype: Of all operands.
-        device: Where.
+        m: Number of rows.
+        k: Number of input features.
+        n: Number of output features.
+        dtype: Dtype of all operands.
+        device: Device of all operands.
 
     Returns:
         The results ``[M, N]``.
@@ -68,13 +68,13 @@ def mixed(m: int, k: int, n: int, dtype: torch.dtype, device: str) -> list[torch
 
 
 def main() -> int:
-    """Returns 0 when every result is finite."""
+    """Run all cases; return 0 if every result is finite, else 1."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--impl", default="triton", choices=("triton", "eager"))
     args = parser.parse_args()
     dtypes, sizes, mixed_sizes = [torch.bfloat16, torch.float16, torch.float32], SIZES, MIXED_SIZES
-    if args.device != "cuda":  # Triton's interpreter takes seconds a case, and has no bf16
+    if args.device != "cuda":  # Triton's interpreter takes seconds per case and has no bf16
         dtypes, sizes, mixed_sizes = dtypes[1:2], SIZES[1:2], MIXED_SIZES[:1]
     bad = cases = 0
     for dtype in dtypes:

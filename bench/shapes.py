@@ -1,10 +1,10 @@
-"""What is measured, in which order, and the floor of each measurement."""
+"""The problems that are measured, in order, and the floor of each measurement."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-# Up to here a linear is bound by its weight's bytes, above by the base GEMM's FLOPs.
+# Up to this many rows, the weight's bytes limit a linear layer; beyond, the base GEMM's FLOPs do.
 DECODE_MAX_ROWS = 64
 
 # (model, layers of one shape, K, N)
@@ -15,7 +15,7 @@ LLAMA_LAYERS = (("q/o", 4096, 4096), ("gate/up", 4096, 14336), ("down", 14336, 4
 LLAMA_NARROW = (("k/v", 4096, 1024),)
 QWEN_LAYERS = (("q", 1024, 2048), ("gate/up", 1024, 3072), ("down", 3072, 1024))
 QWEN_NARROW = (("o", 2048, 1024), ("k/v", 1024, 1024))
-# The linears of a decoder layer, in the order of their calls: (K, N).
+# The linear layers of a decoder layer as (K, N), in the order of their calls.
 DECODERS = {
     LLAMA: {
         "q_proj": (4096, 4096),
@@ -37,11 +37,12 @@ DECODERS = {
     },
 }
 ROWS = (1, 64, 2048, 16, 8192)
-# 64 sequences: a token of each, and 32.
+# 64 sequences, with one token each, and with 32 tokens each.
 MIXED_ROWS = (64, 2048)
 MIXED_SEQUENCES = 64
 MIXED_ADAPTERS = (64, 1, 16, 4)
-# What `bench/tune.py` measures, the most telling first: rows of decode and of prefill or training.
+# The problems of `bench/tune.py`, the most informative first: rows of decode, then of prefill or
+# training.
 TUNE_DECODE = (64, 1, 16, 32, 24, 48)
 TUNE_MANY = (2048, 8192, 512, 128, 256)
 TUNE_ADAPTERS = (16, 64, 1, 4)
@@ -51,19 +52,19 @@ RANKS = (16, 64)
 
 
 class Point(NamedTuple):
-    """One problem, which every contender solves in the same process.
+    """One problem, which all contenders solve in the same process.
 
     Attributes:
-        mode: ``"forward"``, ``"train"`` (forward and backward), or for rows that belong to several
-            adapters ``"mixed"`` (a forward) and ``"mixed_train"``.
-        model: Where the shape comes from.
-        layer: Which of its linears have it.
+        mode: ``"forward"`` or ``"train"`` (forward and backward). If rows belong to several
+            adapters, ``"mixed"`` (forward) or ``"mixed_train"``.
+        model: The model that has this shape.
+        layer: The model's linear layer that has this shape.
         m: Rows of x.
         k: Input features.
         n: Output features.
-        r: Rank; of a mixed batch the largest.
-        adapters: Of a mixed batch, 0 elsewhere.
-        ranks: Of a mixed batch's adapters, which take them in turn, as in ``"8+16+64"``.
+        r: Rank, or the largest rank in a mixed batch.
+        adapters: Number of adapters in a mixed batch, otherwise 0.
+        ranks: Ranks in a mixed batch, such as ``"8+16+64"``. Adapters have them in turn.
     """
 
     mode: str
@@ -84,13 +85,13 @@ class Point(NamedTuple):
 
     @property
     def ranks_of_adapters(self) -> list[int]:
-        """The rank of each adapter; of the only one without a mixed batch."""
+        """The rank of each adapter. Outside of a mixed batch, there is one."""
         ranks = [int(word) for word in self.ranks.split("+")] if self.ranks else [self.r]
         return [ranks[i % len(ranks)] for i in range(max(self.adapters, 1))]
 
 
 class Roofs(NamedTuple):
-    """What the card was measured to do: bytes a second (read + written), FLOP a second."""
+    """Measured peak rates of the card: bytes per second (read + written) and FLOP per second."""
 
     bytes_per_s: float
     flop_per_s: float
@@ -107,7 +108,7 @@ def _train(model: str, layer: tuple[str, int, int], r: int) -> list[Point]:
 
 
 def all_points() -> list[Point]:
-    """Returns every point, the most telling first: the end may fall behind the deadline."""
+    """Return every point, the most informative first, because the deadline may cut off the end."""
     points: list[Point] = []
     for r in RANKS:
         first, *others = LLAMA_LAYERS
@@ -140,7 +141,7 @@ def _mixed(mode: str, model: str, layer: tuple[str, int, int], ranks: str) -> li
 
 
 def mixed_points() -> list[Point]:
-    """Returns every point of mixed batches, the most telling first."""
+    """Return every point of mixed batches, the most informative first."""
     points: list[Point] = []
     for layers in ([(LLAMA, LLAMA_LAYERS[0])], [(LLAMA, LLAMA_LAYERS[1]), (QWEN, QWEN_LAYERS[0])]):
         for ranks in ("16", "8+16+64"):
@@ -151,7 +152,7 @@ def mixed_points() -> list[Point]:
 
 
 def tiny_mixed_points() -> list[Point]:
-    """Returns the points of mixed batches of a dry run."""
+    """Return the points of mixed batches for a dry run."""
     return [
         Point("mixed", TINY, "a", 6, 48, 40, 8, 3, "3+8"),
         Point("mixed_train", TINY, "a", 7, 48, 40, 8, 3, "3+8"),
@@ -160,7 +161,7 @@ def tiny_mixed_points() -> list[Point]:
 
 
 def tune_points() -> list[Point]:
-    """Returns the problems whose tiles and plans are tuned, the most telling first."""
+    """Return the problems for which tiles and plans are tuned, the most informative first."""
     points = []
     for r in RANKS:
         for rows in (TUNE_DECODE, TUNE_MANY):
@@ -178,12 +179,12 @@ def tune_points() -> list[Point]:
 
 
 def tiny_tune_points() -> list[Point]:
-    """Returns the problem of a tuner's dry run."""
+    """Return the problem of a tuner's dry run."""
     return [Point("forward", TINY, "a", 40, 32, 48, 4)]
 
 
 def tiny_points() -> list[Point]:
-    """Returns the points of a dry run: off the tiles, and small enough for any machine."""
+    """Return the points of a dry run, which no tile divides and which are small enough anywhere."""
     return [
         Point("forward", TINY, "a", 3, 48, 40, 4),
         Point("forward", TINY, "b", 80, 40, 72, 3),
@@ -192,7 +193,7 @@ def tiny_points() -> list[Point]:
 
 
 def distinct_problems(points: list[Point]) -> list[Point]:
-    """Returns one point for each problem, whatever layers have it: what must be compiled."""
+    """Return one point for each distinct problem that must be compiled, whatever its layer."""
     seen: dict[tuple[str, int, int, int, int], Point] = {}
     for point in points:
         seen.setdefault((point.mode, point.m, point.k, point.n, point.r), point)
@@ -200,48 +201,50 @@ def distinct_problems(points: list[Point]) -> list[Point]:
 
 
 def floor_us(kind: str, point: Point, element: int, roofs: Roofs) -> float:
-    """Returns the time that no version of ``kind`` beats by much, in microseconds.
+    """Return the time that no implementation of ``kind`` can beat by much, in microseconds.
 
-    The larger of bytes over measured bandwidth and FLOPs over the measured GEMM rate.
+    It is the larger of two times: bytes at the measured bandwidth, and FLOPs at the measured GEMM
+    rate.
 
     Args:
         kind: As in `least_work`.
         point: The problem.
-        element: Bytes of an element of x.
-        roofs: What this card was measured to do.
+        element: Bytes per element of x.
+        roofs: Measured peak rates of this card.
     """
     elements, flop = least_work(kind, point)
     return 1e6 * max(element * elements / roofs.bytes_per_s, flop / roofs.flop_per_s)
 
 
 def least_work(kind: str, point: Point) -> tuple[float, float]:
-    """Returns the elements that must move, and the FLOPs, of a problem.
+    """Return the number of elements that must move, and the FLOPs, of a problem.
 
     Args:
-        kind: ``"base"`` (no adapter), ``"full"`` (base and adapter), ``"part"`` (the adapter's
-            term added to a given y), ``"mixed"`` (base and every row's own adapter), each for a
-            forward; ``"train_base"``, ``"train"`` and ``"mixed_train"`` for forward and backward.
+        kind: For a forward pass, ``"base"`` (no adapter), ``"full"`` (base and adapter), ``"part"``
+            (the adapter's term added to a given y), or ``"mixed"`` (base and each row's own
+            adapter). For forward and backward, ``"train_base"``, ``"train"``, or ``"mixed_train"``.
         point: The problem.
     """
     m, k, n, r = point.m, point.k, point.n, point.r
     ranks = point.ranks_of_adapters
     factors, mean = sum(ranks) * (k + n), sum(ranks) / len(ranks)
-    # Above the decode sizes the shrink and the GEMM each read x from memory.
+    # With more rows than in a decode, the shrink and the GEMM each read x from memory.
     x_reads = 1 if m <= DECODE_MAX_ROWS else 2
-    # forward and backward: x read for shrink, GEMM and d_lora_a, dy for ds and dx, y and dx
-    # written; factors read in both passes, their gradients written; s and ds written and read
+    # Forward and backward: x is read for shrink, GEMM, and d_lora_a; dy for ds and dx; y and dx are
+    # written. Factors are read in both passes, and their gradients written. s and ds are written
+    # and read.
     train = 2 * n * k + m * (4 * k + 3 * n) + 3 * factors + 4 * m * mean, 4 * m * n * k
     return {
         "base": (n * k + m * (k + n), 2 * m * n * k),
         "full": (n * k + m * (x_reads * k + n) + factors + 2 * m * r, 2 * m * n * k),
-        # x and s read, y read and written, s written
+        # x and s are read, y is read and written, and s is written.
         "part": (m * (k + 2 * n) + factors + 2 * m * r, 2 * m * r * (k + n)),
-        # every adapter's factors once, and of s what the rows have
+        # Every adapter's factors are read once. s counts only the columns of each row's adapter.
         "mixed": (
             n * k + m * (x_reads * k + n) + factors + 2 * m * mean,
             2 * m * n * k,
         ),
-        # forward, then dx: the weight and dy read, dx written
+        # Forward, then dx: the weight and dy are read, and dx is written.
         "train_base": (2 * n * k + 2 * m * (k + n), 4 * m * n * k),
         "train": train,
         "mixed_train": train,

@@ -2,12 +2,13 @@
 
     python bench/soak.py [--minutes 10] [--adapters 2000] [--threads 4]
 
-Writes adapters of rank 4 to 8 on q and v as PEFT folders (about 1 MB each) into a temporary folder,
-registers them in an `AdapterPool` and lets threads run mixed batches through SmolLM2 (or, without
-it, a random Llama of its widths), with evictions, prefetches and hot swaps all the time. Sampled
-rows are compared with solo runs that share no code with fastlora: the plain model, the adapter's
-file and two matrix products, in float32 and in float64, from which the tolerance comes. The exit
-code is 1 if a row was wrong, a budget was exceeded, a thread failed or memory grew.
+The script writes PEFT adapters of rank 4 to 8 on q and v (about 1 MB each) to a temporary folder
+and registers them in an `AdapterPool`. Threads run mixed batches through SmolLM2, or through a
+random Llama of the same widths if SmolLM2 is missing. Evictions, prefetches, and hot swaps happen
+all the time. Sampled rows are compared with solo runs that share no code with fastlora: the plain
+model, the adapter's file, and two matrix products. They run in float32 and in float64, which
+determines the tolerance. The exit code is 1 if a row was wrong, a budget was exceeded, a thread
+failed, or memory grew.
 """
 
 from __future__ import annotations
@@ -39,19 +40,19 @@ from fastlora.testing import assert_within_budget, error_budget, summed_otherwis
 
 RANKS = (4, 5, 6, 7, 8)
 ALPHA = 16
-# Orders in which one row's plain float32 run adds, tried in turn: see `Soak.check`.
+# Number of summation orders for plain float32 runs of one row, tried in turn: see `Soak.check`.
 ORDERS = 32
-HOT = 100  # adapters that a third of the traffic goes to
+HOT = 100  # number of adapters that receive a third of the traffic
 MOST_ROWS, TOKENS = 8, 3
 PAGE = 4096
-# Memory counts as flat when the last quarter's median is at most this much above the third's. The
-# allocator's arenas take some 600 batches to reach their size (measured: 2.66 to 2.9 GB, then flat
-# for 1,400 more), so shorter runs are not judged.
+# Memory counts as flat if the median of the last quarter is at most this much above the third's.
+# The allocator's arenas take about 600 batches to reach their size (measured: 2.66 to 2.9 GB, then
+# flat for 1,400 more), so shorter runs are not judged.
 GROWTH, FLAT_FROM_BATCHES = 1.03, 1500
 
 
 class Solo:
-    """The plain model with one adapter at a time, straight from its file; one thread at a time."""
+    """The plain model with one adapter at a time, read from its file. One thread runs at a time."""
 
     def __init__(self, model: nn.Module, folder: Path) -> None:
         shared = {id(p): p for p in model.parameters()}
@@ -90,14 +91,15 @@ class Solo:
         merged: bool = False,
         order: int | None = None,
     ) -> torch.Tensor:
-        """Returns the logits of one row.
+        """Return the logits of one row.
 
         Args:
-            name: Its adapter.
-            ids: Its tokens, ``[1, T]``.
-            copies: 0 for float64; else float32, in a batch of so many copies of the row.
-            merged: Add the adapter to the weights instead of the outputs.
-            order: Seed of `summed_otherwise`; None for the machine's own.
+            name: Name of the row's adapter.
+            ids: Tokens of the row, ``[1, T]``.
+            copies: 0 for float64. Otherwise the run is in float32, in a batch with this many copies
+                of the row.
+            merged: Whether to add the adapter to the weights instead of the outputs.
+            order: Seed of `summed_otherwise`, or None for the machine's own order.
         """
         with self._lock:
             self._merged = merged
@@ -109,7 +111,7 @@ class Solo:
 
 
 def make_model(layers: int) -> Any:
-    """SmolLM2, or a random Llama of its widths with that many layers."""
+    """Return SmolLM2, or a random Llama of the same widths with ``layers`` layers."""
     if not layers:
         try:
             return smollm2.load_model(smollm2.model_dir(progress=False))
@@ -131,7 +133,7 @@ def make_model(layers: int) -> Any:
 
 
 def write_adapters(model: nn.Module, root: Path, count: int) -> None:
-    """Writes PEFT folders ``a0000``, ...: one random adapter per rank, and shifts of it."""
+    """Write PEFT folders ``a0000``, ...: one random adapter per rank, and shifted copies of it."""
     targets = {
         name: (module.out_features, module.in_features)
         for name, module in model.named_modules()
@@ -164,7 +166,7 @@ def write_adapters(model: nn.Module, root: Path, count: int) -> None:
 
 
 class Sample(NamedTuple):
-    """What the monitor saw at one moment; bytes."""
+    """Bytes of memory that the monitor measured at one moment."""
 
     rss: int
     device: int
@@ -172,7 +174,7 @@ class Sample(NamedTuple):
 
 
 class Soak:
-    """One run: the pool, the traffic, what went wrong."""
+    """One run: the pool, the traffic, and the problems found."""
 
     def __init__(self, args: argparse.Namespace, model: Any, pool: AdapterPool, solo: Solo) -> None:
         self.args, self.model, self.pool, self.solo = args, model, pool, solo
@@ -188,20 +190,20 @@ class Soak:
         self.samples: list[Sample] = []
 
     def count(self, **more: int) -> None:
-        """Adds to the counts."""
+        """Add to the counts."""
         with self.lock:
             for key, value in more.items():
                 self.counts[key] += value
 
     def fail(self, problem: str) -> None:
-        """Notes what went wrong, and prints the first few."""
+        """Record a problem, and print the first few."""
         with self.lock:
             self.problems.append(problem)
             if len(self.problems) <= 5:
                 print(f"WRONG: {problem}", flush=True)
 
     def draw(self, rng: random.Random) -> list[str | None]:
-        """Adapters of one batch; about one row in eight is the base model's."""
+        """Return the adapters of one batch. About one row in eight uses the base model only."""
         rows: list[str | None] = []
         for _ in range(rng.randint(1, MOST_ROWS)):
             if rng.random() < 1 / 8:
@@ -213,14 +215,14 @@ class Soak:
         return rows
 
     def deal(self, rng: random.Random) -> str:
-        """An adapter at random; all have their turn before one has its second."""
+        """Return a random adapter. Every adapter has one turn before any has a second one."""
         with self.lock:
             if not self.deck:
                 self.deck = rng.sample(self.names, len(self.names))
             return self.deck.pop()
 
     def work(self, seed: int) -> None:
-        """Runs batches until the time is up."""
+        """Run batches until the time is up."""
         rng = random.Random(seed)
         generator = torch.Generator().manual_seed(seed)
         vocabulary = self.model.config.vocab_size
@@ -228,7 +230,7 @@ class Soak:
         try:
             while not self.stop.is_set():
                 if rows and rng.random() < 1 / 3:
-                    rng.shuffle(rows)  # a set that comes again is packed, or found packed
+                    rng.shuffle(rows)  # a repeated set is packed, or found packed
                 else:
                     rows = self.draw(rng)
                 ids = torch.randint(0, vocabulary, (len(rows), TOKENS), generator=generator)
@@ -254,13 +256,14 @@ class Soak:
     def check(
         self, rows: list[str | None], ids: torch.Tensor, logits: torch.Tensor, row: int
     ) -> None:
-        """Compares one row of a batch with its solo run.
+        """Compare one row of a batch with its solo run.
 
-        Thirty layers amplify the last bit's rounding, by chance more or less: the errors of plain
-        float32 runs of one row differ by 2.6 times in the median and by 13 at times. So the budget
-        comes from the least accurate of several: other batch sizes and the merged weights, then
-        sums in other orders, each as good as the machine's own. Later ones are computed only where
-        the earlier ones are not enough; a row that the worst of all does not cover is wrong.
+        Thirty layers amplify the rounding of the last bit by a random factor. The errors of plain
+        float32 runs of one row differ by a factor of 2.6 in the median, and sometimes by 13.
+        Therefore the budget comes from the least accurate of several runs: with other batch sizes,
+        with merged weights, and then with other summation orders, each as good as the machine's
+        own. Later runs are computed only if the earlier ones are not sufficient. A row that exceeds
+        the budget of all runs is wrong.
         """
         name, tokens = rows[row], ids[row : row + 1]
         truth = self.solo.logits(name, tokens)
@@ -279,14 +282,14 @@ class Soak:
     def plain_runs(
         self, name: str | None, tokens: torch.Tensor, copies: int
     ) -> Iterator[torch.Tensor]:
-        """Yields float32 logits of one row, added in one order after the other."""
+        """Yield float32 logits of one row, computed with different summation orders."""
         for merged, count in ((False, copies), (False, 1), (True, copies), (True, 1)):
             yield self.solo.logits(name, tokens, count, merged=merged)
         for seed in range(ORDERS):
             yield self.solo.logits(name, tokens, copies, order=seed)
 
     def watch(self) -> None:
-        """Samples memory and budgets until the time is up."""
+        """Sample memory and budgets until the time is up."""
         budget = self.args.cpu_mib << 20
         end = time.monotonic() + 60 * self.args.minutes
         shown = time.monotonic()
@@ -303,7 +306,7 @@ class Soak:
         self.stop.set()
 
     def run(self) -> None:
-        """Runs all threads to the end."""
+        """Run all threads to the end."""
         seeds = range(1, self.args.threads + 1)
         threads = [threading.Thread(target=self.work, args=(seed,)) for seed in seeds]
         for thread in threads:
@@ -322,7 +325,7 @@ class Soak:
         self.summarise([int(median) >> 20 for median in medians])
 
     def summarise(self, medians: list[int]) -> None:
-        """Prints what happened."""
+        """Print a summary of the run."""
         stats, samples = self.pool.stats(), self.samples
         print(f"adapters {stats.registered}, used {len(self.used)}; {self.counts}")
         print(
@@ -342,12 +345,15 @@ class Soak:
 
 
 def resident_bytes(process: object = "self") -> int:
-    """Returns a process's resident memory (Linux)."""
+    """Return the resident memory of a process (Linux only)."""
     return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * PAGE
 
 
 def separation(solo: Solo, names: list[str]) -> str:
-    """Returns how far two adapters' logits lie apart, in budgets: a wrong adapter must show."""
+    """Return the distance between two adapters' logits in budgets.
+
+    A wrong adapter can only be detected if this is more than a few.
+    """
     ids = torch.arange(TOKENS, device=next(solo._models[0].parameters()).device)[None]
     truth, other = (solo.logits(name, ids) for name in names[:2])
     same = solo.logits(names[0], ids, MOST_ROWS)
@@ -356,7 +362,7 @@ def separation(solo: Solo, names: list[str]) -> str:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """Returns the options."""
+    """Parse the options."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--adapters", type=int, default=2000)
@@ -371,7 +377,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the soak; returns the exit code."""
+    """Run the soak test and return the exit code."""
     args = parse(argv)
     torch.set_num_threads(1)
     model = make_model(args.layers).to(args.device)

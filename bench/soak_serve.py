@@ -1,20 +1,22 @@
-"""A server under load: right answers, flat memory, and how many tokens a second beside others.
+"""A server under load: correct answers, flat memory, and throughput compared with other methods.
 
     python bench/soak_serve.py [--minutes 3] [--rounds 3] [--clients 32] [--adapters 24] [--slots 8]
         [--out bench/results]
 
-Memory is level once every adapter has been read: on a machine that is busy, give it more minutes.
+Memory is stable once every adapter has been read, which takes more minutes on a busy machine.
 
-First it starts `fastlora serve` on SmolLM2-135M in fp32 and lets clients ask for answers of random
-adapters, while others are loaded, swapped and unloaded. Every greedy answer is compared with the
-adapter alone (`LoraModel` and `generate`); where they part, the two best logits of the adapter
-alone must lie within the error budget: four times the largest error of its fp32 logits against
-float64, twice for each of the two runs. Those answers are counted and listed.
+The first part starts `fastlora serve` on SmolLM2-135M in fp32. Clients request completions from
+random adapters while other adapters are loaded, swapped, and unloaded. Every greedy completion is
+compared with the adapter alone (`LoraModel` and `generate`). Where the two differ, the two best
+logits of the adapter alone must lie within the error budget. The budget is four times the largest
+error of its fp32 logits against float64: twice the error for each of the two runs. These
+completions are counted and listed.
 
-Then it gives the same requests to three ways of serving them, in one process and in turn:
-`set_adapter` and `generate` for one after another, dynamic batching (`generate` over a closed
-batch, `AdapterPool.plan` splits it) and our engine. The exit code is 1 if an answer was wrong, a
-request failed, memory grew, or the engine's median is below twice the first way's.
+The second part sends the same requests to three methods of serving, in turn in one process:
+`set_adapter` and `generate` for one request after another; dynamic batching (`generate` on a closed
+batch that `AdapterPool.plan` splits); and fastlora's engine. The exit code is 1 if an answer was
+wrong, a request failed, memory grew, or the engine's median is below twice that of the first
+method.
 """
 
 from __future__ import annotations
@@ -56,10 +58,10 @@ PROMPTS = (
     "physics. The first of them was about",
 )
 MOST_TOKENS = 24
-ADMIN_KEY = "soak"  # loads, swaps and unloads adapters
-LEAST = 2.0  # times the tokens a second of one after another
+ADMIN_KEY = "soak"  # the key to load, swap, and unload adapters
+LEAST = 2.0  # minimum ratio of tokens per second to one request after another
 RATES = ("tokens_per_cpu_second", "tokens_per_second")
-GROWTH = 1.03  # of the last quarter's median memory over the second's
+GROWTH = 1.03  # limit of the last quarter's median memory divided by the second's
 
 
 class Case(NamedTuple):
@@ -71,7 +73,7 @@ class Case(NamedTuple):
 
 
 def make_adapters(model: Any, root: Path, count: int) -> list[str]:
-    """Saves random adapters on all linears, of ranks 4 to 16, that change what the model says."""
+    """Save random adapters of ranks 4 to 16 on all linear layers that change the output."""
     generator = torch.Generator().manual_seed(0)
     names = [f"a{index:02d}" for index in range(count)]
     for first, rank in enumerate((4, 8, 16)):
@@ -87,7 +89,7 @@ def make_adapters(model: Any, root: Path, count: int) -> list[str]:
 
 
 class Alone:
-    """The adapters alone, one request at a time."""
+    """Runs the adapters alone, one request at a time."""
 
     def __init__(self, model: Any, tokenizer: Any, root: Path, names: Sequence[str]) -> None:
         self.tokenizer = tokenizer
@@ -99,7 +101,7 @@ class Alone:
 
     @torch.no_grad()
     def answer(self, case: Case, **options: Any) -> Any:
-        """The answer by `set_adapter` and `generate`."""
+        """Return the answer of `set_adapter` and `generate`."""
         ids = self.tokenizer(case.prompt, return_tensors="pt").input_ids
         options = {"max_new_tokens": case.tokens, "do_sample": False, **options}
         self.model.set_adapter(case.name)
@@ -108,7 +110,7 @@ class Alone:
         )
 
     def truth(self, name: str, prompt: str) -> tuple[list[int], list[float]]:
-        """The likeliest tokens, and by how much each is above the second."""
+        """Return the most likely tokens, and the gap of each one's logit to the second best."""
         if (name, prompt) not in self._known:
             case = Case(name, prompt, MOST_TOKENS)
             made = self.answer(case, return_dict_in_generate=True, output_logits=True)
@@ -120,7 +122,10 @@ class Alone:
         return self._known[name, prompt]
 
     def parting(self, case: Case, text: str) -> tuple[int, float] | None:
-        """Where a served text leaves the adapter's own, and the gap there, or None."""
+        """Return the index of the first differing token of a served text, and the gap there.
+
+        The result is None if the texts are equal.
+        """
         tokens, gaps = self.truth(str(case.name), case.prompt)
         tokens = tokens[: case.tokens]
         before = self.tokenizer(case.prompt).input_ids[-5:]
@@ -140,7 +145,7 @@ class Alone:
 
     @torch.no_grad()
     def budget(self, names: Sequence[str]) -> float:
-        """Four times the largest error of fp32 logits against float64, over some texts."""
+        """Return four times the largest error of fp32 logits against float64, over some texts."""
         exact = copy.deepcopy(self.model).double()
         worst = 0.0
         for name, prompt in zip(names, PROMPTS, strict=False):
@@ -153,13 +158,13 @@ class Alone:
         return 4 * worst
 
 
-# ----------------------------------------------------------------------------------------- the soak
+# ---------------------------------------------------------------------------------------- soak test
 
 
 async def traffic(
     url: str, pid: int, root: Path, names: Sequence[str], args: argparse.Namespace
 ) -> dict[str, Any]:
-    """Runs the clients, and the changes beside them; returns what they saw."""
+    """Run the clients and concurrent changes of adapters; return what the clients observed."""
     import httpx
 
     end = time.monotonic() + 60 * args.minutes
@@ -242,7 +247,7 @@ async def traffic(
 def soak(
     folder: Path, root: Path, names: Sequence[str], args: argparse.Namespace
 ) -> dict[str, Any]:
-    """Starts the server, runs the traffic, and ends the server by SIGTERM."""
+    """Start the server, run the traffic, and stop the server with SIGTERM."""
     command = [sys.executable, "-m", "fastlora", "serve", str(folder), "--adapters", str(root)]
     command += ["--port", "0", "--max-adapters", str(args.slots), "--dtype", "float32", "--cpu"]
     command += ["--max-batch", str(args.clients), "--max-length", "256", "--watch", "1"]
@@ -271,7 +276,7 @@ def soak(
 
 
 def in_turn(alone: Alone, cases: Sequence[Case]) -> int:
-    """One request after another; returns how many tokens were made."""
+    """Serve one request after another; return the number of generated tokens."""
     made = 0
     for case in cases:
         prompt = len(alone.tokenizer(case.prompt).input_ids)
@@ -281,7 +286,7 @@ def in_turn(alone: Alone, cases: Sequence[Case]) -> int:
 
 @torch.no_grad()
 def dynamic(pool: Any, model: Any, tokenizer: Any, cases: Sequence[Case], clients: int) -> int:
-    """Closed batches of all that wait, split by the pool's plan; returns the tokens asked for."""
+    """Serve closed batches that the pool's plan splits; return the number of answer tokens."""
     tokenizer.padding_side = "left"
     made = 0
     for first in range(0, len(cases), clients):
@@ -303,7 +308,7 @@ def dynamic(pool: Any, model: Any, tokenizer: Any, cases: Sequence[Case], client
 
 
 def continuous(engine: Engine, tokenizer: Any, cases: Sequence[Case], clients: int) -> int:
-    """As many clients as there are, each with its next request once it has its answer."""
+    """Serve ``clients`` clients, each of which sends its next request once it has its answer."""
     left, lock, done, made = list(reversed(cases)), threading.Lock(), threading.Semaphore(0), [0]
 
     def send() -> None:
@@ -331,10 +336,9 @@ def continuous(engine: Engine, tokenizer: Any, cases: Sequence[Case], clients: i
 def contest(
     alone: Alone, plain: Any, root: Path, names: Sequence[str], args: argparse.Namespace
 ) -> list[dict[str, Any]]:
-    """Returns how many tokens a second each way made in each round, of processor time and of the
-    clock's.
+    """Return the tokens per second of each method and round, by processor time and by the clock.
 
-    Everything runs on one thread at a time, and what else a machine does changes the clock's.
+    Everything runs on one thread at a time. Other work on the machine affects only the clock.
     """
     tokenizer = alone.tokenizer
     models = [twin(plain) for _ in range(2)]
@@ -359,7 +363,7 @@ def contest(
         "fastlora serve": lambda cases: continuous(engine, tokenizer, cases, args.clients),
     }
     found: list[dict[str, Any]] = []
-    for number in range(args.rounds + 1):  # the first one warms up
+    for number in range(args.rounds + 1):  # the first round warms up
         chance = random.Random(number)
         cases = [
             Case(chance.choice(names), chance.choice(PROMPTS), chance.randint(8, MOST_TOKENS))
@@ -386,7 +390,7 @@ def contest(
 
 
 def main() -> int:
-    """Parses the arguments, runs both parts, prints what was found."""
+    """Parse the arguments, run both parts, and print the results."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--minutes", type=float, default=3.0, help="of traffic; 0 for none")
     parser.add_argument("--rounds", type=int, default=3, help="of the contest; 0 for none")
@@ -417,7 +421,7 @@ def main() -> int:
 
 
 def write(folder: Path | None, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Writes rows to a CSV, where a folder is given."""
+    """Write rows to a CSV, if a folder is given."""
     if folder is not None:
         with csv_rows(folder / name) as write_row:
             for row in rows:
@@ -427,7 +431,7 @@ def write(folder: Path | None, name: str, rows: Sequence[Mapping[str, Any]]) -> 
 def report_soak(
     seen: dict[str, Any], alone: Alone, names: Sequence[str]
 ) -> tuple[dict[str, Any], list[str]]:
-    """Prints what the clients saw; returns it as a row of a CSV, and what is wrong with it."""
+    """Print the clients' observations; return a row for the CSV, and a list of problems."""
     budget = alone.budget(names)
     near, wrong = [], [f"failed: {text}" for text in seen["failed"][:5]]
     for case, text in seen["answers"]:
@@ -464,7 +468,7 @@ def report_soak(
 
 
 def report_contest(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Prints medians and ratios of the rounds; returns what is wrong with them."""
+    """Print medians and ratios of the rounds; return a list of problems."""
     found: dict[str, list[float]] = {}
     for row in rows:
         found.setdefault(row["way"], []).append(row[RATES[0]])

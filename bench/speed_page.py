@@ -3,7 +3,8 @@
 python bench/speed_page.py            writes them
 python bench/speed_page.py --check    returns 1 if the page's tables differ from the CSVs
 
-A line ``<!-- KIND FILE.csv -->`` of the page is followed by that table, up to the next empty line.
+In the page, each line ``<!-- KIND FILE.csv -->`` is followed by its table, up to the next empty
+line.
 """
 
 from __future__ import annotations
@@ -31,7 +32,10 @@ def _unique(values: Iterable[str]) -> list[str]:
 
 
 def steps(rows: Sequence[Row]) -> str:
-    """A training step over PEFT's, its forward, its peak memory; the last row of a case counts."""
+    """Return the table of training steps relative to PEFT: step, forward pass, and peak memory.
+
+    If a case has several rows, the last one counts.
+    """
     lines = {}
     for row in rows:
         dropout = float(row["dropout"])
@@ -51,7 +55,7 @@ def steps(rows: Sequence[Row]) -> str:
 
 
 def mixed(rows: Sequence[Row]) -> str:
-    """Time over the base model's: fastlora in one block, in brackets PEFT's ``adapter_names``."""
+    """Return times relative to the base model: fastlora in one block, and in brackets PEFT."""
     ratios = {
         (row["phase"], row["dtype"], row["adapters"], row["side"]): row["ratio_to_base"]
         for row in rows
@@ -69,7 +73,7 @@ def mixed(rows: Sequence[Row]) -> str:
 
 
 def host(rows: Sequence[Row]) -> str:
-    """What the host does for a linear over the bare layer, in microseconds."""
+    """Return the host time of a linear layer beyond the bare layer's, in microseconds."""
     lines = (
         (
             row["case"],
@@ -84,7 +88,7 @@ def host(rows: Sequence[Row]) -> str:
 
 
 def prediction(rows: Sequence[Row]) -> str:
-    """Predicted time of a decoder layer's linears over the bare layer's."""
+    """Return the predicted times of a decoder layer's linears, relative to the bare layer."""
     shown = [row for row in rows if row["model"] == "Llama-3.1-8B"]
     bare = {
         (row["case"], row["M"], row["adapters"], row["dropout"]): float(row["predicted_us"])
@@ -110,7 +114,7 @@ _KINDS: dict[str, Callable[[Sequence[Row]], str]] = {
 
 
 def rendered(page: str) -> str:
-    """Returns the page with its tables made anew."""
+    """Return the page with its tables rebuilt from the CSVs."""
 
     def made(match: re.Match[str]) -> str:
         kind, name = match.groups()
@@ -121,7 +125,7 @@ def rendered(page: str) -> str:
 
 
 def main() -> int:
-    """Writes the page, or says whether it is as it should be."""
+    """Write the page, or check whether its tables are up to date."""
     page = PAGE.read_text(encoding="utf-8")
     made = rendered(page)
     if sys.argv[1:] == ["--check"]:

@@ -1,9 +1,9 @@
-"""Prints a results CSV as tables: times as multiples of the bare base linear, and what went wrong.
+"""Prints a results CSV as tables: times relative to the bare base linear, and failures.
 
     python bench/summary.py results.csv
 
-A cell is the geometric mean over the measured shapes of a model, whose number stands in `shapes`; a
-star marks one that lacks some of them.
+A cell is the geometric mean over the measured shapes of a model. The column `shapes` has their
+number. A star marks a cell that lacks some of them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Group = tuple[str, str, str, int, int]  # mode, model, r, adapters of a mixed ba
 
 
 def grouped_ratios(rows: list[dict[str, str]]) -> dict[Group, dict[str, list[float]]]:
-    """Returns ``ratio_to_base`` of every shape, by group and contender."""
+    """Return ``ratio_to_base`` of every shape, by group and contender."""
     groups: dict[Group, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
         if row["ratio_to_base"]:
@@ -29,13 +29,13 @@ def grouped_ratios(rows: list[dict[str, str]]) -> dict[Group, dict[str, list[flo
 
 
 def _in_order(item: tuple[Group, object]) -> tuple[str, list[int], int, int]:
-    """Sorts ranks as numbers: 16 before 64, both before those of a mixed batch like 8+16+64."""
+    """Return a sort key that orders ranks as numbers: 16, 64, then a mix such as 8+16+64."""
     _, model, r, adapters, m = item[0]
     return model, [r.count("+"), *map(int, r.split("+"))], adapters, m
 
 
 def table(rows: list[dict[str, str]], mode: str) -> list[str]:
-    """Returns the lines of one mode's table."""
+    """Return the lines of one mode's table."""
     groups = {group: cells for group, cells in grouped_ratios(rows).items() if group[0] == mode}
     names = list(dict.fromkeys(name for cells in groups.values() for name in cells))
     names = [name for name in names if name != "base"]
@@ -61,7 +61,7 @@ def table(rows: list[dict[str, str]], mode: str) -> list[str]:
 
 
 def main() -> int:
-    """Prints the tables of the file that the command line names."""
+    """Print the tables of the file that the command line names."""
     if len(sys.argv) != 2:
         print(__doc__, file=sys.stderr)
         return 2

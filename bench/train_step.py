@@ -3,14 +3,15 @@
 python bench/train_step.py [--methods lora,dora] [--dtypes fp32,bf16] [--dropout 0,0.1]
     [--batch 4x128] [--base plain|nf4] [--out CSV]
 
-All linear layers, rank 16, forward, loss and backward, gradients dropped behind each step. One
-thread, one process, the sides in turn; the clock is this process's CPU time. PEFT keeps adapters of
-a bf16 base in fp32 unless it is told otherwise, so bf16 has two rows for each dropout, both sides
-with adapters of the row's dtype. A step is timed only after its loss has been compared with PEFT's
-(without dropout, whose masks differ), and after each model has run a step that is not timed: PEFT's
-overhead on a fresh process is larger, since its temporaries' pages have not been touched yet. A
-DoRA step is timed against fastlora's own LoRA step too. A forward is an evaluation's: no dropout,
-no gradients.
+All linear layers have adapters of rank 16. A step consists of forward, loss, and backward, and
+gradients are deleted after it. The sides run in turn on one thread of one process, and the clock is
+the CPU time of this process. By default, PEFT keeps the adapters of a bf16 base in fp32. For bf16
+there are therefore two rows per dropout, in which both sides have adapters of the row's dtype. A
+step is timed only after its loss has been compared with PEFT's (without dropout, because the masks
+differ), and after each model has run an untimed step. The first step in a fresh process has more
+overhead for PEFT, because the pages of its temporaries have not been touched yet. A DoRA step is
+also timed against fastlora's LoRA step. A forward pass is an evaluation, without dropout and
+gradients.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ ALLOCATOR = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "LD_PRELOAD")
 
 
 def main() -> int:
-    """Measures and writes the CSV, a row as soon as it is known."""
+    """Measure all cases and write the CSV, each row as soon as it is known."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--methods", default="lora,dora")
     parser.add_argument("--dtypes", default="fp32,bf16")
@@ -71,12 +72,12 @@ def measured(
     rounds: int,
     base_kind: str = "plain",
 ) -> dict[str, Any]:
-    """Checks and times one kind of step; returns its row."""
+    """Check and time one kind of step and return its row."""
     kind = base_kind, DTYPES[dtype], adapters == "fp32", dropout
     ours, theirs = twins(*kind, method == "dora")
     mine, other, base = step(ours, ids), step(theirs, ids), forward(ours, ids, bare=True)
     losses = mine(), other()
-    # Gradients are for the tests to compare; this finds sides that do not run the same model.
+    # The tests compare gradients. This check finds sides that do not run the same model.
     if not dropout and abs(losses[0] - losses[1]) > 8 * torch.finfo(DTYPES[dtype]).eps * losses[1]:
         raise RuntimeError(f"losses differ: {losses[0]} and PEFT's {losses[1]}")
     times = measure.interleaved_seconds({"ours": mine, "peft": other}, rounds, warmup=1)
@@ -87,7 +88,8 @@ def measured(
         plain = sides_of(*kind, False)[0]()
         measure.share_frozen(ours, plain)
         over_lora = f"{ratio(mine, step(plain, ids), rounds):.4f}"
-    # Last: on some CPUs bitsandbytes repacks the 4-bit weights of PEFT in it, which train no more.
+    # Evaluated last: on some CPUs, bitsandbytes repacks PEFT's 4-bit weights, which cannot train
+    # then.
     forwards = ratio(forward(ours.eval(), ids), forward(theirs.eval(), ids), rounds)
     return {
         "method": method,
@@ -108,7 +110,7 @@ def measured(
 
 
 def ratio(side: Callable[[], object], other: Callable[[], object], rounds: int) -> float:
-    """Returns one side's time over another's."""
+    """Return one side's time divided by another's."""
     times = measure.interleaved_seconds({"side": side, "other": other}, rounds, warmup=1)
     return measure.median_ratio(times, "side", "other")
 
@@ -116,7 +118,7 @@ def ratio(side: Callable[[], object], other: Callable[[], object], rounds: int) 
 def twins(
     base_kind: str, dtype: torch.dtype, fp32_adapters: bool, dropout: float, use_dora: bool
 ) -> tuple[Any, Any]:
-    """The same adapter in fastlora and in PEFT over one base model's memory, training."""
+    """Return the same adapter in fastlora and in PEFT, in training mode, on one base model."""
     mine, theirs = (make() for make in sides_of(base_kind, dtype, fp32_adapters, dropout, use_dora))
     measure.share_frozen(mine, theirs)
     return mine, theirs
@@ -125,7 +127,7 @@ def twins(
 def sides_of(
     base_kind: str, dtype: torch.dtype, fp32_adapters: bool, dropout: float, use_dora: bool
 ) -> tuple[Callable[[], Any], Callable[[], Any]]:
-    """What makes fastlora's model, and PEFT's."""
+    """Return functions that create fastlora's model and PEFT's model."""
     import peft
 
     config = {
@@ -142,7 +144,7 @@ def sides_of(
         generator = torch.Generator().manual_seed(7)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                if "lora_A" in name or "lora_B" in name:  # a magnitude stays the norm that it is
+                if "lora_A" in name or "lora_B" in name:  # a magnitude keeps its initial norm
                     size = 1.0 if "lora_A" in name else 0.1
                     values = torch.randn(parameter.shape, generator=generator)
                     parameter.copy_(values * size / parameter.shape[1] ** 0.5)
@@ -155,7 +157,7 @@ def sides_of(
 
 
 def step(model: Any, ids: torch.Tensor) -> Callable[[], float]:
-    """One step without an optimizer, which is torch's on both sides."""
+    """Return a function that runs one step without an optimizer, which is torch's on both sides."""
     parameters = [p for p in model.parameters() if p.requires_grad]
 
     def run() -> float:
@@ -169,7 +171,7 @@ def step(model: Any, ids: torch.Tensor) -> Callable[[], float]:
 
 
 def forward(model: Any, ids: torch.Tensor, *, bare: bool = False) -> Callable[[], None]:
-    """One forward without gradients; of the base model alone where it is to be bare."""
+    """Return a function that runs one forward pass without gradients, of the base if ``bare``."""
 
     def run() -> None:
         with torch.no_grad(), model.disable_adapter() if bare else contextlib.nullcontext():
@@ -179,13 +181,13 @@ def forward(model: Any, ids: torch.Tensor, *, bare: bool = False) -> Callable[[]
 
 
 def allocator() -> str:
-    """Returns what the environment tells the allocator, on which PEFT's overhead depends."""
+    """Return the environment's settings of the allocator, which affect PEFT's overhead."""
     told = [f"{name}={os.environ[name]}" for name in ALLOCATOR if name in os.environ]
     return "; ".join(told) or "default"
 
 
 def show(row: dict[str, Any]) -> None:
-    """Prints one row."""
+    """Print one row."""
     print(
         f"{row['method']}, {row['dtype']} base, {row['adapters']} adapters, "
         f"dropout {row['dropout']}: "

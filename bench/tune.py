@@ -2,17 +2,19 @@
 
     python bench/tune.py --out FOLDER --tests pass [--seconds 600] [--near 1] [--dry-run] [--resume]
 
-For each problem and each launch of it, candidates are timed in turn: base and LoRA together, in one
-graph over rotated operands (`bench/harness.py`). They are what `configs.choose` takes today, the
-other shipped tiles, and all of these with one of sides, warps, stages and splits moved by a step
-(``--near 2``: two). Plans come behind the tiles of their problem. A candidate that spills a
-register, crashes, hangs or computes something wrong is named in ``tune.csv`` and left out.
+For each problem and each of its launches, candidates are timed in turn: base and LoRA together, in
+one graph over rotated operands (`bench/harness.py`). The candidates are the config that
+`configs.choose` returns today, the other shipped tiles, and variants of all these. A variant
+changes one of tile sides, warps, stages, and splits by one step (``--near 2``: by two). Plans
+follow after the tiles of their problem. A candidate that spills a register, crashes, hangs, or
+computes a wrong result is named in ``tune.csv`` and excluded.
 
-After each problem ``<arch>.json`` is written anew: the table that the library reads, from the
-folder that ``FASTLORA_MEASURED`` names or from ``kernels/measured`` (`kernels/row_files.py`).
+After each problem, ``<arch>.json`` is rewritten. The library reads this table from the folder that
+``FASTLORA_MEASURED`` names, or from ``kernels/measured`` (`kernels/row_files.py`).
 
-A first process watches a second one that measures: it starts another one where that died, without
-what killed it. Candidates are compiled and tried first in a pool of processes.
+A first process watches a second one that measures. If the second process dies, the first starts
+another one without the candidate that killed it. Candidates are first compiled and tried in a pool
+of processes.
 """
 
 from __future__ import annotations
@@ -46,19 +48,19 @@ from fastlora.kernels.chips import Chip, Row, chip_of
 from fastlora.kernels.row_files import Entry
 from fastlora.ops.layout import columns_of
 
-TRY_SECONDS = 60.0  # for all candidates of a group: their compiles and one run of each
+TRY_SECONDS = 60.0  # for all candidates of a group: compiling each, and running it once
 NO_ANSWER = "error: no answer"
-STARTS = 20  # processes after each other, at most
+STARTS = 20  # maximum number of processes, one after another
 
 
 class Asked(NamedTuple):
-    """How a launch comes to run: under which plan, and with which sizes its config is asked for."""
+    """The plan under which a launch runs, and the sizes with which its config is requested."""
 
     plan: str
     sizes: str
 
 
-# By mode: what is tuned. A size that a launch is not asked with, or not always, is left out.
+# The tuned launches by mode. A size is left out if a config is not always requested with it.
 LAUNCHES = {
     "forward": {
         "lora_shrink": Asked("fused", "mkr"),
@@ -86,22 +88,22 @@ LAUNCHES = {
         "mixed_lora_grad_x": Asked("fused", "mnkr"),
     },
 }
-PLANS = {  # by mode: the launches whose plans are tuned
+PLANS = {  # the launches with tuned plans, by mode
     mode: [name for name in launches if name in tables.PLANNED]
     for mode, launches in LAUNCHES.items()
 }
-FORCED = {"train": ("lora_linear", "lora_grad_x")}  # which plans a training step has, else `PLANS`
-TILE_ADAPTERS = 16  # of the mixed batches that tiles are measured on
+FORCED = {"train": ("lora_linear", "lora_grad_x")}  # plans of a training step, else `PLANS`
+TILE_ADAPTERS = 16  # in the mixed batches on which tiles are measured
 
 
 def group_of(point: Point) -> tuple[str, bool]:
-    """Returns the launch that a group of candidates is about, and whether they are plans."""
+    """Return the launch of a group of candidates, and whether the candidates are plans."""
     _, name, *plan = point.layer.split(" ")
     return name, bool(plan)
 
 
 def groups(problems: Sequence[Point]) -> list[Point]:
-    """Returns a point for each problem and launch, with the launch behind the layer's name."""
+    """Return a point for each problem and launch, with the launch appended to the layer's name."""
     found = []
     for point in problems:
         names = list(LAUNCHES[point.mode]) if point.adapters in (0, TILE_ADAPTERS) else []
@@ -111,7 +113,7 @@ def groups(problems: Sequence[Point]) -> list[Point]:
 
 
 def candidates(chip: Chip, dtype: torch.dtype, point: Point, near: int) -> list[Entry]:
-    """Returns what is measured at a point of `groups`: what is chosen today, then the nearest."""
+    """Return the candidates at a point of `groups`: today's choice, then its nearest variants."""
     name, is_plan = group_of(point)
     asked, kind = LAUNCHES[point.mode][name].sizes, "half" if dtype.itemsize == 2 else "ieee"
     r = columns_of(point.r) if point.adapters else point.r
@@ -151,7 +153,7 @@ def candidates(chip: Chip, dtype: torch.dtype, point: Point, near: int) -> list[
 
 
 def _moved(row: Row, with_rows: bool) -> Iterator[Row]:
-    """Yields the row with each column moved by a step, one at a time."""
+    """Yield the row with one column at a time changed by a step."""
     for column in ("block_m", "block_n", "block_k", "num_warps", "splits"):
         value = getattr(row, column)
         if column != "block_m" or with_rows:
@@ -160,7 +162,7 @@ def _moved(row: Row, with_rows: bool) -> Iterator[Row]:
 
 
 def name_of(one: Entry) -> str:
-    """Returns a candidate's name in ``tune.csv``."""
+    """Return a candidate's name in ``tune.csv``."""
     row = one.row
     if row.plan:
         return row.plan
@@ -170,7 +172,7 @@ def name_of(one: Entry) -> str:
 
 
 def run_with(ones: Sequence[Entry], problem: Any, mode: str) -> Any:
-    """Solves a problem with measurements in front of the table, then puts the table back."""
+    """Solve a problem with candidate rows preceding the table, then restore the table."""
     arch = chip_of(problem.x.device).arch
     with mock.patch.dict(tables.MEASURED), mock.patch.object(launch, "_KEEPS", False):
         measurements.put_first(arch, ones, "candidate")
@@ -182,7 +184,7 @@ def run_with(ones: Sequence[Entry], problem: Any, mode: str) -> Any:
 
 
 def forced(one: Entry, point: Point) -> list[Entry]:
-    """Returns the plans that bring a candidate's launch about; where it is a plan, those beside."""
+    """Return the plans under which a candidate's launch runs, or a plan's companions."""
     plan = LAUNCHES[point.mode][one.launch].plan if not one.row.plan else "split"
     planned = FORCED.get(point.mode, PLANS[point.mode])
     return [Entry(name, one.kind, Row(max_m=point.m, plan=plan)) for name in planned]
@@ -199,7 +201,7 @@ def _drawn(point: Point, dtype: torch.dtype, device: torch.device) -> Any:
 
 
 def tried(ones: Sequence[Entry], point: Point, dtype: torch.dtype, device: torch.device) -> str:
-    """Runs a candidate once, in a process of the pool; returns what speaks against it, or ""."""
+    """Run a candidate once in a process of the pool; return a reason to exclude it, or ""."""
     torch.set_num_threads(1)
     try:
         with launch.recorded() as launches:
@@ -214,7 +216,7 @@ def tried(ones: Sequence[Entry], point: Point, dtype: torch.dtype, device: torch
 
 
 class Tuner(linear.Bench):
-    """Candidates as the contenders of a point, and the table behind each point."""
+    """Measures candidates as the contenders of a point, and writes the table after each point."""
 
     hang_seconds = 120.0
 
@@ -227,7 +229,7 @@ class Tuner(linear.Bench):
         super().__init__(args)
 
     def contenders_for(self, point: Point) -> Sequence[Contender]:
-        """Returns the base, what sets the budget of errors, and the candidates."""
+        """Return the base, the yardstick of the error budget, and the candidates."""
         every = MODES[point.mode].contenders(point, self.impl, self.device.type, self.dtype)
         others = [c for c in every if c.name in ("base", "peft", "segments")]
         if point not in self.ones:
@@ -240,7 +242,7 @@ class Tuner(linear.Bench):
         return others
 
     def measure(self, point: Point) -> str:
-        """Measures what is left of the candidates, and writes the table."""
+        """Measure the remaining candidates and write the table."""
         line = super().measure(point)
         self.write_table()
         fast = self.fastest(point)
@@ -250,12 +252,12 @@ class Tuner(linear.Bench):
         return run_with(self._rows(point, name), problem, point.mode)
 
     def _rows(self, point: Point, name: str) -> list[Entry]:
-        """Returns a candidate and what stands behind it; with plans the best tiles so far."""
+        """Return a candidate and the rows that it needs; for a plan, the best tiles so far."""
         own = self.ones[point][name]
         return [own, *forced(own, point), *(self._tiles() if own.row.plan else ())]
 
     def prepare(self, point: Point) -> None:
-        """Compiles and runs every candidate once, many at a time; writes down the bad ones."""
+        """Compile and run every candidate once, many at a time; record those that fail."""
         done = self.file.done(point)
         names = [c.name for c in self.contenders_for(point) if c.ours and c.name not in done]
         jobs = {n: (self._rows(point, n), point, self.dtype, self.device) for n in names}
@@ -263,20 +265,20 @@ class Tuner(linear.Bench):
         unsure = [name for name, fault in faults.items() if fault.startswith(NO_ANSWER)]
         bad = {name: fault for name, fault in faults.items() if fault and name not in unsure}
         self._write(point, self.contenders_for(point), bad, {})
-        for name in unsure:  # a process that dies or hangs takes others along: one at a time
+        for name in unsure:  # a process that dies or hangs affects others: run these one at a time
             faults = self._answers({name: jobs[name]}, 1)
             self._end_pool()
             if faults[name]:
                 self._write(point, self.contenders_for(point), faults, {})
 
     def _answers(self, jobs: dict[str, Any], workers: int) -> dict[str, str]:
-        """Returns what `tried` says of each job; without a pool afterwards, if one did not end."""
+        """Return the result of `tried` for each job; shut the pool down if a job did not finish."""
         if not jobs:
             return {}
         context = multiprocessing.get_context("spawn")
         if not self.pool:
             self.pool = ProcessPoolExecutor(workers, mp_context=context)
-            self.pool.submit(int).result()  # that a process starts takes none of their time
+            self.pool.submit(int).result()  # starts the processes before the time limit applies
         futures = {name: self.pool.submit(tried, *job) for name, job in jobs.items()}
         wait(futures.values(), TRY_SECONDS)
         faults = {}
@@ -299,9 +301,9 @@ class Tuner(linear.Bench):
         self.pool = None
 
     def fastest(self, point: Point) -> tuple[str, float, float | None] | None:
-        """Returns name and time of a group's best candidate, and the time of today's.
+        """Return the name and time of a group's best candidate, and the time of today's choice.
 
-        Today's stays where the 80th percentile of a faster one is not below its median.
+        Today's choice is kept unless the 80th percentile of a faster candidate is below its median.
         """
         names = {c.name: c for c in self.contenders_for(point) if c.ours}
         done = self.file.rows_of(point)
@@ -318,7 +320,7 @@ class Tuner(linear.Bench):
         return [one for one, _ in self._found() if not one.row.plan]
 
     def _found(self) -> list[tuple[Entry, dict[str, Any]]]:
-        """Returns the best of each group that is done, narrow limits first, with notes on it."""
+        """Return the best candidate of each finished group, narrow limits first, with notes."""
         found = []
         for point in self.groups:
             if "base" in self.file.done(point) and (fast := self.fastest(point)):
@@ -330,7 +332,7 @@ class Tuner(linear.Bench):
         return found
 
     def write_table(self) -> None:
-        """Writes the table anew; a reader finds the old or the new one."""
+        """Rewrite the table atomically: a reader finds the old table or the new one."""
         rows = [row_files.columns_of(one) | notes for one, notes in self._found()]
         about = {
             n: self.file.common[n] for n in ("card", "driver", "torch", "triton", "commit", "tests")
@@ -346,7 +348,7 @@ class Tuner(linear.Bench):
 
 
 def main() -> int:
-    """Starts processes that measure, one after another, until one comes to its end."""
+    """Start measuring processes, one after another, until one finishes."""
     parser = linear.arguments(__doc__)
     parser.add_argument("--near", type=int, default=1, help="steps that candidates are moved by")
     parser.add_argument("--child", action="store_true", help="measure; for the first process")
@@ -366,7 +368,7 @@ def main() -> int:
         left = max(0.0, end - time.monotonic())
         command = [sys.executable, *sys.argv, "--child", "--seconds", str(left)]
         command += ["--resume"] if resume else []
-        # A session of its own: what hangs in its pool ends with it.
+        # The child has its own session, so that hung processes of its pool are killed with it.
         child = subprocess.Popen(command, env=environment, start_new_session=True)
         try:
             code = child.wait(left + TRY_SECONDS + Tuner.hang_seconds)

@@ -1,4 +1,4 @@
-"""A kernel's arguments by name, as launchers make them of tensors and numbers."""
+"""Named kernel arguments that launchers derive from tensors and numbers."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from fastlora.kernels.tables import MAX_SIBLINGS
 
 
 def strides(name: str, axes: str, tensor: torch.Tensor | None) -> dict[str, int]:
-    """Returns the strides of a tensor: of ``("x", "mk", x)`` stride_xm and stride_xk.
+    """Return the strides of a tensor: stride_xm and stride_xk for ``("x", "mk", x)``.
 
-    A leading axis that the tensor does not have, and all of None, are 0; an axis "_" is left out.
+    A leading axis that the tensor does not have gets 0, and so do all axes if the tensor is None.
+    An axis "_" is left out.
     """
     own = () if tensor is None else tensor.stride()
     pairs = zip(axes, (0,) * (len(axes) - len(own)) + own, strict=True)
@@ -21,17 +22,17 @@ def strides(name: str, axes: str, tensor: torch.Tensor | None) -> dict[str, int]
 
 
 def numbered(name: str, values: Sequence[Any], unused: Any = None) -> dict[str, Any]:
-    """Returns the values of siblings: the first under the plain name, others under numbered ones.
+    """Return the values of modules: the first under the plain name, others under numbered ones.
 
-    ``name`` has a place for the number, as in ``"y{}_ptr"``. Siblings that there are not get
-    ``unused``.
+    ``name`` has a place for the number, as in ``"y{}_ptr"``. Modules that the launch does not have
+    get ``unused``.
     """
     every = [*values, *[unused] * (MAX_SIBLINGS - len(values))]
     return {name.format(f"_{i}" if i else ""): value for i, value in enumerate(every)}
 
 
 def dropout_of(seed: torch.Tensor | None, p: float) -> dict[str, Any]:
-    """Returns the arguments of a kernel that drops elements with probability ``p``."""
+    """Return the arguments of a kernel that drops elements with probability ``p``."""
     return {
         "seed_ptr": seed if p > 0.0 else None,
         "threshold": round(p * 65536),

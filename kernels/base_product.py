@@ -1,4 +1,4 @@
-"""The base GEMM's K loop, shared by every linear: a tile of ``x @ weight.T`` in fp32."""
+"""The K loop of the base GEMM, shared by all linear kernels: a tile of ``x @ weight.T`` in fp32."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fastlora.kernels.weights import Tile
 
 @triton.jit
 def grouped_tile(pid, num_pid_m, num_pid_n, GROUP_M: tl.constexpr):
-    """Returns (pid_m, pid_n), GROUP_M row tiles at a time: neighbours share weight tiles in L2."""
+    """Return (pid_m, pid_n) in groups of GROUP_M row tiles: neighbors share weights in L2."""
     group_size = GROUP_M * num_pid_n
     first_m = (pid // group_size) * GROUP_M
     group_m = min(num_pid_m - first_m, GROUP_M)
@@ -45,15 +45,16 @@ def base_product(
     INPUT_PRECISION: tl.constexpr,
     acc=None,
 ):
-    """Returns ``x @ weight.T`` of one tile, ``[BLOCK_M, BLOCK_N]`` in fp32, on top of ``acc``.
+    """Return a tile of ``x @ weight.T``, ``[BLOCK_M, BLOCK_N]`` in fp32, added to ``acc``.
 
-    Sums ``steps`` elements from ``first_k`` on, of K. ``offs_xm [BLOCK_M]`` are the tile's rows of
-    x as offsets from ``x_ptr``, which points at column ``first_k``, so rows may be gathered.
+    The product runs over ``steps`` of the K elements, starting at ``first_k``. ``offs_xm
+    [BLOCK_M]`` are the offsets of the tile's rows from ``x_ptr``, which points at column
+    ``first_k``. The rows may therefore be gathered.
 
-    Without WEIGHT ``weight_ptr`` points at the tile's first element of a matrix. WEIGHT is a loader
-    of `fastlora.kernels.weights`: then it points at codes, those of ``[N, K]``, or with TRANSPOSED
-    of ``[K, N]``, and ``first_n`` is the tile's first output (int64, known as a multiple of
-    BLOCK_N).
+    Without WEIGHT, ``weight_ptr`` points at the first element of the tile in a dense matrix.
+    Otherwise WEIGHT is a loader of `fastlora.kernels.weights`, and ``weight_ptr`` points at the
+    quantized data of ``[N, K]``, or with TRANSPOSED of ``[K, N]``. ``first_n`` is then the tile's
+    first output (int64, a multiple of BLOCK_N that the compiler knows as one).
     """
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     offs_n = tl.arange(0, BLOCK_N)

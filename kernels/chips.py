@@ -1,4 +1,4 @@
-"""What a chip is: its limits, and the rows of the table that `fastlora.kernels.configs` reads."""
+"""Properties of chips: limits, and the rows of the tables that `fastlora.kernels.configs` reads."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ _SHARED_LIMITS = {
     "gfx942": 64 * _KIB,
     "gfx950": 160 * _KIB,
 }
-# Bytes of loads that each processor needs on their way to keep the memory busy: the bandwidth, by
-# some 800 ns (an assumption), by the processors of the largest chip.
+# Bytes in flight that each processor needs to keep the memory busy: the bandwidth, times about 800
+# ns (an assumption), divided by the number of processors of the largest chip.
 _IN_FLIGHT = {
     "sm_80": 14_000,
     "sm_86": 8_500,
@@ -32,7 +32,7 @@ _IN_FLIGHT = {
     "gfx950": 25_000,
 }
 _FAMILIES = {
-    "interpreter": "gfx942",  # the widest fp32 tiles: the interpreter pays by the operation
+    "interpreter": "gfx942",  # widest fp32 tiles: few operations for the interpreter
     "sm_80": "sm_80",
     "sm_86": "sm_86",
     "sm_87": "sm_80",
@@ -49,7 +49,7 @@ _PDL_ARCHS = ("sm_90", "sm_100", "sm_103", "sm_120", "sm_121")
 
 
 class Chip(NamedTuple):
-    """What a config depends on: the arch, as in "sm_90" or "gfx942", and the processors it has."""
+    """Properties that a config depends on: arch ("sm_90", "gfx942") and number of processors."""
 
     arch: str
     num_sms: int
@@ -61,7 +61,7 @@ class Chip(NamedTuple):
 
     @property
     def family(self) -> str:
-        """The arch whose table this chip uses; `ValueError` for a chip that has none."""
+        """The arch with the table that this chip uses; raise `ValueError` if there is none."""
         if not self.is_supported:
             raise ValueError(f"no configs for {self.arch!r}, expected one of {sorted(_FAMILIES)}")
         return _FAMILIES[self.arch]
@@ -73,31 +73,31 @@ class Chip(NamedTuple):
 
     @property
     def bytes_in_flight(self) -> int:
-        """Bytes of loads that keep the memory busy."""
+        """Bytes in flight that keep the memory busy."""
         return _IN_FLIGHT[self.family] * self.num_sms
 
     @property
     def max_registers(self) -> int | None:
-        """Registers a thread may use; None on AMD, where the compiler has no such option.
+        """Limit of registers per thread, or None on AMD, where the compiler has no such option.
 
-        Left alone, ptxas stores a register or two to memory to reach the next step of occupancy
-        (triton 3.9: 8 or 16 bytes in 12 of 580 kernels; in none once the limit is said).
+        Without the limit, ptxas spills a register or two to reach the next step of occupancy
+        (Triton 3.9: 8 or 16 bytes in 12 of 580 kernels). With the limit, it spills in none.
         """
         return None if self.family.startswith("gfx") else 255
 
     @property
     def has_pdl(self) -> bool:
-        """Whether a kernel may be launched as a programmatic dependent of the one before."""
+        """Whether a kernel can be launched as a programmatic dependent of the previous one."""
         return self.arch in _PDL_ARCHS
 
     @property
     def has_wide_mma(self) -> bool:
-        """Whether its tensor cores take 64 rows at least, not 16."""
+        """Whether the chip's tensor cores take at least 64 rows, rather than 16."""
         return self.family in ("sm_90", "sm_100")
 
 
 def chip_of(device: torch.device) -> Chip:
-    """Returns the chip behind a CUDA or ROCm device, or the interpreter's stand-in."""
+    """Return the chip of a CUDA or ROCm device, or a stand-in for the interpreter."""
     if _INTERPRETED:
         return Chip("interpreter", 4)
     return _gpu(torch.cuda.current_device() if device.index is None else device.index)
@@ -115,34 +115,37 @@ def _gpu(index: int) -> Chip:
 
 @dataclass(frozen=True)
 class Row:
-    """A row of a chip's table: a tile that a launch may take, or what a tuner measured.
+    """A row of a chip's table: a tile that a launch may use, or a tuner's measurement.
 
-    A table maps ``(launch, kind)`` to rows. Launches are those of a chip's file. A kind is
+    A table maps ``(launch, kind)`` to rows. The launches are those of a chip's file. A kind is
     "half" (fp16 and bf16), or a precision of fp32: "tf32" or "ieee".
 
-    The first seven columns are the tile. Rows without the other columns are candidates for every
-    problem; they run from the widest tile to the narrowest, and `configs.choose` picks one by its
-    rules. A row with a value in the other columns is a measurement, of a tile or of a plan. The
-    first measurement that covers the problem goes before every candidate, except in the
-    batch-invariant mode. A tuner writes measurements in front of the candidates, under the chip
-    that it ran on. In a launch of a mixed batch that works by pieces or runs of rows, a
-    measurement has the ``block_m`` of the candidates: the host makes them before the launch.
+    The first seven columns are the tile. A row without the other columns is a candidate for every
+    problem. Candidates are ordered from the widest tile to the narrowest, and the rules of
+    `configs.choose` select one. A row with a value in the other columns is a measurement, of a tile
+    or of a plan. The first measurement that covers the problem takes precedence over all
+    candidates, except in the batch-invariant mode. A tuner writes measurements in front of the
+    candidates, for the chip that it ran on. If a launch of a mixed batch works on pieces or runs of
+    rows, a measurement has the ``block_m`` of the candidates, because the host prepares the pieces
+    before the launch.
 
     Attributes:
-        block_m: Rows of x, y, s or dy; 0, here and below, where the kernel has no such side.
-        block_n: Columns of y or dy; of dx where the launch makes dx.
+        block_m: Rows of x, y, s, or dy. In this and the next two columns, 0 if the kernel has no
+            such side.
+        block_n: Columns of y or dy, or of dx if the launch computes dx.
         block_k: Columns of x, or a step of the K loop.
-        num_warps: Of a program; 0 in a row with a plan.
-        num_stages: Of the pipelined loop.
-        blocks_r: Every BLOCK_R at which the tile spills no register, from the smallest. The
-            ahead-of-time test compiles each.
-        splits: Programs that share a sum, in a measurement; 0 for as many as the rules say.
-        max_m: The most rows M that the measurement covers; None for any.
+        num_warps: Warps of a program; 0 in a row with a plan.
+        num_stages: Stages of the pipelined loop.
+        blocks_r: Every BLOCK_R with which the tile spills no register, in ascending order. The
+            ahead-of-time test compiles each of them.
+        splits: In a measurement, the number of programs that share a sum; 0 to leave it to the
+            rules.
+        max_m: Largest number of rows M that the measurement covers; None for any.
         n: The layer's N that it covers; None for any.
         k: The layer's K that it covers; None for any.
-        max_r: The largest rank that it covers; None for any. A shrink or a gradient of lora_a for
-            several modules of a mixed batch counts the rank rows of all of them, a plan of a mixed
-            batch those of all slots.
+        max_r: Largest rank that it covers; None for any. A shrink or a gradient of lora_a for
+            several modules of a mixed batch counts the rank rows of all modules. A plan of a mixed
+            batch counts the rank rows of all slots.
         plan: The fastest plan (`configs.plan_of`), in a row without a tile; "" in all others.
     """
 
@@ -165,7 +168,7 @@ class Row:
         return self.plan != "" or (self.max_m, self.n, self.k, self.max_r) != (None,) * 4
 
     def covers(self, m: int, n: int, k: int, r: int) -> bool:
-        """Whether the row holds for M rows, a layer of N by K, and rank R."""
+        """Return whether the row applies to M rows, a layer of N by K, and rank R."""
         return (
             (self.max_m is None or m <= self.max_m)
             and (self.n is None or n == self.n)

@@ -1,19 +1,20 @@
-"""Which config a launch takes (`choose`), and which plan makes a linear (`plan_of`).
+"""The choice of the config of a launch (`choose`) and of the plan of a linear layer (`plan_of`).
 
-Both are pure functions of plain values, asked for on every launch inside the opaque operators, and
-remembered. Nothing depends on the mix of a mixed batch: configs follow from its rows, the layer's
-sizes and the largest rank, plans from the number of slots too, so that one CUDA graph replays any
-mix.
+Both are pure functions of plain values. The opaque operators call them for every launch, and their
+results are cached. Nothing depends on the adapters of a mixed batch's rows: configs follow from the
+number of rows, the sizes of the layer, and the largest rank, and plans also from the number of
+slots. Therefore one CUDA graph can be replayed for any mix.
 
-A launch is named by its kernel, or by a name of its own where the kernel does another job: dx of a
-linear, or the forward of training, which have many rows, dropout, and factors as parameters lie.
+A launch has the name of its kernel, or a name of its own if the kernel does another job: dx of a
+linear layer, or the forward pass of training, which has many rows, dropout, and factors in the
+layout of parameters.
 
-In the batch-invariant mode nothing depends on the batch either. A launch takes what a batch of
-`INVARIANT_ROWS` rows would take outside of the mode, so tile, instruction, splits of K and cache
-hints follow from N, K, rank, dtype and chip alone. 64 rows are the fewest that Hopper's and
-Blackwell's matrix instructions hold: a compromise that costs decode (tiles of 64 rows where 16
-would do, so fewer programs) and prefill (64 rows where 128 or 256 columns more would reuse more).
-The price is unmeasured.
+In the batch-invariant mode, configs do not depend on the batch either. A launch gets the config
+that a batch of `INVARIANT_ROWS` rows would get outside of the mode, so that tile, instruction,
+splits of K, and cache hints follow from N, K, rank, dtype, and chip alone. 64 rows are the smallest
+number for the matrix instructions of Hopper and Blackwell. This compromise makes decode slower
+(tiles of 64 rows where 16 would suffice, and therefore fewer programs), and also prefill (64 rows,
+where 128 or 256 would reuse more of the weight). The cost has not been measured.
 """
 
 from __future__ import annotations
@@ -39,25 +40,28 @@ from fastlora.kernels.tables import (
     rows_of,
 )
 
-# Up to here a linear is bound by its weight's bytes; above, the library's GEMM is ahead of ours.
+# Up to this many rows, the weight's bytes limit a linear layer. Beyond, the library's GEMM is
+# faster than Triton's.
 FUSED_MAX_ROWS = 64
-# Up to so many adapters a row tile the epilogue of a mixed linear is short; more go by pieces.
+# With up to this many adapters per row tile, the epilogue of a mixed linear is short. With more
+# adapters, the expand works on pieces.
 FUSED_MAX_ADAPTERS = 4
 # Rows of a piece in training.
 TRAIN_PIECE_ROWS = 64
 INVARIANT_ROWS = 64
-# More columns than any BLOCK_R: the widest is taken.
+# More columns than any BLOCK_R, so that the widest is chosen.
 _ALL_COLUMNS = 4096
-# Ranks past a tile's largest BLOCK_R go in chunks of at most this many: the loop over chunks hoists
-# its addresses into registers.
+# Ranks larger than a tile's largest BLOCK_R are processed in chunks of at most this many rank rows,
+# because the compiler hoists the addresses of the chunk loop into registers.
 _MAX_CHUNK_R = 32
-# Ranks from which two passes over dy are considered: below, a pass costs more than its planes.
+# Smallest rank for which two passes over dy are considered. For smaller ranks, a pass costs more
+# than its partial sums.
 _TWICE_FROM_RANK = 48
-# Steps of a loop below which a split of it is not worth a program.
+# A loop is not split into parts with fewer steps than this.
 _MIN_STEPS = 2
-# Bytes of an element of a coded weight, of 4 bits.
+# Bytes per element of a 4-bit quantized weight.
 _CODED_WIDTH = 0.5
-# Launches that tile rows as `piece_rows` says.
+# Launches with row tiles from `piece_rows`.
 _BY_PIECES = ("mixed_lora_shrink", "mixed_lora_expand", "mixed_dora_scale")
 
 
@@ -75,30 +79,31 @@ def choose(
     input_precision: str = "ieee",
     batch_invariant: bool = False,
 ) -> KernelConfig:
-    """Returns the config of a launch. A size that a kernel does not depend on may be left out.
+    """Return the config of a launch. Sizes that do not matter for the kernel may be left out.
 
-    A measured row goes first (`chips.Row`). Else it is the widest tile of m's bucket that fills the
-    chip: three in four of its processors get a program, and what streams x has loads enough on
-    their way. A sum over a long axis is split into the fewest parts that fill it, and the K of a
-    decode's linear where the narrowest tile does not. Of `lora_grad_b`'s tiles it is the one with
-    the fewest bytes of planes, since the columns of dy share ds as the rows share d_lora_b.
+    A measured row takes precedence (`chips.Row`). Otherwise the choice is the widest tile for m
+    that fills the chip: at least three quarters of the processors get a program, and a kernel that
+    streams x has enough loads in flight. A sum over a long axis is split into the smallest number
+    of parts that fills the chip. The K of a decode's linear is split only if the narrowest tile
+    does not fill the chip. For `lora_grad_b`, the tile with the fewest bytes of partial sums is
+    chosen, because the columns of dy share ds just as the rows share d_lora_b.
 
     Args:
-        chip: Where the launch runs.
-        launch: One of the chip's table.
-        dtype: Of x, y or dy.
-        m: Rows.
-        n: The layer's N, also where the launch makes dx.
+        chip: The chip of the launch.
+        launch: A launch of the chip's table.
+        dtype: Dtype of x, y, or dy.
+        m: Number of rows.
+        n: The layer's N, also if the launch computes dx.
         k: The layer's K.
-        r: Rank; the largest of siblings. For a mixed batch the largest of its adapters, and for its
-            shrink and d_lora_a the rank rows of an adapter in all modules of the launch.
-        siblings: Modules of one `lora_grad_a`.
+        r: Rank, or the largest rank of the modules or adapters. For the shrink and d_lora_a of a
+            mixed batch, it is the number of rank rows of an adapter in all modules of the launch.
+        siblings: Number of modules in one `lora_grad_a`.
         input_precision: "ieee" or "tf32"; matters for fp32 only.
-        batch_invariant: Whether the config may not depend on ``m``.
+        batch_invariant: Whether the config must not depend on ``m``.
 
     Raises:
         ValueError: There is no table for the chip.
-        TypeError: The kernel has a dot and takes no such dtype.
+        TypeError: The kernel has a dot and does not support the dtype.
     """
     kind, rows = rows_of(chip, launch, dtype, input_precision)
     if batch_invariant:
@@ -132,55 +137,55 @@ def plan_of(
     slots: int = 1,
     input_precision: str = "ieee",
 ) -> str:
-    """Returns which launches make a linear: a measured plan, else that of the sizes.
+    """Return the plan of a linear layer, which says what to launch: measured, or chosen by size.
 
     - ``fused``: shrink, then one Triton GEMM with the LoRA term in its epilogue.
-    - ``split``: shrink, an update, and the library's GEMM on top; for a mixed batch the library's
-      GEMM, shrink, and an in-place update. Over a coded weight, for which no library has a GEMM:
-      the dense matrix first, and what its plan says; for a mixed batch a GEMM of ours.
+    - ``split``: shrink, then an update, then the library's GEMM added to it. In a mixed batch: the
+      library's GEMM, then shrink, then an in-place update. No library has a GEMM for a quantized
+      weight. Such a weight is dequantized first, and then the plan of the dense weight applies; in
+      a mixed batch, fastlora's own GEMM runs.
 
-    "fused" is for few rows, up to `FUSED_MAX_ROWS`, whose row tile
-    can hold few adapters, up to `FUSED_MAX_ADAPTERS`: an epilogue goes through all of them one
-    after the other.
+    "fused" is for up to `FUSED_MAX_ROWS` rows, and for row tiles with up to `FUSED_MAX_ADAPTERS`
+    adapters, because an epilogue processes all adapters of its tile one after the other.
 
     Args:
-        chip: Where the launches run.
+        chip: The chip of the launches.
         launch: The launch of the plan "fused", one of `tables.PLANNED`.
-        dtype: Of x or dy.
-        m: Rows.
-        n: The layer's N, also for a dx.
+        dtype: Dtype of x or dy.
+        m: Number of rows.
+        n: The layer's N, also for dx.
         k: The layer's K.
-        r: Rank; the largest in a mixed batch.
-        slots: Adapters that a mixed batch may have.
+        r: Rank, or the largest rank in a mixed batch.
+        slots: Number of adapters that a mixed batch may have.
         input_precision: As in `choose`.
 
     Raises:
         ValueError: There is no table for the chip.
-        TypeError: The kernels take no such dtype.
+        TypeError: The kernels do not support the dtype.
     """
     _, rows = rows_of(chip, launch, dtype, input_precision)
     found = next((row.plan for row in _measured(rows, m, n, k, slots * r) if row.plan), None)
     if found:
         return found
-    # Up to 64 rows one tile has them all.
+    # Up to 64 rows fit one tile.
     few = m <= FUSED_MAX_ROWS and min(m, slots) <= FUSED_MAX_ADAPTERS
     return "fused" if few else "split"
 
 
 def reads_twice(config: KernelConfig, n: int, r: int, width: int) -> bool:
-    """Whether d_lora_b and ds go in two passes over dy ``[M, N]``.
+    """Return whether d_lora_b and ds are computed in two passes over dy ``[M, N]``.
 
-    One pass leaves a plane of ds for each tile of N, written and read, 8 bytes an element: at large
-    ranks that is more than another read of dy, of ``width`` bytes an element.
+    One pass writes and reads a partial sum of ds for each tile of N, 8 bytes per element. For large
+    ranks, this is more than a second read of dy, with ``width`` bytes per element.
     """
     planes = cdiv(n, config.block_n)
     return r >= _TWICE_FROM_RANK and planes > 1 and 8 * planes * r >= width * n
 
 
 def piece_rows(m: int, batch_invariant: bool = False) -> int:
-    """Returns the row tile of the kernels that work by pieces, for a mixed batch of ``m`` rows.
+    """Return the row tile of the kernels that work on pieces, for a mixed batch of ``m`` rows.
 
-    Small against the batch, since a piece holds rows of one adapter only.
+    It is small compared to the batch, because a piece has rows of one adapter only.
     """
     if batch_invariant:
         m = INVARIANT_ROWS
@@ -190,17 +195,18 @@ def piece_rows(m: int, batch_invariant: bool = False) -> int:
 
 
 def run_rows(chip: Chip, m: int, columns: int, block_m: int) -> int:
-    """Returns the positions of a run: a multiple of the tile's rows, as many as fill the chip.
+    """Return the number of positions in a run, a multiple of the tile's rows that fills the chip.
 
-    The kernels that sum over the rows of a mixed batch work on runs of sorted positions.
+    Kernels that sum over the rows of a mixed batch work on runs of sorted positions.
 
     Args:
-        chip: Where the launch runs.
-        m: Rows of the batch; also symbolic, since a compiled graph serves any number of rows.
-        columns: Programs that share a row of dy or x.
+        chip: The chip of the launch.
+        m: Number of rows of the batch. May be symbolic, because a compiled graph serves any number
+            of rows.
+        columns: Number of programs that share a row of dy or x.
         block_m: Rows of the launch's tile.
     """
-    # Three in four of the chip's processors, as a tile's choice asks for.
+    # Three quarters of the chip's processors, as in the choice of a tile.
     wanted = cdiv(3 * chip.num_sms, 4 * max(columns, 1))
     steps = torch.sym_max(cdiv(m, block_m), 1)
     runs = torch.sym_max(torch.sym_min(wanted, steps // _MIN_STEPS), 1)
@@ -208,14 +214,15 @@ def run_rows(chip: Chip, m: int, columns: int, block_m: int) -> int:
 
 
 def _measured(rows: Sequence[Row], m: int, n: int, k: int, r: int) -> list[Row]:
-    """Returns the measurements that cover a problem."""
+    """Return the measurements that cover a problem."""
     return [row for row in rows if row.is_measured and row.covers(m, n, k, r)]
 
 
 def bucket_of(m: int, rows: Sequence[Row]) -> list[Row]:
-    """Returns the candidates for m rows.
+    """Return the candidates for m rows.
 
-    Up to 64 rows the tile covers all of them; beyond, 64-row tiles are the way to more programs.
+    Up to 64 rows, the tile covers all of them. For more rows, 64-row tiles are also candidates,
+    because they give more programs.
     """
     candidates = [row for row in rows if not row.is_measured]
     sizes = [row.block_m for row in candidates]
@@ -231,7 +238,7 @@ def _on_grid(
     siblings: int,
     width: int,
 ) -> tuple[Row, int]:
-    """Returns the row that serves the problem best, and the splits of its sums."""
+    """Return the best row for the problem, and the number of splits of its sums."""
     kernel = kernel_of(launch)
     if kernel not in GRIDS:
         return rows[0], 1
@@ -255,7 +262,7 @@ def _on_grid(
             planes = shared + (splits * sizes[first] if splits > 1 else 0)
             cost = (tiles["r"], not _fills(chip, splits * programs, loads), planes)
         else:
-            # The first that fills the chip, or else the last one.
+            # The first candidate that fills the chip, or else the last one.
             idle = not _fills(chip, (MAX_SPLITS if split else 1) * programs, loads)
             cost = (0, idle, -index if idle else 0)
         choices.append((cost, index, row, splits))
@@ -266,11 +273,11 @@ def _on_grid(
 def _of_decode(
     chip: Chip, rows: Sequence[Row], mnkr: tuple[int, int, int, int], width: float
 ) -> tuple[Row, int]:
-    """Returns the row of a linear that reads its weight once, and the splits of K.
+    """Return the row of a linear that reads its weight once, and the number of splits of K.
 
-    The widest tile that fills the chip. Where none does, programs of the narrowest share out K if
-    its loads of weight keep the memory less than half busy: planes and their sum cost as well.
-    ``width`` are the bytes of a weight's element.
+    The row is the widest tile that fills the chip. If no tile does, programs of the narrowest tile
+    share K, as long as their weight loads keep the memory less than half busy, because partial sums
+    cost time as well. ``width`` is the number of bytes per element of the weight.
     """
     m, n, k, _ = mnkr
     for row in rows:
@@ -286,9 +293,11 @@ def _of_decode(
 
 
 def _fills(chip: Chip, programs: int, loads: int = 0) -> bool:
-    """Whether three in four of the chip's processors get a program, and the memory enough loads.
+    """Return whether enough programs run, with enough loads in flight, to fill the chip.
 
-    ``loads`` are the bytes that a program has on their way; 0 where that does not decide.
+    Three quarters of the processors must get a program.
+
+    ``loads`` is the number of bytes that a program has in flight, or 0 if it does not matter.
     """
     return 4 * programs >= 3 * chip.num_sms and (
         not loads or programs * loads >= chip.bytes_in_flight
@@ -296,7 +305,7 @@ def _fills(chip: Chip, programs: int, loads: int = 0) -> bool:
 
 
 def _in_flight(kernel: str, row: Row) -> int:
-    """Returns the elements that a program has on their way, of what the kernel streams; or 0."""
+    """Return the number of elements that a program of a streaming kernel has in flight, or 0."""
     tile = {
         "lora_shrink": row.block_m * row.block_k,
         "lora_grad_a": row.block_m * row.block_k,
@@ -306,7 +315,7 @@ def _in_flight(kernel: str, row: Row) -> int:
 
 
 def block_r_of(kernel: str, row: Row, r: int, siblings: int = 1) -> int:
-    """Returns the smallest BLOCK_R of a row that holds ``r`` rank rows, or the largest there is."""
+    """Return the smallest BLOCK_R of a row that holds ``r`` rank rows, or the largest available."""
     blocks = row.blocks_r or (0,)
     if kernel == "lora_grad_a":
         blocks = tuple(b for b in blocks if siblings * b <= MAX_RANK_ROWS) or blocks[:1]

@@ -1,15 +1,15 @@
-"""Launches, and what is kept of them for the next call that looks the same.
+"""Kernel launches, and the cache of launches for calls with the same cache key.
 
-Triton's launcher binds some 40 named arguments, asks of each what the compiler may know, and looks
-the kernel up by the answers: 20 to 40 us of the host, for a kernel that may run for 2. Before it,
-somebody chooses a plan and configs. A function under `kept` does all that once for each look of
-its arguments: dtype, shape, strides and address modulo 16 of a tensor, type and value of all else.
-From then on it allocates the same memory and calls the same compiled kernels and products, with the
-new tensors.
+Triton's launcher binds about 40 named arguments, asks for properties of each that the compiler may
+use, and looks up the kernel: 20 to 40 us of host time, for a kernel that may run for 2 us. Before
+that, a plan and configs are chosen. A function under `kept` does all this only once for each cache
+key. The key consists of the dtype, shape, strides, and address modulo 16 of each tensor, and of the
+type and value of each other argument. In later calls, the function allocates the same memory and
+calls the same compiled kernels and products with the new tensors.
 
-Triton's own launcher runs where something watches or changes launches (hooks of profilers,
-``TRITON_DEBUG``, instrumentation), in Triton's interpreter, and in versions of Triton that this was
-not written for.
+Triton's own launcher is used if something observes or changes launches (profiler hooks,
+``TRITON_DEBUG``, instrumentation), in Triton's interpreter, and with versions of Triton that this
+module does not support.
 """
 
 from __future__ import annotations
@@ -32,27 +32,28 @@ from fastlora.env import triton_interpreted
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
-# Versions whose compiled kernels are called as `_Steps.run` does.
+# Triton versions with compiled kernels that can be called as in `_Steps.run`.
 _FIRST, _LAST = (3, 6), (3, 9)
 _VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 _KEEPS = _FIRST <= _VERSION <= _LAST and not triton_interpreted()
-# Looks of one function; past it all are dropped. One takes some 3 KiB.
+# Maximum number of cache keys per function. When it is reached, all are dropped. One key takes
+# about 3 KiB.
 _MAX_LOOKS = 16384
 _NUMBERS = frozenset((bool, int, float, str, torch.dtype))
 _PLAIN = _NUMBERS | {type(None)}
 _UNSEEN: Any = object()
 _ALLOCATE = (torch.ops.aten.new_empty, torch.ops.aten.new_empty_strided, torch.ops.aten.empty)
-# `torch.backends.cuda.matmul.fp32_precision`, which takes six times as long.
+# `torch.backends.cuda.matmul.fp32_precision` takes six times as long to read.
 _rounding_of_fp32 = functools.partial(torch._C._get_fp32_precision_getter, "cuda", "matmul")
-# In one call for many tensors.
+# For use with map(), which reads an attribute of many tensors in one call.
 _address_of, _strides_of = torch.Tensor.data_ptr, torch.Tensor.stride
 _dtype_of, _shape_of = operator.attrgetter("dtype"), operator.attrgetter("shape")
-# For AMD, Triton asks of each tensor whether 32 bits address all of its storage.
+# On AMD, Triton also checks for each tensor whether 32 bits can address its entire storage.
 _SEES_SIZES, _SMALL = torch.version.hip is not None, 2**31 - 1
 
 
 class _Call(NamedTuple):
-    """A launch as a function under `kept` made it; ``compiled`` is what Triton compiled for it."""
+    """A launch in a function under `kept`; ``compiled`` is the kernel as Triton compiled it."""
 
     kernel: Any
     grid: tuple[int, ...]
@@ -61,7 +62,7 @@ class _Call(NamedTuple):
 
 
 class _Product(NamedTuple):
-    """A call of `product`, and the tensor that it made; None where it wrote into an argument."""
+    """A call of `product`, and the tensor that it created; None if it wrote into an argument."""
 
     function: Callable[..., torch.Tensor]
     arguments: tuple[torch.Tensor | None, ...]
@@ -69,21 +70,21 @@ class _Product(NamedTuple):
 
 
 class _Operators(TorchDispatchMode):
-    """Notices operators of PyTorch's that compute something."""
+    """A dispatch mode that detects PyTorch operators that compute something."""
 
     computed = within_product = False
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """Calls the operator."""
+        """Call the operator, and record whether it computes something outside of `product`."""
         harmless = func.is_view or func.overloadpacket in _ALLOCATE or self.within_product
         self.computed |= not harmless
         return func(*args, **(kwargs or {}))
 
 
 class _Recording(threading.local):
-    """What a function under `kept` does; None where none runs for the first time."""
+    """The recorded calls of a function under `kept`, or None if none is being recorded."""
 
     calls: list[_Call | _Product] | None = None
     fresh: list[torch.Tensor]
@@ -94,14 +95,14 @@ _recording = _Recording()
 
 
 def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
-    """Launches a kernel of Triton's, with its arguments and Triton's options by name."""
+    """Launch a Triton kernel with named arguments and Triton's options."""
     compiled = kernel[grid](**arguments)
     if _recording.calls is not None:
         _recording.calls.append(_Call(kernel, grid, arguments, compiled))
 
 
 def empty(like: torch.Tensor, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """Returns memory that launches fill, on the device of a tensor and by default in its dtype."""
+    """Return memory for launches to fill, on a tensor's device and by default in its dtype."""
     made = like.new_empty(shape, dtype=dtype)
     if _recording.calls is not None:
         _recording.fresh.append(made)
@@ -109,7 +110,7 @@ def empty(like: torch.Tensor, *shape: int, dtype: torch.dtype | None = None) -> 
 
 
 def product(function: Callable[..., torch.Tensor], *arguments: torch.Tensor | None) -> torch.Tensor:
-    """Returns what a function of PyTorch's makes of tensors, or the one of them that it writes."""
+    """Call a PyTorch function on tensors; return its new tensor, or the argument it wrote into."""
     if _recording.calls is None:
         return function(*arguments)
     _recording.operators.within_product = True
@@ -126,9 +127,9 @@ def product(function: Callable[..., torch.Tensor], *arguments: torch.Tensor | No
 
 @contextlib.contextmanager
 def recorded() -> Iterator[list[Any]]:
-    """Yields launches and products of the block; nothing that was kept is used, and nothing kept.
+    """Yield the list of launches and products in the block, without using or filling the cache.
 
-    Of a launch, ``compiled`` is what Triton compiled for it.
+    The field ``compiled`` of a launch is the kernel that Triton compiled for it.
     """
     _recording.calls, _recording.fresh, _recording.operators = [], [], _Operators()
     try:
@@ -138,20 +139,22 @@ def recorded() -> Iterator[list[Any]]:
 
 
 class _Steps(NamedTuple):
-    """What a function under `kept` does for one look of its arguments.
+    """The steps of a function under `kept` for one cache key.
 
-    Tensors are numbered: those given, those allocated, None, those that products make, and views.
+    Tensors are numbered in this order: given tensors, allocated tensors, None, results of products,
+    and views.
 
     Attributes:
-        empty: Allocates.
-        empties: Of each tensor that is allocated shape, strides and dtype.
-        blanks: None, as often as there are numbers behind those.
-        views: For each the number of its tensor, and bytes from there.
-        calls: For each launch what is called, its grid, the function, its metadata, what picks the
-            addresses, and the kernel's other arguments. For each product None, the function, what
-            picks its arguments, the number of what it makes or -1, and nothing.
-        result: Makes what is returned, from all tensors.
-        alive: What must live as long.
+        empty: Function that allocates a tensor.
+        empties: Shape, strides, and dtype of each tensor to allocate.
+        blanks: A None for each number after the allocated tensors.
+        views: For each view, the number of its tensor, and its offset in bytes.
+        calls: For each launch, the function to call, its grid, the kernel's function, its metadata,
+            a function that picks the addresses, and the kernel's other arguments. For each product,
+            None, the function, a function that picks its arguments, the number of its result or -1,
+            and None for the rest.
+        result: Function that builds the result from all tensors.
+        alive: Objects that must live as long as this record.
     """
 
     empty: Callable[..., torch.Tensor]
@@ -163,7 +166,7 @@ class _Steps(NamedTuple):
     alive: tuple[Any, ...]
 
     def run(self, stream: int, tensors: list[Any], addresses: list[Any]) -> Any:
-        """Allocates, launches and multiplies."""
+        """Allocate the tensors, and run the launches and products."""
         empty, empties, blanks, views, calls, result, _ = self
         allocated = [*itertools.starmap(empty, empties)]
         tensors += allocated
@@ -183,13 +186,14 @@ class _Steps(NamedTuple):
 
 
 def kept(function: Callable[_P, _T]) -> Callable[_P, _T]:
-    """Keeps what a function launches.
+    """Cache the launches of a function.
 
-    The function looks at nothing but its arguments, at no tensor's values, and at how fp32 products
-    round. All that it does with tensors is `launch`, `empty`, `product` and views; it returns what
-    it made. A function that does more runs as it is each time. What it calls may be kept too.
+    The function may depend only on its arguments, but not on values of tensors, and on the rounding
+    of fp32 products. Apart from views, it may use tensors only in `launch`, `empty`, and `product`,
+    and it must return tensors that it created. A function that does anything else runs uncached in
+    every call. It may call other functions under `kept`.
 
-    The first tensor has the dtype of the products, or a config says how they round.
+    The first tensor has the dtype of the products, or a config determines their rounding.
     """
     looks: dict[Hashable, _Steps | None] = {}
 
@@ -199,7 +203,7 @@ def kept(function: Callable[_P, _T]) -> Callable[_P, _T]:
             return function(*args, **kwargs)
         try:
             active = driver.active
-        except RuntimeError:  # Triton sees no device: whatever is asked for, nothing is launched
+        except RuntimeError:  # Triton sees no device, so nothing can be launched
             return function(*args, **kwargs)
         given: tuple[Any, ...] = (*args, *kwargs.values()) if kwargs else args
         device = active.get_current_device()
@@ -215,7 +219,7 @@ def kept(function: Callable[_P, _T]) -> Callable[_P, _T]:
             look += [tensor.untyped_storage().nbytes() <= _SMALL for tensor in tensors]
         if tensors[0].dtype is torch.float32:
             look.append(_rounding_of_fp32())
-        if len(set(addresses)) < len(addresses):  # one tensor given twice, or views of one
+        if len(set(addresses)) < len(addresses):  # the same memory twice
             look += map(addresses.index, addresses)
         key = tuple(look)
         steps = looks.get(key, _UNSEEN)
@@ -243,11 +247,11 @@ def kept(function: Callable[_P, _T]) -> Callable[_P, _T]:
 
 
 def _is_watched() -> bool:
-    """Whether something of Triton's watches launches or changes how kernels are compiled."""
+    """Return whether something observes Triton's launches, or changes how kernels are compiled."""
     runtime = knobs.runtime
     try:
         hooks = runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls
-    except AttributeError:  # something else than Triton's chain of hooks
+    except AttributeError:  # not Triton's chain of hooks
         return True
     return bool(
         hooks
@@ -263,10 +267,11 @@ _Sorts = tuple[_Picks, _Picks, tuple[int, ...], _Picks]
 
 @functools.cache
 def _sorts_of(kinds: tuple[type, ...]) -> _Sorts:
-    """Returns which of some values are of which sort, by their types.
+    """Return how to group values by their types.
 
-    What picks tensors, and values that are looked at as they are; the places of sequences; and what
-    picks the rest: configs, which `_Steps` keeps, so no other one gets their ``id``.
+    The result has a function that picks tensors, a function that picks plain values, the places of
+    sequences, and a function that picks the other values. Other values are configs. `_Steps` keeps
+    them alive, so that no other object gets the same ``id``.
     """
     tensors: list[int] = []
     plain: list[int] = []
@@ -285,28 +290,28 @@ def _sorts_of(kinds: tuple[type, ...]) -> _Sorts:
     return _known_sorts.setdefault(kinds, found)  # `cache` may call this in two threads at once
 
 
-# Looks have the `id` of these, so each lives for good.
+# Cache keys contain the `id` of these tuples, so the tuples are never deleted.
 _known_sorts: dict[tuple[type, ...], _Sorts] = {}
 
 
 def _look_at(values: Sequence[Any], look: list[Hashable], tensors: list[torch.Tensor]) -> None:
-    """Adds what values look like beside their tensors, and these."""
+    """Append the properties of values to a cache key, and their tensors to a list."""
     sorts = _sorts_of((*map(type, values),))
     tensors_of, plain_of, sequences, others_of = sorts
     tensors += tensors_of(values)
-    look.append(id(sorts))  # the number of values and their types
+    look.append(id(sorts))  # represents the number of values and their types
     look += plain_of(values)
     look += map(id, others_of(values))
     for place in sequences:
         value = values[place]
-        if type(value) is tuple and value and type(value[0]) in _NUMBERS:  # of one type
+        if type(value) is tuple and value and type(value[0]) in _NUMBERS:  # all of one type
             look += type(value[0]), value
         else:
             _look_at(value, look, tensors)
 
 
 def _leaves(values: Iterable[Any]) -> Iterator[Any]:
-    """Yields values, those in sequences one by one."""
+    """Yield values one by one, including the items of nested sequences."""
     for value in values:
         if isinstance(value, (list, tuple)):
             yield from _leaves(value)
@@ -321,9 +326,9 @@ def _steps(
     fresh: list[torch.Tensor],
     result: Any,
 ) -> _Steps | None:
-    """Returns what to do for other tensors of the same look; ``own`` are those that are given.
+    """Return the steps for other tensors with the same cache key; ``own`` are the given tensors.
 
-    None where that is not known: a tensor that is neither given nor made.
+    The result is None if a tensor was neither given nor created, so that the steps are unknown.
     """
     returned = [leaf for leaf in _leaves([result]) if leaf is not None]
     read = list(returned)
@@ -333,7 +338,7 @@ def _steps(
     unmade = {id(tensor) for tensor in products}
     allocated = [t for t in fresh if id(t) not in unmade and any(_holds(t, part) for part in read)]
     tensors = [*own, *allocated, None, *products]
-    # Of a tensor that was given twice the last place: the look says that it is the first one too.
+    # If a tensor was given twice, the last place counts: the cache key says that both are the same.
     places = {id(tensor): place for place, tensor in enumerate(tensors)}
     views, made = [], []
     for call in calls:
@@ -376,9 +381,9 @@ def _steps(
 
 
 def _empty_on(device_type: str) -> Callable[..., torch.Tensor]:
-    """Returns what allocates on the current device, given shape, strides and dtype.
+    """Return a function that allocates on the current device, given shape, strides, and dtype.
 
-    Graphs of Inductor's allocate by it; `torch.empty_strided` takes twice as long.
+    Inductor's graphs allocate with this function. `torch.empty_strided` takes twice as long.
     """
     allocate: Callable[..., torch.Tensor]
     allocate = getattr(torch._C._dynamo.guards, f"_empty_strided_{device_type}")
@@ -386,7 +391,7 @@ def _empty_on(device_type: str) -> Callable[..., torch.Tensor]:
 
 
 def _picks(places: Sequence[int]) -> Callable[[list[Any]], Sequence[Any]]:
-    """Returns what picks the values at these places, always as a sequence."""
+    """Return a function that picks the values at the given places, always as a sequence."""
     if len(places) == 1:
         (place,) = places
         return lambda values: (values[place],)
@@ -394,7 +399,7 @@ def _picks(places: Sequence[int]) -> Callable[[list[Any]], Sequence[Any]]:
 
 
 def _holds(tensor: torch.Tensor | None, part: Any) -> bool:
-    """Whether something is a tensor, or a view that begins within its memory."""
+    """Return whether ``part`` is the tensor, or a view that begins within its memory."""
     if tensor is part or tensor is None or not isinstance(part, torch.Tensor):
         return tensor is part
     if tensor.untyped_storage().data_ptr() != part.untyped_storage().data_ptr():
@@ -405,7 +410,7 @@ def _holds(tensor: torch.Tensor | None, part: Any) -> bool:
 
 
 def _result_of(result: Any, places: dict[int, int]) -> Callable[[list[Any]], Any]:
-    """Returns what makes a result from all tensors."""
+    """Return a function that builds a result of the same structure from all tensors."""
     if result is None or isinstance(result, torch.Tensor):
         return operator.itemgetter(places[id(result)])
     make: Any = getattr(result, "_make", type(result))

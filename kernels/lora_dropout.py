@@ -1,6 +1,6 @@
-"""``out = mask * x / (1 - p)``: x and out ``[M, K]``, the mask that `lora_shrink` applies.
+"""``out = mask * x / (1 - p)`` for x and out ``[M, K]``, with the mask that `lora_shrink` applies.
 
-Bytes moved, e an element: ``2 e M K``; the mask is computed, not read.
+Bytes moved, for e bytes per element: ``2 e M K``. The mask is computed, not read.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from fastlora.kernels.philox import philox_keep_mask
 from fastlora.kernels.tables import KernelConfig, cdiv
 
 
-# M and threshold vary from call to call: no compile of its own for 1 or a multiple of 16.
+# M and threshold vary between calls: do not specialize the kernel on 1 or multiples of 16.
 @triton.jit(do_not_specialize=["M", "threshold"])
 def _lora_dropout_kernel(
     # tensors
@@ -67,13 +67,13 @@ def launch_lora_dropout(
     dropout_p: float,
     config: KernelConfig,
 ) -> None:
-    """Writes ``x`` with the dropped elements zero and the kept ones over ``1 - dropout_p``.
+    """Write x to ``out``, with dropped elements zero and others divided by ``1 - dropout_p``.
 
     Args:
         out: ``[M, K]``, any strides without overlap.
         x: ``[M, K]``, any strides.
         seed: int64 device tensor of one element.
-        dropout_p: Probability of dropping an element, a multiple of 2**-16 after rounding.
+        dropout_p: Probability of dropping an element, rounded to a multiple of 2**-16.
         config: From `configs.choose`.
     """
     m, k = x.shape

@@ -1,16 +1,17 @@
-"""``y = (scaling * s) @ lora_b.T``, on top of y or of a bias: s ``[M, R]``, lora_b ``[N, R]``.
+"""``y = (scaling * s) @ lora_b.T``, added to y or to a bias: s ``[M, R]``, lora_b ``[N, R]``.
 
-y ``[M, N]`` is either read once, added to in fp32 and rounded once, or only written, with a bias
-``[N]``: then a product of the library's accumulates on it, and its read of y hides behind that.
-scaling is ``[1]`` or ``[R]``, None for 1; s may be the fp32 planes of a split shrink,
-``[splits, M, R]``. For the gradient of x, ``dx = mask * (ds @ lora_a) / (1 - p)``, what is added
-meets the mask that x met.
+y ``[M, N]`` is either read once, added to in fp32, and rounded once, or only written, with a bias
+``[N]``. In the second case, a library product then accumulates into y, and hides the time of
+reading it. scaling is ``[1]`` or ``[R]``, or None for 1. s can be the fp32 partial sums of a
+split-K shrink, ``[splits, M, R]``. For the gradient of x, ``dx = mask * (ds @ lora_a) / (1 - p)``,
+the added term is masked like x in the forward pass.
 
-Siblings, up to four modules that are fed by the same x, are one grid over the tiles of all, with
-columns of s side by side in `lora_shrink`'s order.
+Up to four modules of a shared-input group are one grid over the tiles of all. Their columns of s
+are side by side, in the order of `lora_shrink`.
 
-Bytes moved, e an element, N and R summed over siblings: ``e (M N + M R + N R)``, and ``e M N`` more
-where y is read; with planes ``4 splits M R`` in place of ``e M R``, read by every column of tiles.
+Bytes moved, for e bytes per element and N and R summed over modules: ``e (M N + M R + N R)``, and
+an additional ``e M N`` if y is read. With partial sums, ``4 splits M R`` replaces ``e M R``, and is
+read by every column of tiles.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from fastlora.kernels.rank_rows import (
 from fastlora.kernels.tables import KernelConfig, cdiv
 
 
-# M and threshold vary from call to call: no compile of its own for 1 or a multiple of 16.
+# M and threshold vary between calls: do not specialize the kernel on 1 or multiples of 16.
 @triton.jit(do_not_specialize=["M", "threshold"])
 def _lora_expand_kernel(
     # tensors
@@ -116,12 +117,12 @@ def _lora_expand_kernel(
         )
         if HAS_BIAS:
             bias_ptr = of_module(module, bias_ptr, bias_1_ptr, bias_2_ptr, bias_3_ptr, SIBLINGS)
-        if ALIGNED:  # which a choice between tensors hides from the compiler
+        if ALIGNED:  # the compiler cannot know this of a selected tensor
             y_ptr = tl.multiple_of(y_ptr, 16)
             lora_b_ptr = tl.multiple_of(lora_b_ptr, 16)
         N = of_module(module, N, N_1, N_2, N_3, SIBLINGS)
         R = of_module(module, R, R_1, R_2, R_3, SIBLINGS)
-        # y and lora_b of siblings are contiguous.
+        # In a shared-input group, y and lora_b are contiguous.
         stride_ym = N
         stride_bn = R
     num_pid_n = tl.cdiv(N, BLOCK_N)
@@ -134,7 +135,7 @@ def _lora_expand_kernel(
     mask_m = offs_m < M - pid_m * BLOCK_M
     mask_n = offs_n < N - pid_n * BLOCK_N
 
-    # y: [BLOCK_M, BLOCK_N], most of the bytes: asked for first
+    # y: [BLOCK_M, BLOCK_N], most of the bytes, and therefore loaded first
     y_ptr += first_m * stride_ym + first_n * stride_yn
     y_ptrs = y_ptr + offs_m[:, None] * stride_ym + offs_n[None, :] * stride_yn
     mask_y = mask_m[:, None] & mask_n[None, :]
@@ -185,19 +186,19 @@ def launch_lora_expand(
     seed: torch.Tensor | None = None,
     dropout_p: float = 0.0,
 ) -> None:
-    """Writes ``(scaling * s) @ lora_b.T + bias`` of each module, or adds it to y in place.
+    """Write ``(scaling * s) @ lora_b.T + bias`` of each module, or add it to y in place.
 
     Args:
-        modules: 1 to `MAX_SIBLINGS`; weights are not read. Of several each has a scaling, all have
-            a bias or none, and what is no scaling has one dtype for all. The dtype of y is the
-            dtype of the dots.
-        s: ``[M, R]``, any dtype and strides, or fp32 planes ``[splits, M, R]`` to sum; the columns
-            of the modules side by side.
-        reads_y: Whether y is added to.
-        s_out: ``[M, R]`` in y's dtype, which receives the sum of the planes, or None.
+        modules: 1 to `MAX_SIBLINGS` modules. Their weights are not read. Several modules must all
+            have a scaling, must all have a bias or none, and must agree in the dtypes of all
+            tensors except scalings. The dtype of y is the dtype of the dots.
+        s: ``[M, R]``, any dtype and strides, or fp32 partial sums ``[splits, M, R]``. The columns
+            of the modules are side by side.
+        reads_y: Whether to add to y.
+        s_out: ``[M, R]`` in y's dtype, which receives the sum of the partial sums, or None.
         config: From `configs.choose`, for the largest rank.
-        seed: int64 device tensor of one element; read only when ``dropout_p > 0``.
-        dropout_p: Probability of dropping an element of what is added, for the gradient of x.
+        seed: int64 device tensor of one element; read only if ``dropout_p > 0``.
+        dropout_p: Probability of dropping an element of the added term, for the gradient of x.
     """
     m, sizes = s.shape[-2], [module.lora_b.shape for module in modules]
     tiles = cdiv(m, config.block_m) * sum(cdiv(n, config.block_n) for n, _ in sizes)

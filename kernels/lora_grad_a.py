@@ -1,23 +1,24 @@
-"""``d_lora_a = ds.T @ dropout(x)`` for modules that are fed by the same x, from one read of x.
+"""``d_lora_a = ds.T @ dropout(x)`` for modules with the same input x, from one read of x.
 
-One adapter: x ``[M, K]``, ds ``[M, R]``, d_lora_a ``[R, K]``; each of up to four siblings has a
-rank, a seed and a dropout of its own. A program owns BLOCK_K columns and a range of rows; where
-rows take P programs, each writes an fp32 plane of ``[P, R, K]``, summed in their order by
-`plane_sums`. No atomics.
+One adapter: x ``[M, K]``, ds ``[M, R]``, d_lora_a ``[R, K]``. Each of up to four modules of a
+shared-input group has its own rank, seed, and dropout. A program computes BLOCK_K columns over a
+range of rows. If P programs share the rows, each writes an fp32 partial sum of ``[P, R, K]``, and
+`plane_sums` adds them in order. There are no atomics.
 
-Bytes moved, e an element: ``e M K + sum over siblings of e (M R + R K)``, x read once per BLOCK_R
-rank rows; with planes ``4 P R K`` in place of ``e R K``. The masks are computed, not read.
+Bytes moved, for e bytes per element: ``e M K + sum over modules of e (M R + R K)``, with x read
+once per BLOCK_R rank rows. With partial sums, ``4 P R K`` replaces ``e R K``. The masks are
+computed, not read.
 
-Mixed batch, every adapter with rows: x is in any order of rows, and ds ``[G, M, R]`` lies over
-sorted positions, one for each module. A program owns BLOCK_K columns and a piece, a run of rows of
-one adapter: that adapter's rank rows of all modules stand side by side as columns of one dot. Sums
-over a piece are fp32 planes ``[P, G, R, K]`` that `mixed_lora_grad_reduce` sums in a fixed order; a
-piece's plane is that of `lora_grad_b`. Dropout, which every module has for itself, takes a launch
-for each.
+Mixed batch, for every adapter with rows: the rows of x are in any order, and ds ``[G, M, R]`` of
+the modules is at sorted positions. A program computes BLOCK_K columns over a piece, a run of rows
+of one adapter. The adapter's rank rows of all modules are side by side as columns of one dot. Sums
+over a piece are fp32 partial sums ``[P, G, R, K]``, which `mixed_lora_grad_reduce` adds in a fixed
+order. The index of a piece's partial sum is as in `lora_grad_b`. Each module has its own dropout,
+so active dropout needs a launch per module.
 
-Bytes moved, e an element of x and ds: ``e M' K``, M' the rows with an adapter, once for each
-BLOCK_R columns; ``e`` an element of ds, read once a tile of K; and 4 an element of the planes, one
-for each adapter in each run of rows.
+Bytes moved, for e bytes per element of x and ds: ``e M' K`` for the M' rows with an adapter, once
+for each BLOCK_R columns; ``e`` per element of ds, read once per tile of K; and 4 per element of the
+partial sums, one for each adapter in each run of rows.
 """
 
 from __future__ import annotations
@@ -60,10 +61,10 @@ def _add_tile(
     RANK_ROWS_FIRST: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
-    """Returns acc plus ``dropout(x).T @ ds`` of a tile, without the factor ``1 / (1 - p)``.
+    """Return acc plus ``dropout(x).T @ ds`` of a tile, without the factor ``1 / (1 - p)``.
 
-    ``x [BLOCK_M, BLOCK_K]`` is loaded; ``drop`` is the seed, the threshold, and the tile's first
-    row and column in the mask. ds is as s in `add_rows`.
+    ``x [BLOCK_M, BLOCK_K]`` is already loaded. ``drop`` has the seed, the threshold, and the tile's
+    first row and column in the mask. ds is as s in `add_rows`.
     """
     if HAS_DROPOUT:
         seed, threshold, first_row, first_k = drop
@@ -82,7 +83,7 @@ def _add_tile(
     )
 
 
-# M and the thresholds vary from call to call: no compile of its own for 1 or a multiple of 16.
+# M and the thresholds vary between calls: do not specialize on 1 or multiples of 16.
 @triton.jit(
     do_not_specialize=["M", "threshold", "threshold_1", "threshold_2", "threshold_3"],
 )
@@ -145,7 +146,7 @@ def _lora_grad_a_kernel(
     inv_keeps = inv_keep, inv_keep_1, inv_keep_2, inv_keep_3
     seeds = ()
     for i in tl.static_range(SIBLINGS):
-        seed = tl.cast(0, tl.int64)  # which nobody uses
+        seed = tl.cast(0, tl.int64)  # unused
         if HAS_DROPOUT:
             seed = tl.load(seeds_ptr + i)
         seeds += (seed,)
@@ -169,7 +170,7 @@ def _lora_grad_a_kernel(
         x_ptr += tl.cast(stride_xm, tl.int64) * BLOCK_M
 
     for i in tl.static_range(SIBLINGS):
-        # out: a plane of [P, R, K]
+        # out: a partial sum of [P, R, K]
         out = outs[i] + (tl.cast(split, tl.int64) * ranks[i] + first_r) * K + first_k
         acc = accs[i] * tl.cast(inv_keeps[i], tl.float32)
         offs_r = tl.arange(0, BLOCK_R)
@@ -177,7 +178,7 @@ def _lora_grad_a_kernel(
         store_sum(out, acc, offs_k, offs_r * K, mask_k, mask_r, RANK_ROWS_FIRST)
 
 
-# M and rows vary from call to call: no compile of its own for 1 or a multiple of 16.
+# M and rows vary between calls: do not specialize the kernel on 1 or multiples of 16.
 @triton.jit(do_not_specialize=["M", "rows", "stride_table"], do_not_specialize_on_alignment=TABLES)
 def _mixed_lora_grad_a_kernel(
     # tensors
@@ -236,7 +237,7 @@ def _mixed_lora_grad_a_kernel(
         x_ptr += tl.cast(first_k, tl.int64) * stride_xk
         before, seed, threshold = 0, 0, 0
         if HAS_DROPOUT:
-            # The row's number among those of its adapter, whatever else is in the batch.
+            # The row's number among the adapter's rows, which no other row of the batch affects.
             before = tl.load(slot_start_ptr + slot)
             seed = tl.load(seed_ptr + slot)
             threshold = tl.load(threshold_ptr + slot)
@@ -275,17 +276,17 @@ def launch_lora_grad_a(
     dropout_p: Sequence[float],
     config: KernelConfig,
 ) -> None:
-    """Writes ``ds.T @ dropout(x)`` for each sibling, or its planes.
+    """Write ``ds.T @ dropout(x)`` for each module, or its partial sums.
 
     Args:
-        outs: For each of 1 to `MAX_SIBLINGS` siblings ``[R, K]``, any floating dtype, where
-            ``config.splits == 1``, else fp32 ``[splits, R, K]``; contiguous.
-        x: ``[M, K]``, any strides; its dtype is the dtype of the dots.
-        ds: For each ``[M, R]`` in x's dtype, contiguous; R may differ.
-        seeds: int64 device tensor, one for each sibling, contiguous; None for no dropout.
-        dropout_p: For each the probability of dropping an element of x, a multiple of 2**-16
-            after rounding; read only with seeds.
-        config: From `configs.choose`, for so many siblings.
+        outs: For each of 1 to `MAX_SIBLINGS` modules ``[R, K]``, any floating dtype, if
+            ``config.splits == 1``, otherwise fp32 ``[splits, R, K]``; contiguous.
+        x: ``[M, K]``, any strides. Its dtype is the dtype of the dots.
+        ds: For each module ``[M, R]`` in x's dtype, contiguous. R may differ.
+        seeds: int64 device tensor with one seed per module, contiguous; None for no dropout.
+        dropout_p: For each module, the probability of dropping an element of x, rounded to a
+            multiple of 2**-16; read only if there are seeds.
+        config: From `configs.choose`, for this number of modules.
     """
     (m, k), count = x.shape, len(outs)
     if k == 0:
@@ -327,18 +328,19 @@ def launch_mixed_lora_grad_a(
     config: KernelConfig,
     dropout: DropoutTables | None = None,
 ) -> None:
-    """Writes planes of ``ds.T @ dropout(x)`` for G modules, each row's own adapter.
+    """Write partial sums of ``ds.T @ dropout(x)`` for G modules and each row's own adapter.
 
     Args:
         d_lora_a: fp32 ``[ceil(M / run) + S, G, R, K]``, contiguous.
-        x: ``[M, K]``, any strides; its dtype is the dtype of the dots.
-        ds: ``[G, M, R]`` in x's dtype over sorted positions, the last dimension contiguous.
-        rows: Sorted, with ``Rows.pieces(run)``: as `row_arguments` takes them.
-        rank: int32 ``[G, S]``, 0 where the adapter leaves the module alone.
-        run: Positions of one run.
-        max_columns: No smaller than any adapter's ranks of all modules together, each in fours.
+        x: ``[M, K]``, any strides. Its dtype is the dtype of the dots.
+        ds: ``[G, M, R]`` in x's dtype at sorted positions, contiguous in the last dimension.
+        rows: Sorted rows with ``Rows.pieces(run)``, as in `row_arguments`.
+        rank: int32 ``[G, S]``, 0 if the adapter does not adapt the module.
+        run: Number of positions in a run.
+        max_columns: Upper bound of the rank rows of an adapter in all modules, where the rank in
+            each module is rounded up to a multiple of 4.
         config: From `configs.choose`.
-        dropout: Of the one module, ``G = 1``; None for none.
+        dropout: Dropout of the only module (``G = 1``), or None for no dropout.
     """
     m, k = x.shape
     if m == 0 or k == 0:

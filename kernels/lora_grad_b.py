@@ -1,29 +1,31 @@
 """``ds = dy @ lora_b`` and ``d_lora_b = dy.T @ s``, scaled, from one read of dy.
 
-dy ``[M, N]``, s ``[M, R]``, lora_b ``[N, R]``, ds ``[M, R]``, d_lora_b ``[N, R]``; on request the
-sums of dy's columns ``[N]`` besides. A program owns BLOCK_N columns and a range of rows: d_lora_b
-stays in registers while it walks down the rows, and every tile's share of ds goes out as it comes.
+dy ``[M, N]``, s ``[M, R]``, lora_b ``[N, R]``, ds ``[M, R]``, d_lora_b ``[N, R]``; on request also
+the column sums of dy, ``[N]``. A program computes BLOCK_N columns over a range of rows. d_lora_b
+stays in registers while the program walks down the rows, and each tile's contribution to ds is
+stored immediately.
 
-One adapter: ``ds = scaling * dy @ lora_b`` and ``d_lora_b = dy.T @ (scaling * s)``, scaling ``[1]``
-or ``[R]``. Where columns take Q programs and rows P, shares are fp32 planes, ``[Q, M, R]`` and
-``[P, N, R]``, summed in their order by `plane_sums`. No atomics. At large ranks, where planes of ds
-outweigh a read of dy, ds comes from a product of the library's, and this kernel makes the rest.
+One adapter: ``ds = scaling * dy @ lora_b`` and ``d_lora_b = dy.T @ (scaling * s)``, with scaling
+``[1]`` or ``[R]``. If Q programs share the columns and P the rows, they write fp32 partial sums
+``[Q, M, R]`` and ``[P, N, R]``, which `plane_sums` adds in order. There are no atomics. For large
+ranks, for which the partial sums of ds are larger than dy, a library product computes ds, and this
+kernel computes the rest.
 
-Bytes moved, e an element: ``e (M N + 2 M R + 2 N R)``, dy read once per BLOCK_R rank rows; with
-planes ``4 Q M R`` in place of ``e M R`` and ``4 P N R`` in place of ``e N R``.
+Bytes moved, for e bytes per element: ``e (M N + 2 M R + 2 N R)``, with dy read once per BLOCK_R
+rank rows. With partial sums, ``4 Q M R`` replaces ``e M R``, and ``4 P N R`` replaces ``e N R``.
 
-Mixed batch: each row has its own adapter. dy is in any order of rows, s and ds lie over sorted
-positions, and lora_b ``[N, rank]`` of each adapter, as its parameter lies, behind a table ``[S]``.
-The range of rows is a piece, a run of rows of one adapter. Nothing is scaled, and shares are fp32
-planes that `mixed_lora_grad_reduce` sums in a fixed order: of ds ``[tiles of N, M, R]``, of
-d_lora_b ``[P, N, R]`` and, on request, of dy's columns ``[P, N]``. The plane of a piece is the
-number of its run of ``rows`` positions plus its slot: both grow from piece to piece, so no two have
-the same.
+Mixed batch: each row has its own adapter. The rows of dy are in any order, s and ds are at sorted
+positions, and a table ``[S]`` has the address of each adapter's lora_b ``[N, rank]`` in the layout
+of a parameter. The range of rows is a piece, a run of rows of one adapter. Nothing is scaled. The
+results are fp32 partial sums, which `mixed_lora_grad_reduce` adds in a fixed order: of ds
+``[tiles of N, M, R]``, of d_lora_b ``[P, N, R]``, and on request of dy's columns ``[P, N]``. The
+index of a piece's partial sum is the number of its run of ``rows`` positions, plus its slot. Both
+grow from piece to piece, so no two pieces have the same index.
 
-Bytes moved, e and f an element of dy and of the factors: ``e M' N``, M' the rows with an adapter,
-once for each BLOCK_R rank rows; ``e`` an element of s and ``f`` of lora_b, read once a tile of N
-and once a piece; ``4 N / BLOCK_N`` an element of ds; and 4 an element of d_lora_b's planes, one for
-each adapter in each run of rows.
+Bytes moved, for e bytes per element of dy and f per element of factors: ``e M' N`` for the M' rows
+with an adapter, once for each BLOCK_R rank rows; ``e`` per element of s, read once per tile of N;
+``f`` per element of lora_b, read once per piece; ``4 N / BLOCK_N`` per element of ds; and 4 per
+element of the partial sums of d_lora_b, one for each adapter in each run of rows.
 """
 
 from __future__ import annotations
@@ -59,7 +61,7 @@ from fastlora.kernels.tables import KernelConfig, cdiv
 
 @triton.jit
 def _store_ds(ds_ptrs, dy, b, scale, mask_m, mask_r, INPUT_PRECISION: tl.constexpr):
-    """Writes a tile's share of ds, ``scale * dy @ b``; without a scale ``dy @ b``."""
+    """Write a tile's contribution to ds, ``scale * dy @ b``, or ``dy @ b`` without a scale."""
     # [BLOCK_M, BLOCK_N] x [BLOCK_N, BLOCK_R]
     share = tl.dot(dy, b, input_precision=INPUT_PRECISION)
     if scale is not None:
@@ -68,7 +70,7 @@ def _store_ds(ds_ptrs, dy, b, scale, mask_m, mask_r, INPUT_PRECISION: tl.constex
     tl.store(ds_ptrs, share.to(ds_ptrs.dtype.element_ty), mask=mask)
 
 
-# M varies from call to call: no compile of its own for 1 or a multiple of 16.
+# M varies between calls: do not specialize the kernel on 1 or multiples of 16.
 @triton.jit(do_not_specialize=["M"])
 def _lora_grad_b_kernel(
     # tensors
@@ -106,8 +108,9 @@ def _lora_grad_b_kernel(
     INPUT_PRECISION: tl.constexpr,
 ):
     dtype: tl.constexpr = dy_ptr.dtype.element_ty
-    # How dy's columns are summed (`add_row_sums`). In registers, acc's product must be waited for
-    # in its step: by the product of ds behind it, or because its result is used there.
+    # How dy's columns are summed (`add_row_sums`). If they are summed in registers, acc's product
+    # must finish in its own step: either the product of ds after it waits for it, or its result is
+    # used there.
     BY_PRODUCT: tl.constexpr = not RANK_ROWS_FIRST and dtype != tl.float32
     EACH_STEP: tl.constexpr = HAS_BIAS and not (HAS_DS or RANK_ROWS_FIRST or BY_PRODUCT)
     pid = tl.program_id(0)
@@ -194,7 +197,7 @@ def _lora_grad_b_kernel(
             tl.store(d_bias_ptr + offs_n, sums, mask=mask_n)
 
 
-# M and rows vary from call to call: no compile of its own for 1 or a multiple of 16.
+# M and rows vary between calls: do not specialize the kernel on 1 or multiples of 16.
 @triton.jit(do_not_specialize=["M", "rows"], do_not_specialize_on_alignment=TABLES)
 def _mixed_lora_grad_b_kernel(
     # tensors
@@ -311,17 +314,17 @@ def launch_lora_grad_b(
     *,
     config: KernelConfig,
 ) -> None:
-    """Writes ``scaling * dy @ lora_b`` and ``dy.T @ (scaling * s)``, or their planes.
+    """Write ``scaling * dy @ lora_b`` and ``dy.T @ (scaling * s)``, or their partial sums.
 
     Args:
-        ds: ``[M, R]`` in dy's dtype where one program spans all columns, else fp32 ``[Q, M, R]``,
-            ``Q = ceil(N / config.block_n)``; contiguous. None where another pass makes it.
-        d_lora_b: ``[N, R]``, any floating dtype, where ``config.splits == 1``, else fp32
+        ds: ``[M, R]`` in dy's dtype if one program spans all columns, otherwise fp32 ``[Q, M, R]``
+            with ``Q = ceil(N / config.block_n)``; contiguous. None if ds is computed elsewhere.
+        d_lora_b: ``[N, R]``, any floating dtype, if ``config.splits == 1``, otherwise fp32
             ``[splits, N, R]``; contiguous.
-        d_bias: fp32 ``[N]`` or ``[splits, N]``, contiguous, for the sums of dy's columns; or None.
-        dy: ``[M, N]``, any strides, 0 among them; its dtype is the dtype of the dots.
+        d_bias: fp32 ``[N]`` or ``[splits, N]``, contiguous, for the column sums of dy; or None.
+        dy: ``[M, N]``, any strides, including 0. Its dtype is the dtype of the dots.
         s: ``[M, R]`` in dy's dtype, any strides.
-        lora_b: ``[N, R]``, any strides, dy's dtype or one that is cast to it at the load.
+        lora_b: ``[N, R]``, any strides, in dy's dtype or in a dtype that is cast to it at the load.
         scaling: fp32 ``[1]``, or ``[R]`` with one value per rank row.
         config: From `configs.choose`.
     """
@@ -369,19 +372,19 @@ def launch_mixed_lora_grad_b(
     run: int,
     config: KernelConfig,
 ) -> None:
-    """Writes planes of ``dy @ lora_b`` and of ``dy.T @ s``, each row's own adapter.
+    """Write partial sums of ``dy @ lora_b`` and of ``dy.T @ s`` for each row's own adapter.
 
     Args:
-        ds: fp32 ``[ceil(N / config.block_n), M, R]`` over sorted positions, contiguous; R a
-            multiple of 4, no smaller than any rank. A row is written up to its adapter's rank, in
-            fours; rows without an adapter are not.
+        ds: fp32 ``[ceil(N / config.block_n), M, R]`` at sorted positions, contiguous. R is a
+            multiple of 4 and at least the largest rank. A row is written up to its adapter's rank,
+            rounded up to a multiple of 4. Rows without an adapter are not written.
         d_lora_b: fp32 ``[ceil(M / run) + S, N, R]``, contiguous, or None.
-        d_bias: fp32 ``[ceil(M / run) + S, N]``, contiguous, for the sums of dy's columns, or None.
-        dy: ``[M, N]``, any strides, 0 among them; its dtype is the dtype of the dots.
-        s: ``[M, R]`` in dy's dtype over sorted positions, the last dimension contiguous.
-        rows: Sorted, with ``Rows.pieces(run)``: as `row_arguments` takes them.
-        up: By column; scalings and lora_bias are not read.
-        run: Positions of one run.
+        d_bias: fp32 ``[ceil(M / run) + S, N]``, contiguous, for the column sums of dy, or None.
+        dy: ``[M, N]``, any strides, including 0. Its dtype is the dtype of the dots.
+        s: ``[M, R]`` in dy's dtype at sorted positions, contiguous in the last dimension.
+        rows: Sorted rows with ``Rows.pieces(run)``, as in `row_arguments`.
+        up: The lora_b of all adapters, with ``by_column``. Scalings and lora_bias are not read.
+        run: Number of positions in a run.
         config: From `configs.choose`.
     """
     m, n = dy.shape

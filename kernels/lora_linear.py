@@ -1,26 +1,26 @@
 """``y = x @ weight.T + bias + (scaling * s) @ lora_b.T`` in one kernel, rounded once.
 
-x ``[M, K]``, weight ``[N, K]``, bias ``[N]``, s ``[M, R]`` (or the fp32 planes of a split shrink,
-``[splits, M, R]``), lora_b ``[N, R]``, scaling ``[1]`` or ``[R]``, y ``[M, N]``. The adapter's term
-is one more accumulation behind the K loop of the base GEMM.
+x ``[M, K]``, weight ``[N, K]``, bias ``[N]``, s ``[M, R]`` (or the fp32 partial sums of a split-K
+shrink, ``[splits, M, R]``), lora_b ``[N, R]``, scaling ``[1]`` or ``[R]``, y ``[M, N]``. The
+adapter's term is accumulated after the K loop of the base GEMM.
 
-The gradient of x is the same kernel: ``dx = dy @ weight + mask * (ds @ lora_a) / (1 - p)`` takes
-weight and lora_a transposed, ds as s, and on its way into the accumulator the term meets the mask
-that x met in the forward. A scaling of None is 1.
+The same kernel computes the gradient of x, ``dx = dy @ weight + mask * (ds @ lora_a) / (1 - p)``.
+It takes weight and lora_a transposed, and ds in place of s. Before the term is accumulated, it is
+masked like x in the forward pass. A scaling of None stands for 1.
 
-Siblings, up to four modules that are fed by the same x, are one grid over the tiles of all: each
-has a weight, N, a rank, and its columns of s, which stand side by side in `lora_shrink`'s order.
+Up to four modules of a shared-input group are one grid over the tiles of all. Each has its own
+weight, N, and rank. Their columns of s are side by side, in the order of `lora_shrink`.
 
-Where the tiles do not fill the chip, programs share out K: each writes an fp32 plane of
-``[splits, M, N]``, summed in their order by `plane_sums`; the first of them adds bias and adapter.
+If the tiles do not fill the chip, programs share K. Each writes an fp32 partial sum of
+``[splits, M, N]``, and `plane_sums` adds them in order. The first of them adds bias and adapter.
 
-Bytes moved, e an element, N and R summed over siblings: ``e (M K + N K + M N) + e R (M + N)``; with
-planes of s ``4 splits M R`` in place of ``e M R``, read by every column of tiles; with planes of y
-``8 splits M N`` more. A weight may be stored as codes: then its loader in `weights` says the bytes
-in place of ``e N K``.
+Bytes moved, for e bytes per element and N and R summed over modules:
+``e (M K + N K + M N) + e R (M + N)``. With partial sums of s, ``4 splits M R`` replaces ``e M R``,
+and is read by every column of tiles. Partial sums of y add ``8 splits M N``. For a quantized
+weight, its loader in `weights` states the bytes that replace ``e N K``.
 
-Launched as a programmatic dependent of the shrink (``pdl``, sm_90 and up), a program runs its K
-loop while the shrink still works and waits only before it reads s.
+If the kernel is launched as a programmatic dependent of the shrink (``pdl``, sm_90 and later), a
+program runs its K loop while the shrink is still running, and waits only before it reads s.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ from fastlora.kernels.rank_rows import (
 from fastlora.kernels.tables import KernelConfig, cdiv
 
 
-# M and threshold vary from call to call: no compile of its own for 1 or a multiple of 16.
+# M and threshold vary between calls: do not specialize the kernel on 1 or multiples of 16.
 @triton.jit(do_not_specialize=["M", "threshold"])
 def _lora_linear_kernel(
     # tensors
@@ -165,13 +165,13 @@ def _lora_linear_kernel(
             )
         if HAS_BIAS:
             bias_ptr = of_module(module, bias_ptr, bias_1_ptr, bias_2_ptr, bias_3_ptr, SIBLINGS)
-        if ALIGNED:  # which a choice between tensors hides from the compiler
+        if ALIGNED:  # the compiler cannot know this of a selected tensor
             y_ptr = tl.multiple_of(y_ptr, 16)
             weight_ptr = tl.multiple_of(weight_ptr, 16)
             lora_b_ptr = tl.multiple_of(lora_b_ptr, 16)
         N = of_module(module, N, N_1, N_2, N_3, SIBLINGS)
         R = of_module(module, R, R_1, R_2, R_3, SIBLINGS)
-        # y and lora_b of siblings are contiguous.
+        # In a shared-input group, y and lora_b are contiguous.
         stride_ym = N
         stride_yp = tl.cast(M, tl.int64) * N
         stride_bn = R
@@ -183,9 +183,10 @@ def _lora_linear_kernel(
     mask_m = offs_m < M - pid_m * BLOCK_M
     mask_n = offs_n < N - pid_n * BLOCK_N
 
-    # The factor's first columns do not depend on the shrink: loaded here, scaled behind the K loop.
-    # From 64 rows on that hides their latency; on smaller tiles the compiler moves a layout
-    # conversion, and with it the wait, in front of the loop (SASS, sm_90, Triton 3.6 and 3.9).
+    # The first columns of lora_b do not depend on the shrink. They are loaded here and scaled after
+    # the K loop. With at least 64 rows, this hides their latency. On smaller tiles, the compiler
+    # moves a layout conversion, and with it the wait, in front of the loop (SASS, sm_90, Triton 3.6
+    # and 3.9).
     lora_b_ptr += first_n * stride_bn
     factor = lora_b_ptr, scaling_ptr, R, stride_bn, stride_br, stride_scaling
     b, scale = load_rank_columns(factor, 0, mask_n, BLOCK_N, BLOCK_R)
@@ -229,7 +230,7 @@ def _lora_linear_kernel(
     is_first = True
     if SPLITS > 1:
         is_first = first_k == 0
-    if is_first:  # the adapter and the bias, once in all splits
+    if is_first:  # the adapter and the bias, in one of the splits
         if HAS_DROPOUT:
             product = acc
             acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
@@ -279,18 +280,19 @@ def launch_lora_linear(
     seed: torch.Tensor | None = None,
     dropout_p: float = 0.0,
 ) -> None:
-    """Writes ``x @ weight.T + bias + (scaling * s) @ lora_b.T`` of each module.
+    """Write ``x @ weight.T + bias + (scaling * s) @ lora_b.T`` of each module.
 
     Args:
-        modules: 1 to `MAX_SIBLINGS`. Of several each has a scaling, all have a bias or none, and
-            what is no scaling has one dtype for all.
+        modules: 1 to `MAX_SIBLINGS` modules. Several modules must all have a scaling, must all have
+            a bias or none, and must agree in the dtypes of all tensors except scalings.
         x: ``[M, K]``, any strides.
-        s: ``[M, R]`` in x's dtype, or fp32 planes ``[splits, M, R]`` to sum; the columns of the
-            modules side by side.
-        s_out: ``[M, R]`` in x's dtype, which receives the sum of the planes, or None.
+        s: ``[M, R]`` in x's dtype, or fp32 partial sums ``[splits, M, R]``. The columns of the
+            modules are side by side.
+        s_out: ``[M, R]`` in x's dtype, which receives the sum of the partial sums, or None.
         config: From `configs.choose`, for the largest rank.
-        pdl: Launch as a programmatic dependent of the kernel before, which must be the shrink.
-        seed: int64 device tensor of one element; read only when ``dropout_p > 0``.
+        pdl: Whether to launch as a programmatic dependent of the previous kernel, which must be the
+            shrink.
+        seed: int64 device tensor of one element; read only if ``dropout_p > 0``.
         dropout_p: Probability of dropping an element of one module's LoRA term, for the gradient
             of x.
     """
@@ -299,7 +301,7 @@ def launch_lora_linear(
     sizes = [module.lora_b.shape for module in modules]
     if m == 0 or not any(n for n, _ in sizes):
         return
-    # A hint that goes by M would make a kernel of its own for small batches.
+    # A hint that depends on M would compile a separate kernel for small batches.
     one_row_tile = m <= config.block_m and not config.batch_invariant
     tiles = cdiv(m, config.block_m) * sum(cdiv(n, config.block_n) for n, _ in sizes)
     splits = config.splits

@@ -1,22 +1,23 @@
 """``s = dropout(x) @ lora_a.T``: x ``[M, K]``, lora_a ``[R, K]``, s ``[M, R]``.
 
-One adapter: siblings, up to four modules that are fed by the same x, have their rank rows side by
-side: R is the sum of their ranks, and one read of x makes the columns of all. Split along K when
-the rows alone do not fill the chip: each split writes an fp32 plane ``[M, R]`` of ``[splits, M,
-R]``, summed in a fixed order by what reads s next: `lora_linear`, `lora_expand`, or `plane_sums`.
+One adapter: up to four modules of a shared-input group have their rank rows side by side. R is the
+sum of their ranks, and one read of x computes the columns of all modules. K is split if the rows
+alone do not fill the chip. Each split then writes an fp32 partial sum of ``[splits, M, R]``. The
+next reader of s adds them in a fixed order: `lora_linear`, `lora_expand`, or `plane_sums`.
 
-Bytes moved, e an element: ``e (M K + R K + M R)``, x read once per ``BLOCK_R`` rank rows; with
-planes ``8 splits M R`` in place of ``e M R``.
+Bytes moved, for e bytes per element: ``e (M K + R K + M R)``, with x read once per ``BLOCK_R`` rank
+rows. With partial sums, ``8 splits M R`` replaces ``e M R``.
 
-Mixed batch: each row has its own adapter. x is in any order of rows, and lora_a ``[rank, K]`` of
-each adapter and module lies behind tables ``[G, S]``. s are fp32 planes ``[splits, G, M, R]`` over
-sorted positions, one a split of K, which `mixed_lora_linear` and `mixed_lora_expand` sum in their
-order. A row of s is written up to its adapter's rank, in fours; rows without an adapter are not
-written. Dropout, which every module has for itself, takes a launch for each.
+Mixed batch: each row has its own adapter. The rows of x are in any order, and tables ``[G, S]``
+have the address of each adapter's lora_a ``[rank, K]`` in each module. s consists of fp32 partial
+sums ``[splits, G, M, R]`` at sorted positions, one per split of K. `mixed_lora_linear` and
+`mixed_lora_expand` add them in order. A row of s is written up to its adapter's rank, rounded up to
+a multiple of 4. Rows without an adapter are not written. Each module has its own dropout, so active
+dropout needs a launch per module.
 
-Bytes moved, e and f an element of x and of the factors: ``e M' K``, M' the rows with an adapter,
-once for each BLOCK_R columns; ``f K`` a rank row of every adapter present, read once a piece; and
-``4 splits`` an element of s.
+Bytes moved, for e bytes per element of x and f per element of factors: ``e M' K`` for the M' rows
+with an adapter, once for each BLOCK_R columns; ``f K`` per rank row of every adapter in the batch,
+read once per piece; and ``4 splits`` per element of s.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ from fastlora.kernels.philox import philox_keep_mask
 from fastlora.kernels.tables import MAX_SIBLINGS, KernelConfig, cdiv
 
 
-# M and threshold vary from call to call: no compile of its own for 1 or a multiple of 16.
+# M and threshold vary between calls: do not specialize the kernel on 1 or multiples of 16.
 @triton.jit(do_not_specialize=["M", "threshold"])
 def _lora_shrink_kernel(
     # tensors
@@ -107,11 +108,11 @@ def _lora_shrink_kernel(
     rank_rows = lora_a_ptr + offs_r * stride_ar
     others, firsts = (lora_a_1_ptr, lora_a_2_ptr, lora_a_3_ptr), (first_1, first_2, first_3)
     r = first_r + offs_r
-    for i in tl.static_range(SIBLINGS - 1):  # whose rank rows are those from its first one on
+    for i in tl.static_range(SIBLINGS - 1):  # rank rows of a further module
         rank_rows = tl.where(
             r >= firsts[i], others[i] + tl.cast(r - firsts[i], tl.int64) * stride_ar, rank_rows
         )
-    if ALIGNED:  # which a choice between tensors hides from the compiler
+    if ALIGNED:  # the compiler cannot know this of a selected tensor
         rank_rows = tl.multiple_of(rank_rows, 16)
     rank_rows += tl.cast(first_k, tl.int64) * stride_ak
     offs_a = offs_k[:, None] * stride_ak
@@ -135,8 +136,9 @@ def _lora_shrink_kernel(
         # [BLOCK_M, BLOCK_K] x [BLOCK_K, BLOCK_R]
         product = tl.dot(x, a.to(x.dtype), input_precision=INPUT_PRECISION)
         if HAS_DROPOUT:
-            # Not behind the loop: what uses a dot in its step waits for it. Else Triton before 3.9
-            # lets the next step's mask write to registers that wgmma still reads (triton#9433).
+            # Not after the loop: a dot that is used within its step is also waited for there.
+            # Otherwise, Triton before 3.9 lets the mask of the next step write to registers that
+            # wgmma still reads (triton#9433).
             product *= tl.cast(inv_keep, tl.float32)
         acc += product
         x_ptr += tl.cast(stride_xk, tl.int64) * BLOCK_K
@@ -162,15 +164,16 @@ def launch_lora_shrink(
     dropout_p: float,
     config: KernelConfig,
 ) -> None:
-    """Writes ``dropout(x) @ lora_a.T`` of each sibling, side by side.
+    """Write ``dropout(x) @ lora_a.T`` of each module, side by side.
 
     Args:
-        out: ``[M, R]`` in x's dtype when ``config.splits == 1``, else fp32 ``[splits, M, R]``.
+        out: ``[M, R]`` in x's dtype if ``config.splits == 1``, otherwise fp32 ``[splits, M, R]``.
         x: ``[M, K]``, any strides.
-        lora_a: Of 1 to `MAX_SIBLINGS` siblings ``[rank, K]``, x's dtype or one that is cast to it
-            at the load; any strides, the same for all. R is the sum of the ranks.
-        seed: int64 device tensor of one element; read only when ``dropout_p > 0``.
-        dropout_p: Probability of dropping an element of x, a multiple of 2**-16 after rounding.
+        lora_a: For each of 1 to `MAX_SIBLINGS` modules ``[rank, K]``, in x's dtype or in a dtype
+            that is cast to it at the load; any strides, the same for all. R is the sum of the
+            ranks.
+        seed: int64 device tensor of one element; read only if ``dropout_p > 0``.
+        dropout_p: Probability of dropping an element of x, rounded to a multiple of 2**-16.
         config: From `configs.choose`.
     """
     (m, k), count = x.shape, len(lora_a)
@@ -204,7 +207,7 @@ def launch_lora_shrink(
 
 
 def _is_aligned(lora_a: torch.Tensor) -> bool:
-    """Whether every rank row begins at a multiple of 16 bytes."""
+    """Return whether every rank row begins at a multiple of 16 bytes."""
     return lora_a.data_ptr() % 16 == 0 and lora_a.stride(0) * lora_a.itemsize % 16 == 0
 
 
@@ -225,7 +228,10 @@ def _shrink_columns(
     HAS_DROPOUT: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
-    """Writes BLOCK_R columns of s: the modules' rank rows side by side, each module's in fours."""
+    """Write BLOCK_R columns of s. They hold the rank rows of all modules side by side.
+
+    The rank of each module is rounded up to a multiple of 4.
+    """
     s_ptr, x_ptr, lora_a_address_ptr, rank_ptr = tensors
     slot, offs_xm, mask_m = rows
     first_k, last_k, K, R = sizes
@@ -264,14 +270,15 @@ def _shrink_columns(
         acc *= inv_keep
     # s: [BLOCK_M, BLOCK_R]
     r = tl.max_contiguous(tl.multiple_of(r, S_COLUMNS), S_COLUMNS)
-    # A rank table may come to hold more than s was allocated for, under a graph captured before.
+    # A captured graph may run with a rank table that later holds larger ranks than s was allocated
+    # for.
     mask_s = mask_s & (r < R)
     offs_s = tl.cast(sibling, tl.int64) * stride_sg + r
     s_ptrs = s_ptr + offs_m[:, None] * stride_sm + offs_s[None, :]
     tl.store(s_ptrs, acc.to(s_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_s[None, :])
 
 
-# M varies from call to call: no compile of its own for 1 or a multiple of 16.
+# M varies between calls: do not specialize the kernel on 1 or multiples of 16.
 @triton.jit(do_not_specialize=["M", "stride_table"], do_not_specialize_on_alignment=TABLES)
 def _mixed_lora_shrink_kernel(
     # tensors
@@ -331,7 +338,7 @@ def _mixed_lora_shrink_kernel(
         last_k = min(first_k + k_per_split, K)
         first_row, seed, threshold, inv_keep = 0, 0, 0, 1.0
         if HAS_DROPOUT:
-            # The row's number among those of its adapter, whatever else is in the batch.
+            # The row's number among the adapter's rows, which no other row of the batch affects.
             first_row = first_m - tl.load(slot_start_ptr + slot)
             seed = tl.load(seed_ptr + slot)
             threshold = tl.load(threshold_ptr + slot)
@@ -367,17 +374,17 @@ def launch_mixed_lora_shrink(
     config: KernelConfig,
     dropout: DropoutTables | None = None,
 ) -> None:
-    """Writes each row's ``dropout(x) @ lora_a.T`` for G modules, one plane a split of K.
+    """Write each row's ``dropout(x) @ lora_a.T`` for G modules, with a partial sum per split of K.
 
     Args:
-        s: fp32, or in x's dtype if there is one split, ``[splits, G, M, R]``, the last dimension
-            contiguous and R a multiple of 4 that is no smaller than any rank; what a larger rank
-            has past R is not written.
+        s: ``[splits, G, M, R]`` in fp32, or in x's dtype if there is one split; contiguous in the
+            last dimension. R is a multiple of 4 and at least the largest rank. Rank rows beyond R
+            are not written.
         x: ``[M, K]``, any strides.
-        rows: Sorted, with ``Rows.pieces(config.block_m)``: as `row_arguments` takes them.
-        down: Of the G modules, in tables ``[G, S]``.
+        rows: Sorted rows with ``Rows.pieces(config.block_m)``, as in `row_arguments`.
+        down: The lora_a of the G modules, in tables ``[G, S]``.
         config: From `configs.choose`.
-        dropout: Of the one module, ``G = 1``; None for none.
+        dropout: Dropout of the only module (``G = 1``), or None for no dropout.
     """
     m, k = x.shape
     if m == 0:

@@ -1,8 +1,8 @@
-"""Measured rows: files of them, which `bench/tune.py` writes, and their place in the tables.
+"""Measured rows: their files, which `bench/tune.py` writes, and their place in the tables.
 
-A folder holds one file of rows (`row_files`) for each chip, ``<arch>.json``, which begins with
-card, versions and commit. The folder ``measured`` lies beside this file. It may be absent: nothing
-is shipped yet.
+A folder has one file of rows (`row_files`) per chip, ``<arch>.json``, which begins with the card,
+versions, and commit. The folder ``measured`` is next to this module. It does not have to exist: no
+measurements are shipped yet.
 """
 
 from __future__ import annotations
@@ -25,28 +25,28 @@ from fastlora.kernels.tables import (
 
 
 def folder() -> Path:
-    """Returns where the files lie: ``FASTLORA_MEASURED``, or what is installed."""
+    """Return the folder of the files: ``FASTLORA_MEASURED``, or the installed folder."""
     return env.measured_folder() or Path(__file__).parent / "measured"
 
 
 def files() -> Iterator[tuple[str, Path]]:
-    """Yields the arch and the path of each file."""
+    """Yield the arch and the path of each file."""
     for path in sorted(folder().glob("*.json")):
         yield path.stem, path
 
 
 def put_first(arch: str, measured: Sequence[Entry], source: object) -> None:
-    """Puts measurements in front of all rows of an arch, and of no other one.
+    """Put measurements in front of all rows of one arch.
 
-    What `choose` and `plan_of` answered before, and launches that were kept, stay as they are.
+    Earlier results of `choose` and `plan_of`, and cached launches, do not change.
 
     Args:
         arch: As in `Chip`.
-        measured: The rows, in the order in which they are asked.
-        source: Where they come from, for the error.
+        measured: The rows, in the order of precedence.
+        source: Their origin, for the error message.
 
     Raises:
-        ValueError: A row is none that the arch can run, or there are no configs for the arch.
+        ValueError: The arch cannot run a row, or there are no configs for the arch.
     """
     chip = Chip(arch, 1)
     table = dict(table_of(chip))
@@ -59,7 +59,7 @@ def put_first(arch: str, measured: Sequence[Entry], source: object) -> None:
 
 
 def fault_of(chip: Chip, measured: Entry) -> str:
-    """Returns why a measurement cannot stand in the chip's table, or ""."""
+    """Return the reason why a measurement cannot be in the chip's table, or ""."""
     launch, kind, row = measured
     candidates = [r for r in table_of(chip).get((launch, kind), ()) if not r.is_measured]
     if not candidates:

@@ -1,10 +1,10 @@
-"""``y = (y - bias) * g + bias`` in place: DoRA's scales g, each row with its own adapter's.
+"""``y = (y - bias) * g + bias`` in place, with DoRA scales g of each row's own adapter.
 
-y ``[M, N]`` in any order of rows, bias ``[N]`` or None, g fp32 ``[N]`` behind a table of addresses
-``[S]``. Rows whose adapter has no scales are not touched.
+The rows of y ``[M, N]`` are in any order. bias is ``[N]`` or None, and a table ``[S]`` has the
+addresses of g, fp32 ``[N]``. Rows of an adapter without scales are not changed.
 
-Bytes moved, e an element of y: ``2 e M' N``, M' the rows with scales; ``4 N`` an adapter with
-scales and ``e N`` of the bias, read once a piece.
+Bytes moved, for e bytes per element of y: ``2 e M' N`` for the M' rows with scales; ``4 N`` per
+adapter with scales, and ``e N`` of the bias, read once per piece.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from fastlora.kernels.launch import kept, launch
 from fastlora.kernels.mixed_rows import TABLES, factor_pointer, load_piece, row_arguments
 from fastlora.kernels.tables import KernelConfig, cdiv
 
-# In place of an address: scales that are yet to be made
+# Stands in for the address of scales that have not been computed yet
 # (`fastlora.ops.factors.PENDING`).
 PENDING: tl.constexpr = tl.constexpr(16)
 
 
-# M varies from call to call: no compile of its own for 1 or a multiple of 16.
+# M varies between calls: do not specialize the kernel on 1 or multiples of 16.
 @triton.jit(do_not_specialize=["M"], do_not_specialize_on_alignment=TABLES)
 def _mixed_dora_scale_kernel(
     # tensors
@@ -87,13 +87,13 @@ def launch_mixed_dora_scale(
     *,
     config: KernelConfig,
 ) -> None:
-    """Scales the rows whose adapter has scales; NaN where these are yet to be made.
+    """Scale the rows of adapters with scales. Scales that have not been computed yet give NaN.
 
     Args:
-        y: ``[M, N]``, any strides without overlap; fp16, bf16 or fp32.
-        bias: ``[N]``, contiguous, of any float dtype, or None.
-        rows: Sorted, with ``Rows.pieces(config.block_m)``: as `row_arguments` takes them.
-        scale_address: int64 ``[S]``: where each slot's g lies, fp32 ``[N]``; 0 for none.
+        y: ``[M, N]``, any strides without overlap; fp16, bf16, or fp32.
+        bias: ``[N]``, contiguous, any float dtype, or None.
+        rows: Sorted rows with ``Rows.pieces(config.block_m)``, as in `row_arguments`.
+        scale_address: int64 ``[S]``, the address of each slot's g, fp32 ``[N]``; 0 for none.
         config: From `configs.choose`.
     """
     m, n = y.shape

@@ -1,21 +1,22 @@
-"""``y += scaling * (s @ lora_b.T + lora_bias)`` in place, each row's own adapter.
+"""``y += scaling * (s @ lora_b.T + lora_bias)`` in place, with each row's own adapter.
 
-y ``[M, N]`` in any order of rows; s are the planes of `mixed_lora_shrink` over sorted positions,
-``[splits, M, R]``; lora_b as rank rows ``[rank, N]`` and lora_bias ``[N]`` behind tables ``[S]``.
-A program owns one piece, that is rows of one adapter, and BLOCK_N columns. It reads y once, adds in
-fp32 and rounds once; rows whose adapter has no part in the module are not touched. For the gradient
-of x, ``dx += mask * (ds @ lora_a) / (1 - p)``, lora_a stands in for lora_b and what is added meets
-the mask that x met.
+The rows of y ``[M, N]`` are in any order. s consists of the partial sums of the shrink for mixed
+batches at sorted positions, ``[splits, M, R]``. Tables ``[S]`` have the addresses of lora_b as rank
+rows ``[rank, N]``, and of lora_bias ``[N]``. A program computes BLOCK_N columns of one piece, with
+rows of one adapter. It reads y once, adds in fp32, and rounds once. Rows are not changed if their
+adapter does not adapt the module. For the gradient of x, ``dx += mask * (ds @ lora_a) / (1 - p)``,
+lora_a takes the place of lora_b, and the added term is masked like x in the forward pass.
 
-Siblings, up to four modules that are fed by the same x, are one grid over the columns of all: their
-rows of the tables are neighbours, and s is ``[splits, G, M, R]``.
+Up to four modules of a shared-input group are one grid over the columns of all. Their rows in the
+tables are adjacent, and s is ``[splits, G, M, R]``.
 
-Bytes moved, e and f an element of y and of the factors: ``2 e M' N``, M' the rows with such a part;
-``f N`` a rank row of every adapter present, read once a piece; and ``4 splits`` an element of s,
-read by every column of tiles.
+Bytes moved, for e bytes per element of y and f per element of factors: ``2 e M' N`` for the M' rows
+that change; ``f N`` per rank row of every adapter in the batch, read once per piece; and
+``4 splits`` per element of s, read by every column of tiles.
 
-Launched as a programmatic dependent of the shrink (``pdl``, sm_90 and up), a program finds its
-adapter while the shrink still works and waits before it reads anything else.
+If the kernel is launched as a programmatic dependent of the shrink (``pdl``, sm_90 and later), a
+program looks up its adapter while the shrink is still running, and waits before it reads anything
+else.
 """
 
 from __future__ import annotations
@@ -58,9 +59,9 @@ def _add_block(
     DTYPE: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
-    """Returns ``acc + s @ lora_b.T`` of BLOCK_R rank rows from ``start`` on.
+    """Return ``acc + s @ lora_b.T`` for BLOCK_R rank rows from ``start`` on.
 
-    ``s_ptrs [BLOCK_M, 1]`` point at the rows of the first plane.
+    ``s_ptrs [BLOCK_M, 1]`` point at the rows of the first partial sum.
     """
     s_ptrs, lora_b_ptr = tensors
     rank, first_n, N, mask_m, mask_n = place
@@ -80,13 +81,14 @@ def _add_block(
     for _ in tl.static_range(1, PLANES):
         s_ptrs += tl.cast(stride_sp, tl.int64)
         plane = tl.load(s_ptrs, mask=mask_s, other=0.0)
-        # Behind an addition, Triton would convert each plane's layout for the dot by itself.
+        # With an addition, Triton would convert the layout of each partial sum for the dot
+        # separately.
         s = tl.sum(tl.join(s, plane), axis=2)
     # [BLOCK_M, BLOCK_R] x [BLOCK_R, BLOCK_N]
     return tl.dot(s.to(DTYPE), b.to(DTYPE), acc, input_precision=INPUT_PRECISION)
 
 
-# M and slots vary from call to call: no compile of its own for 1 or a multiple of 16.
+# M and slots vary between calls: do not specialize the kernel on 1 or multiples of 16.
 @triton.jit(do_not_specialize=["M", "stride_table"], do_not_specialize_on_alignment=TABLES)
 def _mixed_lora_expand_kernel(
     # tensors
@@ -140,10 +142,10 @@ def _mixed_lora_expand_kernel(
     if SIBLINGS > 1:
         module, pid_n = module_of_tile(pid_n, 1, (N, N_1, N_2), BLOCK_N, SIBLINGS)
         y_ptr = of_module(module, y_ptr, y_1_ptr, y_2_ptr, y_3_ptr, SIBLINGS)
-        if ALIGNED:  # which a choice between tensors hides from the compiler
+        if ALIGNED:  # the compiler cannot know this of a selected tensor
             y_ptr = tl.multiple_of(y_ptr, 16)
         N = of_module(module, N, N_1, N_2, N_3, SIBLINGS)
-        stride_ym = N  # of siblings y is contiguous
+        stride_ym = N  # in a shared-input group, y is contiguous
         s_ptr += tl.cast(module, tl.int64) * stride_sg
         lora_b_address_ptr += module * stride_table
         rank_ptr += module * stride_table
@@ -158,7 +160,8 @@ def _mixed_lora_expand_kernel(
     mask_m = offs_m < stop_m - first_m
     row = tl.load(order_ptr + first_m + offs_m, mask=mask_m, other=0).to(tl.int64)
     held = slot >= 0
-    # Asked for together, though an adapter without a part in the module needs the rank alone.
+    # All are loaded together, although an adapter that does not adapt the module only needs the
+    # rank.
     rank = tl.load(rank_ptr + slot, mask=held, other=0)
     lora_b_address = tl.load(lora_b_address_ptr + slot, mask=held, other=0)
     lora_bias_address = tl.cast(0, tl.int64)
@@ -167,9 +170,9 @@ def _mixed_lora_expand_kernel(
     scale = 1.0
     if scaling_ptr is not None:
         scale = tl.load(scaling_ptr + slot, mask=held, other=0.0)
-    # All that is added to rows of an invalid id is NaN.
+    # The added term is NaN for rows of an invalid id.
     scale = tl.where(slot == INVALID_SLOT, float("nan"), scale)
-    # Also where there is nothing to add: what comes next waits for this launch alone.
+    # Also if there is nothing to add: the next launch waits for this launch alone.
     if PDL:
         tl.extra.cuda.gdc_wait()
 
@@ -178,7 +181,7 @@ def _mixed_lora_expand_kernel(
         first_n = tl.cast(pid_n * BLOCK_N, tl.int64)
         offs_n = tl.arange(0, BLOCK_N)
         mask_n = offs_n < N - pid_n * BLOCK_N
-        # y: [BLOCK_M, BLOCK_N], most of the bytes: asked for first
+        # y: [BLOCK_M, BLOCK_N], most of the bytes, and therefore loaded first
         y_ptr += first_n * stride_yn
         y_ptrs = y_ptr + (row * stride_ym)[:, None] + offs_n[None, :] * stride_yn
         mask_y = mask_m[:, None] & mask_n[None, :]
@@ -188,7 +191,7 @@ def _mixed_lora_expand_kernel(
         lora_b_ptr = factor_pointer(lora_b_address, FACTOR_DTYPE)
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         tensors, place = (s_ptrs, lora_b_ptr), (rank, first_n, N, mask_m, mask_n)
-        # A loop that runs once takes up to twice the registers.
+        # A loop with one iteration takes up to twice as many registers.
         if ONE_BLOCK:
             acc = _add_block(
                 *(acc, 0, tensors, place, stride_sp, PLANES, BLOCK_N, BLOCK_R),
@@ -208,7 +211,7 @@ def _mixed_lora_expand_kernel(
             acc += lora_bias.to(tl.float32)[None, :]
         acc *= scale
         if HAS_DROPOUT:
-            # The row's number among those of its adapter, whatever else is in the batch.
+            # The row's number among the adapter's rows, which no other row of the batch affects.
             first_row = first_m - tl.load(slot_start_ptr + slot, mask=held, other=0)
             seed = tl.load(seed_ptr + slot, mask=held, other=0)
             threshold = tl.load(threshold_ptr + slot, mask=held, other=0)
@@ -231,20 +234,21 @@ def launch_mixed_lora_expand(
     pdl: bool = False,
     dropout: DropoutTables | None = None,
 ) -> None:
-    """Adds each row's own adapter to each module's y in place; rows of invalid ids become NaN.
+    """Add each row's own adapter to the y of each module in place; rows of invalid ids become NaN.
 
-    Of siblings the tables are ``[G, S]``.
+    With several modules, tables are ``[G, S]``.
 
     Args:
-        ys: Of 1 to `MAX_SIBLINGS` modules ``[M, N]``, any strides without overlap; of siblings
-            contiguous. Their dtype is the dtype of the dots.
-        s: Planes ``[splits, M, R]`` of `launch_mixed_lora_shrink`, any dtype; of siblings
-            ``[splits, G, M, R]``.
-        rows: Sorted, with ``Rows.pieces(config.block_m)``: as `row_arguments` takes them.
-        up: What is added.
-        config: That of the launch.
-        pdl: Launch as a programmatic dependent of the kernel before, which must be the shrink.
-        dropout: Of what is added, for the gradient of x; None for none.
+        ys: For each of 1 to `MAX_SIBLINGS` modules ``[M, N]``, any strides without overlap; several
+            must be contiguous. Their dtype is the dtype of the dots.
+        s: Partial sums ``[splits, M, R]`` of `launch_mixed_lora_shrink`, any dtype; for several
+            modules ``[splits, G, M, R]``.
+        rows: Sorted rows with ``Rows.pieces(config.block_m)``, as in `row_arguments`.
+        up: The rank rows to add.
+        config: Config of the launch.
+        pdl: Whether to launch as a programmatic dependent of the previous kernel, which must be the
+            shrink.
+        dropout: Dropout of the added term, for the gradient of x; None for no dropout.
     """
     m, sizes, count = ys[0].shape[0], [y.shape[1] for y in ys], len(ys)
     columns = sum(cdiv(n, config.block_n) for n in sizes)

@@ -1,11 +1,12 @@
-"""Second stage of a mixed batch's gradients: planes summed in a fixed order, scaled, rounded once.
+"""Second stage of a mixed batch's gradients: sum partial sums in a fixed order, scale, round once.
 
-A factor's gradient is the sum of its adapter's planes, which `mixed_lora_grad_b` and
-`mixed_lora_grad_a` wrote: those of the runs of ``rows`` positions that hold rows of the adapter. An
-adapter without rows gets zeros. The same launch sums ds ``[M, R]`` over tiles of N. No atomics, so
-a run repeats bit for bit.
+The gradient of a factor is the sum of its adapter's partial sums, which `lora_grad_b` and
+`lora_grad_a` wrote. There is one for each run of ``rows`` positions that has rows of the adapter.
+An adapter without rows gets zeros. The same launch sums ds ``[M, R]`` over tiles of N. There are no
+atomics, so results are bitwise reproducible.
 
-Bytes moved: 4 an element of every plane, and every element of ds and of the gradients written.
+Bytes moved: 4 per element of each partial sum, and every element of ds and of the gradients
+written once.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from fastlora.kernels.rank_rows import sum_planes
 from fastlora.kernels.tables import KernelConfig, cdiv
 
 
-# M, rows and planes vary from call to call: no compile of its own for 1 or a multiple of 16.
+# M, rows, and planes vary between calls: do not specialize on 1 or multiples of 16.
 @triton.jit(
     do_not_specialize=["M", "rows", "ds_planes", "stride_table"],
     do_not_specialize_on_alignment=TABLES,
@@ -104,7 +105,7 @@ def _mixed_lora_grad_reduce_kernel(
         offs_l = tl.arange(0, BLOCK_L)
         mask_l = offs_l < L - first_l
         if HAS_FACTORS:
-            # Of BLOCK_L rows of L all rank rows: [L, rank] or, unless BY_COLUMN, [rank, L].
+            # For BLOCK_L rows of L, all rank rows: [L, rank] with BY_COLUMN, otherwise [rank, L].
             out = out_ptr + tl.load(offset_ptr + entry)
             planes_ptr += plane * stride_pp + tl.cast(tl.program_id(1), tl.int64) * stride_pg
             for start in tl.range(0, rank, BLOCK_R, num_stages=1):
@@ -150,26 +151,27 @@ def launch_mixed_lora_grad_reduce(
     ds: torch.Tensor | None = None,
     ds_planes: torch.Tensor | None = None,
 ) -> None:
-    """Writes every adapter's gradient of one factor, for G modules, and ds.
+    """Write every adapter's gradient of one factor, for G modules, and ds.
 
     Args:
-        out: All gradients in one buffer, in the factors' dtype; None for ds alone.
-        planes: fp32 ``[P, G, R, L]``, any strides (those of d_lora_b are ``[P, N, R]``, seen so).
-        rows: Sorted, as in the launch that wrote the planes.
+        out: One buffer for all gradients, in the factors' dtype; None to compute ds alone.
+        planes: Partial sums, fp32 ``[P, G, R, L]``, any strides. d_lora_b has ``[P, N, R]``, passed
+            as a view of this shape.
+        rows: Sorted rows, as in the launch that wrote the partial sums.
         rank: int32 ``[G, S]``.
         scaling: fp32 ``[G, S]``; None for 1.
-        offset: int64 ``[G, S]``: where each slot's gradient begins in ``out``.
-        m: Rows of the batch.
-        columns: L, the side of the factor that is no rank.
-        run: Positions of one run, as there.
-        by_column: A gradient lies as ``[L, rank]`` (lora_b), not as ``[rank, L]`` (lora_a).
+        offset: int64 ``[G, S]``, the offset of each slot's gradient in ``out``.
+        m: Number of rows of the batch.
+        columns: L, the dimension of the factor other than the rank.
+        run: Number of positions in a run, as in the launch that wrote the partial sums.
+        by_column: Whether a gradient is ``[L, rank]`` (lora_b) rather than ``[rank, L]`` (lora_a).
         config: From `configs.choose`.
-        bias_planes: fp32 ``[P, L]``, contiguous, for lora_bias; None for none.
-        bias_offset: int64 ``[G, S]``, where each slot's gradient of lora_bias begins in ``out``,
-            -1 for an adapter without one.
-        ds: ``[M, R]``, contiguous, written up to each row's own rank, in fours; for one module,
-            ``G = 1``. None for no ds.
-        ds_planes: fp32 ``[tiles, M, R]``, for ds.
+        bias_planes: Partial sums of lora_bias, fp32 ``[P, L]``, contiguous; None for none.
+        bias_offset: int64 ``[G, S]``, the offset of each slot's gradient of lora_bias in ``out``,
+            or -1 for an adapter without one.
+        ds: ``[M, R]``, contiguous, for one module (``G = 1``). A row is written up to its adapter's
+            rank, rounded up to a multiple of 4. None to compute no ds.
+        ds_planes: Partial sums of ds, fp32 ``[tiles, M, R]``.
     """
     (modules, slots), (_, segment_of, segment_slot, slot_start, _) = rank.shape, rows
     factors = 0 if out is None else slots * cdiv(columns, config.block_n)

@@ -1,25 +1,25 @@
-"""``y = x @ weight.T + bias + scaling * (s @ lora_b.T + lora_bias)``, each row's own adapter.
+"""``y = x @ weight.T + bias + scaling * (s @ lora_b.T + lora_bias)``, with each row's own adapter.
 
-x ``[M, K]`` and y ``[M, N]`` in any order of rows, weight ``[N, K]``, bias ``[N]``; s are the
-planes of `mixed_lora_shrink` over sorted positions, ``[splits, M, R]``; lora_b as rank rows
-``[rank, N]`` and lora_bias ``[N]`` behind tables ``[S]``. One kernel, rounded once: a tile of
-sorted positions runs the K loop of the base GEMM, the same for every mix, and behind that loop adds
-the rank rows of the adapters it holds.
+The rows of x ``[M, K]`` and y ``[M, N]`` are in any order; weight is ``[N, K]`` and bias ``[N]``. s
+consists of the partial sums of the shrink for mixed batches at sorted positions,
+``[splits, M, R]``. Tables ``[S]`` have the addresses of lora_b as rank rows ``[rank, N]``, and of
+lora_bias ``[N]``. There is one kernel, which rounds once. A tile of sorted positions runs the K
+loop of the base GEMM, which is the same for every mix, and then adds the rank rows of its adapters.
 
-The gradient of x is the same kernel: ``dx = dy @ weight + mask * (ds @ lora_a) / (1 - p)`` takes
-weight transposed, lora_a for lora_b and ds for s. With a mask the rank rows come first, so that the
-tile meets it while nothing else is in its one accumulator.
+The same kernel computes the gradient of x, ``dx = dy @ weight + mask * (ds @ lora_a) / (1 - p)``.
+It takes weight transposed, lora_a for lora_b, and ds for s. With a mask, the rank rows are computed
+first, so that they can be masked before anything else is in the only accumulator.
 
-Siblings, up to four modules that are fed by the same x, are one grid over the tiles of all: their
-rows of the tables are neighbours, and s is ``[splits, G, M, R]``.
+Up to four modules of a shared-input group are one grid over the tiles of all. Their rows in the
+tables are adjacent, and s is ``[splits, G, M, R]``.
 
-Bytes moved, e and f an element of x and of the factors: ``e (M K + N K + M N)`` as without
-adapters; ``f N`` a rank row of every adapter present, read once a tile of rows that holds it; and
-``4 splits`` an element of s, read by every column of tiles. Of a weight that is stored as codes its
-loader in `weights` says the bytes.
+Bytes moved, for e bytes per element of x and f per element of factors: ``e (M K + N K + M N)`` as
+without adapters; ``f N`` per rank row of every adapter in the batch, read once per row tile with
+the adapter; and ``4 splits`` per element of s, read by every column of tiles. For a quantized
+weight, its loader in `weights` states the bytes.
 
-Launched as a programmatic dependent of the shrink (``pdl``, sm_90 and up), a program runs its K
-loop while the shrink still works and waits only before it reads s.
+If the kernel is launched as a programmatic dependent of the shrink (``pdl``, sm_90 and later), a
+program runs its K loop while the shrink is still running, and waits only before it reads s.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ from fastlora.kernels.modules import (
 from fastlora.kernels.tables import KernelConfig, cdiv
 
 
-# M, planes and slots vary from call to call: no compile of their own for 1 or a multiple of 16.
+# M, planes, and slots vary between calls: do not specialize on 1 or multiples of 16.
 @triton.jit(
     do_not_specialize=["M", "planes", "stride_table"], do_not_specialize_on_alignment=TABLES
 )
@@ -150,11 +150,11 @@ def _mixed_lora_linear_kernel(
             )
         if HAS_BIAS:
             bias_ptr = of_module(module, bias_ptr, bias_1_ptr, bias_2_ptr, bias_3_ptr, SIBLINGS)
-        if ALIGNED:  # which a choice between tensors hides from the compiler
+        if ALIGNED:  # the compiler cannot know this of a selected tensor
             y_ptr = tl.multiple_of(y_ptr, 16)
             weight_ptr = tl.multiple_of(weight_ptr, 16)
         N = of_module(module, N, N_1, N_2, N_3, SIBLINGS)
-        stride_ym = N  # of siblings y is contiguous
+        stride_ym = N  # in a shared-input group, y is contiguous
         s_ptr += tl.cast(module, tl.int64) * stride_sg
         lora_b_address_ptr += module * stride_table
         rank_ptr += module * stride_table
@@ -181,8 +181,8 @@ def _mixed_lora_linear_kernel(
     tables = lora_b_address_ptr, lora_bias_address_ptr, rank_ptr, scaling_ptr
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for part in tl.static_range(2):
-        # Decided at compile time: the base product, whose loop waits for no s, goes first unless a
-        # mask is to meet the rank rows alone.
+        # Decided at compile time: the base product is first, because its loop does not wait for s,
+        # unless a mask must be applied to the rank rows alone.
         if (part == 0) != HAS_DROPOUT:
             acc = base_product(
                 x_ptr,
@@ -260,30 +260,33 @@ def launch_mixed_lora_linear(
     pdl: bool,
     dropout: DropoutTables | None = None,
 ) -> None:
-    """Writes ``x @ weight.T + bias``, plus each row's own adapter; NaN in rows of invalid ids.
+    """Write ``x @ weight.T + bias`` plus each row's own adapter; NaN in rows of invalid ids.
 
-    Of siblings the tables are ``[G, S]``, all have a bias or none, and y, weight and bias are
-    contiguous.
+    With several modules, tables are ``[G, S]``, all have a bias or none, and y, weight, and bias
+    are contiguous.
 
     Args:
-        ys: Of 1 to `MAX_SIBLINGS` modules ``[M, N]`` in x's dtype, any strides without overlap.
+        ys: For each of 1 to `MAX_SIBLINGS` modules ``[M, N]`` in x's dtype, any strides without
+            overlap.
         x: ``[M, K]``, any strides.
-        weights: Of each ``[N, K]`` in x's dtype, any strides; or codes of all, of one kind.
-        biases: Of each ``[N]``, of one floating-point dtype, or None.
-        s: Planes ``[splits, M, R]`` of `launch_mixed_lora_shrink`, any dtype; of siblings
-            ``[splits, G, M, R]``.
-        rows: Sorted, as `row_arguments` takes them; pieces are not read.
-        up: What is added.
+        weights: For each module ``[N, K]`` in x's dtype, any strides; or quantized weights that are
+            all of one kind.
+        biases: For each module ``[N]``, of one floating-point dtype, or None.
+        s: Partial sums ``[splits, M, R]`` of `launch_mixed_lora_shrink`, any dtype; for several
+            modules ``[splits, G, M, R]``.
+        rows: Sorted rows, as in `row_arguments`. Pieces are not read.
+        up: The rank rows to add.
         config: From `configs.choose`.
-        pdl: Launch as a programmatic dependent of the kernel before, which must be the shrink.
-        dropout: Of the adapters' term, for the gradient of x; None for none.
+        pdl: Whether to launch as a programmatic dependent of the previous kernel, which must be the
+            shrink.
+        dropout: Dropout of the adapters' term, for the gradient of x; None for no dropout.
     """
     weight, bias, (m, k) = weights[0], biases[0], x.shape
     sizes, count = [own.shape[0] for own in weights], len(ys)
     tiles = cdiv(m, config.block_m) * sum(cdiv(n, config.block_n) for n in sizes)
     if tiles == 0:
         return
-    # A hint that goes by M would make a kernel of its own for small batches.
+    # A hint that depends on M would compile a separate kernel for small batches.
     one_row_tile = m <= config.block_m and not config.batch_invariant
     launch(
         _mixed_lora_linear_kernel,

@@ -1,13 +1,13 @@
-"""Mixed batches: what the kernels share about the rows and the rank rows of many adapters.
+"""Shared functions of the kernels for mixed batches, for rows and for rank rows of many adapters.
 
-Rows stand in sorted positions (`fastlora.ops.rows`): x and y are gathered and scattered
-through ``order``, s lies at sorted positions. A module's addresses, ranks and scalings are read
-from tables with one entry a slot; an adapter's own rank bounds every load.
+Rows are in sorted positions (`fastlora.ops.rows`): x and y are gathered and scattered through
+``order``, and s is at sorted positions. Addresses, ranks, and scalings of a module are read from
+tables with one entry per slot. The rank of an adapter bounds every load.
 
-A program of most kernels has one piece, and so one adapter. In the epilogue of `mixed_lora_linear`
-(`add_rank_rows`) the rank rows of all adapters that a tile of positions holds stand side by side as
-its columns: a segment takes a multiple of 16 columns, so that 16 neighbours belong to one adapter,
-and what lies past its true rank is masked.
+In most kernels, a program has one piece, and therefore one adapter. In the epilogue of
+`mixed_lora_linear` (`add_rank_rows`), the rank rows of all adapters in a tile of positions are side
+by side as columns. A segment takes a multiple of 16 columns, so that 16 adjacent columns belong to
+one adapter. Columns beyond its rank are masked.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ import triton.language as tl
 from fastlora.kernels.philox import philox_keep_rows
 from fastlora.kernels.rank_rows import sum_planes
 
-# Columns that belong to one adapter: the K of a tensor-core instruction.
+# Adjacent columns that belong to one adapter: the K dimension of a tensor-core instruction.
 COLUMNS: tl.constexpr = tl.constexpr(16)
-# Slot of rows whose id is out of range (`fastlora.ops.rows.INVALID_SLOT`).
+# Slot of rows with an id out of range (`fastlora.ops.rows.INVALID_SLOT`).
 INVALID_SLOT: tl.constexpr = tl.constexpr(-2)
-# Shrink fills a row of s up to a multiple of this, so that 16 bytes of fp32 are one load.
+# The shrink fills a row of s up to a multiple of this, so that 16 bytes of fp32 are one load.
 S_COLUMNS: tl.constexpr = tl.constexpr(4)
-# Read by single elements: no compile of its own for an address that 16 does not divide.
+# Read element by element: do not specialize kernels on the alignment of these addresses.
 TABLES = [
     "order_ptr",
     "segment_of_ptr",
@@ -55,19 +55,19 @@ _TRITON_DTYPES = {
 
 
 class RankRows(NamedTuple):
-    """Adapters' rank rows behind addresses: those of a shrink, or what adds them to rows of y.
+    """The rank rows of adapters by address: lora_a for a shrink, or lora_b to add to rows of y.
 
-    Tables are ``[G, S]`` for G modules of one launch, else those of one module, ``[S]``. Blocks lie
-    at multiples of 16 bytes, contiguous.
+    Tables are ``[G, S]`` for the G modules of one launch, or ``[S]`` for one module. Factors are
+    contiguous and begin at multiples of 16 bytes.
 
     Attributes:
-        address: int64, where lora_a ``[rank, K]`` lies, or lora_b.
-        bias_address: int64, where lora_bias lies, 0 for none; None if no adapter has one.
-        rank: int32, 0 where the adapter leaves the module alone.
+        address: int64 address of lora_a ``[rank, K]`` or of lora_b.
+        bias_address: int64 address of lora_bias, 0 for none; None if no adapter has one.
+        rank: int32, 0 if the adapter does not adapt the module.
         scaling: fp32; None for 1.
-        dtype: Of what lies behind the addresses; it is cast to the dtype of the dots at the load.
-        largest: No adapter has a larger rank.
-        by_column: Whether lora_b lies as ``[N, rank]`` rather than as rank rows ``[rank, N]``.
+        dtype: Dtype of the factors, which are cast to the dtype of the dots at the load.
+        largest: Upper bound of the ranks.
+        by_column: Whether lora_b is stored as ``[N, rank]`` rather than as rank rows ``[rank, N]``.
     """
 
     address: torch.Tensor
@@ -79,7 +79,7 @@ class RankRows(NamedTuple):
     by_column: bool = False
 
     def arguments(self) -> dict[str, Any]:
-        """Returns the arguments of a kernel that adds them."""
+        """Return the arguments of a kernel that adds the rank rows."""
         return {
             "lora_b_address_ptr": self.address,
             "lora_bias_address_ptr": self.bias_address,
@@ -92,7 +92,7 @@ class RankRows(NamedTuple):
 
 
 class DropoutTables(NamedTuple):
-    """Dropout of one module's adapters, by slot; an adapter without it has a threshold of 0.
+    """Dropout of one module's adapters, by slot. An adapter without dropout has a threshold of 0.
 
     Attributes:
         seed: int64 ``[S]``.
@@ -108,9 +108,9 @@ class DropoutTables(NamedTuple):
     def arguments(
         tables: DropoutTables | None, rows: Sequence[torch.Tensor]
     ) -> dict[str, torch.Tensor | bool | None]:
-        """Returns the arguments of a kernel that may drop elements of sorted rows.
+        """Return the arguments of a kernel that may drop elements of sorted rows.
 
-        A row's number among those of its adapter is its position minus its slot's slot_start.
+        A row's number among its adapter's rows is its position minus the slot_start of its slot.
         """
         found = (None,) * 4 if tables is None else (rows[3], *tables)
         names = ("slot_start_ptr", "seed_ptr", "threshold_ptr", "inv_keep_ptr")
@@ -118,10 +118,10 @@ class DropoutTables(NamedTuple):
 
 
 def row_arguments(rows: Sequence[torch.Tensor], pieces: bool = True) -> dict[str, torch.Tensor]:
-    """Returns the arguments by which a kernel finds its rows, with or without pieces.
+    """Return the arguments with which a kernel finds its rows, with or without pieces.
 
-    ``rows`` are int32 tensors, the first four those of `fastlora.ops.rows.Rows`: order ``[M]``,
-    segment_of ``[M]``, segment_slot ``[segments]``, slot_start ``[S + 1]``, and pieces.
+    ``rows`` are int32 tensors. The first four are those of `fastlora.ops.rows.Rows`: order ``[M]``,
+    segment_of ``[M]``, segment_slot ``[segments]``, and slot_start ``[S + 1]``. Pieces follow.
     """
     order, segment_of, segment_slot, _, starts = rows
     found = {"order_ptr": order, "segment_of_ptr": segment_of, "segment_slot_ptr": segment_slot}
@@ -129,7 +129,7 @@ def row_arguments(rows: Sequence[torch.Tensor], pieces: bool = True) -> dict[str
 
 
 def triton_dtype(dtype: torch.dtype) -> tl.dtype:
-    """Returns Triton's name for the factors' dtype; `TypeError` for one that no kernel reads."""
+    """Return Triton's dtype of the factors; raise `TypeError` if no kernel supports it."""
     if dtype not in _TRITON_DTYPES:
         raise TypeError(f"factors have dtype {dtype}, expected float16, bfloat16 or float32")
     return _TRITON_DTYPES[dtype]
@@ -137,14 +137,14 @@ def triton_dtype(dtype: torch.dtype) -> tl.dtype:
 
 @triton.jit
 def factor_pointer(address, dtype: tl.constexpr):
-    """Returns addresses of factor blocks as pointers; a block starts at a multiple of 16 bytes."""
+    """Return addresses of factors as pointers, known to the compiler as multiples of 16 bytes."""
     pointer = tl.multiple_of(address, 16).to(tl.pointer_type(dtype))
     return tl.multiple_of(pointer, 16)
 
 
 @triton.jit
 def load_piece(piece, piece_start_ptr, segment_of_ptr, segment_slot_ptr, M):
-    """Returns (first_m, stop_m, slot): a piece's positions and adapter; -1 for one of no rows."""
+    """Return (first_m, stop_m, slot) of a piece: its positions, and its slot, -1 if it is empty."""
     first_m = tl.load(piece_start_ptr + piece)
     stop_m = tl.load(piece_start_ptr + piece + 1)
     used = first_m < M
@@ -155,7 +155,7 @@ def load_piece(piece, piece_start_ptr, segment_of_ptr, segment_slot_ptr, M):
 
 @triton.jit
 def round_up(value, to: tl.constexpr):
-    """Returns the next multiple of ``to``, known as one to the compiler."""
+    """Return the next multiple of ``to``, which the compiler knows as one."""
     return tl.multiple_of((value + (to - 1)) // to * to, to)
 
 
@@ -179,24 +179,24 @@ def add_rank_rows(
     BATCH_INVARIANT: tl.constexpr = False,
     BY_COLUMN: tl.constexpr = False,
 ):
-    """Returns acc ``[BLOCK_M, BLOCK_N]`` plus ``scaling * (s @ lora_b.T + lora_bias)`` of each row.
+    """Return acc ``[BLOCK_M, BLOCK_N]`` plus ``scaling * (s @ lora_b.T + lora_bias)`` of each row.
 
-    For the tile of y at sorted position ``first_m`` and output ``first_n`` (int64). The rank rows
-    of its segments stand side by side and go through one dot BLOCK_R columns at a time. Rows of an
-    invalid id become NaN. Without a ``scaling_ptr`` the scaling is 1. With BY_COLUMN a lora_b lies
-    as a parameter does, ``[N, rank]``.
+    The tile of y begins at sorted position ``first_m`` and output ``first_n`` (int64). The rank
+    rows of its segments are side by side and go through one dot, BLOCK_R columns at a time. Rows of
+    an invalid id become NaN. Without a ``scaling_ptr``, the scaling is 1. With BY_COLUMN, lora_b
+    has the layout of a parameter, ``[N, rank]``.
 
-    With BATCH_INVARIANT, which takes BLOCK_R of one block, a dot holds one adapter's columns and
-    leaves every other row of acc as it was: what a row adds up, in which order and from which place
-    in a dot is then its adapter's alone. Otherwise a row's columns start wherever those of the
-    segments before it end, and it lives through dots that are all zeros for it.
+    BATCH_INVARIANT requires a BLOCK_R of one block. A dot then has the columns of one adapter, and
+    the other rows of acc do not change. The terms of a row, their order, and their places in a dot
+    therefore depend on its adapter only. Otherwise, the first column of a row depends on the
+    segments before its own, and the row takes part in dots with zeros only.
     """
     segment_of_ptr, segment_slot_ptr = segments
     lora_b_address_ptr, lora_bias_address_ptr, rank_ptr, scaling_ptr = tables
     first_m, first_n, M, N = place
     offs = tl.arange(0, BLOCK_M)
     row_segment = tl.load(segment_of_ptr + first_m + offs, mask=offs < M - first_m, other=-1)
-    # A tile has at most as many segments as rows: [BLOCK_M] holds them all.
+    # A tile has at most as many segments as rows, so [BLOCK_M] has room for all of them.
     first_segment = tl.load(segment_of_ptr + first_m)
     last_segment = tl.load(segment_of_ptr + min(first_m + BLOCK_M, M) - 1)
     mask = offs <= last_segment - first_segment
@@ -211,7 +211,7 @@ def add_rank_rows(
 
     s_ptr += tl.cast(first_m, tl.int64) * stride_sm
     for start in tl.range(0, num_blocks, BLOCK_R // COLUMNS, num_stages=1):
-        # Of each column its segment, rank row, adapter's rank and scaling, all [BLOCK_R].
+        # For each column its segment, rank row, the adapter's rank, and its scaling, all [BLOCK_R].
         block = start + tl.arange(0, BLOCK_R // COLUMNS)
         # done: [BLOCK_M, BLOCK_R / COLUMNS], the segments that end before this block
         done = ends[:, None] <= block[None, :]
@@ -232,7 +232,7 @@ def add_rank_rows(
         mask_r = r < rank
         row = r
         width = rank
-        if HAS_LORA_BIAS:  # which is the rank row behind the others
+        if HAS_LORA_BIAS:  # the bias is one more rank row
             lora_bias = tl.load(lora_bias_address_ptr + slot, mask=inside, other=0)
             is_bias = (r == rank) & (lora_bias != 0)
             address = tl.where(is_bias, lora_bias, address)
@@ -247,11 +247,12 @@ def add_rank_rows(
             b_ptrs = factor_pointer(address, FACTOR_DTYPE) + tl.cast(row, tl.int64) * N + first_n
             b_ptrs = b_ptrs[:, None] + offs_n[None, :]
         mask_b = mask_r[:, None] & (offs_n < N - first_n)[None, :]
-        # b: [BLOCK_R, BLOCK_N], in its own dtype, zeros past an adapter's rank
+        # b: [BLOCK_R, BLOCK_N] in its own dtype, with zeros beyond an adapter's rank
         b = tl.load(b_ptrs, mask=mask_b, other=0.0)
 
-        # The dot runs over everybody's columns, so both operands are selected: s is zero where the
-        # row is not the column's own; what is not finite in b is left out, then set in own rows.
+        # The dot has columns of several adapters, so both operands are selected. s is zero in
+        # columns of other adapters. Non-finite elements of b are left out here, and set in the
+        # adapter's rows later.
         offs_m = tl.arange(0, BLOCK_M)
         own = row_segment[:, None] == segment[None, :]
         s_ptrs = s_ptr + offs_m[:, None] * stride_sm + r[None, :]
@@ -267,7 +268,8 @@ def add_rank_rows(
         # [BLOCK_M, BLOCK_R] x [BLOCK_R, BLOCK_N]
         added = tl.dot(s.to(dtype), clean, acc, input_precision=INPUT_PRECISION)
         if BATCH_INVARIANT:
-            # Not left to arithmetic: -0.0 plus zeros is 0.0, and an instruction may round acc anew.
+            # Arithmetic would not be exact: -0.0 plus zeros is 0.0, and an instruction may round
+            # acc again.
             added = tl.where(row_segment[:, None] == tl.max(segment, axis=0), added, acc)
         acc = added
         spoilt = tl.where(finite, 0, 1)
@@ -277,14 +279,14 @@ def add_rank_rows(
                 hit = (row_segment == one)[:, None] & (columns != 0)[None, :]
                 acc = tl.where(hit, float("nan"), acc)
 
-    # Invalid ids sort before all others.
+    # Rows with invalid ids come first.
     invalid = (row_segment == 0) & (tl.load(segment_slot_ptr) == INVALID_SLOT)
     return tl.where(invalid[:, None], float("nan"), acc)
 
 
 @triton.jit
 def _columns_of(blocks, BLOCK_R: tl.constexpr):
-    """Returns the value of each column's block, ``[BLOCK_R]``."""
+    """Return the value of each column's block, ``[BLOCK_R]``."""
     spread = tl.broadcast_to(blocks[:, None], (BLOCK_R // COLUMNS, COLUMNS))
     return tl.reshape(spread, (BLOCK_R,))
 
@@ -293,10 +295,11 @@ def _columns_of(blocks, BLOCK_R: tl.constexpr):
 def drop_rows(
     acc, segments, drop, first_m, first_n, M, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):
-    """Returns acc ``[BLOCK_M, BLOCK_N]`` after the dropout of each row's own adapter.
+    """Return acc ``[BLOCK_M, BLOCK_N]`` after the dropout of each row's own adapter.
 
-    For the tile at sorted position ``first_m`` and column ``first_n``. By selection, so that
-    nothing of a dropped element is left; rows without an adapter stay.
+    The tile begins at sorted position ``first_m`` and column ``first_n``. Elements are selected
+    rather than multiplied, so that nothing of a dropped element remains. Rows without an adapter do
+    not change.
     """
     segment_of_ptr, segment_slot_ptr = segments
     slot_start_ptr, seed_ptr, threshold_ptr, inv_keep_ptr = drop
@@ -321,13 +324,14 @@ def sibling_columns(
     G: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """Returns (sibling, r, own, filled) of columns ``[BLOCK_R]`` that hold G modules' rank rows.
+    """Return (sibling, r, own, filled) of columns ``[BLOCK_R]`` with the rank rows of G modules.
 
-    A slot's rank rows of all modules stand side by side, each module's filled up to fours: ``own``
-    says which columns are rank rows, ``filled`` which are these or the filling.
+    The rank rows of a slot in all modules are side by side, and each module is filled up to a
+    multiple of 4 columns. ``sibling`` is the module and ``r`` the rank row of a column. ``own``
+    says which columns are rank rows, and ``filled`` also includes the filling.
     """
     sibling = tl.zeros((BLOCK_R,), dtype=tl.int32)
-    r = column  # past the last one too, what a caller says of r's alignment holds
+    r = column  # beyond the last one too, so that callers can rely on r's alignment
     own = column < 0
     filled = column < 0
     begin = 0

@@ -1,11 +1,11 @@
-"""The rows of a mixed batch, sorted by slot: what `fastlora.ops.rows.Rows` holds, in one launch.
+"""The rows of a mixed batch sorted by slot (`fastlora.ops.rows.Rows`), in one launch.
 
-ids ``[B]``, each of ``M / B`` rows in sequence. One program: it sorts ids in registers, by slot and
-then by place, leaves them where its threads find them again, and walks the sorted positions. A
-batch has few ids, and a launch costs more than the work: of B log^2 B comparisons, and one pass
-over M positions.
+Each of the ids ``[B]`` has ``M / B`` adjacent rows. There is one program. It sorts the ids in
+registers, by slot and then by place, stores them where its threads can read them again, and walks
+through the sorted positions. A batch has few ids, so a launch costs more than its work: B log^2 B
+comparisons, and one pass over M positions.
 
-Bytes moved: ``8 B`` of ids, ``8 B`` there and back of sorted ids, and 4 for each element written.
+Bytes moved: ``8 B`` for ids, ``8 B`` to store and load sorted ids, and 4 per element written.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from fastlora.kernels.mixed_rows import INVALID_SLOT, row_arguments
 from fastlora.kernels.tables import KernelConfig
 
 NO_SLOT = tl.constexpr(-1)
-# More ids than this have no single program: sorted, they would not fit its registers.
+# With more ids, the sorted ids would not fit the registers of one program.
 MAX_IDS = 2048
 _LEAST_IDS = 64
-# A slot and a place, side by side in one int32.
+# A slot and a place, packed into one int32.
 _MAX_KEYS = 2**31
-# Positions of one step.
+# Number of positions in one step.
 _STEP = 1024
 
 
-# All sizes vary from call to call: no compile of their own for 1 or a multiple of 16.
+# All sizes vary between calls: do not specialize the kernel on 1 or multiples of 16.
 @triton.jit(
     do_not_specialize=["B", "M", "each", "slots", "segments", "pieces", "block_m"],
     do_not_specialize_on_alignment=["ids_ptr"],
@@ -65,7 +65,7 @@ def _mixed_rows_sort_kernel(
     ids = tl.load(ids_ptr + offs_b * stride_ids, mask=offs_b < B, other=0).to(tl.int64)
     valid = (ids >= NO_SLOT) & (ids < slots)
     slot = tl.where(valid, ids, INVALID_SLOT).to(tl.int32)
-    # A key is the slot, counted from the invalid one, above the place; past B the largest.
+    # A key is the slot, counted from INVALID_SLOT, above the place. Keys beyond B are the largest.
     key = tl.where(offs_b < B, (slot - INVALID_SLOT) * IDS + offs_b, 2147483647)
     key = tl.sort(key)
     slot = key // IDS + INVALID_SLOT
@@ -73,10 +73,10 @@ def _mixed_rows_sort_kernel(
     tl.store(place_ptr + offs_b, key % IDS, mask=offs_b < B)
     invalid = tl.max((slot == INVALID_SLOT).to(tl.int32), axis=0)
     tl.store(invalid_ptr, invalid)
-    tl.debug_barrier()  # other threads read what these wrote
+    tl.debug_barrier()  # other threads read the stored ids
 
     offs = tl.arange(0, STEP)
-    segment = tl.cast(0, tl.int32)  # that have begun before a step
+    segment = tl.cast(0, tl.int32)  # number of segments that begin before this step
     piece = tl.cast(0, tl.int32)
     for first in range(0, M, STEP):
         position = first + offs
@@ -97,7 +97,7 @@ def _mixed_rows_sort_kernel(
             tl.store(piece_start_ptr + number, position, mask=begins)
             piece += tl.sum(begins.to(tl.int32), axis=0)
 
-    # Entries that no segment and no piece uses.
+    # Entries that no segment or piece uses.
     for first in range(0, segments, STEP):
         unused = (first + offs >= segment) & (first + offs < segments)
         tl.store(segment_slot_ptr + first + offs, NO_SLOT, mask=unused)
@@ -118,7 +118,7 @@ def _mixed_rows_sort_kernel(
 
 
 def can_sort(ids: int, slots: int) -> bool:
-    """Whether one program sorts so many ids of so many slots."""
+    """Return whether one program can sort this many ids of this many slots."""
     return 0 < ids <= MAX_IDS and (slots + 3) * MAX_IDS < _MAX_KEYS
 
 
@@ -131,13 +131,13 @@ def launch_mixed_rows_sort(
     block_m: int,
     config: KernelConfig,
 ) -> None:
-    """Writes all but ids.
+    """Write the sorted rows.
 
     Args:
-        ids: Integers ``[B]`` that `can_sort` takes, any stride; B divides M.
-        rows: What `row_arguments` takes, contiguous; `fastlora.ops.rows.Rows` says how many
-            elements each has. Pieces are empty for ``block_m = 0``.
-        invalid: bool ``[1]``.
+        ids: Integers ``[B]`` that `can_sort` accepts, any stride. B divides M.
+        rows: The tensors of `row_arguments`, contiguous, in the sizes that `fastlora.ops.rows.Rows`
+            lists. Pieces are empty if ``block_m`` is 0.
+        invalid: bool ``[1]``, which receives whether any id is invalid.
         block_m: Rows of a tile.
         config: From `configs.choose`.
     """

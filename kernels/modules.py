@@ -1,7 +1,8 @@
-"""Siblings of one launch: modules that are fed by the same x, as the arguments of a kernel.
+"""The modules of one launch, which have the same input x, as kernel arguments.
 
-A kernel takes the first module's values under plain names (``y_ptr``, ``N``) and the others' under
-numbered ones (``y_1_ptr``, ``N_1``). On the device `of_module` takes a tile's own.
+A kernel receives the values of the first module under plain names (``y_ptr``, ``N``), and the
+values of the others under numbered names (``y_1_ptr``, ``N_1``). On the device, `of_module` selects
+the values of a tile's module.
 """
 
 from __future__ import annotations
@@ -17,20 +18,20 @@ from fastlora.coded_weight import Coded
 from fastlora.kernels.arguments import numbered, strides
 from fastlora.kernels.weights import loader_of
 
-# A matrix, or codes that a loader decodes.
+# A dense matrix, or quantized data that a loader decodes.
 Weight = torch.Tensor | Coded
 
 
 class Module(NamedTuple):
-    """A module of a launch. What siblings have is contiguous.
+    """A module of a launch. With several modules, all tensors are contiguous.
 
     Attributes:
-        y: ``[M, N]`` in x's dtype; planes of it, fp32 ``[splits, M, N]``, where programs share K.
-        lora_b: ``[N, R]``, any strides, x's dtype or one that is cast to it at the load.
+        y: ``[M, N]`` in x's dtype, or fp32 partial sums ``[splits, M, N]`` if programs share K.
+        lora_b: ``[N, R]``, any strides, in x's dtype or in a dtype that is cast to it at the load.
         scaling: fp32 ``[1]``, or ``[R]`` with one value per rank row; None for 1.
         bias: ``[N]``, any floating-point dtype, or None.
-        weight: ``[N, K]`` in x's dtype, any strides; codes, of siblings all of one kind; None for a
-            kernel that reads none.
+        weight: ``[N, K]`` in x's dtype with any strides; or a quantized weight, of one kind for all
+            modules; or None for a kernel that reads no weight.
     """
 
     y: torch.Tensor
@@ -41,7 +42,7 @@ class Module(NamedTuple):
 
 
 def named_modules(modules: Sequence[Module], *, weight: bool) -> dict[str, Any]:
-    """Returns the kernel arguments of 1 to `MAX_SIBLINGS` modules; None and 0 for those unused."""
+    """Return the kernel arguments of 1 to `MAX_SIBLINGS` modules; unused ones are None or 0."""
     first, count = modules[0], len(modules)
     weights = [own.weight for own in modules]
     blocks = [*(t for own in modules for t in (own.y, own.lora_b)), *pointers_of(weights)]
@@ -63,7 +64,7 @@ def named_modules(modules: Sequence[Module], *, weight: bool) -> dict[str, Any]:
 
 
 def named_weights(weights: Sequence[Weight | None]) -> dict[str, Any]:
-    """Returns the kernel arguments that point to the weights of 1 to `MAX_SIBLINGS` modules."""
+    """Return the kernel arguments that point to the weights of 1 to `MAX_SIBLINGS` modules."""
     parts = [own.parts if isinstance(own, Coded) else None for own in weights]
     return {
         **numbered("weight{}_ptr", pointers_of(weights)),
@@ -72,12 +73,12 @@ def named_weights(weights: Sequence[Weight | None]) -> dict[str, Any]:
 
 
 def pointers_of(weights: Sequence[Weight | None]) -> list[torch.Tensor | None]:
-    """Returns the tensor of each weight: the matrix, or its codes."""
+    """Return the tensor of each weight: the dense matrix, or the quantized values."""
     return [own.codes if isinstance(own, Coded) else own for own in weights]
 
 
 def are_of_a_kind(weights: Sequence[Weight]) -> bool:
-    """Whether one launch takes all of these: matrices, or codes that are read alike."""
+    """Return whether one launch can read all weights: dense ones, or quantized ones of one kind."""
     kinds = {
         (own.kind, own.block if loader_of(own.kind).by_block else 0, own.transposed)
         if isinstance(own, Coded)
@@ -88,7 +89,10 @@ def are_of_a_kind(weights: Sequence[Weight]) -> bool:
 
 
 def weight_arguments(weight: Weight) -> dict[str, Any]:
-    """Returns how a kernel reads the weights of a launch, all of which are as one is."""
+    """Return the arguments that tell a kernel how to read the weights of a launch.
+
+    All of them are like ``weight``.
+    """
     if isinstance(weight, Coded):
         loader = loader_of(weight.kind)
         return {
@@ -109,13 +113,16 @@ def weight_arguments(weight: Weight) -> dict[str, Any]:
 
 
 def are_aligned(blocks: Sequence[torch.Tensor | None]) -> bool:
-    """Whether blocks lie at multiples of 16 bytes, which a choice between siblings hides."""
+    """Return whether all tensors begin at multiples of 16 bytes.
+
+    The compiler cannot know this of a tensor that is selected among modules.
+    """
     return all(block is None or block.data_ptr() % 16 == 0 for block in blocks)
 
 
 @triton.jit
 def of_module(module, value_0, value_1, value_2, value_3, SIBLINGS: tl.constexpr):
-    """Returns a value of the module that a tile belongs to, in a grid over siblings' tiles."""
+    """Return the value that belongs to a tile's module, in a grid over the tiles of all modules."""
     value = tl.where(module == 1, value_1, value_0)
     if SIBLINGS > 2:
         value = tl.where(module == 2, value_2, value)
@@ -126,9 +133,9 @@ def of_module(module, value_0, value_1, value_2, value_3, SIBLINGS: tl.constexpr
 
 @triton.jit
 def module_of_tile(pid, rows, sizes, BLOCK_N: tl.constexpr, SIBLINGS: tl.constexpr):
-    """Returns (module, its tile), where the tiles of one module come after the other's.
+    """Return (module, its tile) for a grid in which the tiles of one module follow another's.
 
-    Those of a module are ``rows`` row tiles by its blocks of N; ``sizes`` are every N.
+    A module has ``rows`` row tiles times its blocks of N. ``sizes`` are the N of all modules.
     """
     begin_1 = rows * tl.cdiv(sizes[0], BLOCK_N)
     begin_2 = begin_1 + rows * tl.cdiv(sizes[1], BLOCK_N)

@@ -1,10 +1,10 @@
-"""``out = planes.sum(0)`` of up to four outputs in one launch, in a fixed order.
+"""``out = planes.sum(0)`` for up to four outputs in one launch, in a fixed order.
 
-planes ``[P, ...]`` fp32, out ``[...]``, each contiguous: the second stage of a reduction whose
-first stage wrote a plane for each part of the rows, or of the columns. No atomics, so a run repeats
-bit for bit.
+planes ``[P, ...]`` are fp32 partial sums, and out is ``[...]``; all are contiguous. This is the
+second stage of a reduction with a first stage that writes one partial sum for each part of the
+rows, or of the columns. There are no atomics, so results are bitwise reproducible.
 
-Bytes moved, e an element of out: ``(4 P + e)`` an element.
+Bytes moved, for e bytes per element of out: ``(4 P + e)`` per element.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ _BLOCK = 1024
 
 @triton.jit
 def _sum_block(out_ptr, planes_ptr, block, size, planes, BLOCK: tl.constexpr):
-    """Writes one block of an output of ``size`` elements."""
+    """Write one block of an output with ``size`` elements."""
     first = tl.cast(block, tl.int64) * BLOCK
     offs = tl.arange(0, BLOCK)
     mask = offs < size - first
     planes_ptr += first
     total = tl.zeros((BLOCK,), dtype=tl.float32)
-    # Four loads in flight: a plane waits for none before it.
+    # Four loads in flight: no load waits for an earlier one.
     for plane in tl.range(0, planes, num_stages=1, loop_unroll_factor=4):
         # plane: [BLOCK]
         total += tl.load(planes_ptr + tl.cast(plane, tl.int64) * size + offs, mask=mask, other=0.0)
     tl.store(out_ptr + first + offs, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-# The numbers of planes follow the batch: no compile of its own for 1 or a multiple of 16.
+# The numbers of partial sums depend on the batch: do not specialize on 1 or multiples of 16.
 @triton.jit(do_not_specialize=["planes", "planes_1", "planes_2", "planes_3"])
 def _plane_sums_kernel(
     # tensors
@@ -78,11 +78,11 @@ def _plane_sums_kernel(
 def launch_plane_sums(
     outs: Sequence[torch.Tensor], planes: Sequence[torch.Tensor], *, config: KernelConfig
 ) -> None:
-    """Writes the sum of each stack of planes.
+    """Write the sum of each stack of partial sums.
 
     Args:
         outs: 1 to `MAX_SIBLINGS` tensors, contiguous, any floating dtype.
-        planes: For each an fp32 tensor ``[P, *out.shape]``, contiguous.
+        planes: For each output an fp32 tensor ``[P, *out.shape]``, contiguous.
         config: From `configs.choose`.
     """
     sizes = [out.numel() for out in outs]

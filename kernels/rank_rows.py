@@ -1,4 +1,4 @@
-"""Rank rows: what linear and expand share about the factors of a tile's adapter.
+"""Shared functions of linear and expand for the factors of a tile's adapter.
 
 A rank row is one row of ``lora_a [R, K]`` with its column of ``lora_b [N, R]`` and its scaling.
 """
@@ -15,7 +15,7 @@ from fastlora.kernels.arguments import strides
 
 
 def shrunk_arguments(s: torch.Tensor, s_out: torch.Tensor | None) -> dict[str, Any]:
-    """Returns the arguments of a kernel that reads s by `load_shrunk`, and writes it on request."""
+    """Return the arguments of a kernel that reads s by `load_shrunk`, and may store it in s_out."""
     return {
         "s_ptr": s,
         "s_out_ptr": s_out,
@@ -28,11 +28,12 @@ def shrunk_arguments(s: torch.Tensor, s_out: torch.Tensor | None) -> dict[str, A
 
 @triton.jit
 def load_rank_columns(factor, start, mask_n, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr):
-    """Returns the adapter's columns ``start`` to ``start + BLOCK_R`` of lora_b, and their scaling.
+    """Return the columns ``start`` to ``start + BLOCK_R`` of lora_b, and their scaling.
 
-    As they lie in memory: arithmetic here would wait for the loads, in `scale_rank_columns` it
-    waits behind whatever comes between. Columns past the rank are zeros. A factor is pointers to
-    the tile's first output row of lora_b and to its scaling, None for 1; the rank; and strides.
+    Both are returned as they are in memory. Arithmetic would wait for the loads here. In
+    `scale_rank_columns`, it waits after whatever comes between. Columns beyond the rank are zeros.
+    A factor consists of pointers to the tile's first output row of lora_b and to its scaling (None
+    for 1), the rank, and strides.
     """
     lora_b_ptr, scaling_ptr, rank, stride_bn, stride_br, stride_scaling = factor
     offs_n = tl.arange(0, BLOCK_N)
@@ -54,10 +55,10 @@ def load_rank_columns(factor, start, mask_n, BLOCK_N: tl.constexpr, BLOCK_R: tl.
 
 @triton.jit
 def scale_rank_columns(b, scale, dtype: tl.constexpr):
-    """Returns ``scale * b`` in ``dtype``, ``[BLOCK_R, BLOCK_N]``.
+    """Return ``scale * b`` in ``dtype``, ``[BLOCK_R, BLOCK_N]``.
 
-    The scaling goes into lora_b, not into s: it needs no shrink, fp32 masters are rounded once, and
-    fp16 s stays in range.
+    The scaling is applied to lora_b and not to s, for three reasons: it does not have to wait for
+    the shrink, fp32 factors are rounded once, and an fp16 s does not overflow.
     """
     return (b.to(tl.float32) * scale[:, None]).to(dtype)
 
@@ -72,10 +73,10 @@ def load_shrunk(
     BLOCK_R: tl.constexpr,
     PLANES: tl.constexpr,
 ):
-    """Returns columns ``start`` to ``start + BLOCK_R`` of s in ``dtype``, ``[BLOCK_M, BLOCK_R]``.
+    """Return columns ``start`` to ``start + BLOCK_R`` of s in ``dtype``, ``[BLOCK_M, BLOCK_R]``.
 
-    ``shrunk`` is a pointer to the tile's first row, the rank, and strides. The planes of a split
-    shrink are summed in fp32, in their order, and rounded once.
+    ``shrunk`` has a pointer to the tile's first row, the rank, and strides. The partial sums of a
+    split-K shrink are added in fp32, in order, and rounded once.
     """
     s_ptr, rank, stride_sp, stride_sm, stride_sr = shrunk
     offs_m = tl.arange(0, BLOCK_M)
@@ -96,9 +97,10 @@ def sum_planes(
     BLOCK_R: tl.constexpr,
     IN_FLIGHT: tl.constexpr = 4,
 ):
-    """Returns the sum of a tile's planes in their order, fp32 ``[BLOCK_M, BLOCK_R]``."""
+    """Return the sum of a tile's partial sums in order, fp32 ``[BLOCK_M, BLOCK_R]``."""
     s = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
-    # A loop keeps the loads in their own layout; so many in flight bound the registers.
+    # The loop keeps the loads in their own layout. The number of loads in flight bounds the
+    # registers.
     for plane in tl.range(0, planes, num_stages=1, loop_unroll_factor=IN_FLIGHT):
         # s: [BLOCK_M, BLOCK_R]
         s += tl.load(s_ptrs + tl.cast(plane, tl.int64) * stride_sp, mask=mask, other=0.0)

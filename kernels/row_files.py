@@ -1,8 +1,8 @@
-"""Files of rows: JSON with ``rows``, one a line, in the order in which they are asked.
+"""Files of rows: JSON with ``rows``, one per line, in order of precedence.
 
-A row names its launch, its kind, and the columns of `chips.Row` that are not the default. Columns
-of ``NOTES`` are for readers. What else a file says of itself is for readers too, but for ``like``
-in a file of candidates (`fastlora.kernels.tables`).
+A row names its launch, its kind, and the columns of `chips.Row` that differ from the default. The
+columns in ``NOTES`` are for readers, and so are other entries of a file, except for ``like`` in a
+file of candidates (`fastlora.kernels.tables`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _DEFAULTS = {field.name: field.default for field in dataclasses.fields(Row)}
 
 
 class Entry(NamedTuple):
-    """A row of a file, and the launch and kind in whose table it belongs."""
+    """A row of a file, with the launch and kind of the table that it belongs to."""
 
     launch: str
     kind: str
@@ -27,10 +27,11 @@ class Entry(NamedTuple):
 
 
 def read(path: Path) -> tuple[list[Entry], str]:
-    """Returns the rows of a file, and the name of another one that it is like, or "".
+    """Return the rows of a file, and the name of another file that it is like, or "".
 
     Raises:
-        ValueError: It is no JSON, or a row has an unknown column or a value of another type.
+        ValueError: The file is not JSON, or a row has an unknown column or a value of the wrong
+            type.
     """
     try:
         text = json.loads(path.read_text(encoding="utf-8"))
@@ -47,7 +48,7 @@ def read(path: Path) -> tuple[list[Entry], str]:
 
 
 def columns_of(entry: Entry) -> dict[str, Any]:
-    """Returns what `read` turns back into the entry."""
+    """Return the columns from which `read` restores the entry."""
     launch, kind, row = entry
     own = {name: value for name, value in vars(row).items() if value != _DEFAULTS[name]}
     return {"launch": launch, "kind": kind, **own}

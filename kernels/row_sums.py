@@ -1,19 +1,19 @@
-"""Sums over rows, which the kernels of factors' gradients share."""
+"""Sums over rows, which the kernels for factor gradients share."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-# In registers a sum over rows is kept as so many sums, added up at its end.
+# In registers, a sum over rows is split into this many sums, which are added at the end.
 _PARTS = tl.constexpr(8)
-# By a product it is so many equal columns, the fewest that a product may have.
+# As a product, a sum over rows has this many equal columns, the smallest number for a product.
 _ONES = tl.constexpr(16)
 
 
 @triton.jit
 def zero_row_sums(BLOCK_N: tl.constexpr, BY_PRODUCT: tl.constexpr):
-    """Returns what `add_row_sums` begins with for tiles ``[BLOCK_M, BLOCK_N]``."""
+    """Return the initial value for `add_row_sums` with tiles ``[BLOCK_M, BLOCK_N]``."""
     if BY_PRODUCT:
         sums = tl.zeros((BLOCK_N, _ONES), dtype=tl.float32)
     else:
@@ -25,15 +25,16 @@ def zero_row_sums(BLOCK_N: tl.constexpr, BY_PRODUCT: tl.constexpr):
 def add_row_sums(
     sums, tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BY_PRODUCT: tl.constexpr
 ):
-    """Returns sums of rows plus the rows of ``tile [BLOCK_M, BLOCK_N]``, in fp32.
+    """Return column sums plus the rows of ``tile [BLOCK_M, BLOCK_N]``, in fp32.
 
-    A product with ones, for 16 bits on sm_90, reads the tile from shared memory, as other products
-    do. Triton 3.6 to 3.9 gives a tile that is also read into registers one buffer too few there: it
-    copies a later tile over one that a product in flight still reads.
+    A product with ones, which is used for 16 bits on sm_90, reads the tile from shared memory, as
+    other products do. If a tile is also read into registers there, Triton 3.6 to 3.9 allocates one
+    buffer too few: it copies a later tile over a tile that a product in flight still reads.
 
-    In registers a product of the same tile must therefore be waited for in its own step. Each of
-    eight sums takes every eighth row, so that the error grows with an eighth of the rows: one sum,
-    row after row as the interpreter adds them, has up to three times that of PyTorch's.
+    In registers, a product of the same tile must therefore finish in its own step. Each of eight
+    sums takes every eighth row, so that the error grows with an eighth of the rows. A single sum
+    that adds row after row, as the interpreter does, has up to three times the error of PyTorch's
+    sum.
     """
     if BY_PRODUCT:
         # [BLOCK_N, BLOCK_M] x [BLOCK_M, 16]
@@ -47,14 +48,14 @@ def add_row_sums(
 
 @triton.jit
 def total_row_sums(sums, BY_PRODUCT: tl.constexpr):
-    """Returns the sums ``[BLOCK_N]`` that `add_row_sums` has made."""
-    # Columns of a product are equal.
+    """Return the sums ``[BLOCK_N]`` from the result of `add_row_sums`."""
+    # The columns of a product are equal.
     return tl.max(sums, axis=1) if BY_PRODUCT else tl.sum(sums, axis=0)
 
 
 @triton.jit
 def zero_sum(C: tl.constexpr, BLOCK_R: tl.constexpr, RANK_ROWS_FIRST: tl.constexpr):
-    """Returns what `add_rows` begins with for tiles ``[BLOCK_M, C]``."""
+    """Return the initial value for `add_rows` with tiles ``[BLOCK_M, C]``."""
     if RANK_ROWS_FIRST:
         acc = tl.zeros((BLOCK_R, C), dtype=tl.float32)
     else:
@@ -74,11 +75,11 @@ def add_rows(
     RANK_ROWS_FIRST: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
-    """Returns ``acc + tile.T @ s``, ``[C, BLOCK_R]``, or its transpose with RANK_ROWS_FIRST.
+    """Return ``acc + tile.T @ s``, ``[C, BLOCK_R]``, or its transpose with RANK_ROWS_FIRST.
 
-    ``tile [BLOCK_M, C]`` is loaded; s lies at ``s_ptr`` plus the offsets of its rows and columns.
-    Where tensor cores take 16 rows the rank rows come first: only then is the tile, which would
-    otherwise be transposed, copied asynchronously.
+    ``tile [BLOCK_M, C]`` is already loaded. s is at ``s_ptr`` plus the offsets of its rows and
+    columns. If tensor cores take 16 rows, rank rows come first. Otherwise the tile would have to be
+    transposed, and would not be copied asynchronously.
     """
     if RANK_ROWS_FIRST:
         # s: [BLOCK_R, BLOCK_M]
@@ -97,7 +98,7 @@ def add_rows(
 
 @triton.jit
 def store_sum(out_ptr, acc, offs_c, offs_r, mask_c, mask_r, RANK_ROWS_FIRST: tl.constexpr):
-    """Writes the sum of `add_rows` in out's dtype, at offsets of its columns and rank rows."""
+    """Store the sum of `add_rows` in out's dtype, at the offsets of its columns and rank rows."""
     acc = acc.to(out_ptr.dtype.element_ty)
     if RANK_ROWS_FIRST:
         mask = mask_c[None, :] & mask_r[:, None]

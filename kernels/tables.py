@@ -1,7 +1,8 @@
-"""The tables of all chips, what their rows are about, and the config that a row becomes.
+"""The tables of all chips, the launches that their rows belong to, and the config of a row.
 
-The folder ``candidates`` holds a file of rows (`row_files`) for each family of chips.
-`fastlora.kernels.configs` chooses rows; `fastlora.kernels.measurements` puts measured ones first.
+The folder ``candidates`` has a file of rows (`row_files`) for each family of chips.
+`fastlora.kernels.configs` chooses rows, and `fastlora.kernels.measurements` puts measured rows
+first.
 """
 
 from __future__ import annotations
@@ -17,17 +18,17 @@ import torch
 from fastlora.kernels import row_files
 from fastlora.kernels.chips import Chip, Row, Table
 
-# Each plane is read back by every column of linear's tiles, so the shrink splits no further.
+# Every column of a linear's tiles reads each partial sum, so the shrink uses no more splits.
 MAX_SPLITS = 8
-# Each plane of a linear is written and read back, 8 bytes an element of y.
+# Each partial sum of a linear is written and read back, 8 bytes per element of y.
 MAX_WEIGHT_SPLITS = 4
-# Siblings of one read of x in `lora_grad_a`, and the rank rows of all of them that a tile holds.
+# Maximum number of modules in one `lora_grad_a`, and of their rank rows in a tile.
 MAX_SIBLINGS = 4
 MAX_RANK_ROWS = 192
-# Rank rows of one dot in the mode: a block of one adapter, never two adapters side by side.
+# Rank rows of one dot in the batch-invariant mode: a block of one adapter, never of two adapters.
 INVARIANT_BLOCK_R = 16
 
-# By arch, where there are measurements: these, then the family's candidates. See `put_first`.
+# By arch, if there are measurements: these, followed by the family's candidates. See `put_first`.
 MEASURED: dict[str, Table] = {}
 _KERNELS = {
     "coded_lora_linear": "lora_linear",
@@ -41,8 +42,8 @@ _KERNELS = {
     "mixed_lora_grad_x": "mixed_lora_linear",
     "mixed_lora_grad_x_add": "mixed_lora_expand",
 }
-# The axes of the output that a kernel's programs share out, and the axis that splits divide. The
-# others have a program for each piece of a mixed batch, or one tile for every problem.
+# For each kernel, the axes of the output that its programs divide, and the axis of splits. Other
+# kernels have a program for each piece of a mixed batch, or one tile for all problems.
 GRIDS = {
     "lora_shrink": ("mr", "k"),
     "lora_linear": ("mn", ""),
@@ -51,7 +52,7 @@ GRIDS = {
     "lora_grad_a": ("kr", "m"),
     "mixed_lora_linear": ("mn", ""),
 }
-# Launches that plans are about: those of the plan "fused".
+# Launches that have plans: the launches of the plan "fused".
 PLANNED = (
     "lora_linear",
     "lora_grad_x",
@@ -62,30 +63,30 @@ PLANNED = (
     "coded_lora_grad_x",
     "coded_mixed_lora_linear",
 )
-# Those that share out K where a chip is not full.
+# Launches in which programs share K if the chip is not full.
 OF_DECODE = ("lora_linear", "coded_lora_linear")
-# Kernels that take all ranks in one program, in chunks if need be.
+# Kernels in which one program processes all ranks, in chunks if necessary.
 CHUNKED = ("lora_linear", "lora_expand", "mixed_lora_expand")
-# Kernels of mixed batches with one BLOCK_R, the rank rows of one dot, for every rank.
+# Kernels of mixed batches that use one BLOCK_R, the rank rows of a dot, for every rank.
 ANY_RANK = ("mixed_lora_linear", "mixed_lora_grad_reduce")
 
 
 @dataclass(frozen=True, kw_only=True)
 class KernelConfig:
-    """How a kernel is launched: its tile, what follows from the problem, and Triton's options.
+    """How to launch a kernel: its tile, settings that follow from the problem, Triton's options.
 
     Attributes:
-        block_m: The tile, with ``block_n``, ``block_k`` and ``block_r``: as in `chips.Row`.
-        num_warps: Of one program.
-        num_stages: Of the pipelined loop.
-        max_registers: A thread's; None to leave it to the compiler.
+        block_m: The tile, with ``block_n``, ``block_k``, and ``block_r``: as in `chips.Row`.
+        num_warps: Warps of a program.
+        num_stages: Stages of the pipelined loop.
+        max_registers: Limit of registers per thread; None to leave it to the compiler.
         input_precision: How fp32 dots round, "ieee" or "tf32"; "" for a kernel without a dot.
-        group_m: Row tiles side by side in the order of a linear's programs.
-        splits: Programs that share a sum, each with a plane of its own.
-        siblings: Modules of one read of x (`lora_grad_a`).
-        narrow_r: BLOCK_R of the mixed shrink where so many columns suffice.
-        rank_rows_first: Whether a factor's gradient is made in tiles of ``[R, columns]``.
-        launch_dependents: Whether a shrink lets the next launch start early.
+        group_m: Number of adjacent row tiles in the order of a linear's programs.
+        splits: Number of programs that share a sum. Each has its own partial sum.
+        siblings: Number of modules in one `lora_grad_a`.
+        narrow_r: BLOCK_R of a mixed shrink if this many columns suffice.
+        rank_rows_first: Whether tiles of a factor's gradient are ``[R, columns]``.
+        launch_dependents: Whether a shrink allows the next launch to start early.
         batch_invariant: Whether a linear runs in the batch-invariant mode.
     """
 
@@ -106,7 +107,7 @@ class KernelConfig:
     batch_invariant: bool = False
 
     def arguments(self, axes: str) -> dict[str, Any]:
-        """Returns what a launch takes: the tile's sides of some axes, and Triton's options."""
+        """Return the arguments of a launch: the tile's sides of ``axes``, and Triton's options."""
         named = {f"BLOCK_{axis.upper()}": getattr(self, f"block_{axis}") for axis in axes}
         named |= {"num_warps": self.num_warps, "num_stages": self.num_stages}
         if self.input_precision:
@@ -117,26 +118,27 @@ class KernelConfig:
 
 
 def kernel_of(launch: str) -> str:
-    """Returns the kernel that a launch runs."""
+    """Return the kernel that a launch runs."""
     return _KERNELS.get(launch, launch)
 
 
 def is_valid(chip: Chip, launch: str, config: KernelConfig, width: int) -> bool:
-    """Whether ``config`` can run on ``chip`` with operands of ``width`` bytes an element.
+    """Return whether ``config`` can run on ``chip`` with operands of ``width`` bytes per element.
 
-    Sides of a dot are powers of two from 16 up, and the buffers of the loop fit the chip's shared
-    memory, a factor counted as the fp32 that it may be. What the compiler adds to them is known
-    only after it ran: the ahead-of-time test compares that with the limit.
+    The sides of a dot must be powers of two, 16 or larger, and the loop's buffers must fit the
+    chip's shared memory. Factors are counted as fp32, which they may be. The compiler's own use of
+    shared memory is known only after compilation. The ahead-of-time test compares it with the
+    limit.
     """
     m, n, k, r = config.block_m, config.block_n, config.block_k, config.block_r
-    # Of one step of the loop, and of what stays through it.
+    # Bytes of one step of the loop, and bytes that stay throughout the loop.
     step, kept = {
         "lora_shrink": (k * (m * width + r * 4), 0),
         "lora_linear": (k * (m + n) * width, 0),
         "lora_grad_b": (m * n * width, n * r * width),
         "lora_grad_a": (m * k * width, 0),
     }.get(kernel_of(launch).removeprefix("mixed_"), (0, 0))
-    # At least: Ampere and AMD keep the stage in use in registers, Hopper does not.
+    # A lower bound: Ampere and AMD keep the current stage in registers, but Hopper does not.
     buffers = max(config.num_stages - 1, 1) * step + kept
     sides = [side for side in (m, n, k, r, config.narrow_r) if side]
     least = 16 if config.input_precision else 1
@@ -145,13 +147,13 @@ def is_valid(chip: Chip, launch: str, config: KernelConfig, width: int) -> bool:
 
 
 def cuts_rows(launch: str) -> bool:
-    """Whether a launch's row tile is its own: the host makes pieces and runs for the others."""
+    """Return whether a launch has its own row tile. The host prepares pieces for others."""
     kernel = kernel_of(launch)
     return kernel == "mixed_lora_linear" or not kernel.startswith("mixed_")
 
 
 def max_splits(launch: str) -> int:
-    """Returns the most programs that may share a sum of a launch."""
+    """Return the maximum number of programs that may share a sum of a launch."""
     if launch in OF_DECODE:
         return MAX_WEIGHT_SPLITS
     _, axis = GRIDS.get(kernel_of(launch), ("", ""))
@@ -160,9 +162,9 @@ def max_splits(launch: str) -> int:
 
 @functools.cache
 def candidates_of(family: str) -> Table:
-    """Returns the shipped rows of a family: those of its file, then of the file that it is like.
+    """Return the shipped rows of a family: its file's, then those of the file that it is like.
 
-    A launch and kind that stands in the family's own file does not count in the other one.
+    If a launch and kind is in the family's own file, the rows of the other file do not count.
     """
     entries, like = row_files.read(Path(__file__).parent / "candidates" / f"{family}.json")
     own: dict[tuple[str, str], tuple[Row, ...]] = {}
@@ -172,14 +174,14 @@ def candidates_of(family: str) -> Table:
 
 
 def table_of(chip: Chip) -> Table:
-    """Returns the chip's own table where it has measurements, else its family's."""
+    """Return the chip's own table if it has measurements, otherwise its family's."""
     return MEASURED.get(chip.arch) or candidates_of(chip.family)
 
 
 def rows_of(
     chip: Chip, launch: str, dtype: torch.dtype, input_precision: str
 ) -> tuple[str, Sequence[Row]]:
-    """Returns the kind of arithmetic, and the launch's rows of the chip's table."""
+    """Return the kind of arithmetic, and the launch's rows in the chip's table."""
     table = table_of(chip)
     if (launch, "any") in table:
         kind = "any"
@@ -202,17 +204,17 @@ def config_of_row(
     siblings: int = 1,
     batch_invariant: bool = False,
 ) -> KernelConfig:
-    """Returns the config of a row, with what follows from the chip and the problem."""
+    """Return the config of a row, with the settings that follow from the chip and the problem."""
     kernel = kernel_of(launch)
     is_mixed, narrow_r = kernel.startswith("mixed_"), 0
     if kernel == "mixed_lora_shrink":
         narrow_r = block_r if batch_invariant else max(16, block_r // 4)
     if batch_invariant and kernel == "mixed_lora_linear":
         block_r = INVARIANT_BLOCK_R
-    # Rank rows come second where tensor cores take 64 rows at least: the columns of dy and x are
-    # more than rank rows. Elsewhere dy and x meet their dots untransposed: only then does Triton
-    # 3.9 copy them asynchronously there (sm_80, dy of 64 x 128: 15 copies of 3 stages instead of
-    # the 3 of s, and 118 registers instead of 148).
+    # Rank rows come second if tensor cores take at least 64 rows, because dy and x have more
+    # columns than there are rank rows. Elsewhere, dy and x are not transposed for their dots. Only
+    # then does Triton 3.9 copy them asynchronously there (sm_80, dy of 64 x 128: 15 copies of 3
+    # stages instead of the 3 of s, and 118 registers instead of 148).
     is_factor_grad = kernel.removeprefix("mixed_") in ("lora_grad_b", "lora_grad_a")
     narrow_mma = not chip.has_wide_mma and (kind == "half" or not is_mixed)
     has_dot = kind != "any"
@@ -235,5 +237,5 @@ def config_of_row(
 
 
 def cdiv(a: int, b: int) -> int:
-    """Returns a / b rounded up (`triton.cdiv` takes 1.7 us a call on the host)."""
+    """Return a / b rounded up (`triton.cdiv` takes 1.7 us per call on the host)."""
     return -(-a // b)

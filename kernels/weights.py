@@ -1,15 +1,15 @@
-"""How kernels read a weight that is stored as codes: one loader for each kind.
+"""How kernels read a quantized weight: one loader for each kind.
 
-A loader is a jit function that returns a tile of W ``[N, K]``, decoded and rounded once to x's
-dtype, in registers::
+A loader is a jit function that returns a tile of W ``[N, K]`` in registers, dequantized and rounded
+once to x's dtype::
 
     loader(codes_ptr, parts_ptr, tile, DTYPE, POLICY)
 
-It returns ``[ROWS, COLUMNS]``, which the `Tile` describes; what lies past W's last row or column is
-any finite number. ``parts_ptr`` points to the addresses of what decodes the codes. POLICY is the
-cache hint of the codes, which are read once.
+The result is ``[ROWS, COLUMNS]``, as the `Tile` says. Elements beyond W's last row or column can be
+any finite number. ``parts_ptr`` points to the addresses of the tensors that decode the codes, such
+as scales. POLICY is the cache hint of the codes, which are read once.
 
-Codes are contiguous and begin at a multiple of 4 bytes. `register_loader` makes a kind known to
+Codes are contiguous and begin at a multiple of 4 bytes. `register_loader` makes a kind available to
 every kernel that multiplies with a weight.
 """
 
@@ -22,16 +22,16 @@ import triton.language as tl
 
 
 class Tile(NamedTuple):
-    """Which part of a matrix is loaded. Only as an argument does it keep what is constant.
+    """The part of a matrix to load. Constants stay constant only if it is passed as an argument.
 
     Attributes:
         first_row: int64.
         first_column: A multiple of COLUMNS.
-        num_rows, num_columns: Those of the matrix.
-        ROWS, COLUMNS: Those of the tile.
-        BLOCK: Columns that share a scale: it divides ``num_columns``, and of BLOCK and COLUMNS one
-            divides the other.
-        EVEN_ROWS, EVEN_COLUMNS: Whether no tile reaches past the last row, or column.
+        num_rows, num_columns: Dimensions of the matrix.
+        ROWS, COLUMNS: Dimensions of the tile.
+        BLOCK: Number of columns that share a scale. It divides ``num_columns``, and either BLOCK
+            divides COLUMNS, or COLUMNS divides BLOCK.
+        EVEN_ROWS, EVEN_COLUMNS: Whether no tile extends beyond the last row, or column.
     """
 
     first_row: Any
@@ -46,12 +46,13 @@ class Tile(NamedTuple):
 
 
 class Loader(NamedTuple):
-    """How a launch reads a kind of codes.
+    """How a launch reads one kind of quantized weight.
 
     Attributes:
-        function: A jit function as this module says.
-        by_block: Whether it reads BLOCK; if not it gets 0, so that one kernel serves every K.
-        fuses: Whether the compiler may make one rounding of a product and a sum.
+        function: A jit function, as the module describes.
+        by_block: Whether the function reads BLOCK. If not, it receives 0, so that one kernel serves
+            every K.
+        fuses: Whether the compiler may round a product and a sum once (FMA).
     """
 
     function: Any
@@ -63,24 +64,24 @@ _LOADERS: dict[str, Loader] = {}
 
 
 def register_loader(kind: str, loader: Loader) -> None:
-    """Makes a kind of codes known: `fastlora.coded_weight.Coded.kind` names it."""
+    """Register the loader of a kind, which `fastlora.coded_weight.Coded.kind` names."""
     _LOADERS[kind] = loader
 
 
 def loader_of(kind: str) -> Loader:
-    """Returns the loader of a kind; `KeyError` for one that nobody registered."""
+    """Return the loader of a kind; raise `KeyError` for a kind that is not registered."""
     return _LOADERS[kind]
 
 
 @triton.jit
 def part(parts_ptr, index, dtype: tl.constexpr):
-    """Returns a pointer to one of the parts."""
+    """Return a pointer to one of the parts."""
     return tl.load(parts_ptr + index).to(tl.pointer_type(dtype))
 
 
 @triton.jit
 def mask_of(tile):
-    """Returns which elements of a tile ``[ROWS, COLUMNS]`` there are; None for all."""
+    """Return which elements of a tile ``[ROWS, COLUMNS]`` exist; None for all."""
     mask = None
     if not tile.EVEN_ROWS:
         mask = (tl.arange(0, tile.ROWS) < tile.num_rows - tile.first_row)[:, None]
@@ -93,17 +94,17 @@ def mask_of(tile):
 
 @triton.jit
 def load_there(ptrs, mask, POLICY: tl.constexpr):
-    """Returns what there is of a tile, and zeros."""
+    """Return the existing elements of a tile, and zeros for others."""
     if mask is None:
         loaded = tl.load(ptrs, eviction_policy=POLICY)
-    else:  # which has no meaning without a mask
+    else:  # `other` has no meaning without a mask
         loaded = tl.load(ptrs, mask=mask, other=0, eviction_policy=POLICY)
     return loaded
 
 
 @triton.jit
 def load_tile(ptr, tile, POLICY: tl.constexpr):
-    """Returns a tile of what lies row after row, ``[ROWS, COLUMNS]``."""
+    """Return a tile of a matrix that is stored row by row, ``[ROWS, COLUMNS]``."""
     ptr += tile.first_row * tile.num_columns
     ptr += tile.first_column
     offs = tl.arange(0, tile.ROWS)[:, None] * tile.num_columns + tl.arange(0, tile.COLUMNS)[None, :]
@@ -112,9 +113,9 @@ def load_tile(ptr, tile, POLICY: tl.constexpr):
 
 @triton.jit
 def load_groups(ptr, tile, LOAD: tl.constexpr = load_tile):
-    """Returns a tile's numbers of which each BLOCK columns have one, ``[ROWS, COLUMNS / BLOCK]``.
+    """Return the numbers of a tile that are shared by BLOCK columns, ``[ROWS, COLUMNS / BLOCK]``.
 
-    They lie in the order of W's elements. A tile of fewer columns has one a row.
+    They are stored in the order of W's elements. A tile with fewer columns has one per row.
     """
     GROUPS: tl.constexpr = tile.COLUMNS // tile.BLOCK if tile.COLUMNS > tile.BLOCK else 1
     EVEN: tl.constexpr = tile.EVEN_COLUMNS or GROUPS == 1
@@ -127,7 +128,7 @@ def load_groups(ptr, tile, LOAD: tl.constexpr = load_tile):
 
 @triton.jit
 def scaled(values, scales, DTYPE: tl.constexpr):
-    """Returns fp32 values ``[ROWS, COLUMNS]`` times scales ``[ROWS, groups]``, rounded once."""
+    """Return fp32 values ``[ROWS, COLUMNS]`` times scales ``[ROWS, groups]``, rounded once."""
     GROUP: tl.constexpr = values.shape[1] // scales.shape[1]
     grouped = tl.reshape(values, (values.shape[0], scales.shape[1], GROUP))
     product = (grouped * scales[:, :, None]).to(DTYPE)
@@ -139,11 +140,11 @@ def scaled(values, scales, DTYPE: tl.constexpr):
 
 @triton.jit
 def load_nibbles(codes_ptr, tile, POLICY: tl.constexpr):
-    """Returns a tile of 4-bit codes, int32 ``[ROWS, COLUMNS]``: of a byte the high ones first.
+    """Return a tile of 4-bit codes, int32 ``[ROWS, COLUMNS]``; the high half of a byte comes first.
 
-    They are loaded as words of 8, whose shifts are constants.
+    Codes are loaded as words of 8, so that shifts are constant.
     """
-    # The compiler sees that BLOCK / 8 words divide a row: loads are as wide as they can be.
+    # The compiler can see that BLOCK / 8 words divide a row, and makes loads as wide as possible.
     row_words = tile.num_columns // tile.BLOCK * (tile.BLOCK // 8)
     ptr = codes_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
     first, rows, word = tile.first_row, tile.num_rows, tile.first_column // 8
@@ -154,7 +155,7 @@ def load_nibbles(codes_ptr, tile, POLICY: tl.constexpr):
         Tile(first, word, rows, row_words, tile.ROWS, WORDS, 1, tile.EVEN_ROWS, tile.EVEN_COLUMNS),
         POLICY,
     )
-    # Bytes are in memory's order, the lowest first.
+    # Bytes are in memory order, the lowest first.
     even = tl.interleave(
         tl.interleave(words >> 4, words >> 20), tl.interleave(words >> 12, words >> 28)
     )
@@ -164,12 +165,12 @@ def load_nibbles(codes_ptr, tile, POLICY: tl.constexpr):
 
 @triton.jit
 def looked_up(table_ptr, codes, SIZE: tl.constexpr):
-    """Returns the value of each code ``[ROWS, COLUMNS]`` in a table of SIZE fp32 values.
+    """Return the value of each code ``[ROWS, COLUMNS]`` in a table of SIZE fp32 values.
 
-    By a gather, which is one read of shared memory a code: different values lie in different banks.
-    SASS of the whole K loop, a weight (sm_90, tile 16 x 32 x 256, 8 warps, Triton 3.9): 8.5
-    instructions; 28.1 with selects, of which 14 choose; 15.8 with loads from global memory, which
-    the pipeline would copy to shared memory one by one.
+    A gather is one read of shared memory per code, and different values are in different banks.
+    SASS instructions of the whole K loop per weight (sm_90, tile 16 x 32 x 256, 8 warps, Triton
+    3.9): 8.5. With selects, 28.1, of which 14 select. With loads from global memory, which the
+    pipeline would copy to shared memory one by one, 15.8.
     """
     # table: [SIZE]
     table = tl.load(table_ptr + tl.arange(0, SIZE))
@@ -179,12 +180,12 @@ def looked_up(table_ptr, codes, SIZE: tl.constexpr):
 
 @triton.jit
 def load_table4(codes_ptr, parts_ptr, tile, DTYPE: tl.constexpr, POLICY: tl.constexpr):
-    """NF4 and FP4 of bitsandbytes: ``table[code] * absmax[block]``.
+    """Load NF4 or FP4 of bitsandbytes: ``table[code] * absmax[block]``.
 
-    Codes: element ``e = n * K + k`` is a nibble of byte ``e // 2``, the high one where e is even.
-    Parts: absmax, fp32, one for each BLOCK elements along e; a table of 16 fp32 values.
+    Codes: element ``e = n * K + k`` is a half of byte ``e // 2``, the high one if e is even. Parts:
+    absmax, fp32, one for each BLOCK elements along e; a table of 16 fp32 values.
 
-    Bytes moved: ``N K / 2 + 4 N K / BLOCK``, and 64 of the table a tile, from the cache.
+    Bytes moved: ``N K / 2 + 4 N K / BLOCK``, and 64 per tile for the table, from the cache.
     """
     codes = load_nibbles(codes_ptr, tile, POLICY)
     absmax = load_groups(part(parts_ptr, 0, tl.float32), tile)
@@ -193,9 +194,10 @@ def load_table4(codes_ptr, parts_ptr, tile, DTYPE: tl.constexpr, POLICY: tl.cons
 
 @triton.jit
 def _load_nested_absmax(parts_ptr, groups, POLICY: tl.constexpr):
-    """Returns the absmax that `load_table4_nested` says, of a tile of these, ``[ROWS, groups]``."""
-    # The word that holds an absmax: a load of a byte is neither copied asynchronously, nor are the
-    # dot's operands read by ldmatrix behind it (Triton takes 8 bits for the width of w).
+    """Return the absmax of `load_table4_nested` for a tile of groups, ``[ROWS, groups]``."""
+    # The word that contains an absmax is loaded. A load of a byte would not be copied
+    # asynchronously, and the dot's operands would not be read by ldmatrix after it (Triton takes 8
+    # bits for the width of w).
     address = tl.load(parts_ptr)
     words_ptr = (address & -4).to(tl.pointer_type(tl.int32))
     first = groups.first_row * groups.num_columns + groups.first_column
@@ -212,14 +214,14 @@ def _load_nested_absmax(parts_ptr, groups, POLICY: tl.constexpr):
 
 @triton.jit
 def load_table4_nested(codes_ptr, parts_ptr, tile, DTYPE: tl.constexpr, POLICY: tl.constexpr):
-    """NF4 and FP4 with 8-bit absmax: ``table[code] * (table2[absmax] * absmax2 + offset)``.
+    """Load NF4 or FP4 with 8-bit absmax: ``table[code] * (table2[absmax] * absmax2 + offset)``.
 
-    Codes are those of `load_table4`. Parts: absmax, uint8, one for each BLOCK elements, at any
-    address; the table of 16; absmax2, fp32, one for each 256 absmax; a table of 256 fp32 values;
-    offset, one fp32.
+    Codes are as in `load_table4`. Parts: absmax, uint8, one for each BLOCK elements, at any
+    address; the table of 16 values; absmax2, fp32, one for each 256 absmax; a table of 256 fp32
+    values; and offset, one fp32 value.
 
-    Bytes moved: ``N K / 2 + N K / BLOCK + 4 N K / (256 BLOCK)``, and 1,092 of the tables and the
-    offset a tile, from the cache.
+    Bytes moved: ``N K / 2 + N K / BLOCK + 4 N K / (256 BLOCK)``, and 1,092 per tile for the tables
+    and the offset, from the cache.
     """
     codes = load_nibbles(codes_ptr, tile, POLICY)
     absmax = load_groups(parts_ptr, tile, _load_nested_absmax)
@@ -231,7 +233,7 @@ def load_table4_nested(codes_ptr, parts_ptr, tile, DTYPE: tl.constexpr, POLICY: 
 
 @triton.jit
 def load_row_scales(parts_ptr, tile):
-    """Returns the first part, fp32 of each row, ``[ROWS, 1]``."""
+    """Return the first part, one fp32 value per row, ``[ROWS, 1]``."""
     offs = tl.arange(0, tile.ROWS)
     ptrs = part(parts_ptr, 0, tl.float32) + tile.first_row + offs
     mask = None if tile.EVEN_ROWS else offs < tile.num_rows - tile.first_row
@@ -240,11 +242,11 @@ def load_row_scales(parts_ptr, tile):
 
 @triton.jit
 def load_int8(codes_ptr, parts_ptr, tile, DTYPE: tl.constexpr, POLICY: tl.constexpr):
-    """Symmetric int8 of torchao: ``code * scale[row]``.
+    """Load symmetric int8 of torchao: ``code * scale[row]``.
 
     Codes: int8 ``[N, K]``. Parts: scale, fp32 ``[N]``.
 
-    Bytes moved: ``N K``, and 4 of a row's scale a tile.
+    Bytes moved: ``N K``, and 4 per row of a tile for its scale.
     """
     codes = load_tile(codes_ptr, tile, POLICY)
     return scaled(codes.to(tl.float32), load_row_scales(parts_ptr, tile), DTYPE)
@@ -252,31 +254,33 @@ def load_int8(codes_ptr, parts_ptr, tile, DTYPE: tl.constexpr, POLICY: tl.conste
 
 @triton.jit
 def load_float8_e4m3(codes_ptr, parts_ptr, tile, DTYPE: tl.constexpr, POLICY: tl.constexpr):
-    """float8 e4m3fn of torchao: ``code * scale[row]``.
+    """Load float8 e4m3fn of torchao: ``code * scale[row]``.
 
-    Codes: its bits, uint8 ``[N, K]``. Parts: scale, fp32 ``[N]``. Decoded by integers, so that
-    every chip has it: bits of e4m3, 7 places up, are an fp16 number with an exponent that is 8 too
-    low.
+    Codes: the bits, uint8 ``[N, K]``. Parts: scale, fp32 ``[N]``. Values are decoded with integer
+    operations, which every chip supports: shifted left by 7 bits, the bits of e4m3 are an fp16
+    number with an exponent that is too low by 8.
 
-    Bytes moved: ``N K``, and 4 of a row's scale a tile.
+    Bytes moved: ``N K``, and 4 per row of a tile for its scale.
     """
     codes = load_tile(codes_ptr, tile, POLICY)
     scales = load_row_scales(parts_ptr, tile)
-    # The sign comes down to bit 8 with the code, and twice up to bit 15.
+    # Sign extension copies the sign to bits 7 and 8, which the shift moves to bits 14 and 15. Bit
+    # 14 is cleared.
     half = (codes.to(tl.int8, bitcast=True).to(tl.int16) << 7) & -0x4001
     values = half.to(tl.float16, bitcast=True).to(tl.float32)
-    # 448 is the largest number, and what would follow it is NaN.
+    # 448 is the largest number, and the next bit pattern is NaN.
     values = tl.where(tl.abs(values) > 448.0 / 256.0, float("nan"), values)
     return scaled(values, scales * 256.0, DTYPE)
 
 
 @triton.jit
 def load_float8_e5m2(codes_ptr, parts_ptr, tile, DTYPE: tl.constexpr, POLICY: tl.constexpr):
-    """float8 e5m2 of torchao: ``code * scale[row]``.
+    """Load float8 e5m2 of torchao: ``code * scale[row]``.
 
-    Codes: its bits, uint8 ``[N, K]``, the upper ones of an fp16 number. Parts: scale, fp32 ``[N]``.
+    Codes: the bits, uint8 ``[N, K]``, which are the upper bits of an fp16 number. Parts: scale,
+    fp32 ``[N]``.
 
-    Bytes moved: ``N K``, and 4 of a row's scale a tile.
+    Bytes moved: ``N K``, and 4 per row of a tile for its scale.
     """
     codes = load_tile(codes_ptr, tile, POLICY)
     values = (codes.to(tl.uint16) << 8).to(tl.float16, bitcast=True).to(tl.float32)
@@ -284,7 +288,7 @@ def load_float8_e5m2(codes_ptr, parts_ptr, tile, DTYPE: tl.constexpr, POLICY: tl
 
 
 register_loader("table4", Loader(load_table4))
-# A product and a sum that are rounded once would not be bitsandbytes' absmax.
+# If a product and a sum were rounded once, absmax would differ from bitsandbytes'.
 register_loader("table4_nested", Loader(load_table4_nested, fuses=False))
 register_loader("int8", Loader(load_int8, by_block=False))
 register_loader("float8_e4m3", Loader(load_float8_e4m3, by_block=False))

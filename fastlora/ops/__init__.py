@@ -1,1 +1,1 @@
-"""The registered operators, and the backends that implement them."""
+"""The registered operators, and the backends that call or implement them."""

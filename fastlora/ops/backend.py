@@ -1,6 +1,6 @@
-"""What an implementation of a linear with adapters has to do, and the implementations by name.
+"""The interface of backends, which compute linear layers with adapters, and the backends by name.
 
-Which of them runs is `fastlora.ops.conditions`'.
+`fastlora.ops.conditions` chooses the backend of a forward pass.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ _Gradient = torch.Tensor | None
 
 
 def draw_seed(x: torch.Tensor, impl: str) -> torch.Tensor:
-    """Draws a dropout seed (one int64) from torch's default generator.
+    """Return a dropout seed, int64 ``[1]``, drawn from torch's default generator.
 
-    It stays on the device for kernels, so nothing waits, and on the CPU for the eager path. Drawn
-    from the global generator, it repeats when activation checkpointing restores that.
+    For kernels the seed is on x's device, so that nothing waits for it. For the PyTorch
+    implementation it is on the CPU. Activation checkpointing restores the default generator, so a
+    recomputed forward pass draws the same seed.
 
     Raises:
-        TypeError: x's dtype is one that dropout cannot run in; the generator has not moved.
+        TypeError: Dropout does not support x's dtype. Nothing has been drawn in this case.
     """
     check_dropout_dtype(x.dtype)
     device = x.device if impl == "triton" else torch.device("cpu")
@@ -35,18 +36,21 @@ def draw_seed(x: torch.Tensor, impl: str) -> torch.Tensor:
 
 
 class Backward(NamedTuple):
-    """What the gradients of a `Backend.forward` are made of, but that of the base weight.
+    """The arguments of `Backend.gradients`.
+
+    The caller computes the gradient of the base weight.
 
     Attributes:
-        dy: Any strides, in x's dtype.
-        weight: Of the base layer, any dtype; None for dx of the adapters' term alone.
-        x: None where no gradient needs it.
-        operands, rows, plan: As in the forward.
-        s: Of the forward; None without rows where no lora_b is wanted.
-        wants_x, wants_bias, wants_s: Whether those of x, of the base bias, and of an s that was
-            given are wanted.
-        wants: Whether those of ``lora_a, lora_b, lora_bias`` of each adapter in turn are. That of
-            one adapter's lora_bias is the caller's part.
+        dy: Gradient of y in x's dtype, with any strides.
+        weight: Weight of the base layer in any dtype, or None to compute dx of the adapters' term
+            alone.
+        x: Input of the forward pass, or None if no gradient needs it.
+        operands, rows, plan: As in `Backend.forward`.
+        s: s of the forward pass. May be None without rows if no gradient of a lora_b is wanted.
+        wants_x, wants_bias, wants_s: Whether the gradients of x, of the base bias, and of an s that
+            was passed to the forward pass are wanted.
+        wants: Whether the gradients of ``lora_a, lora_b, lora_bias`` of each adapter in turn are
+            wanted. Without rows, the caller computes the gradient of lora_bias.
     """
 
     dy: torch.Tensor
@@ -62,23 +66,26 @@ class Backward(NamedTuple):
     wants: Sequence[bool]
 
 
-# dx ``[M, K]``; d_bias ``[N]`` of the base bias; ds ``[M, R]``; and those of ``lora_a, lora_b,
-# lora_bias`` of each adapter in turn. None for what is not wanted, and for an adapter without rows.
+# The gradients: dx ``[M, K]``; d_bias ``[N]`` of the base bias; ds ``[M, R]``; and the gradients of
+# ``lora_a, lora_b, lora_bias`` of each adapter in turn. An entry may be None if the gradient is not
+# wanted, or if the adapter has no rows.
 Gradients = tuple[_Gradient, _Gradient, _Gradient, list[_Gradient]]
 
-# Layers of one launch; `fastlora.kernels.tables.MAX_SIBLINGS` without an import of Triton.
+# Maximum number of layers in one launch. The value is `fastlora.kernels.tables.MAX_SIBLINGS`, which
+# cannot be imported without Triton.
 MOST_SIBLINGS = 4
 
 
 class Backend(ABC):
-    """An implementation of a linear with adapters; what calls it knows its name only.
+    """An implementation of linear layers with adapters. Callers refer to it by name.
 
-    What computes siblings has to be there where `computes_siblings` says so, and in a backend that
-    layers share s in (`fastlora.layers.group_forward`).
+    A backend implements `siblings` and `siblings_gradients` if `computes_siblings` can return True.
+    It implements `shrink` and `grad_a` if layers share s on it (`fastlora.layers.group_forward`).
 
-    Shapes: ``x [M, K]``, ``weight [N, K]``, ``y`` and ``dy [M, N]``. With rows, s and
-    ds are ``[M, R]`` at sorted positions, R at least the largest rank; without, one adapter has all
-    rows, and its rank is R.
+    Shapes: ``x [M, K]``, ``weight [N, K]``, ``y`` and ``dy [M, N]``. With rows, s and ds are
+    ``[M, R]`` at sorted positions, and R is at least the largest rank. In the PyTorch backend they
+    can have another layout (`fastlora.ops.torch.segments`). Without rows, one adapter applies to
+    all rows, and R is its rank.
     """
 
     @abstractmethod
@@ -91,30 +98,33 @@ class Backend(ABC):
         s: torch.Tensor | None,
         plan: str,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns the base layer's product with every row's own adapter, and s.
+        """Return the output ``[M, N]`` of a layer with its adapters, and the shrink output s.
 
         Args:
             x: The input.
-            base: A weight and bias in x's dtype, or y, ``[M, N]`` and contiguous.
+            base: A weight and bias in x's dtype, or the base layer's output y, which is contiguous
+                ``[M, N]``.
             operands: The adapters.
-            rows: Which adapter each row has; None for one, whose lora_bias is the caller's part.
-            s: Where a sibling made it; else it is made here.
+            rows: The adapter of each row, or None if one adapter applies to all rows. The caller
+                then adds this adapter's lora_bias.
+            s: The s of the layer if it has already been computed, or None to compute it here.
             plan: As in `fastlora.functional.lora_linear`.
         """
 
     @abstractmethod
     def gradients(self, given: Backward) -> Gradients:
-        """Returns dx, d_bias, ds, and the gradients of factors; see `Gradients`."""
+        """Return the gradients of a layer, in the order that `Gradients` describes."""
 
-    # ------------------------------------------------- layers that are fed by the same x, at once
+    # -------------------------------------------------- layers of a shared-input group, in one call
 
-    # G siblings, each with one adapter and no lora_bias, are one list of operands, as what runs in
-    # every step takes it: the weights of all, ``[N, K]`` in x's dtype; the biases, ``[N]`` or None;
-    # every lora_a ``[R, K]``, every lora_b ``[N, R]``; the scalings, fp32 of one element; the seeds
-    # of dropout, int64 ``[1]`` or None. ``dropout_p`` has the probability that acts on each.
+    # A shared-input group of G layers, each with one adapter and no lora_bias, passes its operands
+    # as one flat list, because this code runs in every step. The list has six parts of G items
+    # each: the weights ``[N, K]`` in x's dtype; the biases ``[N]`` or None; the lora_a ``[R, K]``;
+    # the lora_b ``[N, R]``; the scalings, fp32 with one element each; and the seeds of dropout,
+    # int64 ``[1]`` or None. ``dropout_p`` holds the active dropout probability of each layer.
 
     def computes_siblings(self, x: torch.Tensor) -> bool:
-        """Whether the backend computes layers that are fed by x at once, by what follows."""
+        """Return whether one call can compute all layers of the shared-input group of x."""
         return False
 
     def shrink(
@@ -125,14 +135,15 @@ class Backend(ABC):
         dropout_p: Sequence[float],
         rows: Rows | None,
     ) -> list[torch.Tensor]:
-        """Returns s of each of G layers that are fed by the same x.
+        """Return the shrink output s of each layer of a shared-input group.
 
         Args:
-            x: Their input.
-            lora_a: Of each layer the adapters', by slot; one without rows.
-            seeds: Of each layer int64 ``[1]``, or None; all None with rows.
-            dropout_p: Of each layer.
-            rows: Which adapter each row has.
+            x: Input of the layers.
+            lora_a: For each layer, the lora_a of its adapters by slot. Without rows, each layer has
+                one.
+            seeds: For each layer a dropout seed, int64 ``[1]``, or None. With rows, all are None.
+            dropout_p: Dropout probability of each layer.
+            rows: The adapter of each row, or None if one adapter applies to all rows.
         """
         raise NotImplementedError
 
@@ -145,7 +156,13 @@ class Backend(ABC):
         dropout_p: Sequence[float],
         rows: Rows | None,
     ) -> list[torch.Tensor | None]:
-        """Returns the gradients of `shrink`'s lora_a, of all layers in turn."""
+        """Return the gradients of all lora_a of a shared-input group, layer by layer.
+
+        Args:
+            x: Input of the layers.
+            ds: Gradient of s of each layer.
+            lora_a, seeds, dropout_p, rows: As in `shrink`.
+        """
         raise NotImplementedError
 
     def siblings(
@@ -155,9 +172,10 @@ class Backend(ABC):
         dropout_p: tuple[float, ...],
         with_s: bool = False,
     ) -> list[torch.Tensor]:
-        """Returns y ``[M, N]`` of each of 1 to 4 layers that are fed by the same x.
+        """Return the output ``[M, N]`` of each of 1 to 4 layers of a shared-input group.
 
-        And on request their s: one tensor, side by side, or one of each.
+        If ``with_s`` is True, the s of the layers follows: one tensor with the s of all layers side
+        by side, or one tensor for each layer.
         """
         raise NotImplementedError
 
@@ -170,18 +188,21 @@ class Backend(ABC):
         s: Sequence[torch.Tensor],
         wants: tuple[bool, ...],
     ) -> list[torch.Tensor | None]:
-        """Returns the gradients of `siblings` but those of base weights, None for those unwanted.
+        """Return the gradients of the inputs of `siblings`, with None for unwanted gradients.
+
+        The caller computes the gradients of base weights.
 
         Args:
-            dys: Of each layer, any strides; None where nobody used its y.
-            x: None where no lora_a's gradient is wanted.
-            operands, dropout_p: Theirs.
-            s: Of `siblings`.
-            wants: Whether that of x is wanted, of each weight (which is the caller's part), bias,
-                lora_a and lora_b.
+            dys: dy of each layer, with any strides, or None if the layer's y was not used.
+            x: Input of the layers, or None if no gradient of a lora_a is wanted.
+            operands, dropout_p: As in `siblings`.
+            s: The s that `siblings` returned.
+            wants: Whether each gradient is wanted: one item for x, and then one item per layer for
+                the weights, for the biases, for the lora_a, and for the lora_b.
 
         Returns:
-            dx ``[M, K]``, then in fp32 those of all biases, of all lora_a, of all lora_b.
+            dx ``[M, K]``, then the gradients of all biases in fp32, of all lora_a, and of all
+            lora_b.
         """
         raise NotImplementedError
 
@@ -190,5 +211,5 @@ BACKENDS: dict[str, Backend] = {}
 
 
 def register_backend(name: str, backend: Backend) -> None:
-    """Makes a backend known under a name that ``impl`` resolves to."""
+    """Register a backend under the name by which callers look it up."""
     BACKENDS[name] = backend

@@ -1,18 +1,18 @@
-"""What a forward runs under: asked once, when it begins, and handed down from there.
+"""The conditions of a forward pass, which are determined once when it begins and then passed down.
 
-Which implementation runs: Triton's kernels or plain PyTorch. Whether `torch.compile` traces the
-forward. The dtype of autocast. And the batch-invariant mode, in which a row's result does not
-depend on what else is in its batch.
+They say which implementation runs (the Triton kernels or plain PyTorch), whether `torch.compile`
+traces the forward pass, which dtype autocast uses, and whether the batch-invariant mode is on. In
+that mode, the result of a row does not depend on the other rows of its batch.
 
-``with fastlora.batch_invariant():`` holds for LoRA linears, of one adapter and of a mixed batch,
-without gradients. Their rows come out the same, bit for bit, for any number of rows, at any place
-among them, beside any adapters, whatever the largest rank, and whether siblings such as q, k and v
-shared a shrink. Bit equality is claimed of GPUs only, and only as far as the native test was run.
+``with fastlora.batch_invariant():`` applies to LoRA linears without gradients, with one adapter or
+in a mixed batch. Each row has the same bits for any number of rows, at any position, next to any
+adapters, with any largest rank, and whether or not layers such as q, k, and v shared a shrink.
+Bitwise equality is claimed for GPUs only, and only as far as the native test has been run.
 
-It holds because one kernel, tile, split of K and plan serve every batch, and no arithmetic of other
-rows reaches a row's accumulator (`docs/dev/decisions.md`, Kernels). What cannot keep it raises
-`ImplementationError`. What is no LoRA linear (attention, norms, an unadapted lm_head) is PyTorch's,
-in the mode as outside.
+The mode works because every batch uses the same kernel, tile, split of K, and plan, and no
+arithmetic on other rows reaches a row's accumulator (`docs/dev/decisions.md`, Kernels). A LoRA
+linear that cannot run this way raises `ImplementationError`. All other modules (attention, norms,
+an unadapted lm_head) run in PyTorch, as they do outside the mode.
 
 Nothing here imports Triton.
 """
@@ -34,18 +34,18 @@ from fastlora.validation import ImplementationError
 
 IMPLEMENTATIONS = ("auto", "triton", "eager")
 
-# Types of devices that "auto" means kernels for, where they run.
+# Device types on which "auto" selects the kernels, if the kernels run there.
 KERNEL_DEVICES: tuple[str, ...] = ("cuda",)
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _PLAIN = (torch.Tensor, nn.Parameter)
-# Types that know autocast in every installation of torch.
+# Device types that support autocast in every build of torch.
 _USUAL_DEVICES = ("cpu", "cuda")
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _INTERPRETED = env.triton_interpreted()
 
 
 class _Thread(threading.local):
-    """Whether the batch-invariant mode is on in a thread."""
+    """Thread-local state: whether the batch-invariant mode is on."""
 
     invariant = env.batch_invariant()
 
@@ -56,10 +56,10 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def constant_when_compiled(function: _Function) -> _Function:
-    """Has `torch.compile` call the function while it traces, and keep the result as a constant.
+    """Make `torch.compile` call a function while it traces, and treat the result as a constant.
 
-    This is `torch.compiler.assume_constant_result` without its import of the compiler, which takes
-    longer than that of torch.
+    This has the effect of `torch.compiler.assume_constant_result`, but does not import the
+    compiler, which takes longer to import than torch itself.
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
@@ -67,7 +67,7 @@ def constant_when_compiled(function: _Function) -> _Function:
 
 @functools.cache
 def _gpu_status(index: int) -> tuple[bool, str]:
-    """Whether GPU ``index`` is one that the kernels are built for."""
+    """Return whether the kernels support a GPU, and the GPU's name or the reason why not."""
     properties = torch.cuda.get_device_properties(index)
     from fastlora.kernels import chips
 
@@ -79,11 +79,11 @@ def _gpu_status(index: int) -> tuple[bool, str]:
 
 @constant_when_compiled
 def triton_status(device_type: str, index: int = 0) -> tuple[bool, str]:
-    """Returns whether the Triton kernels can run on a device, and why or why not.
+    """Return whether the Triton kernels can run on a device, and the reason as text.
 
     Args:
-        device_type: ``"cpu"``, ``"cuda"`` (also ROCm), or any other device type of torch.
-        index: Which device of that type.
+        device_type: ``"cpu"``, ``"cuda"`` (also for ROCm), or any other device type of torch.
+        index: Index of the device within its type.
     """
     if not _HAS_TRITON:
         return False, "triton is not installed"
@@ -95,25 +95,26 @@ def triton_status(device_type: str, index: int = 0) -> tuple[bool, str]:
 
 
 def runs_kernels(device: torch.device) -> bool:
-    """Whether "auto" means kernels on a device, in a dtype that they take."""
+    """Return whether ``impl="auto"`` selects the kernels on a device, for a supported dtype."""
     return device.type in KERNEL_DEVICES and triton_status(device.type, device.index or 0)[0]
 
 
 def is_compiled() -> bool:
-    """Whether `torch.compile` traces the code that asks."""
+    """Return whether `torch.compile` is tracing the caller."""
     return torch.compiler.is_compiling()
 
 
 def is_traced(x: torch.Tensor) -> bool:
-    """Whether a compiler traces what is computed from x: it sees no values."""
+    """Return whether a compiler is tracing the operations on x, so that its values are unknown."""
     return torch.compiler.is_compiling() or type(x) not in _PLAIN
 
 
 def sees_operators(x: torch.Tensor, within_node: bool = False, by_profiler: bool = True) -> bool:
-    """Whether something sees the operators called on x: tracing, modes, autograd, a profiler.
+    """Return whether anything, such as a tracer or a profiler, observes operators called on x.
 
-    ``within_node`` leaves out autograd, which records nothing within a node of its own. Without
-    ``by_profiler`` a profiler does not count.
+    Observers are tracers, dispatch modes, functorch transforms, autograd, and profilers.
+    ``within_node`` excludes autograd, which records nothing inside an autograd function. Without
+    ``by_profiler``, profilers do not count.
     """
     return bool(
         torch.compiler.is_compiling()
@@ -127,7 +128,7 @@ def sees_operators(x: torch.Tensor, within_node: bool = False, by_profiler: bool
 
 
 def on_device_of(x: torch.Tensor, function: Callable[..., Any], *args: Any) -> Any:
-    """Calls a function that launches kernels while x's device is the current one."""
+    """Call a function that launches kernels while x's device is the current device."""
     if not x.is_cuda or x.device.index == torch.cuda.current_device():
         return function(*args)
     with torch.cuda.device(x.device):
@@ -135,17 +136,19 @@ def on_device_of(x: torch.Tensor, function: Callable[..., Any], *args: Any) -> A
 
 
 def resolve_impl(impl: str, x: torch.Tensor, dtype: torch.dtype | None = None) -> str:
-    """Returns ``"triton"`` or ``"eager"`` where kernels may compute, as `conditions_of` knows.
+    """Return the implementation that runs on x, ``"triton"`` or ``"eager"``.
+
+    `conditions_of` resolves all other cases itself.
 
     Args:
-        impl: ``"triton"``, or ``"auto"`` on a device of `KERNEL_DEVICES`.
+        impl: ``"triton"``, or ``"auto"`` on a device in `KERNEL_DEVICES`.
         x: The input.
-        dtype: That is computed in; None for x's.
+        dtype: The dtype of the computation, or None for x's dtype.
 
     Raises:
         ValueError: ``impl`` is not one of `IMPLEMENTATIONS`.
-        ImplementationError: ``impl="triton"`` cannot run on x; a named implementation is never
-            replaced by another.
+        ImplementationError: ``impl`` is ``"triton"``, and the kernels cannot run on x. If an
+            implementation is requested by name, no other one replaces it.
     """
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl must be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
@@ -169,17 +172,19 @@ class _Layer(Protocol):
 
 
 class Conditions(NamedTuple):
-    """What one forward runs under.
+    """The conditions of one forward pass.
 
     Attributes:
-        impl: ``"triton"`` or ``"eager"``. In the batch-invariant mode what was asked for, which
-            `check_invariant` checks.
-        backend: Its name in `fastlora.ops.backend.BACKENDS`; the kernels' in that mode.
-        compiling: Whether `torch.compile` traces the forward.
-        invariant: Whether the batch-invariant mode is on, or the call has its plan.
-        autocast: The dtype of autocast, where it is on.
-        tracing: Whether the forward is to be the modules' own, in plain PyTorch: `torch.jit.trace`,
-            or the ONNX exporter by it, records it, or x is a nested tensor.
+        impl: ``"triton"`` or ``"eager"``. In the batch-invariant mode this is the requested
+            implementation, which `check_invariant` checks.
+        backend: The backend's name in `fastlora.ops.backend.BACKENDS`. In the batch-invariant mode
+            it is always ``"triton"``.
+        compiling: Whether `torch.compile` traces the forward pass.
+        invariant: Whether the batch-invariant mode is on, or the call requests its plan.
+        autocast: The dtype of autocast, or None if autocast is off.
+        tracing: Whether the modules run their own forward in plain PyTorch. This is the case if x
+            is a nested tensor, or if `torch.jit.trace` records the forward pass, directly or for
+            the ONNX exporter.
     """
 
     impl: str
@@ -190,7 +195,10 @@ class Conditions(NamedTuple):
     tracing: bool = False
 
     def refuse(self, layer: _Layer, why: str) -> None:
-        """Raises `ImplementationError` for a layer that has to run otherwise, if the mode is on."""
+        """Raise an error if the batch-invariant mode is on, because a layer cannot run in it.
+
+        ``layer`` is a layer that cannot run in this mode, and ``why`` is the reason.
+        """
         if self.invariant:
             base = layer.get_base_layer()
             raise ImplementationError(
@@ -199,11 +207,11 @@ class Conditions(NamedTuple):
             )
 
     def check_invariant(self, x: torch.Tensor, plan: str = "auto", dropout_p: float = 0.0) -> None:
-        """Checks that the batch-invariant mode's implementation, the kernels, runs what was asked.
+        """Check that the Triton kernels can run a call in the batch-invariant mode.
 
         Raises:
-            ImplementationError: It cannot.
-            ValueError: The implementation that was asked for does not exist.
+            ImplementationError: They cannot.
+            ValueError: The requested implementation does not exist.
         """
         impl = self.impl
         if impl == "eager" or plan not in ("auto", "fused", "invariant"):
@@ -226,14 +234,14 @@ class Conditions(NamedTuple):
 
 
 def conditions_of(x: torch.Tensor, impl: str, plan: str = "auto") -> Conditions:
-    """Returns what a forward runs under.
+    """Return the conditions of a forward pass.
 
     Args:
-        x: Its input, ``[..., K]``.
+        x: The input, ``[..., K]``.
         impl, plan: As in `fastlora.functional.lora_linear`.
 
     Raises:
-        ValueError, ImplementationError: As `resolve_impl`, but in the batch-invariant mode.
+        ValueError, ImplementationError: As in `resolve_impl`, except in the batch-invariant mode.
     """
     kind, autocast = "cpu" if x.is_cpu else x.device.type, None
     knows = kind in _USUAL_DEVICES or torch.amp.is_autocast_available(kind)
@@ -248,7 +256,7 @@ def conditions_of(x: torch.Tensor, impl: str, plan: str = "auto") -> Conditions:
         impl = resolve_impl(impl, x, autocast)
     tracing = not compiling and (torch._C._get_tracing_state() is not None or x.is_nested)
     if impl == "eager" and autocast is None and not compiling and not tracing:
-        return _USUAL  # each layer of a model asks: what is made once is not made there
+        return _USUAL  # Every layer of a model calls this function: build no record here.
     return Conditions(impl, impl, compiling, False, autocast, tracing)
 
 
@@ -256,20 +264,20 @@ _USUAL = Conditions("eager", "eager", False, False, None)
 
 
 def is_batch_invariant() -> bool:
-    """Whether the mode is on in this thread."""
+    """Return whether the batch-invariant mode is on in this thread."""
     return _thread.invariant
 
 
 @contextlib.contextmanager
 def batch_invariant(enabled: bool = True) -> Iterator[None]:
-    """Turns the batch-invariant mode on, or off, for the forwards of this thread in the block.
+    """Turn the batch-invariant mode on or off for this thread within a ``with`` block.
 
-    ``FASTLORA_BATCH_INVARIANT=1`` in the environment turns it on for all threads, which a forward
-    that activation checkpointing repeats in the backward needs. The mode is slower; by how much was
-    not measured.
+    ``FASTLORA_BATCH_INVARIANT=1`` in the environment turns the mode on for all threads. A forward
+    pass that activation checkpointing repeats during the backward pass needs this setting. The mode
+    is slower, but the cost has not been measured.
 
     Args:
-        enabled: False turns it off.
+        enabled: Whether the mode is on in the block.
     """
     before = is_batch_invariant()
     _thread.invariant = enabled

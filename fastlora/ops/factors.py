@@ -1,4 +1,6 @@
-"""A base layer, one adapter on it, and its adapters by slot: what functions and operators take.
+"""Records that describe a base layer, an adapter on it, and its adapters by slot.
+
+Functions, backends, and operators receive these records.
 
 Shapes: ``lora_a [R, K]``, ``lora_b [N, R]``, ``lora_bias`` and ``magnitude [N]``.
 """
@@ -15,39 +17,39 @@ import torch.nn.functional as F
 Factor = torch.Tensor | None
 Number = int | float
 
-# In place of an address of DoRA's scales that are yet to be made: its rows become NaN. A kernel's
-# hints hold for it: a multiple of 16.
+# Stands in for the address of DoRA scales that have not been computed yet. Rows that use it become
+# NaN. Like a real address, it is a multiple of 16, which the kernels' alignment hints promise.
 PENDING = 16
 
 
 class Factors(NamedTuple):
-    """One adapter on one linear.
+    """One adapter on one linear layer.
 
     Attributes:
-        lora_a: ``[R, K]``; several adapters are their rank rows side by side.
-        lora_b: ``[N, R]``; rank rows side by side, often a view with strides ``(1, N)``.
-        scaling: A number, or a tensor without dimensions, or one of R numbers.
+        lora_a: ``[R, K]``. Several adapters can be joined, with their rank rows side by side.
+        lora_b: ``[N, R]``, with rank rows side by side; often a view with strides ``(1, N)``.
+        scaling: A number, a tensor without dimensions, or a tensor with R elements.
         lora_bias: ``[N]``, not scaled, or None.
-        dropout_p: Probability that acts now.
-        magnitude: ``[N]`` of DoRA, or None.
+        dropout_p: Active dropout probability.
+        magnitude: DoRA's magnitude ``[N]``, or None without DoRA.
     """
 
     lora_a: torch.Tensor
     lora_b: torch.Tensor
-    scaling: Any  # as above
+    scaling: Any  # A number or a tensor.
     lora_bias: torch.Tensor | None = None
     dropout_p: float = 0.0
     magnitude: torch.Tensor | None = None
 
 
 class Base(NamedTuple):
-    """A base layer in one forward: a plain linear, or the output of a module that was called.
+    """The base layer in one forward pass: a plain linear layer, or the output of a called module.
 
     Attributes:
-        weight: ``[N, K]``; None where the module was called.
+        weight: ``[N, K]``, or None if a module was called.
         bias: ``[N]`` or None.
-        y: ``[..., N]``, what the module made; None with a weight.
-        inplace: Whether y may be overwritten where no gradient is recorded.
+        y: ``[..., N]``, the output of the module, or None if there is a weight.
+        inplace: Whether y may be overwritten if no gradient is recorded.
     """
 
     weight: torch.Tensor | None = None
@@ -56,7 +58,7 @@ class Base(NamedTuple):
     inplace: bool = False
 
     def output(self, x: torch.Tensor) -> torch.Tensor:
-        """Returns ``[..., N]`` of the base layer alone."""
+        """Return the output ``[..., N]`` of the base layer without adapters."""
         if self.weight is not None:
             return F.linear(x, self.weight, self.bias)
         if self.y is None:
@@ -64,27 +66,28 @@ class Base(NamedTuple):
         return self.y
 
     def rows_to_write(self) -> torch.Tensor:
-        """Returns y as ``[M, N]``, in memory that may be written."""
+        """Return y as ``[M, N]`` in memory that may be overwritten, as a copy if necessary."""
         if self.y is None:
             raise ValueError("no base output is given")
         flat = self.y.reshape(-1, self.y.shape[-1])
         return flat if self.inplace or flat.data_ptr() != self.y.data_ptr() else flat.clone()
 
 
-# The adapters of one linear by slot; None for one that leaves the linear alone.
+# The adapters of one linear layer by slot, with None for an adapter that does not adapt the layer.
 Slots = list[Factors | None]
 
 
 class Operands(NamedTuple):
-    """The adapters of one linear as functions, backends and operators take them.
+    """The adapters of one linear layer, in the form that backends and operators receive.
 
     Attributes:
-        lora_a, lora_b, lora_bias: Of each adapter ``[R, K]``, ``[N, R]``, ``[N]`` or None, not
-            scaled. An adapter that leaves the linear alone has rank 0.
-        scaling: ``[S]``, one number an adapter; for a single adapter without dimensions or ``[R]``.
-        dropout_p: Probability that acts on each.
-        seeds: Dropout seed of each, int64 ``[S]``; None where no dropout acts.
-        slots: Slot of each adapter; None where they are 0 to ``S - 1``.
+        lora_a, lora_b, lora_bias: For each adapter ``[R, K]``, ``[N, R]``, and ``[N]`` or None, not
+            scaled. An adapter that does not adapt the layer has rank 0.
+        scaling: ``[S]``, one number per adapter. For a single adapter, it can also have no
+            dimensions, or the shape ``[R]``.
+        dropout_p: Active dropout probability of each adapter.
+        seeds: Dropout seed of each adapter, int64 ``[S]``, or None if no dropout is active.
+        slots: Slot of each adapter, or None if the slots are 0 to ``S - 1``.
     """
 
     lora_a: list[torch.Tensor]
@@ -97,18 +100,19 @@ class Operands(NamedTuple):
 
 
 class Tables(NamedTuple):
-    """Where adapters' factors lie: a row for each linear (G), a column for each adapter (S).
+    """Tables of the addresses, ranks, and scalings of adapters, by layer (G) and adapter (S).
 
     Attributes:
-        a_address, b_address, bias_address: int64 ``[G, S]``; 0 where there is nothing. No
-            bias_address where no adapter has a lora_bias.
-        rank: int32 ``[G, S]``; 0 where an adapter leaves the linear alone.
+        a_address, b_address, bias_address: int64 ``[G, S]``, with 0 for a factor that does not
+            exist. bias_address is None if no adapter has a lora_bias.
+        rank: int32 ``[G, S]``, with 0 for an adapter that does not adapt the layer.
         scaling: fp32 ``[G, S]``.
-        max_rank: No adapter has a larger one.
-        dtype: Of the factors.
-        scale_address: int64 ``[G, S]`` of DoRA's scales; None where no adapter uses DoRA.
-        rows: Row of a linear by its number in the model; None where linears know their rows.
-        kept: What lies behind the addresses, if it is the tables' to keep.
+        max_rank: Upper bound of all ranks.
+        dtype: Dtype of the factors.
+        scale_address: int64 ``[G, S]``, addresses of DoRA scales. None if no adapter uses DoRA.
+        rows: The table row of each layer, by the layer's number in the model. None if the layers
+            know their rows.
+        kept: Tensors behind the addresses, if the tables keep them alive.
     """
 
     a_address: torch.Tensor
@@ -123,7 +127,7 @@ class Tables(NamedTuple):
     kept: tuple[torch.Tensor, ...] = ()
 
     def tensors(self) -> list[torch.Tensor]:
-        """Returns the operators' argument ``Tensor[] tables``."""
+        """Return the tensors that operators receive as their argument ``tables``."""
         found = [self.a_address, self.b_address, self.rank, self.scaling]
         if self.bias_address is not None:
             found.append(self.bias_address)
@@ -131,14 +135,17 @@ class Tables(NamedTuple):
 
 
 def tables_of(tensors: Sequence[torch.Tensor], max_rank: int, dtype: torch.dtype) -> Tables:
-    """Returns what `Tables.tensors` gave to an operator."""
+    """Return a `Tables` record of the tensors in an operator's argument ``tables``."""
     a_address, b_address, rank, scaling, *biases = tensors
     bias_address = biases[0] if biases else None
     return Tables(a_address, b_address, bias_address, rank, scaling, max_rank, dtype)
 
 
 def present(factors: Sequence[Factor], rank_dim: int) -> list[torch.Tensor]:
-    """Returns factors of rank 0 for None. Ranks of lora_a are dimension 0, of lora_b 1."""
+    """Return a list of factors in which an empty factor of rank 0 replaces each None.
+
+    ``rank_dim`` is the dimension of the rank: 0 for lora_a, and 1 for lora_b.
+    """
     found: list[torch.Tensor] = []
     for factor in factors:
         if factor is not None:
@@ -154,8 +161,11 @@ def present(factors: Sequence[Factor], rank_dim: int) -> list[torch.Tensor]:
 def numbers_on(
     values: tuple[Number, ...], dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
-    """Returns numbers as a tensor ``[len]`` on a device, without waiting for it."""
-    # One for each stream: another stream's copy may still be on its way.
+    """Return a 1-D tensor of numbers on a device, without synchronizing with the device.
+
+    Results are cached.
+    """
+    # There is one tensor per stream, because the copy on another stream may not have finished.
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     return _numbers(values, dtype, device, stream)
 
@@ -164,7 +174,7 @@ def numbers_on(
 def _numbers(
     values: tuple[Number, ...], dtype: torch.dtype, device: torch.device, stream: int
 ) -> torch.Tensor:
-    # Read by many calls, in inference mode or out of it.
+    # Many calls read the tensor, in inference mode and outside of it.
     with torch.inference_mode(False):
         if device.type != "cuda":
             return torch.tensor(values, dtype=dtype, device=device)

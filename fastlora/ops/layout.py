@@ -1,8 +1,9 @@
-"""What operators, their fakes and their callers know of shapes: columns of s, packed gradients.
+"""Shapes that operators, their fake implementations, and their callers share.
 
-Where many slots share a batch, s and ds have one number of columns, and the gradients of a kind of
-factor come as one buffer, which `split_grad_a` and `split_grad_b` take apart. Lists of factors hold
-None where an adapter leaves the layer alone.
+In a batch of several slots, s and ds have the same number of columns for all slots. The gradients
+of all lora_a are packed into one buffer, and so are the gradients of all lora_b and lora_bias.
+`split_grad_a` and `split_grad_b` return views of these buffers. A list of factors has None for an
+adapter that does not adapt the layer.
 """
 
 from __future__ import annotations
@@ -13,29 +14,32 @@ import torch
 
 from fastlora.ops.factors import Factor, present
 
-# A split of K costs a plane of s. Four keep the shrink short enough to hide behind a base GEMM.
+# Each split of K adds a split-K partial sum of s. With at most four splits, the shrink is still
+# short enough to hide behind a base GEMM.
 _MAX_SPLITS = 4
-# Columns of K, and rows of all planes together, from which a split is worth a program.
+# A split pays for an additional program if it has this many columns of K, and if the split-K
+# partial sums have at most about this many rows together.
 _SPLIT_COLUMNS = 256
 _PLANE_ROWS = 16384
 
 
 def max_rank(factors: Sequence[Factor], rank_dim: int) -> int:
-    """Returns the largest rank, 1 at least."""
+    """Return the largest rank of the factors, at least 1."""
     return max(1, *(factor.shape[rank_dim] for factor in factors if factor is not None))
 
 
 def columns_of(largest: int) -> int:
-    """Returns R, the columns of s and ds, for the largest rank."""
+    """Return the number of columns of s and ds: the largest rank rounded up to a multiple of 16."""
     return max(-(-largest // 16) * 16, 16)
 
 
 def planes_shape(
     m: int, k: int, modules: int, largest: int, batch_invariant: bool = False
 ) -> tuple[int, int, int, int]:
-    """Returns the shape of a shrink's planes: splits of K, modules, rows, ranks.
+    """Return the shape of a shrink's split-K partial sums: splits, modules, rows, and columns.
 
-    The splits depend on no chip and no mix, so that a fake knows them. Sizes may be symbolic.
+    The number of splits depends neither on the chip nor on the adapters of the rows, so that a fake
+    implementation can compute it. Sizes may be symbolic.
     """
     splits = torch.sym_min(k // _SPLIT_COLUMNS, _MAX_SPLITS)
     if not batch_invariant:
@@ -44,14 +48,20 @@ def planes_shape(
 
 
 def layout(factors: Sequence[torch.Tensor]) -> tuple[list[int], int]:
-    """Returns where the gradient of each factor begins in the buffer, and the buffer's end."""
+    """Return the offset of each factor's gradient in a packed buffer, and the buffer's size.
+
+    Both are in elements.
+    """
     return _offsets([factor.numel() for factor in factors], factors[0].itemsize)
 
 
 def layout_b(
     lora_b: Sequence[torch.Tensor], with_bias: Sequence[bool]
 ) -> tuple[list[int], list[int], int]:
-    """Returns the offsets of lora_b's gradients and of lora_bias's, -1 for none, and the end."""
+    """Return the offsets of all lora_b and lora_bias gradients in a packed buffer, and its size.
+
+    The offset of a lora_bias that does not exist is -1. All values are in elements.
+    """
     biases = [b.shape[0] if has else 0 for b, has in zip(lora_b, with_bias, strict=True)]
     offsets, end = _offsets([*(b.numel() for b in lora_b), *biases], lora_b[0].itemsize)
     bias_offsets = [
@@ -63,7 +73,7 @@ def layout_b(
 def split_grad_b(
     packed: torch.Tensor, lora_b: Sequence[Factor], with_bias: Sequence[bool]
 ) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
-    """Returns d_lora_b ``[N, rank]`` and d_lora_bias ``[N]`` of each slot, views of ``packed``."""
+    """Return views of the gradients of each slot's lora_b and lora_bias in a packed buffer."""
     ups = present(lora_b, 1)
     offsets, bias_offsets, _ = layout_b(ups, with_bias)
     found: list[tuple[torch.Tensor, torch.Tensor | None]] = []
@@ -75,7 +85,7 @@ def split_grad_b(
 
 
 def split_grad_a(packed: torch.Tensor, lora_a: Sequence[Factor]) -> list[torch.Tensor]:
-    """Returns d_lora_a ``[rank, K]`` of each slot and module, views of ``packed``."""
+    """Return views of the gradients of all lora_a in a packed buffer, ``[rank, K]`` each."""
     downs = present(lora_a, 0)
     offsets, _ = layout(downs)
     return [
@@ -85,7 +95,7 @@ def split_grad_a(packed: torch.Tensor, lora_a: Sequence[Factor]) -> list[torch.T
 
 
 def _offsets(sizes: Sequence[int], itemsize: int) -> tuple[list[int], int]:
-    """Returns where blocks of so many elements begin, each at a multiple of 16 bytes; the end."""
+    """Return offsets that align blocks to 16 bytes, and the total size, both in elements."""
     each = 16 // itemsize
     offsets, end = [], 0
     for size in sizes:

@@ -1,4 +1,4 @@
-"""How operators are registered: a schema, what runs it, and what tracing sees."""
+"""Registration of operators: their schemas, implementations, and fake implementations."""
 
 from __future__ import annotations
 
@@ -11,23 +11,29 @@ _LIBRARY = torch.library.Library("fastlora", "DEF")
 
 
 def define(schema: str, tags: tuple[torch.Tag, ...] = ()) -> None:
-    """Adds an operator."""
+    """Define an operator by its schema."""
     _LIBRARY.define(schema, tags=tags)
 
 
 def implements(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Registers what runs below autograd, on every device."""
+    """Return a decorator that registers an operator's implementation below autograd.
+
+    The implementation runs on every device.
+    """
     found: Callable[..., Any] = torch.library.impl(_LIBRARY, name, "CompositeExplicitAutograd")
     return found
 
 
 def composes(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Registers what runs above autograd: while a graph is traced, and where nothing traces."""
+    """Return a decorator that registers an operator's implementation above autograd.
+
+    The implementation runs while a graph is traced, and also if nothing is traced.
+    """
     found: Callable[..., Any] = torch.library.impl(_LIBRARY, name, "CompositeImplicitAutograd")
     return found
 
 
 def fakes(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Registers what tracing sees."""
+    """Return a decorator that registers an operator's fake implementation, which tracing calls."""
     found: Callable[..., Any] = torch.library.register_fake(f"fastlora::{name}")
     return found

@@ -1,6 +1,7 @@
-"""The backends of the registered operators: Triton's kernels, and PyTorch's part in graphs.
+"""The backends that call the registered operators: Triton kernels, and PyTorch in compiled graphs.
 
-An operator is opaque to compilers, which see neither Triton nor, in a mixed batch, how rows lie.
+A compiler cannot look into an operator. It sees neither Triton nor, in a mixed batch, the order of
+the rows.
 """
 
 from __future__ import annotations
@@ -26,18 +27,20 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 class OperatorBackend(Backend):
-    """The registered operators, or what runs them where nobody would see these.
+    """The backend that calls the registered operators.
+
+    If nothing would observe an operator, its implementation is called directly.
 
     Args:
-        impl: What the operators run: ``"triton"``, or ``"eager"`` for PyTorch.
+        impl: The implementation that the operators run, ``"triton"`` or ``"eager"``.
     """
 
     def __init__(self, impl: str) -> None:
         self.impl = impl
 
     def _operators(self, x: torch.Tensor, weight: torch.Tensor | None = None) -> schema.Operators:
-        """Returns the operators for x, and of a backward for dy."""
-        # Over codes no product of PyTorch's runs which autograd could record.
+        """Return the operators to call for an input x, or for dy in a backward pass."""
+        # With a quantized weight, no PyTorch operation runs that autograd could record.
         alone = isinstance(weight, CodedWeight) and self.impl == "triton"
         return schema.operators_for(x, within_node=alone)
 
@@ -81,13 +84,16 @@ class OperatorBackend(Backend):
         operators: schema.Operators,
         launch: str = "coded_lora_linear",
     ) -> torch.Tensor | Coded:
-        """Returns what operators take for a weight: PyTorch and dispatchers take it as it is."""
+        """Return the weight in the form that the given operators accept.
+
+        Registered operators and the PyTorch implementation receive the weight itself.
+        """
         if operators is torch.ops.fastlora or self.impl != "triton":
             return weight
         return launched(weight, x, max(b.shape[1] for b in lora_b), plan, launch)
 
     def _in_pieces(self, rows: Rows | None) -> list[torch.Tensor]:
-        """What operators take as rows; PyTorch has no pieces."""
+        """Return the tensors that operators receive as ``rows``, with pieces if kernels run."""
         if rows is None:
             return []
         return rows_listed(rows) if self.impl == "triton" else rows.tensors()
@@ -107,7 +113,7 @@ class OperatorBackend(Backend):
     def _gradients(
         self, given: Backward, weight: torch.Tensor | Coded | None, operators: schema.Operators
     ) -> Gradients:
-        """`gradients` by operators of `schema.operators_for`, with what they take for a weight."""
+        """Compute `gradients` with given operators, and a weight in the form that they accept."""
         dy, _, x, operands, rows, s, plan, wants_x, wants_bias, wants_s, wants = given
         lora_a, lora_b, lora_bias, scaling, dropout_p, seeds, _ = operands
         drop = seeds, list(dropout_p)
@@ -145,7 +151,7 @@ class OperatorBackend(Backend):
     def _in_runs(
         self, launch: str, rows: Rows, like: torch.Tensor
     ) -> tuple[list[torch.Tensor], int]:
-        """Returns rows, and how many make a run, of a launch over ``[M, columns]``."""
+        """Return the tensors that a launch receives as ``rows``, and the number of rows per run."""
         if self.impl != "triton":
             return rows.tensors(), 0
         return rows_in_runs(launch, rows, like.dtype, like.shape[1])
@@ -160,7 +166,7 @@ class OperatorBackend(Backend):
         rows: Rows | None,
         operator: Callable[..., Any],
     ) -> list[torch.Tensor]:
-        """Returns the gradients of the lora_a of G layers, for one ds each."""
+        """Return the gradients of lora_a of several layers, given one ds per layer."""
         drop = seeds, list(dropout_p)
         if rows is None:
             made: list[torch.Tensor] = operator(x, ds, [], 0, lora_a, *drop, self.impl)
@@ -169,7 +175,7 @@ class OperatorBackend(Backend):
         (packed,) = operator(x, ds, own, run, lora_a, *drop, self.impl)
         return split_grad_a(packed, lora_a)
 
-    # ---------------------------------------------------------------------------------- siblings
+    # -------------------------------------------------------------------------- shared-input groups
 
     def shrink(
         self,
@@ -197,7 +203,7 @@ class OperatorBackend(Backend):
         return [found[index] for index in range(len(flat))]
 
     def computes_siblings(self, x: torch.Tensor) -> bool:
-        # Not where somebody looks at operators. A profiler sees the launches themselves.
+        # Not if something observes operators. A profiler also records the launches themselves.
         return self.impl == "triton" and not sees_operators(x, True, by_profiler=False)
 
     def siblings(
@@ -261,9 +267,10 @@ def siblings_at(
     max_rank: int,
     factor_dtype: torch.dtype,
 ) -> list[torch.Tensor] | None:
-    """Returns y of modules that are fed by the same x, neighbours in the tables from ``first`` on.
+    """Return the outputs of a shared-input group's modules, with table rows from ``first`` on.
 
-    None where somebody looks at operators, or kernels read the weights in different ways.
+    The result is None if something observes operators, or if one launch cannot read all of the
+    weights.
     """
     if sees_operators(x, by_profiler=False):
         return None
@@ -284,10 +291,11 @@ def launched(
     plan: str,
     launch: str = "coded_lora_linear",
 ) -> torch.Tensor | Coded:
-    """Returns what kernels read of a weight ``[N, K]``: of codes these, or a new dense matrix.
+    """Return a base weight in the form that kernels read: dense or quantized.
 
-    Up to how many rows they read codes is the plan of the launch over codes in the table. A matrix
-    comes back as it is. ``x [M, K]`` is dy ``[M, N]`` for a dx, ``r`` the largest rank.
+    A dense weight is returned unchanged. For a quantized weight, the result is its quantized data,
+    or a new dense matrix if there are too many rows. The table's plan for ``launch`` decides which.
+    ``x`` is ``[M, K]``, or dy ``[M, N]`` to compute a dx. ``r`` is the largest rank.
     """
     if not isinstance(weight, CodedWeight):
         return weight
@@ -296,14 +304,17 @@ def launched(
 
 
 def _over_codes(operands: Sequence[torch.Tensor | None], count: int) -> bool:
-    """Whether a weight of so many siblings is stored as codes."""
+    """Return whether any base weight of a shared-input group is quantized."""
     return CodedWeight in map(type, operands[:count])
 
 
 def _with_launched(
     operands: Sequence[torch.Tensor | None], count: int, x: torch.Tensor | None, launch: str
 ) -> Sequence[torch.Tensor | Coded | None]:
-    """Returns siblings' operands with what kernels read of their weights; None without an x."""
+    """Return the operands of a shared-input group, with weights in the form that kernels read.
+
+    Without an x, the weights are None.
+    """
     read: list[torch.Tensor | Coded | None] = [None] * count
     if x is not None:
         for i, (weight, up) in enumerate(
@@ -316,7 +327,7 @@ def _with_launched(
 
 @functools.cache
 def _kept(function: _Function) -> _Function:
-    """Returns a function that keeps its launches, see `fastlora.kernels.launch.kept`."""
+    """Return a function that caches its launches; see `fastlora.kernels.launch.kept`."""
     from fastlora.kernels.launch import kept
 
     return kept(function)
@@ -325,8 +336,11 @@ def _kept(function: _Function) -> _Function:
 def _without_the_unwritten(
     ds: torch.Tensor, rows: Rows, lora_a: Sequence[torch.Tensor]
 ) -> torch.Tensor:
-    """Returns ds with zeros where no adapter has anything, so that no NaN is found there."""
-    # Slots -2 and -1 are rows without an adapter.
+    """Return ds with zeros in place of unwritten elements, which could be NaN.
+
+    Anomaly detection would report such a NaN.
+    """
+    # Slots -2 and -1 are for rows without an adapter. As indices, they select the two zeros.
     ranks = torch.tensor([*(a.shape[0] for a in lora_a), 0, 0], device=ds.device)
     own = ranks[rows.segment_slot.long()[rows.segment_of.long()]]
     return torch.where(torch.arange(ds.shape[1], device=ds.device) < own[:, None], ds, 0)

@@ -1,10 +1,10 @@
-"""The dropout mask of the Triton kernels, in PyTorch integers: its definition.
+"""The definition of the Triton kernels' dropout mask, in integer operations of PyTorch.
 
-Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) with the
-64-bit seed as its key and the counter ``(row, column // 8, projection, 0)``. The four 32-bit words
-are eight 16-bit lanes, one per column: column ``j = 4 h + 2 b + a`` of its group of eight takes
-half ``h`` (0 the low one) of word ``2 a + b``. An element is kept if its lane is at least
-``round(p * 65536)``.
+The generator is Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC
+2011). Its key is the 64-bit seed, and its counter is ``(row, column // 8, projection, 0)``. The
+four 32-bit words form eight 16-bit lanes, one per column. Column ``j = 4 h + 2 b + a`` of a group
+of eight uses half ``h`` of word ``2 a + b``, where half 0 is the low one. An element is kept if its
+lane is at least ``round(p * 65536)``.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ _COLUMNS_PER_COUNTER = 8
 def philox_keep_mask(
     seed: int, rows: int, cols: int, p: float, projection: int = 0
 ) -> torch.Tensor:
-    """Returns the elements that dropout keeps: bool ``[rows, cols]`` on the CPU, True is kept.
+    """Return a bool mask ``[rows, cols]`` on the CPU that is True where dropout keeps an element.
 
     Args:
-        seed: Any 64-bit integer, signed or not.
-        rows: Rows of the adapter, numbered from 0.
-        cols: Columns.
+        seed: Any 64-bit integer, signed or unsigned.
+        rows: Number of rows of the adapter. Rows are numbered from 0.
+        cols: Number of columns.
         p: Probability of dropping an element, in [0, 1); rounded to a multiple of 2**-16.
-        projection: Number of the projection among siblings that share x.
+        projection: Number of the projection within the shared-input group.
     """
     groups = (cols + _COLUMNS_PER_COUNTER - 1) // _COLUMNS_PER_COUNTER
     row = torch.arange(rows, dtype=torch.int64)[:, None].expand(rows, groups)
@@ -45,7 +45,7 @@ def philox_keep_mask(
 def _philox_4x32(
     counter: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], key: tuple[int, int]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns the four words of each counter: int64 tensors with values below 2**32."""
+    """Return the four Philox output words of each counter, as int64 tensors below 2**32."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(_ROUNDS):
@@ -58,9 +58,9 @@ def _philox_4x32(
 
 
 def _multiply_32(value: torch.Tensor, factor: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the high and the low 32 bits of ``value * factor``, both below 2**32.
+    """Return the high and low 32 bits of ``value * factor`` for 32-bit operands.
 
-    The product of two 32-bit numbers overflows int64, so it is put together from 16-bit halves.
+    The product of two 32-bit numbers overflows int64, so it is computed from 16-bit halves.
     """
     low = (value & 0xFFFF) * factor
     middle = (value >> 16) * factor + (low >> 16)

@@ -1,7 +1,8 @@
-"""Which launches make a linear over the kernels: named by a call, the environment, or a table.
+"""The plan of a linear layer, which says what the kernel path launches.
 
-See `fastlora.kernels.configs.plan_of` for what each plan launches. Chosen inside the operators,
-where no compiler looks: a graph serves every size.
+The plan comes from the call, the environment, or a table. `fastlora.kernels.configs.plan_of` lists
+the launches of each plan. Operators choose the plan, out of sight of compilers, so that one graph
+serves all sizes.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from fastlora import env
 from fastlora.coded_weight import Coded
 
-# "invariant" is "fused" with configs that do not know the batch: `fastlora.batch_invariant`.
+# "invariant" is "fused" with configs that do not depend on the batch: `fastlora.batch_invariant`.
 PLANS = ("auto", "fused", "split", "invariant")
 _INVARIANT = ("lora_linear", "mixed_lora_linear")
 _NAMED = ("auto", "fused", "split")
@@ -32,22 +33,23 @@ def choose_plan(
     n: int | None = None,
     slots: int = 1,
 ) -> str:
-    """Returns what to launch for x ``[M, K]`` and weight ``[N, K]``.
+    """Return the plan of a linear layer: which kernels to launch for x ``[M, K]`` and a weight.
 
-    A plan that the call names goes before ``FASTLORA_PLAN``, which goes before the table.
+    A plan that the call names takes precedence over ``FASTLORA_PLAN``, which takes precedence over
+    the table.
 
     Args:
-        plan: One of `PLANS`. Only forwards without gradients have "invariant"; others take it for
-            "auto".
-        x: What the launch reads: x, or dy ``[M, N]`` for a dx.
+        plan: One of `PLANS`. "invariant" exists for forward passes without gradients only; other
+            launches treat it as "auto".
+        x: The tensor that the launch reads: x, or dy ``[M, N]`` to compute dx.
         weight: ``[N, K]``.
-        r: Rank; the largest in a mixed batch.
-        launch: That of the plan "fused", one of `fastlora.kernels.tables.PLANNED`.
-        n: Outputs of all siblings of the launch; None for those of the weight.
-        slots: Adapters that a mixed batch may have.
+        r: Rank, or the largest rank in a mixed batch.
+        launch: The launch of the plan "fused", one of `fastlora.kernels.tables.PLANNED`.
+        n: Total number of outputs of the layers in the launch, or None for the weight's N.
+        slots: Number of adapters that a mixed batch may have.
 
     Raises:
-        ValueError: There is no such plan, or ``FASTLORA_PLAN`` names none.
+        ValueError: The plan does not exist, or ``FASTLORA_PLAN`` names one that does not exist.
     """
     if plan not in PLANS:
         raise ValueError(f"plan must be one of {', '.join(PLANS)}, got {plan!r}")
@@ -61,12 +63,12 @@ def choose_plan(
 
 
 def precision(dtype: torch.dtype) -> str:
-    """How fp32 dots round: exactly, unless the user allowed TF32 for matrix products.
+    """Return the precision of fp32 matrix products: "tf32" if the user has allowed it, else "ieee".
 
-    torch's older switches (``set_float32_matmul_precision``, ``allow_tf32``) set what is read here
-    too; reading those raises once somebody has used the newer one.
+    torch's older switches (``set_float32_matmul_precision``, ``allow_tf32``) also set the value
+    that is read here. Reading the older switches raises once the newer switch has been used.
     """
-    # `torch.backends.cuda.matmul.fp32_precision` takes six times as long.
+    # `torch.backends.cuda.matmul.fp32_precision` takes six times as long to read.
     allowed = dtype is torch.float32 and _rounding_of_fp32() == "tf32"
     return "tf32" if allowed else "ieee"
 
@@ -79,7 +81,7 @@ def _from_table(
     siblings_n: int | None,
     slots: int,
 ) -> str:
-    """Returns the plan of the chip's table for x, or dy, with M rows, and weight ``[N, K]``."""
+    """Return the plan that the chip's table has for the size of a layer and its input."""
     (n, k), m, rounding = weight.shape, x.shape[0], precision(x.dtype)
     chips, configs = _tables()
     chip, sizes = chips.chip_of(x.device), {"m": m, "n": siblings_n or n, "k": k, "r": r}
@@ -88,7 +90,7 @@ def _from_table(
 
 @functools.cache
 def _tables() -> tuple[Any, Any]:
-    """Returns the modules of chips and of their tables, which import Triton."""
+    """Return the modules `chips` and `configs` of `fastlora.kernels`, which import Triton."""
     from fastlora.kernels import chips, configs
 
     return chips, configs

@@ -1,9 +1,9 @@
-"""Which slot each row of a batch has: the one description of a mixed batch's rows.
+"""The slot of each row of a batch. `Rows` is the only description of the rows of a mixed batch.
 
-Rows are sorted by slot on the device, by one kernel or a handful of operations of fixed sizes:
-nothing waits for the host, and a CUDA graph may hold them. A segment is the run of sorted positions
-that share a slot; a piece is a run inside one segment that never crosses a multiple of a kernel's
-row tile. PyTorch's products read segments on the host. Where one slot has all rows there is no
+Rows are sorted by slot on the device, with one kernel or a few operations of fixed sizes. Nothing
+waits for the host, and a CUDA graph can contain the sort. A segment is the run of sorted positions
+that share a slot. A piece is a run within one segment that does not cross a multiple of a kernel's
+row tile. The products in PyTorch read segments on the host. If one slot has all rows, there is no
 `Rows`.
 """
 
@@ -30,12 +30,12 @@ define("rows_pieces(Tensor segment_of, int slots, SymInt block_m) -> Tensor")
 
 
 class Segment(NamedTuple):
-    """Rows of one slot, by their sorted positions.
+    """The rows of one slot, as a range of positions in sorted order.
 
     Attributes:
         slot: The slot.
         start: First position.
-        stop: Behind the last position.
+        stop: Position after the last one.
     """
 
     slot: int
@@ -45,21 +45,22 @@ class Segment(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Rows of a batch sorted by slot.
+    """The rows of a batch, sorted by slot.
 
     Attributes:
-        order: int32 ``[M]``, the row at each sorted position; rows of a slot keep their order.
-            Invalid ids come first, then rows without an adapter, then slot after slot.
-        segment_of: int32 ``[M]``, the segment of each sorted position, from 0 up.
-        segment_slot: int32 ``[min(M, slots + 2)]``, the slot of each segment: `NO_SLOT` for rows
-            without an adapter and for unused entries, `INVALID_SLOT` for ids out of range.
-        slot_start: int32 ``[slots + 1]``, the sorted position of each slot's first row, and M; a
-            slot without rows starts where the next one does.
-        invalid: bool ``[1]``, whether an id was out of range.
-        slots: Ids run from -1 to ``slots - 1``.
-        m: Rows of the batch.
-        each: Adjacent rows of each id; 1 where that is not known.
-        ids: Slot of each sample or token, ``[B]``; None where rows came as tensors.
+        order: int32 ``[M]``, the row at each sorted position. Rows with invalid ids come first,
+            then rows without an adapter, then the slots in order. Rows of one slot keep their
+            order.
+        segment_of: int32 ``[M]``, the number of each sorted position's segment, counted from 0.
+        segment_slot: int32 ``[min(M, slots + 2)]``, the slot of each segment. `NO_SLOT` stands for
+            rows without an adapter and for unused entries, `INVALID_SLOT` for ids out of range.
+        slot_start: int32 ``[slots + 1]``, the sorted position of each slot's first row, and M. A
+            slot without rows has the start of the next slot.
+        invalid: bool ``[1]``, whether any id was out of range.
+        slots: Number of slots. Ids run from -1 to ``slots - 1``.
+        m: Number of rows.
+        each: Number of adjacent rows of each id, or 1 if it is not known.
+        ids: Slot of each sample or token, ``[B]``; None if the rows were given as tensors.
     """
 
     order: torch.Tensor
@@ -74,18 +75,19 @@ class Rows:
     _pieces: dict[int, torch.Tensor] | None = field(default_factory=dict, repr=False)
 
     def tensors(self) -> list[torch.Tensor]:
-        """Returns what operators take as their argument ``Tensor[] rows``."""
+        """Return the tensors that operators receive as their argument ``rows``."""
         return [self.order, self.segment_of, self.segment_slot, self.slot_start]
 
     def pieces(self, block_m: int) -> torch.Tensor:
-        """Returns where each piece starts, int32 ``[pieces + 1]``; unused entries are M.
+        """Return the start of each piece of rows, int32 ``[pieces + 1]``, with M in unused entries.
 
-        Kept after the first call, but in a graph, where compilers merge equal calls. When
-        a CUDA graph is captured over rows sorted outside of it, that call must come before the
-        capture, as a warm-up run does.
+        The first call caches the result. In a graph nothing is cached, because compilers merge
+        equal calls. If a CUDA graph is captured over rows that were sorted outside of it, the first
+        call must come before the capture, for example in a warm-up run.
 
         Args:
-            block_m: Rows of a tile; there are ``ceil(M / block_m) + min(M, slots + 2)`` pieces.
+            block_m: Rows of a tile. There is room for
+                ``ceil(M / block_m) + min(M, slots + 2)`` pieces.
         """
         operator = torch.ops.fastlora.rows_pieces
         if self._pieces is None or type(self.segment_of) is not torch.Tensor:
@@ -96,11 +98,14 @@ class Rows:
             made = self._pieces.setdefault(block_m, made)
         return made
 
-    # --------------------------------------------------------- on the host, for PyTorch's products
+    # ----------------------------------------------------- on the host, for the products in PyTorch
 
     @functools.cached_property
     def segments(self) -> tuple[Segment, ...]:
-        """One segment for each slot that has rows, in order of slots; waits for ids on a GPU."""
+        """One segment for each slot that has rows, in order of slots.
+
+        Reading ids from a GPU waits for it.
+        """
         if self.ids is None:
             starts = self.slot_start.tolist()
         else:
@@ -116,7 +121,7 @@ class Rows:
 
     @functools.cached_property
     def _slot_of_ids(self) -> torch.Tensor:
-        """The ids on the CPU, int64 ``[B]``; `INVALID_SLOT` for those out of range."""
+        """The ids as an int64 tensor on the CPU, with `INVALID_SLOT` for ids out of range."""
         if self.ids is None:
             raise ValueError("rows that came as tensors have no ids")
         ids = self.ids.to(device="cpu", dtype=torch.int64)
@@ -124,7 +129,7 @@ class Rows:
 
     @functools.cached_property
     def in_order(self) -> bool:
-        """Whether rows lie sorted already."""
+        """Whether the rows are already sorted."""
         if self.ids is None:
             return torch.equal(self.order, torch.arange(self.m, device=self.order.device))
         ids = self._slot_of_ids
@@ -132,14 +137,14 @@ class Rows:
 
     @functools.cached_property
     def inverse(self) -> torch.Tensor:
-        """Sorted position of each row, int64 ``[M]``."""
+        """The position of each row in sorted order, int64 ``[M]``."""
         inverse = torch.empty(self.m, dtype=torch.int64, device=self.order.device)
         inverse[self.order.long()] = torch.arange(self.m, device=self.order.device)
         return inverse
 
     @functools.cached_property
     def members(self) -> torch.Tensor:
-        """Index among the segments of each row's slot, their number for none; int64 ``[M]``."""
+        """The index of each row's segment, int64 ``[M]``, or ``len(segments)`` without a slot."""
         member = torch.full((self.m,), len(self.segments))
         for index, (_, start, stop) in enumerate(self.segments):
             member[start:stop] = index
@@ -147,11 +152,14 @@ class Rows:
         return member if self.in_order else member.index_select(0, self.inverse)
 
     def sorted(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Returns ``tensor [M, ...]`` at sorted positions; itself where rows lie sorted."""
+        """Return the rows of a tensor ``[M, ...]`` in sorted order.
+
+        If rows are already sorted, this is the tensor itself.
+        """
         return tensor if self.in_order else tensor.index_select(0, self.order)
 
     def restored(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Undoes `sorted`."""
+        """Return the rows of a tensor in their original order, as the inverse of `sorted`."""
         return tensor if self.in_order else tensor.index_select(0, self.inverse)
 
 
@@ -163,20 +171,20 @@ def sort_rows(
     *,
     keeps: bool = True,
 ) -> Rows:
-    """Sorts the rows of a batch by slot.
+    """Sort the rows of a batch by slot.
 
     Args:
-        ids: Integer tensor ``[B]``, m a multiple of B: each id covers ``m / B`` rows in sequence.
-            -1 is a row without an adapter; other values outside ``[0, slots)`` are invalid, which
-            sets a flag on the device instead of raising, since finding out would wait for it.
-        m: Rows of the batch.
-        slots: Slots there are.
-        device: Where rows are sorted; None for the device of ids.
-        keeps: Whether they keep what is made of them; False in a graph.
+        ids: Integer tensor ``[B]``, where m is a multiple of B. Each id covers ``m / B`` adjacent
+            rows. -1 stands for no adapter. Other values outside ``[0, slots)`` are invalid. They
+            set a flag on the device instead of raising, because a check would wait for the device.
+        m: Number of rows.
+        slots: Number of slots.
+        device: Device on which rows are sorted, or None for the device of ids.
+        keeps: Whether the result caches what is derived from it. Pass False in a graph.
 
     Raises:
         TypeError: ids are not integers.
-        ValueError: ids have another shape, or slots is negative.
+        ValueError: ids have the wrong shape, or slots is negative.
     """
     device, block_m = device or ids.device, 0
     if keeps and runs_kernels(device):
@@ -193,7 +201,10 @@ def sort_rows(
 
 
 def rows_of(tensors: Sequence[torch.Tensor]) -> Rows:
-    """Returns what `Rows.tensors` gave to an operator; pieces behind them are not read."""
+    """Return a `Rows` record of the tensors in an operator's argument ``rows``.
+
+    Pieces at the end of the argument are ignored.
+    """
     order, segment_of, segment_slot, slot_start = tensors[:4]
     none = order.new_empty(0, dtype=torch.bool)
     sizes = slot_start.shape[0] - 1, order.shape[0]
@@ -204,9 +215,9 @@ def rows_of(tensors: Sequence[torch.Tensor]) -> Rows:
 def _rows_sort(
     ids: torch.Tensor, m: int, slots: int, device: torch.device, block_m: int
 ) -> tuple[torch.Tensor, ...]:
-    """Returns order, segment_of, segment_slot, slot_start and the flag of `Rows`, and pieces.
+    """Return the first five fields of `Rows`, and the pieces for ``block_m``.
 
-    Pieces are those of ``block_m``, none for 0.
+    With a ``block_m`` of 0, the tensor of pieces is empty.
     """
     if slots < 0:
         raise ValueError(f"slots is {slots}, expected 0 or more")
@@ -222,7 +233,7 @@ def _rows_sort(
         if made is not None:
             return made
     bad = (ids < NO_SLOT) | (ids >= slots)
-    # int32 sorts twice as fast, and is what the kernels read.
+    # int32 sorts twice as fast as int64, and the kernels read int32.
     slot = ids.masked_fill(bad, INVALID_SLOT).to(torch.int32)
     per_id = m // max(ids.shape[0], 1)
     slot = slot.view(-1, 1).expand(-1, per_id).reshape(m)
@@ -245,7 +256,7 @@ def _(
 
 
 def _empty(m: int, slots: int, device: torch.device, block_m: int) -> tuple[torch.Tensor, ...]:
-    """Returns what `_rows_sort` does, with nothing in it."""
+    """Return uninitialized tensors with the shapes and dtypes of the results of `_rows_sort`."""
     present, entries = torch.sym_min(m, slots + 2), piece_entries(m, slots, block_m)
     sizes = (m, m, present, slots + 1, 1, entries if block_m else 0)
     dtypes = (*[torch.int32] * 4, torch.bool, torch.int32)
@@ -255,13 +266,13 @@ def _empty(m: int, slots: int, device: torch.device, block_m: int) -> tuple[torc
 
 @implements("rows_pieces")
 def _rows_pieces(segment_of: torch.Tensor, slots: int, block_m: int) -> torch.Tensor:
-    """Returns where pieces of sorted rows start; see `Rows.pieces`."""
+    """Return the start position of each piece of the sorted rows; see `Rows.pieces`."""
     m = segment_of.shape[0]
     position = torch.arange(m, dtype=torch.int32, device=segment_of.device)
     starts = _starts(segment_of) | (position % block_m == 0)
     entries = piece_entries(m, slots, block_m)
-    # Position 0 starts a tile and a segment, so the last two entries are never a piece: they take
-    # the positions that start none, all with the value M.
+    # Position 0 starts both a tile and a segment, so the last two entries are never used by a
+    # piece. Positions that start no piece are written to the last entry, all with the value M.
     place = torch.where(starts, starts.cumsum(0) - 1, entries - 1)
     result = position.new_full((entries,), m)
     return result.scatter_(0, place, position.masked_fill(~starts, m))
@@ -273,13 +284,13 @@ def _(segment_of: torch.Tensor, slots: int, block_m: int) -> torch.Tensor:
 
 
 def piece_entries(m: int, slots: int, block_m: int) -> int:
-    """Returns the length of what `Rows.pieces` returns; also of symbolic sizes."""
+    """Return the length of the result of `Rows.pieces`. Sizes may be symbolic."""
     entries: int = -(-m // max(block_m, 1)) + torch.sym_min(m, slots + 2) + 1
     return entries
 
 
 def _starts(values: torch.Tensor) -> torch.Tensor:
-    """Returns bool ``[M]``: whether a value differs from the one before it (the first one does)."""
+    """Return a bool mask of the values that differ from the previous one, including the first."""
     differs = torch.ones(values.shape, dtype=torch.bool, device=values.device)
     torch.ne(values[1:], values[:-1], out=differs[1:])
     return differs

@@ -1,35 +1,39 @@
-"""The registered operators: their schemas, and the shapes of what they return.
+"""The registered operators: their schemas, and the shapes of their results.
 
-One opaque operator is crossed per launch sequence of a layer, so that `torch.compile` sees neither
-Triton nor the choice of a plan. Nothing here imports Triton before a kernel runs. Everything that
-depends on a batch's mix is a tensor on the device: nothing waits for the host, launches and grids
-do not depend on the mix, and a CUDA graph replays any.
+A layer calls one opaque operator for each sequence of launches, so that `torch.compile` sees
+neither Triton nor the choice of a plan. Nothing here imports Triton before a kernel runs.
+Everything that depends on the adapters of a batch's rows is a tensor on the device. Therefore
+nothing waits for the host, launches and grids are the same for all batches of one size, and a CUDA
+graph can be replayed for each of them.
 
-``impl="triton"`` runs the function of the operator's name in `fastlora.ops.triton.forward` or
-`backward`, ``impl="eager"`` that in `fastlora.ops.torch.operators`: PyTorch for many slots, which
-compiled graphs of mixed batches call, since they cannot read where rows begin.
+With ``impl="triton"``, an operator runs the function of its name in `fastlora.ops.triton.forward`
+or `fastlora.ops.triton.backward`. With ``impl="eager"``, it runs the function of its name in
+`fastlora.ops.torch.operators`, which is PyTorch code for many slots. Compiled graphs of mixed
+batches call it, because they cannot read where the rows of each slot begin.
 
-Shapes, for M rows, S slots (adapters) and G modules (layers) that share x:
+Shapes, for M rows, S slots (adapters), and G modules (layers) that share x:
 
     x ``[M, K]``, weight ``[N, K]``, bias ``[N]``, y and dy ``[M, N]``, dx ``[M, K]``
-    lora_a ``[rank, K]``, lora_b ``[N, rank]``, lora_bias ``[N]``, not scaled: one of each adapter,
-        of one dtype, None where an adapter leaves the layer alone
-    rows: empty where one slot has all rows. Else int32 order ``[M]``, segment_of ``[M]``,
-        segment_slot, slot_start ``[S + 1]`` of `fastlora.ops.rows`, and for kernels pieces: see
-        `fastlora.ops.triton.pieces`
-    factors: lora_a, lora_b and lora_bias of each slot in turn
-    s and ds: ``[M, R]`` in x's dtype. With rows they are over sorted positions, R is
-        `layout.columns_of` the largest rank, and a row is written up to its adapter's rank
-    scaling: fp32 ``[S]``; of one slot also ``[R]`` or without dimensions
-    seeds: int64, one for each lora_a, on the device (for PyTorch on the CPU); None: no dropout
-    tables: ``[G, S]`` each: int64 addresses of lora_a, of lora_b as rank rows ``[rank, N]``, int32
-        rank, fp32 scaling, and if an adapter has one addresses of lora_bias. Blocks lie at
-        multiples of 16 bytes in ``factor_dtype``; 0 is none. Addresses are trusted: what lies
-        behind them must outlive the launch. ``max_rank`` is the largest rank there may be,
-        ``index`` the module's row
+    lora_a ``[rank, K]``, lora_b ``[N, rank]``, lora_bias ``[N]``, not scaled: one per adapter, all
+        of one dtype, with None for an adapter that does not adapt the layer
+    rows: empty if one slot has all rows. Otherwise int32 order ``[M]``, segment_of ``[M]``,
+        segment_slot, and slot_start ``[S + 1]`` of `fastlora.ops.rows`. For kernels, pieces follow:
+        see `fastlora.ops.triton.pieces`
+    factors: lora_a, lora_b, and lora_bias of each slot in turn
+    s and ds: ``[M, R]`` in x's dtype. With rows, they are at sorted positions, R is
+        `layout.columns_of` the largest rank, and each row is written up to its adapter's rank
+    scaling: fp32 ``[S]``; for one slot also ``[R]`` or without dimensions
+    seeds: int64, one for each lora_a, on the device (on the CPU for PyTorch), or None without
+        dropout
+    tables: ``[G, S]`` each. int64 addresses of lora_a; int64 addresses of lora_b, stored as rank
+        rows ``[rank, N]``; int32 ranks; fp32 scalings; and int64 addresses of lora_bias if any
+        adapter has one. Addresses are multiples of 16 bytes, and 0 stands for no factor. The
+        factors have the dtype ``factor_dtype``. Addresses are not checked: the memory must stay
+        allocated until the launch has finished. ``max_rank`` is an upper bound of the ranks, and
+        ``index`` is the module's row
 
-A row's dropout mask is a function of its adapter's seed, its number among the adapter's rows and
-the column: `fastlora.kernels.philox` with kernels; PyTorch draws its own.
+The dropout mask of a row is a function of its adapter's seed, its number among the adapter's rows,
+and the column. Kernels compute it with `fastlora.kernels.philox`. PyTorch uses its own generator.
 """
 
 from __future__ import annotations
@@ -53,11 +57,11 @@ _DIRECT: Any = SimpleNamespace()
 
 
 def operator(schema: str, impl: str | None = None) -> Callable[[Callable[..., Any]], Any]:
-    """Adds an operator; decorates what tracing sees of it.
+    """Define an operator, and return a decorator that registers its fake implementation.
 
     Args:
-        schema: Its first argument is a tensor on the device that it runs on.
-        impl: What it always runs; None where its argument ``impl`` says so.
+        schema: The operator's schema. The first argument is a tensor on the device that it runs on.
+        impl: The implementation that always runs, or None if the argument ``impl`` names it.
     """
     define(schema)
     name = schema.partition("(")[0]
@@ -75,23 +79,23 @@ def operator(schema: str, impl: str | None = None) -> Callable[[Callable[..., An
         function = getattr(kernels_of(backward), attribute)
         return on_device_of(args[0], function, *given)
 
-    # Autograd counts writes into a tensor, so an operator that does that is called as registered.
+    # Autograd counts writes to a tensor, so an operator that writes is called through the registry.
     setattr(_DIRECT, name, getattr(torch.ops.fastlora, name) if "!" in schema else run)
     return fakes(name)
 
 
 class Operators(Protocol):
-    """The operators by name."""
+    """The operators as attributes."""
 
     def __getattr__(self, name: str) -> Callable[..., Any]: ...
 
 
 def operators_for(x: torch.Tensor, within_node: bool = False) -> Operators:
-    """Returns the operators by name, for x and tensors of its kind.
+    """Return the operators to call for x: the registered ones, or their implementations.
 
-    Where nothing would see a registered operator and x lies on the current device, these are the
-    functions that run them: the dispatcher takes 5 us a call. ``within_node`` says that they will
-    be called within a node of autograd's, which records nothing.
+    If nothing would observe a registered operator, and x is on the current device, the result holds
+    the functions that the operators run. This saves the dispatcher's 5 us per call. ``within_node``
+    says that the operators will be called within an autograd function, which records nothing.
     """
     registered: Any = torch.ops.fastlora
     if sees_operators(x, within_node):
@@ -102,7 +106,7 @@ def operators_for(x: torch.Tensor, within_node: bool = False) -> Operators:
 
 @functools.cache
 def kernels_of(backward: bool) -> ModuleType:
-    """Returns the module that launches what a forward needs, or a backward."""
+    """Return the module with the kernel launches of a backward or of a forward pass."""
     from fastlora.ops.triton import backward as gradients
     from fastlora.ops.triton import forward
 
@@ -119,9 +123,10 @@ _DROP = "Tensor? seeds, float[] dropout_p"
     " -> Tensor"
 )
 def _(x: torch.Tensor, rows: _Tensors, lora_a: _Factors, modules: int, *_: object) -> torch.Tensor:
-    """s of G modules from one read of x: ``[G, M, R]``, or ``[M, R]`` side by side of one slot.
+    """Return the shrink output s of G modules: ``[G, M, R]``, or ``[M, R]`` for one slot.
 
-    ``lora_a`` has a module's slots side by side. Where dropout acts there is one module.
+    With one slot, the modules are side by side. ``lora_a`` has the slots of each module in turn.
+    With active dropout, there is one module.
     """
     if rows:
         return x.new_empty(modules, x.shape[0], columns_of(max_rank(lora_a, 0)))
@@ -141,7 +146,7 @@ def _(
     factors: _Factors,
     *_: object,
 ) -> _Tensors:
-    """y, and s unless it is given."""
+    """Return the layer's output y, and the shrink output s unless it is given."""
     y, largest = x.new_empty(x.shape[0], weight.shape[0]), max_rank(factors[::3], 0)
     if s is not None:
         return [y]
@@ -153,21 +158,22 @@ def _(
     " Tensor scaling, str impl) -> ()"
 )
 def _(*_: object) -> None:
-    """Adds ``scaling * (s @ lora_b.T + lora_bias)`` to every adapter's rows of y."""
+    """Add ``scaling * (s @ lora_b.T + lora_bias)`` of each row's adapter to y."""
 
 
 @operator("lora_dropout(Tensor x, Tensor seed, float dropout_p) -> Tensor", "triton")
 def _(x: torch.Tensor, *_: object) -> torch.Tensor:
-    """x, dropped by the kernels' mask of one slot."""
+    """Return x after dropout with the mask that the kernels use for one adapter."""
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
 @operator("lora_keep(Tensor x, Tensor seed, float dropout_p, Tensor? after) -> Tensor", "eager")
 def _(x: torch.Tensor, *_: object) -> torch.Tensor:
-    """PyTorch's mask of x; see `reference.lora_keep`.
+    """Return PyTorch's dropout mask of x; see `reference.lora_keep`.
 
-    ``after`` is not read. A backward gives one of its tensors, so that compilers neither take its
-    mask for the forward's nor draw it there: they would save it.
+    ``after`` is not read. A backward pass passes one of its own tensors. The dependency keeps
+    compilers from merging the mask with the forward pass's, or from computing it there, because
+    they would then save it.
     """
     return torch.empty(x.shape, dtype=reference.INTEGERS[x.itemsize], device=x.device)
 
@@ -190,11 +196,12 @@ def _(
     with_factors: bool,
     impl: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """ds, the factors' gradients, and sums, from one read of dy.
+    """Return ds, the gradients of lora_b and lora_bias, and the column sums of dy.
 
-    With rows, in runs of ``run``, the gradients are one buffer for `layout.split_grad_b`, empty
-    without ``with_factors``; ``with_bias`` says which slots have a lora_bias; there are no sums.
-    Of one slot they are d_lora_b; ``with_bias`` asks for the sums of dy's columns, fp32 ``[N]``.
+    With rows, which come in runs of ``run``, the gradients are one buffer for
+    `layout.split_grad_b`. The buffer is empty without ``with_factors``. ``with_bias`` says which
+    slots have a lora_bias, and the sums are empty. For one slot, the gradients are d_lora_b, and
+    ``with_bias`` requests the column sums of dy, fp32 ``[N]``.
     """
     ups, sums = present(lora_b, 1), dy.new_empty(0, dtype=torch.float32)
     if rows:
@@ -218,7 +225,7 @@ def _(
     lora_a: _Factors,
     *_: object,
 ) -> torch.Tensor:
-    """dx of one module; without a weight that of the adapters' term alone."""
+    """Return the gradient of x, or its adapters' part alone if there is no weight."""
     return dy.new_empty(dy.shape[0], present(lora_a, 0)[0].shape[1])
 
 
@@ -229,9 +236,10 @@ def _(
 def _(
     x: torch.Tensor, ds: _Tensors, rows: _Tensors, run: int, lora_a: _Factors, *_: object
 ) -> _Tensors:
-    """d_lora_a of G modules, one ds each, from one read of x unless dropout parts them.
+    """Return the gradients of lora_a of G modules, given one ds per module.
 
-    Of one slot each its own; with rows, in runs of ``run``, one buffer for `layout.split_grad_a`.
+    Active dropout needs a read of x for each module. With one slot, there is one tensor for each
+    module. With rows, which come in runs of ``run``, there is one buffer for `layout.split_grad_a`.
     """
     downs = present(lora_a, 0)
     if rows:
@@ -239,7 +247,7 @@ def _(
     return [x.new_empty(factor.shape, dtype=factor.dtype) for factor in downs]
 
 
-# ----------------------------------------------------------------------------- behind addresses
+# ------------------------------------------------------------------------------- factors by address
 
 _TABLES = "Tensor[] tables, int index, int max_rank, ScalarType factor_dtype"
 
@@ -262,10 +270,11 @@ def _(
     plan: str,
     siblings: list[int] | None = None,
 ) -> _Tensors:
-    """y of one module, and of ``siblings`` that share a shrink their s unless it is given.
+    """Return the output y of one module, and s for all modules of ``siblings`` unless given.
 
-    ``siblings`` are the first row in the tables and the one behind the last. Their s is planes,
-    `layout.planes_shape`, that are yet to be summed.
+    ``siblings`` are the modules that share a shrink, as a range of table rows: the first row, and
+    the row after the last one. Their s consists of split-K partial sums that have not been added
+    yet, in the shape `layout.planes_shape`.
     """
     y = x.new_empty(x.shape[0], weight.shape[0])
     if s is not None or siblings is None:
@@ -277,7 +286,7 @@ def _(
 
 @operator(f"lora_add_at_(Tensor(a!) y, Tensor x, Tensor[] rows, {_TABLES}, str impl) -> ()")
 def _(*_: object) -> None:
-    """Adds every row's own adapter to y."""
+    """Add each row's own adapter to y."""
 
 
 @operator(
@@ -285,8 +294,8 @@ def _(*_: object) -> None:
     " str impl) -> ()"
 )
 def _(*_: object) -> None:
-    """``y = (y - bias) * g + bias`` in the rows whose adapter has DoRA's scales g on the module.
+    """Compute ``y = (y - bias) * g + bias`` in the rows of adapters that have DoRA scales g.
 
-    ``scale_address`` is int64 ``[G, S]`` of g, fp32 ``[N]``; 0 is none, see
-    `fastlora.ops.factors.PENDING`. Other rows keep their bits.
+    ``scale_address`` is int64 ``[G, S]``, the addresses of g, fp32 ``[N]``. 0 stands for no scales;
+    see also `fastlora.ops.factors.PENDING`. All other rows keep their bits.
     """

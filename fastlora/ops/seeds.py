@@ -1,8 +1,8 @@
-"""Seeds of dropout: drawn for each adapter of a batch, and from these one for each layer.
+"""Dropout seeds: one is drawn for each adapter of a batch, and one derived from it for each layer.
 
-A layer's seed is a SplitMix64 step from its adapter's, so that the masks of layers are independent
-and follow from one number (Steele, Lea and Flood, "Fast splittable pseudorandom number generators",
-OOPSLA 2014).
+A layer's seed is a SplitMix64 step from the adapter's seed. The masks of the layers are therefore
+independent, and one number determines them all (Steele, Lea and Flood, "Fast splittable
+pseudorandom number generators", OOPSLA 2014).
 """
 
 from __future__ import annotations
@@ -19,12 +19,14 @@ _MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 def draw_seeds(
     names: Sequence[str], given: Mapping[str, int] | None, *, draw: bool = True
 ) -> torch.Tensor:
-    """Returns a dropout seed for each adapter, int64 ``[S]`` on the CPU.
+    """Return a dropout seed for each adapter, int64 ``[S]`` on the CPU.
 
     Args:
-        names: Adapters of the batch.
-        given: Seeds of some; others are drawn from torch's generator.
-        draw: Whether dropout can act. Otherwise the generator is left alone, and seeds are 0.
+        names: Names of the batch's adapters.
+        given: Seeds of some adapters by name. The other seeds are drawn from torch's default
+            generator.
+        draw: Whether dropout can be active. If False, nothing is drawn, and seeds that are not
+            given are 0.
 
     Raises:
         TypeError: ``given`` is not a mapping to integers.
@@ -45,19 +47,22 @@ def draw_seeds(
 
 
 def layer_seeds(seeds: torch.Tensor, layers: Sequence[int]) -> torch.Tensor:
-    """Returns the seed of each of L layers, given by number, and S adapters, int64 ``[L, S]``."""
+    """Return the dropout seeds of L layers and S adapters, int64 ``[L, S]``.
+
+    ``layers`` are the numbers of the layers.
+    """
     steps = [_signed((number + 1) * _INCREMENT) for number in layers]
     steps_of = torch.tensor(steps, dtype=torch.int64, device=seeds.device)
-    return _mixed_bits(seeds[None, :] + steps_of[:, None])  # wraps, as 64-bit words do
+    return _mixed_bits(seeds[None, :] + steps_of[:, None])  # wraps around at 64 bits
 
 
 def seeds_of_layer(seeds: torch.Tensor, layer: int) -> torch.Tensor:
-    """Returns `layer_seeds` of one layer, int64 ``[S]``."""
+    """Return the dropout seeds of one layer for S adapters, int64 ``[S]``; see `layer_seeds`."""
     return _mixed_bits(seeds + _signed((layer + 1) * _INCREMENT))
 
 
 def _signed(value: int) -> int:
-    """Returns a 64-bit number as int64 holds it."""
+    """Return the signed 64-bit integer with the low 64 bits of ``value``."""
     value &= 2**64 - 1
     return value - 2**64 if value >= 2**63 else value
 
@@ -69,5 +74,5 @@ def _mixed_bits(z: torch.Tensor) -> torch.Tensor:
 
 
 def _shifted(z: torch.Tensor, bits: int) -> torch.Tensor:
-    """Returns z moved to the right by ``bits``, with zeros coming in from the left."""
+    """Return z after a logical right shift by ``bits``."""
     return (z >> bits) & (2 ** (64 - bits) - 1)

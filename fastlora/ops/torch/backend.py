@@ -1,7 +1,9 @@
-"""The backend in plain PyTorch, on any device: one adapter on all rows, or segments of rows.
+"""The backend in plain PyTorch, which runs on any device.
 
-Where a compiler traces, which cannot see how the rows of a mixed batch lie, it calls the registered
-operators for them.
+One adapter applies to all rows, or each segment of sorted rows has its own adapter.
+
+In a graph that a compiler traces, the rows of a mixed batch cannot be read, so the registered
+operators are called for them.
 """
 
 from __future__ import annotations
@@ -17,7 +19,10 @@ from fastlora.ops.torch import products, reference, segments, single
 
 
 class TorchBackend(OperatorBackend):
-    """PyTorch; layers that are fed by the same x have products of their own, which are as fast."""
+    """The PyTorch backend.
+
+    The layers of a shared-input group are computed separately, which is as fast.
+    """
 
     def __init__(self) -> None:
         super().__init__("eager")

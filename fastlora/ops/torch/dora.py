@@ -1,17 +1,18 @@
-"""DoRA in PyTorch: the norms that it divides by, its scale of columns, and active dropout.
+"""DoRA in PyTorch: norms of the adapted weight, the scale of output columns, and active dropout.
 
-The norms are in factored form: ``||weight + scaling * lora_b @ lora_a||`` of each output row,
-without that sum. The largest temporary is ``[N, R]``.
+The norms ``||weight + scaling * lora_b @ lora_a||`` of the output rows are computed in factored
+form, without the sum in memory. The largest temporary is ``[N, R]``.
 
-The scale is ``g * u + bias`` for ``u [M, N]`` and ``g [N]``. g is never rounded to 16 bits: near 1,
-where training starts, these come in steps of 2**-8 and more. A row whose norm is 0 has g = 0.
+The scaled output is ``g * u + bias`` for ``u [M, N]`` and the scale ``g [N]``. g is never rounded
+to 16 bits: training starts near 1, where bf16 numbers are at least 2**-8 apart. A row with a norm
+of 0 has g = 0.
 
-With active dropout the base product is computed twice, as in PEFT:
+With active dropout, the base product is computed twice, as in PEFT:
 ``y = x @ weight.T + bias + (g - 1) * dropout(x) @ weight.T + g * scaling * s @ lora_b.T``.
-LoRA's own products are operators' where they run over Triton.
+LoRA's own products are operators if Triton runs.
 
 Shapes: ``x [M, K]``, ``weight [N, K]``, ``lora_a [R, K]``, ``lora_b [N, R]``, ``s [M, R]``; u, y,
-dy and z ``[M, N]``; magnitude, squares (of the norms), g and bias ``[N]``; ``scaling`` without
+dy, and z ``[M, N]``; magnitude, squares (of the norms), g, and bias ``[N]``; ``scaling`` has no
 dimensions.
 """
 
@@ -31,16 +32,16 @@ from fastlora.ops.torch.single import keep_mask
 
 _Gradient = torch.Tensor | None
 
-# Elements of the weight that a norm widens at once.
+# Number of elements of the weight that are converted to a wider dtype at a time.
 _CHUNK = 1 << 18
 
 
 class InRows(NamedTuple):
-    """A weight ``[N, K]`` that is made some rows at a time, as quantised ones are.
+    """A weight that is computed a few rows at a time, such as a quantized weight.
 
     Attributes:
-        make: Yields them, ``[n, K]``.
-        dtype, device: Of the rows.
+        make: Yields the rows in parts ``[n, K]``.
+        dtype, device: Dtype and device of the parts.
     """
 
     make: Callable[[], Iterator[torch.Tensor]]
@@ -53,7 +54,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def outside_autocast(compute: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """Has a function of a weight and others compute in their dtypes, whatever surrounds it."""
+    """Wrap a function so that autocast is disabled while it runs."""
 
     @functools.wraps(compute)
     def run(weight: torch.Tensor | InRows, *args: object) -> torch.Tensor:
@@ -68,10 +69,10 @@ def outside_autocast(compute: Callable[..., torch.Tensor]) -> Callable[..., torc
 
 @torch.no_grad()
 def square_norms(weight: torch.Tensor | InRows, at_once: bool = False) -> torch.Tensor:
-    """Returns ``||weight||^2`` of each row, ``[N]`` in fp32 (fp64 for fp64).
+    """Return the squared norm of each row of a weight, ``[N]`` in fp32 (fp64 for an fp64 weight).
 
-    16-bit weights are widened a few rows at a time: no temporary is as large as the weight.
-    ``at_once`` is for graphs, where compilers see to that.
+    16-bit weights are converted a few rows at a time, so that no temporary is as large as the
+    weight. Pass ``at_once`` in a graph, in which the compiler avoids the temporary.
     """
     wide = _wide(weight.dtype)
     if isinstance(weight, InRows):
@@ -93,17 +94,18 @@ def adapted_sums(
     lora_b: torch.Tensor,
     scaling: torch.Tensor | float,
 ) -> torch.Tensor:
-    """Returns ``||weight + scaling * lora_b @ lora_a||^2`` of each row.
+    """Return the squared norm of each row of ``weight + scaling * lora_b @ lora_a``.
 
-    In factored form,
-    ``||W||^2 + 2 c rowsum((W A^T) * B) + c^2 rowsum((B (A A^T)) * B)``: the largest temporary is
-    ``[N, R]``. Where the update cancels most of a row, what remains has the rounding of its terms.
-    Sums over parts of the columns, each of weight and lora_a, add up to those of the whole rows.
+    The norms are computed in factored form:
+    ``||W||^2 + 2 c rowsum((W A^T) * B) + c^2 rowsum((B (A A^T)) * B)``.
+    The largest temporary is ``[N, R]``. If the update cancels most of a row, the result has the
+    rounding error of the terms. If weight and lora_a are split into parts along K, the results for
+    the parts add up to the result for whole rows.
 
     Args:
         weight: ``[N, K]``.
-        squares: Of `square_norms`.
-        lora_a: ``[R, K]``; rounded to the weight's dtype for the product with it.
+        squares: The result of `square_norms`.
+        lora_a: ``[R, K]``, rounded to the weight's dtype for the product with the weight.
         lora_b: ``[N, R]``.
         scaling: A number, or a tensor without dimensions.
 
@@ -122,7 +124,7 @@ def adapted_sums(
     if isinstance(scaling, torch.Tensor):
         inner = cross.addmm_(b, gram * scaling, beta=2.0)
         total = squares + inner.mul_(b).sum(1) * scaling
-    else:  # numbers cost no operations of their own
+    else:  # A number is passed as alpha, without an operation of its own.
         inner = cross.addmm_(b, gram, beta=2.0, alpha=scaling)
         rows = torch.baddbmm(
             squares[:, None, None], inner[:, None, :], b[:, :, None], alpha=scaling
@@ -132,22 +134,25 @@ def adapted_sums(
 
 
 def nonzero(sums: torch.Tensor) -> torch.Tensor:
-    """Returns squared norms with infinity for 0: a row whose norm is 0 has g = 0, not NaN."""
+    """Replace squared norms of 0 by infinity, so that DoRA's scale is 0 there and not NaN."""
     return F.threshold(sums, 0.0, float("inf"))  # keeps NaN
 
 
-# ------------------------------------------------------------------------- scale of columns
+# --------------------------------------------------------------------------------- scale of columns
 
 
 def scale_of(magnitude: torch.Tensor, squares: torch.Tensor | None) -> torch.Tensor:
-    """Returns g, ``[N]``, of a magnitude and its squares; without these it is g already."""
+    """Return DoRA's scale g ``[N]`` of each output.
+
+    Without ``squares``, ``magnitude`` is already the scale.
+    """
     return magnitude if squares is None else magnitude.to(squares.dtype) * squares.rsqrt()
 
 
 def times(u: torch.Tensor, scale: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    """Returns ``u * scale`` in u's dtype, rounded once, in ``out`` if given; scale may be wider.
+    """Return ``u * scale`` in u's dtype, rounded once, for a scale that may have a wider dtype.
 
-    On a GPU a wider scale makes no wider copy of u.
+    The result is written to ``out`` if it is given. On a GPU, no wider copy of u is made.
     """
     if u.dtype == scale.dtype:
         return torch.mul(u, scale, out=out)
@@ -162,7 +167,10 @@ def scale_columns(
     scale: torch.Tensor,
     inplace: bool = False,
 ) -> torch.Tensor:
-    """Returns ``scale * u + bias`` without recording a graph, in a contiguous u if ``inplace``."""
+    """Return ``scale * u + bias`` without recording a graph.
+
+    With ``inplace``, the result overwrites u, which must be contiguous.
+    """
     y = times(u, scale, u if inplace else None)
     return y if bias is None else y.add_(bias)
 
@@ -170,11 +178,11 @@ def scale_columns(
 def scaled_with_sums(
     dy: torch.Tensor, u: torch.Tensor, scale: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns ``scale * dy``, and the sums over rows of ``dy * u``, ``[N]``."""
+    """Return ``scale * dy``, and the column sums ``[N]`` of ``dy * u``."""
     product = dy * u
-    # fp16 sums of scaled losses can leave its range, and bf16 rounds them to 8 bits.
+    # In fp16, sums of scaled losses can overflow. In bf16, they would be rounded to 8 bits.
     sums = product.sum(0, dtype=torch.float32 if dy.itemsize == 2 else None)
-    # Into the same memory: fresh pages cost as much as the arithmetic on a CPU.
+    # The memory is reused: on a CPU, fresh pages cost as much as the arithmetic.
     return times(dy, scale, product), sums
 
 
@@ -184,7 +192,7 @@ def scale_columns_backward(
     magnitude: torch.Tensor,
     squares: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Returns the gradients of u, and of the magnitude where u is there."""
+    """Return the gradients of u and of the magnitude; the second is None if u is not given."""
     scale = scale_of(magnitude, squares)
     if u is None:
         return scale_columns(dy, None, scale), None
@@ -196,14 +204,14 @@ def scale_columns_backward(
 
 
 class Dropped(NamedTuple):
-    """One DoRA adapter whose dropout acts.
+    """One DoRA adapter with active dropout.
 
     Attributes:
         lora_a, lora_b, magnitude: ``[R, K]``, ``[N, R]``, ``[N]``.
-        squares: The norm's, ``[N]``.
-        scaling: Without dimensions.
-        seed: Of its mask, int64 ``[1]``.
-        dropout_p: Probability.
+        squares: Squares of the norms, ``[N]``.
+        scaling: A tensor without dimensions.
+        seed: Seed of the dropout mask, int64 ``[1]``.
+        dropout_p: Dropout probability.
         impl: ``"triton"`` or ``"eager"``.
     """
 
@@ -217,7 +225,7 @@ class Dropped(NamedTuple):
     impl: str
 
     def masked(self, rows: torch.Tensor, after: torch.Tensor | None) -> torch.Tensor:
-        """Returns dropout of ``rows [M, K]``, always with the same mask.
+        """Return ``rows [M, K]`` after dropout. Every call uses the same mask.
 
         ``after`` is as in `fastlora.ops.torch.single.keep_mask`.
         """
@@ -236,13 +244,13 @@ def forward_rows(
     adapter: Dropped,
     inplace: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Runs an adapter on the rows ``[M, K]`` of x without recording a graph.
+    """Run a DoRA adapter with active dropout on rows ``[M, K]`` without recording a graph.
 
-    ``base [M, N]`` is the base layer's output, None to compute it from weight and bias; contiguous
-    if it may become y, ``inplace``.
+    ``base [M, N]`` is the base layer's output, or None to compute it from weight and bias. With
+    ``inplace``, y may overwrite ``base``, which must then be contiguous.
 
     Returns:
-        ``y [M, N]``, ``s [M, R]`` and ``z [M, N]``.
+        ``y [M, N]``, ``s [M, R]``, and ``z [M, N]``, the base product of the dropped rows.
     """
     lora_a, lora_b, magnitude, squares, scaling, _, _, impl = adapter
     weight_x, scale = as_matrix(weight).to(rows.dtype), scale_of(magnitude, squares)
@@ -275,12 +283,13 @@ def gradients(
     wants_weight: bool,
     wants: Sequence[bool],
 ) -> tuple[_Gradient, _Gradient, list[_Gradient]]:
-    """Returns the gradients for ``dy [M, N]`` in x's dtype, None for those that are not wanted.
+    """Return the gradients of x, of the weight, and of lora_a, lora_b, and the magnitude.
 
-    They are those of x, of the weight, and of lora_a, lora_b and magnitude, as ``wants`` has them.
-    x, ``rows``, is read for the gradients of weight and lora_a, s for those of lora_b and
-    magnitude, z for the magnitude's. ``own_base`` says that the forward made the base layer's
-    output, and its gradients count too.
+    A gradient that is not wanted is None. ``wants`` says which of lora_a, lora_b, and magnitude are
+    wanted. ``dy [M, N]`` is in x's dtype. ``rows`` is x, and is needed for the gradients of the
+    weight and of lora_a. s is needed for the gradients of lora_b and of the magnitude, and z for
+    the gradient of the magnitude. With ``own_base``, the forward pass has computed the base layer's
+    output, and the gradients of that product are included.
     """
     lora_a, lora_b, magnitude, squares, scaling, *_ = adapter
     wants_a, wants_b, wants_magnitude = wants
@@ -318,5 +327,5 @@ def gradients(
 
 
 def _scaled_rows(lora_b: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Returns ``g * lora_b`` in ``dtype``, rounded once, for g ``[N]``."""
+    """Return lora_b with its rows scaled by DoRA's g, rounded once to ``dtype``."""
     return (lora_b.detach().to(dtype).to(scale.dtype) * scale[:, None]).to(dtype)

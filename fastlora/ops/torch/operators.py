@@ -1,7 +1,8 @@
-"""The registered operators of mixed batches in PyTorch, for compiled graphs: these cannot see rows.
+"""PyTorch implementations of the registered operators for mixed batches.
 
-Arguments are those of the operators of `fastlora.ops.schema`, products those of
-`fastlora.ops.torch.segments`. Behind tables of addresses the memory of this process is read.
+Compiled graphs call them, because they cannot read the rows of a mixed batch. The arguments are as
+in `fastlora.ops.schema`, and `fastlora.ops.torch.segments` computes the products. Addresses in
+tables must be in the memory of this process.
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ _Factors = Sequence[Factor]
 def keep(
     x: torch.Tensor, seed: torch.Tensor, dropout_p: float, after: torch.Tensor | None
 ) -> torch.Tensor:
-    """Returns PyTorch's mask of x."""
+    """Return PyTorch's dropout mask of x."""
     return reference.lora_keep(x, seed, dropout_p)
 
 
 def _layers(
     lora_a: _Factors, modules: int, seeds: torch.Tensor | None, dropout_p: Sequence[float]
 ) -> list[Operands]:
-    """Returns each module's own lora_a and dropout of those of all."""
+    """Split the lora_a and the dropout of all modules into one record per module."""
     downs, slots = present(lora_a, 0), len(lora_a) // modules
     found = []
     for start in range(0, len(downs), slots):
@@ -49,7 +50,7 @@ def shrink(
     seeds: torch.Tensor | None,
     dropout_p: Sequence[float],
 ) -> torch.Tensor:
-    """Returns s of G modules, ``[G, M, R]``."""
+    """Return the shrink output s of G modules, ``[G, M, R]``."""
     return segments.shrink(x, _layers(lora_a, modules, seeds, dropout_p), rows_of(rows))
 
 
@@ -65,7 +66,7 @@ def linear(
     dropout_p: Sequence[float],
     plan: str,
 ) -> list[torch.Tensor]:
-    """Returns y, and s unless it is given."""
+    """Return y, and s unless it is given."""
     own = shrink(x, rows, factors[::3], 1, seeds, dropout_p)[0] if s is None else s
     operands = segments.up(present(factors[1::3], 1), factors[2::3], scaling)
     y, _ = segments.forward(x, Base(weight, bias), operands, rows_of(rows), own)
@@ -80,8 +81,8 @@ def expand_(
     lora_bias: _Factors,
     scaling: torch.Tensor,
 ) -> None:
-    """Adds ``scaling * (s @ lora_b.T + lora_bias)`` to the adapter's own rows of y."""
-    # x is not read where s is given.
+    """Add ``scaling * (s @ lora_b.T + lora_bias)`` of each row's adapter to y."""
+    # x is not read if s is given.
     _add_(y, y, segments.up(present(lora_b, 1), lora_bias, scaling), rows_of(rows), s)
 
 
@@ -107,10 +108,10 @@ def grad_b(
     scaling: torch.Tensor,
     with_factors: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns ds, a buffer with every adapter's d_lora_b and d_lora_bias, and nothing."""
+    """Return ds, a buffer with the gradients of lora_b and lora_bias, and an empty tensor."""
     batch, ups = rows_of(rows), present(lora_b, 1)
     packed = ups[0].new_zeros(layout_b(ups, with_bias)[2] if with_factors else 0)
-    # Of a lora_bias only the dtype is read.
+    # Only the dtype of a lora_bias is read.
     biases = [b if has else None for b, has in zip(ups, with_bias, strict=True)]
     operands, wants = segments.up(ups, biases, scaling), [with_factors] * (3 * len(ups))
     ds, *found = segments.grad_b(batch.sorted(dy), s, operands, batch, wants)
@@ -131,7 +132,7 @@ def grad_x(
     dropout_p: Sequence[float],
     plan: str,
 ) -> torch.Tensor:
-    """Returns dx of one module; without a weight that of the adapters' term alone."""
+    """Return the gradient of x, or its adapters' part alone if there is no weight."""
     operands, batch = segments.down(present(lora_a, 0), seeds, dropout_p), rows_of(rows)
     return segments.grad_x(batch.sorted(dy), weight, ds, operands, batch)
 
@@ -145,7 +146,7 @@ def grad_a(
     seeds: torch.Tensor | None,
     dropout_p: Sequence[float],
 ) -> list[torch.Tensor]:
-    """Returns one buffer with every d_lora_a of G modules, one ds each."""
+    """Return, as a list of one buffer, the gradients of lora_a of G modules."""
     downs = present(lora_a, 0)
     packed, layers = downs[0].new_zeros(layout(downs)[1]), _layers(downs, len(ds), seeds, dropout_p)
     found = segments.grad_a(x, ds, layers, rows_of(rows), [True] * len(downs))
@@ -159,7 +160,7 @@ def _write(parts: _Factors, gradients: _Factors) -> None:
             part.copy_(gradient)
 
 
-# ----------------------------------------------------------------------------- behind addresses
+# ------------------------------------------------------------------------------- factors by address
 
 
 def add_at_(
@@ -171,7 +172,7 @@ def add_at_(
     max_rank: int,
     factor_dtype: torch.dtype,
 ) -> None:
-    """Adds every row's own adapter to y."""
+    """Add each row's own adapter to y."""
     a_address, b_address, ranks, _, *biases = (table[index].tolist() for table in tables)
     batch, k, n = rows_of(rows), x.shape[1], y.shape[1]
     slots = tuple(slot for slot in batch.present if ranks[slot])
@@ -192,7 +193,7 @@ def scale_(
     scale_address: torch.Tensor,
     index: int,
 ) -> None:
-    """Scales rows of y in place; those of `PENDING` addresses become NaN."""
+    """Scale the rows of y in place by DoRA's scales; rows with the address `PENDING` become NaN."""
     if not y.numel():
         return
     batch, shift = rows_of(rows), None if bias is None else bias.to(y.dtype)
@@ -203,12 +204,12 @@ def scale_(
         elif address:
             scale, part = block_at(address, (y.shape[1],), torch.float32), y[own]
             part = part if shift is None else part - shift
-            # No wider copy of the rows, and one rounding.
+            # Without a wider copy of the rows, and rounded once.
             scaled = torch.mul(part, scale, out=torch.empty_like(part))
             y[own] = scaled if shift is None else scaled.add_(shift)
 
 
 def block_at(address: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Returns a block in this process's memory, as it lies there."""
+    """Return a tensor that is a view of the process's memory at an address."""
     raw = (ctypes.c_char * (math.prod(shape) * dtype.itemsize)).from_address(address)
     return torch.frombuffer(raw, dtype=dtype).view(shape)

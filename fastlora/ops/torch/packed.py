@@ -1,10 +1,10 @@
-"""Packed factors: those of all adapters of a batch side by side, layer by layer.
+"""Packed factors: the factors of all adapters of a batch, side by side, for each layer.
 
-A set of adapters that comes again, as in every step of a decode, keeps the factors of each layer as
-two tensors, so that one product serves many adapters. Rank rows stand in units as long as the
-largest rank; adapters of smaller ranks share a unit.
+If a set of adapters is used repeatedly, as in every step of a decode, the factors of each layer are
+stored as two tensors, so that one product serves many adapters. The rank rows are arranged in units
+that are as long as the largest rank. Adapters of smaller ranks share a unit.
 
-Nothing here computes a forward; `fastlora.ops.torch.packed_forward` does.
+`fastlora.ops.torch.packed_forward` computes the forward pass.
 """
 
 from __future__ import annotations
@@ -18,21 +18,23 @@ import torch
 from fastlora.ops.factors import Slots
 from fastlora.ops.torch.packed_choice import RowsKind, is_coalesced, is_dense
 
-# Widest block of rank rows that one product takes; units are coalesced up to it.
+# Widest block of rank rows in one product. Units are combined into blocks up to this width.
 WIDEST_BLOCK = 64
-# From so many units on, their number may be rounded up.
+# With at least this many units, their number may be rounded up.
 _ROUNDED_UNITS = 8
 
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """Where the rank rows of a set of adapters stand, on all layers where they have these ranks.
+    """The positions of a set of adapters' rank rows in packed factors.
+
+    Layers on which the adapters have the same ranks share a layout.
 
     Attributes:
-        unit: Rank rows in a unit.
-        units: Their number.
-        firsts: The first rank row of each adapter of the set, in its order.
-        ranks: The number of each adapter's rank rows; 0 for one that has none.
+        unit: Number of rank rows in a unit.
+        units: Number of units.
+        firsts: The first rank row of each adapter of the set, in the set's order.
+        ranks: Number of rank rows of each adapter, or 0 for an adapter without any.
     """
 
     unit: int
@@ -42,15 +44,18 @@ class Layout:
 
     @property
     def rank_rows(self) -> int:
-        """All rank rows, those that stay zeros included."""
+        """The total number of rank rows, including unused ones, which are zeros."""
         return self.unit * self.units
 
 
 @functools.lru_cache(maxsize=256)
 def make_layout(ranks: tuple[int, ...], coalesced: bool = False) -> Layout:
-    """Puts adapters into units, largest first, each into the first unit with room for it.
+    """Assign adapters to units of rank rows, each to the first unit with enough room.
 
-    Their number is rounded up where they are many and will be coalesced.
+    The largest adapters are assigned first.
+
+    With ``coalesced``, units will be combined into blocks, and a large number of units is rounded
+    up to full blocks.
     """
     unit = max(ranks)
     used: list[int] = []
@@ -60,7 +65,7 @@ def make_layout(ranks: tuple[int, ...], coalesced: bool = False) -> Layout:
         if not rank:
             continue
         roomy = (i for i, taken in enumerate(used) if taken + rank <= unit)
-        # An adapter of the largest rank fills a unit: no search for it.
+        # An adapter of the largest rank fills a unit, so no search is needed.
         at = len(used) if rank == unit else next(roomy, len(used))
         if at == len(used):
             used.append(0)
@@ -78,13 +83,13 @@ def make_layout(ranks: tuple[int, ...], coalesced: bool = False) -> Layout:
 
 
 class LayerPack(NamedTuple):
-    """A set's factors on one layer.
+    """The packed factors of a set of adapters on one layer.
 
     Attributes:
-        layout: Of the rank rows.
-        lora_a: ``[K, rank rows]`` for dense products, else ``[units, unit, K]``.
-        lora_b: Times the scaling, ``[rank rows, N]`` for dense products, else ``[units, unit, N]``.
-        lora_bias: ``[G + 1, N]``, times the scaling, zeros last; or None.
+        layout: Position of the rank rows.
+        lora_a: ``[K, rank rows]`` for dense products, otherwise ``[units, unit, K]``.
+        lora_b: Scaled; ``[rank rows, N]`` for dense products, otherwise ``[units, unit, N]``.
+        lora_bias: ``[G + 1, N]``, scaled, with zeros in the last row; or None.
     """
 
     layout: Layout
@@ -94,10 +99,10 @@ class LayerPack(NamedTuple):
 
 
 def pack_layer(slots: Slots, dtype: torch.dtype, kind: RowsKind) -> LayerPack | None:
-    """Packs a layer's adapters, rounded to x's dtype, for a kind of batch.
+    """Pack the factors of a layer's adapters for a kind of batch, in x's dtype.
 
-    None where no adapter has factors, or some are not finite: a product that serves several
-    adapters would carry a NaN from one to the others.
+    The result is None if no adapter has factors, or if any factor is not finite. A product that
+    serves several adapters would carry a NaN from one adapter to the others.
     """
     layout = _layout(slots, dtype, kind)
     if layout is None:
@@ -135,5 +140,5 @@ def _layout(slots: Slots, dtype: torch.dtype, kind: RowsKind) -> Layout | None:
 
 
 def is_for(pack: LayerPack, dtype: torch.dtype, kind: RowsKind) -> bool:
-    """Whether packing for another kind of batch in the pack's dtype would give the same."""
+    """Return whether a pack also fits another kind of batch in the same dtype."""
     return make_layout(pack.layout.ranks, is_coalesced(dtype, kind)) is pack.layout

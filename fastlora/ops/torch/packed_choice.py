@@ -1,7 +1,7 @@
-"""Which products a mixed batch in PyTorch is made of: by rows, rank rows, dtype and processor.
+"""The choice of products for a mixed batch in PyTorch, by rows, rank rows, dtype, and processor.
 
-Frozen from measurements, like the tables of the kernels: a choice by the clock would give other
-rounding from run to run.
+The choice is fixed from measurements, like the tables of the kernels. If it were timed at run time,
+results would round differently from run to run.
 """
 
 from __future__ import annotations
@@ -10,21 +10,23 @@ import enum
 
 import torch
 
-# Up to so many rows, calls outweigh what is done for each row.
+# Up to this many rows, the overhead of calls exceeds the work on the rows.
 _FEW_ROWS = 256
-# Samples of so many tokens are worth a product of their own.
+# A sample with at least this many tokens is worth a product of its own.
 _LONG = 16
-# Up to so many rank rows, dense products beat moving the rows. SmolLM2's linears, rank 16, over the
-# base products, dense and the best of the others: one Zen 4 core, fp32, 64 rows of 2, 3 and 4
-# adapters 1.13 and 1.13, 1.19 and 1.15, 1.23 and 1.16; bf16 1.20 and 1.23 of 2, 1.32 and 1.30 of 4,
-# 1.53 and 1.42 of 8; 1,024 rows of 2 and 4 in bf16 1.13 and 1.17, 1.22 and 1.14.
+# Up to this many rank rows, dense products are faster than moving the rows. Time of SmolLM2's
+# linears with rank 16, relative to the base products, for dense products and for the best
+# alternative (one Zen 4 core). fp32, 64 rows: 1.13 and 1.13 with 2 adapters, 1.19 and 1.15 with 3,
+# 1.23 and 1.16 with 4. bf16, 64 rows: 1.20 and 1.23 with 2 adapters, 1.32 and 1.30 with 4, 1.53 and
+# 1.42 with 8. bf16, 1,024 rows: 1.13 and 1.17 with 2 adapters, 1.22 and 1.14 with 4.
 _DENSE = 32
-# On a matrix unit products are nearly free: 64 rows of 16 adapters 1.78 and 2.71 of the whole model
-# (bf16, one Xeon core with AMX); 64 samples of 16 tokens of 4 adapters 1.24 and 1.35, of 16 1.45
-# and 1.41.
+# With a matrix unit, products are nearly free. Time relative to the whole model without adapters,
+# for dense products and for the best alternative (bf16, one Xeon core with AMX): 1.78 and 2.71 for
+# 64 rows of 16 adapters. For 64 samples of 16 tokens: 1.24 and 1.35 with 4 adapters, 1.45 and 1.41
+# with 16.
 _DENSE_MATRIX_UNIT = 256
 _CAPABILITIES = torch.cpu.get_capabilities()
-# The dtypes that this processor has a matrix unit for.
+# The dtypes for which this processor has a matrix unit.
 _MATRIX_UNIT = frozenset(
     dtype
     for dtype, name in ((torch.bfloat16, "amx_bf16"), (torch.float16, "amx_fp16"))
@@ -33,12 +35,12 @@ _MATRIX_UNIT = frozenset(
 
 
 class RowsKind(enum.Enum):
-    """What matters of a batch's rows.
+    """The kind of a batch's rows, which decides how matrix products are arranged.
 
     Attributes:
-        FEW: As in a decode or with a short prompt.
-        MANY: More, in any order.
-        SAMPLES: Many, and each id is that of a long sample, whose tokens are adjacent.
+        FEW: Few rows, as in a decode or with a short prompt.
+        MANY: Many rows in any order.
+        SAMPLES: Many rows, in long samples. Each id covers the adjacent tokens of one sample.
     """
 
     FEW = enum.auto()
@@ -47,22 +49,27 @@ class RowsKind(enum.Enum):
 
 
 def kind_of(rows: int, each: int) -> RowsKind:
-    """Returns the kind of a batch of so many rows, ``each`` of them adjacent for one id."""
+    """Return the kind of a batch with ``rows`` rows, if ``each`` adjacent ones share an id."""
     if rows <= _FEW_ROWS:
         return RowsKind.FEW
     return RowsKind.SAMPLES if each >= _LONG else RowsKind.MANY
 
 
 def is_dense(unit: int, units: int, dtype: torch.dtype) -> bool:
-    """Whether every row had better meet all rank rows: ``units`` of ``unit`` each."""
+    """Return whether multiplying every row by the rank rows of all adapters is fastest.
+
+    There are ``units`` units of ``unit`` rank rows each.
+    """
     limit = _DENSE_MATRIX_UNIT if dtype in _MATRIX_UNIT else _DENSE
     return units == 1 or unit * units <= limit
 
 
 def is_coalesced(dtype: torch.dtype, kind: RowsKind) -> bool:
-    """Whether batched products want several units to a block: in 16 bits, for few rows.
+    """Return whether batched products are faster with several units of rank rows per block.
 
-    64 rows of 64 adapters in bf16 take 4.6 times the base product in blocks of 4 rows and 6.1 in
-    blocks of 1; in fp32 it is all the same.
+    This is the case for few rows in a 16-bit dtype.
+
+    In bf16, 64 rows of 64 adapters take 4.6 times as long as the base product with blocks of 4
+    rows, and 6.1 times as long with blocks of 1 row. In fp32, the block size makes no difference.
     """
     return dtype.itemsize == 2 and kind is RowsKind.FEW

@@ -1,18 +1,21 @@
-"""Forwards of a mixed batch from packed factors: few large products instead of many small ones.
+"""Forward passes of mixed batches with packed factors: few large products, not many small ones.
 
-Which products is a matter of rows, rank rows, dtype and processor (`_plan`):
+`_plan` chooses the kind of products from the rows, rank rows, dtype, and processor:
 
-- dense: every row meets all rank rows, and keeps those of its own adapter. No row moves.
-- blocks: rows meet the rank rows of a few adapters, in one batched product. Rows are gathered once.
-- samples: where blocks would be uneven and samples are long, at least as long as the largest rank,
-  the tokens of each meet its adapter's rank rows, in one batched product. Factors are gathered, and
-  no row moves.
+- Dense: every row is multiplied by all rank rows, and only the columns of its own adapter are used.
+  No row is moved.
+- Blocks: rows are multiplied by the rank rows of a few adapters, in one batched product. Rows are
+  gathered once.
+- Samples: this kind is used if blocks would be uneven and samples are at least as long as the
+  largest rank. The tokens of each sample are multiplied by the rank rows of its adapter, in one
+  batched product. Factors are gathered, and no row is moved.
 
-Other adapters' columns of s are replaced by zeros, never multiplied, and packed factors are finite:
-nothing of one row or adapter reaches another row.
+Columns of s that belong to other adapters are overwritten with zeros rather than multiplied by
+zero, and packed factors are finite. Therefore no row or adapter affects another row.
 
-Measured on one core with AMX, 64 rows of 64 adapters of rank 16, K = N = 576, over the base
-product: a pair of products for each adapter 32 (bf16) and 4.0 (fp32), blocks 4.6 and 2.2.
+Measured on one core with AMX, for 64 rows of 64 adapters of rank 16 with K = N = 576, as time
+relative to the base product: two products for each adapter take 32 (bf16) and 4.0 (fp32), and
+blocks take 4.6 and 2.2.
 """
 
 from __future__ import annotations
@@ -26,36 +29,36 @@ from fastlora.ops.torch import products
 from fastlora.ops.torch.packed import WIDEST_BLOCK, LayerPack, Layout
 from fastlora.ops.torch.packed_choice import RowsKind, is_coalesced, is_dense, kind_of
 
-# Where units are coalesced, a block wants so many rows.
+# Units are combined until a block has at least this many rows.
 _FEW_ROWS = 4
-# Blocks are as long as the longest. Past this many places for each row they waste more than they
-# save.
+# All blocks have as many places as the longest block has rows. With more places per row of the
+# batch than this, blocks cost more than they save.
 _MOST_PLACES = {RowsKind.FEW: 2.0, RowsKind.MANY: 1.25, RowsKind.SAMPLES: 1.25}
 
 
 class Dense(NamedTuple):
-    """Every row against all rank rows.
+    """A plan that multiplies every row by the rank rows of all adapters.
 
     Attributes:
-        other: Rank rows that are not the row's own, ``[M, rank rows]``; None for one adapter on
-            every row.
+        other: bool ``[M, rank rows]``, the rank rows that belong to other adapters than the row's
+            own; None if one adapter applies to every row.
     """
 
     other: torch.Tensor | None
 
 
 class Blocks(NamedTuple):
-    """Rows in blocks of coalesced units.
+    """A plan that gathers rows into blocks, each for a few units of rank rows.
 
     Attributes:
-        blocks: Their number.
-        longest: C, the places of a block.
-        coalesced: Units of a block.
-        gather: Row at each place, ``[blocks * C]``.
-        place: Place of each row, ``[M]``.
-        other: Rank rows of the block that are not the row's own, ``[blocks, C, rank rows]``; None
-            where there are none.
-        exact: Whether every place holds a row of its own.
+        blocks: Number of blocks.
+        longest: C, the number of places in a block.
+        coalesced: Number of units in a block.
+        gather: The row at each place, ``[blocks * C]``.
+        place: The place of each row, ``[M]``.
+        other: bool ``[blocks, C, rank rows]``, the rank rows of the block that belong to other
+            adapters than the row's own; None if there are none.
+        exact: Whether each place holds a different row.
     """
 
     blocks: int
@@ -68,13 +71,14 @@ class Blocks(NamedTuple):
 
 
 class Samples(NamedTuple):
-    """B samples of T adjacent tokens.
+    """A plan that multiplies each sample by its own adapter's rank rows, for B samples of T tokens.
 
     Attributes:
-        units: Unit of each sample's adapter, any for none; ``[B]`` int64.
+        units: The unit of each sample's adapter, int64 ``[B]``; any unit for a sample without an
+            adapter.
         tokens: T.
-        other: Rank rows that are not the sample's own, ``[B, 1, unit]``; None where there are
-            none.
+        other: bool ``[B, 1, unit]``, the rank rows that belong to other adapters than the sample's
+            own; None if there are none.
     """
 
     units: torch.Tensor
@@ -88,7 +92,10 @@ Plan = Dense | Blocks | Samples
 def plan_for(
     rows: Rows, layout: Layout, dtype: torch.dtype, known: dict[tuple[Layout, int], Plan | None]
 ) -> Plan | None:
-    """Returns how to multiply, as ``known`` or made now; None where nothing packed is good."""
+    """Return a plan for the matrix products of a batch, from the cache ``known`` if possible.
+
+    The result is None if separate products for each adapter are faster.
+    """
     key = (layout, dtype.itemsize)
     if key not in known:
         known[key] = _plan(rows, layout, dtype)
@@ -97,7 +104,8 @@ def plan_for(
 
 def _plan(rows: Rows, layout: Layout, dtype: torch.dtype) -> Plan | None:
     m, device = rows.m, rows.order.device
-    # Index within the set of each row's adapter, G for none; on the CPU, where blocks are counted.
+    # The index of each row's adapter within the set, or G without one. Blocks are counted on the
+    # CPU.
     member = rows.members.cpu()
     first = torch.tensor([*layout.firsts, 0])[member]
     rank = torch.tensor([*layout.ranks, 0])[member]
@@ -135,7 +143,7 @@ def _samples(
 
 
 def _blocks(first: torch.Tensor, rank: torch.Tensor, layout: Layout, coalesced: int) -> Blocks:
-    """Gives every row a place in its adapter's block; base rows fill what is free."""
+    """Assign each row a place in its adapter's block; rows without an adapter fill free places."""
     m, blocks = first.numel(), layout.units // coalesced
     width = coalesced * layout.unit
     block = first // width
@@ -162,9 +170,10 @@ def _blocks(first: torch.Tensor, rank: torch.Tensor, layout: Layout, coalesced: 
 
 
 def shrink(x: torch.Tensor, pack: LayerPack, plan: Plan) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns ``x [M, K]``, or its rows as blocks have them, and s, other adapters' columns zeros.
+    """Return x and the shrink output s, with zeros in other adapters' columns of s.
 
-    s is ``[M, rank rows]``, ``[blocks, C, rank rows of a block]`` or ``[B, T, unit]``.
+    ``x [M, K]`` is returned as it is, or with its rows gathered into blocks. s is ``[M, rank
+    rows]``, ``[blocks, C, rank rows of a block]``, or ``[B, T, unit]``.
     """
     if isinstance(plan, Dense):
         # [M, K] x [K, rank rows]
@@ -189,7 +198,7 @@ def linear(
     pack: LayerPack,
     plan: Plan,
 ) -> torch.Tensor:
-    """Returns y ``[M, N]`` of a plain linear base layer for ``x [M, K]``."""
+    """Return the output ``[M, N]`` of a plain linear layer with each row's own adapter."""
     if isinstance(plan, Blocks) and plan.exact:
         gathered, s = shrink(x, pack, plan)
         y = products.linear(gathered, weight, bias)
@@ -200,7 +209,7 @@ def linear(
 
 
 def add_(y: torch.Tensor, x: torch.Tensor, rows: Rows, pack: LayerPack, plan: Plan) -> torch.Tensor:
-    """Adds every row's own adapter on ``x [M, K]`` to ``y [M, N]`` in place."""
+    """Add the output of each row's own adapter to ``y [M, N]`` in place."""
     _, s = shrink(x, pack, plan)
     if isinstance(plan, Dense):
         # [M, rank rows] x [rank rows, N]

@@ -1,14 +1,16 @@
-"""Matrix products on a CPU: in fp32 where the processor has no instructions for 16-bit ones.
+"""Matrix products on a CPU, computed in fp32 if the processor has no 16-bit matrix instructions.
 
-There PyTorch's own 16-bit products take many times as long as fp32's. SmolLM2's linear of 576 to
-1536, 512 rows of bf16, PyTorch and here: forward 91.5 and 11 ms on one AVX2 core, 30 and 8 on an
-AVX512 core without bf16; gradient of the input 377 and 11 ms, 30 and 7. The sums are fp32 either
-way and rounded once; where a product is added to a result, here also the sum is.
+Without these instructions, PyTorch's own 16-bit products take many times as long as fp32 products.
+For SmolLM2's linear layer of 576 to 1536 and 512 rows in bf16, the forward pass takes 91.5 ms in
+PyTorch and 11 ms here on one AVX2 core, and 30 and 8 ms on one AVX-512 core without bf16. The
+gradient of the input takes 377 and 11 ms, and 30 and 7 ms. Either way, sums are in fp32 and rounded
+once. If a product is added to a tensor, this addition is also in fp32 here.
 
-Everywhere else these are PyTorch's functions, and under a compiler or tracer, where a graph is
-recorded, and for operands that do not agree in dtype. Temporaries are the smaller operand in fp32,
-and parts of the larger one and of the result. Nothing is called that autocast would narrow: it
-knows neither in-place products nor those with ``out``.
+In all other cases, these functions call PyTorch's. This includes code that a compiler or tracer
+traces, products for which autograd records a graph, and operands of different dtypes. Temporaries
+are the smaller operand in fp32, and parts of the larger operand and of the result. No function is
+called that autocast would run in a lower precision: autocast ignores in-place products and products
+with ``out``.
 """
 
 from __future__ import annotations
@@ -19,21 +21,23 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-# Numbers of an operand that are widened at once, unless `Emulation.largest_part` says otherwise.
+# Number of elements that are converted at a time. Parts are larger if the smaller operand and the
+# result are, and never larger than `Emulation.largest_part`.
 _CHUNK = 1 << 17
-# And at least so many rows of it.
+# Minimum number of rows that are converted at a time.
 _LEAST = 32
 
 
 @dataclass(frozen=True)
 class Emulation:
-    """How a processor that emulates a dtype's products fares, and so when they are widened.
+    """Size limits that decide when products in an emulated dtype are computed in fp32.
 
     Attributes:
-        few_rows: Rows of x up to which PyTorch multiplies by a weight ``[N, K]`` as quickly.
-        few_other_rows: Rows of the left operand up to which it does in any other layout.
-        largest_part: Numbers of an operand that may be widened at once, where the smaller operand
-            and the result together have as many.
+        few_rows: Up to this many rows of x, PyTorch is as fast for a weight ``[N, K]``.
+        few_other_rows: Up to this many rows of the left operand, PyTorch is as fast for any other
+            layout.
+        largest_part: Maximum number of elements of the larger operand that are converted at a time.
+            Up to this limit, a part is as large as the smaller operand and the result together.
     """
 
     few_rows: int
@@ -41,18 +45,23 @@ class Emulation:
     largest_part: int
 
 
-# PyTorch takes dot products of few rows with what lies in memory as ``[N, K]``, at memory's speed:
-# 2 rows of bf16 through 576 to 1536 in 0.43 ms and here in 0.81; 4 in 0.8 and 0.6. For more rows a
-# product in two parts costs up to a third more than one.
+# For few rows and a right operand that is stored as ``[N, K]``, PyTorch computes dot products at
+# the speed of memory. In a bf16 layer of 576 to 1536, 2 rows take 0.43 ms in PyTorch and 0.81 ms
+# here, and 4 rows take 0.8 and 0.6 ms. For more rows, a product in two parts takes up to a third
+# longer than in one.
 DOTS = Emulation(few_rows=3, few_other_rows=0, largest_part=1 << 22)
-# oneDNN emulates bf16 with AVX512 at a quarter of fp32's rate, whatever the layout, without a
-# temporary: 64 rows in 3.7 ms and here in 1.2, 8 in 0.66 and 0.68. Below 64 rows, or in larger
-# parts, what is widened would make a forward peak above PEFT's.
+# With AVX-512, oneDNN emulates bf16 at a quarter of the speed of fp32, in any layout and without a
+# temporary: 64 rows take 3.7 ms in oneDNN and 1.2 ms here, and 8 rows take 0.66 and 0.68 ms. With
+# fewer than 64 rows, or with larger parts, the temporaries would raise the peak memory of a forward
+# pass above PEFT's.
 ONEDNN = Emulation(few_rows=63, few_other_rows=63, largest_part=1 << 16)
 
 
 def _emulated() -> dict[torch.dtype, Emulation]:
-    """Returns the dtypes whose products this processor emulates, as far as is known (x86)."""
+    """Return the dtypes that this processor emulates in matrix products, as far as is known.
+
+    Only x86 processors are known.
+    """
     capability = torch.backends.cpu.get_cpu_capability()
     if capability not in ("AVX2", "AVX512") or not torch.backends.mkldnn.is_available():
         return {}
@@ -71,7 +80,7 @@ EMULATED = _emulated()
 
 
 def widens(*operands: torch.Tensor) -> bool:
-    """Whether a product of these is computed in fp32 here."""
+    """Return whether this module computes a product of these operands in fp32."""
     first = operands[0]
     return (
         first.dtype in EMULATED
@@ -84,7 +93,7 @@ def widens(*operands: torch.Tensor) -> bool:
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """Returns ``x @ weight.T + bias``, ``[M, N]``, for ``x [M, K]``."""
+    """Return ``x @ weight.T + bias``, of shape ``[M, N]``, for ``x [M, K]``."""
     operands = (x, weight) if bias is None else (x, weight, bias)
     if x.dtype not in EMULATED or not widens(*operands) or _are_few(x, weight.t()):
         return F.linear(x, weight, bias)
@@ -92,7 +101,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 
 
 def mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Returns ``a @ b``, ``[M, N]``, for ``a [M, K]`` and ``b [K, N]``."""
+    """Return ``a @ b``, of shape ``[M, N]``, for ``a [M, K]`` and ``b [K, N]``."""
     if a.dtype not in EMULATED or not widens(a, b) or _are_few(a, b):
         return torch.mm(a, b)
     y = a.new_empty(a.shape[0], b.shape[1])
@@ -105,7 +114,7 @@ def mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def addmm_(y: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Adds ``a @ b`` to ``y [M, N]`` in place and returns it."""
+    """Add ``a @ b`` to ``y [M, N]`` in place and return y."""
     if y.dtype not in EMULATED or not widens(y, a, b) or _are_few(a, b):
         return y.addmm_(a, b)
 
@@ -117,7 +126,7 @@ def addmm_(y: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def bmm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Returns ``a @ b``, ``[G, M, N]``, for ``a [G, M, K]`` and ``b [G, K, N]``."""
+    """Return ``a @ b``, of shape ``[G, M, N]``, for ``a [G, M, K]`` and ``b [G, K, N]``."""
     if not widens(a, b) or _are_few(a, b):
         return torch.bmm(a, b)
     y = a.new_empty(a.shape[0], a.shape[1], b.shape[2])
@@ -128,7 +137,7 @@ def bmm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def baddbmm_(y: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Adds ``a @ b`` to ``y [G, M, N]`` in place and returns it."""
+    """Add ``a @ b`` to ``y [G, M, N]`` in place and return y."""
     if not widens(y, a, b) or _are_few(a, b):
         return y.baddbmm_(a, b)
     for part in _groups(a, b):
@@ -137,12 +146,12 @@ def baddbmm_(y: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def is_slow(dtype: torch.dtype, rows: int) -> bool:
-    """Whether PyTorch's products of so many rows are slow on this processor, in some layout."""
+    """Return whether PyTorch's own products with this many rows are slow in some layout."""
     return dtype in EMULATED and rows > EMULATED[dtype].few_other_rows
 
 
 def _are_few(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether the rows of a are so few that PyTorch's emulated ``a @ b`` is as quick."""
+    """Return whether ``a`` has so few rows that PyTorch's emulated ``a @ b`` is as fast."""
     emulation = EMULATED[a.dtype]
     few = emulation.few_rows if b.stride(-2) == 1 else emulation.few_other_rows
     return a.shape[-2] <= few
@@ -154,7 +163,7 @@ def _in_parts(
     a: torch.Tensor,
     b: torch.Tensor,
 ) -> None:
-    """Calls ``compute`` for parts of y with their operands in fp32; the smaller one is whole."""
+    """Compute y in parts, with operands converted to fp32; the smaller operand is not split."""
     by_rows = a.numel() > b.numel()
     parted, whole = (a, b.float()) if by_rows else (b.t(), a.float())
     results = y if by_rows else y.t()

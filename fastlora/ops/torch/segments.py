@@ -1,11 +1,11 @@
-"""Rows of many adapters in PyTorch: each adapter's rows lie together, and are multiplied alone.
+"""Mixed batches in PyTorch: the rows of each adapter are adjacent and are multiplied separately.
 
-Rows are put in order once, so that an adapter's share is two small products on its own rows, into
-the base product in place. Nothing of one adapter touches another's rows, not even a NaN.
+Rows are sorted once. Each adapter then runs two small products on its own rows, and adds the result
+to the base product in place. No adapter affects the rows of another one, even if it has a NaN.
 
-s and ds are made of each adapter's own, ``[rows, rank]``. Where a layer makes them, they lie one
-behind the other in one dimension. Those of operators and of siblings are ``[M, R]`` at sorted
-positions, zeros where an adapter has less than R.
+s and ds have parts for each adapter, ``[rows, rank]``. If a layer computes them, the parts are
+concatenated in one dimension. In operators and in shared-input groups, s and ds are ``[M, R]`` at
+sorted positions, with zeros in the columns beyond an adapter's rank.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from fastlora.ops.rows import Rows
 from fastlora.ops.torch import products, reference
 from fastlora.validation import check_dropout_dtype
 
-# From so many adapters of one rank on, stacking their factors costs less than a pair of products
-# for each: 64 sequences of 64 adapters decode 2.3 times faster in bf16 (SmolLM2, one Zen 4 core).
+# For at least this many adapters of one rank, stacking their factors costs less than two products
+# for each adapter: a decode of 64 sequences with 64 adapters in bf16 is 2.3 times faster (SmolLM2,
+# one Zen 4 core).
 _BATCHED_SHARES = 4
 
 
@@ -32,7 +33,7 @@ def down(
     seeds: torch.Tensor | None = None,
     dropout_p: Sequence[float] | None = None,
 ) -> Operands:
-    """Returns operands for what reads lora_a and dropout alone."""
+    """Return an `Operands` record for functions that only read lora_a and dropout."""
     none, unread = [0.0] * len(lora_a), lora_a[0].new_empty(0)
     return Operands(list(lora_a), [], [], unread, tuple(dropout_p or none), seeds)
 
@@ -42,7 +43,7 @@ def up(
     lora_bias: Sequence[torch.Tensor | None],
     scaling: torch.Tensor,
 ) -> Operands:
-    """Returns operands for what reads lora_b and lora_bias alone."""
+    """Return an `Operands` record for functions that only read lora_b, lora_bias, and scaling."""
     return Operands([], list(lora_b), list(lora_bias), scaling, (0.0,) * len(lora_b))
 
 
@@ -50,10 +51,10 @@ class _Share(NamedTuple):
     """One adapter that has rows.
 
     Attributes:
-        place: Its place among the operands.
-        at: The sorted positions of its rows.
+        place: Index of the adapter in the operands.
+        at: Sorted positions of its rows.
         rank: Its rank.
-        own: Where its s lies, one adapter's behind the other's.
+        own: Position of its part in an s that is concatenated in one dimension.
     """
 
     place: int
@@ -62,12 +63,12 @@ class _Share(NamedTuple):
     own: slice
 
     def part(self, s: torch.Tensor) -> torch.Tensor:
-        """Returns its own s or ds, ``[rows, rank]``, a view."""
+        """Return a view of this adapter's part of s or ds, ``[rows, rank]``."""
         return s[self.at, : self.rank] if s.dim() == 2 else s[self.own].view(-1, self.rank)
 
 
 def _shares(operands: Operands, rows: Rows) -> list[_Share]:
-    """Returns the adapters that have rows and rank rows, in order of slots."""
+    """Return the adapters that have rows and a nonzero rank, in order of slots."""
     downs, ups = operands.lora_a, operands.lora_b
     places = range(len(downs or ups))
     place_of = dict(zip(places if operands.slots is None else operands.slots, places, strict=True))
@@ -84,7 +85,7 @@ def _shares(operands: Operands, rows: Rows) -> list[_Share]:
 
 
 def _dropped(rows: torch.Tensor, operands: Operands, place: int) -> torch.Tensor:
-    """Returns rows of an adapter after its dropout: the same mask at every call."""
+    """Return rows of an adapter after dropout, with the same mask in every call."""
     if operands.seeds is None or not operands.dropout_p[place]:
         return rows
     check_dropout_dtype(rows.dtype)
@@ -95,7 +96,10 @@ def _dropped(rows: torch.Tensor, operands: Operands, place: int) -> torch.Tensor
 def forward(
     x: torch.Tensor, base: Base, operands: Operands, rows: Rows, s: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns ``y [M, N]`` of a base layer with every row's own adapter, and s."""
+    """Return the output ``[M, N]`` of a layer with each row's own adapter, and s.
+
+    s is the shrink output, either given or computed here.
+    """
     x, y = rows.sorted(x), base.y
     if base.weight is not None:
         ordered = products.linear(x, base.weight, base.bias)
@@ -111,13 +115,17 @@ def forward(
 def _add_shares(
     y: torch.Tensor, x: torch.Tensor, operands: Operands, rows: Rows, s: torch.Tensor | None
 ) -> torch.Tensor:
-    """Adds every share to its own rows of y in place and returns s; rows are in order."""
+    """Add the output of each adapter to its rows of y in place, and return the shrink output s.
+
+    Rows are sorted.
+    """
     made, drops, shares = s is None, operands.seeds is not None, _shares(operands, rows)
     if s is None:
         s = x.new_empty(shares[-1].own.stop if shares else 0)
     by_rank: dict[int, list[_Share]] = {}
     for share in shares:
-        # A dropout mask belongs to a share's own rows, so those go one by one.
+        # A dropout mask belongs to the rows of one adapter, so adapters with dropout run one by
+        # one.
         alone = not made or (drops and operands.dropout_p[share.place])
         by_rank.setdefault(-share.place - 1 if alone else share.rank, []).append(share)
     for group in by_rank.values():
@@ -140,10 +148,12 @@ def _add_shares(
 def _add_batched(
     y: torch.Tensor, x: torch.Tensor, operands: Operands, group: list[_Share], s: torch.Tensor
 ) -> None:
-    """Adds shares of one rank to y and writes s, as two batched products over stacked factors.
+    """Add the output of several adapters of one rank to y, with two batched products.
 
-    Where a share has fewer rows than the longest, its own first row stands in and is dropped
-    again, so that nothing of one adapter meets another's rows.
+    The products use stacked factors, and s is written too.
+
+    If an adapter has fewer rows than another one in the group, its first row fills the free places,
+    and the results there are discarded. No adapter is multiplied with the rows of another one.
     """
     places = [share.place for share in group]
     lora_a = torch.stack([operands.lora_a[place] for place in places]).to(x.dtype)
@@ -169,10 +179,12 @@ def _add_batched(
 def _padded(
     spans: tuple[tuple[int, int], ...], device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns how to lay G spans of rows side by side as ``[G, C]``, C the longest one's rows.
+    """Return indices that gather G spans of rows into a padded batch ``[G, C]``.
 
-    The row of each place, ``[G * C]``, where a span is shorter its first row again; the places that
-    hold a row of their own; and these rows.
+    C is the length of the longest span.
+
+    The result has three parts: the row at each place, ``[G * C]``, where the first row of a span
+    fills its free places; the places that are not filled this way; and the rows at those places.
     """
     longest = max(stop - start for start, stop in spans)
     rows: list[int] = []
@@ -189,7 +201,10 @@ def _padded(
 
 
 def shrink(x: torch.Tensor, layers: Sequence[Operands], rows: Rows) -> torch.Tensor:
-    """Returns s of G layers that are fed by the same x, ``[G, M, R]``; rows in any order."""
+    """Return the shrink output s of G layers with the same input x, ``[G, M, R]``.
+
+    The rows of x may be in any order. Those of s are sorted.
+    """
     columns = columns_of(max(a.shape[0] for operands in layers for a in operands.lora_a))
     s, x = x.new_zeros(len(layers), x.shape[0], columns), rows.sorted(x)
     for own, operands in zip(s, layers, strict=True):
@@ -207,10 +222,12 @@ def grad_b(
     wants: Sequence[bool],
     wants_ds: bool = True,
 ) -> tuple[torch.Tensor, list[torch.Tensor | None], list[torch.Tensor | None]]:
-    """Returns ds, and d_lora_b and d_lora_bias of each adapter; None where it has no rows.
+    """Return ds, and the gradients of each adapter's lora_b and lora_bias.
 
-    ``dy`` is at sorted positions. ``wants`` says of each adapter's ``lora_a, lora_b, lora_bias`` in
-    turn which want a gradient.
+    The gradients are None for an adapter without rows.
+
+    ``dy`` is at sorted positions. ``wants`` says whether the gradients of ``lora_a, lora_b,
+    lora_bias`` of each adapter in turn are wanted.
     """
     ds, count = torch.zeros_like(s), len(operands.lora_b)
     d_lora_b: list[torch.Tensor | None] = [None] * count
@@ -235,7 +252,10 @@ def grad_x(
     operands: Operands,
     rows: Rows,
 ) -> torch.Tensor:
-    """Returns ``dx [M, K]`` for dy at sorted positions; without a weight the adapters' alone."""
+    """Return the gradient of x, or its adapters' part alone if there is no weight.
+
+    ``dy`` is at sorted positions. The rows of dx are in their original order.
+    """
     if weight is None:
         dx = dy.new_zeros(dy.shape[0], operands.lora_a[0].shape[1])
     else:
@@ -257,9 +277,10 @@ def grad_a(
     rows: Rows,
     wants: Sequence[bool],
 ) -> list[torch.Tensor | None]:
-    """Returns d_lora_a of each adapter of G layers, which ``wants`` says are wanted, or None.
+    """Return the gradient of lora_a of each adapter of G layers.
 
-    None also where an adapter has no rows; those of x are in any order.
+    ``wants`` says which are wanted. The result has None for an adapter without rows, and for a
+    gradient that is not wanted. The rows of x may be in any order.
     """
     found: list[torch.Tensor | None] = []
     x = rows.sorted(x)

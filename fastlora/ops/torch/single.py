@@ -1,7 +1,7 @@
-"""One adapter on the rows that it is given, in PyTorch: forward, and every gradient.
+"""One adapter on all given rows, in PyTorch: the forward pass, and every gradient.
 
 Shapes: ``x [M, K]``, ``lora_a [R, K]``, ``lora_b [N, R]``, ``s`` and ``ds [M, R]``, ``y`` and
-``dy [M, N]``, ``scaling`` a number, or a tensor without dimensions or ``[R]``.
+``dy [M, N]``; ``scaling`` is a number, or a tensor without dimensions or of shape ``[R]``.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ def keep_mask(
     dropout_p: float,
     after: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Returns the dropout mask of x; see `reference.lora_keep`. Compilers see an operator.
+    """Return the dropout mask of x, from a registered operator if a compiler is tracing.
 
-    ``after`` is a tensor of the backward that draws it, None in a forward.
+    ``after`` is a tensor of the backward pass that needs the mask, or None in a forward pass.
     """
     if is_traced(seed):
         return torch.ops.fastlora.lora_keep(x, seed, dropout_p, after)
@@ -34,7 +34,7 @@ def shrink(
     seed: torch.Tensor | None,
     dropout_p: float,
 ) -> torch.Tensor:
-    """Returns s; x is dropped first where there is a seed."""
+    """Return the shrink output s of x, after dropout if there is a seed."""
     if seed is None:
         return reference.lora_shrink(x, lora_a)
     dropped = reference.select_(keep_mask(x, seed, dropout_p, None), x)
@@ -42,7 +42,7 @@ def shrink(
 
 
 def gradients(given: Backward) -> Gradients:
-    """Returns the gradients of a layer; see `fastlora.ops.backend.Backend.gradients`."""
+    """Return the gradients of a layer with one adapter; see `Backend.gradients`."""
     dy, weight, x, operands, _, s, _, wants_x, wants_bias, _, wants = given
     (lora_a,), (lora_b,), _, scaling, (dropout_p,), seed, _ = operands
     wants_a, wants_b, _ = wants
@@ -55,7 +55,7 @@ def gradients(given: Backward) -> Gradients:
         keep = keep_mask(like, seed, dropout_p, ds)
         inner = ds * dropped
     if wants_x and keep is not None:
-        # The base's share goes into the dropped update: one buffer of x's size less to make.
+        # The base term is added to the dropped update, which saves one buffer of x's size.
         dx = reference.drop_(products.mm(inner, factor), keep)
         if weight is not None:
             products.addmm_(dx, dy, reference.cast(weight, dy.dtype))

@@ -1,1 +1,1 @@
-"""Triton kernels behind the operators: configs, tables of addresses, launches."""
+"""The Triton implementation of the operators: configs, tables of addresses, and launches."""

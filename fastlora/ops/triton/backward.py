@@ -1,9 +1,9 @@
-"""Launches of a backward, and the gradients of x without a base layer.
+"""Launches of a backward pass, including the gradient of x without a base layer.
 
-``rows`` chooses the kernels as in `fastlora.ops.triton.forward`. Each launch repeats bit for bit:
-sums over parts of the rows are planes, added in their order.
+``rows`` selects the kernels as in `fastlora.ops.triton.forward`. Each launch is bitwise
+reproducible: sums over parts of the rows are partial sums that are added in order.
 
-Arguments are those of the operators of `fastlora.ops.schema`.
+Arguments are as in the operators of `fastlora.ops.schema`.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def grad_b(
     scaling: torch.Tensor,
     with_factors: bool,
 ) -> _GradB:
-    """Returns ds, the factors' gradients, and for one slot the sums of dy's columns."""
+    """Return ds, the gradients of lora_b and lora_bias, and for one slot the column sums of dy."""
     ups = present(lora_b, 1)
     if not rows:
         return _grad_b_one(dy, s, ups[0], scaling, with_bias[0])
@@ -76,7 +76,7 @@ def grad_x(
     dropout_p: Sequence[float],
     plan: str,
 ) -> torch.Tensor:
-    """Returns dx ``[M, K]``; without a weight that of the adapters' term alone."""
+    """Return the gradient of x, or its adapters' part alone if there is no weight."""
     downs = present(lora_a, 0)
     if not rows:
         p = 0.0 if seeds is None else dropout_p[0]
@@ -108,7 +108,11 @@ def grad_a(
     seeds: torch.Tensor | None,
     dropout_p: Sequence[float],
 ) -> list[torch.Tensor]:
-    """Returns d_lora_a of each sibling of one slot, or one buffer of all modules and slots."""
+    """Return the gradient of lora_a of each module, or one buffer with all gradients if packed.
+
+    There is one tensor per module if one slot has all rows. Otherwise a list of one buffer has the
+    gradients of all modules and slots.
+    """
     downs = present(lora_a, 0)
     if not rows:
         return _grad_a_one(x, ds, downs, seeds, dropout_p)
@@ -122,10 +126,10 @@ def siblings(
     wants: tuple[bool, ...],
     *tensors: torch.Tensor | Coded | None,
 ) -> list[torch.Tensor | None]:
-    """Returns what `fastlora.ops.backend.Backend.siblings_gradients` does.
+    """Return the gradients of a shared-input group, as `Backend.siblings_gradients` defines them.
 
-    ``tensors`` are every dy, the operands, and s. dx is one tensor: each module's product
-    accumulates on what those before it made.
+    ``tensors`` are every dy, the operands, and s. dx is one tensor, into which the products of the
+    modules accumulate one after the other.
     """
     count: int = len(dropout_p)
     each: Any = [tensors[i : i + count] for i in range(0, 8 * count, count)]
@@ -137,9 +141,9 @@ def siblings(
     if len(s) < count:
         s = s[0].split([b.shape[1] for b in lora_b], dim=1)
     dx: torch.Tensor | None = None
-    found: list[torch.Tensor | None] = [None] * (3 * count)  # biases', lora_a's, lora_b's
+    found: list[torch.Tensor | None] = [None] * (3 * count)  # of biases, of lora_a, of lora_b
     ds: dict[int, torch.Tensor] = {}
-    for i in reversed(range(count)):  # the order in which autograd would add dx of each
+    for i in reversed(range(count)):  # the order in which autograd would add the dx of the modules
         dy, a, b, scaling = dys[i], lora_a[i], lora_b[i], scalings[i]
         if dy is None:
             continue
@@ -168,7 +172,7 @@ def siblings(
 
 
 def _side_by_side(*seeds: torch.Tensor | None) -> torch.Tensor:
-    """Returns int64 ``[G]`` of seeds ``[1]``, any number where there is none."""
+    """Concatenate seeds into one tensor, int64 ``[G]``, with any number in place of None."""
     any_seed = next(seed for seed in seeds if seed is not None)
     return torch.cat([any_seed if seed is None else seed for seed in seeds])
 
@@ -183,9 +187,9 @@ def _grad_b_one(
     scaling: torch.Tensor,
     with_bias: bool,
 ) -> _GradB:
-    """Returns ds, d_lora_b and the sums of dy's columns.
+    """Return ds, the gradient of lora_b, and the column sums of dy, for one adapter.
 
-    Where planes of ds would outweigh a read of dy, a product of the library's makes it.
+    If partial sums of ds would cost more than a read of dy, a library product computes ds.
     """
     (m, n), r = dy.shape, lora_b.shape[1]
     if not dy.numel():
@@ -208,9 +212,9 @@ def _sums_over_rows(
     with_ds: bool,
     config: KernelConfig,
 ) -> list[torch.Tensor]:
-    """Returns d_lora_b, the sums of dy's columns, and on request ds.
+    """Return the gradient of lora_b, the column sums of dy, and on request ds.
 
-    One launch over dy, and one that sums planes where programs shared a sum.
+    There is one launch over dy, and one that adds partial sums if programs share a sum.
     """
     (m, n), r, fp32 = dy.shape, lora_b.shape[1], torch.float32
     columns, splits = -(-n // config.block_n), config.splits
@@ -247,9 +251,11 @@ def _grad_x_one(
     plan: str,
     onto: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """One fused launch; or an update that writes dx, and a product of the library's on top.
+    """Return the gradient of x for one adapter, including the base layer's part.
 
-    ``onto`` is a dx of siblings, which this one's is added to.
+    There is one fused launch, or an update that writes dx, and a library product added to it.
+
+    ``onto`` is the dx of earlier modules of a shared-input group, to which this one is added.
     """
     (m, n), (r, k) = dy.shape, lora_a.shape
     if not dy.numel():
@@ -284,7 +290,7 @@ def _grad_x_of_adapter(
     dropout_p: float,
     onto: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Returns the adapter's term of dx ``[M, K]``, added to ``onto``; one launch."""
+    """Return the adapter's part of the gradient of x, added to ``onto``, in one launch."""
     (m, n), (r, k) = dy.shape, lora_a.shape
     dx, config = onto, config_of("lora_grad_x_add", dy, m, n, k, r)
     if dx is None:
@@ -302,7 +308,11 @@ def _grad_a_one(
     seeds: torch.Tensor | None,
     dropout_p: Sequence[float],
 ) -> list[torch.Tensor]:
-    """One launch over x for each four siblings, and one that sums planes where rows are split."""
+    """Return the gradient of lora_a of each module.
+
+    There is one launch over x for every four modules, and one that adds partial sums if rows are
+    split.
+    """
     if not x.numel():
         return [torch.zeros_like(factor) for factor in lora_a]
     result: list[torch.Tensor] = []
@@ -323,7 +333,7 @@ def _grad_a_of_siblings(
     seeds: torch.Tensor | None,
     dropout_p: list[float],
 ) -> list[torch.Tensor]:
-    """Returns d_lora_a ``[R, K]`` of up to `MAX_SIBLINGS`, in the dtypes of their factors."""
+    """Return the gradients of lora_a of up to `MAX_SIBLINGS` modules, in their factors' dtypes."""
     (m, k), ranks, count = x.shape, [tensor.shape[1] for tensor in ds], len(ds)
     config = config_of("lora_grad_a", x, m, k=k, r=max(ranks), siblings=count)
     outs = [empty(x, r, k, dtype=dtype) for r, dtype in zip(ranks, dtypes, strict=True)]
@@ -349,7 +359,10 @@ def _grad_b_listed(
     scaling: torch.Tensor,
     with_factors: bool,
 ) -> _GradB:
-    """One launch over dy in planes, and one that sums them."""
+    """Return the results of `grad_b` for a mixed batch.
+
+    One launch over dy writes partial sums, and one adds them.
+    """
     (m, n), largest, device, fp32 = dy.shape, s.shape[1], dy.device, torch.float32
     offsets, bias_offsets, end = layout_b(lora_b, with_bias)
     packed = lora_b[0].new_empty(end if with_factors else 0)
@@ -392,7 +405,11 @@ def _grad_a_listed(
     lora_a: Sequence[torch.Tensor],
     dropout: DropoutTables | None,
 ) -> torch.Tensor:
-    """One launch over x for all modules, or under dropout one for each; and one that sums."""
+    """Return a buffer with the gradients of all lora_a of a mixed batch.
+
+    There is one launch over x for all modules, or under dropout one per module, and one that adds
+    the partial sums.
+    """
     (m, k), modules, device = x.shape, len(ds), x.device
     slots, joined = len(lora_a) // modules, torch.stack(list(ds)) if modules > 1 else ds[0][None]
     offsets, end = layout(lora_a)

@@ -1,4 +1,4 @@
-"""Which config a launch takes, and on which chip it runs."""
+"""The config of a launch, and the chip that it runs on."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fastlora.ops.plans import precision
 
 
 def chip_of(x: torch.Tensor) -> chips.Chip:
-    """Returns the chip that a tensor's launches run on."""
+    """Return the chip of a tensor's device, on which its kernels run."""
     return chips.chip_of(x.device)
 
 
@@ -24,9 +24,9 @@ def config_of(
     siblings: int = 1,
     batch_invariant: bool = False,
 ) -> configs.KernelConfig:
-    """Returns the config of a launch on x's device, whose dots are in x's dtype.
+    """Return the config of a kernel launch on x's device, for dots in x's dtype.
 
-    The sizes, ``siblings`` and ``batch_invariant`` are those of `fastlora.kernels.configs.choose`.
+    The sizes, ``siblings``, and ``batch_invariant`` are as in `fastlora.kernels.configs.choose`.
     """
     return configs.choose(
         *(chips.chip_of(x.device), launch, x.dtype),

@@ -1,10 +1,10 @@
-"""The operators of a forward, which run the launches of one adapter or of many.
+"""The operators of a forward pass, which run the launches of one adapter or of many.
 
-Where one slot has all rows, ``rows`` is empty and the kernels of one adapter run. Otherwise the
-kernels for mixed batches read the factors behind addresses: those of a list, which is the
-parameters themselves, or those of tables, which somebody else keeps. Both end in the same launches.
+If one slot has all rows, ``rows`` is empty, and the kernels for one adapter run. Otherwise the
+kernels for mixed batches read factors by address. The addresses are those of a list of parameters,
+or come from tables that the caller keeps valid. Both cases use the same launches.
 
-Arguments are those of the operators of `fastlora.ops.schema`, which finds operators here by name.
+Arguments are as in the operators of `fastlora.ops.schema`, which finds operators here by name.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ __all__ = [
 
 @kept
 def dropout(x: torch.Tensor, seed: torch.Tensor, dropout_p: float) -> torch.Tensor:
-    """Returns x ``[M, K]``, dropped."""
+    """Return x ``[M, K]`` after dropout."""
     (m, k), out = x.shape, empty(x, *x.shape)
     config = config_of("lora_dropout", x, m, k=k)
     lora_dropout.launch_lora_dropout(out, x, seed=seed, dropout_p=dropout_p, config=config)
@@ -50,7 +50,7 @@ def scale_(
     scale_address: torch.Tensor,
     index: int,
 ) -> None:
-    """Scales DoRA's rows in one launch, whatever the batch."""
+    """Scale the rows that belong to DoRA adapters in place, in one launch for any batch."""
     whole_bias = None if bias is None else bias.contiguous()
     mixed_dora_scale.launch_mixed_dora_scale(
         *(y, whole_bias, rows, scale_address[index]),

@@ -1,6 +1,6 @@
-"""Launches of a linear with its adapters: one adapter has all rows, or each row has its own.
+"""Launches of a linear layer with its adapters: one adapter for all rows, or each row's own.
 
-The factors of a mixed batch are those of a list, or lie behind tables: see
+The factors of a mixed batch come from a list or from tables of addresses: see
 `fastlora.ops.triton.forward`.
 """
 
@@ -41,7 +41,7 @@ def linear(
     dropout_p: Sequence[float],
     plan: str,
 ) -> list[torch.Tensor]:
-    """Returns y, and s unless that was given."""
+    """Return y, and s unless it is given."""
     if not rows:
         lora_a, lora_b, _ = factors
         if lora_a is None or lora_b is None:
@@ -76,7 +76,7 @@ def linear_at(
     plan: str,
     siblings: Sequence[int] | None = None,
 ) -> list[torch.Tensor]:
-    """Returns y of one module, and its siblings' s if it is the first of them."""
+    """Return the output of one module, and s if it was computed here for several modules."""
     found = tables_of(tables, max_rank, factor_dtype)
     first, stop = siblings or (index, index + 1)
     invariant = plan == "invariant"
@@ -85,7 +85,7 @@ def linear_at(
     up, base = up_rows_at(found, index), ([weight], [bias])
     plan, ys = _base_products("mixed_lora", x, *base, up, plan)
     planes = shrink_at(x, rows, found, slice(first, stop), invariant) if s is None else s
-    # One kernel in the mode, whether siblings shared the shrink or not.
+    # The mode uses one kernel, whether or not modules share the shrink.
     after_shrink = s is None and not invariant
     own = planes[:, index - first]
     ys = _linears_mixed("mixed_lora", x, *base, ys, own, rows, up, plan, after_shrink)
@@ -103,10 +103,10 @@ def siblings_at(
     max_rank: int,
     factor_dtype: torch.dtype,
 ) -> list[torch.Tensor]:
-    """Returns y of 2 to 4 modules that are fed by the same x, neighbours in the tables.
+    """Return the outputs of 2 to 4 modules with the same input x and adjacent table rows.
 
-    Two launches: a shrink, and a linear. Or, where many adapters may share a row tile, the
-    library's products, a shrink, and an expand. Codes of all are of one kind.
+    There are two launches, a shrink and a linear. If many adapters may share a row tile, there are
+    library products, a shrink, and an expand. Quantized weights must all be of one kind.
     """
     found = tables_of(tables, max_rank, factor_dtype)
     own = slice(first, first + len(weights))
@@ -120,10 +120,10 @@ def siblings_at(
 def siblings(
     x: torch.Tensor, dropout_p: tuple[float, ...], with_s: bool, *operands: _Operand
 ) -> list[torch.Tensor]:
-    """Returns what `fastlora.ops.backend.Backend.siblings` does.
+    """Return the outputs of a shared-input group, as `Backend.siblings` defines them.
 
-    Under dropout, or in another layout than a kernel takes beside others, each module has launches
-    of its own.
+    Under dropout, or if a tensor's layout is not supported in a shared launch, each module has its
+    own launches.
     """
     count: int = len(dropout_p)
     each: Any = [operands[i : i + count] for i in range(0, 6 * count, count)]
@@ -150,7 +150,7 @@ def linear_one(
     dropout_p: float,
     plan: str,
 ) -> list[torch.Tensor]:
-    """Returns y, and s unless it is given."""
+    """Return y, and s unless it is given."""
     own = [weight], [bias], s, [lora_a], [lora_b], [scaling]
     return _linears(x, *own, seed, dropout_p, plan, with_s=s is None)
 
@@ -170,12 +170,12 @@ def _linears(
     with_s: bool,
     launch: str = "coded_lora_linear",
 ) -> list[torch.Tensor]:
-    """Returns y of modules that one launch takes, and on request s, side by side.
+    """Return the outputs of the modules of one launch, and on request the shrink output s.
 
-    Two launches: a shrink unless s is given, and a linear or an expand, on which the library's
-    products accumulate. Where shrink splits K, its planes go straight into the second, which sums
-    them; one more sums those of y where a linear splits K. Over codes, which ``launch`` is for,
-    there is no library's product.
+    There are two launches: a shrink unless s is given, and a linear or an expand. After an expand,
+    library products accumulate into y. If the shrink splits K, the second launch reads its partial
+    sums and adds them. If the linear splits K, a third launch adds the partial sums of y. For
+    quantized weights, which ``launch`` is for, there is no library product.
     """
     sizes, r = [b.shape[0] for b in lora_b], max(b.shape[1] for b in lora_b)
     (m, k), n = x.shape, sum(sizes)
@@ -211,7 +211,7 @@ def _linears(
 
 
 def _accumulate_(y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Adds the base product."""
+    """Add the base product to y."""
     return y.addmm_(x, weight.t())
 
 
@@ -223,10 +223,10 @@ def _are_alike(
     lora_b: _Tensors,
     seeds: Sequence[torch.Tensor | None],
 ) -> bool:
-    """Whether one launch takes all modules.
+    """Return whether one kernel launch can compute all of these modules.
 
     Raises:
-        TypeError: A weight has not the dtype of x.
+        TypeError: The dtype of a weight is not x's.
     """
     matrices = [weight for weight in weights if isinstance(weight, torch.Tensor)]
     for weight in matrices:
@@ -249,7 +249,10 @@ def products_of_codes(
     biases: Sequence[torch.Tensor | None],
     launch: str = "coded_lora_linear",
 ) -> list[torch.Tensor]:
-    """Returns the base product of each module, without an adapter: one launch, or two."""
+    """Return the base layer's output of each module with a quantized weight.
+
+    There are one or two launches.
+    """
     # An adapter of rank 0, of which nothing is read.
     none, ups = empty(x, x.shape[0], 0), [empty(x, weight.shape[0], 0) for weight in weights]
     scalings = [empty(x, 1, dtype=torch.float32)] * len(weights)
@@ -257,9 +260,9 @@ def products_of_codes(
 
 
 def _whole_rows(x: torch.Tensor) -> torch.Tensor:
-    """Returns x ``[M, K]`` contiguous, at a multiple of 16 bytes, and with those strides at M = 1.
+    """Return x as a contiguous tensor that is aligned to 16 bytes, with standard strides for M = 1.
 
-    Triton compiles kernels of their own for other layouts, and a batch may come in any.
+    Triton would compile separate kernels for other layouts, and a batch may have any layout.
     """
     if not x.is_contiguous() or x.data_ptr() % 16:
         x = x.clone(memory_format=torch.contiguous_format)
@@ -274,14 +277,16 @@ def _base_products(
     up: RankRows,
     plan: str,
 ) -> tuple[str, list[torch.Tensor] | None]:
-    """Returns the plan, and with "split" the bases' GEMMs: ahead of the shrink and its dependent.
+    """Return the plan, and for the plan "split" the base layers' outputs.
 
-    They are the library's, or of codes one of ours for all. ``stem`` names the launches, which have
-    plans and configs of their own.
+    These are computed before the shrink and the expand.
+
+    The library computes them, or for quantized weights one fastlora GEMM for all. ``stem`` names
+    the launches, which have their own plans and configs.
     """
     slots, codes = up.rank.shape[-1], [w for w in weights if isinstance(w, Coded)]
     if stem == "mixed_lora_train" and codes:
-        plan = "split"  # which is for many rows, where weights are matrices
+        plan = "split"  # for many rows, dense weights are best
     else:
         launch, n = _linear_launch(stem, weights[0]), sum(weight.shape[0] for weight in weights)
         plan = choose_plan(plan, x, weights[0], up.largest, launch, n=n, slots=slots)
@@ -293,7 +298,7 @@ def _base_products(
 
 
 def _linear_launch(stem: str, weight: Weight) -> str:
-    """Returns the name of a fused launch over a weight."""
+    """Return the name of the fused launch for a weight."""
     return f"coded_{stem}_linear" if isinstance(weight, Coded) else f"{stem}_linear"
 
 
@@ -309,9 +314,11 @@ def _linears_mixed(
     plan: str,
     after_shrink: bool,
 ) -> list[torch.Tensor]:
-    """Returns y of each module, plan and ys as `_base_products` gave them; one launch.
+    """Return the output of each module in a mixed batch, in one launch.
 
-    For s ``[splits, M, R]``, or of several modules ``[splits, G, M, R]`` and tables ``[G, S]``.
+    ``plan`` and ``ys`` are from `_base_products`.
+
+    s is ``[splits, M, R]``, or for several modules ``[splits, G, M, R]`` with tables ``[G, S]``.
     """
     (m, k), n = x.shape, sum(weight.shape[0] for weight in weights)
     if ys is not None:
@@ -337,7 +344,7 @@ def products_and_rank_rows(
     pdl: bool = False,
     dropout: DropoutTables | None = None,
 ) -> list[torch.Tensor]:
-    """Returns each base's product with every row's rank rows in it, ``[M, N]``; one launch.
+    """Return the output of each module with each row's own adapter, in one fused launch.
 
     s and ``pdl`` are as in `add_rank_rows_`.
     """

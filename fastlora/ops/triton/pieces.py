@@ -1,4 +1,4 @@
-"""What operators take as rows: the sorted rows, and the pieces or runs that a launch works on.
+"""The operators' argument ``rows``: sorted rows, with the pieces or runs that a launch works on.
 
 Nothing here imports Triton.
 """
@@ -12,14 +12,17 @@ from fastlora.ops.rows import Rows
 
 
 def rows_at(rows: Rows, batch_invariant: bool = False) -> list[torch.Tensor]:
-    """Returns what operators over tables of addresses take as rows."""
+    """Return the tensors that operators receive as ``rows``, for factors in tables of addresses."""
     from fastlora.kernels.configs import piece_rows
 
     return [*rows.tensors(), rows.pieces(piece_rows(rows.m, batch_invariant))]
 
 
 def rows_listed(rows: Rows) -> list[torch.Tensor]:
-    """Returns what operators over lists of factors take as rows, but those of `rows_in_runs`."""
+    """Return the tensors that operators receive as ``rows``, for factors in lists.
+
+    `rows_in_runs` is for the operators that work on runs.
+    """
     from fastlora.kernels.configs import TRAIN_PIECE_ROWS
 
     return [*rows.tensors(), rows.pieces(TRAIN_PIECE_ROWS)]
@@ -28,13 +31,13 @@ def rows_listed(rows: Rows) -> list[torch.Tensor]:
 def rows_in_runs(
     launch: str, rows: Rows, dtype: torch.dtype, columns: int
 ) -> tuple[list[torch.Tensor], int]:
-    """Returns what ``lora_grad_b`` or ``lora_grad_a`` takes as rows, and the rows of a run.
+    """Return the tensors that a gradient operator receives as ``rows``, and the rows per run.
 
     Args:
         launch: ``"mixed_lora_grad_b"`` or ``"mixed_lora_grad_a"``.
-        rows: The batch's.
-        dtype: Of dy ``[M, N]``, or x ``[M, K]``.
-        columns: N, or K.
+        rows: Rows of the batch.
+        dtype: Dtype of dy ``[M, N]`` or x ``[M, K]``.
+        columns: N or K.
     """
     from fastlora.kernels import chips, configs
 

@@ -1,6 +1,6 @@
-"""Launches of a shrink, where one adapter has all rows and where each row has its own.
+"""Launches of a shrink: one adapter for all rows, or each row's own.
 
-The factors of a mixed batch are those of a list, or lie behind tables: see
+The factors of a mixed batch come from a list or from tables of addresses: see
 `fastlora.ops.triton.forward`.
 """
 
@@ -29,7 +29,10 @@ def shrink(
     seeds: torch.Tensor | None,
     dropout_p: Sequence[float],
 ) -> torch.Tensor:
-    """Returns s: ``[M, R]`` of one slot's modules side by side, else ``[G, M, R]``."""
+    """Return the shrink output s of G modules, ``[G, M, R]``.
+
+    For one slot it is ``[M, R]``, with the modules side by side.
+    """
     downs = present(lora_a, 0)
     if rows:
         drops = dropout_tables(seeds, dropout_p)
@@ -41,7 +44,10 @@ def shrink(
 def shrink_one(
     x: torch.Tensor, lora_a: _Tensors, seed: torch.Tensor | None, dropout_p: float
 ) -> torch.Tensor:
-    """Returns s ``[M, R]`` of siblings side by side: a shrink, and the sum of planes it made."""
+    """Return the shrink output s ``[M, R]`` of modules side by side, for one adapter.
+
+    There is a shrink launch, and one that adds partial sums if the shrink splits K.
+    """
     s, shrunk = shrunk_planes(x, lora_a, seed, dropout_p)
     if shrunk is not s:
         plane_sums.launch_plane_sums([s], [shrunk], config=config_of("plane_sums", x))
@@ -55,10 +61,13 @@ def shrunk_planes(
     dropout_p: float,
     batch_invariant: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns s ``[M, R]`` of siblings side by side, and what a shrink wrote: it, or planes of it.
+    """Return memory for s ``[M, R]``, and what the shrink kernel wrote: s or its partial sums.
 
-    What reads planes sums them, and writes s. From one to the next are M rows; in the mode a
-    multiple of 16, as Triton would ask of it again.
+    The modules are side by side in s.
+
+    The output is s itself, or split-K partial sums, which the next launch adds and stores in s.
+    Each partial sum has M rows. In the batch-invariant mode, the stride between them is that of a
+    multiple of 16 rows, because Triton would otherwise compile another kernel.
     """
     (m, k), r = x.shape, sum(a.shape[0] for a in lora_a)
     config = config_of("lora_shrink", x, m, k=k, r=r, batch_invariant=batch_invariant)
@@ -79,7 +88,7 @@ def shrink_at(
     modules: slice,
     batch_invariant: bool = False,
 ) -> torch.Tensor:
-    """Returns planes of s of neighbouring modules, fp32 ``[splits, G, M, R]``."""
+    """Return the split-K partial sums of s for adjacent modules, fp32 ``[splits, G, M, R]``."""
     (m, k), address, largest = x.shape, tables.a_address[modules], tables.max_rank
     count = address.shape[0]
     shape = planes_shape(m, k, count, largest, batch_invariant)
@@ -94,7 +103,10 @@ def shrink_at(
 def shrink_listed(
     x: torch.Tensor, rows: _Tensors, lora_a: _Tensors, modules: int, dropout: DropoutTables | None
 ) -> tuple[torch.Tensor, bool]:
-    """Returns s ``[G, M, R]``, and whether one launch made it. Dropout is that of one module."""
+    """Return the shrink output s ``[G, M, R]``, and whether a single launch computed it.
+
+    Dropout requires one module.
+    """
     (m, k), slots = x.shape, len(lora_a) // modules
     lora_a = aligned_blocks(lora_a)
     down = down_rows(lora_a, x.device, (modules, slots))

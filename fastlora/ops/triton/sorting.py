@@ -13,19 +13,19 @@ from fastlora.ops.triton.configs import config_of
 def sorted_rows(
     ids: torch.Tensor, slots: int, empty: tuple[torch.Tensor, ...], block_m: int
 ) -> tuple[torch.Tensor, ...] | None:
-    """Returns ``empty``, written; None where one program cannot sort so many ids.
+    """Sort rows by slot into ``empty`` and return it, or None if one program cannot sort them.
 
     Args:
         ids: ``[B]`` on the device.
-        slots: There are.
-        empty: What the operator ``rows_sort`` returns.
+        slots: Number of slots.
+        empty: Uninitialized tensors, as the operator ``rows_sort`` returns.
         block_m: Rows of a piece; 0 for no pieces.
     """
     if not mixed_rows_sort.can_sort(ids.shape[0], slots):
         return None
     *rows, invalid, pieces = empty
     config = config_of("mixed_rows_sort", ids)
-    # Which need not be the current one.
+    # The device of ids need not be the current device.
     with torch.cuda.device(ids.device) if ids.is_cuda else contextlib.nullcontext():
         mixed_rows_sort.launch_mixed_rows_sort(
             *(ids, [*rows, pieces], invalid), block_m=block_m, config=config

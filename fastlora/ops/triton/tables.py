@@ -1,7 +1,7 @@
-"""Tables on the device of what the host knows: addresses, ranks, offsets, numbers of dropout.
+"""Device tables of values that the host knows: addresses, ranks, offsets, and dropout settings.
 
-A table follows from the parameters alone, so it is kept for the next call with the same ones. It
-goes to the device without waiting for it: a CUDA graph needs a warm-up run before its capture.
+A table depends on the parameters alone, so it is cached for the next call with the same parameters.
+Copying it to the device does not synchronize. A CUDA graph needs a warm-up run before its capture.
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ _Block = TypeVar("_Block", torch.Tensor, torch.Tensor | None)
 
 
 def dropout_tables(seeds: torch.Tensor | None, dropout_p: Sequence[float]) -> DropoutTables | None:
-    """Returns the dropout of a launch, seeds int64 ``[S]`` on the device and each slot's p."""
+    """Return device tables of each slot's dropout seed, threshold, and scale for a launch.
+
+    ``seeds`` is int64 ``[S]`` on the device, and ``dropout_p`` has the probability of each slot.
+    """
     if seeds is None:
         return None
     thresholds = tuple(round(p * 65536) for p in dropout_p)
@@ -34,7 +37,10 @@ def dropout_tables(seeds: torch.Tensor | None, dropout_p: Sequence[float]) -> Dr
 def down_rows(
     lora_a: Sequence[torch.Tensor], device: torch.device, shape: tuple[int, ...] = (-1,)
 ) -> RankRows:
-    """Returns those of a shrink, in tables of a shape, or of a gradient of x, of aligned blocks."""
+    """Return the addresses and ranks of aligned lora_a, for a shrink or a gradient of x.
+
+    ``shape`` is the shape of the tables.
+    """
     ranks = tuple(a.shape[0] for a in lora_a)
     address, rank = addresses_of(lora_a, device), numbers_on(ranks, torch.int32, device)
     own = address.view(shape), None, rank.view(shape), None
@@ -46,7 +52,7 @@ def up_rows(
     lora_bias: Sequence[torch.Tensor | None],
     scaling: torch.Tensor,
 ) -> RankRows:
-    """Returns those of a forward, of aligned blocks."""
+    """Return the addresses, ranks, and scalings of aligned lora_b and lora_bias."""
     device, ranks = scaling.device, tuple(b.shape[1] for b in lora_b)
     biased = any(bias is not None for bias in lora_bias)
     bias_address = addresses_of(lora_bias, device) if biased else None
@@ -56,16 +62,19 @@ def up_rows(
 
 
 def up_rows_at(tables: Tables, index: int | slice) -> RankRows:
-    """Returns those of a forward, of one module, or of neighbours in tables ``[G, S]``."""
+    """Return the addresses, ranks, and scalings in some rows of the tables, for a forward pass.
+
+    ``index`` selects one module, or adjacent modules.
+    """
     bias = None if tables.bias_address is None else tables.bias_address[index]
     own = tables.b_address[index], bias, tables.rank[index], tables.scaling[index]
     return RankRows(*own, tables.dtype, tables.max_rank)
 
 
 def aligned_blocks(tensors: Sequence[_Block]) -> list[_Block]:
-    """Returns factors as kernels read them: contiguous, and at a multiple of 16 bytes.
+    """Return factors as kernels read them: contiguous and aligned to 16 bytes.
 
-    They must live until the launch, which knows their addresses alone.
+    The result must live until the launch, because the launch only has the addresses.
     """
     return [
         t
@@ -76,13 +85,16 @@ def aligned_blocks(tensors: Sequence[_Block]) -> list[_Block]:
 
 
 def addresses_of(blocks: Sequence[torch.Tensor | None], device: torch.device) -> torch.Tensor:
-    """Returns where blocks lie, int64; 0 for None and for what has no elements."""
+    """Return the addresses of tensors as int64, with 0 for None and for an empty tensor."""
     values = tuple(0 if b is None or not b.numel() else b.data_ptr() for b in blocks)
     return numbers_on(values, torch.int64, device)
 
 
 def max_columns_of(lora_a: Sequence[torch.Tensor], slots: int, modules: int) -> int:
-    """Returns the most rank rows of an adapter in so many neighbouring modules, each in fours."""
+    """Return the largest sum of an adapter's ranks over ``modules`` adjacent modules.
+
+    The rank in each module is rounded up to a multiple of 4.
+    """
     filled = [-(-a.shape[0] // 4) * 4 for a in lora_a]
     starts = range(0, len(filled), modules * slots)
     sums = [
