@@ -190,7 +190,7 @@ def open_regular(path: Path, root: Path | None = None) -> BinaryIO:
 def _open_in(root: Path, path: Path, flags: int) -> int:
     root, real = Path(os.path.realpath(root)), Path(os.path.realpath(path))
     if root not in real.parents:
-        raise CheckpointError(f"{path}: points to a file outside the adapter folder")
+        raise CheckpointError(f"{path}: points to a file outside the folder of adapters")
     if os.open not in os.supports_dir_fd:  # Windows
         return os.open(real, flags)
     *folders, name = real.relative_to(root).parts

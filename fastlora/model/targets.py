@@ -432,7 +432,8 @@ def _near(entries: Sequence[str], names: list[str]) -> str:
         if close:
             return close
     return (
-        f"; its modules are named {', '.join(sorted({n.rpartition('.')[2] for n in names})[:10])}"
+        "; the model has modules named "
+        f"{', '.join(sorted({n.rpartition('.')[2] for n in names})[:10])}"
     )
 
 

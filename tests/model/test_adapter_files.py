@@ -277,12 +277,12 @@ def test_links_out_of_the_root(served: Path, name: str) -> None:
     for link in (served.parent / "outside" / target, Path("../../outside") / target):
         relink(folder / name, link)
         with pytest.raises(
-            CheckpointError, match=f"{name}: points to a file outside the adapter folder"
+            CheckpointError, match=f"{name}: points to a file outside the folder of adapters"
         ) as caught:
             read_within(folder, served)
         assert "hunter2" not in str(caught.value)
     relink(folder / name, served.parent / "outside" / name)
-    with pytest.raises(CheckpointError, match="points to a file outside the adapter folder"):
+    with pytest.raises(CheckpointError, match="points to a file outside the folder of adapters"):
         read_within(folder, served)
     assert load_adapter_folder(folder)
 
@@ -296,10 +296,12 @@ def test_links_inside_the_root(served: Path, tmp_path: Path) -> None:
     for root in (served, tmp_path / "link"):
         assert read_within(root / "a", root) == 16
         assert read_within(root / "c", root) == 16
-        with pytest.raises(CheckpointError, match="points to a file outside the adapter folder"):
+        with pytest.raises(
+            CheckpointError, match="points to a file outside the folder of adapters"
+        ):
             read_within(tmp_path / "outside", root)
     (served / "d").symlink_to(tmp_path / "outside")
-    with pytest.raises(CheckpointError, match="points to a file outside the adapter folder"):
+    with pytest.raises(CheckpointError, match="points to a file outside the folder of adapters"):
         read_within(served / "d", served)
     relink(served / "a" / CONFIG_NAME, served / "a" / CONFIG_NAME)  # a circle
     with pytest.raises(CheckpointError, match="replaced with a symbolic link"):

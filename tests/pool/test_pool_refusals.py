@@ -178,13 +178,13 @@ def test_files_outside_the_root(root: Path, tmp_path: Path) -> None:
     for call in (pool.load, pool.register):
         for folder in (root / "linked", outside):
             with pytest.raises(
-                CheckpointError, match="points to a file outside the adapter folder"
+                CheckpointError, match="points to a file outside the folder of adapters"
             ):
                 call("x", folder)
     pool.register("a0", root / "a0")
     (root / "a0" / WEIGHTS_NAME).unlink()
     (root / "a0" / WEIGHTS_NAME).symlink_to(outside / WEIGHTS_NAME)
-    with pytest.raises(CheckpointError, match="points to a file outside the adapter folder"):
+    with pytest.raises(CheckpointError, match="points to a file outside the folder of adapters"):
         pool.lease(["a0"])
     pool.close()
     pool = AdapterPool(model, target_modules=["q", "v"])
