@@ -10,7 +10,7 @@ from tests.support.peft_suite import RULES, main, read
 
 def test_page(tmp_path: Path) -> None:
     """Failures are sorted by the first rule that they match; what base fails does not count."""
-    why = {"type": "ConfigError", "message": "fastlora does not have target_parameters=['x']"}
+    why = {"type": "ConfigError", "message": "fastlora does not support target_parameters=['x']"}
     odd = {"type": "KeyError", "message": "'never seen'"}
     runs = {
         "base": [("t.py::a", "passed"), ("t.py::b", "passed"), ("t.py::c", "failed")],

@@ -58,8 +58,8 @@ def check_finite(where: str, *tensors: torch.Tensor) -> None:
     """
     if not all(bool(tensor.isfinite().all()) for tensor in tensors):
         raise AdapterStateError(
-            f"{where} has values that are not finite, which cannot be decomposed; look for the "
-            "step of its training that made them"
+            f"{where} has values that are not finite and cannot be decomposed; check at which "
+            "step of its training they appeared"
         )
 
 

@@ -29,7 +29,7 @@ class LoftQConfig:
     def __post_init__(self) -> None:
         _check_choice("loftq_bits", self.loftq_bits, (2, 4, 8))
         if isinstance(self.loftq_iter, bool) or not isinstance(self.loftq_iter, int):
-            raise ConfigError(f"loftq_iter must be a whole number, got {self.loftq_iter!r}")
+            raise ConfigError(f"loftq_iter must be an integer, got {self.loftq_iter!r}")
         if self.loftq_iter < 1:
             raise ConfigError(f"loftq_iter must be at least 1, got {self.loftq_iter}")
 

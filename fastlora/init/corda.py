@@ -74,10 +74,10 @@ def corda(given: Given) -> Start:
         raise InitialisationError(
             f"init_lora_weights='corda': the decomposition has shapes {tuple(u.shape)}, "
             f"{tuple(s.shape)} and {tuple(v.shape)}, expected {(n, rank)}, {(rank,)} and "
-            f"{(k, rank)}: run preprocess_corda with the config of the adapter, and on this model"
+            f"{(k, rank)}; run preprocess_corda on this model with the config of the adapter"
         )
-    for name, part in (("singular values", s), ("directions", u), ("directions", v)):
-        check_finite(part, f"init_lora_weights='corda': what preprocess_corda left as {name}")
+    for name, part in (("S_WC", s), ("U_WC", u), ("V_WC", v)):
+        check_finite(part, f"init_lora_weights='corda': {name} from preprocess_corda")
     largest_first = s if s[0] >= s[-1] else s.flip(0)
     check_usable(given, largest_first, max(n, k))
     root = (s / given.scaling).sqrt()
@@ -129,7 +129,7 @@ class Covariances:
         largest = samples.amax(dim=(1, 2), keepdim=True).abs()
         rows = (samples / torch.where(largest == 0, 1.0, largest)).flatten(0, 1)
         product = rows.T @ rows
-        check_finite(product, f"layer {name!r}: what the data gives it, squared,")
+        check_finite(product, f"layer {name!r}: the covariance of its inputs")
         return product
 
     def means(self) -> dict[str, torch.Tensor]:
@@ -141,8 +141,9 @@ class Covariances:
         for name, count in self.counts.items():
             if not count:
                 raise InitialisationError(
-                    f"layer {name!r}: the data never got there, so that it has no covariance; run "
-                    "the model that the adapter goes on, or leave it out (exclude_modules)"
+                    f"layer {name!r}: the calibration data did not reach this layer, so it has no "
+                    "covariance; run the model that the adapter is added to, or leave the layer "
+                    "out (exclude_modules)"
                 )
         self._last = None
         sums, self.sums = self.sums, {}
@@ -175,7 +176,7 @@ def decompose(
         )
     mean = covariance.diagonal().mean()
     if not mean > 0:
-        raise InitialisationError("the data gives it nothing but zeros")
+        raise InitialisationError("the calibration data gives this layer only zero inputs")
     identity = torch.eye(len(covariance), device=covariance.device)
     damp, error = 0.01, torch.inf
     while error >= 0.05:  # damp until the inverse is accurate

@@ -65,7 +65,7 @@ def batches(loader: Iterable[Any], model: nn.Module, what: str, show: bool = Tru
         empty = False
         yield to_device(batch, device)
     if empty:
-        raise InitialisationError(f"{what}: the data has no batch; expected at least one")
+        raise InitialisationError(f"{what}: the dataloader is empty; expected at least one batch")
 
 
 @contextlib.contextmanager
@@ -132,8 +132,8 @@ def from_cache(
     """
     if key not in cache:
         raise InitialisationError(
-            f"{path} has no {key!r}: it was made for other target modules; remove it, or name "
-            "another file"
+            f"{path} has no {key!r}: the file was created for other target modules; remove it, or "
+            "use another file"
         )
     weight: Any = module.weight
     return cache[key].to(weight.device)

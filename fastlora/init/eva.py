@@ -40,7 +40,7 @@ def as_rows(layer_input: Any, _model_input: Any, layer_name: str) -> torch.Tenso
     x = layer_input[0] if isinstance(layer_input, (tuple, list)) else layer_input
     if not isinstance(x, torch.Tensor):
         raise TypeError(
-            f"layer {layer_name!r} has an input of type {type(x).__name__}; pass a "
-            "prepare_layer_inputs_fn that makes rows of it"
+            f"layer {layer_name!r} has an input of type {type(x).__name__}, expected a "
+            "tensor; pass a prepare_layer_inputs_fn that converts it to rows"
         )
     return x.flatten(0, -2) if x.dim() > 2 else x

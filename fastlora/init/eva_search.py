@@ -77,7 +77,8 @@ class Search:
         missing = [name for name in self.layers if name not in digests]
         if missing:
             raise InitialisationError(
-                f"layer {missing[0]!r}: the data never got there; leave it out (exclude_modules)"
+                f"layer {missing[0]!r}: the data did not reach this layer; leave it out "
+                "(exclude_modules)"
             )
         groups: dict[bytes, list[str]] = {}
         for name, digest in digests.items():
@@ -144,7 +145,7 @@ class Search:
                 if each.components is None:
                     raise InitialisationError(
                         f"layer {name!r}: EVA needs a batch of at least {each.count} rows "
-                        f"(rho * r), and the largest has {each.most_rows}; expected larger batches"
+                        f"(rho * r), but the largest has {each.most_rows}; use larger batches"
                     )
 
     def state(self) -> dict[str, torch.Tensor]:

@@ -49,14 +49,16 @@ def lora_ga(given: Given) -> Start:
         )
     weight = given.weight()
     if not isinstance(gradient, torch.Tensor):
-        raise InitialisationError(f"lora_ga needs a gradient, got a {type(gradient).__name__}")
+        raise InitialisationError(
+            f"lora_ga needs a gradient tensor, got a {type(gradient).__name__}"
+        )
     gradient = (gradient.T if given.transposed else gradient).to(weight)
     if gradient.shape != weight.shape:
         raise InitialisationError(
             f"init_lora_weights='lora_ga': the gradient has shape {tuple(gradient.shape)}, "
             f"expected {tuple(weight.shape)}; run preprocess_loraga on this model"
         )
-    check_finite(gradient, "init_lora_weights='lora_ga': the gradient that preprocess_loraga left")
+    check_finite(gradient, "init_lora_weights='lora_ga': the gradient from preprocess_loraga")
     smaller = min(weight.shape)
     given.check_rank(smaller // 2, f"half the smaller side of the weight {tuple(weight.shape)}")
     u, s, v = torch.svd_lowrank(gradient, q=min(4 * rank, smaller), niter=4)
@@ -127,8 +129,9 @@ def gradients(
         for name, weight in weights.items():
             if weight.grad is None or not counts[name]:
                 raise InitialisationError(
-                    f"layer {name!r}: its weight got no gradient; run forward and backward of the "
-                    "model that the adapter goes on, or leave it out (exclude_modules)"
+                    f"layer {name!r}: its weight received no gradient; run forward and backward on "
+                    "the model that the adapter is added to, or leave the layer out "
+                    "(exclude_modules)"
                 )
             found[name] = weight.grad.detach() / counts[name]
             check_finite(found[name], f"layer {name!r}: the gradient of its weight")

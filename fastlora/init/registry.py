@@ -203,8 +203,8 @@ def check_finite(tensor: torch.Tensor, what: str) -> None:
     bad = int((~torch.isfinite(tensor)).sum())
     if bad:
         raise InitialisationError(
-            f"{what} has {bad} of {tensor.numel()} values that are not finite; expected a weight "
-            "that a model computes with, or another init_lora_weights"
+            f"{what} has {bad} of {tensor.numel()} values that are not finite; expected finite "
+            "values, or another init_lora_weights"
         )
 
 
@@ -237,6 +237,6 @@ def check_usable(given: Given, values: torch.Tensor, limit: int) -> None:
     if usable < given.rank:
         raise InitialisationError(
             f"init_lora_weights={given.name!r}: the base weight has rank {usable} or less, "
-            f"expected at least r={given.rank}: what is left would never train. Take a smaller r "
-            "for it (rank_pattern), or leave it out (exclude_modules)"
+            f"expected at least r={given.rank}: the remaining directions would never train. Use a "
+            "smaller r for this layer (rank_pattern), or leave it out (exclude_modules)"
         )

@@ -92,7 +92,9 @@ def open_adapter_files(
                 continue
             yield AdapterFiles(_fields(text if own is None else own, path), weights)
             return
-    raise CheckpointError(f"{folder}: its files kept changing while they were read")
+    raise CheckpointError(
+        f"{folder}: the files kept changing while they were being read; try again"
+    )
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -188,7 +190,7 @@ def open_regular(path: Path, root: Path | None = None) -> BinaryIO:
 def _open_in(root: Path, path: Path, flags: int) -> int:
     root, real = Path(os.path.realpath(root)), Path(os.path.realpath(path))
     if root not in real.parents:
-        raise CheckpointError(f"{path}: leads out of the folder of adapters")
+        raise CheckpointError(f"{path}: points to a file outside the folder of adapters")
     if os.open not in os.supports_dir_fd:  # Windows
         return os.open(real, flags)
     *folders, name = real.relative_to(root).parts
@@ -201,7 +203,9 @@ def _open_in(root: Path, path: Path, flags: int) -> int:
         return os.open(name, flags | os.O_NOFOLLOW, dir_fd=at)
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.ENOTDIR):
-            raise CheckpointError(f"{path}: became a link while it was opened") from error
+            raise CheckpointError(
+                f"{path}: was replaced with a symbolic link while it was being opened"
+            ) from error
         raise
     finally:
         os.close(at)
@@ -246,8 +250,9 @@ def _config_of(text: bytes, metadata: Mapping[str, str], path: Path, most: int) 
             f"most {most}"
         )
     warnings.warn(
-        f"{path}: is older than {WEIGHTS_NAME}, because a save was interrupted or is running; the "
-        "config that is stored in the weights is used. Saving the adapter again replaces the file",
+        f"{path}: is older than {WEIGHTS_NAME}, because a save was interrupted or is still "
+        "running. The config stored in the weights file is used instead. Save the adapter again to "
+        "replace the outdated file",
         stacklevel=2,
     )
     return saved

@@ -308,7 +308,9 @@ def check_tensors(config: LoraConfig, tensors: Tensors, source: str) -> dict[str
     with error_prefix(source):
         keys = {key: _parse(key, config, tensors) for key in tensors}
         if not any(k.kind in _PARTNERS for k in keys.values()):
-            raise CheckpointError("holds no LoRA factors, expected keys ...lora_A.weight")
+            raise CheckpointError(
+                "contains no LoRA factors, expected keys that end in lora_A.weight"
+            )
         found = {(k.module, k.kind): key for key, k in keys.items() if k.kind != "saved"}
         for module, kind in found:
             if kind in _PARTNERS:
@@ -323,11 +325,12 @@ def check_tensors(config: LoraConfig, tensors: Tensors, source: str) -> dict[str
 def _why_missing(folder: Path, error: OSError) -> str:
     """Return an error message for an adapter folder in which a file is missing."""
     if folder.is_file():
-        return f"{folder}: is a file, expected the folder that holds {WEIGHTS_NAME}"
+        return f"{folder}: is a file, expected the folder that contains {WEIGHTS_NAME}"
     if not folder.is_dir():
         return (
-            f"{folder}: no such folder. Only local folders are read; for an adapter on the Hugging "
-            "Face Hub, pass the folder that huggingface_hub.snapshot_download(repo_id) returns"
+            f"{folder}: no such folder. Only local folders are supported; for an adapter on the "
+            "Hugging Face Hub, pass the folder that huggingface_hub.snapshot_download(repo_id) "
+            "returns"
         )
     missing = [name for name in (CONFIG_NAME, WEIGHTS_NAME) if not (folder / name).is_file()]
     if not missing:  # the file was created in the meantime
@@ -335,13 +338,13 @@ def _why_missing(folder: Path, error: OSError) -> str:
     pickles = [name for name in _PICKLES if (folder / name).exists()]
     if pickles and WEIGHTS_NAME in missing:
         return (
-            f"{folder / pickles[0]}: a pickle can run any code when it is opened, so it is not "
-            f"read; expected {WEIGHTS_NAME}. If you trust it, convert it: "
+            f"{folder / pickles[0]}: not loaded, because a pickle can run any code when loaded; "
+            f"expected {WEIGHTS_NAME}. If you trust the file, convert it: "
             "safetensors.torch.save_file(torch.load(bin_path, weights_only=True), "
             "safetensors_path, metadata={'format': 'pt'})"
         )
     inside = sorted(p.parent.name for p in folder.glob(f"*/{CONFIG_NAME}"))
-    hint = f"; there are adapters in its subfolders {', '.join(inside[:10])}: name one of them"
+    hint = f"; its subfolders {', '.join(inside[:10])} contain adapters: pass one of them"
     return f"{folder}: has no {' and no '.join(missing)}{hint if inside else ''}"
 
 
@@ -361,8 +364,9 @@ def _parse(key: str, config: LoraConfig, tensors: Tensors) -> AdapterKey:
             return AdapterKey(outer, "duplicate" if copied else "saved")
     if leaf in _FOREIGN:
         raise CheckpointError(
-            f"found {key!r}, which belongs to {_FOREIGN[leaf]}; that is PEFT's to load: "
-            "peft.PeftModel.from_pretrained(model, folder), then fastlora.patch(model)"
+            f"found {key!r}, a tensor of {_FOREIGN[leaf]}, which fastlora does not support; load "
+            "the adapter with PEFT: model = peft.PeftModel.from_pretrained(model, folder), then "
+            "fastlora.patch(model)"
         )
     copied = any(entry.rpartition(".")[2] in _EMBEDDINGS for entry in entries)
     if config.ensure_weight_tying and copied and module.rpartition(".")[2] in _EMBEDDINGS:
@@ -386,7 +390,9 @@ def _check_factor(
 ) -> None:
     key, partner = found[module, kind], _PARTNERS[kind]
     if (module, partner) not in found:
-        raise CheckpointError(f"{key!r} has no partner, expected {partner} of {module!r}")
+        raise CheckpointError(
+            f"found {key!r}, but no {partner} of {module!r}; expected both factors"
+        )
     shape = tuple(tensors[key].shape)
     _check_dtype(key, tensors[key])
     if not 2 <= len(shape) <= 5:  # convolutions have more than 2 dimensions
@@ -396,8 +402,8 @@ def _check_factor(
     grouped = axis == 1 and len(shape) > 2  # lora_B of a grouped convolution has rank / groups
     if rank % max(shape[axis], 1) if grouped else shape[axis] != rank:
         raise CheckpointError(
-            f"{key!r} has shape {shape} {expected}, so rank {shape[axis]}; "
-            f"expected rank {rank}, which r and rank_pattern of the config give {module!r}"
+            f"{key!r} has shape {shape} {expected} and therefore rank {shape[axis]}; "
+            f"expected rank {rank}, as set for {module!r} by r and rank_pattern of the config"
         )
     if kind.endswith("B"):
         for vector, (field, leaf) in _VECTORS.items():
@@ -422,7 +428,9 @@ def _check_vector(
         raise CheckpointError(f"found {key!r}, but the config says {field}=False")
     factor = found.get((module, "lora_B"), found.get((module, "lora_embedding_B")))
     if factor is None:
-        raise CheckpointError(f"{key!r} has no factors, expected lora_B of {module!r}")
+        raise CheckpointError(
+            f"found {key!r}, but no LoRA factors of {module!r}; expected its lora_B"
+        )
     n, *kernel = tensors[factor].shape
     expected: tuple[int, ...] = (n,)
     if kind == "magnitude" and len(kernel) > 1:  # a convolution
@@ -443,5 +451,5 @@ def _check_tokens(config: LoraConfig, tensors: Tensors, key: str) -> None:
 def _check_dtype(key: str, tensor: TensorInfo | torch.Tensor) -> None:
     if tensor.dtype not in _FACTOR_DTYPES:
         raise CheckpointError(
-            f"{key!r} has dtype {tensor.dtype}, expected a float of 16, 32 or 64 bits"
+            f"{key!r} has dtype {tensor.dtype}, expected a 16-, 32-, or 64-bit floating-point dtype"
         )

@@ -108,21 +108,26 @@ def check_fit(
     missing = [key for key in expected if key not in tensors]
     if missing:
         raise CheckpointError(
-            f"{path} lacks {len(missing)} tensors that this model needs, the first {missing[0]!r}"
+            f"{path} is missing {len(missing)} tensor(s) that this model needs; the first is "
+            f"{missing[0]!r}"
         )
     for key, tensor in tensors.items():
         shape = shapes.get(key)
         if shape is None:
-            raise CheckpointError(f"{path} has a tensor {key!r} for which this model has no place")
+            raise CheckpointError(
+                f"{path} contains the tensor {key!r}, but this model has no parameter for it"
+            )
         if tuple(tensor.shape) != shape:
-            other[key] = f"{key!r} has shape {tuple(tensor.shape)}, this model expects {shape}"
+            other[key] = f"{key!r} has shape {tuple(tensor.shape)}, but this model expects {shape}"
     if not other:
         return file
     first, more = next(iter(other.values())), f" (and {len(other) - 1} more)"
     message = f"{path}: {first}{more if len(other) > 1 else ''}"
     if not ignore_mismatched_sizes:
-        raise CheckpointError(f"{message}; ignore_mismatched_sizes=True leaves such tensors out")
-    warnings.warn(f"{message}; left as initialised", stacklevel=3)
+        raise CheckpointError(
+            f"{message}; pass ignore_mismatched_sizes=True to skip mismatched tensors"
+        )
+    warnings.warn(f"{message}; mismatched tensors keep their initial values", stacklevel=3)
     return replace(file, tensors={key: t for key, t in tensors.items() if key not in other})
 
 
@@ -155,13 +160,13 @@ def check_same_adapter(
     if set(layers) != set(plan.targets):
         differing = sorted(set(layers) ^ set(plan.targets))
         raise CheckpointError(
-            f"{path} does not adapt the modules that the loaded adapter {adapter_name!r} does "
-            f"({differing[0]} differs); load it under another name"
+            f"{path} does not adapt the same modules as the loaded adapter {adapter_name!r} "
+            f"(only one of the two adapts {differing[0]}); load it under another name"
         )
     dora = any(adapter_name in layer.lora_magnitude_vector for layer in layers.values())
     if dora != config.use_dora:
         raise CheckpointError(
-            f"{path}: use_dora={config.use_dora}, where the loaded adapter {adapter_name!r} has "
+            f"{path}: use_dora={config.use_dora}, but the loaded adapter {adapter_name!r} has "
             f"use_dora={dora}; load it under another name"
         )
     rows = {
@@ -171,7 +176,7 @@ def check_same_adapter(
     }
     if rows != {name: tokens.indices for name, tokens in plan.tokens.items()}:
         raise CheckpointError(
-            f"{path}: trainable_token_indices={config.trainable_token_indices}, where the loaded "
+            f"{path}: trainable_token_indices={config.trainable_token_indices}, but the loaded "
             f"adapter {adapter_name!r} has {rows}; load it under another name"
         )
     for name in plan.targets:
@@ -179,7 +184,7 @@ def check_same_adapter(
         loaded = (layers[name].r[adapter_name], loaded_config.scaling_for(name))
         if found != loaded:
             raise CheckpointError(
-                f"{path}: rank and scaling on {name} are {found}, where the loaded adapter "
+                f"{path}: rank and scaling on {name} are {found}, but the loaded adapter "
                 f"{adapter_name!r} has {loaded}; load it under another name"
             )
 
@@ -261,7 +266,9 @@ def collect(
         if key in source:
             tensors[disk] = source[key]
         elif not disk.endswith("bias") or ".lora_B." in disk:
-            raise CheckpointError(f"state_dict has no {key!r}, a tensor of {adapter_name!r}")
+            raise CheckpointError(
+                f"state_dict has no key {key!r}, which adapter {adapter_name!r} needs"
+            )
     tuner = lora_model.base_model
     model, config = tuner.model, tuner.peft_config[adapter_name]
     for name, module in routed_modules(model):
@@ -369,7 +376,7 @@ def _write(lora_model: LoraModel, key: str, target: torch.Tensor, source: torch.
         CheckpointError: If ``source`` itself is on the meta device.
     """
     if source.is_meta:
-        raise CheckpointError(f"the tensor given for {key!r} is on the meta device: it has no data")
+        raise CheckpointError(f"the tensor given for {key!r} is on the meta device and has no data")
     if not target.is_meta:
         copy_whole_(target, source)
         return
@@ -418,7 +425,7 @@ def put(lora_model: LoraModel, adapter_name: str, tensors: Mapping[str, torch.Te
     for disk, key in present.items():
         if tensors[disk].shape != state[key].shape:
             raise CheckpointError(
-                f"{disk!r} has shape {tuple(tensors[disk].shape)}, this model expects "
+                f"{disk!r} has shape {tuple(tensors[disk].shape)}, but this model expects "
                 f"{tuple(state[key].shape)}"
             )
     for disk, key in present.items():

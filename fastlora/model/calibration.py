@@ -96,7 +96,9 @@ def _runner(
     if run is not None:
         return run
     if dataloader is None:
-        raise ConfigError(f"{name} or dataloader must be given, where no cache file holds a result")
+        raise ConfigError(
+            f"expected {name} or dataloader, because no cache file contains the result; got neither"
+        )
     loader = dataloader
 
     def over_the_loader() -> None:
@@ -277,7 +279,7 @@ def _backward(model: nn.Module, batch: Any) -> None:
             loss = output if isinstance(output, torch.Tensor) and not output.dim() else output[0]
     if not isinstance(loss, torch.Tensor) or loss.dim():
         raise InitialisationError(
-            "the model's output has no loss for these batches; give them labels, or pass "
-            "train_step, which runs forward and backward"
+            "the model returned no scalar loss for these batches; add labels to the batches, or "
+            "pass a train_step function that runs forward and backward"
         )
     loss.backward()

@@ -101,13 +101,13 @@ def pair_of(name: str, layer: LoraLayer, adapter: str, *, multiplied: bool = Tru
     lora_a, lora_b, _ = layer._factors(adapter)
     if layer.is_split or is_sharded(lora_a) or is_sharded(lora_b):
         raise AdapterStateError(
-            f"the factors on {name!r} are sharded over processes; save the adapters, and compute "
-            "with them on a model that is whole"
+            f"the factors of {name!r} are sharded across processes; save the adapters, load them "
+            "into an unsharded model, and run this operation there"
         )
     if multiplied and lora_b.shape[1] != lora_a.shape[0]:
         raise UnsupportedLayerError(
-            f"{name!r} is a {type(layer.get_base_layer()).__name__} whose adapters are no plain "
-            "pairs of matrices (it has groups); expected targets without it"
+            f"{name!r} is a {type(layer.get_base_layer()).__name__} with groups, and its LoRA "
+            "factors are not plain pairs of matrices; expected target_modules without it"
         )
     low_rank.check_finite(f"adapter {adapter!r} on {name!r}", lora_a, lora_b)
     wide = torch.promote_types(lora_a.dtype, torch.float32)
@@ -204,7 +204,7 @@ def _config_for(
         ConfigError: If an adapter was trained on base weights that its initialization changed.
     """
     for each in configs:
-        each.check_plain("an adapter computed from it")
+        each.check_plain("an adapter computed from this one")
     config = copy.deepcopy(configs[0])
     rank = max(ranks.values())
     config.r = config.lora_alpha = rank

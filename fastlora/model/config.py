@@ -224,10 +224,10 @@ class LoraConfig(ConfigMethods):
     def _warn_of_conversion(self) -> None:
         if self.use_rslora and (self.rank_pattern or self.alpha_pattern):
             warnings.warn(
-                "Using Rank-Stabilized LoRA with rank_pattern/alpha_pattern and post-training "
-                f"conversion of the base weights that {self.init.title} changes: save_pretrained() "
-                "will refuse path_initial_model_for_weight_conversion; leave use_rslora or the "
-                "patterns at their defaults if you mean to convert the adapter",
+                "Using Rank-Stabilized LoRA with rank_pattern/alpha_pattern and "
+                f"{self.init.title}, which changes the base weights: save_pretrained() will not "
+                "accept path_initial_model_for_weight_conversion. To convert the adapter after "
+                "training, leave use_rslora or the patterns at their defaults",
                 stacklevel=5,
             )
 
@@ -249,7 +249,7 @@ class LoraConfig(ConfigMethods):
         }
         if unset:
             names = ", ".join(f"{name}={value!r}" for name, value in unset.items())
-            raise ConfigError(f"fastlora does not have {names}; {THE_PEFT_WAY}")
+            raise ConfigError(f"fastlora does not support {names}; {THE_PEFT_WAY}")
 
     def check_plain(self, what: str) -> None:
         """Check that the adapter can be used with the original base weights.
@@ -268,16 +268,15 @@ class LoraConfig(ConfigMethods):
             return
         if not self.init.must_repeat:
             warnings.warn(
-                f"init_lora_weights={self.init_lora_weights!r} changed the base weights in "
-                f"training; {what} adds the adapter to the base weights as they are now, as PEFT "
-                "does",
+                f"init_lora_weights={self.init_lora_weights!r} changed the base weights for "
+                f"training; {what} adds the adapter to the current base weights, as in PEFT",
                 stacklevel=3,
             )
         else:
             raise ConfigError(
                 f"init_lora_weights={self.init_lora_weights!r}: this adapter was trained on base "
-                f"weights that its initialisation had changed, which {what} does not repeat; save "
-                "it as plain LoRA first, with save_pretrained(..., "
+                f"weights that its initialization had changed, and {what} does not repeat this "
+                "change; save the adapter as plain LoRA first, with save_pretrained(..., "
                 "path_initial_model_for_weight_conversion=<folder of the untrained adapter>)"
             )
 

@@ -124,8 +124,8 @@ def _ranges(given: Any) -> Any:
         whole = isinstance(pair, (list, tuple)) and all(type(i) is int for i in pair)
         if not whole or len(pair) != 2 or not 0 <= pair[0] < pair[1]:
             raise ConfigError(
-                "layer_replication must be a list of ranges (first, behind the last) of layers, "
-                f"got {pair!r}"
+                "layer_replication must be a list of layer ranges (start, end) with "
+                f"0 <= start < end, where end is exclusive; got {pair!r}"
             )
     return None if given is None else pairs
 
@@ -137,7 +137,7 @@ def _token_lists(given: Any) -> Any:
     if isinstance(given, Mapping):
         _check_names("trainable_token_indices", list(given))
         if not given:
-            raise ConfigError("trainable_token_indices must name a module, got {}")
+            raise ConfigError("trainable_token_indices must name at least one module, got {}")
         return {name: _token_list(f"[{name!r}]", tokens) for name, tokens in given.items()}
     return _token_list("", given)
 
@@ -148,10 +148,10 @@ def _token_list(where: str, tokens: Any) -> list[int]:
         raise ConfigError(f"{name} must be a list of token ids, got {tokens!r}")
     for token in tokens:
         if isinstance(token, bool) or not isinstance(token, int) or token < 0:
-            raise ConfigError(f"{name} must hold token ids, at least 0, got {token!r}")
+            raise ConfigError(f"{name} must contain non-negative token ids, got {token!r}")
     if len(set(tokens)) < len(tokens):
         twice = next(token for token in tokens if list(tokens).count(token) > 1)
-        raise ConfigError(f"{name} must name each token once, got {twice} twice")
+        raise ConfigError(f"{name} must contain each token id once, got {twice} twice")
     return list(tokens)
 
 
@@ -205,7 +205,7 @@ def _check_names(name: str, values: Any) -> None:
         raise ConfigError(f"{name} must be a list of module names or a string, got {values!r}")
     for value in values:
         if not isinstance(value, str) or not value:
-            raise ConfigError(f"{name} must hold module names, got the entry {value!r}")
+            raise ConfigError(f"{name} must contain module names, got the entry {value!r}")
 
 
 def _check_regexes(name: str, values: Iterable[Any]) -> None:
@@ -216,5 +216,5 @@ def _check_regexes(name: str, values: Iterable[Any]) -> None:
 
 def _check_regex(name: str, value: Any) -> None:
     if not isinstance(value, str):
-        raise ConfigError(f"{name} must hold strings, got {value!r}")
+        raise ConfigError(f"{name} must contain strings, got {value!r}")
     check_pattern(name, value)

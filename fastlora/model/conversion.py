@@ -44,9 +44,9 @@ def read_initial(config: LoraConfig, path: str | os.PathLike[str]) -> AdapterFil
     if not config.init.converts and config.init_lora_weights is not True:
         titles = ", ".join(init.title for init in all_inits() if init.converts)
         raise ConfigError(
-            "`path_initial_model_for_weight_conversion` only works for adapters that took a part "
-            f"out of the base weights ({titles}), got init_lora_weights="
-            f"{config.init_lora_weights!r}; save it without"
+            "`path_initial_model_for_weight_conversion` only works for initializations that "
+            f"subtract the initial update from the base weights ({titles}), got init_lora_weights="
+            f"{config.init_lora_weights!r}; save the adapter without this argument"
         )
     return load_adapter_folder(path)
 
@@ -76,10 +76,10 @@ def convert(
             continue
         before = initial.tensors.get(key)
         if before is None or before.shape != tensors[key].shape:
-            found = "no such tensor" if before is None else f"shape {tuple(before.shape)}"
+            found = "no tensor" if before is None else f"shape {tuple(before.shape)}"
             raise CheckpointError(
-                f"{initial.path} has {found} for {key!r}, expected the untrained adapter's, of "
-                f"shape {tuple(tensors[key].shape)}"
+                f"{initial.path} has {found} for {key!r}, expected the untrained adapter's tensor "
+                f"of shape {tuple(tensors[key].shape)}"
             )
         before = before.to(tensors[key])
         if parts.kind.endswith("A"):

@@ -70,7 +70,7 @@ class Estimate:
     def __str__(self) -> str:
         """Return a summary in one line."""
         bits = (
-            f" ({human_bytes(self.scale_bytes)} of it scales), one weight dequantised "
+            f" (including {human_bytes(self.scale_bytes)} of scales), one dequantized weight "
             f"{human_bytes(self.workspace_bytes)}"
         )
         return (

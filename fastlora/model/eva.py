@@ -132,7 +132,7 @@ def get_eva_state_dict(
     config = own_config(peft_config)
     layers = _layers(model, tuner, config, adapter_name)
     if not layers:
-        raise InitialisationError("EVA found no linear layer to look at")
+        raise InitialisationError("EVA needs at least one linear target module, found none")
     without = contextlib.nullcontext() if tuner is None else tuner.disable_adapter()
     settings = settings_of(config.eva_config, EvaConfig) or EvaConfig()
     ranks = {name: config.rank_for(name) for name in layers}
@@ -189,7 +189,9 @@ def _by_layer(
         return dict.fromkeys(layers, prepare or as_rows)
     lost = sorted(set(prepare) - set(layers))
     if lost:
-        raise ConfigError(f"prepare_layer_inputs_fn names no layers of the model: {lost}")
+        raise ConfigError(
+            f"prepare_layer_inputs_fn has keys that are not layers to initialize: {lost}"
+        )
     return {name: prepare.get(name, as_rows) for name in layers}
 
 
@@ -245,7 +247,7 @@ def initialize_lora_eva_weights(
     """
     tuner = tuner_of(model)
     if tuner is None:
-        raise ConfigError("model must be a PeftModel: the result of fastlora.get_peft_model")
+        raise ConfigError("model must be a PeftModel, as returned by fastlora.get_peft_model")
     if len(tuner.active_adapters) > 1:
         raise AdapterStateError(
             "`initialize_lora_eva_weights` currently only works with a single active adapter"
@@ -257,7 +259,7 @@ def initialize_lora_eva_weights(
             "`initialize_lora_eva_weights` can only be used with `init_lora_weights='eva'`"
         )
     if any(layer.merged for layer in lora_layers(tuner.model).values()):
-        raise AdapterStateError("an adapter is merged; unmerge it first")
+        raise AdapterStateError("an adapter is merged; call unmerge_adapter() first")
     if eva_state_dict is None:
         if dataloader is None:
             raise ConfigError("dataloader is required if eva_state_dict is not provided")
@@ -289,7 +291,7 @@ def _apply(
     for name, directions in found.items():
         if directions.dim() != 2 or directions.shape[1] != layers[name].in_features:
             raise InitialisationError(
-                f"layer {name!r}: directions of shape {tuple(directions.shape)}, expected "
+                f"layer {name!r}: the directions have shape {tuple(directions.shape)}, expected "
                 f"[rank, {layers[name].in_features}]"
             )
     settings = settings_of(config.eva_config, EvaConfig) or EvaConfig()

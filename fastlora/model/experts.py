@@ -121,17 +121,17 @@ def check_experts(
     known = _names_of(model_type)
     refused = sorted(entry for entry in entries if entry.rpartition(".")[2] in known)
     what = (
-        f"{_listed(stack.parameter for stack in left_out)}: stacked weights of experts and their "
-        f"routers are parameters, not linear layers. To adapt them (target_parameters): "
+        f"({_listed(stack.parameter for stack in left_out)}). Stacked weights of experts and their "
+        f"routers are parameters, not linear layers. Adapting them requires target_parameters; "
         f"{THE_PEFT_WAY}"
     )
     if refused:
         raise UnsupportedLayerError(
-            f"target_modules entries {refused} name experts of a {model_type!r} model, {what}"
+            f"target_modules entries {refused} name experts of a {model_type!r} model {what}"
         )
     if not adapts:
-        raise UnsupportedLayerError(f"{shown} matches only experts, {what}")
-    warnings.warn(f"{shown} leaves out {what}", stacklevel=4)
+        raise UnsupportedLayerError(f"{shown} matches only experts {what}")
+    warnings.warn(f"{shown} leaves out experts {what}", stacklevel=4)
 
 
 def _names_of(model_type: object) -> frozenset[str]:

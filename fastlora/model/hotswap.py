@@ -92,7 +92,7 @@ def prepare_model_for_compiled_hotswap(
         if check_compiled == "warn":
             warnings.warn(
                 "prepare_model_for_compiled_hotswap was called with a model that is already "
-                "compiled; other ranks will compile it anew",
+                "compiled; swapping in an adapter of another rank will recompile it",
                 stacklevel=2,
             )
     tuner = tuner_of(getattr(model, "_orig_mod", model))
@@ -117,7 +117,7 @@ def prepare_model_for_compiled_hotswap(
                 raise ConfigError(
                     f"Trying to pad a Conv2d LoRA adapter with groups={groups} to target rank "
                     f"{target_rank}, but the target rank is not divisible by {groups}. Please "
-                    f"choose a target rank that is divisible by {groups}. It is {name!r}."
+                    f"choose a target rank that is divisible by {groups}. The layer is {name!r}."
                 )
             if r < target_rank:
                 _refuse_split(name, layer)
@@ -206,8 +206,8 @@ def hotswap_adapter_from_state_dict(
     own: Any = getattr(model, "_orig_mod", model)
     if tuner_of(own) is None:
         raise UnsupportedLayerError(
-            f"hotswap_adapter_from_state_dict takes a fastlora.LoraModel, got "
-            f"{type(own).__name__}; for PEFT's use peft.utils.hotswap"
+            f"hotswap_adapter_from_state_dict expects a fastlora.LoraModel, got "
+            f"{type(own).__name__}; for a PEFT model, use peft.utils.hotswap"
         )
     own.base_model.check_known(adapter_name)
     given = own_config(config)
@@ -244,8 +244,8 @@ def _swap(
     if unexpected:
         names = ", ".join(_with_name(key, adapter_name) for key in unexpected)
         raise HotswapError(
-            f"Hot swapping the adapter did not succeed, unexpected keys found: {names}. Adapters "
-            "that adapt other layers are to be loaded under another name"
+            f"Hot swapping the adapter did not succeed, unexpected keys found: {names}. An adapter "
+            "for other layers must be loaded under another name"
         )
     given = {name: _given(name, layer, tensors, config) for name, layer in layers.items()}
     copies = _copies(model, adapter_name, tensors, keys)
@@ -285,8 +285,8 @@ def _given(
     for key, tensor in found.items():
         if tuple(tensor.shape) != tuple(expected[key]):
             raise HotswapError(
-                f"{at}{key} has shape {tuple(tensor.shape)}, expected {tuple(expected[key])} by "
-                "the adapter's config"
+                f"{at}{key} has shape {tuple(tensor.shape)}, expected {tuple(expected[key])} "
+                "according to the adapter's config"
             )
     missing = [key for key in expected if key not in found]
     if found and missing:
@@ -347,7 +347,7 @@ def _copies(
             raise HotswapError(f"the new adapter has no {disk}")
         if source.shape != state[key].shape:
             raise HotswapError(
-                f"{disk} has shape {tuple(source.shape)}, this model expects "
+                f"{disk} has shape {tuple(source.shape)}, but this model expects "
                 f"{tuple(state[key].shape)}"
             )
         pairs.append((state[key], source))
@@ -416,8 +416,8 @@ def _with_name(key: str, adapter_name: str) -> str:
 def _refuse_split(name: str, layer: LoraLayer) -> None:
     if layer.is_split:
         raise UnsupportedLayerError(
-            f"{name!r} is split over processes, and its factors cannot get another rank; load the "
-            "adapter with the largest rank first"
+            f"{name!r} is split across processes, so the rank of its factors cannot change; load "
+            "the adapter with the largest rank first"
         )
 
 

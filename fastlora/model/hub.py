@@ -86,7 +86,9 @@ def write_card(
     try:
         card = ModelCard(path.read_text(encoding="utf-8") if path.is_file() else _CARD)
     except Exception as error:  # may be raised by the YAML library that huggingface_hub uses
-        warnings.warn(f"{path} is no model card, and stays as it is: {error}", stacklevel=4)
+        warnings.warn(
+            f"{path} is not a valid model card and was left unchanged: {error}", stacklevel=4
+        )
         return
     data: Any = card.data
     data.library_name = "peft"
@@ -110,7 +112,7 @@ library_name: peft
 
 # Model card
 
-A LoRA adapter: low-rank updates of a base model's layers, to be loaded beside it.
+A LoRA adapter: low-rank updates of a base model's layers. Load it together with the base model.
 
 ## How to use it
 
@@ -132,7 +134,7 @@ model = PeftModel.from_pretrained(base_model, snapshot_download("<this repositor
 ```
 
 `adapter_config.json` says which layers are adapted, with which rank and scaling;
-`adapter_model.safetensors` has the weights.
+`adapter_model.safetensors` contains the weights.
 
 ## What it is for
 
@@ -154,7 +156,7 @@ model = PeftModel.from_pretrained(base_model, snapshot_download("<this repositor
 
 ## Limits and risks
 
-Those of the base model, and of the data that the adapter was trained on.
+The adapter shares the limits and risks of the base model and of its training data.
 
 [More Information Needed]
 """

@@ -84,7 +84,7 @@ def add_adapter(
         if isinstance(module, kind):
             return module
         if not name:
-            raise ConfigError("the model itself is the target; wrap it in a module first")
+            raise ConfigError("the model itself is a target; wrap it in another module first")
         made = make(module)
         replaced[name] = module, made
         model.set_submodule(name, made)
@@ -320,9 +320,9 @@ def tell_merge_errors(errors: Mapping[str, float | None]) -> None:
     if lossy:
         worst = max(lossy, key=lossy.__getitem__)
         warnings.warn(
-            f"merged into {len(lossy)} quantised weights, which were rounded again: of what the "
-            f"merge was to change, {sum(lossy.values()) / len(lossy):.1%} is lost on average, and "
-            f"at most {lossy[worst]:.1%} ({worst}); unmerged adapters lose nothing",
+            f"merged into {len(lossy)} quantized weights, which were rounded again. Rounding lost "
+            f"{sum(lossy.values()) / len(lossy):.1%} of the merged update on average, and at most "
+            f"{lossy[worst]:.1%} ({worst}). Adapters that are not merged have no such loss",
             stacklevel=4,
         )
 

@@ -68,7 +68,7 @@ def replace_lora_weights_loftq(
     """
     tuner = tuner_of(peft_model)
     if tuner is None:
-        raise ConfigError("expected the result of fastlora.get_peft_model")
+        raise ConfigError("expected a model returned by fastlora.get_peft_model")
     tuner.check_known(adapter_name)
     layers = {
         name: layer
@@ -77,8 +77,8 @@ def replace_lora_weights_loftq(
     }
     if not layers:
         raise UnsupportedLayerError(
-            "No bnb LoRA module found on the model: the adapter is on no layer that bitsandbytes "
-            "quantised to 4 bits"
+            "No bnb LoRA module found on the model: the adapter is not on any layer that "
+            "bitsandbytes quantized to 4 bits"
         )
     made: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     with contextlib.ExitStack() as opened:
@@ -86,7 +86,7 @@ def replace_lora_weights_loftq(
             layer = layers[name]
             base = dense_weight(layer.get_base_layer()).float()
             weight = stored[:].to(base)
-            check_finite(weight, f"layer {name!r}: its unquantised weight")
+            check_finite(weight, f"layer {name!r}: the unquantized weight")
             rank = layer.r[adapter_name]
             if rank > min(weight.shape):
                 raise InitialisationError(
@@ -157,7 +157,7 @@ def _weights(
         shape, expected = tuple(found[name].get_shape()), (layer.out_features, layer.in_features)
         if shape != expected:
             raise CheckpointError(
-                f"{place}: {key!r} has shape {shape}, this model expects {expected}"
+                f"{place}: {key!r} has shape {shape}, but this model expects {expected}"
             )
     return found
 

@@ -75,7 +75,9 @@ def get_peft_model(
         ImplementationError: If ``mixed`` is True.
     """
     if mixed:
-        raise ImplementationError(f"mixed=True: fastlora has LoRA only; {THE_PEFT_WAY}")
+        raise ImplementationError(
+            f"mixed=True is not supported: fastlora only has LoRA; {THE_PEFT_WAY}"
+        )
     result = LoraModel(
         model,
         peft_config,
@@ -223,7 +225,10 @@ class LoraModel(PeftNames, nn.Module):
         """
         if isinstance(model, LoraModel):
             if config is not None:
-                raise ConfigError("config= goes with a base model, and this one has adapters")
+                raise ConfigError(
+                    "config= is only supported for a base model, and this model already has "
+                    "adapters"
+                )
             options = {"subfolder": subfolder, "key_mapping": key_mapping, **unused}
             options["ignore_mismatched_sizes"] = ignore_mismatched_sizes
             model.load_adapter(

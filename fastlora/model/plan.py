@@ -191,8 +191,8 @@ def plan_adapter(
             if isinstance(part, ModuleWrapper):
                 at = f"{name}.{inner}" if inner else name
                 raise UnsupportedLayerError(
-                    f"modules_to_save names {name!r}, in which adapters {part.adapter_names} own "
-                    f"{part.owns} of {at!r}; expected the same module"
+                    f"modules_to_save names {name!r}, but adapters {part.adapter_names} own "
+                    f"{part.owns} of {at!r}; expected the same module for all adapters"
                 )
     return plan
 
@@ -219,7 +219,8 @@ def _targets(
         ):
             warnings.warn(
                 f"{name!r}: nn.TransformerEncoderLayer may read this weight without calling the "
-                "module in evaluation; set torch.backends.mha.set_fastpath_enabled(False)",
+                "module in evaluation mode, which skips the adapter; call "
+                "torch.backends.mha.set_fastpath_enabled(False)",
                 stacklevel=5,
             )
     return found
@@ -237,9 +238,9 @@ def _warn_of_kinds(plan: Plan) -> None:
     if without and config.lora_dropout and not plan.from_file:
         more = f" and {len(without) - 1} more targets" if len(without) > 1 else ""
         warnings.warn(
-            f"lora_dropout={config.lora_dropout} does nothing on {without[0]!r}{more}, as in "
+            f"lora_dropout={config.lora_dropout} has no effect on {without[0]!r}{more}, as in "
             f"PEFT: the adapter of a {type(plan.targets[without[0]].base).__name__} has no input "
-            "to drop",
+            "to apply dropout to",
             stacklevel=4,
         )
     if config.peft_version and plan.from_file:
@@ -269,15 +270,16 @@ def _check_tied_lora(
     for name in targets:
         if isinstance(model.get_submodule(name), TiedLoraHead):
             raise UnsupportedLayerError(
-                f"target module {name!r} has the input embedding's LoRA for other adapters "
-                "(ensure_weight_tying); expected ensure_weight_tying=True, or other targets"
+                f"target module {name!r} shares the input embedding's LoRA factors for other "
+                "adapters (ensure_weight_tying); expected ensure_weight_tying=True or other targets"
             )
     for name in tied:
         module = model.get_submodule(name)
         if not isinstance(module, (nn.Linear, TiedLoraHead)) or isinstance(module, FastLoraLinear):
             raise UnsupportedLayerError(
-                f"ensure_weight_tying gives {name!r} the input embedding's LoRA, and it is a "
-                f"{type(module).__name__}; expected an nn.Linear without LoRA of its own"
+                f"ensure_weight_tying makes {name!r} share the input embedding's LoRA factors, but "
+                f"it is a {type(module).__name__}; expected an nn.Linear without its own LoRA "
+                "factors"
             )
     if tied and (config.use_dora or config.init.frozen):
         raise ConfigError(
@@ -301,8 +303,8 @@ def _check_untied(model: nn.Module, config: LoraConfig, targets: Sequence[str]) 
         if other is not None and linear_features(base) is not None:
             raise AdapterStateError(
                 f"init_lora_weights={config.init_lora_weights!r} changes the weight of target "
-                f"module {name!r}, which {other!r} shares; leave it out (exclude_modules), or "
-                "untie the two first"
+                f"module {name!r}, which is shared with {other!r}; leave it out "
+                "(exclude_modules), or untie the two weights first"
             )
 
 
@@ -342,9 +344,9 @@ def _kind_for(base: nn.Module, custom: Mapping[type, type]) -> Kind:
     kind = kind_of(base, custom)
     if kind is None:
         raise UnsupportedLayerError(
-            f"fastlora adapts {', '.join(known_kinds())} (Conv1D of transformers and quantised "
-            "linears too), and classes of yours that LoraConfig._register_custom_module names; "
-            f"where PEFT adapts it, {INSTEAD}"
+            f"fastlora supports {', '.join(known_kinds())} (also Conv1D of transformers and "
+            "quantized linear layers), and classes that you register with "
+            f"LoraConfig._register_custom_module; if PEFT supports this class, {INSTEAD}"
         )
     return kind
 

@@ -32,7 +32,7 @@ QLORA: Mapping[str, Any] = MappingProxyType(
         "bnb_4bit_compute_dtype": torch.bfloat16,
     }
 )
-_IN_4_BITS = ", base model in 4 bits (NF4, nested scales, products in bf16), paged AdamW"
+_IN_4_BITS = ", base model in 4 bits (NF4, double quantization, bf16 compute), paged AdamW"
 # The fraction of the memory that the base model may take. The rest is for activations, adapters,
 # and the optimizer state.
 _OF_MEMORY = 0.6
@@ -145,8 +145,8 @@ def recommend(
         count = model_or_num_params
     else:
         raise TypeError(
-            f"model_or_num_params is {model_or_num_params!r}, expected a model or a whole number "
-            "of parameters"
+            f"model_or_num_params is {model_or_num_params!r}, expected a model or an integer "
+            "number of parameters"
         )
     if count < 1:
         raise ValueError(f"the model has {count} parameters, expected at least 1")

@@ -60,7 +60,7 @@ class RankReduction:
         mean = sum(self.errors.values()) / len(self.errors)
         return (
             f"{self.adapter_name}: ranks {min(self.ranks.values())} to {max(self.ranks.values())} "
-            f"on {len(self.ranks)} layers; lost of the update {mean:.2%} on average, at most "
+            f"on {len(self.ranks)} layers; lost {mean:.2%} of the update on average, at most "
             f"{self.errors[worst]:.2%} ({worst})"
         )
 
@@ -204,12 +204,13 @@ def reduce_intruder_dimension(
     """
     if tuner_of(peft_model) is None:
         raise AdapterStateError(
-            "The provided model is not using LoRA of fastlora's and is therefore not supported."
+            "The provided model is not using LoRA layers of fastlora and is therefore not "
+            "supported."
         )
     tuner = peft_model.base_model
     tuner.check_new(new_adapter_name)
     tuner.check_known(old_adapter_name)
-    tuner.peft_config[old_adapter_name].check_plain("an adapter computed from it")
+    tuner.peft_config[old_adapter_name].check_plain("an adapter computed from this one")
     tell = logging_sink or (lambda *_: None)
     factors = {}
     for name, layer in _layers_with(peft_model, old_adapter_name):
@@ -278,8 +279,8 @@ def _reduced(
     share = isinstance(rank, float)
     if isinstance(rank, bool) or not isinstance(rank, (int, float)) or rank <= 0:
         raise ConfigError(
-            f"rank must be a positive number, or a share in (0, 1], got {rank!r}: a valid value is "
-            "a rank such as 4, or 0.9"
+            "rank must be a positive integer such as 4, or a fraction in (0, 1] such as 0.9, got "
+            f"{rank!r}"
         )
     if share and rank > 1:
         raise ConfigError(
@@ -324,8 +325,8 @@ def _layers_with(model: LoraModel, adapter_name: str) -> Iterator[tuple[str, Lor
     tuner.check_known(adapter_name)
     if tuner.peft_config[adapter_name].trainable_token_indices:
         raise AdapterStateError(
-            f"adapter {adapter_name!r} has trained tokens (trainable_token_indices), which have no "
-            "rank to reduce"
+            f"adapter {adapter_name!r} trains tokens (trainable_token_indices), which have no rank "
+            "to reduce"
         )
     for name, layer in lora_layers(tuner.model).items():
         if adapter_name in layer.r:
@@ -335,6 +336,6 @@ def _layers_with(model: LoraModel, adapter_name: str) -> Iterator[tuple[str, Lor
 def _theirs(model: nn.Module, function: str) -> Any:
     refusal = UnsupportedLayerError(
         f"Could not detect any layer that supports LoRA conversion in a {type(model).__name__}; "
-        "expected a fastlora.LoraModel, or a model of PEFT's"
+        "expected a fastlora.LoraModel or a PEFT model"
     )
     return peft_function(model, "peft", function, refusal)

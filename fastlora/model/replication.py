@@ -47,8 +47,8 @@ class Replication:
         order = [i for start, end in _checked(ranges, len(self._old)) for i in range(start, end)]
         if any(is_lora_layer(m) or is_wrapper(m) for m in self._old.modules()):
             raise AdapterStateError(
-                f"layer_replication={list(ranges)} needs layers without adapters; replicate them "
-                "with the model's first adapter, or unload() it"
+                f"layer_replication={list(ranges)} needs layers without adapters; set it "
+                "for the model's first adapter, or unload() the adapters first"
             )
         self._new = nn.ModuleList(_copy_of(self._old[i], at) for at, i in enumerate(order))
         self._new.training = self._old.training
@@ -110,8 +110,8 @@ def replication_for(model: nn.Module, ranges: Ranges | None) -> Replication | No
     if there is not None:
         if asked != there:
             raise ConfigError(
-                f"layer_replication={ranges!r}, but the adapters of this model replicate its "
-                f"layers by {there}; expected the same for all"
+                f"layer_replication={ranges!r}, but the layers of this model are already "
+                f"replicated with {there}; expected the same value for all adapters"
             )
         return None
     return Replication(model, asked) if asked else None
@@ -151,9 +151,9 @@ def _layers_of(model: nn.Module) -> tuple[nn.Module, str, nn.ModuleList]:
         found = next((m for m in inner if isinstance(m, nn.Module) and m not in seen), None)
         if found is None:
             raise UnsupportedLayerError(
-                f"layer_replication: a {type(model).__name__} has no list of layers where Llama, "
-                "Mistral, Qwen, BERT, Falcon, GPT-NeoX or GPT-2 have theirs "
-                f"({', '.join(_LISTS)}); expected such a model, or layer_replication=None"
+                f"layer_replication: a {type(model).__name__} has no list of layers in any of the "
+                "places known from Llama, Mistral, Qwen, BERT, Falcon, GPT-NeoX, and GPT-2 "
+                f"({', '.join(_LISTS)}); expected one of these models, or layer_replication=None"
             )
         part = found
         seen.add(found)
@@ -163,8 +163,8 @@ def _checked(ranges: Ranges, count: int) -> Ranges:
     for start, end in ranges:
         if not 0 <= start < end <= count:
             raise ConfigError(
-                f"layer_replication has the range [{start}, {end}], expected 0 <= first < last "
-                f"within the model's {count} layers"
+                f"layer_replication has the range [{start}, {end}], expected "
+                f"0 <= start < end <= {count}, the number of layers of the model"
             )
     return ranges
 

@@ -100,8 +100,8 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     found = [_status(*each) for each in routed_modules(tuner_of(model) or model)]
     if not found:
         raise AdapterStateError(
-            "No adapter layers found in the model; expected one from fastlora.get_peft_model (for "
-            "layers of PEFT's own use peft.get_layer_status)"
+            "No adapter layers found in the model; expected a model from fastlora.get_peft_model "
+            "(for PEFT's own layers, use peft.get_layer_status)"
         )
     return found
 

@@ -125,13 +125,13 @@ def find_targets(
     for name in found:
         if wrapped[name]:
             raise UnsupportedLayerError(
-                f"target module {name!r} {_of_copies(model, name)}; expected other targets, or "
-                "to leave it out with exclude_modules"
+                f"target module {name!r} {_of_copies(model, name)}; choose other "
+                "targets, or leave it out with exclude_modules"
             )
     unmatched = [entry for entry in lost if entry not in of_experts]
     unused = _unused(unmatched, found, bool(excluded), config)
     if unused:
-        warnings.warn(f"these match no module: {'; '.join(unused)}", stacklevel=2)
+        warnings.warn(f"these config values match no module: {'; '.join(unused)}", stacklevel=2)
     if any(wrapped.values()) and _is_all_linear(config.target_modules):
         linears = _linears(model, config, modules)
         left = [n for n, inside in linears if inside and n not in excluded]
@@ -215,8 +215,8 @@ def find_modules_to_save(model: nn.Module, config: LoraConfig) -> list[str]:
     for name in found:
         if name in below:
             raise UnsupportedLayerError(
-                f"modules_to_save names {name!r}, which {_of_copies(model, name)}; expected the "
-                "whole of it, or none"
+                f"modules_to_save names {name!r}, which {_of_copies(model, name)}; expected "
+                "the whole outer module, or a module outside it"
             )
     return found
 
@@ -361,9 +361,9 @@ def _of_copies(model: nn.Module, name: str) -> str:
     """
     for outer, module in outer_modules(model, remove_duplicate=False):
         if is_wrapper(module) and (name == outer or name.startswith(f"{outer}.")):
-            where = "is" if name == outer else f"lies in {outer!r},"
+            where = "is" if name == outer else f"is inside {outer!r},"
             if holds_tokens(module):
-                return f"{where} a module that adapters train rows of (trainable_token_indices)"
+                return f"{where} a module in which adapters train rows (trainable_token_indices)"
             copies: Any = module._modules["modules_to_save"]
             return f"{where} a module that adapters {list(copies)} own copies of (modules_to_save)"
     return "is a module that adapters own copies of (modules_to_save)"
@@ -417,8 +417,8 @@ def _check_bypassed(model: nn.Module, found: list[str]) -> None:
     bad = [name for name in found if name.rpartition(".")[2] in _MAMBA_BYPASSED]
     if bad and model_type in _MAMBA_TYPES:
         raise UnsupportedLayerError(
-            f"{bad[0]} is never called in a {model_type!r} model, an adapter on it has no effect; "
-            f"expected target_modules without {', '.join(_MAMBA_BYPASSED)}"
+            f"{bad[0]} is never called in a {model_type!r} model, so an adapter on it has no "
+            f"effect; expected target_modules without {', '.join(_MAMBA_BYPASSED)}"
         )
 
 
@@ -431,7 +431,10 @@ def _near(entries: Sequence[str], names: list[str]) -> str:
         close = near_names(entry, candidates)
         if close:
             return close
-    return f"; it has {', '.join(sorted({n.rpartition('.')[2] for n in names})[:10])}"
+    return (
+        "; the model has modules named "
+        f"{', '.join(sorted({n.rpartition('.')[2] for n in names})[:10])}"
+    )
 
 
 def _nothing_found(
@@ -443,7 +446,7 @@ def _nothing_found(
     before = [name for name in names if name in excluded and _matches(name, targets, config)]
     if before:
         return (
-            f"{shown} matches only what exclude_modules or modules_to_save take away: "
+            f"{shown} matches only modules in exclude_modules or modules_to_save: "
             f"{', '.join(before[:5])}"
         )
     if config.layers_to_transform is not None:
@@ -452,7 +455,7 @@ def _nothing_found(
             f"layers_pattern={_shown(config.layers_pattern)}"
         )
         if not isinstance(targets, str) and any(_matches_names(n, targets) for n in names):
-            return f"{shown} exists, but in no layer chosen{layers}"
+            return f"{shown} matches modules, but none in the layers selected{layers}"
         shown += layers
     return f"{shown} matches no module{_near(entries, names)}"
 

@@ -124,7 +124,9 @@ class TensorFile:
             except (ValueError, RecursionError) as error:
                 raise CheckpointError(f"the header is not valid JSON ({error})") from error
             if not isinstance(entries, dict):
-                raise CheckpointError(f"the header is {type(entries).__name__}, expected an object")
+                raise CheckpointError(
+                    f"the header is a {type(entries).__name__}, expected a JSON object"
+                )
             entries.pop(_METADATA, None)
             found = {n: _tensor_info(n, entry, self._start) for n, entry in entries.items()}
             _check_coverage(found, self._start, self.nbytes)
@@ -149,10 +151,10 @@ class TensorFile:
                 data = bytearray(nbytes)
                 self._file.seek(info.start)
                 if self._file.readinto(data) != nbytes:  # type: ignore[attr-defined]
-                    raise CheckpointError(f"tensor {name!r} ends early")
+                    raise CheckpointError(f"tensor {name!r} is truncated")
                 tensors[name] = torch.frombuffer(data, dtype=info.dtype).reshape(info.shape)
             if self._stat() != self._state:
-                raise CheckpointError("changed while it was read")
+                raise CheckpointError("the file changed while it was being read")
         return tensors
 
     def _stat(self) -> tuple[int, int]:
@@ -238,15 +240,17 @@ def _read_header(file: BinaryIO, most: int = MAX_HEADER_BYTES) -> tuple[str, int
     """
     size = os.fstat(file.fileno()).st_size
     if size < 8:
-        raise CheckpointError(f"truncated, found {size} bytes, expected at least 8")
+        raise CheckpointError(f"truncated: found {size} bytes, expected at least 8")
     length = int.from_bytes(file.read(8), "little")
     if length > most:
         raise CheckpointError(
-            f"the header claims {length} bytes, expected at most {most}; "
-            "this is no safetensors file of an adapter"
+            f"the header length is given as {length} bytes, expected at most {most}; "
+            "this is not the safetensors file of an adapter"
         )
     if length > size - 8:
-        raise CheckpointError(f"truncated, the header claims {length} bytes and {size - 8} follow")
+        raise CheckpointError(
+            f"truncated: the header length is given as {length} bytes, but only {size - 8} follow"
+        )
     try:
         return file.read(length).decode("utf-8"), 8 + length
     except UnicodeDecodeError as error:
@@ -267,7 +271,7 @@ def _tensor_info(name: str, entry: Any, data_start: int) -> TensorInfo:
             f"a tensor's name has {len(name)} characters, expected at most {MAX_NAME_LENGTH}"
         )
     if not isinstance(entry, dict):
-        raise CheckpointError(f"tensor {name!r} is described by {entry!r}")
+        raise CheckpointError(f"tensor {name!r} has the entry {entry!r}, expected a JSON object")
     dtype = _DTYPES.get(str(entry.get("dtype")))
     if dtype is None:
         raise CheckpointError(
@@ -277,20 +281,24 @@ def _tensor_info(name: str, entry: Any, data_start: int) -> TensorInfo:
     shape: Any = entry.get("shape")
     offsets: Any = entry.get("data_offsets")
     if not _is_sizes(shape) or len(shape) > 16:
-        raise CheckpointError(f"tensor {name!r} has shape {shape!r}, expected sizes")
+        raise CheckpointError(
+            f"tensor {name!r} has shape {shape!r}, expected a list of at most 16 sizes"
+        )
     if not _is_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise CheckpointError(f"tensor {name!r} has data_offsets {offsets!r}")
+        raise CheckpointError(
+            f"tensor {name!r} has data_offsets {offsets!r}, expected [start, end]"
+        )
     count = math.prod(shape)
     if count == 0:
         raise CheckpointError(
-            f"tensor {name!r} has shape {tuple(shape)}, which holds nothing; expected "
-            "values (a sharded model must be gathered before it is saved)"
+            f"tensor {name!r} has shape {tuple(shape)}, which has no elements; expected "
+            "at least one (a sharded model must be gathered before it is saved)"
         )
     needed = count * dtype.itemsize
     if offsets[1] - offsets[0] != needed:
         raise CheckpointError(
             f"tensor {name!r} of shape {tuple(shape)} and dtype {entry['dtype']} needs "
-            f"{needed} bytes, its data_offsets {offsets} give {offsets[1] - offsets[0]}"
+            f"{needed} bytes, but its data_offsets {offsets} span {offsets[1] - offsets[0]}"
         )
     return TensorInfo(dtype, tuple(shape), data_start + offsets[0], data_start + offsets[1])
 
@@ -307,7 +315,7 @@ def _check_coverage(infos: dict[str, TensorInfo], start: int, size: int) -> None
         info = infos[name]
         if info.stop > size:
             raise CheckpointError(
-                f"truncated, tensor {name!r} ends at byte {info.stop}, the file at {size}"
+                f"truncated: tensor {name!r} ends at byte {info.stop}, but the file ends at {size}"
             )
         if info.start != position:
             what = "overlaps the tensor before it" if info.start < position else "leaves a gap"
@@ -316,4 +324,4 @@ def _check_coverage(infos: dict[str, TensorInfo], start: int, size: int) -> None
             )
         position = info.stop
     if position != size:
-        raise CheckpointError(f"the tensors end at byte {position}, the file at {size}")
+        raise CheckpointError(f"the tensors end at byte {position}, but the file ends at {size}")

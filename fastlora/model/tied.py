@@ -113,7 +113,8 @@ def tie_adapters(model: nn.Module, config: LoraConfig) -> Ties:
         if tied:
             _warn(
                 "Model has `tie_word_embeddings=True` and a tied layer is part of the adapter, but "
-                "`ensure_weight_tying` is not set to True: it is trained and merged apart"
+                "`ensure_weight_tying` is not set to True: the layer is trained and merged "
+                "separately"
             )
         return Ties()
     if not tied or embedding is None:
@@ -225,11 +226,11 @@ class SharedWeights:
         if not self._untied:
             return
         name, other, _ = self._untied[0]
-        more = f", and {len(self._untied) - 1} others theirs" if len(self._untied) > 1 else ""
+        more = f" (likewise for {len(self._untied) - 1} more)" if len(self._untied) > 1 else ""
         total = sum(size for _, _, size in self._untied)
         warnings.warn(
-            f"{name} shared its weight with {other}; it has its own now, with the adapter merged "
-            f"in{more}: {total / 2**20:,.1f} MiB more",
+            f"{name} shared its weight with {other}, and now has its own weight with the adapter "
+            f"merged in{more}. This takes {total / 2**20:,.1f} MiB more memory",
             stacklevel=4,
         )
 
@@ -249,8 +250,8 @@ def note_untied(model: nn.Module) -> None:
     if weights[0] is not None and weights[1] is not None and weights[0] is not weights[1]:
         config.tie_word_embeddings = False
         warnings.warn(
-            "Input and output embeddings are no longer tied after merging; the model's config says "
-            "tie_word_embeddings=False now",
+            "Input and output embeddings are no longer tied after merging; tie_word_embeddings "
+            "was set to False in the model's config",
             stacklevel=4,
         )
 

@@ -102,8 +102,8 @@ def check_apart(
     for name in tied:
         if name in targets:
             raise UnsupportedLayerError(
-                f"ensure_weight_tying gives {name!r} the input embedding's copy (modules_to_save), "
-                "and target_modules names it too; expected one of them"
+                f"ensure_weight_tying makes {name!r} share the input embedding's copy "
+                "(modules_to_save), but target_modules names it too; expected only one of the two"
             )
     for name in tokens:
         copied = any(name == n or name.startswith(f"{n}.") for n in (*saved, *tied))
@@ -113,7 +113,7 @@ def check_apart(
                 how = "marked to be trained fully (modules_to_save)"
             raise UnsupportedLayerError(
                 f"trainable_token_indices trains rows of {name!r}: The embedding layer is already "
-                f"{how}; expected one of them"
+                f"{how}; expected only one of the two"
             )
 
 
@@ -134,8 +134,8 @@ def _matches(model: nn.Module, wanted: dict[str, list[int]]) -> dict[str, list[i
     for name in found:
         if name in inside:
             raise UnsupportedLayerError(
-                f"trainable_token_indices names {name!r}, which lies in a module that adapters own "
-                "copies of (modules_to_save)"
+                f"trainable_token_indices names {name!r}, which is inside a module that adapters "
+                "own copies of (modules_to_save)"
             )
     return found
 
@@ -149,14 +149,14 @@ def _check(model: nn.Module, name: str, rows: Tokens) -> None:
     """
     module: Any = model.get_submodule(name)
     if isinstance(module, LoraLayer) or holds_copies(module):
-        how = "LoRA" if isinstance(module, LoraLayer) else "a full copy (modules_to_save)"
+        how = "LoRA factors" if isinstance(module, LoraLayer) else "a full copy (modules_to_save)"
         raise UnsupportedLayerError(
-            f"trainable_token_indices needs rows of {name!r}, of which an adapter has {how}"
+            f"trainable_token_indices trains rows of {name!r}, but another adapter has {how} for it"
         )
     check_tokens(original_of(module), rows.indices)
     if isinstance(module, TrainableTokensWrapper) and module.is_tied != (rows.tied_to is not None):
         raise UnsupportedLayerError(
-            f"trainable_token_indices: adapters {module.adapter_names} have rows on {name!r} that "
-            f"are {'tied' if module.is_tied else 'not tied'} to the input embedding's; all "
-            "adapters of a model must agree"
+            f"trainable_token_indices: adapters {module.adapter_names} train rows of {name!r} that "
+            f"are {'tied' if module.is_tied else 'not tied'} to those of the input embedding; "
+            "expected the same for all adapters of a model"
         )

@@ -59,7 +59,7 @@ class LoraTuner(nn.Module):
         super().__init__()
         if inject.lora_layers(model):
             raise AdapterStateError(
-                "the model has LoRA layers already; use add_adapter(), or unload() it first"
+                "the model already has LoRA layers; use add_adapter(), or unload() it first"
             )
         self.model = model
         self.peft_config: dict[str, LoraConfig] = {}
@@ -123,8 +123,8 @@ class LoraTuner(nn.Module):
         for name, other in self.peft_config.items():
             if config.bias != "none" and other.bias != "none":
                 raise AdapterStateError(
-                    f"bias={config.bias!r}: adapter {name!r} trains the base model's biases "
-                    "already, which all adapters share; expected bias='none'"
+                    f"bias={config.bias!r}: adapter {name!r} already trains the base model's "
+                    "biases, which all adapters share; expected bias='none'"
                 )
         before = self.routed if self.peft_config else []
         inject.add_adapter(
@@ -170,9 +170,9 @@ class LoraTuner(nn.Module):
             other = next(iter(others))
             raise AdapterStateError(
                 f"adapter {adapter_name!r} was trained on base weights that {init.title} had "
-                f"changed, and adapter {other!r} has changed them in its own way "
-                f"({others[other].title}); save one of them as plain LoRA first, with "
-                "save_pretrained(..., path_initial_model_for_weight_conversion=<folder of the "
+                f"changed, but adapter {other!r} has already changed them in "
+                f"another way ({others[other].title}); save one of the two as plain LoRA first, "
+                "with save_pretrained(..., path_initial_model_for_weight_conversion=<folder of the "
                 "untrained adapter>)"
             )
         changing = init.title if init.changes_base else ""
@@ -186,13 +186,13 @@ class LoraTuner(nn.Module):
             )
         if plan.from_file and init.is_random(config.init_lora_weights):
             why = (
-                "is random: loading changes the base weights a little differently than training did"
+                "is random: loading changes the base weights slightly differently than training did"
                 if init.must_repeat
-                else "changed the base weights in training, and loading leaves them as they are"
+                else "changed the base weights for training, and loading does not change them"
             )
             warnings.warn(
-                f"init_lora_weights={config.init_lora_weights!r} {why}, as in PEFT. Save such an "
-                "adapter with path_initial_model_for_weight_conversion instead",
+                f"init_lora_weights={config.init_lora_weights!r} {why}, as in PEFT. To avoid this, "
+                "save the adapter with path_initial_model_for_weight_conversion",
                 stacklevel=4,
             )
 
@@ -209,10 +209,10 @@ class LoraTuner(nn.Module):
             ConfigError: If the other adapter was trained on base weights that its initialization
                 changed, and the initialization of the loaded adapter did not change them.
         """
-        with error_prefix(f"adapter {adapter_name!r} is loaded already"):
+        with error_prefix(f"adapter {adapter_name!r} is already loaded"):
             self.group.check_closed(operation)
         if adapter_name not in self._changed_base:
-            config.check_plain(f"an adapter that takes the place of {adapter_name!r}")
+            config.check_plain(f"an adapter that replaces {adapter_name!r}")
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Activate adapters and make them trainable. All other adapters are frozen.
@@ -235,8 +235,9 @@ class LoraTuner(nn.Module):
             owners = inject.present(wrapper, names) or []
             if len(owners) > 1 and isinstance(wrapper, ModuleWrapper):
                 raise AdapterStateError(
-                    f"adapters {owners} each own {wrapper.owns} of one module ({wrapper.field}); "
-                    f"Only one adapter can be set at a time for {type(wrapper).__name__}"
+                    f"adapters {owners} each own {wrapper.owns} of the same module "
+                    f"({wrapper.field}). Only one adapter can be set at a time for "
+                    f"{type(wrapper).__name__}"
                 )
         self._activate(names, inference_mode)
 
@@ -264,7 +265,7 @@ class LoraTuner(nn.Module):
         if adapter_name not in self.peft_config:
             known = list(self.peft_config)
             raise AdapterNotFoundError(
-                f"Adapter {adapter_name} does not exist; loaded are {known}"
+                f"Adapter {adapter_name} does not exist; loaded adapters: {known}"
                 f"{near_names(adapter_name, known)}"
             )
         biases = self._biases(adapter_name) if adapter_name in self._active else []
@@ -355,7 +356,7 @@ class LoraTuner(nn.Module):
         """
         check_adapter_name(adapter_name)
         if adapter_name in self.peft_config:
-            raise AdapterStateError(f"adapter {adapter_name!r} exists already")
+            raise AdapterStateError(f"adapter {adapter_name!r} already exists")
 
     def enable_adapter_layers(self) -> None:
         """Enable adapters again after `disable_adapter_layers`."""
@@ -455,7 +456,7 @@ class LoraTuner(nn.Module):
         if irregular:
             warnings.warn(
                 "The model contains some adapter layers that are enabled and others that are "
-                "disabled. After disable_adapter() all are enabled",
+                "disabled. After disable_adapter(), all of them are enabled",
                 stacklevel=3,
             )
         with contextlib.ExitStack() as stack:
@@ -505,7 +506,7 @@ class LoraTuner(nn.Module):
         """Raise `AdapterNotFoundError` if no adapter with the given name is loaded."""
         if name not in self.peft_config:
             raise AdapterNotFoundError(
-                f"no adapter {name!r}; loaded are {list(self.peft_config)}"
+                f"no adapter {name!r}; loaded adapters: {list(self.peft_config)}"
                 f"{near_names(name, self.peft_config)}"
             )
 
@@ -537,8 +538,8 @@ class LoraTuner(nn.Module):
         layers = dict(inject.routed_modules(self.model))
         if any(layer._disabled for layer in layers.values()):
             raise AdapterStateError(
-                "adapters are disabled, and merged ones would act; call enable_adapter_layers() "
-                "first"
+                "adapters are disabled, but merged adapters would still take effect; call "
+                "enable_adapter_layers() first"
             )
         shared = SharedWeights(self.model)
         chosen = {name: inject.present(layer, wanted) for name, layer in layers.items()}
@@ -549,8 +550,8 @@ class LoraTuner(nn.Module):
             tied = shared.other(layer) if merges else None
             if tied:
                 raise AdapterStateError(
-                    f"a target shares its weight with {tied}, which merging would change too; "
-                    "merge_and_unload() gives it its own"
+                    f"a target module shares its weight with {tied}, which merging would change "
+                    "too; use merge_and_unload(), which gives the target its own weight"
                 )
         if not anything and any(layer.merged for layer in layers.values()):
             warnings.warn("All adapters are already merged, nothing to do", stacklevel=2)

@@ -94,7 +94,9 @@ def _check(
     if not configs:
         raise ConfigError("adapters is empty, expected the names of adapters to add")
     if len(weights) != len(adapters):
-        raise ConfigError(f"{len(adapters)} adapters need as many weights, got {list(weights)}")
+        raise ConfigError(
+            f"expected one weight for each of the {len(adapters)} adapters, got {list(weights)}"
+        )
     if not all(map(math.isfinite, weights)):
         raise ConfigError(f"weights must be finite numbers, got {list(weights)}")
     if len(adapters) > 1:
@@ -110,17 +112,17 @@ def _check(
     if len({isinstance(config.target_modules, str) for config in configs.values()}) > 1:
         raise ConfigError(
             "all adapter configs should follow the same target modules type: some of "
-            f"{list(configs)} have a string and some a list; load them with lists"
+            f"{list(configs)} have a string and some a list; use lists for all of them"
         )
     for name, config in configs.items():
         if config.use_dora:
             raise AdapterStateError(
-                f"adapter {name!r} uses DoRA, whose update is no product of two factors that could "
-                "be added; merge it with merge_and_unload(), or train without use_dora"
+                f"adapter {name!r} uses DoRA, and its update is not a product of two factors that "
+                "could be added; merge it with merge_and_unload(), or train without use_dora"
             )
         if config.trainable_token_indices:
             raise AdapterStateError(
-                f"adapter {name!r} has trained tokens (trainable_token_indices), which have no sum"
+                f"adapter {name!r} trains tokens (trainable_token_indices), which cannot be added"
             )
 
 
@@ -155,8 +157,8 @@ def _on_layer(name: str, layer: LoraLayer, holders: Sequence[Summand], how: Comb
     if len(set(ranks.values())) > 1:
         raise ConfigError(
             f"All adapters must have the same r value when using combination_type {kind!r}, got "
-            f"{ranks} on {name!r}; expected 'cat', or a type "
-            "that ends in 'svd'"
+            f"{ranks} on {name!r}; for different ranks, use 'cat' or a "
+            "type that ends in 'svd'"
         )
     # Multiply both factors by the square root of |scale|, and one of them by the sign.
     roots = [math.sqrt(abs(scale)) for scale in scales]

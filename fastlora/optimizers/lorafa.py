@@ -190,10 +190,11 @@ def create_lorafa_optimizer(
         if wrong:
             raise ConfigError(
                 f"`use_rslora={use_rslora}` was passed to create_lorafa_optimizer, but the config "
-                f"of {wrong} says {not use_rslora}; leave the argument out"
+                f"of {wrong} has use_rslora={not use_rslora}; omit the argument"
             )
         warnings.warn(
-            "`use_rslora` in create_lorafa_optimizer is deprecated: the config says it",
+            "`use_rslora` in create_lorafa_optimizer is deprecated: the config already specifies "
+            "it",
             FutureWarning,
             stacklevel=2,
         )
@@ -202,7 +203,7 @@ def create_lorafa_optimizer(
     trains = {name for name, p in named.items() if p.requires_grad}
     lora_b = {name for name, partner in partners.items() if partner in named and name in trains}
     if not lora_b:
-        raise ConfigError("no lora_B trains; call set_adapter() or train_adapters() first")
+        raise ConfigError("no lora_B is trainable; call set_adapter() or train_adapters() first")
     lora_a = {partners[name] for name in lora_b}
     for name in lora_a:
         named[str(name)].requires_grad_(False)

@@ -106,7 +106,7 @@ def loraplus_groups(
             index = 3 if "bias" in name or name in without_decay else 2
         groups[index]["params"].append(parameter)
     if not any(group["params"] for group in groups):
-        raise ConfigError("no parameter trains; call set_adapter() or train_adapters() first")
+        raise ConfigError("no parameter is trainable; call set_adapter() or train_adapters() first")
     return groups
 
 

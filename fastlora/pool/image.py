@@ -199,8 +199,8 @@ class Packer:
                 peak = tensor[tensor.isfinite()].abs().max() if tensor.isfinite().any() else 0.0
                 if float(peak) > largest:
                     raise CheckpointError(
-                        f"{source}: {kind} of {self.targets[index].name!r} reaches "
-                        f"{float(peak):.3g}, too large for the pool's {self.dtype}"
+                        f"{source}: {kind} of {self.targets[index].name!r} has a value of "
+                        f"magnitude {float(peak):.3g}, too large for the pool's {self.dtype}"
                     )
 
     def _layout(self, shape: tuple[tuple[int, tuple[str, ...]], ...]) -> Layout:

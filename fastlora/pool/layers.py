@@ -54,17 +54,18 @@ class PoolLayers:
     ) -> None:
         if inject.lora_layers(model):
             raise AdapterStateError(
-                "the model has LoRA layers already; unload() or close() what put them there first"
+                "the model already has LoRA layers; unload() the LoraModel or close() the "
+                "AdapterPool that added them first"
             )
         found = plan_adapter(model, LoraConfig(target_modules=target_modules)).targets
         names = list(found)
         if "" in names:
-            raise ConfigError("the model itself is the target; wrap it in a module first")
+            raise ConfigError("the model itself is a target; wrap it in another module first")
         for name, target in found.items():
             if target.kind.name != LINEAR:
                 raise UnsupportedLayerError(
                     f"target module {name!r} is a {type(target.base).__name__}; an adapter pool "
-                    "adapts linear layers only: leave it out, or load the adapters into a "
+                    "only supports linear layers: leave it out, or load the adapters into a "
                     "LoraModel and route them with fastlora.adapters"
                 )
         self.group = Group()
@@ -163,8 +164,8 @@ class PoolLayers:
         devices = {p.device for module in modules for p in itertools.islice(module.parameters(), 1)}
         if len(devices) > 1:
             raise UnsupportedLayerError(
-                f"the target modules lie on {', '.join(sorted(map(str, devices)))}; an adapter "
-                "pool needs them on one device"
+                f"the target modules are on {', '.join(sorted(map(str, devices)))}; an adapter "
+                "pool needs all of them on one device"
             )
         dtypes = [tensor.dtype for tensor in found if tensor is not None]
         device = next(iter(devices), torch.device("cpu"))

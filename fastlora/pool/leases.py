@@ -106,7 +106,7 @@ class Residency:
         if self.closed:
             raise PoolClosedError("the pool is closed")
         if self.closing:
-            raise PoolClosedError("the pool is closing and takes no new leases")
+            raise PoolClosedError("the pool is closing and accepts no new leases")
 
     def check_known(self, names: Iterable[str]) -> None:
         """Check that all names are registered.
@@ -130,7 +130,8 @@ class Residency:
             held = sum(len(n) for owner, n in self.held.items() if owner not in self._prefetching)
             if wait is None and held:
                 raise AdapterStateError(
-                    f"{held} leases are held; end them before close(), or let it wait for them"
+                    f"{held} leases are held; end them before close(), or pass wait= to wait for "
+                    "them"
                 )
             self.closing = True
             workers, self._workers = self._workers, None
@@ -142,9 +143,9 @@ class Residency:
             if not self.changed.wait_for(lambda: not (self.held or self._prefetching), wait):
                 held = sum(map(len, self.held.values()))
                 raise AdapterStateError(
-                    f"{held} leases are held and {len(self._prefetching)} threads read adapters "
-                    f"after {wait:g} seconds; the pool takes no new leases, and a later close() "
-                    "closes it"
+                    f"after {wait:g} seconds, {held} leases are still held and "
+                    f"{len(self._prefetching)} threads are still reading adapters; the pool "
+                    "accepts no new leases, and can be closed by calling close() again"
                 )
 
     def acquire_resident(self) -> Lease:
@@ -216,9 +217,10 @@ class Residency:
             if not self._could_fit(request) or (left is not None and left <= 0):
                 nbytes = sum(image.nbytes for image in request.wanted.values())
                 raise PoolFullError(
-                    f"a batch needs {len(request.wanted)} adapters of {nbytes} bytes on the device "
-                    f"at once, and the pool has no room for them: {tiers.describe()}; split the "
-                    "batch (AdapterPool.plan), or raise max_adapters or device_bytes"
+                    f"a batch needs {len(request.wanted)} adapters of {nbytes} bytes in total on "
+                    f"the device at once, but the pool has no room for them: {tiers.describe()}; "
+                    "split the batch with AdapterPool.plan, or increase max_adapters or "
+                    "device_bytes"
                 )
             if request not in self.queue:
                 self.queue.append(request)

@@ -105,7 +105,9 @@ class AdapterPool:
         if max_rank is not None:
             check_rank(max_rank)
         if dtype is not None and not (dtype.is_floating_point and dtype.itemsize >= 2):
-            raise ConfigError(f"dtype is {dtype}, expected a float of 16, 32 or 64 bits")
+            raise ConfigError(
+                f"dtype is {dtype}, expected a 16-, 32-, or 64-bit floating-point dtype"
+            )
         within = None if root is None else Path(root).resolve()
         targets = target_modules if isinstance(target_modules, str) else list(target_modules)
         self._layers = PoolLayers(model, targets, functools.partial(adapters, self))
@@ -178,7 +180,9 @@ class AdapterPool:
         if isinstance(source, Mapping):
             self._put(Entry(name, None, pin), self._reader.read_state(name, source, config))
         elif config is not None:
-            raise ConfigError("config= is for state dicts; a folder has its own")
+            raise ConfigError(
+                "config= is only for state dicts; an adapter folder has its own config"
+            )
         else:
             self.load_entry(Entry(name, Path(source).absolute(), pin))
 
@@ -248,15 +252,15 @@ class AdapterPool:
         """
         path = Path(root).absolute()
         if not path.is_dir():
-            raise CheckpointError(f"{path}: no such folder, expected one that holds adapters")
+            raise CheckpointError(f"{path}: no such folder, expected a folder of adapters")
         folders = [p for p in (path, *path.iterdir()) if (p / CONFIG_NAME).is_file()]
         found = {folder.name: folder for folder in folders}
         if not found:
-            raise CheckpointError(f"{path}: neither it nor a subfolder has an {CONFIG_NAME}")
+            raise CheckpointError(f"{path}: no {CONFIG_NAME} in this folder or in its subfolders")
         if len(found) < len(folders):
             raise AdapterStateError(
-                f"{path}: an adapter of its own and a subfolder would both be named {path.name!r}; "
-                "rename one of the folders"
+                f"{path}: the adapter in this folder and the one in a subfolder would both be "
+                f"named {path.name!r}; rename one of the folders"
             )
         self._register([Entry(name, folder) for name, folder in found.items()])
         return sorted(found)
@@ -459,7 +463,7 @@ class AdapterPool:
         """
         number = isinstance(wait, (int, float)) and not isinstance(wait, bool)
         if wait is not None and not (number and 0 <= wait < math.inf):
-            raise ConfigError(f"wait must be a number of seconds, at least 0, got {wait!r}")
+            raise ConfigError(f"wait must be a non-negative number of seconds, got {wait!r}")
         self._residency.close(wait)
         with self._changed:
             if self._residency.closed:
@@ -526,7 +530,7 @@ def _folder_of(entry: Entry) -> Path:
     """Return the folder of a record. Raise `ConfigError` if its name or folder is wrong."""
     _check_name(entry.name)
     if entry.folder is None:
-        raise ConfigError(f"the record of {entry.name!r} has no folder")
+        raise ConfigError(f"the adapter entry {entry.name!r} has no folder")
     return entry.folder
 
 

@@ -55,11 +55,11 @@ _BLOCK_OF = {
 _REFUSED = {
     "saved": "a full copy of a module (modules_to_save)",
     "duplicate": "a full copy of a module (modules_to_save)",
-    "base": "a changed base weight (an embedding saved along)",
+    "base": "a changed base weight (an embedding saved with the adapter)",
     "bias": "a trained bias of the base model",
-    "tokens": "rows of an embedding (trainable_token_indices)",
-    "lora_embedding_A": "factors of an embedding",
-    "lora_embedding_B": "factors of an embedding",
+    "tokens": "a set of embedding rows (trainable_token_indices)",
+    "lora_embedding_A": "a LoRA factor of an embedding",
+    "lora_embedding_B": "a LoRA factor of an embedding",
 }
 
 
@@ -136,12 +136,14 @@ class AdapterReader:
         """
         source = f"the state dict of {name!r}"
         if not isinstance(config, Mapping) and not callable(getattr(config, "to_dict", None)):
-            raise ConfigError(f"{source} needs config=, a LoraConfig; got {config!r}")
+            raise ConfigError(f"{source} needs config=; expected a LoraConfig, got {config!r}")
         fields = config if isinstance(config, Mapping) else config.to_dict()
         config = LoraConfig.from_dict(fields, for_loading=True)
         for key, value in tensors.items():
             if not isinstance(value, torch.Tensor):
-                raise CheckpointError(f"{source}: {key!r} is a {type(value).__name__}, no tensor")
+                raise CheckpointError(
+                    f"{source}: {key!r} is a {type(value).__name__}, expected a tensor"
+                )
             if value.is_meta or value.layout != torch.strided:
                 kind = "on the meta device" if value.is_meta else f"of layout {value.layout}"
                 raise CheckpointError(f"{source}: {key!r} is {kind}, expected a dense tensor")
@@ -173,7 +175,7 @@ class AdapterReader:
         if config.modules_to_save:
             raise CheckpointError(
                 f"{source}: modules_to_save={config.modules_to_save} is not supported by an "
-                "adapter pool: the rows of a batch share every module but the LoRA factors"
+                "adapter pool: the rows of a batch share everything except the LoRA factors"
             )
         if config.bias != "none":
             raise CheckpointError(
@@ -198,7 +200,7 @@ class AdapterReader:
             if kind in _REFUSED:
                 raise CheckpointError(
                     f"{source}: {key!r} is {_REFUSED[kind]}, which an adapter pool does not "
-                    "support: the rows of a batch share it"
+                    "support: all rows of a batch would share it"
                 )
             index = self._index.get(module)
             if index is None:
@@ -233,7 +235,7 @@ class AdapterReader:
         if any(name == module for name, _ in self._model.named_modules()):
             return (
                 f"{module!r} is not among the modules that this pool adapts; expected one of the "
-                f"{len(self._index)} that target_modules named when it was made"
+                f"{len(self._index)} that target_modules matched when the pool was created"
             )
         return f"the model has no module {module!r}{near_names(module, self._index)}"
 
@@ -247,8 +249,8 @@ class AdapterReader:
         )
         if found != expected:
             raise CheckpointError(
-                f"{source}: {key!r} has shape {shape} {axis}, this model expects "
-                f"{expected} in place of {found}"
+                f"{source}: {key!r} has shape {shape} {axis}, but this model expects "
+                f"{expected} instead of {found}"
             )
         if kind == "lora_A":
             self._check_rank(f"{source}: {key!r} has rank {shape[0]}, which", shape[0])
@@ -282,8 +284,9 @@ class AdapterReader:
         missing = [name for name in named if name not in found]
         if missing:
             raise CheckpointError(
-                f"lacks factors for {len(missing)} of the {len(named)} modules that its "
-                f"config names in this model, the first {missing[0]!r}; made for another base?"
+                f"has no factors for {len(missing)} of the {len(named)} modules that its config "
+                f"selects in this model; the first is {missing[0]!r}. The adapter was probably "
+                "made for another base model"
             )
 
 

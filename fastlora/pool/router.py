@@ -77,8 +77,8 @@ def captured_pool_routing(pool: Any, ids: torch.Tensor) -> Routing:
     check_slot_ids(ids)
     if pool.max_rank is None:
         raise AdapterStateError(
-            "a CUDA graph over a pool needs AdapterPool(max_rank=...): its buffers are as large "
-            "as the largest rank that may ever be loaded"
+            "a CUDA graph that uses a pool needs AdapterPool(max_rank=...), because its buffers "
+            "are sized for the largest rank that may be loaded"
         )
     nobody = (None,) * pool.tables.rank.shape[1]
     source = Pool(nobody, pool.tables.found(pool.max_rank, pool.dtype))

@@ -59,8 +59,8 @@ class ScaleMaker:
                 return
             if not may_keep(self._tables.rank.device):
                 raise AdapterStateError(
-                    "the scales of DoRA adapters are yet to be made and a CUDA graph is being "
-                    "captured; take the lease before the capture starts"
+                    "the scales of DoRA adapters have not been computed yet, and a CUDA graph is "
+                    "being captured; acquire the lease before the capture starts"
                 )
             with guard:
                 marks = [mark for resident, _ in stale for mark in resident.reads.values()]

@@ -90,7 +90,7 @@ class Tiers:
         for entry in entries:
             if entry.name in self.entries:
                 raise AdapterStateError(
-                    f"adapter {entry.name!r} exists already; load() replaces it"
+                    f"adapter {entry.name!r} already exists; use load() to replace it"
                 )
         self.entries.update({entry.name: entry for entry in entries})
         # Graphs that are compiled or captured from now on include scales.
@@ -123,8 +123,8 @@ class Tiers:
         now = self.fits({name: image}, self.leased(), leased)
         if pinned and not now:
             raise PoolFullError(
-                f"adapter {name!r} ({image.nbytes} bytes) is to be pinned and the device tier has "
-                f"no room beside what leases and pins hold; {self.describe()}"
+                f"adapter {name!r} ({image.nbytes} bytes) cannot be pinned: leased and pinned "
+                f"adapters leave no room for it in the device tier; {self.describe()}"
             )
         resident = None
         if now:  # first, because it can fail: the name still has its old adapter
@@ -155,8 +155,9 @@ class Tiers:
         homeless = sum(image.nbytes for image in images)
         if homeless > self.cpu_bytes:
             raise PoolFullError(
-                f"adapters from state dicts cannot be read again, so CPU memory must hold them: "
-                f"{homeless} bytes, more than cpu_bytes={self.cpu_bytes}; load it from a folder"
+                f"adapters from state dicts cannot be read again, so they must stay in CPU "
+                f"memory: {homeless} bytes, more than cpu_bytes={self.cpu_bytes}; load the adapter "
+                "from a folder instead"
             )
 
     # ------------------------------------------------------------------------------- the device
@@ -360,14 +361,15 @@ class Tiers:
         pinned = sum(1 for name in self.device if self.entries[name].pinned)
         limit = "" if self.device_bytes is None else f" (device_bytes={self.device_bytes})"
         return (
-            f"it holds {len(self.device)} adapters of at most {self.slots} and {self.device_used} "
-            f"bytes{limit}; {leased} are leased, {pinned} pinned, {len(self.retired)} replaced "
-            "and still leased"
+            f"it holds {len(self.device)} of at most {self.slots} adapters and {self.device_used} "
+            f"bytes{limit}; {leased} are leased, {pinned} are pinned, and {len(self.retired)} were "
+            "replaced but are still leased"
         )
 
 
 def unknown(name: str, known: Collection[str]) -> AdapterNotFoundError:
     """Return the error for a name that is not registered."""
     return AdapterNotFoundError(
-        f"no adapter {name!r} among the {len(known)} of this pool{near_names(str(name), known)}"
+        f"no adapter {name!r} among the {len(known)} adapters of this pool"
+        f"{near_names(str(name), known)}"
     )

@@ -102,8 +102,8 @@ class CudaTransfers(Transfers):
         for event in marks:
             if capturing:
                 raise AdapterStateError(
-                    "adapters are still on their way to the GPU and a CUDA graph is being "
-                    "captured; take the lease before the capture starts"
+                    "adapters are still being copied to the GPU, and a CUDA graph is being "
+                    "captured; acquire the lease before the capture starts"
                 )
             stream.wait_event(event)
 

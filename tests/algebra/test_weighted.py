@@ -230,9 +230,9 @@ def test_it_trains_and_keeps_the_dtype() -> None:
 WRONG: list[tuple[dict[str, Any], type[FastLoraError], str]] = [
     ({"adapters": ["a", "z"]}, AdapterNotFoundError, "no adapter 'z'"),
     ({"adapters": []}, ConfigError, "adapters is empty"),
-    ({"weights": [1.0]}, ConfigError, "as many weights"),
+    ({"weights": [1.0]}, ConfigError, "one weight for each of the 2 adapters"),
     ({"weights": [1.0, math.inf]}, ConfigError, "finite"),
-    ({"adapter_name": "a"}, AdapterStateError, "exists already"),
+    ({"adapter_name": "a"}, AdapterStateError, "already exists"),
     ({"adapter_name": "a.b"}, ConfigError, "a.b"),
     ({"combination_type": "tie"}, ConfigError, "close names: ties"),
     ({"combination_type": "linear"}, ConfigError, "same r value"),

@@ -182,7 +182,7 @@ FAULTS = (
         kind="a base weight of its own ignored",
         source="8aa38ac",
         path="fastlora/model/tuner.py",
-        before='config.check_plain(f"an adapter that takes the place of {adapter_name!r}")',
+        before='config.check_plain(f"an adapter that replaces {adapter_name!r}")',
         after="pass",
         tests=(
             "tests/init/test_weight_inits.py::test_what_cannot_go_without_its_own_base_weights",

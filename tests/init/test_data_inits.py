@@ -100,15 +100,15 @@ def test_corda_files(tmp_path: Path) -> None:
 
 def test_corda_refusals(tmp_path: Path) -> None:
     config = fastlora.LoraConfig(**FIELDS, init_lora_weights="corda", corda_config=CordaConfig())
-    with pytest.raises(ConfigError, match="run_model or dataloader must be given"):
+    with pytest.raises(ConfigError, match="expected run_model or dataloader"):
         fastlora.preprocess_corda(two_layers(), config)
-    with pytest.raises(InitialisationError, match="the data has no batch"):
+    with pytest.raises(InitialisationError, match="the dataloader is empty"):
         fastlora.preprocess_corda(two_layers(), config, dataloader=[])
-    with pytest.raises(InitialisationError, match="layer 'q': the data never got there"):
+    with pytest.raises(InitialisationError, match="layer 'q': the calibration data did not reach"):
         fastlora.preprocess_corda(two_layers(), config, run_model=lambda: None)
     with pytest.raises(InitialisationError, match=r"layer 'q': .* not finite"):
         fastlora.preprocess_corda(two_layers(), config, dataloader=[X * torch.nan])
-    with pytest.raises(InitialisationError, match="layer 'q': .* nothing but zeros"):
+    with pytest.raises(InitialisationError, match="layer 'q': .* only zero inputs"):
         fastlora.preprocess_corda(two_layers(), config, dataloader=[X * 0])
     high = fastlora.LoraConfig(**{**FIELDS, "r": 17}, init_lora_weights="corda")
     with pytest.raises(InitialisationError, match="layer 'q': r=17, expected at most 16"):
@@ -117,7 +117,9 @@ def test_corda_refusals(tmp_path: Path) -> None:
     fastlora.preprocess_corda(model, config, dataloader=SAMPLES)
     before = copy.deepcopy(model)
     other = fastlora.LoraConfig(**{**FIELDS, "rank_pattern": {"v": 2}}, init_lora_weights="corda")
-    with pytest.raises(InitialisationError, match="'v': .*run preprocess_corda with the config"):
+    with pytest.raises(
+        InitialisationError, match="'v': .*run preprocess_corda on this model with the config"
+    ):
         fastlora.get_peft_model(model, other)
     assert type(model.q) is nn.Linear and model.q.weight.equal(before.q.weight)
     assert model.q.eigens is not None  # what the first layer had used is there again
@@ -129,7 +131,7 @@ def test_corda_refusals(tmp_path: Path) -> None:
 def test_lora_ga_files(tmp_path: Path) -> None:
     """A warning says that the base weights are others."""
     started(fastlora, two_layers(), init_lora_weights="lora_ga").save_pretrained(tmp_path)
-    with pytest.warns(UserWarning, match="changed the base weights in training, and loading"):
+    with pytest.warns(UserWarning, match="changed the base weights for training, and loading"):
         fastlora.PeftModel.from_pretrained(two_layers(), tmp_path)
 
 
@@ -215,7 +217,7 @@ def test_lora_ga_refusals() -> None:
         fastlora.preprocess_loraga(model, fastlora.LoraConfig(**FIELDS), train(model))
     with pytest.raises(ConfigError, match="train_step or dataloader"):
         fastlora.preprocess_loraga(model, config)
-    with pytest.raises(InitialisationError, match="layer 'q': its weight got no gradient"):
+    with pytest.raises(InitialisationError, match="layer 'q': its weight received no gradient"):
         fastlora.preprocess_loraga(model, config, lambda: None)
 
     def fails() -> None:

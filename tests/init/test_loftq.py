@@ -129,7 +129,7 @@ def test_files(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "trained")
     loaded = fastlora.LoraModel.from_pretrained(copy.deepcopy(base), tmp_path / "trained")
     torch.testing.assert_close(loaded(X), model(X), atol=1e-6, rtol=1e-6)
-    with pytest.raises(ConfigError, match="only works for adapters that took a part out"):
+    with pytest.raises(ConfigError, match="only works for initializations that subtract"):
         model.save_pretrained(
             tmp_path / "plain", path_initial_model_for_weight_conversion=tmp_path / "trained"
         )
@@ -210,7 +210,7 @@ def test_replacing_refusals(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="has no q.weight"):
         fastlora.replace_lora_weights_loftq(model, tmp_path)
     save_file({"q.weight": torch.zeros(2, 2)}, tmp_path / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"shape \(2, 2\), this model expects \(24, 16\)"):
+    with pytest.raises(CheckpointError, match=r"shape \(2, 2\), but this model expects \(24, 16\)"):
         fastlora.replace_lora_weights_loftq(model, tmp_path)
     save_file({"q.weight": torch.full((24, 16), torch.nan)}, tmp_path / "model.safetensors")
     with pytest.raises(InitialisationError, match="layer 'q': .* not finite"):

@@ -287,7 +287,7 @@ def test_tied_weights_are_not_changed_behind_the_other_ones_back() -> None:
     fields = {"target_modules": ["lm_head"], "r": 4, "init_lora_weights": "pissa"}
     theirs = peft.get_peft_model(tiny_llama(), peft.LoraConfig(**fields))
     assert (theirs(tokens).logits - expected).abs().max() > 0.01
-    shares = "'lm_head', which 'model.embed_tokens' shares"
+    shares = "'lm_head', which is shared with 'model.embed_tokens'"
     with unchanged(model), pytest.raises(AdapterStateError, match=shares):
         fastlora.get_peft_model(model, fastlora.LoraConfig(**fields))
     untied = fastlora.get_peft_model(
@@ -372,7 +372,7 @@ def test_adapters_that_changed_the_base_beside_others(tmp_path: Path) -> None:
         with pytest.warns(UserWarning, match=words):
             model.load_adapter(tmp_path / second, "other")
     model = fastlora.LoraModel.from_pretrained(copy.deepcopy(base), tmp_path / "pissa")
-    with pytest.raises(AdapterStateError, match=r"OLoRA had changed, and adapter 'default' .*PiSS"):
+    with pytest.raises(AdapterStateError, match=r"OLoRA had changed, but adapter 'default' .*PiSS"):
         model.load_adapter(tmp_path / "olora", "other")
     with pytest.warns(UserWarning, match="'pissa_niter_2' is random"):
         fastlora.LoraModel.from_pretrained(copy.deepcopy(base), tmp_path / "pissa_niter_2")
@@ -398,15 +398,17 @@ def test_what_cannot_go_without_its_own_base_weights(tmp_path: Path) -> None:
         ):
             call(*args, **options)
 
-    refused("takes the place of 'default'", plain.load_adapter, tmp_path, "default")
-    refused("takes the place", fastlora.hotswap_adapter, plain, tmp_path, "default")
+    refused("that replaces 'default'", plain.load_adapter, tmp_path, "default")
+    refused("that replaces", fastlora.hotswap_adapter, plain, tmp_path, "default")
     refused(
         "place", fastlora.hotswap_adapter_from_state_dict, plain, tensors, "default", config=pissa
     )
     assert all(value.equal(before[key]) for key, value in plain.state_dict().items())
     fastlora.hotswap_adapter(model, tmp_path, "default")  # over itself
-    refused("computed from it", fastlora.reduce_rank, model, 2)
-    refused("computed from it", model.add_weighted_adapter, ["default"], [0.5], "sum", "linear")
+    refused("computed from this one", fastlora.reduce_rank, model, 2)
+    refused(
+        "computed from this one", model.add_weighted_adapter, ["default"], [0.5], "sum", "linear"
+    )
     assert list(model.peft_config) == ["default"]
     with fastlora.AdapterPool(two_layers(), max_adapters=2, target_modules=["q", "v"]) as pool:
         refused("an adapter pool", pool.register, "a", tmp_path)

@@ -273,7 +273,7 @@ def test_kernels_alone_are_refused(case: KindCase) -> None:
 
 @pytest.mark.parametrize("case", IN_PYTORCH.values(), ids=IN_PYTORCH)
 def test_a_pool_takes_linears_only(case: KindCase) -> None:
-    with pytest.raises(UnsupportedLayerError, match="'kind'.*linear layers only"):
+    with pytest.raises(UnsupportedLayerError, match="'kind'.*only supports linear layers"):
         fastlora.AdapterPool(case.make(), target_modules=["kind", "lin"], max_rank=4)
 
 
@@ -485,7 +485,7 @@ def test_a_forward_writes_into_no_factor() -> None:
 
 def test_dropout_that_does_nothing_is_said() -> None:
     config = fastlora.LoraConfig(target_modules=["kind"], lora_dropout=0.5)
-    with pytest.warns(UserWarning, match="lora_dropout=0.5 does nothing on 'kind'"):
+    with pytest.warns(UserWarning, match="lora_dropout=0.5 has no effect on 'kind'"):
         fastlora.get_peft_model(KINDS["embedding"].make(), config)
 
 

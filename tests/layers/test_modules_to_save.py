@@ -107,7 +107,7 @@ def test_all_linear_beside_a_copied_block() -> None:
     model = get_peft_model(
         Stack(), LoraConfig(r=2, target_modules=["shared"], modules_to_save=["blocks.3"]), "a"
     )
-    with pytest.warns(UserWarning, match=r"leaves out 'blocks.3.up' and 1 more: it lies in 'bl"):
+    with pytest.warns(UserWarning, match=r"leaves out 'blocks.3.up' and 1 more: it is inside 'bl"):
         model.add_adapter("b", LoraConfig(r=2, target_modules="all-linear"))
     expected = {f"blocks.{i}.{part}" for i in range(12) for part in ("up", "down") if i != 3}
     assert adapted_names(model, "b") == expected | {"shared"}
@@ -126,7 +126,7 @@ def test_a_copied_module_with_two_names() -> None:
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"target_modules": ["shared", "up"]}, r"target module 'blocks.1.up' lies in 'blocks.1'"),
+        ({"target_modules": ["shared", "up"]}, r"target module 'blocks.1.up' is inside 'blocks.1'"),
         ({"target_modules": r"blocks\.\d\.up"}, r"'blocks.1.up' .* adapters \['a'\] own copies"),
         ({"target_modules": ["shared"], "modules_to_save": ["down"]}, "names 'blocks.1.down'"),
         ({"target_modules": ["shared"], "modules_to_save": ["blocks"]}, "own copies of 'blocks.1'"),

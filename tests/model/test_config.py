@@ -232,7 +232,7 @@ BAD = [
     ({"rank_pattern": ["q"]}, "rank_pattern must be a dict"),
     ({"rank_pattern": {"q": 0}}, "rank_pattern['q'] must be a positive integer, got 0"),
     ({"rank_pattern": {"(": 1}}, "rank_pattern must hold valid regular expressions"),
-    ({"rank_pattern": {3: 1}}, "rank_pattern must hold strings, got 3"),
+    ({"rank_pattern": {3: 1}}, "rank_pattern must contain strings, got 3"),
     ({"alpha_pattern": {"q": "x"}}, "alpha_pattern['q'] must be a finite number, got 'x'"),
     ({"lora_bias": True, "init_lora_weights": "gaussian"}, "lora_bias=True is only supported with"),
     ({"lora_bias": True, "use_dora": True}, "lora_bias=True is not supported for DoRA"),
@@ -274,7 +274,9 @@ def test_no_field_is_forgotten() -> None:
 
 @pytest.mark.parametrize("name", UNSET_NOW)
 def test_field_without_implementation_is_refused(name: str) -> None:
-    with pytest.raises(ConfigError, match=f"does not have {name}=.*get_peft_model.*fastlora.patch"):
+    with pytest.raises(
+        ConfigError, match=f"does not support {name}=.*get_peft_model.*fastlora.patch"
+    ):
         LoraConfig(**{name: UNSET_NOW[name]})
 
 

@@ -42,7 +42,7 @@ def test_loading_over_an_adapter(tmp_path: Path) -> None:
     model.load_adapter(tmp_path, "default")
     torch.testing.assert_close(logits(model), before)
     other = get_peft_model(tiny_llama().double(), LoraConfig(**CONFIG))
-    with pytest.raises(CheckpointError, match="use_dora=True, where the loaded adapter"):
+    with pytest.raises(CheckpointError, match="use_dora=True, but the loaded adapter"):
         other.load_adapter(tmp_path, "default")
 
 

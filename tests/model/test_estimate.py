@@ -175,7 +175,7 @@ def test_quantised_by_bitsandbytes(bits: dict[str, Any], scales: float, tmp_path
     expected = numel * scales + tables if scales else rows
     assert found.scale_bytes == pytest.approx(expected, rel=0.02)
     assert found.workspace_bytes == 256 * 128 * (4 if scales else 2)
-    assert "one weight dequantised" in str(found)
+    assert "one dequantized weight" in str(found)
 
 
 def test_quantised_by_torchao() -> None:

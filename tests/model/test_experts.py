@@ -102,7 +102,7 @@ def test_names_of_experts_are_refused(kind: str, targets: list[str]) -> None:
     model = kept(kind)
     asked = sorted(name for name in targets if name[0] not in "oqv")
     words = f"entries {asked} name experts of a '{kind}' model".replace("[", r"\[")
-    message = rf"{words}, 'model.layers.\*.mlp.experts.*target_parameters.*fastlora.patch\(model\)"
+    message = rf"{words} \('model.layers.\*.mlp.experts.*target_parameters.*fastlora.patch\(model\)"
     with unchanged(model), pytest.raises(UnsupportedLayerError, match=message):
         get_peft_model(model, LoraConfig(target_modules=targets))
 
@@ -132,7 +132,7 @@ def test_other_configs_warn_of_nothing(kind: str, fields: dict[str, Any]) -> Non
 def test_a_config_that_names_nothing_but_experts() -> None:
     """It is refused by the experts' names, and not for matching nothing."""
     for kind, targets in (("gpt_oss", ["gate_proj"]), ("olmoe", r".*\.experts\.down_proj")):
-        with pytest.raises(UnsupportedLayerError, match=r"matches only experts, 'model.*experts"):
+        with pytest.raises(UnsupportedLayerError, match=r"matches only experts \('model.*experts"):
             get_peft_model(kept(kind), LoraConfig(target_modules=targets))
 
 
@@ -176,7 +176,7 @@ def test_a_folder_without_experts(tmp_path: Path) -> None:
         config = peft.LoraConfig(r=2, target_modules=V4, init_lora_weights=False)
         twin = peft.get_peft_model(of_kind("llama4_text"), config).eval()
         twin.save_pretrained(tmp_path)
-    with pytest.warns(UserWarning, match=r"leaves out '.*experts.gate_up_proj'"):
+    with pytest.warns(UserWarning, match=r"leaves out experts \('.*experts.gate_up_proj'"):
         model = LoraModel.from_pretrained(of_kind("llama4_text"), tmp_path)
     torch.testing.assert_close(model(input_ids=ids).logits, twin(input_ids=ids).logits)
 
@@ -202,5 +202,7 @@ def test_experts_of_a_model_without_a_config() -> None:
 
     model = nn.ModuleDict({"lin": nn.Linear(16, 16), "up": nn.Linear(16, 16)})
     model["experts"] = Experts()
-    with pytest.warns(UserWarning, match=r"\['lin', 'up'\] leaves out 'experts.up': stacked"):
+    with pytest.warns(
+        UserWarning, match=r"\['lin', 'up'\] leaves out experts \('experts.up'\). Stacked"
+    ):
         get_peft_model(model, LoraConfig(target_modules=["lin", "up"]))

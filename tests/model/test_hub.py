@@ -51,7 +51,7 @@ def test_a_card_that_is_there_is_kept(tmp_path: Path) -> None:
     assert card.text.startswith("My card.")
     assert card_of(model, tmp_path).content == card.content
     (tmp_path / "README.md").write_text("---\na: [\n---\n")
-    with pytest.warns(UserWarning, match="is no model card"):
+    with pytest.warns(UserWarning, match="is not a valid model card"):
         model.save_pretrained(tmp_path)
     assert (tmp_path / "README.md").read_text() == "---\na: [\n---\n"
 

@@ -112,7 +112,9 @@ def test_a_resized_embedding_is_loaded(tmp_path: Path) -> None:
     loaded = LoraModel.from_pretrained(tiny_llama(), tmp_path)
     assert torch.equal(loaded.get_input_embeddings().weight, torch.ones(97, 64))
     save_file({**tensors, key: torch.ones(98, 64)}, file)
-    with pytest.raises(CheckpointError, match=r"shape \(98, 64\), this model expects \(97, 64\)"):
+    with pytest.raises(
+        CheckpointError, match=r"shape \(98, 64\), but this model expects \(97, 64\)"
+    ):
         LoraModel.from_pretrained(tiny_llama(), tmp_path)
 
 
@@ -195,9 +197,9 @@ def test_unknown_adapters() -> None:
     for name in ("", "a.b"):
         with pytest.raises(ConfigError, match="without dots"):
             model.add_adapter(name, LoraConfig(**CONFIG))
-    with pytest.raises(AdapterStateError, match="'default' exists already"):
+    with pytest.raises(AdapterStateError, match="'default' already exists"):
         model.add_adapter("default", LoraConfig(**CONFIG))
-    with pytest.raises(AdapterStateError, match="has LoRA layers already"):
+    with pytest.raises(AdapterStateError, match="already has LoRA layers"):
         get_peft_model(model.get_base_model(), LoraConfig(**CONFIG))
     with pytest.raises(AdapterNotFoundError, match="no adapter 'defalt'"):
         model(torch.randn(2, 16), adapter_names=["default", "defalt"])
@@ -228,9 +230,9 @@ def damage(tmp_path: Path, how: str) -> None:
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ("shape", r"lora_A.weight' has shape \(4, 23\), this model expects \(4, 24\)"),
-        ("missing", "lacks 2 tensors that this model needs, the first"),
-        ("extra", "for which this model has no place"),
+        ("shape", r"lora_A.weight' has shape \(4, 23\), but this model expects \(4, 24\)"),
+        ("missing", r"missing 2 tensor\(s\) that this model needs; the first"),
+        ("extra", "this model has no parameter for it"),
         ("truncated", "adapter_model.safetensors"),
         ("gone", "adapter_model.safetensors"),
     ],

@@ -78,7 +78,7 @@ def test_by_memory() -> None:
     for memory, load_in in ((24 * B, "4bit"), (80 * B, None), (None, None)):
         found = fastlora.recommend(count, memory_bytes=memory)
         assert found.load_in == load_in
-        assert ("in 4 bits (NF4, nested scales, products in bf16)" in str(found)) == bool(load_in)
+        assert ("in 4 bits (NF4, double quantization, bf16 compute)" in str(found)) == bool(load_in)
         assert ("Paged" in found.optimizer) == bool(load_in)
         if load_in is None:
             assert found.quantization_config() is None

@@ -172,7 +172,7 @@ def test_refusals_change_nothing() -> None:
         lambda: fastlora.reduce_rank(model, 2, new_adapter_name="default"),
         lambda: fastlora.reduce_intruder_dimension(model, new_adapter_name="default"),
     ):
-        with unchanged(model), pytest.raises(AdapterStateError, match="exists already"):
+        with unchanged(model), pytest.raises(AdapterStateError, match="already exists"):
             call()
     with pytest.raises(AdapterStateError, match="uses DoRA"):
         fastlora.reduce_intruder_dimension(adapted(use_dora=True), logging_sink=None)

@@ -328,7 +328,8 @@ def test_all_linear_says_that_it_leaves_out_stacked_experts() -> None:
         assert find_targets(model, config) == ["lin"]
     model["experts"] = Experts()
     with pytest.warns(
-        UserWarning, match="leaves out 'experts.up', 'experts.down': .*target_parameters"
+        UserWarning,
+        match=r"leaves out experts \('experts.up', 'experts.down'\). .*target_parameters",
     ):
         assert find_targets(model, config) == ["lin"]
     with warnings.catch_warnings():

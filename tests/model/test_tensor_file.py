@@ -56,16 +56,16 @@ GOOD = {"dtype": "F32", "shape": [2, 4], "data_offsets": [0, 32]}
     ("header", "data", "words"),
     [
         (b"not json", b"", "not valid JSON"),
-        (b"[1, 2]", b"", "expected an object"),
+        (b"[1, 2]", b"", "expected a JSON object"),
         (b'{"a": 1, "a": 2}', b"", "duplicate name 'a'"),
         (b"[" * 100_000, b"", "not valid JSON"),
-        ({"a": 3}, b"", "'a' is described by 3"),
+        ({"a": 3}, b"", "'a' has the entry 3, expected a"),
         ({"a": {**GOOD, "dtype": "C64"}}, bytes(32), "'C64', expected one of"),
         ({"a": {**GOOD, "dtype": ["F32"]}}, bytes(32), "expected one of"),
         ({"a": {**GOOD, "shape": [2, -4]}}, bytes(32), "shape [2, -4]"),
         ({"a": {**GOOD, "shape": [2, 4.0]}}, bytes(32), "shape [2, 4.0]"),
         ({"a": {**GOOD, "shape": [2, True]}}, bytes(32), "shape [2, True]"),
-        ({"a": {**GOOD, "shape": [0, 4]}}, bytes(32), "(0, 4), which holds nothing"),
+        ({"a": {**GOOD, "shape": [0, 4]}}, bytes(32), "(0, 4), which has no elements"),
         ({"a": {**GOOD, "shape": [1 << 40, 1 << 40]}}, bytes(32), "needs"),
         ({"a": {**GOOD, "shape": [2, 5]}}, bytes(32), "needs 40 bytes"),
         ({"a": {**GOOD, "data_offsets": [32, 0]}}, bytes(32), "data_offsets [32, 0]"),
@@ -73,8 +73,8 @@ GOOD = {"dtype": "F32", "shape": [2, 4], "data_offsets": [0, 32]}
         ({"a": {**GOOD, "data_offsets": [-32, 0]}}, bytes(32), "data_offsets [-32, 0]"),
         ({"a": {**GOOD, "data_offsets": [64, 96]}}, bytes(96), "leaves a gap"),
         ({"a": GOOD, "b": {**GOOD, "data_offsets": [16, 48]}}, bytes(48), "overlaps"),
-        ({"a": GOOD}, bytes(31), "truncated, tensor 'a' ends at byte"),
-        ({"a": GOOD}, bytes(40), "the file at"),
+        ({"a": GOOD}, bytes(31), "truncated: tensor 'a' ends at byte"),
+        ({"a": GOOD}, bytes(40), "but the file ends at"),
     ],
 )
 def test_hostile_header(folder: Path, header: object, data: bytes, words: str) -> None:
@@ -84,13 +84,15 @@ def test_hostile_header(folder: Path, header: object, data: bytes, words: str) -
 
 def test_header_length_is_not_believed(folder: Path) -> None:
     raw_file(folder / WEIGHTS_NAME, {}, length=1 << 62)
-    assert f"claims {1 << 62} bytes" in refusal(folder)
+    assert f"length is given as {1 << 62} bytes" in refusal(folder)
     with (folder / WEIGHTS_NAME).open("r+b") as file:
         file.write(struct.pack("<Q", 64 << 20))
         file.truncate(100 << 20)  # a hole: costs no disk
     assert "expected at most" in refusal(folder)
     raw_file(folder / WEIGHTS_NAME, {}, length=1000)
-    assert "truncated, the header claims 1000 bytes and 2 follow" in refusal(folder)
+    assert "truncated: the header length is given as 1000 bytes, but only 2 follow" in refusal(
+        folder
+    )
     (folder / WEIGHTS_NAME).write_bytes(b"1234")
     assert "found 4 bytes" in refusal(folder)
 
@@ -123,5 +125,5 @@ def test_file_written_over_between_check_and_read(folder: Path) -> None:
             file.seek(-4, os.SEEK_END)
             file.write(b"1234")
         os.utime(folder / WEIGHTS_NAME, ns=(1, 1))  # the clock of a file system is coarse
-        with pytest.raises(CheckpointError, match="changed while it was read"):
+        with pytest.raises(CheckpointError, match="changed while it was being read"):
             opened.load()

@@ -60,7 +60,9 @@ def test_tied_lora_beside_other_adapters() -> None:
     assert sum(p.requires_grad for p in model.parameters()) == 2
     model.delete_adapter("default")
     assert list(model.get_base_model().lm_head.r) == ["b"]
-    with pytest.raises(UnsupportedLayerError, match="has the input embedding's LoRA for other"):
+    with pytest.raises(
+        UnsupportedLayerError, match="shares the input embedding's LoRA factors for other"
+    ):
         model.add_adapter("d", config(target_modules=["lm_head"]))
     with pytest.raises(ConfigError, match="needs use_dora=False"):
         model.add_adapter(
@@ -68,7 +70,7 @@ def test_tied_lora_beside_other_adapters() -> None:
             config(target_modules=["lm_head"], ensure_weight_tying=True, use_dora=True),
         )
     other = get_peft_model(tiny_llama(), config(target_modules=["lm_head"]), "a")
-    with pytest.raises(UnsupportedLayerError, match="without LoRA of its own"):
+    with pytest.raises(UnsupportedLayerError, match="without its own LoRA"):
         other.add_adapter("b", config(target_modules=["embed_tokens"], ensure_weight_tying=True))
     assert list(other.peft_config) == ["a"]
 
@@ -109,7 +111,7 @@ def test_what_is_not_tied_is_said() -> None:
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"target_modules": ["lm_head", "q_proj"]}, r"lm_head shared .* has its own now"),
+        ({"target_modules": ["lm_head", "q_proj"]}, r"lm_head shared .* now has its own weight"),
         ({"modules_to_save": ["lm_head"]}, "no longer tied"),
     ],
 )
@@ -126,7 +128,9 @@ def test_copy_and_target_at_once() -> None:
         ensure_weight_tying=True,
     )
     base = tiny_llama()
-    with pytest.raises(UnsupportedLayerError, match=r"gives 'lm_head' the input embedding's copy"):
+    with pytest.raises(
+        UnsupportedLayerError, match=r"makes 'lm_head' share the input embedding's copy"
+    ):
         get_peft_model(base, settings)
     assert not any("modules_to_save" in name for name, _ in base.named_modules())
 

@@ -160,7 +160,7 @@ def test_an_adapter_that_was_added_acts_as_in_peft(base: str, first: Any, tmp_pa
 def test_two_that_act_are_refused() -> None:
     model = get_peft_model(tiny_llama(), config([1]), "a")
     model.add_adapter("b", config([2]))
-    with pytest.raises(AdapterStateError, match="own rows of one module"):
+    with pytest.raises(AdapterStateError, match="own rows of the same module"):
         model.set_adapter(["a", "b"])
     assert model.active_adapters == ["a"]
 
@@ -284,9 +284,9 @@ def test_scaled_embeddings_and_16_bits() -> None:
     ("tokens", "fields", "error", "words"),
     [
         ([], {}, ConfigError, "must be a list of token ids"),
-        ([1, 1], {}, ConfigError, "each token once, got 1 twice"),
-        ([-1], {}, ConfigError, "at least 0, got -1"),
-        ({}, {}, ConfigError, "must name a module"),
+        ([1, 1], {}, ConfigError, "each token id once, got 1 twice"),
+        ([-1], {}, ConfigError, "non-negative token ids, got -1"),
+        ({}, {}, ConfigError, "must name at least one module"),
         ({"embed_tokens": 3}, {}, ConfigError, r"\['embed_tokens'\] must be a list"),
         ([97], {}, ConfigError, "has 97, and the module 97 rows"),
         ({"embed_tokenz": [1]}, {}, TargetNotFoundError, "close names: embed_tokens"),
@@ -317,12 +317,12 @@ def test_refusals_beside_other_adapters() -> None:
     model = get_peft_model(tiny_llama(), config([1]), "a")
     assert isinstance(model.get_input_embeddings(), TrainableTokensWrapper)
     for tokens, fields, words in (
-        ({"lm_head": [1], "embed_tokens": [2]}, {}, "all adapters of a model must agree"),
-        (None, {"target_modules": ["lm_head"]}, "train rows of"),
+        ({"lm_head": [1], "embed_tokens": [2]}, {}, "expected the same for all adapters"),
+        (None, {"target_modules": ["lm_head"]}, "in which adapters train rows"),
         (
             None,
             {"modules_to_save": ["embed_tokens"]},
-            "that adapters train rows of",
+            "in which adapters train rows",
         ),
     ):
         with unchanged(model), pytest.raises(UnsupportedLayerError, match=words):
@@ -355,7 +355,7 @@ def test_files(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="load it under another name"):
         model.load_adapter(tmp_path / "other", "default")
     pool = fastlora.AdapterPool(tiny_llama(), target_modules=["q_proj"])
-    with pytest.raises(CheckpointError, match="rows of an embedding .* pool does not"):
+    with pytest.raises(CheckpointError, match="a set of embedding rows .* pool does not"):
         pool.load("a", tmp_path / "other")
 
 

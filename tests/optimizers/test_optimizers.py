@@ -178,9 +178,9 @@ def test_refusals() -> None:
     with pytest.warns(FutureWarning, match="deprecated"):
         create_lorafa_optimizer(model, 4, 8, 1e-3, use_rslora=False)
     model.set_adapter("default", inference_mode=True)
-    with pytest.raises(ConfigError, match="no lora_B trains"):
+    with pytest.raises(ConfigError, match="no lora_B is trainable"):
         create_lorafa_optimizer(model, 4, 8, 1e-3)
-    with pytest.raises(ConfigError, match="no parameter trains"):
+    with pytest.raises(ConfigError, match="no parameter is trainable"):
         create_loraplus_optimizer(model, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=2.0)
     with pytest.raises(ConfigError, match="names and `scaling_factors`"):
         LoraFAOptimizer([nn.Parameter(torch.ones(2))])

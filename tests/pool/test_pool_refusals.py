@@ -88,16 +88,16 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "fewer layers": (
         lambda f: edit_tensors(f, drop("layers.2")),
-        "lacks factors for 2 of the 6 modules",
+        "has no factors for 2 of the 6 modules",
     ),
     "no such target": (lambda f: edit_config(f, target_modules=["k"]), "another base"),
     "wider": (
         lambda f: edit_tensors(f, lambda t: t.update({f"{Q0}.lora_A.weight": torch.ones(2, 12)})),
-        "expects 10 in place of 12",
+        "expects 10 instead of 12",
     ),
     "taller": (
         lambda f: edit_tensors(f, lambda t: t.update({f"{Q0}.lora_B.weight": torch.ones(15, 2)})),
-        "expects 14 in place of 15",
+        "expects 14 instead of 15",
     ),
     "DoRA without magnitudes": (
         lambda f: edit_config(f, use_dora=True),
@@ -113,7 +113,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda f: make_folder(f, 1, rank_pattern={"layers.1.v": 9}),
         "rank 9, which exceeds the pool's max_rank=8",
     ),
-    "embedding saved along": (
+    "embedding that was saved with the adapter": (
         lambda f: edit_tensors(
             f, lambda t: t.update({f"{KEY_PREFIX}embed_tokens.weight": torch.ones(11, 10)})
         ),
@@ -121,7 +121,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "overflow": (
         lambda f: edit_tensors(f, lambda t: t[f"{Q0}.lora_B.weight"].fill_(7e4)),
-        "reaches 7e\\+04, too large",
+        "magnitude 7e\\+04, too large",
     ),
 }
 
@@ -162,7 +162,9 @@ def test_a_folder_that_is_an_adapter_itself(tmp_path: Path) -> None:
         other.register_folder(tmp_path / "run")
     assert list(other.names) == []
     (tmp_path / "empty").mkdir()
-    with pytest.raises(CheckpointError, match="neither it nor a subfolder has an adapter_config"):
+    with pytest.raises(
+        CheckpointError, match="no adapter_config.json in this folder or in its subfolders"
+    ):
         other.register_folder(tmp_path / "empty")
 
 
@@ -175,12 +177,14 @@ def test_files_outside_the_root(root: Path, tmp_path: Path) -> None:
     pool = AdapterPool(model, target_modules=["q", "v"], root=root)
     for call in (pool.load, pool.register):
         for folder in (root / "linked", outside):
-            with pytest.raises(CheckpointError, match="leads out of the folder of adapters"):
+            with pytest.raises(
+                CheckpointError, match="points to a file outside the folder of adapters"
+            ):
                 call("x", folder)
     pool.register("a0", root / "a0")
     (root / "a0" / WEIGHTS_NAME).unlink()
     (root / "a0" / WEIGHTS_NAME).symlink_to(outside / WEIGHTS_NAME)
-    with pytest.raises(CheckpointError, match="leads out of the folder of adapters"):
+    with pytest.raises(CheckpointError, match="points to a file outside the folder of adapters"):
         pool.lease(["a0"])
     pool.close()
     pool = AdapterPool(model, target_modules=["q", "v"])
@@ -389,7 +393,7 @@ def test_state_dicts_are_checked_too(root: Path) -> None:
         ({}, "no LoRA factors"),
         (good | magnitude, "use_dora=False"),
         ({k: v.long() for k, v in good.items()}, "int64"),
-        ({k: v.numpy() for k, v in good.items()}, "no tensor"),
+        ({k: v.numpy() for k, v in good.items()}, "expected a tensor"),
         ({k: v.to("meta") for k, v in good.items()}, "meta"),
         ({k: v.to_sparse() for k, v in good.items()}, "sparse"),
     ]:
@@ -419,9 +423,9 @@ def test_names_are_checked(root: Path) -> None:
     for call in (pool.unload, pool.pin, pool.unpin, pool.slot_of):
         with pytest.raises(AdapterNotFoundError, match="'b'"):
             call("b")
-    with pytest.raises(AdapterStateError, match="'a3' exists already"):
+    with pytest.raises(AdapterStateError, match="'a3' already exists"):
         pool.register("a3", root / "a3")
-    with pytest.raises(AdapterStateError, match="exists already"):
+    with pytest.raises(AdapterStateError, match="already exists"):
         pool.register_folder(root)
     for name in ("", "__base__", 3):
         with pytest.raises(ConfigError, match="non-empty string"):
@@ -430,7 +434,7 @@ def test_names_are_checked(root: Path) -> None:
         pool.lease("a0")
     with pytest.raises(TypeError, match="'abc', expected a list"):
         pool.prefetch("abc")
-    with pytest.raises(AdapterStateError, match="'a3' exists already"):
+    with pytest.raises(AdapterStateError, match="'a3' already exists"):
         pool.register_folder(root / "a3")  # an adapter's own folder
     make_folder(root / "__base__", 1)
     pool = AdapterPool(Blocks(), target_modules=["q", "v"])
@@ -454,11 +458,11 @@ def test_what_can_never_fit_is_refused(root: Path) -> None:
     pool.pin("a0")
     pool.pin("a1")
     before = state(pool)
-    with pytest.raises(PoolFullError, match="2 pinned"):
+    with pytest.raises(PoolFullError, match="2 are pinned"):
         pool.lease(["a2"])
-    with pytest.raises(PoolFullError, match="to be pinned"):
+    with pytest.raises(PoolFullError, match="cannot be pinned"):
         pool.load("a7", root / "a7", pin=True)
-    with pytest.raises(PoolFullError, match="2 pinned"):
+    with pytest.raises(PoolFullError, match="2 are pinned"):
         pool.pin("a2")
     assert state(pool) == before
     pool.load("a0", root / "a6")  # in the place of the old one
@@ -588,7 +592,7 @@ def test_a_close_that_is_refused_changes_nothing(root: Path) -> None:
             raise KeyError("mine")
         use(pool, "a3")
     for wait in (-1, float("nan"), float("inf"), "5", True):
-        with pytest.raises(ConfigError, match="wait must be a number of seconds"):
+        with pytest.raises(ConfigError, match="wait must be a non-negative number of seconds"):
             pool.close(wait=wait)  # type: ignore[arg-type]
     use(pool, "a3")
     pool.close()

@@ -266,7 +266,7 @@ def test_none_are_made_while_a_graph_is_captured(
     pool = make_pool(root)
     with monkeypatch.context() as patched:
         patched.setattr(scales, "may_keep", lambda device: False)
-        with pytest.raises(AdapterStateError, match="take the lease before the capture"):
+        with pytest.raises(AdapterStateError, match="acquire the lease before the capture"):
             pool.lease(["a"])
         pool.lease(["c"]).release()
     assert pool.stats().leases == 0

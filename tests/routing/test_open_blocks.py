@@ -157,7 +157,7 @@ def test_other_weights_for_a_loaded_adapter_within_a_block_raise(
             fastlora.hotswap_adapter(model, tmp_path / "a", "b")
 
     def refused_put() -> None:
-        match = rf"'b' is loaded already: {replace}\(\) while 1 .* or get other weights"
+        match = rf"'b' is already loaded: {replace}\(\) while 1 .* or get other weights"
         with unchanged(model), pytest.raises(AdapterStateError, match=match):
             put()
 

@@ -304,7 +304,11 @@ def test_files_outside_the_folder_are_not_served(served: Any) -> None:
     for name, (file, target) in targets.items():
         answer = served.http.post("/v1/completions", json={"model": name, **GREEDY})
         assert answer.status_code == 422, answer.text
-        why = "is not a regular file" if target is None else "leads out of the folder of adapters"
+        why = (
+            "is not a regular file"
+            if target is None
+            else "points to a file outside the folder of adapters"
+        )
         assert f"{name}/{file}: {why}" in answer.json()["error"]["message"]
         assert "hunter2" not in answer.text and str(served.folder.parent) not in answer.text
     assert not {*targets} & {*names(served)}
@@ -330,7 +334,7 @@ def test_a_file_that_becomes_a_link_after_the_listing(served: Any) -> None:
     read = threading.Event()
     adapters.prepare(version, read.set)
     assert read.wait(20)
-    assert version.error == f"late/{weights.name}: leads out of the folder of adapters"
+    assert version.error == f"late/{weights.name}: points to a file outside the folder of adapters"
     pool.close()
     shutil.rmtree(folder)
 

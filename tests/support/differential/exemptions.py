@@ -360,12 +360,12 @@ EXEMPTIONS: tuple[Exemption, ...] = (
     ),
     Exemption(
         "An existing name raises an error, where PEFT returns silently",
-        lambda m: m.of("weighted") and m.refused("exists already"),
+        lambda m: m.of("weighted") and m.refused("already exists"),
         Script("Llama", (_wrap(["q_proj"]), _weighted("default", name="default"))),
     ),
     Exemption(
         "DoRA adapters, adapters with trained tokens",
-        lambda m: m.of("weighted") and m.refused("uses DoRA", "has trained tokens"),
+        lambda m: m.of("weighted") and m.refused("uses DoRA", "trains tokens"),
         Script("Llama", (_wrap(["q_proj"], use_dora=True), _weighted("default"))),
     ),
     Exemption(
