@@ -91,8 +91,9 @@ class CodedWeight(torch.Tensor):
         """
         if not self.is_unwritten:
             raise RuntimeError(
-                "a quantised base weight was written to (a merge, a loaded state) after a forward "
-                "and before its backward, which needs it as it was: write once the backward has run"
+                "a quantized base weight was modified (by a merge or a loaded state dict) "
+                "between a forward pass and its backward pass, which needs the original values; "
+                "modify the weight after the backward pass"
             )
         return self._coded
 

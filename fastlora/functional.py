@@ -144,10 +144,13 @@ def _scaling_tensor(scaling: float | torch.Tensor, x: torch.Tensor, rank: int) -
             raise TypeError(f"scaling is {scaling!r}, expected a number or a tensor")
         return torch.full((), float(scaling), dtype=dtype, device=x.device)
     if scaling.requires_grad:
-        raise ValueError("scaling requires a gradient, which is not computed; detach it")
+        raise ValueError(
+            "scaling requires a gradient, but gradients of scaling are not supported; pass "
+            "scaling.detach()"
+        )
     if scaling.numel() not in (1, rank) or scaling.dim() > 1:
         raise ValueError(
-            f"scaling has shape {tuple(scaling.shape)}, expected 1 number or one per rank row "
+            f"scaling has shape {tuple(scaling.shape)}, expected one number, or one per rank row "
             f"({rank})"
         )
     check_same_device(x, scaling=scaling)

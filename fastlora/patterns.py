@@ -74,7 +74,8 @@ class _Bounded:
     def _check_time(self, field: str) -> None:
         if self._passed() > MATCHING_SECONDS:
             raise CheckpointError(
-                f"{field}: matching the config's patterns takes more than {MATCHING_SECONDS:g} s"
+                f"{field}: matching the config's patterns took longer than the limit of "
+                f"{MATCHING_SECONDS:g} s"
             )
 
     def compiled(self, field: str, pattern: str, expression: str) -> Any:
@@ -101,7 +102,8 @@ class _Bounded:
             found = pcre2.compile(f"{limits}(?:{expression})", jit=False)
         except pcre2.LibraryError as error:
             raise CheckpointError(
-                f"{field} has a regular expression that PCRE2 refuses, {_short(pattern)} ({error})"
+                f"{field} has a regular expression that PCRE2 does not accept: {_short(pattern)} "
+                f"({error})"
             ) from error
         self._compiled[expression] = found
         return found

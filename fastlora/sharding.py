@@ -149,7 +149,9 @@ class Gathering:
         found: dict[str, torch.Tensor] = {}
         for name, tensor in tensors.items():
             if self._mesh is None and is_sharded(tensor):
-                raise CheckpointError(f"state_dict lacks {name!r}, of which the model has a shard")
+                raise CheckpointError(
+                    f"state_dict does not contain {name!r}, and the model has only a shard of it"
+                )
             full = whole(tensor.detach()).cpu() if is_sharded(tensor) else tensor
             if keep:
                 found[name] = full
@@ -218,7 +220,7 @@ def refuse_shards(layer: nn.Module) -> None:
     if is_sharded(weight):
         raise UnsupportedLayerError(
             f"the base weight of a {type(layer).__name__} is a DTensor with placements "
-            f"{weight.placements} in the forward. Under fully_shard(), call the module that it was "
-            "called on (for other methods, register_fsdp_forward_method); for tensor parallelism, "
-            "use fastlora.integrations.distributed.tensor_parallel"
+            f"{weight.placements} in the forward pass. Under fully_shard(), call the module that "
+            "fully_shard() was applied to (for other methods, use register_fsdp_forward_method); "
+            "for tensor parallelism, use fastlora.integrations.distributed.tensor_parallel"
         )

@@ -63,8 +63,8 @@ class AdapterTooLargeError(CheckpointError):
 
 # Ends a message that names a feature which PEFT supports and fastlora does not.
 THE_PEFT_WAY = (
-    "that is PEFT's to do: model = peft.get_peft_model(model, peft_config), then "
-    "fastlora.patch(model), which speeds up the layers that are LoRA"
+    "use PEFT for this: model = peft.get_peft_model(model, peft_config), then "
+    "fastlora.patch(model), which speeds up the LoRA layers"
 )
 
 
@@ -133,6 +133,6 @@ def check_dropout_dtype(dtype: torch.dtype) -> None:
     """Raise `TypeError` unless dropout can run in ``dtype``: fp16, bf16, fp32, or fp64."""
     if not dtype.is_floating_point or dtype.itemsize < torch.float16.itemsize:
         raise TypeError(
-            f"dropout cannot run in {dtype}; expected a floating-point dtype of 16, 32 or 64 bits, "
-            "or a dropout of 0"
+            f"dropout does not support {dtype}; expected a floating-point dtype of 16, 32 or 64 "
+            "bits, or a dropout of 0"
         )

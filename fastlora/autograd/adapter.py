@@ -82,8 +82,8 @@ def run_adapter(
     if conditions.invariant:
         if weight is None:
             raise ImplementationError(
-                "lora_add cannot run in the batch-invariant mode: whatever made y may go by the "
-                "number of rows"
+                "lora_add cannot run in batch-invariant mode, because the operation that "
+                "produced y may depend on the number of rows"
             )
         conditions.check_invariant(x, plan, dropout_p)
         plan = "invariant"

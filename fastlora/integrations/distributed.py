@@ -37,10 +37,10 @@ def clip_grad_norm_(parameters: Iterable[torch.Tensor], max_norm: float) -> torc
         ValueError: max_norm is not positive, or no parameter has a gradient.
     """
     if not max_norm > 0:
-        raise ValueError(f"max_norm is {max_norm}, expected more than 0")
+        raise ValueError(f"max_norm must be greater than 0, got {max_norm}")
     chosen = [parameter for parameter in parameters if parameter.grad is not None]
     if not chosen:
-        raise ValueError("no parameter has a gradient, expected a backward before")
+        raise ValueError("no parameter has a gradient; call backward() first")
     norm = total_norm([p.grad for p in chosen if p.grad is not None])
     clip_with_norm_(chosen, max_norm, norm)
     return norm

@@ -35,8 +35,8 @@ def patch(peft_model: nn.Module) -> FusionReport:
         seen = patch_model(peft_model)
     if not seen:
         raise UnsupportedLayerError(
-            f"patch() takes a model with PEFT LoRA layers, got a {type(peft_model).__name__} "
-            "without any; to add some, use peft.get_peft_model or fastlora.get_peft_model"
+            f"patch() expects a model with PEFT LoRA layers, but this {type(peft_model).__name__} "
+            "has none; add them with peft.get_peft_model or fastlora.get_peft_model"
         )
     return fusion_report(peft_model)
 

@@ -59,7 +59,10 @@ class _FastForward(CommonLayer):
         call: Any = begin(self, x)
         mixed = isinstance(call, MixedCall)
         if kwargs.get("adapter_names") is not None or not (mixed or call.names):
-            why = "it runs PEFT's own forward; give base rows None in adapters()"
+            why = (
+                "PEFT's own forward computes it; for rows without an adapter, pass None in "
+                "fastlora.adapters()"
+            )
             call.conditions.refuse(self, why)
             if not (mixed or call.names or args or kwargs) and self.merged != self.disable_adapters:
                 return call_base(call, self.base_layer, *args, **kwargs)  # as PEFT's forward does
@@ -118,8 +121,8 @@ class _FastForward(CommonLayer):
         for name, variant in self.lora_variant.items():
             if _foreign_variant(self, name) and name in routing.names:
                 raise UnsupportedLayerError(
-                    f"adapter {name!r} is a {type(variant).__name__}, which cannot share a batch "
-                    "with other adapters"
+                    f"adapter {name!r} uses {type(variant).__name__}, which cannot be mixed with "
+                    "other adapters in a batch"
                 )
 
     def _acting(self: Any) -> list[str]:
@@ -138,7 +141,10 @@ class _FastForward(CommonLayer):
         names = [name for name in self.active_adapters if name in self.lora_A]
         for name in names:
             if _foreign_variant(self, name):
-                return False, f"adapter {name!r} is a {type(self.lora_variant[name]).__name__}"
+                return False, (
+                    f"adapter {name!r} uses {type(self.lora_variant[name]).__name__}, which runs "
+                    "in PEFT"
+                )
         why = why_not_plain(self.base_layer, gathered) and why_called(self)
         return fusion(self, names, why, gathered)
 
@@ -331,8 +337,8 @@ class RoutedPeftModel:
         join_group(self.group, self.tuner, layers)  # even if others fail: blocks may be open
         for name, module in others:
             raise UnsupportedLayerError(
-                f"{name!r} is PEFT's {type(module).__name__}, which would not follow the routing; "
-                "pass adapter_names= to the model instead"
+                f"{name!r} is a PEFT {type(module).__name__}, which fastlora.adapters() does not "
+                "route; pass adapter_names= to the model instead"
             )
         keep_routing()  # because adapter_names= opens blocks too
         self.routed = [layer for _, layer in layers]
@@ -413,8 +419,9 @@ def check_unpatches(module: nn.Module) -> None:
     """Raise `UnsupportedLayerError` if other code has changed a patched layer's class."""
     if isinstance(module, _FastForward) and _FastForward not in type(module).__bases__:
         raise UnsupportedLayerError(
-            f"cannot unpatch a layer whose class is {type(module).__name__} by now, over "
-            f"{type(module).__mro__[1].__qualname__}; undo what changed it first"
+            "cannot unpatch a layer, because other code changed its class to "
+            f"{type(module).__name__}, based on {type(module).__mro__[1].__qualname__}; undo that "
+            "change first"
         )
 
 
@@ -448,7 +455,7 @@ def layer_fusion(module: nn.Module, gathered: bool = False) -> tuple[bool, str] 
     if isinstance(module, _FastForward):
         return module.fusion(gathered)
     if _fast_class(type(module)) is not None:  # type: ignore[arg-type]  # as above
-        return False, "PEFT's own layer; fastlora.patch(model) fuses it"
+        return False, "unpatched PEFT layer; call fastlora.patch(model) to fuse it"
     if isinstance(module, PeftLoraLayer):
-        return False, f"PEFT's {type(module).__name__} layer, left to PEFT"
+        return False, f"PEFT {type(module).__name__} layer, which fastlora.patch() leaves unchanged"
     return None

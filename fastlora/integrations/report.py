@@ -15,7 +15,7 @@ from fastlora.layers.group_members import sibling_note
 from fastlora.ops.conditions import triton_status
 from fastlora.sharding import is_fsdp_module
 
-# Tables with more rows than this combine equal rows.
+# A table of `fastlora inspect` with more rows than this combines equal rows.
 SHOWN_ROWS = 24
 
 
@@ -65,44 +65,45 @@ class FusionReport:
     def __str__(self) -> str:
         """Return the report as a table.
 
-        In a long table, layers that differ only in the path before their last name share a line.
+        Layers that differ only in the path before their last name share a line.
         """
-        what = "run as Triton kernels" if self.implementation == "triton" else "run in PyTorch"
+        what = "runs as Triton kernels" if self.implementation == "triton" else "runs in PyTorch"
         quantised = sum(bool(row.fused and row.reads) for row in self.rows)
         line = (
-            f"{self.fused} of {len(self.rows)} LoRA layers are eligible for the fused call; "
-            f"such calls {what} here ({self.reason})"
+            f"{self.fused} of {len(self.rows)} LoRA layers are eligible for the fused call, "
+            f"which {what} here ({self.reason})"
         )
         if quantised and self.implementation != "triton":
             line += (
-                f"\n{quantised} of them have a quantised base, which kernels read; without kernels "
-                "it is called as it is"
+                f"\n{quantised} of them have a quantized base weight, which only the kernels read; "
+                "without kernels, the base layer runs unchanged"
             )
         rows: list[tuple[str, ...]] = [
             (row.name, row.layer, "yes" if row.fused else "no", self.runs_as(row), row.reason)
             + (row.siblings, row.reads)
             for row in self.rows
         ]
-        if len(rows) > SHOWN_ROWS:
-            rows = folded(rows)
-        header = ("layer", "class", "eligible", "runs as", "why not", "siblings in training")
+        rows = folded(rows)
+        header = ("layer", "class", "eligible", "runs as", "fallback reason", "shared input")
         columns = [c for c in zip((*header, "base"), *rows, strict=True) if any(c[1:]) or not rows]
         return "\n".join([line, *table(list(zip(*columns, strict=True)))])
 
     def runs_as(self, row: LayerFusion) -> str:
         """Return what computes a layer: Triton kernels, PyTorch, or the unchanged base layer."""
         if not row.fused or (row.reads and self.implementation != "triton"):
-            return "its base layer, LoRA beside it"
+            return "base layer and separate LoRA"
         return "Triton kernels" if self.implementation == "triton" else "PyTorch"
 
 
 def folded(rows: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
     """Combine rows that differ only in the path before the last dot of their name."""
-    groups: dict[tuple[str, ...], int] = {}
+    groups: dict[tuple[str, ...], list[str]] = {}
     for name, *others in rows:
-        key = (name.rpartition(".")[2], *others)
-        groups[key] = groups.get(key, 0) + 1
-    return [(f"*.{name} ({count})", *others) for (name, *others), count in groups.items()]
+        groups.setdefault((name.rpartition(".")[2], *others), []).append(name)
+    return [
+        (names[0] if len(names) == 1 else f"*.{last} ({len(names)})", *others)
+        for (last, *others), names in groups.items()
+    ]
 
 
 def fusion_report(model: nn.Module) -> FusionReport:
@@ -139,7 +140,7 @@ def implementation_on(device: torch.device) -> tuple[str, str]:
     runs, why = triton_status(device.type, device.index or 0)
     if device.type == "cuda" or not runs:
         return "triton" if runs else "eager", why
-    return "eager", f"{why}, when impl='triton' is asked for"
+    return "eager", f"{why}, but only with impl='triton'"
 
 
 def table(rows: Sequence[Sequence[str]]) -> list[str]:

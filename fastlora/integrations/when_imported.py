@@ -32,7 +32,8 @@ def _try(name: str, act: Callable[[], None]) -> None:
         act()
     except (ImportError, AttributeError, TypeError) as error:
         warnings.warn(
-            f"fastlora does not know this version of {name}, and is not at home in it: {error}",
+            f"fastlora does not support this version of {name}, so the integration with it is "
+            f"incomplete: {error}",
             stacklevel=2,
         )
 

@@ -86,7 +86,9 @@ class Adapted:
     ) -> None:
         """Activate adapters as `set_adapter` does; the module may lack some of the names."""
         if self.merged and not keep_merged:
-            warnings.warn("set_adapter() unmerges the adapters merged so far", stacklevel=3)
+            warnings.warn(
+                ("set_adapter() unmerges the adapters that are currently merged"), stacklevel=3
+            )
             self.unmerge()
         self._active_adapters = list(dict.fromkeys(names))
         self._set_trainable([] if inference_mode else self._active_adapters)

@@ -38,7 +38,7 @@ class BesideLora(LoraLayer):
 
     base_layer: Any
     is_linear = False
-    not_fused = "PyTorch's own operations compute it"
+    not_fused = "it is computed with PyTorch operations"
 
     def __init__(self, base_layer: nn.Module, in_features: int, out_features: int) -> None:
         super().__init__()
@@ -113,11 +113,11 @@ class AddedLora(BesideLora):
             seed: The seed of the adapter's dropout, int64 ``[]`` on the CPU; None draws from
                 torch's generator.
         """
-        raise UnsupportedLayerError(f"{type(self).__name__} computes nothing")
+        raise UnsupportedLayerError(f"{type(self).__name__} does not implement _plus()")
 
     def _samples(self, x: torch.Tensor) -> tuple[int, int]:
         """Return the number of samples in x, and how many leading dimensions count them."""
-        raise UnsupportedLayerError(f"{type(self).__name__} computes nothing")
+        raise UnsupportedLayerError(f"{type(self).__name__} does not implement _samples()")
 
     # ------------------------------------------------------------------------------------ forward
 
@@ -147,10 +147,10 @@ class AddedLora(BesideLora):
         count = routing.ids.shape[0]
         if m != count and not fits(x.shape[0] if dims else 1, count):
             raise ValueError(
-                f"{type(self).__name__} over {type(self.base_layer).__name__} got {tuple(x.shape)} "
-                f"in a batch with {count} adapter ids; expected as many samples in the first "
-                "dimension, or tokens. An embedding of positions sees no samples: leave it out of "
-                "target_modules"
+                f"{type(self).__name__} over {type(self.base_layer).__name__} got an input of "
+                f"shape {tuple(x.shape)} in a batch with {count} adapter ids; expected that many "
+                "samples along the first dimension, or that many tokens. A position embedding "
+                "has no sample dimension: remove it from target_modules"
             )
         flat_x = x.reshape(m, *x.shape[dims:])
         flat_y = y.reshape(m, *y.shape[dims:])

@@ -29,7 +29,8 @@ from fastlora.routing.in_force import routing_of
 from fastlora.validation import UnsupportedLayerError
 
 _WHY = (
-    "nn.MultiheadAttention reads its weights and calls no linear: PyTorch adds the update to them"
+    "nn.MultiheadAttention uses its weights without calling a linear layer, so PyTorch adds the "
+    "update to the weights"
 )
 _OUT = "base_layer.out_proj"
 
@@ -104,9 +105,9 @@ class FastLoraMultiheadAttention(BesideLora):
         routing = None if self._disabled else routing_of(self)
         if routing is not None and any(name in self.r for name in routing.names):
             raise UnsupportedLayerError(
-                f"the rows of a batch cannot have adapters of their own on a "
-                f"{type(self.base_layer).__name__}, which has one weight for all, as in PEFT; run "
-                "an adapter at a time, or leave it out of target_modules"
+                "the rows of a batch cannot use different adapters on a "
+                f"{type(self.base_layer).__name__}, because all rows share its weight, as in "
+                "PEFT; run one adapter at a time, or remove the module from target_modules"
             )
         own, inner = self._acting(), self._out()._acting()
         if routing is not None or not (own or inner):
@@ -164,8 +165,8 @@ def _check(module: nn.Module, asked: Settings) -> None:
     base: Any = module
     if not base._qkv_same_embed_dim:
         raise UnsupportedLayerError(
-            f"its queries, keys and values have weights of their own (embed_dim="
-            f"{base.embed_dim}, kdim={base.kdim}, vdim={base.vdim}); expected one size, as in PEFT"
+            f"its queries, keys and values have separate weights (embed_dim={base.embed_dim}, "
+            f"kdim={base.kdim}, vdim={base.vdim}); expected equal sizes, as in PEFT"
         )
     if not isinstance(base.out_proj, nn.Linear) and not isinstance(base.out_proj, LoraLayer):
         raise UnsupportedLayerError(
@@ -174,14 +175,14 @@ def _check(module: nn.Module, asked: Settings) -> None:
     for field, value in (("use_dora", asked.use_dora), ("lora_bias", asked.lora_bias)):
         if value:
             raise UnsupportedLayerError(
-                f"{field}=True is not for nn.MultiheadAttention; expected {field}=False, or to "
-                "leave it out with exclude_modules"
+                f"{field}=True is not supported for nn.MultiheadAttention; set {field}=False, or "
+                "exclude the module with exclude_modules"
             )
 
 
 _OF_PEFT = (
-    "PEFT 0.21.2 adds the update of out_proj twice, here it is added once; to compute as PEFT, "
-    f"call set_scale(adapter_name, 2.0) on {_OUT} of the layer"
+    "PEFT 0.21.2 adds the update of out_proj twice, but fastlora adds it once. To get PEFT's "
+    f"outputs, call set_scale(adapter_name, 2.0) on {_OUT} of the layer"
 )
 register_kind(
     Kind(

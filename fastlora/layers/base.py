@@ -152,7 +152,7 @@ class LoraLayer(Mergeable):
                 initialization requires.
         """
         if adapter_name in self.r:
-            raise AdapterStateError(f"adapter {adapter_name!r} exists already on this layer")
+            raise AdapterStateError(f"adapter {adapter_name!r} already exists on this layer")
         check_adapter_name(adapter_name)
         check_rank(r)
         check_dropout("lora_dropout", lora_dropout)
@@ -353,8 +353,9 @@ class LoraLayer(Mergeable):
         base = self.get_base_layer()
         if any(map(is_sharded, base.parameters(recurse=False))):
             raise AdapterStateError(
-                "the base weight is sharded (a DTensor) and the new factors would not be: add "
-                "adapters before fully_shard(), which then shards them too; under tensor "
-                "parallelism, layers that torch's parallelize_module split take adapters"
+                "the base weight is sharded (a DTensor), but the new factors would not be: add "
+                "adapters before fully_shard(), which then shards them too. Under tensor "
+                "parallelism, layers that were split by PyTorch's parallelize_module support new "
+                "adapters"
             )
         return factor_like(base)

@@ -43,14 +43,14 @@ def why_not_plain(module: nn.Module, gathered: bool = False) -> str:
     forward hook (accelerate's offloading), or a replaced forward, must still be called.
     """
     if type(module) is not nn.Linear:
-        return f"its base layer is {type(module).__name__}, called as it is"
+        return f"its base layer is {type(module).__name__}, which runs unchanged"
     why = why_hooked(module)
     if why:
         return why
     if module._state_dict_hooks or module._load_state_dict_pre_hooks:
         return "its base layer has state-dict hooks"
     if len(module._parameters) != 2 or module._buffers or module._modules:
-        return "its base layer holds more than a weight and a bias"
+        return "its base layer has more than a weight and a bias"
     if type(module.weight) is not nn.Parameter and not (gathered and is_sharded(module.weight)):
         return f"its base weight is a {type(module.weight).__name__}"
     if not module.weight.is_floating_point() or module.weight.itemsize < 2:
@@ -104,17 +104,17 @@ def parallel_style(module: nn.Module) -> str | None:
         (placement,) = weight.placements
         if placement.is_shard() and weight.shape[placement.dim] < weight.device_mesh.size():
             raise UnsupportedLayerError(
-                f"LoRA needs a part of the weight in every process, got {tuple(weight.shape)} in "
-                f"{placement} over {weight.device_mesh}"
+                "LoRA needs a shard of the weight in every process, got a weight of shape "
+                f"{tuple(weight.shape)} with placement {placement} over {weight.device_mesh}"
             )
         if placement.is_shard(0):
             return COLUMN_WISE
         if placement.is_shard(1):
             return ROW_WISE
     raise UnsupportedLayerError(
-        f"LoRA needs an nn.Linear split by ColwiseParallel or RowwiseParallel over a mesh of one "
-        f"dimension, got a {type(module).__name__} with placements {weight.placements} over "
-        f"{weight.device_mesh}"
+        "LoRA needs an nn.Linear split by ColwiseParallel or RowwiseParallel over a "
+        f"one-dimensional mesh, got a {type(module).__name__} with placements {weight.placements} "
+        f"over {weight.device_mesh}"
     )
 
 
@@ -144,14 +144,15 @@ def stored_weight(module: nn.Module, shape: tuple[int, int]) -> Stored:
     plain = type(weight) is nn.Parameter and weight.is_floating_point() and weight.itemsize >= 2
     if not plain or tuple(weight.t().shape if transposed else weight.shape) != shape:
         raise UnsupportedLayerError(
-            f"cannot merge into {type(module).__name__}: its weight is not a plain floating-point "
-            "matrix, and not quantised by bitsandbytes or torchao (dequantise the base model first)"
+            f"cannot merge into {type(module).__name__}: its weight is neither a plain "
+            "floating-point matrix nor quantized by bitsandbytes or torchao; dequantize the base "
+            "model first"
         )
     return Plain(weight, torch.t if transposed else None)
 
 
 def dense_weight(
-    module: object, why: str = "DoRA needs the base weight for its norm"
+    module: object, why: str = "DoRA needs the base weight to compute its norm"
 ) -> torch.Tensor:
     """Return the weight ``[N, K]`` of a linear-like module, dequantized if it is quantized.
 
@@ -176,9 +177,9 @@ def dense_weight(
     kind = type(weight).__name__
     if not isinstance(weight, torch.Tensor) or not _is_dense(weight):
         raise UnsupportedLayerError(
-            f"{why}, and that of a {type(base).__name__} is "
+            f"{why}, but the weight of this {type(base).__name__} is "
             f"{'missing' if weight is None else f'a {kind} of {weight.dtype}'}; expected a "
-            "floating-point matrix, or one quantised by bitsandbytes, HQQ or torchao"
+            "floating-point matrix, or one quantized by bitsandbytes, HQQ or torchao"
         )
     return weight.t() if type(base).__name__ == "Conv1D" else weight
 
@@ -205,13 +206,14 @@ def why_not_replaceable(module: nn.Module, quantised_too: bool) -> str:
     if type(weight) is not nn.Parameter or not _is_dense(weight):
         if weight is None:
             return (
-                f"this {type(module).__name__} has none of its own (it is computed, or has another "
-                "name); expected another init_lora_weights, or to leave it out (exclude_modules)"
+                f"this {type(module).__name__} has no weight of its own (the weight is computed, "
+                "or has another name); choose another init_lora_weights, or exclude the module "
+                "(exclude_modules)"
             )
         return (
-            f"that of this {type(module).__name__} is a {type(weight).__name__} of {weight.dtype}; "
-            "initialise the adapter on the model in float32, float16 or bfloat16, and quantise "
-            "that afterwards"
+            f"the weight of this {type(module).__name__} is a {type(weight).__name__} of "
+            f"{weight.dtype}; initialize the adapter on the model in float32, float16 or "
+            "bfloat16, and quantize the model afterwards"
         )
     return ""
 

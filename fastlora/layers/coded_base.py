@@ -33,8 +33,8 @@ from fastlora.weight_marks import Kept, Stamp, stamp_of
 if TYPE_CHECKING:
     from fastlora.layers.layer import AdaptedLayer
 
-_UNCOUNTED = "its base weight was made in inference mode, where nobody counts writes"
-_CAPTURED = "a CUDA graph is being captured; run a forward before"
+_UNCOUNTED = "its base weight was created in inference mode, in which PyTorch does not count writes"
+_CAPTURED = "a CUDA graph is being captured; run a forward pass before the capture"
 
 
 class Code(NamedTuple):
@@ -91,7 +91,7 @@ class KeptCode(Kept):
         code = made.get(dtype)
         if code is None:
             if kind is None:
-                code = why_not_plain(module) or "its base layer is called as it is"
+                code = why_not_plain(module) or "its base layer runs unchanged"
             elif not may_keep(kind.codes().device):
                 return _CAPTURED
             else:

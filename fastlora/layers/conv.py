@@ -51,7 +51,7 @@ class FastLoraConv(AddedLora):
         lora_magnitude_vector: Maps an adapter name to a module with weight ``[1, N, 1, ...]``.
     """
 
-    not_fused = "two convolutions beside it, PyTorch's"
+    not_fused = "the adapter runs as two separate PyTorch convolutions"
 
     def __init__(self, base_layer: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> None:
         super().__init__(base_layer, base_layer.in_channels, base_layer.out_channels)
@@ -165,7 +165,7 @@ class FastLoraConv(AddedLora):
 
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
         """Return the adapter's update of the weight; raise for a convolution with groups."""
-        self._refuse_groups("there is no update of the weight of")
+        self._refuse_groups("cannot compute a weight update for")
         return super().get_delta_weight(adapter_name)
 
     def _mergeable(self) -> tuple[Stored, torch.Tensor | None]:
@@ -175,7 +175,7 @@ class FastLoraConv(AddedLora):
         if not plain or self._matrix(weight).data_ptr() != weight.data_ptr():
             raise UnsupportedLayerError(
                 f"cannot merge into {type(self.base_layer).__name__}: its weight is not a plain "
-                "floating-point tensor, contiguous or with channels last"
+                "floating-point tensor in contiguous or channels-last format"
             )
         return Plain(weight, self._matrix), self.bias
 
@@ -207,18 +207,18 @@ def _check(module: nn.Module, asked: Settings) -> None:
     if type(base.weight) is not nn.Parameter or not base.weight.is_floating_point():
         raise UnsupportedLayerError(
             f"its weight is a {type(base.weight).__name__} of {base.weight.dtype}, expected a "
-            f"floating-point parameter; otherwise {INSTEAD}"
+            f"floating-point parameter; otherwise, {INSTEAD}"
         )
     if asked.r % base.groups:
         raise UnsupportedLayerError(
-            f"with groups={base.groups}, which rank {asked.r} is not divisible by; expected such a "
-            "rank (rank_pattern), or other targets"
+            f"rank {asked.r} is not divisible by its groups={base.groups}; choose a divisible "
+            "rank (rank_pattern), or other target modules"
         )
     init = asked.init_lora_weights
     if init != "lora_ga" and not find_init(init).any_kind:
         raise UnsupportedLayerError(
-            f"init_lora_weights={init!r} is for linear layers, as in PEFT; expected True, False or "
-            "'gaussian' here, or to leave it out (exclude_modules)"
+            f"init_lora_weights={init!r} supports only linear layers, as in PEFT; use True, False "
+            "or 'gaussian' for this layer, or exclude it (exclude_modules)"
         )
 
 

@@ -75,7 +75,8 @@ def decide(
             return False, None, slots
     elif not bare and base.y is not None and layer.impl == "triton":
         raise ImplementationError(
-            f"impl='triton' cannot run: the base layer returned {base.y.dtype} for x in {x.dtype}"
+            f"impl='triton' cannot run: the base layer returned {base.y.dtype} for an input of "
+            f"{x.dtype}"
         )
     return bare, None, None
 
@@ -84,8 +85,8 @@ def check_unmerged(layer: AdaptedLayer) -> None:
     """Raise `AdapterStateError` if adapters are merged into the layer's base weight."""
     if layer.merged_adapters:
         raise AdapterStateError(
-            f"adapters {layer.merged_adapters} were merged into the base weights within the block, "
-            "where every row shares them; unmerge them first"
+            f"adapters {layer.merged_adapters} were merged into the base weights inside the "
+            "block, but all rows share the base weights; unmerge them first"
         )
 
 

@@ -49,14 +49,14 @@ def run_dora(call: LayerCall, base: Base, name: str) -> torch.Tensor:
     layer, x, conditions = call.layer, call.x, call.conditions
     factors = layer._own_factors(name, call)
     if factors is None:
-        conditions.refuse(layer, f"adapter {name!r} has a factor that is hooked")
+        conditions.refuse(layer, f"adapter {name!r} has a factor with hooks")
         return _called(call, base.output(call.given), name)
     weight = base.weight
     if weight is not None and conditions.autocast is None and weight.dtype != x.dtype:
         raise TypeError(f"weight has dtype {weight.dtype}, expected {x.dtype}, the dtype of x")
     lora_a, lora_b, scaling, _, dropout_p, _ = factors
     if dropout_p:
-        conditions.refuse(layer, f"dropout_p={dropout_p} acts; call eval()")
+        conditions.refuse(layer, f"dropout_p={dropout_p} is active; call eval()")
     ((magnitude, squares),) = scales_by_name(call, [name])
     if dropout_p:
         return DoraDropped.apply(

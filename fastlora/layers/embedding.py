@@ -41,7 +41,10 @@ class FastLoraEmbedding(AddedLora):
     """
 
     adapter_parts = ("lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
-    not_fused = "a lookup and a product of R columns, both PyTorch's; no dropout acts on ids"
+    not_fused = (
+        "the adapter runs as a lookup and a rank-R product in PyTorch; dropout does not apply to "
+        "ids"
+    )
 
     def __init__(self, base_layer: nn.Embedding) -> None:
         super().__init__(base_layer, base_layer.num_embeddings, base_layer.embedding_dim)
@@ -110,7 +113,7 @@ class FastLoraEmbedding(AddedLora):
         if not plain:
             raise UnsupportedLayerError(
                 f"cannot merge into {type(self.base_layer).__name__}: its weight is not a plain "
-                "floating-point matrix (dequantise the base model first)"
+                "floating-point matrix; dequantize the base model first"
             )
         return Plain(weight, torch.t), None
 
@@ -127,8 +130,8 @@ def _shapes(module: nn.Module, asked: Settings) -> Shapes:
 def _check(module: nn.Module, asked: Settings) -> None:
     if asked.lora_bias:
         raise UnsupportedLayerError(
-            "lora_bias=True has no place on an embedding, as in PEFT; expected lora_bias=False, or "
-            "to leave it out with exclude_modules"
+            "lora_bias=True is not supported for embeddings, as in PEFT; set lora_bias=False, or "
+            "exclude the module with exclude_modules"
         )
     scale = getattr(module, "embed_scale", None)
     if isinstance(scale, torch.Tensor) and scale.numel() != 1:

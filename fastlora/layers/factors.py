@@ -133,16 +133,16 @@ def why_not_fused(layer: AdaptedLayer, names: list[str], gathered: bool = False)
             if all(type(m) is nn.Linear and is_sharded(m.weight) for m in modules):
                 if gathered and not any(map(is_hooked, modules)):
                     continue
-                return f"adapter {name!r} has sharded factors (DTensors) that nothing gathers"
+                return f"adapter {name!r} has sharded factors (DTensors) that are not gathered"
             if any(map(_is_replaced, modules)):
                 return (
                     f"adapter {name!r} has a factor that was replaced by a plain tensor, as "
-                    "torch.func.functional_call does where it is not given nn.Parameter objects"
+                    "torch.func.functional_call does unless it is given nn.Parameter objects"
                 )
-            return f"adapter {name!r} has a factor that is hooked, or not a plain linear"
+            return f"adapter {name!r} has a factor with hooks, or one that is not a plain nn.Linear"
         dropout = layer.lora_dropout[name]
         if type(dropout) not in (nn.Dropout, nn.Identity) or is_hooked(dropout):
-            return f"adapter {name!r} has its own dropout module, or hooks on it"
+            return f"adapter {name!r} has a custom dropout module, or hooks on its dropout module"
     return ""
 
 
@@ -251,8 +251,8 @@ class Parameters:
         found = layer._own_factors(name, call)
         if found is None:
             raise UnsupportedLayerError(
-                f"{why_not_fused(layer, [name])}, which rows cannot share; run this adapter "
-                "outside of fastlora.adapters, or make its factors plain parameters again"
+                f"{why_not_fused(layer, [name])}, so it cannot be used in a mixed batch; run this "
+                "adapter outside of fastlora.adapters, or make its factors plain parameters again"
             )
         return found
 

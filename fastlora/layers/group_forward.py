@@ -48,13 +48,13 @@ from fastlora.ops.factors import Base, Factors, Slots
 from fastlora.routing.kept import stream_of
 from fastlora.weight_marks import marks
 
-_UNSEEN = "no forward was seen before torch.compile"
-_INVARIANT = "the batch-invariant mode is on"
+_UNSEEN = "no forward pass ran before torch.compile"
+_INVARIANT = "batch-invariant mode is on"
 _CHECKPOINT = (
-    "saved-tensor hooks are in force (activation checkpointing, offloading): a recomputed forward "
-    "must save what the first one saved"
+    "saved-tensor hooks are active (activation checkpointing, offloading): a recomputed forward "
+    "must save the same tensors as the first one"
 )
-_LAST = "no sibling that is called after it can share"
+_LAST = "no layer that runs later can share x"
 # With map(), attrgetter reads an attribute of many tensors without a Python call for each.
 _version_of, _trains = attrgetter("_version"), attrgetter("requires_grad")
 _device_of = torch.Tensor.get_device

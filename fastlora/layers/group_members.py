@@ -25,9 +25,9 @@ from fastlora.validation import FastLoraError
 if TYPE_CHECKING:
     from fastlora.layers.layer import AdaptedLayer
 
-_IN_PYTORCH = "without kernels each of them has its own pass over x"
-_UNKNOWN = "no training forward seen yet"
-_DROPOUT = "under dropout each of them masks x for itself"
+_IN_PYTORCH = "without kernels, each layer reads x separately"
+_UNKNOWN = "no training forward pass yet"
+_DROPOUT = "with dropout, each layer masks x separately"
 # With map(), attrgetter reads an attribute of many tensors without a Python call for each.
 _dtype_of, _trains = attrgetter("dtype"), attrgetter("requires_grad")
 
@@ -224,36 +224,36 @@ def sharing(
         elif member is call.layer:
             return [], why
         else:
-            last = f"of its siblings, {why}"
+            last = f"in its group, {why}"
     return found, last
 
 
 def _slots_of(member: AdaptedLayer, call: LayerCall | MixedCall) -> tuple[Slots | None, str]:
     """Return the adapters that another layer of the group will use, or None and the reason."""
     if member.impl != call.layer.impl:
-        return None, "they have different implementations"
+        return None, "the layers have different implementations"
     if isinstance(call, LayerCall):
         names = member._acting()
         if len(names) != 1:
-            return None, f"{len(names)} adapters act on one of them"
+            return None, f"{len(names)} adapters are active on a layer"
         magnitudes = member._modules.get("lora_magnitude_vector")
         if magnitudes is not None and names[0] in magnitudes._modules:
-            return None, "one of them is DoRA"
+            return None, "a layer uses DoRA"
         factors = factors_of(member, names[0], call)
         if factors is None:
-            return None, "one of them has a factor or dropout that is hooked, or not plain"
+            return None, "a layer has a factor or dropout module with hooks, or a custom one"
         return [factors], ""
     if member.routed_by is not call.layer.routed_by:
-        return None, "one of them is of another model"
+        return None, "a layer belongs to another model"
     dora = dora_slots(member, call.routing)
     dropped = () if dora is None else dora.dropped
     if call.conditions.compiling:
-        return slots_in_graph(call, member, dropped), "one of them is not in the graph"
+        return slots_in_graph(call, member, dropped), "a layer is not in the graph"
     try:
         slots = slots_for_kernels(call, member, dropped)
     except (FastLoraError, ValueError):  # The layer's own call will raise it.
-        return None, "one of them cannot run"
-    return slots, "one of them runs without kernels"
+        return None, "a layer cannot run"
+    return slots, "a layer runs without kernels"
 
 
 def _why_not(layer: AdaptedLayer, slots: Slots, own: Slots, call: LayerCall | MixedCall) -> str:
@@ -268,19 +268,19 @@ def _why_not(layer: AdaptedLayer, slots: Slots, own: Slots, call: LayerCall | Mi
             if lora_a.device != device or lora_a.dim() != 2 or lora_a.shape[1] != k:
                 elsewhere = True
     if is_hooked(layer):
-        return "one of them has hooks"
+        return "a layer has hooks"
     # The shared node calls a hook, with None, for an s that was never used.
     down = [tensor for tensor in lora_a_of(slots) if tensor is not None]
     if not call.conditions.compiling and has_tensor_hooks(down):
-        return "a factor of one of them has hooks"
+        return "a layer has a factor with hooks"
     if dropped and mixed:
         return _DROPOUT
     if not trains:
-        return "one of them is frozen, or no adapter of the batch acts on it"
+        return "a layer is frozen, or no adapter of the batch is active on it"
     if elsewhere:
-        return "one of them has its factors elsewhere, or takes another number of features"
+        return "a layer has factors on another device, or expects a different number of features"
     if mixed and dtype_of(slots) != dtype_of(own):
-        return "they have factors of different dtypes"
+        return "the layers have factors with different dtypes"
     return ""
 
 
@@ -328,4 +328,4 @@ def sibling_note(layer: AdaptedLayer, kernels: bool) -> str:
 
 def _verdict(group: SharedInputGroup, why: str) -> str:
     count = len(group.members)
-    return f"{count}, not shared: {why}" if why else f"{count} share x"
+    return f"{count} layers, not shared: {why}" if why else f"{count} layers share x"

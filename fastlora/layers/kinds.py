@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 Shapes = dict[str, tuple[int, ...]]
 
 # The alternative for modules that PEFT supports and fastlora's own layers do not.
-INSTEAD = "make it with peft.get_peft_model(model, config), then fastlora.patch(model)"
+INSTEAD = (
+    "create the layer with peft.get_peft_model(model, config), then call fastlora.patch(model)"
+)
 
 
 class Settings(NamedTuple):
@@ -108,8 +110,8 @@ def _custom(layer_class: type) -> Kind:
 
         if not issubclass(layer_class, LoraLayer):
             raise UnsupportedLayerError(
-                f"{layer_class.__name__}, registered for it, is no subclass of "
-                f"fastlora.layers.LoraLayer; for one of PEFT's, {INSTEAD}"
+                f"{layer_class.__name__}, the class registered for it, is not a subclass of "
+                f"fastlora.layers.LoraLayer; for a PEFT layer class, {INSTEAD}"
             )
 
     def shapes(module: nn.Module, asked: Settings) -> Shapes:
@@ -121,7 +123,7 @@ def _custom(layer_class: type) -> Kind:
         if not all(isinstance(size, int) for size in features):
             raise UnsupportedLayerError(
                 f"{type(module).__name__} has no in_features and out_features; expected "
-                f"{layer_class.__name__} to have a static method file_shapes(module, settings)"
+                f"{layer_class.__name__} to define a static method file_shapes(module, settings)"
             )
         k, n = (size for size in features if isinstance(size, int))
         return linear_shapes(k, n, asked)

@@ -98,7 +98,7 @@ class FastLoraLinear(LoraLayer, nn.Linear):
         """
         why = why_not_plain(linear)
         if why:
-            raise UnsupportedLayerError(f"from_linear takes a plain nn.Linear; {why}")
+            raise UnsupportedLayerError(f"from_linear expects a plain nn.Linear: {why}")
         self = cls._around(linear)
         if adapter_name is not None:
             self.add_adapter(adapter_name, **adapter)
@@ -152,7 +152,10 @@ class FastLoraLinear(LoraLayer, nn.Linear):
             refuse_shards(self)
             weight, bias = self.weight, self.bias
         if isinstance(call, LayerCall) and not call.names:
-            why = "no adapter acts on it: give base rows None in fastlora.adapters"
+            why = (
+                "no adapter is active; for rows without an adapter, pass None in "
+                "fastlora.adapters()"
+            )
             call.conditions.refuse(self, why)
             return F.linear(x, weight, bias)
         if not call.conditions.tracing and x.shape[-1] != self.in_features:
@@ -185,7 +188,7 @@ class FastLoraLinear(LoraLayer, nn.Linear):
         ``gathered`` says that FSDP2 replaces shards by plain parameters during the forward pass.
         """
         if is_sharded(self._parameters.get("weight")) and not gathered:
-            return False, "its base weight is sharded (a DTensor) and nothing gathers it"
+            return False, "its base weight is sharded (a DTensor) and is not gathered"
         return fusion(self, self._acting(), "", gathered)
 
     def _mergeable(self) -> tuple[Stored, torch.Tensor | None]:

@@ -37,8 +37,8 @@ def _check(module: nn.Module, asked: Settings) -> None:
         dense_weight(module)
     if type(module).__name__ == "NonDynamicallyQuantizableLinear":
         raise UnsupportedLayerError(
-            "it is the output projection of nn.MultiheadAttention, which reads its weight and "
-            "never calls it"
+            "it is the output projection of nn.MultiheadAttention, which uses its weight without "
+            "calling it"
         )
 
 

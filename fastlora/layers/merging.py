@@ -108,7 +108,8 @@ class Mergeable(Adapted, CommonLayer):
         for name in names:
             if bias is None and self._factors(name)[2] is not None:
                 raise AdapterStateError(
-                    f"adapter {name!r} has a lora_bias, and the base layer no bias to merge it into"
+                    f"adapter {name!r} has a lora_bias, but the base layer has no bias to merge "
+                    "it into"
                 )
         if safe_merge:
             matrix = weight.wide().clone() if weight.in_place else weight.wide()
@@ -151,8 +152,9 @@ class Mergeable(Adapted, CommonLayer):
             for name, scale in self._merged_scales.items():
                 if not self._all_agree(bool(scale.all())):
                     raise AdapterStateError(
-                        f"adapter {name!r} cannot be taken out again: its magnitude or its norm is "
-                        "0 in a row, and the weight was written to or not kept (keep_base=False)"
+                        f"adapter {name!r} cannot be unmerged: its magnitude or its norm is 0 in "
+                        "a row, and the weight was modified after the merge or its copy was not "
+                        "kept (keep_base=False)"
                     )
             matrix = weight.wide()
             self._unmerge_from(matrix, bias)

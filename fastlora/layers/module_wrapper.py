@@ -112,7 +112,9 @@ class ModuleWrapper(Adapted, nn.Module):
 
     def _check_known(self, adapter_name: str) -> None:
         if adapter_name not in self.adapter_names:
-            raise AdapterNotFoundError(f"{self.field} has nothing of adapter {adapter_name!r} here")
+            raise AdapterNotFoundError(
+                f"adapter {adapter_name!r} has no {self.field} entry for this module"
+            )
 
     @property
     def active_adapters(self) -> list[str]:
@@ -145,8 +147,8 @@ def own_slots(
     count = ids.numel()
     if not fits(x_rows, count):
         raise ValueError(
-            f"a module has {x_rows} rows and the batch {count} adapter ids; expected as many ids "
-            "as samples, or as tokens"
+            f"a module got {x_rows} rows in a batch with {count} adapter ids; expected one id per "
+            "sample or per token"
         )
     place = {name: index for index, name in enumerate(known)}
     table = torch.tensor([*(place.get(name, -1) for name in names), -1], device=device)

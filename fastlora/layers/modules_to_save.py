@@ -20,7 +20,7 @@ def check_copyable(module: nn.Module) -> None:
     """Raise `UnsupportedLayerError` for a container without a forward."""
     if isinstance(module, (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)):
         raise UnsupportedLayerError(
-            f"modules_to_save needs modules that can be called, got {type(module).__name__}"
+            f"modules_to_save supports only modules that can be called, got {type(module).__name__}"
         )
 
 
@@ -133,9 +133,9 @@ class ModulesToSaveWrapper(ModuleWrapper):
         if any(not t.dim() or t.shape[0] != n for t, n in zip(tensors, sizes, strict=True)):
             kind = type(self.original_module).__name__
             raise UnsupportedLayerError(
-                f"a {kind} of modules_to_save returned a tensor of shape {tuple(tensors[0].shape)} "
-                f"for {sizes[0]} rows, which a mixed batch cannot split; expected rows first, or "
-                "one adapter a batch"
+                f"a {kind} in modules_to_save returned a tensor of shape "
+                f"{tuple(tensors[0].shape)} for {sizes[0]} rows, which a mixed batch cannot "
+                "split; expected the rows along the first dimension, or one adapter per batch"
             )
         result = tensors[0].new_zeros(sum(sizes), *tensors[0].shape[1:])
         for index, tensor in zip(indices, tensors, strict=True):

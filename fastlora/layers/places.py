@@ -123,7 +123,9 @@ def linear_at(
     of, plan = place.of, "invariant" if place.invariant else "auto"
     x = call.x if call.x.dim() == 2 else call.x.reshape(-1, call.x.shape[-1])
     if base.weight is None:
-        raise ValueError("a base layer that is called has no weight for a launch")
+        raise ValueError(
+            "a base layer that is called as a module has no weight for a kernel launch"
+        )
     read: torch.Tensor | Coded = base.weight
     if call.conditions.compiling:
         operators: schema.Operators = torch.ops.fastlora

@@ -71,14 +71,14 @@ class Starter:
             linear = linear_features(base) is not None
             if linear and not (from_file and not self.init.must_repeat):
                 raise InitialisationError(
-                    f"init_lora_weights={name!r} needs data of this layer, which "
-                    f"fastlora.{self.init.calibration}(model, config, ...) leaves there: run it on "
-                    "the model, with the same target modules, before the adapter is added"
+                    f"init_lora_weights={name!r} needs calibration data for this layer: before "
+                    f"adding the adapter, run fastlora.{self.init.calibration}(model, config, "
+                    "...) on the model with the same target modules"
                 )
             if not linear and not from_file:
                 warnings.warn(
-                    f"init_lora_weights={name!r} is for linear layers: the adapter on a "
-                    f"{type(base).__name__} starts as with True",
+                    f"init_lora_weights={name!r} supports only linear layers; the adapter on a "
+                    f"{type(base).__name__} is initialized as with True",
                     stacklevel=5,
                 )
             self.name, self.init = True, find_init(True)
@@ -116,8 +116,8 @@ class Starter:
         """
         if not linear and not self.init.any_kind:
             raise UnsupportedLayerError(
-                f"init_lora_weights={self.name!r} is for linear layers, as in PEFT; expected True, "
-                "False or 'gaussian' here, or to leave it out (exclude_modules)"
+                f"init_lora_weights={self.name!r} supports only linear layers, as in PEFT; use "
+                "True, False or 'gaussian' for this layer, or exclude it (exclude_modules)"
             )
         weight = self.base._parameters.get("weight")
         floating = weight is not None and weight.is_floating_point()
@@ -142,19 +142,19 @@ class Starter:
         layer, name = self.layer, self.name
         if layer.merged_adapters:
             raise AdapterStateError(
-                f"init_lora_weights={name!r} reads the base weight, into which adapters "
-                f"{layer.merged_adapters} are merged; unmerge them first"
+                f"init_lora_weights={name!r} reads the base weight, but adapters "
+                f"{layer.merged_adapters} are merged into it; unmerge them first"
             )
         if layer.is_split:
             raise UnsupportedLayerError(
-                f"init_lora_weights={name!r} needs the whole base weight, and this one is split "
-                "over processes; expected True, False, 'gaussian' or 'orthogonal'"
+                f"init_lora_weights={name!r} needs the full base weight, but this weight is split "
+                "over processes; use True, False, 'gaussian' or 'orthogonal'"
             )
         if self.init.changes_base:
             why = why_not_replaceable(self.base, self.init.on_quantised)
             if why:
                 raise UnsupportedLayerError(
-                    f"init_lora_weights={name!r} changes the base weight, and {why}"
+                    f"init_lora_weights={name!r} changes the base weight, but {why}"
                 )
         return layer._weight_to_start_from(f"init_lora_weights={name!r} reads the base weight")
 

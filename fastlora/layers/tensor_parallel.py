@@ -164,8 +164,8 @@ class TensorParallelLora(FastLoraWrapper):
         weight = self.base_layer.weight
         if weight.device_mesh.ndim != 1:
             raise AdapterStateError(
-                f"FSDP2 shards this layer's weight too (a DTensor over {weight.device_mesh}), and "
-                "would not shard new factors: add adapters before fully_shard()"
+                f"FSDP2 also shards this layer's weight (a DTensor over {weight.device_mesh}), "
+                "but would not shard new factors; add adapters before fully_shard()"
             )
         return weight.to_local() if weight.is_floating_point() and weight.itemsize >= 2 else None
 
@@ -190,7 +190,7 @@ class TensorParallelLora(FastLoraWrapper):
         if self.impl == "triton" and not self._disabled and routing_of(self) is not None:
             raise ImplementationError(
                 "impl='triton' cannot run: a tensor-parallel layer computes mixed batches in "
-                "PyTorch; expected impl='auto'"
+                "PyTorch; use impl='auto'"
             )
         call = begin(self, args[0])
         if isinstance(call, LayerCall) and not call.names:
@@ -218,8 +218,8 @@ class TensorParallelLora(FastLoraWrapper):
             fits = to.is_shard(last) and out.is_partial()
         if not fits:
             raise UnsupportedLayerError(
-                f"a {self.style} layer got input and output in the layouts {to} and {out}, which "
-                "are not those of ColwiseParallel or RowwiseParallel"
+                f"a {self.style} layer got input and output layouts {to} and {out}, expected "
+                "those of ColwiseParallel or RowwiseParallel"
             )
 
     # ------------------------------------- interface of a forward pass: see `layers.common`
@@ -236,8 +236,8 @@ class TensorParallelLora(FastLoraWrapper):
         for module in (self.lora_A[name], up, dropout):
             if type(module) not in (nn.Linear, nn.Dropout, nn.Identity) or is_hooked(module):
                 raise UnsupportedLayerError(
-                    f"adapter {name!r} has a {type(module).__name__} that is hooked or replaced, "
-                    "which a tensor-parallel layer cannot run"
+                    f"adapter {name!r} has a {type(module).__name__} that has hooks or was "
+                    "replaced, which a tensor-parallel layer does not support"
                 )
         lora_bias = None if up.bias is None else own(up.bias)
         if lora_bias is not None and self.style == ROW_WISE:
@@ -295,7 +295,7 @@ class TensorParallelLora(FastLoraWrapper):
 
     def fusion(self, gathered: bool = False) -> tuple[bool, str]:
         """Return False, and the reason, with what DoRA adds to it."""
-        why = f"{self.style} tensor parallel: added to each process's share of the output"
+        why = f"{self.style} tensor parallel: LoRA is added to each process's part of the output"
         names = self._acting()
         if uses_dora(self, names):
             further = why_dora_not_fused(self, names)
@@ -307,8 +307,9 @@ class TensorParallelLora(FastLoraWrapper):
         weight, bias = self.base_layer.weight, self.base_layer.bias
         if weight.device_mesh.ndim != 1:
             raise UnsupportedLayerError(
-                f"cannot merge into this layer: FSDP2 shards its weight too (a DTensor over "
-                f"{weight.device_mesh}); save the adapter and merge it into an unsharded base model"
+                "cannot merge into this layer: FSDP2 also shards its weight (a DTensor over "
+                f"{weight.device_mesh}); save the adapter and merge it into an unsharded base "
+                "model"
             )
         return Plain(local(weight)), None if bias is None else local(bias)
 

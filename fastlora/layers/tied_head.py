@@ -56,12 +56,12 @@ class TiedLoraHead(AddedLora):
         UnsupportedLayerError: ``base_layer`` is not an `nn.Linear`.
     """
 
-    not_fused = "its factors are those of the embedding that it is tied to"
+    not_fused = "it shares the factors of the embedding that it is tied to"
 
     def __init__(self, base_layer: nn.Module, tied_to: FastLoraEmbedding) -> None:
         if not isinstance(base_layer, nn.Linear):
             raise UnsupportedLayerError(
-                f"ensure_weight_tying needs an nn.Linear beside the embedding, got "
+                "ensure_weight_tying needs an nn.Linear tied to the embedding, got "
                 f"{type(base_layer).__name__}"
             )
         super().__init__(base_layer, base_layer.in_features, base_layer.out_features)

@@ -38,8 +38,8 @@ def check_tokens(module: nn.Module, indices: list[int]) -> None:
     weight = module._parameters.get("weight")
     if is_sharded(weight):
         raise AdapterStateError(
-            "trainable_token_indices: the weight is sharded (a DTensor) and the new rows would not "
-            "be; add adapters before fully_shard()"
+            "trainable_token_indices: the weight is sharded (a DTensor), but the new rows would "
+            "not be; add adapters before fully_shard()"
         )
     plain = type(weight) is nn.Parameter and weight.is_floating_point() and weight.itemsize >= 2
     if not isinstance(module, (nn.Embedding, nn.Linear)) or not plain:
@@ -50,7 +50,8 @@ def check_tokens(module: nn.Module, indices: list[int]) -> None:
     beyond = [index for index in indices if index >= module.weight.shape[0]]
     if beyond:
         raise ConfigError(
-            f"trainable_token_indices has {beyond[0]}, and the module {module.weight.shape[0]} rows"
+            f"trainable_token_indices contains {beyond[0]}, but the module has only "
+            f"{module.weight.shape[0]} rows"
         )
 
 
@@ -331,8 +332,8 @@ class TrainableTokensWrapper(ModuleWrapper):
             if both:
                 raise AdapterStateError(
                     f"Token indices of adapter {name!r} are already defined and would result in "
-                    f"undefined merging behavior: {sorted(both)[:5]} belong to another adapter "
-                    "too; expected adapters without a token in common"
+                    f"undefined merging behavior: {sorted(both)[:5]} also belong to another "
+                    "adapter; expected adapters without a token in common"
                 )
             taken.update(known[name])
             delta = self._versions[name]

@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from fastlora.layers.layer import AdaptedLayer
 
 # Reason why a base layer that is called unchanged is not supported in the batch-invariant mode.
-NOT_OUR_GEMM = "its base layer's own GEMM may go by the number of rows"
+NOT_OUR_GEMM = "its base layer's own GEMM may depend on the number of rows"
 # Reason why the address tables of a pool or a block have no row for a layer.
-TOO_LATE = "it was adapted after the block began"
-DORA_DROPS = "DoRA with dropout in training: a second base product, both PyTorch's"
+TOO_LATE = "the layer was adapted after the block began"
+DORA_DROPS = "DoRA with dropout in training needs a second base product; PyTorch computes both"
 
 
 def fusion(
@@ -41,7 +41,10 @@ def fusion(
     why = why_not_base or why_not_fused(layer, names, gathered) or why_dora_not_fused(layer, names)
     drops = [n for n in names if isinstance(layer.lora_dropout[n], nn.Dropout)]
     if not why and drops and len(names) > 1:
-        why = "several active adapters with dropout: the first is fused, others are added to it"
+        why = (
+            "several active adapters with dropout: the first is fused, the others are added "
+            "separately"
+        )
     return not why, why
 
 
@@ -57,7 +60,7 @@ def why_dora_not_fused(layer: AdaptedLayer, names: list[str]) -> str:
     if not uses_dora(layer, names):
         return ""
     if len(names) > 1:
-        return "several active adapters, some with DoRA: they act one after the other"
+        return "several active adapters, some with DoRA: they are applied one after another"
     dropout = layer.lora_dropout[names[0]]
     if dropout.training and not isinstance(dropout, nn.Identity):
         return DORA_DROPS
@@ -75,25 +78,30 @@ def why_not_captured(bare: bool, dtype: torch.dtype | None) -> str:
     if bare:
         why = "the layer runs without kernels"
     elif dtype is not None:
-        why = f"autocast is on; give the model the dtype {dtype}"
+        why = f"autocast is on; convert the model to {dtype} instead"
     else:
-        why = "gradients are recorded, or the base layer's output has another dtype than its input"
+        why = (
+            "gradients are recorded, or the base layer's output has a different dtype than its "
+            "input"
+        )
     return (
-        f"a CUDA graph over a pool cannot be captured here: {why}; capture it within "
-        "torch.no_grad() or torch.inference_mode()"
+        f"cannot capture a CUDA graph over a pool: {why}; capture it under torch.no_grad() or "
+        "torch.inference_mode()"
     )
 
 
 def why_not_tables(bare: bool, dtype: torch.dtype | None) -> str:
     """Return why a mixed batch runs in PyTorch's GEMMs although kernels are available."""
     if dtype is not None:
-        return f"autocast is on; give the model the dtype {dtype}"
+        return f"autocast is on; convert the model to {dtype} instead"
     if not bare:
         return (
-            "the kernels of mixed batches with gradients choose their tiles by the batch; call "
+            "with gradients, the kernels of mixed batches choose their tiles by batch; call "
             "eval() and use torch.no_grad(), or train one adapter at a time"
         )
-    return "an adapter has a factor that is hooked, not a plain linear, or on another device"
+    return (
+        "an adapter has a factor that has hooks, is not a plain nn.Linear, or is on another device"
+    )
 
 
 def why_not_lists(routing: Routing, slots: Slots) -> str:
@@ -108,5 +116,5 @@ def why_not_lists(routing: Routing, slots: Slots) -> str:
             return f"adapter {name!r} has a factor of {dtype}, expected fp16, bf16 or fp32"
     if len(dtypes) > 1:
         found = " and ".join(f"{dtype} (adapter {name!r})" for dtype, name in dtypes.items())
-        return f"factors have more than one dtype, {found}"
+        return f"factors have different dtypes: {found}"
     return ""

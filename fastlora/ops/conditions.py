@@ -156,7 +156,7 @@ def resolve_impl(impl: str, x: torch.Tensor, dtype: torch.dtype | None = None) -
     runs, why = triton_status(device.type, device.index or 0)
     dtype = dtype or x.dtype
     if runs and dtype not in KERNEL_DTYPES:
-        runs, why = False, f"the kernels take fp16, bf16 and fp32, got {dtype}"
+        runs, why = False, f"the kernels support fp16, bf16 and fp32, got {dtype}"
     if runs:
         return "triton"
     if impl == "triton":
@@ -203,7 +203,7 @@ class Conditions(NamedTuple):
             base = layer.get_base_layer()
             raise ImplementationError(
                 f"{type(layer).__name__} over {type(base).__name__} ({layer.in_features} to "
-                f"{layer.out_features} features) cannot run in the batch-invariant mode: {why}"
+                f"{layer.out_features} features) cannot run in batch-invariant mode: {why}"
             )
 
     def check_invariant(self, x: torch.Tensor, plan: str = "auto", dropout_p: float = 0.0) -> None:
@@ -217,19 +217,19 @@ class Conditions(NamedTuple):
         if impl == "eager" or plan not in ("auto", "fused", "invariant"):
             asked = f"impl={impl!r}" if impl == "eager" else f"plan={plan!r}"
             raise ImplementationError(
-                f"{asked} cannot run in the batch-invariant mode: PyTorch's GEMMs go by the number "
-                "of rows"
+                f"{asked} cannot run in batch-invariant mode: the results of PyTorch's GEMMs "
+                "depend on the number of rows"
             )
         if dropout_p:
             raise ImplementationError(
-                f"dropout_p={dropout_p} cannot act in the batch-invariant mode: the mask of a row "
-                "goes by its place in the batch; call eval()"
+                f"dropout_p={dropout_p} is not supported in batch-invariant mode: a row's mask "
+                "depends on its position in the batch; call eval()"
             )
         try:
             resolve_impl("triton" if impl == "auto" else impl, x)
         except ImplementationError as error:
             raise ImplementationError(
-                f"the batch-invariant mode needs the Triton kernels: {error}"
+                f"batch-invariant mode needs the Triton kernels: {error}"
             ) from None
 
 

@@ -123,7 +123,7 @@ class Rows:
     def _slot_of_ids(self) -> torch.Tensor:
         """The ids as an int64 tensor on the CPU, with `INVALID_SLOT` for ids out of range."""
         if self.ids is None:
-            raise ValueError("rows that came as tensors have no ids")
+            raise ValueError("rows that were created from tensors have no ids")
         ids = self.ids.to(device="cpu", dtype=torch.int64)
         return ids.masked_fill((ids < NO_SLOT) | (ids >= self.slots), INVALID_SLOT)
 
@@ -220,11 +220,13 @@ def _rows_sort(
     With a ``block_m`` of 0, the tensor of pieces is empty.
     """
     if slots < 0:
-        raise ValueError(f"slots is {slots}, expected 0 or more")
+        raise ValueError(f"slots must be 0 or more, got {slots}")
     if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
         raise TypeError(f"ids has dtype {ids.dtype}, expected integers")
     if ids.dim() != 1 or (m % ids.shape[0] if ids.shape[0] else m):
-        raise ValueError(f"ids has shape {tuple(ids.shape)}, expected [B] with B dividing {m} rows")
+        raise ValueError(
+            f"ids has shape {tuple(ids.shape)}, expected [B] where B divides the {m} rows"
+        )
     ids = ids.to(device=device, non_blocking=True)
     if runs_kernels(device):
         from fastlora.ops.triton.sorting import sorted_rows

@@ -33,7 +33,7 @@ def draw_seeds(
     """
     chosen = {} if given is None else given
     if not isinstance(chosen, Mapping):
-        raise TypeError(f"seeds is a {type(given).__name__}, expected a mapping of names to ints")
+        raise TypeError(f"seeds is a {type(given).__name__}, expected a mapping from names to ints")
     for given_name, seed in chosen.items():
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise TypeError(f"the seed of {given_name!r} is {seed!r}, expected an int")

@@ -117,8 +117,8 @@ def parameters_routing(
         merged = getattr(module, "merged_adapters", None)
         if merged:
             raise AdapterStateError(
-                f"adapters {merged} are merged into the base weights, which every row shares; "
-                "call unmerge_adapter() first"
+                f"adapters {merged} are merged into the base weights, which all rows share; call "
+                "unmerge_adapter() first"
             )
     known = tuple(known)
     if not isinstance(ids, torch.Tensor):

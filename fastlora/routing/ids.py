@@ -24,8 +24,8 @@ def check_adapter_name(name: object) -> None:
         raise ConfigError(f"adapter_name must be a non-empty string without dots, got {name!r}")
     if name == BASE:
         raise ConfigError(
-            f"adapter_name cannot be {name!r}, which stands for the base model without an adapter "
-            "in a batch"
+            f"adapter_name cannot be {name!r}, which selects the base model without an adapter in "
+            "a batch"
         )
     if hasattr(nn.ModuleDict, name):
         raise ConfigError(f"adapter_name cannot be {name!r}, a method of nn.ModuleDict")
@@ -49,10 +49,10 @@ def named_ids(
     """
     if isinstance(ids, str) or not isinstance(ids, Sequence):
         what = f"the string {ids!r}" if isinstance(ids, str) else f"a {type(ids).__name__}"
-        raise TypeError(f"ids is {what}, expected a sequence of one name for each sample")
+        raise TypeError(f"ids is {what}, expected a sequence with one name per sample")
     odd = next((name for name in ids if not (name is None or isinstance(name, str))), None)
     if odd is not None:
-        raise TypeError(f"ids holds {odd!r}, expected names, None, or a tensor of slots")
+        raise TypeError(f"ids contains {odd!r}, expected names or None, or a tensor of slots")
     wanted = [None if name == BASE else name for name in ids]
     present = {name for name in wanted if name is not None}
     if known is None:
@@ -62,8 +62,8 @@ def named_ids(
         for name in wanted:
             if name is not None and name not in place:
                 raise AdapterNotFoundError(
-                    f"no adapter {name!r}; loaded are {list(known)[:20]}"
-                    f"{near_names(str(name), known)}"
+                    f"no adapter {name!r}; the loaded adapters are "
+                    f"{list(known)[:20]}{near_names(str(name), known)}"
                 )
         names = tuple(sorted(present, key=place.__getitem__))
     slot_of = {name: slot for slot, name in enumerate(names)}
@@ -89,8 +89,8 @@ def checked_slots(ids: torch.Tensor, slots: Sequence[str | None]) -> torch.Tenso
         if not known or (slot != NO_ADAPTER and slots[slot] is None):
             names = [name for name in slots if name is not None]
             raise AdapterNotFoundError(
-                f"no adapter in slot {slot}; expected -1 for none or 0 to {len(slots) - 1}, the "
-                f"adapters {names[:20]}"
+                f"no adapter in slot {slot}; expected -1 for no adapter, or 0 to {len(slots) - 1} "
+                f"for the adapters {names[:20]}"
             )
     return numbers
 

@@ -80,8 +80,8 @@ def routed(routing: Routing) -> Iterator[None]:
         routing.group.count_block(-1)
     if not innermost:
         raise RuntimeError(
-            "blocks of adapters() must end in the reverse order of their beginning; interleaved "
-            "coroutines need a thread each"
+            "adapters() blocks must be exited in the reverse of the order in which they were "
+            "entered; run interleaved coroutines in separate threads"
         )
 
 
@@ -138,10 +138,10 @@ def check_batch(
     if count not in (samples, tokens):
         raise ValueError(
             f"the batch has {samples} samples ({tokens} tokens) and {count} adapter ids; expected "
-            "one for each sample or each token"
+            "one id per sample or per token"
         )
     if per_sample and count != samples:
         raise ValueError(
-            f"the batch has {samples} samples and {count} adapter ids; to generate, expected one "
-            "for each sample"
+            f"the batch has {samples} samples and {count} adapter ids; generate() expects one id "
+            "per sample"
         )

@@ -53,6 +53,6 @@ def router_of(model: object) -> Router:
         if router is not None:
             return router
     raise TypeError(
-        "adapters() takes a LoraModel, a model with an AdapterPool or a patched PEFT model, got a "
-        f"{type(model).__name__}"
+        "adapters() expects a LoraModel, a model with an AdapterPool, or a patched PEFT model, "
+        f"got a {type(model).__name__}"
     )

@@ -81,9 +81,10 @@ class Group(Kept):
         """
         if self._open:
             raise AdapterStateError(
-                f"{operation}() while {self._open} fastlora.adapters() or adapter_names= blocks of "
-                "this model are open, in this thread or another: their rows would lose their "
-                "adapters or get other weights; call it after the blocks have ended"
+                f"{operation}() was called while {self._open} fastlora.adapters() or "
+                "adapter_names= blocks of this model are open, in this thread or another. Their "
+                "rows would lose their adapters or use other weights; call it after the blocks "
+                "have ended"
             )
 
 
@@ -138,8 +139,8 @@ class Routing:
             count = self.ids.numel()
             if not fits(m, count):
                 raise ValueError(
-                    f"a layer has {m} rows and the batch {count} adapter ids; expected as many "
-                    "ids as samples, or as tokens"
+                    f"a layer got {m} rows in a batch with {count} adapter ids; expected one id "
+                    "per sample or per token"
                 )
             # Clone the ids: rows read them later too, when the caller may have overwritten them.
             ids = self.ids if self.ids.is_cuda else self.ids.clone()
@@ -181,8 +182,9 @@ class Routing:
             checks = self.group.row_checks
             name = type(layer).__name__ if checks is None else checks.name_of(layer)
             raise ValueError(
-                f"layer {name!r} got {list(x.shape)} in a batch with {count} adapter ids; expected "
-                "the samples along the first dimension, with as many entries each, or tokens"
+                f"layer {name!r} got an input of shape {list(x.shape)} in a batch with {count} "
+                "adapter ids; expected that many samples along the first dimension, or that many "
+                "tokens"
             )
 
     def resting(self) -> contextlib.AbstractContextManager[None]:
@@ -228,13 +230,15 @@ class Routing:
 
     def check_ids(self) -> None:
         """Let a later block of the model check whether an id was out of range, without waiting."""
-        message = f"in an earlier block {self._out_of_range()}; its rows came out NaN"
+        message = f"in an earlier block, {self._out_of_range()}; the outputs of its rows are NaN"
         for rows in self.kept.rows.values():
             self.group.unchecked.add(rows.invalid, message)
 
     def _out_of_range(self) -> str:
         names = [name for name in self.names if name]
-        return f"an adapter id is out of range; expected -1 for none or a slot of {names[:20]}"
+        return (
+            f"an adapter id is out of range; expected -1 for no adapter, or a slot of {names[:20]}"
+        )
 
 
 def number_layers(names: Sequence[str], taken: Iterable[int] = ()) -> list[int]:

@@ -40,16 +40,16 @@ _MOST_BLOCKS = 8
 
 # Reasons why a layer raises, to be inserted after its name.
 _SELECTED = (
-    "gets rows that the model selected by a mask or an index, as an expert of a mixture does: "
-    "their position does not tell which adapter they belong to"
+    "gets rows that the model selected with a mask or an index, as for an expert in a mixture of "
+    "experts: the position of a row does not tell which adapter it belongs to"
 )
 _LONE_TABLE = (
-    "gets values made from the model's parameters alone, as a table of relative positions: all "
-    "samples share them, so no adapter of the batch is the right one"
+    "gets values computed from the model's parameters alone, such as a table of relative "
+    "positions: all samples share them, so no single adapter of the batch applies"
 )
 _SEQUENCE_FIRST = (
-    "is in a {}, which computes with the sequence before the samples: the position of a row does "
-    "not tell which adapter it belongs to"
+    "is inside a {}, which puts the sequence dimension before the samples: the position of a row "
+    "does not tell which adapter it belongs to"
 )
 # Modules of transformers that compute in the layout [T, B, K].
 _SEQUENCE_FIRST_MODULES = {
@@ -145,8 +145,8 @@ class RowChecks:
         self._blocks[mode] = 0
         warnings.warn(
             f"layer {self.name_of(layer)!r} runs in a mixed batch for the first time, after "
-            f"{_MOST_BLOCKS} without it. Whether it gets every row of the batch in order is "
-            "checked from the next mixed batch on",
+            f"{_MOST_BLOCKS} mixed batches without it. fastlora checks from the next mixed batch "
+            "on whether the layer gets every row of the batch in order",
             stacklevel=2,
         )
 
@@ -224,16 +224,16 @@ def refuse_part(layer: RoutedLayer) -> None:
     checks: RowChecks = layer.routed_by.row_checks
     name = checks.name_of(layer)
     advice = (
-        "leave it out of target_modules, or use one adapter at a time, with set_adapter() and "
+        "remove it from target_modules, or use one adapter at a time, with set_adapter() and "
         "without fastlora.adapters or adapter_names"
     )
     why = checks.why_refused(layer)
     if why is not None:
         raise UnsupportedLayerError(f"layer {name!r} {why}; {advice}")
     raise UnsupportedLayerError(
-        f"layer {name!r} looks like an expert of a mixture, which would get only "
-        "some rows of the batch, and no mixed batch has shown yet that it gets all of them: run "
-        f"one without torch.compile first. If it does not get all: {advice}"
+        f"layer {name!r} looks like an expert in a mixture of experts, which would get only some "
+        "rows of the batch, and no mixed batch has shown yet that it gets all of them. Run one "
+        f"without torch.compile first. If the layer does not get all rows, {advice}"
     )
 
 

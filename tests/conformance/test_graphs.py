@@ -164,7 +164,7 @@ def test_the_report_says_that_siblings_are_apart() -> None:
         return [row.siblings for row in fastlora.fusion_report(subject.handle).rows]
 
     subject.step(subject.x())
-    assert siblings() == ["without kernels each of them has its own pass over x"] * 3
+    assert siblings() == ["without kernels, each layer reads x separately"] * 3
     for layer in subject.layers().values():
         layer.impl = "triton"
-    assert siblings() == ["no training forward seen yet"] * 3
+    assert siblings() == ["no training forward pass yet"] * 3

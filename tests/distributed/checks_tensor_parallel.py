@@ -211,7 +211,7 @@ def check_refusals(folder: Path) -> None:
     layer = split.get_base_model().up
     assert isinstance(layer, TensorParallelLora)
     layer.lora_A["b"].register_forward_hook(lambda *_: None)
-    raises(UnsupportedLayerError, "hooked", split, torch.randn(2, 17))
+    raises(UnsupportedLayerError, "has hooks", split, torch.randn(2, 17))
     layer.impl = "triton"
     with fastlora.adapters(split, ["default", "b"]):
         raises(ImplementationError, "mixed batches", split, torch.randn(2, 17))
@@ -235,6 +235,6 @@ def check_with_fsdp2(folder: Path) -> None:
         model.load_adapter(folder / f"{shape}{dora}", "default")
         found = steps.trained(model)
         assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
-        raises(UnsupportedLayerError, "FSDP2 shards", model.merge_adapter)
+        raises(UnsupportedLayerError, "FSDP2 also shards", model.merge_adapter)
         config = fastlora.LoraConfig(use_dora=dora, target_modules=["o_proj", "q_proj"])
         raises(AdapterStateError, "before fully_shard", model.add_adapter, "late", config)

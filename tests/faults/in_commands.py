@@ -61,15 +61,15 @@ FAULTS = (
         join_group(self.group, self.tuner, layers)  # even if others fail: blocks may be open
         for name, module in others:
             raise UnsupportedLayerError(
-                f"{name!r} is PEFT's {type(module).__name__}, which would not follow the routing; "
-                "pass adapter_names= to the model instead"
+                f"{name!r} is a PEFT {type(module).__name__}, which fastlora.adapters() does not "
+                "route; pass adapter_names= to the model instead"
             )
 """,
         after="""\
         for name, module in others:
             raise UnsupportedLayerError(
-                f"{name!r} is PEFT's {type(module).__name__}, which would not follow the routing; "
-                "pass adapter_names= to the model instead"
+                f"{name!r} is a PEFT {type(module).__name__}, which fastlora.adapters() does not "
+                "route; pass adapter_names= to the model instead"
             )
         join_group(self.group, self.tuner, layers)
 """,

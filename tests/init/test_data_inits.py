@@ -92,7 +92,7 @@ def test_corda_files(tmp_path: Path) -> None:
         torch.testing.assert_close(loaded(X), model(X), atol=2e-5, rtol=2e-5)
     bare = copy.deepcopy(base)
     with pytest.raises(
-        InitialisationError, match=r"'q': .*needs data .* fastlora.preprocess_corda"
+        InitialisationError, match=r"'q': .*needs calibration data .* fastlora.preprocess_corda"
     ):
         fastlora.PeftModel.from_pretrained(bare, tmp_path)
     assert type(bare.q) is nn.Linear
@@ -201,7 +201,9 @@ def test_lora_ga_beside_other_kinds_of_layers() -> None:
     )
     fastlora.preprocess_loraga(model, config, train(model))
     assert not hasattr(model.conv, "_peft_loraga_grad")
-    with pytest.warns(UserWarning, match="for linear layers: the adapter on a Conv1d starts as"):
+    with pytest.warns(
+        UserWarning, match="only linear layers; the adapter on a Conv1d is initialized as"
+    ):
         adapted = fastlora.get_peft_model(model, config)
     assert not adapted.base_model.model.conv.lora_B["default"].weight.any()
     assert adapted.base_model.model.q.lora_B["default"].weight.any()

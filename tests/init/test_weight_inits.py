@@ -328,7 +328,7 @@ def test_weights_that_are_not_there() -> None:
     model = two_layers()
     nn.utils.parametrizations.weight_norm(model.q)
     with pytest.raises(
-        UnsupportedLayerError, match="'q': .*ParametrizedLinear has none of its own"
+        UnsupportedLayerError, match="'q': .*ParametrizedLinear has no weight of its own"
     ):
         started(fastlora, model, init_lora_weights="pissa")
     expected = model(X)
@@ -461,7 +461,9 @@ def test_other_kinds_of_layers(tmp_path: Path) -> None:
         assert not model.base_model.model.embed.lora_embedding_A["default"].any()
         assert base_weight(model.base_model.model.embed).equal(base.embed.weight)
         fields["target_modules"] = ["conv"]
-        with pytest.raises(UnsupportedLayerError, match=f"'conv'.*'{init}' is for linear layers"):
+        with pytest.raises(
+            UnsupportedLayerError, match=f"'conv'.*'{init}' supports only linear layers"
+        ):
             started(fastlora, copy.deepcopy(base), **fields)
         with pytest.raises(ValueError, match="Unknown initialization"):
             started(peft, copy.deepcopy(base), **fields)

@@ -92,7 +92,7 @@ def test_copies_and_unpatch() -> None:
     assert [type(m) for m in model.modules()] == classes
     assert all(torch.equal(t, state[n]) for n, t in model.state_dict().items())
     assert fastlora.fusion_report(model).fused == 0
-    assert "fastlora.patch(model) fuses it" in str(fastlora.fusion_report(model))
+    assert "call fastlora.patch(model) to fuse it" in str(fastlora.fusion_report(model))
 
 
 def test_scalings_of_a_patched_model() -> None:
@@ -134,7 +134,7 @@ def test_a_layer_whose_class_has_changed_is_not_unpatched() -> None:
     fastlora.patch(model)
     layers = [m for m in model.modules() if isinstance(m, LoraLayer)]
     layers[-1].__class__ = type("Changed", (type(layers[-1]),), {})
-    with pytest.raises(UnsupportedLayerError, match="Changed by now, over FastPeftLinear"):
+    with pytest.raises(UnsupportedLayerError, match="to Changed, based on FastPeftLinear"):
         fastlora.unpatch(model)
     assert all(type(layer.scaling).__name__ == "Scalings" for layer in layers)
 
@@ -151,7 +151,7 @@ def hook(model: Any) -> None:
     [
         ({"use_dora": True}, None, 6, None),
         ({"use_dora": True}, hook, 5, "its base layer has forward hooks"),
-        ({"target_modules": ["q_proj", "embed_tokens"]}, None, 2, "PEFT's Embedding layer"),
+        ({"target_modules": ["q_proj", "embed_tokens"]}, None, 2, "PEFT Embedding layer"),
         ({}, hook, 5, "its base layer has forward hooks"),
         ({"lora_dropout": 0.1, "lora_bias": True}, None, 6, None),
     ],
@@ -177,7 +177,7 @@ def test_what_is_not_fused_says_why(
 
 def test_nothing_to_patch() -> None:
     """A model without PEFT layers is refused and named."""
-    with pytest.raises(UnsupportedLayerError, match="got a TwoLayers without any"):
+    with pytest.raises(UnsupportedLayerError, match="this TwoLayers has none"):
         fastlora.patch(TwoLayers())
     fastlora.unpatch(nn.Linear(2, 2))  # harmless
 

@@ -156,18 +156,18 @@ def refused(model: Any, x: torch.Tensor, ids: Sequence[str | None] | None, match
 def test_refusals_of_mixed_batches(lab: Any) -> None:
     model, x = build(lab, torch.float32, (8, 16)), lab.rand(2, 48)
     ids = ["a0", "a1"]
-    layer = r"FastLoraLinear over FastLoraLinear \(48 to 64 features\) cannot run in the batch-inv"
-    refused(model, x, ids, f"{layer}.*choose their tiles by the batch")
+    layer = r"FastLoraLinear over FastLoraLinear \(48 to 64 features\) cannot run in batch-inv"
+    refused(model, x, ids, f"{layer}.*choose their tiles by batch")
     with torch.no_grad():
         with torch.autocast(lab.device.type, torch.bfloat16):
-            refused(model, x, ids, "autocast is on; give the model the dtype torch.bfloat16")
-        refused(model.train(), x, ids, "choose their tiles by the batch")
+            refused(model, x, ids, "autocast is on; convert the model to torch.bfloat16")
+        refused(model.train(), x, ids, "choose their tiles by batch")
         hook = model.base_model.model.gate.lora_A["a0"].register_forward_hook(lambda *_: None)
-        refused(model.eval(), x, ids, "a factor that is hooked")
+        refused(model.eval(), x, ids, "a factor that has hooks")
         hook.remove()
-        refused(model.double(), x.double(), ids, "the kernels take fp16, bf16 and fp32")
+        refused(model.double(), x.double(), ids, "the kernels support fp16, bf16 and fp32")
         use_impl(model.float(), "eager")
-        refused(model, x, ids, "impl='eager' cannot run in the batch-invariant mode")
+        refused(model, x, ids, "impl='eager' cannot run in batch-invariant mode")
         with fastlora.adapters(model, ids):
             assert model(x).isfinite().all()
 
@@ -176,12 +176,17 @@ def test_refusals_of_one_adapter(lab: Any) -> None:
     config = fastlora.LoraConfig(r=4, target_modules=["gate"], lora_dropout=0.5)
     model = fastlora.get_peft_model(Gated(48, 64, called=False).to(lab.device), config)
     x = lab.rand(2, 48)
-    refused(model.train(), x, None, "dropout_p=0.5 cannot act .* its place in the batch")
+    refused(model.train(), x, None, "dropout_p=0.5 is not supported .* its position in the batch")
     model.eval()
     with model.disable_adapter():
-        refused(model, x, None, "no adapter acts on it: give base rows None in fastlora.adapters")
+        refused(
+            model,
+            x,
+            None,
+            "no adapter is active; for rows without an adapter, pass None in fastlora.adapters",
+        )
     hook = model.base_model.model.gate.lora_A["default"].register_forward_hook(lambda *_: None)
-    refused(model, x, None, "a factor that is hooked")
+    refused(model, x, None, "a factor with hooks")
     hook.remove()
 
 

@@ -104,7 +104,7 @@ def test_one_shrink_and_one_gradient_pass_for_siblings(training: bool) -> None:
     check(torch.compile(model, backend=graphs.backend, fullgraph=True), model, x)
     assert graphs.launched() == SHARED
     assert graph_count() == 1
-    assert notes(model) == ["3 share x"] * 3 + ["none"] + ["2 share x"] * 2 + ["none"]
+    assert notes(model) == ["3 layers share x"] * 3 + ["none"] + ["2 layers share x"] * 2 + ["none"]
 
 
 def test_unseen_siblings_stay_apart_and_later_forwards_change_no_graph() -> None:
@@ -113,7 +113,7 @@ def test_unseen_siblings_stay_apart_and_later_forwards_change_no_graph() -> None
     compiled = torch.compile(model, backend=graphs.backend, fullgraph=True)
     expected = gradients(compiled, model, x)
     assert graphs.launched() == [([], []), ([], [1] * 7)]
-    assert notes(model) == ["not shared: no forward was seen before torch.compile"] * len(RANKS)
+    assert notes(model) == ["not shared: no forward pass ran before torch.compile"] * len(RANKS)
     for _ in range(2):
         gradients(model, model, x)
     for mine, plain in zip(gradients(compiled, model, x), expected, strict=True):
@@ -145,9 +145,9 @@ def dora(*layers: Any) -> None:
 
 
 APART = {
-    "frozen": (frozen, "one of them is frozen"),
-    "hooked": (hooked, "they have different implementations"),
-    "dora": (dora, "one of them is DoRA"),
+    "frozen": (frozen, "a layer is frozen"),
+    "hooked": (hooked, "the layers have different implementations"),
+    "dora": (dora, "a layer uses DoRA"),
 }
 
 
@@ -157,8 +157,8 @@ def test_siblings_that_cannot_share(change: str) -> None:
     """Two that are left share; one that is left does not, and the report says why."""
     alter, why = APART[change]
     for names, expected, note in (
-        (["v"], [2, 2], "3 share x"),
-        (["k", "v"], [2], f"3, not shared: of its siblings, {why}"),
+        (["v"], [2, 2], "3 layers share x"),
+        (["k", "v"], [2], f"3 layers, not shared: in its group, {why}"),
     ):
         model, x, graphs = Block(), inputs(2, 9), Launched()
         model(x)

@@ -113,7 +113,7 @@ def test_ids_that_nobody_checked(lab: Any, dtype: torch.dtype) -> None:
         assert gradient.isfinite().all(), name
         assert bool(gradient.any()) == (".a0." in name), name
     first.check_ids()
-    with pytest.raises(AdapterNotFoundError, match="out of range.*came out NaN"):
+    with pytest.raises(AdapterNotFoundError, match="out of range.*outputs of its rows are NaN"):
         tuner.group.unchecked.check()
     tuner.group.unchecked.check()  # said once
     use_impl(model, "eager")
@@ -127,7 +127,10 @@ def test_what_kernels_cannot_take_is_said() -> None:
     model = trainable(2, torch.float32)
     layer, x = model.base_model.model.q, torch.randn(2, 64)
     layer.lora_B["a1"].half()
-    with adapters(model, ["a0", "a1"]), pytest.raises(ImplementationError, match="than one dtype"):
+    with (
+        adapters(model, ["a0", "a1"]),
+        pytest.raises(ImplementationError, match="different dtypes"),
+    ):
         layer(x)
     layer.impl = "eager"
     with adapters(model, ["a0", "a1"]):
@@ -142,7 +145,7 @@ def test_what_kernels_cannot_take_is_said() -> None:
         layer(x)
     model.float()
     hook = layer.lora_A["a0"].register_forward_hook(lambda *_: None)
-    with adapters(model, ["a0", "a1"]), pytest.raises(UnsupportedLayerError, match="is hooked"):
+    with adapters(model, ["a0", "a1"]), pytest.raises(UnsupportedLayerError, match="with hooks"):
         layer(x)
     hook.remove()
     model.double()
@@ -164,5 +167,5 @@ def test_a_hooked_factor_is_not_run_in_pytorch_instead(
     x = torch.randn(2, 8, device=lab.device)
     assert model(x).isfinite().all()
     layer.impl = "triton"
-    with pytest.raises(ImplementationError, match="'default' has a factor that is hooked"):
+    with pytest.raises(ImplementationError, match="'default' has a factor with hooks"):
         model(x)

@@ -145,7 +145,7 @@ def test_what_is_not_shared(launches: Any) -> None:
     launches.clear()
     step(model, x, names)
     assert launches.of("mixed_shrink") == [2, 1, 1]
-    assert notes(model)[1] == "3, not shared: under dropout each of them masks x for itself"
+    assert notes(model)[1] == "3 layers, not shared: with dropout, each layer masks x separately"
     layers.q.impl = layers.k.impl = "eager"
     layers.k.eval()
     launches.clear()
@@ -251,7 +251,7 @@ def test_compiled(launches: Any, autocast: bool) -> None:
             exact = run(copy.deepcopy(slow).double(), x.double(), names)
             compare(found, yardstick(functools.partial(run, slow, x, names), exact), exact)
     assert counters["stats"]["unique_graphs"] == 1
-    assert all(note.endswith("3 share x") for note in notes(model)[:3])
+    assert all(note.endswith("3 layers share x") for note in notes(model)[:3])
 
 
 def test_compiled_with_factors_of_several_dtypes(launches: Any) -> None:

@@ -97,7 +97,7 @@ def test_values_and_every_gradient(launches: Any, kind: str) -> None:
     else:
         check(block, x, found, autocast)
     notes = [row.siblings for row in fastlora.fusion_report(block).rows]
-    assert notes == ["3 share x"] * 3 + ["none"]
+    assert notes == ["3 layers share x"] * 3 + ["none"]
 
 
 def test_what_is_saved() -> None:

@@ -258,7 +258,7 @@ def test_a_checkpoint_repeats_what_it_did(use_reentrant: bool) -> None:
     check(model, x, found)
     assert "activation checkpointing" in fastlora.fusion_report(model).rows[0].siblings
     model(x)
-    assert "3 share x" in fastlora.fusion_report(model).rows[0].siblings
+    assert "3 layers share x" in fastlora.fusion_report(model).rows[0].siblings
 
 
 def test_a_reentrant_checkpoint_repeats_its_masks() -> None:

@@ -225,7 +225,7 @@ def test_what_is_refused() -> None:
         in_features = out_features = 4
 
     wrapper = FastLoraWrapper(Opaque())
-    with pytest.raises(UnsupportedLayerError, match="that of a Opaque is missing"):
+    with pytest.raises(UnsupportedLayerError, match="the weight of this Opaque is missing"):
         wrapper.add_adapter("a", use_dora=True)
     assert not wrapper.lora_A and not wrapper.r
 

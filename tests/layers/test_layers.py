@@ -90,7 +90,7 @@ def test_another_adapter_ends_a_merge() -> None:
     layer.add_adapter("other", r=2)
     weight = layer.weight.clone()
     layer.merge()
-    with pytest.warns(UserWarning, match="unmerges the adapters merged so far"):
+    with pytest.warns(UserWarning, match="unmerges the adapters that are currently merged"):
         layer.set_adapter("other")
     assert torch.equal(layer.weight, weight) and layer.active_adapters == ["other"]
     layer.merge()

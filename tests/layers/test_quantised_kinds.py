@@ -108,10 +108,13 @@ def _subclassed(module: Any) -> None:
 
 # Of an NF4 layer: what is done to it, and what is said.
 CALLED: dict[str, tuple[Callable[[Any], None], str]] = {
-    "unknown quant type": (_with_state(quant_type="af4"), "quant_type is 'af4', not nf4 or fp4"),
+    "unknown quant type": (
+        _with_state(quant_type="af4"),
+        "quant_type is 'af4', expected 'nf4' or 'fp4'",
+    ),
     "state elsewhere": (
         _with_state(absmax=lambda t: t.to("meta")),
-        "quant_state.absmax is on meta, and the codes on cpu",
+        "quant_state.absmax is on meta, but the codes are on cpu",
     ),
     "other dtype": (
         _with_state(absmax=lambda t: t.half()),
@@ -120,19 +123,22 @@ CALLED: dict[str, tuple[Callable[[Any], None], str]] = {
     "other size": (_with_state(absmax=lambda t: t[1:]), "absmax has 95 elements .* expected 96"),
     "other shape": (
         _with_state(shape=torch.Size([128, 48])),
-        r"quant_state.shape is \(128, 48\), not \(48, 128\)",
+        r"quant_state.shape is \(128, 48\), expected \(48, 128\)",
     ),
-    "block size": (_with_state(blocksize=48), "blocks of 48 weights do not divide its 128"),
-    "small blocks": (_with_state(blocksize=8), "blocks are of 8 weights, and kernels read 16"),
+    "block size": (
+        _with_state(blocksize=48),
+        "block size of 48 is not a power of 2 that divides its 128",
+    ),
+    "small blocks": (_with_state(blocksize=8), "block size is 8, but the kernels need at least 16"),
     "a field that moved": (_without_code, r"bitsandbytes [\d.]+: .*no attribute 'code'"),
     "another table": (
         _with_state(code=lambda t: t.flip(0)),
-        r"bitsandbytes [\d.]+: the codes of a Params4bit mean something else than here",
+        r"bitsandbytes [\d.]+: the codes of a Params4bit do not have the meaning that fastlora",
     ),
-    "within a word": (_unaligned, "codes of its base weight begin within a word of 4 bytes"),
+    "within a word": (_unaligned, "codes of its base weight are not aligned to 4 bytes"),
     "hook": (_hooked, "its base layer has forward hooks"),
     "forward": (_replaced, "its base layer's forward was replaced"),
-    "subclass": (_subclassed, "its base layer is Own, called as it is"),
+    "subclass": (_subclassed, "its base layer is Own, which runs unchanged"),
 }
 
 
@@ -162,19 +168,19 @@ def test_other_layers_that_are_called() -> None:
     """Not quantised yet, no compute dtype yet, blocks over rows, int8 with x, made in inference."""
     bitsandbytes = _library("bitsandbytes").nn
     raw = layer_over(bitsandbytes.Linear4bit(128, 48, compute_dtype=torch.float32))
-    assert "not quantised yet" in why_called(raw) and "model.to(device)" in why_called(raw)
+    assert "not quantized yet" in why_called(raw) and "model.to(device)" in why_called(raw)
 
     unset = layer_over(bitsandbytes.Linear4bit(128, 48, compute_dtype=None).to("cpu"))
-    assert "at its first forward" in why_called(unset)
+    assert "in its first forward pass" in why_called(unset)
     unset.train()(torch.randn(2, 128))
     assert why_called(unset) == ""
     assert sibling_base(unset).weight.dtype is torch.float32  # type: ignore[union-attr]  # there
 
     odd = layer_over(quantise(nn.Linear(96, 48), "nf4"))
-    assert "blocks of 64 weights do not divide its 96 in_features" in why_called(odd)
+    assert "block size of 64 is not a power of 2 that divides its 96 in_features" in why_called(odd)
 
     eight: Any = quantise(nn.Linear(128, 48), "int8")
-    assert "rounds x to int8 too" in why_called(layer_over(eight))
+    assert "also rounds x to int8" in why_called(layer_over(eight))
     eight.state.threshold = 6.0
     assert "columns with values above 6.0" in why_called(layer_over(eight))
 
@@ -212,7 +218,7 @@ def test_what_was_found_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(first, CodedWeight)
     for _ in range(3):
         assert found(torch.float16) is first is found(None)
-        assert "computes in torch.float16, and gets x in torch.float32" in found(torch.float32)
+        assert "computes in torch.float16, but x has dtype torch.float32" in found(torch.float32)
     assert seen == ["coded"] * 2
     module.weight.quant_state.absmax.mul_(2)
     assert found(torch.float16) is not first
@@ -220,7 +226,7 @@ def test_what_was_found_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 
     conv = pytest.importorskip("transformers.pytorch_utils").Conv1D(48, 128)
     for _ in range(3):
-        assert kept.find(conv, torch.float32) == "its base layer is Conv1D, called as it is"
+        assert kept.find(conv, torch.float32) == "its base layer is Conv1D, which runs unchanged"
     assert seen[3:] == ["why_not_plain"]
     assert isinstance(found(torch.float16), CodedWeight)
 
@@ -274,18 +280,21 @@ def test_weights_of_torchao_that_are_called() -> None:
     """Of which each says what is other about it."""
     library = _library("torchao.quantization")
     configs = {
-        "rounds x too": library.Int8DynamicActivationInt8WeightConfig(version=2),
-        r"a scale for each block of \[1, 32\]": library.Int8WeightOnlyConfig(
+        "also rounds x": library.Int8DynamicActivationInt8WeightConfig(version=2),
+        r"one scale per block of \[1, 32\]": library.Int8WeightOnlyConfig(
             version=2, granularity=library.PerGroup(32)
         ),
-        "IntxUnpackedToInt8Tensor of torchao, which no kernel": library.IntxWeightOnlyConfig(),
+        "torchao IntxUnpackedToInt8Tensor, which the kernels": library.IntxWeightOnlyConfig(),
     }
     for match, config in configs.items():
         module = nn.Linear(128, 48)
         library.quantize_(module, config)
         pytest.raises(ValueError, _raise, why_called(layer_over(module))).match(match)
     for change, match in (
-        (lambda w: setattr(w, "zero_point", torch.ones_like(w.zero_point)), "has zero points"),
+        (
+            lambda w: setattr(w, "zero_point", torch.ones_like(w.zero_point)),
+            "has nonzero zero points",
+        ),
         (lambda w: setattr(w, "scale", w.scale.half()), r"torchao [\d.+a-z]+: scale is torch.flo"),
         (lambda w: delattr(w, "block_size"), r"torchao [\d.+a-z]+: .*block_size"),
         (lambda w: setattr(w, "act_pre_scale", torch.ones(128)), "has an act_pre_scale"),
@@ -338,7 +347,8 @@ def test_hqq() -> None:
             if not results[1:]:
                 (row,) = fastlora.fusion_report(model).rows
                 assert (
-                    not row.fused and row.reason == "its base layer is HQQLinear, called as it is"
+                    not row.fused
+                    and row.reason == "its base layer is HQQLinear, which runs unchanged"
                 )
                 (status,) = model.get_layer_status()
                 assert status.module_type == "lora.HqqLoraLinear"
@@ -365,9 +375,9 @@ def test_the_report_of_a_4_bit_model() -> None:
     report = fastlora.fusion_report(ours)
     assert (report.fused, len(report.rows)) == (13, 14)
     assert {row.reads for row in report.rows if row.fused} == {"nf4 nested, float32"}
-    assert {report.runs_as(row) for row in report.rows} == {"its base layer, LoRA beside it"}
+    assert {report.runs_as(row) for row in report.rows} == {"base layer and separate LoRA"}
     text = str(report)
-    assert "13 of them have a quantised base, which kernels read" in text
+    assert "13 of them have a quantized base weight, which only the kernels read" in text
     assert "its base layer has forward hooks" in text and "nf4 nested" in text
     on_kernels = fastlora.FusionReport(report.rows, "triton", "")
     assert [on_kernels.runs_as(row) for row in report.rows].count("Triton kernels") == 13

@@ -168,7 +168,7 @@ def test_without_a_kept_copy_and_after_a_write(kind: str) -> None:
 
 
 def test_safe_merge_and_refusals_change_nothing() -> None:
-    """A factor that is not finite; a weight not quantised yet; a kind that nothing can make."""
+    """A factor that is not finite; a weight not quantized yet; a kind that nothing can make."""
     model = adapted("nf4")
     before = bits_of(model)
     with torch.no_grad():
@@ -184,7 +184,7 @@ def test_safe_merge_and_refusals_change_nothing() -> None:
     raw = One()
     raw.q = library.Linear4bit(K, N)
     early = fastlora.get_peft_model(raw, fastlora.LoraConfig(target_modules=["q"]))
-    with pytest.raises(UnsupportedLayerError, match=r"not quantised yet.*model\.to\(device\)"):
+    with pytest.raises(UnsupportedLayerError, match=r"not quantized yet.*model\.to\(device\)"):
         early.merge_adapter()
 
     library = pytest.importorskip("torchao.quantization")

@@ -343,7 +343,7 @@ def test_codes_that_were_repacked_before() -> None:
         assert not copies(model)
         assert "repacked" in why_called(model.base_model.model.gate)
         model.base_model.model.gate.lora_A["default"].weight.requires_grad_()
-        match = "repacked 4-bit weights .* load the base model anew"
+        match = "repacked 4-bit weights .* load the base model again"
         # Over a bias bitsandbytes raises in the end.
         with pytest.warns(UserWarning, match=match), contextlib.suppress(RuntimeError):
             model.train()(torch.randn(5, 64))

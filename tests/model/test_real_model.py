@@ -103,7 +103,7 @@ def test_generation_and_the_report(
     ours, theirs = twins(fresh_smollm2)
     report = fastlora.fusion_report(ours)
     assert len(report.rows) == report.fused == 210
-    assert str(report).startswith("210 of 210 LoRA layers are eligible for the fused call; ")
+    assert str(report).startswith("210 of 210 LoRA layers are eligible for the fused call, ")
     assert "*.down_proj (30)" in str(report)
     prompt = smollm2_tokenizer("The capital of France is", return_tensors="pt")
     arguments = {**prompt, "max_new_tokens": 8, "do_sample": False}

@@ -288,7 +288,7 @@ def test_scaled_embeddings_and_16_bits() -> None:
         ([-1], {}, ConfigError, "non-negative token ids, got -1"),
         ({}, {}, ConfigError, "must name at least one module"),
         ({"embed_tokens": 3}, {}, ConfigError, r"\['embed_tokens'\] must be a list"),
-        ([97], {}, ConfigError, "has 97, and the module 97 rows"),
+        ([97], {}, ConfigError, "contains 97, but the module has only 97 rows"),
         ({"embed_tokenz": [1]}, {}, TargetNotFoundError, "close names: embed_tokens"),
         ({"norm": [1]}, {}, UnsupportedLayerError, "needs an nn.Embedding or nn.Linear"),
         (
@@ -347,7 +347,7 @@ def test_files(tmp_path: Path) -> None:
 
     expected = logits(model).detach()
     assert_files_cross((model,), fresh, logits, expected, tmp_path, save_embedding_layers=True)
-    with pytest.raises(ConfigError, match="has 98, and the module 97 rows"):
+    with pytest.raises(ConfigError, match="contains 98, but the module has only 97 rows"):
         LoraModel.from_pretrained(tiny_llama(), tmp_path / "saved0")
     model.load_adapter(tmp_path / "saved0", "default")
     other = train_rows(get_peft_model(tiny_llama(), config([1, 2, 3])))

@@ -148,11 +148,11 @@ def test_bad_ids_are_named() -> None:
     for ids, m, error, message in (
         (torch.zeros(4), 4, TypeError, "torch.float32, expected integers"),
         (torch.zeros(4, dtype=torch.bool), 4, TypeError, "torch.bool"),
-        (torch.zeros(3, dtype=torch.int64), 4, ValueError, r"\(3,\), expected \[B\] with B divid"),
+        (torch.zeros(3, dtype=torch.int64), 4, ValueError, r"\(3,\), expected \[B\] where B divid"),
         (torch.zeros(2, 2, dtype=torch.int64), 4, ValueError, r"\(2, 2\)"),
         (torch.zeros(0, dtype=torch.int64), 4, ValueError, r"\(0,\)"),
     ):
         with pytest.raises(error, match=message):
             sort_rows(ids, m, 2)
-    with pytest.raises(ValueError, match="slots is -1"):
+    with pytest.raises(ValueError, match="slots must be 0 or more, got -1"):
         sort_rows(torch.zeros(1, dtype=torch.int64), 1, -1)

@@ -474,7 +474,7 @@ def test_samples_that_are_not_along_the_first_dimension_are_refused(saved: bool)
     torch.manual_seed(0)
     made = LoraConfig(r=2, target_modules=["w2"], modules_to_save=["w1"])
     model = with_adapters(base, dict.fromkeys(IDS, made)) if saved else ours(base)
-    match = r"layer 'inner.w1' got \[5, 2, 8\] in a batch with 2 adapter ids"
+    match = r"layer 'inner.w1' got an input of shape \[5, 2, 8\] in a batch with 2 adapter ids"
     with pytest.raises(ValueError, match=match), adapters(model, IDS):
         model(torch.randn(2, 5, D))
 
@@ -509,7 +509,7 @@ def test_blocks_that_end_out_of_order_show_nothing() -> None:
     first, second = adapters(model, IDS), adapters(model, IDS)
     first.__enter__()
     second.__enter__()
-    with pytest.raises(RuntimeError, match="reverse order"):
+    with pytest.raises(RuntimeError, match="in the reverse of the order"):
         first.__exit__(None, None, None)
     second.__exit__(None, None, None)
     refuses(model, "0.left.w1")

@@ -79,7 +79,7 @@ def test_ids_of_a_pool_fit_its_batch() -> None:
     )
     assert torch.equal(found, expected)
     for target in (model, None, 5):
-        with pytest.raises(TypeError, match="adapters.. takes a LoraModel.*AdapterPool"):
+        with pytest.raises(TypeError, match="adapters.. expects a LoraModel.*AdapterPool"):
             adapters(target, [None]).__enter__()
 
 
@@ -206,7 +206,7 @@ def test_blocks_that_end_out_of_order() -> None:
     first, second = adapters(model, ["b", "b"]), adapters(model, ["c", "c"])
     first.__enter__()
     second.__enter__()
-    with pytest.raises(RuntimeError, match="reverse order"):
+    with pytest.raises(RuntimeError, match="in the reverse of the order"):
         first.__exit__(None, None, None)
     torch.testing.assert_close(model(x), model(x, adapter_names=["c", "c"]))
     second.__exit__(None, None, None)
@@ -225,7 +225,7 @@ def test_a_merge_within_a_block() -> None:
         rows_of(model, x)
         layer.merge(adapter_names=["b"])
         for forward in (functools.partial(rows_of, model), model):
-            with pytest.raises(AdapterStateError, match=r"\['b'\] were merged .* within the block"):
+            with pytest.raises(AdapterStateError, match=r"\['b'\] were merged .* inside the block"):
                 forward(x)
         layer.unmerge()
         torch.testing.assert_close(rows_of(model, x), model(x, adapter_names=["b", "c"]))

@@ -151,7 +151,7 @@ def test_classifiers_over_the_last_token_share_a_batch(kind: str) -> None:
 # -------------------------------------------------------------------------------------- tables
 
 
-LONE = r"layer '{}' gets values made from the model's parameters alone"
+LONE = r"layer '{}' gets values computed from the model's parameters alone"
 
 
 class Relative(nn.Module):
@@ -255,7 +255,9 @@ def test_layers_that_compute_with_the_sequence_first_are_refused(kind: str) -> N
     if kind in ("LEDModel", "FSMTModel"):
         batch["decoder_input_ids"] = batch["input_ids"]
     for _ in range(2):
-        match = f"layer '{name}' is in a .*, which computes with the sequence"
+        match = (
+            f"layer '{name}' is inside a .*, which puts the sequence dimension before the samples"
+        )
         with pytest.raises(UnsupportedLayerError, match=match), adapters(model, IDS):
             model(**batch)
     model.set_adapter("a")
@@ -276,6 +278,8 @@ def test_the_head_behind_a_model_with_the_sequence_first_shares_a_batch() -> Non
 
 def test_the_message_says_how_rows_were_selected() -> None:
     model = ours(Head(OUT_OF_ORDER["samples exchanged"]))
-    match = REFUSED.format("w2") + " by a mask or an index, as an expert of a mixture does"
+    match = (
+        REFUSED.format("w2") + " with a mask or an index, as for an expert in a mixture of experts"
+    )
     with pytest.raises(UnsupportedLayerError, match=match), adapters(model, IDS):
         model(X)

@@ -95,21 +95,25 @@ class Bits4(Quantised):
         weight, state, (n, k) = self.weight, self.weight.quant_state, self.shape
         library, block = self.library(), state.blocksize
         if not self.base.compute_type_is_set:
-            raise NotCoded("bitsandbytes chooses what it computes in at its first forward")
+            raise NotCoded("bitsandbytes chooses its compute dtype in its first forward pass")
         if self._is_repacked():
-            raise NotCoded("an evaluation on the CPU has repacked its base weight for that")
+            raise NotCoded("an evaluation on the CPU has repacked its base weight")
         if state.quant_type not in ("nf4", "fp4"):
-            raise NotCoded(f"{library}: its quant_type is {state.quant_type!r}, not nf4 or fp4")
+            raise NotCoded(
+                f"{library}: quant_type is {state.quant_type!r}, expected 'nf4' or 'fp4'"
+            )
         if tuple(state.shape) != (n, k):
             raise NotCoded(
-                f"{library}: its quant_state.shape is {tuple(state.shape)}, not {(n, k)}"
+                f"{library}: quant_state.shape is {tuple(state.shape)}, expected {(n, k)}"
             )
         if not isinstance(block, int) or block <= 0 or block & (block - 1) or k % block:
-            raise NotCoded(f"blocks of {block} weights do not divide its {k} in_features")
+            raise NotCoded(
+                f"its block size of {block} is not a power of 2 that divides its {k} in_features"
+            )
         if block < 16:  # Kernels load words of 8 codes.
-            raise NotCoded(f"its blocks are of {block} weights, and kernels read 16 at least")
+            raise NotCoded(f"its block size is {block}, but the kernels need at least 16")
         if not weight.data.is_contiguous():
-            raise NotCoded(f"{library}: its codes have gaps")
+            raise NotCoded(f"{library}: its codes are not contiguous")
         # detach(), unlike `.data`, also counts writes to the parameter.
         codes, count = weight.detach().view(torch.uint8).view(-1), n * k // block
         own = functools.partial(check_part, like=codes, library=library)
@@ -118,7 +122,10 @@ class Bits4(Quantised):
         if state.nested:
             inner = state.state2
             if inner.blocksize != _NESTED_BLOCK:
-                raise NotCoded(f"{library}: quant_state.state2.blocksize is {inner.blocksize}")
+                raise NotCoded(
+                    f"{library}: quant_state.state2.blocksize is {inner.blocksize}, expected "
+                    f"{_NESTED_BLOCK}"
+                )
             kind = "table4_nested"
             parts: tuple[torch.Tensor, ...] = (
                 own("quant_state.absmax", state.absmax, dtypes=torch.uint8, count=count),
@@ -298,10 +305,8 @@ class Bits8(Quantised):
     def read(self, dtype: torch.dtype) -> tuple[Coded, tuple[torch.Tensor, ...]]:
         """Raise `NotCoded`: the module's product rounds x too, so no matrix can replace it."""
         threshold = getattr(self.base.state, "threshold", 0.0)
-        apart = f", but for columns with values above {threshold}" if threshold else ""
-        raise NotCoded(
-            f"bitsandbytes rounds x to int8 too{apart}: its base layer is called as it is"
-        )
+        apart = f", except for columns with values above {threshold}" if threshold else ""
+        raise NotCoded(f"bitsandbytes also rounds x to int8{apart}; its base layer runs unchanged")
 
     def dense(self) -> torch.Tensor:
         scales = self.scales.to(self.weight.device)

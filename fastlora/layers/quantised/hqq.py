@@ -42,6 +42,6 @@ class Hqq(Quantised):
     def check_writable(self) -> None:
         """Raise `UnsupportedLayerError`: a merge would need HQQ's solver with its settings."""
         raise UnsupportedLayerError(
-            f"cannot merge into {type(self.base).__name__}: HQQ quantises a weight by solving for "
-            "it; dequantise the base model first"
+            f"cannot merge into {type(self.base).__name__}: HQQ finds a weight's codes by "
+            "optimization; dequantize the base model first"
         )

@@ -76,7 +76,7 @@ class Quantised(Stored):
     @classmethod
     def matches(cls, module: object) -> bool:
         """Return whether a module's weight is of this kind."""
-        raise TypeError(f"{cls.__name__} lacks `matches`")
+        raise TypeError(f"{cls.__name__} must define `matches`")
 
     @property
     def dtype(self) -> torch.dtype:
@@ -110,7 +110,7 @@ class Quantised(Stored):
         Raises:
             NotCoded: Kernels cannot read the weight. The message gives the reason.
         """
-        raise NotCoded(f"its base layer is {type(self.base).__name__}, called as it is")
+        raise NotCoded(f"its base layer is {type(self.base).__name__}, which runs unchanged")
 
     def library(self) -> str:
         """Return the name and version of the library that quantized the weight."""
@@ -123,18 +123,18 @@ class Quantised(Stored):
 
     def lacks(self, error: AttributeError) -> str:
         """Return the fallback reason for a library's object that lacks a field."""
-        return f"{self.library()}: {error}; its base layer is called as it is"
+        return f"{self.library()}: {error}; its base layer runs unchanged"
 
     def coded(self, dtype: torch.dtype) -> CodedWeight | str:
         """Return the weight for kernels in ``dtype``, or why the module must be called."""
         if class_name(self.base) not in self.modules:
-            return f"its base layer is {type(self.base).__name__}, called as it is"
+            return f"its base layer is {type(self.base).__name__}, which runs unchanged"
         if self.codes().is_meta:
             return "its base weight is not loaded yet (it is on the meta device)"
         try:
             own = self.computes_in()
             if own is not None and own is not dtype:
-                return f"its base layer computes in {own}, and gets x in {dtype}"
+                return f"its base layer computes in {own}, but x has dtype {dtype}"
             coded, keeps = self.read(dtype)
         except NotCoded as error:
             return str(error)
@@ -142,7 +142,7 @@ class Quantised(Stored):
         except AttributeError as error:
             return self.lacks(error)
         if coded.codes.data_ptr() % 4:
-            return "the codes of its base weight begin within a word of 4 bytes"
+            return "the codes of its base weight are not aligned to 4 bytes"
         return CodedWeight(coded, self.maker(dtype), dtype, keeps)
 
     @property
@@ -300,13 +300,16 @@ def check_part(
     if not isinstance(part, torch.Tensor) or part.dtype not in wanted:
         found = part.dtype if isinstance(part, torch.Tensor) else type(part).__name__
         names = " or ".join(map(str, wanted))
-        raise NotCoded(f"{library}: {name} is {found}, expected {names}; called as it is")
+        raise NotCoded(
+            f"{library}: {name} is {found}, expected {names}; the base layer runs unchanged"
+        )
     if part.device != like.device:
-        raise NotCoded(f"{library}: {name} is on {part.device}, and the codes on {like.device}")
+        raise NotCoded(f"{library}: {name} is on {part.device}, but the codes are on {like.device}")
     if part.numel() != count or not part.is_contiguous():
         raise NotCoded(
-            f"{library}: {name} has {part.numel()} elements in {tuple(part.shape)} with strides "
-            f"{part.stride()}, expected {count} side by side; called as it is"
+            f"{library}: {name} has {part.numel()} elements of shape {tuple(part.shape)} with "
+            f"strides {part.stride()}, expected {count} contiguous elements; the base layer runs "
+            "unchanged"
         )
     return part
 
@@ -327,14 +330,15 @@ def check_decoding(decoded: torch.Tensor, rows: torch.Tensor, library: str, what
     error = float(((decoded - rows).abs().max() / scale).nan_to_num(math.inf))
     if error > 1e-5:
         raise NotCoded(
-            f"{library}: the codes of a {what} mean something else than here (they differ by "
-            f"{error:.2g} of the largest value); called as it is"
+            f"{library}: the codes of a {what} do not have the meaning that fastlora expects "
+            f"(decoded values differ by {error:.2g} of the largest value); the base layer runs "
+            "unchanged"
         )
 
 
 def not_quantised_yet(base: nn.Module) -> UnsupportedLayerError:
     """Return the error for a bitsandbytes layer with a weight that is not quantized yet."""
     return UnsupportedLayerError(
-        f"the weight of this {type(base).__name__} is not quantised yet: bitsandbytes does that "
-        "when the model moves to its device, so call model.to(device) first"
+        f"the weight of this {type(base).__name__} is not quantized yet. bitsandbytes quantizes "
+        "it when the model moves to its device; call model.to(device) first"
     )

@@ -145,9 +145,9 @@ def _library() -> Any:
 
 def _warn() -> None:
     warnings.warn(
-        "bitsandbytes has repacked 4-bit weights in an evaluation on the CPU: through such a layer "
-        "its input gets no gradient, so adapters below it do not train, and its scales are rounded "
-        "to bf16. To train, load the base model anew and add adapters (or load them with "
-        "is_trainable=True, or patch the model) before it is evaluated",
+        "bitsandbytes repacked 4-bit weights during an evaluation on the CPU. Repacked layers "
+        "pass no gradient to their input, so adapters below them do not train, and their scales "
+        "are rounded to bf16. To train, load the base model again and, before evaluating it, add "
+        "adapters (or load them with is_trainable=True, or patch the model)",
         stacklevel=3,
     )

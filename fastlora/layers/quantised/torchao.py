@@ -49,28 +49,31 @@ class TorchAO(Quantised):
         """
         weight, (n, k), name = self.weight, self.shape, type(self.weight).__name__
         if name not in _TORCHAO:
-            raise NotCoded(f"its base weight is a {name} of torchao, which no kernel here reads")
+            raise NotCoded(f"its base weight is a torchao {name}, which the kernels do not support")
         if weight.act_quant_kwargs is not None:
-            raise NotCoded("torchao rounds x too: its base layer is called as it is")
+            raise NotCoded("torchao also rounds x; its base layer runs unchanged")
         for field in ("act_pre_scale", "act_quant_scale", "act_quant_zero_point"):
             if getattr(weight, field, None) is not None:
-                raise NotCoded(f"its base weight, a {name} of torchao, has an {field}")
+                raise NotCoded(f"its base weight, a torchao {name}, has an {field}")
         block = [int(size) for size in weight.block_size]
         if block not in ([1, k], [n, k]):
             raise NotCoded(
-                f"its base weight, a {name} of torchao, has a scale for each block of {block}, "
-                "not for each row"
+                f"its base weight, a torchao {name}, has one scale per block of {block}, expected "
+                "one per row"
             )
         library, codes = self.library(), weight.qdata
         if codes.dtype not in _LOADERS or codes.shape != (n, k):
-            raise NotCoded(f"{library}: qdata is {codes.dtype} in {tuple(codes.shape)}")
+            raise NotCoded(
+                f"{library}: qdata has dtype {codes.dtype} and shape {tuple(codes.shape)}, which "
+                "the kernels do not support"
+            )
         own = functools.partial(check_part, like=codes, library=library)
         own("qdata", codes, dtypes=codes.dtype, count=n * k)
         count = 1 if block == [n, k] else n
         scale = own("scale", weight.scale, dtypes=torch.float32, count=count).view(-1)
         zero = getattr(weight, "zero_point", None)
         if zero is not None and bool(zero.any()):
-            raise NotCoded(f"its base weight, a {name} of torchao, has zero points")
+            raise NotCoded(f"its base weight, a torchao {name}, has nonzero zero points")
         if count < n:
             scale = scale.expand(n).contiguous()
         rows = slice(16)
@@ -107,8 +110,8 @@ class TorchAO(Quantised):
         """Raise `UnsupportedLayerError` for torchao classes that cannot be quantized again here."""
         if type(self.weight).__name__ not in _TORCHAO:
             raise UnsupportedLayerError(
-                f"cannot merge into a {type(self.weight).__name__} of torchao; expected one of "
-                f"{', '.join(_TORCHAO)}: dequantise the base model first"
+                f"cannot merge into a torchao {type(self.weight).__name__}, expected one of "
+                f"{', '.join(_TORCHAO)}; dequantize the base model first"
             )
 
     def write(self, dense: torch.Tensor) -> None:
@@ -189,8 +192,8 @@ def _granularity(weight: _TorchaoWeight, dense: torch.Tensor) -> Any:
     if block[0] == 1:
         return library.PerGroup(block[1])
     raise UnsupportedLayerError(
-        f"cannot merge into a {type(weight).__name__} in blocks of {block}; expected rows, groups "
-        "of columns, or one block: dequantise the base model first"
+        f"cannot merge into a {type(weight).__name__} with blocks of {block}, expected rows, "
+        "groups of columns, or one block; dequantize the base model first"
     )
 
 

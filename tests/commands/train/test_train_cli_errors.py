@@ -94,7 +94,7 @@ def test_data_that_the_model_cannot_take(fails: Any, given: Any, tmp_path: Path)
         ("adapters.a.init_from", "nowhere", "own config; leave out r"),
         ("adapters.x/y", {"data": "d"}, "an adapter cannot be called 'x/y'"),
         ("adapters.checkpoints", {"data": "d"}, "an adapter cannot be called 'checkpoints'"),
-        ("adapters.__base__", {"data": "d"}, "'__base__', which stands for the base model"),
+        ("adapters.__base__", {"data": "d"}, "'__base__', which selects the base model"),
         ("adapters.a.bias", "all", "'a' has bias='all': it trains the base model's biases"),
         (
             "adapters.a.init_lora_weights",
@@ -169,12 +169,12 @@ def test_dropout_needs_a_float(dtype: torch.dtype) -> None:
     base._parameters["bias"] = None
     x = torch.ones(3, 8).to(dtype)
     before = torch.get_rng_state()
-    with pytest.raises(TypeError, match=f"dropout cannot run in {dtype}; expected a floating"):
+    with pytest.raises(TypeError, match=f"dropout does not support {dtype}; expected a floating"):
         tuned(x)
     assert torch.equal(torch.get_rng_state(), before)
     with (
         fastlora.adapters(tuned, ["default"] * 3, seeds={"default": 1}),
-        pytest.raises(TypeError, match=f"dropout cannot run in {dtype}"),
+        pytest.raises(TypeError, match=f"dropout does not support {dtype}"),
     ):
         tuned(x)
 

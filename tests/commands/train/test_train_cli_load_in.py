@@ -178,7 +178,7 @@ def test_dry_run(
     size, scales = human_bytes(real.base_bytes), human_bytes(real.scale_bytes)
     assert f"base model {size} ({scales} of it scales), 2 adapters" in text
     assert f"one weight dequantised {human_bytes(128 * 64 * 2)}, activations " in text
-    assert "activations of an unknown size" not in text and "not quantised yet" not in text
+    assert "activations of an unknown size" not in text and "not quantized yet" not in text
     over = "that bitsandbytes has quantised; what kernels" if stored else "in 4bit"
     assert f"14 LoRA layers, over weights {over}" in text
     assert not (tmp_path / "out").exists()

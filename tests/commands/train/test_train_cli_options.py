@@ -185,7 +185,7 @@ def test_dry_run(
     assert f"r 2, alpha 4, dropout 0.1; {parameters:,} parameters on 14 modules" in text
     assert "steps       6 of 4 samples, in forwards of 2, 1 process" in text
     assert "a: 10 samples, 186 tokens, 128 with a loss" in text
-    assert "14 of 14 LoRA layers are eligible for the fused call; such calls run " in text
+    assert "14 of 14 LoRA layers are eligible for the fused call, which runs " in text
     assert f"base model {2 * (total - parameters) / 1024:.1f} KiB, 2 adapters of together" in text
     assert str(fastlora.recommend(total - parameters)) in text
     longest = re.search(r"KiB \(weights, gradients, AdamW\), activations ([\d.]+) KiB \(2 s", text)
