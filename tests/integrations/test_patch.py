@@ -95,6 +95,20 @@ def test_copies_and_unpatch() -> None:
     assert "call fastlora.patch(model) to fuse it" in str(fastlora.fusion_report(model))
 
 
+def test_equal_lines_of_the_report_fold() -> None:
+    """From two layers on; a line without an equal keeps the layer's full name."""
+    model = fastlora.get_peft_model(tiny_llama(), fastlora.LoraConfig(target_modules="all-linear"))
+    report = fastlora.fusion_report(model)
+    names = [line.split("  ")[0] for line in str(report).splitlines()[2:]]
+    assert len(report.rows) == 14 and len(names) == 7
+    assert all(name.startswith("*.") and name.endswith(" (2)") for name in names)
+    layer = model.base_model.model.model.layers[1].mlp.up_proj
+    layer.lora_A["default"].register_forward_hook(lambda *_: None)
+    lines = str(fastlora.fusion_report(model)).splitlines()[2:]
+    apart = [line for line in lines if "has a factor with hooks" in line]
+    assert len(lines) == 8 and ".layers.1.mlp.up_proj" in apart[0].split("  ")[0]
+
+
 def test_scalings_of_a_patched_model() -> None:
     """Tensors beside them follow the layers' dtype; unpatched it has numbers."""
     model = peft_model()
