@@ -24,7 +24,7 @@ from fastlora.commands.options import Option, parse
 from fastlora.integrations.transformers import quiet_transformers
 from fastlora.model.config import LoraConfig
 from fastlora.model.targets import find_targets
-from fastlora.validation import FastLoraError
+from fastlora.validation import FastLoraError, install_command
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # A model keeps that many sets of adapters packed, each a copy of its factors.
@@ -212,7 +212,7 @@ def check_options(args: argparse.Namespace) -> None:
     missing = [n for n in ("transformers", "peft", "tqdm") if importlib.util.find_spec(n) is None]
     if missing:
         raise BenchError(
-            f"{' and '.join(missing)} not installed; pip install 'fastlora-triton[demo]'"
+            f"{' and '.join(missing)} not installed; install with: {install_command('demo')}"
         )
 
 

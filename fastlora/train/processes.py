@@ -15,11 +15,10 @@ from torch import nn
 
 from fastlora.sharding import is_sharded, several_processes
 from fastlora.train.losses import AdapterLosses
-from fastlora.validation import ConfigError, FastLoraError, near_names
+from fastlora.validation import ConfigError, FastLoraError, install_command, near_names
 
 T = TypeVar("T")
 
-INSTALL = "pip install 'fastlora-triton[train]'"
 # This key is used beside adapter names, which cannot contain a slash.
 _STOP = "/stop"
 
@@ -33,7 +32,7 @@ def needed(name: str, what: str = "training needs") -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise TrainError(f"{what} {name}; install it with: {INSTALL}") from error
+        raise TrainError(f"{what} {name}; install it with: {install_command('train')}") from error
 
 
 class Agreed(NamedTuple):

@@ -16,13 +16,13 @@ import torch
 from fastlora.layers.quantised import keep_layout
 from fastlora.model.recommend import QLORA
 from fastlora.train.config import TrainSettings
-from fastlora.train.processes import INSTALL, TrainError
-from fastlora.validation import ConfigError
+from fastlora.train.processes import TrainError
+from fastlora.validation import ConfigError, install_command
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_NEEDS = {"bitsandbytes": "pip install bitsandbytes", "accelerate": INSTALL}
+_NEEDS = {"bitsandbytes": "pip install bitsandbytes", "accelerate": install_command("train")}
 
 
 def dtype_of(settings: TrainSettings) -> str:

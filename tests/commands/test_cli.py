@@ -6,6 +6,7 @@ import argparse
 import importlib
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,45 @@ def test_wrong_usage_is_two(arguments: list[str], capsys: pytest.CaptureFixture[
         cli.main(arguments)
     assert caught.value.code == 2
     assert "usage: fastlora" in capsys.readouterr().err
+
+
+def test_the_list_of_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    """`fastlora` alone shows the help, which describes the tool and lists the main commands first.
+
+    The exit code is still that of wrong usage, because no command was given.
+    """
+    with pytest.raises(SystemExit) as caught:
+        cli.main([])
+    assert caught.value.code == 2
+    captured = capsys.readouterr()
+    alone = captured.err
+    assert not captured.out
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["--help"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out == alone
+    description = " ".join(alone.split("\n\n")[1].split())
+    assert description == (
+        "Train, serve, merge, and benchmark LoRA adapters in PEFT's format, with many adapters in "
+        "one batch."
+    )
+    listed = [line.split()[0] for line in alone.splitlines() if re.match(r" {4}\w", line)]
+    assert listed[:4] == ["train", "serve", "chat", "demo"]
+    assert set(listed[4:]) == {"doctor", "info", "inspect", "merge", "bench"}
+
+
+def test_unknown_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    """An error names the commands with a similar name, or says where the list is."""
+    messages = {
+        "trian": "unknown command 'trian'; close names: train",
+        "serv": "unknown command 'serv'; close names: serve",
+        "xxxxxx": "unknown command 'xxxxxx'; run `fastlora --help` for a list",
+    }
+    for command, message in messages.items():
+        with pytest.raises(SystemExit) as caught:
+            cli.main([command, "--steps", "5"])
+        assert caught.value.code == 2
+        assert capsys.readouterr().err.splitlines()[-1].startswith(f"fastlora: error: {message}")
 
 
 HELP = {  # some of what each command's help says

@@ -201,4 +201,4 @@ def test_help_needs_no_extra_and_running_names_it(
     assert ended.value.code == 0
     assert "--adapters" in capsys.readouterr().out
     error = error_of(capsys, "serve", "nowhere")
-    assert "serve needs uvicorn; install it with: pip install 'fastlora-triton[serve]'" in error
+    assert "serve needs uvicorn; install it with: pip install '.[serve]'" in error

@@ -89,7 +89,8 @@ def test_without_the_library(tmp_path: Path, monkeypatch: Any, name: str, module
     written(tmp_path, "folder/state.json", "{}")
     written(tmp_path, "a.parquet", "x")
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(DataError, match=rf"{name}: needs {module}; install it with: pip install '"):
+    message = rf"{name}: needs {module}; install it with: pip install '\.\[data\]' \(in a clone"
+    with pytest.raises(DataError, match=message):
         read_samples([tmp_path / name])
 
 

@@ -11,14 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fastlora.validation import FastLoraError
+from fastlora.validation import FastLoraError, install_command
 
 # .jsonl: one object per line. .json: a list of objects, or one object per line. .csv and .tsv: a
 # header line and rows.
 TABLES = (".jsonl", ".json", ".csv", ".tsv")
 TEXTS = (".txt", ".md")
 PARQUET = ".parquet"
-INSTALL = "pip install 'fastlora-triton[data]'"
 # Files that `datasets` writes beside Arrow files, for a single dataset and for several splits.
 _OF_A_SET, _OF_SPLITS = "state.json", "dataset_dict.json"
 
@@ -191,7 +190,8 @@ def _library(path: Path, name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise DataError(f"{path}: needs {name}; install it with: {INSTALL}") from error
+        install = install_command("data")
+        raise DataError(f"{path}: needs {name}; install it with: {install}") from error
 
 
 def _numbered(path: Path, entries: Sequence[Any]) -> list[tuple[Place, Any]]:
