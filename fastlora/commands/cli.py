@@ -90,6 +90,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = arguments != given
     if not debug:
         env.quiet_imports()
+    if not sys.stderr.isatty():
+        env.hide_library_progress_bars()
     try:
         for words, (module, _) in _PROGRAMS.items():
             if tuple(arguments[: len(words)]) == words:
@@ -321,7 +323,7 @@ def _merge(args: argparse.Namespace) -> int:
 
     step(f"merging {adapter}")
     adapted = LoraModel.from_pretrained(model, adapter)
-    merged: Any = adapted.merge_and_unload(progressbar=True, safe_merge=True)
+    merged: Any = adapted.merge_and_unload(progressbar=sys.stderr.isatty(), safe_merge=True)
     with new_folder(out) as partial:
         step(f"writing {out}")
         merged.save_pretrained(partial)

@@ -314,6 +314,13 @@ def trained(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path / "a"
 
 
+def test_no_progress_bars_in_a_pipe(base: Path, trained: Path, tmp_path: Path) -> None:
+    """Without a terminal, loading, merging, and saving a model print no bars."""
+    done = run("-m", "fastlora", "merge", base, trained, tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert "it/s]" not in done.stderr and "%|" not in done.stderr, done.stderr
+
+
 @pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
 def test_merge_is_pefts(base: Path, trained: Path, tmp_path: Path, dtype: str) -> None:
     out = tmp_path / "deep" / "out"
