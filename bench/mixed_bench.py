@@ -20,11 +20,12 @@ from torch import nn
 
 from fastlora.bench import measure, mixed_report
 from fastlora.bench.mixed_contest import Contest, Row
+from fastlora.command_line import install_command
 from fastlora.commands.options import Option, parse
 from fastlora.integrations.transformers import quiet_transformers
 from fastlora.model.config import LoraConfig
 from fastlora.model.targets import find_targets
-from fastlora.validation import FastLoraError, install_command
+from fastlora.validation import FastLoraError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # A model keeps that many sets of adapters packed, each a copy of its factors.

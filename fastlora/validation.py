@@ -92,14 +92,6 @@ def near_names(name: str, candidates: Iterable[str], limit: int = 5) -> str:
     return f"; close names: {', '.join(close)}" if close else ""
 
 
-def install_command(extra: str) -> str:
-    """Return the command that installs an extra of fastlora, for an error message.
-
-    There is no release on PyPI yet, so the command runs in a clone of the repository.
-    """
-    return f"pip install '.[{extra}]' (in a clone of fastlora)"
-
-
 def check_rank(r: object) -> int:
     """Return ``r`` if it is a positive integer. Raise `ConfigError` otherwise."""
     if isinstance(r, bool) or not isinstance(r, int) or r <= 0:

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from fastlora import env
+from fastlora.command_line import install_command
 from fastlora.commands.machine import devices, version
 from fastlora.commands.models import CommandError, load_base, step
-from fastlora.validation import FastLoraError, install_command, near_names
+from fastlora.validation import FastLoraError, near_names
 
 _DISTRIBUTIONS = {
     "fastlora": "fastlora-triton",
@@ -231,7 +232,7 @@ def _inspect(args: argparse.Namespace) -> int:
     shown = rows if len(rows) <= SHOWN_ROWS else folded(rows)
     print("\n".join(table([("module", *keys[1:]), *shown])))
     if len(shown) < len(rows):
-        print(f"\n{len(rows)} modules; --json lists each")
+        print(f"\n{len(rows)} modules; use --json to list them all")
     return 0
 
 
@@ -313,7 +314,7 @@ def _merge(args: argparse.Namespace) -> int:
     out = Path(args.out)
     # Run the cheap checks first, so that a typing error is reported before a large model loads.
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise CommandError(f"{out}: exists and is not an empty folder; expected a new one")
+        raise CommandError(f"{out}: already exists and is not an empty folder; choose a new folder")
     from fastlora.model.adapter_folder import inspect_adapter_folder
 
     adapter = inspect_adapter_folder(args.adapter).path
@@ -329,7 +330,7 @@ def _merge(args: argparse.Namespace) -> int:
         merged.save_pretrained(partial)
         copied = _copy_tokenizer(adapter, partial) or _copy_tokenizer(Path(args.base), partial)
         if not copied and not _save_tokenizer(args.base, partial):
-            step(f"no tokenizer found beside {args.base}; {out} has none")
+            step(f"no tokenizer found for {args.base}; {out} is saved without one")
     step("done")
     return 0
 

@@ -116,7 +116,7 @@ def run(args: argparse.Namespace) -> int:
         answers = [answer(model, tokenizer, prompt, columns) for prompt in prompts]
         _say(side_by_side([name or "base model" for name in columns], prompts, answers))
 
-        _heading("3  Saved in PEFT's format, loaded back with PEFT: one mixed batch in both")
+        _heading("3  Saved in PEFT's format and loaded with PEFT: one mixed batch in both")
         for path in sorted(args.out.glob("*/adapter_*")):
             _say(f"{path}  {path.stat().st_size:,} bytes")
         twin, agrees, text = load_in_peft(model, fresh_base, args.out, batch)
@@ -126,15 +126,17 @@ def run(args: argparse.Namespace) -> int:
         _say(str(fastlora.fusion_report(model)))
 
         first = next(iter(adapters))
-        _heading(f"5  {first} alone against PEFT: same weights, same batch, same process")
+        _heading(f"5  {first} alone, compared with PEFT: same weights, batch, and process")
         _say(compare(model, twin, first, batch, args.rounds, device))
 
-        _heading("6  Mixed batches against PEFT and against one adapter after another")
+        _heading("6  Mixed batches, compared with PEFT and with one adapter at a time")
         del model, twin, trained
         _say(mixed_table(fresh_base(), args.adapters, device))
     _say(f"\nwhole demo: {time.monotonic() - started:.0f} s")
     if not agrees:
-        sys.stderr.write("fastlora demo: the logits differ from PEFT's by more than rounding\n")
+        sys.stderr.write(
+            "fastlora demo: the logits differ from PEFT's by more than rounding error\n"
+        )
     return 0 if agrees else 1
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastlora import env
+from fastlora.command_line import install_command, parse_arguments
 from fastlora.commands.machine import (
     Findings,
     check_devices,
@@ -28,7 +29,7 @@ from fastlora.commands.machine import (
     devices,
     packages,
 )
-from fastlora.validation import CheckpointError, FastLoraError, install_command
+from fastlora.validation import CheckpointError, FastLoraError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -55,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="folder of an adapter (default: a new adapter on every linear layer)",
     )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
-    args = parser.parse_args(argv)
+    args = parse_arguments(parser, argv)
     if args.adapter is not None and args.model is None:
         parser.error("--adapter needs MODEL, the folder of the model that it belongs to")
     found = Findings()
@@ -197,7 +198,7 @@ def _lines(facts: dict[str, Any], report: FusionReport | None) -> Iterator[str]:
         yield f"{entry['device']:<8} {entry['implementation']:<8} {entry['why']}"
         if "arch" in entry:
             of = entry["tables"] or "none"
-            yield f"{'':<17} {entry['arch']}, {entry['processors']} processors; configs of {of}"
+            yield f"{'':<17} {entry['arch']}, {entry['processors']} processors; configs: {of}"
         if entry["trial"]:
             yield f"{'':<17} test launch: {entry['trial']}"
     yield ""

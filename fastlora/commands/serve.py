@@ -268,7 +268,7 @@ def build(args: argparse.Namespace) -> tuple[Any, list[str]]:
 
 def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return all arguments; raise `ConfigError` or `CommandError` if one is invalid."""
-    text = __doc__.split("\n")[0].partition(": ")[2]
+    text = "Serve a model and a folder of adapters with an OpenAI-compatible API."
     args = parse("fastlora serve", text, OPTIONS, argv)
     if not 0 <= args.port < 1 << 16:
         raise ConfigError(f"--port must be from 0 to 65535, got {args.port}")

@@ -113,6 +113,27 @@ def test_unknown_commands(capsys: pytest.CaptureFixture[str]) -> None:
         assert capsys.readouterr().err.splitlines()[-1].startswith(f"fastlora: error: {message}")
 
 
+@pytest.mark.parametrize(
+    ("command", "option", "close"),
+    [
+        ("train", "--stpes", "--steps"),
+        ("serve", "--prot=1", "--port"),
+        ("doctor", "--jsn", "--json"),
+    ],
+)
+def test_unknown_options(
+    command: str, option: str, close: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An error is one line, with close names and without the usage of all options."""
+    with pytest.raises(SystemExit) as caught:
+        cli.main([command, "folder", option])
+    assert caught.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    start = f"fastlora {command}: error: unrecognized arguments: {option}; close names: {close}"
+    assert line.startswith(start)
+    assert line.endswith(f"; run `fastlora {command} --help` for all options")
+
+
 HELP = {  # some of what each command's help says
     "": "doctor info inspect merge train bench demo Exit",
     "info": "--json",
@@ -266,7 +287,7 @@ def test_inspect_folds_modules_that_are_alike(
         ["*.v", "(13)", "lora", "2"],
         ["*.q", "(1)", "lora", "4"],
     ]
-    assert lines[-1] == "26 modules; --json lists each"
+    assert lines[-1] == "26 modules; use --json to list them all"
     assert cli.main(["inspect", "--json", str(tmp_path)]) == 0
     names = [m["name"] for m in json.loads(capsys.readouterr().out)["modules"]]
     assert names == [f"layers.{index}.{end}" for index in range(13) for end in "qv"]

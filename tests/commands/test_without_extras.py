@@ -57,7 +57,7 @@ def test_help_and_errors(tmp_path: Path) -> None:
     ]
     runs = {
         "training needs accelerate; install it with: pip install '.[train]'": train,
-        "YAML needs PyYAML: `pip install pyyaml`": ["train", str(tmp_path / "run.yaml")],
+        "reading YAML needs PyYAML: `pip install pyyaml`": ["train", str(tmp_path / "run.yaml")],
         "chat needs transformers; install it with: pip install '.[hf]'": [*("chat", base)],
         "serve needs ": ["serve", base],
         "demo needs transformers; install it with: pip install '.[demo]'": ["demo"],
