@@ -21,6 +21,7 @@ from torch import nn
 
 from fastlora.bench import measure, mixed_report
 from fastlora.bench.mixed_contest import Contest, Row
+from fastlora.command_line import install_command
 from fastlora.commands.options import Option, parse
 from fastlora.integrations.transformers import quiet_transformers
 from fastlora.model.config import LoraConfig
@@ -213,7 +214,7 @@ def check_options(args: argparse.Namespace) -> None:
     missing = [n for n in ("transformers", "peft", "tqdm") if importlib.util.find_spec(n) is None]
     if missing:
         raise BenchError(
-            f"{' and '.join(missing)} not installed; pip install 'fastlora-triton[demo]'"
+            f"{' and '.join(missing)} not installed; install with: {install_command('demo')}"
         )
 
 

@@ -82,6 +82,15 @@ def prepare_demo_process() -> None:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 
+def hide_library_progress_bars() -> None:
+    """Hide the progress bars of other libraries. Call this before those libraries are imported.
+
+    A variable that the user has set stays as it is.
+    """
+    for library in ("HF_HUB", "HF_DATASETS"):  # transformers follows the first
+        os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
+
+
 def quiet_imports() -> None:
     """Silence warnings that dependencies of transformers and PEFT emit when they are imported.
 

@@ -30,7 +30,7 @@ FORWARD_PATH = ("layers", "autograd", "routing", "ops", "kernels")
 # Folders and files of the package from the ground up; an import may not go up.
 ORDER: tuple[tuple[str, ...], ...] = (
     ("env", "validation", "patterns", "weight_marks", "sharding", "coded_weight", "kernels"),
-    ("ops", "init"),
+    ("ops", "init", "command_line"),
     ("algebra", "routing", "autograd", "testing"),
     ("functional", "layers"),
     ("model",),

@@ -22,44 +22,44 @@ from fastlora.validation import CheckpointError, ConfigError, near_names
 
 BASE = "base"
 _HELP = """\
-/adapter NAME   the next answers are this adapter's; /adapter base: those of the base model
-/adapters       lists the adapters; a star marks the one that answers
-/compare        every adapter and the base model answer the next messages, in one batch; again: off
-/system TEXT    sets the system prompt, and begins a new conversation
-/reset          begins a new conversation
-/quit           ends; so does the end of the input"""
+/adapter NAME   answer with this adapter; /adapter base answers with the base model
+/adapters       list the adapters; a star marks the one that answers
+/compare        answer with every adapter and the base model, in one batch; repeat to turn it off
+/system TEXT    set the system prompt and start a new conversation
+/reset          start a new conversation
+/quit           quit; the end of the input also quits"""
 
 
 OPTIONS = (
     *models.OPTIONS,
     Option(
         "--adapter",
-        "a PEFT adapter folder, or a folder of such folders. Repeatable; the first answers",
+        "a PEFT adapter folder, or a folder of them; repeatable. The first adapter answers",
         metavar="[NAME=]DIR",
         more={"action": "append"},
     ),
     Option(
         "--prompt",
-        "ask this and end, without a dialogue. Repeatable, for one conversation",
+        "answer this prompt and quit; repeat for several turns of one conversation",
         metavar="TEXT",
         more={"action": "append"},
     ),
-    Option("--compare", "every adapter and the base model answer", False),
+    Option("--compare", "answer with every adapter and with the base model", False),
     Option("--system", "system prompt", metavar="TEXT"),
     Option(
         "--plain",
-        "no chat template: each message is the beginning of a text, and nothing is remembered",
+        "continue each message as plain text, without a chat template or history",
         False,
     ),
-    Option("--max-new-tokens", "the most tokens of an answer", 256, 1),
-    Option("--temperature", "how freely tokens are drawn; 0 takes the likeliest", 0.7, 0),
+    Option("--max-new-tokens", "maximum number of tokens in an answer", 256, 1),
+    Option("--temperature", "sampling temperature; 0 always takes the most likely token", 0.7, 0),
     Option(
         "--top-p",
-        "draw from the likeliest tokens that together have probability P",
+        "sample from the most likely tokens with a total probability of P",
         0.9,
         metavar="P",
     ),
-    Option("--seed", "seed of what is drawn", 0),
+    Option("--seed", "random seed for sampling", 0),
 )
 
 
@@ -88,9 +88,14 @@ def adapter_folders(given: Sequence[str]) -> dict[str, Path]:
                 folders = {p.name: p for p in inner}
         for own, folder in folders.items():
             if not (folder / CONFIG_NAME).is_file():
-                raise CheckpointError(f"{folder}: no adapter; expected {CONFIG_NAME} in it")
+                raise CheckpointError(
+                    f"{folder}: not an adapter folder; expected {CONFIG_NAME} in it"
+                )
             if own in found or own == BASE:
-                raise ConfigError(f"--adapter {folder}: {own!r} is taken; give it as NAME={folder}")
+                raise ConfigError(
+                    f"--adapter {folder}: the name {own!r} is already in use; pass NAME={folder} "
+                    "to give this adapter another name"
+                )
             found[own] = folder
     return found
 
@@ -142,15 +147,15 @@ class Chat:
             self.choose(rest.strip())
         elif word == "/compare":
             self.compares = not self.compares
-            self._say(f"comparing is {'on' if self.compares else 'off'}")
+            self._say(f"comparison is {'on' if self.compares else 'off'}")
         elif word == "/system" and self.plain:
-            self._say("without a chat template a system prompt has no place")
+            self._say("a system prompt needs a chat template")
         elif word in ("/reset", "/system"):
             self.system = rest.strip() or None if word == "/system" else self.system
             self.messages = []
-            self._say("a new conversation")
+            self._say("started a new conversation")
         elif word.startswith("/"):
-            self._say(f"no command {word}\n{_HELP}")
+            self._say(f"unknown command {word}\n{_HELP}")
         elif word:
             self.ask(line.strip())
         return True
@@ -159,10 +164,12 @@ class Chat:
         """Let an adapter, or the base model, give the next answers; report an unknown name."""
         if name in self.names or name == BASE:
             self.speaker = name
-            self._say(f"{name} answers")
+            self._say(f"{name} answers now")
         else:
             known = [*self.names, BASE]
-            self._say(f"no adapter {name!r}; there are {', '.join(known)}{near_names(name, known)}")
+            self._say(
+                f"no adapter {name!r}; expected one of {', '.join(known)}{near_names(name, known)}"
+            )
 
     def ask(self, message: str) -> bool:
         """Answer a message: stream one answer, or show the answers of all adapters in turn.
@@ -217,12 +224,12 @@ class Chat:
             ids = self._ids()
         if room is not None and ids.shape[1] > room:
             self._say(
-                f"the message has {ids.shape[1]} tokens; the model takes {limit}, "
-                f"{self.sampling['max_new_tokens']} of them for the answer"
+                f"the message has {ids.shape[1]} tokens; the model supports {limit}, of which "
+                f"{self.sampling['max_new_tokens']} are reserved for the answer"
             )
             return None
         if forgotten:
-            self._say(f"(the first {forgotten} exchanges no longer fit, and are forgotten)")
+            self._say(f"(the first {forgotten} exchanges no longer fit and were removed)")
         return ids
 
     def _streamed(self, ids: torch.Tensor) -> str:
@@ -263,12 +270,12 @@ class Chat:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse ``argv``, run the dialogue, and return the exit code."""
-    text = "Talk to a model with its adapters, switch between them, or ask all at once."
+    text = "Chat with a model and its adapters: switch between them, or ask all of them at once."
     args = parse("fastlora chat", text, OPTIONS, argv)
     if args.prompt and not all(prompt.strip() for prompt in args.prompt):
-        raise ConfigError("--prompt is empty")
+        raise ConfigError("--prompt must not be empty")
     if not 0.0 < args.top_p <= 1.0:
-        raise ConfigError(f"--top-p must be above 0 and at most 1, got {args.top_p}")
+        raise ConfigError(f"--top-p must be greater than 0 and at most 1, got {args.top_p}")
     folders = adapter_folders(args.adapter or ())
     model, tokenizer = _load(args, folders)
     torch.manual_seed(args.seed)
@@ -287,7 +294,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     chat.compares = args.compare
     if args.system is not None and chat.plain:
         raise ConfigError(
-            "--system needs a chat template: without one a system prompt has no place"
+            "--system needs a chat template; remove it, or use a model that has a chat template"
         )
     if args.prompt:
         answered = [chat.ask(prompt) for prompt in args.prompt]
@@ -318,9 +325,11 @@ def _lines(chat: Chat) -> Iterator[str]:
         import readline  # noqa: F401 - arrow keys in input()
     terminal = sys.stdin.isatty()
     if terminal:
-        how = "each message begins a text" if chat.plain else "one conversation"
+        how = "each message is continued as plain text" if chat.plain else "one conversation"
         names = ", ".join([*chat.names, BASE])
-        sys.stdout.write(f"{chat.speaker} answers, of {names}; {how}. /help lists the commands.\n")
+        sys.stdout.write(
+            f"{chat.speaker} answers (available: {names}); {how}. Type /help for commands.\n"
+        )
     while True:
         try:
             yield input(f"{chat.speaker}> " if terminal else "")

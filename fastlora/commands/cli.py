@@ -11,14 +11,15 @@ import shutil
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 from fastlora import env
+from fastlora.command_line import install_command
 from fastlora.commands.machine import devices, version
 from fastlora.commands.models import CommandError, load_base, step
-from fastlora.validation import FastLoraError
+from fastlora.validation import FastLoraError, near_names
 
 _DISTRIBUTIONS = {
     "fastlora": "fastlora-triton",
@@ -28,31 +29,34 @@ _DISTRIBUTIONS = {
     "transformers": "transformers",
     "peft": "peft",
 }
-# Commands that parse their own arguments, each with its module and its text in the list of
-# commands.
+# Commands that parse their own arguments: their module, and their line in the list of commands. The
+# list shows the commands in this order, and the other commands after them.
 _PROGRAMS = {
-    ("train",): ("fastlora.train.command", "train adapters together, each on its own data"),
-    ("doctor",): (
-        "fastlora.commands.doctor",
-        "what is wrong here, what of a model will be fused",
+    ("train",): (
+        "fastlora.train.command",
+        "train several adapters in one run, each on its own data",
     ),
-    ("chat",): ("fastlora.commands.chat", "talk to a model with its adapters"),
     ("serve",): (
         "fastlora.commands.serve",
-        "an OpenAI-compatible server with a folder of adapters (own options: serve --help)",
+        "serve a model and a folder of adapters with an OpenAI-compatible API",
     ),
+    ("chat",): ("fastlora.commands.chat", "chat with a model and its adapters"),
     ("demo",): (
         "fastlora.commands.demo",
-        "train three adapters on a small model, compare with PEFT",
+        "train three adapters on a small model and compare them with PEFT",
+    ),
+    ("doctor",): (
+        "fastlora.commands.doctor",
+        "check this installation, and show which layers of a model will be fused",
     ),
     ("bench", "mixed"): (
         "fastlora.bench.mixed_bench",
-        "batches of many adapters, against PEFT",
+        "compare batches that use many adapters with PEFT",
     ),
     ("bench", "kernels"): (
         "fastlora.bench.kernels_bench",
-        "one linear, or a function of yours, on a GPU; without one what compiled code says and a "
-        "prediction",
+        "time one linear layer, or your own function, on a GPU; without a GPU, analyze the "
+        "compiled code and predict the time",
     ),
 }
 # The extra that installs the libraries of a command.
@@ -87,6 +91,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = arguments != given
     if not debug:
         env.quiet_imports()
+    if not sys.stderr.isatty():
+        env.hide_library_progress_bars()
     try:
         for words, (module, _) in _PROGRAMS.items():
             if tuple(arguments[: len(words)]) == words:
@@ -94,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     env.prepare_demo_process()
                 run: int = importlib.import_module(module).main(arguments[len(words) :])
                 return run
-        args = _parser().parse_args(arguments)
+        args = _parsed(arguments)
         code: int = args.run(args)
         return code
     except (FastLoraError, OSError, ImportError) as error:
@@ -103,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             message = " ".join(str(error).split()) or type(error).__name__
             if isinstance(error, ModuleNotFoundError) and arguments[0] in _EXTRAS:
-                install = f"pip install 'fastlora-triton[{_EXTRAS[arguments[0]]}]'"
+                install = install_command(_EXTRAS[arguments[0]])
                 message = f"{arguments[0]} needs {error.name}; install it with: {install}"
             print(f"fastlora: error: {message}", file=sys.stderr)
         return 1
@@ -112,63 +118,83 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 128 + getattr(error, "signal", signal.SIGINT)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
+    """Return the parsed arguments; exit with help or close names if the command is not known."""
+    parser, commands = _parser()
+    if not arguments:
+        parser.print_help(sys.stderr)
+        parser.exit(2)
+    command = arguments[0]
+    if command not in commands and not command.startswith("-"):
+        close = near_names(command, commands)
+        parser.error(f"unknown command {command!r}{close or '; run `fastlora --help` for a list'}")
+    return parser.parse_args(arguments)
+
+
+def _parser() -> tuple[argparse.ArgumentParser, Collection[str]]:
+    """Return the parser of all commands, and their names."""
     parser = argparse.ArgumentParser(
         prog="fastlora",
-        description="Low-rank adapters in PEFT's format: look at them, merge them, try them.",
-        epilog="`fastlora COMMAND --help` describes a command. Exit codes: 0 done, 1 error, "
-        "2 wrong usage, 130 or 143 interrupted by SIGINT or SIGTERM.",
+        description="Train, serve, merge, and benchmark LoRA adapters in PEFT's format, with many "
+        "adapters in one batch.",
+        epilog="Run `fastlora COMMAND --help` for the options of a command. Exit codes: 0 success, "
+        "1 error, 2 wrong usage, 130 or 143 interrupted by SIGINT or SIGTERM.",
     )
     own = f"fastlora {version('fastlora-triton') or '(not installed)'}"
     parser.add_argument("--version", action="version", version=own)
-    parser.add_argument("--debug", action="store_true", help="show tracebacks of errors")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for words, (_, text) in _PROGRAMS.items():
+        if len(words) == 1:
+            commands.add_parser(words[0], help=text, add_help=False)
 
     info = commands.add_parser(
         "info",
-        help="versions, devices, and which implementation would run on each, and why",
-        description="Prints versions, devices, and which implementation would run on each.",
+        help="show versions, devices, and the implementation for each device",
+        description="Prints versions, devices, and which implementation would run on each device, "
+        "with the reason.",
     )
     info.set_defaults(run=_info)
 
     inspect = commands.add_parser(
         "inspect",
-        help="what an adapter folder holds",
-        description="Checks an adapter folder and prints rank, scaling, targets, parameters, bytes "
-        "and a table of its modules. No tensor is loaded.",
+        help="show the contents of an adapter folder",
+        description="Checks an adapter folder and prints its rank, scaling, targets, parameters, "
+        "bytes, and a table of its modules. Loads no tensors.",
     )
     inspect.add_argument("adapter", metavar="ADAPTER_DIR", help="a local PEFT adapter folder")
     inspect.set_defaults(run=_inspect)
 
     merge = commands.add_parser(
         "merge",
-        help="write a base model with an adapter merged into its weights",
+        help="merge an adapter into a base model and save the result",
         description="Loads a causal language model with transformers, merges an adapter into its "
-        "weights, and writes the result with the tokenizer. A failure leaves no OUT behind.",
+        "weights, and saves the merged model and the tokenizer. If it fails, OUT is not created.",
     )
-    merge.add_argument("base", metavar="BASE", help="folder or name of the base model")
+    merge.add_argument("base", metavar="BASE", help="folder or Hub name of the base model")
     merge.add_argument("adapter", metavar="ADAPTER", help="a local PEFT adapter folder")
-    merge.add_argument("out", metavar="OUT", help="new (or empty) folder for the result")
+    merge.add_argument("out", metavar="OUT", help="new or empty folder for the merged model")
     merge.add_argument(
         "--dtype",
         choices=_DTYPES,
         default="auto",
-        help="dtype to load, merge and save in (default: auto, the base model's own)",
+        help="dtype to load, merge, and save in (default: auto, the dtype of the base model)",
     )
     merge.set_defaults(run=_merge)
 
     for command in (info, inspect):
-        command.add_argument("--json", action="store_true", help="print JSON")
+        command.add_argument("--json", action="store_true", help="print the result as JSON")
     bench = commands.add_parser(
         "bench",
-        help="measure on a model, or a linear, of yours",
-        description="Measures on a model, or a linear, of yours, in one process with others.",
+        help="benchmark your model or one linear layer",
+        description="Benchmarks your model or one linear layer against other implementations, in "
+        "one process.",
     )
     kinds = bench.add_subparsers(dest="kind", metavar="KIND", required=True)
     for words, (_, text) in _PROGRAMS.items():
-        group = kinds if words[0] == "bench" else commands
-        group.add_parser(words[-1], help=text, add_help=False)
-    return parser
+        if words[0] == "bench":
+            kinds.add_parser(words[-1], help=text, add_help=False)
+    return parser, commands.choices
 
 
 def _info(args: argparse.Namespace) -> int:
@@ -206,7 +232,7 @@ def _inspect(args: argparse.Namespace) -> int:
     shown = rows if len(rows) <= SHOWN_ROWS else folded(rows)
     print("\n".join(table([("module", *keys[1:]), *shown])))
     if len(shown) < len(rows):
-        print(f"\n{len(rows)} modules; --json lists each")
+        print(f"\n{len(rows)} modules; use --json to list them all")
     return 0
 
 
@@ -288,7 +314,7 @@ def _merge(args: argparse.Namespace) -> int:
     out = Path(args.out)
     # Run the cheap checks first, so that a typing error is reported before a large model loads.
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise CommandError(f"{out}: exists and is not an empty folder; expected a new one")
+        raise CommandError(f"{out}: already exists and is not an empty folder; choose a new folder")
     from fastlora.model.adapter_folder import inspect_adapter_folder
 
     adapter = inspect_adapter_folder(args.adapter).path
@@ -298,13 +324,13 @@ def _merge(args: argparse.Namespace) -> int:
 
     step(f"merging {adapter}")
     adapted = LoraModel.from_pretrained(model, adapter)
-    merged: Any = adapted.merge_and_unload(progressbar=True, safe_merge=True)
+    merged: Any = adapted.merge_and_unload(progressbar=sys.stderr.isatty(), safe_merge=True)
     with new_folder(out) as partial:
         step(f"writing {out}")
         merged.save_pretrained(partial)
         copied = _copy_tokenizer(adapter, partial) or _copy_tokenizer(Path(args.base), partial)
         if not copied and not _save_tokenizer(args.base, partial):
-            step(f"no tokenizer found beside {args.base}; {out} has none")
+            step(f"no tokenizer found for {args.base}; {out} is saved without one")
     step("done")
     return 0
 

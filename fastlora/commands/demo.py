@@ -45,24 +45,28 @@ RANK, SEQUENCES, TABLE_ROUNDS = 16, 64, 2
 
 
 OPTIONS = (
-    Option("--cache", "where the converted model is kept", type=Path),
+    Option(
+        "--cache",
+        "folder for the converted model (default: the cache folder of fastlora)",
+        type=Path,
+    ),
     Option(
         "--data",
-        "JSON lines with 'prompt' and 'completion', an adapter each; repeatable",
+        "JSON lines file with 'prompt' and 'completion', one adapter per file; repeatable",
         *(None, None, Path, "FILE", {"action": "append"}),
     ),
-    Option("--out", "where the adapters are saved", Path(".demo/adapters"), type=Path),
+    Option("--out", "folder to save the adapters in", Path(".demo/adapters"), type=Path),
     Option(
         "--prompt",
-        "ask this when trained, in place of two prompts that come with the demo; repeatable",
+        "prompt to answer after training, instead of the two built-in prompts; repeatable",
         metavar="TEXT",
         more={"action": "append"},
     ),
-    Option("--steps", "training steps", 22, 1),
-    Option("--rounds", "timed pairs", 5, 1),
+    Option("--steps", "number of training steps", 22, 1),
+    Option("--rounds", "number of timed rounds", 5, 1),
     Option(
         "--adapters",
-        "numbers of adapters in the last table (default: 1,4,16,64)",
+        "adapter counts in the last table (default: 1,4,16,64)",
         *([1, 4, 16, 64], None, mixed_bench.counts, "N,N,..."),
     ),
 )
@@ -76,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
     """
     if max(args.adapters) > SEQUENCES:
         raise ConfigError(
-            f"--adapters must be at most {SEQUENCES}, the sequences of a batch, got "
+            f"--adapters must be at most {SEQUENCES}, the number of sequences in a batch, got "
             f"{max(args.adapters)}"
         )
     env.prepare_demo_process()
@@ -97,12 +101,12 @@ def run(args: argparse.Namespace) -> int:
     _say(f"SmolLM2-135M-Instruct, fp32, on {where}")
 
     with quiet_transformers():
-        _heading(f"1  {len(adapters)} adapters fine-tuned at once, in mixed batches")
+        _heading(f"1  {len(adapters)} adapters fine-tuned together, in mixed batches")
         with training(folder, adapters, args.out, args.steps) as trained:
             clock = time.monotonic()
             _say(summary(trained.train()))
             seconds = time.monotonic() - clock
-        _say(f"{args.steps} steps of {BATCH} samples, adapters at random, in {seconds:.1f} s")
+        _say(f"{args.steps} steps of {BATCH} samples, with random adapters, in {seconds:.1f} s")
         model = trained.model
         batch = collate(trained.schedule.order.rows(0), trained.corpora, trained.pad, device)
 
@@ -112,25 +116,27 @@ def run(args: argparse.Namespace) -> int:
         answers = [answer(model, tokenizer, prompt, columns) for prompt in prompts]
         _say(side_by_side([name or "base model" for name in columns], prompts, answers))
 
-        _heading("3  Saved in PEFT's format, loaded back with PEFT: one mixed batch in both")
+        _heading("3  Saved in PEFT's format and loaded with PEFT: one mixed batch in both")
         for path in sorted(args.out.glob("*/adapter_*")):
             _say(f"{path}  {path.stat().st_size:,} bytes")
         twin, agrees, text = load_in_peft(model, fresh_base, args.out, batch)
         _say(text)
 
-        _heading("4  What is fused")
+        _heading("4  Fused layers")
         _say(str(fastlora.fusion_report(model)))
 
         first = next(iter(adapters))
-        _heading(f"5  {first} alone against PEFT: same weights, same batch, same process")
+        _heading(f"5  {first} alone, compared with PEFT: same weights, batch, and process")
         _say(compare(model, twin, first, batch, args.rounds, device))
 
-        _heading("6  Mixed batches against PEFT and against one adapter after another")
+        _heading("6  Mixed batches, compared with PEFT and with one adapter at a time")
         del model, twin, trained
         _say(mixed_table(fresh_base(), args.adapters, device))
     _say(f"\nwhole demo: {time.monotonic() - started:.0f} s")
     if not agrees:
-        sys.stderr.write("fastlora demo: the logits differ from PEFT's by more than rounding\n")
+        sys.stderr.write(
+            "fastlora demo: the logits differ from PEFT's by more than rounding error\n"
+        )
     return 0 if agrees else 1
 
 
@@ -139,8 +145,8 @@ def shipped(name: str) -> Path:
     path = Path(__file__).resolve().parents[2] / "examples" / "data" / name
     if not path.is_file():
         raise DataError(
-            f"{path} is missing: the demo's text lies in the source checkout, not in the installed "
-            "package; run it from a checkout (make demo), or pass --data FILE and --prompt TEXT"
+            f"{path} is missing: the demo's text is in the source repository, but not in the "
+            "installed package; run `make demo` in a clone, or pass --data FILE and --prompt TEXT"
         )
     return path
 
@@ -155,7 +161,9 @@ def of_styles(files: Sequence[Path]) -> dict[str, dict[str, Any]]:
     for path in files:
         read_samples([path])
         if path.stem in found:
-            raise DataError(f"{path}: there is an adapter {path.stem!r} already; rename a file")
+            raise DataError(
+                f"{path}: another file defines adapter {path.stem!r} already; rename one of them"
+            )
         found[path.stem] = {"data": path, **STYLES.get(path.stem, STYLES["ships_log"])}
     return found
 

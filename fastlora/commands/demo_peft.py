@@ -136,8 +136,8 @@ def compare(
     title = f"{'':<20}{'time per step':^34}{'peak memory of the step':^36}"
     header = f"{'':<20}" + "".join(f"{c:>{w}}" for c, w in zip(columns, widths, strict=True))
     note = (
-        f"batch {shape} tokens, fp32; {clock}; medians of {rounds} interleaved rounds, the ratio\n"
-        "is the median of the rounds' own ratios; memory is what the step allocates at its peak"
+        f"batch {shape} tokens, fp32; {clock}; medians of {rounds} interleaved rounds; the ratio\n"
+        "is the median of the ratios of the rounds; memory is the peak allocation of a step"
     )
     return "\n".join([title.rstrip(), header, *rows, "", note])
 

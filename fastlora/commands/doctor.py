@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastlora import env
+from fastlora.command_line import install_command, parse_arguments
 from fastlora.commands.machine import (
     Findings,
     check_devices,
@@ -45,17 +46,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="fastlora doctor",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="Exit codes: 0 all is well, 1 something is wrong, 2 wrong usage.",
+        epilog="Exit codes: 0 no problems found, 1 problems found, 2 wrong usage.",
     )
-    parser.add_argument("model", metavar="MODEL", nargs="?", type=Path, help="a model's folder")
+    parser.add_argument("model", metavar="MODEL", nargs="?", type=Path, help="folder of a model")
     parser.add_argument(
         "--adapter",
         metavar="DIR",
         type=Path,
-        help="an adapter's folder, in place of a new adapter on every linear layer",
+        help="folder of an adapter (default: a new adapter on every linear layer)",
     )
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    args = parser.parse_args(argv)
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    args = parse_arguments(parser, argv)
     if args.adapter is not None and args.model is None:
         parser.error("--adapter needs MODEL, the folder of the model that it belongs to")
     found = Findings()
@@ -99,19 +100,20 @@ def _model(
             report, left_out = _report(base, adapter)
     except (FastLoraError, OSError, ImportError) as error:
         if isinstance(error, ImportError):
-            what = f"a MODEL needs what cannot be imported ({error})"
-            found.problem(what, "pip install 'fastlora-triton[hf]'")
+            what = f"checking a MODEL failed: a package cannot be imported ({error})"
+            found.problem(what, install_command("hf"))
         else:
             found.problem(
                 str(error),
-                "a model's folder has a config.json; fastlora inspect DIR shows an adapter's",
+                "pass a model folder, which has a config.json; for an adapter folder, run "
+                "`fastlora inspect DIR`",
             )
         return None, facts
     here = Path(__file__).parents[1]
     ours = [w for w in caught if Path(w.filename).is_relative_to(here)]
     found.notes += [" ".join(str(w.message).split()) for w in ours]
     if any(row.reason == DORA_DROPS for row in report.rows):
-        found.notes.append("with lora_dropout=0 DoRA is fused in training, too")
+        found.notes.append("with lora_dropout=0, DoRA is also fused in training")
     facts |= {"class": kind, "quantised": quantised, "eligible": report.fused}
     facts |= {"implementation": report.implementation, "reason": report.reason}
     facts |= {"layers": [asdict(row) for row in report.rows], "without_adapter": left_out}
@@ -130,7 +132,7 @@ def _base_model(folder: Path) -> tuple[nn.Module, str | None]:
     import torch
 
     if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder}: no model folder (it has no config.json)")
+        raise CheckpointError(f"{folder}: not a model folder (it has no config.json)")
     library: Any = importlib.import_module("transformers")
     from fastlora.integrations.transformers import as_causal_model, quiet_transformers
 
@@ -196,16 +198,16 @@ def _lines(facts: dict[str, Any], report: FusionReport | None) -> Iterator[str]:
         yield f"{entry['device']:<8} {entry['implementation']:<8} {entry['why']}"
         if "arch" in entry:
             of = entry["tables"] or "none"
-            yield f"{'':<17} {entry['arch']}, {entry['processors']} processors; configs of {of}"
+            yield f"{'':<17} {entry['arch']}, {entry['processors']} processors; configs: {of}"
         if entry["trial"]:
-            yield f"{'':<17} a trial launch {entry['trial']}"
+            yield f"{'':<17} test launch: {entry['trial']}"
     yield ""
     variables = [f"{name}={value}" for name, value in facts["environment"].items()]
-    yield f"environment: {', '.join(variables) or 'no variable of ours is set'}"
+    yield f"environment: {', '.join(variables) or 'no fastlora variable is set'}"
     model = facts.get("model")
     if report is not None and model is not None:
         what = f"adapter {model['adapter']}" if "adapter" in model else "a new adapter"
-        bits = f", quantised by {model['quantised']}" if model["quantised"] else ""
+        bits = f", quantized by {model['quantised']}" if model["quantised"] else ""
         yield from (
             "",
             f"{model['path']}: {model['class']}{bits}, with {what}, in training",
@@ -222,4 +224,4 @@ def _lines(facts: dict[str, Any], report: FusionReport | None) -> Iterator[str]:
     for problem in facts["problems"]:
         yield from (f"problem: {problem['problem']}", f"    fix: {problem['fix']}")
     if facts["ok"]:
-        yield "all is well"
+        yield "No problems found."

@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     import torch
 
 DISTRIBUTION = "fastlora-triton"
-# Packages that `import fastlora` does not need: what needs each of them, and how to install it.
+# Packages that `import fastlora` does not need, each with what needs it.
 _OPTIONAL = {
-    "transformers": ("train, chat, merge, and a MODEL here", "'fastlora-triton[hf]'"),
-    "peft": ("fastlora.patch, and models that are PEFT's", "'fastlora-triton[hf]'"),
-    "accelerate": ("transformers' Trainer and quantised bases", "'fastlora-triton[hf]'"),
-    "bitsandbytes": ("4-bit and 8-bit base models", "bitsandbytes"),
-    "torchao": ("int8, int4 and float8 base models", "torchao"),
+    "transformers": "train, chat, merge, and doctor MODEL",
+    "peft": "fastlora.patch and PEFT models",
+    "accelerate": "transformers' Trainer and quantized base models",
+    "bitsandbytes": "4-bit and 8-bit base models",
+    "torchao": "int8, int4, and float8 base models",
 }
 _PACKAGES = ("torch", "triton", "safetensors", *_OPTIONAL)
 # Files that the drivers of GPUs create.
@@ -109,16 +109,16 @@ def packages(found: Findings) -> Iterator[dict[str, str | None]]:
     yield {"name": "fastlora", "version": own, "supported": None, "needed_for": None}
     if own is None:
         found.notes.append(
-            "fastlora is imported from a checkout and not installed: what it supports is unknown "
-            "(pip install -e . installs it)"
+            "fastlora is imported from a checkout and is not installed, so the supported versions "
+            "are unknown; install it with: pip install -e ."
         )
     for name in _PACKAGES:
         have, wanted = version(name), ranges.get(name, "")
-        needed_for, install = _OPTIONAL.get(name, (None, f"'{name}{wanted}'"))
+        needed_for = _OPTIONAL.get(name)
         yield {"name": name, "version": have, "supported": wanted, "needed_for": needed_for}
         if have is None:
             if needed_for is None and (name != "triton" or platform.system() == "Linux"):
-                found.problem(f"{name} is not installed", f"pip install {install}")
+                found.problem(f"{name} is not installed", f"pip install '{name}{wanted}'")
         elif not in_range(have, wanted):
             found.problem(
                 f"{name} {have} is not supported, expected {wanted}",
@@ -126,7 +126,7 @@ def packages(found: Findings) -> Iterator[dict[str, str | None]]:
             )
         elif why := why_not_importable(name):
             found.problem(
-                f"{name} {have} is installed and cannot be imported ({why})",
+                f"{name} {have} is installed but cannot be imported ({why})",
                 f"pip install --force-reinstall --no-deps '{name}{wanted}'"
                 + ("" if needed_for is None else f", or pip uninstall {name}"),
             )
@@ -180,19 +180,19 @@ def check_devices(found_devices: Sequence[dict[str, Any]], found: Findings) -> N
     for maker, driver in _DRIVERS:
         if driver.exists() and not torch.cuda.is_available():
             hidden = [v for v in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES") if v in os.environ]
-            built = torch.version.cuda or torch.version.hip or "a CPU only"
+            built = torch.version.cuda or torch.version.hip or "CPU only"
             found.problem(
-                f"there is a driver of {maker} and torch {torch.__version__}, built for {built}, "
-                "sees no GPU",
+                f"an {maker} driver is installed, but torch {torch.__version__} (built for "
+                f"{built}) does not see a GPU",
                 f"unset {hidden[0]}"
                 if hidden
-                else "install the torch of https://pytorch.org/get-started that fits the driver",
+                else "install the torch build that matches the driver: https://pytorch.org/get-started",
             )
     for entry in found_devices:
         device = torch.device(entry["device"])
         runs, why = triton_status(device.type, device.index or 0)
         if device.type == "cuda" and not runs:
-            fix = "PyTorch computes in the kernels' place; nothing to do but to use another GPU"
+            fix = "use another GPU; on this one, fastlora runs in PyTorch without its kernels"
             found.problem(
                 f"the kernels do not run on {entry['device']}: {why}",
                 "pip install 'triton>=3.6,<4'" if "not installed" in why else fix,
@@ -212,7 +212,7 @@ def _trial(device: torch.device, found: Findings) -> str:
     exact = [torch.randn(s, generator=cpu, dtype=torch.float64) for s in shapes]
     x, weight, lora_a, lora_b = exact
     truth = x @ weight.T + (x @ lora_a.T) @ lora_b.T
-    fix = "run it again with TORCH_SHOW_CPP_STACKTRACES=1, and file what it says as an issue"
+    fix = "run it again with TORCH_SHOW_CPP_STACKTRACES=1, and report the output in an issue"
     try:
         on_device = [t.to(device, torch.float16) for t in exact]
         with torch.no_grad():
@@ -221,22 +221,22 @@ def _trial(device: torch.device, found: Findings) -> str:
         error = float((y.cpu().double() - truth).norm() / truth.norm())
     except Exception as raised:  # a compiler or a driver may raise anything
         why = str(raised).strip().partition("\n")[0] or type(raised).__name__
-        found.problem(f"a trial launch on {device} failed: {why}", fix)
+        found.problem(f"a test launch on {device} failed: {why}", fix)
         return "failed"
     if not error <= _TRIAL_ERROR:
-        found.problem(f"a trial launch on {device} is off by {error:.2g} of the result", fix)
+        found.problem(f"a test launch on {device} has a relative error of {error:.2g}", fix)
         return "wrong"
-    return f"ran, {error:.2g} off float64 in fp16"
+    return f"ran, with a relative error of {error:.2g} in fp16"
 
 
 def check_environment(found: Findings) -> None:
     """Report environment variables with problematic values."""
     if env.triton_interpreted():
         found.problem(
-            "TRITON_INTERPRET is set: kernels run in Triton's interpreter, thousands of times "
-            "slower, which is for tests",
+            "TRITON_INTERPRET is set: kernels run in Triton's interpreter, which is meant for "
+            "tests and is thousands of times slower",
             "unset TRITON_INTERPRET",
         )
     folder = env.measured_folder()
     if folder is not None and not folder.is_dir():
-        found.problem(f"FASTLORA_MEASURED names {folder}, no folder", "unset FASTLORA_MEASURED")
+        found.problem(f"FASTLORA_MEASURED is not a folder: {folder}", "unset FASTLORA_MEASURED")

@@ -20,8 +20,8 @@ class CommandError(FastLoraError):
 # The options that `load` reads.
 OPTIONS = (
     Option("model", "folder of the base model", metavar="MODEL"),
-    Option("--dtype", "dtype of the base model (default: its own)", "auto"),
-    Option("--cpu", "don't use an accelerator", False),
+    Option("--dtype", "dtype of the base model (default: the dtype of its weights)", "auto"),
+    Option("--cpu", "run on the CPU even if a GPU is available", False),
 )
 
 
@@ -57,7 +57,7 @@ def load_tokenizer(folder: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder)
     except CANNOT_READ as error:
-        raise CommandError(f"{folder}: no tokenizer can be read ({error})") from error
+        raise CommandError(f"{folder}: the tokenizer cannot be loaded ({error})") from error
 
 
 def step(text: str) -> None:

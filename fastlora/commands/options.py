@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fastlora.command_line import parse_arguments
 from fastlora.validation import ConfigError
 
 _METAVARS = {int: "N", float: "X", Path: "DIR"}
@@ -56,7 +57,7 @@ def parse(
         if option.flag.startswith("-"):
             given["default"] = option.default
         parser.add_argument(option.flag, type=kind or str, **given)
-    args = parser.parse_args(argv)
+    args = parse_arguments(parser, argv)
     for option in options:
         value = getattr(args, option.flag.lstrip("-").replace("-", "_"))
         least = option.least

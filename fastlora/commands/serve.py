@@ -45,77 +45,100 @@ OPTIONS = (
     *models.OPTIONS,
     Option(
         "--adapters",
-        "folder whose subfolders are PEFT adapters; it is watched, so they may come and go",
+        "folder with one PEFT adapter per subfolder; changes are picked up while the server runs",
         type=Path,
     ),
-    Option("--name", "what clients call the base model (default: its folder's)", metavar="NAME"),
+    Option(
+        "--name",
+        "name of the base model in the API (default: the name of its folder)",
+        metavar="NAME",
+    ),
     Option("--host", "address to listen on (default: this machine only)", "127.0.0.1"),
-    Option("--port", "port; 0 takes a free one", 8000),
+    Option("--port", "port to listen on; 0 picks a free port", 8000),
     Option(
         "--api-key",
-        "key that clients must send as a bearer token (default: $FASTLORA_API_KEY, or none)",
+        "API key that clients must send as a bearer token (default: $FASTLORA_API_KEY, or none)",
         metavar="KEY",
     ),
-    Option("--api-key-file", "file that holds the API key", type=Path, metavar="FILE"),
+    Option("--api-key-file", "file to read the API key from", type=Path, metavar="FILE"),
     Option(
         "--admin-key",
-        "key that may also load and unload adapters over HTTP; without an admin key nobody may "
+        "key for loading and unloading adapters over HTTP, which is disabled without an admin key "
         "(default: $FASTLORA_ADMIN_KEY, or none)",
         metavar="KEY",
     ),
-    Option("--admin-key-file", "file that holds the admin key", type=Path, metavar="FILE"),
+    Option("--admin-key-file", "file to read the admin key from", type=Path, metavar="FILE"),
     Option(
         "--max-adapters",
-        "adapters on the device, and so of one batch; others wait in CPU memory or on disk",
+        "maximum number of adapters on the device, and in one batch; others stay in CPU memory or "
+        "on disk",
         *(16, 1),
     ),
-    Option("--max-batch", "requests that run at once", 32, 1),
+    Option("--max-batch", "maximum number of requests that run concurrently", 32, 1),
     Option(
         "--max-length",
-        "tokens of a prompt and its answer together (default: the model's, at most 2048)",
+        "maximum number of tokens in a prompt and its answer (default: the model's limit, at most "
+        "2048)",
         *(None, 2, int),
     ),
     Option(
         "--max-connections",
-        "connections that may be open at once; one more closes the one that has waited longest for "
-        "its client (default: 1024, or as many as the limit of open files allows)",
+        "maximum number of open connections; beyond it, the connection that has waited longest for "
+        "its client is closed (default: 1024, or less if the limit on open files requires it)",
         *(None, 1, int),
     ),
-    Option("--header-timeout", "time to send a request's headers", 10.0, 0.01, metavar="SECONDS"),
-    Option("--body-timeout", "time to send a request's body", 60.0, 0.01, metavar="SECONDS"),
+    Option(
+        "--header-timeout",
+        "time limit for receiving the headers of a request",
+        10.0,
+        0.01,
+        metavar="SECONDS",
+    ),
+    Option(
+        "--body-timeout",
+        "time limit for receiving the body of a request",
+        60.0,
+        0.01,
+        metavar="SECONDS",
+    ),
     Option(
         "--idle-timeout",
-        "time that a connection stays open without a request, or with a client that does not read",
+        "time until a connection is closed that has no request, or a client that does not read",
         *(60.0, 0.01, float, "SECONDS"),
     ),
-    Option("--max-queue", "requests that may wait; further ones get status 429", 128, 1),
-    Option("--max-body", "the most bytes of a request", 1 << 20, 1, metavar="BYTES"),
+    Option(
+        "--max-queue", "maximum number of waiting requests; further requests get status 429", 128, 1
+    ),
+    Option("--max-body", "maximum size of a request body", 1 << 20, 1, metavar="BYTES"),
     Option(
         "--max-rank",
-        "largest rank of an adapter; adapters above it get status 422 before they are read",
+        "maximum rank of an adapter; a larger one is rejected with status 422 before it is read",
         *(256, 1),
     ),
     Option(
         "--max-adapter-mib",
-        "largest file of an adapter's tensors; larger ones get status 422 before they are read",
+        "maximum size of an adapter's tensor file; a larger one is rejected with status 422 before "
+        "it is read",
         *(1024, 1),
     ),
     Option(
         "--device-mib",
-        "memory for adapters on the device (default: as much as --max-adapters take)",
+        "MiB of device memory for adapters (default: enough for --max-adapters)",
         *(None, 1, int),
     ),
     Option(
         "--cpu-mib",
-        "memory for adapters that are not on the device (default: as much as they take)",
+        "MiB of CPU memory for adapters that are not on the device (default: unlimited)",
         *(None, 0, int),
     ),
     Option(
         "--watch",
-        "time between two looks into the folder of adapters; 0 looks once",
+        "time between scans of the adapter folder; 0 scans it only once",
         *(2.0, 0, float, "SECONDS"),
     ),
-    Option("--drain", "time that requests have to end after SIGTERM", 30.0, 0, metavar="SECONDS"),
+    Option(
+        "--drain", "time for running requests to finish after SIGTERM", 30.0, 0, metavar="SECONDS"
+    ),
 )
 
 
@@ -138,14 +161,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         host, port = listening.getsockname()[:2]
         where = f"[{host}]" if ":" in host else host
         listed = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
-        step(f"serving {args.name} with {len(names)} adapters" + (f": {listed}" if names else ""))
+        step(
+            f"serving {args.name} with {len(names)} adapter{'' if len(names) == 1 else 's'}"
+            + (f": {listed}" if names else "")
+        )
         if not _is_local(args.host) and args.keys.client is None:
-            step(f"anybody who reaches {args.host} may use it; --api-key asks for a key")
+            step(
+                f"anyone who can reach {args.host} can use this server; set --api-key to prevent it"
+            )
         step(f"ready at http://{where}:{port}/v1")
         with _signals_end():
             server_of(app, args, limits).run([listening])
         gc.unfreeze()  # a library would report objects frozen at exit as leaks
-    step("all requests have ended")
+    step("server stopped; no requests are running")
     return 0
 
 
@@ -240,12 +268,12 @@ def build(args: argparse.Namespace) -> tuple[Any, list[str]]:
 
 def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return all arguments; raise `ConfigError` or `CommandError` if one is invalid."""
-    text = __doc__.split("\n")[0].partition(": ")[2]
+    text = "Serve a model and a folder of adapters with an OpenAI-compatible API."
     args = parse("fastlora serve", text, OPTIONS, argv)
     if not 0 <= args.port < 1 << 16:
         raise ConfigError(f"--port must be from 0 to 65535, got {args.port}")
     if args.adapters is not None and not args.adapters.is_dir():
-        raise CommandError(f"{args.adapters}: no such folder, expected one that holds adapters")
+        raise CommandError(f"{args.adapters}: no such folder; expected a folder of adapters")
     args.name = args.name or Path(args.model).expanduser().resolve().name
     api = ("--api-key", args.api_key, args.api_key_file, "FASTLORA_API_KEY", env.api_key())
     admin = ("--admin-key", args.admin_key, args.admin_key_file)
@@ -263,7 +291,9 @@ def _bound(host: str, port: int) -> Iterator[socket.socket]:
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
     except socket.gaierror as error:
-        raise CommandError(f"--host {host}: no such address ({error.strerror})") from error
+        raise CommandError(
+            f"--host {host}: cannot resolve this address ({error.strerror})"
+        ) from error
     # asyncio sets TCP_NODELAY only if the protocol is given.
     with socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listening:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

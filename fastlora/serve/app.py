@@ -128,7 +128,7 @@ class Server:
             try:
                 await asyncio.to_thread(self.adapters.scan)
             except Exception:  # a missing folder may come back
-                _log.exception("looking into the folder of adapters failed")
+                _log.exception("scanning the adapter folder failed")
             await asyncio.sleep(self.settings.watch_seconds)
 
     async def health(self) -> Response:
@@ -194,7 +194,7 @@ class Server:
     async def chat_completions(self, body: ChatBody, request: Request) -> Response:
         """Answer a conversation."""
         if body.max_tokens and body.max_completion_tokens:
-            raise ConfigError("max_tokens and max_completion_tokens are one setting; send one")
+            raise ConfigError("max_tokens and max_completion_tokens are the same setting; send one")
         sampling = body.sampling(body.max_tokens or body.max_completion_tokens)
         messages = [message.as_dict() for message in body.messages]
         size = sum(len(message["content"]) for message in messages)
@@ -218,7 +218,7 @@ class Server:
     ) -> Response:
         usage = body.stream_options is not None and body.stream_options.include_usage
         if usage and not body.stream:
-            raise ConfigError("stream_options is only for stream=true")
+            raise ConfigError("stream_options requires stream=true")
         adapter = None if self._is_base(body.model) else body.model
         try:
             answer = Answer(self.engine, tokens, adapter, sampling)
@@ -255,4 +255,4 @@ class Server:
 async def _check_admin(request: Request) -> None:
     """Raise `AdminKeyError` unless the request has the admin key."""
     if request.state.caller is not Caller.ADMIN:
-        raise AdminKeyError("this path needs the admin key")
+        raise AdminKeyError("this endpoint requires the admin key")

@@ -133,7 +133,7 @@ class Batch:
             with self._block.over(names):
                 logits = self._rows.forward(first, [job.done for job in chosen], parts)
         except Exception as error:  # for instance out of memory; others continue
-            _log.exception("a forward of %d rows failed", len(chosen))
+            _log.exception("a forward pass with %d rows failed", len(chosen))
             for job in chosen:
                 self._fail(job, error)
             return
@@ -212,7 +212,7 @@ class Batch:
 
 def _not_finite(version: Version | None) -> FastLoraError:
     """Return the error for non-finite logits, which names the adapter if there is one."""
-    what = "numbers that are not finite"
+    what = "logits that are not finite"
     if version is None:
-        return FailedError(f"the base model gives {what}")
-    return CheckpointError(f"adapter {version.served_as!r} cannot be used: it gives {what}")
+        return FailedError(f"the base model returns {what}")
+    return CheckpointError(f"adapter {version.served_as!r} cannot be used: it returns {what}")

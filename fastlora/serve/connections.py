@@ -102,7 +102,9 @@ class Connections:
             return False
         if self.open < self.limits.most:
             return True
-        _log.warning("%d connections are open; new ones close those that wait", self.limits.most)
+        _log.warning(
+            "%d connections are open; new ones close those that are waiting", self.limits.most
+        )
         queues = [self._unfinished, self._idle, self._unread]
         if len(self._unfinished) <= self.limits.most // 4:
             queues = [self._idle, self._unfinished, self._unread]
@@ -290,7 +292,7 @@ def limits_within(descriptors: int | None, most: int | None, **seconds: Any) -> 
     if descriptors is not None and room < (most or _LEAST):
         least = most or _LEAST
         raise ConfigError(
-            f"{least} connections need a limit of {2 * least + _OTHER_FILES} open files, and the "
+            f"{least} connections need a limit of {2 * least + _OTHER_FILES} open files, but the "
             f"system allows {descriptors} (ulimit -Hn)"
         )
     most = most or min(room, own.most)

@@ -96,7 +96,7 @@ class Engine:
             if len(self._waiting) >= self._most_waiting:
                 self.stats.requests_refused += 1
                 raise QueueFullError(
-                    f"{len(self._waiting)} requests wait already; try again in a moment"
+                    f"{len(self._waiting)} requests are already waiting; try again later"
                 )
             version = None if adapter is None else self._adapters.take(adapter)
             text = AnswerText(self._tokenizer, prompt, sampling.stop)
@@ -157,8 +157,8 @@ class Engine:
         if room < (sampling.max_tokens or 1):
             asked = "" if sampling.max_tokens is None else f" and max_tokens={sampling.max_tokens}"
             raise ConfigError(
-                f"the prompt has {len(prompt)} tokens{asked}; prompt and answer together may have "
-                f"{self.length}"
+                f"the prompt has {len(prompt)} tokens{asked}; prompt and answer together can have "
+                f"at most {self.length}"
             )
         most = room if sampling.max_tokens is None else sampling.max_tokens
         return replace(sampling, max_tokens=most)
@@ -186,7 +186,7 @@ class Engine:
                 self._admit()
                 self._running.turn()
             except Exception as error:  # an internal error must not leave requests unanswered
-                _log.exception("a turn of the engine failed")
+                _log.exception("an iteration of the engine failed")
                 self._running.fail(error)
 
     def _has_work(self) -> bool:
@@ -228,7 +228,7 @@ class Engine:
                     job.lease = self._leased(version)
                 except Exception as error:  # for instance out of memory; others may fit
                     if not isinstance(error, FastLoraError):
-                        _log.exception("adapter %r could not be brought in", version.served_as)
+                        _log.exception("loading adapter %r to the device failed", version.served_as)
                     with self._changed:
                         self._waiting.remove(job)
                     self._end(job, told(error))
@@ -270,7 +270,7 @@ class Engine:
         job.ended = True
         if error is None:
             self.stats.requests_cancelled += 1
-            error = ClosedError("the request was ended")
+            error = ClosedError("the request was canceled")
         else:
             self.stats.requests_failed += 1
         job.say(Piece(error=error))

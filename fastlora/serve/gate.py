@@ -33,7 +33,7 @@ class Gate:
             return
         headers = dict(scope["headers"])
         most, read, held = self._most_bytes, 0, 0
-        too_long = f"the body has more than {most} bytes"
+        too_long = f"the request body has more than {most} bytes"
 
         def hold(size: int) -> None:
             nonlocal held
@@ -48,7 +48,8 @@ class Gate:
                 raise HTTPException(413, too_long)
             hold(read if read > _SMALL_BODY and message.get("more_body", False) else 0)
             if held and self._reading > self._most_reading:
-                raise HTTPException(503, "too many large requests are being read", _RETRY)
+                text = "too many large requests are being received; try again later"
+                raise HTTPException(503, text, _RETRY)
             return message
 
         async def noted(message: Message) -> None:
@@ -60,7 +61,7 @@ class Gate:
         scope.setdefault("state", {})["caller"] = caller
         length = headers.get(b"content-length", b"0")
         if caller is Caller.STRANGER and scope["path"] not in _OPEN:
-            message = "wrong or missing API key; send Authorization: Bearer KEY"
+            message = "invalid or missing API key; send the header Authorization: Bearer KEY"
             body = error_body(message, "invalid_request_error", "invalid_api_key")
             await JSON(body, 401, {"WWW-Authenticate": "Bearer"})(scope, receive, noted)
         elif length.isdigit() and int(length[:19]) > most:

@@ -30,7 +30,7 @@ def told(error: Exception) -> FastLoraError:
     """Return the error to send to a client, which reveals only the type of an internal error."""
     if isinstance(error, FastLoraError):
         return error
-    return FailedError(f"the server failed at this request ({type(error).__name__})")
+    return FailedError(f"the server failed to process this request ({type(error).__name__})")
 
 
 @dataclass(frozen=True)
@@ -107,15 +107,15 @@ def _counts(what: str, start: float = 0) -> Any:
 class EngineStats:
     """Counters of an engine, one for each metric. Seconds are wall-clock time."""
 
-    requests: int = _counts("Requests that were taken.")
-    requests_finished: int = _counts("Requests that came to their end.")
-    requests_failed: int = _counts("Requests that failed.")
-    requests_cancelled: int = _counts("Requests that nobody listened to any more.")
-    requests_refused: int = _counts("Requests that the queue had no place for.")
-    prompt_tokens: int = _counts("Tokens of prompts that were read.")
-    answer_tokens: int = _counts("Tokens that were made.")
-    forwards: int = _counts("Forwards of the model.")
-    forward_rows: int = _counts("Requests in these forwards.")
-    forward_seconds: float = _counts("Seconds in these forwards.", 0.0)
-    first_tokens: int = _counts("Requests that had a first token.")
-    first_token_seconds: float = _counts("Seconds until those.", 0.0)
+    requests: int = _counts("Accepted requests.")
+    requests_finished: int = _counts("Completed requests.")
+    requests_failed: int = _counts("Failed requests.")
+    requests_cancelled: int = _counts("Requests canceled because the client disconnected.")
+    requests_refused: int = _counts("Requests rejected because the queue was full.")
+    prompt_tokens: int = _counts("Processed prompt tokens.")
+    answer_tokens: int = _counts("Generated tokens.")
+    forwards: int = _counts("Forward passes of the model.")
+    forward_rows: int = _counts("Requests in these forward passes, in total.")
+    forward_seconds: float = _counts("Seconds spent in these forward passes.", 0.0)
+    first_tokens: int = _counts("Requests that received a first token.")
+    first_token_seconds: float = _counts("Seconds until the first token, in total.", 0.0)

@@ -80,16 +80,16 @@ def read_key(
     source, key = option, given
     if file is not None:
         if given is not None:
-            raise ConfigError(f"{option} and {option}-file are both given; expected one of them")
+            raise ConfigError(f"both {option} and {option}-file are given; pass only one of them")
         source, key = f"{option}-file {file}", _content(option, file)
     elif given is None:
         source, key = f"${variable}", otherwise
     if key is None:
         return None
     if not key:
-        raise ConfigError(f"{source} is empty, expected a key; leave it out for a server without")
+        raise ConfigError(f"{source} is empty, expected a key; to use no key, do not set it")
     if key != key.strip() or not key.isprintable():
-        raise ConfigError(f"{source} has spaces around the key or unprintable characters")
+        raise ConfigError(f"{source} has whitespace around the key or unprintable characters")
     return key
 
 
@@ -104,4 +104,4 @@ def _content(option: str, file: Path) -> str:
     try:
         return data.decode().removesuffix("\n").removesuffix("\r")
     except UnicodeDecodeError:
-        raise ConfigError(f"{option}-file {file} is not UTF-8, expected a key") from None
+        raise ConfigError(f"{option}-file {file} is not valid UTF-8, expected a key") from None

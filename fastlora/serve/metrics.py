@@ -25,7 +25,7 @@ class Metrics(Collector):
         self._registry = CollectorRegistry()
         self._answers = Counter(
             "fastlora_http_responses",
-            "Answers by path and status.",
+            "Responses, by path and status.",
             ("path", "status"),
             registry=self._registry,
         )
@@ -45,14 +45,14 @@ class Metrics(Collector):
         done, pool = self._engine.stats, self._adapters.pool.stats()
         for name, what, value in (
             *((own.name, own.metadata["what"], getattr(done, own.name)) for own in fields(done)),
-            ("adapter_loads", "Adapters that were read from disk.", pool.loads),
-            ("adapter_evictions", "Adapters that left the device.", pool.evictions),
+            ("adapter_loads", "Adapters read from disk.", pool.loads),
+            ("adapter_evictions", "Adapters removed from the device.", pool.evictions),
         ):
             yield CounterMetricFamily(f"fastlora_{name}", what, value=float(value))
         for name, what, value in (
-            ("requests_running", "Requests that have a row.", self._engine.running),
-            ("requests_waiting", "Requests that wait.", self._engine.waiting),
-            ("adapters", "Adapters that can be used.", len(self._adapters.names)),
+            ("requests_running", "Running requests.", self._engine.running),
+            ("requests_waiting", "Waiting requests.", self._engine.waiting),
+            ("adapters", "Available adapters.", len(self._adapters.names)),
             ("adapters_on_device", "Adapters on the device.", pool.on_device),
             ("adapter_device_bytes", "Bytes of adapters on the device.", pool.device_bytes),
             ("adapter_cpu_bytes", "Bytes of adapters in CPU memory.", pool.cpu_bytes),

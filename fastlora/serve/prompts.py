@@ -44,7 +44,7 @@ class Prompts:
         odd = next((token for token in tokens if not 0 <= token < self._vocabulary), None)
         if odd is not None:
             raise ConfigError(
-                f"prompt has token {odd}, expected numbers from 0 to {self._vocabulary - 1}"
+                f"prompt has token {odd}, expected token ids from 0 to {self._vocabulary - 1}"
             )
         return list(tokens)
 
@@ -55,7 +55,7 @@ class Prompts:
             ConfigError: There is no chat template, or it rejects the conversation.
         """
         if not getattr(self._tokenizer, "chat_template", None):
-            raise ConfigError("the model has no chat template; use /v1/completions")
+            raise ConfigError("the model has no chat template; use /v1/completions instead")
         try:
             text = self._tokenizer.apply_chat_template(
                 list(messages), tokenize=False, add_generation_prompt=True
@@ -63,14 +63,14 @@ class Prompts:
         except Exception as error:  # jinja templates reject roles by raising
             if type(error).__module__.partition(".")[0] != "jinja2":
                 raise
-            raise ConfigError(f"the model's chat template refuses messages: {error}") from error
+            raise ConfigError(f"the model's chat template rejects messages: {error}") from error
         return self._tokens(text, special=False)  # the template adds special tokens
 
     def _tokens(self, text: str, *, special: bool) -> list[int]:
         if self._length is not None and self._bound.exceeded(text, self._length):
             raise ConfigError(
-                f"the prompt has {len(text)} characters: more than {self._length} tokens; "
-                f"prompt and answer together may have {self._length}"
+                f"the prompt has {len(text)} characters, which exceeds {self._length} tokens; "
+                f"prompt and answer together can have at most {self._length}"
             )
         # With a list, the tokenizer lets other threads run.
         ids = self._tokenizer(

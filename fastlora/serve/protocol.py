@@ -114,7 +114,7 @@ class CompletionBody(GenerationBody):
         if isinstance(given, list) and not (given and isinstance(given[0], int)):
             if len(given) != 1:
                 raise ConfigError(
-                    f"prompt has {len(given)} prompts, expected one: send a request for each"
+                    f"prompt has {len(given)} prompts, expected one; send one request for each"
                 )
             return cast("str | list[int]", given[0])
         return cast("str | list[int]", given)
@@ -205,4 +205,4 @@ def check_text(name: str, text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise ConfigError(f"{name} holds half a surrogate pair, which is no character") from None
+        raise ConfigError(f"{name} contains an unpaired surrogate, which is not valid") from None

@@ -88,9 +88,9 @@ async def _on_wrong_body(request: Request, error: Exception) -> Response:
     place = [str(part) for part in first["loc"] if part != "body"]
     name = ".".join(place) or None
     what = "is not supported" if first["type"] == "extra_forbidden" else first["msg"]
-    message = f"{name}: {what}" if name else f"the body is wrong: {what}"
+    message = f"{name}: {what}" if name else f"invalid request body: {what}"
     return JSON(error_body(message, "invalid_request_error", None, name), 400)
 
 
 async def _on_fault(request: Request, error: Exception) -> Response:
-    return JSON(error_body("the server failed at this request", "server_error", None), 500)
+    return JSON(error_body("the server failed to process this request", "server_error", None), 500)

@@ -146,11 +146,12 @@ class Rows:
         lacking = {self._cache_name, "position_ids", "attention_mask"} - parameters.keys()
         if lacking:
             raise UnsupportedLayerError(
-                f"{type(model).__name__} takes no {', '.join(sorted(lacking))}, which serving needs"
+                f"{type(model).__name__} does not accept {', '.join(sorted(lacking))}, which "
+                "serving needs"
             )
         most = most_positions(model.config)
         if length is not None and most is not None and length > most:
-            raise ConfigError(f"a length of {length} tokens is more than the model's {most}")
+            raise ConfigError(f"a length of {length} tokens exceeds the model's maximum of {most}")
         self.length = length or min(most or 2048, 2048)
         self.cache = RowCache(rows, self.length)
         self._model = model
@@ -204,8 +205,8 @@ def most_positions(config: Any) -> int | None:
     kinds = set(getattr(text, "layer_types", None) or ()) - {"full_attention"}
     if kinds - {"sliding_attention"}:
         raise UnsupportedLayerError(
-            f"{type(text).__name__} has layers of {', '.join(sorted(kinds))}; serving keeps keys "
-            "and values of attention only"
+            f"{type(text).__name__} has layers of {', '.join(sorted(kinds))}; serving supports "
+            "only layers that cache attention keys and values"
         )
     most: int | None = getattr(text, "max_position_embeddings", None)
     # Rows are not aligned, so a sliding window would cover other positions in each row.

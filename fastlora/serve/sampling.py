@@ -40,9 +40,9 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if len(self.stop) > MOST_STOPS:
-            raise ConfigError(f"stop has {len(self.stop)} texts, expected at most {MOST_STOPS}")
+            raise ConfigError(f"stop has {len(self.stop)} strings, expected at most {MOST_STOPS}")
         if not all(self.stop):
-            raise ConfigError("stop has an empty text, which would end every answer at once")
+            raise ConfigError("stop has an empty string, which would end every answer")
 
     @property
     def greedy(self) -> bool:

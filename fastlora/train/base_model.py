@@ -44,7 +44,9 @@ def load_tokenizer(settings: TrainSettings) -> PreTrainedTokenizerBase:
     try:
         found = transformers.AutoTokenizer.from_pretrained(settings.model, local_files_only=True)
     except CANNOT_READ as error:
-        raise CheckpointError(f"{settings.model}: no tokenizer can be read ({error})") from error
+        raise CheckpointError(
+            f"{settings.model}: the tokenizer cannot be loaded ({error})"
+        ) from error
     if settings.chat_template is not None:
         try:
             found.chat_template = settings.chat_template.read_text(encoding="utf-8")
@@ -135,8 +137,8 @@ def check_keeps_apart(model: nn.Module, packing: str) -> None:
     before, after = found
     if float((before - after).abs().max()) > 1e-3 * float(before.abs().max()):
         raise TrainError(
-            f"packing {packing!r} needs a model that keeps packed samples apart by position_ids, "
-            f"and {type(model).__name__} does not; use packing 'wrapped', or none"
+            f"packing {packing!r} needs a model that separates packed samples by position_ids, but "
+            f"{type(model).__name__} does not; use packing 'wrapped', or no packing"
         )
 
 
@@ -154,12 +156,12 @@ def check_fit(base: PreTrainedModel, corpora: Iterable[Corpus]) -> None:
         longest = max(range(len(corpus)), key=corpus.length)
         if positions is not None and corpus.length(longest) > positions:
             raise ConfigError(
-                f"{corpus.places[longest]}: has {corpus.length(longest)} tokens, and the base "
-                f"model takes {positions}; set max_length to at most that"
+                f"{corpus.places[longest]}: has {corpus.length(longest)} tokens, but the base "
+                f"model supports at most {positions}; set max_length to {positions} or less"
             )
         largest = int(corpus.ids.max())
         if largest >= vocabulary:
             raise CheckpointError(
-                f"the tokenizer gave token {largest}, and the base model has {vocabulary}; they "
-                "are not of one model"
+                f"the tokenizer produced token id {largest}, but the base model has only "
+                f"{vocabulary} token embeddings; use the tokenizer that belongs to the model"
             )

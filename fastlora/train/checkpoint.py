@@ -81,7 +81,7 @@ def new_checkpoint(root: Path, state: TrainState, keep: int) -> Iterator[Path]:
             checkpoints remain intact, and nothing of the new checkpoint is left.
     """
     target = checkpoint_folder(root, state.step)
-    with writing(target, "; older checkpoints are as they were"), new_folder(target) as partial:
+    with writing(target, "; older checkpoints are unchanged"), new_folder(target) as partial:
         yield adapters_folder(partial)
         _write_state(partial, state)
     sweep(root, keep)
@@ -123,7 +123,7 @@ def read_checkpoint(path: Path) -> TrainState:
         if version == FORMAT:
             step, identity, skeleton = data["step"], data["identity"], data["optimizers"]
     except (OSError, UnicodeDecodeError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{state_path}: no state of a training run ({error!r})") from error
+        raise CheckpointError(f"{state_path}: not a valid training state ({error!r})") from error
     if version != FORMAT:
         raise CheckpointError(f"{state_path}: format is {version!r}, expected {FORMAT}")
     tensors = path / _TENSORS
@@ -131,7 +131,7 @@ def read_checkpoint(path: Path) -> TrainState:
         loaded = read_tensors(tensors)
         return TrainState(step, identity, _joined(skeleton, loaded))
     except (OSError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{tensors}: does not fit {state_path.name} ({error!r})") from error
+        raise CheckpointError(f"{tensors}: does not match {state_path.name} ({error!r})") from error
 
 
 def fingerprint(model: nn.Module) -> dict[str, str]:
@@ -167,7 +167,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], at: str = "")
 
 def _shown(value: Any) -> str:
     if value is None:
-        return "not there"
+        return "missing"
     text = json.dumps(value, sort_keys=True)
     return text if len(text) <= 80 else f"{text[:80]}..."
 

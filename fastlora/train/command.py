@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.functional import cross_entropy
 
+from fastlora.command_line import parse_arguments
 from fastlora.integrations.report import fusion_report, implementation_on
 from fastlora.model.config_checks import BIAS_MODES
 from fastlora.model.estimate import estimate, human_bytes
@@ -47,18 +48,21 @@ _INITS: dict[str, bool | str] = {"true": True, "gaussian": "gaussian", "false": 
 # Flags for fields of `fastlora.LoraConfig`: keyword arguments for argparse, and the help text.
 _LORA_FLAGS: dict[str, tuple[dict[str, Any], str]] = {
     "--r": ({"type": int, "metavar": "N"}, "rank"),
-    "--alpha": ({"type": float, "metavar": "X"}, "numerator of the scaling"),
-    "--dropout": ({"type": float, "metavar": "P"}, "dropout before the adapters"),
+    "--alpha": ({"type": float, "metavar": "X"}, "LoRA alpha; the scaling is alpha / r"),
+    "--dropout": (
+        {"type": float, "metavar": "P"},
+        "dropout probability on the input of the adapters",
+    ),
     "--targets": (TEXTS.flag, "modules to adapt (default: all-linear)"),
-    "--modules-to-save": (TEXTS.flag, "modules that each adapter trains a whole copy of"),
-    "--rslora": (SWITCH.flag, "scale by alpha / sqrt(r), not by alpha / r"),
-    "--dora": (SWITCH.flag, "train a magnitude for each output (DoRA)"),
-    "--lora-bias": (SWITCH.flag, "give B a bias"),
-    "--bias": ({"choices": BIAS_MODES}, "biases of the base model that train (default: none)"),
+    "--modules-to-save": (TEXTS.flag, "modules that each adapter trains and saves in full"),
+    "--rslora": (SWITCH.flag, "scale by alpha / sqrt(r) instead of alpha / r"),
+    "--dora": (SWITCH.flag, "use DoRA: train a magnitude for each output feature"),
+    "--lora-bias": (SWITCH.flag, "add a bias to lora_B"),
+    "--bias": ({"choices": BIAS_MODES}, "biases of the base model to train (default: none)"),
     "--init": (
         {"choices": tuple(_INITS)},
-        "factors at first: A uniform and B zero, A normal and B zero, or both random "
-        "(default: true)",
+        "initialization: lora_A uniform and lora_B zero (true), lora_A normal and lora_B zero "
+        "(gaussian), or both random (false) (default: true)",
     ),
 }
 _NOT_SETTINGS = ("config", "data", "eval_data", "prompt", "resume", "dry_run", "quiet")
@@ -68,30 +72,34 @@ _RUN_SETTINGS = {f.name for f in fields(TrainSettings)}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command to ``parser``."""
     parser.add_argument(
-        "config", type=Path, nargs="?", metavar="CONFIG", help=".toml, .json or .yaml"
+        "config",
+        type=Path,
+        nargs="?",
+        metavar="CONFIG",
+        help="config file (.toml, .json, or .yaml)",
     )
     parser.add_argument(
         "--data",
         action="append",
         metavar="NAME=FILE",
-        help="an adapter's data: .jsonl, .json, .csv, .tsv or .parquet, or a folder of datasets, "
-        "with the columns messages; conversations; instruction, input and output; prompt and "
-        "completion; or text. Or plain text, .txt or .md. Repeatable, for more files and for more "
-        "adapters",
+        help="training data of an adapter: a .jsonl, .json, .csv, .tsv, or .parquet file, or a "
+        "folder saved by datasets, with the columns messages; conversations; instruction, input, "
+        "and output; prompt and completion; or text. Plain text (.txt or .md) also works. Repeat "
+        "the option for more files or more adapters",
     )
     parser.add_argument(
         "--eval-data",
         action="append",
         metavar="NAME=FILE",
-        help="data to measure an adapter's loss on",
+        help="evaluation data of an adapter, in the formats of --data; repeatable",
     )
     parser.add_argument(
         "--prompt",
         action="append",
         metavar="TEXT",
-        help="show every adapter's answer to it at evaluations; repeatable",
+        help="show each adapter's answer to this prompt at every evaluation; repeatable",
     )
-    group = parser.add_argument_group("every adapter's, over the config file's")
+    group = parser.add_argument_group("options for all adapters (they override the config file)")
     shorter = {name: short for short, name in ALIASES.items()}
     for where, settings in ((parser, TrainSettings), (group, AdapterSettings)):
         for own in fields(settings):
@@ -103,14 +111,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="go on from the newest checkpoint; with --steps N of a finished run to N steps",
+        help="resume from the newest checkpoint; add --steps N to extend a finished run to N steps",
     )
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="check config and data; print parameters, memory and what is fused; write nothing",
+        help="check config and data; print parameters, memory, and fused layers; write nothing",
     )
-    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    parser.add_argument("--quiet", action="store_true", help="hide progress bars")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -124,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_arguments(parser)
-    args = parser.parse_args(argv)
+    args = parse_arguments(parser, argv)
     settings = read_settings(args.config, _flags(args, parser))
     main_process = os.environ.get("RANK", "0") == "0"
     try:
@@ -187,8 +195,10 @@ def summary(result: TrainResult) -> str:
     """Return a summary of a finished run, with one line per adapter."""
     lines = []
     if result.resumed_from:
-        done = ": nothing was left to do; --steps MORE goes on" if not result.losses else ""
-        lines.append(f"resumed behind step {result.resumed_from} of {result.steps}{done}")
+        done = (
+            ": nothing left to do; pass a larger --steps to continue" if not result.losses else ""
+        )
+        lines.append(f"resumed after step {result.resumed_from} of {result.steps}{done}")
     for name, folder in result.adapters.items():
         parts = [name]
         if name in result.mean_losses:
@@ -201,9 +211,9 @@ def summary(result: TrainResult) -> str:
             count = result.skipped[name]
             parts.append(f"{count} step{'s' if count > 1 else ''} skipped (gradients not finite)")
         lines.append(", ".join([*parts, f"saved in {folder}"]))
-    lines.append(f"losses of all steps: {', '.join(map(str, result.files))}")
+    lines.append(f"losses of all steps are in {', '.join(map(str, result.files))}")
     if len(result.files) == 1:
-        lines[-1] += " (a picture needs matplotlib: pip install matplotlib)"
+        lines[-1] += " (to also plot them, install matplotlib: pip install matplotlib)"
     return "\n".join(lines)
 
 
@@ -244,24 +254,25 @@ def dry_run(settings: TrainSettings, *, resume: bool = False) -> str:
     trained = sum(e.adapter_parameters for e in estimates.values())
     length = max(corpus.length(i) for corpus in corpora.values() for i in range(len(corpus)))
     step = _step_bytes(settings, advice, schedule.micro_batch_size, length)
-    bits = ", quantised as it is stored" if quantised else ""
-    bits = f", quantised in {settings.load_in}" if settings.load_in else bits
-    scales = f" ({human_bytes(first.scale_bytes)} of it scales)" if bits else ""
-    workspace = f", one weight dequantised {human_bytes(first.workspace_bytes)}" if bits else ""
-    activations = "of an unknown size" if step is None else human_bytes(step)
+    bits = ", stored in quantized form" if quantised else ""
+    bits = f", quantized in {settings.load_in}" if settings.load_in else bits
+    scales = f" ({human_bytes(first.scale_bytes)} of that for scales)" if bits else ""
+    workspace = f", one dequantized weight {human_bytes(first.workspace_bytes)}" if bits else ""
+    activations = "unknown" if step is None else human_bytes(step)
     whole = first.base_bytes + held + first.workspace_bytes + (step or 0)
     lines = [
         f"base model  {settings.model}: {kind}, {first.base_parameters:,} parameters, "
         f"{dtype}{bits}",
         f"advice      {advice}",
-        f"steps       {schedule.steps} of {settings.batch_size} samples, in forwards of "
-        f"{schedule.micro_batch_size}, {processes} process{'es' if processes > 1 else ''}"
-        + ("" if state is None else f"; {state.step} steps are done"),
+        f"steps       {schedule.steps} of {settings.batch_size} samples, "
+        f"{schedule.micro_batch_size} per forward, {processes} process"
+        f"{'es' if processes > 1 else ''}"
+        + ("" if state is None else f"; {_count(state.step, 'step')} already done"),
         "",
     ]
     for name, config in configs.items():
         lines += [
-            f"{name}: {corpora[name]}; in {schedule.own_steps[name]} steps",
+            f"{name}: {corpora[name]}, {_count(schedule.own_steps[name], 'step')}",
             *(f"{' ' * len(name)}  {note}" for note in corpora[name].notes),
             f"{' ' * len(name)}  r {config.r}, alpha {config.lora_alpha:g}, dropout "
             f"{config.lora_dropout:g}; {estimates[name]}",
@@ -269,14 +280,18 @@ def dry_run(settings: TrainSettings, *, resume: bool = False) -> str:
     lines += [
         "",
         f"memory      {human_bytes(whole)} in each process: base model "
-        f"{human_bytes(first.base_bytes)}{scales}, {len(estimates)} adapter"
-        f"{'s' if len(estimates) > 1 else ''} of together {trained:,} parameters "
-        f"{human_bytes(held)} (weights, gradients, AdamW){workspace}, activations {activations} "
+        f"{human_bytes(first.base_bytes)}{scales}, {_count(len(estimates), 'adapter')} with "
+        f"{trained:,} parameters in total {human_bytes(held)} (weights, gradients, AdamW)"
+        f"{workspace}, activations {activations} "
         f"({schedule.micro_batch_size} samples of {length} tokens)",
         "",
         fusion,
     ]
     return "\n".join(lines)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _step_bytes(
@@ -324,11 +339,11 @@ def _fusion(
     """Return the fusion report of the model on the device that a run would use."""
     report = fusion_report(prepare.add_adapters(base, settings, advice))
     if quantised:
-        where = f"in {settings.load_in} where bitsandbytes quantises them"
+        where = f"that bitsandbytes will quantize in {settings.load_in}"
         return (
-            f"{len(report.rows)} LoRA layers, over weights "
-            f"{where if settings.load_in else 'that bitsandbytes has quantised'}; what kernels "
-            "read of those is known once they are loaded: fastlora.fusion_report says it"
+            f"{len(report.rows)} LoRA layers over weights "
+            f"{where if settings.load_in else 'that bitsandbytes has quantized'}; call "
+            "fastlora.fusion_report on the loaded model to see which of them are fused"
         )
     implementation, why = implementation_on(device)
     return str(replace(report, implementation=implementation, reason=why))

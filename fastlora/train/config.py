@@ -84,13 +84,13 @@ class AdapterSettings:
     data: tuple[Path, ...] = setting(FILES)
     eval_data: tuple[Path, ...] = setting(FILES, default=())
     format: str | None = setting(
-        choice(*FORMATS), "format of the data, where its columns fit several", None
+        choice(*FORMATS), "format of the data, if its columns match several formats", None
     )
     columns: dict[str, str] = field(
         default_factory=dict,
         metadata={
             "kind": PAIRS,
-            "help": "columns of the data that have other names, as in "
+            "help": "names of columns that differ from the standard ones, such as "
             "prompt=question,completion=answer",
         },
     )
@@ -98,18 +98,20 @@ class AdapterSettings:
     init_from: Path | None = setting(DIR, default=None)
     lora: dict[str, Any] = field(default_factory=dict)
     learning_rate: float | None = setting(
-        number(LARGEST_RATE), "learning rate of AdamW after the warm-up", None
+        number(LARGEST_RATE), "peak learning rate of AdamW, after the warmup", None
     )
     weight_decay: float = setting(number(LARGEST), "weight decay of AdamW", 0.0)
     schedule: str = setting(
         choice("linear", "cosine", "constant"),
-        "how the learning rate falls, to 0 at the adapter's last step",
+        "decay of the learning rate; linear and cosine reach 0 at the adapter's last step",
         "linear",
     )
     warmup_ratio: float = setting(
-        number(1.0), "share of its own steps in which the rate rises", 0.03
+        number(1.0), "fraction of the adapter's steps used for learning rate warmup", 0.03
     )
-    max_grad_norm: float = setting(number(LARGEST), "clip each adapter's gradient, 0 for not", 1.0)
+    max_grad_norm: float = setting(
+        number(LARGEST), "clip each adapter's gradient norm to this value; 0 disables clipping", 1.0
+    )
 
     def lora_config(self, advice: Recommendation) -> LoraConfig:
         """Return the config of a new adapter.
@@ -139,47 +141,55 @@ class TrainSettings:
 
     adapters: tuple[AdapterSettings, ...]
     model: Path = setting(DIR, "folder of the base model")
-    out: Path = setting(DIR, "folder for adapters, checkpoints and the log")
-    steps: int | None = setting(whole(1), "optimizer steps", None)
+    out: Path = setting(DIR, "output folder for adapters, checkpoints, and the log")
+    steps: int | None = setting(whole(1), "number of optimizer steps", None)
     epochs: float = setting(
-        number(math.inf), "passes over the data, where steps are not given", 1.0
+        number(math.inf), "number of passes over the data, if --steps is not given", 1.0
     )
-    batch_size: int = setting(whole(1), "samples in a step, over all processes", 8)
+    batch_size: int = setting(whole(1), "samples per step, over all processes", 8)
     micro_batch_size: int | None = setting(
-        whole(1), "samples in a forward (default: all of a process's)", None
+        whole(1), "samples per forward (default: all samples of a process)", None
     )
-    max_length: int = setting(whole(2), "tokens that a sample is cut to", 512)
-    seed: int = setting(whole(0), "seed of everything random", 0)
-    save_every: int = setting(whole(0), "steps between checkpoints, 0 for the end only", 100)
-    keep: int = setting(whole(1), "checkpoints to keep", 2)
-    eval_every: int = setting(whole(0), "steps between evaluations, 0 for the end only", 0)
+    max_length: int = setting(
+        whole(2), "maximum number of tokens per sample; longer samples are truncated", 512
+    )
+    seed: int = setting(whole(0), "random seed", 0)
+    save_every: int = setting(whole(0), "steps between checkpoints; 0 saves only at the end", 100)
+    keep: int = setting(whole(1), "number of checkpoints to keep", 2)
+    eval_every: int = setting(whole(0), "steps between evaluations; 0 evaluates only at the end", 0)
     dtype: str = setting(
         choice("auto", "float32", "bfloat16", "float16"),
-        "dtype of the base model; auto is its own, or bfloat16 with --load-in",
+        "dtype of the base model; auto uses the model's own dtype, or bfloat16 with --load-in",
         "auto",
     )
     load_in: str | None = setting(
         choice("4bit", "8bit"),
-        "quantise the base model with bitsandbytes, as NF4 or LLM.int8",
+        "quantize the base model with bitsandbytes (4bit: NF4, 8bit: LLM.int8)",
         None,
     )
-    chat: bool = setting(SWITCH, "make prompt and completion turns of a chat", False)
-    chat_template: Path | None = setting(FILE, "chat template in place of the tokenizer's", None)
+    chat: bool = setting(SWITCH, "format prompt and completion as turns of a chat", False)
+    chat_template: Path | None = setting(
+        FILE, "file with a chat template that replaces the tokenizer's", None
+    )
     completion_only_loss: bool = setting(SWITCH, default=True)
     assistant_only_loss: bool = setting(
-        SWITCH, "no loss but on what the assistant says in chats", False
+        SWITCH, "compute the loss only on the assistant's turns in chats", False
     )
     packing: str | None = setting(
         choice(*PACKINGS),
-        "put samples together into rows of --max-length tokens: as they are, the longest first "
-        "(bfd); so, and cut where longer (bfd_split); or one after another (wrapped)",
+        "pack samples into rows of --max-length tokens: bfd fits whole samples, longest first; "
+        "bfd_split also splits longer samples; wrapped joins all samples and cuts them into rows",
         None,
     )
-    track: tuple[str, ...] = setting(TEXTS, "accelerate's trackers: tensorboard, wandb, ...", ())
-    sample_tokens: int = setting(whole(1), "the most tokens of an answer to --prompt", 64)
-    gradient_checkpointing: bool = setting(SWITCH, "trade time for memory", False)
+    track: tuple[str, ...] = setting(
+        TEXTS, "accelerate trackers to log to, such as tensorboard or wandb", ()
+    )
+    sample_tokens: int = setting(whole(1), "maximum number of tokens in an answer to --prompt", 64)
+    gradient_checkpointing: bool = setting(
+        SWITCH, "recompute activations in the backward pass to save memory", False
+    )
     deterministic: bool = setting(SWITCH, default=True)
-    cpu: bool = setting(SWITCH, "don't use an accelerator", False)
+    cpu: bool = setting(SWITCH, "run on the CPU even if an accelerator is available", False)
 
     def reading(self, adapter: AdapterSettings) -> Reading:
         """Return the options for reading an adapter's data files."""
@@ -251,9 +261,9 @@ def _settings(given: dict[str, Any], flags: dict[str, Any]) -> TrainSettings:
             raise ConfigError(f"unknown key {key!r}{hint}")
     for name in ("model", "out"):
         if name not in top:
-            raise ConfigError(f"no {name!r} is given; expected a folder")
+            raise ConfigError(f"{name!r} is missing; expected a folder")
     if not tables:
-        raise ConfigError("no adapter is given; expected a table [adapters.NAME]")
+        raise ConfigError("no adapter is given; expected at least one table [adapters.NAME]")
     # An adapter loaded from `init_from` has its own config, so LoRA defaults do not apply.
     of_loaded = {key: value for key, value in defaults.items() if key not in _LORA_FIELDS}
     adapters = []
@@ -275,7 +285,7 @@ def _adapter_settings(name: str, table: dict[str, Any]) -> AdapterSettings:
     where = f"adapters.{name}"
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or name in RESERVED_NAMES:
         raise ConfigError(
-            f"{where}: an adapter cannot be called {name!r}; expected letters, digits, _ and -"
+            f"{where}: invalid adapter name {name!r}; expected letters, digits, _, and -"
         )
     with error_prefix(where):
         check_adapter_name(name)
@@ -286,16 +296,16 @@ def _adapter_settings(name: str, table: dict[str, Any]) -> AdapterSettings:
     lora = {key: value for key, value in table.items() if key in _LORA_FIELDS}
     if lora.pop("inference_mode", False):
         raise AdapterStateError(
-            f"{where}: inference_mode = true freezes the adapter, and it is asked to train; leave "
-            "it out"
+            f"{where}: inference_mode = true freezes the adapter, so it cannot be trained; remove "
+            "this key"
         )
     if table.get("init_from") is not None and lora:
         raise ConfigError(
-            f"{where}: init_from takes everything from that adapter's own config; leave out "
+            f"{where}: with init_from, the config of that adapter is used; remove "
             f"{', '.join(sorted(lora))}"
         )
     if "data" not in table:
-        raise ConfigError(f"{where}: no data is given; expected a file or a list of files")
+        raise ConfigError(f"{where}: data is missing; expected a file or a list of files")
     return AdapterSettings(name=name, lora=lora, **checked(AdapterSettings, table, f"{where}."))
 
 
@@ -305,6 +315,8 @@ def _renamed(table: Any, where: str) -> dict[str, Any]:
     for key, value in as_table(table, where).items():
         name = ALIASES.get(key, key)
         if name in result:
-            raise ConfigError(f"{where} has {key!r} beside another name of it, {name!r}")
+            raise ConfigError(
+                f"{where}: {key!r} is given beside another name of {name!r}; keep one of them"
+            )
         result[name] = value
     return result

@@ -23,7 +23,7 @@ def read_settings_file(path: Path) -> dict[str, Any]:
     """
     kind = _KINDS.get(path.suffix.lower())
     if kind is None:
-        raise ConfigError(f"{path}: settings are read from .toml, .json and .yaml files")
+        raise ConfigError(f"{path}: expected a .toml, .json, or .yaml file")
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -47,7 +47,7 @@ def _toml(text: str) -> Any:
             import tomli as tomllib
         except ImportError as error:
             raise ConfigError(
-                "TOML needs Python 3.11, or `pip install tomli`; or write the config as .json"
+                "reading TOML needs Python 3.11 or `pip install tomli`; or use a .json file"
             ) from error
     return tomllib.loads(text)
 
@@ -57,7 +57,7 @@ def _yaml(text: str) -> Any:
         import yaml
     except ImportError as error:
         raise ConfigError(
-            "YAML needs PyYAML: `pip install pyyaml`; or write the config as .toml or .json"
+            "reading YAML needs PyYAML: `pip install pyyaml`; or use a .toml or .json file"
         ) from error
 
     class Loader(yaml.SafeLoader):
@@ -67,10 +67,10 @@ def _yaml(text: str) -> Any:
             names = [self.construct_object(key, deep=True) for key, _ in node.value]
             for name in names:
                 if not isinstance(name, str):
-                    raise ValueError(f"the key {name!r} is no text; write it in quotes")
+                    raise ValueError(f"the key {name!r} is not a string; put it in quotes")
             twice = [name for name in names if names.count(name) > 1]
             if twice:
-                raise ValueError(f"the key {twice[0]!r} is there twice")
+                raise ValueError(f"the key {twice[0]!r} appears twice")
             found: dict[Any, Any] = super().construct_mapping(node, deep)
             return found
 

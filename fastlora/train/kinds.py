@@ -34,7 +34,7 @@ class Kind(NamedTuple):
 def whole(low: int) -> Kind:
     def check(value: Any, where: str) -> int:
         if isinstance(value, bool) or not isinstance(value, int):
-            raise ConfigError(f"{where} must be a whole number, got {value!r}")
+            raise ConfigError(f"{where} must be an integer, got {value!r}")
         if value < low:
             raise ConfigError(f"{where} must be at least {low}, got {value}")
         return value
@@ -79,7 +79,7 @@ def _files(value: Any, where: str) -> tuple[Path, ...]:
 def _texts(value: Any, where: str) -> tuple[str, ...]:
     texts = (value,) if isinstance(value, str) else value
     if not isinstance(texts, (list, tuple)) or not all(t and isinstance(t, str) for t in texts):
-        raise ConfigError(f"{where} must be a text or a list of texts, got {value!r}")
+        raise ConfigError(f"{where} must be a string or a list of strings, got {value!r}")
     return tuple(texts)
 
 
@@ -100,11 +100,11 @@ def _columns(value: Any, where: str) -> dict[str, str]:
     for ours, theirs in table.items():
         if ours not in COLUMNS:
             raise ConfigError(
-                f"{where}: no format has a column {ours!r}{near_names(ours, COLUMNS)}; expected "
-                f"names among {', '.join(COLUMNS)}, each with the files' name of it"
+                f"{where}: unknown column {ours!r}{near_names(ours, COLUMNS)}; expected keys from "
+                f"{', '.join(COLUMNS)}, each with the name of that column in the files"
             )
         if not isinstance(theirs, str) or not theirs:
-            raise ConfigError(f"{where}.{ours} must be the name of a column, got {theirs!r}")
+            raise ConfigError(f"{where}.{ours} must be a column name, got {theirs!r}")
     return table
 
 
@@ -116,7 +116,7 @@ def _names(text: str) -> list[str]:
 def _pairs(text: str) -> dict[str, str]:
     pairs = [entry.partition("=") for entry in _names(text)]
     if not all(ours and found and theirs for ours, found, theirs in pairs):
-        raise argparse.ArgumentTypeError(f"expected OURS=THEIRS,..., got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected FIELD=COLUMN,..., got {text!r}")
     return {ours: theirs for ours, _, theirs in pairs}
 
 
@@ -125,7 +125,7 @@ DIR = Kind(_path, {"type": Path, "metavar": "DIR"})
 FILE = Kind(_path, {"type": Path, "metavar": "FILE"})
 FILES = Kind(_files, {})
 TEXTS = Kind(_texts, {"type": _names, "metavar": "NAME,NAME,..."})
-PAIRS = Kind(_columns, {"type": _pairs, "metavar": "OURS=THEIRS,..."})
+PAIRS = Kind(_columns, {"type": _pairs, "metavar": "FIELD=COLUMN,..."})
 
 
 def setting(kind: Kind, text: str = "", default: Any = dataclasses.MISSING) -> Any:

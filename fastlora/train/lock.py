@@ -86,14 +86,14 @@ def _acquire(path: Path) -> int | None:
             if free is None:
                 path.unlink(missing_ok=True)
                 warnings.warn(
-                    f"{path.parent}: the file system has no locks; make sure that no other run "
-                    "writes into this folder",
+                    f"{path.parent}: the file system does not support locks; make sure that no "
+                    "other run writes to this folder",
                     stacklevel=2,
                 )
                 return None
             if not free:
                 raise TrainError(
-                    f"{path.parent}: another training run writes into this folder: "
+                    f"{path.parent}: another training run is writing to this folder: "
                     f"{_holder(descriptor)}; wait until it ends, or choose another out folder"
                 )
             # Another run may have removed the lock file on exit, before this run locked it.
@@ -133,4 +133,4 @@ def _holder(descriptor: int) -> str:
             f"command {found['command']}"
         )
     except (ValueError, KeyError, TypeError):  # the process has not described itself yet
-        return "its process is not known yet"
+        return "its process is unknown"

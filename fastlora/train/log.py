@@ -17,6 +17,7 @@ from fastlora.model.replace_files import replacing
 from fastlora.train.processes import TrainError
 
 LOG, TABLE, PICTURE = "log.jsonl", "losses.csv", "losses.png"
+_SMOOTHED_FROM = 10  # with fewer points, a smoothed line shows nothing more
 
 
 class RunLog:
@@ -112,34 +113,61 @@ def write_table(folder: Path, losses: Sequence[LoggedLoss]) -> Path:
 
 
 def write_picture(folder: Path, losses: Sequence[LoggedLoss]) -> Path | None:
-    """Plot each adapter's losses over the steps, and return the path of the PNG file.
+    """Plot each adapter's losses over the steps, and return the file, or None without matplotlib.
 
-    Returns None if matplotlib is not installed.
+    The loss of every step is a thin line, its moving average is a thick line, and evaluations are
+    dots.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
     except ImportError:
         return None
-    figure = Figure(figsize=(7, 4))
+    names = list(dict.fromkeys(entry.adapter for entry in losses))
+    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
     canvas = FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    for number, name in enumerate(dict.fromkeys(entry.adapter for entry in losses)):
-        for kind, style in (("training", "-"), ("evaluation", "o--")):
-            own = [entry for entry in losses if (entry.adapter, entry.kind) == (name, kind)]
-            points = {entry.step: entry.loss for entry in own if entry.loss is not None}
-            if points:
-                label = name if kind == "training" else f"{name}, evaluation"
-                color = f"C{number % 10}"
-                axes.plot([*points], [*points.values()], style, color=color, label=label)
+    for number, name in enumerate(names):
+        color = f"C{number % 10}"
+        steps, values = _points(losses, name, "training")
+        if len(steps) >= _SMOOTHED_FROM:
+            axes.plot(steps, values, color=color, alpha=0.3, linewidth=0.8)
+            axes.plot(steps, _smoothed(values), color=color, linewidth=1.8, label=name)
+        elif steps:
+            axes.plot(steps, values, ".-", color=color, label=name)
+        steps, values = _points(losses, name, "evaluation")
+        if steps:
+            axes.plot(steps, values, "o--", color=color, markersize=5, label=f"{name}, evaluation")
+    axes.set_title(f"Loss per step: {folder.resolve().name}")
     axes.set_xlabel("step")
     axes.set_ylabel("loss")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
     if axes.lines:
-        axes.legend()
+        axes.margins(x=0.02)
+        axes.legend(fontsize="small", ncols=1 + len(names) // 12)
     path = folder / PICTURE
     with typed(path), replacing(path) as partial:
         canvas.print_png(str(partial))
     return path
+
+
+def _points(losses: Sequence[LoggedLoss], name: str, kind: str) -> tuple[list[int], list[float]]:
+    """Return the steps and the finite losses of an adapter."""
+    own = {e.step: e.loss for e in losses if (e.adapter, e.kind) == (name, kind)}
+    points = {step: loss for step, loss in own.items() if loss is not None}
+    return list(points), list(points.values())
+
+
+def _smoothed(values: Sequence[float]) -> list[float]:
+    """Return a centered moving average over about a twentieth of the values.
+
+    The window is shorter at both ends. A centered window does not lag behind the loss.
+    """
+    half = max(len(values) // 40, 2)
+    windows = [values[max(at - half, 0) : at + half + 1] for at in range(len(values))]
+    return [math.fsum(window) / len(window) for window in windows]
 
 
 @contextlib.contextmanager

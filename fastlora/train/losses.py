@@ -108,7 +108,9 @@ def adapter_losses(
             continue
         divisor = count if tokens is None else tokens.get(name)
         if divisor is None:
-            raise ValueError(f"tokens lacks adapter {name!r}, which has {count} tokens here")
+            raise ValueError(
+                f"tokens has no entry for adapter {name!r}, which has {count} tokens here"
+            )
         by_adapter[name], values[name], found[name] = total / divisor, value / divisor, count
     finite = [by_adapter[name] for name, value in values.items() if math.isfinite(value)]
     joint = torch.stack(finite).sum() if finite else wide.new_zeros(())
@@ -204,7 +206,9 @@ def _samples_of(adapters: Sequence[str | None], count: int) -> dict[str, list[in
     if isinstance(adapters, str):
         raise TypeError(f"adapters is the string {adapters!r}, expected one name for each sample")
     if len(adapters) != count:
-        raise ValueError(f"adapters has {len(adapters)} entries, expected {count}, one a sample")
+        raise ValueError(
+            f"adapters has {len(adapters)} entries, expected {count}, one for each sample"
+        )
     samples: dict[str, list[int]] = {}
     for index, name in enumerate(adapters):
         if name is None or name == BASE:

@@ -54,15 +54,15 @@ def check_trained_together(model: LoraModel, names: str | Sequence[str]) -> list
     """Return the names without duplicates; raise the errors of `train_adapters`."""
     chosen = [names] if isinstance(names, str) else list(dict.fromkeys(names))
     if not chosen:
-        raise ValueError(f"no adapter is named; expected some of {list(model.peft_config)}")
+        raise ValueError(f"no adapter is given; expected one or more of {list(model.peft_config)}")
     for name in chosen:
         model.base_model.check_known(name)
     for name in chosen:
         bias = model.peft_config[name].bias
         if bias != "none" and len(chosen) > 1:
             raise AdapterStateError(
-                f"adapter {name!r} has bias={bias!r}: it trains the base model's biases, which "
-                "every row shares; expected bias='none', or to train it alone"
+                f"adapter {name!r} has bias={bias!r}, which trains biases of the base model that "
+                "all rows share; use bias='none', or train this adapter alone"
             )
     return chosen
 
@@ -146,8 +146,8 @@ class AdapterOptimizers:
             for name in mapping:
                 if name not in names:
                     raise AdapterNotFoundError(
-                        f"{argument} names adapter {name!r}, which has no optimizer here; those "
-                        f"that have are {names}{near_names(name, names)}"
+                        f"{argument} names adapter {name!r}, which has no optimizer; adapters "
+                        f"with one are {names}{near_names(name, names)}"
                     )
         self._adapters = {
             name: Solo(
@@ -157,7 +157,9 @@ class AdapterOptimizers:
         }
         scalers = {id(a.scaler) for a in self._adapters.values() if a.scaler is not None}
         if scaler is not None and len(scalers) < len(names):
-            raise ValueError("scaler made one object twice, expected a new one for each adapter")
+            raise ValueError(
+                "scaler returned the same object twice, expected a new one for each adapter"
+            )
         self._group = BatchGroup(group, names, self._adapters[names[0]].parameters[0].device)
         self._present: set[str] = set()
         self._left_out: set[str] = set()
@@ -301,7 +303,7 @@ class AdapterOptimizers:
         for name in wanted:
             if not self._known(name).gradients():
                 raise AdapterStateError(
-                    f"adapter {name!r} has no gradient to step with; expected a backward of a loss "
+                    f"adapter {name!r} has no gradients; expected a backward of a loss "
                     "over its rows since the last zero_grad()"
                 )
         # Step in the order of the optimizers, so that the order of the rows has no effect.
@@ -360,7 +362,7 @@ class AdapterOptimizers:
     def _known(self, name: str) -> Solo:
         if name not in self._adapters:
             raise AdapterNotFoundError(
-                f"adapter {name!r} has no optimizer here; those that have are "
+                f"adapter {name!r} has no optimizer; adapters with one are "
                 f"{list(self._adapters)}{near_names(str(name), self._adapters)}"
             )
         return self._adapters[name]

@@ -58,7 +58,7 @@ def check_folders(settings: TrainSettings) -> None:
     """
     if not (settings.model / "config.json").is_file():
         raise CheckpointError(
-            f"{settings.model}: no model folder (it has no config.json); only local folders are "
+            f"{settings.model}: not a model folder (it has no config.json); only local folders are "
             "read, for instance what huggingface_hub.snapshot_download(repo_id) returns"
         )
     if settings.out.exists() and not settings.out.is_dir():
@@ -103,13 +103,13 @@ def _check_init(config: LoraConfig, is_new: bool, adapters: int) -> None:
     if is_new and init.calibration:
         raise ConfigError(
             f"init_lora_weights={config.init_lora_weights!r} needs fastlora.{init.calibration}, "
-            "which a training run does not call; make the adapter in Python, save it, and go on "
+            "which a training run does not call; create the adapter in Python, save it, and start "
             "from it with init_from"
         )
     if init.changes_base and adapters > 1:
         raise ConfigError(
             f"init_lora_weights={config.init_lora_weights!r} changes the base weights, which the "
-            f"other {adapters - 1} adapters of this run share; train it alone"
+            f"other {adapters - 1} adapters of this run share; train this adapter alone"
         )
 
 
@@ -168,9 +168,9 @@ def _check_unscalable(model: LoraModel) -> None:
                     ("modules_to_save", "no modules_to_save") if copied else ("bias", "bias='none'")
                 )
                 raise ConfigError(
-                    f"adapter {name!r} has {field}={getattr(config, field)!r}, and what it trains "
-                    "of the base model so is in float16, whose gradients cannot be unscaled; "
-                    f"expected dtype 'bfloat16' or 'float32', or {instead}"
+                    f"adapter {name!r} has {field}={getattr(config, field)!r}, so it trains "
+                    "float16 parameters of the base model, and their gradients cannot be unscaled; "
+                    f"use dtype 'bfloat16' or 'float32', or {instead}"
                 )
 
 
@@ -179,9 +179,9 @@ def check_dropout_dtype(configs: Mapping[str, LoraConfig], dtype: torch.dtype) -
     for name, config in configs.items():
         if config.lora_dropout and dtype not in _COMPUTE_DTYPES:
             raise ConfigError(
-                f"adapter {name!r} has lora_dropout={config.lora_dropout:g}, and the base model is "
-                f"in {dtype}; dropout needs a float of 16, 32 or 64 bits: set dtype, or "
-                "lora_dropout to 0"
+                f"adapter {name!r} has lora_dropout={config.lora_dropout:g}, but the base model is "
+                f"in {dtype}, and dropout needs a 16-, 32-, or 64-bit float dtype; set dtype, or "
+                "set lora_dropout to 0"
             )
 
 
@@ -267,8 +267,8 @@ def make_schedule(
     micro = settings.micro_batch_size or math.ceil(size / processes)
     if math.ceil(size / micro) < processes:
         raise ConfigError(
-            f"{processes} processes, and a step of {size} samples has {math.ceil(size / micro)} "
-            f"forwards of {micro}; expected one for each process: set batch_size to at least "
+            f"a step of {size} samples has {math.ceil(size / micro)} forwards of {micro}, but each "
+            f"of the {processes} processes needs at least one; set batch_size to at least "
             f"{processes * micro}, or micro_batch_size to at most {max(size // processes, 1)}"
         )
     order = Order({name: len(corpus) for name, corpus in corpora.items()}, size, settings.seed)
@@ -277,8 +277,8 @@ def make_schedule(
     for name, count in own_steps.items():
         if not count:
             raise ConfigError(
-                f"none of the {steps} steps has a sample of adapter {name!r}; raise steps (an "
-                f"epoch is {math.ceil(order.total / size)}) or batch_size"
+                f"none of the {steps} steps has a sample of adapter {name!r}; increase steps (an "
+                f"epoch has {math.ceil(order.total / size)}) or batch_size"
             )
     return Schedule(order, steps, micro, own_steps)
 

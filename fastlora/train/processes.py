@@ -13,13 +13,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from fastlora.command_line import install_command
 from fastlora.sharding import is_sharded, several_processes
 from fastlora.train.losses import AdapterLosses
 from fastlora.validation import ConfigError, FastLoraError, near_names
 
 T = TypeVar("T")
 
-INSTALL = "pip install 'fastlora-triton[train]'"
 # This key is used beside adapter names, which cannot contain a slash.
 _STOP = "/stop"
 
@@ -33,7 +33,7 @@ def needed(name: str, what: str = "training needs") -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise TrainError(f"{what} {name}; install it with: {INSTALL}") from error
+        raise TrainError(f"{what} {name}; install it with: {install_command('train')}") from error
 
 
 class Agreed(NamedTuple):
@@ -149,8 +149,8 @@ class RunProcesses:
         started = launched()
         if self.count != started:
             raise TrainError(
-                f"torchrun started {started} processes, and accelerate formed a group of "
-                f"{self.count}; each would train alone and write over the others"
+                f"torchrun started {started} processes, but accelerate formed a group of "
+                f"{self.count}; separate groups would overwrite each other's files"
             )
         self.device: torch.device = self._accelerator.device
         self.main: bool = self._accelerator.is_main_process
@@ -244,11 +244,13 @@ def check_trackers(names: Sequence[str]) -> None:
     for name in names:
         if name not in known:
             raise ConfigError(
-                f"track: there is no tracker {name!r}{near_names(name, known)}; accelerate has "
+                f"track: unknown tracker {name!r}{near_names(name, known)}; accelerate has "
                 f"{', '.join(sorted(known))}"
             )
         if name not in there:
-            raise TrainError(f"tracker {name!r} is not installed: pip install {name}")
+            raise TrainError(
+                f"tracker {name!r} is not installed; install it with: pip install {name}"
+            )
 
 
 def _widest(device: torch.device) -> torch.dtype:

@@ -13,16 +13,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fastlora.command_line import install_command
 from fastlora.layers.quantised import keep_layout
 from fastlora.model.recommend import QLORA
 from fastlora.train.config import TrainSettings
-from fastlora.train.processes import INSTALL, TrainError
+from fastlora.train.processes import TrainError
 from fastlora.validation import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_NEEDS = {"bitsandbytes": "pip install bitsandbytes", "accelerate": INSTALL}
+_NEEDS = {"bitsandbytes": "pip install bitsandbytes", "accelerate": install_command("train")}
 
 
 def dtype_of(settings: TrainSettings) -> str:
@@ -45,8 +46,8 @@ def quantisation(settings: TrainSettings, model_config: object) -> Any:
     own = getattr(model_config, "quantization_config", None)
     if own is not None and settings.load_in:
         raise ConfigError(
-            f"{settings.model} is quantised already, and load_in is {settings.load_in!r}; expected "
-            "a model that is not, or no load_in"
+            f"{settings.model} is already quantized, but load_in is {settings.load_in!r}; use a "
+            "model that is not quantized, or remove load_in"
         )
     if not settings.load_in:
         return None

@@ -222,11 +222,11 @@ class Run:
         # Only the number of steps may change; the learning rates follow it.
         found = checkpoint.differences({**state.identity, "steps": steps}, self.identity)
         if found:
-            raise CheckpointError(f"{path} is of another run: {_first(found, 5, '; ')}")
+            raise CheckpointError(f"{path} is from a different run: {_first(found, 5, '; ')}")
         if steps < state.step:
             raise CheckpointError(
-                f"{path}: {state.step} steps are done, and the run has {steps}; expected as many "
-                "or more (--steps)"
+                f"{path}: {state.step} steps are already done, but the run has only {steps}; set "
+                f"--steps to {state.step} or more"
             )
         for adapter in self.settings.adapters:
             folder = checkpoint.adapters_folder(path) / adapter.name
@@ -235,7 +235,7 @@ class Run:
         self.step = state.step
         if steps != before:
             self.optimizers.follow_schedules()
-            self._say(f"goes on behind step {self.step} to {steps} steps in place of {before}")
+            self._say(f"continuing after step {self.step}, to {steps} steps instead of {before}")
 
     def train(self) -> TrainResult:
         """Run all remaining steps and write the adapters.
@@ -274,7 +274,7 @@ class Run:
             self.save()
         means, files = self.processes.in_main(self._end_reports)
         if self._is_untrained():
-            raise self._interrupted("before the first step: nothing was trained")
+            raise self._interrupted("before the first step; nothing was trained")
         if self.step < steps:
             raise self._interrupted(f"after step {self.step} of {steps}", saved=True)
         if self._signals.received is not None or self._stops():
@@ -389,7 +389,7 @@ class Run:
             if scale is None:
                 raise self._not_finite("gradient", name, value, self.step + 1)
             if scale < _LEAST_SCALE:
-                how = f" with a loss scale down to {scale:g}"
+                how = f", with the loss scale already reduced to {scale:g}"
                 raise self._not_finite("gradient", name, value, self.step + 1, how)
         self.step += 1
         self.losses.update(values)
@@ -414,8 +414,8 @@ class Run:
                 raise self._stopped(
                     f"adapter {name!r} never took a step: its gradient was not finite in all "
                     f"{count.skipped_steps} of its steps (its loss scale is "
-                    f"{self.optimizers.loss_scale(name):g}; dtype 'bfloat16' or 'float32' needs "
-                    "none)",
+                    f"{self.optimizers.loss_scale(name):g}; dtype 'bfloat16' and 'float32' need no "
+                    "loss scale)",
                     name,
                     self.step,
                 )
@@ -474,9 +474,13 @@ class Run:
         rows = self.schedule.order.rows(step - 1)
         places = [str(self.corpora[name].places[r.sample]) for r in rows if r.adapter == name]
         found = checkpoint.checkpoints(self.root)
-        last = f"the last good checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
+        last = (
+            f"the last good checkpoint is {found[-1]}"
+            if found
+            else "no checkpoint has been saved yet"
+        )
         samples = f". Its samples in that step: {_first(places, 3, '; ')}" if places else ""
-        return NonFiniteError(f"step {step}: {text}; stopped, {last}{samples}", step, name)
+        return NonFiniteError(f"step {step}: {text}; training stopped; {last}{samples}", step, name)
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -533,7 +537,7 @@ class Run:
             weights = [parameter.detach() for parameter in self._trained([name])]
             value = float(nn.utils.get_total_norm(weights, math.inf))
             if not math.isfinite(value):
-                raise self._not_finite("largest weight", name, value, self.step)
+                raise self._not_finite("largest absolute weight", name, value, self.step)
         state = checkpoint.TrainState(self.step, self.identity, self.optimizers.state_dict())
 
         def write() -> None:
@@ -570,7 +574,7 @@ class Run:
             return type(error)(f"{error}; nothing was trained")
         saved = ", ".join(str(self.settings.out / name) for name in names) or "none"
         found = checkpoint.checkpoints(self.root)
-        resume = f"--resume continues from {found[-1]}" if found else "there is no checkpoint"
+        resume = f"continue from {found[-1]} with --resume" if found else "no checkpoint was saved"
         text = f"{error}; adapters saved after step {self.step}: {saved}; {resume}"
         return type(error)(text)
 

@@ -85,7 +85,7 @@ class StopSignals:
             if not self._deferred:
                 self._restore()
                 raise RunInterrupted(
-                    f"interrupted by {name} before the first step: nothing was trained",
+                    f"interrupted by {name} before the first step; nothing was trained",
                     self.received,
                 )
             if self._say is not None:
@@ -93,8 +93,8 @@ class StopSignals:
                 # The output may also be a file on a full disk.
                 with contextlib.suppress(RuntimeError, OSError):
                     self._say(
-                        f"{name}: the run ends after this step and saves its adapters and a "
-                        "checkpoint; a second signal ends it at once"
+                        f"{name}: the run will save its adapters and a checkpoint after this step, "
+                        "and then end; a second signal ends it immediately"
                     )
         elif time.monotonic() - self._received_at >= self._repeats:
             self._restore()

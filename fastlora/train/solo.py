@@ -66,7 +66,9 @@ class Solo:
         seed: int,
     ) -> None:
         if max_grad_norm is not None and not max_grad_norm > 0:
-            raise ValueError(f"max_grad_norm of {name!r} is {max_grad_norm}, expected more than 0")
+            raise ValueError(
+                f"max_grad_norm of adapter {name!r} must be greater than 0, got {max_grad_norm}"
+            )
         self.name = name
         self.max_grad_norm = max_grad_norm
         self.parameters = _trainable(model, name, needs_fp32=scaler is not None)
@@ -147,7 +149,7 @@ class Solo:
             raise CheckpointError(f"{what} is a {type(state).__name__}, expected a mapping")
         for key, own in mine.items():
             if key not in state:
-                raise CheckpointError(f"{what} lacks {key!r}")
+                raise CheckpointError(f"{what} has no {key!r}")
             if isinstance(own, Mapping) and set(state[key] or ()) < set(own):
                 raise CheckpointError(f"{what} has {key} {state[key]!r}, expected {list(own)}")
             if type(own) is int and type(state[key]) is not int:
@@ -187,7 +189,7 @@ class Solo:
 
 
 def _frozen(name: str) -> str:
-    return f"adapter {name!r} is frozen; call train_adapters() with all adapters that train"
+    return f"adapter {name!r} is frozen; call train_adapters() with all adapters to train"
 
 
 def _trainable(model: LoraModel, name: str, needs_fp32: bool) -> list[nn.Parameter]:
@@ -209,15 +211,15 @@ def _checked_optimizer(
 ) -> Optimizer:
     if not isinstance(optimizer, Optimizer):
         raise TypeError(
-            f"optimizers[{name!r}] made {type(optimizer).__name__}, expected a "
+            f"optimizers[{name!r}] returned {type(optimizer).__name__}, expected a "
             "torch.optim.Optimizer"
         )
     own = {id(parameter) for parameter in parameters}
     held = [id(p) for group in optimizer.param_groups for p in group["params"]]
     if not own.issuperset(held):
         raise ValueError(
-            f"the optimizer of adapter {name!r} holds parameters that are not the adapter's; "
-            "expected those that it was given"
+            f"the optimizer of adapter {name!r} holds parameters that do not belong to the "
+            "adapter; expected only the parameters passed to the factory"
         )
     return optimizer
 
@@ -225,7 +227,7 @@ def _checked_optimizer(
 def _checked_scheduler(name: str, scheduler: LRScheduler) -> LRScheduler:
     if not isinstance(scheduler, LRScheduler) or isinstance(scheduler, ReduceLROnPlateau):
         raise TypeError(
-            f"schedulers[{name!r}] made {type(scheduler).__name__}, expected a schedule of "
+            f"schedulers[{name!r}] returned {type(scheduler).__name__}, expected a scheduler from "
             "torch.optim.lr_scheduler that steps without a metric"
         )
     return scheduler

@@ -61,7 +61,7 @@ def test_the_chosen_adapter_answers_in_one_conversation(chat: Chat, alone: Any) 
     """The history holds all that was said, whoever said it."""
     first = alone("<user>hi<bot>", "robot")
     assert [line.strip() for line in said(chat, "hi")] == [first]
-    assert said(chat, "/adapter ship") == ["ship answers"]
+    assert said(chat, "/adapter ship") == ["ship answers now"]
     second = alone(f"<user>hi<assistant>{first}<user>and you<bot>", "ship")
     assert [line.strip() for line in said(chat, "and you")] == [second] != [first]
     said(chat, "/adapter base", "/system be kind")
@@ -82,18 +82,20 @@ def test_what_no_longer_fits_is_forgotten(chat: Chat) -> None:
     """The oldest exchanges go; a message that never fits is left out, and nothing else changes."""
     chat.model.config.max_position_embeddings = 60
     said(chat, "one", "two")
-    assert said(chat, "three")[0] == "(the first 1 exchanges no longer fit, and are forgotten)"
+    assert said(chat, "three")[0] == "(the first 1 exchanges no longer fit and were removed)"
     assert chat.messages[0] == {"role": "user", "content": "two"}
     before = list(chat.messages)
-    assert "the model takes 60, 8 of them for the answer" in said(chat, "x" * 90)[-1]
+    assert "the model supports 60, of which 8 are reserved" in said(chat, "x" * 90)[-1]
     assert chat.messages == before
 
 
 def test_commands(chat: Chat) -> None:
     """A slip is answered, and changes nothing."""
-    assert said(chat, "/adapter shp")[0].startswith("no adapter 'shp'; there are robot, ship, base")
+    assert said(chat, "/adapter shp")[0].startswith(
+        "no adapter 'shp'; expected one of robot, ship, base"
+    )
     assert chat.speaker == "robot"
-    assert said(chat, "/nonsense")[0] == "no command /nonsense"
+    assert said(chat, "/nonsense")[0] == "unknown command /nonsense"
     said(chat, "hi", "/reset")
     assert chat.messages == [] and not said(chat, "  ")
     assert not chat.take("/quit")
@@ -106,7 +108,7 @@ def test_without_a_template_a_message_begins_a_text(
     chat.plain = True
     assert said(chat, "the sea")[0].strip() == alone("the sea", "robot")
     assert chat.messages == []
-    assert said(chat, "/system be kind") == ["without a chat template a system prompt has no place"]
+    assert said(chat, "/system be kind") == ["a system prompt needs a chat template"]
     whole, asked = chat.tokenizer, []
     ended = lambda texts, **how: whole([f"{text}<eos>" for text in texts], **how)  # noqa: E731
     monkeypatch.setattr(chat._prompts, "_tokenizer", ended)
@@ -123,7 +125,7 @@ def test_a_template_that_refuses(chat: Chat) -> None:
         + served.TEMPLATE
     )
     lines = said(chat, "/system be kind", "hi")
-    assert lines[-1] == "the model's chat template refuses messages: no system"
+    assert lines[-1] == "the model's chat template rejects messages: no system"
     assert chat.messages == [] and chat.take("/system") and chat.ask("hi")
 
 
@@ -143,18 +145,20 @@ def test_refusals(folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     sign = tmp_path / "lr=1"
     sign.symlink_to(folders / "run")
     assert list(adapter_folders([str(sign / "ship")])) == ["ship"]
-    with pytest.raises(ConfigError, match="'robot' is taken; give it as NAME="):
+    with pytest.raises(ConfigError, match="'robot' is already in use; pass NAME="):
         adapter_folders([str(robot), str(folders / "run")])
-    with pytest.raises(ConfigError, match="'base' is taken"):
+    with pytest.raises(ConfigError, match="'base' is already in use"):
         adapter_folders([f"base={robot}"])
-    with pytest.raises(CheckpointError, match="no adapter; expected adapter_config.json in it"):
+    with pytest.raises(
+        CheckpointError, match="not an adapter folder; expected adapter_config.json in it"
+    ):
         adapter_folders([str(tmp_path)])
     base = folders / "base"
-    assert "--top-p must be above 0" in error_of(capsys, "chat", base, "--top-p", 0)
+    assert "--top-p must be greater than 0" in error_of(capsys, "chat", base, "--top-p", 0)
     assert "--temperature must be at least 0" in error_of(capsys, "chat", base, "--temperature", -1)
     assert "--max-new-tokens must be" in error_of(capsys, "chat", base, "--max-new-tokens", 0)
-    assert "--prompt is empty" in error_of(capsys, "chat", base, "--prompt", " ")
+    assert "--prompt must not be empty" in error_of(capsys, "chat", base, "--prompt", " ")
     assert "--system needs a chat" in error_of(capsys, "chat", base, "--system", "x", "--plain")
     long = ["chat", str(base), "--plain", "--prompt", "x" * 3000]
-    assert cli.main(long) == 1 and "the model takes" in capsys.readouterr().out
+    assert cli.main(long) == 1 and "the model supports" in capsys.readouterr().out
     assert "no such folder" in error_of(capsys, "chat", tmp_path / "nowhere", "--prompt", "x")

@@ -6,6 +6,7 @@ import argparse
 import importlib
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,66 @@ def test_wrong_usage_is_two(arguments: list[str], capsys: pytest.CaptureFixture[
         cli.main(arguments)
     assert caught.value.code == 2
     assert "usage: fastlora" in capsys.readouterr().err
+
+
+def test_the_list_of_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    """`fastlora` alone shows the help, which describes the tool and lists the main commands first.
+
+    The exit code is still that of wrong usage, because no command was given.
+    """
+    with pytest.raises(SystemExit) as caught:
+        cli.main([])
+    assert caught.value.code == 2
+    captured = capsys.readouterr()
+    alone = captured.err
+    assert not captured.out
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["--help"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out == alone
+    description = " ".join(alone.split("\n\n")[1].split())
+    assert description == (
+        "Train, serve, merge, and benchmark LoRA adapters in PEFT's format, with many adapters in "
+        "one batch."
+    )
+    listed = [line.split()[0] for line in alone.splitlines() if re.match(r" {4}\w", line)]
+    assert listed[:4] == ["train", "serve", "chat", "demo"]
+    assert set(listed[4:]) == {"doctor", "info", "inspect", "merge", "bench"}
+
+
+def test_unknown_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    """An error names the commands with a similar name, or says where the list is."""
+    messages = {
+        "trian": "unknown command 'trian'; close names: train",
+        "serv": "unknown command 'serv'; close names: serve",
+        "xxxxxx": "unknown command 'xxxxxx'; run `fastlora --help` for a list",
+    }
+    for command, message in messages.items():
+        with pytest.raises(SystemExit) as caught:
+            cli.main([command, "--steps", "5"])
+        assert caught.value.code == 2
+        assert capsys.readouterr().err.splitlines()[-1].startswith(f"fastlora: error: {message}")
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "close"),
+    [
+        ("train", "--stpes", "--steps"),
+        ("serve", "--prot=1", "--port"),
+        ("doctor", "--jsn", "--json"),
+    ],
+)
+def test_unknown_options(
+    command: str, option: str, close: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An error is one line, with close names and without the usage of all options."""
+    with pytest.raises(SystemExit) as caught:
+        cli.main([command, "folder", option])
+    assert caught.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    start = f"fastlora {command}: error: unrecognized arguments: {option}; close names: {close}"
+    assert line.startswith(start)
+    assert line.endswith(f"; run `fastlora {command} --help` for all options")
 
 
 HELP = {  # some of what each command's help says
@@ -226,7 +287,7 @@ def test_inspect_folds_modules_that_are_alike(
         ["*.v", "(13)", "lora", "2"],
         ["*.q", "(1)", "lora", "4"],
     ]
-    assert lines[-1] == "26 modules; --json lists each"
+    assert lines[-1] == "26 modules; use --json to list them all"
     assert cli.main(["inspect", "--json", str(tmp_path)]) == 0
     names = [m["name"] for m in json.loads(capsys.readouterr().out)["modules"]]
     assert names == [f"layers.{index}.{end}" for index in range(13) for end in "qv"]
@@ -272,6 +333,13 @@ def trained(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.save_pretrained(path / "a")
     model.merge_and_unload().save_pretrained(path / "merged")
     return path / "a"
+
+
+def test_no_progress_bars_in_a_pipe(base: Path, trained: Path, tmp_path: Path) -> None:
+    """Without a terminal, loading, merging, and saving a model print no bars."""
+    done = run("-m", "fastlora", "merge", base, trained, tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert "it/s]" not in done.stderr and "%|" not in done.stderr, done.stderr
 
 
 @pytest.mark.parametrize("dtype", ["auto", "bfloat16"])

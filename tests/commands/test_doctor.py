@@ -59,7 +59,7 @@ def test_a_machine_that_is_well(
     assert (cpu["device"], cpu["implementation"], cpu["trial"]) == ("cpu", "eager", None)
     assert cli.main(["doctor"]) == 0
     text = capsys.readouterr().out
-    assert text.endswith("all is well\n") and "FASTLORA_PLAN=split" in text
+    assert text.endswith("No problems found.\n") and "FASTLORA_PLAN=split" in text
     assert re.search(r"^torch +\S+ +>=2.11,<3$", text, re.M)
 
 
@@ -129,7 +129,7 @@ def test_a_driver_without_a_gpu_in_torch(
     monkeypatch.setattr(machine, "_DRIVERS", (("NVIDIA", tmp_path),))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     (problem,) = doctor(capsys)["problems"]
-    assert "driver of NVIDIA" in problem["problem"] and "pytorch.org" in problem["fix"]
+    assert "NVIDIA driver" in problem["problem"] and "pytorch.org" in problem["fix"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     (problem,) = doctor(capsys)["problems"]
     assert problem["fix"] == "unset CUDA_VISIBLE_DEVICES"
@@ -158,9 +158,9 @@ sys.stderr.write(json.dumps(codes))
         found.append(facts)
         rest = rest[end:]
     ran, wrong, failed = found
-    assert ran["devices"][0]["trial"].startswith("ran, 0.0")
+    assert ran["devices"][0]["trial"].startswith("ran, with a relative error of 0.0")
     assert [p["fix"] for p in ran["problems"]] == ["unset TRITON_INTERPRET"]
-    assert "is off by" in wrong["problems"][0]["problem"]
+    assert "has a relative error of" in wrong["problems"][0]["problem"]
     assert "failed: no such instruction" in failed["problems"][0]["problem"]
 
 
@@ -191,7 +191,7 @@ def test_an_adapter_that_is_not_fused(
     facts = doctor(capsys, folder, "--adapter", tmp_path / "adapter")
     assert {layer["reason"] for layer in facts["model"]["layers"]} == {DORA_DROPS}
     assert facts["model"]["eligible"] == 0 and len(facts["model"]["without_adapter"]) == 13
-    assert facts["notes"] == ["with lora_dropout=0 DoRA is fused in training, too"]
+    assert facts["notes"] == ["with lora_dropout=0, DoRA is also fused in training"]
 
 
 def test_a_quantised_model_as_when_it_is_loaded(
@@ -217,7 +217,7 @@ def test_what_is_no_model_and_no_adapter_of_it(
 ) -> None:
     """One problem, and everything else is told all the same."""
     facts = doctor(capsys, tmp_path / "nowhere")
-    assert "no model folder" in facts["problems"][0]["problem"] and facts["devices"]
+    assert "not a model folder" in facts["problems"][0]["problem"] and facts["devices"]
     other = get_peft_model(tiny_llama(hidden_size=32), LoraConfig(r=2, target_modules=["q_proj"]))
     other.save_pretrained(tmp_path / "adapter")
     facts = doctor(capsys, folder, "--adapter", tmp_path / "adapter")

@@ -56,14 +56,12 @@ def test_help_and_errors(tmp_path: Path) -> None:
         [*command.split(), "--help"] for command in (*commands, "bench mixed", "bench kernels")
     ]
     runs = {
-        "training needs accelerate; install it with: pip install 'fastlora-triton[train]'": train,
-        "YAML needs PyYAML: `pip install pyyaml`": ["train", str(tmp_path / "run.yaml")],
-        "chat needs transformers; install it with: pip install 'fastlora-triton[hf]'": [
-            *("chat", base)
-        ],
+        "training needs accelerate; install it with: pip install '.[train]'": train,
+        "reading YAML needs PyYAML: `pip install pyyaml`": ["train", str(tmp_path / "run.yaml")],
+        "chat needs transformers; install it with: pip install '.[hf]'": [*("chat", base)],
         "serve needs ": ["serve", base],
-        "demo needs transformers; install it with: pip install 'fastlora-triton[demo]'": ["demo"],
-        "bench needs transformers; install it with: pip install 'fastlora-triton[hf,bench]'": [
+        "demo needs transformers; install it with: pip install '.[demo]'": ["demo"],
+        "bench needs transformers; install it with: pip install '.[hf,bench]'": [
             *("bench", "mixed", "--model", base)
         ],
     }
@@ -71,7 +69,7 @@ def test_help_and_errors(tmp_path: Path) -> None:
     code = CODE.format(blocked=set(BLOCKED), commands=[*looks, *helps, *runs.values()])
     (well, without_model, *found) = json.loads(python(code, tmp_path, PYTHONPATH=str(ROOT)))
     assert (well[0], well[2]) == (0, "") and (without_model[0], without_model[2]) == (1, "")
-    assert "fix: pip install 'fastlora-triton[hf]'" in without_model[1]
+    assert "fix: pip install '.[hf]'" in without_model[1]
     for words, (exit_code, out, err) in zip(helps, found[: len(helps)], strict=True):
         assert exit_code == 0 and "usage: " in out and not err, words
     for (message, words), (exit_code, out, err) in zip(

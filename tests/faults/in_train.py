@@ -102,10 +102,11 @@ FAULTS = (
         path="fastlora/train/run.py",
         before=(
             "            if not math.isfinite(value):\n"
-            '                raise self._not_finite("largest weight"'
+            '                raise self._not_finite("largest absolute weight"'
         ),
         after=(
-            '            if value < 0:\n                raise self._not_finite("largest weight"'
+            "            if value < 0:\n"
+            '                raise self._not_finite("largest absolute weight"'
         ),
         tests=(f"{_CLI}/test_train_cli_errors.py::test_a_weight_that_is_not_finite",),
     ),

@@ -183,7 +183,7 @@ def test_numbers_that_are_not_finite_stay_in_their_own_row(served: Any) -> None:
         answer = served.http.post("/v1/completions", json={"model": "nan", **GREEDY})
         assert answer.status_code == 422, answer.text
         assert (
-            "'nan' cannot be used: it gives numbers that are not finite"
+            "'nan' cannot be used: it returns logits that are not finite"
             in answer.json()["error"]["message"]
         )
     for thread in threads:
@@ -230,19 +230,19 @@ def test_an_answer_keeps_the_adapter_that_it_began_with(served: Any) -> None:
 @pytest.mark.parametrize(
     ("name", "path", "said"),
     [
-        ("y", "..", "leads out of the server's folder"),
-        ("y", ".", "leads out of the server's folder"),
-        ("y", "../outside", "leads out of the server's folder"),
-        ("y", "/etc", "leads out of the server's folder"),
-        ("y", "link", "leads out of the server's folder"),
-        ("y", "ash/../../outside", "leads out of the server's folder"),
-        ("y", "nowhere", "no adapter there"),
+        ("y", "..", "is outside the server's adapter folder"),
+        ("y", ".", "is outside the server's adapter folder"),
+        ("y", "../outside", "is outside the server's adapter folder"),
+        ("y", "/etc", "is outside the server's adapter folder"),
+        ("y", "link", "is outside the server's adapter folder"),
+        ("y", "ash/../../outside", "is outside the server's adapter folder"),
+        ("y", "nowhere", "not an adapter folder"),
         ("y", "a\x00b", "no such path"),
-        ("../y", "ash", "cannot be an adapter's name"),
-        (".y", "ash", "cannot be an adapter's name"),
-        ("", "ash", "cannot be an adapter's name"),
-        ("tiny", "ash", "is the base model's name"),
-        ("base", "ash", "is the base model's name"),
+        ("../y", "ash", "is not a valid adapter name"),
+        (".y", "ash", "is not a valid adapter name"),
+        ("", "ash", "is not a valid adapter name"),
+        ("tiny", "ash", "is reserved for the base model"),
+        ("base", "ash", "is reserved for the base model"),
         ("y", "\ud800", "lora_path"),
     ],
 )

@@ -169,7 +169,7 @@ def test_a_fault_costs_those_in_its_forward(
 
     monkeypatch.setattr(Rows, "forward", breaks)
     broken.set()
-    with pytest.raises(FailedError, match=r"failed at this request \(OutOfMemoryError\)"):
+    with pytest.raises(FailedError, match=r"failed to process this request \(OutOfMemoryError\)"):
         ask(engine, "x", "a").text()
     assert ask(engine, "x", "a").text() == alone.text("x", "a", 6)
     assert engine._adapters.pool.stats().leases == 0
@@ -189,7 +189,7 @@ def test_a_fault_of_bringing_an_adapter_in_costs_its_own_requests(
 
     monkeypatch.setattr(pool, "lease", breaks)
     other = ask(engine, "x", "a", Sampling(20, 0))
-    with pytest.raises(FailedError, match=r"failed at this request \(OutOfMemoryError\)"):
+    with pytest.raises(FailedError, match=r"failed to process this request \(OutOfMemoryError\)"):
         ask(engine, "x", "b").text()
     assert other.text() == alone.text("x", "a", 20)
     assert (engine.running, engine.waiting, engine.stats.requests_failed) == (0, 0, 1)
@@ -248,7 +248,7 @@ def test_the_queue_is_bounded(start: Callable[..., Engine], alone: Alone) -> Non
     running = ask(engine, "x", "a", Sampling(60, 0))
     assert running.first.wait(30)
     heard = [ask(engine, "x", "b") for _ in range(2)]
-    with pytest.raises(QueueFullError, match="2 requests wait already"):
+    with pytest.raises(QueueFullError, match="2 requests are already waiting"):
         ask(engine, "x", "a")
     assert [own.text() for own in heard] == [alone.text("x", "b", 6)] * 2
 
@@ -336,7 +336,9 @@ def test_the_cache_grows_and_keeps_what_it_has() -> None:
 
 
 def test_what_serving_cannot_do_is_refused() -> None:
-    with pytest.raises(ConfigError, match="length of 300 tokens is more than the model's 200"):
+    with pytest.raises(
+        ConfigError, match="length of 300 tokens exceeds the model's maximum of 200"
+    ):
         Rows(tiny_llama(max_position_embeddings=200), 2, 300)
     config = tiny_llama(max_position_embeddings=200).config
     config.sliding_window = 50
@@ -344,7 +346,7 @@ def test_what_serving_cannot_do_is_refused() -> None:
     config.layer_types = ["linear_attention", "full_attention"]
     with pytest.raises(UnsupportedLayerError, match="layers of linear_attention"):
         most_positions(config)
-    with pytest.raises(UnsupportedLayerError, match="takes no"):
+    with pytest.raises(UnsupportedLayerError, match="does not accept"):
         Rows(torch.nn.Linear(2, 2), 2, 8)
 
 

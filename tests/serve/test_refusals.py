@@ -40,12 +40,12 @@ def refused(served: Any, path: str, status: int, body: Any, **options: Any) -> d
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": 1.5}, "max_tokens"),
         ({"max_tokens": 2**70}, "max_tokens"),
-        ({"max_tokens": 4000}, "max_tokens=4000; prompt and answer together may have 128"),
+        ({"max_tokens": 4000}, "max_tokens=4000; prompt and answer together can have at most 128"),
         ({"seed": 2**63}, "seed"),
         ({"seed": True}, "seed"),
-        ({"stop": ["a", "b", "c", "d", "e"]}, "stop has 5 texts, expected at most 4"),
-        ({"stop": ""}, "stop has an empty text"),
-        ({"stop": "\ud800"}, "stop holds half a surrogate pair"),
+        ({"stop": ["a", "b", "c", "d", "e"]}, "stop has 5 strings, expected at most 4"),
+        ({"stop": ""}, "stop has an empty string"),
+        ({"stop": "\ud800"}, "stop contains an unpaired surrogate"),
         ({"n": 2}, "n: is not supported"),
         ({"logprobs": 3}, "logprobs: is not supported"),
         ({"logprobs": 0}, "logprobs: is not supported"),  # of the answer's own tokens
@@ -56,7 +56,7 @@ def refused(served: Any, path: str, status: int, body: Any, **options: Any) -> d
         ({"service_tier": "flex"}, "service_tier: is not supported"),
         ({"top_logprobs": 2}, "top_logprobs: is not supported"),
         ({"model": None}, "model"),
-        ({"stream_options": {"include_usage": True}}, "stream_options is only for stream=true"),
+        ({"stream_options": {"include_usage": True}}, "stream_options requires stream=true"),
         ({"stream": "yes"}, "stream"),
         ({"model": 7}, "model"),
     ],
@@ -74,13 +74,13 @@ def test_wrong_values(served: Any, path: str, body: dict[str, Any], said: str) -
         ([], "prompt has 0 prompts, expected one"),
         (["a", "b"], "prompt has 2 prompts, expected one"),
         ([[]], "the prompt is empty"),
-        ([5, 97], "prompt has token 97, expected numbers from 0 to 96"),
+        ([5, 97], "prompt has token 97, expected token ids from 0 to 96"),
         ([-1], "prompt has token -1"),
         ([2**80], "prompt"),
         (["a", 1], "prompt"),
         (None, "prompt"),
         ("x" * 127, "the prompt has 127 tokens and max_tokens=2"),
-        ("\udc80", "prompt holds half a surrogate pair"),
+        ("\udc80", "prompt contains an unpaired surrogate"),
     ],
 )
 def test_wrong_prompts(served: Any, prompt: Any, said: str) -> None:
@@ -98,9 +98,12 @@ def test_wrong_prompts(served: Any, prompt: Any, said: str) -> None:
         ([{"role": "assistant", "tool_calls": [{}]}], "messages.0.tool_calls: is not supported"),
         ([*HI, {"role": "assistant", "refusal": "no"}], "messages.1.refusal: is not supported"),
         ([{"role": "user", "content": [{"type": "image_url"}]}], "messages.0.content"),
-        ([*HI, {"role": "system", "content": "late"}], "chat template refuses messages: system fi"),
-        ([{"role": "user", "content": "\ud812"}], "content holds half a surrogate pair"),
-        ([{"role": "user", "content": "x" * 200}], "prompt and answer together may have 128"),
+        ([*HI, {"role": "system", "content": "late"}], "chat template rejects messages: system fi"),
+        ([{"role": "user", "content": "\ud812"}], "content contains an unpaired surrogate"),
+        (
+            [{"role": "user", "content": "x" * 200}],
+            "prompt and answer together can have at most 128",
+        ),
     ],
 )
 def test_wrong_messages(served: Any, messages: Any, said: str) -> None:
@@ -155,7 +158,7 @@ def test_one_error_is_enough(
 
 
 def test_two_limits_of_one_thing(served: Any) -> None:
-    assert "one setting" in refused(served, CHAT, 400, {"max_completion_tokens": 3})["message"]
+    assert "the same setting" in refused(served, CHAT, 400, {"max_completion_tokens": 3})["message"]
 
 
 @pytest.mark.parametrize(

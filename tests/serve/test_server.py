@@ -139,7 +139,7 @@ def test_sigterm_lets_answers_end(base: Path) -> None:
     process, url, said = start(str(base), "--adapters", str(base.parent / "adapters"))
     try:
         assert said[0].startswith("fastlora: loading ")
-        assert any("serving tiny with 1 adapters: ash" in line for line in said)
+        assert any("serving tiny with 1 adapter: ash" in line for line in said)
         with (
             httpx.Client(base_url=url, timeout=60) as http,
             streaming(http, max_tokens=200) as lines,
@@ -150,7 +150,10 @@ def test_sigterm_lets_answers_end(base: Path) -> None:
         assert json.loads(events[-2])["choices"][0]["finish_reason"] == "length"
         assert process.wait(30) == 0
         assert process.stderr is not None
-        assert process.stderr.read().splitlines()[-1] == "fastlora: all requests have ended"
+        assert (
+            process.stderr.read().splitlines()[-1]
+            == "fastlora: server stopped; no requests are running"
+        )
         with pytest.raises(OSError, match="refused"):
             socket.create_connection((httpx.URL(url).host, httpx.URL(url).port))
     finally:
@@ -164,10 +167,10 @@ def test_sigterm_lets_answers_end(base: Path) -> None:
         (["--port", "70000"], "--port must be from 0 to 65535, got 70000"),
         (["--max-batch", "0"], "--max-batch must be at least 1, got 0"),
         (["--max-length", "1"], "--max-length must be at least 2, got 1"),
-        (["--max-length", "9999"], "a length of 9999 tokens is more than the model's 4096"),
+        (["--max-length", "9999"], "a length of 9999 tokens exceeds the model's maximum of 4096"),
         (["--watch", "nan"], "--watch must be at least 0, got nan"),
-        (["--adapters", "nowhere"], "nowhere: no such folder, expected one that holds adapters"),
-        (["--host", "no.such.invalid"], "--host no.such.invalid: no such address"),
+        (["--adapters", "nowhere"], "nowhere: no such folder; expected a folder of adapters"),
+        (["--host", "no.such.invalid"], "--host no.such.invalid: cannot resolve this address"),
         (["--cpu-mib", "-1"], "--cpu-mib must be at least 0, got -1"),
     ],
 )
@@ -201,4 +204,4 @@ def test_help_needs_no_extra_and_running_names_it(
     assert ended.value.code == 0
     assert "--adapters" in capsys.readouterr().out
     error = error_of(capsys, "serve", "nowhere")
-    assert "serve needs uvicorn; install it with: pip install 'fastlora-triton[serve]'" in error
+    assert "serve needs uvicorn; install it with: pip install '.[serve]'" in error

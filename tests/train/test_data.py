@@ -54,7 +54,7 @@ def test_every_kind_of_file_gives_the_same_samples(tmp_path: Path) -> None:
     assert places == [f"{tmp_path / 'd.csv'}, line {line}" for line in (2, 4)]
     (note,) = read_samples([tmp_path / "d.csv"]).notes
     assert "prompts and completions (format prompt_completion), from prompt, completion" in note
-    assert note.endswith("; not read: id")
+    assert note.endswith("; unused: id")
 
 
 def test_parquet_and_folders_of_datasets(tmp_path: Path) -> None:
@@ -72,11 +72,11 @@ def test_parquet_and_folders_of_datasets(tmp_path: Path) -> None:
         assert [sample.text for sample in found.found] == expected
         assert str(found.found[1].place) == f"{tmp_path / name}, row 2"
     with pytest.raises(
-        DataError, match=r"splits: has splits, expected one of them: .*splits/train"
+        DataError, match=r"splits: has several splits; expected one of them: .*splits/train"
     ):
         read_samples([tmp_path / "splits"])
     (tmp_path / "nothing").mkdir()
-    with pytest.raises(DataError, match="nothing: is no folder that datasets' save_to_disk wrote"):
+    with pytest.raises(DataError, match="nothing: is not a folder written by save_to_disk of"):
         read_samples([tmp_path / "nothing"])
     with pytest.raises(DataError, match="x.parquet: not valid Parquet"):
         read_samples([written(tmp_path, "x.parquet", "x")])
@@ -89,7 +89,8 @@ def test_without_the_library(tmp_path: Path, monkeypatch: Any, name: str, module
     written(tmp_path, "folder/state.json", "{}")
     written(tmp_path, "a.parquet", "x")
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(DataError, match=rf"{name}: needs {module}; install it with: pip install '"):
+    message = rf"{name}: needs {module}; install it with: pip install '\.\[data\]' \(in a clone"
+    with pytest.raises(DataError, match=message):
         read_samples([tmp_path / name])
 
 
@@ -145,12 +146,10 @@ def test_columns_and_formats_that_are_named(tmp_path: Path) -> None:
     assert only(tmp_path, row, columns={"text": "answer"}).text == "yo"
     path = written(tmp_path, "b.jsonl", json.dumps(row))
     reading = Reading(columns={"text": "answer"})
-    assert (
-        "from answer (as text); not read: question, text" in read_samples([path], reading).notes[0]
-    )
-    with pytest.raises(DataError, match="fit the formats prompt_completion and text; say which"):
+    assert "from answer (as text); unused: question, text" in read_samples([path], reading).notes[0]
+    with pytest.raises(DataError, match="match the formats prompt_completion and text; choose"):
         only(tmp_path, row, columns=names)
-    with pytest.raises(DataError, match=r"has no column 'answr', which is to be read as 'prompt'"):
+    with pytest.raises(DataError, match=r"has no column 'answr', which `columns` maps to 'prompt'"):
         only(tmp_path, row, columns={"prompt": "answr"})
     with pytest.raises(DataError, match="has no column 'messages', which format 'messages' needs"):
         only(tmp_path, row, format="messages")
@@ -161,11 +160,11 @@ def test_columns_and_formats_that_are_named(tmp_path: Path) -> None:
     [
         ("a.xlsx", "x", r"a.xlsx: expected a file that ends in .jsonl, .json, .csv, .tsv,"),
         ("a", "x", r"a: expected a file that ends in"),
-        ("a.csv", "question,answer\nhi,yo\n", r"\['question', 'answer'\] are those of no format"),
-        ("a.csv", "text,text\na,b\n", r"a.csv: two columns have the same name: \['text', 'text'\]"),
+        ("a.csv", "question,answer\nhi,yo\n", r"\['question', 'answer'\] match no format"),
+        ("a.csv", "text,text\na,b\n", r"several columns have the same name: \['text', 'text'\]"),
         ("a.csv", "prompt,completion\nhi\n", r"a.csv, line 2: expected 2 columns"),
         ("a.csv", "prompt,completion\nhi,yo,no\n", r"a.csv, line 2: expected 2 columns"),
-        ("a.csv", "prompt,completion\nhi,yo\nhi,\n", r"line 3, column 'completion': there is noth"),
+        ("a.csv", "prompt,completion\nhi,yo\nhi,\n", r"line 3, column 'completion': the text is"),
         ("a.csv", 'prompt,completion\nhi,"yo\n', r"a.csv, line 2: not valid CSV"),
         ("a.csv", "prompt,completion\n", r"a.csv: is empty"),
         ("a.csv", "", r"a.csv: is empty"),
@@ -181,12 +180,16 @@ def test_columns_and_formats_that_are_named(tmp_path: Path) -> None:
         ("a.jsonl", '{"messages": [{"role": "user", "content": 3}]}', r"has content '3', expected"),
         ("a.jsonl", '{"conversations": [{"from": "me", "value": ""}]}', r"message 1 is from 'me'"),
         ("a.jsonl", '{"prompt": "x", "completion": [{}]}', r"line 1: one of the columns 'prompt'"),
-        ("a.jsonl", r'{"messages": [{"role": "user", "content": "\ud83d"}]}', r"is no text"),
-        ("a.jsonl", '{"instruction": "x", "output": ""}', r"column 'output': there is nothing to"),
+        (
+            "a.jsonl",
+            r'{"messages": [{"role": "user", "content": "\ud83d"}]}',
+            r"not valid Unicode",
+        ),
+        ("a.jsonl", '{"instruction": "x", "output": ""}', r"column 'output': the text is empty"),
         ("a.jsonl", '\n{"text": "x y"}\n[1, 2]', r"line 3: expected an object with columns, got"),
         ("a.jsonl", "[" * 100_000, r"line 1: not valid JSON"),
         ("a.jsonl", "\n  \n", r"a.jsonl: is empty, expected at least one sample"),
-        ("a.jsonl", '{"prompt": "x"}', r"its columns \['prompt'\] are those of no format"),
+        ("a.jsonl", '{"prompt": "x"}', r"its columns \['prompt'\] match no format"),
         ("a.jsonl", '{"prompt": "x", "completion": 3}', r"column 'completion': expected a string"),
         ("a.jsonl", '{"text": null}', r"line 1, column 'text': expected a string, got 'null'"),
         ("a.jsonl", '{"text": "x"}\n{"texts": "y"}', r"line 2: has no column 'text', which the f"),
@@ -201,7 +204,7 @@ def test_what_is_refused(tmp_path: Path, name: str, text: str, words: str) -> No
 
 def test_settings_of_another_kind(tmp_path: Path) -> None:
     """Data in the settings' place is no broken TOML."""
-    with pytest.raises(ConfigError, match=r"settings are read from .toml, .json and .yaml files"):
+    with pytest.raises(ConfigError, match=r"expected a .toml, .json, or .yaml file"):
         read_settings(written(tmp_path, "data.jsonl", "model: x\n"), {})
 
 
@@ -221,8 +224,8 @@ def test_settings_in_yaml(tmp_path: Path) -> None:
     assert adapter.lora == {"lora_alpha": 8, "r": 4} and adapter.columns == {"prompt": "question"}
     for text, words in (
         ("model: [", "r.yml: not valid YAML"),
-        ("model: a\nmodel: b", "the key 'model' is there twice"),
-        ("adapters: {no: 3}", "the key False is no text; write it in quotes"),
+        ("model: a\nmodel: b", "the key 'model' appears twice"),
+        ("adapters: {no: 3}", "the key False is not a string; put it in quotes"),
         ("- a", "expected an object, found list"),
         ("model: !!python/object:os.system x", "not valid YAML"),
     ):

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fastlora.command_line import install_command
 from fastlora.validation import FastLoraError
 
 # .jsonl: one object per line. .json: a list of objects, or one object per line. .csv and .tsv: a
@@ -18,7 +19,6 @@ from fastlora.validation import FastLoraError
 TABLES = (".jsonl", ".json", ".csv", ".tsv")
 TEXTS = (".txt", ".md")
 PARQUET = ".parquet"
-INSTALL = "pip install 'fastlora-triton[data]'"
 # Files that `datasets` writes beside Arrow files, for a single dataset and for several splits.
 _OF_A_SET, _OF_SPLITS = "state.json", "dataset_dict.json"
 
@@ -45,7 +45,7 @@ class Place(NamedTuple):
     def __str__(self) -> str:
         """Return the place as error messages show it."""
         text = f"{self.path}, {self.unit} {self.number}" if self.number else str(self.path)
-        return f"{text} (and {self.others} more in its row)" if self.others else text
+        return f"{text} (and {self.others} more in the same row)" if self.others else text
 
 
 class Rows(NamedTuple):
@@ -81,8 +81,8 @@ def read_rows(path: Path) -> Rows:
     else:
         known = ", ".join((*TABLES, *TEXTS))
         raise DataError(
-            f"{path}: expected a file that ends in {known} or {PARQUET}, or a folder that "
-            "datasets' save_to_disk wrote"
+            f"{path}: expected a file that ends in {known}, or {PARQUET}, or a folder written by "
+            "save_to_disk of datasets"
         )
     if not rows.found:
         raise DataError(f"{path}: is empty, expected at least one sample")
@@ -138,7 +138,7 @@ def _of_table(path: Path, text: str, delimiter: str) -> list[tuple[Place, Any]]:
     try:
         columns = list(reader.fieldnames or ())
         if len(set(columns)) < len(columns):
-            raise DataError(f"{path}: two columns have the same name: {columns}")
+            raise DataError(f"{path}: several columns have the same name: {columns}")
         for row in reader:
             place = Place(path, reader.line_num)
             if None in row or None in row.values():
@@ -166,10 +166,10 @@ def _of_folder(path: Path) -> Rows:
     if (path / _OF_SPLITS).is_file():
         splits = sorted(entry.name for entry in path.iterdir() if (entry / _OF_A_SET).is_file())
         named = " or ".join(str(path / name) for name in splits)
-        raise DataError(f"{path}: has splits, expected one of them: {named}")
+        raise DataError(f"{path}: has several splits; expected one of them: {named}")
     if not (path / _OF_A_SET).is_file():
         raise DataError(
-            f"{path}: is no folder that datasets' save_to_disk wrote (it has no {_OF_A_SET})"
+            f"{path}: is not a folder written by save_to_disk of datasets (it has no {_OF_A_SET})"
         )
     datasets = _library(path, "datasets")
     files = sorted(entry for entry in path.iterdir() if entry.is_file())
@@ -191,7 +191,8 @@ def _library(path: Path, name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise DataError(f"{path}: needs {name}; install it with: {INSTALL}") from error
+        install = install_command("data")
+        raise DataError(f"{path}: needs {name}; install it with: {install}") from error
 
 
 def _numbered(path: Path, entries: Sequence[Any]) -> list[tuple[Place, Any]]:

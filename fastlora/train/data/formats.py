@@ -143,7 +143,7 @@ def read_samples(paths: Sequence[Path], reading: Reading | None = None) -> Sampl
             ((place, text),) = rows.found
             samples.append(Sample(place, None, text, ends=False))
             formats.append(PLAIN)
-            notes.append(f"{path}: plain text, cut into samples of the greatest length")
+            notes.append(f"{path}: plain text, split into samples of max_length tokens")
             continue
         columns = list(_object(*rows.found[0]))
         name = _found_format(path, columns, reading)
@@ -181,7 +181,7 @@ def _note(path: Path, name: str, names: Mapping[str, str], columns: Sequence[str
         if source in columns
     ]
     unread = [column for column in columns if column not in names.values()]
-    left = f"; not read: {', '.join(unread)}" if unread else ""
+    left = f"; unused: {', '.join(unread)}" if unread else ""
     return f"{path}: {FORMATS[name].title} (format {name}), from {', '.join(read)}{left}"
 
 
@@ -190,7 +190,7 @@ def _found_format(path: Path, columns: Sequence[str], reading: Reading) -> str:
     for ours, theirs in reading.columns.items():
         if theirs not in columns:
             raise DataError(
-                f"{path}: has no column {theirs!r}, which is to be read as {ours!r}; its columns "
+                f"{path}: has no column {theirs!r}, which `columns` maps to {ours!r}; its columns "
                 f"are {list(columns)}"
             )
     taken = set(reading.columns.values())
@@ -200,7 +200,7 @@ def _found_format(path: Path, columns: Sequence[str], reading: Reading) -> str:
         if missing:
             raise DataError(
                 f"{path}: has no column {missing[0]!r}, which format {reading.format!r} needs; its "
-                f"columns are {list(columns)} (another name is given by "
+                f"columns are {list(columns)} (to use another column, set "
                 f"columns = {{ {missing[0]} = ... }})"
             )
         return reading.format
@@ -209,13 +209,13 @@ def _found_format(path: Path, columns: Sequence[str], reading: Reading) -> str:
         return fitting[0]
     if fitting:
         raise DataError(
-            f"{path}: its columns {list(columns)} fit the formats {' and '.join(fitting)}; say "
-            f'which one is meant: format = "{fitting[0]}"'
+            f"{path}: its columns {list(columns)} match the formats "
+            f'{" and ".join(fitting)}; choose one, for example format = "{fitting[0]}"'
         )
     known = "; ".join(" and ".join(f.required) for f in FORMATS.values())
     raise DataError(
-        f"{path}: its columns {list(columns)} are those of no format. Expected {known}; other "
-        "names of theirs are given by columns, for instance columns = { prompt = "
+        f"{path}: its columns {list(columns)} match no format. Expected {known}. If the columns "
+        "have other names, map them, for example with columns = { prompt = "
         f"{columns[0] if columns else 'question'!r} }}"
     )
 
@@ -261,8 +261,8 @@ class _Values:
         for name in map(self._names.__getitem__, columns):
             if name not in self._row:
                 raise DataError(
-                    f"{self.place}: has no column {name!r}, which the file's first row has; it has "
-                    f"{list(self._row)}"
+                    f"{self.place}: has no column {name!r}, which the first row of the file "
+                    f"has; its columns are {list(self._row)}"
                 )
 
     def same_kind(self, *columns: str) -> type:
@@ -271,8 +271,8 @@ class _Values:
         if any(lists) and not all(lists):
             named = " and ".join(repr(self._names[column]) for column in columns)
             raise DataError(
-                f"{self.place}: one of the columns {named} is a list of messages, and the other is "
-                "not; expected two texts, or two lists"
+                f"{self.place}: one of the columns {named} is a list of messages and the other is "
+                "not; expected two strings or two lists"
             )
         return list if all(lists) else str
 
@@ -285,7 +285,7 @@ class _Values:
             raise self._wrong(column, f"expected a string, got {shown(value)}")
         self._check_encodes(column, value)
         if not (value or optional or empty):
-            raise self._wrong(column, f"there is nothing to learn, got {shown(dict(self._row))}")
+            raise self._wrong(column, f"the text is empty, got {shown(dict(self._row))}")
         return value
 
     def messages(self, column: str) -> Messages:
@@ -348,7 +348,9 @@ class _Values:
         try:
             text.encode()
         except UnicodeEncodeError as error:  # JSON may contain a lone surrogate, "\\ud83d"
-            raise self._wrong(column, f"a string is no text ({error.reason})") from error
+            raise self._wrong(
+                column, f"a string is not valid Unicode text ({error.reason})"
+            ) from error
 
     def _where(self, column: str) -> str:
         return f"{self.place}, column {self._names[column]!r}"

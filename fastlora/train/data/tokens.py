@@ -78,11 +78,11 @@ class Corpus:
 
     def __str__(self) -> str:
         """Return the size of the corpus on one line."""
-        cut = f", {self.cut} cut to the longest allowed" if self.cut else ""
+        cut = f" ({self.cut} truncated)" if self.cut else ""
         what = "sample" if self.documents is None else "row"
         return (
-            f"{len(self)} {what}{'s' if len(self) > 1 else ''}{cut}, {len(self.ids):,} tokens, "
-            f"{sum(self._counted):,} with a loss"
+            f"{len(self)} {what}{'s' if len(self) > 1 else ''}{cut}, {len(self.ids):,} "
+            f"token{'s' if len(self.ids) > 1 else ''} ({sum(self._counted):,} with loss)"
         )
 
     def length(self, index: int) -> int:
@@ -184,18 +184,19 @@ def encode(
             advance(len(chunk))
     if not documents:
         raise DataError(
-            f"{empty[0]}: no token is left to learn from, as in all samples of its adapter; the "
-            f"prompt may be longer than max_length, {max_length}"
+            f"{empty[0]}: no tokens are left to train on in this sample or in any other sample of "
+            f"its adapter; the prompts may be longer than max_length ({max_length})"
         )
     if empty:
         notes.append(
-            f"{len(empty)} of {len(samples)} samples are left out: nothing to learn is within "
-            f"{max_length} tokens (the first is {empty[0]})"
+            f"{len(empty)} of {len(samples)} samples are skipped: their first {max_length} tokens "
+            f"contain nothing to train on (the first is {empty[0]})"
         )
     if parted:
         notes.append(
-            f"in {parted} samples the prompt's last tokens are others when the completion follows; "
-            "their loss begins where the tokens part (end prompts at a word's end to avoid it)"
+            f"in {parted} samples, the last tokens of the prompt change when the completion is "
+            "appended; their loss starts at the first token that differs (to avoid this, end "
+            "prompts at the end of a word)"
         )
     more = {"digest": digest, "cut": cut, "example": samples[0], "formats": tuple(formats)}
     if reading.packing is None:
@@ -205,7 +206,11 @@ def encode(
     notes.append(
         f"packed by {reading.packing}: {len(documents)} samples in {len(rows)} rows of at most "
         f"{max_length} tokens, "
-        + ("each with its own positions and attention" if apart else "which run into each other")
+        + (
+            "each with its own positions and attention"
+            if apart
+            else "without separating samples within a row"
+        )
     )
     return _corpus(rows, apart=apart, notes=tuple(notes), **more)
 
@@ -261,23 +266,23 @@ def _check_template(
     text = next((sample for sample in samples if not sample.chat), None)
     if reading.assistant_only_loss and text is not None:
         raise DataError(
-            f"{text.place}: is no chat, and assistant_only_loss is on; expected messages or "
-            "conversations, or chat = true, which makes a chat of prompt and completion"
+            f"{text.place}: is not a chat, but assistant_only_loss is on; expected messages or "
+            "conversations, or chat = true, which turns prompt and completion into a chat"
         )
     if chat is None:
         return
     template = getattr(tokenizer, "chat_template", None)
     if not template:
         raise DataError(
-            f"{chat.place}: is a chat, and the base model's tokenizer has no chat template; name a "
-            "file with one: chat_template = FILE"
+            f"{chat.place}: is a chat, but the base model's tokenizer has no chat template; pass "
+            "one with chat_template = FILE"
         )
     text_of = template.get("default", "") if isinstance(template, dict) else template
     if reading.assistant_only_loss and not _GENERATION.search(text_of):
         raise DataError(
-            "assistant_only_loss needs a chat template that marks what the assistant says with "
-            "{% generation %} and {% endgeneration %}, and the base model's has no such marks; "
-            "name a file with one: chat_template = FILE"
+            "assistant_only_loss needs a chat template that marks the assistant's turns with "
+            "{% generation %} and {% endgeneration %}, but the base model's template does not; "
+            "pass one with chat_template = FILE"
         )
 
 
@@ -313,15 +318,15 @@ def _encoded_chat(sample: Sample, tokenizer: PreTrainedTokenizerBase, reading: R
         ids, said = _template(tokenizer, whole, sample.template, said=own)
     except Exception as error:  # a template may raise any error
         raise DataError(
-            f"{sample.place}: the tokenizer's chat template cannot take it ({error})"
+            f"{sample.place}: the tokenizer's chat template rejected this chat ({error})"
         ) from error
     found = _behind(sample.place, head, ids, reading)
     if said is None:
         return found
     if not any(said):
         raise DataError(
-            f"{sample.place}: assistant_only_loss is on, and the chat template marks nothing here "
-            "as said by the assistant"
+            f"{sample.place}: assistant_only_loss is on, but the chat template marks no part of "
+            "this chat as the assistant's"
         )
     both = [mine and bool(theirs) for mine, theirs in zip(found.counts, said, strict=True)]
     return found._replace(counts=both)

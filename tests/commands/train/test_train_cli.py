@@ -115,7 +115,7 @@ def test_resume_of_a_run_that_has_ended(
     """Nothing is left to do; the adapters come again."""
     shutil.copytree(whole / "checkpoints", tmp_path / "again" / "checkpoints")
     assert same(start("again", "--resume"), whole)
-    assert "resumed behind step 8 of 8" in capsys.readouterr().out
+    assert "resumed after step 8 of 8" in capsys.readouterr().out
 
 
 def test_resume_without_a_checkpoint_starts(start: Any, whole: Path) -> None:

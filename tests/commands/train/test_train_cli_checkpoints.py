@@ -50,7 +50,7 @@ def test_resume_of_another_config(
     before = contents(out)
     change(*changed)(given)
     error = fails(given, "--resume")
-    assert f"{out / 'checkpoints' / 'step-00000004'} is of another run: " in error
+    assert f"{out / 'checkpoints' / 'step-00000004'} is from a different run: " in error
     assert words in error
     assert contents(out) == before
 
@@ -69,7 +69,7 @@ def test_resume_of_another_model_or_data(
         model.model.layers[1].mlp.up_proj.weight.mul_(1.001)
     model.save_pretrained(other)
     error = fails(given | {"model": str(other)}, "--resume")
-    assert "is of another run: model.model.layers.1.mlp.up_proj.weight was" in error
+    assert "is from a different run: model.model.layers.1.mlp.up_proj.weight was" in error
     assert error.count(" was ") == 1
     with (tmp_path / "data" / "a.jsonl").open("a") as file:
         file.write('{"prompt": "one", "completion": "more"}\n')
@@ -87,16 +87,16 @@ def test_a_second_run_needs_resume(
         assert "step-00000004 is a checkpoint of an earlier run; resume it" in fails(given, *flags)
     path = train_runs.write_config(tmp_path / "c.json", given)
     assert cli.main(["train", str(path), "--dry-run", "--resume"]) == 0
-    assert "forwards of 2, 1 process; 4 steps are done" in capsys.readouterr().out
+    assert "2 per forward, 1 process; 4 steps already done" in capsys.readouterr().out
     assert contents(tmp_path / "out") == before
 
 
 @pytest.mark.parametrize(
     ("name", "damage", "words"),
     [
-        ("state.json", lambda b: b[:-9], "state.json: no state of a training run"),
+        ("state.json", lambda b: b[:-9], "state.json: not a valid training state"),
         ("state.json", lambda b: b.replace(b'"format": 1', b'"format": 7'), "format is 7, expe"),
-        ("state.json", lambda b: b'"x"', "state.json: no state of a training run"),
+        ("state.json", lambda b: b'"x"', "state.json: not a valid training state"),
         ("optimizers.safetensors", lambda b: b[:-9], "optimizers.safetensors: truncated"),
         ("adapters/a/adapter_model.safetensors", lambda b: b[:-9], "safetensors: truncated"),
     ],

@@ -48,7 +48,7 @@ def test_missing_and_binary_data(fails: Any, given: Any, tmp_path: Path) -> None
     assert "empty.txt: is empty" in fails(given)
     (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "x" * 512, "completion": "y"}))
     given["adapters"]["a"] = {"data": str(tmp_path / "long.jsonl")}
-    assert "line 1: no token is left to learn from, as in all samples of its ad" in fails(given)
+    assert "line 1: no tokens are left to train on in this sample or in any other" in fails(given)
     assert not (tmp_path / "out").exists()
 
 
@@ -56,10 +56,13 @@ def test_data_that_the_model_cannot_take(fails: Any, given: Any, tmp_path: Path)
     """Too long for its positions, or tokens of another vocabulary: not in the middle of a run."""
     short = train_runs.make_base(tmp_path / "short", max_position_embeddings=16)
     error = fails(given | {"model": str(short)})
-    assert "a.jsonl, line 3: has 29 tokens, and the base model takes 16; set max_length" in error
+    assert (
+        "a.jsonl, line 3: has 29 tokens, but the base model supports at most 16; set max_length"
+        in error
+    )
     few = train_runs.make_base(tmp_path / "few", vocab_size=90)
     for flags in ((), ("--dry-run",)):
-        assert "the tokenizer gave token 95, and the base model has 90" in fails(
+        assert "the tokenizer produced token id 95, but the base model has only 90" in fails(
             given | {"model": str(few)}, *flags
         )
     assert not (tmp_path / "out").exists()
@@ -71,15 +74,15 @@ def test_data_that_the_model_cannot_take(fails: Any, given: Any, tmp_path: Path)
 @pytest.mark.parametrize(
     ("path", "value", "words"),
     [
-        ("model", None, "no 'model' is given"),
-        ("out", None, "no 'out' is given"),
+        ("model", None, "'model' is missing; expected a folder"),
+        ("out", None, "'out' is missing; expected a folder"),
         ("adapters", {}, "no adapter is given"),
-        ("adapters.a.data", None, "adapters.a: no data is given"),
+        ("adapters.a.data", None, "adapters.a: data is missing"),
         ("adapters.a.data", [], "adapters.a.data is empty"),
         ("stepz", 3, "unknown key 'stepz'; close names: steps"),
         ("lr", 3, "unknown key 'lr'; it belongs in [defaults] or in an adapter's table"),
         ("adapters.a.rank", 3, "adapters.a: unknown key 'rank'"),
-        ("adapters.a.learning_rate", 1e-3, "another name of it, 'learning_rate'"),
+        ("adapters.a.learning_rate", 1e-3, "another name of 'learning_rate'"),
         ("adapters.a.lr", "fast", "learning_rate must be a number at least 0, got 'fast'"),
         ("adapters.a.lr", -1, "learning_rate must be a number at least 0, got -1"),
         ("adapters.a.lr", 1e39, "learning_rate must be a number from 0 to 3.4e+37, got 1e+39"),
@@ -91,11 +94,11 @@ def test_data_that_the_model_cannot_take(fails: Any, given: Any, tmp_path: Path)
         ("adapters.a.r", 0, "adapter 'a': r must be a positive integer, got 0"),
         ("adapters.a.targets", ["query"], "'a': target_modules entries ['query'] match no module"),
         ("adapters.a.inference_mode", True, "inference_mode = true freezes the adapter"),
-        ("adapters.a.init_from", "nowhere", "own config; leave out r"),
-        ("adapters.x/y", {"data": "d"}, "an adapter cannot be called 'x/y'"),
-        ("adapters.checkpoints", {"data": "d"}, "an adapter cannot be called 'checkpoints'"),
+        ("adapters.a.init_from", "nowhere", "config of that adapter is used; remove r"),
+        ("adapters.x/y", {"data": "d"}, "invalid adapter name 'x/y'"),
+        ("adapters.checkpoints", {"data": "d"}, "invalid adapter name 'checkpoints'"),
         ("adapters.__base__", {"data": "d"}, "'__base__', which selects the base model"),
-        ("adapters.a.bias", "all", "'a' has bias='all': it trains the base model's biases"),
+        ("adapters.a.bias", "all", "'a' has bias='all', which trains biases of the base model"),
         (
             "adapters.a.init_lora_weights",
             "pissa",
@@ -103,14 +106,14 @@ def test_data_that_the_model_cannot_take(fails: Any, given: Any, tmp_path: Path)
         ),
         ("adapters.a.init_lora_weights", "eva", "'a': init_lora_weights='eva' needs fastlora.init"),
         ("batch_size", 0, "batch_size must be at least 1, got 0"),
-        ("batch_size", 2.5, "batch_size must be a whole number, got 2.5"),
+        ("batch_size", 2.5, "batch_size must be an integer, got 2.5"),
         ("micro_batch_size", 9, "micro_batch_size must be at most batch_size 4, got 9"),
         ("keep", 0, "keep must be at least 1"),
         ("dtype", "float8_e4m3fn", "dtype must be one of auto, float32, bfloat16, float16"),
         ("chat", "yes", "chat must be true or false"),
         ("chat", True, "tokenizer has no chat template"),
         ("epochs", -1, "epochs must be a number at least 0"),
-        ("model", "nowhere", "nowhere: no model folder (it has no config.json)"),
+        ("model", "nowhere", "nowhere: not a model folder (it has no config.json)"),
     ],
 )
 def test_bad_config(
@@ -151,7 +154,7 @@ def test_too_few_steps_and_forwards(
     given |= {"steps": 1, "batch_size": 1, "micro_batch_size": 1}
     assert "none of the 1 steps has a sample of adapter" in fails(given)
     monkeypatch.setenv("WORLD_SIZE", "3")
-    assert "3 processes, and a step of 4 samples has 2 forwards of 2" in fails(
+    assert "a step of 4 samples has 2 forwards of 2, but each of the 3 processes" in fails(
         given | {"steps": 4, "batch_size": 4, "micro_batch_size": 2}, "--dry-run"
     )
     # torchrun's variables without its rendezvous: nobody trains alone over the others' files.
@@ -169,12 +172,12 @@ def test_dropout_needs_a_float(dtype: torch.dtype) -> None:
     base._parameters["bias"] = None
     x = torch.ones(3, 8).to(dtype)
     before = torch.get_rng_state()
-    with pytest.raises(TypeError, match=f"dropout does not support {dtype}; expected a floating"):
+    with pytest.raises(TypeError, match=f"dropout cannot run in {dtype}; expected a floating"):
         tuned(x)
     assert torch.equal(torch.get_rng_state(), before)
     with (
         fastlora.adapters(tuned, ["default"] * 3, seeds={"default": 1}),
-        pytest.raises(TypeError, match=f"dropout does not support {dtype}"),
+        pytest.raises(TypeError, match=f"dropout cannot run in {dtype}"),
     ):
         tuned(x)
 
@@ -228,7 +231,7 @@ def test_a_weight_that_is_not_finite(given: Any, tmp_path: Path) -> None:
 
         run.optimizers.by_adapter["b"].register_step_post_hook(spoil)
         with pytest.raises(
-            NonFiniteError, match="step 4: the largest weight of adapter 'b' is inf"
+            NonFiniteError, match="step 4: the largest absolute weight of adapter 'b' is inf"
         ):
             run.train()
     root = tmp_path / "out" / "checkpoints"
@@ -244,4 +247,4 @@ def test_a_gradient_that_is_not_finite(given: Any) -> None:
         with pytest.raises(NonFiniteError, match="the gradient of adapter 'a' is") as caught:
             run._do_step()
         assert (caught.value.step, caught.value.adapter) == (1, "a")
-        assert "there is no checkpoint yet" in str(caught.value)
+        assert "no checkpoint has been saved yet" in str(caught.value)

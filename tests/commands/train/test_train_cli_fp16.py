@@ -83,7 +83,7 @@ def test_a_scale_at_its_end(given: Any, tmp_path: Path) -> None:
         poisoned(run, "a", until=99)
         run.optimizers._adapters["a"].scaler = torch.amp.GradScaler("cpu", init_scale=2.0**-12)
         with pytest.raises(
-            NonFiniteError, match="gradient of adapter 'a' is .* scale down to 3.05"
+            NonFiniteError, match="gradient of adapter 'a' is .* scale already reduced to 3.05"
         ) as caught:
             run.train()
     assert caught.value.adapter == "a" and caught.value.step == 3
@@ -115,9 +115,9 @@ def test_a_log_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("path", "value", "words"),
     [
-        ("bias", "all", "adapter 'a' has bias='all', and what it trains"),
-        ("bias", "lora_only", "adapter 'a' has bias='lora_only', and what it trains"),
-        ("modules_to_save", ["lm_head"], r"adapter 'a' has modules_to_save=['lm_head'], and what"),
+        ("bias", "all", "adapter 'a' has bias='all', so it trains"),
+        ("bias", "lora_only", "adapter 'a' has bias='lora_only', so it trains"),
+        ("modules_to_save", ["lm_head"], r"adapter 'a' has modules_to_save=['lm_head'], so it"),
     ],
 )
 def test_what_cannot_be_unscaled(
@@ -128,6 +128,6 @@ def test_what_cannot_be_unscaled(
     given["adapters"]["a"] |= {path: value, "data": "nowhere.jsonl"}
     for flags in ((), ("--dry-run",)):
         error = fails(given, "--dtype", "float16", *flags)
-        assert words in error and "expected dtype 'bfloat16' or 'float32'" in error
+        assert words in error and "use dtype 'bfloat16' or 'float32'" in error
         assert "nowhere.jsonl: cannot be read" in fails(given, "--dtype", "bfloat16", *flags)
     assert not (tmp_path / "out").exists()

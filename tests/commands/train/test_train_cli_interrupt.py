@@ -123,7 +123,7 @@ def test_the_first_signal_saves(
         f"fastlora: interrupted by {number.name} {when}; saved: {out / 'a'}, {out / 'b'} and "
         f"{folder}"
     )
-    assert f"{number.name}: the run ends after this step and saves its adapters" in printed.out
+    assert f"{number.name}: the run will save its adapters and a checkpoint" in printed.out
     assert same(out, folder / "adapters")
     assert len(log(out)) == step
     program, *arguments = shlex.split(resume.removeprefix("resume with: "))
@@ -198,7 +198,7 @@ def test_a_signal_before_the_first_step(
             signal_at(patched, owner, name, 1, number)
             assert cli.main(["train", str(path), "--quiet"]) == 128 + number
         assert capsys.readouterr().err.splitlines()[-1] == (
-            f"fastlora: interrupted by {number.name} before the first step: nothing was trained"
+            f"fastlora: interrupted by {number.name} before the first step; nothing was trained"
         )
         assert not (tmp_path / "out").exists()
 
@@ -313,7 +313,7 @@ def test_adapters_that_fit_on_a_full_disk(
         names = ", ".join(str(out / name) for name in kept)
         older = checkpoint.checkpoint_folder(out / "checkpoints", 2)
         assert error.endswith(
-            f"; adapters saved after step 4: {names}; --resume continues from {older}"
+            f"; adapters saved after step 4: {names}; continue from {older} with --resume"
         )
         found = train_runs.saved(out)
         for key, tensor in whole.items():
@@ -385,8 +385,8 @@ def test_a_full_disk_ends_a_run_as_a_signal_does(
     folder = checkpoint.checkpoint_folder(out / "checkpoints", step)
     assert error == (
         f"fastlora: error: {what.format(out=out)}: could not be written ([Errno 28] No space left "
-        f"on device); adapters saved after step {step}: {out / 'a'}, {out / 'b'}; --resume "
-        f"continues from {folder}"
+        f"on device); adapters saved after step {step}: {out / 'a'}, {out / 'b'}; continue "
+        f"from {folder} with --resume"
     )
     assert same(out, folder / "adapters")
     assert cli.main(["train", str(path), "--quiet", "--resume"]) == 0
@@ -415,7 +415,7 @@ def test_a_log_and_an_adapter_that_do_not_fit(
     out = tmp_path / "out"
     assert fails(given) == (
         f"fastlora: error: {out / 'a'}: could not be written ([Errno 28] No space left on device); "
-        f"adapters saved after step 3: {out / 'b'}; there is no checkpoint"
+        f"adapters saved after step 3: {out / 'b'}; no checkpoint was saved"
     )
     assert {entry.name for entry in out.iterdir()} == {"log.jsonl", "b"}
 
@@ -456,7 +456,8 @@ def test_all_processes_end_where_the_log_is_full(
     printed = two_processes(path, [1, 1], prepare={0: FullLogInStep(3)})
     folder = checkpoint.checkpoint_folder(out / "checkpoints", 4)
     kept = (
-        f"adapters saved after step 4: {out / 'a'}, {out / 'b'}; --resume continues from {folder}"
+        f"adapters saved after step 4: {out / 'a'}, {out / 'b'}; continue from {folder} with "
+        "--resume"
     )
     assert kept in printed[0]
     assert same(out, folder / "adapters")

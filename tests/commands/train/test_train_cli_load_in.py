@@ -173,14 +173,18 @@ def test_dry_run(
     assert cli.main(["train", str(path), "--dry-run"]) == 0
     text = capsys.readouterr().out
     real = fastlora.estimate(quantised(base), fastlora.LoraConfig(target_modules="all-linear"))
-    bits = "as it is stored" if stored else "in 4bit"
-    assert f"{real.base_parameters:,} parameters, bfloat16, quantised {bits}" in text
+    bits = "stored in quantized form" if stored else "quantized in 4bit"
+    assert f"{real.base_parameters:,} parameters, bfloat16, {bits}" in text
     size, scales = human_bytes(real.base_bytes), human_bytes(real.scale_bytes)
-    assert f"base model {size} ({scales} of it scales), 2 adapters" in text
-    assert f"one weight dequantised {human_bytes(128 * 64 * 2)}, activations " in text
-    assert "activations of an unknown size" not in text and "not quantized yet" not in text
-    over = "that bitsandbytes has quantised; what kernels" if stored else "in 4bit"
-    assert f"14 LoRA layers, over weights {over}" in text
+    assert f"base model {size} ({scales} of that for scales), 2 adapters" in text
+    assert f"one dequantized weight {human_bytes(128 * 64 * 2)}, activations " in text
+    assert "activations unknown" not in text and "not quantized yet" not in text
+    over = (
+        "that bitsandbytes has quantized; call"
+        if stored
+        else "that bitsandbytes will quantize in 4bit"
+    )
+    assert f"14 LoRA layers over weights {over}" in text
     assert not (tmp_path / "out").exists()
 
 
@@ -191,7 +195,7 @@ def test_refusals(
     assert "load_in must be one of 4bit, 8bit, got '2bit'" in fails(given | {"load_in": "2bit"})
     for flags in ((), ("--dry-run",)):
         error = fails(given | {"model": str(packed)}, "--load-in", "4bit", *flags)
-        assert f"{packed} is quantised already, and load_in is '4bit'" in error
+        assert f"{packed} is already quantized, but load_in is '4bit'" in error
     find = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else find(name)

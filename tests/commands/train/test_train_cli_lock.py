@@ -49,11 +49,11 @@ def test_a_second_run_in_a_folder(
         before = contents(out)
         for flags in ((), ("--resume",)):
             error = fails(given, *flags)
-            assert f"{out}: another training run writes into this folder" in error
+            assert f"{out}: another training run is writing to this folder" in error
             assert f"pid {first.pid} on host {socket.gethostname()}, started 2" in error
             assert "command " in error
         assert cli.main(["train", str(path), "--dry-run", "--resume"]) == 0
-        assert "2 steps are done" in capsys.readouterr().out
+        assert "2 steps already done" in capsys.readouterr().out
         assert cli.main(["inspect", str(out / "a")]) == 0
         assert contents(out) == before and f"{LOCK}" in before
     finally:
@@ -74,7 +74,7 @@ def test_two_processes_are_refused_together(given: Any, tmp_path: Path) -> None:
         runs = processes(2, ["train", path, "--quiet"], tmp_path)
         assert [run.wait() for run in runs] == [1, 1]
         for run in runs:
-            assert f"{out}: another training run writes into this folder: pid {os.getpid()} on" in (
+            assert f"{out}: another training run is writing to this folder: pid {os.getpid()}" in (
                 run.printed()
             )
         assert [entry.name for entry in out.iterdir()] == [LOCK]
@@ -169,6 +169,6 @@ def test_a_file_system_without_locks(given: Any, tmp_path: Path, monkeypatch: An
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr("fcntl.flock", flock)
-    with pytest.warns(UserWarning, match="out: the file system has no locks; make sure"):
+    with pytest.warns(UserWarning, match="out: the file system does not support locks; make"):
         found = train_runs.train(tmp_path / "c.json", given)
     assert found and not (tmp_path / "out" / LOCK).exists()

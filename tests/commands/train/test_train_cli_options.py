@@ -183,13 +183,25 @@ def test_dry_run(
     parameters, total = model.get_nb_trainable_parameters()
     assert f"{total - parameters:,} parameters, bfloat16" in text
     assert f"r 2, alpha 4, dropout 0.1; {parameters:,} parameters on 14 modules" in text
-    assert "steps       6 of 4 samples, in forwards of 2, 1 process" in text
-    assert "a: 10 samples, 186 tokens, 128 with a loss" in text
-    assert "14 of 14 LoRA layers are eligible for the fused call, which runs " in text
-    assert f"base model {2 * (total - parameters) / 1024:.1f} KiB, 2 adapters of together" in text
+    assert "steps       6 of 4 samples, 2 per forward, 1 process" in text
+    assert "a: 10 samples, 186 tokens (128 with loss)" in text
+    assert "14 of 14 LoRA layers are eligible for the fused call, " in text
+    assert f"base model {2 * (total - parameters) / 1024:.1f} KiB, 2 adapters with" in text
     assert str(fastlora.recommend(total - parameters)) in text
     longest = re.search(r"KiB \(weights, gradients, AdamW\), activations ([\d.]+) KiB \(2 s", text)
     assert longest is not None and float(longest[1]) > 100
+
+
+def test_the_dry_run_counts_in_singular(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One sample, one step, and one adapter are written without a plural."""
+    (tmp_path / "one.jsonl").write_text('{"text": "hi"}\n')
+    flags = ["--model", base, "--out", tmp_path / "out", "--data", f"a={tmp_path / 'one.jsonl'}"]
+    assert cli.main(["train", *map(str, flags), "--steps", "1", "--cpu", "--dry-run"]) == 0
+    text = capsys.readouterr().out
+    assert "\na: 1 sample, 3 tokens (2 with loss), 1 step\n" in text
+    assert ", 1 adapter with " in text
 
 
 def test_flags_alone(

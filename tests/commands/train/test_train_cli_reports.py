@@ -32,10 +32,10 @@ def test_the_first_lines_say_what_is_read(
     flags += ["--columns", "prompt=question,completion=answer", "--max-length", 8, "--cpu"]
     lines = [
         f"a: {path}: prompts and completions (format prompt_completion), from question (as prompt)"
-        ", answer (as completion); not read: id",
-        "a: 1 of 3 samples are left out: nothing to learn is within 8 tokens (the first is "
-        f"{path}, line 4)",
-        "a: 2 samples, 10 tokens, 6 with a loss",
+        ", answer (as completion); unused: id",
+        "a: 1 of 3 samples are skipped: their first 8 tokens contain nothing to train on (the "
+        f"first is {path}, line 4)",
+        "a: 2 samples, 10 tokens (6 with loss)",
     ]
     assert cli.main(["train", *map(str, flags), "--quiet"]) == 0
     assert capsys.readouterr().out.splitlines()[:3] == lines
@@ -65,13 +65,48 @@ def test_losses_as_table_and_picture(
     own = [value for step, name, value in expected[:-1] if name == "a"]
     printed = capsys.readouterr().out
     assert f"a, mean loss {sum(own) / len(own):.4f}, last loss {own[-1]:.4f}, evaluation" in printed
-    assert f"losses of all steps: {out / 'losses.csv'}, {out / 'losses.png'}\n" in printed
+    assert f"losses of all steps are in {out / 'losses.csv'}, {out / 'losses.png'}\n" in printed
     assert (out / "losses.png").read_bytes().startswith(b"\x89PNG")
 
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     train_runs.train(tmp_path / "d.json", given | {"out": str(tmp_path / "bare")})
-    assert "losses.csv (a picture needs matplotlib: pip" in capsys.readouterr().out
+    assert "losses.csv (to also plot them, install matplotlib: pip" in capsys.readouterr().out
     assert not (tmp_path / "bare" / "losses.png").exists()
+
+
+def test_the_plot_of_the_losses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has a title, every step, a smoothed line, evaluations, and whole steps on the axis."""
+    pytest.importorskip("matplotlib", reason="draws the losses")
+    import matplotlib.figure
+
+    from fastlora.train.log import LoggedLoss, write_picture
+
+    drawn: list[Any] = []
+    figure = matplotlib.figure.Figure
+    monkeypatch.setattr(
+        matplotlib.figure, "Figure", lambda **how: drawn.append(figure(**how)) or drawn[-1]
+    )
+    values = [4.0 + (-1) ** step for step in range(1, 41)]
+    losses = [LoggedLoss(step, "a", "training", v, 1.0) for step, v in enumerate(values, 1)]
+    losses += [LoggedLoss(step, "a", "evaluation", 4.0, None) for step in (20, 40)]
+    losses += [LoggedLoss(1, "b", "training", 2.0, 1.0), LoggedLoss(2, "b", "training", None, 1.0)]
+    (tmp_path / "first").mkdir()
+    assert write_picture(tmp_path / "first", losses) == tmp_path / "first" / "losses.png"
+    (axes,) = drawn[0].axes
+    raw, smooth, evaluation, short = axes.lines
+    assert list(raw.get_xdata()) == list(smooth.get_xdata()) == list(range(1, 41))
+    assert list(raw.get_ydata()) == values
+    # Means of five steps, and of three at both ends.
+    assert smooth.get_ydata()[0] == pytest.approx(11 / 3)
+    assert list(smooth.get_ydata()[2:4]) == pytest.approx([19 / 5, 21 / 5])
+    assert list(evaluation.get_xdata()) == [20, 40] and list(evaluation.get_ydata()) == [4.0, 4.0]
+    assert (list(short.get_xdata()), list(short.get_ydata())) == ([1], [2.0])
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == [
+        *("a", "a, evaluation", "b")
+    ]
+    assert axes.get_title() == "Loss per step: first"
+    assert axes.get_xlabel() == "step" and axes.get_ylabel() == "loss"
+    assert all(tick == int(tick) for tick in axes.get_xticks())
 
 
 def test_more_steps(base: Path, data: Any, tmp_path: Path, capsys: Any) -> None:
@@ -87,7 +122,7 @@ def test_more_steps(base: Path, data: Any, tmp_path: Path, capsys: Any) -> None:
         given |= {"steps": 4, "out": str(tmp_path / done)}
         capsys.readouterr()
         more = train_runs.train(tmp_path / "c.json", given, "--resume", "--steps", 7)
-        assert f"goes on behind step {done} to 7 steps in place of 4" in capsys.readouterr().out
+        assert f"continuing after step {done}, to 7 steps instead of 4" in capsys.readouterr().out
         assert train_runs.same(more, whole)
         assert log(tmp_path / done) == log(tmp_path / "whole")
 
@@ -100,7 +135,7 @@ def test_rates_of_more_steps(base: Path, data: Any, tmp_path: Path, fails: Any) 
     train_runs.train(tmp_path / "c.json", given)
     assert [entry["next_lr"]["a"] for entry in log(tmp_path / "out")] == [0.005, 0]
     error = fails(given | {"steps": 1}, "--resume")
-    assert "2 steps are done, and the run has 1; expected as many or more (--steps)" in error
+    assert "2 steps are already done, but the run has only 1; set --steps to 2 or more" in error
     train_runs.train(tmp_path / "c.json", given | {"steps": 4}, "--resume")
     run = log(tmp_path / "out")
     assert [entry["next_lr"]["a"] for entry in run[2:]] == pytest.approx([0.0025, 0])
@@ -193,8 +228,8 @@ def test_trackers(base: Path, data: Any, tmp_path: Path) -> None:
 def test_trackers_that_are_not_there(fails: Any, given: Any, tmp_path: Path) -> None:
     """A wrong name, and one whose library is missing; nothing is written."""
     for name, words in (
-        ("tensorbord", "track: there is no tracker 'tensorbord'; close names: tensorboard"),
-        ("dvclive", "tracker 'dvclive' is not installed: pip install dvclive"),
+        ("tensorbord", "track: unknown tracker 'tensorbord'; close names: tensorboard"),
+        ("dvclive", "tracker 'dvclive' is not installed; install it with: pip install dvclive"),
     ):
         assert words in fails(given | {"track": [name]})
         assert words in fails(given, "--track", name, "--dry-run")
@@ -209,7 +244,7 @@ def test_packing_in_a_run(base: Path, data: Any, tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "out" / "checkpoints" / "step-00000004")
     again = train_runs.train(tmp_path / "c.json", given, "--resume")
     assert train_runs.same(again, whole)
-    with pytest.raises(fastlora.FastLoraError, match="is of another run"):
+    with pytest.raises(fastlora.FastLoraError, match="is from a different run"):
         train(parse_settings(given | {"max_length": 50}, {}, "test"), resume=True, progress=False)
 
 
@@ -226,27 +261,27 @@ def test_a_model_that_mixes_packed_samples_up(
 
     monkeypatch.setattr(LlamaForCausalLM, "forward", mixing)
     error = fails(given | {"packing": "bfd"})
-    assert "packing 'bfd' needs a model that keeps packed samples apart by position_ids" in error
+    assert "packing 'bfd' needs a model that separates packed samples by position_ids" in error
     assert not (tmp_path / "out").exists()
 
 
 def test_loss_on_the_assistant_only(fails: Any, given: Any, tmp_path: Path) -> None:
     """No chat, no template, no marks in it: one error each, and nothing is written."""
     given |= {"assistant_only_loss": True}
-    assert "a.jsonl, line 1: is no chat, and assistant_only_loss is on" in fails(given)
+    assert "a.jsonl, line 1: is not a chat, but assistant_only_loss is on" in fails(given)
     chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
     path = tmp_path / "chat.jsonl"
     path.write_text(json.dumps({"messages": chat}))
     given["adapters"] = {"a": {"data": str(path)}}
-    assert "chat.jsonl, line 1: is a chat, and the base model's tokenizer has no" in fails(given)
+    assert "chat.jsonl, line 1: is a chat, but the base model's tokenizer has no" in fails(given)
     template = tmp_path / "t.jinja"
     given |= {"chat_template": str(template)}
     assert "t.jinja: cannot be read" in fails(given)
     template.write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
     error = fails(given)
-    assert "assistant_only_loss needs a chat template that marks what the assistant says" in error
+    assert "assistant_only_loss needs a chat template that marks the assistant's turns" in error
     template.write_text("{{ raise_exception('no such turns') }}{% generation %}{% endgeneration %}")
-    assert "chat template cannot take it (no such turns)" in fails(given)
+    assert "chat template rejected this chat (no such turns)" in fails(given)
     template.write_text("{% generation %}{% endgeneration %}{{ messages[0].content }}")
-    assert "the chat template marks nothing here as said by the assistant" in fails(given)
+    assert "the chat template marks no part of this chat as the assistant's" in fails(given)
     assert not (tmp_path / "out").exists()
