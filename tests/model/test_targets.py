@@ -359,11 +359,11 @@ def test_all_linear_says_which_layers_it_leaves_out() -> None:
 def test_what_other_adapters_own_copies_of_is_no_target() -> None:
     first = LoraConfig(target_modules=["up"], modules_to_save=["my_head", "attn"])
     base = get_peft_model(Tower(), first).base_model.model
-    for name, where in (("my_head", "is"), ("layers.0.attn.q_proj", "lies in 'layers.0.attn',")):
+    for name, where in (("my_head", "is"), ("layers.0.attn.q_proj", "is inside 'layers.0.attn',")):
         with pytest.raises(UnsupportedLayerError, match=f"{name}' {where} a module that adapters"):
             find_targets(base, LoraConfig(target_modules=[name]))
     below = LoraConfig(target_modules=["up"], modules_to_save=["attn.q_proj"])
-    with pytest.raises(UnsupportedLayerError, match="attn.q_proj', which lies in 'layers.0.attn'"):
+    with pytest.raises(UnsupportedLayerError, match="attn.q_proj', which is inside 'layers.0.attn'"):
         find_modules_to_save(base, below)
     again = LoraConfig(target_modules=["up"], modules_to_save=["my_head"])
     assert find_modules_to_save(base, again) == ["my_head"]
@@ -387,7 +387,7 @@ def test_messages_name_ten_entries(count: int, more: str) -> None:
 
 def test_a_message_names_ten_modules() -> None:
     model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(12)))
-    with pytest.raises(TargetNotFoundError, match="it has 0, 1, 10, 11, 2, 3, 4, 5, 6, 7$"):
+    with pytest.raises(TargetNotFoundError, match="modules named 0, 1, 10, 11, 2, 3, 4, 5, 6, 7$"):
         find_targets(model, LoraConfig(target_modules=["missing"]))
 
 

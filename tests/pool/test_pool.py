@@ -358,8 +358,8 @@ def test_messages_name_the_limit_that_there_is(root: Path) -> None:
         pool = make_pool(root, max_adapters=1, **limits)
         with pool.lease(["a0"]), pytest.raises(PoolFullError) as raised:
             pool.pin("a1")
-        assert "it holds 1 adapters of at most 1" in str(raised.value)
-        assert "; 1 are leased, 0 pinned, 0 replaced" in str(raised.value)
+        assert "it holds 1 of at most 1 adapters" in str(raised.value)
+        assert "; 1 are leased, 0 are pinned, and 0 were replaced" in str(raised.value)
         assert (f"(device_bytes={RANK2})" in str(raised.value)) is said
 
 

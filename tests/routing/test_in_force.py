@@ -139,7 +139,7 @@ def test_blocks_end_in_the_reverse_order() -> None:
     first, second = adapters(model, ["a"]), adapters(model, ["b"])
     first.__enter__()
     second.__enter__()
-    with pytest.raises(RuntimeError, match="reverse order"):
+    with pytest.raises(RuntimeError, match="reverse of the order"):
         first.__exit__(None, None, None)
     assert [routing.names for routing in in_force.open_routings()] == [("b",)]
     second.__exit__(None, None, None)
