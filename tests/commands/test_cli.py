@@ -285,7 +285,7 @@ def test_inspect_folds_modules_that_are_alike(
     assert [row[:4] for row in table[1:4]] == [
         ["*.q", "(12)", "lora", "2"],
         ["*.v", "(13)", "lora", "2"],
-        ["*.q", "(1)", "lora", "4"],
+        ["layers.2.q", "lora", "4", "8"],
     ]
     assert lines[-1] == "26 modules; use --json to list them all"
     assert cli.main(["inspect", "--json", str(tmp_path)]) == 0
@@ -295,7 +295,7 @@ def test_inspect_folds_modules_that_are_alike(
 
 def test_inspect_errors(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "snapshot_download" in error_of(capsys, "inspect", "org/adapter")
-    assert "in its subfolders adapter" in error_of(capsys, "inspect", tmp_path)
+    assert "its subfolders adapter contain adapters" in error_of(capsys, "inspect", tmp_path)
     path = adapter / WEIGHTS_NAME
     path.write_bytes(path.read_bytes()[:-1])
     assert "truncated" in error_of(capsys, "inspect", adapter, "--json")
