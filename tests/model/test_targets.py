@@ -363,7 +363,9 @@ def test_what_other_adapters_own_copies_of_is_no_target() -> None:
         with pytest.raises(UnsupportedLayerError, match=f"{name}' {where} a module that adapters"):
             find_targets(base, LoraConfig(target_modules=[name]))
     below = LoraConfig(target_modules=["up"], modules_to_save=["attn.q_proj"])
-    with pytest.raises(UnsupportedLayerError, match="attn.q_proj', which is inside 'layers.0.attn'"):
+    with pytest.raises(
+        UnsupportedLayerError, match="attn.q_proj', which is inside 'layers.0.attn'"
+    ):
         find_modules_to_save(base, below)
     again = LoraConfig(target_modules=["up"], modules_to_save=["my_head"])
     assert find_modules_to_save(base, again) == ["my_head"]

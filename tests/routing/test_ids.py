@@ -27,7 +27,9 @@ def test_names_are_slots_in_the_order_of_the_model() -> None:
     ):
         found, tensor = named_ids(known, ids)
         assert found == names and tensor.tolist() == slots and tensor.dtype == torch.int64
-    with pytest.raises(AdapterNotFoundError, match=r"no adapter 'c'; the loaded adapters are \['a'\]"):
+    with pytest.raises(
+        AdapterNotFoundError, match=r"no adapter 'c'; the loaded adapters are \['a'\]"
+    ):
         named_ids(["a"], ids)
 
 
