@@ -1,4 +1,4 @@
-"""The adapters of a server: subfolders of one folder, found, loaded, and unloaded by name."""
+"""Find, load, and unload the adapters of a server, which are subfolders of one folder."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ _log = logging.getLogger("fastlora.serve")
 
 @dataclass(eq=False, kw_only=True)
 class Version(Entry):
-    """A version of an adapter. A change of the adapter's files creates a new version.
+    """One version of a served adapter. Each change of the adapter's files creates a new version.
 
-    A version is also the pool's record of the adapter. Its ``name`` in the pool is unique, so old
+    A version is also the adapter's entry in the pool. Its ``name`` in the pool is unique, so old
     and new versions can run side by side.
 
     Attributes:
         served_as: The name that clients use.
-        mark: A value that changes when the files change.
+        mark: Names, modification times, sizes, and inodes of the adapter's files.
         ready: Whether the adapter has been read.
-        error: Why the adapter cannot be used, or None.
+        error: Reason why the adapter cannot be used; None if it can be used.
         users: Number of requests that use the version.
         waiting: Functions to call once the adapter has been read or found damaged. The list is not
             empty while the adapter is being read.
@@ -57,7 +57,7 @@ class Version(Entry):
 
 
 class ServedAdapters:
-    """The adapters of a server by name, and the current version of each.
+    """The adapters that a server offers, by name, each with its current version.
 
     A request keeps its version from beginning to end. If the version is replaced or unloaded
     meanwhile, it leaves the pool when its last request has ended. Any thread may call any method.
@@ -88,7 +88,7 @@ class ServedAdapters:
             return sorted(name for name, own in self._versions.items() if own.error is None)
 
     def take(self, name: str) -> Version:
-        """Return the current version of an adapter, for a request that calls `give_back` later.
+        """Return the current version of an adapter, and keep it loaded until `give_back` is called.
 
         Raises:
             AdapterNotFoundError: There is no adapter of this name.
@@ -104,13 +104,13 @@ class ServedAdapters:
             return version
 
     def give_back(self, version: Version) -> None:
-        """End the use of a version by a request."""
+        """Release a version that `take` has returned."""
         with self._lock:
             version.users -= 1
             self._forget_unused(version)
 
     def prepare(self, version: Version, then: Callable[[], None]) -> None:
-        """Read a version in the background, and call ``then`` once it is ready or has failed."""
+        """Read a version's files in the background, and call ``then`` after success or failure."""
         future = None
         with self._lock:
             waits = not version.ready and version.error is None
@@ -173,7 +173,7 @@ class ServedAdapters:
             self._put(self._version(name, *found[name]))
 
     def load(self, name: str, path: str, *, replace: bool = False) -> None:
-        """Load an adapter from the server's folder, and give it a name.
+        """Load an adapter from a folder below the server's folder, and serve it as ``name``.
 
         Args:
             name: Name of letters, digits, ``.``, ``_``, and ``-``.
@@ -212,7 +212,7 @@ class ServedAdapters:
             self._versions[name] = version
 
     def unload(self, name: str) -> None:
-        """Unload an adapter, which running requests continue to use until they end.
+        """Unload an adapter. Running requests continue to use it until they end.
 
         `scan` adds the adapter again when its files change; `load` adds it at any time.
 
@@ -233,17 +233,18 @@ class ServedAdapters:
         return Version(f"{name}\n{next(self._numbers)}", folder, served_as=name, mark=mark)
 
     def _is_due(self, name: str, mark: tuple[object, ...]) -> bool:
-        """Return whether `scan` has to add an adapter, given the current state of its files."""
+        """Return whether `scan` must add an adapter, given the current `mark` of its files."""
         if name in self._by_hand or self._left_out.get(name) == mark:
             return False
         known = self._versions.get(name)
         return known is None or known.mark != mark
 
     def _put(self, version: Version) -> None:
-        """Register a version and make it current, with its error if it is damaged.
+        """Register a version in the pool, and make it the current version of its adapter.
 
-        The files are read without the lock, so requests do not wait. If a client loads or unloads
-        the name meanwhile, the version is unloaded again.
+        If the adapter is damaged, the error is stored in the version. The files are read without
+        the lock, so requests do not wait. If a client loads or unloads the name meanwhile, the
+        version is unloaded again.
         """
         name = version.served_as
         try:
@@ -265,7 +266,7 @@ class ServedAdapters:
             self._forget_unused(version)
 
     def _forget_unused(self, version: Version) -> None:
-        """Unload a replaced version from the pool once no request uses it."""
+        """Unload a version from the pool if it is not current and no request uses it."""
         is_current = self._versions.get(version.served_as) is version
         if not is_current and not version.users and version.name in self.pool:
             self.pool.unload(version.name)
@@ -292,7 +293,11 @@ class ServedAdapters:
         return real
 
     def _without_root(self, error: BaseException) -> str:
-        """Return an error message for clients: drop the server's path and name its option."""
+        """Return an error message for clients, without the path of the server's folder.
+
+        If the adapter exceeds a limit of the server, the message names the option that sets the
+        limit.
+        """
         option = _OPTIONS.get(getattr(error, "argument", ""))
         text = str(error).replace(f"{self.root}{os.sep}", "")
         if len(text) > _MOST_LETTERS:  # it may quote a whole field of a config
@@ -301,7 +306,7 @@ class ServedAdapters:
 
 
 def _mark(folder: Path) -> tuple[object, ...] | None:
-    """Return a value that changes with an adapter's files, or None if there is no adapter."""
+    """Return a tuple that changes with an adapter's files, or None if there is no config file."""
     found: list[object] = []
     for name in _FILES:
         try:

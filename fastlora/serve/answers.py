@@ -1,4 +1,4 @@
-"""Send an answer to a client, whole or as server-sent events, in OpenAI's two formats."""
+"""Send an answer to a client, as one JSON body or as server-sent events, in OpenAI's formats."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _T = TypeVar("_T")
 
 
 class Answer:
-    """An answer that is being generated, for use in the event loop.
+    """An answer that the engine generates, with coroutines to wait for its pieces.
 
     Raises the errors of `Engine.submit`.
     """
@@ -54,7 +54,7 @@ class Answer:
 
 
 class EventStream(StreamingResponse):
-    """A response of server-sent events. The request ends when the client disconnects."""
+    """A response of server-sent events. If the client disconnects, the request is canceled."""
 
     def __init__(self, answer: Answer, events: AsyncIterator[str]) -> None:
         super().__init__(events, media_type="text/event-stream")
@@ -77,12 +77,15 @@ class Form(abc.ABC):
         self._model, self._prompt_tokens = model, prompt_tokens
 
     def whole(self, text: str, last: Piece) -> dict[str, Any]:
-        """Return a whole answer."""
+        """Return the JSON body of a complete answer."""
         choice = self._choice(text, last.reason)
         return {**self._head(self.kind), "choices": [choice], "usage": self._usage(last)}
 
     async def stream(self, answer: Answer, first: Piece, usage: bool) -> AsyncIterator[str]:
-        """Yield the events of a stream. With ``usage``, the last event has the token counts."""
+        """Yield the server-sent events of an answer.
+
+        With ``usage``, the last event before ``[DONE]`` contains the token counts.
+        """
         piece = first
         try:
             for opening in self._openings():
@@ -117,11 +120,11 @@ class Form(abc.ABC):
 
     @abc.abstractmethod
     def _choice(self, text: str, reason: str | None) -> dict[str, Any]:
-        """Return the ``choices`` entry of a whole answer."""
+        """Return the ``choices`` entry of a complete answer."""
 
     @abc.abstractmethod
     def _part(self, text: str, reason: str | None) -> dict[str, Any]:
-        """Return the ``choices`` entry of an event."""
+        """Return the ``choices`` entry of a server-sent event."""
 
     def _openings(self) -> list[dict[str, Any]]:
         return []

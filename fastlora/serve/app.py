@@ -68,7 +68,7 @@ class Settings:
 
 
 class Server:
-    """The HTTP application `app`, which closes the engine when it ends."""
+    """An HTTP server for an engine. Its application, `app`, closes the engine at shutdown."""
 
     def __init__(
         self, engine: Engine, adapters: ServedAdapters, prompts: Prompts, settings: Settings
@@ -176,7 +176,7 @@ class Server:
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
     async def unload(self, body: UnloadBody) -> Response:
-        """Unload an adapter, which running requests continue to use until they end."""
+        """Unload an adapter. Running requests continue to use it until they end."""
         await asyncio.to_thread(self.adapters.unload, body.lora_name)
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
@@ -202,7 +202,7 @@ class Server:
         return await self._answer(body, request, tokens, sampling, ChatCompletion)
 
     async def _tokens(self, size: int, tokenize: Callable[[_T], list[int]], given: _T) -> list[int]:
-        """Tokenize in a thread. Long prompts wait for each other; short prompts do not wait."""
+        """Tokenize a prompt in a thread. The number of threads for long prompts is limited."""
         if size <= _SHORT_PROMPT:
             return await asyncio.to_thread(tokenize, given)
         async with self._long_prompts:

@@ -1,4 +1,4 @@
-"""The running requests. Each has a row of keys and values, and a forward pass reads many rows.
+"""The running requests of an engine. Each request has one row in the key-value cache.
 
 This module takes no locks: only the engine's thread calls it.
 """
@@ -42,7 +42,7 @@ class HeldBlock:
 
     @contextlib.contextmanager
     def over(self, names: Sequence[str | None]) -> Iterator[None]:
-        """Route each row of a forward pass in the block to an adapter, by its name in the pool."""
+        """Route each row of a forward pass in the ``with`` block to an adapter of the pool."""
         key = (self._pool.replaced, *names)
         if key != self._key:
             self.close()
@@ -61,7 +61,7 @@ class HeldBlock:
 
 
 class Batch:
-    """Read prompts and generate tokens for the running requests.
+    """Process the prompts of the running requests, and generate tokens for them.
 
     ``ended`` is called with each request that leaves the batch and its error, if any.
 
@@ -86,11 +86,11 @@ class Batch:
 
     @property
     def adapters(self) -> list[str]:
-        """Names in the pool of the adapters in use, one for each request that has an adapter."""
+        """Names in the pool of the adapters in use: one name per request with an adapter."""
         return [job.pooled for job in self.jobs if job.pooled is not None]
 
     def drop_cancelled(self) -> None:
-        """Remove the cancelled requests."""
+        """Remove all canceled requests from the batch."""
         for job in [job for job in self.jobs if job.cancelled]:
             self._leave(job)
 
@@ -100,18 +100,18 @@ class Batch:
             self._fail(job, error)
 
     def close(self) -> None:
-        """Close the block that the last forward pass left open."""
+        """Close the `fastlora.adapters` block that the last forward pass left open."""
         self._block.close()
 
     def turn(self) -> None:
-        """Read part of the unread prompts, then generate one token for each fully read prompt."""
+        """Process part of the pending prompts, then generate a token for each complete prompt."""
         if self._answering < len(self.jobs):
             self._run(self._answering, self._next_prompts())
         if self._answering:
             self._run(0, self.jobs[: self._answering])
 
     def _next_prompts(self) -> list[Job]:
-        """Return the requests to read next: one with a long prompt, or several with short ones."""
+        """Return the requests whose prompts are next: one long prompt, or several short prompts."""
         first, *others = self.jobs[self._answering :]
         chosen, widest = [first], len(first.prompt)
         for job in others:
@@ -122,9 +122,10 @@ class Batch:
         return chosen
 
     def _run(self, first: int, chosen: Sequence[Job]) -> None:
-        """Run a forward pass over adjacent rows, and choose tokens if their prompts are complete.
+        """Run a forward pass for requests in adjacent rows, which begin at row ``first``.
 
-        If the forward pass fails, the requests in it fail.
+        If their prompts are now complete, choose their next tokens. If the forward pass fails, the
+        requests in it fail.
         """
         parts = [(job.prompt[job.done :] or job.tokens[-1:])[:PREFILL_TOKENS] for job in chosen]
         names = [job.pooled for job in chosen]
@@ -187,7 +188,7 @@ class Batch:
             self._leave(job, told(error))
 
     def _leave(self, job: Job, error: FastLoraError | None = None) -> None:
-        """Remove a request, and move the last rows into the rows that become free."""
+        """Remove a request from the batch, and close the gap by moving the last rows."""
         self._block.close()
         row = self.jobs.index(job)
         if error is not None or not job.tokens:  # cached values may be non-finite
@@ -211,7 +212,7 @@ class Batch:
 
 
 def _not_finite(version: Version | None) -> FastLoraError:
-    """Return the error for non-finite logits, which names the adapter if there is one."""
+    """Return the error for non-finite logits, which names the adapter of the request, if any."""
     what = "logits that are not finite"
     if version is None:
         return FailedError(f"the base model returns {what}")

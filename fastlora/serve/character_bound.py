@@ -19,7 +19,7 @@ _ASCII_CONTROLS = frozenset(map(chr, (*range(32), 127)))
 
 
 class CharacterBound:
-    """Compare the length of texts with a bound on characters per token.
+    """Detect long texts with an upper bound on the number of characters per token.
 
     The bound exists for byte-level BPE, and for BPE with byte tokens for unknown characters, in
     tokenizers of the ``tokenizers`` library.
@@ -48,7 +48,7 @@ class CharacterBound:
 
 
 def _facts(parts: Mapping[str, Any]) -> tuple[int, re.Pattern[str] | None] | None:
-    """Return the maximum number of characters per token, and a pattern of vanishing characters.
+    """Return a tuple (maximum number of characters per token, pattern of vanishing characters).
 
     Returns None if there is no bound. The pattern is None if no characters can vanish.
 
@@ -83,7 +83,7 @@ def _facts(parts: Mapping[str, Any]) -> tuple[int, re.Pattern[str] | None] | Non
 
 
 def _steps(part: Mapping[str, Any] | None, inner: str) -> Iterator[Mapping[str, Any]]:
-    """Yield the steps of a part of the tokenizer, with sequences flattened."""
+    """Yield the steps of a normalizer or pre-tokenizer, with nested sequences flattened."""
     if part is not None and part["type"] == "Sequence":
         for own in part[inner]:
             yield from _steps(own, inner)
@@ -92,7 +92,7 @@ def _steps(part: Mapping[str, Any] | None, inner: str) -> Iterator[Mapping[str, 
 
 
 def _byte_letters() -> Iterator[tuple[int, str]]:
-    """Yield each byte below 0xC0 with its letter in a byte-level vocabulary."""
+    """Yield each byte below 0xC0 and the character for it in byte-level vocabularies."""
     from tokenizers import pre_tokenizers
 
     split = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

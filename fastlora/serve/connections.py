@@ -1,4 +1,4 @@
-"""Deadlines and a maximum number of connections, which uvicorn leaves to a proxy.
+"""Limit the number of connections and their waiting times, which uvicorn leaves to a proxy.
 
 A connection that waits for its client has a deadline. Once the maximum number of connections is
 open, each new one replaces a connection that waits for its client.
@@ -59,17 +59,18 @@ class Limits:
     backlog: int = 128
 
     def seconds(self, waiting: Waiting) -> float:
-        """Return how many seconds a connection may wait for its client."""
+        """Return the maximum time, in seconds, that a connection waits for an event."""
         if waiting is Waiting.HEADERS:
             return self.header_seconds
         return self.body_seconds if waiting is Waiting.BODY else self.idle_seconds
 
 
 class Connections:
-    """The open connections of a server. A new connection that does not fit replaces a waiting one.
+    """The open connections of a server, whose number is limited.
 
     Attributes:
-        waiting: Waiting connections by event, longest wait first. HEADERS and BODY share a queue.
+        waiting: Dict that maps each `Waiting` event to the connections that wait for it, with the
+            longest wait first. HEADERS and BODY share a queue.
         ending: Whether the server has stopped accepting connections.
     """
 
@@ -88,11 +89,11 @@ class Connections:
         }
 
     def protocol(self, **given: Any) -> Connection:
-        """Return the protocol of a new connection, for uvicorn's ``http`` option."""
+        """Create the protocol object of a new connection, for uvicorn's ``http`` option."""
         return Connection(self, **given)
 
     def make_room(self) -> bool:
-        """Close a waiting connection if no other one fits; return whether one fits now.
+        """Close a waiting connection if the limit is reached; return whether a new one fits.
 
         Unfinished requests are closed before idle connections, because a client with an idle
         connection has been served. A quarter of the connections is reserved for unfinished
@@ -211,8 +212,8 @@ class ChunkCount:
     """Close a connection that sends the body of a request in too many small chunks.
 
     Args:
-        parsed: Returns the next event that h11 has parsed.
-        end: Closes the connection.
+        parsed: Function that returns the next event that h11 has parsed.
+        end: Function that closes the connection.
     """
 
     def __init__(self, parsed: Callable[[], Any], end: Callable[[], None]) -> None:
@@ -257,7 +258,7 @@ def raise_descriptor_limit() -> int | None:
     """Raise this process's limit on open files as far as the system allows.
 
     Returns:
-        The limit, or None if there is none.
+        The new limit, or None if the number of open files is unlimited.
     """
     try:
         import resource
@@ -271,7 +272,7 @@ def raise_descriptor_limit() -> int | None:
 
 
 def limits_within(descriptors: int | None, most: int | None, **seconds: Any) -> Limits:
-    """Return limits with which a server never runs out of file descriptors.
+    """Return connection limits that prevent a server from running out of file descriptors.
 
     asyncio accepts as many connections at a time as the backlog. The server closes those over the
     maximum a few turns of the event loop later. With a backlog of a quarter of the maximum, the

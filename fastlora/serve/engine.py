@@ -1,4 +1,4 @@
-"""Continuous batching: requests join and leave between tokens, each with its own adapter.
+"""Continuous batching: requests for different adapters join and leave between two tokens.
 
 One thread runs the model. In each turn, it admits waiting requests, reads a part of their prompts,
 and generates the next token of every running request. A batch never uses more adapters than the
@@ -29,7 +29,7 @@ _log = logging.getLogger("fastlora.serve")
 
 
 class Engine:
-    """Run up to ``rows`` requests at a time on one model.
+    """Run up to ``rows`` requests concurrently on one model.
 
     Args:
         model: The model of ``adapters.pool``.
@@ -74,13 +74,13 @@ class Engine:
         sampling: Sampling,
         hear: Callable[[Piece], None],
     ) -> Job:
-        """Add a request to the queue, and return it.
+        """Create a request, add it to the queue, and return it.
 
         Args:
             prompt: Tokens of the prompt.
             adapter: Name of the adapter, or None for the base model.
             sampling: Sampling settings.
-            hear: Called with each `Piece` of the answer, in the engine's thread.
+            hear: Function that is called with each `Piece` of the answer, in the engine's thread.
 
         Raises:
             ConfigError: The prompt is empty, or leaves no room for the answer.
@@ -109,7 +109,7 @@ class Engine:
         return job
 
     def cancel(self, job: Job) -> None:
-        """End a request that no client waits for. Its row becomes free at the next token."""
+        """Cancel a request. Its row in the batch becomes free before the next token."""
         job.cancelled = True
         self._wake()
 
@@ -150,7 +150,7 @@ class Engine:
         return self._closing
 
     def _fitting(self, prompt: Sequence[int], sampling: Sampling) -> Sampling:
-        """Return the settings with a ``max_tokens`` that fits after the prompt."""
+        """Return the settings with a number as ``max_tokens``; raise if it does not fit."""
         if not prompt:
             raise ConfigError("the prompt is empty")
         room = self.length - len(prompt)
@@ -168,7 +168,7 @@ class Engine:
             self._changed.notify_all()
 
     def _serve(self) -> None:
-        """Run the engine's thread, and close the batch's open block however the thread ends."""
+        """Run the loop of the engine's thread, and close the batch when the loop ends."""
         try:
             self._run()
         finally:
@@ -197,7 +197,7 @@ class Engine:
         )
 
     def _sweep(self) -> None:
-        """End the cancelled requests."""
+        """End all canceled requests."""
         self._running.drop_cancelled()
         with self._changed:
             gone = [job for job in self._waiting if job.cancelled]
@@ -207,7 +207,7 @@ class Engine:
             self._end(job, None)
 
     def _admit(self) -> None:
-        """Give rows to waiting requests in the order of their arrival.
+        """Move waiting requests into the batch in the order of their arrival.
 
         If the adapter of a request does not fit yet, later requests may start first, but at most as
         many as there are rows.
@@ -243,7 +243,7 @@ class Engine:
                 self._running.jobs.append(job)
 
     def _leased(self, version: Version) -> Lease | None:
-        """Return a lease on an adapter, or None if it has to wait for other requests to end.
+        """Return a lease on an adapter, or None if the adapter does not fit beside those in use.
 
         Raises `CheckpointError` if the adapter is damaged, and `PoolFullError` if it can never fit.
         """

@@ -15,9 +15,10 @@ _RETRY = {"Retry-After": "1"}
 
 
 class Gate:
-    """ASGI middleware that checks requests. `Settings` in `app` describes the arguments.
+    """ASGI middleware that checks the key and the body size of each request.
 
-    It stores the sender of a request in ``request.state.caller``.
+    It stores the `Caller` of a request in ``request.state.caller``. `Settings` in `app` describes
+    the arguments.
     """
 
     def __init__(

@@ -27,7 +27,7 @@ class FailedError(FastLoraError):
 
 
 def told(error: Exception) -> FastLoraError:
-    """Return the error to send to a client, which reveals only the type of an internal error."""
+    """Convert an exception to an error for clients, which hides details of internal errors."""
     if isinstance(error, FastLoraError):
         return error
     return FailedError(f"the server failed to process this request ({type(error).__name__})")
@@ -39,9 +39,9 @@ class Piece:
 
     Attributes:
         text: The next part of the text.
-        reason: Why the answer has ended, ``stop`` or ``length``; None before its end.
+        reason: Reason why the answer has ended, ``"stop"`` or ``"length"``; None before its end.
         tokens: Number of tokens in the answer so far.
-        error: Why the request failed. No piece follows.
+        error: Error that made the request fail, or None. No piece follows an error.
     """
 
     text: str = ""
@@ -58,7 +58,7 @@ class Job:
         prompt: Tokens of the prompt.
         version: The version of its adapter, or None for the base model.
         sampling: Sampling settings, with a number as ``max_tokens``.
-        hear: Called with each `Piece`, in the engine's thread. It must not block.
+        hear: Function that is called with each `Piece` in the engine's thread. It must not block.
         text: Decoder of the answer.
         lease: Lease that keeps the adapter on the device while the request runs.
         tokens: Tokens of the answer so far.

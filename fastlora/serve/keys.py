@@ -17,7 +17,7 @@ class AdminKeyError(FastLoraError):
 
 
 class Caller(enum.Enum):
-    """The kind of caller that a request comes from, according to its key."""
+    """The kind of caller that sent a request, which is determined by the key in the request."""
 
     STRANGER = "stranger"
     CLIENT = "client"
@@ -45,7 +45,7 @@ class Keys:
             raise ConfigError("the admin key must differ from the API key")
 
     def caller(self, authorization: bytes) -> Caller:
-        """Return the caller that an ``Authorization`` header identifies, in constant time."""
+        """Return the kind of caller for an ``Authorization`` header, in constant time."""
         scheme, _, token = authorization.partition(b" ")
         given = token.strip(b" ") if scheme.lower() == b"bearer" else b""
         is_client, is_admin = (

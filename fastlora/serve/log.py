@@ -1,4 +1,4 @@
-"""Log lines of a server: one line per message, no forged lines, and a limited number of lines."""
+"""Log messages of a server on one line each, prevent forged lines, and limit their number."""
 
 from __future__ import annotations
 

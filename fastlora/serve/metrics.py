@@ -16,7 +16,7 @@ from fastlora.serve.engine import Engine
 
 
 class Metrics(Collector):
-    """Metrics of an engine and its adapter pool, read when Prometheus asks for them."""
+    """Metrics of an engine and its adapter pool, which are collected at each Prometheus scrape."""
 
     media_type = CONTENT_TYPE_LATEST
 

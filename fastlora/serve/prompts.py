@@ -28,14 +28,14 @@ class Prompts:
         self._tokens("", special=False)  # turns off truncation and padding, which a file may set
 
     def of_text(self, text: str) -> list[int]:
-        """Return the tokens of a text to continue, with a start token but without an end token."""
+        """Return the token ids of a text to continue, with a start token but no end token."""
         ids = self._tokens(text, special=True)
         if len(ids) > 1 and ids[-1] == self._tokenizer.eos_token_id:
             del ids[-1]
         return ids
 
     def of_tokens(self, tokens: Sequence[int]) -> list[int]:
-        """Return the tokens of a client; raise `ConfigError` if one is not in the vocabulary.
+        """Return a client's token ids; raise `ConfigError` if an id is not in the vocabulary.
 
         A prompt that is too long is not checked, because the engine rejects it.
         """
@@ -49,7 +49,7 @@ class Prompts:
         return list(tokens)
 
     def of_messages(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        """Return the tokens of a conversation, formatted by the model's chat template.
+        """Return the token ids of a conversation, formatted by the model's chat template.
 
         Raises:
             ConfigError: There is no chat template, or it rejects the conversation.

@@ -147,7 +147,7 @@ class Message(_Body):
         return data
 
     def as_dict(self) -> dict[str, str]:
-        """Return the message in the form that chat templates take."""
+        """Return the message as a dict with ``role`` and ``content``, for the chat template."""
         parts = self.content
         text = parts if isinstance(parts, str) else "".join(part.text for part in parts)
         check_text("content", text)

@@ -38,7 +38,7 @@ _STATUS: tuple[tuple[type[FastLoraError], int, str, str | None], ...] = (
 
 
 class JSON(Response):
-    """ASCII-only JSON: a message may quote a name that cannot be encoded as UTF-8."""
+    """A JSON response in ASCII, because a message may quote a name that UTF-8 cannot encode."""
 
     media_type = "application/json"
 
@@ -55,7 +55,7 @@ def add_handlers(app: FastAPI) -> None:
 
 
 def error_of(error: FastLoraError) -> tuple[int, dict[str, Any]]:
-    """Return the HTTP status of an error and its body in OpenAI's format."""
+    """Return a tuple (HTTP status, body in OpenAI's format) for an error."""
     for kind, status, name, code in _STATUS:
         if isinstance(error, kind):
             return status, error_body(str(error), name, code)
@@ -65,7 +65,7 @@ def error_of(error: FastLoraError) -> tuple[int, dict[str, Any]]:
 def error_body(
     message: str, kind: str, code: str | None, param: str | None = None
 ) -> dict[str, Any]:
-    """Return the body of an error."""
+    """Return the JSON body of an error in OpenAI's format."""
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 

@@ -1,4 +1,4 @@
-"""A cache of keys and values with a row per running request, and forward passes over its rows.
+"""A key-value cache with one row per running request, and forward passes over its rows.
 
 Every request starts at position 0 of its row in the cache, so requests of any lengths can run side
 by side. The rows of a forward pass are adjacent, so their keys and values are read in place.
@@ -39,9 +39,9 @@ class RowCache:
         self._room = min(length, _STEP)
 
     def begin(self, first: int, starts: torch.Tensor, count: int) -> None:
-        """Set where the next forward pass writes ``count`` new tokens in each of its rows.
+        """Set the positions to which the next forward pass writes ``count`` new tokens per row.
 
-        ``first`` is the first row of the pass. ``starts``, ``[n]`` int64, has the first new
+        ``first`` is the first row of the pass. ``starts``, ``[n]`` int64, contains the first new
         position of each row. The positions must be equal unless ``count`` is 1.
         """
         self._first, self._starts = first, starts
@@ -54,9 +54,9 @@ class RowCache:
     def update(
         self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write the new keys and values of a layer.
+        """Write the new keys and values of a layer, and return the cached keys and values.
 
-        Returns the keys and values of the rows in this forward pass, up to the end of the longest
+        The returned tensors contain the rows of this forward pass, up to the end of the longest
         row.
         """
         found = []
@@ -197,7 +197,7 @@ class Rows:
 
 
 def most_positions(config: Any) -> int | None:
-    """Return the maximum number of positions in a request to a model, or None without a limit.
+    """Return the maximum number of positions in a request to a model, or None if unlimited.
 
     Raises `UnsupportedLayerError` if the model caches something other than keys and values.
     """

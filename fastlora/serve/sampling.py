@@ -1,4 +1,4 @@
-"""Choose the next token: the sampling settings of a request, and sampling for a batch of rows."""
+"""Sampling settings of a request, and the choice of the next token for a batch of requests."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Sampling:
 def choose(
     logits: torch.Tensor, settings: Sequence[Sampling], generators: Sequence[torch.Generator]
 ) -> list[int | None]:
-    """Return the next token of each row, or None for a row with non-finite logits.
+    """Return a list of the next token of each row, with None for a row with non-finite logits.
 
     The choice for a row depends only on its own logits and generator, not on the rest of the batch.
 

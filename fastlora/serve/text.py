@@ -33,12 +33,12 @@ class AnswerText:
         self.stopped = False
 
     def add(self, token: int) -> str:
-        """Take the next token, and return any text that is now final."""
+        """Add the next token, and return the new text that cannot change any more."""
         self._tokens.append(token)
         return self._certain(self._new(flush=False))
 
     def end(self) -> str:
-        """Return the text that was held back, after the last token."""
+        """Return the remaining text after the last token."""
         if self.stopped:
             return ""
         text = self._certain(self._new(flush=True))
@@ -60,7 +60,7 @@ class AnswerText:
         return text
 
     def _certain(self, new: str) -> str:
-        """Return the text in which no stop text can begin, and hold the rest back."""
+        """Return the text up to a possible start of a stop text, and hold back the rest."""
         if self.stopped:
             return ""
         text = self._held + new

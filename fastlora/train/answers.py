@@ -29,8 +29,8 @@ def answers(
 ) -> dict[str, list[str]]:
     """Generate each adapter's answers to its own prompts, with greedy decoding.
 
-    All prompts run in one mixed batch. Each prompt has the format of its adapter's data: it becomes
-    a user's turn in a chat or an instruction in Alpaca's template, or stays as it is.
+    All prompts run in one mixed batch. Each prompt is formatted like its adapter's training data:
+    as a user turn in a chat, as an instruction in Alpaca's template, or as plain text.
 
     Args:
         model: The model with its adapters.
@@ -41,8 +41,8 @@ def answers(
         pad: Token id for padding.
 
     Returns:
-        The answers of each adapter, in the order of its prompts. Adapters without prompts are left
-        out.
+        A dict that maps each adapter with prompts to the list of its answers, in the order of its
+        prompts.
     """
     names = [name for name, texts in prompts.items() for _ in texts]
     asked = [

@@ -1,4 +1,4 @@
-"""Load the base model of a training run and its tokenizer, or build the model without weights."""
+"""Load the tokenizer and the base model of a training run, or create the model without weights."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ CPU = torch.device("cpu")
 
 
 def load_tokenizer(settings: TrainSettings) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of the base model, with the run's chat template if one is given.
+    """Load the tokenizer of the base model, and set its chat template if `chat_template` is given.
 
     Raises:
         CheckpointError: The tokenizer cannot be read.
@@ -86,9 +86,9 @@ def load_base(
 def empty_base(settings: TrainSettings, *, as_stored: bool = False) -> PreTrainedModel:
     """Return the base model on the meta device, without reading or allocating weights.
 
-    If `load_in` quantizes the model, its linear layers have the quantized type, but their weights
-    are not quantized yet. With ``as_stored``, this also holds for a model that was already
-    quantized by bitsandbytes when it was saved.
+    If `load_in` is set, the linear layers are replaced with quantized layers of bitsandbytes, but
+    their weights are not quantized yet. With ``as_stored=True``, this also applies to a model that
+    bitsandbytes had already quantized when it was saved.
     """
     transformers = _transformers()
     with as_causal_model(settings.model), torch.device("meta"):
@@ -105,7 +105,7 @@ def empty_base(settings: TrainSettings, *, as_stored: bool = False) -> PreTraine
 
 
 def enable_checkpointing(base: PreTrainedModel, settings: TrainSettings) -> None:
-    """Enable activation checkpointing in a base model if the settings ask for it."""
+    """Enable activation checkpointing in the base model if `gradient_checkpointing` is set."""
     if settings.gradient_checkpointing:
         # transformers 5 renamed the method and warns about the old name.
         names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
@@ -120,10 +120,10 @@ def _transformers() -> Any:
 
 @torch.no_grad()
 def check_keeps_apart(model: nn.Module, packing: str) -> None:
-    """Raise `TrainError` unless a model keeps packed documents separate by their positions.
+    """Raise `TrainError` unless the model uses ``position_ids`` to separate packed documents.
 
-    Most models in transformers keep them separate. In any other model, each document would attend
-    to the documents before it in the row. The check runs two forward passes that differ only in the
+    Most models in transformers do so. In any other model, the tokens of a document would attend to
+    the documents before it in the row. The check runs two forward passes that differ only in the
     first document of each row, and compares the logits of the second document.
     """
     device = next(model.parameters()).device
@@ -143,7 +143,7 @@ def check_keeps_apart(model: nn.Module, packing: str) -> None:
 
 
 def check_fit(base: PreTrainedModel, corpora: Iterable[Corpus]) -> None:
-    """Check that a base model can process all samples, before the run starts.
+    """Check that the length and the token ids of every sample fit the base model.
 
     Raises:
         ConfigError: A sample is longer than the model's maximum number of positions.

@@ -34,11 +34,11 @@ _SAMPLED = 64
 
 @dataclass(frozen=True)
 class TrainState:
-    """The state in a checkpoint, without the adapters.
+    """The training state in a checkpoint, which is everything except the adapters' weights.
 
     Attributes:
         step: Number of completed steps.
-        identity: Everything that determines the numbers of the run; see `differences`.
+        identity: Dict of everything that determines the results of the run; see `differences`.
         optimizers: State from `AdapterOptimizers.state_dict`.
     """
 
@@ -48,12 +48,12 @@ class TrainState:
 
 
 def adapters_folder(checkpoint: Path) -> Path:
-    """Return the folder in a checkpoint that holds a folder for each adapter."""
+    """Return the path of a checkpoint's adapter folder, which has one subfolder per adapter."""
     return checkpoint / _ADAPTERS
 
 
 def checkpoints(root: Path) -> list[Path]:
-    """Return the checkpoints that exist in ``root``, oldest first."""
+    """Return the paths of all checkpoints in ``root``, ordered from oldest to newest."""
     if not root.is_dir():
         return []
     found = [p for p in root.iterdir() if re.fullmatch(r"step-\d{8,}", p.name) and p.is_dir()]
@@ -61,13 +61,13 @@ def checkpoints(root: Path) -> list[Path]:
 
 
 def checkpoint_folder(root: Path, step: int) -> Path:
-    """Return the folder of the checkpoint after ``step`` steps."""
+    """Return the path of the checkpoint for step ``step``, which may not exist."""
     return root / f"step-{step:08d}"
 
 
 @contextlib.contextmanager
 def new_checkpoint(root: Path, state: TrainState, keep: int) -> Iterator[Path]:
-    """Yield a folder to write the adapters into, and complete the checkpoint on exit.
+    """Yield the path of a new checkpoint's adapter folder, and complete the checkpoint on exit.
 
     On exit, all but the newest ``keep`` checkpoints are removed.
 
@@ -89,7 +89,7 @@ def new_checkpoint(root: Path, state: TrainState, keep: int) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def writing(folder: Path, consequence: str = "") -> Iterator[None]:
-    """Convert a failed write below ``folder`` to one `CheckpointError` that names ``folder``."""
+    """Convert a write error in the block to a `CheckpointError` that names ``folder``."""
     try:
         yield
         return
@@ -103,7 +103,7 @@ def writing(folder: Path, consequence: str = "") -> Iterator[None]:
 
 
 def sweep(root: Path, keep: int) -> None:
-    """Remove all but the newest ``keep`` checkpoints, and what killed runs left unfinished."""
+    """Remove all but the newest ``keep`` checkpoints, and the unfinished ones of killed runs."""
     for old in checkpoints(root)[:-keep]:
         with contextlib.suppress(OSError):  # do not fail the run; the next checkpoint tries again
             remove_folder(old)
@@ -111,7 +111,7 @@ def sweep(root: Path, keep: int) -> None:
 
 
 def read_checkpoint(path: Path) -> TrainState:
-    """Return the state in a checkpoint, without the adapters.
+    """Read the training state of a checkpoint, without the adapters' weights.
 
     Raises:
         CheckpointError: The checkpoint is damaged or has another format version.
@@ -135,7 +135,7 @@ def read_checkpoint(path: Path) -> TrainState:
 
 
 def fingerprint(model: nn.Module) -> dict[str, str]:
-    """Return the dtype, the shape, and a digest of each base parameter, by name.
+    """Return a dict that maps the name of each base parameter to its dtype, shape, and digest.
 
     The digest covers 64 values spread over the parameter. This is enough to detect a fine-tuned or
     differently initialized model without reading a large model in full.
@@ -153,7 +153,11 @@ def fingerprint(model: nn.Module) -> dict[str, str]:
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], at: str = "") -> list[str]:
-    """Return the differences between two run identities, such as ``"batch_size was 8, is 4"``."""
+    """Return a message for each difference between two run identities.
+
+    A message has the form ``"batch_size was 8, is 4"``. ``at`` is the prefix of the names in nested
+    dicts.
+    """
     found = []
     for key in dict.fromkeys([*before, *now]):
         path = f"{at}.{key}" if at else str(key)
@@ -185,7 +189,7 @@ def _write_state(folder: Path, state: TrainState) -> None:
 
 
 def _split(value: Any, key: str, tensors: dict[str, torch.Tensor]) -> Any:
-    """Return a state in a form that JSON can represent, and move its tensors into ``tensors``."""
+    """Convert a state to data that JSON can represent, and move its tensors to ``tensors``."""
     if isinstance(value, torch.Tensor):
         tensors[key] = value
         return {"tensor": key}
@@ -199,7 +203,7 @@ def _split(value: Any, key: str, tensors: dict[str, torch.Tensor]) -> Any:
 
 
 def _joined(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
-    """Invert `_split`."""
+    """Rebuild a state from the output of `_split` and its tensors."""
     if not isinstance(value, dict):
         return value
     ((kind, inner),) = value.items()

@@ -122,9 +122,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse ``argv``, train, and return the exit code; raise the errors of `train`.
+    """Parse ``argv``, train the adapters, and return the exit code.
 
-    The exit code is 0, or 128 plus the number of the signal that interrupted the run.
+    The exit code is 0, or 128 plus the number of the signal that interrupted the run. The errors of
+    `train` are raised.
     """
     parser = argparse.ArgumentParser(
         prog="fastlora train",
@@ -154,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _resuming(given: Sequence[str]) -> str:
-    """Return the command that resumes a run started with the arguments ``given``."""
+    """Return the shell command that resumes a run that was started with the arguments ``given``."""
     program, processes = ["fastlora"], launched()
     if processes > 1:
         if os.environ.get("LOCAL_WORLD_SIZE", "1") != str(processes):
@@ -170,7 +171,7 @@ def _say(text: str) -> None:
 
 
 def _flags(args: argparse.Namespace, parser: argparse.ArgumentParser) -> dict[str, Any]:
-    """Return the given flags in the form that `read_settings` takes."""
+    """Convert the parsed arguments to the dict ``flags`` that `read_settings` takes."""
     given = {k: v for k, v in vars(args).items() if v is not None and k not in _NOT_SETTINGS}
     flags: dict[str, Any] = {k: given.pop(k) for k in list(given) if k in _RUN_SETTINGS}
     if "init" in given:
@@ -218,7 +219,7 @@ def summary(result: TrainResult) -> str:
 
 
 def dry_run(settings: TrainSettings, *, resume: bool = False) -> str:
-    """Return a description of what a run would do, without reading weights or writing files.
+    """Describe a run as text, without reading weights or writing files.
 
     Args:
         settings: The settings of the run.
@@ -297,11 +298,11 @@ def _count(number: int, noun: str) -> str:
 def _step_bytes(
     settings: TrainSettings, advice: Recommendation, samples: int, length: int
 ) -> int | None:
-    """Return the bytes used by the longest forward and backward pass, or None if unknown.
+    """Return the peak memory of a forward and backward pass, in bytes, or None if it is unknown.
 
-    Weights and gradients are not included. The count uses the base model before quantization.
-    Dropout is left out of the count, because it stores only seeds. The result is None if the model
-    does not run on the meta device.
+    The estimate excludes weights and gradients, and is for the base model before quantization. It
+    also excludes dropout, which stores only seeds. The result is None if the model does not run on
+    the meta device.
     """
     plain = replace(settings, load_in=None, dtype=dtype_of(settings))
     base = base_model.empty_base(plain)
@@ -336,7 +337,7 @@ def _fusion(
     device: torch.device,
     quantised: bool,
 ) -> str:
-    """Return the fusion report of the model on the device that a run would use."""
+    """Return the fusion report for ``device`` as text, or a note if the model is quantized."""
     report = fusion_report(prepare.add_adapters(base, settings, advice))
     if quantised:
         where = f"that bitsandbytes will quantize in {settings.load_in}"

@@ -1,4 +1,4 @@
-"""Settings of a training run, read from a file and from flags and checked before any work.
+"""Settings of a training run, which are read from a file and from flags and then validated.
 
 Each setting is a field of `TrainSettings` or `AdapterSettings`. The field also defines the
 setting's valid values and its command-line flag.
@@ -69,7 +69,7 @@ class AdapterSettings:
         data: Training files, in the formats that `fastlora.train.data.read_samples` reads.
         eval_data: Evaluation files, in the same formats.
         format: Format of the data. It is only needed if the columns match several formats.
-        columns: Mapping from the column names that the formats use to those in the files.
+        columns: Dict that maps column names of the format to column names in the files.
         prompts: Prompts that the adapter answers at each evaluation.
         init_from: Folder of a PEFT adapter to continue training from.
         lora: Fields of `fastlora.LoraConfig`.
@@ -114,7 +114,7 @@ class AdapterSettings:
     )
 
     def lora_config(self, advice: Recommendation) -> LoraConfig:
-        """Return the config of a new adapter.
+        """Return the `LoraConfig` of a new adapter.
 
         Args:
             advice: Recommended values for the fields that are not given.
@@ -131,12 +131,12 @@ class AdapterSettings:
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """Settings of a whole training run. The help texts of the flags describe the single fields.
+    """Settings of a training run. The help text of each flag describes the corresponding field.
 
     `seed` determines the initial factors of new adapters, the order of the data, and dropout. The
-    factors are at least fp32, whatever `dtype` is. With `completion_only_loss`, prompts do not
-    contribute to the loss. With `deterministic`, a run on a CUDA GPU uses bitwise reproducible
-    kernels where PyTorch has them and warns where it does not.
+    factors are stored in fp32 or wider, whatever `dtype` is. With `completion_only_loss`, prompts
+    do not contribute to the loss. With `deterministic`, a run on a CUDA GPU uses bitwise
+    reproducible kernels where PyTorch has them and warns where it does not.
     """
 
     adapters: tuple[AdapterSettings, ...]
@@ -192,7 +192,7 @@ class TrainSettings:
     cpu: bool = setting(SWITCH, "run on the CPU even if an accelerator is available", False)
 
     def reading(self, adapter: AdapterSettings) -> Reading:
-        """Return the options for reading an adapter's data files."""
+        """Return the options for reading the data files of an adapter."""
         return Reading(
             format=adapter.format,
             columns=adapter.columns,
@@ -208,9 +208,9 @@ _OF_ADAPTER = {f.name for f in dataclasses.fields(AdapterSettings)} - {"name", "
 
 
 def read_settings(path: Path | None, flags: Mapping[str, Any]) -> TrainSettings:
-    """Return the settings from a config file, overridden by flags.
+    """Read the settings of a run from a config file, and override them with flags.
 
-    The file has fields of `TrainSettings` and a table ``adapters.NAME`` for each adapter, with
+    The file contains fields of `TrainSettings` and a table ``adapters.NAME`` for each adapter, with
     fields of `AdapterSettings` and `fastlora.LoraConfig`. A table ``defaults`` sets the same fields
     for all adapters. Paths in the file are relative to the file's folder.
 
@@ -230,7 +230,7 @@ def read_settings(path: Path | None, flags: Mapping[str, Any]) -> TrainSettings:
 def parse_settings(
     given: Mapping[str, Any], flags: Mapping[str, Any], source: str
 ) -> TrainSettings:
-    """Return the settings from a dict, as `read_settings` does from a file.
+    """Create the settings of a run from a dict with the structure of a config file.
 
     Args:
         given: Content of a config file.
@@ -310,7 +310,7 @@ def _adapter_settings(name: str, table: dict[str, Any]) -> AdapterSettings:
 
 
 def _renamed(table: Any, where: str) -> dict[str, Any]:
-    """Return a table with short names replaced by field names."""
+    """Return a copy of ``table`` in which field names replace short names such as ``lr``."""
     result: dict[str, Any] = {}
     for key, value in as_table(table, where).items():
         name = ALIASES.get(key, key)

@@ -15,7 +15,7 @@ _YAML_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 
 
 def read_settings_file(path: Path) -> dict[str, Any]:
-    """Return the content of a config file, with relative paths resolved against its folder.
+    """Read a config file into a dict, and resolve its relative paths against the file's folder.
 
     Raises:
         ConfigError: The file has an unsupported extension, cannot be read, or does not contain a
@@ -61,7 +61,7 @@ def _yaml(text: str) -> Any:
         ) from error
 
     class Loader(yaml.SafeLoader):
-        """Load plain values only, and reject duplicate keys."""
+        """A YAML loader that creates plain values only, and rejects duplicate keys."""
 
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
             names = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -82,7 +82,7 @@ def _yaml(text: str) -> Any:
 
 
 def _anchored(data: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Return the content of a config file, with relative paths resolved against ``folder``."""
+    """Return a copy of a config dict in which relative paths are resolved against ``folder``."""
 
     def path(value: Any) -> Any:
         if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""Kinds of setting values: how each kind is checked, and how its flag is parsed."""
+"""Kinds of setting values. A kind defines how a value is checked and how its flag is parsed."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ LARGEST_RATE = 3.4e37
 
 
 class Kind(NamedTuple):
-    """The kind of value that a setting takes.
+    """A kind of setting value, such as a path, with its validation and its command-line flag.
 
     Attributes:
-        check: Function of a value and its name in error messages. It returns the value as a run
-            uses it, or raises `ConfigError`.
+        check: Function that takes a value and its name in error messages. It returns the converted
+            value or raises `ConfigError`.
         flag: Keyword arguments for `argparse.ArgumentParser.add_argument`.
     """
 
@@ -131,7 +131,7 @@ PAIRS = Kind(_columns, {"type": _pairs, "metavar": "FIELD=COLUMN,..."})
 def setting(kind: Kind, text: str = "", default: Any = dataclasses.MISSING) -> Any:
     """Return a dataclass field for a setting of the given kind.
 
-    ``text`` is the help text of its flag. A setting without a text has no flag.
+    ``text`` is the help text of the setting's flag. If ``text`` is empty, the setting has no flag.
     """
     if text and isinstance(default, (int, float, str)) and not isinstance(default, bool):
         text += f" (default: {default if isinstance(default, str) else format(default, 'g')})"
@@ -139,9 +139,9 @@ def setting(kind: Kind, text: str = "", default: Any = dataclasses.MISSING) -> A
 
 
 def checked(settings: type, given: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """Return the fields in ``given``, checked and converted by their kinds.
+    """Check and convert the fields of ``settings`` in ``given``, and return them as a dict.
 
-    None is accepted if it is the default of a field.
+    None is accepted for a field whose default is None.
     """
     found = {}
     for own in dataclasses.fields(settings):

@@ -38,7 +38,7 @@ if hasattr(os, "register_at_fork"):
 
 @contextlib.contextmanager
 def folder_lock(folder: Path) -> Iterator[None]:
-    """Hold the lock of a folder, and create the folder if it is missing.
+    """Lock a folder within a ``with`` block, and create the folder if it is missing.
 
     On exit, the lock file is removed. Each folder that was created on entry is removed too if it is
     still empty. If the file system does not support `flock`, the function warns and takes no lock.
@@ -71,7 +71,7 @@ def folder_lock(folder: Path) -> Iterator[None]:
 
 
 def _acquire(path: Path) -> int | None:
-    """Return a locked descriptor of the lock file, or None if the file system has no locks."""
+    """Lock the lock file and return its descriptor, or None if locks are not supported."""
     while True:
         with typed(path):
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -21,11 +21,11 @@ _SMOOTHED_FROM = 10  # with fewer points, a smoothed line shows nothing more
 
 
 class RunLog:
-    """Append entries to ``log.jsonl`` in a run's folder: one JSON object per line.
+    """Append entries to the file ``log.jsonl`` in a run's folder, as one JSON object per line.
 
     Opening the log removes all entries after ``step``, because an earlier run wrote them before it
-    was killed. With ``evaluates``, opening the log also removes the evaluations and answers logged
-    at ``step``, because the run repeats them.
+    was killed. With ``evaluates=True``, it also removes the evaluations and answers logged at
+    ``step``, because the run repeats them.
 
     Args:
         folder: The output folder of the run.
@@ -59,18 +59,18 @@ class RunLog:
             self._file = self.path.open("a", buffering=1, encoding="utf-8")  # line-buffered
 
     def write(self, entry: dict[str, Any]) -> None:
-        """Append an entry, which must have a ``step``. Non-finite numbers are written as null."""
+        """Append an entry with a key ``"step"``. Non-finite numbers are written as null."""
         with typed(self.path):
             self._file.write(json.dumps(_finite(entry), allow_nan=False) + "\n")
 
     def close(self) -> None:
-        """Close the file, and ignore an error that an earlier write has already raised."""
+        """Close the file. An `OSError` is ignored, because `write` has already raised it."""
         with contextlib.suppress(OSError):
             self._file.close()
 
 
 class LoggedLoss(NamedTuple):
-    """A loss in the log, with None for a number that was not finite or was not logged."""
+    """A loss in the log. A number that was not finite or was not logged is None."""
 
     step: int
     adapter: str
@@ -80,7 +80,7 @@ class LoggedLoss(NamedTuple):
 
 
 def read_losses(folder: Path) -> list[LoggedLoss]:
-    """Return all losses in a run's log, in the order of the steps."""
+    """Read all training and evaluation losses from the log in ``folder``, in step order."""
     path = folder / LOG
     with typed(path):
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -94,7 +94,7 @@ def read_losses(folder: Path) -> list[LoggedLoss]:
 
 
 def mean_losses(losses: Sequence[LoggedLoss]) -> dict[str, float]:
-    """Return each adapter's training loss, averaged over its finite entries in the log."""
+    """Return a dict that maps each adapter to the mean of its finite training losses."""
     found: dict[str, list[float]] = {}
     for entry in losses:
         if entry.kind == "training" and entry.loss is not None:
@@ -103,7 +103,7 @@ def mean_losses(losses: Sequence[LoggedLoss]) -> dict[str, float]:
 
 
 def write_table(folder: Path, losses: Sequence[LoggedLoss]) -> Path:
-    """Write the losses to a CSV file and return its path."""
+    """Write the losses to ``losses.csv`` in ``folder``, and return the path of the file."""
     path = folder / TABLE
     with typed(path), replacing(path) as partial, partial.open("w", newline="") as file:
         writer = csv.writer(file)
@@ -113,10 +113,10 @@ def write_table(folder: Path, losses: Sequence[LoggedLoss]) -> Path:
 
 
 def write_picture(folder: Path, losses: Sequence[LoggedLoss]) -> Path | None:
-    """Plot each adapter's losses over the steps, and return the file, or None without matplotlib.
+    """Plot each adapter's loss per step to ``losses.png``, and return the path of the file.
 
-    The loss of every step is a thin line, its moving average is a thick line, and evaluations are
-    dots.
+    Returns None if matplotlib is not installed. With 10 or more steps, the losses are a thin line
+    and their moving average is a thick line. Evaluations are dots on a dashed line.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -154,14 +154,14 @@ def write_picture(folder: Path, losses: Sequence[LoggedLoss]) -> Path | None:
 
 
 def _points(losses: Sequence[LoggedLoss], name: str, kind: str) -> tuple[list[int], list[float]]:
-    """Return the steps and the finite losses of an adapter."""
+    """Return a tuple (steps, losses) of an adapter's finite losses of one kind."""
     own = {e.step: e.loss for e in losses if (e.adapter, e.kind) == (name, kind)}
     points = {step: loss for step, loss in own.items() if loss is not None}
     return list(points), list(points.values())
 
 
 def _smoothed(values: Sequence[float]) -> list[float]:
-    """Return a centered moving average over about a twentieth of the values.
+    """Return the centered moving average of the values, with a window of a twentieth of them.
 
     The window is shorter at both ends. A centered window does not lag behind the loss.
     """
@@ -180,7 +180,7 @@ def typed(what: Path | str) -> Iterator[None]:
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return a log entry with flat keys for trackers, as in ``{"loss/ship": 1.5}``; drop lists."""
+    """Flatten a log entry for trackers, as in ``{"loss/ship": 1.5}``, and drop its lists."""
     found: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):
@@ -191,7 +191,7 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _finite(value: Any) -> Any:
-    """Return an entry with None in place of each number that is not finite."""
+    """Return a copy of a log entry in which None replaces each NaN or infinite number."""
     if isinstance(value, dict):
         return {key: _finite(part) for key, part in value.items()}
     if isinstance(value, list):

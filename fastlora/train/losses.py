@@ -18,14 +18,15 @@ IGNORED = -100
 
 @dataclass(frozen=True, eq=False)
 class AdapterLosses:
-    """The losses of a mixed batch.
+    """The losses of the adapters in a mixed batch.
 
-    Adapters without counted tokens are left out of all fields.
+    A token counts if it contributes to the loss. Adapters without counted tokens are left out of
+    all fields.
 
     Attributes:
-        by_adapter: The loss of each adapter, a scalar tensor with its graph.
-        values: The same losses as numbers.
-        tokens: Number of counted tokens of each adapter.
+        by_adapter: Dict that maps each adapter to its loss, a scalar tensor with an autograd graph.
+        values: The same losses as Python floats.
+        tokens: Dict that maps each adapter to its number of counted tokens.
         total: Sum of the finite losses, or a zero without a graph if there are none. Its gradient
             for an adapter is the gradient of the adapter's own loss. An adapter with a non-finite
             loss may still get NaN gradients (0 * NaN), because its rows take part in the backward
@@ -45,12 +46,12 @@ class AdapterLosses:
 
     @property
     def finite(self) -> tuple[str, ...]:
-        """Adapters with a finite loss."""
+        """Names of the adapters with a finite loss."""
         return tuple(name for name, value in self.values.items() if math.isfinite(value))
 
     @property
     def non_finite(self) -> tuple[str, ...]:
-        """Adapters with a NaN or infinite loss."""
+        """Names of the adapters with a NaN or infinite loss."""
         return tuple(name for name, value in self.values.items() if not math.isfinite(value))
 
 
@@ -61,7 +62,9 @@ def adapter_losses(
     mask: torch.Tensor | None = None,
     tokens: Mapping[str, int] | None = None,
 ) -> AdapterLosses:
-    """Average losses over each adapter's own tokens. Costs one host sync.
+    """Average the losses over each adapter's own tokens.
+
+    This causes one host-device synchronization.
 
     Args:
         token_losses: A loss for each token or sample, of shape ``[B, ...]`` and any floating-point
@@ -120,7 +123,7 @@ def adapter_losses(
 def _own_sums(
     losses: torch.Tensor, mask: torch.Tensor, samples: dict[str, list[int]]
 ) -> list[tuple[str, torch.Tensor, int, float]]:
-    """Return (name, summed loss, token count, summed loss as a float) for each adapter."""
+    """Return a tuple (name, summed loss, token count, summed loss as a float) for each adapter."""
     if not samples:
         return []
     # Select instead of multiplying, so that a NaN outside the mask adds nothing. [B]
@@ -142,7 +145,7 @@ def causal_lm_losses(
     *,
     tokens: Mapping[str, int] | None = None,
 ) -> AdapterLosses:
-    """Return each adapter's mean next-token loss.
+    """Compute each adapter's mean next-token cross-entropy loss.
 
     The loss equals the loss that a causal language model of transformers computes for a batch with
     the samples of this adapter only.
@@ -181,14 +184,16 @@ def causal_lm_losses(
 
 
 def count_tokens(labels: torch.Tensor, adapters: Sequence[str | None]) -> dict[str, int]:
-    """Return how many tokens of each adapter count in `causal_lm_losses`. Costs one host sync.
+    """Count the tokens of each adapter that contribute to the loss in `causal_lm_losses`.
+
+    This causes one host-device synchronization.
 
     Args:
         labels: Labels of shape ``[B, T]``, int64, not shifted.
         adapters: See `adapter_losses`.
 
     Returns:
-        The token count of each adapter that has counted tokens.
+        A dict that maps each adapter with counted tokens to the number of these tokens.
 
     Raises:
         ValueError, TypeError: See `causal_lm_losses`.
@@ -202,7 +207,10 @@ def count_tokens(labels: torch.Tensor, adapters: Sequence[str | None]) -> dict[s
 
 
 def _samples_of(adapters: Sequence[str | None], count: int) -> dict[str, list[int]]:
-    """Return each adapter's sample indices; raise unless ``adapters`` has ``count`` entries."""
+    """Return a dict that maps each adapter to the list of its sample indices.
+
+    Raises `ValueError` unless ``adapters`` has ``count`` entries.
+    """
     if isinstance(adapters, str):
         raise TypeError(f"adapters is the string {adapters!r}, expected one name for each sample")
     if len(adapters) != count:
@@ -220,6 +228,6 @@ def _samples_of(adapters: Sequence[str | None], count: int) -> dict[str, list[in
 
 
 def _next_labels(labels: torch.Tensor) -> torch.Tensor:
-    """Return the label that each position predicts, shape ``[B, T]``."""
+    """Shift the labels so that each position has the label of the next token, shape ``[B, T]``."""
     # Shift the labels rather than the logits, which would have to be copied.
     return F.pad(labels, (0, 1), value=IGNORED)[:, 1:]

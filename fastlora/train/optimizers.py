@@ -51,7 +51,10 @@ def train_adapters(model: LoraModel, names: str | Sequence[str]) -> None:
 
 
 def check_trained_together(model: LoraModel, names: str | Sequence[str]) -> list[str]:
-    """Return the names without duplicates; raise the errors of `train_adapters`."""
+    """Check that the adapters can train together, and return their names without duplicates.
+
+    Raises the errors of `train_adapters`.
+    """
     chosen = [names] if isinstance(names, str) else list(dict.fromkeys(names))
     if not chosen:
         raise ValueError(f"no adapter is given; expected one or more of {list(model.peft_config)}")
@@ -92,8 +95,8 @@ class AdapterOptimizers:
 
     Args:
         model: The model, with the adapters loaded and trainable (`train_adapters`).
-        optimizers: For each adapter, a function that creates its optimizer from a list of its
-            parameters, for instance ``functools.partial(torch.optim.AdamW, lr=1e-3)``.
+        optimizers: Dict that maps each adapter to a function that creates its optimizer from a list
+            of its parameters, for instance ``functools.partial(torch.optim.AdamW, lr=1e-3)``.
         schedulers: For some or all adapters, a function that creates a learning-rate schedule from
             the optimizer. A schedule advances only when its adapter steps.
         max_grad_norm: Maximum gradient norm of each adapter: one value for all adapters, or a value
@@ -166,16 +169,16 @@ class AdapterOptimizers:
 
     @property
     def by_adapter(self) -> dict[str, Optimizer]:
-        """The optimizer of each adapter, by name."""
+        """Dict that maps each adapter to its optimizer."""
         return {name: adapter.optimizer for name, adapter in self._adapters.items()}
 
     @property
     def counts(self) -> dict[str, AdapterCounts]:
-        """The `AdapterCounts` of each adapter so far, by name."""
+        """Dict that maps each adapter to its `AdapterCounts` so far."""
         return {name: adapter.counts for name, adapter in self._adapters.items()}
 
     def loss_scale(self, name: str) -> float | None:
-        """Return the current loss scale of an adapter, or None without a scaler.
+        """Return the current loss scale of an adapter, or None if no scaler is used.
 
         Raises:
             AdapterNotFoundError: The adapter has no optimizer in this object.
@@ -184,12 +187,13 @@ class AdapterOptimizers:
         return None if scaler is None else float(scaler.get_scale())
 
     def draw_seeds(self, names: Sequence[str | None]) -> dict[str, int]:
-        """Return a dropout seed for each adapter of a batch, for `fastlora.adapters`.
+        """Return a dict that maps each adapter in a batch to a seed for its dropout.
 
-        A seed is derived from ``seed``, the name of the adapter, and the number of its forward
-        passes so far. The dropout masks are therefore the same as if the adapter trained alone,
-        provided that its samples are padded to the same length. If processes share batches, each
-        process draws its own seeds, and every forward pass counts for every adapter.
+        Pass it to `fastlora.adapters` as ``seeds``. A seed is derived from ``seed``, the name of
+        the adapter, and the number of its forward passes so far. The dropout masks are therefore
+        the same as if the adapter trained alone, provided that its samples are padded to the same
+        length. If processes share batches, each process draws its own seeds, and every forward pass
+        counts for every adapter.
 
         Args:
             names: The adapter of each sample. None and ``"__base__"`` need no seed.
@@ -205,7 +209,9 @@ class AdapterOptimizers:
         return {adapter.name: drawn[adapter.name] for adapter in chosen}
 
     def total_tokens(self, counts: Mapping[str, int]) -> dict[str, int]:
-        """Return the token counts over all processes, for the ``tokens`` argument of losses.
+        """Return a dict that maps each adapter to its token count, summed over all processes.
+
+        The result is the argument ``tokens`` of `causal_lm_losses` and `adapter_losses`.
 
         Args:
             counts: Token counts of this process (`count_tokens`) in all batches of the step.
@@ -214,7 +220,7 @@ class AdapterOptimizers:
         return {name: int(count) for name, count in total.items() if count}
 
     def backward(self, losses: AdapterLosses) -> None:
-        """Accumulate the gradients of the finite losses, and leave other adapters unchanged.
+        """Accumulate the gradients of all finite losses, and leave the other adapters unchanged.
 
         A non-finite loss is counted and skipped. Gradients that its adapter has accumulated from
         earlier batches of the same step are preserved. The exception is FSDP2 without gradient
@@ -276,17 +282,18 @@ class AdapterOptimizers:
         self._present.update(agreed.finite)
 
     def step(self, present: Iterable[str] | None = None) -> StepReport:
-        """Step each adapter that had a finite loss since the last step. Costs one host sync.
+        """Step the optimizer of each adapter that had a finite loss since the last step.
 
         An adapter with a non-finite gradient is skipped: its optimizer and its schedule do not
-        advance, and its loss scale, if it has one, is lowered.
+        advance, and its loss scale, if any, is lowered. The call causes one host-device
+        synchronization.
 
         Args:
             present: The adapters to step, if the backward pass was run without calling `backward`.
                 None steps the adapters with finite losses in `backward`.
 
         Returns:
-            The adapters that stepped, the adapters that did not, and the gradient norms.
+            A `StepReport` with the updated adapters, the skipped adapters, and the gradient norms.
 
         Raises:
             AdapterNotFoundError: An adapter has no optimizer in this object.
@@ -332,14 +339,15 @@ class AdapterOptimizers:
             self._present.discard(adapter.name)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of each adapter, from which `load_state_dict` can resume exactly.
+        """Return a dict that maps each adapter to its training state, for `load_state_dict`.
 
-        Call it after a step: gradients that are still being accumulated are not included.
+        Call this method after `step`, because gradients that are still being accumulated are not
+        included.
         """
         return {name: adapter.state_dict() for name, adapter in self._adapters.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Load the state of each adapter that ``state`` names. Other adapters keep their state.
+        """Load the training state of each adapter in ``state``, and leave other adapters unchanged.
 
         Raises:
             AdapterNotFoundError: ``state`` names an adapter that has no optimizer in this object.
@@ -352,7 +360,7 @@ class AdapterOptimizers:
             self._adapters[name].load_state_dict(saved)
 
     def follow_schedules(self) -> None:
-        """Set the learning rates to the values of the schedules for the next step.
+        """Set each adapter's learning rate to its schedule's value for the next step.
 
         A loaded state contains the learning rates of the schedule that it was saved with.
         """

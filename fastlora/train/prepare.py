@@ -1,4 +1,4 @@
-"""Build the parts of a training run from its settings: model, adapters, tokens, and optimizers."""
+"""Create the parts of a training run from its settings: adapters, data, and optimizers."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ _COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 @dataclass(frozen=True, eq=False)
 class Schedule:
-    """The steps of a run.
+    """The number of steps in a run, and the samples of each step.
 
     Attributes:
         order: The samples of each step.
         steps: Number of steps.
         micro_batch_size: Number of samples in a forward pass.
-        own_steps: Number of steps in which each adapter has samples.
+        own_steps: Dict that maps each adapter to the number of steps in which it has samples.
     """
 
     order: Order
@@ -66,7 +66,7 @@ def check_folders(settings: TrainSettings) -> None:
 
 
 def checkpoint_to_resume(settings: TrainSettings, *, resume: bool) -> Path | None:
-    """Return the checkpoint to resume from, or None if there is none.
+    """Return the path of the newest checkpoint, or None if there are no checkpoints.
 
     Raises:
         TrainError: There is a checkpoint, and ``resume`` is False.
@@ -81,10 +81,10 @@ def checkpoint_to_resume(settings: TrainSettings, *, resume: bool) -> Path | Non
 
 
 def adapter_configs(settings: TrainSettings, advice: Recommendation) -> dict[str, LoraConfig]:
-    """Return the config of each adapter.
+    """Return a dict that maps each adapter to its `LoraConfig`.
 
-    Raises `ConfigError` if a field is invalid, and the errors of `inspect_adapter_folder` for a
-    folder of ``init_from``.
+    Raises `ConfigError` if a field is invalid, and the errors of `inspect_adapter_folder` if a
+    folder in ``init_from`` is invalid.
     """
     configs = {
         adapter.name: adapter.lora_config(advice)
@@ -116,7 +116,7 @@ def _check_init(config: LoraConfig, is_new: bool, adapters: int) -> None:
 def add_adapters(
     base: PreTrainedModel, settings: TrainSettings, advice: Recommendation
 ) -> LoraModel:
-    """Return the model with all adapters added and trainable.
+    """Add all adapters to the base model, make them trainable, and return the `LoraModel`.
 
     The initial factors of a new adapter depend on the seed and its name, not on other adapters.
 
@@ -175,7 +175,7 @@ def _check_unscalable(model: LoraModel) -> None:
 
 
 def check_dropout_dtype(configs: Mapping[str, LoraConfig], dtype: torch.dtype) -> None:
-    """Raise `ConfigError` if an adapter has dropout and the base dtype supports no arithmetic."""
+    """Raise `ConfigError` if an adapter uses dropout, but the base dtype has no arithmetic."""
     for name, config in configs.items():
         if config.lora_dropout and dtype not in _COMPUTE_DTYPES:
             raise ConfigError(
@@ -192,9 +192,9 @@ def read_data(
     *,
     progress: bool = False,
 ) -> dict[str, Corpus]:
-    """Return each adapter's tokens, from its ``"data"`` or ``"eval_data"`` files.
+    """Read and tokenize the ``"data"`` or ``"eval_data"`` files of each adapter.
 
-    Adapters without files are left out.
+    Returns a dict that maps each adapter with files to its `Corpus`.
 
     Raises `DataError` if a file or a row is invalid.
     """
@@ -216,7 +216,7 @@ def read_data(
 
 
 def data_notes(corpora: Mapping[str, Corpus], held_out: Mapping[str, Corpus]) -> list[str]:
-    """Return notes on the formats, samples, and tokens of the data, one per line."""
+    """Return a list of messages about the format and the size of each adapter's data."""
     lines = []
     for what, found in (("", corpora), (", evaluation", held_out)):
         for name, corpus in found.items():
@@ -257,7 +257,7 @@ def progress_bar(**options: Any) -> Any:
 def make_schedule(
     settings: TrainSettings, corpora: Mapping[str, Corpus], processes: int
 ) -> Schedule:
-    """Return the steps of a run.
+    """Return the `Schedule` of a run.
 
     Raises:
         ConfigError: A step has fewer forward passes than there are processes, or an adapter has no
@@ -290,7 +290,7 @@ def make_optimizers(
     schedule: Schedule,
     device: torch.device,
 ) -> AdapterOptimizers:
-    """Return AdamW optimizers with schedules, clipping, and, in fp16, loss scales."""
+    """Create AdamW optimizers with schedules, gradient clipping, and, for fp16, loss scaling."""
     return AdapterOptimizers(
         model,
         {
@@ -313,15 +313,15 @@ def make_optimizers(
 
 
 def needs_scale(model: nn.Module) -> bool:
-    """Return whether the model has fp16 parameters, and losses are therefore scaled.
+    """Return whether the losses must be scaled because the model has fp16 parameters.
 
-    With a loss scale, a non-finite gradient skips a step and is not an error.
+    With loss scaling, a step with a non-finite gradient is skipped and is not an error.
     """
     return any(p.dtype == torch.float16 for p in model.parameters())
 
 
 def rate(adapter: AdapterSettings, total: int) -> Callable[[int], float]:
-    """Return the factor of an adapter's learning rate as a function of the adapter's own steps."""
+    """Return a function that maps an adapter's step to the factor of its learning rate."""
     warmup = math.ceil(adapter.warmup_ratio * total)
 
     def at(step: int) -> float:
@@ -342,7 +342,7 @@ def identity(
     model: LoraModel,
     weights: Mapping[str, str],
 ) -> dict[str, Any]:
-    """Return everything that determines the numbers of a run, ready for JSON.
+    """Return a JSON-compatible dict of everything that determines the results of a run.
 
     ``weights`` is the result of `fingerprint`.
     """

@@ -1,4 +1,4 @@
-"""Processes that train together: what they agree on, and the processes of `fastlora train`."""
+"""Communication between processes that train together, and the processes of `fastlora train`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class TrainError(FastLoraError, RuntimeError):
 
 
 def needed(name: str, what: str = "training needs") -> Any:
-    """Import a library of the ``train`` extra; raise `TrainError` if it is not installed."""
+    """Import and return a library of the ``train`` extra; raise `TrainError` if it is missing."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -52,7 +52,7 @@ class Agreed(NamedTuple):
 
 
 class BatchGroup:
-    """The processes that share batches. A process that trains alone does not communicate.
+    """The process group that shares each batch. A process that trains alone does not communicate.
 
     Args:
         group: See `AdapterOptimizers`.
@@ -75,7 +75,10 @@ class BatchGroup:
         return self.size == 1
 
     def total(self, *counts: Mapping[str, float]) -> list[dict[str, float]]:
-        """Return the sum of each count over all processes, by adapter. Missing counts are zeros."""
+        """Sum each dict of counts over all processes, and return one dict of sums per argument.
+
+        Each dict maps adapter names to counts. A missing count is zero.
+        """
         rows = [[float(table.get(name, 0)) for name in self._names] for table in counts]
         if not self.alone:
             sent = torch.tensor(rows, dtype=_widest(self._device), device=self._device)
@@ -84,7 +87,7 @@ class BatchGroup:
         return [dict(zip(self._names, row, strict=True)) for row in rows]
 
     def agree(self, losses: AdapterLosses) -> Agreed:
-        """Return which losses all processes use, and their weights in this process."""
+        """Return the adapters whose losses all processes use, and their weights in this process."""
         seen, bad, tokens = self.total(
             dict.fromkeys(losses.values, 1), dict.fromkeys(losses.non_finite, 1), losses.tokens
         )
@@ -97,7 +100,7 @@ class BatchGroup:
         return Agreed(finite, left_out, weights)
 
     def anywhere(self, names: Collection[str]) -> set[str]:
-        """Return the names that at least one process has."""
+        """Return the set of names that at least one process has passed."""
         (found,) = self.total(dict.fromkeys(names, 1))
         return {name for name, count in found.items() if count}
 
@@ -122,7 +125,7 @@ def launched() -> int:
 
 
 class RunProcesses:
-    """The processes of `fastlora train`, run by accelerate: one, or several under torchrun.
+    """The processes of a training run in accelerate: one process, or several under torchrun.
 
     Every process has the whole model, with the same adapters and optimizer states. Only the main
     process (`main`) writes files and reports.
@@ -156,17 +159,20 @@ class RunProcesses:
         self.main: bool = self._accelerator.is_main_process
 
     def does(self, number: int) -> bool:
-        """Return whether this process runs part ``number`` of the work in a step."""
+        """Return whether this process runs the forward pass ``number`` of a step."""
         return number % self.count == self._accelerator.process_index
 
     def summed(self, values: dict[str, float], *, stop: bool) -> tuple[dict[str, float], bool]:
-        """Return each value summed over all processes, and whether any process has to stop."""
+        """Sum the values over all processes.
+
+        Returns a tuple (dict of the sums, whether any process has to stop).
+        """
         sent = {**values, _STOP: float(stop)}
         (total,) = BatchGroup("auto", list(sent), self.device).total(sent)
         return total, total.pop(_STOP) > 0
 
     def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Sum gradients over all processes, with one transfer for each dtype.
+        """Sum gradients over all processes, with one all-reduce operation per dtype.
 
         All processes must pass the same parameters, each once. A parameter that has no gradient in
         any process has no gradient afterwards either.
@@ -206,17 +212,17 @@ class RunProcesses:
         return cast(T, result)
 
     def start_trackers(self) -> None:
-        """Start a run in each tracker, which may create files."""
+        """Start a run in each tracker. A tracker may create files."""
         if self._tracked:
             self._accelerator.init_trackers("trackers")
 
     def track(self, values: dict[str, Any], step: int) -> None:
-        """Send numbers and texts to the trackers, each under a name."""
+        """Send a dict of named numbers and texts to the trackers."""
         if self._tracked and values:
             self._accelerator.log(values, step=step)
 
     def end_trackers(self) -> None:
-        """Let each tracker write its pending data and finish."""
+        """Finish each tracker, which then writes its pending data."""
         while self._accelerator.trackers:
             self._accelerator.trackers.pop().finish()
 
@@ -254,5 +260,5 @@ def check_trackers(names: Sequence[str]) -> None:
 
 
 def _widest(device: torch.device) -> torch.dtype:
-    """Return the widest floating-point dtype that a device can sum in."""
+    """Return the widest floating-point dtype that the device supports."""
     return torch.float32 if device.type == "mps" else torch.float64

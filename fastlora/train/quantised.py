@@ -37,7 +37,7 @@ def dtype_of(settings: TrainSettings) -> str:
 
 
 def quantisation(settings: TrainSettings, model_config: object) -> Any:
-    """Return the quantization config that a run passes to transformers, or None without `load_in`.
+    """Return the `BitsAndBytesConfig` for the base model, or None if `load_in` is not set.
 
     Raises:
         ConfigError: The model's own config says that the model is already quantized.
@@ -64,10 +64,10 @@ def quantisation(settings: TrainSettings, model_config: object) -> Any:
 
 
 def stored_quantisation(model_config: object) -> Any:
-    """Return transformers' config for a model that bitsandbytes has quantized, or None.
+    """Return the `BitsAndBytesConfig` of a model that is already quantized, or None.
 
-    Returns None too if another library has quantized the model, or if bitsandbytes or accelerate is
-    not installed.
+    The result is None if the model is not quantized, if another library has quantized it, or if
+    bitsandbytes or accelerate is not installed.
     """
     own: Any = getattr(model_config, "quantization_config", None)
     if own is None or any(importlib.util.find_spec(package) is None for package in _NEEDS):
@@ -80,7 +80,7 @@ def stored_quantisation(model_config: object) -> Any:
 
 
 def quantise_empty(model: PreTrainedModel, config: Any) -> None:
-    """Replace linear layers of a model on the meta device with quantized ones, as configured."""
+    """Replace the linear layers of a model on the meta device with quantized layers."""
     library: Any = importlib.import_module("transformers.quantizers.auto")
     quantiser, dtype = library.AutoHfQuantizer.from_config(config, pre_quantized=False), model.dtype
     quantiser.preprocess_model(model=model, device_map={"": "cpu"})

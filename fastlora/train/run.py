@@ -90,7 +90,7 @@ def train(
     progress: bool = True,
     say: Callable[[str], object] | None = None,
 ) -> TrainResult:
-    """Train adapters, and write each one to a folder with its name, in PEFT's format.
+    """Train adapters, and save each adapter in PEFT's format to a folder with the adapter's name.
 
     The run holds a lock on ``settings.out``. In the main thread, if Python's default handlers of
     SIGINT and SIGTERM are installed, the first signal ends the run after the current step. The run
@@ -134,7 +134,7 @@ def open_run(
     progress: bool = True,
     say: Callable[[str], object] | None = None,
 ) -> Iterator[Run]:
-    """Set up a run and yield it, with the arguments and errors of `train`.
+    """Set up a run and yield it. See `train` for the arguments and errors.
 
     The ``with`` block holds the lock of the output folder and handles signals.
     """
@@ -286,17 +286,17 @@ class Run:
         )
 
     def _open_log(self) -> bool:
-        """Open the log, and return whether an earlier run already evaluated after this step."""
+        """Open the log, and return whether an earlier run has evaluated the current step."""
         checkpoint.sweep(self.root, self.settings.keep)
         ended = self.step == self.schedule.steps
         self._log = log.RunLog(self.settings.out, self.step, evaluates=ended)
         return self._log.was_evaluated
 
     def _end_reports(self) -> tuple[dict[str, float], tuple[Path, ...]]:
-        """Write the losses if no steps are left, and finish the trackers.
+        """Write the table and the plot of the losses if no steps are left, and finish the trackers.
 
-        Returns the mean loss of each adapter and the written files. Raises the first failed write
-        of the log, the losses, or tracker data.
+        Returns a tuple (mean loss of each adapter, paths of the written files). Raises the first
+        error from writing the log, the losses, or tracker data.
         """
         folder = self.settings.out
         means: dict[str, float] = {}
@@ -313,7 +313,7 @@ class Run:
 
     @contextlib.contextmanager
     def _writing(self, what: str) -> Iterator[None]:
-        """Record a failed write in the block, so that the run ends after its current step."""
+        """Record a write error in the block, so that the run ends after its current step."""
         try:
             with log.typed(what):
                 yield
@@ -321,12 +321,12 @@ class Run:
             self._failure = self._failure or error
 
     def _check_written(self) -> None:
-        """Raise the first failed write of the log, the losses, or tracker data, if there is one."""
+        """Raise the first recorded error from writing the log, losses, or tracker data, if any."""
         if self._failure is not None:
             raise self._with_kept(self._failure, self._folders()) from self._failure
 
     def _stops(self) -> bool:
-        """Return whether the run ends after this step. The answer is the same in all processes.
+        """Return whether the run ends after this step. The result is the same in all processes.
 
         A single process checks directly. Several processes agree when they exchange their losses.
         """
@@ -346,14 +346,15 @@ class Run:
         return RunInterrupted(f"{text}; saved: {adapters} and {folder}", number, folder)
 
     def _folders(self) -> dict[str, Path]:
-        """Return the output folders of the adapters that have taken a step."""
+        """Return a dict that maps each adapter that has taken a step to its output folder."""
         counts = self.optimizers.counts
         return {name: self.settings.out / name for name in self.corpora if counts[name].steps}
 
     def _evaluate_if_due(self) -> dict[str, float]:
-        """Evaluate and answer prompts if that is due and the run is not about to stop.
+        """Evaluate and answer prompts if an evaluation is due and the run is not about to stop.
 
-        A run that stops leaves the evaluation to the run that resumes it.
+        Returns the evaluation losses by adapter, or an empty dict. A run that stops leaves the
+        evaluation to the run that resumes it.
         """
         if self._stops() or not self._is_due(self.settings.eval_every):
             return {}
@@ -367,7 +368,7 @@ class Run:
         return self.resumed_from == self.step < self.schedule.steps
 
     def _is_due(self, every: int) -> bool:
-        """Return whether work that is done every ``every`` steps and at the end is due now."""
+        """Return whether the current step is a multiple of ``every`` or the last step."""
         return self.step == self.schedule.steps or (every > 0 and self.step % every == 0)
 
     def close(self) -> None:
@@ -403,7 +404,7 @@ class Run:
         self._write_log({"step": self.step, **entry})
 
     def _skipped(self) -> dict[str, int]:
-        """Return the number of skipped steps of each adapter that has skipped any."""
+        """Return a dict that maps each adapter with skipped steps to the number of these steps."""
         counts = self.optimizers.counts
         return {name: count.skipped_steps for name, count in counts.items() if count.skipped_steps}
 
@@ -421,17 +422,18 @@ class Run:
                 )
 
     def _trained(self, names: Iterable[str]) -> list[nn.Parameter]:
-        """Return the parameters that the named adapters train, without duplicates."""
+        """Return a list of the trainable parameters of the named adapters, without duplicates."""
         found = (p for name in names for p in adapter_parameters(self.model, name).values())
         return list({id(p): p for p in found if p.requires_grad}.values())
 
     def _losses(
         self, rows: Sequence[Row], corpora: Mapping[str, Corpus], *, trains: bool
     ) -> dict[str, float]:
-        """Return each adapter's mean loss over its tokens in ``rows``, across all processes.
+        """Return a dict that maps each adapter to its mean loss over its tokens in ``rows``.
 
-        With ``trains``, the forward passes of this process also accumulate gradients. A run that
-        stops ends an evaluation early; the returned losses are then meaningless.
+        The forward passes are distributed over all processes. With ``trains=True``, they also
+        accumulate gradients. A run that stops ends an evaluation early; the returned losses are
+        then meaningless.
         """
         from accelerate.utils import set_seed
 
@@ -484,7 +486,7 @@ class Run:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Return the loss of each adapter over all tokens of its evaluation data.
+        """Return a dict that maps each adapter to its mean loss over all evaluation tokens.
 
         Returns an empty dict if the run is about to stop.
         """
@@ -522,7 +524,7 @@ class Run:
                     self.processes.track({f"answers/{name}/{number}": text}, self.step)
 
     def save(self) -> None:
-        """Write the adapters, and a checkpoint unless there is already one of this step.
+        """Save the adapters, and a checkpoint unless the current step already has a checkpoint.
 
         Adapters are smaller than a checkpoint, so on a full disk each adapter that still fits is
         saved.
@@ -554,9 +556,10 @@ class Run:
         self.processes.in_main(write)
 
     def _save_adapters(self) -> None:
-        """Write each adapter that has taken a step.
+        """Save each adapter that has taken a step to its output folder.
 
-        If one cannot be written, the others still are, and `CheckpointError` is raised at the end.
+        If an adapter cannot be written, the other adapters are still written before
+        `CheckpointError` is raised.
         """
         saved, failures = [], []
         for name, folder in self._folders().items():
@@ -569,7 +572,7 @@ class Run:
             raise self._with_kept(failures[0], saved) from failures[0]
 
     def _with_kept(self, error: _Failure, names: Iterable[str]) -> _Failure:
-        """Return an error that also names the saved adapters and says how to resume."""
+        """Return a copy of an error that also names the saved adapters and says how to resume."""
         if self._is_untrained():
             return type(error)(f"{error}; nothing was trained")
         saved = ", ".join(str(self.settings.out / name) for name in names) or "none"
@@ -604,6 +607,6 @@ def save_adapter(model: LoraModel, name: str, folder: Path) -> None:
 
 
 def _first(items: Sequence[str], count: int, separator: str) -> str:
-    """Return the first ``count`` items, joined, and the number of the remaining items."""
+    """Join the first ``count`` items, and append the number of the remaining items."""
     more = [f"and {len(items) - count} more"] if len(items) > count else []
     return separator.join([*items[:count], *more])

@@ -72,7 +72,7 @@ class StopSignals:
         self._restore()
 
     def defer(self) -> None:
-        """From now on, let the run finish its step when a signal arrives."""
+        """Let the next signal only set `received`, so that the run can finish its current step."""
         self._deferred = True
 
     def _handle(self, number: int, frame: FrameType | None) -> None:

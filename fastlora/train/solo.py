@@ -20,7 +20,7 @@ from fastlora.validation import AdapterStateError, CheckpointError
 
 
 def adapter_parameters(model: LoraModel, name: str) -> dict[str, nn.Parameter]:
-    """Return the parameters that an adapter's saved file would hold, by their names in the model.
+    """Return a dict that maps names in the model to the parameters that an adapter saves.
 
     These are its factors, its copies of ``modules_to_save``, and with ``bias="all"`` or
     ``"lora_only"`` the base model's biases.
@@ -36,7 +36,7 @@ def adapter_parameters(model: LoraModel, name: str) -> dict[str, nn.Parameter]:
 
 @dataclass
 class AdapterCounts:
-    """Counts of what has happened to an adapter during training.
+    """Counts of an adapter's optimizer steps, skipped steps, non-finite losses, and forward passes.
 
     Attributes:
         steps: Number of optimizer steps.
@@ -53,7 +53,7 @@ class AdapterCounts:
 
 
 class Solo:
-    """Training state of one adapter. Arguments and errors are those of `AdapterOptimizers`."""
+    """The training state of one adapter. See `AdapterOptimizers` for the arguments and errors."""
 
     def __init__(
         self,
@@ -81,12 +81,12 @@ class Solo:
         self.counts = AdapterCounts()
 
     def check_trainable(self) -> None:
-        """Raise `AdapterStateError` if all parameters have been frozen in the meantime."""
+        """Raise `AdapterStateError` if all parameters of the adapter are now frozen."""
         if not any(parameter.requires_grad for parameter in self.parameters):
             raise AdapterStateError(_frozen(self.name))
 
     def draw_seed(self, rank: int = 0) -> int:
-        """Count one more forward pass, and return its dropout seed in process ``rank``, 62 bits."""
+        """Count a forward pass, and return its 62-bit dropout seed for process ``rank``."""
         parts = (self.seed, self.counts.forwards, self.name, *([rank] if rank else []))
         self.counts.forwards += 1
         return seed_of(*parts, nbytes=8) >> 2
@@ -97,17 +97,17 @@ class Solo:
         return loss if self.scaler is None else self.scaler.scale(loss)
 
     def gradients(self) -> list[torch.Tensor]:
-        """Return the gradients of the parameters that have one."""
+        """Return the gradients of all parameters whose ``grad`` is not None."""
         return [p.grad for p in self.parameters if p.grad is not None]
 
     def unscaled_norm(self) -> torch.Tensor:
-        """Unscale the gradients and return their norm, a scalar tensor."""
+        """Unscale the gradients, and return their total norm as a scalar tensor."""
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
         return total_norm(self.gradients())
 
     def step(self, norm: torch.Tensor, value: float) -> bool:
-        """Clip the unscaled gradients and step, if they are finite; return whether they are.
+        """Clip the gradients and step the optimizer if ``value`` is finite; return whether it is.
 
         ``norm`` is the norm of the gradients as a scalar tensor, and ``value`` is the same norm as
         a number.
@@ -132,7 +132,7 @@ class Solo:
             parameter.grad = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state for `load_state_dict`, with a description for `check_state`."""
+        """Return the state for `load_state_dict`, with metadata that `check_state` compares."""
         return {
             "kind": self._kind(),
             "optimizer": self.optimizer.state_dict(),
@@ -143,7 +143,7 @@ class Solo:
         }
 
     def check_state(self, state: Mapping[str, Any]) -> None:
-        """Raise `CheckpointError` unless a state matches this optimizer, schedule, and rank."""
+        """Raise `CheckpointError` unless a state fits the optimizer, schedule, and parameters."""
         what, mine = f"the state of adapter {self.name!r}", self.state_dict()
         if not isinstance(state, Mapping):
             raise CheckpointError(f"{what} is a {type(state).__name__}, expected a mapping")
@@ -169,7 +169,7 @@ class Solo:
         self.seed, self.counts = state["seed"], AdapterCounts(**state["counts"])
 
     def follow_schedule(self) -> None:
-        """Set the learning rate to the value of a `LambdaLR` schedule for the next step."""
+        """With a `LambdaLR` schedule, set the learning rate to its value for the next step."""
         if isinstance(self.scheduler, LambdaLR):
             schedule = self.scheduler
             for group, base, rate in zip(
@@ -193,7 +193,7 @@ def _frozen(name: str) -> str:
 
 
 def _trainable(model: LoraModel, name: str, needs_fp32: bool) -> list[nn.Parameter]:
-    """Return the trainable parameters of an adapter; raise if it has none."""
+    """Return a list of an adapter's trainable parameters; raise if there are none."""
     named = {n: p for n, p in adapter_parameters(model, name).items() if p.requires_grad}
     if not named:
         raise AdapterStateError(_frozen(name))

@@ -1,4 +1,4 @@
-"""Batches of training data: the order of the samples of all adapters, and padding.
+"""Batches of training data: the order in which samples are used, and their padding.
 
 The order is a function of the seed and the step only. A run that is resumed, or that uses more
 processes, therefore sees the same samples in the same steps.
@@ -22,23 +22,23 @@ _CHUNK = 512
 
 
 def seed_of(*parts: object, nbytes: int = 7) -> int:
-    """Return a seed of ``nbytes`` bytes that is a function of the given parts."""
+    """Return a seed of ``nbytes`` bytes that is a hash of the given parts."""
     text = ":".join(map(str, parts))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=nbytes).digest(), "big")
 
 
 class Row(NamedTuple):
-    """A sample of a batch: the name of its adapter, and its index in the adapter's data."""
+    """A sample in a batch, given by the name of its adapter and its index in the adapter's data."""
 
     adapter: str
     sample: int
 
 
 class Order:
-    """The samples of each step: the data of all adapters shuffled together in every epoch.
+    """The samples of each step. In every epoch, the data of all adapters is shuffled together.
 
     Args:
-        sizes: Number of samples of each adapter.
+        sizes: Dict that maps each adapter to its number of samples.
         batch_size: Number of samples in a step.
         seed: Seed of the shuffles.
     """
@@ -54,7 +54,7 @@ class Order:
         self._epochs: dict[int, torch.Tensor] = {}
 
     def rows(self, step: int) -> list[Row]:
-        """Return the samples of a step, counted from 0."""
+        """Return a list of the samples in a step. Steps are counted from 0."""
         places = self._places(step * self.batch_size, self.batch_size).tolist()
         owners = [bisect_right(self.starts, place) - 1 for place in places]
         return [
@@ -63,7 +63,7 @@ class Order:
         ]
 
     def presence(self, steps: int) -> dict[str, int]:
-        """Return in how many of the first ``steps`` steps each adapter has a sample."""
+        """Return, for each adapter, how many of the first ``steps`` steps contain its samples."""
         counts = torch.zeros(len(self.names), dtype=torch.int64)
         edges = torch.tensor(self.starts[1:])
         for first in range(0, steps, _CHUNK):
@@ -76,7 +76,7 @@ class Order:
         return dict(zip(self.names, counts.tolist(), strict=True))
 
     def _places(self, first: int, count: int) -> torch.Tensor:
-        """Return ``count`` entries, from ``first``, of the endless sequence of shuffled epochs."""
+        """Return ``count`` sample indices of the shuffled epochs, from position ``first`` on."""
         parts = []
         while count:
             epoch, at = divmod(first, self.total)
@@ -93,9 +93,9 @@ class Order:
 
 
 def micro_batches(rows: Sequence[Row], corpora: Mapping[str, Corpus], size: int) -> list[list[Row]]:
-    """Split the samples of a step into forward passes of ``size`` samples, sorted by length.
+    """Sort the samples of a step by length, and split them into lists of ``size`` samples.
 
-    Sorting reduces the padding.
+    Each list is the input of one forward pass. Sorting reduces the padding.
     """
     ordered = sorted(rows, key=lambda row: -corpora[row.adapter].length(row.sample))
     return [list(ordered[at : at + size]) for at in range(0, len(ordered), size)]
@@ -109,7 +109,8 @@ class Batch(NamedTuple):
         inputs: ``input_ids``, int64 ``[B, T]``, padded on the right, and ``attention_mask``. If
             packed documents are kept separate, ``position_ids`` replaces ``attention_mask``.
             Positions begin at 0 in each document and in the padding.
-        labels: Labels of shape ``[B, T]``, int64; -100 for tokens that do not count.
+        labels: Labels of shape ``[B, T]``, int64; -100 for tokens that do not contribute to the
+            loss.
     """
 
     adapters: list[str]
@@ -120,7 +121,7 @@ class Batch(NamedTuple):
 def collate(
     rows: Sequence[Row], corpora: Mapping[str, Corpus], pad: int, device: torch.device
 ) -> Batch:
-    """Return samples as one padded batch."""
+    """Combine samples into one padded batch on ``device``."""
     samples = [(corpora[row.adapter], row.sample) for row in rows]
     tokens = [corpus.tokens(sample) for corpus, sample in samples]
     labels = [corpus.labels(sample, IGNORED) for corpus, sample in samples]

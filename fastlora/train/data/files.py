@@ -43,7 +43,7 @@ class Place(NamedTuple):
     others: int = 0
 
     def __str__(self) -> str:
-        """Return the place as error messages show it."""
+        """Return a description of the source for error messages."""
         text = f"{self.path}, {self.unit} {self.number}" if self.number else str(self.path)
         return f"{text} (and {self.others} more in the same row)" if self.others else text
 
@@ -64,7 +64,7 @@ class Rows(NamedTuple):
 
 
 def read_rows(path: Path) -> Rows:
-    """Return the rows of a file.
+    """Read the rows of a data file.
 
     Raises:
         DataError: The file is of an unknown type, missing, empty, not UTF-8, or malformed, or the
@@ -90,7 +90,7 @@ def read_rows(path: Path) -> Rows:
 
 
 def shown(value: object) -> str:
-    """Return a value as error messages show it: its first 60 characters, quoted."""
+    """Return the first 60 characters of a value in quotes, for an error message."""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=repr)
     return repr(text if len(text) <= 60 else f"{text[:60]}...")
 
@@ -131,7 +131,7 @@ def _of_text(path: Path, suffix: str) -> Rows:
 
 
 def _of_table(path: Path, text: str, delimiter: str) -> list[tuple[Place, Any]]:
-    """Return the rows of a table with its column names in the first line."""
+    """Return the rows of a CSV or TSV text, which has its column names in the first line."""
     csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # a cell may hold a long text
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     rows: list[tuple[Place, Any]] = []

@@ -110,7 +110,7 @@ class Samples(NamedTuple):
         found: All samples, in order.
         digest: SHA-256 digest of the files' bytes, in hexadecimal.
         formats: Format of each file: a name in `FORMATS`, or `PLAIN`.
-        notes: A line for each file, with its format, the columns that are read, and the others.
+        notes: One message per file, with its format, used columns, and unused columns.
     """
 
     found: list[Sample]
@@ -120,7 +120,7 @@ class Samples(NamedTuple):
 
 
 def read_samples(paths: Sequence[Path], reading: Reading | None = None) -> Samples:
-    """Return the samples of several files.
+    """Read the samples of several files.
 
     Args:
         paths: Files that end in ``.jsonl``, ``.json``, ``.csv``, ``.tsv``, or ``.parquet``; folders
@@ -157,12 +157,12 @@ def read_samples(paths: Sequence[Path], reading: Reading | None = None) -> Sampl
 
 
 def a_turn(role: str, text: str) -> Messages:
-    """Return a chat of one message."""
+    """Return a chat with one message, which has the given role and text."""
     return [{"role": role, "content": text}]
 
 
 def alpaca_prompt(instruction: str, input: str = "", *, chat: bool = False) -> str:
-    """Return Alpaca's prompt for an instruction, or only the user's text if ``chat``."""
+    """Return the prompt for an instruction, in Alpaca's template unless ``chat`` is True."""
     if chat:
         return f"{instruction}\n\n{input}" if input else instruction
     given = f"### Input:\n{input}\n\n" if input else ""
@@ -186,7 +186,7 @@ def _note(path: Path, name: str, names: Mapping[str, str], columns: Sequence[str
 
 
 def _found_format(path: Path, columns: Sequence[str], reading: Reading) -> str:
-    """Return the format that the columns of a file match."""
+    """Return the name of the only format that the columns of a file match."""
     for ours, theirs in reading.columns.items():
         if theirs not in columns:
             raise DataError(
@@ -227,7 +227,7 @@ def _object(place: Place, row: Any) -> dict[str, Any]:
 
 
 def _sample(name: str, values: _Values, chat: bool) -> Sample:
-    """Return the sample of a row, with a text prompt as a user's turn if ``chat``."""
+    """Convert a row to a sample. If ``chat`` is True, a text prompt becomes a user turn."""
     values.check_there(FORMATS[name].required)
     place = values.place
     if name == "text":
@@ -249,7 +249,7 @@ def _sample(name: str, values: _Values, chat: bool) -> Sample:
 
 
 class _Values:
-    """The values of a row, by the column names in `FORMATS`. Errors name the row and the column."""
+    """The values of a row, which are read by the column names in `FORMATS` and validated."""
 
     def __init__(
         self, place: Place, row: Mapping[str, Any], names: Mapping[str, str], cells: bool
@@ -266,7 +266,10 @@ class _Values:
                 )
 
     def same_kind(self, *columns: str) -> type:
-        """Return `list` if all columns hold lists, or `str` if none does; raise otherwise."""
+        """Return `list` if all columns contain lists, or `str` if none do.
+
+        Raises `DataError` if only some of the columns contain lists.
+        """
         lists = [isinstance(self._row[self._names[column]], list) for column in columns]
         if any(lists) and not all(lists):
             named = " and ".join(repr(self._names[column]) for column in columns)
@@ -277,7 +280,7 @@ class _Values:
         return list if all(lists) else str
 
     def text(self, column: str, *, optional: bool = False, empty: bool = False) -> str:
-        """Return the text in a column, or "" for a missing or null value if ``optional``."""
+        """Return the text in a column. If ``optional``, return "" for a missing or null value."""
         value = self._row.get(self._names[column])
         if optional and value is None:
             return ""
@@ -289,7 +292,7 @@ class _Values:
         return value
 
     def messages(self, column: str) -> Messages:
-        """Return a chat as messages with ``role`` and ``content``."""
+        """Return the chat in a column as a list of messages with ``role`` and ``content``."""
         value = self._json(column)
         if not isinstance(value, list) or not value:
             raise self._wrong(column, f"expected a list of messages, got {shown(value)}")
@@ -298,7 +301,7 @@ class _Values:
         return found
 
     def template(self) -> dict[str, Any]:
-        """Return the row's arguments for the chat template, in addition to the messages."""
+        """Return a dict of the row's additional arguments for the chat template."""
         found: dict[str, Any] = {}
         if "tools" in self._names and (tools := self._json("tools")) is not None:
             if not isinstance(tools, list):
@@ -312,7 +315,7 @@ class _Values:
         return found
 
     def _json(self, column: str) -> Any:
-        """Return a value that is not text, parsed from JSON in text cells and in ``tools``."""
+        """Return the value in a column, parsed as JSON if it is a text cell or in ``tools``."""
         value = self._row.get(self._names[column])
         if isinstance(value, str) and (self._cells or column == "tools"):
             return parsed_json(self._where(column), value) if value else None

@@ -1,4 +1,4 @@
-"""Packing: combine documents in rows, so that batches have less padding.
+"""Pack several documents into each row, so that batches have less padding.
 
 The strategies and their results are those of `pack_dataset` in TRL 1.16:
 
@@ -31,7 +31,8 @@ def pack(lengths: Sequence[int], size: int, strategy: str) -> list[list[Stretch]
         strategy: ``"bfd"``, ``"bfd_split"``, or ``"wrapped"``.
 
     Returns:
-        For each row, the parts of documents that it holds.
+        A list of rows. Each row is a list of document parts, which are tuples (index of the
+            document, start, end).
     """
     rows: list[list[Stretch]] = []
     for first in range(0, len(lengths), _CHUNK):

@@ -1,6 +1,6 @@
 """Encode samples as tokens, and mark the tokens that contribute to the loss.
 
-A sample becomes the same tokens as in TRL's SFTTrainer (1.16). A text, or a completion that is
+The tokens of a sample are the same as in TRL's SFTTrainer (1.16). A text, or a completion that is
 text, is followed by the tokenizer's end token. A chat is formatted by the tokenizer's chat
 template. A prompt and its completion are encoded together. The loss begins at the first token that
 differs from the tokens of the prompt alone, so a token that spans the boundary is learned.
@@ -38,15 +38,15 @@ _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 @dataclass(frozen=True, eq=False)
 class Corpus:
-    """The samples of one adapter as tokens.
+    """The tokenized samples of one adapter.
 
     Attributes:
         ids: Tokens of all samples, int32.
         counts: Whether each token contributes to the loss, bool. The first token of a sample never
             does, because no token precedes it.
-        ends: End of each sample in ``ids``.
+        ends: Index in ``ids`` after the last token of each sample.
         places: Source of each sample.
-        digest: Digest of the files.
+        digest: Digest of the content of the files.
         documents: Lengths of the packed documents of each sample if they are kept separate;
             otherwise None.
         cut: Number of samples that were truncated.
@@ -77,7 +77,7 @@ class Corpus:
         return len(self.ends)
 
     def __str__(self) -> str:
-        """Return the size of the corpus on one line."""
+        """Return a one-line summary of the number of samples and tokens."""
         cut = f" ({self.cut} truncated)" if self.cut else ""
         what = "sample" if self.documents is None else "row"
         return (
@@ -94,11 +94,14 @@ class Corpus:
         return self._counted[index]
 
     def tokens(self, index: int) -> torch.Tensor:
-        """Return the tokens of a sample, int64."""
+        """Return the token ids of a sample as an int64 tensor."""
         return self.ids[self._span(index)].long()
 
     def labels(self, index: int, ignored: int) -> torch.Tensor:
-        """Return the tokens of a sample, int64, with ``ignored`` for tokens outside the loss."""
+        """Return the labels of a sample as an int64 tensor.
+
+        Tokens that do not contribute to the loss have the label ``ignored``.
+        """
         span = self._span(index)
         return torch.where(self.counts[span], self.ids[span].long(), ignored)
 
@@ -107,7 +110,7 @@ class Corpus:
 
 
 class _Encoded(NamedTuple):
-    """A document, encoded as tokens.
+    """A tokenized document.
 
     Attributes:
         place: Source of the document.
@@ -122,12 +125,12 @@ class _Encoded(NamedTuple):
     parted: int = 0
 
     def part(self, start: int, stop: int) -> _Encoded:
-        """Return the tokens from ``start`` to ``stop`` as a document."""
+        """Return the tokens from ``start`` to ``stop`` as a new document."""
         return self._replace(ids=self.ids[start:stop], counts=self.counts[start:stop])
 
     @property
     def teaches(self) -> bool:
-        """Whether the document has a loss if it stands alone in its row."""
+        """Whether any token contributes to the loss if the document has a row of its own."""
         return any(self.counts[1:])
 
 
@@ -139,11 +142,11 @@ def encode(
     *,
     advance: Callable[[int], object] | None = None,
 ) -> Corpus:
-    """Return the samples of several files as tokens.
+    """Read and tokenize the samples of several files.
 
     A sample longer than ``max_length`` is truncated. A plain text file is instead split into as
     many samples as necessary. The packings ``"bfd_split"`` and ``"wrapped"`` split samples too.
-    Samples without any loss are left out.
+    Samples in which no token contributes to the loss are left out.
 
     Args:
         paths: Files to read; see `read_samples`.
@@ -216,7 +219,7 @@ def encode(
 
 
 def prompt_ids(text: str, corpus: Corpus, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the tokens of a prompt in the format that a corpus uses for its own prompts."""
+    """Return the token ids of a prompt, in the same format as the prompts of a corpus."""
     example = corpus.example
     if example is not None and example.chat:
         return _template(tokenizer, a_turn("user", text), {}, add_generation_prompt=True)[0]
@@ -227,7 +230,7 @@ def prompt_ids(text: str, corpus: Corpus, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def _packed(documents: list[_Encoded], size: int, strategy: str) -> list[list[_Encoded]]:
-    """Pack documents into rows, and return the rows that have a loss."""
+    """Pack documents into rows, and return the rows with tokens that contribute to the loss."""
     rows = pack([len(d.ids) for d in documents], size, strategy)
     found = [[documents[i].part(start, stop) for i, start, stop in row] for row in rows]
     # In wrapped rows, the first token of a document follows the previous document.
@@ -240,7 +243,7 @@ def _packed(documents: list[_Encoded], size: int, strategy: str) -> list[list[_E
 
 
 def _corpus(rows: list[list[_Encoded]], *, apart: bool, **more: Any) -> Corpus:
-    """Return rows of documents as a corpus."""
+    """Create a corpus from rows of documents."""
     tokens = [torch.tensor(d.ids, dtype=torch.int32) for row in rows for d in row]
     counts = [
         torch.tensor([d.counts[0] and n > 0 and not apart, *d.counts[1:]], dtype=torch.bool)
@@ -261,7 +264,7 @@ def _corpus(rows: list[list[_Encoded]], *, apart: bool, **more: Any) -> Corpus:
 def _check_template(
     samples: Sequence[Sample], tokenizer: PreTrainedTokenizerBase, reading: Reading
 ) -> None:
-    """Raise `DataError` if the samples or the chat template do not fit the options."""
+    """Raise `DataError` if the samples or the chat template are incompatible with the options."""
     chat = next((sample for sample in samples if sample.chat), None)
     text = next((sample for sample in samples if not sample.chat), None)
     if reading.assistant_only_loss and text is not None:
@@ -289,7 +292,7 @@ def _check_template(
 def _encoded(
     samples: Sequence[Sample], tokenizer: PreTrainedTokenizerBase, reading: Reading
 ) -> Iterator[_Encoded]:
-    """Yield the samples as tokens, and mark the tokens that contribute to the loss."""
+    """Yield each sample as a tokenized document, in which the tokens with a loss are marked."""
     end = tokenizer.eos_token or ""
     heads: list[str] = []
     wholes: list[str] = []
@@ -333,7 +336,7 @@ def _encoded_chat(sample: Sample, tokenizer: PreTrainedTokenizerBase, reading: R
 
 
 def _behind(place: Place, head: list[int], ids: list[int], reading: Reading) -> _Encoded:
-    """Return a document with a loss from the first token that differs from the prompt's tokens.
+    """Return a document whose loss starts at the first token that differs from the prompt.
 
     Without ``completion_only_loss``, all of its tokens contribute to the loss.
     """
@@ -360,7 +363,11 @@ def _template(
     add_generation_prompt: bool = False,
     said: bool = False,
 ) -> tuple[list[int], list[int] | None]:
-    """Return the tokens of a chat and, with ``said``, a mask of the assistant's tokens."""
+    """Tokenize a chat with the chat template.
+
+    Returns a tuple (token ids, mask of the assistant's tokens). Unless ``said`` is True, the mask
+    is None.
+    """
     made: Any = tokenizer.apply_chat_template(
         messages,
         tokenize=True,
