@@ -64,13 +64,14 @@ OPTIONS = (
 
 
 def adapter_folders(given: Sequence[str]) -> dict[str, Path]:
-    """Return the adapter folders that the command line names, by adapter name.
+    """Return a dict that maps adapter names to the folders given on the command line.
 
     Args:
         given: Values of ``--adapter``: folders, or ``NAME=FOLDER``.
 
     Raises:
-        CheckpointError: A folder is missing, or neither it nor a subfolder of it holds an adapter.
+        CheckpointError: A folder is missing, or neither the folder nor any of its subfolders
+            contains an adapter.
         ConfigError: Two adapters have the same name, or one has the name of the base model.
     """
     from fastlora.model.adapter_files import CONFIG_NAME
@@ -134,7 +135,7 @@ class Chat:
         self.messages: list[dict[str, str]] = []
 
     def take(self, line: str) -> bool:
-        """Answer a message or run a command; return whether the dialogue continues."""
+        """Answer a message or run a command, and return whether the dialogue continues."""
         word, _, rest = line.strip().partition(" ")
         if word in ("/quit", "/exit"):
             return False
@@ -161,7 +162,7 @@ class Chat:
         return True
 
     def choose(self, name: str) -> None:
-        """Let an adapter, or the base model, give the next answers; report an unknown name."""
+        """Select the adapter or base model that answers from now on; report an unknown name."""
         if name in self.names or name == BASE:
             self.speaker = name
             self._say(f"{name} answers now")
@@ -174,8 +175,8 @@ class Chat:
     def ask(self, message: str) -> bool:
         """Answer a message: stream one answer, or show the answers of all adapters in turn.
 
-        The conversation continues with the answer of the chosen adapter. Returns whether there was
-        an answer. A message that does not fit the model, or that the chat template rejects, is
+        The conversation continues with the answer of the chosen adapter. Returns True if an answer
+        was generated. A message that does not fit the model, or that the chat template rejects, is
         reported and dropped.
         """
         before = list(self.messages)
@@ -197,7 +198,10 @@ class Chat:
         return True
 
     def _ids(self) -> torch.Tensor:
-        """Return the conversation as tokens, ``[1, T]``; raise if the chat template rejects it."""
+        """Return the token ids of the conversation, int64 ``[1, T]``.
+
+        Raises `ConfigError` if the chat template rejects the conversation.
+        """
         if self.plain:
             ids = self._prompts.of_text(self.messages[-1]["content"])
         else:
@@ -206,7 +210,8 @@ class Chat:
         return torch.tensor([ids], device=self.model.device)
 
     def _fitting(self) -> torch.Tensor | None:
-        """Return the tokens of the conversation, without the oldest exchanges if it is too long.
+        """Return the token ids of the conversation, and drop its oldest exchanges if it is too
+        long.
 
         Returns None, after a message to the user, if the last message does not fit or the chat
         template rejects the conversation.
@@ -306,7 +311,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _load(args: argparse.Namespace, folders: dict[str, Path]) -> tuple[Any, Any]:
-    """Return the model with its adapters, in evaluation mode, and its tokenizer."""
+    """Return a tuple (model with its adapters, tokenizer), with the model in evaluation mode."""
     import fastlora
 
     model, tokenizer = models.load(args)

@@ -119,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
-    """Return the parsed arguments; exit with help or close names if the command is not known."""
+    """Parse the arguments; print help or similar names and exit if the command is unknown."""
     parser, commands = _parser()
     if not arguments:
         parser.print_help(sys.stderr)
@@ -132,7 +132,7 @@ def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def _parser() -> tuple[argparse.ArgumentParser, Collection[str]]:
-    """Return the parser of all commands, and their names."""
+    """Return a tuple (parser of all commands, names of the commands)."""
     parser = argparse.ArgumentParser(
         prog="fastlora",
         description="Train, serve, merge, and benchmark LoRA adapters in PEFT's format, with many "
@@ -237,7 +237,7 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def adapter_facts(path: str) -> dict[str, Any]:
-    """Return what ``fastlora inspect --json`` prints about an adapter folder.
+    """Return a dict of facts about an adapter folder, for ``fastlora inspect --json``.
 
     Raises:
         CheckpointError: The folder is missing or damaged.
@@ -289,7 +289,7 @@ def adapter_facts(path: str) -> dict[str, Any]:
 
 
 def _in_order(module: dict[str, Any]) -> tuple[Any, ...]:
-    """Return a sort key: LoRA modules come first, and layer 2 comes before layer 10."""
+    """Return a sort key for modules: LoRA modules come first, and layer 2 precedes layer 10."""
     parts = re.split(r"(\d+)", module["name"])
     return module["kind"] != "lora", [int(p) if p.isdigit() else p for p in parts]
 
@@ -336,7 +336,7 @@ def _merge(args: argparse.Namespace) -> int:
 
 
 def _copy_tokenizer(source: Path, target: Path) -> bool:
-    """Copy the tokenizer files in ``source``, and return False if there are none."""
+    """Copy the tokenizer files in ``source`` to ``target``; return False if there are none."""
     if not (source / "tokenizer_config.json").is_file():
         return False
     for name in _TOKENIZER_FILES:

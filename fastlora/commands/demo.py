@@ -141,7 +141,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def shipped(name: str) -> Path:
-    """Return a file of ``examples/data`` in the checkout; raise `DataError` if it is missing."""
+    """Return the path of a file in ``examples/data``; raise `DataError` if it is missing."""
     path = Path(__file__).resolve().parents[2] / "examples" / "data" / name
     if not path.is_file():
         raise DataError(
@@ -152,7 +152,7 @@ def shipped(name: str) -> Path:
 
 
 def of_styles(files: Sequence[Path]) -> dict[str, dict[str, Any]]:
-    """Return the settings of an adapter for each file, by the name of the file.
+    """Return a dict that maps the stem of each file name to the settings of an adapter.
 
     Raises `DataError` if a file is missing or damaged, or if two files have the same name. The
     files are read here, so that an error is reported before a model is loaded.
@@ -170,7 +170,7 @@ def of_styles(files: Sequence[Path]) -> dict[str, dict[str, Any]]:
 
 @contextlib.contextmanager
 def training(folder: Path, adapters: Mapping[str, Any], out: Path, steps: int) -> Iterator[Run]:
-    """Yield a run of `fastlora train` that writes to ``out`` and replaces an earlier run."""
+    """Set up and yield a training run that writes to ``out`` and replaces any earlier run."""
     template = out / "chat_template.jinja"
     with folder_lock(out):
         shutil.rmtree(out / "checkpoints", ignore_errors=True)
@@ -187,10 +187,10 @@ def training(folder: Path, adapters: Mapping[str, Any], out: Path, steps: int) -
 def answer(
     model: Any, tokenizer: Any, prompt: str, names: Sequence[str | None] | None = None
 ) -> list[str]:
-    """Return greedy answers to one prompt, without a system prompt, from one batch.
+    """Generate greedy answers to one prompt in one batch, without a system prompt.
 
-    ``names`` has an adapter for each answer, or None for the base model. Without ``names``, a model
-    without adapters answers once.
+    ``names`` contains the adapter for each answer, with None for the base model. Without ``names``,
+    a model without adapters answers once.
     """
     text = smollm2.chat_prompt(prompt)
     routed = {} if names is None else {"adapter_names": names}
@@ -213,7 +213,7 @@ def answer(
 
 
 def mixed_table(base: Any, adapters: Sequence[int], device: torch.device) -> str:
-    """Return a table of the cost of a decoding step, for each number of adapters in the batch."""
+    """Return a table of the time per decoding step for each number of adapters in a batch."""
     torch.manual_seed(0)
     with measure.torch_threads(1):
         rows = mixed_bench.compare(base, adapters, RANK, SEQUENCES, 1, TABLE_ROUNDS)
@@ -225,7 +225,7 @@ def mixed_table(base: Any, adapters: Sequence[int], device: torch.device) -> str
 def side_by_side(
     titles: Sequence[str], prompts: Sequence[str], answers: Sequence[Sequence[str]]
 ) -> str:
-    """Return the answers to each prompt in columns.
+    """Format the answers to each prompt as columns of text.
 
     All columns together are as wide as the terminal, but at most 120 characters.
     """

@@ -32,7 +32,8 @@ def load_in_peft(
         batch: The mixed batch.
 
     Returns:
-        PEFT's model, trainable; whether the logits agree; and a text about the comparison.
+        A tuple (PEFT's model, which is trainable; whether the logits agree; a text that describes
+            the comparison).
     """
     from peft import PeftModel
     from tqdm import tqdm
@@ -87,7 +88,7 @@ def compare(
     rounds: int,
     device: torch.device,
 ) -> str:
-    """Return a table of the time per step and the peak memory of fastlora and of PEFT.
+    """Measure fastlora and PEFT, and return a table of the time and the peak memory per step.
 
     All samples of the batch use the same adapter.
 

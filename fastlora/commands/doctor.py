@@ -41,7 +41,7 @@ _ALIGNMENT = 16  # bytes
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the findings; return 1 if there is a problem, otherwise 0."""
+    """Print the findings, and return 1 if a problem was found, otherwise 0."""
     parser = argparse.ArgumentParser(
         prog="fastlora doctor",
         description=__doc__,
@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _model(
     folder: Path, adapter: Path | None, found: Findings
 ) -> tuple[FusionReport | None, dict[str, Any]]:
-    """Return the fusion report of a model with an adapter, and the facts about it for JSON.
+    """Return a tuple (fusion report of a model with an adapter, dict of facts for JSON).
 
     If the model cannot be loaded, the error is added to the problems, and the report is None.
     """
@@ -121,7 +121,7 @@ def _model(
 
 
 def _base_model(folder: Path) -> tuple[nn.Module, str | None]:
-    """Return the model, and its quantization method or None.
+    """Return a tuple (model, quantization method), with None if it is not quantized.
 
     A model that is not quantized is on the meta device.
 
@@ -154,7 +154,10 @@ def _base_model(folder: Path) -> tuple[nn.Module, str | None]:
 
 
 def _report(base: nn.Module, adapter: Path | None) -> tuple[FusionReport, list[str]]:
-    """Return the fusion report for the best device, and the linear layers without an adapter."""
+    """Return a tuple (fusion report, names of the linear layers without an adapter).
+
+    The report is for the accelerator, or for the CPU if no accelerator is available.
+    """
     import torch
 
     from fastlora.integrations.report import fusion_report, implementation_on

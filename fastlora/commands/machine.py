@@ -37,10 +37,10 @@ _TRIAL, _TRIAL_ERROR = (16, 64, 64, 8), 0.03
 
 @dataclass
 class Findings:
-    """Problems, and facts that are worth knowing.
+    """The problems and the notes that `fastlora doctor` reports.
 
     Attributes:
-        problems: Everything that keeps fastlora from working properly here, each with a fix.
+        problems: Problems that prevent fastlora from working correctly, each with a fix.
         notes: Facts that are not problems but may be surprising.
     """
 
@@ -61,10 +61,10 @@ def version(distribution: str) -> str | None:
 
 
 def supported() -> dict[str, str]:
-    """Return the supported range of versions of each package, including those of the extras.
+    """Return a dict that maps each package to the range of its supported versions.
 
-    The ranges are those of pyproject.toml at the time of installation. The dict is empty if
-    fastlora is not installed.
+    The packages include those of the extras. The ranges are those of pyproject.toml at the time of
+    installation. The dict is empty if fastlora is not installed.
     """
     try:
         metadata = importlib.metadata.metadata(DISTRIBUTION)
@@ -80,7 +80,7 @@ def supported() -> dict[str, str]:
 
 
 def in_range(found: str, wanted: str) -> bool:
-    """Return whether a version is in a range such as ``">=2.11,<3"``. Only numbers are compared."""
+    """Return whether a version is in a range such as ``">=2.11,<3"``, comparing only numbers."""
     for part in filter(None, wanted.split(",")):
         sign, bound = part[: len(part) - len(part.lstrip("<>=!~"))], part.lstrip("<>=!~")
         ours, theirs = _numbers(found), _numbers(bound)
@@ -96,7 +96,7 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 
 def check_python(found: Findings) -> dict[str, str]:
-    """Return the version of Python and the supported range, and report a version outside it."""
+    """Check the Python version, and return a dict of the version and the supported range."""
     have, wanted = platform.python_version(), supported().get("python", "")
     if not in_range(have, wanted):
         found.problem(f"Python {have} is not supported", f"use Python {wanted}")
@@ -104,7 +104,7 @@ def check_python(found: Findings) -> dict[str, str]:
 
 
 def packages(found: Findings) -> Iterator[dict[str, str | None]]:
-    """Yield the name, version, supported range, and purpose of each package; report problems."""
+    """Check each package, and yield a dict of its name, version, supported range, and purpose."""
     ranges, own = supported(), version(DISTRIBUTION)
     yield {"name": "fastlora", "version": own, "supported": None, "needed_for": None}
     if own is None:
@@ -133,7 +133,7 @@ def packages(found: Findings) -> Iterator[dict[str, str | None]]:
 
 
 def why_not_importable(name: str) -> str:
-    """Return the error of importing a package as one line, or an empty string if it succeeds."""
+    """Import a package, and return the error as one line, or an empty string on success."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -144,7 +144,7 @@ def why_not_importable(name: str) -> str:
 
 
 def devices() -> Iterator[dict[str, Any]]:
-    """Yield each device of torch, what ``impl="auto"`` selects on it, and the reason."""
+    """Yield a dict for each device with the implementation that ``impl="auto"`` selects."""
     import torch
 
     from fastlora.integrations.report import implementation_on
@@ -161,7 +161,7 @@ def devices() -> Iterator[dict[str, Any]]:
 
 
 def _chip(device: torch.device) -> dict[str, Any]:
-    """Return a GPU's architecture and processors, and the architecture of its config tables."""
+    """Return a dict of a GPU's architecture, processor count, and config-table architecture."""
     if device.type != "cuda" or importlib.util.find_spec("triton") is None:
         return {}
     from fastlora.kernels import chips
@@ -172,7 +172,7 @@ def _chip(device: torch.device) -> dict[str, Any]:
 
 
 def check_devices(found_devices: Sequence[dict[str, Any]], found: Findings) -> None:
-    """Report a GPU that torch does not see, and try a kernel on each device that can run them."""
+    """Report GPUs that torch does not see, and launch a test kernel on each supported device."""
     import torch
 
     from fastlora.ops.conditions import triton_status

