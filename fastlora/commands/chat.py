@@ -72,7 +72,7 @@ def adapter_folders(given: Sequence[str]) -> dict[str, Path]:
     Raises:
         CheckpointError: A folder is missing, or neither the folder nor any of its subfolders
             contains an adapter.
-        ConfigError: Two adapters have the same name, or one has the name of the base model.
+        ConfigError: Two adapters have the same name, or an adapter has the name of the base model.
     """
     from fastlora.model.adapter_files import CONFIG_NAME
 
@@ -210,8 +210,7 @@ class Chat:
         return torch.tensor([ids], device=self.model.device)
 
     def _fitting(self) -> torch.Tensor | None:
-        """Return the token ids of the conversation, and drop its oldest exchanges if it is too
-        long.
+        """Return the token ids of the conversation, without its oldest exchanges if necessary.
 
         Returns None, after a message to the user, if the last message does not fit or the chat
         template rejects the conversation.

@@ -33,7 +33,7 @@ def load_in_peft(
 
     Returns:
         A tuple (PEFT's model, which is trainable; whether the logits agree; a text that describes
-            the comparison).
+        the comparison).
     """
     from peft import PeftModel
     from tqdm import tqdm

@@ -121,7 +121,7 @@ def _model(
 
 
 def _base_model(folder: Path) -> tuple[nn.Module, str | None]:
-    """Return a tuple (model, quantization method), with None if it is not quantized.
+    """Return a tuple (model, name of its quantization method or None).
 
     A model that is not quantized is on the meta device.
 

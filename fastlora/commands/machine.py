@@ -80,7 +80,10 @@ def supported() -> dict[str, str]:
 
 
 def in_range(found: str, wanted: str) -> bool:
-    """Return whether a version is in a range such as ``">=2.11,<3"``, comparing only numbers."""
+    """Return whether a version is in a range such as ``">=2.11,<3"``.
+
+    Only the numbers of the versions are compared.
+    """
     for part in filter(None, wanted.split(",")):
         sign, bound = part[: len(part) - len(part.lstrip("<>=!~"))], part.lstrip("<>=!~")
         ours, theirs = _numbers(found), _numbers(bound)

@@ -60,7 +60,8 @@ class ServedAdapters:
     """The adapters that a server offers, by name, each with its current version.
 
     A request keeps its version from beginning to end. If the version is replaced or unloaded
-    meanwhile, it leaves the pool when its last request has ended. Any thread may call any method.
+    meanwhile, it is removed from the pool when its last request has ended. Any thread may call any
+    method.
 
     Args:
         pool: The pool that loads the adapters.
@@ -88,7 +89,7 @@ class ServedAdapters:
             return sorted(name for name, own in self._versions.items() if own.error is None)
 
     def take(self, name: str) -> Version:
-        """Return the current version of an adapter, and keep it loaded until `give_back` is called.
+        """Return the current version of an adapter, and reserve it until `give_back` is called.
 
         Raises:
             AdapterNotFoundError: There is no adapter of this name.
@@ -179,8 +180,8 @@ class ServedAdapters:
             name: Name of letters, digits, ``.``, ``_``, and ``-``.
             path: The adapter's folder, below the server's folder: absolute, or relative to the
                 server's folder.
-            replace: Whether to replace an adapter of the same name. Running requests keep the old
-                one.
+            replace: Whether to replace an adapter of the same name. Running requests continue to
+                use the old adapter.
 
         Raises:
             ConfigError: The name is invalid, the path leads out of the server's folder, or there is

@@ -181,7 +181,7 @@ class Server:
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
     async def completions(self, body: CompletionBody, request: Request) -> Response:
-        """Continue a prompt."""
+        """Generate a continuation of a prompt."""
         sampling = body.sampling(body.max_tokens or _COMPLETION_TOKENS)
         given = body.one_prompt()
         if isinstance(given, str):
@@ -192,7 +192,7 @@ class Server:
         return await self._answer(body, request, tokens, sampling, Completion)
 
     async def chat_completions(self, body: ChatBody, request: Request) -> Response:
-        """Answer a conversation."""
+        """Generate the next answer in a conversation."""
         if body.max_tokens and body.max_completion_tokens:
             raise ConfigError("max_tokens and max_completion_tokens are the same setting; send one")
         sampling = body.sampling(body.max_tokens or body.max_completion_tokens)

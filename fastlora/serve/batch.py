@@ -67,7 +67,7 @@ class Batch:
 
     Attributes:
         jobs: The requests, each at the index of its row: first the requests that generate tokens,
-            then those that still have a part of their prompt to read.
+            then the requests whose prompts have not been processed completely.
     """
 
     def __init__(

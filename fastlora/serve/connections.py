@@ -93,7 +93,7 @@ class Connections:
         return Connection(self, **given)
 
     def make_room(self) -> bool:
-        """Close a waiting connection if the limit is reached; return whether a new one fits.
+        """Close a waiting connection if the limit is reached, and return whether there is room.
 
         Unfinished requests are closed before idle connections, because a client with an idle
         connection has been served. A quarter of the connections is reserved for unfinished

@@ -52,17 +52,19 @@ class Piece:
 
 @dataclass(eq=False)
 class Job:
-    """A request to the engine. The index of a running request in the batch is its row.
+    """A request to the engine.
+
+    The index of a running request in the batch is its row in the key-value cache.
 
     Attributes:
         prompt: Tokens of the prompt.
-        version: The version of its adapter, or None for the base model.
+        version: Version of the adapter, or None for the base model.
         sampling: Sampling settings, with a number as ``max_tokens``.
         hear: Function that is called with each `Piece` in the engine's thread. It must not block.
         text: Decoder of the answer.
         lease: Lease that keeps the adapter on the device while the request runs.
         tokens: Tokens of the answer so far.
-        done: Number of cached positions in its row.
+        done: Number of cached positions in the row of the request.
         came: Time of arrival, from `time.monotonic`.
         passed: Number of later requests that started earlier because their adapters fit and the
             adapter of this request did not.

@@ -45,7 +45,10 @@ class Keys:
             raise ConfigError("the admin key must differ from the API key")
 
     def caller(self, authorization: bytes) -> Caller:
-        """Return the kind of caller for an ``Authorization`` header, in constant time."""
+        """Return the kind of caller that an ``Authorization`` header identifies.
+
+        The keys are compared in constant time.
+        """
         scheme, _, token = authorization.partition(b" ")
         given = token.strip(b" ") if scheme.lower() == b"bearer" else b""
         is_client, is_admin = (

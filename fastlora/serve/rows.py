@@ -166,8 +166,8 @@ class Rows:
             first: The first of n adjacent rows.
             starts: Number of cached positions of each row. The numbers must be equal unless each
                 row gets one token.
-            tokens: New tokens of each row. Shorter rows are padded on the right, where none of
-                their own queries attends.
+            tokens: New tokens of each row. Shorter rows are padded on the right. Their own queries
+                do not attend to the padding.
         """
         device = self._model.device
         lengths = [len(own) for own in tokens]

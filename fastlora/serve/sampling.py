@@ -29,7 +29,8 @@ class Sampling:
         stop: Stop texts, which end the answer and are not part of it.
 
     Raises:
-        ConfigError: There are too many stop texts, or one is empty. `protocol` checks the numbers.
+        ConfigError: There are too many stop texts, or a stop text is empty. `protocol` checks the
+            numbers.
     """
 
     max_tokens: int | None = None

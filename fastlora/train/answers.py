@@ -35,8 +35,8 @@ def answers(
     Args:
         model: The model with its adapters.
         tokenizer: The tokenizer of the base model.
-        prompts: The prompts of each adapter.
-        corpora: The training data of each adapter.
+        prompts: Dict that maps each adapter to its prompts.
+        corpora: Dict that maps each adapter to its training data.
         tokens: Maximum number of tokens in an answer.
         pad: Token id for padding.
 

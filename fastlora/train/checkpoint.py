@@ -103,7 +103,7 @@ def writing(folder: Path, consequence: str = "") -> Iterator[None]:
 
 
 def sweep(root: Path, keep: int) -> None:
-    """Remove all but the newest ``keep`` checkpoints, and the unfinished ones of killed runs."""
+    """Remove all but the newest ``keep`` checkpoints, and the temporary files of killed runs."""
     for old in checkpoints(root)[:-keep]:
         with contextlib.suppress(OSError):  # do not fail the run; the next checkpoint tries again
             remove_folder(old)
@@ -135,10 +135,11 @@ def read_checkpoint(path: Path) -> TrainState:
 
 
 def fingerprint(model: nn.Module) -> dict[str, str]:
-    """Return a dict that maps the name of each base parameter to its dtype, shape, and digest.
+    """Return a dict that maps each base parameter's name to a string that identifies its values.
 
-    The digest covers 64 values spread over the parameter. This is enough to detect a fine-tuned or
-    differently initialized model without reading a large model in full.
+    The string contains the dtype, the shape, and a digest of 64 values spread over the parameter.
+    This is enough to detect a fine-tuned or differently initialized model without reading a large
+    model in full.
     """
     found = {}
     for name, parameter in base_parameters(model):

@@ -1,8 +1,9 @@
 """Lock the output folder of a training run, so that only one run writes to it at a time.
 
 The lock is an `flock` on a file. The operating system releases it when the process exits, even if
-the process is killed. A forked process inherits the file descriptor, and with it the lock. It
-closes its copy, so a worker process that outlives a killed run does not keep the folder locked.
+the process is killed. A forked process inherits the file descriptor and therefore the lock. It
+closes its copy after the fork, so a worker process that outlives a killed run does not keep the
+folder locked.
 """
 
 from __future__ import annotations

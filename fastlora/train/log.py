@@ -161,7 +161,7 @@ def _points(losses: Sequence[LoggedLoss], name: str, kind: str) -> tuple[list[in
 
 
 def _smoothed(values: Sequence[float]) -> list[float]:
-    """Return the centered moving average of the values, with a window of a twentieth of them.
+    """Return a centered moving average, with a window of about a twentieth of the values.
 
     The window is shorter at both ends. A centered window does not lag behind the loss.
     """

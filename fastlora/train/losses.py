@@ -71,10 +71,12 @@ def adapter_losses(
             dtype.
         adapters: The adapter of each of the B samples. Samples with None or ``"__base__"`` count
             for no adapter.
-        mask: Bool mask of the losses that count, with the same shape; None to count all of them.
-        tokens: Divisor of each adapter's summed losses, in place of its token count in this batch.
-            With gradient accumulation, pass each adapter's token count over all batches of the step
-            (`count_tokens`): the step then equals a step with one large batch.
+        mask: Bool tensor that selects the losses to average, of the same shape as ``token_losses``;
+            None selects all losses.
+        tokens: Dict that maps each adapter to the divisor of its summed losses, which replaces its
+            token count in this batch. With gradient accumulation, pass each adapter's token count
+            over all batches of the step (`count_tokens`): the step then equals a step with one
+            large batch.
 
     Returns:
         The losses of all adapters that have counted tokens.
@@ -82,7 +84,7 @@ def adapter_losses(
     Raises:
         ValueError: ``adapters`` does not have B entries, a shape is wrong, or ``tokens`` lacks an
             adapter or has a count below 1.
-        TypeError: A dtype, or an entry of ``adapters``, is of the wrong kind.
+        TypeError: A tensor has the wrong dtype, or an entry of ``adapters`` has the wrong type.
     """
     check_floating("token_losses", token_losses)
     if not token_losses.dim():
@@ -153,7 +155,8 @@ def causal_lm_losses(
     Args:
         logits: Logits of shape ``[B, T, V]``, in any floating-point dtype. 16-bit logits are
             converted to fp32.
-        labels: Labels of shape ``[B, T]``, int64, not shifted. Tokens with label -100 do not count.
+        labels: Labels of shape ``[B, T]``, int64, not shifted. Tokens with label -100 do not
+            contribute to the loss.
         adapters: See `adapter_losses`.
         tokens: See `adapter_losses`.
 

@@ -77,11 +77,12 @@ class StepReport:
     An adapter without a loss since the previous step is in none of the fields.
 
     Attributes:
-        stepped: Adapters that the step updated.
-        skipped: Adapters that the step skipped because a gradient was not finite.
-        left_out: Adapters with a non-finite loss since the previous step. An adapter that also had
-            finite losses is in ``stepped`` or ``skipped`` too.
-        grad_norms: Gradient norm of each adapter, after unscaling and before clipping.
+        stepped: Names of the adapters that the step updated.
+        skipped: Names of the adapters that the step skipped because a gradient was not finite.
+        left_out: Names of the adapters with a non-finite loss since the previous step. An adapter
+            that also had finite losses is in ``stepped`` or ``skipped`` too.
+        grad_norms: Dict that maps each stepped or skipped adapter to its gradient norm, after
+            unscaling and before clipping.
     """
 
     stepped: tuple[str, ...]
@@ -97,10 +98,10 @@ class AdapterOptimizers:
         model: The model, with the adapters loaded and trainable (`train_adapters`).
         optimizers: Dict that maps each adapter to a function that creates its optimizer from a list
             of its parameters, for instance ``functools.partial(torch.optim.AdamW, lr=1e-3)``.
-        schedulers: For some or all adapters, a function that creates a learning-rate schedule from
-            the optimizer. A schedule advances only when its adapter steps.
-        max_grad_norm: Maximum gradient norm of each adapter: one value for all adapters, or a value
-            for each. None disables clipping.
+        schedulers: Dict that maps some or all adapters to a function that creates a learning-rate
+            schedule from the optimizer. A schedule advances only when its adapter steps.
+        max_grad_norm: Maximum gradient norm of each adapter: a number for all adapters, or a dict
+            that maps adapters to numbers. None disables clipping.
         scaler: Function that creates a `torch.amp.GradScaler`, for training in fp16. It is called
             once for each adapter, so that an overflow in one adapter does not lower the loss scale
             of another.
@@ -237,8 +238,8 @@ class AdapterOptimizers:
 
         Raises:
             AdapterNotFoundError: A loss belongs to an adapter that has no optimizer in this object.
-            AdapterStateError: A loss belongs to an adapter that has been frozen in the meantime, or
-                processes share the batch and ``losses`` has no graph.
+            AdapterStateError: A loss belongs to an adapter that is now frozen, or processes share
+                the batch and ``losses`` has no graph.
         """
         for name in losses.values:
             self._known(name).check_trainable()
@@ -351,8 +352,8 @@ class AdapterOptimizers:
 
         Raises:
             AdapterNotFoundError: ``state`` names an adapter that has no optimizer in this object.
-            CheckpointError: A state belongs to another optimizer, schedule, or rank. Nothing has
-                changed.
+            CheckpointError: A state is from an adapter with a different optimizer, schedule, or
+                rank. Nothing has changed.
         """
         for name, saved in state.items():
             self._known(name).check_state(saved)

@@ -175,7 +175,7 @@ def _check_unscalable(model: LoraModel) -> None:
 
 
 def check_dropout_dtype(configs: Mapping[str, LoraConfig], dtype: torch.dtype) -> None:
-    """Raise `ConfigError` if an adapter uses dropout, but the base dtype has no arithmetic."""
+    """Raise `ConfigError` if an adapter uses dropout and the base dtype does not support it."""
     for name, config in configs.items():
         if config.lora_dropout and dtype not in _COMPUTE_DTYPES:
             raise ConfigError(

@@ -40,10 +40,12 @@ class Agreed(NamedTuple):
     """The losses of a batch that all processes agree to use.
 
     Attributes:
-        finite: Adapters with a loss in at least one process and a non-finite loss in none.
-        left_out: Adapters with a non-finite loss in at least one process.
-        weights: Weight of the loss of each adapter in this process. With these weights, the mean of
-            the gradients of all processes equals the gradient of one process with the whole batch.
+        finite: Names of the adapters with a loss in at least one process and a non-finite loss in
+            no process.
+        left_out: Names of the adapters with a non-finite loss in at least one process.
+        weights: Dict that maps each adapter with a loss in this process to the weight of the loss.
+            With these weights, the mean of the gradients of all processes equals the gradient of
+            one process with the whole batch.
     """
 
     finite: tuple[str, ...]

@@ -62,15 +62,16 @@ class TrainResult:
 
     Attributes:
         steps: Total number of steps, including those before a resume.
-        losses: Loss of each adapter in its last step; empty if no steps were left.
-        mean_losses: Training loss of each adapter, averaged over all steps, including those before
-            a resume.
-        eval_losses: Loss of each adapter on its evaluation data at the end of the run.
-        adapters: Output folder of each adapter.
+        losses: Dict that maps each adapter to its loss in its last step; empty if no steps were
+            left.
+        mean_losses: Dict that maps each adapter to its mean training loss over all steps, including
+            the steps before a resume.
+        eval_losses: Dict that maps each adapter to its evaluation loss at the end of the run.
+        adapters: Dict that maps each adapter to its output folder.
         resumed_from: Step of the checkpoint that the run resumed from; 0 for a new run.
-        files: The table of the losses of all steps and, with matplotlib, their plot.
-        skipped: Number of steps that each adapter skipped because an fp16 gradient was not finite.
-            Adapters that skipped none are left out.
+        files: Paths of the table of all losses and, if matplotlib is installed, of the plot.
+        skipped: Dict that maps each adapter with skipped steps to their number. A step is skipped
+            if an fp16 gradient is not finite.
     """
 
     steps: int
@@ -102,10 +103,11 @@ def train(
         settings: Settings from `read_settings`.
         resume: Whether to resume from the newest checkpoint in ``settings.out``, if there is one.
         progress: Whether to show progress bars.
-        say: Called with messages about the data and, at evaluations, with answers to prompts.
+        say: Function that is called with messages about the data and, at evaluations, with answers
+            to prompts.
 
     Returns:
-        The losses and the written files.
+        A `TrainResult` with the losses and the paths of the written files.
 
     Raises:
         ConfigError, AdapterStateError, DataError, TargetNotFoundError, UnsupportedLayerError,
@@ -364,7 +366,7 @@ class Run:
         return evaluated
 
     def _is_untrained(self) -> bool:
-        """Return whether steps are left and this run has completed none."""
+        """Return whether steps are left and this run has not completed a step."""
         return self.resumed_from == self.step < self.schedule.steps
 
     def _is_due(self, every: int) -> bool:

@@ -47,7 +47,7 @@ class StopSignals:
 
     Args:
         processes: Number of processes that train together.
-        say: Called with a message at the first signal after `defer`.
+        say: Function that is called with a message at the first signal after `defer`.
     """
 
     def __init__(self, processes: int = 1, say: Callable[[str], object] | None = None) -> None:

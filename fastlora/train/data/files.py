@@ -34,7 +34,7 @@ class Place(NamedTuple):
         path: The file, or the folder of a `datasets` dataset.
         number: Number of the line, entry, or row, counted from 1; 0 for a plain text file.
         unit: The numbered unit: ``"line"``, ``"entry"``, or ``"row"``.
-        others: Number of samples that are packed after this one in the same row.
+        others: Number of samples that are packed after this sample in the same row.
     """
 
     path: Path
@@ -52,8 +52,9 @@ class Rows(NamedTuple):
     """The content of a file.
 
     Attributes:
-        found: Each row with its place. A plain text file has one row, its text. In other files, a
-            row is the parsed line, entry, or row, which is a dict unless the file is invalid.
+        found: List of tuples (source of the row, row). A plain text file has one row, its text. In
+            other files, a row is the parsed line, entry, or row, which is a dict unless the file is
+            invalid.
         digest: SHA-256 digest of the file's bytes.
         cells: Whether values are text cells of a table, in which lists are written as JSON.
     """

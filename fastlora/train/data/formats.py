@@ -86,7 +86,7 @@ class Reading:
 
     Attributes:
         format: A name in `FORMATS`, or None to determine the format from the columns.
-        columns: Mapping from the column names in `FORMATS` to the column names in the files.
+        columns: Dict that maps column names in `FORMATS` to column names in the files.
         chat: Whether to turn a text prompt into a user's turn, and a text completion into the
             assistant's answer.
         completion_only_loss: Whether to exclude prompts from the loss.
@@ -257,7 +257,7 @@ class _Values:
         self.place, self._row, self._names, self._cells = place, row, names, cells
 
     def check_there(self, columns: Sequence[str]) -> None:
-        """Raise `DataError` if a column is missing."""
+        """Raise `DataError` if the row lacks any of the columns."""
         for name in map(self._names.__getitem__, columns):
             if name not in self._row:
                 raise DataError(

@@ -32,7 +32,7 @@ def pack(lengths: Sequence[int], size: int, strategy: str) -> list[list[Stretch]
 
     Returns:
         A list of rows. Each row is a list of document parts, which are tuples (index of the
-            document, start, end).
+        document, start, end).
     """
     rows: list[list[Stretch]] = []
     for first in range(0, len(lengths), _CHUNK):

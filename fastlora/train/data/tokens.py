@@ -153,7 +153,7 @@ def encode(
         tokenizer: The tokenizer of the base model.
         max_length: Maximum number of tokens in a sample or a packed row, at least 2.
         reading: Options; None for the defaults.
-        advance: Called with the number of samples that were encoded since the last call.
+        advance: Function that is called with the number of samples encoded since the last call.
 
     Raises:
         DataError: See `read_samples`; or a chat template is missing, cannot format a chat, or does
@@ -292,7 +292,7 @@ def _check_template(
 def _encoded(
     samples: Sequence[Sample], tokenizer: PreTrainedTokenizerBase, reading: Reading
 ) -> Iterator[_Encoded]:
-    """Yield each sample as a tokenized document, in which the tokens with a loss are marked."""
+    """Tokenize the samples, and yield a document with a loss mask for each sample."""
     end = tokenizer.eos_token or ""
     heads: list[str] = []
     wholes: list[str] = []
