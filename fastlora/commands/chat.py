@@ -210,7 +210,7 @@ class Chat:
         return torch.tensor([ids], device=self.model.device)
 
     def _fitting(self) -> torch.Tensor | None:
-        """Return the token ids of the conversation, without its oldest exchanges if necessary.
+        """Return the conversation's token ids, without its oldest exchanges if it is too long.
 
         Returns None, after a message to the user, if the last message does not fit or the chat
         template rejects the conversation.

@@ -84,7 +84,7 @@ class ServedAdapters:
 
     @property
     def names(self) -> list[str]:
-        """Names of the adapters without a known error, sorted."""
+        """Sorted list of the names of all adapters without a known error."""
         with self._lock:
             return sorted(name for name, own in self._versions.items() if own.error is None)
 

@@ -24,7 +24,7 @@ _T = TypeVar("_T")
 
 
 class Answer:
-    """An answer that the engine generates, with coroutines to wait for its pieces.
+    """An answer that the engine generates and that a coroutine receives in pieces.
 
     Raises the errors of `Engine.submit`.
     """

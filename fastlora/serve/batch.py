@@ -95,7 +95,7 @@ class Batch:
             self._leave(job)
 
     def fail(self, error: Exception) -> None:
-        """End all requests with an error."""
+        """End all running requests with an error."""
         for job in list(self.jobs):
             self._fail(job, error)
 

@@ -183,7 +183,7 @@ class Connection(H11Protocol):
 
 
 class Deadline:
-    """Close a connection that waits for its client for too long.
+    """A deadline that closes a connection if it waits too long for its client.
 
     Attributes:
         waits: The event that the connection waits for; None while the client waits for the server.
@@ -209,7 +209,7 @@ class Deadline:
 
 
 class ChunkCount:
-    """Close a connection that sends the body of a request in too many small chunks.
+    """A counter that closes a connection if a request body has too many small chunks.
 
     Args:
         parsed: Function that returns the next event that h11 has parsed.

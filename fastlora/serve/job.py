@@ -107,7 +107,7 @@ def _counts(what: str, start: float = 0) -> Any:
 
 @dataclass
 class EngineStats:
-    """Counters of an engine, one for each metric. Seconds are wall-clock time."""
+    """Counters of an engine, each exported as a metric. Times are in wall-clock seconds."""
 
     requests: int = _counts("Accepted requests.")
     requests_finished: int = _counts("Completed requests.")

@@ -1,4 +1,4 @@
-"""Log messages of a server on one line each, prevent forged lines, and limit their number."""
+"""Logging for a server: one line per message, no forged lines, and a limited number of lines."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _BREAKS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 class LogLines(logging.Formatter):
-    """A formatter that writes a message on one line, escaped, and indents its traceback.
+    """A logging formatter that escapes each message to one line and indents its traceback.
 
     A name in a message or in the text of an exception therefore cannot start a new line.
     """
@@ -32,7 +32,7 @@ class LogLines(logging.Formatter):
 
 
 class OncePerMinute(logging.Filter):
-    """A filter that passes each message once a minute.
+    """A logging filter that passes each message at most once a minute.
 
     The next line for the same message says how often it was repeated. The filter passes at most
     `MOST_MESSAGES` different messages a minute.

@@ -201,7 +201,7 @@ def _same(value: object, other: object) -> bool:
 
 
 def check_text(name: str, text: str) -> None:
-    """Raise `ConfigError` if a text has half of a surrogate pair, which UTF-8 cannot encode."""
+    """Raise `ConfigError` if a text contains an unpaired surrogate, which UTF-8 cannot encode."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -21,7 +21,7 @@ _STEP = 256  # minimum number of positions by which the cache grows
 
 
 class RowCache:
-    """The keys and values of every layer, with the interface of a transformers cache.
+    """A key-value cache for all layers of a model, with the interface of a transformers cache.
 
     Layers call `update` to write and read their keys and values.
 
@@ -102,7 +102,7 @@ class RowCache:
 
     @torch.no_grad()
     def clear(self, row: int) -> None:
-        """Set a row to zeros.
+        """Fill a row of the cache with zeros.
 
         Otherwise a NaN in the row would make the next request NaN: a masked NaN times 0 is NaN.
         """
@@ -118,7 +118,7 @@ class RowCache:
         return sum(kept.nbytes for kept in self._all())
 
     def get_seq_length(self, *_: Any, **__: Any) -> int:
-        """Return the number of positions before the new tokens, in the longest row.
+        """Return the number of cached positions in the longest row, without the new tokens.
 
         Some models call this even though they are given position_ids.
         """

@@ -22,8 +22,8 @@ class Sampling:
 
     Attributes:
         max_tokens: Maximum number of tokens in the answer; None for as many as fit.
-        temperature: Sampling temperature; 0 chooses the likeliest token.
-        top_p: Sample from the smallest set of likeliest tokens with at least this total
+        temperature: Sampling temperature; 0 always chooses the most likely token.
+        top_p: Sample from the smallest set of most likely tokens with at least this total
             probability.
         seed: Seed of the random numbers for this request; None for a random seed.
         stop: Stop texts, which end the answer and are not part of it.
@@ -47,11 +47,11 @@ class Sampling:
 
     @property
     def greedy(self) -> bool:
-        """Whether to choose the likeliest token."""
+        """Whether the most likely token is always chosen."""
         return self.temperature < _GREEDY
 
     def generator(self) -> torch.Generator:
-        """Return the random generator of this request, on the CPU for any device."""
+        """Create the random generator of the request, which is always on the CPU."""
         seed = secrets.randbits(63) if self.seed is None else self.seed
         return torch.Generator().manual_seed(seed)
 

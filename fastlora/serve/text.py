@@ -33,7 +33,7 @@ class AnswerText:
         self.stopped = False
 
     def add(self, token: int) -> str:
-        """Add the next token, and return the new text that cannot change any more."""
+        """Add the next token, and return the new text that is final, which may be empty."""
         self._tokens.append(token)
         return self._certain(self._new(flush=False))
 

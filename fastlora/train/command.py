@@ -219,7 +219,7 @@ def summary(result: TrainResult) -> str:
 
 
 def dry_run(settings: TrainSettings, *, resume: bool = False) -> str:
-    """Describe a run as text, without reading weights or writing files.
+    """Return a text that describes a run, without reading weights or writing files.
 
     Args:
         settings: The settings of the run.

@@ -118,7 +118,8 @@ def add_adapters(
 ) -> LoraModel:
     """Add all adapters to the base model, make them trainable, and return the `LoraModel`.
 
-    The initial factors of a new adapter depend on the seed and its name, not on other adapters.
+    The initial factors of a new adapter depend on the seed and the adapter's name, but not on other
+    adapters.
 
     Raises the errors of `get_peft_model` and `LoraModel.load_adapter`. Also raises an error if an
     entry of targets matches no module, if an adapter trains fp16 parameters, or if one of several

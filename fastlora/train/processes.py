@@ -73,7 +73,7 @@ class BatchGroup:
 
     @property
     def alone(self) -> bool:
-        """Whether the group has only this process."""
+        """Whether this process is the only member of the group."""
         return self.size == 1
 
     def total(self, *counts: Mapping[str, float]) -> list[dict[str, float]]:
@@ -89,7 +89,7 @@ class BatchGroup:
         return [dict(zip(self._names, row, strict=True)) for row in rows]
 
     def agree(self, losses: AdapterLosses) -> Agreed:
-        """Return the adapters whose losses all processes use, and their weights in this process."""
+        """Return the adapters whose losses all processes use, and the weights of these losses."""
         seen, bad, tokens = self.total(
             dict.fromkeys(losses.values, 1), dict.fromkeys(losses.non_finite, 1), losses.tokens
         )
@@ -194,9 +194,10 @@ class RunProcesses:
                 parameter.grad = piece.view_as(parameter) if count else None
 
     def in_main(self, work: Callable[[], T]) -> T:
-        """Call ``work`` in the main process; all processes return its result or raise its error.
+        """Call ``work`` in the main process, and return its result in all processes.
 
-        If only the main process raised the error, the other processes would wait for it forever.
+        If ``work`` raises an error, all processes raise it. If only the main process raised the
+        error, the other processes would wait for it forever.
         """
         outcome: list[Any] = [None, None]
         if self.main:

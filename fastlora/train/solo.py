@@ -127,7 +127,7 @@ class Solo:
         return finite
 
     def zero_grad(self) -> None:
-        """Clear the gradients."""
+        """Set the gradients of all parameters to None."""
         for parameter in self.parameters:
             parameter.grad = None
 

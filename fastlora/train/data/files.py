@@ -24,7 +24,7 @@ _OF_A_SET, _OF_SPLITS = "state.json", "dataset_dict.json"
 
 
 class DataError(FastLoraError, ValueError):
-    """A data file is missing or empty, or has a row that cannot be used."""
+    """A data file is missing or empty, or contains an invalid row."""
 
 
 class Place(NamedTuple):
@@ -49,11 +49,11 @@ class Place(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """The content of a file.
+    """The rows of a data file.
 
     Attributes:
         found: List of tuples (source of the row, row). A plain text file has one row, its text. In
-            other files, a row is the parsed line, entry, or row, which is a dict unless the file is
+            other files, each row is a parsed line or entry, which is a dict unless the file is
             invalid.
         digest: SHA-256 digest of the file's bytes.
         cells: Whether values are text cells of a table, in which lists are written as JSON.

@@ -35,7 +35,7 @@ class Format(NamedTuple):
     Attributes:
         title: The common name of the format.
         required: Columns that every row must have.
-        optional: Columns that are read if they exist.
+        optional: Columns that rows may have.
     """
 
     title: str
@@ -186,7 +186,7 @@ def _note(path: Path, name: str, names: Mapping[str, str], columns: Sequence[str
 
 
 def _found_format(path: Path, columns: Sequence[str], reading: Reading) -> str:
-    """Return the name of the only format that the columns of a file match."""
+    """Return the name of the only format in `FORMATS` that matches the columns of a file."""
     for ours, theirs in reading.columns.items():
         if theirs not in columns:
             raise DataError(

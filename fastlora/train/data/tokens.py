@@ -219,7 +219,7 @@ def encode(
 
 
 def prompt_ids(text: str, corpus: Corpus, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the token ids of a prompt, in the same format as the prompts of a corpus."""
+    """Format a prompt like the prompts of a corpus, and return its token ids."""
     example = corpus.example
     if example is not None and example.chat:
         return _template(tokenizer, a_turn("user", text), {}, add_generation_prompt=True)[0]
