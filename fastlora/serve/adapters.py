@@ -141,7 +141,7 @@ class ServedAdapters:
             then()
 
     def scan(self) -> None:
-        """Scan the folder: add new and changed adapters, and remove deleted ones.
+        """Scan the folder: add new and changed adapters, and remove deleted adapters.
 
         If the folder of an adapter is damaged, the adapter keeps its name, but requests for it
         fail.

@@ -77,7 +77,7 @@ class Server:
         self.settings = settings
         self.metrics = Metrics(engine, adapters)
         self.since = int(time.time())
-        # asyncio has more threads than there are cores, so there is always one for short prompts.
+        # asyncio has more threads than there are cores, so short prompts always get a thread.
         self._long_prompts = asyncio.Semaphore(max(1, (os.cpu_count() or 1) - 1))
         app = FastAPI(
             title="fastlora serve",

@@ -116,7 +116,7 @@ class Batch:
         chosen, widest = [first], len(first.prompt)
         for job in others:
             widest = max(widest, len(job.prompt))
-            if widest * (len(chosen) + 1) > PREFILL_TOKENS:  # also if the first one is partly read
+            if widest * (len(chosen) + 1) > PREFILL_TOKENS:  # even if `first` is partly read
                 break
             chosen.append(job)
         return chosen

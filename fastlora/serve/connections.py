@@ -1,7 +1,7 @@
 """Limit the number of connections and their waiting times, which uvicorn leaves to a proxy.
 
 A connection that waits for its client has a deadline. Once the maximum number of connections is
-open, each new one replaces a connection that waits for its client.
+open, each new connection replaces a connection that waits for its client.
 """
 
 from __future__ import annotations

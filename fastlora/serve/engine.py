@@ -114,7 +114,7 @@ class Engine:
         self._wake()
 
     def close(self, timeout: float | None = None) -> None:
-        """Stop accepting requests, and wait until the existing ones have ended.
+        """Stop accepting requests, and wait until all existing requests have ended.
 
         Requests that have not ended after ``timeout`` seconds fail with `ClosedError`.
         """

@@ -35,8 +35,8 @@ _ASKS_NOTHING: Mapping[str, object] = {
 _INT64 = 2**63
 _MOST_PARTS = 2048  # per conversation, as OpenAI limits messages; 30,000 take a second to check
 _T = TypeVar("_T")
-# Stop at the first invalid element: an error for each one of a long list would block all requests
-# for seconds.
+# Stop at the first invalid element: an error for each element of a long list would block all
+# requests for seconds.
 _List: TypeAlias = Annotated[list[_T], Field(fail_fast=True)]
 
 

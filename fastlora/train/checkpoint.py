@@ -74,7 +74,7 @@ def new_checkpoint(root: Path, state: TrainState, keep: int) -> Iterator[Path]:
     Args:
         root: The folder of all checkpoints of the run.
         state: The state to save beside the adapters.
-        keep: Number of checkpoints to keep, including the new one.
+        keep: Number of checkpoints to keep, including the new checkpoint.
 
     Raises:
         CheckpointError: A file cannot be written, for instance because the disk is full. All older
