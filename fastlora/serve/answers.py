@@ -82,10 +82,7 @@ class Form(abc.ABC):
         return {**self._head(self.kind), "choices": [choice], "usage": self._usage(last)}
 
     async def stream(self, answer: Answer, first: Piece, usage: bool) -> AsyncIterator[str]:
-        """Yield the server-sent events of an answer.
-
-        With ``usage``, the last event before ``[DONE]`` contains the token counts.
-        """
+        """Yield the events of a stream. With ``usage``, the last event has the token counts."""
         piece = first
         try:
             for opening in self._openings():

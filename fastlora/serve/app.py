@@ -176,12 +176,12 @@ class Server:
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
     async def unload(self, body: UnloadBody) -> Response:
-        """Unload an adapter. Running requests continue to use it until they end."""
+        """Unload an adapter, which running requests continue to use until they end."""
         await asyncio.to_thread(self.adapters.unload, body.lora_name)
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
     async def completions(self, body: CompletionBody, request: Request) -> Response:
-        """Generate a continuation of a prompt."""
+        """Continue a prompt."""
         sampling = body.sampling(body.max_tokens or _COMPLETION_TOKENS)
         given = body.one_prompt()
         if isinstance(given, str):
@@ -192,7 +192,7 @@ class Server:
         return await self._answer(body, request, tokens, sampling, Completion)
 
     async def chat_completions(self, body: ChatBody, request: Request) -> Response:
-        """Generate the next answer in a conversation."""
+        """Answer a conversation."""
         if body.max_tokens and body.max_completion_tokens:
             raise ConfigError("max_tokens and max_completion_tokens are the same setting; send one")
         sampling = body.sampling(body.max_tokens or body.max_completion_tokens)
@@ -202,7 +202,7 @@ class Server:
         return await self._answer(body, request, tokens, sampling, ChatCompletion)
 
     async def _tokens(self, size: int, tokenize: Callable[[_T], list[int]], given: _T) -> list[int]:
-        """Tokenize a prompt in a thread. The number of threads for long prompts is limited."""
+        """Tokenize in a thread. Long prompts wait for each other; short prompts do not wait."""
         if size <= _SHORT_PROMPT:
             return await asyncio.to_thread(tokenize, given)
         async with self._long_prompts:
