@@ -239,12 +239,12 @@ class FastPeftLoraModel(PeftLoraModel):
         super().merge_adapter(*args, **kwargs)
 
     def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
-        """Merge adapters into the base weights and remove the LoRA layers."""
+        """Merge adapters into the base weights, and return the base model without LoRA layers."""
         self._check_closed("merge_and_unload")
         return super().merge_and_unload(*args, **kwargs)
 
     def unload(self) -> nn.Module:
-        """Remove the LoRA layers."""
+        """Remove the LoRA layers, and return the base model."""
         self._check_closed("unload")
         return super().unload()
 
@@ -378,7 +378,7 @@ class RoutedPeftModel:
         validate: bool,
         held: contextlib.ExitStack,
     ) -> Routing:
-        """Return the routing of a `fastlora.adapters` block."""
+        """Create the routing for a `fastlora.adapters` block. See `fastlora.adapters`."""
         known = tuple(self.tuner.peft_config)
         group, layers = self.group, self.layers()
         return parameters_routing(group, layers, known, Parameters, ids, seeds, validate)
@@ -430,7 +430,7 @@ def unpatch_layer(module: nn.Module) -> None:
         module.__dict__.pop(name, None)
 
 
-# Attributes that the patched forward adds to a layer.
+# Attributes that the patched forward method adds to a layer.
 _OWN_ATTRIBUTES = (
     "_dora_norms",
     "_coded",

@@ -21,14 +21,14 @@ SHOWN_ROWS = 24
 
 @dataclass(frozen=True)
 class LayerFusion:
-    """The row of one layer in the fusion report.
+    """A row of the fusion report, which describes one LoRA layer.
 
     Attributes:
         name: Name of the layer in the model.
         layer: Name of the LoRA layer's class.
-        fused: Whether the base GEMM and the LoRA term are one call, which runs as kernels where
-            these are available.
-        reason: Fallback reason if the layer is not fused, else empty.
+        fused: Whether the base GEMM and the LoRA term are computed in one call. The call uses
+            Triton kernels if they are available.
+        reason: Fallback reason if the layer is not fused, else an empty string.
         siblings: Number of layers that share the passes over their common input x in training (to
             compute s and d_lora_a), or the reason why this layer shares none. Known only after a
             forward pass in training.
@@ -63,7 +63,7 @@ class FusionReport:
 
     @property
     def fused(self) -> int:
-        """Number of fused layers."""
+        """The number of fused layers."""
         return sum(row.fused for row in self.rows)
 
     def __str__(self) -> str:

@@ -185,8 +185,8 @@ def open_adapter_folder(
     """Open a local adapter folder for the duration of a ``with`` block.
 
     Only local folders are supported; repository ids of the Hugging Face Hub are not downloaded. If
-    a save into the folder was interrupted, the block sees either the complete old adapter or the
-    complete new one.
+    a save into the folder was interrupted, the block reads either the complete old adapter or the
+    complete new adapter.
 
     Args:
         path: The adapter folder.
@@ -207,7 +207,9 @@ def open_adapter_folder(
 
 
 def load_adapter_folder(path: str | os.PathLike[str]) -> AdapterFile:
-    """Read a local adapter folder. Symbolic links are followed.
+    """Read the config and the tensors of a local adapter folder, and check them.
+
+    Symbolic links are followed.
 
     Raises:
         CheckpointError: If a file is missing, damaged, or unsafe, or if the two files contradict

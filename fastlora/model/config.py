@@ -346,9 +346,9 @@ class LoraConfig(ConfigMethods):
         return self.alpha_for(name) / (math.sqrt(rank) if self.use_rslora else rank)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as a dict that can be written as JSON.
+        """Return a dict of the config's fields that can be serialized as JSON.
 
-        Sets become sorted lists, and ``runtime_config`` is left out.
+        Sets are converted to sorted lists, and ``runtime_config`` is left out.
         """
         data = dataclasses.asdict(self)
         del data["runtime_config"]
@@ -362,7 +362,7 @@ class LoraConfig(ConfigMethods):
         in PEFT.
 
         Args:
-            data: The values by field name.
+            data: A mapping from field names to values.
             for_loading: Whether the adapter's weights come from a file. Settings that only affect
                 the initialization are then not checked. ``init_lora_weights`` keeps its value.
 

@@ -59,7 +59,7 @@ class Estimate:
 
     @property
     def share(self) -> float:
-        """The number of trainable parameters divided by that of the base model's parameters."""
+        """The ratio of the number of trainable parameters to the number of base parameters."""
         return self.adapter_parameters / max(self.base_parameters, 1)
 
     @property
@@ -68,7 +68,7 @@ class Estimate:
         return self.weight_bytes + self.gradient_bytes + self.optimizer_bytes
 
     def __str__(self) -> str:
-        """Return a summary in one line."""
+        """Return a one-line summary of the estimate."""
         bits = (
             f" (including {human_bytes(self.scale_bytes)} of scales), one dequantized weight "
             f"{human_bytes(self.workspace_bytes)}"

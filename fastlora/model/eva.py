@@ -101,9 +101,9 @@ def get_eva_state_dict(
     """Compute initial values of the LoRA factor A of each layer, with the EVA method.
 
     The initial values are the principal directions of the layer's inputs, of shape ``[rank, K]``.
-    The sum of all ranks is redistributed among the layers. Each layer gets at most
-    ``rho * r`` directions, and layers with the same inputs share their directions. The function
-    iterates over the dataloader, repeatedly if necessary, until the directions have converged.
+    The sum of all ranks is redistributed among the layers. Each layer gets at most ``rho * r``
+    directions, and layers with the same inputs share their directions. The function iterates over
+    the dataloader, repeatedly if necessary, until the directions have converged.
 
     Args:
         model: A model with or without an adapter.

@@ -144,8 +144,8 @@ def hotswap_adapter(
     """Replace the weights of a loaded adapter with those of a PEFT adapter folder, in place.
 
     On layers that the new adapter does not adapt, the update becomes zero. If the new adapter has a
-    larger rank than the loaded one, new tensors are allocated and compiled models are recompiled.
-    `prepare_model_for_compiled_hotswap` avoids this.
+    larger rank than the loaded adapter, new tensors are allocated and compiled models are
+    recompiled. Calling `prepare_model_for_compiled_hotswap` first avoids this.
 
     Args:
         model: A `LoraModel`, compiled or not. For a PEFT model, PEFT's function is called.

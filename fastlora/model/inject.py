@@ -62,13 +62,13 @@ def _outside_inference_mode() -> Iterator[None]:
 def add_adapter(
     model: nn.Module, adapter_name: str, plan: Plan, *, autocast_adapter_dtype: bool = True
 ) -> None:
-    """Add an inactive adapter to every module in its plan.
+    """Add an adapter to every module that its plan selects. The adapter is inactive.
 
     Base parameters that were trainable before remain trainable. If an error is raised, the model is
     unchanged.
 
-    There is one exception to inactivity, as in PEFT: the first adapter with trained tokens becomes
-    active and trainable immediately on modules that share the input embedding's weight.
+    As in PEFT, there is one exception: the first adapter with trained tokens immediately becomes
+    active and trainable on modules that share the input embedding's weight.
 
     Args:
         model: The base model, with or without adapters.
@@ -287,8 +287,8 @@ def unload(
         safe_merge: Whether to raise an error if merged weights are not finite.
         adapter_names: The adapters to merge. With None, the active adapters are merged.
         progressbar: Whether to show a progress bar, if tqdm is installed.
-        dequantize: Whether to replace quantized linear layers with plain ones. When merging, this
-            is done before adapters are merged into a layer.
+        dequantize: Whether to replace quantized linear layers with plain linear layers. If
+            ``merge`` is True, each layer is replaced before adapters are merged into it.
     """
     found = routed_modules(model)
     found.sort(key=lambda each: -each[0].count(".base_layer."))  # inner layers before outer layers

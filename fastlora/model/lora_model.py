@@ -209,7 +209,8 @@ class LoraModel(PeftNames, nn.Module):
             autocast_adapter_dtype: See `get_peft_model`.
             subfolder: The path of the adapter inside the folder.
             ignore_mismatched_sizes: Whether to skip tensors with a shape that differs from the
-                model's, with a warning. The skipped parameters keep their initial values.
+                model's and emit a warning, instead of raising an error. The parameters of skipped
+                tensors keep their initial values.
             key_mapping: A mapping from regular expressions to replacements, for modules that have
                 other names in the file than in the model. With None, the mapping that the model
                 itself defines is used, if there is one.

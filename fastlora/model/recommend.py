@@ -92,7 +92,7 @@ class Recommendation:
         """Create a `fastlora.LoraConfig` with the recommended values.
 
         Args:
-            **changes: Further fields to set, or values that replace the recommended ones.
+            **changes: Values of further fields, or values that replace the recommended values.
         """
         fields: dict[str, Any] = {
             "r": self.r,
@@ -103,7 +103,7 @@ class Recommendation:
         return LoraConfig(**(fields | changes))
 
     def __str__(self) -> str:
-        """Return a summary in one line."""
+        """Return a one-line summary of the recommendation."""
         low, high = self.learning_rate_range
         return (
             f"{_size(self.num_params)} parameters: r {self.r} ({_range(self.r_range)}), "

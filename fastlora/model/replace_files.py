@@ -45,9 +45,9 @@ def replacing_together(first: Path, *others: Path) -> Iterator[tuple[Path, ...]]
     """Yield the temporary paths of files that replace ``paths`` when the ``with`` block ends.
 
     The block must write all files. The files are renamed in the order of the arguments. All paths
-    must be in the same folder. All files are flushed to disk before the first one is
-    renamed, and each rename is flushed to disk before the next one. If the block or the flush of a
-    file raises an error, no path has been changed.
+    must be in the same folder. All files are flushed to disk before the first file is renamed, and
+    each rename is flushed to disk before the next rename. If the block or the flush of a file
+    raises an error, no path has been changed.
     """
     paths = (first, *others)
     with _temporary(first) as work:

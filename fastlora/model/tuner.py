@@ -104,9 +104,9 @@ class LoraTuner(nn.Module):
     def add_adapter(
         self, adapter_name: str, plan: Plan, *, autocast_adapter_dtype: bool = True
     ) -> None:
-        """Add an adapter. It is frozen and inactive.
+        """Add an adapter. The new adapter is frozen and inactive.
 
-        Adding the first adapter freezes the base model.
+        If it is the model's first adapter, the base model is frozen.
 
         Args:
             adapter_name: The name of the new adapter, which must not be in use.
@@ -115,7 +115,7 @@ class LoraTuner(nn.Module):
                 PEFT does.
 
         Raises:
-            AdapterStateError: If the name is in use, if both this adapter and another one train
+            AdapterStateError: If the name is in use, if both this adapter and another adapter train
                 biases of the base model, or if this adapter is loaded from a file and needs a
                 change of the base weights that conflicts with the change of another adapter.
         """
@@ -141,8 +141,8 @@ class LoraTuner(nn.Module):
             self._changed_base[adapter_name] = config.init
         names = dict.fromkeys((*self.targeted_module_names, *plan.targets))
         self.targeted_module_names = list(names)
-        # A new layer must belong to the model's routing group before its first forward, because a
-        # `fastlora.adapters` block may already be open.
+        # A new layer must belong to the model's routing group before its first forward pass,
+        # because a `fastlora.adapters` block may already be open.
         model = self.model
         modules: list[Any] = [model.get_submodule(name) for name in plan.touched]
         for module in modules:
@@ -254,7 +254,7 @@ class LoraTuner(nn.Module):
                 bias.requires_grad_(name in self._active and not inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter. If it was the only active one, another adapter becomes active.
+        """Delete an adapter. If it was the only active adapter, another adapter becomes active.
 
         Other adapters that are merged stay merged.
 
@@ -296,7 +296,9 @@ class LoraTuner(nn.Module):
         density: float | None = None,
         majority_sign_method: str = "total",
     ) -> None:
-        """Add an adapter that is a weighted sum of other adapters. It is frozen and inactive.
+        """Add an adapter that is a weighted sum of other adapters.
+
+        The new adapter is frozen and inactive.
 
         Args:
             adapters: The names of the adapters to add. A name may occur more than once. If there is
@@ -340,7 +342,7 @@ class LoraTuner(nn.Module):
         self.add_computed(adapter_name, combined(self.model, configs, names, weights, how))
 
     def add_computed(self, adapter_name: str, made: Made) -> None:
-        """Add a computed adapter to the model. It is frozen and inactive.
+        """Add a computed adapter to the model. The new adapter is frozen and inactive.
 
         Args:
             adapter_name: The name of the new adapter, which must not be in use.
@@ -520,7 +522,7 @@ class LoraTuner(nn.Module):
         *,
         keep_base: bool = True,
     ) -> None:
-        """Merge adapters into the base weights. `unmerge_adapter` undoes this.
+        """Merge adapters into the base weights. To undo the merge, call `unmerge_adapter`.
 
         Args:
             adapter_names: The adapters to merge. With None, the active adapters are merged.
@@ -585,8 +587,8 @@ class LoraTuner(nn.Module):
             safe_merge: Whether to raise an error if merged weights are not finite.
             adapter_names: The adapters to merge. With None, the active adapters are merged.
             dequantize: Whether to replace every quantized linear layer of the model with a plain
-                one. The layers are converted one at a time, to the dtype of the parameters that are
-                not quantized.
+                linear layer. The layers are converted one at a time, to the dtype of the parameters
+                that are not quantized.
 
         Raises:
             AdapterNotFoundError: If there is no such adapter.
