@@ -95,9 +95,9 @@ def bare_key(model: nn.Module, key: str, adapter_name: str | None = None) -> str
 
 
 def without_wrappers(module: str) -> str:
-    """Return the name in the model without adapters of a base module that an adapter file names.
+    """Remove the names of wrapper modules from the name of a base module in an adapter file.
 
-    The components of the name that belong to wrapper modules are removed.
+    The result is the module's name in the model without adapters.
     """
     return ".".join(part for part in module.split(".") if part not in _INNER)
 

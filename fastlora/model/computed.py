@@ -154,9 +154,7 @@ def made(
 
 
 def _copies_of(model: nn.Module, adapters: Sequence[str]) -> dict[str, str]:
-    """Return a dict that maps the names of modules to the only adapter that owns a copy of them.
-
-    Modules without a copy are left out.
+    """Return a dict that maps the name of each copied module to the adapter that owns the copy.
 
     Raises:
         AdapterStateError: See `check_one_copy`.
@@ -182,9 +180,9 @@ def check_one_copy(model: nn.Module, adapters: Sequence[str]) -> None:
 
 
 def _owners_of_copies(model: nn.Module, adapters: Sequence[str]) -> dict[str, list[str]]:
-    """Return a dict that maps module names to lists of the adapters that own copies of the module.
+    """Return a dict that maps the name of each copied module to a list of the copies' owners.
 
-    Modules without a copy are left out.
+    The owners are names in ``adapters``.
     """
     found = {}
     for name, module in routed_modules(model):
@@ -198,7 +196,7 @@ def _owners_of_copies(model: nn.Module, adapters: Sequence[str]) -> dict[str, li
 def _config_for(
     configs: Sequence[LoraConfig], ranks: Mapping[str, int], copies: Mapping[str, str]
 ) -> LoraConfig:
-    """Return a config for a computed adapter that has all scalings included in its factors.
+    """Create the config of a computed adapter. The adapter's factors must include all scalings.
 
     ``lora_alpha`` equals the rank, so that the adapter's scaling is 1. Fields that are not
     determined by the computation are copied from the first of ``configs``.

@@ -60,7 +60,7 @@ class Stack(NamedTuple):
 
 
 def stacked_experts(modules: BaseModules) -> list[Stack]:
-    """Find the parameters ``[experts, ...]`` that contain the weights of all experts of a layer."""
+    """Return a list of the parameters ``[experts, ...]`` that stack the weights of all experts."""
     return [
         Stack(f"{name}.{leaf}", tuple(_module_names(name, leaf)))
         for name, module, _ in modules
@@ -70,7 +70,7 @@ def stacked_experts(modules: BaseModules) -> list[Stack]:
 
 
 def routers(modules: BaseModules) -> list[Stack]:
-    """Find the router weights ``[experts, K]`` that belong to stacked expert weights.
+    """Return a list of the router weights ``[experts, K]`` that belong to stacked expert weights.
 
     Routers that are linear layers are left out.
     """
@@ -147,9 +147,9 @@ def _is_own(module: nn.Module) -> bool:
 
 
 def _stacked(module: nn.Module) -> dict[str, int]:
-    """Return a dict that maps the stacked expert parameters of a module to numbers of experts.
+    """Return a dict that maps the names of stacked expert parameters to the number of experts.
 
-    The keys are the names of direct parameters of the module.
+    Only direct parameters of the module are considered.
     """
     found: dict[str, int] = {}
     for leaf, parameter in module._parameters.items():

@@ -404,7 +404,7 @@ def _exactly(name: str) -> str:
 def _without_base_weights(
     model: nn.Module, tensors: Mapping[str, torch.Tensor], keys: Container[str]
 ) -> dict[str, torch.Tensor]:
-    """Return a copy of a dict of tensors without base weights that equal the model's own weights.
+    """Return a copy of ``tensors`` without base weights that equal the model's own weights.
 
     PEFT saves the base weights of embeddings with some adapters.
     """

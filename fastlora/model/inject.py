@@ -181,9 +181,10 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
 
 
 def routed_modules(model: nn.Module) -> list[tuple[str, Any]]:
-    """Return a list of tuples ``(name, module)`` of the LoRA layers and wrappers in a model.
+    """Return a list of tuples ``(name, module)`` of the modules that contain adapters.
 
-    In a mixed batch, these modules select an adapter for each row.
+    These are LoRA layers and wrappers for ``modules_to_save`` or trained tokens. In a mixed batch,
+    they select an adapter for each row.
     """
     kinds = (LoraLayer, ModuleWrapper)
     found = outer_modules(model, inner_layers=True)
@@ -191,7 +192,10 @@ def routed_modules(model: nn.Module) -> list[tuple[str, Any]]:
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
-    """Return a dict that maps names to LoRA layers, including LoRA layers inside other ones."""
+    """Return a dict that maps names to the LoRA layers of a model.
+
+    LoRA layers inside other LoRA layers are included.
+    """
     return {name: m for name, m in routed_modules(model) if isinstance(m, LoraLayer)}
 
 

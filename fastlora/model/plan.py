@@ -32,7 +32,7 @@ from fastlora.validation import AdapterStateError, ConfigError, UnsupportedLayer
 
 
 class Target(NamedTuple):
-    """A module that an adapter will adapt with LoRA.
+    """A module to which an adapter applies LoRA.
 
     Attributes:
         base: The module without adapters.
@@ -87,7 +87,7 @@ class Plan:
 
     @property
     def touched(self) -> list[str]:
-        """The names of all modules that the adapter will change."""
+        """The names of all modules that change when the adapter is added."""
         return [*self.targets, *self.modules_to_save, *self.tied, *self.tokens]
 
 

@@ -27,7 +27,7 @@ _T = TypeVar("_T")
 
 @dataclass
 class TunerLayerStatus:
-    """The status of a LoRA layer or of a wrapper that contains adapters.
+    """The status of a LoRA layer, or of a wrapper for ``modules_to_save`` or trained tokens.
 
     Args:
         name: The name of the module, relative to the tuner
@@ -71,7 +71,7 @@ class TunerModelStatus:
             is not wrapped.
         trainable_params: The number of trainable parameters.
         total_params: The number of all parameters.
-        num_adapter_layers: The number of LoRA layers and wrappers that contain adapters.
+        num_adapter_layers: The number of modules that contain adapters.
         enabled, active_adapters, merged_adapters, requires_grad, available_adapters, devices,
             quantization_backend: See `TunerLayerStatus`. The values combine those of all modules.
     """
@@ -92,7 +92,9 @@ class TunerModelStatus:
 
 
 def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
-    """Return a list with the status of each LoRA layer and wrapper, in the model's order.
+    """Return a list with the status of each module that contains adapters, in the model's order.
+
+    These are LoRA layers and wrappers for ``modules_to_save`` or trained tokens.
 
     Args:
         model: A `LoraModel`, or any module that contains LoRA layers of fastlora.

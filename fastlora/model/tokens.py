@@ -22,7 +22,7 @@ from fastlora.validation import ConfigError, TargetNotFoundError, UnsupportedLay
 
 @dataclass(frozen=True)
 class Tokens:
-    """The rows of a module that an adapter trains.
+    """The rows of a module's weight that an adapter trains.
 
     Attributes:
         indices: The indices of the rows.
