@@ -15,9 +15,9 @@ from fastlora.validation import UnsupportedLayerError
 def patch(peft_model: nn.Module) -> FusionReport:
     """Patch a PEFT model in place, so that its LoRA layers compute their outputs with fastlora.
 
-    The model remains an ordinary PEFT model. Only the class of each layer is replaced, with a
-    subclass of PEFT's own class. PEFT continues to manage the parameters, the files, and adapters
-    that are added later, and existing optimizer state remains valid.
+    The model remains an ordinary PEFT model. Only the classes of its LoRA layers and its tuner are
+    replaced, with subclasses of PEFT's own classes. PEFT continues to manage the parameters, the
+    files, and adapters that are added later. Existing optimizer state remains valid.
 
     Args:
         peft_model: A `peft.PeftModel`, or any module that PEFT has added LoRA layers to.

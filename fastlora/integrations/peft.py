@@ -162,7 +162,7 @@ class _FastForward(CommonLayer):
 
 
 def _foreign_variant(layer: Any, name: str) -> bool:
-    """Return True if an adapter uses a LoRA variant of PEFT other than DoRA on a linear layer."""
+    """Return whether an adapter uses a LoRA variant of PEFT other than DoRA on a linear layer."""
     variant = layer.lora_variant.get(name)
     return variant is not None and (
         variant is not DoraLinearVariant and not isinstance(variant, DoraLinearVariant)
@@ -348,7 +348,7 @@ class RoutedPeftModel:
         self.routed: list[Any] | None = None
 
     def layers(self) -> list[Any]:
-        """Return the LoRA layers that apply a different adapter to each row of a mixed batch.
+        """Return a list of the LoRA layers that select an adapter for each row of a mixed batch.
 
         Raises:
             UnsupportedLayerError: A module with adapters does not support mixed batches.

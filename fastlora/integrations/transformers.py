@@ -42,9 +42,10 @@ when_imported("transformers.pipelines.base", _name_to_pipelines)
 
 @contextlib.contextmanager
 def as_causal_model(folder: object) -> Iterator[None]:
-    """Convert errors that occur while a causal language model is loaded to `CheckpointError`.
+    """Convert errors that occur in a ``with`` block to `CheckpointError`.
 
-    The errors are those that the ``with`` block raises.
+    The block must load a causal language model. Only errors that transformers raises if files are
+    missing or damaged are converted.
     """
     try:
         yield
