@@ -44,8 +44,8 @@ when_imported("transformers.pipelines.base", _name_to_pipelines)
 def as_causal_model(folder: object) -> Iterator[None]:
     """Convert errors that occur in a ``with`` block to `CheckpointError`.
 
-    The block must load a causal language model. Only errors that transformers raises if files are
-    missing or damaged are converted.
+    The block must load a causal language model. The errors in `CANNOT_READ` and RuntimeError are
+    converted.
     """
     try:
         yield
