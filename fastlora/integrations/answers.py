@@ -1,9 +1,10 @@
-"""Replacements for PEFT's functions, so that they accept fastlora's models.
+"""Replace functions of PEFT with versions that also accept fastlora models.
 
-PEFT's own functions look for PEFT's layer classes by name, or write state to places where a
-fastlora model does not read it. For example, a sharded Trainer checkpoint, which accelerate writes
-through them, would be empty. Once PEFT is imported, each of its functions below calls fastlora's
-equivalent for a fastlora model, and PEFT's original for any other model.
+PEFT's own functions look up PEFT's layer classes by name, or write state to attributes that a
+fastlora model does not read. For example, accelerate saves a sharded Trainer checkpoint through
+these functions, and the checkpoint of a fastlora model would be empty. After PEFT is imported, each
+replaced function calls fastlora's implementation if it is given a fastlora model, and PEFT's
+original implementation otherwise.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ from fastlora.optimizers import create_loraplus_optimizer
 
 
 def model_inside(model: object) -> Any:
-    """Return the `LoraModel` that an object is or wraps, or None.
+    """Return the `LoraModel` inside the wrappers of torch.compile, FSDP1, and DDP.
 
-    The wrappers of torch.compile, FSDP1, and DDP are supported.
+    A `LoraModel` without a wrapper is returned unchanged. For any other object, the result is None.
     """
     while model is not None and not isinstance(model, LoraModel):
         inner: Any = getattr(model, "_modules", {})
@@ -37,9 +38,9 @@ def model_inside(model: object) -> Any:
 
 
 def has_layers(argument: object) -> bool:
-    """Return whether an argument is a `LoraModel` or a module with fastlora layers.
+    """Return whether a value is a `LoraModel` or a module that contains LoRA layers of fastlora.
 
-    The module may be compiled.
+    A module compiled with `torch.compile` is supported too.
     """
     model = getattr(argument, "_orig_mod", argument)
     if not isinstance(model, nn.Module) or isinstance(model, LoraModel):
@@ -55,7 +56,7 @@ def get_peft_model_state_dict(
     save_embedding_layers: bool | str = "auto",
     **__: Any,
 ) -> dict[str, torch.Tensor]:
-    """Return an adapter's tensors, with the keys of an adapter file."""
+    """Return a dict that maps the keys of PEFT's adapter files to an adapter's tensors."""
     # Read the outermost wrapper's state, because FSDP gathers its shards there.
     source = model.state_dict() if state_dict is None else state_dict
     return adapter_state.collect(model_inside(model), adapter_name, source, save_embedding_layers)
@@ -68,12 +69,15 @@ def set_peft_model_state_dict(
     *_: Any,
     **__: Any,
 ) -> Any:
-    """Copy tensors, with the keys of an adapter file, into an adapter. See `adapter_state.put`."""
+    """Copy tensors into an adapter's parameters. See `adapter_state.put`.
+
+    The keys of ``peft_model_state_dict`` are those of PEFT's adapter files.
+    """
     return adapter_state.put(model_inside(model), adapter_name, peft_model_state_dict)
 
 
 def get_base_model_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the base model's tensors, with the keys that they have without adapters."""
+    """Return the base model's state dict, with the keys of a model without adapters."""
     return base_state_dict(model_inside(model).get_base_model())
 
 
@@ -114,7 +118,10 @@ ANSWERS: tuple[tuple[str, Callable[[Any], Any], tuple[Callable[..., Any], ...]],
 
 
 def answer_for_peft() -> None:
-    """Replace PEFT's functions, now or once their module is imported."""
+    """Replace the PEFT functions listed in `ANSWERS`.
+
+    The functions of a PEFT module that is not imported yet are replaced when it is imported.
+    """
     for module, takes, functions in ANSWERS:
         when_imported(module, functools.partial(_answer, module, takes, functions))
 
@@ -137,7 +144,10 @@ def _answer(
 def _either(
     takes: Callable[[Any], Any], ours: Callable[..., Any], theirs: Callable[..., Any]
 ) -> Callable[..., Any]:
-    """Return a function that calls ``ours`` if an argument is a fastlora model, else ``theirs``."""
+    """Return a function that calls ``ours`` for fastlora models and ``theirs`` otherwise.
+
+    The function calls ``ours`` if ``takes`` is true for any of the arguments.
+    """
 
     @functools.wraps(theirs)
     def function(*args: Any, **kwargs: Any) -> Any:

@@ -1,9 +1,9 @@
-"""PEFT compatibility of fastlora's config, model, and layers: they pass `isinstance` checks.
+"""Make fastlora's configs, models, and layers pass `isinstance` checks against PEFT's classes.
 
-TRL, transformers, and accelerate recognize PEFT's objects with `isinstance`. Right after `import
-peft`, fastlora's config and model get PEFT's classes as additional bases, and fastlora's layers are
-registered with PEFT's abstract classes. Either library may be imported first. This module does not
-import PEFT before something else has.
+TRL, transformers, and accelerate recognize PEFT's objects with `isinstance`. When PEFT is imported,
+PEFT's classes become additional base classes of fastlora's config and model, and fastlora's layers
+are registered with PEFT's abstract classes. Either library may be imported first. This module does
+not import PEFT itself.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def join_peft() -> None:
 
 
 def _patched_layer(target: nn.Module, adapter_name: str, *, config: Any, **options: Any) -> Any:
-    """Return the LoRA layer that PEFT creates for a module, patched to compute through fastlora."""
+    """Create PEFT's LoRA layer for a module, patch it as `fastlora.patch` does, and return it."""
     from peft.tuners.lora import LoraModel as PeftTuner
 
     from fastlora.integrations.peft import patch_layer
@@ -61,7 +61,7 @@ def _patched_layer(target: nn.Module, adapter_name: str, *, config: Any, **optio
 
 
 def _load_onto_ours(peft: Any) -> None:
-    """Make PEFT's `from_pretrained` use fastlora's loader if the model is a `LoraModel`."""
+    """Make ``peft.PeftModel.from_pretrained`` load adapters of a `LoraModel` through fastlora."""
     theirs = peft.PeftModel.from_pretrained.__func__
 
     @functools.wraps(theirs)

@@ -22,13 +22,15 @@ from fastlora.validation import AdapterStateError
 
 
 def clip_grad_norm_(parameters: Iterable[torch.Tensor], max_norm: float) -> torch.Tensor:
-    """Clip gradients as `torch.nn.utils.clip_grad_norm_` does, also with DTensors among them.
+    """Clip the total norm of gradients that may be a mix of plain tensors and DTensors.
 
-    Plain tensors and DTensors may be mixed. Every process must call this function.
+    For plain tensors, the function is equivalent to `torch.nn.utils.clip_grad_norm_`. Every process
+    must call it.
 
     Args:
-        parameters: Parameters to clip. Those without a gradient are skipped.
-        max_norm: Largest norm of the gradients.
+        parameters: The parameters with the gradients to clip. Parameters without a gradient are
+            ignored.
+        max_norm: The maximum norm of all gradients together.
 
     Returns:
         The norm of all gradients before clipping, a scalar tensor.
@@ -47,16 +49,18 @@ def clip_grad_norm_(parameters: Iterable[torch.Tensor], max_norm: float) -> torc
 
 
 def tensor_parallel(model: LoraModel, device_mesh: Any, plan: dict[str, Any]) -> LoraModel:
-    """Shard a model that already has adapters, together with the adapters, in place.
+    """Apply tensor parallelism in place to a model that already has adapters.
 
-    `torch.distributed.tensor.parallel.parallelize_module` cannot shard a LoRA layer. If it shards
-    the base model first, this function is not needed: `fastlora.get_peft_model` then adds sharded
-    adapters.
+    The adapters are sharded together with their base layers.
+    `torch.distributed.tensor.parallel.parallelize_module` cannot shard a LoRA layer. This function
+    is not needed if ``parallelize_module`` is applied to the base model before any adapter is
+    added, because `fastlora.get_peft_model` then creates sharded adapters.
 
     Args:
-        model: A model with adapters, equal in every process.
+        model: A model with adapters. It must be the same in every process.
         device_mesh: A one-dimensional device mesh.
-        plan: As for ``parallelize_module``, by module names of the base model.
+        plan: The ``parallelize_plan`` of ``parallelize_module``, with the module names of the base
+            model as keys.
 
     Returns:
         ``model``.
@@ -89,7 +93,10 @@ def tensor_parallel(model: LoraModel, device_mesh: Any, plan: dict[str, Any]) ->
 
 
 def _split_like(linear: nn.Module, layer: FastLoraLinear) -> LoraLayer:
-    """Return a LoRA layer with the adapters of ``layer``, over a base layer that may be sharded."""
+    """Return a LoRA layer for the base layer ``linear`` with the adapters of ``layer``.
+
+    If ``linear`` is not sharded, ``layer`` itself is returned.
+    """
     if parallel_style(linear) is None:
         return layer
     split = TensorParallelLora(linear)

@@ -1,4 +1,4 @@
-"""`patch` and `unpatch`, which make a PEFT model fast in place and restore it."""
+"""`patch` and `unpatch`: make the LoRA layers of a PEFT model use fastlora, and undo the change."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from fastlora.validation import UnsupportedLayerError
 
 
 def patch(peft_model: nn.Module) -> FusionReport:
-    """Make the LoRA layers of a PEFT model compute through fastlora, in place.
+    """Patch a PEFT model in place, so that its LoRA layers compute their outputs with fastlora.
 
-    The model remains an ordinary PEFT model. Only the class of its layers changes, to a subclass of
-    PEFT's own class. Parameters, optimizer state, files, and adapters added later remain PEFT's.
+    The model remains an ordinary PEFT model. Only the classes of its LoRA layers and its tuner are
+    replaced, with subclasses of PEFT's own classes. PEFT continues to manage the parameters, the
+    files, and adapters that are added later. Existing optimizer state remains valid.
 
     Args:
         peft_model: A `peft.PeftModel`, or any module that PEFT has added LoRA layers to.
@@ -57,7 +58,9 @@ def unpatch(peft_model: nn.Module) -> None:
 
 @register_router
 def _router(model: Any) -> Router | None:
-    """Return the object that routes the batches of a patched PEFT model, or None for other models.
+    """Return the object that assigns adapters to the rows of a patched PEFT model's batches.
+
+    The result is None if the model is not a patched PEFT model.
 
     Raises:
         UnsupportedLayerError: A layer of the model cannot take part in a mixed batch.

@@ -1,7 +1,8 @@
-"""Subclasses of PEFT's LoRA layer and tuner that compute through fastlora.
+"""Subclasses of PEFT's LoRA layers and tuner that compute their outputs with fastlora.
 
-`fastlora.patch` changes the class of PEFT's objects to these subclasses. Their parameters, hooks,
-state, and methods remain PEFT's, and only the forward is new.
+`fastlora.patch` replaces the classes of PEFT's objects with these subclasses. The objects retain
+their parameters, hooks, and state. The subclasses override ``forward`` and the methods that must
+clear caches or check for open blocks.
 """
 
 from __future__ import annotations
@@ -49,13 +50,14 @@ from fastlora.validation import UnsupportedLayerError
 
 
 class _FastForward(CommonLayer):
-    """The forward of all patched layers. It calls PEFT's forward for unsupported cases.
+    """Mixin that implements the forward pass of every patched layer.
 
-    This class comes before a PEFT LoRA layer class in the list of bases.
+    In cases that fastlora does not support, it calls the forward method of PEFT's layer. In each
+    patched class, this mixin precedes the PEFT layer class in the list of base classes.
     """
 
     def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Compute the same output as the forward of PEFT's layer."""
+        """Return the same output as ``forward`` of the PEFT layer that was patched."""
         call: Any = begin(self, x)
         mixed = isinstance(call, MixedCall)
         if kwargs.get("adapter_names") is not None or not (mixed or call.names):
@@ -77,7 +79,11 @@ class _FastForward(CommonLayer):
     def _base(
         self: Any, call: LayerCall | MixedCall, x: torch.Tensor, *args: Any, **kwargs: Any
     ) -> Base:
-        """Return the base layer's weight if kernels can read it, or else its output for x."""
+        """Return the base layer's weight and bias, or else its output for ``x``.
+
+        The output is computed only if the base layer is called with further arguments, or if
+        fastlora cannot read the base layer's weight directly.
+        """
         module, base = self.base_layer, None
         if not (args or kwargs):
             plain = not why_not_plain(module)
@@ -100,22 +106,22 @@ class _FastForward(CommonLayer):
         self._forget_packed()
 
     def delete_adapter(self: Any, adapter_name: str) -> None:
-        """Delete an adapter, as PEFT's layer does, and clear the cached values."""
+        """Delete an adapter, as PEFT's layer does, and clear the layer's caches."""
         super().delete_adapter(adapter_name)  # type: ignore[misc]  # as above
         forget_kept(self)
 
     def merge(self: Any, *args: Any, **kwargs: Any) -> None:
-        """Merge adapters, as PEFT's layer does, and clear the cached values."""
+        """Merge adapters, as PEFT's layer does, and clear values cached for the base weight."""
         forget_weights(self)
         super().merge(*args, **kwargs)  # type: ignore[misc]  # PEFT's layer has it
 
     def unmerge(self: Any) -> None:
-        """Unmerge adapters, as PEFT's layer does, and clear the cached values."""
+        """Unmerge adapters, as PEFT's layer does, and clear values cached for the base weight."""
         forget_weights(self)
         super().unmerge()  # type: ignore[misc]  # as above
 
     def _check_variants(self: Any, routing: Routing) -> None:
-        """Raise `UnsupportedLayerError` if an adapter does not support mixed batches."""
+        """Raise `UnsupportedLayerError` if an adapter of ``routing`` cannot be in a mixed batch."""
         # Check all of the layer's adapters, so that graphs do not depend on which of them are in
         # the batch.
         for name, variant in self.lora_variant.items():
@@ -126,7 +132,10 @@ class _FastForward(CommonLayer):
                 )
 
     def _acting(self: Any) -> list[str]:
-        """Return the adapters that the next forward applies without PEFT."""
+        """Return the names of the adapters that fastlora applies in the next forward pass.
+
+        The list is empty if adapters are disabled or merged, or if PEFT's forward must be called.
+        """
         if self.disable_adapters or self.merged:
             return []
         names = [name for name in self.active_adapters if name in self.lora_A]
@@ -137,7 +146,10 @@ class _FastForward(CommonLayer):
         return self.disable_adapters
 
     def fusion(self: Any, gathered: bool = False) -> tuple[bool, str]:
-        """Return whether base GEMM and LoRA term run fused, and the fallback reason if not."""
+        """Return a tuple ``(fused, fallback_reason)`` for this layer.
+
+        ``fused`` is True if the base GEMM and the LoRA term are computed in one call.
+        """
         names = [name for name in self.active_adapters if name in self.lora_A]
         for name in names:
             if _foreign_variant(self, name):
@@ -150,7 +162,7 @@ class _FastForward(CommonLayer):
 
 
 def _foreign_variant(layer: Any, name: str) -> bool:
-    """Return whether an adapter is a PEFT variant of LoRA other than DoRA on a linear layer."""
+    """Return whether an adapter uses a LoRA variant of PEFT other than DoRA on a linear layer."""
     variant = layer.lora_variant.get(name)
     return variant is not None and (
         variant is not DoraLinearVariant and not isinstance(variant, DoraLinearVariant)
@@ -158,14 +170,15 @@ def _foreign_variant(layer: Any, name: str) -> bool:
 
 
 class FastPeftLinear(_FastForward, PeftLinear):  # type: ignore[misc]  # PEFT lets sizes be None
-    """PEFT's LoRA linear layer with a fused forward."""
+    """PEFT's LoRA linear layer with fastlora's fused forward pass."""
 
 
 def _named_as_before(cls: type) -> type:
-    """Give a class the ``__name__`` of its PEFT base class, and return it.
+    """Set the ``__name__`` of a patched class to the name of its PEFT base class.
 
-    The class is then printed under PEFT's name, also in `get_layer_status`. Pickles use the
-    qualified name, which does not change.
+    Printed models and `get_layer_status` then show PEFT's class name. Pickles use the qualified
+    name, which does not change. The class itself is returned, so that this function can be used as
+    a decorator.
     """
     cls.__name__ = next(c.__name__ for c in cls.__mro__ if c.__module__.startswith("peft."))
     return cls
@@ -176,7 +189,10 @@ _named_as_before(FastPeftLinear)
 
 @functools.cache
 def _fast_class(peft_class: type) -> type | None:
-    """Return the patched subclass of one of PEFT's layer classes, or None if there is none."""
+    """Return the subclass that `patch_layer` substitutes for a PEFT layer class.
+
+    The result is None if fastlora does not patch layers of this class.
+    """
     if peft_class is PeftLinear:
         return FastPeftLinear
     if (peft_class.__module__, peft_class.__name__) not in peft_layers():
@@ -198,7 +214,7 @@ _NOT_FOR_BASE = ("adapter_names", "alora_offsets")
 
 
 class FastPeftLoraModel(PeftLoraModel):
-    """PEFT's tuner, which patches new layers when it creates them."""
+    """Subclass of PEFT's LoRA tuner that patches each new LoRA layer when it is created."""
 
     @staticmethod
     def _create_new_module(*args: Any, **kwargs: Any) -> nn.Module:
@@ -207,12 +223,12 @@ class FastPeftLoraModel(PeftLoraModel):
         return module
 
     def inject_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """Add an adapter. Blocks that are open also apply to the layers that it adds."""
+        """Add an adapter. Open `fastlora.adapters` blocks also apply to the new LoRA layers."""
         super().inject_adapter(*args, **kwargs)
         self._find_again()
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter. This may remove layers."""
+        """Delete an adapter, and look up the model's LoRA layers again."""
         self._check_closed("delete_adapter")
         super().delete_adapter(adapter_name)
         self._find_again()
@@ -223,27 +239,27 @@ class FastPeftLoraModel(PeftLoraModel):
         super().merge_adapter(*args, **kwargs)
 
     def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
-        """Merge adapters into the base weights and remove the LoRA layers."""
+        """Merge adapters into the base weights, and return the base model without LoRA layers."""
         self._check_closed("merge_and_unload")
         return super().merge_and_unload(*args, **kwargs)
 
     def unload(self) -> nn.Module:
-        """Remove the LoRA layers."""
+        """Remove the LoRA layers, and return the base model."""
         self._check_closed("unload")
         return super().unload()
 
     def _check_closed(self, operation: str) -> None:
-        """Raise `AdapterStateError` if a mixed batch of the model is running.
+        """Raise `AdapterStateError` if a `fastlora.adapters` block of the model is open.
 
         `disable_adapter_layers` does not call this method, because PEFT's context manager
-        `disable_adapter` uses it during a batch.
+        `disable_adapter` may call `disable_adapter_layers` inside a block.
         """
         kept = self.__dict__.get("_fastlora_routed")
         if kept is not None:
             kept.group.check_closed(operation)
 
     def _find_again(self) -> None:
-        """Find the layers for mixed batches again, if the model has had such a batch."""
+        """Update the list of layers used for mixed batches, if it was created before."""
         kept = self.__dict__.get("_fastlora_routed")
         if kept is not None:
             kept.routed = None
@@ -251,7 +267,10 @@ class FastPeftLoraModel(PeftLoraModel):
                 routed_model(self)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the model. Its batch must match the adapter ids of an open block."""
+        """Call the model.
+
+        In a `fastlora.adapters` block, the batch size must match the number of adapter ids.
+        """
         self._check_batch(args, kwargs)
         try:
             return super().forward(*args, **kwargs)
@@ -267,7 +286,10 @@ class FastPeftLoraModel(PeftLoraModel):
 
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Route ``adapter_names`` once for the whole model, not at every layer as PEFT does."""
+        """Assign adapters to rows according to ``adapter_names`` for the duration of a call.
+
+        The assignment is computed once for the whole model. PEFT computes it at every layer.
+        """
         names = kwargs.get("adapter_names")
         if names is None or self.training or kwargs.get("alora_offsets") is not None:
             routed = None
@@ -285,7 +307,10 @@ class FastPeftLoraModel(PeftLoraModel):
             yield
 
     def _routed_for(self, names: Any) -> RoutedPeftModel | None:
-        """Return the object that routes a batch, or None if PEFT must handle or reject it."""
+        """Return the object that assigns adapters to the rows of a batch.
+
+        The result is None if PEFT must process the batch, or raise an error for it.
+        """
         wanted = {name for name in names if name != BASE}
         if not wanted <= set(self.peft_config):
             return None
@@ -304,16 +329,18 @@ _named_as_before(FastPeftLoraModel)
 
 
 class RoutedPeftModel:
-    """The information about a patched model that `fastlora.adapters` needs.
+    """The LoRA layers and the routing group of a patched model, for `fastlora.adapters` blocks.
 
-    It is stored on the model's tuner.
+    The object is stored on the model's tuner.
 
     Args:
-        tuner: The model's tuner. A copy of the model creates its own `RoutedPeftModel`.
+        tuner: The model's tuner. If the model is copied, the copy creates its own
+            `RoutedPeftModel`.
 
     Attributes:
-        group: Identifies the model's layers. It never changes, because open blocks refer to it.
-        routed: The layers, or None until they are looked up.
+        group: The object that identifies the model's layers. It is never replaced, because open
+            blocks refer to it.
+        routed: The LoRA layers, or None until they are looked up.
     """
 
     def __init__(self, tuner: FastPeftLoraModel) -> None:
@@ -321,10 +348,10 @@ class RoutedPeftModel:
         self.routed: list[Any] | None = None
 
     def layers(self) -> list[Any]:
-        """Return the layers that choose adapters by row in a mixed batch.
+        """Return a list of the LoRA layers that select an adapter for each row of a mixed batch.
 
         Raises:
-            UnsupportedLayerError: A module would not follow the routing.
+            UnsupportedLayerError: A module with adapters does not support mixed batches.
         """
         if self.routed is not None:
             return self.routed
@@ -351,7 +378,7 @@ class RoutedPeftModel:
         validate: bool,
         held: contextlib.ExitStack,
     ) -> Routing:
-        """Return the routing of a `fastlora.adapters` block."""
+        """Create the routing for a `fastlora.adapters` block. See `fastlora.adapters`."""
         known = tuple(self.tuner.peft_config)
         group, layers = self.group, self.layers()
         return parameters_routing(group, layers, known, Parameters, ids, seeds, validate)
@@ -361,10 +388,10 @@ _finding = threading.Lock()
 
 
 def routed_model(model: nn.Module) -> RoutedPeftModel | None:
-    """Return the object that routes a model's batches, or None if the model is not patched.
+    """Return the `RoutedPeftModel` of a patched model, or None if the model is not patched.
 
     Raises:
-        UnsupportedLayerError: A module of the model would not follow the routing.
+        UnsupportedLayerError: A module with adapters does not support mixed batches.
     """
     tuner = next((m for m in model.modules() if isinstance(m, FastPeftLoraModel)), None)
     if tuner is None:
@@ -378,7 +405,7 @@ def routed_model(model: nn.Module) -> RoutedPeftModel | None:
 
 
 def patch_layer(module: nn.Module) -> None:
-    """Change the class of a PEFT LoRA layer to its patched class. Other modules do not change."""
+    """Replace the class of a PEFT LoRA layer with the patched class. Ignore other modules."""
     fast = _fast_class(type(module))  # type: ignore[arg-type]  # a class is hashable
     if fast is not None:
         module.__class__ = fast
@@ -387,10 +414,10 @@ def patch_layer(module: nn.Module) -> None:
 
 
 def unpatch_layer(module: nn.Module) -> None:
-    """Undo `patch_layer`.
+    """Restore the class that a layer had before `patch_layer`. Ignore modules that are not patched.
 
     Raises:
-        UnsupportedLayerError: Other code has changed the layer's class since.
+        UnsupportedLayerError: Other code has replaced the layer's class after `patch_layer`.
     """
     if not isinstance(module, _FastForward):
         return
@@ -403,7 +430,7 @@ def unpatch_layer(module: nn.Module) -> None:
         module.__dict__.pop(name, None)
 
 
-# Attributes that the patched forward adds to a layer.
+# Attributes that the patched forward method adds to a layer.
 _OWN_ATTRIBUTES = (
     "_dora_norms",
     "_coded",
@@ -416,7 +443,7 @@ _OWN_ATTRIBUTES = (
 
 
 def check_unpatches(module: nn.Module) -> None:
-    """Raise `UnsupportedLayerError` if other code has changed a patched layer's class."""
+    """Raise `UnsupportedLayerError` if other code has replaced the class of a patched layer."""
     if isinstance(module, _FastForward) and _FastForward not in type(module).__bases__:
         raise UnsupportedLayerError(
             "cannot unpatch a layer, because other code changed its class to "
@@ -426,7 +453,10 @@ def check_unpatches(module: nn.Module) -> None:
 
 
 def patch_model(model: nn.Module) -> int:
-    """Patch every layer and tuner in a model. Return the number of PEFT LoRA layers found."""
+    """Patch all LoRA layers and tuners of a PEFT model, and return the number of LoRA layers.
+
+    The number includes LoRA layers of classes that fastlora does not patch.
+    """
     seen = 0
     for module in model.modules():
         if isinstance(module, PeftLoraLayer) and not isinstance(module, LoraLayer):
@@ -440,7 +470,7 @@ def patch_model(model: nn.Module) -> int:
 
 
 def unpatch_model(model: nn.Module) -> None:
-    """Undo `patch_model`."""
+    """Restore the classes that the layers and tuners of a model had before `patch_model`."""
     for module in model.modules():
         check_unpatches(module)
     for module in model.modules():
@@ -451,7 +481,10 @@ def unpatch_model(model: nn.Module) -> None:
 
 
 def layer_fusion(module: nn.Module, gathered: bool = False) -> tuple[bool, str] | None:
-    """Return ``(fused, fallback reason)`` for a PEFT LoRA layer, or None for any other module."""
+    """Return a tuple ``(fused, fallback_reason)`` for a PEFT LoRA layer.
+
+    For any other module, the result is None.
+    """
     if isinstance(module, _FastForward):
         return module.fusion(gathered)
     if _fast_class(type(module)) is not None:  # type: ignore[arg-type]  # as above

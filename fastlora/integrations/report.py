@@ -1,4 +1,4 @@
-"""The fusion report: whether each LoRA layer of a model runs fused, and if not, why."""
+"""The fusion report: which LoRA layers of a model are fused, and why others are not."""
 
 from __future__ import annotations
 
@@ -21,18 +21,20 @@ SHOWN_ROWS = 24
 
 @dataclass(frozen=True)
 class LayerFusion:
-    """The row of one layer in the fusion report.
+    """A row of the fusion report, which describes one LoRA layer.
 
     Attributes:
-        name: Module name in the model.
-        layer: Class of the LoRA layer.
-        fused: Whether the base GEMM and the LoRA term are one call, which runs as kernels where
-            these are available.
-        reason: Fallback reason if the layer is not fused, else empty.
-        siblings: How many layers share their passes over x in training (s and d_lora_a), or why
-            this layer does not. Known only after a training forward.
-        reads: Format of a quantized base weight that kernels read, and the dtype of their products.
-            Without kernels, the base layer is called unchanged. Empty for other layers.
+        name: Name of the layer in the model.
+        layer: Name of the LoRA layer's class.
+        fused: Whether the base GEMM and the LoRA term are computed in one call. The call uses
+            Triton kernels if they are available.
+        reason: Fallback reason if the layer is not fused, else an empty string.
+        siblings: Number of layers that share the passes over their common input x in training (to
+            compute s and d_lora_a), or the reason why this layer shares none. Known only after a
+            forward pass in training.
+        reads: Format of the quantized base weight that the kernels read, and the dtype of their
+            products. Without kernels, the base layer is called unchanged. Empty if the kernels do
+            not read a quantized weight.
     """
 
     name: str
@@ -45,12 +47,14 @@ class LayerFusion:
 
 @dataclass(frozen=True)
 class FusionReport:
-    """The rows of all layers, and the implementation for the model's device. It prints as a table.
+    """A report with one row for each LoRA layer of a model.
+
+    ``str()`` formats the report as a table.
 
     Attributes:
         rows: One row for each LoRA layer, in the model's order.
-        implementation: ``"triton"`` or ``"eager"``.
-        reason: Why this implementation was chosen.
+        implementation: The implementation for the model's device, ``"triton"`` or ``"eager"``.
+        reason: The reason why this implementation was chosen.
     """
 
     rows: tuple[LayerFusion, ...]
@@ -59,13 +63,13 @@ class FusionReport:
 
     @property
     def fused(self) -> int:
-        """Number of fused layers."""
+        """The number of fused layers."""
         return sum(row.fused for row in self.rows)
 
     def __str__(self) -> str:
         """Return the report as a table.
 
-        Layers that differ only in the path before their last name share a line.
+        Layers share a line if they differ only in the part of the name before the last dot.
         """
         what = "runs as Triton kernels" if self.implementation == "triton" else "runs in PyTorch"
         quantised = sum(bool(row.fused and row.reads) for row in self.rows)
@@ -89,14 +93,20 @@ class FusionReport:
         return "\n".join([line, *table(list(zip(*columns, strict=True)))])
 
     def runs_as(self, row: LayerFusion) -> str:
-        """Return what computes a layer: Triton kernels, PyTorch, or the unchanged base layer."""
+        """Return a description of how a layer is computed.
+
+        The result is ``"Triton kernels"``, ``"PyTorch"``, or ``"base layer and separate LoRA"``.
+        """
         if not row.fused or (row.reads and self.implementation != "triton"):
             return "base layer and separate LoRA"
         return "Triton kernels" if self.implementation == "triton" else "PyTorch"
 
 
 def folded(rows: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
-    """Combine rows that differ only in the path before the last dot of their name."""
+    """Combine table rows that differ only in the part of the layer name before the last dot.
+
+    The name in a combined row is ``*.LAST (COUNT)``, such as ``*.q_proj (32)``.
+    """
     groups: dict[tuple[str, ...], list[str]] = {}
     for name, *others in rows:
         groups.setdefault((name.rpartition(".")[2], *others), []).append(name)
@@ -136,7 +146,7 @@ def fusion_report(model: nn.Module) -> FusionReport:
 
 
 def implementation_on(device: torch.device) -> tuple[str, str]:
-    """Return the implementation that ``impl="auto"`` selects on a device, and the reason."""
+    """Return a tuple of the implementation that ``impl="auto"`` selects, and the reason."""
     runs, why = triton_status(device.type, device.index or 0)
     if device.type == "cuda" or not runs:
         return "triton" if runs else "eager", why
@@ -144,7 +154,7 @@ def implementation_on(device: torch.device) -> tuple[str, str]:
 
 
 def table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return rows of cells as lines of text, with each column as wide as its widest cell."""
+    """Format rows of cells as a list of text lines with aligned columns."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in rows]
 

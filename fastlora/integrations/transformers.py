@@ -1,7 +1,7 @@
-"""Integration with transformers: its pipelines, and its output and errors when loading a model.
+"""Integration with transformers: pipelines, error messages, and progress bars.
 
-Trainer accepts a `LoraModel` as an adapter model, because it is a `peft.PeftModel` once PEFT is
-imported: see `fastlora.integrations.as_peft`.
+The Trainer accepts a `LoraModel` as an adapter model, because a `LoraModel` is also an instance of
+`peft.PeftModel` after PEFT is imported. See `fastlora.integrations.as_peft`.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ CANNOT_READ = (OSError, ValueError, KeyError, TypeError)
 
 
 def _transformers_lora_model() -> type[LoraModel]:
-    """Return the class of adapter models, after importing PEFT, which makes it a PEFT class."""
+    """Return `LoraModel`, after importing PEFT so that it is a subclass of ``peft.PeftModel``."""
     importlib.import_module("peft")
     return LoraModel
 
 
 def _name_to_pipelines() -> None:
-    """Add fastlora's models to those that pipelines support.
+    """Add `LoraModel` to the model classes that transformers pipelines support.
 
-    For a model that is not in the list, a pipeline prints all supported models.
+    If the class of a model is not among them, a pipeline logs an error that lists all of them.
     """
     pipelines: Any = sys.modules["transformers.pipelines.base"]
     for names in pipelines.SUPPORTED_PEFT_TASKS.values():
@@ -42,7 +42,11 @@ when_imported("transformers.pipelines.base", _name_to_pipelines)
 
 @contextlib.contextmanager
 def as_causal_model(folder: object) -> Iterator[None]:
-    """Convert errors from loading a causal language model in the block to `CheckpointError`."""
+    """Convert errors that occur in a ``with`` block to `CheckpointError`.
+
+    The block must load a causal language model. The errors in `CANNOT_READ` and RuntimeError are
+    converted.
+    """
     try:
         yield
     except (*CANNOT_READ, RuntimeError) as error:
@@ -52,7 +56,10 @@ def as_causal_model(folder: object) -> Iterator[None]:
 
 
 def end_tokens(model: Any, tokenizer: Any) -> set[int]:
-    """Return the ids of the tokens that end an answer, for a model and its tokenizer."""
+    """Return the set of token ids that end a generated answer.
+
+    These are the EOS tokens of the model's generation config and of its tokenizer.
+    """
     given = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ends = {*(given if isinstance(given, (list, tuple)) else [given]), tokenizer.eos_token_id}
     return {end for end in ends if end is not None}
@@ -60,7 +67,7 @@ def end_tokens(model: Any, tokenizer: Any) -> set[int]:
 
 @contextlib.contextmanager
 def quiet_transformers(*, notes: bool = True) -> Iterator[None]:
-    """Hide progress bars and messages of transformers, and all FutureWarnings, in the block.
+    """Hide the progress bars and messages of transformers, and all FutureWarnings, in a block.
 
     Args:
         notes: Whether to hide messages and warnings too. If False, only progress bars are hidden.
@@ -82,7 +89,7 @@ def quiet_transformers(*, notes: bool = True) -> Iterator[None]:
 
 
 def __getattr__(name: str) -> Any:
-    """Return `LoraModel` for its former name in this module, which old pickles contain."""
+    """Return `LoraModel` for the name ``TransformersLoraModel``, which old pickles contain."""
     if name == "TransformersLoraModel":
         return _transformers_lora_model()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""`when_imported`, which runs code once another library is imported, without importing it."""
+"""`when_imported`: run code as soon as another library has been imported."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from types import ModuleType
 
 
 def when_imported(name: str, act: Callable[[], None]) -> None:
-    """Call ``act`` once: now if a module is already imported, or else right after its import.
+    """Call ``act`` once, as soon as a module has been imported.
 
-    An ImportError, AttributeError, or TypeError from ``act`` becomes a warning, because fastlora
-    must not make the import of another library fail.
+    If the module is already imported, ``act`` is called immediately. This function does not import
+    the module. An ImportError, AttributeError, or TypeError raised by ``act`` becomes a warning,
+    because fastlora must not make the import of another library fail.
 
     Args:
-        name: Full name of the module.
-        act: Function to call.
+        name: The full name of the module.
+        act: The function to call.
     """
     if sys.modules.get(name) is not None:
         _try(name, act)
@@ -39,7 +40,10 @@ def _try(name: str, act: Callable[[], None]) -> None:
 
 
 class _Watcher(importlib.abc.MetaPathFinder):
-    """A finder that uses the other finders, and runs an action after the module is executed."""
+    """An import finder that runs an action after a given module is imported.
+
+    It finds the module through the other finders in ``sys.meta_path``.
+    """
 
     def __init__(self, name: str, act: Callable[[], None]) -> None:
         self.name, self.act = name, act
@@ -47,7 +51,7 @@ class _Watcher(importlib.abc.MetaPathFinder):
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        """Return the spec from the other finders, or None if ``name`` is another module."""
+        """Return the module's spec from the other finders, or None for any other module."""
         if name != self.name:
             return None
         others = [finder for finder in sys.meta_path if finder is not self]
@@ -59,17 +63,17 @@ class _Watcher(importlib.abc.MetaPathFinder):
 
 
 class _Loader(importlib.abc.Loader):
-    """A module's own loader, which runs the action after the module is executed."""
+    """A loader that calls a module's own loader, and then runs the action of a `_Watcher`."""
 
     def __init__(self, loader: importlib.abc.Loader, watcher: _Watcher) -> None:
         self.loader, self.watcher = loader, watcher
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
-        """Create the module with its own loader."""
+        """Create the module with the wrapped loader."""
         return self.loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        """Execute the module, and then run the action once."""
+        """Execute the module with the wrapped loader, and then run the action once."""
         if module.__spec__ is not None:
             module.__spec__.loader = self.loader
         module.__loader__ = self.loader

@@ -1,4 +1,4 @@
-"""Add adapters to a whole model, and save and load them: configs, target modules, and files."""
+"""Adapters of a whole model: configs, target modules, adapter files, and the model class."""
 
 from fastlora.model.lora_model import LoraModel, get_peft_model
 

@@ -1,9 +1,10 @@
-"""Open the two files of an adapter folder, and find the config that belongs to the weights.
+"""Open the config file and the weights file of an adapter folder.
 
-A save replaces the weights file first and the config file second. If the process is killed in
-between, the folder holds new weights and an old config. For this reason the metadata of the weights
-file contains a copy of the config that the weights were saved with, and a hash of the config file
-that the save replaces. `_config_of` compares both with the config file.
+A save replaces the weights file first and the config file second. If the process is killed between
+the two steps, the folder contains new weights and an old config. For this reason, the metadata of
+the weights file contains a copy of the config that was saved with the weights, and a hash of the
+config file that the save replaces. `_config_of` compares both with the config file, and selects the
+config that belongs to the weights.
 """
 
 from __future__ import annotations
@@ -36,12 +37,12 @@ _TRIES = 10
 
 @dataclass(frozen=True)
 class FileLimits:
-    """Upper limits on the sizes that are parsed from an adapter folder, in bytes.
+    """Limits on the sizes of an adapter's config and of its weights file's header, in bytes.
 
     Attributes:
-        config: Maximum size of the config, both in its own file and in the metadata of the weights
-            file.
-        header: Maximum size of the header of the weights file, including its metadata.
+        config: The maximum size of the config, both in the config file and in the metadata of the
+            weights file.
+        header: The maximum size of the header of the weights file, including the metadata.
     """
 
     config: int = MAX_CONFIG_BYTES
@@ -50,10 +51,10 @@ class FileLimits:
 
 @dataclass(frozen=True)
 class AdapterFiles:
-    """The open files of an adapter folder.
+    """The config and the open weights file of an adapter folder.
 
     Attributes:
-        config: The fields of the config that belongs to the weights. Their values are not checked.
+        config: The fields of the config that belongs to the weights. The values are not checked.
         weights: The open weights file. Its header has been read.
     """
 
@@ -98,9 +99,10 @@ def open_adapter_files(
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Return the fields of an adapter folder's config, chosen as in `open_adapter_files`.
+    """Return a dict of the fields in the config that belongs to an adapter folder's weights.
 
-    If the weights file is missing or damaged, the config file is used.
+    As in `open_adapter_files`, the config is read from the config file or from the metadata of the
+    weights file. If the weights file is missing or damaged, the config file is used.
 
     Raises:
         CheckpointError: If the config file is needed and is missing, too large, or not a JSON
@@ -112,7 +114,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def read_config_file(path: Path) -> dict[str, Any]:
-    """Return the fields of an ``adapter_config.json`` file without checking their values.
+    """Return a dict of the fields in an ``adapter_config.json`` file. The values are not checked.
 
     Raises:
         CheckpointError: If the file is missing, too large, or not a JSON object.
@@ -126,11 +128,13 @@ def read_config_file(path: Path) -> dict[str, Any]:
 
 
 def config_metadata(folder: Path, text: bytes) -> dict[str, str]:
-    """Return the metadata for a weights file that is saved with the config ``text``.
+    """Return the metadata to store in a weights file that is saved together with a config file.
+
+    The metadata contains the new config. If the folder already contains a different config file,
+    the metadata also contains a hash of that file.
 
     Args:
-        folder: The folder that the weights are saved into. Its current config file, if there is
-            one, is about to be replaced.
+        folder: The folder that the weights are saved into.
         text: The new content of the config file.
     """
     metadata = {_CONFIG: text.decode("utf-8")}
@@ -142,11 +146,12 @@ def config_metadata(folder: Path, text: bytes) -> dict[str, str]:
 
 
 def edited_config(folder: Path, text: bytes) -> bytes:
-    """Return the bytes to write when a config is saved on its own, without weights.
+    """Return the content of a config file that is saved without weights.
 
-    If the config equals the one that the folder's weights replaced, readers would conclude that the
-    save of the weights was interrupted, and would ignore the config file. In this case a newline is
-    appended, so that the bytes differ.
+    The result is ``text``, with one exception. The weights file contains a hash of the config file
+    that was replaced when the weights were saved. If the hash of ``text`` is the same, readers
+    would conclude that saving the weights was interrupted, and would ignore the config file. In
+    this case, a newline is appended to ``text``.
 
     Args:
         folder: The folder that the config is saved into.
@@ -163,11 +168,12 @@ def edited_config(folder: Path, text: bytes) -> bytes:
 
 
 def open_regular(path: Path, root: Path | None = None) -> BinaryIO:
-    """Open a regular file for reading, and check the open descriptor rather than the path.
+    """Open a file for reading, and check that it is a regular file.
 
-    Symbolic links are followed. With ``root``, the resolved path must be inside that folder, and a
-    link that appears after the path was resolved is not followed. (Windows offers no way to ensure
-    the latter.)
+    The check uses the open file descriptor, since the path may refer to another file in the
+    meantime. Symbolic links are followed. With ``root``, the resolved path must be inside that
+    folder, and links that are created after the path was resolved are not followed. (Windows offers
+    no way to ensure the latter.)
 
     Raises:
         CheckpointError: If the file is not a regular file, or is outside ``root``.
@@ -221,12 +227,12 @@ def _read_config(path: Path, root: Path | None = None, most: int = MAX_CONFIG_BY
 
 
 def _config_of(text: bytes, metadata: Mapping[str, str], path: Path, most: int) -> bytes | None:
-    """Return the config that belongs to the weights, or None if ``text`` is to be used.
+    """Return the config that belongs to the weights, according to the weights file's metadata.
 
-    If ``text`` is the config that the weights were saved with, it is returned. If ``text`` is the
-    config that the save was about to replace, the save was interrupted or is still running, and the
-    config stored in the metadata is returned. Otherwise, the config was edited after the save or
-    the weights were not written by fastlora, and None is returned.
+    If ``text`` is the config that was saved with the weights, ``text`` is returned. If ``text`` is
+    the config that the save was about to replace, the save was interrupted or is still running, and
+    the config stored in the metadata is returned. Otherwise, the config was edited after the save,
+    or the weights were not written by fastlora, and None is returned.
 
     Args:
         text: The content of the config file.

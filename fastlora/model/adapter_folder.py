@@ -1,8 +1,8 @@
 """Read and write PEFT adapter folders without PEFT.
 
-An adapter folder holds ``adapter_config.json`` and ``adapter_model.safetensors``. Everything is
-checked before anything is returned or written: key names, shapes, ranks, and the config against the
-tensors. Pickle files are never opened.
+An adapter folder contains ``adapter_config.json`` and ``adapter_model.safetensors``. The keys,
+shapes, and ranks of the tensors are checked against the config before anything is returned or
+written. Pickle files are never opened.
 
 The format follows PEFT 0.21.2, ``utils/save_and_load.py``.
 """
@@ -78,7 +78,7 @@ Tensors = Mapping[str, TensorInfo | torch.Tensor]
 
 
 class AdapterKey(NamedTuple):
-    """A parsed key of an adapter's weights file.
+    """A key of an adapter's weights file, split into the module's name and the kind of tensor.
 
     Attributes:
         module: The name of the module in the base model.
@@ -101,8 +101,9 @@ class AdapterHeader:
     Attributes:
         path: The folder.
         config: The adapter's config.
-        infos: The dtype, shape, and position of each tensor, by its key in the file.
-        keys: The parts of each key in the file.
+        infos: A dict that maps each key in the weights file to the tensor's dtype, shape, and
+            position.
+        keys: A dict that maps each key in the weights file to its parsed parts.
     """
 
     path: Path
@@ -117,8 +118,8 @@ class AdapterFile:
 
     Attributes:
         path, config, keys: See `AdapterHeader`.
-        tensors: The tensors by their keys in the file, on the CPU and in the file's dtype. Keys of
-            the kind ``"duplicate"`` are left out.
+        tensors: A dict that maps the keys in the weights file to the tensors, on the CPU and in the
+            file's dtype. Tensors of the kind ``"duplicate"`` are left out.
     """
 
     path: Path
@@ -128,9 +129,10 @@ class AdapterFile:
 
 
 class OpenAdapter:
-    """An adapter folder with both files open.
+    """An open adapter folder.
 
-    The config and the weights belong together, even if the folder changes in the meantime.
+    The config and the weights are from the same save, even if another process saves an adapter into
+    the folder while it is open.
 
     Attributes:
         path: The folder.
@@ -153,7 +155,9 @@ class OpenAdapter:
 
     @cached_property
     def header(self) -> AdapterHeader:
-        """The header of the weights file, checked against the config. No tensor data is read.
+        """The checked contents of the folder without the tensor data.
+
+        The header of the weights file is checked against the config. No tensor data is read.
 
         Raises:
             CheckpointError: If the header is damaged or contradicts the config.
@@ -163,7 +167,7 @@ class OpenAdapter:
         return AdapterHeader(self.path, self.config, infos, keys)
 
     def load(self) -> AdapterFile:
-        """Return the checked adapter with its tensors.
+        """Check the adapter, read its tensors, and return both as an `AdapterFile`.
 
         Raises:
             CheckpointError: If the weights file is damaged, contradicts the config, or changes
@@ -181,8 +185,8 @@ def open_adapter_folder(
     """Open a local adapter folder for the duration of a ``with`` block.
 
     Only local folders are supported; repository ids of the Hugging Face Hub are not downloaded. If
-    a save into the folder was interrupted, the block sees either the complete old adapter or the
-    complete new one.
+    a save into the folder was interrupted, the block reads either the complete old adapter or the
+    complete new adapter.
 
     Args:
         path: The adapter folder.
@@ -203,7 +207,9 @@ def open_adapter_folder(
 
 
 def load_adapter_folder(path: str | os.PathLike[str]) -> AdapterFile:
-    """Read a local adapter folder. Symbolic links are followed.
+    """Read the config and the tensors of a local adapter folder, and check them.
+
+    Symbolic links are followed.
 
     Raises:
         CheckpointError: If a file is missing, damaged, or unsafe, or if the two files contradict
@@ -221,15 +227,16 @@ def inspect_adapter_folder(path: str | os.PathLike[str]) -> AdapterHeader:
 
 
 def renamed(file: AdapterFile, mapping: Mapping[str, str] | None) -> AdapterFile:
-    """Return an adapter file with its modules renamed to their current names in the model.
+    """Return a copy of an adapter file in which the names of modules are replaced.
 
     Some transformers models define a mapping from the module names of earlier versions to the
     current names.
 
     Args:
         file: The loaded adapter.
-        mapping: Regular expressions and their replacements, applied to keys without `KEY_PREFIX`.
-            As in PEFT, only the first expression that matches a key is applied.
+        mapping: A mapping from regular expressions to replacements, which are applied to keys
+            without `KEY_PREFIX`. As in PEFT, only the first expression that matches a key is
+            applied. If it is empty or None, ``file`` itself is returned.
     """
     if not mapping:
         return file
@@ -262,14 +269,14 @@ def save_adapter_folder(
 
     The config is written with ``inference_mode=True``. Both files are first written completely
     under temporary names. Then the weights file is renamed, and after it the config file. If the
-    save fails or the process is killed before the renames, the old adapter remains. If it is killed
-    between the renames, fastlora reads the new adapter, but other readers find new weights beside
-    the old config. Concurrent saves into the same folder wait for each other.
+    save fails or the process is killed before the renames, the old adapter remains. If the process
+    is killed between the renames, fastlora reads the new adapter, but other readers find the new
+    weights beside the old config. Concurrent saves into the same folder run one after another.
 
     Args:
         path: The folder. It is created if it does not exist.
         config: The adapter's config.
-        tensors: The adapter's tensors by key in the file.
+        tensors: A mapping from keys in the weights file to the adapter's tensors.
         auto_mapping: The value of ``auto_mapping`` in the config file. With None, the config's own
             value is written.
 
@@ -296,11 +303,11 @@ def check_tensors(config: LoraConfig, tensors: Tensors, source: str) -> dict[str
 
     Args:
         config: The adapter's config.
-        tensors: The tensors, or their descriptions, by key in the file.
-        source: The name of the file, for messages.
+        tensors: A mapping from keys in the weights file to tensors or their descriptions.
+        source: The path of the weights file, for messages.
 
     Returns:
-        The parts of each key, by key.
+        A dict that maps each key to its parsed parts.
 
     Raises:
         CheckpointError: If a key is unknown, or a tensor does not fit the config.
@@ -323,7 +330,7 @@ def check_tensors(config: LoraConfig, tensors: Tensors, source: str) -> dict[str
 
 
 def _why_missing(folder: Path, error: OSError) -> str:
-    """Return an error message for an adapter folder in which a file is missing."""
+    """Return an error message that explains why an adapter folder cannot be opened."""
     if folder.is_file():
         return f"{folder}: is a file, expected the folder that contains {WEIGHTS_NAME}"
     if not folder.is_dir():
@@ -412,10 +419,11 @@ def _check_factor(
 
 
 def adapted_module(module: str) -> str:
-    """Return the name of the target module that a module name in an adapter file belongs to.
+    """Return the name of the target module that contains a LoRA layer, given the layer's name.
 
-    Some targets consist of several LoRA layers. The inner layers are named below the target's
-    ``base_layer``.
+    Some targets consist of several LoRA layers. In adapter files, the inner layers have names that
+    start with the target's name and ``.base_layer.``. For other layers, the name is returned
+    unchanged.
     """
     return module.partition(".base_layer.")[0]
 

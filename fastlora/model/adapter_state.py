@@ -1,4 +1,4 @@
-"""Map an adapter's tensors between a model's ``state_dict()`` and the keys of PEFT's files."""
+"""Convert between the keys of a model's ``state_dict()`` and the keys of PEFT's adapter files."""
 
 from __future__ import annotations
 
@@ -41,11 +41,12 @@ _SAVED_TARGETS = ("embed_tokens", "lm_head")
 
 
 def key_map(lora_model: LoraModel, adapter_name: str, bias: str | None = None) -> dict[str, str]:
-    """Return the name in `plain_state` of each tensor of an adapter, by its key in a file.
+    """Return a dict that maps each file key of an adapter to the tensor's key in `plain_state`.
 
-    File keys do not contain the adapter's name. A module in ``modules_to_save`` keeps its own name,
-    and the bias of an adapted layer is named ``base_layer.bias``. All file keys are those of a
-    model that has this adapter only.
+    A file key is the key of a tensor in PEFT's adapter files. It does not contain the adapter's
+    name. The file keys of a module in ``modules_to_save`` contain the module's original name, and
+    the bias of an adapted layer is named ``base_layer.bias``. File keys are the same as if the
+    model had only this adapter.
 
     Args:
         lora_model: The model that has the adapter.
@@ -68,9 +69,9 @@ def key_map(lora_model: LoraModel, adapter_name: str, bias: str | None = None) -
 
 
 def plain_state(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a state dict with the name components of wrapper modules removed.
+    """Return a copy of a state dict with the names of wrapper modules removed from the keys.
 
-    See `plain_name` for the wrappers. The tensors are the same objects.
+    See `plain_name` for the wrappers. The tensors are not copied.
     """
     return {plain_name(key): tensor for key, tensor in state.items()}
 
@@ -134,11 +135,11 @@ def check_fit(
 def check_same_adapter(
     model: nn.Module, adapter_name: str, loaded_config: LoraConfig, plan: Plan, path: Path
 ) -> None:
-    """Check that an adapter file can overwrite a loaded adapter in place.
+    """Check that the weights of a loaded adapter can be overwritten with those of an adapter file.
 
-    Both adapters must adapt the same modules. On each module, both configs must give the same rank
-    and the same scaling. A scaling that was changed with `set_scale` is not compared and remains in
-    effect, as in PEFT.
+    Both adapters must adapt the same modules. For each module, both configs must specify the same
+    rank and the same scaling. A scaling that was changed with `set_scale` is not compared and
+    remains in effect, as in PEFT.
 
     Args:
         model: The base model with its adapters.
@@ -207,10 +208,10 @@ def _expected_shapes(model: nn.Module, plan: Plan) -> dict[str, tuple[int, ...]]
 def _tied_shapes(
     model: nn.Module, expected: dict[str, tuple[int, ...]], plan: Plan
 ) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the optional tensors that PEFT saves for tied output heads.
+    """Return a dict that maps the file keys of tied output heads to the shapes of their tensors.
 
-    A tied head uses the LoRA factors of the input embedding. PEFT also saves these factors,
-    transposed, under the head's name.
+    A tied head uses the LoRA factors of the input embedding. PEFT may save these factors a second
+    time, transposed, under the head's name.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     at = KEY_PREFIX + str(input_embedding(model)) if plan.tied_heads else ""
@@ -221,9 +222,10 @@ def _tied_shapes(
 
 
 def _base_biases(model: nn.Module) -> dict[str, tuple[str, torch.Tensor]]:
-    """Return the base model's biases by their names in the model without adapters.
+    """Return a dict of the base model's biases.
 
-    Each value is a tuple of the bias's current name and the parameter.
+    It maps the name of each bias in the model without adapters to a tuple of the current name and
+    the parameter.
     """
     return {
         plain_name(str(bare_key(model, name))): (name, parameter)
@@ -248,12 +250,12 @@ def collect(
     source: dict[str, torch.Tensor],
     save_embedding_layers: bool | str,
 ) -> dict[str, torch.Tensor]:
-    """Return an adapter's tensors by file key.
+    """Return a dict that maps the keys of PEFT's adapter files to an adapter's tensors.
 
     Args:
         lora_model: The model that has the adapter.
         adapter_name: The name of the adapter.
-        source: Tensors by their names in the model's ``state_dict()``.
+        source: A dict with the keys of the model's ``state_dict()``, which provides the tensors.
         save_embedding_layers: See `LoraModel.save_pretrained`.
 
     Raises:
@@ -308,7 +310,10 @@ def collect(
 
 
 def _embeddings(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the input and output embeddings of a transformers model by name."""
+    """Return a dict that maps module names to the input and output embeddings of a model.
+
+    Embeddings are found with the methods that transformers models define.
+    """
     found = []
     for method in ("get_input_embeddings", "get_output_embeddings"):
         with contextlib.suppress(NotImplementedError):  # vision models have no embeddings
@@ -319,7 +324,7 @@ def _embeddings(model: nn.Module) -> dict[str, nn.Module]:
 def _targets_embedding(
     embeddings: dict[str, nn.Module], adapter_name: str, config: LoraConfig
 ) -> bool:
-    """Return whether an adapter targets an embedding, by PEFT's rules.
+    """Return whether PEFT considers an embedding or output head to be a target of the adapter.
 
     The result is always False if the adapter has ``trainable_token_indices``.
     """
@@ -335,9 +340,10 @@ def _targets_embedding(
 
 
 def _is_resized(model: nn.Module, config: LoraConfig) -> bool:
-    """Return whether the model's vocabulary size differs from the one in the base model's folder.
+    """Return whether the model's vocabulary size has changed since the model was loaded.
 
-    The result is False if the base model was not loaded from a local folder.
+    The size is compared with the one in the base model's ``config.json``. The result is False if
+    the base model was not loaded from a local folder.
     """
     path = Path(config.base_model_name_or_path or "") / "config.json"
     size = getattr(getattr(model, "config", None), "vocab_size", None)
@@ -368,9 +374,9 @@ def load(lora_model: LoraModel, adapter_name: str, file: AdapterFile) -> None:
 
 
 def _write(lora_model: LoraModel, key: str, target: torch.Tensor, source: torch.Tensor) -> None:
-    """Copy ``source`` into ``target``, the model's tensor called ``key``.
+    """Copy ``source`` into ``target``, the tensor that has the key ``key`` in the model.
 
-    A target on the meta device is replaced by a new tensor on the device of its base layer.
+    A target on the meta device is replaced with a new tensor on the device of the base layer.
 
     Raises:
         CheckpointError: If ``source`` itself is on the meta device.
@@ -397,16 +403,18 @@ def _write(lora_model: LoraModel, key: str, target: torch.Tensor, source: torch.
 
 @torch.no_grad()
 def put(lora_model: LoraModel, adapter_name: str, tensors: Mapping[str, torch.Tensor]) -> Any:
-    """Copy tensors into an adapter's parameters. Missing tensors are allowed.
+    """Copy tensors into an adapter's parameters.
+
+    Parameters without a tensor in ``tensors`` are left unchanged.
 
     Args:
         lora_model: The model that has the adapter.
         adapter_name: The name of the adapter.
-        tensors: The tensors by file key.
+        tensors: A mapping from the keys of PEFT's adapter files to tensors.
 
     Returns:
-        A named tuple with ``missing_keys`` and ``unexpected_keys``, which are lists of file keys,
-        as `nn.Module.load_state_dict` returns.
+        A named tuple with ``missing_keys`` and ``unexpected_keys``, as in the result of
+        `nn.Module.load_state_dict`. Both are lists of keys of PEFT's adapter files.
 
     Raises:
         AdapterNotFoundError: If there is no such adapter.

@@ -19,7 +19,7 @@ _INNER = ("base_layer", "original_module", "token_adapter")
 
 
 def base_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return a base model's tensors under the keys of the model without adapters."""
+    """Return the base model's state dict, with the keys of the model without adapters."""
     named = ((bare_key(model, key), tensor) for key, tensor in model.state_dict().items())
     return {bare: tensor for bare, tensor in named if bare is not None}
 
@@ -28,16 +28,16 @@ def base_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
 def load_base_state_dict(
     model: nn.Module, tensors: Mapping[str, torch.Tensor], strict: bool = True
 ) -> Any:
-    """Copy tensors into a base model that has adapters.
+    """Copy tensors into a base model that may have adapters.
 
     Args:
         model: The base model, with or without adapters.
-        tensors: The tensors under the keys of the model without adapters.
-        strict: Whether missing and unexpected keys raise an error.
+        tensors: A mapping from the keys of the model without adapters to tensors.
+        strict: Whether to raise an error if keys are missing or unexpected.
 
     Returns:
-        A named tuple with ``missing_keys`` and ``unexpected_keys``, as
-        `nn.Module.load_state_dict` returns.
+        A named tuple with ``missing_keys`` and ``unexpected_keys``, as in the result of
+        `nn.Module.load_state_dict`.
 
     Raises:
         RuntimeError: If a shape differs, or if ``strict`` is True and a key is missing or
@@ -64,13 +64,13 @@ def load_base_state_dict(
 
 
 def bare_key(model: nn.Module, key: str, adapter_name: str | None = None) -> str | None:
-    """Return the key that a tensor of the model has in the model without adapters.
+    """Return the key that a tensor would have in a model without adapters.
 
     Args:
         model: The base model, with or without adapters.
         key: A key of the model's ``state_dict()``.
-        adapter_name: The name of an adapter. If given, the returned key is the one that PEFT uses
-            in a model with this adapter only.
+        adapter_name: The name of an adapter. If it is given, the result is instead the key that the
+            tensor would have in a PEFT model with only this adapter.
 
     Returns:
         The key, or None if the tensor belongs to an adapter.
@@ -95,7 +95,7 @@ def bare_key(model: nn.Module, key: str, adapter_name: str | None = None) -> str
 
 
 def without_wrappers(module: str) -> str:
-    """Return the name of a base module without the components that wrappers add in adapter files.
+    """Remove the names of wrapper modules from the name of a base module in an adapter file.
 
     The result is the module's name in the model without adapters.
     """

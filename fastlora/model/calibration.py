@@ -1,9 +1,9 @@
-"""Calibrate a model on data for initializations that run before an adapter is added.
+"""Calibrate a model on data for the initialization methods CorDA and LoRA-GA.
 
-These are CorDA and LoRA-GA. Function names and arguments are the same as in PEFT, and so are the
-attributes stored on the layers and the contents of cache files. Each library can therefore use a
-calibration made with the other. EVA, which runs after the adapter is added, is in
-`fastlora.model.eva`.
+Both methods run before an adapter is added. EVA, which runs after the adapter is added, is in
+`fastlora.model.eva`. The functions have the same names and arguments as in PEFT. They store the
+same attributes on the layers and the same contents in cache files, so that a calibration made with
+one library can be used with the other.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ from fastlora.validation import ConfigError, InitialisationError, error_prefix
 
 
 def calibrated_layers(model: nn.Module, config: LoraConfig, title: str) -> dict[str, nn.Module]:
-    """Return the linear layers that a config targets, by name.
+    """Return a dict that maps module names to the linear layers that a config targets.
 
-    Targets of other kinds are left out, as in PEFT.
+    Targets that are not linear layers are left out, as in PEFT.
 
     Args:
         model: The model, with or without adapters.
@@ -84,10 +84,10 @@ def _runner(
 
     Args:
         model: The model to calibrate.
-        run: The user's function, which takes precedence over ``dataloader``.
-        dataloader: The batches, used if ``run`` is None.
-        each: Called with the model and each batch of ``dataloader``.
-        name: The name of the argument that holds ``run``, for messages.
+        run: A function from the user that runs the model, or None.
+        dataloader: The batches to use if ``run`` is None.
+        each: A function that is called with the model and each batch of ``dataloader``.
+        name: The name of the user's argument for ``run``, for messages.
         show: Whether to show a progress bar.
 
     Raises:
@@ -254,7 +254,7 @@ def preprocess_loraga(
 def estimate_gradients(
     model: nn.Module, lora_config: Any, train_step: Callable[[], object]
 ) -> None:
-    """Store the mean gradient of each target layer's weight on the layer.
+    """Compute the mean gradient of each target layer's weight, and store it on the layer.
 
     See `preprocess_loraga` for the arguments.
     """
@@ -266,7 +266,10 @@ def estimate_gradients(
 
 
 def _leave(layers: Mapping[str, nn.Module], attribute: str, results: Mapping[str, object]) -> None:
-    """Store each layer's result as an attribute of the layer."""
+    """Store the result for each layer as an attribute of the layer.
+
+    ``layers`` and ``results`` have the same keys.
+    """
     for name, module in layers.items():
         setattr(module, attribute, results[name])
 

@@ -1,6 +1,6 @@
-"""Adapters that are computed from existing ones.
+"""Create new adapters from the factors of existing adapters.
 
-A new adapter is computed completely before the model is changed.
+All factors of a new adapter are computed before the model is changed.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from fastlora.validation import AdapterStateError, UnsupportedLayerError
 
 
 class Factors(NamedTuple):
-    """The parameters of a computed adapter on one layer.
+    """The parameters of a computed adapter for one layer.
 
     Attributes:
         lora_a, lora_b: The factors, ``[R, K]`` and ``[N, R]``.
         lora_bias: The bias of ``lora_b``, ``[N]``, or None.
-        magnitude: The DoRA magnitude, in the shape of the layer's parameter, or None if the adapter
-            does not use DoRA.
+        magnitude: The DoRA magnitude, of the same shape as the layer's parameter, or None if the
+            adapter does not use DoRA.
     """
 
     lora_a: torch.Tensor
@@ -43,9 +43,9 @@ class Made(NamedTuple):
 
     Attributes:
         plan: The adapter's config and the modules that it adapts.
-        factors: The adapter's factors on each LoRA layer, by the layer's name.
-        copies: The name of each module in ``modules_to_save``, and the existing adapter from which
-            the new adapter copies this module.
+        factors: A mapping from the names of LoRA layers to the adapter's parameters.
+        copies: A mapping from the name of each module in ``modules_to_save`` to the name of the
+            existing adapter from which the new adapter copies this module.
         wide: Whether the factors of 16-bit base layers are stored in fp32.
     """
 
@@ -56,7 +56,7 @@ class Made(NamedTuple):
 
     @property
     def ranks(self) -> dict[str, int]:
-        """The rank of the factors on each layer, by the layer's name."""
+        """A dict that maps the names of LoRA layers to the ranks of their factors."""
         return {name: each.lora_a.shape[0] for name, each in self.factors.items()}
 
     @torch.no_grad()
@@ -82,7 +82,9 @@ class Made(NamedTuple):
 
 
 def pair_of(name: str, layer: LoraLayer, adapter: str, *, multiplied: bool = True) -> low_rank.Pair:
-    """Return an adapter's factors on a layer as two matrices, in fp32 or a wider dtype.
+    """Return an adapter's LoRA factors on a layer as a tuple of two matrices.
+
+    The matrices have the dtype fp32 or, if a factor has a wider dtype, that dtype.
 
     Args:
         name: The name of the layer, for messages.
@@ -91,7 +93,7 @@ def pair_of(name: str, layer: LoraLayer, adapter: str, *, multiplied: bool = Tru
         multiplied: Whether to require that the product of the two matrices is the adapter's update.
 
     Returns:
-        The matrices ``lora_a [R, K]`` and ``lora_b [N, R]``.
+        The tuple ``(lora_a, lora_b)``, of shapes ``[R, K]`` and ``[N, R]``.
 
     Raises:
         AdapterStateError: If the factors are sharded or contain values that are not finite.
@@ -120,12 +122,13 @@ def made(
     factors: Mapping[str, Factors],
     config: LoraConfig | None = None,
 ) -> Made:
-    """Return a computed adapter that is ready to be added to the model.
+    """Create a `Made` object from computed factors, after checking that they can be added.
 
     Args:
         model: The base model with its adapters.
-        configs: The configs of the adapters that the new adapter was computed from, by name.
-        factors: The new adapter's factors on each layer that it adapts, by the layer's name.
+        configs: A mapping from the names of the adapters that the new adapter was computed from to
+            their configs.
+        factors: A mapping from the names of the layers that the new adapter adapts to its factors.
         config: The new adapter's config. With None, the factors already include all scalings, and
             the config is derived from ``configs``.
 
@@ -151,7 +154,7 @@ def made(
 
 
 def _copies_of(model: nn.Module, adapters: Sequence[str]) -> dict[str, str]:
-    """Return the modules that the adapters own a copy of, each with the adapter to copy it from.
+    """Return a dict that maps the name of each copied module to the adapter that owns the copy.
 
     Raises:
         AdapterStateError: See `check_one_copy`.
@@ -161,12 +164,12 @@ def _copies_of(model: nn.Module, adapters: Sequence[str]) -> dict[str, str]:
 
 
 def check_one_copy(model: nn.Module, adapters: Sequence[str]) -> None:
-    """Check that at most one of the adapters owns a copy of any module.
+    """Check that no two adapters own copies of the same module.
 
     If a name occurs twice in ``adapters``, its copies count twice, as in PEFT.
 
     Raises:
-        AdapterStateError: If a module has more than one copy.
+        AdapterStateError: If two adapters own copies of the same module.
     """
     for name, owners in _owners_of_copies(model, adapters).items():
         if len(owners) > 1:
@@ -177,7 +180,10 @@ def check_one_copy(model: nn.Module, adapters: Sequence[str]) -> None:
 
 
 def _owners_of_copies(model: nn.Module, adapters: Sequence[str]) -> dict[str, list[str]]:
-    """Return the modules that the adapters own copies of, each with the names of its owners."""
+    """Return a dict that maps the name of each copied module to a list of the copies' owners.
+
+    The owners are names in ``adapters``.
+    """
     found = {}
     for name, module in routed_modules(model):
         copies = getattr(module, "modules_to_save", None)
@@ -190,15 +196,16 @@ def _owners_of_copies(model: nn.Module, adapters: Sequence[str]) -> dict[str, li
 def _config_for(
     configs: Sequence[LoraConfig], ranks: Mapping[str, int], copies: Mapping[str, str]
 ) -> LoraConfig:
-    """Return the config of a computed adapter whose factors include all scalings.
+    """Create the config of a computed adapter. The adapter's factors must include all scalings.
 
     ``lora_alpha`` equals the rank, so that the adapter's scaling is 1. Fields that are not
     determined by the computation are copied from the first of ``configs``.
 
     Args:
         configs: The configs of the adapters that the new adapter was computed from.
-        ranks: The rank on each layer, by the layer's name.
-        copies: The modules in ``modules_to_save``; only the names are used.
+        ranks: A mapping from the names of layers to ranks.
+        copies: A mapping with the names of the modules in ``modules_to_save`` as keys. The values
+            are not used.
 
     Raises:
         ConfigError: If an adapter was trained on base weights that its initialization changed.

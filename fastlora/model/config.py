@@ -1,8 +1,8 @@
-"""`LoraConfig`, with the field names, defaults, and file format of PEFT.
+"""`LoraConfig`: the configuration of an adapter, compatible with PEFT.
 
-The values are checked when a config is created. A field that fastlora does not support is accepted
-only at its default value. Otherwise an error names all such fields, so no setting is silently
-ignored.
+Fields, defaults, and the file format are those of PEFT. All values are checked when a config is
+created. A field that fastlora does not support must have its default value. Otherwise, an error
+that names all these fields is raised, so that no setting is silently ignored.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ _T = TypeVar("_T", bound="LoraConfig")
 
 @dataclass
 class LoraRuntimeConfig:
-    """Settings for the current run. They are never saved.
+    """Settings of a `LoraConfig` that apply only to the current run and are never saved.
 
     Args:
         ephemeral_gpu_offload: Accepted for compatibility with PEFT and ignored. PEFT uses it only
@@ -115,7 +115,7 @@ class LoraConfig(ConfigMethods):
             embedding's adapter.
         lora_bias: Whether B has a bias. The bias is multiplied by the scaling like the rest of the
             LoRA branch. Not supported together with DoRA.
-        runtime_config: Settings for the current run. They are never saved.
+        runtime_config: Settings that apply only to the current run and are never saved.
 
     Raises:
         ConfigError: If a value is invalid, if two values contradict each other, or if a field is
@@ -183,10 +183,10 @@ class LoraConfig(ConfigMethods):
             self._warn_of_conversion()
 
     def _read_settings(self, init: Init, where: Settings, chosen: bool, stage: Stage) -> None:
-        """Normalize the settings field of an initialization method.
+        """Normalize the config field that contains the settings of an initialization method.
 
-        Emits a warning if the settings are given for a method that is not selected, or if the
-        selected method falls back to its default settings.
+        A warning is emitted if settings are given for a method that is not selected, or if default
+        settings are used for the selected method.
 
         Args:
             init: The initialization method.
@@ -232,7 +232,7 @@ class LoraConfig(ConfigMethods):
             )
 
     def check_supported(self, stage: Stage = "new") -> None:
-        """Check that the config uses only fields that fastlora supports.
+        """Check that all fields that fastlora does not support have their default values.
 
         Args:
             stage: ``"new"`` if the adapter is about to be initialized, ``"load"`` if its weights
@@ -252,17 +252,19 @@ class LoraConfig(ConfigMethods):
             raise ConfigError(f"fastlora does not support {names}; {THE_PEFT_WAY}")
 
     def check_plain(self, what: str) -> None:
-        """Check that the adapter can be used with the original base weights.
+        """Check that the adapter was trained on the original base weights.
 
-        Some initializations change the base weights, and the adapter is then trained on the changed
-        weights. If loading must repeat this change, an error is raised. If PEFT does not repeat it
-        either, only a warning is emitted.
+        Some initialization methods change the base weights, and the adapter is then trained on the
+        changed weights. If the change must be repeated when the adapter is loaded, an error is
+        raised. For methods with a change that PEFT does not repeat either, only a warning is
+        emitted.
 
         Args:
             what: A description of the operation's result, as the subject of the message.
 
         Raises:
-            ConfigError: If the initialization changed the base weights and must be repeated.
+            ConfigError: If the initialization method changes the base weights and the change must
+                be repeated when the adapter is loaded.
         """
         if not self.init.changes_base:
             return
@@ -292,9 +294,9 @@ class LoraConfig(ConfigMethods):
         return None if where is None else settings_of(getattr(self, where.field) or None, where.cls)
 
     def shapes_only(self) -> LoraConfig:
-        """Return a copy of the config with the default initialization.
+        """Return a copy of the config that uses the default initialization method.
 
-        A new adapter with this config has parameters of the same shapes.
+        An adapter that is created with the copy has parameters of the same shapes.
 
         Raises:
             ConfigError: If fastlora cannot load an adapter with this config.
@@ -306,10 +308,10 @@ class LoraConfig(ConfigMethods):
         return dataclasses.replace(self, init_lora_weights=True, **idle)
 
     def _register_custom_module(self, mapping: Mapping[type, type]) -> None:
-        """Register custom LoRA layer classes for module classes, under PEFT's name for this method.
+        """Register custom LoRA layer classes for module classes. The method's name is PEFT's.
 
-        The registration is not saved with the config. To load an adapter that uses it, register the
-        classes again and pass ``config=``.
+        The registration is not saved with the config. To load an adapter that uses custom classes,
+        register them again on a config, and pass this config as ``config=``.
 
         Args:
             mapping: A mapping from module classes to subclasses of `fastlora.layers.LoraLayer`. The
@@ -319,9 +321,9 @@ class LoraConfig(ConfigMethods):
 
     @property
     def custom_modules(self) -> dict[type, type]:
-        """The classes registered with `_register_custom_module`.
+        """A dict that maps module classes to LoRA layer classes. See `_register_custom_module`.
 
-        For each module, the first class that the module is an instance of is used.
+        The first entry with a class that a module is an instance of determines its LoRA layer.
         """
         named: dict[type, type] | None = self.__dict__.get("_custom_modules")
         return named or {}
@@ -344,9 +346,9 @@ class LoraConfig(ConfigMethods):
         return self.alpha_for(name) / (math.sqrt(rank) if self.use_rslora else rank)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as a dict that can be written as JSON.
+        """Return a dict of the config's fields that can be serialized as JSON.
 
-        Sets become sorted lists, and ``runtime_config`` is left out.
+        Sets are converted to sorted lists, and ``runtime_config`` is left out.
         """
         data = dataclasses.asdict(self)
         del data["runtime_config"]
@@ -360,7 +362,7 @@ class LoraConfig(ConfigMethods):
         in PEFT.
 
         Args:
-            data: The values by field name.
+            data: A mapping from field names to values.
             for_loading: Whether the adapter's weights come from a file. Settings that only affect
                 the initialization are then not checked. ``init_lora_weights`` keeps its value.
 
@@ -446,10 +448,10 @@ class LoraConfig(ConfigMethods):
             partial.write_bytes(edited_config(folder, text.encode("utf-8")))
 
     def to_json(self, **overrides: Any) -> str:
-        """Return the text of ``adapter_config.json``.
+        """Return the config as a JSON string, in the format of ``adapter_config.json``.
 
         Args:
-            **overrides: Values to write in place of the config's own. A value of None is ignored.
+            **overrides: Values that replace the config's own values. A value of None is ignored.
 
         Raises:
             ConfigError: If the text is longer than the maximum that `from_pretrained` reads.
@@ -471,9 +473,9 @@ class LoraConfig(ConfigMethods):
         """Read the config of a local adapter folder.
 
         The result is the config that belongs to the folder's weights. If a save was interrupted
-        after it replaced the weights and before it replaced ``adapter_config.json``, the config
-        stored in the metadata of the weights file is returned. To read the config file itself, use
-        `from_json_file`.
+        after it replaced the weights file and before it replaced ``adapter_config.json``, the
+        config stored in the metadata of the weights file is returned. To read the config file
+        itself, use `from_json_file`.
 
         Args:
             folder: The adapter folder.

@@ -1,4 +1,7 @@
-"""The checks of `LoraConfig`. Each error names the field, its value, and the expected value."""
+"""Check the values of `LoraConfig` fields.
+
+Each error message names the field, its value, and the expected value.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from fastlora.validation import ConfigError, check_dropout, check_rank, near_nam
 
 
 class TaskType(str, enum.Enum):
-    """The tasks that a model can be trained for. The members and values are those of PEFT."""
+    """The tasks that a model can be trained for. The names and values are those of PEFT."""
 
     SEQ_CLS = "SEQ_CLS"
     SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
@@ -24,7 +27,7 @@ class TaskType(str, enum.Enum):
 
 
 class PeftType(str, enum.Enum):
-    """The adapter methods of PEFT. fastlora supports only LoRA."""
+    """The adapter methods that PEFT supports. fastlora supports only LoRA."""
 
     LORA = "LORA"
 
@@ -35,12 +38,12 @@ BIAS_MODES = ("none", "all", "lora_only")
 
 
 def checked_fields(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Check the fields of a config, and return them in normalized form.
+    """Check the fields of a config, and return a dict of the normalized values.
 
     For example, collections of names become new sets or lists, and ``task_type`` becomes a string.
 
     Args:
-        given: The values by field name.
+        given: A mapping from field names to values.
 
     Raises:
         ConfigError: If a value is invalid or contradicts another value.
@@ -115,7 +118,11 @@ def _check_values(fields: Mapping[str, Any]) -> None:
 
 
 def _ranges(given: Any) -> Any:
-    """Return a copy of ``layer_replication`` as a list; raise `ConfigError` if it is invalid."""
+    """Check the value of ``layer_replication``, and return a copy of it as a list.
+
+    Raises:
+        ConfigError: If the value is invalid.
+    """
     if given is None or not isinstance(given, (list, tuple)):
         pairs: list[Any] = [] if given is None else [given]
     else:
@@ -131,7 +138,11 @@ def _ranges(given: Any) -> Any:
 
 
 def _token_lists(given: Any) -> Any:
-    """Return a copy of ``trainable_token_indices``; raise `ConfigError` if it is invalid."""
+    """Check the value of ``trainable_token_indices``, and return a copy of it.
+
+    Raises:
+        ConfigError: If the value is invalid.
+    """
     if given is None:
         return None
     if isinstance(given, Mapping):

@@ -1,6 +1,7 @@
-"""The methods of `LoraConfig` that exist for compatibility with PEFT's configs.
+"""Methods of `LoraConfig` that exist for compatibility with PEFT's configs.
 
-If PEFT is imported, its own config class follows in the method resolution order.
+After PEFT is imported, ``peft.LoraConfig`` is also a base class of `LoraConfig`. It comes after
+`ConfigMethods` in the method resolution order.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ _T = TypeVar("_T", bound="ConfigMethods")
 
 
 class ConfigMethods:
-    """The methods of PEFT's config classes, for `LoraConfig`.
+    """Base class that provides `LoraConfig` with the methods of PEFT's config classes.
 
     Attributes:
         modules_to_tie, target_modules_to_tie: Attributes that PEFT sets on a config that is passed
             to it.
-        _custom_modules: A mapping from module classes to LoRA layer classes, under PEFT's name.
+        _custom_modules: A mapping from module classes to LoRA layer classes. The attribute's name
+            is PEFT's.
     """
 
     modules_to_tie: ClassVar[Any] = None
@@ -32,7 +34,11 @@ class ConfigMethods:
     _custom_modules: Any = None
 
     def _version_of_peft(self) -> str:
-        """Return PEFT's version if PEFT is imported, or else the version that fastlora follows."""
+        """Return the version of PEFT to store in a config.
+
+        This is the installed version if PEFT is imported, or else the version that fastlora
+        follows.
+        """
         theirs: Any = getattr(super(), "_get_peft_version", None)
         return PEFT_VERSION if theirs is None else theirs()
 
@@ -48,7 +54,7 @@ class ConfigMethods:
 
     @classmethod
     def from_json_file(cls, path_json_file: str | os.PathLike[str], **_: Any) -> dict[str, Any]:
-        """Return the fields of an ``adapter_config.json`` file without checking their values.
+        """Return a dict of the fields in an ``adapter_config.json`` file. Values are not checked.
 
         ``runtime_config`` is dropped with a warning.
 
@@ -66,14 +72,14 @@ class ConfigMethods:
 
     @classmethod
     def from_peft_type(cls: type[_T], **fields: Any) -> _T:
-        """Create a config with the given fields. This is an alias under PEFT's name."""
+        """Create a config with the given fields. The method's name is PEFT's."""
         return cls(**fields)
 
     @classmethod
     def check_kwargs(cls, **fields: Any) -> Mapping[str, Any]:
         """Return the fields unchanged.
 
-        PEFT checks the fields in its method of this name. `LoraConfig` checks them when a config is
+        PEFT's method of the same name checks the fields. `LoraConfig` checks them when a config is
         created.
         """
         return fields

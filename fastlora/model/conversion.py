@@ -1,4 +1,4 @@
-"""Convert an adapter that was trained on changed base weights into one for the original weights.
+"""Convert an adapter trained on changed base weights into an adapter for the original weights.
 
 Some initializations change the base weight ``W`` into ``W' = W - s B0 A0``, where ``s`` is the
 scaling and ``A0``, ``B0`` are the initial factors. After training,
@@ -24,7 +24,7 @@ from fastlora.validation import CheckpointError, ConfigError
 
 
 def read_initial(config: LoraConfig, path: str | os.PathLike[str]) -> AdapterFile:
-    """Load the untrained adapter that `convert` needs.
+    """Load the untrained adapter from a folder, for the argument ``initial`` of `convert`.
 
     Args:
         config: The config of the trained adapter.
@@ -54,17 +54,18 @@ def read_initial(config: LoraConfig, path: str | os.PathLike[str]) -> AdapterFil
 def convert(
     config: LoraConfig, tensors: Mapping[str, torch.Tensor], initial: AdapterFile
 ) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
-    """Convert a trained adapter into an equivalent one for the original base weights.
+    """Convert a trained adapter into an equivalent adapter for the original base weights.
 
-    Only the factors are changed. All other tensors are returned as they are.
+    Only the LoRA factors are changed. All other tensors are returned unchanged.
 
     Args:
         config: The config of the trained adapter.
-        tensors: The tensors of the trained adapter by file key.
+        tensors: A mapping from the keys of PEFT's adapter files to the trained adapter's tensors.
         initial: The untrained adapter.
 
     Returns:
-        The config and the tensors, by file key, of an adapter of twice the rank.
+        A tuple of the config and the tensors of an adapter of twice the rank. The tensors are a
+        dict with the same kind of keys as ``tensors``.
 
     Raises:
         CheckpointError: If the factors of the two adapters differ in their keys or shapes.

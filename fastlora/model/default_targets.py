@@ -1,8 +1,8 @@
 """The default ``target_modules`` for each ``model_type`` of base models.
 
-The table is that of PEFT 0.21.2 (``peft/utils/constants.py``, the table for LoRA), so that a config
-without ``target_modules`` adapts the same modules in both libraries. A string is a regular
-expression that must match the whole name of a module.
+The values are those of PEFT 0.21.2 (the table for LoRA in ``peft/utils/constants.py``). A config
+without ``target_modules`` therefore adapts the same modules in both libraries. A value that is a
+string is a regular expression that must match the whole name of a module.
 """
 
 from __future__ import annotations

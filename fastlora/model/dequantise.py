@@ -1,4 +1,4 @@
-"""Replace quantized linear layers with plain ones, one layer at a time."""
+"""Dequantize linear layers: replace them with plain `torch.nn.Linear` layers, one at a time."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ _MARKS = ("hf_quantizer", "quantization_method", "is_loaded_in_4bit", "is_loaded
 
 
 def dense_dtype(model: nn.Module) -> torch.dtype:
-    """Return the dtype for a model's linear layers after dequantization.
+    """Return the dtype that a model's linear layers should have after dequantization.
 
-    This is the dtype of the first floating-point parameter of at least 16 bits that is not a
-    quantized weight, since the layers exchange activations of this dtype. If there is no such
-    parameter, it is the compute dtype of the first quantized linear layer, or fp32.
+    The result is the dtype of the first floating-point parameter that has at least 16 bits per
+    value and is not a quantized weight, because activations have this dtype. If there is no such
+    parameter, the result is the compute dtype of the first quantized linear layer, or fp32 if it
+    has none.
     """
     linears = [module for module in model.modules() if is_quantised(module)]
     codes = {id(module._parameters.get("weight")) for module in linears}
@@ -52,15 +53,16 @@ def is_quantised(module: object) -> bool:
 
 @contextlib.contextmanager
 def as_if_plain(layer: nn.Module, with_values: bool) -> Iterator[None]:
-    """Replace a quantized base layer with a plain one for the duration of a ``with`` block.
+    """Temporarily replace the quantized base layer of a LoRA layer with a plain linear layer.
 
-    This allows a merge to be checked before the layer is dequantized permanently. A layer without a
-    quantized base layer is not changed.
+    The base layer is restored when the ``with`` block ends. This allows a merge to be checked
+    before the base layer is dequantized permanently. A LoRA layer without a quantized base layer is
+    not changed.
 
     Args:
         layer: The LoRA layer.
-        with_values: Whether the plain layer has the dequantized values, in fp32. If False, it is on
-            the meta device.
+        with_values: Whether to create the plain layer with the dequantized values, in fp32. If
+            False, the plain layer is created on the meta device.
 
     Raises:
         UnsupportedLayerError: If the quantization format is not supported.
@@ -77,14 +79,15 @@ def as_if_plain(layer: nn.Module, with_values: bool) -> Iterator[None]:
 
 
 def make_plain(layer: nn.Module) -> bool:
-    """Replace the quantized base layer of a LoRA layer with a plain one in fp32.
+    """Replace the quantized base layer of a LoRA layer with a plain linear layer in fp32.
 
     If adapters are merged and the quantized weight from before the merge is available, the adapters
-    are unmerged first and merged again into the plain layer. Otherwise the merged weight is
-    dequantized as it is.
+    are unmerged first and merged again into the plain layer. Otherwise, the merged weight is
+    dequantized.
 
     Returns:
-        True if the base layer was replaced, or False if it is not a quantized linear layer.
+        True if the base layer was replaced. False if it is not a quantized linear layer, or if
+        ``layer`` is not a LoRA layer.
     """
     own: Any = getattr(layer, "base_layer", None)
     if not (isinstance(layer, LoraLayer) and is_quantised(own)):
@@ -100,9 +103,9 @@ def make_plain(layer: nn.Module) -> bool:
 
 
 def dequantise(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Replace every quantized linear layer of a model with a plain one.
+    """Replace every quantized linear layer of a model with a plain linear layer.
 
-    Also removes the attributes that mark the model as quantized.
+    The attributes that mark the model as quantized are removed.
 
     Args:
         model: The model.
@@ -132,9 +135,10 @@ def dequantise(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 @torch.no_grad()
 def _plain(module: nn.Module, dtype: torch.dtype | None) -> nn.Linear:
-    """Return a plain linear layer with the module's weight and bias in ``dtype``.
+    """Return a plain linear layer with the dequantized weight and the bias of a module.
 
-    With None, the layer is on the meta device.
+    The weight and the bias are converted to ``dtype``. If ``dtype`` is None, the layer is created
+    on the meta device, without values.
     """
     k, n = linear_features(module) or (0, 0)
     bias: Any = getattr(module, "bias", None)

@@ -1,4 +1,4 @@
-"""`estimate`: the size of an adapter, and the memory that is needed to train it.
+"""`estimate`: estimate the size of an adapter, and the memory that is needed to train it.
 
 The estimate uses only the shapes of tensors. It works with a model on the meta device, allocates no
 tensors, and does not change the model.
@@ -28,7 +28,7 @@ _UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
 
 @dataclass(frozen=True)
 class Estimate:
-    """The size of an adapter, and the memory of a training step without activations.
+    """The size of an adapter, and the memory that its training needs in addition to activations.
 
     Attributes:
         adapter_parameters: The number of trainable parameters. These are the adapter's parameters
@@ -59,7 +59,7 @@ class Estimate:
 
     @property
     def share(self) -> float:
-        """The number of trainable parameters divided by that of the base model's parameters."""
+        """The ratio of the number of trainable parameters to the number of base parameters."""
         return self.adapter_parameters / max(self.base_parameters, 1)
 
     @property
@@ -68,7 +68,7 @@ class Estimate:
         return self.weight_bytes + self.gradient_bytes + self.optimizer_bytes
 
     def __str__(self) -> str:
-        """Return a summary in one line."""
+        """Return a one-line summary of the estimate."""
         bits = (
             f" (including {human_bytes(self.scale_bytes)} of scales), one dequantized weight "
             f"{human_bytes(self.workspace_bytes)}"
@@ -90,7 +90,7 @@ def estimate(
     optimizer_states: int = 2,
     autocast_adapter_dtype: bool = True,
 ) -> Estimate:
-    """Estimate the size of an adapter, and the memory to train it, before it is created.
+    """Estimate the size of an adapter, and the memory needed to train it, before it is created.
 
     Args:
         model: Any module on any device, with or without adapters. A model on
@@ -130,15 +130,15 @@ def estimate(
 
 
 def own_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Return the parameters that do not belong to any adapter, each of them once."""
+    """Return the parameters that do not belong to any adapter, without duplicates."""
     return list({id(p): p for _, p in inject.base_parameters(model)}.values())
 
 
 def logical_numel(parameter: torch.Tensor) -> int:
-    """Return the number of logical values in a parameter.
+    """Return the number of values in a parameter before packing.
 
-    It differs from ``parameter.numel()`` for 4-bit weights of bitsandbytes, which pack two values
-    into a byte.
+    It differs from ``parameter.numel()`` for 4-bit weights of bitsandbytes, in which two values are
+    packed into a byte.
     """
     state = getattr(parameter, "quant_state", None)
     shape = getattr(state, "shape", None)
@@ -146,11 +146,11 @@ def logical_numel(parameter: torch.Tensor) -> int:
 
 
 class _Bytes(NamedTuple):
-    """The size of a parameter in bytes.
+    """The sizes of a parameter's values and scales in bytes.
 
     Attributes:
         codes: The size of the stored values, quantized or not.
-        scales: The size of the scales of a quantized weight.
+        scales: The size of the scales of a quantized weight, or 0 if it is not quantized.
         dense: The size of a quantized weight after dequantization, or 0 if it is not quantized.
     """
 
@@ -160,9 +160,9 @@ class _Bytes(NamedTuple):
 
 
 def _stored(parameter: torch.Tensor) -> _Bytes:
-    """Return the size of a parameter.
+    """Return the sizes of a parameter's values and scales in bytes.
 
-    For a weight that bitsandbytes has not quantized yet, the size after quantization is returned.
+    For a weight that bitsandbytes has not quantized yet, the sizes after quantization are returned.
     """
     kind, numel = type(parameter).__name__, logical_numel(parameter)
     own: Any = parameter
@@ -189,7 +189,10 @@ def _stored(parameter: torch.Tensor) -> _Bytes:
 
 
 def _tensor_bytes(state: object) -> int:
-    """Return the size in bytes of all tensors in a quant state, including nested states."""
+    """Return the total size in bytes of the tensors in a bitsandbytes ``QuantState``.
+
+    The tensors of nested states are included.
+    """
     found = 0
     for value in vars(state).values():
         if isinstance(value, torch.Tensor):
@@ -200,7 +203,7 @@ def _tensor_bytes(state: object) -> int:
 
 
 def human_bytes(count: int) -> str:
-    """Format a number of bytes for display, such as ``9437184`` as ``"9.0 MiB"``."""
+    """Format a number of bytes for display. For example, 9437184 becomes ``"9.0 MiB"``."""
     value, unit = float(count), 0
     while value >= 1024 and unit < len(_UNITS) - 1:
         value, unit = value / 1024, unit + 1
@@ -208,7 +211,10 @@ def human_bytes(count: int) -> str:
 
 
 def _trainable(model: nn.Module, plan: Plan, autocast: bool) -> Iterator[tuple[int, int]]:
-    """Yield the numel and the itemsize in bytes of each tensor that the adapter would train."""
+    """Yield a tuple ``(numel, itemsize)`` for each tensor that the adapter would train.
+
+    ``itemsize`` is in bytes.
+    """
     config = plan.config
     for target in plan.targets.values():
         itemsize = _factor_itemsize(target.base, autocast)

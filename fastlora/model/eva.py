@@ -1,7 +1,7 @@
-"""EVA: initialize each layer's A from data, and redistribute the ranks between layers.
+"""EVA: initialize the LoRA factor A of each layer from data, and redistribute ranks among layers.
 
-Function names, arguments, and results are the same as in PEFT. A state dict computed by one library
-can be used with the other.
+The functions have the same names, arguments, and results as in PEFT. A state dict that was computed
+with one library can be used with the other.
 
 The method is that of https://arxiv.org/abs/2410.07170, as implemented in PEFT 0.21.2,
 ``tuners/lora/eva.py``. Unlike PEFT, this implementation does not keep a batch in memory, accepts
@@ -38,18 +38,18 @@ _MOST_RHO = 1000
 
 
 def prepare_model_inputs_fn_language_modeling(model_input: Any, peft_config: Any) -> Any:
-    """Return the indices of the tokens to use in a batch.
+    """Return the indices of the tokens in a batch that EVA should use.
 
-    A token is used if the attention mask includes it and, with ``use_label_mask``, its label is not
-    ``label_mask_value``.
+    A token is used if it is not masked by the attention mask and, with ``use_label_mask``, its
+    label is not ``label_mask_value``.
 
     Args:
         model_input: The batch.
         peft_config: The adapter's config, which has the ``eva_config``.
 
     Returns:
-        The indices of the tokens, ``[tokens, dims of the mask]``; or None, which means all rows, if
-        the batch is not a mapping with ``input_ids``.
+        The indices of the tokens, as a tensor of shape ``[tokens, mask.dim()]``. None, which
+        selects all tokens, if the batch is not a mapping with ``input_ids``.
     """
     if not isinstance(model_input, Mapping) or "input_ids" not in model_input:
         return None
@@ -66,12 +66,15 @@ def prepare_model_inputs_fn_language_modeling(model_input: Any, peft_config: Any
 def prepare_layer_inputs_fn_language_modeling(
     layer_input: Any, model_input: Any, layer_name: str
 ) -> torch.Tensor:
-    """Return the rows of a layer's input that belong to the selected tokens, ``[tokens, K]``.
+    """Select the rows of a layer's input that belong to given tokens.
 
     Args:
         layer_input: The input of the layer, or the tuple of its inputs.
         model_input: The result of `prepare_model_inputs_fn_language_modeling` for the batch.
         layer_name: The name of the layer.
+
+    Returns:
+        The rows, ``[tokens, K]``.
     """
     x = layer_input[0] if isinstance(layer_input, (tuple, list)) else layer_input
     if model_input is None or not isinstance(x, torch.Tensor) or x.dim() <= model_input.shape[1]:
@@ -95,9 +98,10 @@ def get_eva_state_dict(
     gather_distributed_inputs: bool = True,
     show_progress_bar: bool = True,
 ) -> dict[str, torch.Tensor]:
-    """Compute the EVA directions ``[rank, K]`` for the A of each layer.
+    """Compute initial values of the LoRA factor A of each layer, with the EVA method.
 
-    The total rank of all layers is redistributed between them. Each layer gets at most ``rho * r``
+    The initial values are the principal directions of the layer's inputs, of shape ``[rank, K]``.
+    The sum of all ranks is redistributed among the layers. Each layer gets at most ``rho * r``
     directions, and layers with the same inputs share their directions. The function iterates over
     the dataloader, repeatedly if necessary, until the directions have converged.
 
@@ -116,7 +120,7 @@ def get_eva_state_dict(
         show_progress_bar: Whether to show a progress bar, if tqdm is installed.
 
     Returns:
-        The directions by layer name.
+        A dict that maps layer names to directions.
 
     Raises:
         ConfigError: If the model has no adapter and no config is given, or if a mapping contains
@@ -160,10 +164,10 @@ def get_eva_state_dict(
 def _layers(
     model: nn.Module, tuner: LoraTuner | None, config: LoraConfig, adapter_name: str
 ) -> dict[str, nn.Module]:
-    """Return the linear layers by name.
+    """Return a dict that maps names to the linear layers to initialize.
 
-    These are the adapter's layers or, in a model without adapters, the linear layers that the
-    config targets.
+    These are the linear layers that have the adapter. If the model has no adapters, these are the
+    linear layers that the config targets.
     """
     if tuner is not None:
         found = lora_layers(tuner.model).items()
@@ -184,7 +188,11 @@ def _is_linear(layer: LoraLayer, adapter_name: str) -> bool:
 def _by_layer(
     prepare: Prepare | Mapping[str, Prepare] | None, layers: Mapping[str, nn.Module]
 ) -> dict[str, Prepare]:
-    """Return the function that converts the inputs of each layer to rows, by layer name."""
+    """Return a dict that maps layer names to functions that convert the layer's inputs to rows.
+
+    Raises:
+        ConfigError: If ``prepare`` is a mapping with a key that is not a layer name.
+    """
     if not isinstance(prepare, Mapping):
         return dict.fromkeys(layers, prepare or as_rows)
     lost = sorted(set(prepare) - set(layers))
@@ -202,7 +210,11 @@ def _limits(
     rho: float,
     r: int,
 ) -> dict[str, int]:
-    """Return the maximum rank of each layer."""
+    """Return a dict that maps layer names to the maximum rank of the layer.
+
+    The maximum is the config's rank of the layer multiplied by ``rho``, and not more than the
+    number of input features.
+    """
     if rho > _MOST_RHO:
         rho = min(rho, max(max(p.shape) for p in model.parameters() if p.dim()) // r)
     widths = {name: (linear_features(layer) or (0, 0))[0] for name, layer in layers.items()}
@@ -280,9 +292,9 @@ def initialize_lora_eva_weights(
 def _apply(
     tuner: LoraTuner, adapter_name: str, config: LoraConfig, state: Mapping[str, torch.Tensor]
 ) -> None:
-    """Copy the directions into the adapter's factors, and update the config.
+    """Copy the directions in an EVA state dict into an adapter's factors, and update its config.
 
-    If the rank of a layer changes, its factors are replaced with new ones.
+    If the rank of a layer changes, the adapter's factors on this layer are replaced.
     """
     layers = {n: layer for n, layer in lora_layers(tuner.model).items() if adapter_name in layer.r}
     found = {
@@ -333,7 +345,10 @@ def _apply(
 
 
 def _remake(layer: LoraLayer, adapter_name: str, asked: Any) -> None:
-    """Replace an adapter's factors on a layer with new ones, which have the same dtype."""
+    """Replace an adapter's factors on a layer with new tensors of the same dtype.
+
+    ``asked`` contains the settings of the adapter on the layer, which determine the new shapes.
+    """
     before = layer.lora_A[adapter_name].weight.dtype
     layer.delete_adapter(adapter_name)
     layer.add_adapter(adapter_name, **asked._asdict())
@@ -342,7 +357,10 @@ def _remake(layer: LoraLayer, adapter_name: str, asked: Any) -> None:
 
 
 def _take_off(tuner: LoraTuner, name: str, layer: LoraLayer, adapter_name: str) -> None:
-    """Remove an adapter from a layer, and the LoRA layer itself if no adapter is left on it."""
+    """Remove an adapter from a LoRA layer.
+
+    If no adapter is left on the layer, it is replaced with its base layer.
+    """
     layer.delete_adapter(adapter_name)
     if not layer.r:
         tuner.model.set_submodule(name, layer.release())

@@ -1,4 +1,4 @@
-"""Detect targets that are stacked expert weights, which fastlora cannot adapt.
+"""Detect configs that target stacked expert weights, which fastlora cannot adapt.
 
 transformers 5 stores all experts of a layer in two parameters, ``gate_up_proj`` and ``down_proj``,
 where transformers 4 had linear layers. Configs still use the names of the linear layers.
@@ -48,7 +48,7 @@ _LISTED = 4
 
 
 class Stack(NamedTuple):
-    """A parameter that stacks the weights of all experts, or the router weight of such experts.
+    """A parameter that contains the weights of all experts of a layer, or of their router.
 
     Attributes:
         parameter: The name of the parameter.
@@ -60,7 +60,7 @@ class Stack(NamedTuple):
 
 
 def stacked_experts(modules: BaseModules) -> list[Stack]:
-    """Return the stacked expert weights ``[experts, ...]`` in a model's modules."""
+    """Return a list of the parameters ``[experts, ...]`` that stack the weights of all experts."""
     return [
         Stack(f"{name}.{leaf}", tuple(_module_names(name, leaf)))
         for name, module, _ in modules
@@ -70,7 +70,10 @@ def stacked_experts(modules: BaseModules) -> list[Stack]:
 
 
 def routers(modules: BaseModules) -> list[Stack]:
-    """Return the routers of stacked experts, except for routers that are linear layers."""
+    """Return a list of the router weights ``[experts, K]`` that belong to stacked expert weights.
+
+    Routers that are linear layers are left out.
+    """
     found = []
     for name, module, _ in modules:
         children = dict(module.named_children())
@@ -85,11 +88,11 @@ def routers(modules: BaseModules) -> list[Stack]:
 
 
 def as_expert_name(model_type: object, entry: str) -> str:
-    """Return the expert name that PEFT reads an entry of ``target_modules`` as.
+    """Return the last component of an entry of ``target_modules`` if it is an expert name.
 
-    PEFT uses only the last component of the entry. For example, ``experts.3.down_proj`` adapts all
-    experts of a Qwen3 MoE. If the last component is not an expert name, the entry is returned
-    unchanged.
+    PEFT ignores the other components in this case. For example, ``experts.3.down_proj`` adapts all
+    experts of a Qwen3 MoE. If the last component is not an expert name for the model type, the
+    entry is returned unchanged.
     """
     leaf = entry.rpartition(".")[2]
     return leaf if leaf in _names_of(model_type) else entry
@@ -139,12 +142,15 @@ def _names_of(model_type: object) -> frozenset[str]:
 
 
 def _is_own(module: nn.Module) -> bool:
-    """Return whether a module's class is defined outside ``torch.nn``, and it has no adapters."""
+    """Return whether a module is neither a ``torch.nn`` module nor a LoRA layer."""
     return not type(module).__module__.startswith("torch.nn") and not is_lora_layer(module)
 
 
 def _stacked(module: nn.Module) -> dict[str, int]:
-    """Return the stacked parameters that a module holds directly, with their numbers of experts."""
+    """Return a dict that maps the names of stacked expert parameters to the number of experts.
+
+    Only direct parameters of the module are considered.
+    """
     found: dict[str, int] = {}
     for leaf, parameter in module._parameters.items():
         if parameter is not None and parameter.dim() == 3 and min(parameter.shape) > 1:
@@ -153,7 +159,7 @@ def _stacked(module: nn.Module) -> dict[str, int]:
 
 
 def _module_names(module: str, leaf: str) -> Iterable[str]:
-    """Yield the module names that can refer to a stacked parameter.
+    """Yield the module names that a config may use to refer to a stacked parameter.
 
     These are the parameter's own name and the names of the linear layers that it replaces, each
     with and without the index of an expert.
@@ -164,9 +170,10 @@ def _module_names(module: str, leaf: str) -> Iterable[str]:
 
 
 def _listed(parameters: Iterable[str]) -> str:
-    """Return a list of parameter names for a message.
+    """Format parameter names as a list for a message.
 
-    Indices are replaced by ``*``, so that the layers of a model appear as a single name.
+    Indices are replaced with ``*``, so that the same parameter of several layers is listed once. A
+    long list is truncated.
     """
     names = list(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in parameters))
     more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""

@@ -1,4 +1,4 @@
-"""Hot-swapping: copy another adapter's weights into the tensors of a loaded adapter.
+"""Hot-swapping: replace the weights of a loaded adapter in place with those of another adapter.
 
 Compiled models are not recompiled, because the parameters remain the same objects with the same
 shapes, and the scalings are inputs of the compiled graphs. Function names and arguments are those
@@ -48,7 +48,7 @@ _MUST_AGREE = ("use_dora", "lora_bias", "lora_dropout", "bias", "trainable_token
 
 
 class HotswapError(CheckpointError, RuntimeError):
-    """The new weights do not fit the adapter that they should replace."""
+    """Raised if the new weights do not fit the loaded adapter."""
 
 
 def prepare_model_for_compiled_hotswap(
@@ -58,15 +58,15 @@ def prepare_model_for_compiled_hotswap(
     config: Any = None,
     check_compiled: str = "error",
 ) -> None:
-    """Pad all adapters of a model to the same rank, so that later swaps do not recompile the model.
+    """Pad all adapters of a model to the same rank, so that hot-swapping does not recompile it.
 
     Call this function after the first adapter is loaded and before the model is compiled. It does
     not change the model's outputs. It is not needed if all adapters have the same rank.
 
     Args:
         model: A model with adapters.
-        target_rank: The largest rank of all adapters that will be swapped in. With None, the ranks
-            are not changed.
+        target_rank: The largest rank of the adapters that will be hot-swapped into the model. With
+            None, the ranks are not changed.
         config: A config, or a mapping from adapter names to configs, in which the ranks are set to
             ``target_rank``. The configs in the model are always updated.
         check_compiled: The action to take if the model is already compiled: ``"error"``,
@@ -144,8 +144,8 @@ def hotswap_adapter(
     """Replace the weights of a loaded adapter with those of a PEFT adapter folder, in place.
 
     On layers that the new adapter does not adapt, the update becomes zero. If the new adapter has a
-    larger rank than the loaded one, new tensors are allocated and compiled models are recompiled.
-    `prepare_model_for_compiled_hotswap` avoids this.
+    larger rank than the loaded adapter, new tensors are allocated and compiled models are
+    recompiled. Calling `prepare_model_for_compiled_hotswap` first avoids this.
 
     Args:
         model: A `LoraModel`, compiled or not. For a PEFT model, PEFT's function is called.
@@ -219,7 +219,10 @@ def hotswap_adapter_from_state_dict(
 def _swap(
     model: LoraModel, tensors: Mapping[str, torch.Tensor], adapter_name: str, config: LoraConfig
 ) -> None:
-    """Check the new tensors, given by file key, and then write them into a loaded adapter."""
+    """Check the tensors of a new adapter, and then write them into a loaded adapter.
+
+    The keys of ``tensors`` are those of PEFT's adapter files.
+    """
     tuner = model.base_model
     tuner.check_known(adapter_name)
     old = tuner.peft_config[adapter_name]
@@ -272,9 +275,10 @@ def _swap(
 def _given(
     name: str, layer: LoraLayer, tensors: Mapping[str, torch.Tensor], config: LoraConfig
 ) -> dict[str, torch.Tensor]:
-    """Return the new tensors for a layer, by their file keys relative to the layer.
+    """Return a dict of the new tensors for a layer.
 
-    The result is empty if the new adapter does not adapt the layer.
+    The keys are those of PEFT's adapter files without the layer's name. The dict is empty if the
+    new adapter does not adapt the layer.
 
     Raises:
         HotswapError: If only some of the layer's tensors are given, or if a shape differs.
@@ -295,7 +299,10 @@ def _given(
 
 
 def _write(layer: LoraLayer, adapter_name: str, new: Mapping[str, torch.Tensor]) -> None:
-    """Write new tensors into a layer's factors. If ``new`` is empty, the update becomes zero."""
+    """Write new tensors into an adapter's parameters on a layer.
+
+    If ``new`` is empty, the parameters are set so that the adapter does not change the output.
+    """
     held = layer._held_parts(adapter_name)
     for part, factor in held.items():
         if part == "lora_magnitude_vector" and not new:
@@ -323,10 +330,10 @@ def _copies(
     tensors: Mapping[str, torch.Tensor],
     keys: Mapping[str, str],
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Return the tensors to write outside of LoRA layers, as pairs of target and source.
+    """Return a list of pairs ``(target, source)`` of the tensors to write outside of LoRA layers.
 
-    If the new adapter has no copy of a module in ``modules_to_save``, the loaded adapter's copy is
-    reset to the original module.
+    If the new adapter has no copy of a module in ``modules_to_save``, the sources for the loaded
+    adapter's copy are the tensors of the original module.
 
     Raises:
         HotswapError: If a tensor is missing or has a different shape.
@@ -355,9 +362,9 @@ def _copies(
 
 
 def _original(base: nn.Module, key: str) -> torch.Tensor | None:
-    """Return the tensor of the original module for a tensor of an adapter's copy.
+    """Return the original of a tensor that belongs to an adapter's copy of a module.
 
-    The result is None if the tensor called ``key`` does not belong to a copy.
+    The result is None if the tensor with the key ``key`` does not belong to a copy.
     """
     name, found, rest = key.removeprefix(KEY_PREFIX).partition(".modules_to_save.")
     wrapper = base.get_submodule(name) if found else None
@@ -368,7 +375,10 @@ def _original(base: nn.Module, key: str) -> torch.Tensor | None:
 
 
 def _fit_config(config: LoraConfig, adapter_name: str, layers: Mapping[str, LoraLayer]) -> None:
-    """Update a config to match the ranks and scalings of the layers, so that saved files load."""
+    """Update an adapter's config to match the ranks and scalings of the layers.
+
+    The files of a saved adapter are then consistent, and can be loaded.
+    """
     own = {name: layer for name, layer in layers.items() if adapter_name in layer.r}
     if not own:
         return
@@ -394,9 +404,9 @@ def _exactly(name: str) -> str:
 def _without_base_weights(
     model: nn.Module, tensors: Mapping[str, torch.Tensor], keys: Container[str]
 ) -> dict[str, torch.Tensor]:
-    """Return the tensors of a file, except for base weights that equal the model's own weights.
+    """Return a copy of ``tensors`` without base weights that equal the model's own weights.
 
-    PEFT saves base weights of embeddings with some adapters.
+    PEFT saves the base weights of embeddings with some adapters.
     """
     own = dict(model.named_parameters())
     kept = {}
@@ -409,7 +419,7 @@ def _without_base_weights(
 
 
 def _with_name(key: str, adapter_name: str) -> str:
-    """Return a file key with the adapter's name inserted, as it appears in PEFT's message."""
+    """Insert the adapter's name into a key of an adapter file, as in PEFT's error messages."""
     return re.sub(r"(\.lora_[^.]*)", rf"\1.{adapter_name}", key, count=1)
 
 

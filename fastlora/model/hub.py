@@ -1,4 +1,4 @@
-"""Push adapters to the Hugging Face Hub, and write model cards, with huggingface_hub."""
+"""Upload adapters to the Hugging Face Hub and write model cards, using huggingface_hub."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def push_to_hub(
     revision: str | None = None,
     create_pr: bool = False,
 ) -> Any:
-    """Upload the files that ``save`` writes to a repository on the Hugging Face Hub.
+    """Call ``save``, and upload the files that it writes to the Hugging Face Hub.
 
     The repository is created if it does not exist.
 
@@ -67,9 +67,10 @@ def push_to_hub(
 def write_card(
     folder: Path, base_model: str | None, tags: Sequence[str], pipeline: str | None = None
 ) -> None:
-    """Write an adapter's model card, or update an existing one. Keys and tags follow PEFT.
+    """Write an adapter's model card, or update an existing model card.
 
-    Without huggingface_hub, which reads and writes the format, nothing is written.
+    Keys and tags are the same as in PEFT. If huggingface_hub, which reads and writes the format, is
+    not installed, nothing is written.
 
     Args:
         folder: The folder of the model card.

@@ -41,7 +41,7 @@ def replace_lora_weights_loftq(
     adapter_name: str = DEFAULT_ADAPTER,
     callback: Callable[[nn.Module, str], bool] | None = None,
 ) -> None:
-    """Set an adapter on 4-bit bitsandbytes layers to approximate the quantization error.
+    """Initialize an adapter on 4-bit bitsandbytes layers to approximate the quantization error.
 
     On each layer, the factors become the best low-rank approximation of ``W - Q``, where ``W`` is
     the unquantized weight from a file and ``Q`` is the dequantized weight. The base layers are not
@@ -114,10 +114,12 @@ def _weights(
     path: str | Path | None,
     layers: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Return a safetensors slice of each layer's unquantized weight ``[N, K]``, not read yet.
+    """Return a dict that maps layer names to safetensors slices of the unquantized weights.
+
+    Each weight has the shape ``[N, K]``. Its data is read only when the slice is indexed.
 
     Args:
-        opened: The stack that closes the files.
+        opened: The exit stack that closes the files.
         model: The base model.
         path: See ``model_path`` of `replace_lora_weights_loftq`.
         layers: The layers by name.
@@ -163,10 +165,12 @@ def _weights(
 
 
 def _folder_of(model: nn.Module) -> str:
-    """Return the folder that a transformers model was loaded from.
+    """Return the path of the local folder that contains a transformers model's files.
+
+    If the model was loaded from the Hugging Face Hub, this is its folder in the local cache.
 
     Raises:
-        ConfigError: If the model is not a transformers model, or its files are not on disk.
+        ConfigError: If the model is not a transformers model, or if its files are not on disk.
     """
     config: Any = getattr(model, "config", None)
     name = getattr(config, "_name_or_path", None)

@@ -105,7 +105,7 @@ class LoraModel(PeftNames, nn.Module):
         low_cpu_mem_usage: See `get_peft_model`.
 
     Attributes:
-        base_model: The `LoraTuner` that holds the model and its adapters.
+        base_model: The `LoraTuner` that contains the model and its adapters.
 
     Raises:
         TargetNotFoundError, UnsupportedLayerError, ConfigError: See `get_peft_model`.
@@ -129,7 +129,7 @@ class LoraModel(PeftNames, nn.Module):
     def _install(
         self, model: nn.Module, plan: Plan, adapter_name: str, autocast_adapter_dtype: bool
     ) -> None:
-        """Wrap ``model``, and add and activate its first adapter."""
+        """Wrap ``model`` in a `LoraTuner`, and add and activate the first adapter."""
         nn.Module.__init__(self)
         self.base_model = LoraTuner(model)
         self.base_model.add_adapter(
@@ -150,7 +150,7 @@ class LoraModel(PeftNames, nn.Module):
         """Add an adapter. It is frozen and inactive until `set_adapter` activates it.
 
         Args:
-            adapter_name: A name that no other adapter has.
+            adapter_name: The name of the new adapter, which must not be in use.
             peft_config: A `fastlora.LoraConfig` or a ``peft.LoraConfig``.
             low_cpu_mem_usage: See `get_peft_model`.
             autocast_adapter_dtype: See `get_peft_model`.
@@ -168,7 +168,7 @@ class LoraModel(PeftNames, nn.Module):
             to_meta(self.get_base_model(), adapter_name)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Activate one adapter or several. See `LoraTuner.set_adapter`."""
+        """Activate one or several adapters. See `LoraTuner.set_adapter`."""
         self.base_model.set_adapter(adapter_name, inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -194,7 +194,7 @@ class LoraModel(PeftNames, nn.Module):
         key_mapping: Mapping[str, str] | None = None,
         **unused: Any,
     ) -> LoraModel:
-        """Load an adapter from a PEFT adapter folder, and return the model with the adapter.
+        """Load an adapter from a PEFT adapter folder into a model.
 
         Args:
             model: The base model, or a `LoraModel`. A `LoraModel` gets an additional adapter, which
@@ -209,7 +209,8 @@ class LoraModel(PeftNames, nn.Module):
             autocast_adapter_dtype: See `get_peft_model`.
             subfolder: The path of the adapter inside the folder.
             ignore_mismatched_sizes: Whether to skip tensors with a shape that differs from the
-                model's, with a warning. The skipped parameters keep their initial values.
+                model's and emit a warning, instead of raising an error. The parameters of skipped
+                tensors keep their initial values.
             key_mapping: A mapping from regular expressions to replacements, for modules that have
                 other names in the file than in the model. With None, the mapping that the model
                 itself defines is used, if there is one.
@@ -262,21 +263,23 @@ class LoraModel(PeftNames, nn.Module):
         key_mapping: Mapping[str, str] | None = None,
         **unused: Any,
     ) -> Any:
-        """Load a PEFT adapter folder, as a new inactive adapter or in place of a loaded one.
+        """Load an adapter from a PEFT adapter folder.
 
-        If an adapter is overwritten, a scaling that was set with `set_scale` remains in effect.
+        If no adapter with the given name is loaded, a new inactive adapter is added. Otherwise, the
+        loaded adapter is overwritten in place, and a scaling that was set with `set_scale` remains
+        in effect.
 
         Args:
             model_id, autocast_adapter_dtype, subfolder, ignore_mismatched_sizes, key_mapping,
                 unused: See `from_pretrained`.
-            adapter_name: A new name, or the name of a loaded adapter to overwrite in place.
+            adapter_name: The name of a new adapter, or of the loaded adapter to overwrite.
             is_trainable: Whether to make the adapter trainable, even if it is inactive. If False,
                 the model is put into evaluation mode.
 
         Returns:
-            A named tuple with ``missing_keys`` and ``unexpected_keys``, as
-            `nn.Module.load_state_dict` returns. ``missing_keys`` lists the tensors that were
-            skipped because of their shapes. ``unexpected_keys`` is always empty.
+            A named tuple with ``missing_keys`` and ``unexpected_keys``, as in the result of
+            `nn.Module.load_state_dict`. ``missing_keys`` lists the tensors that were skipped
+            because of their shapes. ``unexpected_keys`` is always empty.
 
         Raises:
             CheckpointError: If the folder is missing or damaged, or does not fit the model. The
@@ -425,12 +428,15 @@ class LoraModel(PeftNames, nn.Module):
         return contextlib.nullcontext() if adapter_names is None else adapters(self, adapter_names)
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """Return the number of trainable parameters and the number of all parameters."""
+        """Return a tuple of the number of trainable parameters and the number of all parameters."""
         counts = [(p.numel(), p.requires_grad) for p in self.parameters()]
         return sum(n for n, trains in counts if trains), sum(n for n, _ in counts)
 
     def print_trainable_parameters(self) -> None:
-        """Print the numbers of trainable and of all parameters, and their ratio, as PEFT does."""
+        """Print the number of trainable parameters and of all parameters, and their ratio.
+
+        The output has the same format as in PEFT.
+        """
         trainable, total = self.get_nb_trainable_parameters()
         print(  # noqa: T201  # this method is meant to print
             f"trainable params: {trainable:,d} || all params: {total:,d} || "
@@ -446,7 +452,7 @@ class LoraModel(PeftNames, nn.Module):
         return get_model_status(self)
 
     def __getattr__(self, name: str) -> Any:
-        """Look up missing attributes on the tuner, and then on the base model.
+        """Return an attribute of the tuner or, if the tuner does not have it, of the base model.
 
         For example, the tuner has ``merge_and_unload``, and the base model has ``config``.
         """
@@ -461,11 +467,11 @@ class LoraModel(PeftNames, nn.Module):
 def _read_folder(
     model_id: str | os.PathLike[str], subfolder: str | None, unused: dict[str, Any]
 ) -> AdapterFile:
-    """Read an adapter folder.
+    """Read an adapter folder, after checking that all unused arguments are arguments of PEFT.
 
     Raises:
         CheckpointError: See `load_adapter_folder`.
-        TypeError: If ``unused`` has an argument that is not among the ignored arguments of PEFT.
+        TypeError: If ``unused`` contains an argument that is not one of PEFT's ignored arguments.
     """
     for name, value in unused.items():
         if name not in _WITHOUT_EFFECT:
@@ -474,16 +480,19 @@ def _read_folder(
 
 
 def _auto_mapping(model: nn.Module) -> dict[str, str]:
-    """Return the class and the library of the base model.
+    """Return a dict of the base model's class name and module name, for an adapter's config.
 
-    PEFT's AutoPeftModel uses them to load the base model if the config has no task type.
+    PEFT's AutoPeftModel loads the base model with this class if the config has no task type.
     """
     cls = type(model)
     return {"base_model_class": cls.__name__, "parent_library": cls.__module__}
 
 
 def _names_now(model: nn.Module, key_mapping: Mapping[str, str] | None) -> Mapping[str, str]:
-    """Return the given key mapping, or else the one that a transformers model defines."""
+    """Return ``key_mapping`` or, if it is None, the key mapping that the model itself defines.
+
+    The result is empty if the model does not define a key mapping.
+    """
     if key_mapping is not None:
         return key_mapping
     own = getattr(model, "_checkpoint_conversion_mapping", None)
@@ -499,10 +508,10 @@ def _is_checkpointing(model: nn.Module) -> bool:
 
 
 def _require_input_gradients(model: nn.Module) -> None:
-    """Make the embedding's output require gradients.
+    """Make the output of the input embedding require gradients.
 
     Reentrant checkpointing computes gradients only if an input of the checkpointed layers requires
-    them, and the output of a frozen embedding does not.
+    gradients, and the output of a frozen embedding does not require them.
     """
     if hasattr(model, "enable_input_require_grads"):
         model.enable_input_require_grads()  # type: ignore[operator]  # a method of transformers

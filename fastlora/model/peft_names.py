@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 
 class PeftNames:
-    """Attributes and methods of ``peft.PeftModel`` that use only the tuner and the configs.
+    """Base class that provides `LoraModel` with attributes and methods of ``peft.PeftModel``.
+
+    They use only the tuner and the configs.
 
     Attributes:
         peft_type: The adapter method, always LoRA.
@@ -28,7 +30,7 @@ class PeftNames:
 
     @property
     def peft_config(self) -> dict[str, LoraConfig]:
-        """The config of each adapter, by name."""
+        """A dict that maps adapter names to configs."""
         return self.base_model.peft_config
 
     @property
@@ -48,7 +50,7 @@ class PeftNames:
 
     @property
     def has_active_enabled_adapter(self) -> bool:
-        """Whether an adapter is active and adapters are not disabled."""
+        """Whether at least one adapter is active and adapters are not disabled."""
         return bool(self.active_adapters) and not self.base_model.disabled
 
     def set_requires_grad(
@@ -58,7 +60,7 @@ class PeftNames:
         self.base_model.set_requires_grad(adapter_names, requires_grad)
 
     def create_or_update_model_card(self, output_dir: str | os.PathLike[str]) -> None:
-        """Write a model card, ``README.md``, into a folder, or update an existing one.
+        """Write a model card (``README.md``) into a folder, or update an existing model card.
 
         The metadata has the same keys as in PEFT: the library, the base model, and tags. If
         huggingface_hub is not installed, nothing is written.

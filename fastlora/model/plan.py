@@ -32,11 +32,11 @@ from fastlora.validation import AdapterStateError, ConfigError, UnsupportedLayer
 
 
 class Target(NamedTuple):
-    """A module that an adapter will adapt with LoRA.
+    """A module to which an adapter applies LoRA.
 
     Attributes:
         base: The module without adapters.
-        kind: The kind of the module.
+        kind: The `Kind` of the module, which determines how it is adapted.
         settings: The settings of the adapter on this module.
     """
 
@@ -45,25 +45,29 @@ class Target(NamedTuple):
     settings: Settings
 
     def shapes(self) -> Shapes:
-        """Return the shapes of the adapter's tensors on this module, by file key suffix."""
+        """Return a dict that maps key suffixes to the shapes of the adapter's tensors.
+
+        A key suffix is the part of a key in an adapter file that follows the module's name.
+        """
         return self.kind.shapes(self.base, self.settings)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """An adapter config that was checked against a model, and the modules that it will change.
+    """An adapter config that was checked against a model, and the modules that it selects.
 
     Attributes:
         config: The adapter's config.
-        targets: The modules to adapt with LoRA, by name, in the model's order.
+        targets: A dict that maps names to the modules to adapt with LoRA, in the model's order.
         modules_to_save: The names of the modules that the adapter owns a copy of.
         target_modules: The resolved value of the config's ``target_modules``.
         from_file: Whether the adapter's weights come from a file.
-        tokens: The modules in which the adapter trains rows, by name.
+        tokens: A dict that maps the names of the modules in which the adapter trains rows to the
+            rows.
         tied_copies: The names of the modules that share the adapter's copy of the input embedding.
         tied_heads: The names of the modules that share the input embedding's LoRA factors.
-        replication: The replicated layers, if they must be put in place before the modules can be
-            found.
+        replication: The layer replication that must be applied to the model before the adapter is
+            added, or None.
     """
 
     config: LoraConfig
@@ -78,22 +82,22 @@ class Plan:
 
     @property
     def tied(self) -> list[str]:
-        """The names of the modules that share the input embedding's copy or LoRA factors."""
+        """The names of the modules that share a copy or LoRA factors with the input embedding."""
         return [*self.tied_copies, *self.tied_heads]
 
     @property
     def touched(self) -> list[str]:
-        """The names of all modules that the adapter will change."""
+        """The names of all modules that change when the adapter is added."""
         return [*self.targets, *self.modules_to_save, *self.tied, *self.tokens]
 
 
 def plan_for(
     model: nn.Module, adapter_name: str, peft_config: Any, *, loading: bool = False
 ) -> Plan:
-    """Create the plan for adding an adapter to a model.
+    """Resolve a config against a model, and return the plan for adding the adapter.
 
-    The plan contains a copy of the config with ``target_modules`` resolved. Neither the model nor
-    ``peft_config`` is changed.
+    The plan contains a copy of the config in which ``target_modules`` is resolved to names or a
+    regular expression. Neither the model nor ``peft_config`` is changed.
 
     Args:
         model: The base model, with or without adapters.
@@ -128,9 +132,9 @@ def plan_for(
 
 
 def _stores_inputs_first(plan: Plan) -> bool:
-    """Return ``fan_in_fan_out`` after PEFT's correction.
+    """Return the value of ``fan_in_fan_out`` that PEFT would store in the config.
 
-    PEFT sets it according to the last linear layer among the targets.
+    PEFT sets the field according to the last linear layer among the targets.
     """
     for target in reversed(plan.targets.values()):
         transposed = is_transposed(target.base)
@@ -200,7 +204,7 @@ def plan_adapter(
 def _targets(
     model: nn.Module, config: LoraConfig, names: Sequence[str], from_file: bool
 ) -> dict[str, Target]:
-    """Return the checked targets with the given names.
+    """Check the modules with the given names, and return a dict that maps the names to targets.
 
     Raises:
         UnsupportedLayerError: See `plan_adapter`.
@@ -227,11 +231,11 @@ def _targets(
 
 
 def _warn_of_kinds(plan: Plan) -> None:
-    """Emit warnings for kinds of modules that do not behave as the config suggests.
+    """Emit warnings for targets that do not behave as the config suggests.
 
-    One warning is for a new adapter with ``lora_dropout`` on a module without an input that dropout
-    can apply to. The other is for an adapter from PEFT on a kind of module that fastlora computes
-    differently.
+    One warning is emitted if a new adapter has ``lora_dropout`` and a target has no input that
+    dropout can be applied to. Another warning is emitted if the adapter was saved by PEFT and
+    fastlora computes a target of this kind differently.
     """
     config = plan.config
     without = [name for name, target in plan.targets.items() if not target.kind.drops]
@@ -254,7 +258,7 @@ def _warn_of_kinds(plan: Plan) -> None:
 def _check_tied_lora(
     model: nn.Module, config: LoraConfig, targets: Sequence[str], tied: Sequence[str]
 ) -> None:
-    """Check the modules that share the input embedding's LoRA factors.
+    """Check that tied modules can share the LoRA factors of the input embedding.
 
     Args:
         model: The base model, with or without adapters.
@@ -290,7 +294,9 @@ def _check_tied_lora(
 
 
 def _check_untied(model: nn.Module, config: LoraConfig, targets: Sequence[str]) -> None:
-    """Check that the initialization does not change a weight that several modules share.
+    """Check that no target shares its weight with another module.
+
+    This is required if the initialization method changes the base weights.
 
     Raises:
         AdapterStateError: If a target shares its weight with another module.
@@ -314,7 +320,10 @@ def settings_for(name: str, config: LoraConfig) -> Settings:
 
 
 def _common_settings(config: LoraConfig, from_file: bool = False) -> Settings:
-    """Return the settings of an adapter on modules that none of its patterns match."""
+    """Return an adapter's settings for modules that match neither of its pattern fields.
+
+    The pattern fields are ``rank_pattern`` and ``alpha_pattern``.
+    """
     return Settings(
         r=config.r,
         lora_alpha=config.lora_alpha,
@@ -329,14 +338,14 @@ def _common_settings(config: LoraConfig, from_file: bool = False) -> Settings:
 
 
 def _settings_at(name: str, config: LoraConfig, common: Settings) -> Settings:
-    """Return the common settings with the rank and alpha for the module called ``name``."""
+    """Return the common settings, with the rank and alpha for the module called ``name``."""
     if not config.rank_pattern and not config.alpha_pattern:
         return common
     return common._replace(r=config.rank_for(name), lora_alpha=config.alpha_for(name))
 
 
 def _kind_for(base: nn.Module, custom: Mapping[type, type]) -> Kind:
-    """Return the kind of a module.
+    """Return the `Kind` of a module, which determines how it is adapted.
 
     Raises:
         UnsupportedLayerError: If fastlora does not support the module's class.
@@ -352,7 +361,9 @@ def _kind_for(base: nn.Module, custom: Mapping[type, type]) -> Kind:
 
 
 def factor_shapes(module: nn.Module, name: str, config: LoraConfig) -> Shapes:
-    """Return the shapes of an adapter's tensors on a module, by file key suffix.
+    """Return a dict that maps key suffixes to the shapes of an adapter's tensors on a module.
+
+    A key suffix is the part of a key in an adapter file that follows the module's name.
 
     Args:
         module: The module, with or without adapters.
@@ -365,5 +376,5 @@ def factor_shapes(module: nn.Module, name: str, config: LoraConfig) -> Shapes:
 
 
 def own_config(config: Any) -> LoraConfig:
-    """Convert a config of PEFT to a `LoraConfig`. A `LoraConfig` is returned as it is."""
+    """Convert a config of PEFT to a `LoraConfig`. A `LoraConfig` is returned unchanged."""
     return config if isinstance(config, LoraConfig) else LoraConfig.from_peft(config)

@@ -1,4 +1,4 @@
-"""`recommend`: common starting values for hyperparameters, by the size of the base model."""
+"""`recommend`: recommend starting values of hyperparameters for a base model of a given size."""
 
 from __future__ import annotations
 
@@ -49,8 +49,9 @@ class Recommendation:
         lora_dropout: The dropout probability.
         target_modules: The modules to adapt: every linear layer except the output head.
         learning_rate: The learning rate of AdamW after the warm-up.
-        max_grad_norm: The maximum norm that each adapter's gradient is clipped to.
-        r_range, lora_alpha_range, learning_rate_range: The lower and upper end of each range.
+        max_grad_norm: The maximum norm to which each adapter's gradient is clipped.
+        r_range, lora_alpha_range, learning_rate_range: Tuples of the lower and the upper end of
+            each range.
         load_in: ``"4bit"`` if the base model in 16 bits would leave too little memory for a
             training step. None if it would not, or if no memory size was given.
     """
@@ -69,14 +70,15 @@ class Recommendation:
 
     @property
     def optimizer(self) -> str:
-        """The class of the optimizer.
+        """The name of the recommended optimizer.
 
-        With ``load_in``, it is a paged optimizer, which can move its state out of GPU memory.
+        If ``load_in`` is not None, it is a paged optimizer, which can move its state out of GPU
+        memory.
         """
         return "bitsandbytes.optim.PagedAdamW32bit" if self.load_in else "torch.optim.AdamW"
 
     def quantization_config(self) -> Any:
-        """Return a ``quantization_config`` for `from_pretrained` of transformers, or None.
+        """Return a ``quantization_config`` for the `from_pretrained` method of transformers.
 
         The config selects NF4 with nested scales and computation in bf16, as in QLoRA. The result
         is None if ``load_in`` is None.
@@ -90,7 +92,7 @@ class Recommendation:
         """Create a `fastlora.LoraConfig` with the recommended values.
 
         Args:
-            **changes: Further fields to set, or values that replace the recommended ones.
+            **changes: Values of further fields, or values that replace the recommended values.
         """
         fields: dict[str, Any] = {
             "r": self.r,
@@ -101,7 +103,7 @@ class Recommendation:
         return LoraConfig(**(fields | changes))
 
     def __str__(self) -> str:
-        """Return a summary in one line."""
+        """Return a one-line summary of the recommendation."""
         low, high = self.learning_rate_range
         return (
             f"{_size(self.num_params)} parameters: r {self.r} ({_range(self.r_range)}), "

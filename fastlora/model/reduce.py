@@ -41,9 +41,10 @@ class RankReduction:
 
     Args:
         adapter_name: The name of the new adapter.
-        ranks: The new rank on each layer, by the layer's name.
-        errors: The relative error on each layer, by the layer's name. It is the Frobenius norm of
-            the lost part of the update, divided by the Frobenius norm of the whole update.
+        ranks: A dict that maps layer names to the new rank on the layer.
+        errors: A dict that maps layer names to the relative error on the layer. The relative error
+            is the Frobenius norm of the lost part of the update, divided by the Frobenius norm of
+            the whole update.
     """
 
     adapter_name: str
@@ -52,7 +53,7 @@ class RankReduction:
 
     @property
     def largest_error(self) -> float:
-        """The largest relative error of any layer."""
+        """The maximum of the relative errors on all layers."""
         return max(self.errors.values())
 
     def __str__(self) -> str:
@@ -71,17 +72,17 @@ def reduce_rank(
     adapter_name: str = "default",
     new_adapter_name: str = "reduced",
 ) -> RankReduction:
-    """Add an adapter that approximates an existing adapter at another rank.
+    """Approximate an adapter with an adapter of a different rank, and add the result to the model.
 
     On each layer, the new update is the best approximation of the old update with the given rank,
     in the Frobenius norm. The factors of the new adapter include the scaling. Biases of ``lora_B``,
-    DoRA magnitudes, and copies of modules are carried over. The new adapter is frozen and inactive.
+    DoRA magnitudes, and copies of modules are copied. The new adapter is frozen and inactive.
 
     Args:
         model: The model that has the adapter.
         rank: The new rank as an integer, or the fraction of the update's squared Frobenius norm to
-            keep as a float in (0, 1]. With a fraction, each layer gets the smallest rank that keeps
-            it.
+            preserve as a float in (0, 1]. With a fraction, each layer gets the smallest rank that
+            preserves at least this fraction.
         adapter_name: The adapter to reduce. It is not changed.
         new_adapter_name: The name of the new adapter.
 
@@ -109,7 +110,7 @@ def convert_to_lora(
     progressbar: bool = False,
     compile_kwargs: dict[str, Any] | None = None,
 ) -> tuple[Any, dict[str, torch.Tensor]]:
-    """Convert an adapter to a LoRA adapter of another rank, without adding it to the model.
+    """Approximate an adapter with a LoRA adapter of a different rank. The model is not changed.
 
     A warning reports the approximation error, as described in `reduce_rank`.
 
@@ -121,7 +122,8 @@ def convert_to_lora(
         progressbar, compile_kwargs: Arguments of PEFT. They are ignored for a `LoraModel`.
 
     Returns:
-        The config of the converted adapter, and its tensors by file key.
+        A tuple ``(config, tensors)``, where ``tensors`` is a dict that maps the keys of PEFT's
+        adapter files to the tensors of the converted adapter.
 
     Raises:
         AdapterNotFoundError, AdapterStateError, ConfigError, UnsupportedLayerError: See
@@ -243,7 +245,7 @@ def _without_intruders(
     scaling: float,
     how: tuple[int, float, float],
 ) -> tuple[low_rank.Pair, int] | None:
-    """Return an adapter's factors with reduced intruder dimensions.
+    """Reduce the intruder dimensions of an adapter on one layer.
 
     Args:
         weight: The base weight, ``[N, K]``.
@@ -253,7 +255,8 @@ def _without_intruders(
             `reduce_intruder_dimension`.
 
     Returns:
-        The new factors and the number of intruder dimensions; or None if there are none.
+        A tuple of the new factors and the number of intruder dimensions, or None if there are no
+        intruder dimensions.
     """
     lora_a, lora_b = pair
     top, threshold, left = how
@@ -275,7 +278,11 @@ def _without_intruders(
 def _reduced(
     model: LoraModel, rank: int | float, adapter_name: str
 ) -> tuple[Made, dict[str, float]]:
-    """Return an approximation of an adapter at another rank, and the relative error by layer."""
+    """Compute an approximation of an adapter with a different rank. The model is not changed.
+
+    Returns:
+        A tuple of the computed adapter and a dict that maps layer names to relative errors.
+    """
     share = isinstance(rank, float)
     if isinstance(rank, bool) or not isinstance(rank, (int, float)) or rank <= 0:
         raise ConfigError(
@@ -315,7 +322,7 @@ def _reduced(
 
 
 def _layers_with(model: LoraModel, adapter_name: str) -> Iterator[tuple[str, LoraLayer]]:
-    """Yield the name and the layer of every LoRA layer that has the adapter.
+    """Yield a tuple ``(name, layer)`` for each LoRA layer that has the adapter.
 
     Raises:
         AdapterNotFoundError: If there is no such adapter.

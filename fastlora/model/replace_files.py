@@ -1,9 +1,9 @@
 """Replace files and folders atomically: after a crash, either the old or the new version exists.
 
-The new content is written into a temporary folder beside the old version, which is called
-``.NAME.HOST-PID-ID.tmp``. The content is flushed to disk and then renamed. The writer holds an
-``flock`` on a file in its temporary folder. A later writer can therefore recognize and remove the
-temporary folders of writers that were killed.
+The new content is first written into a temporary folder in the same parent folder. The name of the
+temporary folder is ``.NAME.HOST-PID-ID.tmp``. The content is then flushed to disk and renamed. The
+writer holds an ``flock`` on a file in its temporary folder, so that other writers can recognize and
+remove the temporary folders of writers that were killed.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ _NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path to write to. The file is renamed to ``path`` when the block ends.
+    """Yield the temporary path of a file that replaces ``path`` when the ``with`` block ends.
 
-    If the block raises an error, ``path`` is unchanged.
+    The block must write the file. If the block raises an error, ``path`` is unchanged.
     """
     with replacing_together(path) as (partial,):
         yield partial
@@ -42,11 +42,12 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def replacing_together(first: Path, *others: Path) -> Iterator[tuple[Path, ...]]:
-    """Yield a temporary path for each path. The files are renamed in order when the block ends.
+    """Yield the temporary paths of files that replace ``paths`` when the ``with`` block ends.
 
-    All paths must be in the same folder. All files are flushed to disk before the first one is
-    renamed, and each rename is flushed to disk before the next one. If the block or the flush of a
-    file raises an error, no path has been changed.
+    The block must write all files. The files are renamed in the order of the arguments. All paths
+    must be in the same folder. All files are flushed to disk before the first file is renamed, and
+    each rename is flushed to disk before the next rename. If the block or the flush of a file
+    raises an error, no path has been changed.
     """
     paths = (first, *others)
     with _temporary(first) as work:
@@ -61,10 +62,10 @@ def replacing_together(first: Path, *others: Path) -> Iterator[tuple[Path, ...]]
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder to fill. The folder is renamed to ``path`` when the block ends.
+    """Yield a temporary folder that is renamed to ``path`` when the ``with`` block ends.
 
-    If the block raises an error, the temporary folder is removed. When the block ends, ``path``
-    must not exist or must be an empty folder.
+    The block must write the content of the folder. If the block raises an error, the temporary
+    folder is removed. When the block ends, ``path`` must not exist or must be an empty folder.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with _temporary(path) as work:
@@ -82,13 +83,13 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def remove_folder(path: Path) -> None:
-    """Remove a folder. It is renamed first, so that no reader sees it partly removed."""
+    """Rename a folder, so that no reader sees it partly removed, and then remove it."""
     with _temporary(path) as work:
         path.rename(work / "old")
 
 
 def remove_abandoned(folder: Path) -> None:
-    """Remove all temporary folders in a folder, except those of writers that are still running."""
+    """Remove the temporary folders in a folder that belong to writers that were killed."""
     for path in folder.glob(".*.tmp"):
         if _TEMPORARY.fullmatch(path.name):
             with contextlib.suppress(OSError):  # removed by another writer, or no permission
@@ -97,12 +98,12 @@ def remove_abandoned(folder: Path) -> None:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Acquire the exclusive lock on a folder, and hold it for the duration of a ``with`` block.
+    """Hold an exclusive lock on a folder for the duration of a ``with`` block.
 
-    The lock is an ``flock`` on the folder itself. It needs no file, and it is released when the
-    process ends. If the platform or the file system does not support ``flock``, the block runs
-    without a lock. On a network file system, the lock usually excludes only other processes on the
-    same host.
+    The block starts when no other process holds the lock. The lock is an ``flock`` on the folder
+    itself. It needs no lock file, and it is released if the process ends. If the platform or the
+    file system does not support ``flock``, the block runs without a lock. On a network file system,
+    the lock usually excludes only other processes on the same host.
     """
     if fcntl is None:
         yield
@@ -169,7 +170,11 @@ def _temporary(path: Path) -> Iterator[Path]:
 
 
 def _make_owned(path: Path) -> tuple[Path, int]:
-    """Create a temporary folder, and return it with the descriptor that holds its lock."""
+    """Create a locked temporary folder for the new content of ``path``.
+
+    Returns:
+        A tuple of the folder and the file descriptor of its locked lock file.
+    """
     while True:
         name = f".{path.name}.{_host()}-{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp"
         folder = path.with_name(name)
@@ -204,7 +209,7 @@ def _remove_if_abandoned(folder: Path) -> None:
 
 
 def _owner_has_ended(folder: Path) -> bool:
-    """Return whether a temporary folder belongs to a process on this host that has ended.
+    """Return whether a temporary folder was created on this host by a process that has ended.
 
     The host and the process id are part of the folder's name.
     """
@@ -223,8 +228,8 @@ def _owner_has_ended(folder: Path) -> bool:
 def _remove(folder: Path) -> None:
     """Remove a temporary folder.
 
-    The lock file is removed last. If the process is killed before that, the remaining files are in
-    a folder that still has its lock file, and a later writer can remove them.
+    The lock file is removed last. If the process is killed before that, the folder still contains
+    its lock file, and another writer can remove the folder.
     """
     for entry in folder.glob("*"):
         if entry.name == _LOCK:
@@ -237,5 +242,5 @@ def _remove(folder: Path) -> None:
 
 
 def _host() -> str:
-    """Return a digest of the host's name that is valid in a file name."""
+    """Return a hexadecimal digest of the host's name, for use in file names."""
     return hashlib.blake2b(platform.node().encode(), digest_size=4).hexdigest()

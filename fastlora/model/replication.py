@@ -28,12 +28,13 @@ Ranges = Sequence[Sequence[int]]
 
 
 class Replication:
-    """A model's list of layers, and the longer list that can replace it.
+    """Replace a model's list of layers with a longer list that contains copies of the layers.
+
+    The model is not changed before `apply` is called.
 
     Args:
         model: The base model.
-        ranges: The ranges of layer indices, as pairs of the first index and the end, which is
-            excluded.
+        ranges: Pairs ``[start, end]`` of layer indices, where ``end`` is excluded.
 
     Raises:
         ConfigError: If a range is not within the model's layers.
@@ -72,7 +73,7 @@ class Replication:
             setattr(self._config, name, self._settings[name])
 
     def undo(self) -> None:
-        """Restore the model's own list of layers and the values in its config."""
+        """Restore the model's original list of layers and the original values in its config."""
         setattr(self._holder, self._name, self._old)
         for name, value in self._before.items():
             setattr(self._config, name, value)
@@ -80,7 +81,7 @@ class Replication:
 
 @contextlib.contextmanager
 def in_place(replication: Replication | None) -> Iterator[None]:
-    """Replicate a model's layers for the duration of a ``with`` block. None has no effect."""
+    """Apply a replication for the duration of a ``with`` block. None has no effect."""
     if replication is None:
         yield
         return
@@ -92,17 +93,17 @@ def in_place(replication: Replication | None) -> Iterator[None]:
 
 
 def replication_for(model: nn.Module, ranges: Ranges | None) -> Replication | None:
-    """Return the replication that an adapter's config requires.
+    """Create the replication that an adapter's config requires.
 
-    The result is None if none is required, or if the model's layers are already replicated in this
-    way.
+    The result is None if the config requires no replication, or if the model's layers are already
+    replicated with the same ranges.
 
     Args:
         model: The base model.
         ranges: The config's ``layer_replication``.
 
     Raises:
-        ConfigError: If the model's layers are already replicated in another way.
+        ConfigError: If the model's layers are already replicated with different ranges.
         ConfigError, UnsupportedLayerError, AdapterStateError: See `Replication`.
     """
     there = _mark_of(model)
@@ -118,9 +119,10 @@ def replication_for(model: nn.Module, ranges: Ranges | None) -> Replication | No
 
 
 def forget_replication(model: nn.Module) -> None:
-    """Treat replicated layers as the model's own from now on.
+    """Remove the record that a model's layers are replicated.
 
-    Adapters that are added later do not need ``layer_replication`` in their configs.
+    The replicated layers then count as the model's original layers. Adapters that are added later
+    do not need ``layer_replication`` in their configs.
     """
     if _mark_of(model) is not None:
         holder, name, _ = _layers_of(model)
@@ -137,7 +139,11 @@ def _mark_of(model: nn.Module) -> list[list[int]] | None:
 
 
 def _layers_of(model: nn.Module) -> tuple[nn.Module, str, nn.ModuleList]:
-    """Return the module that holds a model's list of layers, the attribute name, and the list."""
+    """Find the list of layers of a model.
+
+    Returns:
+        A tuple of the list's parent module, the name of the list's attribute, and the list.
+    """
     part, seen = model, {model}
     while True:
         for path in _LISTS:
@@ -170,7 +176,7 @@ def _checked(ranges: Ranges, count: int) -> Ranges:
 
 
 def _copy_of(layer: nn.Module, place: int) -> nn.Module:
-    """Return a copy of a layer that shares the parameters, the buffers, and the model's config.
+    """Return a copy of a layer that shares the parameters, buffers, and config of the original.
 
     Args:
         layer: The layer to copy.

@@ -27,7 +27,7 @@ _T = TypeVar("_T")
 
 @dataclass
 class TunerLayerStatus:
-    """The status of one module that holds adapters.
+    """The status of a LoRA layer, or of a wrapper for ``modules_to_save`` or trained tokens.
 
     Args:
         name: The name of the module, relative to the tuner
@@ -39,10 +39,12 @@ class TunerLayerStatus:
             adapters with a copy.
         merged_adapters: The names of the adapters merged into the base weight, in the order of
             merging.
-        requires_grad: Whether all of an adapter's tensors in this module require gradients, by
-            adapter name. The value is ``"irregular"`` if only some do.
-        available_adapters: The sorted names of the adapters that the module has.
-        devices: The types of the devices that an adapter's tensors are on, by adapter name.
+        requires_grad: A dict that maps adapter names to True if all of the adapter's tensors in
+            this module require gradients, to False if none does, or to ``"irregular"`` if only some
+            do.
+        available_adapters: The sorted names of the module's adapters.
+        devices: A dict that maps adapter names to the types of the devices that the adapter's
+            tensors are on.
         quantization_backend: The quantization of the base weight (``"bnb 4bit"``), or None.
     """
 
@@ -65,9 +67,11 @@ class TunerModelStatus:
         base_model_type: The class name of the base model, or ``"other"`` for a model that is
             neither a `LoraModel` nor a transformers model.
         adapter_model_type: ``"LoraModel"``, or ``"None"`` for a model that is not wrapped.
-        peft_types: ``"LORA"`` for each adapter name. Empty for a model that is not wrapped.
-        trainable_params, total_params: The numbers of trainable and of all parameters.
-        num_adapter_layers: The number of modules that hold adapters.
+        peft_types: A dict that maps each adapter name to ``"LORA"``. It is empty for a model that
+            is not wrapped.
+        trainable_params: The number of trainable parameters.
+        total_params: The number of all parameters.
+        num_adapter_layers: The number of modules that contain adapters.
         enabled, active_adapters, merged_adapters, requires_grad, available_adapters, devices,
             quantization_backend: See `TunerLayerStatus`. The values combine those of all modules.
     """
@@ -88,7 +92,9 @@ class TunerModelStatus:
 
 
 def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
-    """Return the status of each module that holds adapters, in the model's order.
+    """Return a list with the status of each module that contains adapters, in the model's order.
+
+    These are LoRA layers and wrappers for ``modules_to_save`` or trained tokens.
 
     Args:
         model: A `LoraModel`, or any module that contains LoRA layers of fastlora.
@@ -171,7 +177,7 @@ def _status(name: str, module: Any) -> TunerLayerStatus:
 
 
 def _tensors(module: Any) -> dict[str, list[nn.Parameter]]:
-    """Return the parameters of each adapter on a module."""
+    """Return a dict that maps the names of a module's adapters to lists of their parameters."""
     found: dict[str, list[nn.Parameter]] = {}
     if isinstance(module, ModuleWrapper):
         return {name: list(module.adapter_parameters(name)) for name in module.adapter_names}
@@ -192,7 +198,7 @@ def _quantised(module: Any) -> Quantised | None:
 
 
 def _type_of(module: Any, found: Quantised | None) -> str:
-    """Return PEFT's name for the kind of a module.
+    """Return the module type that PEFT would report for a LoRA layer or wrapper.
 
     For a LoRA layer, the name is derived from the PyTorch class of its base layer.
     """
@@ -209,7 +215,10 @@ def _type_of(module: Any, found: Quantised | None) -> str:
 
 
 def _one(values: Iterable[Any]) -> Any:
-    """Return the common value, or ``"irregular"`` if the values differ."""
+    """Return the first value if all values are equal, or ``"irregular"`` otherwise.
+
+    If there are no values, the result is an empty list.
+    """
     found = list(values)
     if not found:
         return []

@@ -1,6 +1,6 @@
-"""Measure the memory of a training step on the meta device by counting the tensors it creates.
+"""Measure the memory that a training step needs, by running it on the meta device.
 
-Tensors on the meta device have a size but need no memory. The measurement therefore works for
+Tensors on the meta device have a size but no storage in memory. The measurement therefore works for
 models that do not fit into the memory of this machine.
 """
 
@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 
 def step_memory(step: Callable[[], object]) -> int:
-    """Return the peak memory of the tensors that a function creates, in bytes.
+    """Run a function, and return the peak memory of the tensors that it creates, in bytes.
 
     Attention is counted as in a fused kernel, which does not store the matrix of scores.
 
@@ -32,7 +32,9 @@ def step_memory(step: Callable[[], object]) -> int:
 
 
 class _Counter(TorchDispatchMode):
-    """Track the total size of the storages that operations create until they are freed.
+    """Track the total size of the tensor storages that are created while this mode is active.
+
+    A storage is counted until it is freed.
 
     Attributes:
         peak: The largest total size so far, in bytes.
@@ -67,7 +69,10 @@ class _Counter(TorchDispatchMode):
 
 @contextlib.contextmanager
 def _fused_attention() -> Iterator[None]:
-    """Replace attention with an operation that saves as much memory as a fused kernel does.
+    """Make attention on the meta device need the same memory as a fused kernel.
+
+    In the ``with`` block, `scaled_dot_product_attention` is replaced with an operation that saves
+    tensors of the same size for the backward pass.
 
     There is no fused kernel for the meta device. The function is patched because a
     ``TorchFunctionMode`` would not be active when activation checkpointing calls attention again in

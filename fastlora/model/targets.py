@@ -76,15 +76,15 @@ def find_targets(
     targets: set[str] | str | None = None,
     modules: BaseModules | None = None,
 ) -> list[str]:
-    """Return the names of the modules to adapt, in the order of ``named_modules()``.
+    """Return a list of the names of the target modules, in the order of ``named_modules()``.
 
     The result may include LoRA layers that already have other adapters, but no modules inside a
     LoRA layer. ``"all-linear"`` leaves out every module that adapters own copies of
     (``modules_to_save``), and all modules inside it.
 
-    Warnings are emitted for entries that match no module while others do, for matching experts with
-    weights that are stacked in a parameter, and for linear layers other than the output head that
-    ``"all-linear"`` leaves out because adapters own copies.
+    A warning is emitted in each of these cases: some entries match no module while others do; an
+    entry matches experts with weights that are stacked in a parameter; or ``"all-linear"`` leaves
+    out a linear layer other than the output head because adapters own copies of it.
 
     Args:
         model: The base model, with or without adapters.
@@ -147,7 +147,10 @@ def find_targets(
 def _experts_meant(
     modules: BaseModules, targets: set[str] | str, config: LoraConfig, saved: list[str]
 ) -> list[Stack]:
-    """Return the stacked expert weights that a config names. ``"all-linear"`` names all of them."""
+    """Return the stacked expert weights that a config selects.
+
+    ``"all-linear"`` selects all stacked expert weights and their routers.
+    """
     everything = _is_all_linear(config.target_modules)
     stacks = [*stacked_experts(modules), *(routers(modules) if everything else ())]
     return [
@@ -162,12 +165,13 @@ def _experts_meant(
 
 
 def check_every_target(model: nn.Module, config: LoraConfig) -> None:
-    """Check that every name in ``target_modules`` matches a module.
+    """Check that every entry of ``target_modules`` matches a module.
 
-    This is stricter than `find_targets`, which only emits a warning if other names match.
+    This check is stricter than `find_targets`, which only emits a warning for such an entry if
+    other entries match.
 
     Raises:
-        TargetNotFoundError: If a name does not match any module.
+        TargetNotFoundError: If an entry does not match any module.
     """
     names = [name for name, _, _ in base_modules(model) if name]
     lost = _lost(names, config.target_modules or ())
@@ -178,7 +182,9 @@ def check_every_target(model: nn.Module, config: LoraConfig) -> None:
 
 
 def find_modules_to_save(model: nn.Module, config: LoraConfig) -> list[str]:
-    """Return the names of the modules that the adapter owns a copy of, in the model's order.
+    """Return a list of the names of the modules that ``modules_to_save`` selects.
+
+    The adapter will own a copy of each of these modules. The names are in the model's order.
 
     As in PEFT, an entry matches every name that ends with it, so that ``"head"`` matches
     ``"lm_head"``. A module inside another matching module is left out, because it is part of that
@@ -222,7 +228,10 @@ def find_modules_to_save(model: nn.Module, config: LoraConfig) -> list[str]:
 
 
 def modules_to_save_entries(config: LoraConfig) -> list[str]:
-    """Return the entries of ``modules_to_save`` and the heads of the task, without duplicates."""
+    """Return the entries of ``modules_to_save`` and the names of the task's heads.
+
+    The list has no duplicates.
+    """
     return list(dict.fromkeys([*(config.modules_to_save or ()), *_task_heads(config)]))
 
 
@@ -233,7 +242,7 @@ def _task_heads(config: LoraConfig) -> tuple[str, ...]:
 def resolve_target_modules(
     model: nn.Module, config: LoraConfig, modules: BaseModules | None = None
 ) -> set[str] | str:
-    """Resolve ``target_modules`` for a model to a set of names or a regular expression.
+    """Resolve ``target_modules`` to a set of module names or a regular expression.
 
     None is replaced with the default of the model's architecture, and ``"all-linear"`` with the
     names of the linear layers. The result is the value to store in a saved config.
@@ -266,7 +275,7 @@ def resolve_target_modules(
 
 
 def minimal_suffixes(names: Collection[str], others: Iterable[str]) -> set[str]:
-    """Return a small set of suffixes that match all of ``names`` and none of ``others``."""
+    """Return a small set of name suffixes that match all of ``names`` and none of ``others``."""
     taken = {suffix for other in others for suffix in _suffixes(other)}
     chosen: set[str] = set()
     for name in sorted(names):
@@ -277,7 +286,7 @@ def minimal_suffixes(names: Collection[str], others: Iterable[str]) -> set[str]:
 
 
 def _suffixes(name: str) -> list[str]:
-    """Return the suffixes of a dotted name, from the last component to the whole name."""
+    """Return a list of the suffixes of a dotted name, from the last component to the whole name."""
     found, at = [], len(name)
     while at >= 0:
         at = name.rfind(".", 0, at)
@@ -324,10 +333,10 @@ def _is_all_linear(targets: object) -> bool:
 
 
 def _linears(model: nn.Module, config: LoraConfig, modules: BaseModules) -> list[tuple[str, bool]]:
-    """Return the linear layers except for the output head.
+    """Return a list of tuples ``(name, inside)`` for all linear layers except the output head.
 
-    Each item is the layer's name and whether the layer is, or is inside, a module that adapters own
-    copies of or train rows of.
+    ``inside`` is True if the layer is, or is inside, a module that adapters own copies of or train
+    rows of.
     """
     kinds = (nn.Linear, *_transformers_class("pytorch_utils", "Conv1D"))
     head = _output_head(model, config)
@@ -354,7 +363,7 @@ def _output_head(model: nn.Module, config: LoraConfig) -> nn.Module | None:
 
 
 def _of_copies(model: nn.Module, name: str) -> str:
-    """Return the reason why a module cannot be a target, for messages.
+    """Return the part of an error message that explains why a module cannot be a target.
 
     The module called ``name`` is, or is inside, a module that adapters own copies of or train rows
     of.
@@ -461,7 +470,7 @@ def _nothing_found(
 
 
 def _shown(value: Collection[Any] | str | int | None) -> str:
-    """Return the value of a config field for a message. A long list is shortened."""
+    """Format the value of a config field for a message. A long list is truncated."""
     if value is None or isinstance(value, (str, int)):
         return repr(value)
     more = len(value) - _MOST_SHOWN
@@ -469,9 +478,9 @@ def _shown(value: Collection[Any] | str | int | None) -> str:
 
 
 def _lost(names: list[str], targets: Collection[str] | str) -> list[str]:
-    """Return the entries of a list of targets that match none of the names.
+    """Return a sorted list of the entries of ``targets`` that match none of the names.
 
-    If ``targets`` is a regular expression, the result is empty.
+    If ``targets`` is a regular expression, the list is empty.
     """
     if isinstance(targets, str):
         return []
@@ -482,7 +491,7 @@ def _lost(names: list[str], targets: Collection[str] | str) -> list[str]:
 def _unused(
     unmatched: list[str], found: list[str], excludes: bool, config: LoraConfig
 ) -> list[str]:
-    """Return descriptions of the config values that match no module, for a warning.
+    """Return a list of descriptions of the config values that match no module, for a warning.
 
     Args:
         unmatched: The entries of ``target_modules`` that match no module and no experts.

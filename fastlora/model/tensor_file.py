@@ -1,8 +1,8 @@
 """Read and write safetensors files.
 
-Files are not trusted: the header is checked before any data is read. A file consists of the length
-of the header (8 bytes, little-endian), the header as JSON ``{name: {dtype, shape, data_offsets}}``,
-and the data.
+A file consists of the length of the header (8 bytes, little-endian), the header as JSON
+``{name: {dtype, shape, data_offsets}}``, and the data. Files are not trusted: the header is checked
+before any data is read.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ _DTYPES = {
 
 
 class TensorInfo(NamedTuple):
-    """The description of a tensor in a header.
+    """The description of a tensor in the header of a safetensors file.
 
     Attributes:
         dtype: The tensor's dtype.
         shape: The tensor's shape.
-        start, stop: The position of the tensor's data in the file, in bytes. ``stop`` is excluded.
+        start, stop: The first byte of the tensor's data in the file, and the byte after the last.
     """
 
     dtype: torch.dtype
@@ -66,9 +66,10 @@ class TensorInfo(NamedTuple):
 
 
 class TensorFile:
-    """An open safetensors file. The header and the tensors are read from the same descriptor.
+    """An open safetensors file.
 
-    Use it as a context manager, which closes the file.
+    The header and the tensors are read from the same file descriptor, so that they are consistent
+    even if the file is replaced. Use the object as a context manager, which closes the file.
 
     Args:
         file: The open file.
@@ -112,7 +113,7 @@ class TensorFile:
 
     @cached_property
     def infos(self) -> dict[str, TensorInfo]:
-        """The dtype, the shape, and the position of each tensor, by name.
+        """A dict that maps tensor names to the dtype, shape, and position of the tensor.
 
         Raises:
             CheckpointError: If the header is not a JSON object, or if the tensors that it describes
@@ -133,10 +134,13 @@ class TensorFile:
         return found
 
     def read(self, names: Collection[str] | None = None) -> dict[str, torch.Tensor]:
-        """Read tensors into CPU memory. Tensors do not share storage.
+        """Read tensors into CPU memory.
 
         Args:
             names: The names of the tensors to read. With None, all tensors are read.
+
+        Returns:
+            A dict that maps names to tensors. The tensors do not share storage.
 
         Raises:
             CheckpointError: If the file was changed since it was opened, or ends early.
@@ -163,7 +167,7 @@ class TensorFile:
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Return all tensors of a safetensors file.
+    """Return a dict that maps names to the tensors of a safetensors file.
 
     Raises:
         CheckpointError: See `TensorFile`.
@@ -181,7 +185,7 @@ def write_tensors(
 
     Args:
         path: The file to write.
-        tensors: The tensors by name.
+        tensors: A mapping from names to tensors.
         metadata: Metadata to write into the header in addition to ``{"format": "pt"}``.
 
     Raises:
@@ -203,7 +207,7 @@ def write_tensors(
 
 
 def _order_metadata(path: Path, texts: Mapping[str, str]) -> None:
-    """Rewrite the metadata in a file's header in the given order.
+    """Rewrite the metadata in a file's header in the order of ``texts``.
 
     safetensors writes the metadata in a random order.
     """
@@ -216,7 +220,10 @@ def _order_metadata(path: Path, texts: Mapping[str, str]) -> None:
 
 
 def _metadata(header: str) -> tuple[dict[str, str], int]:
-    """Return the metadata at the beginning of a header, and the position where it ends."""
+    """Return a tuple of the metadata at the beginning of a header and the index where it ends.
+
+    If the header does not begin with valid metadata, the result is an empty dict and 0.
+    """
     if not header.startswith(_METADATA_START):
         return {}, 0
     try:
@@ -228,11 +235,14 @@ def _metadata(header: str) -> tuple[dict[str, str], int]:
 
 
 def _read_header(file: BinaryIO, most: int = MAX_HEADER_BYTES) -> tuple[str, int]:
-    """Read the header, and return its text and the position of the data in the file.
+    """Read the header of a safetensors file.
 
     Args:
         file: The open file, positioned at its start.
         most: The maximum size of the header in bytes.
+
+    Returns:
+        A tuple of the header as text and the position of the tensor data in the file, in bytes.
 
     Raises:
         CheckpointError: If the file is truncated, or if the header is too long or is not valid

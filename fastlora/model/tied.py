@@ -21,12 +21,12 @@ EMBEDDING_NAMES = ("embed_tokens", "lm_head")
 
 
 class Ties(NamedTuple):
-    """The modules that will share the input embedding's adapter.
+    """The modules that will share an adapter with the input embedding.
 
     Attributes:
         names: The names of the modules.
-        copies: Whether they share a copy of the weight (``modules_to_save``) rather than LoRA
-            factors.
+        copies: True if the modules share the adapter's copy of the embedding's weight
+            (``modules_to_save``), or False if they share the embedding's LoRA factors.
     """
 
     names: tuple[str, ...] = ()
@@ -37,9 +37,9 @@ NO_TIES = Ties()
 
 
 def input_embedding(model: nn.Module) -> str | None:
-    """Return the name of a model's input embedding.
+    """Return the name of the module that the model's ``get_input_embeddings`` method returns.
 
-    The result is None if ``get_input_embeddings`` does not exist or does not return a module.
+    The result is None if the method does not exist or does not return a module of the model.
     """
     get: Any = getattr(model, "get_input_embeddings", None)
     try:
@@ -58,7 +58,7 @@ def ties_embeddings(model: nn.Module) -> bool:
 
 
 def tied_with_embedding(model: nn.Module) -> list[str]:
-    """Return the sorted names of the modules that share the input embedding's weight.
+    """Return a sorted list of the names of the modules that share the input embedding's weight.
 
     As in PEFT, only modules listed in ``_tied_weights_keys`` of the model or of its submodules are
     considered, and the result is empty if the model's config has ``tie_word_embeddings=False``. In
@@ -83,10 +83,10 @@ def tied_with_embedding(model: nn.Module) -> list[str]:
 
 
 def tie_adapters(model: nn.Module, config: LoraConfig) -> Ties:
-    """Return the modules that will share the input embedding's adapter.
+    """Find the modules that will share an adapter with the input embedding.
 
-    If there are any, the config is changed in place: ``modules_to_save`` or ``target_modules`` then
-    names the embedding instead of the modules tied to it.
+    If there are such modules, the config is changed in place: ``modules_to_save`` or
+    ``target_modules`` then contains the embedding instead of the modules tied to it.
 
     As in PEFT, a warning is emitted if the config requires tying that is not possible, or if a tied
     module is adapted without ``ensure_weight_tying``.
@@ -141,7 +141,7 @@ def tie_adapters(model: nn.Module, config: LoraConfig) -> Ties:
 
 
 def _renamed(entries: list[str], embedding: str, tied: list[str]) -> list[str]:
-    """Add the embedding's name to a list of entries, and remove the entries for tied modules."""
+    """Return a copy of a list of names with the embedding added and the tied modules removed."""
     renamed = [*entries, embedding] if embedding not in entries else list(entries)
     for name in tied:
         matching = (e for e in renamed if matches_components("modules_to_save", e, name))
@@ -155,7 +155,7 @@ def _warn(message: str) -> None:
 
 
 class SharedWeights:
-    """Track the weights that modules of a model share, and untie weights before a merge.
+    """Find weights that several modules of a model share, and untie weights before a merge.
 
     Args:
         model: The base model with its adapters.
@@ -178,15 +178,16 @@ class SharedWeights:
             family: Modules to ignore.
 
         Returns:
-            The name of the first such module, or None if there is none.
+            The name of the first module found, or None if no module shares the weight.
         """
         holders = self._holders.get(id(base._parameters.get("weight")), ())
         return next((name for name, module in holders if module not in family), None)
 
     def other(self, module: Any) -> str | None:
-        """Return the name of another module that shares a layer's base weight, or None.
+        """Return the name of another module that shares a layer's base weight.
 
-        Modules that share the layer's adapter, either LoRA factors or trained rows, are ignored.
+        Modules that share the layer's LoRA factors or trained rows are ignored. The result is None
+        if no other module shares the weight.
         """
         return self.beside(module.get_base_layer(), self._family(module))
 
@@ -201,9 +202,9 @@ class SharedWeights:
         return {m for m in bases if m.weight is base.weight}
 
     def untie(self, name: str, module: Any) -> None:
-        """Give a layer its own copy of the base weight if another module shares the weight.
+        """Replace a layer's base weight with a copy if another module shares the weight.
 
-        Otherwise, merging an adapter into an output head would also change the embedding.
+        Without the copy, merging an adapter into an output head would also change the embedding.
 
         Args:
             name: The name of the layer.
@@ -222,7 +223,7 @@ class SharedWeights:
         self._untied.append((name, other, own.numel() * own.element_size()))
 
     def tell(self) -> None:
-        """Emit a warning about the untied weights and the additional memory that they take."""
+        """Emit a warning about the weights that were untied and the additional memory they need."""
         if not self._untied:
             return
         name, other, _ = self._untied[0]
@@ -257,7 +258,7 @@ def note_untied(model: nn.Module) -> None:
 
 
 def _setting(model: nn.Module, name: str) -> Any:
-    """Return a field of a model's config, or None if there is no such field."""
+    """Return the value of a field in a model's config, or None if the field does not exist."""
     config: Any = getattr(model, "config", None)
     if isinstance(config, dict):
         return config.get(name)

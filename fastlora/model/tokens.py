@@ -1,4 +1,4 @@
-"""Find the modules that ``trainable_token_indices`` selects, and those that share trained rows.
+"""Find the modules and rows that ``trainable_token_indices`` selects for training.
 
 The rules follow `set_additional_trainable_modules` in PEFT 0.21.2, ``utils/other.py``.
 """
@@ -22,7 +22,7 @@ from fastlora.validation import ConfigError, TargetNotFoundError, UnsupportedLay
 
 @dataclass(frozen=True)
 class Tokens:
-    """The rows of a module that an adapter trains.
+    """The rows of a module's weight that an adapter trains.
 
     Attributes:
         indices: The indices of the rows.
@@ -34,7 +34,7 @@ class Tokens:
 
 
 def find_tokens(model: nn.Module, config: LoraConfig) -> dict[str, Tokens]:
-    """Return the modules in which an adapter trains rows, by name.
+    """Return a dict that maps the names of modules to the rows of their weights to train.
 
     If ``trainable_token_indices`` is a list, it refers to the input embedding. If it is a mapping,
     each key refers to every module with a name that ends with the key. If the input embedding is
@@ -88,12 +88,12 @@ def find_tokens(model: nn.Module, config: LoraConfig) -> dict[str, Tokens]:
 def check_apart(
     tokens: Collection[str], targets: Collection[str], saved: Collection[str], tied: Collection[str]
 ) -> None:
-    """Check that an adapter does not train any module in two ways.
+    """Check that an adapter does not train the same module in two ways.
 
     Args:
-        tokens: The names of the modules in which it trains rows.
-        targets: The names of the modules that it adapts with LoRA.
-        saved: The names of the modules that it owns a copy of.
+        tokens: The names of the modules in which the adapter trains rows.
+        targets: The names of the modules that the adapter adapts with LoRA.
+        saved: The names of the modules that the adapter owns a copy of.
         tied: The names of the modules that share the input embedding's adapter.
 
     Raises:
@@ -144,8 +144,8 @@ def _check(model: nn.Module, name: str, rows: Tokens) -> None:
     """Check that an adapter can train the given rows of a module.
 
     Raises:
-        UnsupportedLayerError: If the module does not support it, or if other adapters adapt the
-            module in another way.
+        UnsupportedLayerError: If rows of the module cannot be trained, or if other adapters adapt
+            the module in another way.
     """
     module: Any = model.get_submodule(name)
     if isinstance(module, LoraLayer) or holds_copies(module):

@@ -1,7 +1,7 @@
-"""`LoraTuner`: add, activate, train, merge, and delete the adapters of a whole model.
+"""`LoraTuner`: add, activate, freeze, merge, and delete the adapters of a model.
 
-It corresponds to the tuner of PEFT. Users reach it as ``lora_model.base_model``. Saving and loading
-adapters, and calls of the model, are implemented in `LoraModel`.
+The class corresponds to PEFT's tuner, and is available as ``lora_model.base_model``. `LoraModel`
+implements saving, loading, and calling the model.
 """
 
 from __future__ import annotations
@@ -37,14 +37,16 @@ from fastlora.validation import (
 
 
 class LoraTuner(nn.Module):
-    """A model and its adapters. Attributes and methods have the same names as in PEFT.
+    """A base model with its adapters.
+
+    Attributes and methods have the same names as in PEFT.
 
     Args:
         model: Any module. Its target modules are replaced with LoRA layers in place.
 
     Attributes:
         model: The base model, which contains the LoRA layers.
-        peft_config: The config of each adapter, by name.
+        peft_config: A dict that maps adapter names to configs.
         targeted_module_names: The names of the modules that adapters adapt with LoRA, in the order
             in which they were added.
         targeted_parameter_names: Always empty, since LoRA on single parameters is not supported.
@@ -81,7 +83,7 @@ class LoraTuner(nn.Module):
         return self.model(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        """Look up missing attributes on the base model."""
+        """Return an attribute of the base model that the tuner does not have."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -96,24 +98,24 @@ class LoraTuner(nn.Module):
 
     @property
     def active_adapter(self) -> list[str]:
-        """The names of the active adapters. This is PEFT's other name for `active_adapters`."""
+        """An alias of `active_adapters`, for compatibility with PEFT."""
         return list(self._active)
 
     def add_adapter(
         self, adapter_name: str, plan: Plan, *, autocast_adapter_dtype: bool = True
     ) -> None:
-        """Add an adapter. It is frozen and inactive.
+        """Add an adapter. The new adapter is frozen and inactive.
 
-        Adding the first adapter freezes the base model.
+        If it is the model's first adapter, the base model is frozen.
 
         Args:
-            adapter_name: A name that no other adapter has.
+            adapter_name: The name of the new adapter, which must not be in use.
             plan: The result of `plan_for`.
             autocast_adapter_dtype: Whether to store the factors of 16-bit base layers in fp32, as
                 PEFT does.
 
         Raises:
-            AdapterStateError: If the name is in use, if both this adapter and another one train
+            AdapterStateError: If the name is in use, if both this adapter and another adapter train
                 biases of the base model, or if this adapter is loaded from a file and needs a
                 change of the base weights that conflicts with the change of another adapter.
         """
@@ -139,8 +141,8 @@ class LoraTuner(nn.Module):
             self._changed_base[adapter_name] = config.init
         names = dict.fromkeys((*self.targeted_module_names, *plan.targets))
         self.targeted_module_names = list(names)
-        # A new layer must belong to the model's routing group before its first forward, because a
-        # `fastlora.adapters` block may already be open.
+        # A new layer must belong to the model's routing group before its first forward pass,
+        # because a `fastlora.adapters` block may already be open.
         model = self.model
         modules: list[Any] = [model.get_submodule(name) for name in plan.touched]
         for module in modules:
@@ -155,10 +157,10 @@ class LoraTuner(nn.Module):
             self._keeps_layout = True
 
     def _check_base_changes(self, adapter_name: str, plan: Plan) -> None:
-        """Check whether the initializations of adapters conflict.
+        """Check that the initialization of a new adapter does not conflict with other adapters.
 
-        Emits a warning if an initialization changes the base weights of a model with several
-        adapters, or if loading cannot repeat the change because it is random.
+        A warning is emitted if an initialization method changes the base weights of a model with
+        several adapters, or if loading cannot repeat the change because it is random.
 
         Raises:
             AdapterStateError: If the adapter is loaded from a file, its initialization must be
@@ -197,7 +199,7 @@ class LoraTuner(nn.Module):
             )
 
     def check_replaces(self, operation: str, adapter_name: str, config: LoraConfig) -> None:
-        """Check that the weights of a loaded adapter can be replaced with those of another.
+        """Check that the weights of a loaded adapter can be replaced with those of another adapter.
 
         Args:
             operation: The name of the method that replaces the weights, for messages.
@@ -221,8 +223,8 @@ class LoraTuner(nn.Module):
         the adapter's factors are.
 
         Args:
-            adapter_name: The name of an adapter, or several names. The updates of several adapters
-                are added.
+            adapter_name: The name of an adapter, or a list of names. The updates of several
+                adapters are added.
             inference_mode: Whether to freeze the active adapters too.
 
         Raises:
@@ -252,7 +254,7 @@ class LoraTuner(nn.Module):
                 bias.requires_grad_(name in self._active and not inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter. If it was the only active one, another adapter becomes active.
+        """Delete an adapter. If it was the only active adapter, another adapter becomes active.
 
         Other adapters that are merged stay merged.
 
@@ -294,12 +296,14 @@ class LoraTuner(nn.Module):
         density: float | None = None,
         majority_sign_method: str = "total",
     ) -> None:
-        """Add an adapter that is a weighted sum of other adapters. It is frozen and inactive.
+        """Add an adapter that is a weighted sum of other adapters.
+
+        The new adapter is frozen and inactive.
 
         Args:
             adapters: The names of the adapters to add. A name may occur more than once. If there is
                 only one name, the combination type ``"linear"`` is used.
-            weights: One number per name. Negative numbers are allowed.
+            weights: A list with one number for each name. Negative numbers are allowed.
             adapter_name: The name of the new adapter.
             combination_type: How to combine the adapters. ``"cat"`` adds the updates
                 ``lora_b @ lora_a`` exactly; the rank of the result is the sum of the ranks.
@@ -338,17 +342,17 @@ class LoraTuner(nn.Module):
         self.add_computed(adapter_name, combined(self.model, configs, names, weights, how))
 
     def add_computed(self, adapter_name: str, made: Made) -> None:
-        """Add a computed adapter to the model. It is frozen and inactive.
+        """Add a computed adapter to the model. The new adapter is frozen and inactive.
 
         Args:
-            adapter_name: A name that no other adapter has.
+            adapter_name: The name of the new adapter, which must not be in use.
             made: The computed adapter.
         """
         self.add_adapter(adapter_name, made.plan, autocast_adapter_dtype=made.wide)
         made.fill(self.model, adapter_name)
 
     def check_new(self, adapter_name: str) -> None:
-        """Check that a new adapter can have the name.
+        """Check that ``adapter_name`` is a valid name and is not in use.
 
         Raises:
             ConfigError: If the name is invalid.
@@ -365,7 +369,7 @@ class LoraTuner(nn.Module):
         self._set_disabled(False)
 
     def disable_adapter_layers(self) -> None:
-        """Disable and freeze all adapters, so that the model computes as the base model.
+        """Disable and freeze all adapters, so that the outputs are those of the base model.
 
         Merged adapters are unmerged.
 
@@ -391,15 +395,15 @@ class LoraTuner(nn.Module):
     def set_requires_grad(
         self, adapter_names: str | Sequence[str], requires_grad: bool = True
     ) -> None:
-        """Make adapters trainable, or freeze them, whether they are active or not.
+        """Make active or inactive adapters trainable, or freeze them.
 
-        Other adapters are not affected. The biases of the base model that an adapter trains change
-        with the adapter if it is active. If it is inactive, its biases stay frozen, because they
-        take effect in every forward.
+        Other adapters are not affected. If an adapter is active and trains biases of the base
+        model, these biases are made trainable or frozen together with the adapter. If it is
+        inactive, the biases stay frozen, because they take effect in every forward pass.
 
         Args:
-            adapter_names: The name of an adapter, or several names.
-            requires_grad: Whether the adapters are trainable.
+            adapter_names: The name of an adapter, or a list of names.
+            requires_grad: Whether to make the adapters trainable. If False, they are frozen.
 
         Raises:
             AdapterNotFoundError: If there is no such adapter.
@@ -408,14 +412,15 @@ class LoraTuner(nn.Module):
             parameter.requires_grad_(requires_grad)
 
     def _biases(self, name: str) -> list[nn.Parameter]:
-        """Return the biases of the base model that an adapter's config selects for training."""
+        """Return a list of the biases of the base model that an adapter's config selects."""
         found = inject.adapter_biases(self.model, name, self.peft_config[name].bias)
         return list(found.values())
 
     def _trainable(self, names: Collection[str]) -> list[nn.Parameter]:
-        """Return the parameters that the named adapters can train in the current state.
+        """Return a list of the parameters that the given adapters can train in the current state.
 
-        These are the adapters' own parameters, and the base model's biases of active adapters.
+        These are the adapters' own parameters and, for active adapters, the biases of the base
+        model that their configs select.
         """
         owned = [
             parameter
@@ -427,14 +432,14 @@ class LoraTuner(nn.Module):
         return list({id(parameter): parameter for parameter in (*owned, *biases)}.values())
 
     def _freeze_adapters(self) -> list[nn.Parameter]:
-        """Freeze the trainable parameters of all adapters, and return these parameters."""
+        """Freeze all trainable parameters of adapters, and return a list of these parameters."""
         trained = [p for p in self._trainable(self.peft_config) if p.requires_grad]
         for parameter in trained:
             parameter.requires_grad_(False)
         return trained
 
     def _thaw(self, frozen: Collection[nn.Parameter]) -> None:
-        """Make parameters that `_freeze_adapters` returned trainable again.
+        """Make the parameters in ``frozen``, a result of `_freeze_adapters`, trainable again.
 
         Parameters that the adapters cannot train in the current state stay frozen.
         """
@@ -483,7 +488,7 @@ class LoraTuner(nn.Module):
 
         Args:
             ids, seeds, validate: See `fastlora.adapters`.
-            held: A stack for resources to release when the block ends. Not used here.
+            held: An exit stack for resources to release when the block ends. It is not used here.
         """
         return parameters_routing(
             self.group, self.routed, tuple(self.peft_config), Parameters, ids, seeds, validate
@@ -517,7 +522,7 @@ class LoraTuner(nn.Module):
         *,
         keep_base: bool = True,
     ) -> None:
-        """Merge adapters into the base weights. `unmerge_adapter` undoes this.
+        """Merge adapters into the base weights. To undo the merge, call `unmerge_adapter`.
 
         Args:
             adapter_names: The adapters to merge. With None, the active adapters are merged.
@@ -582,8 +587,8 @@ class LoraTuner(nn.Module):
             safe_merge: Whether to raise an error if merged weights are not finite.
             adapter_names: The adapters to merge. With None, the active adapters are merged.
             dequantize: Whether to replace every quantized linear layer of the model with a plain
-                one. The layers are converted one at a time, to the dtype of the parameters that are
-                not quantized.
+                linear layer. The layers are converted one at a time, to the dtype of the parameters
+                that are not quantized.
 
         Raises:
             AdapterNotFoundError: If there is no such adapter.
@@ -619,7 +624,7 @@ class LoraTuner(nn.Module):
         return inject.unload(self.model, merge=False, dequantize=dequantize)
 
     def _known(self, names: str | Sequence[str]) -> list[str]:
-        """Return one name or several names as a list.
+        """Return a name or a sequence of names as a list, after checking that they are loaded.
 
         Raises:
             AdapterNotFoundError: If one of the adapters is not loaded.

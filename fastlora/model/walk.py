@@ -21,7 +21,7 @@ BaseModules = list[tuple[str, nn.Module, bool]]
 
 
 def plain_name(name: str) -> str:
-    """Return the name of a module or tensor without the components that wrapper modules add."""
+    """Return the name of a module or tensor with the names of wrapper modules removed."""
     for wrapped in _WRAPPED:
         name = name.replace(wrapped, "")
     return name
@@ -48,7 +48,7 @@ def is_wrapper(module: nn.Module) -> bool:
 
 
 def original_of(module: nn.Module) -> nn.Module:
-    """Return the module inside a wrapper. Any other module is returned as it is."""
+    """Return the original module inside a wrapper. Any other module is returned unchanged."""
     original: nn.Module | None = module
     if not module._modules:
         return module
@@ -60,17 +60,17 @@ def original_of(module: nn.Module) -> nn.Module:
 
 
 def base_of(module: nn.Module) -> nn.Module:
-    """Return the base module of a LoRA layer or wrapper. Any other module is returned as it is."""
+    """Return the base module of a LoRA layer or wrapper. Any other module is returned unchanged."""
     return module.get_base_layer() if isinstance(module, LoraLayer) else original_of(module)
 
 
 def outer_modules(
     model: nn.Module, *, remove_duplicate: bool = True, inner_layers: bool = False
 ) -> list[tuple[str, nn.Module]]:
-    """Return the items of ``named_modules()``, except for modules inside LoRA layers and wrappers.
+    """Return the items of ``named_modules()`` without modules inside LoRA layers and wrappers.
 
-    The LoRA layers and the wrappers (see `is_wrapper`) themselves are included. The time does not
-    depend on the number of adapters, and modules that belong to an adapter are never returned.
+    The LoRA layers and the wrappers (see `is_wrapper`) themselves are included. Modules that belong
+    to an adapter are never included. The running time does not depend on the number of adapters.
 
     Args:
         model: The model, with or without adapters.
@@ -110,14 +110,14 @@ def outer_modules(
 
 
 def base_modules(model: nn.Module, *, remove_duplicate: bool = True) -> BaseModules:
-    """Return the modules of a base model under their names in the model without adapters.
+    """Return the modules of a base model with their names in the model without adapters.
 
-    LoRA layers and wrappers take the place of the modules that they replaced. In addition to
-    `outer_modules`, the modules inside wrapped modules are included.
+    LoRA layers and wrappers are listed in place of the modules that they replaced. In addition to
+    the modules that `outer_modules` returns, the modules inside wrapped modules are included.
 
     Returns:
-        Tuples of the name, the module, and whether the module is a wrapper or is inside a wrapped
-        module.
+        A list of tuples ``(name, module, wrapped)``. ``wrapped`` is True if the module is a wrapper
+        or is inside a wrapped module.
     """
     found: BaseModules = []
     for name, module in outer_modules(model, remove_duplicate=remove_duplicate):
@@ -132,11 +132,11 @@ def base_modules(model: nn.Module, *, remove_duplicate: bool = True) -> BaseModu
 
 
 def peft_function(model: nn.Module, module: str, name: str, refusal: Exception) -> Any:
-    """Return a function of PEFT, if the model has adapter layers of PEFT.
+    """Return a function of PEFT if the model has adapter layers of PEFT, or else raise an error.
 
     Args:
         model: The model.
-        module: The Python module that has the function.
+        module: The name of the Python module that defines the function.
         name: The name of the function.
         refusal: The error to raise if the model has no adapter layers of PEFT.
     """

@@ -18,7 +18,7 @@ from fastlora.validation import AdapterStateError, ConfigError, check_rank, near
 
 
 class Combination(NamedTuple):
-    """Options for combining adapters. See `LoraTuner.add_weighted_adapter`."""
+    """The options of `LoraTuner.add_weighted_adapter` that select how adapters are combined."""
 
     combination_type: str = "svd"
     svd_rank: int | None = None
@@ -29,12 +29,12 @@ class Combination(NamedTuple):
 
     @property
     def of_updates(self) -> bool:
-        """Whether the updates ``lora_b @ lora_a`` are combined rather than the factors."""
+        """Whether the updates ``lora_b @ lora_a`` are combined, instead of the factors."""
         return self.combination_type.endswith("svd")
 
 
 class Summand(NamedTuple):
-    """An adapter and its weight in a sum."""
+    """The name of an adapter, and its weight in a weighted sum of adapters."""
 
     adapter: str
     weight: float
@@ -51,10 +51,10 @@ def combined(
 
     Args:
         model: The base model with its adapters.
-        configs: The configs of the adapters, by name.
+        configs: A mapping from the names of the adapters to their configs.
         adapters: The names of the adapters in the sum. A name may occur more than once.
-        weights: One number per name.
-        how: How to combine the adapters.
+        weights: The weights of the adapters, one number for each name.
+        how: The options that select how to combine the adapters.
 
     Raises:
         AdapterStateError, ConfigError, UnsupportedLayerError: See
@@ -127,13 +127,13 @@ def _check(
 
 
 def _on_layer(name: str, layer: LoraLayer, holders: Sequence[Summand], how: Combination) -> Factors:
-    """Compute the sum on one layer.
+    """Compute the parameters of the combined adapter on one layer.
 
     Args:
         name: The name of the layer, for messages.
         layer: The LoRA layer.
-        holders: The adapters in the sum that the layer has.
-        how: How to combine the adapters.
+        holders: The summands with an adapter on this layer.
+        how: The options that select how to combine the adapters.
     """
     multiplied = how.of_updates or how.combination_type == "cat"
     adapters = [summand.adapter for summand in holders]
@@ -183,7 +183,10 @@ def _svd(
     weights: Sequence[float],
     how: Combination,
 ) -> low_rank.Pair:
-    """Return factors of the combined updates, ordered by decreasing singular value."""
+    """Return a tuple ``(lora_a, lora_b)``: factors of the combined update from its SVD.
+
+    The rows of ``lora_a`` and the columns of ``lora_b`` are ordered by decreasing singular value.
+    """
     if how.combination_type == "svd":
         scales = [w * s for w, s in zip(weights, scalings, strict=True)]
         found = low_rank.decompose_pairs(pairs, scales, how.svd_driver)
@@ -196,7 +199,7 @@ def _svd(
 def _bias(
     biases: Sequence[torch.Tensor | None], scales: Sequence[float], how: Combination
 ) -> torch.Tensor | None:
-    """Return the combined ``lora_bias``, ``[N]``, or None if no adapter has one."""
+    """Return the combined bias of ``lora_b``, ``[N]``, or None if no adapter has such a bias."""
     found = [(b.detach(), s) for b, s in zip(biases, scales, strict=True) if b is not None]
     if not found:
         return None

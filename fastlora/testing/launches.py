@@ -1,4 +1,4 @@
-"""The kernels' host path without a GPU: every step except the launch, which is recorded."""
+"""Run the host code of the Triton kernels without a GPU, and record each kernel launch."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ class Launch(NamedTuple):
     """A recorded kernel launch.
 
     Attributes:
-        kernel: Name of the Triton function.
-        grid: Number of programs along each axis.
-        num_warps: Warps per program.
-        num_stages: Pipeline stages of the program's loop.
-        shared: Shared memory per program, in bytes.
-        binary: Compiled code.
-        names: Names of the kernel's arguments.
-        values: Values of the kernel's arguments.
+        kernel: The name of the Triton function.
+        grid: The number of programs along each axis.
+        num_warps: The number of warps per program.
+        num_stages: The number of pipeline stages of the program's loop.
+        shared: The shared memory per program, in bytes.
+        binary: The compiled code.
+        names: The names of the kernel's arguments.
+        values: The values of the kernel's arguments.
     """
 
     kernel: str
@@ -44,7 +44,7 @@ class Launch(NamedTuple):
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """The kernel's arguments by name, without tensors and strides."""
+        """A dict that maps argument names to values, without tensors and strides."""
         given = zip(self.names, self.values, strict=True)
         return {
             name: value
@@ -55,11 +55,12 @@ class Launch(NamedTuple):
 
 @contextlib.contextmanager
 def stubbed_launches(chip: str = "sm_90", processors: int = 132) -> Iterator[list[Launch]]:
-    """Run the Triton path on CPU tensors in the block, and record launches instead of running them.
+    """Record kernel launches in a ``with`` block instead of executing the kernels.
 
-    As on a GPU, configs are chosen and kernels are compiled for the named chip, arguments are
-    bound, and the launcher is called. No kernel computes, so an output holds whatever its memory
-    contained. Not thread-safe. Triton's interpreter is not supported, because it has no launches.
+    The Triton implementation then also accepts CPU tensors. As on a GPU, configs are chosen and
+    kernels are compiled for the given chip, arguments are bound, and the launcher is called. No
+    kernel is executed, so outputs are uninitialized. This context manager is not thread-safe. It
+    does not support Triton's interpreter, which launches no kernels.
 
     Args:
         chip: The chip's architecture, such as ``"sm_90"`` or ``"gfx942"``. fastlora must have
@@ -99,7 +100,7 @@ def stubbed_launches(chip: str = "sm_90", processors: int = 132) -> Iterator[lis
 
 
 class StandInDriver:
-    """A driver for Triton's runtime that stands in for a GPU that is not present.
+    """A driver for Triton's runtime that replaces the driver of a GPU that is not present.
 
     Subclasses define ``load_binary`` and ``launcher_cls``.
     """
@@ -123,34 +124,38 @@ class StandInDriver:
         return self._target
 
     def get_current_device(self) -> int:
-        """Return the device number."""
+        """Return the index of the device, which is unique to this driver."""
         return self._number
 
     def get_current_stream(self, device: int) -> int:
-        """Return the default stream."""
+        """Return 0, the handle of the default stream."""
         return 0
 
     def get_device_properties(self, device: int) -> dict[str, int]:
-        """Return the chip's limits."""
+        """Return a dict of the chip's shared memory, number of multiprocessors, and warp size."""
         return self._properties
 
     def unload_module(self, module: Any) -> None:
-        """Do nothing, because Python frees the module."""
+        """Do nothing, because the module is an ordinary Python object."""
 
 
 class _CountingDriver(StandInDriver):
-    """A driver that records each launch and runs none."""
+    """A driver that records each kernel launch without executing the kernel."""
 
     def __init__(self, chip: Chip, launches: list[Launch]) -> None:
         super().__init__(chip)
         self._launches = launches
 
     def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[Any, ...]:
-        """Return the module, function, registers, spills, and maximum threads per program."""
+        """Return placeholders for the values that a driver returns for a compiled kernel.
+
+        The tuple consists of a module handle, a function handle (here, the binary), the numbers of
+        registers and spills, and the maximum number of threads per program.
+        """
         return object(), binary, 0, 0, 1024
 
     def launcher_cls(self, source: Any, metadata: Any) -> Any:
-        """Return a function that records the launch of a kernel."""
+        """Return a launch function that records its arguments as a `Launch`."""
 
         own = metadata.num_warps, metadata.num_stages, metadata.shared
         kernel, launches, names = metadata.name, self._launches, tuple(source.fn.arg_names)

@@ -1,8 +1,9 @@
-"""Tolerances derived from a float64 truth, for every numeric comparison in this project's tests.
+"""Tolerances for the numeric comparisons in this project's tests, derived from float64 references.
 
-A result passes if its error is at most ``2 * (error + eps * max|truth|)``. Here ``error`` is the
-error of the plain PyTorch expression in the same dtype, and ``eps`` belongs to that dtype. No
-tolerance is chosen by hand.
+A result passes if its largest absolute error is at most ``2 * (error + eps * max|truth|)``. Here
+``truth`` is the float64 reference, ``error`` is the largest absolute error of the plain PyTorch
+expression in the dtype under test, and ``eps`` is the machine epsilon of that dtype. No tolerance
+is chosen by hand.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from torch import nn
 
 
 def error_budget(same_dtype: torch.Tensor, truth: torch.Tensor) -> float:
-    """Return the largest absolute error that a result may have.
+    """Return the largest absolute error that a result may have in order to pass.
 
     Args:
-        same_dtype: PyTorch's result in the dtype under test, any shape.
-        truth: The float64 result, same shape.
+        same_dtype: PyTorch's result in the dtype under test. It may have any shape.
+        truth: The float64 reference, of the same shape.
     """
     eps = torch.finfo(same_dtype.dtype).eps
     reference_error = (same_dtype.double() - truth).abs().max().item() if truth.numel() else 0.0
@@ -35,9 +36,9 @@ def assert_within_budget(
 
     Args:
         actual: The result under test.
-        same_dtype: PyTorch's result in the same dtype, same shape.
-        truth: The float64 result, same shape.
-        what: Name of the quantity, for the error message.
+        same_dtype: PyTorch's result, of the same dtype and shape.
+        truth: The float64 reference, of the same shape.
+        what: The name of the quantity, for the error message.
 
     Raises:
         AssertionError: The shapes differ, or the error exceeds the budget of `error_budget`.
@@ -56,14 +57,15 @@ def assert_within_budget(
 
 
 def farthest(runs: Iterable[torch.Tensor], truth: torch.Tensor) -> torch.Tensor:
-    """Return the run with the largest error.
+    """Return the result that has the largest absolute error.
 
-    Pass PyTorch's own results with several orders of summation. A single order may be exact by
-    chance and would leave almost no budget.
+    The result can be passed to `error_budget` as ``same_dtype``. Compute ``runs`` with PyTorch and
+    with several orders of summation, because a single run may be exact by chance and would then
+    leave almost no budget.
 
     Args:
-        runs: Results in the dtype under test, with the shape of ``truth``.
-        truth: The float64 result.
+        runs: Results in the dtype under test, of the same shape as ``truth``.
+        truth: The float64 reference.
     """
     errors = ((run, (run.double() - truth).abs()) for run in runs)
     return max(errors, key=lambda pair: pair[1].max().item() if truth.numel() else 0.0)[0]
@@ -71,16 +73,17 @@ def farthest(runs: Iterable[torch.Tensor], truth: torch.Tensor) -> torch.Tensor:
 
 @contextlib.contextmanager
 def summed_otherwise(model: nn.Module, seed: int) -> Iterator[None]:
-    """Make every linear layer add its products in a random order within the block.
+    """Make every linear layer of a model sum its products in a random order in a ``with`` block.
 
-    The result is as accurate as with any other order. A deep model can amplify a difference in the
-    last bit. The worst of several orders then shows how far PyTorch's own result may be off, which
-    a single run does not.
+    No order of summation is more accurate than another, but a deep model can amplify a difference
+    in the last bit. The largest error over several random orders therefore shows how inaccurate
+    PyTorch's own result can be. A single run does not show this. This context manager is not
+    thread-safe.
 
     Args:
-        model: The model. All of its `torch.nn.Linear` modules are affected, including their
-            backward. Not thread-safe.
-        seed: Seed of the random orders.
+        model: The model. The forward and backward passes of all its `torch.nn.Linear` modules are
+            affected.
+        seed: The seed of the random orders.
     """
     generator = torch.Generator().manual_seed(seed)
 
