@@ -1,4 +1,4 @@
-"""Batches over a pool: creates the lease and the routing of a block."""
+"""Routing of a batch to the adapters of a pool, which are leased while the batch runs."""
 
 from __future__ import annotations
 
@@ -24,10 +24,16 @@ def pool_routing(
     validate: bool,
     held: contextlib.ExitStack,
 ) -> Routing:
-    """Return a routing to adapters of an `AdapterPool`, and lease them until ``held`` closes.
+    """Lease the adapters of a batch, and return the routing that assigns them to its rows.
 
-    The slots of the routing are the columns of the pool's tables. For the other arguments, see
-    `fastlora.adapters`.
+    The slots of the routing are the columns of the pool's tables.
+
+    Args:
+        pool: The `AdapterPool`.
+        ids: Adapter names or slots, as in `fastlora.adapters`.
+        seeds: Dropout seeds, as in `fastlora.adapters`.
+        validate: Whether to check slots on a GPU, as in `fastlora.adapters`.
+        held: Exit stack of the block. The lease ends when the stack is closed.
     """
     if not isinstance(ids, torch.Tensor):
         names, places = named_ids(None, ids)
@@ -69,7 +75,9 @@ def pool_routing(
 
 
 def captured_pool_routing(pool: Any, ids: torch.Tensor) -> Routing:
-    """Return the routing of a CUDA graph, which looks up slots on the device at every replay.
+    """Return a routing for the capture of a CUDA graph.
+
+    The graph looks up the adapter of each slot on the device at every replay.
 
     Raises:
         AdapterStateError: The pool has no ``max_rank``.
