@@ -5,8 +5,8 @@ from importlib import util as _util
 from importlib.machinery import ModuleSpec as _ModuleSpec
 from pathlib import Path as _Path
 
-import fastlora.integrations.as_peft  # registers our classes with PEFT
-import fastlora.integrations.transformers  # noqa: F401 - adds our models to its pipelines
+import fastlora.integrations.as_peft  # registers fastlora's classes with PEFT
+import fastlora.integrations.transformers  # noqa: F401 - adds fastlora's models to its pipelines
 from fastlora import functional
 from fastlora.init.configs import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig
 from fastlora.integrations.patch import patch, unpatch

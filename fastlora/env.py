@@ -103,7 +103,7 @@ def hide_library_progress_bars() -> None:
     Call this function before these libraries are imported. Variables that are already set are not
     changed.
     """
-    for library in ("HF_HUB", "HF_DATASETS"):  # transformers follows the first
+    for library in ("HF_HUB", "HF_DATASETS"):  # transformers uses the first
         os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
 
 

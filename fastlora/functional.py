@@ -1,7 +1,4 @@
-"""Public functions that compute LoRA layers. They validate their arguments.
-
-The computation is in `fastlora.autograd.adapter`.
-"""
+"""The functional API, which validates arguments and calls `fastlora.autograd.adapter`."""
 
 from __future__ import annotations
 
@@ -91,8 +88,8 @@ def lora_add(
 ) -> torch.Tensor:
     """Compute ``y + scaling * dropout(x) @ lora_a.T @ lora_b.T``.
 
-    Use this function to add a LoRA update to the output y of a base layer that has its own forward
-    pass, such as a quantized or tensor-parallel layer.
+    Use this function if y is computed by the base layer itself, for example by a quantized or
+    tensor-parallel layer.
 
     Args:
         y: Output of the base layer, ``[..., N]``.

@@ -18,8 +18,8 @@ from fastlora.validation import CheckpointError, ConfigError
 
 # CPU seconds for matching all patterns of one adapter.
 MATCHING_SECONDS = 0.25
-# PCRE2's match limit counts backtracking points. A typical pattern passes this many in 10 ms. Real
-# patterns on real module names need at most a tenth of them.
+# PCRE2's match limit, in backtracking points. A typical pattern reaches this limit in 10 ms. Real
+# patterns and module names need at most a tenth of it.
 _STEPS = 100_000
 # Between two backtracking points, PCRE2 may scan the whole pattern. It scans this many characters
 # in 0.1 s.
@@ -259,7 +259,7 @@ class _Ends:
 
     def __init__(self, field: str, patterns: Collection[str]) -> None:
         self._field = field
-        # Lengths of the parts between dots -> pattern -> position in the field.
+        # Maps the lengths of the parts between dots to a dict of patterns and their positions.
         self._plain: dict[tuple[int, ...], dict[str, int]] = {}
         self.expressions: dict[str, int] = {}
         with timed(field):

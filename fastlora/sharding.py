@@ -48,7 +48,8 @@ def own(parameter: Any) -> torch.Tensor:
         return parameter.to_local()
     from torch.distributed.tensor import Partial
 
-    # The redistribution is a no-op in the forward pass. Its backward pass adds the partial gradients.
+    # The redistribution is a no-op in the forward pass. In the backward pass, it sums the partial
+    # gradients.
     whole = parameter.redistribute(parameter.device_mesh, parameter.placements)
     return whole.to_local(grad_placements=[Partial()])
 
@@ -226,9 +227,9 @@ def is_fsdp_module(module: nn.Module) -> bool:
 
 
 def refuse_shards(layer: nn.Module) -> None:
-    """Raise `UnsupportedLayerError` if the base weight of a layer is a DTensor.
+    """Raise `UnsupportedLayerError` if the base weight of a layer is a DTensor in a forward pass.
 
-    The layer would otherwise compute with only a shard of the weight.
+    Otherwise, the layer would compute its output with only a shard of the weight.
     """
     weight: Any = layer._parameters.get("weight")
     if is_sharded(weight):

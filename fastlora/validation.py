@@ -61,7 +61,7 @@ class AdapterTooLargeError(CheckpointError):
         self.argument = argument
 
 
-# Ends a message that names a feature which PEFT supports and fastlora does not.
+# The end of error messages about features that PEFT supports and fastlora does not.
 THE_PEFT_WAY = (
     "use PEFT for this: model = peft.get_peft_model(model, peft_config), then "
     "fastlora.patch(model), which speeds up the LoRA layers"
@@ -130,7 +130,7 @@ def check_same_device(reference: torch.Tensor, **tensors: torch.Tensor | None) -
 
 
 def check_shape(name: str, tensor: torch.Tensor, expected: tuple[int, ...]) -> None:
-    """Raise `ValueError` unless ``tensor`` has exactly the ``expected`` shape."""
+    """Raise `ValueError` unless the shape of ``tensor`` equals ``expected``."""
     if tuple(tensor.shape) != expected:
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {expected}")
 
@@ -144,7 +144,7 @@ def check_floating(name: str, tensor: torch.Tensor) -> None:
 
 
 def check_dropout_dtype(dtype: torch.dtype) -> None:
-    """Raise `TypeError` unless dropout can run in ``dtype``: fp16, bf16, fp32, or fp64."""
+    """Raise `TypeError` unless dropout supports ``dtype``: fp16, bf16, fp32, or fp64."""
     if not dtype.is_floating_point or dtype.itemsize < torch.float16.itemsize:
         raise TypeError(
             f"dropout does not support {dtype}; expected a floating-point dtype of 16, 32 or 64 "

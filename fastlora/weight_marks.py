@@ -110,7 +110,7 @@ def stamp_of(tensors: Sequence[torch.Tensor], context: tuple[Hashable, ...] = ()
 
 
 class Mark:
-    """A weights version. Two versions are equal only if they are the same object.
+    """A version of the weights in this process. Versions are compared by identity.
 
     A version is an object rather than a number because a compiler that traces an optimizer's step
     also traces fastlora's hook. The compiler would guard on a number and recompile at each step.
@@ -129,25 +129,25 @@ class Marks:
 
     def __init__(self) -> None:
         self.trained, self.frozen, self.step = Mark(), Mark(), Mark()
-        # Storage identity -> storage, for the frozen base weights that cached values depend on. The
-        # tensors themselves are not referenced, because `torch.utils.swap_tensors` rejects a tensor
-        # that has a weak reference.
+        # Maps the identity of each storage to the storage, for the frozen base weights that cached
+        # values depend on. The tensors themselves are not referenced, because
+        # `torch.utils.swap_tensors` does not support tensors with weak references.
         self._watched: dict[int, StorageWeakRef] = {}
         self._purge_at = 1024
         self._hooked = False
 
     def of_trained(self) -> Mark:
-        """Return the weights version for a cached value of weights that may be trained."""
+        """Return the current version for values computed from weights that may be trained."""
         self._watch_steps()
         return self.trained
 
     def of_step(self) -> Mark:
-        """Return the weights version for a value that a layer's forward pass caches for others."""
+        """Return the current version for values that a layer caches for other layers."""
         self._watch_steps()
         return self.step
 
     def of_base(self, weight: torch.Tensor) -> Mark:
-        """Return the weights version for a cached value that was computed from a base weight."""
+        """Return the current version for values computed from the given base weight."""
         if weight.requires_grad:
             return self.of_trained()
         self.of_trained()
@@ -156,15 +156,15 @@ class Marks:
         return self.frozen
 
     def end_trained(self) -> None:
-        """Invalidate all cached values of weights that may be trained."""
+        """Invalidate all cached values that were computed from weights that may be trained."""
         self.trained, self.step = Mark(), Mark()
 
     def end_all(self) -> None:
-        """Invalidate all cached values, including those of frozen base weights."""
+        """Invalidate all cached values, including values computed from frozen base weights."""
         self.trained, self.frozen, self.step = Mark(), Mark(), Mark()
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Invalidate all cached values of weights that an optimizer's step may have changed."""
+        """Invalidate the cached values of all weights that an optimizer's step may have changed."""
         self.trained, self.step = Mark(), Mark()
         # A compiled graph cannot look up weights by their storage.
         if torch.compiler.is_compiling() or self._holds_watched(optimizer):

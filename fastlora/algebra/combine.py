@@ -60,8 +60,8 @@ METHODS = {
     "dare_ties": Method(random_share, elects=True),
     "magnitude_prune": Method(largest),
 }
-# Methods without the suffix combine the factors. Those with it combine the updates that the factors
-# make. ``cat`` concatenates the factors.
+# Methods without the suffix combine the factors. Methods with the suffix combine the updates, the
+# products of the factors. ``cat`` concatenates the factors.
 COMBINATIONS = (*METHODS, "svd", *(name + SVD for name in METHODS if name != "linear"), "cat")
 
 

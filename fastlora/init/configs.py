@@ -98,7 +98,7 @@ class CordaConfig:
     def __post_init__(self) -> None:
         for name in ("cache_file", "covariance_file"):
             path = getattr(self, name)
-            setattr(self, name, None if path is None else os.fspath(path))  # files hold strings
+            setattr(self, name, None if path is None else os.fspath(path))  # for config files
         _check_choice("corda_method", self.corda_method, ("ipm", "kpm"))
 
 

@@ -28,7 +28,7 @@ from fastlora.init.registry import (
 )
 from fastlora.validation import InitialisationError
 
-# PEFT's names, so that fastlora and PEFT can use each other's calibration.
+# PEFT's names, so that fastlora and PEFT can use each other's calibration results.
 DATA, PARTS = "eigens", ("S_WC", "U_WC", "V_WC")
 
 
@@ -104,7 +104,7 @@ class Covariances:
         self.modules, self.low_precision = modules, low_precision
         self.sums: dict[str, torch.Tensor] = {}
         self.counts = dict.fromkeys(modules, 0)
-        # Layers with the same input tensor share its product.
+        # The last input and its product. Layers with the same input tensor reuse the product.
         self._last: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def watching(self) -> contextlib.AbstractContextManager[None]:

@@ -53,7 +53,7 @@ class IncrementalPca:
         else:
             batch_mean = rows.mean(dim=0)
             shift = (self._seen / total * batch) ** 0.5 * (self._mean - batch_mean)
-            # From here on in fp64, like the mean.
+            # From here on, the computation is in fp64, like the mean.
             data = torch.cat(
                 [
                     (self.values[:, None] * before).double(),

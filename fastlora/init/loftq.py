@@ -14,9 +14,9 @@ from fastlora.init.configs import LoftQConfig
 from fastlora.init.registry import Given, Settings, Start, register_init
 
 BLOCK = 64
-# Number of bits -> values of the normal floats. The 4-bit values are bitsandbytes' constants. The
-# 2-bit values follow the same rule: evenly spaced quantiles of a normal distribution, with one more
-# value above zero than below.
+# Maps the number of bits to the values of the normal floats. The 4-bit values are the constants of
+# bitsandbytes. The 2-bit values follow the same rule: evenly spaced quantiles of a normal
+# distribution, with one more value above zero than below.
 LEVELS = {
     2: (-1.0, 0.0, 0.3379152, 1.0),
     4: (

@@ -64,7 +64,8 @@ class LoraFAOptimizer(Optimizer):
             raise ConfigError(f"Invalid beta parameter: {betas} - should be in [0.0, 1.0)")
         if eps < 0.0:
             raise ConfigError(f"Invalid epsilon value: {eps} - should be >= 0.0")
-        # lora_B -> its lora_A, and lora_A -> its stamp and the inverse of ``lora_A @ lora_A.T``.
+        # The first dict maps each lora_B to its lora_A. The second dict maps each lora_A to a tuple
+        # (stamp of lora_A, inverse of ``lora_A @ lora_A.T``).
         self._partners: dict[nn.Parameter, nn.Parameter] = {}
         self._inverses: dict[nn.Parameter, tuple[Stamp | None, torch.Tensor]] = {}
         defaults = {

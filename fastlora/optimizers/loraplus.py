@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from fastlora.validation import ConfigError
 
-# bitsandbytes optimizers with 8-bit state. For embeddings, they should use 32-bit state.
+# The bitsandbytes optimizers with 8-bit state. They should use 32-bit state for embeddings.
 _EIGHT_BIT = ("Adam8bit", "AdamW8bit", "PagedAdam8bit", "PagedAdamW8bit")
 
 

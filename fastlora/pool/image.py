@@ -1,4 +1,4 @@
-"""Images of adapters. An image is a 1-D tensor that packs all tensors of one adapter.
+"""Images of adapters. An image is a 1-D tensor that contains all tensors of one adapter.
 
 An image is copied to the device in one transfer. It contains up to four blocks for each module that
 the adapter adapts, in the order of the pool's modules. A block is one tensor: ``lora_a [r, K]``,
@@ -23,7 +23,7 @@ import torch
 from fastlora.validation import CheckpointError
 
 ALIGNMENT = 16
-# The kinds of blocks that an adapter can have for a module, in their order in the image.
+# The tensors (blocks) that an adapter can have for a module, in their order in the image.
 BLOCK_KINDS = ("lora_a", "lora_b", "lora_bias", "magnitude")
 ABSENT = -1
 _MAGNITUDE = BLOCK_KINDS.index("magnitude")
@@ -47,7 +47,7 @@ class Target(NamedTuple):
         """Return the shape, in PEFT's layout, of one of the module's tensors.
 
         Args:
-            kind: Which tensor: an entry of `BLOCK_KINDS`.
+            kind: Name of the tensor, an entry of `BLOCK_KINDS`.
             rank: Rank of the adapter for this module.
         """
         if kind == "lora_a":
@@ -57,7 +57,7 @@ class Target(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """The position of each tensor (block) in the image of an adapter.
+    """The position of each tensor of an adapter in its image, the packed 1-D tensor.
 
     Adapters whose tensors have the same shapes share a layout.
 
@@ -90,7 +90,7 @@ class Layout:
         return tuple(i for i, (_, at) in enumerate(self.blocks) if at[_MAGNITUDE] != ABSENT)
 
     def views(self, data: torch.Tensor, index: int) -> dict[str, torch.Tensor]:
-        """Return a dict that maps each tensor name of a module, such as "lora_a", to its tensor.
+        """Return a dict that maps names such as "lora_a" to the adapter's tensors for one module.
 
         The tensors are views of the image in PEFT's layout: lora_b is ``[N, r]``, a transposed view
         of its rank rows. The dict is empty if the adapter does not adapt the module.
@@ -109,8 +109,8 @@ class Layout:
                     strides = (shape[1], 1)
                 elif kind == "lora_b":
                     strides = (1, shape[0])
-                # as_strided() takes one call, slicing and view() two. A batch creates thousands of
-                # views.
+                # as_strided() needs one call, whereas slicing and view() need two. A batch creates
+                # thousands of views.
                 if kind == "magnitude":
                     shape = (shape[0] * _lanes(data.dtype),)
                 views[kind] = data.as_strided(shape, strides, data.storage_offset() + start)
@@ -147,7 +147,7 @@ class Image:
 
 
 class Packer:
-    """Packs the tensors of adapters into images, for a fixed list of modules.
+    """Packs all tensors of an adapter into one 1-D tensor, an `Image`.
 
     Args:
         targets: The modules that adapters may adapt.

@@ -77,7 +77,8 @@ class PoolLayers:
         self._trained = [p for p in model.parameters() if p.requires_grad]
         self._replaced: dict[str, tuple[nn.Module, LoraLayer]] = {}
         self._block = block
-        # Method name -> the wrapper, and the instance's own attribute before it, or None.
+        # Maps the name of each wrapped method to a tuple (wrapper, previous attribute of the model
+        # instance or None).
         self._wrapped: dict[str, tuple[Any, Any]] = {}
         try:
             for name, number in zip(names, number_layers(names), strict=True):

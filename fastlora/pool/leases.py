@@ -195,8 +195,8 @@ class Residency:
     def settle(self, name: str) -> None:
         """Compute the scales of an adapter that was just loaded, if it is pinned and uses DoRA.
 
-        For other DoRA adapters, the first lease computes the scales. A captured CUDA graph can use
-        a pinned adapter without a lease.
+        A captured CUDA graph can use a pinned adapter without a lease, so its scales must be
+        available. For other DoRA adapters, the first lease computes the scales.
         """
         with self.changed:
             entry, resident = self._tiers.entries.get(name), self._tiers.device.get(name)

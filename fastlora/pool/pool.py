@@ -40,7 +40,7 @@ _ATTRIBUTE = "_fastlora_pool"
 class AdapterPool:
     """Stores the adapters of a model in three tiers: on the device, in CPU memory, and on disk.
 
-    Every method may be called from any thread, also during forward passes. Before a forward pass,
+    Every method may be called from any thread, even during forward passes. Before a forward pass,
     `fastlora.adapters` takes a lease on the adapters of the batch. The lease brings these adapters
     to the device, evicting the least recently used adapters if there is no room, and keeps them
     unchanged until it ends. Files are read and packed without holding the pool's lock.
@@ -81,7 +81,7 @@ class AdapterPool:
             invalid. The model is unchanged.
     """
 
-    @torch.inference_mode(False)  # these tensors outlive the mode
+    @torch.inference_mode(False)  # the tensors are also used outside of inference mode
     def __init__(
         self,
         model: nn.Module,
@@ -120,9 +120,9 @@ class AdapterPool:
             packer = Packer(
                 self._layers.targets, dtype or base_dtype, pin_memory=self.device.type == "cuda"
             )
-            # There are more columns than slots, for replaced images that leases still hold. One
-            # more is for a new image, which is written before the old one is removed, so that a
-            # failure loses neither.
+            # The additional columns are for replaced images that are still leased. One of them is
+            # for a new image, which is written before the old image is removed, so that the old
+            # image is still available if the write fails.
             columns = max_adapters + max(4, max_adapters // 8) + 1
             with transfers.ordered():
                 self.tables = PoolTables(
@@ -174,7 +174,7 @@ class AdapterPool:
             CheckpointError: The adapter is damaged, does not match the model, or has contents that
                 a pool does not support.
             ConfigError: The name or the config is invalid.
-            PoolFullError: The adapter can never fit on the device, or ``pin`` is True and it does
+            PoolFullError: The adapter can never fit on the device, or it must be pinned and does
                 not fit now. After any of these errors, the pool is unchanged.
             torch.OutOfMemoryError: There is not enough memory for the scales of a pinned DoRA
                 adapter. The adapter is in the pool, and the next lease on it computes the scales.
@@ -239,7 +239,7 @@ class AdapterPool:
         self._register([entry])
 
     def register_folder(self, root: str | os.PathLike[str]) -> list[str]:
-        """Register every subfolder of a folder that contains an adapter.
+        """Register the adapters in all subfolders of a folder.
 
         The name of each adapter is the name of its subfolder. If the folder itself contains an
         adapter, that adapter is registered too, under the folder's own name. PEFT saves the adapter
@@ -326,7 +326,7 @@ class AdapterPool:
 
         Returns:
             A future, which may be ignored. Its ``result()`` raises an error if an adapter could not
-            be read. A later lease on that adapter reads the files again and raises the same error.
+            be read. The next lease on that adapter tries to read it again.
 
         Raises:
             AdapterNotFoundError: One of the names is not registered.
@@ -355,10 +355,9 @@ class AdapterPool:
         return self._tiers.replaced
 
     def slot_of(self, name: str) -> int | None:
-        """Return the slot of an adapter, or None if the adapter is not on the device.
+        """Return an adapter's slot (its integer id in row ids), or None if it is not on the device.
 
-        The slot is the integer id of the adapter in row ids. It can change unless a lease or a pin
-        keeps the adapter on the device.
+        The slot can change unless a lease or a pin keeps the adapter on the device.
 
         Raises:
             AdapterNotFoundError: No adapter has this name.
@@ -447,7 +446,8 @@ class AdapterPool:
     def lease_resident(self) -> Lease:
         """Return a lease on every adapter that is on the device now.
 
-        Blocks whose row ids are slots use it, because they may refer to any of these adapters.
+        `fastlora.adapters` uses this lease if row ids are slots, because slots may refer to any of
+        these adapters.
 
         Raises:
             PoolClosedError, AdapterStateError: As in `lease`.

@@ -36,12 +36,12 @@ from fastlora.validation import (
     near_names,
 )
 
-# Limit on the number of cached module lists. Each belongs to one choice of target modules.
+# Maximum number of cached lists of module names, one for each combination of target settings.
 _MOST_KINDS = 256
 # Bytes allowed for the parts of a config and of a header's metadata that do not depend on modules.
 _CONFIG_BYTES, _METADATA_BYTES = 64 << 10, 256 << 10
-# A config names a module up to three times, and a header lists up to four tensors of it. These are
-# the bytes of each mention besides the name.
+# A config contains the name of a module up to three times, and a header lists up to four tensors of
+# a module. These are the bytes that each occurrence takes in addition to the name.
 _NAMED_BYTES, _TENSOR_BYTES = 64, 160
 # Index of a module, and kind of block.
 Place = tuple[int, str]
@@ -90,8 +90,8 @@ class AdapterReader:
         self._max_rank, self._max_bytes = max_rank, max_bytes
         self._limits = _limits_for([target.name for target in packer.targets])
         self._index = {target.name: i for i, target in enumerate(packer.targets)}
-        # Digest of a config's choice of targets -> names of the modules in this model. Adapters of
-        # one kind share an entry.
+        # Maps the digest of a config's target settings to the names of the modules that they select
+        # in this model. Adapters with equal settings share an entry.
         self._named: dict[bytes, list[str]] = {}
 
     def check_folder(self, folder: Path) -> LoraConfig:
@@ -194,7 +194,7 @@ class AdapterReader:
     def _places(
         self, config: LoraConfig, keys: Mapping[str, AdapterKey], tensors: Tensors, source: str
     ) -> dict[str, Place]:
-        """Return a dict that maps each tensor's key to a tuple (module index, block kind).
+        """Return a dict that maps each tensor's key to a tuple (module index, `BLOCK_KINDS` entry).
 
         Raises:
             CheckpointError: A tensor is not supported or does not match the pool's modules, or

@@ -20,8 +20,8 @@ def refresh(model: nn.Module) -> None:
     * writes to LoRA factors inside a `fastlora.adapters` block;
     * writes to the base weights of a model whose pool has DoRA adapters, while a lease is active.
 
-    All other writes are detected. This includes the steps of optimizers, also fused and compiled
-    optimizers, and any write that is followed by a change between training and evaluation mode.
+    All other writes are detected, including the steps of fused and compiled optimizers, and any
+    write that is followed by a change between training and evaluation mode.
 
     CUDA graphs that were captured with the model before this call must not be replayed afterwards,
     because the memory that they read is freed.

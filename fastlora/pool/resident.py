@@ -13,7 +13,7 @@ from fastlora.pool.image import Image
 
 
 class Scales:
-    """The DoRA scales of an adapter on the device: one factor per output feature of each module.
+    """The DoRA scales of an adapter on the device: one number per output feature of each module.
 
     Scales in fp32 are updated in place when a base weight changes, so their addresses do not
     change.
@@ -36,7 +36,7 @@ class Scales:
 
 
 class Resident:
-    """An adapter on the device. Its factors never change; a hot swap creates a new resident.
+    """An adapter on the device. Its factors never change; a hot swap creates a new `Resident`.
 
     The adapter's memory is guaranteed to stay valid only while a lease on the adapter is active.
     The pool's lock protects the last four attributes.

@@ -46,10 +46,10 @@ def pool_routing(
     else:
         check_slot_ids(ids)
         lease = held.enter_context(pool.lease_resident())
-        # A block with slot ids may be the warmup of a CUDA graph, which has buffers for the largest
-        # rank.
+        # A block with slot ids may be the warmup for the capture of a CUDA graph, whose buffers
+        # have the size for the largest rank.
         max_rank = pool.max_rank or lease.max_rank
-        # Slot of the pool -> column.
+        # The column of each slot.
         table = torch.full((pool.max_adapters,), OUT_OF_RANGE)
         in_slots: list[str | None] = [None] * pool.max_adapters
         for resident in lease.residents:
@@ -67,9 +67,9 @@ def pool_routing(
         for rank in (max_rank, pool.max_rank or lease.max_rank)
     )
     drawn = draw_seeds(by_column, seeds, draw=False)  # a pool's adapters have no dropout
-    # The columns are cloned, because graphs would guard on a tensor that the routing also holds
-    # elsewhere. The rank is the pool's, because graphs guard on it and another mix of adapters must
-    # not recompile.
+    # The columns are cloned, because compiled graphs would guard on a tensor that the routing also
+    # references elsewhere. The pool's largest rank is used, because compiled graphs guard on the
+    # rank and a batch with other adapters must not cause a recompilation.
     whole = Routing(pool.group, by_column, columns.clone(), drawn, fixed)
     return Routing(pool.group, by_column, columns, drawn, source, whole=whole)
 

@@ -54,7 +54,7 @@ class ScaleMaker:
         """
         dora = [resident for resident in residents if resident.uses_dora]
         if not dora or not self._stale(dora)[0]:
-            return  # without waiting for other threads' scales
+            return  # without waiting for other threads that compute scales
         with self._lock:
             stale, stamps = self._stale(dora)
             if not stale:

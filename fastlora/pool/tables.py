@@ -12,7 +12,7 @@ from fastlora.ops.factors import PENDING, Tables
 from fastlora.ops.rows import INVALID_SLOT, NO_SLOT
 from fastlora.pool.image import ABSENT, BLOCK_KINDS, Image
 
-# A row with an empty slot is handled like a row with a slot that does not exist.
+# A row whose slot is empty is treated like a row whose slot is out of range.
 NO_COLUMN = INVALID_SLOT
 _SCALE = BLOCK_KINDS.index("magnitude")
 

@@ -78,7 +78,7 @@ class Tiers:
         return found
 
     def image(self, name: str) -> Image | None:
-        """Return the image of an adapter, or None if the adapter is not in memory."""
+        """Return the packed tensors of an adapter, or None if the adapter is not in memory."""
         resident = self.device.get(name)
         if resident is not None:
             return resident.packed
@@ -269,18 +269,18 @@ class Tiers:
             self._free(resident)
 
     def keep(self, name: str, image: Image) -> None:
-        """Add an image to the CPU tier if it still belongs to an adapter that is not on the device.
+        """Add an adapter to the CPU tier if it is still registered and not on the device.
 
         Args:
             name: Name of the adapter.
-            image: An image of the adapter, which may have been replaced in the meantime.
+            image: Packed tensors of the adapter. If they have been replaced, they are not added.
         """
         known = self.host.get(name) or self.staged.get(name)
         if name in self.entries and name not in self.device and known is image:
             self._to_host(name, image)
 
     def _uploaded(self, name: str, image: Image) -> Resident:
-        """Copy an image to the device, and assign a column of the tables and a slot to it.
+        """Copy an adapter to the device, and assign a slot and a column of the tables to it.
 
         The slot is that of the adapter of the same name on the device, or otherwise a free slot.
         There must be room for the image. If the copy fails, for example because the GPU is out of
@@ -307,13 +307,14 @@ class Tiers:
         return resident
 
     def _make_room(self, wanted: Mapping[str, Image]) -> None:
-        """Evict least recently used adapters from the device until there is room for new images.
+        """Evict least recently used adapters from the device until there is room for new adapters.
 
-        Leased and pinned adapters are not evicted. Neither are adapters that a new image replaces;
-        the new image takes over their room unless they are leased.
+        Leased and pinned adapters are not evicted, and neither are adapters that will be replaced.
+        A new adapter takes over the room of the adapter that it replaces unless that adapter is
+        leased.
 
         Args:
-            wanted: Maps adapter names to the images that need room on the device.
+            wanted: Maps the name of each new adapter to its image.
         """
         columns, nbytes = 0, self.device_used
         for name, image in wanted.items():
@@ -373,15 +374,15 @@ class Tiers:
         return sum(image.nbytes for image in self.host.values())
 
     def _to_host(self, name: str, image: Image) -> None:
-        """Add an image to the CPU tier as the most recently used image, if ``cpu_bytes`` allows it.
+        """Add an adapter to the CPU tier as the most recently used, if ``cpu_bytes`` allows it.
 
-        Images that are less recently used are removed to make room if they can be read again.
+        The least recently used adapters that can be read again are removed to make room.
         """
         if name in self.host:
             self.host.move_to_end(name)
             return
         if self.cpu_bytes is not None:
-            # Images that cannot be read again stay.
+            # Images that cannot be read again are never removed.
             readable = {n for n in [*self.host, name] if self.entries[n].folder is not None}
             sizes = {n: i.nbytes for n, i in self.host.items() if n in readable}
             used = self.host_used + image.nbytes

@@ -74,7 +74,7 @@ class CudaTransfers(Transfers):
         return torch.cuda.stream(self._stream)
 
     def upload(self, image: Image) -> Image:
-        """Start an asynchronous copy of a page-locked image, and return the image on the GPU."""
+        """Start an asynchronous copy of an adapter's image to the GPU, and return the copy."""
         data = torch.empty_like(image.data, device=self._device, pin_memory=False)
         data.copy_(image.data, non_blocking=True)
         return dataclasses.replace(image, data=data)
