@@ -1,4 +1,4 @@
-"""Fused low-rank adaptation for PyTorch: layers, whole models, and PEFT models and files."""
+"""Fused low-rank adaptation (LoRA) for PyTorch layers and models, and for PEFT models and files."""
 
 import sys as _sys
 from importlib import util as _util

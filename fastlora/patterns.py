@@ -137,7 +137,7 @@ _bounded: ContextVar[_Bounded | None] = ContextVar("fastlora_bounded_matching", 
 
 @contextlib.contextmanager
 def bounded_matching() -> Iterator[None]:
-    """Limit the time and memory for matching patterns within the block, in the current thread.
+    """Limit the time and memory for matching patterns during a ``with`` block, in this thread.
 
     Inside the block, a pattern that exceeds a limit raises `CheckpointError`. So does a regular
     expression if pcre2 is not installed. A nested block shares the limits of the outer block.

@@ -78,7 +78,7 @@ class ImplementationError(FastLoraError, RuntimeError):
 
 @contextlib.contextmanager
 def error_prefix(where: object) -> Iterator[None]:
-    """Prefix the messages of `FastLoraError` exceptions raised in the block with ``where: ``."""
+    """Prefix the message of any `FastLoraError` raised in a ``with`` block with ``where``."""
     try:
         yield
     except FastLoraError as error:

@@ -1,1 +1,1 @@
-"""Functions on tensors that combine low-rank updates and reduce their rank."""
+"""Functions that combine low-rank updates and reduce their rank. They operate on tensors."""

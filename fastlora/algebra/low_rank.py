@@ -42,10 +42,10 @@ class Decomposition(NamedTuple):
         return min(int((energy < rank * energy[-1]).sum()) + 1, self.s.numel())
 
     def error(self, rank: int) -> float:
-        """Return the relative error, in the Frobenius norm, of the best approximation of a rank.
+        """Return the relative error, in the Frobenius norm, of truncating the decomposition.
 
         Args:
-            rank: Rank of the approximation.
+            rank: Number of singular values that remain.
         """
         energy = self.s.double().square()
         total = float(energy.sum())

@@ -1,4 +1,4 @@
-"""CorDA: initializes adapters from the weight directions that given data uses most, or least.
+"""CorDA: initializes adapters from the directions of a weight that the data uses most, or least.
 
 The method is from https://arxiv.org/abs/2406.05223, as implemented in PEFT. The function
 `fastlora.model.calibration.preprocess_corda` stores the decomposition of each layer as an attribute
@@ -108,7 +108,7 @@ class Covariances:
         self._last: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def watching(self) -> contextlib.AbstractContextManager[None]:
-        """Return a context manager in which the inputs of each layer call are accumulated."""
+        """Return a context manager that accumulates the inputs of all calls of the layers."""
         return hooked(self.modules, self._hook)
 
     def _hook(self, name: str) -> Callable[..., None]:

@@ -88,7 +88,7 @@ def batches(loader: Iterable[Any], model: nn.Module, what: str, show: bool = Tru
 def hooked(
     modules: Mapping[str, nn.Module], make: Callable[[str], Callable[..., None]]
 ) -> Iterator[None]:
-    """Register a forward pre-hook on each module within the block.
+    """Register a forward pre-hook on each module for the duration of a ``with`` block.
 
     Args:
         modules: Maps the name of each module to the module.
@@ -105,7 +105,7 @@ def hooked(
 
 @contextlib.contextmanager
 def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """Set a model to training or evaluation mode within the block.
+    """Set a model to training or evaluation mode for the duration of a ``with`` block.
 
     After the block, the previous mode of each module is restored.
     """
@@ -120,7 +120,7 @@ def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def same_buffers(model: nn.Module) -> Iterator[None]:
-    """Restore the values of a model's buffers after the block.
+    """Restore the values of a model's buffers at the end of a ``with`` block.
 
     For example, batch norm writes to its buffers in training mode.
     """

@@ -37,9 +37,9 @@ LEVELS = {
 def loftq(given: Given) -> Start:
     """Return factors that approximate the quantization error, and the quantized base weight.
 
-    Each iteration quantizes ``W - B A`` to Q, and then sets ``B A`` to the best approximation of
-    ``W - Q`` of rank R. As in PEFT, the approximation does not take the adapter's scaling into
-    account, so ``lora_alpha`` should equal ``r``.
+    Each iteration quantizes ``W - B A`` to Q, and then sets ``B A`` to the best rank-R
+    approximation of ``W - Q``. As in PEFT, the approximation does not take the adapter's scaling
+    into account, so ``lora_alpha`` should equal ``r``.
 
     Raises:
         InitialisationError: The weight has values that are not finite, or R exceeds its smaller
@@ -78,7 +78,7 @@ def quantised(weight: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def best_of_rank(error: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return factors whose product is the best approximation of a matrix of the given rank.
+    """Return factors whose product is the best rank-R approximation of a matrix.
 
     Args:
         error: The matrix, ``[N, K]``.

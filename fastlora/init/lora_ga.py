@@ -33,7 +33,7 @@ DATA = "_peft_loraga_grad"  # PEFT's name, so that both libraries can share grad
     settings=Settings("lora_ga_config", LoraGAConfig, missing="later"),
 )
 def lora_ga(given: Given) -> Start:
-    """Return factors made of the gradient's singular vectors, and the weight minus their update.
+    """Return factors from the gradient's singular vectors, and the base weight minus their update.
 
     With the gradient ``U S V^T``, A consists of R rows of ``V^T``, and B consists of R columns of
     ``U S``. `LoraGAConfig.direction` selects the rows and columns, and `LoraGAConfig.scale` how the
@@ -102,7 +102,7 @@ def _rows(direction: str, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
 def gradients(
     model: nn.Module, modules: Mapping[str, nn.Module]
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Record the gradients of the weights of the given modules within the block.
+    """Record the gradients of the given modules' weights during a ``with`` block.
 
     No other parameter of the model receives a gradient. The context manager yields a dict that is
     empty at first. At the end of the block, the dict maps each module name to the mean gradient of

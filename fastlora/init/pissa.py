@@ -19,7 +19,7 @@ from fastlora.init.registry import Given, Start, check_usable, register_init, wi
     converts=True,
 )
 def pissa(given: Given) -> Start:
-    """Return factors from the R largest singular directions, and the weight minus their update.
+    """Return factors from the largest singular directions, and the base weight minus their update.
 
     With ``W = U S V^T``, B is ``U sqrt(S / scaling)`` and A is ``sqrt(S / scaling) V^T``, where S
     contains the R largest singular values. The variant ``"pissa_niter_<n>"`` computes a randomized

@@ -155,7 +155,7 @@ class Init:
     any_kind: bool = False
 
     def is_random(self, value: bool | str) -> bool:
-        """Return whether the change of the base weight differs from run to run.
+        """Return whether the method changes the base weight in a random way.
 
         Args:
             value: Value of ``init_lora_weights`` that selected this method.

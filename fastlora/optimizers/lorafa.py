@@ -232,7 +232,7 @@ def create_lorafa_optimizer(
 
 
 def _partner_of(name: str) -> str | None:
-    """Return the name of the lora_A that is paired with a lora_B, given the name of the lora_B.
+    """Return the name of the lora_A weight that is paired with the given lora_B weight.
 
     Returns None if ``name`` is not the name of a lora_B weight.
     """
@@ -244,7 +244,7 @@ def _partner_of(name: str) -> str | None:
 
 
 def _scaling_of(model: nn.Module, name: str) -> float | None:
-    """Return the scaling of the adapter and layer that a LoRA factor belongs to.
+    """Return the scaling of an adapter in a layer, given the name of one of its factors.
 
     Returns None if ``name`` is not the name of a parameter of lora_A or lora_B.
     """

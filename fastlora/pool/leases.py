@@ -135,7 +135,7 @@ class Residency:
             wait: Seconds to wait, or None to raise if a lease is held; see `AdapterPool.close`.
 
         Raises:
-            AdapterStateError: Leases are held, or have not ended in time.
+            AdapterStateError: Leases are active, or have not ended in time.
         """
         with self.changed:
             held = sum(len(n) for owner, n in self.held.items() if owner not in self._prefetching)
@@ -405,7 +405,7 @@ class Residency:
                 self.changed.notify_all()
 
     def stats(self) -> PoolStats:
-        """Return the pool's statistics. The caller must hold the lock."""
+        """Return statistics about the pool. The caller must hold the pool's lock."""
         tiers = self._tiers
         return PoolStats(
             registered=len(tiers.entries),

@@ -73,7 +73,7 @@ class ScaleMaker:
                     self._make(resident, rows, stamps)
 
     def _stale(self, dora: list[Resident]) -> tuple[list[_Stale], list[Any]]:
-        """Return the adapters whose scales are missing or outdated, and the base weights' stamps.
+        """Return the adapters with missing or outdated scales, and the state of the base weights.
 
         Args:
             dora: Adapters on the device that use DoRA.

@@ -55,7 +55,7 @@ class PoolTables:
         self.rank, self.scaling = self._numbers[0], self._numbers[1].view(torch.float32)
 
     def found(self, max_rank: int, dtype: torch.dtype) -> Tables:
-        """Return the tables in the form that kernels take.
+        """Return a `Tables` object, in which kernels receive the tables.
 
         The addresses of scales are included once a DoRA adapter has been added to the pool.
 
@@ -68,9 +68,13 @@ class PoolTables:
         return Tables(*addresses, self.rank, self.scaling, max_rank, dtype, scales)
 
     def write(self, column: int, image: Image) -> None:
-        """Write the addresses, ranks, and scalings of an image on the device into a column.
+        """Write the addresses, ranks, and scalings of an adapter into a column of the tables.
 
         The writes run on the current stream.
+
+        Args:
+            column: Index of the column.
+            image: Image of the adapter, on the device.
         """
         offsets, first = image.layout.offsets, image.data.data_ptr()
         addresses = first + offsets * image.data.itemsize

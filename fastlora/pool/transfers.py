@@ -46,14 +46,14 @@ class Transfers:
         return True
 
     def wait_for_writes(self, marks: Iterable[Any]) -> None:
-        """Make later work of the calling thread on the device wait for events after writes."""
+        """Make the calling thread's later work on the device wait for the given write events."""
 
     def read(self) -> tuple[Any, Any] | None:
         """Return a tuple (event after the calling thread's work, stream), or None on a CPU."""
         return None
 
     def wait_for_reads(self, marks: Iterable[Any]) -> None:
-        """Make later writes to images and tables wait for events after reads."""
+        """Make later writes to images and tables wait for the given read events."""
 
 
 class CudaTransfers(Transfers):
