@@ -79,7 +79,7 @@ class CodedWeight(torch.Tensor):
 
     @property
     def is_unwritten(self) -> bool:
-        """Whether the quantized data is unmodified since this tensor was created."""
+        """Whether the quantized data has not been modified since this tensor was created."""
         return _versions(self.keeps) == self._versions
 
     @property

@@ -27,18 +27,18 @@ def batch_invariant() -> bool:
 
 
 def plan() -> str:
-    """Return the plan for calls that do not specify one, from ``FASTLORA_PLAN``.
+    """Return the default plan for calls that do not specify a plan, from ``FASTLORA_PLAN``.
 
-    A plan selects the kernels of a LoRA layer; see `fastlora.functional.lora_linear`. The result is
-    ``"auto"`` if the variable is not set.
+    A plan selects the kernels of a LoRA layer; see `fastlora.functional.lora_linear`. The default
+    is ``"auto"`` if the variable is not set.
     """
     return os.environ.get("FASTLORA_PLAN", "auto").lower() or "auto"
 
 
 def measured_folder() -> Path | None:
-    """Return the folder with tables of measured kernel configurations, or None.
+    """Return the folder with tables of measured kernel configurations, or None if it is not set.
 
-    The folder is the value of ``FASTLORA_MEASURED``.
+    The folder is set by ``FASTLORA_MEASURED``.
     """
     named = os.environ.get("FASTLORA_MEASURED")
     return Path(named) if named else None
@@ -64,17 +64,17 @@ def cache_dir() -> Path:
 
 
 def api_key() -> str | None:
-    """Return the API key that clients of ``fastlora serve`` must send, or None for no key.
+    """Return the API key that clients of ``fastlora serve`` must send, or None if it is not set.
 
-    The key is the value of ``FASTLORA_API_KEY``. It may be an empty string.
+    The key is set by ``FASTLORA_API_KEY``. It may be an empty string.
     """
     return os.environ.get("FASTLORA_API_KEY")
 
 
 def admin_key() -> str | None:
-    """Return the key that clients must send to change the adapters of ``fastlora serve``, or None.
+    """Return the admin key of ``fastlora serve``, or None if it is not set.
 
-    The key is the value of ``FASTLORA_ADMIN_KEY``.
+    Clients must send this key to change the server's adapters. It is set by ``FASTLORA_ADMIN_KEY``.
     """
     return os.environ.get("FASTLORA_ADMIN_KEY")
 

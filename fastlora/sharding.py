@@ -20,13 +20,13 @@ from fastlora.validation import CheckpointError, UnsupportedLayerError
 
 
 def is_sharded(tensor: object) -> bool:
-    """Return whether a tensor is a DTensor, including a replicated one."""
+    """Return whether a tensor is a DTensor, even if it is replicated."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def local(parameter: Any) -> torch.Tensor:
-    """Return this process's shard of a parameter, or a parameter that is not a DTensor unchanged.
+    """Return this process's shard of a DTensor. Return a parameter that is not a DTensor unchanged.
 
     If the parameter requires a gradient, autograd records the operation.
     """
@@ -227,9 +227,10 @@ def is_fsdp_module(module: nn.Module) -> bool:
 
 
 def refuse_shards(layer: nn.Module) -> None:
-    """Raise `UnsupportedLayerError` if the base weight of a layer is a DTensor in a forward pass.
+    """Raise `UnsupportedLayerError` if the base weight of a layer is a DTensor.
 
-    Otherwise, the layer would compute its output with only a shard of the weight.
+    This is checked in the forward pass. Otherwise, the layer would compute its output with only a
+    shard of the weight.
     """
     weight: Any = layer._parameters.get("weight")
     if is_sharded(weight):

@@ -137,17 +137,17 @@ class Marks:
         self._hooked = False
 
     def of_trained(self) -> Mark:
-        """Return the current version for values computed from weights that may be trained."""
+        """Return the version to store with values computed from weights that may be trained."""
         self._watch_steps()
         return self.trained
 
     def of_step(self) -> Mark:
-        """Return the current version for values that a layer caches for other layers."""
+        """Return the weights version to store with values that a layer caches for other layers."""
         self._watch_steps()
         return self.step
 
     def of_base(self, weight: torch.Tensor) -> Mark:
-        """Return the current version for values computed from the given base weight."""
+        """Return the weights version to store with values computed from the given base weight."""
         if weight.requires_grad:
             return self.of_trained()
         self.of_trained()

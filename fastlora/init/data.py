@@ -52,7 +52,7 @@ def device_of(model: nn.Module) -> torch.device | None:
 
 
 def to_device(batch: Any, device: torch.device | None) -> Any:
-    """Return a batch with its tensors moved to the given device, or unchanged for None."""
+    """Return a batch with its tensors moved to ``device``, or the batch itself for None."""
     if device is None:
         return batch
     if isinstance(batch, torch.Tensor) or (hasattr(batch, "to") and not isinstance(batch, dict)):

@@ -148,9 +148,9 @@ class PoolLayers:
         self._replaced[name] = module, layer
 
     def remove(self) -> None:
-        """Restore the original modules and methods of the model, and make it trainable again.
+        """Restore the original modules, methods, and trainable parameters of the model.
 
-        Parameters that required a gradient when the layers were installed require one again.
+        Parameters that required gradients when the layers were installed require gradients again.
         """
         for name, (_, layer) in self._replaced.items():
             if self._model.get_submodule(name) is layer:
@@ -168,7 +168,7 @@ class PoolLayers:
             parameter.requires_grad_(True)
 
     def like(self) -> tuple[torch.device, torch.dtype]:
-        """Return a tuple of the base weights' device and the first base weight's dtype.
+        """Return a tuple (device of the base weights, dtype of the first base weight).
 
         Raises:
             UnsupportedLayerError: The base weights are on different devices.

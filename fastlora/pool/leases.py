@@ -160,7 +160,7 @@ class Residency:
                 )
 
     def acquire_resident(self) -> Lease:
-        """Return a lease on all adapters that are on the device now. It never waits for room."""
+        """Return a lease on all adapters that are on the device now, without waiting for room."""
         with self.changed:
             self.check_open()
             self.hits += len(self._tiers.device)
@@ -193,7 +193,7 @@ class Residency:
                     self.changed.notify_all()
 
     def settle(self, name: str) -> None:
-        """Compute the scales of an adapter that was just loaded, if it is pinned and uses DoRA.
+        """Compute the DoRA scales of an adapter that was just loaded, if the adapter is pinned.
 
         A captured CUDA graph can use a pinned adapter without a lease, so its scales must be
         available. For other DoRA adapters, the first lease computes the scales.
@@ -206,7 +206,7 @@ class Residency:
         self._ready(lease).release()
 
     def remake_scales(self) -> None:
-        """Recompute outdated scales of all DoRA adapters on the device.
+        """Recompute the outdated DoRA scales of all adapters on the device.
 
         This includes adapters that were replaced or removed and are still leased.
         """

@@ -455,7 +455,7 @@ class AdapterPool:
         return self._residency.acquire_resident()
 
     def remake_scales(self) -> None:
-        """Recompute outdated DoRA scales of all adapters on the device, for `fastlora.refresh`."""
+        """Recompute the outdated DoRA scales of all adapters on the device."""
         self._residency.remake_scales()
 
     # -------------------------------------------------------------------------------- closing

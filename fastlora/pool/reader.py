@@ -297,7 +297,7 @@ class AdapterReader:
 
 
 def _limits_for(modules: list[str]) -> FileLimits:
-    """Return limits on the size of the config and the tensor header of an adapter.
+    """Return the maximum sizes, in bytes, of an adapter's config file and tensor file header.
 
     The limits bound the cost of parsing, during which Python's global interpreter lock is held. For
     example, parsing 1 MiB of empty JSON lists takes 65 ms on one core of an AMD EPYC. The parsed

@@ -1,4 +1,4 @@
-"""Records of a pool's registered adapters and of its adapters on the device, and statistics."""
+"""Classes that describe the adapters of a pool, and statistics about the pool."""
 
 from __future__ import annotations
 

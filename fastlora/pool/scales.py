@@ -1,4 +1,4 @@
-"""DoRA scales of a pool's adapters, which are computed once and when base weights change.
+"""DoRA scales of a pool's adapters. They are recomputed only when base weights change.
 
 The scales ``g = magnitude / ||weight + scaling * lora_b @ lora_a||`` depend on an adapter and the
 base weights, but not on the batch. They are therefore stored on the device together with the

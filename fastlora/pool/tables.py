@@ -1,4 +1,4 @@
-"""Tables of the addresses, ranks, and scalings of adapters on the device, which kernels read.
+"""Tables from which kernels read the addresses, ranks, and scalings of adapters on the device.
 
 For DoRA adapters, the tables also contain the address of each module's scales
 (`fastlora.pool.scales`). Kernels ignore scales until a DoRA adapter has been added to the pool.
@@ -55,7 +55,7 @@ class PoolTables:
         self.rank, self.scaling = self._numbers[0], self._numbers[1].view(torch.float32)
 
     def found(self, max_rank: int, dtype: torch.dtype) -> Tables:
-        """Return a `Tables` object, in which kernels receive the tables.
+        """Return the tables as a `Tables` object, which can be passed to kernels.
 
         The addresses of scales are included once a DoRA adapter has been added to the pool.
 
