@@ -1,12 +1,12 @@
-"""Fused low-rank adaptation for PyTorch: layers, whole models, and PEFT models and files."""
+"""Fused low-rank adaptation (LoRA) for PyTorch layers and models, and for PEFT models and files."""
 
 import sys as _sys
 from importlib import util as _util
 from importlib.machinery import ModuleSpec as _ModuleSpec
 from pathlib import Path as _Path
 
-import fastlora.integrations.as_peft  # registers our classes with PEFT
-import fastlora.integrations.transformers  # noqa: F401 - adds our models to its pipelines
+import fastlora.integrations.as_peft  # registers fastlora's classes with PEFT
+import fastlora.integrations.transformers  # noqa: F401 - adds fastlora's models to its pipelines
 from fastlora import functional
 from fastlora.init.configs import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig
 from fastlora.integrations.patch import patch, unpatch
@@ -56,11 +56,11 @@ __version__ = "0.1.0"
 
 
 def _register_checkout() -> None:
-    """Register `kernels/` and `bench/` as `fastlora.kernels` and `fastlora.bench`.
+    """Make the folders `kernels/` and `bench/` of a source checkout importable from fastlora.
 
-    In a source checkout, these folders are next to this one. An installed package contains both in
-    its own folder, where Python finds them without help. See `setup.py` for why they have no
-    `__init__.py`.
+    They become the packages `fastlora.kernels` and `fastlora.bench`. In a source checkout, these
+    folders are next to this package's folder. An installed package contains both folders, so
+    nothing is registered. See `setup.py` for the reason why they have no `__init__.py`.
     """
     checkout = _Path(__file__).resolve().parent.parent
     if not (checkout / "kernels" / "lora_linear.py").is_file():

@@ -1,9 +1,9 @@
-"""A quantized base weight that kernels read without dequantizing it first.
+"""Quantized base weights that kernels read directly, without a dequantized copy.
 
-`CodedWeight` takes the place of a dense weight. Autograd, routing, shared-input groups, and mixed
-batches pass it on and save it like any other tensor. Kernels receive its quantized data, a `Coded`.
-Any other PyTorch operation on it receives the dense matrix, which is dequantized for that one
-operation.
+`CodedWeight` is a tensor subclass that stands for a dense weight. Autograd, routing, shared-input
+groups, and mixed batches can pass it on and save it like any other tensor. Kernels read its
+quantized data, a `Coded`. Any other PyTorch operation dequantizes the weight and runs on the dense
+matrix.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from torch.utils._pytree import tree_map_only
 
 
 class Coded(NamedTuple):
-    """The quantized data of a weight ``[N, K]``, as kernels read it.
+    """The quantized data of a weight ``[N, K]``, in the form that kernels read.
 
     Attributes:
-        kind: Name of the loader in `fastlora.kernels.weights`.
+        kind: Name of the function in `fastlora.kernels.weights` that loads this format.
         codes: The quantized values, in the layout that the loader defines.
-        parts: int64 addresses of the tensors that decode the values (such as scales), in the order
-            that the loader defines.
+        parts: Addresses (int64) of the tensors that are needed to decode the values, such as
+            scales, in the order that the loader defines.
         n, k: Dimensions of the weight.
         block: Number of elements along K that share a scale. It divides K.
-        transposed: Whether this represents the transposed weight, ``[K, N]``.
+        transposed: Whether the data represents the transpose of the weight, ``[K, N]``.
     """
 
     kind: str
@@ -42,18 +42,18 @@ class Coded(NamedTuple):
         return (self.k, self.n) if self.transposed else (self.n, self.k)
 
     def t(self) -> Coded:
-        """Return the transpose, which shares the quantized data."""
+        """Return the transpose of the matrix. It shares the quantized data."""
         return self._replace(transposed=not self.transposed)
 
 
 class CodedWeight(torch.Tensor):
-    """A tensor that represents a weight ``[N, K]`` by its quantized data.
+    """A tensor subclass that represents a weight ``[N, K]`` by its quantized data.
 
     Args:
         coded: The quantized data that kernels read.
-        dense: Function that returns the dense matrix ``[N, K]``.
-        dtype: Dtype of the dense matrix, in which the base layer computes.
-        keeps: The tensors that the addresses in ``coded`` point to. The weight keeps them alive.
+        dense: Function that dequantizes the weight and returns the dense matrix ``[N, K]``.
+        dtype: Dtype of this tensor, in which the base layer computes.
+        keeps: The tensors that the addresses in ``coded`` point to. This tensor keeps them alive.
     """
 
     dense: Callable[[], torch.Tensor]
@@ -70,7 +70,7 @@ class CodedWeight(torch.Tensor):
         dtype: torch.dtype,
         keeps: tuple[torch.Tensor, ...],
     ) -> CodedWeight:
-        """Create the tensor."""
+        """Create a wrapper tensor with the shape of the weight and without storage."""
         make: Any = torch.Tensor._make_wrapper_subclass
         made: CodedWeight = make(cls, coded.shape, dtype=dtype, device=coded.codes.device)
         made._coded, made.dense, made.keeps = coded, dense, keeps
@@ -79,7 +79,7 @@ class CodedWeight(torch.Tensor):
 
     @property
     def is_unwritten(self) -> bool:
-        """Whether the quantized data has not been written to since this tensor was created."""
+        """Whether the quantized data has not been modified since this tensor was created."""
         return _versions(self.keeps) == self._versions
 
     @property
@@ -87,7 +87,7 @@ class CodedWeight(torch.Tensor):
         """The quantized data that kernels read.
 
         Raises:
-            RuntimeError: The data has been written to since this tensor was created.
+            RuntimeError: The quantized data has been modified since this tensor was created.
         """
         if not self.is_unwritten:
             raise RuntimeError(
@@ -101,7 +101,10 @@ class CodedWeight(torch.Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """Run an operation on the dense matrix. Transpose and detach do not need the matrix."""
+        """Run an operation on the dense matrix.
+
+        Transposing and detaching do not dequantize the weight; they return a new `CodedWeight`.
+        """
         if func is torch.ops.aten.t.default:
             return _of(args[0], args[0]._coded.t())
         if func is torch.ops.aten.detach.default:
@@ -110,7 +113,7 @@ class CodedWeight(torch.Tensor):
         return func(*dense[0], **dense[1])
 
     def __repr__(self, **_: object) -> str:  # type: ignore[override]
-        """Return the kind, the shape, and the dtype as text."""
+        """Return a string with the quantization format, the shape, and the dtype."""
         return f"CodedWeight({self._coded.kind}, {tuple(self.shape)}, {self.dtype})"
 
 
@@ -119,15 +122,15 @@ def _versions(tensors: tuple[torch.Tensor, ...]) -> tuple[int, ...]:
 
 
 def as_matrix(weight: torch.Tensor) -> torch.Tensor:
-    """Return a weight as a dense tensor, so that several products can share one dequantization.
+    """Dequantize a `CodedWeight`, or return any other weight unchanged.
 
-    A weight that is not a `CodedWeight` is returned unchanged.
+    With the dense matrix, several matrix products need only one dequantization.
     """
     return matrix(weight) if isinstance(weight, CodedWeight) else weight
 
 
 def matrix(weight: CodedWeight) -> torch.Tensor:
-    """Return a new dense matrix of a quantized weight, transposed if the weight is."""
+    """Dequantize a weight, and return the dense matrix in the weight's shape and dtype."""
     made = weight.dense().detach()
     made = made if made.dtype is weight.dtype else made.to(weight.dtype)
     return made.t() if weight.coded.transposed else made

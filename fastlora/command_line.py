@@ -1,4 +1,4 @@
-"""Parsing of arguments, and install commands for error messages."""
+"""Functions that the commands share: argument parsing, and install commands for messages."""
 
 from __future__ import annotations
 
@@ -11,7 +11,15 @@ from fastlora.validation import near_names
 def parse_arguments(
     parser: argparse.ArgumentParser, argv: Sequence[str] | None
 ) -> argparse.Namespace:
-    """Return the parsed arguments of a command. Exit with close names if an option is unknown."""
+    """Parse the arguments of a command.
+
+    If an argument is unknown, print an error message that suggests similar options, and exit with
+    status 2.
+
+    Args:
+        parser: The command's parser.
+        argv: The arguments, or None for those of the process.
+    """
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         close = near_names(unknown[0].partition("=")[0], parser._option_string_actions, limit=3)
@@ -24,8 +32,11 @@ def parse_arguments(
 
 
 def install_command(extra: str) -> str:
-    """Return the command that installs an extra of fastlora, for an error message.
+    """Return the shell command that installs an optional dependency group, for an error message.
 
-    There is no release on PyPI yet, so the command runs in a clone of the repository.
+    There is no release on PyPI yet, so the command must be run in a clone of the repository.
+
+    Args:
+        extra: Name of the extra, such as "train".
     """
     return f"pip install '.[{extra}]' (in a clone of fastlora)"

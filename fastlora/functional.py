@@ -1,4 +1,4 @@
-"""Public functions, which validate their arguments and call `fastlora.autograd.adapter`."""
+"""The functional API, which validates arguments and calls `fastlora.autograd.adapter`."""
 
 from __future__ import annotations
 
@@ -26,38 +26,39 @@ def lora_linear(
     """Compute ``x @ weight.T + bias + scaling * dropout(x) @ lora_a.T @ lora_b.T``.
 
     This is the low-rank adaptation of Hu et al., https://arxiv.org/abs/2106.09685, with the factors
-    in PEFT's layout. It is differentiable once in x, weight, bias, lora_a, and lora_b. Whether it
-    is differentiable twice depends on the dtype, the device, and the number of rows. Under
-    autocast, x and weight are cast to the autocast dtype.
+    in PEFT's layout. The function is differentiable with respect to x, weight, bias, lora_a, and
+    lora_b. Whether it is twice differentiable depends on the dtype, the device, and the number of
+    rows. Under autocast, x and weight are cast to the autocast dtype.
 
     Args:
-        x: Input, ``[..., K]``, fp16, bf16, fp32, or fp64.
-        weight: Base weight, ``[N, K]``, in x's dtype.
-        lora_a: Down projection, ``[R, K]``, any floating-point dtype; cast to x's dtype for the
-            product.
-        lora_b: Up projection, ``[N, R]``, any floating-point dtype; cast to x's dtype for the
-            product.
-        scaling: A number, or a tensor with 1 element or R elements (one per rank row).
+        x: Input, ``[..., K]``, in fp16, bf16, fp32, or fp64.
+        weight: Base weight, ``[N, K]``, in the dtype of x.
+        lora_a: Down projection, ``[R, K]``, in any floating-point dtype. It is cast to the dtype of
+            x for the product.
+        lora_b: Up projection, ``[N, R]``, in any floating-point dtype. It is cast to the dtype of x
+            for the product.
+        scaling: A number, or a tensor with 1 element or R elements (one per row of lora_a).
         bias: Base bias, ``[N]``, or None.
-        dropout_p: Probability in [0, 1) of dropping an element of x before lora_a. The base layer
-            always receives all of x. The mask is drawn from torch's default generator. In
-            evaluation, pass 0, which means no dropout.
-        impl: ``"triton"``, ``"eager"``, or ``"auto"``. ``"auto"`` selects Triton on a GPU that it
-            supports, and eager otherwise.
-        plan: What the Triton implementation launches. ``"fused"`` is one GEMM with the LoRA term in
-            its epilogue. ``"split"`` computes the LoRA update first, and cuBLAS then adds the base
-            product to it. ``"invariant"`` is the fused plan of `fastlora.batch_invariant`. Inside
-            that mode, it replaces ``"auto"`` and ``"fused"``, and ``"split"`` raises an error.
-            ``"auto"`` is the plan that ``FASTLORA_PLAN`` names, or else one from a table by chip,
-            dtype, number of rows, and rank.
+        dropout_p: Probability, in [0, 1), of zeroing an element of the input of lora_a. The input
+            of the base layer is not affected. The mask is drawn from torch's default generator. In
+            evaluation, pass 0 to disable dropout.
+        impl: ``"triton"``, ``"eager"``, or ``"auto"``. ``"auto"`` selects Triton on a supported GPU
+            and eager otherwise.
+        plan: The kernels that the Triton implementation launches. ``"fused"`` is one GEMM with the
+            LoRA term in its epilogue. ``"split"`` computes the LoRA update first, and cuBLAS then
+            adds the base product to it. ``"invariant"`` is the fused plan of
+            `fastlora.batch_invariant`; in that mode, it replaces ``"auto"`` and ``"fused"``, and
+            ``"split"`` raises an error. ``"auto"`` is the plan that ``FASTLORA_PLAN`` names, or, if
+            the variable is not set, a plan chosen by GPU, dtype, number of rows, and rank.
 
     Returns:
-        ``[..., N]`` in x's dtype.
+        Output, ``[..., N]``, in the dtype of x.
 
     Raises:
         ValueError: Shapes or devices do not match, or an option has an unknown value.
-        TypeError: A tensor is not floating point, or the dtype of weight differs from x's.
-        ImplementationError: ``impl="triton"`` or the batch-invariant mode cannot run here.
+        TypeError: A tensor does not have a floating-point dtype, or the dtype of weight differs
+            from that of x.
+        ImplementationError: ``impl="triton"`` or batch-invariant mode cannot run on this machine.
     """
     dropout_p = check_dropout("dropout_p", dropout_p)
     if plan not in PLANS:
@@ -87,26 +88,27 @@ def lora_add(
 ) -> torch.Tensor:
     """Compute ``y + scaling * dropout(x) @ lora_a.T @ lora_b.T``.
 
-    Use it for a base layer that is called unchanged (quantized or tensor parallel) and that
-    computed ``y`` from ``x``.
+    Use this function if y is computed by the base layer itself, for example by a quantized or
+    tensor-parallel layer.
 
     Args:
-        y: The base layer's output, ``[..., N]``.
-        x: The base layer's input, ``[..., K]``, with the same leading dimensions as y.
+        y: Output of the base layer, ``[..., N]``.
+        x: Input of the base layer, ``[..., K]``, with the same leading dimensions as y.
         lora_a: Down projection, ``[R, K]``.
         lora_b: Up projection, ``[N, R]``.
-        scaling: A number, or a tensor with 1 element or R elements.
+        scaling: A number, or a tensor with 1 element or R elements (one per row of lora_a).
         dropout_p: As in `lora_linear`.
         impl: As in `lora_linear`.
-        inplace: Whether y may be overwritten and returned if no gradient is recorded.
+        inplace: Whether y may be overwritten and returned if autograd does not record the call.
 
     Returns:
-        ``[..., N]`` in y's dtype.
+        Output, ``[..., N]``, in the dtype of y.
 
     Raises:
         ValueError: Shapes or devices do not match.
-        TypeError: A tensor is not floating point.
-        ImplementationError: ``impl="triton"`` cannot run here, or the batch-invariant mode is on.
+        TypeError: A tensor does not have a floating-point dtype.
+        ImplementationError: ``impl="triton"`` cannot run on this machine, or batch-invariant mode
+            is enabled.
     """
     dropout_p = check_dropout("dropout_p", dropout_p)
     _check_factors(x, lora_a, lora_b)

@@ -1,8 +1,8 @@
-"""Matching of a config's patterns, with Python's ``re`` or with limits on time and memory.
+"""Matching of the patterns in an adapter's config, optionally with limits on time and memory.
 
-PEFT's patterns are regular expressions for ``re``, which can take exponential time to match. Inside
-`bounded_matching`, PCRE2 matches them instead. Unlike ``re``, it counts the steps and the memory of
-a match and stops at a limit. Plain names never need PCRE2.
+PEFT's patterns are regular expressions for Python's ``re``, which can take exponential time to
+match. Inside `bounded_matching`, PCRE2 matches them instead. Unlike ``re``, PCRE2 counts the steps
+and the memory of a match and stops at a limit. Patterns that are plain names do not need PCRE2.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from fastlora.validation import CheckpointError, ConfigError
 
 # CPU seconds for matching all patterns of one adapter.
 MATCHING_SECONDS = 0.25
-# PCRE2's match limit counts backtracking points. A typical pattern passes this many in 10 ms. Real
-# patterns on real module names need at most a tenth of them.
+# PCRE2's match limit, in backtracking points. A typical pattern reaches this limit in 10 ms. Real
+# patterns and module names need at most a tenth of it.
 _STEPS = 100_000
 # Between two backtracking points, PCRE2 may scan the whole pattern. It scans this many characters
 # in 0.1 s.
@@ -34,11 +34,11 @@ _COUNT = re.compile(r"[{,]\s*(\d+)")
 
 
 class _Bounded:
-    """The time spent in a `bounded_matching` block, and the patterns compiled for it.
+    """The state of a `bounded_matching` block: the time spent, and the compiled patterns.
 
     Attributes:
-        ends: ``id()`` of a field's patterns -> the patterns and their index. Holding the patterns
-            keeps the id from being reused.
+        ends: Maps the ``id()`` of a collection of patterns to a tuple (collection, index of the
+            collection). The reference to the collection prevents the id from being reused.
     """
 
     def __init__(self) -> None:
@@ -51,9 +51,12 @@ class _Bounded:
 
     @contextlib.contextmanager
     def timed(self, field: str) -> Iterator[None]:
-        """Count the block's time as matching.
+        """Add the CPU time of a ``with`` block to the time spent on matching.
 
-        A nested block counts as part of the outer one.
+        The time of nested blocks is counted only once.
+
+        Args:
+            field: Name of the config field, for error messages.
 
         Raises:
             CheckpointError: The time limit is exceeded at the end of the block.
@@ -79,7 +82,16 @@ class _Bounded:
             )
 
     def compiled(self, field: str, pattern: str, expression: str) -> Any:
-        """Return the compiled PCRE2 form of an expression that contains ``pattern``."""
+        """Compile a regular expression with PCRE2, and cache the result.
+
+        Args:
+            field: Name of the config field, for error messages.
+            pattern: The pattern in the config.
+            expression: The expression to compile, which contains the pattern.
+
+        Raises:
+            CheckpointError: The pattern is too long or invalid, or pcre2 is not installed.
+        """
         found = self._compiled.get(expression)
         if found is not None:
             return found
@@ -125,10 +137,10 @@ _bounded: ContextVar[_Bounded | None] = ContextVar("fastlora_bounded_matching", 
 
 @contextlib.contextmanager
 def bounded_matching() -> Iterator[None]:
-    """Limit the time and memory of all matching in the block, in this thread.
+    """Limit the time and memory for matching patterns during a ``with`` block, in this thread.
 
-    Inside the block, a pattern that exceeds a limit raises `CheckpointError`. A regular expression
-    also raises it if pcre2 is not installed. A nested block shares the limits of the outer one.
+    Inside the block, a pattern that exceeds a limit raises `CheckpointError`. So does a regular
+    expression if pcre2 is not installed. A nested block shares the limits of the outer block.
     """
     if _bounded.get() is not None:
         yield
@@ -141,21 +153,28 @@ def bounded_matching() -> Iterator[None]:
 
 
 def timed(field: str) -> contextlib.AbstractContextManager[None]:
-    """Return a context manager that counts its block as matching of ``field``.
+    """Return a context manager that adds the time of its block to the time spent on matching.
 
-    At the end of the block it raises `CheckpointError` if the time limit is exceeded. Each match
-    inside the block checks the time too. A block around a loop over patterns therefore counts the
-    loop's own time, and the loop stops when the time is up. Outside `bounded_matching`, the context
-    manager does nothing.
+    The block raises `CheckpointError` at its end if the time limit is exceeded. Each match inside
+    the block also checks the limit. A block around a loop over patterns therefore counts the time
+    of the loop itself, and the loop stops when the limit is exceeded. Outside `bounded_matching`,
+    the context manager does nothing.
+
+    Args:
+        field: Name of the config field, for error messages.
     """
     bounded = _bounded.get()
     return contextlib.nullcontext() if bounded is None else bounded.timed(field)
 
 
 def check_pattern(field: str, pattern: str) -> None:
-    """Raise `ConfigError` unless ``pattern`` is a valid regular expression.
+    """Raise `ConfigError` if a pattern is not a valid regular expression.
 
     Inside `bounded_matching`, raise `CheckpointError` instead.
+
+    Args:
+        field: Name of the config field, for error messages.
+        pattern: The pattern.
     """
     bounded = _bounded.get()
     if bounded is not None:
@@ -172,27 +191,38 @@ def check_pattern(field: str, pattern: str) -> None:
 
 
 def matches_whole(field: str, pattern: str, name: str) -> bool:
-    """Return whether a pattern matches all of ``name``."""
+    """Return whether a pattern matches an entire module name."""
     return _match(field, pattern, "{}", name, whole=True) is not None
 
 
 def matches_components(field: str, pattern: str, name: str) -> bool:
-    """Return whether a pattern matches one or more consecutive components of ``name``."""
+    """Return whether a pattern matches one or more consecutive components of a module name.
+
+    The components of a name are separated by dots.
+    """
     return _match(field, pattern, r"(^|.*\.){}($|\..*)", name) is not None
 
 
 def layer_index(field: str, pattern: str, name: str) -> int | None:
-    """Return the layer number that follows the first match of a pattern in ``name``, or None."""
+    """Return the number that follows the first match of a pattern in a module name, or None.
+
+    For example, it is 3 for the pattern "layers" and the name "model.layers.3.mlp".
+    """
     found = _match(field, pattern, r"(?:^|.*?\.){}\.(?P<idx>\d+)\.", name)
     index = None if found is None else found.group("idx")
     return None if index is None else int(index)
 
 
 def first_at_end(field: str, patterns: Collection[str], name: str) -> str | None:
-    """Return the first of a field's patterns that matches the last components of ``name``.
+    """Return the first pattern that matches the end of a module name, or None if none matches.
 
-    A pattern may also match the whole name. Returns None if no pattern matches. Inside
-    `bounded_matching`, ``patterns`` must not change, because its index is cached.
+    A pattern must match one or more of the last components of the name, or the entire name. Inside
+    `bounded_matching`, ``patterns`` must not be modified, because its index is cached.
+
+    Args:
+        field: Name of the config field, for error messages.
+        patterns: The patterns in the field.
+        name: The module name.
     """
     if not patterns:
         return None
@@ -201,7 +231,13 @@ def first_at_end(field: str, patterns: Collection[str], name: str) -> str | None
 
 
 def matching_no_end(field: str, patterns: Collection[str], names: Iterable[str]) -> list[str]:
-    """Return the patterns that match the last components of none of ``names``."""
+    """Return a list of the patterns that do not match the end of any of the given module names.
+
+    Args:
+        field: Name of the config field, for error messages.
+        patterns: The patterns in the field.
+        names: The module names.
+    """
     if not patterns:
         return []
     names = list(names)
@@ -213,17 +249,17 @@ def matching_no_end(field: str, patterns: Collection[str], names: Iterable[str])
 
 
 class _Ends:
-    """Index of a field's patterns for matching the last components of a name.
+    """An index of a config field's patterns, for matching them against the ends of module names.
 
-    Plain patterns are looked up by their text; other patterns are matched one after the other.
+    Patterns that are plain names are looked up in dicts. All other patterns are matched one by one.
 
     Attributes:
-        expressions: Each pattern that is not plain -> its position in the field.
+        expressions: Maps each pattern that is not a plain name to its position in the field.
     """
 
     def __init__(self, field: str, patterns: Collection[str]) -> None:
         self._field = field
-        # Lengths of the parts between dots -> pattern -> position in the field.
+        # Maps the lengths of the parts between dots to a dict of patterns and their positions.
         self._plain: dict[tuple[int, ...], dict[str, int]] = {}
         self.expressions: dict[str, int] = {}
         with timed(field):
@@ -235,7 +271,7 @@ class _Ends:
                     self.expressions[pattern] = place
 
     def plain(self, name: str) -> dict[str, int]:
-        """Return the plain patterns that match, each with its position in the field."""
+        """Return a dict that maps each matching plain pattern to its position in the field."""
         found = {}
         with timed(self._field):
             for lengths, patterns in self._plain.items():
@@ -245,11 +281,11 @@ class _Ends:
         return found
 
     def matches(self, expression: str, name: str) -> bool:
-        """Return whether an expression matches the last components of ``name``."""
+        """Return whether a regular expression matches the last components of a module name."""
         return _match(self._field, expression, r"(.*\.)?({})$", name) is not None
 
     def first(self, name: str) -> str | None:
-        """Return the first pattern of the field that matches, or None."""
+        """Return the first pattern of the field that matches the end of a module name, or None."""
         plain = self.plain(name)
         best = min(plain, key=plain.__getitem__, default=None)
         for expression, place in self.expressions.items():
@@ -270,7 +306,15 @@ def _ends_of(field: str, patterns: Collection[str]) -> _Ends:
 
 
 def _match(field: str, pattern: str, form: str, name: str, *, whole: bool = False) -> Any:
-    """Match ``name`` against ``form``, one of PEFT's expressions, with the pattern inserted."""
+    """Match a module name against a pattern, and return the match object or None.
+
+    Args:
+        field: Name of the config field, for error messages.
+        pattern: The pattern.
+        form: Regular expression of PEFT into which the pattern is inserted at ``{}``.
+        name: The module name.
+        whole: Whether the expression must match the entire name instead of its beginning.
+    """
     with timed(field):
         is_plain = _PLAIN.fullmatch(pattern) is not None
         if is_plain and len(pattern) > len(name):
@@ -283,7 +327,10 @@ def _match(field: str, pattern: str, form: str, name: str, *, whole: bool = Fals
 
 
 def _expanded_length(pattern: str, expression: str) -> int:
-    """Return an upper bound on the length of an expression after PCRE2 expands its counts."""
+    """Return an upper bound on the length of an expression after PCRE2 has expanded its repeats.
+
+    For example, PCRE2 expands ``a{3}`` to ``aaa``.
+    """
     length = len(expression)
     for count in _COUNT.findall(pattern):
         length *= max(1, int(count[:6]))  # PCRE2 rejects counts of more digits
@@ -293,10 +340,11 @@ def _expanded_length(pattern: str, expression: str) -> int:
 
 
 def _end_with_dots(name: str, lengths: tuple[int, ...]) -> str | None:
-    """Return the end of a name, split into parts of these lengths and joined with dots.
+    """Return the end of a name as parts of the given lengths, joined with dots.
 
-    The character between two parts is replaced because a dot in a pattern matches any character.
-    Returns None if the end does not start at a component of the name.
+    The character between two parts is replaced by a dot, because a dot in a pattern matches any
+    character. Returns None if the first part does not start at the beginning of a component of the
+    name.
     """
     at = start = len(name) - sum(lengths) - len(lengths) + 1
     if start < 0 or (start > 0 and name[start - 1] != "."):

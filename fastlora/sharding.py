@@ -1,9 +1,9 @@
-"""Support for tensors sharded over processes: `torch.distributed.tensor.DTensor`.
+"""Functions for tensors that are sharded over processes (`torch.distributed.tensor.DTensor`).
 
-Under FSDP2 (`fully_shard`), parameters are DTensors except during a forward, for which FSDP2
-gathers them. Under tensor parallelism, they are always DTensors. Importing
-`torch.distributed.tensor` takes 0.4 s, so this module uses it only after something else has
-imported it.
+Under FSDP2 (`fully_shard`), parameters are DTensors except during a forward pass, for which FSDP2
+gathers them. Under tensor parallelism, parameters are always DTensors. Importing
+`torch.distributed.tensor` takes 0.4 s, so this module uses it only after other code has imported
+it.
 """
 
 from __future__ import annotations
@@ -20,16 +20,15 @@ from fastlora.validation import CheckpointError, UnsupportedLayerError
 
 
 def is_sharded(tensor: object) -> bool:
-    """Return whether a tensor is a DTensor, including a replicated one."""
+    """Return whether a tensor is a DTensor, even if it is replicated."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def local(parameter: Any) -> torch.Tensor:
-    """Return this process's shard of a DTensor.
+    """Return this process's shard of a DTensor. Return a parameter that is not a DTensor unchanged.
 
-    If the parameter requires a gradient, autograd records the operation. A plain tensor is returned
-    unchanged.
+    If the parameter requires a gradient, autograd records the operation.
     """
     if not is_sharded(parameter):
         return parameter
@@ -42,42 +41,45 @@ def local(parameter: Any) -> torch.Tensor:
 def own(parameter: Any) -> torch.Tensor:
     """Return this process's shard of a DTensor as a plain tensor.
 
-    If the parameter is replicated, each process computes one summand of its gradient. The backward
-    adds the summands.
+    If the parameter is replicated, the backward pass sums its gradients over all processes.
     """
     is_whole = all(placement.is_replicate() for placement in parameter.placements)
     if not (is_whole and torch.is_grad_enabled() and parameter.requires_grad):
         return parameter.to_local()
     from torch.distributed.tensor import Partial
 
-    # The redistribution is a no-op in the forward. Its backward adds the partial gradients.
+    # The redistribution is a no-op in the forward pass. In the backward pass, it sums the partial
+    # gradients.
     whole = parameter.redistribute(parameter.device_mesh, parameter.placements)
     return whole.to_local(grad_placements=[Partial()])
 
 
 def several_processes() -> bool:
-    """Return whether torch.distributed is initialized with more than one process."""
+    """Return whether `torch.distributed` is initialized with more than one process."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def unwrapped(model: Any) -> Any:
-    """Return the model inside DistributedDataParallel, or the model itself if it is not wrapped."""
+    """Return the model inside DistributedDataParallel. Return any other model unchanged."""
     return model.module if type(model).__name__ == "DistributedDataParallel" else model
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the full tensor of a DTensor, or a plain tensor unchanged.
+    """Gather a DTensor, and return the full tensor. Return a plain tensor unchanged.
 
-    For a DTensor, every process of its mesh must call this function.
+    For a DTensor, every process of its device mesh must call this function.
     """
     return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def total_norm(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return the norm of all gradients together. Every process of their meshes must call it.
+    """Return the total norm of gradients, some of which may be DTensors.
+
+    Every process of the DTensors' device meshes must call this function. Unlike
+    `torch.nn.utils.get_total_norm`, it supports gradients on different meshes.
 
     Args:
-        gradients: Plain tensors and DTensors over any meshes. PyTorch cannot mix these in one call.
+        gradients: Plain tensors and DTensors, on any device meshes.
     """
     norms = [whole(nn.utils.get_total_norm(part)) for part in _by_mesh(gradients)]
     return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
@@ -86,12 +88,13 @@ def total_norm(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
 def clip_with_norm_(
     parameters: Sequence[torch.Tensor], max_norm: float, norm: torch.Tensor
 ) -> None:
-    """Scale gradients in place by ``max_norm / norm`` if that is less than 1.
+    """Scale gradients in place so that their total norm is at most ``max_norm``.
 
     Args:
-        parameters: Plain tensors and DTensors. Parameters without a gradient are skipped.
-        max_norm: Largest norm, positive.
-        norm: Norm of the gradients, from `total_norm`.
+        parameters: Parameters, plain tensors or DTensors. Parameters without a gradient are
+            skipped.
+        max_norm: Maximum total norm, positive.
+        norm: Total norm of the gradients, from `total_norm`.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
     if not any(map(is_sharded, gradients)):
@@ -103,7 +106,10 @@ def clip_with_norm_(
 
 
 def _by_mesh(tensors: Iterable[torch.Tensor]) -> list[list[torch.Tensor]]:
-    """Return the tensors grouped by mesh, with plain tensors as a group, in order of appearance."""
+    """Group tensors by their device mesh, and return a list of the groups.
+
+    Plain tensors form a group of their own. Groups are in order of first appearance.
+    """
     parts: dict[Any, list[torch.Tensor]] = {}
     for tensor in tensors:
         mesh = tensor.device_mesh if is_sharded(tensor) else None  # type: ignore[attr-defined]
@@ -112,13 +118,14 @@ def _by_mesh(tensors: Iterable[torch.Tensor]) -> list[list[torch.Tensor]]:
 
 
 class Gathering:
-    """Coordinates the processes of a sharded model while one of them writes it to files.
+    """Coordinates the processes of a sharded model while the model is saved.
 
-    All processes gather the tensors, one process writes the files, and all of them learn whether
-    the write succeeded.
+    All processes gather the tensors together, and one process writes the files. Then all processes
+    are informed whether the write succeeded.
 
     Args:
-        parameters: Parameters of the model. If none is a DTensor, each process works on its own.
+        parameters: Parameters of the model. If none of them is a DTensor, the processes are not
+            coordinated, and each process writes files.
     """
 
     def __init__(self, parameters: Iterable[torch.Tensor]) -> None:
@@ -127,7 +134,7 @@ class Gathering:
 
     @property
     def needed(self) -> bool:
-        """Whether the model is sharded, so that every process must take part."""
+        """Whether the model is sharded, so that every process must participate."""
         return self._mesh is not None
 
     @property
@@ -136,15 +143,19 @@ class Gathering:
         return self._mesh is None or not any(self._mesh.get_coordinate())
 
     def tensors(self, tensors: Mapping[str, torch.Tensor], keep: bool) -> dict[str, torch.Tensor]:
-        """Return the full tensors, with each DTensor gathered to the CPU, one at a time.
+        """Gather DTensors one at a time, and return a dict that maps each name to the full tensor.
+
+        Gathered tensors are on the CPU. Plain tensors are returned unchanged.
 
         Args:
-            tensors: Tensors by name. Every process must pass the same DTensors in the same order.
-            keep: Whether to return the tensors. If False, the process takes part in the gathering
-                and returns an empty dict.
+            tensors: Maps names to tensors. Every process must pass the same DTensors in the same
+                order.
+            keep: Whether to return the tensors. If False, the process participates in the gathering
+                but returns an empty dict.
 
         Raises:
-            CheckpointError: One of the tensors is a DTensor although no parameter is one.
+            CheckpointError: One of the tensors is a DTensor, but no parameter of the model is a
+                DTensor.
         """
         found: dict[str, torch.Tensor] = {}
         for name, tensor in tensors.items():
@@ -158,14 +169,14 @@ class Gathering:
         return found
 
     def finish(self, error: Exception | None) -> None:
-        """Wait until every process has called this method.
+        """Wait until every process has called this method, and raise an error if a write failed.
 
         Args:
-            error: The error that this process met while writing, or None.
+            error: The exception that occurred in this process while it wrote the files, or None.
 
         Raises:
-            CheckpointError: Another process failed to write.
-            Exception: ``error``, if this process failed.
+            CheckpointError: The write failed in another process.
+            Exception: ``error``, if it is not None.
         """
         failed = error is not None
         if self._mesh is not None:
@@ -181,11 +192,11 @@ class Gathering:
 
 
 def copy_whole_(target: torch.Tensor, source: torch.Tensor) -> None:
-    """Copy ``source`` into ``target``, which keeps its dtype.
+    """Copy a full tensor into a plain tensor or a DTensor, converting it to the target's dtype.
 
-    Every process must hold all of ``source``. If ``target`` is a DTensor, each process copies its
-    own shard without communication. If ``source`` is a DTensor too, it must be sharded in the same
-    way.
+    Every process must have all of ``source``. If ``target`` is a DTensor, each process copies its
+    own shard without communication. ``source`` may be a DTensor only if it is sharded in the same
+    way as ``target``.
     """
     if not is_sharded(target) or is_sharded(source):
         target.copy_(source)
@@ -200,22 +211,27 @@ def copy_whole_(target: torch.Tensor, source: torch.Tensor) -> None:
 
 
 def gathers_parameters() -> bool:
-    """Return whether `fully_shard` was called in this process.
+    """Return whether `fully_shard` has been called in this process.
 
-    If so, a parameter that FSDP2 has gathered may hold new values at the same address and version.
+    If so, a parameter that FSDP2 gathers again may have new values at the same memory address and
+    with the same ``_version``.
     """
     fsdp = sys.modules.get("torch.distributed.fsdp")
     return fsdp is not None and bool(fsdp.FSDPModule.__subclasses__())
 
 
 def is_fsdp_module(module: nn.Module) -> bool:
-    """Return whether `fully_shard` was called on this module itself."""
+    """Return whether `fully_shard` has been called on the module itself, not only on a parent."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     return fsdp is not None and isinstance(module, getattr(fsdp, "FSDPModule", ()))
 
 
 def refuse_shards(layer: nn.Module) -> None:
-    """Raise `UnsupportedLayerError` if a layer would compute with a shard of its base weight."""
+    """Raise `UnsupportedLayerError` if the base weight of a layer is a DTensor.
+
+    This is checked in the forward pass. Otherwise, the layer would compute its output with only a
+    shard of the weight.
+    """
     weight: Any = layer._parameters.get("weight")
     if is_sharded(weight):
         raise UnsupportedLayerError(

@@ -1,7 +1,7 @@
-"""Error classes, and the checks that public entry points share.
+"""Error classes, and argument checks that several public functions share.
 
-Every check runs before any state changes. A failed check raises one error that names the offending
-value and says what was expected.
+Public functions run all checks before they change any state. The message of a failed check states
+the invalid value and what was expected.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 
 
 class FastLoraError(Exception):
-    """Base class of every error that fastlora defines."""
+    """Base class of all exceptions that fastlora defines."""
 
 
 class ConfigError(FastLoraError, ValueError):
@@ -22,7 +22,7 @@ class ConfigError(FastLoraError, ValueError):
 
 
 class TargetNotFoundError(FastLoraError, ValueError):
-    """The config names modules that the model does not have."""
+    """A config selects modules that do not exist in the model."""
 
 
 class UnsupportedLayerError(FastLoraError, ValueError):
@@ -30,7 +30,7 @@ class UnsupportedLayerError(FastLoraError, ValueError):
 
 
 class InitialisationError(FastLoraError, ValueError):
-    """An initialization cannot use the given weights, or the data that it needs is missing."""
+    """An initialization method does not support a base weight, or the data it needs is missing."""
 
 
 class AdapterNotFoundError(FastLoraError, ValueError):
@@ -38,7 +38,7 @@ class AdapterNotFoundError(FastLoraError, ValueError):
 
 
 class AdapterStateError(FastLoraError, ValueError):
-    """The operation is not possible in the current state, such as while an adapter is merged."""
+    """An operation is not possible in the current state, for example while an adapter is merged."""
 
 
 class CheckpointError(FastLoraError, ValueError):
@@ -46,11 +46,11 @@ class CheckpointError(FastLoraError, ValueError):
 
 
 class PoolClosedError(AdapterStateError):
-    """An adapter pool is closed, or it is closing and grants no new leases."""
+    """An adapter pool is closed, or is closing and no longer grants leases."""
 
 
 class AdapterTooLargeError(CheckpointError):
-    """An adapter exceeds a limit of its pool.
+    """An adapter exceeds a limit of an adapter pool.
 
     Attributes:
         argument: Name of the `AdapterPool` argument that sets the limit.
@@ -61,7 +61,7 @@ class AdapterTooLargeError(CheckpointError):
         self.argument = argument
 
 
-# Ends a message that names a feature which PEFT supports and fastlora does not.
+# The end of error messages about features that PEFT supports and fastlora does not.
 THE_PEFT_WAY = (
     "use PEFT for this: model = peft.get_peft_model(model, peft_config), then "
     "fastlora.patch(model), which speeds up the LoRA layers"
@@ -69,16 +69,16 @@ THE_PEFT_WAY = (
 
 
 class PoolFullError(FastLoraError, RuntimeError):
-    """An adapter pool has no room for the request, and eviction cannot make any."""
+    """An adapter pool has no room for the requested adapters, even after eviction."""
 
 
 class ImplementationError(FastLoraError, RuntimeError):
-    """The implementation that the caller requested cannot run here."""
+    """A requested implementation or feature is not supported, or not available on this machine."""
 
 
 @contextlib.contextmanager
 def error_prefix(where: object) -> Iterator[None]:
-    """Prefix the message of every `FastLoraError` that the block raises with ``where``."""
+    """Prefix the message of any `FastLoraError` raised in a ``with`` block with ``where``."""
     try:
         yield
     except FastLoraError as error:
@@ -87,7 +87,16 @@ def error_prefix(where: object) -> Iterator[None]:
 
 
 def near_names(name: str, candidates: Iterable[str], limit: int = 5) -> str:
-    """Return ``"; close names: a, b"`` for an error message, or ``""`` if no name is close."""
+    """Return the end of an error message that lists similar names, ``"; close names: a, b"``.
+
+    Args:
+        name: The unknown name.
+        candidates: The known names.
+        limit: Maximum number of names to list.
+
+    Returns:
+        The text, or an empty string if no known name is similar.
+    """
     close = difflib.get_close_matches(name, list(dict.fromkeys(candidates)), n=limit, cutoff=0.4)
     return f"; close names: {', '.join(close)}" if close else ""
 
@@ -107,7 +116,12 @@ def check_dropout(name: str, p: object) -> float:
 
 
 def check_same_device(reference: torch.Tensor, **tensors: torch.Tensor | None) -> None:
-    """Raise `ValueError` unless every tensor is on the device of ``reference``."""
+    """Raise `ValueError` unless all tensors are on the same device as ``reference``.
+
+    Args:
+        reference: The tensor with the expected device.
+        **tensors: Tensors by argument name. None is ignored.
+    """
     for name, tensor in tensors.items():
         if tensor is not None and tensor.device != reference.device:
             raise ValueError(
@@ -116,7 +130,7 @@ def check_same_device(reference: torch.Tensor, **tensors: torch.Tensor | None) -
 
 
 def check_shape(name: str, tensor: torch.Tensor, expected: tuple[int, ...]) -> None:
-    """Raise `ValueError` unless ``tensor`` has exactly the ``expected`` shape."""
+    """Raise `ValueError` unless the shape of ``tensor`` equals ``expected``."""
     if tuple(tensor.shape) != expected:
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {expected}")
 
@@ -130,7 +144,7 @@ def check_floating(name: str, tensor: torch.Tensor) -> None:
 
 
 def check_dropout_dtype(dtype: torch.dtype) -> None:
-    """Raise `TypeError` unless dropout can run in ``dtype``: fp16, bf16, fp32, or fp64."""
+    """Raise `TypeError` unless dropout supports ``dtype``: fp16, bf16, fp32, or fp64."""
     if not dtype.is_floating_point or dtype.itemsize < torch.float16.itemsize:
         raise TypeError(
             f"dropout does not support {dtype}; expected a floating-point dtype of 16, 32 or 64 "

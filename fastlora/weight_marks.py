@@ -1,22 +1,24 @@
-"""Validity of cached values that were computed from weights.
+"""Invalidation of cached values that were computed from weights.
 
-A cached value is valid while its weights are the same tensors in the same memory and nothing has
-written to them. A `Stamp` records the tensors, their memory, and their ``_version``. It detects
-every replaced tensor.
+A cached value is valid as long as its weights are the same tensors in the same memory and have not
+been written to. A `Stamp` records the memory, the shape, and the ``_version`` of each tensor. It
+detects every replaced tensor.
 
-A tensor's ``_version`` counts only some of the writes to it. Fused optimizers, compiled code, and
-writes through ``.data`` do not change it. Each value that fastlora caches between forwards
-therefore also has a weights version (a `Mark`), and it is used only while that version is current.
-`Marks` holds three weights versions for the whole process:
+The ``_version`` of a tensor counts only some of the writes to the tensor. Fused optimizers,
+compiled code, and writes through ``.data`` do not change it. Each value that fastlora caches
+between forward passes therefore also has a weights version (a `Mark`), and the value is used only
+while that version is current. `Marks` contains three weights versions for the whole process:
 
-* ``trained`` is for weights that may train. It changes at every step of any PyTorch optimizer, when
-  a LoRA layer's forward runs with gradients outside compiled code, when a LoRA layer enters or
-  leaves training mode, and at `fastlora.refresh`.
+* ``trained`` is for weights that may be trained. It changes at every step of any PyTorch optimizer,
+  when the forward pass of a LoRA layer runs with gradients outside compiled code, when a LoRA layer
+  enters or leaves training mode, and at `fastlora.refresh`.
 * ``frozen`` is for frozen base weights. Their norms are expensive to compute, and training an
-  adapter does not change them. This version therefore changes only when an optimizer that holds one
-  of these weights takes a step, at every compiled optimizer step, and at `fastlora.refresh`.
-* ``step`` is for values that one layer's forward with gradients computes for the layers called
-  after it. It changes like ``trained``, except that forwards do not change it.
+  adapter does not change them. This version therefore changes only when an optimizer that has one
+  of these weights among its parameters takes a step, at every compiled optimizer step, and at
+  `fastlora.refresh`.
+* ``step`` is for values that one layer computes in a forward pass with gradients for the layers
+  that are called after it. It changes like ``trained``, except that forward passes do not change
+  it.
 """
 
 from __future__ import annotations
@@ -31,7 +33,10 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 
 class Kept:
-    """A cache held by an object. It starts empty in each copy of the object."""
+    """Base class of caches and other state that must not be copied with the object that owns it.
+
+    Copying or unpickling an instance creates a new, empty instance.
+    """
 
     def __deepcopy__(self, memo: dict[int, object]) -> Kept:
         return type(self)()
@@ -41,23 +46,24 @@ class Kept:
 
 
 class Stamp:
-    """A record of tensors and of their state when a value was computed from them.
+    """Records the state of the tensors that a cached value was computed from.
 
-    An address and a ``_version`` do not identify a tensor's memory. PyTorch reuses freed memory, so
-    a tensor that is replaced twice may return to its first address. A stamp therefore compares the
-    identity of the storage and holds a weak reference to it. The weak reference does not keep the
-    memory alive, but while it exists, no other storage gets the same identity.
+    The memory address and the ``_version`` of a tensor are not sufficient. PyTorch reuses freed
+    memory, so a tensor that is replaced twice may have its first address again. A stamp therefore
+    also compares the identity of the storage, and it has a weak reference to the storage. The weak
+    reference does not keep the memory alive, but as long as it exists, no other storage can have
+    the same identity.
 
-    A stamp does not detect writes that leave ``_version`` unchanged. For those, the ``context``
-    contains a `Mark`. A stamp does not compare the tensors as objects either. If their identity
-    matters, the ``context`` contains their ``id``.
+    A stamp does not detect writes that leave ``_version`` unchanged. To detect these, the caller
+    includes a `Mark` in ``context``. A stamp does not compare the tensors as Python objects either.
+    If their identity matters, the caller includes their ``id`` in ``context``.
 
     Args:
-        tensors: Tensors that count their versions.
-        context: Everything else that the value depends on, compared by ``==``.
+        tensors: The tensors, which must have a ``_version``.
+        context: Everything else that the value depends on, compared with ``==``.
 
     Raises:
-        RuntimeError: One of the tensors is an inference tensor, which does not count versions.
+        RuntimeError: One of the tensors is an inference tensor, which has no ``_version``.
     """
 
     __slots__ = ("_context", "_memory", "_plain", "_states")
@@ -72,7 +78,12 @@ class Stamp:
             self._states = _states_of(tensors)
 
     def holds(self, tensors: Sequence[torch.Tensor], context: tuple[Hashable, ...] = ()) -> bool:
-        """Return whether memory and versions are as recorded, and the context is equal."""
+        """Return whether the tensors are in the recorded state and the context is equal.
+
+        Args:
+            tensors: The current tensors, in the same order.
+            context: The current context.
+        """
         if context != self._context:
             return False
         try:
@@ -91,7 +102,7 @@ def _states_of(tensors: Sequence[torch.Tensor]) -> list[tuple[object, ...]]:
 
 
 def stamp_of(tensors: Sequence[torch.Tensor], context: tuple[Hashable, ...] = ()) -> Stamp | None:
-    """Return a stamp of the tensors, or None if one of them does not count versions."""
+    """Return a `Stamp` of the tensors, or None if one of them is an inference tensor."""
     try:
         return Stamp(tensors, context)
     except RuntimeError:
@@ -99,10 +110,10 @@ def stamp_of(tensors: Sequence[torch.Tensor], context: tuple[Hashable, ...] = ()
 
 
 class Mark:
-    """A weights version, compared by identity.
+    """A version of the weights in this process. Versions are compared by identity.
 
-    It is an object and not a number because a compiler that traces an optimizer's step also traces
-    fastlora's hook. It would guard on the number and recompile at each step.
+    A version is an object rather than a number because a compiler that traces an optimizer's step
+    also traces fastlora's hook. The compiler would guard on a number and recompile at each step.
     """
 
 
@@ -110,33 +121,33 @@ class Marks:
     """The current weights versions of this process.
 
     Attributes:
-        trained: Version of weights that may train.
+        trained: Version of weights that may be trained.
         frozen: Version of frozen base weights.
-        step: Version of weights that may train. Forwards with gradients between two optimizer steps
-            do not change it.
+        step: Version of weights that may be trained, for values computed in a forward pass with
+            gradients. Forward passes do not change it.
     """
 
     def __init__(self) -> None:
         self.trained, self.frozen, self.step = Mark(), Mark(), Mark()
-        # Storage identity -> storage, for the frozen base weights that cached values depend on. The
-        # tensors themselves are not referenced, because `torch.utils.swap_tensors` rejects a tensor
-        # that has a weak reference.
+        # Maps the identity of each storage to the storage, for the frozen base weights that cached
+        # values depend on. The tensors themselves are not referenced, because
+        # `torch.utils.swap_tensors` does not support tensors with weak references.
         self._watched: dict[int, StorageWeakRef] = {}
         self._purge_at = 1024
         self._hooked = False
 
     def of_trained(self) -> Mark:
-        """Return the version to store with a value computed from weights that may train."""
+        """Return the version to store with values computed from weights that may be trained."""
         self._watch_steps()
         return self.trained
 
     def of_step(self) -> Mark:
-        """Return the version to store with a value that one layer's forward computes for others."""
+        """Return the weights version to store with values that a layer caches for other layers."""
         self._watch_steps()
         return self.step
 
     def of_base(self, weight: torch.Tensor) -> Mark:
-        """Return the version to store with a value computed from a base weight."""
+        """Return the weights version to store with values computed from the given base weight."""
         if weight.requires_grad:
             return self.of_trained()
         self.of_trained()
@@ -145,15 +156,15 @@ class Marks:
         return self.frozen
 
     def end_trained(self) -> None:
-        """Invalidate the cached values of weights that may train."""
+        """Invalidate all cached values that were computed from weights that may be trained."""
         self.trained, self.step = Mark(), Mark()
 
     def end_all(self) -> None:
-        """Invalidate the cached values of all weights."""
+        """Invalidate all cached values, including values computed from frozen base weights."""
         self.trained, self.frozen, self.step = Mark(), Mark(), Mark()
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Invalidate the cached values that an optimizer's step may have made stale."""
+        """Invalidate the cached values of all weights that an optimizer's step may have changed."""
         self.trained, self.step = Mark(), Mark()
         # A compiled graph cannot look up weights by their storage.
         if torch.compiler.is_compiling() or self._holds_watched(optimizer):
@@ -179,7 +190,7 @@ class Marks:
 
 
 def _memory_of(weight: torch.Tensor) -> int:
-    """Return the identity of a weight's storage, or 0 for a sparse weight, which has none."""
+    """Return the identity of a weight's storage, or 0 for a sparse weight, which has no storage."""
     try:
         return weight.untyped_storage()._cdata
     except RuntimeError:

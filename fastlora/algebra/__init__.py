@@ -1,1 +1,1 @@
-"""Functions that add and compress low-rank updates. They work on tensors, not on layers."""
+"""Functions that combine low-rank updates and reduce their rank. They operate on tensors."""

@@ -1,9 +1,10 @@
-"""Methods that combine tensors of several adapters into a weighted sum.
+"""Methods that combine the tensors of several adapters into a weighted sum.
 
-Some methods drop small values, random values, or values with a minority sign. Task arithmetic is
-https://arxiv.org/abs/2212.04089, TIES https://arxiv.org/abs/2306.01708, and DARE
-https://arxiv.org/abs/2311.03099. The names and the order of operations are those of PEFT 0.21.2,
-``utils/merge_utils.py``, so the same seed gives the same values.
+Some methods first drop small values, random values, or values whose sign is in the minority. The
+methods are task arithmetic (https://arxiv.org/abs/2212.04089), TIES
+(https://arxiv.org/abs/2306.01708), and DARE (https://arxiv.org/abs/2311.03099). Their names and the
+order of their operations are those of PEFT 0.21.2, ``utils/merge_utils.py``, so the same random
+seed gives the same values as in PEFT.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ SVD = "_svd"
 
 
 class Method(NamedTuple):
-    """A method of combining tensors.
+    """A method for combining tensors of the same shape into a weighted sum.
 
     Attributes:
-        prune: Function that takes a tensor and a density and returns a sparse tensor, or None for
-            no pruning.
-        elects: Whether to average only the values with the majority sign.
+        prune: Function that takes a tensor and a density and returns the tensor with some of its
+            values set to zero, or None for no pruning.
+        elects: Whether to average only the values that have the majority sign.
     """
 
     prune: Callable[[torch.Tensor, float], torch.Tensor] | None = None
@@ -32,7 +33,12 @@ class Method(NamedTuple):
 
 
 def largest(tensor: torch.Tensor, density: float) -> torch.Tensor:
-    """Return a tensor with its ``density`` share of largest magnitudes; the rest is zero."""
+    """Return a copy of a tensor in which all but the values of largest magnitude are zero.
+
+    Args:
+        tensor: The tensor.
+        density: Fraction of the values to keep.
+    """
     flat = tensor.flatten()
     kept = torch.zeros_like(flat)
     index = flat.abs().topk(int(density * flat.numel())).indices
@@ -40,7 +46,10 @@ def largest(tensor: torch.Tensor, density: float) -> torch.Tensor:
 
 
 def random_share(tensor: torch.Tensor, density: float) -> torch.Tensor:
-    """Return a tensor with a random share ``density`` of its values, scaled by 1 / density."""
+    """Return a copy of a tensor in which each value is kept with probability ``density``.
+
+    The values that are kept are divided by ``density``; the others are zero.
+    """
     return tensor * torch.bernoulli(torch.full_like(tensor, density)) / density
 
 
@@ -51,13 +60,13 @@ METHODS = {
     "dare_ties": Method(random_share, elects=True),
     "magnitude_prune": Method(largest),
 }
-# Methods without the suffix combine the factors. Those with it combine the updates that the factors
-# make. ``cat`` concatenates the factors.
+# Methods without the suffix combine the factors. Methods with the suffix combine the updates, the
+# products of the factors. ``cat`` concatenates the factors.
 COMBINATIONS = (*METHODS, "svd", *(name + SVD for name in METHODS if name != "linear"), "cat")
 
 
 def check_density(combination: str, density: float | None) -> None:
-    """Raise `ConfigError` unless ``density`` is valid for the combination type."""
+    """Raise `ConfigError` if the combination type requires a density and ``density`` is invalid."""
     method = METHODS.get(combination.removesuffix(SVD))
     if method is None or method.prune is None:
         return
@@ -76,15 +85,19 @@ def combine(
     density: float | None = None,
     majority_sign_method: str = "total",
 ) -> torch.Tensor:
-    """Combine tensors of one shape into a weighted sum, by one of the `METHODS`.
+    """Combine tensors of the same shape into a weighted sum.
 
     Args:
-        method: A key of `METHODS`.
-        tensors: The tensors, at least one.
-        weights: One number for each tensor.
-        density: Share of values to keep, in (0, 1], for a method that prunes.
-        majority_sign_method: How the majority sign of each value is found: by the sum of the values
-            (``"total"``) or by the number of tensors with each sign (``"frequency"``).
+        method: Name of the method, a key of `METHODS`.
+        tensors: The tensors to combine, at least one.
+        weights: The weight of each tensor.
+        density: Fraction of the values to keep, in (0, 1], or None to keep all values. Methods that
+            do not prune ignore it.
+        majority_sign_method: How to determine the majority sign of each value: the sign of the sum
+            over the tensors (``"total"``), or the sign that more tensors have (``"frequency"``).
+
+    Returns:
+        A new tensor of the same shape.
     """
     prune, elects = METHODS[method]
     if prune is not None and density is not None and density < 1:

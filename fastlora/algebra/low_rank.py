@@ -1,4 +1,4 @@
-"""Singular value decomposition of low-rank updates, and the error of a smaller rank."""
+"""Singular value decomposition of low-rank updates, and the error of reducing their rank."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 class Decomposition(NamedTuple):
-    """A singular value decomposition ``u @ diag(s) @ vh``.
+    """A singular value decomposition ``u @ diag(s) @ vh`` of a matrix ``[N, K]``.
 
     Attributes:
-        u: ``[N, R]``.
-        s: ``[R]``, in descending order.
-        vh: ``[R, K]``.
+        u: Left singular vectors, ``[N, R]``.
+        s: Singular values in descending order, ``[R]``.
+        vh: Right singular vectors, ``[R, K]``.
     """
 
     u: torch.Tensor
@@ -27,11 +27,12 @@ class Decomposition(NamedTuple):
     vh: torch.Tensor
 
     def rank_for(self, rank: int | float) -> int:
-        """Return the rank that ``rank`` stands for, at most R.
+        """Return the number of singular values to keep, at most R.
 
         Args:
-            rank: A whole number, or a share in (0, 1] of the sum of squared singular values. For a
-                share, the smallest rank that reaches it is returned.
+            rank: The number of singular values as an int, or a float in (0, 1]. For a float, the
+                result is the smallest number of leading singular values whose squares add up to at
+                least this fraction of the sum of all squares.
         """
         if isinstance(rank, int):
             return min(rank, self.s.numel())
@@ -41,19 +42,23 @@ class Decomposition(NamedTuple):
         return min(int((energy < rank * energy[-1]).sum()) + 1, self.s.numel())
 
     def error(self, rank: int) -> float:
-        """Return the relative error, in the Frobenius norm, of truncating to ``rank``."""
+        """Return the relative error, in the Frobenius norm, of truncating the decomposition.
+
+        Args:
+            rank: Number of singular values that remain.
+        """
         energy = self.s.double().square()
         total = float(energy.sum())
         return (float(energy[rank:].sum()) / total) ** 0.5 if total else 0.0
 
 
 def check_finite(where: str, *tensors: torch.Tensor) -> None:
-    """Raise `AdapterStateError` if a tensor has values that are not finite.
+    """Raise `AdapterStateError` if any of the tensors contains NaN or infinite values.
 
-    A tensor with such values cannot be decomposed.
+    Such a tensor cannot be decomposed.
 
     Args:
-        where: Start of the message, which says what the tensors belong to.
+        where: Description of the tensors, which starts the error message.
         tensors: The tensors to check.
     """
     if not all(bool(tensor.isfinite().all()) for tensor in tensors):
@@ -64,11 +69,11 @@ def check_finite(where: str, *tensors: torch.Tensor) -> None:
 
 
 def decompose(matrix: torch.Tensor, driver: str | None = None) -> Decomposition:
-    """Return the singular value decomposition of a matrix ``[N, K]``, in fp32 or wider.
+    """Return the singular value decomposition of a matrix ``[N, K]``, computed in fp32 or fp64.
 
     Args:
         matrix: A matrix of any floating-point dtype.
-        driver: cuSOLVER driver, as in `torch.linalg.svd`, for a matrix on a GPU only.
+        driver: cuSOLVER driver, as in `torch.linalg.svd`. It must be None for a matrix on a CPU.
     """
     wide = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
     return Decomposition(*torch.linalg.svd(wide, full_matrices=False, driver=driver))
@@ -77,15 +82,15 @@ def decompose(matrix: torch.Tensor, driver: str | None = None) -> Decomposition:
 def decompose_pairs(
     pairs: Sequence[Pair], weights: Sequence[float], driver: str | None = None
 ) -> Decomposition:
-    """Return the singular value decomposition of ``sum(weight * lora_b @ lora_a)``.
+    """Return the singular value decomposition of ``sum(weight * lora_b @ lora_a)`` over all pairs.
 
-    It is computed from an ``[R, R]`` matrix, where R is the sum of the pairs' ranks. If R is not
-    less than both N and K, the sum itself is decomposed instead.
+    If the sum R of the pairs' ranks is less than both N and K, only an ``[R, R]`` matrix is
+    decomposed. Otherwise, the ``[N, K]`` sum is decomposed directly.
 
     Args:
-        pairs: Factor pairs, lora_a ``[R_i, K]`` and lora_b ``[N, R_i]``.
-        weights: One number for each pair.
-        driver: As in `decompose`.
+        pairs: Factor pairs (lora_a ``[R_i, K]``, lora_b ``[N, R_i]``).
+        weights: The weight of each pair.
+        driver: cuSOLVER driver, as in `decompose`.
     """
     dtype = torch.promote_types(pairs[0][0].dtype, torch.float32)
     lora_a = torch.cat([a.to(dtype) for a, _ in pairs])
@@ -99,12 +104,14 @@ def decompose_pairs(
 
 
 def clamped(lora_a: torch.Tensor, lora_b: torch.Tensor, quantile: float) -> Pair:
-    """Return factors clamped to plus and minus the given quantile of all their values.
+    """Return lora_a and lora_b with their values clamped to ``[-bound, bound]``.
+
+    The bound is a quantile of the values of both factors together.
 
     Args:
         lora_a: ``[R, K]``.
         lora_b: ``[N, R]``.
-        quantile: In [0, 1].
+        quantile: The quantile to use as the bound, in [0, 1].
     """
     values, index = torch.cat([lora_b.flatten(), lora_a.flatten()]).sort()[0], quantile
     # `torch.quantile` accepts at most 2 ** 24 values, so the quantile is computed here.
@@ -116,7 +123,7 @@ def clamped(lora_a: torch.Tensor, lora_b: torch.Tensor, quantile: float) -> Pair
 
 
 def padded(tensor: torch.Tensor, rank: int, dim: int) -> torch.Tensor:
-    """Return a factor padded with zeros along ``dim`` to the given rank."""
+    """Return a factor padded with zeros to size ``rank`` in dimension ``dim``."""
     shape = list(tensor.shape)
     shape[dim] = rank - shape[dim]
     return torch.cat([tensor, tensor.new_zeros(shape)], dim) if shape[dim] else tensor

@@ -1,8 +1,9 @@
-"""Initializations of adapters: one file per method, and the registry of all methods.
+"""Methods that initialize adapters, with one module per method, and the registry of all methods.
 
-A method that depends only on the base weight is one new file here, imported below. A method that
-needs data also has its calibration in that file. The calibration works on modules that the caller
-names; the functions that users call are in `fastlora.model.calibration`.
+To add a method that depends only on the base weight, add one module to this folder and import it
+below. The module of a method that needs data also contains the calibration, which operates on the
+modules that its caller passes. The calibration functions that users call are in
+`fastlora.model.calibration`.
 """
 
 from fastlora.init import (  # noqa: F401 - the imports register them

@@ -1,4 +1,4 @@
-"""Settings of individual initializations. Fields and defaults are those of PEFT 0.21.2."""
+"""Config classes of initialization methods, with the fields and defaults of PEFT 0.21.2."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from fastlora.validation import ConfigError
 
 @dataclass
 class LoftQConfig:
-    """Settings of LoftQ.
+    """Config of the LoftQ initialization (``init_lora_weights="loftq"``).
 
     Args:
-        loftq_bits: Bits of the quantized weight: 2 or 4 (normal floats), or 8 (integers).
-        loftq_iter: Number of times to alternate between quantization and decomposition.
+        loftq_bits: Bits per value of the quantized weight: 2 or 4 (normal floats), or 8 (integers).
+        loftq_iter: Number of iterations. Each iteration quantizes the weight and then decomposes
+            the quantization error.
 
     Raises:
-        ConfigError: loftq_bits is not 2, 4, or 8, or loftq_iter is not a positive whole number.
+        ConfigError: ``loftq_bits`` is not 2, 4, or 8, or ``loftq_iter`` is not a positive integer.
     """
 
     loftq_bits: int = 4
@@ -36,20 +37,21 @@ class LoftQConfig:
 
 @dataclass
 class EvaConfig:
-    """Settings of EVA.
+    """Config of the EVA initialization (``init_lora_weights="eva"``).
 
     Args:
-        rho: A layer's rank is at most ``rho * r``. With 1, every layer keeps its own r.
-        tau: A direction has converged once its cosine similarity with its value of the step before
-            is at least tau.
-        use_label_mask: Whether to skip positions that have the label ``label_mask_value``.
-        label_mask_value: Label of the positions to skip.
+        rho: Limit on the rank of each layer, as a multiple of the layer's ``r``. With 1, every
+            layer has rank ``r``.
+        tau: A direction has converged once its cosine similarity with the direction of the previous
+            step is at least ``tau``.
+        use_label_mask: Whether to ignore token positions whose label is ``label_mask_value``.
+        label_mask_value: Label of the token positions to ignore.
         whiten: Whether to divide each direction by the square root of its singular value.
-        adjust_scaling_factors: Whether to change a layer's alpha in proportion to its rank, which
-            keeps the scaling constant.
+        adjust_scaling_factors: Whether to change the ``lora_alpha`` of each layer in proportion to
+            its rank, so that the scaling stays the same.
 
     Raises:
-        ConfigError: rho is below 1, or tau is not in [0, 1].
+        ConfigError: ``rho`` is below 1, or ``tau`` is not in [0, 1].
     """
 
     rho: float = 2.0
@@ -68,22 +70,22 @@ class EvaConfig:
 
 @dataclass
 class CordaConfig:
-    """Settings of CorDA.
+    """Config of the CorDA initialization (``init_lora_weights="corda"``).
 
     Args:
-        cache_file: File for the decompositions. If it exists, they are read from it instead of
-            computed.
-        covariance_file: File for the covariances, used in the same way. They do not depend on the
-            rank.
-        corda_method: "ipm" adapts the directions that the data uses most. "kpm" adapts those that
-            it uses least, which preserves what the model knows about the data.
-        verbose: Whether to show the progress of the decompositions.
-        use_float16_for_covariance: Whether to sum the covariances in the inputs' own dtype instead
-            of fp32.
-        prune_temporary_fields: Whether to leave only the result on the layers.
+        cache_file: File that caches the decompositions, or None. If the file exists, the
+            decompositions are read from it instead of being computed.
+        covariance_file: File that caches the covariances in the same way, or None. The covariances
+            do not depend on the rank.
+        corda_method: ``"ipm"`` adapts the directions that the data uses most. ``"kpm"`` adapts the
+            directions that the data uses least, which preserves the model's knowledge of the data.
+        verbose: Whether to show a progress bar for the decompositions.
+        use_float16_for_covariance: Whether to sum the covariances in the dtype of the inputs
+            instead of fp32.
+        prune_temporary_fields: Whether to remove intermediate results from the layers.
 
     Raises:
-        ConfigError: corda_method is neither "ipm" nor "kpm".
+        ConfigError: ``corda_method`` is neither ``"ipm"`` nor ``"kpm"``.
     """
 
     cache_file: str | None = None
@@ -96,25 +98,28 @@ class CordaConfig:
     def __post_init__(self) -> None:
         for name in ("cache_file", "covariance_file"):
             path = getattr(self, name)
-            setattr(self, name, None if path is None else os.fspath(path))  # files hold strings
+            setattr(self, name, None if path is None else os.fspath(path))  # for config files
         _check_choice("corda_method", self.corda_method, ("ipm", "kpm"))
 
 
 @dataclass
 class LoraGAConfig:
-    """Settings of LoRA-GA.
+    """Config of the LoRA-GA initialization (``init_lora_weights="lora_ga"``).
 
     Args:
-        direction: How the gradient's first 2 r singular directions are divided between A and B:
-            "ArB2r" (A gets the first r), "A2rBr" (B gets the first r), "ArBr" (they alternate), or
-            "random" (both get the same r random directions).
-        scale: Scale of the factors: "stable" (B times ``out_features ** 0.25 /
-            sqrt(stable_gamma)``), "weight_svd" (B scaled to the weight's largest singular value),
-            "gd_scale" (both factors divided by the adapter's scaling), or "unit" (no scale).
-        stable_gamma: The gamma of the "stable" scale.
+        direction: How to divide the first ``2 * r`` singular directions of the gradient between A
+            and B: ``"ArB2r"`` (A gets the first ``r``), ``"A2rBr"`` (B gets the first ``r``),
+            ``"ArBr"`` (A and B get alternate directions), or ``"random"`` (both get the same ``r``
+            random directions).
+        scale: How to scale the factors: ``"stable"`` (multiply B by ``out_features ** 0.25 /
+            sqrt(stable_gamma)``), ``"weight_svd"`` (scale B to the largest singular value of the
+            weight), ``"gd_scale"`` (divide both factors by the adapter's scaling), or ``"unit"``
+            (do not scale).
+        stable_gamma: The value of gamma for ``scale="stable"``.
 
     Raises:
-        ConfigError: A value is not one of these, or stable_gamma is not positive.
+        ConfigError: ``direction`` or ``scale`` has an unknown value, or ``stable_gamma`` is not
+            positive.
     """
 
     direction: str = "ArB2r"
@@ -129,15 +134,19 @@ class LoraGAConfig:
 
 
 def settings_of(value: object, cls: type) -> Any:
-    """Return settings as an instance of ``cls``, or None for None.
+    """Convert the config of an initialization method to an instance of ``cls``.
 
     Args:
-        value: An instance of ``cls``, PEFT's object of the same name, or a mapping of fields as in
-            a config file. As in PEFT, fields of a mapping that the class does not have are ignored.
-        cls: One of the classes above.
+        value: An instance of ``cls``, an instance of PEFT's class of the same name, a mapping of
+            fields as in a config file, or None. As in PEFT, unknown fields of a mapping are
+            ignored.
+        cls: One of the config classes in this module.
+
+    Returns:
+        The instance, or None if ``value`` is None.
 
     Raises:
-        ConfigError: ``value`` has another type, or one of its fields has a wrong value.
+        ConfigError: ``value`` is of another type, or one of its fields has an invalid value.
     """
     if value is None or isinstance(value, cls):
         return value

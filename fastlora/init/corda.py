@@ -1,7 +1,8 @@
-"""CorDA: the adapter starts from the base weight's directions that data uses most, or least.
+"""CorDA: initializes adapters from the directions of a weight that the data uses most, or least.
 
-Method: https://arxiv.org/abs/2406.05223, as in PEFT. `fastlora.model.calibration.preprocess_corda`
-stores the decomposition of each layer on the layer's module.
+The method is from https://arxiv.org/abs/2406.05223, as implemented in PEFT. The function
+`fastlora.model.calibration.preprocess_corda` stores the decomposition of each layer as an attribute
+of the layer's module.
 """
 
 from __future__ import annotations
@@ -27,20 +28,20 @@ from fastlora.init.registry import (
 )
 from fastlora.validation import InitialisationError
 
-# PEFT's names, so that fastlora and PEFT can use each other's calibration.
+# PEFT's names, so that fastlora and PEFT can use each other's calibration results.
 DATA, PARTS = "eigens", ("S_WC", "U_WC", "V_WC")
 
 
 @dataclass
 class CordaEigens:
-    """A layer's decomposition ``W C = U S V^T``, where C is the covariance of the layer's inputs.
+    """A decomposition of a layer's weight W with respect to the covariance C of the layer's inputs.
 
-    The names are PEFT's.
+    It contains R singular directions of ``W C = U S V^T``. The names are those of PEFT.
 
     Attributes:
-        S_WC: R singular values.
-        U_WC: ``[N, R]``.
-        V_WC: ``[K, R]``, multiplied by the inverse of C.
+        S_WC: Singular values, ``[R]``.
+        U_WC: Left singular vectors, ``[N, R]``.
+        V_WC: Right singular vectors multiplied by the inverse of C, ``[K, R]``.
     """
 
     S_WC: torch.Tensor
@@ -58,13 +59,14 @@ class CordaEigens:
     settings=Settings("corda_config", CordaConfig),
 )
 def corda(given: Given) -> Start:
-    """Return factors made from the layer's decomposition, and the base weight without their update.
+    """Return the CorDA factors of a layer, and the base weight minus their update.
 
-    B is ``U sqrt(S / scaling)``, and A is ``sqrt(S / scaling) V^T``.
+    B is ``U sqrt(S / scaling)`` and A is ``sqrt(S / scaling) V^T``, with the parts of the layer's
+    `CordaEigens`.
 
     Raises:
-        InitialisationError: The decomposition has wrong shapes, values that are not finite, or a
-            rank below R.
+        InitialisationError: The decomposition has the wrong shapes, values that are not finite, or
+            a rank below R.
     """
     weight = given.weight()
     eigens: Any = given.data  # fastlora's or PEFT's `CordaEigens`
@@ -85,27 +87,28 @@ def corda(given: Given) -> Start:
 
 
 class Covariances:
-    """Accumulates the covariance ``[K, K]`` of the inputs of each layer.
+    """Accumulates the covariance matrix ``[K, K]`` of the inputs of each layer.
 
     Args:
-        modules: Layers by name.
-        low_precision: Whether to sum in the inputs' dtype instead of fp32.
+        modules: Maps the name of each layer to the layer.
+        low_precision: Whether to sum in the dtype of the inputs instead of fp32.
 
     Attributes:
-        sums: Layer name -> sum over samples of ``X^T X``, where X is divided by its maximum.
-        counts: Layer name -> number of samples. A sample is a sequence, or a whole matrix if the
-            input has no sequences.
+        sums: Maps each layer name to the sum of ``X^T X`` over samples, where each sample X is
+            divided by its maximum.
+        counts: Maps each layer name to the number of samples. A sample is one sequence, or the
+            entire input if the input has fewer than three dimensions.
     """
 
     def __init__(self, modules: Mapping[str, nn.Module], low_precision: bool) -> None:
         self.modules, self.low_precision = modules, low_precision
         self.sums: dict[str, torch.Tensor] = {}
         self.counts = dict.fromkeys(modules, 0)
-        # Layers with the same input tensor share its product.
+        # The last input and its product. Layers with the same input tensor reuse the product.
         self._last: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def watching(self) -> contextlib.AbstractContextManager[None]:
-        """Return a context manager in which every forward of the layers is counted."""
+        """Return a context manager that accumulates the inputs of all calls of the layers."""
         return hooked(self.modules, self._hook)
 
     def _hook(self, name: str) -> Callable[..., None]:
@@ -133,10 +136,10 @@ class Covariances:
         return product
 
     def means(self) -> dict[str, torch.Tensor]:
-        """Return the covariances by layer name, and clear the sums.
+        """Return a dict that maps each layer name to its covariance matrix, and clear the sums.
 
         Raises:
-            InitialisationError: The data did not reach a layer.
+            InitialisationError: The data did not reach one of the layers.
         """
         for name, count in self.counts.items():
             if not count:
@@ -154,17 +157,18 @@ class Covariances:
 def decompose(
     weight: torch.Tensor, covariance: torch.Tensor, rank: int, method: str
 ) -> CordaEigens:
-    """Return the directions of a weight that data with the given covariance uses most, or least.
+    """Decompose a weight into the directions that its inputs use most, or least.
 
     Args:
-        weight: ``[N, K]``.
+        weight: Weight of the layer, ``[N, K]``.
         covariance: Covariance of the layer's inputs, ``[K, K]``.
-        rank: Number of directions.
-        method: "ipm" for the directions used most, "kpm" for those used least.
+        rank: Number of directions to return.
+        method: ``"ipm"`` for the directions that are used most, or ``"kpm"`` for the directions
+            that are used least.
 
     Raises:
-        InitialisationError: A matrix is not finite, the covariance is zero, or the rank exceeds a
-            dimension of the weight.
+        InitialisationError: A matrix has values that are not finite, the covariance is zero, or the
+            rank exceeds a dimension of the weight.
     """
     weight, covariance = weight.float(), covariance.float()
     check_finite(weight, "the base weight")

@@ -1,4 +1,4 @@
-"""Runs a model over any data loader, with a progress bar if tqdm is installed."""
+"""Helpers for initializations that run a model over the batches of a data loader."""
 
 from __future__ import annotations
 
@@ -16,7 +16,15 @@ _T = TypeVar("_T")
 
 
 def progress(items: Iterable[_T], what: str, show: bool = True) -> Iterable[_T]:
-    """Return the items, wrapped in a progress bar if tqdm is installed and ``show`` is true."""
+    """Return an iterable over ``items`` that shows a tqdm progress bar.
+
+    Returns ``items`` itself if tqdm is not installed or ``show`` is False.
+
+    Args:
+        items: The items to iterate over.
+        what: Description that the progress bar shows.
+        show: Whether to show a progress bar.
+    """
     if show:
         with contextlib.suppress(ImportError):
             from tqdm import tqdm
@@ -26,10 +34,12 @@ def progress(items: Iterable[_T], what: str, show: bool = True) -> Iterable[_T]:
 
 
 def call_model(model: nn.Module, batch: Any) -> Any:
-    """Call a model with a batch.
+    """Call a model with a batch, and return the model's output.
 
-    The batch is a mapping of keyword arguments, a sequence of positional arguments, or one
-    argument.
+    Args:
+        model: The model.
+        batch: A mapping of keyword arguments, a tuple or list of positional arguments, or a single
+            argument of any other type.
     """
     if isinstance(batch, Mapping):
         return model(**batch)
@@ -37,12 +47,12 @@ def call_model(model: nn.Module, batch: Any) -> Any:
 
 
 def device_of(model: nn.Module) -> torch.device | None:
-    """Return the device of a model's first parameter that is not on the meta device."""
+    """Return the device of a model's first parameter that is not on the meta device, or None."""
     return next((p.device for p in model.parameters() if not p.is_meta), None)
 
 
 def to_device(batch: Any, device: torch.device | None) -> Any:
-    """Return a batch with its tensors on the given device."""
+    """Return a batch with its tensors moved to ``device``, or the batch itself for None."""
     if device is None:
         return batch
     if isinstance(batch, torch.Tensor) or (hasattr(batch, "to") and not isinstance(batch, dict)):
@@ -55,7 +65,13 @@ def to_device(batch: Any, device: torch.device | None) -> Any:
 
 
 def batches(loader: Iterable[Any], model: nn.Module, what: str, show: bool = True) -> Iterator[Any]:
-    """Yield the batches of a loader one at a time, on the model's device.
+    """Yield the batches of a data loader, moved to the model's device.
+
+    Args:
+        loader: The data loader.
+        model: The model.
+        what: Description for the progress bar and error messages.
+        show: Whether to show a progress bar.
 
     Raises:
         InitialisationError: The loader has no batches.
@@ -72,7 +88,13 @@ def batches(loader: Iterable[Any], model: nn.Module, what: str, show: bool = Tru
 def hooked(
     modules: Mapping[str, nn.Module], make: Callable[[str], Callable[..., None]]
 ) -> Iterator[None]:
-    """In the block, call ``make(name)(module, inputs)`` before each module's forward."""
+    """Register a forward pre-hook on each module for the duration of a ``with`` block.
+
+    Args:
+        modules: Maps the name of each module to the module.
+        make: Function that takes the name of a module and returns the module's hook, which is
+            called with the module and its inputs.
+    """
     handles = [module.register_forward_pre_hook(make(name)) for name, module in modules.items()]
     try:
         yield
@@ -83,7 +105,10 @@ def hooked(
 
 @contextlib.contextmanager
 def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """Set a model's training mode in the block, and then restore the mode of each module."""
+    """Set a model to training or evaluation mode for the duration of a ``with`` block.
+
+    After the block, the previous mode of each module is restored.
+    """
     before = {module: module.training for module in model.modules()}
     model.train(training)
     try:
@@ -95,7 +120,10 @@ def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def same_buffers(model: nn.Module) -> Iterator[None]:
-    """Restore a model's buffers after the block. In training, batch norm writes to them."""
+    """Restore the values of a model's buffers at the end of a ``with`` block.
+
+    For example, batch norm writes to its buffers in training mode.
+    """
     before = {buffer: buffer.detach().clone() for buffer in model.buffers()}
     try:
         yield
@@ -105,7 +133,7 @@ def same_buffers(model: nn.Module) -> Iterator[None]:
 
 
 def read_cache(path: str | None) -> dict[str, torch.Tensor] | None:
-    """Return the tensors of a cache file, or None if the file does not exist or is empty."""
+    """Return a dict of the tensors in a cache file, or None if the file is missing or empty."""
     if path is None or not Path(path).is_file() or not Path(path).stat().st_size:
         return None
     found: dict[str, torch.Tensor] = torch.load(path, map_location="cpu", weights_only=True)
@@ -113,7 +141,7 @@ def read_cache(path: str | None) -> dict[str, torch.Tensor] | None:
 
 
 def write_cache(path: str | None, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write tensors to a cache file atomically, or do nothing if ``path`` is None."""
+    """Atomically write tensors to a cache file. If ``path`` is None, do nothing."""
     if path is None:
         return
     Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -125,10 +153,16 @@ def write_cache(path: str | None, tensors: Mapping[str, torch.Tensor]) -> None:
 def from_cache(
     cache: Mapping[str, torch.Tensor], key: str, path: str | None, module: nn.Module
 ) -> torch.Tensor:
-    """Return a tensor from a cache file, on the device of a module's weight.
+    """Return a tensor of a cache file, moved to the device of a module's weight.
+
+    Args:
+        cache: The tensors of the cache file, from `read_cache`.
+        key: Key of the tensor.
+        path: Path of the cache file, for error messages.
+        module: The module.
 
     Raises:
-        InitialisationError: The file has no tensor with this key.
+        InitialisationError: The file contains no tensor with this key.
     """
     if key not in cache:
         raise InitialisationError(

@@ -1,7 +1,8 @@
-"""EVA: A starts from the principal directions of a layer's inputs, and layers share a rank budget.
+"""EVA: initializes A with principal directions of a layer's inputs, and chooses the layers' ranks.
 
-Method: https://arxiv.org/abs/2410.07170, as in PEFT. An adapter starts with B zero and A random.
-`fastlora.model.eva.initialize_lora_eva_weights` then sets its directions and ranks.
+The method is from https://arxiv.org/abs/2410.07170, as implemented in PEFT. When an adapter is
+added, B is zero and A is random. Then `fastlora.model.eva.initialize_lora_eva_weights` sets A to
+the principal directions, and distributes a total rank among the layers.
 """
 
 from __future__ import annotations
@@ -27,12 +28,16 @@ Prepare = Callable[[Any, Any, str], torch.Tensor]
     settings=Settings("eva_config", EvaConfig),
 )
 def eva(given: Given) -> Start:
-    """Return A as `nn.Linear` draws it, and B zero."""
+    """Return the initial factors of EVA: A as initialized by `nn.Linear`, and B zero."""
     return Start(given.lora_a, torch.zeros_like(given.lora_b))
 
 
 def as_rows(layer_input: Any, _model_input: Any, layer_name: str) -> torch.Tensor:
-    """Return a layer's first input as rows ``[M, K]``.
+    """Return the first input of a layer as a matrix with one row per token, ``[M, K]``.
+
+    Args:
+        layer_input: The inputs of the layer: a tensor, or a tuple or list of tensors.
+        layer_name: Name of the layer, for error messages.
 
     Raises:
         TypeError: The input is not a tensor.

@@ -1,7 +1,7 @@
-"""EVA's pass over data: finds the directions of each layer's inputs and distributes the ranks.
+"""The data-driven step of EVA: finds principal directions of layer inputs, and distributes ranks.
 
-The loader is iterated repeatedly, and no batch is stored. For each layer, only the state of
-`fastlora.init.incremental_pca` is stored.
+The data loader is iterated as often as necessary. No batches are stored, only the state of one
+incremental PCA (`fastlora.init.incremental_pca`) per layer or group of layers.
 """
 
 from __future__ import annotations
@@ -26,23 +26,26 @@ from fastlora.validation import InitialisationError
 
 @dataclass
 class Search:
-    """Finds directions and ranks. Call `find_groups`, then `run`, then `state`.
+    """Finds the principal directions of each layer's inputs, and the rank of each layer.
+
+    Call `find_groups`, then `run`, then `state`.
 
     Attributes:
         model: The model to run over the data.
-        layers: Layers of the model by name.
-        limits: Layer name -> highest rank that the layer can get.
-        budget: Sum of the ranks to distribute.
-        settings: Settings of EVA.
+        layers: Maps the name of each adapted layer to the layer.
+        limits: Maps each layer name to the highest rank that the layer can get.
+        budget: Sum of the ranks of all layers.
+        settings: The config of EVA.
         forward: Function that calls the model with a batch.
-        prepare_batch: Function that turns a batch into the argument of the ``prepare_layer``
-            functions.
-        prepare_layer: Layer name -> function that returns the rows of the layer's inputs.
+        prepare_batch: Function that takes a batch and returns the second argument of the
+            ``prepare_layer`` functions.
+        prepare_layer: Maps each layer name to a function that converts the layer's inputs to rows
+            ``[M, K]``.
         gather: Whether to gather the rows of all processes.
-        source: Layer name -> name of the layer that provides its directions: the layer itself, or
-            another layer with the same inputs.
-        found: Layer name -> directions, for the layers that provide them.
-        ranks: Layer name -> current rank.
+        source: Maps each layer name to the name of the layer whose directions it uses: the layer
+            itself, or another layer with the same inputs.
+        found: Maps the names of the layers in ``source.values()`` to their incremental PCA.
+        ranks: Maps each layer name to its current rank.
     """
 
     model: nn.Module
@@ -59,10 +62,10 @@ class Search:
     ranks: dict[str, int] = field(default_factory=dict, init=False)
 
     def find_groups(self, loader: Iterable[Any]) -> None:
-        """Run one batch to find out which layers receive the same inputs.
+        """Run the model on one batch to find out which layers receive the same inputs.
 
         Raises:
-            InitialisationError: The loader is empty, or the data did not reach a layer.
+            InitialisationError: The loader is empty, or the data did not reach one of the layers.
         """
         batch = next(iter(loader), None)
         if batch is None:
@@ -93,7 +96,14 @@ class Search:
         self.ranks = dict(self.limits)
 
     def run(self, loader: Iterable[Any], show: bool) -> None:
-        """Run batches until the directions of every layer, up to its rank, have converged."""
+        """Run the model on batches until the directions of all layers have converged.
+
+        Only as many directions of a layer as its current rank must have converged.
+
+        Args:
+            loader: The data loader, which is iterated as often as necessary.
+            show: Whether to show a progress bar.
+        """
         first = not dist.is_initialized() or dist.get_rank() == 0
         bar: Any = progress(self._endless(loader), "EVA", show and first)
         with contextlib.closing(bar):
@@ -116,9 +126,13 @@ class Search:
     def _run_batch(
         self, batch: Any, names: Iterable[str], see: Callable[[str, torch.Tensor], None]
     ) -> None:
-        """Call the model, and call ``see(name, rows)`` for each input of the named layers.
+        """Call the model with a batch, and pass the inputs of the named layers to a function.
 
-        The rows of an input have shape ``[M, K]``.
+        Args:
+            batch: The batch.
+            names: Names of the layers.
+            see: Function that is called with the name and the inputs ``[M, K]`` of a layer at each
+                call of the layer.
         """
         prepared = self.prepare_batch(batch)
 
@@ -134,10 +148,11 @@ class Search:
             self.forward(self.model, batch)
 
     def _endless(self, loader: Iterable[Any]) -> Iterator[Any]:
-        """Yield batches, starting again when the loader ends. No batch is stored.
+        """Yield the batches of a data loader, and start over when the loader is exhausted.
 
         Raises:
-            InitialisationError: The largest batch has too few rows for a layer.
+            InitialisationError: After one pass over the loader, no batch had enough rows for one of
+                the layers.
         """
         while True:
             yield from batches(loader, self.model, "EVA", show=False)
@@ -149,7 +164,7 @@ class Search:
                     )
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Return the directions ``[rank, K]`` of each layer, in fp32.
+        """Return a dict that maps each layer name to its directions, ``[rank, K]`` in fp32.
 
         Raises:
             InitialisationError: A layer has no directions yet.
@@ -170,11 +185,14 @@ def share_ranks(
     budget: int,
     limits: Mapping[str, int],
 ) -> dict[str, int]:
-    """Return a rank for each layer. Directions that explain more variance are chosen first.
+    """Distribute a total rank among layers, and return a dict that maps layer names to ranks.
+
+    The directions that explain the largest fractions of variance are chosen. The rank of a layer is
+    the number of its directions that were chosen.
 
     Args:
-        ratios: Layer name -> share of the variance along each direction, for the layers that
-            provide directions.
+        ratios: Maps the names of the layers in ``source.values()`` to the fraction of the variance
+            that each of their directions explains.
         source, budget, limits: As in `Search`.
     """
     owners = [name for name, of in source.items() for _ in ratios[of][: limits[of]]]
@@ -189,7 +207,7 @@ def share_ranks(
 
 
 def _gathered(rows: torch.Tensor) -> torch.Tensor:
-    """Return the rows of all processes. Their numbers may differ between processes."""
+    """Return the concatenated rows of all processes, which may have different numbers of rows."""
     size = torch.tensor([len(rows)], device=rows.device)
     sizes = [torch.zeros_like(size) for _ in range(dist.get_world_size())]
     dist.all_gather(sizes, size)

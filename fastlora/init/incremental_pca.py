@@ -1,7 +1,8 @@
-"""Principal directions of rows that arrive in batches, in memory proportional to R.
+"""Incremental PCA: the principal directions of rows that arrive in batches.
 
-Method: incremental PCA (Ross et al. 2008, as in scikit-learn), with the randomized SVD, the seed,
-and the dtypes of PEFT 0.21.2, ``utils/incremental_pca.py``.
+The method is that of Ross et al. 2008, as in scikit-learn, with the randomized SVD, the seed, and
+the dtypes of PEFT 0.21.2, ``utils/incremental_pca.py``. The memory is proportional to the number of
+directions and does not depend on the number of batches.
 """
 
 from __future__ import annotations
@@ -13,19 +14,19 @@ _ITERATIONS = 4
 
 
 class IncrementalPca:
-    """The R principal directions of all rows so far, and which of them have converged.
+    """Computes the first R principal directions of all rows that have been added.
 
     Args:
-        count: R.
+        count: Number of directions, R.
         tau: A direction has converged once its cosine similarity with its previous value is at
-            least tau.
+            least ``tau``.
 
     Attributes:
-        components: ``[R, K]``, orthonormal, or None before the first batch.
-        values: ``[R]``, singular values.
-        ratios: ``[R]``, share of the rows' variance along each direction.
-        settled: ``[R]`` bool on the CPU, whether each direction has converged.
-        most_rows: Number of rows of the largest batch so far.
+        components: The directions, ``[R, K]``, orthonormal, or None before the first batch.
+        values: Singular values, ``[R]``.
+        ratios: Fraction of the rows' variance that each direction explains, ``[R]``.
+        settled: Whether each direction has converged, a bool CPU tensor of shape ``[R]``.
+        most_rows: Number of rows in the largest batch so far.
     """
 
     def __init__(self, count: int, tau: float) -> None:
@@ -37,7 +38,10 @@ class IncrementalPca:
         self._mean = self._variance = torch.empty(0, dtype=torch.float64)
 
     def add(self, rows: torch.Tensor) -> None:
-        """Add a batch of rows ``[M, K]``. A batch with fewer than R rows is skipped."""
+        """Update the directions with a batch of rows, ``[M, K]``.
+
+        A batch with fewer than R rows is ignored.
+        """
         self.most_rows = max(self.most_rows, len(rows))
         if len(rows) < self.count:
             return
@@ -49,7 +53,7 @@ class IncrementalPca:
         else:
             batch_mean = rows.mean(dim=0)
             shift = (self._seen / total * batch) ** 0.5 * (self._mean - batch_mean)
-            # From here on in fp64, like the mean.
+            # From here on, the computation is in fp64, like the mean.
             data = torch.cat(
                 [
                     (self.values[:, None] * before).double(),
@@ -76,7 +80,15 @@ class IncrementalPca:
     def _moments(
         self, rows: torch.Tensor, sums: torch.Tensor, total: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the mean and the variance ``[K]`` of all rows, in fp64 (Chan et al. 1983)."""
+        """Return a tuple (mean, variance) of all rows including a new batch, each ``[K]`` in fp64.
+
+        The method is that of Chan et al. 1983.
+
+        Args:
+            rows: The rows of the new batch.
+            sums: Sum of these rows, ``[K]`` in fp64.
+            total: Number of all rows, including the new batch.
+        """
         batch = len(rows)
         around = rows - sums / batch
         own = around.square().sum(dim=0) - around.sum(dim=0).square() / batch

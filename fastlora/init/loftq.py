@@ -1,9 +1,9 @@
-"""LoftQ: the base weight is quantized, and the adapter starts from the quantization error.
+"""LoftQ: quantizes the base weight, and initializes the adapter from the quantization error.
 
-Method: https://arxiv.org/abs/2310.08659, as in PEFT. The normal floats are those of QLoRA
-(https://arxiv.org/abs/2305.14314) as bitsandbytes implements them: in blocks of 64 values along
-rows, with each block divided by its largest magnitude. The base layer remains a plain layer, and
-its weight holds the rounded values.
+The method is from https://arxiv.org/abs/2310.08659, as implemented in PEFT. The normal floats are
+those of QLoRA (https://arxiv.org/abs/2305.14314), as implemented in bitsandbytes: each block of 64
+consecutive values (in row-major order) is divided by its largest magnitude. The base layer remains
+an unquantized layer whose weight contains the rounded values.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from fastlora.init.configs import LoftQConfig
 from fastlora.init.registry import Given, Settings, Start, register_init
 
 BLOCK = 64
-# Number of bits -> values of the normal floats. The 4-bit values are bitsandbytes' constants. The
-# 2-bit values follow the same rule: evenly spaced quantiles of a normal distribution, with one more
-# value above zero than below.
+# Maps the number of bits to the values of the normal floats. The 4-bit values are the constants of
+# bitsandbytes. The 2-bit values follow the same rule: evenly spaced quantiles of a normal
+# distribution, with one more value above zero than below.
 LEVELS = {
     2: (-1.0, 0.0, 0.3379152, 1.0),
     4: (
@@ -37,12 +37,13 @@ LEVELS = {
 def loftq(given: Given) -> Start:
     """Return factors that approximate the quantization error, and the quantized base weight.
 
-    The method alternates two steps. Q is ``W - B A``, quantized. ``B A`` is then the best
-    approximation of rank R to ``W - Q``. As in PEFT, ``B A`` compensates for the error without the
-    scaling, so lora_alpha should equal r.
+    Each iteration quantizes ``W - B A`` to Q, and then sets ``B A`` to the best rank-R
+    approximation of ``W - Q``. As in PEFT, the approximation does not take the adapter's scaling
+    into account, so ``lora_alpha`` should equal ``r``.
 
     Raises:
-        InitialisationError: The weight is not finite, or R exceeds its smaller dimension.
+        InitialisationError: The weight has values that are not finite, or R exceeds its smaller
+            dimension.
     """
     config = given.config if isinstance(given.config, LoftQConfig) else LoftQConfig()
     weight = given.weight()
@@ -56,10 +57,12 @@ def loftq(given: Given) -> Start:
 
 
 def quantised(weight: torch.Tensor, bits: int) -> torch.Tensor:
-    """Return a weight ``[N, K]`` rounded to the given number of bits, in its own dtype.
+    """Quantize a weight, and return the dequantized values in the weight's dtype.
 
-    With 8 bits, the values are integers with one scale per row. With 2 or 4 bits, they are normal
-    floats with one scale per block.
+    Args:
+        weight: The weight, ``[N, K]``.
+        bits: Bits per value: 8 (integers with one scale per row), or 2 or 4 (normal floats with one
+            scale per block of `BLOCK` values).
     """
     if bits == 8:
         weight = weight.half().to(weight.dtype)  # bitsandbytes expects fp16
@@ -75,7 +78,15 @@ def quantised(weight: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def best_of_rank(error: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return A ``[R, K]`` and B ``[N, R]`` with the product closest to a matrix ``[N, K]``."""
+    """Return factors whose product is the best rank-R approximation of a matrix.
+
+    Args:
+        error: The matrix, ``[N, K]``.
+        rank: Rank of the approximation, R.
+
+    Returns:
+        A tuple (A ``[R, K]``, B ``[N, R]``).
+    """
     u, s, vh = torch.linalg.svd(error, full_matrices=False)
     root = s[:rank].sqrt()
     return root[:, None] * vh[:rank], u[:, :rank] * root

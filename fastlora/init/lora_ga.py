@@ -1,7 +1,8 @@
-"""LoRA-GA: the adapter's first steps approximate those of full fine-tuning.
+"""LoRA-GA: initializes adapters so that their first step approximates that of full fine-tuning.
 
-Method: https://arxiv.org/abs/2407.05000, as in PEFT. `fastlora.model.calibration.preprocess_loraga`
-stores the gradient of each layer's weight on the layer's module.
+The method is from https://arxiv.org/abs/2407.05000, as implemented in PEFT. The function
+`fastlora.model.calibration.preprocess_loraga` stores the gradient of each layer's weight as an
+attribute of the layer's module.
 """
 
 from __future__ import annotations
@@ -32,14 +33,15 @@ DATA = "_peft_loraga_grad"  # PEFT's name, so that both libraries can share grad
     settings=Settings("lora_ga_config", LoraGAConfig, missing="later"),
 )
 def lora_ga(given: Given) -> Start:
-    """Return factors from the gradient's singular vectors, and the weight without their update.
+    """Return factors from the gradient's singular vectors, and the base weight minus their update.
 
-    The gradient is ``U S V^T``. R rows of ``V^T`` make A, and R columns of ``U S`` make B.
-    `LoraGAConfig.direction` selects them.
+    With the gradient ``U S V^T``, A consists of R rows of ``V^T``, and B consists of R columns of
+    ``U S``. `LoraGAConfig.direction` selects the rows and columns, and `LoraGAConfig.scale` how the
+    factors are scaled.
 
     Raises:
-        InitialisationError: The settings or the gradient are missing, the gradient is not finite or
-            has the wrong shape, or the weight has fewer than 2 R rows or columns.
+        InitialisationError: The config or the gradient is missing, the gradient has values that are
+            not finite or the wrong shape, or the weight has fewer than 2 R rows or columns.
     """
     config, gradient, rank = given.config, given.data, given.rank
     if not isinstance(config, LoraGAConfig):
@@ -79,7 +81,12 @@ def lora_ga(given: Given) -> Start:
 
 
 def _rows(direction: str, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the indices of the singular directions that make A, and of those that make B."""
+    """Return a tuple (indices for A, indices for B) of the singular directions to use.
+
+    Args:
+        direction: As in `LoraGAConfig`.
+        rank: Number of directions for each factor, R.
+    """
     first, second = torch.arange(rank), torch.arange(rank, 2 * rank)
     if direction == "ArB2r":
         return first, second
@@ -95,14 +102,19 @@ def _rows(direction: str, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
 def gradients(
     model: nn.Module, modules: Mapping[str, nn.Module]
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """In the block, record the gradients of these modules' weights, and of no other parameter.
+    """Record the gradients of the given modules' weights during a ``with`` block.
 
-    When the block ends, the yielded dict holds each weight's mean gradient over the backward
-    passes, by name. Afterwards, the parameters require gradients as before and hold the same
-    gradients as before.
+    No other parameter of the model receives a gradient. The context manager yields a dict that is
+    empty at first. At the end of the block, the dict maps each module name to the mean gradient of
+    its weight over all backward passes in the block. The ``requires_grad`` and ``grad`` attributes
+    of the parameters are then restored.
+
+    Args:
+        model: The model.
+        modules: Maps the name of each module to the module.
 
     Raises:
-        InitialisationError: A weight received no gradient, or one that is not finite.
+        InitialisationError: A weight received no gradient, or a gradient that is not finite.
     """
     weights: dict[str, Any] = {name: module.weight for name, module in modules.items()}
     trained = {parameter: parameter.requires_grad for parameter in model.parameters()}

@@ -1,6 +1,6 @@
-"""MiCA: B is fixed to the base weight's smallest singular directions, and A trains from zero.
+"""MiCA: freezes B at the smallest singular directions of the base weight, and trains A from zero.
 
-Method: https://arxiv.org/abs/2604.01694, as in PEFT.
+The method is from https://arxiv.org/abs/2604.01694, as implemented in PEFT.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from fastlora.init.registry import Given, Start, register_init
 
 @register_init("mica", title="MiCA", frozen=("lora_B",))
 def mica(given: Given) -> Start:
-    """Return A zero and B as the last R columns of U, where ``W = U S V^T``.
+    """Return zeros for A, and the last R columns of U for B, where ``W = U S V^T``.
 
     Raises:
-        InitialisationError: The weight is not finite, or R exceeds its smaller dimension.
+        InitialisationError: The weight has values that are not finite, or R exceeds its smaller
+            dimension.
     """
     weight, rank = given.weight(), given.rank
     given.check_rank(

@@ -1,6 +1,6 @@
-"""OLoRA: the adapter starts from the first columns of the base weight's QR decomposition.
+"""OLoRA: initializes adapters from the QR decomposition of the base weight.
 
-Method: https://arxiv.org/abs/2406.01775, as in PEFT.
+The method is from https://arxiv.org/abs/2406.01775, as implemented in PEFT.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ from fastlora.init.registry import Given, Start, register_init, without
 
 @register_init("olora", title="OLoRA", changes_base=True, converts=True, on_quantised=True)
 def olora(given: Given) -> Start:
-    """Return the leading rows of R as A and the leading columns of Q as B, where ``W = Q R``.
+    """Return factors from the QR decomposition ``W = Q R``, and the base weight minus their update.
 
-    The number of rows and columns is the adapter's rank. The base weight is returned without the
-    update that they make.
+    A consists of the first rows of R, and B consists of the first columns of Q. Their number is the
+    adapter's rank.
 
     Raises:
-        InitialisationError: The weight is not finite, or the rank exceeds its smaller dimension.
+        InitialisationError: The weight has values that are not finite, or the rank exceeds its
+            smaller dimension.
     """
     weight, rank = given.weight(), given.rank
     given.check_rank(min(weight.shape), f"the smaller side of the weight {tuple(weight.shape)}")

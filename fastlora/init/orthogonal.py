@@ -1,6 +1,7 @@
-"""Factors with a product of zero, although neither factor is zero.
+"""Orthogonal initialization: nonzero factors whose product is zero.
 
-Method: https://datta0.github.io/posts/rethink-lora-init/#orthogonal-initialisation, as in PEFT.
+The method is from https://datta0.github.io/posts/rethink-lora-init/#orthogonal-initialisation, as
+implemented in PEFT.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ from fastlora.validation import InitialisationError
 
 @register_init("orthogonal")
 def orthogonal(given: Given) -> Start:
-    """Return random combinations of the even (A) and odd (B) rows of an orthogonal matrix.
+    """Return random factors A and B with ``B A = 0``.
 
-    The matrix is random, and its size is the rank.
+    A is built from the even rows of a random orthogonal matrix, and B from its odd rows. The size
+    of the matrix is the adapter's rank.
 
     Raises:
         InitialisationError: The rank is odd.

@@ -1,6 +1,6 @@
-"""PiSSA: the adapter starts from the base weight's largest singular directions.
+"""PiSSA: initializes adapters from the largest singular directions of the base weight.
 
-Method: https://arxiv.org/abs/2404.02948, as in PEFT.
+The method is from https://arxiv.org/abs/2404.02948, as implemented in PEFT.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ from fastlora.init.registry import Given, Start, check_usable, register_init, wi
     converts=True,
 )
 def pissa(given: Given) -> Start:
-    """Return factors from the R largest singular directions, and the weight without their update.
+    """Return factors from the largest singular directions, and the base weight minus their update.
 
-    With ``W = U S V^T``, B is ``U sqrt(S / scaling)`` and A is ``sqrt(S / scaling) V^T``. The name
-    ``"pissa_niter_n"`` finds the directions by n iterations of a randomized SVD: for a 4096 x 4096
-    weight, 16 directions and 16 iterations take 0.9 s on one thread of an AMD EPYC.
+    With ``W = U S V^T``, B is ``U sqrt(S / scaling)`` and A is ``sqrt(S / scaling) V^T``, where S
+    contains the R largest singular values. The variant ``"pissa_niter_<n>"`` computes a randomized
+    SVD with n iterations. For a 4096 x 4096 weight, 16 directions and 16 iterations take 0.9 s on
+    one thread of an AMD EPYC.
 
     Raises:
-        InitialisationError: The weight is not finite, or its rank is below R.
+        InitialisationError: The weight has values that are not finite, or its rank is below R.
     """
     weight, rank = given.weight(), given.rank
     given.check_rank(min(weight.shape), f"the smaller side of the weight {tuple(weight.shape)}")

@@ -1,6 +1,6 @@
-"""Initializations that do not depend on the base weight: True, False, and "gaussian".
+"""Initializations that do not depend on the base weight: True, False, and ``"gaussian"``.
 
-Values are drawn as in PEFT and in the same order, so the same seed gives the same factors.
+Random values are drawn as in PEFT and in the same order, so the same seed gives the same factors.
 """
 
 from __future__ import annotations
@@ -15,19 +15,23 @@ from fastlora.init.registry import Given, Start, register_init
 
 @register_init(True, any_kind=True)
 def kaiming(given: Given) -> Start:
-    """Return A uniform in ``+-1 / sqrt(K)`` and B zero (LoRA, https://arxiv.org/abs/2106.09685)."""
+    """Return uniform random values for A, and zeros for B.
+
+    The values of A are between ``-1 / sqrt(K)`` and ``1 / sqrt(K)``. This is the initialization of
+    LoRA, https://arxiv.org/abs/2106.09685, as implemented in PEFT.
+    """
     lora_a = nn.init.kaiming_uniform_(given.lora_a.detach(), a=math.sqrt(5))
     return Start(lora_a, torch.zeros_like(given.lora_b))
 
 
 @register_init(False, any_kind=True)
 def drawn(given: Given) -> Start:
-    """Return both factors as `nn.Linear` draws them. The adapter's first output is not zero."""
+    """Return both factors as initialized by `nn.Linear`, so that the initial update is not zero."""
     return Start(given.lora_a, given.lora_b)
 
 
 @register_init("gaussian", any_kind=True)
 def gaussian(given: Given) -> Start:
-    """Return A normal with standard deviation ``1 / R``, and B zero."""
+    """Return normally distributed values (standard deviation ``1 / R``) for A, and zeros for B."""
     lora_a = nn.init.normal_(given.lora_a.detach(), std=1 / given.rank)
     return Start(lora_a, torch.zeros_like(given.lora_b))

@@ -1,12 +1,13 @@
-"""Registry of initializations: each is a function of tensors, described by a few properties.
+"""Registry of the initialization methods and their properties.
 
-A method is one file in this folder with one decorated function::
+A method is a decorated function in a module of its own in this folder::
 
     @register_init("pissa", title="PiSSA", changes_base=True, converts=True)
     def pissa(given: Given) -> Start: ...
 
-The config and the loader call `find_init` to resolve a name. A layer calls `Init.start` with its
-newly drawn factors and stores the result. A method does not see layers, models, or files.
+`find_init` returns the method that a value of ``init_lora_weights`` selects. A layer calls the
+method's `Init.start` with newly initialized factors, and stores the result. A method has no access
+to layers, models, or files.
 """
 
 from __future__ import annotations
@@ -23,19 +24,20 @@ from fastlora.validation import ConfigError, InitialisationError
 
 @dataclass(frozen=True)
 class Given:
-    """The input of an initialization.
+    """The arguments of an initialization method.
 
     Attributes:
         name: Value of ``init_lora_weights``, such as ``"pissa_niter_4"``.
-        rank: R.
-        scaling: Factor that the update is multiplied by.
-        lora_a: ``[R, K]``, as `nn.Linear` draws it. It is drawn before lora_b.
-        lora_b: ``[N, R]``, as `nn.Linear` draws it.
-        read_weight: Function that returns the base weight ``[N, K]``, dequantized if it is
-            quantized.
+        rank: Rank of the adapter, R.
+        scaling: Factor by which the update is multiplied.
+        lora_a: Factor A as initialized by `nn.Linear`, ``[R, K]``. Its random values are drawn
+            before those of lora_b.
+        lora_b: Factor B as initialized by `nn.Linear`, ``[N, R]``.
+        read_weight: Function that returns the base weight, ``[N, K]``. A quantized weight is
+            dequantized.
         dtype: Dtype in which the factors will be stored.
-        config: Settings of the method, or None.
-        data: What the method's calibration stored for this layer, or None.
+        config: Config of the method, or None.
+        data: The result that the method's calibration stored for this layer, or None.
         transposed: Whether the base layer stores its weight as ``[K, N]``.
     """
 
@@ -54,7 +56,7 @@ class Given:
         """Return the base weight ``[N, K]`` in fp32, or in fp64 if it is stored in fp64.
 
         Raises:
-            InitialisationError: Some of its values are not finite.
+            InitialisationError: The weight has values that are not finite.
         """
         weight = self.read_weight().detach()
         weight = weight if weight.dtype == torch.float64 else weight.to(torch.float32)
@@ -62,7 +64,12 @@ class Given:
         return weight
 
     def check_rank(self, limit: int, why: str) -> None:
-        """Raise `InitialisationError` if the rank exceeds ``limit``, which ``why`` describes."""
+        """Raise `InitialisationError` if the rank exceeds a limit.
+
+        Args:
+            limit: The highest rank that is allowed.
+            why: Description of the limit, for the error message.
+        """
         if self.rank > limit:
             raise InitialisationError(
                 f"init_lora_weights={self.name!r}: r={self.rank}, expected at most {limit}, {why}"
@@ -71,12 +78,12 @@ class Given:
 
 @dataclass(frozen=True)
 class Start:
-    """The result of an initialization.
+    """The result of an initialization method.
 
     Attributes:
-        lora_a: ``[R, K]``.
-        lora_b: ``[N, R]``.
-        weight: The new base weight ``[N, K]``, or None to leave it unchanged.
+        lora_a: Initial value of factor A, ``[R, K]``.
+        lora_b: Initial value of factor B, ``[N, R]``.
+        weight: The new base weight, ``[N, K]``, or None to leave the base weight unchanged.
     """
 
     lora_a: torch.Tensor
@@ -86,14 +93,16 @@ class Start:
 
 @dataclass(frozen=True)
 class Settings:
-    """The field of `fastlora.LoraConfig` that holds a method's settings.
+    """Describes the field of `fastlora.LoraConfig` that contains the config of a method.
 
     Attributes:
         field: Name of the field.
-        cls: Dataclass of the settings. A mapping with its fields is accepted too.
-        missing: What to do if the method is chosen without settings: use the defaults and warn
-            (``"default"``), raise (``"refuse"``), or let the calibration decide (``"later"``).
-        as_dict: Whether the config stores the settings as a dict, which is empty if there are none.
+        cls: Dataclass of the method's config. The field also accepts a mapping of its fields.
+        missing: What to do if the method is selected and the field is not set: use the defaults and
+            warn (``"default"``), raise an error (``"refuse"``), or leave the decision to the
+            calibration (``"later"``).
+        as_dict: Whether `fastlora.LoraConfig` stores the method's config as a dict, which is empty
+            if the field is not set.
     """
 
     field: str
@@ -104,28 +113,30 @@ class Settings:
 
 @dataclass(frozen=True)
 class Init:
-    """An initialization and its properties.
+    """An initialization method and its properties.
 
     Attributes:
-        name: Value of ``init_lora_weights`` that selects it: True, False, or a string.
-        start: The function that computes the factors.
-        title: Name of the method as its authors write it, for messages about settings and changed
-            base weights.
-        pattern: Regular expression for all names of the method, if there are several.
-        changes_base: Whether it moves a part of the base weight into the factors. An adapter then
-            works only with the base weight that it was trained on.
-        converts: Whether the base weight and the scaled factors add up to the original weight. A
-            trained adapter can then be saved as plain LoRA.
-        on_quantised: Whether it may change a quantized base weight, which is then quantized again.
-        random: Regular expression for the names that change the base weight differently on each
-            run.
-        data: Attribute of the base layer in which the calibration stores its result.
-        calibration: Name of the calibration function, for messages. If the calibration runs before
-            the adapter is added, ``data`` holds its result.
-        must_repeat: Whether loading a trained adapter requires the calibration's result.
-        settings: The field that holds the method's settings, or None.
-        frozen: Names of the factors that do not train.
-        any_kind: Whether it also supports convolutions.
+        name: Value of ``init_lora_weights`` that selects the method: True, False, or a string.
+        start: Function that computes the initial factors and the new base weight.
+        title: Name of the method as written by its authors, for messages about its config and
+            about changed base weights.
+        pattern: Regular expression that matches all names of the method, if it has several names.
+        changes_base: Whether the method changes the base weight. An adapter then works only with
+            the changed base weight.
+        converts: Whether the changed base weight and the initial update add up to the original
+            weight, so that a trained adapter can be saved as a LoRA adapter for the original
+            weight.
+        on_quantised: Whether the method can change a quantized base weight, which is then quantized
+            again.
+        random: Regular expression that matches the names for which the change of the base weight
+            differs from run to run.
+        data: Name of the base layer's attribute in which the calibration stores its result, if the
+            calibration must run before the adapter is added.
+        calibration: Name of the calibration function, for messages.
+        must_repeat: Whether loading a trained adapter requires the result of the calibration.
+        settings: The field of `fastlora.LoraConfig` for the method's config, or None.
+        frozen: Names of the factors that are not trained.
+        any_kind: Whether the method also supports convolutions.
     """
 
     name: bool | str
@@ -144,7 +155,11 @@ class Init:
     any_kind: bool = False
 
     def is_random(self, value: bool | str) -> bool:
-        """Return whether this name changes the base weight differently on each run."""
+        """Return whether the method changes the base weight in a random way.
+
+        Args:
+            value: Value of ``init_lora_weights`` that selected this method.
+        """
         return bool(self.random) and re.fullmatch(self.random, str(value)) is not None
 
 
@@ -154,11 +169,11 @@ _registered: dict[bool | str, Init] = {}
 def register_init(
     name: bool | str, **facts: Any
 ) -> Callable[[Callable[[Given], Start]], Callable[[Given], Start]]:
-    """Register a function as an initialization.
+    """Return a decorator that registers a function as an initialization method.
 
     Args:
-        name: Value of ``init_lora_weights`` that selects it.
-        facts: Further fields of `Init`.
+        name: Value of ``init_lora_weights`` that selects the method.
+        **facts: Further fields of `Init`.
     """
 
     def register(start: Callable[[Given], Start]) -> Callable[[Given], Start]:
@@ -169,15 +184,15 @@ def register_init(
 
 
 def all_inits() -> list[Init]:
-    """Return all registered initializations."""
+    """Return a list of all registered initialization methods."""
     return list(_registered.values())
 
 
 def find_init(value: object) -> Init:
-    """Return the initialization that a value of ``init_lora_weights`` selects.
+    """Return the initialization method that a value of ``init_lora_weights`` selects.
 
     Raises:
-        ConfigError: The value selects no initialization.
+        ConfigError: The value does not select any method.
     """
     if isinstance(value, (bool, str)):
         lowered = value.lower() if isinstance(value, str) else value
@@ -194,11 +209,11 @@ def find_init(value: object) -> Init:
 
 
 def check_finite(tensor: torch.Tensor, what: str) -> None:
-    """Raise `InitialisationError` if a tensor has values that are not finite.
+    """Raise `InitialisationError` if a tensor contains NaN or infinite values.
 
     Args:
         tensor: The tensor to check.
-        what: Description of the tensor, which starts the message.
+        what: Description of the tensor, which starts the error message.
     """
     bad = int((~torch.isfinite(tensor)).sum())
     if bad:
@@ -211,19 +226,27 @@ def check_finite(tensor: torch.Tensor, what: str) -> None:
 def without(
     given: Given, weight: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor
 ) -> Start:
-    """Return the factors, and the weight ``[N, K]`` minus the update that they make."""
+    """Return a `Start` with the given factors, and with the base weight minus their scaled update.
+
+    Args:
+        given: The arguments of the initialization method.
+        weight: The base weight, ``[N, K]``.
+        lora_a: Factor A, ``[R, K]``.
+        lora_b: Factor B, ``[N, R]``.
+    """
     return Start(lora_a, lora_b, weight - given.scaling * lora_b @ lora_a)
 
 
 def check_usable(given: Given, values: torch.Tensor, limit: int) -> None:
-    """Raise `InitialisationError` if the smallest of R singular values is only rounding error.
+    """Raise `InitialisationError` unless the first R singular values of a matrix are nonzero.
 
-    For such a value, the column of lora_b and the row of lora_a would both be zero, and so would
-    their gradients. The error is also raised if the scaling is not positive, because both factors
-    use the square root of its inverse.
+    Values that are as small as rounding errors count as zero. For a singular value of zero, the
+    column of lora_b and the row of lora_a would both be zero and would never receive a gradient.
+    The error is also raised if the scaling is not positive, because the factors are divided by its
+    square root.
 
     Args:
-        given: The input of the initialization.
+        given: The arguments of the initialization method.
         values: Singular values in descending order.
         limit: Larger dimension of the matrix.
     """

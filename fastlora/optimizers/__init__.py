@@ -1,4 +1,4 @@
-"""Optimizers that treat lora_A and lora_B differently, under PEFT's names."""
+"""Optimizers that update lora_A and lora_B differently. The function names are those of PEFT."""
 
 from fastlora.optimizers.lorafa import LoraFAOptimizer, create_lorafa_optimizer
 from fastlora.optimizers.loraplus import create_loraplus_optimizer, loraplus_groups

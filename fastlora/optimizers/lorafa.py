@@ -1,13 +1,13 @@
-"""LoRA-FA: lora_A is frozen, and lora_B trains with the projected gradient of the whole update.
+"""LoRA-FA: lora_A is frozen, and lora_B is trained with a projection of the weight's gradient.
 
-With A frozen, ``g_B = g_W @ A.T * s``, where ``g_W`` is the gradient of the weight. The step in B
-that moves the weight closest to ``g_W`` is ``g_B @ inverse(A @ A.T) / s ** 2``. AdamW uses it as
-lora_B's gradient.
+The gradient of lora_B is ``g_B = s * g_W @ A.T``, where ``g_W`` is the gradient of the weight and
+``s`` is the scaling. With A frozen, the step in B whose change of the weight is closest to ``g_W``
+is ``g_B @ inverse(A @ A.T) / s ** 2``. AdamW uses this step as the gradient of lora_B.
 
 The method is from https://arxiv.org/abs/2308.03303. The formula and AdamW are those of PEFT 0.21.2,
-``optimizers/lorafa.py``, with two differences. Products are in fp32 here, while PEFT rounds the
-projection to bf16. Other trained parameters of an adapter (the bias of lora_B, a magnitude) are not
-treated as half of a factor pair.
+``optimizers/lorafa.py``, with two differences. First, products are computed in fp32, whereas PEFT
+rounds the projection to bf16. Second, other trained parameters of an adapter (the bias of lora_B, a
+DoRA magnitude) are not treated as half of a factor pair.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ _RIDGE = 1e-8
 
 
 class LoraFAOptimizer(Optimizer):
-    """AdamW that uses the LoRA-FA gradient for lora_B.
+    """AdamW with the LoRA-FA gradient for lora_B.
 
-    All other parameters that have a gradient get plain AdamW steps.
+    All other parameters that have a gradient are updated by plain AdamW.
 
     Args:
-        params: Groups with ``params``, their ``names`` in the model, and ``scaling_factors``: a
-            number for each lora_B and None for other parameters. Each lora_A must be included,
-            although it never changes.
+        params: Parameter groups. Each group is a dict with ``params``, their ``names`` in the
+            model, and their ``scaling_factors``: a number for each lora_B, and None for other
+            parameters. Each lora_A must be included, although it never changes.
         lr: Learning rate.
         betas: Decay rates of the running averages of the gradient and its square.
-        eps: Value added to the root of the averaged square.
-        weight_decay: Decoupled weight decay, applied after each step.
-        correct_bias: Whether to correct the running averages for their start at 0.
+        eps: Term added to the denominator for numerical stability.
+        weight_decay: Decoupled weight decay coefficient, applied after each step.
+        correct_bias: Whether to correct the running averages for their initialization to zero.
 
     Raises:
-        ConfigError: A number is out of range, or a group lacks names or scaling factors.
+        ConfigError: A number is out of range, or a group has no names or scaling factors.
     """
 
     def __init__(
@@ -64,7 +64,8 @@ class LoraFAOptimizer(Optimizer):
             raise ConfigError(f"Invalid beta parameter: {betas} - should be in [0.0, 1.0)")
         if eps < 0.0:
             raise ConfigError(f"Invalid epsilon value: {eps} - should be >= 0.0")
-        # lora_B -> its lora_A, and lora_A -> its stamp and the inverse of ``lora_A @ lora_A.T``.
+        # The first dict maps each lora_B to its lora_A. The second dict maps each lora_A to a tuple
+        # (stamp of lora_A, inverse of ``lora_A @ lora_A.T``).
         self._partners: dict[nn.Parameter, nn.Parameter] = {}
         self._inverses: dict[nn.Parameter, tuple[Stamp | None, torch.Tensor]] = {}
         defaults = {
@@ -77,13 +78,14 @@ class LoraFAOptimizer(Optimizer):
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a parameter group, and find the lora_A that belongs to each lora_B.
+        """Add a parameter group, and pair each lora_B in it with its lora_A.
 
         Args:
-            param_group: As in `torch.optim.Optimizer`, with ``names`` and ``scaling_factors``.
+            param_group: A dict as for `torch.optim.Optimizer`, with the additional keys ``names``
+                and ``scaling_factors``.
 
         Raises:
-            ConfigError: The group lacks names or scaling factors.
+            ConfigError: The group does not have a name and a scaling factor for each parameter.
         """
         group = {**param_group, "params": list(param_group["params"])}
         names = list(group.get("names", ()))
@@ -104,13 +106,14 @@ class LoraFAOptimizer(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Take one optimizer step.
+        """Perform a single optimization step.
 
         Args:
-            closure: Function that recomputes the loss and its gradients, or None.
+            closure: Function that reevaluates the model, computes the gradients, and returns the
+                loss, or None.
 
         Returns:
-            The loss that the closure returned, or None.
+            The loss that the closure returned, or None if there is no closure.
         """
         loss = None
         if closure is not None:
@@ -129,7 +132,10 @@ class LoraFAOptimizer(Optimizer):
         return loss
 
     def _inverse(self, lora_a: nn.Parameter) -> torch.Tensor:
-        """Return the inverse of ``lora_a @ lora_a.T``, ``[R, R]``, cached until lora_a changes."""
+        """Return the inverse of ``lora_a @ lora_a.T``, ``[R, R]``.
+
+        The inverse is cached until lora_a changes.
+        """
         watched = (local(lora_a),), (lora_a._version,)
         known = self._inverses.get(lora_a)
         if known is None or known[0] is None or not known[0].holds(*watched):
@@ -169,18 +175,20 @@ def create_lorafa_optimizer(
     weight_decay: float = 0.0,
     use_rslora: bool | None = None,
 ) -> LoraFAOptimizer:
-    """Create a LoRA-FA optimizer for a model, and freeze its lora_A.
+    """Create a LoRA-FA optimizer for a model, and freeze the lora_A of its trained adapters.
 
     Args:
-        model: A model with adapters. The optimizer trains its trainable parameters.
-        r, lora_alpha: PEFT's arguments. The step ignores them and uses each layer's own scaling.
+        model: A model with adapters. The optimizer updates its trainable parameters.
+        r, lora_alpha: Accepted for compatibility with PEFT. The optimizer uses the scaling of each
+            layer instead.
         lr: Learning rate.
-        weight_decay: Weight decay of AdamW.
-        use_rslora: None, or the value in the configs of all active adapters. Deprecated, as in
-            PEFT.
+        weight_decay: Decoupled weight decay coefficient of AdamW.
+        use_rslora: Deprecated, as in PEFT. If not None, it must equal the value in the configs of
+            all active adapters.
 
     Raises:
-        ConfigError: ``use_rslora`` differs from a config, or no lora_B trains. Nothing has changed.
+        ConfigError: ``use_rslora`` differs from the value in a config, or no lora_B is trainable.
+            The model is unchanged.
     """
     configs: Any = getattr(model, "peft_config", {})
     active: Any = getattr(model, "active_adapters", ())
@@ -224,7 +232,10 @@ def create_lorafa_optimizer(
 
 
 def _partner_of(name: str) -> str | None:
-    """Return the name of the lora_A that belongs to a lora_B weight, or None for other names."""
+    """Return the name of the lora_A weight that is paired with the given lora_B weight.
+
+    Returns None if ``name`` is not the name of a lora_B weight.
+    """
     for own, other in _PAIRS:
         layer, found, rest = name.rpartition(other)
         if found and not rest.endswith(".bias"):
@@ -233,7 +244,10 @@ def _partner_of(name: str) -> str | None:
 
 
 def _scaling_of(model: nn.Module, name: str) -> float | None:
-    """Return the scaling of the adapter that a parameter belongs to, or None if it has none."""
+    """Return the scaling of an adapter in a layer, given the name of one of its factors.
+
+    Returns None if ``name`` is not the name of a parameter of lora_A or lora_B.
+    """
     for pair in _PAIRS:
         for place in pair:
             layer, found, rest = name.rpartition(place)

@@ -1,4 +1,4 @@
-"""LoRA+: a higher learning rate for lora_B (https://arxiv.org/abs/2402.12354).
+"""LoRA+: a higher learning rate for lora_B than for lora_A (https://arxiv.org/abs/2402.12354).
 
 The parameter groups and the defaults are those of PEFT 0.21.2, ``optimizers/loraplus.py``.
 """
@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from fastlora.validation import ConfigError
 
-# bitsandbytes optimizers with 8-bit state. For embeddings, they should use 32-bit state.
+# The bitsandbytes optimizers with 8-bit state. They should use 32-bit state for embeddings.
 _EIGHT_BIT = ("Adam8bit", "AdamW8bit", "PagedAdam8bit", "PagedAdamW8bit")
 
 
@@ -30,20 +30,22 @@ def create_loraplus_optimizer(
     """Create an optimizer with a higher learning rate for lora_B than for lora_A.
 
     Args:
-        model: A model with adapters. The optimizer trains its trainable parameters.
+        model: A model with adapters. The optimizer updates its trainable parameters.
         optimizer_cls: Optimizer class, such as `torch.optim.AdamW`.
         lr: Learning rate of lora_A and of other matrices.
-        loraplus_lr_ratio: Learning rate of lora_B and of vectors, as a multiple of ``lr``. The
-            paper uses 16 for hard tasks and less for easy ones, with half of LoRA's usual ``lr``.
-        **kwargs: ``loraplus_weight_decay`` (default 0.0; biases and norms get no decay),
-            ``loraplus_lr_embedding`` (default 1e-6, the learning rate of adapters on embeddings),
-            and the optimizer's own arguments.
+        loraplus_lr_ratio: Ratio of the learning rate of lora_B and of vectors to ``lr``. The paper
+            uses 16 for hard tasks and less for easy tasks, with half of LoRA's usual ``lr``.
+        **kwargs: ``loraplus_weight_decay`` (weight decay of all parameters except biases and norms,
+            0.0 by default), ``loraplus_lr_embedding`` (learning rate of adapters on embeddings,
+            1e-6 by default), and arguments of ``optimizer_cls``.
 
     Returns:
-        An optimizer with four parameter groups: lora_A, embeddings, lora_B, and biases and norms.
+        An optimizer with four parameter groups: lora_A, adapters on embeddings, lora_B, and biases
+        and norms.
 
     Raises:
-        ConfigError: A learning rate or the ratio is not a positive number, or no parameter trains.
+        ConfigError: A learning rate or the ratio is not a positive number, or no parameter is
+            trainable.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     groups = loraplus_groups(
@@ -73,14 +75,16 @@ def loraplus_groups(
     loraplus_lr_embedding: float = 1e-6,
     without_decay: Collection[str] = (),
 ) -> list[dict[str, Any]]:
-    """Return LoRA+ parameter groups for any optimizer. See `create_loraplus_optimizer`.
+    """Return a list of LoRA+ parameter groups, which can be passed to any optimizer.
+
+    The groups are those of `create_loraplus_optimizer`.
 
     Args:
-        named_parameters: Names and parameters of everything that trains.
+        named_parameters: Tuples (name, parameter) for all parameters to train.
         lr, loraplus_lr_ratio, loraplus_weight_decay, loraplus_lr_embedding: As in
             `create_loraplus_optimizer`.
-        without_decay: Names of parameters without weight decay, in addition to names that contain
-            ``bias``.
+        without_decay: Names of parameters without weight decay. Parameters whose names contain
+            ``bias`` have no weight decay either.
 
     Raises:
         ConfigError: As in `create_loraplus_optimizer`.
@@ -111,7 +115,7 @@ def loraplus_groups(
 
 
 def _without_decay(model: nn.Module) -> set[str]:
-    """Return the names of the parameters of layer norms."""
+    """Return the names of the parameters of all `nn.LayerNorm` modules in a model."""
     return {
         f"{name}.{key}"
         for name, module in model.named_modules()

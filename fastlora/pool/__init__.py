@@ -1,4 +1,4 @@
-"""A pool of many adapters for one model, with storage tiers, leases, and hot swap."""
+"""An adapter pool: many adapters for one model, with storage tiers, leases, and hot swapping."""
 
 from fastlora.ops.factors import Factors
 from fastlora.pool.leases import Lease

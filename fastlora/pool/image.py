@@ -1,10 +1,11 @@
-"""The image of an adapter: a 1-D tensor that holds all of its factors and loads in one copy.
+"""Images of adapters. An image is a 1-D tensor that contains all tensors of one adapter.
 
-For each module that the adapter adapts, in the pool's order, the image holds ``lora_a [r, K]`` and
-``lora_b`` as rank rows ``[r, N]`` (the transpose of PEFT's ``[N, r]``). They are followed by
-``lora_bias [N]`` and DoRA's magnitude ``[N]``, if the adapter has them. The magnitude is in fp32
-even in a 16-bit image, because it scales whole rows. Ranks are not padded, and a module without
-factors takes no space. Each block starts at a multiple of 16 bytes, for vector loads.
+An image is copied to the device in one transfer. It contains up to four blocks for each module that
+the adapter adapts, in the order of the pool's modules. A block is one tensor: ``lora_a [r, K]``,
+``lora_b`` as rank rows ``[r, N]`` (the transpose of PEFT's ``[N, r]``), the optional
+``lora_bias [N]``, and DoRA's optional magnitude ``[N]``. The magnitude is in fp32 even in a 16-bit
+image, because it scales whole rows. Ranks are not padded, and a module without factors takes no
+space. Each block starts at a multiple of 16 bytes, for vector loads.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import torch
 from fastlora.validation import CheckpointError
 
 ALIGNMENT = 16
-# The kinds of blocks that an adapter can have for a module, in their order in the image.
+# The tensors (blocks) that an adapter can have for a module, in their order in the image.
 BLOCK_KINDS = ("lora_a", "lora_b", "lora_bias", "magnitude")
 ABSENT = -1
 _MAGNITUDE = BLOCK_KINDS.index("magnitude")
@@ -30,12 +31,12 @@ _MAGNITUDE_BYTES = 4
 
 
 class Target(NamedTuple):
-    """A module that the pool's adapters may adapt.
+    """The name and dimensions of a linear layer that the pool's adapters may adapt.
 
     Attributes:
-        name: Name in the base model.
-        in_features: K.
-        out_features: N.
+        name: Name of the module in the base model.
+        in_features: Number of input features, K.
+        out_features: Number of output features, N.
     """
 
     name: str
@@ -43,7 +44,12 @@ class Target(NamedTuple):
     out_features: int
 
     def shape(self, kind: str, rank: int) -> tuple[int, ...]:
-        """Return the shape of a block in PEFT's layout."""
+        """Return the shape, in PEFT's layout, of one of the module's tensors.
+
+        Args:
+            kind: Name of the tensor, an entry of `BLOCK_KINDS`.
+            rank: Rank of the adapter for this module.
+        """
         if kind == "lora_a":
             return rank, self.in_features
         return (self.out_features, rank) if kind == "lora_b" else (self.out_features,)
@@ -51,13 +57,16 @@ class Target(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """The positions of the blocks in an image. Adapters of equal shape share a layout.
+    """The position of each tensor of an adapter in its image, the packed 1-D tensor.
+
+    Adapters whose tensors have the same shapes share a layout.
 
     Attributes:
-        targets: The pool's modules, G of them.
-        blocks: For each module, its rank and the first element of each block. The rank is 0 if the
-            adapter does not adapt the module, and the element is -1 if there is no such block.
-        numel: Number of elements of the image.
+        targets: The G modules of the pool.
+        blocks: For each module, a tuple (rank, offsets). The rank is 0 if the adapter does not
+            adapt the module. The offsets are in elements, in the order of `BLOCK_KINDS`, and -1 for
+            a block that the image does not contain.
+        numel: Number of elements in the image.
     """
 
     targets: Sequence[Target]
@@ -66,29 +75,29 @@ class Layout:
 
     @functools.cached_property
     def ranks(self) -> torch.Tensor:
-        """Rank of each module, ``[G]`` int32 on the host."""
+        """Rank of the adapter for each module, an int32 CPU tensor of shape ``[G]``."""
         return torch.tensor([rank for rank, _ in self.blocks], dtype=torch.int32, device="cpu")
 
     @functools.cached_property
     def offsets(self) -> torch.Tensor:
-        """First element of each block, ``[len(BLOCK_KINDS), G]`` int64 on the host."""
+        """Offset of each block in elements, an int64 CPU tensor ``[len(BLOCK_KINDS), G]``."""
         by_kind = list(zip(*(offsets for _, offsets in self.blocks), strict=True))
         return torch.tensor(by_kind, dtype=torch.int64, device="cpu")
 
     @functools.cached_property
     def dora_modules(self) -> tuple[int, ...]:
-        """Indices of the modules that have a magnitude."""
+        """Indices of the modules for which the adapter has a DoRA magnitude."""
         return tuple(i for i, (_, at) in enumerate(self.blocks) if at[_MAGNITUDE] != ABSENT)
 
     def views(self, data: torch.Tensor, index: int) -> dict[str, torch.Tensor]:
-        """Return the blocks of one module as views of an image, by kind.
+        """Return a dict that maps names such as "lora_a" to the adapter's tensors for one module.
 
-        The views have PEFT's layout: lora_b is ``[N, r]``, a view of its rank rows. The result is
-        empty if the adapter does not adapt the module.
+        The tensors are views of the image in PEFT's layout: lora_b is ``[N, r]``, a transposed view
+        of its rank rows. The dict is empty if the adapter does not adapt the module.
 
         Args:
-            data: The image, 1-D.
-            index: Index of the module.
+            data: The image, a 1-D tensor with this layout.
+            index: Index of the module in ``targets``.
         """
         rank, offsets = self.blocks[index]
         views = {}
@@ -100,8 +109,8 @@ class Layout:
                     strides = (shape[1], 1)
                 elif kind == "lora_b":
                     strides = (1, shape[0])
-                # as_strided() takes one call, slicing and view() two. A batch creates thousands of
-                # views.
+                # as_strided() needs one call, whereas slicing and view() need two. A batch creates
+                # thousands of views.
                 if kind == "magnitude":
                     shape = (shape[0] * _lanes(data.dtype),)
                 views[kind] = data.as_strided(shape, strides, data.storage_offset() + start)
@@ -111,19 +120,19 @@ class Layout:
 
 
 def _lanes(dtype: torch.dtype) -> int:
-    """Return the number of image elements that hold one magnitude value."""
+    """Return the number of elements of ``dtype`` that one fp32 magnitude value occupies."""
     return max(_MAGNITUDE_BYTES // dtype.itemsize, 1)
 
 
 @dataclass(frozen=True, eq=False)
 class Image:
-    """A packed adapter in memory.
+    """An adapter whose tensors are packed into one 1-D tensor, in CPU or GPU memory.
 
     Attributes:
-        data: 1-D, in the pool's dtype.
-        layout: The positions of the blocks.
-        scaling: ``G`` numbers, one for each module; 0 if the adapter does not adapt it.
-        version: A number that differs between any two images that a pool has packed.
+        data: The packed tensors, a 1-D tensor in the pool's dtype.
+        layout: The position of each tensor in ``data``.
+        scaling: LoRA scaling of each of the G modules, or 0 if the adapter does not adapt it.
+        version: A number that is unique among the images that the pool has packed.
     """
 
     data: torch.Tensor
@@ -138,12 +147,13 @@ class Image:
 
 
 class Packer:
-    """Packs adapters for one list of modules.
+    """Packs all tensors of an adapter into one 1-D tensor, an `Image`.
 
     Args:
-        targets: The modules.
+        targets: The modules that adapters may adapt.
         dtype: Dtype of the images.
-        pin_memory: Whether to pack into page-locked memory, from which a GPU copies asynchronously.
+        pin_memory: Whether to allocate the images in page-locked memory, from which a GPU can copy
+            asynchronously.
     """
 
     def __init__(self, targets: Sequence[Target], dtype: torch.dtype, *, pin_memory: bool) -> None:
@@ -158,16 +168,19 @@ class Packer:
         scaling: Mapping[int, float],
         source: str,
     ) -> Image:
-        """Copy an adapter's tensors into an image, rounded to the pool's dtype.
+        """Convert an adapter's tensors to the pool's dtype and pack them into a new image.
 
         Args:
-            tensors: Tensors by module index and kind of block, in PEFT's layout (``lora_b [N,
-                r]``). The caller has checked them.
-            scaling: Scaling by module index.
-            source: Description of the adapter, for messages.
+            tensors: Maps each module index to a dict of tensors, keyed by `BLOCK_KINDS`, in PEFT's
+                layout (``lora_b [N, r]``). The caller must have checked their shapes.
+            scaling: Maps each module index to the LoRA scaling of the module.
+            source: Description of the adapter, for error messages.
+
+        Returns:
+            The image, in CPU memory.
 
         Raises:
-            CheckpointError: A finite value is too large for the dtype.
+            CheckpointError: A finite value is too large for the pool's dtype.
         """
         shape = []
         for index in range(len(self.targets)):

@@ -1,4 +1,4 @@
-"""Installs a pool's layers in place of a model's target modules, and removes them again."""
+"""Replaces a model's target modules with the LoRA layers of an adapter pool, and restores them."""
 
 from __future__ import annotations
 
@@ -26,17 +26,21 @@ from fastlora.validation import AdapterStateError, ConfigError, UnsupportedLayer
 
 
 class PoolLayers:
-    """LoRA layers without adapters of their own, which replace a model's target modules.
+    """The LoRA layers of an adapter pool, which replace the target modules of a model.
+
+    The layers contain no adapters. In each forward pass, they use adapters from the pool.
 
     Args:
         model: The base model. It is unchanged if the constructor raises.
-        target_modules: As in `LoraConfig`.
-        block: Function that opens a block for the adapter names of a batch. It implements the
-            model's ``adapter_names=``.
+        target_modules: The modules to replace, as in `LoraConfig`.
+        block: Function that takes the adapter name of each sample in a batch and returns a context
+            manager that activates these adapters. It implements the ``adapter_names=`` argument of
+            the model.
 
     Attributes:
-        group: Identifies the layers as this pool's.
-        targets: The modules, in the model's order. The index of a layer here is its ``table_row``.
+        group: The routing group that all of the pool's layers belong to.
+        targets: Names and dimensions of the replaced modules, in the model's order. The index of a
+            module here is the ``table_row`` of its layer.
         layers: The LoRA layers, in the same order.
 
     Raises:
@@ -73,7 +77,8 @@ class PoolLayers:
         self._trained = [p for p in model.parameters() if p.requires_grad]
         self._replaced: dict[str, tuple[nn.Module, LoraLayer]] = {}
         self._block = block
-        # Method name -> the wrapper, and the instance's own attribute before it, or None.
+        # Maps the name of each wrapped method to a tuple (wrapper, previous attribute of the model
+        # instance or None).
         self._wrapped: dict[str, tuple[Any, Any]] = {}
         try:
             for name, number in zip(names, number_layers(names), strict=True):
@@ -92,10 +97,10 @@ class PoolLayers:
         ]
 
     def _check_batches(self) -> None:
-        """Make the model compare each batch with its adapter ids, before it does any work.
+        """Wrap ``forward`` and ``generate`` so that they first check the size of the batch.
 
-        Inside `generate`, the batch that was passed in counts, because a beam search adds rows to
-        it.
+        The number of samples or tokens must equal the number of adapter ids. In `generate`, only
+        the batch that the caller passes is checked, because beam search adds rows to it later.
         """
         self._wrap("forward", contextlib.nullcontext)
         if hasattr(self._model, "generate"):
@@ -104,7 +109,13 @@ class PoolLayers:
     def _wrap(
         self, name: str, around: Callable[[], AbstractContextManager[None]], **rules: bool
     ) -> None:
-        """Wrap a method of the model so that it accepts ``adapter_names=`` and checks its batch."""
+        """Wrap a method of the model so that it accepts ``adapter_names=`` and checks its batch.
+
+        Args:
+            name: Name of the method.
+            around: Function that returns a context manager in which the method is called.
+            **rules: Keyword arguments for `check_batch`.
+        """
         method, group, block = getattr(self._model, name), self.group, self._block
 
         @functools.wraps(method)
@@ -137,7 +148,10 @@ class PoolLayers:
         self._replaced[name] = module, layer
 
     def remove(self) -> None:
-        """Restore the base layers, and make all parameters that trained before trainable again."""
+        """Restore the original modules, methods, and trainable parameters of the model.
+
+        Parameters that required gradients when the layers were installed require gradients again.
+        """
         for name, (_, layer) in self._replaced.items():
             if self._model.get_submodule(name) is layer:
                 self._model.set_submodule(name, layer.release())
@@ -154,10 +168,10 @@ class PoolLayers:
             parameter.requires_grad_(True)
 
     def like(self) -> tuple[torch.device, torch.dtype]:
-        """Return the device of the base weights, and the dtype of the first of them.
+        """Return a tuple (device of the base weights, dtype of the first base weight).
 
         Raises:
-            UnsupportedLayerError: The base weights are on several devices.
+            UnsupportedLayerError: The base weights are on different devices.
         """
         found = [layer._factor_like() for _, layer in self._replaced.values()]
         modules = (module for module, _ in self._replaced.values())

@@ -1,7 +1,7 @@
 """Leases, which keep adapters on the device, and the queue of threads that wait for a lease.
 
-A request first reads the adapters that are not in memory. It then waits for room, and gets all of
-its adapters together.
+A thread that requests a lease first reads the adapters that are not in memory. It then waits until
+the device has room for all of the requested adapters, and leases them together.
 """
 
 from __future__ import annotations
@@ -25,13 +25,14 @@ _THREADS = 4
 
 
 class Lease:
-    """Adapters that stay on the device, unchanged, until the lease ends.
+    """A guarantee that a set of adapters stays on the device, unchanged, until the lease ends.
 
-    Use it as a context manager, and exit it in the thread and on the stream that ran the forward.
+    Use the lease as a context manager. Exit it in the thread, and on the CUDA stream, that ran the
+    forward pass.
 
     Attributes:
         residents: The adapters, in the order of the requested names.
-        max_rank: The largest rank among them, or 0 if there are none.
+        max_rank: Largest rank of the adapters, or 0 if the lease has no adapters.
     """
 
     def __init__(self, residents: tuple[Resident, ...], release: Callable[[Lease], None]) -> None:
@@ -40,7 +41,7 @@ class Lease:
         self._release = release
 
     def release(self) -> None:
-        """End the lease. A second call does nothing."""
+        """End the lease. Later calls do nothing."""
         self._release(self)
 
     def __enter__(self) -> Lease:
@@ -52,14 +53,16 @@ class Lease:
 
 @dataclass(eq=False)
 class Request:
-    """A thread's request for a lease.
+    """A request for a lease, made by one thread.
 
     Attributes:
-        names: Names of registered adapters, which may repeat.
-        owner: Id of the thread.
-        wanted: Name -> image, from the last lookup.
-        kept: Images that the thread has read. They may not be in a tier yet.
-        counts: Whether the request is counted in the statistics.
+        names: Names of the requested adapters, which may repeat.
+        owner: Identifier of the thread that makes the request.
+        wanted: Maps the name of each requested adapter that is in memory to its image, as of the
+            last lookup.
+        kept: Images that the thread has read from files. The reference keeps them alive until a
+            storage tier stores them.
+        counts: Whether the pool's statistics include the request.
     """
 
     names: tuple[str, ...]
@@ -70,22 +73,23 @@ class Request:
 
 
 class Residency:
-    """The lock of the tiers, the leases, and the requests that wait for one.
+    """Grants leases on the adapters of a pool. It owns the pool's lock and the queue of requests.
 
     Args:
-        reader: Reads adapters, outside the lock.
-        tiers: The tiers, which the lock guards.
-        transfers: Orders the device's work.
-        scales: Computes the scales of DoRA adapters, outside the lock.
+        reader: Reads adapters from files, without holding the lock.
+        tiers: The storage tiers of the pool, which the lock protects.
+        transfers: Copies images to the device and orders the copies with forward passes.
+        scales: Computes the scales of DoRA adapters, without holding the lock.
 
     Attributes:
-        changed: The lock, and the condition that leases have ended, that there is more room, or
-            that reads are done. Code that changes the tiers must notify all waiting threads.
-        held: Thread id -> its leases.
-        queue: Requests that wait for room, in order of arrival.
+        changed: Condition variable whose lock is the pool's lock. Threads wait on it for leases to
+            end, for room on the device, and for reads to finish. Code that changes the tiers must
+            notify all waiting threads.
+        held: Maps each thread identifier to the leases that the thread holds.
+        queue: Requests that wait for room on the device, in order of arrival.
         closing: Whether the pool rejects new leases and new adapters.
         closed: Whether the pool is closed.
-        hits, misses, loads: See `PoolStats`.
+        hits, misses, loads: Counters, as in `PoolStats`.
     """
 
     def __init__(
@@ -109,7 +113,7 @@ class Residency:
             raise PoolClosedError("the pool is closing and accepts no new leases")
 
     def check_known(self, names: Iterable[str]) -> None:
-        """Check that all names are registered.
+        """Raise an error unless all of the names belong to registered adapters.
 
         Raises:
             AdapterNotFoundError: One of the names is not registered.
@@ -125,7 +129,14 @@ class Residency:
         raise unknown(lost, known)  # outside the lock: finding close names is slow
 
     def close(self, wait: float | None) -> None:
-        """Reject new leases, and wait until all leases have ended. See `AdapterPool.close`."""
+        """Reject new leases, and wait until all leases have ended.
+
+        Args:
+            wait: Seconds to wait, or None to raise if a lease is held; see `AdapterPool.close`.
+
+        Raises:
+            AdapterStateError: Leases are active, or have not ended in time.
+        """
         with self.changed:
             held = sum(len(n) for owner, n in self.held.items() if owner not in self._prefetching)
             if wait is None and held:
@@ -149,7 +160,7 @@ class Residency:
                 )
 
     def acquire_resident(self) -> Lease:
-        """Return a lease on all adapters that are on the device now, which needs no more room."""
+        """Return a lease on all adapters that are on the device now, without waiting for room."""
         with self.changed:
             self.check_open()
             self.hits += len(self._tiers.device)
@@ -157,7 +168,16 @@ class Residency:
         return self._ready(lease)
 
     def acquire(self, request: Request, timeout: float | None) -> Lease:
-        """Return a lease, waiting up to ``timeout`` seconds for room. See `AdapterPool.lease`."""
+        """Wait for room on the device, and return a lease on the requested adapters.
+
+        Args:
+            request: The request, with the names of the adapters.
+            timeout: Seconds to wait for room, or None for no limit.
+
+        Raises:
+            PoolFullError: The adapters can never fit, or the time is up. For other errors, see
+                `AdapterPool.lease`.
+        """
         deadline = None if timeout is None else time.monotonic() + timeout
         try:
             while True:
@@ -173,7 +193,11 @@ class Residency:
                     self.changed.notify_all()
 
     def settle(self, name: str) -> None:
-        """Compute the scales of a new pinned DoRA adapter now, in case no lease follows."""
+        """Compute the DoRA scales of an adapter that was just loaded, if the adapter is pinned.
+
+        A captured CUDA graph can use a pinned adapter without a lease, so its scales must be
+        available. For other DoRA adapters, the first lease computes the scales.
+        """
         with self.changed:
             entry, resident = self._tiers.entries.get(name), self._tiers.device.get(name)
             if entry is None or not entry.pinned or resident is None or not resident.uses_dora:
@@ -182,14 +206,17 @@ class Residency:
         self._ready(lease).release()
 
     def remake_scales(self) -> None:
-        """Recompute the scales of all adapters on the device, including replaced ones in use."""
+        """Recompute the outdated DoRA scales of all adapters on the device.
+
+        This includes adapters that were replaced or removed and are still leased.
+        """
         with self.changed:
             self.check_open()
             lease = self._hold(tuple(self._tiers.residents))
         self._ready(lease).release()
 
     def _hold(self, residents: tuple[Resident, ...]) -> Lease:
-        """Create a lease for the calling thread on adapters that are on the device."""
+        """Return a new lease, held by the calling thread, on adapters that are on the device."""
         for resident in set(residents):
             resident.leases += 1
         lease = Lease(residents, self._release)
@@ -197,7 +224,15 @@ class Residency:
         return lease
 
     def _step(self, request: Request, deadline: float | None) -> Lease | list[Entry]:
-        """Wait until a request is granted. Return the lease, or the entries to read first."""
+        """Wait until a request can be granted, or until adapters must be read for it.
+
+        Returns:
+            The lease if the request was granted. Otherwise the records of the adapters that the
+            calling thread must read before it calls this method again.
+
+        Raises:
+            PoolFullError: The adapters can never fit, or the deadline has passed.
+        """
         tiers = self._tiers
         while True:
             self.check_open()
@@ -227,7 +262,10 @@ class Residency:
             self.changed.wait(left)
 
     def _look_up(self, request: Request) -> list[Entry]:
-        """Store the images of a request's adapters in it, and return the entries not in memory."""
+        """Update ``request.wanted``, and return the records of the adapters that are not in memory.
+
+        ``request.wanted`` then contains the images of the requested adapters that are in memory.
+        """
         entries = {name: self._tiers.entry(name) for name in request.names}
         images = {name: self._tiers.image(name) for name in entries}
         request.wanted = {name: image for name, image in images.items() if image is not None}
@@ -262,10 +300,13 @@ class Residency:
         return self._hold(tuple(residents[name] for name in request.names))
 
     def _ready(self, lease: Lease) -> Lease:
-        """Make the calling thread's work on the device wait for the copies of a lease's adapters.
+        """Make the calling thread's current stream wait until a lease's adapters are usable.
+
+        It waits for the copies of the adapters to the device and for the computation of DoRA
+        scales, which this method starts if necessary.
 
         Returns:
-            ``lease``. If this method raises, the lease has been released.
+            ``lease``. If this method raises an error, it releases the lease first.
         """
         try:
             residents = list(dict.fromkeys(lease.residents))
@@ -299,23 +340,22 @@ class Residency:
             self.changed.notify_all()
 
     def _may_go(self, request: Request) -> bool:
-        """Return whether it is a request's turn.
+        """Return whether a request may be granted before the other requests in the queue.
 
-        Requests are served in order of arrival, so that small requests cannot delay a large one
-        forever. A thread that holds leases takes precedence, because other threads wait for its
-        leases to end.
+        Requests are granted in order of arrival, so that small requests cannot delay a large
+        request forever. A thread that already holds leases takes precedence, because other threads
+        may be waiting for its leases to end. A request without names is always granted.
         """
         first = not self.queue or self.queue[0] is request
         return first or request.owner in self.held or not request.names
 
     def _could_fit(self, request: Request) -> bool:
-        """Return whether a request will fit after other threads have ended their leases.
+        """Return whether a request can be granted once other threads have ended their leases.
 
-        Running threads are assumed to end their leases. A waiting thread is assumed to do so only
-        if its own request can be met. If two threads wait for each other, the result is False for
-        the one that came last.
-
-        Method: Dijkstra's banker's algorithm.
+        The method is Dijkstra's banker's algorithm. It assumes that running threads will end their
+        leases, and that a waiting thread will end its leases only if its own request can be
+        granted. If two threads wait for each other, the result is False for the request that
+        arrived last.
         """
         waiting = [other for other in self.queue if other is not request]
         stuck = {other.owner for other in waiting} | {request.owner}
@@ -334,7 +374,13 @@ class Residency:
     # ---------------------------------------------------------------------------- background
 
     def prefetch(self, names: tuple[str, ...]) -> Future[None]:
-        """Bring adapters to the device in the background, as far as there is room now."""
+        """Bring adapters to the device in a background thread, if there is room for them now.
+
+        An adapter for which there is no room is read into CPU memory only.
+
+        Returns:
+            A future that is done when all of the adapters have been processed.
+        """
         with self.changed:
             self.check_open()
             if self._workers is None:
@@ -359,7 +405,7 @@ class Residency:
                 self.changed.notify_all()
 
     def stats(self) -> PoolStats:
-        """Return the pool's statistics. The caller must hold the lock."""
+        """Return statistics about the pool. The caller must hold the pool's lock."""
         tiers = self._tiers
         return PoolStats(
             registered=len(tiers.entries),

@@ -1,6 +1,6 @@
-"""`AdapterPool`, which keeps thousands of adapters for one model.
+"""`AdapterPool`, which stores thousands of adapters for one model.
 
-A batch may use any of the adapters.
+Each sample of a batch may use a different adapter of the pool.
 """
 
 from __future__ import annotations
@@ -38,48 +38,50 @@ _ATTRIBUTE = "_fastlora_pool"
 
 
 class AdapterPool:
-    """Keeps adapters for a model in three tiers: the device, CPU memory, and the adapters' folders.
+    """Stores the adapters of a model in three tiers: on the device, in CPU memory, and on disk.
 
-    Every method may be called from any thread while forwards run. A forward takes a lease on the
-    adapters of its batch. The lease brings them to the device, evicts the least recently used
-    adapters if there is no room, and keeps the batch's adapters unchanged until it ends. Files are
-    read and packed outside the pool's lock.
+    Every method may be called from any thread, even during forward passes. Before a forward pass,
+    `fastlora.adapters` takes a lease on the adapters of the batch. The lease brings these adapters
+    to the device, evicting the least recently used adapters if there is no room, and keeps them
+    unchanged until it ends. Files are read and packed without holding the pool's lock.
 
-    The budgets do not include all memory. A thread holds the adapters that it is reading, which
-    belong to no tier yet; `prefetch` uses four threads. The pool also holds packed factors for
-    plain PyTorch (`fastlora.ops.torch.packed`), for the last two sets of adapters that were used
-    repeatedly. With a GPU, the CPU tier is page-locked memory, which PyTorch rounds up to powers of
-    two.
+    The limits ``device_bytes`` and ``cpu_bytes`` do not cover all memory. Adapters that a thread is
+    reading belong to no tier yet; `prefetch` uses four threads. The pool also caches packed factors
+    for plain PyTorch (`fastlora.ops.torch.packed`), for the last two sets of adapters that were
+    used repeatedly. With a GPU, the CPU tier is in page-locked memory, and PyTorch rounds each
+    allocation up to a power of two.
 
     Args:
         model: Any module without LoRA layers. LoRA layers without adapters replace its target
-            modules, and `close` restores them.
+            modules, and `close` restores the original modules.
         target_modules: The modules that adapters may adapt, as in `LoraConfig`.
-        max_adapters: Number of adapters that the device holds at once, which is the number of
-            slots.
-        device_bytes: Limit in bytes for factors on the device, excluding DoRA's scales, or None.
-        cpu_bytes: Limit in bytes for factors in CPU memory, or None.
+        max_adapters: Maximum number of adapters on the device. It is also the number of slots, the
+            values that integer row ids may have.
+        device_bytes: Limit in bytes for factors on the device, excluding DoRA's scales, or None for
+            no limit.
+        cpu_bytes: Limit in bytes for factors in CPU memory, or None for no limit.
         dtype: Dtype of the stored factors, or None for the base weights' dtype.
-        max_rank: Largest accepted rank, or None for any rank. CUDA graphs require it.
-        max_adapter_bytes: Largest accepted adapter, as the size of its tensor file in bytes, or
-            None for any size. This limit and ``max_rank`` are checked before any tensor is read.
+        max_rank: Largest accepted rank, or None for any rank. CUDA graphs require this limit.
+        max_adapter_bytes: Largest accepted size of an adapter's tensor file in bytes, or None for
+            any size. This limit and ``max_rank`` are checked before any tensor is read.
         device: Device of the factors, or None for the base weights' device.
-        root: Folder that must contain every adapter's files after links are resolved. A file
-            outside it raises `CheckpointError`. With None, links may lead anywhere.
+        root: Folder that must contain the files of every adapter after symbolic links are resolved,
+            or None for no restriction. A file outside the folder raises `CheckpointError`.
 
     Attributes:
-        modules: Name, K, and N of each target module, in the order of the layers' ``table_row``.
-        group: Identifies the layers as this pool's.
+        modules: Name, K, and N of each target module. The index of a module is the ``table_row`` of
+            its layer.
+        group: The routing group that all of the pool's layers belong to.
         tables: The tables of addresses, ranks, and scalings that kernels read.
-        max_rank: As given.
+        max_rank: The argument ``max_rank``.
 
     Raises:
         AdapterStateError: The model already has LoRA layers.
         TargetNotFoundError, UnsupportedLayerError, ConfigError: ``target_modules`` or a limit is
-            wrong. The model is unchanged.
+            invalid. The model is unchanged.
     """
 
-    @torch.inference_mode(False)  # these tensors outlive the mode
+    @torch.inference_mode(False)  # the tensors are also used outside of inference mode
     def __init__(
         self,
         model: nn.Module,
@@ -118,9 +120,9 @@ class AdapterPool:
             packer = Packer(
                 self._layers.targets, dtype or base_dtype, pin_memory=self.device.type == "cuda"
             )
-            # There are more columns than slots, for replaced images that leases still hold. One
-            # more is for a new image, which is written before the old one is removed, so that a
-            # failure loses neither.
+            # The additional columns are for replaced images that are still leased. One of them is
+            # for a new image, which is written before the old image is removed, so that the old
+            # image is still available if the write fails.
             columns = max_adapters + max(4, max_adapters // 8) + 1
             with transfers.ordered():
                 self.tables = PoolTables(
@@ -152,29 +154,30 @@ class AdapterPool:
         config: Any = None,
         pin: bool = False,
     ) -> None:
-        """Read an adapter and bring it to the device. An adapter of the same name is replaced.
+        """Load an adapter onto the device, replacing any adapter of the same name.
 
-        The replaced adapter stays active in forwards that hold a lease on it, and the new adapter
-        takes over its slot. If leases and pins leave no room on the device, the adapter waits in
-        the CPU tier. It then gets a slot with the next lease on it.
+        The new adapter takes over the slot of the replaced adapter. Leases on the replaced adapter
+        remain valid, so forward passes under them still use it. If leased and pinned adapters leave
+        no room on the device, the new adapter is stored in the CPU tier, and the next lease on it
+        brings it to the device.
 
         Args:
             name: Name of the adapter.
-            source: A PEFT folder, or a state dict with PEFT's keys. A folder must stay where it is,
-                because an evicted adapter is read from it again. An adapter from a state dict never
-                leaves CPU memory and counts toward ``cpu_bytes``.
-            config: For a state dict, a `fastlora.LoraConfig`, PEFT's config, or a mapping of its
-                fields.
+            source: A PEFT folder, or a state dict with PEFT's keys. A folder must not be moved,
+                because an evicted adapter is read from it again. An adapter from a state dict
+                always stays in memory and counts toward ``cpu_bytes``.
+            config: The config of a state dict: a `fastlora.LoraConfig`, a PEFT `LoraConfig`, or a
+                mapping of its fields. Must be None for a folder.
             pin: Whether to keep the adapter on the device; see `pin`.
 
         Raises:
             CheckpointError: The adapter is damaged, does not match the model, or has contents that
                 a pool does not support.
-            ConfigError: The name or the config is wrong.
-            PoolFullError: The adapter can never fit, or it should be pinned and does not fit now.
-                After any of these errors, the pool is unchanged.
-            torch.OutOfMemoryError: There is no memory for the scales of a pinned DoRA adapter. The
-                adapter is in the pool, and the next lease computes the scales.
+            ConfigError: The name or the config is invalid.
+            PoolFullError: The adapter can never fit on the device, or it must be pinned and does
+                not fit now. After any of these errors, the pool is unchanged.
+            torch.OutOfMemoryError: There is not enough memory for the scales of a pinned DoRA
+                adapter. The adapter is in the pool, and the next lease on it computes the scales.
         """
         _check_name(name)
         if isinstance(source, Mapping):
@@ -188,13 +191,14 @@ class AdapterPool:
 
     @torch.inference_mode(False)
     def load_entry(self, entry: Entry) -> None:
-        """Load an adapter as `load` does, from a record that the caller has created.
+        """Load the adapter that an `Entry` describes. See `load`.
 
         Args:
-            entry: The record, with the adapter's name and folder. The pool uses it from now on.
+            entry: A record of the adapter's name and folder. The pool keeps the record and modifies
+                it.
 
         Raises:
-            ConfigError: The name is wrong, or the record has no folder.
+            ConfigError: The name is invalid, or the record has no folder.
             CheckpointError, PoolFullError, torch.OutOfMemoryError: As in `load`.
         """
         self._put(entry, self._reader.read_folder(_folder_of(entry)))
@@ -208,25 +212,26 @@ class AdapterPool:
         self._residency.settle(entry.name)
 
     def register(self, name: str, folder: str | os.PathLike[str]) -> None:
-        """Register the folder of an adapter. The adapter is read when it is first used.
+        """Register an adapter folder under a name. The adapter is read when it is first used.
 
         Args:
-            name: A new name.
-            folder: A PEFT folder, which must stay where it is. Its config is checked now, and its
-                tensors are checked when they are read.
+            name: Name of the adapter, which must not be registered yet.
+            folder: A PEFT folder, which must not be moved. Its config is checked now; its tensors
+                are checked when they are read.
 
         Raises:
-            CheckpointError: The folder has no adapter that this pool supports.
+            CheckpointError: The folder does not contain an adapter that this pool supports.
             AdapterStateError: The name is already registered.
-            ConfigError: The name is wrong.
+            ConfigError: The name is invalid.
         """
         self.register_entry(Entry(name, Path(folder).absolute()))
 
     def register_entry(self, entry: Entry) -> None:
-        """Register an adapter as `register` does, from a record that the caller has created.
+        """Register the adapter that an `Entry` describes. See `register`.
 
         Args:
-            entry: The record, with the adapter's name and folder. The pool uses it from now on.
+            entry: A record of the adapter's name and folder. The pool keeps the record and modifies
+                it.
 
         Raises:
             CheckpointError, AdapterStateError, ConfigError: As in `register`.
@@ -234,21 +239,23 @@ class AdapterPool:
         self._register([entry])
 
     def register_folder(self, root: str | os.PathLike[str]) -> list[str]:
-        """Register every adapter folder inside a folder, under the name of the adapter folder.
+        """Register the adapters in all subfolders of a folder.
 
-        If the folder is an adapter folder itself, it is registered too, under its own name. PEFT
-        writes the adapter ``"default"`` in this way, beside subfolders for other adapters.
+        The name of each adapter is the name of its subfolder. If the folder itself contains an
+        adapter, that adapter is registered too, under the folder's own name. PEFT saves the adapter
+        ``"default"`` in this way and other adapters in subfolders.
 
         Args:
-            root: The folder.
+            root: The folder whose subfolders are registered.
 
         Returns:
-            The registered names, sorted.
+            A sorted list of the registered names.
 
         Raises:
-            CheckpointError: There are no adapters, or one of them is not supported by this pool.
+            CheckpointError: The folder contains no adapters, or an adapter that this pool does not
+                support.
             AdapterStateError: A name is already registered.
-            ConfigError: A name is wrong. After any of these errors, nothing is registered.
+            ConfigError: A name is invalid. After any of these errors, nothing is registered.
         """
         path = Path(root).absolute()
         if not path.is_dir():
@@ -275,7 +282,8 @@ class AdapterPool:
     def unload(self, name: str) -> None:
         """Remove an adapter from the pool.
 
-        Leases on the adapter remain valid, and its memory is free after they have ended.
+        Leases on the adapter remain valid. Its memory is freed when the last of these leases ends,
+        or immediately if the adapter is not leased.
 
         Raises:
             AdapterNotFoundError: No adapter has this name.
@@ -309,14 +317,16 @@ class AdapterPool:
             self._changed.notify_all()
 
     def prefetch(self, names: Sequence[str]) -> Future[None]:
-        """Bring adapters to the device in the background, as far as there is room without waiting.
+        """Bring adapters to the device in the background, if there is room for them now.
+
+        An adapter for which there is no room is only read into CPU memory, within ``cpu_bytes``.
 
         Args:
-            names: Registered names.
+            names: Names of registered adapters.
 
         Returns:
-            A future, which may be ignored. Its ``result()`` raises if an adapter could not be read.
-            The next lease on that adapter will raise too.
+            A future, which may be ignored. Its ``result()`` raises an error if an adapter could not
+            be read. The next lease on that adapter tries to read it again.
 
         Raises:
             AdapterNotFoundError: One of the names is not registered.
@@ -325,7 +335,7 @@ class AdapterPool:
 
     @property
     def names(self) -> list[str]:
-        """Names of all adapters, in order of registration."""
+        """Names of all registered adapters, in order of registration."""
         with self._changed:
             return list(self._tiers.entries)
 
@@ -337,17 +347,17 @@ class AdapterPool:
 
     @property
     def replaced(self) -> int:
-        """Number of times that `load` replaced an adapter or `unload` removed one.
+        """Number of adapters that `load` has replaced or `unload` has removed.
 
-        While the number does not change, each name in an open block still refers to the same
-        adapter.
+        As long as this number does not change, each name in an open `fastlora.adapters` block still
+        refers to the same adapter.
         """
         return self._tiers.replaced
 
     def slot_of(self, name: str) -> int | None:
-        """Return an adapter's slot, or None if it is not on the device.
+        """Return an adapter's slot (its integer id in row ids), or None if it is not on the device.
 
-        The slot is guaranteed only while a lease or a pin keeps the adapter on the device.
+        The slot can change unless a lease or a pin keeps the adapter on the device.
 
         Raises:
             AdapterNotFoundError: No adapter has this name.
@@ -358,16 +368,18 @@ class AdapterPool:
             return None if resident is None else resident.slot
 
     def plan(self, names: Sequence[str | None]) -> list[list[int]]:
-        """Split a batch into batches that the device can hold.
+        """Split a batch into smaller batches whose adapters fit on the device.
+
+        Only the number of adapters is considered. A lease for one of the batches may still wait or
+        raise an error because of pins, leases of other threads, or ``device_bytes``.
 
         Args:
-            names: The adapter of each sample, as for `fastlora.adapters`; None for the base model.
+            names: Name of the adapter of each sample, or None for the base model.
 
         Returns:
-            Indices into ``names`` for each batch, in order. No batch uses more than
-            ``max_adapters`` different adapters. Samples without an adapter go into the first batch.
-            Pins, leases of other threads, and ``device_bytes`` are not considered. They can still
-            make a batch wait or raise.
+            A list of batches, each a list of increasing indices into ``names``. Each batch uses at
+            most ``max_adapters`` different adapters. Samples without an adapter are in the first
+            batch.
 
         Raises:
             AdapterNotFoundError: One of the names is not registered.
@@ -398,7 +410,7 @@ class AdapterPool:
             return len(self._tiers.entries)
 
     def stats(self) -> PoolStats:
-        """Return the pool's statistics."""
+        """Return statistics about the pool's contents and operations since it was created."""
         with self._changed:
             return self._residency.stats()
 
@@ -408,22 +420,23 @@ class AdapterPool:
     def lease(self, names: Sequence[str], *, timeout: float | None = None) -> Lease:
         """Bring adapters to the device and keep them there, unchanged, until the lease ends.
 
-        A lease gets all of its adapters or none. While leases of other threads take room that it
-        needs, it waits and holds nothing. A thread's own leases never end while it waits.
+        All of the adapters are leased together. While leases of other threads leave too little
+        room, this method waits without reserving any room. Leases of the calling thread do not end
+        while it waits.
 
         Args:
-            names: Registered names, which may repeat.
-            timeout: Seconds to wait for room, or None for no limit. Waiting for a file that is
-                being read is not limited.
+            names: Names of registered adapters, which may repeat.
+            timeout: Maximum time to wait for room in seconds, or None for no limit. The time for
+                reading files is not limited.
 
         Returns:
-            The active lease. End it with ``with`` or `Lease.release`.
+            The active lease. End it with a ``with`` statement or `Lease.release`.
 
         Raises:
             AdapterNotFoundError: One of the names is not registered.
             CheckpointError: An adapter cannot be read, or does not match the model.
-            PoolFullError: The adapters can never fit next to the pinned adapters and those that
-                waiting threads hold, or the time is up. Nothing has changed.
+            PoolFullError: The adapters can never fit next to pinned adapters and adapters that are
+                leased by waiting threads, or the time is up. The pool is unchanged.
             PoolClosedError: The pool is closed or closing.
             AdapterStateError: A CUDA graph is being captured while adapters are being copied to the
                 GPU.
@@ -431,7 +444,10 @@ class AdapterPool:
         return self._residency.acquire(Request(self._known(names)), timeout)
 
     def lease_resident(self) -> Lease:
-        """Return a lease on every adapter that is on the device now, for row ids that are slots.
+        """Return a lease on every adapter that is on the device now.
+
+        `fastlora.adapters` uses this lease if row ids are slots, because slots may refer to any of
+        these adapters.
 
         Raises:
             PoolClosedError, AdapterStateError: As in `lease`.
@@ -439,26 +455,27 @@ class AdapterPool:
         return self._residency.acquire_resident()
 
     def remake_scales(self) -> None:
-        """Recompute the DoRA scales of all adapters on the device. `fastlora.refresh` calls it."""
+        """Recompute the outdated DoRA scales of all adapters on the device."""
         self._residency.remake_scales()
 
     # -------------------------------------------------------------------------------- closing
 
     def close(self, wait: float | None = None) -> None:
-        """Restore the base layers of the model and remove every adapter.
+        """Remove all adapters from the pool and restore the original modules of the model.
 
-        With ``wait``, new leases and blocks raise `PoolClosedError` from now on in every thread,
-        and other threads have that many seconds to end their leases. Without ``wait``, `close` does
-        not wait for leases. In both cases, a prefetch thread ends after the adapter that it is
-        reading. On a closed pool, `close` does nothing.
+        If ``wait`` is given, new leases and `fastlora.adapters` blocks raise `PoolClosedError` in
+        every thread from now on, and other threads have ``wait`` seconds to end their leases.
+        Prefetch threads finish the adapter that they are reading and then stop. Closing a closed
+        pool does nothing.
 
         Args:
-            wait: Seconds to wait for leases to end, or None to raise if any lease is held.
+            wait: Maximum time in seconds to wait for leases to end, or None to raise an error
+                immediately if any lease is held.
 
         Raises:
-            AdapterStateError: Leases are held. Without ``wait``, nothing has changed. With
-                ``wait``, the time is up: the pool continues to reject new leases, and a later
-                `close` can finish.
+            AdapterStateError: A lease is held. If ``wait`` is None, the pool is unchanged.
+                Otherwise the time is up: the pool continues to reject new leases, and `close` can
+                be called again.
             ConfigError: ``wait`` is not a finite number of at least 0.
         """
         number = isinstance(wait, (int, float)) and not isinstance(wait, bool)
@@ -493,11 +510,11 @@ class AdapterPool:
         validate: bool,
         held: contextlib.ExitStack,
     ) -> Routing:
-        """Return the routing of a `fastlora.adapters` block, and add its lease to ``held``."""
+        """Return the routing of a `fastlora.adapters` block. See `pool_routing`."""
         return pool_routing(self, ids, seeds, validate, held)
 
     def _known(self, names: Sequence[str]) -> tuple[str, ...]:
-        """Return the names as a tuple, after checking that all of them are registered.
+        """Check that all of the names are registered, and return them as a tuple.
 
         Raises:
             TypeError: ``names`` is a single string or not a sequence.
@@ -513,7 +530,7 @@ class AdapterPool:
 
 
 def pool_of(model: nn.Module) -> AdapterPool | None:
-    """Return the pool that was created for a model, or None."""
+    """Return the open adapter pool of a model, or None if the model has no pool."""
     found: AdapterPool | None = model.__dict__.get(_ATTRIBUTE)
     return found
 
@@ -527,7 +544,11 @@ def _check_name(name: object) -> None:
 
 
 def _folder_of(entry: Entry) -> Path:
-    """Return the folder of a record. Raise `ConfigError` if its name or folder is wrong."""
+    """Return the folder of an adapter's record.
+
+    Raises:
+        ConfigError: The record's name is invalid, or the record has no folder.
+    """
     _check_name(entry.name)
     if entry.folder is None:
         raise ConfigError(f"the adapter entry {entry.name!r} has no folder")

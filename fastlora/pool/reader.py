@@ -1,4 +1,4 @@
-"""Reads adapters from PEFT folders and state dicts, checks them for a pool, and packs them."""
+"""Reads adapters from PEFT folders or state dicts, validates them, and packs them for a pool."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ from fastlora.validation import (
     near_names,
 )
 
-# Limit on the number of cached module lists. Each belongs to one choice of target modules.
+# Maximum number of cached lists of module names, one for each combination of target settings.
 _MOST_KINDS = 256
 # Bytes allowed for the parts of a config and of a header's metadata that do not depend on modules.
 _CONFIG_BYTES, _METADATA_BYTES = 64 << 10, 256 << 10
-# A config names a module up to three times, and a header lists up to four tensors of it. These are
-# the bytes of each mention besides the name.
+# A config contains the name of a module up to three times, and a header lists up to four tensors of
+# a module. These are the bytes that each occurrence takes in addition to the name.
 _NAMED_BYTES, _TENSOR_BYTES = 64, 160
 # Index of a module, and kind of block.
 Place = tuple[int, str]
@@ -64,15 +64,17 @@ _REFUSED = {
 
 
 class AdapterReader:
-    """Reads adapters for one model's pool. It holds no adapter, so any thread may use it.
+    """Reads, validates, and packs adapters for the pool of one model.
+
+    It stores no adapters, so any thread may use it.
 
     Args:
-        model: The base model, with the pool's layers in it.
+        model: The base model, in which the pool's layers have replaced the target modules.
         packer: Packs the tensors. Its targets are the pool's modules.
         max_rank: Largest accepted rank, or None for any rank.
-        max_bytes: Largest accepted adapter, as the size of its tensor file in bytes, or None for
-            any size.
-        root: Folder that must contain an adapter's files after links are resolved, or None.
+        max_bytes: Largest accepted size of an adapter's tensor file in bytes, or None for any size.
+        root: Folder that must contain the files of every adapter after symbolic links are resolved,
+            or None for no restriction.
     """
 
     def __init__(
@@ -88,21 +90,21 @@ class AdapterReader:
         self._max_rank, self._max_bytes = max_rank, max_bytes
         self._limits = _limits_for([target.name for target in packer.targets])
         self._index = {target.name: i for i, target in enumerate(packer.targets)}
-        # Digest of a config's choice of targets -> names of the modules in this model. Adapters of
-        # one kind share an entry.
+        # Maps the digest of a config's target settings to the names of the modules that they select
+        # in this model. Adapters with equal settings share an entry.
         self._named: dict[bytes, list[str]] = {}
 
     def check_folder(self, folder: Path) -> LoraConfig:
-        """Return a folder's config, after every check that does not read tensors.
+        """Check an adapter folder without reading its tensors, and return the adapter's config.
 
         Raises:
-            CheckpointError: The folder has no adapter that this pool supports.
+            CheckpointError: The folder does not contain an adapter that this pool supports.
         """
         with self._opened(folder) as opened:
             return opened.config
 
     def read_folder(self, folder: Path) -> Image:
-        """Read, check, and pack an adapter folder.
+        """Read an adapter folder, validate its contents, and return the packed adapter.
 
         Raises:
             CheckpointError: The adapter is damaged, has contents that a pool does not support, or
@@ -116,22 +118,25 @@ class AdapterReader:
 
     @contextlib.contextmanager
     def _opened(self, folder: Path) -> Iterator[OpenAdapter]:
-        """Open a folder, limit pattern matching in the block, and check the config and the size."""
+        """Open an adapter folder, check its config and its size, and yield the open adapter.
+
+        The time and memory for matching the config's patterns are limited inside the block.
+        """
         with bounded_matching(), open_adapter_folder(folder, self._root, self._limits) as opened:
             self._check_config(opened.config, str(folder / CONFIG_NAME))
             self._check_bytes(opened.nbytes, str(folder))
             yield opened
 
     def read_state(self, name: str, tensors: Mapping[str, torch.Tensor], config: Any) -> Image:
-        """Check and pack a state dict with PEFT's keys.
+        """Validate a state dict with PEFT's keys, and return the packed adapter.
 
         Args:
-            name: Name of the adapter, for messages.
+            name: Name of the adapter, for error messages.
             tensors: The state dict.
-            config: A `fastlora.LoraConfig`, PEFT's config, or a mapping of its fields.
+            config: A `fastlora.LoraConfig`, a PEFT `LoraConfig`, or a mapping of its fields.
 
         Raises:
-            ConfigError: The config is missing or wrong.
+            ConfigError: The config is missing or invalid.
             CheckpointError: As in `read_folder`.
         """
         source = f"the state dict of {name!r}"
@@ -189,10 +194,11 @@ class AdapterReader:
     def _places(
         self, config: LoraConfig, keys: Mapping[str, AdapterKey], tensors: Tensors, source: str
     ) -> dict[str, Place]:
-        """Return the module index and the block of each tensor.
+        """Return a dict that maps each tensor's key to a tuple (module index, `BLOCK_KINDS` entry).
 
         Raises:
-            CheckpointError: A tensor does not fit the pool, or the adapter is incomplete.
+            CheckpointError: A tensor is not supported or does not match the pool's modules, or
+                factors are missing.
         """
         places: dict[str, Place] = {}
         names = [target.name for target in self._packer.targets]
@@ -256,9 +262,9 @@ class AdapterReader:
             self._check_rank(f"{source}: {key!r} has rank {shape[0]}, which", shape[0])
 
     def _check_complete(self, config: LoraConfig, found: set[str]) -> None:
-        """Raise `CheckpointError` if an adapter has no factors for a module named in its config.
+        """Raise `CheckpointError` if an adapter has no factors for a module selected by its config.
 
-        Such an adapter was made for a different base model.
+        Such an adapter was probably made for a different base model.
 
         Args:
             config: The adapter's config.
@@ -291,11 +297,15 @@ class AdapterReader:
 
 
 def _limits_for(modules: list[str]) -> FileLimits:
-    """Return the size limits of adapter files for these modules.
+    """Return the maximum sizes, in bytes, of an adapter's config file and tensor file header.
 
-    The limits bound the cost of parsing, which holds Python's global interpreter lock: 65 ms for 1
-    MiB of empty lists, on one core of an EPYC. The parsed objects take up to 25 times the memory of
-    the text. A header's metadata may repeat the config, with escaped characters of two bytes.
+    The limits bound the cost of parsing, during which Python's global interpreter lock is held. For
+    example, parsing 1 MiB of empty JSON lists takes 65 ms on one core of an AMD EPYC. The parsed
+    objects take up to 25 times as much memory as the text. A header's metadata may repeat the
+    config, with escape sequences of two bytes for some characters.
+
+    Args:
+        modules: Names of the modules that an adapter may adapt.
     """
     length, count = sum(map(len, modules)), len(modules)
     names = 3 * (length + count * _NAMED_BYTES)

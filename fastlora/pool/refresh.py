@@ -1,4 +1,4 @@
-"""`refresh`, for weights that were written in a way that fastlora cannot detect."""
+"""`refresh`, which clears cached values after writes to weights that fastlora cannot detect."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from fastlora.weight_marks import marks
 
 
 def refresh(model: nn.Module) -> None:
-    """Clear everything that fastlora has cached from a model's weights.
+    """Clear all cached values that were computed from a model's weights.
 
-    This is needed only after writes that fastlora cannot detect:
+    Call this function only after writes to weights that fastlora cannot detect:
 
-    * through ``.data`` or ``set_``, as PEFT's `hotswap_adapter` does;
-    * by compiled code that does not use a `torch.optim.Optimizer`;
-    * to factors, in the middle of a `fastlora.adapters` block;
-    * to base weights under a pool with DoRA adapters, while a lease is open.
+    * writes through ``.data`` or ``set_``, such as those of PEFT's `hotswap_adapter`;
+    * writes by compiled code that does not use a `torch.optim.Optimizer`;
+    * writes to LoRA factors inside a `fastlora.adapters` block;
+    * writes to the base weights of a model whose pool has DoRA adapters, while a lease is active.
 
-    All other writes are detected: steps of optimizers, including fused and compiled ones, and any
+    All other writes are detected, including the steps of fused and compiled optimizers, and any
     write that is followed by a change between training and evaluation mode.
 
-    CUDA graphs that were captured over the model before this call must not be replayed after it,
+    CUDA graphs that were captured with the model before this call must not be replayed afterwards,
     because the memory that they read is freed.
 
     Args:
-        model: Any module with LoRA layers of fastlora or patched LoRA layers of PEFT.
+        model: Any module that contains LoRA layers of fastlora or patched LoRA layers of PEFT.
     """
     marks.end_all()
     for module in model.modules():

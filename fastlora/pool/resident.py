@@ -1,4 +1,4 @@
-"""A pool's records of its adapters, by name and on the device, and its statistics."""
+"""Classes that describe the adapters of a pool, and statistics about the pool."""
 
 from __future__ import annotations
 
@@ -13,15 +13,17 @@ from fastlora.pool.image import Image
 
 
 class Scales:
-    """The scales of a DoRA adapter on the device, one for each output of each of its modules.
+    """The DoRA scales of an adapter on the device: one number per output feature of each module.
 
-    Their memory does not move. They are overwritten when a base weight has changed.
+    Scales in fp32 are updated in place when a base weight changes, so their addresses do not
+    change.
 
     Attributes:
-        by_module: Index of a module -> g, ``[N]`` in fp32 (fp64 for an fp64 weight).
-        blocks: The same scales in fp32, as kernels read them.
-        stamps: Stamps of the base weights that the scales were computed from.
-        written: Event that follows the last write, or None.
+        by_module: Maps each module index to the module's scales g, ``[N]``, in fp32 (fp64 for an
+            fp64 weight).
+        blocks: Maps each module index to the same scales in fp32, which kernels read.
+        stamps: Records of the state of each module's base weight when its scales were computed.
+        written: CUDA event after the last write to the scales, or None on a CPU.
     """
 
     __slots__ = ("blocks", "by_module", "stamps", "written")
@@ -34,26 +36,26 @@ class Scales:
 
 
 class Resident:
-    """An adapter on the device. Its factors never change: a hot swap creates a new resident.
+    """An adapter on the device. Its factors never change; a hot swap creates a new `Resident`.
 
-    Its memory is guaranteed to stay valid only while a lease holds it. The pool's lock guards the
-    last four attributes.
+    The adapter's memory is guaranteed to stay valid only while a lease on the adapter is active.
+    The pool's lock protects the last four attributes.
 
     Attributes:
         name: Name of the adapter.
-        slot: Number of the adapter in row ids.
+        slot: Slot of the adapter, its integer id in row ids.
         column: Column of the adapter in the pool's tables.
-        image: The packed factors, 1-D.
-        version: A number that differs between any two packed images, for use in cache keys.
-        max_rank: Largest rank of any module.
-        dora_modules: Indices of the modules that have a magnitude.
-        uses_dora: Whether any module has a magnitude.
-        scales: Scales of a DoRA adapter, computed with the first lease, or None.
-        packed: The image with its layout.
-        leases: Number of leases that hold the adapter.
-        written: Event that follows the copy to the device, or None once the copy is known to be
-            done.
-        reads: Stream -> event that follows the last forward on it that read the adapter.
+        image: The packed factors, a 1-D tensor.
+        version: Version of the image, unique among the pool's images, for use in cache keys.
+        max_rank: Largest rank of the adapter over all modules.
+        dora_modules: Indices of the modules for which the adapter has a DoRA magnitude.
+        uses_dora: Whether the adapter has a DoRA magnitude for any module.
+        scales: Scales of a DoRA adapter, or None until its first lease computes them.
+        packed: The image, with its layout.
+        leases: Number of active leases on the adapter.
+        written: CUDA event after the copy to the device, or None if no wait is needed.
+        reads: Maps each CUDA stream to the event after the last forward pass on that stream that
+            read the adapter.
     """
 
     def __init__(self, name: str, slot: int, column: int, image: Image) -> None:
@@ -71,10 +73,10 @@ class Resident:
         self._views: dict[int, Factors | None] = {}
 
     def factors(self, table_row: int) -> Factors | None:
-        """Return the factors of one module, or None if the adapter does not adapt it.
+        """Return the adapter's factors for one module, or None if it does not adapt the module.
 
         Args:
-            table_row: Index of the module in the pool, which is its layer's ``table_row``.
+            table_row: Index of the module in the pool, which is the ``table_row`` of its layer.
         """
         if table_row not in self._views:
             # Two threads may both create the factors. Either result can be used.
@@ -93,13 +95,14 @@ class Resident:
 
 @dataclass(eq=False)
 class Entry:
-    """The record of a name in the pool. A new adapter with the same name has a new record.
+    """The pool's record of a registered adapter. Replacing an adapter replaces its record.
 
     Attributes:
         name: Name of the adapter.
-        folder: Folder from which it can be read again, or None if it came as a state dict.
-        pinned: Whether it stays on the device.
-        reading: Whether a thread is reading it.
+        folder: Folder from which the adapter can be read again, or None if it was loaded from a
+            state dict.
+        pinned: Whether the adapter must stay on the device.
+        reading: Whether a thread is reading the adapter's files.
     """
 
     name: str
@@ -114,14 +117,14 @@ class PoolStats:
 
     Attributes:
         registered: Number of registered adapters, in any tier.
-        on_device, in_cpu: Number of adapters in each tier.
-        device_bytes, cpu_bytes: Bytes in each tier. The device includes replaced images that leases
-            hold.
-        leases: Number of leases that are held.
-        hits: Number of adapters that leases found on the device.
-        misses: Number of adapters that leases had to bring to the device.
-        loads: Number of adapters read and packed.
-        evictions: Number of adapters that left the device to make room.
+        on_device, in_cpu: Number of adapters on the device and in CPU memory.
+        device_bytes, cpu_bytes: Bytes of factors on the device and in CPU memory. ``device_bytes``
+            includes adapters that were replaced or removed but are still leased.
+        leases: Number of active leases.
+        hits: Number of requested adapters that were on the device when their lease was granted.
+        misses: Number of requested adapters that had to be brought to the device for a lease.
+        loads: Number of times that an adapter was read and packed.
+        evictions: Number of times that an adapter was evicted from the device.
     """
 
     registered: int

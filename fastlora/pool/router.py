@@ -1,4 +1,4 @@
-"""Batches over a pool: creates the lease and the routing of a block."""
+"""Routing of a batch to the adapters of a pool, which are leased while the batch runs."""
 
 from __future__ import annotations
 
@@ -24,10 +24,16 @@ def pool_routing(
     validate: bool,
     held: contextlib.ExitStack,
 ) -> Routing:
-    """Return a routing to adapters of an `AdapterPool`, and lease them until ``held`` closes.
+    """Lease the adapters of a batch, and return the routing that assigns them to its rows.
 
-    The slots of the routing are the columns of the pool's tables. For the other arguments, see
-    `fastlora.adapters`.
+    The slots of the routing are the columns of the pool's tables.
+
+    Args:
+        pool: The `AdapterPool`.
+        ids: Adapter names or slots, as in `fastlora.adapters`.
+        seeds: Dropout seeds, as in `fastlora.adapters`.
+        validate: Whether to check slots on a GPU, as in `fastlora.adapters`.
+        held: Exit stack of the block. The lease ends when the stack is closed.
     """
     if not isinstance(ids, torch.Tensor):
         names, places = named_ids(None, ids)
@@ -40,10 +46,10 @@ def pool_routing(
     else:
         check_slot_ids(ids)
         lease = held.enter_context(pool.lease_resident())
-        # A block with slot ids may be the warmup of a CUDA graph, which has buffers for the largest
-        # rank.
+        # A block with slot ids may be the warmup for the capture of a CUDA graph, whose buffers
+        # have the size for the largest rank.
         max_rank = pool.max_rank or lease.max_rank
-        # Slot of the pool -> column.
+        # The column of each slot.
         table = torch.full((pool.max_adapters,), OUT_OF_RANGE)
         in_slots: list[str | None] = [None] * pool.max_adapters
         for resident in lease.residents:
@@ -61,15 +67,17 @@ def pool_routing(
         for rank in (max_rank, pool.max_rank or lease.max_rank)
     )
     drawn = draw_seeds(by_column, seeds, draw=False)  # a pool's adapters have no dropout
-    # The columns are cloned, because graphs would guard on a tensor that the routing also holds
-    # elsewhere. The rank is the pool's, because graphs guard on it and another mix of adapters must
-    # not recompile.
+    # The columns are cloned, because compiled graphs would guard on a tensor that the routing also
+    # references elsewhere. The pool's largest rank is used, because compiled graphs guard on the
+    # rank and a batch with other adapters must not cause a recompilation.
     whole = Routing(pool.group, by_column, columns.clone(), drawn, fixed)
     return Routing(pool.group, by_column, columns, drawn, source, whole=whole)
 
 
 def captured_pool_routing(pool: Any, ids: torch.Tensor) -> Routing:
-    """Return the routing of a CUDA graph, which looks up slots on the device at every replay.
+    """Return a routing for the capture of a CUDA graph.
+
+    The graph looks up the adapter of each slot on the device at every replay.
 
     Raises:
         AdapterStateError: The pool has no ``max_rank``.

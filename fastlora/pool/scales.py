@@ -1,10 +1,10 @@
-"""DoRA scales of a pool's adapters, computed once per resident and when base weights change.
+"""DoRA scales of a pool's adapters. They are recomputed only when base weights change.
 
-``g = magnitude / ||weight + scaling * lora_b @ lora_a||`` depends on an adapter and the base
-weights, but not on a batch. It is therefore stored on the device beside the adapter, and the tables
-hold its address. A compiled or captured graph finds it there, even for an adapter that was loaded
-later. A lease computes scales that are missing or outdated. Until then, the adapter's rows are NaN
-in a graph.
+The scales ``g = magnitude / ||weight + scaling * lora_b @ lora_a||`` depend on an adapter and the
+base weights, but not on the batch. They are therefore stored on the device together with the
+adapter, and the pool's tables contain their addresses. Compiled and captured graphs look up the
+addresses, even of adapters that were loaded after the compilation or capture. A lease computes
+scales that are missing or outdated. Until then, a graph's outputs for rows of the adapter are NaN.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ _Stale = tuple[Resident, list[int]]  # and the modules that need new scales
 
 
 class ScaleMaker:
-    """Computes the scales of residents that use DoRA.
+    """Computes the DoRA scales of adapters on the device.
 
     Args:
-        layers: The pool's layers, by ``table_row``.
-        tables: Tables that store the addresses of the scales.
-        transfers: Orders the device's work.
+        layers: The pool's layers. The index of a layer is its ``table_row``.
+        tables: The pool's tables, which store the addresses of the scales.
+        transfers: Orders writes to the device with forward passes.
     """
 
     def __init__(self, layers: Sequence[Any], tables: PoolTables, transfers: Transfers) -> None:
@@ -41,18 +41,20 @@ class ScaleMaker:
         self._stamps: list[Any] = []
 
     def prepare(self, residents: Iterable[Resident], guard: AbstractContextManager[Any]) -> None:
-        """Compute the scales of leased adapters that are missing or belong to old base weights.
+        """Compute the scales of leased DoRA adapters that are missing or outdated.
+
+        Scales are outdated if the base weights have changed since they were computed.
 
         Args:
             residents: The leased adapters.
-            guard: The pool's lock. The caller does not hold it, because computing norms takes time.
+            guard: The pool's lock. The caller must not hold it, because computing norms takes time.
 
         Raises:
-            AdapterStateError: Scales must be computed while a CUDA graph is being captured.
+            AdapterStateError: Scales are missing or outdated, and a CUDA graph is being captured.
         """
         dora = [resident for resident in residents if resident.uses_dora]
         if not dora or not self._stale(dora)[0]:
-            return  # without waiting for other threads' scales
+            return  # without waiting for other threads that compute scales
         with self._lock:
             stale, stamps = self._stale(dora)
             if not stale:
@@ -71,7 +73,16 @@ class ScaleMaker:
                     self._make(resident, rows, stamps)
 
     def _stale(self, dora: list[Resident]) -> tuple[list[_Stale], list[Any]]:
-        """Return the residents and modules that need new scales, and the current stamps."""
+        """Return the adapters with missing or outdated scales, and the state of the base weights.
+
+        Args:
+            dora: Adapters on the device that use DoRA.
+
+        Returns:
+            A tuple (stale, stamps). ``stale`` contains a tuple (adapter, indices of the modules
+            that need new scales) for each of these adapters. ``stamps`` contains a record of the
+            current state of each module's base weight.
+        """
         stamps, known = [base_stamp(layer) for layer in self._layers], self._stamps
         if stamps == known:
             stamps = known

@@ -1,7 +1,7 @@
-"""The tables that kernels read about adapters on the device: addresses, ranks, and scalings.
+"""Tables from which kernels read the addresses, ranks, and scalings of adapters on the device.
 
-For the DoRA adapters of a pool, the tables also hold the address of the scales of each module
-(`fastlora.pool.scales`). Scales are ignored until the pool has seen a DoRA adapter.
+For DoRA adapters, the tables also contain the address of each module's scales
+(`fastlora.pool.scales`). Kernels ignore scales until a DoRA adapter has been added to the pool.
 """
 
 from __future__ import annotations
@@ -12,33 +12,34 @@ from fastlora.ops.factors import PENDING, Tables
 from fastlora.ops.rows import INVALID_SLOT, NO_SLOT
 from fastlora.pool.image import ABSENT, BLOCK_KINDS, Image
 
-# A row with an empty slot is handled like a row with a slot that does not exist.
+# A row whose slot is empty is treated like a row whose slot is out of range.
 NO_COLUMN = INVALID_SLOT
 _SCALE = BLOCK_KINDS.index("magnitude")
 
 
 class PoolTables:
-    """Tables with one row per module of the pool and one column per adapter image on the device.
+    """Tables with one row per module of the pool and one column per adapter on the device.
 
-    The tensors are written in place, and only in columns that no forward reads. Their addresses
-    therefore do not change, and a captured CUDA graph sees the new contents.
+    The tensors are written in place, and only in columns that no forward pass reads. Their
+    addresses therefore do not change, and a captured CUDA graph sees the new contents.
 
     Args:
-        modules: G, number of rows.
-        columns: P, number of columns.
-        slots: Number of slots, the values that row ids may have.
+        modules: Number of rows, G.
+        columns: Number of columns, P.
+        slots: Number of slots. Row ids range from 0 to ``slots - 1``.
         device: Device of the tables and of the images.
 
     Attributes:
-        a_address, b_address, bias_address: Absolute addresses of the blocks, ``[G, P]`` int64; 0 if
-            there is no block.
-        scale_address: Absolute addresses of a DoRA adapter's scales, fp32 ``[N]`` each, ``[G, P]``
-            int64; `PENDING` until the scales are computed.
-        rank: ``[G, P]`` int32; 0 if the adapter does not adapt the module or the column is free.
-        scaling: ``[G, P]`` fp32.
+        a_address, b_address, bias_address: Memory addresses of lora_a, lora_b, and lora_bias,
+            ``[G, P]`` int64; 0 if the adapter does not have this tensor for the module.
+        scale_address: Memory addresses of DoRA scales (fp32, ``[N]``), ``[G, P]`` int64; `PENDING`
+            until the scales are computed, and 0 for a module without DoRA.
+        rank: Ranks, ``[G, P]`` int32; 0 if the adapter does not adapt the module or the column is
+            free.
+        scaling: LoRA scalings, ``[G, P]`` fp32.
         column_of: Column of each slot, ``[slots]`` int64; `NO_COLUMN` if the slot is empty.
-        plain_column_of: As ``column_of``, except that the slots of DoRA adapters are empty.
-        uses_dora: Whether the pool has ever seen a DoRA adapter.
+        plain_column_of: Like ``column_of``, but with `NO_COLUMN` for the slots of DoRA adapters.
+        uses_dora: Whether a DoRA adapter has ever been added to the pool.
     """
 
     def __init__(self, modules: int, columns: int, slots: int, device: torch.device) -> None:
@@ -54,13 +55,27 @@ class PoolTables:
         self.rank, self.scaling = self._numbers[0], self._numbers[1].view(torch.float32)
 
     def found(self, max_rank: int, dtype: torch.dtype) -> Tables:
-        """Return the tables for kernels, with scales once the pool has seen a DoRA adapter."""
+        """Return the tables as a `Tables` object, which can be passed to kernels.
+
+        The addresses of scales are included once a DoRA adapter has been added to the pool.
+
+        Args:
+            max_rank: Largest rank that the kernels must support.
+            dtype: Dtype of the images.
+        """
         scales = self.scale_address if self.uses_dora else None
         addresses = self.a_address, self.b_address, self.bias_address
         return Tables(*addresses, self.rank, self.scaling, max_rank, dtype, scales)
 
     def write(self, column: int, image: Image) -> None:
-        """Fill a column for an image on the device, on the current stream."""
+        """Write the addresses, ranks, and scalings of an adapter into a column of the tables.
+
+        The writes run on the current stream.
+
+        Args:
+            column: Index of the column.
+            image: Image of the adapter, on the device.
+        """
         offsets, first = image.layout.offsets, image.data.data_ptr()
         addresses = first + offsets * image.data.itemsize
         addresses[offsets == ABSENT] = 0
@@ -75,25 +90,32 @@ class PoolTables:
         self._copy(self._numbers[:, :, column], numbers)
 
     def assign(self, slot: int, column: int) -> None:
-        """Assign a column to a slot, or empty it with `NO_COLUMN`, on the current stream."""
+        """Assign a column to a slot, on the current stream. `NO_COLUMN` makes the slot empty."""
         self.column_of[slot] = column
         self.plain_column_of[slot] = NO_COLUMN if column in self._dora_columns else column
 
     def write_scales(self, column: int, addresses: torch.Tensor) -> None:
-        """Store the addresses of a column's scales: ``[G]`` int64 on the host, 0 for none."""
+        """Write the addresses of an adapter's DoRA scales into its column.
+
+        Args:
+            column: Column of the adapter.
+            addresses: Address of each module's scales, or 0 for a module without scales, an int64
+                CPU tensor of shape ``[G]``.
+        """
         self._copy(self.scale_address[:, column], addresses)
 
     def columns(self, ids: torch.Tensor) -> torch.Tensor:
-        """Return the column of each slot id. -1 stays, and an id that is out of range becomes -2.
+        """Return the column of each slot in ``ids``, an int64 tensor of the same shape.
 
-        The lookup runs on the device, so that a CUDA graph repeats it at every replay. A graph that
-        was captured before the pool had seen a DoRA adapter has no scales. For this graph, the
-        slots of DoRA adapters remain empty.
+        The result is -1 (base model) for the id -1, and -2 for an id that is out of range or an
+        empty slot. The lookup runs on the device, so that a CUDA graph repeats it at every replay.
+        A graph that was captured before a DoRA adapter was added to the pool does not use scales,
+        so it treats the slots of DoRA adapters as empty.
         """
         return looked_up(self.column_of if self.uses_dora else self.plain_column_of, ids)
 
     def clear(self, column: int) -> None:
-        """Free a column, on the current stream."""
+        """Clear a column so that it can be reused. The writes run on the current stream."""
         self._numbers[0, :, column] = 0
         if column in self._dora_columns:
             self._dora_columns.remove(column)
@@ -105,9 +127,10 @@ class PoolTables:
 
 
 def looked_up(table: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Return ``table[ids]``. -1 stays, and an id that is out of range becomes -2.
+    """Return ``table[ids]``, except for ids that are not indices of the table.
 
-    The function does not wait for the device.
+    For these, the result is -1 for the id -1, and -2 for any other id. The function does not
+    synchronize with the device.
     """
     table = table.to(ids.device, non_blocking=True)
     ids = ids.to(torch.int64)

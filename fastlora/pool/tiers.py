@@ -1,7 +1,7 @@
-"""The storage tiers of a pool: the device, CPU memory, and the disk.
+"""The storage tiers of a pool: device memory, CPU memory, and disk.
 
-Nothing here takes a lock, because the pool calls it under its own lock. Each method makes all of
-its checks before its first change.
+The functions in this module do not lock anything; the caller must hold the pool's lock. Each method
+completes its checks before it changes anything.
 """
 
 from __future__ import annotations
@@ -19,27 +19,30 @@ from fastlora.validation import AdapterNotFoundError, AdapterStateError, PoolFul
 
 
 class Tiers:
-    """The adapters of a pool by name, and the tier of each.
+    """The adapters of a pool, and the storage tiers that contain them.
 
-    On a CPU, an image is in one tier at a time and moves by reference. With a GPU, the CPU tier is
-    a separate cache and may hold copies of images on the device.
+    If the pool's device is a CPU, an image is in only one tier at a time, and moving it between
+    tiers copies no data. If it is a GPU, the CPU tier is a cache that may contain copies of images
+    on the device.
 
     Args:
-        tables: Tables to fill for each image on the device. Their number of slots is the number of
-            adapters that the device can hold. The other columns are for replaced adapters that
-            leases hold, and the last one is for an image that is about to replace another.
+        tables: The pool's tables. Their number of slots limits the number of adapters on the
+            device. The additional columns are for replaced adapters that are still leased, and for
+            a new image that is written before the image that it replaces is removed.
         transfers: Copies images to the device.
-        device_bytes: Bytes of the device tier, or None for no limit.
-        cpu_bytes: Bytes of the CPU tier, or None for no limit.
+        device_bytes: Maximum size of the device tier in bytes, or None for no limit.
+        cpu_bytes: Maximum size of the CPU tier in bytes, or None for no limit.
 
     Attributes:
-        entries: Name -> record.
-        device: Name -> adapter on the device, least recently used first.
-        retired: Adapters that were replaced or removed but are still leased.
-        host: Name -> image in the CPU tier, least recently used first.
-        staged: Name -> image that a thread has read and no tier holds yet.
-        evictions: Number of adapters that left the device to make room.
-        replaced: Number of times that a name lost its adapter.
+        entries: Maps the name of each registered adapter to its record.
+        device: Maps the name of each adapter on the device to its `Resident`, least recently used
+            first.
+        retired: Adapters on the device that were replaced or removed but are still leased.
+        host: Maps the name of each adapter in the CPU tier to its image, least recently used first.
+        staged: Maps the name of each adapter that a thread has read, and that is not in a tier yet,
+            to its image.
+        evictions: Number of times that an adapter was evicted from the device.
+        replaced: Number of registered adapters that were replaced or removed.
     """
 
     def __init__(
@@ -64,24 +67,28 @@ class Tiers:
     # ---------------------------------------------------------------------------------- names
 
     def entry(self, name: str) -> Entry:
-        """Return the record of a name. Raise `AdapterNotFoundError` if there is none."""
+        """Return the record of a registered adapter.
+
+        Raises:
+            AdapterNotFoundError: No adapter has this name.
+        """
         found = self.entries.get(name)
         if found is None:
             raise unknown(name, self.entries)
         return found
 
     def image(self, name: str) -> Image | None:
-        """Return an adapter's image, or None if it is not in memory."""
+        """Return the packed tensors of an adapter, or None if the adapter is not in memory."""
         resident = self.device.get(name)
         if resident is not None:
             return resident.packed
         return self.host.get(name) or self.staged.get(name)
 
     def add(self, entries: Collection[Entry], uses_dora: bool) -> None:
-        """Register new names for adapters on disk.
+        """Register adapters that are on disk.
 
         Args:
-            entries: Records of the adapters.
+            entries: Records of the adapters. If an error is raised, none is registered.
             uses_dora: Whether any of the adapters uses DoRA.
 
         Raises:
@@ -97,7 +104,14 @@ class Tiers:
         self._tables.uses_dora |= uses_dora
 
     def remove(self, name: str) -> None:
-        """Remove a name. Its memory is freed now, or when the last lease on it ends."""
+        """Remove an adapter from the pool.
+
+        If the adapter is leased, its memory on the device is freed when the last lease on it ends;
+        otherwise it is freed immediately.
+
+        Raises:
+            AdapterNotFoundError: No adapter has this name.
+        """
         self.entry(name)
         self._leave_device(name)
         self.host.pop(name, None)
@@ -108,11 +122,16 @@ class Tiers:
     def put(self, entry: Entry, image: Image) -> None:
         """Register or replace an adapter, and bring it to the device if there is room.
 
-        A name keeps its slot. If leases and pins leave no room on the device, an adapter that is
-        not pinned goes to the CPU tier. The new adapter of a pinned name is pinned too.
+        A new adapter on the device takes over the slot of the adapter that it replaces. If leased
+        and pinned adapters leave no room on the device, an adapter that is not pinned is stored in
+        the CPU tier. An adapter that replaces a pinned adapter is pinned too.
+
+        Args:
+            entry: Record of the adapter.
+            image: Image of the adapter, in CPU memory.
 
         Raises:
-            PoolFullError: The adapter can never fit, or it should be pinned and does not fit now.
+            PoolFullError: The adapter can never fit, or it must be pinned and does not fit now.
                 Nothing has changed.
         """
         name = entry.name
@@ -164,16 +183,16 @@ class Tiers:
 
     @property
     def residents(self) -> list[Resident]:
-        """The adapters on the device, including those that only a lease keeps there."""
+        """The adapters on the device, including replaced or removed adapters that are leased."""
         return [*self.device.values(), *self.retired]
 
     @property
     def device_used(self) -> int:
-        """Bytes used on the device."""
+        """Size in bytes of all images on the device."""
         return sum(resident.packed.nbytes for resident in self.residents)
 
     def leased(self) -> set[Resident]:
-        """Return the adapters that are held by leases."""
+        """Return the set of adapters on the device that are leased."""
         return {resident for resident in self.residents if resident.leases}
 
     def fits(
@@ -182,12 +201,12 @@ class Tiers:
         held: Collection[Resident],
         replaced: Resident | None = None,
     ) -> bool:
-        """Return whether adapters fit on the device together with pinned and held ones.
+        """Return whether adapters fit on the device next to pinned and leased adapters.
 
         Args:
-            wanted: Name -> image of the adapters that should fit.
-            held: Adapters that must stay on the device.
-            replaced: A held adapter that one of ``wanted`` replaces, or None.
+            wanted: Maps the name of each adapter that should fit to its image.
+            held: Adapters that must stay on the device because they are leased.
+            replaced: A leased adapter that one of the wanted adapters replaces, or None.
         """
         sizes = {name: image.nbytes for name, image in wanted.items()}
         for name, resident in self.device.items():
@@ -203,9 +222,15 @@ class Tiers:
         )
 
     def bring(self, images: Mapping[str, Image]) -> list[Resident]:
-        """Bring registered adapters to the device, and return them in order.
+        """Bring registered adapters to the device, evicting other adapters if necessary.
 
-        The adapters must fit, as `fits` checks.
+        The caller must have checked with `fits` that there is room for the adapters.
+
+        Args:
+            images: Maps the name of each adapter to its image.
+
+        Returns:
+            The adapters on the device, in the order of ``images``.
         """
         missing = {name: image for name, image in images.items() if name not in self.device}
         shares = self._transfers.shares_memory
@@ -229,11 +254,12 @@ class Tiers:
         return [self.device[name] for name in images]
 
     def release(self, resident: Resident, mark: tuple[object, int] | None) -> None:
-        """End one lease on an adapter.
+        """Decrement the number of leases on an adapter, and free it if it is no longer needed.
 
         Args:
             resident: The adapter.
-            mark: Event that follows the forwards that read the adapter, with their stream, or None.
+            mark: A tuple (CUDA event after the forward passes that read the adapter, id of their
+                stream), or None if no event is needed.
         """
         if mark is not None:
             resident.reads[mark[1]] = mark[0]
@@ -243,17 +269,22 @@ class Tiers:
             self._free(resident)
 
     def keep(self, name: str, image: Image) -> None:
-        """Add an adapter's image to the CPU tier if it is current and not on the device."""
+        """Add an adapter to the CPU tier if it is still registered and not on the device.
+
+        Args:
+            name: Name of the adapter.
+            image: Packed tensors of the adapter. If they have been replaced, they are not added.
+        """
         known = self.host.get(name) or self.staged.get(name)
         if name in self.entries and name not in self.device and known is image:
             self._to_host(name, image)
 
     def _uploaded(self, name: str, image: Image) -> Resident:
-        """Copy an image to a free column on the device, and assign the column to a slot.
+        """Copy an adapter to the device, and assign a slot and a column of the tables to it.
 
-        The slot is the current slot of the adapter's name, or a free one. There must be room for
-        the image. If the copy fails, for example because the GPU's memory is full, nothing has
-        changed.
+        The slot is that of the adapter of the same name on the device, or otherwise a free slot.
+        There must be room for the image. If the copy fails, for example because the GPU is out of
+        memory, nothing has changed.
         """
         old, column = self.device.get(name), self._free_columns[-1]
         slot = self._free_slots[-1] if old is None else old.slot
@@ -276,10 +307,14 @@ class Tiers:
         return resident
 
     def _make_room(self, wanted: Mapping[str, Image]) -> None:
-        """Evict the least recently used adapters until there is room for the wanted ones.
+        """Evict least recently used adapters from the device until there is room for new adapters.
 
-        The old adapter of a wanted name is not evicted. Its room goes to the new adapter, unless
-        the old one is leased.
+        Leased and pinned adapters are not evicted, and neither are adapters that will be replaced.
+        A new adapter takes over the room of the adapter that it replaces unless that adapter is
+        leased.
+
+        Args:
+            wanted: Maps the name of each new adapter to its image.
         """
         columns, nbytes = 0, self.device_used
         for name, image in wanted.items():
@@ -306,7 +341,7 @@ class Tiers:
                 self.host.move_to_end(name)
 
     def _leave_device(self, name: str) -> None:
-        """Remove a name's adapter from the device, if it is there."""
+        """Remove the adapter with the given name from the device, if it is on the device."""
         resident = self.device.pop(name, None)
         if resident is not None:
             self._retire(resident)  # first: captured graphs that still run look up its slot
@@ -315,7 +350,10 @@ class Tiers:
             self._free_slots.append(resident.slot)
 
     def _retire(self, resident: Resident) -> None:
-        """Free the memory of an adapter that lost its name, now or with the last lease on it."""
+        """Free the memory of an adapter that was removed from ``device``.
+
+        If the adapter is leased, its memory is freed when the last lease on it ends.
+        """
         if resident.leases:
             self.retired.add(resident)
         else:
@@ -332,16 +370,19 @@ class Tiers:
 
     @property
     def host_used(self) -> int:
-        """Bytes used in the CPU tier."""
+        """Size in bytes of all images in the CPU tier."""
         return sum(image.nbytes for image in self.host.values())
 
     def _to_host(self, name: str, image: Image) -> None:
-        """Add an image to the CPU tier as the most recently used, if the budget allows it."""
+        """Add an adapter to the CPU tier as the most recently used, if ``cpu_bytes`` allows it.
+
+        The least recently used adapters that can be read again are removed to make room.
+        """
         if name in self.host:
             self.host.move_to_end(name)
             return
         if self.cpu_bytes is not None:
-            # Images that cannot be read again stay.
+            # Images that cannot be read again are never removed.
             readable = {n for n in [*self.host, name] if self.entries[n].folder is not None}
             sizes = {n: i.nbytes for n, i in self.host.items() if n in readable}
             used = self.host_used + image.nbytes
@@ -356,7 +397,7 @@ class Tiers:
         self.host[name] = image
 
     def describe(self) -> str:
-        """Return the numbers of the device tier as text, for messages."""
+        """Return a description of the device tier's contents and limits, for error messages."""
         leased = sum(1 for resident in self.device.values() if resident.leases)
         pinned = sum(1 for name in self.device if self.entries[name].pinned)
         limit = "" if self.device_bytes is None else f" (device_bytes={self.device_bytes})"
@@ -368,7 +409,7 @@ class Tiers:
 
 
 def unknown(name: str, known: Collection[str]) -> AdapterNotFoundError:
-    """Return the error for a name that is not registered."""
+    """Return the error to raise for an adapter name that is not registered."""
     return AdapterNotFoundError(
         f"no adapter {name!r} among the {len(known)} adapters of this pool"
         f"{near_names(str(name), known)}"

@@ -1,9 +1,9 @@
-"""Copies of images to the device, in an order that their readers can rely on.
+"""Copies of images to the device, ordered with the forward passes that read the images.
 
-On a GPU, everything that writes to the device tier (images and tables) runs on one stream of the
-pool, and the memory of the images belongs to that stream too. Before it reuses memory or a column,
-the stream waits for the events after the forwards that read them. Forwards wait for the event after
-the copies of their adapters. No host thread therefore waits for the device.
+On a GPU, all writes to images and tables run on the pool's own CUDA stream, and the memory of the
+images is allocated on that stream. Before memory or a column is reused, this stream waits for the
+events after the forward passes that read it. Forward passes wait for the event after the copies of
+their adapters. Host threads therefore never wait for the GPU.
 """
 
 from __future__ import annotations
@@ -20,43 +20,44 @@ from fastlora.validation import AdapterStateError
 
 
 class Transfers:
-    """Transfers for a device that uses host memory: an image moves by reference.
+    """Transfers for a pool on a CPU, where images do not need to be copied.
 
     Attributes:
-        shares_memory: Whether the device tier holds the same images as the CPU tier.
+        shares_memory: Whether the device tier and the CPU tier use the same memory, so that an
+            image can move between them without a copy.
     """
 
     shares_memory = True
 
     def ordered(self) -> contextlib.AbstractContextManager[Any]:
-        """Return a context manager in which writes to the device tier happen in order."""
+        """Return a context manager in which writes to images and tables run in order."""
         return contextlib.nullcontext()
 
     def upload(self, image: Image) -> Image:
-        """Return the image in device memory."""
+        """Return the given image, which is in device memory already."""
         return image
 
     def written(self) -> Any:
-        """Return an event that follows all writes so far, or None if no wait is needed."""
+        """Return an event after all writes so far, or None on a CPU, where no wait is needed."""
         return None
 
     def is_done(self, mark: Any) -> bool:
-        """Return whether the device has passed an event."""
+        """Return whether an event has completed."""
         return True
 
     def wait_for_writes(self, marks: Iterable[Any]) -> None:
-        """Make the calling thread's next work on the device wait for these write events."""
+        """Make the calling thread's later work on the device wait for the given write events."""
 
     def read(self) -> tuple[Any, Any] | None:
-        """Return an event that follows the calling thread's work, with its stream, or None."""
+        """Return a tuple (event after the calling thread's work, stream), or None on a CPU."""
         return None
 
     def wait_for_reads(self, marks: Iterable[Any]) -> None:
-        """Make the next writes wait for these read events."""
+        """Make later writes to images and tables wait for the given read events."""
 
 
 class CudaTransfers(Transfers):
-    """Asynchronous copies from pinned memory, on a stream of their own.
+    """Transfers for a pool on a GPU: asynchronous copies from page-locked memory on one stream.
 
     Args:
         device: A CUDA device.
@@ -69,25 +70,25 @@ class CudaTransfers(Transfers):
         self._stream = torch.cuda.Stream(device)
 
     def ordered(self) -> contextlib.AbstractContextManager[Any]:
-        """Make the pool's stream the current one."""
+        """Return a context manager in which the pool's stream is the current stream."""
         return torch.cuda.stream(self._stream)
 
     def upload(self, image: Image) -> Image:
-        """Start the copy of a pinned image, and return the image on the device."""
+        """Start an asynchronous copy of an adapter's image to the GPU, and return the copy."""
         data = torch.empty_like(image.data, device=self._device, pin_memory=False)
         data.copy_(image.data, non_blocking=True)
         return dataclasses.replace(image, data=data)
 
     def written(self) -> torch.cuda.Event:
-        """Record an event on the pool's stream."""
+        """Record an event on the pool's stream, and return the event."""
         event = torch.cuda.Event()
         event.record(self._stream)
         return event
 
     def is_done(self, mark: torch.cuda.Event) -> bool:
-        """Return whether an event has completed. During a graph capture, return False.
+        """Return whether an event has completed, or False while a CUDA graph is being captured.
 
-        An event must not be queried while a CUDA graph is being captured.
+        CUDA does not allow events to be queried during a capture.
         """
         return not torch.cuda.is_current_stream_capturing() and mark.query()
 
@@ -108,10 +109,10 @@ class CudaTransfers(Transfers):
             stream.wait_event(event)
 
     def read(self) -> tuple[torch.cuda.Event, int] | None:
-        """Record an event on the current stream, and return it with the stream.
+        """Record an event on the current stream, and return a tuple (event, id of the stream).
 
-        During the capture of a CUDA graph, return None, because a captured forward has not read
-        anything.
+        While a CUDA graph is being captured, return None, because a captured forward pass has not
+        read anything yet.
         """
         if torch.cuda.is_current_stream_capturing():
             return None
@@ -127,10 +128,10 @@ class CudaTransfers(Transfers):
 
 
 def make_transfers(device: torch.device) -> Transfers:
-    """Return the transfers for a CPU or a CUDA device.
+    """Return the `Transfers` for a pool on a CPU or a CUDA device.
 
     Raises:
-        ValueError: The device has another type.
+        ValueError: The device is of another type.
     """
     if device.type == "cuda":
         return CudaTransfers(device)

@@ -1,1 +1,1 @@
-"""PEFT's module names for fastlora's functions, so that imports from PEFT's docs work."""
+"""Modules with PEFT's names, so that imports in code written for PEFT work with fastlora."""

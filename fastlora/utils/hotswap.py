@@ -1,4 +1,4 @@
-"""`fastlora.model.hotswap` under PEFT's module name."""
+"""The functions of `fastlora.model.hotswap`, under PEFT's module name ``utils.hotswap``."""
 
 from fastlora.model.hotswap import (
     hotswap_adapter,
