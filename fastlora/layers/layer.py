@@ -1,4 +1,4 @@
-"""The interface that a forward pass requires of a layer, as a type for annotations."""
+"""`AdaptedLayer`, the interface that forward passes require of a layer, for annotations."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class AdaptedLayer(nn.Module):
     _own_magnitude: Callable[[str], torch.Tensor]
 
     def _plain_base(self) -> Base | None:
-        """Return the base layer's weight and bias, or None if the base layer must be called."""
+        """Return a `Base` with the weight and bias, or None if the base layer must be called."""
         return None
 
     def _own_quantised(self) -> Quantised | None:
@@ -89,7 +89,7 @@ class AdaptedLayer(nn.Module):
         return None
 
     def _weight_to_save(self, compiling: bool) -> torch.Tensor:
-        """Return the base weight to save in an autograd node.
+        """Return the base weight in the form in which an autograd node saves it.
 
         If the weight is quantized, the result represents it without a dense matrix.
         """
@@ -102,11 +102,11 @@ class AdaptedLayer(nn.Module):
         return bias
 
     def _own_seed(self, seed: torch.Tensor) -> torch.Tensor:
-        """Return the dropout seeds to use in place of the drawn seeds, with the same shape."""
+        """Return the dropout seeds to use instead of the drawn ``seed``, in the same shape."""
         return seed
 
     def _of_whole_rows(self, sums: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Return each adapter's squared norms over whole rows, ``[N]``, with infinity for 0.
+        """Return a list of each adapter's squared norms of whole rows, ``[N]``; 0 becomes infinity.
 
         ``sums`` are the `adapted_sums` over the columns that this process holds.
         """

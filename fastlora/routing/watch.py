@@ -16,7 +16,7 @@ _training = attrgetter("training")
 
 
 class Watch:
-    """Records modules, parameters with their versions, scalings, and dropouts of adapters.
+    """A record of adapters' modules, parameters and their versions, scalings, and dropouts.
 
     It is checked once when a block begins. It does not detect writes that change no version.
     Weights versions (`fastlora.weight_marks`) cover these, and are checked within a block too.
@@ -40,7 +40,10 @@ class Watch:
         self._hooked = self._untold = False
 
     def add(self, layer: nn.Module, scaling: Mapping[str, object], names: Sequence[str]) -> None:
-        """Record the named adapters that a layer has, with the layer's scalings by name."""
+        """Record those of the named adapters that a layer has.
+
+        ``scaling`` maps the names to the layer's scalings.
+        """
         modules: dict[str, Any] = layer._modules
         downs, ups = modules["lora_A"]._modules, modules["lora_B"]._modules
         dropouts = modules["lora_dropout"]._modules
@@ -72,7 +75,7 @@ class Watch:
             self._memory.append(value.untyped_storage())
 
     def unchanged(self) -> bool:
-        """Return whether everything is as recorded, and nothing has been hooked since."""
+        """Return whether all recorded objects are unchanged, and no module has new hooks."""
         # One pass reads both: a tensor that was just read is still in the processor's cache.
         tensors = self._parameters
         states = zip(map(_version, tensors), map(_data_ptr, tensors), strict=True)
