@@ -208,5 +208,5 @@ class FastLoraLinear(LoraLayer, nn.Linear):
         return Plain(self.weight), self.bias
 
     def extra_repr(self) -> str:
-        """Return the description by `nn.Linear`, with ranks and active adapters added."""
+        """Return the text of `nn.Linear.extra_repr` with the ranks and active adapters appended."""
         return f"{nn.Linear.extra_repr(self)}, r={self.r}, active={self._active_adapters}"

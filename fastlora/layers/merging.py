@@ -52,7 +52,7 @@ class Mergeable(Adapted, CommonLayer):
         raise UnsupportedLayerError(f"{type(self).__name__} cannot be merged")
 
     def _sums(self) -> list[Fingerprint]:
-        """Return fingerprints of the base weight and its bias, which a write to them changes."""
+        """Return a list of the fingerprints of the base weight and bias; any write changes them."""
         weight, bias = self._mergeable()
         return [weight.fingerprint(), sums_of_bits(bias)]
 

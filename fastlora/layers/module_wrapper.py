@@ -54,7 +54,7 @@ class ModuleWrapper(Adapted, nn.Module):
         raise UnsupportedLayerError(f"{type(self).__name__} has no adapters")
 
     def file_names(self, adapter_name: str) -> dict[str, str]:
-        """Map the ends of an adapter's file keys to its names in ``state_dict()``."""
+        """Return a dict that maps suffixes of an adapter's file keys to ``state_dict()`` names."""
         raise UnsupportedLayerError(f"{type(self).__name__} has no adapters")
 
     # ------------------------------------------------------------------------ mixed batches

@@ -27,7 +27,7 @@ class DoraMagnitude(nn.Module):
 
 
 def frozen_like(factor: Factor, reference: torch.Tensor | None, training: bool) -> Factor:
-    """Return ``factor`` frozen, and converted to the device and dtype of ``reference``."""
+    """Freeze a factor, convert it to the device and dtype of ``reference``, and return it."""
     if isinstance(factor, nn.Module):
         if reference is not None:
             factor.to(device=reference.device, dtype=reference.dtype)

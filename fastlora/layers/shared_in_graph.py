@@ -1,4 +1,4 @@
-"""The operator by which kernels compute a layer's s in a compiled graph.
+"""The operator that computes s for all layers of a shared-input group in a compiled graph.
 
 A compiled graph must not see results that one call leaves for another. Every layer of a
 shared-input group therefore calls the operator with the factors of all layers, and receives its own
@@ -43,10 +43,10 @@ def _lora_shared(
     dtype: torch.dtype,
     factor_dtype: torch.dtype | None,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Return s of layer number ``own``, and its seed if the layer has dropout.
+    """Return a tuple (s of layer number ``own``, list of its dropout seed if it has dropout).
 
-    ``places`` has the position of each lora_a among those of all layers and slots. Without ids, one
-    adapter applies to all rows. If ``factor_dtype`` is given, factors are converted to it.
+    ``places`` lists the position of each lora_a among those of all layers and slots. Without ids,
+    one adapter applies to all rows. If ``factor_dtype`` is given, factors are converted to it.
     """
     by_place = dict(zip(places, lora_a, strict=True))
 
