@@ -1,4 +1,4 @@
-"""The config of a launch, and the chip that it runs on."""
+"""Lookup of a kernel launch's config, and of the chip that it runs on."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fastlora.ops.plans import precision
 
 
 def chip_of(x: torch.Tensor) -> chips.Chip:
-    """Return the chip of a tensor's device, on which its kernels run."""
+    """Return the `Chip` of the device on which kernels on x run."""
     return chips.chip_of(x.device)
 
 
