@@ -1,15 +1,15 @@
 """Autograd functions of DoRA: scaling of a LoRA output, and adapters with active dropout.
 
-With ``u = x @ weight.T + scaling * s @ lora_b.T``, the layer's output is ``g * u + bias``. Here ``g
-= magnitude / ||weight + scaling * lora_b @ lora_a||`` per output row, with a detached norm. Any
+With ``u = x @ weight.T + scaling * s @ lora_b.T``, the layer's output is ``g * u + bias``. Here
+``g = magnitude / ||weight + scaling * lora_b @ lora_a||`` per output row, with a detached norm. Any
 implementation of a LoRA forward pass can compute u. DoRA then scales each column of u.
 
-With active dropout, the base weight is also multiplied by the dropped input, as in PEFT: ``y = x @
-weight.T + bias + (g - 1) * dropout(x) @ weight.T + g * scaling * s @ lora_b.T``. If there are
-several adapters, each has its own rows, and both base products are computed for these rows only.
-One operator for the forward pass and one for the backward pass find the rows by id. In a compiled
-graph, which serves any mix of adapters, they do so when the graph runs. An adapter without rows
-gets zeros as gradients.
+With active dropout, the base weight is also multiplied by the input after dropout, as in PEFT:
+``y = x @ weight.T + bias + (g - 1) * dropout(x) @ weight.T + g * scaling * s @ lora_b.T``.
+If there are several adapters, each has its own rows, and both base products are computed for these
+rows only. One operator for the forward pass and one for the backward pass find the rows by id. In a
+compiled graph, which serves any mix of adapters, they do so when the graph runs. An adapter without
+rows gets gradients of zeros.
 
 Method: Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", https://arxiv.org/abs/2402.09353,
 sections 4.1 and 4.3 (the detached norm); PEFT 0.21.2, ``tuners/lora/dora.py``, for dropout.
@@ -211,9 +211,9 @@ def _(dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, *batch: Any) -> l
 class DoraDropped(torch.autograd.Function):
     """Compute the output of DoRA adapters with active dropout; see the module's docstring.
 
-    Saves x, s, the seeds, and the parameters. If a magnitude needs a gradient, it also saves ``z =
-    dropout(x) @ weight.T``, in PyTorch without the mask's factor ``1 / (1 - p)``. The backward pass
-    computes the mask again from the seed.
+    Saves x, s, the seeds, and the parameters. If a magnitude needs a gradient, it also saves
+    ``z = dropout(x) @ weight.T``, in PyTorch without the mask's factor ``1 / (1 - p)``. The
+    backward pass computes the mask again from the seed.
     """
 
     @staticmethod

@@ -160,7 +160,7 @@ class Adapted:
         Raises:
             AdapterNotFoundError: The layer does not have one of the adapters.
             AdapterStateError: ``safe_merge`` found a value that is not finite, or an adapter has a
-                lora_bias and the base layer has no bias. Nothing has changed then.
+                lora_bias and the base layer has no bias. In this case, nothing has changed.
             UnsupportedLayerError: The base weight does not support merging.
         """
         names = self.check_merge(safe_merge, adapter_names)

@@ -71,7 +71,7 @@ class KeptCode(Kept):
         self.forget()
 
     def find(self, module: nn.Module, dtype: torch.dtype | None) -> Code | str:
-        """Return a module's weight for x in ``dtype``, or the reason why it must be called.
+        """Return a module's weight for x in ``dtype``, or the reason why the module is called.
 
         If ``dtype`` is None, the dtype that the module computes in is used.
         """

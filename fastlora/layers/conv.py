@@ -150,8 +150,8 @@ class FastLoraConv(AddedLora):
         """Return two matrices whose product is the update that DoRA uses in its norms, as in PEFT.
 
         With one group, they are the factors. With groups, PEFT multiplies the flattened ``lora_B``
-        and ``lora_A`` and reshapes the product to ``[N, C / groups, ...]``. Output n has row ``n //
-        groups`` of lora_B times share ``n % groups`` of the input channels.
+        and ``lora_A`` and reshapes the product to ``[N, C / groups, ...]``. Row n of the reshaped
+        product is row ``n//groups`` of lora_B times share ``n%groups`` of lora_A's input channels.
         """
         down, up = self.lora_A[name], self.lora_B[name]
         groups = self.base_layer.groups
@@ -169,7 +169,7 @@ class FastLoraConv(AddedLora):
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
         """Return the adapter's update of the weight, in the weight's shape.
 
-        Raises for a convolution with groups.
+        A convolution with groups is not supported and raises an error.
         """
         self._refuse_groups("cannot compute a weight update for")
         return super().get_delta_weight(adapter_name)

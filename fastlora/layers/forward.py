@@ -116,7 +116,7 @@ def _run_together(call: LayerCall, base: Base, names: list[str]) -> torch.Tensor
 def _joined(
     call: LayerCall, names: list[str]
 ) -> tuple[Factors | None, list[Factors], torch.Tensor | None]:
-    """Concatenate several adapters along the rank; dropout prevents this.
+    """Concatenate several adapters along the rank, unless dropout is active.
 
     Returns a tuple of the concatenated factors, a list of the adapters to compute separately, and
     the sum of the adapters' scaled lora_bias ``[N]`` or None. With active dropout, the first item

@@ -32,7 +32,7 @@ class AdaptedLayer(nn.Module):
         merged_adapters: List of the adapters that are merged into the base weight.
         cast_input_dtype_enabled: Whether x is cast to an adapter's dtype when the adapter's modules
             are called one by one. PEFT's `disable_input_dtype_casting` sets it.
-        is_split: Whether other processes hold the rest of the layer.
+        is_split: Whether the layer is split over several processes.
         is_linear: Whether the layer is a linear. Only then may address tables and packed factors
             include its adapters.
         routed_by: The routing group of the model that the layer belongs to, or None.
@@ -108,6 +108,6 @@ class AdaptedLayer(nn.Module):
     def _of_whole_rows(self, sums: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Return a list of each adapter's squared norms of whole rows, ``[N]``; 0 becomes infinity.
 
-        ``sums`` are the `adapted_sums` over the columns that this process holds.
+        ``sums`` are the `adapted_sums` over this process's columns.
         """
         return [nonzero(each) for each in sums]

@@ -209,7 +209,11 @@ def _listed_in_graph(call: MixedCall, base: Base, slots: Slots) -> torch.Tensor:
 
 
 def _of_pool_in_graph(call: MixedCall, base: Base, tables: Tables) -> torch.Tensor | None:
-    """Return the output of `_in_graph` over a pool, or None if gradients or others prevent it."""
+    """Return the output of `_in_graph` over a pool, or None if unsupported.
+
+    The pool's tables provide the factors. Gradients, fp64, the batch-invariant mode, and PyTorch
+    operators on another device than a CPU are not supported.
+    """
     x, impl, (weight, bias, y, _) = call.x, call.conditions.impl, base
     if linear.records_gradients(x, weight, bias, y) or x.dtype == torch.float64:
         return None

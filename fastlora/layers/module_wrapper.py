@@ -17,7 +17,7 @@ from fastlora.validation import AdapterNotFoundError, UnsupportedLayerError
 
 
 class ModuleWrapper(Adapted, nn.Module):
-    """Wraps a module of which each adapter trains its own version, of all or a part of it.
+    """Base class of wrappers in which each adapter trains its own version of a module or a part.
 
     A subclass defines what a version contains. Names of parameters and of file keys follow PEFT.
 

@@ -45,7 +45,7 @@ def magnitude_of(layer: AdaptedLayer, name: str) -> torch.Tensor:
 
 
 def may_keep(device: torch.device) -> bool:
-    """Return whether new tensors may be cached, which a CUDA graph capture does not allow."""
+    """Return whether new tensors on a device may be cached: not while a CUDA graph is captured."""
     return device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
 
 
@@ -101,7 +101,7 @@ def adapter_sums(
     scaling: torch.Tensor | float,
     compiling: bool = False,
 ) -> torch.Tensor:
-    """Return the squared row norms of a layer's adapted weight, ``[N]``, as `adapted_sums` does.
+    """Return the squared row norms of a layer's adapted weight, ``[N]``; see `adapted_sums`.
 
     The update is the product of ``lora_b [N, R]`` and ``lora_a [R, K]``. The sums are over this
     process's part of the base weight ``[N, K]``. If the scaling is a tensor, it has no dimensions.

@@ -5,7 +5,7 @@ shared-input group therefore calls the operator with the factors of all layers, 
 s. The first call that is traced creates one autograd node for all layers. The other calls pass the
 very same tensors and find its results, so that one node computes the gradients of all layers.
 Without this, a compiler could still merge the calls, but each of them would keep its own backward
-with a single gradient. Outside tracing, each call computes its own s.
+node with a single gradient. Outside tracing, each call computes its own s.
 """
 
 from __future__ import annotations

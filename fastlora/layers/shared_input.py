@@ -1,7 +1,7 @@
 """Shared-input groups: layers that receive the same tensor, such as q/k/v and gate/up.
 
 Groups are identified by observation, because module names are not reliable. A layer that receives
-the very tensor object that the layers before it received belongs to their group. A group holds the
+the very tensor object that the layers before it received belongs to their group. A group stores the
 results that one of its layers computes for the others. A result belongs to the tensor that it was
 computed from and to the thread that computed it. `fastlora.layers.group_forward` computes and takes
 results.
@@ -160,8 +160,8 @@ class SharedInputGroup(Results):
         members: The layers. Results are stored by their ``id``.
         unwritten: Whether no write to the tensor was observed between their calls. PyTorch does not
             count writes to an inference tensor, so the first observation is relied on.
-        why_alone: Maps the ``id`` of a layer to the reason why its last training forward shared
-            nothing, or to an empty string if it shared.
+        why_alone: Maps the ``id`` of a layer to the reason why its last forward pass in training
+            shared nothing, or to an empty string if it shared.
         launches: Maps the ``id`` of a layer to the launch of its call, cached for its next call.
         idle: The ``id`` of each layer that was not called after a result was computed for it.
     """
@@ -177,7 +177,7 @@ class SharedInputGroup(Results):
         self.idle: set[int] = set()
 
     def discard(self) -> set[int]:
-        """Drop results as `Results.discard` does, mark their layers as idle, and return them.
+        """Drop results as `Results.discard` does, and mark the returned layers as idle.
 
         Nothing is computed for an idle layer until it is called again.
         """

@@ -1,7 +1,7 @@
-"""The interface through which merging reads and writes a base weight, and its plain version.
+"""`Stored`, the interface through which merging reads and writes a base weight, and `Plain`.
 
-`fastlora.layers.quantised` implements the interface for quantized weights. `fastlora.layers.bases`
-finds the implementation for a module.
+`Plain` implements the interface for floating-point weights, and `fastlora.layers.quantised` for
+quantized weights. `fastlora.layers.bases` finds the implementation for a module.
 """
 
 from __future__ import annotations

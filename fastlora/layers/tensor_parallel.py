@@ -15,9 +15,9 @@ unsharded factor is summed over the processes.
 
 DoRA scales each output by ``g = magnitude / ||weight + scaling * lora_b @ lora_a||``, N numbers:
 
-- column-wise, each process has whole rows of the weight. ``magnitude [N/T]`` is split in the same
-  way, and nothing is communicated;
-- row-wise, each process has a part of each row. ``magnitude [N]`` is unsharded, and the squared
+- column-wise, each process stores whole rows of the weight. ``magnitude [N/T]`` is split in the
+  same way, and nothing is communicated;
+- row-wise, each process stores a part of each row. ``magnitude [N]`` is unsharded, and the squared
   norms ``[N]`` are summed over the processes in every forward pass. Outputs are summed after the
   scale: g times a sum is the sum of g times each summand, so each process scales its own.
 
@@ -273,7 +273,10 @@ class TensorParallelLora(FastLoraWrapper):
         return own(bias) / self.base_layer.weight.device_mesh.size()
 
     def _own_seed(self, seed: torch.Tensor) -> torch.Tensor:
-        """Return one seed for all processes if they have the same columns of x, or one for each."""
+        """Return this process's dropout seeds, int64 ``[S]``.
+
+        Column-wise, all processes use the same seeds. Row-wise, each process uses its own.
+        """
         mesh = self.base_layer.weight.device_mesh
         if self.style == ROW_WISE:
             return seed ^ (mesh.get_local_rank() * _SEED_STEP % 2**62)

@@ -88,7 +88,7 @@ class TiedLoraHead(AddedLora):
         }
 
     def file_names(self, adapter_name: str) -> dict[str, str]:
-        """Return an empty dict, because adapter files contain the factors as the embedding's."""
+        """Return an empty dict, because the factors are saved as those of the embedding."""
         return {}
 
     def _samples(self, x: torch.Tensor) -> tuple[int, int]:

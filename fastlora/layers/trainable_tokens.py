@@ -109,7 +109,7 @@ class TokenAdapter(nn.Module):
 
 
 class TrainableTokensWrapper(ModuleWrapper):
-    """Wrapper of an embedding, or of a head tied to one, of which adapters train some rows.
+    """Wrapper of an embedding or a tied head, in which adapters train some rows of the weight.
 
     Args:
         original: An `nn.Embedding` or `nn.Linear` that `check_tokens` accepts.

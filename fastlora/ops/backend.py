@@ -115,7 +115,7 @@ class Backend(ABC):
 
     @abstractmethod
     def gradients(self, given: Backward) -> Gradients:
-        """Return a tuple of a layer's gradients, in the order that `Gradients` describes."""
+        """Return the gradients of a layer's inputs as a tuple; see `Gradients` for the order."""
 
     # -------------------------------------------------- layers of a shared-input group, in one call
 

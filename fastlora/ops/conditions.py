@@ -1,8 +1,8 @@
 """`Conditions`, the circumstances of a forward pass, which are determined once when it begins.
 
-They say which implementation runs (the Triton kernels or plain PyTorch), whether `torch.compile`
-traces the forward pass, which dtype autocast uses, and whether the batch-invariant mode is on. In
-that mode, the result of a row does not depend on the other rows of its batch.
+They determine which implementation runs (the Triton kernels or plain PyTorch), whether
+`torch.compile` traces the forward pass, which dtype autocast uses, and whether the batch-invariant
+mode is on. In that mode, the result of a row does not depend on the other rows of its batch.
 
 ``with fastlora.batch_invariant():`` applies to LoRA linears without gradients, with one adapter or
 in a mixed batch. Each row has the same bits for any number of rows, at any position, next to any
@@ -83,7 +83,7 @@ def _gpu_status(index: int) -> tuple[bool, str]:
 
 @constant_when_compiled
 def triton_status(device_type: str, index: int = 0) -> tuple[bool, str]:
-    """Return a tuple (supported, text): whether the Triton kernels can run on a device, and why.
+    """Return a tuple (supported, reason): whether the Triton kernels can run on a device.
 
     Args:
         device_type: ``"cpu"``, ``"cuda"`` (also for ROCm), or any other device type of torch.
@@ -186,8 +186,8 @@ class Conditions(NamedTuple):
         compiling: Whether `torch.compile` traces the forward pass.
         invariant: Whether the batch-invariant mode is on, or the call requests its plan.
         autocast: The dtype of autocast, or None if autocast is off.
-        tracing: Whether the modules run their own forward in plain PyTorch. This is the case if x
-            is a nested tensor, or if `torch.jit.trace` records the forward pass, directly or for
+        tracing: Whether the modules run their own ``forward`` in plain PyTorch. This is the case if
+            x is a nested tensor, or if `torch.jit.trace` records the forward pass, directly or for
             the ONNX exporter.
     """
 

@@ -23,7 +23,7 @@ PENDING = 16
 
 
 class Factors(NamedTuple):
-    """The factors and settings of one adapter on one linear layer.
+    """The factors, scaling, and dropout probability of one adapter on one linear layer.
 
     Attributes:
         lora_a: ``[R, K]``. Several adapters can be concatenated along the rank.
@@ -142,7 +142,7 @@ def tables_of(tensors: Sequence[torch.Tensor], max_rank: int, dtype: torch.dtype
 
 
 def present(factors: Sequence[Factor], rank_dim: int) -> list[torch.Tensor]:
-    """Return a list of factors in which an empty factor of rank 0 replaces each None.
+    """Return a list of factors in which each None is replaced by an empty factor of rank 0.
 
     ``rank_dim`` is the dimension of the rank: 0 for lora_a, and 1 for lora_b.
     """

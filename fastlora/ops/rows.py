@@ -54,8 +54,8 @@ class Rows:
         segment_of: int32 ``[M]``, the number of each sorted position's segment, counted from 0.
         segment_slot: int32 ``[min(M, slots + 2)]``, the slot of each segment. `NO_SLOT` stands for
             rows without an adapter and for unused entries, `INVALID_SLOT` for ids out of range.
-        slot_start: int32 ``[slots + 1]``, the sorted position of each slot's first row, and M. A
-            slot without rows has the start of the next slot.
+        slot_start: int32 ``[slots + 1]``, the sorted position of each slot's first row, followed by
+            M. The value for a slot without rows is that of the next slot.
         invalid: bool ``[1]``, whether any id was out of range.
         slots: Number of slots. Ids run from -1 to ``slots - 1``.
         m: Number of rows.
@@ -88,8 +88,8 @@ class Rows:
         call must come before the capture, for example in a warm-up run.
 
         Args:
-            block_m: Number of rows of a tile. The result has room for ``ceil(M / block_m) + min(M,
-                slots + 2)`` pieces.
+            block_m: Number of rows of a tile. The result has room for
+                ``ceil(M / block_m) + min(M, slots + 2)`` pieces.
         """
         operator = torch.ops.fastlora.rows_pieces
         if self._pieces is None or type(self.segment_of) is not torch.Tensor:

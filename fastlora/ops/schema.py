@@ -159,12 +159,12 @@ def _(
     " Tensor scaling, str impl) -> ()"
 )
 def _(*_: object) -> None:
-    """Add ``scaling * (s @ lora_b.T + lora_bias)`` of each row's adapter to y."""
+    """Add ``scaling * (s @ lora_b.T + lora_bias)`` of each row's adapter to y in place."""
 
 
 @operator("lora_dropout(Tensor x, Tensor seed, float dropout_p) -> Tensor", "triton")
 def _(x: torch.Tensor, *_: object) -> torch.Tensor:
-    """Return x after dropout with the mask that the kernels use for one adapter."""
+    """Return x after dropout, with the mask that the kernels use for one adapter."""
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
@@ -172,9 +172,9 @@ def _(x: torch.Tensor, *_: object) -> torch.Tensor:
 def _(x: torch.Tensor, *_: object) -> torch.Tensor:
     """Return PyTorch's dropout mask of x; see `reference.lora_keep`.
 
-    ``after`` is not read. A backward pass passes one of its own tensors. The dependency keeps
-    compilers from merging the mask with the forward pass's, or from computing it there, because
-    they would then save it.
+    ``after`` is not read. A backward pass passes one of its own tensors. The dependency prevents
+    compilers from merging the mask with that of the forward pass and from computing it there,
+    either of which would make them save it.
     """
     return torch.empty(x.shape, dtype=reference.INTEGERS[x.itemsize], device=x.device)
 

@@ -35,10 +35,10 @@ def adapters(
 ) -> Iterator[None]:
     """Context manager in which each row of ``model``'s forward passes uses its own adapter.
 
-    The block is for serving and for training. A backward pass may run after the block and in
-    another thread, also through activation checkpoints. Blocks may be nested, and each thread has
-    its own blocks. A pool's adapters are moved to the device when the block begins. They stay
-    there, unchanged, until the block ends.
+    The block can be used for serving and for training. A backward pass may run after the block has
+    ended and in another thread, even if it recomputes activation checkpoints. Blocks may be nested,
+    and each thread has its own blocks. A pool's adapters are moved to the device when the block
+    begins. They stay there, unchanged, until the block ends.
 
     One CUDA graph serves any mix of adapters. Run a forward pass outside of the capture first. Then
     capture the block with ids in a tensor of slots on the GPU, and write other slots into that
@@ -56,9 +56,9 @@ def adapters(
     changed.
 
     Args:
-        model: A `LoraModel`, an `AdapterPool` or the model that one was made for, or a patched PEFT
-            model. The model may be wrapped in DistributedDataParallel. The active adapters do not
-            matter within the block.
+        model: A `LoraModel`, an `AdapterPool`, the model for which a pool was created, or a patched
+            PEFT model. The model may be wrapped in DistributedDataParallel. The active adapters do
+            not matter within the block.
         ids: For each sample the name of an adapter, or None (or ``"__base__"``) for the base model
             alone. Alternatively, an int tensor of slots for each sample or token, with -1 for none.
             A slot is an index into ``list(model.peft_config)``, or for a pool the result of
@@ -77,11 +77,11 @@ def adapters(
     Raises:
         AdapterNotFoundError: A name or slot does not exist.
         AdapterStateError: An adapter is merged; or a pool is closed; or a CUDA graph is being
-            captured over a pool that was made without max_rank.
+            captured over a pool that was created without max_rank.
         RuntimeError: The blocks of a thread do not end in the reverse order of their beginning.
         PoolFullError: A pool is too small for the batch's adapters.
         CheckpointError: A pool cannot read one of the adapters.
-        TypeError, ValueError: ``model`` or ``ids`` is not as described.
+        TypeError, ValueError: ``model`` or ``ids`` does not match the description above.
     """
     with contextlib.ExitStack() as held:
         if absent_gradients is None:

@@ -80,7 +80,8 @@ def checked_slots(ids: torch.Tensor, slots: Sequence[str | None]) -> torch.Tenso
 
     Raises:
         AdapterNotFoundError: A slot does not exist or is empty.
-        ValueError, TypeError: ``ids`` does not have one dimension, or not an integer dtype.
+        ValueError, TypeError: ``ids`` does not have exactly one dimension, or does not have an
+            integer dtype.
     """
     check_slot_ids(ids)
     numbers = ids.to(device="cpu", dtype=torch.int64)

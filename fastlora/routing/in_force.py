@@ -57,7 +57,7 @@ def routed(routing: Routing) -> Iterator[None]:
 
     Raises:
         RuntimeError: Blocks do not end in the reverse order of their beginning, as with interleaved
-            coroutines in one thread. This block is closed nevertheless.
+            coroutines in one thread. The block is closed in this case too.
     """
     checks = routing.group.row_checks if routing.may_mix else None
     followed = routing.kept.followed = (

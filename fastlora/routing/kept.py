@@ -1,6 +1,6 @@
 """Caches for mixed batches: one per `fastlora.adapters` block, and one per model for all blocks.
 
-A `Routing` is immutable and holds one `BlockKept`. A model's `Group` holds one `PackCache`.
+A `Routing` is immutable and refers to one `BlockKept`. A model's `Group` refers to one `PackCache`.
 `PackCache.clear` invalidates everything that is cached for the LoRA factors.
 """
 
@@ -58,8 +58,8 @@ class SetPack:
     Attributes:
         watch: Detects whether the factors have changed since they were packed; None if they cannot.
         mark: The weights version of the packed factors; None if they cannot change.
-        tables: The set's address tables for kernels. None until they are made, and False if they
-            cannot be made.
+        tables: The set's address tables for kernels. None until they are created, and False if they
+            cannot be created.
     """
 
     def __init__(self, changes: bool) -> None:
@@ -121,7 +121,8 @@ class PackCache:
     def get(self, key: tuple[Hashable, ...], changes: bool) -> SetPack:
         """Return the cached adapter set for a key, or a new set if it is missing or outdated.
 
-        A set is outdated if its factors have changed. ``changes`` says whether they can change.
+        A set is outdated if its factors have changed. ``changes`` tells whether the factors can
+        change.
         """
         with self._lock:
             known = self._sets.get(key)

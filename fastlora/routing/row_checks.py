@@ -62,7 +62,7 @@ _SEQUENCE_FIRST_MODULES = {
 
 
 class RowChecks:
-    """The results of the checks of which rows a model's layers get.
+    """The results of checking whether a model's layers get all rows of mixed batches.
 
     Args:
         root: The model.
@@ -218,7 +218,7 @@ class FollowedRows:
 
 
 def refuse_part(layer: RoutedLayer) -> None:
-    """Raise because a layer gets only some rows, or might get only some while rows are not tracked.
+    """Raise `UnsupportedLayerError` for a layer that gets, or might get, only some rows.
 
     Raises:
         UnsupportedLayerError: Always.

@@ -21,8 +21,8 @@ class Kind(enum.Enum):
 
     Attributes:
         ROWS: Rows of the batch, in its order. A tensor without a record is of this kind.
-        EVEN: Rows that the data chose, and that are in the order of the batch this time.
-        CHOSEN: Rows that the data chose or placed.
+        EVEN: Rows that the data selected, and that happen to be in the order of the batch.
+        CHOSEN: Rows that the data selected or placed.
         TABLE: Made from parameters and buffers, without data. The rows are not rows of the batch.
         CONSTANT: Made from numbers alone, as by `torch.zeros`.
         COUNTED: Made by `torch.arange`: an index that preserves the order.
@@ -48,9 +48,9 @@ class Facts(NamedTuple):
         kind: The kind of the rows.
         origin: For a chosen tensor or an index, the key of the index that it was derived from.
         inverse: For an index that is the inverse of another index, the key of the other index.
-        samples: The samples of the rows, int64, if values were read. Each sample stands for one of
-            as many equal parts of the storage. An even tensor has samples only while rows have yet
-            to be placed.
+        samples: The samples of the rows, int64, if values were read. Each item is the sample of one
+            part of the storage, which is divided into as many equal parts. A tensor of the kind
+            EVEN has samples only while rows have yet to be placed.
     """
 
     kind: Kind

@@ -105,7 +105,10 @@ def read(indices: Indices) -> list[torch.Tensor | None] | None:
 
 
 def is_readable(tensor: torch.Tensor) -> bool:
-    """Return whether the host can read a tensor's values, as during no capture of a CUDA graph."""
+    """Return whether the host can read a tensor's values.
+
+    The result is False during the capture of a CUDA graph, and for meta tensors and subclasses.
+    """
     if tensor.is_meta or type(tensor) not in (torch.Tensor, torch.nn.Parameter):
         return False
     return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())

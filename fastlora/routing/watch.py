@@ -18,13 +18,14 @@ _training = attrgetter("training")
 class Watch:
     """A record of adapters' modules, parameters and their versions, scalings, and dropouts.
 
-    It is checked once when a block begins. It does not detect writes that change no version.
-    Weights versions (`fastlora.weight_marks`) cover these, and are checked within a block too.
+    The record is checked once when a block begins. It does not detect writes that do not change a
+    tensor's version. Weights versions (`fastlora.weight_marks`) cover these writes, and are checked
+    within a block too.
 
-    It keeps the factors' memory alive, so that no other tensor can get the same address. An address
-    and a version then identify the contents. A `Stamp` keeps no memory alive, but takes longer to
-    compare. The lists are flat and are compared without a Python loop, because every block checks
-    each entry: 64 adapters on SmolLM2 have 13,440 pairs of factors.
+    The record keeps the factors' memory alive, so that no other tensor can get the same address. An
+    address and a version then identify the contents. A `Stamp` keeps no memory alive, but takes
+    longer to compare. The lists are flat and are compared without a Python loop, because every
+    block checks each entry: 64 adapters on SmolLM2 have 13,440 pairs of factors.
     """
 
     def __init__(self) -> None:

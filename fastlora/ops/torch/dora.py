@@ -37,7 +37,7 @@ _CHUNK = 1 << 18
 
 
 class InRows(NamedTuple):
-    """A weight that is computed a few rows at a time, as a quantized weight is dequantized.
+    """A weight that is computed a few rows at a time, such as one that is dequantized.
 
     Attributes:
         make: Returns an iterator over parts ``[n, K]`` of the rows.
@@ -226,7 +226,7 @@ class Dropped(NamedTuple):
     impl: str
 
     def masked(self, rows: torch.Tensor, after: torch.Tensor | None) -> torch.Tensor:
-        """Return ``rows [M, K]`` after dropout. Every call uses the same mask.
+        """Return ``rows [M, K]`` after dropout, with the same mask in every call.
 
         ``after`` is as in `fastlora.ops.torch.single.keep_mask`.
         """
@@ -252,7 +252,7 @@ def forward_rows(
 
     Returns:
         A tuple of ``y [M, N]``, ``s [M, R]``, and ``z [M, N]``, the product of the rows after
-            dropout and the base weight.
+        dropout and the base weight.
     """
     lora_a, lora_b, magnitude, squares, scaling, _, _, impl = adapter
     weight_x, scale = as_matrix(weight).to(rows.dtype), scale_of(magnitude, squares)

@@ -81,7 +81,7 @@ def expand_(
     lora_bias: _Factors,
     scaling: torch.Tensor,
 ) -> None:
-    """Add ``scaling * (s @ lora_b.T + lora_bias)`` of each row's adapter to y."""
+    """Add ``scaling * (s @ lora_b.T + lora_bias)`` of each row's adapter to y in place."""
     # x is not read if s is given.
     _add_(y, y, segments.up(present(lora_b, 1), lora_bias, scaling), rows_of(rows), s)
 

@@ -1,6 +1,6 @@
 """Packed factors: for each layer, two tensors with the factors of all adapters of a batch.
 
-If a set of adapters is used repeatedly, as in every step of a decode, the factors of each layer are
+If a set of adapters is used repeatedly, as in every decode step, the factors of each layer are
 stored as two tensors, so that one product serves many adapters. A rank row is a row of lora_a or a
 column of lora_b. Rank rows are arranged in units of as many as the largest rank. Adapters of
 smaller ranks share a unit.

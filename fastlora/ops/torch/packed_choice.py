@@ -39,7 +39,7 @@ class RowsKind(enum.Enum):
     """The kind of a batch's rows, on which the arrangement of matrix products depends.
 
     Attributes:
-        FEW: Few rows, as in a decode or with a short prompt.
+        FEW: Few rows, as in a decode step or with a short prompt.
         MANY: Many rows in any order.
         SAMPLES: Many rows, in long samples. Each id covers the adjacent tokens of one sample.
     """

@@ -175,8 +175,8 @@ def _blocks(first: torch.Tensor, rank: torch.Tensor, layout: Layout, coalesced: 
 def shrink(x: torch.Tensor, pack: LayerPack, plan: Plan) -> tuple[torch.Tensor, torch.Tensor]:
     """Return a tuple (x, s), where s is zero in columns that belong to other adapters.
 
-    ``x [M, K]`` is returned as it is, or with its rows gathered into blocks. s is ``[M, rank
-    rows]``, ``[blocks, C, rank rows of a block]``, or ``[B, T, unit]``.
+    ``x [M, K]`` is returned as it is, or with its rows gathered into blocks. s is
+    ``[M, rank rows]``, ``[blocks, C, rank rows of a block]``, or ``[B, T, unit]``.
     """
     if isinstance(plan, Dense):
         # [M, K] x [K, rank rows]

@@ -61,9 +61,9 @@ def lora_keep(x: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tensor:
     """Return the dropout mask of x: 1 for a kept element and 0 for a dropped one.
 
     The mask has an integer dtype of the width of x's dtype. It is drawn from a generator that is
-    seeded with ``seed`` (one int64 value, on the CPU so that reading it waits for nothing). Calls
-    with the same seed and shape return the same mask. 16 random bits decide each element, so ``p``
-    is rounded to a multiple of 2**-16.
+    seeded with ``seed`` (one int64 value, on the CPU so that reading it does not wait for the
+    device). Calls with the same seed and shape return the same mask. 16 random bits decide each
+    element, so ``p`` is rounded to a multiple of 2**-16.
     """
     generator = torch.Generator(device=x.device).manual_seed(int(seed))
     words = (x.numel() + _LANES_PER_WORD - 1) // _LANES_PER_WORD

@@ -1,7 +1,8 @@
 """Mixed batches in PyTorch, with separate products for the sorted rows of each adapter.
 
-Rows are sorted once. Each adapter then runs two small products on its own rows, and adds the result
-to the base product in place. No adapter affects the rows of another one, even if it has a NaN.
+Rows are sorted once. For each adapter, two small products are then computed on its own rows, and
+the result is added to the base product in place. No adapter affects the rows of another adapter,
+even if it contains NaN.
 
 s and ds consist of one part ``[rows, rank]`` for each adapter. If a layer computes them, the parts
 are flattened and concatenated. In operators and in shared-input groups, s and ds are ``[M, R]`` at
@@ -226,8 +227,8 @@ def grad_b(
 
     The gradients are None for an adapter without rows.
 
-    ``dy`` is at sorted positions. ``wants`` says whether the gradients of ``lora_a, lora_b,
-    lora_bias`` of each adapter in turn are wanted.
+    ``dy`` is at sorted positions. ``wants`` tells whether the gradients of
+    ``lora_a, lora_b, lora_bias`` of each adapter in turn are wanted.
     """
     ds, count = torch.zeros_like(s), len(operands.lora_b)
     d_lora_b: list[torch.Tensor | None] = [None] * count

@@ -24,7 +24,7 @@ def config_of(
     siblings: int = 1,
     batch_invariant: bool = False,
 ) -> configs.KernelConfig:
-    """Return the config of a kernel launch on x's device, for dots in x's dtype.
+    """Return the config of a kernel launch on x's device, for matrix products in x's dtype.
 
     The sizes, ``siblings``, and ``batch_invariant`` are as in `fastlora.kernels.configs.choose`.
     """

@@ -224,10 +224,10 @@ def _are_alike(
     lora_b: _Tensors,
     seeds: Sequence[torch.Tensor | None],
 ) -> bool:
-    """Return whether one kernel launch can compute all of these modules.
+    """Return whether one kernel launch can compute all of the given modules.
 
     Raises:
-        TypeError: The dtype of a weight is not x's.
+        TypeError: The dtype of a weight differs from that of x.
     """
     matrices = [weight for weight in weights if isinstance(weight, torch.Tensor)]
     for weight in matrices:

@@ -67,8 +67,8 @@ def shrunk_planes(
 
     The output is s itself, or split-K partial sums. In the latter case s is uninitialized, and the
     next launch adds the partial sums and stores the result in s. Each partial sum has M rows. In
-    the batch-invariant mode, the stride between them is that of a multiple of 16 rows, because
-    Triton would otherwise compile another kernel.
+    the batch-invariant mode, the stride between partial sums is that of a multiple of 16 rows,
+    because Triton would otherwise compile another kernel.
     """
     (m, k), r = x.shape, sum(a.shape[0] for a in lora_a)
     config = config_of("lora_shrink", x, m, k=k, r=r, batch_invariant=batch_invariant)
