@@ -46,7 +46,8 @@ class LoraLayer(Mergeable):
         lora_magnitude_vector: Maps the name of an adapter that uses DoRA to a module with weight
             ``[N]``.
         r, lora_alpha, scaling: Map an adapter name to a number.
-        frozen_peft_weight_names: Maps an adapter name to those of its parts that never train.
+        frozen_peft_weight_names: Maps an adapter name to the names of its parts that are never
+            trained.
         impl: Implementation, as in `fastlora.functional.lora_linear`.
     """
 
@@ -210,7 +211,7 @@ class LoraLayer(Mergeable):
     def _keep_base(self, init: Init, offload: bool = False) -> Callable[[], None]:
         """Return a function that undoes the changes of an initialization to the base layer.
 
-        With ``offload``, a weight on an accelerator is saved in CPU memory.
+        If ``offload`` is set, a weight on an accelerator is saved in CPU memory.
         """
         data = find_data(self, init) if init.data else None
         restore = keep_weight(self.get_base_layer(), offload) if init.changes_base else None

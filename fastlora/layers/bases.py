@@ -39,8 +39,9 @@ def why_not_plain(module: nn.Module, gathered: bool = False) -> str:
 
     ``gathered`` means that FSDP2 replaces shards by plain parameters during the forward pass.
 
-    Only an `nn.Linear` without hooks is plain. A subclass, or a module with a parametrization, a
-    forward hook (accelerate's offloading), or a replaced forward, must still be called.
+    The weight suffices only for an `nn.Linear` without hooks. A subclass, or a module with a
+    parametrization, a forward hook (accelerate's offloading), or a replaced ``forward``, must be
+    called.
     """
     if type(module) is not nn.Linear:
         return f"its base layer is {type(module).__name__}, which runs unchanged"
@@ -236,8 +237,8 @@ def replace_weight(module: nn.Module, weight: torch.Tensor) -> None:
 def keep_weight(module: nn.Module, offload: bool) -> Callable[[], None]:
     """Return a function that restores a module's current weight, bit for bit.
 
-    `replace_weight` does not overwrite the old values, so no copy is needed. With ``offload``, the
-    values of a weight on an accelerator are copied to the CPU, for models that do not fit there
+    `replace_weight` does not overwrite the old values, so no copy is needed. If ``offload`` is set,
+    the values of a weight on an accelerator are copied to the CPU, for models that do not fit there
     twice.
     """
     found = quantised(module)

@@ -1,4 +1,4 @@
-"""Code that fastlora's own layers and patched PEFT layers share, except for forward()."""
+"""`CommonLayer`, the base class of fastlora's linear layers and of patched PEFT layers."""
 
 from __future__ import annotations
 

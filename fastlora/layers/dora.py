@@ -1,16 +1,16 @@
 """The forward pass of DoRA adapters on one layer, outside and inside mixed batches.
 
-An adapter uses DoRA on a layer if the layer's ``lora_magnitude_vector`` has its name.
+An adapter uses DoRA on a layer if its name is a key of the layer's ``lora_magnitude_vector``.
 
 In a mixed batch, kernels, packed factors, or PyTorch first compute ``u + bias`` for every row, with
 ``u = x @ weight.T + scaling * s @ lora_b.T``. DoRA then scales the columns of its own rows. Other
-rows keep their bits. An adapter with active dropout has no LoRA term in u, and its rows are
-multiplied by the base weight a second time (`fastlora.autograd.dora.DoraDropped`).
+rows are not changed. For an adapter with active dropout, u does not include a LoRA term, and its
+rows are multiplied by the base weight a second time (`fastlora.autograd.dora.DoraDropped`).
 
 If autograd records a graph, rows are gathered adapter by adapter. Without a graph, and in a
-compiled graph, a row finds its adapter's scale g by its id. Over a pool an operator reads g by
-address. A compiled graph computes the norms of all the model's DoRA adapters in every forward pass,
-even of adapters without rows, because the rows of each adapter differ from batch to batch.
+compiled graph, the scale g of each row is looked up by the row's id. Over a pool, an operator reads
+g by address. A compiled graph computes the norms of all the model's DoRA adapters in every forward
+pass, even of adapters without rows, because the rows of each adapter differ from batch to batch.
 """
 
 from __future__ import annotations

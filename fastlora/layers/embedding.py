@@ -8,7 +8,8 @@ the size of an embedding vector.
 
 Shapes and file names follow PEFT 0.21.2, ``tuners/lora/layer.py``, `Embedding`. Dropout is not
 applied to ids. lora_embedding_A has a dense gradient regardless of ``sparse``, because it is stored
-by rank. ``max_norm`` limits only the vectors of the base layer, and factors are never written to.
+by rank. ``max_norm`` limits only the vectors of the base layer; the forward pass never writes to
+the factors.
 """
 
 from __future__ import annotations

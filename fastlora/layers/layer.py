@@ -85,7 +85,7 @@ class AdaptedLayer(nn.Module):
         return None
 
     def _own_quantised(self) -> Quantised | None:
-        """Return the quantization of the base weight, or None if it is not quantized."""
+        """Return the `Quantised` that describes the base weight, or None if it is not quantized."""
         return None
 
     def _weight_to_save(self, compiling: bool) -> torch.Tensor:

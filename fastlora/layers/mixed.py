@@ -37,7 +37,7 @@ _NO_FACTORS: Any = None, None, 0.0, None, 0.0, None
 def run(call: MixedCall, base: Base) -> torch.Tensor:
     """Return a layer's output ``[..., N]`` for a mixed batch.
 
-    Rows of adapters that the layer does not have get the base layer's output.
+    For rows of adapters that the layer lacks, the output is that of the base layer.
     """
     layer, routing = call.layer, call.routing
     if call.conditions.compiling:

@@ -1,7 +1,7 @@
 """The forward pass of one layer with packed factors in a mixed batch.
 
-Packed factors are used without gradients and without kernels, from the second time that a set of
-adapters occurs.
+Packed factors are used if gradients are disabled and no kernels run, from the second time that a
+set of adapters occurs.
 """
 
 from __future__ import annotations

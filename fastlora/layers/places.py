@@ -32,8 +32,8 @@ class Place(NamedTuple):
         of: The tables.
         rows: The rows.
         invariant: Whether the launches are for the batch-invariant mode.
-        own: The rows as operators take them.
-        tables: The tables as operators take them.
+        own: The rows in the form in which operators receive them.
+        tables: The tables in the form in which operators receive them.
         row: The layer's row in the tables.
         group: The layer's shared-input group if the layer has neighbors in the tables, or None.
         first: The lowest row among the layer and its neighbors.

@@ -42,7 +42,8 @@ class Starter:
         base: The layer's base layer.
         asked: The initialization that ``name`` refers to.
         init: The initialization that runs. It differs from ``asked`` if the layer does not support
-            it or if trained factors will overwrite the values.
+            that one, if the base weight is on the meta device, or if trained factors will overwrite
+            the values.
         weight: The new base weight ``[N, K]`` once `fill` has run, or None if it is unchanged.
 
     Raises:

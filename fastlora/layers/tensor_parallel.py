@@ -273,7 +273,7 @@ class TensorParallelLora(FastLoraWrapper):
         return own(bias) / self.base_layer.weight.device_mesh.size()
 
     def _own_seed(self, seed: torch.Tensor) -> torch.Tensor:
-        """Return this process's dropout seeds, int64 ``[S]``.
+        """Return this process's dropout seeds, int64, in the shape of ``seed``.
 
         Column-wise, all processes use the same seeds. Row-wise, each process uses its own.
         """

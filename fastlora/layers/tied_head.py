@@ -2,8 +2,8 @@
 
 The adapted weight of the embedding is ``weight + scaling * (B @ A).T``, ``[V, D]``, and so is that
 of the head: ``y = base(x) + scaling * dropout(x) @ B @ A``. The two layers share one A ``[R, V]``
-and one B ``[D, R]``, which receive the sum of both gradients. PEFT 0.21.2 gives the head its own
-parameters over the same memory, and an optimizer then steps both.
+and one B ``[D, R]``, which receive the sum of both gradients. In PEFT 0.21.2, the head has its own
+parameters over the same memory, and an optimizer then updates both.
 """
 
 from __future__ import annotations

@@ -299,5 +299,5 @@ def _(*_: object) -> None:
     """Compute ``y = (y - bias) * g + bias`` in the rows of adapters that have DoRA scales g.
 
     ``scale_address`` is int64 ``[G, S]``, the addresses of g, fp32 ``[N]``. 0 stands for no scales;
-    see also `fastlora.ops.factors.PENDING`. All other rows keep their bits.
+    see also `fastlora.ops.factors.PENDING`. All other rows are not changed.
     """

@@ -1,6 +1,7 @@
 """Rules for the effect of each operator on the rows of a batch; see `fastlora.routing.row_order`.
 
-A rule returns the `Facts` of an operator's result, or None to leave them unchanged.
+A rule is a function that returns the `Facts` about an operator's result, or None to leave them
+unchanged.
 """
 
 from __future__ import annotations

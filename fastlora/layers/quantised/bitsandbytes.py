@@ -88,9 +88,7 @@ class Bits4(Quantised):
     def read(self, dtype: torch.dtype) -> tuple[Coded, tuple[torch.Tensor, ...]]:
         """Return the codes and the tensors that they depend on, as `Quantised.read` does.
 
-        A dequantized value is ``table[code] * absmax``, with the absmax of its block.
-
-        Blocks run along K.
+        A dequantized value is ``table[code] * absmax``, with the absmax of its block along K.
         """
         weight, state, (n, k) = self.weight, self.weight.quant_state, self.shape
         library, block = self.library(), state.blocksize

@@ -1,8 +1,8 @@
 """The interface of a kind of quantized weight, and the registry of kinds.
 
-A kind is a subclass of `Quantised` with the decorator `register_quantised`. It defines which
-modules it supports, their weight as a dense matrix, as a whole and some rows at a time, how a merge
-writes the weight, and what kernels read.
+A kind is a subclass of `Quantised` with the decorator `register_quantised`. It defines the modules
+that it supports, methods that return their weight as a dense matrix (as a whole or some rows at a
+time) or in the form that kernels read, and a method with which a merge writes the weight.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class Quantised(Stored):
     def read(self, dtype: torch.dtype) -> tuple[Coded, tuple[torch.Tensor, ...]]:
         """Return a tuple (coded, tensors): the weight in the form that kernels read.
 
-        ``coded`` stands for a matrix in ``dtype``, and ``tensors`` are the tensors whose addresses
+        ``coded`` represents a matrix in ``dtype``, and ``tensors`` are the tensors whose addresses
         it contains.
 
         The method checks the dtypes, the sizes, and the values of tables in the library's object.
@@ -128,7 +128,7 @@ class Quantised(Stored):
             return name
 
     def lacks(self, error: AttributeError) -> str:
-        """Return the fallback reason for a library's object that lacks a field."""
+        """Return the fallback reason for an object of a library that lacks an expected field."""
         return f"{self.library()}: {error}; its base layer runs unchanged"
 
     def coded(self, dtype: torch.dtype) -> CodedWeight | str:
@@ -271,7 +271,7 @@ def class_name(module: object) -> str:
 
 
 def quantised(module: object) -> Quantised | None:
-    """Return the quantization of a module's weight, or None if no kind supports it.
+    """Return a `Quantised` for a module's weight, or None if no registered kind supports it.
 
     Raises:
         UnsupportedLayerError: The library has not quantized the weight yet.

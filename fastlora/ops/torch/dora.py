@@ -135,7 +135,7 @@ def adapted_sums(
 
 
 def nonzero(sums: torch.Tensor) -> torch.Tensor:
-    """Return squared norms with infinity in place of 0, where DoRA's scale should be 0, not NaN."""
+    """Return squared norms with infinity in place of 0, for which DoRA's scale is 0, not NaN."""
     return F.threshold(sums, 0.0, float("inf"))  # keeps NaN
 
 

@@ -41,7 +41,7 @@ def linear(
     dropout_p: Sequence[float],
     plan: str,
 ) -> list[torch.Tensor]:
-    """Return y, and s unless it is given."""
+    """Return a list with the output y, and with the shrink output s unless it is given."""
     if not rows:
         lora_a, lora_b, _ = factors
         if lora_a is None or lora_b is None:
@@ -76,7 +76,7 @@ def linear_at(
     plan: str,
     siblings: Sequence[int] | None = None,
 ) -> list[torch.Tensor]:
-    """Return a list with the output of one module, and s if computed here for several modules."""
+    """Return a list with the output of one module, and with s if several modules share it."""
     found = tables_of(tables, max_rank, factor_dtype)
     first, stop = siblings or (index, index + 1)
     invariant = plan == "invariant"
@@ -151,7 +151,7 @@ def linear_one(
     dropout_p: float,
     plan: str,
 ) -> list[torch.Tensor]:
-    """Return y, and s unless it is given."""
+    """Return a list with the output y, and with the shrink output s unless it is given."""
     own = [weight], [bias], s, [lora_a], [lora_b], [scaling]
     return _linears(x, *own, seed, dropout_p, plan, with_s=s is None)
 

@@ -90,7 +90,7 @@ def aligned_blocks(tensors: Sequence[_Block]) -> list[_Block]:
 
 
 def addresses_of(blocks: Sequence[torch.Tensor | None], device: torch.device) -> torch.Tensor:
-    """Return a tensor of the addresses of tensors, int64; 0 for None and empty tensors."""
+    """Return an int64 tensor of the given tensors' addresses, with 0 for None and empty tensors."""
     values = tuple(0 if b is None or not b.numel() else b.data_ptr() for b in blocks)
     return numbers_on(values, torch.int64, device)
 
