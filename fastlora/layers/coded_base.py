@@ -205,7 +205,10 @@ def sibling_base(layer: AdaptedLayer) -> Base | None:
 
 
 def why_called(layer: AdaptedLayer) -> str:
-    """Return the reason why a quantized base layer is called, or an empty string if it is not."""
+    """Return the reason why a layer's base layer must be called, or an empty string.
+
+    The base layer is not a plain linear.
+    """
     kept = _kept(layer)
     code = kept.find(layer.get_base_layer(), kept.dtype)
     return code if isinstance(code, str) else ""

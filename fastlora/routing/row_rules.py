@@ -122,7 +122,7 @@ def _counts_all(known: RowFacts, index: torch.Tensor, rows: torch.Tensor) -> boo
 
 
 def _looked_up(known: RowFacts, kind: Kind, indices: Indices) -> Facts:
-    """Return the facts about rows looked up in a table, which are the facts about the indices."""
+    """Return the facts about rows looked up in a table, which depend on those about the indices."""
     if known.are_tables(*indices):
         return TABLE if kind is Kind.TABLE else CONSTANT
     if kind is Kind.IDENTITY:

@@ -76,7 +76,10 @@ def linear_at(
     plan: str,
     siblings: Sequence[int] | None = None,
 ) -> list[torch.Tensor]:
-    """Return a list with the output of one module, and with s if several modules share it."""
+    """Return a list with the output of one module.
+
+    If s is not given and ``siblings`` is, the list also contains s for these modules.
+    """
     found = tables_of(tables, max_rank, factor_dtype)
     first, stop = siblings or (index, index + 1)
     invariant = plan == "invariant"
