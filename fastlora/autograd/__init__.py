@@ -1,1 +1,1 @@
-"""Autograd functions of adapters: the tensors that they save, and every gradient."""
+"""Autograd functions of linear layers with adapters."""

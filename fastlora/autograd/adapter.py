@@ -1,6 +1,7 @@
-"""One adapter on a base layer: dtype checks, the dropout seed, and the choice of autograd nodes.
+"""The output of a base layer with one adapter, and the choice of the autograd nodes.
 
-On a CPU, PyTorch's own nodes compute few rows. Otherwise `fastlora.autograd.linear` computes.
+For few rows on a CPU, PyTorch's own autograd nodes are used. Otherwise, those of
+`fastlora.autograd.linear` are.
 """
 
 from __future__ import annotations
@@ -48,9 +49,9 @@ def run_adapter(
             for an fp64 x). With a lora_bias it must have no dimensions.
         conditions: The conditions of the call.
         plan: As in `fastlora.functional.lora_linear`.
-        shared: The s that was computed for the layer together with others, or None. x, dropout_p,
-            and the implementation must be those that it was computed with.
-        own_seed: Returns the seed to use in place of a drawn one, if processes share a layer.
+        shared: The s that was computed for the layer together with others, or None. It must have
+            been computed with the same x, dropout_p, and implementation.
+        own_seed: Maps a drawn seed to the seed to use, for a layer that is split over processes.
     """
     lora_a, lora_b, scaling, lora_bias, dropout_p, _ = factors
     weight, name = base.weight, conditions.backend
@@ -105,12 +106,12 @@ def _records_natively(
     lora_b: torch.Tensor,
     scaling: torch.Tensor,
 ) -> bool:
-    """Return whether PyTorch's own nodes compute a layer on the PyTorch path without dropout.
+    """Return whether PyTorch's own autograd nodes should compute a layer without dropout.
 
     ``known`` is the base weight, or the output of a base layer that was called.
 
-    The function is not called for compiled graphs, which would differ for few and many rows. The
-    result is False if x would have to be copied to be saved as rows.
+    The function is not called for compiled graphs, because a graph must not depend on the number of
+    rows. The result is False if x would have to be copied to reshape it to rows.
     """
     dtype, factors, few = x.dtype, lora_a.dtype, _FEW_ROWS
     rows = x.numel() // max(x.shape[-1], 1)
@@ -141,13 +142,13 @@ def _native_linear(
     lora_b: torch.Tensor,
     scaling: torch.Tensor,
 ) -> torch.Tensor:
-    """Compute `fastlora.autograd.linear.run` with PyTorch's own nodes.
+    """Return the result of `fastlora.autograd.linear.run`, with PyTorch's own autograd nodes.
 
     In fp32 and fp64 the result has the same bits. In bf16 the update is rounded before it is added,
-    and x is converted for fp32 factors. No Python code runs in the backward, and little runs here:
-    between two products of a large model, code is evicted from the processor's cache, and each call
-    takes microseconds. The nodes save x, ``scaling * s``, and the parameters. dx is the sum of two
-    products, where `LoraLinear` adds one to the other in place.
+    and x is converted for fp32 factors. No Python code runs in the backward pass, and little runs
+    here: between two products of a large model, code is evicted from the processor's cache, so each
+    call takes microseconds. The nodes save x, ``scaling * s``, and the parameters. dx is the sum of
+    two products, where `LoraLinear` adds one to the other in place.
     """
     shape = x.shape
     # A 2-D input makes fewer nodes. Without gradients, y would be a view that cannot be written to
@@ -176,7 +177,7 @@ def _native_add(
     scaling: torch.Tensor,
     inplace: bool,
 ) -> torch.Tensor:
-    """Add the update to the output ``[..., N]`` of a base layer, as `_native_linear` does.
+    """Return a base layer's output ``y [..., N]`` plus the update, computed as in `_native_linear`.
 
     ``inplace`` is as in `Base`.
     """

@@ -1,15 +1,15 @@
-"""DoRA as autograd functions: a scale of a LoRA result, and adapters with active dropout.
+"""Autograd functions of DoRA: scaling of a LoRA output, and adapters with active dropout.
 
 With ``u = x @ weight.T + scaling * s @ lora_b.T``, the layer's output is ``g * u + bias``. Here
 ``g = magnitude / ||weight + scaling * lora_b @ lora_a||`` per output row, with a detached norm. Any
-implementation of a LoRA forward pass can compute u. What remains is one scale per column of u.
+implementation of a LoRA forward pass can compute u. DoRA then scales each column of u.
 
-With active dropout, the base weight is also multiplied by the dropped input, as in PEFT:
+With active dropout, the base weight is also multiplied by the input after dropout, as in PEFT:
 ``y = x @ weight.T + bias + (g - 1) * dropout(x) @ weight.T + g * scaling * s @ lora_b.T``.
 If there are several adapters, each has its own rows, and both base products are computed for these
-rows only. One operator for the forward and one for the backward find the rows by id. In a compiled
-graph, which serves any mix of adapters, they do so when the graph runs. An adapter without rows
-gets zeros as gradients.
+rows only. One operator for the forward pass and one for the backward pass find the rows by id. In a
+compiled graph, which serves any mix of adapters, they do so when the graph runs. An adapter without
+rows gets gradients of zeros.
 
 Method: Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", https://arxiv.org/abs/2402.09353,
 sections 4.1 and 4.3 (the detached norm); PEFT 0.21.2, ``tuners/lora/dora.py``, for dropout.
@@ -39,9 +39,9 @@ from fastlora.ops.torch.dora import (
 
 
 class DoraScale(torch.autograd.Function):
-    """Compute ``y = g * u + bias``.
+    """Compute ``y = g * u + bias``, the DoRA output, from the LoRA output u without bias.
 
-    Saves u if the magnitude needs a gradient, which is the only one that needs u. Also saves the
+    Saves u if the magnitude needs a gradient; no other gradient depends on u. Also saves the
     magnitude and the squared norms.
     """
 
@@ -107,10 +107,11 @@ def _by_id(
     dropout_p: list[float],
     impl: str,
 ) -> Iterator[tuple[int, torch.Tensor, slice, Dropped]]:
-    """Yield the adapters that have rows, given their ``slots`` in ids.
+    """Yield a tuple (index, rows, positions, adapter) for each adapter that has rows.
 
-    Each item has the adapter's position among all adapters, its rows in x, the slice of s and z for
-    these rows, and the adapter.
+    ``index`` is the adapter's index among all adapters, ``rows`` are its rows in x, and
+    ``positions`` is the slice of s and z for these rows. ``slots`` lists each adapter's slot in
+    ids.
     """
     batch = sort_rows(ids, x.shape[0], max(slots) + 1)
     starts = batch.slot_start.tolist()
@@ -126,7 +127,7 @@ def _by_id(
 def _saved(
     y: torch.Tensor, x: torch.Tensor, adapters: Sequence[torch.Tensor], keeps_z: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return uninitialized memory for s and z; only the adapters' rows of it are used."""
+    """Return uninitialized tensors for s and z, of which only the adapters' rows are used."""
     rank = max(lora_a.shape[0] for lora_a in adapters[::_EACH])
     return x.new_empty(x.shape[0], rank), x.new_empty(x.shape[0] if keeps_z else 0, y.shape[1])
 
@@ -137,9 +138,11 @@ def _results(
     adapters: Sequence[torch.Tensor],
     wanted: Sequence[bool],
 ) -> list[torch.Tensor]:
-    """Return memory for the gradients of x and weight, and of each lora_a, lora_b, and magnitude.
+    """Return a list of uninitialized tensors for the gradients of x, the weight, and the factors.
 
-    A gradient that is not wanted has no elements.
+    The factors are each adapter's lora_a, lora_b, and magnitude in turn.
+
+    The tensor of a gradient that is not wanted has no elements.
     """
     like = [x, weight, *(t for own in _by(_EACH, adapters) for t in own[:3])]
     return [
@@ -152,7 +155,7 @@ def _results(
 def _dora_dropped(
     y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, *batch: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return y with the adapters' rows updated, and s and z in the order of the sorted rows."""
+    """Return a tuple of y with the adapters' rows updated, and of s and z at sorted positions."""
     y = y.clone(memory_format=torch.contiguous_format)
     s, z = _saved(y, x, batch[0], batch[-1])
     for _, rows, part, adapter in _by_id(x, *batch[:-1]):
@@ -174,7 +177,7 @@ def _(
 def _dora_dropped_backward(
     dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, *batch: Any
 ) -> list[torch.Tensor]:
-    """Return the gradients; see `_results`."""
+    """Return the list of gradients that `_results` describes."""
     *batch_of, s, z, wanted = batch
     found = _results(x, weight, batch_of[0], wanted)
     for tensor in found:
@@ -206,11 +209,11 @@ def _(dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, *batch: Any) -> l
 
 
 class DoraDropped(torch.autograd.Function):
-    """Compute adapters with active dropout; see the module's docstring.
+    """Compute the output of DoRA adapters with active dropout; see the module's docstring.
 
     Saves x, s, the seeds, and the parameters. If a magnitude needs a gradient, it also saves
     ``z = dropout(x) @ weight.T``, in PyTorch without the mask's factor ``1 / (1 - p)``. The
-    backward computes the mask again from the seed.
+    backward pass computes the mask again from the seed.
     """
 
     @staticmethod
@@ -228,8 +231,8 @@ class DoraDropped(torch.autograd.Function):
     ) -> torch.Tensor:
         """Compute y from ``base``, the base layer's output, or from weight and bias if it is None.
 
-        ``adapters`` has six tensors for each adapter; see `Dropped`. ``ids [B]`` are per sample or
-        per token, and ``slots`` has each adapter's slot in them. If ids is None, there is one
+        ``adapters`` has six tensors for each adapter; see `Dropped`. ``ids [B]`` are slots per
+        sample or per token, and ``slots`` lists each adapter's slot. If ids is None, there is one
         adapter, which applies to all rows. With ids, ``base`` must be given.
         """
         flat = None if base is None else base.reshape(-1, base.shape[-1])

@@ -1,16 +1,16 @@
-"""The autograd function of a linear with adapters: what is saved, and every gradient.
+"""The autograd function of a linear layer with adapters.
 
-`run` takes a base weight, or the output of the base layer. It takes one adapter for all rows, or
-many adapters with `fastlora.ops.rows.Rows`. It also takes an s that another layer of the
+`run` receives a base weight, or the output of the base layer. It receives one adapter for all rows,
+or many adapters with `fastlora.ops.rows.Rows`. It also receives an s that another layer of the
 shared-input group has computed, or None. The function saves x itself, s, the seeds, and the
 parameters. It never saves a cast or dropped copy of x, or a mask. It saves and computes nothing for
 inputs that need no gradient.
 
-On kernels, `fastlora.autograd.shared_input` has nodes for layers that receive the same tensor.
-Plain layers are one node. For layers that share only their pass over x, the graph has two kinds of
-nodes. `LoraShrink` computes every layer's s, and its backward computes every layer's d_lora_a and
-nothing else. Each layer's `LoraLinear` takes its s, and its backward returns dx including the LoRA
-term, ds (the gradient of s), and d_lora_b.
+On kernels, `fastlora.autograd.shared_input` provides nodes for layers that receive the same tensor.
+One node computes several plain layers. For layers that share only their pass over x, the graph has
+two kinds of nodes. `LoraShrink` computes every layer's s, and its backward computes every layer's
+d_lora_a and nothing else. Each layer's `LoraLinear` takes its s, and its backward returns dx
+including the LoRA term, ds (the gradient of s), and d_lora_b.
 
 Shapes: ``x [..., K]``, ``weight [N, K]``, ``y [..., N]``; for each adapter ``lora_a [R, K]``,
 ``lora_b [N, R]``, and ``lora_bias [N]`` or None, not scaled; s as in
@@ -45,7 +45,7 @@ def run(
     rows: Rows | None = None,
     s: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return ``[..., N]``: a base product, or a given y, with each row's own adapter.
+    """Return the output ``[..., N]`` of a base layer plus the update of each row's adapter.
 
     Args:
         x: The input, in the dtype of the products.
@@ -69,7 +69,7 @@ def run(
 
 
 def records_gradients(*tensors: torch.Tensor | None) -> bool:
-    """Return whether a graph is recorded through any of these tensors."""
+    """Return whether autograd records operations on any of the given tensors."""
     if torch.is_grad_enabled():
         for tensor in tensors:
             if tensor is not None and tensor.requires_grad:
@@ -86,7 +86,7 @@ def _forward(
     impl: str,
     plan: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the output ``[..., N]`` and s, without recording a graph."""
+    """Return a tuple (output ``[..., N]``, s) without recording an autograd graph."""
     dtype, shape, (weight, bias, y, inplace) = x.dtype, x.shape, base
     flat, given = x if len(shape) == 2 else x.reshape(-1, shape[-1]), y
     if weight is not None and weight.dtype != dtype:
@@ -116,7 +116,7 @@ def _forward(
 
 
 def plain_backward(backward: Callable[..., Any]) -> Any:
-    """Decorate a backward to raise on a second derivative, and to ignore the current autocast."""
+    """Decorator for a backward method: disable autocast, and raise on a second derivative."""
     once = once_differentiable(backward)
 
     @functools.wraps(backward)
@@ -137,7 +137,7 @@ def plain_backward(backward: Callable[..., Any]) -> Any:
 
 
 class LoraLinear(torch.autograd.Function):
-    """Compute `run` with a recorded graph; a given y is not overwritten.
+    """Compute `run` as one autograd node; a given y is not overwritten.
 
     Saves x, s, the seeds, and the parameters. Dropout masks are computed again from the seeds. If
     ``s`` is shared with other layers, every lora_a is detached, and x is not saved for it.
@@ -219,5 +219,8 @@ class LoraLinear(torch.autograd.Function):
 def _those(
     gradients: Sequence[torch.Tensor | None], wanted: Sequence[bool]
 ) -> list[torch.Tensor | None]:
-    """Return the wanted gradients; backends compute those of several adapters together."""
+    """Return the gradients with None in place of those that are not wanted.
+
+    Backends compute the gradients of several adapters together, including unwanted ones.
+    """
     return [grad if wants else None for grad, wants in zip(gradients, wanted, strict=True)]

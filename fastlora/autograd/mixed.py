@@ -1,9 +1,10 @@
-"""The operator of a mixed batch in a compiled graph; it decomposes when autograd is traced.
+"""The operator of a mixed batch in a compiled graph, which decomposes when autograd is traced.
 
 Everything that depends on the mix of adapters is a tensor: the slots of samples or tokens, and the
 dropout seeds. The factors of all adapters of the model are arguments, whether or not an adapter has
-rows, so one graph serves any mix. In the backward, adapters without rows get zeros. Rows are sorted
-once per graph, because all layers call `fastlora.ops.rows.sort_rows` with the same arguments.
+rows, so one graph serves any mix. In the backward pass, adapters without rows get gradients of
+zeros. Rows are sorted once per graph, because all layers call `fastlora.ops.rows.sort_rows` with
+the same arguments.
 
 Shapes: ``x [..., K]``, ``weight [N, K]``, ``y [..., N]``, ids and seeds int64 ``[B]`` and ``[S]``,
 and ``scaling [S]``; for each slot ``lora_a [rank, K]``, ``lora_b [N, rank]``, and ``lora_bias [N]``
@@ -44,7 +45,10 @@ def _lora_mixed(
     impl: str,
     s: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Compute `fastlora.autograd.linear.run` for a mixed batch, with all factors in one dtype."""
+    """Return the result of `fastlora.autograd.linear.run` for a mixed batch.
+
+    Factors of several dtypes are converted to a common one.
+    """
     rows = sort_rows(ids, x.numel() // x.shape[-1], len(dropout_p), x.device)
     drawn = None
     if any(dropout_p):

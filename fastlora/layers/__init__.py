@@ -1,4 +1,4 @@
-"""LoRA layers: adapter state, merging, and a forward pass through `fastlora.functional`."""
+"""LoRA layers: their adapters, merging, and their forward pass."""
 
 from fastlora.layers import (  # noqa: F401 - importing them registers their layer kinds
     conv,

@@ -1,8 +1,8 @@
-"""Zero gradients for unused adapters, which have no rows in a batch.
+"""Gradients of zeros for the parameters of adapters that have no rows in a batch.
 
-If several processes share a batch, another process may have rows for these adapters. DDP and FSDP2
-then reduce gradients parameter by parameter. If a parameter has no gradient in one process, they
-wait forever or mix up parameters.
+In distributed training, another process may have rows for these adapters. DDP and FSDP2 reduce
+gradients parameter by parameter. If a parameter has no gradient in one process, they wait forever
+or reduce the gradients of different parameters together.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 
 def with_absent(call: MixedCall, y: torch.Tensor, *, waits: bool) -> torch.Tensor:
-    """Return y, of any shape, connected to the parameters of adapters that have no rows.
+    """Return y with the parameters of adapters without rows added to its autograd graph.
 
-    In the backward pass these parameters get zeros as gradients. If ``waits`` is not set and the
-    ids are on a GPU, all adapters are connected, to avoid waiting for the ids. Zeros are then added
-    to the other gradients.
+    In the backward pass, these parameters get gradients of zeros. y has any shape. If ``waits`` is
+    not set and the ids are on a GPU, the parameters of all adapters are added, to avoid waiting for
+    the ids. Zeros are then added to the other gradients.
     """
     layer, routing = call.layer, call.routing
     present: set[str] = set()
@@ -46,7 +46,7 @@ def with_absent(call: MixedCall, y: torch.Tensor, *, waits: bool) -> torch.Tenso
 
 
 def _parameters_of(layer: AdaptedLayer, name: str) -> Iterator[torch.Tensor]:
-    """Yield all of an adapter's parameters on one layer."""
+    """Yield every parameter of an adapter on one layer."""
     for holder in layer._modules.values():
         if isinstance(holder, nn.ModuleDict) and name in holder:
             yield from holder[name].parameters()

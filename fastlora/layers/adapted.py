@@ -1,4 +1,4 @@
-"""The state of a module with named adapters: which are active, trainable, and merged.
+"""The base class of modules with named adapters: which are active, trainable, and merged.
 
 Names and flags follow PEFT, for tools that inspect a model's modules.
 """
@@ -16,13 +16,13 @@ from fastlora.validation import UnsupportedLayerError
 
 
 class Adapted:
-    """Adapters on one module.
+    """Base class of a module with named adapters.
 
-    No class has it before PEFT's abstract class in its ``__mro__``.
+    In a class's ``__mro__``, it never comes before PEFT's abstract class.
 
     Attributes:
         other_param_names: PEFT's name for the attributes of adapters that are not tensors.
-        adapter_layer_names: PEFT's name for the children that hold adapters' tensors.
+        adapter_layer_names: PEFT's name for the child modules that contain adapters' tensors.
         merged_adapters: Names of the adapters that are merged into the base weight, in order.
         merge_error: Error of quantizing a merged weight again, relative to the change that the
             merge should make (both as Frobenius norms). None if no adapter is merged into a
@@ -42,7 +42,7 @@ class Adapted:
         raise UnsupportedLayerError(f"{type(self).__name__} has no adapters")
 
     def adapter_parameters(self, adapter_name: str) -> Iterator[nn.Parameter]:
-        """Yield the adapter's trainable parameters on this module; none if it lacks the adapter."""
+        """Yield an adapter's trainable parameters; none if the module lacks the adapter."""
         raise UnsupportedLayerError(f"{type(self).__name__} has no adapters")
 
     def _check_known(self, adapter_name: str) -> None:
@@ -53,7 +53,7 @@ class Adapted:
 
     @property
     def active_adapters(self) -> list[str]:
-        """Names of the active adapters, whether or not this layer has them."""
+        """Names of the active adapters, including those that this layer lacks."""
         return list(self._active_adapters)
 
     @property
@@ -67,7 +67,7 @@ class Adapted:
         return self._disabled
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """Activate these adapters, and make only their parameters trainable.
+        """Activate adapters, make their parameters trainable, and freeze all other adapters.
 
         Args:
             adapter_names: One name, or several in the order in which they are applied.
@@ -84,7 +84,7 @@ class Adapted:
     def _activate(
         self, names: list[str], inference_mode: bool = False, keep_merged: bool = False
     ) -> None:
-        """Activate adapters as `set_adapter` does; the module may lack some of the names."""
+        """Activate adapters as `set_adapter` does, except that the module may lack some of them."""
         if self.merged and not keep_merged:
             warnings.warn(
                 ("set_adapter() unmerges the adapters that are currently merged"), stacklevel=3
@@ -94,7 +94,7 @@ class Adapted:
         self._set_trainable([] if inference_mode else self._active_adapters)
 
     def _set_trainable(self, names: list[str]) -> None:
-        """Make the parameters of these adapters trainable, and freeze all other adapters."""
+        """Make the parameters of the named adapters trainable, and freeze all other adapters."""
         for adapter in self._all_available_adapter_names():
             for parameter in self.adapter_parameters(adapter):
                 parameter.requires_grad_(adapter in names)
@@ -106,7 +106,10 @@ class Adapted:
 
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Run the module as its base layer within the block; a merge is undone and then redone."""
+        """Context manager that disables all adapters.
+
+        Merged adapters are unmerged in the block and merged again afterwards.
+        """
         merged, kept = list(self.merged_adapters), self._unmerged is not None
         active, was_disabled = self._active_adapters, self._disabled
         if merged:
@@ -131,7 +134,10 @@ class Adapted:
     def check_merge(
         self, safe_merge: bool = False, adapter_names: list[str] | None = None
     ) -> list[str]:
-        """Return the names that `merge` would merge, or raise as it would, without any change."""
+        """Return a list of the names that `merge` would merge, or raise the error that it would.
+
+        The module is not changed.
+        """
         return []
 
     def merge(
@@ -154,7 +160,7 @@ class Adapted:
         Raises:
             AdapterNotFoundError: The layer does not have one of the adapters.
             AdapterStateError: ``safe_merge`` found a value that is not finite, or an adapter has a
-                lora_bias and the base layer has no bias. Nothing has changed then.
+                lora_bias and the base layer has no bias. In this case, nothing has changed.
             UnsupportedLayerError: The base weight does not support merging.
         """
         names = self.check_merge(safe_merge, adapter_names)
@@ -162,7 +168,7 @@ class Adapted:
             self._merge(names, keep_base)
 
     def _merge(self, names: list[str], keep_base: bool) -> None:
-        """Merge adapters that `check_merge` has checked."""
+        """Merge adapters for which `check_merge` has not raised."""
 
     def unmerge(self) -> None:
         """Undo `merge` for every merged adapter."""

@@ -1,7 +1,7 @@
-"""`BesideLora`: a LoRA layer over a module that is called unchanged, without kernels.
+"""LoRA layers that call their base layer unchanged and run in PyTorch, without Triton kernels.
 
-`AddedLora` adds adapters one by one to the module's output. In a mixed batch each adapter gets its
-own samples.
+`AddedLora` adds adapters one by one to the module's output. In a mixed batch, each adapter runs on
+its own samples.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from fastlora.weight_marks import Mark, marks
 
 
 class BesideLora(LoraLayer):
-    """A LoRA layer over a module that is called unchanged.
+    """Base class of LoRA layers that call their base layer unchanged and use no Triton kernels.
 
-    Attributes that the layer lacks are looked up on that module, because models read, for example,
-    the stride of a convolution.
+    Attributes that the layer lacks are looked up on the base layer, because models read, for
+    example, the stride of a convolution.
 
     Args:
         base_layer: The module.
@@ -68,7 +68,7 @@ class BesideLora(LoraLayer):
             return getattr(self._modules["base_layer"], name)
 
     def fusion(self, gathered: bool = False) -> tuple[bool, str]:
-        """Return False, and the reason: what computes the layer instead."""
+        """Return False and the reason why the base product and LoRA term do not run fused."""
         return False, f"its base layer is {type(self.base_layer).__name__}: {self.not_fused}"
 
     def _begin(self, x: torch.Tensor) -> Conditions:
@@ -88,9 +88,10 @@ class BesideLora(LoraLayer):
 
 
 class AddedLora(BesideLora):
-    """A LoRA layer that adds its adapters one by one.
+    """Base class of LoRA layers that add the adapters to the base output one by one.
 
-    Besides the methods that `LoraLayer` names, a layer kind implements `_plus` and `_samples`.
+    Besides the methods that `LoraLayer` lists for subclasses, a subclass implements `_plus` and
+    `_samples`.
     """
 
     # ------------------------------------------- methods that a layer kind overrides
@@ -103,7 +104,7 @@ class AddedLora(BesideLora):
         conditions: Conditions,
         seed: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Return y with one adapter added, in y's dtype or a wider one.
+        """Return the sum of y and one adapter's update, in y's dtype or a wider dtype.
 
         Args:
             name: The adapter's name.
@@ -116,13 +117,13 @@ class AddedLora(BesideLora):
         raise UnsupportedLayerError(f"{type(self).__name__} does not implement _plus()")
 
     def _samples(self, x: torch.Tensor) -> tuple[int, int]:
-        """Return the number of samples in x, and how many leading dimensions count them."""
+        """Return a tuple (number of samples in x, number of leading dimensions over samples)."""
         raise UnsupportedLayerError(f"{type(self).__name__} does not implement _samples()")
 
     # ------------------------------------------------------------------------------------ forward
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Call the base layer, and add the adapters."""
+        """Call the base layer, and add the updates of the adapters to its output."""
         y: torch.Tensor = self.base_layer(x, *args, **kwargs)
         routing = None if self._disabled else routing_of(self)
         names = self._acting() if routing is None else []
@@ -141,7 +142,7 @@ class AddedLora(BesideLora):
     def _mixed(
         self, routing: Routing, x: torch.Tensor, y: torch.Tensor, conditions: Conditions
     ) -> torch.Tensor:
-        """Return y with each sample's own adapter added."""
+        """Return y with the update of each sample's own adapter added to that sample."""
         check_unmerged(self)
         m, dims = self._samples(x)
         count = routing.ids.shape[0]
@@ -163,7 +164,10 @@ class AddedLora(BesideLora):
     def _by_segment(
         self, routing: Routing, x: torch.Tensor, y: torch.Tensor, conditions: Conditions
     ) -> torch.Tensor:
-        """Return the output of `_mixed` if the host may read which samples have which adapter."""
+        """Return the output of `_mixed`, running each adapter on its own samples only.
+
+        The host waits for the adapter ids if they are on a GPU.
+        """
         rows = routing.rows(x.shape[0], x.device, host=True)
         seeds = routing.seeds_of(self.routed_as, torch.device("cpu")) if self.training else None
         spans = {routing.names[s.slot]: (s.slot, s.start, s.stop) for s in rows.segments}
@@ -186,7 +190,7 @@ class AddedLora(BesideLora):
     def _by_mask(
         self, routing: Routing, x: torch.Tensor, y: torch.Tensor, conditions: Conditions
     ) -> torch.Tensor:
-        """Return the output of `_mixed` in a graph, which may not depend on the values of ids.
+        """Return the output of `_mixed` in a graph that does not depend on the values of ids.
 
         Every adapter runs on all samples, and each sample selects the output of its own adapter.
         """
@@ -205,7 +209,7 @@ class AddedLora(BesideLora):
     def _dropped(
         self, dropout: nn.Module, x: torch.Tensor, seed: torch.Tensor | None
     ) -> torch.Tensor:
-        """Return x after dropout, or x itself if no dropout is active.
+        """Apply dropout to x; return x itself if dropout is not active.
 
         With a seed, an adapter drops the same elements of its samples whatever else is in the
         batch.

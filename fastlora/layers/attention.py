@@ -36,20 +36,20 @@ _OUT = "base_layer.out_proj"
 
 
 class OutProjection(FastLoraWrapper):
-    """The adapters of an attention's out_proj, which is read and never called."""
+    """The LoRA layer of an attention's out_proj, whose weight is read but which is never called."""
 
     is_linear = False
 
     def fusion(self, gathered: bool = False) -> tuple[bool, str]:
-        """Return False, and the reason."""
+        """Return False and the reason why the base product and LoRA term do not run fused."""
         return False, _WHY
 
 
 class FastLoraMultiheadAttention(BesideLora):
-    """A LoRA layer over an `nn.MultiheadAttention`, or a subclass.
+    """LoRA layer over an `nn.MultiheadAttention` or an instance of a subclass.
 
     Args:
-        base_layer: The attention. Its out_proj becomes a LoRA layer until `release`.
+        base_layer: The attention module. Its out_proj is replaced by a LoRA layer until `release`.
 
     Attributes:
         lora_A: Maps an adapter name to a linear with weight ``[R, E]``.
@@ -64,9 +64,10 @@ class FastLoraMultiheadAttention(BesideLora):
 
     @property
     def _qkv_same_embed_dim(self) -> bool:
-        """False while adapters apply, so that an `nn.TransformerEncoderLayer` calls this layer.
+        """Whether no adapter applies; read by `nn.TransformerEncoderLayer`.
 
-        Otherwise the encoder layer would read the base weights in evaluation.
+        While it is False, an encoder layer calls this layer. Otherwise, in evaluation, it reads the
+        base weights itself and would ignore the adapters.
         """
         return not self._acting() and not self._out()._acting()
 
@@ -75,11 +76,11 @@ class FastLoraMultiheadAttention(BesideLora):
         return out
 
     def inner_layers(self) -> dict[str, LoraLayer]:
-        """Return out_proj's LoRA layer, which has adapters of the same names."""
+        """Return a dict that maps the relative name of out_proj to its LoRA layer."""
         return {_OUT: self._out()}
 
     def release(self) -> nn.Module:
-        """Return the attention, with its original out_proj restored."""
+        """Return the attention module, with its original out_proj restored."""
         base = self.base_layer
         if isinstance(base.out_proj, LoraLayer):
             base.out_proj = base.out_proj.release()
@@ -127,7 +128,7 @@ class FastLoraMultiheadAttention(BesideLora):
 
 
 def _adapted(layer: LoraLayer, weight: torch.Tensor, names: list[str]) -> torch.Tensor:
-    """Return a weight ``[N, K]`` with a layer's adapters added, in its dtype, rounded once."""
+    """Return ``weight [N, K]`` plus a layer's LoRA updates, rounded once to the weight's dtype."""
     if not names:
         return weight
     wide = torch.promote_types(torch.float32, weight.dtype)
@@ -141,7 +142,7 @@ def _adapted(layer: LoraLayer, weight: torch.Tensor, names: list[str]) -> torch.
 
 
 def _stand_in(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
-    """Return a copy of a module with some parameters replaced; everything else is shared.
+    """Return a shallow copy of a module in which some parameters are replaced by tensors.
 
     The original is not changed, so other threads do not see the replacement.
     """

@@ -1,4 +1,4 @@
-"""The state that every LoRA layer has: named adapters, and which are active and trainable."""
+"""`LoraLayer`, the base class of fastlora's LoRA layers."""
 
 from __future__ import annotations
 
@@ -30,14 +30,15 @@ from fastlora.weight_marks import marks
 
 
 class LoraLayer(Mergeable):
-    """Named adapters on one base layer, under PEFT's attribute names.
+    """Base class of LoRA layers: a base layer with named adapters, and PEFT's attribute names.
 
-    This class holds what all kinds of layers have in common. A layer kind overrides the methods in
-    the section "methods that a layer kind overrides"; their defaults are those of a linear.
+    This class implements what all kinds of LoRA layers have in common. A subclass for another kind
+    of layer overrides the methods in the section "methods that a layer kind overrides", which by
+    default are those of a linear layer.
 
     Attributes:
-        adapter_parts: Names of the containers that hold an adapter's tensors by adapter name. Files
-            use these names too.
+        adapter_parts: Names of the module dicts that map an adapter name to one of its tensors.
+            Adapter files use these names too.
         lora_A: Maps an adapter name to a linear module with weight ``[R, K]``.
         lora_B: Maps an adapter name to a linear module with weight ``[N, R]``, and a bias if the
             adapter has lora_bias.
@@ -45,7 +46,8 @@ class LoraLayer(Mergeable):
         lora_magnitude_vector: Maps the name of an adapter that uses DoRA to a module with weight
             ``[N]``.
         r, lora_alpha, scaling: Map an adapter name to a number.
-        frozen_peft_weight_names: Maps an adapter name to those of its parts that never train.
+        frozen_peft_weight_names: Maps an adapter name to the names of its parts that are never
+            trained.
         impl: Implementation, as in `fastlora.functional.lora_linear`.
     """
 
@@ -70,7 +72,7 @@ class LoraLayer(Mergeable):
     # ------------------------------------------- methods that a layer kind overrides
 
     def release(self) -> nn.Module:
-        """Return the module that replaces this layer when its adapters are removed."""
+        """Return the module that replaces this layer in the model when its adapters are removed."""
         return self.get_base_layer()
 
     def fusion(self, gathered: bool = False) -> tuple[bool, str]:
@@ -78,30 +80,36 @@ class LoraLayer(Mergeable):
         raise UnsupportedLayerError(f"{type(self).__name__} has no base layer")
 
     def _new_factors(self, r: int, lora_bias: bool, start: Starter) -> dict[str, parts.Factor]:
-        """Return a new adapter's factors by part, with values drawn as PEFT draws them."""
+        """Return a dict that maps each part, such as ``"lora_A"``, to a new adapter's factor.
+
+        Values are drawn as PEFT draws them.
+        """
         lora_a = nn.Linear(self.in_features, r, bias=False)
         lora_b = nn.Linear(r, self.out_features, bias=lora_bias)
         start.fill(lora_a, lora_b)
         return {"lora_A": lora_a, "lora_B": lora_b}
 
     def _init_here(self, init: bool | str) -> bool | str:
-        """Return the value that an ``init_lora_weights`` setting stands for on this layer kind."""
+        """Return the initialization that this kind of layer uses for ``init_lora_weights=init``."""
         return init
 
     def _calibrated(self) -> list[nn.Module]:
-        """Return the modules on which a calibration may have left its result."""
+        """Return a list of the modules on which a calibration may have stored its result."""
         return [self.get_base_layer()]
 
     def _weight_to_start_from(self, why: str) -> torch.Tensor:
-        """Return the base weight ``[N, K]``; ``why`` begins the error message if there is none."""
+        """Return the base weight ``[N, K]``, which an initialization reads.
+
+        ``why`` begins the error message if the weight cannot be read.
+        """
         return dense_weight(self.get_base_layer(), why).detach()
 
     def _magnitude_like(self, norms: torch.Tensor) -> torch.Tensor:
-        """Return norms ``[N]`` in the shape of this layer's magnitude."""
+        """Reshape norms ``[N]`` to the shape of this layer's magnitude."""
         return norms
 
     def inner_layers(self) -> dict[str, LoraLayer]:
-        """Return nested LoRA layers that always have this layer's adapters, by relative name."""
+        """Return a dict that maps relative names to nested LoRA layers with the same adapters."""
         return {}
 
     # ----------------------------------------------------------------------------- adapters
@@ -201,9 +209,9 @@ class LoraLayer(Mergeable):
             drop_data(self, init)
 
     def _keep_base(self, init: Init, offload: bool = False) -> Callable[[], None]:
-        """Return a function that undoes the changes that an initialization makes to the base layer.
+        """Return a function that undoes the changes of an initialization to the base layer.
 
-        With ``offload``, a weight on an accelerator is saved in CPU memory.
+        If ``offload`` is set, a weight on an accelerator is saved in CPU memory.
         """
         data = find_data(self, init) if init.data else None
         restore = keep_weight(self.get_base_layer(), offload) if init.changes_base else None
@@ -218,14 +226,14 @@ class LoraLayer(Mergeable):
         return undo
 
     def _place(self, adapter_name: str) -> None:
-        """Prepare an adapter's new factors, before it has a magnitude. Does nothing by default."""
+        """Prepare a new adapter's factors before its magnitude is computed; no-op by default."""
 
     def reset_magnitude(self, adapter_name: str) -> None:
-        """Set an adapter's magnitude to the row norms of its adapted weight, in its factors' dtype.
+        """Set an adapter's DoRA magnitude to the row norms of its adapted weight.
 
-        The adapter then changes only the direction of the weight's rows. While lora_B is zero, as
-        it is at initialization, the layer's output is that of its base layer. The new magnitude is
-        frozen.
+        The magnitude has the dtype of the factors. The adapter then changes only the direction of
+        the weight's rows. While lora_B is zero, as it is at initialization, the layer's output is
+        that of its base layer. The new magnitude is frozen.
         """
         self._check_known(adapter_name)
         _, lora_b, _ = self._factors(adapter_name)
@@ -236,7 +244,7 @@ class LoraLayer(Mergeable):
         self.lora_magnitude_vector[adapter_name] = magnitude
 
     def refresh(self) -> None:
-        """Invalidate everything that is cached of this layer's weights and of its model's adapters.
+        """Invalidate all values cached for this layer's weights and for its model's adapters.
 
         Call it after writing through a parameter's ``.data``: no cache can detect that write.
         """
@@ -266,7 +274,7 @@ class LoraLayer(Mergeable):
         self._active_adapters = [n for n in self._active_adapters if n != adapter_name]
 
     def adapter_parameters(self, adapter_name: str) -> Iterator[nn.Parameter]:
-        """Yield the adapter's trainable parameters on this layer; none if it lacks the adapter."""
+        """Yield an adapter's trainable parameters; none if the layer lacks the adapter."""
         fixed = self.frozen_peft_weight_names.get(adapter_name, ())
         for part in self.adapter_parts:
             holder = self._modules[part]
@@ -275,7 +283,10 @@ class LoraLayer(Mergeable):
                 yield from (factor,) if isinstance(factor, nn.Parameter) else factor.parameters()
 
     def set_scale(self, adapter_name: str, factor: float) -> None:
-        """Set the scaling to ``factor`` times the value that the rank and lora_alpha give."""
+        """Set an adapter's scaling to ``factor`` times its initial value.
+
+        The initial value follows from the rank and lora_alpha.
+        """
         self._check_known(adapter_name)
         r = self.r[adapter_name]
         base = math.sqrt(r) if self.use_rslora[adapter_name] else r
@@ -290,7 +301,10 @@ class LoraLayer(Mergeable):
                 self.scaling[name] *= scale
 
     def unscale_layer(self, scale: float | None = None) -> None:
-        """Divide the scaling of each active adapter by ``scale``, or reset it if None."""
+        """Divide the scaling of each active adapter by ``scale``.
+
+        If ``scale`` is None, reset the scalings to their initial values.
+        """
         self._forget_packed()
         for name in self._active_adapters:
             if name in self.scaling:
@@ -300,7 +314,7 @@ class LoraLayer(Mergeable):
                     self.scaling[name] /= scale
 
     def _acting(self) -> list[str]:
-        """Return the names of the adapters to apply outside a mixed batch."""
+        """Return a list of the names of the adapters that are applied outside mixed batches."""
         if self._disabled or self.merged_adapters:
             return []
         active: Any = self._active_adapters
@@ -315,7 +329,7 @@ class LoraLayer(Mergeable):
         return parts.file_names(self._held_parts(adapter_name), adapter_name)
 
     def widen(self, adapter_name: str) -> None:
-        """Convert factors of fewer than 32 bits to fp32, and recompute the magnitude from them."""
+        """Convert factors narrower than fp32 to fp32, and recompute the magnitude from them."""
         for part, factor in self._held_parts(adapter_name).items():
             if not isinstance(factor, parts.DoraMagnitude):
                 self._modules[part][adapter_name] = parts.widened(factor)
@@ -324,7 +338,7 @@ class LoraLayer(Mergeable):
             self.reset_magnitude(adapter_name)
 
     def _held_parts(self, adapter_name: str) -> dict[str, parts.Factor]:
-        """Return an adapter's factors and magnitude by part."""
+        """Return a dict that maps each part, such as ``"lora_A"``, to the adapter's factor."""
         held: dict[str, parts.Factor] = {}
         for part in self.adapter_parts:
             holder = self._modules[part]
@@ -334,7 +348,7 @@ class LoraLayer(Mergeable):
 
     @property
     def adapter_layer_names(self) -> tuple[str, ...]:
-        """Names of the containers that hold each adapter's factors."""
+        """Names of the module dicts that contain the adapters' factors."""
         return tuple(part for part in self.adapter_parts if part != "lora_magnitude_vector")
 
     def _all_available_adapter_names(self) -> list[str]:
@@ -349,7 +363,7 @@ class LoraLayer(Mergeable):
             )
 
     def _factor_like(self) -> torch.Tensor | None:
-        """Return a tensor with the device and dtype of new factors; None for torch's defaults."""
+        """Return a tensor whose device and dtype new factors get, or None for torch's defaults."""
         base = self.get_base_layer()
         if any(map(is_sharded, base.parameters(recurse=False))):
             raise AdapterStateError(

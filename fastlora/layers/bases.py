@@ -1,4 +1,4 @@
-"""Base layers: which can be adapted, which are plain, and their dense weight."""
+"""Properties of base layers, such as their features, hooks, sharding, and dense weight."""
 
 from __future__ import annotations
 
@@ -35,12 +35,13 @@ def linear_features(module: nn.Module) -> tuple[int, int] | None:
 
 
 def why_not_plain(module: nn.Module, gathered: bool = False) -> str:
-    """Return why a module cannot be computed from its weight alone, or an empty string.
+    """Return the reason why a module must be called, or an empty string if its weight suffices.
 
-    ``gathered`` says that FSDP2 replaces shards by plain parameters during the forward pass.
+    ``gathered`` means that FSDP2 replaces shards by plain parameters during the forward pass.
 
-    Only an `nn.Linear` without hooks is plain. A subclass, or a module with a parametrization, a
-    forward hook (accelerate's offloading), or a replaced forward, must still be called.
+    The weight suffices only for an `nn.Linear` without hooks. A subclass, or a module with a
+    parametrization, a forward hook (accelerate's offloading), or a replaced ``forward``, must be
+    called.
     """
     if type(module) is not nn.Linear:
         return f"its base layer is {type(module).__name__}, which runs unchanged"
@@ -59,7 +60,7 @@ def why_not_plain(module: nn.Module, gathered: bool = False) -> str:
 
 
 def why_hooked(module: nn.Module) -> str:
-    """Return why calling a module does more than its class's forward, or an empty string."""
+    """Return the reason why a call does more than the class's ``forward``, or an empty string."""
     if "forward" in module.__dict__:
         return "its base layer's forward was replaced"
     if module._forward_hooks or module._forward_pre_hooks:
@@ -70,7 +71,7 @@ def why_hooked(module: nn.Module) -> str:
 
 
 def factor_like(base: nn.Module) -> torch.Tensor | None:
-    """Return a tensor with the device and dtype of new factors, or None for torch's defaults.
+    """Return a tensor whose device and dtype new factors get, or None for torch's defaults.
 
     As in PEFT, new factors use the ``compute_dtype`` of a base layer that has one (bitsandbytes'
     4-bit layers, HQQ).
@@ -86,16 +87,16 @@ def factor_like(base: nn.Module) -> torch.Tensor | None:
 
 
 def is_parallel(module: nn.Module) -> bool:
-    """Return whether tensor parallelism has split a module, in a supported way or not."""
+    """Return whether a module's weight is sharded by tensor parallelism, supported or not."""
     split = getattr(module, "_distribute_module_applied", False)
     return bool(split) and is_sharded(module._parameters.get("weight"))
 
 
 def parallel_style(module: nn.Module) -> str | None:
-    """Return how a module's weight is split over a tensor-parallel mesh, or None if it is not.
+    """Return `COLUMN_WISE` or `ROW_WISE` for a tensor-parallel module, or None for any other.
 
     Raises:
-        UnsupportedLayerError: Adapters do not support the way in which it is split.
+        UnsupportedLayerError: Adapters do not support the way in which the weight is split.
     """
     weight: Any = module._parameters.get("weight")
     if not is_parallel(module):
@@ -119,14 +120,14 @@ def parallel_style(module: nn.Module) -> str | None:
 
 
 def makes_fresh_outputs(module: nn.Module) -> bool:
-    """Return whether the caller of a linear-like module has the only reference to its output."""
+    """Return whether a linear-like module keeps no reference to the outputs that it returns."""
     kind = type(module)
     # The name has the form that `class_name` returns.
     return kind is nn.Linear or f"{kind.__module__}.{kind.__qualname__}" in FRESH
 
 
 def stored_weight(module: nn.Module, shape: tuple[int, int]) -> Stored:
-    """Return how a linear-like module stores its weight, for a merge.
+    """Return the `Stored` through which a merge reads and writes a linear-like module's weight.
 
     Args:
         module: The base layer.
@@ -161,7 +162,7 @@ def dense_weight(
 
     Args:
         module: The base layer.
-        why: The purpose of reading it, which begins the error message.
+        why: The purpose of reading the weight, which begins the error message.
 
     Raises:
         UnsupportedLayerError: The module's weight is of none of these kinds.
@@ -190,13 +191,13 @@ def is_transposed(module: nn.Module) -> bool:
 
 
 def why_not_replaceable(module: nn.Module, quantised_too: bool) -> str:
-    """Return why a linear-like module's weight cannot be replaced, or an empty string.
+    """Return the reason why a linear-like module's weight cannot be replaced, or an empty string.
 
-    ``quantised_too`` says that a quantized weight may be quantized again.
+    If ``quantised_too`` is set, a quantized weight may be replaced by quantizing again.
 
     Raises:
-        UnsupportedLayerError: The quantized weight may be quantized again, but its kind does not
-            support it.
+        UnsupportedLayerError: ``quantised_too`` is set, but the weight's kind of quantization does
+            not support it.
     """
     found = quantised(module)
     if found is not None and quantised_too:
@@ -221,8 +222,8 @@ def why_not_replaceable(module: nn.Module, quantised_too: bool) -> str:
 def replace_weight(module: nn.Module, weight: torch.Tensor) -> None:
     """Replace the weight of a linear-like module by ``weight [N, K]``, in its own dtype and layout.
 
-    The parameter object stays the same. Its old values are not overwritten, because other code may
-    hold them. A quantized weight is quantized again. See `why_not_replaceable`.
+    The parameter object stays the same. The memory of its old values is not overwritten, because
+    other code may refer to it. A quantized weight is quantized again. See `why_not_replaceable`.
     """
     found = quantised(module)
     if found is not None:
@@ -236,9 +237,9 @@ def replace_weight(module: nn.Module, weight: torch.Tensor) -> None:
 def keep_weight(module: nn.Module, offload: bool) -> Callable[[], None]:
     """Return a function that restores a module's current weight, bit for bit.
 
-    `replace_weight` does not overwrite the old values, so they are kept without a copy. With
-    ``offload``, the values of a weight on an accelerator are copied to the CPU, for models that do
-    not fit there twice.
+    `replace_weight` does not overwrite the old values, so no copy is needed. If ``offload`` is set,
+    the values of a weight on an accelerator are copied to the CPU, for models that do not fit there
+    twice.
     """
     found = quantised(module)
     if found is not None:

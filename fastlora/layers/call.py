@@ -1,4 +1,4 @@
-"""The state of one layer's forward pass, determined once at its beginning."""
+"""Records of a LoRA layer's call, created once at the beginning of its forward pass."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class LayerCall(NamedTuple):
-    """A layer call outside a mixed batch: the same adapters apply to all rows.
+    """The call of a LoRA layer outside mixed batches, where the same adapters apply to all rows.
 
     Attributes:
         layer: The layer with the adapters.
@@ -33,10 +33,10 @@ class LayerCall(NamedTuple):
 
 
 class MixedCall(NamedTuple):
-    """A layer call in a mixed batch: each row has its own adapter.
+    """The call of a LoRA layer in a mixed batch, where each row has its own adapter or none.
 
     Attributes:
-        layer: The layer. It or its pool holds the adapters.
+        layer: The layer. The adapters belong to it or to a pool.
         given, x, conditions: As in `LayerCall`.
         routing: The batch's routing. In a graph that is being compiled, the routing's ``whole``.
     """
@@ -48,7 +48,10 @@ class MixedCall(NamedTuple):
     routing: Routing
 
     def rows(self, *, host: bool = False) -> Rows:
-        """Return the slots of x's rows; ``host`` says whether the host reads them."""
+        """Return the sorted `Rows` of x.
+
+        ``host`` tells whether the host reads their slots.
+        """
         x, routing = self.x, self.routing
         m = x.numel() // x.shape[-1]
         # All layers make the same call, so the compiler can merge the calls.

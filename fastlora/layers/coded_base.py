@@ -1,9 +1,9 @@
-"""A quantized base layer on kernels: the weight that kernels read in place of a module call.
+"""Quantized base layers on kernels, which read the quantized weight instead of calling the module.
 
-If kernels run and the module does nothing but its product, a layer's `Base` has the form of a plain
-linear's, with a `CodedWeight` as its weight. The forward pass, shared inputs, mixed batches, and
-DoRA then work as for a plain linear. Otherwise the module is called unchanged, and the fusion
-report gives the reason.
+If kernels run and the module computes only a matrix product with a bias, the layer's `Base` is like
+that of a plain linear, with a `CodedWeight` as its weight. The forward pass, shared inputs, mixed
+batches, and DoRA then work as for a plain linear. Otherwise the module is called unchanged, and the
+fusion report gives the reason.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _CAPTURED = "a CUDA graph is being captured; run a forward pass before the captu
 
 
 class Code(NamedTuple):
-    """A base layer's weight for kernels, and its quantization kind."""
+    """A quantized base weight in the form that kernels read, and its kind of quantization."""
 
     weight: CodedWeight
     kind: Quantised
@@ -49,7 +49,7 @@ _Found = tuple[Quantised | None, dict[torch.dtype, Code | str]]
 
 
 class KeptCode(Kept):
-    """A layer's cache of its base layer's weight for kernels, valid until the weight changes.
+    """A layer's cache of its quantized base weight for kernels, valid until the weight changes.
 
     Entries are stored by dtype of x, and include fallback reasons. Switching autocast on and off
     therefore recomputes nothing. A copied layer starts with an empty cache.
@@ -71,7 +71,7 @@ class KeptCode(Kept):
         self.forget()
 
     def find(self, module: nn.Module, dtype: torch.dtype | None) -> Code | str:
-        """Return the weight for a module with x in ``dtype``, or why the module must be called.
+        """Return a module's weight for x in ``dtype``, or the reason why the module is called.
 
         If ``dtype`` is None, the dtype that the module computes in is used.
         """
@@ -113,14 +113,17 @@ class KeptCode(Kept):
         return Base(weight, kind.bias_in(weight.dtype))
 
     def forget(self, captured: bool = False) -> None:
-        """Clear the cache; weights that CUDA graphs read are kept unless ``captured``."""
+        """Clear the cache; if ``captured`` is set, also release weights that CUDA graphs read."""
         self.dtype = self.repacked = None
         self._of = None, None, None
         if captured:
             self._captured.clear()
 
     def evaluated(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
-        """Return a `keeps_layout` module's output from repacked codes, or None to call it."""
+        """Return the output of a module computed from repacked codes, or None if unsupported.
+
+        The module is one for which `keeps_layout` is true.
+        """
         try:
             if self._look(module) is None:
                 return None
@@ -132,7 +135,7 @@ class KeptCode(Kept):
         return None if not repacked.takes(x) or why_hooked(module) else repacked(x)
 
     def _look(self, module: nn.Module) -> _Found | None:
-        """Return a module's kind and the cached entries, or None if writes are not counted.
+        """Return a tuple (kind, cached entries), or None if writes cannot be detected.
 
         Entries of another weight, or from before a write, are dropped.
 
@@ -154,7 +157,7 @@ class KeptCode(Kept):
 
 
 def coded_base(call: LayerCall | MixedCall) -> Base | None:
-    """Return the `Base` that replaces a call of the base layer, or None if it must be called."""
+    """Return a `Base` with the quantized weight, or None if the base layer must be called."""
     conditions, x = call.conditions, call.x
     # In the batch-invariant mode "auto" means kernels, and the forward raises if they cannot run.
     runs = conditions.impl == "triton" or (conditions.invariant and conditions.impl == "auto")
@@ -174,11 +177,11 @@ def coded_base(call: LayerCall | MixedCall) -> Base | None:
 def call_base(
     call: LayerCall | MixedCall, module: nn.Module, *args: Any, **kwargs: Any
 ) -> torch.Tensor:
-    """Call a base layer with the original input of its LoRA layer, and return the output.
+    """Call a base layer with the input that its LoRA layer was called with.
 
-    In evaluation on a CPU, a few rows may use a product over a copy of 4-bit codes (`Repacked`)
-    instead. The copy is dropped by the next call with gradients, and with the cached weight for
-    kernels.
+    In evaluation on a CPU, the output for a few rows may instead come from a product with a copy of
+    the 4-bit codes (`Repacked`). The copy is dropped by the next call with gradients, or when the
+    cached weight for kernels is cleared.
     """
     layer, x, conditions = call.layer, call.given, call.conditions
     made: torch.Tensor | None = None
@@ -195,23 +198,26 @@ def call_base(
 
 
 def sibling_base(layer: AdaptedLayer) -> Base | None:
-    """Return a layer's `Base` for kernels in its base layer's own dtype, or None."""
+    """Return a `Base` with a layer's quantized weight in its own dtype, or None if unsupported."""
     kept = _kept(layer)
     code = kept.find(layer.get_base_layer(), None)
     return None if isinstance(code, str) else kept.base_of(code)
 
 
 def why_called(layer: AdaptedLayer) -> str:
-    """Return why a base layer that is not a plain linear is called, or an empty string."""
+    """Return the reason why a layer's base layer must be called, or an empty string.
+
+    The base layer is not a plain linear.
+    """
     kept = _kept(layer)
     code = kept.find(layer.get_base_layer(), kept.dtype)
     return code if isinstance(code, str) else ""
 
 
 def reads_codes(layer: AdaptedLayer) -> str:
-    """Return the name of the quantization that kernels read, with the dtype they compute in.
+    """Return a text with the quantization that kernels read and the dtype they compute in.
 
-    The text is available after a call of `why_called`. It is empty if the weight is plain or the
+    `why_called` must have been called before. The text is empty if the weight is plain or if the
     base layer is called.
     """
     kept: KeptCode | None = layer.__dict__.get("_coded")
@@ -222,7 +228,7 @@ def reads_codes(layer: AdaptedLayer) -> str:
 
 
 def as_called(call: LayerCall | MixedCall, base: Base, y: torch.Tensor) -> torch.Tensor:
-    """Return a layer's output in the dtype that its base layer would return: the dtype of x."""
+    """Return ``y`` in the dtype that a call of the base layer would return, which is that of x."""
     dtype = call.given.dtype
     if y.dtype is dtype or not isinstance(base.weight, CodedWeight):
         return y
@@ -230,9 +236,9 @@ def as_called(call: LayerCall | MixedCall, base: Base, y: torch.Tensor) -> torch
 
 
 def forget_weights(layer: object, captured: bool = False) -> None:
-    """Clear what a layer caches of its weights: norms, and quantized weights for kernels.
+    """Clear a layer's cached DoRA norms and its cached quantized weight for kernels.
 
-    ``captured`` says that no CUDA graph reads the weights any longer.
+    If ``captured`` is set, weights that CUDA graphs read are released too.
     """
     own = layer.__dict__
     own.pop("_dora_norms", None)
@@ -246,7 +252,7 @@ def forget_weights(layer: object, captured: bool = False) -> None:
 def _watched(
     module: nn.Module, kind: Quantised | None
 ) -> tuple[Sequence[torch.Tensor], tuple[Hashable, ...]] | None:
-    """Return the arguments of a stamp of a module's weight, or None if the weight was replaced."""
+    """Return the arguments for `stamp_of` a module's weight, or None if the weight was replaced."""
     if kind is None:
         weight = module._parameters.get("weight")
         identity: tuple[Any, ...] = id(weight), type(weight)

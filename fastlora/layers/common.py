@@ -1,4 +1,4 @@
-"""Code that fastlora's own layers and patched PEFT layers share, except for forward()."""
+"""`CommonLayer`, the base class of fastlora's linear layers and of patched PEFT layers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fastlora.weight_marks import marks
 
 
 def forget_kept(layer: CommonLayer) -> None:
-    """Clear what is cached of a layer's weights and of its model's adapters in mixed batches."""
+    """Clear the caches of a layer's weights, and of its model's adapters in mixed batches."""
     forget_weights(layer)
     forget_group(layer)
     marks.end_trained()  # Open blocks cache results too.
@@ -28,10 +28,10 @@ def forget_kept(layer: CommonLayer) -> None:
 
 
 class CommonLayer(AdaptedLayer):
-    """A linear with named adapters: a fastlora layer, or a PEFT layer after `fastlora.patch`.
+    """Base class of linears with adapters: fastlora's layers and PEFT layers that are patched.
 
-    Switching between training and evaluation clears everything that is cached of its weights. Its
-    ``scaling`` is always a `Scalings`, with tensors on the device of the factors.
+    Switching between training and evaluation clears all values cached for the weights. ``scaling``
+    is always a `Scalings`, with tensors on the device of the factors.
     """
 
     knows_siblings = knows_siblings
@@ -40,7 +40,10 @@ class CommonLayer(AdaptedLayer):
     _own_magnitude = magnitude_of
 
     def _forget_packed(self) -> None:
-        """Clear the packed factors of mixed batches, even in an open block: they may change."""
+        """Clear the model's packed factors for mixed batches, because factors may change.
+
+        Open blocks are included.
+        """
         if self.routed_by is not None:
             self.routed_by.packs.clear()
 
@@ -49,7 +52,7 @@ class CommonLayer(AdaptedLayer):
         return dense_weight(self.get_base_layer())
 
     def train(self, mode: bool = True) -> Any:
-        """Set the mode as `nn.Module.train` does, and clear caches if the mode changes."""
+        """Set training mode as `nn.Module.train` does, and clear caches if the mode changes."""
         if mode != self.training:
             forget_kept(self)
         return super().train(mode)
@@ -66,7 +69,7 @@ class CommonLayer(AdaptedLayer):
         self._fit_scalings(values)
 
     def _watch_loads(self) -> None:
-        """Refit scalings after ``load_state_dict(assign=True)`` has replaced factors."""
+        """Register a hook that refits the scalings after ``load_state_dict`` replaces factors."""
         if _fit_loaded not in self._load_state_dict_post_hooks.values():
             self.register_load_state_dict_post_hook(_fit_loaded)
 
@@ -83,7 +86,10 @@ class CommonLayer(AdaptedLayer):
                 scalings.fit(name, factor)
 
     def _first_factor(self, name: str) -> torch.Tensor | None:
-        """Return an adapter's first factor, which determines the device of its scaling, or None."""
+        """Return an adapter's lora_A weight, or None if there is none.
+
+        It determines the device of the adapter's scaling.
+        """
         factors = self._modules.get("lora_A")  # Missing at the very beginning.
         if isinstance(factors, nn.ModuleDict) and name in factors:
             lora_a: Any = factors[name].weight

@@ -39,7 +39,7 @@ _CLASSES: dict[int, type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]] = {
 
 
 class FastLoraConv(AddedLora):
-    """A LoRA layer over a convolution, or a subclass, which is called unchanged.
+    """LoRA layer over a convolution (or a subclass instance), which is called unchanged.
 
     Args:
         base_layer: The convolution.
@@ -74,7 +74,7 @@ class FastLoraConv(AddedLora):
         return self._by_channel(norms).unsqueeze(0)
 
     def _by_channel(self, numbers: torch.Tensor) -> torch.Tensor:
-        """Reshape one number per channel, ``[N]``, to ``[N, 1, ...]``, to broadcast over y."""
+        """Reshape ``numbers [N]``, one per channel, to ``[N, 1, ...]``, to broadcast over y."""
         return numbers.view(-1, *(1,) * len(self.base_layer.kernel_size))
 
     def _own_magnitude(self, name: str) -> torch.Tensor:
@@ -113,14 +113,14 @@ class FastLoraConv(AddedLora):
     # ------------------------------------------------------------------------ weight and factors
 
     def _matrix(self, kernels: torch.Tensor) -> torch.Tensor:
-        """Flatten ``[N, C, ...]`` to ``[N, K]``, in the memory order of the base weight.
+        """Flatten kernels ``[N, C, ...]`` to ``[N, K]``, in the memory order of the base weight.
 
-        The matrix of the base weight is therefore a view of it.
+        The result for the base weight is therefore a view of it.
         """
         return (kernels if self.weight.is_contiguous() else kernels.movedim(1, -1)).flatten(1)
 
     def _kernels(self, matrix: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-        """Undo `_matrix`, giving a tensor of this shape."""
+        """Undo `_matrix`, returning a tensor of shape ``shape``."""
         if self.weight.is_contiguous():
             return matrix.view(shape)
         n, c, *kernel = shape
@@ -130,7 +130,10 @@ class FastLoraConv(AddedLora):
         return self._kernels(delta, self.weight.shape)
 
     def _factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Return the factors as matrices; with groups, lora_b is ``[N, R / groups]``."""
+        """Return lora_a and lora_b as matrices, and the bias of lora_B or None.
+
+        If the convolution has groups, lora_b is ``[N, R / groups]``.
+        """
         down, up = self.lora_A[name], self.lora_B[name]
         return self._matrix(down.weight), up.weight.flatten(1), up.bias
 
@@ -144,11 +147,11 @@ class FastLoraConv(AddedLora):
             up.bias.copy_(bias)
 
     def _norm_factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return two matrices with the product that DoRA computes norms with, as in PEFT.
+        """Return two matrices whose product is the update that DoRA uses in its norms, as in PEFT.
 
-        With one group they are the factors. With groups, PEFT multiplies the flattened ``lora_B``
-        and ``lora_A`` and reshapes the product to ``[N, C / groups, ...]``. Output n has row
-        ``n // groups`` of lora_B times share ``n % groups`` of the input channels.
+        With one group, they are the factors. With groups, PEFT multiplies the flattened ``lora_B``
+        and ``lora_A`` and reshapes the product to ``[N, C / groups, ...]``. Row n of the reshaped
+        product is row ``n//groups`` of lora_B times share ``n%groups`` of lora_A's input channels.
         """
         down, up = self.lora_A[name], self.lora_B[name]
         groups = self.base_layer.groups
@@ -164,7 +167,10 @@ class FastLoraConv(AddedLora):
         return self._matrix(self.weight)
 
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
-        """Return the adapter's update of the weight; raise for a convolution with groups."""
+        """Return the adapter's update of the weight, in the weight's shape.
+
+        A convolution with groups is not supported and raises an error.
+        """
         self._refuse_groups("cannot compute a weight update for")
         return super().get_delta_weight(adapter_name)
 

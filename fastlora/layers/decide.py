@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 def decide(
     call: MixedCall, base: Base, without: Sequence[int]
 ) -> tuple[bool, Tables | None, Slots | None]:
-    """Return which implementation computes a forward pass in a mixed batch.
+    """Return a tuple that tells which implementation runs a forward pass in a mixed batch.
 
-    The first item says whether the forward runs without gradients, dropout, and autocast. The
-    second item is the address tables, if kernels read factors by address. The third item is the
-    factors of all slots, if kernels take them as tensors. If the second and third items are None,
-    PyTorch computes.
+    The first item says whether the forward pass runs without gradients, dropout, and autocast. The
+    second item is the address tables if kernels read factors by address. The third item is a list
+    with the factors of each slot if kernels take them as tensors. If both are None, PyTorch
+    operators run.
 
     Args:
         call: The call of the layer.
@@ -91,7 +91,7 @@ def check_unmerged(layer: AdaptedLayer) -> None:
 
 
 def without_gradients(call: MixedCall, base: Base) -> bool:
-    """Return whether no gradient is recorded and no dropout is active."""
+    """Return whether a layer's call records no gradients and has no active dropout."""
     routing = call.routing
     # A captured routing is over a pool, and a pool's adapters have no dropout.
     if call.layer.training and not routing.captured:
@@ -117,7 +117,7 @@ def tables_for(call: MixedCall) -> Tables | None:
 def slots_for_kernels(
     call: MixedCall, layer: AdaptedLayer, without: Sequence[int] = ()
 ) -> Slots | None:
-    """Return the adapters of all slots for kernels, or None if PyTorch computes.
+    """Return a list with the factors of each slot for kernels, or None if PyTorch operators run.
 
     Args:
         call: The call of a layer.
@@ -144,9 +144,9 @@ def slots_for_kernels(
 def slots_in_graph(
     call: MixedCall, layer: AdaptedLayer, without: Sequence[int] = ()
 ) -> Slots | None:
-    """Return the adapters of all slots for a graph that is being compiled.
+    """Return a list with the factors of each slot, for a graph that is being compiled.
 
-    Returns None if they cannot be part of a graph.
+    Returns None if the factors cannot be part of a graph.
 
     Args:
         call: The call of a layer. Its routing is the batch's ``whole``.
@@ -164,7 +164,7 @@ def slots_in_graph(
 
 
 def check_devices(slots: Slots, x: torch.Tensor) -> None:
-    """Raise `ValueError` if a factor is on another device than x."""
+    """Raise `ValueError` if a factor is not on the device of x."""
     for factors in slots:
         if factors is not None and factors.lora_a.device != x.device:
             check_same_device(x, lora_a=factors.lora_a, lora_b=factors.lora_b)

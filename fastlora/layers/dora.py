@@ -1,16 +1,16 @@
-"""DoRA on one layer: the forward pass of active adapters, and DoRA's rows in a mixed batch.
+"""The forward pass of DoRA adapters on one layer, outside and inside mixed batches.
 
-An adapter uses DoRA on a layer if the layer's ``lora_magnitude_vector`` has its name.
+An adapter uses DoRA on a layer if its name is a key of the layer's ``lora_magnitude_vector``.
 
 In a mixed batch, kernels, packed factors, or PyTorch first compute ``u + bias`` for every row, with
 ``u = x @ weight.T + scaling * s @ lora_b.T``. DoRA then scales the columns of its own rows. Other
-rows keep their bits. An adapter with active dropout has no LoRA term in u, and its rows are
-multiplied by the base weight a second time (`fastlora.autograd.dora.DoraDropped`).
+rows are not changed. For an adapter with active dropout, u does not include a LoRA term, and its
+rows are multiplied by the base weight a second time (`fastlora.autograd.dora.DoraDropped`).
 
 If autograd records a graph, rows are gathered adapter by adapter. Without a graph, and in a
-compiled graph, a row finds its adapter's scale g by its id. Over a pool an operator reads g by
-address. A compiled graph computes the norms of all the model's DoRA adapters in every forward pass,
-even of adapters without rows, because the rows of each adapter differ from batch to batch.
+compiled graph, the scale g of each row is looked up by the row's id. Over a pool, an operator reads
+g by address. A compiled graph computes the norms of all the model's DoRA adapters in every forward
+pass, even of adapters without rows, because the rows of each adapter differ from batch to batch.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 def run_dora(call: LayerCall, base: Base, name: str) -> torch.Tensor:
     """Return the output ``[..., N]`` of a base layer and one DoRA adapter.
 
-    It is the output of a LoRA forward pass with scaled columns.
+    The output is that of a LoRA forward pass with scaled columns.
     """
     layer, x, conditions = call.layer, call.x, call.conditions
     factors = layer._own_factors(name, call)
@@ -82,7 +82,10 @@ def _scaled(
     magnitude: torch.Tensor,
     squares: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Return ``g * u + bias`` for ``u [..., N]``, written into u if no graph is recorded."""
+    """Return ``g * u + bias`` for ``u [..., N]``.
+
+    The result overwrites u if no autograd graph is recorded.
+    """
     if records_gradients(u, bias, magnitude):
         return DoraScale.apply(u, bias, magnitude, squares)
     rows, scale = u.reshape(-1, u.shape[-1]), scale_of(magnitude, squares)
@@ -91,7 +94,7 @@ def _scaled(
 
 
 def _called(call: LayerCall, y: torch.Tensor, name: str) -> torch.Tensor:
-    """Add a DoRA adapter to y by calling its modules, as PEFT does."""
+    """Return y with a DoRA adapter applied by calling its modules, as PEFT does."""
     layer, x, conditions = call.layer, call.given, call.conditions
     refuse_triton(layer, [name])
     down, up = layer.lora_A[name], layer.lora_B[name]
@@ -119,10 +122,10 @@ def _called(call: LayerCall, y: torch.Tensor, name: str) -> torch.Tensor:
 
 
 class DoraSlots(NamedTuple):
-    """The slots with an adapter that uses DoRA on one layer.
+    """The slots of a batch whose adapters use DoRA on one layer.
 
     Attributes:
-        scaled: Slots with rows that are scaled after their LoRA term.
+        scaled: Slots whose rows are scaled after their LoRA term is added.
         dropped: Slots with active dropout.
     """
 
@@ -131,10 +134,10 @@ class DoraSlots(NamedTuple):
 
 
 def dora_slots(layer: AdaptedLayer, routing: Routing) -> DoraSlots | None:
-    """Return the slots of a batch that use DoRA on a layer, or None if there are none.
+    """Return the slots whose adapters use DoRA on a layer, or None if there are none.
 
-    The slots of a captured CUDA graph are not known. The result is then empty if any of them may
-    use DoRA, and None otherwise.
+    The slots of a captured CUDA graph are not known. In this case, the result has no slots if any
+    adapter may use DoRA, and is None otherwise.
     """
     source = routing.source
     if routing.captured:
@@ -166,9 +169,9 @@ def _acts(dropout: nn.Module) -> bool:
 
 
 def dora_rows(call: MixedCall, y: torch.Tensor, slots: DoraSlots) -> torch.Tensor:
-    """Return ``y [..., N]``, bias included, with DoRA applied to the rows of ``slots``.
+    """Return ``y [..., N]``, which includes the bias, with DoRA applied to the rows of ``slots``.
 
-    On entry, the rows of dropped slots have the base layer's output.
+    On entry, the rows of ``slots.dropped`` contain the base layer's output.
     """
     layer, routing, compiling = call.layer, call.routing, call.conditions.compiling
     (scaled, dropped), bias, rows = slots, layer._own_bias(), None
@@ -197,7 +200,7 @@ def _wants_rows(
     routing: Routing,
     slots: DoraSlots,
 ) -> bool:
-    """Return whether autograd records a graph through some row's scale, or dropout is active."""
+    """Return whether DoRA must gather each adapter's rows, for autograd or for dropout."""
     if slots.dropped:
         return True
     magnitudes = []
@@ -209,7 +212,7 @@ def _wants_rows(
 def _with_dropped(
     call: MixedCall, y: torch.Tensor, slots: tuple[int, ...], scales: Sequence[Scale]
 ) -> torch.Tensor:
-    """Return ``y [..., N]`` with the adapters that have active dropout applied to their rows."""
+    """Return ``y [..., N]`` with DoRA adapters that have active dropout applied to their rows."""
     layer, routing, x = call.layer, call.routing, call.x
     if call.conditions.compiling:
         seeds = seeds_of_layer(routing.seeds, layer.routed_as)
@@ -236,10 +239,10 @@ def _with_dropped(
 def _scale_by_id(
     call: MixedCall, y: torch.Tensor, bias: torch.Tensor | None, scales: dict[int, Scale]
 ) -> torch.Tensor:
-    """Return a new y ``[..., N]`` with the rows of some slots scaled, bias ``[N]`` included.
+    """Return a copy of ``y [..., N]`` in which the rows of the slots in ``scales`` are scaled.
 
-    This is for calls that record no autograd graph, and for traced calls. Everything runs on y's
-    device, without waiting for the ids.
+    y includes ``bias [N]``, which is not scaled. The function is for calls that record no autograd
+    graph, and for traced calls. Everything runs on y's device, without waiting for the ids.
     """
     routing, compiling = call.routing, call.conditions.compiling
     magnitudes, squares = zip(*scales.values(), strict=True)
@@ -269,7 +272,10 @@ def _scale_by_id(
 def _scale_segments(
     y: torch.Tensor, bias: torch.Tensor | None, rows: Rows, scales: dict[int, Scale]
 ) -> torch.Tensor:
-    """Return ``y [..., N]``, bias ``[N]`` included, with the rows of some slots scaled."""
+    """Return ``y [..., N]`` with the rows of the slots in ``scales`` scaled, with autograd.
+
+    y includes ``bias [N]``, which is not scaled.
+    """
     segments = [segment for segment in rows.segments if segment.slot in scales]
     lengths = tuple(segment.stop - segment.start for segment in segments)
     flat = y.reshape(-1, y.shape[-1])
@@ -288,11 +294,12 @@ def _scale_segments(
 
 
 def scale_pool_rows_(call: MixedCall, y: torch.Tensor) -> torch.Tensor:
-    """Scale DoRA's rows of ``y [..., N]`` in place, with scales g found in the pool's tables.
+    """Scale the rows of DoRA adapters in ``y [..., N]`` in place, reading g from a pool's tables.
 
     The same operator runs in a compiled graph, in a captured graph, and without a graph, because a
-    new batch, a load, or a hot swap changes only the contents of tensors. Nothing is done until the
-    pool has seen a DoRA adapter. The first one recompiles a graph.
+    new batch, a load, or a hot swap changes only the contents of tensors. The function does nothing
+    until the pool has had a DoRA adapter. The first DoRA adapter causes compiled graphs to
+    recompile.
     """
     layer, tables = call.layer, call.routing.source.tables
     if tables is None or tables.scale_address is None:

@@ -2,13 +2,14 @@
 
 ``y = weight[ids] + scale * scaling * lora_embedding_A.T[ids] @ lora_embedding_B.T``. Here scale is
 the base layer's ``embed_scale`` if it has one (as Gemma's and Bart's embeddings do), and 1
-otherwise. The adapted weight is ``weight + scaling * (lora_embedding_B @ lora_embedding_A).T``. It
-is the weight of a linear on one-hot rows: K is the size of the vocabulary, and N is the size of a
-vector.
+otherwise. The adapted weight is ``weight + scaling * (lora_embedding_B @ lora_embedding_A).T``.
+Transposed, it is the weight of a linear layer on one-hot rows: K is the vocabulary size, and N is
+the size of an embedding vector.
 
 Shapes and file names follow PEFT 0.21.2, ``tuners/lora/layer.py``, `Embedding`. Dropout is not
 applied to ids. lora_embedding_A has a dense gradient regardless of ``sparse``, because it is stored
-by rank. ``max_norm`` limits only the vectors of the base layer, and factors are never written to.
+by rank. ``max_norm`` limits only the vectors of the base layer; the forward pass never writes to
+the factors.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from fastlora.validation import UnsupportedLayerError
 
 
 class FastLoraEmbedding(AddedLora):
-    """A LoRA layer over an `nn.Embedding`, or a subclass, which is called unchanged.
+    """LoRA layer over an `nn.Embedding` (or a subclass instance), which is called unchanged.
 
     Args:
         base_layer: The embedding.

@@ -1,4 +1,4 @@
-"""The sources of a layer's adapters: the layer's parameters, or an adapter pool."""
+"""Access to the factors of adapters, which are parameters of layers or belong to a pool."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def is_hooked(*modules: nn.Module) -> bool:
-    """Return whether calling any of these modules does more than its class's forward."""
+    """Return whether any of the modules has hooks or a replaced ``forward``."""
     for module in modules:
         own = module.__dict__  # This runs in every forward pass; attributes are slower.
         if (
@@ -42,12 +42,12 @@ _hooks_of, _post_hooks_of = map(attrgetter, ("_backward_hooks", "_post_accumulat
 
 
 def has_tensor_hooks(tensors: Sequence[torch.Tensor]) -> bool:
-    """Return whether any of these tensors has a hook on its gradient."""
+    """Return whether any of the tensors has a gradient hook."""
     return any(map(_hooks_of, tensors)) or any(map(_post_hooks_of, tensors))
 
 
 def plain_weight(module: nn.Module) -> torch.Tensor | None:
-    """Return the weight parameter of an `nn.Linear` without hooks, or None for other modules."""
+    """Return the weight parameter if a module is an `nn.Linear` without hooks, otherwise None."""
     if type(module) is not nn.Linear or is_hooked(module):
         return None
     weight = module._parameters.get("weight")
@@ -55,7 +55,7 @@ def plain_weight(module: nn.Module) -> torch.Tensor | None:
 
 
 def _is_replaced(module: nn.Module) -> bool:
-    """Return whether an `nn.Linear` without hooks has a plain tensor in place of its weight."""
+    """Return whether the weight of an `nn.Linear` without hooks is not an `nn.Parameter`."""
     if type(module) is not nn.Linear or is_hooked(module):
         return False
     weight = module._parameters.get("weight")
@@ -108,7 +108,7 @@ def factors_of(
 
 
 def dtype_of(slots: Slots) -> torch.dtype:
-    """Return the dtype that represents all factors exactly, or fp32 if there are none."""
+    """Return the narrowest dtype that represents all factors exactly, or fp32 without factors."""
     dtypes = [
         tensor.dtype
         for factors in slots
@@ -120,11 +120,11 @@ def dtype_of(slots: Slots) -> torch.dtype:
 
 
 def why_not_fused(layer: AdaptedLayer, names: list[str], gathered: bool = False) -> str:
-    """Return why adapters cannot run as plain tensors, or an empty string.
+    """Return the reason why adapters' modules must be called, or an empty string.
 
-    If they cannot, their modules must be called, because hooks, parametrizations, shards, and
-    replaced modules take effect there. ``gathered`` says that FSDP2 replaces shards by plain
-    parameters during the forward pass.
+    Hooks, parametrizations, shards, and replaced modules take effect only if the modules are
+    called. ``gathered`` means that FSDP2 replaces shards by plain parameters during the forward
+    pass.
     """
     for name in names:
         factors = plain_weight(layer.lora_A[name]), plain_weight(layer.lora_B[name])
@@ -186,7 +186,10 @@ Scale = tuple[torch.Tensor, Any]
 
 
 def scales_by_name(call: LayerCall | MixedCall, names: Sequence[str]) -> list[Scale]:
-    """Return the `Scale` of each named adapter; each must be a parameter and use DoRA."""
+    """Return a list with the `Scale` of each named adapter.
+
+    The adapters must be parameters of the layer and use DoRA.
+    """
     layer, compiling = call.layer, call.conditions.compiling
     sums = []
     for name in names:
@@ -201,22 +204,22 @@ def scales_by_name(call: LayerCall | MixedCall, names: Sequence[str]) -> list[Sc
 
 
 class Source(Protocol):
-    """Where the adapters of a batch come from."""
+    """Protocol for the source of a batch's adapters: the layers' parameters, or a pool."""
 
     @property
     def residents(self) -> tuple[Any, ...] | None:
-        """The pool's entry of each slot, None for an empty slot; None for parameters."""
+        """A tuple of the pool's entry for each slot (None if empty), or None without a pool."""
 
     @property
     def tables(self) -> Tables | None:
-        """The address tables of all factors, if they exist at all times, or None."""
+        """The address tables of all factors if they always exist, as for a pool, or None."""
 
     def factors(
         self, layer: AdaptedLayer, slot: int, call: MixedCall | None = None
     ) -> Factors | None:
         """Return a slot's factors on a layer, or None if the adapter does not adapt the layer.
 
-        If a call is given, the scaling is a tensor without dimensions on the device of its x.
+        If ``call`` is given, the scaling is a tensor without dimensions on the device of its x.
 
         Raises:
             UnsupportedLayerError: The adapter's modules must be called, which a mixed batch does
@@ -224,14 +227,14 @@ class Source(Protocol):
         """
 
     def scales(self, call: MixedCall, slots: Sequence[int]) -> list[Scale]:
-        """Return the DoRA `Scale` of each of these slots, which use DoRA on the layer."""
+        """Return a list with the DoRA `Scale` of each slot; all must use DoRA on the layer."""
 
     def identity(self, slot: int) -> Hashable:
-        """Return a value that identifies the adapter of a slot."""
+        """Return a hashable value that identifies the adapter in a slot."""
 
 
 class Parameters:
-    """Adapters that are parameters of the model's layers.
+    """`Source` of adapters that are parameters of the model's layers.
 
     Args:
         names: Adapter of each slot.
@@ -264,7 +267,7 @@ class Parameters:
 
 
 class Pool:
-    """Adapters that an `fastlora.AdapterPool` holds.
+    """`Source` of adapters in a `fastlora.AdapterPool`.
 
     Args:
         residents: The pool's entry of each slot, or None for an empty slot. Slots are columns of
@@ -287,7 +290,10 @@ class Pool:
         return found._replace(scaling=torch.full((), found.scaling, dtype=exact, device=x.device))
 
     def scales(self, call: MixedCall, slots: Sequence[int]) -> list[Scale]:
-        """Return the `Scale` of each slot; a pool caches g itself (`fastlora.pool.scales`)."""
+        """Return a list of the slots' `Scale`, made of the g that the pool caches.
+
+        See `fastlora.pool.scales`.
+        """
         found: list[Any] = [self.residents[slot] for slot in slots]  # Each has its scales by now.
         row = call.layer.table_row
         return [(resident.scales.by_module[row], None) for resident in found]
@@ -300,7 +306,7 @@ class Pool:
 def slots_of(
     source: Source, layer: AdaptedLayer, which: Sequence[int], without: Sequence[int] = ()
 ) -> Slots:
-    """Return a layer's factors in the slots ``which``, with None for the slots in ``without``."""
+    """Return a list of a layer's factors in the slots ``which``; None for slots in ``without``."""
     found: Slots = []
     for slot in which:
         found.append(None if slot in without else source.factors(layer, slot))

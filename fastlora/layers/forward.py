@@ -1,4 +1,4 @@
-"""The forward pass of every LoRA layer: fastlora's own, patched PEFT layers, and shards.
+"""The forward pass of linear LoRA layers: fastlora's own, patched PEFT layers, and split layers.
 
 A layer calls `begin`, prepares its base layer, and calls `forward`. In a mixed batch each row has
 its own adapter (`fastlora.layers.mixed`). Outside a mixed batch the active adapters apply to all
@@ -30,10 +30,10 @@ if TYPE_CHECKING:
 
 
 def begin(layer: AdaptedLayer, x: torch.Tensor) -> LayerCall | MixedCall:
-    """Return the call record of a layer's forward pass with ``x [..., K]``.
+    """Return the record of a layer's call with ``x [..., K]``: a `LayerCall` or a `MixedCall`.
 
-    It holds the conditions of the forward pass and says which adapters apply. A `LayerCall` without
-    names applies the base layer alone.
+    The record contains the conditions of the forward pass and the adapters to apply. A `LayerCall`
+    without names means that only the base layer runs.
     """
     routing = None if layer._disabled else routing_of(layer)
     names = layer._acting() if routing is None else []
@@ -74,7 +74,7 @@ def forward(call: LayerCall | MixedCall, base: Base) -> torch.Tensor:
 
 
 def _runs(layer: AdaptedLayer, names: list[str]) -> list[list[str]]:
-    """Split names into runs that are one call each: DoRA adapters alone, others together."""
+    """Split names into lists that one call computes each: DoRA adapters alone, others together."""
     runs: list[list[str]] = []
     for name in names:
         alone = uses_dora(layer, [name])
@@ -116,11 +116,11 @@ def _run_together(call: LayerCall, base: Base, names: list[str]) -> torch.Tensor
 def _joined(
     call: LayerCall, names: list[str]
 ) -> tuple[Factors | None, list[Factors], torch.Tensor | None]:
-    """Return several adapters joined into one, with the adapters that cannot be joined.
+    """Concatenate several adapters along the rank, unless dropout is active.
 
-    Returns the joined factors, the adapters that dropout keeps separate, and the scaled sum of the
-    joined adapters' lora_bias ``[N]`` or None. The joined factors are None if the modules of any
-    adapter must be called.
+    Returns a tuple of the concatenated factors, a list of the adapters to compute separately, and
+    the sum of the adapters' scaled lora_bias ``[N]`` or None. With active dropout, the first item
+    is the first adapter alone. The first item is None if the modules of any adapter must be called.
     """
     found: list[Factors] = []
     for name in names:
@@ -140,7 +140,7 @@ def _joined(
 
 
 def _called(call: LayerCall, y: torch.Tensor, names: list[str]) -> torch.Tensor:
-    """Add adapters to y by calling their modules one by one, as PEFT does."""
+    """Return y with adapters added by calling their modules one by one, as PEFT does."""
     layer, x = call.layer, call.given
     refuse_triton(layer, names)
     for name in names:

@@ -1,4 +1,4 @@
-"""The results that the layers of a shared-input group compute for each other.
+"""Sharing of computations within a shared-input group: one layer also computes for others.
 
 Every forward pass on kernels calls `group_forward`. If an earlier layer of the group has computed a
 result for this layer, the layer takes it. Otherwise the layer computes for itself and for the
@@ -67,7 +67,7 @@ _Own = Factors | Slots | Place
 
 
 def group_forward(call: LayerCall | MixedCall, base: Base, own: _Own) -> Shared | None:
-    """Return a layer's shared result: its y, or the s that it computes its own y from.
+    """Return a `Shared` with a layer's y, or with the s from which the layer computes its y.
 
     The function is called only if kernels run.
 
@@ -132,7 +132,7 @@ def group_forward(call: LayerCall | MixedCall, base: Base, own: _Own) -> Shared 
 
 
 def _why_not_now(call: LayerCall | MixedCall) -> str:
-    """Return why no layer may share results in this call, or an empty string."""
+    """Return the reason why no layer may share results in this call, or an empty string."""
     if call.conditions.invariant:
         return _INVARIANT
     # A forward pass within a backward pass recomputes a checkpoint. The checkpoint's first run
@@ -151,7 +151,10 @@ def _listed(own: Factors | Slots) -> Slots:
 
 
 def _context(call: LayerCall | MixedCall, own: _Own) -> tuple[object, ...]:
-    """Return the context that all results of a group depend on; items are compared by identity."""
+    """Return a tuple of what all shared results depend on, such as the open block and autocast.
+
+    Items are compared by identity.
+    """
     records, conditions = torch.is_grad_enabled(), call.conditions
     if isinstance(own, Place):
         # With gradients enabled, every call starts a new weights version. It is left out here,
@@ -169,7 +172,10 @@ def _context(call: LayerCall | MixedCall, own: _Own) -> tuple[object, ...]:
 def _key(
     call: LayerCall | MixedCall, base: Base, own: _Own, made: Shared
 ) -> tuple[object, ...] | None:
-    """Return the key of the operands that a layer would compute a result like ``made`` from."""
+    """Return a cache key for the operands from which a layer would compute a result like ``made``.
+
+    Returns None if the layer cannot use such a result, or if writes to its tensors are not counted.
+    """
     # The stream is determined as in `stream_of`, without a Python call.
     x = call.given
     stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
@@ -187,7 +193,7 @@ def _key(
 def _key_of(
     stream: int, dropout_p: Hashable, tensors: Sequence[torch.Tensor]
 ) -> tuple[object, ...] | None:
-    """Return a key that changes with the tensors, or None if their writes are not counted."""
+    """Return a cache key that changes if a tensor does, or None if writes are not counted."""
     trains = map(_trains, tensors) if torch.is_grad_enabled() else ()
     ids, memory = map(id, tensors), map(_memory_of, tensors)
     try:
@@ -197,7 +203,7 @@ def _key_of(
 
 
 def _key_of_s(stream: int, own: Slots) -> tuple[object, ...] | None:
-    """Return the key of an s, made of every lora_a and the dropout probabilities."""
+    """Return the cache key of s, which covers every lora_a and the dropout probabilities."""
     dropout_p = tuple(None if factors is None else factors.dropout_p for factors in own)
     return _key_of(stream, dropout_p, [a for a in lora_a_of(own) if a is not None])
 
@@ -212,7 +218,7 @@ def _present(base: Base) -> list[torch.Tensor]:
 def _is_plain(
     call: LayerCall | MixedCall, base: Base, own: Factors, group: SharedInputGroup
 ) -> bool:
-    """Return whether one call may compute a layer's y together with those of other layers."""
+    """Return whether one call may compute a layer's y together with the y of other layers."""
     conditions = call.conditions
     return (
         base.weight is not None
@@ -230,7 +236,10 @@ def _is_plain(
 def _outputs(
     call: LayerCall | MixedCall, base: Base, own: Factors, group: SharedInputGroup
 ) -> Shared | None:
-    """Compute a layer and the layers called after it, or return None if one call cannot."""
+    """Compute y for a layer and for those called after it, in one call.
+
+    Returns the layer's own result, or None if one call cannot compute it.
+    """
     layer, x, conditions = call.layer, call.given, call.conditions
     records, several = torch.is_grad_enabled(), len(group.members) > 1
     if group.made:
@@ -274,7 +283,11 @@ def _outputs(
 def _shrunk(
     call: LayerCall | MixedCall, own: Slots, group: SharedInputGroup
 ) -> tuple[Shared | None, str]:
-    """Compute s for a layer and those called after it; return its own s, or None and the reason."""
+    """Compute s for a layer and for those called after it, in one pass over x.
+
+    Returns a tuple of the layer's own result and an empty string, or of None and the reason why s
+    is not shared.
+    """
     members: list[Any] = [reference() for reference in group.members]
     behind = members[members.index(call.layer) + 1 :]
     computed: set[int] = set()  # Layers with a y from another layer's call.
@@ -298,12 +311,15 @@ def _shrunk(
 
 
 def _dropout_of(slots: Slots) -> float:
-    """Return a layer's active dropout probability; `sharing` ensures that one adapter has it."""
+    """Return a layer's active dropout probability, or 0.
+
+    `sharing` ensures that at most one adapter of the layer has active dropout.
+    """
     return max(0.0 if factors is None else factors.dropout_p for factors in slots)
 
 
 def _in_graph(call: LayerCall | MixedCall, own: Slots) -> Shared | None:
-    """Return s in a graph that is being compiled, for any number of rows, or None."""
+    """Return the layer's s in a graph that is being compiled, or None if s is not shared."""
     layer, conditions = call.layer, call.conditions
     if not layer.knows_siblings():
         layer.note_compiled(_UNSEEN)
@@ -344,7 +360,10 @@ def _in_graph(call: LayerCall | MixedCall, own: Slots) -> Shared | None:
 
 
 def _outputs_at(call: MixedCall, base: Base, own: Place) -> Shared | None:
-    """Compute a layer and its neighbors in the tables, or return None if one launch cannot."""
+    """Compute y for a layer and its neighbors in the address tables, in one launch.
+
+    Returns the layer's own result, or None if one launch cannot compute all of them.
+    """
     if own.group is None or own.invariant or len(own.members) > MOST_SIBLINGS:
         return None
     bases: list[Base] = []
@@ -371,7 +390,10 @@ def _outputs_at(call: MixedCall, base: Base, own: Place) -> Shared | None:
 
 
 def _output_and_s(call: MixedCall, base: Base, own: Place) -> Shared | None:
-    """Compute a layer's y, together with s for the layer's neighbors in the tables."""
+    """Compute a layer's y, and s for its neighbors in the address tables, in one call.
+
+    Returns the layer's own result, or None if it has no neighbors.
+    """
     if own.group is None:
         return None
     y, *planes = linear_at(call, base, own, shares=True)

@@ -1,6 +1,7 @@
-"""Which layers of a shared-input group one call computes, and why other layers run alone.
+"""Selection of the layers of a shared-input group that one call computes.
 
-Nothing is computed here. `fastlora.layers.group_forward` calls these functions.
+Nothing is computed here. `fastlora.layers.group_forward` calls these functions. They also give the
+reasons why other layers run alone.
 """
 
 from __future__ import annotations
@@ -36,17 +37,19 @@ _dtype_of, _trains = attrgetter("dtype"), attrgetter("requires_grad")
 
 
 class GroupLaunch(NamedTuple):
-    """The call that computes the first layer of a group and the layers called after it.
+    """The prepared arguments of one call that computes y for several layers of a group.
+
+    The layers are the one that is called first and those that are called after it.
 
     Attributes:
         dtype, device: Dtype and device of x.
         base, own: The first layer's base layer and factors.
         owners: The ``id`` of each layer.
-        operands: The operands of all layers, with None for the seeds. Empty if the first layer
-            cannot be computed this way.
+        operands: The operands of all layers, with None for the seeds. The tuple is empty if the
+            first layer does not support such a call.
         dropout_p: Active dropout probability of each layer.
         tensors: The tensors that the outputs depend on, apart from x.
-        dtypes: Dtype of each tensor. It may change in place.
+        dtypes: Dtype of each tensor. A tensor's dtype may change in place.
         others: For each layer but the first, its dropout probability and its part of ``tensors``.
         coded: The quantized weights of the layers other than the first, to detect writes to them.
     """
@@ -64,7 +67,7 @@ class GroupLaunch(NamedTuple):
     coded: list[CodedWeight]
 
     def serves(self, x: torch.Tensor, base: Base, own: Factors) -> bool:
-        """Return whether the launch was prepared for the same tensors and for an input like x."""
+        """Return whether the launch was prepared for these tensors and for x's dtype and device."""
         before, known = self.own, self.base
         return (
             own.lora_a is before.lora_a
@@ -80,7 +83,7 @@ class GroupLaunch(NamedTuple):
         )
 
     def fits_one_node(self, x: torch.Tensor) -> bool:
-        """Return whether one autograd node still fits all layers; see `_operands_of`."""
+        """Return whether one autograd node can still compute all layers; see `_operands_of`."""
         if not self.others:
             return True
         if has_tensor_hooks(self.tensors):
@@ -95,7 +98,7 @@ class GroupLaunch(NamedTuple):
 def launch_of(
     call: LayerCall | MixedCall, base: Base, own: Factors, group: SharedInputGroup
 ) -> GroupLaunch:
-    """Return the launch for a layer and the layers called after it that one call can include."""
+    """Return the launch that computes a layer and, if possible, the layers called after it."""
     layer, x = call.layer, call.given
     found: list[tuple[int, Base, Factors]] = []
     apart = torch.is_grad_enabled() and has_tensor_hooks(tensors_of(base, own))
@@ -144,7 +147,7 @@ def launch_of(
 def _operands_of(
     member: AdaptedLayer, call: LayerCall | MixedCall, first_base: Base, first: Factors
 ) -> tuple[Base, Factors] | None:
-    """Return another layer's base layer and adapter if one call can compute both layers.
+    """Return another layer's (base, factors) if one call can compute both layers, or None.
 
     With gradients there are two more conditions. No parameter may have hooks, because the shared
     node calls them, with None, for a y that was never used. If x needs no gradient, both layers
@@ -172,7 +175,7 @@ def _operands_of(
 
 
 def _fits(layer: AdaptedLayer, x: torch.Tensor, base: Base, own: Factors) -> bool:
-    """Return whether one call can include a layer.
+    """Return whether one call can compute a layer together with others.
 
     The layer must be plain and have x's dtype. With dropout it must not be split, because a split
     layer does not use the drawn seed.
@@ -192,7 +195,7 @@ def _fits(layer: AdaptedLayer, x: torch.Tensor, base: Base, own: Factors) -> boo
 
 
 def tensors_of(base: Base, own: Factors) -> list[torch.Tensor]:
-    """Return the tensors that a layer's output depends on, apart from x."""
+    """Return a list of the tensors that a layer's output depends on, apart from x."""
     tensors = [own.lora_a, own.lora_b, own.scaling]
     for tensor in base[:2]:
         if tensor is not None:
@@ -206,10 +209,11 @@ def tensors_of(base: Base, own: Factors) -> list[torch.Tensor]:
 def sharing(
     members: Sequence[AdaptedLayer | None], call: LayerCall | MixedCall, own: Slots
 ) -> tuple[list[tuple[Any, Slots]], str]:
-    """Return the layers that share a pass over x with the calling layer, and their adapters.
+    """Return a tuple (pairs, reason): the layers that can share a pass over x, with their factors.
 
-    If the calling layer itself cannot share, the list is empty and the text gives the reason.
-    Otherwise the text says why the last layer that was left out cannot share.
+    Each pair is a layer and a list of its factors by slot. If the calling layer itself cannot
+    share, the list of pairs is empty and the reason explains it. Otherwise the reason tells why the
+    last layer that was left out cannot share; it is empty if none was left out.
     """
     found: list[tuple[Any, Slots]] = []
     last = ""
@@ -229,7 +233,7 @@ def sharing(
 
 
 def _slots_of(member: AdaptedLayer, call: LayerCall | MixedCall) -> tuple[Slots | None, str]:
-    """Return the adapters that another layer of the group will use, or None and the reason."""
+    """Return a tuple (slots, reason): another layer's factors by slot, or None and the reason."""
     if member.impl != call.layer.impl:
         return None, "the layers have different implementations"
     if isinstance(call, LayerCall):
@@ -257,7 +261,7 @@ def _slots_of(member: AdaptedLayer, call: LayerCall | MixedCall) -> tuple[Slots 
 
 
 def _why_not(layer: AdaptedLayer, slots: Slots, own: Slots, call: LayerCall | MixedCall) -> str:
-    """Return why a layer with these adapters needs its own pass over x, or an empty string."""
+    """Return the reason why a layer needs its own pass over x, or an empty string."""
     x, mixed = call.given, isinstance(call, MixedCall)
     device, k, dropped, trains, elsewhere = x.device, x.shape[-1], False, False, False
     for factors in slots:
@@ -285,7 +289,7 @@ def _why_not(layer: AdaptedLayer, slots: Slots, own: Slots, call: LayerCall | Mi
 
 
 def lora_a_of(slots: Slots) -> list[torch.Tensor | None]:
-    """Return the lora_a of each slot, with None for a slot without factors."""
+    """Return a list of the lora_a of each slot, with None for a slot without factors."""
     return [None if factors is None else factors.lora_a for factors in slots]
 
 
@@ -296,21 +300,24 @@ def lora_a_of(slots: Slots) -> list[torch.Tensor | None]:
 def knows_siblings(self: Any) -> bool:
     """Return whether a forward pass has identified the layer's shared-input group.
 
-    `torch.compile` keeps the result as a constant and does not recompile when it changes.
+    `torch.compile` treats the result as a constant and does not recompile when it changes.
     """
     return known_group(self) is not None
 
 
 @constant_when_compiled
 def note_compiled(self: Any, why: str) -> None:
-    """Record why a layer shares nothing in the graph being compiled, or an empty string."""
+    """Record the reason why a layer shares nothing in the graph that is being compiled.
+
+    The reason is an empty string if the layer shares.
+    """
     self.__dict__["_compiled_alone"] = why
 
 
 def sibling_note(layer: AdaptedLayer, kernels: bool) -> str:
     """Return the fusion report's text about a layer's shared-input group in training.
 
-    ``kernels`` says whether kernels compute the layer.
+    ``kernels`` tells whether Triton kernels compute the layer.
     """
     if not kernels:
         return _IN_PYTORCH

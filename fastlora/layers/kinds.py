@@ -41,7 +41,7 @@ class Kind(NamedTuple):
     """A kind of module that adapters support.
 
     Attributes:
-        name: The kind's name in messages.
+        name: Name of the kind, for messages.
         takes: Returns whether a module without adapters is of this kind.
         wrap: Creates the layer for a module's adapters, without any adapter.
         shapes: Returns the shapes of an adapter's tensors in a file, by name relative to the
@@ -72,7 +72,7 @@ def register_kind(kind: Kind) -> Kind:
 
 
 def kind_of(module: nn.Module, custom: Mapping[type, type] | None = None) -> Kind | None:
-    """Return the kind of a module without adapters, or None if adapters do not support it.
+    """Return the `Kind` of a module without adapters, or None if adapters do not support it.
 
     Args:
         module: The base layer.
@@ -88,12 +88,12 @@ def kind_of(module: nn.Module, custom: Mapping[type, type] | None = None) -> Kin
 
 
 def known_kinds() -> list[str]:
-    """Return the names of all layer kinds, for messages."""
+    """Return a sorted list of the names of all layer kinds, for messages."""
     return sorted({kind.name for kind in _KINDS})
 
 
 def linear_shapes(k: int, n: int, asked: Settings) -> Shapes:
-    """Return `Kind.shapes` for a linear with k input features and n output features."""
+    """Return the shapes of an adapter's tensors on a linear with k input and n output features."""
     shapes: Shapes = {"lora_A.weight": (asked.r, k), "lora_B.weight": (n, asked.r)}
     if asked.lora_bias:
         shapes["lora_B.bias"] = (n,)

@@ -1,4 +1,4 @@
-"""The interface that a forward pass requires of a layer, as a type for annotations."""
+"""`AdaptedLayer`, the interface that forward passes require of a layer, for annotations."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class AdaptedLayer(nn.Module):
         merged_adapters: List of the adapters that are merged into the base weight.
         cast_input_dtype_enabled: Whether x is cast to an adapter's dtype when the adapter's modules
             are called one by one. PEFT's `disable_input_dtype_casting` sets it.
-        is_split: Whether other processes hold the rest of the layer.
+        is_split: Whether the layer is split over several processes.
         is_linear: Whether the layer is a linear. Only then may address tables and packed factors
             include its adapters.
         routed_by: The routing group of the model that the layer belongs to, or None.
@@ -81,15 +81,15 @@ class AdaptedLayer(nn.Module):
     _own_magnitude: Callable[[str], torch.Tensor]
 
     def _plain_base(self) -> Base | None:
-        """Return the base layer's weight and bias, or None if the base layer must be called."""
+        """Return a `Base` with the weight and bias, or None if the base layer must be called."""
         return None
 
     def _own_quantised(self) -> Quantised | None:
-        """Return the quantization of the base weight, or None if it is not quantized."""
+        """Return the `Quantised` that describes the base weight, or None if it is not quantized."""
         return None
 
     def _weight_to_save(self, compiling: bool) -> torch.Tensor:
-        """Return the base weight to save in an autograd node.
+        """Return the base weight in the form in which an autograd node saves it.
 
         If the weight is quantized, the result represents it without a dense matrix.
         """
@@ -102,12 +102,12 @@ class AdaptedLayer(nn.Module):
         return bias
 
     def _own_seed(self, seed: torch.Tensor) -> torch.Tensor:
-        """Return the dropout seeds to use in place of the drawn seeds, with the same shape."""
+        """Return the dropout seeds to use instead of the drawn ``seed``, in the same shape."""
         return seed
 
     def _of_whole_rows(self, sums: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Return each adapter's squared norms over whole rows, ``[N]``, with infinity for 0.
+        """Return a list of each adapter's squared norms of whole rows, ``[N]``; 0 becomes infinity.
 
-        ``sums`` are the `adapted_sums` over the columns that this process holds.
+        ``sums`` are the `adapted_sums` over this process's columns.
         """
         return [nonzero(each) for each in sums]

@@ -1,4 +1,4 @@
-"""`FastLoraLinear`: an `nn.Linear` with adapters, computed in one fused call."""
+"""`FastLoraLinear`: an `nn.Linear` with adapters, which one fused call computes."""
 
 from __future__ import annotations
 
@@ -125,7 +125,10 @@ class FastLoraLinear(LoraLayer, nn.Linear):
         return self
 
     def to_linear(self) -> nn.Linear:
-        """Return the original `nn.Linear`, or a new one, sharing this layer's weight and bias."""
+        """Return an `nn.Linear` that shares this layer's weight and bias.
+
+        It is the linear that the layer was created from, if any.
+        """
         (linear,) = self.__dict__.get("_linear", (None,))
         if linear is None:
             linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
@@ -133,7 +136,7 @@ class FastLoraLinear(LoraLayer, nn.Linear):
         return linear.train(self.training)
 
     def release(self) -> nn.Module:
-        """Return `to_linear()`; callers use this name for every kind of layer."""
+        """Return the linear that replaces this layer when its adapters are removed."""
         return self.to_linear()
 
     def _freeze_base(self) -> None:
@@ -142,7 +145,7 @@ class FastLoraLinear(LoraLayer, nn.Linear):
             self.bias.requires_grad_(False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Apply the base layer and the active adapters to ``x [..., K]``, giving ``[..., N]``."""
+        """Return ``[..., N]``, the output of base layer and active adapters for ``x [..., K]``."""
         call = begin(self, x)
         # Read `_parameters` directly: an attribute lookup on a module takes a microsecond.
         weight: Any = self._parameters.get("weight")
@@ -172,11 +175,11 @@ class FastLoraLinear(LoraLayer, nn.Linear):
 
     @property
     def base_layer(self) -> nn.Linear:
-        """A plain linear that shares weight and bias, under PEFT's name for the base layer."""
+        """An `nn.Linear` that shares this layer's weight and bias; the name follows PEFT."""
         return self.to_linear()
 
     def _calibrated(self) -> list[nn.Module]:
-        """Return the modules on which a calibration may have left its result.
+        """Return a list of the modules on which a calibration may have stored its result.
 
         These are the layer and the `nn.Linear` that it was created from.
         """
@@ -185,7 +188,7 @@ class FastLoraLinear(LoraLayer, nn.Linear):
     def fusion(self, gathered: bool = False) -> tuple[bool, str]:
         """Return whether the base GEMM and LoRA term run fused, and the fallback reason if not.
 
-        ``gathered`` says that FSDP2 replaces shards by plain parameters during the forward pass.
+        ``gathered`` means that FSDP2 replaces shards by plain parameters during the forward pass.
         """
         if is_sharded(self._parameters.get("weight")) and not gathered:
             return False, "its base weight is sharded (a DTensor) and is not gathered"
@@ -205,5 +208,5 @@ class FastLoraLinear(LoraLayer, nn.Linear):
         return Plain(self.weight), self.bias
 
     def extra_repr(self) -> str:
-        """Return the description by `nn.Linear`, with ranks and active adapters added."""
+        """Return the text of `nn.Linear.extra_repr` with the ranks and active adapters appended."""
         return f"{nn.Linear.extra_repr(self)}, r={self.r}, active={self._active_adapters}"

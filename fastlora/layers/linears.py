@@ -1,4 +1,4 @@
-"""The layer kind of linear-like modules, which chooses a linear's LoRA layer class.
+"""The layer kind of linear-like modules, and the choice of a LoRA layer class for them.
 
 Linears that are split over processes are a separate kind (`fastlora.layers.tensor_parallel`).
 """

@@ -24,7 +24,7 @@ _MERGE_ROWS = 1024
 
 
 class Mergeable(Adapted, CommonLayer):
-    """The merging part of `LoraLayer`; that class holds the adapters."""
+    """Base class of `LoraLayer` that implements merging and unmerging."""
 
     out_features: int
     in_features: int
@@ -48,22 +48,22 @@ class Mergeable(Adapted, CommonLayer):
         return base
 
     def _mergeable(self) -> tuple[Stored, torch.Tensor | None]:
-        """Return the base weight and the bias, or raise if they do not support merging."""
+        """Return a tuple (base weight, bias), or raise if they do not support merging."""
         raise UnsupportedLayerError(f"{type(self).__name__} cannot be merged")
 
     def _sums(self) -> list[Fingerprint]:
-        """Return fingerprints of the base weight and its bias, which a write to them changes."""
+        """Return a list of the fingerprints of the base weight and bias; any write changes them."""
         weight, bias = self._mergeable()
         return [weight.fingerprint(), sums_of_bits(bias)]
 
     def _is_as_merged(self) -> bool:
-        """Return whether the base weight and its bias are unwritten since the last merge."""
+        """Return whether base weight and bias have not been written to since the last merge."""
         return all(map(equal, self._sums(), self._when_merged))
 
     # Overridden if several processes have parts of the layer.
 
     def _all_agree(self, holds: bool) -> bool:
-        """Return whether a condition holds in every process, so that all of them raise or none."""
+        """Return whether a condition is true in every process, so that all raise or none does."""
         return holds
 
     def _merge(self, names: list[str], keep_base: bool) -> None:
@@ -84,7 +84,8 @@ class Mergeable(Adapted, CommonLayer):
     def _write(self, weight: Stored, matrix: torch.Tensor) -> None:
         """Replace the weight by ``matrix [N, K]``, and record the lost precision.
 
-        The loss is stored in `merge_error`. Weights that are merged in place lose nothing here.
+        The lost precision is stored in `merge_error`. For weights that are merged in place, the
+        method does nothing.
         """
         if weight.in_place:
             return
@@ -96,7 +97,10 @@ class Mergeable(Adapted, CommonLayer):
     def check_merge(
         self, safe_merge: bool = False, adapter_names: list[str] | None = None
     ) -> list[str]:
-        """Return the names that `merge` would merge, or raise as it would, without any change."""
+        """Return a list of the names that `merge` would merge, or raise the error that it would.
+
+        The layer is not changed.
+        """
         for name in adapter_names or ():
             self._check_known(name)
         wanted = self._active_adapters if adapter_names is None else adapter_names
@@ -129,9 +133,9 @@ class Mergeable(Adapted, CommonLayer):
     def unmerge(self) -> None:
         """Unmerge every merged adapter.
 
-        With ``keep_base`` the base weight is restored exactly. If the weight or bias was written to
-        while merged (a loaded state, a trained bias), the update is subtracted instead, which
-        preserves the written values.
+        If `merge` was called with ``keep_base``, the base weight is restored exactly. If the weight
+        or bias was written to while merged (a loaded state, a trained bias), the update is
+        subtracted instead, which preserves the written values.
 
         Raises:
             AdapterStateError: The update of a DoRA adapter must be subtracted, but its scale is 0
@@ -174,7 +178,7 @@ class Mergeable(Adapted, CommonLayer):
             self._add_to_bias(bias, merged[: place + 1], -1.0, self._merged_scales)
 
     def _scales(self, names: list[str]) -> dict[str, torch.Tensor]:
-        """Return the scale g ``[N]`` of each adapter that uses DoRA."""
+        """Return a dict that maps the name of each DoRA adapter to its scale g, shape ``[N]``."""
         layer: Any = self
         dora = [name for name in names if uses_dora(layer, [name])]
         return {
@@ -184,7 +188,10 @@ class Mergeable(Adapted, CommonLayer):
 
     @torch.no_grad()
     def _unmerged_squares(self, names: list[str]) -> dict[str, torch.Tensor]:
-        """Return the adapters' squared norms, computed with the unmerged base weight."""
+        """Return a dict that maps each name to the adapter's squared row norms, shape ``[N]``.
+
+        The norms are those of the adapted weight, computed with the unmerged base weight.
+        """
         if not names:
             return {}
         layer: Any = self
@@ -240,9 +247,9 @@ class Mergeable(Adapted, CommonLayer):
         sign: float,
         scales: dict[str, torch.Tensor],
     ) -> None:
-        """Add ``sign`` times the change in the bias that the last adapter of ``names`` causes.
+        """Add ``sign`` times the bias change that is due to the last adapter of ``names``.
 
-        ``scales`` has the g ``[N]`` of the adapters that use DoRA.
+        ``scales`` maps the name of each DoRA adapter to its scale g, shape ``[N]``.
         """
         before: torch.Tensor | None = None
         change: torch.Tensor | None = None
@@ -257,25 +264,25 @@ class Mergeable(Adapted, CommonLayer):
             bias.add_((change if before is None else change - before) * sign)
 
     def _factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Return lora_a ``[R, K]``, lora_b ``[N, R]``, and lora_bias ``[N]`` or None."""
+        """Return a tuple of lora_a ``[R, K]``, lora_b ``[N, R]``, and lora_bias ``[N]`` or None."""
         down, up = self.lora_A[name], self.lora_B[name]
         return down.weight, up.weight, up.bias
 
     def _norm_factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the two factors of the update that DoRA includes in its norms."""
+        """Return a tuple of two factors whose product is the update that DoRA's norms include."""
         lora_a, lora_b, _ = self._factors(name)
         return lora_a, lora_b
 
     def _put_factors(
         self, name: str, lora_a: torch.Tensor, lora_b: torch.Tensor, bias: torch.Tensor | None
     ) -> None:
-        """Copy the results of `_factors` for another adapter into an adapter's factors."""
+        """Copy tensors shaped like those from `_factors` into an adapter's factors."""
         for place, value in zip(self._factors(name), (lora_a, lora_b, bias), strict=True):
             if place is not None and value is not None:
                 place.copy_(value)
 
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
-        """Return ``scaling * B @ A`` in the shape of the base weight and the factors' dtype.
+        """Return the update ``scaling * B @ A``, in the base weight's shape and the factors' dtype.
 
         As in PEFT, a DoRA magnitude is not included.
         """
@@ -286,7 +293,7 @@ class Mergeable(Adapted, CommonLayer):
         return self._weight_like(delta)
 
     def _weight_like(self, delta: torch.Tensor) -> torch.Tensor:
-        """Return an update ``[N, K]`` in the shape of the base weight."""
+        """Reshape an update ``[N, K]`` to the shape of the base weight."""
         return delta
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:

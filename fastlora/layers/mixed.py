@@ -1,4 +1,4 @@
-"""Mixed batches: each row has its own adapter, or none.
+"""The forward pass of one layer in a mixed batch, where each row has its own adapter or none.
 
 `fastlora.layers.decide` chooses the implementation: kernels that find factors by address
 (`fastlora.layers.places`), PyTorch with packed factors (`fastlora.layers.packs`), or
@@ -35,9 +35,9 @@ _NO_FACTORS: Any = None, None, 0.0, None, 0.0, None
 
 
 def run(call: MixedCall, base: Base) -> torch.Tensor:
-    """Return the output ``[..., N]`` of a mixed batch.
+    """Return a layer's output ``[..., N]`` for a mixed batch.
 
-    Rows of adapters that the layer does not have get the base layer's output.
+    For rows of adapters that the layer lacks, the output is that of the base layer.
     """
     layer, routing = call.layer, call.routing
     if call.conditions.compiling:
@@ -60,7 +60,7 @@ def run(call: MixedCall, base: Base) -> torch.Tensor:
 
 
 def _by_rows(call: MixedCall, base: Base, without: tuple[int, ...]) -> tuple[torch.Tensor, bool]:
-    """Return the output of `run` before DoRA's scales, and whether kernels made it by address.
+    """Return a tuple (output of `run` before DoRA, whether kernels found factors by address).
 
     Rows of the slots in ``without`` get the base layer's output.
     """
@@ -86,9 +86,9 @@ def _by_rows(call: MixedCall, base: Base, without: tuple[int, ...]) -> tuple[tor
 
 
 def _by_address(call: MixedCall, base: Base, tables: Tables) -> torch.Tensor:
-    """Return the output ``[..., N]`` from kernels that find factors in tables.
+    """Return the output ``[..., N]``, computed with factors found by address in ``tables``.
 
-    If the tables have no row for the layer, return the base layer's output.
+    If the tables have no row for the layer, the result is the base layer's output.
     """
     x, conditions = call.x, call.conditions
     place = place_of(call, tables, call.rows(), conditions.invariant, conditions.backend)
@@ -113,11 +113,11 @@ def _run_listed(
     which: tuple[int, ...] | None = None,
     s: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return ``[..., N]`` with each row's own adapter, from `fastlora.autograd.linear.run`.
+    """Return the output ``[..., N]``, computed with the factors in lists.
 
-    For PyTorch, ``slots`` are the factors of the slots in ``which``. For kernels, they are the
-    factors of all slots, and ``s`` is given if another layer of the shared-input group has computed
-    it.
+    `fastlora.autograd.linear.run` computes the output. If PyTorch operators run, ``slots`` lists
+    the factors of the slots in ``which``. If kernels run, it lists the factors of all slots, and
+    ``s`` is given if another layer of the shared-input group has computed it.
     """
     x, impl = call.x, "triton" if which is None else "eager"
     lora_a: list[Any] = []
@@ -150,7 +150,7 @@ def _run_listed(
 
 
 def _base_rows(x: torch.Tensor, base: Base, impl: str) -> torch.Tensor:
-    """Return the output of `_run_listed` if no slot has an adapter on the layer."""
+    """Return the output ``[..., N]`` if no slot has an adapter on the layer."""
     weight, bias, y, _ = base
     if weight is None:
         return base.output(x)
@@ -168,8 +168,8 @@ def _base_rows(x: torch.Tensor, base: Base, impl: str) -> torch.Tensor:
 def _in_graph(call: MixedCall, base: Base) -> torch.Tensor | None:
     """Return the output of `run` in a graph that is being compiled, or None if unsupported.
 
-    Graphs do not support hooked factors, the batch-invariant mode, or gradients through a pool.
-    These are left to the forward pass outside of graphs, which breaks a full graph.
+    Graphs do not support factors with hooks, the batch-invariant mode, or gradients through a pool.
+    In these cases the forward pass runs outside the graph, which fails with ``fullgraph=True``.
     """
     layer, batch, x = call.layer, call.routing.whole, call.x
     if batch is None or (base.y is not None and base.y.dtype != x.dtype):
@@ -188,7 +188,7 @@ def _in_graph(call: MixedCall, base: Base) -> torch.Tensor | None:
 
 
 def _listed_in_graph(call: MixedCall, base: Base, slots: Slots) -> torch.Tensor:
-    """Return ``[..., N]`` with each row's own adapter, for at least one adapter on the layer."""
+    """Return the output ``[..., N]`` in a graph, if at least one slot has an adapter here."""
     layer, batch, x, impl = call.layer, call.routing, call.x, call.conditions.impl
     if dtype_of(slots) not in KERNEL_DTYPES and layer.impl != "triton":
         impl = "eager"
@@ -209,7 +209,11 @@ def _listed_in_graph(call: MixedCall, base: Base, slots: Slots) -> torch.Tensor:
 
 
 def _of_pool_in_graph(call: MixedCall, base: Base, tables: Tables) -> torch.Tensor | None:
-    """Return the output of `_in_graph` over a pool, without gradients, from the pool's tables."""
+    """Return the output of `_in_graph` over a pool, or None if unsupported.
+
+    The pool's tables provide the factors. Gradients, fp64, the batch-invariant mode, and PyTorch
+    operators on another device than a CPU are not supported.
+    """
     x, impl, (weight, bias, y, _) = call.x, call.conditions.impl, base
     if linear.records_gradients(x, weight, bias, y) or x.dtype == torch.float64:
         return None

@@ -1,4 +1,4 @@
-"""The base class of wrappers for modules that adapters train by other means than LoRA."""
+"""The base class of wrappers for modules that adapters train without LoRA."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from fastlora.validation import AdapterNotFoundError, UnsupportedLayerError
 
 
 class ModuleWrapper(Adapted, nn.Module):
-    """Wraps a module of which each adapter has its own version, in whole or in part.
+    """Base class of wrappers in which each adapter trains its own version of a module or a part.
 
     A subclass defines what a version contains. Names of parameters and of file keys follow PEFT.
 
     Attributes:
         field: The config field that requests the wrapper.
         owned: Names of the children that adapters own.
-        owns: Name of an adapter's versions in messages.
-        held: Name of the child that holds the original module.
+        owns: Term for an adapter's version in messages.
+        held: Name of the child that is the original module.
         routed_by, routed_as: The routing group of the model, and this module's number in it.
         sees_part: As in `fastlora.layers.common.CommonLayer`.
     """
@@ -54,13 +54,16 @@ class ModuleWrapper(Adapted, nn.Module):
         raise UnsupportedLayerError(f"{type(self).__name__} has no adapters")
 
     def file_names(self, adapter_name: str) -> dict[str, str]:
-        """Map the ends of an adapter's file keys to its names in ``state_dict()``."""
+        """Return a dict that maps suffixes of an adapter's file keys to ``state_dict()`` names."""
         raise UnsupportedLayerError(f"{type(self).__name__} has no adapters")
 
     # ------------------------------------------------------------------------ mixed batches
 
     def _checked(self, routing: Routing, x: torch.Tensor) -> AbstractContextManager[None]:
-        """Check that x has all rows of a batch, and return the context manager to compute in."""
+        """Check that x has all rows of a batch, in order.
+
+        Returns a context manager that pauses the tracking of rows.
+        """
         compiling = conditions_of(x, "eager").compiling
         routing.check_rows(self, x, compiling)
         if not compiling:
@@ -79,7 +82,7 @@ class ModuleWrapper(Adapted, nn.Module):
 
     @property
     def adapter_names(self) -> list[str]:
-        """Names of the adapters that have a version."""
+        """List of the names of the adapters that have a version of the module."""
         return list(self._versions)
 
     def adapter_parameters(self, adapter_name: str) -> Iterator[nn.Parameter]:
@@ -118,7 +121,7 @@ class ModuleWrapper(Adapted, nn.Module):
 
     @property
     def active_adapters(self) -> list[str]:
-        """Names of the active adapters that have a version here."""
+        """List of the names of the active adapters that have a version of the module."""
         return [name for name in self._active_adapters if name in self.adapter_names]
 
     @property
@@ -127,7 +130,7 @@ class ModuleWrapper(Adapted, nn.Module):
         return self.owned
 
     def acting(self) -> str | None:
-        """Return the adapter with the version that the next forward runs; None for the original."""
+        """Return the name of the adapter whose version runs, or None if the original runs."""
         if self._disabled:
             return None
         known = self.adapter_names
@@ -137,9 +140,9 @@ class ModuleWrapper(Adapted, nn.Module):
 def own_slots(
     ids: torch.Tensor, names: tuple[str, ...], known: list[str], x_rows: int, device: torch.device
 ) -> torch.Tensor:
-    """Return the index in ``known`` of each row's adapter, int64 ``[x_rows]``; -1 for none.
+    """Return each row's adapter as an index into ``known``, int64 ``[x_rows]``; -1 for none.
 
-    ``ids [B]`` are the slots of samples or tokens, and ``names`` has the adapter of each slot.
+    ``ids [B]`` are the slots of samples or tokens, and ``names`` lists the adapter of each slot.
 
     Raises:
         ValueError: The number of rows is not a multiple of the number of ids.

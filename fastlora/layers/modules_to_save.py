@@ -17,7 +17,7 @@ from fastlora.validation import UnsupportedLayerError
 
 
 def check_copyable(module: nn.Module) -> None:
-    """Raise `UnsupportedLayerError` for a container without a forward."""
+    """Raise `UnsupportedLayerError` if a module is a container without a ``forward`` method."""
     if isinstance(module, (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)):
         raise UnsupportedLayerError(
             f"modules_to_save supports only modules that can be called, got {type(module).__name__}"
@@ -31,7 +31,7 @@ class ModulesToSaveWrapper(ModuleWrapper):
         original_module: The module to copy.
 
     Raises:
-        UnsupportedLayerError: The module is a container without a forward.
+        UnsupportedLayerError: The module is a container without a ``forward`` method.
     """
 
     field: ClassVar[str] = "modules_to_save"
@@ -60,11 +60,11 @@ class ModulesToSaveWrapper(ModuleWrapper):
 
     @property
     def _versions(self) -> nn.ModuleDict:
-        """Maps an adapter name to its copy."""
+        """Maps an adapter name to the adapter's copy of the module."""
         return self.modules_to_save
 
     def file_names(self, adapter_name: str) -> dict[str, str]:
-        """Map the copy's own tensor names to their names in ``state_dict()``."""
+        """Return a dict that maps names in the copy to names in the wrapper's ``state_dict()``."""
         if adapter_name not in self.modules_to_save:
             return {}
         owned = self.modules_to_save[adapter_name].state_dict()
@@ -75,17 +75,20 @@ class ModulesToSaveWrapper(ModuleWrapper):
         return self.original_module
 
     def release(self) -> nn.Module:
-        """Return the active adapter's copy, even if adapters are disabled, or the original."""
+        """Return the active adapter's copy, or the original module without an active adapter.
+
+        Whether adapters are disabled makes no difference.
+        """
         name = next(iter(self.active_adapters), None)
         return self.original_module if name is None else self.modules_to_save[name]
 
     def current(self) -> nn.Module:
-        """Return the module that the next forward runs."""
+        """Return the module that a forward pass runs: the active copy or the original module."""
         name = self.acting()
         return self.original_module if name is None else self.modules_to_save[name]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the current module, or in a mixed batch each sample's own copy."""
+        """Call the current module, or in a mixed batch the copy of each sample's adapter."""
         routing = routing_of(self)
         if routing is None or self._disabled:
             return self.current()(*args, **kwargs)
@@ -96,10 +99,10 @@ class ModulesToSaveWrapper(ModuleWrapper):
             return self._mixed(routing, x, *args, **kwargs)
 
     def _mixed(self, routing: Routing, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Run the copy of each adapter on its own rows along x's first dimension.
+        """Run each adapter's copy on the adapter's own rows, along x's first dimension.
 
-        If ids are per token, the rows are those of ``x [..., K]`` flattened. A copy may return any
-        structure of tensors that have the copy's rows in their first dimension.
+        If ids are per token, the leading dimensions of ``x [..., K]`` are flattened to rows. A copy
+        may return any nested structure of tensors whose first dimension is the rows.
         """
         lead = x.shape[:1]
         if not fits(x.shape[0], routing.ids.numel()):
@@ -125,7 +128,7 @@ class ModulesToSaveWrapper(ModuleWrapper):
     def _together(
         self, indices: list[torch.Tensor], found: tuple[object, ...], lead: torch.Size
     ) -> object:
-        """Combine the results of copies on their own rows into one tensor, ``[*lead, ...]``."""
+        """Combine the copies' results for their own rows into one tensor ``[*lead, ...]``."""
         tensors = [value for value in found if isinstance(value, torch.Tensor)]
         if len(tensors) < len(found):
             return found[0]  # None, or a number

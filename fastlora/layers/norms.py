@@ -1,4 +1,4 @@
-"""The norms that DoRA divides by on one layer, and their cache."""
+"""The row norms of the adapted weight, by which DoRA divides, and their cache."""
 
 from __future__ import annotations
 
@@ -20,16 +20,17 @@ _Watched = tuple[Sequence[torch.Tensor], tuple[Hashable, ...]]
 
 
 class NormCache(Kept):
-    """One layer's cached norms: ``||W||^2``, and without gradients the norms of each adapter.
+    """One layer's cache of squared row norms: of the base weight W, and of each adapted weight.
 
-    Each entry is stored with a `Stamp` of the tensors that it was made from. A stamp does not
-    detect in-place writes through ``.data``; call `LoraLayer.refresh` after them. Nor does it
-    detect that FSDP2 has gathered parameters, so nothing is cached in a process that uses FSDP2. A
-    copied layer starts with an empty cache.
+    Norms of adapted weights are cached only while gradients are disabled. Each entry is stored with
+    a `Stamp` of the tensors that it was computed from. A stamp does not detect in-place writes
+    through ``.data``; call `LoraLayer.refresh` after them. Nor does it detect that FSDP2 has
+    gathered parameters, so nothing is cached in a process that uses FSDP2. A copied layer starts
+    with an empty cache.
 
     Attributes:
         base: The stamp of the base weight.
-        kept: Maps an adapter to its stamp and sums, and None to those of the base weight's squares.
+        kept: Maps an adapter name to a stamp and the sums, and None to those of the base weight.
     """
 
     def __init__(self) -> None:
@@ -38,13 +39,13 @@ class NormCache(Kept):
 
 
 def magnitude_of(layer: AdaptedLayer, name: str) -> torch.Tensor:
-    """Return an adapter's magnitude, ``[N]``."""
+    """Return an adapter's DoRA magnitude, ``[N]``."""
     magnitude: torch.Tensor = layer._modules["lora_magnitude_vector"]._modules[name].weight
     return magnitude
 
 
 def may_keep(device: torch.device) -> bool:
-    """Return whether tensors made now may be cached: not during the capture of a CUDA graph."""
+    """Return whether new tensors on a device may be cached: not while a CUDA graph is captured."""
     return device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
 
 
@@ -64,7 +65,7 @@ def base_stamp(layer: AdaptedLayer) -> Stamp | None:
 
 
 def rows_of(layer: AdaptedLayer) -> torch.Tensor | InRows:
-    """Return a layer's base weight ``[N, K]``, as a matrix, or as `InRows` if it is quantized."""
+    """Return the base weight ``[N, K]`` as a matrix, or as `InRows` if it is quantized."""
     found = layer._own_quantised()
     if found is None:
         return layer._own_weight()
@@ -74,9 +75,9 @@ def rows_of(layer: AdaptedLayer) -> torch.Tensor | InRows:
 def base_squares(
     layer: AdaptedLayer, weight: torch.Tensor | InRows, compiling: bool = False
 ) -> torch.Tensor:
-    """Return ``||W||^2``, ``[N]``, of a layer's base weight, cached until the weight changes.
+    """Return the squared row norms of the base weight, ``[N]``, cached until it changes.
 
-    ``compiling`` says that a graph is being compiled. Nothing is cached then.
+    If ``compiling`` is set, because a graph is being compiled, nothing is cached.
     """
     if compiling:
         return square_norms(weight, at_once=True)
@@ -100,10 +101,10 @@ def adapter_sums(
     scaling: torch.Tensor | float,
     compiling: bool = False,
 ) -> torch.Tensor:
-    """Return `adapted_sums` of ``lora_a [R, K]`` and ``lora_b [N, R]`` on a layer, ``[N]``.
+    """Return the squared row norms of a layer's adapted weight, ``[N]``; see `adapted_sums`.
 
-    The sums are over this process's part of the base weight ``[N, K]``. If the scaling is a tensor,
-    it has no dimensions.
+    The update is the product of ``lora_b [N, R]`` and ``lora_a [R, K]``. The sums are over this
+    process's part of the base weight ``[N, K]``. If the scaling is a tensor, it has no dimensions.
     """
     weight = layer._own_weight() if compiling else rows_of(layer)
     squares = base_squares(layer, weight, compiling)
@@ -117,17 +118,20 @@ def adapter_squares(
     scaling: torch.Tensor | float,
     compiling: bool = False,
 ) -> torch.Tensor:
-    """Compute an adapter's squared norms on a layer, ``[N]``, with infinity for 0."""
+    """Return the squared row norms of a layer's adapted weight, ``[N]``; 0 becomes infinity.
+
+    With tensor parallelism, they are summed over the processes.
+    """
     return layer._of_whole_rows([adapter_sums(layer, lora_a, lora_b, scaling, compiling)])[0]
 
 
 def kept_sums(
     layer: AdaptedLayer, name: str, scaling: torch.Tensor | float, compiling: bool
 ) -> torch.Tensor:
-    """Return `adapter_sums` of a named adapter, ``[N]``; without gradients they are cached.
+    """Return `adapter_sums` for a named adapter, ``[N]``, cached if gradients are disabled.
 
-    With gradients they are computed in every forward pass, because an optimizer may be about to
-    step, and not all optimizers change the versions of tensors.
+    If gradients are enabled, the sums are computed in every forward pass, because an optimizer may
+    be about to step, and not all optimizers change the versions of tensors.
     """
     modules, watched = layer._modules, None
     lora_a = modules["lora_A"]._modules[name].weight
@@ -153,7 +157,7 @@ def _watched_base(layer: AdaptedLayer) -> _Watched | None:
 
 
 def _watched(tensors: Sequence[torch.Tensor], *context: Hashable) -> _Watched | None:
-    """Return the arguments of a stamp of tensors, or None if a stamp cannot detect changes."""
+    """Return arguments for `stamp_of` these tensors, or None if a stamp cannot detect changes."""
     if gathers_parameters():  # A newly gathered tensor may reuse the last one's memory.
         return None
     parts: list[torch.Tensor] = []
@@ -177,7 +181,7 @@ def _kept(
     watched: _Watched | None,
     make: Callable[[], torch.Tensor],
 ) -> torch.Tensor:
-    """Return the layer's cached value for a name if its stamp holds, or compute it.
+    """Return a layer's cached value for ``name`` if its stamp is valid; otherwise compute it.
 
     If ``watched`` is None, nothing is cached.
     """

@@ -1,7 +1,7 @@
-"""Packed factors of a layer in a mixed batch: finding them, and running the layer with them.
+"""The forward pass of one layer with packed factors in a mixed batch.
 
-Packed factors are used without gradients and without kernels, from the second time that a set of
-adapters occurs.
+Packed factors are used if gradients are disabled and no kernels run, from the second time that a
+set of adapters occurs.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _Packed = tuple[LayerPack, packed_forward.Plan, Rows]
 def key_of(call: MixedCall, base: Base) -> tuple[object, ...] | None:
     """Return the cache key of a forward pass with packed factors, or None if it cannot be cached.
 
-    The key has the dtype, device, and number of rows of x, the layer's implementation, and the
+    The key consists of x's dtype, device, and number of rows, the layer's implementation, and the
     weights version of its factors.
     """
     layer, x, conditions = call.layer, call.x, call.conditions
@@ -56,9 +56,9 @@ def key_of(call: MixedCall, base: Base) -> tuple[object, ...] | None:
 def run_kept(
     call: MixedCall, base: Base, pack: LayerPack, plan: packed_forward.Plan, rows: Rows
 ) -> torch.Tensor:
-    """Return the output ``[..., N]`` from packed factors.
+    """Return a layer's output ``[..., N]``, computed with packed factors.
 
-    A decode step spends most of its time here, so the host's own time matters.
+    A decode step spends most of its time in this function, so the overhead of Python matters.
     """
     x = call.x
     flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
@@ -70,7 +70,7 @@ def run_kept(
 
 
 def find(call: MixedCall, base: Base, rows: Rows) -> _Packed | None:
-    """Return the layer's packed factors, the plan, and the rows, or None if it is not packed.
+    """Return a tuple (packed factors, plan, rows), or None if the layer is not packed.
 
     The result is cached for the block.
     """
@@ -105,7 +105,7 @@ def find(call: MixedCall, base: Base, rows: Rows) -> _Packed | None:
 
 
 def _slots(layer: AdaptedLayer, call: MixedCall, rows: Rows) -> Slots | None:
-    """Return the adapters that have rows, or None if their factors cannot be packed.
+    """Return a list of the factors of slots that have rows, or None if they cannot be packed.
 
     Active dropout, hooks, and factors on another device than x prevent packing.
     """

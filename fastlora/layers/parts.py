@@ -1,4 +1,4 @@
-"""One adapter's tensors on one layer: creation, conversion to fp32, and names in files.
+"""Helpers for one adapter's factors on one layer: new factors, conversion, and file names.
 
 A factor is a module with a weight (an `nn.Linear`, a convolution, a DoRA magnitude), or a parameter
 where PEFT has one (embeddings).
@@ -15,7 +15,7 @@ Factor = nn.Module | nn.Parameter
 
 
 class DoraMagnitude(nn.Module):
-    """One adapter's DoRA magnitude: ``weight [N]``, under the name that PEFT gives it.
+    """Module with one adapter's DoRA magnitude, ``weight [N]``, as in PEFT.
 
     Args:
         magnitude: Initial value.
@@ -27,7 +27,7 @@ class DoraMagnitude(nn.Module):
 
 
 def frozen_like(factor: Factor, reference: torch.Tensor | None, training: bool) -> Factor:
-    """Return a new factor, frozen, with the device and dtype of ``reference``."""
+    """Freeze a factor, convert it to the device and dtype of ``reference``, and return it."""
     if isinstance(factor, nn.Module):
         if reference is not None:
             factor.to(device=reference.device, dtype=reference.dtype)
@@ -39,7 +39,7 @@ def frozen_like(factor: Factor, reference: torch.Tensor | None, training: bool) 
 
 
 def widened(factor: Factor) -> Factor:
-    """Return a factor in fp32 if it has fewer than 32 bits, changing a module in place."""
+    """Return a factor, converted to fp32 if its dtype is narrower; a module changes in place."""
     if isinstance(factor, nn.Parameter):
         if factor.itemsize >= torch.float32.itemsize:
             return factor
@@ -51,10 +51,10 @@ def widened(factor: Factor) -> Factor:
 
 
 def file_names(held: Mapping[str, Factor], adapter_name: str) -> dict[str, str]:
-    """Map the names of an adapter's tensors in files to their names in ``state_dict()``.
+    """Return a dict that maps an adapter's tensor names in files to names in ``state_dict()``.
 
     Both names are relative to the layer: ``lora_A.weight`` maps to ``lora_A.default.weight``.
-    ``held`` contains the adapter's factors and magnitude by part.
+    ``held`` maps each part, such as ``"lora_A"``, to the adapter's factor.
     """
     names: dict[str, str] = {}
     for part, factor in held.items():

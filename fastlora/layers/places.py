@@ -1,7 +1,7 @@
-"""The arguments of a layer's launches when kernels find a mixed batch's factors by address.
+"""`Place`, the arguments with which kernels find a layer's factors by address in a mixed batch.
 
-They are the layer's row in the tables, and its neighbors: the layers of its shared-input group that
-have adjacent rows. One launch serves a layer and its neighbors.
+They include the layer's row in the address tables, and its neighbors: the layers of its
+shared-input group with adjacent rows. One launch serves a layer and its neighbors.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
 
 
 class Place(NamedTuple):
-    """The arguments of a layer's launches in every forward pass of a block with the same rows.
+    """The arguments of a layer's kernel launches, for all forward passes with the same rows.
 
     Attributes:
         of: The tables.
         rows: The rows.
         invariant: Whether the launches are for the batch-invariant mode.
-        own: The rows as operators take them.
-        tables: The tables as operators take them.
+        own: The rows in the form in which operators receive them.
+        tables: The tables in the form in which operators receive them.
         row: The layer's row in the tables.
         group: The layer's shared-input group if the layer has neighbors in the tables, or None.
         first: The lowest row among the layer and its neighbors.
@@ -93,7 +93,7 @@ def place_of(
 
 
 def output_at(call: MixedCall, base: Base, place: Place, impl: str = "triton") -> torch.Tensor:
-    """Return y ``[M, N]`` of a base layer with each row's own adapter, for this layer alone.
+    """Return y ``[M, N]`` of one layer, with each row's own adapter added to its base output.
 
     ``impl`` may differ from ``"triton"`` only if the base layer's output is given.
     """
@@ -115,10 +115,10 @@ def linear_at(
     s: torch.Tensor | None = None,
     shares: bool = False,
 ) -> list[torch.Tensor]:
-    """Return y ``[M, N]`` from a base weight with each row's own adapter.
+    """Return a list with y ``[M, N]``, computed from the base weight and each row's adapter.
 
-    ``s`` is the result that a neighbor has computed. If ``shares`` is set, the call also computes s
-    for all neighbors and returns it after y.
+    ``s`` is given if a neighbor has computed it. If ``shares`` is set, the call also computes s for
+    all neighbors, and the list contains it after y.
     """
     of, plan = place.of, "invariant" if place.invariant else "auto"
     x = call.x if call.x.dim() == 2 else call.x.reshape(-1, call.x.shape[-1])
@@ -145,7 +145,10 @@ def linear_at(
 
 
 def outputs_at(x: torch.Tensor, bases: Sequence[Base], place: Place) -> list[torch.Tensor] | None:
-    """Return y ``[M, N]`` of a layer and its neighbors, or None if one launch cannot serve them."""
+    """Return a list of y ``[M, N]`` for a layer and its neighbors, computed by one launch.
+
+    Returns None if one launch cannot compute all of them.
+    """
     flat, biases = _flat(x), [base.bias for base in bases]
     weights = [base.weight for base in bases if base.weight is not None]
     if len(weights) < len(bases) or len({bias is None for bias in biases}) > 1:

@@ -1,4 +1,4 @@
-"""An adapter's factors on one layer, padded to a larger rank with zeros.
+"""Functions that pad an adapter's factors on one layer with zeros to a larger rank.
 
 Padded factors compute the same update. Adapters of different ranks can therefore replace each other
 in tensors of one shape, as a compiled graph requires.
@@ -20,7 +20,10 @@ from fastlora.layers.starting import Starter
 
 @torch.no_grad()
 def resized(layer: LoraLayer, adapter_name: str, rank: int) -> dict[str, parts.Factor]:
-    """Return an adapter's factors by part, padded to ``rank``; the layer is not changed."""
+    """Return a dict that maps each part to an adapter's factor, padded to ``rank``.
+
+    The layer is not changed.
+    """
     held = layer._held_parts(adapter_name)
     lora_bias = layer._factors(adapter_name)[2] is not None
     with torch.random.fork_rng(devices=[]):  # The drawn values are overwritten below.
@@ -37,7 +40,7 @@ def resized(layer: LoraLayer, adapter_name: str, rank: int) -> dict[str, parts.F
 def set_factors(
     layer: LoraLayer, adapter_name: str, factors: dict[str, parts.Factor], rank: int
 ) -> None:
-    """Replace an adapter's factors by factors of another rank, without changing its scaling."""
+    """Replace an adapter's factors by factors of rank ``rank``, without changing its scaling."""
     for part, factor in factors.items():
         layer._modules[part][adapter_name] = factor
     layer.r[adapter_name] = rank
@@ -47,7 +50,7 @@ def set_factors(
 
 
 def set_scaling(layer: LoraLayer, adapter_name: str, scaling: float | torch.Tensor) -> None:
-    """Set an adapter's scaling, and the lora_alpha that gives it at the adapter's rank."""
+    """Set an adapter's scaling, and the corresponding lora_alpha for the adapter's rank."""
     own = layer.scaling[adapter_name]
     if isinstance(own, torch.Tensor):
         own.fill_(scaling)
@@ -59,14 +62,17 @@ def set_scaling(layer: LoraLayer, adapter_name: str, scaling: float | torch.Tens
 
 
 def tensors_of(factor: parts.Factor) -> dict[str, nn.Parameter]:
-    """Return the tensors of a factor by name; a parameter has the name ``weight``."""
+    """Return a dict that maps names to a factor's parameters; a bare parameter is ``weight``."""
     if isinstance(factor, nn.Parameter):
         return {"weight": factor}
     return dict(factor.named_parameters())
 
 
 def blocks_of(layer: LoraLayer, part: str) -> int:
-    """Return the number of blocks of rank rows in a factor: the groups of a convolution, or 1."""
+    """Return the number of blocks into which a factor's rank rows are divided.
+
+    It is the number of groups for lora_A of a convolution, and 1 otherwise.
+    """
     base: Any = layer.get_base_layer()
     return int(getattr(base, "groups", 1)) if part == "lora_A" else 1
 

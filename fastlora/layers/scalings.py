@@ -1,8 +1,8 @@
-"""A layer's scalings, which compiled graphs take as inputs.
+"""`Scalings`, a layer's dict of adapters' scalings, which compiled graphs take as inputs.
 
-For users, each scaling is a number by adapter name, as in PEFT. A tensor with the same value is
-stored with each number, and compiled graphs read the tensor. Another value or another adapter
-therefore does not cause recompilation.
+For users, it maps an adapter name to a number, as in PEFT. A tensor with the same value is stored
+with each number, and compiled graphs read the tensor. Another value or another adapter therefore
+does not cause recompilation.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Scaling = float | torch.Tensor
 
 
 class Scalings(dict[str, Scaling]):
-    """Maps an adapter name to a number, or to a 0-dim tensor (PEFT's compiled hot swap).
+    """Maps an adapter name to its scaling: a number, or for PEFT's compiled hot swap a tensor.
 
     Attributes:
         tensors: Maps an adapter name to a tensor with the same value. A new value creates a new
@@ -70,7 +70,7 @@ class Scalings(dict[str, Scaling]):
         self.tensors[name] = value
 
     def setdefault(self, name: str, value: Scaling | None = None) -> Scaling:
-        """Set a missing scaling as `dict.setdefault` does, but raise `TypeError` for None."""
+        """Set and return a scaling as `dict.setdefault` does, but raise `TypeError` for None."""
         if name not in self:
             if value is None:
                 raise TypeError(f"scaling of {name!r} is None, expected a number")

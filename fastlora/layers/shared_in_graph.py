@@ -1,11 +1,11 @@
-"""The operator by which kernels compute a layer's s in a compiled graph.
+"""The operator that computes s for all layers of a shared-input group in a compiled graph.
 
 A compiled graph must not see results that one call leaves for another. Every layer of a
 shared-input group therefore calls the operator with the factors of all layers, and receives its own
 s. The first call that is traced creates one autograd node for all layers. The other calls pass the
 very same tensors and find its results, so that one node computes the gradients of all layers.
 Without this, a compiler could still merge the calls, but each of them would keep its own backward
-with a single gradient. Outside tracing, each call computes its own s.
+node with a single gradient. Outside tracing, each call computes its own s.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ def _lora_shared(
     dtype: torch.dtype,
     factor_dtype: torch.dtype | None,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Return s of layer number ``own``, and its seed if the layer has dropout.
+    """Return a tuple (s of layer number ``own``, list of its dropout seed if it has dropout).
 
-    ``places`` has the position of each lora_a among those of all layers and slots. Without ids, one
-    adapter applies to all rows. If ``factor_dtype`` is given, factors are converted to it.
+    ``places`` lists the position of each lora_a among those of all layers and slots. Without ids,
+    one adapter applies to all rows. If ``factor_dtype`` is given, factors are converted to it.
     """
     by_place = dict(zip(places, lora_a, strict=True))
 

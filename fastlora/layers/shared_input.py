@@ -1,7 +1,7 @@
 """Shared-input groups: layers that receive the same tensor, such as q/k/v and gate/up.
 
 Groups are identified by observation, because module names are not reliable. A layer that receives
-the very tensor object that the layers before it received belongs to their group. A group holds the
+the very tensor object that the layers before it received belongs to their group. A group stores the
 results that one of its layers computes for the others. A result belongs to the tensor that it was
 computed from and to the thread that computed it. `fastlora.layers.group_forward` computes and takes
 results.
@@ -29,13 +29,13 @@ _Place = tuple[int, int]
 
 
 class Made(NamedTuple):
-    """The results that were computed from one tensor for several layers.
+    """The results that one call computed from one tensor for several layers.
 
     Attributes:
         x: The tensor.
         version: The version of x, which counts writes to it; 0 for an inference tensor, which has
             none.
-        context: What all results depend on, compared by identity.
+        context: Objects that all results depend on, compared by identity.
         by: The layer that computed the results.
         own: Maps a layer to a key, which covers the rest of what its result depends on, and its
             result.
@@ -50,7 +50,7 @@ class Made(NamedTuple):
     unfinished: dict[tuple[int, int, int], Results] | None
 
     def holds(self, x: torch.Tensor, context: tuple[object, ...]) -> bool:
-        """Return whether the results are from this context and tensor, unwritten since."""
+        """Return whether the results were computed from the current values of x in ``context``."""
         version = 0 if x.is_inference() else x._version
         known = self.context
         if self.x() is not x or self.version != version or len(context) != len(known):
@@ -85,7 +85,10 @@ class Results(Kept):
         own: Mapping[int, tuple[object, object]],
         model: Group | None = None,
     ) -> None:
-        """Store a key and a result for each layer in ``own``, computed by layer ``by`` from x."""
+        """Store results that layer ``by`` computed from x for other layers.
+
+        ``own`` maps each of these layers to a key and its result.
+        """
         place, version = (get_ident(), id(x)), 0 if x.is_inference() else x._version
         last = _put_last.get(place[0])
         other = None if last is None else last()
@@ -106,10 +109,10 @@ class Results(Kept):
     def take(
         self, x: torch.Tensor, layer: int, context: tuple[object, ...], made: Made | None = None
     ) -> tuple[Any, Any] | None:
-        """Remove and return the key and the result that this thread computed for a layer.
+        """Remove and return the tuple (key, result) that this thread computed for a layer.
 
-        Returns None if there is no result from this very tensor, unwritten since, in the same
-        ``context``. ``made`` is this thread's entry for x, if the caller has looked it up.
+        Returns None if there is no result that was computed from the current values of x in the
+        same ``context``. ``made`` is this thread's entry for x, if the caller has looked it up.
         """
         place = get_ident(), id(x)
         if made is None:
@@ -126,7 +129,7 @@ class Results(Kept):
         return found
 
     def discard(self) -> set[int]:
-        """Drop the results that this thread computed and no layer took; return these layers."""
+        """Drop this thread's results that no layer took, and return the set of those layers."""
         untaken: set[int] = set()
         if self.made:
             thread = get_ident()
@@ -148,7 +151,7 @@ class Results(Kept):
 
 
 class SharedInputGroup(Results):
-    """Layers that received the same tensor, in the order of their calls, and their results.
+    """A shared-input group: layers that received the same tensor, in the order of their calls.
 
     A copied or unpickled layer has a group without members until a forward pass identifies its
     group.
@@ -157,8 +160,8 @@ class SharedInputGroup(Results):
         members: The layers. Results are stored by their ``id``.
         unwritten: Whether no write to the tensor was observed between their calls. PyTorch does not
             count writes to an inference tensor, so the first observation is relied on.
-        why_alone: Maps the ``id`` of a layer to the reason why its last training forward shared
-            nothing, or to an empty string if it shared.
+        why_alone: Maps the ``id`` of a layer to the reason why its last forward pass in training
+            shared nothing, or to an empty string if it shared.
         launches: Maps the ``id`` of a layer to the launch of its call, cached for its next call.
         idle: The ``id`` of each layer that was not called after a result was computed for it.
     """
@@ -174,7 +177,7 @@ class SharedInputGroup(Results):
         self.idle: set[int] = set()
 
     def discard(self) -> set[int]:
-        """Drop results as `Results.discard` does, and mark their layers as idle.
+        """Drop results as `Results.discard` does, and mark the returned layers as idle.
 
         Nothing is computed for an idle layer until it is called again.
         """
@@ -185,14 +188,14 @@ class SharedInputGroup(Results):
         return untaken
 
     def clear(self) -> None:
-        """Drop the results of every thread, and the launches that are cached for later calls."""
+        """Drop the results of every thread, the cached launches, and the marks of idle layers."""
         super().clear()
         self.launches.clear()
         self.idle.clear()
 
 
 class _Sequence:
-    """Layers that one thread called one after the other with one tensor."""
+    """Layers that one thread has called one after the other with the same tensor."""
 
     def __init__(self, layer: nn.Module, x: torch.Tensor) -> None:
         self.thread = get_ident()
@@ -209,7 +212,7 @@ class _Sequence:
         return all(member() is not layer for member in self.members)
 
     def add(self, layer: nn.Module, x: torch.Tensor) -> None:
-        """Add the next layer."""
+        """Append the next layer, and check whether x has been written to."""
         self.members.append(weakref.ref(layer))
         if isinstance(self._state, int):
             self.unwritten &= x._version == self._state
@@ -220,7 +223,7 @@ class _Sequence:
             self.unwritten = same
 
     def end(self) -> None:
-        """Make the layers a group, except those that another thread has put in a group."""
+        """Form a group of the layers, except those that another thread has put in a group."""
         group = SharedInputGroup(tuple(self.members), self.unwritten)
         for reference in self.members:
             member: Any = reference()
@@ -238,7 +241,7 @@ _watching = threading.Lock()
 
 
 def known_group(layer: nn.Module) -> SharedInputGroup | None:
-    """Return the group of a layer, or None if it is not known yet."""
+    """Return a layer's shared-input group, or None if it has not been identified yet."""
     known: SharedInputGroup | None = layer.__dict__.get("_shared_input")
     if known is not None:
         for member in known.members:
@@ -248,7 +251,10 @@ def known_group(layer: nn.Module) -> SharedInputGroup | None:
 
 
 def group_of(layer: nn.Module, x: torch.Tensor) -> SharedInputGroup | None:
-    """Return the group of a layer that is called with x, or None while it is being identified."""
+    """Return the group of a layer that is called with x, or None if it is not identified yet.
+
+    The call is recorded to identify the group.
+    """
     known: SharedInputGroup | None = layer.__dict__.get("_shared_input")
     if known is not None:  # This is `known_group` without a Python call.
         for reference in known.members:
@@ -271,7 +277,7 @@ def group_of(layer: nn.Module, x: torch.Tensor) -> SharedInputGroup | None:
 
 
 def forget_group(layer: object) -> None:
-    """Clear what a layer's group caches for later calls."""
+    """Clear the results and launches cached in a layer's shared-input group."""
     group = getattr(layer, "__dict__", {}).get("_shared_input")
     if group is not None:
         group.clear()

@@ -1,4 +1,4 @@
-"""Initial values of a new adapter's factors, and what an initialization reads of a layer."""
+"""Initialization of a new adapter's factors on one layer."""
 
 from __future__ import annotations
 
@@ -40,8 +40,10 @@ class Starter:
 
     Attributes:
         base: The layer's base layer.
-        asked: The initialization that the name stands for.
-        init: The initialization that runs.
+        asked: The initialization that ``name`` refers to.
+        init: The initialization that runs. It differs from ``asked`` if the layer does not support
+            that one, if the base weight is on the meta device, or if trained factors will overwrite
+            the values.
         weight: The new base weight ``[N, K]`` once `fill` has run, or None if it is unchanged.
 
     Raises:
@@ -86,7 +88,7 @@ class Starter:
 
     @torch.no_grad()
     def fill(self, lora_a: nn.Module, lora_b: nn.Module) -> None:
-        """Fill the weights of new factor modules.
+        """Write the initial values to the weights of new factor modules.
 
         A bias of lora_b becomes zero, except with ``init_lora_weights=False``.
 
@@ -110,9 +112,9 @@ class Starter:
     def values(
         self, lora_a: torch.Tensor, lora_b: torch.Tensor, linear: bool = True
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the initial values of ``lora_a [R, K]`` and ``lora_b [N, R]``.
+        """Return a tuple of the initial values of ``lora_a [R, K]`` and ``lora_b [N, R]``.
 
-        Both arguments hold freshly drawn values.
+        Both arguments contain freshly drawn random values.
         """
         if not linear and not self.init.any_kind:
             raise UnsupportedLayerError(
@@ -160,7 +162,10 @@ class Starter:
 
 
 def find_data(layer: StartedLayer, init: Init) -> tuple[nn.Module, object] | None:
-    """Return the result that a calibration has left for a layer, and the module that holds it."""
+    """Return a tuple (module, result) of a layer's calibration, or None if there is none.
+
+    The module is the one on which the calibration has stored its result.
+    """
     for module in layer._calibrated():
         if init.data in module.__dict__:
             return module, module.__dict__[init.data]
@@ -168,7 +173,7 @@ def find_data(layer: StartedLayer, init: Init) -> tuple[nn.Module, object] | Non
 
 
 def drop_data(layer: StartedLayer, init: Init) -> None:
-    """Delete the result of a calibration, once an adapter has been initialized from it."""
+    """Delete a layer's calibration result after an adapter has been initialized from it."""
     found = find_data(layer, init)
     if found is not None:
         delattr(found[0], init.data)

@@ -1,7 +1,7 @@
-"""How a base layer stores the weight that adapters are merged into, with the plain storage.
+"""`Stored`, the interface through which merging reads and writes a base weight, and `Plain`.
 
-`fastlora.layers.quantised` has the quantized storages. `fastlora.layers.bases` finds a module's
-storage.
+`Plain` implements the interface for floating-point weights, and `fastlora.layers.quantised` for
+quantized weights. `fastlora.layers.bases` finds the implementation for a module.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _ROWS = 64
 
 
 class Stored(Protocol):
-    """The storage of a base layer's weight, ``[N, K]``.
+    """Protocol through which merging reads and writes a base layer's weight, ``[N, K]``.
 
     Attributes:
         in_place: Whether a write to the result of `dense` changes the weight itself.
@@ -34,7 +34,7 @@ class Stored(Protocol):
         """Return the weight as a matrix, either a view of it or a new tensor."""
 
     def wide(self) -> torch.Tensor:
-        """Return the matrix to merge into: the weight itself, or a new fp32 matrix."""
+        """Return the matrix into which adapters are merged: the weight, or a new fp32 copy."""
 
     def square_distance(self, matrix: torch.Tensor) -> float:
         """Return the squared Frobenius norm of the difference between the weight and a matrix."""
@@ -46,19 +46,19 @@ class Stored(Protocol):
         """Replace the weight by ``dense [N, K]``, quantized as the weight was."""
 
     def keep(self) -> object:
-        """Return a copy of everything that `write` changes."""
+        """Return a copy of all data that `write` changes, for `restore`."""
 
     def restore(self, kept: object) -> None:
         """Restore the result of `keep`, bit for bit, on the weight's device."""
 
     def moved(self, kept: object, fn: Callable[[torch.Tensor], torch.Tensor]) -> object:
-        """Return the result of `keep`, adapted after the module applied ``fn`` to its tensors."""
+        """Return a result of `keep`, converted as ``fn`` has converted the module's tensors."""
 
     def dense_of(self, kept: object) -> torch.Tensor:
-        """Return the matrix that the result of `keep` stands for."""
+        """Return the matrix ``[N, K]`` that a result of `keep` represents."""
 
     def fingerprint(self) -> Fingerprint:
-        """Return tensors that change when other code writes to the weight."""
+        """Return a tuple of tensors that change whenever other code writes to the weight."""
 
 
 class Plain:
@@ -87,10 +87,10 @@ class Plain:
         return float((self.dense() - matrix).square().sum(dtype=torch.float64))
 
     def check_writable(self) -> None:
-        """Do nothing: a plain weight is always writable."""
+        """Do nothing, because a plain weight is always writable."""
 
     def write(self, dense: torch.Tensor) -> None:
-        """Do nothing: ``dense`` is the weight itself."""
+        """Do nothing, because ``dense`` is the weight itself."""
 
     def keep(self) -> object:
         return self.weight.detach().clone()
@@ -114,10 +114,10 @@ class Plain:
 
 
 def sums_of_bits(tensor: torch.Tensor | None) -> Fingerprint:
-    """Return the sums of a tensor's bits over rows and columns as integers.
+    """Return the sums of a tensor's bits, as integers, over its rows and over its columns.
 
-    Any write changes them, whether or not it changes the tensor's version: by an optimizer, by
-    compiled code, through ``.data``, or by loading a state.
+    Any write changes the sums, whether or not it changes the tensor's version. Examples are writes
+    by an optimizer, by compiled code, through ``.data``, or by ``load_state_dict``.
     """
     if tensor is None:
         return ()

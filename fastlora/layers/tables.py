@@ -1,4 +1,4 @@
-"""Address tables: where Triton kernels find the factors of a mixed batch."""
+"""Address tables, from which Triton kernels read the addresses of a mixed batch's factors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def row_of(layer: AdaptedLayer, number: int, tables: Tables) -> int | None:
     """Return a layer's row in the tables, or None if the layer is newer than the tables.
 
-    ``number`` is the layer's number in its model. In a pool's tables the row is the layer's
+    ``number`` is the layer's number in its model. In a pool's tables, the row is the layer's
     ``table_row``.
     """
     if tables.rows is not None:
@@ -29,7 +29,7 @@ def row_of(layer: AdaptedLayer, number: int, tables: Tables) -> int | None:
 
 
 def tables_of(routing: Routing, x: torch.Tensor) -> Tables | None:
-    """Return the address tables of a batch for x, or None if a factor is not a plain tensor."""
+    """Return the address tables of a batch, or None if a factor is not a plain tensor."""
     if routing.source.tables is not None:
         return routing.source.tables
     # The key has the number of layers: a later block also finds layers that were added since.
@@ -44,11 +44,11 @@ def tables_of(routing: Routing, x: torch.Tensor) -> Tables | None:
 
 
 def _model_tables(routing: Routing, watch: Watch | None) -> Tables | Literal[False]:
-    """Return the tables of all adapters of a routing on all layers of its model, or False.
+    """Return tables with all adapters of a routing on all layers of its model, or False.
 
     The result is False if a factor is not a plain tensor, or if factors are on several devices.
-    lora_a is read in place if its dtype and layout allow it. lora_b is copied once, because kernels
-    read it as rank rows.
+    Kernels read lora_a in place if its dtype and layout allow it. lora_b is copied once, because
+    kernels read it transposed, as rank rows.
     """
     found = _factors_of(routing, watch)
     blocks = [] if found is None else [(f.lora_a, f.lora_b, f.lora_bias) for _, _, f in found]
@@ -78,7 +78,7 @@ def _model_tables(routing: Routing, watch: Watch | None) -> Tables | Literal[Fal
 
 
 def _factors_of(routing: Routing, watch: Watch | None) -> list[tuple[int, int, Factors]] | None:
-    """Return the row, column, and factors of every adapter on every layer.
+    """Return a list of (row, column, factors) for every adapter on every layer.
 
     Returns None if a factor is not a plain tensor.
     """
@@ -99,6 +99,9 @@ def _factors_of(routing: Routing, watch: Watch | None) -> list[tuple[int, int, F
 
 
 def _block(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return a tensor as kernels read it: contiguous, in ``dtype``, and aligned to 16 bytes."""
+    """Return a tensor in the form that kernels read: contiguous, aligned to 16 bytes.
+
+    It has the dtype ``dtype``, and is a copy only if necessary.
+    """
     block = tensor.detach().to(dtype).contiguous()
     return block.clone() if block.data_ptr() % 16 else block

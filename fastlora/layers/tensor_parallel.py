@@ -15,9 +15,9 @@ unsharded factor is summed over the processes.
 
 DoRA scales each output by ``g = magnitude / ||weight + scaling * lora_b @ lora_a||``, N numbers:
 
-- column-wise, each process has whole rows of the weight. ``magnitude [N/T]`` is split in the same
-  way, and nothing is communicated;
-- row-wise, each process has a part of each row. ``magnitude [N]`` is unsharded, and the squared
+- column-wise, each process stores whole rows of the weight. ``magnitude [N/T]`` is split in the
+  same way, and nothing is communicated;
+- row-wise, each process stores a part of each row. ``magnitude [N]`` is unsharded, and the squared
   norms ``[N]`` are summed over the processes in every forward pass. Outputs are summed after the
   scale: g times a sum is the sum of g times each summand, so each process scales its own.
 
@@ -94,7 +94,7 @@ class TensorParallelLora(FastLoraWrapper):
     # ----------------------------------------------------------------------------- adapters
 
     def take_adapters(self, layer: LoraLayer) -> None:
-        """Move another layer's adapters to this layer, with all their settings.
+        """Move all adapters of another layer, with their settings, to this layer.
 
         Args:
             layer: A LoRA layer over the same base weight. It must not be used afterwards.
@@ -115,7 +115,7 @@ class TensorParallelLora(FastLoraWrapper):
             self.release()
 
     def release(self) -> nn.Module:
-        """Return the base layer as it was before the first adapter was added."""
+        """Return the base layer, restored to its state before the first adapter was added."""
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
@@ -142,7 +142,7 @@ class TensorParallelLora(FastLoraWrapper):
             self._handle = self.base_layer.register_forward_hook(self._add_update, prepend=True)
 
     def reset_magnitude(self, adapter_name: str) -> None:
-        """Reset a magnitude as `LoraLayer.reset_magnitude` does; every process must call it."""
+        """Reset a magnitude as `LoraLayer.reset_magnitude` does; all processes must call it."""
         from torch.distributed.tensor import DTensor
 
         super().reset_magnitude(adapter_name)
@@ -172,7 +172,7 @@ class TensorParallelLora(FastLoraWrapper):
     # ------------------------------------------------------------------------------ forward
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Map x to y as the base layer does, in the layouts of its parallel style."""
+        """Return y for x, both in the layouts of the base layer's parallel style."""
         conditions_of(x, "eager").refuse(self, NOT_OUR_GEMM)
         if not torch.is_inference_mode_enabled():
             return self.base_layer(x, *args, **kwargs)
@@ -184,7 +184,10 @@ class TensorParallelLora(FastLoraWrapper):
     def _add_update(
         self, _: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor
     ) -> torch.Tensor | None:
-        """Add this process's share of the update to its share of y, before the collectives on y."""
+        """Forward hook that adds this process's share of the update to its share of y.
+
+        It runs before the collectives on y.
+        """
         from torch.distributed.tensor import DTensor, Partial
 
         if self.impl == "triton" and not self._disabled and routing_of(self) is not None:
@@ -258,11 +261,11 @@ class TensorParallelLora(FastLoraWrapper):
         return local(self.base_layer.weight)
 
     def _own_bias(self) -> torch.Tensor | None:
-        """Return this process's share of the base bias, as it is in its share of y.
+        """Return the share of the base bias that this process's share of y includes.
 
-        Row-wise, each process gets an equal part, as torch adds the bias. DoRA subtracts these
-        parts before its scale and adds them afterwards, so that they sum to the bias wherever torch
-        has added it. All parts may be trained.
+        Row-wise, each process gets an equal part. DoRA subtracts these parts before it scales y and
+        adds them afterwards, so that they sum to the bias in whichever process torch has added it.
+        All parts may be trained.
         """
         bias = super()._own_bias()
         if bias is None or self.style == COLUMN_WISE:
@@ -270,7 +273,10 @@ class TensorParallelLora(FastLoraWrapper):
         return own(bias) / self.base_layer.weight.device_mesh.size()
 
     def _own_seed(self, seed: torch.Tensor) -> torch.Tensor:
-        """Return one seed for all processes if they share x's columns, or one seed for each."""
+        """Return this process's dropout seeds, int64, in the shape of ``seed``.
+
+        Column-wise, all processes use the same seeds. Row-wise, each process uses its own.
+        """
         mesh = self.base_layer.weight.device_mesh
         if self.style == ROW_WISE:
             return seed ^ (mesh.get_local_rank() * _SEED_STEP % 2**62)
@@ -294,7 +300,7 @@ class TensorParallelLora(FastLoraWrapper):
     # ------------------------------------------------------------------------ merging, report
 
     def fusion(self, gathered: bool = False) -> tuple[bool, str]:
-        """Return False, and the reason, with what DoRA adds to it."""
+        """Return False and the reason why the base product and LoRA term do not run fused."""
         why = f"{self.style} tensor parallel: LoRA is added to each process's part of the output"
         names = self._acting()
         if uses_dora(self, names):
@@ -303,7 +309,7 @@ class TensorParallelLora(FastLoraWrapper):
         return False, why
 
     def _mergeable(self) -> tuple[Stored, torch.Tensor | None]:
-        """Return this process's shards of the base weight and bias, which a merge updates."""
+        """Return a tuple of this process's shards of base weight and bias, for a merge."""
         weight, bias = self.base_layer.weight, self.base_layer.bias
         if weight.device_mesh.ndim != 1:
             raise UnsupportedLayerError(
@@ -324,7 +330,10 @@ class TensorParallelLora(FastLoraWrapper):
         return bool(flag.item())
 
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
-        """Return the whole ``scaling * B @ A``, ``[N, K]``; every process must call it."""
+        """Return the unsharded update ``scaling * B @ A``, ``[N, K]``.
+
+        All processes must call this method.
+        """
         self._check_known(adapter_name)
         lora_a, lora_b, _ = super()._factors(adapter_name)
         return self.scaling[adapter_name] * (whole(lora_b) @ whole(lora_a)).detach()
@@ -336,7 +345,7 @@ def _shapes(module: nn.Module, asked: Settings) -> Shapes:
 
 
 def _check(module: nn.Module, asked: Settings) -> None:
-    """Accept all settings: `TensorParallelLora` checks its base layer itself."""
+    """Accept all settings, because `TensorParallelLora` checks its base layer itself."""
 
 
 register_kind(Kind(LINEAR, is_parallel, TensorParallelLora, _shapes, _check))

@@ -1,9 +1,9 @@
-"""`TiedLoraHead`: a head with an embedding's weight, and with the embedding's adapters.
+"""`TiedLoraHead`: a head that shares an embedding's weight and its adapters.
 
 The adapted weight of the embedding is ``weight + scaling * (B @ A).T``, ``[V, D]``, and so is that
 of the head: ``y = base(x) + scaling * dropout(x) @ B @ A``. The two layers share one A ``[R, V]``
-and one B ``[D, R]``, which receive the sum of both gradients. PEFT 0.21.2 gives the head its own
-parameters over the same memory, and an optimizer then steps both.
+and one B ``[D, R]``, which receive the sum of both gradients. In PEFT 0.21.2, the head has its own
+parameters over the same memory, and an optimizer then updates both.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class _Transposed(nn.Module):
-    """A transposed factor of another layer, without parameters of its own."""
+    """Module whose weight is the transposed factor of another layer; it has no parameters."""
 
     def __init__(self, source: FastLoraEmbedding, part: str, adapter_name: str) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class _Transposed(nn.Module):
 
 
 class TiedLoraHead(AddedLora):
-    """A linear that uses the LoRA adapters of the embedding that it shares its weight with.
+    """LoRA layer over a linear whose weight and adapters are those of an embedding.
 
     Args:
         base_layer: The linear.
@@ -74,7 +74,10 @@ class TiedLoraHead(AddedLora):
         return self._source[0]
 
     def add_adapter(self, adapter_name: str, **settings: Any) -> None:
-        """Use an adapter of the embedding; see `LoraLayer.add_adapter` for ``settings``."""
+        """Add the embedding's adapter of this name.
+
+        ``settings`` are those of `LoraLayer.add_adapter`.
+        """
         self._adding = adapter_name
         super().add_adapter(adapter_name, **settings)
 
@@ -85,7 +88,7 @@ class TiedLoraHead(AddedLora):
         }
 
     def file_names(self, adapter_name: str) -> dict[str, str]:
-        """Return no names: files hold the embedding's factors, and copies of them for PEFT."""
+        """Return an empty dict, because the factors are saved as those of the embedding."""
         return {}
 
     def _samples(self, x: torch.Tensor) -> tuple[int, int]:
@@ -116,5 +119,5 @@ class TiedLoraHead(AddedLora):
         self.merged_adapters += names
 
     def unmerge(self) -> None:
-        """Undo `merge`."""
+        """Undo `merge` for every merged adapter."""
         self.merged_adapters.clear()

@@ -24,7 +24,7 @@ from fastlora.validation import AdapterStateError, ConfigError, UnsupportedLayer
 
 
 def check_tokens(module: nn.Module, indices: list[int]) -> None:
-    """Raise unless rows of a module can be trained.
+    """Raise an error unless the given rows of a module's weight can be trained.
 
     Args:
         module: The base layer.
@@ -56,15 +56,15 @@ def check_tokens(module: nn.Module, indices: list[int]) -> None:
 
 
 class TokenAdapter(nn.Module):
-    """The base layer with each adapter's rows; attribute names follow PEFT.
+    """Module with a base layer and the rows that each adapter trains; names follow PEFT.
 
     Attributes:
-        base_layer: An embedding, or a linear, tied to an embedding or not.
+        base_layer: An embedding, or a linear, which may be tied to an embedding.
         trainable_tokens_delta: Maps an adapter name to its rows, ``[n, D]``.
         token_indices: Maps an adapter name to the indices of the weight's rows that they replace.
         tied_adapter: The owner of the rows if the weight is tied to another module's weight, or
             None.
-        active_adapters: The same as the wrapper's.
+        active_adapters: Names of the active adapters, as in the wrapper.
         together: All `TokenAdapter` objects that share these rows.
         before: Maps a merged adapter to the rows of the weight that it has replaced, ``[n, D]``.
         tables: Indices of an adapter, or of several adapters with their places, by device.
@@ -95,7 +95,7 @@ class TokenAdapter(nn.Module):
 
     @property
     def active_adapter(self) -> list[str]:
-        """Name of the adapter with the rows that apply outside mixed batches, in a list."""
+        """List with the name of the adapter whose rows apply outside mixed batches."""
         return list(self.active_adapters)
 
     @property
@@ -109,7 +109,7 @@ class TokenAdapter(nn.Module):
 
 
 class TrainableTokensWrapper(ModuleWrapper):
-    """An embedding, or a head tied to one, with some rows that adapters train.
+    """Wrapper of an embedding or a tied head, in which adapters train some rows of the weight.
 
     Args:
         original: An `nn.Embedding` or `nn.Linear` that `check_tokens` accepts.
@@ -147,7 +147,7 @@ class TrainableTokensWrapper(ModuleWrapper):
         self.token_adapter.tables.clear()
 
     def _unmerged_rows(self, indices: list[int]) -> torch.Tensor:
-        """Return a copy of the weight's rows as they are without a merge, ``[n, D]``."""
+        """Return a copy of the weight's rows ``[n, D]`` without merged adapters."""
         weight: Any = self.get_base_layer().weight
         rows = weight.detach()[torch.tensor(indices, device=weight.device)].clone()
         for name, before in reversed(self._replaced().items()):
@@ -168,7 +168,10 @@ class TrainableTokensWrapper(ModuleWrapper):
         return self.token_adapter.trainable_tokens_delta
 
     def file_names(self, adapter_name: str) -> dict[str, str]:
-        """Map the file key of an adapter's rows to its name; empty if another module owns them."""
+        """Return a dict that maps the file key of an adapter's rows to their name.
+
+        The dict is empty if another module owns the rows.
+        """
         if self.is_tied or adapter_name not in self.token_indices:
             return {}
         key = "token_adapter.trainable_tokens_delta"
@@ -191,7 +194,7 @@ class TrainableTokensWrapper(ModuleWrapper):
         self._act_as(names)
 
     def _act_as(self, names: list[str]) -> None:
-        """Apply the rows of these adapters, whether or not they train."""
+        """Make the named adapters' rows apply in forward passes, without making them trainable."""
         self._active_adapters = list(names)
         self.token_adapter.active_adapters = list(names)
 
@@ -233,7 +236,10 @@ class TrainableTokensWrapper(ModuleWrapper):
             return self._mixed(routing, x, y)
 
     def _mixed(self, routing: Routing, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """Return y with each row's own adapter; rows without an adapter here are base rows."""
+        """Return y with the rows or columns of each row's own adapter replaced.
+
+        Rows without an adapter here keep the base layer's output.
+        """
         known = [name for name in routing.names if name in self.token_indices]
         # Every adapter that trains must get a gradient if other processes wait for it.
         every = routing.absent_gradients and torch.is_grad_enabled()
@@ -255,9 +261,9 @@ class TrainableTokensWrapper(ModuleWrapper):
     def _embedded(
         self, ids: torch.Tensor, y: torch.Tensor, names: list[str], own: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Return y ``[..., D]`` with adapters' rows in place of those ids ``[...]`` that have one.
+        """Return y ``[..., D]`` with the trained row in place of each id that an adapter trains.
 
-        ``own [...]`` is the index of each id's adapter in ``names``, or -1.
+        ``own``, with the shape of ``ids``, is the index of each id's adapter in ``names``, or -1.
         """
         base: Any = self.get_base_layer()
         ids, (keys, places) = ids.long(), self._table(names, ids.device)
@@ -282,7 +288,10 @@ class TrainableTokensWrapper(ModuleWrapper):
         return torch.where(hit.unsqueeze(-1), new.to(y.dtype), y)
 
     def _table(self, names: list[str], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return sorted keys ``index of name * V + token``, int64, and the row of each key."""
+        """Return a tuple of the sorted int64 keys of all trained tokens, and the row of each key.
+
+        The key of a token is ``index of name * V + token``.
+        """
         base: Any = self.get_base_layer()
         rows: int = base.weight.shape[0]
         key = (*names, rows, device)
@@ -300,7 +309,7 @@ class TrainableTokensWrapper(ModuleWrapper):
         return tables[key]
 
     def _of_rows(self, x: torch.Tensor, y: torch.Tensor, name: str) -> torch.Tensor:
-        """Return y ``[..., V]`` for x ``[..., D]``, with an adapter's columns replaced."""
+        """Return y ``[..., V]`` with an adapter's columns computed from x ``[..., D]``."""
         base: Any = self.get_base_layer()
         index, places = self._table([name], x.device)
         delta = self._versions[name].to(base.weight.dtype)[places]
@@ -315,7 +324,9 @@ class TrainableTokensWrapper(ModuleWrapper):
     def check_merge(
         self, safe_merge: bool = False, adapter_names: list[str] | None = None
     ) -> list[str]:
-        """Return the names that `merge` would merge, or raise as it would, without any change.
+        """Return a list of the names that `merge` would merge, or raise the error that it would.
+
+        The module is not changed.
 
         Raises:
             AdapterStateError: Two of the adapters train the same row, or ``safe_merge`` found a
@@ -346,7 +357,7 @@ class TrainableTokensWrapper(ModuleWrapper):
 
     @torch.no_grad()
     def _merge(self, names: list[str], keep_base: bool) -> None:
-        """Write adapters' rows into the weight; the old rows are kept until `unmerge`."""
+        """Write the adapters' rows into the weight, and save the old rows for `unmerge`."""
         weight: Any = self.get_base_layer().weight
         replaced = self._replaced()
         for name in names:
@@ -368,7 +379,7 @@ class TrainableTokensWrapper(ModuleWrapper):
                 weight.index_copy_(0, self._index(name, weight.device), before.to(weight))
 
     def _replaced(self) -> dict[str, torch.Tensor]:
-        """Return the rows that merges have replaced.
+        """Return a dict that maps each merged adapter to the rows that it has replaced.
 
         Modules that share the weight share the dict.
         """

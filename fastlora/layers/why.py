@@ -1,4 +1,4 @@
-"""Fallback reasons: why a layer does not run in the best way, in one sentence per case.
+"""Fallback reasons: texts that explain why a layer does not use a faster implementation.
 
 They appear in the fusion report and in the errors of ``impl="triton"``, of the batch-invariant
 mode, and of CUDA graph captures.
@@ -30,7 +30,9 @@ DORA_DROPS = "DoRA with dropout in training needs a second base product; PyTorch
 def fusion(
     layer: AdaptedLayer, names: list[str], why_not_base: str, gathered: bool
 ) -> tuple[bool, str]:
-    """Return whether the base GEMM and the active adapters are one call, and the reason if not.
+    """Return whether one call computes the base GEMM and the active adapters, and a reason.
+
+    The reason is a text that explains why not, or an empty string.
 
     Args:
         layer: The layer.
@@ -56,7 +58,7 @@ def uses_dora(layer: AdaptedLayer, names: list[str]) -> bool:
 
 
 def why_dora_not_fused(layer: AdaptedLayer, names: list[str]) -> str:
-    """Return why DoRA keeps the active adapters from being one call, or an empty string."""
+    """Return the reason why DoRA prevents one call for all active adapters, or an empty string."""
     if not uses_dora(layer, names):
         return ""
     if len(names) > 1:
@@ -68,13 +70,16 @@ def why_dora_not_fused(layer: AdaptedLayer, names: list[str]) -> str:
 
 
 def refuse_triton(layer: AdaptedLayer, names: list[str]) -> None:
-    """Raise `ImplementationError` if ``impl="triton"`` is set but the modules must be called."""
+    """Raise `ImplementationError` if the layer has ``impl="triton"``.
+
+    The caller has found that the adapters' modules must be called.
+    """
     if layer.impl == "triton":
         raise ImplementationError(f"impl='triton' cannot run: {why_not_fused(layer, names)}")
 
 
 def why_not_captured(bare: bool, dtype: torch.dtype | None) -> str:
-    """Return the error message for a CUDA graph over a pool that cannot run on kernels."""
+    """Return the error message for a CUDA graph capture over a pool that kernels cannot run."""
     if bare:
         why = "the layer runs without kernels"
     elif dtype is not None:
@@ -91,7 +96,7 @@ def why_not_captured(bare: bool, dtype: torch.dtype | None) -> str:
 
 
 def why_not_tables(bare: bool, dtype: torch.dtype | None) -> str:
-    """Return why a mixed batch runs in PyTorch's GEMMs although kernels are available."""
+    """Return the reason why a mixed batch uses PyTorch's GEMMs although kernels are available."""
     if dtype is not None:
         return f"autocast is on; convert the model to {dtype} instead"
     if not bare:
@@ -105,7 +110,7 @@ def why_not_tables(bare: bool, dtype: torch.dtype | None) -> str:
 
 
 def why_not_lists(routing: Routing, slots: Slots) -> str:
-    """Return why kernels do not support some factors, or an empty string."""
+    """Return the reason why kernels do not support a batch's factors, or an empty string."""
     dtypes: dict[torch.dtype, str] = {}
     for name, factors in zip(routing.names, slots, strict=True):
         for tensor in () if factors is None else (*factors[:2], factors.lora_bias):

@@ -51,7 +51,10 @@ class FastLoraWrapper(LoraLayer):
         base_layer.requires_grad_(False)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Map ``x [..., K]`` to ``[..., N]``, passing further arguments to the base layer."""
+        """Return the output ``[..., N]`` for ``x [..., K]``.
+
+        The base layer receives all other arguments.
+        """
         call = begin(self, x)
         acts = not isinstance(call, LayerCall) or call.names
         if acts and not (args or kwargs):
@@ -72,7 +75,7 @@ class FastLoraWrapper(LoraLayer):
         return sibling_base(self)
 
     def _may_write_into(self, y: torch.Tensor, x: torch.Tensor) -> bool:
-        """Return whether the base layer's output may be overwritten: no other code can hold it."""
+        """Return whether y may be overwritten, because no other code refers to it."""
         hooked = self.base_layer._forward_hooks or "forward" in self.base_layer.__dict__
         return makes_fresh_outputs(self.base_layer) and not (hooked or y is x or y._is_view())
 

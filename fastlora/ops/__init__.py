@@ -1,1 +1,1 @@
-"""The registered operators, and the backends that call or implement them."""
+"""Registered operators of linear layers with adapters, and the backends that call them."""

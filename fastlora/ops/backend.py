@@ -1,4 +1,4 @@
-"""The interface of backends, which compute linear layers with adapters, and the backends by name.
+"""`Backend`, the interface of implementations of linear layers with adapters, and their registry.
 
 `fastlora.ops.conditions` chooses the backend of a forward pass.
 """
@@ -23,12 +23,12 @@ _Gradient = torch.Tensor | None
 def draw_seed(x: torch.Tensor, impl: str) -> torch.Tensor:
     """Return a dropout seed, int64 ``[1]``, drawn from torch's default generator.
 
-    For kernels the seed is on x's device, so that nothing waits for it. For the PyTorch
-    implementation it is on the CPU. Activation checkpointing restores the default generator, so a
+    For kernels, the seed is on x's device, so that the host does not wait for it. For the PyTorch
+    implementation, it is on the CPU. Activation checkpointing restores the default generator, so a
     recomputed forward pass draws the same seed.
 
     Raises:
-        TypeError: Dropout does not support x's dtype. Nothing has been drawn in this case.
+        TypeError: Dropout does not support x's dtype. In this case, no seed is drawn.
     """
     check_dropout_dtype(x.dtype)
     device = x.device if impl == "triton" else torch.device("cpu")
@@ -46,7 +46,8 @@ class Backward(NamedTuple):
             alone.
         x: Input of the forward pass, or None if no gradient needs it.
         operands, rows, plan: As in `Backend.forward`.
-        s: s of the forward pass. May be None without rows if no gradient of a lora_b is wanted.
+        s: s of the forward pass. It may be None if rows is None and no gradient of a lora_b is
+            wanted.
         wants_x, wants_bias, wants_s: Whether the gradients of x, of the base bias, and of an s that
             was passed to the forward pass are wanted.
         wants: Whether the gradients of ``lora_a, lora_b, lora_bias`` of each adapter in turn are
@@ -77,10 +78,11 @@ MOST_SIBLINGS = 4
 
 
 class Backend(ABC):
-    """An implementation of linear layers with adapters. Callers refer to it by name.
+    """Base class of the implementations of linear layers with adapters.
 
-    A backend implements `siblings` and `siblings_gradients` if `computes_siblings` can return True.
-    It implements `shrink` and `grad_a` if layers share s on it (`fastlora.layers.group_forward`).
+    Callers look up a backend by name in `BACKENDS`. It implements `siblings` and
+    `siblings_gradients` if `computes_siblings` can return True. It implements `shrink` and `grad_a`
+    if layers share s on it (`fastlora.layers.group_forward`).
 
     Shapes: ``x [M, K]``, ``weight [N, K]``, ``y`` and ``dy [M, N]``. With rows, s and ds are
     ``[M, R]`` at sorted positions, and R is at least the largest rank. In the PyTorch backend they
@@ -98,22 +100,22 @@ class Backend(ABC):
         s: torch.Tensor | None,
         plan: str,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the output ``[M, N]`` of a layer with its adapters, and the shrink output s.
+        """Return a tuple (y ``[M, N]``, s): a layer's output with its adapters, and s.
 
         Args:
             x: The input.
             base: A weight and bias in x's dtype, or the base layer's output y, which is contiguous
                 ``[M, N]``.
             operands: The adapters.
-            rows: The adapter of each row, or None if one adapter applies to all rows. The caller
-                then adds this adapter's lora_bias.
+            rows: The adapter of each row, or None if one adapter applies to all rows. In the latter
+                case, the caller adds the adapter's lora_bias.
             s: The s of the layer if it has already been computed, or None to compute it here.
             plan: As in `fastlora.functional.lora_linear`.
         """
 
     @abstractmethod
     def gradients(self, given: Backward) -> Gradients:
-        """Return the gradients of a layer, in the order that `Gradients` describes."""
+        """Return the gradients of a layer's inputs as a tuple; see `Gradients` for the order."""
 
     # -------------------------------------------------- layers of a shared-input group, in one call
 
@@ -124,7 +126,7 @@ class Backend(ABC):
     # int64 ``[1]`` or None. ``dropout_p`` holds the active dropout probability of each layer.
 
     def computes_siblings(self, x: torch.Tensor) -> bool:
-        """Return whether one call can compute all layers of the shared-input group of x."""
+        """Return whether one call can compute all layers that share the input x."""
         return False
 
     def shrink(
@@ -135,7 +137,7 @@ class Backend(ABC):
         dropout_p: Sequence[float],
         rows: Rows | None,
     ) -> list[torch.Tensor]:
-        """Return the shrink output s of each layer of a shared-input group.
+        """Return a list of the shrink output s of each layer of a shared-input group.
 
         Args:
             x: Input of the layers.
@@ -156,7 +158,7 @@ class Backend(ABC):
         dropout_p: Sequence[float],
         rows: Rows | None,
     ) -> list[torch.Tensor | None]:
-        """Return the gradients of all lora_a of a shared-input group, layer by layer.
+        """Return a list of the gradients of all lora_a of a shared-input group, layer by layer.
 
         Args:
             x: Input of the layers.
@@ -172,10 +174,10 @@ class Backend(ABC):
         dropout_p: tuple[float, ...],
         with_s: bool = False,
     ) -> list[torch.Tensor]:
-        """Return the output ``[M, N]`` of each of 1 to 4 layers of a shared-input group.
+        """Return a list of the outputs ``[M, N]`` of 1 to 4 layers of a shared-input group.
 
-        If ``with_s`` is True, the s of the layers follows: one tensor with the s of all layers side
-        by side, or one tensor for each layer.
+        If ``with_s`` is True, the list also contains the s of the layers after the outputs: one
+        tensor with the s of all layers side by side, or one tensor for each layer.
         """
         raise NotImplementedError
 
@@ -188,7 +190,7 @@ class Backend(ABC):
         s: Sequence[torch.Tensor],
         wants: tuple[bool, ...],
     ) -> list[torch.Tensor | None]:
-        """Return the gradients of the inputs of `siblings`, with None for unwanted gradients.
+        """Return a list of the gradients of the inputs of `siblings`; unwanted ones are None.
 
         The caller computes the gradients of base weights.
 

@@ -1,8 +1,8 @@
-"""The conditions of a forward pass, which are determined once when it begins and then passed down.
+"""`Conditions`, the circumstances of a forward pass, which are determined once when it begins.
 
-They say which implementation runs (the Triton kernels or plain PyTorch), whether `torch.compile`
-traces the forward pass, which dtype autocast uses, and whether the batch-invariant mode is on. In
-that mode, the result of a row does not depend on the other rows of its batch.
+They determine which implementation runs (the Triton kernels or plain PyTorch), whether
+`torch.compile` traces the forward pass, which dtype autocast uses, and whether the batch-invariant
+mode is on. In that mode, the result of a row does not depend on the other rows of its batch.
 
 ``with fastlora.batch_invariant():`` applies to LoRA linears without gradients, with one adapter or
 in a mixed batch. Each row has the same bits for any number of rows, at any position, next to any
@@ -45,7 +45,7 @@ _INTERPRETED = env.triton_interpreted()
 
 
 class _Thread(threading.local):
-    """Thread-local state: whether the batch-invariant mode is on."""
+    """Thread-local state of the batch-invariant mode."""
 
     invariant = env.batch_invariant()
 
@@ -56,10 +56,11 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def constant_when_compiled(function: _Function) -> _Function:
-    """Make `torch.compile` call a function while it traces, and treat the result as a constant.
+    """Decorator that makes `torch.compile` treat a function's result as a constant.
 
-    This has the effect of `torch.compiler.assume_constant_result`, but does not import the
-    compiler, which takes longer to import than torch itself.
+    The function is called while the graph is traced. The decorator has the effect of
+    `torch.compiler.assume_constant_result`, but does not import the compiler, which takes longer to
+    import than torch itself.
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
@@ -67,7 +68,10 @@ def constant_when_compiled(function: _Function) -> _Function:
 
 @functools.cache
 def _gpu_status(index: int) -> tuple[bool, str]:
-    """Return whether the kernels support a GPU, and the GPU's name or the reason why not."""
+    """Return a tuple (supported, text): whether the Triton kernels support a GPU, and details.
+
+    The text is the GPU's name and architecture, or the reason why it is not supported.
+    """
     properties = torch.cuda.get_device_properties(index)
     from fastlora.kernels import chips
 
@@ -79,7 +83,7 @@ def _gpu_status(index: int) -> tuple[bool, str]:
 
 @constant_when_compiled
 def triton_status(device_type: str, index: int = 0) -> tuple[bool, str]:
-    """Return whether the Triton kernels can run on a device, and the reason as text.
+    """Return a tuple (supported, reason): whether the Triton kernels can run on a device.
 
     Args:
         device_type: ``"cpu"``, ``"cuda"`` (also for ROCm), or any other device type of torch.
@@ -105,16 +109,16 @@ def is_compiled() -> bool:
 
 
 def is_traced(x: torch.Tensor) -> bool:
-    """Return whether a compiler is tracing the operations on x, so that its values are unknown."""
+    """Return whether a compiler is tracing operations on x, so that its values are unknown."""
     return torch.compiler.is_compiling() or type(x) not in _PLAIN
 
 
 def sees_operators(x: torch.Tensor, within_node: bool = False, by_profiler: bool = True) -> bool:
-    """Return whether anything, such as a tracer or a profiler, observes operators called on x.
+    """Return whether a tracer, a mode, autograd, or a profiler observes operators called on x.
 
-    Observers are tracers, dispatch modes, functorch transforms, autograd, and profilers.
-    ``within_node`` excludes autograd, which records nothing inside an autograd function. Without
-    ``by_profiler``, profilers do not count.
+    Modes are dispatch modes and functorch transforms. If ``within_node`` is set, autograd is
+    ignored, because it records nothing inside an autograd function. If ``by_profiler`` is False,
+    profilers are ignored.
     """
     return bool(
         torch.compiler.is_compiling()
@@ -128,7 +132,7 @@ def sees_operators(x: torch.Tensor, within_node: bool = False, by_profiler: bool
 
 
 def on_device_of(x: torch.Tensor, function: Callable[..., Any], *args: Any) -> Any:
-    """Call a function that launches kernels while x's device is the current device."""
+    """Call a kernel-launching function with x's device as the current device."""
     if not x.is_cuda or x.device.index == torch.cuda.current_device():
         return function(*args)
     with torch.cuda.device(x.device):
@@ -136,7 +140,7 @@ def on_device_of(x: torch.Tensor, function: Callable[..., Any], *args: Any) -> A
 
 
 def resolve_impl(impl: str, x: torch.Tensor, dtype: torch.dtype | None = None) -> str:
-    """Return the implementation that runs on x, ``"triton"`` or ``"eager"``.
+    """Return the name of the implementation that runs on x, ``"triton"`` or ``"eager"``.
 
     `conditions_of` resolves all other cases itself.
 
@@ -172,7 +176,7 @@ class _Layer(Protocol):
 
 
 class Conditions(NamedTuple):
-    """The conditions of one forward pass.
+    """The conditions of one forward pass, such as its implementation and autocast's dtype.
 
     Attributes:
         impl: ``"triton"`` or ``"eager"``. In the batch-invariant mode this is the requested
@@ -182,8 +186,8 @@ class Conditions(NamedTuple):
         compiling: Whether `torch.compile` traces the forward pass.
         invariant: Whether the batch-invariant mode is on, or the call requests its plan.
         autocast: The dtype of autocast, or None if autocast is off.
-        tracing: Whether the modules run their own forward in plain PyTorch. This is the case if x
-            is a nested tensor, or if `torch.jit.trace` records the forward pass, directly or for
+        tracing: Whether the modules run their own ``forward`` in plain PyTorch. This is the case if
+            x is a nested tensor, or if `torch.jit.trace` records the forward pass, directly or for
             the ONNX exporter.
     """
 
@@ -195,7 +199,7 @@ class Conditions(NamedTuple):
     tracing: bool = False
 
     def refuse(self, layer: _Layer, why: str) -> None:
-        """Raise an error if the batch-invariant mode is on, because a layer cannot run in it.
+        """Raise `ImplementationError` if the batch-invariant mode is on.
 
         ``layer`` is a layer that cannot run in this mode, and ``why`` is the reason.
         """
@@ -207,10 +211,10 @@ class Conditions(NamedTuple):
             )
 
     def check_invariant(self, x: torch.Tensor, plan: str = "auto", dropout_p: float = 0.0) -> None:
-        """Check that the Triton kernels can run a call in the batch-invariant mode.
+        """Raise an error unless the Triton kernels can run a call in the batch-invariant mode.
 
         Raises:
-            ImplementationError: They cannot.
+            ImplementationError: The kernels cannot run the call.
             ValueError: The requested implementation does not exist.
         """
         impl = self.impl
@@ -234,7 +238,7 @@ class Conditions(NamedTuple):
 
 
 def conditions_of(x: torch.Tensor, impl: str, plan: str = "auto") -> Conditions:
-    """Return the conditions of a forward pass.
+    """Return the `Conditions` of a forward pass on x.
 
     Args:
         x: The input, ``[..., K]``.
@@ -270,14 +274,14 @@ def is_batch_invariant() -> bool:
 
 @contextlib.contextmanager
 def batch_invariant(enabled: bool = True) -> Iterator[None]:
-    """Turn the batch-invariant mode on or off for this thread within a ``with`` block.
+    """Context manager that turns the batch-invariant mode on or off for this thread.
 
     ``FASTLORA_BATCH_INVARIANT=1`` in the environment turns the mode on for all threads. A forward
     pass that activation checkpointing repeats during the backward pass needs this setting. The mode
     is slower, but the cost has not been measured.
 
     Args:
-        enabled: Whether the mode is on in the block.
+        enabled: Whether the mode is on within the ``with`` block.
     """
     before = is_batch_invariant()
     _thread.invariant = enabled

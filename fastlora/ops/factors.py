@@ -1,6 +1,6 @@
-"""Records that describe a base layer, an adapter on it, and its adapters by slot.
+"""Named tuples that describe a base layer, an adapter on it, and all its adapters.
 
-Functions, backends, and operators receive these records.
+Functions, backends, and operators receive them as arguments.
 
 Shapes: ``lora_a [R, K]``, ``lora_b [N, R]``, ``lora_bias`` and ``magnitude [N]``.
 """
@@ -23,11 +23,11 @@ PENDING = 16
 
 
 class Factors(NamedTuple):
-    """One adapter on one linear layer.
+    """The factors, scaling, and dropout probability of one adapter on one linear layer.
 
     Attributes:
-        lora_a: ``[R, K]``. Several adapters can be joined, with their rank rows side by side.
-        lora_b: ``[N, R]``, with rank rows side by side; often a view with strides ``(1, N)``.
+        lora_a: ``[R, K]``. Several adapters can be concatenated along the rank.
+        lora_b: ``[N, R]``; often a view with strides ``(1, N)``.
         scaling: A number, a tensor without dimensions, or a tensor with R elements.
         lora_bias: ``[N]``, not scaled, or None.
         dropout_p: Active dropout probability.
@@ -66,7 +66,7 @@ class Base(NamedTuple):
         return self.y
 
     def rows_to_write(self) -> torch.Tensor:
-        """Return y as ``[M, N]`` in memory that may be overwritten, as a copy if necessary."""
+        """Return y as a tensor ``[M, N]`` that may be overwritten, copied if necessary."""
         if self.y is None:
             raise ValueError("no base output is given")
         flat = self.y.reshape(-1, self.y.shape[-1])
@@ -81,8 +81,8 @@ class Operands(NamedTuple):
     """The adapters of one linear layer, in the form that backends and operators receive.
 
     Attributes:
-        lora_a, lora_b, lora_bias: For each adapter ``[R, K]``, ``[N, R]``, and ``[N]`` or None, not
-            scaled. An adapter that does not adapt the layer has rank 0.
+        lora_a, lora_b, lora_bias: For each adapter a tensor ``[R, K]``, ``[N, R]``, and ``[N]`` or
+            None, not scaled. An adapter that does not adapt the layer has rank 0.
         scaling: ``[S]``, one number per adapter. For a single adapter, it can also have no
             dimensions, or the shape ``[R]``.
         dropout_p: Active dropout probability of each adapter.
@@ -110,9 +110,9 @@ class Tables(NamedTuple):
         max_rank: Upper bound of all ranks.
         dtype: Dtype of the factors.
         scale_address: int64 ``[G, S]``, addresses of DoRA scales. None if no adapter uses DoRA.
-        rows: The table row of each layer, by the layer's number in the model. None if the layers
-            know their rows.
-        kept: Tensors behind the addresses, if the tables keep them alive.
+        rows: Maps a layer's number in the model to the layer's row. None if each layer stores its
+            own row.
+        kept: Tensors at the addresses, if the tables keep them alive.
     """
 
     a_address: torch.Tensor
@@ -127,7 +127,7 @@ class Tables(NamedTuple):
     kept: tuple[torch.Tensor, ...] = ()
 
     def tensors(self) -> list[torch.Tensor]:
-        """Return the tensors that operators receive as their argument ``tables``."""
+        """Return the list of tensors that operators receive as their argument ``tables``."""
         found = [self.a_address, self.b_address, self.rank, self.scaling]
         if self.bias_address is not None:
             found.append(self.bias_address)
@@ -135,14 +135,14 @@ class Tables(NamedTuple):
 
 
 def tables_of(tensors: Sequence[torch.Tensor], max_rank: int, dtype: torch.dtype) -> Tables:
-    """Return a `Tables` record of the tensors in an operator's argument ``tables``."""
+    """Return a `Tables` made of the tensors in an operator's argument ``tables``."""
     a_address, b_address, rank, scaling, *biases = tensors
     bias_address = biases[0] if biases else None
     return Tables(a_address, b_address, bias_address, rank, scaling, max_rank, dtype)
 
 
 def present(factors: Sequence[Factor], rank_dim: int) -> list[torch.Tensor]:
-    """Return a list of factors in which an empty factor of rank 0 replaces each None.
+    """Return a list of factors in which each None is replaced by an empty factor of rank 0.
 
     ``rank_dim`` is the dimension of the rank: 0 for lora_a, and 1 for lora_b.
     """
@@ -161,7 +161,7 @@ def present(factors: Sequence[Factor], rank_dim: int) -> list[torch.Tensor]:
 def numbers_on(
     values: tuple[Number, ...], dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
-    """Return a 1-D tensor of numbers on a device, without synchronizing with the device.
+    """Return a 1-D tensor with the given numbers, without synchronizing with the device.
 
     Results are cached.
     """

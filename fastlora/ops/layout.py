@@ -1,9 +1,9 @@
-"""Shapes that operators, their fake implementations, and their callers share.
+"""Shapes on which operators, their fake implementations, and their callers agree.
 
 In a batch of several slots, s and ds have the same number of columns for all slots. The gradients
 of all lora_a are packed into one buffer, and so are the gradients of all lora_b and lora_bias.
-`split_grad_a` and `split_grad_b` return views of these buffers. A list of factors has None for an
-adapter that does not adapt the layer.
+`split_grad_a` and `split_grad_b` return views of these buffers. A list of factors contains None for
+an adapter that does not adapt the layer.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _PLANE_ROWS = 16384
 
 
 def max_rank(factors: Sequence[Factor], rank_dim: int) -> int:
-    """Return the largest rank of the factors, at least 1."""
+    """Return the largest rank among the factors, or 1 if there is none."""
     return max(1, *(factor.shape[rank_dim] for factor in factors if factor is not None))
 
 
@@ -36,7 +36,7 @@ def columns_of(largest: int) -> int:
 def planes_shape(
     m: int, k: int, modules: int, largest: int, batch_invariant: bool = False
 ) -> tuple[int, int, int, int]:
-    """Return the shape of a shrink's split-K partial sums: splits, modules, rows, and columns.
+    """Return the shape (splits, modules, rows, columns) of a shrink's split-K partial sums.
 
     The number of splits depends neither on the chip nor on the adapters of the rows, so that a fake
     implementation can compute it. Sizes may be symbolic.
@@ -48,9 +48,9 @@ def planes_shape(
 
 
 def layout(factors: Sequence[torch.Tensor]) -> tuple[list[int], int]:
-    """Return the offset of each factor's gradient in a packed buffer, and the buffer's size.
+    """Return a tuple (offsets, size) of the buffer into which the factors' gradients are packed.
 
-    Both are in elements.
+    ``offsets`` lists the offset of each factor's gradient. All values are in elements.
     """
     return _offsets([factor.numel() for factor in factors], factors[0].itemsize)
 
@@ -58,9 +58,10 @@ def layout(factors: Sequence[torch.Tensor]) -> tuple[list[int], int]:
 def layout_b(
     lora_b: Sequence[torch.Tensor], with_bias: Sequence[bool]
 ) -> tuple[list[int], list[int], int]:
-    """Return the offsets of all lora_b and lora_bias gradients in a packed buffer, and its size.
+    """Return a tuple (lora_b offsets, lora_bias offsets, size) of a packed gradient buffer.
 
-    The offset of a lora_bias that does not exist is -1. All values are in elements.
+    Each list contains one offset per slot, which is -1 for a lora_bias that does not exist. All
+    values are in elements.
     """
     biases = [b.shape[0] if has else 0 for b, has in zip(lora_b, with_bias, strict=True)]
     offsets, end = _offsets([*(b.numel() for b in lora_b), *biases], lora_b[0].itemsize)
@@ -73,7 +74,10 @@ def layout_b(
 def split_grad_b(
     packed: torch.Tensor, lora_b: Sequence[Factor], with_bias: Sequence[bool]
 ) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
-    """Return views of the gradients of each slot's lora_b and lora_bias in a packed buffer."""
+    """Return a list of each slot's (lora_b gradient, lora_bias gradient), as views of a buffer.
+
+    The second item is None if there is no lora_bias.
+    """
     ups = present(lora_b, 1)
     offsets, bias_offsets, _ = layout_b(ups, with_bias)
     found: list[tuple[torch.Tensor, torch.Tensor | None]] = []
@@ -85,7 +89,7 @@ def split_grad_b(
 
 
 def split_grad_a(packed: torch.Tensor, lora_a: Sequence[Factor]) -> list[torch.Tensor]:
-    """Return views of the gradients of all lora_a in a packed buffer, ``[rank, K]`` each."""
+    """Return a list of the lora_a gradients, ``[rank, K]`` each, as views of a packed buffer."""
     downs = present(lora_a, 0)
     offsets, _ = layout(downs)
     return [
@@ -95,7 +99,7 @@ def split_grad_a(packed: torch.Tensor, lora_a: Sequence[Factor]) -> list[torch.T
 
 
 def _offsets(sizes: Sequence[int], itemsize: int) -> tuple[list[int], int]:
-    """Return offsets that align blocks to 16 bytes, and the total size, both in elements."""
+    """Return a tuple (offsets, total size) of blocks aligned to 16 bytes, in elements."""
     each = 16 // itemsize
     offsets, end = [], 0
     for size in sizes:

@@ -1,4 +1,4 @@
-"""Registration of operators: their schemas, implementations, and fake implementations."""
+"""Functions that register operators' schemas, implementations, and fake implementations."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _LIBRARY = torch.library.Library("fastlora", "DEF")
 
 
 def define(schema: str, tags: tuple[torch.Tag, ...] = ()) -> None:
-    """Define an operator by its schema."""
+    """Define an operator of the library ``fastlora`` by its schema."""
     _LIBRARY.define(schema, tags=tags)
 
 
@@ -34,6 +34,6 @@ def composes(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 
 def fakes(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Return a decorator that registers an operator's fake implementation, which tracing calls."""
+    """Return a decorator that registers an operator's fake implementation, for tracing."""
     found: Callable[..., Any] = torch.library.register_fake(f"fastlora::{name}")
     return found

@@ -1,6 +1,6 @@
-"""The backends that call the registered operators: Triton kernels, and PyTorch in compiled graphs.
+"""`OperatorBackend`, which calls the registered operators, with Triton or in compiled graphs.
 
-A compiler cannot look into an operator. It sees neither Triton nor, in a mixed batch, the order of
+Operators are opaque to a compiler, which sees neither Triton nor, in a mixed batch, the order of
 the rows.
 """
 
@@ -27,9 +27,10 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 class OperatorBackend(Backend):
-    """The backend that calls the registered operators.
+    """Backend that calls the registered operators.
 
-    If nothing would observe an operator, its implementation is called directly.
+    If nothing observes operators, such as a tracer or autograd, it calls their implementations
+    directly.
 
     Args:
         impl: The implementation that the operators run, ``"triton"`` or ``"eager"``.
@@ -39,7 +40,10 @@ class OperatorBackend(Backend):
         self.impl = impl
 
     def _operators(self, x: torch.Tensor, weight: torch.Tensor | None = None) -> schema.Operators:
-        """Return the operators to call for an input x, or for dy in a backward pass."""
+        """Return the registered operators or their implementations, depending on what observes x.
+
+        In a backward pass, x is dy.
+        """
         # With a quantized weight, no PyTorch operation runs that autograd could record.
         alone = isinstance(weight, CodedWeight) and self.impl == "triton"
         return schema.operators_for(x, within_node=alone)
@@ -84,7 +88,7 @@ class OperatorBackend(Backend):
         operators: schema.Operators,
         launch: str = "coded_lora_linear",
     ) -> torch.Tensor | Coded:
-        """Return the weight in the form that the given operators accept.
+        """Return the weight in the form that ``operators`` accept.
 
         Registered operators and the PyTorch implementation receive the weight itself.
         """
@@ -93,7 +97,7 @@ class OperatorBackend(Backend):
         return launched(weight, x, max(b.shape[1] for b in lora_b), plan, launch)
 
     def _in_pieces(self, rows: Rows | None) -> list[torch.Tensor]:
-        """Return the tensors that operators receive as ``rows``, with pieces if kernels run."""
+        """Return the list of tensors for operators' argument ``rows``, with pieces for kernels."""
         if rows is None:
             return []
         return rows_listed(rows) if self.impl == "triton" else rows.tensors()
@@ -113,7 +117,10 @@ class OperatorBackend(Backend):
     def _gradients(
         self, given: Backward, weight: torch.Tensor | Coded | None, operators: schema.Operators
     ) -> Gradients:
-        """Compute `gradients` with given operators, and a weight in the form that they accept."""
+        """Return the result of `gradients`, computed with the given operators.
+
+        The weight is in the form that the operators accept.
+        """
         dy, _, x, operands, rows, s, plan, wants_x, wants_bias, wants_s, wants = given
         lora_a, lora_b, lora_bias, scaling, dropout_p, seeds, _ = operands
         drop = seeds, list(dropout_p)
@@ -151,7 +158,7 @@ class OperatorBackend(Backend):
     def _in_runs(
         self, launch: str, rows: Rows, like: torch.Tensor
     ) -> tuple[list[torch.Tensor], int]:
-        """Return the tensors that a launch receives as ``rows``, and the number of rows per run."""
+        """Return a tuple (tensors for a launch's argument ``rows``, number of rows per run)."""
         if self.impl != "triton":
             return rows.tensors(), 0
         return rows_in_runs(launch, rows, like.dtype, like.shape[1])
@@ -166,7 +173,7 @@ class OperatorBackend(Backend):
         rows: Rows | None,
         operator: Callable[..., Any],
     ) -> list[torch.Tensor]:
-        """Return the gradients of lora_a of several layers, given one ds per layer."""
+        """Return a list of the gradients of all lora_a of layers, given one ds per layer."""
         drop = seeds, list(dropout_p)
         if rows is None:
             made: list[torch.Tensor] = operator(x, ds, [], 0, lora_a, *drop, self.impl)
@@ -267,10 +274,10 @@ def siblings_at(
     max_rank: int,
     factor_dtype: torch.dtype,
 ) -> list[torch.Tensor] | None:
-    """Return the outputs of a shared-input group's modules, with table rows from ``first`` on.
+    """Return a list of the outputs of a shared-input group's modules in a mixed batch, or None.
 
-    The result is None if something observes operators, or if one launch cannot read all of the
-    weights.
+    The modules have adjacent rows in the address tables, starting at ``first``. The result is None
+    if something observes operators, or if one launch cannot read all of the weights.
     """
     if sees_operators(x, by_profiler=False):
         return None
@@ -291,7 +298,7 @@ def launched(
     plan: str,
     launch: str = "coded_lora_linear",
 ) -> torch.Tensor | Coded:
-    """Return a base weight in the form that kernels read: dense or quantized.
+    """Return a base weight in the form that kernels read: a dense matrix, or a `Coded`.
 
     A dense weight is returned unchanged. For a quantized weight, the result is its quantized data,
     or a new dense matrix if there are too many rows. The table's plan for ``launch`` decides which.
@@ -304,16 +311,16 @@ def launched(
 
 
 def _over_codes(operands: Sequence[torch.Tensor | None], count: int) -> bool:
-    """Return whether any base weight of a shared-input group is quantized."""
+    """Return whether any of the first ``count`` operands, the base weights, is quantized."""
     return CodedWeight in map(type, operands[:count])
 
 
 def _with_launched(
     operands: Sequence[torch.Tensor | None], count: int, x: torch.Tensor | None, launch: str
 ) -> Sequence[torch.Tensor | Coded | None]:
-    """Return the operands of a shared-input group, with weights in the form that kernels read.
+    """Return a shared-input group's operands, with the weights in the form that kernels read.
 
-    Without an x, the weights are None.
+    If x is None, the weights are None.
     """
     read: list[torch.Tensor | Coded | None] = [None] * count
     if x is not None:
@@ -327,7 +334,10 @@ def _with_launched(
 
 @functools.cache
 def _kept(function: _Function) -> _Function:
-    """Return a function that caches its launches; see `fastlora.kernels.launch.kept`."""
+    """Return a version of a function that caches its kernel launches.
+
+    See `fastlora.kernels.launch.kept`.
+    """
     from fastlora.kernels.launch import kept
 
     return kept(function)
@@ -336,9 +346,9 @@ def _kept(function: _Function) -> _Function:
 def _without_the_unwritten(
     ds: torch.Tensor, rows: Rows, lora_a: Sequence[torch.Tensor]
 ) -> torch.Tensor:
-    """Return ds with zeros in place of unwritten elements, which could be NaN.
+    """Return ds with zeros in place of elements that no kernel has written.
 
-    Anomaly detection would report such a NaN.
+    Such elements could be NaN, which anomaly detection would report.
     """
     # Slots -2 and -1 are for rows without an adapter. As indices, they select the two zeros.
     ranks = torch.tensor([*(a.shape[0] for a in lora_a), 0, 0], device=ds.device)

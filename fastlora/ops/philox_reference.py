@@ -1,4 +1,4 @@
-"""The definition of the Triton kernels' dropout mask, in integer operations of PyTorch.
+"""A reference implementation of the Triton kernels' dropout mask, in PyTorch.
 
 The generator is Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC
 2011). Its key is the 64-bit seed, and its counter is ``(row, column // 8, projection, 0)``. The
@@ -45,7 +45,7 @@ def philox_keep_mask(
 def _philox_4x32(
     counter: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], key: tuple[int, int]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the four Philox output words of each counter, as int64 tensors below 2**32."""
+    """Return the four Philox output words of each counter, as int64 tensors of 32-bit values."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(_ROUNDS):
@@ -58,9 +58,10 @@ def _philox_4x32(
 
 
 def _multiply_32(value: torch.Tensor, factor: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the high and low 32 bits of ``value * factor`` for 32-bit operands.
+    """Return a tuple (high, low) of the two 32-bit halves of ``value * factor``.
 
-    The product of two 32-bit numbers overflows int64, so it is computed from 16-bit halves.
+    The operands have 32 bits. Their product would overflow int64, so it is computed from 16-bit
+    halves.
     """
     low = (value & 0xFFFF) * factor
     middle = (value >> 16) * factor + (low >> 16)

@@ -1,8 +1,8 @@
-"""The plan of a linear layer, which says what the kernel path launches.
+"""The plan of a linear layer, which selects the kernels to launch.
 
 The plan comes from the call, the environment, or a table. `fastlora.kernels.configs.plan_of` lists
-the launches of each plan. Operators choose the plan, out of sight of compilers, so that one graph
-serves all sizes.
+the launches of each plan. Operators choose the plan when they run, hidden from compilers, so that
+one graph serves all sizes.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ def choose_plan(
     n: int | None = None,
     slots: int = 1,
 ) -> str:
-    """Return the plan of a linear layer: which kernels to launch for x ``[M, K]`` and a weight.
+    """Return the name of the plan that selects the kernels to launch for x ``[M, K]`` and a weight.
 
-    A plan that the call names takes precedence over ``FASTLORA_PLAN``, which takes precedence over
-    the table.
+    A ``plan`` other than "auto" takes precedence over ``FASTLORA_PLAN``, which takes precedence
+    over the chip's table.
 
     Args:
         plan: One of `PLANS`. "invariant" exists for forward passes without gradients only; other
@@ -63,7 +63,7 @@ def choose_plan(
 
 
 def precision(dtype: torch.dtype) -> str:
-    """Return the precision of fp32 matrix products: "tf32" if the user has allowed it, else "ieee".
+    """Return the precision of fp32 products: "tf32" if the user has allowed it, else "ieee".
 
     torch's older switches (``set_float32_matmul_precision``, ``allow_tf32``) also set the value
     that is read here. Reading the older switches raises once the newer switch has been used.
@@ -81,7 +81,7 @@ def _from_table(
     siblings_n: int | None,
     slots: int,
 ) -> str:
-    """Return the plan that the chip's table has for the size of a layer and its input."""
+    """Return the plan in the chip's table for the sizes of a layer and its input."""
     (n, k), m, rounding = weight.shape, x.shape[0], precision(x.dtype)
     chips, configs = _tables()
     chip, sizes = chips.chip_of(x.device), {"m": m, "n": siblings_n or n, "k": k, "r": r}
@@ -90,7 +90,10 @@ def _from_table(
 
 @functools.cache
 def _tables() -> tuple[Any, Any]:
-    """Return the modules `chips` and `configs` of `fastlora.kernels`, which import Triton."""
+    """Import and return the modules `chips` and `configs` of `fastlora.kernels`.
+
+    They import Triton, so this module does not import them at its top.
+    """
     from fastlora.kernels import chips, configs
 
     return chips, configs

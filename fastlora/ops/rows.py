@@ -1,10 +1,10 @@
-"""The slot of each row of a batch. `Rows` is the only description of the rows of a mixed batch.
+"""`Rows`, which describes the rows of a mixed batch, sorted by the slots of their adapters.
 
-Rows are sorted by slot on the device, with one kernel or a few operations of fixed sizes. Nothing
-waits for the host, and a CUDA graph can contain the sort. A segment is the run of sorted positions
-that share a slot. A piece is a run within one segment that does not cross a multiple of a kernel's
-row tile. The products in PyTorch read segments on the host. If one slot has all rows, there is no
-`Rows`.
+Rows are sorted by slot on the device, with one kernel or a few operations of fixed sizes. The sort
+needs no synchronization with the host, and a CUDA graph can contain it. A segment is the range of
+sorted positions that share a slot. A piece is a range within one segment that does not cross a
+boundary between a kernel's row tiles. The products in PyTorch read segments on the host. If all
+rows have the same slot, callers pass None instead of a `Rows`.
 """
 
 from __future__ import annotations
@@ -54,12 +54,12 @@ class Rows:
         segment_of: int32 ``[M]``, the number of each sorted position's segment, counted from 0.
         segment_slot: int32 ``[min(M, slots + 2)]``, the slot of each segment. `NO_SLOT` stands for
             rows without an adapter and for unused entries, `INVALID_SLOT` for ids out of range.
-        slot_start: int32 ``[slots + 1]``, the sorted position of each slot's first row, and M. A
-            slot without rows has the start of the next slot.
+        slot_start: int32 ``[slots + 1]``, the sorted position of each slot's first row, followed by
+            M. The value for a slot without rows is that of the next slot.
         invalid: bool ``[1]``, whether any id was out of range.
         slots: Number of slots. Ids run from -1 to ``slots - 1``.
         m: Number of rows.
-        each: Number of adjacent rows of each id, or 1 if it is not known.
+        each: Number of adjacent rows of each id, or 1 if unknown.
         ids: Slot of each sample or token, ``[B]``; None if the rows were given as tensors.
     """
 
@@ -75,18 +75,20 @@ class Rows:
     _pieces: dict[int, torch.Tensor] | None = field(default_factory=dict, repr=False)
 
     def tensors(self) -> list[torch.Tensor]:
-        """Return the tensors that operators receive as their argument ``rows``."""
+        """Return the list of tensors that operators receive as their argument ``rows``."""
         return [self.order, self.segment_of, self.segment_slot, self.slot_start]
 
     def pieces(self, block_m: int) -> torch.Tensor:
-        """Return the start of each piece of rows, int32 ``[pieces + 1]``, with M in unused entries.
+        """Return the sorted position at which each piece starts, int32 ``[pieces + 1]``.
+
+        Unused entries are M.
 
         The first call caches the result. In a graph nothing is cached, because compilers merge
         equal calls. If a CUDA graph is captured over rows that were sorted outside of it, the first
         call must come before the capture, for example in a warm-up run.
 
         Args:
-            block_m: Rows of a tile. There is room for
+            block_m: Number of rows of a tile. The result has room for
                 ``ceil(M / block_m) + min(M, slots + 2)`` pieces.
         """
         operator = torch.ops.fastlora.rows_pieces
@@ -102,9 +104,9 @@ class Rows:
 
     @functools.cached_property
     def segments(self) -> tuple[Segment, ...]:
-        """One segment for each slot that has rows, in order of slots.
+        """A tuple of the segment of each slot that has rows, in order of slots.
 
-        Reading ids from a GPU waits for it.
+        If the ids are on a GPU, the host waits for them.
         """
         if self.ids is None:
             starts = self.slot_start.tolist()
@@ -116,7 +118,7 @@ class Rows:
 
     @functools.cached_property
     def present(self) -> tuple[int, ...]:
-        """The slots that have rows."""
+        """A tuple of the slots that have rows, in ascending order."""
         return tuple(segment.slot for segment in self.segments)
 
     @functools.cached_property
@@ -129,7 +131,7 @@ class Rows:
 
     @functools.cached_property
     def in_order(self) -> bool:
-        """Whether the rows are already sorted."""
+        """Whether the rows are already in sorted order."""
         if self.ids is None:
             return torch.equal(self.order, torch.arange(self.m, device=self.order.device))
         ids = self._slot_of_ids
@@ -144,7 +146,7 @@ class Rows:
 
     @functools.cached_property
     def members(self) -> torch.Tensor:
-        """The index of each row's segment, int64 ``[M]``, or ``len(segments)`` without a slot."""
+        """The index of each row's segment, int64 ``[M]``; ``len(segments)`` without an adapter."""
         member = torch.full((self.m,), len(self.segments))
         for index, (_, start, stop) in enumerate(self.segments):
             member[start:stop] = index
@@ -152,14 +154,14 @@ class Rows:
         return member if self.in_order else member.index_select(0, self.inverse)
 
     def sorted(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return the rows of a tensor ``[M, ...]`` in sorted order.
+        """Return a tensor ``[M, ...]`` with its rows in sorted order.
 
-        If rows are already sorted, this is the tensor itself.
+        If the rows are already sorted, the result is the tensor itself.
         """
         return tensor if self.in_order else tensor.index_select(0, self.order)
 
     def restored(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return the rows of a tensor in their original order, as the inverse of `sorted`."""
+        """Return a sorted tensor with its rows restored to their original order."""
         return tensor if self.in_order else tensor.index_select(0, self.inverse)
 
 
@@ -171,7 +173,7 @@ def sort_rows(
     *,
     keeps: bool = True,
 ) -> Rows:
-    """Sort the rows of a batch by slot.
+    """Sort the rows of a batch by the slots of their adapters, and return the `Rows`.
 
     Args:
         ids: Integer tensor ``[B]``, where m is a multiple of B. Each id covers ``m / B`` adjacent
@@ -180,7 +182,7 @@ def sort_rows(
         m: Number of rows.
         slots: Number of slots.
         device: Device on which rows are sorted, or None for the device of ids.
-        keeps: Whether the result caches what is derived from it. Pass False in a graph.
+        keeps: Whether the result caches the pieces computed from it. Pass False in a graph.
 
     Raises:
         TypeError: ids are not integers.
@@ -201,7 +203,7 @@ def sort_rows(
 
 
 def rows_of(tensors: Sequence[torch.Tensor]) -> Rows:
-    """Return a `Rows` record of the tensors in an operator's argument ``rows``.
+    """Return a `Rows` made of the tensors in an operator's argument ``rows``.
 
     Pieces at the end of the argument are ignored.
     """
@@ -215,9 +217,9 @@ def rows_of(tensors: Sequence[torch.Tensor]) -> Rows:
 def _rows_sort(
     ids: torch.Tensor, m: int, slots: int, device: torch.device, block_m: int
 ) -> tuple[torch.Tensor, ...]:
-    """Return the first five fields of `Rows`, and the pieces for ``block_m``.
+    """Return a tuple of the first five fields of `Rows`, and of the pieces for ``block_m``.
 
-    With a ``block_m`` of 0, the tensor of pieces is empty.
+    If ``block_m`` is 0, the tensor of pieces is empty.
     """
     if slots < 0:
         raise ValueError(f"slots must be 0 or more, got {slots}")
@@ -258,7 +260,7 @@ def _(
 
 
 def _empty(m: int, slots: int, device: torch.device, block_m: int) -> tuple[torch.Tensor, ...]:
-    """Return uninitialized tensors with the shapes and dtypes of the results of `_rows_sort`."""
+    """Return a tuple of uninitialized tensors, shaped and typed as the results of `_rows_sort`."""
     present, entries = torch.sym_min(m, slots + 2), piece_entries(m, slots, block_m)
     sizes = (m, m, present, slots + 1, 1, entries if block_m else 0)
     dtypes = (*[torch.int32] * 4, torch.bool, torch.int32)
@@ -268,7 +270,7 @@ def _empty(m: int, slots: int, device: torch.device, block_m: int) -> tuple[torc
 
 @implements("rows_pieces")
 def _rows_pieces(segment_of: torch.Tensor, slots: int, block_m: int) -> torch.Tensor:
-    """Return the start position of each piece of the sorted rows; see `Rows.pieces`."""
+    """Return the sorted position at which each piece starts; see `Rows.pieces`."""
     m = segment_of.shape[0]
     position = torch.arange(m, dtype=torch.int32, device=segment_of.device)
     starts = _starts(segment_of) | (position % block_m == 0)
@@ -286,13 +288,16 @@ def _(segment_of: torch.Tensor, slots: int, block_m: int) -> torch.Tensor:
 
 
 def piece_entries(m: int, slots: int, block_m: int) -> int:
-    """Return the length of the result of `Rows.pieces`. Sizes may be symbolic."""
+    """Return the number of entries in the result of `Rows.pieces`; sizes may be symbolic."""
     entries: int = -(-m // max(block_m, 1)) + torch.sym_min(m, slots + 2) + 1
     return entries
 
 
 def _starts(values: torch.Tensor) -> torch.Tensor:
-    """Return a bool mask of the values that differ from the previous one, including the first."""
+    """Return a bool mask of the values that differ from the preceding value.
+
+    The first value counts as different.
+    """
     differs = torch.ones(values.shape, dtype=torch.bool, device=values.device)
     torch.ne(values[1:], values[:-1], out=differs[1:])
     return differs

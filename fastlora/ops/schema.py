@@ -1,10 +1,10 @@
-"""The registered operators: their schemas, and the shapes of their results.
+"""Definitions of the registered operators: their schemas, and the shapes of their results.
 
 A layer calls one opaque operator for each sequence of launches, so that `torch.compile` sees
 neither Triton nor the choice of a plan. Nothing here imports Triton before a kernel runs.
-Everything that depends on the adapters of a batch's rows is a tensor on the device. Therefore
-nothing waits for the host, launches and grids are the same for all batches of one size, and a CUDA
-graph can be replayed for each of them.
+Everything that depends on the adapters of a batch's rows is a tensor on the device. Therefore no
+synchronization with the host is needed, launches and grids are the same for all batches of one
+size, and a CUDA graph can be replayed for each of them.
 
 With ``impl="triton"``, an operator runs the function of its name in `fastlora.ops.triton.forward`
 or `fastlora.ops.triton.backward`. With ``impl="eager"``, it runs the function of its name in
@@ -85,17 +85,18 @@ def operator(schema: str, impl: str | None = None) -> Callable[[Callable[..., An
 
 
 class Operators(Protocol):
-    """The operators as attributes."""
+    """Protocol of an object with the operators as attributes."""
 
     def __getattr__(self, name: str) -> Callable[..., Any]: ...
 
 
 def operators_for(x: torch.Tensor, within_node: bool = False) -> Operators:
-    """Return the operators to call for x: the registered ones, or their implementations.
+    """Return an object with the registered operators, or with their implementations.
 
-    If nothing would observe a registered operator, and x is on the current device, the result holds
-    the functions that the operators run. This saves the dispatcher's 5 us per call. ``within_node``
-    says that the operators will be called within an autograd function, which records nothing.
+    If nothing observes operators on x, and x is on the current device, the result provides the
+    functions that the operators run. This saves the dispatcher's 5 us per call. ``within_node``
+    means that the operators will be called within an autograd function, in which autograd records
+    nothing.
     """
     registered: Any = torch.ops.fastlora
     if sees_operators(x, within_node):
@@ -106,7 +107,7 @@ def operators_for(x: torch.Tensor, within_node: bool = False) -> Operators:
 
 @functools.cache
 def kernels_of(backward: bool) -> ModuleType:
-    """Return the module with the kernel launches of a backward or of a forward pass."""
+    """Return the Python module with the kernel launches of a backward or of a forward pass."""
     from fastlora.ops.triton import backward as gradients
     from fastlora.ops.triton import forward
 
@@ -125,8 +126,8 @@ _DROP = "Tensor? seeds, float[] dropout_p"
 def _(x: torch.Tensor, rows: _Tensors, lora_a: _Factors, modules: int, *_: object) -> torch.Tensor:
     """Return the shrink output s of G modules: ``[G, M, R]``, or ``[M, R]`` for one slot.
 
-    With one slot, the modules are side by side. ``lora_a`` has the slots of each module in turn.
-    With active dropout, there is one module.
+    If there is one slot, the modules are side by side. ``lora_a`` lists the slots of each module in
+    turn. Active dropout requires one module.
     """
     if rows:
         return x.new_empty(modules, x.shape[0], columns_of(max_rank(lora_a, 0)))
@@ -146,7 +147,7 @@ def _(
     factors: _Factors,
     *_: object,
 ) -> _Tensors:
-    """Return the layer's output y, and the shrink output s unless it is given."""
+    """Return a list with the layer's output y, and with the shrink output s unless it is given."""
     y, largest = x.new_empty(x.shape[0], weight.shape[0]), max_rank(factors[::3], 0)
     if s is not None:
         return [y]
@@ -158,12 +159,12 @@ def _(
     " Tensor scaling, str impl) -> ()"
 )
 def _(*_: object) -> None:
-    """Add ``scaling * (s @ lora_b.T + lora_bias)`` of each row's adapter to y."""
+    """Add ``scaling * (s @ lora_b.T + lora_bias)`` of each row's adapter to y in place."""
 
 
 @operator("lora_dropout(Tensor x, Tensor seed, float dropout_p) -> Tensor", "triton")
 def _(x: torch.Tensor, *_: object) -> torch.Tensor:
-    """Return x after dropout with the mask that the kernels use for one adapter."""
+    """Return x after dropout, with the mask that the kernels use for one adapter."""
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
@@ -171,9 +172,9 @@ def _(x: torch.Tensor, *_: object) -> torch.Tensor:
 def _(x: torch.Tensor, *_: object) -> torch.Tensor:
     """Return PyTorch's dropout mask of x; see `reference.lora_keep`.
 
-    ``after`` is not read. A backward pass passes one of its own tensors. The dependency keeps
-    compilers from merging the mask with the forward pass's, or from computing it there, because
-    they would then save it.
+    ``after`` is not read. A backward pass passes one of its own tensors. The dependency prevents
+    compilers from merging the mask with that of the forward pass and from computing it there,
+    either of which would make them save it.
     """
     return torch.empty(x.shape, dtype=reference.INTEGERS[x.itemsize], device=x.device)
 
@@ -196,12 +197,12 @@ def _(
     with_factors: bool,
     impl: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return ds, the gradients of lora_b and lora_bias, and the column sums of dy.
+    """Return a tuple (ds, gradients of lora_b and lora_bias, column sums of dy).
 
     With rows, which come in runs of ``run``, the gradients are one buffer for
-    `layout.split_grad_b`. The buffer is empty without ``with_factors``. ``with_bias`` says which
-    slots have a lora_bias, and the sums are empty. For one slot, the gradients are d_lora_b, and
-    ``with_bias`` requests the column sums of dy, fp32 ``[N]``.
+    `layout.split_grad_b`. The buffer is empty unless ``with_factors`` is set. ``with_bias`` tells
+    which slots have a lora_bias, and the column sums are empty. For one slot, the gradients are
+    d_lora_b, and ``with_bias`` requests the column sums of dy, fp32 ``[N]``.
     """
     ups, sums = present(lora_b, 1), dy.new_empty(0, dtype=torch.float32)
     if rows:
@@ -225,7 +226,7 @@ def _(
     lora_a: _Factors,
     *_: object,
 ) -> torch.Tensor:
-    """Return the gradient of x, or its adapters' part alone if there is no weight."""
+    """Return the gradient of x, or only the adapters' part of it if there is no weight."""
     return dy.new_empty(dy.shape[0], present(lora_a, 0)[0].shape[1])
 
 
@@ -236,10 +237,11 @@ def _(
 def _(
     x: torch.Tensor, ds: _Tensors, rows: _Tensors, run: int, lora_a: _Factors, *_: object
 ) -> _Tensors:
-    """Return the gradients of lora_a of G modules, given one ds per module.
+    """Return a list of the gradients of lora_a of G modules, given one ds per module.
 
-    Active dropout needs a read of x for each module. With one slot, there is one tensor for each
-    module. With rows, which come in runs of ``run``, there is one buffer for `layout.split_grad_a`.
+    With active dropout, x is read once for each module. With one slot, the list contains one tensor
+    for each module. With rows, which are in runs of ``run`` rows, it contains one buffer for
+    `layout.split_grad_a`.
     """
     downs = present(lora_a, 0)
     if rows:
@@ -270,11 +272,11 @@ def _(
     plan: str,
     siblings: list[int] | None = None,
 ) -> _Tensors:
-    """Return the output y of one module, and s for all modules of ``siblings`` unless given.
+    """Return a list with the output y of one module, and with s for all modules of ``siblings``.
 
     ``siblings`` are the modules that share a shrink, as a range of table rows: the first row, and
-    the row after the last one. Their s consists of split-K partial sums that have not been added
-    yet, in the shape `layout.planes_shape`.
+    the row after the last one. Their s, which the list omits if it is given, consists of split-K
+    partial sums that have not been added yet, in the shape `layout.planes_shape`.
     """
     y = x.new_empty(x.shape[0], weight.shape[0])
     if s is not None or siblings is None:
@@ -286,7 +288,7 @@ def _(
 
 @operator(f"lora_add_at_(Tensor(a!) y, Tensor x, Tensor[] rows, {_TABLES}, str impl) -> ()")
 def _(*_: object) -> None:
-    """Add each row's own adapter to y."""
+    """Add the update of each row's own adapter to y in place."""
 
 
 @operator(
@@ -297,5 +299,5 @@ def _(*_: object) -> None:
     """Compute ``y = (y - bias) * g + bias`` in the rows of adapters that have DoRA scales g.
 
     ``scale_address`` is int64 ``[G, S]``, the addresses of g, fp32 ``[N]``. 0 stands for no scales;
-    see also `fastlora.ops.factors.PENDING`. All other rows keep their bits.
+    see also `fastlora.ops.factors.PENDING`. All other rows are not changed.
     """

@@ -1,4 +1,4 @@
-"""Dropout seeds: one is drawn for each adapter of a batch, and one derived from it for each layer.
+"""Dropout seeds: one is drawn per adapter of a batch, from which the layers' seeds are derived.
 
 A layer's seed is a SplitMix64 step from the adapter's seed. The masks of the layers are therefore
 independent, and one number determines them all (Steele, Lea and Flood, "Fast splittable
@@ -19,7 +19,7 @@ _MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 def draw_seeds(
     names: Sequence[str], given: Mapping[str, int] | None, *, draw: bool = True
 ) -> torch.Tensor:
-    """Return a dropout seed for each adapter, int64 ``[S]`` on the CPU.
+    """Return one dropout seed per adapter, int64 ``[S]`` on the CPU.
 
     Args:
         names: Names of the batch's adapters.
@@ -47,7 +47,7 @@ def draw_seeds(
 
 
 def layer_seeds(seeds: torch.Tensor, layers: Sequence[int]) -> torch.Tensor:
-    """Return the dropout seeds of L layers and S adapters, int64 ``[L, S]``.
+    """Derive the dropout seeds of L layers from those of S adapters, and return int64 ``[L, S]``.
 
     ``layers`` are the numbers of the layers.
     """
@@ -57,12 +57,15 @@ def layer_seeds(seeds: torch.Tensor, layers: Sequence[int]) -> torch.Tensor:
 
 
 def seeds_of_layer(seeds: torch.Tensor, layer: int) -> torch.Tensor:
-    """Return the dropout seeds of one layer for S adapters, int64 ``[S]``; see `layer_seeds`."""
+    """Derive one layer's dropout seeds from those of S adapters, and return int64 ``[S]``.
+
+    See `layer_seeds`.
+    """
     return _mixed_bits(seeds + _signed((layer + 1) * _INCREMENT))
 
 
 def _signed(value: int) -> int:
-    """Return the signed 64-bit integer with the low 64 bits of ``value``."""
+    """Return the low 64 bits of ``value`` as a signed integer."""
     value &= 2**64 - 1
     return value - 2**64 if value >= 2**63 else value
 
@@ -74,5 +77,5 @@ def _mixed_bits(z: torch.Tensor) -> torch.Tensor:
 
 
 def _shifted(z: torch.Tensor, bits: int) -> torch.Tensor:
-    """Return z after a logical right shift by ``bits``."""
+    """Return z, int64, shifted right logically by ``bits`` bits."""
     return (z >> bits) & (2 ** (64 - bits) - 1)

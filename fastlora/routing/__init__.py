@@ -1,1 +1,1 @@
-"""Routing of a mixed batch: which row uses which adapter."""
+"""Routing of mixed batches: the assignment of an adapter, or none, to each row."""

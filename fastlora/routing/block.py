@@ -1,4 +1,4 @@
-"""`adapters`: runs a batch with rows of different adapters, or of none."""
+"""The `adapters` context manager, which runs batches whose rows use different adapters, or none."""
 
 from __future__ import annotations
 
@@ -33,54 +33,55 @@ def adapters(
     validate: bool = False,
     absent_gradients: bool | None = None,
 ) -> Iterator[None]:
-    """Run each row of ``model``'s forward passes within the block with its own adapter.
+    """Context manager in which each row of ``model``'s forward passes uses its own adapter.
 
-    The block is for serving and for training. A backward pass may run after the block and in
-    another thread, also through activation checkpoints. Blocks may be nested, and each thread has
-    its own blocks. A pool's adapters are moved to the device when the block begins. They stay
-    there, unchanged, until the block ends.
+    The block can be used for serving and for training. A backward pass may run after the block has
+    ended and in another thread, even if it recomputes activation checkpoints. Blocks may be nested,
+    and each thread has its own blocks. A pool's adapters are moved to the device when the block
+    begins. They stay there, unchanged, until the block ends.
 
     One CUDA graph serves any mix of adapters. Run a forward pass outside of the capture first. Then
     capture the block with ids in a tensor of slots on the GPU, and write other slots into that
     tensor before a replay.
 
     Over a pool, a replay uses the adapters that its slots refer to at that time, including
-    hot-swapped ones. Hold an `AdapterPool.lease` on these adapters during the replay. If they use
-    DoRA, take the lease after the last change of the base weights. Slots out of range give NaN rows
-    and no error. So do adapters with DoRA that have never been leased, and all adapters with DoRA
-    if the graph was captured before the pool's first one.
+    hot-swapped ones. Keep an `AdapterPool.lease` on these adapters open during the replay. If they
+    use DoRA, take the lease after the last change of the base weights. Rows with a slot out of
+    range become NaN without an error. The same happens to rows of a DoRA adapter that has never
+    been leased, and to rows of any DoRA adapter if the graph was captured before the pool had its
+    first DoRA adapter.
 
     Over other models, a replay uses the adapters as they were at the capture. The tensors that it
     reads stay in memory until `fastlora.refresh`. Capture the graph again if the adapters have
     changed.
 
     Args:
-        model: A `LoraModel`, an `AdapterPool` or the model that one was made for, or a patched PEFT
-            model. The model may be wrapped in DistributedDataParallel. The active adapters do not
-            matter within the block.
-        ids: For each sample a name, or None (or ``"__base__"``) for the base model alone.
-            Alternatively, an int tensor of slots for each sample or token, with -1 for none. A slot
-            is an index into ``list(model.peft_config)``, or for a pool the result of
-            `AdapterPool.slot_of`. Empty ids are for a batch without rows.
+        model: A `LoraModel`, an `AdapterPool`, the model for which a pool was created, or a patched
+            PEFT model. The model may be wrapped in DistributedDataParallel. The active adapters do
+            not matter within the block.
+        ids: For each sample the name of an adapter, or None (or ``"__base__"``) for the base model
+            alone. Alternatively, an int tensor of slots for each sample or token, with -1 for none.
+            A slot is an index into ``list(model.peft_config)``, or for a pool the result of
+            `AdapterPool.slot_of`. An empty sequence is valid for a batch without rows.
         seeds: Dropout seed of each adapter in this forward pass. With the same seed, an adapter
             drops the same elements whatever else is in the batch. In training, missing seeds are
             drawn.
         validate: Whether to check slots on a GPU before any work, which waits for the GPU.
-            Otherwise nothing waits: rows with an invalid slot become NaN, and a later block of the
-            model raises, as soon as the GPU has reported the error.
-        absent_gradients: Whether a backward pass gives zeros instead of None as gradients to
-            trainable adapters that have no rows in the batch. DDP and FSDP2 need this if another
-            process may have rows for them. The default, None, enables it if torch.distributed runs
-            with several processes.
+            Otherwise, the host does not wait: rows with an invalid slot become NaN, and a later
+            block of the model raises once the GPU has reported the error.
+        absent_gradients: Whether trainable adapters without rows in the batch get gradients of
+            zeros instead of None in a backward pass. DDP and FSDP2 need this if another process may
+            have rows for them. The default, None, enables it if torch.distributed runs with several
+            processes.
 
     Raises:
         AdapterNotFoundError: A name or slot does not exist.
         AdapterStateError: An adapter is merged; or a pool is closed; or a CUDA graph is being
-            captured over a pool that was made without max_rank.
+            captured over a pool that was created without max_rank.
         RuntimeError: The blocks of a thread do not end in the reverse order of their beginning.
         PoolFullError: A pool is too small for the batch's adapters.
         CheckpointError: A pool cannot read one of the adapters.
-        TypeError, ValueError: ``model`` or ``ids`` is not as described.
+        TypeError, ValueError: ``model`` or ``ids`` does not match the description above.
     """
     with contextlib.ExitStack() as held:
         if absent_gradients is None:
@@ -104,10 +105,10 @@ def parameters_routing(
     seeds: Mapping[str, int] | None,
     validate: bool,
 ) -> Routing:
-    """Return the routing of a block with adapters that are parameters of a model's layers.
+    """Return the routing of a block if the adapters are parameters of the model's layers.
 
     A slot is an index into ``known``, the names of the model's adapters. ``source`` returns the
-    `Source` of some of these names.
+    `Source` for a sequence of these names.
 
     Raises:
         AdapterStateError: An adapter is merged.
@@ -139,9 +140,10 @@ def parameters_routing(
 
 
 def _among(known: tuple[str, ...], names: tuple[str, ...], slots: torch.Tensor) -> torch.Tensor:
-    """Convert slots ``[B]`` of ``names`` to slots of ``known``, in a new tensor.
+    """Convert slots ``[B]`` that index ``names`` to slots that index ``known``, in a new tensor.
 
-    A tensor that a routing also holds elsewhere would add a guard to compiled graphs.
+    The tensor must be new: a tensor that the routing also refers to elsewhere would add a guard to
+    compiled graphs.
     """
     if names == known or not names:
         return slots.clone()
@@ -151,7 +153,7 @@ def _among(known: tuple[str, ...], names: tuple[str, ...], slots: torch.Tensor) 
 
 
 def _spread(seeds: torch.Tensor, known: tuple[str, ...], names: tuple[str, ...]) -> torch.Tensor:
-    """Return a seed for each name in ``known``: the seeds of ``names``, and zero for others."""
+    """Return one seed per name in ``known``: the given seed for names in ``names``, otherwise 0."""
     place = {name: index for index, name in enumerate(known)}
     spread = torch.zeros(len(known), dtype=torch.int64)
     spread[[place[name] for name in names]] = seeds

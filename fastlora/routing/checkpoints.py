@@ -1,10 +1,10 @@
-"""Activation checkpoints in mixed batches: a recomputed forward has the original routing.
+"""Activation checkpointing in mixed batches: recomputation uses the original routing.
 
-A checkpoint runs its function again in the backward pass. By then the block that set the routing
-has ended, and the backward may run in another thread. Therefore the function that
-`torch.utils.checkpoint` stores is wrapped together with its routing. This works for both kinds of
-checkpoints and for every caller (transformers, user code). torch has no hook for it, so the two
-names that its `checkpoint` looks up at each call are replaced.
+A checkpoint runs its function again in the backward pass. By then, the `fastlora.adapters` block
+that set the routing may have ended, and the backward pass may run in another thread. Therefore the
+function that `torch.utils.checkpoint` stores is wrapped together with its routing. This works for
+both kinds of checkpoints and for every caller (transformers, user code). torch has no hook for it,
+so the two names that its `checkpoint` looks up at each call are replaced.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from fastlora.routing.in_force import only_routed, open_routings
 
 @functools.cache
 def keep_routing() -> None:
-    """Make checkpoints preserve the routing that is current when they are created.
+    """Patch `torch.utils.checkpoint` so that recomputation uses the routing of the first run.
 
-    This applies to all later checkpoints of the process.
+    The patch applies to all checkpoints that the process creates afterwards.
     """
     reentrant = torch_checkpoint.CheckpointFunction
     other = torch_checkpoint._checkpoint_without_reentrant_generator
 
     class CheckpointFunction(reentrant):  # type: ignore[misc, valid-type]  # made once
-        """torch's class, with a function that preserves its routing."""
+        """torch's class, applied to a function that is wrapped together with its routing."""
 
         @classmethod
         def apply(cls, function: Callable[..., Any], *args: Any) -> Any:
@@ -44,7 +44,7 @@ def keep_routing() -> None:
 
 
 def _with_routing(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return ``function`` wrapped to run with the current routing, even if there is none."""
+    """Return a wrapper that runs ``function`` with the routings that are active now, if any."""
     routings = open_routings()
 
     @functools.wraps(function, updated=())

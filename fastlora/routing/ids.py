@@ -1,4 +1,4 @@
-"""The adapter ids of a batch as callers pass them: names or slots, checked."""
+"""Validation of a batch's adapter ids, which callers pass as names or as slots."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def check_adapter_name(name: object) -> None:
 def named_ids(
     known: Sequence[str] | None, ids: Sequence[str | None]
 ) -> tuple[tuple[str, ...], torch.Tensor]:
-    """Return the names of a batch's adapters, and the slot of each id.
+    """Return a tuple (names, slots): the names of a batch's adapters, and the slot of each id.
 
     The order of the names does not depend on the batch.
 
@@ -72,7 +72,7 @@ def named_ids(
 
 
 def checked_slots(ids: torch.Tensor, slots: Sequence[str | None]) -> torch.Tensor:
-    """Check ids that are slots, and return them as int64 on the CPU.
+    """Check that slots are in range and not empty, and return them as an int64 tensor on the CPU.
 
     Args:
         ids: Integers ``[B]``; -1 for none.
@@ -80,7 +80,8 @@ def checked_slots(ids: torch.Tensor, slots: Sequence[str | None]) -> torch.Tenso
 
     Raises:
         AdapterNotFoundError: A slot does not exist or is empty.
-        ValueError, TypeError: ``ids`` does not have one dimension, or not an integer dtype.
+        ValueError, TypeError: ``ids`` does not have exactly one dimension, or does not have an
+            integer dtype.
     """
     check_slot_ids(ids)
     numbers = ids.to(device="cpu", dtype=torch.int64)
@@ -104,15 +105,18 @@ def check_slot_ids(ids: torch.Tensor) -> None:
 
 
 def fits(rows: int, ids: int) -> bool:
-    """Return whether ``rows`` is a multiple of ``ids``; without ids there must be no rows."""
+    """Return whether ``rows`` rows can be divided equally among ``ids`` ids.
+
+    If ``ids`` is 0, return whether ``rows`` is 0 too.
+    """
     return not rows % ids if ids else not rows
 
 
 def is_aligned(shape: Sequence[int], ids: int) -> bool:
-    """Return whether each id's rows end at the boundary of an entry of the leading dimensions.
+    """Return whether every id's rows form whole entries of the leading dimensions of ``shape``.
 
-    For example, 2 samples of 5 tokens in the shape ``[5, 2]`` do not: the first 5 of the flattened
-    rows belong to 2.5 tokens.
+    For example, the result is False for 2 ids and the shape ``[5, 2]``: the first 5 of the 10
+    flattened rows would cover 2.5 entries of the first dimension.
     """
     for size in shape:
         if size % ids == 0:
@@ -124,7 +128,11 @@ def is_aligned(shape: Sequence[int], ids: int) -> bool:
 
 
 class _Pending(NamedTuple):
-    """One batch's flag; ``arrived`` is the event after its copy to the host, or None on the CPU."""
+    """A batch's flag, which is true if an id is out of range, and the message of the error.
+
+    ``arrived`` is the CUDA event recorded after the flag's copy to the host, or None if the flag
+    was on the CPU.
+    """
 
     flag: torch.Tensor
     arrived: torch.cuda.Event | None
@@ -132,7 +140,7 @@ class _Pending(NamedTuple):
 
 
 class Unchecked:
-    """A model's batches with ids that only the GPU has checked; the host does not wait for it."""
+    """The batches of a model whose ids are checked on the GPU, without making the host wait."""
 
     # With more pending batches than this, wait for the oldest. If the device is this far behind,
     # waiting costs no time.
@@ -143,7 +151,7 @@ class Unchecked:
         self._lock = threading.Lock()
 
     def add(self, flag: torch.Tensor, message: str) -> None:
-        """Copy a flag, bool ``[1]``, to the host; true means that an id is out of range."""
+        """Start copying a flag, bool ``[1]``, to the host; it is true if an id is out of range."""
         arrived = None
         if flag.is_cuda:
             host = torch.empty(flag.shape, dtype=torch.bool, pin_memory=True)
@@ -154,9 +162,10 @@ class Unchecked:
             self._pending.append(_Pending(flag, arrived, message))
 
     def check(self) -> None:
-        """Raise `AdapterNotFoundError` for each failed batch once its flag has arrived.
+        """Raise `AdapterNotFoundError` if a flag on the host says that a batch had an invalid id.
 
-        Nothing can be queried while a stream is being captured. A later block raises instead.
+        Events cannot be queried while a CUDA graph is being captured. In this case, a later call
+        raises.
         """
         if not self._pending:
             return

@@ -1,4 +1,4 @@
-"""The current state of a thread: its open `fastlora.adapters` blocks, and a graph capture."""
+"""The state of the current thread: its open `fastlora.adapters` blocks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastlora.routing.routing import Group, Routing
 
 
 class _Thread(threading.local):
-    """A thread's current state: the routings of open blocks, and the innermost for each model."""
+    """The routings of a thread's open blocks, and each model's innermost routing."""
 
     def __init__(self) -> None:
         self.unchecked = False
@@ -26,23 +26,23 @@ _thread = _Thread()
 
 
 def open_routings() -> tuple[Routing, ...]:
-    """Return the routings of the blocks that are open in this thread, innermost last."""
+    """Return a tuple of the routings of this thread's open blocks, from outermost to innermost."""
     return _thread.open
 
 
 def routing_of(layer: RoutedLayer) -> Routing | None:
-    """Return the current routing of a layer's model, or None."""
+    """Return the routing of the innermost open block of a layer's model, or None."""
     by_group = _thread.by_group
     return by_group.get(layer.routed_by) if by_group else None
 
 
 def follows_rows() -> bool:
-    """Return whether an open block of this thread follows rows, and thus sees every operator."""
+    """Return whether an open block of this thread tracks rows by intercepting every operator."""
     return any(routing.kept.followed is not None for routing in _thread.open)
 
 
 def is_captured(tensor: torch.Tensor) -> bool:
-    """Return whether a CUDA graph that is being captured in this thread reads a tensor."""
+    """Return whether operators on a tensor are recorded in a CUDA graph captured by this thread."""
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
@@ -53,11 +53,11 @@ def _put_in_force(routings: tuple[Routing, ...]) -> None:
 
 @contextlib.contextmanager
 def routed(routing: Routing) -> Iterator[None]:
-    """Activate a routing within the block, in addition to the routings of other models.
+    """Context manager that activates a routing; those of other models stay active.
 
     Raises:
         RuntimeError: Blocks do not end in the reverse order of their beginning, as with interleaved
-            coroutines in one thread. This block is closed nevertheless.
+            coroutines in one thread. The block is closed in this case too.
     """
     checks = routing.group.row_checks if routing.may_mix else None
     followed = routing.kept.followed = (
@@ -87,7 +87,7 @@ def routed(routing: Routing) -> Iterator[None]:
 
 @contextlib.contextmanager
 def only_routed(routings: tuple[Routing, ...]) -> Iterator[None]:
-    """Replace the thread's current routings by these within the block."""
+    """Context manager that replaces the thread's active routings by ``routings``."""
     before = _thread.open
     _put_in_force(routings)
     try:
@@ -98,7 +98,7 @@ def only_routed(routings: tuple[Routing, ...]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def unchecked() -> Iterator[None]:
-    """Disable `check_batch` in this thread within the block."""
+    """Context manager that disables `check_batch` in this thread."""
     before, _thread.unchecked = _thread.unchecked, True
     try:
         yield
@@ -107,7 +107,7 @@ def unchecked() -> Iterator[None]:
 
 
 def end_forward(group: Group) -> None:
-    """End a model's forward pass: drop results computed for layers that were not called."""
+    """Drop the results computed for layers that were not called in a model's forward pass."""
     if not is_compiled() and group.unfinished:
         group.end_forward()
 
@@ -115,10 +115,10 @@ def end_forward(group: Group) -> None:
 def check_batch(
     group: Group, args: Sequence[object], kwargs: Mapping[str, object], *, per_sample: bool = False
 ) -> None:
-    """Raise unless a model's arguments fit the ids of its current routing.
+    """Raise `ValueError` unless the batch in a model's arguments fits the ids of its routing.
 
-    With ``per_sample``, ids per token are not supported, because the model will see other tokens
-    later.
+    If ``per_sample`` is set, ids per token raise too, because the model will process further tokens
+    later, as in ``generate()``.
 
     Raises:
         ValueError: The number of ids is neither the number of samples nor the number of tokens.

@@ -1,7 +1,7 @@
-"""Caches of mixed batches: for one block, and for one model across its blocks.
+"""Caches for mixed batches: one per `fastlora.adapters` block, and one per model for all blocks.
 
-A `Routing` is immutable and holds one `BlockKept`. A model's `Group` holds one `PackCache`.
-`PackCache.clear` invalidates everything that is cached of factors.
+A `Routing` is immutable and refers to one `BlockKept`. A model's `Group` refers to one `PackCache`.
+`PackCache.clear` invalidates everything that is cached for the LoRA factors.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _MOST_SETS = 2
 
 
 def stream_of(device: torch.device) -> int:
-    """Return the current stream of a device, or 0 if the device has no streams."""
+    """Return the handle of a device's current CUDA stream, or 0 for a device without streams."""
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
@@ -39,7 +39,8 @@ class RoutedLayer(Protocol):
         routed_by: The routing group of the layer's model; None outside a model.
         routed_as: The layer's number in its model.
         training: Whether dropout can be active.
-        sees_part: Whether the layer raises in a block that does not follow rows.
+        sees_part: Whether the layer may get only some rows of the batch, and thus raises in a block
+            that does not track rows.
     """
 
     routed_by: Any
@@ -49,7 +50,7 @@ class RoutedLayer(Protocol):
 
 
 class SetPack:
-    """A set of adapters, with packed factors for each layer that has met the set twice.
+    """A set of adapters, with packed factors for each layer that has run with the set twice.
 
     Args:
         changes: Whether the factors can change. A pool's factors cannot.
@@ -57,8 +58,8 @@ class SetPack:
     Attributes:
         watch: Detects whether the factors have changed since they were packed; None if they cannot.
         mark: The weights version of the packed factors; None if they cannot change.
-        tables: The set's address tables for kernels. None until they are made, and False if they
-            cannot be made.
+        tables: The set's address tables for kernels. None until they are created, and False if they
+            cannot be created.
     """
 
     def __init__(self, changes: bool) -> None:
@@ -70,15 +71,15 @@ class SetPack:
 
     @property
     def may_hold(self) -> bool:
-        """Whether the weights version is current, so that the packed factors can still be valid."""
+        """Whether the packed factors have the current weights version, and thus may be valid."""
         return self.mark is None or self.mark is marks.trained
 
     def holds(self) -> bool:
-        """Return whether the packed factors are valid, by checking each factor."""
+        """Check each LoRA factor, and return whether the packed factors are valid."""
         return self.may_hold and (self.watch is None or self.watch.unchanged())
 
     def get(self, number: int, dtype: torch.dtype, kind: RowsKind) -> tuple[LayerPack | None, bool]:
-        """Return a layer's packed factors or None, and whether the layer should be packed now."""
+        """Return a tuple (pack, now): the packed factors or None, and whether to pack them now."""
         key = (number, dtype, kind)
         pack = self._packs.get(key)
         if pack is not None or key in self._packs:
@@ -94,7 +95,7 @@ class SetPack:
         return None, False
 
     def put(self, number: int, dtype: torch.dtype, kind: RowsKind, pack: LayerPack | None) -> None:
-        """Store the packed factors of a layer, or None if its factors cannot be packed."""
+        """Store the packed factors of a layer; ``pack`` is None if they cannot be packed."""
         self._packs[(number, dtype, kind)] = pack
 
     @property
@@ -110,7 +111,7 @@ class SetPack:
 
 
 class PackCache:
-    """The adapter sets that a model caches: the last ones used, and those that CUDA graphs read."""
+    """A model's cache of adapter sets: the most recently used sets, and those CUDA graphs read."""
 
     def __init__(self) -> None:
         self._captured: dict[int, object] = {}
@@ -118,9 +119,10 @@ class PackCache:
         self._lock = threading.Lock()  # Threads that serve one model share its packs.
 
     def get(self, key: tuple[Hashable, ...], changes: bool) -> SetPack:
-        """Return the adapter set of a key, or a new set if it is unknown or outdated.
+        """Return the cached adapter set for a key, or a new set if it is missing or outdated.
 
-        A set is outdated if its factors have changed. ``changes`` says whether they can change.
+        A set is outdated if its factors have changed. ``changes`` tells whether the factors can
+        change.
         """
         with self._lock:
             known = self._sets.get(key)
@@ -136,17 +138,20 @@ class PackCache:
             return known
 
     def clear(self) -> None:
-        """Clear all sets, because their factors may change, or may have changed undetected."""
+        """Clear all cached sets; required if factors may change, or may have changed undetected."""
         marks.end_trained()  # Open blocks have sets too.
         with self._lock:
             self._sets.clear()
 
     def pin(self, *kept: object) -> None:
-        """Keep objects that a graph being captured reads, so that their addresses stay valid."""
+        """Keep references to objects that a CUDA graph reads, so their addresses stay valid."""
         self._captured.update((id(each), each) for each in kept)
 
     def unpin(self) -> None:
-        """Release the objects that CUDA graphs read. The graphs must not be replayed afterwards."""
+        """Drop the references to objects that CUDA graphs read.
+
+        The graphs must not be replayed afterwards.
+        """
         self._captured.clear()
 
     @property
@@ -158,7 +163,7 @@ class PackCache:
 
 @dataclass(eq=False)
 class BlockKept:
-    """The cache of one block; each entry is made at most once for the block's batch.
+    """The cache of one `fastlora.adapters` block; each entry is computed at most once per block.
 
     Attributes:
         layers: Maps the use ("packs" or "places") and the number of a layer to a key and a result.
@@ -168,7 +173,8 @@ class BlockKept:
         seeds: Dropout seeds by layer number, for each device and stream.
         sets: The model's adapter sets, by key.
         is_checked: Whether the host has checked the ids.
-        followed: Checks the rows that layers get in the block; None if all layers are known.
+        followed: Checks the rows that layers get in the block; None if every layer has been
+            checked.
     """
 
     layers: dict[tuple[str, int], tuple[Hashable, Any]] = field(default_factory=dict)

@@ -1,6 +1,7 @@
-"""Routers, which make the routing of a model's batches: a tuner, a pool, or a patch.
+"""Routers, which create the routing for a model's batches: a tuner, a pool, or a patch.
 
-Each router registers a function that finds it, so `fastlora.adapters` imports none of them.
+Each kind of router registers a function that finds it for a model, so `fastlora.adapters` does not
+need to import any of them.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from fastlora.routing.routing import Routing
 
 
 class Router(Protocol):
-    """Makes the routings of a model."""
+    """Protocol of objects that create the routings of a model."""
 
     def routing(
         self,
@@ -24,18 +25,21 @@ class Router(Protocol):
         validate: bool,
         held: contextlib.ExitStack,
     ) -> Routing:
-        """Return the routing of one block; ``held`` gets what must stay alive during the block."""
+        """Return the routing of one block.
+
+        Resources that the block needs are entered on ``held``, which is closed when the block ends.
+        """
 
 
 _FINDERS: list[Callable[[Any], Router | None]] = []
 
 
 def register_router(find: Callable[[Any], Router | None]) -> Callable[[Any], Router | None]:
-    """Register a function that returns a model's router or None.
+    """Register a function that maps a model to its router, or to None if it finds none.
 
-    Functions are tried in the order of their registration. Patched models are found by a walk over
-    all modules, and a model with many adapters has tens of thousands. fastlora's own models are
-    found by an attribute.
+    Functions are tried in the order of their registration. The order matters for speed: patched
+    models are found by a walk over all modules, of which a model with many adapters has tens of
+    thousands, whereas fastlora's own models are found by an attribute.
     """
     _FINDERS.append(find)
     return find

@@ -1,4 +1,4 @@
-"""The adapter of each row in a forward pass: one immutable object for the whole model.
+"""`Routing`, an immutable object that assigns an adapter to each row of a model's forward pass.
 
 Inside ``with fastlora.adapters(model, ids):``, every LoRA layer of the model gets the adapters of
 its rows from a `Routing`, which is stored per thread. Layers may have rows in any shape. Ids are
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 
 class Group(Kept):
-    """The state that the layers of one model share.
+    """The state that all routed layers of one model share.
 
     A copied or unpickled model gets a new group, which has not seen a forward pass.
 
@@ -59,12 +59,12 @@ class Group(Kept):
         self._lock = threading.Lock()
 
     def count_block(self, change: int) -> None:
-        """Count a block of the model that opens (1) or closes (-1), in any thread."""
+        """Add ``change`` (1 or -1) to the number of the model's open blocks in all threads."""
         with self._lock:
             self._open += change
 
     def end_forward(self) -> None:
-        """Drop this thread's results for layers that were not called in a forward pass or block."""
+        """Drop the results that this thread computed for layers that were not called afterwards."""
         if self.unfinished:
             thread = threading.get_ident()
             for place in [place for place in [*self.unfinished] if place[0] == thread]:
@@ -90,7 +90,7 @@ class Group(Kept):
 
 @dataclass(frozen=True, eq=False)
 class Routing:
-    """The adapters of a batch.
+    """The assignment of adapters to the samples or tokens of a batch.
 
     Attributes:
         group: The group of layers that the routing applies to.
@@ -101,8 +101,8 @@ class Routing:
         source: The source of the slots' adapters.
         layers: The model's routed modules when the block began.
         absent_gradients: Whether trainable adapters without rows get zeros as gradients.
-        whole: The same batch for compiled graphs, with all adapters of the model, so that another
-            mix changes only the contents of tensors. None if graphs are not supported.
+        whole: The routing of the same batch for compiled graphs. It has all adapters of the model,
+            so another mix changes only the contents of tensors. None if graphs are not supported.
         captured: Whether the slots belong to a CUDA graph and are looked up at its replays. The
             adapters are then unknown.
         kept: The cache of the block.
@@ -153,11 +153,11 @@ class Routing:
 
     @property
     def may_mix(self) -> bool:
-        """Whether rows can have different adapters, which requires more than one id."""
+        """Whether different rows can use different adapters; False if there is only one id."""
         return self.ids.numel() > 1
 
     def check_rows(self, layer: RoutedLayer, x: torch.Tensor, compiling: bool) -> None:
-        """Raise if a layer gets only some rows of the batch, or if it may in compiled code.
+        """Raise if a layer gets only some rows of the batch, or might do so in compiled code.
 
         Raises:
             UnsupportedLayerError: The layer gets or may get only some rows. The message names it.
@@ -188,14 +188,14 @@ class Routing:
             )
 
     def resting(self) -> contextlib.AbstractContextManager[None]:
-        """Return a context in which rows are not followed, because layers sort and restore them."""
+        """Return a context manager that pauses row tracking, for code that restores the order."""
         followed = self.kept.followed
         if followed is None or followed.order is None or not followed.order.sees:
             return contextlib.nullcontext()
         return followed.order.resting()
 
     def seeds_of(self, number: int, device: torch.device) -> torch.Tensor:
-        """Return the dropout seeds of layer ``number``, int64 ``[S]``, on a device.
+        """Return the dropout seeds of the layer with number ``number``, int64 ``[S]``, on a device.
 
         The seeds of all layers are copied to the device together.
         """
@@ -215,9 +215,10 @@ class Routing:
         return known[number]
 
     def set_of(self, key: tuple[Hashable, ...]) -> SetPack:
-        """Return the model's cached set of adapters for a key.
+        """Return the model's cached `SetPack`, the packed factors of a set of adapters, for a key.
 
-        Changes of factors are checked once per block, and after each end of their weights version.
+        Whether factors have changed is checked once per block, and again after a change of the
+        weights version.
         """
         known = self.kept.sets.get(key)
         if known is None or not known.may_hold:
@@ -225,11 +226,11 @@ class Routing:
         return known
 
     def identities(self, rows: Rows) -> tuple[Hashable, ...]:
-        """Return the identities of the adapters that have rows, in the order of their slots."""
+        """Return a tuple of the identities of the adapters that have rows, in slot order."""
         return tuple(self.source.identity(segment.slot) for segment in rows.segments)
 
     def check_ids(self) -> None:
-        """Let a later block of the model check whether an id was out of range, without waiting."""
+        """Have a later block of the model raise if an id was out of range, without waiting now."""
         message = f"in an earlier block, {self._out_of_range()}; the outputs of its rows are NaN"
         for rows in self.kept.rows.values():
             self.group.unchecked.add(rows.invalid, message)
@@ -242,7 +243,7 @@ class Routing:
 
 
 def number_layers(names: Sequence[str], taken: Iterable[int] = ()) -> list[int]:
-    """Return a number for each layer of a model: the CRC-32 of its name, or the next free number.
+    """Return a list with one number per layer name: its CRC-32, or the next number not in use.
 
     The number depends on the name, so that a layer's dropout does not depend on which other modules
     are adapted. ``taken`` are the numbers of the model's other layers.
@@ -258,7 +259,7 @@ def number_layers(names: Sequence[str], taken: Iterable[int] = ()) -> list[int]:
 
 
 def join_group(group: Group, root: nn.Module, layers: Sequence[tuple[str, RoutedLayer]]) -> None:
-    """Add named layers to a model's group; layers that belong to it keep their numbers."""
+    """Add layers, given by name, to a model's group; layers already in it keep their numbers."""
     new = [(name, layer) for name, layer in layers if layer.routed_by is not group]
     if new:
         taken = [layer.routed_as for _, layer in layers if layer.routed_by is group]

@@ -2,16 +2,17 @@
 
 A mixed batch gives a layer's rows to adapters by their position. That is wrong for an expert of a
 mixture, for any other layer with rows that the data chose, and for a layer over a table that all
-samples share. The first mixed batch in which a layer runs follows the rows
-(`fastlora.routing.row_order`): either they reach the layer in order, or the layer raises before it
-computes. Later batches do not follow the rows of this layer.
+samples share. Therefore the rows of the first mixed batch in which a layer runs are tracked
+(`fastlora.routing.row_order`): if they do not reach the layer in order, the layer raises before it
+computes. Rows of later batches are not tracked for this layer.
 
 A mask can happen to select equally many rows of each sample, in order. A layer that looks like an
 expert raises in this case too. Any other layer, such as a head on the last token of each sample,
-runs, and the first 8 mixed batches follow its rows.
+runs, and its rows are tracked in the first 8 mixed batches.
 
-Training and evaluation are checked separately. Compiled code cannot be followed: a layer that looks
-like an expert raises there until a batch without compilation has shown that it gets all rows.
+Training and evaluation are checked separately. Rows cannot be tracked in compiled code: a layer
+that looks like an expert raises there until a batch without compilation has shown that the layer
+gets all rows.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ _SEQUENCE_FIRST_MODULES = {
 
 
 class RowChecks:
-    """The state of a model's checks of the rows that its layers get.
+    """The results of checking whether a model's layers get all rows of mixed batches.
 
     Args:
         root: The model.
@@ -87,7 +88,7 @@ class RowChecks:
             layer.sees_part = holder is not None or alike.is_expert(root, name, layer)
 
     def followed(self, count: int) -> FollowedRows | None:
-        """Return the check of a block, or None if every layer has been checked.
+        """Return the context manager that checks a block, or None if all layers are checked.
 
         Args:
             count: Number of adapter ids of the block.
@@ -107,17 +108,18 @@ class RowChecks:
         return self._names.get(layer.routed_as, type(layer).__name__)
 
     def why_refused(self, layer: RoutedLayer) -> str | None:
-        """Return why a layer raises, or None if no check has failed."""
+        """Return the reason why a layer raises in mixed batches, or None if it does not raise."""
         return self._refused.get(layer.routed_as)
 
     def end_block(self, mode: bool, ran: Iterable[RoutedLayer], even: Collection[int] = ()) -> None:
-        """Record the layers that got all rows in a followed block.
+        """Record that layers got all rows in a block whose rows were tracked.
 
         Args:
             mode: Whether the model trains.
             ran: The layers that ran.
-            even: Numbers of the layers with rows that the data chose and that were in order this
-                time. They are followed again, as long as any block is.
+            even: Numbers of the layers whose rows were chosen by the data and happened to be in
+                order in this block. Their rows are tracked again in the next blocks, up to the
+                limit of 8 blocks.
         """
         self._blocks[mode] += 1
         for layer in ran:
@@ -128,7 +130,7 @@ class RowChecks:
                 layer.sees_part = False
 
     def refuse(self, layer: RoutedLayer, why: str) -> None:
-        """Raise for a layer, now and in all later mixed batches, in compiled code too.
+        """Make a layer raise, now and in all later mixed batches, including in compiled code.
 
         Raises:
             UnsupportedLayerError: Always.
@@ -138,7 +140,7 @@ class RowChecks:
         refuse_part(layer)
 
     def note_unchecked(self, layer: RoutedLayer) -> None:
-        """Warn about a layer that first runs unchecked, and let the next block check it."""
+        """Warn about a layer that first runs unchecked, and have the next block check it."""
         mode = bool(layer.training)
         if layer.routed_as in self._shown[mode] or self._blocks[mode] < _MOST_BLOCKS:
             return
@@ -157,8 +159,8 @@ class FollowedRows:
     Args:
         checks: The model's checks.
         mode: Whether the model trains.
-        order: Follows the rows. If it is None, the block only records that a layer has run, so that
-            the next block follows it.
+        order: Tracks the rows. If it is None, the block only warns about a layer that has not been
+            checked, and the next block tracks its rows.
     """
 
     def __init__(self, checks: RowChecks, mode: bool, order: RowOrder | None) -> None:
@@ -184,18 +186,18 @@ class FollowedRows:
                 self._checks.end_block(self._mode, self._ran.values(), self._even)
 
     def begin(self, inputs: Iterable[object]) -> None:
-        """Record that the inputs of a model are in the order of the batch."""
+        """Record that the tensors among a model's inputs are in the order of the batch."""
         if self.order is not None:
             self.order.in_order(inputs)
 
     def abandon(self) -> None:
-        """Stop following rows, and record nothing about the layers that ran."""
+        """Stop tracking rows, and discard the records about the layers that ran in this block."""
         self._ran.clear()
         if self.order is not None:
             self.order.blind()
 
     def check(self, layer: RoutedLayer, x: torch.Tensor) -> None:
-        """Raise `UnsupportedLayerError` unless a layer's input has every row in order."""
+        """Raise `UnsupportedLayerError` unless a layer's input contains all rows in batch order."""
         if self._checks.why_refused(layer) is not None:
             refuse_part(layer)
         if self.order is not None and self.order.sees:
@@ -216,7 +218,7 @@ class FollowedRows:
 
 
 def refuse_part(layer: RoutedLayer) -> None:
-    """Raise for a layer that gets only some rows, or that may get some and is not followed.
+    """Raise `UnsupportedLayerError` for a layer that gets, or might get, only some rows.
 
     Raises:
         UnsupportedLayerError: Always.
@@ -241,7 +243,7 @@ def refuse_part(layer: RoutedLayer) -> None:
 
 
 def _sequence_first(root: nn.Module, name: str) -> str | None:
-    """Return the class name of a parent module that computes in ``[T, B, K]``, or None."""
+    """Return the class name of the outermost parent that uses the layout ``[T, B, K]``, or None."""
     module: nn.Module | None = root
     for part in name.split("."):
         if module is None:
@@ -259,10 +261,11 @@ class _Step(NamedTuple):
     """The last step of the path from a model to a module.
 
     Attributes:
-        alike: Number of children of the parent module that are like this module, including it.
-        is_named: Whether names or classes say that these modules are experts.
-        beside: Shapes of the parameters next to these modules. The weight of a router would be
-            among them.
+        alike: Number of children of the parent module that have the same structure as this module,
+            including the module itself.
+        is_named: Whether a module name or a class name contains "expert".
+        beside: Shapes of the parameters next to these modules, which would include the weight of a
+            router.
     """
 
     alike: int
@@ -271,7 +274,7 @@ class _Step(NamedTuple):
 
 
 class _Alike:
-    """Finds modules that are alike, and caches the results."""
+    """Finds modules of the same structure, such as experts, and caches the results."""
 
     def __init__(self) -> None:
         self._known: dict[int, int] = {}
@@ -283,9 +286,9 @@ class _Alike:
     def is_expert(self, root: nn.Module, name: str, layer: RoutedLayer) -> bool:
         """Return whether a layer looks like an expert, or like a part of one.
 
-        It does if it is in one of several alike modules, and either a name says that they are
-        experts or a router is next to them. A router is a matrix with one row per module and the
-        width of their input.
+        The result is True if the layer is in one of several modules of the same structure, and
+        either a name says that they are experts or a router is next to them. A router is a matrix
+        with one row per module and one column per input feature.
         """
         width = getattr(layer, "in_features", 0)
         modules, names, at = [root], [""], ""
@@ -305,7 +308,7 @@ class _Alike:
         return False
 
     def _step(self, modules: list[nn.Module], names: list[str], at_layer: bool) -> _Step:
-        """Return the last step of a path; ``at_layer`` says whether it leads to the layer."""
+        """Return the `_Step` at the end of a path; ``at_layer`` says whether that is the layer."""
         holder, child = modules[-2:]
         alike = self._count(holder)[names[-1]]
         if alike == 1:
@@ -317,7 +320,7 @@ class _Alike:
         return _Step(alike, "expert" in " ".join(words).lower(), beside)
 
     def _count(self, holder: nn.Module) -> dict[str, int]:
-        """Return for each child of a module the number of children that are like it."""
+        """Return a dict that maps a child's name to the number of children of its structure."""
         known = self._counts.get(id(holder))
         if known is None:
             numbers: dict[str, int] = {}
@@ -330,10 +333,10 @@ class _Alike:
         return known
 
     def _number(self, module: nn.Module) -> int:
-        """Return a number that is equal for modules that are alike.
+        """Return a number that identifies the structure of a module.
 
-        Modules are alike if they have the same class, and parameters and children with the same
-        names that are alike. Adapters are ignored.
+        Two modules have the same structure if they have the same class, parameters of the same
+        names and shapes, and children of the same names and structures. Adapters are ignored.
         """
         known = self._known.get(id(module))
         if known is None:
@@ -351,7 +354,7 @@ class _Alike:
         return known
 
     def _shapes_in(self, holder: nn.Module) -> set[tuple[int, ...]]:
-        """Return the shapes of the parameters of a module and its children, without adapters."""
+        """Return the set of parameter shapes of a module and its children, without adapters."""
         known = self._shapes.get(id(holder))
         if known is None:
             known = self._shapes[id(holder)] = set()

@@ -1,6 +1,6 @@
-"""Facts about the rows of tensors, stored as marks on the tensors' storages.
+"""Facts about the origin and order of tensors' rows, recorded per storage.
 
-Views share their storage, so they need no mark of their own.
+Views share their storage, so they need no record of their own.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ class Kind(enum.Enum):
     """The origin of a tensor's rows.
 
     Attributes:
-        ROWS: Rows of the batch, in its order. A tensor without a mark is of this kind.
-        EVEN: Rows that the data chose, and that are in the order of the batch this time.
-        CHOSEN: Rows that the data chose or placed.
+        ROWS: Rows of the batch, in its order. A tensor without a record is of this kind.
+        EVEN: Rows that the data selected, and that happen to be in the order of the batch.
+        CHOSEN: Rows that the data selected or placed.
         TABLE: Made from parameters and buffers, without data. The rows are not rows of the batch.
         CONSTANT: Made from numbers alone, as by `torch.zeros`.
         COUNTED: Made by `torch.arange`: an index that preserves the order.
@@ -42,15 +42,15 @@ class Kind(enum.Enum):
 
 
 class Facts(NamedTuple):
-    """What is known of the rows of a storage.
+    """The origin of the rows in a storage and, if known, the sample that each row belongs to.
 
     Attributes:
         kind: The kind of the rows.
         origin: For a chosen tensor or an index, the key of the index that it was derived from.
         inverse: For an index that is the inverse of another index, the key of the other index.
-        samples: The samples of the rows, int64, if values were read. Each sample stands for one of
-            as many equal parts of the storage. An even tensor has samples only while rows have yet
-            to be placed.
+        samples: The samples of the rows, int64, if values were read. Each item is the sample of one
+            part of the storage, which is divided into as many equal parts. A tensor of the kind
+            EVEN has samples only while rows have yet to be placed.
     """
 
     kind: Kind
@@ -60,7 +60,7 @@ class Facts(NamedTuple):
 
 
 class Mark(NamedTuple):
-    """The facts of a storage; the reference keeps another storage from getting its key."""
+    """A storage's facts; the weak reference prevents another storage from getting its key."""
 
     storage: StorageWeakRef
     facts: Facts
@@ -87,19 +87,19 @@ class RowFacts:
         self._next_drop = _FIRST_DROP
 
     def of(self, tensor: torch.Tensor) -> Facts:
-        """Return what is known of the rows of a tensor."""
+        """Return the `Facts` about the rows of a tensor."""
         mark = self._marks.get(key_of(tensor))
         if mark is not None:
             return mark.facts
         return TABLE if isinstance(tensor, nn.Parameter) else ROWS
 
     def origin(self, tensor: torch.Tensor) -> int:
-        """Return the key of the index that an index was derived from, by default its own key."""
+        """Return the key of the index tensor that ``tensor`` was derived from, or its own key."""
         origin = self.of(tensor).origin
         return key_of(tensor) if origin is None else origin
 
     def put(self, out: object, facts: Facts) -> None:
-        """Record the facts of an operator's result."""
+        """Record facts about the tensor, or the sequence of tensors, that an operator returned."""
         for tensor in out if isinstance(out, (tuple, list)) else (out,):
             if not isinstance(tensor, torch.Tensor):
                 continue
@@ -119,7 +119,7 @@ class RowFacts:
             self._marks[key] = Mark(StorageWeakRef(tensor.untyped_storage()), own)
 
     def samples(self, tensor: torch.Tensor, lead: int) -> torch.Tensor | None:
-        """Return the samples of a tensor's ``lead`` first dimensions, or None if unknown."""
+        """Return the sample of each entry of the first ``lead`` dimensions, or None if unknown."""
         facts, shape = self.of(tensor), tensor.shape[:lead]
         if len(shape) < lead:
             return None
@@ -132,7 +132,7 @@ class RowFacts:
         return None if known is None else row_samples.of_view(tensor, known, lead)
 
     def carried(self, source: torch.Tensor, out: object) -> torch.Tensor | None:
-        """Return the samples of a result that was computed row by row from chosen rows."""
+        """Return the samples of ``out``, computed row by row from ``source``, or None."""
         if not isinstance(out, torch.Tensor) or not out.dim():
             return None
         known = self.of(source).samples
@@ -147,22 +147,22 @@ class RowFacts:
     def facts_of_samples(
         self, samples: torch.Tensor | None, origin: int | None, by_data: bool
     ) -> Facts:
-        """Return the facts of rows that an index picked, given their samples."""
+        """Return the facts about rows that an index has selected, given the sample of each row."""
         if samples is not None and row_samples.is_in_order(samples, self.count):
             return Facts(Kind.EVEN) if by_data else ROWS
         return Facts(Kind.CHOSEN, origin, None, None if samples is None else samples.flatten())
 
     def are_tables(self, *indices: torch.Tensor | None) -> bool:
-        """Return whether all of these indices were made without data."""
+        """Return whether all of these index tensors were computed without any input data."""
         return all(index is None or self.of(index).kind in TABLES for index in indices)
 
     def forget(self, tensor: torch.Tensor) -> None:
-        """Treat a tensor as rows of the batch in order."""
+        """Discard the facts about a tensor, which then counts as rows of the batch in order."""
         self._marks.pop(key_of(tensor), None)
 
 
 def key_of(tensor: torch.Tensor) -> int:
-    """Return the key of a tensor's storage, or 0 for a tensor without one (a sparse tensor)."""
+    """Return the key of a tensor's storage, or 0 if it has no storage, as for a sparse tensor."""
     try:
         return tensor.untyped_storage()._cdata
     except NotImplementedError:
@@ -170,7 +170,7 @@ def key_of(tensor: torch.Tensor) -> int:
 
 
 def tensors_in(value: object) -> Iterator[torch.Tensor]:
-    """Yield the tensors in arguments, including those nested in tuples, lists, and dicts."""
+    """Yield each tensor in ``value``, including those nested in tuples, lists, and dicts."""
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, (tuple, list)):

@@ -1,15 +1,15 @@
-"""Which tensors of a forward pass are not in the order of the batch, by watching operators.
+"""`RowOrder`, a dispatch mode that finds tensors whose rows are not in the order of the batch.
 
 A mixed batch assigns a layer's rows to adapters by their position. That is wrong for a tensor with
-rows that the data chose, as when a router chooses tokens for an expert. `RowOrder` sees every
-operator of a block. It marks the storage of each tensor with rows that are not those of the batch
-in order. Views share their storage, so they need no mark of their own.
+rows that the data chose, as when a router chooses tokens for an expert. `RowOrder` intercepts every
+operator in a block. It records the storage of each tensor whose rows are not all rows of the batch
+in order. Views share their storage, so they need no record of their own.
 
 If an index comes from data, or permutes, the operator alone does not show whether the rows stay in
 order. In this case the values of the index are read once, and `fastlora.routing.row_samples` finds
-the sample of each row. On a GPU that waits for the index.
+the sample of each row. On a GPU, the host waits for the index.
 
-Operators inside code of `torch.compile` are not seen, and the mode causes no compilation.
+The mode does not see operators in compiled code, and it does not cause compilations.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from fastlora.routing.row_rules import Arguments, Keywords, facts_of_result
 
 
 class RowOrder(TorchDispatchMode):
-    """Dispatch mode that records which tensors have rows that are not the batch's in order.
+    """Dispatch mode that records the tensors whose rows are not those of the batch in order.
 
     Args:
         count: Number of adapter ids of the batch.
@@ -52,7 +52,7 @@ class RowOrder(TorchDispatchMode):
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
-        """Return True, so that `torch.compile` compiles as it does outside the mode."""
+        """Return True, so that `torch.compile` compiles as if the mode were off."""
         return True
 
     def __enter__(self) -> RowOrder:
@@ -64,17 +64,17 @@ class RowOrder(TorchDispatchMode):
         super().__exit__(*error)
 
     def blind(self) -> None:
-        """Make `sees` False from now on, even if the mode is still on."""
+        """Make `sees` return False permanently, even while the mode is still on."""
         self._thread = 0
 
     @property
     def sees(self) -> bool:
-        """Whether the mode is on in this thread."""
+        """Whether the mode is on in this thread and has not been disabled by `blind`."""
         return self._thread == threading.get_ident()
 
     @contextlib.contextmanager
     def resting(self) -> Iterator[None]:
-        """Stop recording within the block; its result has the order of its input.
+        """Context manager that stops recording, for code that preserves the order of its input.
 
         The mode leaves PyTorch's stack of modes, so layers that share an input can run together.
         """
@@ -89,11 +89,11 @@ class RowOrder(TorchDispatchMode):
             self._rests = before
 
     def kind_of(self, x: torch.Tensor) -> Kind:
-        """Return the kind of a tensor's rows."""
+        """Return the `Kind` of a tensor's rows, which tells where they come from."""
         return self._known.of(x).kind
 
     def is_lone_table(self, x: torch.Tensor) -> bool:
-        """Return whether ``x [..., K]`` was made from the model alone, without a copy per sample.
+        """Return whether ``x [..., K]`` is made of parameters alone and not repeated per sample.
 
         With fewer than 3 dimensions, the values show whether all samples have the same rows.
         """
@@ -110,7 +110,7 @@ class RowOrder(TorchDispatchMode):
         return not bool((parts == parts[:1]).all())
 
     def in_order(self, tensors: Iterable[object]) -> None:
-        """Record that tensors are rows of the batch in order, as a model's own inputs are."""
+        """Record that the rows of tensors, such as a model's inputs, are in batch order."""
         for tensor in tensors:
             if isinstance(tensor, torch.Tensor) and self.sees:
                 self._known.forget(tensor)
@@ -122,7 +122,7 @@ class RowOrder(TorchDispatchMode):
         args: Arguments = (),
         kwargs: Keywords | None = None,
     ) -> Any:
-        """Call an operator, and record the facts of its result."""
+        """Call an operator, record the facts about its result, and return the result."""
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         if not self._rests:

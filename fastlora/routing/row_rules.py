@@ -1,6 +1,7 @@
 """Rules for the effect of each operator on the rows of a batch; see `fastlora.routing.row_order`.
 
-A rule returns the `Facts` of an operator's result, or None to leave them unchanged.
+A rule is a function that returns the `Facts` about an operator's result, or None to leave them
+unchanged.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ _COPIES = {aten._to_copy, aten.clone, aten.lift_fresh, aten.lift_fresh_copy}
 def facts_of_result(
     known: RowFacts, func: OpOverload, args: Arguments, kwargs: Keywords, out: object
 ) -> Facts | None:
-    """Return the facts of an operator's result, or None to leave them unchanged."""
+    """Apply the operator's rule: return the facts about its result, or None to change nothing."""
     rule = _RULES.get(getattr(func, "overloadpacket", None))
     return _any(known, func, args, kwargs, out) if rule is None else rule(known, args, out)
 
@@ -69,7 +70,7 @@ def _any(
 
 
 def _together(known: RowFacts, operands: list[torch.Tensor], out: object) -> Facts:
-    """Return the facts of a result of several operands, any of which may contribute its rows."""
+    """Return the facts about a result whose rows may come from any of several operands."""
     kinds = [known.of(tensor).kind for tensor in operands]
     shape = next((tensor.shape for tensor in tensors_in(out)), None)
     full = [
@@ -91,7 +92,7 @@ def _together(known: RowFacts, operands: list[torch.Tensor], out: object) -> Fac
 
 
 def _picked(known: RowFacts, source: torch.Tensor, indices: Indices) -> Facts:
-    """Return the facts of the rows that indices, one per dimension, pick from a source."""
+    """Return the facts about the rows that indices, one per dimension, select from a source."""
     facts = known.of(source)
     index = next((index for index in indices if index is not None), None)
     if index is None or not source.numel():
@@ -114,14 +115,14 @@ def _picked(known: RowFacts, source: torch.Tensor, indices: Indices) -> Facts:
 
 
 def _counts_all(known: RowFacts, index: torch.Tensor, rows: torch.Tensor) -> bool:
-    """Return whether an index is an ascending range over all entries of a first dimension."""
+    """Return whether ``index`` counts up through all entries of the first dimension of ``rows``."""
     if known.of(index).kind is not Kind.COUNTED or index.shape[:1] != rows.shape[:1]:
         return False
     return not row_samples.is_readable(index) or bool((index.flatten().diff() >= 0).all())
 
 
 def _looked_up(known: RowFacts, kind: Kind, indices: Indices) -> Facts:
-    """Return the facts of rows of a table, which are those of the index that picked them."""
+    """Return the facts about rows looked up in a table, which depend on those about the indices."""
     if known.are_tables(*indices):
         return TABLE if kind is Kind.TABLE else CONSTANT
     if kind is Kind.IDENTITY:
@@ -139,7 +140,7 @@ def _looked_up(known: RowFacts, kind: Kind, indices: Indices) -> Facts:
 def _placed(
     known: RowFacts, dest: torch.Tensor, indices: Indices, values: object, *, adds: bool = False
 ) -> Facts:
-    """Return the facts of a destination after indices have placed values in it."""
+    """Return the facts about ``dest`` after ``values`` have been written to it at ``indices``."""
     index = next((index for index in indices if index is not None), None)
     facts, brought = known.of(dest), CONSTANT
     if isinstance(values, torch.Tensor) and values.dim():
@@ -182,7 +183,7 @@ def _samples_placed(
     values: object,
     adds: bool,
 ) -> torch.Tensor | None:
-    """Return the samples of a destination's indexed dimensions, or None if unknown."""
+    """Return the sample of each row of ``dest`` after the write, or None if unknown."""
     lead = row_samples.dimensions_of(indices)
     if not row_samples.is_whole(dest) or not isinstance(values, torch.Tensor):
         return None
@@ -199,7 +200,7 @@ def _samples_placed(
 
 
 def _rows_from(which: int) -> Rule:
-    """Return the rule of operators that take their rows from one argument, as a product does."""
+    """Return the rule of operators whose rows come from argument ``which``, such as `mm`."""
 
     def rule(known: RowFacts, args: Arguments, out: object) -> Facts | None:
         source = args[which]
@@ -218,7 +219,7 @@ def _rows_from(which: int) -> Rule:
 
 
 def _copied(known: RowFacts, args: Arguments, out: object) -> Facts | None:
-    """Apply the rule of a change of dtype: integers and booleans become weights of a choice."""
+    """Apply the rule of dtype conversions: floats converted from integers or bools are a choice."""
     source = args[0]
     facts = known.of(source)
     whole = not (source.is_floating_point() or source.is_complex())
@@ -258,7 +259,7 @@ def _selected(known: RowFacts, args: Arguments, out: object) -> Facts | None:
 
 
 def _gathered(known: RowFacts, args: Arguments, out: object) -> Facts | None:
-    """Apply the rule of `gather`, which picks rows only along the first dimension."""
+    """Apply the rule of `gather`, which selects whole rows only along the first dimension."""
     source, dim, index = args[:3]
     facts = known.of(source)
     if not source.dim() or (dim % source.dim() and facts.kind not in TABLES):
@@ -280,7 +281,7 @@ def _put_along(adds: bool) -> Rule:
 
 
 def _row_index(index: torch.Tensor) -> torch.Tensor:
-    """Return the row index that was expanded to the elements of its rows, as `gather` takes it.
+    """Undo the expansion of a row index to the elements of each row, as `gather` requires it.
 
     An index that was not expanded is returned unchanged, as an index of elements.
     """
@@ -290,7 +291,7 @@ def _row_index(index: torch.Tensor) -> torch.Tensor:
 
 
 def _flat(known: RowFacts, args: Arguments, out: object) -> Facts | None:
-    """Apply the rule of `take` and `masked_select`, which pick elements, not rows."""
+    """Apply the rule of `take` and `masked_select`, which select elements, not rows."""
     source, index = args[:2]
     facts = known.of(source)
     return facts if facts.kind in TABLES else Facts(Kind.CHOSEN, known.origin(index))
@@ -306,7 +307,7 @@ def _embedded(known: RowFacts, args: Arguments, out: object) -> Facts | None:
 
 
 def _nonzero(known: RowFacts, args: Arguments, out: object) -> Facts | None:
-    """Apply the rule of `nonzero`, which returns the positions that a mask picks."""
+    """Apply the rule of `nonzero`, which returns the positions that a mask selects."""
     (mask,) = args
     if known.are_tables(mask):
         return CONSTANT
@@ -317,7 +318,7 @@ def _nonzero(known: RowFacts, args: Arguments, out: object) -> Facts | None:
 
 
 def _sorted(known: RowFacts, args: Arguments, out: Sequence[torch.Tensor]) -> Facts | None:
-    """Apply the rule of `sort`: sorting an index gives its inverse."""
+    """Apply the rule of `sort`: the permutation that sorts an index is the index's inverse."""
     source = next(tensors_in(args))
     _largest(known, args, out)
     if not source.is_floating_point():
@@ -326,7 +327,7 @@ def _sorted(known: RowFacts, args: Arguments, out: Sequence[torch.Tensor]) -> Fa
 
 
 def _largest(known: RowFacts, args: Arguments, out: Sequence[torch.Tensor]) -> Facts | None:
-    """Apply the rule of `topk`: the returned indices choose the values of a vector."""
+    """Apply the rule of `topk`: a vector's values are those that the returned indices select."""
     source = next(tensors_in(args))
     facts = ROWS
     if out[0].dim() == 1 and not known.are_tables(source):
@@ -340,7 +341,7 @@ def _largest(known: RowFacts, args: Arguments, out: Sequence[torch.Tensor]) -> F
 
 
 def _joined(stacks: bool) -> Rule:
-    """Return the rule of `cat` and `stack`: parts of chosen rows may be in order together."""
+    """Return the rule of `cat` and `stack`: joined parts of chosen rows may be in order again."""
 
     def rule(known: RowFacts, args: Arguments, out: object) -> Facts | None:
         parts = [part for part in args[0] if part.numel()] or list(args[0])
@@ -360,7 +361,7 @@ def _joined(stacks: bool) -> Rule:
 
 
 def _product(known: RowFacts, args: Arguments, out: object) -> Facts | None:
-    """Apply the rule of an elementwise product: a weighted choice is a choice too."""
+    """Apply the rule of elementwise products: a choice multiplied by weights is still a choice."""
     operands = list(tensors_in(args))
     kinds = [known.of(tensor).kind for tensor in operands]
     if Kind.CHOICE in kinds and Kind.CHOSEN not in kinds:
@@ -369,7 +370,7 @@ def _product(known: RowFacts, args: Arguments, out: object) -> Facts | None:
 
 
 def _where(known: RowFacts, args: Arguments, out: object) -> Facts | None:
-    """Apply the rule of `where`: a condition between constants makes a choice."""
+    """Apply the rule of `where`: a condition that selects between constants yields a choice."""
     condition, *branches = args
     if known.of(condition).kind in ORDERED and known.are_tables(*tensors_in(branches)):
         return Facts(Kind.CHOICE)
@@ -377,7 +378,7 @@ def _where(known: RowFacts, args: Arguments, out: object) -> Facts | None:
 
 
 def _always(kind: Kind) -> Rule:
-    """Return the rule of operators that always make a tensor of one kind."""
+    """Return the rule of operators whose result is always of the kind ``kind``."""
     return lambda known, args, out: Facts(kind)
 
 

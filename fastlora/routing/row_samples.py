@@ -1,8 +1,10 @@
-"""The sample of a batch that each row of a tensor comes from, as int64 tensors on the CPU.
+"""Functions that find the sample of the batch to which each row of a tensor belongs.
+
+Samples are int64 tensors on the CPU.
 
 A row is an entry of a tensor's leading dimensions. Its sample is the position of its adapter id in
 the batch. When an operator indexes rows, `picked` and `placed` index the rows' samples in the same
-way. They read the values of indices, which on a GPU waits for them.
+way. They read the values of indices, for which the host waits if they are on a GPU.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ Indices = Sequence["torch.Tensor | None"]
 
 
 def in_order(shape: Sequence[int], count: int) -> torch.Tensor | None:
-    """Return the sample of each row, for rows in the order of the batch.
+    """Return the sample of each row, given that the rows are in the order of the batch.
 
     Row r of R belongs to sample ``r * count // R``, as a layer in a mixed batch assumes. Returns
     None if R, the number of elements of ``shape``, is zero or is not a multiple of ``count``.
@@ -33,12 +35,12 @@ def in_order(shape: Sequence[int], count: int) -> torch.Tensor | None:
 
 
 def no_samples(shape: Sequence[int]) -> torch.Tensor:
-    """Return the samples of rows that belong to no sample."""
+    """Return a tensor of `NO_SAMPLE`, for rows that belong to no sample."""
     return torch.full(tuple(shape), NO_SAMPLE, device="cpu")
 
 
 def is_in_order(samples: torch.Tensor, count: int, *, blanks: bool = False) -> bool:
-    """Return whether rows are in the order of the batch, with equally many for each sample.
+    """Return whether rows are in the order of the batch, with the same number for each sample.
 
     If ``blanks`` is set, rows without a sample are accepted at any position.
     """
@@ -50,7 +52,7 @@ def is_in_order(samples: torch.Tensor, count: int, *, blanks: bool = False) -> b
 
 
 def is_moved(tensor: torch.Tensor) -> bool:
-    """Return whether another dimension has a larger stride than the first, as after a permute."""
+    """Return whether a later dimension has a larger stride than the first, as after a permute."""
     sizes, strides = tensor.shape, tensor.stride()
     if not sizes or sizes[0] == 1:
         return False
@@ -58,11 +60,12 @@ def is_moved(tensor: torch.Tensor) -> bool:
 
 
 def of_view(tensor: torch.Tensor, samples: torch.Tensor, lead: int) -> torch.Tensor | None:
-    """Return the samples of a tensor's ``lead`` first dimensions, or None if they are unknown.
+    """Return each row's sample, for rows over the ``lead`` first dimensions, or None if unknown.
 
     Args:
         tensor: Any view of its storage.
-        samples: One sample for each of as many equal parts of the storage.
+        samples: The sample of each part of the storage, which is divided into that many equal
+            parts.
         lead: Number of dimensions.
     """
     total = storage_size(tensor)
@@ -80,36 +83,39 @@ def of_view(tensor: torch.Tensor, samples: torch.Tensor, lead: int) -> torch.Ten
 
 
 def storage_size(tensor: torch.Tensor) -> int:
-    """Return the number of elements that a tensor's storage has room for."""
+    """Return the size of a tensor's storage, in elements of the tensor's dtype."""
     return tensor.untyped_storage().nbytes() // tensor.element_size()
 
 
 def is_whole(tensor: torch.Tensor) -> bool:
-    """Return whether a tensor covers its whole storage, in the order of the memory."""
+    """Return whether a tensor is contiguous and covers its whole storage."""
     return tensor.is_contiguous() and tensor.numel() == storage_size(tensor)
 
 
 def dimensions_of(indices: Indices) -> int:
-    """Return the number of indexed dimensions of a tensor; a mask counts as many as it has."""
+    """Return the number of dimensions that ``indices`` index; a k-dimensional mask counts as k."""
     return sum(1 if i is None or not _is_mask(i) else i.dim() for i in indices)
 
 
 def read(indices: Indices) -> list[torch.Tensor | None] | None:
-    """Return indices on the CPU, or None if their values cannot be read."""
+    """Return a list of the indices, copied to the CPU, or None if their values cannot be read."""
     if not all(index is None or is_readable(index) for index in indices):
         return None
     return [None if index is None else index.cpu() for index in indices]
 
 
 def is_readable(tensor: torch.Tensor) -> bool:
-    """Return whether the host can read a tensor's values: not in the capture of a CUDA graph."""
+    """Return whether the host can read a tensor's values.
+
+    The result is False during the capture of a CUDA graph, and for meta tensors and subclasses.
+    """
     if tensor.is_meta or type(tensor) not in (torch.Tensor, torch.nn.Parameter):
         return False
     return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def picked(samples: torch.Tensor, indices: Indices) -> torch.Tensor | None:
-    """Return the samples of the rows that indices pick, or None if values cannot be read."""
+    """Return the samples of the rows that indices select, or None if values cannot be read."""
     values = read(indices)
     return None if values is None else torch.ops.aten.index(samples, values)
 
@@ -117,9 +123,9 @@ def picked(samples: torch.Tensor, indices: Indices) -> torch.Tensor | None:
 def placed(
     samples: torch.Tensor, indices: Indices, values: torch.Tensor, *, adds: bool
 ) -> torch.Tensor | None:
-    """Return the samples of rows after indices have placed rows with samples ``values``.
+    """Return the samples of all rows after rows of the samples ``values`` are written at indices.
 
-    If ``adds`` is set, the placed rows are added to the existing rows. Returns None if the values
+    If ``adds`` is set, the written rows are added to the existing rows. Returns None if the values
     of indices cannot be read.
     """
     read_indices = read(indices)

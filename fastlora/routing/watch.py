@@ -16,15 +16,16 @@ _training = attrgetter("training")
 
 
 class Watch:
-    """Records modules, parameters with their versions, scalings, and dropouts of adapters.
+    """A record of adapters' modules, parameters and their versions, scalings, and dropouts.
 
-    It is checked once when a block begins. It does not detect writes that change no version.
-    Weights versions (`fastlora.weight_marks`) cover these, and are checked within a block too.
+    The record is checked once when a block begins. It does not detect writes that do not change a
+    tensor's version. Weights versions (`fastlora.weight_marks`) cover these writes, and are checked
+    within a block too.
 
-    It keeps the factors' memory alive, so that no other tensor can get the same address. An address
-    and a version then identify the contents. A `Stamp` keeps no memory alive, but takes longer to
-    compare. The lists are flat and are compared without a Python loop, because every block checks
-    each entry: 64 adapters on SmolLM2 have 13,440 pairs of factors.
+    The record keeps the factors' memory alive, so that no other tensor can get the same address. An
+    address and a version then identify the contents. A `Stamp` keeps no memory alive, but takes
+    longer to compare. The lists are flat and are compared without a Python loop, because every
+    block checks each entry: 64 adapters on SmolLM2 have 13,440 pairs of factors.
     """
 
     def __init__(self) -> None:
@@ -40,7 +41,10 @@ class Watch:
         self._hooked = self._untold = False
 
     def add(self, layer: nn.Module, scaling: Mapping[str, object], names: Sequence[str]) -> None:
-        """Record the named adapters that a layer has, with the layer's scalings by name."""
+        """Record those of the named adapters that a layer has.
+
+        ``scaling`` maps the names to the layer's scalings.
+        """
         modules: dict[str, Any] = layer._modules
         downs, ups = modules["lora_A"]._modules, modules["lora_B"]._modules
         dropouts = modules["lora_dropout"]._modules
@@ -72,7 +76,7 @@ class Watch:
             self._memory.append(value.untyped_storage())
 
     def unchanged(self) -> bool:
-        """Return whether everything is as recorded, and nothing has been hooked since."""
+        """Return whether all recorded objects are unchanged, and no module has new hooks."""
         # One pass reads both: a tensor that was just read is still in the processor's cache.
         tensors = self._parameters
         states = zip(map(_version, tensors), map(_data_ptr, tensors), strict=True)

@@ -1,8 +1,8 @@
-"""Quantized base weights: read by kernels, read as a dense matrix, and written by a merge.
+"""Quantized base weights, which kernels can read, and which merging dequantizes and writes.
 
-Each library has a file, and each kind of quantization has a class. No other module knows the
-libraries of quantized layers. `quantised` finds the kind of a module for `fastlora.layers.bases`,
-for a layer's forward pass on kernels (`fastlora.layers.coded_base`), and for merging.
+Each supported library has a file here, and each kind of quantization has a class. No other module
+depends on the libraries. `quantised` finds the kind of a module for `fastlora.layers.bases`, for a
+layer's forward pass on kernels (`fastlora.layers.coded_base`), and for merging.
 """
 
 from fastlora.layers.quantised import (

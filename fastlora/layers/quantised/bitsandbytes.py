@@ -33,7 +33,7 @@ _NESTED_BLOCK = 256
 
 @register_quantised
 class Bits4(Quantised):
-    """A `Linear4bit` of bitsandbytes: 4-bit codes, in blocks with one absmax each.
+    """The weight of a bitsandbytes `Linear4bit`: 4-bit codes, in blocks with one absmax each.
 
     In evaluation on a CPU, bitsandbytes repacks the codes for its product, and rounds the blocks'
     absmax values to bf16. `write` restores the usual layout, and the next forward pass repacks it.
@@ -86,11 +86,9 @@ class Bits4(Quantised):
         return weakref.ref(state), state.quant_type, base.compute_dtype, base.compute_type_is_set
 
     def read(self, dtype: torch.dtype) -> tuple[Coded, tuple[torch.Tensor, ...]]:
-        """Return the codes as `Quantised.read` does.
+        """Return the codes and the tensors that they depend on, as `Quantised.read` does.
 
-        A value is ``table[code] * absmax``, with the absmax of its block.
-
-        Blocks run along K.
+        A dequantized value is ``table[code] * absmax``, with the absmax of its block along K.
         """
         weight, state, (n, k) = self.weight, self.weight.quant_state, self.shape
         library, block = self.library(), state.blocksize
@@ -160,7 +158,7 @@ class Bits4(Quantised):
         return f"{state.quant_type}{' nested' if state.nested else ''}"
 
     def maker(self, dtype: torch.dtype) -> Callable[[], torch.Tensor]:
-        """Return a function that makes the matrix from the codes that are current now."""
+        """Return a function that dequantizes the codes that are current now to a dense matrix."""
         if self._is_repacked():
             return super().maker(dtype)
         library, state = _bitsandbytes(), copy.copy(self.weight.quant_state)
@@ -168,7 +166,10 @@ class Bits4(Quantised):
         return lambda: library.dequantize_4bit(codes, state)
 
     def bias_in(self, dtype: torch.dtype) -> torch.Tensor | None:
-        """Return the bias in ``dtype``; as in bitsandbytes, this converts the module's bias."""
+        """Return the bias in ``dtype``.
+
+        As in bitsandbytes, the module's own bias is converted to ``dtype`` too.
+        """
         bias: torch.Tensor | None = self.base.bias
         if bias is not None and bias.dtype is not dtype:
             with torch.inference_mode(False):
@@ -187,7 +188,7 @@ class Bits4(Quantised):
         return -(-(self.shape[0] * self.shape[1]) // (count * self._block))
 
     def pieces(self, count: int = PIECES) -> Iterator[torch.Tensor]:
-        """Yield pieces as `Quantised.pieces` does; a repacked weight is one piece."""
+        """Yield pieces of the weight as `Quantised.pieces` does; a repacked weight is one piece."""
         if self._is_repacked():
             yield from super().pieces()
             return
@@ -199,10 +200,10 @@ class Bits4(Quantised):
             yield self._dequantised(part, own, min(size, elements - index * size))
 
     def rows(self) -> Iterator[torch.Tensor]:
-        """Yield rows as `Quantised.rows` does, or the whole weight if blocks cross rows.
+        """Yield rows of the weight as `Quantised.rows` does, or all at once if blocks cross rows.
 
-        In that case bitsandbytes 0.50 computes on a CPU with other values than it stored, and a
-        norm must match the values that it computes with.
+        If blocks cross rows, bitsandbytes 0.50 computes on a CPU with values that differ from the
+        stored ones, and a norm must match the values that it computes with.
         """
         if self.shape[1] % self._block:
             yield self.dense()
@@ -210,14 +211,14 @@ class Bits4(Quantised):
             yield from super().rows()
 
     def _largest(self) -> torch.Tensor:
-        """Return the absmax of each block, in fp32."""
+        """Return the absmax of each block, in fp32, dequantized if it is nested."""
         state, absmax = self.weight.quant_state, self.weight.quant_state.absmax
         if state.nested:
             absmax = _bitsandbytes().dequantize_blockwise(absmax, state.state2).add_(state.offset)
         return absmax.float()
 
     def _dequantised(self, codes: torch.Tensor, largest: torch.Tensor, count: int) -> torch.Tensor:
-        """Dequantize some whole blocks with bitsandbytes, in fp32."""
+        """Return ``count`` elements of whole blocks, dequantized to fp32 by bitsandbytes."""
         state = self.weight.quant_state
         piece = type(state)(
             absmax=largest,
@@ -268,14 +269,14 @@ class Bits4(Quantised):
         self.weight.quant_state.to(self.weight.device)
 
     def fingerprint(self) -> Fingerprint:
-        """Return how often each code occurs, which repacking does not change."""
+        """Return the number of occurrences of each 4-bit code, which repacking does not change."""
         counts = self.weight.data.view(torch.uint8).flatten().bincount(minlength=256).view(16, 16)
         return (counts.sum(0) + counts.sum(1),)
 
 
 @register_quantised
 class Bits8(Quantised):
-    """A `Linear8bitLt` of bitsandbytes: int8 codes, with one absmax per row."""
+    """The weight of a bitsandbytes `Linear8bitLt`: int8 codes, with one absmax per row."""
 
     backend = "bnb 8bit"
     peft_layer = ("peft.tuners.lora.bnb", "Linear8bitLt")
@@ -319,7 +320,7 @@ class Bits8(Quantised):
             yield dequantise(codes[rows], scales[rows]).view(-1).float()
 
     def write(self, dense: torch.Tensor) -> None:
-        """Replace the weight as `Stored.write` does, from fp16.
+        """Replace the weight as `Stored.write` does, after rounding the values to fp16.
 
         bitsandbytes accepts no other dtype here.
         """
@@ -351,9 +352,10 @@ def _cloned(state: object) -> Any:
 
 @torch.no_grad()
 def _through(base: nn.Module, device: torch.device) -> torch.Tensor:
-    """Return the weight that a layer computes with, by applying the layer to unit vectors.
+    """Return the weight with which a layer computes, found by applying it to unit vectors.
 
-    This is for 4-bit weights that an evaluation on a CPU has repacked. They cannot be dequantized.
+    The function is for 4-bit weights that an evaluation on a CPU has repacked, which cannot be
+    dequantized.
     """
     layer: Any = base
     columns = layer(torch.eye(layer.in_features, device=device))
@@ -361,7 +363,7 @@ def _through(base: nn.Module, device: torch.device) -> torch.Tensor:
 
 
 def _decoded(codes: torch.Tensor, parts: tuple[torch.Tensor, ...], block: int) -> torch.Tensor:
-    """Return the values of whole blocks of 4-bit codes as kernels decode them, in fp32."""
+    """Decode whole blocks of 4-bit codes to fp32 in the way that kernels do, and return them."""
     absmax, table, *nested = parts
     count = 2 * codes.numel() // block
     largest = absmax[:count]

@@ -1,4 +1,4 @@
-"""Weights quantized by HQQ: their modules are called, and their weight can be read."""
+"""Weights quantized by HQQ, which can be dequantized; kernels cannot read them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastlora.validation import UnsupportedLayerError
 
 @register_quantised
 class Hqq(Quantised):
-    """An `HQQLinear`: codes, maybe packed, with a zero point and a scale for each group."""
+    """The weight of an `HQQLinear`: codes, with a zero point and a scale for each group."""
 
     peft_layer = ("peft.tuners.lora.hqq", "HqqLoraLinear")
 
@@ -40,7 +40,7 @@ class Hqq(Quantised):
         return made
 
     def check_writable(self) -> None:
-        """Raise `UnsupportedLayerError`: a merge would need HQQ's solver with its settings."""
+        """Raise `UnsupportedLayerError`, because a merge would need HQQ's solver."""
         raise UnsupportedLayerError(
             f"cannot merge into {type(self.base).__name__}: HQQ finds a weight's codes by "
             "optimization; dequantize the base model first"

@@ -1,8 +1,8 @@
 """The interface of a kind of quantized weight, and the registry of kinds.
 
-A kind is a subclass of `Quantised` with the decorator `register_quantised`. It defines which
-modules it supports, their weight as a dense matrix, as a whole and some rows at a time, how a merge
-writes the weight, and what kernels read.
+A kind is a subclass of `Quantised` with the decorator `register_quantised`. It defines the modules
+that it supports, methods that return their weight as a dense matrix (as a whole or some rows at a
+time) or in the form that kernels read, and a method with which a merge writes the weight.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ FRESH: set[str] = set()
 
 # The name has no suffix Error: it is a fallback reason, and does not leave this folder.
 class NotCoded(Exception):  # noqa: N818
-    """The reason why kernels cannot read a weight, raised by `Quantised.read`."""
+    """Raised by `Quantised.read` if kernels cannot read a weight; the message is the reason."""
 
 
 class Quantised(Stored):
-    """Base class of the kinds of quantized weights; `dense` makes a new tensor.
+    """Base class of the kinds of quantized weights, for which `dense` returns a new tensor.
 
     A kind that does not support merging raises in `check_writable`, and defines nothing else for
     merging.
@@ -46,7 +46,7 @@ class Quantised(Stored):
 
     Attributes:
         modules: Names of the supported module classes; see `class_name`. Subclasses of these
-            classes are not supported, because they may do anything.
+            classes are not supported, because their behavior is unknown.
         fresh_output: Whether the modules return a new tensor and keep no reference to it.
         casts: Whether the modules accept x in any dtype, compute in their own, and return x's
             dtype.
@@ -70,7 +70,7 @@ class Quantised(Stored):
 
     @staticmethod
     def weight_of(module: object) -> Any:
-        """Return the object in which the module stores its weight."""
+        """Return the object in which a module stores its weight."""
         return getattr(module, "weight", None)
 
     @classmethod
@@ -91,21 +91,27 @@ class Quantised(Stored):
         return self.dtype
 
     def is_there(self) -> bool:
-        """Return whether the module still has the very weight that this object was created for."""
+        """Return whether the module's weight is still the object that ``weight`` refers to."""
         return self.weight_of(self.base) is self.weight
 
     def watched(self) -> Sequence[torch.Tensor]:
-        """Return the tensors that the weight depends on; a change to one invalidates its caches."""
+        """Return the tensors that the weight depends on.
+
+        A change to one of them invalidates the weight's caches.
+        """
         return self.parts()
 
     def settings(self) -> Hashable:
-        """Return everything else that the weight depends on, to be compared by ``==``."""
+        """Return whatever else the weight depends on, as a hashable value to compare by ``==``."""
         return None
 
     def read(self, dtype: torch.dtype) -> tuple[Coded, tuple[torch.Tensor, ...]]:
-        """Return what kernels read in place of a matrix in ``dtype``, and the tensors it points to.
+        """Return a tuple (coded, tensors): the weight in the form that kernels read.
 
-        The method checks what it reads of a library's object: dtypes, sizes, values of tables.
+        ``coded`` represents a matrix in ``dtype``, and ``tensors`` are the tensors whose addresses
+        it contains.
+
+        The method checks the dtypes, the sizes, and the values of tables in the library's object.
 
         Raises:
             NotCoded: Kernels cannot read the weight. The message gives the reason.
@@ -122,11 +128,11 @@ class Quantised(Stored):
             return name
 
     def lacks(self, error: AttributeError) -> str:
-        """Return the fallback reason for a library's object that lacks a field."""
+        """Return the fallback reason for an object of a library that lacks an expected field."""
         return f"{self.library()}: {error}; its base layer runs unchanged"
 
     def coded(self, dtype: torch.dtype) -> CodedWeight | str:
-        """Return the weight for kernels in ``dtype``, or why the module must be called."""
+        """Return the weight for kernels in ``dtype``, or the reason why the module is called."""
         if class_name(self.base) not in self.modules:
             return f"its base layer is {type(self.base).__name__}, which runs unchanged"
         if self.codes().is_meta:
@@ -147,46 +153,49 @@ class Quantised(Stored):
 
     @property
     def says(self) -> str:
-        """The weight's name in the fusion report."""
+        """Name of the weight's quantization in the fusion report."""
         return self.backend or type(self).__name__
 
     def unread(self) -> CodedWeight:
-        """Return the weight as a tensor without a matrix, for PyTorch to compute with."""
+        """Return a `CodedWeight` that PyTorch operators dequantize and that kernels cannot read."""
         n, k = self.shape
         codes = self.codes()
         coded = Coded("", codes, torch.empty(0, dtype=torch.int64), n, k, k)
         return CodedWeight(coded, self.maker(self.dtype), self.dtype, (codes,))
 
     def parts(self) -> list[torch.Tensor]:
-        """Return the tensors that store the weight, with the codes first."""
+        """Return a list of the tensors that store the weight, with the codes first."""
         return [self.weight]
 
     def codes(self) -> torch.Tensor:
-        """Return the codes, a tensor on the weight's device."""
+        """Return the tensor of codes, which is on the weight's device."""
         return self.parts()[0]
 
     def maker(self, dtype: torch.dtype) -> Callable[[], torch.Tensor]:
-        """Return a function that makes the current weight as a matrix ``[N, K]`` in ``dtype``."""
+        """Return a function that dequantizes the current weight to ``[N, K]`` in ``dtype``."""
         return lambda: self.dense().to(dtype)
 
     def bias_in(self, dtype: torch.dtype) -> torch.Tensor | None:
-        """Return the bias for a product in ``dtype``, with the module's own side effects on it."""
+        """Return the bias for a product in ``dtype``.
+
+        The module's own bias changes as in a call of the module.
+        """
         bias: torch.Tensor | None = self.base.bias
         return bias
 
     # ------------------------------------------------------------------------------- in pieces
 
     def row_slices(self, count: int = PIECES) -> list[slice]:
-        """Return the rows of each of about ``count`` pieces."""
+        """Return a list of slices that divide the rows into about ``count`` pieces."""
         step = -(-self.shape[0] // count)
         return [slice(start, start + step) for start in range(0, self.shape[0], step)]
 
     def pieces(self, count: int = PIECES) -> Iterator[torch.Tensor]:
-        """Yield the weight's elements in fp32, in about ``count`` pieces of rows or blocks."""
+        """Yield the weight's elements in fp32, in about ``count`` flat pieces."""
         yield self.dense().reshape(-1).float()
 
     def rows(self) -> Iterator[torch.Tensor]:
-        """Yield the matrix in `dtype`, some rows ``[n, K]`` at a time."""
+        """Yield the dequantized matrix in `dtype`, some rows ``[n, K]`` at a time."""
         (n, k), rest = self.shape, None
         count = min(PIECES, n * k // _WHOLE)
         if count < 2:
@@ -200,7 +209,7 @@ class Quantised(Stored):
             rest = flat[whole:] if whole < flat.numel() else None
 
     def wide(self) -> torch.Tensor:
-        """Return a new fp32 matrix as `Stored.wide` does, without another full copy."""
+        """Return a new fp32 matrix as `Stored.wide` does, without a temporary of its size."""
         made = torch.empty(self.shape, dtype=torch.float32, device=self.weight.device)
         flat, start = made.view(-1), 0
         for piece in self.pieces():
@@ -230,7 +239,7 @@ class Quantised(Stored):
         return tuple(total for part in self.parts() for total in sums_of_bits(part))
 
     def moved(self, kept: object, fn: Callable[[torch.Tensor], torch.Tensor]) -> object:
-        """Return ``kept``: ``fn`` may change the dtype, and `restore` moves it to the device."""
+        """Return ``kept`` unchanged, because ``fn`` may change dtypes; `restore` moves it."""
         return kept
 
     def dense_of(self, kept: object) -> torch.Tensor:
@@ -251,18 +260,18 @@ def register_quantised(kind: _Kind) -> _Kind:
 
 
 def peft_layers() -> list[tuple[str, str]]:
-    """Return the Python module and class of PEFT's layers over weights of the registered kinds."""
+    """Return a list of (Python module, class) of PEFT's layers for the registered kinds."""
     return [kind.peft_layer for kind in _kinds if kind.peft_layer is not None]
 
 
 def class_name(module: object) -> str:
-    """Return the name of a module's class, with its Python module."""
+    """Return the qualified name of a module's class, including its Python module."""
     kind = type(module)
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def quantised(module: object) -> Quantised | None:
-    """Return the quantization of a module's weight, or None if no kind supports it.
+    """Return a `Quantised` for a module's weight, or None if no registered kind supports it.
 
     Raises:
         UnsupportedLayerError: The library has not quantized the weight yet.
@@ -281,7 +290,7 @@ def check_part(
     count: int,
     library: str,
 ) -> torch.Tensor:
-    """Check a part of a library's weight and return it.
+    """Check a tensor of a library's quantized weight, and return it.
 
     Kernels require one of these dtypes, ``count`` contiguous elements, and the device of ``like``.
 
@@ -315,16 +324,16 @@ def check_part(
 
 
 def addresses_of(*parts: torch.Tensor) -> torch.Tensor:
-    """Return the addresses of parts for loaders, int64 ``[len(parts)]``, on the parts' device."""
+    """Return the addresses of tensors, int64 ``[len(parts)]``, on the device of the tensors."""
     found = torch.tensor([part.data_ptr() for part in parts], dtype=torch.int64)
     return found.to(parts[0].device)
 
 
 def check_decoding(decoded: torch.Tensor, rows: torch.Tensor, library: str, what: str) -> None:
-    """Compare codes as kernels decode them with the library's own dequantization, both in fp32.
+    """Check that kernels decode codes to the same values as the library, both in fp32.
 
     Raises:
-        NotCoded: They differ, because the library has changed its format.
+        NotCoded: The values differ, because the library has changed its format.
     """
     scale = rows.abs().max().clamp(min=torch.finfo(torch.float32).tiny)
     error = float(((decoded - rows).abs().max() / scale).nan_to_num(math.inf))
@@ -337,7 +346,7 @@ def check_decoding(decoded: torch.Tensor, rows: torch.Tensor, library: str, what
 
 
 def not_quantised_yet(base: nn.Module) -> UnsupportedLayerError:
-    """Return the error for a bitsandbytes layer with a weight that is not quantized yet."""
+    """Return the error for a bitsandbytes layer whose weight is not quantized yet."""
     return UnsupportedLayerError(
         f"the weight of this {type(base).__name__} is not quantized yet. bitsandbytes quantizes "
         "it when the model moves to its device; call model.to(device) first"

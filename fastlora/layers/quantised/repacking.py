@@ -1,4 +1,4 @@
-"""How bitsandbytes repacks 4-bit weights in evaluation on a CPU with AVX512 bf16, and the remedy.
+"""Prevention of bitsandbytes' repacking of 4-bit weights on CPUs with AVX512 bf16.
 
 On these CPUs, a forward pass with an x that needs no gradient repacks the codes for a special
 product, and rounds the blocks' absmax values to bf16. From then on the module computes no gradient
@@ -41,7 +41,7 @@ _BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # Block sizes that its prod
 
 
 def keep_layout(model: nn.Module) -> None:
-    """Prevent bitsandbytes from repacking a model in which adapters train.
+    """Prevent bitsandbytes from repacking the weights of a model in which adapters train.
 
     This includes all 4-bit layers, because gradients also pass through those without adapters.
     """
@@ -59,12 +59,12 @@ def keep_layout(model: nn.Module) -> None:
 
 
 def keeps_layout(module: nn.Module) -> bool:
-    """Return whether `keep_layout` prevents bitsandbytes from repacking a module."""
+    """Return whether `keep_layout` prevents bitsandbytes from repacking a module's weight."""
     return _KEPT in module.__dict__
 
 
 def warn_of_repacked(layer: object, base: nn.Module, x: torch.Tensor) -> None:
-    """Warn if a forward pass with gradients gets none through its repacked base layer."""
+    """Warn if gradients are needed but cannot flow through a layer's repacked base layer."""
     if not (torch.is_grad_enabled() and x.is_cpu and is_repacked(base)):
         return
     own: Any = layer
@@ -79,12 +79,13 @@ def is_repacked(base: nn.Module) -> bool:
 
 
 class Repacked:
-    """bitsandbytes' evaluation product over a copy of a module's codes; the module is not changed.
+    """bitsandbytes' product for evaluation on a CPU, computed with a repacked copy of the codes.
 
-    The first product makes the copy. It takes 4 bits per weight, and a bf16 value per block.
+    The module is not changed. The first product makes the copy, which takes 4 bits per weight and a
+    bf16 value per block.
 
     Args:
-        base: A `Linear4bit` that `keep_layout` has kept from being repacked.
+        base: A `Linear4bit` that `keep_layout` prevents from being repacked.
     """
 
     def __init__(self, base: nn.Module) -> None:
@@ -94,7 +95,7 @@ class Repacked:
         self._copied: tuple[Any, ...] | None = None
 
     def takes(self, x: torch.Tensor) -> bool:
-        """Return whether this product supports x, and is faster than a call of the module."""
+        """Return whether this product supports x and is faster than a call of the module."""
         return x.is_cpu and x.shape[-1] == self._k and 0 < x.numel() <= self._few * self._k
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -119,7 +120,10 @@ class Repacked:
 
 
 def _few_rows(base: nn.Module) -> int:
-    """Return the largest number of rows for which the repacked product is faster; 0 for never."""
+    """Return the largest number of rows for which the repacked product is faster, or 0.
+
+    The result is 0 if the product is never faster or is not supported.
+    """
     module: Any = base
     weight = module.weight
     state = getattr(weight, "quant_state", None)

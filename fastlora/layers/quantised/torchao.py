@@ -31,7 +31,7 @@ _LOADERS = {
 
 @register_quantised
 class TorchAO(Quantised):
-    """A torchao weight: int8 or float8, with a scale per row, per group, or per tensor."""
+    """A weight quantized by torchao, such as int8 or float8 with a scale per row or per tensor."""
 
     backend = "torchao"
     peft_layer = ("peft.tuners.lora.torchao", "TorchaoLoraLinear")
@@ -43,7 +43,9 @@ class TorchAO(Quantised):
         return type(getattr(module, "weight", None)).__module__.startswith("torchao.")
 
     def read(self, dtype: torch.dtype) -> tuple[Coded, tuple[torch.Tensor, ...]]:
-        """Return the codes as `Quantised.read` does; a value is ``code * scale`` of its row.
+        """Return the codes and scales as `Quantised.read` does.
+
+        A dequantized value is ``code * scale``, with the scale of its row.
 
         A single scale for the weight is expanded to all rows.
         """
@@ -88,7 +90,7 @@ class TorchAO(Quantised):
         return f"torchao {self.weight.qdata.dtype}".replace("torch.", "")
 
     def maker(self, dtype: torch.dtype) -> Callable[[], torch.Tensor]:
-        """Return the function that makes the matrix in ``dtype``, rounded once."""
+        """Return a function that dequantizes the weight to ``dtype``, rounding once."""
         weight = self.weight
         return lambda: weight.dequantize(dtype)
 
@@ -99,7 +101,7 @@ class TorchAO(Quantised):
         return self.weight.dequantize()
 
     def pieces(self, count: int = PIECES) -> Iterator[torch.Tensor]:
-        """Yield pieces as `Quantised.pieces` does; unknown torchao classes are one piece."""
+        """Yield pieces as `Quantised.pieces` does; weights of unknown classes are one piece."""
         if type(self.weight).__name__ not in _TORCHAO:
             yield from super().pieces()
             return
@@ -107,7 +109,7 @@ class TorchAO(Quantised):
             yield self.weight[rows].dequantize(torch.float32).reshape(-1)
 
     def check_writable(self) -> None:
-        """Raise `UnsupportedLayerError` for torchao classes that cannot be quantized again here."""
+        """Raise `UnsupportedLayerError` unless this torchao class supports quantizing again."""
         if type(self.weight).__name__ not in _TORCHAO:
             raise UnsupportedLayerError(
                 f"cannot merge into a torchao {type(self.weight).__name__}, expected one of "
@@ -129,7 +131,7 @@ class TorchAO(Quantised):
 
 
 class _TorchaoWeight(Protocol):
-    """The attributes that are read of a torchao weight, besides its tensor methods."""
+    """Protocol of the attributes of a torchao weight that are read, besides its tensor methods."""
 
     tensor_data_names: Sequence[str]
     block_size: Sequence[int]
@@ -145,7 +147,7 @@ class _TorchaoWeight(Protocol):
 
 
 def _tensors(weight: _TorchaoWeight | torch.Tensor) -> list[torch.Tensor]:
-    """Return the tensors that store a torchao weight."""
+    """Return a list of the tensors that store a torchao weight."""
     own: Any = weight
     optional = getattr(own, "optional_tensor_data_names", None) or ()
     found = [getattr(own, name) for name in (*own.tensor_data_names, *optional)]
@@ -182,7 +184,7 @@ def _made_float8(weight: _TorchaoWeight, dense: torch.Tensor, granularity: objec
 
 
 def _granularity(weight: _TorchaoWeight, dense: torch.Tensor) -> Any:
-    """Return torchao's granularity of a weight's blocks: row, tensor, or group of columns."""
+    """Return the torchao granularity of a weight's scales: per row, per tensor, or per group."""
     library = importlib.import_module("torchao.quantization")
     block = [int(size) for size in weight.block_size]
     if block == [1, dense.shape[1]]:

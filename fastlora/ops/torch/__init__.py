@@ -1,1 +1,1 @@
-"""The operators in plain PyTorch."""
+"""Implementation of linear layers with adapters in plain PyTorch."""

@@ -3,7 +3,7 @@
 One adapter applies to all rows, or each segment of sorted rows has its own adapter.
 
 In a graph that a compiler traces, the rows of a mixed batch cannot be read, so the registered
-operators are called for them.
+operators are called instead.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from fastlora.ops.torch import products, reference, segments, single
 
 
 class TorchBackend(OperatorBackend):
-    """The PyTorch backend.
+    """Backend in plain PyTorch.
 
-    The layers of a shared-input group are computed separately, which is as fast.
+    It computes the layers of a shared-input group separately, which is as fast as together.
     """
 
     def __init__(self) -> None:

@@ -1,7 +1,7 @@
-"""DoRA in PyTorch: norms of the adapted weight, the scale of output columns, and active dropout.
+"""DoRA in PyTorch: norms of the adapted weight, scaling of output columns, and active dropout.
 
-The norms ``||weight + scaling * lora_b @ lora_a||`` of the output rows are computed in factored
-form, without the sum in memory. The largest temporary is ``[N, R]``.
+The row norms ``||weight + scaling * lora_b @ lora_a||`` are computed in factored form, without
+storing the sum. The largest temporary is ``[N, R]``.
 
 The scaled output is ``g * u + bias`` for ``u [M, N]`` and the scale ``g [N]``. g is never rounded
 to 16 bits: training starts near 1, where bf16 numbers are at least 2**-8 apart. A row with a norm
@@ -37,10 +37,10 @@ _CHUNK = 1 << 18
 
 
 class InRows(NamedTuple):
-    """A weight that is computed a few rows at a time, such as a quantized weight.
+    """A weight that is computed a few rows at a time, such as one that is dequantized.
 
     Attributes:
-        make: Yields the rows in parts ``[n, K]``.
+        make: Returns an iterator over parts ``[n, K]`` of the rows.
         dtype, device: Dtype and device of the parts.
     """
 
@@ -54,7 +54,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def outside_autocast(compute: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """Wrap a function so that autocast is disabled while it runs."""
+    """Decorator that disables autocast while a function runs."""
 
     @functools.wraps(compute)
     def run(weight: torch.Tensor | InRows, *args: object) -> torch.Tensor:
@@ -72,7 +72,8 @@ def square_norms(weight: torch.Tensor | InRows, at_once: bool = False) -> torch.
     """Return the squared norm of each row of a weight, ``[N]`` in fp32 (fp64 for an fp64 weight).
 
     16-bit weights are converted a few rows at a time, so that no temporary is as large as the
-    weight. Pass ``at_once`` in a graph, in which the compiler avoids the temporary.
+    weight. Set ``at_once`` in a graph that is being compiled, because the compiler avoids the
+    temporary.
     """
     wide = _wide(weight.dtype)
     if isinstance(weight, InRows):
@@ -94,7 +95,7 @@ def adapted_sums(
     lora_b: torch.Tensor,
     scaling: torch.Tensor | float,
 ) -> torch.Tensor:
-    """Return the squared norm of each row of ``weight + scaling * lora_b @ lora_a``.
+    """Return the squared norm of each row of ``weight + scaling * lora_b @ lora_a``, ``[N]``.
 
     The norms are computed in factored form:
     ``||W||^2 + 2 c rowsum((W A^T) * B) + c^2 rowsum((B (A A^T)) * B)``.
@@ -134,7 +135,7 @@ def adapted_sums(
 
 
 def nonzero(sums: torch.Tensor) -> torch.Tensor:
-    """Replace squared norms of 0 by infinity, so that DoRA's scale is 0 there and not NaN."""
+    """Return squared norms with infinity in place of 0, for which DoRA's scale is 0, not NaN."""
     return F.threshold(sums, 0.0, float("inf"))  # keeps NaN
 
 
@@ -142,15 +143,15 @@ def nonzero(sums: torch.Tensor) -> torch.Tensor:
 
 
 def scale_of(magnitude: torch.Tensor, squares: torch.Tensor | None) -> torch.Tensor:
-    """Return DoRA's scale g ``[N]`` of each output.
+    """Return DoRA's scale g, ``[N]``, from the magnitude and the squared row norms.
 
-    Without ``squares``, ``magnitude`` is already the scale.
+    If ``squares`` is None, ``magnitude`` is already the scale.
     """
     return magnitude if squares is None else magnitude.to(squares.dtype) * squares.rsqrt()
 
 
 def times(u: torch.Tensor, scale: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    """Return ``u * scale`` in u's dtype, rounded once, for a scale that may have a wider dtype.
+    """Return ``u * scale`` in u's dtype, rounded once; the scale may have a wider dtype.
 
     The result is written to ``out`` if it is given. On a GPU, no wider copy of u is made.
     """
@@ -167,9 +168,9 @@ def scale_columns(
     scale: torch.Tensor,
     inplace: bool = False,
 ) -> torch.Tensor:
-    """Return ``scale * u + bias`` without recording a graph.
+    """Return ``scale * u + bias`` without recording an autograd graph.
 
-    With ``inplace``, the result overwrites u, which must be contiguous.
+    If ``inplace`` is set, the result overwrites u, which must be contiguous.
     """
     y = times(u, scale, u if inplace else None)
     return y if bias is None else y.add_(bias)
@@ -178,7 +179,7 @@ def scale_columns(
 def scaled_with_sums(
     dy: torch.Tensor, u: torch.Tensor, scale: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return ``scale * dy``, and the column sums ``[N]`` of ``dy * u``."""
+    """Return a tuple (``scale * dy``, the column sums ``[N]`` of ``dy * u``)."""
     product = dy * u
     # In fp16, sums of scaled losses can overflow. In bf16, they would be rounded to 8 bits.
     sums = product.sum(0, dtype=torch.float32 if dy.itemsize == 2 else None)
@@ -192,7 +193,7 @@ def scale_columns_backward(
     magnitude: torch.Tensor,
     squares: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return the gradients of u and of the magnitude; the second is None if u is not given."""
+    """Return a tuple of the gradients of u and of the magnitude; the latter is None without u."""
     scale = scale_of(magnitude, squares)
     if u is None:
         return scale_columns(dy, None, scale), None
@@ -204,11 +205,11 @@ def scale_columns_backward(
 
 
 class Dropped(NamedTuple):
-    """One DoRA adapter with active dropout.
+    """The tensors and settings of one DoRA adapter with active dropout.
 
     Attributes:
         lora_a, lora_b, magnitude: ``[R, K]``, ``[N, R]``, ``[N]``.
-        squares: Squares of the norms, ``[N]``.
+        squares: Squared row norms of the adapted weight, ``[N]``.
         scaling: A tensor without dimensions.
         seed: Seed of the dropout mask, int64 ``[1]``.
         dropout_p: Dropout probability.
@@ -225,7 +226,7 @@ class Dropped(NamedTuple):
     impl: str
 
     def masked(self, rows: torch.Tensor, after: torch.Tensor | None) -> torch.Tensor:
-        """Return ``rows [M, K]`` after dropout. Every call uses the same mask.
+        """Return ``rows [M, K]`` after dropout, with the same mask in every call.
 
         ``after`` is as in `fastlora.ops.torch.single.keep_mask`.
         """
@@ -244,13 +245,14 @@ def forward_rows(
     adapter: Dropped,
     inplace: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Run a DoRA adapter with active dropout on rows ``[M, K]`` without recording a graph.
+    """Run a DoRA adapter with active dropout on rows ``[M, K]``, without an autograd graph.
 
-    ``base [M, N]`` is the base layer's output, or None to compute it from weight and bias. With
-    ``inplace``, y may overwrite ``base``, which must then be contiguous.
+    ``base [M, N]`` is the base layer's output, or None to compute it from weight and bias. If
+    ``inplace`` is set, y overwrites ``base``, which must be contiguous.
 
     Returns:
-        ``y [M, N]``, ``s [M, R]``, and ``z [M, N]``, the base product of the dropped rows.
+        A tuple of ``y [M, N]``, ``s [M, R]``, and ``z [M, N]``, the product of the rows after
+        dropout and the base weight.
     """
     lora_a, lora_b, magnitude, squares, scaling, _, _, impl = adapter
     weight_x, scale = as_matrix(weight).to(rows.dtype), scale_of(magnitude, squares)
@@ -283,13 +285,14 @@ def gradients(
     wants_weight: bool,
     wants: Sequence[bool],
 ) -> tuple[_Gradient, _Gradient, list[_Gradient]]:
-    """Return the gradients of x, of the weight, and of lora_a, lora_b, and the magnitude.
+    """Return a tuple (gradient of x, gradient of the weight, list of the factors' gradients).
 
-    A gradient that is not wanted is None. ``wants`` says which of lora_a, lora_b, and magnitude are
-    wanted. ``dy [M, N]`` is in x's dtype. ``rows`` is x, and is needed for the gradients of the
-    weight and of lora_a. s is needed for the gradients of lora_b and of the magnitude, and z for
-    the gradient of the magnitude. With ``own_base``, the forward pass has computed the base layer's
-    output, and the gradients of that product are included.
+    The factors are lora_a, lora_b, and the magnitude, and ``wants`` tells whose gradients are
+    wanted. A gradient that is not wanted is None. ``dy [M, N]`` is in x's dtype. ``rows`` is x, and
+    is needed for the gradients of the weight and of lora_a. s is needed for the gradients of lora_b
+    and of the magnitude, and z for the gradient of the magnitude. If ``own_base`` is set, the
+    forward pass has computed the base layer's output too, and the gradients include those of the
+    base product.
     """
     lora_a, lora_b, magnitude, squares, scaling, *_ = adapter
     wants_a, wants_b, wants_magnitude = wants

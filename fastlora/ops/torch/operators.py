@@ -1,8 +1,8 @@
-"""PyTorch implementations of the registered operators for mixed batches.
+"""Implementations of the registered operators for mixed batches in PyTorch.
 
 Compiled graphs call them, because they cannot read the rows of a mixed batch. The arguments are as
 in `fastlora.ops.schema`, and `fastlora.ops.torch.segments` computes the products. Addresses in
-tables must be in the memory of this process.
+tables must be addresses of this process's memory.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ _Factors = Sequence[Factor]
 def keep(
     x: torch.Tensor, seed: torch.Tensor, dropout_p: float, after: torch.Tensor | None
 ) -> torch.Tensor:
-    """Return PyTorch's dropout mask of x."""
+    """Return the dropout mask of x that the PyTorch implementation uses."""
     return reference.lora_keep(x, seed, dropout_p)
 
 
 def _layers(
     lora_a: _Factors, modules: int, seeds: torch.Tensor | None, dropout_p: Sequence[float]
 ) -> list[Operands]:
-    """Split the lora_a and the dropout of all modules into one record per module."""
+    """Return a list of `Operands`, one per module, with the module's lora_a and dropout."""
     downs, slots = present(lora_a, 0), len(lora_a) // modules
     found = []
     for start in range(0, len(downs), slots):
@@ -66,7 +66,7 @@ def linear(
     dropout_p: Sequence[float],
     plan: str,
 ) -> list[torch.Tensor]:
-    """Return y, and s unless it is given."""
+    """Return a list with the output y, and with the shrink output s unless it is given."""
     own = shrink(x, rows, factors[::3], 1, seeds, dropout_p)[0] if s is None else s
     operands = segments.up(present(factors[1::3], 1), factors[2::3], scaling)
     y, _ = segments.forward(x, Base(weight, bias), operands, rows_of(rows), own)
@@ -81,7 +81,7 @@ def expand_(
     lora_bias: _Factors,
     scaling: torch.Tensor,
 ) -> None:
-    """Add ``scaling * (s @ lora_b.T + lora_bias)`` of each row's adapter to y."""
+    """Add ``scaling * (s @ lora_b.T + lora_bias)`` of each row's adapter to y in place."""
     # x is not read if s is given.
     _add_(y, y, segments.up(present(lora_b, 1), lora_bias, scaling), rows_of(rows), s)
 
@@ -108,7 +108,7 @@ def grad_b(
     scaling: torch.Tensor,
     with_factors: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return ds, a buffer with the gradients of lora_b and lora_bias, and an empty tensor."""
+    """Return a tuple (ds, buffer with the gradients of lora_b and lora_bias, empty tensor)."""
     batch, ups = rows_of(rows), present(lora_b, 1)
     packed = ups[0].new_zeros(layout_b(ups, with_bias)[2] if with_factors else 0)
     # Only the dtype of a lora_bias is read.
@@ -132,7 +132,7 @@ def grad_x(
     dropout_p: Sequence[float],
     plan: str,
 ) -> torch.Tensor:
-    """Return the gradient of x, or its adapters' part alone if there is no weight."""
+    """Return the gradient of x, or only the adapters' part of it if there is no weight."""
     operands, batch = segments.down(present(lora_a, 0), seeds, dropout_p), rows_of(rows)
     return segments.grad_x(batch.sorted(dy), weight, ds, operands, batch)
 
@@ -146,7 +146,7 @@ def grad_a(
     seeds: torch.Tensor | None,
     dropout_p: Sequence[float],
 ) -> list[torch.Tensor]:
-    """Return, as a list of one buffer, the gradients of lora_a of G modules."""
+    """Return a list of one buffer, which contains the gradients of lora_a of G modules."""
     downs = present(lora_a, 0)
     packed, layers = downs[0].new_zeros(layout(downs)[1]), _layers(downs, len(ds), seeds, dropout_p)
     found = segments.grad_a(x, ds, layers, rows_of(rows), [True] * len(downs))
@@ -172,7 +172,7 @@ def add_at_(
     max_rank: int,
     factor_dtype: torch.dtype,
 ) -> None:
-    """Add each row's own adapter to y."""
+    """Add the update of each row's own adapter to y in place."""
     a_address, b_address, ranks, _, *biases = (table[index].tolist() for table in tables)
     batch, k, n = rows_of(rows), x.shape[1], y.shape[1]
     slots = tuple(slot for slot in batch.present if ranks[slot])
@@ -193,7 +193,10 @@ def scale_(
     scale_address: torch.Tensor,
     index: int,
 ) -> None:
-    """Scale the rows of y in place by DoRA's scales; rows with the address `PENDING` become NaN."""
+    """Scale the rows of DoRA adapters in y in place.
+
+    Rows of adapters with the address `PENDING` become NaN.
+    """
     if not y.numel():
         return
     batch, shift = rows_of(rows), None if bias is None else bias.to(y.dtype)
@@ -210,6 +213,6 @@ def scale_(
 
 
 def block_at(address: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Return a tensor that is a view of the process's memory at an address."""
+    """Return a tensor over the process's memory at an address, without a copy."""
     raw = (ctypes.c_char * (math.prod(shape) * dtype.itemsize)).from_address(address)
     return torch.frombuffer(raw, dtype=dtype).view(shape)

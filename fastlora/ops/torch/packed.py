@@ -1,8 +1,9 @@
-"""Packed factors: the factors of all adapters of a batch, side by side, for each layer.
+"""Packed factors: for each layer, two tensors with the factors of all adapters of a batch.
 
-If a set of adapters is used repeatedly, as in every step of a decode, the factors of each layer are
-stored as two tensors, so that one product serves many adapters. The rank rows are arranged in units
-that are as long as the largest rank. Adapters of smaller ranks share a unit.
+If a set of adapters is used repeatedly, as in every decode step, the factors of each layer are
+stored as two tensors, so that one product serves many adapters. A rank row is a row of lora_a or a
+column of lora_b. Rank rows are arranged in units of as many as the largest rank. Adapters of
+smaller ranks share a unit.
 
 `fastlora.ops.torch.packed_forward` computes the forward pass.
 """
@@ -26,7 +27,7 @@ _ROUNDED_UNITS = 8
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """The positions of a set of adapters' rank rows in packed factors.
+    """The positions of each adapter's rank rows in packed factors.
 
     Layers on which the adapters have the same ranks share a layout.
 
@@ -34,7 +35,8 @@ class Layout:
         unit: Number of rank rows in a unit.
         units: Number of units.
         firsts: The first rank row of each adapter of the set, in the set's order.
-        ranks: Number of rank rows of each adapter, or 0 for an adapter without any.
+        ranks: Number of rank rows of each adapter, or 0 for an adapter that does not adapt the
+            layer.
     """
 
     unit: int
@@ -44,18 +46,18 @@ class Layout:
 
     @property
     def rank_rows(self) -> int:
-        """The total number of rank rows, including unused ones, which are zeros."""
+        """The total number of rank rows, including unused rows, which contain zeros."""
         return self.unit * self.units
 
 
 @functools.lru_cache(maxsize=256)
 def make_layout(ranks: tuple[int, ...], coalesced: bool = False) -> Layout:
-    """Assign adapters to units of rank rows, each to the first unit with enough room.
+    """Return a layout that assigns each adapter to the first unit with enough free rank rows.
 
     The largest adapters are assigned first.
 
-    With ``coalesced``, units will be combined into blocks, and a large number of units is rounded
-    up to full blocks.
+    If ``coalesced`` is set, units will be combined into blocks, and a large number of units is
+    rounded up to full blocks.
     """
     unit = max(ranks)
     used: list[int] = []
@@ -99,10 +101,11 @@ class LayerPack(NamedTuple):
 
 
 def pack_layer(slots: Slots, dtype: torch.dtype, kind: RowsKind) -> LayerPack | None:
-    """Pack the factors of a layer's adapters for a kind of batch, in x's dtype.
+    """Return the packed factors of a layer's adapters for a kind of batch, or None.
 
-    The result is None if no adapter has factors, or if any factor is not finite. A product that
-    serves several adapters would carry a NaN from one adapter to the others.
+    The packed factors have the dtype ``dtype``. The result is None if no adapter has factors, or if
+    any factor is not finite, because one product serves several adapters and would carry a NaN from
+    one adapter to the others.
     """
     layout = _layout(slots, dtype, kind)
     if layout is None:
@@ -140,5 +143,5 @@ def _layout(slots: Slots, dtype: torch.dtype, kind: RowsKind) -> Layout | None:
 
 
 def is_for(pack: LayerPack, dtype: torch.dtype, kind: RowsKind) -> bool:
-    """Return whether a pack also fits another kind of batch in the same dtype."""
+    """Return whether packed factors also fit another kind of batch with the same dtype."""
     return make_layout(pack.layout.ranks, is_coalesced(dtype, kind)) is pack.layout

@@ -1,7 +1,8 @@
-"""The choice of products for a mixed batch in PyTorch, by rows, rank rows, dtype, and processor.
+"""Rules that choose how PyTorch arranges the matrix products of a mixed batch.
 
-The choice is fixed from measurements, like the tables of the kernels. If it were timed at run time,
-results would round differently from run to run.
+The choice depends on rows, rank rows, dtype, and processor. The rules come from measurements, like
+the tables of the kernels. If the choice were timed at run time, results would be rounded
+differently from run to run.
 """
 
 from __future__ import annotations
@@ -35,10 +36,10 @@ _MATRIX_UNIT = frozenset(
 
 
 class RowsKind(enum.Enum):
-    """The kind of a batch's rows, which decides how matrix products are arranged.
+    """The kind of a batch's rows, on which the arrangement of matrix products depends.
 
     Attributes:
-        FEW: Few rows, as in a decode or with a short prompt.
+        FEW: Few rows, as in a decode step or with a short prompt.
         MANY: Many rows in any order.
         SAMPLES: Many rows, in long samples. Each id covers the adjacent tokens of one sample.
     """
@@ -49,14 +50,14 @@ class RowsKind(enum.Enum):
 
 
 def kind_of(rows: int, each: int) -> RowsKind:
-    """Return the kind of a batch with ``rows`` rows, if ``each`` adjacent ones share an id."""
+    """Return the kind of a batch with ``rows`` rows if ``each`` adjacent rows share an id."""
     if rows <= _FEW_ROWS:
         return RowsKind.FEW
     return RowsKind.SAMPLES if each >= _LONG else RowsKind.MANY
 
 
 def is_dense(unit: int, units: int, dtype: torch.dtype) -> bool:
-    """Return whether multiplying every row by the rank rows of all adapters is fastest.
+    """Return whether it is fastest to multiply every row by the rank rows of all adapters.
 
     There are ``units`` units of ``unit`` rank rows each.
     """

@@ -1,4 +1,4 @@
-"""Forward passes of mixed batches with packed factors: few large products, not many small ones.
+"""Forward passes of mixed batches with packed factors, in a few large matrix products.
 
 `_plan` chooses the kind of products from the rows, rank rows, dtype, and processor:
 
@@ -58,7 +58,7 @@ class Blocks(NamedTuple):
         place: The place of each row, ``[M]``.
         other: bool ``[blocks, C, rank rows]``, the rank rows of the block that belong to other
             adapters than the row's own; None if there are none.
-        exact: Whether each place holds a different row.
+        exact: Whether each place is for a different row.
     """
 
     blocks: int
@@ -92,7 +92,7 @@ Plan = Dense | Blocks | Samples
 def plan_for(
     rows: Rows, layout: Layout, dtype: torch.dtype, known: dict[tuple[Layout, int], Plan | None]
 ) -> Plan | None:
-    """Return a plan for the matrix products of a batch, from the cache ``known`` if possible.
+    """Return the plan for the matrix products of a batch, cached in ``known``, or None.
 
     The result is None if separate products for each adapter are faster.
     """
@@ -143,7 +143,10 @@ def _samples(
 
 
 def _blocks(first: torch.Tensor, rank: torch.Tensor, layout: Layout, coalesced: int) -> Blocks:
-    """Assign each row a place in its adapter's block; rows without an adapter fill free places."""
+    """Return a plan that gives each row a place in its adapter's block.
+
+    Rows without an adapter fill free places.
+    """
     m, blocks = first.numel(), layout.units // coalesced
     width = coalesced * layout.unit
     block = first // width
@@ -170,10 +173,10 @@ def _blocks(first: torch.Tensor, rank: torch.Tensor, layout: Layout, coalesced: 
 
 
 def shrink(x: torch.Tensor, pack: LayerPack, plan: Plan) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return x and the shrink output s, with zeros in other adapters' columns of s.
+    """Return a tuple (x, s), where s is zero in columns that belong to other adapters.
 
-    ``x [M, K]`` is returned as it is, or with its rows gathered into blocks. s is ``[M, rank
-    rows]``, ``[blocks, C, rank rows of a block]``, or ``[B, T, unit]``.
+    ``x [M, K]`` is returned as it is, or with its rows gathered into blocks. s is
+    ``[M, rank rows]``, ``[blocks, C, rank rows of a block]``, or ``[B, T, unit]``.
     """
     if isinstance(plan, Dense):
         # [M, K] x [K, rank rows]
@@ -198,7 +201,7 @@ def linear(
     pack: LayerPack,
     plan: Plan,
 ) -> torch.Tensor:
-    """Return the output ``[M, N]`` of a plain linear layer with each row's own adapter."""
+    """Return the output ``[M, N]`` of a linear layer plus the update of each row's adapter."""
     if isinstance(plan, Blocks) and plan.exact:
         gathered, s = shrink(x, pack, plan)
         y = products.linear(gathered, weight, bias)
@@ -209,7 +212,7 @@ def linear(
 
 
 def add_(y: torch.Tensor, x: torch.Tensor, rows: Rows, pack: LayerPack, plan: Plan) -> torch.Tensor:
-    """Add the output of each row's own adapter to ``y [M, N]`` in place."""
+    """Add the update of each row's own adapter to ``y [M, N]`` in place, and return y."""
     _, s = shrink(x, pack, plan)
     if isinstance(plan, Dense):
         # [M, rank rows] x [rank rows, N]

@@ -6,11 +6,11 @@ PyTorch and 11 ms here on one AVX2 core, and 30 and 8 ms on one AVX-512 core wit
 gradient of the input takes 377 and 11 ms, and 30 and 7 ms. Either way, sums are in fp32 and rounded
 once. If a product is added to a tensor, this addition is also in fp32 here.
 
-In all other cases, these functions call PyTorch's. This includes code that a compiler or tracer
-traces, products for which autograd records a graph, and operands of different dtypes. Temporaries
-are the smaller operand in fp32, and parts of the larger operand and of the result. No function is
-called that autocast would run in a lower precision: autocast ignores in-place products and products
-with ``out``.
+In all other cases, these functions call PyTorch's. These cases include code that a compiler or
+tracer traces, products for which autograd records a graph, and operands of different dtypes.
+Temporaries are the smaller operand in fp32, and parts of the larger operand and of the result. No
+function is called that autocast would run in a lower precision: autocast ignores in-place products
+and products with ``out``.
 """
 
 from __future__ import annotations
@@ -58,9 +58,9 @@ ONEDNN = Emulation(few_rows=63, few_other_rows=63, largest_part=1 << 16)
 
 
 def _emulated() -> dict[torch.dtype, Emulation]:
-    """Return the dtypes that this processor emulates in matrix products, as far as is known.
+    """Return a dict that maps each dtype that this processor emulates to its size limits.
 
-    Only x86 processors are known.
+    The dict is empty for processors other than x86.
     """
     capability = torch.backends.cpu.get_cpu_capability()
     if capability not in ("AVX2", "AVX512") or not torch.backends.mkldnn.is_available():
@@ -80,7 +80,7 @@ EMULATED = _emulated()
 
 
 def widens(*operands: torch.Tensor) -> bool:
-    """Return whether this module computes a product of these operands in fp32."""
+    """Return whether the functions here compute a product of these operands in fp32."""
     first = operands[0]
     return (
         first.dtype in EMULATED
@@ -146,7 +146,7 @@ def baddbmm_(y: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def is_slow(dtype: torch.dtype, rows: int) -> bool:
-    """Return whether PyTorch's own products with this many rows are slow in some layout."""
+    """Return whether PyTorch's own products with this many rows are slow for some layouts."""
     return dtype in EMULATED and rows > EMULATED[dtype].few_other_rows
 
 
@@ -163,7 +163,10 @@ def _in_parts(
     a: torch.Tensor,
     b: torch.Tensor,
 ) -> None:
-    """Compute y in parts, with operands converted to fp32; the smaller operand is not split."""
+    """Compute y in parts, with operands converted to fp32.
+
+    Only the larger operand is split.
+    """
     by_rows = a.numel() > b.numel()
     parted, whole = (a, b.float()) if by_rows else (b.t(), a.float())
     results = y if by_rows else y.t()

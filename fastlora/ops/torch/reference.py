@@ -1,4 +1,4 @@
-"""The operations in plain PyTorch, which run on any device without kernels.
+"""The operations of LoRA in plain PyTorch, which run on any device.
 
 Shapes: ``x [M, K]``, ``weight [N, K]``, ``lora_a [R, K]``, ``lora_b [N, R]``, ``s [M, R]``,
 ``y [M, N]``; ``scaling`` has no dimensions, or the shape ``[R]``. Factors are rounded to x's dtype.
@@ -19,7 +19,7 @@ INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 def column_sums(dy: torch.Tensor) -> torch.Tensor:
     """Return the column sums of ``dy [M, N]``, in fp32 (fp64 for an fp64 dy).
 
-    In 16 bits, the scaled sums could overflow, and would be rounded a second time.
+    In a 16-bit dtype, the scaled sums could overflow and would be rounded a second time.
     """
     return dy.sum(0, dtype=torch.float64 if dy.dtype == torch.float64 else torch.float32)
 
@@ -27,7 +27,7 @@ def column_sums(dy: torch.Tensor) -> torch.Tensor:
 def cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Return a tensor converted to a dtype.
 
-    If it already has the dtype, this skips ``Tensor.to``, which takes 2 us.
+    If it already has the dtype, the function avoids the call of ``Tensor.to``, which takes 2 us.
     """
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
@@ -61,9 +61,9 @@ def lora_keep(x: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tensor:
     """Return the dropout mask of x: 1 for a kept element and 0 for a dropped one.
 
     The mask has an integer dtype of the width of x's dtype. It is drawn from a generator that is
-    seeded with ``seed`` (one int64 value, on the CPU so that reading it waits for nothing). Calls
-    with the same seed and shape return the same mask. 16 random bits decide each element, so ``p``
-    is rounded to a multiple of 2**-16.
+    seeded with ``seed`` (one int64 value, on the CPU so that reading it does not wait for the
+    device). Calls with the same seed and shape return the same mask. 16 random bits decide each
+    element, so ``p`` is rounded to a multiple of 2**-16.
     """
     generator = torch.Generator(device=x.device).manual_seed(int(seed))
     words = (x.numel() + _LANES_PER_WORD - 1) // _LANES_PER_WORD

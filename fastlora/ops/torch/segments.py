@@ -1,10 +1,11 @@
-"""Mixed batches in PyTorch: the rows of each adapter are adjacent and are multiplied separately.
+"""Mixed batches in PyTorch, with separate products for the sorted rows of each adapter.
 
-Rows are sorted once. Each adapter then runs two small products on its own rows, and adds the result
-to the base product in place. No adapter affects the rows of another one, even if it has a NaN.
+Rows are sorted once. For each adapter, two small products are then computed on its own rows, and
+the result is added to the base product in place. No adapter affects the rows of another adapter,
+even if it contains NaN.
 
-s and ds have parts for each adapter, ``[rows, rank]``. If a layer computes them, the parts are
-concatenated in one dimension. In operators and in shared-input groups, s and ds are ``[M, R]`` at
+s and ds consist of one part ``[rows, rank]`` for each adapter. If a layer computes them, the parts
+are flattened and concatenated. In operators and in shared-input groups, s and ds are ``[M, R]`` at
 sorted positions, with zeros in the columns beyond an adapter's rank.
 """
 
@@ -33,7 +34,7 @@ def down(
     seeds: torch.Tensor | None = None,
     dropout_p: Sequence[float] | None = None,
 ) -> Operands:
-    """Return an `Operands` record for functions that only read lora_a and dropout."""
+    """Return an `Operands` with only lora_a and dropout, for functions that read nothing else."""
     none, unread = [0.0] * len(lora_a), lora_a[0].new_empty(0)
     return Operands(list(lora_a), [], [], unread, tuple(dropout_p or none), seeds)
 
@@ -43,18 +44,18 @@ def up(
     lora_bias: Sequence[torch.Tensor | None],
     scaling: torch.Tensor,
 ) -> Operands:
-    """Return an `Operands` record for functions that only read lora_b, lora_bias, and scaling."""
+    """Return an `Operands` with only lora_b, lora_bias, and scaling."""
     return Operands([], list(lora_b), list(lora_bias), scaling, (0.0,) * len(lora_b))
 
 
 class _Share(NamedTuple):
-    """One adapter that has rows.
+    """The rows of one adapter, and its part of s and ds.
 
     Attributes:
         place: Index of the adapter in the operands.
         at: Sorted positions of its rows.
         rank: Its rank.
-        own: Position of its part in an s that is concatenated in one dimension.
+        own: Range of its part in a one-dimensional s.
     """
 
     place: int
@@ -68,7 +69,7 @@ class _Share(NamedTuple):
 
 
 def _shares(operands: Operands, rows: Rows) -> list[_Share]:
-    """Return the adapters that have rows and a nonzero rank, in order of slots."""
+    """Return a list of the adapters that have rows and a nonzero rank, in order of slots."""
     downs, ups = operands.lora_a, operands.lora_b
     places = range(len(downs or ups))
     place_of = dict(zip(places if operands.slots is None else operands.slots, places, strict=True))
@@ -85,7 +86,7 @@ def _shares(operands: Operands, rows: Rows) -> list[_Share]:
 
 
 def _dropped(rows: torch.Tensor, operands: Operands, place: int) -> torch.Tensor:
-    """Return rows of an adapter after dropout, with the same mask in every call."""
+    """Apply dropout to an adapter's rows, with the same mask in every call."""
     if operands.seeds is None or not operands.dropout_p[place]:
         return rows
     check_dropout_dtype(rows.dtype)
@@ -96,9 +97,9 @@ def _dropped(rows: torch.Tensor, operands: Operands, place: int) -> torch.Tensor
 def forward(
     x: torch.Tensor, base: Base, operands: Operands, rows: Rows, s: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the output ``[M, N]`` of a layer with each row's own adapter, and s.
+    """Return a tuple (output ``[M, N]`` of a layer with each row's own adapter, s).
 
-    s is the shrink output, either given or computed here.
+    s is the shrink output, which is computed here unless it is given.
     """
     x, y = rows.sorted(x), base.y
     if base.weight is not None:
@@ -115,7 +116,7 @@ def forward(
 def _add_shares(
     y: torch.Tensor, x: torch.Tensor, operands: Operands, rows: Rows, s: torch.Tensor | None
 ) -> torch.Tensor:
-    """Add the output of each adapter to its rows of y in place, and return the shrink output s.
+    """Add each adapter's update to its rows of y in place, and return the shrink output s.
 
     Rows are sorted.
     """
@@ -148,9 +149,9 @@ def _add_shares(
 def _add_batched(
     y: torch.Tensor, x: torch.Tensor, operands: Operands, group: list[_Share], s: torch.Tensor
 ) -> None:
-    """Add the output of several adapters of one rank to y, with two batched products.
+    """Add the updates of several adapters of one rank to y in place, with two batched products.
 
-    The products use stacked factors, and s is written too.
+    The products use stacked factors. The adapters' parts of s are written too.
 
     If an adapter has fewer rows than another one in the group, its first row fills the free places,
     and the results there are discarded. No adapter is multiplied with the rows of another one.
@@ -179,12 +180,12 @@ def _add_batched(
 def _padded(
     spans: tuple[tuple[int, int], ...], device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return indices that gather G spans of rows into a padded batch ``[G, C]``.
+    """Return a tuple of indices that gather G spans of rows into a padded batch ``[G, C]``.
 
     C is the length of the longest span.
 
-    The result has three parts: the row at each place, ``[G * C]``, where the first row of a span
-    fills its free places; the places that are not filled this way; and the rows at those places.
+    The tuple contains the row at each place, ``[G * C]``, where the first row of a span fills its
+    free places; the places that are not filled this way; and the rows at those places.
     """
     longest = max(stop - start for start, stop in spans)
     rows: list[int] = []
@@ -222,12 +223,12 @@ def grad_b(
     wants: Sequence[bool],
     wants_ds: bool = True,
 ) -> tuple[torch.Tensor, list[torch.Tensor | None], list[torch.Tensor | None]]:
-    """Return ds, and the gradients of each adapter's lora_b and lora_bias.
+    """Return a tuple (ds, list of lora_b gradients, list of lora_bias gradients).
 
     The gradients are None for an adapter without rows.
 
-    ``dy`` is at sorted positions. ``wants`` says whether the gradients of ``lora_a, lora_b,
-    lora_bias`` of each adapter in turn are wanted.
+    ``dy`` is at sorted positions. ``wants`` tells whether the gradients of
+    ``lora_a, lora_b, lora_bias`` of each adapter in turn are wanted.
     """
     ds, count = torch.zeros_like(s), len(operands.lora_b)
     d_lora_b: list[torch.Tensor | None] = [None] * count
@@ -252,7 +253,7 @@ def grad_x(
     operands: Operands,
     rows: Rows,
 ) -> torch.Tensor:
-    """Return the gradient of x, or its adapters' part alone if there is no weight.
+    """Return the gradient of x, or only the adapters' part of it if there is no weight.
 
     ``dy`` is at sorted positions. The rows of dx are in their original order.
     """
@@ -277,10 +278,10 @@ def grad_a(
     rows: Rows,
     wants: Sequence[bool],
 ) -> list[torch.Tensor | None]:
-    """Return the gradient of lora_a of each adapter of G layers.
+    """Return a list of the lora_a gradients of all adapters of G layers.
 
-    ``wants`` says which are wanted. The result has None for an adapter without rows, and for a
-    gradient that is not wanted. The rows of x may be in any order.
+    ``wants`` tells which gradients are wanted. The list contains None for an adapter without rows,
+    and for a gradient that is not wanted. The rows of x may be in any order.
     """
     found: list[torch.Tensor | None] = []
     x = rows.sorted(x)

@@ -1,4 +1,4 @@
-"""One adapter on all given rows, in PyTorch: the forward pass, and every gradient.
+"""The forward pass and the gradients of one adapter that applies to all rows, in PyTorch.
 
 Shapes: ``x [M, K]``, ``lora_a [R, K]``, ``lora_b [N, R]``, ``s`` and ``ds [M, R]``, ``y`` and
 ``dy [M, N]``; ``scaling`` is a number, or a tensor without dimensions or of shape ``[R]``.
@@ -19,7 +19,7 @@ def keep_mask(
     dropout_p: float,
     after: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Return the dropout mask of x, from a registered operator if a compiler is tracing.
+    """Return the dropout mask of x, computed by a registered operator if a compiler is tracing.
 
     ``after`` is a tensor of the backward pass that needs the mask, or None in a forward pass.
     """
@@ -42,7 +42,7 @@ def shrink(
 
 
 def gradients(given: Backward) -> Gradients:
-    """Return the gradients of a layer with one adapter; see `Backend.gradients`."""
+    """Return a tuple of the gradients of a layer with one adapter; see `Backend.gradients`."""
     dy, weight, x, operands, _, s, _, wants_x, wants_bias, _, wants = given
     (lora_a,), (lora_b,), _, scaling, (dropout_p,), seed, _ = operands
     wants_a, wants_b, _ = wants

@@ -1,1 +1,1 @@
-"""The Triton implementation of the operators: configs, tables of addresses, and launches."""
+"""The Triton implementation of the operators: configs, address tables, and kernel launches."""

@@ -1,4 +1,4 @@
-"""Launches of a backward pass, including the gradient of x without a base layer.
+"""Kernel launches of a backward pass.
 
 ``rows`` selects the kernels as in `fastlora.ops.triton.forward`. Each launch is bitwise
 reproducible: sums over parts of the rows are partial sums that are added in order.
@@ -59,7 +59,10 @@ def grad_b(
     scaling: torch.Tensor,
     with_factors: bool,
 ) -> _GradB:
-    """Return ds, the gradients of lora_b and lora_bias, and for one slot the column sums of dy."""
+    """Return a tuple (ds, gradients of lora_b and lora_bias, column sums of dy).
+
+    The column sums are computed only for one slot.
+    """
     ups = present(lora_b, 1)
     if not rows:
         return _grad_b_one(dy, s, ups[0], scaling, with_bias[0])
@@ -76,7 +79,7 @@ def grad_x(
     dropout_p: Sequence[float],
     plan: str,
 ) -> torch.Tensor:
-    """Return the gradient of x, or its adapters' part alone if there is no weight."""
+    """Return the gradient of x, or only the adapters' part of it if there is no weight."""
     downs = present(lora_a, 0)
     if not rows:
         p = 0.0 if seeds is None else dropout_p[0]
@@ -108,10 +111,10 @@ def grad_a(
     seeds: torch.Tensor | None,
     dropout_p: Sequence[float],
 ) -> list[torch.Tensor]:
-    """Return the gradient of lora_a of each module, or one buffer with all gradients if packed.
+    """Return a list of the gradients of lora_a, or of one buffer that contains all of them.
 
-    There is one tensor per module if one slot has all rows. Otherwise a list of one buffer has the
-    gradients of all modules and slots.
+    If one slot has all rows, the list contains one tensor per module. Otherwise it contains one
+    buffer with the gradients of all modules and slots.
     """
     downs = present(lora_a, 0)
     if not rows:
@@ -126,10 +129,10 @@ def siblings(
     wants: tuple[bool, ...],
     *tensors: torch.Tensor | Coded | None,
 ) -> list[torch.Tensor | None]:
-    """Return the gradients of a shared-input group, as `Backend.siblings_gradients` defines them.
+    """Return a list of a shared-input group's gradients, as `Backend.siblings_gradients` does.
 
-    ``tensors`` are every dy, the operands, and s. dx is one tensor, into which the products of the
-    modules accumulate one after the other.
+    ``tensors`` are the dy of each module, the operands, and s. The modules' products accumulate one
+    after the other into a single dx.
     """
     count: int = len(dropout_p)
     each: Any = [tensors[i : i + count] for i in range(0, 8 * count, count)]
@@ -172,7 +175,7 @@ def siblings(
 
 
 def _side_by_side(*seeds: torch.Tensor | None) -> torch.Tensor:
-    """Concatenate seeds into one tensor, int64 ``[G]``, with any number in place of None."""
+    """Concatenate seeds into one tensor, int64 ``[G]``, with an arbitrary number for None."""
     any_seed = next(seed for seed in seeds if seed is not None)
     return torch.cat([any_seed if seed is None else seed for seed in seeds])
 
@@ -187,9 +190,9 @@ def _grad_b_one(
     scaling: torch.Tensor,
     with_bias: bool,
 ) -> _GradB:
-    """Return ds, the gradient of lora_b, and the column sums of dy, for one adapter.
+    """Return a tuple (ds, gradient of lora_b, column sums of dy) for one adapter.
 
-    If partial sums of ds would cost more than a read of dy, a library product computes ds.
+    If partial sums of ds would cost more than another read of dy, a library product computes ds.
     """
     (m, n), r = dy.shape, lora_b.shape[1]
     if not dy.numel():
@@ -212,9 +215,10 @@ def _sums_over_rows(
     with_ds: bool,
     config: KernelConfig,
 ) -> list[torch.Tensor]:
-    """Return the gradient of lora_b, the column sums of dy, and on request ds.
+    """Return a list with the gradient of lora_b, the column sums of dy, and on request ds.
 
-    There is one launch over dy, and one that adds partial sums if programs share a sum.
+    One launch reads dy. If several programs contribute to a sum, a second launch adds their partial
+    sums.
     """
     (m, n), r, fp32 = dy.shape, lora_b.shape[1], torch.float32
     columns, splits = -(-n // config.block_n), config.splits
@@ -253,9 +257,10 @@ def _grad_x_one(
 ) -> torch.Tensor:
     """Return the gradient of x for one adapter, including the base layer's part.
 
-    There is one fused launch, or an update that writes dx, and a library product added to it.
+    The gradient is computed by one fused launch, or by a launch for the adapter's part and a
+    library product that is added to it.
 
-    ``onto`` is the dx of earlier modules of a shared-input group, to which this one is added.
+    ``onto`` is the dx of other modules of a shared-input group, to which the gradient is added.
     """
     (m, n), (r, k) = dy.shape, lora_a.shape
     if not dy.numel():
@@ -290,7 +295,7 @@ def _grad_x_of_adapter(
     dropout_p: float,
     onto: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return the adapter's part of the gradient of x, added to ``onto``, in one launch."""
+    """Return the adapter's part of the gradient of x, added to ``onto`` if given, in one launch."""
     (m, n), (r, k) = dy.shape, lora_a.shape
     dx, config = onto, config_of("lora_grad_x_add", dy, m, n, k, r)
     if dx is None:
@@ -308,10 +313,9 @@ def _grad_a_one(
     seeds: torch.Tensor | None,
     dropout_p: Sequence[float],
 ) -> list[torch.Tensor]:
-    """Return the gradient of lora_a of each module.
+    """Return a list of the gradient of lora_a of each module, for one adapter.
 
-    There is one launch over x for every four modules, and one that adds partial sums if rows are
-    split.
+    One launch reads x for every four modules. If rows are split, another launch adds partial sums.
     """
     if not x.numel():
         return [torch.zeros_like(factor) for factor in lora_a]
@@ -333,7 +337,7 @@ def _grad_a_of_siblings(
     seeds: torch.Tensor | None,
     dropout_p: list[float],
 ) -> list[torch.Tensor]:
-    """Return the gradients of lora_a of up to `MAX_SIBLINGS` modules, in their factors' dtypes."""
+    """Return a list of the gradients of lora_a of up to `MAX_SIBLINGS` modules, in ``dtypes``."""
     (m, k), ranks, count = x.shape, [tensor.shape[1] for tensor in ds], len(ds)
     config = config_of("lora_grad_a", x, m, k=k, r=max(ranks), siblings=count)
     outs = [empty(x, r, k, dtype=dtype) for r, dtype in zip(ranks, dtypes, strict=True)]
@@ -359,9 +363,9 @@ def _grad_b_listed(
     scaling: torch.Tensor,
     with_factors: bool,
 ) -> _GradB:
-    """Return the results of `grad_b` for a mixed batch.
+    """Return the result of `grad_b` for a mixed batch.
 
-    One launch over dy writes partial sums, and one adds them.
+    One launch reads dy and writes partial sums, and a second launch adds them.
     """
     (m, n), largest, device, fp32 = dy.shape, s.shape[1], dy.device, torch.float32
     offsets, bias_offsets, end = layout_b(lora_b, with_bias)
@@ -407,8 +411,8 @@ def _grad_a_listed(
 ) -> torch.Tensor:
     """Return a buffer with the gradients of all lora_a of a mixed batch.
 
-    There is one launch over x for all modules, or under dropout one per module, and one that adds
-    the partial sums.
+    One launch reads x for all modules, or under dropout one launch per module. A further launch
+    adds the partial sums.
     """
     (m, k), modules, device = x.shape, len(ds), x.device
     slots, joined = len(lora_a) // modules, torch.stack(list(ds)) if modules > 1 else ds[0][None]

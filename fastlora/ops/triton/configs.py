@@ -1,4 +1,4 @@
-"""The config of a launch, and the chip that it runs on."""
+"""Lookup of a kernel launch's config, and of the chip that it runs on."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fastlora.ops.plans import precision
 
 
 def chip_of(x: torch.Tensor) -> chips.Chip:
-    """Return the chip of a tensor's device, on which its kernels run."""
+    """Return the `Chip` of the device on which kernels on x run."""
     return chips.chip_of(x.device)
 
 
@@ -24,7 +24,7 @@ def config_of(
     siblings: int = 1,
     batch_invariant: bool = False,
 ) -> configs.KernelConfig:
-    """Return the config of a kernel launch on x's device, for dots in x's dtype.
+    """Return the config of a kernel launch on x's device, for matrix products in x's dtype.
 
     The sizes, ``siblings``, and ``batch_invariant`` are as in `fastlora.kernels.configs.choose`.
     """

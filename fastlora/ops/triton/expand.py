@@ -1,4 +1,4 @@
-"""Launches that add adapters to y: one adapter for all rows, or each row's own."""
+"""Kernel launches that add the updates of adapters to y in place."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def expand_(
     lora_bias: Sequence[Factor],
     scaling: torch.Tensor,
 ) -> None:
-    """Add the output of each row's adapter to y ``[M, N]``, given the shrink output s."""
+    """Add the update of each row's adapter to y ``[M, N]`` in place, given the shrink output s."""
     ups = present(lora_b, 1)
     if not rows:
         expand_one_(y, s, ups[0], scaling)
@@ -43,7 +43,7 @@ def expand_(
 def expand_one_(
     y: torch.Tensor, s: torch.Tensor, lora_b: torch.Tensor, scaling: torch.Tensor
 ) -> None:
-    """Add the output of one adapter to y in one launch, with dots in y's dtype."""
+    """Add the update of one adapter to y in place, in one launch, with products in y's dtype."""
     (m, n), r = y.shape, s.shape[1]
     config = config_of("lora_expand", y, m, n, r=r)
     lora_expand.launch_lora_expand([Module(y, lora_b, scaling)], s, reads_y=True, config=config)
@@ -59,7 +59,7 @@ def add_at_(
     max_rank: int,
     factor_dtype: torch.dtype,
 ) -> None:
-    """Add the output of each row's adapter to y in two launches, a shrink and an expand."""
+    """Add the update of each row's adapter to y in place, in two launches: shrink and expand."""
     found = tables_of(tables, max_rank, factor_dtype)
     s = shrink_at(x, rows, found, slice(index, index + 1))
     (m, k), n = x.shape, y.shape[1]
@@ -78,10 +78,10 @@ def add_rank_rows_(
     pdl: bool = False,
     dropout: DropoutTables | None = None,
 ) -> None:
-    """Add the output of each row's adapter to y of each module, in one launch, given s.
+    """Add the update of each row's adapter to y of each module, in one launch, given s.
 
     s is ``[splits, M, R]``, or for several modules ``[splits, G, M, R]`` with tables ``[G, S]``.
-    ``pdl`` says that the previous launch is the shrink that computes s.
+    ``pdl`` means that the previous launch is the shrink that computes s.
     """
     mixed_lora_expand.launch_mixed_lora_expand(
         *(ys, s, rows, up),

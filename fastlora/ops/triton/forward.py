@@ -1,4 +1,4 @@
-"""The operators of a forward pass, which run the launches of one adapter or of many.
+"""The operators of a forward pass, which run the kernel launches for one or many adapters.
 
 If one slot has all rows, ``rows`` is empty, and the kernels for one adapter run. Otherwise the
 kernels for mixed batches read factors by address. The addresses are those of a list of parameters,
@@ -35,7 +35,7 @@ __all__ = [
 
 @kept
 def dropout(x: torch.Tensor, seed: torch.Tensor, dropout_p: float) -> torch.Tensor:
-    """Return x ``[M, K]`` after dropout."""
+    """Return x ``[M, K]`` after dropout, with the mask of one adapter."""
     (m, k), out = x.shape, empty(x, *x.shape)
     config = config_of("lora_dropout", x, m, k=k)
     lora_dropout.launch_lora_dropout(out, x, seed=seed, dropout_p=dropout_p, config=config)
@@ -50,7 +50,7 @@ def scale_(
     scale_address: torch.Tensor,
     index: int,
 ) -> None:
-    """Scale the rows that belong to DoRA adapters in place, in one launch for any batch."""
+    """Scale the rows of DoRA adapters in y in place, in one launch."""
     whole_bias = None if bias is None else bias.contiguous()
     mixed_dora_scale.launch_mixed_dora_scale(
         *(y, whole_bias, rows, scale_address[index]),

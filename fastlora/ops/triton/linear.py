@@ -1,4 +1,4 @@
-"""Launches of a linear layer with its adapters: one adapter for all rows, or each row's own.
+"""Kernel launches of linear layers with adapters: one for all rows, or each row's own.
 
 The factors of a mixed batch come from a list or from tables of addresses: see
 `fastlora.ops.triton.forward`.
@@ -41,7 +41,7 @@ def linear(
     dropout_p: Sequence[float],
     plan: str,
 ) -> list[torch.Tensor]:
-    """Return y, and s unless it is given."""
+    """Return a list with the output y, and with the shrink output s unless it is given."""
     if not rows:
         lora_a, lora_b, _ = factors
         if lora_a is None or lora_b is None:
@@ -76,7 +76,10 @@ def linear_at(
     plan: str,
     siblings: Sequence[int] | None = None,
 ) -> list[torch.Tensor]:
-    """Return the output of one module, and s if it was computed here for several modules."""
+    """Return a list with the output of one module.
+
+    If s is not given and ``siblings`` is, the list also contains s for these modules.
+    """
     found = tables_of(tables, max_rank, factor_dtype)
     first, stop = siblings or (index, index + 1)
     invariant = plan == "invariant"
@@ -103,10 +106,11 @@ def siblings_at(
     max_rank: int,
     factor_dtype: torch.dtype,
 ) -> list[torch.Tensor]:
-    """Return the outputs of 2 to 4 modules with the same input x and adjacent table rows.
+    """Return a list of the outputs of 2 to 4 modules with the same x and adjacent table rows.
 
-    There are two launches, a shrink and a linear. If many adapters may share a row tile, there are
-    library products, a shrink, and an expand. Quantized weights must all be of one kind.
+    The outputs are computed by two launches, a shrink and a linear. If many adapters may share a
+    row tile, they are computed by library products, a shrink, and an expand instead. Quantized
+    weights must all be of one kind.
     """
     found = tables_of(tables, max_rank, factor_dtype)
     own = slice(first, first + len(weights))
@@ -120,7 +124,7 @@ def siblings_at(
 def siblings(
     x: torch.Tensor, dropout_p: tuple[float, ...], with_s: bool, *operands: _Operand
 ) -> list[torch.Tensor]:
-    """Return the outputs of a shared-input group, as `Backend.siblings` defines them.
+    """Return a list of the outputs of a shared-input group, as `Backend.siblings` does.
 
     Under dropout, or if a tensor's layout is not supported in a shared launch, each module has its
     own launches.
@@ -150,7 +154,7 @@ def linear_one(
     dropout_p: float,
     plan: str,
 ) -> list[torch.Tensor]:
-    """Return y, and s unless it is given."""
+    """Return a list with the output y, and with the shrink output s unless it is given."""
     own = [weight], [bias], s, [lora_a], [lora_b], [scaling]
     return _linears(x, *own, seed, dropout_p, plan, with_s=s is None)
 
@@ -170,12 +174,12 @@ def _linears(
     with_s: bool,
     launch: str = "coded_lora_linear",
 ) -> list[torch.Tensor]:
-    """Return the outputs of the modules of one launch, and on request the shrink output s.
+    """Return a list of the outputs of the modules of one launch, and on request of s.
 
-    There are two launches: a shrink unless s is given, and a linear or an expand. After an expand,
+    The launches are a shrink, unless s is given, and a linear or an expand. After an expand,
     library products accumulate into y. If the shrink splits K, the second launch reads its partial
     sums and adds them. If the linear splits K, a third launch adds the partial sums of y. For
-    quantized weights, which ``launch`` is for, there is no library product.
+    quantized weights, for which ``launch`` is given, there is no library product.
     """
     sizes, r = [b.shape[0] for b in lora_b], max(b.shape[1] for b in lora_b)
     (m, k), n = x.shape, sum(sizes)
@@ -211,7 +215,7 @@ def _linears(
 
 
 def _accumulate_(y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Add the base product to y."""
+    """Add the base product ``x @ weight.T`` to y in place."""
     return y.addmm_(x, weight.t())
 
 
@@ -223,10 +227,10 @@ def _are_alike(
     lora_b: _Tensors,
     seeds: Sequence[torch.Tensor | None],
 ) -> bool:
-    """Return whether one kernel launch can compute all of these modules.
+    """Return whether one kernel launch can compute all of the given modules.
 
     Raises:
-        TypeError: The dtype of a weight is not x's.
+        TypeError: The dtype of a weight differs from that of x.
     """
     matrices = [weight for weight in weights if isinstance(weight, torch.Tensor)]
     for weight in matrices:
@@ -249,9 +253,9 @@ def products_of_codes(
     biases: Sequence[torch.Tensor | None],
     launch: str = "coded_lora_linear",
 ) -> list[torch.Tensor]:
-    """Return the base layer's output of each module with a quantized weight.
+    """Return a list of the base layers' outputs of modules with quantized weights.
 
-    There are one or two launches.
+    They are computed in one or two launches.
     """
     # An adapter of rank 0, of which nothing is read.
     none, ups = empty(x, x.shape[0], 0), [empty(x, weight.shape[0], 0) for weight in weights]
@@ -260,7 +264,7 @@ def products_of_codes(
 
 
 def _whole_rows(x: torch.Tensor) -> torch.Tensor:
-    """Return x as a contiguous tensor that is aligned to 16 bytes, with standard strides for M = 1.
+    """Return x contiguous and aligned to 16 bytes, with standard strides even if M is 1.
 
     Triton would compile separate kernels for other layouts, and a batch may have any layout.
     """
@@ -277,12 +281,12 @@ def _base_products(
     up: RankRows,
     plan: str,
 ) -> tuple[str, list[torch.Tensor] | None]:
-    """Return the plan, and for the plan "split" the base layers' outputs.
+    """Return a tuple (plan, outputs): the base layers' outputs for the plan "split", else None.
 
-    These are computed before the shrink and the expand.
+    The outputs are computed before the shrink and the expand.
 
-    The library computes them, or for quantized weights one fastlora GEMM for all. ``stem`` names
-    the launches, which have their own plans and configs.
+    The library computes them. For quantized weights, one fastlora GEMM computes all of them.
+    ``stem`` names the launches, which have their own plans and configs.
     """
     slots, codes = up.rank.shape[-1], [w for w in weights if isinstance(w, Coded)]
     if stem == "mixed_lora_train" and codes:
@@ -298,7 +302,7 @@ def _base_products(
 
 
 def _linear_launch(stem: str, weight: Weight) -> str:
-    """Return the name of the fused launch for a weight."""
+    """Return the name of the fused launch for a dense or quantized weight."""
     return f"coded_{stem}_linear" if isinstance(weight, Coded) else f"{stem}_linear"
 
 
@@ -314,7 +318,7 @@ def _linears_mixed(
     plan: str,
     after_shrink: bool,
 ) -> list[torch.Tensor]:
-    """Return the output of each module in a mixed batch, in one launch.
+    """Return a list of the outputs of the modules in a mixed batch, computed in one launch.
 
     ``plan`` and ``ys`` are from `_base_products`.
 
@@ -344,7 +348,7 @@ def products_and_rank_rows(
     pdl: bool = False,
     dropout: DropoutTables | None = None,
 ) -> list[torch.Tensor]:
-    """Return the output of each module with each row's own adapter, in one fused launch.
+    """Return a list of the modules' outputs with each row's own adapter, in one fused launch.
 
     s and ``pdl`` are as in `add_rank_rows_`.
     """

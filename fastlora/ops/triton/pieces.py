@@ -1,4 +1,4 @@
-"""The operators' argument ``rows``: sorted rows, with the pieces or runs that a launch works on.
+"""Functions that build the operators' argument ``rows``: sorted rows, and pieces or runs of them.
 
 Nothing here imports Triton.
 """
@@ -12,16 +12,16 @@ from fastlora.ops.rows import Rows
 
 
 def rows_at(rows: Rows, batch_invariant: bool = False) -> list[torch.Tensor]:
-    """Return the tensors that operators receive as ``rows``, for factors in tables of addresses."""
+    """Return the list of tensors for operators' argument ``rows``, for address tables."""
     from fastlora.kernels.configs import piece_rows
 
     return [*rows.tensors(), rows.pieces(piece_rows(rows.m, batch_invariant))]
 
 
 def rows_listed(rows: Rows) -> list[torch.Tensor]:
-    """Return the tensors that operators receive as ``rows``, for factors in lists.
+    """Return the list of tensors for operators' argument ``rows``, for factors in lists.
 
-    `rows_in_runs` is for the operators that work on runs.
+    For operators that work on runs, use `rows_in_runs`.
     """
     from fastlora.kernels.configs import TRAIN_PIECE_ROWS
 
@@ -31,7 +31,7 @@ def rows_listed(rows: Rows) -> list[torch.Tensor]:
 def rows_in_runs(
     launch: str, rows: Rows, dtype: torch.dtype, columns: int
 ) -> tuple[list[torch.Tensor], int]:
-    """Return the tensors that a gradient operator receives as ``rows``, and the rows per run.
+    """Return a tuple (tensors for a gradient operator's argument ``rows``, rows per run).
 
     Args:
         launch: ``"mixed_lora_grad_b"`` or ``"mixed_lora_grad_a"``.

@@ -1,4 +1,4 @@
-"""Launches of a shrink: one adapter for all rows, or each row's own.
+"""Kernel launches of the shrink ``x @ lora_a.T``: one adapter for all rows, or each row's own.
 
 The factors of a mixed batch come from a list or from tables of addresses: see
 `fastlora.ops.triton.forward`.
@@ -31,7 +31,7 @@ def shrink(
 ) -> torch.Tensor:
     """Return the shrink output s of G modules, ``[G, M, R]``.
 
-    For one slot it is ``[M, R]``, with the modules side by side.
+    For one slot, the shape is ``[M, R]``, with the modules side by side.
     """
     downs = present(lora_a, 0)
     if rows:
@@ -44,9 +44,9 @@ def shrink(
 def shrink_one(
     x: torch.Tensor, lora_a: _Tensors, seed: torch.Tensor | None, dropout_p: float
 ) -> torch.Tensor:
-    """Return the shrink output s ``[M, R]`` of modules side by side, for one adapter.
+    """Return the shrink output s ``[M, R]`` for one adapter, with the modules side by side.
 
-    There is a shrink launch, and one that adds partial sums if the shrink splits K.
+    If the shrink splits K, a second launch adds the partial sums.
     """
     s, shrunk = shrunk_planes(x, lora_a, seed, dropout_p)
     if shrunk is not s:
@@ -61,13 +61,14 @@ def shrunk_planes(
     dropout_p: float,
     batch_invariant: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return memory for s ``[M, R]``, and what the shrink kernel wrote: s or its partial sums.
+    """Return a tuple (s ``[M, R]``, output of the shrink kernel: s or its partial sums).
 
     The modules are side by side in s.
 
-    The output is s itself, or split-K partial sums, which the next launch adds and stores in s.
-    Each partial sum has M rows. In the batch-invariant mode, the stride between them is that of a
-    multiple of 16 rows, because Triton would otherwise compile another kernel.
+    The output is s itself, or split-K partial sums. In the latter case s is uninitialized, and the
+    next launch adds the partial sums and stores the result in s. Each partial sum has M rows. In
+    the batch-invariant mode, the stride between partial sums is that of a multiple of 16 rows,
+    because Triton would otherwise compile another kernel.
     """
     (m, k), r = x.shape, sum(a.shape[0] for a in lora_a)
     config = config_of("lora_shrink", x, m, k=k, r=r, batch_invariant=batch_invariant)
@@ -103,7 +104,7 @@ def shrink_at(
 def shrink_listed(
     x: torch.Tensor, rows: _Tensors, lora_a: _Tensors, modules: int, dropout: DropoutTables | None
 ) -> tuple[torch.Tensor, bool]:
-    """Return the shrink output s ``[G, M, R]``, and whether a single launch computed it.
+    """Return a tuple (shrink output s ``[G, M, R]``, whether a single launch computed it).
 
     Dropout requires one module.
     """

@@ -1,4 +1,4 @@
-"""The launch that sorts the rows of a mixed batch."""
+"""The kernel launch that sorts the rows of a mixed batch by slot."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ from fastlora.ops.triton.configs import config_of
 def sorted_rows(
     ids: torch.Tensor, slots: int, empty: tuple[torch.Tensor, ...], block_m: int
 ) -> tuple[torch.Tensor, ...] | None:
-    """Sort rows by slot into ``empty`` and return it, or None if one program cannot sort them.
+    """Sort rows by slot, and return ``empty`` with the results, or None if not supported.
+
+    Sorting is not supported if there are too many ids or slots for one program.
 
     Args:
         ids: ``[B]`` on the device.
         slots: Number of slots.
         empty: Uninitialized tensors, as the operator ``rows_sort`` returns.
-        block_m: Rows of a piece; 0 for no pieces.
+        block_m: Number of rows of a tile, which pieces do not cross; 0 for no pieces.
     """
     if not mixed_rows_sort.can_sort(ids.shape[0], slots):
         return None

@@ -1,7 +1,8 @@
-"""Device tables of values that the host knows: addresses, ranks, offsets, and dropout settings.
+"""Device tensors of addresses, ranks, and dropout settings, which kernels read as tables.
 
-A table depends on the parameters alone, so it is cached for the next call with the same parameters.
-Copying it to the device does not synchronize. A CUDA graph needs a warm-up run before its capture.
+The host knows the values. A table depends on the parameters alone, so it is cached for the next
+call with the same parameters. Copying it to the device does not synchronize. A CUDA graph needs a
+warm-up run before its capture.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ _Block = TypeVar("_Block", torch.Tensor, torch.Tensor | None)
 
 
 def dropout_tables(seeds: torch.Tensor | None, dropout_p: Sequence[float]) -> DropoutTables | None:
-    """Return device tables of each slot's dropout seed, threshold, and scale for a launch.
+    """Return device tables of each slot's dropout seed, threshold, and scale, or None.
 
-    ``seeds`` is int64 ``[S]`` on the device, and ``dropout_p`` has the probability of each slot.
+    ``seeds`` is int64 ``[S]`` on the device, or None without dropout. ``dropout_p`` lists the
+    probability of each slot.
     """
     if seeds is None:
         return None
@@ -37,7 +39,7 @@ def dropout_tables(seeds: torch.Tensor | None, dropout_p: Sequence[float]) -> Dr
 def down_rows(
     lora_a: Sequence[torch.Tensor], device: torch.device, shape: tuple[int, ...] = (-1,)
 ) -> RankRows:
-    """Return the addresses and ranks of aligned lora_a, for a shrink or a gradient of x.
+    """Return a `RankRows` with the addresses and ranks of aligned lora_a.
 
     ``shape`` is the shape of the tables.
     """
@@ -52,7 +54,10 @@ def up_rows(
     lora_bias: Sequence[torch.Tensor | None],
     scaling: torch.Tensor,
 ) -> RankRows:
-    """Return the addresses, ranks, and scalings of aligned lora_b and lora_bias."""
+    """Return a `RankRows` with the addresses, ranks, and scalings of lora_b and lora_bias.
+
+    The tensors must be aligned.
+    """
     device, ranks = scaling.device, tuple(b.shape[1] for b in lora_b)
     biased = any(bias is not None for bias in lora_bias)
     bias_address = addresses_of(lora_bias, device) if biased else None
@@ -62,7 +67,7 @@ def up_rows(
 
 
 def up_rows_at(tables: Tables, index: int | slice) -> RankRows:
-    """Return the addresses, ranks, and scalings in some rows of the tables, for a forward pass.
+    """Return a `RankRows` with the addresses, ranks, and scalings of some rows of the tables.
 
     ``index`` selects one module, or adjacent modules.
     """
@@ -72,9 +77,9 @@ def up_rows_at(tables: Tables, index: int | slice) -> RankRows:
 
 
 def aligned_blocks(tensors: Sequence[_Block]) -> list[_Block]:
-    """Return factors as kernels read them: contiguous and aligned to 16 bytes.
+    """Return a list of factors in the form that kernels read: contiguous, aligned to 16 bytes.
 
-    The result must live until the launch, because the launch only has the addresses.
+    The caller must keep the result until the launch, which receives only the addresses.
     """
     return [
         t
@@ -85,15 +90,15 @@ def aligned_blocks(tensors: Sequence[_Block]) -> list[_Block]:
 
 
 def addresses_of(blocks: Sequence[torch.Tensor | None], device: torch.device) -> torch.Tensor:
-    """Return the addresses of tensors as int64, with 0 for None and for an empty tensor."""
+    """Return an int64 tensor of the given tensors' addresses, with 0 for None and empty tensors."""
     values = tuple(0 if b is None or not b.numel() else b.data_ptr() for b in blocks)
     return numbers_on(values, torch.int64, device)
 
 
 def max_columns_of(lora_a: Sequence[torch.Tensor], slots: int, modules: int) -> int:
-    """Return the largest sum of an adapter's ranks over ``modules`` adjacent modules.
+    """Return the maximum over all adapters of the sum of an adapter's ranks on adjacent modules.
 
-    The rank in each module is rounded up to a multiple of 4.
+    ``modules`` modules are adjacent. The rank on each module is rounded up to a multiple of 4.
     """
     filled = [-(-a.shape[0] // 4) * 4 for a in lora_a]
     starts = range(0, len(filled), modules * slots)
