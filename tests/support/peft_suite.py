@@ -44,66 +44,67 @@ RULES = (
     ),
     Rule("`target_parameters`", NOT_OURS, r"does not support target_parameters|argetParameter"),
     Rule(
-        "Methods other than LoRA, models that mix methods",
+        "Methods other than LoRA, models that combine methods",
         NOT_OURS,
         r"expected 'LORA'|must be 'LORA'|mixed=True|[Mm]ixedModel|[Pp]rompt|prefix_tuning",
     ),
     Rule(
         "Pickles",
-        f"fastlora neither reads nor writes them; {DIFFERS}, Files",
+        f"fastlora neither reads nor writes pickles; {DIFFERS}, Files",
         r"safe_serialization|adapter_model.bin",
     ),
     Rule("Hub ids", f"fastlora downloads nothing; {DIFFERS}, Files", r"no such folder. Only local"),
     Rule(
         "A second `get_peft_model` on the same base model",
-        f"raises an error, where PEFT warns; {DIFFERS}, Adapters",
+        f"fastlora raises an error, whereas PEFT warns; {DIFFERS}, Adapters",
         r"already has LoRA layers|test_mapping",
     ),
     Rule(
         "Mixed batches in training and with DoRA",
-        f"work, where PEFT raises an error; {DIFFERS}, Adapters",
+        f"fastlora supports these batches, whereas PEFT raises an error; {DIFFERS}, Adapters",
         r"DID NOT RAISE.*(mixed_adapter|DoRA)|mixed_adapter.*DID NOT RAISE|MixedAdapterBatches.*",
     ),
     Rule(
         "Merging into a shared weight",
-        f"raises an error, or separates the weights with another warning; {DIFFERS}, Adapters",
+        "fastlora raises an error, or separates the weights and emits a different warning; "
+        f"{DIFFERS}, Adapters",
         r"shares its weight|[Tt]ied|tie_word|WeightTying",
     ),
     Rule(
         "Adapters with the name of a module",
-        f"lose no tensors, so there is no warning; {DIFFERS}, Adapters",
+        f"fastlora loses no tensors, so it does not warn; {DIFFERS}, Adapters",
         r"NamingConflict",
     ),
     Rule(
         "Missing tensors, or tensors of the wrong shape",
-        f"raise an error before anything changes; {DIFFERS}, Adapters",
+        f"fastlora raises an error before it changes the model; {DIFFERS}, Adapters",
         r"missing_keys_warning|FsdpShape|ignore_mismatched_sizes|state_dict has no",
     ),
     Rule(
         "PEFT's LoRA layers with `_register_custom_module`",
-        f"must be subclasses of `fastlora.layers.LoraLayer`; {DIFFERS}, Adapters",
+        f"fastlora requires subclasses of `fastlora.layers.LoraLayer`; {DIFFERS}, Adapters",
         r"registered for it|DynamicDispatch",
     ),
     Rule(
         "Sums of adapters with trained tokens",
-        f"raise an error, where PEFT drops the tokens; {DIFFERS}, Adapters",
+        f"fastlora raises an error, whereas PEFT drops the tokens; {DIFFERS}, Adapters",
         r"which cannot be added",
     ),
     Rule(
         "Text or class of an error",
-        f"fastlora's names the layer, the field, and the value; {DIFFERS}, Adapters",
+        f"fastlora's error names the layer, the field, and the value; {DIFFERS}, Adapters",
         r"Regex pattern did not match\.|matches no module|can be called, got|DID NOT RAISE"
         r"|bias must be one of|on this layer, which has|has no default targets"
         r"|trains rows of|ensure_weight_tying makes|cannot split",
     ),
     Rule(
         "Text or class of a warning",
-        f"fastlora's names what is left out; {DIFFERS}, Adapters",
+        f"fastlora's warning names what is left out; {DIFFERS}, Adapters",
         r"DID NOT WARN|warnings emitted|_warns|any\(<generator",
     ),
     Rule(
         "PEFT's classes, private methods, and caches",
-        f"fastlora has its own; {DIFFERS}, Adapters",
+        f"fastlora has its own classes and caches; {DIFFERS}, Adapters",
         r"isinstance\(|has no attribute '|TestDoraCaching|Prefixes|repr_lora|assert \[\]"
         r"|AuxiliaryTrainingWrapper|MinimalTargetModules|test_merge_layers.*LoRA trainable_tokens",
     ),
@@ -116,7 +117,7 @@ RULES = (
     ),
     Rule(
         "Config files",
-        f"checked when they are read and when they are created; {DIFFERS}, Config",
+        f"fastlora checks configs when they are read and when they are created; {DIFFERS}, Config",
         r"test_config.py",
     ),
 )
@@ -171,8 +172,9 @@ def main(base_path: str, ours_path: str, patched_path: str | None = None) -> str
         "# PEFT's own tests",
         "",
         "This page shows how many of PEFT 0.21.2's own tests pass with fastlora. It counts the",
-        "tests that name LoRA or no specific method. They ran on a CPU without access to the Hub.",
-        "Small random models with the same names and architectures replaced the Hub's models.",
+        "tests that name LoRA or do not name a method. The tests ran on a CPU without access to",
+        "the Hub. Small random models with the same names and architectures replaced the Hub's",
+        "models.",
         "",
         "| run | passed | fail, but pass with PEFT alone |",
         "|---|---|---|",
@@ -207,10 +209,11 @@ def main(base_path: str, ours_path: str, patched_path: str | None = None) -> str
         "## Update this page",
         "",
         "The tests are part of PEFT's source distribution. A pytest plugin runs them in three",
-        "ways: with PEFT alone, with the four names above replaced before the tests import them,",
-        "and with `fastlora.patch` applied to every LoRA model. The plugin writes one JSON object",
-        "per test. `python -m tests.support.peft_suite BASE OURS PATCHED` makes the page from the",
-        "three files. The docstring of the module describes the files.",
+        "ways: with PEFT alone, with the four names above replaced before the tests import these",
+        "names, and with `fastlora.patch` applied to every LoRA model. For each test, the plugin",
+        "writes one JSON object. `python -m tests.support.peft_suite BASE OURS PATCHED`",
+        "generates this page from the three files of results. The docstring of the module",
+        "describes these files.",
     ]
     sys.stderr.writelines(f"{text}\n" for text in rest)
     return "\n".join(lines)
