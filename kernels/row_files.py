@@ -19,7 +19,7 @@ _DEFAULTS = {field.name: field.default for field in dataclasses.fields(Row)}
 
 
 class Entry(NamedTuple):
-    """A row of a file, with the launch and kind of the table that it belongs to."""
+    """A table row that was read from a file, and the launch and kind that it applies to."""
 
     launch: str
     kind: str
