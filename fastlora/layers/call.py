@@ -1,8 +1,13 @@
-"""Records of a LoRA layer's call, created once at the beginning of its forward pass."""
+"""Records of a LoRA layer's call, created once at the beginning of its forward pass.
+
+They have slots, because a forward pass reads a slot several times faster than a field of a
+`NamedTuple`.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -14,7 +19,8 @@ if TYPE_CHECKING:
     from fastlora.layers.layer import AdaptedLayer
 
 
-class LayerCall(NamedTuple):
+@dataclass(slots=True, eq=False)
+class LayerCall:
     """The call of a LoRA layer outside mixed batches, where the same adapters apply to all rows.
 
     Attributes:
@@ -32,7 +38,8 @@ class LayerCall(NamedTuple):
     names: list[str]
 
 
-class MixedCall(NamedTuple):
+@dataclass(slots=True, eq=False)
+class MixedCall:
     """The call of a LoRA layer in a mixed batch, where each row has its own adapter or none.
 
     Attributes:

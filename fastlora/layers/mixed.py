@@ -9,6 +9,7 @@ does not cause recompilation.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -174,7 +175,7 @@ def _in_graph(call: MixedCall, base: Base) -> torch.Tensor | None:
     layer, batch, x = call.layer, call.routing.whole, call.x
     if batch is None or (base.y is not None and base.y.dtype != x.dtype):
         return None
-    call = call._replace(routing=batch)
+    call = replace(call, routing=batch)
     if batch.source.tables is not None:
         return _of_pool_in_graph(call, base, batch.source.tables)
     dora = dora_layer.dora_slots(layer, batch) or dora_layer.DoraSlots()

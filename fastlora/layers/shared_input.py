@@ -12,9 +12,10 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Mapping
+from dataclasses import dataclass
 from operator import is_
 from threading import get_ident
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
 _Place = tuple[int, int]
 
 
-class Made(NamedTuple):
+@dataclass(slots=True, eq=False)  # Slots are read several times faster than a NamedTuple.
+class Made:
     """The results that one call computed from one tensor for several layers.
 
     Attributes:

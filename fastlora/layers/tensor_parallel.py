@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -204,7 +205,7 @@ class TensorParallelLora(FastLoraWrapper):
         # Each process has all of x and a part of its gradient, or a part of both.
         partial = (Partial(),) if self.style == COLUMN_WISE else x.placements
         own_x, own_y = x.to_local(grad_placements=partial), y.to_local()
-        call = call._replace(given=own_x, x=own_x)
+        call = replace(call, given=own_x, x=own_x)
         result = forward(call, Base(y=own_y, inplace=True))
         return DTensor.from_local(
             result, y.device_mesh, y.placements, run_check=False, shape=y.shape, stride=y.stride()
