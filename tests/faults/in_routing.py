@@ -142,7 +142,7 @@ FAULTS = (
         "chosen rows",
         "ce2f116",
         "fastlora/routing/row_facts.py",
-        "return Facts(Kind.EVEN) if by_data else ROWS",
+        "return ROWS if fixed else Facts(Kind.EVEN)",
         "return ROWS",
         (f"{_SELECTED}test_a_mask_that_fits_by_chance_is_followed_again",),
     ),
