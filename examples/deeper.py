@@ -5,7 +5,7 @@ python examples/deeper.py
 
 from __future__ import annotations
 
-from tiny import counting, loss_on, tiny_llama, train
+from tiny import counting, loss_on, parse_arguments, tiny_llama, train
 
 from fastlora import LoraConfig, get_peft_model
 
@@ -30,4 +30,5 @@ def main() -> dict[str, object]:
 
 
 if __name__ == "__main__":
+    parse_arguments(__doc__)
     print(main())

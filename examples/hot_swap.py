@@ -9,7 +9,7 @@ import tempfile
 
 import torch
 import torch._dynamo
-from tiny import counting, loss_on, tiny_llama, train
+from tiny import counting, loss_on, parse_arguments, tiny_llama, train
 
 import fastlora
 from fastlora import LoraConfig, get_peft_model
@@ -33,4 +33,5 @@ def main() -> dict[str, float]:
 
 
 if __name__ == "__main__":
+    parse_arguments(__doc__)
     print(main())

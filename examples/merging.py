@@ -6,7 +6,7 @@ python examples/merging.py
 from __future__ import annotations
 
 import torch
-from tiny import counting, loss_on, tiny_llama, train
+from tiny import counting, loss_on, parse_arguments, tiny_llama, train
 
 from fastlora import LoraConfig, get_peft_model
 
@@ -36,4 +36,5 @@ def main() -> dict[str, object]:
 
 
 if __name__ == "__main__":
+    parse_arguments(__doc__)
     print(main())

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import tempfile
 
-from tiny import counting, loss_on, tiny_llama, train
+from tiny import counting, loss_on, parse_arguments, tiny_llama, train
 
 from fastlora import LoraConfig, LoraModel, get_peft_model
 
@@ -34,4 +34,5 @@ def main() -> dict[str, float]:
 
 
 if __name__ == "__main__":
+    parse_arguments(__doc__)
     print(main())

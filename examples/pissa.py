@@ -8,7 +8,7 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from tiny import counting, loss_on, tiny_llama, train
+from tiny import counting, loss_on, parse_arguments, tiny_llama, train
 
 from fastlora import LoraConfig, LoraModel, get_peft_model
 
@@ -32,4 +32,5 @@ def main() -> dict[str, float]:
 
 
 if __name__ == "__main__":
+    parse_arguments(__doc__)
     print(main())

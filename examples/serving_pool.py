@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from tiny import counting, tiny_llama, train
+from tiny import counting, parse_arguments, tiny_llama, train
 
 import fastlora
 from fastlora import LoraConfig, get_peft_model
@@ -52,4 +52,5 @@ def main() -> dict[str, object]:
 
 
 if __name__ == "__main__":
+    parse_arguments(__doc__)
     print(main())

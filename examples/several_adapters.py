@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 
 import torch
-from tiny import counting, loss_on, tiny_llama
+from tiny import counting, loss_on, parse_arguments, tiny_llama
 
 import fastlora
 from fastlora import LoraConfig, get_peft_model
@@ -46,4 +46,5 @@ def main() -> dict[str, float]:
 
 
 if __name__ == "__main__":
+    parse_arguments(__doc__)
     print(main())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -47,3 +49,9 @@ def train(model: torch.nn.Module, ids: torch.Tensor, steps: int = 30, lr: float 
 def loss_on(model: torch.nn.Module, ids: torch.Tensor, **options: object) -> float:
     """Returns a model's loss on a batch."""
     return model(input_ids=ids, labels=ids, **options).loss.item()
+
+
+def parse_arguments(doc: str | None) -> None:
+    """Parse the command line of a script without options; ``--help`` prints its docstring."""
+    show = argparse.RawDescriptionHelpFormatter
+    argparse.ArgumentParser(description=doc, formatter_class=show).parse_args()

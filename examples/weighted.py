@@ -5,7 +5,7 @@ python examples/weighted.py
 
 from __future__ import annotations
 
-from tiny import counting, loss_on, tiny_llama, train
+from tiny import counting, loss_on, parse_arguments, tiny_llama, train
 
 from fastlora import LoraConfig, get_peft_model
 
@@ -28,4 +28,5 @@ def main() -> dict[str, float]:
 
 
 if __name__ == "__main__":
+    parse_arguments(__doc__)
     print(main())

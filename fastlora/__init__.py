@@ -4,11 +4,13 @@ import sys as _sys
 from importlib import util as _util
 from importlib.machinery import ModuleSpec as _ModuleSpec
 from pathlib import Path as _Path
+from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 import fastlora.integrations.as_peft  # registers fastlora's classes with PEFT
 import fastlora.integrations.transformers  # noqa: F401 - adds fastlora's models to its pipelines
 from fastlora import functional
 from fastlora.init.configs import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig
+from fastlora.integrations import from_peft as _from_peft
 from fastlora.integrations.patch import patch, unpatch
 from fastlora.integrations.report import FusionReport, fusion_report
 from fastlora.layers import FastLoraLinear
@@ -18,7 +20,8 @@ from fastlora.model.calibration import (
     preprocess_corda,
     preprocess_loraga,
 )
-from fastlora.model.config import LoraConfig, TaskType
+from fastlora.model.config import LoraConfig, LoraRuntimeConfig, TaskType
+from fastlora.model.config_checks import PeftType
 from fastlora.model.estimate import Estimate, estimate
 from fastlora.model.eva import get_eva_state_dict, initialize_lora_eva_weights
 from fastlora.model.hotswap import (
@@ -48,6 +51,73 @@ from fastlora.train import (
     train_adapters,
 )
 from fastlora.validation import FastLoraError
+
+if _TYPE_CHECKING:
+    from peft import (
+        AutoPeftModel as AutoPeftModel,
+    )
+    from peft import (
+        AutoPeftModelForCausalLM as AutoPeftModelForCausalLM,
+    )
+    from peft import (
+        AutoPeftModelForFeatureExtraction as AutoPeftModelForFeatureExtraction,
+    )
+    from peft import (
+        AutoPeftModelForQuestionAnswering as AutoPeftModelForQuestionAnswering,
+    )
+    from peft import (
+        AutoPeftModelForSeq2SeqLM as AutoPeftModelForSeq2SeqLM,
+    )
+    from peft import (
+        AutoPeftModelForSequenceClassification as AutoPeftModelForSequenceClassification,
+    )
+    from peft import (
+        AutoPeftModelForTokenClassification as AutoPeftModelForTokenClassification,
+    )
+    from peft import (
+        PeftConfig as PeftConfig,
+    )
+    from peft import (
+        cast_mixed_precision_params as cast_mixed_precision_params,
+    )
+    from peft import (
+        get_base_model_state_dict as get_base_model_state_dict,
+    )
+    from peft import (
+        get_peft_config as get_peft_config,
+    )
+    from peft import (
+        get_peft_model_state_dict as get_peft_model_state_dict,
+    )
+    from peft import (
+        load_peft_weights as load_peft_weights,
+    )
+    from peft import (
+        prepare_model_for_kbit_training as prepare_model_for_kbit_training,
+    )
+    from peft import (
+        set_base_model_state_dict as set_base_model_state_dict,
+    )
+    from peft import (
+        set_peft_model_state_dict as set_peft_model_state_dict,
+    )
+
+    from fastlora.integrations.from_peft import inject_adapter_in_model as inject_adapter_in_model
+else:
+
+    def __getattr__(name: str) -> object:
+        """Return an object that PEFT provides; see `fastlora.integrations.from_peft`."""
+        if name in _from_peft.NAMES:
+            globals()[name] = found = _from_peft.resolve(name)
+            return found
+        message = f"module {__name__!r} has no attribute {name!r}"
+        raise AttributeError(message, name=name, obj=_sys.modules[__name__])
+
+
+def __dir__() -> list[str]:
+    """Return the names of the package, with those that PEFT provides if PEFT is installed."""
+    return sorted({*globals(), *_from_peft.available_names()})
+
 
 # PEFT's name for `LoraModel`, so that PEFT code works with only its import changed.
 PeftModel = LoraModel
@@ -86,7 +156,9 @@ __all__ = [
     "LoraConfig",
     "LoraGAConfig",
     "LoraModel",
+    "LoraRuntimeConfig",
     "PeftModel",
+    "PeftType",
     "RankReduction",
     "Recommendation",
     "TaskType",

@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import importlib
 import re
+import shlex
 import statistics
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 import fastlora
-from fastlora import LoraConfig, get_peft_model
+from fastlora import LoraConfig, env, get_peft_model
 from fastlora.train.config import parse_settings, read_settings
 from tests.faults.fault import all_faults
 from tests.support.tiny import tiny_llama
@@ -91,6 +92,38 @@ def test_yaml(page: Path, text: str, tmp_path: Path) -> None:
     path.write_text(text.replace("examples/", f"{ROOT}/examples/"), encoding="utf-8")
     settings = read_settings(path, {})
     assert all(file.is_file() for adapter in settings.adapters for file in adapter.data)
+
+
+def test_the_first_command_on_the_training_page(
+    smollm2_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command writes the model folder that the page's config file names."""
+    tomllib = pytest.importorskip("tomllib", reason="part of Python from 3.11 on")
+    page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    program, flag, code = shlex.split(next(re.finditer(r"^    (.+)$", page, re.M))[1])
+    assert (program, flag) == (".venv/bin/python", "-c")
+    exec(code, {})
+    printed = Path(capsys.readouterr().out.strip())
+    assert printed == smollm2_dir and (printed / "model.safetensors").is_file()
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    config = next(re.finditer(r"```toml\n(.*?)```", page, re.S))[1]
+    named = Path(tomllib.loads(config)["model"]).expanduser()
+    assert named == env.cache_dir() / smollm2_dir.name
+
+
+def test_the_table_of_recommended_values() -> None:
+    """It has the values of `recommend`, which follow the rule for alpha below the table."""
+    page = (ROOT / "docs" / "choosing.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (?:under|\d).*billion.*\|$", page, re.M)
+    sizes = (1, 10**9, 7 * 10**9, 13 * 10**9)  # the smallest model of each row
+    for row, size, below in zip(rows, sizes, (*sizes[1:], 10**12), strict=True):
+        for count in (size, below - 1):
+            advice = fastlora.recommend(count)
+            assert advice.lora_alpha == 2 * advice.r == 2 * max(advice.r_range)
+            ends = (advice.r_range, advice.lora_alpha_range)
+            shown = (" to ".join(map(str, sorted({*end}))) for end in ends)
+            assert row.split(" | ")[1:] == [*shown, f"{advice.lora_dropout:g} |"]
+            assert max(advice.lora_alpha_range) / min(advice.r_range) <= 8
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import runpy
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,65 @@ def test_page(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(FOLDER))
     result = runpy.run_path(str(FOLDER / f"{page}.py"))["main"]()
     assert SHOWN[page](result), result
+
+
+MODULES = {"tiny", "shared", "axolotl_plugin"}  # imported by other programs
+NEEDS = {
+    "export_gguf": ("gguf",),
+    "hf_trainer": ("peft",),
+    "qlora": ("peft", "bitsandbytes"),
+    "trl_sft": ("trl", "datasets"),
+    "two_processes": ("accelerate",),
+}
+SCRIPTS = sorted(path for path in FOLDER.rglob("*.py") if path.stem not in MODULES)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_every_script_has_help(
+    script: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """``--help`` prints the docstring and runs nothing; wrong arguments get a one-line error."""
+    for library in NEEDS.get(script.stem, ()):
+        pytest.importorskip(library, reason=f"{script.stem} imports it")
+    for folder in {script.parent, FOLDER}:
+        monkeypatch.syspath_prepend(str(folder))
+    needs_paths = script.stem.startswith("export_")
+    for arguments, code in ((["--help"], 0), ([] if needs_paths else ["--nonsense"], 2)):
+        for module in ("shared", "tiny"):
+            monkeypatch.delitem(sys.modules, module, raising=False)
+        monkeypatch.setattr("sys.argv", [str(script), *arguments])
+        with pytest.raises(SystemExit) as caught:
+            runpy.run_path(str(script), run_name="__main__")
+        assert caught.value.code == code
+        shown = capsys.readouterr()
+        text = shown.err if code else shown.out
+        assert text.startswith(f"usage: {script.name} [-h]")
+        assert not code or f"{script.name}: error: " in text.splitlines()[-1]
+        source = script.read_text(encoding="utf-8")
+        assert code or source.removeprefix('"""').splitlines()[0] in text
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["export_vllm", "missing", "out"], ["export_gguf", "adapter", "missing", "base", "out.gguf"]],
+    ids=lambda arguments: arguments[0],
+)
+def test_an_export_of_nothing_fails_in_one_line(
+    arguments: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    script = FOLDER / "recipes" / f"{arguments[0]}.py"
+    for library in NEEDS.get(script.stem, ()):
+        pytest.importorskip(library, reason=f"{script.stem} imports it")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", [str(script), *arguments[1:]])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_path(str(script), run_name="__main__")
+    assert caught.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{script.name}: error: ")
 
 
 def test_every_page_is_run_and_listed() -> None:

@@ -15,13 +15,18 @@ ROOT = Path(__file__).parents[1]
 KERNELS = "tests/kernels/test_mixed_dora_scale.py"
 
 
-def run(*paths: str) -> str:
-    """Runs test files without a GPU and without TRITON_INTERPRET; returns what pytest prints."""
+def run(*paths: str, code: int = 0, interpret: str | None = None) -> str:
+    """Runs test files without a GPU; returns what pytest prints.
+
+    TRITON_INTERPRET has the value ``interpret``, or is not set.
+    """
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     environment.pop("TRITON_INTERPRET", None)
+    if interpret is not None:
+        environment["TRITON_INTERPRET"] = interpret
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *paths]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    assert done.returncode == code, done.stdout[-4000:] + done.stderr[-4000:]
     return done.stdout
 
 
@@ -35,3 +40,9 @@ def test_beside_other_tests_they_skip_with_the_command_that_runs_them() -> None:
     assert " passed" in out and " skipped" in out
     assert "kernel tests did not run" in out
     assert "Run them alone: python -m pytest tests/kernels." in out
+
+
+def test_a_run_in_which_all_were_skipped_is_not_green() -> None:
+    out = run(KERNELS, interpret="0", code=pytest.ExitCode.NO_TESTS_COLLECTED)
+    assert " passed" not in out and " skipped" in out
+    assert "kernel tests did not run" in out

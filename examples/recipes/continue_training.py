@@ -12,7 +12,7 @@ import tempfile
 
 import torch
 from shared import TARGETS, base_model, texts, tokenizer
-from tiny import loss_on, train
+from tiny import loss_on, parse_arguments, train
 
 import fastlora
 
@@ -34,4 +34,5 @@ def main() -> dict[str, float]:
 
 
 if __name__ == "__main__":
+    parse_arguments(__doc__)
     print(main())

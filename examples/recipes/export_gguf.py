@@ -14,8 +14,8 @@ python examples/recipes/export_gguf.py model FOLDER OUT.gguf
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +169,28 @@ def _write(writer: gguf.GGUFWriter) -> None:
     writer.close()
 
 
+def main() -> None:
+    """Export what the command line names."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    kinds = parser.add_subparsers(dest="kind", metavar="adapter|model", required=True)
+    adapter = kinds.add_parser("adapter", help="export an adapter")
+    adapter.add_argument("adapter", type=Path, metavar="ADAPTER", help="the PEFT adapter folder")
+    adapter.add_argument("base", type=Path, metavar="BASE", help="folder of the base model")
+    model = kinds.add_parser("model", help="export a model without adapters")
+    model.add_argument("folder", type=Path, metavar="FOLDER", help="folder of the model")
+    for kind in (adapter, model):
+        kind.add_argument("out", type=Path, metavar="OUT.gguf", help="the file to write")
+    args = parser.parse_args()
+    try:
+        if args.kind == "adapter":
+            export_adapter(args.adapter, args.base, args.out)
+        else:
+            export_model(args.folder, args.out)
+    except (OSError, ValueError) as error:
+        parser.exit(1, f"{parser.prog}: error: {' '.join(str(error).split())}\n")
+
+
 if __name__ == "__main__":
-    kind, *paths = sys.argv[1:]
-    (export_adapter if kind == "adapter" else export_model)(*map(Path, paths))
+    main()

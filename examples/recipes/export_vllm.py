@@ -13,8 +13,8 @@ fastlora merge BASE ADAPTER OUT    # a merged model: any folder of transformers 
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from pathlib import Path
 
 import torch
@@ -70,6 +70,20 @@ def max_lora_rank(rank: int) -> int:
     return next(known for known in RANKS if known >= rank)
 
 
+def main() -> None:
+    """Export the adapter that the command line names."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("adapter", type=Path, metavar="ADAPTER", help="the PEFT adapter folder")
+    parser.add_argument("out", type=Path, metavar="OUT", help="the folder to write")
+    args = parser.parse_args()
+    try:
+        written = export_adapter(args.adapter, args.out)
+    except (OSError, ValueError) as error:
+        parser.exit(1, f"{parser.prog}: error: {error}\n")
+    print(f"{args.out}: start vLLM with --max-lora-rank {max_lora_rank(written['r'])}")
+
+
 if __name__ == "__main__":
-    written = export_adapter(Path(sys.argv[1]), Path(sys.argv[2]))
-    print(f"{sys.argv[2]}: start vLLM with --max-lora-rank {max_lora_rank(written['r'])}")
+    main()

@@ -10,6 +10,7 @@ import tempfile
 import peft
 import torch
 from shared import TARGETS, base_model, texts, tokenizer
+from tiny import parse_arguments
 from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
 
 import fastlora
@@ -48,4 +49,5 @@ def main() -> dict[str, object]:
 
 
 if __name__ == "__main__":
+    parse_arguments(__doc__)
     print(main())

@@ -17,7 +17,7 @@ from collections.abc import Callable
 
 import torch
 from shared import TARGETS, base_model, texts, tokenizer
-from tiny import loss_on, train
+from tiny import loss_on, parse_arguments, train
 
 import fastlora
 
@@ -47,4 +47,5 @@ def main(apply: Callable[[], object] = apply_liger) -> dict[str, object]:
 
 
 if __name__ == "__main__":
+    parse_arguments(__doc__)
     print(main())

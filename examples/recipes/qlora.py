@@ -12,6 +12,7 @@ import tempfile
 import peft
 import torch
 from shared import TARGETS, base_model, texts, tokenizer
+from tiny import parse_arguments
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import fastlora
@@ -66,4 +67,5 @@ def main() -> dict[str, object]:
 
 
 if __name__ == "__main__":
+    parse_arguments(__doc__)
     print(main())

@@ -10,6 +10,7 @@ import tempfile
 import torch
 from datasets import Dataset
 from shared import TARGETS, base_model, texts, tokenizer
+from tiny import parse_arguments
 from trl import SFTConfig, SFTTrainer
 
 import fastlora
@@ -55,4 +56,5 @@ def main() -> dict[str, object]:
 
 
 if __name__ == "__main__":
+    parse_arguments(__doc__)
     print(main())

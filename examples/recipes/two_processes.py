@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from accelerate import Accelerator
 from shared import TARGETS, base_model, texts, tokenizer
+from tiny import parse_arguments
 
 import fastlora
 
@@ -38,6 +39,7 @@ def main(steps: int = 4) -> dict[str, object]:
 
 
 if __name__ == "__main__":
+    parse_arguments(__doc__)
     found = main()
     if found.pop("main"):
         print(found)

@@ -40,7 +40,8 @@ OPTIONS = (
     ),
     Option(
         "--prompt",
-        "answer this prompt and quit; repeat for several turns of one conversation",
+        "answer this prompt and quit; repeat for several turns of one conversation. With several "
+        "adapters, each answer starts with the name of the adapter",
         metavar="TEXT",
         more={"action": "append"},
     ),
@@ -132,6 +133,7 @@ class Chat:
         self.names = list(names)
         self.speaker = self.names[0] if self.names else BASE
         self.system, self.compares = system, False
+        self.shows_name = False  # whether a single answer starts with the name of its adapter
         self.messages: list[dict[str, str]] = []
 
     def take(self, line: str) -> bool:
@@ -248,6 +250,8 @@ class Chat:
                 chat.out.flush()
 
         streamer = Streamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        if self.shows_name:
+            self.out.write(f"[{self.speaker}] ")
         try:
             self._generate(ids, [self.speaker], streamer=streamer)
         except KeyboardInterrupt:  # the user stops this answer
@@ -296,6 +300,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         **(sampling if args.temperature else {"do_sample": False}),
     )
     chat.compares = args.compare
+    # In a terminal, the prompt shows the name.
+    chat.shows_name = len(folders) > 1 and bool(args.prompt or not sys.stdin.isatty())
     if args.system is not None and chat.plain:
         raise ConfigError(
             "--system needs a chat template; remove it, or use a model that has a chat template"

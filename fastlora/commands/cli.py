@@ -119,11 +119,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
-    """Parse the arguments; print help or similar names and exit if the command is unknown."""
+    """Parse the arguments; without any, print the help and exit.
+
+    If the command is unknown, print similar names and exit.
+    """
     parser, commands = _parser()
     if not arguments:
-        parser.print_help(sys.stderr)
-        parser.exit(2)
+        parser.print_help()
+        parser.exit()
     command = arguments[0]
     if command not in commands and not command.startswith("-"):
         close = near_names(command, commands)
@@ -189,6 +192,7 @@ def _parser() -> tuple[argparse.ArgumentParser, Collection[str]]:
         help="benchmark your model or one linear layer",
         description="Benchmarks your model or one linear layer against other implementations, in "
         "one process.",
+        epilog="Run `fastlora bench KIND --help` for the options of a benchmark.",
     )
     kinds = bench.add_subparsers(dest="kind", metavar="KIND", required=True)
     for words, (_, text) in _PROGRAMS.items():

@@ -51,12 +51,15 @@ class Facts(NamedTuple):
         samples: The samples of the rows, int64, if values were read. Each item is the sample of one
             part of the storage, which is divided into as many equal parts. A tensor of the kind
             EVEN has samples only while rows have yet to be placed.
+        fixed: For rows of the kinds CHOSEN and EVEN, whether every batch has the same samples in
+            them: constants chose and placed them, or they are back where data took them from.
     """
 
     kind: Kind
     origin: int | None = None
     inverse: int | None = None
     samples: torch.Tensor | None = None
+    fixed: bool = False
 
 
 class Mark(NamedTuple):
@@ -145,12 +148,24 @@ class RowFacts:
         return None if found is None else found.flatten()
 
     def facts_of_samples(
-        self, samples: torch.Tensor | None, origin: int | None, by_data: bool
+        self, samples: torch.Tensor | None, origin: int | None, *, fixed: bool
     ) -> Facts:
-        """Return the facts about rows that an index has selected, given the sample of each row."""
+        """Return the facts about rows that an index has selected, given the sample of each row.
+
+        Args:
+            samples: The samples, or None if they are unknown.
+            origin: The key of the index.
+            fixed: See `Facts`.
+        """
         if samples is not None and row_samples.is_in_order(samples, self.count):
-            return Facts(Kind.EVEN) if by_data else ROWS
-        return Facts(Kind.CHOSEN, origin, None, None if samples is None else samples.flatten())
+            return ROWS if fixed else Facts(Kind.EVEN)
+        found = None if samples is None else samples.flatten()
+        return Facts(Kind.CHOSEN, origin, None, found, fixed)
+
+    def are_fixed(self, *tensors: torch.Tensor) -> bool:
+        """Return whether every batch has the same samples in the rows of all of these tensors."""
+        found = map(self.of, tensors)
+        return all(facts.fixed or facts.kind not in (Kind.EVEN, Kind.CHOSEN) for facts in found)
 
     def are_tables(self, *indices: torch.Tensor | None) -> bool:
         """Return whether all of these index tensors were computed without any input data."""

@@ -66,7 +66,7 @@ def _any(
         kind = Kind.CONSTANT
     origin = facts.origin if operand.is_floating_point() else known.origin(operand)
     samples = known.carried(operand, out) if kind is Kind.CHOSEN else None
-    return Facts(kind, origin, facts.inverse, samples)
+    return Facts(kind, origin, facts.inverse, samples, facts.fixed)
 
 
 def _together(known: RowFacts, operands: list[torch.Tensor], out: object) -> Facts:
@@ -85,7 +85,8 @@ def _together(known: RowFacts, operands: list[torch.Tensor], out: object) -> Fac
         # batch, as to a residual. Rows with known samples are not.
         if samples is None and full:
             return Facts(full[0])
-        return Facts(Kind.CHOSEN, known.of(chosen).origin, None, samples)
+        fixed = known.are_fixed(*operands)
+        return Facts(Kind.CHOSEN, known.of(chosen).origin, None, samples, fixed)
     if all(kind in TABLES for kind in kinds):
         return TABLE if Kind.TABLE in kinds else CONSTANT
     return Facts(Kind.EVEN) if Kind.EVEN in kinds and Kind.ROWS not in full else ROWS
@@ -111,7 +112,8 @@ def _picked(known: RowFacts, source: torch.Tensor, indices: Indices) -> Facts:
     samples = known.samples(source, row_samples.dimensions_of(indices))
     if samples is not None:
         samples = row_samples.picked(samples, indices)
-    return known.facts_of_samples(samples, known.origin(index), not known.are_tables(*indices))
+    fixed = known.are_tables(*indices) and known.are_fixed(source)
+    return known.facts_of_samples(samples, known.origin(index), fixed=fixed)
 
 
 def _counts_all(known: RowFacts, index: torch.Tensor, rows: torch.Tensor) -> bool:
@@ -131,7 +133,8 @@ def _looked_up(known: RowFacts, kind: Kind, indices: Indices) -> Facts:
         own = ROWS if index is None else known.of(index)
         if own.kind is Kind.CHOSEN and index is not None:
             samples = known.samples(index, index.dim())
-            return Facts(own.kind, own.origin, None, None if samples is None else samples.flatten())
+            found = None if samples is None else samples.flatten()
+            return Facts(own.kind, own.origin, None, found, own.fixed)
         if own.kind is Kind.EVEN:
             return Facts(Kind.EVEN)
     return ROWS
@@ -168,11 +171,14 @@ def _placed(
     samples = _samples_placed(known, dest, facts.samples, indices, values, adds)
     if samples is None:
         return ROWS if back else Facts(Kind.CHOSEN, origin)
+    fixed = known.are_fixed(dest) and (
+        back or (known.are_tables(*indices) and known.are_fixed(*tensors_in(values)))
+    )
     if not row_samples.is_in_order(samples, known.count, blanks=True):
-        return Facts(Kind.CHOSEN, origin, None, samples.flatten())
-    if (back or known.are_tables(*indices)) and row_samples.is_in_order(samples, known.count):
+        return Facts(Kind.CHOSEN, origin, None, samples.flatten(), fixed)
+    if fixed and row_samples.is_in_order(samples, known.count):
         return ROWS  # Every row is back where it came from.
-    return Facts(Kind.EVEN, None, None, samples.flatten())
+    return Facts(Kind.EVEN, None, None, samples.flatten(), fixed)
 
 
 def _samples_placed(
@@ -213,7 +219,7 @@ def _rows_from(which: int) -> Rule:
             whole = source.dim() == 2 or source.shape[0] == 1
             rows = any(known.of(tensor).kind in ORDERED for tensor in others)
             return Facts(Kind.CHOSEN) if whole and rows else ROWS
-        return Facts(facts.kind, facts.origin, None, known.carried(source, out))
+        return Facts(facts.kind, facts.origin, None, known.carried(source, out), facts.fixed)
 
     return rule
 
@@ -263,7 +269,7 @@ def _gathered(known: RowFacts, args: Arguments, out: object) -> Facts | None:
     source, dim, index = args[:3]
     facts = known.of(source)
     if not source.dim() or (dim % source.dim() and facts.kind not in TABLES):
-        return Facts(facts.kind, facts.origin, None, known.carried(source, out))
+        return Facts(facts.kind, facts.origin, None, known.carried(source, out), facts.fixed)
     return _picked(known, source, [_row_index(index)])
 
 
@@ -314,7 +320,7 @@ def _nonzero(known: RowFacts, args: Arguments, out: object) -> Facts | None:
     samples = known.samples(mask, mask.dim()) if mask.dim() else None
     if samples is not None:
         samples = row_samples.picked(samples, [mask.bool()])
-    return known.facts_of_samples(samples, known.origin(mask), True)
+    return known.facts_of_samples(samples, known.origin(mask), fixed=False)
 
 
 def _sorted(known: RowFacts, args: Arguments, out: Sequence[torch.Tensor]) -> Facts | None:
@@ -334,7 +340,7 @@ def _largest(known: RowFacts, args: Arguments, out: Sequence[torch.Tensor]) -> F
         samples = known.samples(source, 1)
         if samples is not None:
             samples = row_samples.picked(samples, [out[1]])
-        facts = known.facts_of_samples(samples, known.origin(out[1]), True)
+        facts = known.facts_of_samples(samples, known.origin(out[1]), fixed=False)
     known.put(out[0], facts)
     known.put(out[1], facts._replace(origin=None))
     return None
@@ -355,7 +361,7 @@ def _joined(stacks: bool) -> Rule:
         if len(samples) < len(parts):
             return facts._replace(samples=None)
         joined = torch.stack(samples) if stacks else torch.cat(samples)
-        return known.facts_of_samples(joined, facts.origin, True)
+        return known.facts_of_samples(joined, facts.origin, fixed=False)
 
     return rule
 

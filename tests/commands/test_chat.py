@@ -138,6 +138,31 @@ def test_the_command(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert [line.split()[0] for line in lines] == ["[robot]", "[ship]", "[base]"]
 
 
+def test_the_command_names_who_answered(
+    folders: Path, alone: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With several adapters, each answer starts with a name. With one adapter, it does not."""
+    arguments = ["chat", str(folders / "base"), "--cpu", "--temperature=0", "--max-new-tokens=8"]
+    plain = [*arguments, "--plain"]
+    both, ship = ["--adapter", str(folders / "run")], ["--adapter", str(folders / "run" / "ship")]
+    answers = {name: alone("the sea", name) for name in ("robot", "ship")}
+    assert cli.main([*plain, *both, "--prompt", "the sea"]) == 0
+    assert capsys.readouterr().out.split() == ["[robot]", *answers["robot"].split()]
+    assert (
+        cli.main([*plain, *ship, *both[:1], f"b={folders / 'run' / 'robot'}", "--prompt=the sea"])
+        == 0
+    )
+    assert capsys.readouterr().out.split() == ["[ship]", *answers["ship"].split()]
+    assert cli.main([*plain, *ship, "--prompt", "the sea"]) == 0
+    assert capsys.readouterr().out.split() == answers["ship"].split()
+    monkeypatch.setattr("sys.stdin", io.StringIO("the sea\n/adapter ship\nthe sea\n"))
+    assert cli.main([*plain, *both]) == 0
+    assert capsys.readouterr().out.split() == [
+        *("[robot]", *answers["robot"].split(), "ship", "answers", "now"),
+        *("[ship]", *answers["ship"].split()),
+    ]
+
+
 def test_refusals(folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Before a model is read, in one line."""
     robot = folders / "run" / "robot"

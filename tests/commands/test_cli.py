@@ -63,7 +63,7 @@ def test_the_module_runs(adapter: Path) -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["nonsense"], ["inspect"], ["merge", "a", "b"], ["bench"], ["bench", "x"]]
+    [["nonsense"], ["inspect"], ["merge", "a", "b"], ["bench"], ["bench", "x"]]
     + [["bench", "mixed"], *(["bench", "mixed", "--model", "a", f"--adapters={n}"] for n in BAD)]
     + [["demo", "--adapters=0"]],
 )
@@ -77,23 +77,23 @@ def test_wrong_usage_is_two(arguments: list[str], capsys: pytest.CaptureFixture[
 def test_the_list_of_commands(capsys: pytest.CaptureFixture[str]) -> None:
     """`fastlora` alone shows the help, which describes the tool and lists the main commands first.
 
-    The exit code is still that of wrong usage, because no command was given.
+    The help also says how to find the options of every command.
     """
-    with pytest.raises(SystemExit) as caught:
-        cli.main([])
-    assert caught.value.code == 2
-    captured = capsys.readouterr()
-    alone = captured.err
-    assert not captured.out
-    with pytest.raises(SystemExit) as caught:
-        cli.main(["--help"])
-    assert caught.value.code == 0
-    assert capsys.readouterr().out == alone
-    description = " ".join(alone.split("\n\n")[1].split())
+    texts = []
+    for arguments in ([], ["--help"]):
+        with pytest.raises(SystemExit) as caught:
+            cli.main(arguments)
+        captured = capsys.readouterr()
+        assert not caught.value.code and not captured.err
+        texts.append(captured.out)
+    alone = texts[0]
+    assert texts[1] == alone
+    description, epilog = (" ".join(alone.split("\n\n")[i].split()) for i in (1, -1))
     assert description == (
         "Train, serve, merge, and benchmark LoRA adapters in PEFT's format, with many adapters in "
         "one batch."
     )
+    assert epilog.startswith("Run `fastlora COMMAND --help` for the options of a command.")
     listed = [line.split()[0] for line in alone.splitlines() if re.match(r" {4}\w", line)]
     assert listed[:4] == ["train", "serve", "chat", "demo"]
     assert set(listed[4:]) == {"doctor", "info", "inspect", "merge", "bench"}
@@ -144,7 +144,7 @@ HELP = {  # some of what each command's help says
     "serve": "MODEL --adapters",
     "doctor": "MODEL --adapter --json Exit",
     "demo": "--steps",
-    "bench": "mixed kernels",
+    "bench": "mixed kernels KIND --help",
     "bench mixed": "--model --adapters --tokens --dtype --out",
     "bench kernels": "--shape --contender --list --chip --out",
 }
@@ -187,10 +187,20 @@ def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
 def test_programs_get_their_arguments(
     words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Before a program starts, the progress bars of other libraries are off in a pipe."""
     program = importlib.import_module(cli._PROGRAMS[words][0])
-    monkeypatch.setattr(program, "main", lambda argv: sys.stdout.write(repr(argv)) and 7)
+    bars = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")
+    for name in bars:
+        monkeypatch.setenv(name, "")  # so that the variable is restored
+        monkeypatch.delenv(name)
+
+    def main(argv: list[str]) -> int:
+        sys.stdout.write(f"{argv} {[os.environ.get(name) for name in bars]}")
+        return 7
+
+    monkeypatch.setattr(program, "main", main)
     assert cli.main([*words, "--steps", "3", "--debug", "--", "x"]) == 7
-    assert capsys.readouterr().out == "['--steps', '3', '--', 'x']"
+    assert capsys.readouterr().out == "['--steps', '3', '--', 'x'] ['1', '1']"
 
 
 def test_bench_mixed_fails_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import pytest
 import torch
 
 from fastlora.ops.conditions import constant_when_compiled
-from tests.support.programs import python
+from tests.support.programs import python, run
 
 ROOT = Path(__file__).resolve().parents[2]
 MAX_RATIO = 1.4
@@ -28,6 +29,29 @@ print(between - start, time.process_time() - start)
     runs = [python(code, tmp_path, PYTHONPATH=str(ROOT)).split() for _ in range(RUNS)]
     alone, both = (min(map(float, times)) for times in zip(*runs, strict=True))
     assert both <= MAX_RATIO * alone, f"{both:.2f} s, {both / alone:.2f} of torch's {alone:.2f} s"
+
+
+def test_the_import_prints_nothing(tmp_path: Path) -> None:
+    """Not even the warnings that Python hides by default, apart from those of torch."""
+    flags = ("-W", "default", "-W", "ignore:::torch")
+    done = run(*flags, "-c", "import torch, fastlora", cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_the_import_after_other_libraries_prints_nothing(tmp_path: Path) -> None:
+    """Those libraries may print when they are imported."""
+    pytest.importorskip("transformers")
+    pytest.importorskip("peft")
+    code = """
+import sys
+import peft, transformers
+print("before", file=sys.stderr)
+import fastlora
+print("after", file=sys.stderr)
+"""
+    done = run("-c", code, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, "")
+    assert "before\nafter\n" in done.stderr and "fastlora" not in done.stderr
 
 
 def test_the_import_leaves_out_what_only_some_need(tmp_path: Path) -> None:

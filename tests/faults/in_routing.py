@@ -6,6 +6,7 @@ from tests.faults.fault import Fault
 
 _BLOCKS = "tests/routing/test_mixed_blocks.py::"
 _SELECTED = "tests/routing/test_selected_rows.py::"
+_AGAIN = "test_rows_that_data_chose_are_followed_again_after_constants_placed_them"
 
 FAULTS = (
     # ------------------------------------------------------------------------- rows and ids
@@ -142,9 +143,27 @@ FAULTS = (
         "chosen rows",
         "ce2f116",
         "fastlora/routing/row_facts.py",
-        "return Facts(Kind.EVEN) if by_data else ROWS",
+        "return ROWS if fixed else Facts(Kind.EVEN)",
         "return ROWS",
         (f"{_SELECTED}test_a_mask_that_fits_by_chance_is_followed_again",),
+    ),
+    Fault(
+        "Rows that data chose count as fixed after constants have selected them again.",
+        "chosen rows",
+        "ac78699",
+        "fastlora/routing/row_rules.py",
+        "fixed = known.are_tables(*indices) and known.are_fixed(source)",
+        "fixed = known.are_tables(*indices)",
+        (f"{_SELECTED}{_AGAIN}[picked backward]",),
+    ),
+    Fault(
+        "Rows that data placed count as fixed if constants place the last ones.",
+        "chosen rows",
+        "ac78699",
+        "fastlora/routing/row_rules.py",
+        "    fixed = known.are_fixed(dest) and (",
+        "    fixed = (",
+        (f"{_SELECTED}test_rows_of_which_data_placed_some_are_followed_again",),
     ),
     Fault(
         "Rows that count down look like rows in order.",

@@ -62,6 +62,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason=f"beside other tests; run {COMMAND}"))
 
 
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Fail a run in which kernel tests were skipped and no test ran."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    stats = reporter.stats if reporter is not None else {}
+    ran = any(stats.get(key) for key in ("passed", "failed", "error", "xfailed", "xpassed"))
+    if not ran and any(COMMAND in str(report.longrepr) for report in stats.get("skipped", [])):
+        session.exitstatus = pytest.ExitCode.NO_TESTS_COLLECTED
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Says last, and in red, that kernel tests did not run."""
     skipped = terminalreporter.stats.get("skipped", [])

@@ -110,6 +110,80 @@ def test_a_mask_that_fits_by_chance_is_followed_again() -> None:
     refuses(model, "w2")
 
 
+def _forward() -> torch.Tensor:
+    return torch.zeros(2).long() + torch.arange(2)
+
+
+def _backward() -> torch.Tensor:
+    return 1 - torch.arange(2)
+
+
+def _reversed(h: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Returns the rows that a mask selects, the last one first."""
+    return h.reshape(-1, D)[mask.flatten().nonzero()[:, 0].flip(0)]
+
+
+# Data choose rows by a mask, and constants put them in an order.
+CHOSEN_THEN_PUT: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "picked": lambda h, mask: h[mask][_forward()],
+    "picked backward": lambda h, mask: _reversed(h, mask)[_backward()],
+    "computed and picked backward": lambda h, mask: (_reversed(h, mask) * 2 + 1).tanh()[
+        _backward()
+    ],
+    "picked twice": lambda h, mask: h[mask][_backward()][_backward()],
+    "placed": lambda h, mask: torch.zeros(2, D).index_copy(0, _forward(), h[mask]),
+    "placed backward": lambda h, mask: torch.zeros(2, D).index_copy(
+        0, _backward(), _reversed(h, mask)
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CHOSEN_THEN_PUT)
+def test_rows_that_data_chose_are_followed_again_after_constants_placed_them(case: str) -> None:
+    """They fit the first batch by chance, and belong to one sample in the second."""
+    mask = torch.tensor([[True, False, False, False], [False, True, False, False]])
+    pick = CHOSEN_THEN_PUT[case]
+    model = ours(Head(lambda h: pick(h, mask.clone() & h[..., 0].isfinite())))
+    with torch.no_grad(), adapters(model, IDS):
+        model(X)
+    mask.copy_(torch.tensor([[False] * 4, [True, True, False, False]]))
+    refuses(model, "w2")
+
+
+def test_rows_of_which_data_placed_some_are_followed_again() -> None:
+    """Constants place the others last."""
+    places = torch.tensor([0, 2])
+
+    def pick(h: torch.Tensor) -> torch.Tensor:
+        by_data = places + (h[:2, 0, 0] * 0).long()
+        made = torch.zeros(4, D).index_copy(0, by_data, h[:, 0])
+        return made.index_copy(0, 1 + 2 * torch.arange(2), h[:, 1])
+
+    model = ours(Head(pick))
+    with torch.no_grad(), adapters(model, IDS):
+        model(X)
+    places.copy_(torch.tensor([2, 0]))
+    refuses(model, "w2")
+
+
+@pytest.mark.parametrize("steps", ["picked", "placed", "placed in two steps"])
+def test_rows_that_constants_alone_moved_are_followed_once(steps: str) -> None:
+    """Two permutations, or the writes of two halves, restore the order in every batch."""
+    picks: dict[str, Pick] = {
+        "picked": lambda h: (h[:, 0][_backward()] * 2).tanh()[_backward()],
+        "placed": lambda h: torch.zeros(2, D).index_copy(0, _backward(), h[_backward(), 0] * 2),
+        "placed in two steps": lambda h: (
+            torch.zeros(4, D)
+            .index_copy(0, 2 * torch.arange(2), h[:, 0])
+            .index_copy(0, 1 + 2 * torch.arange(2), h[:, 1])
+        ),
+    }
+    model = ours(Head(picks[steps]))
+    with torch.no_grad(), adapters(model, IDS):
+        model(X)
+    assert model.base_model.group.row_checks.followed(2) is None
+
+
 def test_rows_that_constants_select_are_followed_once() -> None:
     """An index that data may have made is followed in 8 batches; then nothing is."""
     for pick, blocks in (("numbers of samples", 1), ("lists", 8), ("mask of all", 8)):

@@ -1,0 +1,133 @@
+"""Names of PEFT that `fastlora` also provides if PEFT is installed.
+
+PEFT is imported when one of these names is first used. A script can then import all names from
+fastlora that it used to import from PEFT:
+
+* `AS_IN_PEFT` are PEFT's own objects. `fastlora.integrations.answers` makes the functions for state
+  dicts accept fastlora models.
+* The auto classes load a `fastlora.LoraModel`, where PEFT's own classes load a PEFT model.
+* `inject_adapter_in_model` adds patched layers.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+from typing import Any
+
+from torch import nn
+
+from fastlora.integrations.answers import has_layers
+from fastlora.integrations.patch import patch
+from fastlora.model import LoraModel
+from fastlora.model.config_checks import PeftType
+from fastlora.validation import AdapterStateError, ConfigError
+
+AS_IN_PEFT = (
+    "PeftConfig",
+    "cast_mixed_precision_params",
+    "get_base_model_state_dict",
+    "get_peft_config",
+    "get_peft_model_state_dict",
+    "load_peft_weights",
+    "prepare_model_for_kbit_training",
+    "set_base_model_state_dict",
+    "set_peft_model_state_dict",
+)
+AUTO_CLASSES = (
+    "AutoPeftModel",
+    "AutoPeftModelForCausalLM",
+    "AutoPeftModelForFeatureExtraction",
+    "AutoPeftModelForQuestionAnswering",
+    "AutoPeftModelForSeq2SeqLM",
+    "AutoPeftModelForSequenceClassification",
+    "AutoPeftModelForTokenClassification",
+)
+NAMES = (*AUTO_CLASSES, *AS_IN_PEFT, "inject_adapter_in_model")
+
+
+def available_names() -> tuple[str, ...]:
+    """Return `NAMES` if PEFT is installed, and an empty tuple otherwise. PEFT is not imported."""
+    return NAMES if importlib.util.find_spec("peft") is not None else ()
+
+
+def resolve(name: str) -> Any:
+    """Return the object with one of `NAMES`, after importing PEFT.
+
+    Raises:
+        ImportError: PEFT is not installed, or the installed version does not have the name.
+    """
+    try:
+        peft: Any = importlib.import_module("peft")
+    except ModuleNotFoundError as error:
+        if error.name != "peft":
+            raise
+        raise ImportError(
+            f"fastlora.{name} is provided by PEFT, which is not installed; install it with: "
+            "pip install peft"
+        ) from error
+    theirs = getattr(peft, name, None)
+    if theirs is None:
+        raise ImportError(
+            f"fastlora.{name} is provided by PEFT, and PEFT {peft.__version__} does not have it; "
+            "upgrade with: pip install --upgrade peft"
+        )
+    if name in AUTO_CLASSES:
+        return _auto_class(theirs)
+    return inject_adapter_in_model if name == "inject_adapter_in_model" else theirs
+
+
+def inject_adapter_in_model(
+    peft_config: Any, model: nn.Module, adapter_name: str = "default", **options: Any
+) -> nn.Module:
+    """Add an adapter to a model in place with PEFT's function of this name, and patch the layers.
+
+    The result is the model itself, without a `peft.PeftModel` around it. Use `unpatch` to restore
+    PEFT's own layers.
+
+    Args:
+        peft_config: A `fastlora.LoraConfig`, or any config of PEFT for LoRA.
+        model: The model.
+        adapter_name: The name of the adapter.
+        **options: Further arguments of PEFT's function.
+
+    Raises:
+        AdapterStateError: If the model has layers of a `LoraModel`. The model is unchanged.
+        ConfigError: If the config is not for LoRA. The model is unchanged.
+    """
+    kind = getattr(peft_config, "peft_type", None)
+    if kind != PeftType.LORA:
+        raise ConfigError(
+            f"peft_type is {getattr(kind, 'value', kind)!r}, expected 'LORA'; for other methods, "
+            "use peft.inject_adapter_in_model"
+        )
+    if has_layers(model):
+        raise AdapterStateError(
+            "inject_adapter_in_model() got a model with LoRA layers of fastlora; add the adapter "
+            "with the add_adapter() method of its LoraModel"
+        )
+    peft: Any = importlib.import_module("peft")
+    adapted: nn.Module = peft.inject_adapter_in_model(peft_config, model, adapter_name, **options)
+    patch(adapted)
+    return adapted
+
+
+def _auto_class(theirs: Any) -> Any:
+    """Return a subclass of one of PEFT's auto classes that loads a `LoraModel`."""
+    parameters = inspect.signature(LoraModel.from_pretrained).parameters
+
+    def from_pretrained(model: nn.Module, model_id: str, **options: Any) -> LoraModel:
+        # The options also contain those of the base model, which has already been loaded.
+        known = {name: value for name, value in options.items() if name in parameters}
+        return LoraModel.from_pretrained(model, model_id, **known)
+
+    # PEFT compares the name of the class with the one that it expects for the config's task.
+    name = theirs._target_peft_class.__name__
+    loaded = type(name, (), {"from_pretrained": staticmethod(from_pretrained)})
+    text = f"""PEFT's `{theirs.__name__}` with a `from_pretrained` that returns a `LoraModel`."""
+    return type(
+        theirs.__name__,
+        (theirs,),
+        {"_target_peft_class": loaded, "__doc__": text, "__module__": "fastlora"},
+    )

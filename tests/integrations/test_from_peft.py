@@ -1,0 +1,201 @@
+"""Names that scripts import from PEFT, imported from fastlora."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import fastlora
+from fastlora.integrations import from_peft
+from fastlora.integrations.from_peft import AS_IN_PEFT, AUTO_CLASSES, NAMES
+from fastlora.validation import AdapterStateError, ConfigError
+from tests.support.peft_twins import peft
+from tests.support.programs import ROOT, python
+from tests.support.tiny import TwoLayers, adapted, randomise, tiny_llama
+
+X = torch.randn(5, 16, generator=torch.Generator().manual_seed(3))
+IDS = torch.arange(6)[None]
+
+
+def test_the_import_of_a_qlora_script() -> None:
+    from fastlora import (  # noqa: F401
+        AutoPeftModelForCausalLM,
+        LoraConfig,
+        LoraRuntimeConfig,
+        PeftConfig,
+        PeftModel,
+        PeftType,
+        TaskType,
+        cast_mixed_precision_params,
+        get_peft_model,
+        get_peft_model_state_dict,
+        inject_adapter_in_model,
+        prepare_model_for_kbit_training,
+        set_peft_model_state_dict,
+    )
+
+    assert isinstance(LoraConfig(), PeftConfig)
+    assert PeftType.LORA == peft.PeftType.LORA and hash(PeftType.LORA) == hash(peft.PeftType.LORA)
+    config = LoraConfig(runtime_config=LoraRuntimeConfig(ephemeral_gpu_offload=True))
+    assert config.runtime_config.ephemeral_gpu_offload
+
+
+def test_every_name() -> None:
+    """PEFT's own object where it works on fastlora models; `dir` lists all of them."""
+    assert set(NAMES) <= set(dir(fastlora)) and len(set(NAMES)) == len(NAMES)
+    for name in NAMES:
+        if hasattr(peft, name):
+            assert (getattr(fastlora, name) is getattr(peft, name)) == (name in AS_IN_PEFT)
+    for name in AUTO_CLASSES:
+        assert issubclass(getattr(fastlora, name), getattr(peft, name))
+        assert getattr(fastlora, name) is getattr(fastlora, name)
+    with pytest.raises(AttributeError, match="module 'fastlora' has no attribute 'nonsense'"):
+        _ = fastlora.nonsense  # type: ignore[attr-defined]
+    with pytest.raises(ImportError, match="cannot import name 'nonsense'"):
+        from fastlora import nonsense  # type: ignore[attr-defined]  # noqa: F401
+
+
+def test_without_peft(tmp_path: Path) -> None:
+    """The error says what to install, and no name is listed that cannot be imported."""
+    code = """
+import sys
+import importlib.util
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "peft" else find(name, *rest)
+import fastlora
+assert "peft" not in sys.modules
+sys.modules["peft"] = None
+for name in dir(fastlora):
+    getattr(fastlora, name)
+try:
+    from fastlora import prepare_model_for_kbit_training
+except ImportError as error:
+    print(error)
+from fastlora import LoraRuntimeConfig, PeftType
+"""
+    assert python(code, tmp_path, PYTHONPATH=str(ROOT)) == (
+        "fastlora.prepare_model_for_kbit_training is provided by PEFT, which is not installed; "
+        "install it with: pip install peft\n"
+    )
+
+
+def test_an_older_peft(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(peft, "load_peft_weights")
+    with pytest.raises(ImportError, match=f"PEFT {peft.__version__} does not have it; upgrade"):
+        from_peft.resolve("load_peft_weights")
+
+
+@pytest.mark.parametrize("library", [fastlora, peft], ids=["ours", "theirs"])
+def test_state_dicts(library: Any) -> None:
+    """Of a model of either library: what is saved of one is set in another."""
+    model, other = adapted(library, seed=1), adapted(library, seed=2)
+    expected = model(X).detach()
+    assert not torch.equal(other(X), expected)
+    state = fastlora.get_peft_model_state_dict(model)
+    assert {*state} == {*peft.get_peft_model_state_dict(adapted(peft))}
+    fastlora.set_peft_model_state_dict(other, state)
+    torch.testing.assert_close(other(X), expected)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """An adapter that names its base model."""
+    pytest.importorskip("transformers")
+    base = tiny_llama()
+    base.save_pretrained(tmp_path / "base")
+    config = fastlora.LoraConfig(
+        target_modules=["q_proj"],
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=str(tmp_path / "base"),
+    )
+    model = fastlora.get_peft_model(base, config)
+    randomise(model)
+    model.eval().save_pretrained(tmp_path / "adapter")
+    torch.save(model(IDS).logits.detach(), tmp_path / "logits")
+    return tmp_path
+
+
+def test_an_auto_class_loads_a_model_of_fastlora(folder: Path) -> None:
+    """With the options of the base model, which PEFT's class passes on to the adapter too."""
+    model = fastlora.AutoPeftModelForCausalLM.from_pretrained(
+        folder / "adapter", is_trainable=True, dtype=torch.float32, device_map=None
+    )
+    assert type(model) is fastlora.LoraModel
+    torch.testing.assert_close(model.eval()(IDS).logits, torch.load(folder / "logits"))
+    assert any(p.requires_grad for p in model.parameters())
+    theirs = peft.AutoPeftModelForCausalLM.from_pretrained(folder / "adapter")
+    assert not isinstance(theirs, fastlora.LoraModel)
+    with pytest.raises(ValueError, match="Expected target PEFT class: PeftModelForCausalLM"):
+        fastlora.AutoPeftModelForSeq2SeqLM.from_pretrained(folder / "adapter")
+
+
+def test_a_config_from_a_folder_is_accepted(folder: Path) -> None:
+    config = fastlora.PeftConfig.from_pretrained(folder / "adapter")
+    model = fastlora.get_peft_model(tiny_llama(), config)
+    assert type(model) is fastlora.LoraModel
+    weights = fastlora.load_peft_weights(str(folder / "adapter"))
+    fastlora.set_peft_model_state_dict(model, weights)
+    torch.testing.assert_close(model.eval()(IDS).logits, torch.load(folder / "logits"))
+
+
+@pytest.mark.parametrize("library", [fastlora, peft], ids=["ours", "theirs"])
+def test_injected_adapters_are_patched(library: Any) -> None:
+    """As PEFT's own injection computes, with a config of either library."""
+    config = library.LoraConfig(r=4, target_modules=["q", "v"], init_lora_weights=False)
+    torch.manual_seed(0)
+    model = fastlora.inject_adapter_in_model(config, TwoLayers())
+    torch.manual_seed(0)
+    theirs = peft.inject_adapter_in_model(
+        peft.LoraConfig(r=4, target_modules=["q", "v"], init_lora_weights=False), TwoLayers()
+    )
+    assert type(model) is TwoLayers and len(fastlora.fusion_report(model).rows) == 2
+    torch.testing.assert_close(model(X), theirs(X))
+    more = fastlora.inject_adapter_in_model(config, model, "more")
+    assert more is model and set(model.q.lora_A) == {"default", "more"}
+
+
+def test_injections_that_are_refused() -> None:
+    """They leave the model as it was."""
+    model = adapted()
+    names = [name for name, _ in model.named_modules()]
+    config = fastlora.LoraConfig(target_modules=["q"])
+    with pytest.raises(AdapterStateError, match="add_adapter"):
+        fastlora.inject_adapter_in_model(config, model)
+    assert [name for name, _ in model.named_modules()] == names
+    base = nn.Sequential(nn.Linear(4, 4))
+    with pytest.raises(ConfigError, match="peft_type is 'IA3', expected 'LORA'"):
+        fastlora.inject_adapter_in_model(
+            peft.IA3Config(target_modules=["0"], feedforward_modules=[]), base
+        )
+    assert type(base[0]) is nn.Linear
+
+
+def test_preparation_for_kbit_training() -> None:
+    """A frozen base in fp32, over which adapters train."""
+    pytest.importorskip("transformers")
+    base = tiny_llama().to(torch.bfloat16)
+    prepared = fastlora.prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
+    assert prepared is base and not any(p.requires_grad for p in base.parameters())
+    model = fastlora.get_peft_model(prepared, fastlora.LoraConfig(target_modules=["q_proj"]))
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    trained = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert trained == {n for n, p in model.named_parameters() if "lora_" in n}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_mixed_precision(dtype: torch.dtype) -> None:
+    """What trains is in fp32, the base in 16 bits, and the output follows the new weights."""
+    model = adapted()
+    model(X)
+    fastlora.cast_mixed_precision_params(model, dtype)
+    for name, parameter in model.named_parameters():
+        assert parameter.dtype == (torch.float32 if "lora_" in name else dtype), name
+    twin = adapted(peft)
+    peft.cast_mixed_precision_params(twin, dtype)
+    torch.testing.assert_close(
+        model(X.to(dtype)).float(), twin(X.to(dtype)).float(), rtol=2e-2, atol=2e-2
+    )
