@@ -112,12 +112,12 @@ FAULTS = (
         source="dbfd241",
         path="fastlora/model/inject.py",
         before="""\
-            module.delete_adapter(adapter_name)
+            module._remove_adapter(adapter_name)
         # A module without the adapter may also list the name as active, and may later get a new
         # adapter with the same name.
         module._active_adapters = [""",
         after="""\
-            module.delete_adapter(adapter_name)
+            module._remove_adapter(adapter_name)
             module._active_adapters = [""",
         tests=(f"{_DROPIN}::test_a_deleted_adapter_is_active_on_no_layer",),
     ),
