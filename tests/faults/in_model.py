@@ -283,4 +283,16 @@ FAULTS = (
         after="            if best is not None and place < 0:\n                break\n",
         tests=(f"{_PATTERNS}::test_the_first_of_many_patterns_counts_as_in_peft[re]",),
     ),
+    Fault(
+        sentence="A failed addition within an open block cannot remove what it has added.",
+        kind="an open block",
+        source="d5917c1",
+        path="fastlora/model/inject.py",
+        before="            module._remove_adapter(adapter_name)\n",
+        after="            module.delete_adapter(adapter_name)\n",
+        tests=(
+            "tests/routing/test_open_blocks.py::"
+            "test_a_failed_addition_within_an_open_block_is_undone",
+        ),
+    ),
 )
