@@ -106,7 +106,13 @@ class _FastForward(CommonLayer):
         self._forget_packed()
 
     def delete_adapter(self: Any, adapter_name: str) -> None:
-        """Delete an adapter, as PEFT's layer does, and clear the layer's caches."""
+        """Delete an adapter, as PEFT's layer does, and clear the layer's caches.
+
+        Raises:
+            AdapterStateError: A `fastlora.adapters` block of the model is open.
+        """
+        if self.routed_by is not None:
+            self.routed_by.check_closed("delete_adapter")
         super().delete_adapter(adapter_name)  # type: ignore[misc]  # as above
         forget_kept(self)
 

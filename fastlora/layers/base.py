@@ -202,7 +202,7 @@ class LoraLayer(Mergeable):
             if use_dora:
                 self.reset_magnitude(adapter_name)
         except BaseException:
-            self.delete_adapter(adapter_name)
+            self._remove_adapter(adapter_name)
             undo()
             raise
         if init.data:
@@ -256,13 +256,20 @@ class LoraLayer(Mergeable):
 
         Raises:
             AdapterNotFoundError: The layer has no adapter of this name.
-            AdapterStateError: The adapter is merged.
+            AdapterStateError: The adapter is merged, or a `fastlora.adapters` block of the model is
+                open.
         """
+        if self.routed_by is not None:
+            self.routed_by.check_closed("delete_adapter")
         self._check_known(adapter_name)
         if adapter_name in self.merged_adapters:
             raise AdapterStateError(
                 f"adapter {adapter_name!r} is merged; call unmerge() before deleting it"
             )
+        self._remove_adapter(adapter_name)
+
+    def _remove_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter without the checks of `delete_adapter`, as after a failed addition."""
         for table in (self.r, self.lora_alpha, self.scaling, self.use_rslora):
             table.pop(adapter_name, None)
         for part in ("lora_dropout", *self.adapter_parts):
@@ -285,7 +292,8 @@ class LoraLayer(Mergeable):
     def set_scale(self, adapter_name: str, factor: float) -> None:
         """Set an adapter's scaling to ``factor`` times its initial value.
 
-        The initial value follows from the rank and lora_alpha.
+        The initial value follows from the rank and lora_alpha. Open `fastlora.adapters` blocks use
+        the new scaling from their next forward pass on.
         """
         self._check_known(adapter_name)
         r = self.r[adapter_name]

@@ -105,8 +105,19 @@ class ModuleWrapper(Adapted, nn.Module):
         return getattr(self.current(), name)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter's version; raise `AdapterNotFoundError` if it has none."""
+        """Remove an adapter's version.
+
+        Raises:
+            AdapterNotFoundError: The adapter has no version of the module.
+            AdapterStateError: A `fastlora.adapters` block of the model is open.
+        """
+        if self.routed_by is not None:
+            self.routed_by.check_closed("delete_adapter")
         self._check_known(adapter_name)
+        self._remove_adapter(adapter_name)
+
+    def _remove_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter's version without checks, as after a failed addition."""
         self._drop(adapter_name)
         self._active_adapters = [n for n in self._active_adapters if n != adapter_name]
 

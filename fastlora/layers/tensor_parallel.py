@@ -109,9 +109,8 @@ class TensorParallelLora(FastLoraWrapper):
         for name in self.lora_A:
             self._place(name)
 
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter; see `LoraLayer.delete_adapter`."""
-        super().delete_adapter(adapter_name)
+    def _remove_adapter(self, adapter_name: str) -> None:
+        super()._remove_adapter(adapter_name)
         if not len(self.lora_A):
             self.release()
 

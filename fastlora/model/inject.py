@@ -174,7 +174,7 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
         )
     for _, module in found:
         if present(module, [adapter_name]):  # tied rows were deleted together with their source
-            module.delete_adapter(adapter_name)
+            module._remove_adapter(adapter_name)
         # A module without the adapter may also list the name as active, and may later get a new
         # adapter with the same name.
         module._active_adapters = [n for n in module._active_adapters if n != adapter_name]

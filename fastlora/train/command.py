@@ -19,7 +19,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -147,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         report = f"fastlora: {interrupted}\n"
         if interrupted.checkpoint is not None:
             report += f"resume with: {_resuming(sys.argv[1:] if argv is None else argv)}\n"
-        sys.stderr.write(report)
+        _write(sys.stderr, report)
         return 128 + interrupted.signal
     if main_process:
         _say(text)
@@ -166,8 +166,20 @@ def _resuming(given: Sequence[str]) -> str:
 
 
 def _say(text: str) -> None:
-    sys.stdout.write(f"{text}\n")
-    sys.stdout.flush()
+    _write(sys.stdout, f"{text}\n")
+
+
+def _write(stream: TextIO, text: str) -> None:
+    """Write text, or discard this and all later output if no process reads the stream any more.
+
+    For example, Ctrl-C also ends the ``tee`` that reads the output, and the run must still save.
+    """
+    try:
+        stream.write(text)
+        stream.flush()
+    except BrokenPipeError:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), stream.fileno())
 
 
 def _flags(args: argparse.Namespace, parser: argparse.ArgumentParser) -> dict[str, Any]:

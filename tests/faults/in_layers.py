@@ -604,4 +604,16 @@ FAULTS = (
         after="        if False:\n            raise",
         tests=("tests/kernels/test_quantised.py::test_codes_written_between_forward_and_backward",),
     ),
+    Fault(
+        sentence="A layer deletes an adapter that rows of an open block use.",
+        kind="an open block",
+        source="d5917c1",
+        path="fastlora/layers/base.py",
+        before='            self.routed_by.check_closed("delete_adapter")\n',
+        after="            pass\n",
+        tests=(
+            "tests/routing/test_open_blocks.py::"
+            "test_a_layers_own_deletion_within_an_open_block_raises",
+        ),
+    ),
 )

@@ -112,12 +112,12 @@ FAULTS = (
         source="dbfd241",
         path="fastlora/model/inject.py",
         before="""\
-            module.delete_adapter(adapter_name)
+            module._remove_adapter(adapter_name)
         # A module without the adapter may also list the name as active, and may later get a new
         # adapter with the same name.
         module._active_adapters = [""",
         after="""\
-            module.delete_adapter(adapter_name)
+            module._remove_adapter(adapter_name)
             module._active_adapters = [""",
         tests=(f"{_DROPIN}::test_a_deleted_adapter_is_active_on_no_layer",),
     ),
@@ -282,5 +282,17 @@ FAULTS = (
         before="            if best is not None and plain[best] < place:\n                break\n",
         after="            if best is not None and place < 0:\n                break\n",
         tests=(f"{_PATTERNS}::test_the_first_of_many_patterns_counts_as_in_peft[re]",),
+    ),
+    Fault(
+        sentence="A failed addition within an open block cannot remove what it has added.",
+        kind="an open block",
+        source="d5917c1",
+        path="fastlora/model/inject.py",
+        before="            module._remove_adapter(adapter_name)\n",
+        after="            module.delete_adapter(adapter_name)\n",
+        tests=(
+            "tests/routing/test_open_blocks.py::"
+            "test_a_failed_addition_within_an_open_block_is_undone",
+        ),
     ),
 )

@@ -187,4 +187,13 @@ FAULTS = (
             "[adapters.a.lr-3e+38-learning_rate must be a number from 0 to 3.4e+37, got 3e+38]",
         ),
     ),
+    Fault(
+        sentence="A run whose output nobody reads any more ends with exit code 1 after Ctrl-C.",
+        kind="an exit code",
+        source="3261ca1",
+        path="fastlora/train/command.py",
+        before="    except BrokenPipeError:\n",
+        after="    except BlockingIOError:\n",
+        tests=(f"{_CLI}/test_train_cli_interrupt.py::test_the_reader_of_the_output_ends_first",),
+    ),
 )

@@ -142,6 +142,59 @@ def test_operations_that_would_change_an_open_block_raise(make: Any, operation: 
     OPERATIONS[operation](model)
 
 
+@pytest.mark.parametrize("make", [ours, patched])
+def test_a_layers_own_deletion_within_an_open_block_raises(make: Any) -> None:
+    """As the model's does; a new scaling is used in the next forward pass."""
+    model, other = make("q", "v"), make("q", "v")
+    layer = model.base_model.model.q
+    with torch.no_grad(), adapters(model, MIX):
+        before = model(X)
+        with unchanged(model), pytest.raises(AdapterStateError, match=r"delete_adapter\(\) was"):
+            layer.delete_adapter("b")
+        torch.testing.assert_close(model(X), before)
+        other.base_model.model.q.delete_adapter("b")  # another model has no open block
+        layer.set_scale("b", 3.0)
+        assert not torch.allclose(model(X), before)
+    layer.delete_adapter("b")
+    assert set(layer.lora_A) == {"a"}
+
+
+def test_a_copy_of_a_module_is_not_deleted_within_an_open_block() -> None:
+    model = fastlora.get_peft_model(
+        Three(), LoraConfig(target_modules=["q"], modules_to_save=["v"]), "a"
+    )
+    wrapper: Any = model.base_model.model.v
+    with torch.no_grad(), adapters(model, ["a"] * 4):
+        before = model(X)
+        with pytest.raises(AdapterStateError, match=r"delete_adapter\(\) was"):
+            wrapper.delete_adapter("a")
+        torch.testing.assert_close(model(X), before)
+    wrapper.delete_adapter("a")
+    assert not wrapper.adapter_names
+
+
+def test_a_failed_addition_within_an_open_block_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The half-added adapter is removed, and the block keeps its rows."""
+    model = ours("q", "v")
+    layer = model.base_model.model.v
+
+    place = type(layer)._place
+
+    def fail(placed: Any, name: str) -> None:
+        if placed is layer:  # the second one
+            raise RuntimeError("no memory")
+        place(placed, name)
+
+    with torch.no_grad(), adapters(model, MIX):
+        before = model(X)
+        monkeypatch.setattr(type(layer), "_place", fail)
+        with unchanged(model), pytest.raises(RuntimeError, match="no memory"):
+            add(model, "c", "q", "v")
+        monkeypatch.undo()
+        torch.testing.assert_close(model(X), before)
+        assert "c" not in layer.lora_A and "c" not in model.peft_config
+
+
 @pytest.mark.parametrize("replace", ["load_adapter", "hotswap_adapter"])
 def test_other_weights_for_a_loaded_adapter_within_a_block_raise(
     replace: str, tmp_path: Path

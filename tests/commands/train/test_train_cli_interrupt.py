@@ -9,8 +9,10 @@ import os
 import resource
 import shlex
 import signal
+import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ from fastlora.train.processes import RunProcesses
 from fastlora.train.run import Run, train
 from fastlora.train.signals import RunInterrupted
 from tests.support import train_runs
-from tests.support.programs import error_of
+from tests.support.programs import ROOT, error_of
 from tests.support.train_runs import log, same
 
 STEPS = 6
@@ -443,6 +445,37 @@ def test_output_on_a_full_disk(given: Any, tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.undo()
     assert same(tmp_path / "out", tmp_path / "out" / "checkpoints" / "step-00000002" / "adapters")
     assert train(parse_settings(given, {}, "test"), resume=True, progress=False).steps == 4
+
+
+@pytest.mark.parametrize("streams", ["stdout", "both"])
+def test_the_reader_of_the_output_ends_first(
+    streams: str, base: Path, data: dict[str, Path], tmp_path: Path
+) -> None:
+    """In a terminal, Ctrl-C also ends the `tee` that reads the output of the run."""
+    out, path = tmp_path / "out", tmp_path / "c.json"
+    train_runs.write_config(path, config_of(base, data, out) | {"steps": 100_000})
+    read, write = os.pipe()
+    with open(tmp_path / "errors", "w+") as errors, open(read), open(write, "w") as pipe:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "fastlora", "train", str(path)],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdout=pipe,
+            stderr=pipe if streams == "both" else errors,
+        )
+        deadline = time.monotonic() + 120
+        while process.poll() is None and not ((out / "log.jsonl").is_file() and log(out)):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        with open(os.devnull) as nothing:
+            os.dup2(nothing.fileno(), read)  # closes the pipe
+        process.send_signal(signal.SIGINT)
+        code = process.wait(120)
+        errors.seek(0)
+        found = errors.read()
+    assert code == 128 + signal.SIGINT, found
+    assert "Broken pipe" not in found and "Exception ignored" not in found
+    (saved,) = (out / "checkpoints").iterdir()
+    assert same(out, saved / "adapters")
 
 
 def test_all_processes_end_where_the_log_is_full(
