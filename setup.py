@@ -25,7 +25,7 @@ setup(
         "fastlora.integrations",
         "fastlora.kernels",
         "fastlora.layers",
-        "fastlora.layers.quantised",
+        "fastlora.layers.quantized",
         "fastlora.pool",
         "fastlora.serve",
         "fastlora.train",

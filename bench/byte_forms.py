@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from fastlora.kernels.tables import KernelConfig, cdiv
+from fastlora.kernels.config_tables import KernelConfig, cdiv
 
 Bytes = dict[str, tuple[int, int]]
 # Key for memory that an operator allocates internally.
@@ -87,10 +87,10 @@ def _tiles(sizes: Sizes, config: KernelConfig, depth: int, columns: int) -> tupl
     return cdiv(sizes.m, config.block_m), cdiv(columns, config.block_n), flops
 
 
-def linear(sizes: Sizes, config: KernelConfig, planes: int = 1, with_bias: bool = False) -> Form:
+def linear(sizes: Sizes, config: KernelConfig, partials: int = 1, with_bias: bool = False) -> Form:
     """Return the traffic of `launch_lora_linear` in a forward pass.
 
-    With several ``planes``, which are split-K partial sums, s is also written. All programs that
+    With several ``partials``, which are split-K partial sums, s is also written. All programs that
     share a sum over K load lora_b, scaling, and bias, and the first of them loads s.
     """
     m, n, k, r, e, f = sizes
@@ -98,14 +98,14 @@ def linear(sizes: Sizes, config: KernelConfig, planes: int = 1, with_bias: bool 
     loads = {
         "x": often(e * m * k, tiles_n),
         "weight": often(e * n * k, tiles_m),
-        "s": often(summed(m * r, planes, e)[0], tiles_n),
+        "s": often(summed(m * r, partials, e)[0], tiles_n),
         "lora_b": often(f * n * r, tiles_m * config.splits),
         "scaling": (SCALING, SCALING * r * tiles_m * tiles_n * config.splits),
     }
     stores = {"y": summed(m * n, config.splits, e)}
     if with_bias:
         loads["bias"] = often(e * n, tiles_m * config.splits)
-    if planes > 1:
+    if partials > 1:
         stores["s"] = often(e * m * r)
     return Form(loads, stores, flops)
 
@@ -114,7 +114,7 @@ def expand(
     sizes: Sizes,
     config: KernelConfig,
     scalings: int = 1,
-    planes: int = 1,
+    partials: int = 1,
     reads_y: bool = True,
 ) -> Form:
     """Return the traffic of `launch_lora_expand`: y written, and s read once per tile of N.
@@ -125,7 +125,7 @@ def expand(
     tiles_m, tiles_n, flops = _tiles(sizes, config, 0, n)
     loads = {
         **({"y": often(e * m * n)} if reads_y else {}),
-        "s": often(summed(m * r, planes, e)[0], tiles_n),
+        "s": often(summed(m * r, partials, e)[0], tiles_n),
         "lora_b": often(f * n * r, tiles_m),
         "scaling": (SCALING * scalings, SCALING * r * tiles_m * tiles_n),
     }
@@ -209,9 +209,9 @@ def grad_x(sizes: Sizes, config: KernelConfig, drops: bool = False) -> Form:
 def plane_sums(outs: Iterable[tuple[int, int, int]]) -> Form:
     """Return the traffic of `launch_plane_sums` for (elements, partial sums, element bytes)."""
     outs = list(outs)
-    read = sum(4 * elements * planes for elements, planes, _ in outs)
+    read = sum(4 * elements * partials for elements, partials, _ in outs)
     written = sum(elements * width for elements, _, width in outs)
-    return Form({"planes": often(read)}, {"outs": often(written)})
+    return Form({"partials": often(read)}, {"outs": often(written)})
 
 
 # ----------------------------------------------------------------------------- a mixed batch
@@ -384,12 +384,12 @@ def mixed_grad_b_reduce(batch: Batch, config: KernelConfig, run: int) -> Form:
     Each byte of the partial sums is read once, and each result is written once.
     """
     ds, d_lora_b = batch.e * sum(batch.held), batch.f * batch.own * batch.n
-    planes = mixed_grad_b(batch, config, run).stores
-    return Form(loads=planes, stores={"ds": often(ds), "d_lora_b": often(d_lora_b)})
+    partials = mixed_grad_b(batch, config, run).stores
+    return Form(loads=partials, stores={"ds": often(ds), "d_lora_b": often(d_lora_b)})
 
 
 def mixed_grad_a_reduce(batch: Batch, run: int) -> Form:
     """Return the traffic of `launch_mixed_lora_grad_reduce` after `mixed_grad_a`."""
-    planes = often(4 * sum(batch.pieces(run)) * batch.k)
+    partials = often(4 * sum(batch.pieces(run)) * batch.k)
     d_lora_a = often(batch.f * batch.own * batch.k)
-    return Form(loads={ELSEWHERE: planes}, stores={"d_lora_a": d_lora_a})
+    return Form(loads={ELSEWHERE: partials}, stores={"d_lora_a": d_lora_a})

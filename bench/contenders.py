@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 from fastlora.autograd.adapter import run_adapter
 from fastlora.bench.shapes import DECODE_MAX_ROWS, Point
-from fastlora.ops.conditions import conditions_of
+from fastlora.ops.execution_mode import execution_mode_of
 from fastlora.ops.factors import Base, Factors
 
 SCALING = 2.0  # alpha = 2 r, a common choice, and large enough to reveal a missing term
@@ -183,13 +183,13 @@ def _augmented(p: Problem) -> Results:
 def _linear(p: Problem, plan: str, fp32: bool = False) -> Results:
     lora_a, lora_b = p.factors(fp32)
     factors = Factors(lora_a, lora_b, p.scaling)
-    conditions = conditions_of(p.x, p.impl, plan)
+    conditions = execution_mode_of(p.x, p.impl, plan)
     return (run_adapter(p.x, Base(p.weight), factors, conditions, plan),)
 
 
 def _shrink_expand(p: Problem) -> Results:
     factors = Factors(p.lora_a, p.lora_b, p.scaling)
-    base, conditions = Base(y=p.y, inplace=True), conditions_of(p.x, p.impl)
+    base, conditions = Base(y=p.y, inplace=True), execution_mode_of(p.x, p.impl)
     return (run_adapter(p.x, base, factors, conditions),)
 
 
@@ -211,7 +211,7 @@ def _without(feature: str) -> tuple[Any, ...]:
         launch(*args, **{**kwargs, "pdl": False})
 
     # Cached launches would not use another config.
-    patches: tuple[Any, ...] = ((configs, "choose", choose), (launches, "_KEEPS", False))
+    patches: tuple[Any, ...] = ((configs, "choose", choose), (launches, "_CAN_CACHE", False))
     if feature == "pdl":
         patches += ((lora_linear, "launch_lora_linear", launch_lora_linear),)
     return patches

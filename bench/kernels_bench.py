@@ -24,7 +24,7 @@ from fastlora.bench.linear import Bench
 from fastlora.bench.machine import ROOT
 from fastlora.bench.plot import picture
 from fastlora.bench.shapes import DECODE_MAX_ROWS, Point, least_work
-from fastlora.commands.options import Option, parse
+from fastlora.commands.options import Option, parse_options
 from fastlora.validation import FastLoraError
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -76,7 +76,7 @@ OPTIONS = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return 0, or 1 if a contender failed or its results were wrong."""
-    args = parse(
+    args = parse_options(
         "fastlora bench kernels",
         "Times one linear with adapters on a GPU, by fastlora's kernels and without them. Without "
         "a GPU it compiles them, says what the code says, and predicts.",

@@ -10,7 +10,7 @@ import torch
 from fastlora.bench import byte_forms
 from fastlora.bench.byte_forms import Batch, Form, Sizes
 from fastlora.bench.compiled import read_code
-from fastlora.kernels.tables import KernelConfig
+from fastlora.kernels.config_tables import KernelConfig
 from fastlora.testing import Launch
 
 BF16, WIDTH = torch.bfloat16, 2
@@ -84,7 +84,7 @@ def _form(launch: Launch, r: int) -> Form:
     if name == "plane_sums":
         count = given["COUNT"]
         return byte_forms.plane_sums(
-            [(given[f"size{mark}"], given[f"planes{mark}"], WIDTH) for mark in _MARKS[:count]]
+            [(given[f"size{mark}"], given[f"num_partials{mark}"], WIDTH) for mark in _MARKS[:count]]
         )
     config = _config(launch)
     m, n, k, rank = (given.get(size, 0) for size in "MNKR")
@@ -96,18 +96,18 @@ def _form(launch: Launch, r: int) -> Form:
     if name == "lora_grad_b":
         return byte_forms.grad_b(sizes, config, 1, given["HAS_BIAS"], given["HAS_DS"])
     if name == "lora_grad_a":
-        ranks = [given[f"R{mark}"] for mark in _MARKS[: given["SIBLINGS"]]]
+        ranks = [given[f"R{mark}"] for mark in _MARKS[: given["NUM_MODULES"]]]
         drops = given["HAS_DROPOUT"]
         return byte_forms.grad_a(sizes._replace(r=max(ranks)), config, ranks, drops)
     forms = []
-    for mark in _MARKS[: given["SIBLINGS"]]:
+    for mark in _MARKS[: given["NUM_MODULES"]]:
         own = sizes._replace(n=given[f"N{mark}"], r=given[f"R{mark}"])
         if name == "lora_linear":
-            form = byte_forms.linear(own, config, given["PLANES"], given["HAS_BIAS"])
+            form = byte_forms.linear(own, config, given["NUM_PARTIALS"], given["HAS_BIAS"])
             if not given["STORE_S"]:
                 form.stores.pop("s", None)
         else:
-            form = byte_forms.expand(own, config, 1, given["PLANES"], given["READS_Y"])
+            form = byte_forms.expand(own, config, 1, given["NUM_PARTIALS"], given["READS_Y"])
         forms.append(form)
     return together(forms)
 
@@ -118,15 +118,15 @@ def _mixed_form(launch: Launch, batch_of: BatchOf, r: int) -> Form:
     n, k = given.get("N", 0), given.get("K", 0)
     if _stem(launch) == "mixed_lora_shrink":  # rank rows of an adapter in all modules
         return byte_forms.mixed_shrink(batch_of(n, k, r * given["G"]), config, launch.grid[1])
-    sizes = [given[f"N{mark}"] for mark in _MARKS[: given["SIBLINGS"]]]
+    sizes = [given[f"N{mark}"] for mark in _MARKS[: given["NUM_MODULES"]]]
     if _stem(launch) == "mixed_lora_expand":
-        planes = given["PLANES"]
+        partials = given["NUM_PARTIALS"]
         return together(
-            [byte_forms.mixed_expand(batch_of(own, k, r), config, planes) for own in sizes]
+            [byte_forms.mixed_expand(batch_of(own, k, r), config, partials) for own in sizes]
         )
-    planes, biased = given["planes"], given["HAS_BIAS"]
+    partials, biased = given["num_partials"], given["HAS_BIAS"]
     return together(
-        [byte_forms.mixed_linear(batch_of(own, k, r), config, planes, biased) for own in sizes]
+        [byte_forms.mixed_linear(batch_of(own, k, r), config, partials, biased) for own in sizes]
     )
 
 

@@ -22,7 +22,7 @@ from torch import nn
 from fastlora.bench import measure, mixed_report
 from fastlora.bench.mixed_contest import Contest, Row
 from fastlora.command_line import install_command
-from fastlora.commands.options import Option, parse
+from fastlora.commands.options import Option, parse_options
 from fastlora.integrations.transformers import quiet_transformers
 from fastlora.model.config import LoraConfig
 from fastlora.model.targets import find_targets
@@ -79,7 +79,7 @@ OPTIONS = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse ``argv`` and run the benchmark."""
     text = (__doc__ or "").replace("``", "")
-    return run(parse("fastlora bench mixed", text, OPTIONS, argv))
+    return run(parse_options("fastlora bench mixed", text, OPTIONS, argv))
 
 
 def run(args: argparse.Namespace) -> int:

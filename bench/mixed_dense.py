@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from fastlora.ops.rows import INVALID_SLOT
-from fastlora.ops.triton.configs import config_of
+from fastlora.ops.triton.launch_configs import config_of
 
 # From this many rank rows S * R on, multiplying every row by all of them cannot pay off.
 MAX_RANK_ROWS = 256

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from fastlora.autograd.linear import run
+from fastlora.autograd.lora_linear import run_adapters
 from fastlora.bench.contenders import SCALING, Contender, Results
 from fastlora.bench.mixed_kernels import MixedProblem
-from fastlora.ops.factors import Base, Operands
+from fastlora.ops.factors import AdapterOperands, Base
 
 
 def _backward(p: MixedProblem, y: torch.Tensor) -> Results:
@@ -42,8 +42,8 @@ def _segments(p: MixedProblem) -> Results:
 
 def _kernels(plan: str, p: MixedProblem) -> Results:
     count, (lora_a, lora_b) = len(p.ranks), zip(*p.each, strict=True)
-    operands = Operands([*lora_a], [*lora_b], [None] * count, p.scaling[0], (0.0,) * count)
-    y = run(p.x, Base(p.weight), operands, p.impl, plan, p.groups)
+    operands = AdapterOperands([*lora_a], [*lora_b], [None] * count, p.scaling[0], (0.0,) * count)
+    y = run_adapters(p.x, Base(p.weight), operands, p.impl, plan, p.groups)
     return _backward(p, y)
 
 

@@ -175,7 +175,7 @@ def _may_matter(part: str, case: Case) -> bool:
 @contextlib.contextmanager
 def without(part: str) -> Iterator[None]:
     """Switch off one part of fastlora within the block; with "", no part."""
-    from fastlora.layers import forward as layers
+    from fastlora.layers import linear_forward as layers
     from fastlora.ops.triton import expand, linear, shrink
 
     def product_first(

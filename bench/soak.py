@@ -115,7 +115,7 @@ def make_model(layers: int) -> Any:
     if not layers:
         try:
             return smollm2.load_model(smollm2.model_dir(progress=False))
-        except smollm2.ModelNotFoundError as error:
+        except smollm2.ModelWheelNotFoundError as error:
             print(f"SmolLM2 is not here ({error}); a random model of its widths is used")
     from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -47,8 +47,8 @@ from fastlora.bench.soak import resident_bytes
 from fastlora.commands import smollm2
 from fastlora.serve.adapters import ServedAdapters
 from fastlora.serve.engine import Engine
-from fastlora.serve.job import Piece
-from fastlora.serve.sampling import Sampling
+from fastlora.serve.engine_request import AnswerChunk
+from fastlora.serve.sampling import SamplingParams
 
 PROMPTS = (
     "The best thing about a long winter is",
@@ -316,13 +316,13 @@ def continuous(engine: Engine, tokenizer: Any, cases: Sequence[Case], clients: i
             case = left.pop() if left else None
         if case is not None:
             tokens = tokenizer(case.prompt).input_ids
-            engine.submit(tokens, case.name, Sampling(case.tokens, 0.0), hear)
+            engine.submit(tokens, case.name, SamplingParams(case.tokens, 0.0), hear)
 
-    def hear(piece: Piece) -> None:
-        if piece.error is not None:
-            raise SystemExit(piece.error)
-        if piece.reason is not None:
-            made[0] += piece.tokens
+    def hear(chunk: AnswerChunk) -> None:
+        if chunk.error is not None:
+            raise SystemExit(chunk.error)
+        if chunk.finish_reason is not None:
+            made[0] += chunk.tokens
             done.release()
             send()
 
@@ -346,14 +346,14 @@ def contest(
     for name in names:
         pools[0].register(name, root / name)
     adapters = ServedAdapters(pools[1], root, ("base",))
-    adapters.scan()
+    adapters.sync_with_folder()
     engine = Engine(
         models[1],
         copy.deepcopy(tokenizer),
         adapters,
         rows=args.clients,
         length=256,
-        most_waiting=args.clients,
+        max_waiting=args.clients,
     )
     ways: dict[str, Callable[[Sequence[Case]], int]] = {
         "set_adapter + generate": lambda cases: in_turn(alone, cases),

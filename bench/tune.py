@@ -10,7 +10,7 @@ follow after the tiles of their problem. A candidate that spills a register, cra
 computes a wrong result is named in ``tune.csv`` and excluded.
 
 After each problem, ``<arch>.json`` is rewritten. The library reads this table from the folder that
-``FASTLORA_MEASURED`` names, or from ``kernels/measured`` (`kernels/row_files.py`).
+``FASTLORA_MEASURED`` names, or from ``kernels/measured`` (`kernels/config_files.py`).
 
 A first process watches a second one that measures. If the second process dies, the first starts
 another one without the candidate that killed it. Candidates are first compiled and tried in a pool
@@ -43,10 +43,10 @@ from fastlora.bench.contenders import Contender
 from fastlora.bench.harness import error_text
 from fastlora.bench.modes import MODES
 from fastlora.bench.shapes import Point
-from fastlora.kernels import configs, launch, measurements, row_files, tables
-from fastlora.kernels.chips import Chip, Row, chip_of
-from fastlora.kernels.row_files import Entry
-from fastlora.ops.layout import columns_of
+from fastlora.kernels import config_files, config_tables, configs, launch, measurements
+from fastlora.kernels.chips import Chip, ConfigRow, chip_of
+from fastlora.kernels.config_files import FileRow
+from fastlora.ops.layout import padded_rank
 
 TRY_SECONDS = 60.0  # for all candidates of a group: compiling each, and running it once
 NO_ANSWER = "error: no answer"
@@ -89,7 +89,7 @@ LAUNCHES = {
     },
 }
 PLANS = {  # the launches with tuned plans, by mode
-    mode: [name for name in launches if name in tables.PLANNED]
+    mode: [name for name in launches if name in config_tables.PLANNED]
     for mode, launches in LAUNCHES.items()
 }
 FORCED = {"train": ("lora_linear", "lora_grad_x")}  # plans of a training step, else `PLANS`
@@ -112,11 +112,11 @@ def groups(problems: Sequence[Point]) -> list[Point]:
     return found
 
 
-def candidates(chip: Chip, dtype: torch.dtype, point: Point, near: int) -> list[Entry]:
+def candidates(chip: Chip, dtype: torch.dtype, point: Point, near: int) -> list[FileRow]:
     """Return the candidates at a point of `groups`: today's choice, then its nearest variants."""
     name, is_plan = group_of(point)
     asked, kind = LAUNCHES[point.mode][name].sizes, "half" if dtype.itemsize == 2 else "ieee"
-    r = columns_of(point.r) if point.adapters else point.r
+    r = padded_rank(point.r) if point.adapters else point.r
     limits = {"max_m": point.m, "n": point.n, "k": point.k, "max_r": r}
     if is_plan:
         if point.adapters:
@@ -124,35 +124,35 @@ def candidates(chip: Chip, dtype: torch.dtype, point: Point, near: int) -> list[
         sizes = {"m": point.m, "n": point.n, "k": point.k, "r": point.r}
         today = configs.plan_of(chip, name, dtype, **sizes, slots=max(1, point.adapters))
         plans = sorted(("fused", "split"), key=lambda plan: plan != today)
-        return [Entry(name, kind, Row(**limits, plan=plan)) for plan in plans]
+        return [FileRow(name, kind, ConfigRow(**limits, plan=plan)) for plan in plans]
     limits = {c: v for c, v in limits.items() if c.removeprefix("max_") in asked}
     sizes = {column.removeprefix("max_"): value for column, value in limits.items()}
     config = configs.choose(chip, name, dtype, **sizes)
     tile = {c: getattr(config, c) for c in ("block_m", "block_n", "block_k", "num_warps")}
-    block_r, most = config.block_r, tables.max_splits(name)
-    today = Row(
+    block_r, most = config.block_r, config_tables.max_splits(name)
+    today = ConfigRow(
         **tile,
         num_stages=config.num_stages,
         blocks_r=(block_r,) if block_r else (),
         splits=config.splits if most > 1 else 0,
         **limits,
     )
-    rows = [row for row in tables.candidates_of(chip.family)[name, kind] if row.num_warps]
-    if not tables.cuts_rows(name):
+    rows = [row for row in config_tables.candidates_of(chip.family)[name, kind] if row.num_warps]
+    if not config_tables.cuts_rows(name):
         rows = [row for row in rows if row.block_m == today.block_m]
     own = {"blocks_r": today.blocks_r, "splits": today.splits, **limits}
     starts = [today, *(replace(row, **own) for row in rows)]
     found = list(starts)
     for _ in range(near):
-        starts = [moved for row in starts for moved in _moved(row, tables.cuts_rows(name))]
+        starts = [moved for row in starts for moved in _moved(row, config_tables.cuts_rows(name))]
         found += starts
     tallest = max(16, 1 << (point.m - 1).bit_length(), today.block_m)
     every = [row for row in dict.fromkeys(found) if row.block_m <= tallest]
-    ones = (Entry(name, kind, row) for row in every)
+    ones = (FileRow(name, kind, row) for row in every)
     return [one for one in ones if not measurements.fault_of(chip, one)]
 
 
-def _moved(row: Row, with_rows: bool) -> Iterator[Row]:
+def _moved(row: ConfigRow, with_rows: bool) -> Iterator[ConfigRow]:
     """Yield the row with one column at a time changed by a step."""
     for column in ("block_m", "block_n", "block_k", "num_warps", "splits"):
         value = getattr(row, column)
@@ -161,7 +161,7 @@ def _moved(row: Row, with_rows: bool) -> Iterator[Row]:
     yield from (replace(row, num_stages=n) for n in (row.num_stages - 1, row.num_stages + 1) if n)
 
 
-def name_of(one: Entry) -> str:
+def name_of(one: FileRow) -> str:
     """Return a candidate's name in ``tune.csv``."""
     row = one.row
     if row.plan:
@@ -171,10 +171,10 @@ def name_of(one: Entry) -> str:
     return f"{tile} r{block_r} w{row.num_warps} s{row.num_stages} p{row.splits}"
 
 
-def run_with(ones: Sequence[Entry], problem: Any, mode: str) -> Any:
+def run_with(ones: Sequence[FileRow], problem: Any, mode: str) -> Any:
     """Solve a problem with candidate rows preceding the table, then restore the table."""
     arch = chip_of(problem.x.device).arch
-    with mock.patch.dict(tables.MEASURED), mock.patch.object(launch, "_KEEPS", False):
+    with mock.patch.dict(config_tables.MEASURED), mock.patch.object(launch, "_CAN_CACHE", False):
         measurements.put_first(arch, ones, "candidate")
         _forget()
         try:
@@ -183,11 +183,11 @@ def run_with(ones: Sequence[Entry], problem: Any, mode: str) -> Any:
             _forget()
 
 
-def forced(one: Entry, point: Point) -> list[Entry]:
+def forced(one: FileRow, point: Point) -> list[FileRow]:
     """Return the plans under which a candidate's launch runs, or a plan's companions."""
     plan = LAUNCHES[point.mode][one.launch].plan if not one.row.plan else "split"
     planned = FORCED.get(point.mode, PLANS[point.mode])
-    return [Entry(name, one.kind, Row(max_m=point.m, plan=plan)) for name in planned]
+    return [FileRow(name, one.kind, ConfigRow(max_m=point.m, plan=plan)) for name in planned]
 
 
 def _forget() -> None:
@@ -200,11 +200,11 @@ def _drawn(point: Point, dtype: torch.dtype, device: torch.device) -> Any:
     return MODES[point.mode].draw(point, dtype, device, "triton")
 
 
-def tried(ones: Sequence[Entry], point: Point, dtype: torch.dtype, device: torch.device) -> str:
+def tried(ones: Sequence[FileRow], point: Point, dtype: torch.dtype, device: torch.device) -> str:
     """Run a candidate once in a process of the pool; return a reason to exclude it, or ""."""
     torch.set_num_threads(1)
     try:
-        with launch.recorded() as launches:
+        with launch.record_calls() as launches:
             run_with(ones, _drawn(point._replace(layer=""), dtype, device), point.mode)
             if device.type == "cuda":
                 torch.cuda.synchronize()
@@ -225,7 +225,7 @@ class Tuner(linear.Bench):
         self.groups = groups(shapes.tiny_tune_points() if args.dry_run else shapes.tune_points())
         self.table = args.out.with_name(f"{self.chip.arch}.json")
         self.pool: Any = None
-        self.ones: dict[Point, dict[str, Entry]] = {}
+        self.ones: dict[Point, dict[str, FileRow]] = {}
         super().__init__(args)
 
     def contenders_for(self, point: Point) -> Sequence[Contender]:
@@ -251,7 +251,7 @@ class Tuner(linear.Bench):
     def _run(self, point: Point, name: str, problem: Any) -> Any:
         return run_with(self._rows(point, name), problem, point.mode)
 
-    def _rows(self, point: Point, name: str) -> list[Entry]:
+    def _rows(self, point: Point, name: str) -> list[FileRow]:
         """Return a candidate and the rows that it needs; for a plan, the best tiles so far."""
         own = self.ones[point][name]
         return [own, *forced(own, point), *(self._tiles() if own.row.plan else ())]
@@ -316,10 +316,10 @@ class Tuner(linear.Bench):
             best = good[today]
         return best["contender"], float(best["median_us"]), before
 
-    def _tiles(self) -> list[Entry]:
+    def _tiles(self) -> list[FileRow]:
         return [one for one, _ in self._found() if not one.row.plan]
 
-    def _found(self) -> list[tuple[Entry, dict[str, Any]]]:
+    def _found(self) -> list[tuple[FileRow, dict[str, Any]]]:
         """Return the best candidate of each finished group, narrow limits first, with notes."""
         found = []
         for point in self.groups:
@@ -333,7 +333,7 @@ class Tuner(linear.Bench):
 
     def write_table(self) -> None:
         """Rewrite the table atomically: a reader finds the old table or the new one."""
-        rows = [row_files.columns_of(one) | notes for one, notes in self._found()]
+        rows = [config_files.columns_of(one) | notes for one, notes in self._found()]
         about = {
             n: self.file.common[n] for n in ("card", "driver", "torch", "triton", "commit", "tests")
         }

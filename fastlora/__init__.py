@@ -6,7 +6,7 @@ from importlib.machinery import ModuleSpec as _ModuleSpec
 from pathlib import Path as _Path
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 
-import fastlora.integrations.as_peft  # registers fastlora's classes with PEFT
+import fastlora.integrations.peft_registration  # registers fastlora's classes with PEFT
 import fastlora.integrations.transformers  # noqa: F401 - adds fastlora's models to its pipelines
 from fastlora import functional
 from fastlora.init.configs import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig
@@ -39,9 +39,9 @@ from fastlora.model.reduce import (
     save_as_lora,
 )
 from fastlora.model.status import get_layer_status, get_model_status
-from fastlora.ops.conditions import batch_invariant
+from fastlora.ops.execution_mode import batch_invariant
 from fastlora.pool import AdapterPool
-from fastlora.pool.refresh import refresh
+from fastlora.pool.cache_invalidation import refresh
 from fastlora.routing.block import adapters
 from fastlora.train import (
     AdapterOptimizers,
@@ -125,7 +125,7 @@ PeftModel = LoraModel
 __version__ = "0.1.0"
 
 
-def _register_checkout() -> None:
+def _make_checkout_importable() -> None:
     """Make the folders `kernels/` and `bench/` of a source checkout importable from fastlora.
 
     They become the packages `fastlora.kernels` and `fastlora.bench`. In a source checkout, these
@@ -141,7 +141,7 @@ def _register_checkout() -> None:
         globals()[name] = _sys.modules[spec.name] = _util.module_from_spec(spec)
 
 
-_register_checkout()
+_make_checkout_importable()
 
 __all__ = [
     "AdapterOptimizers",

@@ -26,7 +26,7 @@ def batch_invariant() -> bool:
     return os.environ.get("FASTLORA_BATCH_INVARIANT", "0").lower() in ("1", "true", "on", "yes")
 
 
-def plan() -> str:
+def default_plan() -> str:
     """Return the default plan for calls that do not specify a plan, from ``FASTLORA_PLAN``.
 
     A plan selects the kernels of a LoRA layer; see `fastlora.functional.lora_linear`. The default
@@ -35,7 +35,7 @@ def plan() -> str:
     return os.environ.get("FASTLORA_PLAN", "auto").lower() or "auto"
 
 
-def measured_folder() -> Path | None:
+def measured_configs_folder() -> Path | None:
     """Return the folder with tables of measured kernel configurations, or None if it is not set.
 
     The folder is set by ``FASTLORA_MEASURED``.
@@ -44,7 +44,7 @@ def measured_folder() -> Path | None:
     return Path(named) if named else None
 
 
-def in_use() -> dict[str, str]:
+def variables_in_use() -> dict[str, str]:
     """Return a dict that maps each of fastlora's variables that is set to its value.
 
     The values of secrets are replaced by ``"(set)"``.
@@ -63,7 +63,7 @@ def cache_dir() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "fastlora"
 
 
-def api_key() -> str | None:
+def server_api_key() -> str | None:
     """Return the API key that clients of ``fastlora serve`` must send, or None if it is not set.
 
     The key is set by ``FASTLORA_API_KEY``. It may be an empty string.
@@ -71,7 +71,7 @@ def api_key() -> str | None:
     return os.environ.get("FASTLORA_API_KEY")
 
 
-def admin_key() -> str | None:
+def server_admin_key() -> str | None:
     """Return the admin key of ``fastlora serve``, or None if it is not set.
 
     Clients must send this key to change the server's adapters. It is set by ``FASTLORA_ADMIN_KEY``.
@@ -79,13 +79,13 @@ def admin_key() -> str | None:
     return os.environ.get("FASTLORA_ADMIN_KEY")
 
 
-def sets_allocator() -> bool:
+def user_configured_allocator() -> bool:
     """Return whether the user has configured glibc's allocator with an environment variable."""
     names = ("GLIBC_TUNABLES", "MALLOC_ARENA_MAX", "MALLOC_MMAP_THRESHOLD_")
     return any(name in os.environ for name in (*names, "MALLOC_TRIM_THRESHOLD_"))
 
 
-def prepare_demo_process() -> None:
+def set_offline_demo_variables() -> None:
     """Set the variables that disable network access and log output in the demo.
 
     Call this function before the demo imports other libraries. The demo's model is on disk, so it
@@ -107,7 +107,7 @@ def hide_library_progress_bars() -> None:
         os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
 
 
-def quiet_imports() -> None:
+def silence_import_warnings() -> None:
     """Silence the warnings that dependencies of transformers and PEFT log when they are imported.
 
     Commands call this function before they import these libraries. The warnings are about missing

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from fastlora.autograd.adapter import run_adapter
-from fastlora.ops.conditions import Conditions, conditions_of
+from fastlora.ops.execution_mode import ExecutionMode, execution_mode_of
 from fastlora.ops.factors import Base, Factors
 from fastlora.ops.plans import PLANS
 from fastlora.validation import check_dropout, check_floating, check_same_device, check_shape
@@ -71,8 +71,10 @@ def lora_linear(
         check_floating("bias", bias)
         check_shape("bias", bias, (weight.shape[0],))
     factors = Factors(lora_a, lora_b, _scaling_tensor(scaling, x, lora_a.shape[0]), None, dropout_p)
-    conditions = conditions_of(x, impl, plan)
-    return run_adapter(_rounded(x, conditions), Base(weight, bias), factors, conditions, plan)
+    conditions = execution_mode_of(x, impl, plan)
+    return run_adapter(
+        _cast_for_autocast(x, conditions), Base(weight, bias), factors, conditions, plan
+    )
 
 
 def lora_add(
@@ -116,11 +118,13 @@ def lora_add(
     check_shape("y", y, (*x.shape[:-1], lora_b.shape[0]))
     check_same_device(x, y=y)
     factors = Factors(lora_a, lora_b, _scaling_tensor(scaling, x, lora_a.shape[0]), None, dropout_p)
-    conditions = conditions_of(x, impl)
-    return run_adapter(_rounded(x, conditions), Base(y=y, inplace=inplace), factors, conditions)
+    conditions = execution_mode_of(x, impl)
+    return run_adapter(
+        _cast_for_autocast(x, conditions), Base(y=y, inplace=inplace), factors, conditions
+    )
 
 
-def _rounded(x: torch.Tensor, conditions: Conditions) -> torch.Tensor:
+def _cast_for_autocast(x: torch.Tensor, conditions: ExecutionMode) -> torch.Tensor:
     return x if conditions.autocast is None else x.to(conditions.autocast)
 
 

@@ -33,24 +33,24 @@ _PLAIN = re.compile(r"[\w.-]+")
 _COUNT = re.compile(r"[{,]\s*(\d+)")
 
 
-class _Bounded:
+class _BoundedMatchingState:
     """The state of a `bounded_matching` block: the time spent, and the compiled patterns.
 
     Attributes:
-        ends: Maps the ``id()`` of a collection of patterns to a tuple (collection, index of the
-            collection). The reference to the collection prevents the id from being reused.
+        suffix_indexes: Maps the ``id()`` of a collection of patterns to a tuple (collection, index
+            of the collection). The reference to the collection prevents the id from being reused.
     """
 
     def __init__(self) -> None:
-        self.ends: dict[int, tuple[Collection[str], _Ends]] = {}
+        self.suffix_indexes: dict[int, tuple[Collection[str], _SuffixIndex]] = {}
         self._compiled: dict[str, Any] = {}
-        # CPU seconds: the sum over the outermost `timed` blocks that have ended, and the start of
-        # the open one.
+        # CPU seconds: the sum over the outermost `count_matching_time` blocks that have ended, and
+        # the start of the open one.
         self._seconds = 0.0
         self._start: float | None = None
 
     @contextlib.contextmanager
-    def timed(self, field: str) -> Iterator[None]:
+    def count_matching_time(self, field: str) -> Iterator[None]:
         """Add the CPU time of a ``with`` block to the time spent on matching.
 
         The time of nested blocks is counted only once.
@@ -81,7 +81,7 @@ class _Bounded:
                 f"{MATCHING_SECONDS:g} s"
             )
 
-    def compiled(self, field: str, pattern: str, expression: str) -> Any:
+    def compile_with_pcre2(self, field: str, pattern: str, expression: str) -> Any:
         """Compile a regular expression with PCRE2, and cache the result.
 
         Args:
@@ -108,7 +108,7 @@ class _Bounded:
                 "pcre2; install it with: pip install pcre2"
             ) from error
         # PCRE2 accepts limits only at the start of a pattern, so later ones cannot override these.
-        steps = min(_STEPS, _CHARACTERS // _expanded_length(pattern, expression))
+        steps = min(_STEPS, _CHARACTERS // _max_expanded_length(pattern, expression))
         limits = f"(*LIMIT_MATCH={steps})(*LIMIT_HEAP={_HEAP_KIB})"
         try:
             found = pcre2.compile(f"{limits}(?:{expression})", jit=False)
@@ -121,8 +121,8 @@ class _Bounded:
         return found
 
     def match(self, field: str, pattern: str, expression: str, name: str, *, whole: bool) -> Any:
-        compiled = self.compiled(field, pattern, expression)
-        import pcre2  # installed: `compiled` has imported it
+        compiled = self.compile_with_pcre2(field, pattern, expression)
+        import pcre2  # installed: `compile_with_pcre2` has imported it
 
         try:
             return compiled.fullmatch(name) if whole else compiled.match(name)
@@ -132,7 +132,9 @@ class _Bounded:
             ) from error
 
 
-_bounded: ContextVar[_Bounded | None] = ContextVar("fastlora_bounded_matching", default=None)
+_bounded: ContextVar[_BoundedMatchingState | None] = ContextVar(
+    "fastlora_bounded_matching", default=None
+)
 
 
 @contextlib.contextmanager
@@ -145,14 +147,14 @@ def bounded_matching() -> Iterator[None]:
     if _bounded.get() is not None:
         yield
         return
-    token = _bounded.set(_Bounded())
+    token = _bounded.set(_BoundedMatchingState())
     try:
         yield
     finally:
         _bounded.reset(token)
 
 
-def timed(field: str) -> contextlib.AbstractContextManager[None]:
+def count_matching_time(field: str) -> contextlib.AbstractContextManager[None]:
     """Return a context manager that adds the time of its block to the time spent on matching.
 
     The block raises `CheckpointError` at its end if the time limit is exceeded. Each match inside
@@ -164,7 +166,7 @@ def timed(field: str) -> contextlib.AbstractContextManager[None]:
         field: Name of the config field, for error messages.
     """
     bounded = _bounded.get()
-    return contextlib.nullcontext() if bounded is None else bounded.timed(field)
+    return contextlib.nullcontext() if bounded is None else bounded.count_matching_time(field)
 
 
 def check_pattern(field: str, pattern: str) -> None:
@@ -178,9 +180,9 @@ def check_pattern(field: str, pattern: str) -> None:
     """
     bounded = _bounded.get()
     if bounded is not None:
-        with bounded.timed(field):
+        with bounded.count_matching_time(field):
             if not _PLAIN.fullmatch(pattern):
-                bounded.compiled(field, pattern, pattern)
+                bounded.compile_with_pcre2(field, pattern, pattern)
         return
     try:
         re.compile(pattern)
@@ -190,12 +192,12 @@ def check_pattern(field: str, pattern: str) -> None:
         ) from error
 
 
-def matches_whole(field: str, pattern: str, name: str) -> bool:
+def matches_whole_name(field: str, pattern: str, name: str) -> bool:
     """Return whether a pattern matches an entire module name."""
     return _match(field, pattern, "{}", name, whole=True) is not None
 
 
-def matches_components(field: str, pattern: str, name: str) -> bool:
+def matches_name_components(field: str, pattern: str, name: str) -> bool:
     """Return whether a pattern matches one or more consecutive components of a module name.
 
     The components of a name are separated by dots.
@@ -203,7 +205,7 @@ def matches_components(field: str, pattern: str, name: str) -> bool:
     return _match(field, pattern, r"(^|.*\.){}($|\..*)", name) is not None
 
 
-def layer_index(field: str, pattern: str, name: str) -> int | None:
+def layer_index_in_name(field: str, pattern: str, name: str) -> int | None:
     """Return the number that follows the first match of a pattern in a module name, or None.
 
     For example, it is 3 for the pattern "layers" and the name "model.layers.3.mlp".
@@ -213,7 +215,7 @@ def layer_index(field: str, pattern: str, name: str) -> int | None:
     return None if index is None else int(index)
 
 
-def first_at_end(field: str, patterns: Collection[str], name: str) -> str | None:
+def first_suffix_match(field: str, patterns: Collection[str], name: str) -> str | None:
     """Return the first pattern that matches the end of a module name, or None if none matches.
 
     A pattern must match one or more of the last components of the name, or the entire name. Inside
@@ -226,11 +228,13 @@ def first_at_end(field: str, patterns: Collection[str], name: str) -> str | None
     """
     if not patterns:
         return None
-    with timed(field):
-        return _ends_of(field, patterns).first(name)
+    with count_matching_time(field):
+        return _suffix_index(field, patterns).first_match(name)
 
 
-def matching_no_end(field: str, patterns: Collection[str], names: Iterable[str]) -> list[str]:
+def patterns_matching_no_suffix(
+    field: str, patterns: Collection[str], names: Iterable[str]
+) -> list[str]:
     """Return a list of the patterns that do not match the end of any of the given module names.
 
     Args:
@@ -241,14 +245,16 @@ def matching_no_end(field: str, patterns: Collection[str], names: Iterable[str])
     if not patterns:
         return []
     names = list(names)
-    with timed(field):
-        ends = _ends_of(field, patterns)
-        found = {pattern for name in names for pattern in ends.plain(name)}
-        found |= {e for e in ends.expressions if any(ends.matches(e, name) for name in names)}
+    with count_matching_time(field):
+        index = _suffix_index(field, patterns)
+        found = {pattern for name in names for pattern in index.matching_plain_patterns(name)}
+        found |= {
+            e for e in index.expressions if any(index.expression_matches(e, name) for name in names)
+        }
         return [pattern for pattern in patterns if pattern not in found]
 
 
-class _Ends:
+class _SuffixIndex:
     """An index of a config field's patterns, for matching them against the ends of module names.
 
     Patterns that are plain names are looked up in dicts. All other patterns are matched one by one.
@@ -262,7 +268,7 @@ class _Ends:
         # Maps the lengths of the parts between dots to a dict of patterns and their positions.
         self._plain: dict[tuple[int, ...], dict[str, int]] = {}
         self.expressions: dict[str, int] = {}
-        with timed(field):
+        with count_matching_time(field):
             for place, pattern in enumerate(patterns):
                 if _PLAIN.fullmatch(pattern):
                     lengths = tuple(map(len, pattern.split(".")))
@@ -270,39 +276,39 @@ class _Ends:
                 else:
                     self.expressions[pattern] = place
 
-    def plain(self, name: str) -> dict[str, int]:
-        """Return a dict that maps each matching plain pattern to its position in the field."""
+    def matching_plain_patterns(self, name: str) -> dict[str, int]:
+        """Return a dict that maps each plain pattern matching the end of a name to its position."""
         found = {}
-        with timed(self._field):
+        with count_matching_time(self._field):
             for lengths, patterns in self._plain.items():
-                end = _end_with_dots(name, lengths)
+                end = _dotted_suffix(name, lengths)
                 if end in patterns:
                     found[end] = patterns[end]
         return found
 
-    def matches(self, expression: str, name: str) -> bool:
+    def expression_matches(self, expression: str, name: str) -> bool:
         """Return whether a regular expression matches the last components of a module name."""
         return _match(self._field, expression, r"(.*\.)?({})$", name) is not None
 
-    def first(self, name: str) -> str | None:
+    def first_match(self, name: str) -> str | None:
         """Return the first pattern of the field that matches the end of a module name, or None."""
-        plain = self.plain(name)
+        plain = self.matching_plain_patterns(name)
         best = min(plain, key=plain.__getitem__, default=None)
         for expression, place in self.expressions.items():
             if best is not None and plain[best] < place:
                 break
-            if self.matches(expression, name):
+            if self.expression_matches(expression, name):
                 return expression
         return best
 
 
-def _ends_of(field: str, patterns: Collection[str]) -> _Ends:
+def _suffix_index(field: str, patterns: Collection[str]) -> _SuffixIndex:
     bounded = _bounded.get()
     if bounded is None:
-        return _Ends(field, patterns)
-    if id(patterns) not in bounded.ends:
-        bounded.ends[id(patterns)] = patterns, _Ends(field, patterns)
-    return bounded.ends[id(patterns)][1]
+        return _SuffixIndex(field, patterns)
+    if id(patterns) not in bounded.suffix_indexes:
+        bounded.suffix_indexes[id(patterns)] = patterns, _SuffixIndex(field, patterns)
+    return bounded.suffix_indexes[id(patterns)][1]
 
 
 def _match(field: str, pattern: str, form: str, name: str, *, whole: bool = False) -> Any:
@@ -315,7 +321,7 @@ def _match(field: str, pattern: str, form: str, name: str, *, whole: bool = Fals
         name: The module name.
         whole: Whether the expression must match the entire name instead of its beginning.
     """
-    with timed(field):
+    with count_matching_time(field):
         is_plain = _PLAIN.fullmatch(pattern) is not None
         if is_plain and len(pattern) > len(name):
             return None  # keeps `re` from compiling a folder's long pattern
@@ -326,7 +332,7 @@ def _match(field: str, pattern: str, form: str, name: str, *, whole: bool = Fals
         return re.fullmatch(expression, name) if whole else re.match(expression, name)
 
 
-def _expanded_length(pattern: str, expression: str) -> int:
+def _max_expanded_length(pattern: str, expression: str) -> int:
     """Return an upper bound on the length of an expression after PCRE2 has expanded its repeats.
 
     For example, PCRE2 expands ``a{3}`` to ``aaa``.
@@ -339,18 +345,18 @@ def _expanded_length(pattern: str, expression: str) -> int:
     return length
 
 
-def _end_with_dots(name: str, lengths: tuple[int, ...]) -> str | None:
+def _dotted_suffix(name: str, part_lengths: tuple[int, ...]) -> str | None:
     """Return the end of a name as parts of the given lengths, joined with dots.
 
     The character between two parts is replaced by a dot, because a dot in a pattern matches any
     character. Returns None if the first part does not start at the beginning of a component of the
     name.
     """
-    at = start = len(name) - sum(lengths) - len(lengths) + 1
+    at = start = len(name) - sum(part_lengths) - len(part_lengths) + 1
     if start < 0 or (start > 0 and name[start - 1] != "."):
         return None
     parts = []
-    for length in lengths:
+    for length in part_lengths:
         parts.append(name[at : at + length])
         at += length + 1
     return ".".join(parts)

@@ -19,18 +19,18 @@ from torch import nn
 from fastlora.validation import CheckpointError, UnsupportedLayerError
 
 
-def is_sharded(tensor: object) -> bool:
+def is_dtensor(tensor: object) -> bool:
     """Return whether a tensor is a DTensor, even if it is replicated."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
-def local(parameter: Any) -> torch.Tensor:
+def local_shard(parameter: Any) -> torch.Tensor:
     """Return this process's shard of a DTensor. Return a parameter that is not a DTensor unchanged.
 
     If the parameter requires a gradient, autograd records the operation.
     """
-    if not is_sharded(parameter):
+    if not is_dtensor(parameter):
         return parameter
     if torch.is_grad_enabled() and parameter.requires_grad:
         return parameter.to_local()
@@ -38,10 +38,10 @@ def local(parameter: Any) -> torch.Tensor:
         return parameter.to_local()
 
 
-def own(parameter: Any) -> torch.Tensor:
-    """Return this process's shard of a DTensor as a plain tensor.
+def to_local_summing_grads(parameter: Any) -> torch.Tensor:
+    """Return this process's shard of a DTensor; a replicated one sums its gradients in backward.
 
-    If the parameter is replicated, the backward pass sums its gradients over all processes.
+    The result is a plain tensor. The sum is over all processes.
     """
     is_whole = all(placement.is_replicate() for placement in parameter.placements)
     if not (is_whole and torch.is_grad_enabled() and parameter.requires_grad):
@@ -54,22 +54,22 @@ def own(parameter: Any) -> torch.Tensor:
     return whole.to_local(grad_placements=[Partial()])
 
 
-def several_processes() -> bool:
+def has_multiple_processes() -> bool:
     """Return whether `torch.distributed` is initialized with more than one process."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def unwrapped(model: Any) -> Any:
-    """Return the model inside DistributedDataParallel. Return any other model unchanged."""
+def unwrap_ddp(model: Any) -> Any:
+    """Return the model inside DistributedDataParallel, or any other model unchanged."""
     return model.module if type(model).__name__ == "DistributedDataParallel" else model
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
+def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """Gather a DTensor, and return the full tensor. Return a plain tensor unchanged.
 
     For a DTensor, every process of its device mesh must call this function.
     """
-    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+    return tensor.full_tensor() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def total_norm(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -81,11 +81,11 @@ def total_norm(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
     Args:
         gradients: Plain tensors and DTensors, on any device meshes.
     """
-    norms = [whole(nn.utils.get_total_norm(part)) for part in _by_mesh(gradients)]
+    norms = [full_tensor(nn.utils.get_total_norm(part)) for part in _group_by_mesh(gradients)]
     return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
 
 
-def clip_with_norm_(
+def clip_grads_with_norm_(
     parameters: Sequence[torch.Tensor], max_norm: float, norm: torch.Tensor
 ) -> None:
     """Scale gradients in place so that their total norm is at most ``max_norm``.
@@ -97,7 +97,7 @@ def clip_with_norm_(
         norm: Total norm of the gradients, from `total_norm`.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
-    if not any(map(is_sharded, gradients)):
+    if not any(map(is_dtensor, gradients)):
         nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
         return
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)  # as torch does
@@ -105,19 +105,19 @@ def clip_with_norm_(
         gradient.mul_(scale.to(gradient.device))
 
 
-def _by_mesh(tensors: Iterable[torch.Tensor]) -> list[list[torch.Tensor]]:
+def _group_by_mesh(tensors: Iterable[torch.Tensor]) -> list[list[torch.Tensor]]:
     """Group tensors by their device mesh, and return a list of the groups.
 
     Plain tensors form a group of their own. Groups are in order of first appearance.
     """
     parts: dict[Any, list[torch.Tensor]] = {}
     for tensor in tensors:
-        mesh = tensor.device_mesh if is_sharded(tensor) else None  # type: ignore[attr-defined]
+        mesh = tensor.device_mesh if is_dtensor(tensor) else None  # type: ignore[attr-defined]
         parts.setdefault(mesh, []).append(tensor)
     return list(parts.values())
 
 
-class Gathering:
+class ShardedSave:
     """Coordinates the processes of a sharded model while the model is saved.
 
     All processes gather the tensors together, and one process writes the files. Then all processes
@@ -129,20 +129,22 @@ class Gathering:
     """
 
     def __init__(self, parameters: Iterable[torch.Tensor]) -> None:
-        meshes = [p.device_mesh for p in parameters if is_sharded(p)]  # type: ignore[attr-defined]
+        meshes = [p.device_mesh for p in parameters if is_dtensor(p)]  # type: ignore[attr-defined]
         self._mesh: Any = max(meshes, key=lambda mesh: mesh.size()) if meshes else None
 
     @property
-    def needed(self) -> bool:
+    def is_model_sharded(self) -> bool:
         """Whether the model is sharded, so that every process must participate."""
         return self._mesh is not None
 
     @property
-    def writes(self) -> bool:
+    def is_writer(self) -> bool:
         """Whether this process writes the files."""
         return self._mesh is None or not any(self._mesh.get_coordinate())
 
-    def tensors(self, tensors: Mapping[str, torch.Tensor], keep: bool) -> dict[str, torch.Tensor]:
+    def gather_full_tensors(
+        self, tensors: Mapping[str, torch.Tensor], return_tensors: bool
+    ) -> dict[str, torch.Tensor]:
         """Gather DTensors one at a time, and return a dict that maps each name to the full tensor.
 
         Gathered tensors are on the CPU. Plain tensors are returned unchanged.
@@ -150,8 +152,8 @@ class Gathering:
         Args:
             tensors: Maps names to tensors. Every process must pass the same DTensors in the same
                 order.
-            keep: Whether to return the tensors. If False, the process participates in the gathering
-                but returns an empty dict.
+            return_tensors: Whether to return the tensors. If False, the process participates in the
+                gathering but returns an empty dict.
 
         Raises:
             CheckpointError: One of the tensors is a DTensor, but no parameter of the model is a
@@ -159,16 +161,16 @@ class Gathering:
         """
         found: dict[str, torch.Tensor] = {}
         for name, tensor in tensors.items():
-            if self._mesh is None and is_sharded(tensor):
+            if self._mesh is None and is_dtensor(tensor):
                 raise CheckpointError(
                     f"state_dict does not contain {name!r}, and the model has only a shard of it"
                 )
-            full = whole(tensor.detach()).cpu() if is_sharded(tensor) else tensor
-            if keep:
+            full = full_tensor(tensor.detach()).cpu() if is_dtensor(tensor) else tensor
+            if return_tensors:
                 found[name] = full
         return found
 
-    def finish(self, error: Exception | None) -> None:
+    def wait_for_all_or_raise(self, error: Exception | None) -> None:
         """Wait until every process has called this method, and raise an error if a write failed.
 
         Args:
@@ -191,14 +193,14 @@ class Gathering:
             raise CheckpointError("the process that writes the files failed; see its error")
 
 
-def copy_whole_(target: torch.Tensor, source: torch.Tensor) -> None:
+def copy_full_tensor_(target: torch.Tensor, source: torch.Tensor) -> None:
     """Copy a full tensor into a plain tensor or a DTensor, converting it to the target's dtype.
 
     Every process must have all of ``source``. If ``target`` is a DTensor, each process copies its
     own shard without communication. ``source`` may be a DTensor only if it is sharded in the same
     way as ``target``.
     """
-    if not is_sharded(target) or is_sharded(source):
+    if not is_dtensor(target) or is_dtensor(source):
         target.copy_(source)
         return
     from torch.distributed.tensor import Replicate, distribute_tensor
@@ -210,7 +212,7 @@ def copy_whole_(target: torch.Tensor, source: torch.Tensor) -> None:
     target.copy_(copies.redistribute(mesh, any_target.placements))
 
 
-def gathers_parameters() -> bool:
+def uses_fsdp2() -> bool:
     """Return whether `fully_shard` has been called in this process.
 
     If so, a parameter that FSDP2 gathers again may have new values at the same memory address and
@@ -220,20 +222,20 @@ def gathers_parameters() -> bool:
     return fsdp is not None and bool(fsdp.FSDPModule.__subclasses__())
 
 
-def is_fsdp_module(module: nn.Module) -> bool:
+def is_fsdp2_module(module: nn.Module) -> bool:
     """Return whether `fully_shard` has been called on the module itself, not only on a parent."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     return fsdp is not None and isinstance(module, getattr(fsdp, "FSDPModule", ()))
 
 
-def refuse_shards(layer: nn.Module) -> None:
+def raise_if_base_weight_sharded(layer: nn.Module) -> None:
     """Raise `UnsupportedLayerError` if the base weight of a layer is a DTensor.
 
     This is checked in the forward pass. Otherwise, the layer would compute its output with only a
     shard of the weight.
     """
     weight: Any = layer._parameters.get("weight")
-    if is_sharded(weight):
+    if is_dtensor(weight):
         raise UnsupportedLayerError(
             f"the base weight of a {type(layer).__name__} is a DTensor with placements "
             f"{weight.placements} in the forward pass. Under fully_shard(), call the module that "

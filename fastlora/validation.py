@@ -62,7 +62,7 @@ class AdapterTooLargeError(CheckpointError):
 
 
 # The end of error messages about features that PEFT supports and fastlora does not.
-THE_PEFT_WAY = (
+PEFT_MODEL_ALTERNATIVE = (
     "use PEFT for this: model = peft.get_peft_model(model, peft_config), then "
     "fastlora.patch(model), which speeds up the LoRA layers"
 )

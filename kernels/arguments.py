@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fastlora.kernels.tables import MAX_SIBLINGS
+from fastlora.kernels.config_tables import MAX_GROUP_SIZE
 
 
 def strides(name: str, axes: str, tensor: torch.Tensor | None) -> dict[str, int]:
@@ -27,7 +27,7 @@ def numbered(name: str, values: Sequence[Any], unused: Any = None) -> dict[str, 
     ``name`` has a place for the number, as in ``"y{}_ptr"``. Modules that the launch does not have
     get ``unused``.
     """
-    every = [*values, *[unused] * (MAX_SIBLINGS - len(values))]
+    every = [*values, *[unused] * (MAX_GROUP_SIZE - len(values))]
     return {name.format(f"_{i}" if i else ""): value for i, value in enumerate(every)}
 
 

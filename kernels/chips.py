@@ -114,7 +114,7 @@ def _gpu(index: int) -> Chip:
 
 
 @dataclass(frozen=True)
-class Row:
+class ConfigRow:
     """A row of a chip's table: a tile that a launch may use, or a tuner's measurement.
 
     A table maps ``(launch, kind)`` to rows. The launches are those of a chip's file. A kind is
@@ -177,4 +177,4 @@ class Row:
         )
 
 
-Table = dict[tuple[str, str], tuple[Row, ...]]
+Table = dict[tuple[str, str], tuple[ConfigRow, ...]]

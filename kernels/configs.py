@@ -24,9 +24,9 @@ from collections.abc import Sequence
 
 import torch
 
-from fastlora.kernels import measurements, row_files
-from fastlora.kernels.chips import Chip, Row
-from fastlora.kernels.tables import (
+from fastlora.kernels import config_files, measurements
+from fastlora.kernels.chips import Chip, ConfigRow
+from fastlora.kernels.config_tables import (
     CHUNKED,
     GRIDS,
     MAX_RANK_ROWS,
@@ -60,7 +60,7 @@ _TWICE_FROM_RANK = 48
 # A loop is not split into parts with fewer steps than this.
 _MIN_STEPS = 2
 # Bytes per element of a 4-bit quantized weight.
-_CODED_WIDTH = 0.5
+_QUANTIZED_WIDTH = 0.5
 # Launches with row tiles from `piece_rows`.
 _BY_PIECES = ("mixed_lora_shrink", "mixed_lora_expand", "mixed_dora_scale")
 
@@ -75,7 +75,7 @@ def choose(
     n: int = 0,
     k: int = 0,
     r: int = 0,
-    siblings: int = 1,
+    group_size: int = 1,
     input_precision: str = "ieee",
     batch_invariant: bool = False,
 ) -> KernelConfig:
@@ -97,7 +97,7 @@ def choose(
         k: The layer's K.
         r: Rank, or the largest rank of the modules or adapters. For the shrink and d_lora_a of a
             mixed batch, it is the number of rank rows of an adapter in all modules of the launch.
-        siblings: Number of modules in one `lora_grad_a`.
+        group_size: Number of modules in one `lora_grad_a`.
         input_precision: "ieee" or "tf32"; matters for fp32 only.
         batch_invariant: Whether the config must not depend on ``m``.
 
@@ -114,14 +114,14 @@ def choose(
     tiles = [row for row in measured if row.num_warps][:1] or bucket_of(m, rows)
     sizes, width = (m, n, k, r), 4 if dtype == torch.float32 else 2
     if launch in OF_DECODE and m <= FUSED_MAX_ROWS:
-        of_weight = _CODED_WIDTH if launch.startswith("coded_") else width
+        of_weight = _QUANTIZED_WIDTH if launch.startswith("coded_") else width
         row, splits = _of_decode(chip, tiles, sizes, of_weight)
     else:
-        row, splits = _on_grid(chip, launch, tiles, sizes, siblings, width)
+        row, splits = _on_grid(chip, launch, tiles, sizes, group_size, width)
     if row.splits or (batch_invariant and launch in OF_DECODE):
         splits = row.splits or 1
-    block_r = block_r_of(kernel_of(launch), row, r, siblings)
-    return config_of_row(chip, launch, kind, row, block_r, splits, siblings, batch_invariant)
+    block_r = block_r_of(kernel_of(launch), row, r, group_size)
+    return config_of_row(chip, launch, kind, row, block_r, splits, group_size, batch_invariant)
 
 
 @functools.lru_cache(maxsize=16384)
@@ -178,8 +178,8 @@ def reads_twice(config: KernelConfig, n: int, r: int, width: int) -> bool:
     One pass writes and reads a partial sum of ds for each tile of N, 8 bytes per element. For large
     ranks, this is more than a second read of dy, with ``width`` bytes per element.
     """
-    planes = cdiv(n, config.block_n)
-    return r >= _TWICE_FROM_RANK and planes > 1 and 8 * planes * r >= width * n
+    partials = cdiv(n, config.block_n)
+    return r >= _TWICE_FROM_RANK and partials > 1 and 8 * partials * r >= width * n
 
 
 def piece_rows(m: int, batch_invariant: bool = False) -> int:
@@ -213,12 +213,12 @@ def run_rows(chip: Chip, m: int, columns: int, block_m: int) -> int:
     return cdiv(steps, runs) * block_m
 
 
-def _measured(rows: Sequence[Row], m: int, n: int, k: int, r: int) -> list[Row]:
+def _measured(rows: Sequence[ConfigRow], m: int, n: int, k: int, r: int) -> list[ConfigRow]:
     """Return the measurements that cover a problem."""
     return [row for row in rows if row.is_measured and row.covers(m, n, k, r)]
 
 
-def bucket_of(m: int, rows: Sequence[Row]) -> list[Row]:
+def bucket_of(m: int, rows: Sequence[ConfigRow]) -> list[ConfigRow]:
     """Return the candidates for m rows.
 
     Up to 64 rows, the tile covers all of them. For more rows, 64-row tiles are also candidates,
@@ -233,11 +233,11 @@ def bucket_of(m: int, rows: Sequence[Row]) -> list[Row]:
 def _on_grid(
     chip: Chip,
     launch: str,
-    rows: Sequence[Row],
+    rows: Sequence[ConfigRow],
     mnkr: tuple[int, int, int, int],
-    siblings: int,
+    group_size: int,
     width: int,
-) -> tuple[Row, int]:
+) -> tuple[ConfigRow, int]:
     """Return the best row for the problem, and the number of splits of its sums."""
     kernel = kernel_of(launch)
     if kernel not in GRIDS:
@@ -247,7 +247,7 @@ def _on_grid(
     sizes = {"m": m, "n": k if "grad_x" in launch else n, "k": k, "r": r}
     choices = []
     for index, row in enumerate(rows):
-        block_r = block_r_of(kernel, row, r, siblings)
+        block_r = block_r_of(kernel, row, r, group_size)
         blocks = {"m": row.block_m, "n": row.block_n, "k": row.block_k, "r": block_r}
         tiles = {axis: cdiv(sizes[axis], block) for axis, block in blocks.items() if block}
         programs, splits = tiles[first] * tiles[second], 1
@@ -259,8 +259,8 @@ def _on_grid(
             splits *= 2
         if split == "m":
             shared = m * tiles[first] if kernel == "lora_grad_b" and tiles[first] > 1 else 0
-            planes = shared + (splits * sizes[first] if splits > 1 else 0)
-            cost = (tiles["r"], not _fills(chip, splits * programs, loads), planes)
+            partials = shared + (splits * sizes[first] if splits > 1 else 0)
+            cost = (tiles["r"], not _fills(chip, splits * programs, loads), partials)
         else:
             # The first candidate that fills the chip, or else the last one.
             idle = not _fills(chip, (MAX_SPLITS if split else 1) * programs, loads)
@@ -271,8 +271,8 @@ def _on_grid(
 
 
 def _of_decode(
-    chip: Chip, rows: Sequence[Row], mnkr: tuple[int, int, int, int], width: float
-) -> tuple[Row, int]:
+    chip: Chip, rows: Sequence[ConfigRow], mnkr: tuple[int, int, int, int], width: float
+) -> tuple[ConfigRow, int]:
     """Return the row of a linear that reads its weight once, and the number of splits of K.
 
     The row is the widest tile that fills the chip. If no tile does, programs of the narrowest tile
@@ -304,7 +304,7 @@ def _fills(chip: Chip, programs: int, loads: int = 0) -> bool:
     )
 
 
-def _in_flight(kernel: str, row: Row) -> int:
+def _in_flight(kernel: str, row: ConfigRow) -> int:
     """Return the number of elements that a program of a streaming kernel has in flight, or 0."""
     tile = {
         "lora_shrink": row.block_m * row.block_k,
@@ -314,15 +314,15 @@ def _in_flight(kernel: str, row: Row) -> int:
     return max(row.num_stages - 1, 1) * tile
 
 
-def block_r_of(kernel: str, row: Row, r: int, siblings: int = 1) -> int:
+def block_r_of(kernel: str, row: ConfigRow, r: int, group_size: int = 1) -> int:
     """Return the smallest BLOCK_R of a row that holds ``r`` rank rows, or the largest available."""
     blocks = row.blocks_r or (0,)
     if kernel == "lora_grad_a":
-        blocks = tuple(b for b in blocks if siblings * b <= MAX_RANK_ROWS) or blocks[:1]
+        blocks = tuple(b for b in blocks if group_size * b <= MAX_RANK_ROWS) or blocks[:1]
     if kernel in CHUNKED and r > blocks[-1]:
         return max(block for block in blocks if block <= _MAX_CHUNK_R)
     return next((block for block in blocks if r <= block), blocks[-1])
 
 
 for _arch, _path in measurements.files():
-    measurements.put_first(_arch, row_files.read(_path)[0], _path)
+    measurements.put_first(_arch, config_files.read(_path)[0], _path)

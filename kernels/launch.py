@@ -2,10 +2,10 @@
 
 Triton's launcher binds about 40 named arguments, asks for properties of each that the compiler may
 use, and looks up the kernel: 20 to 40 us of host time, for a kernel that may run for 2 us. Before
-that, a plan and configs are chosen. A function under `kept` does all this only once for each cache
-key. The key consists of the dtype, shape, strides, and address modulo 16 of each tensor, and of the
-type and value of each other argument. In later calls, the function allocates the same memory and
-calls the same compiled kernels and products with the new tensors.
+that, a plan and configs are chosen. A function with the decorator `cached_launches` does all this
+only once for each cache key. The key consists of the dtype, shape, strides, and address modulo 16
+of each tensor, and of the type and value of each other argument. In later calls, the function
+allocates the same memory and calls the same compiled kernels and products with the new tensors.
 
 Triton's own launcher is used if something observes or changes launches (profiler hooks,
 ``TRITON_DEBUG``, instrumentation), in Triton's interpreter, and with versions of Triton that this
@@ -32,13 +32,13 @@ from fastlora.env import triton_interpreted
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
-# Triton versions with compiled kernels that can be called as in `_Steps.run`.
+# Triton versions with compiled kernels that can be called as in `_CachedSteps.run`.
 _FIRST, _LAST = (3, 6), (3, 9)
 _VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
-_KEEPS = _FIRST <= _VERSION <= _LAST and not triton_interpreted()
+_CAN_CACHE = _FIRST <= _VERSION <= _LAST and not triton_interpreted()
 # Maximum number of cache keys per function. When it is reached, all are dropped. One key takes
 # about 3 KiB.
-_MAX_LOOKS = 16384
+_MAX_CACHE_KEYS = 16384
 _NUMBERS = frozenset((bool, int, float, str, torch.dtype))
 _PLAIN = _NUMBERS | {type(None)}
 _UNSEEN: Any = object()
@@ -53,7 +53,7 @@ _SEES_SIZES, _SMALL = torch.version.hip is not None, 2**31 - 1
 
 
 class _Call(NamedTuple):
-    """A launch in a function under `kept`; ``compiled`` is the kernel as Triton compiled it."""
+    """A recorded launch; ``compiled`` is the kernel as Triton compiled it."""
 
     kernel: Any
     grid: tuple[int, ...]
@@ -84,7 +84,7 @@ class _Operators(TorchDispatchMode):
 
 
 class _Recording(threading.local):
-    """The recorded calls of a function under `kept`, or None if none is being recorded."""
+    """The calls that are being recorded, or None outside a recording."""
 
     calls: list[_Call | _Product] | None = None
     fresh: list[torch.Tensor]
@@ -126,7 +126,7 @@ def product(function: Callable[..., torch.Tensor], *arguments: torch.Tensor | No
 
 
 @contextlib.contextmanager
-def recorded() -> Iterator[list[Any]]:
+def record_calls() -> Iterator[list[Any]]:
     """Yield the list of launches and products in the block, without using or filling the cache.
 
     The field ``compiled`` of a launch is the kernel that Triton compiled for it.
@@ -138,8 +138,8 @@ def recorded() -> Iterator[list[Any]]:
         _recording.calls, _recording.fresh = None, []
 
 
-class _Steps(NamedTuple):
-    """The steps of a function under `kept` for one cache key.
+class _CachedSteps(NamedTuple):
+    """The cached launches and products of a function for one cache key.
 
     Tensors are numbered in this order: given tensors, allocated tensors, None, results of products,
     and views.
@@ -185,21 +185,21 @@ class _Steps(NamedTuple):
         return result(tensors)
 
 
-def kept(function: Callable[_P, _T]) -> Callable[_P, _T]:
+def cached_launches(function: Callable[_P, _T]) -> Callable[_P, _T]:
     """Cache the launches of a function.
 
     The function may depend only on its arguments, but not on values of tensors, and on the rounding
     of fp32 products. Apart from views, it may use tensors only in `launch`, `empty`, and `product`,
     and it must return tensors that it created. A function that does anything else runs uncached in
-    every call. It may call other functions under `kept`.
+    every call. It may call other functions with this decorator.
 
     The first tensor has the dtype of the products, or a config determines their rounding.
     """
-    looks: dict[Hashable, _Steps | None] = {}
+    cache: dict[Hashable, _CachedSteps | None] = {}
 
     @functools.wraps(function)
     def run(*args: _P.args, **kwargs: _P.kwargs) -> _T:
-        if not _KEEPS or _recording.calls is not None or _is_watched():
+        if not _CAN_CACHE or _recording.calls is not None or _launches_are_observed():
             return function(*args, **kwargs)
         try:
             active = driver.active
@@ -207,22 +207,22 @@ def kept(function: Callable[_P, _T]) -> Callable[_P, _T]:
             return function(*args, **kwargs)
         given: tuple[Any, ...] = (*args, *kwargs.values()) if kwargs else args
         device = active.get_current_device()
-        look: list[Hashable] = [device, len(args), *kwargs]
+        key_parts: list[Hashable] = [device, len(args), *kwargs]
         tensors: list[torch.Tensor] = []
-        _look_at(given, look, tensors)
+        _append_to_cache_key(given, key_parts, tensors)
         addresses = [*map(_address_of, tensors)]
-        look += map(_dtype_of, tensors)
-        look += map(_shape_of, tensors)
-        look += map(_strides_of, tensors)
-        look += [address & 15 for address in addresses]
+        key_parts += map(_dtype_of, tensors)
+        key_parts += map(_shape_of, tensors)
+        key_parts += map(_strides_of, tensors)
+        key_parts += [address & 15 for address in addresses]
         if _SEES_SIZES:
-            look += [tensor.untyped_storage().nbytes() <= _SMALL for tensor in tensors]
+            key_parts += [tensor.untyped_storage().nbytes() <= _SMALL for tensor in tensors]
         if tensors[0].dtype is torch.float32:
-            look.append(_rounding_of_fp32())
+            key_parts.append(_rounding_of_fp32())
         if len(set(addresses)) < len(addresses):  # the same memory twice
-            look += map(addresses.index, addresses)
-        key = tuple(look)
-        steps = looks.get(key, _UNSEEN)
+            key_parts += map(addresses.index, addresses)
+        key = tuple(key_parts)
+        steps = cache.get(key, _UNSEEN)
         if steps is None:
             return function(*args, **kwargs)
         if steps is not _UNSEEN:
@@ -237,16 +237,16 @@ def kept(function: Callable[_P, _T]) -> Callable[_P, _T]:
         finally:
             _recording.calls, _recording.fresh = None, []
         if calls and all(isinstance(c, _Product) or c.compiled is not None for c in calls):
-            if len(looks) >= _MAX_LOOKS:
-                looks.clear()
+            if len(cache) >= _MAX_CACHE_KEYS:
+                cache.clear()
             found = None if operators.computed else _steps(given, tensors, calls, fresh, result)
-            looks[key] = found
+            cache[key] = found
         return result
 
     return run
 
 
-def _is_watched() -> bool:
+def _launches_are_observed() -> bool:
     """Return whether something observes Triton's launches, or changes how kernels are compiled."""
     runtime = knobs.runtime
     try:
@@ -261,17 +261,17 @@ def _is_watched() -> bool:
     )
 
 
-_Picks = Callable[[Sequence[Any]], Sequence[Any]]
-_Sorts = tuple[_Picks, _Picks, tuple[int, ...], _Picks]
+_Picker = Callable[[Sequence[Any]], Sequence[Any]]
+_TypeGroups = tuple[_Picker, _Picker, tuple[int, ...], _Picker]
 
 
 @functools.cache
-def _sorts_of(kinds: tuple[type, ...]) -> _Sorts:
+def _group_by_type(kinds: tuple[type, ...]) -> _TypeGroups:
     """Return how to group values by their types.
 
     The result has a function that picks tensors, a function that picks plain values, the places of
-    sequences, and a function that picks the other values. Other values are configs. `_Steps` keeps
-    them alive, so that no other object gets the same ``id``.
+    sequences, and a function that picks the other values. Other values are configs.
+    `_CachedSteps` keeps them alive, so that no other object gets the same ``id``.
     """
     tensors: list[int] = []
     plain: list[int] = []
@@ -286,35 +286,37 @@ def _sorts_of(kinds: tuple[type, ...]) -> _Sorts:
             sequences.append(place)
         else:
             others.append(place)
-    found = _picks(tensors), _picks(plain), tuple(sequences), _picks(others)
-    return _known_sorts.setdefault(kinds, found)  # `cache` may call this in two threads at once
+    found = _item_picker(tensors), _item_picker(plain), tuple(sequences), _item_picker(others)
+    return _known_groups.setdefault(kinds, found)  # `cache` may call this in two threads at once
 
 
 # Cache keys contain the `id` of these tuples, so the tuples are never deleted.
-_known_sorts: dict[tuple[type, ...], _Sorts] = {}
+_known_groups: dict[tuple[type, ...], _TypeGroups] = {}
 
 
-def _look_at(values: Sequence[Any], look: list[Hashable], tensors: list[torch.Tensor]) -> None:
+def _append_to_cache_key(
+    values: Sequence[Any], key_parts: list[Hashable], tensors: list[torch.Tensor]
+) -> None:
     """Append the properties of values to a cache key, and their tensors to a list."""
-    sorts = _sorts_of((*map(type, values),))
-    tensors_of, plain_of, sequences, others_of = sorts
+    groups = _group_by_type((*map(type, values),))
+    tensors_of, plain_of, sequences, others_of = groups
     tensors += tensors_of(values)
-    look.append(id(sorts))  # represents the number of values and their types
-    look += plain_of(values)
-    look += map(id, others_of(values))
+    key_parts.append(id(groups))  # represents the number of values and their types
+    key_parts += plain_of(values)
+    key_parts += map(id, others_of(values))
     for place in sequences:
         value = values[place]
         if type(value) is tuple and value and type(value[0]) in _NUMBERS:  # all of one type
-            look += type(value[0]), value
+            key_parts += type(value[0]), value
         else:
-            _look_at(value, look, tensors)
+            _append_to_cache_key(value, key_parts, tensors)
 
 
-def _leaves(values: Iterable[Any]) -> Iterator[Any]:
+def _flat_values(values: Iterable[Any]) -> Iterator[Any]:
     """Yield values one by one, including the items of nested sequences."""
     for value in values:
         if isinstance(value, (list, tuple)):
-            yield from _leaves(value)
+            yield from _flat_values(value)
         else:
             yield value
 
@@ -325,18 +327,20 @@ def _steps(
     calls: list[_Call | _Product],
     fresh: list[torch.Tensor],
     result: Any,
-) -> _Steps | None:
-    """Return the steps for other tensors with the same cache key; ``own`` are the given tensors.
+) -> _CachedSteps | None:
+    """Return the `_CachedSteps` of a recording; ``own`` are the given tensors.
 
     The result is None if a tensor was neither given nor created, so that the steps are unknown.
     """
-    returned = [leaf for leaf in _leaves([result]) if leaf is not None]
+    returned = [leaf for leaf in _flat_values([result]) if leaf is not None]
     read = list(returned)
     for call in calls:
         read += call.arguments if isinstance(call, _Product) else call.arguments.values()
     products = [call.made for call in calls if isinstance(call, _Product) and call.made is not None]
     unmade = {id(tensor) for tensor in products}
-    allocated = [t for t in fresh if id(t) not in unmade and any(_holds(t, part) for part in read)]
+    allocated = [
+        t for t in fresh if id(t) not in unmade and any(_contains(t, part) for part in read)
+    ]
     tensors = [*own, *allocated, None, *products]
     # If a tensor was given twice, the last place counts: the cache key says that both are the same.
     places = {id(tensor): place for place, tensor in enumerate(tensors)}
@@ -347,7 +351,7 @@ def _steps(
             if None in sources:
                 return None
             place = -1 if call.made is None else places[id(call.made)]
-            made.append((None, call.function, _picks(sources), place, *[None] * 4))
+            made.append((None, call.function, _item_picker(sources), place, *[None] * 4))
             continue
         names = call.kernel.arg_names
         count = sum(name.endswith("_ptr") for name in names)
@@ -356,7 +360,7 @@ def _steps(
         for value in values[:count]:
             source = places.get(id(value))
             if source is None:
-                owners = [i for i in places.values() if _holds(tensors[i], value)]
+                owners = [i for i in places.values() if _contains(tensors[i], value)]
                 if len(owners) != 1 or id(tensors[owners[0]]) in unmade:
                     return None
                 source = len(tensors) + len(views)
@@ -364,18 +368,22 @@ def _steps(
             sources.append(source)
         x, y, z = (*call.grid, 1, 1)[:3]
         what = call.compiled.function, call.compiled.packed_metadata
-        made.append((call.compiled.run, x, y, z, *what, _picks(sources), tuple(values[count:])))
+        made.append(
+            (call.compiled.run, x, y, z, *what, _item_picker(sources), tuple(values[count:]))
+        )
     if any(places.get(id(leaf), -1) < len(own) for leaf in returned):
         return None
-    alive = [v for v in _leaves(given) if not isinstance(v, torch.Tensor) and type(v) not in _PLAIN]
+    alive = [
+        v for v in _flat_values(given) if not isinstance(v, torch.Tensor) and type(v) not in _PLAIN
+    ]
     alive += [call.compiled for call in calls if isinstance(call, _Call)]
-    return _Steps(
+    return _CachedSteps(
         _empty_on(own[0].device.type),
         tuple((tuple(t.shape), t.stride(), t.dtype) for t in allocated),
         (None,) * (1 + len(products)),
         tuple(views),
         tuple(made),
-        _result_of(result, places),
+        _result_builder(result, places),
         tuple(alive),
     )
 
@@ -390,7 +398,7 @@ def _empty_on(device_type: str) -> Callable[..., torch.Tensor]:
     return allocate
 
 
-def _picks(places: Sequence[int]) -> Callable[[list[Any]], Sequence[Any]]:
+def _item_picker(places: Sequence[int]) -> Callable[[list[Any]], Sequence[Any]]:
     """Return a function that picks the values at the given places, always as a sequence."""
     if len(places) == 1:
         (place,) = places
@@ -398,7 +406,7 @@ def _picks(places: Sequence[int]) -> Callable[[list[Any]], Sequence[Any]]:
     return operator.itemgetter(*places) if places else lambda values: ()
 
 
-def _holds(tensor: torch.Tensor | None, part: Any) -> bool:
+def _contains(tensor: torch.Tensor | None, part: Any) -> bool:
     """Return whether ``part`` is the tensor, or a view that begins within its memory."""
     if tensor is part or tensor is None or not isinstance(part, torch.Tensor):
         return tensor is part
@@ -409,13 +417,13 @@ def _holds(tensor: torch.Tensor | None, part: Any) -> bool:
     return tensor.numel() > 0 and 0 <= part.data_ptr() - tensor.data_ptr() <= end
 
 
-def _result_of(result: Any, places: dict[int, int]) -> Callable[[list[Any]], Any]:
+def _result_builder(result: Any, places: dict[int, int]) -> Callable[[list[Any]], Any]:
     """Return a function that builds a result of the same structure from all tensors."""
     if result is None or isinstance(result, torch.Tensor):
         return operator.itemgetter(places[id(result)])
     make: Any = getattr(result, "_make", type(result))
     if not any(isinstance(item, (list, tuple)) for item in result):
-        pick = _picks([places[id(item)] for item in result])
+        pick = _item_picker([places[id(item)] for item in result])
         return lambda tensors: make(pick(tensors))
-    items = [_result_of(item, places) for item in result]
+    items = [_result_builder(item, places) for item in result]
     return lambda tensors: make([item(tensors) for item in items])

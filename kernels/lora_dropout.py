@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 
 from fastlora.kernels.arguments import strides
-from fastlora.kernels.launch import kept, launch
+from fastlora.kernels.config_tables import KernelConfig, cdiv
+from fastlora.kernels.launch import cached_launches, launch
 from fastlora.kernels.philox import philox_keep_mask
-from fastlora.kernels.tables import KernelConfig, cdiv
 
 
 # M and threshold vary between calls: do not specialize the kernel on 1 or multiples of 16.
@@ -58,7 +58,7 @@ def _lora_dropout_kernel(
     )
 
 
-@kept
+@cached_launches
 def launch_lora_dropout(
     out: torch.Tensor,
     x: torch.Tensor,

@@ -23,7 +23,8 @@ import triton
 import triton.language as tl
 
 from fastlora.kernels.arguments import dropout_of, strides
-from fastlora.kernels.launch import kept, launch
+from fastlora.kernels.config_tables import KernelConfig, cdiv
+from fastlora.kernels.launch import cached_launches, launch
 from fastlora.kernels.modules import (
     Module,
     module_of_tile,
@@ -37,7 +38,6 @@ from fastlora.kernels.rank_rows import (
     scale_rank_columns,
     shrunk_arguments,
 )
-from fastlora.kernels.tables import KernelConfig, cdiv
 
 
 # M and threshold vary between calls: do not specialize the kernel on 1 or multiples of 16.
@@ -91,9 +91,9 @@ def _lora_expand_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    PLANES: tl.constexpr,
+    NUM_PARTIALS: tl.constexpr,
     ONE_RANK_CHUNK: tl.constexpr,
-    SIBLINGS: tl.constexpr,
+    NUM_MODULES: tl.constexpr,
     ALIGNED: tl.constexpr,
     READS_Y: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -104,24 +104,24 @@ def _lora_expand_kernel(
     dtype: tl.constexpr = y_ptr.dtype.element_ty
     pid = tl.program_id(0)
     first_r = 0  # the module's first column of s
-    if SIBLINGS > 1:
+    if NUM_MODULES > 1:
         num_pid_m = tl.cdiv(M, BLOCK_M)
-        module, pid = module_of_tile(pid, num_pid_m, (N, N_1, N_2), BLOCK_N, SIBLINGS)
-        first_r = of_module(module, 0, R, R + R_1, R + R_1 + R_2, SIBLINGS)
-        y_ptr = of_module(module, y_ptr, y_1_ptr, y_2_ptr, y_3_ptr, SIBLINGS)
+        module, pid = module_of_tile(pid, num_pid_m, (N, N_1, N_2), BLOCK_N, NUM_MODULES)
+        first_r = of_module(module, 0, R, R + R_1, R + R_1 + R_2, NUM_MODULES)
+        y_ptr = of_module(module, y_ptr, y_1_ptr, y_2_ptr, y_3_ptr, NUM_MODULES)
         lora_b_ptr = of_module(
-            module, lora_b_ptr, lora_b_1_ptr, lora_b_2_ptr, lora_b_3_ptr, SIBLINGS
+            module, lora_b_ptr, lora_b_1_ptr, lora_b_2_ptr, lora_b_3_ptr, NUM_MODULES
         )
         scaling_ptr = of_module(
-            module, scaling_ptr, scaling_1_ptr, scaling_2_ptr, scaling_3_ptr, SIBLINGS
+            module, scaling_ptr, scaling_1_ptr, scaling_2_ptr, scaling_3_ptr, NUM_MODULES
         )
         if HAS_BIAS:
-            bias_ptr = of_module(module, bias_ptr, bias_1_ptr, bias_2_ptr, bias_3_ptr, SIBLINGS)
+            bias_ptr = of_module(module, bias_ptr, bias_1_ptr, bias_2_ptr, bias_3_ptr, NUM_MODULES)
         if ALIGNED:  # the compiler cannot know this of a selected tensor
             y_ptr = tl.multiple_of(y_ptr, 16)
             lora_b_ptr = tl.multiple_of(lora_b_ptr, 16)
-        N = of_module(module, N, N_1, N_2, N_3, SIBLINGS)
-        R = of_module(module, R, R_1, R_2, R_3, SIBLINGS)
+        N = of_module(module, N, N_1, N_2, N_3, NUM_MODULES)
+        R = of_module(module, R, R_1, R_2, R_3, NUM_MODULES)
         # In a shared-input group, y and lora_b are contiguous.
         stride_ym = N
         stride_bn = R
@@ -153,7 +153,7 @@ def _lora_expand_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for start in tl.range(0, BLOCK_R if ONE_RANK_CHUNK else R, BLOCK_R, num_stages=1):
         b, scale = load_rank_columns(factor, start, mask_n, BLOCK_N, BLOCK_R)
-        s = load_shrunk(shrunk, start, mask_m, dtype, BLOCK_M, BLOCK_R, PLANES)
+        s = load_shrunk(shrunk, start, mask_m, dtype, BLOCK_M, BLOCK_R, NUM_PARTIALS)
         if STORE_S:  # noqa: SIM102 - this one is decided at compile time
             if pid_n == 0:
                 offs_r = start + tl.arange(0, BLOCK_R)
@@ -175,7 +175,7 @@ def _lora_expand_kernel(
     tl.store(y_ptrs, acc.to(dtype), mask=mask_y)
 
 
-@kept
+@cached_launches
 def launch_lora_expand(
     modules: Sequence[Module],
     s: torch.Tensor,
@@ -189,7 +189,7 @@ def launch_lora_expand(
     """Write ``(scaling * s) @ lora_b.T + bias`` of each module, or add it to y in place.
 
     Args:
-        modules: 1 to `MAX_SIBLINGS` modules. Their weights are not read. Several modules must all
+        modules: 1 to `MAX_GROUP_SIZE` modules. Their weights are not read. Several modules must all
             have a scaling, must all have a bias or none, and must agree in the dtypes of all
             tensors except scalings. The dtype of y is the dtype of the dots.
         s: ``[M, R]``, any dtype and strides, or fp32 partial sums ``[splits, M, R]``. The columns

@@ -30,7 +30,8 @@ import triton
 import triton.language as tl
 
 from fastlora.kernels.arguments import numbered, strides
-from fastlora.kernels.launch import kept, launch
+from fastlora.kernels.config_tables import KernelConfig, cdiv
+from fastlora.kernels.launch import cached_launches, launch
 from fastlora.kernels.mixed_rows import (
     S_COLUMNS,
     TABLES,
@@ -42,7 +43,6 @@ from fastlora.kernels.mixed_rows import (
 )
 from fastlora.kernels.philox import philox_keep_mask
 from fastlora.kernels.row_sums import add_rows, store_sum, zero_sum
-from fastlora.kernels.tables import KernelConfig, cdiv
 
 
 @triton.jit
@@ -122,7 +122,7 @@ def _lora_grad_a_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    SIBLINGS: tl.constexpr,
+    NUM_MODULES: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     RANK_ROWS_FIRST: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
@@ -145,18 +145,18 @@ def _lora_grad_a_kernel(
     thresholds = threshold, threshold_1, threshold_2, threshold_3
     inv_keeps = inv_keep, inv_keep_1, inv_keep_2, inv_keep_3
     seeds = ()
-    for i in tl.static_range(SIBLINGS):
+    for i in tl.static_range(NUM_MODULES):
         seed = tl.cast(0, tl.int64)  # unused
         if HAS_DROPOUT:
             seed = tl.load(seeds_ptr + i)
         seeds += (seed,)
-    accs = (zero_sum(BLOCK_K, BLOCK_R, RANK_ROWS_FIRST),) * SIBLINGS
+    accs = (zero_sum(BLOCK_K, BLOCK_R, RANK_ROWS_FIRST),) * NUM_MODULES
     for m in range(first_m, min(first_m + rows_per_split, M), BLOCK_M):
         mask_m = offs_m < M - m
         # x: [BLOCK_M, BLOCK_K]
         x = tl.load(x_ptr + offs_x, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
         sums = ()
-        for i in tl.static_range(SIBLINGS):
+        for i in tl.static_range(NUM_MODULES):
             offs_r = first_r + tl.arange(0, BLOCK_R)
             mask_r = offs_r < ranks[i]
             own = _add_tile(
@@ -169,7 +169,7 @@ def _lora_grad_a_kernel(
         accs = sums
         x_ptr += tl.cast(stride_xm, tl.int64) * BLOCK_M
 
-    for i in tl.static_range(SIBLINGS):
+    for i in tl.static_range(NUM_MODULES):
         # out: a partial sum of [P, R, K]
         out = outs[i] + (tl.cast(split, tl.int64) * ranks[i] + first_r) * K + first_k
         acc = accs[i] * tl.cast(inv_keeps[i], tl.float32)
@@ -231,9 +231,9 @@ def _mixed_lora_grad_a_kernel(
         offs_k = tl.arange(0, BLOCK_K)
         column = first_column + tl.arange(0, BLOCK_R)
         mask_k = offs_k < K - first_k
-        sibling, r, own, _ = sibling_columns(column, slot, rank_ptr, stride_table, G, BLOCK_R)
+        member, r, own, _ = sibling_columns(column, slot, rank_ptr, stride_table, G, BLOCK_R)
         r = tl.max_contiguous(tl.multiple_of(r, S_COLUMNS), S_COLUMNS)
-        offs_ds = tl.cast(sibling, tl.int64) * stride_dsg + r
+        offs_ds = tl.cast(member, tl.int64) * stride_dsg + r
         x_ptr += tl.cast(first_k, tl.int64) * stride_xk
         before, seed, threshold = 0, 0, 0
         if HAS_DROPOUT:
@@ -262,11 +262,11 @@ def _mixed_lora_grad_a_kernel(
         if HAS_DROPOUT:
             acc *= tl.load(inv_keep_ptr + slot)
         d_lora_a_ptr += tl.cast(first_m // rows + slot, tl.int64) * stride_dap + first_k
-        offs_r = tl.cast(sibling, tl.int64) * stride_dag + tl.cast(r, tl.int64) * stride_dar
+        offs_r = tl.cast(member, tl.int64) * stride_dag + tl.cast(r, tl.int64) * stride_dar
         store_sum(d_lora_a_ptr, acc, offs_k, offs_r, mask_k, own, RANK_ROWS_FIRST)
 
 
-@kept
+@cached_launches
 def launch_lora_grad_a(
     outs: Sequence[torch.Tensor],
     x: torch.Tensor,
@@ -279,7 +279,7 @@ def launch_lora_grad_a(
     """Write ``ds.T @ dropout(x)`` for each module, or its partial sums.
 
     Args:
-        outs: For each of 1 to `MAX_SIBLINGS` modules ``[R, K]``, any floating dtype, if
+        outs: For each of 1 to `MAX_GROUP_SIZE` modules ``[R, K]``, any floating dtype, if
             ``config.splits == 1``, otherwise fp32 ``[splits, R, K]``; contiguous.
         x: ``[M, K]``, any strides. Its dtype is the dtype of the dots.
         ds: For each module ``[M, R]`` in x's dtype, contiguous. R may differ.
@@ -309,13 +309,13 @@ def launch_lora_grad_a(
         rows_per_split=cdiv(cdiv(m, config.block_m), config.splits) * config.block_m,
         **strides("x", "mk", x),
         **config.arguments("mkr"),
-        SIBLINGS=config.siblings,
+        NUM_MODULES=config.group_size,
         HAS_DROPOUT=seeds is not None,
         RANK_ROWS_FIRST=config.rank_rows_first,
     )
 
 
-@kept
+@cached_launches
 def launch_mixed_lora_grad_a(
     d_lora_a: torch.Tensor,
     x: torch.Tensor,

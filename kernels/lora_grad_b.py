@@ -37,7 +37,8 @@ import triton
 import triton.language as tl
 
 from fastlora.kernels.arguments import strides
-from fastlora.kernels.launch import kept, launch
+from fastlora.kernels.config_tables import KernelConfig, cdiv
+from fastlora.kernels.launch import cached_launches, launch
 from fastlora.kernels.mixed_rows import (
     S_COLUMNS,
     TABLES,
@@ -56,7 +57,6 @@ from fastlora.kernels.row_sums import (
     zero_row_sums,
     zero_sum,
 )
-from fastlora.kernels.tables import KernelConfig, cdiv
 
 
 @triton.jit
@@ -289,9 +289,9 @@ def _mixed_lora_grad_b_kernel(
             if HAS_BIAS:
                 column_sums = add_row_sums(column_sums, dy, BLOCK_M, BLOCK_N, BY_PRODUCT=False)
 
-        plane = tl.cast(first_m // rows + slot, tl.int64)
+        partial = tl.cast(first_m // rows + slot, tl.int64)
         if HAS_FACTORS:
-            d_lora_b_ptr += plane * stride_dbp + first_n * stride_dbn
+            d_lora_b_ptr += partial * stride_dbp + first_n * stride_dbn
             store_sum(
                 d_lora_b_ptr, acc, offs_n * stride_dbn, offs_r, mask_n, mask_r, RANK_ROWS_FIRST
             )
@@ -299,10 +299,10 @@ def _mixed_lora_grad_b_kernel(
             if first_r == 0:
                 # d_bias: [BLOCK_N]
                 sums = total_row_sums(column_sums, BY_PRODUCT=False)
-                tl.store(d_bias_ptr + plane * N + first_n + offs_n, sums, mask=mask_n)
+                tl.store(d_bias_ptr + partial * N + first_n + offs_n, sums, mask=mask_n)
 
 
-@kept
+@cached_launches
 def launch_lora_grad_b(
     ds: torch.Tensor | None,
     d_lora_b: torch.Tensor,
@@ -359,7 +359,7 @@ def launch_lora_grad_b(
     )
 
 
-@kept
+@cached_launches
 def launch_mixed_lora_grad_b(
     ds: torch.Tensor,
     d_lora_b: torch.Tensor | None,

@@ -33,7 +33,8 @@ import triton.language as tl
 
 from fastlora.kernels.arguments import dropout_of, strides
 from fastlora.kernels.base_product import base_product, grouped_tile
-from fastlora.kernels.launch import kept, launch
+from fastlora.kernels.config_tables import KernelConfig, cdiv
+from fastlora.kernels.launch import cached_launches, launch
 from fastlora.kernels.modules import (
     Module,
     module_of_tile,
@@ -48,7 +49,6 @@ from fastlora.kernels.rank_rows import (
     scale_rank_columns,
     shrunk_arguments,
 )
-from fastlora.kernels.tables import KernelConfig, cdiv
 
 
 # M and threshold vary between calls: do not specialize the kernel on 1 or multiples of 16.
@@ -120,11 +120,11 @@ def _lora_linear_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr,
-    PLANES: tl.constexpr,
+    NUM_PARTIALS: tl.constexpr,
     ONE_RANK_CHUNK: tl.constexpr,
     EVEN_K: tl.constexpr,
     SPLITS: tl.constexpr,
-    SIBLINGS: tl.constexpr,
+    NUM_MODULES: tl.constexpr,
     ALIGNED: tl.constexpr,
     WEIGHT: tl.constexpr,
     WEIGHT_BLOCK: tl.constexpr,
@@ -141,18 +141,18 @@ def _lora_linear_kernel(
     pid = tl.program_id(0)
     first_k = tl.program_id(1) * k_per_split
     first_r = 0  # the module's first column of s
-    if SIBLINGS > 1:
-        module, pid = module_of_tile(pid, num_pid_m, (N, N_1, N_2), BLOCK_N, SIBLINGS)
-        first_r = of_module(module, 0, R, R + R_1, R + R_1 + R_2, SIBLINGS)
-        y_ptr = of_module(module, y_ptr, y_1_ptr, y_2_ptr, y_3_ptr, SIBLINGS)
+    if NUM_MODULES > 1:
+        module, pid = module_of_tile(pid, num_pid_m, (N, N_1, N_2), BLOCK_N, NUM_MODULES)
+        first_r = of_module(module, 0, R, R + R_1, R + R_1 + R_2, NUM_MODULES)
+        y_ptr = of_module(module, y_ptr, y_1_ptr, y_2_ptr, y_3_ptr, NUM_MODULES)
         weight_ptr = of_module(
-            module, weight_ptr, weight_1_ptr, weight_2_ptr, weight_3_ptr, SIBLINGS
+            module, weight_ptr, weight_1_ptr, weight_2_ptr, weight_3_ptr, NUM_MODULES
         )
         lora_b_ptr = of_module(
-            module, lora_b_ptr, lora_b_1_ptr, lora_b_2_ptr, lora_b_3_ptr, SIBLINGS
+            module, lora_b_ptr, lora_b_1_ptr, lora_b_2_ptr, lora_b_3_ptr, NUM_MODULES
         )
         scaling_ptr = of_module(
-            module, scaling_ptr, scaling_1_ptr, scaling_2_ptr, scaling_3_ptr, SIBLINGS
+            module, scaling_ptr, scaling_1_ptr, scaling_2_ptr, scaling_3_ptr, NUM_MODULES
         )
         if WEIGHT is not None:
             weight_parts_ptr = of_module(
@@ -161,16 +161,16 @@ def _lora_linear_kernel(
                 weight_parts_1_ptr,
                 weight_parts_2_ptr,
                 weight_parts_3_ptr,
-                SIBLINGS,
+                NUM_MODULES,
             )
         if HAS_BIAS:
-            bias_ptr = of_module(module, bias_ptr, bias_1_ptr, bias_2_ptr, bias_3_ptr, SIBLINGS)
+            bias_ptr = of_module(module, bias_ptr, bias_1_ptr, bias_2_ptr, bias_3_ptr, NUM_MODULES)
         if ALIGNED:  # the compiler cannot know this of a selected tensor
             y_ptr = tl.multiple_of(y_ptr, 16)
             weight_ptr = tl.multiple_of(weight_ptr, 16)
             lora_b_ptr = tl.multiple_of(lora_b_ptr, 16)
-        N = of_module(module, N, N_1, N_2, N_3, SIBLINGS)
-        R = of_module(module, R, R_1, R_2, R_3, SIBLINGS)
+        N = of_module(module, N, N_1, N_2, N_3, NUM_MODULES)
+        R = of_module(module, R, R_1, R_2, R_3, NUM_MODULES)
         # In a shared-input group, y and lora_b are contiguous.
         stride_ym = N
         stride_yp = tl.cast(M, tl.int64) * N
@@ -238,7 +238,7 @@ def _lora_linear_kernel(
         shrunk = s_ptr, R, stride_sp, stride_sm, stride_sr
         s_out_offs = (first_m + offs_m)[:, None] * stride_om + first_r * stride_or
         for start in tl.range(0, BLOCK_R if ONE_RANK_CHUNK else R, BLOCK_R, num_stages=1):
-            s = load_shrunk(shrunk, start, mask_m, dtype, BLOCK_M, BLOCK_R, PLANES)
+            s = load_shrunk(shrunk, start, mask_m, dtype, BLOCK_M, BLOCK_R, NUM_PARTIALS)
             if STORE_S:  # noqa: SIM102 - this one is decided at compile time
                 if pid_n == 0:
                     offs_r = start + tl.arange(0, BLOCK_R)
@@ -268,7 +268,7 @@ def _lora_linear_kernel(
     )
 
 
-@kept
+@cached_launches
 def launch_lora_linear(
     modules: Sequence[Module],
     x: torch.Tensor,
@@ -283,8 +283,8 @@ def launch_lora_linear(
     """Write ``x @ weight.T + bias + (scaling * s) @ lora_b.T`` of each module.
 
     Args:
-        modules: 1 to `MAX_SIBLINGS` modules. Several modules must all have a scaling, must all have
-            a bias or none, and must agree in the dtypes of all tensors except scalings.
+        modules: 1 to `MAX_GROUP_SIZE` modules. Several modules must all have a scaling, must all
+            have a bias or none, and must agree in the dtypes of all tensors except scalings.
         x: ``[M, K]``, any strides.
         s: ``[M, R]`` in x's dtype, or fp32 partial sums ``[splits, M, R]``. The columns of the
             modules are side by side.

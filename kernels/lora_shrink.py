@@ -30,7 +30,8 @@ import triton
 import triton.language as tl
 
 from fastlora.kernels.arguments import dropout_of, numbered, strides
-from fastlora.kernels.launch import kept, launch
+from fastlora.kernels.config_tables import MAX_GROUP_SIZE, KernelConfig, cdiv
+from fastlora.kernels.launch import cached_launches, launch
 from fastlora.kernels.mixed_rows import (
     S_COLUMNS,
     TABLES,
@@ -44,7 +45,6 @@ from fastlora.kernels.mixed_rows import (
     triton_dtype,
 )
 from fastlora.kernels.philox import philox_keep_mask
-from fastlora.kernels.tables import MAX_SIBLINGS, KernelConfig, cdiv
 
 
 # M and threshold vary between calls: do not specialize the kernel on 1 or multiples of 16.
@@ -81,7 +81,7 @@ def _lora_shrink_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
     EVEN_K: tl.constexpr,
-    SIBLINGS: tl.constexpr,
+    NUM_MODULES: tl.constexpr,
     ALIGNED: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     LAUNCH_DEPENDENTS: tl.constexpr,
@@ -108,7 +108,7 @@ def _lora_shrink_kernel(
     rank_rows = lora_a_ptr + offs_r * stride_ar
     others, firsts = (lora_a_1_ptr, lora_a_2_ptr, lora_a_3_ptr), (first_1, first_2, first_3)
     r = first_r + offs_r
-    for i in tl.static_range(SIBLINGS - 1):  # rank rows of a further module
+    for i in tl.static_range(NUM_MODULES - 1):  # rank rows of a further module
         rank_rows = tl.where(
             r >= firsts[i], others[i] + tl.cast(r - firsts[i], tl.int64) * stride_ar, rank_rows
         )
@@ -154,7 +154,7 @@ def _lora_shrink_kernel(
     )
 
 
-@kept
+@cached_launches
 def launch_lora_shrink(
     out: torch.Tensor,
     x: torch.Tensor,
@@ -169,7 +169,7 @@ def launch_lora_shrink(
     Args:
         out: ``[M, R]`` in x's dtype if ``config.splits == 1``, otherwise fp32 ``[splits, M, R]``.
         x: ``[M, K]``, any strides.
-        lora_a: For each of 1 to `MAX_SIBLINGS` modules ``[rank, K]``, in x's dtype or in a dtype
+        lora_a: For each of 1 to `MAX_GROUP_SIZE` modules ``[rank, K]``, in x's dtype or in a dtype
             that is cast to it at the load; any strides, the same for all. R is the sum of the
             ranks.
         seed: int64 device tensor of one element; read only if ``dropout_p > 0``.
@@ -178,7 +178,7 @@ def launch_lora_shrink(
     """
     (m, k), count = x.shape, len(lora_a)
     *firsts, r = itertools.accumulate(a.shape[0] for a in lora_a)
-    others = [*firsts, *[0] * (MAX_SIBLINGS - count)]
+    others = [*firsts, *[0] * (MAX_GROUP_SIZE - count)]
     if m == 0:
         return
     blocks_k = cdiv(k, config.block_k)
@@ -200,7 +200,7 @@ def launch_lora_shrink(
         **strides("a", "rk", lora_a[0]),
         **config.arguments("mkr"),
         EVEN_K=k % config.block_k == 0,
-        SIBLINGS=count,
+        NUM_MODULES=count,
         ALIGNED=count > 1 and all(_is_aligned(a) for a in lora_a),
         LAUNCH_DEPENDENTS=config.launch_dependents,
     )
@@ -240,8 +240,8 @@ def _shrink_columns(
     offs_m = tl.arange(0, BLOCK_M)
     offs_k = tl.arange(0, BLOCK_K)
     column = start + tl.arange(0, BLOCK_R)
-    sibling, r, mask_a, mask_s = sibling_columns(column, slot, rank_ptr, stride_table, G, BLOCK_R)
-    address = tl.load(lora_a_address_ptr + sibling * stride_table + slot, mask=mask_s, other=0)
+    member, r, mask_a, mask_s = sibling_columns(column, slot, rank_ptr, stride_table, G, BLOCK_R)
+    address = tl.load(lora_a_address_ptr + member * stride_table + slot, mask=mask_s, other=0)
     a_ptrs = factor_pointer(address, FACTOR_DTYPE) + tl.cast(r, tl.int64) * K + first_k
     a_ptrs = a_ptrs[None, :] + offs_k[:, None]
     offs_x = offs_xm[:, None] + offs_k[None, :] * stride_xk
@@ -273,7 +273,7 @@ def _shrink_columns(
     # A captured graph may run with a rank table that later holds larger ranks than s was allocated
     # for.
     mask_s = mask_s & (r < R)
-    offs_s = tl.cast(sibling, tl.int64) * stride_sg + r
+    offs_s = tl.cast(member, tl.int64) * stride_sg + r
     s_ptrs = s_ptr + offs_m[:, None] * stride_sm + offs_s[None, :]
     tl.store(s_ptrs, acc.to(s_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_s[None, :])
 
@@ -364,7 +364,7 @@ def _mixed_lora_shrink_kernel(
                 )
 
 
-@kept
+@cached_launches
 def launch_mixed_lora_shrink(
     s: torch.Tensor,
     x: torch.Tensor,

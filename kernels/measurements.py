@@ -12,8 +12,8 @@ from pathlib import Path
 
 from fastlora import env
 from fastlora.kernels.chips import Chip
-from fastlora.kernels.row_files import Entry
-from fastlora.kernels.tables import (
+from fastlora.kernels.config_files import FileRow
+from fastlora.kernels.config_tables import (
     MEASURED,
     PLANNED,
     config_of_row,
@@ -26,7 +26,7 @@ from fastlora.kernels.tables import (
 
 def folder() -> Path:
     """Return the folder of the files: ``FASTLORA_MEASURED``, or the installed folder."""
-    return env.measured_folder() or Path(__file__).parent / "measured"
+    return env.measured_configs_folder() or Path(__file__).parent / "measured"
 
 
 def files() -> Iterator[tuple[str, Path]]:
@@ -35,7 +35,7 @@ def files() -> Iterator[tuple[str, Path]]:
         yield path.stem, path
 
 
-def put_first(arch: str, measured: Sequence[Entry], source: object) -> None:
+def put_first(arch: str, measured: Sequence[FileRow], source: object) -> None:
     """Put measurements in front of all rows of one arch.
 
     Earlier results of `choose` and `plan_of`, and cached launches, do not change.
@@ -58,14 +58,14 @@ def put_first(arch: str, measured: Sequence[Entry], source: object) -> None:
     MEASURED[arch] = table
 
 
-def fault_of(chip: Chip, measured: Entry) -> str:
+def fault_of(chip: Chip, measured: FileRow) -> str:
     """Return the reason why a measurement cannot be in the chip's table, or ""."""
     launch, kind, row = measured
     candidates = [r for r in table_of(chip).get((launch, kind), ()) if not r.is_measured]
     if not candidates:
         return f"there is no launch {launch!r} of the kind {kind!r}"
     if not row.is_measured:
-        return "it says for no problem, expected max_m, n, k or max_r"
+        return "it covers no problem, expected max_m, n, k or max_r"
     if row.plan:
         fits = launch in PLANNED and not row.num_warps
         return "" if fits else f"{launch} has no plan, or the row has a tile as well"

@@ -16,9 +16,9 @@ import triton
 import triton.language as tl
 
 from fastlora.kernels.arguments import strides
-from fastlora.kernels.launch import kept, launch
+from fastlora.kernels.config_tables import KernelConfig, cdiv
+from fastlora.kernels.launch import cached_launches, launch
 from fastlora.kernels.mixed_rows import TABLES, factor_pointer, load_piece, row_arguments
-from fastlora.kernels.tables import KernelConfig, cdiv
 
 # Stands in for the address of scales that have not been computed yet
 # (`fastlora.ops.factors.PENDING`).
@@ -78,7 +78,7 @@ def _mixed_dora_scale_kernel(
         tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=mask_y)
 
 
-@kept
+@cached_launches
 def launch_mixed_dora_scale(
     y: torch.Tensor,
     bias: torch.Tensor | None,

@@ -28,7 +28,8 @@ import triton
 import triton.language as tl
 
 from fastlora.kernels.arguments import numbered, strides
-from fastlora.kernels.launch import kept, launch
+from fastlora.kernels.config_tables import KernelConfig, cdiv
+from fastlora.kernels.launch import cached_launches, launch
 from fastlora.kernels.mixed_rows import (
     INVALID_SLOT,
     S_COLUMNS,
@@ -42,7 +43,6 @@ from fastlora.kernels.mixed_rows import (
 )
 from fastlora.kernels.modules import are_aligned, module_of_tile, of_module
 from fastlora.kernels.philox import philox_keep_mask
-from fastlora.kernels.tables import KernelConfig, cdiv
 
 
 @triton.jit
@@ -52,7 +52,7 @@ def _add_block(
     tensors,
     place,
     stride_sp,
-    PLANES: tl.constexpr,
+    NUM_PARTIALS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BY_COLUMN: tl.constexpr,
@@ -78,12 +78,12 @@ def _add_block(
     mask_s = mask_m[:, None] & (offs_r < round_up(rank, S_COLUMNS))[None, :]
     # s: [BLOCK_M, BLOCK_R]
     s = tl.load(s_ptrs, mask=mask_s, other=0.0)
-    for _ in tl.static_range(1, PLANES):
+    for _ in tl.static_range(1, NUM_PARTIALS):
         s_ptrs += tl.cast(stride_sp, tl.int64)
-        plane = tl.load(s_ptrs, mask=mask_s, other=0.0)
+        partial = tl.load(s_ptrs, mask=mask_s, other=0.0)
         # With an addition, Triton would convert the layout of each partial sum for the dot
         # separately.
-        s = tl.sum(tl.join(s, plane), axis=2)
+        s = tl.sum(tl.join(s, partial), axis=2)
     # [BLOCK_M, BLOCK_R] x [BLOCK_R, BLOCK_N]
     return tl.dot(s.to(DTYPE), b.to(DTYPE), acc, input_precision=INPUT_PRECISION)
 
@@ -123,9 +123,9 @@ def _mixed_lora_expand_kernel(
     stride_sm,
     stride_table,
     # meta
-    SIBLINGS: tl.constexpr,
+    NUM_MODULES: tl.constexpr,
     ALIGNED: tl.constexpr,
-    PLANES: tl.constexpr,
+    NUM_PARTIALS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -139,12 +139,12 @@ def _mixed_lora_expand_kernel(
 ):
     dtype: tl.constexpr = y_ptr.dtype.element_ty
     pid_n = tl.program_id(1)
-    if SIBLINGS > 1:
-        module, pid_n = module_of_tile(pid_n, 1, (N, N_1, N_2), BLOCK_N, SIBLINGS)
-        y_ptr = of_module(module, y_ptr, y_1_ptr, y_2_ptr, y_3_ptr, SIBLINGS)
+    if NUM_MODULES > 1:
+        module, pid_n = module_of_tile(pid_n, 1, (N, N_1, N_2), BLOCK_N, NUM_MODULES)
+        y_ptr = of_module(module, y_ptr, y_1_ptr, y_2_ptr, y_3_ptr, NUM_MODULES)
         if ALIGNED:  # the compiler cannot know this of a selected tensor
             y_ptr = tl.multiple_of(y_ptr, 16)
-        N = of_module(module, N, N_1, N_2, N_3, SIBLINGS)
+        N = of_module(module, N, N_1, N_2, N_3, NUM_MODULES)
         stride_ym = N  # in a shared-input group, y is contiguous
         s_ptr += tl.cast(module, tl.int64) * stride_sg
         lora_b_address_ptr += module * stride_table
@@ -194,13 +194,13 @@ def _mixed_lora_expand_kernel(
         # A loop with one iteration takes up to twice as many registers.
         if ONE_BLOCK:
             acc = _add_block(
-                *(acc, 0, tensors, place, stride_sp, PLANES, BLOCK_N, BLOCK_R),
+                *(acc, 0, tensors, place, stride_sp, NUM_PARTIALS, BLOCK_N, BLOCK_R),
                 *(BY_COLUMN, dtype, INPUT_PRECISION),
             )
         else:
             for start in tl.range(0, rank, BLOCK_R, num_stages=1):
                 acc = _add_block(
-                    *(acc, start, tensors, place, stride_sp, PLANES, BLOCK_N, BLOCK_R),
+                    *(acc, start, tensors, place, stride_sp, NUM_PARTIALS, BLOCK_N, BLOCK_R),
                     *(BY_COLUMN, dtype, INPUT_PRECISION),
                 )
         if HAS_LORA_BIAS:
@@ -223,7 +223,7 @@ def _mixed_lora_expand_kernel(
         tl.store(y_ptrs, (y.to(tl.float32) + acc).to(dtype), mask=mask_y)
 
 
-@kept
+@cached_launches
 def launch_mixed_lora_expand(
     ys: Sequence[torch.Tensor],
     s: torch.Tensor,
@@ -239,8 +239,8 @@ def launch_mixed_lora_expand(
     With several modules, tables are ``[G, S]``.
 
     Args:
-        ys: For each of 1 to `MAX_SIBLINGS` modules ``[M, N]``, any strides without overlap; several
-            must be contiguous. Their dtype is the dtype of the dots.
+        ys: For each of 1 to `MAX_GROUP_SIZE` modules ``[M, N]``, any strides without overlap;
+            several must be contiguous. Their dtype is the dtype of the dots.
         s: Partial sums ``[splits, M, R]`` of `launch_mixed_lora_shrink`, any dtype; for several
             modules ``[splits, G, M, R]``.
         rows: Sorted rows with ``Rows.pieces(config.block_m)``, as in `row_arguments`.
@@ -268,9 +268,9 @@ def launch_mixed_lora_expand(
         stride_sg=s.stride(1) if count > 1 else 0,
         stride_sm=s.stride(-2),
         stride_table=up.rank.stride(0) if count > 1 else 0,
-        SIBLINGS=count,
+        NUM_MODULES=count,
         ALIGNED=count > 1 and are_aligned(ys),
-        PLANES=s.shape[0],
+        NUM_PARTIALS=s.shape[0],
         **config.arguments("mnr"),
         ONE_BLOCK=s.shape[-1] <= config.block_r,
         **DropoutTables.arguments(dropout, rows),

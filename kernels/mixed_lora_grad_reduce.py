@@ -18,24 +18,24 @@ import triton
 import triton.language as tl
 
 from fastlora.kernels.arguments import strides
-from fastlora.kernels.launch import kept, launch
+from fastlora.kernels.config_tables import KernelConfig, cdiv
+from fastlora.kernels.launch import cached_launches, launch
 from fastlora.kernels.mixed_rows import S_COLUMNS, TABLES
 from fastlora.kernels.rank_rows import sum_planes
-from fastlora.kernels.tables import KernelConfig, cdiv
 
 
-# M, rows, and planes vary between calls: do not specialize on 1 or multiples of 16.
+# M, rows, and ds_planes vary between calls: do not specialize on 1 or multiples of 16.
 @triton.jit(
-    do_not_specialize=["M", "rows", "ds_planes", "stride_table"],
+    do_not_specialize=["M", "rows", "num_ds_partials", "stride_table"],
     do_not_specialize_on_alignment=TABLES,
 )
 def _mixed_lora_grad_reduce_kernel(
     # tensors
     out_ptr,
-    planes_ptr,
-    bias_planes_ptr,
+    partials_ptr,
+    bias_partials_ptr,
     ds_ptr,
-    ds_planes_ptr,
+    ds_partials_ptr,
     segment_of_ptr,
     segment_slot_ptr,
     slot_start_ptr,
@@ -48,7 +48,7 @@ def _mixed_lora_grad_reduce_kernel(
     L,
     R,
     rows,
-    ds_planes,
+    num_ds_partials,
     # strides
     stride_pp,
     stride_pg,
@@ -83,8 +83,10 @@ def _mixed_lora_grad_reduce_kernel(
                 r = start + tl.arange(0, BLOCK_R)
                 mask = tl.max_constancy(r[None, :] < filled[:, None], [1, S_COLUMNS])
                 # ds: [BLOCK_M, BLOCK_R]
-                ds_planes_ptrs = ds_planes_ptr + offs + r[None, :]
-                ds = sum_planes(ds_planes_ptrs, mask, stride_dsp, ds_planes, BLOCK_M, BLOCK_R)
+                ds_partials_ptrs = ds_partials_ptr + offs + r[None, :]
+                ds = sum_planes(
+                    ds_partials_ptrs, mask, stride_dsp, num_ds_partials, BLOCK_M, BLOCK_R
+                )
                 ds = (ds * scale[:, None]).to(ds_ptr.dtype.element_ty)
                 tl.store(ds_ptr + offs + r[None, :], ds, mask=mask)
         pid -= num_pid_m
@@ -100,20 +102,22 @@ def _mixed_lora_grad_reduce_kernel(
         start = tl.load(slot_start_ptr + slot)
         stop = tl.load(slot_start_ptr + slot + 1)
         first = start // rows
-        planes = tl.where(stop > start, (stop - 1) // rows + 1 - first, 0)
-        plane = tl.cast(first + slot, tl.int64)
+        num_partials = tl.where(stop > start, (stop - 1) // rows + 1 - first, 0)
+        partial = tl.cast(first + slot, tl.int64)
         offs_l = tl.arange(0, BLOCK_L)
         mask_l = offs_l < L - first_l
         if HAS_FACTORS:
             # For BLOCK_L rows of L, all rank rows: [L, rank] with BY_COLUMN, otherwise [rank, L].
             out = out_ptr + tl.load(offset_ptr + entry)
-            planes_ptr += plane * stride_pp + tl.cast(tl.program_id(1), tl.int64) * stride_pg
+            partials_ptr += partial * stride_pp + tl.cast(tl.program_id(1), tl.int64) * stride_pg
             for start in tl.range(0, rank, BLOCK_R, num_stages=1):
                 r = start + tl.arange(0, BLOCK_R)
                 mask = mask_l[:, None] & (r < rank)[None, :]
                 offs_p = (first_l + offs_l)[:, None] * stride_pl + r[None, :] * stride_pr
                 # total: [BLOCK_L, BLOCK_R]
-                total = sum_planes(planes_ptr + offs_p, mask, stride_pp, planes, BLOCK_L, BLOCK_R)
+                total = sum_planes(
+                    partials_ptr + offs_p, mask, stride_pp, num_partials, BLOCK_L, BLOCK_R
+                )
                 if BY_COLUMN:
                     offs = (first_l + offs_l)[:, None] * rank + r[None, :]
                 else:
@@ -122,20 +126,20 @@ def _mixed_lora_grad_reduce_kernel(
         if HAS_BIAS:
             bias_offset = tl.load(bias_offset_ptr + entry)
             if bias_offset >= 0:
-                bias_planes_ptr += plane * L + first_l
+                bias_partials_ptr += partial * L + first_l
                 total = tl.zeros((BLOCK_L,), dtype=tl.float32)
-                for _ in tl.range(0, planes, num_stages=1):
+                for _ in tl.range(0, num_partials, num_stages=1):
                     # d_bias: [BLOCK_L]
-                    total += tl.load(bias_planes_ptr + offs_l, mask=mask_l, other=0.0)
-                    bias_planes_ptr += L
+                    total += tl.load(bias_partials_ptr + offs_l, mask=mask_l, other=0.0)
+                    bias_partials_ptr += L
                 total = (total * scale).to(out_ptr.dtype.element_ty)
                 tl.store(out_ptr + bias_offset + first_l + offs_l, total, mask=mask_l)
 
 
-@kept
+@cached_launches
 def launch_mixed_lora_grad_reduce(
     out: torch.Tensor | None,
-    planes: torch.Tensor | None,
+    partials: torch.Tensor | None,
     rows: Sequence[torch.Tensor],
     rank: torch.Tensor,
     scaling: torch.Tensor | None,
@@ -146,17 +150,17 @@ def launch_mixed_lora_grad_reduce(
     run: int,
     by_column: bool,
     config: KernelConfig,
-    bias_planes: torch.Tensor | None = None,
+    bias_partials: torch.Tensor | None = None,
     bias_offset: torch.Tensor | None = None,
     ds: torch.Tensor | None = None,
-    ds_planes: torch.Tensor | None = None,
+    ds_partials: torch.Tensor | None = None,
 ) -> None:
     """Write every adapter's gradient of one factor, for G modules, and ds.
 
     Args:
         out: One buffer for all gradients, in the factors' dtype; None to compute ds alone.
-        planes: Partial sums, fp32 ``[P, G, R, L]``, any strides. d_lora_b has ``[P, N, R]``, passed
-            as a view of this shape.
+        partials: Partial sums, fp32 ``[P, G, R, L]``, any strides. d_lora_b has ``[P, N, R]``,
+            passed as a view of this shape.
         rows: Sorted rows, as in the launch that wrote the partial sums.
         rank: int32 ``[G, S]``.
         scaling: fp32 ``[G, S]``; None for 1.
@@ -166,12 +170,12 @@ def launch_mixed_lora_grad_reduce(
         run: Number of positions in a run, as in the launch that wrote the partial sums.
         by_column: Whether a gradient is ``[L, rank]`` (lora_b) rather than ``[rank, L]`` (lora_a).
         config: From `configs.choose`.
-        bias_planes: Partial sums of lora_bias, fp32 ``[P, L]``, contiguous; None for none.
+        bias_partials: Partial sums of lora_bias, fp32 ``[P, L]``, contiguous; None for none.
         bias_offset: int64 ``[G, S]``, the offset of each slot's gradient of lora_bias in ``out``,
             or -1 for an adapter without one.
         ds: ``[M, R]``, contiguous, for one module (``G = 1``). A row is written up to its adapter's
             rank, rounded up to a multiple of 4. None to compute no ds.
-        ds_planes: Partial sums of ds, fp32 ``[tiles, M, R]``.
+        ds_partials: Partial sums of ds, fp32 ``[tiles, M, R]``.
     """
     (modules, slots), (_, segment_of, segment_slot, slot_start, _) = rank.shape, rows
     factors = 0 if out is None else slots * cdiv(columns, config.block_n)
@@ -182,10 +186,10 @@ def launch_mixed_lora_grad_reduce(
         _mixed_lora_grad_reduce_kernel,
         (programs, modules),
         out_ptr=out,
-        planes_ptr=planes,
-        bias_planes_ptr=bias_planes,
+        partials_ptr=partials,
+        bias_partials_ptr=bias_partials,
         ds_ptr=ds,
-        ds_planes_ptr=ds_planes,
+        ds_partials_ptr=ds_partials,
         segment_of_ptr=segment_of,
         segment_slot_ptr=segment_slot,
         slot_start_ptr=slot_start,
@@ -197,14 +201,14 @@ def launch_mixed_lora_grad_reduce(
         L=columns,
         R=0 if ds is None else ds.shape[1],
         rows=run,
-        ds_planes=0 if ds_planes is None else ds_planes.shape[0],
-        **strides("p", "pgrl", planes),
-        **strides("ds", "p__", ds_planes),
+        num_ds_partials=0 if ds_partials is None else ds_partials.shape[0],
+        **strides("p", "pgrl", partials),
+        **strides("ds", "p__", ds_partials),
         stride_table=rank.stride(0),
         **config.arguments("mr"),
         BLOCK_L=config.block_n,
         BY_COLUMN=by_column,
         HAS_DS=ds is not None,
-        HAS_FACTORS=planes is not None,
-        HAS_BIAS=bias_planes is not None,
+        HAS_FACTORS=partials is not None,
+        HAS_BIAS=bias_partials is not None,
     )

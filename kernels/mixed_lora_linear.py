@@ -32,7 +32,8 @@ import triton.language as tl
 
 from fastlora.kernels.arguments import numbered, strides
 from fastlora.kernels.base_product import base_product, grouped_tile
-from fastlora.kernels.launch import kept, launch
+from fastlora.kernels.config_tables import KernelConfig, cdiv
+from fastlora.kernels.launch import cached_launches, launch
 from fastlora.kernels.mixed_rows import (
     TABLES,
     DropoutTables,
@@ -50,12 +51,11 @@ from fastlora.kernels.modules import (
     pointers_of,
     weight_arguments,
 )
-from fastlora.kernels.tables import KernelConfig, cdiv
 
 
-# M, planes, and slots vary between calls: do not specialize on 1 or multiples of 16.
+# M, num_partials, and slots vary between calls: do not specialize on 1 or multiples of 16.
 @triton.jit(
-    do_not_specialize=["M", "planes", "stride_table"], do_not_specialize_on_alignment=TABLES
+    do_not_specialize=["M", "num_partials", "stride_table"], do_not_specialize_on_alignment=TABLES
 )
 def _mixed_lora_linear_kernel(
     # tensors
@@ -95,7 +95,7 @@ def _mixed_lora_linear_kernel(
     N_2,
     N_3,
     K,
-    planes,
+    num_partials,
     # strides
     stride_ym,
     stride_yn,
@@ -109,7 +109,7 @@ def _mixed_lora_linear_kernel(
     stride_sm,
     stride_table,
     # meta
-    SIBLINGS: tl.constexpr,
+    NUM_MODULES: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -133,11 +133,11 @@ def _mixed_lora_linear_kernel(
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     num_pid_m = tl.cdiv(M, BLOCK_M)
     pid = tl.program_id(0)
-    if SIBLINGS > 1:
-        module, pid = module_of_tile(pid, num_pid_m, (N, N_1, N_2), BLOCK_N, SIBLINGS)
-        y_ptr = of_module(module, y_ptr, y_1_ptr, y_2_ptr, y_3_ptr, SIBLINGS)
+    if NUM_MODULES > 1:
+        module, pid = module_of_tile(pid, num_pid_m, (N, N_1, N_2), BLOCK_N, NUM_MODULES)
+        y_ptr = of_module(module, y_ptr, y_1_ptr, y_2_ptr, y_3_ptr, NUM_MODULES)
         weight_ptr = of_module(
-            module, weight_ptr, weight_1_ptr, weight_2_ptr, weight_3_ptr, SIBLINGS
+            module, weight_ptr, weight_1_ptr, weight_2_ptr, weight_3_ptr, NUM_MODULES
         )
         if WEIGHT is not None:
             weight_parts_ptr = of_module(
@@ -146,14 +146,14 @@ def _mixed_lora_linear_kernel(
                 weight_parts_1_ptr,
                 weight_parts_2_ptr,
                 weight_parts_3_ptr,
-                SIBLINGS,
+                NUM_MODULES,
             )
         if HAS_BIAS:
-            bias_ptr = of_module(module, bias_ptr, bias_1_ptr, bias_2_ptr, bias_3_ptr, SIBLINGS)
+            bias_ptr = of_module(module, bias_ptr, bias_1_ptr, bias_2_ptr, bias_3_ptr, NUM_MODULES)
         if ALIGNED:  # the compiler cannot know this of a selected tensor
             y_ptr = tl.multiple_of(y_ptr, 16)
             weight_ptr = tl.multiple_of(weight_ptr, 16)
-        N = of_module(module, N, N_1, N_2, N_3, SIBLINGS)
+        N = of_module(module, N, N_1, N_2, N_3, NUM_MODULES)
         stride_ym = N  # in a shared-input group, y is contiguous
         s_ptr += tl.cast(module, tl.int64) * stride_sg
         lora_b_address_ptr += module * stride_table
@@ -219,7 +219,7 @@ def _mixed_lora_linear_kernel(
                 segments,
                 tables,
                 place,
-                planes,
+                num_partials,
                 stride_sp,
                 stride_sm,
                 dtype=dtype,
@@ -246,7 +246,7 @@ def _mixed_lora_linear_kernel(
     )
 
 
-@kept
+@cached_launches
 def launch_mixed_lora_linear(
     ys: Sequence[torch.Tensor],
     x: torch.Tensor,
@@ -266,7 +266,7 @@ def launch_mixed_lora_linear(
     are contiguous.
 
     Args:
-        ys: For each of 1 to `MAX_SIBLINGS` modules ``[M, N]`` in x's dtype, any strides without
+        ys: For each of 1 to `MAX_GROUP_SIZE` modules ``[M, N]`` in x's dtype, any strides without
             overlap.
         x: ``[M, K]``, any strides.
         weights: For each module ``[N, K]`` in x's dtype, any strides; or quantized weights that are
@@ -301,7 +301,7 @@ def launch_mixed_lora_linear(
         M=m,
         **numbered("N{}", sizes, 0),
         K=k,
-        planes=s.shape[0],
+        num_partials=s.shape[0],
         **strides("y", "mn", ys[0]),
         **strides("x", "mk", x),
         stride_bias=0 if bias is None else bias.stride(0),
@@ -309,7 +309,7 @@ def launch_mixed_lora_linear(
         stride_sg=s.stride(1) if count > 1 else 0,
         stride_sm=s.stride(-2),
         stride_table=up.rank.stride(0) if count > 1 else 0,
-        SIBLINGS=count,
+        NUM_MODULES=count,
         ALIGNED=count > 1 and are_aligned([*ys, *pointers_of(weights)]),
         **config.arguments("mnkr"),
         GROUP_M=config.group_m,

@@ -166,7 +166,7 @@ def add_rank_rows(
     segments,
     tables,
     place,
-    planes,
+    num_partials,
     stride_sp,
     stride_sm,
     dtype: tl.constexpr,
@@ -259,7 +259,7 @@ def add_rank_rows(
         filled = r < round_up(rank, S_COLUMNS)
         mask_s = tl.max_constancy(own & filled[None, :], [1, S_COLUMNS])
         # s: [BLOCK_M, BLOCK_R]
-        s = sum_planes(s_ptrs, mask_s, stride_sp, planes, BLOCK_M, BLOCK_R, 2)
+        s = sum_planes(s_ptrs, mask_s, stride_sp, num_partials, BLOCK_M, BLOCK_R, 2)
         if HAS_LORA_BIAS:
             s = tl.where(own & (r == rank)[None, :], 1.0, s)
         scaled = (b.to(tl.float32) * scale[:, None]).to(dtype)
@@ -324,13 +324,13 @@ def sibling_columns(
     G: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """Return (sibling, r, own, filled) of columns ``[BLOCK_R]`` with the rank rows of G modules.
+    """Return (member, r, own, filled) of columns ``[BLOCK_R]`` with the rank rows of G modules.
 
     The rank rows of a slot in all modules are side by side, and each module is filled up to a
-    multiple of 4 columns. ``sibling`` is the module and ``r`` the rank row of a column. ``own``
+    multiple of 4 columns. ``member`` is the module and ``r`` the rank row of a column. ``own``
     says which columns are rank rows, and ``filled`` also includes the filling.
     """
-    sibling = tl.zeros((BLOCK_R,), dtype=tl.int32)
+    member = tl.zeros((BLOCK_R,), dtype=tl.int32)
     r = column  # beyond the last one too, so that callers can rely on r's alignment
     own = column < 0
     filled = column < 0
@@ -339,9 +339,9 @@ def sibling_columns(
         rank = tl.load(rank_ptr + g * stride_table + slot)
         end = begin + round_up(rank, S_COLUMNS)
         here = (column >= begin) & (column < end)
-        sibling = tl.where(here, g, sibling)
+        member = tl.where(here, g, member)
         r = tl.where(here, column - begin, r)
         own = own | (here & (column - begin < rank))
         filled = filled | here
         begin = end
-    return sibling, r, own, filled
+    return member, r, own, filled

@@ -16,9 +16,9 @@ import torch
 import triton
 import triton.language as tl
 
-from fastlora.kernels.launch import empty, kept, launch
+from fastlora.kernels.config_tables import KernelConfig
+from fastlora.kernels.launch import cached_launches, empty, launch
 from fastlora.kernels.mixed_rows import INVALID_SLOT, row_arguments
-from fastlora.kernels.tables import KernelConfig
 
 NO_SLOT = tl.constexpr(-1)
 # With more ids, the sorted ids would not fit the registers of one program.
@@ -122,7 +122,7 @@ def can_sort(ids: int, slots: int) -> bool:
     return 0 < ids <= MAX_IDS and (slots + 3) * MAX_IDS < _MAX_KEYS
 
 
-@kept
+@cached_launches
 def launch_mixed_rows_sort(
     ids: torch.Tensor,
     rows: Sequence[torch.Tensor],

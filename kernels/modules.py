@@ -14,12 +14,12 @@ import torch
 import triton
 import triton.language as tl
 
-from fastlora.coded_weight import Coded
 from fastlora.kernels.arguments import numbered, strides
-from fastlora.kernels.weights import loader_of
+from fastlora.kernels.weights import weight_loader_of
+from fastlora.quantized_tensor import QuantizedData
 
 # A dense matrix, or quantized data that a loader decodes.
-Weight = torch.Tensor | Coded
+Weight = torch.Tensor | QuantizedData
 
 
 class Module(NamedTuple):
@@ -42,7 +42,7 @@ class Module(NamedTuple):
 
 
 def named_modules(modules: Sequence[Module], *, weight: bool) -> dict[str, Any]:
-    """Return the kernel arguments of 1 to `MAX_SIBLINGS` modules; unused ones are None or 0."""
+    """Return the kernel arguments of 1 to `MAX_GROUP_SIZE` modules; unused ones are None or 0."""
     first, count = modules[0], len(modules)
     weights = [own.weight for own in modules]
     blocks = [*(t for own in modules for t in (own.y, own.lora_b)), *pointers_of(weights)]
@@ -57,15 +57,15 @@ def named_modules(modules: Sequence[Module], *, weight: bool) -> dict[str, Any]:
         **strides("b", "nr", first.lora_b),
         "stride_scaling": 0 if scaling is None or scaling.numel() == 1 else scaling.stride(0),
         "stride_bias": 0 if bias is None else bias.stride(0),
-        "SIBLINGS": count,
+        "NUM_MODULES": count,
         "ALIGNED": count > 1 and are_aligned(blocks),
         "HAS_BIAS": bias is not None,
     }
 
 
 def named_weights(weights: Sequence[Weight | None]) -> dict[str, Any]:
-    """Return the kernel arguments that point to the weights of 1 to `MAX_SIBLINGS` modules."""
-    parts = [own.parts if isinstance(own, Coded) else None for own in weights]
+    """Return the kernel arguments that point to the weights of 1 to `MAX_GROUP_SIZE` modules."""
+    parts = [own.parts if isinstance(own, QuantizedData) else None for own in weights]
     return {
         **numbered("weight{}_ptr", pointers_of(weights)),
         **numbered("weight_parts{}_ptr", parts),
@@ -74,14 +74,14 @@ def named_weights(weights: Sequence[Weight | None]) -> dict[str, Any]:
 
 def pointers_of(weights: Sequence[Weight | None]) -> list[torch.Tensor | None]:
     """Return the tensor of each weight: the dense matrix, or the quantized values."""
-    return [own.codes if isinstance(own, Coded) else own for own in weights]
+    return [own.codes if isinstance(own, QuantizedData) else own for own in weights]
 
 
 def are_of_a_kind(weights: Sequence[Weight]) -> bool:
     """Return whether one launch can read all weights: dense ones, or quantized ones of one kind."""
     kinds = {
-        (own.kind, own.block if loader_of(own.kind).by_block else 0, own.transposed)
-        if isinstance(own, Coded)
+        (own.kind, own.block if weight_loader_of(own.kind).by_block else 0, own.transposed)
+        if isinstance(own, QuantizedData)
         else None
         for own in weights
     }
@@ -93,8 +93,8 @@ def weight_arguments(weight: Weight) -> dict[str, Any]:
 
     All of them are like ``weight``.
     """
-    if isinstance(weight, Coded):
-        loader = loader_of(weight.kind)
+    if isinstance(weight, QuantizedData):
+        loader = weight_loader_of(weight.kind)
         return {
             "stride_wn": 0,
             "stride_wk": 0,
@@ -121,18 +121,18 @@ def are_aligned(blocks: Sequence[torch.Tensor | None]) -> bool:
 
 
 @triton.jit
-def of_module(module, value_0, value_1, value_2, value_3, SIBLINGS: tl.constexpr):
+def of_module(module, value_0, value_1, value_2, value_3, NUM_MODULES: tl.constexpr):
     """Return the value that belongs to a tile's module, in a grid over the tiles of all modules."""
     value = tl.where(module == 1, value_1, value_0)
-    if SIBLINGS > 2:
+    if NUM_MODULES > 2:
         value = tl.where(module == 2, value_2, value)
-    if SIBLINGS > 3:
+    if NUM_MODULES > 3:
         value = tl.where(module == 3, value_3, value)
     return value
 
 
 @triton.jit
-def module_of_tile(pid, rows, sizes, BLOCK_N: tl.constexpr, SIBLINGS: tl.constexpr):
+def module_of_tile(pid, rows, sizes, BLOCK_N: tl.constexpr, NUM_MODULES: tl.constexpr):
     """Return (module, its tile) for a grid in which the tiles of one module follow another's.
 
     A module has ``rows`` row tiles times its blocks of N. ``sizes`` are the N of all modules.
@@ -141,8 +141,8 @@ def module_of_tile(pid, rows, sizes, BLOCK_N: tl.constexpr, SIBLINGS: tl.constex
     begin_2 = begin_1 + rows * tl.cdiv(sizes[1], BLOCK_N)
     begin_3 = begin_2 + rows * tl.cdiv(sizes[2], BLOCK_N)
     module = (pid >= begin_1).to(tl.int32)
-    if SIBLINGS > 2:
+    if NUM_MODULES > 2:
         module += (pid >= begin_2).to(tl.int32)
-    if SIBLINGS > 3:
+    if NUM_MODULES > 3:
         module += (pid >= begin_3).to(tl.int32)
-    return module, pid - of_module(module, 0, begin_1, begin_2, begin_3, SIBLINGS)
+    return module, pid - of_module(module, 0, begin_1, begin_2, begin_3, NUM_MODULES)

@@ -1,6 +1,6 @@
-"""``out = planes.sum(0)`` for up to four outputs in one launch, in a fixed order.
+"""``out = partials.sum(0)`` for up to four outputs in one launch, in a fixed order.
 
-planes ``[P, ...]`` are fp32 partial sums, and out is ``[...]``; all are contiguous. This is the
+partials ``[P, ...]`` are fp32 partial sums, and out is ``[...]``; all are contiguous. This is the
 second stage of a reduction with a first stage that writes one partial sum for each part of the
 rows, or of the columns. There are no atomics, so results are bitwise reproducible.
 
@@ -16,56 +16,60 @@ import triton
 import triton.language as tl
 
 from fastlora.kernels.arguments import numbered
-from fastlora.kernels.launch import kept, launch
-from fastlora.kernels.tables import KernelConfig, cdiv
+from fastlora.kernels.config_tables import KernelConfig, cdiv
+from fastlora.kernels.launch import cached_launches, launch
 
 _BLOCK = 1024
 
 
 @triton.jit
-def _sum_block(out_ptr, planes_ptr, block, size, planes, BLOCK: tl.constexpr):
+def _sum_block(out_ptr, partials_ptr, block, size, num_partials, BLOCK: tl.constexpr):
     """Write one block of an output with ``size`` elements."""
     first = tl.cast(block, tl.int64) * BLOCK
     offs = tl.arange(0, BLOCK)
     mask = offs < size - first
-    planes_ptr += first
+    partials_ptr += first
     total = tl.zeros((BLOCK,), dtype=tl.float32)
     # Four loads in flight: no load waits for an earlier one.
-    for plane in tl.range(0, planes, num_stages=1, loop_unroll_factor=4):
-        # plane: [BLOCK]
-        total += tl.load(planes_ptr + tl.cast(plane, tl.int64) * size + offs, mask=mask, other=0.0)
+    for partial in tl.range(0, num_partials, num_stages=1, loop_unroll_factor=4):
+        # partial: [BLOCK]
+        total += tl.load(
+            partials_ptr + tl.cast(partial, tl.int64) * size + offs, mask=mask, other=0.0
+        )
     tl.store(out_ptr + first + offs, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 # The numbers of partial sums depend on the batch: do not specialize on 1 or multiples of 16.
-@triton.jit(do_not_specialize=["planes", "planes_1", "planes_2", "planes_3"])
+@triton.jit(
+    do_not_specialize=["num_partials", "num_partials_1", "num_partials_2", "num_partials_3"]
+)
 def _plane_sums_kernel(
     # tensors
     out_ptr,
     out_1_ptr,
     out_2_ptr,
     out_3_ptr,
-    planes_ptr,
-    planes_1_ptr,
-    planes_2_ptr,
-    planes_3_ptr,
+    partials_ptr,
+    partials_1_ptr,
+    partials_2_ptr,
+    partials_3_ptr,
     # scalars
     size,
     size_1,
     size_2,
     size_3,
-    planes,
-    planes_1,
-    planes_2,
-    planes_3,
+    num_partials,
+    num_partials_1,
+    num_partials_2,
+    num_partials_3,
     # meta
     COUNT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     outs = out_ptr, out_1_ptr, out_2_ptr, out_3_ptr
-    stacks = planes_ptr, planes_1_ptr, planes_2_ptr, planes_3_ptr
+    stacks = partials_ptr, partials_1_ptr, partials_2_ptr, partials_3_ptr
     sizes = size, size_1, size_2, size_3
-    counts = planes, planes_1, planes_2, planes_3
+    counts = num_partials, num_partials_1, num_partials_2, num_partials_3
     block = tl.program_id(0)
     for i in tl.static_range(COUNT):
         blocks = tl.cdiv(sizes[i], BLOCK)
@@ -74,15 +78,15 @@ def _plane_sums_kernel(
         block -= blocks
 
 
-@kept
+@cached_launches
 def launch_plane_sums(
-    outs: Sequence[torch.Tensor], planes: Sequence[torch.Tensor], *, config: KernelConfig
+    outs: Sequence[torch.Tensor], partials: Sequence[torch.Tensor], *, config: KernelConfig
 ) -> None:
     """Write the sum of each stack of partial sums.
 
     Args:
-        outs: 1 to `MAX_SIBLINGS` tensors, contiguous, any floating dtype.
-        planes: For each output an fp32 tensor ``[P, *out.shape]``, contiguous.
+        outs: 1 to `MAX_GROUP_SIZE` tensors, contiguous, any floating dtype.
+        partials: For each output an fp32 tensor ``[P, *out.shape]``, contiguous.
         config: From `configs.choose`.
     """
     sizes = [out.numel() for out in outs]
@@ -93,9 +97,9 @@ def launch_plane_sums(
         _plane_sums_kernel,
         (programs,),
         **numbered("out{}_ptr", outs),
-        **numbered("planes{}_ptr", planes),
+        **numbered("partials{}_ptr", partials),
         **numbered("size{}", sizes, 0),
-        **numbered("planes{}", [stack.shape[0] for stack in planes], 0),
+        **numbered("num_partials{}", [stack.shape[0] for stack in partials], 0),
         COUNT=len(outs),
         BLOCK=_BLOCK,
         **config.arguments(""),

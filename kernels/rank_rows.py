@@ -21,7 +21,7 @@ def shrunk_arguments(s: torch.Tensor, s_out: torch.Tensor | None) -> dict[str, A
         "s_out_ptr": s_out,
         **strides("s", "pmr", s),
         **strides("o", "mr", s_out),
-        "PLANES": s.shape[0] if s.dim() == 3 else 1,
+        "NUM_PARTIALS": s.shape[0] if s.dim() == 3 else 1,
         "STORE_S": s_out is not None,
     }
 
@@ -71,7 +71,7 @@ def load_shrunk(
     dtype: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    PLANES: tl.constexpr,
+    NUM_PARTIALS: tl.constexpr,
 ):
     """Return columns ``start`` to ``start + BLOCK_R`` of s in ``dtype``, ``[BLOCK_M, BLOCK_R]``.
 
@@ -83,7 +83,7 @@ def load_shrunk(
     offs_r = start + tl.arange(0, BLOCK_R)
     s_ptrs = s_ptr + offs_m[:, None] * stride_sm + offs_r[None, :] * stride_sr
     mask = mask_m[:, None] & (offs_r < rank)[None, :]
-    s = sum_planes(s_ptrs, mask, stride_sp, PLANES, BLOCK_M=BLOCK_M, BLOCK_R=BLOCK_R)
+    s = sum_planes(s_ptrs, mask, stride_sp, NUM_PARTIALS, BLOCK_M=BLOCK_M, BLOCK_R=BLOCK_R)
     return s.to(dtype)
 
 
@@ -92,7 +92,7 @@ def sum_planes(
     s_ptrs,
     mask,
     stride_sp,
-    planes,
+    num_partials,
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
     IN_FLIGHT: tl.constexpr = 4,
@@ -101,7 +101,7 @@ def sum_planes(
     s = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
     # The loop keeps the loads in their own layout. The number of loads in flight bounds the
     # registers.
-    for plane in tl.range(0, planes, num_stages=1, loop_unroll_factor=IN_FLIGHT):
+    for partial in tl.range(0, num_partials, num_stages=1, loop_unroll_factor=IN_FLIGHT):
         # s: [BLOCK_M, BLOCK_R]
-        s += tl.load(s_ptrs + tl.cast(plane, tl.int64) * stride_sp, mask=mask, other=0.0)
+        s += tl.load(s_ptrs + tl.cast(partial, tl.int64) * stride_sp, mask=mask, other=0.0)
     return s

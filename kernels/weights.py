@@ -9,8 +9,8 @@ The result is ``[ROWS, COLUMNS]``, as the `Tile` says. Elements beyond W's last 
 any finite number. ``parts_ptr`` points to the addresses of the tensors that decode the codes, such
 as scales. POLICY is the cache hint of the codes, which are read once.
 
-Codes are contiguous and begin at a multiple of 4 bytes. `register_loader` makes a kind available to
-every kernel that multiplies with a weight.
+Codes are contiguous and begin at a multiple of 4 bytes. `register_weight_loader` makes a kind
+available to every kernel that multiplies with a weight.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Tile(NamedTuple):
     EVEN_COLUMNS: Any
 
 
-class Loader(NamedTuple):
+class WeightLoader(NamedTuple):
     """How a launch reads one kind of quantized weight.
 
     Attributes:
@@ -60,15 +60,15 @@ class Loader(NamedTuple):
     fuses: bool = True
 
 
-_LOADERS: dict[str, Loader] = {}
+_LOADERS: dict[str, WeightLoader] = {}
 
 
-def register_loader(kind: str, loader: Loader) -> None:
-    """Register the loader of a kind, which `fastlora.coded_weight.Coded.kind` names."""
+def register_weight_loader(kind: str, loader: WeightLoader) -> None:
+    """Register the loader of a kind, which `fastlora.quantized_tensor.QuantizedData.kind` names."""
     _LOADERS[kind] = loader
 
 
-def loader_of(kind: str) -> Loader:
+def weight_loader_of(kind: str) -> WeightLoader:
     """Return the loader of a kind; raise `KeyError` for a kind that is not registered."""
     return _LOADERS[kind]
 
@@ -287,9 +287,9 @@ def load_float8_e5m2(codes_ptr, parts_ptr, tile, DTYPE: tl.constexpr, POLICY: tl
     return scaled(values, load_row_scales(parts_ptr, tile), DTYPE)
 
 
-register_loader("table4", Loader(load_table4))
+register_weight_loader("table4", WeightLoader(load_table4))
 # If a product and a sum were rounded once, absmax would differ from bitsandbytes'.
-register_loader("table4_nested", Loader(load_table4_nested, fuses=False))
-register_loader("int8", Loader(load_int8, by_block=False))
-register_loader("float8_e4m3", Loader(load_float8_e4m3, by_block=False))
-register_loader("float8_e5m2", Loader(load_float8_e5m2, by_block=False))
+register_weight_loader("table4_nested", WeightLoader(load_table4_nested, fuses=False))
+register_weight_loader("int8", WeightLoader(load_int8, by_block=False))
+register_weight_loader("float8_e4m3", WeightLoader(load_float8_e4m3, by_block=False))
+register_weight_loader("float8_e5m2", WeightLoader(load_float8_e5m2, by_block=False))

@@ -51,12 +51,12 @@ LOAD = Budget(709, 41)
 # SmolLM2's load takes at most so many times PEFT's calls.
 MOST_OF_PEFTS = 1.5
 
-# Files that ask what surrounds a forward, at most; others read `fastlora.ops.conditions`. What
+# Files that ask what surrounds a forward, at most; others read `fastlora.ops.execution_mode`. What
 # models and the trainer ask is another matter.
 ASKED = {
     "resolve_impl(": 1,
     "is_compiling(": 3,
-    "_thread.invariant": 1,  # the batch-invariant mode
+    "_batch_invariant_state.invariant": 1,  # the batch-invariant mode
     "is_batch_invariant(": 1,
     "is_autocast_enabled(": 3,
 }
@@ -153,24 +153,24 @@ def served_token(folder: Path) -> tuple[float, set[str]]:
     pytest.importorskip("transformers", reason="serves models of transformers")
     from fastlora.serve.adapters import ServedAdapters
     from fastlora.serve.engine import Engine
-    from fastlora.serve.sampling import Sampling
-    from tests.support.tiny import randomise, tiny_llama
+    from fastlora.serve.sampling import SamplingParams
+    from tests.support.tiny import randomize, tiny_llama
 
     base = tiny_llama(num_hidden_layers=6, eos_token_id=None).eval()
     for seed, name in enumerate("ab"):
         config = LoraConfig(r=4, target_modules="all-linear")
         model = get_peft_model(copy.deepcopy(base), config)
-        randomise(model, seed)
+        randomize(model, seed)
         model.save_pretrained(folder / name)
     adapters = ServedAdapters(fastlora.AdapterPool(base, max_adapters=2), folder, reserved=())
-    adapters.scan()
+    adapters.sync_with_folder()
     for name in "ab":  # read before, or the requests would come in at different times
         read = threading.Event()
-        adapters.prepare(adapters.take(name), read.set)
+        adapters.read_in_background(adapters.acquire_version(name), read.set)
         assert read.wait(60)
     engine = Engine(base, Letters(), adapters, rows=4, length=64)
     submitted, count = threading.Event(), Count()
-    turn, turns = engine._running.turn, 0
+    turn, turns = engine._running.step, 0
 
     def counting() -> None:
         nonlocal turns
@@ -182,9 +182,9 @@ def served_token(folder: Path) -> tuple[float, set[str]]:
             sys.setprofile(None)
         turn()
 
-    engine._running.turn = counting  # type: ignore[method-assign]
+    engine._running.step = counting  # type: ignore[method-assign]
     for name in ("a", "b", "a", None):
-        engine.submit([1, 2, 3], name, Sampling(20, 0), lambda piece: None)
+        engine.submit([1, 2, 3], name, SamplingParams(20, 0), lambda piece: None)
     submitted.set()
     engine.close()
     assert engine.stats.requests_finished == 4

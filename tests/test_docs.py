@@ -16,7 +16,7 @@ import torch
 
 import fastlora
 from fastlora import LoraConfig, env, get_peft_model
-from fastlora.train.config import parse_settings, read_settings
+from fastlora.train.settings import read_settings, settings_from_dict
 from tests.faults.fault import all_faults
 from tests.support.tiny import tiny_llama
 
@@ -80,7 +80,7 @@ def test_toml(page: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each settings file is taken by `fastlora train`, from the project's folder."""
     tomllib = pytest.importorskip("tomllib", reason="part of Python from 3.11 on")
     monkeypatch.chdir(ROOT)
-    settings = parse_settings(tomllib.loads(text), {}, page.name)
+    settings = settings_from_dict(tomllib.loads(text), {}, page.name)
     assert all(file.is_file() for adapter in settings.adapters for file in adapter.data)
 
 
@@ -377,7 +377,7 @@ def test_the_page_of_caches_names_every_cache_and_its_proof() -> None:
             assert f"def {name}(" in (ROOT / file).read_text(encoding="utf-8"), test
     keeps = (
         r"functools\.(lru_cache|cache\b|cached_property)|WeakValueDictionary\("
-        r"|\(Kept\)|threading\.local|stamp_of\("
+        r"|\(UncopiedCache\)|threading\.local|stamp_tensors\("
     )
     files = [
         path.relative_to(ROOT).as_posix()

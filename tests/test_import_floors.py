@@ -29,7 +29,7 @@ RECORDS = 45
 FORWARD_PATH = ("layers", "autograd", "routing", "ops", "kernels")
 # Folders and files of the package from the ground up; an import may not go up.
 ORDER: tuple[tuple[str, ...], ...] = (
-    ("env", "validation", "patterns", "weight_marks", "sharding", "coded_weight", "kernels"),
+    ("env", "validation", "patterns", "weights_version", "sharding", "quantized_tensor", "kernels"),
     ("ops", "init", "command_line"),
     ("algebra", "routing", "autograd", "testing"),
     ("functional", "layers"),
@@ -43,7 +43,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
 # nothing of ours, and ``python -m fastlora`` is one call of a command.
 TOGETHER = {
     "fastlora.env": "fastlora.kernels",
-    "fastlora.coded_weight": "fastlora.kernels",
+    "fastlora.quantized_tensor": "fastlora.kernels",
     "fastlora.__main__": "fastlora.commands",
 }
 
@@ -183,7 +183,7 @@ def test_imports_go_down() -> None:
 
 def test_what_counts_as_one() -> None:
     edges = graph()
-    files = {"fastlora.env", "fastlora.coded_weight"}
+    files = {"fastlora.env", "fastlora.quantized_tensor"}
     seen = {t for name in edges if name.startswith("fastlora.kernels.") for t in edges[name]}
     assert {name for name in seen if not name.startswith("fastlora.kernels.")} == files
     assert not any(edges[name] for name in files)

@@ -14,11 +14,11 @@ from fastlora import LoraConfig, patterns
 from fastlora.patterns import (
     bounded_matching,
     check_pattern,
-    first_at_end,
-    layer_index,
-    matches_components,
-    matches_whole,
-    matching_no_end,
+    first_suffix_match,
+    layer_index_in_name,
+    matches_name_components,
+    matches_whole_name,
+    patterns_matching_no_suffix,
 )
 from fastlora.validation import CheckpointError, ConfigError
 
@@ -60,8 +60,8 @@ NAME = NAMES[8]
 
 def matches_end(field: str, pattern: str, name: str) -> bool:
     """Returns whether a single pattern matches the end of a name, as both functions say."""
-    matches = first_at_end(field, (pattern,), name) == pattern
-    assert matching_no_end(field, (pattern,), [name]) == ([] if matches else [pattern])
+    matches = first_suffix_match(field, (pattern,), name) == pattern
+    assert patterns_matching_no_suffix(field, (pattern,), [name]) == ([] if matches else [pattern])
     return matches
 
 
@@ -82,10 +82,10 @@ def test_real_patterns_match_as_in_peft(pattern: str, engine: None) -> None:
     check_pattern("target_modules", pattern)
     for name in NAMES:
         whole = check_target_module_exists(peft.LoraConfig(target_modules=pattern), name)
-        assert matches_whole("target_modules", pattern, name) == bool(whole), name
+        assert matches_whole_name("target_modules", pattern, name) == bool(whole), name
         excluded = peft.LoraConfig(target_modules=".*", exclude_modules=pattern)
         kept = bool(check_target_module_exists(excluded, name))
-        assert matches_whole("exclude_modules", pattern, name) != kept, name
+        assert matches_whole_name("exclude_modules", pattern, name) != kept, name
         if not pattern.startswith("(?i)"):  # inside of an expression ``re`` refuses such a flag
             end = get_pattern_key([pattern], name) == pattern if pattern != name else True
             assert matches_end("rank_pattern", pattern, name) == end, name
@@ -101,10 +101,10 @@ def test_the_first_of_many_patterns_counts_as_in_peft(engine: None) -> None:
     for shift in range(len(several)):
         keys = several[shift:] + several[:shift]
         for name in NAMES:
-            found = first_at_end("rank_pattern", keys, name)
+            found = first_suffix_match("rank_pattern", keys, name)
             assert (found or name) == get_pattern_key(keys, name), (keys, name)
         lost = {k for k in keys if all(re.match(rf"(.*\.)?({k})$", n) is None for n in NAMES)}
-        assert set(matching_no_end("rank_pattern", keys, NAMES)) == lost
+        assert set(patterns_matching_no_suffix("rank_pattern", keys, NAMES)) == lost
 
 
 def test_a_pattern_for_each_module_of_a_large_model_is_no_attack() -> None:
@@ -116,7 +116,7 @@ def test_a_pattern_for_each_module_of_a_large_model_is_no_attack() -> None:
     with bounded_matching():
         assert [config.rank_for(name) for name in names] == list(ranks.values())
         assert {config.scaling_for(name) for name in names} == {1}
-        assert matching_no_end("rank_pattern", config.rank_pattern, names) == []
+        assert patterns_matching_no_suffix("rank_pattern", config.rank_pattern, names) == []
 
 
 def test_only_matching_counts() -> None:
@@ -125,7 +125,7 @@ def test_only_matching_counts() -> None:
         start = time.thread_time()
         while time.thread_time() - start < 1.2 * patterns.MATCHING_SECONDS:
             pass
-        assert matches_whole("target_modules", ".*q_proj", NAME)
+        assert matches_whole_name("target_modules", ".*q_proj", NAME)
 
 
 @pytest.mark.parametrize("pattern", ["layers", "h", "blocks", r"(?:h|layers)", r"bl\w+s"])
@@ -136,7 +136,7 @@ def test_layer_patterns_match_as_in_peft(pattern: str, engine: None) -> None:
 
     seen = set()
     for name in (name for name in NAMES if "experts" not in name):  # PEFT counts those of experts
-        found = layer_index("layers_pattern", pattern, name)
+        found = layer_index_in_name("layers_pattern", pattern, name)
         for index in range(13):
             leaf = name.rpartition(".")[2]
             fields = {"layers_to_transform": [index], "layers_pattern": [pattern]}
@@ -149,14 +149,16 @@ def test_layer_patterns_match_as_in_peft(pattern: str, engine: None) -> None:
 
 @pytest.mark.parametrize("pattern", ["score", "norm", r"(?:score|lm_head)", r"embed\w*"])
 def test_saved_modules_match_by_components(pattern: str, engine: None) -> None:
-    found = {name for name in NAMES if matches_components("modules_to_save", pattern, name)}
+    found = {name for name in NAMES if matches_name_components("modules_to_save", pattern, name)}
     words = {"score": ("score",), "norm": ("norm",)}.get(pattern, ("score", "lm_head"))
     words = ("embed_tokens",) if pattern.startswith("embed") else words
     assert found == {name for name in NAMES if {*words} & {*name.split(".")}}
 
 
 @pytest.mark.parametrize("pattern", SLOW)
-@pytest.mark.parametrize("match", [matches_whole, matches_end, matches_components, layer_index])
+@pytest.mark.parametrize(
+    "match", [matches_whole_name, matches_end, matches_name_components, layer_index_in_name]
+)
 def test_a_pattern_that_backtracks_is_refused_at_once(
     match: Callable[[str, str, str], object], pattern: str
 ) -> None:
@@ -180,7 +182,7 @@ def test_a_long_way_between_two_steps_is_bounded(pattern: str) -> None:
     """E2: PCRE2 counts no step of most parts of a pattern, and 100,000 steps then take seconds."""
     start = time.thread_time()
     with bounded_matching(), pytest.raises(CheckpointError, match="target_modules: .*too long"):
-        matches_whole("target_modules", pattern, NAME)
+        matches_whole_name("target_modules", pattern, NAME)
     assert time.thread_time() - start < 2 * patterns.MATCHING_SECONDS
 
 
@@ -201,7 +203,7 @@ def test_a_long_way_between_two_steps_is_bounded(pattern: str) -> None:
 def test_a_pattern_that_is_no_pattern_is_refused_at_once(pattern: str) -> None:
     """E2: neither compiling a pattern nor a limit of its own gets around the bound."""
     start = time.thread_time()
-    for match in (matches_whole, matches_end, matches_components, layer_index):
+    for match in (matches_whole_name, matches_end, matches_name_components, layer_index_in_name):
         with bounded_matching(), pytest.raises(CheckpointError, match="alpha_pattern"):
             match("alpha_pattern", pattern, NAME)
     assert time.thread_time() - start < 4 * patterns.MATCHING_SECONDS
@@ -213,8 +215,8 @@ def test_many_patterns_on_many_names_share_one_bound(plain: bool) -> None:
     keys = ["a" * (i % 90) + "." + "b" * (i // 90) for i in range(8000)]
     keys = keys if plain else [rf"{key}\d" for key in keys]
     for match in (
-        lambda name: first_at_end("rank_pattern", keys, name),
-        lambda name: matching_no_end("rank_pattern", keys, [name]),
+        lambda name: first_suffix_match("rank_pattern", keys, name),
+        lambda name: patterns_matching_no_suffix("rank_pattern", keys, [name]),
     ):
         start = time.thread_time()
         with (
@@ -251,11 +253,11 @@ def test_without_pcre2_names_match_and_expressions_are_refused(
     monkeypatch.setitem(sys.modules, "pcre2", None)
     with bounded_matching():
         assert matches_end("rank_pattern", "self_attn.q_proj", NAME)
-        assert layer_index("layers_pattern", "layers", NAME) == 10
+        assert layer_index_in_name("layers_pattern", "layers", NAME) == 10
         for pattern in (r".*q_proj", *SLOW):
             with pytest.raises(CheckpointError, match="needs pcre2; install it with: pip install"):
-                matches_whole("target_modules", pattern, NAME)
-    assert matches_whole("target_modules", r".*q_proj", NAME)
+                matches_whole_name("target_modules", pattern, NAME)
+    assert matches_whole_name("target_modules", r".*q_proj", NAME)
 
 
 def test_what_re_cannot_compile_is_one_clear_error() -> None:

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import fastlora
-from tests.support.tiny import randomise
+from tests.support.tiny import randomize
 
 pytest.importorskip("transformers", reason="the models of the recipes are transformers'")
 pytest.importorskip("peft", reason="the recipes compare with it")
@@ -76,7 +76,7 @@ def test_hf_trainer(recipe: Any) -> None:
 
 
 def test_qlora(recipe: Any) -> None:
-    pytest.importorskip("bitsandbytes", reason="quantises")
+    pytest.importorskip("bitsandbytes", reason="quantizes")
     result = recipe("qlora").main()
     assert result["ours"][-1] < 0.5 * result["ours"][0]
     assert result["PEFT's, patched"] == pytest.approx(result["ours"], rel=1e-2)
@@ -188,7 +188,7 @@ def test_forwards_replaced_on_a_model(recipe: Any, first: str) -> None:
             of_instance(base)
         config = fastlora.LoraConfig(r=4, target_modules=page.TARGETS, task_type="CAUSAL_LM")
         model = fastlora.get_peft_model(base, config)
-        randomise(model)
+        randomize(model)
         if replaces and first == "adapters":
             of_instance(model)
         ids = torch.tensor(page.tokenizer()(page.texts()).input_ids)
@@ -230,7 +230,7 @@ def saved(folder: Path, base: Any, **config: Any) -> Any:
     options = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "k_proj", "up_proj"]}
     options |= {"task_type": "CAUSAL_LM", **config}
     model = fastlora.get_peft_model(base, fastlora.LoraConfig(**options))
-    randomise(model)
+    randomize(model)
     model.save_pretrained(folder)
     return model.eval()
 

@@ -19,7 +19,7 @@ from fastlora.validation import ConfigError
 SVD = "_svd"
 
 
-class Method(NamedTuple):
+class CombinationMethod(NamedTuple):
     """A method for combining tensors of the same shape into a weighted sum.
 
     Attributes:
@@ -32,7 +32,7 @@ class Method(NamedTuple):
     elects: bool = False
 
 
-def largest(tensor: torch.Tensor, density: float) -> torch.Tensor:
+def magnitude_based_pruning(tensor: torch.Tensor, density: float) -> torch.Tensor:
     """Return a copy of a tensor in which all but the values of largest magnitude are zero.
 
     Args:
@@ -40,12 +40,12 @@ def largest(tensor: torch.Tensor, density: float) -> torch.Tensor:
         density: Fraction of the values to keep.
     """
     flat = tensor.flatten()
-    kept = torch.zeros_like(flat)
+    result = torch.zeros_like(flat)
     index = flat.abs().topk(int(density * flat.numel())).indices
-    return kept.index_copy_(0, index, flat[index]).view_as(tensor)
+    return result.index_copy_(0, index, flat[index]).view_as(tensor)
 
 
-def random_share(tensor: torch.Tensor, density: float) -> torch.Tensor:
+def random_pruning(tensor: torch.Tensor, density: float) -> torch.Tensor:
     """Return a copy of a tensor in which each value is kept with probability ``density``.
 
     The values that are kept are divided by ``density``; the others are zero.
@@ -54,11 +54,11 @@ def random_share(tensor: torch.Tensor, density: float) -> torch.Tensor:
 
 
 METHODS = {
-    "linear": Method(),
-    "ties": Method(largest, elects=True),
-    "dare_linear": Method(random_share),
-    "dare_ties": Method(random_share, elects=True),
-    "magnitude_prune": Method(largest),
+    "linear": CombinationMethod(),
+    "ties": CombinationMethod(magnitude_based_pruning, elects=True),
+    "dare_linear": CombinationMethod(random_pruning),
+    "dare_ties": CombinationMethod(random_pruning, elects=True),
+    "magnitude_prune": CombinationMethod(magnitude_based_pruning),
 }
 # Methods without the suffix combine the factors. Methods with the suffix combine the updates, the
 # products of the factors. ``cat`` concatenates the factors.

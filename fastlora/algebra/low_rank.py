@@ -10,10 +10,10 @@ import torch
 from fastlora.validation import AdapterStateError
 
 # The factors of an update ``lora_b @ lora_a`` [N, K]: lora_a [R, K] and lora_b [N, R].
-Pair = tuple[torch.Tensor, torch.Tensor]
+FactorPair = tuple[torch.Tensor, torch.Tensor]
 
 
-class Decomposition(NamedTuple):
+class Svd(NamedTuple):
     """A singular value decomposition ``u @ diag(s) @ vh`` of a matrix ``[N, K]``.
 
     Attributes:
@@ -26,7 +26,7 @@ class Decomposition(NamedTuple):
     s: torch.Tensor
     vh: torch.Tensor
 
-    def rank_for(self, rank: int | float) -> int:
+    def singular_values_to_keep(self, rank: int | float) -> int:
         """Return the number of singular values to keep, at most R.
 
         Args:
@@ -41,7 +41,7 @@ class Decomposition(NamedTuple):
             return 1
         return min(int((energy < rank * energy[-1]).sum()) + 1, self.s.numel())
 
-    def error(self, rank: int) -> float:
+    def truncation_error(self, rank: int) -> float:
         """Return the relative error, in the Frobenius norm, of truncating the decomposition.
 
         Args:
@@ -52,7 +52,7 @@ class Decomposition(NamedTuple):
         return (float(energy[rank:].sum()) / total) ** 0.5 if total else 0.0
 
 
-def check_finite(where: str, *tensors: torch.Tensor) -> None:
+def check_factors_finite(where: str, *tensors: torch.Tensor) -> None:
     """Raise `AdapterStateError` if any of the tensors contains NaN or infinite values.
 
     Such a tensor cannot be decomposed.
@@ -68,7 +68,7 @@ def check_finite(where: str, *tensors: torch.Tensor) -> None:
         )
 
 
-def decompose(matrix: torch.Tensor, driver: str | None = None) -> Decomposition:
+def compute_svd(matrix: torch.Tensor, driver: str | None = None) -> Svd:
     """Return the singular value decomposition of a matrix ``[N, K]``, computed in fp32 or fp64.
 
     Args:
@@ -76,12 +76,12 @@ def decompose(matrix: torch.Tensor, driver: str | None = None) -> Decomposition:
         driver: cuSOLVER driver, as in `torch.linalg.svd`. It must be None for a matrix on a CPU.
     """
     wide = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
-    return Decomposition(*torch.linalg.svd(wide, full_matrices=False, driver=driver))
+    return Svd(*torch.linalg.svd(wide, full_matrices=False, driver=driver))
 
 
-def decompose_pairs(
-    pairs: Sequence[Pair], weights: Sequence[float], driver: str | None = None
-) -> Decomposition:
+def svd_of_weighted_sum(
+    pairs: Sequence[FactorPair], weights: Sequence[float], driver: str | None = None
+) -> Svd:
     """Return the singular value decomposition of ``sum(weight * lora_b @ lora_a)`` over all pairs.
 
     If the sum R of the pairs' ranks is less than both N and K, only an ``[R, R]`` matrix is
@@ -90,20 +90,20 @@ def decompose_pairs(
     Args:
         pairs: Factor pairs (lora_a ``[R_i, K]``, lora_b ``[N, R_i]``).
         weights: The weight of each pair.
-        driver: cuSOLVER driver, as in `decompose`.
+        driver: cuSOLVER driver, as in `compute_svd`.
     """
     dtype = torch.promote_types(pairs[0][0].dtype, torch.float32)
     lora_a = torch.cat([a.to(dtype) for a, _ in pairs])
     lora_b = torch.cat([b.to(dtype) * w for (_, b), w in zip(pairs, weights, strict=True)], dim=1)
     if lora_a.shape[0] >= min(lora_a.shape[1], lora_b.shape[0]):
-        return decompose(lora_b @ lora_a, driver)
+        return compute_svd(lora_b @ lora_a, driver)
     left, upper = torch.linalg.qr(lora_b)
     right, lower = torch.linalg.qr(lora_a.t())
-    inner = decompose(upper @ lower.t(), driver)
-    return Decomposition(left @ inner.u, inner.s, inner.vh @ right.t())
+    inner = compute_svd(upper @ lower.t(), driver)
+    return Svd(left @ inner.u, inner.s, inner.vh @ right.t())
 
 
-def clamped(lora_a: torch.Tensor, lora_b: torch.Tensor, quantile: float) -> Pair:
+def clamp_to_quantile(lora_a: torch.Tensor, lora_b: torch.Tensor, quantile: float) -> FactorPair:
     """Return lora_a and lora_b with their values clamped to ``[-bound, bound]``.
 
     The bound is a quantile of the values of both factors together.
@@ -122,7 +122,7 @@ def clamped(lora_a: torch.Tensor, lora_b: torch.Tensor, quantile: float) -> Pair
     return lora_a.clamp(-bound, bound), lora_b.clamp(-bound, bound)
 
 
-def padded(tensor: torch.Tensor, rank: int, dim: int) -> torch.Tensor:
+def pad_factor(tensor: torch.Tensor, rank: int, dim: int) -> torch.Tensor:
     """Return a factor padded with zeros to size ``rank`` in dimension ``dim``."""
     shape = list(tensor.shape)
     shape[dim] = rank - shape[dim]

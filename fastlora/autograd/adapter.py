@@ -1,7 +1,7 @@
 """The output of a base layer with one adapter, and the choice of the autograd nodes.
 
 For few rows on a CPU, PyTorch's own autograd nodes are used. Otherwise, those of
-`fastlora.autograd.linear` are.
+`fastlora.autograd.lora_linear` are.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from fastlora.autograd import linear
-from fastlora.autograd.shared_input import Shared
+from fastlora.autograd import lora_linear
+from fastlora.autograd.shared_input import SharedResult
 from fastlora.ops import backend
-from fastlora.ops.conditions import Conditions
-from fastlora.ops.factors import Base, Factors, Operands
+from fastlora.ops.execution_mode import ExecutionMode
+from fastlora.ops.factors import AdapterOperands, Base, Factors
 from fastlora.ops.torch import products
 from fastlora.validation import ImplementationError, check_same_device
 
@@ -33,10 +33,10 @@ def run_adapter(
     x: torch.Tensor,
     base: Base,
     factors: Factors,
-    conditions: Conditions,
+    conditions: ExecutionMode,
     plan: str = "auto",
-    shared: Shared | None = None,
-    own_seed: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    shared_result: SharedResult | None = None,
+    adjust_seed: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Return the output ``[..., N]`` of a base layer with one adapter.
 
@@ -49,32 +49,32 @@ def run_adapter(
             for an fp64 x). With a lora_bias it must have no dimensions.
         conditions: The conditions of the call.
         plan: As in `fastlora.functional.lora_linear`.
-        shared: The s that was computed for the layer together with others, or None. It must have
-            been computed with the same x, dropout_p, and implementation.
-        own_seed: Maps a drawn seed to the seed to use, for a layer that is split over processes.
+        shared_result: The s that was computed for the layer together with others, or None. It must
+            have been computed with the same x, dropout_p, and implementation.
+        adjust_seed: Maps a drawn seed to the seed to use, for a layer that is split over processes.
     """
     lora_a, lora_b, scaling, lora_bias, dropout_p, _ = factors
     weight, name = base.weight, conditions.backend
-    known = base.y if weight is None else weight
+    base_tensor = base.y if weight is None else weight
     if (
         name == "eager"
         and not conditions.compiling
-        and known is not None
+        and base_tensor is not None
         and not (weight is None and (conditions.invariant or lora_bias is not None))
         and not dropout_p
-        and shared is None
+        and shared_result is None
         and plan == "auto"
         and conditions.autocast is None
         and not conditions.tracing
         and (lora_bias is None or lora_bias.dtype is x.dtype)
-        and _records_natively(x, known, base.bias, lora_a, lora_b, scaling)
+        and _should_use_native_autograd(x, base_tensor, base.bias, lora_a, lora_b, scaling)
     ):
         if weight is None:
-            return _native_add(known, x, lora_a, lora_b, scaling, base.inplace)
+            return _add_with_native_autograd(base_tensor, x, lora_a, lora_b, scaling, base.inplace)
         bias = base.bias
         if lora_bias is not None:
             bias = lora_bias * scaling if bias is None else bias + lora_bias * scaling
-        return _native_linear(x, weight, bias, lora_a, lora_b, scaling)
+        return _linear_with_native_autograd(x, weight, bias, lora_a, lora_b, scaling)
     if weight is not None and weight.dtype != x.dtype and conditions.autocast is None:
         raise TypeError(f"weight has dtype {weight.dtype}, expected {x.dtype}, the dtype of x")
     device = x.device
@@ -86,21 +86,21 @@ def run_adapter(
                 "lora_add cannot run in batch-invariant mode, because the operation that "
                 "produced y may depend on the number of rows"
             )
-        conditions.check_invariant(x, plan, dropout_p)
+        conditions.check_batch_invariant(x, plan, dropout_p)
         plan = "invariant"
     s = seed = None
-    if shared is not None:
-        s, seed = shared.s, shared.seed
+    if shared_result is not None:
+        s, seed = shared_result.s, shared_result.seed
     elif dropout_p > 0.0:
         seed = backend.draw_seed(x, conditions.impl)
-        seed = seed if own_seed is None else own_seed(seed)
-    operands = Operands([lora_a], [lora_b], [lora_bias], scaling, (dropout_p,), seed)
-    return linear.run(x, base, operands, name, plan, s=s)
+        seed = seed if adjust_seed is None else adjust_seed(seed)
+    operands = AdapterOperands([lora_a], [lora_b], [lora_bias], scaling, (dropout_p,), seed)
+    return lora_linear.run_adapters(x, base, operands, name, plan, s=s)
 
 
-def _records_natively(
+def _should_use_native_autograd(
     x: torch.Tensor,
-    known: torch.Tensor,
+    base_tensor: torch.Tensor,
     bias: torch.Tensor | None,
     lora_a: torch.Tensor,
     lora_b: torch.Tensor,
@@ -108,14 +108,14 @@ def _records_natively(
 ) -> bool:
     """Return whether PyTorch's own autograd nodes should compute a layer without dropout.
 
-    ``known`` is the base weight, or the output of a base layer that was called.
+    ``base_tensor`` is the base weight, or the output of a base layer that was called.
 
     The function is not called for compiled graphs, because a graph must not depend on the number of
     rows. The result is False if x would have to be copied to reshape it to rows.
     """
     dtype, factors, few = x.dtype, lora_a.dtype, _FEW_ROWS
     rows = x.numel() // max(x.shape[-1], 1)
-    if dtype is torch.bfloat16 and not products.is_slow(dtype, rows):
+    if dtype is torch.bfloat16 and not products.native_product_is_slow(dtype, rows):
         few, fits = _FEW_BF16_ROWS, factors is dtype or factors is torch.float32
     else:
         fits = factors is dtype and (dtype is torch.float32 or dtype is torch.float64)
@@ -124,9 +124,9 @@ def _records_natively(
         and x.is_cpu
         and (x.dim() == 2 or x.is_contiguous())
         and rows < few
-        and known.dtype is dtype
+        and base_tensor.dtype is dtype
         and lora_b.dtype is factors
-        and known.is_cpu
+        and base_tensor.is_cpu
         and lora_a.is_cpu
         and lora_b.is_cpu
         and (bias is None or bias.dtype is dtype)
@@ -134,7 +134,7 @@ def _records_natively(
     )
 
 
-def _native_linear(
+def _linear_with_native_autograd(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
@@ -142,13 +142,14 @@ def _native_linear(
     lora_b: torch.Tensor,
     scaling: torch.Tensor,
 ) -> torch.Tensor:
-    """Return the result of `fastlora.autograd.linear.run`, with PyTorch's own autograd nodes.
+    """Return base output plus LoRA update, computed with PyTorch's own autograd nodes.
 
-    In fp32 and fp64 the result has the same bits. In bf16 the update is rounded before it is added,
-    and x is converted for fp32 factors. No Python code runs in the backward pass, and little runs
-    here: between two products of a large model, code is evicted from the processor's cache, so each
-    call takes microseconds. The nodes save x, ``scaling * s``, and the parameters. dx is the sum of
-    two products, where `LoraLinear` adds one to the other in place.
+    Compared with `fastlora.autograd.lora_linear.run_adapters`, the result has the same bits in fp32
+    and fp64. In bf16 the update is rounded before it is added, and x is converted for fp32 factors.
+    No Python code runs in the backward pass, and little runs here: between two products of a large
+    model, code is evicted from the processor's cache, so each call takes microseconds. The nodes
+    save x, ``scaling * s``, and the parameters. dx is the sum of two products, where `LoraLinear`
+    adds one to the other in place.
     """
     shape = x.shape
     # A 2-D input makes fewer nodes. Without gradients, y would be a view that cannot be written to
@@ -169,7 +170,7 @@ def _native_linear(
     return y.view(*shape[:-1], y.shape[-1]) if as_rows else y
 
 
-def _native_add(
+def _add_with_native_autograd(
     y: torch.Tensor,
     x: torch.Tensor,
     lora_a: torch.Tensor,
@@ -177,11 +178,11 @@ def _native_add(
     scaling: torch.Tensor,
     inplace: bool,
 ) -> torch.Tensor:
-    """Return a base layer's output ``y [..., N]`` plus the update, computed as in `_native_linear`.
+    """Return ``y [..., N]`` plus the LoRA update, computed with PyTorch's own autograd nodes.
 
-    ``inplace`` is as in `Base`.
+    y is a base layer's output. ``inplace`` is as in `Base`.
     """
-    inplace = inplace and not linear.records_gradients(y, x, lora_a, lora_b)
+    inplace = inplace and not lora_linear.records_gradients(y, x, lora_a, lora_b)
     if x.dtype is torch.bfloat16:
         update = F.linear(F.linear(x.to(lora_a.dtype), lora_a) * scaling, lora_b)
         return y.add_(update) if inplace else (y + update).to(y.dtype)

@@ -25,16 +25,16 @@ from typing import Any, TypeVar
 
 import torch
 
-from fastlora.autograd.linear import plain_backward
-from fastlora.ops.library import define, fakes, implements
+from fastlora.autograd.lora_linear import once_differentiable_without_autocast
+from fastlora.ops.library import define_operator, register_fake, register_kernel
 from fastlora.ops.rows import sort_rows
 from fastlora.ops.torch.dora import (
-    Dropped,
-    forward_rows,
+    DropoutAdapter,
+    dora_scale,
+    forward_with_dropout,
     gradients,
     scale_columns,
     scale_columns_backward,
-    scale_of,
 )
 
 
@@ -51,22 +51,22 @@ class DoraScale(torch.autograd.Function):
         u: torch.Tensor,
         bias: torch.Tensor | None,
         magnitude: torch.Tensor,
-        squares: torch.Tensor | None,
+        squared_norms: torch.Tensor | None,
     ) -> torch.Tensor:
         """Compute y ``[..., N]`` from ``u [..., N]``."""
         rows = u.reshape(-1, u.shape[-1])
-        y = scale_columns(rows, bias, scale_of(magnitude, squares))
+        y = scale_columns(rows, bias, dora_scale(magnitude, squared_norms))
         ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.save_for_backward(u if ctx.needs_input_grad[2] else None, magnitude, squares)
+        ctx.save_for_backward(u if ctx.needs_input_grad[2] else None, magnitude, squared_norms)
         return torch.ops.aten._unsafe_view(y, u.shape)
 
     @staticmethod
-    @plain_backward
+    @once_differentiable_without_autocast
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        u, magnitude, squares = ctx.saved_tensors
+        u, magnitude, squared_norms = ctx.saved_tensors
         dy = grad.reshape(-1, grad.shape[-1])
         rows = None if u is None else u.reshape(dy.shape)
-        du, d_own = scale_columns_backward(dy, rows, magnitude, squares)
+        du, d_own = scale_columns_backward(dy, rows, magnitude, squared_norms)
         d_magnitude = None if d_own is None else d_own.to(magnitude.dtype)
         d_bias = dy.sum(0).to(ctx.bias_dtype) if ctx.needs_input_grad[1] else None
         d_u = du.view(grad.shape) if ctx.needs_input_grad[0] else None
@@ -77,36 +77,36 @@ class DoraScale(torch.autograd.Function):
 
 _Item = TypeVar("_Item")
 
-# Number of tensors per adapter: lora_a, lora_b, magnitude, squares, scaling, seed.
+# Number of tensors per adapter: lora_a, lora_b, magnitude, squared_norms, scaling, seed.
 _EACH = 6
 _BATCH = "Tensor[] adapters, Tensor ids, int[] slots, float[] dropout_p, str impl"
 # The operators read each adapter's number of rows on the host, which a CUDA graph cannot record.
 _TAGS = (torch.Tag.cudagraph_unsafe,)
-define(
+define_operator(
     f"dora_dropped(Tensor y, Tensor x, Tensor weight, {_BATCH}, bool keeps_z)"
     " -> (Tensor, Tensor, Tensor)",
     tags=_TAGS,
 )
-define(
+define_operator(
     f"dora_dropped_backward(Tensor dy, Tensor x, Tensor weight, {_BATCH}, Tensor s, Tensor z,"
     " bool[] wanted) -> Tensor[]",
     tags=_TAGS,
 )
 
 
-def _by(count: int, tensors: Sequence[_Item]) -> list[Sequence[_Item]]:
-    """Split a sequence into parts of length ``count``."""
-    return [tensors[at : at + count] for at in range(0, len(tensors), count)]
+def _chunked(size: int, items: Sequence[_Item]) -> list[Sequence[_Item]]:
+    """Split a sequence into chunks of length ``size``."""
+    return [items[at : at + size] for at in range(0, len(items), size)]
 
 
-def _by_id(
+def _iter_adapters_with_rows(
     x: torch.Tensor,
     adapters: Sequence[torch.Tensor],
     ids: torch.Tensor,
     slots: list[int],
     dropout_p: list[float],
     impl: str,
-) -> Iterator[tuple[int, torch.Tensor, slice, Dropped]]:
+) -> Iterator[tuple[int, torch.Tensor, slice, DropoutAdapter]]:
     """Yield a tuple (index, rows, positions, adapter) for each adapter that has rows.
 
     ``index`` is the adapter's index among all adapters, ``rows`` are its rows in x, and
@@ -115,75 +115,80 @@ def _by_id(
     """
     batch = sort_rows(ids, x.shape[0], max(slots) + 1)
     starts = batch.slot_start.tolist()
-    for place, own in enumerate(_by(_EACH, adapters)):
+    for place, own in enumerate(_chunked(_EACH, adapters)):
         start, stop = starts[slots[place]], starts[slots[place] + 1]
         if start < stop:
-            adapter = Dropped._make((*own, dropout_p[place], impl))
+            adapter = DropoutAdapter._make((*own, dropout_p[place], impl))
             seed = adapter.seed.to(x.device if impl == "triton" else "cpu")
             rows = batch.order[start:stop].long().to(x.device)
             yield place, rows, slice(start, stop), adapter._replace(seed=seed)
 
 
-def _saved(
-    y: torch.Tensor, x: torch.Tensor, adapters: Sequence[torch.Tensor], keeps_z: bool
+def _allocate_s_and_z(
+    y: torch.Tensor, x: torch.Tensor, adapters: Sequence[torch.Tensor], needs_z: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return uninitialized tensors for s and z, of which only the adapters' rows are used."""
+    """Allocate s and z without initializing them.
+
+    Only the rows of adapters are used later.
+    """
     rank = max(lora_a.shape[0] for lora_a in adapters[::_EACH])
-    return x.new_empty(x.shape[0], rank), x.new_empty(x.shape[0] if keeps_z else 0, y.shape[1])
+    return x.new_empty(x.shape[0], rank), x.new_empty(x.shape[0] if needs_z else 0, y.shape[1])
 
 
-def _results(
+def _allocate_gradients(
     x: torch.Tensor,
     weight: torch.Tensor,
     adapters: Sequence[torch.Tensor],
     wanted: Sequence[bool],
 ) -> list[torch.Tensor]:
-    """Return a list of uninitialized tensors for the gradients of x, the weight, and the factors.
+    """Allocate the gradients of x, the weight, and the factors, without initializing them.
 
     The factors are each adapter's lora_a, lora_b, and magnitude in turn.
 
     The tensor of a gradient that is not wanted has no elements.
     """
-    like = [x, weight, *(t for own in _by(_EACH, adapters) for t in own[:3])]
+    like = [x, weight, *(t for own in _chunked(_EACH, adapters) for t in own[:3])]
     return [
         tensor.new_empty(tensor.shape if asked else (0,))
         for tensor, asked in zip(like, wanted, strict=True)
     ]
 
 
-@implements("dora_dropped")
-def _dora_dropped(
+@register_kernel("dora_dropped")
+def _dora_with_dropout(
     y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, *batch: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return a tuple of y with the adapters' rows updated, and of s and z at sorted positions."""
+    """Return y with the rows of adapters updated, and s and z for the backward pass."""
     y = y.clone(memory_format=torch.contiguous_format)
-    s, z = _saved(y, x, batch[0], batch[-1])
-    for _, rows, part, adapter in _by_id(x, *batch[:-1]):
-        y[rows], own_s, own_z = forward_rows(y[rows], x[rows], weight, None, adapter, inplace=True)
+    s, z = _allocate_s_and_z(y, x, batch[0], batch[-1])
+    for _, rows, part, adapter in _iter_adapters_with_rows(x, *batch[:-1]):
+        y[rows], own_s, own_z = forward_with_dropout(
+            y[rows], x[rows], weight, None, adapter, inplace=True
+        )
         s[part, : own_s.shape[1]] = own_s
         if z.shape[0]:
             z[part] = own_z
     return y, s, z
 
 
-@fakes("dora_dropped")
+@register_fake("dora_dropped")
 def _(
     y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, *batch: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return y.new_empty(y.shape), *_saved(y, x, batch[0], batch[-1])
+    return y.new_empty(y.shape), *_allocate_s_and_z(y, x, batch[0], batch[-1])
 
 
-@implements("dora_dropped_backward")
-def _dora_dropped_backward(
+@register_kernel("dora_dropped_backward")
+def _dora_with_dropout_backward(
     dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, *batch: Any
 ) -> list[torch.Tensor]:
-    """Return the list of gradients that `_results` describes."""
+    """Return the gradients of x, the weight, and each adapter's factors, in this order."""
     *batch_of, s, z, wanted = batch
-    found = _results(x, weight, batch_of[0], wanted)
+    found = _allocate_gradients(x, weight, batch_of[0], wanted)
     for tensor in found:
         tensor.zero_()
     wants_x, wants_weight, *wants = wanted
-    for place, rows, part, adapter in _by_id(x, *batch_of):
+    for place, rows, part, adapter in _iter_adapters_with_rows(x, *batch_of):
         own = slice(3 * place, 3 * place + 3)
         dx, d_weight, d_factors = gradients(
             *(dy[rows], x[rows], weight, adapter, s[part, : adapter.lora_a.shape[0]]),
@@ -203,12 +208,12 @@ def _dora_dropped_backward(
     return found
 
 
-@fakes("dora_dropped_backward")
+@register_fake("dora_dropped_backward")
 def _(dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, *batch: Any) -> list[torch.Tensor]:
-    return _results(x, weight, batch[0], batch[-1])
+    return _allocate_gradients(x, weight, batch[0], batch[-1])
 
 
-class DoraDropped(torch.autograd.Function):
+class DoraWithDropout(torch.autograd.Function):
     """Compute the output of DoRA adapters with active dropout; see the module's docstring.
 
     Saves x, s, the seeds, and the parameters. If a magnitude needs a gradient, it also saves
@@ -231,16 +236,16 @@ class DoraDropped(torch.autograd.Function):
     ) -> torch.Tensor:
         """Compute y from ``base``, the base layer's output, or from weight and bias if it is None.
 
-        ``adapters`` has six tensors for each adapter; see `Dropped`. ``ids [B]`` are slots per
-        sample or per token, and ``slots`` lists each adapter's slot. If ids is None, there is one
-        adapter, which applies to all rows. With ids, ``base`` must be given.
+        ``adapters`` has six tensors for each adapter; see `DropoutAdapter`. ``ids [B]`` are slots
+        per sample or per token, and ``slots`` lists each adapter's slot. If ids is None, there is
+        one adapter, which applies to all rows. With ids, ``base`` must be given.
         """
         flat = None if base is None else base.reshape(-1, base.shape[-1])
         rows, needs = x.reshape(-1, x.shape[-1]), ctx.needs_input_grad
         needs_a, needs_b, needs_m = (any(needs[at::_EACH]) for at in (8, 9, 10))
         if ids is None:
-            own = Dropped._make((*adapters, *dropout_p, impl))
-            y, s, z = forward_rows(flat, rows, weight, bias, own)
+            own = DropoutAdapter._make((*adapters, *dropout_p, impl))
+            y, s, z = forward_with_dropout(flat, rows, weight, bias, own)
         else:
             y, s, z = torch.ops.fastlora.dora_dropped(
                 *(flat, rows, weight, adapters, ids, slots, dropout_p, impl, needs_m)
@@ -259,17 +264,17 @@ class DoraDropped(torch.autograd.Function):
         return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], weight.shape[0]))
 
     @staticmethod
-    @plain_backward
+    @once_differentiable_without_autocast
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, ids, s, z, *adapters = ctx.saved_tensors
         needs_base, needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:4]
-        own_needs = _by(_EACH, ctx.needs_input_grad[8:])
+        own_needs = _chunked(_EACH, ctx.needs_input_grad[8:])
         wanted = [needs_x, needs_weight, *(need for own in own_needs for need in own[:3])]
         dy = grad.reshape(-1, grad.shape[-1]).to(ctx.x_dtype)
         rows = None if x is None else x.reshape(-1, x.shape[-1])
         found: Sequence[torch.Tensor | None]
         if ids is None:
-            adapter = Dropped._make((*adapters, *ctx.dropout_p, ctx.impl))
+            adapter = DropoutAdapter._make((*adapters, *ctx.dropout_p, ctx.impl))
             dx, d_weight, d_factors = gradients(
                 *(dy, rows, weight, adapter, s, z),
                 own_base=ctx.own_base,
@@ -288,7 +293,7 @@ class DoraDropped(torch.autograd.Function):
         dx, d_weight, *d_own = (t if ask else None for t, ask in zip(found, wanted, strict=True))
         dx = None if dx is None else dx.view(ctx.x_shape)
         d_bias = dy.sum(0).to(ctx.bias_dtype) if needs_bias else None
-        d_adapters = [d for own in _by(3, d_own) for d in (*own, None, None, None)]
+        d_adapters = [d for own in _chunked(3, d_own) for d in (*own, None, None, None)]
         return (
             *(grad if needs_base else None, dx, d_weight, d_bias),
             *(None, None, None, None, *d_adapters),

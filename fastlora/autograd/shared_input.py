@@ -1,12 +1,13 @@
 """Autograd nodes for layers that receive the same x.
 
-`LoraSiblings` computes every y and every gradient. It requires one adapter per layer, and kernels
-(`fastlora.ops.backend.Backend.siblings`). Its backward waits for the gradients of all outputs that
-were used, and returns one dx. Like `fastlora.autograd.linear.LoraLinear`, it saves x itself, s, the
-seeds, and the parameters.
+`GroupedLoraLinear` computes every y and every gradient. It requires one adapter per layer, and
+kernels (`fastlora.ops.backend.Backend.grouped_forward`). Its backward waits for the gradients of
+all outputs that were used, and returns one dx. Like `fastlora.autograd.lora_linear.LoraLinear`, it
+saves x itself, s, the seeds, and the parameters.
 
-`LoraShrink` computes every s. Its backward computes every layer's d_lora_a from one read of x, and
-nothing else. The layers' own nodes (`fastlora.autograd.linear.LoraLinear`) return the rest.
+`GroupedLoraShrink` computes every s. Its backward computes every layer's d_lora_a from one read of
+x, and nothing else. The layers' own nodes (`fastlora.autograd.lora_linear.LoraLinear`) return the
+rest.
 
 Shapes: ``x [..., K]``; for each layer ``weight [N, K]``, ``bias [N]`` or None, ``lora_a [R, K]``,
 ``lora_b [N, R]``, ``y [..., N]``; s as in `fastlora.ops.backend.Backend`.
@@ -20,18 +21,18 @@ from typing import Any, NamedTuple
 import torch
 from torch._C._functorch import unwrap_if_dead
 
-import fastlora.ops.operators  # noqa: F401  # registers a backend
-from fastlora.autograd.linear import plain_backward
+import fastlora.ops.operator_backend  # noqa: F401  # registers a backend
+from fastlora.autograd.lora_linear import once_differentiable_without_autocast
 from fastlora.ops import backend
 from fastlora.ops.backend import BACKENDS
-from fastlora.ops.factors import present
+from fastlora.ops.factors import fill_missing_factors
 from fastlora.ops.rows import Rows
 from fastlora.ops.torch import products
 
 _Factor = torch.Tensor | None
 
 
-class Shared(NamedTuple):
+class SharedResult(NamedTuple):
     """The output of a layer, or its s, computed together with those of other layers.
 
     Attributes:
@@ -45,29 +46,29 @@ class Shared(NamedTuple):
     seed: torch.Tensor | None = None
 
 
-def run_siblings(
+def run_grouped_linears(
     x: torch.Tensor, operands: Sequence[_Factor], dropout_p: tuple[float, ...], impl: str
 ) -> Sequence[torch.Tensor]:
     """Return a list of y ``[..., N]``, one for each of 1 to 4 layers.
 
     An autograd graph is recorded if gradients are enabled.
 
-    ``operands`` are as in `fastlora.ops.backend.Backend.siblings`. ``impl`` is a backend that
-    computes all layers in one call, in x's dtype.
+    ``operands`` are as in `fastlora.ops.backend.Backend.grouped_forward`. ``impl`` is a backend
+    that computes all layers in one call, in x's dtype.
     """
     if torch.is_grad_enabled():
         given = unwrap_if_dead(x), operands, dropout_p, impl
         ys: tuple[torch.Tensor, ...] = _recorded(*given, *operands[: 4 * len(dropout_p)])
         return ys
-    return _shaped(BACKENDS[impl].siblings(_flat(x), operands, dropout_p), x)
+    return _restore_leading_dims(BACKENDS[impl].grouped_forward(_to_2d(x), operands, dropout_p), x)
 
 
-class LoraSiblings(torch.autograd.Function):
-    """Compute `run_siblings` as one autograd node.
+class GroupedLoraLinear(torch.autograd.Function):
+    """Compute the outputs of layers that receive the same x as one autograd node.
 
-    The weights, biases, lora_a, and lora_b of all layers are passed a second time, because autograd
-    does not look into nested arguments. A layer with an unused y takes no part in the backward
-    pass.
+    `run_grouped_linears` calls it. The weights, biases, lora_a, and lora_b of all layers are passed
+    a second time, because autograd does not look into nested arguments. A layer with an unused y
+    takes no part in the backward pass.
     """
 
     @staticmethod
@@ -80,16 +81,16 @@ class LoraSiblings(torch.autograd.Function):
         *parameters: _Factor,
     ) -> tuple[torch.Tensor, ...]:
         ctx.set_materialize_grads(False)
-        made = BACKENDS[impl].siblings(_flat(x), operands, dropout_p, True)
+        made = BACKENDS[impl].grouped_forward(_to_2d(x), operands, dropout_p, True)
         count, needs = len(dropout_p), ctx.needs_input_grad
         # Trainable weights need x, as every lora_a does.
         saves_x = any(needs[4 : 4 + count]) or any(needs[4 + 2 * count : 4 + 3 * count])
         ctx.call = impl, dropout_p, x.shape
         ctx.save_for_backward(x if saves_x else None, *operands, *made[count:])
-        return tuple(_shaped(made[:count], x))
+        return tuple(_restore_leading_dims(made[:count], x))
 
     @staticmethod
-    @plain_backward
+    @once_differentiable_without_autocast
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         # Access `saved_tensors` once: a checkpoint lets its tensors be unpacked a single time.
         x, *saved = ctx.saved_tensors
@@ -99,7 +100,7 @@ class LoraSiblings(torch.autograd.Function):
             x = None if x is None else x.reshape(-1, shape[-1])
             dys = tuple(None if dy is None else dy.reshape(-1, dy.shape[-1]) for dy in grads)
         operands, s = saved[: 6 * count], saved[6 * count :]
-        dx, *found = BACKENDS[impl].siblings_gradients(
+        dx, *found = BACKENDS[impl].grouped_gradients(
             dys, x, operands, dropout_p, s, (needs_x, *needs)
         )
         if dx is not None and len(shape) != 2:
@@ -116,20 +117,20 @@ class LoraSiblings(torch.autograd.Function):
         return dx, None, None, None, *d_weights, *found
 
 
-# Function.apply without the checks for torch.func in `LoraSiblings.apply`. They ask whether a
+# Function.apply without the checks for torch.func in `GroupedLoraLinear.apply`. They ask whether a
 # transform is active, and whether one has left behind a dead wrapper. None is active here, and only
 # x can be a wrapper.
-_recorded: Any = super(torch.autograd.Function, LoraSiblings).apply
+_recorded: Any = super(torch.autograd.Function, GroupedLoraLinear).apply
 
 
-def shrink(
+def grouped_shrink(
     x: torch.Tensor,
     lora_a: Sequence[Sequence[_Factor]],
     dropout_p: Sequence[float],
     impl: str,
     rows: Rows | None = None,
-) -> list[Shared]:
-    """Return a list of `Shared` with the s of each of G layers, which receive the same x.
+) -> list[SharedResult]:
+    """Return a list of `SharedResult` with the s of each of G layers, which receive the same x.
 
     Dropout seeds are drawn in the order in which the layers would draw them.
 
@@ -144,11 +145,11 @@ def shrink(
     x = x.detach()  # The layers' own nodes compute the gradient of x.
     seeds = tuple(backend.draw_seed(x, impl) if p > 0.0 else None for p in dropout_p)
     flat = [tensor for own in lora_a for tensor in own]
-    made = LoraShrink.apply(x, seeds, tuple(dropout_p), impl, rows, *flat)
-    return [Shared(None, *each) for each in zip(made, seeds, strict=True)]
+    made = GroupedLoraShrink.apply(x, seeds, tuple(dropout_p), impl, rows, *flat)
+    return [SharedResult(None, *each) for each in zip(made, seeds, strict=True)]
 
 
-class LoraShrink(torch.autograd.Function):
+class GroupedLoraShrink(torch.autograd.Function):
     """Compute s for G layers that receive the same x, as one autograd node.
 
     x is passed detached, because this node does not compute its gradient. There is a seed or None
@@ -172,11 +173,11 @@ class LoraShrink(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.dropouts, ctx.impl, ctx.rows = dropouts, impl, rows
         ctx.save_for_backward(x, *lora_a, *seeds)
-        layers = _by_layer(lora_a, len(dropouts))
-        return tuple(BACKENDS[impl].shrink(_flat(x), layers, seeds, dropouts, rows))
+        layers = _split_by_layer(lora_a, len(dropouts))
+        return tuple(BACKENDS[impl].grouped_shrink(_to_2d(x), layers, seeds, dropouts, rows))
 
     @staticmethod
-    @plain_backward
+    @once_differentiable_without_autocast
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         count = len(ctx.dropouts)
         x, *saved = ctx.saved_tensors
@@ -190,27 +191,27 @@ class LoraShrink(torch.autograd.Function):
         ]
         if wanted:
             ds: Any = [grads[i] for i in wanted]
-            layers = _by_layer(lora_a, count)
-            gradients = BACKENDS[ctx.impl].grad_a(
-                _flat(x),
+            layers = _split_by_layer(lora_a, count)
+            gradients = BACKENDS[ctx.impl].grouped_grad_a(
+                _to_2d(x),
                 ds,
                 [layers[i] for i in wanted],
                 [seeds[i] for i in wanted],
                 [ctx.dropouts[i] for i in wanted],
                 ctx.rows,
             )
-            places = [i * each + slot for i in wanted for slot in range(each)]
-            for place, gradient in zip(places, gradients, strict=True):
-                found[place] = gradient if needs[place] else None
+            positions = [i * each + slot for i in wanted for slot in range(each)]
+            for position, gradient in zip(positions, gradients, strict=True):
+                found[position] = gradient if needs[position] else None
         return None, None, None, None, None, *found
 
 
-def _flat(x: torch.Tensor) -> torch.Tensor:
-    """Return x as ``[M, K]``, without a call of ``reshape`` (1.6 us) if x has that shape."""
+def _to_2d(x: torch.Tensor) -> torch.Tensor:
+    """Return x as ``[M, K]``; a call of ``reshape`` (1.6 us) is avoided if x has that shape."""
     return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
-def _shaped(ys: Sequence[torch.Tensor], x: torch.Tensor) -> Sequence[torch.Tensor]:
+def _restore_leading_dims(ys: Sequence[torch.Tensor], x: torch.Tensor) -> Sequence[torch.Tensor]:
     """Reshape a backend's outputs ``[M, N]`` to ``[..., N]``, with the leading dimensions of x."""
     if x.dim() == 2:
         return ys
@@ -219,7 +220,13 @@ def _shaped(ys: Sequence[torch.Tensor], x: torch.Tensor) -> Sequence[torch.Tenso
     return [unflat(y, (*shape, y.shape[1])) for y in ys]
 
 
-def _by_layer(lora_a: Sequence[_Factor], layers: int) -> list[list[torch.Tensor]]:
-    """Return a list of the lora_a of each layer; those of adapters it lacks have rank 0."""
+def _split_by_layer(lora_a: Sequence[_Factor], layers: int) -> list[list[torch.Tensor]]:
+    """Split a flat sequence of lora_a into one list for each of ``layers`` layers.
+
+    An adapter that a layer lacks gets a lora_a of rank 0.
+    """
     each = len(lora_a) // layers
-    return [present(lora_a[start : start + each], 0) for start in range(0, len(lora_a), each)]
+    return [
+        fill_missing_factors(lora_a[start : start + each], 0)
+        for start in range(0, len(lora_a), each)
+    ]

@@ -16,8 +16,8 @@ from typing import Any, TextIO
 import torch
 
 from fastlora.commands import models
-from fastlora.commands.options import Option, parse
-from fastlora.serve.prompts import Prompts
+from fastlora.commands.options import Option, parse_options
+from fastlora.serve.prompt_tokenizer import PromptTokenizer
 from fastlora.validation import CheckpointError, ConfigError, near_names
 
 BASE = "base"
@@ -64,7 +64,7 @@ OPTIONS = (
 )
 
 
-def adapter_folders(given: Sequence[str]) -> dict[str, Path]:
+def parse_adapter_folders(given: Sequence[str]) -> dict[str, Path]:
     """Return a dict that maps adapter names to the folders given on the command line.
 
     Args:
@@ -128,53 +128,53 @@ class Chat:
         **sampling: Any,
     ) -> None:
         self.model, self.tokenizer, self.out, self.sampling = model, tokenizer, out, sampling
-        self._prompts = Prompts(tokenizer)
+        self._prompts = PromptTokenizer(tokenizer)
         self.plain = plain or not getattr(tokenizer, "chat_template", None)
         self.names = list(names)
-        self.speaker = self.names[0] if self.names else BASE
-        self.system, self.compares = system, False
+        self.active_adapter = self.names[0] if self.names else BASE
+        self.system, self.compares_adapters = system, False
         self.shows_name = False  # whether a single answer starts with the name of its adapter
         self.messages: list[dict[str, str]] = []
 
-    def take(self, line: str) -> bool:
+    def handle_line(self, line: str) -> bool:
         """Answer a message or run a command, and return whether the dialogue continues."""
         word, _, rest = line.strip().partition(" ")
         if word in ("/quit", "/exit"):
             return False
         if word == "/help":
-            self._say(_HELP)
+            self._print(_HELP)
         elif word == "/adapters":
             for name in [*self.names, BASE]:
-                self._say(f"{'*' if name == self.speaker else ' '} {name}")
+                self._print(f"{'*' if name == self.active_adapter else ' '} {name}")
         elif word == "/adapter":
-            self.choose(rest.strip())
+            self.select_adapter(rest.strip())
         elif word == "/compare":
-            self.compares = not self.compares
-            self._say(f"comparison is {'on' if self.compares else 'off'}")
+            self.compares_adapters = not self.compares_adapters
+            self._print(f"comparison is {'on' if self.compares_adapters else 'off'}")
         elif word == "/system" and self.plain:
-            self._say("a system prompt needs a chat template")
+            self._print("a system prompt needs a chat template")
         elif word in ("/reset", "/system"):
             self.system = rest.strip() or None if word == "/system" else self.system
             self.messages = []
-            self._say("started a new conversation")
+            self._print("started a new conversation")
         elif word.startswith("/"):
-            self._say(f"unknown command {word}\n{_HELP}")
+            self._print(f"unknown command {word}\n{_HELP}")
         elif word:
-            self.ask(line.strip())
+            self.answer_message(line.strip())
         return True
 
-    def choose(self, name: str) -> None:
+    def select_adapter(self, name: str) -> None:
         """Select the adapter or base model that answers from now on; report an unknown name."""
         if name in self.names or name == BASE:
-            self.speaker = name
-            self._say(f"{name} answers now")
+            self.active_adapter = name
+            self._print(f"{name} answers now")
         else:
             known = [*self.names, BASE]
-            self._say(
+            self._print(
                 f"no adapter {name!r}; expected one of {', '.join(known)}{near_names(name, known)}"
             )
 
-    def ask(self, message: str) -> bool:
+    def answer_message(self, message: str) -> bool:
         """Answer a message: stream one answer, or show the answers of all adapters in turn.
 
         The conversation continues with the answer of the chosen adapter. Returns True if an answer
@@ -183,35 +183,35 @@ class Chat:
         """
         before = list(self.messages)
         self.messages.append({"role": "user", "content": message})
-        ids = self._fitting()
+        ids = self._truncated_conversation_ids()
         if ids is None:
             self.messages = before
             return False
-        if self.compares:
-            answers = self._answers(ids, [*self.names, BASE])
+        if self.compares_adapters:
+            answers = self._answer_with_all(ids, [*self.names, BASE])
             for name, answer in answers.items():
-                self._say(f"[{name}] {answer}")
-            answer = answers[self.speaker]
+                self._print(f"[{name}] {answer}")
+            answer = answers[self.active_adapter]
         else:
-            answer = self._streamed(ids)
+            answer = self._stream_answer(ids)
         self.messages.append({"role": "assistant", "content": answer})
         if self.plain:
             self.messages = []
         return True
 
-    def _ids(self) -> torch.Tensor:
+    def _conversation_ids(self) -> torch.Tensor:
         """Return the token ids of the conversation, int64 ``[1, T]``.
 
         Raises `ConfigError` if the chat template rejects the conversation.
         """
         if self.plain:
-            ids = self._prompts.of_text(self.messages[-1]["content"])
+            ids = self._prompts.tokenize_text(self.messages[-1]["content"])
         else:
             first = [{"role": "system", "content": self.system}] if self.system else []
-            ids = self._prompts.of_messages([*first, *self.messages])
+            ids = self._prompts.tokenize_messages([*first, *self.messages])
         return torch.tensor([ids], device=self.model.device)
 
-    def _fitting(self) -> torch.Tensor | None:
+    def _truncated_conversation_ids(self) -> torch.Tensor | None:
         """Return the conversation's token ids, without its oldest exchanges if it is too long.
 
         Returns None, after a message to the user, if the last message does not fit or the chat
@@ -220,25 +220,25 @@ class Chat:
         limit = getattr(self.model.config, "max_position_embeddings", None)
         room = None if limit is None else limit - self.sampling["max_new_tokens"]
         try:
-            ids, forgotten = self._ids(), 0
+            ids, forgotten = self._conversation_ids(), 0
         except ConfigError as error:
-            self._say(str(error))
+            self._print(str(error))
             return None
         while room is not None and ids.shape[1] > room and len(self.messages) > 2:
             del self.messages[:2]
             forgotten += 1
-            ids = self._ids()
+            ids = self._conversation_ids()
         if room is not None and ids.shape[1] > room:
-            self._say(
+            self._print(
                 f"the message has {ids.shape[1]} tokens; the model supports {limit}, of which "
                 f"{self.sampling['max_new_tokens']} are reserved for the answer"
             )
             return None
         if forgotten:
-            self._say(f"(the first {forgotten} exchanges no longer fit and were removed)")
+            self._print(f"(the first {forgotten} exchanges no longer fit and were removed)")
         return ids
 
-    def _streamed(self, ids: torch.Tensor) -> str:
+    def _stream_answer(self, ids: torch.Tensor) -> str:
         from transformers import TextStreamer
 
         chat, pieces = self, []
@@ -251,14 +251,14 @@ class Chat:
 
         streamer = Streamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         if self.shows_name:
-            self.out.write(f"[{self.speaker}] ")
+            self.out.write(f"[{self.active_adapter}] ")
         try:
-            self._generate(ids, [self.speaker], streamer=streamer)
+            self._generate(ids, [self.active_adapter], streamer=streamer)
         except KeyboardInterrupt:  # the user stops this answer
-            self._say(" ...")
+            self._print(" ...")
         return "".join(pieces).strip()
 
-    def _answers(self, ids: torch.Tensor, names: Sequence[str]) -> dict[str, str]:
+    def _answer_with_all(self, ids: torch.Tensor, names: Sequence[str]) -> dict[str, str]:
         made = self._generate(ids.expand(len(names), -1), names)[:, ids.shape[1] :]
         texts = self.tokenizer.batch_decode(made, skip_special_tokens=True)
         return {name: text.strip() for name, text in zip(names, texts, strict=True)}
@@ -271,7 +271,7 @@ class Chat:
         )
         return made
 
-    def _say(self, text: str) -> None:
+    def _print(self, text: str) -> None:
         self.out.write(f"{text}\n")
         self.out.flush()
 
@@ -279,13 +279,13 @@ class Chat:
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse ``argv``, run the dialogue, and return the exit code."""
     text = "Chat with a model and its adapters: switch between them, or ask all of them at once."
-    args = parse("fastlora chat", text, OPTIONS, argv)
+    args = parse_options("fastlora chat", text, OPTIONS, argv)
     if args.prompt and not all(prompt.strip() for prompt in args.prompt):
         raise ConfigError("--prompt must not be empty")
     if not 0.0 < args.top_p <= 1.0:
         raise ConfigError(f"--top-p must be greater than 0 and at most 1, got {args.top_p}")
-    folders = adapter_folders(args.adapter or ())
-    model, tokenizer = _load(args, folders)
+    folders = parse_adapter_folders(args.adapter or ())
+    model, tokenizer = _load_model_and_adapters(args, folders)
     torch.manual_seed(args.seed)
     sampling = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p}
     chat = Chat(
@@ -299,7 +299,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
         **(sampling if args.temperature else {"do_sample": False}),
     )
-    chat.compares = args.compare
+    chat.compares_adapters = args.compare
     # In a terminal, the prompt shows the name.
     chat.shows_name = len(folders) > 1 and bool(args.prompt or not sys.stdin.isatty())
     if args.system is not None and chat.plain:
@@ -307,19 +307,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             "--system needs a chat template; remove it, or use a model that has a chat template"
         )
     if args.prompt:
-        answered = [chat.ask(prompt) for prompt in args.prompt]
+        answered = [chat.answer_message(prompt) for prompt in args.prompt]
         return int(not all(answered))
-    for line in _lines(chat):
-        if not chat.take(line):
+    for line in _read_user_lines(chat):
+        if not chat.handle_line(line):
             break
     return 0
 
 
-def _load(args: argparse.Namespace, folders: dict[str, Path]) -> tuple[Any, Any]:
+def _load_model_and_adapters(args: argparse.Namespace, folders: dict[str, Path]) -> tuple[Any, Any]:
     """Return a tuple (model with its adapters, tokenizer), with the model in evaluation mode."""
     import fastlora
 
-    model, tokenizer = models.load(args)
+    model, tokenizer = models.load_model_and_tokenizer(args)
     adapted: Any = None
     for name, folder in folders.items():
         if adapted is None:
@@ -329,7 +329,7 @@ def _load(args: argparse.Namespace, folders: dict[str, Path]) -> tuple[Any, Any]
     return (model if adapted is None else adapted).eval(), tokenizer
 
 
-def _lines(chat: Chat) -> Iterator[str]:
+def _read_user_lines(chat: Chat) -> Iterator[str]:
     """Yield the lines that the user enters, from the terminal or from a pipe."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - arrow keys in input()
@@ -338,11 +338,11 @@ def _lines(chat: Chat) -> Iterator[str]:
         how = "each message is continued as plain text" if chat.plain else "one conversation"
         names = ", ".join([*chat.names, BASE])
         sys.stdout.write(
-            f"{chat.speaker} answers (available: {names}); {how}. Type /help for commands.\n"
+            f"{chat.active_adapter} answers (available: {names}); {how}. Type /help for commands.\n"
         )
     while True:
         try:
-            yield input(f"{chat.speaker}> " if terminal else "")
+            yield input(f"{chat.active_adapter}> " if terminal else "")
         except EOFError:
             return
 

@@ -17,8 +17,8 @@ from typing import Any
 
 from fastlora import env
 from fastlora.command_line import install_command
-from fastlora.commands.machine import devices, version
-from fastlora.commands.models import CommandError, load_base, step
+from fastlora.commands.models import CommandError, load_causal_lm, print_progress
+from fastlora.commands.system_checks import describe_device_implementations, installed_version
 from fastlora.validation import FastLoraError, near_names
 
 _DISTRIBUTIONS = {
@@ -90,17 +90,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = [a for a in given if a != "--debug"]
     debug = arguments != given
     if not debug:
-        env.quiet_imports()
+        env.silence_import_warnings()
     if not sys.stderr.isatty():
         env.hide_library_progress_bars()
     try:
         for words, (module, _) in _PROGRAMS.items():
             if tuple(arguments[: len(words)]) == words:
                 if words[0] in ("demo", "bench", "doctor"):  # before any slow import
-                    env.prepare_demo_process()
+                    env.set_offline_demo_variables()
                 run: int = importlib.import_module(module).main(arguments[len(words) :])
                 return run
-        args = _parsed(arguments)
+        args = _parse_or_exit(arguments)
         code: int = args.run(args)
         return code
     except (FastLoraError, OSError, ImportError) as error:
@@ -118,12 +118,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 128 + getattr(error, "signal", signal.SIGINT)
 
 
-def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
+def _parse_or_exit(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse the arguments; without any, print the help and exit.
 
     If the command is unknown, print similar names and exit.
     """
-    parser, commands = _parser()
+    parser, commands = _build_parser()
     if not arguments:
         parser.print_help()
         parser.exit()
@@ -134,7 +134,7 @@ def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def _parser() -> tuple[argparse.ArgumentParser, Collection[str]]:
+def _build_parser() -> tuple[argparse.ArgumentParser, Collection[str]]:
     """Return a tuple (parser of all commands, names of the commands)."""
     parser = argparse.ArgumentParser(
         prog="fastlora",
@@ -143,7 +143,7 @@ def _parser() -> tuple[argparse.ArgumentParser, Collection[str]]:
         epilog="Run `fastlora COMMAND --help` for the options of a command. Exit codes: 0 success, "
         "1 error, 2 wrong usage, 130 or 143 interrupted by SIGINT or SIGTERM.",
     )
-    own = f"fastlora {version('fastlora-triton') or '(not installed)'}"
+    own = f"fastlora {installed_version('fastlora-triton') or '(not installed)'}"
     parser.add_argument("--version", action="version", version=own)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
@@ -205,8 +205,8 @@ def _info(args: argparse.Namespace) -> int:
     facts: dict[str, Any] = {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "versions": {name: version(dist) for name, dist in _DISTRIBUTIONS.items()},
-        "devices": list(devices()),
+        "versions": {name: installed_version(dist) for name, dist in _DISTRIBUTIONS.items()},
+        "devices": list(describe_device_implementations()),
     }
     if args.json:
         print(json.dumps(facts, indent=2))
@@ -221,7 +221,7 @@ def _info(args: argparse.Namespace) -> int:
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    from fastlora.integrations.report import SHOWN_ROWS, folded, table
+    from fastlora.integrations.report import SHOWN_ROWS, fold_similar_rows, format_table
 
     facts = adapter_facts(args.adapter)
     if args.json:
@@ -229,12 +229,15 @@ def _inspect(args: argparse.Namespace) -> int:
         return 0
     for key, value in facts.items():
         if key not in ("rank_pattern", "alpha_pattern", "modules"):
-            print(f"{key:<16} {_shown(value)}")
+            print(f"{key:<16} {_format_value(value)}")
     print()
     keys = ("name", "kind", "rank", "alpha", "scaling", "size", "dtype", "parameters", "bytes")
-    rows = [tuple(_shown((m | {"size": _size(m)})[key]) for key in keys) for m in facts["modules"]]
-    shown = rows if len(rows) <= SHOWN_ROWS else folded(rows)
-    print("\n".join(table([("module", *keys[1:]), *shown])))
+    rows = [
+        tuple(_format_value((m | {"size": _size(m)})[key]) for key in keys)
+        for m in facts["modules"]
+    ]
+    shown = rows if len(rows) <= SHOWN_ROWS else fold_similar_rows(rows)
+    print("\n".join(format_table([("module", *keys[1:]), *shown])))
     if len(shown) < len(rows):
         print(f"\n{len(rows)} modules; use --json to list them all")
     return 0
@@ -252,7 +255,7 @@ def adapter_facts(path: str) -> dict[str, Any]:
     config = header.config
     modules: dict[tuple[str, str], dict[str, Any]] = {}
     for key, (module, kind) in header.keys.items():
-        info = header.infos[key]
+        info = header.tensor_infos[key]
         lora = kind.startswith("lora_")
         name = (module, "lora" if lora else kind)
         rank = config.rank_for(module) if lora else None
@@ -288,17 +291,17 @@ def adapter_facts(path: str) -> dict[str, Any]:
         "alpha_pattern": data["alpha_pattern"],
         "parameters": sum(m["parameters"] for m in modules.values()),
         "bytes": sum(m["bytes"] for m in modules.values()),
-        "modules": sorted(modules.values(), key=_in_order),
+        "modules": sorted(modules.values(), key=_module_sort_key),
     }
 
 
-def _in_order(module: dict[str, Any]) -> tuple[Any, ...]:
+def _module_sort_key(module: dict[str, Any]) -> tuple[Any, ...]:
     """Return a sort key for modules: LoRA modules come first, and layer 2 precedes layer 10."""
     parts = re.split(r"(\d+)", module["name"])
     return module["kind"] != "lora", [int(p) if p.isdigit() else p for p in parts]
 
 
-def _shown(value: Any) -> str:
+def _format_value(value: Any) -> str:
     if value is None:
         return "-"
     if isinstance(value, float):
@@ -322,20 +325,20 @@ def _merge(args: argparse.Namespace) -> int:
     from fastlora.model.adapter_folder import inspect_adapter_folder
 
     adapter = inspect_adapter_folder(args.adapter).path
-    model = load_base(args.base, args.dtype)
+    model = load_causal_lm(args.base, args.dtype)
     from fastlora import LoraModel
-    from fastlora.model.replace_files import new_folder
+    from fastlora.model.atomic_files import atomic_new_folder
 
-    step(f"merging {adapter}")
+    print_progress(f"merging {adapter}")
     adapted = LoraModel.from_pretrained(model, adapter)
     merged: Any = adapted.merge_and_unload(progressbar=sys.stderr.isatty(), safe_merge=True)
-    with new_folder(out) as partial:
-        step(f"writing {out}")
+    with atomic_new_folder(out) as partial:
+        print_progress(f"writing {out}")
         merged.save_pretrained(partial)
         copied = _copy_tokenizer(adapter, partial) or _copy_tokenizer(Path(args.base), partial)
         if not copied and not _save_tokenizer(args.base, partial):
-            step(f"no tokenizer found for {args.base}; {out} is saved without one")
-    step("done")
+            print_progress(f"no tokenizer found for {args.base}; {out} is saved without one")
+    print_progress("done")
     return 0
 
 

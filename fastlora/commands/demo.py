@@ -21,14 +21,17 @@ import fastlora
 from fastlora import env
 from fastlora.bench import measure, mixed_bench, mixed_report
 from fastlora.commands import smollm2
-from fastlora.commands.demo_peft import compare, load_in_peft
-from fastlora.commands.options import Option, parse
+from fastlora.commands.demo_peft import (
+    compare_step_time_and_memory,
+    load_in_peft_and_compare_logits,
+)
+from fastlora.commands.options import Option, parse_options
 from fastlora.integrations.transformers import quiet_transformers
-from fastlora.train.command import summary
-from fastlora.train.config import parse_settings
-from fastlora.train.data import DataError, collate, read_samples
-from fastlora.train.lock import folder_lock
+from fastlora.train.command import summarize_result
+from fastlora.train.data import DataError, collate_samples, read_samples
+from fastlora.train.lock import lock_folder
 from fastlora.train.run import Run, open_run
+from fastlora.train.settings import settings_from_dict
 from fastlora.validation import ConfigError
 
 # Each style has its own rank, alpha, and target modules, yet all train in one batch.
@@ -72,7 +75,7 @@ OPTIONS = (
 )
 
 
-def run(args: argparse.Namespace) -> int:
+def run_demo(args: argparse.Namespace) -> int:
     """Run the demo and return the exit code: 1 if the logits differ from PEFT's, otherwise 0.
 
     Raises:
@@ -83,11 +86,13 @@ def run(args: argparse.Namespace) -> int:
             f"--adapters must be at most {SEQUENCES}, the number of sequences in a batch, got "
             f"{max(args.adapters)}"
         )
-    env.prepare_demo_process()
+    env.set_offline_demo_variables()
     started = time.monotonic()
-    files = args.data or [shipped(f"{style}.jsonl") for style in STYLES]
-    adapters = of_styles(files)
-    prompts = args.prompt or shipped("unseen_prompts.txt").read_text("utf-8").splitlines()[:2]
+    files = args.data or [example_data_file(f"{style}.jsonl") for style in STYLES]
+    adapters = settings_by_file_stem(files)
+    prompts = (
+        args.prompt or example_data_file("unseen_prompts.txt").read_text("utf-8").splitlines()[:2]
+    )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
 
@@ -98,41 +103,51 @@ def run(args: argparse.Namespace) -> int:
         return smollm2.load_model(folder).to(device)
 
     where = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    _say(f"SmolLM2-135M-Instruct, fp32, on {where}")
+    _print_message(f"SmolLM2-135M-Instruct, fp32, on {where}")
 
     with quiet_transformers():
         _heading(f"1  {len(adapters)} adapters fine-tuned together, in mixed batches")
-        with training(folder, adapters, args.out, args.steps) as trained:
+        with open_demo_run(folder, adapters, args.out, args.steps) as trained:
             clock = time.monotonic()
-            _say(summary(trained.train()))
+            _print_message(summarize_result(trained.train()))
             seconds = time.monotonic() - clock
-        _say(f"{args.steps} steps of {BATCH} samples, with random adapters, in {seconds:.1f} s")
+        _print_message(
+            f"{args.steps} steps of {BATCH} samples, with random adapters, in {seconds:.1f} s"
+        )
         model = trained.model
-        batch = collate(trained.schedule.order.rows(0), trained.corpora, trained.pad, device)
+        batch = collate_samples(
+            trained.schedule.order.step_samples(0), trained.corpora, trained.pad, device
+        )
 
         _heading("2  Unseen prompts, each in one mixed batch: the base model and every adapter")
         model.eval()
         columns = [None, *adapters]
-        answers = [answer(model, tokenizer, prompt, columns) for prompt in prompts]
-        _say(side_by_side([name or "base model" for name in columns], prompts, answers))
+        answers = [answer_with_adapters(model, tokenizer, prompt, columns) for prompt in prompts]
+        _print_message(
+            format_side_by_side([name or "base model" for name in columns], prompts, answers)
+        )
 
         _heading("3  Saved in PEFT's format and loaded with PEFT: one mixed batch in both")
         for path in sorted(args.out.glob("*/adapter_*")):
-            _say(f"{path}  {path.stat().st_size:,} bytes")
-        twin, agrees, text = load_in_peft(model, fresh_base, args.out, batch)
-        _say(text)
+            _print_message(f"{path}  {path.stat().st_size:,} bytes")
+        peft_model, agrees, text = load_in_peft_and_compare_logits(
+            model, fresh_base, args.out, batch
+        )
+        _print_message(text)
 
         _heading("4  Fused layers")
-        _say(str(fastlora.fusion_report(model)))
+        _print_message(str(fastlora.fusion_report(model)))
 
         first = next(iter(adapters))
         _heading(f"5  {first} alone, compared with PEFT: same weights, batch, and process")
-        _say(compare(model, twin, first, batch, args.rounds, device))
+        _print_message(
+            compare_step_time_and_memory(model, peft_model, first, batch, args.rounds, device)
+        )
 
         _heading("6  Mixed batches, compared with PEFT and with one adapter at a time")
-        del model, twin, trained
-        _say(mixed_table(fresh_base(), args.adapters, device))
-    _say(f"\nwhole demo: {time.monotonic() - started:.0f} s")
+        del model, peft_model, trained
+        _print_message(decoding_time_table(fresh_base(), args.adapters, device))
+    _print_message(f"\nwhole demo: {time.monotonic() - started:.0f} s")
     if not agrees:
         sys.stderr.write(
             "fastlora demo: the logits differ from PEFT's by more than rounding error\n"
@@ -140,7 +155,7 @@ def run(args: argparse.Namespace) -> int:
     return 0 if agrees else 1
 
 
-def shipped(name: str) -> Path:
+def example_data_file(name: str) -> Path:
     """Return the path of a file in ``examples/data``; raise `DataError` if it is missing."""
     path = Path(__file__).resolve().parents[2] / "examples" / "data" / name
     if not path.is_file():
@@ -151,7 +166,7 @@ def shipped(name: str) -> Path:
     return path
 
 
-def of_styles(files: Sequence[Path]) -> dict[str, dict[str, Any]]:
+def settings_by_file_stem(files: Sequence[Path]) -> dict[str, dict[str, Any]]:
     """Return a dict that maps the stem of each file name to the settings of an adapter.
 
     Raises `DataError` if a file is missing or damaged, or if two files have the same name. The
@@ -169,22 +184,24 @@ def of_styles(files: Sequence[Path]) -> dict[str, dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def training(folder: Path, adapters: Mapping[str, Any], out: Path, steps: int) -> Iterator[Run]:
+def open_demo_run(
+    folder: Path, adapters: Mapping[str, Any], out: Path, steps: int
+) -> Iterator[Run]:
     """Set up and yield a training run that writes to ``out`` and replaces any earlier run."""
     template = out / "chat_template.jinja"
-    with folder_lock(out):
+    with lock_folder(out):
         shutil.rmtree(out / "checkpoints", ignore_errors=True)
         template.write_text(smollm2.TEMPLATE, encoding="utf-8")
     given = {"model": folder, "out": out, "steps": steps, "batch_size": BATCH, "dtype": "float32"}
     given |= {"chat": True, "chat_template": template, "save_every": 0, "defaults": DEFAULTS}
     given |= {"deterministic": False}  # deterministic kernels would slow down the timings on a GPU
-    settings = parse_settings(given | {"adapters": dict(adapters)}, {}, "the demo")
-    with open_run(settings, say=_say) as run:
+    settings = settings_from_dict(given | {"adapters": dict(adapters)}, {}, "the demo")
+    with open_run(settings, on_message=_print_message) as run:
         yield run
 
 
 @torch.no_grad()
-def answer(
+def answer_with_adapters(
     model: Any, tokenizer: Any, prompt: str, names: Sequence[str | None] | None = None
 ) -> list[str]:
     """Generate greedy answers to one prompt in one batch, without a system prompt.
@@ -212,7 +229,7 @@ def answer(
     return answers
 
 
-def mixed_table(base: Any, adapters: Sequence[int], device: torch.device) -> str:
+def decoding_time_table(base: Any, adapters: Sequence[int], device: torch.device) -> str:
     """Return a table of the time per decoding step for each number of adapters in a batch."""
     torch.manual_seed(0)
     with measure.torch_threads(1):
@@ -222,7 +239,7 @@ def mixed_table(base: Any, adapters: Sequence[int], device: torch.device) -> str
     return f"{shape}\n\n{mixed_report.table(rows)}\n\n{note}"
 
 
-def side_by_side(
+def format_side_by_side(
     titles: Sequence[str], prompts: Sequence[str], answers: Sequence[Sequence[str]]
 ) -> str:
     """Format the answers to each prompt as columns of text.
@@ -246,16 +263,18 @@ def side_by_side(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse ``argv`` and run the demo."""
-    return run(parse("fastlora demo", (__doc__ or "").replace("``", ""), OPTIONS, argv))
+    return run_demo(
+        parse_options("fastlora demo", (__doc__ or "").replace("``", ""), OPTIONS, argv)
+    )
 
 
-def _say(text: str) -> None:
+def _print_message(text: str) -> None:
     sys.stdout.write(f"{text}\n")
     sys.stdout.flush()
 
 
 def _heading(text: str) -> None:
-    _say(f"\n== {text}")
+    _print_message(f"\n== {text}")
 
 
 if __name__ == "__main__":

@@ -12,11 +12,11 @@ import torch
 
 from fastlora.bench import measure
 from fastlora.testing import error_budget
-from fastlora.train.data import Batch
+from fastlora.train.data import TrainBatch
 
 
-def load_in_peft(
-    model: Any, fresh_base: Callable[[], Any], folder: Path, batch: Batch
+def load_in_peft_and_compare_logits(
+    model: Any, fresh_base: Callable[[], Any], folder: Path, batch: TrainBatch
 ) -> tuple[Any, bool, str]:
     """Load the adapters in ``folder`` with PEFT, and compare the logits of a mixed batch.
 
@@ -60,8 +60,8 @@ def load_in_peft(
             return result
 
         truth = logits(loaded(torch.float64).double())
-        twin = loaded(torch.float32)
-        ours, theirs = logits(model), logits(twin)
+        peft_model = loaded(torch.float32)
+        ours, theirs = logits(model), logits(peft_model)
     budget = error_budget(theirs, truth)
     difference = (ours.double() - theirs.double()).abs().max().item()
     error_ours = (ours.double() - truth).abs().max().item()
@@ -77,14 +77,14 @@ def load_in_peft(
         f"  allowed                   {budget:.2e}  (2 x (PEFT's error + fp32 eps x largest))\n"
         f"  {'equal within fp32 rounding' if agrees else 'NOT EQUAL'}"
     )
-    return twin, agrees, text
+    return peft_model, agrees, text
 
 
-def compare(
+def compare_step_time_and_memory(
     model: Any,
-    twin: Any,
+    peft_model: Any,
     adapter: str,
-    batch: Batch,
+    batch: TrainBatch,
     rounds: int,
     device: torch.device,
 ) -> str:
@@ -94,7 +94,7 @@ def compare(
 
     Args:
         model: The model with its adapters.
-        twin: The same model with the same adapters, in PEFT.
+        peft_model: The same model with the same adapters, in PEFT.
         adapter: Name of the adapter.
         batch: The batch to measure.
         rounds: Number of timed rounds.
@@ -115,18 +115,19 @@ def compare(
         m.zero_grad(set_to_none=True)
         bar.update()
 
-    for m in (model, twin):
+    for m in (model, peft_model):
         m.set_adapter(adapter)
         m.train()
     rows = []
     with bar, measure.torch_threads(1):
         for name, step in (("forward", forward), ("forward + backward", forward_backward)):
-            sides = {"ours": partial(step, model), "theirs": partial(step, twin)}
+            sides = {"ours": partial(step, model), "theirs": partial(step, peft_model)}
             times = measure.interleaved_seconds(sides, rounds, warmup=1, device=device)
             ratio = measure.median_ratio(times, "ours", "theirs")
             row = f"{name:<20}{_ms(times['theirs']):>12}{_ms(times['ours']):>12}{ratio:>10.3f}"
             peaks = [
-                measure.peak_step_bytes(partial(step, m), device=device) for m in (twin, model)
+                measure.peak_step_bytes(partial(step, m), device=device)
+                for m in (peft_model, model)
             ]
             row += f"{_mib(peaks[0]):>13}{_mib(peaks[1]):>13}{peaks[1] / peaks[0]:>10.3f}"
             rows.append(row)

@@ -21,13 +21,13 @@ from typing import TYPE_CHECKING, Any
 
 from fastlora import env
 from fastlora.command_line import install_command, parse_arguments
-from fastlora.commands.machine import (
-    Findings,
-    check_devices,
+from fastlora.commands.system_checks import (
+    DoctorFindings,
     check_environment,
+    check_gpus_and_test_launches,
+    check_packages,
     check_python,
-    devices,
-    packages,
+    describe_device_implementations,
 )
 from fastlora.validation import CheckpointError, FastLoraError
 
@@ -59,19 +59,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_arguments(parser, argv)
     if args.adapter is not None and args.model is None:
         parser.error("--adapter needs MODEL, the folder of the model that it belongs to")
-    found = Findings()
+    found = DoctorFindings()
     facts: dict[str, Any] = {
         "python": check_python(found),
         "platform": platform.platform(),
-        "packages": list(packages(found)),
-        "devices": list(devices()),
-        "environment": env.in_use(),
+        "packages": list(check_packages(found)),
+        "devices": list(describe_device_implementations()),
+        "environment": env.variables_in_use(),
     }
-    check_devices(facts["devices"], found)
+    check_gpus_and_test_launches(facts["devices"], found)
     check_environment(found)
     report = None
     if args.model is not None:
-        report, facts["model"] = _model(args.model, args.adapter, found)
+        report, facts["model"] = _report_and_facts(args.model, args.adapter, found)
     facts |= asdict(found) | {"ok": not found.problems}
     if args.json:
         sys.stdout.write(json.dumps(facts, indent=2) + "\n")
@@ -80,14 +80,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return int(bool(found.problems))
 
 
-def _model(
-    folder: Path, adapter: Path | None, found: Findings
+def _report_and_facts(
+    folder: Path, adapter: Path | None, found: DoctorFindings
 ) -> tuple[FusionReport | None, dict[str, Any]]:
     """Return a tuple (fusion report of a model with an adapter, dict of facts for JSON).
 
     If the model cannot be loaded, the error is added to the problems, and the report is None.
     """
-    from fastlora.layers.why import DORA_DROPS
+    from fastlora.layers.fallback_reasons import DORA_WITH_DROPOUT
 
     facts: dict[str, Any] = {"path": str(folder)}
     if adapter is not None:
@@ -95,15 +95,15 @@ def _model(
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
-            base, quantised = _base_model(folder)
+            base, quantization = _load_model_and_quantization_method(folder)
             kind = type(base).__name__
-            report, left_out = _report(base, adapter)
+            report, left_out = _report_and_unadapted_layers(base, adapter)
     except (FastLoraError, OSError, ImportError) as error:
         if isinstance(error, ImportError):
             what = f"checking a MODEL failed: a package cannot be imported ({error})"
-            found.problem(what, install_command("hf"))
+            found.add_problem(what, install_command("hf"))
         else:
-            found.problem(
+            found.add_problem(
                 str(error),
                 "pass a model folder, which has a config.json; for an adapter folder, run "
                 "`fastlora inspect DIR`",
@@ -112,15 +112,15 @@ def _model(
     here = Path(__file__).parents[1]
     ours = [w for w in caught if Path(w.filename).is_relative_to(here)]
     found.notes += [" ".join(str(w.message).split()) for w in ours]
-    if any(row.reason == DORA_DROPS for row in report.rows):
+    if any(row.reason == DORA_WITH_DROPOUT for row in report.rows):
         found.notes.append("with lora_dropout=0, DoRA is also fused in training")
-    facts |= {"class": kind, "quantised": quantised, "eligible": report.fused}
+    facts |= {"class": kind, "quantised": quantization, "eligible": report.fused}
     facts |= {"implementation": report.implementation, "reason": report.reason}
     facts |= {"layers": [asdict(row) for row in report.rows], "without_adapter": left_out}
     return report, facts
 
 
-def _base_model(folder: Path) -> tuple[nn.Module, str | None]:
+def _load_model_and_quantization_method(folder: Path) -> tuple[nn.Module, str | None]:
     """Return a tuple (model, name of its quantization method or None).
 
     A model that is not quantized is on the meta device.
@@ -134,12 +134,12 @@ def _base_model(folder: Path) -> tuple[nn.Module, str | None]:
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder}: not a model folder (it has no config.json)")
     library: Any = importlib.import_module("transformers")
-    from fastlora.integrations.transformers import as_causal_model, quiet_transformers
+    from fastlora.integrations.transformers import quiet_transformers, raising_checkpoint_errors
 
-    with as_causal_model(folder), quiet_transformers():
+    with raising_checkpoint_errors(folder), quiet_transformers():
         config = library.AutoConfig.from_pretrained(folder, local_files_only=True)
-        quantised = getattr(config, "quantization_config", None)
-        if quantised is not None:
+        quantization = getattr(config, "quantization_config", None)
+        if quantization is not None:
             # Whether kernels can read quantized weights depends on the weights themselves.
             model = library.AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
             # Weights in a mapped file may be unaligned; on a GPU they are aligned.
@@ -153,16 +153,18 @@ def _base_model(folder: Path) -> tuple[nn.Module, str | None]:
             return library.AutoModelForCausalLM.from_config(config, dtype=dtype), None
 
 
-def _report(base: nn.Module, adapter: Path | None) -> tuple[FusionReport, list[str]]:
+def _report_and_unadapted_layers(
+    base: nn.Module, adapter: Path | None
+) -> tuple[FusionReport, list[str]]:
     """Return a tuple (fusion report, names of the linear layers without an adapter).
 
     The report is for the accelerator, or for the CPU if no accelerator is available.
     """
     import torch
 
-    from fastlora.integrations.report import fusion_report, implementation_on
+    from fastlora.integrations.report import auto_implementation, fusion_report
     from fastlora.layers import LoraLayer
-    from fastlora.layers.bases import linear_features
+    from fastlora.layers.base_layers import linear_features
     from fastlora.model import LoraModel, get_peft_model
     from fastlora.model.recommend import recommend
 
@@ -171,7 +173,7 @@ def _report(base: nn.Module, adapter: Path | None) -> tuple[FusionReport, list[s
     else:
         model = LoraModel.from_pretrained(base, adapter)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    chosen, why = implementation_on(device or torch.device("cpu"))
+    chosen, reason = auto_implementation(device or torch.device("cpu"))
     report = fusion_report(model.train())
     # No forward pass has run, so the shared-input groups are unknown.
     rows = tuple(replace(row, siblings="") for row in report.rows)
@@ -182,11 +184,11 @@ def _report(base: nn.Module, adapter: Path | None) -> tuple[FusionReport, list[s
         for name, module in model.named_modules()
         if linear_features(module) and name not in adapted and not name.startswith(within)
     ]
-    return replace(report, rows=rows, implementation=chosen, reason=why), left_out
+    return replace(report, rows=rows, implementation=chosen, reason=reason), left_out
 
 
 def _lines(facts: dict[str, Any], report: FusionReport | None) -> Iterator[str]:
-    from fastlora.integrations.report import folded, table
+    from fastlora.integrations.report import fold_similar_rows, format_table
 
     python = facts["python"]
     rows = [("", "installed", "supported", "needed for")]
@@ -195,7 +197,7 @@ def _lines(facts: dict[str, Any], report: FusionReport | None) -> Iterator[str]:
         (p["name"], p["version"] or "no", p["supported"] or "", p["needed_for"] or "")
         for p in facts["packages"]
     ]
-    yield from table(rows)
+    yield from format_table(rows)
     yield ""
     for entry in facts["devices"]:
         yield f"{entry['device']:<8} {entry['implementation']:<8} {entry['why']}"
@@ -219,7 +221,7 @@ def _lines(facts: dict[str, Any], report: FusionReport | None) -> Iterator[str]:
         if model["without_adapter"]:
             names = model["without_adapter"]
             if len(names) > _SHOWN_NAMES:
-                names = [name for (name,) in folded([(n,) for n in names])]
+                names = [name for (name,) in fold_similar_rows([(n,) for n in names])]
             yield f"linear layers without an adapter: {', '.join(names)}"
     for note in facts["notes"]:
         yield from ("", f"note: {note}")

@@ -17,7 +17,7 @@ class CommandError(FastLoraError):
     """A command cannot do what was requested."""
 
 
-# The options that `load` reads.
+# The options that `load_model_and_tokenizer` reads.
 OPTIONS = (
     Option("model", "folder of the base model", metavar="MODEL"),
     Option("--dtype", "dtype of the base model (default: the dtype of its weights)", "auto"),
@@ -25,27 +25,27 @@ OPTIONS = (
 )
 
 
-def load(args: argparse.Namespace) -> tuple[Any, Any]:
+def load_model_and_tokenizer(args: argparse.Namespace) -> tuple[Any, Any]:
     """Return a tuple (base model in evaluation mode, tokenizer) for the options in `OPTIONS`."""
-    model, tokenizer = load_base(args.model, args.dtype), load_tokenizer(args.model)
+    model, tokenizer = load_causal_lm(args.model, args.dtype), load_tokenizer(args.model)
     if torch.cuda.is_available() and not args.cpu:
         model = model.to("cuda")
     return model.eval(), tokenizer
 
 
-def load_base(base: str, dtype: str) -> Any:
+def load_causal_lm(name_or_path: str, dtype: str) -> Any:
     """Load a base model from a folder, or by its name on the Hugging Face Hub."""
     # Names on the Hub have at most one slash.
-    is_path = base.startswith((".", "/", "~")) or base.count("/") > 1
-    if is_path and not Path(base).exists():
-        raise CommandError(f"{base}: no such folder")
-    step(f"loading {base}")
+    is_path = name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1
+    if is_path and not Path(name_or_path).exists():
+        raise CommandError(f"{name_or_path}: no such folder")
+    print_progress(f"loading {name_or_path}")
     from transformers import AutoModelForCausalLM
 
-    from fastlora.integrations.transformers import as_causal_model
+    from fastlora.integrations.transformers import raising_checkpoint_errors
 
-    with as_causal_model(base):
-        return AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+    with raising_checkpoint_errors(name_or_path):
+        return AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype)
 
 
 def load_tokenizer(folder: str) -> Any:
@@ -60,6 +60,6 @@ def load_tokenizer(folder: str) -> Any:
         raise CommandError(f"{folder}: the tokenizer cannot be loaded ({error})") from error
 
 
-def step(text: str) -> None:
+def print_progress(text: str) -> None:
     """Print a progress message to stderr."""
     print(f"fastlora: {text}", file=sys.stderr, flush=True)

@@ -21,7 +21,7 @@ class Option(NamedTuple):
         flag: Name of the option. A name without dashes makes a positional argument.
         text: Help text. The default is appended unless the text mentions it.
         default: Value if the option is not given. False makes the option a switch.
-        least: Minimum value of a number; None for no minimum.
+        minimum: Minimum value of a number; None for no minimum.
         type: Type of the value; None for the type of the default.
         metavar: Name of the value in the help; None for a name that depends on the type.
         more: Further arguments of argparse.
@@ -30,13 +30,13 @@ class Option(NamedTuple):
     flag: str
     text: str
     default: Any = None
-    least: float | None = None
+    minimum: float | None = None
     type: Any = None
     metavar: str | None = None
     more: Mapping[str, Any] = {}
 
 
-def parse(
+def parse_options(
     prog: str,
     description: str | None,
     options: Sequence[Option],
@@ -60,7 +60,7 @@ def parse(
     args = parse_arguments(parser, argv)
     for option in options:
         value = getattr(args, option.flag.lstrip("-").replace("-", "_"))
-        least = option.least
-        if least is not None and value is not None and not least <= value < math.inf:
-            raise ConfigError(f"{option.flag} must be at least {least:g}, got {value}")
+        minimum = option.minimum
+        if minimum is not None and value is not None and not minimum <= value < math.inf:
+            raise ConfigError(f"{option.flag} must be at least {minimum:g}, got {value}")
     return args

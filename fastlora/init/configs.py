@@ -133,7 +133,7 @@ class LoraGAConfig:
             raise ConfigError(f"stable_gamma must be positive, got {self.stable_gamma!r}")
 
 
-def settings_of(value: object, cls: type) -> Any:
+def convert_init_config(value: object, cls: type) -> Any:
     """Convert the config of an initialization method to an instance of ``cls``.
 
     Args:

@@ -15,16 +15,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastlora.init.calibration_data import forward_pre_hooks
 from fastlora.init.configs import CordaConfig
-from fastlora.init.data import hooked
 from fastlora.init.registry import (
-    Given,
-    Settings,
-    Start,
-    check_finite,
-    check_usable,
+    InitConfigField,
+    InitInputs,
+    InitResult,
+    check_finite_for_init,
+    check_singular_values_nonzero,
     register_init,
-    without,
+    subtract_update,
 )
 from fastlora.validation import InitialisationError
 
@@ -56,9 +56,9 @@ class CordaEigens:
     converts=True,
     data=DATA,
     calibration="preprocess_corda",
-    settings=Settings("corda_config", CordaConfig),
+    settings=InitConfigField("corda_config", CordaConfig),
 )
-def corda(given: Given) -> Start:
+def corda(given: InitInputs) -> InitResult:
     """Return the CorDA factors of a layer, and the base weight minus their update.
 
     B is ``U sqrt(S / scaling)`` and A is ``sqrt(S / scaling) V^T``, with the parts of the layer's
@@ -68,7 +68,7 @@ def corda(given: Given) -> Start:
         InitialisationError: The decomposition has the wrong shapes, values that are not finite, or
             a rank below R.
     """
-    weight = given.weight()
+    weight = given.base_weight()
     eigens: Any = given.data  # fastlora's or PEFT's `CordaEigens`
     s, u, v = (part.to(weight) for part in (eigens.S_WC, eigens.U_WC, eigens.V_WC))
     (n, k), rank = weight.shape, given.rank
@@ -79,14 +79,14 @@ def corda(given: Given) -> Start:
             f"{(k, rank)}; run preprocess_corda on this model with the config of the adapter"
         )
     for name, part in (("S_WC", s), ("U_WC", u), ("V_WC", v)):
-        check_finite(part, f"init_lora_weights='corda': {name} from preprocess_corda")
+        check_finite_for_init(part, f"init_lora_weights='corda': {name} from preprocess_corda")
     largest_first = s if s[0] >= s[-1] else s.flip(0)
-    check_usable(given, largest_first, max(n, k))
+    check_singular_values_nonzero(given, largest_first, max(n, k))
     root = (s / given.scaling).sqrt()
-    return without(given, weight, v.T * root[:, None], u * root)
+    return subtract_update(given, weight, v.T * root[:, None], u * root)
 
 
-class Covariances:
+class CovarianceAccumulator:
     """Accumulates the covariance matrix ``[K, K]`` of the inputs of each layer.
 
     Args:
@@ -107,12 +107,12 @@ class Covariances:
         # The last input and its product. Layers with the same input tensor reuse the product.
         self._last: tuple[torch.Tensor, torch.Tensor] | None = None
 
-    def watching(self) -> contextlib.AbstractContextManager[None]:
+    def recording_inputs(self) -> contextlib.AbstractContextManager[None]:
         """Return a context manager that accumulates the inputs of all calls of the layers."""
-        return hooked(self.modules, self._hook)
+        return forward_pre_hooks(self.modules, self._hook)
 
     def _hook(self, name: str) -> Callable[..., None]:
-        def watch(_module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        def hook(_module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
             x = inputs[0].detach()
             if self._last is None or self._last[0] is not inputs[0]:
                 self._last = inputs[0], self._product(x, name)
@@ -123,7 +123,7 @@ class Covariances:
             else:
                 self.sums[name] = product.clone()
 
-        return watch
+        return hook
 
     def _product(self, x: torch.Tensor, name: str) -> torch.Tensor:
         samples = x.reshape(-1, *x.shape[-2:]) if x.dim() > 1 else x[None, None]
@@ -132,10 +132,10 @@ class Covariances:
         largest = samples.amax(dim=(1, 2), keepdim=True).abs()
         rows = (samples / torch.where(largest == 0, 1.0, largest)).flatten(0, 1)
         product = rows.T @ rows
-        check_finite(product, f"layer {name!r}: the covariance of its inputs")
+        check_finite_for_init(product, f"layer {name!r}: the covariance of its inputs")
         return product
 
-    def means(self) -> dict[str, torch.Tensor]:
+    def pop_covariances(self) -> dict[str, torch.Tensor]:
         """Return a dict that maps each layer name to its covariance matrix, and clear the sums.
 
         Raises:
@@ -154,7 +154,7 @@ class Covariances:
 
 
 @torch.no_grad()
-def decompose(
+def corda_decompose(
     weight: torch.Tensor, covariance: torch.Tensor, rank: int, method: str
 ) -> CordaEigens:
     """Decompose a weight into the directions that its inputs use most, or least.
@@ -171,8 +171,8 @@ def decompose(
             rank exceeds a dimension of the weight.
     """
     weight, covariance = weight.float(), covariance.float()
-    check_finite(weight, "the base weight")
-    check_finite(covariance, "the covariance")
+    check_finite_for_init(weight, "the base weight")
+    check_finite_for_init(covariance, "the covariance")
     if rank > min(weight.shape):
         raise InitialisationError(
             f"r={rank}, expected at most {min(weight.shape)}, the smaller side of the weight "

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from fastlora.init.configs import EvaConfig
-from fastlora.init.registry import Given, Settings, Start, register_init
+from fastlora.init.registry import InitConfigField, InitInputs, InitResult, register_init
 
 # A function of a layer's inputs, the prepared batch, and the layer's name. It returns the rows [M,
 # K] of the inputs that EVA uses.
@@ -23,16 +23,16 @@ Prepare = Callable[[Any, Any, str], torch.Tensor]
 @register_init(
     "eva",
     title="EVA",
-    any_kind=True,
+    supports_convolutions=True,
     calibration="initialize_lora_eva_weights",
-    settings=Settings("eva_config", EvaConfig),
+    settings=InitConfigField("eva_config", EvaConfig),
 )
-def eva(given: Given) -> Start:
+def eva(given: InitInputs) -> InitResult:
     """Return the initial factors of EVA: A as initialized by `nn.Linear`, and B zero."""
-    return Start(given.lora_a, torch.zeros_like(given.lora_b))
+    return InitResult(given.lora_a, torch.zeros_like(given.lora_b))
 
 
-def as_rows(layer_input: Any, _model_input: Any, layer_name: str) -> torch.Tensor:
+def flatten_first_input(layer_input: Any, _model_input: Any, layer_name: str) -> torch.Tensor:
     """Return the first input of a layer as a matrix with one row per token, ``[M, K]``.
 
     Args:

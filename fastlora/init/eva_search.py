@@ -17,18 +17,24 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from fastlora.init.calibration_data import (
+    forward_pre_hooks,
+    iterate_batches,
+    model_device,
+    move_to_device,
+    progress_bar,
+)
 from fastlora.init.configs import EvaConfig
-from fastlora.init.data import batches, device_of, hooked, progress, to_device
 from fastlora.init.eva import Prepare
 from fastlora.init.incremental_pca import IncrementalPca
 from fastlora.validation import InitialisationError
 
 
 @dataclass
-class Search:
+class EvaSearch:
     """Finds the principal directions of each layer's inputs, and the rank of each layer.
 
-    Call `find_groups`, then `run`, then `state`.
+    Call `find_shared_inputs`, then `run_until_converged`, then `directions`.
 
     Attributes:
         model: The model to run over the data.
@@ -61,7 +67,7 @@ class Search:
     found: dict[str, IncrementalPca] = field(default_factory=dict, init=False)
     ranks: dict[str, int] = field(default_factory=dict, init=False)
 
-    def find_groups(self, loader: Iterable[Any]) -> None:
+    def find_shared_inputs(self, loader: Iterable[Any]) -> None:
         """Run the model on one batch to find out which layers receive the same inputs.
 
         Raises:
@@ -72,11 +78,13 @@ class Search:
             raise InitialisationError("EVA: the dataloader is empty; expected at least one batch")
         digests: dict[str, bytes] = {}  # of the input of each layer's first call
 
-        def see(name: str, rows: torch.Tensor) -> None:
+        def callback(name: str, rows: torch.Tensor) -> None:
             data = rows.detach().contiguous().cpu().view(torch.uint8).numpy().data
             digests.setdefault(name, hashlib.blake2b(data).digest())
 
-        self._run_batch(to_device(batch, device_of(self.model)), self.layers, see)
+        self._run_batch_with_hooks(
+            move_to_device(batch, model_device(self.model)), self.layers, callback
+        )
         missing = [name for name in self.layers if name not in digests]
         if missing:
             raise InitialisationError(
@@ -95,7 +103,7 @@ class Search:
         self.found = {n: IncrementalPca(self.limits[n], self.settings.tau) for n in owners}
         self.ranks = dict(self.limits)
 
-    def run(self, loader: Iterable[Any], show: bool) -> None:
+    def run_until_converged(self, loader: Iterable[Any], show: bool) -> None:
         """Run the model on batches until the directions of all layers have converged.
 
         Only as many directions of a layer as its current rank must have converged.
@@ -105,7 +113,7 @@ class Search:
             show: Whether to show a progress bar.
         """
         first = not dist.is_initialized() or dist.get_rank() == 0
-        bar: Any = progress(self._endless(loader), "EVA", show and first)
+        bar: Any = progress_bar(self._cycle_batches(loader), "EVA", show and first)
         with contextlib.closing(bar):
             for batch in bar:
                 moving = {
@@ -116,38 +124,40 @@ class Search:
                     bar.set_description(f"{settled}/{len(self.source)} layers have converged")
                 if not moving:
                     return
-                self._run_batch(
-                    batch, moving, lambda name, rows: self.found[name].add(rows.float())
+                self._run_batch_with_hooks(
+                    batch, moving, lambda name, rows: self.found[name].partial_fit(rows.float())
                 )
                 if all(each.components is not None for each in self.found.values()):
                     ratios = {name: each.ratios for name, each in self.found.items()}
-                    self.ranks = share_ranks(ratios, self.source, self.budget, self.limits)
+                    self.ranks = distribute_ranks(ratios, self.source, self.budget, self.limits)
 
-    def _run_batch(
-        self, batch: Any, names: Iterable[str], see: Callable[[str, torch.Tensor], None]
+    def _run_batch_with_hooks(
+        self, batch: Any, names: Iterable[str], callback: Callable[[str, torch.Tensor], None]
     ) -> None:
         """Call the model with a batch, and pass the inputs of the named layers to a function.
 
         Args:
             batch: The batch.
             names: Names of the layers.
-            see: Function that is called with the name and the inputs ``[M, K]`` of a layer at each
-                call of the layer.
+            callback: Function that is called with the name and the inputs ``[M, K]`` of a layer at
+                each call of the layer.
         """
         prepared = self.prepare_batch(batch)
 
-        def watching(name: str) -> Callable[..., None]:
+        def make_hook(name: str) -> Callable[..., None]:
             @torch.no_grad()  # even if the model runs with gradients
-            def watch(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            def hook(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
                 rows = self.prepare_layer[name](inputs, prepared, name)
-                see(name, _gathered(rows) if self.gather and dist.is_initialized() else rows)
+                callback(
+                    name, _gather_rows(rows) if self.gather and dist.is_initialized() else rows
+                )
 
-            return watch
+            return hook
 
-        with hooked({name: self.layers[name] for name in names}, watching):
+        with forward_pre_hooks({name: self.layers[name] for name in names}, make_hook):
             self.forward(self.model, batch)
 
-    def _endless(self, loader: Iterable[Any]) -> Iterator[Any]:
+    def _cycle_batches(self, loader: Iterable[Any]) -> Iterator[Any]:
         """Yield the batches of a data loader, and start over when the loader is exhausted.
 
         Raises:
@@ -155,7 +165,7 @@ class Search:
                 the layers.
         """
         while True:
-            yield from batches(loader, self.model, "EVA", show=False)
+            yield from iterate_batches(loader, self.model, "EVA", show=False)
             for name, each in self.found.items():
                 if each.components is None:
                     raise InitialisationError(
@@ -163,7 +173,7 @@ class Search:
                         f"(rho * r), but the largest has {each.most_rows}; use larger batches"
                     )
 
-    def state(self) -> dict[str, torch.Tensor]:
+    def directions(self) -> dict[str, torch.Tensor]:
         """Return a dict that maps each layer name to its directions, ``[rank, K]`` in fp32.
 
         Raises:
@@ -179,7 +189,7 @@ class Search:
         return made
 
 
-def share_ranks(
+def distribute_ranks(
     ratios: Mapping[str, torch.Tensor],
     source: Mapping[str, str],
     budget: int,
@@ -193,7 +203,7 @@ def share_ranks(
     Args:
         ratios: Maps the names of the layers in ``source.values()`` to the fraction of the variance
             that each of their directions explains.
-        source, budget, limits: As in `Search`.
+        source, budget, limits: As in `EvaSearch`.
     """
     owners = [name for name, of in source.items() for _ in ratios[of][: limits[of]]]
     values = torch.cat([ratios[of][: limits[of]].cpu() for of in source.values()])
@@ -206,7 +216,7 @@ def share_ranks(
     return ranks
 
 
-def _gathered(rows: torch.Tensor) -> torch.Tensor:
+def _gather_rows(rows: torch.Tensor) -> torch.Tensor:
     """Return the concatenated rows of all processes, which may have different numbers of rows."""
     size = torch.tensor([len(rows)], device=rows.device)
     sizes = [torch.zeros_like(size) for _ in range(dist.get_world_size())]

@@ -37,7 +37,7 @@ class IncrementalPca:
         self._seen = 0
         self._mean = self._variance = torch.empty(0, dtype=torch.float64)
 
-    def add(self, rows: torch.Tensor) -> None:
+    def partial_fit(self, rows: torch.Tensor) -> None:
         """Update the directions with a batch of rows, ``[M, K]``.
 
         A batch with fewer than R rows is ignored.
@@ -47,7 +47,7 @@ class IncrementalPca:
             return
         batch, total, before = len(rows), self._seen + len(rows), self.components
         sums = rows.sum(dim=0, dtype=torch.float64)
-        mean, variance = self._moments(rows, sums, total)
+        mean, variance = self._updated_mean_and_variance(rows, sums, total)
         if before is None:
             data = rows - mean.to(rows)
         else:
@@ -77,7 +77,7 @@ class IncrementalPca:
         self.ratios = (s.square() / (variance * total).sum())[: self.count]
         self._seen, self._mean, self._variance = total, mean, variance
 
-    def _moments(
+    def _updated_mean_and_variance(
         self, rows: torch.Tensor, sums: torch.Tensor, total: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return a tuple (mean, variance) of all rows including a new batch, each ``[K]`` in fp64.

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from fastlora.init.configs import LoftQConfig
-from fastlora.init.registry import Given, Settings, Start, register_init
+from fastlora.init.registry import InitConfigField, InitInputs, InitResult, register_init
 
 BLOCK = 64
 # Maps the number of bits to the values of the normal floats. The 4-bit values are the constants of
@@ -32,9 +32,9 @@ LEVELS = {
     "loftq",
     title="LoftQ",
     changes_base=True,
-    settings=Settings("loftq_config", LoftQConfig, missing="refuse", as_dict=True),
+    settings=InitConfigField("loftq_config", LoftQConfig, missing="raise", as_dict=True),
 )
-def loftq(given: Given) -> Start:
+def loftq(given: InitInputs) -> InitResult:
     """Return factors that approximate the quantization error, and the quantized base weight.
 
     Each iteration quantizes ``W - B A`` to Q, and then sets ``B A`` to the best rank-R
@@ -46,17 +46,19 @@ def loftq(given: Given) -> Start:
             dimension.
     """
     config = given.config if isinstance(given.config, LoftQConfig) else LoftQConfig()
-    weight = given.weight()
-    given.check_rank(min(weight.shape), f"the smaller side of the weight {tuple(weight.shape)}")
+    weight = given.base_weight()
+    given.check_rank_limit(
+        min(weight.shape), f"the smaller side of the weight {tuple(weight.shape)}"
+    )
     left = weight
     for _ in range(config.loftq_iter):
-        rounded = quantised(left, config.loftq_bits)
-        lora_a, lora_b = best_of_rank(weight - rounded, given.rank)
+        rounded = fake_quantize(left, config.loftq_bits)
+        lora_a, lora_b = best_low_rank_factors(weight - rounded, given.rank)
         left = weight - lora_b @ lora_a
-    return Start(lora_a, lora_b, rounded)
+    return InitResult(lora_a, lora_b, rounded)
 
 
-def quantised(weight: torch.Tensor, bits: int) -> torch.Tensor:
+def fake_quantize(weight: torch.Tensor, bits: int) -> torch.Tensor:
     """Quantize a weight, and return the dequantized values in the weight's dtype.
 
     Args:
@@ -77,7 +79,7 @@ def quantised(weight: torch.Tensor, bits: int) -> torch.Tensor:
     return (levels[nearest] * scales).flatten()[: flat.numel()].view_as(weight)
 
 
-def best_of_rank(error: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+def best_low_rank_factors(error: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return factors whose product is the best rank-R approximation of a matrix.
 
     Args:

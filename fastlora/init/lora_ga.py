@@ -15,7 +15,13 @@ import torch
 from torch import nn
 
 from fastlora.init.configs import LoraGAConfig
-from fastlora.init.registry import Given, Settings, Start, check_finite, register_init
+from fastlora.init.registry import (
+    InitConfigField,
+    InitInputs,
+    InitResult,
+    check_finite_for_init,
+    register_init,
+)
 from fastlora.validation import InitialisationError
 
 DATA = "_peft_loraga_grad"  # PEFT's name, so that both libraries can share gradients
@@ -30,9 +36,9 @@ DATA = "_peft_loraga_grad"  # PEFT's name, so that both libraries can share grad
     data=DATA,
     calibration="preprocess_loraga",
     must_repeat=False,
-    settings=Settings("lora_ga_config", LoraGAConfig, missing="later"),
+    settings=InitConfigField("lora_ga_config", LoraGAConfig, missing="later"),
 )
-def lora_ga(given: Given) -> Start:
+def lora_ga(given: InitInputs) -> InitResult:
     """Return factors from the gradient's singular vectors, and the base weight minus their update.
 
     With the gradient ``U S V^T``, A consists of R rows of ``V^T``, and B consists of R columns of
@@ -49,7 +55,7 @@ def lora_ga(given: Given) -> Start:
             "lora_ga_config must be provided when init_lora_weights='lora_ga'. Please pass "
             "lora_ga_config=LoraGAConfig(...)"
         )
-    weight = given.weight()
+    weight = given.base_weight()
     if not isinstance(gradient, torch.Tensor):
         raise InitialisationError(
             f"lora_ga needs a gradient tensor, got a {type(gradient).__name__}"
@@ -60,11 +66,15 @@ def lora_ga(given: Given) -> Start:
             f"init_lora_weights='lora_ga': the gradient has shape {tuple(gradient.shape)}, "
             f"expected {tuple(weight.shape)}; run preprocess_loraga on this model"
         )
-    check_finite(gradient, "init_lora_weights='lora_ga': the gradient from preprocess_loraga")
+    check_finite_for_init(
+        gradient, "init_lora_weights='lora_ga': the gradient from preprocess_loraga"
+    )
     smaller = min(weight.shape)
-    given.check_rank(smaller // 2, f"half the smaller side of the weight {tuple(weight.shape)}")
+    given.check_rank_limit(
+        smaller // 2, f"half the smaller side of the weight {tuple(weight.shape)}"
+    )
     u, s, v = torch.svd_lowrank(gradient, q=min(4 * rank, smaller), niter=4)
-    a, b = _rows(config.direction, rank)
+    a, b = _direction_indices(config.direction, rank)
     lora_a, lora_b = v.T[a], u[:, b] * s[b]
     if config.scale == "stable":
         lora_b = lora_b * (weight.shape[0] ** 0.25 / config.stable_gamma**0.5)
@@ -77,10 +87,10 @@ def lora_ga(given: Given) -> Start:
     # Round first, so that the weight loses exactly the update that the stored factors make.
     lora_a, lora_b = lora_a.to(given.dtype).contiguous(), lora_b.to(given.dtype).contiguous()
     update = given.scaling * (lora_b.to(weight) @ lora_a.to(weight))
-    return Start(lora_a, lora_b, weight - update)
+    return InitResult(lora_a, lora_b, weight - update)
 
 
-def _rows(direction: str, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _direction_indices(direction: str, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return a tuple (indices for A, indices for B) of the singular directions to use.
 
     Args:
@@ -99,7 +109,7 @@ def _rows(direction: str, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @contextlib.contextmanager
-def gradients(
+def recording_gradients(
     model: nn.Module, modules: Mapping[str, nn.Module]
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Record the gradients of the given modules' weights during a ``with`` block.
@@ -146,7 +156,7 @@ def gradients(
                     "(exclude_modules)"
                 )
             found[name] = weight.grad.detach() / counts[name]
-            check_finite(found[name], f"layer {name!r}: the gradient of its weight")
+            check_finite_for_init(found[name], f"layer {name!r}: the gradient of its weight")
     finally:
         for handle in handles:
             handle.remove()

@@ -7,21 +7,21 @@ from __future__ import annotations
 
 import torch
 
-from fastlora.init.registry import Given, Start, register_init
+from fastlora.init.registry import InitInputs, InitResult, register_init
 
 
 @register_init("mica", title="MiCA", frozen=("lora_B",))
-def mica(given: Given) -> Start:
+def mica(given: InitInputs) -> InitResult:
     """Return zeros for A, and the last R columns of U for B, where ``W = U S V^T``.
 
     Raises:
         InitialisationError: The weight has values that are not finite, or R exceeds its smaller
             dimension.
     """
-    weight, rank = given.weight(), given.rank
-    given.check_rank(
+    weight, rank = given.base_weight(), given.rank
+    given.check_rank_limit(
         min(weight.shape),
         f"MiCA requires `r` <= min(in_features, out_features) of the weight {tuple(weight.shape)}",
     )
     u, _, _ = torch.linalg.svd(weight, full_matrices=False)
-    return Start(torch.zeros_like(given.lora_a), u[:, -rank:].contiguous())
+    return InitResult(torch.zeros_like(given.lora_a), u[:, -rank:].contiguous())

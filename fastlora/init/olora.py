@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import torch
 
-from fastlora.init.registry import Given, Start, register_init, without
+from fastlora.init.registry import InitInputs, InitResult, register_init, subtract_update
 
 
-@register_init("olora", title="OLoRA", changes_base=True, converts=True, on_quantised=True)
-def olora(given: Given) -> Start:
+@register_init("olora", title="OLoRA", changes_base=True, converts=True, supports_quantized=True)
+def olora(given: InitInputs) -> InitResult:
     """Return factors from the QR decomposition ``W = Q R``, and the base weight minus their update.
 
     A consists of the first rows of R, and B consists of the first columns of Q. Their number is the
@@ -21,7 +21,9 @@ def olora(given: Given) -> Start:
         InitialisationError: The weight has values that are not finite, or the rank exceeds its
             smaller dimension.
     """
-    weight, rank = given.weight(), given.rank
-    given.check_rank(min(weight.shape), f"the smaller side of the weight {tuple(weight.shape)}")
+    weight, rank = given.base_weight(), given.rank
+    given.check_rank_limit(
+        min(weight.shape), f"the smaller side of the weight {tuple(weight.shape)}"
+    )
     q, r = torch.linalg.qr(weight)
-    return without(given, weight, r[:rank].contiguous(), q[:, :rank].contiguous())
+    return subtract_update(given, weight, r[:rank].contiguous(), q[:, :rank].contiguous())

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import torch
 
-from fastlora.init.registry import Given, Start, register_init
+from fastlora.init.registry import InitInputs, InitResult, register_init
 from fastlora.validation import InitialisationError
 
 
 @register_init("orthogonal")
-def orthogonal(given: Given) -> Start:
+def orthogonal(given: InitInputs) -> InitResult:
     """Return random factors A and B with ``B A = 0``.
 
     A is built from the even rows of a random orthogonal matrix, and B from its odd rows. The size
@@ -31,4 +31,4 @@ def orthogonal(given: Given) -> Start:
     rows, _ = torch.linalg.qr(torch.randn(rank, rank))
     lora_a = (torch.randn(k, half) @ rows[0::2]).T / 10.0
     lora_b = torch.randn(half, n).T @ rows[1::2] / 10.0
-    return Start(lora_a, lora_b)
+    return InitResult(lora_a, lora_b)

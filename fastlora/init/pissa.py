@@ -7,7 +7,13 @@ from __future__ import annotations
 
 import torch
 
-from fastlora.init.registry import Given, Start, check_usable, register_init, without
+from fastlora.init.registry import (
+    InitInputs,
+    InitResult,
+    check_singular_values_nonzero,
+    register_init,
+    subtract_update,
+)
 
 
 @register_init(
@@ -18,7 +24,7 @@ from fastlora.init.registry import Given, Start, check_usable, register_init, wi
     changes_base=True,
     converts=True,
 )
-def pissa(given: Given) -> Start:
+def pissa(given: InitInputs) -> InitResult:
     """Return factors from the largest singular directions, and the base weight minus their update.
 
     With ``W = U S V^T``, B is ``U sqrt(S / scaling)`` and A is ``sqrt(S / scaling) V^T``, where S
@@ -29,14 +35,16 @@ def pissa(given: Given) -> Start:
     Raises:
         InitialisationError: The weight has values that are not finite, or its rank is below R.
     """
-    weight, rank = given.weight(), given.rank
-    given.check_rank(min(weight.shape), f"the smaller side of the weight {tuple(weight.shape)}")
+    weight, rank = given.base_weight(), given.rank
+    given.check_rank_limit(
+        min(weight.shape), f"the smaller side of the weight {tuple(weight.shape)}"
+    )
     _, _, iterations = given.name.partition("_niter_")
     if iterations:
         u, s, v = torch.svd_lowrank(weight, rank, niter=int(iterations))
         vh = v.T
     else:
         u, s, vh = torch.linalg.svd(weight, full_matrices=False)
-    check_usable(given, s[:rank], max(weight.shape))
+    check_singular_values_nonzero(given, s[:rank], max(weight.shape))
     root = (s[:rank] / given.scaling).sqrt()
-    return without(given, weight, root[:, None] * vh[:rank], u[:, :rank] * root)
+    return subtract_update(given, weight, root[:, None] * vh[:rank], u[:, :rank] * root)

@@ -10,28 +10,28 @@ import math
 import torch
 from torch import nn
 
-from fastlora.init.registry import Given, Start, register_init
+from fastlora.init.registry import InitInputs, InitResult, register_init
 
 
-@register_init(True, any_kind=True)
-def kaiming(given: Given) -> Start:
+@register_init(True, supports_convolutions=True)
+def kaiming(given: InitInputs) -> InitResult:
     """Return uniform random values for A, and zeros for B.
 
     The values of A are between ``-1 / sqrt(K)`` and ``1 / sqrt(K)``. This is the initialization of
     LoRA, https://arxiv.org/abs/2106.09685, as implemented in PEFT.
     """
     lora_a = nn.init.kaiming_uniform_(given.lora_a.detach(), a=math.sqrt(5))
-    return Start(lora_a, torch.zeros_like(given.lora_b))
+    return InitResult(lora_a, torch.zeros_like(given.lora_b))
 
 
-@register_init(False, any_kind=True)
-def drawn(given: Given) -> Start:
+@register_init(False, supports_convolutions=True)
+def random_a_and_b(given: InitInputs) -> InitResult:
     """Return both factors as initialized by `nn.Linear`, so that the initial update is not zero."""
-    return Start(given.lora_a, given.lora_b)
+    return InitResult(given.lora_a, given.lora_b)
 
 
-@register_init("gaussian", any_kind=True)
-def gaussian(given: Given) -> Start:
+@register_init("gaussian", supports_convolutions=True)
+def gaussian(given: InitInputs) -> InitResult:
     """Return normally distributed values (standard deviation ``1 / R``) for A, and zeros for B."""
     lora_a = nn.init.normal_(given.lora_a.detach(), std=1 / given.rank)
-    return Start(lora_a, torch.zeros_like(given.lora_b))
+    return InitResult(lora_a, torch.zeros_like(given.lora_b))

@@ -3,10 +3,12 @@
 A method is a decorated function in a module of its own in this folder::
 
     @register_init("pissa", title="PiSSA", changes_base=True, converts=True)
-    def pissa(given: Given) -> Start: ...
+    def pissa(given: InitInputs) -> InitResult: ...
 
-`find_init` returns the method that a value of ``init_lora_weights`` selects. A layer calls the
-method's `Init.start` with newly initialized factors, and stores the result. A method has no access
+`find_init_method` returns the method that a value of ``init_lora_weights`` selects. A layer calls
+the
+method's `InitMethod.start` with newly initialized factors, and stores the result. A method has
+no access
 to layers, models, or files.
 """
 
@@ -23,7 +25,7 @@ from fastlora.validation import ConfigError, InitialisationError
 
 
 @dataclass(frozen=True)
-class Given:
+class InitInputs:
     """The arguments of an initialization method.
 
     Attributes:
@@ -52,7 +54,7 @@ class Given:
     data: object | None = None
     transposed: bool = False
 
-    def weight(self) -> torch.Tensor:
+    def base_weight(self) -> torch.Tensor:
         """Return the base weight ``[N, K]`` in fp32, or in fp64 if it is stored in fp64.
 
         Raises:
@@ -60,24 +62,25 @@ class Given:
         """
         weight = self.read_weight().detach()
         weight = weight if weight.dtype == torch.float64 else weight.to(torch.float32)
-        check_finite(weight, f"init_lora_weights={self.name!r}: the base weight")
+        check_finite_for_init(weight, f"init_lora_weights={self.name!r}: the base weight")
         return weight
 
-    def check_rank(self, limit: int, why: str) -> None:
+    def check_rank_limit(self, limit: int, description: str) -> None:
         """Raise `InitialisationError` if the rank exceeds a limit.
 
         Args:
             limit: The highest rank that is allowed.
-            why: Description of the limit, for the error message.
+            description: Description of the limit, for the error message.
         """
         if self.rank > limit:
             raise InitialisationError(
-                f"init_lora_weights={self.name!r}: r={self.rank}, expected at most {limit}, {why}"
+                f"init_lora_weights={self.name!r}: r={self.rank}, expected at most {limit}, "
+                f"{description}"
             )
 
 
 @dataclass(frozen=True)
-class Start:
+class InitResult:
     """The result of an initialization method.
 
     Attributes:
@@ -92,14 +95,14 @@ class Start:
 
 
 @dataclass(frozen=True)
-class Settings:
+class InitConfigField:
     """Describes the field of `fastlora.LoraConfig` that contains the config of a method.
 
     Attributes:
         field: Name of the field.
         cls: Dataclass of the method's config. The field also accepts a mapping of its fields.
         missing: What to do if the method is selected and the field is not set: use the defaults and
-            warn (``"default"``), raise an error (``"refuse"``), or leave the decision to the
+            warn (``"default"``), raise an error (``"raise"``), or leave the decision to the
             calibration (``"later"``).
         as_dict: Whether `fastlora.LoraConfig` stores the method's config as a dict, which is empty
             if the field is not set.
@@ -107,12 +110,12 @@ class Settings:
 
     field: str
     cls: type
-    missing: Literal["default", "refuse", "later"] = "default"
+    missing: Literal["default", "raise", "later"] = "default"
     as_dict: bool = False
 
 
 @dataclass(frozen=True)
-class Init:
+class InitMethod:
     """An initialization method and its properties.
 
     Attributes:
@@ -126,8 +129,8 @@ class Init:
         converts: Whether the changed base weight and the initial update add up to the original
             weight, so that a trained adapter can be saved as a LoRA adapter for the original
             weight.
-        on_quantised: Whether the method can change a quantized base weight, which is then quantized
-            again.
+        supports_quantized: Whether the method can change a quantized base weight, which is then
+            quantized again.
         random: Regular expression that matches the names for which the change of the base weight
             differs from run to run.
         data: Name of the base layer's attribute in which the calibration stores its result, if the
@@ -136,25 +139,25 @@ class Init:
         must_repeat: Whether loading a trained adapter requires the result of the calibration.
         settings: The field of `fastlora.LoraConfig` for the method's config, or None.
         frozen: Names of the factors that are not trained.
-        any_kind: Whether the method also supports convolutions.
+        supports_convolutions: Whether the method also supports convolutions.
     """
 
     name: bool | str
-    start: Callable[[Given], Start]
+    start: Callable[[InitInputs], InitResult]
     title: str = ""
     pattern: str = ""
     changes_base: bool = False
     converts: bool = False
-    on_quantised: bool = False
+    supports_quantized: bool = False
     random: str = ""
     data: str = ""
     calibration: str = ""
     must_repeat: bool = True
-    settings: Settings | None = None
+    settings: InitConfigField | None = None
     frozen: tuple[str, ...] = ()
-    any_kind: bool = False
+    supports_convolutions: bool = False
 
-    def is_random(self, value: bool | str) -> bool:
+    def changes_base_randomly(self, value: bool | str) -> bool:
         """Return whether the method changes the base weight in a random way.
 
         Args:
@@ -163,32 +166,32 @@ class Init:
         return bool(self.random) and re.fullmatch(self.random, str(value)) is not None
 
 
-_registered: dict[bool | str, Init] = {}
+_registered: dict[bool | str, InitMethod] = {}
 
 
 def register_init(
-    name: bool | str, **facts: Any
-) -> Callable[[Callable[[Given], Start]], Callable[[Given], Start]]:
+    name: bool | str, **properties: Any
+) -> Callable[[Callable[[InitInputs], InitResult]], Callable[[InitInputs], InitResult]]:
     """Return a decorator that registers a function as an initialization method.
 
     Args:
         name: Value of ``init_lora_weights`` that selects the method.
-        **facts: Further fields of `Init`.
+        **properties: Further fields of `InitMethod`.
     """
 
-    def register(start: Callable[[Given], Start]) -> Callable[[Given], Start]:
-        _registered.setdefault(name, Init(name, start, **facts))
+    def register(start: Callable[[InitInputs], InitResult]) -> Callable[[InitInputs], InitResult]:
+        _registered.setdefault(name, InitMethod(name, start, **properties))
         return start
 
     return register
 
 
-def all_inits() -> list[Init]:
+def all_init_methods() -> list[InitMethod]:
     """Return a list of all registered initialization methods."""
     return list(_registered.values())
 
 
-def find_init(value: object) -> Init:
+def find_init_method(value: object) -> InitMethod:
     """Return the initialization method that a value of ``init_lora_weights`` selects.
 
     Raises:
@@ -208,7 +211,7 @@ def find_init(value: object) -> Init:
     )
 
 
-def check_finite(tensor: torch.Tensor, what: str) -> None:
+def check_finite_for_init(tensor: torch.Tensor, what: str) -> None:
     """Raise `InitialisationError` if a tensor contains NaN or infinite values.
 
     Args:
@@ -223,10 +226,10 @@ def check_finite(tensor: torch.Tensor, what: str) -> None:
         )
 
 
-def without(
-    given: Given, weight: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor
-) -> Start:
-    """Return a `Start` with the given factors, and with the base weight minus their scaled update.
+def subtract_update(
+    given: InitInputs, weight: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor
+) -> InitResult:
+    """Return a result with the given factors and the base weight minus their scaled update.
 
     Args:
         given: The arguments of the initialization method.
@@ -234,10 +237,10 @@ def without(
         lora_a: Factor A, ``[R, K]``.
         lora_b: Factor B, ``[N, R]``.
     """
-    return Start(lora_a, lora_b, weight - given.scaling * lora_b @ lora_a)
+    return InitResult(lora_a, lora_b, weight - given.scaling * lora_b @ lora_a)
 
 
-def check_usable(given: Given, values: torch.Tensor, limit: int) -> None:
+def check_singular_values_nonzero(given: InitInputs, values: torch.Tensor, limit: int) -> None:
     """Raise `InitialisationError` unless the first R singular values of a matrix are nonzero.
 
     Values that are as small as rounding errors count as zero. For a singular value of zero, the

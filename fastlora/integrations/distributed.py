@@ -13,11 +13,11 @@ import torch
 from torch import nn
 
 from fastlora.layers import FastLoraLinear, LoraLayer
-from fastlora.layers.bases import parallel_style
+from fastlora.layers.base_layers import tensor_parallel_style
 from fastlora.layers.tensor_parallel import TensorParallelLora
 from fastlora.model import LoraModel
-from fastlora.model.walk import outer_modules
-from fastlora.sharding import clip_with_norm_, total_norm
+from fastlora.model.base_modules import named_outer_modules
+from fastlora.sharding import clip_grads_with_norm_, total_norm
 from fastlora.validation import AdapterStateError
 
 
@@ -44,7 +44,7 @@ def clip_grad_norm_(parameters: Iterable[torch.Tensor], max_norm: float) -> torc
     if not chosen:
         raise ValueError("no parameter has a gradient; call backward() first")
     norm = total_norm([p.grad for p in chosen if p.grad is not None])
-    clip_with_norm_(chosen, max_norm, norm)
+    clip_grads_with_norm_(chosen, max_norm, norm)
     return norm
 
 
@@ -73,7 +73,7 @@ def tensor_parallel(model: LoraModel, device_mesh: Any, plan: dict[str, Any]) ->
     from torch.distributed.tensor.parallel import parallelize_module
 
     base = model.get_base_model()
-    layers = {n: m for n, m in outer_modules(base) if isinstance(m, FastLoraLinear)}
+    layers = {n: m for n, m in named_outer_modules(base) if isinstance(m, FastLoraLinear)}
     for name, layer in layers.items():
         if layer.merged:
             raise AdapterStateError(f"{name!r} has merged adapters; call unmerge_adapter() first")
@@ -81,7 +81,9 @@ def tensor_parallel(model: LoraModel, device_mesh: Any, plan: dict[str, Any]) ->
         for name, layer in layers.items():
             base.set_submodule(name, layer.to_linear())
         parallelize_module(base, device_mesh, plan)
-        split = {name: _split_like(base.get_submodule(name), m) for name, m in layers.items()}
+        split = {
+            name: _tensor_parallel_layer(base.get_submodule(name), m) for name, m in layers.items()
+        }
     except BaseException:
         for name, layer in layers.items():
             base.set_submodule(name, layer)
@@ -92,13 +94,13 @@ def tensor_parallel(model: LoraModel, device_mesh: Any, plan: dict[str, Any]) ->
     return model
 
 
-def _split_like(linear: nn.Module, layer: FastLoraLinear) -> LoraLayer:
+def _tensor_parallel_layer(linear: nn.Module, layer: FastLoraLinear) -> LoraLayer:
     """Return a LoRA layer for the base layer ``linear`` with the adapters of ``layer``.
 
     If ``linear`` is not sharded, ``layer`` itself is returned.
     """
-    if parallel_style(linear) is None:
+    if tensor_parallel_style(linear) is None:
         return layer
     split = TensorParallelLora(linear)
-    split.take_adapters(layer)
+    split.move_adapters_from(layer)
     return split

@@ -3,8 +3,8 @@
 PEFT is imported when one of these names is first used. A script can then import all names from
 fastlora that it used to import from PEFT:
 
-* `AS_IN_PEFT` are PEFT's own objects. `fastlora.integrations.answers` makes the functions for state
-  dicts accept fastlora models.
+* `AS_IN_PEFT` are PEFT's own objects. `fastlora.integrations.peft_overrides` makes the functions
+  for state dicts accept fastlora models.
 * The auto classes load a `fastlora.LoraModel`, where PEFT's own classes load a PEFT model.
 * `inject_adapter_in_model` adds patched layers.
 """
@@ -18,8 +18,8 @@ from typing import Any
 
 from torch import nn
 
-from fastlora.integrations.answers import has_layers
 from fastlora.integrations.patch import patch
+from fastlora.integrations.peft_overrides import has_lora_layers
 from fastlora.model import LoraModel
 from fastlora.model.config_checks import PeftType
 from fastlora.validation import AdapterStateError, ConfigError
@@ -102,7 +102,7 @@ def inject_adapter_in_model(
             f"peft_type is {getattr(kind, 'value', kind)!r}, expected 'LORA'; for other methods, "
             "use peft.inject_adapter_in_model"
         )
-    if has_layers(model):
+    if has_lora_layers(model):
         raise AdapterStateError(
             "inject_adapter_in_model() got a model with LoRA layers of fastlora; add the adapter "
             "with the add_adapter() method of its LoraModel"

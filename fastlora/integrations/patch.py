@@ -57,7 +57,7 @@ def unpatch(peft_model: nn.Module) -> None:
 
 
 @register_router
-def _router(model: Any) -> Router | None:
+def _patched_model_router(model: Any) -> Router | None:
     """Return the object that assigns adapters to the rows of a patched PEFT model's batches.
 
     The result is None if the model is not a patched PEFT model.
@@ -67,6 +67,6 @@ def _router(model: Any) -> Router | None:
     """
     if not isinstance(model, nn.Module) or importlib.util.find_spec("peft") is None:
         return None
-    from fastlora.integrations.peft import routed_model
+    from fastlora.integrations.peft import patched_model_router
 
-    return routed_model(model)
+    return patched_model_router(model)

@@ -22,34 +22,39 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from fastlora.layers.base import LoraLayer
-from fastlora.layers.bases import why_not_plain
-from fastlora.layers.call import LayerCall, MixedCall
-from fastlora.layers.coded_base import (
-    as_called,
-    call_base,
-    coded_base,
-    forget_weights,
-    sibling_base,
-    why_called,
+from fastlora.layers.adapter_factors import ParameterSource
+from fastlora.layers.base_adapter_layer import BaseAdapterLayer, clear_layer_caches
+from fastlora.layers.base_layers import fallback_reason_not_plain
+from fastlora.layers.call import MixedCall, UniformCall
+from fastlora.layers.fallback_reasons import fusion_status
+from fastlora.layers.linear_forward import create_call, forward
+from fastlora.layers.lora_layer import LoraLayer
+from fastlora.layers.quantized import (
+    QuantizedBaseWeight,
+    peft_quantized_layers,
+    prevent_repacking,
+    quantized_weight_of,
 )
-from fastlora.layers.common import CommonLayer, forget_kept
-from fastlora.layers.factors import Parameters
-from fastlora.layers.forward import begin, forward
-from fastlora.layers.quantised import Quantised, keep_layout, peft_layers, quantised
-from fastlora.layers.why import fusion
+from fastlora.layers.quantized_base import (
+    call_base_layer,
+    clear_weight_caches,
+    fallback_reason_base_called,
+    quantized_base_of_call,
+    quantized_base_of_layer,
+    to_base_output_dtype,
+)
 from fastlora.ops.factors import Base
 from fastlora.ops.seeds import draw_seeds
-from fastlora.routing.block import parameters_routing
-from fastlora.routing.checkpoints import keep_routing
-from fastlora.routing.ids import BASE, named_ids
-from fastlora.routing.in_force import check_batch, end_forward
-from fastlora.routing.in_force import routed as routing_in_force
-from fastlora.routing.routing import Group, Routing, join_group
+from fastlora.routing.activation_checkpointing import patch_activation_checkpointing
+from fastlora.routing.active import activate_routing as routing_in_force
+from fastlora.routing.active import check_batch_matches_ids, discard_unused_results
+from fastlora.routing.block import routing_from_parameters
+from fastlora.routing.ids import BASE, names_and_slots
+from fastlora.routing.routing import Routing, RoutingGroup, add_to_group
 from fastlora.validation import UnsupportedLayerError
 
 
-class _FastForward(CommonLayer):
+class _FusedForwardMixin(BaseAdapterLayer):
     """Mixin that implements the forward pass of every patched layer.
 
     In cases that fastlora does not support, it calls the forward method of PEFT's layer. In each
@@ -58,26 +63,28 @@ class _FastForward(CommonLayer):
 
     def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Return the same output as ``forward`` of the PEFT layer that was patched."""
-        call: Any = begin(self, x)
+        call: Any = create_call(self, x)
         mixed = isinstance(call, MixedCall)
         if kwargs.get("adapter_names") is not None or not (mixed or call.names):
-            why = (
+            reason = (
                 "PEFT's own forward computes it; for rows without an adapter, pass None in "
                 "fastlora.adapters()"
             )
-            call.conditions.refuse(self, why)
+            call.conditions.raise_if_batch_invariant(self, reason)
             if not (mixed or call.names or args or kwargs) and self.merged != self.disable_adapters:
-                return call_base(call, self.base_layer, *args, **kwargs)  # as PEFT's forward does
+                return call_base_layer(
+                    call, self.base_layer, *args, **kwargs
+                )  # as PEFT's forward does
             return super().forward(x, *args, **kwargs)
         if mixed:
             self._check_variants(call.routing)
         else:
             kwargs = {k: v for k, v in kwargs.items() if k not in _NOT_FOR_BASE}
         base = self._base(call, x, *args, **kwargs)
-        return as_called(call, base, forward(call, base))
+        return to_base_output_dtype(call, base, forward(call, base))
 
     def _base(
-        self: Any, call: LayerCall | MixedCall, x: torch.Tensor, *args: Any, **kwargs: Any
+        self: Any, call: UniformCall | MixedCall, x: torch.Tensor, *args: Any, **kwargs: Any
     ) -> Base:
         """Return the base layer's weight and bias, or else its output for ``x``.
 
@@ -86,24 +93,28 @@ class _FastForward(CommonLayer):
         """
         module, base = self.base_layer, None
         if not (args or kwargs):
-            plain = not why_not_plain(module)
-            base = Base(module.weight, module.bias) if plain else coded_base(call)
+            plain = not fallback_reason_not_plain(module)
+            base = Base(module.weight, module.bias) if plain else quantized_base_of_call(call)
         if base is not None:
             return base
-        return Base(y=call_base(call, module, *args, **kwargs))
+        return Base(y=call_base_layer(call, module, *args, **kwargs))
 
-    def _plain_base(self: Any) -> Base | None:
+    def _fusable_base(self: Any) -> Base | None:
         module = self.base_layer
-        return sibling_base(self) if why_not_plain(module) else Base(module.weight, module.bias)
+        return (
+            quantized_base_of_layer(self)
+            if fallback_reason_not_plain(module)
+            else Base(module.weight, module.bias)
+        )
 
-    def _own_quantised(self: Any) -> Quantised | None:
-        return quantised(self.base_layer)
+    def _local_quantized(self: Any) -> QuantizedBaseWeight | None:
+        return quantized_weight_of(self.base_layer)
 
     def update_layer(self: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Add or replace an adapter, as PEFT's layer does, and clear the packed factors."""
         super().update_layer(adapter_name, *args, **kwargs)  # type: ignore[misc]  # as above
-        self._fit_scalings([adapter_name])
-        self._forget_packed()
+        self._move_scalings_to_factors([adapter_name])
+        self._clear_packed_factors()
 
     def delete_adapter(self: Any, adapter_name: str) -> None:
         """Delete an adapter, as PEFT's layer does, and clear the layer's caches.
@@ -111,19 +122,19 @@ class _FastForward(CommonLayer):
         Raises:
             AdapterStateError: A `fastlora.adapters` block of the model is open.
         """
-        if self.routed_by is not None:
-            self.routed_by.check_closed("delete_adapter")
+        if self.routing_group is not None:
+            self.routing_group.check_no_open_blocks("delete_adapter")
         super().delete_adapter(adapter_name)  # type: ignore[misc]  # as above
-        forget_kept(self)
+        clear_layer_caches(self)
 
     def merge(self: Any, *args: Any, **kwargs: Any) -> None:
         """Merge adapters, as PEFT's layer does, and clear values cached for the base weight."""
-        forget_weights(self)
+        clear_weight_caches(self)
         super().merge(*args, **kwargs)  # type: ignore[misc]  # PEFT's layer has it
 
     def unmerge(self: Any) -> None:
         """Unmerge adapters, as PEFT's layer does, and clear values cached for the base weight."""
-        forget_weights(self)
+        clear_weight_caches(self)
         super().unmerge()  # type: ignore[misc]  # as above
 
     def _check_variants(self: Any, routing: Routing) -> None:
@@ -131,13 +142,13 @@ class _FastForward(CommonLayer):
         # Check all of the layer's adapters, so that graphs do not depend on which of them are in
         # the batch.
         for name, variant in self.lora_variant.items():
-            if _foreign_variant(self, name) and name in routing.names:
+            if _has_unsupported_variant(self, name) and name in routing.names:
                 raise UnsupportedLayerError(
                     f"adapter {name!r} uses {type(variant).__name__}, which cannot be mixed with "
                     "other adapters in a batch"
                 )
 
-    def _acting(self: Any) -> list[str]:
+    def _applied_adapters(self: Any) -> list[str]:
         """Return the names of the adapters that fastlora applies in the next forward pass.
 
         The list is empty if adapters are disabled or merged, or if PEFT's forward must be called.
@@ -145,7 +156,7 @@ class _FastForward(CommonLayer):
         if self.disable_adapters or self.merged:
             return []
         names = [name for name in self.active_adapters if name in self.lora_A]
-        return [] if any(_foreign_variant(self, name) for name in names) else names
+        return [] if any(_has_unsupported_variant(self, name) for name in names) else names
 
     @property
     def _disabled(self: Any) -> bool:  # type: ignore[override]  # PEFT's flag, which we only read
@@ -158,16 +169,18 @@ class _FastForward(CommonLayer):
         """
         names = [name for name in self.active_adapters if name in self.lora_A]
         for name in names:
-            if _foreign_variant(self, name):
+            if _has_unsupported_variant(self, name):
                 return False, (
                     f"adapter {name!r} uses {type(self.lora_variant[name]).__name__}, which runs "
                     "in PEFT"
                 )
-        why = why_not_plain(self.base_layer, gathered) and why_called(self)
-        return fusion(self, names, why, gathered)
+        reason = fallback_reason_not_plain(
+            self.base_layer, gathered
+        ) and fallback_reason_base_called(self)
+        return fusion_status(self, names, reason, gathered)
 
 
-def _foreign_variant(layer: Any, name: str) -> bool:
+def _has_unsupported_variant(layer: Any, name: str) -> bool:
     """Return whether an adapter uses a LoRA variant of PEFT other than DoRA on a linear layer."""
     variant = layer.lora_variant.get(name)
     return variant is not None and (
@@ -175,11 +188,11 @@ def _foreign_variant(layer: Any, name: str) -> bool:
     )
 
 
-class FastPeftLinear(_FastForward, PeftLinear):  # type: ignore[misc]  # PEFT lets sizes be None
+class FastPeftLinear(_FusedForwardMixin, PeftLinear):  # type: ignore[misc]  # PEFT lets sizes be None
     """PEFT's LoRA linear layer with fastlora's fused forward pass."""
 
 
-def _named_as_before(cls: type) -> type:
+def _use_peft_class_name(cls: type) -> type:
     """Set the ``__name__`` of a patched class to the name of its PEFT base class.
 
     Printed models and `get_layer_status` then show PEFT's class name. Pickles use the qualified
@@ -190,28 +203,30 @@ def _named_as_before(cls: type) -> type:
     return cls
 
 
-_named_as_before(FastPeftLinear)
+_use_peft_class_name(FastPeftLinear)
 
 
 @functools.cache
-def _fast_class(peft_class: type) -> type | None:
+def _patched_class_for(peft_class: type) -> type | None:
     """Return the subclass that `patch_layer` substitutes for a PEFT layer class.
 
     The result is None if fastlora does not patch layers of this class.
     """
     if peft_class is PeftLinear:
         return FastPeftLinear
-    if (peft_class.__module__, peft_class.__name__) not in peft_layers():
+    if (peft_class.__module__, peft_class.__name__) not in peft_quantized_layers():
         return None
     # The class can be imported by name (see __getattr__), so that patched models can be pickled.
     members = {"__module__": __name__}
-    return _named_as_before(type(f"Fast{peft_class.__name__}", (_FastForward, peft_class), members))
+    return _use_peft_class_name(
+        type(f"Fast{peft_class.__name__}", (_FusedForwardMixin, peft_class), members)
+    )
 
 
 def __getattr__(name: str) -> Any:
-    for module, class_name in peft_layers():
+    for module, class_name in peft_quantized_layers():
         if name == f"Fast{class_name}":
-            return _fast_class(getattr(importlib.import_module(module), class_name))
+            return _patched_class_for(getattr(importlib.import_module(module), class_name))
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -231,46 +246,46 @@ class FastPeftLoraModel(PeftLoraModel):
     def inject_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Add an adapter. Open `fastlora.adapters` blocks also apply to the new LoRA layers."""
         super().inject_adapter(*args, **kwargs)
-        self._find_again()
+        self._update_routed_layers()
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter, and look up the model's LoRA layers again."""
-        self._check_closed("delete_adapter")
+        self._check_no_open_block("delete_adapter")
         super().delete_adapter(adapter_name)
-        self._find_again()
+        self._update_routed_layers()
 
     def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Merge adapters into the base weights."""
-        self._check_closed("merge_adapter")
+        self._check_no_open_block("merge_adapter")
         super().merge_adapter(*args, **kwargs)
 
     def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
         """Merge adapters into the base weights, and return the base model without LoRA layers."""
-        self._check_closed("merge_and_unload")
+        self._check_no_open_block("merge_and_unload")
         return super().merge_and_unload(*args, **kwargs)
 
     def unload(self) -> nn.Module:
         """Remove the LoRA layers, and return the base model."""
-        self._check_closed("unload")
+        self._check_no_open_block("unload")
         return super().unload()
 
-    def _check_closed(self, operation: str) -> None:
+    def _check_no_open_block(self, operation: str) -> None:
         """Raise `AdapterStateError` if a `fastlora.adapters` block of the model is open.
 
         `disable_adapter_layers` does not call this method, because PEFT's context manager
         `disable_adapter` may call `disable_adapter_layers` inside a block.
         """
-        kept = self.__dict__.get("_fastlora_routed")
-        if kept is not None:
-            kept.group.check_closed(operation)
+        router = self.__dict__.get("_fastlora_router")
+        if router is not None:
+            router.group.check_no_open_blocks(operation)
 
-    def _find_again(self) -> None:
+    def _update_routed_layers(self) -> None:
         """Update the list of layers used for mixed batches, if it was created before."""
-        kept = self.__dict__.get("_fastlora_routed")
-        if kept is not None:
-            kept.routed = None
+        router = self.__dict__.get("_fastlora_router")
+        if router is not None:
+            router.routed_layers = None
             with contextlib.suppress(UnsupportedLayerError):  # the next batch raises it
-                routed_model(self)
+                patched_model_router(self)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model.
@@ -281,14 +296,14 @@ class FastPeftLoraModel(PeftLoraModel):
         try:
             return super().forward(*args, **kwargs)
         finally:
-            kept = self.__dict__.get("_fastlora_routed")
-            if kept is not None:
-                end_forward(kept.group)
+            router = self.__dict__.get("_fastlora_router")
+            if router is not None:
+                discard_unused_results(router.group)
 
     def _check_batch(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        kept = self.__dict__.get("_fastlora_routed")
-        if kept is not None and kept.routed is not None:
-            check_batch(kept.group, args, kwargs)
+        router = self.__dict__.get("_fastlora_router")
+        if router is not None and router.routed_layers is not None:
+            check_batch_matches_ids(router.group, args, kwargs)
 
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -300,19 +315,21 @@ class FastPeftLoraModel(PeftLoraModel):
         if names is None or self.training or kwargs.get("alora_offsets") is not None:
             routed = None
         else:
-            routed = self._routed_for(names)
+            routed = self._router_for(names)
         if routed is None:
             self._check_batch(args, kwargs)
             with super()._enable_peft_forward_hooks(*args, **kwargs):
                 yield
             return
-        slots = named_ids(tuple(self.peft_config), list(names or ()))
-        seeds, source = draw_seeds(slots[0], None, draw=False), Parameters(slots[0])
-        with routing_in_force(Routing(routed.group, *slots, seeds, source, routed.layers())):
-            check_batch(routed.group, args, kwargs)
+        slots = names_and_slots(tuple(self.peft_config), list(names or ()))
+        seeds, source = draw_seeds(slots[0], None, draw=False), ParameterSource(slots[0])
+        with routing_in_force(
+            Routing(routed.group, *slots, seeds, source, routed.find_routed_layers())
+        ):
+            check_batch_matches_ids(routed.group, args, kwargs)
             yield
 
-    def _routed_for(self, names: Any) -> RoutedPeftModel | None:
+    def _router_for(self, names: Any) -> PatchedModelRouter | None:
         """Return the object that assigns adapters to the rows of a batch.
 
         The result is None if PEFT must process the batch, or raise an error for it.
@@ -321,61 +338,61 @@ class FastPeftLoraModel(PeftLoraModel):
         if not wanted <= set(self.peft_config):
             return None
         try:
-            found = routed_model(self)
+            found = patched_model_router(self)
         except UnsupportedLayerError:
             return None
-        layers = () if found is None else found.layers()
+        layers = () if found is None else found.find_routed_layers()
         for layer in layers:
-            if layer.merged or any(_foreign_variant(layer, name) for name in wanted):
+            if layer.merged or any(_has_unsupported_variant(layer, name) for name in wanted):
                 return None
         return found
 
 
-_named_as_before(FastPeftLoraModel)
+_use_peft_class_name(FastPeftLoraModel)
 
 
-class RoutedPeftModel:
+class PatchedModelRouter:
     """The LoRA layers and the routing group of a patched model, for `fastlora.adapters` blocks.
 
     The object is stored on the model's tuner.
 
     Args:
         tuner: The model's tuner. If the model is copied, the copy creates its own
-            `RoutedPeftModel`.
+            `PatchedModelRouter`.
 
     Attributes:
         group: The object that identifies the model's layers. It is never replaced, because open
             blocks refer to it.
-        routed: The LoRA layers, or None until they are looked up.
+        routed_layers: The LoRA layers, or None until they are looked up.
     """
 
     def __init__(self, tuner: FastPeftLoraModel) -> None:
-        self.tuner, self.group = tuner, Group()
-        self.routed: list[Any] | None = None
+        self.tuner, self.group = tuner, RoutingGroup()
+        self.routed_layers: list[Any] | None = None
 
-    def layers(self) -> list[Any]:
+    def find_routed_layers(self) -> list[Any]:
         """Return a list of the LoRA layers that select an adapter for each row of a mixed batch.
 
         Raises:
             UnsupportedLayerError: A module with adapters does not support mixed batches.
         """
-        if self.routed is not None:
-            return self.routed
+        if self.routed_layers is not None:
+            return self.routed_layers
         layers, others = [], []
         for name, module in self.tuner.named_modules():
-            if isinstance(module, _FastForward):
+            if isinstance(module, _FusedForwardMixin):
                 layers.append((name, module))
             elif isinstance(module, (PeftLoraLayer, AuxiliaryTrainingWrapper)):
                 others.append((name, module))
-        join_group(self.group, self.tuner, layers)  # even if others fail: blocks may be open
+        add_to_group(self.group, self.tuner, layers)  # even if others fail: blocks may be open
         for name, module in others:
             raise UnsupportedLayerError(
                 f"{name!r} is a PEFT {type(module).__name__}, which fastlora.adapters() does not "
                 "route; pass adapter_names= to the model instead"
             )
-        keep_routing()  # because adapter_names= opens blocks too
-        self.routed = [layer for _, layer in layers]
-        return self.routed
+        patch_activation_checkpointing()  # because adapter_names= opens blocks too
+        self.routed_layers = [layer for _, layer in layers]
+        return self.routed_layers
 
     def routing(
         self,
@@ -386,15 +403,15 @@ class RoutedPeftModel:
     ) -> Routing:
         """Create the routing for a `fastlora.adapters` block. See `fastlora.adapters`."""
         known = tuple(self.tuner.peft_config)
-        group, layers = self.group, self.layers()
-        return parameters_routing(group, layers, known, Parameters, ids, seeds, validate)
+        group, layers = self.group, self.find_routed_layers()
+        return routing_from_parameters(group, layers, known, ParameterSource, ids, seeds, validate)
 
 
 _finding = threading.Lock()
 
 
-def routed_model(model: nn.Module) -> RoutedPeftModel | None:
-    """Return the `RoutedPeftModel` of a patched model, or None if the model is not patched.
+def patched_model_router(model: nn.Module) -> PatchedModelRouter | None:
+    """Return the `PatchedModelRouter` of a patched model, or None if the model is not patched.
 
     Raises:
         UnsupportedLayerError: A module with adapters does not support mixed batches.
@@ -403,20 +420,20 @@ def routed_model(model: nn.Module) -> RoutedPeftModel | None:
     if tuner is None:
         return None
     with _finding:  # two threads must create only one group
-        kept: RoutedPeftModel | None = tuner.__dict__.get("_fastlora_routed")
-        if kept is None or kept.tuner is not tuner:
-            kept = tuner.__dict__["_fastlora_routed"] = RoutedPeftModel(tuner)
-        kept.layers()
-    return kept
+        router: PatchedModelRouter | None = tuner.__dict__.get("_fastlora_router")
+        if router is None or router.tuner is not tuner:
+            router = tuner.__dict__["_fastlora_router"] = PatchedModelRouter(tuner)
+        router.find_routed_layers()
+    return router
 
 
 def patch_layer(module: nn.Module) -> None:
     """Replace the class of a PEFT LoRA layer with the patched class. Ignore other modules."""
-    fast = _fast_class(type(module))  # type: ignore[arg-type]  # a class is hashable
+    fast = _patched_class_for(type(module))  # type: ignore[arg-type]  # a class is hashable
     if fast is not None:
         module.__class__ = fast
         module.scaling = module.__dict__.pop("scaling")  # as tensors, which compiled graphs read
-        module._watch_loads()  # type: ignore[operator]  # defined by the new class
+        module._register_scaling_refit_hook()  # type: ignore[operator]  # defined by the new class
 
 
 def unpatch_layer(module: nn.Module) -> None:
@@ -425,12 +442,12 @@ def unpatch_layer(module: nn.Module) -> None:
     Raises:
         UnsupportedLayerError: Other code has replaced the layer's class after `patch_layer`.
     """
-    if not isinstance(module, _FastForward):
+    if not isinstance(module, _FusedForwardMixin):
         return
-    check_unpatches(module)
-    module._unwatch_loads()
+    check_can_unpatch(module)
+    module._remove_scaling_refit_hook()
     scalings = dict(module.__dict__.pop("_scaling"))
-    module.__class__ = type(module).__bases__[1]  # the base after _FastForward
+    module.__class__ = type(module).__bases__[1]  # the base after _FusedForwardMixin
     module.scaling = scalings
     for name in _OWN_ATTRIBUTES:
         module.__dict__.pop(name, None)
@@ -439,18 +456,18 @@ def unpatch_layer(module: nn.Module) -> None:
 # Attributes that the patched forward method adds to a layer.
 _OWN_ATTRIBUTES = (
     "_dora_norms",
-    "_coded",
-    "_shared_input",
-    "_compiled_alone",
-    "routed_by",
-    "routed_as",
-    "sees_part",
+    "_kernel_weights",
+    "_shared_input_group",
+    "_compiled_fallback_reason",
+    "routing_group",
+    "routing_index",
+    "may_see_partial_rows",
 )
 
 
-def check_unpatches(module: nn.Module) -> None:
+def check_can_unpatch(module: nn.Module) -> None:
     """Raise `UnsupportedLayerError` if other code has replaced the class of a patched layer."""
-    if isinstance(module, _FastForward) and _FastForward not in type(module).__bases__:
+    if isinstance(module, _FusedForwardMixin) and _FusedForwardMixin not in type(module).__bases__:
         raise UnsupportedLayerError(
             "cannot unpatch a layer, because other code changed its class to "
             f"{type(module).__name__}, based on {type(module).__mro__[1].__qualname__}; undo that "
@@ -471,18 +488,18 @@ def patch_model(model: nn.Module) -> int:
         elif type(module) is PeftLoraModel:
             module.__class__ = FastPeftLoraModel
     if any(p.requires_grad for name, p in model.named_parameters() if "lora_" in name):
-        keep_layout(model)
+        prevent_repacking(model)
     return seen
 
 
 def unpatch_model(model: nn.Module) -> None:
     """Restore the classes that the layers and tuners of a model had before `patch_model`."""
     for module in model.modules():
-        check_unpatches(module)
+        check_can_unpatch(module)
     for module in model.modules():
         unpatch_layer(module)
         if type(module) is FastPeftLoraModel:
-            module.__dict__.pop("_fastlora_routed", None)
+            module.__dict__.pop("_fastlora_router", None)
             module.__class__ = PeftLoraModel  # type: ignore[assignment]  # as above
 
 
@@ -491,9 +508,9 @@ def layer_fusion(module: nn.Module, gathered: bool = False) -> tuple[bool, str] 
 
     For any other module, the result is None.
     """
-    if isinstance(module, _FastForward):
+    if isinstance(module, _FusedForwardMixin):
         return module.fusion(gathered)
-    if _fast_class(type(module)) is not None:  # type: ignore[arg-type]  # as above
+    if _patched_class_for(type(module)) is not None:  # type: ignore[arg-type]  # as above
         return False, "unpatched PEFT layer; call fastlora.patch(model) to fuse it"
     if isinstance(module, PeftLoraLayer):
         return False, f"PEFT {type(module).__name__} layer, which fastlora.patch() leaves unchanged"

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from fastlora.layers import LoraLayer
-from fastlora.layers.coded_base import reads_codes
-from fastlora.layers.group_members import sibling_note
-from fastlora.ops.conditions import triton_status
-from fastlora.sharding import is_fsdp_module
+from fastlora.layers.group_members import describe_group_sharing
+from fastlora.layers.quantized_base import describe_quantization
+from fastlora.ops.execution_mode import triton_status
+from fastlora.sharding import is_fsdp2_module
 
 # A table of `fastlora inspect` with more rows than this combines equal rows.
 SHOWN_ROWS = 24
@@ -72,14 +72,14 @@ class FusionReport:
         Layers share a line if they differ only in the part of the name before the last dot.
         """
         what = "runs as Triton kernels" if self.implementation == "triton" else "runs in PyTorch"
-        quantised = sum(bool(row.fused and row.reads) for row in self.rows)
+        quantized = sum(bool(row.fused and row.reads) for row in self.rows)
         line = (
             f"{self.fused} of {len(self.rows)} LoRA layers are eligible for the fused call, "
             f"which {what} here ({self.reason})"
         )
-        if quantised and self.implementation != "triton":
+        if quantized and self.implementation != "triton":
             line += (
-                f"\n{quantised} of them have a quantized base weight, which only the kernels read; "
+                f"\n{quantized} of them have a quantized base weight, which only the kernels read; "
                 "without kernels, the base layer runs unchanged"
             )
         rows: list[tuple[str, ...]] = [
@@ -87,10 +87,10 @@ class FusionReport:
             + (row.siblings, row.reads)
             for row in self.rows
         ]
-        rows = folded(rows)
+        rows = fold_similar_rows(rows)
         header = ("layer", "class", "eligible", "runs as", "fallback reason", "shared input")
         columns = [c for c in zip((*header, "base"), *rows, strict=True) if any(c[1:]) or not rows]
-        return "\n".join([line, *table(list(zip(*columns, strict=True)))])
+        return "\n".join([line, *format_table(list(zip(*columns, strict=True)))])
 
     def runs_as(self, row: LayerFusion) -> str:
         """Return a description of how a layer is computed.
@@ -102,7 +102,7 @@ class FusionReport:
         return "Triton kernels" if self.implementation == "triton" else "PyTorch"
 
 
-def folded(rows: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
+def fold_similar_rows(rows: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
     """Combine table rows that differ only in the part of the layer name before the last dot.
 
     The name in a combined row is ``*.LAST (COUNT)``, such as ``*.q_proj (32)``.
@@ -127,10 +127,10 @@ def fusion_report(model: nn.Module) -> FusionReport:
     parameter = next(model.parameters(), None)
     if parameter is None:
         return FusionReport((), "eager", "the model has no parameters")
-    implementation, why = implementation_on(parameter.device)
+    implementation, impl_reason = auto_implementation(parameter.device)
     gathered: list[str] = []  # prefixes of the names of modules that FSDP2 gathers
     for name, module in model.named_modules():
-        if is_fsdp_module(module):
+        if is_fsdp2_module(module):
             gathered.append(f"{name}." if name else "")
         verdict = _verdict(module, f"{name}.".startswith(tuple(gathered)))
         if verdict is not None:
@@ -138,22 +138,22 @@ def fusion_report(model: nn.Module) -> FusionReport:
             shared = ""
             if getattr(module, "is_linear", False):
                 runs = implementation if module.impl == "auto" else module.impl
-                shared = sibling_note(module, runs == "triton")
-            reads = reads_codes(module)
+                shared = describe_group_sharing(module, runs == "triton")
+            reads = describe_quantization(module)
             kind = type(module).__qualname__
             rows.append(LayerFusion(name, kind, fused, reason, shared, reads))
-    return FusionReport(tuple(rows), implementation, why)
+    return FusionReport(tuple(rows), implementation, impl_reason)
 
 
-def implementation_on(device: torch.device) -> tuple[str, str]:
+def auto_implementation(device: torch.device) -> tuple[str, str]:
     """Return a tuple of the implementation that ``impl="auto"`` selects, and the reason."""
-    runs, why = triton_status(device.type, device.index or 0)
+    runs, reason = triton_status(device.type, device.index or 0)
     if device.type == "cuda" or not runs:
-        return "triton" if runs else "eager", why
-    return "eager", f"{why}, but only with impl='triton'"
+        return "triton" if runs else "eager", reason
+    return "eager", f"{reason}, but only with impl='triton'"
 
 
-def table(rows: Sequence[Sequence[str]]) -> list[str]:
+def format_table(rows: Sequence[Sequence[str]]) -> list[str]:
     """Format rows of cells as a list of text lines with aligned columns."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in rows]

@@ -1,7 +1,7 @@
 """Integration with transformers: pipelines, error messages, and progress bars.
 
 The Trainer accepts a `LoraModel` as an adapter model, because a `LoraModel` is also an instance of
-`peft.PeftModel` after PEFT is imported. See `fastlora.integrations.as_peft`.
+`peft.PeftModel` after PEFT is imported. See `fastlora.integrations.peft_registration`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
-from fastlora.integrations.when_imported import when_imported
+from fastlora.integrations.import_hooks import call_when_imported
 from fastlora.model import LoraModel
 from fastlora.validation import CheckpointError
 
@@ -27,7 +27,7 @@ def _transformers_lora_model() -> type[LoraModel]:
     return LoraModel
 
 
-def _name_to_pipelines() -> None:
+def _register_with_pipelines() -> None:
     """Add `LoraModel` to the model classes that transformers pipelines support.
 
     If the class of a model is not among them, a pipeline logs an error that lists all of them.
@@ -37,11 +37,11 @@ def _name_to_pipelines() -> None:
         names.append(LoraModel.__name__)
 
 
-when_imported("transformers.pipelines.base", _name_to_pipelines)
+call_when_imported("transformers.pipelines.base", _register_with_pipelines)
 
 
 @contextlib.contextmanager
-def as_causal_model(folder: object) -> Iterator[None]:
+def raising_checkpoint_errors(folder: object) -> Iterator[None]:
     """Convert errors that occur in a ``with`` block to `CheckpointError`.
 
     The block must load a causal language model. The errors in `CANNOT_READ` and RuntimeError are
@@ -55,7 +55,7 @@ def as_causal_model(folder: object) -> Iterator[None]:
         ) from error
 
 
-def end_tokens(model: Any, tokenizer: Any) -> set[int]:
+def end_token_ids(model: Any, tokenizer: Any) -> set[int]:
     """Return the set of token ids that end a generated answer.
 
     These are the EOS tokens of the model's generation config and of its tokenizer.

@@ -3,14 +3,14 @@
 from fastlora.layers import (  # noqa: F401 - importing them registers their layer kinds
     conv,
     embedding,
-    linears,
+    linear_kind,
     tensor_parallel,
 )
 from fastlora.layers.attention import FastLoraMultiheadAttention
-from fastlora.layers.base import LoraLayer
 from fastlora.layers.conv import FastLoraConv
 from fastlora.layers.embedding import FastLoraEmbedding
 from fastlora.layers.linear import FastLoraLinear
+from fastlora.layers.lora_layer import LoraLayer
 from fastlora.layers.module_wrapper import ModuleWrapper
 from fastlora.layers.modules_to_save import ModulesToSaveWrapper
 from fastlora.layers.trainable_tokens import TrainableTokensWrapper

@@ -19,33 +19,39 @@ import torch
 from torch import nn
 
 from fastlora.layers import parts
-from fastlora.layers.added import BesideLora
-from fastlora.layers.base import LoraLayer
-from fastlora.layers.kinds import Kind, Settings, Shapes, linear_shapes, register_kind
-from fastlora.layers.starting import Starter
-from fastlora.layers.stored import Plain, Stored
+from fastlora.layers.adapter_init import AdapterInitializer
+from fastlora.layers.layer_kinds import (
+    LayerAdapterSettings,
+    LayerKind,
+    TensorShapes,
+    linear_adapter_shapes,
+    register_layer_kind,
+)
+from fastlora.layers.lora_layer import LoraLayer
+from fastlora.layers.merge_target import DenseMergeTarget, MergeTarget
+from fastlora.layers.unfused import UnfusedLoraLayer
 from fastlora.layers.wrapped import FastLoraWrapper
-from fastlora.routing.in_force import routing_of
+from fastlora.routing.active import active_routing
 from fastlora.validation import UnsupportedLayerError
 
-_WHY = (
+_FALLBACK_REASON = (
     "nn.MultiheadAttention uses its weights without calling a linear layer, so PyTorch adds the "
     "update to the weights"
 )
 _OUT = "base_layer.out_proj"
 
 
-class OutProjection(FastLoraWrapper):
-    """The LoRA layer of an attention's out_proj, whose weight is read but which is never called."""
+class AttentionOutProjection(FastLoraWrapper):
+    """The LoRA layer of an attention's out_proj. Its weight is read, and it is never called."""
 
     is_linear = False
 
     def fusion(self, gathered: bool = False) -> tuple[bool, str]:
-        """Return False and the reason why the base product and LoRA term do not run fused."""
-        return False, _WHY
+        """Return whether the base GEMM and LoRA term run fused (never), and the fallback reason."""
+        return False, _FALLBACK_REASON
 
 
-class FastLoraMultiheadAttention(BesideLora):
+class FastLoraMultiheadAttention(UnfusedLoraLayer):
     """LoRA layer over an `nn.MultiheadAttention` or an instance of a subclass.
 
     Args:
@@ -56,20 +62,21 @@ class FastLoraMultiheadAttention(BesideLora):
         lora_B: Maps an adapter name to a linear with weight ``[3E, R]``.
     """
 
-    not_fused = _WHY
+    fallback_reason = _FALLBACK_REASON
 
     def __init__(self, base_layer: nn.MultiheadAttention) -> None:
         super().__init__(base_layer, base_layer.embed_dim, 3 * base_layer.embed_dim)
-        base_layer.out_proj = OutProjection(base_layer.out_proj)  # type: ignore[assignment]  # reads alike
+        base_layer.out_proj = AttentionOutProjection(base_layer.out_proj)  # type: ignore[assignment]
 
     @property
     def _qkv_same_embed_dim(self) -> bool:
-        """Whether no adapter applies; read by `nn.TransformerEncoderLayer`.
+        """Tell PyTorch whether q, k, and v have equal sizes and, in addition, no adapter applies.
 
-        While it is False, an encoder layer calls this layer. Otherwise, in evaluation, it reads the
-        base weights itself and would ignore the adapters.
+        `nn.TransformerEncoderLayer` reads this property. While it is False, the encoder layer calls
+        this layer. Otherwise, in evaluation, it reads the base weights itself and would ignore the
+        adapters.
         """
-        return not self._acting() and not self._out()._acting()
+        return not self._applied_adapters() and not self._out()._applied_adapters()
 
     def _out(self) -> FastLoraWrapper:
         out: FastLoraWrapper = self._modules["base_layer"]._modules["out_proj"]
@@ -86,48 +93,50 @@ class FastLoraMultiheadAttention(BesideLora):
             base.out_proj = base.out_proj.release()
         return self.base_layer
 
-    def _new_factors(self, r: int, lora_bias: bool, start: Starter) -> dict[str, parts.Factor]:
+    def _create_factors(
+        self, r: int, lora_bias: bool, start: AdapterInitializer
+    ) -> dict[str, parts.Factor]:
         # PEFT draws the first adapter's out_proj factors twice, before and after these.
         if not self.r:
-            self._out()._new_factors(r, lora_bias, start)
-        return super()._new_factors(r, lora_bias, start)
+            self._out()._create_factors(r, lora_bias, start)
+        return super()._create_factors(r, lora_bias, start)
 
-    def _mergeable(self) -> tuple[Stored, torch.Tensor | None]:
+    def _weight_and_bias_to_merge(self) -> tuple[MergeTarget, torch.Tensor | None]:
         weight, bias = self.base_layer.in_proj_weight, self.base_layer.in_proj_bias
         if type(weight) is not nn.Parameter or not weight.is_floating_point():
             raise UnsupportedLayerError(
                 f"cannot merge into {type(self.base_layer).__name__}: its in_proj_weight is not a "
                 "plain floating-point matrix"
             )
-        return Plain(weight), bias
+        return DenseMergeTarget(weight), bias
 
     def forward(self, query: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """Call the attention with the active adapters added to its weights."""
-        routing = None if self._disabled else routing_of(self)
+        routing = None if self._disabled else active_routing(self)
         if routing is not None and any(name in self.r for name in routing.names):
             raise UnsupportedLayerError(
                 "the rows of a batch cannot use different adapters on a "
                 f"{type(self.base_layer).__name__}, because all rows share its weight, as in "
                 "PEFT; run one adapter at a time, or remove the module from target_modules"
             )
-        own, inner = self._acting(), self._out()._acting()
+        own, inner = self._applied_adapters(), self._out()._applied_adapters()
         if routing is not None or not (own or inner):
             return self.base_layer(query, *args, **kwargs)
-        conditions = self._begin(query)
+        conditions = self._check_conditions(query)
         base = self.base_layer
-        weight = _adapted(self, base.in_proj_weight, own)
-        out_weight = _adapted(self._out(), self._out().weight, inner)
+        weight = _add_lora_updates(self, base.in_proj_weight, own)
+        out_weight = _add_lora_updates(self._out(), self._out().weight, inner)
         # The compiler does not support modules that are created during the call.
         if conditions.compiling:
             weights = {"in_proj_weight": weight, "out_proj.base_layer.weight": out_weight}
             return torch.func.functional_call(base, weights, (query, *args), kwargs)
-        out = _stand_in(self._out().get_base_layer(), {"weight": out_weight})
-        stand_in = _stand_in(base, {"in_proj_weight": weight})
+        out = _copy_with_parameters(self._out().get_base_layer(), {"weight": out_weight})
+        stand_in = _copy_with_parameters(base, {"in_proj_weight": weight})
         stand_in._modules = {**base._modules, "out_proj": out}
         return stand_in(query, *args, **kwargs)
 
 
-def _adapted(layer: LoraLayer, weight: torch.Tensor, names: list[str]) -> torch.Tensor:
+def _add_lora_updates(layer: LoraLayer, weight: torch.Tensor, names: list[str]) -> torch.Tensor:
     """Return ``weight [N, K]`` plus a layer's LoRA updates, rounded once to the weight's dtype."""
     if not names:
         return weight
@@ -141,7 +150,7 @@ def _adapted(layer: LoraLayer, weight: torch.Tensor, names: list[str]) -> torch.
         return made.to(weight.dtype)
 
 
-def _stand_in(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
+def _copy_with_parameters(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
     """Return a shallow copy of a module in which some parameters are replaced by tensors.
 
     The original is not changed, so other threads do not see the replacement.
@@ -154,15 +163,15 @@ def _stand_in(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> nn.Modu
     return made
 
 
-def _shapes(module: nn.Module, asked: Settings) -> Shapes:
+def _shapes(module: nn.Module, settings: LayerAdapterSettings) -> TensorShapes:
     base: Any = module
     e = base.embed_dim
-    shapes = linear_shapes(e, 3 * e, asked)
-    inner = linear_shapes(e, e, asked)
+    shapes = linear_adapter_shapes(e, 3 * e, settings)
+    inner = linear_adapter_shapes(e, e, settings)
     return shapes | {f"{_OUT}.{name}": shape for name, shape in inner.items()}
 
 
-def _check(module: nn.Module, asked: Settings) -> None:
+def _check(module: nn.Module, settings: LayerAdapterSettings) -> None:
     base: Any = module
     if not base._qkv_same_embed_dim:
         raise UnsupportedLayerError(
@@ -173,7 +182,7 @@ def _check(module: nn.Module, asked: Settings) -> None:
         raise UnsupportedLayerError(
             f"its out_proj is a {type(base.out_proj).__name__}, expected an nn.Linear, as in PEFT"
         )
-    for field, value in (("use_dora", asked.use_dora), ("lora_bias", asked.lora_bias)):
+    for field, value in (("use_dora", settings.use_dora), ("lora_bias", settings.lora_bias)):
         if value:
             raise UnsupportedLayerError(
                 f"{field}=True is not supported for nn.MultiheadAttention; set {field}=False, or "
@@ -181,18 +190,18 @@ def _check(module: nn.Module, asked: Settings) -> None:
             )
 
 
-_OF_PEFT = (
+_PEFT_NOTE = (
     "PEFT 0.21.2 adds the update of out_proj twice, but fastlora adds it once. To get PEFT's "
     f"outputs, call set_scale(adapter_name, 2.0) on {_OUT} of the layer"
 )
-register_kind(
-    Kind(
+register_layer_kind(
+    LayerKind(
         "nn.MultiheadAttention",
         lambda m: isinstance(m, nn.MultiheadAttention),
         FastLoraMultiheadAttention,
         _shapes,
         _check,
-        drops=False,
-        of_peft=_OF_PEFT,
+        uses_dropout=False,
+        peft_note=_PEFT_NOTE,
     )
 )

@@ -20,14 +20,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastlora.init import find_init
+from fastlora.init import find_init_method
 from fastlora.layers import parts
-from fastlora.layers.added import AddedLora
-from fastlora.layers.kinds import INSTEAD, Kind, Settings, Shapes, register_kind
-from fastlora.layers.norms import magnitude_of
-from fastlora.layers.starting import Starter
-from fastlora.layers.stored import Plain, Stored
-from fastlora.ops.conditions import Conditions
+from fastlora.layers.adapter_init import AdapterInitializer
+from fastlora.layers.dora_norms import dora_magnitude_of
+from fastlora.layers.layer_kinds import (
+    PEFT_LAYER_ALTERNATIVE,
+    LayerAdapterSettings,
+    LayerKind,
+    TensorShapes,
+    register_layer_kind,
+)
+from fastlora.layers.merge_target import DenseMergeTarget, MergeTarget
+from fastlora.layers.unfused import AdditiveLoraLayer
+from fastlora.ops.execution_mode import ExecutionMode
 from fastlora.validation import UnsupportedLayerError
 
 # The convolution class by the number of dimensions of its weight.
@@ -38,7 +44,7 @@ _CLASSES: dict[int, type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]] = {
 }
 
 
-class FastLoraConv(AddedLora):
+class FastLoraConv(AdditiveLoraLayer):
     """LoRA layer over a convolution (or a subclass instance), which is called unchanged.
 
     Args:
@@ -51,12 +57,14 @@ class FastLoraConv(AddedLora):
         lora_magnitude_vector: Maps an adapter name to a module with weight ``[1, N, 1, ...]``.
     """
 
-    not_fused = "the adapter runs as two separate PyTorch convolutions"
+    fallback_reason = "the adapter runs as two separate PyTorch convolutions"
 
     def __init__(self, base_layer: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> None:
         super().__init__(base_layer, base_layer.in_channels, base_layer.out_channels)
 
-    def _new_factors(self, r: int, lora_bias: bool, start: Starter) -> dict[str, parts.Factor]:
+    def _create_factors(
+        self, r: int, lora_bias: bool, start: AdapterInitializer
+    ) -> dict[str, parts.Factor]:
         base = self.base_layer
         conv: Any = _CLASSES[base.weight.dim()]
         like = {
@@ -67,38 +75,38 @@ class FastLoraConv(AddedLora):
         }
         lora_a = conv(self.in_features, r, base.kernel_size, bias=False, **like)
         lora_b = conv(r, self.out_features, 1, groups=base.groups, bias=lora_bias)
-        start.fill(lora_a, lora_b)
+        start.initialize_weights(lora_a, lora_b)
         return {"lora_A": lora_a, "lora_B": lora_b}
 
-    def _magnitude_like(self, norms: torch.Tensor) -> torch.Tensor:
-        return self._by_channel(norms).unsqueeze(0)
+    def _reshape_to_magnitude(self, norms: torch.Tensor) -> torch.Tensor:
+        return self._broadcast_over_channels(norms).unsqueeze(0)
 
-    def _by_channel(self, numbers: torch.Tensor) -> torch.Tensor:
+    def _broadcast_over_channels(self, numbers: torch.Tensor) -> torch.Tensor:
         """Reshape ``numbers [N]``, one per channel, to ``[N, 1, ...]``, to broadcast over y."""
         return numbers.view(-1, *(1,) * len(self.base_layer.kernel_size))
 
-    def _own_magnitude(self, name: str) -> torch.Tensor:
-        return magnitude_of(self, name).flatten()
+    def _local_magnitude(self, name: str) -> torch.Tensor:
+        return dora_magnitude_of(self, name).flatten()
 
     # ------------------------------------------------------------------------------------ forward
 
-    def _samples(self, x: torch.Tensor) -> tuple[int, int]:
+    def _count_samples_and_dims(self, x: torch.Tensor) -> tuple[int, int]:
         return (x.shape[0], 1) if x.dim() == self.weight.dim() else (1, 0)
 
-    def _plus(
+    def _add_update(
         self,
         name: str,
         x: torch.Tensor,
         y: torch.Tensor,
-        conditions: Conditions,
+        conditions: ExecutionMode,
         seed: torch.Tensor | None = None,
     ) -> torch.Tensor:
         base, dropout = self.base_layer, self.lora_dropout[name]
         down, up = self.lora_A[name], self.lora_B[name]
         inner = x.to(down.weight.dtype) if conditions.autocast is None else x
-        dropped = self._dropped(dropout, inner, seed)
+        dropped = self._apply_dropout(dropout, inner, seed)
         update = up(down(dropped))
-        update = update * self._scaling_beside(name, update)
+        update = update * self._scaling_tensor_like(name, update)
         g = self._dora_scale(name, conditions)
         if g is None:
             return y + update
@@ -106,28 +114,28 @@ class FastLoraConv(AddedLora):
         if dropped is not inner:
             scaled = base._conv_forward(dropped.to(base.weight.dtype), base.weight, None)
         else:
-            scaled = y if base.bias is None else y - self._by_channel(base.bias)
-        g = self._by_channel(g)
+            scaled = y if base.bias is None else y - self._broadcast_over_channels(base.bias)
+        g = self._broadcast_over_channels(g)
         return y + (g - 1.0) * scaled + g * update
 
     # ------------------------------------------------------------------------ weight and factors
 
-    def _matrix(self, kernels: torch.Tensor) -> torch.Tensor:
+    def _flatten_kernels(self, kernels: torch.Tensor) -> torch.Tensor:
         """Flatten kernels ``[N, C, ...]`` to ``[N, K]``, in the memory order of the base weight.
 
         The result for the base weight is therefore a view of it.
         """
         return (kernels if self.weight.is_contiguous() else kernels.movedim(1, -1)).flatten(1)
 
-    def _kernels(self, matrix: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-        """Undo `_matrix`, returning a tensor of shape ``shape``."""
+    def _unflatten_kernels(self, matrix: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+        """Undo `_flatten_kernels`, returning a tensor of shape ``shape``."""
         if self.weight.is_contiguous():
             return matrix.view(shape)
         n, c, *kernel = shape
         return matrix.view(n, *kernel, c).movedim(-1, 1)
 
-    def _weight_like(self, delta: torch.Tensor) -> torch.Tensor:
-        return self._kernels(delta, self.weight.shape)
+    def _reshape_to_weight(self, delta: torch.Tensor) -> torch.Tensor:
+        return self._unflatten_kernels(delta, self.weight.shape)
 
     def _factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Return lora_a and lora_b as matrices, and the bias of lora_B or None.
@@ -135,18 +143,18 @@ class FastLoraConv(AddedLora):
         If the convolution has groups, lora_b is ``[N, R / groups]``.
         """
         down, up = self.lora_A[name], self.lora_B[name]
-        return self._matrix(down.weight), up.weight.flatten(1), up.bias
+        return self._flatten_kernels(down.weight), up.weight.flatten(1), up.bias
 
-    def _put_factors(
+    def _copy_into_factors(
         self, name: str, lora_a: torch.Tensor, lora_b: torch.Tensor, bias: torch.Tensor | None
     ) -> None:
         down, up = self.lora_A[name], self.lora_B[name]
-        down.weight.copy_(self._kernels(lora_a, down.weight.shape))
+        down.weight.copy_(self._unflatten_kernels(lora_a, down.weight.shape))
         up.weight.copy_(lora_b.view(up.weight.shape))
         if bias is not None:
             up.bias.copy_(bias)
 
-    def _norm_factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    def _dora_norm_factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Return two matrices whose product is the update that DoRA uses in its norms, as in PEFT.
 
         With one group, they are the factors. With groups, PEFT multiplies the flattened ``lora_B``
@@ -156,72 +164,72 @@ class FastLoraConv(AddedLora):
         down, up = self.lora_A[name], self.lora_B[name]
         groups = self.base_layer.groups
         if groups == 1:
-            return super()._norm_factors(name)
+            return super()._dora_norm_factors(name)
         r = down.weight.shape[0]
-        shares = [self._matrix(share) for share in down.weight.chunk(groups, dim=1)]
+        shares = [self._flatten_kernels(share) for share in down.weight.chunk(groups, dim=1)]
         rows = up.weight.reshape(-1, 1, 1, r)
         own = torch.eye(groups, dtype=rows.dtype, device=rows.device).view(1, groups, groups, 1)
         return torch.cat(shares), (rows * own).reshape(-1, groups * r)
 
-    def _own_weight(self) -> torch.Tensor:
-        return self._matrix(self.weight)
+    def _local_weight(self) -> torch.Tensor:
+        return self._flatten_kernels(self.weight)
 
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
         """Return the adapter's update of the weight, in the weight's shape.
 
         A convolution with groups is not supported and raises an error.
         """
-        self._refuse_groups("cannot compute a weight update for")
+        self._raise_if_grouped("cannot compute a weight update for")
         return super().get_delta_weight(adapter_name)
 
-    def _mergeable(self) -> tuple[Stored, torch.Tensor | None]:
-        self._refuse_groups("cannot merge into")
+    def _weight_and_bias_to_merge(self) -> tuple[MergeTarget, torch.Tensor | None]:
+        self._raise_if_grouped("cannot merge into")
         weight = self.weight
         plain = type(weight) is nn.Parameter and weight.is_floating_point() and weight.itemsize >= 2
-        if not plain or self._matrix(weight).data_ptr() != weight.data_ptr():
+        if not plain or self._flatten_kernels(weight).data_ptr() != weight.data_ptr():
             raise UnsupportedLayerError(
                 f"cannot merge into {type(self.base_layer).__name__}: its weight is not a plain "
                 "floating-point tensor in contiguous or channels-last format"
             )
-        return Plain(weight, self._matrix), self.bias
+        return DenseMergeTarget(weight, self._flatten_kernels), self.bias
 
-    def _refuse_groups(self, what: str) -> None:
+    def _raise_if_grouped(self, action: str) -> None:
         base = self.base_layer
         if base.groups > 1:
             raise UnsupportedLayerError(
-                f"{what} a {type(base).__name__} with groups={base.groups}: its adapter connects "
+                f"{action} a {type(base).__name__} with groups={base.groups}: its adapter connects "
                 "channels of different groups, as in PEFT; leave it unmerged"
             )
 
 
-def _shapes(module: nn.Module, asked: Settings) -> Shapes:
+def _shapes(module: nn.Module, settings: LayerAdapterSettings) -> TensorShapes:
     base: Any = module
     n, ones = base.out_channels, (1,) * len(base.kernel_size)
-    shapes: Shapes = {
-        "lora_A.weight": (asked.r, base.in_channels, *base.kernel_size),
-        "lora_B.weight": (n, asked.r // base.groups, *ones),
+    shapes: TensorShapes = {
+        "lora_A.weight": (settings.r, base.in_channels, *base.kernel_size),
+        "lora_B.weight": (n, settings.r // base.groups, *ones),
     }
-    if asked.lora_bias:
+    if settings.lora_bias:
         shapes["lora_B.bias"] = (n,)
-    if asked.use_dora:
+    if settings.use_dora:
         shapes["lora_magnitude_vector"] = (1, n, *ones)
     return shapes
 
 
-def _check(module: nn.Module, asked: Settings) -> None:
+def _check(module: nn.Module, settings: LayerAdapterSettings) -> None:
     base: Any = module
     if type(base.weight) is not nn.Parameter or not base.weight.is_floating_point():
         raise UnsupportedLayerError(
             f"its weight is a {type(base.weight).__name__} of {base.weight.dtype}, expected a "
-            f"floating-point parameter; otherwise, {INSTEAD}"
+            f"floating-point parameter; otherwise, {PEFT_LAYER_ALTERNATIVE}"
         )
-    if asked.r % base.groups:
+    if settings.r % base.groups:
         raise UnsupportedLayerError(
-            f"rank {asked.r} is not divisible by its groups={base.groups}; choose a divisible "
+            f"rank {settings.r} is not divisible by its groups={base.groups}; choose a divisible "
             "rank (rank_pattern), or other target modules"
         )
-    init = asked.init_lora_weights
-    if init != "lora_ga" and not find_init(init).any_kind:
+    init = settings.init_lora_weights
+    if init != "lora_ga" and not find_init_method(init).supports_convolutions:
         raise UnsupportedLayerError(
             f"init_lora_weights={init!r} supports only linear layers, as in PEFT; use True, False "
             "or 'gaussian' for this layer, or exclude it (exclude_modules)"
@@ -229,6 +237,6 @@ def _check(module: nn.Module, asked: Settings) -> None:
 
 
 _ALL = tuple(_CLASSES.values())
-register_kind(
-    Kind("convolutions", lambda m: isinstance(m, _ALL), FastLoraConv, _shapes, _check),
+register_layer_kind(
+    LayerKind("convolutions", lambda m: isinstance(m, _ALL), FastLoraConv, _shapes, _check),
 )

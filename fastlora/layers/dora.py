@@ -5,7 +5,7 @@ An adapter uses DoRA on a layer if its name is a key of the layer's ``lora_magni
 In a mixed batch, kernels, packed factors, or PyTorch first compute ``u + bias`` for every row, with
 ``u = x @ weight.T + scaling * s @ lora_b.T``. DoRA then scales the columns of its own rows. Other
 rows are not changed. For an adapter with active dropout, u does not include a LoRA term, and its
-rows are multiplied by the base weight a second time (`fastlora.autograd.dora.DoraDropped`).
+rows are multiplied by the base weight a second time (`fastlora.autograd.dora.DoraWithDropout`).
 
 If autograd records a graph, rows are gathered adapter by adapter. Without a graph, and in a
 compiled graph, the scale g of each row is looked up by the row's id. Over a pool, an operator reads
@@ -23,60 +23,70 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastlora.autograd.adapter import run_adapter
-from fastlora.autograd.dora import DoraDropped, DoraScale
-from fastlora.autograd.linear import records_gradients
-from fastlora.layers.call import LayerCall, MixedCall
-from fastlora.layers.factors import Scale, scales_by_name, scaling_beside
-from fastlora.layers.norms import adapter_squares, adapter_sums, magnitude_of
-from fastlora.layers.why import refuse_triton
+from fastlora.autograd.dora import DoraScale, DoraWithDropout
+from fastlora.autograd.lora_linear import records_gradients
+from fastlora.layers.adapter_factors import (
+    DoraScaleTerms,
+    dora_scales_of_adapters,
+    scaling_as_scalar_tensor,
+)
+from fastlora.layers.call import MixedCall, UniformCall
+from fastlora.layers.dora_norms import (
+    adapted_squared_norms,
+    dora_magnitude_of,
+    local_adapted_squared_norms,
+)
+from fastlora.layers.fallback_reasons import raise_if_triton_required
 from fastlora.ops import backend as ops
-from fastlora.ops.factors import Base, numbers_on
+from fastlora.ops.factors import Base, number_tensor_without_sync
 from fastlora.ops.rows import Rows
 from fastlora.ops.seeds import seeds_of_layer
-from fastlora.ops.torch.dora import scale_columns, scale_of, times
-from fastlora.ops.triton.pieces import rows_at
+from fastlora.ops.torch.dora import dora_scale, multiply_rounded_once, scale_columns
+from fastlora.ops.triton.rows_argument import rows_for_tables
 from fastlora.routing.routing import Routing
 
 if TYPE_CHECKING:
-    from fastlora.layers.layer import AdaptedLayer
+    from fastlora.layers.linear_with_adapters import LinearWithAdapters
 
 
-def run_dora(call: LayerCall, base: Base, name: str) -> torch.Tensor:
+def run_dora(call: UniformCall, base: Base, name: str) -> torch.Tensor:
     """Return the output ``[..., N]`` of a base layer and one DoRA adapter.
 
     The output is that of a LoRA forward pass with scaled columns.
     """
     layer, x, conditions = call.layer, call.x, call.conditions
-    factors = layer._own_factors(name, call)
+    factors = layer._local_factors(name, call)
     if factors is None:
-        conditions.refuse(layer, f"adapter {name!r} has a factor with hooks")
-        return _called(call, base.output(call.given), name)
+        conditions.raise_if_batch_invariant(layer, f"adapter {name!r} has a factor with hooks")
+        return _apply_by_calling_modules(call, base.output(call.original_x), name)
     weight = base.weight
     if weight is not None and conditions.autocast is None and weight.dtype != x.dtype:
         raise TypeError(f"weight has dtype {weight.dtype}, expected {x.dtype}, the dtype of x")
     lora_a, lora_b, scaling, _, dropout_p, _ = factors
     if dropout_p:
-        conditions.refuse(layer, f"dropout_p={dropout_p} is active; call eval()")
-    ((magnitude, squares),) = scales_by_name(call, [name])
+        conditions.raise_if_batch_invariant(layer, f"dropout_p={dropout_p} is active; call eval()")
+    ((magnitude, squares),) = dora_scales_of_adapters(call, [name])
     if dropout_p:
-        return DoraDropped.apply(
+        return DoraWithDropout.apply(
             *(base.y, x, _weight_of(call) if weight is None else weight, base.bias),
             *(None, (), (dropout_p,), conditions.backend),
             *(lora_a, lora_b, magnitude, squares, scaling),
-            layer._own_seed(ops.draw_seed(x, conditions.impl)),
+            layer._local_dropout_seed(ops.draw_seed(x, conditions.impl)),
         )
-    bias = layer._own_bias()
+    bias = layer._local_bias()
     u = run_adapter(x, base._replace(bias=None), factors, conditions)
     if weight is None and bias is not None:
         u = u - bias.to(u.dtype)
-    return _scaled(u, bias, magnitude, squares)
+    return _scale_and_add_bias(u, bias, magnitude, squares)
 
 
-def _weight_of(call: LayerCall) -> torch.Tensor:
-    return call.layer._weight_to_save(call.conditions.compiling or call.conditions.tracing)
+def _weight_of(call: UniformCall) -> torch.Tensor:
+    return call.layer._weight_saved_for_backward(
+        call.conditions.compiling or call.conditions.tracing
+    )
 
 
-def _scaled(
+def _scale_and_add_bias(
     u: torch.Tensor,
     bias: torch.Tensor | None,
     magnitude: torch.Tensor,
@@ -88,26 +98,26 @@ def _scaled(
     """
     if records_gradients(u, bias, magnitude):
         return DoraScale.apply(u, bias, magnitude, squares)
-    rows, scale = u.reshape(-1, u.shape[-1]), scale_of(magnitude, squares)
+    rows, scale = u.reshape(-1, u.shape[-1]), dora_scale(magnitude, squares)
     rows = scale_columns(rows, bias, scale, True)
     return torch.ops.aten._unsafe_view(rows, u.shape)  # Not a view, so that it is writable.
 
 
-def _called(call: LayerCall, y: torch.Tensor, name: str) -> torch.Tensor:
+def _apply_by_calling_modules(call: UniformCall, y: torch.Tensor, name: str) -> torch.Tensor:
     """Return y with a DoRA adapter applied by calling its modules, as PEFT does."""
-    layer, x, conditions = call.layer, call.given, call.conditions
-    refuse_triton(layer, [name])
+    layer, x, conditions = call.layer, call.original_x, call.conditions
+    raise_if_triton_required(layer, [name])
     down, up = layer.lora_A[name], layer.lora_B[name]
-    dropout, scaling = layer.lora_dropout[name], scaling_beside(layer, name, call)
-    bias, magnitude = layer._own_bias(), magnitude_of(layer, name)
+    dropout, scaling = layer.lora_dropout[name], scaling_as_scalar_tensor(layer, name, call)
+    bias, magnitude = layer._local_bias(), dora_magnitude_of(layer, name)
     inner = x.to(down.weight.dtype) if conditions.autocast is None else x
     inner = dropout(inner)
     factors = down.weight, up.weight, scaling
     if conditions.tracing:  # ONNX lacks the operation that replaces zeros elsewhere.
-        sums = adapter_sums(layer, *factors, True)
+        sums = local_adapted_squared_norms(layer, *factors, True)
         squares = sums.masked_fill(sums <= 0, torch.inf)
     else:
-        squares = adapter_squares(layer, *factors, conditions.compiling)
+        squares = adapted_squared_norms(layer, *factors, conditions.compiling)
     change = magnitude * squares.rsqrt() - 1.0
     update = up(down(inner)) * scaling
     if not isinstance(dropout, nn.Identity) and layer.training:
@@ -133,7 +143,7 @@ class DoraSlots(NamedTuple):
     dropped: tuple[int, ...] = ()
 
 
-def dora_slots(layer: AdaptedLayer, routing: Routing) -> DoraSlots | None:
+def find_dora_slots(layer: LinearWithAdapters, routing: Routing) -> DoraSlots | None:
     """Return the slots whose adapters use DoRA on a layer, or None if there are none.
 
     The slots of a captured CUDA graph are not known. In this case, the result has no slots if any
@@ -168,20 +178,20 @@ def _acts(dropout: nn.Module) -> bool:
     return type(dropout) is nn.Dropout and dropout.training and dropout.p > 0.0
 
 
-def dora_rows(call: MixedCall, y: torch.Tensor, slots: DoraSlots) -> torch.Tensor:
+def apply_dora_to_rows(call: MixedCall, y: torch.Tensor, slots: DoraSlots) -> torch.Tensor:
     """Return ``y [..., N]``, which includes the bias, with DoRA applied to the rows of ``slots``.
 
     On entry, the rows of ``slots.dropped`` contain the base layer's output.
     """
     layer, routing, compiling = call.layer, call.routing, call.conditions.compiling
-    (scaled, dropped), bias, rows = slots, layer._own_bias(), None
-    if not compiling and _wants_rows(layer, y, bias, routing, slots):
-        rows = call.rows(host=True)
-        scaled = tuple(slot for slot in scaled if slot in rows.present)
-        dropped = tuple(slot for slot in dropped if slot in rows.present)
-    scales = routing.source.scales(call, (*scaled, *dropped))
+    (scaled, dropped), bias, rows = slots, layer._local_bias(), None
+    if not compiling and _needs_gathered_rows(layer, y, bias, routing, slots):
+        rows = call.sorted_rows(read_on_host=True)
+        scaled = tuple(slot for slot in scaled if slot in rows.used_slots)
+        dropped = tuple(slot for slot in dropped if slot in rows.used_slots)
+    scales = routing.source.dora_scales(call, (*scaled, *dropped))
     if dropped:
-        y = _with_dropped(call, y, dropped, scales[len(scaled) :])
+        y = _apply_dora_with_dropout(call, y, dropped, scales[len(scaled) :])
     if not scaled:
         return y
     scales = scales[: len(scaled)]
@@ -189,12 +199,12 @@ def dora_rows(call: MixedCall, y: torch.Tensor, slots: DoraSlots) -> torch.Tenso
         if routing.source.residents is not None:
             # Copy the scales, because a later block may overwrite them in place.
             scales = [(g.clone(), None) for g, _ in scales]
-        return _scale_segments(y, bias, rows, dict(zip(scaled, scales, strict=True)))
-    return _scale_by_id(call, y, bias, dict(zip(scaled, scales, strict=True)))
+        return _scale_rows_with_autograd(y, bias, rows, dict(zip(scaled, scales, strict=True)))
+    return _scale_rows_by_id(call, y, bias, dict(zip(scaled, scales, strict=True)))
 
 
-def _wants_rows(
-    layer: AdaptedLayer,
+def _needs_gathered_rows(
+    layer: LinearWithAdapters,
     y: torch.Tensor,
     bias: torch.Tensor | None,
     routing: Routing,
@@ -205,29 +215,29 @@ def _wants_rows(
         return True
     magnitudes = []
     if routing.source.residents is None:
-        magnitudes = [magnitude_of(layer, routing.names[slot]) for slot in slots.scaled]
+        magnitudes = [dora_magnitude_of(layer, routing.names[slot]) for slot in slots.scaled]
     return records_gradients(y, bias, *magnitudes)
 
 
-def _with_dropped(
-    call: MixedCall, y: torch.Tensor, slots: tuple[int, ...], scales: Sequence[Scale]
+def _apply_dora_with_dropout(
+    call: MixedCall, y: torch.Tensor, slots: tuple[int, ...], scales: Sequence[DoraScaleTerms]
 ) -> torch.Tensor:
     """Return ``y [..., N]`` with DoRA adapters that have active dropout applied to their rows."""
     layer, routing, x = call.layer, call.routing, call.x
     if call.conditions.compiling:
-        seeds = seeds_of_layer(routing.seeds, layer.routed_as)
+        seeds = seeds_of_layer(routing.seeds, layer.routing_index)
     else:
-        seeds = routing.seeds_of(layer.routed_as, torch.device("cpu"))
+        seeds = routing.layer_dropout_seeds(layer.routing_index, torch.device("cpu"))
     adapters: list[torch.Tensor] = []
     acting: dict[int, float] = {}
     for slot, scale in zip(slots, scales, strict=True):
         factors = routing.source.factors(layer, slot, call)
         if factors is not None:
-            seed = layer._own_seed(seeds[slot : slot + 1])
+            seed = layer._local_dropout_seed(seeds[slot : slot + 1])
             adapters += (factors.lora_a, factors.lora_b, *scale, factors.scaling, seed)
             acting[slot] = factors.dropout_p
-    weight = layer._weight_to_save(call.conditions.compiling)
-    return DoraDropped.apply(
+    weight = layer._weight_saved_for_backward(call.conditions.compiling)
+    return DoraWithDropout.apply(
         *(y, x, weight, None, routing.ids, tuple(acting), tuple(acting.values())),
         *(call.conditions.backend, *adapters),
     )
@@ -236,8 +246,8 @@ def _with_dropped(
 # ---------------------------------------------------------------------------- by adapter id
 
 
-def _scale_by_id(
-    call: MixedCall, y: torch.Tensor, bias: torch.Tensor | None, scales: dict[int, Scale]
+def _scale_rows_by_id(
+    call: MixedCall, y: torch.Tensor, bias: torch.Tensor | None, scales: dict[int, DoraScaleTerms]
 ) -> torch.Tensor:
     """Return a copy of ``y [..., N]`` in which the rows of the slots in ``scales`` are scaled.
 
@@ -246,21 +256,23 @@ def _scale_by_id(
     """
     routing, compiling = call.routing, call.conditions.compiling
     magnitudes, squares = zip(*scales.values(), strict=True)
-    g = scale_of(torch.stack(magnitudes), None if squares[0] is None else torch.stack(squares))
+    g = dora_scale(torch.stack(magnitudes), None if squares[0] is None else torch.stack(squares))
     # [slots + 1, N]: the last row has ones, for rows that are not scaled.
     table, last = torch.cat([g, torch.ones_like(g[:1])]), len(scales)
     row_of = {slot: row for row, slot in enumerate(scales)}
     rows = tuple(row_of.get(slot, last) for slot in range(len(routing.names))) + (last,)
     device = y.device
     known = (
-        torch.tensor(rows, device=device) if compiling else numbers_on(rows, torch.int64, device)
+        torch.tensor(rows, device=device)
+        if compiling
+        else number_tensor_without_sync(rows, torch.int64, device)
     )
     flat = y.reshape(-1, y.shape[-1])
     each = flat.shape[0] // max(routing.ids.shape[0], 1)
     places = known[routing.ids.to(device).clamp(min=-1)]  # An id of -2 was out of range.
     places = places.unsqueeze(1).expand(-1, each).reshape(-1)
     u = flat if bias is None else flat - bias.to(flat.dtype)
-    scaled = times(u, table.index_select(0, places))
+    scaled = multiply_rounded_once(u, table.index_select(0, places))
     if bias is not None:
         scaled += bias.to(flat.dtype)
     return torch.where((places == last).unsqueeze(1), flat, scaled).view(y.shape)
@@ -269,8 +281,8 @@ def _scale_by_id(
 # ------------------------------------------------------------------------------- by segment
 
 
-def _scale_segments(
-    y: torch.Tensor, bias: torch.Tensor | None, rows: Rows, scales: dict[int, Scale]
+def _scale_rows_with_autograd(
+    y: torch.Tensor, bias: torch.Tensor | None, rows: Rows, scales: dict[int, DoraScaleTerms]
 ) -> torch.Tensor:
     """Return ``y [..., N]`` with the rows of the slots in ``scales`` scaled, with autograd.
 
@@ -279,10 +291,10 @@ def _scale_segments(
     segments = [segment for segment in rows.segments if segment.slot in scales]
     lengths = tuple(segment.stop - segment.start for segment in segments)
     flat = y.reshape(-1, y.shape[-1])
-    whole = rows.in_order and sum(lengths) == flat.shape[0]
+    whole = rows.is_sorted and sum(lengths) == flat.shape[0]
     if not whole:
         places = torch.cat([torch.arange(s.start, s.stop) for s in segments]).to(y.device)
-        index = places if rows.in_order else rows.order.index_select(0, places).long()
+        index = places if rows.is_sorted else rows.order.index_select(0, places).long()
     own = flat if whole else flat.index_select(0, index)
     u = own if bias is None else own - bias.to(own.dtype)
     parts = zip(u.split(lengths), segments, strict=True)
@@ -293,7 +305,7 @@ def _scale_segments(
 # -------------------------------------------------------------------------------- over a pool
 
 
-def scale_pool_rows_(call: MixedCall, y: torch.Tensor) -> torch.Tensor:
+def scale_rows_from_pool_tables_(call: MixedCall, y: torch.Tensor) -> torch.Tensor:
     """Scale the rows of DoRA adapters in ``y [..., N]`` in place, reading g from a pool's tables.
 
     The same operator runs in a compiled graph, in a captured graph, and without a graph, because a
@@ -304,8 +316,8 @@ def scale_pool_rows_(call: MixedCall, y: torch.Tensor) -> torch.Tensor:
     layer, tables = call.layer, call.routing.source.tables
     if tables is None or tables.scale_address is None:
         return y
-    flat, bias = y.view(-1, y.shape[-1]), layer._own_bias()
-    rows, impl = call.rows(), call.conditions.backend
-    own = rows_at(rows) if impl == "triton" else rows.tensors()
+    flat, bias = y.view(-1, y.shape[-1]), layer._local_bias()
+    rows, impl = call.sorted_rows(), call.conditions.backend
+    own = rows_for_tables(rows) if impl == "triton" else rows.operator_arguments()
     torch.ops.fastlora.lora_scale_(flat, bias, own, tables.scale_address, layer.table_row, impl)
     return y

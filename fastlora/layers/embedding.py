@@ -20,17 +20,22 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastlora.layers.added import AddedLora
-from fastlora.layers.bases import dense_weight
-from fastlora.layers.kinds import Kind, Settings, Shapes, register_kind
+from fastlora.layers.adapter_init import AdapterInitializer
+from fastlora.layers.base_layers import dense_weight
+from fastlora.layers.layer_kinds import (
+    LayerAdapterSettings,
+    LayerKind,
+    TensorShapes,
+    register_layer_kind,
+)
+from fastlora.layers.merge_target import DenseMergeTarget, MergeTarget
 from fastlora.layers.parts import Factor
-from fastlora.layers.starting import Starter
-from fastlora.layers.stored import Plain, Stored
-from fastlora.ops.conditions import Conditions
+from fastlora.layers.unfused import AdditiveLoraLayer
+from fastlora.ops.execution_mode import ExecutionMode
 from fastlora.validation import UnsupportedLayerError
 
 
-class FastLoraEmbedding(AddedLora):
+class FastLoraEmbedding(AdditiveLoraLayer):
     """LoRA layer over an `nn.Embedding` (or a subclass instance), which is called unchanged.
 
     Args:
@@ -42,7 +47,7 @@ class FastLoraEmbedding(AddedLora):
     """
 
     adapter_parts = ("lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
-    not_fused = (
+    fallback_reason = (
         "the adapter runs as a lookup and a rank-R product in PyTorch; dropout does not apply to "
         "ids"
     )
@@ -51,35 +56,37 @@ class FastLoraEmbedding(AddedLora):
         super().__init__(base_layer, base_layer.num_embeddings, base_layer.embedding_dim)
         self.lora_embedding_A, self.lora_embedding_B = nn.ParameterDict(), nn.ParameterDict()
 
-    def _init_here(self, init: bool | str) -> bool | str:
+    def _resolve_init(self, init: bool | str) -> bool | str:
         # As in PEFT, most initializations of linears give an embedding A zero and B normal.
         return init if init in (False, "mica") else True
 
-    def _new_factors(self, r: int, lora_bias: bool, start: Starter) -> dict[str, Factor]:
+    def _create_factors(
+        self, r: int, lora_bias: bool, start: AdapterInitializer
+    ) -> dict[str, Factor]:
         lora_a, lora_b = torch.randn(r, self.in_features), torch.randn(self.out_features, r)
         if start.init.name is not False:
             lora_a.zero_()
             lora_b.normal_()
         if start.init.name == "mica":
-            lora_a, lora_b = start.values(lora_a, lora_b)
+            lora_a, lora_b = start.initial_values(lora_a, lora_b)
         return {"lora_embedding_A": nn.Parameter(lora_a), "lora_embedding_B": nn.Parameter(lora_b)}
 
-    def _first_factor(self, name: str) -> torch.Tensor | None:
+    def _lora_a_weight(self, name: str) -> torch.Tensor | None:
         factors: Any = self._modules.get("lora_embedding_A")
         return factors[name] if factors is not None and name in factors else None
 
     def _factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         return self.lora_embedding_A[name], self.lora_embedding_B[name], None
 
-    def _samples(self, x: torch.Tensor) -> tuple[int, int]:
+    def _count_samples_and_dims(self, x: torch.Tensor) -> tuple[int, int]:
         return x.numel(), x.dim()
 
-    def _plus(
+    def _add_update(
         self,
         name: str,
         x: torch.Tensor,
         y: torch.Tensor,
-        conditions: Conditions,
+        conditions: ExecutionMode,
         seed: torch.Tensor | None = None,
     ) -> torch.Tensor:
         base = self.base_layer
@@ -91,7 +98,7 @@ class FastLoraEmbedding(AddedLora):
             padding_idx=base.padding_idx,
             scale_grad_by_freq=base.scale_grad_by_freq,
         )
-        s = s * self._scaling_beside(name, s)
+        s = s * self._scaling_tensor_like(name, s)
         embed_scale = getattr(base, "embed_scale", None)
         if embed_scale is not None:
             s = s * (embed_scale.to(s) if isinstance(embed_scale, torch.Tensor) else embed_scale)
@@ -99,16 +106,16 @@ class FastLoraEmbedding(AddedLora):
         g = self._dora_scale(name, conditions)
         return y if g is None else y * g
 
-    def _weight_to_start_from(self, why: str) -> torch.Tensor:
-        return dense_weight(self.base_layer, why).detach().t()
+    def _weight_for_init(self, purpose: str) -> torch.Tensor:
+        return dense_weight(self.base_layer, purpose).detach().t()
 
-    def _own_weight(self) -> torch.Tensor:
+    def _local_weight(self) -> torch.Tensor:
         return dense_weight(self.base_layer).t()
 
-    def _weight_like(self, delta: torch.Tensor) -> torch.Tensor:
+    def _reshape_to_weight(self, delta: torch.Tensor) -> torch.Tensor:
         return delta.t()
 
-    def _mergeable(self) -> tuple[Stored, torch.Tensor | None]:
+    def _weight_and_bias_to_merge(self) -> tuple[MergeTarget, torch.Tensor | None]:
         weight = self.weight
         plain = type(weight) is nn.Parameter and weight.is_floating_point() and weight.itemsize >= 2
         if not plain:
@@ -116,20 +123,23 @@ class FastLoraEmbedding(AddedLora):
                 f"cannot merge into {type(self.base_layer).__name__}: its weight is not a plain "
                 "floating-point matrix; dequantize the base model first"
             )
-        return Plain(weight, torch.t), None
+        return DenseMergeTarget(weight, torch.t), None
 
 
-def _shapes(module: nn.Module, asked: Settings) -> Shapes:
+def _shapes(module: nn.Module, settings: LayerAdapterSettings) -> TensorShapes:
     base: Any = module
     k, n = base.num_embeddings, base.embedding_dim
-    shapes: Shapes = {"lora_embedding_A": (asked.r, k), "lora_embedding_B": (n, asked.r)}
-    if asked.use_dora:
+    shapes: TensorShapes = {
+        "lora_embedding_A": (settings.r, k),
+        "lora_embedding_B": (n, settings.r),
+    }
+    if settings.use_dora:
         shapes["lora_magnitude_vector"] = (n,)
     return shapes
 
 
-def _check(module: nn.Module, asked: Settings) -> None:
-    if asked.lora_bias:
+def _check(module: nn.Module, settings: LayerAdapterSettings) -> None:
+    if settings.lora_bias:
         raise UnsupportedLayerError(
             "lora_bias=True is not supported for embeddings, as in PEFT; set lora_bias=False, or "
             "exclude the module with exclude_modules"
@@ -139,17 +149,17 @@ def _check(module: nn.Module, asked: Settings) -> None:
         raise UnsupportedLayerError(
             f"its embed_scale has shape {tuple(scale.shape)}, expected one number"
         )
-    if asked.use_dora:
+    if settings.use_dora:
         dense_weight(module)
 
 
-register_kind(
-    Kind(
+register_layer_kind(
+    LayerKind(
         "embeddings",
         lambda m: isinstance(m, nn.Embedding),
         FastLoraEmbedding,
         _shapes,
         _check,
-        drops=False,
+        uses_dropout=False,
     )
 )

@@ -13,19 +13,24 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastlora.coded_weight import CodedWeight
-from fastlora.layers.call import LayerCall, MixedCall
-from fastlora.layers.decide import slots_for_kernels, slots_in_graph
-from fastlora.layers.dora import dora_slots
-from fastlora.layers.factors import dtype_of, factors_of, has_tensor_hooks, is_hooked
+from fastlora.layers.adapter_factors import (
+    common_factor_dtype,
+    factors_from_parameters,
+    has_gradient_hooks,
+    has_module_hooks,
+)
+from fastlora.layers.call import MixedCall, UniformCall
+from fastlora.layers.dora import find_dora_slots
+from fastlora.layers.mixed_dispatch import slot_factors_for_kernels, slot_factors_in_graph
 from fastlora.layers.shared_input import SharedInputGroup, known_group
-from fastlora.ops.backend import MOST_SIBLINGS
-from fastlora.ops.conditions import constant_when_compiled
+from fastlora.ops.backend import MAX_LAYERS_PER_LAUNCH
+from fastlora.ops.execution_mode import constant_when_compiled
 from fastlora.ops.factors import Base, Factors, Slots
+from fastlora.quantized_tensor import QuantizedTensor
 from fastlora.validation import FastLoraError
 
 if TYPE_CHECKING:
-    from fastlora.layers.layer import AdaptedLayer
+    from fastlora.layers.linear_with_adapters import LinearWithAdapters
 
 _IN_PYTORCH = "without kernels, each layer reads x separately"
 _UNKNOWN = "no training forward pass yet"
@@ -38,7 +43,7 @@ _dtype_of, _trains = attrgetter("dtype"), attrgetter("requires_grad")
 
 
 @dataclass(slots=True, eq=False)  # Slots are read several times faster than a NamedTuple.
-class GroupLaunch:
+class PreparedGroupLaunch:
     """The prepared arguments of one call that computes y for several layers of a group.
 
     The layers are the one that is called first and those that are called after it.
@@ -53,7 +58,8 @@ class GroupLaunch:
         tensors: The tensors that the outputs depend on, apart from x.
         dtypes: Dtype of each tensor. A tensor's dtype may change in place.
         others: For each layer but the first, its dropout probability and its part of ``tensors``.
-        coded: The quantized weights of the layers other than the first, to detect writes to them.
+        quantized: The quantized weights of the layers other than the first, to detect writes to
+            them.
     """
 
     dtype: torch.dtype
@@ -66,9 +72,9 @@ class GroupLaunch:
     tensors: list[torch.Tensor]
     dtypes: list[torch.dtype]
     others: list[tuple[float, list[torch.Tensor]]]
-    coded: list[CodedWeight]
+    quantized: list[QuantizedTensor]
 
-    def serves(self, x: torch.Tensor, base: Base, own: Factors) -> bool:
+    def matches(self, x: torch.Tensor, base: Base, own: Factors) -> bool:
         """Return whether the launch was prepared for these tensors and for x's dtype and device."""
         before, known = self.own, self.base
         return (
@@ -81,41 +87,41 @@ class GroupLaunch:
             and x.dtype is self.dtype
             and x.device == self.device
             and [*map(_dtype_of, self.tensors)] == self.dtypes
-            and (not self.coded or all(weight.is_unwritten for weight in self.coded))
+            and (not self.quantized or all(weight.is_unmodified for weight in self.quantized))
         )
 
     def fits_one_node(self, x: torch.Tensor) -> bool:
-        """Return whether one autograd node can still compute all layers; see `_operands_of`."""
+        """Return whether one autograd node can still compute all layers."""
         if not self.others:
             return True
-        if has_tensor_hooks(self.tensors):
+        if has_gradient_hooks(self.tensors):
             return False
         if x.requires_grad:
             return True
         others = [any(map(_trains, tensors)) for _, tensors in self.others]
-        own = any(map(_trains, tensors_of(self.base, self.own)))
+        own = any(map(_trains, operand_tensors(self.base, self.own)))
         return others == [own] * len(others)
 
 
-def launch_of(
-    call: LayerCall | MixedCall, base: Base, own: Factors, group: SharedInputGroup
-) -> GroupLaunch:
-    """Return the launch that computes a layer and, if possible, the layers called after it."""
-    layer, x = call.layer, call.given
+def prepare_group_launch(
+    call: UniformCall | MixedCall, base: Base, own: Factors, group: SharedInputGroup
+) -> PreparedGroupLaunch:
+    """Prepare the launch that computes a layer and, if possible, the layers called after it."""
+    layer, x = call.layer, call.original_x
     found: list[tuple[int, Base, Factors]] = []
-    apart = torch.is_grad_enabled() and has_tensor_hooks(tensors_of(base, own))
+    apart = torch.is_grad_enabled() and has_gradient_hooks(operand_tensors(base, own))
     for reference in group.members:
         member: Any = reference()
-        if member is layer and _fits(member, x, base, own):
+        if member is layer and _is_groupable(member, x, base, own):
             found.append((id(layer), base, own))
         elif (
             found
             and not apart
             and member is not None
             and id(member) not in group.idle
-            and len(found) < MOST_SIBLINGS
+            and len(found) < MAX_LAYERS_PER_LAUNCH
         ):
-            like = _operands_of(member, call, base, own)
+            like = _groupable_operands(member, call, base, own)
             # With dropout each layer has its own launches, which a layer without dropout does not
             # need.
             if like is not None and bool(like[1].dropout_p) == bool(own.dropout_p):
@@ -130,8 +136,8 @@ def launch_of(
         *(own.scaling for own in factors),
         *([None] * len(found)),
     )
-    tensors = [tensors_of(*each) for each in zip(bases, factors, strict=True)]
-    return GroupLaunch(
+    tensors = [operand_tensors(*each) for each in zip(bases, factors, strict=True)]
+    return PreparedGroupLaunch(
         x.dtype,
         x.device,
         base,
@@ -142,12 +148,12 @@ def launch_of(
         [tensor for each in tensors for tensor in each],
         [tensor.dtype for each in tensors for tensor in each],
         list(zip(dropout_p, tensors, strict=True))[1:],
-        [base.weight for base in bases[1:] if isinstance(base.weight, CodedWeight)],
+        [base.weight for base in bases[1:] if isinstance(base.weight, QuantizedTensor)],
     )
 
 
-def _operands_of(
-    member: AdaptedLayer, call: LayerCall | MixedCall, first_base: Base, first: Factors
+def _groupable_operands(
+    member: LinearWithAdapters, call: UniformCall | MixedCall, first_base: Base, first: Factors
 ) -> tuple[Base, Factors] | None:
     """Return another layer's (base, factors) if one call can compute both layers, or None.
 
@@ -156,27 +162,27 @@ def _operands_of(
     must train or neither, because autograd treats every output of a node as one that needs a
     gradient.
     """
-    records, x = torch.is_grad_enabled(), call.given
-    hooked = records and is_hooked(member)
+    records, x = torch.is_grad_enabled(), call.original_x
+    hooked = records and has_module_hooks(member)
     if hooked or member.impl != call.layer.impl:
         return None
-    names, base = member._acting(), member._plain_base()
+    names, base = member._applied_adapters(), member._fusable_base()
     if len(names) != 1 or base is None:
         return None
-    factors = factors_of(member, names[0], call)
-    if factors is None or not _fits(member, x, base, factors):
+    factors = factors_from_parameters(member, names[0], call)
+    if factors is None or not _is_groupable(member, x, base, factors):
         return None
     if records:
-        tensors = tensors_of(base, factors)
-        if has_tensor_hooks(tensors):
+        tensors = operand_tensors(base, factors)
+        if has_gradient_hooks(tensors):
             return None
-        trains, wanted = map(_trains, tensors), map(_trains, tensors_of(first_base, first))
+        trains, wanted = map(_trains, tensors), map(_trains, operand_tensors(first_base, first))
         if not x.requires_grad and any(trains) != any(wanted):
             return None
     return base, factors
 
 
-def _fits(layer: AdaptedLayer, x: torch.Tensor, base: Base, own: Factors) -> bool:
+def _is_groupable(layer: LinearWithAdapters, x: torch.Tensor, base: Base, own: Factors) -> bool:
     """Return whether one call can compute a layer together with others.
 
     The layer must be plain and have x's dtype. With dropout it must not be split, because a split
@@ -186,7 +192,7 @@ def _fits(layer: AdaptedLayer, x: torch.Tensor, base: Base, own: Factors) -> boo
     if own.lora_bias is not None or own.magnitude is not None or weight is None:
         return False
     return (
-        all(tensor.device == x.device for tensor in tensors_of(base, own))
+        all(tensor.device == x.device for tensor in operand_tensors(base, own))
         and weight.dtype is x.dtype
         and (bias is None or bias.dtype is x.dtype)
         and lora_a.shape[1] == x.shape[-1] == weight.shape[1]
@@ -196,7 +202,7 @@ def _fits(layer: AdaptedLayer, x: torch.Tensor, base: Base, own: Factors) -> boo
     )
 
 
-def tensors_of(base: Base, own: Factors) -> list[torch.Tensor]:
+def operand_tensors(base: Base, own: Factors) -> list[torch.Tensor]:
     """Return a list of the tensors that a layer's output depends on, apart from x."""
     tensors = [own.lora_a, own.lora_b, own.scaling]
     for tensor in base[:2]:
@@ -208,63 +214,67 @@ def tensors_of(base: Base, own: Factors) -> list[torch.Tensor]:
 # ------------------------------------------------------------------------------ by lists, every s
 
 
-def sharing(
-    members: Sequence[AdaptedLayer | None], call: LayerCall | MixedCall, own: Slots
+def select_sharing_layers(
+    members: Sequence[LinearWithAdapters | None], call: UniformCall | MixedCall, own: Slots
 ) -> tuple[list[tuple[Any, Slots]], str]:
-    """Return a tuple (pairs, reason): the layers that can share a pass over x, with their factors.
+    """Select the layers that can share a pass over x: a tuple (pairs, reason).
 
     Each pair is a layer and a list of its factors by slot. If the calling layer itself cannot
-    share, the list of pairs is empty and the reason explains it. Otherwise the reason tells why the
-    last layer that was left out cannot share; it is empty if none was left out.
+    share, the list of pairs is empty and the reason explains it. Otherwise it is the reason why the
+    last layer that was left out cannot share, or empty if none was left out.
     """
     found: list[tuple[Any, Slots]] = []
     last = ""
     for member in members:
         if member is None:
             continue
-        slots, why = (own, "") if member is call.layer else _slots_of(member, call)
+        slots, reason = (own, "") if member is call.layer else _factors_or_reason(member, call)
         if slots is not None:
-            why = _why_not(member, slots, own, call)
-        if slots is not None and not why:
+            reason = _reason_for_separate_pass(member, slots, own, call)
+        if slots is not None and not reason:
             found.append((member, slots))
         elif member is call.layer:
-            return [], why
+            return [], reason
         else:
-            last = f"in its group, {why}"
+            last = f"in its group, {reason}"
     return found, last
 
 
-def _slots_of(member: AdaptedLayer, call: LayerCall | MixedCall) -> tuple[Slots | None, str]:
-    """Return a tuple (slots, reason): another layer's factors by slot, or None and the reason."""
+def _factors_or_reason(
+    member: LinearWithAdapters, call: UniformCall | MixedCall
+) -> tuple[Slots | None, str]:
+    """Return another layer's factors by slot, or None and the reason: a tuple (slots, reason)."""
     if member.impl != call.layer.impl:
         return None, "the layers have different implementations"
-    if isinstance(call, LayerCall):
-        names = member._acting()
+    if isinstance(call, UniformCall):
+        names = member._applied_adapters()
         if len(names) != 1:
             return None, f"{len(names)} adapters are active on a layer"
         magnitudes = member._modules.get("lora_magnitude_vector")
         if magnitudes is not None and names[0] in magnitudes._modules:
             return None, "a layer uses DoRA"
-        factors = factors_of(member, names[0], call)
+        factors = factors_from_parameters(member, names[0], call)
         if factors is None:
             return None, "a layer has a factor or dropout module with hooks, or a custom one"
         return [factors], ""
-    if member.routed_by is not call.layer.routed_by:
+    if member.routing_group is not call.layer.routing_group:
         return None, "a layer belongs to another model"
-    dora = dora_slots(member, call.routing)
+    dora = find_dora_slots(member, call.routing)
     dropped = () if dora is None else dora.dropped
     if call.conditions.compiling:
-        return slots_in_graph(call, member, dropped), "a layer is not in the graph"
+        return slot_factors_in_graph(call, member, dropped), "a layer is not in the graph"
     try:
-        slots = slots_for_kernels(call, member, dropped)
+        slots = slot_factors_for_kernels(call, member, dropped)
     except (FastLoraError, ValueError):  # The layer's own call will raise it.
         return None, "a layer cannot run"
     return slots, "a layer runs without kernels"
 
 
-def _why_not(layer: AdaptedLayer, slots: Slots, own: Slots, call: LayerCall | MixedCall) -> str:
+def _reason_for_separate_pass(
+    layer: LinearWithAdapters, slots: Slots, own: Slots, call: UniformCall | MixedCall
+) -> str:
     """Return the reason why a layer needs its own pass over x, or an empty string."""
-    x, mixed = call.given, isinstance(call, MixedCall)
+    x, mixed = call.original_x, isinstance(call, MixedCall)
     device, k, dropped, trains, elsewhere = x.device, x.shape[-1], False, False, False
     for factors in slots:
         if factors is not None:
@@ -273,11 +283,11 @@ def _why_not(layer: AdaptedLayer, slots: Slots, own: Slots, call: LayerCall | Mi
             trains = trains or lora_a.requires_grad
             if lora_a.device != device or lora_a.dim() != 2 or lora_a.shape[1] != k:
                 elsewhere = True
-    if is_hooked(layer):
+    if has_module_hooks(layer):
         return "a layer has hooks"
     # The shared node calls a hook, with None, for an s that was never used.
-    down = [tensor for tensor in lora_a_of(slots) if tensor is not None]
-    if not call.conditions.compiling and has_tensor_hooks(down):
+    down = [tensor for tensor in lora_a_by_slot(slots) if tensor is not None]
+    if not call.conditions.compiling and has_gradient_hooks(down):
         return "a layer has a factor with hooks"
     if dropped and mixed:
         return _DROPOUT
@@ -285,12 +295,12 @@ def _why_not(layer: AdaptedLayer, slots: Slots, own: Slots, call: LayerCall | Mi
         return "a layer is frozen, or no adapter of the batch is active on it"
     if elsewhere:
         return "a layer has factors on another device, or expects a different number of features"
-    if mixed and dtype_of(slots) != dtype_of(own):
+    if mixed and common_factor_dtype(slots) != common_factor_dtype(own):
         return "the layers have factors with different dtypes"
     return ""
 
 
-def lora_a_of(slots: Slots) -> list[torch.Tensor | None]:
+def lora_a_by_slot(slots: Slots) -> list[torch.Tensor | None]:
     """Return a list of the lora_a of each slot, with None for a slot without factors."""
     return [None if factors is None else factors.lora_a for factors in slots]
 
@@ -313,28 +323,28 @@ def note_compiled(self: Any, why: str) -> None:
 
     The reason is an empty string if the layer shares.
     """
-    self.__dict__["_compiled_alone"] = why
+    self.__dict__["_compiled_fallback_reason"] = why
 
 
-def sibling_note(layer: AdaptedLayer, kernels: bool) -> str:
+def describe_group_sharing(layer: LinearWithAdapters, uses_kernels: bool) -> str:
     """Return the fusion report's text about a layer's shared-input group in training.
 
-    ``kernels`` tells whether Triton kernels compute the layer.
+    ``uses_kernels`` tells whether Triton kernels compute the layer.
     """
-    if not kernels:
+    if not uses_kernels:
         return _IN_PYTORCH
-    group, compiled = known_group(layer), layer.__dict__.get("_compiled_alone")
+    group, compiled = known_group(layer), layer.__dict__.get("_compiled_fallback_reason")
     if group is not None and len(group.members) < 2:
         return "none"
     eager = _UNKNOWN
-    if group is not None and id(layer) in group.why_alone:
-        eager = _verdict(group, group.why_alone[id(layer)])
+    if group is not None and id(layer) in group.fallback_reasons:
+        eager = _describe_members(group, group.fallback_reasons[id(layer)])
     if compiled is None:
         return eager
-    graph = f"not shared: {compiled}" if group is None else _verdict(group, compiled)
+    graph = f"not shared: {compiled}" if group is None else _describe_members(group, compiled)
     return eager if graph == eager else f"{eager}; compiled: {graph}"
 
 
-def _verdict(group: SharedInputGroup, why: str) -> str:
+def _describe_members(group: SharedInputGroup, reason: str) -> str:
     count = len(group.members)
-    return f"{count} layers, not shared: {why}" if why else f"{count} layers share x"
+    return f"{count} layers, not shared: {reason}" if reason else f"{count} layers share x"

@@ -8,14 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastlora.layers.base import LoraLayer
-from fastlora.layers.bases import why_not_plain
-from fastlora.layers.call import LayerCall
-from fastlora.layers.forward import begin, forward
-from fastlora.layers.stored import Plain, Stored
-from fastlora.layers.why import fusion
+from fastlora.layers.base_layers import fallback_reason_not_plain
+from fastlora.layers.call import UniformCall
+from fastlora.layers.fallback_reasons import fusion_status
+from fastlora.layers.linear_forward import create_call, forward
+from fastlora.layers.lora_layer import LoraLayer
+from fastlora.layers.merge_target import DenseMergeTarget, MergeTarget
 from fastlora.ops.factors import Base
-from fastlora.sharding import is_sharded, refuse_shards
+from fastlora.sharding import is_dtensor, raise_if_base_weight_sharded
 from fastlora.validation import UnsupportedLayerError
 
 DEFAULT_ADAPTER = "default"
@@ -96,10 +96,10 @@ class FastLoraLinear(LoraLayer, nn.Linear):
             UnsupportedLayerError: ``linear`` is not a plain `nn.Linear`.
             ConfigError: A value is out of range. ``linear`` is then unchanged.
         """
-        why = why_not_plain(linear)
-        if why:
-            raise UnsupportedLayerError(f"from_linear expects a plain nn.Linear: {why}")
-        self = cls._around(linear)
+        reason = fallback_reason_not_plain(linear)
+        if reason:
+            raise UnsupportedLayerError(f"from_linear expects a plain nn.Linear: {reason}")
+        self = cls._from_linear_without_adapter(linear)
         if adapter_name is not None:
             self.add_adapter(adapter_name, **adapter)
             self.set_adapter(adapter_name)
@@ -107,7 +107,7 @@ class FastLoraLinear(LoraLayer, nn.Linear):
         return self
 
     @classmethod
-    def _around(cls, linear: nn.Linear) -> FastLoraLinear:
+    def _from_linear_without_adapter(cls, linear: nn.Linear) -> FastLoraLinear:
         """Return a layer without adapters that shares a plain linear's weight and bias.
 
         The weight and bias are not frozen.
@@ -136,7 +136,7 @@ class FastLoraLinear(LoraLayer, nn.Linear):
         return linear.train(self.training)
 
     def release(self) -> nn.Module:
-        """Return the linear that replaces this layer when its adapters are removed."""
+        """Return the `nn.Linear` that replaces this layer when its adapters are removed."""
         return self.to_linear()
 
     def _freeze_base(self) -> None:
@@ -146,26 +146,26 @@ class FastLoraLinear(LoraLayer, nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return ``[..., N]``, the output of base layer and active adapters for ``x [..., K]``."""
-        call = begin(self, x)
+        call = create_call(self, x)
         # Read `_parameters` directly: an attribute lookup on a module takes a microsecond.
         weight: Any = self._parameters.get("weight")
         if type(weight) is nn.Parameter and "bias" in self._parameters:
             bias = self._parameters["bias"]
         else:
-            refuse_shards(self)
+            raise_if_base_weight_sharded(self)
             weight, bias = self.weight, self.bias
-        if isinstance(call, LayerCall) and not call.names:
-            why = (
+        if isinstance(call, UniformCall) and not call.names:
+            reason = (
                 "no adapter is active; for rows without an adapter, pass None in "
                 "fastlora.adapters()"
             )
-            call.conditions.refuse(self, why)
+            call.conditions.raise_if_batch_invariant(self, reason)
             return F.linear(x, weight, bias)
         if not call.conditions.tracing and x.shape[-1] != self.in_features:
             raise ValueError(f"x has shape {tuple(x.shape)}, expected [..., {self.in_features}]")
         return forward(call, Base(weight, bias))
 
-    def _plain_base(self) -> Base | None:
+    def _fusable_base(self) -> Base | None:
         weight: Any = self._parameters.get("weight")
         return Base(weight, self.bias) if type(weight) is nn.Parameter else None
 
@@ -178,7 +178,7 @@ class FastLoraLinear(LoraLayer, nn.Linear):
         """An `nn.Linear` that shares this layer's weight and bias; the name follows PEFT."""
         return self.to_linear()
 
-    def _calibrated(self) -> list[nn.Module]:
+    def _modules_with_calibration(self) -> list[nn.Module]:
         """Return a list of the modules on which a calibration may have stored its result.
 
         These are the layer and the `nn.Linear` that it was created from.
@@ -190,12 +190,12 @@ class FastLoraLinear(LoraLayer, nn.Linear):
 
         ``gathered`` means that FSDP2 replaces shards by plain parameters during the forward pass.
         """
-        if is_sharded(self._parameters.get("weight")) and not gathered:
+        if is_dtensor(self._parameters.get("weight")) and not gathered:
             return False, "its base weight is sharded (a DTensor) and is not gathered"
-        return fusion(self, self._acting(), "", gathered)
+        return fusion_status(self, self._applied_adapters(), "", gathered)
 
-    def _mergeable(self) -> tuple[Stored, torch.Tensor | None]:
-        if is_sharded(self._parameters.get("weight")):
+    def _weight_and_bias_to_merge(self) -> tuple[MergeTarget, torch.Tensor | None]:
+        if is_dtensor(self._parameters.get("weight")):
             raise UnsupportedLayerError(
                 "cannot merge into this layer: its weight is sharded (a DTensor); save the adapter "
                 "and merge it into an unsharded base model"
@@ -205,7 +205,7 @@ class FastLoraLinear(LoraLayer, nn.Linear):
                 "cannot merge into this layer: its weight is computed from other parameters "
                 "(a parametrization or pruning; remove it first)"
             )
-        return Plain(self.weight), self.bias
+        return DenseMergeTarget(self.weight), self.bias
 
     def extra_repr(self) -> str:
         """Return the text of `nn.Linear.extra_repr` with the ranks and active adapters appended."""

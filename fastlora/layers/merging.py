@@ -9,21 +9,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastlora.layers.adapted import Adapted
-from fastlora.layers.coded_base import forget_weights
-from fastlora.layers.common import CommonLayer
-from fastlora.layers.norms import base_squares, rows_of
+from fastlora.layers.base_adapter_layer import BaseAdapterLayer
+from fastlora.layers.dora_norms import base_squared_norms, base_weight_rows
+from fastlora.layers.fallback_reasons import uses_dora
+from fastlora.layers.merge_target import Fingerprint, MergeTarget, bit_sums, fingerprints_equal
+from fastlora.layers.module_with_adapters import ModuleWithAdapters
+from fastlora.layers.quantized_base import clear_weight_caches
 from fastlora.layers.scalings import Scaling
-from fastlora.layers.stored import Fingerprint, Stored, equal, sums_of_bits
-from fastlora.layers.why import uses_dora
-from fastlora.ops.torch.dora import adapted_sums, scale_of, square_norms
+from fastlora.ops.torch.dora import adapted_squared_norms, dora_scale, squared_row_norms
 from fastlora.validation import AdapterStateError, UnsupportedLayerError
 
 # Number of rows that a merge handles at a time. These rows are its only temporary.
 _MERGE_ROWS = 1024
 
 
-class Mergeable(Adapted, CommonLayer):
+class Mergeable(ModuleWithAdapters, BaseAdapterLayer):
     """Base class of `LoraLayer` that implements merging and unmerging."""
 
     out_features: int
@@ -32,9 +32,10 @@ class Mergeable(Adapted, CommonLayer):
     scaling: dict[str, Scaling]
 
     def _init_merging(self) -> None:
-        self._init_adapted()
-        # While adapters are merged: the (weight, bias) from before the first merge, and the `_sums`
-        # from after the last one. `Stored` determines how a weight is saved.
+        self._init_adapter_state()
+        # While adapters are merged: the (weight, bias) from before the first merge, and the
+        # `_base_fingerprints` from after the last one. `MergeTarget` determines how a weight is
+        # saved.
         self._unmerged: tuple[object, torch.Tensor | None] | None = None
         self._when_merged: list[Fingerprint] = []
         # g of each merged adapter that uses DoRA, from norms of the unmerged weight.
@@ -47,41 +48,41 @@ class Mergeable(Adapted, CommonLayer):
             raise UnsupportedLayerError(f"{type(self).__name__} has no base layer")
         return base
 
-    def _mergeable(self) -> tuple[Stored, torch.Tensor | None]:
+    def _weight_and_bias_to_merge(self) -> tuple[MergeTarget, torch.Tensor | None]:
         """Return a tuple (base weight, bias), or raise if they do not support merging."""
         raise UnsupportedLayerError(f"{type(self).__name__} cannot be merged")
 
-    def _sums(self) -> list[Fingerprint]:
+    def _base_fingerprints(self) -> list[Fingerprint]:
         """Return a list of the fingerprints of the base weight and bias; any write changes them."""
-        weight, bias = self._mergeable()
-        return [weight.fingerprint(), sums_of_bits(bias)]
+        weight, bias = self._weight_and_bias_to_merge()
+        return [weight.fingerprint(), bit_sums(bias)]
 
-    def _is_as_merged(self) -> bool:
+    def _is_unmodified_since_merge(self) -> bool:
         """Return whether base weight and bias have not been written to since the last merge."""
-        return all(map(equal, self._sums(), self._when_merged))
+        return all(map(fingerprints_equal, self._base_fingerprints(), self._when_merged))
 
     # Overridden if several processes have parts of the layer.
 
-    def _all_agree(self, holds: bool) -> bool:
+    def _true_in_all_processes(self, condition: bool) -> bool:
         """Return whether a condition is true in every process, so that all raise or none does."""
-        return holds
+        return condition
 
-    def _merge(self, names: list[str], keep_base: bool) -> None:
-        weight, bias = self._mergeable()
-        kept = _kept(weight, bias) if keep_base and not self.merged else self._unmerged
-        scales = self._merged_scales | self._scales(names)
-        matrix = weight.wide()
+    def _merge_checked(self, names: list[str], keep_base: bool) -> None:
+        weight, bias = self._weight_and_bias_to_merge()
+        snapshot = _snapshot(weight, bias) if keep_base and not self.merged else self._unmerged
+        scales = self._merged_scales | self._dora_scales_by_name(names)
+        matrix = weight.merge_buffer()
         for name in names:
-            self._add_delta(matrix, name, 1.0, scales.get(name))
-        self._write(weight, matrix)
-        self._unmerged, self._merged_scales = kept, scales
+            self._add_delta_weight(matrix, name, 1.0, scales.get(name))
+        self._write_and_record_error(weight, matrix)
+        self._unmerged, self._merged_scales = snapshot, scales
         for name in names:
             self.merged_adapters.append(name)
-            self._add_to_bias(bias, self.merged_adapters, 1.0, scales)
-        self._when_merged = [] if kept is None else self._sums()
-        forget_weights(self)
+            self._add_bias_delta(bias, self.merged_adapters, 1.0, scales)
+        self._when_merged = [] if snapshot is None else self._base_fingerprints()
+        clear_weight_caches(self)
 
-    def _write(self, weight: Stored, matrix: torch.Tensor) -> None:
+    def _write_and_record_error(self, weight: MergeTarget, matrix: torch.Tensor) -> None:
         """Replace the weight by ``matrix [N, K]``, and record the lost precision.
 
         The lost precision is stored in `merge_error`. For weights that are merged in place, the
@@ -89,9 +90,9 @@ class Mergeable(Adapted, CommonLayer):
         """
         if weight.in_place:
             return
-        wanted = weight.square_distance(matrix)
+        wanted = weight.squared_distance_to(matrix)
         weight.write(matrix)
-        lost = weight.square_distance(matrix)
+        lost = weight.squared_distance_to(matrix)
         self.merge_error = math.sqrt(lost / wanted) if wanted else 0.0
 
     def check_merge(
@@ -102,13 +103,13 @@ class Mergeable(Adapted, CommonLayer):
         The layer is not changed.
         """
         for name in adapter_names or ():
-            self._check_known(name)
+            self._check_has_adapter(name)
         wanted = self._active_adapters if adapter_names is None else adapter_names
         merged = self.merged_adapters
         names = [n for n in dict.fromkeys(wanted) if n in self.r and n not in merged]
         if not names:
             return []
-        weight, bias = self._mergeable()
+        weight, bias = self._weight_and_bias_to_merge()
         for name in names:
             if bias is None and self._factors(name)[2] is not None:
                 raise AdapterStateError(
@@ -116,13 +117,13 @@ class Mergeable(Adapted, CommonLayer):
                     "it into"
                 )
         if safe_merge:
-            matrix = weight.wide().clone() if weight.in_place else weight.wide()
+            matrix = weight.merge_buffer().clone() if weight.in_place else weight.merge_buffer()
             new_bias = None if bias is None else bias.detach().clone()
-            scales = self._merged_scales | self._scales(names)
+            scales = self._merged_scales | self._dora_scales_by_name(names)
             for place, name in enumerate(names, 1):
-                self._add_delta(matrix, name, 1.0, scales.get(name))
-                self._add_to_bias(new_bias, [*merged, *names[:place]], 1.0, scales)
-                if not self._all_agree(_is_finite(matrix, new_bias)):
+                self._add_delta_weight(matrix, name, 1.0, scales.get(name))
+                self._add_bias_delta(new_bias, [*merged, *names[:place]], 1.0, scales)
+                if not self._true_in_all_processes(_is_finite(matrix, new_bias)):
                     raise AdapterStateError(
                         "NaNs detected in the merged weights. The adapter "
                         f"{name} seems to be broken: the result is not finite"
@@ -143,51 +144,51 @@ class Mergeable(Adapted, CommonLayer):
         """
         if not self.merged:
             return
-        weight, bias = self._mergeable()
-        kept = self._unmerged
-        unwritten = kept is not None and self._is_as_merged()
+        weight, bias = self._weight_and_bias_to_merge()
+        snapshot = self._unmerged
+        unwritten = snapshot is not None and self._is_unmodified_since_merge()
         # All processes must take the same branch: one that takes the second branch alone would wait
         # for the others in the calls below.
-        if self._all_agree(unwritten) and kept is not None:
-            weight.restore(kept[0])
-            if bias is not None and kept[1] is not None:
-                bias.copy_(kept[1])
+        if self._true_in_all_processes(unwritten) and snapshot is not None:
+            weight.restore(snapshot[0])
+            if bias is not None and snapshot[1] is not None:
+                bias.copy_(snapshot[1])
         else:
             for name, scale in self._merged_scales.items():
-                if not self._all_agree(bool(scale.all())):
+                if not self._true_in_all_processes(bool(scale.all())):
                     raise AdapterStateError(
                         f"adapter {name!r} cannot be unmerged: its magnitude or its norm is 0 in "
                         "a row, and the weight was modified after the merge or its copy was not "
                         "kept (keep_base=False)"
                     )
-            matrix = weight.wide()
-            self._unmerge_from(matrix, bias)
+            matrix = weight.merge_buffer()
+            self._subtract_merged_adapters(matrix, bias)
             weight.write(matrix)
         self._unmerged = self.merge_error = None
         self.merged_adapters.clear()
         self._merged_scales.clear()
-        forget_weights(self)
+        clear_weight_caches(self)
 
-    def _unmerge_from(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    def _subtract_merged_adapters(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         """Subtract every merged adapter from ``weight [N, K]`` and ``bias [N]`` in place."""
         merged = list(self.merged_adapters)
         for place in range(len(merged) - 1, -1, -1):
             name = merged[place]
             scale = self._merged_scales.get(name)
-            self._add_delta(weight, name, -1.0, None if scale is None else 1.0 / scale)
-            self._add_to_bias(bias, merged[: place + 1], -1.0, self._merged_scales)
+            self._add_delta_weight(weight, name, -1.0, None if scale is None else 1.0 / scale)
+            self._add_bias_delta(bias, merged[: place + 1], -1.0, self._merged_scales)
 
-    def _scales(self, names: list[str]) -> dict[str, torch.Tensor]:
+    def _dora_scales_by_name(self, names: list[str]) -> dict[str, torch.Tensor]:
         """Return a dict that maps the name of each DoRA adapter to its scale g, shape ``[N]``."""
         layer: Any = self
         dora = [name for name in names if uses_dora(layer, [name])]
         return {
-            name: scale_of(layer._own_magnitude(name).detach(), squares)
-            for name, squares in self._unmerged_squares(dora).items()
+            name: dora_scale(layer._local_magnitude(name).detach(), squares)
+            for name, squares in self._squared_norms_by_name(dora).items()
         }
 
     @torch.no_grad()
-    def _unmerged_squares(self, names: list[str]) -> dict[str, torch.Tensor]:
+    def _squared_norms_by_name(self, names: list[str]) -> dict[str, torch.Tensor]:
         """Return a dict that maps each name to the adapter's squared row norms, shape ``[N]``.
 
         The norms are those of the adapted weight, computed with the unmerged base weight.
@@ -196,25 +197,27 @@ class Mergeable(Adapted, CommonLayer):
             return {}
         layer: Any = self
         if not self.merged:
-            base = rows_of(layer)
-            squares = base_squares(layer, base)
+            base = base_weight_rows(layer)
+            squares = base_squared_norms(layer, base)
         else:
-            weight, _ = self._mergeable()
-            kept = self._unmerged
-            if kept is not None and equal(weight.fingerprint(), self._when_merged[0]):
-                base = weight.dense_of(kept[0])
+            weight, _ = self._weight_and_bias_to_merge()
+            snapshot = self._unmerged
+            if snapshot is not None and fingerprints_equal(
+                weight.fingerprint(), self._when_merged[0]
+            ):
+                base = weight.dense_from_snapshot(snapshot[0])
             else:
-                base = weight.wide().clone() if weight.in_place else weight.wide()
-                self._unmerge_from(base, None)
-            squares = square_norms(base)
+                base = weight.merge_buffer().clone() if weight.in_place else weight.merge_buffer()
+                self._subtract_merged_adapters(base, None)
+            squares = squared_row_norms(base)
         sums = []
         for name in names:
-            factors = *self._norm_factors(name), self.scaling[name]
-            sums.append(adapted_sums(base, squares, *factors))
-        return dict(zip(names, self._of_whole_rows(sums), strict=True))
+            factors = *self._dora_norm_factors(name), self.scaling[name]
+            sums.append(adapted_squared_norms(base, squares, *factors))
+        return dict(zip(names, self._reduce_row_squared_norms(sums), strict=True))
 
     @torch.no_grad()
-    def _add_delta(
+    def _add_delta_weight(
         self, weight: torch.Tensor, name: str, sign: float, scale: torch.Tensor | None = None
     ) -> None:
         """Add ``sign * scaling * B @ A`` to ``weight [N, K]`` in place, rounding once.
@@ -240,7 +243,7 @@ class Mergeable(Adapted, CommonLayer):
                 rows.copy_(wide)
 
     @torch.no_grad()
-    def _add_to_bias(
+    def _add_bias_delta(
         self,
         bias: torch.Tensor | None,
         names: list[str],
@@ -268,12 +271,12 @@ class Mergeable(Adapted, CommonLayer):
         down, up = self.lora_A[name], self.lora_B[name]
         return down.weight, up.weight, up.bias
 
-    def _norm_factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    def _dora_norm_factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Return a tuple of two factors whose product is the update that DoRA's norms include."""
         lora_a, lora_b, _ = self._factors(name)
         return lora_a, lora_b
 
-    def _put_factors(
+    def _copy_into_factors(
         self, name: str, lora_a: torch.Tensor, lora_b: torch.Tensor, bias: torch.Tensor | None
     ) -> None:
         """Copy tensors shaped like those from `_factors` into an adapter's factors."""
@@ -286,36 +289,36 @@ class Mergeable(Adapted, CommonLayer):
 
         As in PEFT, a DoRA magnitude is not included.
         """
-        self._check_known(adapter_name)
+        self._check_has_adapter(adapter_name)
         lora_a, lora_b, _ = self._factors(adapter_name)
         delta = lora_b.new_zeros(lora_b.shape[0], lora_a.shape[1])
-        self._add_delta(delta, adapter_name, 1.0)
-        return self._weight_like(delta)
+        self._add_delta_weight(delta, adapter_name, 1.0)
+        return self._reshape_to_weight(delta)
 
-    def _weight_like(self, delta: torch.Tensor) -> torch.Tensor:
+    def _reshape_to_weight(self, delta: torch.Tensor) -> torch.Tensor:
         """Reshape an update ``[N, K]`` to the shape of the base weight."""
         return delta
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        forget_weights(self)
-        self._forget_packed()
+        clear_weight_caches(self)
+        self._clear_packed_factors()
         super()._load_from_state_dict(*args, **kwargs)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         self._merged_scales = {name: fn(scale) for name, scale in self._merged_scales.items()}
-        unwritten = self._unmerged is not None and self._is_as_merged()
+        unwritten = self._unmerged is not None and self._is_unmodified_since_merge()
         if self._unmerged is not None:
-            kept, bias = self._unmerged
-            kept = self._mergeable()[0].moved(kept, fn)
-            self._unmerged = kept, None if bias is None else fn(bias)
+            snapshot, bias = self._unmerged
+            snapshot = self._weight_and_bias_to_merge()[0].convert_snapshot(snapshot, fn)
+            self._unmerged = snapshot, None if bias is None else fn(bias)
         super()._apply(fn, recurse)
         if unwritten:
-            self._when_merged = self._sums()
+            self._when_merged = self._base_fingerprints()
         return self
 
 
-def _kept(weight: Stored, bias: torch.Tensor | None) -> tuple[object, torch.Tensor | None]:
-    return weight.keep(), None if bias is None else bias.detach().clone()
+def _snapshot(weight: MergeTarget, bias: torch.Tensor | None) -> tuple[object, torch.Tensor | None]:
+    return weight.snapshot(), None if bias is None else bias.detach().clone()
 
 
 def _is_finite(matrix: torch.Tensor, bias: torch.Tensor | None) -> bool:

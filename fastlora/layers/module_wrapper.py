@@ -9,25 +9,26 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from fastlora.layers.adapted import Adapted
-from fastlora.ops.conditions import conditions_of
-from fastlora.routing.ids import fits
-from fastlora.routing.routing import Group, Routing
+from fastlora.layers.module_with_adapters import ModuleWithAdapters
+from fastlora.ops.execution_mode import execution_mode_of
+from fastlora.routing.ids import ids_divide_rows
+from fastlora.routing.routing import Routing, RoutingGroup
 from fastlora.validation import AdapterNotFoundError, UnsupportedLayerError
 
 
-class ModuleWrapper(Adapted, nn.Module):
-    """Base class of wrappers in which each adapter trains its own version of a module or a part.
+class ModuleWrapper(ModuleWithAdapters, nn.Module):
+    """Base class of wrappers in which each adapter trains its own copy of a module or of some rows.
 
-    A subclass defines what a version contains. Names of parameters and of file keys follow PEFT.
+    A subclass defines what an adapter trains. Names of parameters and of file keys follow PEFT.
 
     Attributes:
         field: The config field that requests the wrapper.
         owned: Names of the children that adapters own.
-        owns: Term for an adapter's version in messages.
+        owns: Term for what an adapter trains, in messages.
         held: Name of the child that is the original module.
-        routed_by, routed_as: The routing group of the model, and this module's number in it.
-        sees_part: As in `fastlora.layers.common.CommonLayer`.
+        routing_group, routing_index: The routing group of the model, and this module's number in
+            it.
+        may_see_partial_rows: As in `fastlora.layers.base_adapter_layer.BaseAdapterLayer`.
     """
 
     field: ClassVar[str]
@@ -38,9 +39,9 @@ class ModuleWrapper(Adapted, nn.Module):
     def __init__(self, original: nn.Module) -> None:
         super().__init__()
         self.training = original.training
-        self._init_adapted()
-        self.routed_by: Group | None = None
-        self.routed_as, self.sees_part = 0, False
+        self._init_adapter_state()
+        self.routing_group: RoutingGroup | None = None
+        self.routing_index, self.may_see_partial_rows = 0, False
 
     # ---------------------------------------------------------- methods that subclasses override
 
@@ -49,8 +50,8 @@ class ModuleWrapper(Adapted, nn.Module):
         raise UnsupportedLayerError(f"{type(self).__name__} has no base layer")
 
     @property
-    def _versions(self) -> nn.ModuleDict | nn.ParameterDict:
-        """Maps an adapter name to the adapter's version."""
+    def _trained_by_adapter(self) -> nn.ModuleDict | nn.ParameterDict:
+        """Maps an adapter name to the module or rows that the adapter trains."""
         raise UnsupportedLayerError(f"{type(self).__name__} has no adapters")
 
     def file_names(self, adapter_name: str) -> dict[str, str]:
@@ -59,16 +60,16 @@ class ModuleWrapper(Adapted, nn.Module):
 
     # ------------------------------------------------------------------------ mixed batches
 
-    def _checked(self, routing: Routing, x: torch.Tensor) -> AbstractContextManager[None]:
+    def _check_batch_rows(self, routing: Routing, x: torch.Tensor) -> AbstractContextManager[None]:
         """Check that x has all rows of a batch, in order.
 
         Returns a context manager that pauses the tracking of rows.
         """
-        compiling = conditions_of(x, "eager").compiling
-        routing.check_rows(self, x, compiling)
+        compiling = execution_mode_of(x, "eager").compiling
+        routing.check_gets_all_rows(self, x, compiling)
         if not compiling:
-            routing.check_dimensions(self, x)
-        return nullcontext() if compiling else routing.resting()
+            routing.check_samples_first(self, x)
+        return nullcontext() if compiling else routing.pause_row_tracking()
 
     # ----------------------------------------------------------------------------- adapters
 
@@ -77,23 +78,23 @@ class ModuleWrapper(Adapted, nn.Module):
         return self.get_base_layer()
 
     def current(self) -> nn.Module:
-        """Return the module on which attributes that the wrapper lacks are looked up."""
+        """Return the current module, which provides the attributes that the wrapper lacks."""
         return self.get_base_layer()
 
     @property
     def adapter_names(self) -> list[str]:
-        """List of the names of the adapters that have a version of the module."""
-        return list(self._versions)
+        """List of the names of the adapters that train this module."""
+        return list(self._trained_by_adapter)
 
     def adapter_parameters(self, adapter_name: str) -> Iterator[nn.Parameter]:
-        """Yield the parameters of an adapter's version; none if it has no version."""
-        if adapter_name in self._versions:
-            version = self._versions[adapter_name]
-            yield from (version,) if isinstance(version, nn.Parameter) else version.parameters()
+        """Yield the parameters that an adapter trains here; none if there are none."""
+        if adapter_name in self._trained_by_adapter:
+            trained = self._trained_by_adapter[adapter_name]
+            yield from (trained,) if isinstance(trained, nn.Parameter) else trained.parameters()
 
-    def _drop(self, adapter_name: str) -> None:
-        """Remove an adapter's version."""
-        del self._versions[adapter_name]
+    def _remove_trained(self, adapter_name: str) -> None:
+        """Remove the module or rows that an adapter trains."""
+        del self._trained_by_adapter[adapter_name]
 
     def __getattr__(self, name: str) -> Any:
         """Look up an attribute that the wrapper lacks (``.weight``, ...) on the current module."""
@@ -111,20 +112,20 @@ class ModuleWrapper(Adapted, nn.Module):
             AdapterNotFoundError: The adapter has no version of the module.
             AdapterStateError: A `fastlora.adapters` block of the model is open.
         """
-        if self.routed_by is not None:
-            self.routed_by.check_closed("delete_adapter")
-        self._check_known(adapter_name)
+        if self.routing_group is not None:
+            self.routing_group.check_no_open_blocks("delete_adapter")
+        self._check_has_adapter(adapter_name)
         self._remove_adapter(adapter_name)
 
     def _remove_adapter(self, adapter_name: str) -> None:
         """Remove an adapter's version without checks, as after a failed addition."""
-        self._drop(adapter_name)
+        self._remove_trained(adapter_name)
         self._active_adapters = [n for n in self._active_adapters if n != adapter_name]
 
     def _all_available_adapter_names(self) -> list[str]:
         return sorted(self.adapter_names)
 
-    def _check_known(self, adapter_name: str) -> None:
+    def _check_has_adapter(self, adapter_name: str) -> None:
         if adapter_name not in self.adapter_names:
             raise AdapterNotFoundError(
                 f"adapter {adapter_name!r} has no {self.field} entry for this module"
@@ -132,7 +133,7 @@ class ModuleWrapper(Adapted, nn.Module):
 
     @property
     def active_adapters(self) -> list[str]:
-        """List of the names of the active adapters that have a version of the module."""
+        """List of the names of the active adapters that train this module."""
         return [name for name in self._active_adapters if name in self.adapter_names]
 
     @property
@@ -141,17 +142,17 @@ class ModuleWrapper(Adapted, nn.Module):
         return self.owned
 
     def acting(self) -> str | None:
-        """Return the name of the adapter whose version runs, or None if the original runs."""
+        """Return the name of the adapter that a forward pass applies, or None for the original."""
         if self._disabled:
             return None
         known = self.adapter_names
         return next((name for name in self._active_adapters if name in known), None)
 
 
-def own_slots(
-    ids: torch.Tensor, names: tuple[str, ...], known: list[str], x_rows: int, device: torch.device
+def adapter_index_of_rows(
+    ids: torch.Tensor, names: tuple[str, ...], known: list[str], num_rows: int, device: torch.device
 ) -> torch.Tensor:
-    """Return each row's adapter as an index into ``known``, int64 ``[x_rows]``; -1 for none.
+    """Return each row's adapter as an index into ``known``, int64 ``[num_rows]``; -1 for none.
 
     ``ids [B]`` are the slots of samples or tokens, and ``names`` lists the adapter of each slot.
 
@@ -159,11 +160,11 @@ def own_slots(
         ValueError: The number of rows is not a multiple of the number of ids.
     """
     count = ids.numel()
-    if not fits(x_rows, count):
+    if not ids_divide_rows(num_rows, count):
         raise ValueError(
-            f"a module got {x_rows} rows in a batch with {count} adapter ids; expected one id per "
-            "sample or per token"
+            f"a module got {num_rows} rows in a batch with {count} adapter ids; expected one id "
+            "per sample or per token"
         )
     place = {name: index for index, name in enumerate(known)}
     table = torch.tensor([*(place.get(name, -1) for name in names), -1], device=device)
-    return table[ids.to(device)].repeat_interleave(x_rows // max(count, 1))
+    return table[ids.to(device)].repeat_interleave(num_rows // max(count, 1))

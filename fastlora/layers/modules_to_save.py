@@ -9,14 +9,14 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from fastlora.layers.module_wrapper import ModuleWrapper, own_slots
-from fastlora.routing.ids import fits
-from fastlora.routing.in_force import routing_of
+from fastlora.layers.module_wrapper import ModuleWrapper, adapter_index_of_rows
+from fastlora.routing.active import active_routing
+from fastlora.routing.ids import ids_divide_rows
 from fastlora.routing.routing import Routing
 from fastlora.validation import UnsupportedLayerError
 
 
-def check_copyable(module: nn.Module) -> None:
+def raise_if_container(module: nn.Module) -> None:
     """Raise `UnsupportedLayerError` if a module is a container without a ``forward`` method."""
     if isinstance(module, (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)):
         raise UnsupportedLayerError(
@@ -41,7 +41,7 @@ class ModulesToSaveWrapper(ModuleWrapper):
 
     def __init__(self, original_module: nn.Module) -> None:
         super().__init__(original_module)
-        check_copyable(original_module)
+        raise_if_container(original_module)
         self.original_module = original_module
         self.modules_to_save = nn.ModuleDict()
         original_module.requires_grad_(False)
@@ -59,7 +59,7 @@ class ModulesToSaveWrapper(ModuleWrapper):
         self.modules_to_save[adapter_name] = module.requires_grad_(False)
 
     @property
-    def _versions(self) -> nn.ModuleDict:
+    def _trained_by_adapter(self) -> nn.ModuleDict:
         """Maps an adapter name to the adapter's copy of the module."""
         return self.modules_to_save
 
@@ -89,26 +89,28 @@ class ModulesToSaveWrapper(ModuleWrapper):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the current module, or in a mixed batch the copy of each sample's adapter."""
-        routing = routing_of(self)
+        routing = active_routing(self)
         if routing is None or self._disabled:
             return self.current()(*args, **kwargs)
         return self._in_batch(routing, *args, **kwargs)
 
     def _in_batch(self, routing: Routing, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        with self._checked(routing, x):
-            return self._mixed(routing, x, *args, **kwargs)
+        with self._check_batch_rows(routing, x):
+            return self._run_copies_on_rows(routing, x, *args, **kwargs)
 
-    def _mixed(self, routing: Routing, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def _run_copies_on_rows(
+        self, routing: Routing, x: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
         """Run each adapter's copy on the adapter's own rows, along x's first dimension.
 
         If ids are per token, the leading dimensions of ``x [..., K]`` are flattened to rows. A copy
         may return any nested structure of tensors whose first dimension is the rows.
         """
         lead = x.shape[:1]
-        if not fits(x.shape[0], routing.ids.numel()):
+        if not ids_divide_rows(x.shape[0], routing.ids.numel()):
             lead, x = x.shape[:-1], x.reshape(-1, x.shape[-1])
         known, count = list(self.modules_to_save), x.shape[0]
-        own = own_slots(routing.ids, routing.names, known, count, x.device)
+        own = adapter_index_of_rows(routing.ids, routing.names, known, count, x.device)
         # All processes that share the batch call the same modules in the same order, some on no
         # rows. FSDP2 may have wrapped each module, and each call then waits for the other
         # processes.
@@ -120,18 +122,18 @@ class ModulesToSaveWrapper(ModuleWrapper):
                 indices.append(index)
                 parts.append(tree_flatten(module(x.index_select(0, index), *args, **kwargs)))
         leaves = [
-            self._together(indices, found, lead)
+            self._combine_outputs(indices, found, lead)
             for found in zip(*(values for values, _ in parts), strict=True)
         ]
         return tree_unflatten(leaves, parts[0][1])
 
-    def _together(
-        self, indices: list[torch.Tensor], found: tuple[object, ...], lead: torch.Size
+    def _combine_outputs(
+        self, indices: list[torch.Tensor], outputs: tuple[object, ...], lead: torch.Size
     ) -> object:
         """Combine the copies' results for their own rows into one tensor ``[*lead, ...]``."""
-        tensors = [value for value in found if isinstance(value, torch.Tensor)]
-        if len(tensors) < len(found):
-            return found[0]  # None, or a number
+        tensors = [value for value in outputs if isinstance(value, torch.Tensor)]
+        if len(tensors) < len(outputs):
+            return outputs[0]  # None, or a number
         sizes = [index.numel() for index in indices]
         if any(not t.dim() or t.shape[0] != n for t, n in zip(tensors, sizes, strict=True)):
             kind = type(self.original_module).__name__

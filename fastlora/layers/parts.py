@@ -26,7 +26,7 @@ class DoraMagnitude(nn.Module):
         self.weight = nn.Parameter(magnitude)
 
 
-def frozen_like(factor: Factor, reference: torch.Tensor | None, training: bool) -> Factor:
+def freeze_and_convert(factor: Factor, reference: torch.Tensor | None, training: bool) -> Factor:
     """Freeze a factor, convert it to the device and dtype of ``reference``, and return it."""
     if isinstance(factor, nn.Module):
         if reference is not None:
@@ -38,8 +38,8 @@ def frozen_like(factor: Factor, reference: torch.Tensor | None, training: bool) 
     return factor
 
 
-def widened(factor: Factor) -> Factor:
-    """Return a factor, converted to fp32 if its dtype is narrower; a module changes in place."""
+def upcast_to_fp32(factor: Factor) -> Factor:
+    """Convert a factor to fp32 if its dtype is narrower; a module changes in place."""
     if isinstance(factor, nn.Parameter):
         if factor.itemsize >= torch.float32.itemsize:
             return factor
@@ -50,14 +50,16 @@ def widened(factor: Factor) -> Factor:
     return factor.to(torch.float32)
 
 
-def file_names(held: Mapping[str, Factor], adapter_name: str) -> dict[str, str]:
+def file_to_state_dict_names(
+    factors_by_part: Mapping[str, Factor], adapter_name: str
+) -> dict[str, str]:
     """Return a dict that maps an adapter's tensor names in files to names in ``state_dict()``.
 
     Both names are relative to the layer: ``lora_A.weight`` maps to ``lora_A.default.weight``.
-    ``held`` maps each part, such as ``"lora_A"``, to the adapter's factor.
+    ``factors_by_part`` maps each part, such as ``"lora_A"``, to the adapter's factor.
     """
     names: dict[str, str] = {}
-    for part, factor in held.items():
+    for part, factor in factors_by_part.items():
         own = f"{part}.{adapter_name}"
         if isinstance(factor, nn.Parameter):
             names[part] = own

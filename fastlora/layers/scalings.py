@@ -50,7 +50,7 @@ class Scalings(dict[str, Scaling]):
             device, dtype = before.device, before.dtype
         self._make(name, device, dtype)
 
-    def fit(self, name: str, factor: torch.Tensor) -> None:
+    def move_to_factor_device(self, name: str, factor: torch.Tensor) -> None:
         """Move an adapter's scaling tensor to the device of its factors.
 
         The dtype is fp64 if the factors are fp64, and fp32 otherwise. If the factors are on the
@@ -70,7 +70,10 @@ class Scalings(dict[str, Scaling]):
         self.tensors[name] = value
 
     def setdefault(self, name: str, value: Scaling | None = None) -> Scaling:
-        """Set and return a scaling as `dict.setdefault` does, but raise `TypeError` for None."""
+        """Set and return a scaling, as `dict.setdefault` does.
+
+        A new scaling of None raises `TypeError`.
+        """
         if name not in self:
             if value is None:
                 raise TypeError(f"scaling of {name!r} is None, expected a number")

@@ -20,38 +20,38 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from fastlora.weight_marks import Kept
+from fastlora.weights_version import UncopiedCache
 
 if TYPE_CHECKING:
-    from fastlora.routing.routing import Group
+    from fastlora.routing.routing import RoutingGroup
 
-# The place of a result: the thread, and the ``id`` of the tensor.
-_Place = tuple[int, int]
+# The location of a result: the thread, and the ``id`` of the tensor.
+_Location = tuple[int, int]
 
 
 @dataclass(slots=True, eq=False)  # Slots are read several times faster than a NamedTuple.
-class Made:
+class GroupCallResults:
     """The results that one call computed from one tensor for several layers.
 
     Attributes:
         x: The tensor.
-        version: The version of x, which counts writes to it; 0 for an inference tensor, which has
-            none.
+        version: The tensor version of x, which counts writes to it; 0 for an inference tensor,
+            which has none.
         context: Objects that all results depend on, compared by identity.
-        by: The layer that computed the results.
-        own: Maps a layer to a key, which covers the rest of what its result depends on, and its
-            result.
+        computed_by: The layer that computed the results.
+        own: Maps a layer to a cache key, which covers the rest of what its result depends on,
+            and its result.
         unfinished: The model's record of pending results; None outside a model.
     """
 
     x: weakref.ref[torch.Tensor]
     version: int
     context: tuple[object, ...]
-    by: int
+    computed_by: int
     own: dict[int, tuple[object, object]]
-    unfinished: dict[tuple[int, int, int], Results] | None
+    unfinished: dict[tuple[int, int, int], SharedResultCache] | None
 
-    def holds(self, x: torch.Tensor, context: tuple[object, ...]) -> bool:
+    def is_valid_for(self, x: torch.Tensor, context: tuple[object, ...]) -> bool:
         """Return whether the results were computed from the current values of x in ``context``."""
         version = 0 if x.is_inference() else x._version
         known = self.context
@@ -60,99 +60,105 @@ class Made:
         return all(map(is_, context, known))
 
 
-# By thread, the `Results` that it stored to last.
-_put_last: dict[int, weakref.ref[Results]] = {}
+# By thread, the `SharedResultCache` that it stored to last.
+_put_last: dict[int, weakref.ref[SharedResultCache]] = {}
 
 
-class Results(Kept):
-    """Results that layers computed for other layers; each layer takes its result once.
+class SharedResultCache(UncopiedCache):
+    """Cache of results that layers computed for other layers; each result is taken once.
 
     Threads do not see each other's results. A result is stored until it is taken, its tensor is
-    freed, or `discard` is called. `discard` is called when the thread stores results for other
-    layers, when it computes again for these layers, and when its forward pass of the model or its
-    block ends. Layers are identified by numbers.
+    freed, or `discard_untaken` is called. `discard_untaken` is called when the thread stores
+    results for other layers, when it computes again for these layers, and when its forward pass of
+    the model or its block ends. Layers are identified by numbers.
 
     Attributes:
-        made: Results by thread and by ``id`` of the tensor.
+        entries: Results by thread and by ``id`` of the tensor.
     """
 
     def __init__(self) -> None:
-        self.made: dict[_Place, Made] = {}
+        self.entries: dict[_Location, GroupCallResults] = {}
 
-    def put(
+    def put_results(
         self,
         x: torch.Tensor,
         context: tuple[object, ...],
-        by: int,
-        own: Mapping[int, tuple[object, object]],
-        model: Group | None = None,
+        computed_by: int,
+        results: Mapping[int, tuple[object, object]],
+        model: RoutingGroup | None = None,
     ) -> None:
-        """Store results that layer ``by`` computed from x for other layers.
+        """Store results that layer ``computed_by`` computed from x for other layers.
 
-        ``own`` maps each of these layers to a key and its result.
+        ``results`` maps each of these layers to a cache key and its result.
         """
-        place, version = (get_ident(), id(x)), 0 if x.is_inference() else x._version
-        last = _put_last.get(place[0])
+        location, version = (get_ident(), id(x)), 0 if x.is_inference() else x._version
+        last = _put_last.get(location[0])
         other = None if last is None else last()
         if other is not None and other is not self:
             # x may be written to meanwhile, and not every write is counted.
-            other.discard()
-        _put_last[place[0]] = weakref.ref(self)
-        before = self.made.get(place)
-        if before is not None and before.holds(x, context):
-            before.own.update(own)
+            other.discard_untaken()
+        _put_last[location[0]] = weakref.ref(self)
+        before = self.entries.get(location)
+        if before is not None and before.is_valid_for(x, context):
+            before.own.update(results)
             return
         unfinished = None if model is None else model.unfinished
-        known = weakref.ref(x, lambda _: self._drop(place))
-        self.made[place] = Made(known, version, context, by, dict(own), unfinished)
+        known = weakref.ref(x, lambda _: self._drop(location))
+        self.entries[location] = GroupCallResults(
+            known, version, context, computed_by, dict(results), unfinished
+        )
         if unfinished is not None:
-            unfinished[place[0], place[1], id(self)] = self
+            unfinished[location[0], location[1], id(self)] = self
 
-    def take(
-        self, x: torch.Tensor, layer: int, context: tuple[object, ...], made: Made | None = None
+    def pop_result(
+        self,
+        x: torch.Tensor,
+        layer: int,
+        context: tuple[object, ...],
+        entry: GroupCallResults | None = None,
     ) -> tuple[Any, Any] | None:
-        """Remove and return the tuple (key, result) that this thread computed for a layer.
+        """Remove and return the tuple (cache key, result) that this thread computed for a layer.
 
         Returns None if there is no result that was computed from the current values of x in the
-        same ``context``. ``made`` is this thread's entry for x, if the caller has looked it up.
+        same ``context``. ``entry`` is this thread's entry for x, if the caller has looked it up.
         """
-        place = get_ident(), id(x)
-        if made is None:
-            made = self.made.get(place)
-        if made is None:
+        location = get_ident(), id(x)
+        if entry is None:
+            entry = self.entries.get(location)
+        if entry is None:
             return None
-        if not made.holds(x, context):
-            self._drop(place)  # The results hold activations.
+        if not entry.is_valid_for(x, context):
+            self._drop(location)  # The results hold activations.
             return None
-        own = made.own
+        own = entry.own
         found = own.pop(layer, None)
         if not own:
-            self._drop(place)
+            self._drop(location)
         return found
 
-    def discard(self) -> set[int]:
+    def discard_untaken(self) -> set[int]:
         """Drop this thread's results that no layer took, and return the set of those layers."""
         untaken: set[int] = set()
-        if self.made:
+        if self.entries:
             thread = get_ident()
-            for place in [place for place in [*self.made] if place[0] == thread]:
-                made = self._drop(place)
-                untaken.update(() if made is None else made.own)
+            for location in [location for location in [*self.entries] if location[0] == thread]:
+                entry = self._drop(location)
+                untaken.update(() if entry is None else entry.own)
         return untaken
 
     def clear(self) -> None:
         """Drop the results of every thread."""
-        for place in [*self.made]:
-            self._drop(place)
+        for location in [*self.entries]:
+            self._drop(location)
 
-    def _drop(self, place: _Place) -> Made | None:
-        made = self.made.pop(place, None)
-        if made is not None and made.unfinished is not None:
-            made.unfinished.pop((place[0], place[1], id(self)), None)
-        return made
+    def _drop(self, location: _Location) -> GroupCallResults | None:
+        entry = self.entries.pop(location, None)
+        if entry is not None and entry.unfinished is not None:
+            entry.unfinished.pop((location[0], location[1], id(self)), None)
+        return entry
 
 
-class SharedInputGroup(Results):
+class SharedInputGroup(SharedResultCache):
     """A shared-input group: layers that received the same tensor, in the order of their calls.
 
     A copied or unpickled layer has a group without members until a forward pass identifies its
@@ -162,8 +168,8 @@ class SharedInputGroup(Results):
         members: The layers. Results are stored by their ``id``.
         unwritten: Whether no write to the tensor was observed between their calls. PyTorch does not
             count writes to an inference tensor, so the first observation is relied on.
-        why_alone: Maps the ``id`` of a layer to the reason why its last forward pass in training
-            shared nothing, or to an empty string if it shared.
+        fallback_reasons: Maps the ``id`` of a layer to the reason why its last forward pass in
+            training shared nothing, or to an empty string if it shared.
         launches: Maps the ``id`` of a layer to the launch of its call, cached for its next call.
         idle: The ``id`` of each layer that was not called after a result was computed for it.
     """
@@ -174,29 +180,29 @@ class SharedInputGroup(Results):
         super().__init__()
         self.members = members
         self.unwritten = unwritten
-        self.why_alone: dict[int, str] = {}
+        self.fallback_reasons: dict[int, str] = {}
         self.launches: dict[int, Any] = {}
         self.idle: set[int] = set()
 
-    def discard(self) -> set[int]:
-        """Drop results as `Results.discard` does, and mark the returned layers as idle.
+    def discard_untaken(self) -> set[int]:
+        """Drop this thread's results that no layer took, and record these layers as idle.
 
         Nothing is computed for an idle layer until it is called again.
         """
-        untaken = super().discard()
+        untaken = super().discard_untaken()
         if untaken:
             self.launches.clear()
             self.idle |= untaken
         return untaken
 
     def clear(self) -> None:
-        """Drop the results of every thread, the cached launches, and the marks of idle layers."""
+        """Drop the results of every thread, the cached launches, and the set of idle layers."""
         super().clear()
         self.launches.clear()
         self.idle.clear()
 
 
-class _Sequence:
+class _CallSequence:
     """Layers that one thread has called one after the other with the same tensor."""
 
     def __init__(self, layer: nn.Module, x: torch.Tensor) -> None:
@@ -207,13 +213,13 @@ class _Sequence:
         # The tensor's version, or a copy of the tensor if PyTorch does not count writes to it.
         self._state = x.clone() if x.is_inference() else x._version
 
-    def takes(self, layer: nn.Module, x: torch.Tensor) -> bool:
+    def is_continued_by(self, layer: nn.Module, x: torch.Tensor) -> bool:
         """Return whether this thread's call of a layer with x continues the sequence."""
         if self.thread != get_ident() or self.x() is not x:
             return False
         return all(member() is not layer for member in self.members)
 
-    def add(self, layer: nn.Module, x: torch.Tensor) -> None:
+    def append_layer(self, layer: nn.Module, x: torch.Tensor) -> None:
         """Append the next layer, and check whether x has been written to."""
         self.members.append(weakref.ref(layer))
         if isinstance(self._state, int):
@@ -221,30 +227,30 @@ class _Sequence:
         elif self.unwritten:
             captured = x.is_cuda and torch.cuda.is_current_stream_capturing()
             # torch.equal waits for the device, once per layer.
-            same = not captured and torch.equal(_bits(x), _bits(self._state))
+            same = not captured and torch.equal(_as_bytes(x), _as_bytes(self._state))
             self.unwritten = same
 
-    def end(self) -> None:
+    def form_group(self) -> None:
         """Form a group of the layers, except those that another thread has put in a group."""
         group = SharedInputGroup(tuple(self.members), self.unwritten)
         for reference in self.members:
             member: Any = reference()
             if member is not None and known_group(member) is None:
-                member.__dict__["_shared_input"] = group
+                member.__dict__["_shared_input_group"] = group
 
 
-def _bits(x: torch.Tensor) -> torch.Tensor:
+def _as_bytes(x: torch.Tensor) -> torch.Tensor:
     return x.contiguous().view(torch.uint8)  # A NaN has the same bits as itself.
 
 
 # Sequences that may continue: at most one per thread.
-_watched: list[_Sequence] = []
-_watching = threading.Lock()
+_open_sequences: list[_CallSequence] = []
+_sequences_lock = threading.Lock()
 
 
 def known_group(layer: nn.Module) -> SharedInputGroup | None:
     """Return a layer's shared-input group, or None if it has not been identified yet."""
-    known: SharedInputGroup | None = layer.__dict__.get("_shared_input")
+    known: SharedInputGroup | None = layer.__dict__.get("_shared_input_group")
     if known is not None:
         for member in known.members:
             if member() is layer:
@@ -252,34 +258,34 @@ def known_group(layer: nn.Module) -> SharedInputGroup | None:
     return None
 
 
-def group_of(layer: nn.Module, x: torch.Tensor) -> SharedInputGroup | None:
-    """Return the group of a layer that is called with x, or None if it is not identified yet.
+def observe_group(layer: nn.Module, x: torch.Tensor) -> SharedInputGroup | None:
+    """Record a layer's call with x to identify its group, and return the group.
 
-    The call is recorded to identify the group.
+    Returns None if the group is not identified yet.
     """
-    known: SharedInputGroup | None = layer.__dict__.get("_shared_input")
+    known: SharedInputGroup | None = layer.__dict__.get("_shared_input_group")
     if known is not None:  # This is `known_group` without a Python call.
         for reference in known.members:
             if reference() is layer:
                 return known
-    with _watching:
-        for sequence in [*_watched]:
-            if sequence.takes(layer, x):
-                sequence.add(layer, x)
+    with _sequences_lock:
+        for sequence in [*_open_sequences]:
+            if sequence.is_continued_by(layer, x):
+                sequence.append_layer(layer, x)
                 return None
             # A thread that calls another layer, or uses another tensor, has ended its last
             # sequence.
             if sequence.thread == get_ident() or sequence.x() is None:
-                _watched.remove(sequence)
-                sequence.end()
+                _open_sequences.remove(sequence)
+                sequence.form_group()
         known = known_group(layer)
         if known is None:
-            _watched.append(_Sequence(layer, x))
+            _open_sequences.append(_CallSequence(layer, x))
     return known
 
 
-def forget_group(layer: object) -> None:
+def clear_group_cache(layer: object) -> None:
     """Clear the results and launches cached in a layer's shared-input group."""
-    group = getattr(layer, "__dict__", {}).get("_shared_input")
+    group = getattr(layer, "__dict__", {}).get("_shared_input_group")
     if group is not None:
         group.clear()

@@ -37,21 +37,33 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from fastlora.layers.base import LoraLayer
-from fastlora.layers.bases import COLUMN_WISE, ROW_WISE, is_parallel, parallel_style
-from fastlora.layers.call import LayerCall, MixedCall
-from fastlora.layers.coded_base import forget_weights
-from fastlora.layers.factors import is_hooked, scaling_beside
-from fastlora.layers.forward import begin, forward
-from fastlora.layers.kinds import LINEAR, Kind, Settings, Shapes, linear_shapes, register_kind
-from fastlora.layers.norms import magnitude_of
-from fastlora.layers.stored import Plain, Stored
-from fastlora.layers.why import NOT_OUR_GEMM, uses_dora, why_dora_not_fused
+from fastlora.layers.adapter_factors import has_module_hooks, scaling_as_scalar_tensor
+from fastlora.layers.base_layers import (
+    COLUMN_WISE,
+    ROW_WISE,
+    is_tensor_parallel,
+    tensor_parallel_style,
+)
+from fastlora.layers.call import MixedCall, UniformCall
+from fastlora.layers.dora_norms import dora_magnitude_of
+from fastlora.layers.fallback_reasons import BASE_GEMM_VARIES, fallback_reason_for_dora, uses_dora
+from fastlora.layers.layer_kinds import (
+    LINEAR,
+    LayerAdapterSettings,
+    LayerKind,
+    TensorShapes,
+    linear_adapter_shapes,
+    register_layer_kind,
+)
+from fastlora.layers.linear_forward import create_call, forward
+from fastlora.layers.lora_layer import LoraLayer
+from fastlora.layers.merge_target import DenseMergeTarget, MergeTarget
+from fastlora.layers.quantized_base import clear_weight_caches
 from fastlora.layers.wrapped import FastLoraWrapper
-from fastlora.ops.conditions import conditions_of
+from fastlora.ops.execution_mode import execution_mode_of
 from fastlora.ops.factors import Base, Factors
-from fastlora.routing.in_force import routing_of
-from fastlora.sharding import local, own, whole
+from fastlora.routing.active import active_routing
+from fastlora.sharding import full_tensor, local_shard, to_local_summing_grads
 from fastlora.validation import AdapterStateError, ImplementationError, UnsupportedLayerError
 
 # The golden ratio in 62 bits: its products with different ranks are far apart.
@@ -85,7 +97,7 @@ class TensorParallelLora(FastLoraWrapper):
     is_split = True
 
     def __init__(self, base_layer: nn.Module) -> None:
-        style = parallel_style(base_layer)
+        style = tensor_parallel_style(base_layer)
         if style is None:
             raise UnsupportedLayerError(f"{type(base_layer).__name__} is not tensor parallel")
         super().__init__(base_layer)
@@ -94,7 +106,7 @@ class TensorParallelLora(FastLoraWrapper):
 
     # ----------------------------------------------------------------------------- adapters
 
-    def take_adapters(self, layer: LoraLayer) -> None:
+    def move_adapters_from(self, layer: LoraLayer) -> None:
         """Move all adapters of another layer, with their settings, to this layer.
 
         Args:
@@ -107,7 +119,7 @@ class TensorParallelLora(FastLoraWrapper):
         self._active_adapters, self._disabled = layer.active_adapters, layer.disable_adapters
         self.impl = layer.impl
         for name in self.lora_A:
-            self._place(name)
+            self._prepare_new_factors(name)
 
     def _remove_adapter(self, adapter_name: str) -> None:
         super()._remove_adapter(adapter_name)
@@ -121,11 +133,11 @@ class TensorParallelLora(FastLoraWrapper):
             self._handle = None
         return self.base_layer
 
-    def _place(self, name: str) -> None:
+    def _prepare_new_factors(self, name: str) -> None:
         from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
         mesh = self.base_layer.weight.device_mesh
-        by_output = self._output_placement()
+        by_output = self._per_output_placement()
         parts = [
             (self.lora_A[name], Replicate() if self.style == COLUMN_WISE else Shard(1)),
             (self.lora_B[name], by_output),
@@ -139,7 +151,9 @@ class TensorParallelLora(FastLoraWrapper):
                 holder.register_parameter(key, nn.Parameter(split, parameter.requires_grad))
         if self._handle is None:
             # Prepend the hook to that of parallelize_module, so that it sees this process's share.
-            self._handle = self.base_layer.register_forward_hook(self._add_update, prepend=True)
+            self._handle = self.base_layer.register_forward_hook(
+                self._lora_forward_hook, prepend=True
+            )
 
     def reset_magnitude(self, adapter_name: str) -> None:
         """Reset a magnitude as `LoraLayer.reset_magnitude` does; all processes must call it."""
@@ -147,20 +161,20 @@ class TensorParallelLora(FastLoraWrapper):
 
         super().reset_magnitude(adapter_name)
         holder: Any = self.lora_magnitude_vector[adapter_name]
-        mesh, placements = self.base_layer.weight.device_mesh, [self._output_placement()]
+        mesh, placements = self.base_layer.weight.device_mesh, [self._per_output_placement()]
         shape, stride = torch.Size([self.out_features]), (1,)
         magnitude = DTensor.from_local(
             holder.weight.detach(), mesh, placements, run_check=False, shape=shape, stride=stride
         )
         holder.weight = nn.Parameter(magnitude, requires_grad=False)
 
-    def _output_placement(self) -> Any:
+    def _per_output_placement(self) -> Any:
         """Return the placement of tensors with one number for each output."""
         from torch.distributed.tensor import Replicate, Shard
 
         return Shard(0) if self.style == COLUMN_WISE else Replicate()
 
-    def _factor_like(self) -> torch.Tensor | None:
+    def _factor_reference(self) -> torch.Tensor | None:
         weight = self.base_layer.weight
         if weight.device_mesh.ndim != 1:
             raise AdapterStateError(
@@ -173,7 +187,7 @@ class TensorParallelLora(FastLoraWrapper):
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Return y for x, both in the layouts of the base layer's parallel style."""
-        conditions_of(x, "eager").refuse(self, NOT_OUR_GEMM)
+        execution_mode_of(x, "eager").raise_if_batch_invariant(self, BASE_GEMM_VARIES)
         if not torch.is_inference_mode_enabled():
             return self.base_layer(x, *args, **kwargs)
         # In inference mode a DTensor's sums would be sent before the hook sees this process's
@@ -181,7 +195,7 @@ class TensorParallelLora(FastLoraWrapper):
         with torch.inference_mode(False), torch.no_grad():
             return self.base_layer(x, *args, **kwargs)
 
-    def _add_update(
+    def _lora_forward_hook(
         self, _: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor
     ) -> torch.Tensor | None:
         """Forward hook that adds this process's share of the update to its share of y.
@@ -190,13 +204,13 @@ class TensorParallelLora(FastLoraWrapper):
         """
         from torch.distributed.tensor import DTensor, Partial
 
-        if self.impl == "triton" and not self._disabled and routing_of(self) is not None:
+        if self.impl == "triton" and not self._disabled and active_routing(self) is not None:
             raise ImplementationError(
                 "impl='triton' cannot run: a tensor-parallel layer computes mixed batches in "
                 "PyTorch; use impl='auto'"
             )
-        call = begin(self, args[0])
-        if isinstance(call, LayerCall) and not call.names:
+        call = create_call(self, args[0])
+        if isinstance(call, UniformCall) and not call.names:
             return None
         x: Any = call.x
         y: Any = output
@@ -204,7 +218,7 @@ class TensorParallelLora(FastLoraWrapper):
         # Each process has all of x and a part of its gradient, or a part of both.
         partial = (Partial(),) if self.style == COLUMN_WISE else x.placements
         own_x, own_y = x.to_local(grad_placements=partial), y.to_local()
-        call = replace(call, given=own_x, x=own_x)
+        call = replace(call, original_x=own_x, x=own_x)
         result = forward(call, Base(y=own_y, inplace=True))
         return DTensor.from_local(
             result, y.device_mesh, y.placements, run_check=False, shape=y.shape, stride=y.stride()
@@ -227,8 +241,8 @@ class TensorParallelLora(FastLoraWrapper):
 
     # ------------------------------------- interface of a forward pass: see `layers.common`
 
-    def _own_factors(
-        self, name: str, call: LayerCall | MixedCall | None = None, *, drops: bool = True
+    def _local_factors(
+        self, name: str, call: UniformCall | MixedCall | None = None, *, with_dropout: bool = True
     ) -> Factors:
         """Return this process's share of an adapter as plain, unscaled tensors.
 
@@ -237,42 +251,42 @@ class TensorParallelLora(FastLoraWrapper):
         """
         up, dropout = self.lora_B[name], self.lora_dropout[name]
         for module in (self.lora_A[name], up, dropout):
-            if type(module) not in (nn.Linear, nn.Dropout, nn.Identity) or is_hooked(module):
+            if type(module) not in (nn.Linear, nn.Dropout, nn.Identity) or has_module_hooks(module):
                 raise UnsupportedLayerError(
                     f"adapter {name!r} has a {type(module).__name__} that has hooks or was "
                     "replaced, which a tensor-parallel layer does not support"
                 )
-        lora_bias = None if up.bias is None else own(up.bias)
+        lora_bias = None if up.bias is None else to_local_summing_grads(up.bias)
         if lora_bias is not None and self.style == ROW_WISE:
             # All shares of y are summed, so only the first process adds the bias.
             lora_bias = lora_bias * (not self.base_layer.weight.device_mesh.get_local_rank())
         return Factors(
-            own(self.lora_A[name].weight),
-            own(up.weight),
-            self.scaling[name] if call is None else scaling_beside(self, name, call),
+            to_local_summing_grads(self.lora_A[name].weight),
+            to_local_summing_grads(up.weight),
+            self.scaling[name] if call is None else scaling_as_scalar_tensor(self, name, call),
             lora_bias,
             dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0,
         )
 
-    def _own_magnitude(self, name: str) -> torch.Tensor:
-        return own(magnitude_of(self, name))
+    def _local_magnitude(self, name: str) -> torch.Tensor:
+        return to_local_summing_grads(dora_magnitude_of(self, name))
 
-    def _own_weight(self) -> torch.Tensor:
-        return local(self.base_layer.weight)
+    def _local_weight(self) -> torch.Tensor:
+        return local_shard(self.base_layer.weight)
 
-    def _own_bias(self) -> torch.Tensor | None:
+    def _local_bias(self) -> torch.Tensor | None:
         """Return the share of the base bias that this process's share of y includes.
 
         Row-wise, each process gets an equal part. DoRA subtracts these parts before it scales y and
         adds them afterwards, so that they sum to the bias in whichever process torch has added it.
         All parts may be trained.
         """
-        bias = super()._own_bias()
+        bias = super()._local_bias()
         if bias is None or self.style == COLUMN_WISE:
-            return None if bias is None else own(bias)
-        return own(bias) / self.base_layer.weight.device_mesh.size()
+            return None if bias is None else to_local_summing_grads(bias)
+        return to_local_summing_grads(bias) / self.base_layer.weight.device_mesh.size()
 
-    def _own_seed(self, seed: torch.Tensor) -> torch.Tensor:
+    def _local_dropout_seed(self, seed: torch.Tensor) -> torch.Tensor:
         """Return this process's dropout seeds, int64, in the shape of ``seed``.
 
         Column-wise, all processes use the same seeds. Row-wise, each process uses its own.
@@ -284,31 +298,31 @@ class TensorParallelLora(FastLoraWrapper):
         dist.broadcast(shared, group=mesh.get_group(), group_src=0)
         return shared.to(seed.device)
 
-    def _of_whole_rows(self, sums: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    def _reduce_row_squared_norms(self, sums: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         if self.style == ROW_WISE and sums:
             joined = torch.stack(list(sums))  # One message for all sums.
             dist.all_reduce(joined, group=self.base_layer.weight.device_mesh.get_group())
             sums = joined.unbind()
-        return super()._of_whole_rows(sums)
+        return super()._reduce_row_squared_norms(sums)
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
         # The caller may write into the tensors' local parts, as dcp.load does. No version records
         # that.
-        forget_weights(self)
+        clear_weight_caches(self)
         super()._save_to_state_dict(*args, **kwargs)
 
     # ------------------------------------------------------------------------ merging, report
 
     def fusion(self, gathered: bool = False) -> tuple[bool, str]:
-        """Return False and the reason why the base product and LoRA term do not run fused."""
-        why = f"{self.style} tensor parallel: LoRA is added to each process's part of the output"
-        names = self._acting()
+        """Return whether the base GEMM and LoRA term run fused (never), and the fallback reason."""
+        reason = f"{self.style} tensor parallel: LoRA is added to each process's part of the output"
+        names = self._applied_adapters()
         if uses_dora(self, names):
-            further = why_dora_not_fused(self, names)
-            why += ", which DoRA scales" + (f"; {further}" if further else "")
-        return False, why
+            further = fallback_reason_for_dora(self, names)
+            reason += ", which DoRA scales" + (f"; {further}" if further else "")
+        return False, reason
 
-    def _mergeable(self) -> tuple[Stored, torch.Tensor | None]:
+    def _weight_and_bias_to_merge(self) -> tuple[MergeTarget, torch.Tensor | None]:
         """Return a tuple of this process's shards of base weight and bias, for a merge."""
         weight, bias = self.base_layer.weight, self.base_layer.bias
         if weight.device_mesh.ndim != 1:
@@ -317,15 +331,19 @@ class TensorParallelLora(FastLoraWrapper):
                 f"{weight.device_mesh}); save the adapter and merge it into an unsharded base "
                 "model"
             )
-        return Plain(local(weight)), None if bias is None else local(bias)
+        return DenseMergeTarget(local_shard(weight)), None if bias is None else local_shard(bias)
 
     def _factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         lora_a, lora_b, lora_bias = super()._factors(name)
-        return local(lora_a), local(lora_b), None if lora_bias is None else local(lora_bias)
+        return (
+            local_shard(lora_a),
+            local_shard(lora_b),
+            None if lora_bias is None else local_shard(lora_bias),
+        )
 
-    def _all_agree(self, holds: bool) -> bool:
+    def _true_in_all_processes(self, condition: bool) -> bool:
         mesh = self.base_layer.weight.device_mesh
-        flag = torch.tensor(float(holds), device=mesh.device_type)
+        flag = torch.tensor(float(condition), device=mesh.device_type)
         dist.all_reduce(flag, op=dist.ReduceOp.MIN, group=mesh.get_group())
         return bool(flag.item())
 
@@ -334,18 +352,18 @@ class TensorParallelLora(FastLoraWrapper):
 
         All processes must call this method.
         """
-        self._check_known(adapter_name)
+        self._check_has_adapter(adapter_name)
         lora_a, lora_b, _ = super()._factors(adapter_name)
-        return self.scaling[adapter_name] * (whole(lora_b) @ whole(lora_a)).detach()
+        return self.scaling[adapter_name] * (full_tensor(lora_b) @ full_tensor(lora_a)).detach()
 
 
-def _shapes(module: nn.Module, asked: Settings) -> Shapes:
+def _shapes(module: nn.Module, settings: LayerAdapterSettings) -> TensorShapes:
     linear: Any = module
-    return linear_shapes(linear.in_features, linear.out_features, asked)
+    return linear_adapter_shapes(linear.in_features, linear.out_features, settings)
 
 
-def _check(module: nn.Module, asked: Settings) -> None:
+def _accept_all(module: nn.Module, settings: LayerAdapterSettings) -> None:
     """Accept all settings, because `TensorParallelLora` checks its base layer itself."""
 
 
-register_kind(Kind(LINEAR, is_parallel, TensorParallelLora, _shapes, _check))
+register_layer_kind(LayerKind(LINEAR, is_tensor_parallel, TensorParallelLora, _shapes, _accept_all))

@@ -13,18 +13,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from fastlora.layers.added import AddedLora
+from fastlora.layers.adapter_init import AdapterInitializer
+from fastlora.layers.merge_target import DenseMergeTarget, MergeTarget
 from fastlora.layers.parts import Factor
-from fastlora.layers.starting import Starter
-from fastlora.layers.stored import Plain, Stored
-from fastlora.ops.conditions import Conditions
+from fastlora.layers.unfused import AdditiveLoraLayer
+from fastlora.ops.execution_mode import ExecutionMode
 from fastlora.validation import UnsupportedLayerError
 
 if TYPE_CHECKING:
     from fastlora.layers.embedding import FastLoraEmbedding
 
 
-class _Transposed(nn.Module):
+class _TransposedFactor(nn.Module):
     """Module whose weight is the transposed factor of another layer; it has no parameters."""
 
     def __init__(self, source: FastLoraEmbedding, part: str, adapter_name: str) -> None:
@@ -34,7 +34,7 @@ class _Transposed(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The factor in the layout of a linear's weight."""
+        """The other layer's factor, transposed to the layout of a linear's weight."""
         (source,), part, adapter_name = self._at
         factor: torch.Tensor = source._modules[part][adapter_name]
         return factor.t()
@@ -45,7 +45,7 @@ class _Transposed(nn.Module):
         return None
 
 
-class TiedLoraHead(AddedLora):
+class TiedLoraHead(AdditiveLoraLayer):
     """LoRA layer over a linear whose weight and adapters are those of an embedding.
 
     Args:
@@ -56,7 +56,7 @@ class TiedLoraHead(AddedLora):
         UnsupportedLayerError: ``base_layer`` is not an `nn.Linear`.
     """
 
-    not_fused = "it shares the factors of the embedding that it is tied to"
+    fallback_reason = "it shares the factors of the embedding that it is tied to"
 
     def __init__(self, base_layer: nn.Module, tied_to: FastLoraEmbedding) -> None:
         if not isinstance(base_layer, nn.Linear):
@@ -74,47 +74,49 @@ class TiedLoraHead(AddedLora):
         return self._source[0]
 
     def add_adapter(self, adapter_name: str, **settings: Any) -> None:
-        """Add the embedding's adapter of this name.
+        """Add an adapter that shares the factors of the embedding's adapter of this name.
 
         ``settings`` are those of `LoraLayer.add_adapter`.
         """
         self._adding = adapter_name
         super().add_adapter(adapter_name, **settings)
 
-    def _new_factors(self, r: int, lora_bias: bool, start: Starter) -> dict[str, Factor]:
+    def _create_factors(
+        self, r: int, lora_bias: bool, start: AdapterInitializer
+    ) -> dict[str, Factor]:
         return {
-            "lora_A": _Transposed(self.tied_to, "lora_embedding_B", self._adding),
-            "lora_B": _Transposed(self.tied_to, "lora_embedding_A", self._adding),
+            "lora_A": _TransposedFactor(self.tied_to, "lora_embedding_B", self._adding),
+            "lora_B": _TransposedFactor(self.tied_to, "lora_embedding_A", self._adding),
         }
 
     def file_names(self, adapter_name: str) -> dict[str, str]:
-        """Return an empty dict, because the factors are saved as those of the embedding."""
+        """Return the adapter's file names: none, as the embedding saves the shared factors."""
         return {}
 
-    def _samples(self, x: torch.Tensor) -> tuple[int, int]:
+    def _count_samples_and_dims(self, x: torch.Tensor) -> tuple[int, int]:
         return x.numel() // x.shape[-1], x.dim() - 1
 
-    def _plus(
+    def _add_update(
         self,
         name: str,
         x: torch.Tensor,
         y: torch.Tensor,
-        conditions: Conditions,
+        conditions: ExecutionMode,
         seed: torch.Tensor | None = None,
     ) -> torch.Tensor:
         lora_a, lora_b, _ = self._factors(name)
         if conditions.autocast is None:
             x = x.to(lora_a.dtype)
         # [..., R]
-        s = self._dropped(self.lora_dropout[name], x, seed) @ lora_a.t()
-        return y + (s * self._scaling_beside(name, s)) @ lora_b.t()
+        s = self._apply_dropout(self.lora_dropout[name], x, seed) @ lora_a.t()
+        return y + (s * self._scaling_tensor_like(name, s)) @ lora_b.t()
 
     # ------------------------------------------------------------------------------- merging
 
-    def _mergeable(self) -> tuple[Stored, torch.Tensor | None]:
-        return Plain(self.weight), None
+    def _weight_and_bias_to_merge(self) -> tuple[MergeTarget, torch.Tensor | None]:
+        return DenseMergeTarget(self.weight), None
 
-    def _merge(self, names: list[str], keep_base: bool) -> None:
+    def _merge_checked(self, names: list[str], keep_base: bool) -> None:
         # The embedding merges its adapters into the shared weight.
         self.merged_adapters += names
 

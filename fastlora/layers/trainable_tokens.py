@@ -15,15 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastlora.layers.module_wrapper import ModuleWrapper, own_slots
-from fastlora.ops.conditions import conditions_of
-from fastlora.routing.in_force import routing_of
+from fastlora.layers.module_wrapper import ModuleWrapper, adapter_index_of_rows
+from fastlora.ops.execution_mode import execution_mode_of
+from fastlora.routing.active import active_routing
 from fastlora.routing.routing import Routing
-from fastlora.sharding import is_sharded
+from fastlora.sharding import is_dtensor
 from fastlora.validation import AdapterStateError, ConfigError, UnsupportedLayerError
 
 
-def check_tokens(module: nn.Module, indices: list[int]) -> None:
+def check_tokens_trainable(module: nn.Module, indices: list[int]) -> None:
     """Raise an error unless the given rows of a module's weight can be trained.
 
     Args:
@@ -36,7 +36,7 @@ def check_tokens(module: nn.Module, indices: list[int]) -> None:
         ConfigError: An index is out of range.
     """
     weight = module._parameters.get("weight")
-    if is_sharded(weight):
+    if is_dtensor(weight):
         raise AdapterStateError(
             "trainable_token_indices: the weight is sharded (a DTensor), but the new rows would "
             "not be; add adapters before fully_shard()"
@@ -112,7 +112,7 @@ class TrainableTokensWrapper(ModuleWrapper):
     """Wrapper of an embedding or a tied head, in which adapters train some rows of the weight.
 
     Args:
-        original: An `nn.Embedding` or `nn.Linear` that `check_tokens` accepts.
+        original: An `nn.Embedding` or `nn.Linear` that `check_tokens_trainable` accepts.
         tied_to: The wrapper of the embedding that this module shares its weight and rows with.
     """
 
@@ -142,7 +142,7 @@ class TrainableTokensWrapper(ModuleWrapper):
         weight: Any = self._unmerged_rows(indices)
         wide = autocast and weight.itemsize < torch.float32.itemsize
         rows = nn.Parameter(weight.to(torch.float32 if wide else weight.dtype), requires_grad=False)
-        self._versions[adapter_name] = rows
+        self._trained_by_adapter[adapter_name] = rows
         self.token_adapter.token_indices[adapter_name] = list(indices)
         self.token_adapter.tables.clear()
 
@@ -150,7 +150,7 @@ class TrainableTokensWrapper(ModuleWrapper):
         """Return a copy of the weight's rows ``[n, D]`` without merged adapters."""
         weight: Any = self.get_base_layer().weight
         rows = weight.detach()[torch.tensor(indices, device=weight.device)].clone()
-        for name, before in reversed(self._replaced().items()):
+        for name, before in reversed(self._rows_before_merge().items()):
             merged = {token: i for i, token in enumerate(self.token_indices[name])}
             for i, token in enumerate(indices):
                 if token in merged:
@@ -163,7 +163,7 @@ class TrainableTokensWrapper(ModuleWrapper):
         return self.token_adapter.token_indices
 
     @property
-    def _versions(self) -> nn.ParameterDict:
+    def _trained_by_adapter(self) -> nn.ParameterDict:
         """Maps an adapter name to its rows."""
         return self.token_adapter.trainable_tokens_delta
 
@@ -191,16 +191,16 @@ class TrainableTokensWrapper(ModuleWrapper):
         self, names: list[str], inference_mode: bool = False, keep_merged: bool = False
     ) -> None:
         super()._activate(names, inference_mode, keep_merged)
-        self._act_as(names)
+        self._activate_without_training(names)
 
-    def _act_as(self, names: list[str]) -> None:
+    def _activate_without_training(self, names: list[str]) -> None:
         """Make the named adapters' rows apply in forward passes, without making them trainable."""
         self._active_adapters = list(names)
         self.token_adapter.active_adapters = list(names)
 
-    def _drop(self, adapter_name: str) -> None:
+    def _remove_trained(self, adapter_name: str) -> None:
         if not self.is_tied:
-            super()._drop(adapter_name)
+            super()._remove_trained(adapter_name)
             del self.token_indices[adapter_name]
         self.token_adapter.tables.clear()
 
@@ -221,7 +221,7 @@ class TrainableTokensWrapper(ModuleWrapper):
         Returns:
             ``[..., D]`` from an embedding, ``[..., V]`` from a linear.
         """
-        base, routing = self.get_base_layer(), routing_of(self)
+        base, routing = self.get_base_layer(), active_routing(self)
         y: torch.Tensor = base(x, *args, **kwargs)
         if self._disabled:
             return y
@@ -229,13 +229,19 @@ class TrainableTokensWrapper(ModuleWrapper):
             name = None if self.merged else self.acting()
             if name is None:
                 return y
-            return self._embedded(x, y, [name]) if _embeds(base) else self._of_rows(x, y, name)
-        if routing.whole is not None and conditions_of(x, "eager").compiling:
-            return self._mixed(routing.whole, x, y)
-        with self._checked(routing, x):
-            return self._mixed(routing, x, y)
+            return (
+                self._replace_embeddings(x, y, [name])
+                if _embeds(base)
+                else self._replace_columns(x, y, name)
+            )
+        if routing.whole is not None and execution_mode_of(x, "eager").compiling:
+            return self._replace_in_mixed_batch(routing.whole, x, y)
+        with self._check_batch_rows(routing, x):
+            return self._replace_in_mixed_batch(routing, x, y)
 
-    def _mixed(self, routing: Routing, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    def _replace_in_mixed_batch(
+        self, routing: Routing, x: torch.Tensor, y: torch.Tensor
+    ) -> torch.Tensor:
         """Return y with the rows or columns of each row's own adapter replaced.
 
         Rows without an adapter here keep the base layer's output.
@@ -248,17 +254,17 @@ class TrainableTokensWrapper(ModuleWrapper):
             return y
         embeds = _embeds(self.get_base_layer())
         count = x.numel() if embeds else x.numel() // x.shape[-1]
-        own = own_slots(routing.ids, routing.names, known, count, x.device)
+        own = adapter_index_of_rows(routing.ids, routing.names, known, count, x.device)
         if embeds:
-            return self._embedded(x, y, known, own.view(x.shape))
+            return self._replace_embeddings(x, y, known, own.view(x.shape))
         flat, y_flat = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
         for slot, name in enumerate(known):
             index = (own == slot).nonzero().flatten()
-            rows = self._of_rows(flat[index], y_flat[index], name)
+            rows = self._replace_columns(flat[index], y_flat[index], name)
             y_flat = y_flat.index_copy(0, index, rows)
         return y_flat.view(y.shape)
 
-    def _embedded(
+    def _replace_embeddings(
         self, ids: torch.Tensor, y: torch.Tensor, names: list[str], own: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Return y ``[..., D]`` with the trained row in place of each id that an adapter trains.
@@ -266,11 +272,11 @@ class TrainableTokensWrapper(ModuleWrapper):
         ``own``, with the shape of ``ids``, is the index of each id's adapter in ``names``, or -1.
         """
         base: Any = self.get_base_layer()
-        ids, (keys, places) = ids.long(), self._table(names, ids.device)
+        ids, (keys, places) = ids.long(), self._sorted_token_keys(names, ids.device)
         wanted = ids if own is None else torch.where(own < 0, -1, own * base.weight.shape[0] + ids)
         at = torch.searchsorted(keys, wanted).clamp_(max=keys.numel() - 1)
         hit = keys[at] == wanted
-        deltas = [self._versions[name] for name in names]
+        deltas = [self._trained_by_adapter[name] for name in names]
         rows = (deltas[0] if len(deltas) == 1 else torch.cat(deltas)).to(base.weight.dtype)
         found = places[at]
         # Ids without an adapter's row share one extra row, so that they are not counted.
@@ -287,7 +293,9 @@ class TrainableTokensWrapper(ModuleWrapper):
             new = new * (scale.to(new.dtype) if isinstance(scale, torch.Tensor) else scale)
         return torch.where(hit.unsqueeze(-1), new.to(y.dtype), y)
 
-    def _table(self, names: list[str], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    def _sorted_token_keys(
+        self, names: list[str], device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return a tuple of the sorted int64 keys of all trained tokens, and the row of each key.
 
         The key of a token is ``index of name * V + token``.
@@ -303,16 +311,16 @@ class TrainableTokensWrapper(ModuleWrapper):
                 for token in self.token_indices[name]
             ]
             made = torch.tensor(found, device=device).sort()
-            if conditions_of(base.weight, "eager").compiling:
+            if execution_mode_of(base.weight, "eager").compiling:
                 return made[0], made[1]
             tables[key] = made[0], made[1]
         return tables[key]
 
-    def _of_rows(self, x: torch.Tensor, y: torch.Tensor, name: str) -> torch.Tensor:
+    def _replace_columns(self, x: torch.Tensor, y: torch.Tensor, name: str) -> torch.Tensor:
         """Return y ``[..., V]`` with an adapter's columns computed from x ``[..., D]``."""
         base: Any = self.get_base_layer()
-        index, places = self._table([name], x.device)
-        delta = self._versions[name].to(base.weight.dtype)[places]
+        index, places = self._sorted_token_keys([name], x.device)
+        delta = self._trained_by_adapter[name].to(base.weight.dtype)[places]
         columns = F.linear(x, delta, None if base.bias is None else base.bias[index])
         return y.index_copy(-1, index, columns.to(y.dtype))
 
@@ -347,7 +355,7 @@ class TrainableTokensWrapper(ModuleWrapper):
                     "adapter; expected adapters without a token in common"
                 )
             taken.update(known[name])
-            delta = self._versions[name]
+            delta = self._trained_by_adapter[name]
             if safe_merge and not bool(torch.isfinite(delta).all()):
                 raise AdapterStateError(
                     f"the rows of adapter {name!r} (trainable_token_indices) are not finite; the "
@@ -356,29 +364,29 @@ class TrainableTokensWrapper(ModuleWrapper):
         return names
 
     @torch.no_grad()
-    def _merge(self, names: list[str], keep_base: bool) -> None:
+    def _merge_checked(self, names: list[str], keep_base: bool) -> None:
         """Write the adapters' rows into the weight, and save the old rows for `unmerge`."""
         weight: Any = self.get_base_layer().weight
-        replaced = self._replaced()
+        rows_before = self._rows_before_merge()
         for name in names:
-            if name not in replaced:
+            if name not in rows_before:
                 index = self._index(name, weight.device)
-                replaced[name] = weight.detach()[index].clone()
-                weight.index_copy_(0, index, self._versions[name].to(weight))
+                rows_before[name] = weight.detach()[index].clone()
+                weight.index_copy_(0, index, self._trained_by_adapter[name].to(weight))
             self.merged_adapters.append(name)
 
     @torch.no_grad()
     def unmerge(self) -> None:
         """Restore the rows that `merge` replaced."""
         weight: Any = self.get_base_layer().weight
-        replaced = self._replaced()
+        rows_before = self._rows_before_merge()
         while self.merged_adapters:
             name = self.merged_adapters.pop()
-            before = replaced.pop(name, None)
+            before = rows_before.pop(name, None)
             if before is not None:
                 weight.index_copy_(0, self._index(name, weight.device), before.to(weight))
 
-    def _replaced(self) -> dict[str, torch.Tensor]:
+    def _rows_before_merge(self) -> dict[str, torch.Tensor]:
         """Return a dict that maps each merged adapter to the rows that it has replaced.
 
         Modules that share the weight share the dict.
@@ -394,7 +402,7 @@ class TrainableTokensWrapper(ModuleWrapper):
         if acting is None:
             return found
         return found.index_copy(
-            0, self._index(acting, found.device), self._versions[acting].to(found)
+            0, self._index(acting, found.device), self._trained_by_adapter[acting].to(found)
         )
 
 

@@ -7,14 +7,24 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastlora.layers.base import LoraLayer
-from fastlora.layers.bases import linear_features, makes_fresh_outputs, stored_weight
-from fastlora.layers.call import LayerCall
-from fastlora.layers.coded_base import as_called, call_base, coded_base, sibling_base, why_called
-from fastlora.layers.forward import begin, forward
-from fastlora.layers.quantised import Quantised, quantised
-from fastlora.layers.stored import Stored
-from fastlora.layers.why import NOT_OUR_GEMM, fusion
+from fastlora.layers.base_layers import (
+    linear_features,
+    merge_target_of,
+    returns_unreferenced_output,
+)
+from fastlora.layers.call import UniformCall
+from fastlora.layers.fallback_reasons import BASE_GEMM_VARIES, fusion_status
+from fastlora.layers.linear_forward import create_call, forward
+from fastlora.layers.lora_layer import LoraLayer
+from fastlora.layers.merge_target import MergeTarget
+from fastlora.layers.quantized import QuantizedBaseWeight, quantized_weight_of
+from fastlora.layers.quantized_base import (
+    call_base_layer,
+    fallback_reason_base_called,
+    quantized_base_of_call,
+    quantized_base_of_layer,
+    to_base_output_dtype,
+)
 from fastlora.ops.factors import Base
 from fastlora.validation import UnsupportedLayerError
 
@@ -55,29 +65,31 @@ class FastLoraWrapper(LoraLayer):
 
         The base layer receives all other arguments.
         """
-        call = begin(self, x)
-        acts = not isinstance(call, LayerCall) or call.names
+        call = create_call(self, x)
+        acts = not isinstance(call, UniformCall) or call.names
         if acts and not (args or kwargs):
-            base = coded_base(call)
+            base = quantized_base_of_call(call)
             if base is not None:
-                return as_called(call, base, forward(call, base))
-        call.conditions.refuse(self, NOT_OUR_GEMM)
-        y = call_base(call, self.base_layer, *args, **kwargs)
+                return to_base_output_dtype(call, base, forward(call, base))
+        call.conditions.raise_if_batch_invariant(self, BASE_GEMM_VARIES)
+        y = call_base_layer(call, self.base_layer, *args, **kwargs)
         if not acts:
             return y
-        inplace = not y.requires_grad and self._may_write_into(y, x)
+        inplace = not y.requires_grad and self._may_overwrite(y, x)
         return forward(call, Base(y=y, inplace=inplace))
 
-    def _own_quantised(self) -> Quantised | None:
-        return quantised(self.base_layer)
+    def _local_quantized(self) -> QuantizedBaseWeight | None:
+        return quantized_weight_of(self.base_layer)
 
-    def _plain_base(self) -> Base | None:
-        return sibling_base(self)
+    def _fusable_base(self) -> Base | None:
+        return quantized_base_of_layer(self)
 
-    def _may_write_into(self, y: torch.Tensor, x: torch.Tensor) -> bool:
+    def _may_overwrite(self, y: torch.Tensor, x: torch.Tensor) -> bool:
         """Return whether y may be overwritten, because no other code refers to it."""
         hooked = self.base_layer._forward_hooks or "forward" in self.base_layer.__dict__
-        return makes_fresh_outputs(self.base_layer) and not (hooked or y is x or y._is_view())
+        return returns_unreferenced_output(self.base_layer) and not (
+            hooked or y is x or y._is_view()
+        )
 
     @property
     def weight(self) -> Any:
@@ -91,11 +103,13 @@ class FastLoraWrapper(LoraLayer):
 
     def fusion(self, gathered: bool = False) -> tuple[bool, str]:
         """Return whether the base GEMM and LoRA term run fused, and the fallback reason if not."""
-        return fusion(self, self._acting(), why_called(self), gathered)
+        return fusion_status(
+            self, self._applied_adapters(), fallback_reason_base_called(self), gathered
+        )
 
-    def _mergeable(self) -> tuple[Stored, torch.Tensor | None]:
+    def _weight_and_bias_to_merge(self) -> tuple[MergeTarget, torch.Tensor | None]:
         shape = self.out_features, self.in_features
-        return stored_weight(self.base_layer, shape), getattr(self.base_layer, "bias", None)
+        return merge_target_of(self.base_layer, shape), getattr(self.base_layer, "bias", None)
 
-    def _weight_like(self, delta: torch.Tensor) -> torch.Tensor:
+    def _reshape_to_weight(self, delta: torch.Tensor) -> torch.Tensor:
         return delta.t() if type(self.base_layer).__name__ == "Conv1D" else delta

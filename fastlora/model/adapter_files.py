@@ -3,7 +3,8 @@
 A save replaces the weights file first and the config file second. If the process is killed between
 the two steps, the folder contains new weights and an old config. For this reason, the metadata of
 the weights file contains a copy of the config that was saved with the weights, and a hash of the
-config file that the save replaces. `_config_of` compares both with the config file, and selects the
+config file that the save replaces. `_config_matching_weights` compares both with the config file,
+and selects the
 config that belongs to the weights.
 """
 
@@ -36,7 +37,7 @@ _TRIES = 10
 
 
 @dataclass(frozen=True)
-class FileLimits:
+class FileSizeLimits:
     """Limits on the sizes of an adapter's config and of its weights file's header, in bytes.
 
     Attributes:
@@ -50,7 +51,7 @@ class FileLimits:
 
 
 @dataclass(frozen=True)
-class AdapterFiles:
+class OpenAdapterFiles:
     """The config and the open weights file of an adapter folder.
 
     Attributes:
@@ -64,8 +65,8 @@ class AdapterFiles:
 
 @contextlib.contextmanager
 def open_adapter_files(
-    folder: Path, root: Path | None = None, limits: FileLimits | None = None
-) -> Iterator[AdapterFiles]:
+    folder: Path, root: Path | None = None, limits: FileSizeLimits | None = None
+) -> Iterator[OpenAdapterFiles]:
     """Open the files of an adapter folder for the duration of a ``with`` block.
 
     The files are opened for reading only.
@@ -82,23 +83,23 @@ def open_adapter_files(
         OSError: If a file is missing or cannot be opened.
     """
     path = folder / CONFIG_NAME
-    limits = limits or FileLimits()
+    limits = limits or FileSizeLimits()
     for _ in range(_TRIES):
         text = _read_config(path, root, limits.config)
-        file = open_regular(folder / WEIGHTS_NAME, root)
+        file = open_regular_file(folder / WEIGHTS_NAME, root)
         with TensorFile(file, folder / WEIGHTS_NAME, limits.header) as weights:
-            own = _config_of(text, weights.metadata, path, limits.config)
+            own = _config_matching_weights(text, weights.metadata, path, limits.config)
             # A concurrent save may have replaced both files since the config was read.
             if own is None and _read_config(path, root, limits.config) != text:
                 continue
-            yield AdapterFiles(_fields(text if own is None else own, path), weights)
+            yield OpenAdapterFiles(_fields(text if own is None else own, path), weights)
             return
     raise CheckpointError(
         f"{folder}: the files kept changing while they were being read; try again"
     )
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+def read_config_of_weights(folder: Path) -> dict[str, Any]:
     """Return a dict of the fields in the config that belongs to an adapter folder's weights.
 
     As in `open_adapter_files`, the config is read from the config file or from the metadata of the
@@ -127,7 +128,7 @@ def read_config_file(path: Path) -> dict[str, Any]:
         ) from error
 
 
-def config_metadata(folder: Path, text: bytes) -> dict[str, str]:
+def weights_file_metadata(folder: Path, text: bytes) -> dict[str, str]:
     """Return the metadata to store in a weights file that is saved together with a config file.
 
     The metadata contains the new config. If the folder already contains a different config file,
@@ -145,7 +146,7 @@ def config_metadata(folder: Path, text: bytes) -> dict[str, str]:
     return metadata
 
 
-def edited_config(folder: Path, text: bytes) -> bytes:
+def config_saved_without_weights(folder: Path, text: bytes) -> bytes:
     """Return the content of a config file that is saved without weights.
 
     The result is ``text``, with one exception. The weights file contains a hash of the config file
@@ -160,14 +161,14 @@ def edited_config(folder: Path, text: bytes) -> bytes:
     path = folder / WEIGHTS_NAME
     with (
         contextlib.suppress(OSError, CheckpointError),
-        TensorFile(open_regular(path), path) as weights,
+        TensorFile(open_regular_file(path), path) as weights,
     ):
         if hashlib.sha256(text).hexdigest() == weights.metadata.get(_REPLACES):
             return text + b"\n"
     return text
 
 
-def open_regular(path: Path, root: Path | None = None) -> BinaryIO:
+def open_regular_file(path: Path, root: Path | None = None) -> BinaryIO:
     """Open a file for reading, and check that it is a regular file.
 
     The check uses the open file descriptor, since the path may refer to another file in the
@@ -217,16 +218,18 @@ def _open_in(root: Path, path: Path, flags: int) -> int:
         os.close(at)
 
 
-def _read_config(path: Path, root: Path | None = None, most: int = MAX_CONFIG_BYTES) -> bytes:
-    with open_regular(path, root) as file:
-        text = file.read(most + 1)
-        if len(text) > most:
+def _read_config(path: Path, root: Path | None = None, max_bytes: int = MAX_CONFIG_BYTES) -> bytes:
+    with open_regular_file(path, root) as file:
+        text = file.read(max_bytes + 1)
+        if len(text) > max_bytes:
             size = os.fstat(file.fileno()).st_size
-            raise CheckpointError(f"{path}: {size} bytes, expected at most {most}")
+            raise CheckpointError(f"{path}: {size} bytes, expected at most {max_bytes}")
         return text
 
 
-def _config_of(text: bytes, metadata: Mapping[str, str], path: Path, most: int) -> bytes | None:
+def _config_matching_weights(
+    text: bytes, metadata: Mapping[str, str], path: Path, max_bytes: int
+) -> bytes | None:
     """Return the config that belongs to the weights, according to the weights file's metadata.
 
     If ``text`` is the config that was saved with the weights, ``text`` is returned. If ``text`` is
@@ -241,7 +244,7 @@ def _config_of(text: bytes, metadata: Mapping[str, str], path: Path, most: int) 
         most: The maximum size of the stored config, in bytes.
 
     Raises:
-        CheckpointError: If the stored config is needed and has more than ``most`` bytes.
+        CheckpointError: If the stored config is needed and has more than ``max_bytes`` bytes.
     """
     saved = metadata.get(_CONFIG, "").encode("utf-8", "surrogatepass")
     if not saved:
@@ -250,10 +253,10 @@ def _config_of(text: bytes, metadata: Mapping[str, str], path: Path, most: int) 
         return text
     if hashlib.sha256(text).hexdigest() != metadata.get(_REPLACES):
         return None
-    if len(saved) > most:
+    if len(saved) > max_bytes:
         raise CheckpointError(
             f"{path.with_name(WEIGHTS_NAME)}: stores a config of {len(saved)} bytes, expected at "
-            f"most {most}"
+            f"most {max_bytes}"
         )
     warnings.warn(
         f"{path}: is older than {WEIGHTS_NAME}, because a save was interrupted or is still "

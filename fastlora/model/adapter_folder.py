@@ -24,13 +24,13 @@ import torch
 from fastlora.model.adapter_files import (
     CONFIG_NAME,
     WEIGHTS_NAME,
-    AdapterFiles,
-    FileLimits,
-    config_metadata,
+    FileSizeLimits,
+    OpenAdapterFiles,
     open_adapter_files,
+    weights_file_metadata,
 )
+from fastlora.model.atomic_files import atomic_replace_files, folder_lock, fsync_path
 from fastlora.model.config import LoraConfig
-from fastlora.model.replace_files import flush_to_disk, locked, replacing_together
 from fastlora.model.targets import modules_to_save_entries
 from fastlora.model.tensor_file import TensorInfo, write_tensors
 from fastlora.validation import CheckpointError, ConfigError, error_prefix
@@ -77,7 +77,7 @@ _LEAVES = {
 Tensors = Mapping[str, TensorInfo | torch.Tensor]
 
 
-class AdapterKey(NamedTuple):
+class ParsedAdapterKey(NamedTuple):
     """A key of an adapter's weights file, split into the module's name and the kind of tensor.
 
     Attributes:
@@ -101,19 +101,19 @@ class AdapterHeader:
     Attributes:
         path: The folder.
         config: The adapter's config.
-        infos: A dict that maps each key in the weights file to the tensor's dtype, shape, and
-            position.
+        tensor_infos: A dict that maps each key in the weights file to the tensor's dtype, shape,
+            and position.
         keys: A dict that maps each key in the weights file to its parsed parts.
     """
 
     path: Path
     config: LoraConfig
-    infos: dict[str, TensorInfo]
-    keys: dict[str, AdapterKey]
+    tensor_infos: dict[str, TensorInfo]
+    keys: dict[str, ParsedAdapterKey]
 
 
 @dataclass(frozen=True)
-class AdapterFile:
+class AdapterContents:
     """The checked contents of an adapter folder with the tensor data.
 
     Attributes:
@@ -124,11 +124,11 @@ class AdapterFile:
 
     path: Path
     config: LoraConfig
-    keys: dict[str, AdapterKey]
+    keys: dict[str, ParsedAdapterKey]
     tensors: dict[str, torch.Tensor]
 
 
-class OpenAdapter:
+class OpenAdapterFolder:
     """An open adapter folder.
 
     The config and the weights are from the same save, even if another process saves an adapter into
@@ -139,7 +139,7 @@ class OpenAdapter:
         config: The adapter's config.
     """
 
-    def __init__(self, path: Path, files: AdapterFiles) -> None:
+    def __init__(self, path: Path, files: OpenAdapterFiles) -> None:
         self.path = path
         self._weights = files.weights
         try:
@@ -149,9 +149,9 @@ class OpenAdapter:
             raise CheckpointError(str(error)) from error
 
     @property
-    def nbytes(self) -> int:
+    def weights_file_size(self) -> int:
         """The size of the weights file in bytes, as the file system reports it."""
-        return self._weights.nbytes
+        return self._weights.file_size
 
     @cached_property
     def header(self) -> AdapterHeader:
@@ -162,12 +162,12 @@ class OpenAdapter:
         Raises:
             CheckpointError: If the header is damaged or contradicts the config.
         """
-        infos = self._weights.infos
-        keys = check_tensors(self.config, infos, str(self._weights.path))
-        return AdapterHeader(self.path, self.config, infos, keys)
+        tensor_infos = self._weights.tensor_infos
+        keys = parse_and_check_tensors(self.config, tensor_infos, str(self._weights.path))
+        return AdapterHeader(self.path, self.config, tensor_infos, keys)
 
-    def load(self) -> AdapterFile:
-        """Check the adapter, read its tensors, and return both as an `AdapterFile`.
+    def load(self) -> AdapterContents:
+        """Check the adapter, read its tensors, and return both as an `AdapterContents`.
 
         Raises:
             CheckpointError: If the weights file is damaged, contradicts the config, or changes
@@ -175,13 +175,13 @@ class OpenAdapter:
         """
         keys = self.header.keys
         wanted = [key for key, parts in keys.items() if parts.kind != "duplicate"]
-        return AdapterFile(self.path, self.config, keys, self._weights.read(wanted))
+        return AdapterContents(self.path, self.config, keys, self._weights.read(wanted))
 
 
 @contextlib.contextmanager
 def open_adapter_folder(
-    path: str | os.PathLike[str], root: Path | None = None, limits: FileLimits | None = None
-) -> Iterator[OpenAdapter]:
+    path: str | os.PathLike[str], root: Path | None = None, limits: FileSizeLimits | None = None
+) -> Iterator[OpenAdapterFolder]:
     """Open a local adapter folder for the duration of a ``with`` block.
 
     Only local folders are supported; repository ids of the Hugging Face Hub are not downloaded. If
@@ -202,11 +202,11 @@ def open_adapter_folder(
         try:
             files = stack.enter_context(open_adapter_files(folder, root, limits))
         except (FileNotFoundError, NotADirectoryError) as error:
-            raise CheckpointError(_why_missing(folder, error)) from error
-        yield OpenAdapter(folder, files)
+            raise CheckpointError(_open_error_message(folder, error)) from error
+        yield OpenAdapterFolder(folder, files)
 
 
-def load_adapter_folder(path: str | os.PathLike[str]) -> AdapterFile:
+def load_adapter_folder(path: str | os.PathLike[str]) -> AdapterContents:
     """Read the config and the tensors of a local adapter folder, and check them.
 
     Symbolic links are followed.
@@ -226,7 +226,9 @@ def inspect_adapter_folder(path: str | os.PathLike[str]) -> AdapterHeader:
         return opened.header
 
 
-def renamed(file: AdapterFile, mapping: Mapping[str, str] | None) -> AdapterFile:
+def with_renamed_modules(
+    file: AdapterContents, mapping: Mapping[str, str] | None
+) -> AdapterContents:
     """Return a copy of an adapter file in which the names of modules are replaced.
 
     Some transformers models define a mapping from the module names of earlier versions to the
@@ -242,12 +244,12 @@ def renamed(file: AdapterFile, mapping: Mapping[str, str] | None) -> AdapterFile
         return file
     names = {key: _renamed(key.removeprefix(KEY_PREFIX), mapping) for key in file.keys}
     new = {key: f"{KEY_PREFIX}{name}" for key, name in names.items()}
-    keys: dict[str, AdapterKey] = {}
+    keys: dict[str, ParsedAdapterKey] = {}
     for key, parts in file.keys.items():
         end = key.removeprefix(f"{KEY_PREFIX}{parts.module}")
-        keys[new[key]] = AdapterKey(names[key].removesuffix(end), parts.kind)
+        keys[new[key]] = ParsedAdapterKey(names[key].removesuffix(end), parts.kind)
     tensors = {new[key]: tensor for key, tensor in file.tensors.items()}
-    return AdapterFile(file.path, file.config, keys, tensors)
+    return AdapterContents(file.path, file.config, keys, tensors)
 
 
 def _renamed(name: str, mapping: Mapping[str, str]) -> str:
@@ -287,18 +289,20 @@ def save_adapter_folder(
     folder = Path(path)
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder}: is a file, expected a folder")
-    check_tensors(config, tensors, str(folder / WEIGHTS_NAME))
+    parse_and_check_tensors(config, tensors, str(folder / WEIGHTS_NAME))
     text = config.to_json(inference_mode=True, auto_mapping=auto_mapping).encode("utf-8")
     if not folder.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        flush_to_disk(folder.parent)
+        fsync_path(folder.parent)
     paths = folder / WEIGHTS_NAME, folder / CONFIG_NAME
-    with locked(folder), replacing_together(*paths) as (weights, new_config):
-        write_tensors(weights, tensors, config_metadata(folder, text))
+    with folder_lock(folder), atomic_replace_files(*paths) as (weights, new_config):
+        write_tensors(weights, tensors, weights_file_metadata(folder, text))
         new_config.write_bytes(text)
 
 
-def check_tensors(config: LoraConfig, tensors: Tensors, source: str) -> dict[str, AdapterKey]:
+def parse_and_check_tensors(
+    config: LoraConfig, tensors: Tensors, source: str
+) -> dict[str, ParsedAdapterKey]:
     """Parse the keys of an adapter file, and check the tensors against the config.
 
     Args:
@@ -329,7 +333,7 @@ def check_tensors(config: LoraConfig, tensors: Tensors, source: str) -> dict[str
         return keys
 
 
-def _why_missing(folder: Path, error: OSError) -> str:
+def _open_error_message(folder: Path, error: OSError) -> str:
     """Return an error message that explains why an adapter folder cannot be opened."""
     if folder.is_file():
         return f"{folder}: is a file, expected the folder that contains {WEIGHTS_NAME}"
@@ -355,20 +359,20 @@ def _why_missing(folder: Path, error: OSError) -> str:
     return f"{folder}: has no {' and no '.join(missing)}{hint if inside else ''}"
 
 
-def _parse(key: str, config: LoraConfig, tensors: Tensors) -> AdapterKey:
+def _parse(key: str, config: LoraConfig, tensors: Tensors) -> ParsedAdapterKey:
     name = key.removeprefix(KEY_PREFIX)
     if name == key:
         raise CheckpointError(f"unknown key {key!r}, expected the prefix {KEY_PREFIX!r}")
     for suffix, kind in _LEAVES.items():
         if name.endswith(suffix):
-            return AdapterKey(name.removesuffix(suffix), kind)
+            return ParsedAdapterKey(name.removesuffix(suffix), kind)
     module, _, leaf = name.rpartition(".")
     entries = tuple(modules_to_save_entries(config))
     for outer in accumulate(module.split("."), "{}.{}".format):  # a, a.b, a.b.c
         if entries and outer.endswith(entries):
             rest = name.removeprefix(f"{outer}.")
             copied = rest.startswith(("original_module.", "modules_to_save."))
-            return AdapterKey(outer, "duplicate" if copied else "saved")
+            return ParsedAdapterKey(outer, "duplicate" if copied else "saved")
     if leaf in _FOREIGN:
         raise CheckpointError(
             f"found {key!r}, a tensor of {_FOREIGN[leaf]}, which fastlora does not support; load "
@@ -377,15 +381,15 @@ def _parse(key: str, config: LoraConfig, tensors: Tensors) -> AdapterKey:
         )
     copied = any(entry.rpartition(".")[2] in _EMBEDDINGS for entry in entries)
     if config.ensure_weight_tying and copied and module.rpartition(".")[2] in _EMBEDDINGS:
-        return AdapterKey(module, "saved")  # tied to a module in modules_to_save
+        return ParsedAdapterKey(module, "saved")  # tied to a module in modules_to_save
     inner = module.removesuffix(".base_layer").removesuffix(".token_adapter")
     if leaf == "bias" and config.bias != "none":
-        return AdapterKey(inner, "bias")
+        return ParsedAdapterKey(inner, "bias")
     adapted = any(f"{KEY_PREFIX}{inner}{suffix}" in tensors for suffix in _LEAVES)
     if leaf == "weight" and (
         inner.rpartition(".")[2] in _EMBEDDINGS or (adapted and inner != module)
     ):
-        return AdapterKey(inner, "base")
+        return ParsedAdapterKey(inner, "base")
     raise CheckpointError(
         f"unknown key {key!r}, expected LoRA factors"
         f"{', a bias' if config.bias != 'none' else ''} or one of modules_to_save={list(entries)}"
@@ -405,7 +409,7 @@ def _check_factor(
     if not 2 <= len(shape) <= 5:  # convolutions have more than 2 dimensions
         raise CheckpointError(f"{key!r} has shape {shape}, expected 2 to 5 dimensions")
     axis, expected = (0, "(rank, in)") if kind.endswith("A") else (1, "(out, rank)")
-    rank = config.rank_for(adapted_module(module))
+    rank = config.rank_for(target_module_name(module))
     grouped = axis == 1 and len(shape) > 2  # lora_B of a grouped convolution has rank / groups
     if rank % max(shape[axis], 1) if grouped else shape[axis] != rank:
         raise CheckpointError(
@@ -418,14 +422,14 @@ def _check_factor(
                 raise CheckpointError(f"{field}=True, but {module!r} has no {leaf}")
 
 
-def adapted_module(module: str) -> str:
+def target_module_name(layer_name: str) -> str:
     """Return the name of the target module that contains a LoRA layer, given the layer's name.
 
     Some targets consist of several LoRA layers. In adapter files, the inner layers have names that
     start with the target's name and ``.base_layer.``. For other layers, the name is returned
     unchanged.
     """
-    return module.partition(".base_layer.")[0]
+    return layer_name.partition(".base_layer.")[0]
 
 
 def _check_vector(

@@ -22,15 +22,15 @@ from fastlora.layers import (
     TrainableTokensWrapper,
 )
 from fastlora.layers.tied_head import TiedLoraHead
-from fastlora.model.adapter_folder import KEY_PREFIX, TOKENS_KEY, AdapterFile
-from fastlora.model.base_state import bare_key, without_wrappers
+from fastlora.model.adapter_folder import KEY_PREFIX, TOKENS_KEY, AdapterContents
+from fastlora.model.base_modules import base_module_of, named_outer_modules, strip_wrapper_prefixes
+from fastlora.model.base_state import key_without_adapters, strip_adapter_wrapper_names
 from fastlora.model.config import LoraConfig
-from fastlora.model.inject import adapter_biases, base_parameters, routed_modules
-from fastlora.model.plan import Plan
-from fastlora.model.replication import in_place
-from fastlora.model.tied import input_embedding
-from fastlora.model.walk import base_of, outer_modules, plain_name
-from fastlora.sharding import copy_whole_
+from fastlora.model.inject import base_biases_trained_by, base_parameters, modules_with_adapters
+from fastlora.model.plan import AdapterPlan
+from fastlora.model.replication import replication_applied
+from fastlora.model.tied_weights import input_embedding_name
+from fastlora.sharding import copy_full_tensor_
 from fastlora.validation import CheckpointError
 
 if TYPE_CHECKING:
@@ -40,8 +40,12 @@ if TYPE_CHECKING:
 _SAVED_TARGETS = ("embed_tokens", "lm_head")
 
 
-def key_map(lora_model: LoraModel, adapter_name: str, bias: str | None = None) -> dict[str, str]:
-    """Return a dict that maps each file key of an adapter to the tensor's key in `plain_state`.
+def file_key_to_state_key(
+    lora_model: LoraModel, adapter_name: str, bias: str | None = None
+) -> dict[str, str]:
+    """Return a dict that maps an adapter file\'s keys to keys of the model\'s stripped state dict.
+
+    The keys of the state dict are those that `strip_wrapper_prefixes_from_keys` returns.
 
     A file key is the key of a tensor in PEFT's adapter files. It does not contain the adapter's
     name. The file keys of a module in ``modules_to_save`` contain the module's original name, and
@@ -57,28 +61,31 @@ def key_map(lora_model: LoraModel, adapter_name: str, bias: str | None = None) -
     tuner = lora_model.base_model
     model, bias = tuner.model, bias or tuner.peft_config[adapter_name].bias
     keys: dict[str, str] = {}
-    for name, module in routed_modules(model):
-        at = f"{KEY_PREFIX}{plain_name(name)}."
+    for name, module in modules_with_adapters(model):
+        at = f"{KEY_PREFIX}{strip_wrapper_prefixes(name)}."
         if isinstance(module, ModuleWrapper) or adapter_name in module.r:
             for disk, key in module.file_names(adapter_name).items():
                 keys[at + disk] = at + key
-    for name in adapter_biases(model, adapter_name, bias):
-        disk = plain_name(str(bare_key(model, name, adapter_name)))
-        keys[KEY_PREFIX + disk] = KEY_PREFIX + plain_name(name)
+    for name in base_biases_trained_by(model, adapter_name, bias):
+        disk = strip_wrapper_prefixes(str(key_without_adapters(model, name, adapter_name)))
+        keys[KEY_PREFIX + disk] = KEY_PREFIX + strip_wrapper_prefixes(name)
     return keys
 
 
-def plain_state(state: Mapping[str, Any]) -> dict[str, Any]:
+def strip_wrapper_prefixes_from_keys(state: Mapping[str, Any]) -> dict[str, Any]:
     """Return a copy of a state dict with the names of wrapper modules removed from the keys.
 
-    See `plain_name` for the wrappers. The tensors are not copied.
+    See `strip_wrapper_prefixes` for the wrappers. The tensors are not copied.
     """
-    return {plain_name(key): tensor for key, tensor in state.items()}
+    return {strip_wrapper_prefixes(key): tensor for key, tensor in state.items()}
 
 
-def check_fit(
-    model: nn.Module, plan: Plan, file: AdapterFile, ignore_mismatched_sizes: bool = False
-) -> AdapterFile:
+def check_adapter_fits_model(
+    model: nn.Module,
+    plan: AdapterPlan,
+    file: AdapterContents,
+    ignore_mismatched_sizes: bool = False,
+) -> AdapterContents:
     """Check that the tensors of an adapter file fit a model, and return the file.
 
     Args:
@@ -96,14 +103,16 @@ def check_fit(
             shape and ``ignore_mismatched_sizes`` is False.
     """
     tensors, path, other = file.tensors, file.path, dict[str, str]()
-    with in_place(plan.replication):
+    with replication_applied(plan.replication):
         expected = _expected_shapes(model, plan)
-        shapes = _tied_shapes(model, expected, plan) | expected
+        shapes = _tied_head_shapes(model, expected, plan) | expected
         biases = _base_biases(model) if plan.config.bias != "none" else {}
         for key, parts in file.keys.items():
             found = _base_weight(model, parts.module) if parts.kind == "base" else None
             if parts.kind == "bias":
-                _, found = biases.get(f"{without_wrappers(parts.module)}.bias", (key, None))
+                _, found = biases.get(
+                    f"{strip_adapter_wrapper_names(parts.module)}.bias", (key, None)
+                )
             if found is not None:
                 shapes.setdefault(key, tuple(found.shape))
     missing = [key for key in expected if key not in tensors]
@@ -132,8 +141,8 @@ def check_fit(
     return replace(file, tensors={key: t for key, t in tensors.items() if key not in other})
 
 
-def check_same_adapter(
-    model: nn.Module, adapter_name: str, loaded_config: LoraConfig, plan: Plan, path: Path
+def check_can_overwrite_adapter(
+    model: nn.Module, adapter_name: str, loaded_config: LoraConfig, plan: AdapterPlan, path: Path
 ) -> None:
     """Check that the weights of a loaded adapter can be overwritten with those of an adapter file.
 
@@ -154,7 +163,7 @@ def check_same_adapter(
     config = plan.config
     layers = {
         name: layer
-        for name, layer in outer_modules(model)
+        for name, layer in named_outer_modules(model)
         if isinstance(layer, LoraLayer) and not isinstance(layer, TiedLoraHead)
         if adapter_name in layer.r
     }
@@ -172,7 +181,7 @@ def check_same_adapter(
         )
     rows = {
         name: module.token_indices[adapter_name]
-        for name, module in routed_modules(model)
+        for name, module in modules_with_adapters(model)
         if isinstance(module, TrainableTokensWrapper) and adapter_name in module.token_indices
     }
     if rows != {name: tokens.indices for name, tokens in plan.tokens.items()}:
@@ -190,13 +199,13 @@ def check_same_adapter(
             )
 
 
-def _expected_shapes(model: nn.Module, plan: Plan) -> dict[str, tuple[int, ...]]:
+def _expected_shapes(model: nn.Module, plan: AdapterPlan) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
     for name, target in plan.targets.items():
-        for key, shape in target.shapes().items():
+        for key, shape in target.tensor_shapes().items():
             shapes[f"{KEY_PREFIX}{name}.{key}"] = shape
     for name in (*plan.modules_to_save, *plan.tied_copies):
-        for key, tensor in base_of(model.get_submodule(name)).state_dict().items():
+        for key, tensor in base_module_of(model.get_submodule(name)).state_dict().items():
             shapes[f"{KEY_PREFIX}{name}.{key}"] = tuple(tensor.shape)
     for name, tokens in plan.tokens.items():
         if tokens.tied_to is None:
@@ -205,8 +214,8 @@ def _expected_shapes(model: nn.Module, plan: Plan) -> dict[str, tuple[int, ...]]
     return shapes
 
 
-def _tied_shapes(
-    model: nn.Module, expected: dict[str, tuple[int, ...]], plan: Plan
+def _tied_head_shapes(
+    model: nn.Module, expected: dict[str, tuple[int, ...]], plan: AdapterPlan
 ) -> dict[str, tuple[int, ...]]:
     """Return a dict that maps the file keys of tied output heads to the shapes of their tensors.
 
@@ -214,7 +223,7 @@ def _tied_shapes(
     time, transposed, under the head's name.
     """
     shapes: dict[str, tuple[int, ...]] = {}
-    at = KEY_PREFIX + str(input_embedding(model)) if plan.tied_heads else ""
+    at = KEY_PREFIX + str(input_embedding_name(model)) if plan.tied_heads else ""
     for name in plan.tied_heads:
         for end, own in (("lora_A", "lora_embedding_B"), ("lora_B", "lora_embedding_A")):
             shapes[f"{KEY_PREFIX}{name}.{end}.weight"] = expected[f"{at}.{own}"][::-1]
@@ -228,7 +237,7 @@ def _base_biases(model: nn.Module) -> dict[str, tuple[str, torch.Tensor]]:
     the parameter.
     """
     return {
-        plain_name(str(bare_key(model, name))): (name, parameter)
+        strip_wrapper_prefixes(str(key_without_adapters(model, name))): (name, parameter)
         for name, parameter in base_parameters(model)
         if name.rpartition(".")[2] == "bias"
     }
@@ -240,11 +249,11 @@ def _base_weight(model: nn.Module, name: str) -> torch.Tensor | None:
         module = model.get_submodule(name)
     except AttributeError:
         return None
-    weight = getattr(base_of(module), "weight", None)
+    weight = getattr(base_module_of(module), "weight", None)
     return weight if isinstance(weight, torch.Tensor) else None
 
 
-def collect(
+def adapter_file_state_dict(
     lora_model: LoraModel,
     adapter_name: str,
     source: dict[str, torch.Tensor],
@@ -263,8 +272,8 @@ def collect(
             base model may be missing.
     """
     tensors = {}
-    source = plain_state(source)
-    for disk, key in key_map(lora_model, adapter_name).items():
+    source = strip_wrapper_prefixes_from_keys(source)
+    for disk, key in file_key_to_state_key(lora_model, adapter_name).items():
         if key in source:
             tensors[disk] = source[key]
         elif not disk.endswith("bias") or ".lora_B." in disk:
@@ -273,22 +282,22 @@ def collect(
             )
     tuner = lora_model.base_model
     model, config = tuner.model, tuner.peft_config[adapter_name]
-    for name, module in routed_modules(model):
+    for name, module in modules_with_adapters(model):
         if isinstance(module, TiedLoraHead) and adapter_name in module.r:
-            at = KEY_PREFIX + str(input_embedding(model))
+            at = KEY_PREFIX + str(input_embedding_name(model))
             for disk, own in (("lora_A", "lora_embedding_B"), ("lora_B", "lora_embedding_A")):
                 factor = tensors[f"{at}.{own}"]
                 tensors[f"{KEY_PREFIX}{name}.{disk}.weight"] = factor.t().contiguous()
-    embeddings = _embeddings(model)
+    embeddings = _input_output_embeddings(model)
     save = save_embedding_layers
     if save == "auto":
-        save, why = _is_resized(model, config), "the embedding layer has been resized"
+        save, reason = _is_vocab_resized(model, config), "the embedding layer has been resized"
         if not save:
             embeddings = {n: m for n, m in embeddings.items() if isinstance(m, LoraLayer)}
             save = _targets_embedding(embeddings, adapter_name, config)
-            why = "embedding layers found in `target_modules`"
+            reason = "embedding layers found in `target_modules`"
         if save:
-            warnings.warn(f"Setting `save_embedding_layers` to `True` as {why}.", stacklevel=4)
+            warnings.warn(f"Setting `save_embedding_layers` to `True` as {reason}.", stacklevel=4)
     elif save and not hasattr(model, "get_input_embeddings"):
         warnings.warn(
             "Could not identify embedding layer(s) because the model is not a 🤗 transformers "
@@ -309,7 +318,7 @@ def collect(
     return tensors
 
 
-def _embeddings(model: nn.Module) -> dict[str, nn.Module]:
+def _input_output_embeddings(model: nn.Module) -> dict[str, nn.Module]:
     """Return a dict that maps module names to the input and output embeddings of a model.
 
     Embeddings are found with the methods that transformers models define.
@@ -339,7 +348,7 @@ def _targets_embedding(
     )
 
 
-def _is_resized(model: nn.Module, config: LoraConfig) -> bool:
+def _is_vocab_resized(model: nn.Module, config: LoraConfig) -> bool:
     """Return whether the model's vocabulary size has changed since the model was loaded.
 
     The size is compared with the one in the base model's ``config.json``. The result is False if
@@ -354,7 +363,7 @@ def _is_resized(model: nn.Module, config: LoraConfig) -> bool:
 
 
 @torch.no_grad()
-def load(lora_model: LoraModel, adapter_name: str, file: AdapterFile) -> None:
+def load_adapter_contents(lora_model: LoraModel, adapter_name: str, file: AdapterContents) -> None:
     """Copy the tensors of a checked file into an adapter's parameters.
 
     The parameters keep their dtypes. If the file contains a base embedding, which PEFT saves when
@@ -363,17 +372,17 @@ def load(lora_model: LoraModel, adapter_name: str, file: AdapterFile) -> None:
     Args:
         lora_model: The model that has the adapter.
         adapter_name: The name of the adapter.
-        file: The file, as returned by `check_fit`.
+        file: The file, as returned by `check_adapter_fits_model`.
     """
-    put(lora_model, adapter_name, file.tensors)
+    set_adapter_tensors(lora_model, adapter_name, file.tensors)
     for disk, parts in file.keys.items():
         if parts.kind == "base" and disk in file.tensors:
             weight = _base_weight(lora_model.base_model.model, parts.module)
             if weight is not None:
-                copy_whole_(weight, file.tensors[disk])
+                copy_full_tensor_(weight, file.tensors[disk])
 
 
-def _write(lora_model: LoraModel, key: str, target: torch.Tensor, source: torch.Tensor) -> None:
+def _copy_into(lora_model: LoraModel, key: str, target: torch.Tensor, source: torch.Tensor) -> None:
     """Copy ``source`` into ``target``, the tensor that has the key ``key`` in the model.
 
     A target on the meta device is replaced with a new tensor on the device of the base layer.
@@ -384,25 +393,29 @@ def _write(lora_model: LoraModel, key: str, target: torch.Tensor, source: torch.
     if source.is_meta:
         raise CheckpointError(f"the tensor given for {key!r} is on the meta device and has no data")
     if not target.is_meta:
-        copy_whole_(target, source)
+        copy_full_tensor_(target, source)
         return
     name, _, leaf = key.rpartition(".")
     owner, inside = lora_model.get_submodule(name), f"{key.removeprefix(KEY_PREFIX)}."
     layer = next(
-        m for n, m in routed_modules(lora_model.base_model.model) if inside.startswith(f"{n}.")
+        m
+        for n, m in modules_with_adapters(lora_model.base_model.model)
+        if inside.startswith(f"{n}.")
     )
-    devices = (p.device for p in base_of(layer).parameters() if not p.is_meta)
+    devices = (p.device for p in base_module_of(layer).parameters() if not p.is_meta)
     made = source.detach().to(next(devices, source.device), target.dtype, copy=True)
     old: Any = getattr(owner, leaf)
     if isinstance(old, nn.Parameter):
         made = nn.Parameter(made, requires_grad=old.requires_grad)
     setattr(owner, leaf, made)
     if isinstance(layer, LoraLayer):
-        layer._fit_scalings(layer.scaling)
+        layer._move_scalings_to_factors(layer.scaling)
 
 
 @torch.no_grad()
-def put(lora_model: LoraModel, adapter_name: str, tensors: Mapping[str, torch.Tensor]) -> Any:
+def set_adapter_tensors(
+    lora_model: LoraModel, adapter_name: str, tensors: Mapping[str, torch.Tensor]
+) -> Any:
     """Copy tensors into an adapter's parameters.
 
     Parameters without a tensor in ``tensors`` are left unchanged.
@@ -421,14 +434,17 @@ def put(lora_model: LoraModel, adapter_name: str, tensors: Mapping[str, torch.Te
         CheckpointError: If a shape differs. No tensor has been changed in this case.
     """
     tuner = lora_model.base_model
-    tuner.check_known(adapter_name)
-    state, own = plain_state(lora_model.state_dict()), key_map(lora_model, adapter_name)
+    tuner.check_adapter_loaded(adapter_name)
+    state, own = (
+        strip_wrapper_prefixes_from_keys(lora_model.state_dict()),
+        file_key_to_state_key(lora_model, adapter_name),
+    )
     keys, others = dict(own), [disk for disk in tensors if disk not in own]
     biases = _base_biases(tuner.model) if others else {}
     for disk in others:  # base biases, regardless of the config's bias field, as in PEFT
-        name = without_wrappers(disk.removeprefix(KEY_PREFIX))
+        name = strip_adapter_wrapper_names(disk.removeprefix(KEY_PREFIX))
         if name in biases:
-            keys[disk] = KEY_PREFIX + plain_name(biases[name][0])
+            keys[disk] = KEY_PREFIX + strip_wrapper_prefixes(biases[name][0])
     present = {disk: key for disk, key in keys.items() if disk in tensors and key in state}
     for disk, key in present.items():
         if tensors[disk].shape != state[key].shape:
@@ -437,6 +453,6 @@ def put(lora_model: LoraModel, adapter_name: str, tensors: Mapping[str, torch.Te
                 f"{tuple(state[key].shape)}"
             )
     for disk, key in present.items():
-        _write(lora_model, key, state[key], tensors[disk])
+        _copy_into(lora_model, key, state[key], tensors[disk])
     missing = [disk for disk in own if disk not in tensors]
     return _IncompatibleKeys(missing, [disk for disk in tensors if disk not in keys])

@@ -12,7 +12,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 from fastlora.layers import FastLoraLinear, LoraLayer
 from fastlora.layers.module_wrapper import ModuleWrapper
 from fastlora.layers.trainable_tokens import TokenAdapter
-from fastlora.sharding import copy_whole_
+from fastlora.sharding import copy_full_tensor_
 
 # Attributes under which LoRA layers and wrappers hold the module that they wrap.
 _INNER = ("base_layer", "original_module", "token_adapter")
@@ -20,7 +20,9 @@ _INNER = ("base_layer", "original_module", "token_adapter")
 
 def base_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return the base model's state dict, with the keys of the model without adapters."""
-    named = ((bare_key(model, key), tensor) for key, tensor in model.state_dict().items())
+    named = (
+        (key_without_adapters(model, key), tensor) for key, tensor in model.state_dict().items()
+    )
     return {bare: tensor for bare, tensor in named if bare is not None}
 
 
@@ -59,11 +61,11 @@ def load_base_state_dict(
         raise RuntimeError(f"cannot load the base model's state dict: {'; '.join(problems)}")
     for key, own in entries.items():
         if key in tensors:
-            copy_whole_(own, tensors[key])
+            copy_full_tensor_(own, tensors[key])
     return _IncompatibleKeys(missing, unexpected)
 
 
-def bare_key(model: nn.Module, key: str, adapter_name: str | None = None) -> str | None:
+def key_without_adapters(model: nn.Module, key: str, adapter_name: str | None = None) -> str | None:
     """Return the key that a tensor would have in a model without adapters.
 
     Args:
@@ -94,7 +96,7 @@ def bare_key(model: nn.Module, key: str, adapter_name: str | None = None) -> str
     return ".".join(parts)
 
 
-def without_wrappers(module: str) -> str:
+def strip_adapter_wrapper_names(module: str) -> str:
     """Remove the names of wrapper modules from the name of a base module in an adapter file.
 
     The result is the module's name in the model without adapters.

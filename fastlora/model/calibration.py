@@ -16,27 +16,27 @@ import torch
 from torch import nn
 
 from fastlora.init import corda, lora_ga
-from fastlora.init.configs import CordaConfig, LoraGAConfig, settings_of
-from fastlora.init.data import (
-    batches,
+from fastlora.init.calibration_data import (
+    cached_tensor,
     call_model,
-    from_cache,
-    in_mode,
-    progress,
-    read_cache,
-    same_buffers,
-    write_cache,
+    iterate_batches,
+    progress_bar,
+    read_tensor_cache,
+    restoring_buffers,
+    temporary_training_mode,
+    write_tensor_cache,
 )
-from fastlora.layers.bases import is_transposed, why_not_replaceable
+from fastlora.init.configs import CordaConfig, LoraGAConfig, convert_init_config
+from fastlora.layers.base_layers import reason_weight_not_replaceable, stores_weight_transposed
+from fastlora.model.base_modules import base_module_of
 from fastlora.model.config import LoraConfig
-from fastlora.model.plan import own_config
+from fastlora.model.plan import to_lora_config
 from fastlora.model.targets import find_targets
 from fastlora.model.tuner import tuner_of
-from fastlora.model.walk import base_of
 from fastlora.validation import ConfigError, InitialisationError, error_prefix
 
 
-def calibrated_layers(model: nn.Module, config: LoraConfig, title: str) -> dict[str, nn.Module]:
+def target_linear_layers(model: nn.Module, config: LoraConfig, title: str) -> dict[str, nn.Module]:
     """Return a dict that maps module names to the linear layers that a config targets.
 
     Targets that are not linear layers are left out, as in PEFT.
@@ -54,14 +54,14 @@ def calibrated_layers(model: nn.Module, config: LoraConfig, title: str) -> dict[
     inner = model if tuner is None else tuner.model
     found = {}
     for name in find_targets(inner, config):
-        base = base_of(inner.get_submodule(name))
-        if not isinstance(base, nn.Linear) and not is_transposed(base):
+        base = base_module_of(inner.get_submodule(name))
+        if not isinstance(base, nn.Linear) and not stores_weight_transposed(base):
             continue
-        why = why_not_replaceable(base, quantised_too=False)
-        if why or hasattr(base, "quant_state"):
+        reason = reason_weight_not_replaceable(base, allow_quantized=False)
+        if reason or hasattr(base, "quant_state"):
             raise InitialisationError(
                 f"{title} does not support quantized models. Found quantized module: {name!r}: "
-                f"{why or 'it has a quant_state'}"
+                f"{reason or 'it has a quant_state'}"
             )
         found[name] = base
     if not found:
@@ -72,7 +72,7 @@ def calibrated_layers(model: nn.Module, config: LoraConfig, title: str) -> dict[
     return found
 
 
-def _runner(
+def _make_calibration_run(
     model: nn.Module,
     run: Callable[[], object] | None,
     dataloader: Iterable[Any] | None,
@@ -102,7 +102,7 @@ def _runner(
     loader = dataloader
 
     def over_the_loader() -> None:
-        for batch in batches(loader, model, "Calibrating", show):
+        for batch in iterate_batches(loader, model, "Calibrating", show):
             each(model, batch)
 
     return over_the_loader
@@ -142,48 +142,50 @@ def preprocess_corda(
         InitialisationError: If a layer cannot be calibrated. The message names the layer.
         TargetNotFoundError: If no module matches the config.
     """
-    config = own_config(lora_config)
-    settings: CordaConfig = settings_of(config.corda_config, CordaConfig) or CordaConfig()
-    layers = calibrated_layers(model, config, "CorDA")
-    cache = read_cache(settings.cache_file)
+    config = to_lora_config(lora_config)
+    settings: CordaConfig = convert_init_config(config.corda_config, CordaConfig) or CordaConfig()
+    layers = target_linear_layers(model, config, "CorDA")
+    cache = read_tensor_cache(settings.cache_file)
     if cache is not None:
         made = {}
         for name, module in layers.items():
             keys = (f"{name}.eigens.{part}" for part in corda.PARTS)
-            parts = [from_cache(cache, key, settings.cache_file, module) for key in keys]
+            parts = [cached_tensor(cache, key, settings.cache_file, module) for key in keys]
             made[name] = corda.CordaEigens(*parts)
-        _leave(layers, corda.DATA, made)
+        _store_on_layers(layers, corda.DATA, made)
         return
     counts: dict[str, int] = {}
-    covariances = read_cache(settings.covariance_file)
+    covariances = read_tensor_cache(settings.covariance_file)
     if covariances is None:
         runs = model if hooked_model is None else hooked_model
-        watched = layers if runs is model else calibrated_layers(runs, config, "CorDA")
-        sums = corda.Covariances(
+        watched = layers if runs is model else target_linear_layers(runs, config, "CorDA")
+        sums = corda.CovarianceAccumulator(
             {name: module for name, module in watched.items() if name in layers},
             settings.use_float16_for_covariance,
         )
-        run = _runner(runs, run_model, dataloader, call_model, "run_model", show_progress_bar)
-        with in_mode(runs, training=False), sums.watching():
+        run = _make_calibration_run(
+            runs, run_model, dataloader, call_model, "run_model", show_progress_bar
+        )
+        with temporary_training_mode(runs, training=False), sums.recording_inputs():
             run()
-        counts, covariances = sums.counts, sums.means()
-        write_cache(settings.covariance_file, covariances)
+        counts, covariances = sums.counts, sums.pop_covariances()
+        write_tensor_cache(settings.covariance_file, covariances)
     made = {}
-    for name, module in progress(list(layers.items()), "Decomposing", settings.verbose):
+    for name, module in progress_bar(list(layers.items()), "Decomposing", settings.verbose):
         weight: Any = module.weight
-        covariance = from_cache(covariances, name, settings.covariance_file, module)
+        covariance = cached_tensor(covariances, name, settings.covariance_file, module)
         with error_prefix(f"layer {name!r}"):
-            made[name] = corda.decompose(
-                weight.t() if is_transposed(module) else weight,
+            made[name] = corda.corda_decompose(
+                weight.t() if stores_weight_transposed(module) else weight,
                 covariance,
                 config.rank_for(name),
                 settings.corda_method,
             )
-    _leave(layers, corda.DATA, made)
+    _store_on_layers(layers, corda.DATA, made)
     if not settings.prune_temporary_fields:
-        _leave(layers, "covariance_matrix", covariances)
-        _leave(layers, "sample_count", {name: counts.get(name, 0) for name in layers})
-    write_cache(
+        _store_on_layers(layers, "covariance_matrix", covariances)
+        _store_on_layers(layers, "sample_count", {name: counts.get(name, 0) for name in layers})
+    write_tensor_cache(
         settings.cache_file,
         {
             f"{name}.eigens.{part}": getattr(eigens, part)
@@ -227,25 +229,27 @@ def preprocess_loraga(
             layer.
         TargetNotFoundError: If no module matches the config.
     """
-    config = own_config(lora_config)
-    if settings_of(config.lora_ga_config, LoraGAConfig) is None:
+    config = to_lora_config(lora_config)
+    if convert_init_config(config.lora_ga_config, LoraGAConfig) is None:
         raise ConfigError(
             "If you want to use LoRA-GA, please initialize the LoraConfig with "
             "init_lora_weights='lora_ga' and lora_ga_config=LoraGAConfig(...)."
         )
-    layers = calibrated_layers(model, config, "LoRA-GA")
+    layers = target_linear_layers(model, config, "LoRA-GA")
     path = None if cache_file is None else str(cache_file)
-    cache = read_cache(path)
+    cache = read_tensor_cache(path)
     if cache is not None:
         found = {
-            name: from_cache(cache, f"{name}.{lora_ga.DATA}", path, module)
+            name: cached_tensor(cache, f"{name}.{lora_ga.DATA}", path, module)
             for name, module in layers.items()
         }
-        _leave(layers, lora_ga.DATA, found)
+        _store_on_layers(layers, lora_ga.DATA, found)
         return
-    run = _runner(model, train_step, dataloader, _backward, "train_step", show_progress_bar)
+    run = _make_calibration_run(
+        model, train_step, dataloader, _backward, "train_step", show_progress_bar
+    )
     estimate_gradients(model, config, run)
-    write_cache(
+    write_tensor_cache(
         path,
         {f"{name}.{lora_ga.DATA}": getattr(layer, lora_ga.DATA) for name, layer in layers.items()},
     )
@@ -258,14 +262,16 @@ def estimate_gradients(
 
     See `preprocess_loraga` for the arguments.
     """
-    layers = calibrated_layers(model, own_config(lora_config), "LoRA-GA")
-    training = in_mode(model, training=True)
-    with same_buffers(model), training, lora_ga.gradients(model, layers) as found:
+    layers = target_linear_layers(model, to_lora_config(lora_config), "LoRA-GA")
+    training = temporary_training_mode(model, training=True)
+    with restoring_buffers(model), training, lora_ga.recording_gradients(model, layers) as found:
         train_step()
-    _leave(layers, lora_ga.DATA, found)
+    _store_on_layers(layers, lora_ga.DATA, found)
 
 
-def _leave(layers: Mapping[str, nn.Module], attribute: str, results: Mapping[str, object]) -> None:
+def _store_on_layers(
+    layers: Mapping[str, nn.Module], attribute: str, results: Mapping[str, object]
+) -> None:
     """Store the result for each layer as an attribute of the layer.
 
     ``layers`` and ``results`` have the same keys.

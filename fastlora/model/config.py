@@ -17,14 +17,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from fastlora.init import Init, Settings, all_inits, find_init
-from fastlora.init.configs import CordaConfig, EvaConfig, LoraGAConfig, settings_of
-from fastlora.model.adapter_files import CONFIG_NAME, MAX_CONFIG_BYTES, edited_config, read_config
-from fastlora.model.config_checks import PeftType, TaskType, checked_fields
-from fastlora.model.config_methods import ConfigMethods
-from fastlora.model.replace_files import locked, replacing
-from fastlora.patterns import first_at_end
-from fastlora.validation import THE_PEFT_WAY, ConfigError, error_prefix
+from fastlora.init import InitConfigField, InitMethod, all_init_methods, find_init_method
+from fastlora.init.configs import CordaConfig, EvaConfig, LoraGAConfig, convert_init_config
+from fastlora.model.adapter_files import (
+    CONFIG_NAME,
+    MAX_CONFIG_BYTES,
+    config_saved_without_weights,
+    read_config_of_weights,
+)
+from fastlora.model.atomic_files import atomic_replace_file, folder_lock
+from fastlora.model.config_checks import PeftType, TaskType, check_and_normalize_fields
+from fastlora.model.peft_config_methods import PeftConfigMethods
+from fastlora.patterns import first_suffix_match
+from fastlora.validation import PEFT_MODEL_ALTERNATIVE, ConfigError, error_prefix
 
 # Fields that fastlora does not support -> the values that leave the feature switched off.
 _NOT_IMPLEMENTED: dict[str, tuple[Any, ...]] = {
@@ -64,7 +69,7 @@ class LoraRuntimeConfig:
 
 
 @dataclass
-class LoraConfig(ConfigMethods):
+class LoraConfig(PeftConfigMethods):
     """The configuration of a LoRA adapter. Fields and defaults are those of PEFT 0.21.2.
 
     Args:
@@ -170,19 +175,21 @@ class LoraConfig(ConfigMethods):
         self._finish("new")
 
     def _finish(self, stage: Stage) -> None:
-        for name, value in checked_fields(vars(self)).items():
+        for name, value in check_and_normalize_fields(vars(self)).items():
             setattr(self, name, value)
         if self.peft_version is None and stage != "load":
-            self.peft_version = self._version_of_peft()
+            self.peft_version = self._peft_version_to_save()
         self.check_supported(stage)
         chosen = self.init
-        for init in all_inits():
+        for init in all_init_methods():
             if init.settings is not None:
-                self._read_settings(init, init.settings, init is chosen, stage)
+                self._normalize_init_config(init, init.settings, init is chosen, stage)
         if stage == "new" and chosen.converts:
             self._warn_of_conversion()
 
-    def _read_settings(self, init: Init, where: Settings, chosen: bool, stage: Stage) -> None:
+    def _normalize_init_config(
+        self, init: InitMethod, where: InitConfigField, chosen: bool, stage: Stage
+    ) -> None:
         """Normalize the config field that contains the settings of an initialization method.
 
         A warning is emitted if settings are given for a method that is not selected, or if default
@@ -198,8 +205,8 @@ class LoraConfig(ConfigMethods):
             ConfigError: If the adapter is new and the selected method requires settings, but none
                 are given.
         """
-        made = settings_of(getattr(self, where.field) or None, where.cls)
-        if made is None and chosen and where.missing == "refuse" and stage == "new":
+        made = convert_init_config(getattr(self, where.field) or None, where.cls)
+        if made is None and chosen and where.missing == "raise" and stage == "new":
             raise ConfigError(
                 f"`{where.field}` must be specified when `init_lora_weights` is {init.name!r}."
             )
@@ -249,7 +256,7 @@ class LoraConfig(ConfigMethods):
         }
         if unset:
             names = ", ".join(f"{name}={value!r}" for name, value in unset.items())
-            raise ConfigError(f"fastlora does not support {names}; {THE_PEFT_WAY}")
+            raise ConfigError(f"fastlora does not support {names}; {PEFT_MODEL_ALTERNATIVE}")
 
     def check_plain(self, what: str) -> None:
         """Check that the adapter was trained on the original base weights.
@@ -283,15 +290,19 @@ class LoraConfig(ConfigMethods):
             )
 
     @property
-    def init(self) -> Init:
+    def init(self) -> InitMethod:
         """The initialization method that ``init_lora_weights`` selects."""
-        return find_init(self.init_lora_weights)
+        return find_init_method(self.init_lora_weights)
 
     @property
     def init_config(self) -> object | None:
         """The settings of the selected initialization method, or None if there are none."""
         where = self.init.settings
-        return None if where is None else settings_of(getattr(self, where.field) or None, where.cls)
+        return (
+            None
+            if where is None
+            else convert_init_config(getattr(self, where.field) or None, where.cls)
+        )
 
     def shapes_only(self) -> LoraConfig:
         """Return a copy of the config that uses the default initialization method.
@@ -303,7 +314,7 @@ class LoraConfig(ConfigMethods):
         """
         self.check_supported("load")
         default = LoraConfig()
-        fields = (init.settings.field for init in all_inits() if init.settings is not None)
+        fields = (init.settings.field for init in all_init_methods() if init.settings is not None)
         idle = {name: getattr(default, name) for name in (*_IDLE_AFTER_INIT, *fields)}
         return dataclasses.replace(self, init_lora_weights=True, **idle)
 
@@ -331,13 +342,13 @@ class LoraConfig(ConfigMethods):
     def rank_for(self, name: str) -> int:
         """Return the rank for the module called ``name``."""
         patterns = self.rank_pattern
-        key = first_at_end("rank_pattern", patterns, name) if patterns else None
+        key = first_suffix_match("rank_pattern", patterns, name) if patterns else None
         return self.r if key is None else patterns[key]
 
     def alpha_for(self, name: str) -> int | float:
         """Return ``lora_alpha`` for the module called ``name``."""
         patterns = self.alpha_pattern
-        key = first_at_end("alpha_pattern", patterns, name) if patterns else None
+        key = first_suffix_match("alpha_pattern", patterns, name) if patterns else None
         return self.lora_alpha if key is None else patterns[key]
 
     def scaling_for(self, name: str) -> float:
@@ -391,7 +402,7 @@ class LoraConfig(ConfigMethods):
         kind = getattr(peft_config, "peft_type", None)
         if kind is not None and kind != PeftType.LORA:
             kind = getattr(kind, "value", kind)
-            raise ConfigError(f"peft_type is {kind!r}, expected 'LORA'; {THE_PEFT_WAY}")
+            raise ConfigError(f"peft_type is {kind!r}, expected 'LORA'; {PEFT_MODEL_ALTERNATIVE}")
         data = dict(peft_config.to_dict())
         config = cls._build(data, "live" if initialised else "new")
         runtime = getattr(peft_config, "runtime_config", None)
@@ -444,8 +455,8 @@ class LoraConfig(ConfigMethods):
         text = self.to_json(auto_mapping=auto_mapping)
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        with locked(folder), replacing(folder / CONFIG_NAME) as partial:
-            partial.write_bytes(edited_config(folder, text.encode("utf-8")))
+        with folder_lock(folder), atomic_replace_file(folder / CONFIG_NAME) as partial:
+            partial.write_bytes(config_saved_without_weights(folder, text.encode("utf-8")))
 
     def to_json(self, **overrides: Any) -> str:
         """Return the config as a JSON string, in the format of ``adapter_config.json``.
@@ -485,6 +496,6 @@ class LoraConfig(ConfigMethods):
             CheckpointError: If the config file is missing or is not a JSON object.
             ConfigError: If a value is not accepted.
         """
-        data = read_config(Path(folder))
+        data = read_config_of_weights(Path(folder))
         with error_prefix(Path(folder) / CONFIG_NAME):
             return cls.from_dict(data, for_loading=for_loading)

@@ -10,8 +10,8 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from fastlora.init import find_init
-from fastlora.patterns import check_pattern, timed
+from fastlora.init import find_init_method
+from fastlora.patterns import check_pattern, count_matching_time
 from fastlora.validation import ConfigError, check_dropout, check_rank, near_names
 
 
@@ -37,7 +37,7 @@ PEFT_VERSION = "0.21.2"
 BIAS_MODES = ("none", "all", "lora_only")
 
 
-def checked_fields(given: Mapping[str, Any]) -> dict[str, Any]:
+def check_and_normalize_fields(given: Mapping[str, Any]) -> dict[str, Any]:
     """Check the fields of a config, and return a dict of the normalized values.
 
     For example, collections of names become new sets or lists, and ``task_type`` becomes a string.
@@ -67,8 +67,8 @@ def checked_fields(given: Mapping[str, Any]) -> dict[str, Any]:
         fields["init_lora_weights"] = fields["init_lora_weights"].lower()
     if fields["peft_type"] is None:
         fields["peft_type"] = "LORA"
-    fields["layer_replication"] = _ranges(fields["layer_replication"])
-    fields["trainable_token_indices"] = _token_lists(fields["trainable_token_indices"])
+    fields["layer_replication"] = _normalize_layer_replication(fields["layer_replication"])
+    fields["trainable_token_indices"] = _normalize_token_indices(fields["trainable_token_indices"])
     _check_values(fields)
     return fields | {
         "peft_type": PeftType(fields["peft_type"]),
@@ -92,7 +92,7 @@ def _check_values(fields: Mapping[str, Any]) -> None:
     _check_number("lora_alpha", fields["lora_alpha"])
     check_dropout("lora_dropout", fields["lora_dropout"])
     init = fields["init_lora_weights"]
-    find_init(init)
+    find_init_method(init)
     for name in ("target_modules", "exclude_modules"):
         if isinstance(fields[name], str):
             _check_regex(name, fields[name])
@@ -117,7 +117,7 @@ def _check_values(fields: Mapping[str, Any]) -> None:
         )
 
 
-def _ranges(given: Any) -> Any:
+def _normalize_layer_replication(given: Any) -> Any:
     """Check the value of ``layer_replication``, and return a copy of it as a list.
 
     Raises:
@@ -137,7 +137,7 @@ def _ranges(given: Any) -> Any:
     return None if given is None else pairs
 
 
-def _token_lists(given: Any) -> Any:
+def _normalize_token_indices(given: Any) -> Any:
     """Check the value of ``trainable_token_indices``, and return a copy of it.
 
     Raises:
@@ -149,11 +149,13 @@ def _token_lists(given: Any) -> Any:
         _check_names("trainable_token_indices", list(given))
         if not given:
             raise ConfigError("trainable_token_indices must name at least one module, got {}")
-        return {name: _token_list(f"[{name!r}]", tokens) for name, tokens in given.items()}
-    return _token_list("", given)
+        return {
+            name: _normalize_token_list(f"[{name!r}]", tokens) for name, tokens in given.items()
+        }
+    return _normalize_token_list("", given)
 
 
-def _token_list(where: str, tokens: Any) -> list[int]:
+def _normalize_token_list(where: str, tokens: Any) -> list[int]:
     name = f"trainable_token_indices{where}"
     if not isinstance(tokens, (list, tuple, range)) or not tokens:
         raise ConfigError(f"{name} must be a list of token ids, got {tokens!r}")
@@ -220,7 +222,7 @@ def _check_names(name: str, values: Any) -> None:
 
 
 def _check_regexes(name: str, values: Iterable[Any]) -> None:
-    with timed(name):
+    with count_matching_time(name):
         for value in values:
             _check_regex(name, value)
 

@@ -17,18 +17,23 @@ from collections.abc import Mapping
 
 import torch
 
-from fastlora.init import all_inits
-from fastlora.model.adapter_folder import AdapterFile, check_tensors, load_adapter_folder
+from fastlora.init import all_init_methods
+from fastlora.model.adapter_folder import (
+    AdapterContents,
+    load_adapter_folder,
+    parse_and_check_tensors,
+)
 from fastlora.model.config import LoraConfig
 from fastlora.validation import CheckpointError, ConfigError
 
 
-def read_initial(config: LoraConfig, path: str | os.PathLike[str]) -> AdapterFile:
-    """Load the untrained adapter from a folder, for the argument ``initial`` of `convert`.
+def load_untrained_adapter(config: LoraConfig, path: str | os.PathLike[str]) -> AdapterContents:
+    """Load the untrained adapter that `convert_to_original_base` needs from a folder.
 
     Args:
         config: The config of the trained adapter.
-        path: The folder of the untrained adapter. `convert` uses only its tensors, not its config.
+        path: The folder of the untrained adapter. `convert_to_original_base` uses only its
+            tensors, not its config.
 
     Raises:
         CheckpointError: If the folder is missing or damaged.
@@ -42,7 +47,7 @@ def read_initial(config: LoraConfig, path: str | os.PathLike[str]) -> AdapterFil
         )
     # PEFT's examples set init_lora_weights to True while they save the untrained adapter.
     if not config.init.converts and config.init_lora_weights is not True:
-        titles = ", ".join(init.title for init in all_inits() if init.converts)
+        titles = ", ".join(init.title for init in all_init_methods() if init.converts)
         raise ConfigError(
             "`path_initial_model_for_weight_conversion` only works for initializations that "
             f"subtract the initial update from the base weights ({titles}), got init_lora_weights="
@@ -51,8 +56,8 @@ def read_initial(config: LoraConfig, path: str | os.PathLike[str]) -> AdapterFil
     return load_adapter_folder(path)
 
 
-def convert(
-    config: LoraConfig, tensors: Mapping[str, torch.Tensor], initial: AdapterFile
+def convert_to_original_base(
+    config: LoraConfig, tensors: Mapping[str, torch.Tensor], initial: AdapterContents
 ) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
     """Convert a trained adapter into an equivalent adapter for the original base weights.
 
@@ -70,7 +75,7 @@ def convert(
     Raises:
         CheckpointError: If the factors of the two adapters differ in their keys or shapes.
     """
-    keys = check_tensors(config, tensors, "the adapter")
+    keys = parse_and_check_tensors(config, tensors, "the adapter")
     made = dict(tensors)
     for key, parts in keys.items():
         if parts.kind not in ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"):
@@ -87,10 +92,10 @@ def convert(
             made[key] = torch.cat([tensors[key], before], dim=0)
         else:
             made[key] = torch.cat([tensors[key], -before], dim=1)
-    return _of_twice_the_rank(config), made
+    return _with_doubled_rank(config), made
 
 
-def _of_twice_the_rank(config: LoraConfig) -> LoraConfig:
+def _with_doubled_rank(config: LoraConfig) -> LoraConfig:
     return dataclasses.replace(
         config.shapes_only(),
         r=2 * config.r,

@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from fastlora.layers.bases import factor_like
+from fastlora.layers.base_layers import factor_reference
 from fastlora.model import inject
-from fastlora.model.plan import Plan, plan_for
-from fastlora.model.replication import in_place
-from fastlora.model.walk import base_of
+from fastlora.model.base_modules import base_module_of
+from fastlora.model.plan import AdapterPlan, make_adapter_plan
+from fastlora.model.replication import replication_applied
 
 # In bitsandbytes: the size of a table of 16 values in bytes, and the block size of nested scales,
 # which is the number of absmax values that share one scale.
@@ -70,16 +70,16 @@ class Estimate:
     def __str__(self) -> str:
         """Return a one-line summary of the estimate."""
         bits = (
-            f" (including {human_bytes(self.scale_bytes)} of scales), one dequantized weight "
-            f"{human_bytes(self.workspace_bytes)}"
+            f" (including {format_bytes(self.scale_bytes)} of scales), one dequantized weight "
+            f"{format_bytes(self.workspace_bytes)}"
         )
         return (
             f"{self.adapter_parameters:,} parameters on {self.modules} modules, "
             f"{100 * self.share:.2f} % of the base model's {self.base_parameters:,}; "
-            f"weights {human_bytes(self.weight_bytes)}, "
-            f"gradients {human_bytes(self.gradient_bytes)}, "
-            f"optimizer {human_bytes(self.optimizer_bytes)}, "
-            f"base model {human_bytes(self.base_bytes)}{bits if self.workspace_bytes else ''}"
+            f"weights {format_bytes(self.weight_bytes)}, "
+            f"gradients {format_bytes(self.gradient_bytes)}, "
+            f"optimizer {format_bytes(self.optimizer_bytes)}, "
+            f"base model {format_bytes(self.base_bytes)}{bits if self.workspace_bytes else ''}"
         )
 
 
@@ -110,31 +110,31 @@ def estimate(
     base = getattr(getattr(model, "base_model", None), "model", None)
     if isinstance(base, nn.Module) and hasattr(model, "peft_config"):
         model = base  # a LoraModel; the names of targets are relative to its base model
-    plan = plan_for(model, "estimate", config)
-    with in_place(plan.replication):
-        trained = list(_trainable(model, plan, autocast_adapter_dtype))
+    plan = make_adapter_plan(model, "estimate", config)
+    with replication_applied(plan.replication):
+        trained = list(_trained_tensor_sizes(model, plan, autocast_adapter_dtype))
     weights = sum(numel * itemsize for numel, itemsize in trained)
-    own = own_parameters(model)
-    stored = [_stored(p) for p in own]
+    own = unique_base_parameters(model)
+    stored = [_stored_bytes(p) for p in own]
     return Estimate(
         adapter_parameters=sum(numel for numel, _ in trained),
-        base_parameters=sum(map(logical_numel, own)),
+        base_parameters=sum(map(unpacked_numel, own)),
         modules=len(plan.targets),
         weight_bytes=weights,
         gradient_bytes=weights,
         optimizer_bytes=optimizer_states * weights,
-        base_bytes=sum(of.codes + of.scales for of in stored),
+        base_bytes=sum(of.values + of.scales for of in stored),
         scale_bytes=sum(of.scales for of in stored),
         workspace_bytes=max((of.dense for of in stored), default=0),
     )
 
 
-def own_parameters(model: nn.Module) -> list[nn.Parameter]:
+def unique_base_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Return the parameters that do not belong to any adapter, without duplicates."""
     return list({id(p): p for _, p in inject.base_parameters(model)}.values())
 
 
-def logical_numel(parameter: torch.Tensor) -> int:
+def unpacked_numel(parameter: torch.Tensor) -> int:
     """Return the number of values in a parameter before packing.
 
     It differs from ``parameter.numel()`` for 4-bit weights of bitsandbytes, in which two values are
@@ -145,50 +145,50 @@ def logical_numel(parameter: torch.Tensor) -> int:
     return parameter.numel() if shape is None else math.prod(shape)
 
 
-class _Bytes(NamedTuple):
+class _StoredBytes(NamedTuple):
     """The sizes of a parameter's values and scales in bytes.
 
     Attributes:
-        codes: The size of the stored values, quantized or not.
+        values: The size of the stored values, quantized or not.
         scales: The size of the scales of a quantized weight, or 0 if it is not quantized.
         dense: The size of a quantized weight after dequantization, or 0 if it is not quantized.
     """
 
-    codes: int
+    values: int
     scales: int = 0
     dense: int = 0
 
 
-def _stored(parameter: torch.Tensor) -> _Bytes:
+def _stored_bytes(parameter: torch.Tensor) -> _StoredBytes:
     """Return the sizes of a parameter's values and scales in bytes.
 
     For a weight that bitsandbytes has not quantized yet, the sizes after quantization are returned.
     """
-    kind, numel = type(parameter).__name__, logical_numel(parameter)
+    kind, numel = type(parameter).__name__, unpacked_numel(parameter)
     own: Any = parameter
     if kind == "Params4bit":
         compute = getattr(own.module, "compute_dtype", None) or torch.float32
         if own.quant_state is not None:
-            codes, scales = parameter.nbytes, _tensor_bytes(own.quant_state)
+            values, scales = parameter.nbytes, _quant_state_bytes(own.quant_state)
         else:
-            codes, blocks = -(-numel // 2), -(-numel // own.blocksize)
+            values, blocks = -(-numel // 2), -(-numel // own.blocksize)
             scales = _CODE_BYTES + (
                 blocks + 4 * (-(-blocks // _NESTED) + _NESTED + 1)
                 if own.compress_statistics
                 else 4 * blocks
             )
-        return _Bytes(codes, scales, numel * compute.itemsize)
+        return _StoredBytes(values, scales, numel * compute.itemsize)
     if kind == "Int8Params":
         # The backward pass dequantizes the weight to fp16.
-        return _Bytes(numel, 4 * parameter.shape[0], 2 * numel)
+        return _StoredBytes(numel, 4 * parameter.shape[0], 2 * numel)
     if type(parameter).__module__.startswith("torchao."):
         parts, _ = own.__tensor_flatten__()
         sizes = [getattr(own, name).nbytes for name in parts]  # the quantized values come first
-        return _Bytes(sizes[0], sum(sizes[1:]), parameter.nbytes)
-    return _Bytes(parameter.nbytes)
+        return _StoredBytes(sizes[0], sum(sizes[1:]), parameter.nbytes)
+    return _StoredBytes(parameter.nbytes)
 
 
-def _tensor_bytes(state: object) -> int:
+def _quant_state_bytes(state: object) -> int:
     """Return the total size in bytes of the tensors in a bitsandbytes ``QuantState``.
 
     The tensors of nested states are included.
@@ -198,11 +198,11 @@ def _tensor_bytes(state: object) -> int:
         if isinstance(value, torch.Tensor):
             found += value.nbytes
         elif type(value) is type(state):
-            found += _tensor_bytes(value)
+            found += _quant_state_bytes(value)
     return found
 
 
-def human_bytes(count: int) -> str:
+def format_bytes(count: int) -> str:
     """Format a number of bytes for display. For example, 9437184 becomes ``"9.0 MiB"``."""
     value, unit = float(count), 0
     while value >= 1024 and unit < len(_UNITS) - 1:
@@ -210,7 +210,9 @@ def human_bytes(count: int) -> str:
     return f"{value:.1f} {_UNITS[unit]}" if unit else f"{count} bytes"
 
 
-def _trainable(model: nn.Module, plan: Plan, autocast: bool) -> Iterator[tuple[int, int]]:
+def _trained_tensor_sizes(
+    model: nn.Module, plan: AdapterPlan, autocast: bool
+) -> Iterator[tuple[int, int]]:
     """Yield a tuple ``(numel, itemsize)`` for each tensor that the adapter would train.
 
     ``itemsize`` is in bytes.
@@ -218,23 +220,23 @@ def _trainable(model: nn.Module, plan: Plan, autocast: bool) -> Iterator[tuple[i
     config = plan.config
     for target in plan.targets.values():
         itemsize = _factor_itemsize(target.base, autocast)
-        for shape in target.shapes().values():
+        for shape in target.tensor_shapes().values():
             yield math.prod(shape), itemsize
     for name in plan.modules_to_save:
-        for parameter in base_of(model.get_submodule(name)).parameters():
+        for parameter in base_module_of(model.get_submodule(name)).parameters():
             yield parameter.numel(), parameter.itemsize
     for name, tokens in plan.tokens.items():
-        weight: Any = base_of(model.get_submodule(name)).weight
+        weight: Any = base_module_of(model.get_submodule(name)).weight
         itemsize = max(weight.itemsize, torch.float32.itemsize) if autocast else weight.itemsize
         if tokens.tied_to is None:
             yield len(tokens.indices) * weight.shape[1], itemsize
     targets = (model.get_submodule(name) for name in plan.targets)
     copied = (model.get_submodule(name) for name in plan.modules_to_save)
-    for parameter in inject.trained_biases(model, config.bias, targets, copied).values():
+    for parameter in inject.base_biases_to_train(model, config.bias, targets, copied).values():
         yield parameter.numel(), parameter.itemsize
 
 
 def _factor_itemsize(base: nn.Module, autocast: bool) -> int:
-    reference = factor_like(base)
+    reference = factor_reference(base)
     itemsize = (torch.get_default_dtype() if reference is None else reference.dtype).itemsize
     return max(itemsize, torch.float32.itemsize) if autocast else itemsize

@@ -18,17 +18,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastlora.init.configs import EvaConfig, settings_of
-from fastlora.init.data import call_model, in_mode
-from fastlora.init.eva import Prepare, as_rows
-from fastlora.init.eva_search import Search
+from fastlora.init.calibration_data import call_model, temporary_training_mode
+from fastlora.init.configs import EvaConfig, convert_init_config
+from fastlora.init.eva import Prepare, flatten_first_input
+from fastlora.init.eva_search import EvaSearch
 from fastlora.layers import LoraLayer
-from fastlora.layers.bases import is_transposed, linear_features
+from fastlora.layers.base_layers import linear_features, stores_weight_transposed
 from fastlora.layers.linear import DEFAULT_ADAPTER
 from fastlora.model.adapter_folder import KEY_PREFIX
 from fastlora.model.config import LoraConfig
 from fastlora.model.inject import lora_layers
-from fastlora.model.plan import own_config, settings_for
+from fastlora.model.plan import adapter_settings_for, to_lora_config
 from fastlora.model.targets import find_targets, resolve_target_modules
 from fastlora.model.tuner import LoraTuner, tuner_of
 from fastlora.validation import AdapterStateError, ConfigError, InitialisationError
@@ -56,7 +56,7 @@ def prepare_model_inputs_fn_language_modeling(model_input: Any, peft_config: Any
     mask = model_input.get("attention_mask")
     mask = torch.ones_like(model_input["input_ids"]) if mask is None else mask
     mask = mask.bool()
-    config = settings_of(peft_config.eva_config, EvaConfig) or EvaConfig()
+    config = convert_init_config(peft_config.eva_config, EvaConfig) or EvaConfig()
     labels = model_input.get("labels")
     if config.use_label_mask and labels is not None:
         mask = mask & (labels != config.label_mask_value)
@@ -78,7 +78,7 @@ def prepare_layer_inputs_fn_language_modeling(
     """
     x = layer_input[0] if isinstance(layer_input, (tuple, list)) else layer_input
     if model_input is None or not isinstance(x, torch.Tensor) or x.dim() <= model_input.shape[1]:
-        return as_rows(layer_input, model_input, layer_name)
+        return flatten_first_input(layer_input, model_input, layer_name)
     rows: torch.Tensor = x[model_input.T.unbind()]
     return rows
 
@@ -131,37 +131,37 @@ def get_eva_state_dict(
     if peft_config is None:
         if tuner is None:
             raise ConfigError("peft_config is required if model is not a PeftModel")
-        tuner.check_known(adapter_name)
+        tuner.check_adapter_loaded(adapter_name)
         peft_config = tuner.peft_config[adapter_name]
-    config = own_config(peft_config)
-    layers = _layers(model, tuner, config, adapter_name)
+    config = to_lora_config(peft_config)
+    layers = _eva_layers(model, tuner, config, adapter_name)
     if not layers:
         raise InitialisationError("EVA needs at least one linear target module, found none")
     without = contextlib.nullcontext() if tuner is None else tuner.disable_adapter()
-    settings = settings_of(config.eva_config, EvaConfig) or EvaConfig()
+    settings = convert_init_config(config.eva_config, EvaConfig) or EvaConfig()
     ranks = {name: config.rank_for(name) for name in layers}
 
     def prepared(batch: Any) -> Any:
         return batch if prepare_model_inputs_fn is None else prepare_model_inputs_fn(batch, config)
 
-    search = Search(
+    search = EvaSearch(
         model,
         layers,
-        _limits(model, layers, ranks, settings.rho, config.r),
+        _max_ranks(model, layers, ranks, settings.rho, config.r),
         sum(ranks.values()),
         settings,
         forward_fn,
         prepared,
-        _by_layer(prepare_layer_inputs_fn, layers),
+        _prepare_fn_by_layer(prepare_layer_inputs_fn, layers),
         gather_distributed_inputs,
     )
-    with without, in_mode(model, training=False):
-        search.find_groups(dataloader)
-        search.run(dataloader, show_progress_bar)
-    return search.state()
+    with without, temporary_training_mode(model, training=False):
+        search.find_shared_inputs(dataloader)
+        search.run_until_converged(dataloader, show_progress_bar)
+    return search.directions()
 
 
-def _layers(
+def _eva_layers(
     model: nn.Module, tuner: LoraTuner | None, config: LoraConfig, adapter_name: str
 ) -> dict[str, nn.Module]:
     """Return a dict that maps names to the linear layers to initialize.
@@ -178,14 +178,16 @@ def _layers(
         else find_targets(model, config)
     )
     modules = {name: model.get_submodule(name) for name in names}
-    return {n: m for n, m in modules.items() if isinstance(m, nn.Linear) or is_transposed(m)}
+    return {
+        n: m for n, m in modules.items() if isinstance(m, nn.Linear) or stores_weight_transposed(m)
+    }
 
 
 def _is_linear(layer: LoraLayer, adapter_name: str) -> bool:
     return adapter_name in layer.lora_A and isinstance(layer.lora_A[adapter_name], nn.Linear)
 
 
-def _by_layer(
+def _prepare_fn_by_layer(
     prepare: Prepare | Mapping[str, Prepare] | None, layers: Mapping[str, nn.Module]
 ) -> dict[str, Prepare]:
     """Return a dict that maps layer names to functions that convert the layer's inputs to rows.
@@ -194,16 +196,16 @@ def _by_layer(
         ConfigError: If ``prepare`` is a mapping with a key that is not a layer name.
     """
     if not isinstance(prepare, Mapping):
-        return dict.fromkeys(layers, prepare or as_rows)
+        return dict.fromkeys(layers, prepare or flatten_first_input)
     lost = sorted(set(prepare) - set(layers))
     if lost:
         raise ConfigError(
             f"prepare_layer_inputs_fn has keys that are not layers to initialize: {lost}"
         )
-    return {name: prepare.get(name, as_rows) for name in layers}
+    return {name: prepare.get(name, flatten_first_input) for name in layers}
 
 
-def _limits(
+def _max_ranks(
     model: nn.Module,
     layers: Mapping[str, nn.Module],
     ranks: Mapping[str, int],
@@ -264,7 +266,7 @@ def initialize_lora_eva_weights(
         raise AdapterStateError(
             "`initialize_lora_eva_weights` currently only works with a single active adapter"
         )
-    tuner.check_known(adapter_name)
+    tuner.check_adapter_loaded(adapter_name)
     config = tuner.peft_config[adapter_name]
     if config.init.name != "eva":
         raise ConfigError(
@@ -286,10 +288,10 @@ def initialize_lora_eva_weights(
             gather_distributed_inputs,
             show_progress_bar,
         )
-    _apply(tuner, adapter_name, config, eva_state_dict)
+    _apply_eva_state_dict(tuner, adapter_name, config, eva_state_dict)
 
 
-def _apply(
+def _apply_eva_state_dict(
     tuner: LoraTuner, adapter_name: str, config: LoraConfig, state: Mapping[str, torch.Tensor]
 ) -> None:
     """Copy the directions in an EVA state dict into an adapter's factors, and update its config.
@@ -306,32 +308,32 @@ def _apply(
                 f"layer {name!r}: the directions have shape {tuple(directions.shape)}, expected "
                 f"[rank, {layers[name].in_features}]"
             )
-    settings = settings_of(config.eva_config, EvaConfig) or EvaConfig()
-    ranks, alphas, kept, missing = {}, {}, [], []
+    settings = convert_init_config(config.eva_config, EvaConfig) or EvaConfig()
+    ranks, alphas, adapted, missing = {}, {}, [], []
     for name, layer in layers.items():
-        asked = settings_for(name, config)
-        rank, alpha = asked.r, asked.lora_alpha
+        new_settings = adapter_settings_for(name, config)
+        rank, alpha = new_settings.r, new_settings.lora_alpha
         if name in found:
             rank = len(found[name])
             if rank == 0:
-                _take_off(tuner, name, layer, adapter_name)
+                _remove_adapter_from_layer(tuner, name, layer, adapter_name)
                 continue
             if settings.adjust_scaling_factors:
-                alpha *= rank / asked.r
+                alpha *= rank / new_settings.r
         else:
             missing.append(name)
-            asked = asked._replace(init_lora_weights=True)
+            new_settings = new_settings._replace(init_lora_weights=True)
         if rank != layer.r[adapter_name] or (name in missing and _is_linear(layer, adapter_name)):
-            _remake(layer, adapter_name, asked._replace(r=rank, lora_alpha=alpha))
+            _replace_factors(layer, adapter_name, new_settings._replace(r=rank, lora_alpha=alpha))
         if name in found:
             weight: Any = layer.lora_A[adapter_name].weight
             weight.copy_(found[name])
-        kept.append(name)
+        adapted.append(name)
         if rank != config.r:
             ranks[name] = rank
         if alpha != config.lora_alpha:
             alphas[name] = alpha
-    config.target_modules = set(kept)
+    config.target_modules = set(adapted)
     config.target_modules = resolve_target_modules(tuner.model, config)
     config.rank_pattern, config.alpha_pattern = ranks, alphas
     tuner._find_routed()
@@ -344,19 +346,22 @@ def _apply(
         )
 
 
-def _remake(layer: LoraLayer, adapter_name: str, asked: Any) -> None:
+def _replace_factors(layer: LoraLayer, adapter_name: str, new_settings: Any) -> None:
     """Replace an adapter's factors on a layer with new tensors of the same dtype.
 
-    ``asked`` contains the settings of the adapter on the layer, which determine the new shapes.
+    ``new_settings`` contains the settings of the adapter on the layer, which determine the new
+    shapes.
     """
     before = layer.lora_A[adapter_name].weight.dtype
     layer.delete_adapter(adapter_name)
-    layer.add_adapter(adapter_name, **asked._asdict())
+    layer.add_adapter(adapter_name, **new_settings._asdict())
     if before == torch.float32:
         layer.widen(adapter_name)
 
 
-def _take_off(tuner: LoraTuner, name: str, layer: LoraLayer, adapter_name: str) -> None:
+def _remove_adapter_from_layer(
+    tuner: LoraTuner, name: str, layer: LoraLayer, adapter_name: str
+) -> None:
     """Remove an adapter from a LoRA layer.
 
     If no adapter is left on the layer, it is replaced with its base layer.

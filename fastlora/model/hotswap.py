@@ -21,15 +21,22 @@ import torch
 from torch import nn
 
 from fastlora.layers import LoraLayer, ModulesToSaveWrapper
-from fastlora.layers.common import CommonLayer, forget_kept
-from fastlora.layers.ranks import blocks_of, put_rows, resized, set_factors, set_scaling, tensors_of
+from fastlora.layers.base_adapter_layer import BaseAdapterLayer, clear_layer_caches
+from fastlora.layers.rank_padding import (
+    copy_zero_padded,
+    count_rank_blocks,
+    factor_parameters,
+    pad_factors_to_rank,
+    replace_factors,
+    set_scaling_and_alpha,
+)
 from fastlora.model import adapter_state
 from fastlora.model.adapter_folder import KEY_PREFIX, load_adapter_folder
+from fastlora.model.base_modules import peft_function_or_raise
 from fastlora.model.config import LoraConfig
 from fastlora.model.inject import lora_layers
-from fastlora.model.plan import factor_shapes, own_config
+from fastlora.model.plan import adapter_tensor_shapes, to_lora_config
 from fastlora.model.tuner import tuner_of
-from fastlora.model.walk import peft_function
 from fastlora.validation import (
     AdapterStateError,
     CheckpointError,
@@ -37,7 +44,7 @@ from fastlora.validation import (
     UnsupportedLayerError,
     check_rank,
 )
-from fastlora.weight_marks import marks
+from fastlora.weights_version import weights_versions
 
 if TYPE_CHECKING:
     from fastlora.model.lora_model import LoraModel
@@ -98,7 +105,7 @@ def prepare_model_for_compiled_hotswap(
     tuner = tuner_of(getattr(model, "_orig_mod", model))
     layers = lora_layers(model if tuner is None else tuner.model)
     if not layers:
-        theirs = _theirs(model, "prepare_model_for_compiled_hotswap")
+        theirs = _peft_function(model, "prepare_model_for_compiled_hotswap")
         theirs(model, target_rank=target_rank, config=config, check_compiled="ignore")
         return
     if target_rank is None:
@@ -112,7 +119,7 @@ def prepare_model_for_compiled_hotswap(
                     f"Trying to pad the adapter to the target rank {target_rank}, but the original "
                     f"rank is larger ({r}): adapter {adapter!r} on {name!r}"
                 )
-            groups = blocks_of(layer, "lora_A")
+            groups = count_rank_blocks(layer, "lora_A")
             if target_rank % groups:
                 raise ConfigError(
                     f"Trying to pad a Conv2d LoRA adapter with groups={groups} to target rank "
@@ -120,13 +127,13 @@ def prepare_model_for_compiled_hotswap(
                     f"choose a target rank that is divisible by {groups}. The layer is {name!r}."
                 )
             if r < target_rank:
-                _refuse_split(name, layer)
-                made.append((layer, adapter, resized(layer, adapter, target_rank)))
+                _raise_if_split(name, layer)
+                made.append((layer, adapter, pad_factors_to_rank(layer, adapter, target_rank)))
     for layer, adapter, factors in made:
-        set_factors(layer, adapter, factors, target_rank)
+        replace_factors(layer, adapter, factors, target_rank)
     configs = {} if tuner is None else tuner.peft_config
     for adapter, of_model in configs.items():
-        _fit_config(of_model, adapter, layers)
+        _update_config_ranks(of_model, adapter, layers)
     given = config if isinstance(config, Mapping) else {"": config}
     for each in given.values():
         if each is not None and not any(each is of_model for of_model in configs.values()):
@@ -168,17 +175,17 @@ def hotswap_adapter(
     """
     own: Any = getattr(model, "_orig_mod", model)
     if tuner_of(own) is None:
-        _theirs(model, "hotswap_adapter")(
+        _peft_function(model, "hotswap_adapter")(
             model, model_name_or_path, adapter_name, torch_device, **kwargs
         )
         # PEFT may have written into layers that fastlora has patched, without any notification.
-        marks.end_all()
+        weights_versions.invalidate_all()
         for layer in own.modules():
-            if isinstance(layer, CommonLayer):
-                forget_kept(layer)
+            if isinstance(layer, BaseAdapterLayer):
+                clear_layer_caches(layer)
         return
     file = load_adapter_folder(Path(model_name_or_path) / (kwargs.get("subfolder") or ""))
-    _swap(own, file.tensors, adapter_name, file.config)
+    _check_and_write_tensors(own, file.tensors, adapter_name, file.config)
 
 
 def hotswap_adapter_from_state_dict(
@@ -209,14 +216,18 @@ def hotswap_adapter_from_state_dict(
             f"hotswap_adapter_from_state_dict expects a fastlora.LoraModel, got "
             f"{type(own).__name__}; for a PEFT model, use peft.utils.hotswap"
         )
-    own.base_model.check_known(adapter_name)
-    given = own_config(config)
-    disk = {key: name for name, key in adapter_state.key_map(own, adapter_name).items()}
-    _swap(own, {disk.get(key, key): t for key, t in state_dict.items()}, adapter_name, given)
+    own.base_model.check_adapter_loaded(adapter_name)
+    given = to_lora_config(config)
+    disk = {
+        key: name for name, key in adapter_state.file_key_to_state_key(own, adapter_name).items()
+    }
+    _check_and_write_tensors(
+        own, {disk.get(key, key): t for key, t in state_dict.items()}, adapter_name, given
+    )
 
 
 @torch.no_grad()
-def _swap(
+def _check_and_write_tensors(
     model: LoraModel, tensors: Mapping[str, torch.Tensor], adapter_name: str, config: LoraConfig
 ) -> None:
     """Check the tensors of a new adapter, and then write them into a loaded adapter.
@@ -224,7 +235,7 @@ def _swap(
     The keys of ``tensors`` are those of PEFT's adapter files.
     """
     tuner = model.base_model
-    tuner.check_known(adapter_name)
+    tuner.check_adapter_loaded(adapter_name)
     old = tuner.peft_config[adapter_name]
     for field in _MUST_AGREE:
         mine, other = getattr(old, field), getattr(config, field)
@@ -233,7 +244,7 @@ def _swap(
                 f"Configs are incompatible: for {field}, {mine!r} != {other!r}; load the adapter "
                 "under another name"
             )
-    tuner.check_replaces("hotswap_adapter", adapter_name, config)
+    tuner.check_adapter_replaceable("hotswap_adapter", adapter_name, config)
     layers = {n: layer for n, layer in lora_layers(tuner.model).items() if adapter_name in layer.r}
     for layer in layers.values():
         if adapter_name in layer.merged_adapters:
@@ -241,38 +252,40 @@ def _swap(
                 f"Cannot hot-swap adapter '{adapter_name}' because it is currently merged into the "
                 "base weights; call unmerge_adapter() first"
             )
-    keys = adapter_state.key_map(model, adapter_name)
-    tensors = _without_base_weights(tuner.model, tensors, keys)
+    keys = adapter_state.file_key_to_state_key(model, adapter_name)
+    tensors = _drop_unchanged_base_weights(tuner.model, tensors, keys)
     unexpected = [key for key in tensors if key not in keys]
     if unexpected:
-        names = ", ".join(_with_name(key, adapter_name) for key in unexpected)
+        names = ", ".join(_insert_adapter_name(key, adapter_name) for key in unexpected)
         raise HotswapError(
             f"Hot swapping the adapter did not succeed, unexpected keys found: {names}. An adapter "
             "for other layers must be loaded under another name"
         )
-    given = {name: _given(name, layer, tensors, config) for name, layer in layers.items()}
-    copies = _copies(model, adapter_name, tensors, keys)
+    given = {
+        name: _new_layer_tensors(name, layer, tensors, config) for name, layer in layers.items()
+    }
+    copies = _tensors_outside_layers(model, adapter_name, tensors, keys)
     grown = {}
     for name, layer in layers.items():
         rank = config.rank_for(name)
         if given[name] and rank > layer.r[adapter_name]:
-            _refuse_split(name, layer)
-            grown[name] = resized(layer, adapter_name, rank), rank
+            _raise_if_split(name, layer)
+            grown[name] = pad_factors_to_rank(layer, adapter_name, rank), rank
     # All checks have passed. The model is changed from here on.
     for name, (factors, rank) in grown.items():
-        set_factors(layers[name], adapter_name, factors, rank)
+        replace_factors(layers[name], adapter_name, factors, rank)
     for name, layer in layers.items():
         layer.use_rslora[adapter_name] = config.use_rslora
-        set_scaling(layer, adapter_name, config.scaling_for(name))
-        _write(layer, adapter_name, given[name])
+        set_scaling_and_alpha(layer, adapter_name, config.scaling_for(name))
+        _write_layer_tensors(layer, adapter_name, given[name])
     for target, source in copies:
         target.copy_(source)
     made = dataclasses.replace(copy.deepcopy(old), use_rslora=config.use_rslora)
-    _fit_config(made, adapter_name, layers)
+    _update_config_ranks(made, adapter_name, layers)
     tuner.peft_config[adapter_name] = made
 
 
-def _given(
+def _new_layer_tensors(
     name: str, layer: LoraLayer, tensors: Mapping[str, torch.Tensor], config: LoraConfig
 ) -> dict[str, torch.Tensor]:
     """Return a dict of the new tensors for a layer.
@@ -283,7 +296,7 @@ def _given(
     Raises:
         HotswapError: If only some of the layer's tensors are given, or if a shape differs.
     """
-    expected = factor_shapes(layer, name, config)
+    expected = adapter_tensor_shapes(layer, name, config)
     at = f"{KEY_PREFIX}{name}."
     found = {key: tensors[f"{at}{key}"] for key in expected if f"{at}{key}" in tensors}
     for key, tensor in found.items():
@@ -298,33 +311,37 @@ def _given(
     return found
 
 
-def _write(layer: LoraLayer, adapter_name: str, new: Mapping[str, torch.Tensor]) -> None:
+def _write_layer_tensors(
+    layer: LoraLayer, adapter_name: str, new: Mapping[str, torch.Tensor]
+) -> None:
     """Write new tensors into an adapter's parameters on a layer.
 
     If ``new`` is empty, the parameters are set so that the adapter does not change the output.
     """
-    held = layer._held_parts(adapter_name)
+    held = layer._factors_by_part(adapter_name)
     for part, factor in held.items():
         if part == "lora_magnitude_vector" and not new:
             continue
-        for name, tensor in tensors_of(factor).items():
+        for name, tensor in factor_parameters(factor).items():
             source = new.get(f"{part}.{name}", new.get(part))
             if source is None:
                 tensor.zero_()
             else:
-                put_rows(tensor, source, blocks_of(layer, part) if name == "weight" else 1)
+                copy_zero_padded(
+                    tensor, source, count_rank_blocks(layer, part) if name == "weight" else 1
+                )
     if not new and "lora_magnitude_vector" in held:
         # If the update is zero and the magnitude equals the norms of the weight's rows, DoRA does
         # not change the layer's output.
-        kept: Any = layer.lora_magnitude_vector[adapter_name]
+        magnitude: Any = layer.lora_magnitude_vector[adapter_name]
         layer.reset_magnitude(adapter_name)
         fresh: Any = layer.lora_magnitude_vector[adapter_name]
-        kept.weight.copy_(fresh.weight)
-        layer.lora_magnitude_vector[adapter_name] = kept
-    layer._forget_packed()
+        magnitude.weight.copy_(fresh.weight)
+        layer.lora_magnitude_vector[adapter_name] = magnitude
+    layer._clear_packed_factors()
 
 
-def _copies(
+def _tensors_outside_layers(
     model: LoraModel,
     adapter_name: str,
     tensors: Mapping[str, torch.Tensor],
@@ -347,7 +364,7 @@ def _copies(
             continue
         source = tensors.get(disk)
         if source is None:
-            source = _original(base, key)
+            source = _original_tensor(base, key)
         if source is None:
             if disk.endswith("bias"):
                 continue  # PEFT does not save some biases
@@ -361,7 +378,7 @@ def _copies(
     return pairs
 
 
-def _original(base: nn.Module, key: str) -> torch.Tensor | None:
+def _original_tensor(base: nn.Module, key: str) -> torch.Tensor | None:
     """Return the original of a tensor that belongs to an adapter's copy of a module.
 
     The result is None if the tensor with the key ``key`` does not belong to a copy.
@@ -374,7 +391,9 @@ def _original(base: nn.Module, key: str) -> torch.Tensor | None:
     return original
 
 
-def _fit_config(config: LoraConfig, adapter_name: str, layers: Mapping[str, LoraLayer]) -> None:
+def _update_config_ranks(
+    config: LoraConfig, adapter_name: str, layers: Mapping[str, LoraLayer]
+) -> None:
     """Update an adapter's config to match the ranks and scalings of the layers.
 
     The files of a saved adapter are then consistent, and can be loaded.
@@ -385,7 +404,7 @@ def _fit_config(config: LoraConfig, adapter_name: str, layers: Mapping[str, Lora
     ranks = {name: layer.r[adapter_name] for name, layer in own.items()}
     rank = max(ranks.values())
     config.r = rank
-    others = {_exactly(name): r for name, r in ranks.items() if r != rank}
+    others = {_exact_pattern(name): r for name, r in ranks.items() if r != rank}
     config.rank_pattern = others or dict.fromkeys(config.rank_pattern, rank)
     alphas = {}
     for name, layer in own.items():
@@ -393,15 +412,15 @@ def _fit_config(config: LoraConfig, adapter_name: str, layers: Mapping[str, Lora
         alphas[name] = float(layer.scaling[adapter_name]) * by
     config.lora_alpha = next(iter(alphas.values()))
     config.alpha_pattern = {
-        _exactly(name): alpha for name, alpha in alphas.items() if alpha != config.lora_alpha
+        _exact_pattern(name): alpha for name, alpha in alphas.items() if alpha != config.lora_alpha
     }
 
 
-def _exactly(name: str) -> str:
+def _exact_pattern(name: str) -> str:
     return f"^{re.escape(name)}"
 
 
-def _without_base_weights(
+def _drop_unchanged_base_weights(
     model: nn.Module, tensors: Mapping[str, torch.Tensor], keys: Container[str]
 ) -> dict[str, torch.Tensor]:
     """Return a copy of ``tensors`` without base weights that equal the model's own weights.
@@ -409,21 +428,21 @@ def _without_base_weights(
     PEFT saves the base weights of embeddings with some adapters.
     """
     own = dict(model.named_parameters())
-    kept = {}
+    magnitude = {}
     for key, tensor in tensors.items():
         weight = own.get(key.removeprefix("base_model.model."))
         same = key not in keys and weight is not None and weight.shape == tensor.shape
         if not (same and weight is not None and torch.equal(weight, tensor.to(weight))):
-            kept[key] = tensor
-    return kept
+            magnitude[key] = tensor
+    return magnitude
 
 
-def _with_name(key: str, adapter_name: str) -> str:
+def _insert_adapter_name(key: str, adapter_name: str) -> str:
     """Insert the adapter's name into a key of an adapter file, as in PEFT's error messages."""
     return re.sub(r"(\.lora_[^.]*)", rf"\1.{adapter_name}", key, count=1)
 
 
-def _refuse_split(name: str, layer: LoraLayer) -> None:
+def _raise_if_split(name: str, layer: LoraLayer) -> None:
     if layer.is_split:
         raise UnsupportedLayerError(
             f"{name!r} is split across processes, so the rank of its factors cannot change; load "
@@ -431,9 +450,9 @@ def _refuse_split(name: str, layer: LoraLayer) -> None:
         )
 
 
-def _theirs(model: nn.Module, function: str) -> Any:
-    refusal = AdapterStateError(
+def _peft_function(model: nn.Module, function: str) -> Any:
+    error = AdapterStateError(
         "No adapter layers found on the model, make sure call `prepare_model_for_compiled_hotswap` "
         "after loading the first adapter and before loading the second adapter."
     )
-    return peft_function(model, "peft.utils.hotswap", function, refusal)
+    return peft_function_or_raise(model, "peft.utils.hotswap", function, error)

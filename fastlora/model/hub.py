@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from fastlora.model.atomic_files import atomic_replace_file
 from fastlora.model.config_checks import PEFT_VERSION
-from fastlora.model.replace_files import replacing
 from fastlora.validation import ImplementationError
 
 CARD_NAME = "README.md"
@@ -64,7 +64,7 @@ def push_to_hub(
         )
 
 
-def write_card(
+def write_model_card(
     folder: Path, base_model: str | None, tags: Sequence[str], pipeline: str | None = None
 ) -> None:
     """Write an adapter's model card, or update an existing model card.
@@ -103,7 +103,7 @@ def write_card(
         if heading not in card.text.splitlines():
             card.text = f"{card.text.rstrip()}\n\n{heading}\n"
         card.text = card.text.replace(heading, f"{heading}\n\n{version}", 1)
-    with replacing(path) as partial:
+    with atomic_replace_file(path) as partial:
         partial.write_text(str(card), encoding="utf-8")
 
 

@@ -15,20 +15,29 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastlora.init.data import progress
+from fastlora.init.calibration_data import progress_bar
 from fastlora.layers import LoraLayer, ModulesToSaveWrapper, ModuleWrapper, TrainableTokensWrapper
 from fastlora.layers.tied_head import TiedLoraHead
 from fastlora.layers.trainable_tokens import TokenAdapter
-from fastlora.model.dequantise import as_if_plain, dense_dtype, dequantise, make_plain
-from fastlora.model.plan import Plan, settings_for
-from fastlora.model.replication import forget_replication
-from fastlora.model.tied import SharedWeights, input_embedding, note_untied
-from fastlora.model.walk import base_of, outer_modules
+from fastlora.model.base_modules import base_module_of, named_outer_modules
+from fastlora.model.dequantize import (
+    dequantize_base_layer,
+    dequantize_linears,
+    dtype_after_dequantization,
+    temporarily_dequantized,
+)
+from fastlora.model.plan import AdapterPlan, adapter_settings_for
+from fastlora.model.replication import clear_replication_record
+from fastlora.model.tied_weights import (
+    SharedWeights,
+    input_embedding_name,
+    update_tie_word_embeddings,
+)
 from fastlora.validation import AdapterStateError, ConfigError, error_prefix
 
 
 @contextlib.contextmanager
-def _without_collecting() -> Iterator[None]:
+def _garbage_collection_disabled() -> Iterator[None]:
     """Disable Python's cyclic garbage collector for the duration of a ``with`` block.
 
     Creating thousands of modules triggers the collector, which then scans all existing objects.
@@ -58,9 +67,9 @@ def _outside_inference_mode() -> Iterator[None]:
         yield
 
 
-@_without_collecting()
+@_garbage_collection_disabled()
 def add_adapter(
-    model: nn.Module, adapter_name: str, plan: Plan, *, autocast_adapter_dtype: bool = True
+    model: nn.Module, adapter_name: str, plan: AdapterPlan, *, autocast_adapter_dtype: bool = True
 ) -> None:
     """Add an adapter to every module that its plan selects. The adapter is inactive.
 
@@ -81,7 +90,7 @@ def add_adapter(
     init = plan.config.init
     trained = [p for _, p in base_parameters(model) if p.requires_grad]
 
-    def holder(name: str, kind: type, make: Callable[[nn.Module], nn.Module]) -> Any:
+    def get_or_replace_module(name: str, kind: type, make: Callable[[nn.Module], nn.Module]) -> Any:
         """Return the module called ``name`` if it is an instance of ``kind``.
 
         Otherwise, replace it with ``make(module)`` and return the new module.
@@ -101,29 +110,33 @@ def add_adapter(
             plan.replication.apply()
         with _outside_inference_mode():
             for name, target in plan.targets.items():
-                layer = holder(name, LoraLayer, target.kind.wrap)
+                layer = get_or_replace_module(name, LoraLayer, target.kind.wrap)
                 for each in (layer, *layer.inner_layers().values()):
                     if init.changes_base or init.data:
-                        undo.append(each._keep_base(init, offload=True))
+                        undo.append(each._make_base_undo(init, offload=True))
                     with error_prefix(f"target module {name!r}"):
                         each.add_adapter(adapter_name, **target.settings._asdict())
                     if autocast_adapter_dtype:
                         each.widen(adapter_name)
             for name in plan.modules_to_save:
-                holder(name, ModulesToSaveWrapper, ModulesToSaveWrapper).add_adapter(adapter_name)
-            embedding = str(input_embedding(model)) if plan.tied else ""
+                get_or_replace_module(name, ModulesToSaveWrapper, ModulesToSaveWrapper).add_adapter(
+                    adapter_name
+                )
+            embedding = str(input_embedding_name(model)) if plan.tied_module_names else ""
             source: Any = model.get_submodule(embedding)
             for name in plan.tied_heads:
-                head = holder(name, TiedLoraHead, lambda module: TiedLoraHead(module, source))
-                settings = settings_for(embedding, plan.config)
+                head = get_or_replace_module(
+                    name, TiedLoraHead, lambda module: TiedLoraHead(module, source)
+                )
+                settings = adapter_settings_for(embedding, plan.config)
                 head.add_adapter(adapter_name, **settings._asdict())
             for name in plan.tied_copies:
-                wrapper = holder(name, ModulesToSaveWrapper, ModulesToSaveWrapper)
+                wrapper = get_or_replace_module(name, ModulesToSaveWrapper, ModulesToSaveWrapper)
                 wrapper.add_adapter(adapter_name, source.modules_to_save[adapter_name])
             for name, tokens in plan.tokens.items():
                 tied: Any = tokens.tied_to and model.get_submodule(tokens.tied_to)
                 make = functools.partial(TrainableTokensWrapper, tied_to=tied)
-                rows = holder(name, TrainableTokensWrapper, make)
+                rows = get_or_replace_module(name, TrainableTokensWrapper, make)
                 if adapter_name not in rows.adapter_names:
                     rows.add_adapter(adapter_name, tokens.indices, autocast_adapter_dtype)
                 if tied and name in replaced:
@@ -145,12 +158,12 @@ def add_adapter(
             parameter.requires_grad_(True)
 
 
-def to_meta(model: nn.Module, adapter_name: str) -> None:
+def move_adapter_to_meta(model: nn.Module, adapter_name: str) -> None:
     """Move an adapter's parameters to the meta device.
 
     When weights are loaded into the adapter, the parameters are allocated again.
     """
-    for _, module in routed_modules(model):
+    for _, module in modules_with_adapters(model):
         for owned in module._modules.values():
             if isinstance(owned, nn.ModuleDict) and adapter_name in owned:
                 owned[adapter_name].to("meta")
@@ -166,28 +179,30 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
     Raises:
         AdapterStateError: If the adapter is merged.
     """
-    found = routed_modules(model)
+    found = modules_with_adapters(model)
     if any(adapter_name in module.merged_adapters for _, module in found):
         raise AdapterStateError(
             f"Cannot delete adapter(s) {[adapter_name]} while they are merged. "
             "Please unmerge them first."
         )
     for _, module in found:
-        if present(module, [adapter_name]):  # tied rows were deleted together with their source
+        if adapter_names_in_module(
+            module, [adapter_name]
+        ):  # tied rows were deleted together with their source
             module._remove_adapter(adapter_name)
         # A module without the adapter may also list the name as active, and may later get a new
         # adapter with the same name.
         module._active_adapters = [n for n in module._active_adapters if n != adapter_name]
 
 
-def routed_modules(model: nn.Module) -> list[tuple[str, Any]]:
+def modules_with_adapters(model: nn.Module) -> list[tuple[str, Any]]:
     """Return a list of tuples ``(name, module)`` of the modules that contain adapters.
 
     These are LoRA layers and wrappers for ``modules_to_save`` or trained tokens. In a mixed batch,
     they select an adapter for each row.
     """
     kinds = (LoraLayer, ModuleWrapper)
-    found = outer_modules(model, inner_layers=True)
+    found = named_outer_modules(model, inner_layers=True)
     return [(name, module) for name, module in found if isinstance(module, kinds)]
 
 
@@ -196,7 +211,7 @@ def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
 
     LoRA layers inside other LoRA layers are included.
     """
-    return {name: m for name, m in routed_modules(model) if isinstance(m, LoraLayer)}
+    return {name: m for name, m in modules_with_adapters(model) if isinstance(m, LoraLayer)}
 
 
 def freeze_base(model: nn.Module) -> None:
@@ -205,7 +220,9 @@ def freeze_base(model: nn.Module) -> None:
         parameter.requires_grad_(False)
 
 
-def adapter_biases(model: nn.Module, adapter_name: str, bias: str) -> dict[str, nn.Parameter]:
+def base_biases_trained_by(
+    model: nn.Module, adapter_name: str, bias: str
+) -> dict[str, nn.Parameter]:
     """Return a dict that maps names to the biases of the base model that an adapter trains.
 
     Args:
@@ -215,13 +232,17 @@ def adapter_biases(model: nn.Module, adapter_name: str, bias: str) -> dict[str, 
     """
     if bias == "none":
         return {}
-    modules = [module for _, module in routed_modules(model) if present(module, [adapter_name])]
+    modules = [
+        module
+        for _, module in modules_with_adapters(model)
+        if adapter_names_in_module(module, [adapter_name])
+    ]
     targets = [module for module in modules if isinstance(module, LoraLayer)]
     copied = [module for module in modules if isinstance(module, ModulesToSaveWrapper)]
-    return trained_biases(model, bias, targets, copied)
+    return base_biases_to_train(model, bias, targets, copied)
 
 
-def trained_biases(
+def base_biases_to_train(
     model: nn.Module, bias: str, targets: Iterable[nn.Module], copied: Iterable[nn.Module]
 ) -> dict[str, nn.Parameter]:
     """Return a dict that maps names to the base model's biases that an adapter would train.
@@ -235,8 +256,8 @@ def trained_biases(
         targets: The modules that the adapter adapts with LoRA.
         copied: The modules that the adapter owns a copy of.
     """
-    at_targets = {id(getattr(base_of(module), "bias", None)) for module in targets}
-    originals = {id(p) for module in copied for p in base_of(module).parameters()}
+    at_targets = {id(getattr(base_module_of(module), "bias", None)) for module in targets}
+    originals = {id(p) for module in copied for p in base_module_of(module).parameters()}
     found: dict[int, tuple[str, nn.Parameter]] = {}
     for name, parameter in base_parameters(model):
         wanted = bias == "all" or (bias == "lora_only" and id(parameter) in at_targets)
@@ -294,19 +315,23 @@ def unload(
         dequantize: Whether to replace quantized linear layers with plain linear layers. If
             ``merge`` is True, each layer is replaced before adapters are merged into it.
     """
-    found = routed_modules(model)
+    found = modules_with_adapters(model)
     found.sort(key=lambda each: -each[0].count(".base_layer."))  # inner layers before outer layers
     if merge:
         for _, module in found:
-            with as_if_plain(module, safe_merge) if dequantize else contextlib.nullcontext():
-                module.check_merge(safe_merge, present(module, adapter_names))
-    dtype = dense_dtype(model) if dequantize else None
+            with (
+                temporarily_dequantized(module, safe_merge)
+                if dequantize
+                else contextlib.nullcontext()
+            ):
+                module.check_merge(safe_merge, adapter_names_in_module(module, adapter_names))
+    dtype = dtype_after_dequantization(model) if dequantize else None
     shared = SharedWeights(model)
     errors: dict[str, float | None] = {}
-    for name, module in progress(found, "Merging" if merge else "Unloading", progressbar):
+    for name, module in progress_bar(found, "Merging" if merge else "Unloading", progressbar):
         if merge:
-            names = present(module, adapter_names)
-            was_quantised = dequantize and make_plain(module)
+            names = adapter_names_in_module(module, adapter_names)
+            was_quantized = dequantize and dequantize_base_layer(module)
             if module.check_merge(adapter_names=names):
                 shared.untie(name, module)
             module.merge(adapter_names=names, keep_base=False)
@@ -314,17 +339,17 @@ def unload(
                 module._unmerged = None
                 errors[name] = module.merge_error
         base = module.release()
-        model.set_submodule(name, base.to(dtype) if merge and was_quantised else base)
+        model.set_submodule(name, base.to(dtype) if merge and was_quantized else base)
     if dtype is not None:
-        model = dequantise(model, dtype)
-    shared.tell()
-    tell_merge_errors(errors)
-    note_untied(model)
-    forget_replication(model)
+        model = dequantize_linears(model, dtype)
+    shared.warn_of_untied()
+    warn_of_merge_errors(errors)
+    update_tie_word_embeddings(model)
+    clear_replication_record(model)
     return model
 
 
-def tell_merge_errors(errors: Mapping[str, float | None]) -> None:
+def warn_of_merge_errors(errors: Mapping[str, float | None]) -> None:
     """Emit a warning about the rounding error of merged weights that were quantized again.
 
     Args:
@@ -342,7 +367,7 @@ def tell_merge_errors(errors: Mapping[str, float | None]) -> None:
         )
 
 
-def present(module: Any, adapter_names: list[str] | None) -> list[str] | None:
+def adapter_names_in_module(module: Any, adapter_names: list[str] | None) -> list[str] | None:
     """Return those of the given names for which a module has an adapter.
 
     If ``adapter_names`` is None, which stands for the active adapters, the result is None.

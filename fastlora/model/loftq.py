@@ -17,10 +17,10 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from fastlora.init.loftq import best_of_rank
-from fastlora.init.registry import check_finite
+from fastlora.init.loftq import best_low_rank_factors
+from fastlora.init.registry import check_finite_for_init
 from fastlora.layers import LoraLayer
-from fastlora.layers.bases import dense_weight
+from fastlora.layers.base_layers import dense_weight
 from fastlora.layers.linear import DEFAULT_ADAPTER
 from fastlora.model.inject import lora_layers
 from fastlora.model.tuner import tuner_of
@@ -69,7 +69,7 @@ def replace_lora_weights_loftq(
     tuner = tuner_of(peft_model)
     if tuner is None:
         raise ConfigError("expected a model returned by fastlora.get_peft_model")
-    tuner.check_known(adapter_name)
+    tuner.check_adapter_loaded(adapter_name)
     layers = {
         name: layer
         for name, layer in lora_layers(tuner.model).items()
@@ -82,17 +82,19 @@ def replace_lora_weights_loftq(
         )
     made: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     with contextlib.ExitStack() as opened:
-        for name, stored in _weights(opened, tuner.model, model_path, layers).items():
+        for name, stored in _open_unquantized_weights(
+            opened, tuner.model, model_path, layers
+        ).items():
             layer = layers[name]
             base = dense_weight(layer.get_base_layer()).float()
             weight = stored[:].to(base)
-            check_finite(weight, f"layer {name!r}: the unquantized weight")
+            check_finite_for_init(weight, f"layer {name!r}: the unquantized weight")
             rank = layer.r[adapter_name]
             if rank > min(weight.shape):
                 raise InitialisationError(
                     f"layer {name!r}: r={rank}, expected at most {min(weight.shape)}"
                 )
-            made[name] = best_of_rank(weight - base, rank)
+            made[name] = best_low_rank_factors(weight - base, rank)
     for name, layer in layers.items():
         factors: list[Any] = [layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight]
         before = [factor.clone() for factor in factors]
@@ -108,7 +110,7 @@ def _is_4bit(layer: LoraLayer) -> bool:
     return type(weight).__name__ == "Params4bit"
 
 
-def _weights(
+def _open_unquantized_weights(
     opened: contextlib.ExitStack,
     model: nn.Module,
     path: str | Path | None,
@@ -127,7 +129,7 @@ def _weights(
     Raises:
         CheckpointError: If a weight is missing or has a different shape.
     """
-    place = Path(_folder_of(model) if path is None else path)
+    place = Path(_model_folder(model) if path is None else path)
     place = place if place.name.endswith(_WEIGHTS) else place / _WEIGHTS
     index = place.with_name(f"{_WEIGHTS}.index.json")
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
@@ -164,7 +166,7 @@ def _weights(
     return found
 
 
-def _folder_of(model: nn.Module) -> str:
+def _model_folder(model: nn.Module) -> str:
     """Return the path of the local folder that contains a transformers model's files.
 
     If the model was loaded from the Hugging Face Hub, this is its folder in the local cache.

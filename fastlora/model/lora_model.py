@@ -16,15 +16,15 @@ from torch.nn.modules.module import _IncompatibleKeys
 from fastlora.layers.linear import DEFAULT_ADAPTER
 from fastlora.model import adapter_state, conversion
 from fastlora.model.adapter_folder import (
-    AdapterFile,
+    AdapterContents,
     load_adapter_folder,
-    renamed,
     save_adapter_folder,
+    with_renamed_modules,
 )
 from fastlora.model.config import LoraConfig
-from fastlora.model.inject import to_meta
-from fastlora.model.peft_names import PeftNames
-from fastlora.model.plan import Plan, plan_for
+from fastlora.model.inject import move_adapter_to_meta
+from fastlora.model.peft_model_methods import PeftModelMethods
+from fastlora.model.plan import AdapterPlan, make_adapter_plan
 from fastlora.model.status import (
     TunerLayerStatus,
     TunerModelStatus,
@@ -32,10 +32,10 @@ from fastlora.model.status import (
     get_model_status,
 )
 from fastlora.model.tuner import LoraTuner
+from fastlora.routing.active import check_batch_matches_ids, discard_unused_results
 from fastlora.routing.block import adapters
-from fastlora.routing.in_force import check_batch, end_forward
-from fastlora.sharding import Gathering
-from fastlora.validation import THE_PEFT_WAY, ConfigError, ImplementationError
+from fastlora.sharding import ShardedSave
+from fastlora.validation import PEFT_MODEL_ALTERNATIVE, ConfigError, ImplementationError
 
 # Arguments of PEFT that are accepted and ignored. They have no meaning for a local folder, or for a
 # loaded model, which stays on its devices.
@@ -76,7 +76,7 @@ def get_peft_model(
     """
     if mixed:
         raise ImplementationError(
-            f"mixed=True is not supported: fastlora only has LoRA; {THE_PEFT_WAY}"
+            f"mixed=True is not supported: fastlora only has LoRA; {PEFT_MODEL_ALTERNATIVE}"
         )
     result = LoraModel(
         model,
@@ -90,7 +90,7 @@ def get_peft_model(
     return result
 
 
-class LoraModel(PeftNames, nn.Module):
+class LoraModel(PeftModelMethods, nn.Module):
     """A model with named adapters.
 
     If PEFT is imported, every `LoraModel` is also an instance of ``peft.PeftModel``. For this
@@ -121,13 +121,13 @@ class LoraModel(PeftNames, nn.Module):
         autocast_adapter_dtype: bool = True,
         low_cpu_mem_usage: bool = False,
     ) -> None:
-        plan = plan_for(model, adapter_name, peft_config)
-        self._install(model, plan, adapter_name, autocast_adapter_dtype)
+        plan = make_adapter_plan(model, adapter_name, peft_config)
+        self._wrap_with_first_adapter(model, plan, adapter_name, autocast_adapter_dtype)
         if low_cpu_mem_usage:
-            to_meta(self.get_base_model(), adapter_name)
+            move_adapter_to_meta(self.get_base_model(), adapter_name)
 
-    def _install(
-        self, model: nn.Module, plan: Plan, adapter_name: str, autocast_adapter_dtype: bool
+    def _wrap_with_first_adapter(
+        self, model: nn.Module, plan: AdapterPlan, adapter_name: str, autocast_adapter_dtype: bool
     ) -> None:
         """Wrap ``model`` in a `LoraTuner`, and add and activate the first adapter."""
         nn.Module.__init__(self)
@@ -160,12 +160,12 @@ class LoraModel(PeftNames, nn.Module):
                 model and another adapter already does.
             TargetNotFoundError, UnsupportedLayerError, ConfigError: See `get_peft_model`.
         """
-        plan = plan_for(self.get_base_model(), adapter_name, peft_config)
+        plan = make_adapter_plan(self.get_base_model(), adapter_name, peft_config)
         self.base_model.add_adapter(
             adapter_name, plan, autocast_adapter_dtype=autocast_adapter_dtype
         )
         if low_cpu_mem_usage:
-            to_meta(self.get_base_model(), adapter_name)
+            move_adapter_to_meta(self.get_base_model(), adapter_name)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Activate one or several adapters. See `LoraTuner.set_adapter`."""
@@ -237,18 +237,18 @@ class LoraModel(PeftNames, nn.Module):
             )
             model.set_adapter(adapter_name, inference_mode=not is_trainable)
             return model
-        file = _read_folder(model_id, subfolder, unused)
-        file = renamed(file, _names_now(model, key_mapping))
+        file = _read_adapter_folder(model_id, subfolder, unused)
+        file = with_renamed_modules(file, _effective_key_mapping(model, key_mapping))
         chosen = file.config if config is None else config
-        plan = plan_for(model, adapter_name, chosen, loading=True)
+        plan = make_adapter_plan(model, adapter_name, chosen, loading=True)
         plan.config.inference_mode = not is_trainable
-        file = adapter_state.check_fit(model, plan, file, ignore_mismatched_sizes)
+        file = adapter_state.check_adapter_fits_model(model, plan, file, ignore_mismatched_sizes)
         if isinstance(config, LoraConfig):
             vars(config).update(vars(plan.config))
             plan = replace(plan, config=config)
         self = cls.__new__(cls)
-        self._install(model, plan, adapter_name, autocast_adapter_dtype)
-        adapter_state.load(self, adapter_name, file)
+        self._wrap_with_first_adapter(model, plan, adapter_name, autocast_adapter_dtype)
+        adapter_state.load_adapter_contents(self, adapter_name, file)
         return self if is_trainable else self.eval()
 
     def load_adapter(
@@ -287,21 +287,21 @@ class LoraModel(PeftNames, nn.Module):
             AdapterStateError: If the adapter is already loaded and a `fastlora.adapters` block of
                 the model is open in any thread.
         """
-        file = _read_folder(model_id, subfolder, unused)
+        file = _read_adapter_folder(model_id, subfolder, unused)
         model = self.get_base_model()
-        file = whole = renamed(file, _names_now(model, key_mapping))
-        plan = plan_for(model, adapter_name, file.config, loading=True)
+        file = whole = with_renamed_modules(file, _effective_key_mapping(model, key_mapping))
+        plan = make_adapter_plan(model, adapter_name, file.config, loading=True)
         plan.config.inference_mode = not is_trainable
-        file = adapter_state.check_fit(model, plan, file, ignore_mismatched_sizes)
+        file = adapter_state.check_adapter_fits_model(model, plan, file, ignore_mismatched_sizes)
         if adapter_name in self.peft_config:
             loaded = self.peft_config[adapter_name]
-            adapter_state.check_same_adapter(model, adapter_name, loaded, plan, file.path)
-            self.base_model.check_replaces("load_adapter", adapter_name, plan.config)
+            adapter_state.check_can_overwrite_adapter(model, adapter_name, loaded, plan, file.path)
+            self.base_model.check_adapter_replaceable("load_adapter", adapter_name, plan.config)
         else:
             self.base_model.add_adapter(
                 adapter_name, plan, autocast_adapter_dtype=autocast_adapter_dtype
             )
-        adapter_state.load(self, adapter_name, file)
+        adapter_state.load_adapter_contents(self, adapter_name, file)
         if is_trainable:
             self.set_requires_grad(adapter_name)
         else:
@@ -352,36 +352,43 @@ class LoraModel(PeftNames, nn.Module):
             raise ValueError("safe_serialization must be True: fastlora writes safetensors only")
         names = list(self.peft_config) if selected_adapters is None else selected_adapters
         for name in names:
-            self.base_model.check_known(name)
+            self.base_model.check_adapter_loaded(name)
         path = path_initial_model_for_weight_conversion
         initial = (
             {}
             if path is None
-            else {name: conversion.read_initial(self.peft_config[name], path) for name in names}
+            else {
+                name: conversion.load_untrained_adapter(self.peft_config[name], path)
+                for name in names
+            }
         )
-        gathering = Gathering(self.parameters() if state_dict is None else state_dict.values())
-        if not is_main_process and not gathering.needed:
+        gathering = ShardedSave(self.parameters() if state_dict is None else state_dict.values())
+        if not is_main_process and not gathering.is_model_sharded:
             return
         source = self.state_dict() if state_dict is None else state_dict
-        writes = is_main_process and gathering.writes
+        writes = is_main_process and gathering.is_writer
         failure: Exception | None = None
         for name in names:
-            tensors = adapter_state.collect(self, name, source, save_embedding_layers)
-            tensors = gathering.tensors(tensors, keep=writes)
+            tensors = adapter_state.adapter_file_state_dict(
+                self, name, source, save_embedding_layers
+            )
+            tensors = gathering.gather_full_tensors(tensors, return_tensors=writes)
             if writes and failure is None:
                 folder = Path(save_directory)
                 folder = folder if name == DEFAULT_ADAPTER else folder / name
                 config = self.peft_config[name]
                 try:
                     if name in initial:
-                        config, tensors = conversion.convert(config, tensors, initial[name])
+                        config, tensors = conversion.convert_to_original_base(
+                            config, tensors, initial[name]
+                        )
                     mapping = _auto_mapping(self.get_base_model()) if not config.task_type else None
                     save_adapter_folder(folder, config, tensors, auto_mapping=mapping)
                 except Exception as error:  # `finish` reports it to the waiting processes
                     failure = error
         if writes and failure is None and names:
             self.create_or_update_model_card(save_directory)
-        gathering.finish(failure)
+        gathering.wait_for_all_or_raise(failure)
 
     def get_base_model(self) -> nn.Module:
         """Return the base model, which contains the LoRA layers."""
@@ -397,12 +404,12 @@ class LoraModel(PeftNames, nn.Module):
             adapter_names: The adapter to use for each sample of the batch. See `fastlora.adapters`.
             **kwargs: Keyword arguments of the base model.
         """
-        with self._block(adapter_names):
-            check_batch(self.base_model.group, args, kwargs)
+        with self._adapters_block(adapter_names):
+            check_batch_matches_ids(self.base_model.group, args, kwargs)
             try:
                 return self.base_model(*args, **kwargs)
             finally:
-                end_forward(self.base_model.group)
+                discard_unused_results(self.base_model.group)
 
     def generate(
         self, *args: Any, adapter_names: Sequence[str | None] | None = None, **kwargs: Any
@@ -415,14 +422,14 @@ class LoraModel(PeftNames, nn.Module):
             **kwargs: Keyword arguments of ``generate``.
         """
         generate: Any = self.get_base_model().generate
-        with self._block(adapter_names):
-            check_batch(self.base_model.group, args, kwargs, per_sample=True)
+        with self._adapters_block(adapter_names):
+            check_batch_matches_ids(self.base_model.group, args, kwargs, per_sample=True)
             try:
                 return generate(*args, **kwargs)
             finally:
-                end_forward(self.base_model.group)
+                discard_unused_results(self.base_model.group)
 
-    def _block(
+    def _adapters_block(
         self, adapter_names: Sequence[str | None] | None
     ) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext() if adapter_names is None else adapters(self, adapter_names)
@@ -464,9 +471,9 @@ class LoraModel(PeftNames, nn.Module):
             return getattr(self.base_model, name)
 
 
-def _read_folder(
+def _read_adapter_folder(
     model_id: str | os.PathLike[str], subfolder: str | None, unused: dict[str, Any]
-) -> AdapterFile:
+) -> AdapterContents:
     """Read an adapter folder, after checking that all unused arguments are arguments of PEFT.
 
     Raises:
@@ -488,7 +495,9 @@ def _auto_mapping(model: nn.Module) -> dict[str, str]:
     return {"base_model_class": cls.__name__, "parent_library": cls.__module__}
 
 
-def _names_now(model: nn.Module, key_mapping: Mapping[str, str] | None) -> Mapping[str, str]:
+def _effective_key_mapping(
+    model: nn.Module, key_mapping: Mapping[str, str] | None
+) -> Mapping[str, str]:
     """Return ``key_mapping`` or, if it is None, the key mapping that the model itself defines.
 
     The result is empty if the model does not define a key mapping.

@@ -12,39 +12,55 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from fastlora.layers import FastLoraLinear, LoraLayer, ModulesToSaveWrapper, ModuleWrapper
-from fastlora.layers.bases import is_transposed, linear_features
-from fastlora.layers.kinds import INSTEAD, Kind, Settings, Shapes, kind_of, known_kinds
-from fastlora.layers.modules_to_save import check_copyable
+from fastlora.layers.base_layers import linear_features, stores_weight_transposed
+from fastlora.layers.layer_kinds import (
+    PEFT_LAYER_ALTERNATIVE,
+    LayerAdapterSettings,
+    LayerKind,
+    TensorShapes,
+    layer_kind_names,
+    layer_kind_of,
+)
+from fastlora.layers.modules_to_save import raise_if_container
 from fastlora.layers.tied_head import TiedLoraHead
+from fastlora.model.base_modules import base_module_of, named_base_modules
 from fastlora.model.config import LoraConfig
-from fastlora.model.replication import Replication, in_place, replication_for
+from fastlora.model.replication import LayerReplication, create_replication, replication_applied
 from fastlora.model.targets import (
     find_modules_to_save,
     find_targets,
     modules_to_save_entries,
     resolve_target_modules,
 )
-from fastlora.model.tied import NO_TIES, SharedWeights, Ties, tie_adapters
-from fastlora.model.tokens import Tokens, check_apart, find_tokens
-from fastlora.model.walk import base_modules, base_of
+from fastlora.model.tied_weights import (
+    NO_TIED_MODULES,
+    SharedWeights,
+    TiedModules,
+    find_tied_modules,
+)
+from fastlora.model.trainable_tokens import (
+    TrainableTokens,
+    check_trained_once,
+    find_trainable_tokens,
+)
 from fastlora.routing.ids import check_adapter_name
 from fastlora.validation import AdapterStateError, ConfigError, UnsupportedLayerError, error_prefix
 
 
-class Target(NamedTuple):
+class TargetModule(NamedTuple):
     """A module to which an adapter applies LoRA.
 
     Attributes:
         base: The module without adapters.
-        kind: The `Kind` of the module, which determines how it is adapted.
+        kind: The `LayerKind` of the module, which determines how it is adapted.
         settings: The settings of the adapter on this module.
     """
 
     base: nn.Module
-    kind: Kind
-    settings: Settings
+    kind: LayerKind
+    settings: LayerAdapterSettings
 
-    def shapes(self) -> Shapes:
+    def tensor_shapes(self) -> TensorShapes:
         """Return a dict that maps key suffixes to the shapes of the adapter's tensors.
 
         A key suffix is the part of a key in an adapter file that follows the module's name.
@@ -53,7 +69,7 @@ class Target(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Plan:
+class AdapterPlan:
     """An adapter config that was checked against a model, and the modules that it selects.
 
     Attributes:
@@ -71,29 +87,29 @@ class Plan:
     """
 
     config: LoraConfig
-    targets: dict[str, Target]
+    targets: dict[str, TargetModule]
     modules_to_save: list[str]
     target_modules: set[str] | str
     from_file: bool = False
-    tokens: dict[str, Tokens] = field(default_factory=dict)
+    tokens: dict[str, TrainableTokens] = field(default_factory=dict)
     tied_copies: list[str] = field(default_factory=list)
     tied_heads: list[str] = field(default_factory=list)
-    replication: Replication | None = None
+    replication: LayerReplication | None = None
 
     @property
-    def tied(self) -> list[str]:
+    def tied_module_names(self) -> list[str]:
         """The names of the modules that share a copy or LoRA factors with the input embedding."""
         return [*self.tied_copies, *self.tied_heads]
 
     @property
-    def touched(self) -> list[str]:
+    def changed_module_names(self) -> list[str]:
         """The names of all modules that change when the adapter is added."""
-        return [*self.targets, *self.modules_to_save, *self.tied, *self.tokens]
+        return [*self.targets, *self.modules_to_save, *self.tied_module_names, *self.tokens]
 
 
-def plan_for(
+def make_adapter_plan(
     model: nn.Module, adapter_name: str, peft_config: Any, *, loading: bool = False
-) -> Plan:
+) -> AdapterPlan:
     """Resolve a config against a model, and return the plan for adding the adapter.
 
     The plan contains a copy of the config in which ``target_modules`` is resolved to names or a
@@ -111,16 +127,16 @@ def plan_for(
         ConfigError: If a field of the config or the adapter's name is invalid.
     """
     check_adapter_name(adapter_name)
-    config = copy.deepcopy(own_config(peft_config))
+    config = copy.deepcopy(to_lora_config(peft_config))
     config.check_supported("load" if loading else "new")
-    replication = replication_for(model, config.layer_replication)
-    with in_place(replication):
-        ties = tie_adapters(model, config)
-        plan = plan_adapter(model, config, from_file=loading, ties=ties)
+    replication = create_replication(model, config.layer_replication)
+    with replication_applied(replication):
+        ties = find_tied_modules(model, config)
+        plan = plan_target_modules(model, config, from_file=loading, ties=ties)
         plan = dataclasses.replace(plan, replication=replication)
-        _warn_of_kinds(plan)
+        _warn_of_unusual_targets(plan)
         config.target_modules = plan.target_modules
-        config.fan_in_fan_out = _stores_inputs_first(plan)
+        config.fan_in_fan_out = _peft_fan_in_fan_out(plan)
     if plan.modules_to_save:
         config.modules_to_save = modules_to_save_entries(config)
     if not config.base_model_name_or_path:
@@ -131,21 +147,24 @@ def plan_for(
     return plan
 
 
-def _stores_inputs_first(plan: Plan) -> bool:
+def _peft_fan_in_fan_out(plan: AdapterPlan) -> bool:
     """Return the value of ``fan_in_fan_out`` that PEFT would store in the config.
 
     PEFT sets the field according to the last linear layer among the targets.
     """
     for target in reversed(plan.targets.values()):
-        transposed = is_transposed(target.base)
+        transposed = stores_weight_transposed(target.base)
         if transposed or isinstance(target.base, nn.Linear):
             return transposed
     return plan.config.fan_in_fan_out
 
 
-def plan_adapter(
-    model: nn.Module, config: LoraConfig, from_file: bool = False, ties: Ties = NO_TIES
-) -> Plan:
+def plan_target_modules(
+    model: nn.Module,
+    config: LoraConfig,
+    from_file: bool = False,
+    ties: TiedModules = NO_TIED_MODULES,
+) -> AdapterPlan:
     """Find the modules that a config names, and check that they can be adapted.
 
     The model is not changed.
@@ -162,7 +181,7 @@ def plan_adapter(
             config; or if the adapter needs a copy of a module that another adapter adapts with
             LoRA, or the other way around.
     """
-    modules = base_modules(model)
+    modules = named_base_modules(model)
     meant = resolve_target_modules(model, config, modules)
     targets = find_targets(model, config, meant, modules)
     saved = find_modules_to_save(model, config)
@@ -172,21 +191,23 @@ def plan_adapter(
         # As in PEFT, tied heads share the embedding's LoRA factors, and tied embeddings have their
         # own factors.
         tied, copies = copies, []
-        heads = [n for n in tied if not isinstance(base_of(model.get_submodule(n)), nn.Embedding)]
+        heads = [
+            n for n in tied if not isinstance(base_module_of(model.get_submodule(n)), nn.Embedding)
+        ]
         targets = [name for name in targets if name not in heads]
         targets += [name for name in tied if name not in (*heads, *targets)]
-        _check_tied_lora(model, config, targets, heads)
-    tokens = find_tokens(model, config)
-    check_apart(tokens, targets, saved, [*copies, *heads])
+        _check_tied_factors(model, config, targets, heads)
+    tokens = find_trainable_tokens(model, config)
+    check_trained_once(tokens, targets, saved, [*copies, *heads])
     if config.init.changes_base:
         _check_untied(model, config, targets)
-    found = _targets(model, config, targets, from_file)
-    plan = Plan(config, found, saved, meant, from_file, tokens, copies, heads)
+    found = _check_targets(model, config, targets, from_file)
+    plan = AdapterPlan(config, found, saved, meant, from_file, tokens, copies, heads)
     for name in (*plan.modules_to_save, *plan.tied_copies):
         module = model.get_submodule(name)
         if isinstance(module, ModulesToSaveWrapper):
             continue  # checked when the wrapper was created
-        check_copyable(module)
+        raise_if_container(module)
         for inner, part in module.named_modules():
             if isinstance(part, LoraLayer):
                 raise UnsupportedLayerError(
@@ -201,20 +222,22 @@ def plan_adapter(
     return plan
 
 
-def _targets(
+def _check_targets(
     model: nn.Module, config: LoraConfig, names: Sequence[str], from_file: bool
-) -> dict[str, Target]:
+) -> dict[str, TargetModule]:
     """Check the modules with the given names, and return a dict that maps the names to targets.
 
     Raises:
-        UnsupportedLayerError: See `plan_adapter`.
+        UnsupportedLayerError: See `plan_target_modules`.
     """
     found = {}
     common, custom = _common_settings(config, from_file), config.custom_modules
     for name in names:
-        base = base_of(model.get_submodule(name))
+        base = base_module_of(model.get_submodule(name))
         with error_prefix(f"target module {name!r} is a {type(base).__name__}"):
-            target = Target(base, _kind_for(base, custom), _settings_at(name, config, common))
+            target = TargetModule(
+                base, _kind_for(base, custom), _settings_with_module_rank(name, config, common)
+            )
             target.kind.check(base, target.settings)
         found[name] = target
         parent = model.get_submodule(name.rpartition(".")[0])
@@ -230,7 +253,7 @@ def _targets(
     return found
 
 
-def _warn_of_kinds(plan: Plan) -> None:
+def _warn_of_unusual_targets(plan: AdapterPlan) -> None:
     """Emit warnings for targets that do not behave as the config suggests.
 
     One warning is emitted if a new adapter has ``lora_dropout`` and a target has no input that
@@ -238,7 +261,7 @@ def _warn_of_kinds(plan: Plan) -> None:
     fastlora computes a target of this kind differently.
     """
     config = plan.config
-    without = [name for name, target in plan.targets.items() if not target.kind.drops]
+    without = [name for name, target in plan.targets.items() if not target.kind.uses_dropout]
     if without and config.lora_dropout and not plan.from_file:
         more = f" and {len(without) - 1} more targets" if len(without) > 1 else ""
         warnings.warn(
@@ -248,14 +271,14 @@ def _warn_of_kinds(plan: Plan) -> None:
             stacklevel=4,
         )
     if config.peft_version and plan.from_file:
-        notes = {target.kind.of_peft: name for name, target in plan.targets.items()}
+        notes = {target.kind.peft_note: name for name, target in plan.targets.items()}
         for note, name in notes.items():
             if note:
                 base = plan.targets[name].base
                 warnings.warn(f"{name!r} is a {type(base).__name__}: {note}", stacklevel=4)
 
 
-def _check_tied_lora(
+def _check_tied_factors(
     model: nn.Module, config: LoraConfig, targets: Sequence[str], tied: Sequence[str]
 ) -> None:
     """Check that tied modules can share the LoRA factors of the input embedding.
@@ -304,8 +327,8 @@ def _check_untied(model: nn.Module, config: LoraConfig, targets: Sequence[str]) 
     shared = SharedWeights(model)
     for name in targets:
         module = model.get_submodule(name)
-        base = base_of(module)
-        other = shared.beside(base, (module, base))
+        base = base_module_of(module)
+        other = shared.find_module_sharing_weight(base, (module, base))
         if other is not None and linear_features(base) is not None:
             raise AdapterStateError(
                 f"init_lora_weights={config.init_lora_weights!r} changes the weight of target "
@@ -314,17 +337,17 @@ def _check_untied(model: nn.Module, config: LoraConfig, targets: Sequence[str]) 
             )
 
 
-def settings_for(name: str, config: LoraConfig) -> Settings:
+def adapter_settings_for(name: str, config: LoraConfig) -> LayerAdapterSettings:
     """Return the settings of an adapter on the module called ``name``."""
-    return _settings_at(name, config, _common_settings(config))
+    return _settings_with_module_rank(name, config, _common_settings(config))
 
 
-def _common_settings(config: LoraConfig, from_file: bool = False) -> Settings:
+def _common_settings(config: LoraConfig, from_file: bool = False) -> LayerAdapterSettings:
     """Return an adapter's settings for modules that match neither of its pattern fields.
 
     The pattern fields are ``rank_pattern`` and ``alpha_pattern``.
     """
-    return Settings(
+    return LayerAdapterSettings(
         r=config.r,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
@@ -337,30 +360,33 @@ def _common_settings(config: LoraConfig, from_file: bool = False) -> Settings:
     )
 
 
-def _settings_at(name: str, config: LoraConfig, common: Settings) -> Settings:
+def _settings_with_module_rank(
+    name: str, config: LoraConfig, common: LayerAdapterSettings
+) -> LayerAdapterSettings:
     """Return the common settings, with the rank and alpha for the module called ``name``."""
     if not config.rank_pattern and not config.alpha_pattern:
         return common
     return common._replace(r=config.rank_for(name), lora_alpha=config.alpha_for(name))
 
 
-def _kind_for(base: nn.Module, custom: Mapping[type, type]) -> Kind:
-    """Return the `Kind` of a module, which determines how it is adapted.
+def _kind_for(base: nn.Module, custom: Mapping[type, type]) -> LayerKind:
+    """Return the `LayerKind` of a module, which determines how it is adapted.
 
     Raises:
         UnsupportedLayerError: If fastlora does not support the module's class.
     """
-    kind = kind_of(base, custom)
+    kind = layer_kind_of(base, custom)
     if kind is None:
         raise UnsupportedLayerError(
-            f"fastlora supports {', '.join(known_kinds())} (also Conv1D of transformers and "
+            f"fastlora supports {', '.join(layer_kind_names())} (also Conv1D of transformers and "
             "quantized linear layers), and classes that you register with "
-            f"LoraConfig._register_custom_module; if PEFT supports this class, {INSTEAD}"
+            f"LoraConfig._register_custom_module; if PEFT supports this class, "
+            f"{PEFT_LAYER_ALTERNATIVE}"
         )
     return kind
 
 
-def factor_shapes(module: nn.Module, name: str, config: LoraConfig) -> Shapes:
+def adapter_tensor_shapes(module: nn.Module, name: str, config: LoraConfig) -> TensorShapes:
     """Return a dict that maps key suffixes to the shapes of an adapter's tensors on a module.
 
     A key suffix is the part of a key in an adapter file that follows the module's name.
@@ -370,11 +396,11 @@ def factor_shapes(module: nn.Module, name: str, config: LoraConfig) -> Shapes:
         name: The name of the module, which selects the rank.
         config: The adapter's config.
     """
-    base = base_of(module)
-    kind = kind_of(base, config.custom_modules)
-    return {} if kind is None else kind.shapes(base, settings_for(name, config))
+    base = base_module_of(module)
+    kind = layer_kind_of(base, config.custom_modules)
+    return {} if kind is None else kind.shapes(base, adapter_settings_for(name, config))
 
 
-def own_config(config: Any) -> LoraConfig:
+def to_lora_config(config: Any) -> LoraConfig:
     """Convert a config of PEFT to a `LoraConfig`. A `LoraConfig` is returned unchanged."""
     return config if isinstance(config, LoraConfig) else LoraConfig.from_peft(config)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from fastlora.model.config import LoraConfig
-from fastlora.model.estimate import logical_numel, own_parameters
+from fastlora.model.estimate import unique_base_parameters, unpacked_numel
 
 _BILLION = 1_000_000_000
 # Rows of: exclusive upper bound on the number of parameters, range of r, range of alpha, dropout.
@@ -142,7 +142,7 @@ def recommend(
         ValueError: If the number of parameters or ``memory_bytes`` is less than 1.
     """
     if isinstance(model_or_num_params, nn.Module):
-        count = sum(map(logical_numel, own_parameters(model_or_num_params)))
+        count = sum(map(unpacked_numel, unique_base_parameters(model_or_num_params)))
     elif isinstance(model_or_num_params, int) and not isinstance(model_or_num_params, bool):
         count = model_or_num_params
     else:

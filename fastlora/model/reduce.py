@@ -22,10 +22,15 @@ from fastlora.algebra import low_rank
 from fastlora.layers import LoraLayer
 from fastlora.model import adapter_state
 from fastlora.model.adapter_folder import save_adapter_folder
-from fastlora.model.computed import Factors, Made, made, pair_of
+from fastlora.model.base_modules import peft_function_or_raise
+from fastlora.model.computed_adapters import (
+    ComputedAdapter,
+    ComputedLayerParameters,
+    build_computed_adapter,
+    factor_matrices,
+)
 from fastlora.model.inject import lora_layers
 from fastlora.model.tuner import tuner_of
-from fastlora.model.walk import peft_function
 from fastlora.validation import AdapterStateError, ConfigError, UnsupportedLayerError
 
 if TYPE_CHECKING:
@@ -97,9 +102,9 @@ def reduce_rank(
         UnsupportedLayerError: If a layer's update is not the product of two matrices. The model is
             unchanged after any of these errors.
     """
-    model.base_model.check_new(new_adapter_name)
-    new, errors = _reduced(model, rank, adapter_name)
-    model.base_model.add_computed(new_adapter_name, new)
+    model.base_model.check_new_adapter_name(new_adapter_name)
+    new, errors = _compute_reduced_adapter(model, rank, adapter_name)
+    model.base_model.add_computed_adapter(new_adapter_name, new)
     return RankReduction(new_adapter_name, new.ranks, errors)
 
 
@@ -130,20 +135,20 @@ def convert_to_lora(
             `reduce_rank`.
     """
     if tuner_of(model) is None:
-        return _theirs(model, "convert_to_lora")(
+        return _peft_function(model, "convert_to_lora")(
             model, rank, adapter_name, progressbar, compile_kwargs
         )
-    new, errors = _reduced(model, rank, adapter_name)
+    new, errors = _compute_reduced_adapter(model, rank, adapter_name)
     warnings.warn(
         "Converting a PEFT adapter to LoRA that is already a LoRA adapter: "
         f"{RankReduction(adapter_name, new.ranks, errors)}",
         stacklevel=2,
     )
     tuner = model.base_model
-    tuner.add_computed(_CONVERTED, new)
+    tuner.add_computed_adapter(_CONVERTED, new)
     try:
         state = model.state_dict()
-        tensors = adapter_state.collect(model, _CONVERTED, state, False)
+        tensors = adapter_state.adapter_file_state_dict(model, _CONVERTED, state, False)
         return tuner.peft_config[_CONVERTED], {k: v.detach().clone() for k, v in tensors.items()}
     finally:
         tuner.delete_adapter(_CONVERTED)
@@ -164,7 +169,9 @@ def save_as_lora(
         model, rank, adapter_name, progressbar, compile_kwargs: See `convert_to_lora`.
     """
     if tuner_of(model) is None:
-        _theirs(model, "save_as_lora")(path, model, rank, adapter_name, progressbar, compile_kwargs)
+        _peft_function(model, "save_as_lora")(
+            path, model, rank, adapter_name, progressbar, compile_kwargs
+        )
         return
     config, tensors = convert_to_lora(model, rank, adapter_name)
     save_adapter_folder(Path(path), config, tensors)
@@ -210,48 +217,48 @@ def reduce_intruder_dimension(
             "supported."
         )
     tuner = peft_model.base_model
-    tuner.check_new(new_adapter_name)
-    tuner.check_known(old_adapter_name)
+    tuner.check_new_adapter_name(new_adapter_name)
+    tuner.check_adapter_loaded(old_adapter_name)
     tuner.peft_config[old_adapter_name].check_plain("an adapter computed from this one")
     tell = logging_sink or (lambda *_: None)
     factors = {}
-    for name, layer in _layers_with(peft_model, old_adapter_name):
+    for name, layer in _layers_with_adapter(peft_model, old_adapter_name):
         if old_adapter_name in layer.lora_magnitude_vector:
             raise AdapterStateError(f"adapter {old_adapter_name!r} uses DoRA; expected plain LoRA")
         if layer.merged:
             raise AdapterStateError(f"{name!r} has merged adapters; call unmerge_adapter() first")
-        pair = pair_of(name, layer, old_adapter_name)
+        pair = factor_matrices(name, layer, old_adapter_name)
         scaling = float(layer.scaling[old_adapter_name])
-        weight = layer._own_weight().detach().to(pair[0].dtype)
-        found = _without_intruders(
+        weight = layer._local_weight().detach().to(pair[0].dtype)
+        found = _reduce_intruders(
             weight, pair, scaling, (top_k, threshold_epsilon, mitigation_lambda)
         )
         tell(f"{name}: {f'Intruders: {found[1]}' if found else 'No intruders'}")
         pair = found[0] if found else pair
-        factors[name] = Factors(*pair, layer._factors(old_adapter_name)[2])
+        factors[name] = ComputedLayerParameters(*pair, layer._factors(old_adapter_name)[2])
     old = tuner.peft_config[old_adapter_name]
     config = copy.deepcopy(old)
     config.bias, config.init_lora_weights = "none", True
-    new = made(tuner.model, {old_adapter_name: old}, factors, config)
-    tuner.add_computed(new_adapter_name, new)
+    new = build_computed_adapter(tuner.model, {old_adapter_name: old}, factors, config)
+    tuner.add_computed_adapter(new_adapter_name, new)
     tell(f"Enabling new adapter {new_adapter_name}")
     peft_model.set_adapter(new_adapter_name)
 
 
 @torch.no_grad()
-def _without_intruders(
+def _reduce_intruders(
     weight: torch.Tensor,
-    pair: low_rank.Pair,
+    pair: low_rank.FactorPair,
     scaling: float,
-    how: tuple[int, float, float],
-) -> tuple[low_rank.Pair, int] | None:
+    options: tuple[int, float, float],
+) -> tuple[low_rank.FactorPair, int] | None:
     """Reduce the intruder dimensions of an adapter on one layer.
 
     Args:
         weight: The base weight, ``[N, K]``.
         pair: The adapter's factors, ``[R, K]`` and ``[N, R]``.
         scaling: The adapter's scaling.
-        how: ``top_k``, ``threshold_epsilon``, and ``mitigation_lambda`` of
+        options: ``top_k``, ``threshold_epsilon``, and ``mitigation_lambda`` of
             `reduce_intruder_dimension`.
 
     Returns:
@@ -259,25 +266,28 @@ def _without_intruders(
         intruder dimensions.
     """
     lora_a, lora_b = pair
-    top, threshold, left = how
-    adapted = low_rank.decompose(torch.addmm(weight, lora_b, lora_a, alpha=scaling))
-    base = low_rank.decompose(weight)
+    top, threshold, left = options
+    adapted = low_rank.compute_svd(torch.addmm(weight, lora_b, lora_a, alpha=scaling))
+    base = low_rank.compute_svd(weight)
     similar = (adapted.u[:, :top].t() @ base.u).abs().amax(1)
     index = (similar < threshold).nonzero().flatten()
     if not index.numel():
         return None
     # The subtracted part has rank I, the number of intruders, so the sum has at most rank R + I.
     intruders = adapted.vh[index], adapted.u[:, index] * adapted.s[index]
-    found = low_rank.decompose_pairs([pair, intruders], [1.0, (left - 1.0) / scaling])
+    found = low_rank.svd_of_weighted_sum([pair, intruders], [1.0, (left - 1.0) / scaling])
     rank = lora_a.shape[0]
     root = found.s[:rank].sqrt()
     made_a, made_b = root[:, None] * found.vh[:rank], found.u[:, :rank] * root
-    return (low_rank.padded(made_a, rank, 0), low_rank.padded(made_b, rank, 1)), index.numel()
+    return (
+        low_rank.pad_factor(made_a, rank, 0),
+        low_rank.pad_factor(made_b, rank, 1),
+    ), index.numel()
 
 
-def _reduced(
+def _compute_reduced_adapter(
     model: LoraModel, rank: int | float, adapter_name: str
-) -> tuple[Made, dict[str, float]]:
+) -> tuple[ComputedAdapter, dict[str, float]]:
     """Compute an approximation of an adapter with a different rank. The model is not changed.
 
     Returns:
@@ -295,33 +305,35 @@ def _reduced(
             f"got {rank}."
         )
     factors, errors = {}, {}
-    for name, layer in _layers_with(model, adapter_name):
-        pair = pair_of(name, layer, adapter_name)
+    for name, layer in _layers_with_adapter(model, adapter_name):
+        pair = factor_matrices(name, layer, adapter_name)
         scaling = float(layer.scaling[adapter_name])
-        found = low_rank.decompose_pairs([pair], [scaling])
+        found = low_rank.svd_of_weighted_sum([pair], [scaling])
         most = min(pair[0].shape[1], pair[1].shape[0])
         if not share and rank > most:
             raise ConfigError(
                 f"The chosen rank {rank} is larger than the weight shape ({most}) of {name!r}, "
                 "please choose a lower rank."
             )
-        cut = found.rank_for(rank)
-        errors[name] = found.error(cut)
+        cut = found.singular_values_to_keep(rank)
+        errors[name] = found.truncation_error(cut)
         full = cut if share else int(rank)
         lora_a, lora_b = found.vh[:cut], found.u[:, :cut] * found.s[:cut]
         bias = layer._factors(adapter_name)[2]
-        magnitude: Any = layer._held_parts(adapter_name).get("lora_magnitude_vector")
-        factors[name] = Factors(
-            low_rank.padded(lora_a, full, 0),
-            low_rank.padded(lora_b, full, 1),
+        magnitude: Any = layer._factors_by_part(adapter_name).get("lora_magnitude_vector")
+        factors[name] = ComputedLayerParameters(
+            low_rank.pad_factor(lora_a, full, 0),
+            low_rank.pad_factor(lora_b, full, 1),
             None if bias is None else bias.detach() * scaling,
             None if magnitude is None else magnitude.weight.detach(),
         )
     tuner = model.base_model
-    return made(tuner.model, {adapter_name: tuner.peft_config[adapter_name]}, factors), errors
+    return build_computed_adapter(
+        tuner.model, {adapter_name: tuner.peft_config[adapter_name]}, factors
+    ), errors
 
 
-def _layers_with(model: LoraModel, adapter_name: str) -> Iterator[tuple[str, LoraLayer]]:
+def _layers_with_adapter(model: LoraModel, adapter_name: str) -> Iterator[tuple[str, LoraLayer]]:
     """Yield a tuple ``(name, layer)`` for each LoRA layer that has the adapter.
 
     Raises:
@@ -329,7 +341,7 @@ def _layers_with(model: LoraModel, adapter_name: str) -> Iterator[tuple[str, Lor
         AdapterStateError: If the adapter has trained tokens.
     """
     tuner = model.base_model
-    tuner.check_known(adapter_name)
+    tuner.check_adapter_loaded(adapter_name)
     if tuner.peft_config[adapter_name].trainable_token_indices:
         raise AdapterStateError(
             f"adapter {adapter_name!r} trains tokens (trainable_token_indices), which have no rank "
@@ -340,9 +352,9 @@ def _layers_with(model: LoraModel, adapter_name: str) -> Iterator[tuple[str, Lor
             yield name, layer
 
 
-def _theirs(model: nn.Module, function: str) -> Any:
-    refusal = UnsupportedLayerError(
+def _peft_function(model: nn.Module, function: str) -> Any:
+    error = UnsupportedLayerError(
         f"Could not detect any layer that supports LoRA conversion in a {type(model).__name__}; "
         "expected a fastlora.LoraModel or a PEFT model"
     )
-    return peft_function(model, "peft", function, refusal)
+    return peft_function_or_raise(model, "peft", function, error)

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from fastlora.model.walk import is_lora_layer, is_wrapper
+from fastlora.model.base_modules import is_adapter_wrapper, is_lora_layer
 from fastlora.validation import AdapterStateError, ConfigError, UnsupportedLayerError
 
 # Paths of the list of layers inside the innermost model: for Llama and GPT-NeoX, for BERT, and for
@@ -27,7 +27,7 @@ _BY_LAYER = ("layer_types", "no_rope_layers", "mlp_layer_types")
 Ranges = Sequence[Sequence[int]]
 
 
-class Replication:
+class LayerReplication:
     """Replace a model's list of layers with a longer list that contains copies of the layers.
 
     The model is not changed before `apply` is called.
@@ -44,14 +44,16 @@ class Replication:
 
     def __init__(self, model: nn.Module, ranges: Ranges) -> None:
         self._config: Any = getattr(model, "config", None)
-        self._holder, self._name, self._old = _layers_of(model)
+        self._holder, self._name, self._old = _find_layer_list(model)
         order = [i for start, end in _checked(ranges, len(self._old)) for i in range(start, end)]
-        if any(is_lora_layer(m) or is_wrapper(m) for m in self._old.modules()):
+        if any(is_lora_layer(m) or is_adapter_wrapper(m) for m in self._old.modules()):
             raise AdapterStateError(
                 f"layer_replication={list(ranges)} needs layers without adapters; set it "
                 "for the model's first adapter, or unload() the adapters first"
             )
-        self._new = nn.ModuleList(_copy_of(self._old[i], at) for at, i in enumerate(order))
+        self._new = nn.ModuleList(
+            _copy_layer_sharing_parameters(self._old[i], at) for at, i in enumerate(order)
+        )
         self._new.training = self._old.training
         self._new.__dict__["replication"] = [list(pair) for pair in ranges]
         self._settings = {"num_hidden_layers": len(order)} | {
@@ -80,7 +82,7 @@ class Replication:
 
 
 @contextlib.contextmanager
-def in_place(replication: Replication | None) -> Iterator[None]:
+def replication_applied(replication: LayerReplication | None) -> Iterator[None]:
     """Apply a replication for the duration of a ``with`` block. None has no effect."""
     if replication is None:
         yield
@@ -92,7 +94,7 @@ def in_place(replication: Replication | None) -> Iterator[None]:
         replication.undo()
 
 
-def replication_for(model: nn.Module, ranges: Ranges | None) -> Replication | None:
+def create_replication(model: nn.Module, ranges: Ranges | None) -> LayerReplication | None:
     """Create the replication that an adapter's config requires.
 
     The result is None if the config requires no replication, or if the model's layers are already
@@ -104,9 +106,9 @@ def replication_for(model: nn.Module, ranges: Ranges | None) -> Replication | No
 
     Raises:
         ConfigError: If the model's layers are already replicated with different ranges.
-        ConfigError, UnsupportedLayerError, AdapterStateError: See `Replication`.
+        ConfigError, UnsupportedLayerError, AdapterStateError: See `LayerReplication`.
     """
-    there = _mark_of(model)
+    there = _recorded_ranges(model)
     asked = [list(pair) for pair in ranges or ()]
     if there is not None:
         if asked != there:
@@ -115,30 +117,30 @@ def replication_for(model: nn.Module, ranges: Ranges | None) -> Replication | No
                 f"replicated with {there}; expected the same value for all adapters"
             )
         return None
-    return Replication(model, asked) if asked else None
+    return LayerReplication(model, asked) if asked else None
 
 
-def forget_replication(model: nn.Module) -> None:
+def clear_replication_record(model: nn.Module) -> None:
     """Remove the record that a model's layers are replicated.
 
     The replicated layers then count as the model's original layers. Adapters that are added later
     do not need ``layer_replication`` in their configs.
     """
-    if _mark_of(model) is not None:
-        holder, name, _ = _layers_of(model)
+    if _recorded_ranges(model) is not None:
+        holder, name, _ = _find_layer_list(model)
         del getattr(holder, name).__dict__["replication"]
 
 
-def _mark_of(model: nn.Module) -> list[list[int]] | None:
+def _recorded_ranges(model: nn.Module) -> list[list[int]] | None:
     try:
-        _, _, layers = _layers_of(model)
+        _, _, layers = _find_layer_list(model)
     except UnsupportedLayerError:
         return None
-    mark: Any = layers.__dict__.get("replication")
-    return mark
+    ranges: Any = layers.__dict__.get("replication")
+    return ranges
 
 
-def _layers_of(model: nn.Module) -> tuple[nn.Module, str, nn.ModuleList]:
+def _find_layer_list(model: nn.Module) -> tuple[nn.Module, str, nn.ModuleList]:
     """Find the list of layers of a model.
 
     Returns:
@@ -175,7 +177,7 @@ def _checked(ranges: Ranges, count: int) -> Ranges:
     return ranges
 
 
-def _copy_of(layer: nn.Module, place: int) -> nn.Module:
+def _copy_layer_sharing_parameters(layer: nn.Module, place: int) -> nn.Module:
     """Return a copy of a layer that shares the parameters, buffers, and config of the original.
 
     Args:

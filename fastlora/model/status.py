@@ -13,10 +13,10 @@ from typing import Any, Literal, TypeVar
 from torch import nn
 
 from fastlora.layers import LoraLayer, ModuleWrapper
-from fastlora.layers.quantised import Quantised, quantised
-from fastlora.layers.ranks import tensors_of
+from fastlora.layers.quantized import QuantizedBaseWeight, quantized_weight_of
+from fastlora.layers.rank_padding import factor_parameters
 from fastlora.layers.trainable_tokens import TrainableTokensWrapper
-from fastlora.model.inject import routed_modules
+from fastlora.model.inject import modules_with_adapters
 from fastlora.model.tuner import tuner_of
 from fastlora.validation import AdapterStateError, UnsupportedLayerError
 
@@ -103,7 +103,7 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
         AdapterStateError: If the model has no such layers. It is a subclass of `ValueError`, the
             error that PEFT raises.
     """
-    found = [_status(*each) for each in routed_modules(tuner_of(model) or model)]
+    found = [_status(*each) for each in modules_with_adapters(tuner_of(model) or model)]
     if not found:
         raise AdapterStateError(
             "No adapter layers found in the model; expected a model from fastlora.get_peft_model "
@@ -140,13 +140,15 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
         trainable_params=sum(size for size, trains in sizes if trains),
         total_params=sum(size for size, _ in sizes),
         num_adapter_layers=len(layers),
-        enabled=_one(layer.enabled for layer in layers),
+        enabled=_common_or_irregular(layer.enabled for layer in layers),
         # A module without active adapters, such as one that the active adapter has no copy of, is
         # not considered to differ from the others.
-        active_adapters=_one([layer.active_adapters for layer in layers if layer.active_adapters]),
+        active_adapters=_common_or_irregular(
+            [layer.active_adapters for layer in layers if layer.active_adapters]
+        ),
         merged_adapters=IRREGULAR if missing else merged,
         requires_grad={
-            name: _one(values)
+            name: _common_or_irregular(values)
             for name, values in _by_name(layer.requires_grad for layer in layers).items()
         },
         available_adapters=sorted({name for layer in layers for name in layer.available_adapters}),
@@ -154,20 +156,22 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
             name: sorted({device for devices in values for device in devices})
             for name, values in _by_name(layer.devices for layer in layers).items()
         },
-        quantization_backend=_one(backends),
+        quantization_backend=_common_or_irregular(backends),
     )
 
 
 def _status(name: str, module: Any) -> TunerLayerStatus:
-    tensors, found = _tensors(module), _quantised(module)
+    tensors, found = _parameters_by_adapter(module), _quantized_weight(module)
     backend = getattr(module, "quantization_backend", None)
     return TunerLayerStatus(
         name=f"{name}.token_adapter" if isinstance(module, TrainableTokensWrapper) else name,
-        module_type=_type_of(module, found),
+        module_type=_peft_module_type(module, found),
         enabled=not module._disabled,
         active_adapters=module.active_adapters,
         merged_adapters=list(getattr(module, "merged_adapters", ())),
-        requires_grad={n: _one(p.requires_grad for p in own) for n, own in tensors.items()},
+        requires_grad={
+            n: _common_or_irregular(p.requires_grad for p in own) for n, own in tensors.items()
+        },
         available_adapters=sorted(tensors),
         devices={n: sorted({p.device.type for p in own}) for n, own in tensors.items()},
         quantization_backend=getattr(found, "backend", None)
@@ -176,28 +180,28 @@ def _status(name: str, module: Any) -> TunerLayerStatus:
     )
 
 
-def _tensors(module: Any) -> dict[str, list[nn.Parameter]]:
+def _parameters_by_adapter(module: Any) -> dict[str, list[nn.Parameter]]:
     """Return a dict that maps the names of a module's adapters to lists of their parameters."""
     found: dict[str, list[nn.Parameter]] = {}
     if isinstance(module, ModuleWrapper):
         return {name: list(module.adapter_parameters(name)) for name in module.adapter_names}
     holder = getattr(module, "tied_to", module)  # a tied head uses the embedding's factors
     for name in module.r:
-        for factor in holder._held_parts(name).values():
-            found.setdefault(name, []).extend(tensors_of(factor).values())
+        for factor in holder._factors_by_part(name).values():
+            found.setdefault(name, []).extend(factor_parameters(factor).values())
     return found
 
 
-def _quantised(module: Any) -> Quantised | None:
+def _quantized_weight(module: Any) -> QuantizedBaseWeight | None:
     if not isinstance(module, LoraLayer):
         return None
     try:
-        return quantised(module.get_base_layer())
+        return quantized_weight_of(module.get_base_layer())
     except UnsupportedLayerError:  # not quantized yet
         return None
 
 
-def _type_of(module: Any, found: Quantised | None) -> str:
+def _peft_module_type(module: Any, found: QuantizedBaseWeight | None) -> str:
     """Return the module type that PEFT would report for a LoRA layer or wrapper.
 
     For a LoRA layer, the name is derived from the PyTorch class of its base layer.
@@ -214,7 +218,7 @@ def _type_of(module: Any, found: Quantised | None) -> str:
     return "lora.Linear"
 
 
-def _one(values: Iterable[Any]) -> Any:
+def _common_or_irregular(values: Iterable[Any]) -> Any:
     """Return the first value if all values are equal, or ``"irregular"`` otherwise.
 
     If there are no values, the result is an empty list.

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
-def step_memory(step: Callable[[], object]) -> int:
+def peak_step_memory(step: Callable[[], object]) -> int:
     """Run a function, and return the peak memory of the tensors that it creates, in bytes.
 
     Attention is counted as in a fused kernel, which does not store the matrix of scores.
@@ -25,13 +25,13 @@ def step_memory(step: Callable[[], object]) -> int:
     Args:
         step: A function that runs the forward and the backward pass of a model on the meta device.
     """
-    counter = _Counter()
-    with _fused_attention(), counter:
+    counter = _StorageTracker()
+    with _emulate_fused_attention(), counter:
         step()
     return counter.peak
 
 
-class _Counter(TorchDispatchMode):
+class _StorageTracker(TorchDispatchMode):
     """Track the total size of the tensor storages that are created while this mode is active.
 
     A storage is counted until it is freed.
@@ -68,7 +68,7 @@ class _Counter(TorchDispatchMode):
 
 
 @contextlib.contextmanager
-def _fused_attention() -> Iterator[None]:
+def _emulate_fused_attention() -> Iterator[None]:
     """Make attention on the meta device need the same memory as a fused kernel.
 
     In the ``with`` block, `scaled_dot_product_attention` is replaced with an operation that saves
@@ -80,7 +80,7 @@ def _fused_attention() -> Iterator[None]:
     """
     own: Any = functional.scaled_dot_product_attention
 
-    def kept(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
+    def fused_like_attention(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
         groups = query.shape[:-3] + (key.shape[-3], -1) + query.shape[-2:]
         if key.shape != value.shape or query.shape[-2:] != key.shape[-2:]:
             return own(query, key, value, *args, **kwargs)
@@ -90,7 +90,7 @@ def _fused_attention() -> Iterator[None]:
         product = query.view(groups) * key.unsqueeze(-3) * value.unsqueeze(-3)
         return product.view(query.shape)
 
-    functional.scaled_dot_product_attention = kept
+    functional.scaled_dot_product_attention = fused_like_attention
     try:
         yield
     finally:

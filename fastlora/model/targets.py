@@ -15,31 +15,31 @@ from typing import Any
 
 import torch.nn as nn
 
+from fastlora.model.base_modules import (
+    BaseModules,
+    is_adapter_wrapper,
+    is_lora_layer,
+    is_modules_to_save_wrapper,
+    is_trainable_tokens_wrapper,
+    named_base_modules,
+    named_outer_modules,
+    original_module_of,
+)
 from fastlora.model.config import LoraConfig
 from fastlora.model.default_targets import DEFAULT_TARGETS
-from fastlora.model.experts import (
-    Stack,
-    as_expert_name,
-    check_experts,
-    routers,
-    stacked_experts,
-)
-from fastlora.model.walk import (
-    BaseModules,
-    base_modules,
-    holds_copies,
-    holds_tokens,
-    is_lora_layer,
-    is_wrapper,
-    original_of,
-    outer_modules,
+from fastlora.model.stacked_experts import (
+    ExpertParameter,
+    check_targeted_experts,
+    find_router_weights,
+    find_stacked_experts,
+    to_expert_name,
 )
 from fastlora.patterns import (
-    layer_index,
-    matches_components,
-    matches_whole,
-    matching_no_end,
-    timed,
+    count_matching_time,
+    layer_index_in_name,
+    matches_name_components,
+    matches_whole_name,
+    patterns_matching_no_suffix,
 )
 from fastlora.validation import (
     ConfigError,
@@ -65,7 +65,7 @@ _MAMBA_TYPES = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
 _MAMBA_BYPASSED = ("out_proj", "conv1d")
 # If there are at least this many names, PEFT replaces them with the shortest suffixes that match
 # the same modules.
-_MINIMISE_FROM = 20
+_MINIMIZE_FROM = 20
 # Maximum number of names to list in a message. A config may have any number of names.
 _MOST_SHOWN = 10
 
@@ -90,7 +90,7 @@ def find_targets(
         model: The base model, with or without adapters.
         config: The adapter's config.
         targets: The result of `resolve_target_modules`, or None to compute it.
-        modules: The result of `base_modules`, or None to compute it.
+        modules: The result of `named_base_modules`, or None to compute it.
 
     Raises:
         TargetNotFoundError: If no module matches. The message suggests similar names.
@@ -99,7 +99,7 @@ def find_targets(
             is a module that other adapters own copies of or is inside one, or if an entry matches
             no module but names experts that PEFT can adapt (``target_parameters``).
     """
-    modules = base_modules(model) if modules is None else modules
+    modules = named_base_modules(model) if modules is None else modules
     targets = resolve_target_modules(model, config, modules) if targets is None else targets
     if targets == NO_TARGETS:
         return []
@@ -110,49 +110,54 @@ def find_targets(
     excluded = {name for name in names if excludes and _is_excluded(name, config, saved)}
     found = [n for n in names if n not in excluded and _matches(n, targets, config)]
     model_type = _model_type(model)
-    lost = {entry: as_expert_name(model_type, entry) for entry in _lost(names, targets)}
+    lost = {
+        entry: to_expert_name(model_type, entry) for entry in _unmatched_entries(names, targets)
+    }
     wanted = targets if isinstance(targets, str) else {*targets, *lost.values()}
-    experts = _experts_meant(modules, wanted, config, saved)
+    experts = _selected_experts(modules, wanted, config, saved)
     # The time is linear in the number of experts and in the number of entries. A config may have
     # any number of entries.
-    expert_names = {suffix for s in experts for name in s.names for suffix in _suffixes(name)}
+    expert_names = {
+        suffix for s in experts for name in s.names for suffix in _dotted_suffixes(name)
+    }
     of_experts = [entry for entry, read_as in lost.items() if read_as in expert_names]
-    shown = f"target_modules={_shown(config.target_modules)}"
-    check_experts(model_type, of_experts, experts, shown=shown, adapts=bool(found))
+    shown = f"target_modules={_format(config.target_modules)}"
+    check_targeted_experts(model_type, of_experts, experts, shown=shown, adapts=bool(found))
     if not found:
-        raise TargetNotFoundError(_nothing_found(names, excluded, targets, config))
+        raise TargetNotFoundError(_no_target_message(names, excluded, targets, config))
     _check_bypassed(model, found)
     for name in found:
         if wrapped[name]:
             raise UnsupportedLayerError(
-                f"target module {name!r} {_of_copies(model, name)}; choose other "
+                f"target module {name!r} {_invalid_target_message(model, name)}; choose other "
                 "targets, or leave it out with exclude_modules"
             )
     unmatched = [entry for entry in lost if entry not in of_experts]
-    unused = _unused(unmatched, found, bool(excluded), config)
+    unused = _unmatched_config_values(unmatched, found, bool(excluded), config)
     if unused:
         warnings.warn(f"these config values match no module: {'; '.join(unused)}", stacklevel=2)
     if any(wrapped.values()) and _is_all_linear(config.target_modules):
-        linears = _linears(model, config, modules)
+        linears = _linears_without_head(model, config, modules)
         left = [n for n, inside in linears if inside and n not in excluded]
         if left:
             more = f" and {len(left) - 1} more" if len(left) > 1 else ""
             warnings.warn(
-                f"{ALL_LINEAR!r} leaves out {left[0]!r}{more}: it {_of_copies(model, left[0])}",
+                f"{ALL_LINEAR!r} leaves out {left[0]!r}{more}: "
+                f"it {_invalid_target_message(model, left[0])}",
                 stacklevel=3,
             )
     return found
 
 
-def _experts_meant(
+def _selected_experts(
     modules: BaseModules, targets: set[str] | str, config: LoraConfig, saved: list[str]
-) -> list[Stack]:
+) -> list[ExpertParameter]:
     """Return the stacked expert weights that a config selects.
 
     ``"all-linear"`` selects all stacked expert weights and their routers.
     """
     everything = _is_all_linear(config.target_modules)
-    stacks = [*stacked_experts(modules), *(routers(modules) if everything else ())]
+    stacks = [*find_stacked_experts(modules), *(find_router_weights(modules) if everything else ())]
     return [
         stack
         for stack in stacks
@@ -164,7 +169,7 @@ def _experts_meant(
     ]
 
 
-def check_every_target(model: nn.Module, config: LoraConfig) -> None:
+def check_all_targets_match(model: nn.Module, config: LoraConfig) -> None:
     """Check that every entry of ``target_modules`` matches a module.
 
     This check is stricter than `find_targets`, which only emits a warning for such an entry if
@@ -173,11 +178,11 @@ def check_every_target(model: nn.Module, config: LoraConfig) -> None:
     Raises:
         TargetNotFoundError: If an entry does not match any module.
     """
-    names = [name for name, _, _ in base_modules(model) if name]
-    lost = _lost(names, config.target_modules or ())
+    names = [name for name, _, _ in named_base_modules(model) if name]
+    lost = _unmatched_entries(names, config.target_modules or ())
     if lost:
         raise TargetNotFoundError(
-            f"target_modules entries {_shown(lost)} match no module{_near(lost, names)}"
+            f"target_modules entries {_format(lost)} match no module{_suggest(lost, names)}"
         )
 
 
@@ -204,12 +209,12 @@ def find_modules_to_save(model: nn.Module, config: LoraConfig) -> list[str]:
     if not entries:
         return []
     # Modules with several names can be matched by each of their names.
-    base = list(base_modules(model, remove_duplicate=False))
+    base = list(named_base_modules(model, remove_duplicate=False))
     names = [name for name, _, _ in base if name]
     named = [e for e in config.modules_to_save or () if e not in _task_heads(config)]
     lost = [entry for entry in named if not any(name.endswith(entry) for name in names)]
     if lost:
-        message = f"modules_to_save entries {_shown(lost)} match no module{_near(lost, names)}"
+        message = f"modules_to_save entries {_format(lost)} match no module{_suggest(lost, names)}"
         if lost == named:
             raise TargetNotFoundError(message)
         warnings.warn(message, stacklevel=2)
@@ -217,12 +222,14 @@ def find_modules_to_save(model: nn.Module, config: LoraConfig) -> list[str]:
     for name in names:  # parents come before their children
         if name.endswith(entries) and not any(name.startswith(f"{p}.") for p in found):
             found.append(name)
-    below = {name for name, module, wrapped in base if wrapped and not holds_copies(module)}
+    below = {
+        name for name, module, wrapped in base if wrapped and not is_modules_to_save_wrapper(module)
+    }
     for name in found:
         if name in below:
             raise UnsupportedLayerError(
-                f"modules_to_save names {name!r}, which {_of_copies(model, name)}; expected "
-                "the whole outer module, or a module outside it"
+                f"modules_to_save names {name!r}, which {_invalid_target_message(model, name)}; "
+                "expected the whole outer module, or a module outside it"
             )
     return found
 
@@ -250,7 +257,7 @@ def resolve_target_modules(
     Args:
         model: The base model, with or without adapters.
         config: The adapter's config.
-        modules: The result of `base_modules`, or None to compute it.
+        modules: The result of `named_base_modules`, or None to compute it.
 
     Raises:
         ConfigError: If ``target_modules`` is None and the model's architecture has no default.
@@ -259,16 +266,18 @@ def resolve_target_modules(
     if targets is None:
         targets = _default_targets(model, config)
     if _is_all_linear(targets):
-        modules = base_modules(model) if modules is None else modules
-        targets = {name for name, inside in _linears(model, config, modules) if not inside}
+        modules = named_base_modules(model) if modules is None else modules
+        targets = {
+            name for name, inside in _linears_without_head(model, config, modules) if not inside
+        }
     if isinstance(targets, str):
         return targets
     targets = set(targets)
-    if len(targets) < _MINIMISE_FROM or config.layers_to_transform is not None:
+    if len(targets) < _MINIMIZE_FROM or config.layers_to_transform is not None:
         # With layers_to_transform, full names are exempt from the layer filter but suffixes are
         # not. PEFT's shortening would then change which modules match.
         return targets
-    modules = base_modules(model) if modules is None else modules
+    modules = named_base_modules(model) if modules is None else modules
     others = [n for n, _, _ in modules if n and not _matches_names(n, targets)]
     shorter = minimal_suffixes(targets, others)
     return shorter if len(shorter) < len(targets) else targets
@@ -276,16 +285,16 @@ def resolve_target_modules(
 
 def minimal_suffixes(names: Collection[str], others: Iterable[str]) -> set[str]:
     """Return a small set of name suffixes that match all of ``names`` and none of ``others``."""
-    taken = {suffix for other in others for suffix in _suffixes(other)}
+    taken = {suffix for other in others for suffix in _dotted_suffixes(other)}
     chosen: set[str] = set()
     for name in sorted(names):
-        suffixes = _suffixes(name)
+        suffixes = _dotted_suffixes(name)
         if not any(suffix in chosen for suffix in suffixes):
             chosen.add(next((s for s in suffixes if s not in taken), name))
     return chosen
 
 
-def _suffixes(name: str) -> list[str]:
+def _dotted_suffixes(name: str) -> list[str]:
     """Return a list of the suffixes of a dotted name, from the last component to the whole name."""
     found, at = [], len(name)
     while at >= 0:
@@ -332,7 +341,9 @@ def _is_all_linear(targets: object) -> bool:
     return isinstance(targets, str) and targets.lower() == ALL_LINEAR
 
 
-def _linears(model: nn.Module, config: LoraConfig, modules: BaseModules) -> list[tuple[str, bool]]:
+def _linears_without_head(
+    model: nn.Module, config: LoraConfig, modules: BaseModules
+) -> list[tuple[str, bool]]:
     """Return a list of tuples ``(name, inside)`` for all linear layers except the output head.
 
     ``inside`` is True if the layer is, or is inside, a module that adapters own copies of or train
@@ -343,7 +354,7 @@ def _linears(model: nn.Module, config: LoraConfig, modules: BaseModules) -> list
 
     def is_linear(module: nn.Module) -> bool:
         if not is_lora_layer(module):
-            return isinstance(original_of(module), kinds)
+            return isinstance(original_module_of(module), kinds)
         # The class name is checked too. PEFT recognizes its own layers in this way.
         under = (module, module._modules.get("base_layer"))
         return any(isinstance(m, kinds) for m in under) or "Linear" in type(module).__name__
@@ -362,16 +373,16 @@ def _output_head(model: nn.Module, config: LoraConfig) -> nn.Module | None:
     return next((head for head in heads if head is not None), None)
 
 
-def _of_copies(model: nn.Module, name: str) -> str:
+def _invalid_target_message(model: nn.Module, name: str) -> str:
     """Return the part of an error message that explains why a module cannot be a target.
 
     The module called ``name`` is, or is inside, a module that adapters own copies of or train rows
     of.
     """
-    for outer, module in outer_modules(model, remove_duplicate=False):
-        if is_wrapper(module) and (name == outer or name.startswith(f"{outer}.")):
+    for outer, module in named_outer_modules(model, remove_duplicate=False):
+        if is_adapter_wrapper(module) and (name == outer or name.startswith(f"{outer}.")):
             where = "is" if name == outer else f"is inside {outer!r},"
-            if holds_tokens(module):
+            if is_trainable_tokens_wrapper(module):
                 return f"{where} a module in which adapters train rows (trainable_token_indices)"
             copies: Any = module._modules["modules_to_save"]
             return f"{where} a module that adapters {list(copies)} own copies of (modules_to_save)"
@@ -379,25 +390,25 @@ def _of_copies(model: nn.Module, name: str) -> str:
 
 
 def _matches_names(name: str, entries: Collection[str]) -> bool:
-    return any(map(entries.__contains__, _suffixes(name)))
+    return any(map(entries.__contains__, _dotted_suffixes(name)))
 
 
 def _is_excluded(name: str, config: LoraConfig, saved: list[str]) -> bool:
     exclude = config.exclude_modules
     if isinstance(exclude, str):
-        if exclude and matches_whole("exclude_modules", exclude, name):
+        if exclude and matches_whole_name("exclude_modules", exclude, name):
             return True
     elif exclude and _matches_names(name, exclude):
         return True
     # Here, an entry matches whole path components and everything below them. In
     # find_modules_to_save, it matches any suffix. Both rules are PEFT's.
-    with timed("modules_to_save"):
-        return any(matches_components("modules_to_save", entry, name) for entry in saved)
+    with count_matching_time("modules_to_save"):
+        return any(matches_name_components("modules_to_save", entry, name) for entry in saved)
 
 
 def _matches(name: str, targets: set[str] | str, config: LoraConfig) -> bool:
     if isinstance(targets, str):
-        return matches_whole("target_modules", targets, name)
+        return matches_whole_name("target_modules", targets, name)
     if name in targets:
         return True  # a full name is exempt from the layer filter
     return _matches_names(name, targets) and _in_layers(name, config)
@@ -411,13 +422,13 @@ def _in_layers(name: str, config: LoraConfig) -> bool:
     patterns = [patterns] if isinstance(patterns, str) else patterns
     # The first number in the name is the layer's index. Later numbers may be indices of experts.
     if patterns:
-        with timed("layers_pattern"):
-            found = (layer_index("layers_pattern", pattern, name) for pattern in patterns)
+        with count_matching_time("layers_pattern"):
+            found = (layer_index_in_name("layers_pattern", pattern, name) for pattern in patterns)
             index = next((i for i in found if i is not None), None)
     else:
         match = re.match(r".*?\.[^.]*\.(\d+)\.", name)
         index = None if match is None else int(match[1])
-    with timed("layers_to_transform"):  # a config may list any number of layers
+    with count_matching_time("layers_to_transform"):  # a config may list any number of layers
         return index in layers if isinstance(layers, list) else index == layers
 
 
@@ -431,12 +442,12 @@ def _check_bypassed(model: nn.Module, found: list[str]) -> None:
         )
 
 
-def _near(entries: Sequence[str], names: list[str]) -> str:
+def _suggest(entries: Sequence[str], names: list[str]) -> str:
     for entry in entries[:_MOST_SHOWN]:
         # Compare with names of the same number of components: `attn.q_proj` with
         # `self_attn.q_proj`.
         depth = entry.count(".")
-        candidates = sorted({s for n in names for s in _suffixes(n)[depth : depth + 1]})
+        candidates = sorted({s for n in names for s in _dotted_suffixes(n)[depth : depth + 1]})
         close = near_names(entry, candidates)
         if close:
             return close
@@ -446,12 +457,12 @@ def _near(entries: Sequence[str], names: list[str]) -> str:
     )
 
 
-def _nothing_found(
+def _no_target_message(
     names: list[str], excluded: Collection[str], targets: set[str] | str, config: LoraConfig
 ) -> str:
     """Return an error message that explains why no module is a target."""
     entries = [targets] if isinstance(targets, str) else sorted(targets)
-    shown = f"target_modules={_shown(targets)}"
+    shown = f"target_modules={_format(targets)}"
     before = [name for name in names if name in excluded and _matches(name, targets, config)]
     if before:
         return (
@@ -460,16 +471,16 @@ def _nothing_found(
         )
     if config.layers_to_transform is not None:
         layers = (
-            f" with layers_to_transform={_shown(config.layers_to_transform)}, "
-            f"layers_pattern={_shown(config.layers_pattern)}"
+            f" with layers_to_transform={_format(config.layers_to_transform)}, "
+            f"layers_pattern={_format(config.layers_pattern)}"
         )
         if not isinstance(targets, str) and any(_matches_names(n, targets) for n in names):
             return f"{shown} matches modules, but none in the layers selected{layers}"
         shown += layers
-    return f"{shown} matches no module{_near(entries, names)}"
+    return f"{shown} matches no module{_suggest(entries, names)}"
 
 
-def _shown(value: Collection[Any] | str | int | None) -> str:
+def _format(value: Collection[Any] | str | int | None) -> str:
     """Format the value of a config field for a message. A long list is truncated."""
     if value is None or isinstance(value, (str, int)):
         return repr(value)
@@ -477,18 +488,18 @@ def _shown(value: Collection[Any] | str | int | None) -> str:
     return f"{sorted(value)[:_MOST_SHOWN]}" + (f" and {more} more" if more > 0 else "")
 
 
-def _lost(names: list[str], targets: Collection[str] | str) -> list[str]:
+def _unmatched_entries(names: list[str], targets: Collection[str] | str) -> list[str]:
     """Return a sorted list of the entries of ``targets`` that match none of the names.
 
     If ``targets`` is a regular expression, the list is empty.
     """
     if isinstance(targets, str):
         return []
-    known = {suffix for name in names for suffix in _suffixes(name)}
+    known = {suffix for name in names for suffix in _dotted_suffixes(name)}
     return sorted(entry for entry in targets if entry not in known)
 
 
-def _unused(
+def _unmatched_config_values(
     unmatched: list[str], found: list[str], excludes: bool, config: LoraConfig
 ) -> list[str]:
     """Return a list of descriptions of the config values that match no module, for a warning.
@@ -499,10 +510,10 @@ def _unused(
         excludes: Whether at least one module is excluded.
         config: The adapter's config.
     """
-    unused = [f"target_modules entries {_shown(unmatched)}"] if unmatched else []
+    unused = [f"target_modules entries {_format(unmatched)}"] if unmatched else []
     if config.exclude_modules and not excludes:
-        unused.append(f"exclude_modules={_shown(config.exclude_modules)}")
+        unused.append(f"exclude_modules={_format(config.exclude_modules)}")
     for field in ("rank_pattern", "alpha_pattern"):
-        lost = matching_no_end(field, getattr(config, field), found)
-        unused += [f"{field} keys {_shown(lost)}"] if lost else []
+        lost = patterns_matching_no_suffix(field, getattr(config, field), found)
+        unused += [f"{field} keys {_format(lost)}"] if lost else []
     return unused

@@ -98,7 +98,7 @@ class TensorFile:
         except BaseException:
             file.close()
             raise
-        self.metadata = _metadata(self._header)[0]
+        self.metadata = _parse_metadata(self._header)[0]
 
     def __enter__(self) -> TensorFile:
         return self
@@ -107,12 +107,12 @@ class TensorFile:
         self._file.close()
 
     @property
-    def nbytes(self) -> int:
+    def file_size(self) -> int:
         """The size of the file in bytes, as the file system reports it."""
         return self._state[0]
 
     @cached_property
-    def infos(self) -> dict[str, TensorInfo]:
+    def tensor_infos(self) -> dict[str, TensorInfo]:
         """A dict that maps tensor names to the dtype, shape, and position of the tensor.
 
         Raises:
@@ -130,7 +130,7 @@ class TensorFile:
                 )
             entries.pop(_METADATA, None)
             found = {n: _tensor_info(n, entry, self._start) for n, entry in entries.items()}
-            _check_coverage(found, self._start, self.nbytes)
+            _check_coverage(found, self._start, self.file_size)
         return found
 
     def read(self, names: Collection[str] | None = None) -> dict[str, torch.Tensor]:
@@ -147,8 +147,8 @@ class TensorFile:
         """
         tensors = {}
         with error_prefix(self.path):
-            for name in self.infos if names is None else names:
-                info = self.infos[name]
+            for name in self.tensor_infos if names is None else names:
+                info = self.tensor_infos[name]
                 nbytes = info.nbytes
                 # The file is not memory-mapped, because the process would be killed if another
                 # process truncated the file.
@@ -201,25 +201,25 @@ def write_tensors(
     texts = {"format": "pt", **(metadata or {})}
     try:
         save_file(stored, path, metadata=texts)
-        _order_metadata(path, texts)
+        _reorder_metadata(path, texts)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: could not be written ({error})") from error
 
 
-def _order_metadata(path: Path, texts: Mapping[str, str]) -> None:
+def _reorder_metadata(path: Path, texts: Mapping[str, str]) -> None:
     """Rewrite the metadata in a file's header in the order of ``texts``.
 
     safetensors writes the metadata in a random order.
     """
     ordered = json.dumps(texts, ensure_ascii=False, separators=(",", ":"))
     with path.open("r+b") as file:
-        written, end = _metadata(_read_header(file)[0])
+        written, end = _parse_metadata(_read_header(file)[0])
         if written == texts and len(_METADATA_START) + len(ordered) == end:
             file.seek(8)
             file.write((_METADATA_START + ordered).encode())
 
 
-def _metadata(header: str) -> tuple[dict[str, str], int]:
+def _parse_metadata(header: str) -> tuple[dict[str, str], int]:
     """Return a tuple of the metadata at the beginning of a header and the index where it ends.
 
     If the header does not begin with valid metadata, the result is an empty dict and 0.
@@ -234,12 +234,12 @@ def _metadata(header: str) -> tuple[dict[str, str], int]:
     return {key: text for key, text in pairs if isinstance(text, str)}, end
 
 
-def _read_header(file: BinaryIO, most: int = MAX_HEADER_BYTES) -> tuple[str, int]:
+def _read_header(file: BinaryIO, max_bytes: int = MAX_HEADER_BYTES) -> tuple[str, int]:
     """Read the header of a safetensors file.
 
     Args:
         file: The open file, positioned at its start.
-        most: The maximum size of the header in bytes.
+        max_bytes: The maximum size of the header in bytes.
 
     Returns:
         A tuple of the header as text and the position of the tensor data in the file, in bytes.
@@ -252,9 +252,9 @@ def _read_header(file: BinaryIO, most: int = MAX_HEADER_BYTES) -> tuple[str, int
     if size < 8:
         raise CheckpointError(f"truncated: found {size} bytes, expected at least 8")
     length = int.from_bytes(file.read(8), "little")
-    if length > most:
+    if length > max_bytes:
         raise CheckpointError(
-            f"the header length is given as {length} bytes, expected at most {most}; "
+            f"the header length is given as {length} bytes, expected at most {max_bytes}; "
             "this is not the safetensors file of an adapter"
         )
     if length > size - 8:
@@ -318,11 +318,11 @@ def _is_sizes(value: Any) -> bool:
     return isinstance(value, list) and set(map(type, value)) <= {int} and min(value, default=0) >= 0
 
 
-def _check_coverage(infos: dict[str, TensorInfo], start: int, size: int) -> None:
+def _check_coverage(tensor_infos: dict[str, TensorInfo], start: int, size: int) -> None:
     position = start
-    starts = {name: info.start for name, info in infos.items()}
+    starts = {name: info.start for name, info in tensor_infos.items()}
     for name in sorted(starts, key=starts.__getitem__):
-        info = infos[name]
+        info = tensor_infos[name]
         if info.stop > size:
             raise CheckpointError(
                 f"truncated: tensor {name!r} ends at byte {info.stop}, but the file ends at {size}"

@@ -14,20 +14,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastlora.init import Init
+from fastlora.init import InitMethod
 from fastlora.layers import ModuleWrapper, TrainableTokensWrapper
-from fastlora.layers.factors import Parameters
-from fastlora.layers.quantised import keep_layout
+from fastlora.layers.adapter_factors import ParameterSource
+from fastlora.layers.quantized import prevent_repacking
 from fastlora.model import inject
-from fastlora.model.computed import Made
+from fastlora.model.computed_adapters import ComputedAdapter
 from fastlora.model.config import LoraConfig
-from fastlora.model.plan import Plan
-from fastlora.model.tied import SharedWeights
-from fastlora.model.weighted import Combination, combined
-from fastlora.routing.block import parameters_routing
+from fastlora.model.plan import AdapterPlan
+from fastlora.model.tied_weights import SharedWeights
+from fastlora.model.weighted import CombinationOptions, combine_adapters
+from fastlora.routing.block import routing_from_parameters
 from fastlora.routing.ids import check_adapter_name
 from fastlora.routing.routers import register_router
-from fastlora.routing.routing import Group, Routing, join_group
+from fastlora.routing.routing import Routing, RoutingGroup, add_to_group
 from fastlora.validation import (
     AdapterNotFoundError,
     AdapterStateError,
@@ -68,11 +68,11 @@ class LoraTuner(nn.Module):
         self.targeted_module_names: list[str] = []
         self.targeted_parameter_names: list[str] = []
         self._active: list[str] = []
-        self._changed_base: dict[str, Init] = {}
-        self._keeps_layout = False
+        self._changed_base: dict[str, InitMethod] = {}
+        self._weight_layout_set = False
         # The layers of this model refer to the same object. Since it is a separate object, the
         # references remain correct when the model is copied or pickled.
-        self.group = Group()
+        self.group = RoutingGroup()
         self._routed: list[nn.Module] | None = None
         # The parameters that `disable_adapter_layers` froze.
         self._frozen: list[nn.Parameter] = []
@@ -102,7 +102,7 @@ class LoraTuner(nn.Module):
         return list(self._active)
 
     def add_adapter(
-        self, adapter_name: str, plan: Plan, *, autocast_adapter_dtype: bool = True
+        self, adapter_name: str, plan: AdapterPlan, *, autocast_adapter_dtype: bool = True
     ) -> None:
         """Add an adapter. The new adapter is frozen and inactive.
 
@@ -110,7 +110,7 @@ class LoraTuner(nn.Module):
 
         Args:
             adapter_name: The name of the new adapter, which must not be in use.
-            plan: The result of `plan_for`.
+            plan: The result of `make_adapter_plan`.
             autocast_adapter_dtype: Whether to store the factors of 16-bit base layers in fp32, as
                 PEFT does.
 
@@ -119,23 +119,23 @@ class LoraTuner(nn.Module):
                 biases of the base model, or if this adapter is loaded from a file and needs a
                 change of the base weights that conflicts with the change of another adapter.
         """
-        self.check_new(adapter_name)
+        self.check_new_adapter_name(adapter_name)
         config = plan.config
-        self._check_base_changes(adapter_name, plan)
+        self._check_init_conflicts(adapter_name, plan)
         for name, other in self.peft_config.items():
             if config.bias != "none" and other.bias != "none":
                 raise AdapterStateError(
                     f"bias={config.bias!r}: adapter {name!r} already trains the base model's "
                     "biases, which all adapters share; expected bias='none'"
                 )
-        before = self.routed if self.peft_config else []
+        before = self.mixed_batch_modules if self.peft_config else []
         inject.add_adapter(
             self.model, adapter_name, plan, autocast_adapter_dtype=autocast_adapter_dtype
         )
         for module in before:
             if isinstance(module, TrainableTokensWrapper):
                 # Adding an earlier adapter may have activated that adapter on this module.
-                module._act_as(self._active)
+                module._activate_without_training(self._active)
         self.peft_config[adapter_name] = config
         if config.init.changes_base:
             self._changed_base[adapter_name] = config.init
@@ -144,19 +144,19 @@ class LoraTuner(nn.Module):
         # A new layer must belong to the model's routing group before its first forward pass,
         # because a `fastlora.adapters` block may already be open.
         model = self.model
-        modules: list[Any] = [model.get_submodule(name) for name in plan.touched]
+        modules: list[Any] = [model.get_submodule(name) for name in plan.changed_module_names]
         for module in modules:
             if not module._active_adapters:
                 module._active_adapters = list(self._active)
-        if any(module.routed_by is not self.group for module in modules):
+        if any(module.routing_group is not self.group for module in modules):
             self._find_routed()
         if len(self.peft_config) == 1:
             inject.freeze_base(self.model)
-        if not config.inference_mode and not self._keeps_layout:
-            keep_layout(self.model)  # only once, because it walks over all modules
-            self._keeps_layout = True
+        if not config.inference_mode and not self._weight_layout_set:
+            prevent_repacking(self.model)  # only once, because it walks over all modules
+            self._weight_layout_set = True
 
-    def _check_base_changes(self, adapter_name: str, plan: Plan) -> None:
+    def _check_init_conflicts(self, adapter_name: str, plan: AdapterPlan) -> None:
         """Check that the initialization of a new adapter does not conflict with other adapters.
 
         A warning is emitted if an initialization method changes the base weights of a model with
@@ -186,19 +186,21 @@ class LoraTuner(nn.Module):
                 "save_pretrained(..., path_initial_model_for_weight_conversion=...)",
                 stacklevel=4,
             )
-        if plan.from_file and init.is_random(config.init_lora_weights):
-            why = (
+        if plan.from_file and init.changes_base_randomly(config.init_lora_weights):
+            reason = (
                 "is random: loading changes the base weights slightly differently than training did"
                 if init.must_repeat
                 else "changed the base weights for training, and loading does not change them"
             )
             warnings.warn(
-                f"init_lora_weights={config.init_lora_weights!r} {why}, as in PEFT. To avoid this, "
-                "save the adapter with path_initial_model_for_weight_conversion",
+                f"init_lora_weights={config.init_lora_weights!r} {reason}, as in PEFT. "
+                "To avoid this, save the adapter with path_initial_model_for_weight_conversion",
                 stacklevel=4,
             )
 
-    def check_replaces(self, operation: str, adapter_name: str, config: LoraConfig) -> None:
+    def check_adapter_replaceable(
+        self, operation: str, adapter_name: str, config: LoraConfig
+    ) -> None:
         """Check that the weights of a loaded adapter can be replaced with those of another adapter.
 
         Args:
@@ -212,7 +214,7 @@ class LoraTuner(nn.Module):
                 changed, and the initialization of the loaded adapter did not change them.
         """
         with error_prefix(f"adapter {adapter_name!r} is already loaded"):
-            self.group.check_closed(operation)
+            self.group.check_no_open_blocks(operation)
         if adapter_name not in self._changed_base:
             config.check_plain(f"an adapter that replaces {adapter_name!r}")
 
@@ -232,9 +234,9 @@ class LoraTuner(nn.Module):
             AdapterStateError: If two of the adapters own a copy, or trained rows, of the same
                 module.
         """
-        names = self._known(adapter_name)
-        for _, wrapper in inject.routed_modules(self.model) if len(names) > 1 else ():
-            owners = inject.present(wrapper, names) or []
+        names = self._as_loaded_names(adapter_name)
+        for _, wrapper in inject.modules_with_adapters(self.model) if len(names) > 1 else ():
+            owners = inject.adapter_names_in_module(wrapper, names) or []
             if len(owners) > 1 and isinstance(wrapper, ModuleWrapper):
                 raise AdapterStateError(
                     f"adapters {owners} each own {wrapper.owns} of the same module "
@@ -247,10 +249,10 @@ class LoraTuner(nn.Module):
         self, names: list[str], inference_mode: bool = False, keep_merged: bool = False
     ) -> None:
         self._active, self._frozen = list(dict.fromkeys(names)), []
-        for _, module in inject.routed_modules(self.model):
+        for _, module in inject.modules_with_adapters(self.model):
             module._activate(self._active, inference_mode, keep_merged)
         for name in self.peft_config:
-            for bias in self._biases(name):
+            for bias in self._selected_base_biases(name):
                 bias.requires_grad_(name in self._active and not inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -263,20 +265,20 @@ class LoraTuner(nn.Module):
             AdapterStateError: If the adapter is merged, or if a `fastlora.adapters` block of the
                 model is open.
         """
-        self.group.check_closed("delete_adapter")
+        self.group.check_no_open_blocks("delete_adapter")
         if adapter_name not in self.peft_config:
             known = list(self.peft_config)
             raise AdapterNotFoundError(
                 f"Adapter {adapter_name} does not exist; loaded adapters: {known}"
                 f"{near_names(adapter_name, known)}"
             )
-        biases = self._biases(adapter_name) if adapter_name in self._active else []
+        biases = self._selected_base_biases(adapter_name) if adapter_name in self._active else []
         inject.delete_adapter(self.model, adapter_name)
         for bias in biases:
             bias.requires_grad_(False)
         del self.peft_config[adapter_name]
         self._changed_base.pop(adapter_name, None)
-        left = {n for n, m in inject.routed_modules(self.model) if getattr(m, "r", None)}
+        left = {n for n, m in inject.modules_with_adapters(self.model) if getattr(m, "r", None)}
         self.targeted_module_names = [n for n in self.targeted_module_names if n in left]
         if adapter_name in self._active:
             self._active.remove(adapter_name)
@@ -333,25 +335,27 @@ class LoraTuner(nn.Module):
             UnsupportedLayerError: If a layer is a grouped convolution and the type adds updates.
                 The model is unchanged after any of these errors.
         """
-        names = self._known(adapters)
-        self.check_new(adapter_name)
-        how = Combination(
+        names = self._as_loaded_names(adapters)
+        self.check_new_adapter_name(adapter_name)
+        options = CombinationOptions(
             combination_type, svd_rank, svd_clamp, svd_driver, density, majority_sign_method
         )
         configs = {name: self.peft_config[name] for name in names}
-        self.add_computed(adapter_name, combined(self.model, configs, names, weights, how))
+        self.add_computed_adapter(
+            adapter_name, combine_adapters(self.model, configs, names, weights, options)
+        )
 
-    def add_computed(self, adapter_name: str, made: Made) -> None:
+    def add_computed_adapter(self, adapter_name: str, computed: ComputedAdapter) -> None:
         """Add a computed adapter to the model. The new adapter is frozen and inactive.
 
         Args:
             adapter_name: The name of the new adapter, which must not be in use.
-            made: The computed adapter.
+            computed: The computed adapter.
         """
-        self.add_adapter(adapter_name, made.plan, autocast_adapter_dtype=made.wide)
-        made.fill(self.model, adapter_name)
+        self.add_adapter(adapter_name, computed.plan, autocast_adapter_dtype=computed.wide)
+        computed.copy_into_adapter(self.model, adapter_name)
 
-    def check_new(self, adapter_name: str) -> None:
+    def check_new_adapter_name(self, adapter_name: str) -> None:
         """Check that ``adapter_name`` is a valid name and is not in use.
 
         Raises:
@@ -364,7 +368,7 @@ class LoraTuner(nn.Module):
 
     def enable_adapter_layers(self) -> None:
         """Enable adapters again after `disable_adapter_layers`."""
-        self._thaw(self._frozen)
+        self._unfreeze(self._frozen)
         self._frozen = []
         self._set_disabled(False)
 
@@ -376,21 +380,21 @@ class LoraTuner(nn.Module):
         Raises:
             AdapterStateError: If a `fastlora.adapters` block of the model is open.
         """
-        self.group.check_closed("disable_adapter_layers")
-        if any(module.merged for _, module in inject.routed_modules(self.model)):
+        self.group.check_no_open_blocks("disable_adapter_layers")
+        if any(module.merged for _, module in inject.modules_with_adapters(self.model)):
             self.unmerge_adapter()
         if not self._frozen:
             self._frozen = self._freeze_adapters()
         self._set_disabled(True)
 
     def _set_disabled(self, disabled: bool) -> None:
-        for _, module in inject.routed_modules(self.model):
+        for _, module in inject.modules_with_adapters(self.model):
             module._disabled = disabled
 
     @property
     def disabled(self) -> bool:
         """Whether adapters are disabled on every layer."""
-        return all(module._disabled for _, module in inject.routed_modules(self.model))
+        return all(module._disabled for _, module in inject.modules_with_adapters(self.model))
 
     def set_requires_grad(
         self, adapter_names: str | Sequence[str], requires_grad: bool = True
@@ -408,15 +412,15 @@ class LoraTuner(nn.Module):
         Raises:
             AdapterNotFoundError: If there is no such adapter.
         """
-        for parameter in self._trainable(self._known(adapter_names)):
+        for parameter in self._trainable_parameters(self._as_loaded_names(adapter_names)):
             parameter.requires_grad_(requires_grad)
 
-    def _biases(self, name: str) -> list[nn.Parameter]:
+    def _selected_base_biases(self, name: str) -> list[nn.Parameter]:
         """Return a list of the biases of the base model that an adapter's config selects."""
-        found = inject.adapter_biases(self.model, name, self.peft_config[name].bias)
+        found = inject.base_biases_trained_by(self.model, name, self.peft_config[name].bias)
         return list(found.values())
 
-    def _trainable(self, names: Collection[str]) -> list[nn.Parameter]:
+    def _trainable_parameters(self, names: Collection[str]) -> list[nn.Parameter]:
         """Return a list of the parameters that the given adapters can train in the current state.
 
         These are the adapters' own parameters and, for active adapters, the biases of the base
@@ -424,26 +428,31 @@ class LoraTuner(nn.Module):
         """
         owned = [
             parameter
-            for _, module in inject.routed_modules(self.model)
+            for _, module in inject.modules_with_adapters(self.model)
             for name in names
             for parameter in module.adapter_parameters(name)
         ]
-        biases = [bias for name in names if name in self._active for bias in self._biases(name)]
+        biases = [
+            bias
+            for name in names
+            if name in self._active
+            for bias in self._selected_base_biases(name)
+        ]
         return list({id(parameter): parameter for parameter in (*owned, *biases)}.values())
 
     def _freeze_adapters(self) -> list[nn.Parameter]:
         """Freeze all trainable parameters of adapters, and return a list of these parameters."""
-        trained = [p for p in self._trainable(self.peft_config) if p.requires_grad]
+        trained = [p for p in self._trainable_parameters(self.peft_config) if p.requires_grad]
         for parameter in trained:
             parameter.requires_grad_(False)
         return trained
 
-    def _thaw(self, frozen: Collection[nn.Parameter]) -> None:
+    def _unfreeze(self, frozen: Collection[nn.Parameter]) -> None:
         """Make the parameters in ``frozen``, a result of `_freeze_adapters`, trainable again.
 
         Parameters that the adapters cannot train in the current state stay frozen.
         """
-        trainable = {id(parameter) for parameter in self._trainable(self.peft_config)}
+        trainable = {id(parameter) for parameter in self._trainable_parameters(self.peft_config)}
         for parameter in frozen:
             if id(parameter) in trainable:
                 parameter.requires_grad_(True)
@@ -467,7 +476,7 @@ class LoraTuner(nn.Module):
         with contextlib.ExitStack() as stack:
             if irregular:
                 stack.callback(self._set_disabled, False)
-            for _, module in inject.routed_modules(self.model):
+            for _, module in inject.modules_with_adapters(self.model):
                 stack.enter_context(module.disable_adapter())
             active, frozen = self._active, self._freeze_adapters()
             try:
@@ -475,7 +484,7 @@ class LoraTuner(nn.Module):
             finally:
                 # If `set_adapter` was called in the block, its result must not be overwritten.
                 if self._active is active:
-                    self._thaw(frozen)
+                    self._unfreeze(frozen)
 
     def routing(
         self,
@@ -490,24 +499,30 @@ class LoraTuner(nn.Module):
             ids, seeds, validate: See `fastlora.adapters`.
             held: An exit stack for resources to release when the block ends. It is not used here.
         """
-        return parameters_routing(
-            self.group, self.routed, tuple(self.peft_config), Parameters, ids, seeds, validate
+        return routing_from_parameters(
+            self.group,
+            self.mixed_batch_modules,
+            tuple(self.peft_config),
+            ParameterSource,
+            ids,
+            seeds,
+            validate,
         )
 
     @property
-    def routed(self) -> list[Any]:
+    def mixed_batch_modules(self) -> list[Any]:
         """The modules that select an adapter for each row of a mixed batch."""
         found = self._routed
         # A copied model does not have row checks yet, so they must be set up first.
         return self._find_routed() if found is None or self.group.row_checks is None else found
 
     def _find_routed(self) -> list[nn.Module]:
-        found = inject.routed_modules(self.model)
-        join_group(self.group, self.model, found)
+        found = inject.modules_with_adapters(self.model)
+        add_to_group(self.group, self.model, found)
         self._routed = [module for _, module in found]
         return self._routed
 
-    def check_known(self, name: str) -> None:
+    def check_adapter_loaded(self, name: str) -> None:
         """Raise `AdapterNotFoundError` if no adapter with the given name is loaded."""
         if name not in self.peft_config:
             raise AdapterNotFoundError(
@@ -538,21 +553,23 @@ class LoraTuner(nn.Module):
             UnsupportedLayerError: If a layer does not support merging. The model is unchanged after
                 any of these errors.
         """
-        self.group.check_closed("merge_adapter")
-        wanted = None if adapter_names is None else self._known(adapter_names)
-        layers = dict(inject.routed_modules(self.model))
+        self.group.check_no_open_blocks("merge_adapter")
+        wanted = None if adapter_names is None else self._as_loaded_names(adapter_names)
+        layers = dict(inject.modules_with_adapters(self.model))
         if any(layer._disabled for layer in layers.values()):
             raise AdapterStateError(
                 "adapters are disabled, but merged adapters would still take effect; call "
                 "enable_adapter_layers() first"
             )
         shared = SharedWeights(self.model)
-        chosen = {name: inject.present(layer, wanted) for name, layer in layers.items()}
+        chosen = {
+            name: inject.adapter_names_in_module(layer, wanted) for name, layer in layers.items()
+        }
         anything = False
         for layer, names in zip(layers.values(), chosen.values(), strict=True):
             merges = layer.check_merge(safe_merge, names)
             anything = anything or bool(merges)
-            tied = shared.other(layer) if merges else None
+            tied = shared.other_module_sharing_weight(layer) if merges else None
             if tied:
                 raise AdapterStateError(
                     f"a target module shares its weight with {tied}, which merging would change "
@@ -562,11 +579,11 @@ class LoraTuner(nn.Module):
             warnings.warn("All adapters are already merged, nothing to do", stacklevel=2)
         for name, layer in layers.items():
             layer.merge(adapter_names=chosen[name], keep_base=keep_base)
-        inject.tell_merge_errors({name: layer.merge_error for name, layer in layers.items()})
+        inject.warn_of_merge_errors({name: layer.merge_error for name, layer in layers.items()})
 
     def unmerge_adapter(self) -> None:
         """Remove all merged adapters from the base weights."""
-        for _, module in inject.routed_modules(self.model):
+        for _, module in inject.modules_with_adapters(self.model):
             module.unmerge()
 
     def merge_and_unload(
@@ -597,12 +614,12 @@ class LoraTuner(nn.Module):
             UnsupportedLayerError: If a layer does not support merging. The model is unchanged after
                 any of these errors.
         """
-        self.group.check_closed("merge_and_unload")
+        self.group.check_no_open_blocks("merge_and_unload")
         return inject.unload(
             self.model,
             merge=True,
             safe_merge=safe_merge,
-            adapter_names=None if adapter_names is None else self._known(adapter_names),
+            adapter_names=None if adapter_names is None else self._as_loaded_names(adapter_names),
             progressbar=progressbar,
             dequantize=dequantize,
         )
@@ -620,10 +637,10 @@ class LoraTuner(nn.Module):
         Raises:
             AdapterStateError: If a `fastlora.adapters` block of the model is open.
         """
-        self.group.check_closed("unload")
+        self.group.check_no_open_blocks("unload")
         return inject.unload(self.model, merge=False, dequantize=dequantize)
 
-    def _known(self, names: str | Sequence[str]) -> list[str]:
+    def _as_loaded_names(self, names: str | Sequence[str]) -> list[str]:
         """Return a name or a sequence of names as a list, after checking that they are loaded.
 
         Raises:
@@ -631,7 +648,7 @@ class LoraTuner(nn.Module):
         """
         chosen = [names] if isinstance(names, str) else list(names)
         for name in chosen:
-            self.check_known(name)
+            self.check_adapter_loaded(name)
         return chosen
 
 

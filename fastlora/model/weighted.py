@@ -11,13 +11,19 @@ from torch import nn
 
 from fastlora.algebra import combine, low_rank
 from fastlora.layers import LoraLayer
-from fastlora.model.computed import Factors, Made, check_one_copy, made, pair_of
+from fastlora.model.computed_adapters import (
+    ComputedAdapter,
+    ComputedLayerParameters,
+    build_computed_adapter,
+    check_no_duplicate_copies,
+    factor_matrices,
+)
 from fastlora.model.config import LoraConfig
 from fastlora.model.inject import lora_layers
 from fastlora.validation import AdapterStateError, ConfigError, check_rank, near_names
 
 
-class Combination(NamedTuple):
+class CombinationOptions(NamedTuple):
     """The options of `LoraTuner.add_weighted_adapter` that select how adapters are combined."""
 
     combination_type: str = "svd"
@@ -28,25 +34,25 @@ class Combination(NamedTuple):
     majority_sign_method: str = "total"
 
     @property
-    def of_updates(self) -> bool:
+    def combines_updates(self) -> bool:
         """Whether the updates ``lora_b @ lora_a`` are combined, instead of the factors."""
         return self.combination_type.endswith("svd")
 
 
-class Summand(NamedTuple):
+class WeightedAdapter(NamedTuple):
     """The name of an adapter, and its weight in a weighted sum of adapters."""
 
     adapter: str
     weight: float
 
 
-def combined(
+def combine_adapters(
     model: nn.Module,
     configs: Mapping[str, LoraConfig],
     adapters: Sequence[str],
     weights: Sequence[float],
-    how: Combination,
-) -> Made:
+    options: CombinationOptions,
+) -> ComputedAdapter:
     """Compute the weighted sum of adapters. The model is not changed.
 
     Args:
@@ -54,38 +60,38 @@ def combined(
         configs: A mapping from the names of the adapters to their configs.
         adapters: The names of the adapters in the sum. A name may occur more than once.
         weights: The weights of the adapters, one number for each name.
-        how: The options that select how to combine the adapters.
+        options: The options that select how to combine the adapters.
 
     Raises:
         AdapterStateError, ConfigError, UnsupportedLayerError: See
             `LoraTuner.add_weighted_adapter`.
     """
-    _check(configs, adapters, weights, how)
-    check_one_copy(model, adapters)
+    _check_combination(configs, adapters, weights, options)
+    check_no_duplicate_copies(model, adapters)
     if len(adapters) == 1:
-        how = how._replace(combination_type="linear")
-    chosen = [Summand(*each) for each in zip(adapters, map(float, weights), strict=True)]
+        options = options._replace(combination_type="linear")
+    chosen = [WeightedAdapter(*each) for each in zip(adapters, map(float, weights), strict=True)]
     factors = {}
     for name, layer in lora_layers(model).items():
         holders = [summand for summand in chosen if summand.adapter in layer.r]
         if holders:
-            factors[name] = _on_layer(name, layer, holders, how)
-    return made(model, configs, factors)
+            factors[name] = _combine_on_layer(name, layer, holders, options)
+    return build_computed_adapter(model, configs, factors)
 
 
-def _check(
+def _check_combination(
     configs: Mapping[str, LoraConfig],
     adapters: Sequence[str],
     weights: Sequence[float],
-    how: Combination,
+    options: CombinationOptions,
 ) -> None:
-    """Check the arguments of `combined`.
+    """Check the arguments of `combine_adapters`.
 
     Raises:
         ConfigError: If an argument is invalid.
         AdapterStateError: If an adapter cannot be added to others.
     """
-    kind = how.combination_type
+    kind = options.combination_type
     if kind not in combine.COMBINATIONS:
         raise ConfigError(
             f"Invalid combination_type: {kind!r}; expected one of {', '.join(combine.COMBINATIONS)}"
@@ -100,14 +106,15 @@ def _check(
     if not all(map(math.isfinite, weights)):
         raise ConfigError(f"weights must be finite numbers, got {list(weights)}")
     if len(adapters) > 1:
-        combine.check_density(kind, how.density)
-    if how.svd_rank is not None:
-        check_rank(how.svd_rank)
-    if how.svd_clamp is not None and not 0.0 <= how.svd_clamp <= 1.0:
-        raise ConfigError(f"svd_clamp must be a quantile in [0, 1], got {how.svd_clamp!r}")
-    if how.majority_sign_method not in ("total", "frequency"):
+        combine.check_density(kind, options.density)
+    if options.svd_rank is not None:
+        check_rank(options.svd_rank)
+    if options.svd_clamp is not None and not 0.0 <= options.svd_clamp <= 1.0:
+        raise ConfigError(f"svd_clamp must be a quantile in [0, 1], got {options.svd_clamp!r}")
+    if options.majority_sign_method not in ("total", "frequency"):
         raise ConfigError(
-            f"majority_sign_method must be 'total' or 'frequency', got {how.majority_sign_method!r}"
+            f"majority_sign_method must be 'total' or 'frequency', got "
+            f"{options.majority_sign_method!r}"
         )
     if len({isinstance(config.target_modules, str) for config in configs.values()}) > 1:
         raise ConfigError(
@@ -126,34 +133,38 @@ def _check(
             )
 
 
-def _on_layer(name: str, layer: LoraLayer, holders: Sequence[Summand], how: Combination) -> Factors:
+def _combine_on_layer(
+    name: str, layer: LoraLayer, holders: Sequence[WeightedAdapter], options: CombinationOptions
+) -> ComputedLayerParameters:
     """Compute the parameters of the combined adapter on one layer.
 
     Args:
         name: The name of the layer, for messages.
         layer: The LoRA layer.
         holders: The summands with an adapter on this layer.
-        how: The options that select how to combine the adapters.
+        options: The options that select how to combine the adapters.
     """
-    multiplied = how.of_updates or how.combination_type == "cat"
+    multiplied = options.combines_updates or options.combination_type == "cat"
     adapters = [summand.adapter for summand in holders]
     weights = [summand.weight for summand in holders]
-    pairs = [pair_of(name, layer, adapter, multiplied=multiplied) for adapter in adapters]
+    pairs = [factor_matrices(name, layer, adapter, multiplied=multiplied) for adapter in adapters]
     ranks = {adapter: layer.r[adapter] for adapter in adapters}
     scalings = [float(layer.scaling[adapter]) for adapter in adapters]
     scales = [w * s for w, s in zip(weights, scalings, strict=True)]
-    kind = how.combination_type
-    bias = _bias([layer._factors(adapter)[2] for adapter in adapters], scales, how)
+    kind = options.combination_type
+    bias = _combine_biases([layer._factors(adapter)[2] for adapter in adapters], scales, options)
     if kind == "cat":
         lora_a = torch.cat([a * scale for (a, _), scale in zip(pairs, scales, strict=True)])
-        return Factors(lora_a, torch.cat([b for _, b in pairs], 1), bias)
-    if how.of_updates:
-        lora_a, lora_b = _svd(pairs, scalings, weights, how)
-        rank = max(ranks.values()) if how.svd_rank is None else how.svd_rank
+        return ComputedLayerParameters(lora_a, torch.cat([b for _, b in pairs], 1), bias)
+    if options.combines_updates:
+        lora_a, lora_b = _combine_by_svd(pairs, scalings, weights, options)
+        rank = max(ranks.values()) if options.svd_rank is None else options.svd_rank
         lora_a, lora_b = lora_a[:rank], lora_b[:, :rank]
-        if how.svd_clamp is not None:
-            lora_a, lora_b = low_rank.clamped(lora_a, lora_b, how.svd_clamp)
-        return Factors(low_rank.padded(lora_a, rank, 0), low_rank.padded(lora_b, rank, 1), bias)
+        if options.svd_clamp is not None:
+            lora_a, lora_b = low_rank.clamp_to_quantile(lora_a, lora_b, options.svd_clamp)
+        return ComputedLayerParameters(
+            low_rank.pad_factor(lora_a, rank, 0), low_rank.pad_factor(lora_b, rank, 1), bias
+        )
     if len(set(ranks.values())) > 1:
         raise ConfigError(
             f"All adapters must have the same r value when using combination_type {kind!r}, got "
@@ -163,46 +174,46 @@ def _on_layer(name: str, layer: LoraLayer, holders: Sequence[Summand], how: Comb
     # Multiply both factors by the square root of |scale|, and one of them by the sign.
     roots = [math.sqrt(abs(scale)) for scale in scales]
     signed = [math.copysign(root, scale) for root, scale in zip(roots, scales, strict=True)]
-    return Factors(
-        _combine([a for a, _ in pairs], signed, how),
-        _combine([b for _, b in pairs], roots, how),
+    return ComputedLayerParameters(
+        _combine([a for a, _ in pairs], signed, options),
+        _combine([b for _, b in pairs], roots, options),
         bias,
     )
 
 
 def _combine(
-    tensors: Sequence[torch.Tensor], weights: Sequence[float], how: Combination
+    tensors: Sequence[torch.Tensor], weights: Sequence[float], options: CombinationOptions
 ) -> torch.Tensor:
-    method = how.combination_type.removesuffix(combine.SVD)
-    return combine.combine(method, tensors, weights, how.density, how.majority_sign_method)
+    method = options.combination_type.removesuffix(combine.SVD)
+    return combine.combine(method, tensors, weights, options.density, options.majority_sign_method)
 
 
-def _svd(
-    pairs: Sequence[low_rank.Pair],
+def _combine_by_svd(
+    pairs: Sequence[low_rank.FactorPair],
     scalings: Sequence[float],
     weights: Sequence[float],
-    how: Combination,
-) -> low_rank.Pair:
+    options: CombinationOptions,
+) -> low_rank.FactorPair:
     """Return a tuple ``(lora_a, lora_b)``: factors of the combined update from its SVD.
 
     The rows of ``lora_a`` and the columns of ``lora_b`` are ordered by decreasing singular value.
     """
-    if how.combination_type == "svd":
+    if options.combination_type == "svd":
         scales = [w * s for w, s in zip(weights, scalings, strict=True)]
-        found = low_rank.decompose_pairs(pairs, scales, how.svd_driver)
+        found = low_rank.svd_of_weighted_sum(pairs, scales, options.svd_driver)
     else:
         updates = [b @ a * s for (a, b), s in zip(pairs, scalings, strict=True)]
-        found = low_rank.decompose(_combine(updates, weights, how), how.svd_driver)
+        found = low_rank.compute_svd(_combine(updates, weights, options), options.svd_driver)
     return found.vh, found.u * found.s
 
 
-def _bias(
-    biases: Sequence[torch.Tensor | None], scales: Sequence[float], how: Combination
+def _combine_biases(
+    biases: Sequence[torch.Tensor | None], scales: Sequence[float], options: CombinationOptions
 ) -> torch.Tensor | None:
     """Return the combined bias of ``lora_b``, ``[N]``, or None if no adapter has such a bias."""
     found = [(b.detach(), s) for b, s in zip(biases, scales, strict=True) if b is not None]
     if not found:
         return None
-    exact = how.combination_type in ("cat", "svd")
-    how = how._replace(combination_type="linear") if exact else how
-    return _combine([b for b, _ in found], [s for _, s in found], how)
+    exact = options.combination_type in ("cat", "svd")
+    options = options._replace(combination_type="linear") if exact else options
+    return _combine([b for b, _ in found], [s for _, s in found], options)

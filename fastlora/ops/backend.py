@@ -1,6 +1,6 @@
 """`Backend`, the interface of implementations of linear layers with adapters, and their registry.
 
-`fastlora.ops.conditions` chooses the backend of a forward pass.
+`fastlora.ops.execution_mode` chooses the backend of a forward pass.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from fastlora.validation import check_dropout_dtype
 
 if TYPE_CHECKING:
-    from fastlora.ops.factors import Base, Operands
+    from fastlora.ops.factors import AdapterOperands, Base
     from fastlora.ops.rows import Rows
 
 _Gradient = torch.Tensor | None
@@ -35,7 +35,7 @@ def draw_seed(x: torch.Tensor, impl: str) -> torch.Tensor:
     return torch.randint(0, 2**62, (1,), dtype=torch.int64, device=device)
 
 
-class Backward(NamedTuple):
+class BackwardArguments(NamedTuple):
     """The arguments of `Backend.gradients`.
 
     The caller computes the gradient of the base weight.
@@ -57,7 +57,7 @@ class Backward(NamedTuple):
     dy: torch.Tensor
     weight: torch.Tensor | None
     x: torch.Tensor | None
-    operands: Operands
+    operands: AdapterOperands
     rows: Rows | None
     s: torch.Tensor | None
     plan: str
@@ -72,17 +72,17 @@ class Backward(NamedTuple):
 # wanted, or if the adapter has no rows.
 Gradients = tuple[_Gradient, _Gradient, _Gradient, list[_Gradient]]
 
-# Maximum number of layers in one launch. The value is `fastlora.kernels.tables.MAX_SIBLINGS`, which
-# cannot be imported without Triton.
-MOST_SIBLINGS = 4
+# Maximum number of layers in one launch. The value is
+# `fastlora.kernels.config_tables.MAX_GROUP_SIZE`, which cannot be imported without Triton.
+MAX_LAYERS_PER_LAUNCH = 4
 
 
 class Backend(ABC):
     """Base class of the implementations of linear layers with adapters.
 
-    Callers look up a backend by name in `BACKENDS`. It implements `siblings` and
-    `siblings_gradients` if `computes_siblings` can return True. It implements `shrink` and `grad_a`
-    if layers share s on it (`fastlora.layers.group_forward`).
+    Callers look up a backend by name in `BACKENDS`. It implements `grouped_forward` and
+    `grouped_gradients` if `supports_grouped_forward` can return True. It implements
+    `grouped_shrink` and `grouped_grad_a` if layers share s on it (`fastlora.layers.group_forward`).
 
     Shapes: ``x [M, K]``, ``weight [N, K]``, ``y`` and ``dy [M, N]``. With rows, s and ds are
     ``[M, R]`` at sorted positions, and R is at least the largest rank. In the PyTorch backend they
@@ -95,7 +95,7 @@ class Backend(ABC):
         self,
         x: torch.Tensor,
         base: Base,
-        operands: Operands,
+        operands: AdapterOperands,
         rows: Rows | None,
         s: torch.Tensor | None,
         plan: str,
@@ -114,7 +114,7 @@ class Backend(ABC):
         """
 
     @abstractmethod
-    def gradients(self, given: Backward) -> Gradients:
+    def gradients(self, given: BackwardArguments) -> Gradients:
         """Return the gradients of a layer's inputs as a tuple; see `Gradients` for the order."""
 
     # -------------------------------------------------- layers of a shared-input group, in one call
@@ -125,11 +125,11 @@ class Backend(ABC):
     # the lora_b ``[N, R]``; the scalings, fp32 with one element each; and the seeds of dropout,
     # int64 ``[1]`` or None. ``dropout_p`` holds the active dropout probability of each layer.
 
-    def computes_siblings(self, x: torch.Tensor) -> bool:
+    def supports_grouped_forward(self, x: torch.Tensor) -> bool:
         """Return whether one call can compute all layers that share the input x."""
         return False
 
-    def shrink(
+    def grouped_shrink(
         self,
         x: torch.Tensor,
         lora_a: Sequence[Sequence[torch.Tensor]],
@@ -149,7 +149,7 @@ class Backend(ABC):
         """
         raise NotImplementedError
 
-    def grad_a(
+    def grouped_grad_a(
         self,
         x: torch.Tensor,
         ds: Sequence[torch.Tensor],
@@ -163,11 +163,11 @@ class Backend(ABC):
         Args:
             x: Input of the layers.
             ds: Gradient of s of each layer.
-            lora_a, seeds, dropout_p, rows: As in `shrink`.
+            lora_a, seeds, dropout_p, rows: As in `grouped_shrink`.
         """
         raise NotImplementedError
 
-    def siblings(
+    def grouped_forward(
         self,
         x: torch.Tensor,
         operands: Sequence[torch.Tensor | None],
@@ -181,7 +181,7 @@ class Backend(ABC):
         """
         raise NotImplementedError
 
-    def siblings_gradients(
+    def grouped_gradients(
         self,
         dys: Sequence[torch.Tensor | None],
         x: torch.Tensor | None,
@@ -190,15 +190,15 @@ class Backend(ABC):
         s: Sequence[torch.Tensor],
         wants: tuple[bool, ...],
     ) -> list[torch.Tensor | None]:
-        """Return a list of the gradients of the inputs of `siblings`; unwanted ones are None.
+        """Return a list of the gradients of the inputs of `grouped_forward`, or None if unwanted.
 
         The caller computes the gradients of base weights.
 
         Args:
             dys: dy of each layer, with any strides, or None if the layer's y was not used.
             x: Input of the layers, or None if no gradient of a lora_a is wanted.
-            operands, dropout_p: As in `siblings`.
-            s: The s that `siblings` returned.
+            operands, dropout_p: As in `grouped_forward`.
+            s: The s that `grouped_forward` returned.
             wants: Whether each gradient is wanted: one item for x, and then one item per layer for
                 the weights, for the biases, for the lora_a, and for the lora_b.
 

@@ -65,7 +65,7 @@ class Base(NamedTuple):
             raise ValueError("neither a base weight nor a base output is given")
         return self.y
 
-    def rows_to_write(self) -> torch.Tensor:
+    def writable_output(self) -> torch.Tensor:
         """Return y as a tensor ``[M, N]`` that may be overwritten, copied if necessary."""
         if self.y is None:
             raise ValueError("no base output is given")
@@ -77,7 +77,7 @@ class Base(NamedTuple):
 Slots = list[Factors | None]
 
 
-class Operands(NamedTuple):
+class AdapterOperands(NamedTuple):
     """The adapters of one linear layer, in the form that backends and operators receive.
 
     Attributes:
@@ -99,7 +99,7 @@ class Operands(NamedTuple):
     slots: tuple[int, ...] | None = None
 
 
-class Tables(NamedTuple):
+class AddressTables(NamedTuple):
     """Tables of the addresses, ranks, and scalings of adapters, by layer (G) and adapter (S).
 
     Attributes:
@@ -112,7 +112,7 @@ class Tables(NamedTuple):
         scale_address: int64 ``[G, S]``, addresses of DoRA scales. None if no adapter uses DoRA.
         rows: Maps a layer's number in the model to the layer's row. None if each layer stores its
             own row.
-        kept: Tensors at the addresses, if the tables keep them alive.
+        keepalive: Tensors at the addresses, if the tables keep them alive.
     """
 
     a_address: torch.Tensor
@@ -124,9 +124,9 @@ class Tables(NamedTuple):
     dtype: torch.dtype
     scale_address: torch.Tensor | None = None
     rows: dict[int, int] | None = None
-    kept: tuple[torch.Tensor, ...] = ()
+    keepalive: tuple[torch.Tensor, ...] = ()
 
-    def tensors(self) -> list[torch.Tensor]:
+    def operator_arguments(self) -> list[torch.Tensor]:
         """Return the list of tensors that operators receive as their argument ``tables``."""
         found = [self.a_address, self.b_address, self.rank, self.scaling]
         if self.bias_address is not None:
@@ -134,14 +134,16 @@ class Tables(NamedTuple):
         return found
 
 
-def tables_of(tensors: Sequence[torch.Tensor], max_rank: int, dtype: torch.dtype) -> Tables:
-    """Return a `Tables` made of the tensors in an operator's argument ``tables``."""
+def tables_from_tensors(
+    tensors: Sequence[torch.Tensor], max_rank: int, dtype: torch.dtype
+) -> AddressTables:
+    """Return an `AddressTables` made of the tensors in an operator's argument ``tables``."""
     a_address, b_address, rank, scaling, *biases = tensors
     bias_address = biases[0] if biases else None
-    return Tables(a_address, b_address, bias_address, rank, scaling, max_rank, dtype)
+    return AddressTables(a_address, b_address, bias_address, rank, scaling, max_rank, dtype)
 
 
-def present(factors: Sequence[Factor], rank_dim: int) -> list[torch.Tensor]:
+def fill_missing_factors(factors: Sequence[Factor], rank_dim: int) -> list[torch.Tensor]:
     """Return a list of factors in which each None is replaced by an empty factor of rank 0.
 
     ``rank_dim`` is the dimension of the rank: 0 for lora_a, and 1 for lora_b.
@@ -158,7 +160,7 @@ def present(factors: Sequence[Factor], rank_dim: int) -> list[torch.Tensor]:
     return [none if factor is None else factor for factor in factors]
 
 
-def numbers_on(
+def number_tensor_without_sync(
     values: tuple[Number, ...], dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
     """Return a 1-D tensor with the given numbers, without synchronizing with the device.

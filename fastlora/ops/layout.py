@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
-from fastlora.ops.factors import Factor, present
+from fastlora.ops.factors import Factor, fill_missing_factors
 
 # Each split of K adds a split-K partial sum of s. With at most four splits, the shrink is still
 # short enough to hide behind a base GEMM.
@@ -20,7 +20,7 @@ _MAX_SPLITS = 4
 # A split pays for an additional program if it has this many columns of K, and if the split-K
 # partial sums have at most about this many rows together.
 _SPLIT_COLUMNS = 256
-_PLANE_ROWS = 16384
+_MAX_PARTIAL_ROWS = 16384
 
 
 def max_rank(factors: Sequence[Factor], rank_dim: int) -> int:
@@ -28,12 +28,12 @@ def max_rank(factors: Sequence[Factor], rank_dim: int) -> int:
     return max(1, *(factor.shape[rank_dim] for factor in factors if factor is not None))
 
 
-def columns_of(largest: int) -> int:
+def padded_rank(largest_rank: int) -> int:
     """Return the number of columns of s and ds: the largest rank rounded up to a multiple of 16."""
-    return max(-(-largest // 16) * 16, 16)
+    return max(-(-largest_rank // 16) * 16, 16)
 
 
-def planes_shape(
+def shrink_partials_shape(
     m: int, k: int, modules: int, largest: int, batch_invariant: bool = False
 ) -> tuple[int, int, int, int]:
     """Return the shape (splits, modules, rows, columns) of a shrink's split-K partial sums.
@@ -43,19 +43,19 @@ def planes_shape(
     """
     splits = torch.sym_min(k // _SPLIT_COLUMNS, _MAX_SPLITS)
     if not batch_invariant:
-        splits = torch.sym_min(splits, -(-_PLANE_ROWS // torch.sym_max(m, 1)))
+        splits = torch.sym_min(splits, -(-_MAX_PARTIAL_ROWS // torch.sym_max(m, 1)))
     return torch.sym_max(splits, 1), modules, m, -(-largest // 16) * 16
 
 
-def layout(factors: Sequence[torch.Tensor]) -> tuple[list[int], int]:
-    """Return a tuple (offsets, size) of the buffer into which the factors' gradients are packed.
+def grad_a_buffer_layout(lora_a: Sequence[torch.Tensor]) -> tuple[list[int], int]:
+    """Return a tuple (offsets, size) of the buffer that packs the gradients of all lora_a.
 
-    ``offsets`` lists the offset of each factor's gradient. All values are in elements.
+    ``offsets`` has the offset of each gradient. All values are in elements.
     """
-    return _offsets([factor.numel() for factor in factors], factors[0].itemsize)
+    return _aligned_offsets([a.numel() for a in lora_a], lora_a[0].itemsize)
 
 
-def layout_b(
+def grad_b_buffer_layout(
     lora_b: Sequence[torch.Tensor], with_bias: Sequence[bool]
 ) -> tuple[list[int], list[int], int]:
     """Return a tuple (lora_b offsets, lora_bias offsets, size) of a packed gradient buffer.
@@ -64,7 +64,7 @@ def layout_b(
     values are in elements.
     """
     biases = [b.shape[0] if has else 0 for b, has in zip(lora_b, with_bias, strict=True)]
-    offsets, end = _offsets([*(b.numel() for b in lora_b), *biases], lora_b[0].itemsize)
+    offsets, end = _aligned_offsets([*(b.numel() for b in lora_b), *biases], lora_b[0].itemsize)
     bias_offsets = [
         at if has else -1 for at, has in zip(offsets[len(lora_b) :], with_bias, strict=True)
     ]
@@ -78,8 +78,8 @@ def split_grad_b(
 
     The second item is None if there is no lora_bias.
     """
-    ups = present(lora_b, 1)
-    offsets, bias_offsets, _ = layout_b(ups, with_bias)
+    ups = fill_missing_factors(lora_b, 1)
+    offsets, bias_offsets, _ = grad_b_buffer_layout(ups, with_bias)
     found: list[tuple[torch.Tensor, torch.Tensor | None]] = []
     for tensor, at, bias_at in zip(ups, offsets, bias_offsets, strict=True):
         gradient = packed[at : at + tensor.numel()].view(tensor.shape)
@@ -90,15 +90,15 @@ def split_grad_b(
 
 def split_grad_a(packed: torch.Tensor, lora_a: Sequence[Factor]) -> list[torch.Tensor]:
     """Return a list of the lora_a gradients, ``[rank, K]`` each, as views of a packed buffer."""
-    downs = present(lora_a, 0)
-    offsets, _ = layout(downs)
+    downs = fill_missing_factors(lora_a, 0)
+    offsets, _ = grad_a_buffer_layout(downs)
     return [
         packed[at : at + tensor.numel()].view(tensor.shape)
         for tensor, at in zip(downs, offsets, strict=True)
     ]
 
 
-def _offsets(sizes: Sequence[int], itemsize: int) -> tuple[list[int], int]:
+def _aligned_offsets(sizes: Sequence[int], itemsize: int) -> tuple[list[int], int]:
     """Return a tuple (offsets, total size) of blocks aligned to 16 bytes, in elements."""
     each = 16 // itemsize
     offsets, end = [], 0

@@ -10,12 +10,12 @@ import torch
 _LIBRARY = torch.library.Library("fastlora", "DEF")
 
 
-def define(schema: str, tags: tuple[torch.Tag, ...] = ()) -> None:
+def define_operator(schema: str, tags: tuple[torch.Tag, ...] = ()) -> None:
     """Define an operator of the library ``fastlora`` by its schema."""
     _LIBRARY.define(schema, tags=tags)
 
 
-def implements(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def register_kernel(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Return a decorator that registers an operator's implementation below autograd.
 
     The implementation runs on every device.
@@ -24,7 +24,7 @@ def implements(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return found
 
 
-def composes(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def register_composite(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Return a decorator that registers an operator's implementation above autograd.
 
     The implementation runs while a graph is traced, and also if nothing is traced.
@@ -33,7 +33,7 @@ def composes(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return found
 
 
-def fakes(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def register_fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Return a decorator that registers an operator's fake implementation, for tracing."""
     found: Callable[..., Any] = torch.library.register_fake(f"fastlora::{name}")
     return found

@@ -13,20 +13,20 @@ from typing import Any
 import torch
 
 from fastlora import env
-from fastlora.coded_weight import Coded
+from fastlora.quantized_tensor import QuantizedData
 
 # "invariant" is "fused" with configs that do not depend on the batch: `fastlora.batch_invariant`.
 PLANS = ("auto", "fused", "split", "invariant")
 _INVARIANT = ("lora_linear", "mixed_lora_linear")
 _NAMED = ("auto", "fused", "split")
-_PLAN = env.plan()
+_PLAN = env.default_plan()
 _rounding_of_fp32 = functools.partial(torch._C._get_fp32_precision_getter, "cuda", "matmul")
 
 
 def choose_plan(
     plan: str,
     x: torch.Tensor,
-    weight: torch.Tensor | Coded,
+    weight: torch.Tensor | QuantizedData,
     r: int,
     launch: str = "lora_linear",
     *,
@@ -44,7 +44,7 @@ def choose_plan(
         x: The tensor that the launch reads: x, or dy ``[M, N]`` to compute dx.
         weight: ``[N, K]``.
         r: Rank, or the largest rank in a mixed batch.
-        launch: The launch of the plan "fused", one of `fastlora.kernels.tables.PLANNED`.
+        launch: The launch of the plan "fused", one of `fastlora.kernels.config_tables.PLANNED`.
         n: Total number of outputs of the layers in the launch, or None for the weight's N.
         slots: Number of adapters that a mixed batch may have.
 
@@ -59,10 +59,10 @@ def choose_plan(
         if _PLAN not in _NAMED:
             raise ValueError(f"FASTLORA_PLAN is {_PLAN!r}, expected one of {', '.join(_NAMED)}")
         plan = _PLAN
-    return _from_table(launch, x, weight, r, n, slots) if plan == "auto" else plan
+    return _plan_from_table(launch, x, weight, r, n, slots) if plan == "auto" else plan
 
 
-def precision(dtype: torch.dtype) -> str:
+def fp32_precision(dtype: torch.dtype) -> str:
     """Return the precision of fp32 products: "tf32" if the user has allowed it, else "ieee".
 
     torch's older switches (``set_float32_matmul_precision``, ``allow_tf32``) also set the value
@@ -73,23 +73,23 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32" if allowed else "ieee"
 
 
-def _from_table(
+def _plan_from_table(
     launch: str,
     x: torch.Tensor,
-    weight: torch.Tensor | Coded,
+    weight: torch.Tensor | QuantizedData,
     r: int,
-    siblings_n: int | None,
+    group_n: int | None,
     slots: int,
 ) -> str:
     """Return the plan in the chip's table for the sizes of a layer and its input."""
-    (n, k), m, rounding = weight.shape, x.shape[0], precision(x.dtype)
-    chips, configs = _tables()
-    chip, sizes = chips.chip_of(x.device), {"m": m, "n": siblings_n or n, "k": k, "r": r}
+    (n, k), m, rounding = weight.shape, x.shape[0], fp32_precision(x.dtype)
+    chips, configs = _import_kernel_modules()
+    chip, sizes = chips.chip_of(x.device), {"m": m, "n": group_n or n, "k": k, "r": r}
     return configs.plan_of(chip, launch, x.dtype, **sizes, slots=slots, input_precision=rounding)
 
 
 @functools.cache
-def _tables() -> tuple[Any, Any]:
+def _import_kernel_modules() -> tuple[Any, Any]:
     """Import and return the modules `chips` and `configs` of `fastlora.kernels`.
 
     They import Triton, so this module does not import them at its top.

@@ -16,17 +16,17 @@ from typing import NamedTuple
 
 import torch
 
-from fastlora.ops.conditions import runs_kernels
-from fastlora.ops.library import define, fakes, implements
+from fastlora.ops.execution_mode import auto_selects_kernels
+from fastlora.ops.library import define_operator, register_fake, register_kernel
 
 NO_SLOT = -1
 INVALID_SLOT = -2
 
-define(
+define_operator(
     "rows_sort(Tensor ids, SymInt m, int slots, Device device, int block_m)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
-define("rows_pieces(Tensor segment_of, int slots, SymInt block_m) -> Tensor")
+define_operator("rows_pieces(Tensor segment_of, int slots, SymInt block_m) -> Tensor")
 
 
 class Segment(NamedTuple):
@@ -74,7 +74,7 @@ class Rows:
     ids: torch.Tensor | None = None
     _pieces: dict[int, torch.Tensor] | None = field(default_factory=dict, repr=False)
 
-    def tensors(self) -> list[torch.Tensor]:
+    def operator_arguments(self) -> list[torch.Tensor]:
         """Return the list of tensors that operators receive as their argument ``rows``."""
         return [self.order, self.segment_of, self.segment_slot, self.slot_start]
 
@@ -117,7 +117,7 @@ class Rows:
         return tuple(Segment(slot, *pair) for slot, pair in pairs if pair[0] < pair[1])
 
     @functools.cached_property
-    def present(self) -> tuple[int, ...]:
+    def used_slots(self) -> tuple[int, ...]:
         """A tuple of the slots that have rows, in ascending order."""
         return tuple(segment.slot for segment in self.segments)
 
@@ -130,7 +130,7 @@ class Rows:
         return ids.masked_fill((ids < NO_SLOT) | (ids >= self.slots), INVALID_SLOT)
 
     @functools.cached_property
-    def in_order(self) -> bool:
+    def is_sorted(self) -> bool:
         """Whether the rows are already in sorted order."""
         if self.ids is None:
             return torch.equal(self.order, torch.arange(self.m, device=self.order.device))
@@ -138,31 +138,31 @@ class Rows:
         return bool((ids[1:] >= ids[:-1]).all())
 
     @functools.cached_property
-    def inverse(self) -> torch.Tensor:
+    def inverse_order(self) -> torch.Tensor:
         """The position of each row in sorted order, int64 ``[M]``."""
         inverse = torch.empty(self.m, dtype=torch.int64, device=self.order.device)
         inverse[self.order.long()] = torch.arange(self.m, device=self.order.device)
         return inverse
 
     @functools.cached_property
-    def members(self) -> torch.Tensor:
+    def segment_index(self) -> torch.Tensor:
         """The index of each row's segment, int64 ``[M]``; ``len(segments)`` without an adapter."""
         member = torch.full((self.m,), len(self.segments))
         for index, (_, start, stop) in enumerate(self.segments):
             member[start:stop] = index
         member = member.to(self.order.device)
-        return member if self.in_order else member.index_select(0, self.inverse)
+        return member if self.is_sorted else member.index_select(0, self.inverse_order)
 
     def sorted(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return a tensor ``[M, ...]`` with its rows in sorted order.
 
         If the rows are already sorted, the result is the tensor itself.
         """
-        return tensor if self.in_order else tensor.index_select(0, self.order)
+        return tensor if self.is_sorted else tensor.index_select(0, self.order)
 
     def restored(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return a sorted tensor with its rows restored to their original order."""
-        return tensor if self.in_order else tensor.index_select(0, self.inverse)
+        return tensor if self.is_sorted else tensor.index_select(0, self.inverse_order)
 
 
 def sort_rows(
@@ -171,7 +171,7 @@ def sort_rows(
     slots: int,
     device: torch.device | None = None,
     *,
-    keeps: bool = True,
+    cache_pieces: bool = True,
 ) -> Rows:
     """Sort the rows of a batch by the slots of their adapters, and return the `Rows`.
 
@@ -182,27 +182,27 @@ def sort_rows(
         m: Number of rows.
         slots: Number of slots.
         device: Device on which rows are sorted, or None for the device of ids.
-        keeps: Whether the result caches the pieces computed from it. Pass False in a graph.
+        cache_pieces: Whether the result caches the pieces computed from it. Pass False in a graph.
 
     Raises:
         TypeError: ids are not integers.
         ValueError: ids have the wrong shape, or slots is negative.
     """
     device, block_m = device or ids.device, 0
-    if keeps and runs_kernels(device):
+    if cache_pieces and auto_selects_kernels(device):
         from fastlora.kernels.configs import piece_rows
 
         block_m = piece_rows(m)
     made = torch.ops.fastlora.rows_sort(ids, m, slots, device, block_m)
     order, segment_of, segment_slot, slot_start, invalid, pieces = made
     each = m // max(ids.shape[0], 1)
-    kept: dict[int, torch.Tensor] | None = {} if keeps else None
-    if kept is not None and block_m:
-        kept[block_m] = pieces
-    return Rows(order, segment_of, segment_slot, slot_start, invalid, slots, m, each, ids, kept)
+    cached: dict[int, torch.Tensor] | None = {} if cache_pieces else None
+    if cached is not None and block_m:
+        cached[block_m] = pieces
+    return Rows(order, segment_of, segment_slot, slot_start, invalid, slots, m, each, ids, cached)
 
 
-def rows_of(tensors: Sequence[torch.Tensor]) -> Rows:
+def rows_from_tensors(tensors: Sequence[torch.Tensor]) -> Rows:
     """Return a `Rows` made of the tensors in an operator's argument ``rows``.
 
     Pieces at the end of the argument are ignored.
@@ -213,7 +213,7 @@ def rows_of(tensors: Sequence[torch.Tensor]) -> Rows:
     return Rows(order, segment_of, segment_slot, slot_start, none, *sizes)
 
 
-@implements("rows_sort")
+@register_kernel("rows_sort")
 def _rows_sort(
     ids: torch.Tensor, m: int, slots: int, device: torch.device, block_m: int
 ) -> tuple[torch.Tensor, ...]:
@@ -230,10 +230,10 @@ def _rows_sort(
             f"ids has shape {tuple(ids.shape)}, expected [B] where B divides the {m} rows"
         )
     ids = ids.to(device=device, non_blocking=True)
-    if runs_kernels(device):
-        from fastlora.ops.triton.sorting import sorted_rows
+    if auto_selects_kernels(device):
+        from fastlora.ops.triton.sorting import sort_rows_into
 
-        made = sorted_rows(ids, slots, _empty(m, slots, device, block_m), block_m)
+        made = sort_rows_into(ids, slots, _empty_sort_results(m, slots, device, block_m), block_m)
         if made is not None:
             return made
     bad = (ids < NO_SLOT) | (ids >= slots)
@@ -242,7 +242,7 @@ def _rows_sort(
     per_id = m // max(ids.shape[0], 1)
     slot = slot.view(-1, 1).expand(-1, per_id).reshape(m)
     slot, order = torch.sort(slot, stable=True)
-    segment_of = _starts(slot).cumsum(0, dtype=torch.int32) - 1
+    segment_of = _run_starts(slot).cumsum(0, dtype=torch.int32) - 1
     segment_slot = slot.new_full((min(m, slots + 2),), NO_SLOT)
     segment_slot.scatter_(0, segment_of.long(), slot)
     every_slot = torch.arange(slots + 1, dtype=torch.int32, device=device)
@@ -252,29 +252,31 @@ def _rows_sort(
     return order, segment_of, segment_slot, slot_start, bad.any().view(1), pieces
 
 
-@fakes("rows_sort")
+@register_fake("rows_sort")
 def _(
     ids: torch.Tensor, m: int, slots: int, device: torch.device, block_m: int
 ) -> tuple[torch.Tensor, ...]:
-    return _empty(m, slots, device, block_m)
+    return _empty_sort_results(m, slots, device, block_m)
 
 
-def _empty(m: int, slots: int, device: torch.device, block_m: int) -> tuple[torch.Tensor, ...]:
+def _empty_sort_results(
+    m: int, slots: int, device: torch.device, block_m: int
+) -> tuple[torch.Tensor, ...]:
     """Return a tuple of uninitialized tensors, shaped and typed as the results of `_rows_sort`."""
-    present, entries = torch.sym_min(m, slots + 2), piece_entries(m, slots, block_m)
+    present, entries = torch.sym_min(m, slots + 2), pieces_length(m, slots, block_m)
     sizes = (m, m, present, slots + 1, 1, entries if block_m else 0)
     dtypes = (*[torch.int32] * 4, torch.bool, torch.int32)
     pairs = zip(sizes, dtypes, strict=True)
     return tuple(torch.empty(size, dtype=dtype, device=device) for size, dtype in pairs)
 
 
-@implements("rows_pieces")
+@register_kernel("rows_pieces")
 def _rows_pieces(segment_of: torch.Tensor, slots: int, block_m: int) -> torch.Tensor:
     """Return the sorted position at which each piece starts; see `Rows.pieces`."""
     m = segment_of.shape[0]
     position = torch.arange(m, dtype=torch.int32, device=segment_of.device)
-    starts = _starts(segment_of) | (position % block_m == 0)
-    entries = piece_entries(m, slots, block_m)
+    starts = _run_starts(segment_of) | (position % block_m == 0)
+    entries = pieces_length(m, slots, block_m)
     # Position 0 starts both a tile and a segment, so the last two entries are never used by a
     # piece. Positions that start no piece are written to the last entry, all with the value M.
     place = torch.where(starts, starts.cumsum(0) - 1, entries - 1)
@@ -282,18 +284,18 @@ def _rows_pieces(segment_of: torch.Tensor, slots: int, block_m: int) -> torch.Te
     return result.scatter_(0, place, position.masked_fill(~starts, m))
 
 
-@fakes("rows_pieces")
+@register_fake("rows_pieces")
 def _(segment_of: torch.Tensor, slots: int, block_m: int) -> torch.Tensor:
-    return segment_of.new_empty(piece_entries(segment_of.shape[0], slots, block_m))
+    return segment_of.new_empty(pieces_length(segment_of.shape[0], slots, block_m))
 
 
-def piece_entries(m: int, slots: int, block_m: int) -> int:
+def pieces_length(m: int, slots: int, block_m: int) -> int:
     """Return the number of entries in the result of `Rows.pieces`; sizes may be symbolic."""
     entries: int = -(-m // max(block_m, 1)) + torch.sym_min(m, slots + 2) + 1
     return entries
 
 
-def _starts(values: torch.Tensor) -> torch.Tensor:
+def _run_starts(values: torch.Tensor) -> torch.Tensor:
     """Return a bool mask of the values that differ from the preceding value.
 
     The first value counts as different.

@@ -18,10 +18,10 @@ Shapes, for M rows, S slots (adapters), and G modules (layers) that share x:
         of one dtype, with None for an adapter that does not adapt the layer
     rows: empty if one slot has all rows. Otherwise int32 order ``[M]``, segment_of ``[M]``,
         segment_slot, and slot_start ``[S + 1]`` of `fastlora.ops.rows`. For kernels, pieces follow:
-        see `fastlora.ops.triton.pieces`
+        see `fastlora.ops.triton.rows_argument`
     factors: lora_a, lora_b, and lora_bias of each slot in turn
     s and ds: ``[M, R]`` in x's dtype. With rows, they are at sorted positions, R is
-        `layout.columns_of` the largest rank, and each row is written up to its adapter's rank
+        `layout.padded_rank` the largest rank, and each row is written up to its adapter's rank
     scaling: fp32 ``[S]``; for one slot also ``[R]`` or without dimensions
     seeds: int64, one for each lora_a, on the device (on the CPU for PyTorch), or None without
         dropout
@@ -45,10 +45,16 @@ from typing import Any, Protocol
 
 import torch
 
-from fastlora.ops.conditions import on_device_of, sees_operators
-from fastlora.ops.factors import Factor, present
-from fastlora.ops.layout import columns_of, layout, layout_b, max_rank, planes_shape
-from fastlora.ops.library import define, fakes, implements
+from fastlora.ops.execution_mode import call_on_device_of, operators_are_observed
+from fastlora.ops.factors import Factor, fill_missing_factors
+from fastlora.ops.layout import (
+    grad_a_buffer_layout,
+    grad_b_buffer_layout,
+    max_rank,
+    padded_rank,
+    shrink_partials_shape,
+)
+from fastlora.ops.library import define_operator, register_fake, register_kernel
 from fastlora.ops.torch import operators, reference
 
 _Tensors = list[torch.Tensor]
@@ -56,32 +62,34 @@ _Factors = list[Factor]
 _DIRECT: Any = SimpleNamespace()
 
 
-def operator(schema: str, impl: str | None = None) -> Callable[[Callable[..., Any]], Any]:
+def define_operator_with_fake(
+    schema: str, impl: str | None = None
+) -> Callable[[Callable[..., Any]], Any]:
     """Define an operator, and return a decorator that registers its fake implementation.
 
     Args:
         schema: The operator's schema. The first argument is a tensor on the device that it runs on.
         impl: The implementation that always runs, or None if the argument ``impl`` names it.
     """
-    define(schema)
+    define_operator(schema)
     name = schema.partition("(")[0]
     arguments = [a.name for a in torch._C.parse_schema(f"fastlora::{schema}").arguments]
     place = arguments.index("impl") if impl is None else None
     attribute, backward = name.removeprefix("lora_"), name.startswith("lora_grad_")
 
-    @implements(name)
+    @register_kernel(name)
     def run(*args: Any) -> Any:
         chosen, given = impl, args
         if place is not None:
             chosen, given = args[place], (*args[:place], *args[place + 1 :])
         if chosen != "triton":
             return getattr(operators, attribute)(*given)
-        function = getattr(kernels_of(backward), attribute)
-        return on_device_of(args[0], function, *given)
+        function = getattr(launch_module(backward), attribute)
+        return call_on_device_of(args[0], function, *given)
 
     # Autograd counts writes to a tensor, so an operator that writes is called through the registry.
     setattr(_DIRECT, name, getattr(torch.ops.fastlora, name) if "!" in schema else run)
-    return fakes(name)
+    return register_fake(name)
 
 
 class Operators(Protocol):
@@ -90,23 +98,23 @@ class Operators(Protocol):
     def __getattr__(self, name: str) -> Callable[..., Any]: ...
 
 
-def operators_for(x: torch.Tensor, within_node: bool = False) -> Operators:
+def operators_for(x: torch.Tensor, in_autograd_function: bool = False) -> Operators:
     """Return an object with the registered operators, or with their implementations.
 
     If nothing observes operators on x, and x is on the current device, the result provides the
-    functions that the operators run. This saves the dispatcher's 5 us per call. ``within_node``
-    means that the operators will be called within an autograd function, in which autograd records
-    nothing.
+    functions that the operators run. This saves the dispatcher's 5 us per call.
+    ``in_autograd_function`` means that the operators will be called within an autograd function, in
+    which autograd records nothing.
     """
     registered: Any = torch.ops.fastlora
-    if sees_operators(x, within_node):
+    if operators_are_observed(x, in_autograd_function):
         return registered
     here = not x.is_cuda or x.device.index == torch.cuda.current_device()
     return _DIRECT if here else registered
 
 
 @functools.cache
-def kernels_of(backward: bool) -> ModuleType:
+def launch_module(backward: bool) -> ModuleType:
     """Return the Python module with the kernel launches of a backward or of a forward pass."""
     from fastlora.ops.triton import backward as gradients
     from fastlora.ops.triton import forward
@@ -119,26 +127,30 @@ def kernels_of(backward: bool) -> ModuleType:
 _DROP = "Tensor? seeds, float[] dropout_p"
 
 
-@operator(
+@define_operator_with_fake(
     f"lora_shrink(Tensor x, Tensor[] rows, Tensor?[] lora_a, int modules, {_DROP}, str impl)"
     " -> Tensor"
 )
-def _(x: torch.Tensor, rows: _Tensors, lora_a: _Factors, modules: int, *_: object) -> torch.Tensor:
+def lora_shrink_fake(
+    x: torch.Tensor, rows: _Tensors, lora_a: _Factors, modules: int, *_: object
+) -> torch.Tensor:
     """Return the shrink output s of G modules: ``[G, M, R]``, or ``[M, R]`` for one slot.
 
     If there is one slot, the modules are side by side. ``lora_a`` lists the slots of each module in
     turn. Active dropout requires one module.
     """
     if rows:
-        return x.new_empty(modules, x.shape[0], columns_of(max_rank(lora_a, 0)))
-    return x.new_empty(x.shape[0], sum(factor.shape[0] for factor in present(lora_a, 0)))
+        return x.new_empty(modules, x.shape[0], padded_rank(max_rank(lora_a, 0)))
+    return x.new_empty(
+        x.shape[0], sum(factor.shape[0] for factor in fill_missing_factors(lora_a, 0))
+    )
 
 
-@operator(
+@define_operator_with_fake(
     "lora_linear(Tensor x, Tensor weight, Tensor? bias, Tensor[] rows, Tensor? s,"
     f" Tensor?[] factors, Tensor scaling, {_DROP}, str impl, str plan) -> Tensor[]"
 )
-def _(
+def lora_linear_fake(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
@@ -151,25 +163,29 @@ def _(
     y, largest = x.new_empty(x.shape[0], weight.shape[0]), max_rank(factors[::3], 0)
     if s is not None:
         return [y]
-    return [y, x.new_empty(x.shape[0], columns_of(largest) if rows else largest)]
+    return [y, x.new_empty(x.shape[0], padded_rank(largest) if rows else largest)]
 
 
-@operator(
+@define_operator_with_fake(
     "lora_expand_(Tensor(a!) y, Tensor s, Tensor[] rows, Tensor?[] lora_b, Tensor?[] lora_bias,"
     " Tensor scaling, str impl) -> ()"
 )
-def _(*_: object) -> None:
+def lora_expand_fake(*_: object) -> None:
     """Add ``scaling * (s @ lora_b.T + lora_bias)`` of each row's adapter to y in place."""
 
 
-@operator("lora_dropout(Tensor x, Tensor seed, float dropout_p) -> Tensor", "triton")
-def _(x: torch.Tensor, *_: object) -> torch.Tensor:
+@define_operator_with_fake(
+    "lora_dropout(Tensor x, Tensor seed, float dropout_p) -> Tensor", "triton"
+)
+def lora_dropout_fake(x: torch.Tensor, *_: object) -> torch.Tensor:
     """Return x after dropout, with the mask that the kernels use for one adapter."""
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
-@operator("lora_keep(Tensor x, Tensor seed, float dropout_p, Tensor? after) -> Tensor", "eager")
-def _(x: torch.Tensor, *_: object) -> torch.Tensor:
+@define_operator_with_fake(
+    "lora_keep(Tensor x, Tensor seed, float dropout_p, Tensor? after) -> Tensor", "eager"
+)
+def lora_keep_fake(x: torch.Tensor, *_: object) -> torch.Tensor:
     """Return PyTorch's dropout mask of x; see `reference.lora_keep`.
 
     ``after`` is not read. A backward pass passes one of its own tensors. The dependency prevents
@@ -182,11 +198,11 @@ def _(x: torch.Tensor, *_: object) -> torch.Tensor:
 # ------------------------------------------------------------------------------------- backward
 
 
-@operator(
+@define_operator_with_fake(
     "lora_grad_b(Tensor dy, Tensor s, Tensor[] rows, SymInt run, Tensor?[] lora_b,"
     " bool[] with_bias, Tensor scaling, bool with_factors, str impl) -> (Tensor, Tensor, Tensor)"
 )
-def _(
+def lora_grad_b_fake(
     dy: torch.Tensor,
     s: torch.Tensor,
     rows: _Tensors,
@@ -204,9 +220,9 @@ def _(
     which slots have a lora_bias, and the column sums are empty. For one slot, the gradients are
     d_lora_b, and ``with_bias`` requests the column sums of dy, fp32 ``[N]``.
     """
-    ups, sums = present(lora_b, 1), dy.new_empty(0, dtype=torch.float32)
+    ups, sums = fill_missing_factors(lora_b, 1), dy.new_empty(0, dtype=torch.float32)
     if rows:
-        end = layout_b(ups, with_bias)[2] if with_factors else 0
+        end = grad_b_buffer_layout(ups, with_bias)[2] if with_factors else 0
         return torch.empty_like(s), ups[0].new_empty(end), sums
     (m, n), (up,) = dy.shape, ups
     if with_bias[0]:
@@ -214,11 +230,11 @@ def _(
     return dy.new_empty(m, up.shape[1]), dy.new_empty(up.shape, dtype=up.dtype), sums
 
 
-@operator(
+@define_operator_with_fake(
     f"lora_grad_x(Tensor dy, Tensor? weight, Tensor ds, Tensor[] rows, Tensor?[] lora_a, {_DROP},"
     " str impl, str plan) -> Tensor"
 )
-def _(
+def lora_grad_x_fake(
     dy: torch.Tensor,
     weight: torch.Tensor | None,
     ds: torch.Tensor,
@@ -227,14 +243,14 @@ def _(
     *_: object,
 ) -> torch.Tensor:
     """Return the gradient of x, or only the adapters' part of it if there is no weight."""
-    return dy.new_empty(dy.shape[0], present(lora_a, 0)[0].shape[1])
+    return dy.new_empty(dy.shape[0], fill_missing_factors(lora_a, 0)[0].shape[1])
 
 
-@operator(
+@define_operator_with_fake(
     f"lora_grad_a(Tensor x, Tensor[] ds, Tensor[] rows, SymInt run, Tensor?[] lora_a, {_DROP},"
     " str impl) -> Tensor[]"
 )
-def _(
+def lora_grad_a_fake(
     x: torch.Tensor, ds: _Tensors, rows: _Tensors, run: int, lora_a: _Factors, *_: object
 ) -> _Tensors:
     """Return a list of the gradients of lora_a of G modules, given one ds per module.
@@ -243,9 +259,9 @@ def _(
     for each module. With rows, which are in runs of ``run`` rows, it contains one buffer for
     `layout.split_grad_a`.
     """
-    downs = present(lora_a, 0)
+    downs = fill_missing_factors(lora_a, 0)
     if rows:
-        return [downs[0].new_empty(layout(downs)[1])]
+        return [downs[0].new_empty(grad_a_buffer_layout(downs)[1])]
     return [x.new_empty(factor.shape, dtype=factor.dtype) for factor in downs]
 
 
@@ -254,12 +270,12 @@ def _(
 _TABLES = "Tensor[] tables, int index, int max_rank, ScalarType factor_dtype"
 
 
-@operator(
+@define_operator_with_fake(
     f"lora_linear_at(Tensor x, Tensor weight, Tensor? bias, Tensor[] rows, Tensor? s, {_TABLES},"
-    " str plan, int[]? siblings=None) -> Tensor[]",
+    " str plan, int[]? shrink_range=None) -> Tensor[]",
     "triton",
 )
-def _(
+def lora_linear_at_fake(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
@@ -270,32 +286,34 @@ def _(
     max_rank: int,
     factor_dtype: torch.dtype,
     plan: str,
-    siblings: list[int] | None = None,
+    shrink_range: list[int] | None = None,
 ) -> _Tensors:
-    """Return a list with the output y of one module, and with s for all modules of ``siblings``.
+    """Return a list with the output y of one module, and with s for ``shrink_range``.
 
-    ``siblings`` are the modules that share a shrink, as a range of table rows: the first row, and
-    the row after the last one. Their s, which the list omits if it is given, consists of split-K
-    partial sums that have not been added yet, in the shape `layout.planes_shape`.
+    ``shrink_range`` has the modules that share a shrink, as a range of table rows: the first row,
+    and the row after the last one. Their s, which the list omits if it is given, consists of
+    split-K partial sums that have not been added yet, of shape `layout.shrink_partials_shape`.
     """
     y = x.new_empty(x.shape[0], weight.shape[0])
-    if s is not None or siblings is None:
+    if s is not None or shrink_range is None:
         return [y]
-    (m, k), modules = x.shape, siblings[1] - siblings[0]
-    shape = planes_shape(m, k, modules, max_rank, plan == "invariant")
+    (m, k), modules = x.shape, shrink_range[1] - shrink_range[0]
+    shape = shrink_partials_shape(m, k, modules, max_rank, plan == "invariant")
     return [y, x.new_empty(shape, dtype=torch.float32)]
 
 
-@operator(f"lora_add_at_(Tensor(a!) y, Tensor x, Tensor[] rows, {_TABLES}, str impl) -> ()")
-def _(*_: object) -> None:
+@define_operator_with_fake(
+    f"lora_add_at_(Tensor(a!) y, Tensor x, Tensor[] rows, {_TABLES}, str impl) -> ()"
+)
+def lora_add_at_fake(*_: object) -> None:
     """Add the update of each row's own adapter to y in place."""
 
 
-@operator(
+@define_operator_with_fake(
     "lora_scale_(Tensor(a!) y, Tensor? bias, Tensor[] rows, Tensor scale_address, int index,"
     " str impl) -> ()"
 )
-def _(*_: object) -> None:
+def lora_scale_fake(*_: object) -> None:
     """Compute ``y = (y - bias) * g + bias`` in the rows of adapters that have DoRA scales g.
 
     ``scale_address`` is int64 ``[G, S]``, the addresses of g, fp32 ``[N]``. 0 stands for no scales;

@@ -42,7 +42,7 @@ def draw_seeds(
         seeds = torch.randint(0, 2**SEED_BITS, (len(names),))
     for slot, name in enumerate(names):
         if name in chosen:
-            seeds[slot] = _signed(chosen[name])
+            seeds[slot] = _to_int64(chosen[name])
     return seeds
 
 
@@ -51,7 +51,7 @@ def layer_seeds(seeds: torch.Tensor, layers: Sequence[int]) -> torch.Tensor:
 
     ``layers`` are the numbers of the layers.
     """
-    steps = [_signed((number + 1) * _INCREMENT) for number in layers]
+    steps = [_to_int64((number + 1) * _INCREMENT) for number in layers]
     steps_of = torch.tensor(steps, dtype=torch.int64, device=seeds.device)
     return _mixed_bits(seeds[None, :] + steps_of[:, None])  # wraps around at 64 bits
 
@@ -61,10 +61,10 @@ def seeds_of_layer(seeds: torch.Tensor, layer: int) -> torch.Tensor:
 
     See `layer_seeds`.
     """
-    return _mixed_bits(seeds + _signed((layer + 1) * _INCREMENT))
+    return _mixed_bits(seeds + _to_int64((layer + 1) * _INCREMENT))
 
 
-def _signed(value: int) -> int:
+def _to_int64(value: int) -> int:
     """Return the low 64 bits of ``value`` as a signed integer."""
     value &= 2**64 - 1
     return value - 2**64 if value >= 2**63 else value
@@ -72,10 +72,10 @@ def _signed(value: int) -> int:
 
 def _mixed_bits(z: torch.Tensor) -> torch.Tensor:
     for shift, multiplier in zip((30, 27), _MULTIPLIERS, strict=True):
-        z = (z ^ _shifted(z, shift)) * _signed(multiplier)
-    return _shifted(z ^ _shifted(z, 31), 64 - SEED_BITS)
+        z = (z ^ _logical_shift_right(z, shift)) * _to_int64(multiplier)
+    return _logical_shift_right(z ^ _logical_shift_right(z, 31), 64 - SEED_BITS)
 
 
-def _shifted(z: torch.Tensor, bits: int) -> torch.Tensor:
+def _logical_shift_right(z: torch.Tensor, bits: int) -> torch.Tensor:
     """Return z, int64, shifted right logically by ``bits`` bits."""
     return (z >> bits) & (2 ** (64 - bits) - 1)

@@ -21,9 +21,9 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from fastlora.sharding import local
+from fastlora.sharding import local_shard
 from fastlora.validation import ConfigError
-from fastlora.weight_marks import Stamp, stamp_of
+from fastlora.weights_version import TensorStamp, stamp_tensors
 
 # The parts of a parameter's name that identify lora_A and the matching lora_B.
 _PAIRS = ((".lora_A.", ".lora_B."), (".lora_embedding_A.", ".lora_embedding_B."))
@@ -67,7 +67,7 @@ class LoraFAOptimizer(Optimizer):
         # The first dict maps each lora_B to its lora_A. The second dict maps each lora_A to a tuple
         # (stamp of lora_A, inverse of ``lora_A @ lora_A.T``).
         self._partners: dict[nn.Parameter, nn.Parameter] = {}
-        self._inverses: dict[nn.Parameter, tuple[Stamp | None, torch.Tensor]] = {}
+        self._inverses: dict[nn.Parameter, tuple[TensorStamp | None, torch.Tensor]] = {}
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -99,7 +99,7 @@ class LoraFAOptimizer(Optimizer):
             )
         by_name = dict(zip(names, group["params"], strict=True))
         for name, parameter in by_name.items():
-            partner = by_name.get(_partner_of(name) or "")
+            partner = by_name.get(_paired_lora_a_name(name) or "")
             if partner is not None:
                 self._partners[parameter] = partner
         super().add_param_group(group)
@@ -127,19 +127,21 @@ class LoraFAOptimizer(Optimizer):
                 if partner is None:
                     self._adamw(parameter, parameter.grad, group, "")
                 else:
-                    gradient = parameter.grad @ self._inverse(partner).to(parameter.grad.dtype)
+                    gradient = parameter.grad @ self._inverse_gram_matrix(partner).to(
+                        parameter.grad.dtype
+                    )
                     self._adamw(parameter, gradient / factor**2, group, "_B")
         return loss
 
-    def _inverse(self, lora_a: nn.Parameter) -> torch.Tensor:
+    def _inverse_gram_matrix(self, lora_a: nn.Parameter) -> torch.Tensor:
         """Return the inverse of ``lora_a @ lora_a.T``, ``[R, R]``.
 
         The inverse is cached until lora_a changes.
         """
-        watched = (local(lora_a),), (lora_a._version,)
+        watched = (local_shard(lora_a),), (lora_a._version,)
         known = self._inverses.get(lora_a)
-        if known is None or known[0] is None or not known[0].holds(*watched):
-            stamp = stamp_of(*watched)
+        if known is None or known[0] is None or not known[0].matches(*watched):
+            stamp = stamp_tensors(*watched)
             wide = lora_a.detach().to(torch.promote_types(lora_a.dtype, torch.float32))
             square = wide @ wide.t()
             ridge = _RIDGE * torch.eye(len(square), dtype=square.dtype, device=square.device)
@@ -207,7 +209,7 @@ def create_lorafa_optimizer(
             stacklevel=2,
         )
     named = dict(model.named_parameters())
-    partners = {name: _partner_of(name) for name in named}
+    partners = {name: _paired_lora_a_name(name) for name in named}
     trains = {name for name, p in named.items() if p.requires_grad}
     lora_b = {name for name, partner in partners.items() if partner in named and name in trains}
     if not lora_b:
@@ -215,14 +217,14 @@ def create_lorafa_optimizer(
     lora_a = {partners[name] for name in lora_b}
     for name in lora_a:
         named[str(name)].requires_grad_(False)
-    kept = [name for name in named if name in lora_a or name in trains]
+    selected = [name for name in named if name in lora_a or name in trains]
     rslora = all(chosen.values()) if chosen else False
     return LoraFAOptimizer(
         [
             {
-                "params": [named[name] for name in kept],
-                "names": kept,
-                "scaling_factors": [_scaling_of(model, name) for name in kept],
+                "params": [named[name] for name in selected],
+                "names": selected,
+                "scaling_factors": [_adapter_scaling(model, name) for name in selected],
                 "scaling_factor": lora_alpha / (math.sqrt(r) if rslora else r),
                 "lr": lr,
                 "weight_decay": weight_decay,
@@ -231,7 +233,7 @@ def create_lorafa_optimizer(
     )
 
 
-def _partner_of(name: str) -> str | None:
+def _paired_lora_a_name(name: str) -> str | None:
     """Return the name of the lora_A weight that is paired with the given lora_B weight.
 
     Returns None if ``name`` is not the name of a lora_B weight.
@@ -243,7 +245,7 @@ def _partner_of(name: str) -> str | None:
     return None
 
 
-def _scaling_of(model: nn.Module, name: str) -> float | None:
+def _adapter_scaling(model: nn.Module, name: str) -> float | None:
     """Return the scaling of an adapter in a layer, given the name of one of its factors.
 
     Returns None if ``name`` is not the name of a parameter of lora_A or lora_B.

@@ -54,7 +54,7 @@ def create_loraplus_optimizer(
         loraplus_lr_ratio=loraplus_lr_ratio,
         loraplus_weight_decay=kwargs.pop("loraplus_weight_decay", 0.0),
         loraplus_lr_embedding=kwargs.pop("loraplus_lr_embedding", 1e-6),
-        without_decay=_without_decay(model),
+        without_decay=_layernorm_parameter_names(model),
     )
     optimizer = optimizer_cls(groups, lr=lr, **kwargs)
     if getattr(optimizer_cls, "__name__", "") in _EIGHT_BIT:
@@ -114,7 +114,7 @@ def loraplus_groups(
     return groups
 
 
-def _without_decay(model: nn.Module) -> set[str]:
+def _layernorm_parameter_names(model: nn.Module) -> set[str]:
     """Return the names of the parameters of all `nn.LayerNorm` modules in a model."""
     return {
         f"{name}.{key}"

@@ -3,6 +3,6 @@
 from fastlora.ops.factors import Factors
 from fastlora.pool.leases import Lease
 from fastlora.pool.pool import AdapterPool, pool_of
-from fastlora.pool.resident import PoolStats, Resident
+from fastlora.pool.records import PoolStats, Resident
 
 __all__ = ["AdapterPool", "Factors", "Lease", "PoolStats", "Resident", "pool_of"]

@@ -13,14 +13,18 @@ import torch
 from torch import nn
 
 from fastlora.layers import FastLoraLinear, FastLoraWrapper, LoraLayer
-from fastlora.layers.bases import why_not_plain
-from fastlora.layers.kinds import LINEAR
+from fastlora.layers.base_layers import fallback_reason_not_plain
+from fastlora.layers.layer_kinds import LINEAR
 from fastlora.model import inject
 from fastlora.model.config import LoraConfig
-from fastlora.model.plan import plan_adapter
-from fastlora.pool.image import Target
-from fastlora.routing.in_force import check_batch, end_forward, unchecked
-from fastlora.routing.routing import Group, number_layers
+from fastlora.model.plan import plan_target_modules
+from fastlora.pool.packed_adapter import TargetLinear
+from fastlora.routing.active import (
+    check_batch_matches_ids,
+    discard_unused_results,
+    skip_batch_checks,
+)
+from fastlora.routing.routing import RoutingGroup, number_layers
 from fastlora.routing.row_checks import RowChecks
 from fastlora.validation import AdapterStateError, ConfigError, UnsupportedLayerError
 
@@ -61,7 +65,7 @@ class PoolLayers:
                 "the model already has LoRA layers; unload() the LoraModel or close() the "
                 "AdapterPool that added them first"
             )
-        found = plan_adapter(model, LoraConfig(target_modules=target_modules)).targets
+        found = plan_target_modules(model, LoraConfig(target_modules=target_modules)).targets
         names = list(found)
         if "" in names:
             raise ConfigError("the model itself is a target; wrap it in another module first")
@@ -72,7 +76,7 @@ class PoolLayers:
                     "only supports linear layers: leave it out, or load the adapters into a "
                     "LoraModel and route them with fastlora.adapters"
                 )
-        self.group = Group()
+        self.group = RoutingGroup()
         self._model = model
         self._trained = [p for p in model.parameters() if p.requires_grad]
         self._replaced: dict[str, tuple[nn.Module, LoraLayer]] = {}
@@ -86,27 +90,27 @@ class PoolLayers:
             self.group.row_checks = RowChecks(
                 model, [(name, layer) for name, (_, layer) in self._replaced.items()]
             )
-            self._check_batches()
+            self._install_batch_size_checks()
         except BaseException:
-            self.remove()
+            self.restore_model()
             raise
         self.layers = [layer for _, layer in self._replaced.values()]
         self.targets = [
-            Target(name, layer.in_features, layer.out_features)
+            TargetLinear(name, layer.in_features, layer.out_features)
             for name, (_, layer) in self._replaced.items()
         ]
 
-    def _check_batches(self) -> None:
+    def _install_batch_size_checks(self) -> None:
         """Wrap ``forward`` and ``generate`` so that they first check the size of the batch.
 
         The number of samples or tokens must equal the number of adapter ids. In `generate`, only
         the batch that the caller passes is checked, because beam search adds rows to it later.
         """
-        self._wrap("forward", contextlib.nullcontext)
+        self._add_adapter_names_argument("forward", contextlib.nullcontext)
         if hasattr(self._model, "generate"):
-            self._wrap("generate", unchecked, per_sample=True)
+            self._add_adapter_names_argument("generate", skip_batch_checks, per_sample=True)
 
-    def _wrap(
+    def _add_adapter_names_argument(
         self, name: str, around: Callable[[], AbstractContextManager[None]], **rules: bool
     ) -> None:
         """Wrap a method of the model so that it accepts ``adapter_names=`` and checks its batch.
@@ -114,7 +118,7 @@ class PoolLayers:
         Args:
             name: Name of the method.
             around: Function that returns a context manager in which the method is called.
-            **rules: Keyword arguments for `check_batch`.
+            **rules: Keyword arguments for `check_batch_matches_ids`.
         """
         method, group, block = getattr(self._model, name), self.group, self._block
 
@@ -124,12 +128,12 @@ class PoolLayers:
         ) -> Any:
             opened = contextlib.nullcontext() if adapter_names is None else block(adapter_names)
             with opened:
-                check_batch(group, args, kwargs, **rules)
+                check_batch_matches_ids(group, args, kwargs, **rules)
                 try:
                     with around():
                         return method(*args, **kwargs)
                 finally:
-                    end_forward(group)
+                    discard_unused_results(group)
 
         own = self._model.__dict__
         self._wrapped[name] = call, own.get(name)
@@ -139,15 +143,15 @@ class PoolLayers:
         module: Any = self._model.get_submodule(name)
         layer: Any = (
             FastLoraWrapper(module)
-            if why_not_plain(module)
+            if fallback_reason_not_plain(module)
             else FastLoraLinear.from_linear(module, adapter_name=None)
         )
-        layer.routed_by, layer.routed_as = self.group, number
+        layer.routing_group, layer.routing_index = self.group, number
         layer.table_row = len(self._replaced)
         self._model.set_submodule(name, layer)
         self._replaced[name] = module, layer
 
-    def remove(self) -> None:
+    def restore_model(self) -> None:
         """Restore the original modules, methods, and trainable parameters of the model.
 
         Parameters that required gradients when the layers were installed require gradients again.
@@ -167,13 +171,13 @@ class PoolLayers:
         for parameter in self._trained:
             parameter.requires_grad_(True)
 
-    def like(self) -> tuple[torch.device, torch.dtype]:
+    def base_device_and_dtype(self) -> tuple[torch.device, torch.dtype]:
         """Return a tuple (device of the base weights, dtype of the first base weight).
 
         Raises:
             UnsupportedLayerError: The base weights are on different devices.
         """
-        found = [layer._factor_like() for _, layer in self._replaced.values()]
+        found = [layer._factor_reference() for _, layer in self._replaced.values()]
         modules = (module for module, _ in self._replaced.values())
         devices = {p.device for module in modules for p in itertools.islice(module.parameters(), 1)}
         if len(devices) > 1:

@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-from fastlora.pool.image import Image
+from fastlora.pool.packed_adapter import PackedAdapter
 from fastlora.pool.reader import AdapterReader
-from fastlora.pool.resident import Entry, PoolStats, Resident
-from fastlora.pool.scales import ScaleMaker
-from fastlora.pool.tiers import Tiers, unknown
+from fastlora.pool.records import PoolStats, RegisteredAdapter, Resident
+from fastlora.pool.scales import DoraScaleUpdater
+from fastlora.pool.tiers import StorageTiers, adapter_not_found_error
 from fastlora.pool.transfers import Transfers
 from fastlora.validation import AdapterStateError, PoolClosedError, PoolFullError
 
@@ -52,27 +52,27 @@ class Lease:
 
 
 @dataclass(eq=False)
-class Request:
+class LeaseRequest:
     """A request for a lease, made by one thread.
 
     Attributes:
         names: Names of the requested adapters, which may repeat.
         owner: Identifier of the thread that makes the request.
-        wanted: Maps the name of each requested adapter that is in memory to its image, as of the
+        in_memory: Maps the name of each requested adapter that is in memory to its image, as of the
             last lookup.
-        kept: Images that the thread has read from files. The reference keeps them alive until a
-            storage tier stores them.
-        counts: Whether the pool's statistics include the request.
+        read_adapters: Adapters that the thread has read from files. The reference keeps them
+            alive until a storage tier stores them.
+        counts_in_stats: Whether the pool's statistics include the request.
     """
 
     names: tuple[str, ...]
     owner: int = field(default_factory=threading.get_ident)
-    wanted: dict[str, Image] = field(default_factory=dict)
-    kept: list[Image] = field(default_factory=list)
-    counts: bool = True
+    in_memory: dict[str, PackedAdapter] = field(default_factory=dict)
+    read_adapters: list[PackedAdapter] = field(default_factory=list)
+    counts_in_stats: bool = True
 
 
-class Residency:
+class LeaseManager:
     """Grants leases on the adapters of a pool. It owns the pool's lock and the queue of requests.
 
     Args:
@@ -93,13 +93,17 @@ class Residency:
     """
 
     def __init__(
-        self, reader: AdapterReader, tiers: Tiers, transfers: Transfers, scales: ScaleMaker
+        self,
+        reader: AdapterReader,
+        tiers: StorageTiers,
+        transfers: Transfers,
+        scales: DoraScaleUpdater,
     ) -> None:
         self._reader, self._tiers, self._transfers = reader, tiers, transfers
         self._scales = scales
         self.changed = threading.Condition(threading.RLock())
         self.held: dict[int, list[Lease]] = {}
-        self.queue: list[Request] = []
+        self.queue: list[LeaseRequest] = []
         self.closing = self.closed = False
         self.hits = self.misses = self.loads = 0
         self._workers: ThreadPoolExecutor | None = None
@@ -112,7 +116,7 @@ class Residency:
         if self.closing:
             raise PoolClosedError("the pool is closing and accepts no new leases")
 
-    def check_known(self, names: Iterable[str]) -> None:
+    def check_registered(self, names: Iterable[str]) -> None:
         """Raise an error unless all of the names belong to registered adapters.
 
         Raises:
@@ -126,9 +130,9 @@ class Residency:
             if lost is None:
                 return
             known = dict(known)
-        raise unknown(lost, known)  # outside the lock: finding close names is slow
+        raise adapter_not_found_error(lost, known)  # outside the lock: finding close names is slow
 
-    def close(self, wait: float | None) -> None:
+    def drain(self, wait: float | None) -> None:
         """Reject new leases, and wait until all leases have ended.
 
         Args:
@@ -159,15 +163,15 @@ class Residency:
                     "accepts no new leases, and can be closed by calling close() again"
                 )
 
-    def acquire_resident(self) -> Lease:
+    def acquire_all_resident(self) -> Lease:
         """Return a lease on all adapters that are on the device now, without waiting for room."""
         with self.changed:
             self.check_open()
             self.hits += len(self._tiers.device)
-            lease = self._hold(tuple(self._tiers.device.values()))
-        return self._ready(lease)
+            lease = self._create_lease(tuple(self._tiers.device.values()))
+        return self._make_stream_wait_for_lease(lease)
 
-    def acquire(self, request: Request, timeout: float | None) -> Lease:
+    def acquire(self, request: LeaseRequest, timeout: float | None) -> Lease:
         """Wait for room on the device, and return a lease on the requested adapters.
 
         Args:
@@ -182,9 +186,9 @@ class Residency:
         try:
             while True:
                 with self.changed:
-                    step = self._step(request, deadline)
+                    step = self._wait_for_lease_or_reads(request, deadline)
                 if isinstance(step, Lease):
-                    return self._ready(step)
+                    return self._make_stream_wait_for_lease(step)
                 self._read(step, request)
         finally:
             with self.changed:
@@ -192,7 +196,7 @@ class Residency:
                     self.queue.remove(request)
                     self.changed.notify_all()
 
-    def settle(self, name: str) -> None:
+    def compute_scales_if_pinned(self, name: str) -> None:
         """Compute the DoRA scales of an adapter that was just loaded, if the adapter is pinned.
 
         A captured CUDA graph can use a pinned adapter without a lease, so its scales must be
@@ -202,20 +206,20 @@ class Residency:
             entry, resident = self._tiers.entries.get(name), self._tiers.device.get(name)
             if entry is None or not entry.pinned or resident is None or not resident.uses_dora:
                 return
-            lease = self._hold((resident,))  # it is on the device and needs no more room
-        self._ready(lease).release()
+            lease = self._create_lease((resident,))  # it is on the device and needs no more room
+        self._make_stream_wait_for_lease(lease).release()
 
-    def remake_scales(self) -> None:
+    def recompute_stale_scales(self) -> None:
         """Recompute the outdated DoRA scales of all adapters on the device.
 
         This includes adapters that were replaced or removed and are still leased.
         """
         with self.changed:
             self.check_open()
-            lease = self._hold(tuple(self._tiers.residents))
-        self._ready(lease).release()
+            lease = self._create_lease(tuple(self._tiers.residents))
+        self._make_stream_wait_for_lease(lease).release()
 
-    def _hold(self, residents: tuple[Resident, ...]) -> Lease:
+    def _create_lease(self, residents: tuple[Resident, ...]) -> Lease:
         """Return a new lease, held by the calling thread, on adapters that are on the device."""
         for resident in set(residents):
             resident.leases += 1
@@ -223,7 +227,9 @@ class Residency:
         self.held.setdefault(threading.get_ident(), []).append(lease)
         return lease
 
-    def _step(self, request: Request, deadline: float | None) -> Lease | list[Entry]:
+    def _wait_for_lease_or_reads(
+        self, request: LeaseRequest, deadline: float | None
+    ) -> Lease | list[RegisteredAdapter]:
         """Wait until a request can be granted, or until adapters must be read for it.
 
         Returns:
@@ -236,7 +242,7 @@ class Residency:
         tiers = self._tiers
         while True:
             self.check_open()
-            missing = self._look_up(request)
+            missing = self._find_entries_to_read(request)
             mine = [entry for entry in missing if not entry.reading]
             if mine:
                 for entry in mine:
@@ -245,15 +251,18 @@ class Residency:
             if missing:  # another thread is reading the rest
                 self.changed.wait()
                 continue
-            resident = all(name in tiers.device for name in request.wanted)
-            if self._may_go(request) and (resident or tiers.fits(request.wanted, tiers.leased())):
+            resident = all(name in tiers.device for name in request.in_memory)
+            if self._may_precede_queue(request) and (
+                resident or tiers.fits_on_device(request.in_memory, tiers.leased())
+            ):
                 return self._grant(request)
             left = None if deadline is None else deadline - time.monotonic()
-            if not self._could_fit(request) or (left is not None and left <= 0):
-                nbytes = sum(image.nbytes for image in request.wanted.values())
+            if not self._can_eventually_grant(request) or (left is not None and left <= 0):
+                nbytes = sum(image.nbytes for image in request.in_memory.values())
                 raise PoolFullError(
-                    f"a batch needs {len(request.wanted)} adapters of {nbytes} bytes in total on "
-                    f"the device at once, but the pool has no room for them: {tiers.describe()}; "
+                    f"a batch needs {len(request.in_memory)} adapters of {nbytes} bytes in total "
+                    "on the device at once, but the pool has no room for them: "
+                    f"{tiers.describe_device_tier()}; "
                     "split the batch with AdapterPool.plan, or increase max_adapters or "
                     "device_bytes"
                 )
@@ -261,18 +270,18 @@ class Residency:
                 self.queue.append(request)
             self.changed.wait(left)
 
-    def _look_up(self, request: Request) -> list[Entry]:
-        """Update ``request.wanted``, and return the records of the adapters that are not in memory.
+    def _find_entries_to_read(self, request: LeaseRequest) -> list[RegisteredAdapter]:
+        """Return the records of the adapters that must be read, and update ``request.in_memory``.
 
-        ``request.wanted`` then contains the images of the requested adapters that are in memory.
+        ``request.in_memory`` then contains the images of the requested adapters that are in memory.
         """
         entries = {name: self._tiers.entry(name) for name in request.names}
-        images = {name: self._tiers.image(name) for name in entries}
-        request.wanted = {name: image for name, image in images.items() if image is not None}
-        return [entry for name, entry in entries.items() if name not in request.wanted]
+        images = {name: self._tiers.packed_adapter(name) for name in entries}
+        request.in_memory = {name: image for name, image in images.items() if image is not None}
+        return [entry for name, entry in entries.items() if name not in request.in_memory]
 
-    def _read(self, entries: list[Entry], request: Request) -> None:
-        found: dict[str, Image] = {}
+    def _read(self, entries: list[RegisteredAdapter], request: LeaseRequest) -> None:
+        found: dict[str, PackedAdapter] = {}
         try:
             for entry in entries:
                 if entry.folder is not None:
@@ -287,19 +296,21 @@ class Residency:
                         # The request keeps the image alive, and other requests find it in
                         # ``staged``.
                         self._tiers.staged[entry.name] = image
-                        request.kept.append(image)
+                        request.read_adapters.append(image)
                         self.loads += 1
                 self.changed.notify_all()
 
-    def _grant(self, request: Request) -> Lease:
-        misses = sum(1 for name in request.wanted if name not in self._tiers.device)
-        residents = {resident.name: resident for resident in self._tiers.bring(request.wanted)}
-        if request.counts:
+    def _grant(self, request: LeaseRequest) -> Lease:
+        misses = sum(1 for name in request.in_memory if name not in self._tiers.device)
+        residents = {
+            resident.name: resident for resident in self._tiers.bring_to_device(request.in_memory)
+        }
+        if request.counts_in_stats:
             self.misses += misses
             self.hits += len(residents) - misses
-        return self._hold(tuple(residents[name] for name in request.names))
+        return self._create_lease(tuple(residents[name] for name in request.names))
 
-    def _ready(self, lease: Lease) -> Lease:
+    def _make_stream_wait_for_lease(self, lease: Lease) -> Lease:
         """Make the calling thread's current stream wait until a lease's adapters are usable.
 
         It waits for the copies of the adapters to the device and for the computation of DoRA
@@ -310,23 +321,23 @@ class Residency:
         """
         try:
             residents = list(dict.fromkeys(lease.residents))
-            self._scales.prepare(residents, self.changed)
-            marks = []
+            self._scales.update_stale_scales(residents, self.changed)
+            events = []
             for resident in residents:
                 scales = resident.scales
-                for mark in (resident.written, None if scales is None else scales.written):
-                    if mark is not None and not self._transfers.is_done(mark):
-                        marks.append(mark)
-                    elif mark is not None and mark is resident.written:
+                for event in (resident.written, None if scales is None else scales.written):
+                    if event is not None and not self._transfers.is_event_done(event):
+                        events.append(event)
+                    elif event is not None and event is resident.written:
                         resident.written = None  # permanently, because it is copied only once
-            self._transfers.wait_for_writes(marks)
+            self._transfers.wait_for_writes(events)
         except BaseException:
             lease.release()
             raise
         return lease
 
     def _release(self, lease: Lease) -> None:
-        mark = self._transfers.read()
+        event = self._transfers.record_read_event()
         with self.changed:
             # Any thread may end the lease. On a second call, no thread holds it.
             owner = next((owner for owner, leases in self.held.items() if lease in leases), None)
@@ -336,10 +347,10 @@ class Residency:
             if not self.held[owner]:
                 del self.held[owner]
             for resident in set(lease.residents):
-                self._tiers.release(resident, mark)
+                self._tiers.decrement_leases(resident, event)
             self.changed.notify_all()
 
-    def _may_go(self, request: Request) -> bool:
+    def _may_precede_queue(self, request: LeaseRequest) -> bool:
         """Return whether a request may be granted before the other requests in the queue.
 
         Requests are granted in order of arrival, so that small requests cannot delay a large
@@ -349,7 +360,7 @@ class Residency:
         first = not self.queue or self.queue[0] is request
         return first or request.owner in self.held or not request.names
 
-    def _could_fit(self, request: Request) -> bool:
+    def _can_eventually_grant(self, request: LeaseRequest) -> bool:
         """Return whether a request can be granted once other threads have ended their leases.
 
         The method is Dijkstra's banker's algorithm. It assumes that running threads will end their
@@ -361,10 +372,12 @@ class Residency:
         stuck = {other.owner for other in waiting} | {request.owner}
         held = {owner: leases for owner, leases in self.held.items() if owner in stuck}
         while True:
-            kept = {r for leases in held.values() for lease in leases for r in lease.residents}
-            if self._tiers.fits(request.wanted, kept):
+            remaining = {r for leases in held.values() for lease in leases for r in lease.residents}
+            if self._tiers.fits_on_device(request.in_memory, remaining):
                 return True
-            served = [other for other in waiting if self._tiers.fits(other.wanted, kept)]
+            served = [
+                other for other in waiting if self._tiers.fits_on_device(other.in_memory, remaining)
+            ]
             if not served:
                 return False
             for other in served:
@@ -393,12 +406,12 @@ class Residency:
             self._prefetching.add(owner)
         try:
             for name in names:
-                request = Request((name,), counts=False)
+                request = LeaseRequest((name,), counts_in_stats=False)
                 try:
                     self.acquire(request, 0.0).release()
                 except PoolFullError:
                     with self.changed:
-                        self._tiers.keep(name, request.wanted[name])
+                        self._tiers.add_to_cpu_if_registered(name, request.in_memory[name])
         finally:
             with self.changed:
                 self._prefetching.remove(owner)
@@ -411,8 +424,8 @@ class Residency:
             registered=len(tiers.entries),
             on_device=len(tiers.device),
             in_cpu=len(tiers.host),
-            device_bytes=tiers.device_used,
-            cpu_bytes=tiers.host_used,
+            device_bytes=tiers.device_bytes_used,
+            cpu_bytes=tiers.cpu_bytes_used,
             leases=sum(map(len, self.held.values())),
             hits=self.hits,
             misses=self.misses,

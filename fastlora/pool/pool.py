@@ -18,15 +18,15 @@ import torch
 from torch import nn
 
 from fastlora.model.adapter_files import CONFIG_NAME
-from fastlora.pool.image import Image, Packer
+from fastlora.pool.address_tables import PoolTables
 from fastlora.pool.layers import PoolLayers
-from fastlora.pool.leases import Lease, Request, Residency
+from fastlora.pool.leases import Lease, LeaseManager, LeaseRequest
+from fastlora.pool.packed_adapter import AdapterPacker, PackedAdapter
 from fastlora.pool.reader import AdapterReader
-from fastlora.pool.resident import Entry, PoolStats
-from fastlora.pool.router import pool_routing
-from fastlora.pool.scales import ScaleMaker
-from fastlora.pool.tables import PoolTables
-from fastlora.pool.tiers import Tiers
+from fastlora.pool.records import PoolStats, RegisteredAdapter
+from fastlora.pool.router import lease_batch_routing
+from fastlora.pool.scales import DoraScaleUpdater
+from fastlora.pool.tiers import StorageTiers
 from fastlora.pool.transfers import make_transfers
 from fastlora.routing.block import adapters
 from fastlora.routing.ids import BASE
@@ -114,32 +114,32 @@ class AdapterPool:
         targets = target_modules if isinstance(target_modules, str) else list(target_modules)
         self._layers = PoolLayers(model, targets, functools.partial(adapters, self))
         try:
-            base_device, base_dtype = self._layers.like()
+            base_device, base_dtype = self._layers.base_device_and_dtype()
             self.device = torch.device(device) if device is not None else base_device
             transfers = make_transfers(self.device)
-            packer = Packer(
+            packer = AdapterPacker(
                 self._layers.targets, dtype or base_dtype, pin_memory=self.device.type == "cuda"
             )
             # The additional columns are for replaced images that are still leased. One of them is
             # for a new image, which is written before the old image is removed, so that the old
             # image is still available if the write fails.
             columns = max_adapters + max(4, max_adapters // 8) + 1
-            with transfers.ordered():
+            with transfers.ordered_writes():
                 self.tables = PoolTables(
                     len(self._layers.targets), columns, max_adapters, self.device
                 )
         except BaseException:
-            self._layers.remove()
+            self._layers.restore_model()
             raise
         self.modules, self.group = list(self._layers.targets), self._layers.group
         self.dtype, self.max_rank, self.max_adapters = packer.dtype, max_rank, max_adapters
         self._reader = AdapterReader(
             model, packer, max_rank=max_rank, max_bytes=max_adapter_bytes, root=within
         )
-        self._tiers = Tiers(self.tables, transfers, device_bytes, cpu_bytes)
-        scales = ScaleMaker(self._layers.layers, self.tables, transfers)
-        self._residency = Residency(self._reader, self._tiers, transfers, scales)
-        self._changed = self._residency.changed
+        self._tiers = StorageTiers(self.tables, transfers, device_bytes, cpu_bytes)
+        scales = DoraScaleUpdater(self._layers.layers, self.tables, transfers)
+        self._lease_manager = LeaseManager(self._reader, self._tiers, transfers, scales)
+        self._changed = self._lease_manager.changed
         self._model = model
         model.__dict__[_ATTRIBUTE] = self
 
@@ -179,19 +179,22 @@ class AdapterPool:
             torch.OutOfMemoryError: There is not enough memory for the scales of a pinned DoRA
                 adapter. The adapter is in the pool, and the next lease on it computes the scales.
         """
-        _check_name(name)
+        _check_adapter_name(name)
         if isinstance(source, Mapping):
-            self._put(Entry(name, None, pin), self._reader.read_state(name, source, config))
+            self._put(
+                RegisteredAdapter(name, None, pin),
+                self._reader.read_state_dict(name, source, config),
+            )
         elif config is not None:
             raise ConfigError(
                 "config= is only for state dicts; an adapter folder has its own config"
             )
         else:
-            self.load_entry(Entry(name, Path(source).absolute(), pin))
+            self.load_entry(RegisteredAdapter(name, Path(source).absolute(), pin))
 
     @torch.inference_mode(False)
-    def load_entry(self, entry: Entry) -> None:
-        """Load the adapter that an `Entry` describes. See `load`.
+    def load_entry(self, entry: RegisteredAdapter) -> None:
+        """Load the adapter that a `RegisteredAdapter` describes. See `load`.
 
         Args:
             entry: A record of the adapter's name and folder. The pool keeps the record and modifies
@@ -203,13 +206,13 @@ class AdapterPool:
         """
         self._put(entry, self._reader.read_folder(_folder_of(entry)))
 
-    def _put(self, entry: Entry, image: Image) -> None:
+    def _put(self, entry: RegisteredAdapter, image: PackedAdapter) -> None:
         with self._changed:
-            self._residency.check_open()
-            self._tiers.put(entry, image)
-            self._residency.loads += 1
+            self._lease_manager.check_open()
+            self._tiers.register_or_replace(entry, image)
+            self._lease_manager.loads += 1
             self._changed.notify_all()
-        self._residency.settle(entry.name)
+        self._lease_manager.compute_scales_if_pinned(entry.name)
 
     def register(self, name: str, folder: str | os.PathLike[str]) -> None:
         """Register an adapter folder under a name. The adapter is read when it is first used.
@@ -224,10 +227,10 @@ class AdapterPool:
             AdapterStateError: The name is already registered.
             ConfigError: The name is invalid.
         """
-        self.register_entry(Entry(name, Path(folder).absolute()))
+        self.register_entry(RegisteredAdapter(name, Path(folder).absolute()))
 
-    def register_entry(self, entry: Entry) -> None:
-        """Register the adapter that an `Entry` describes. See `register`.
+    def register_entry(self, entry: RegisteredAdapter) -> None:
+        """Register the adapter that a `RegisteredAdapter` describes. See `register`.
 
         Args:
             entry: A record of the adapter's name and folder. The pool keeps the record and modifies
@@ -269,15 +272,15 @@ class AdapterPool:
                 f"{path}: the adapter in this folder and the one in a subfolder would both be "
                 f"named {path.name!r}; rename one of the folders"
             )
-        self._register([Entry(name, folder) for name, folder in found.items()])
+        self._register([RegisteredAdapter(name, folder) for name, folder in found.items()])
         return sorted(found)
 
-    def _register(self, entries: Sequence[Entry]) -> None:
+    def _register(self, entries: Sequence[RegisteredAdapter]) -> None:
         folders = [_folder_of(entry) for entry in entries]
         uses_dora = [self._reader.check_folder(folder).use_dora for folder in folders]
         with self._changed:
-            self._residency.check_open()
-            self._tiers.add(entries, any(uses_dora))
+            self._lease_manager.check_open()
+            self._tiers.register(entries, any(uses_dora))
 
     def unload(self, name: str) -> None:
         """Remove an adapter from the pool.
@@ -289,7 +292,7 @@ class AdapterPool:
             AdapterNotFoundError: No adapter has this name.
         """
         with self._changed:
-            self._residency.check_open()
+            self._lease_manager.check_open()
             self._tiers.remove(name)
             self._changed.notify_all()
         self.group.packs.clear()
@@ -312,7 +315,7 @@ class AdapterPool:
             AdapterNotFoundError: No adapter has this name.
         """
         with self._changed:
-            self._residency.check_open()
+            self._lease_manager.check_open()
             self._tiers.entry(name).pinned = False
             self._changed.notify_all()
 
@@ -331,7 +334,7 @@ class AdapterPool:
         Raises:
             AdapterNotFoundError: One of the names is not registered.
         """
-        return self._residency.prefetch(self._known(names))
+        return self._lease_manager.prefetch(self._require_registered(names))
 
     @property
     def names(self) -> list[str]:
@@ -384,7 +387,7 @@ class AdapterPool:
         Raises:
             AdapterNotFoundError: One of the names is not registered.
         """
-        self._known([name for name in names if name is not None])
+        self._require_registered([name for name in names if name is not None])
         at: dict[str | None, int] = {None: 0}
         for name in names:
             at.setdefault(name, (len(at) - 1) // self.max_adapters)
@@ -412,7 +415,7 @@ class AdapterPool:
     def stats(self) -> PoolStats:
         """Return statistics about the pool's contents and operations since it was created."""
         with self._changed:
-            return self._residency.stats()
+            return self._lease_manager.stats()
 
     # -------------------------------------------------------------------------------- leases
 
@@ -441,7 +444,7 @@ class AdapterPool:
             AdapterStateError: A CUDA graph is being captured while adapters are being copied to the
                 GPU.
         """
-        return self._residency.acquire(Request(self._known(names)), timeout)
+        return self._lease_manager.acquire(LeaseRequest(self._require_registered(names)), timeout)
 
     def lease_resident(self) -> Lease:
         """Return a lease on every adapter that is on the device now.
@@ -452,11 +455,11 @@ class AdapterPool:
         Raises:
             PoolClosedError, AdapterStateError: As in `lease`.
         """
-        return self._residency.acquire_resident()
+        return self._lease_manager.acquire_all_resident()
 
     def remake_scales(self) -> None:
         """Recompute the outdated DoRA scales of all adapters on the device."""
-        self._residency.remake_scales()
+        self._lease_manager.recompute_stale_scales()
 
     # -------------------------------------------------------------------------------- closing
 
@@ -481,14 +484,14 @@ class AdapterPool:
         number = isinstance(wait, (int, float)) and not isinstance(wait, bool)
         if wait is not None and not (number and 0 <= wait < math.inf):
             raise ConfigError(f"wait must be a non-negative number of seconds, got {wait!r}")
-        self._residency.close(wait)
+        self._lease_manager.drain(wait)
         with self._changed:
-            if self._residency.closed:
+            if self._lease_manager.closed:
                 return
-            self._residency.closed = True
+            self._lease_manager.closed = True
             for name in list(self._tiers.entries):
                 self._tiers.remove(name)
-            self._layers.remove()
+            self._layers.restore_model()
             if self._model.__dict__.get(_ATTRIBUTE) is self:
                 del self._model.__dict__[_ATTRIBUTE]
             self._changed.notify_all()
@@ -510,10 +513,10 @@ class AdapterPool:
         validate: bool,
         held: contextlib.ExitStack,
     ) -> Routing:
-        """Return the routing of a `fastlora.adapters` block. See `pool_routing`."""
-        return pool_routing(self, ids, seeds, validate, held)
+        """Return the routing of a `fastlora.adapters` block. See `lease_batch_routing`."""
+        return lease_batch_routing(self, ids, seeds, validate, held)
 
-    def _known(self, names: Sequence[str]) -> tuple[str, ...]:
+    def _require_registered(self, names: Sequence[str]) -> tuple[str, ...]:
         """Check that all of the names are registered, and return them as a tuple.
 
         Raises:
@@ -522,7 +525,7 @@ class AdapterPool:
         """
         if isinstance(names, str) or not isinstance(names, Sequence):
             raise TypeError(f"names is {names!r}, expected a list of names")
-        self._residency.check_known(names)
+        self._lease_manager.check_registered(names)
         return tuple(names)
 
     def __reduce__(self) -> Any:
@@ -535,7 +538,7 @@ def pool_of(model: nn.Module) -> AdapterPool | None:
     return found
 
 
-def _check_name(name: object) -> None:
+def _check_adapter_name(name: object) -> None:
     """Raise `ConfigError` unless ``name`` is a valid adapter name."""
     if not isinstance(name, str) or not name or name == BASE:
         raise ConfigError(
@@ -543,13 +546,13 @@ def _check_name(name: object) -> None:
         )
 
 
-def _folder_of(entry: Entry) -> Path:
+def _folder_of(entry: RegisteredAdapter) -> Path:
     """Return the folder of an adapter's record.
 
     Raises:
         ConfigError: The record's name is invalid, or the record has no folder.
     """
-    _check_name(entry.name)
+    _check_adapter_name(entry.name)
     if entry.folder is None:
         raise ConfigError(f"the adapter entry {entry.name!r} has no folder")
     return entry.folder

@@ -11,21 +11,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastlora.layers.bases import dense_weight
-from fastlora.model.adapter_files import CONFIG_NAME, MAX_CONFIG_BYTES, FileLimits
+from fastlora.layers.base_layers import dense_weight
+from fastlora.model.adapter_files import CONFIG_NAME, MAX_CONFIG_BYTES, FileSizeLimits
 from fastlora.model.adapter_folder import (
-    AdapterKey,
-    OpenAdapter,
+    OpenAdapterFolder,
+    ParsedAdapterKey,
     Tensors,
-    check_tensors,
     open_adapter_folder,
+    parse_and_check_tensors,
 )
+from fastlora.model.base_modules import base_module_of
 from fastlora.model.config import LoraConfig
 from fastlora.model.targets import NO_TARGETS, find_targets
 from fastlora.model.tensor_file import MAX_HEADER_BYTES
-from fastlora.model.walk import base_of
 from fastlora.patterns import bounded_matching
-from fastlora.pool.image import Image, Packer
+from fastlora.pool.packed_adapter import AdapterPacker, PackedAdapter
 from fastlora.validation import (
     AdapterTooLargeError,
     CheckpointError,
@@ -37,14 +37,14 @@ from fastlora.validation import (
 )
 
 # Maximum number of cached lists of module names, one for each combination of target settings.
-_MOST_KINDS = 256
+_MAX_CACHED_TARGETS = 256
 # Bytes allowed for the parts of a config and of a header's metadata that do not depend on modules.
 _CONFIG_BYTES, _METADATA_BYTES = 64 << 10, 256 << 10
 # A config contains the name of a module up to three times, and a header lists up to four tensors of
 # a module. These are the bytes that each occurrence takes in addition to the name.
 _NAMED_BYTES, _TENSOR_BYTES = 64, 160
 # Index of a module, and kind of block.
-Place = tuple[int, str]
+TensorLocation = tuple[int, str]
 
 _BLOCK_OF = {
     "lora_A": "lora_a",
@@ -52,7 +52,7 @@ _BLOCK_OF = {
     "lora_B_bias": "lora_bias",
     "magnitude": "magnitude",
 }
-_REFUSED = {
+_UNSUPPORTED = {
     "saved": "a full copy of a module (modules_to_save)",
     "duplicate": "a full copy of a module (modules_to_save)",
     "base": "a changed base weight (an embedding saved with the adapter)",
@@ -80,7 +80,7 @@ class AdapterReader:
     def __init__(
         self,
         model: nn.Module,
-        packer: Packer,
+        packer: AdapterPacker,
         *,
         max_rank: int | None,
         max_bytes: int | None,
@@ -88,7 +88,7 @@ class AdapterReader:
     ) -> None:
         self._model, self._packer, self._root = model, packer, root
         self._max_rank, self._max_bytes = max_rank, max_bytes
-        self._limits = _limits_for([target.name for target in packer.targets])
+        self._limits = _config_and_header_limits([target.name for target in packer.targets])
         self._index = {target.name: i for i, target in enumerate(packer.targets)}
         # Maps the digest of a config's target settings to the names of the modules that they select
         # in this model. Adapters with equal settings share an entry.
@@ -100,10 +100,10 @@ class AdapterReader:
         Raises:
             CheckpointError: The folder does not contain an adapter that this pool supports.
         """
-        with self._opened(folder) as opened:
+        with self._open_checked(folder) as opened:
             return opened.config
 
-    def read_folder(self, folder: Path) -> Image:
+    def read_folder(self, folder: Path) -> PackedAdapter:
         """Read an adapter folder, validate its contents, and return the packed adapter.
 
         Raises:
@@ -111,23 +111,27 @@ class AdapterReader:
                 does not match the model. The message names the file and the tensor, and says what
                 was found and what was expected.
         """
-        with self._opened(folder) as opened:
+        with self._open_checked(folder) as opened:
             header = opened.header
-            places = self._places(header.config, header.keys, header.infos, str(folder))
-            return self._pack(header.config, places, opened.load().tensors, str(folder))
+            locations = self._locate_tensors(
+                header.config, header.keys, header.tensor_infos, str(folder)
+            )
+            return self._pack(header.config, locations, opened.load().tensors, str(folder))
 
     @contextlib.contextmanager
-    def _opened(self, folder: Path) -> Iterator[OpenAdapter]:
+    def _open_checked(self, folder: Path) -> Iterator[OpenAdapterFolder]:
         """Open an adapter folder, check its config and its size, and yield the open adapter.
 
         The time and memory for matching the config's patterns are limited inside the block.
         """
         with bounded_matching(), open_adapter_folder(folder, self._root, self._limits) as opened:
             self._check_config(opened.config, str(folder / CONFIG_NAME))
-            self._check_bytes(opened.nbytes, str(folder))
+            self._check_bytes(opened.weights_file_size, str(folder))
             yield opened
 
-    def read_state(self, name: str, tensors: Mapping[str, torch.Tensor], config: Any) -> Image:
+    def read_state_dict(
+        self, name: str, tensors: Mapping[str, torch.Tensor], config: Any
+    ) -> PackedAdapter:
         """Validate a state dict with PEFT's keys, and return the packed adapter.
 
         Args:
@@ -155,8 +159,10 @@ class AdapterReader:
         tensors = {key: value.detach() for key, value in tensors.items()}
         self._check_config(config, source)
         self._check_bytes(sum(tensor.nbytes for tensor in tensors.values()), source)
-        places = self._places(config, check_tensors(config, tensors, source), tensors, source)
-        return self._pack(config, places, tensors, source)
+        locations = self._locate_tensors(
+            config, parse_and_check_tensors(config, tensors, source), tensors, source
+        )
+        return self._pack(config, locations, tensors, source)
 
     def _check_bytes(self, nbytes: int, source: str) -> None:
         if self._max_bytes is not None and nbytes > self._max_bytes:
@@ -191,53 +197,57 @@ class AdapterReader:
         if not config.rank_pattern:
             self._check_rank(f"{source}: r={config.r}", config.r)
 
-    def _places(
-        self, config: LoraConfig, keys: Mapping[str, AdapterKey], tensors: Tensors, source: str
-    ) -> dict[str, Place]:
+    def _locate_tensors(
+        self,
+        config: LoraConfig,
+        keys: Mapping[str, ParsedAdapterKey],
+        tensors: Tensors,
+        source: str,
+    ) -> dict[str, TensorLocation]:
         """Return a dict that maps each tensor's key to a tuple (module index, `BLOCK_KINDS` entry).
 
         Raises:
             CheckpointError: A tensor is not supported or does not match the pool's modules, or
                 factors are missing.
         """
-        places: dict[str, Place] = {}
+        locations: dict[str, TensorLocation] = {}
         names = [target.name for target in self._packer.targets]
         for key, (module, kind) in keys.items():
-            if kind in _REFUSED:
+            if kind in _UNSUPPORTED:
                 raise CheckpointError(
-                    f"{source}: {key!r} is {_REFUSED[kind]}, which an adapter pool does not "
+                    f"{source}: {key!r} is {_UNSUPPORTED[kind]}, which an adapter pool does not "
                     "support: all rows of a batch would share it"
                 )
             index = self._index.get(module)
             if index is None:
-                raise CheckpointError(f"{source}: {key!r}: {self._why_no_place(module)}")
+                raise CheckpointError(f"{source}: {key!r}: {self._describe_unknown_module(module)}")
             self._check_shape(index, kind, tuple(tensors[key].shape), key, source)
-            places[key] = index, _BLOCK_OF[kind]
-        found = {index for index, _ in places.values()}
+            locations[key] = index, _BLOCK_OF[kind]
+        found = {index for index, _ in locations.values()}
         with error_prefix(source):
-            self._check_complete(config, {names[i] for i in found})
+            self._check_no_missing_factors(config, {names[i] for i in found})
         for i in found if config.use_dora else ():  # DoRA's norm needs the weight
             try:
-                dense_weight(base_of(self._model.get_submodule(names[i])))
+                dense_weight(base_module_of(self._model.get_submodule(names[i])))
             except UnsupportedLayerError as error:
                 raise CheckpointError(f"{source}: {names[i]!r}: {error}") from error
-        return places
+        return locations
 
     def _pack(
         self,
         config: LoraConfig,
-        places: Mapping[str, Place],
+        locations: Mapping[str, TensorLocation],
         tensors: Mapping[str, torch.Tensor],
         source: str,
-    ) -> Image:
+    ) -> PackedAdapter:
         blocks: dict[int, dict[str, torch.Tensor]] = {}
-        for key, (index, kind) in places.items():
+        for key, (index, kind) in locations.items():
             blocks.setdefault(index, {})[kind] = tensors[key]
         with error_prefix(source):
             scaling = {i: config.scaling_for(self._packer.targets[i].name) for i in blocks}
         return self._packer.pack(blocks, scaling, source)
 
-    def _why_no_place(self, module: str) -> str:
+    def _describe_unknown_module(self, module: str) -> str:
         if any(name == module for name, _ in self._model.named_modules()):
             return (
                 f"{module!r} is not among the modules that this pool adapts; expected one of the "
@@ -261,14 +271,14 @@ class AdapterReader:
         if kind == "lora_A":
             self._check_rank(f"{source}: {key!r} has rank {shape[0]}, which", shape[0])
 
-    def _check_complete(self, config: LoraConfig, found: set[str]) -> None:
+    def _check_no_missing_factors(self, config: LoraConfig, modules_with_factors: set[str]) -> None:
         """Raise `CheckpointError` if an adapter has no factors for a module selected by its config.
 
         Such an adapter was probably made for a different base model.
 
         Args:
             config: The adapter's config.
-            found: Names of the modules that have factors.
+            modules_with_factors: Names of the modules that have factors.
         """
         if config.target_modules is None or config.target_modules == NO_TARGETS:
             return
@@ -284,10 +294,11 @@ class AdapterReader:
                 raise CheckpointError(f"made for another base model: {error}") from error
             except (ConfigError, UnsupportedLayerError) as error:
                 raise CheckpointError(str(error)) from error
-            if len(self._named) >= _MOST_KINDS:  # a folder may be rewritten any number of times
+            # A folder may be rewritten any number of times.
+            if len(self._named) >= _MAX_CACHED_TARGETS:
                 self._named.clear()
             self._named[key] = named
-        missing = [name for name in named if name not in found]
+        missing = [name for name in named if name not in modules_with_factors]
         if missing:
             raise CheckpointError(
                 f"has no factors for {len(missing)} of the {len(named)} modules that its config "
@@ -296,7 +307,7 @@ class AdapterReader:
             )
 
 
-def _limits_for(modules: list[str]) -> FileLimits:
+def _config_and_header_limits(modules: list[str]) -> FileSizeLimits:
     """Return the maximum sizes, in bytes, of an adapter's config file and tensor file header.
 
     The limits bound the cost of parsing, during which Python's global interpreter lock is held. For
@@ -310,7 +321,7 @@ def _limits_for(modules: list[str]) -> FileLimits:
     length, count = sum(map(len, modules)), len(modules)
     names = 3 * (length + count * _NAMED_BYTES)
     tensors = 4 * (length + count * _TENSOR_BYTES)
-    return FileLimits(
+    return FileSizeLimits(
         config=min(_CONFIG_BYTES + names, MAX_CONFIG_BYTES),
         header=min(_METADATA_BYTES + 2 * names + tensors, MAX_HEADER_BYTES),
     )

@@ -8,21 +8,21 @@ from typing import Any
 
 import torch
 
-from fastlora.layers.factors import Pool
+from fastlora.layers.adapter_factors import PoolSource
 from fastlora.ops.seeds import draw_seeds
-from fastlora.pool.tables import looked_up
-from fastlora.routing.ids import OUT_OF_RANGE, check_slot_ids, checked_slots, named_ids
-from fastlora.routing.in_force import is_captured
+from fastlora.pool.address_tables import lookup_or_invalid
+from fastlora.routing.active import is_capturing_cuda_graph
+from fastlora.routing.ids import OUT_OF_RANGE, check_integer_ids, names_and_slots, validate_slots
 from fastlora.routing.routing import Routing
 from fastlora.validation import AdapterStateError
 
 
-def pool_routing(
+def lease_batch_routing(
     pool: Any,
     ids: Sequence[str | None] | torch.Tensor,
     seeds: Mapping[str, int] | None,
     validate: bool,
-    held: contextlib.ExitStack,
+    exit_stack: contextlib.ExitStack,
 ) -> Routing:
     """Lease the adapters of a batch, and return the routing that assigns them to its rows.
 
@@ -33,19 +33,19 @@ def pool_routing(
         ids: Adapter names or slots, as in `fastlora.adapters`.
         seeds: Dropout seeds, as in `fastlora.adapters`.
         validate: Whether to check slots on a GPU, as in `fastlora.adapters`.
-        held: Exit stack of the block. The lease ends when the stack is closed.
+        exit_stack: Exit stack of the block. The lease ends when the stack is closed.
     """
     if not isinstance(ids, torch.Tensor):
-        names, places = named_ids(None, ids)
-        lease = held.enter_context(pool.lease(names))
+        names, places = names_and_slots(None, ids)
+        lease = exit_stack.enter_context(pool.lease(names))
         max_rank = lease.max_rank
         columns = torch.tensor([resident.column for resident in lease.residents])
-        columns = looked_up(columns.to(torch.int64), places)
-    elif is_captured(ids):
-        return captured_pool_routing(pool, ids)
+        columns = lookup_or_invalid(columns.to(torch.int64), places)
+    elif is_capturing_cuda_graph(ids):
+        return graph_capture_routing(pool, ids)
     else:
-        check_slot_ids(ids)
-        lease = held.enter_context(pool.lease_resident())
+        check_integer_ids(ids)
+        lease = exit_stack.enter_context(pool.lease_resident())
         # A block with slot ids may be the warmup for the capture of a CUDA graph, whose buffers
         # have the size for the largest rank.
         max_rank = pool.max_rank or lease.max_rank
@@ -56,14 +56,14 @@ def pool_routing(
             table[resident.slot] = resident.column
             in_slots[resident.slot] = resident.name
         if not ids.is_cuda or validate:
-            checked_slots(ids, in_slots)
-        columns = looked_up(table, ids)
+            validate_slots(ids, in_slots)
+        columns = lookup_or_invalid(table, ids)
     residents: list[Any] = [None] * pool.tables.rank.shape[1]
     for resident in lease.residents:
         residents[resident.column] = resident
     by_column = tuple("" if resident is None else resident.name for resident in residents)
     source, fixed = (
-        Pool(tuple(residents), pool.tables.found(rank, pool.dtype))
+        PoolSource(tuple(residents), pool.tables.to_kernel_tables(rank, pool.dtype))
         for rank in (max_rank, pool.max_rank or lease.max_rank)
     )
     drawn = draw_seeds(by_column, seeds, draw=False)  # a pool's adapters have no dropout
@@ -74,7 +74,7 @@ def pool_routing(
     return Routing(pool.group, by_column, columns, drawn, source, whole=whole)
 
 
-def captured_pool_routing(pool: Any, ids: torch.Tensor) -> Routing:
+def graph_capture_routing(pool: Any, ids: torch.Tensor) -> Routing:
     """Return a routing for the capture of a CUDA graph.
 
     The graph looks up the adapter of each slot on the device at every replay.
@@ -82,14 +82,14 @@ def captured_pool_routing(pool: Any, ids: torch.Tensor) -> Routing:
     Raises:
         AdapterStateError: The pool has no ``max_rank``.
     """
-    check_slot_ids(ids)
+    check_integer_ids(ids)
     if pool.max_rank is None:
         raise AdapterStateError(
             "a CUDA graph that uses a pool needs AdapterPool(max_rank=...), because its buffers "
             "are sized for the largest rank that may be loaded"
         )
     nobody = (None,) * pool.tables.rank.shape[1]
-    source = Pool(nobody, pool.tables.found(pool.max_rank, pool.dtype))
+    source = PoolSource(nobody, pool.tables.to_kernel_tables(pool.max_rank, pool.dtype))
     seeds = draw_seeds(nobody, None, draw=False)
-    columns = pool.tables.columns(ids)
+    columns = pool.tables.columns_of_slots(ids)
     return Routing(pool.group, nobody, columns, seeds, source, captured=True)

@@ -16,17 +16,17 @@ from typing import Any
 
 import torch
 
-from fastlora.layers.norms import adapter_squares, base_stamp, may_keep
-from fastlora.ops.torch.dora import scale_of
-from fastlora.pool.resident import Resident, Scales
-from fastlora.pool.tables import PoolTables
+from fastlora.layers.dora_norms import adapted_squared_norms, base_weight_stamp, may_cache_tensors
+from fastlora.ops.torch.dora import dora_scale
+from fastlora.pool.address_tables import PoolTables
+from fastlora.pool.records import DoraScales, Resident
 from fastlora.pool.transfers import Transfers
 from fastlora.validation import AdapterStateError
 
-_Stale = tuple[Resident, list[int]]  # and the modules that need new scales
+_StaleScales = tuple[Resident, list[int]]  # and the modules that need new scales
 
 
-class ScaleMaker:
+class DoraScaleUpdater:
     """Computes the DoRA scales of adapters on the device.
 
     Args:
@@ -40,39 +40,41 @@ class ScaleMaker:
         self._lock = threading.Lock()
         self._stamps: list[Any] = []
 
-    def prepare(self, residents: Iterable[Resident], guard: AbstractContextManager[Any]) -> None:
+    def update_stale_scales(
+        self, residents: Iterable[Resident], pool_lock: AbstractContextManager[Any]
+    ) -> None:
         """Compute the scales of leased DoRA adapters that are missing or outdated.
 
         Scales are outdated if the base weights have changed since they were computed.
 
         Args:
             residents: The leased adapters.
-            guard: The pool's lock. The caller must not hold it, because computing norms takes time.
+            pool_lock: The pool's lock. The caller must not hold it: computing norms is slow.
 
         Raises:
             AdapterStateError: Scales are missing or outdated, and a CUDA graph is being captured.
         """
         dora = [resident for resident in residents if resident.uses_dora]
-        if not dora or not self._stale(dora)[0]:
+        if not dora or not self._find_stale_scales(dora)[0]:
             return  # without waiting for other threads that compute scales
         with self._lock:
-            stale, stamps = self._stale(dora)
+            stale, stamps = self._find_stale_scales(dora)
             if not stale:
                 return
-            if not may_keep(self._tables.rank.device):
+            if not may_cache_tensors(self._tables.rank.device):
                 raise AdapterStateError(
                     "the scales of DoRA adapters have not been computed yet, and a CUDA graph is "
                     "being captured; acquire the lease before the capture starts"
                 )
-            with guard:
-                marks = [mark for resident, _ in stale for mark in resident.reads.values()]
-            here = self._transfers.read()  # this stream may have written base weights
-            self._transfers.wait_for_reads(marks if here is None else [*marks, here[0]])
-            with torch.inference_mode(False), torch.no_grad(), self._transfers.ordered():
+            with pool_lock:
+                events = [event for resident, _ in stale for event in resident.reads.values()]
+            here = self._transfers.record_read_event()  # this stream may have written base weights
+            self._transfers.wait_for_reads(events if here is None else [*events, here[0]])
+            with torch.inference_mode(False), torch.no_grad(), self._transfers.ordered_writes():
                 for resident, rows in stale:
-                    self._make(resident, rows, stamps)
+                    self._compute_scales(resident, rows, stamps)
 
-    def _stale(self, dora: list[Resident]) -> tuple[list[_Stale], list[Any]]:
+    def _find_stale_scales(self, dora: list[Resident]) -> tuple[list[_StaleScales], list[Any]]:
         """Return the adapters with missing or outdated scales, and the state of the base weights.
 
         Args:
@@ -83,43 +85,43 @@ class ScaleMaker:
             that need new scales) for each of these adapters. ``stamps`` contains a record of the
             current state of each module's base weight.
         """
-        stamps, known = [base_stamp(layer) for layer in self._layers], self._stamps
+        stamps, known = [base_weight_stamp(layer) for layer in self._layers], self._stamps
         if stamps == known:
             stamps = known
         self._stamps = stamps
-        stale = [(one, rows) for one in dora if (rows := self._stale_rows(one, stamps))]
+        stale = [(one, rows) for one in dora if (rows := self._stale_modules(one, stamps))]
         return stale, stamps
 
-    def _stale_rows(self, resident: Resident, stamps: list[Any]) -> list[int]:
+    def _stale_modules(self, resident: Resident, stamps: list[Any]) -> list[int]:
         scales, rows = resident.scales, resident.dora_modules
         if scales is None:
             return list(rows)
         if scales.stamps is stamps and None not in stamps:
             return []
-        kept = scales.stamps
-        return [row for row in rows if stamps[row] is None or kept[row] != stamps[row]]
+        known = scales.stamps
+        return [row for row in rows if stamps[row] is None or known[row] != stamps[row]]
 
-    def _make(self, resident: Resident, rows: list[int], stamps: list[Any]) -> None:
-        scales = resident.scales or Scales()
+    def _compute_scales(self, resident: Resident, rows: list[int], stamps: list[Any]) -> None:
+        scales = resident.scales or DoraScales()
         by_module, blocks = dict(scales.by_module), dict(scales.blocks)
         for row in rows:
             factors: Any = resident.factors(row)
-            squares = adapter_squares(
+            squares = adapted_squared_norms(
                 self._layers[row], factors.lora_a, factors.lora_b, factors.scaling
             )
-            made, kept = scale_of(factors.magnitude, squares), scales.by_module.get(row)
-            if kept is not None and kept.dtype == made.dtype == torch.float32:
-                kept.copy_(made)
+            made, cached = dora_scale(factors.magnitude, squares), scales.by_module.get(row)
+            if cached is not None and cached.dtype == made.dtype == torch.float32:
+                cached.copy_(made)
                 continue
             by_module[row], blocks[row] = made, made.to(torch.float32)
         if any(blocks[row] is not scales.blocks.get(row) for row in rows):
             addresses = torch.zeros(len(stamps), dtype=torch.int64, device="cpu")
             for row, block in blocks.items():
                 addresses[row] = block.data_ptr()
-            self._tables.write_scales(resident.column, addresses)
+            self._tables.write_scale_addresses(resident.column, addresses)
         # The stamps are assigned last, because a thread that finds them current does not take the
         # lock.
         scales.by_module, scales.blocks = by_module, blocks
-        scales.written = self._transfers.written()
+        scales.written = self._transfers.record_write_event()
         scales.stamps = stamps
         resident.scales = scales

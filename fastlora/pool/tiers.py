@@ -11,14 +11,14 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from weakref import WeakValueDictionary
 
-from fastlora.pool.image import Image
-from fastlora.pool.resident import Entry, Resident
-from fastlora.pool.tables import NO_COLUMN, PoolTables
+from fastlora.pool.address_tables import NO_COLUMN, PoolTables
+from fastlora.pool.packed_adapter import PackedAdapter
+from fastlora.pool.records import RegisteredAdapter, Resident
 from fastlora.pool.transfers import Transfers
 from fastlora.validation import AdapterNotFoundError, AdapterStateError, PoolFullError, near_names
 
 
-class Tiers:
+class StorageTiers:
     """The adapters of a pool, and the storage tiers that contain them.
 
     If the pool's device is a CPU, an image is in only one tier at a time, and moving it between
@@ -54,11 +54,11 @@ class Tiers:
     ) -> None:
         self.slots, self.columns = tables.column_of.numel(), tables.rank.shape[1] - 1
         self.device_bytes, self.cpu_bytes = device_bytes, cpu_bytes
-        self.entries: dict[str, Entry] = {}
+        self.entries: dict[str, RegisteredAdapter] = {}
         self.device: OrderedDict[str, Resident] = OrderedDict()
         self.retired: set[Resident] = set()
-        self.host: OrderedDict[str, Image] = OrderedDict()
-        self.staged: WeakValueDictionary[str, Image] = WeakValueDictionary()
+        self.host: OrderedDict[str, PackedAdapter] = OrderedDict()
+        self.staged: WeakValueDictionary[str, PackedAdapter] = WeakValueDictionary()
         self.evictions = self.replaced = 0
         self._tables, self._transfers = tables, transfers
         self._free_slots = list(reversed(range(self.slots)))
@@ -66,7 +66,7 @@ class Tiers:
 
     # ---------------------------------------------------------------------------------- names
 
-    def entry(self, name: str) -> Entry:
+    def entry(self, name: str) -> RegisteredAdapter:
         """Return the record of a registered adapter.
 
         Raises:
@@ -74,17 +74,17 @@ class Tiers:
         """
         found = self.entries.get(name)
         if found is None:
-            raise unknown(name, self.entries)
+            raise adapter_not_found_error(name, self.entries)
         return found
 
-    def image(self, name: str) -> Image | None:
+    def packed_adapter(self, name: str) -> PackedAdapter | None:
         """Return the packed tensors of an adapter, or None if the adapter is not in memory."""
         resident = self.device.get(name)
         if resident is not None:
             return resident.packed
         return self.host.get(name) or self.staged.get(name)
 
-    def add(self, entries: Collection[Entry], uses_dora: bool) -> None:
+    def register(self, entries: Collection[RegisteredAdapter], uses_dora: bool) -> None:
         """Register adapters that are on disk.
 
         Args:
@@ -113,13 +113,13 @@ class Tiers:
             AdapterNotFoundError: No adapter has this name.
         """
         self.entry(name)
-        self._leave_device(name)
+        self._remove_from_device(name)
         self.host.pop(name, None)
         self.staged.pop(name, None)
         del self.entries[name]
         self.replaced += 1
 
-    def put(self, entry: Entry, image: Image) -> None:
+    def register_or_replace(self, entry: RegisteredAdapter, image: PackedAdapter) -> None:
         """Register or replace an adapter, and bring it to the device if there is room.
 
         A new adapter on the device takes over the slot of the adapter that it replaces. If leased
@@ -128,7 +128,7 @@ class Tiers:
 
         Args:
             entry: Record of the adapter.
-            image: Image of the adapter, in CPU memory.
+            image: The packed adapter, in CPU memory.
 
         Raises:
             PoolFullError: The adapter can never fit, or it must be pinned and does not fit now.
@@ -139,30 +139,30 @@ class Tiers:
         pinned = entry.pinned or (before is not None and before.pinned)
         self._check_sizes(name, entry.folder, image)
         leased = old if old is not None and old.leases else None
-        now = self.fits({name: image}, self.leased(), leased)
+        now = self.fits_on_device({name: image}, self.leased(), leased)
         if pinned and not now:
             raise PoolFullError(
                 f"adapter {name!r} ({image.nbytes} bytes) cannot be pinned: leased and pinned "
-                f"adapters leave no room for it in the device tier; {self.describe()}"
+                f"adapters leave no room for it in the device tier; {self.describe_device_tier()}"
             )
         resident = None
         if now:  # first, because it can fail: the name still has its old adapter
-            self._make_room({name: image})
-            resident = self._uploaded(name, image)
+            self._evict_until_room({name: image})
+            resident = self._upload_and_assign_slot(name, image)
         entry.pinned, self.entries[name] = pinned, entry
         self.replaced += before is not None
         self.staged.pop(name, None)
         self.host.pop(name, None)
         if resident is None:
-            self._leave_device(name)
+            self._remove_from_device(name)
         else:
             if old is not None:
-                self._retire(self.device.pop(name))
+                self._free_when_unleased(self.device.pop(name))
             self.device[name] = resident
         if resident is None or not self._transfers.shares_memory:
-            self._to_host(name, image)
+            self._add_to_cpu_lru(name, image)
 
-    def _check_sizes(self, name: str, folder: Path | None, image: Image) -> None:
+    def _check_sizes(self, name: str, folder: Path | None, image: PackedAdapter) -> None:
         if self.device_bytes is not None and image.nbytes > self.device_bytes:
             raise PoolFullError(
                 f"the adapter has {image.nbytes} bytes, more than device_bytes={self.device_bytes}"
@@ -170,7 +170,7 @@ class Tiers:
         if folder is not None or self.cpu_bytes is None:
             return
         others = [n for n, entry in self.entries.items() if entry.folder is None and n != name]
-        images = [image, *(found for n in others if (found := self.image(n)) is not None)]
+        images = [image, *(found for n in others if (found := self.packed_adapter(n)) is not None)]
         homeless = sum(image.nbytes for image in images)
         if homeless > self.cpu_bytes:
             raise PoolFullError(
@@ -187,17 +187,17 @@ class Tiers:
         return [*self.device.values(), *self.retired]
 
     @property
-    def device_used(self) -> int:
-        """Size in bytes of all images on the device."""
+    def device_bytes_used(self) -> int:
+        """Size in bytes of all packed adapters on the device."""
         return sum(resident.packed.nbytes for resident in self.residents)
 
     def leased(self) -> set[Resident]:
         """Return the set of adapters on the device that are leased."""
         return {resident for resident in self.residents if resident.leases}
 
-    def fits(
+    def fits_on_device(
         self,
-        wanted: Mapping[str, Image],
+        wanted: Mapping[str, PackedAdapter],
         held: Collection[Resident],
         replaced: Resident | None = None,
     ) -> bool:
@@ -221,10 +221,10 @@ class Tiers:
             and (self.device_bytes is None or total <= self.device_bytes)
         )
 
-    def bring(self, images: Mapping[str, Image]) -> list[Resident]:
+    def bring_to_device(self, images: Mapping[str, PackedAdapter]) -> list[Resident]:
         """Bring registered adapters to the device, evicting other adapters if necessary.
 
-        The caller must have checked with `fits` that there is room for the adapters.
+        The caller must have checked with `fits_on_device` that there is room for the adapters.
 
         Args:
             images: Maps the name of each adapter to its image.
@@ -240,35 +240,35 @@ class Tiers:
             if shares:
                 for name in missing:
                     self.host.pop(name, None)
-            self._make_room(images)
+            self._evict_until_room(images)
         try:
             for name, image in missing.items():
-                self.device[name] = self._uploaded(name, image)
+                self.device[name] = self._upload_and_assign_slot(name, image)
                 self.staged.pop(name, None)
         finally:  # after a failure too (the GPU's memory is full), so that no adapter is lost
             for name, image in missing.items():
                 if not shares or name not in self.device:
-                    self._to_host(name, image)
+                    self._add_to_cpu_lru(name, image)
         for name in images:
             self.device.move_to_end(name)
         return [self.device[name] for name in images]
 
-    def release(self, resident: Resident, mark: tuple[object, int] | None) -> None:
+    def decrement_leases(self, resident: Resident, read_event: tuple[object, int] | None) -> None:
         """Decrement the number of leases on an adapter, and free it if it is no longer needed.
 
         Args:
             resident: The adapter.
-            mark: A tuple (CUDA event after the forward passes that read the adapter, id of their
-                stream), or None if no event is needed.
+            read_event: A tuple (CUDA event after the forward passes that read the adapter, id of
+                their stream), or None if no event is needed.
         """
-        if mark is not None:
-            resident.reads[mark[1]] = mark[0]
+        if read_event is not None:
+            resident.reads[read_event[1]] = read_event[0]
         resident.leases -= 1
         if resident in self.retired and not resident.leases:
             self.retired.remove(resident)
             self._free(resident)
 
-    def keep(self, name: str, image: Image) -> None:
+    def add_to_cpu_if_registered(self, name: str, image: PackedAdapter) -> None:
         """Add an adapter to the CPU tier if it is still registered and not on the device.
 
         Args:
@@ -277,9 +277,9 @@ class Tiers:
         """
         known = self.host.get(name) or self.staged.get(name)
         if name in self.entries and name not in self.device and known is image:
-            self._to_host(name, image)
+            self._add_to_cpu_lru(name, image)
 
-    def _uploaded(self, name: str, image: Image) -> Resident:
+    def _upload_and_assign_slot(self, name: str, image: PackedAdapter) -> Resident:
         """Copy an adapter to the device, and assign a slot and a column of the tables to it.
 
         The slot is that of the adapter of the same name on the device, or otherwise a free slot.
@@ -288,25 +288,25 @@ class Tiers:
         """
         old, column = self.device.get(name), self._free_columns[-1]
         slot = self._free_slots[-1] if old is None else old.slot
-        with self._transfers.ordered():
+        with self._transfers.ordered_writes():
             uploaded = self._transfers.upload(image)
             try:
-                self._tables.write(column, uploaded)
+                self._tables.write_column(column, uploaded)
                 if old is not None:  # a captured graph that still runs may look up the slot
                     self._transfers.wait_for_reads(old.reads.values())
                 self._tables.assign(slot, column)
             except BaseException:  # the column stays free, although the slot may refer to it
                 self._tables.assign(slot, NO_COLUMN if old is None else old.column)
-                self._tables.clear(column)
+                self._tables.clear_column(column)
                 raise
         self._free_columns.pop()
         if old is None:
             self._free_slots.pop()
         resident = Resident(name, slot, column, uploaded)
-        resident.written = self._transfers.written()
+        resident.written = self._transfers.record_write_event()
         return resident
 
-    def _make_room(self, wanted: Mapping[str, Image]) -> None:
+    def _evict_until_room(self, wanted: Mapping[str, PackedAdapter]) -> None:
         """Evict least recently used adapters from the device until there is room for new adapters.
 
         Leased and pinned adapters are not evicted, and neither are adapters that will be replaced.
@@ -316,7 +316,7 @@ class Tiers:
         Args:
             wanted: Maps the name of each new adapter to its image.
         """
-        columns, nbytes = 0, self.device_used
+        columns, nbytes = 0, self.device_bytes_used
         for name, image in wanted.items():
             old = self.device.get(name)
             nbytes += image.nbytes
@@ -331,25 +331,26 @@ class Tiers:
                 return
             if resident.leases or self.entries[name].pinned or name in wanted:
                 continue
-            self._leave_device(name)
+            self._remove_from_device(name)
             self.evictions += 1
             slots, nbytes = slots - 1, nbytes - resident.packed.nbytes
             # With a GPU, only the image's copy in the CPU tier remains, if there is one.
             if self._transfers.shares_memory:
-                self._to_host(name, resident.packed)
+                self._add_to_cpu_lru(name, resident.packed)
             elif name in self.host:
                 self.host.move_to_end(name)
 
-    def _leave_device(self, name: str) -> None:
+    def _remove_from_device(self, name: str) -> None:
         """Remove the adapter with the given name from the device, if it is on the device."""
         resident = self.device.pop(name, None)
         if resident is not None:
-            self._retire(resident)  # first: captured graphs that still run look up its slot
-            with self._transfers.ordered():
+            # Retire it first: captured graphs that still run look up its slot.
+            self._free_when_unleased(resident)
+            with self._transfers.ordered_writes():
                 self._tables.assign(resident.slot, NO_COLUMN)
             self._free_slots.append(resident.slot)
 
-    def _retire(self, resident: Resident) -> None:
+    def _free_when_unleased(self, resident: Resident) -> None:
         """Free the memory of an adapter that was removed from ``device``.
 
         If the adapter is leased, its memory is freed when the last lease on it ends.
@@ -362,18 +363,18 @@ class Tiers:
     def _free(self, resident: Resident) -> None:
         # Later writes to this memory are ordered after the reads.
         self._transfers.wait_for_reads(resident.reads.values())
-        with self._transfers.ordered():
-            self._tables.clear(resident.column)
+        with self._transfers.ordered_writes():
+            self._tables.clear_column(resident.column)
         self._free_columns.append(resident.column)
 
     # ------------------------------------------------------------------------------- CPU memory
 
     @property
-    def host_used(self) -> int:
-        """Size in bytes of all images in the CPU tier."""
+    def cpu_bytes_used(self) -> int:
+        """Size in bytes of all packed adapters in the CPU tier."""
         return sum(image.nbytes for image in self.host.values())
 
-    def _to_host(self, name: str, image: Image) -> None:
+    def _add_to_cpu_lru(self, name: str, image: PackedAdapter) -> None:
         """Add an adapter to the CPU tier as the most recently used, if ``cpu_bytes`` allows it.
 
         The least recently used adapters that can be read again are removed to make room.
@@ -385,7 +386,7 @@ class Tiers:
             # Images that cannot be read again are never removed.
             readable = {n for n in [*self.host, name] if self.entries[n].folder is not None}
             sizes = {n: i.nbytes for n, i in self.host.items() if n in readable}
-            used = self.host_used + image.nbytes
+            used = self.cpu_bytes_used + image.nbytes
             if name in readable and used - sum(sizes.values()) > self.cpu_bytes:
                 return
             for other, nbytes in sizes.items():
@@ -396,19 +397,20 @@ class Tiers:
         self.staged.pop(name, None)
         self.host[name] = image
 
-    def describe(self) -> str:
+    def describe_device_tier(self) -> str:
         """Return a description of the device tier's contents and limits, for error messages."""
         leased = sum(1 for resident in self.device.values() if resident.leases)
         pinned = sum(1 for name in self.device if self.entries[name].pinned)
         limit = "" if self.device_bytes is None else f" (device_bytes={self.device_bytes})"
         return (
-            f"it holds {len(self.device)} of at most {self.slots} adapters and {self.device_used} "
-            f"bytes{limit}; {leased} are leased, {pinned} are pinned, and {len(self.retired)} were "
+            f"it holds {len(self.device)} of at most {self.slots} adapters and "
+            f"{self.device_bytes_used} bytes{limit}; "
+            f"{leased} are leased, {pinned} are pinned, and {len(self.retired)} were "
             "replaced but are still leased"
         )
 
 
-def unknown(name: str, known: Collection[str]) -> AdapterNotFoundError:
+def adapter_not_found_error(name: str, known: Collection[str]) -> AdapterNotFoundError:
     """Return the error to raise for an adapter name that is not registered."""
     return AdapterNotFoundError(
         f"no adapter {name!r} among the {len(known)} adapters of this pool"

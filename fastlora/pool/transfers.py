@@ -1,6 +1,6 @@
 """Copies of images to the device, ordered with the forward passes that read the images.
 
-On a GPU, all writes to images and tables run on the pool's own CUDA stream, and the memory of the
+On a GPU, all writes to adapters and tables run on the pool's own CUDA stream, and the memory of the
 images is allocated on that stream. Before memory or a column is reused, this stream waits for the
 events after the forward passes that read it. Forward passes wait for the event after the copies of
 their adapters. Host threads therefore never wait for the GPU.
@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 
-from fastlora.pool.image import Image
+from fastlora.pool.packed_adapter import PackedAdapter
 from fastlora.validation import AdapterStateError
 
 
 class Transfers:
-    """Transfers for a pool on a CPU, where images do not need to be copied.
+    """Transfers of packed adapters to the device; this base class is for a CPU and copies nothing.
 
     Attributes:
         shares_memory: Whether the device tier and the CPU tier use the same memory, so that an
@@ -29,31 +29,31 @@ class Transfers:
 
     shares_memory = True
 
-    def ordered(self) -> contextlib.AbstractContextManager[Any]:
-        """Return a context manager in which writes to images and tables run in order."""
+    def ordered_writes(self) -> contextlib.AbstractContextManager[Any]:
+        """Return a context manager in which writes to adapters and tables run in order."""
         return contextlib.nullcontext()
 
-    def upload(self, image: Image) -> Image:
-        """Return the given image, which is in device memory already."""
+    def upload(self, image: PackedAdapter) -> PackedAdapter:
+        """Return the packed adapter in device memory; on a CPU, this is the given object."""
         return image
 
-    def written(self) -> Any:
+    def record_write_event(self) -> Any:
         """Return an event after all writes so far, or None on a CPU, where no wait is needed."""
         return None
 
-    def is_done(self, mark: Any) -> bool:
+    def is_event_done(self, event: Any) -> bool:
         """Return whether an event has completed."""
         return True
 
-    def wait_for_writes(self, marks: Iterable[Any]) -> None:
+    def wait_for_writes(self, events: Iterable[Any]) -> None:
         """Make the calling thread's later work on the device wait for the given write events."""
 
-    def read(self) -> tuple[Any, Any] | None:
+    def record_read_event(self) -> tuple[Any, Any] | None:
         """Return a tuple (event after the calling thread's work, stream), or None on a CPU."""
         return None
 
-    def wait_for_reads(self, marks: Iterable[Any]) -> None:
-        """Make later writes to images and tables wait for the given read events."""
+    def wait_for_reads(self, events: Iterable[Any]) -> None:
+        """Make later writes to adapters and tables wait for the given read events."""
 
 
 class CudaTransfers(Transfers):
@@ -69,30 +69,30 @@ class CudaTransfers(Transfers):
         self._device = device
         self._stream = torch.cuda.Stream(device)
 
-    def ordered(self) -> contextlib.AbstractContextManager[Any]:
-        """Return a context manager in which the pool's stream is the current stream."""
+    def ordered_writes(self) -> contextlib.AbstractContextManager[Any]:
+        """Return a context manager in which writes run in order, on the pool's stream."""
         return torch.cuda.stream(self._stream)
 
-    def upload(self, image: Image) -> Image:
+    def upload(self, image: PackedAdapter) -> PackedAdapter:
         """Start an asynchronous copy of an adapter's image to the GPU, and return the copy."""
         data = torch.empty_like(image.data, device=self._device, pin_memory=False)
         data.copy_(image.data, non_blocking=True)
         return dataclasses.replace(image, data=data)
 
-    def written(self) -> torch.cuda.Event:
+    def record_write_event(self) -> torch.cuda.Event:
         """Record an event on the pool's stream, and return the event."""
         event = torch.cuda.Event()
         event.record(self._stream)
         return event
 
-    def is_done(self, mark: torch.cuda.Event) -> bool:
+    def is_event_done(self, event: torch.cuda.Event) -> bool:
         """Return whether an event has completed, or False while a CUDA graph is being captured.
 
         CUDA does not allow events to be queried during a capture.
         """
-        return not torch.cuda.is_current_stream_capturing() and mark.query()
+        return not torch.cuda.is_current_stream_capturing() and event.query()
 
-    def wait_for_writes(self, marks: Iterable[torch.cuda.Event]) -> None:
+    def wait_for_writes(self, events: Iterable[torch.cuda.Event]) -> None:
         """Make the current stream wait for the events.
 
         Raises:
@@ -100,7 +100,7 @@ class CudaTransfers(Transfers):
         """
         stream = torch.cuda.current_stream(self._device)
         capturing = torch.cuda.is_current_stream_capturing()
-        for event in marks:
+        for event in events:
             if capturing:
                 raise AdapterStateError(
                     "adapters are still being copied to the GPU, and a CUDA graph is being "
@@ -108,7 +108,7 @@ class CudaTransfers(Transfers):
                 )
             stream.wait_event(event)
 
-    def read(self) -> tuple[torch.cuda.Event, int] | None:
+    def record_read_event(self) -> tuple[torch.cuda.Event, int] | None:
         """Record an event on the current stream, and return a tuple (event, id of the stream).
 
         While a CUDA graph is being captured, return None, because a captured forward pass has not
@@ -121,9 +121,9 @@ class CudaTransfers(Transfers):
         event.record(stream)
         return event, stream.cuda_stream
 
-    def wait_for_reads(self, marks: Iterable[torch.cuda.Event]) -> None:
+    def wait_for_reads(self, events: Iterable[torch.cuda.Event]) -> None:
         """Make the pool's stream wait for the events."""
-        for event in marks:
+        for event in events:
             self._stream.wait_event(event)
 
 

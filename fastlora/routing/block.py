@@ -11,17 +11,23 @@ import torch
 from torch import nn
 
 from fastlora.ops.seeds import draw_seeds
-from fastlora.routing import checkpoints as recompute
-from fastlora.routing.ids import NO_ADAPTER, OUT_OF_RANGE, check_slot_ids, checked_slots, named_ids
-from fastlora.routing.in_force import is_captured, routed
-from fastlora.routing.kept import RoutedLayer
+from fastlora.routing import activation_checkpointing as recompute
+from fastlora.routing.active import activate_routing, is_capturing_cuda_graph
+from fastlora.routing.caches import RoutedLayer
+from fastlora.routing.ids import (
+    NO_ADAPTER,
+    OUT_OF_RANGE,
+    check_integer_ids,
+    names_and_slots,
+    validate_slots,
+)
 from fastlora.routing.routers import Router, router_of
-from fastlora.routing.routing import Group, Routing
-from fastlora.sharding import several_processes, unwrapped
+from fastlora.routing.routing import Routing, RoutingGroup
+from fastlora.sharding import has_multiple_processes, unwrap_ddp
 from fastlora.validation import AdapterStateError
 
 if TYPE_CHECKING:
-    from fastlora.layers.factors import Source
+    from fastlora.layers.adapter_factors import AdapterSource
 
 
 @contextlib.contextmanager
@@ -85,22 +91,22 @@ def adapters(
     """
     with contextlib.ExitStack() as held:
         if absent_gradients is None:
-            absent_gradients = several_processes()
-        routing = router_of(unwrapped(model)).routing(ids, seeds, validate, held)
+            absent_gradients = has_multiple_processes()
+        routing = router_of(unwrap_ddp(model)).routing(ids, seeds, validate, held)
         routing.group.unchecked.check()
         routing = dataclasses.replace(routing, absent_gradients=absent_gradients)
-        recompute.keep_routing()
-        with routed(routing):
+        recompute.patch_activation_checkpointing()
+        with activate_routing(routing):
             yield
         if routing.ids.is_cuda and not torch.cuda.is_current_stream_capturing():
-            routing.check_ids()
+            routing.defer_id_check()
 
 
-def parameters_routing(
-    group: Group,
+def routing_from_parameters(
+    group: RoutingGroup,
     layers: Sequence[RoutedLayer],
     known: Sequence[str],
-    source: Callable[[Sequence[str]], Source],
+    source: Callable[[Sequence[str]], AdapterSource],
     ids: Sequence[str | None] | torch.Tensor,
     seeds: Mapping[str, int] | None,
     validate: bool,
@@ -108,7 +114,7 @@ def parameters_routing(
     """Return the routing of a block if the adapters are parameters of the model's layers.
 
     A slot is an index into ``known``, the names of the model's adapters. ``source`` returns the
-    `Source` for a sequence of these names.
+    `AdapterSource` for a sequence of these names.
 
     Raises:
         AdapterStateError: An adapter is merged.
@@ -123,23 +129,25 @@ def parameters_routing(
             )
     known = tuple(known)
     if not isinstance(ids, torch.Tensor):
-        names, slots = named_ids(known, ids)
-    elif is_captured(ids) or (ids.is_cuda and not validate):
-        check_slot_ids(ids)
+        names, slots = names_and_slots(known, ids)
+    elif is_capturing_cuda_graph(ids) or (ids.is_cuda and not validate):
+        check_integer_ids(ids)
         ids = ids.to(torch.int64)
         outside = (ids < NO_ADAPTER) | (ids >= len(known))
         names, slots = known, ids.masked_fill(outside, OUT_OF_RANGE)
     else:
-        names, slots = known, checked_slots(ids, known)
+        names, slots = known, validate_slots(ids, known)
     acts = any(layer.training for layer in layers)
     drawn = draw_seeds(names, seeds, draw=acts)
-    whole = Routing(group, known, _among(known, names, slots), drawn, source(known), layers)
+    whole = Routing(group, known, _remap_slots(known, names, slots), drawn, source(known), layers)
     if names != known:
-        whole = dataclasses.replace(whole, seeds=_spread(drawn, known, names))
+        whole = dataclasses.replace(whole, seeds=_seeds_for_known_names(drawn, known, names))
     return Routing(group, names, slots, drawn, source(names), layers, whole=whole)
 
 
-def _among(known: tuple[str, ...], names: tuple[str, ...], slots: torch.Tensor) -> torch.Tensor:
+def _remap_slots(
+    known: tuple[str, ...], names: tuple[str, ...], slots: torch.Tensor
+) -> torch.Tensor:
     """Convert slots ``[B]`` that index ``names`` to slots that index ``known``, in a new tensor.
 
     The tensor must be new: a tensor that the routing also refers to elsewhere would add a guard to
@@ -152,7 +160,9 @@ def _among(known: tuple[str, ...], names: tuple[str, ...], slots: torch.Tensor) 
     return table[slots.clamp(min=NO_ADAPTER)]
 
 
-def _spread(seeds: torch.Tensor, known: tuple[str, ...], names: tuple[str, ...]) -> torch.Tensor:
+def _seeds_for_known_names(
+    seeds: torch.Tensor, known: tuple[str, ...], names: tuple[str, ...]
+) -> torch.Tensor:
     """Return one seed per name in ``known``: the given seed for names in ``names``, otherwise 0."""
     place = {name: index for index, name in enumerate(known)}
     spread = torch.zeros(len(known), dtype=torch.int64)

@@ -31,7 +31,7 @@ def check_adapter_name(name: object) -> None:
         raise ConfigError(f"adapter_name cannot be {name!r}, a method of nn.ModuleDict")
 
 
-def named_ids(
+def names_and_slots(
     known: Sequence[str] | None, ids: Sequence[str | None]
 ) -> tuple[tuple[str, ...], torch.Tensor]:
     """Return a tuple (names, slots): the names of a batch's adapters, and the slot of each id.
@@ -71,7 +71,7 @@ def named_ids(
     return names, torch.tensor(slots, dtype=torch.int64)
 
 
-def checked_slots(ids: torch.Tensor, slots: Sequence[str | None]) -> torch.Tensor:
+def validate_slots(ids: torch.Tensor, slots: Sequence[str | None]) -> torch.Tensor:
     """Check that slots are in range and not empty, and return them as an int64 tensor on the CPU.
 
     Args:
@@ -83,7 +83,7 @@ def checked_slots(ids: torch.Tensor, slots: Sequence[str | None]) -> torch.Tenso
         ValueError, TypeError: ``ids`` does not have exactly one dimension, or does not have an
             integer dtype.
     """
-    check_slot_ids(ids)
+    check_integer_ids(ids)
     numbers = ids.to(device="cpu", dtype=torch.int64)
     for slot in torch.unique(numbers).tolist():
         known = NO_ADAPTER <= slot < len(slots)
@@ -96,7 +96,7 @@ def checked_slots(ids: torch.Tensor, slots: Sequence[str | None]) -> torch.Tenso
     return numbers
 
 
-def check_slot_ids(ids: torch.Tensor) -> None:
+def check_integer_ids(ids: torch.Tensor) -> None:
     """Raise `TypeError` or `ValueError` unless ids are integers ``[B]``."""
     if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
         raise TypeError(f"ids has dtype {ids.dtype}, expected integers")
@@ -104,7 +104,7 @@ def check_slot_ids(ids: torch.Tensor) -> None:
         raise ValueError(f"ids has shape {tuple(ids.shape)}, expected one dimension")
 
 
-def fits(rows: int, ids: int) -> bool:
+def ids_divide_rows(rows: int, ids: int) -> bool:
     """Return whether ``rows`` rows can be divided equally among ``ids`` ids.
 
     If ``ids`` is 0, return whether ``rows`` is 0 too.
@@ -112,7 +112,7 @@ def fits(rows: int, ids: int) -> bool:
     return not rows % ids if ids else not rows
 
 
-def is_aligned(shape: Sequence[int], ids: int) -> bool:
+def ids_cover_whole_entries(shape: Sequence[int], ids: int) -> bool:
     """Return whether every id's rows form whole entries of the leading dimensions of ``shape``.
 
     For example, the result is False for 2 ids and the shape ``[5, 2]``: the first 5 of the 10
@@ -127,7 +127,7 @@ def is_aligned(shape: Sequence[int], ids: int) -> bool:
     return ids == 1
 
 
-class _Pending(NamedTuple):
+class _PendingIdCheck(NamedTuple):
     """A batch's flag, which is true if an id is out of range, and the message of the error.
 
     ``arrived`` is the CUDA event recorded after the flag's copy to the host, or None if the flag
@@ -139,7 +139,7 @@ class _Pending(NamedTuple):
     message: str
 
 
-class Unchecked:
+class DeferredIdChecks:
     """The batches of a model whose ids are checked on the GPU, without making the host wait."""
 
     # With more pending batches than this, wait for the oldest. If the device is this far behind,
@@ -147,7 +147,7 @@ class Unchecked:
     _MOST = 64
 
     def __init__(self) -> None:
-        self._pending: list[_Pending] = []
+        self._pending: list[_PendingIdCheck] = []
         self._lock = threading.Lock()
 
     def add(self, flag: torch.Tensor, message: str) -> None:
@@ -159,7 +159,7 @@ class Unchecked:
             flag = host.copy_(flag, non_blocking=True)
             arrived.record(stream)
         with self._lock:
-            self._pending.append(_Pending(flag, arrived, message))
+            self._pending.append(_PendingIdCheck(flag, arrived, message))
 
     def check(self) -> None:
         """Raise `AdapterNotFoundError` if a flag on the host says that a batch had an invalid id.

@@ -20,23 +20,28 @@ from torch import nn
 
 from fastlora.ops.rows import Rows, sort_rows
 from fastlora.ops.seeds import layer_seeds, seeds_of_layer
-from fastlora.routing.ids import NO_ADAPTER, Unchecked, fits, is_aligned
-from fastlora.routing.kept import (
-    BlockKept,
-    PackCache,
+from fastlora.routing.caches import (
+    AdapterSetCache,
+    BlockCache,
+    PackedAdapterSet,
     RoutedLayer,
-    SetPack,
-    stream_of,
+    cuda_stream_handle,
 )
-from fastlora.routing.row_checks import RowChecks, refuse_part
+from fastlora.routing.ids import (
+    NO_ADAPTER,
+    DeferredIdChecks,
+    ids_cover_whole_entries,
+    ids_divide_rows,
+)
+from fastlora.routing.row_checks import RowChecks, raise_partial_batch
 from fastlora.validation import AdapterNotFoundError, AdapterStateError
-from fastlora.weight_marks import Kept
+from fastlora.weights_version import UncopiedCache
 
 if TYPE_CHECKING:
-    from fastlora.layers.factors import Source
+    from fastlora.layers.adapter_factors import AdapterSource
 
 
-class Group(Kept):
+class RoutingGroup(UncopiedCache):
     """The state that all routed layers of one model share.
 
     A copied or unpickled model gets a new group, which has not seen a forward pass.
@@ -51,28 +56,28 @@ class Group(Kept):
     """
 
     def __init__(self) -> None:
-        self.packs = PackCache()
-        self.unchecked = Unchecked()
+        self.packs = AdapterSetCache()
+        self.unchecked = DeferredIdChecks()
         self.row_checks: RowChecks | None = None
         self.unfinished: dict[tuple[int, int, int], Any] = {}
         self._open = 0
         self._lock = threading.Lock()
 
-    def count_block(self, change: int) -> None:
+    def change_open_blocks(self, change: int) -> None:
         """Add ``change`` (1 or -1) to the number of the model's open blocks in all threads."""
         with self._lock:
             self._open += change
 
-    def end_forward(self) -> None:
+    def discard_unused_results(self) -> None:
         """Drop the results that this thread computed for layers that were not called afterwards."""
         if self.unfinished:
             thread = threading.get_ident()
             for place in [place for place in [*self.unfinished] if place[0] == thread]:
                 results = self.unfinished.pop(place, None)
                 if results is not None:
-                    results.discard()
+                    results.discard_untaken()
 
-    def check_closed(self, operation: str) -> None:
+    def check_no_open_blocks(self, operation: str) -> None:
         """Raise `AdapterStateError` while a block of the model is open in any thread.
 
         Args:
@@ -105,19 +110,19 @@ class Routing:
             so another mix changes only the contents of tensors. None if graphs are not supported.
         captured: Whether the slots belong to a CUDA graph and are looked up at its replays. The
             adapters are then unknown.
-        kept: The cache of the block.
+        cache: The cache of the block.
     """
 
-    group: Group
+    group: RoutingGroup
     names: tuple[str, ...]
     ids: torch.Tensor
     seeds: torch.Tensor
-    source: Source
+    source: AdapterSource
     layers: Sequence[Any] = ()
     absent_gradients: bool = False
     whole: Routing | None = None
     captured: bool = False
-    kept: BlockKept = field(default_factory=BlockKept, repr=False)
+    cache: BlockCache = field(default_factory=BlockCache, repr=False)
 
     def rows(self, m: int, device: torch.device, *, host: bool = False) -> Rows:
         """Return the sorted rows of a layer input with ``m`` rows, cached by ``m`` and stream.
@@ -132,23 +137,23 @@ class Routing:
             AdapterNotFoundError: ``host`` is set and an id is out of range.
             ValueError: ``m`` is not a multiple of the number of ids.
         """
-        kept = self.kept
-        key = (m, device, stream_of(device) if device.type == "cuda" else 0)
-        known = kept.rows.get(key)
+        cache = self.cache
+        key = (m, device, cuda_stream_handle(device) if device.type == "cuda" else 0)
+        known = cache.rows.get(key)
         if known is None:
             count = self.ids.numel()
-            if not fits(m, count):
+            if not ids_divide_rows(m, count):
                 raise ValueError(
                     f"a layer got {m} rows in a batch with {count} adapter ids; expected one id "
                     "per sample or per token"
                 )
             # Clone the ids: rows read them later too, when the caller may have overwritten them.
             ids = self.ids if self.ids.is_cuda else self.ids.clone()
-            known = kept.rows[key] = sort_rows(ids, m, len(self.names), device)
-        if host and not kept.is_checked:
+            known = cache.rows[key] = sort_rows(ids, m, len(self.names), device)
+        if host and not cache.is_checked:
             if self.ids.numel() and self.ids.min() < NO_ADAPTER:
                 raise AdapterNotFoundError(self._out_of_range())
-            kept.is_checked = True
+            cache.is_checked = True
         return known
 
     @property
@@ -156,19 +161,19 @@ class Routing:
         """Whether different rows can use different adapters; False if there is only one id."""
         return self.ids.numel() > 1
 
-    def check_rows(self, layer: RoutedLayer, x: torch.Tensor, compiling: bool) -> None:
+    def check_gets_all_rows(self, layer: RoutedLayer, x: torch.Tensor, compiling: bool) -> None:
         """Raise if a layer gets only some rows of the batch, or might do so in compiled code.
 
         Raises:
             UnsupportedLayerError: The layer gets or may get only some rows. The message names it.
         """
-        followed = None if compiling else self.kept.followed
-        if followed is not None:
-            followed.check(layer, x)
-        elif layer.sees_part and (compiling or self.may_mix):
-            refuse_part(layer)
+        row_checker = None if compiling else self.cache.row_checker
+        if row_checker is not None:
+            row_checker.check_layer_rows(layer, x)
+        elif layer.may_see_partial_rows and (compiling or self.may_mix):
+            raise_partial_batch(layer)
 
-    def check_dimensions(self, layer: RoutedLayer, x: torch.Tensor) -> None:
+    def check_samples_first(self, layer: RoutedLayer, x: torch.Tensor) -> None:
         """Raise if the samples cannot be along the first dimension of ``x [..., K]``.
 
         Raises:
@@ -178,7 +183,7 @@ class Routing:
         if not count or x.dim() < 3 or x.shape[0] % count == 0:
             return
         leading = x.shape[:-1]
-        if fits(leading.numel(), count) and not is_aligned(leading, count):
+        if ids_divide_rows(leading.numel(), count) and not ids_cover_whole_entries(leading, count):
             checks = self.group.row_checks
             name = type(layer).__name__ if checks is None else checks.name_of(layer)
             raise ValueError(
@@ -187,52 +192,52 @@ class Routing:
                 "tokens"
             )
 
-    def resting(self) -> contextlib.AbstractContextManager[None]:
+    def pause_row_tracking(self) -> contextlib.AbstractContextManager[None]:
         """Return a context manager that pauses row tracking, for code that restores the order."""
-        followed = self.kept.followed
-        if followed is None or followed.order is None or not followed.order.sees:
+        row_checker = self.cache.row_checker
+        if row_checker is None or row_checker.order is None or not row_checker.order.is_recording:
             return contextlib.nullcontext()
-        return followed.order.resting()
+        return row_checker.order.pause_row_tracking()
 
-    def seeds_of(self, number: int, device: torch.device) -> torch.Tensor:
+    def layer_dropout_seeds(self, number: int, device: torch.device) -> torch.Tensor:
         """Return the dropout seeds of the layer with number ``number``, int64 ``[S]``, on a device.
 
         The seeds of all layers are copied to the device together.
         """
-        key = (device, stream_of(device))
-        known = self.kept.seeds.get(key)
+        key = (device, cuda_stream_handle(device))
+        known = self.cache.seeds.get(key)
         if known is None:
-            numbers = [layer.routed_as for layer in self.layers if hasattr(layer, "lora_A")]
+            numbers = [layer.routing_index for layer in self.layers if hasattr(layer, "lora_A")]
             # Autograd functions save them for a backward pass.
             with torch.inference_mode(False):
                 made = layer_seeds(self.seeds, numbers)
             if device.type == "cuda":
                 made = made.pin_memory().to(device, non_blocking=True)
-            known = self.kept.seeds[key] = dict(zip(numbers, made.unbind(), strict=True))
+            known = self.cache.seeds[key] = dict(zip(numbers, made.unbind(), strict=True))
         if number not in known:  # The layer was added after the block began.
             with torch.inference_mode(False):
                 known[number] = seeds_of_layer(self.seeds, number).to(device)
         return known[number]
 
-    def set_of(self, key: tuple[Hashable, ...]) -> SetPack:
-        """Return the model's cached `SetPack`, the packed factors of a set of adapters, for a key.
+    def cached_adapter_set(self, key: tuple[Hashable, ...]) -> PackedAdapterSet:
+        """Return the model's cached packed factors of a set of adapters, for a key.
 
         Whether factors have changed is checked once per block, and again after a change of the
         weights version.
         """
-        known = self.kept.sets.get(key)
-        if known is None or not known.may_hold:
-            known = self.kept.sets[key] = self.group.packs.get(key, self.source.residents is None)
+        known = self.cache.sets.get(key)
+        if known is None or not known.has_current_weights_version:
+            known = self.cache.sets[key] = self.group.packs.get(key, self.source.residents is None)
         return known
 
-    def identities(self, rows: Rows) -> tuple[Hashable, ...]:
+    def adapter_identities(self, rows: Rows) -> tuple[Hashable, ...]:
         """Return a tuple of the identities of the adapters that have rows, in slot order."""
-        return tuple(self.source.identity(segment.slot) for segment in rows.segments)
+        return tuple(self.source.adapter_key(segment.slot) for segment in rows.segments)
 
-    def check_ids(self) -> None:
+    def defer_id_check(self) -> None:
         """Have a later block of the model raise if an id was out of range, without waiting now."""
         message = f"in an earlier block, {self._out_of_range()}; the outputs of its rows are NaN"
-        for rows in self.kept.rows.values():
+        for rows in self.cache.rows.values():
             self.group.unchecked.add(rows.invalid, message)
 
     def _out_of_range(self) -> str:
@@ -258,12 +263,14 @@ def number_layers(names: Sequence[str], taken: Iterable[int] = ()) -> list[int]:
     return numbers
 
 
-def join_group(group: Group, root: nn.Module, layers: Sequence[tuple[str, RoutedLayer]]) -> None:
+def add_to_group(
+    group: RoutingGroup, root: nn.Module, layers: Sequence[tuple[str, RoutedLayer]]
+) -> None:
     """Add layers, given by name, to a model's group; layers already in it keep their numbers."""
-    new = [(name, layer) for name, layer in layers if layer.routed_by is not group]
+    new = [(name, layer) for name, layer in layers if layer.routing_group is not group]
     if new:
-        taken = [layer.routed_as for _, layer in layers if layer.routed_by is group]
+        taken = [layer.routing_index for _, layer in layers if layer.routing_group is group]
         numbers = number_layers([name for name, _ in new], taken)
         for number, (_, layer) in zip(numbers, new, strict=True):
-            layer.routed_by, layer.routed_as = group, number
+            layer.routing_group, layer.routing_index = group, number
     group.row_checks = RowChecks(root, layers)

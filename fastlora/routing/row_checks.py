@@ -3,8 +3,8 @@
 A mixed batch gives a layer's rows to adapters by their position. That is wrong for an expert of a
 mixture, for any other layer with rows that the data chose, and for a layer over a table that all
 samples share. Therefore the rows of the first mixed batch in which a layer runs are tracked
-(`fastlora.routing.row_order`): if they do not reach the layer in order, the layer raises before it
-computes. Rows of later batches are not tracked for this layer.
+(`fastlora.routing.row_tracking`): if they do not reach the layer in order, the layer raises
+before it computes. Rows of later batches are not tracked for this layer.
 
 A mask can happen to select equally many rows of each sample, in order. A layer that looks like an
 expert raises in this case too. Any other layer, such as a head on the last token of each sample,
@@ -27,12 +27,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import nn
 
-from fastlora.routing.row_facts import Kind
-from fastlora.routing.row_order import RowOrder
+from fastlora.routing.row_facts import RowOrigin
+from fastlora.routing.row_tracking import RowTrackingMode
 from fastlora.validation import UnsupportedLayerError
 
 if TYPE_CHECKING:
-    from fastlora.routing.kept import RoutedLayer
+    from fastlora.routing.caches import RoutedLayer
 
 # After this number of followed blocks, layers that have not run, such as those in an unused part of
 # the model, no longer cause blocks to be followed. Following costs 8 us per operator.
@@ -71,23 +71,25 @@ class RowChecks:
 
     def __init__(self, root: nn.Module, layers: Iterable[tuple[str, RoutedLayer]]) -> None:
         layers = list(layers)
-        alike = _Alike()
+        experts = _ExpertDetector()
         self._first = layers[0][1] if layers else None
-        self._names = {layer.routed_as: name for name, layer in layers}
+        self._names = {layer.routing_index: name for name, layer in layers}
         # By mode (training or not): the layers that got all rows in a followed block, and the
         # number of followed blocks.
         self._shown: dict[bool, set[int]] = {False: set(), True: set()}
         self._blocks = {False: 0, True: 0}
         # Layers that raise, with the reason.
-        self._refused: dict[int, str] = {}
+        self._unsupported: dict[int, str] = {}
         self._root = weakref.ref(root)
         for name, layer in layers:
-            holder = _sequence_first(root, name)
+            holder = _sequence_first_parent(root, name)
             if holder is not None:
-                self._refused[layer.routed_as] = _SEQUENCE_FIRST.format(holder)
-            layer.sees_part = holder is not None or alike.is_expert(root, name, layer)
+                self._unsupported[layer.routing_index] = _SEQUENCE_FIRST.format(holder)
+            layer.may_see_partial_rows = holder is not None or experts.looks_like_expert(
+                root, name, layer
+            )
 
-    def followed(self, count: int) -> FollowedRows | None:
+    def block_checker(self, count: int) -> BlockRowChecker | None:
         """Return the context manager that checks a block, or None if all layers are checked.
 
         Args:
@@ -96,22 +98,24 @@ class RowChecks:
         if self._first is None:
             return None
         mode = bool(self._first.training)
-        if len(self._shown[mode] | self._refused.keys()) == len(self._names):
+        if len(self._shown[mode] | self._unsupported.keys()) == len(self._names):
             return None
         root = self._root()
         if root is None or self._blocks[mode] >= _MOST_BLOCKS:
-            return FollowedRows(self, mode, None)
-        return FollowedRows(self, mode, RowOrder(count, root.buffers()))
+            return BlockRowChecker(self, mode, None)
+        return BlockRowChecker(self, mode, RowTrackingMode(count, root.buffers()))
 
     def name_of(self, layer: RoutedLayer) -> str:
         """Return the name of a layer in the model."""
-        return self._names.get(layer.routed_as, type(layer).__name__)
+        return self._names.get(layer.routing_index, type(layer).__name__)
 
-    def why_refused(self, layer: RoutedLayer) -> str | None:
+    def unsupported_reason(self, layer: RoutedLayer) -> str | None:
         """Return the reason why a layer raises in mixed batches, or None if it does not raise."""
-        return self._refused.get(layer.routed_as)
+        return self._unsupported.get(layer.routing_index)
 
-    def end_block(self, mode: bool, ran: Iterable[RoutedLayer], even: Collection[int] = ()) -> None:
+    def record_block(
+        self, mode: bool, ran: Iterable[RoutedLayer], even: Collection[int] = ()
+    ) -> None:
         """Record that layers got all rows in a block whose rows were tracked.
 
         Args:
@@ -123,26 +127,26 @@ class RowChecks:
         """
         self._blocks[mode] += 1
         for layer in ran:
-            if layer.routed_as in even and self._blocks[mode] < _MOST_BLOCKS:
+            if layer.routing_index in even and self._blocks[mode] < _MOST_BLOCKS:
                 continue
-            if layer.routed_as not in self._refused:
-                self._shown[bool(layer.training)].add(layer.routed_as)
-                layer.sees_part = False
+            if layer.routing_index not in self._unsupported:
+                self._shown[bool(layer.training)].add(layer.routing_index)
+                layer.may_see_partial_rows = False
 
-    def refuse(self, layer: RoutedLayer, why: str) -> None:
+    def always_raise_for(self, layer: RoutedLayer, reason: str) -> None:
         """Make a layer raise, now and in all later mixed batches, including in compiled code.
 
         Raises:
             UnsupportedLayerError: Always.
         """
-        layer.sees_part = True
-        self._refused[layer.routed_as] = why
-        refuse_part(layer)
+        layer.may_see_partial_rows = True
+        self._unsupported[layer.routing_index] = reason
+        raise_partial_batch(layer)
 
-    def note_unchecked(self, layer: RoutedLayer) -> None:
+    def warn_unchecked_layer(self, layer: RoutedLayer) -> None:
         """Warn about a layer that first runs unchecked, and have the next block check it."""
         mode = bool(layer.training)
-        if layer.routed_as in self._shown[mode] or self._blocks[mode] < _MOST_BLOCKS:
+        if layer.routing_index in self._shown[mode] or self._blocks[mode] < _MOST_BLOCKS:
             return
         self._blocks[mode] = 0
         warnings.warn(
@@ -153,7 +157,7 @@ class RowChecks:
         )
 
 
-class FollowedRows:
+class BlockRowChecker:
     """Context manager that checks the layers of one block.
 
     Args:
@@ -163,13 +167,13 @@ class FollowedRows:
             checked, and the next block tracks its rows.
     """
 
-    def __init__(self, checks: RowChecks, mode: bool, order: RowOrder | None) -> None:
+    def __init__(self, checks: RowChecks, mode: bool, order: RowTrackingMode | None) -> None:
         self._checks, self._mode = checks, mode
         self.order = order
         self._ran: dict[int, RoutedLayer] = {}
         self._even: set[int] = set()
 
-    def __enter__(self) -> FollowedRows:
+    def __enter__(self) -> BlockRowChecker:
         if self.order is not None:
             self.order.__enter__()
         return self
@@ -183,55 +187,55 @@ class FollowedRows:
         if self.order is not None:
             self.order.__exit__(kind, error, trace)
             if kind is None:
-                self._checks.end_block(self._mode, self._ran.values(), self._even)
+                self._checks.record_block(self._mode, self._ran.values(), self._even)
 
-    def begin(self, inputs: Iterable[object]) -> None:
+    def record_batch_inputs(self, inputs: Iterable[object]) -> None:
         """Record that the tensors among a model's inputs are in the order of the batch."""
         if self.order is not None:
-            self.order.in_order(inputs)
+            self.order.record_in_order(inputs)
 
-    def abandon(self) -> None:
+    def stop_tracking(self) -> None:
         """Stop tracking rows, and discard the records about the layers that ran in this block."""
         self._ran.clear()
         if self.order is not None:
-            self.order.blind()
+            self.order.stop_recording()
 
-    def check(self, layer: RoutedLayer, x: torch.Tensor) -> None:
+    def check_layer_rows(self, layer: RoutedLayer, x: torch.Tensor) -> None:
         """Raise `UnsupportedLayerError` unless a layer's input contains all rows in batch order."""
-        if self._checks.why_refused(layer) is not None:
-            refuse_part(layer)
-        if self.order is not None and self.order.sees:
-            kind = self.order.kind_of(x)
+        if self._checks.unsupported_reason(layer) is not None:
+            raise_partial_batch(layer)
+        if self.order is not None and self.order.is_recording:
+            kind = self.order.row_origin(x)
             # For an expert, a selection that fits this batch is a coincidence.
-            if kind is Kind.CHOSEN or (kind is Kind.EVEN and layer.sees_part):
-                self._checks.refuse(layer, _SELECTED)
-            if self.order.is_lone_table(x):
-                self._checks.refuse(layer, _LONE_TABLE)
-            if kind is Kind.EVEN:
-                self._even.add(layer.routed_as)
-            self._ran[layer.routed_as] = layer
+            if kind is RowOrigin.CHOSEN or (kind is RowOrigin.EVEN and layer.may_see_partial_rows):
+                self._checks.always_raise_for(layer, _SELECTED)
+            if self.order.is_shared_table(x):
+                self._checks.always_raise_for(layer, _LONE_TABLE)
+            if kind is RowOrigin.EVEN:
+                self._even.add(layer.routing_index)
+            self._ran[layer.routing_index] = layer
         # A checkpoint may run the layer again in another thread.
-        elif layer.routed_as not in self._ran:
-            if layer.sees_part:
-                refuse_part(layer)
-            self._checks.note_unchecked(layer)
+        elif layer.routing_index not in self._ran:
+            if layer.may_see_partial_rows:
+                raise_partial_batch(layer)
+            self._checks.warn_unchecked_layer(layer)
 
 
-def refuse_part(layer: RoutedLayer) -> None:
+def raise_partial_batch(layer: RoutedLayer) -> None:
     """Raise `UnsupportedLayerError` for a layer that gets, or might get, only some rows.
 
     Raises:
         UnsupportedLayerError: Always.
     """
-    checks: RowChecks = layer.routed_by.row_checks
+    checks: RowChecks = layer.routing_group.row_checks
     name = checks.name_of(layer)
     advice = (
         "remove it from target_modules, or use one adapter at a time, with set_adapter() and "
         "without fastlora.adapters or adapter_names"
     )
-    why = checks.why_refused(layer)
-    if why is not None:
-        raise UnsupportedLayerError(f"layer {name!r} {why}; {advice}")
+    reason = checks.unsupported_reason(layer)
+    if reason is not None:
+        raise UnsupportedLayerError(f"layer {name!r} {reason}; {advice}")
     raise UnsupportedLayerError(
         f"layer {name!r} looks like an expert in a mixture of experts, which would get only some "
         "rows of the batch, and no mixed batch has shown yet that it gets all of them. Run one "
@@ -242,7 +246,7 @@ def refuse_part(layer: RoutedLayer) -> None:
 # --------------------------------------------------------------------------------------- structure
 
 
-def _sequence_first(root: nn.Module, name: str) -> str | None:
+def _sequence_first_parent(root: nn.Module, name: str) -> str | None:
     """Return the class name of the outermost parent that uses the layout ``[T, B, K]``, or None."""
     module: nn.Module | None = root
     for part in name.split("."):
@@ -257,7 +261,7 @@ def _sequence_first(root: nn.Module, name: str) -> str | None:
 _LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
 
-class _Step(NamedTuple):
+class _PathStep(NamedTuple):
     """The last step of the path from a model to a module.
 
     Attributes:
@@ -273,7 +277,7 @@ class _Step(NamedTuple):
     beside: set[tuple[int, ...]]
 
 
-class _Alike:
+class _ExpertDetector:
     """Finds modules of the same structure, such as experts, and caches the results."""
 
     def __init__(self) -> None:
@@ -281,9 +285,9 @@ class _Alike:
         self._numbers: dict[Any, int] = {}
         self._counts: dict[int, dict[str, int]] = {}
         self._shapes: dict[int, set[tuple[int, ...]]] = {}
-        self._steps: dict[tuple[str, bool], _Step] = {}
+        self._steps: dict[tuple[str, bool], _PathStep] = {}
 
-    def is_expert(self, root: nn.Module, name: str, layer: RoutedLayer) -> bool:
+    def looks_like_expert(self, root: nn.Module, name: str, layer: RoutedLayer) -> bool:
         """Return whether a layer looks like an expert, or like a part of one.
 
         The result is True if the layer is in one of several modules of the same structure, and
@@ -307,32 +311,32 @@ class _Alike:
                 return True
         return False
 
-    def _step(self, modules: list[nn.Module], names: list[str], at_layer: bool) -> _Step:
-        """Return the `_Step` at the end of a path; ``at_layer`` says whether that is the layer."""
+    def _step(self, modules: list[nn.Module], names: list[str], at_layer: bool) -> _PathStep:
+        """Return the `_PathStep` at the end of a path; ``at_layer``: whether that is the layer."""
         holder, child = modules[-2:]
-        alike = self._count(holder)[names[-1]]
+        alike = self._count_same_structure(holder)[names[-1]]
         if alike == 1:
-            return _Step(alike, False, set())
+            return _PathStep(alike, False, set())
         words = [names[-1], _class_name(child)]
         if not at_layer or isinstance(holder, _LISTS):
             words += [names[-2], _class_name(holder)]
-        beside = set[tuple[int, ...]]().union(*map(self._shapes_in, modules[-3:-1]))
-        return _Step(alike, "expert" in " ".join(words).lower(), beside)
+        beside = set[tuple[int, ...]]().union(*map(self._parameter_shapes, modules[-3:-1]))
+        return _PathStep(alike, "expert" in " ".join(words).lower(), beside)
 
-    def _count(self, holder: nn.Module) -> dict[str, int]:
+    def _count_same_structure(self, holder: nn.Module) -> dict[str, int]:
         """Return a dict that maps a child's name to the number of children of its structure."""
         known = self._counts.get(id(holder))
         if known is None:
             numbers: dict[str, int] = {}
             for name, child in holder._modules.items():
                 if child is not None:
-                    numbers[name] = self._number(child)
+                    numbers[name] = self._structure_number(child)
             counts = Counter(numbers.values())
             known = {name: counts[number] for name, number in numbers.items()}
             self._counts[id(holder)] = known
         return known
 
-    def _number(self, module: nn.Module) -> int:
+    def _structure_number(self, module: nn.Module) -> int:
         """Return a number that identifies the structure of a module.
 
         Two modules have the same structure if they have the same class, parameters of the same
@@ -340,37 +344,37 @@ class _Alike:
         """
         known = self._known.get(id(module))
         if known is None:
-            base = _base(module)
+            base = _base_layer_of(module)
             kind = nn.Linear if base is module and hasattr(module, "lora_A") else type(base)
-            look: list[object] = [kind]
+            structure: list[object] = [kind]
             for name, parameter in base._parameters.items():
                 if parameter is not None:
-                    look.append((name, tuple(parameter.shape)))
+                    structure.append((name, tuple(parameter.shape)))
             for name, child in base._modules.items():
                 if child is not None and not name.startswith("lora_"):
-                    look.append((name, self._number(child)))
-            known = self._numbers.setdefault(tuple(look), len(self._numbers))
+                    structure.append((name, self._structure_number(child)))
+            known = self._numbers.setdefault(tuple(structure), len(self._numbers))
             self._known[id(module)] = known
         return known
 
-    def _shapes_in(self, holder: nn.Module) -> set[tuple[int, ...]]:
+    def _parameter_shapes(self, holder: nn.Module) -> set[tuple[int, ...]]:
         """Return the set of parameter shapes of a module and its children, without adapters."""
         known = self._shapes.get(id(holder))
         if known is None:
             known = self._shapes[id(holder)] = set()
             for module in (holder, *holder._modules.values()):
-                parameters = () if module is None else _base(module)._parameters.values()
+                parameters = () if module is None else _base_layer_of(module)._parameters.values()
                 for parameter in parameters:
                     if parameter is not None:
                         known.add(tuple(parameter.shape))
         return known
 
 
-def _base(module: nn.Module) -> nn.Module:
+def _base_layer_of(module: nn.Module) -> nn.Module:
     """Return the module's base layer, or the module itself if it has no adapters."""
     find: Any = getattr(module, "get_base_layer", None)
     return module if find is None else find()
 
 
 def _class_name(module: nn.Module) -> str:
-    return type(_base(module)).__name__
+    return type(_base_layer_of(module)).__name__

@@ -16,7 +16,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from fastlora.routing import row_samples
 
 
-class Kind(enum.Enum):
+class RowOrigin(enum.Enum):
     """The origin of a tensor's rows.
 
     Attributes:
@@ -41,7 +41,7 @@ class Kind(enum.Enum):
     CHOICE = enum.auto()
 
 
-class Facts(NamedTuple):
+class RowFacts(NamedTuple):
     """The origin of the rows in a storage and, if known, the sample that each row belongs to.
 
     Attributes:
@@ -55,29 +55,33 @@ class Facts(NamedTuple):
             them: constants chose and placed them, or they are back where data took them from.
     """
 
-    kind: Kind
+    kind: RowOrigin
     origin: int | None = None
     inverse: int | None = None
     samples: torch.Tensor | None = None
     fixed: bool = False
 
 
-class Mark(NamedTuple):
+class StorageFacts(NamedTuple):
     """A storage's facts; the weak reference prevents another storage from getting its key."""
 
     storage: StorageWeakRef
-    facts: Facts
+    facts: RowFacts
 
 
-ROWS, TABLE, CONSTANT = Facts(Kind.ROWS), Facts(Kind.TABLE), Facts(Kind.CONSTANT)
+ROWS, TABLE, CONSTANT = (
+    RowFacts(RowOrigin.ROWS),
+    RowFacts(RowOrigin.TABLE),
+    RowFacts(RowOrigin.CONSTANT),
+)
 # Kinds with rows in the order of the batch, and kinds without rows of the batch.
-ORDERED = (Kind.ROWS, Kind.EVEN)
-TABLES = (Kind.TABLE, Kind.CONSTANT, Kind.COUNTED, Kind.IDENTITY)
-# With this number of marks, the marks of freed storages are dropped for the first time.
+ORDERED = (RowOrigin.ROWS, RowOrigin.EVEN)
+TABLES = (RowOrigin.TABLE, RowOrigin.CONSTANT, RowOrigin.COUNTED, RowOrigin.IDENTITY)
+# With this number of entries, the entries of freed storages are dropped for the first time.
 _FIRST_DROP = 4096
 
 
-class RowFacts:
+class RowFactsTable:
     """The facts about the rows of each tensor of a block.
 
     Args:
@@ -86,97 +90,99 @@ class RowFacts:
 
     def __init__(self, count: int) -> None:
         self.count = count
-        self._marks: dict[int, Mark] = {}
+        self._by_storage: dict[int, StorageFacts] = {}
         self._next_drop = _FIRST_DROP
 
-    def of(self, tensor: torch.Tensor) -> Facts:
-        """Return the `Facts` about the rows of a tensor."""
-        mark = self._marks.get(key_of(tensor))
-        if mark is not None:
-            return mark.facts
+    def facts_of(self, tensor: torch.Tensor) -> RowFacts:
+        """Return the `RowFacts` about the rows of a tensor."""
+        entry = self._by_storage.get(storage_key(tensor))
+        if entry is not None:
+            return entry.facts
         return TABLE if isinstance(tensor, nn.Parameter) else ROWS
 
-    def origin(self, tensor: torch.Tensor) -> int:
+    def origin_key(self, tensor: torch.Tensor) -> int:
         """Return the key of the index tensor that ``tensor`` was derived from, or its own key."""
-        origin = self.of(tensor).origin
-        return key_of(tensor) if origin is None else origin
+        origin = self.facts_of(tensor).origin
+        return storage_key(tensor) if origin is None else origin
 
-    def put(self, out: object, facts: Facts) -> None:
+    def put(self, out: object, facts: RowFacts) -> None:
         """Record facts about the tensor, or the sequence of tensors, that an operator returned."""
         for tensor in out if isinstance(out, (tuple, list)) else (out,):
             if not isinstance(tensor, torch.Tensor):
                 continue
             own = facts
-            unknown = own.kind is Kind.CHOSEN and own.samples is None
-            if (unknown or own.kind is Kind.CHOICE) and not tensor.is_floating_point():
+            unknown = own.kind is RowOrigin.CHOSEN and own.samples is None
+            if (unknown or own.kind is RowOrigin.CHOICE) and not tensor.is_floating_point():
                 own = ROWS  # An index or a mask is never a layer's input.
-            key = key_of(tensor)
+            key = storage_key(tensor)
             if not key:
                 continue
             if own == ROWS:
-                self._marks.pop(key, None)
+                self._by_storage.pop(key, None)
                 continue
-            if len(self._marks) >= self._next_drop:
-                live = {k: m for k, m in self._marks.items() if not m.storage.expired()}
-                self._marks, self._next_drop = live, max(_FIRST_DROP, 2 * len(live))
-            self._marks[key] = Mark(StorageWeakRef(tensor.untyped_storage()), own)
+            if len(self._by_storage) >= self._next_drop:
+                live = {k: m for k, m in self._by_storage.items() if not m.storage.expired()}
+                self._by_storage, self._next_drop = live, max(_FIRST_DROP, 2 * len(live))
+            self._by_storage[key] = StorageFacts(StorageWeakRef(tensor.untyped_storage()), own)
 
     def samples(self, tensor: torch.Tensor, lead: int) -> torch.Tensor | None:
         """Return the sample of each entry of the first ``lead`` dimensions, or None if unknown."""
-        facts, shape = self.of(tensor), tensor.shape[:lead]
+        facts, shape = self.facts_of(tensor), tensor.shape[:lead]
         if len(shape) < lead:
             return None
         if facts.kind in ORDERED:
-            moved = row_samples.is_moved(tensor)
-            return None if moved else row_samples.in_order(shape, self.count)
+            moved = row_samples.is_permuted(tensor)
+            return None if moved else row_samples.samples_in_order(shape, self.count)
         if facts.kind in TABLES:
             return row_samples.no_samples(shape)
         known = facts.samples
-        return None if known is None else row_samples.of_view(tensor, known, lead)
+        return None if known is None else row_samples.samples_of_view(tensor, known, lead)
 
-    def carried(self, source: torch.Tensor, out: object) -> torch.Tensor | None:
+    def carry_samples(self, source: torch.Tensor, out: object) -> torch.Tensor | None:
         """Return the samples of ``out``, computed row by row from ``source``, or None."""
         if not isinstance(out, torch.Tensor) or not out.dim():
             return None
-        known = self.of(source).samples
-        if known is None or key_of(out) == key_of(source):
+        known = self.facts_of(source).samples
+        if known is None or storage_key(out) == storage_key(source):
             return known
         lead = max(out.dim() - 1, 1)
-        if source.shape[:lead] != out.shape[:lead] or not row_samples.is_whole(out):
+        if source.shape[:lead] != out.shape[:lead] or not row_samples.covers_storage(out):
             return None
         found = self.samples(source, lead)
         return None if found is None else found.flatten()
 
-    def facts_of_samples(
+    def facts_from_samples(
         self, samples: torch.Tensor | None, origin: int | None, *, fixed: bool
-    ) -> Facts:
+    ) -> RowFacts:
         """Return the facts about rows that an index has selected, given the sample of each row.
 
         Args:
             samples: The samples, or None if they are unknown.
             origin: The key of the index.
-            fixed: See `Facts`.
+            fixed: See `RowFacts`.
         """
         if samples is not None and row_samples.is_in_order(samples, self.count):
-            return ROWS if fixed else Facts(Kind.EVEN)
+            return ROWS if fixed else RowFacts(RowOrigin.EVEN)
         found = None if samples is None else samples.flatten()
-        return Facts(Kind.CHOSEN, origin, None, found, fixed)
+        return RowFacts(RowOrigin.CHOSEN, origin, None, found, fixed)
 
     def are_fixed(self, *tensors: torch.Tensor) -> bool:
         """Return whether every batch has the same samples in the rows of all of these tensors."""
-        found = map(self.of, tensors)
-        return all(facts.fixed or facts.kind not in (Kind.EVEN, Kind.CHOSEN) for facts in found)
+        found = map(self.facts_of, tensors)
+        return all(
+            facts.fixed or facts.kind not in (RowOrigin.EVEN, RowOrigin.CHOSEN) for facts in found
+        )
 
-    def are_tables(self, *indices: torch.Tensor | None) -> bool:
+    def are_data_independent(self, *indices: torch.Tensor | None) -> bool:
         """Return whether all of these index tensors were computed without any input data."""
-        return all(index is None or self.of(index).kind in TABLES for index in indices)
+        return all(index is None or self.facts_of(index).kind in TABLES for index in indices)
 
-    def forget(self, tensor: torch.Tensor) -> None:
+    def discard(self, tensor: torch.Tensor) -> None:
         """Discard the facts about a tensor, which then counts as rows of the batch in order."""
-        self._marks.pop(key_of(tensor), None)
+        self._by_storage.pop(storage_key(tensor), None)
 
 
-def key_of(tensor: torch.Tensor) -> int:
+def storage_key(tensor: torch.Tensor) -> int:
     """Return the key of a tensor's storage, or 0 if it has no storage, as for a sparse tensor."""
     try:
         return tensor.untyped_storage()._cdata

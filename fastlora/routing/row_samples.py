@@ -3,8 +3,9 @@
 Samples are int64 tensors on the CPU.
 
 A row is an entry of a tensor's leading dimensions. Its sample is the position of its adapter id in
-the batch. When an operator indexes rows, `picked` and `placed` index the rows' samples in the same
-way. They read the values of indices, for which the host waits if they are on a GPU.
+the batch. When an operator indexes rows, `selected_samples` and `samples_after_write` index
+the rows' samples in the same way. They read the values of indices, for which the host waits if they
+are on a GPU.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ SEVERAL_SAMPLES = -2
 Indices = Sequence["torch.Tensor | None"]
 
 
-def in_order(shape: Sequence[int], count: int) -> torch.Tensor | None:
+def samples_in_order(shape: Sequence[int], count: int) -> torch.Tensor | None:
     """Return the sample of each row, given that the rows are in the order of the batch.
 
     Row r of R belongs to sample ``r * count // R``, as a layer in a mixed batch assumes. Returns
@@ -44,14 +45,14 @@ def is_in_order(samples: torch.Tensor, count: int, *, blanks: bool = False) -> b
 
     If ``blanks`` is set, rows without a sample are accepted at any position.
     """
-    expected = in_order(samples.shape, count)
+    expected = samples_in_order(samples.shape, count)
     if expected is None:
         return False
     fits = samples == expected
     return bool((fits | (samples == NO_SAMPLE) if blanks else fits).all())
 
 
-def is_moved(tensor: torch.Tensor) -> bool:
+def is_permuted(tensor: torch.Tensor) -> bool:
     """Return whether a later dimension has a larger stride than the first, as after a permute."""
     sizes, strides = tensor.shape, tensor.stride()
     if not sizes or sizes[0] == 1:
@@ -59,7 +60,7 @@ def is_moved(tensor: torch.Tensor) -> bool:
     return any(n > 1 and step > strides[0] for n, step in zip(sizes, strides, strict=True))
 
 
-def of_view(tensor: torch.Tensor, samples: torch.Tensor, lead: int) -> torch.Tensor | None:
+def samples_of_view(tensor: torch.Tensor, samples: torch.Tensor, lead: int) -> torch.Tensor | None:
     """Return each row's sample, for rows over the ``lead`` first dimensions, or None if unknown.
 
     Args:
@@ -68,7 +69,7 @@ def of_view(tensor: torch.Tensor, samples: torch.Tensor, lead: int) -> torch.Ten
             parts.
         lead: Number of dimensions.
     """
-    total = storage_size(tensor)
+    total = storage_numel(tensor)
     if not samples.numel() or total % samples.numel():
         return None
     part = total // samples.numel()
@@ -82,29 +83,29 @@ def of_view(tensor: torch.Tensor, samples: torch.Tensor, lead: int) -> torch.Ten
     return samples[at // part]
 
 
-def storage_size(tensor: torch.Tensor) -> int:
+def storage_numel(tensor: torch.Tensor) -> int:
     """Return the size of a tensor's storage, in elements of the tensor's dtype."""
     return tensor.untyped_storage().nbytes() // tensor.element_size()
 
 
-def is_whole(tensor: torch.Tensor) -> bool:
+def covers_storage(tensor: torch.Tensor) -> bool:
     """Return whether a tensor is contiguous and covers its whole storage."""
-    return tensor.is_contiguous() and tensor.numel() == storage_size(tensor)
+    return tensor.is_contiguous() and tensor.numel() == storage_numel(tensor)
 
 
-def dimensions_of(indices: Indices) -> int:
+def indexed_dimensions(indices: Indices) -> int:
     """Return the number of dimensions that ``indices`` index; a k-dimensional mask counts as k."""
     return sum(1 if i is None or not _is_mask(i) else i.dim() for i in indices)
 
 
-def read(indices: Indices) -> list[torch.Tensor | None] | None:
+def read_indices(indices: Indices) -> list[torch.Tensor | None] | None:
     """Return a list of the indices, copied to the CPU, or None if their values cannot be read."""
-    if not all(index is None or is_readable(index) for index in indices):
+    if not all(index is None or is_host_readable(index) for index in indices):
         return None
     return [None if index is None else index.cpu() for index in indices]
 
 
-def is_readable(tensor: torch.Tensor) -> bool:
+def is_host_readable(tensor: torch.Tensor) -> bool:
     """Return whether the host can read a tensor's values.
 
     The result is False during the capture of a CUDA graph, and for meta tensors and subclasses.
@@ -114,13 +115,13 @@ def is_readable(tensor: torch.Tensor) -> bool:
     return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
-def picked(samples: torch.Tensor, indices: Indices) -> torch.Tensor | None:
+def selected_samples(samples: torch.Tensor, indices: Indices) -> torch.Tensor | None:
     """Return the samples of the rows that indices select, or None if values cannot be read."""
-    values = read(indices)
+    values = read_indices(indices)
     return None if values is None else torch.ops.aten.index(samples, values)
 
 
-def placed(
+def samples_after_write(
     samples: torch.Tensor, indices: Indices, values: torch.Tensor, *, adds: bool
 ) -> torch.Tensor | None:
     """Return the samples of all rows after rows of the samples ``values`` are written at indices.
@@ -128,17 +129,17 @@ def placed(
     If ``adds`` is set, the written rows are added to the existing rows. Returns None if the values
     of indices cannot be read.
     """
-    read_indices = read(indices)
-    if read_indices is None:
+    values_of_indices = read_indices(indices)
+    if values_of_indices is None:
         return None
-    before = torch.ops.aten.index(samples, read_indices)
+    before = torch.ops.aten.index(samples, values_of_indices)
     if adds:
         several = (before != NO_SAMPLE) & (before != values)
         values = values.masked_fill(several, SEVERAL_SAMPLES)
-    after = torch.ops.aten.index_put(samples, read_indices, values)
+    after = torch.ops.aten.index_put(samples, values_of_indices, values)
     # If several rows were put in one place, the place has one of them, and the others differ.
-    differ = (torch.ops.aten.index(after, read_indices) != values).long()
-    shared = torch.ops.aten.index_put(torch.zeros_like(after), read_indices, differ, True)
+    differ = (torch.ops.aten.index(after, values_of_indices) != values).long()
+    shared = torch.ops.aten.index_put(torch.zeros_like(after), values_of_indices, differ, True)
     return after.masked_fill(shared > 0, SEVERAL_SAMPLES)
 
 

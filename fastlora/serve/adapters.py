@@ -14,7 +14,7 @@ from pathlib import Path
 
 from fastlora.model.adapter_files import CONFIG_NAME
 from fastlora.pool import AdapterPool
-from fastlora.pool.resident import Entry
+from fastlora.pool.records import RegisteredAdapter
 from fastlora.validation import (
     AdapterNotFoundError,
     AdapterStateError,
@@ -27,12 +27,12 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 _FILES = (CONFIG_NAME, "adapter_model.safetensors", "adapter_model.bin")
 # Argument of the pool -> command-line option that sets it.
 _OPTIONS = {"max_rank": "--max-rank", "max_adapter_bytes": "--max-adapter-mib"}
-_MOST_LETTERS = 1000  # maximum number of characters in a message
+_MAX_MESSAGE_CHARS = 1000  # maximum number of characters in a message
 _log = logging.getLogger("fastlora.serve")
 
 
 @dataclass(eq=False, kw_only=True)
-class Version(Entry):
+class AdapterVersion(RegisteredAdapter):
     """One version of a served adapter. Each change of the adapter's files creates a new version.
 
     A version is also the adapter's entry in the pool. Its ``name`` in the pool is unique, so old
@@ -40,7 +40,7 @@ class Version(Entry):
 
     Attributes:
         served_as: The name that clients use.
-        mark: Names, modification times, sizes, and inodes of the adapter's files.
+        fingerprint: Names, modification times, sizes, and inodes of the adapter's files.
         ready: Whether the adapter has been read.
         error: Reason why the adapter cannot be used; None if it can be used.
         users: Number of requests that use the version.
@@ -49,7 +49,7 @@ class Version(Entry):
     """
 
     served_as: str
-    mark: tuple[object, ...]
+    fingerprint: tuple[object, ...]
     ready: bool = False
     error: str | None = None
     users: int = 0
@@ -75,21 +75,21 @@ class ServedAdapters:
         self._reserved = frozenset(reserved)
         self._lock = threading.RLock()
         self._numbers = itertools.count(1)
-        self._versions: dict[str, Version] = {}
-        # `scan` does not change adapters that `load` has added. It does not add an unloaded adapter
-        # again until its files change.
-        self._by_hand: set[str] = set()
-        self._left_out: dict[str, tuple[object, ...]] = {}
-        self._refused: set[tuple[object, ...]] = set()  # rejected in the last scan; logged once
+        self._versions: dict[str, AdapterVersion] = {}
+        # `sync_with_folder` does not change adapters that `load` has added. It does not add an
+        # unloaded adapter again until its files change.
+        self._loaded_by_client: set[str] = set()
+        self._unloaded: dict[str, tuple[object, ...]] = {}
+        self._rejected: set[tuple[object, ...]] = set()  # rejected in the last scan; logged once
 
     @property
-    def names(self) -> list[str]:
+    def usable_names(self) -> list[str]:
         """Sorted list of the names of all adapters without a known error."""
         with self._lock:
             return sorted(name for name, own in self._versions.items() if own.error is None)
 
-    def take(self, name: str) -> Version:
-        """Return the current version of an adapter, and reserve it until `give_back` is called.
+    def acquire_version(self, name: str) -> AdapterVersion:
+        """Return the current version of an adapter, reserved until `release_version` is called.
 
         Raises:
             AdapterNotFoundError: There is no adapter of this name.
@@ -104,43 +104,43 @@ class ServedAdapters:
             version.users += 1
             return version
 
-    def give_back(self, version: Version) -> None:
-        """Release a version that `take` has returned."""
+    def release_version(self, version: AdapterVersion) -> None:
+        """Release a version that `acquire_version` has returned."""
         with self._lock:
             version.users -= 1
-            self._forget_unused(version)
+            self._unload_if_unused(version)
 
-    def prepare(self, version: Version, then: Callable[[], None]) -> None:
-        """Read a version's files in the background, and call ``then`` after success or failure."""
+    def read_in_background(self, version: AdapterVersion, on_done: Callable[[], None]) -> None:
+        """Read a version's files in the background, and call ``on_done`` even after a failure."""
         future = None
         with self._lock:
             waits = not version.ready and version.error is None
             if waits:
                 if not version.waiting:
                     future = self.pool.prefetch([version.name])
-                version.waiting.append(then)
-        # Release the lock first: both branches may call `then` immediately, and `then` takes other
+                version.waiting.append(on_done)
+        # Release the lock first: both branches may call `on_done` immediately, and it takes other
         # locks.
         if future is not None:
-            future.add_done_callback(lambda done: self._was_read(version, done))
+            future.add_done_callback(lambda done: self._on_read(version, done))
         elif not waits:
-            then()
+            on_done()
 
-    def _was_read(self, version: Version, done: Future[None]) -> None:
+    def _on_read(self, version: AdapterVersion, done: Future[None]) -> None:
         error = None if done.cancelled() else done.exception()
         with self._lock:
             if error is None:
                 version.ready = True
             else:
-                version.error = self._without_root(error)
+                version.error = self._client_error_message(error)
                 _log.warning("adapter %r cannot be used: %s", version.served_as, error)
                 if not isinstance(error, CheckpointError):  # the next scan tries again
-                    version.mark = ()
+                    version.fingerprint = ()
             waiting, version.waiting = version.waiting, []
-        for then in waiting:
-            then()
+        for on_done in waiting:
+            on_done()
 
-    def scan(self) -> None:
+    def sync_with_folder(self) -> None:
         """Scan the folder: add new and changed adapters, and remove deleted adapters.
 
         If the folder of an adapter is damaged, the adapter keeps its name, but requests for it
@@ -149,29 +149,35 @@ class ServedAdapters:
         if self.root is None:
             return
         found: dict[str, tuple[Path, tuple[object, ...]]] = {}
-        refused: set[tuple[object, ...]] = set()
+        rejected: set[tuple[object, ...]] = set()
         for entry in sorted(self.root.iterdir()) if self.root.is_dir() else ():
-            mark = None if entry.name.startswith(".") else _mark(entry)
-            if mark is None:
+            fingerprint = None if entry.name.startswith(".") else _files_fingerprint(entry)
+            if fingerprint is None:
                 continue
             try:
                 self._check_name(entry.name)
-                self._inside(entry)
+                self._resolve_below_root(entry)
             except ConfigError as error:
-                refused.add((entry.name, *mark))
-                if (entry.name, *mark) not in self._refused:
+                rejected.add((entry.name, *fingerprint))
+                if (entry.name, *fingerprint) not in self._rejected:
                     _log.warning("%r is ignored: %s", str(entry), error)
                 continue
-            found[entry.name] = entry, mark
-        self._refused = refused
+            found[entry.name] = entry, fingerprint
+        self._rejected = rejected
         with self._lock:
-            for name in [n for n in self._versions if n not in found and n not in self._by_hand]:
-                self._drop(name)
-            for name in [n for n in self._left_out if n not in found]:
-                del self._left_out[name]
-            due = [name for name, (_, mark) in found.items() if self._is_due(name, mark)]
+            for name in [
+                n for n in self._versions if n not in found and n not in self._loaded_by_client
+            ]:
+                self._remove_current(name)
+            for name in [n for n in self._unloaded if n not in found]:
+                del self._unloaded[name]
+            due = [
+                name
+                for name, (_, fingerprint) in found.items()
+                if self._needs_new_version(name, fingerprint)
+            ]
         for name in due:
-            self._put(self._version(name, *found[name]))
+            self._register_as_current(self._version(name, *found[name]))
 
     def load(self, name: str, path: str, *, replace: bool = False) -> None:
         """Load an adapter from a folder below the server's folder, and serve it as ``name``.
@@ -190,9 +196,9 @@ class ServedAdapters:
             CheckpointError: The adapter is damaged, too large, or made for another model.
         """
         self._check_name(name)
-        folder = self._inside(Path(path) if self.root is None else self.root / path)
-        mark = _mark(folder)
-        if mark is None:
+        folder = self._resolve_below_root(Path(path) if self.root is None else self.root / path)
+        fingerprint = _files_fingerprint(folder)
+        if fingerprint is None:
             raise ConfigError(f"{path!r}: not an adapter folder; expected {CONFIG_NAME} in it")
         with self._lock:
             known = self._versions.get(name)
@@ -200,22 +206,22 @@ class ServedAdapters:
                 raise AdapterStateError(
                     f"adapter {name!r} is loaded already; unload it first, or set load_inplace"
                 )
-        version = self._version(name, folder, mark)
+        version = self._version(name, folder, fingerprint)
         try:
             self.pool.load_entry(version)  # reads all files, so a damaged adapter fails here
         except (CheckpointError, OSError) as error:
-            raise CheckpointError(self._without_root(error)) from error
+            raise CheckpointError(self._client_error_message(error)) from error
         version.ready = True
         with self._lock:
-            self._drop(name)
-            self._by_hand.add(name)
-            self._left_out.pop(name, None)
+            self._remove_current(name)
+            self._loaded_by_client.add(name)
+            self._unloaded.pop(name, None)
             self._versions[name] = version
 
     def unload(self, name: str) -> None:
         """Unload an adapter. Running requests continue to use it until they end.
 
-        `scan` adds the adapter again when its files change; `load` adds it at any time.
+        `sync_with_folder` adds the adapter again when its files change; `load` adds it at any time.
 
         Raises:
             AdapterNotFoundError: There is no adapter of this name.
@@ -225,22 +231,24 @@ class ServedAdapters:
                 raise AdapterNotFoundError(
                     f"no adapter {name!r} is loaded{near_names(name, self._versions)}"
                 )
-            own = None if self.root is None else _mark(self.root / name)
-            self._drop(name)
+            own = None if self.root is None else _files_fingerprint(self.root / name)
+            self._remove_current(name)
             if own is not None:
-                self._left_out[name] = own
+                self._unloaded[name] = own
 
-    def _version(self, name: str, folder: Path, mark: tuple[object, ...]) -> Version:
-        return Version(f"{name}\n{next(self._numbers)}", folder, served_as=name, mark=mark)
+    def _version(self, name: str, folder: Path, fingerprint: tuple[object, ...]) -> AdapterVersion:
+        return AdapterVersion(
+            f"{name}\n{next(self._numbers)}", folder, served_as=name, fingerprint=fingerprint
+        )
 
-    def _is_due(self, name: str, mark: tuple[object, ...]) -> bool:
-        """Return whether `scan` must add an adapter, given the current `mark` of its files."""
-        if name in self._by_hand or self._left_out.get(name) == mark:
+    def _needs_new_version(self, name: str, fingerprint: tuple[object, ...]) -> bool:
+        """Return whether a scan must register a new version, given the files' fingerprint."""
+        if name in self._loaded_by_client or self._unloaded.get(name) == fingerprint:
             return False
         known = self._versions.get(name)
-        return known is None or known.mark != mark
+        return known is None or known.fingerprint != fingerprint
 
-    def _put(self, version: Version) -> None:
+    def _register_as_current(self, version: AdapterVersion) -> None:
         """Register a version in the pool, and make it the current version of its adapter.
 
         If the adapter is damaged, the error is stored in the version. The files are read without
@@ -251,22 +259,22 @@ class ServedAdapters:
         try:
             self.pool.register_entry(version)
         except (CheckpointError, ConfigError, OSError) as error:
-            version.error = self._without_root(error)
+            version.error = self._client_error_message(error)
         with self._lock:
-            if self._is_due(name, version.mark):
-                self._drop(name)
+            if self._needs_new_version(name, version.fingerprint):
+                self._remove_current(name)
                 self._versions[name] = version
                 if version.error is not None:
                     _log.warning("adapter %r cannot be used: %s", name, version.error)
-            self._forget_unused(version)
+            self._unload_if_unused(version)
 
-    def _drop(self, name: str) -> None:
+    def _remove_current(self, name: str) -> None:
         version = self._versions.pop(name, None)
-        self._by_hand.discard(name)
+        self._loaded_by_client.discard(name)
         if version is not None:
-            self._forget_unused(version)
+            self._unload_if_unused(version)
 
-    def _forget_unused(self, version: Version) -> None:
+    def _unload_if_unused(self, version: AdapterVersion) -> None:
         """Unload a version from the pool if it is not current and no request uses it."""
         is_current = self._versions.get(version.served_as) is version
         if not is_current and not version.users and version.name in self.pool:
@@ -281,7 +289,7 @@ class ServedAdapters:
         if name in self._reserved:
             raise ConfigError(f"{name!r} is reserved for the base model")
 
-    def _inside(self, path: Path) -> Path:
+    def _resolve_below_root(self, path: Path) -> Path:
         """Return the resolved path; raise `ConfigError` unless it is below the server's folder."""
         if self.root is None:
             raise ConfigError("this server was started without --adapters")
@@ -293,7 +301,7 @@ class ServedAdapters:
             raise ConfigError("the path is outside the server's adapter folder")
         return real
 
-    def _without_root(self, error: BaseException) -> str:
+    def _client_error_message(self, error: BaseException) -> str:
         """Return an error message for clients, without the path of the server's folder.
 
         If the adapter exceeds a limit of the server, the message names the option that sets the
@@ -301,12 +309,12 @@ class ServedAdapters:
         """
         option = _OPTIONS.get(getattr(error, "argument", ""))
         text = str(error).replace(f"{self.root}{os.sep}", "")
-        if len(text) > _MOST_LETTERS:  # it may quote a whole field of a config
-            text = f"{text[:_MOST_LETTERS]}..."
+        if len(text) > _MAX_MESSAGE_CHARS:  # it may quote a whole field of a config
+            text = f"{text[:_MAX_MESSAGE_CHARS]}..."
         return text if option is None else f"{text} (set by the server's {option})"
 
 
-def _mark(folder: Path) -> tuple[object, ...] | None:
+def _files_fingerprint(folder: Path) -> tuple[object, ...] | None:
     """Return a tuple that changes with an adapter's files, or None if there is no config file."""
     found: list[object] = []
     for name in _FILES:

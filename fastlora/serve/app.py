@@ -15,29 +15,29 @@ from fastapi import Depends, FastAPI, Request
 from starlette.responses import PlainTextResponse, Response
 
 from fastlora.serve.adapters import ServedAdapters
-from fastlora.serve.answers import (
-    Answer,
-    ChatCompletion,
-    Completion,
-    EventStream,
-    Form,
-    unless_gone,
-)
 from fastlora.serve.engine import Engine
-from fastlora.serve.gate import Gate
-from fastlora.serve.keys import AdminKeyError, Caller, Keys
-from fastlora.serve.metrics import Metrics
-from fastlora.serve.prompts import Prompts
+from fastlora.serve.exception_handlers import AsciiJSONResponse, add_exception_handlers
+from fastlora.serve.keys import AdminKeyError, ApiKeys, CallerRole
+from fastlora.serve.metrics import PrometheusMetrics
+from fastlora.serve.middleware import KeyAndSizeMiddleware
+from fastlora.serve.openai_responses import (
+    AnswerFormat,
+    AnswerStream,
+    ChatCompletionFormat,
+    CompletionFormat,
+    EventStreamResponse,
+    result_unless_disconnected,
+)
+from fastlora.serve.prompt_tokenizer import PromptTokenizer
 from fastlora.serve.protocol import (
     ChatBody,
     CompletionBody,
     GenerationBody,
-    LoadBody,
-    UnloadBody,
-    check_text,
+    LoadAdapterBody,
+    UnloadAdapterBody,
+    check_no_surrogates,
 )
-from fastlora.serve.refusals import JSON, add_handlers
-from fastlora.serve.sampling import Sampling
+from fastlora.serve.sampling import SamplingParams
 from fastlora.validation import AdapterNotFoundError, ConfigError, near_names
 
 _log = logging.getLogger("fastlora.serve")
@@ -48,34 +48,38 @@ _T = TypeVar("_T")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class ServerSettings:
     """Settings of the HTTP application.
 
     Attributes:
         base: Name of the base model. Clients may also use the name ``base``.
         keys: Keys that clients must send.
-        most_bytes: Maximum size of a request's body, in bytes.
-        most_reading: Maximum total size of all incomplete request bodies, in bytes; at least
-            ``most_bytes``. Bodies below 64 KiB do not count.
-        watch_seconds: Seconds between two scans of the adapter folder; 0 disables them.
+        max_body_bytes: Maximum size of a request's body, in bytes.
+        max_pending_body_bytes: Maximum total size of all incomplete request bodies, in bytes; at
+            least ``max_body_bytes``. Bodies below 64 KiB do not count.
+        scan_interval_seconds: Seconds between two scans of the adapter folder; 0 disables them.
     """
 
     base: str
-    keys: Keys = Keys()
-    most_bytes: int = 1 << 20
-    most_reading: int = 1 << 26
-    watch_seconds: float = 2.0
+    keys: ApiKeys = ApiKeys()
+    max_body_bytes: int = 1 << 20
+    max_pending_body_bytes: int = 1 << 26
+    scan_interval_seconds: float = 2.0
 
 
 class Server:
     """An HTTP server for an engine. Its application, `app`, closes the engine at shutdown."""
 
     def __init__(
-        self, engine: Engine, adapters: ServedAdapters, prompts: Prompts, settings: Settings
+        self,
+        engine: Engine,
+        adapters: ServedAdapters,
+        prompts: PromptTokenizer,
+        settings: ServerSettings,
     ) -> None:
         self.engine, self.adapters, self.prompts = engine, adapters, prompts
         self.settings = settings
-        self.metrics = Metrics(engine, adapters)
+        self.metrics = PrometheusMetrics(engine, adapters)
         self.since = int(time.time())
         # asyncio has more threads than there are cores, so short prompts always get a thread.
         self._long_prompts = asyncio.Semaphore(max(1, (os.cpu_count() or 1) - 1))
@@ -84,21 +88,21 @@ class Server:
             docs_url=None,  # the page would load scripts from other hosts
             redoc_url=None,
             lifespan=self._lifespan,
-            default_response_class=JSON,
+            default_response_class=AsciiJSONResponse,
         )
-        add_handlers(app)
+        add_exception_handlers(app)
         app.add_middleware(
-            Gate,
+            KeyAndSizeMiddleware,
             keys=settings.keys,
-            most_bytes=settings.most_bytes,
-            most_reading=settings.most_reading,
+            max_body_bytes=settings.max_body_bytes,
+            max_pending_body_bytes=settings.max_pending_body_bytes,
             metrics=self.metrics,
         )
         for method, path, call in (
             ("GET", "/health", self.health),
             ("GET", "/metrics", self.show_metrics),
-            ("GET", "/v1/models", self.models),
-            ("GET", "/v1/models/{name}", self.one_model),
+            ("GET", "/v1/models", self.list_models),
+            ("GET", "/v1/models/{name}", self.describe_model),
             ("POST", "/v1/completions", self.completions),
             ("POST", "/v1/chat/completions", self.chat_completions),
         ):
@@ -106,7 +110,7 @@ class Server:
         if settings.keys.admin is not None:  # without an admin key, these paths do not exist
             admin: dict[str, Any] = {
                 "response_model": None,
-                "dependencies": [Depends(_check_admin)],
+                "dependencies": [Depends(_require_admin_key)],
             }
             app.add_api_route("/v1/load_lora_adapter", self.load, methods=["POST"], **admin)
             app.add_api_route("/v1/unload_lora_adapter", self.unload, methods=["POST"], **admin)
@@ -114,7 +118,7 @@ class Server:
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, app: FastAPI) -> AsyncIterator[None]:
-        watch = asyncio.create_task(self._watch()) if self.settings.watch_seconds else None
+        watch = asyncio.create_task(self._watch()) if self.settings.scan_interval_seconds else None
         try:
             yield
         finally:
@@ -126,31 +130,31 @@ class Server:
     async def _watch(self) -> None:
         while True:
             try:
-                await asyncio.to_thread(self.adapters.scan)
+                await asyncio.to_thread(self.adapters.sync_with_folder)
             except Exception:  # a missing folder may come back
                 _log.exception("scanning the adapter folder failed")
-            await asyncio.sleep(self.settings.watch_seconds)
+            await asyncio.sleep(self.settings.scan_interval_seconds)
 
     async def health(self) -> Response:
         """Report whether the server accepts requests."""
         if not self.engine.alive or self.engine.closing:
-            return JSON({"status": "shutting down"}, 503)
-        return JSON({"status": "ok"})
+            return AsciiJSONResponse({"status": "shutting down"}, 503)
+        return AsciiJSONResponse({"status": "ok"})
 
     async def show_metrics(self) -> Response:
         """Return the metrics in Prometheus's text format."""
-        return Response(self.metrics.text(), media_type=self.metrics.media_type)
+        return Response(self.metrics.to_prometheus_text(), media_type=self.metrics.media_type)
 
-    async def models(self) -> Response:
+    async def list_models(self) -> Response:
         """List the base model and the adapters that can be used."""
-        names = [self.settings.base, *self.adapters.names]
-        return JSON({"object": "list", "data": [self._model(name) for name in names]})
+        names = [self.settings.base, *self.adapters.usable_names]
+        return AsciiJSONResponse({"object": "list", "data": [self._model(name) for name in names]})
 
-    async def one_model(self, name: str) -> Response:
+    async def describe_model(self, name: str) -> Response:
         """Describe the base model or an adapter that can be used."""
-        if not self._is_base(name) and name not in self.adapters.names:
+        if not self._is_base(name) and name not in self.adapters.usable_names:
             raise AdapterNotFoundError(f"the model {name!r} does not exist")
-        return JSON(self._model(name))
+        return AsciiJSONResponse(self._model(name))
 
     def _model(self, name: str) -> dict[str, Any]:
         base = self._is_base(name)
@@ -166,42 +170,44 @@ class Server:
     def _is_base(self, name: str) -> bool:
         return name in ("base", self.settings.base)
 
-    async def load(self, body: LoadBody) -> Response:
+    async def load(self, body: LoadAdapterBody) -> Response:
         """Load an adapter from a folder below the server's adapter folder."""
-        check_text("lora_name", body.lora_name)
-        check_text("lora_path", body.lora_path)
+        check_no_surrogates("lora_name", body.lora_name)
+        check_no_surrogates("lora_path", body.lora_path)
         await asyncio.to_thread(
             self.adapters.load, body.lora_name, body.lora_path, replace=body.load_inplace
         )
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
-    async def unload(self, body: UnloadBody) -> Response:
+    async def unload(self, body: UnloadAdapterBody) -> Response:
         """Unload an adapter, which running requests continue to use until they end."""
         await asyncio.to_thread(self.adapters.unload, body.lora_name)
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
     async def completions(self, body: CompletionBody, request: Request) -> Response:
-        """Continue a prompt."""
-        sampling = body.sampling(body.max_tokens or _COMPLETION_TOKENS)
-        given = body.one_prompt()
+        """Handle a completion request: continue a prompt."""
+        sampling = body.to_sampling_params(body.max_tokens or _COMPLETION_TOKENS)
+        given = body.single_prompt()
         if isinstance(given, str):
-            check_text("prompt", given)
-            tokens = await self._tokens(len(given), self.prompts.of_text, given)
+            check_no_surrogates("prompt", given)
+            tokens = await self._tokenize_in_thread(len(given), self.prompts.tokenize_text, given)
         else:
-            tokens = self.prompts.of_tokens(given)
-        return await self._answer(body, request, tokens, sampling, Completion)
+            tokens = self.prompts.check_token_ids(given)
+        return await self._answer(body, request, tokens, sampling, CompletionFormat)
 
     async def chat_completions(self, body: ChatBody, request: Request) -> Response:
-        """Answer a conversation."""
+        """Handle a chat completion request: answer a conversation."""
         if body.max_tokens and body.max_completion_tokens:
             raise ConfigError("max_tokens and max_completion_tokens are the same setting; send one")
-        sampling = body.sampling(body.max_tokens or body.max_completion_tokens)
-        messages = [message.as_dict() for message in body.messages]
+        sampling = body.to_sampling_params(body.max_tokens or body.max_completion_tokens)
+        messages = [message.to_template_dict() for message in body.messages]
         size = sum(len(message["content"]) for message in messages)
-        tokens = await self._tokens(size, self.prompts.of_messages, messages)
-        return await self._answer(body, request, tokens, sampling, ChatCompletion)
+        tokens = await self._tokenize_in_thread(size, self.prompts.tokenize_messages, messages)
+        return await self._answer(body, request, tokens, sampling, ChatCompletionFormat)
 
-    async def _tokens(self, size: int, tokenize: Callable[[_T], list[int]], given: _T) -> list[int]:
+    async def _tokenize_in_thread(
+        self, size: int, tokenize: Callable[[_T], list[int]], given: _T
+    ) -> list[int]:
         """Tokenize in a thread. Long prompts wait for each other; short prompts do not wait."""
         if size <= _SHORT_PROMPT:
             return await asyncio.to_thread(tokenize, given)
@@ -213,46 +219,46 @@ class Server:
         body: GenerationBody,
         request: Request,
         tokens: list[int],
-        sampling: Sampling,
-        form: type[Form],
+        sampling: SamplingParams,
+        form: type[AnswerFormat],
     ) -> Response:
         usage = body.stream_options is not None and body.stream_options.include_usage
         if usage and not body.stream:
             raise ConfigError("stream_options requires stream=true")
         adapter = None if self._is_base(body.model) else body.model
         try:
-            answer = Answer(self.engine, tokens, adapter, sampling)
+            answer = AnswerStream(self.engine, tokens, adapter, sampling)
         except AdapterNotFoundError as error:
-            if request.state.caller is not Caller.ADMIN:
+            if request.state.caller is not CallerRole.ADMIN:
                 raise
-            close = near_names(body.model, [self.settings.base, *self.adapters.names])
+            close = near_names(body.model, [self.settings.base, *self.adapters.usable_names])
             raise AdapterNotFoundError(f"{error}{close}") from error
         shape = form(body.model, len(tokens))
         ended = False
         try:
-            # Wait for a piece before sending the status, so that an early error gets its own
+            # Wait for a chunk before sending the status, so that an early error gets its own
             # status.
-            first = await unless_gone(request, answer.next())
+            first = await result_unless_disconnected(request, answer.next_chunk())
             if first is None:
                 return Response(status_code=_CLOSED_BY_CLIENT)
             if body.stream:
-                response = EventStream(answer, shape.stream(answer, first, usage))
+                response = EventStreamResponse(answer, shape.stream_events(answer, first, usage))
                 ended = True  # from here on, the stream cancels the request
                 return response
-            pieces = [first]
-            while pieces[-1].reason is None:
-                piece = await unless_gone(request, answer.next())
-                if piece is None:
+            chunks = [first]
+            while chunks[-1].finish_reason is None:
+                chunk = await result_unless_disconnected(request, answer.next_chunk())
+                if chunk is None:
                     return Response(status_code=_CLOSED_BY_CLIENT)
-                pieces.append(piece)
-            text = "".join(piece.text for piece in pieces)
-            return JSON(shape.whole(text, pieces[-1]))
+                chunks.append(chunk)
+            text = "".join(chunk.text for chunk in chunks)
+            return AsciiJSONResponse(shape.full_body(text, chunks[-1]))
         finally:
             if not ended:
                 answer.cancel()
 
 
-async def _check_admin(request: Request) -> None:
+async def _require_admin_key(request: Request) -> None:
     """Raise `AdminKeyError` unless the request has the admin key."""
-    if request.state.caller is not Caller.ADMIN:
+    if request.state.caller is not CallerRole.ADMIN:
         raise AdminKeyError("this endpoint requires the admin key")

@@ -30,7 +30,7 @@ _QUEUE = 1024  # connections; the kernel drops further ones, and clients retry a
 _BUSY = b"HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
 
 
-class Waiting(enum.Enum):
+class AwaitedEvent(enum.Enum):
     """The event that a connection waits for."""
 
     HEADERS = enum.auto()  # of the first request, or the rest of the headers of a later one
@@ -40,11 +40,11 @@ class Waiting(enum.Enum):
 
 
 @dataclass(frozen=True)
-class Limits:
+class ConnectionLimits:
     """Limits of connections. A connection that exceeds a deadline is closed.
 
     Attributes:
-        most: Maximum number of open connections.
+        max_connections: Maximum number of open connections.
         header_seconds: Time from the start of a connection, or of a later request, to the end of
             the headers.
         body_seconds: Time from the end of the headers to the end of the body.
@@ -52,47 +52,47 @@ class Limits:
         backlog: Number of connections that are accepted at a time.
     """
 
-    most: int = 1024
+    max_connections: int = 1024
     header_seconds: float = 10.0
     body_seconds: float = 60.0
     idle_seconds: float = 60.0
     backlog: int = 128
 
-    def seconds(self, waiting: Waiting) -> float:
+    def timeout_for(self, waiting: AwaitedEvent) -> float:
         """Return the maximum time, in seconds, that a connection waits for an event."""
-        if waiting is Waiting.HEADERS:
+        if waiting is AwaitedEvent.HEADERS:
             return self.header_seconds
-        return self.body_seconds if waiting is Waiting.BODY else self.idle_seconds
+        return self.body_seconds if waiting is AwaitedEvent.BODY else self.idle_seconds
 
 
-class Connections:
+class OpenConnections:
     """The open connections of a server, whose number is limited.
 
     Attributes:
-        waiting: Dict that maps each `Waiting` event to the connections that wait for it, with the
-            longest wait first. HEADERS and BODY share a queue.
+        waiting: Dict that maps each event to the connections that wait for it, with the longest
+            wait first. HEADERS and BODY share a queue.
         ending: Whether the server has stopped accepting connections.
     """
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: ConnectionLimits) -> None:
         self.limits = limits
         self.open = 0
         self.ending = False
-        self._unfinished: dict[Connection, None] = {}
-        self._idle: dict[Connection, None] = {}
-        self._unread: dict[Connection, None] = {}
+        self._unfinished: dict[DeadlineProtocol, None] = {}
+        self._idle: dict[DeadlineProtocol, None] = {}
+        self._unread: dict[DeadlineProtocol, None] = {}
         self.waiting = {
-            Waiting.HEADERS: self._unfinished,
-            Waiting.BODY: self._unfinished,
-            Waiting.REQUEST: self._idle,
-            Waiting.READER: self._unread,
+            AwaitedEvent.HEADERS: self._unfinished,
+            AwaitedEvent.BODY: self._unfinished,
+            AwaitedEvent.REQUEST: self._idle,
+            AwaitedEvent.READER: self._unread,
         }
 
-    def protocol(self, **given: Any) -> Connection:
+    def create_protocol(self, **given: Any) -> DeadlineProtocol:
         """Create the protocol object of a new connection, for uvicorn's ``http`` option."""
-        return Connection(self, **given)
+        return DeadlineProtocol(self, **given)
 
-    def make_room(self) -> bool:
+    def close_waiting_if_full(self) -> bool:
         """Close a waiting connection if the limit is reached, and return whether there is room.
 
         Unfinished requests are closed before idle connections, because a client with an idle
@@ -101,38 +101,40 @@ class Connections:
         """
         if self.ending:
             return False
-        if self.open < self.limits.most:
+        if self.open < self.limits.max_connections:
             return True
         _log.warning(
-            "%d connections are open; new ones close those that are waiting", self.limits.most
+            "%d connections are open; new ones close those that are waiting",
+            self.limits.max_connections,
         )
         queues = [self._unfinished, self._idle, self._unread]
-        if len(self._unfinished) <= self.limits.most // 4:
+        if len(self._unfinished) <= self.limits.max_connections // 4:
             queues = [self._idle, self._unfinished, self._unread]
         longest = next((next(iter(queue)) for queue in queues if queue), None)
         if longest is not None:
-            longest.end()
+            longest.abort()
         return longest is not None
 
 
-class Connection(H11Protocol):
+class DeadlineProtocol(H11Protocol):
     """uvicorn's protocol, with a deadline whenever the connection waits for its client."""
 
-    def __init__(self, every: Connections, **given: Any) -> None:
+    def __init__(self, every: OpenConnections, **given: Any) -> None:
         super().__init__(**given)
         self._every, self._counted = every, False
-        self.conn.next_event = ChunkCount(self.conn.next_event, self.end).next  # type: ignore
+        limiter = SmallChunkLimiter(self.conn.next_event, self.abort)
+        self.conn.next_event = limiter.next_event  # type: ignore
         self._deadline = Deadline(self, every)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._counted = self._every.make_room()
+        self._counted = self._every.close_waiting_if_full()
         if self._counted:
             self._every.open += 1
         else:
             transport.write(_BUSY)
             transport.close()
-        self._look()
+        self._update_deadline()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._leave()
@@ -140,44 +142,44 @@ class Connection(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        self._look()
+        self._update_deadline()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        self._look()
+        self._update_deadline()
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._look()
+        self._update_deadline()
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        self._look()
+        self._update_deadline()
 
     def shutdown(self) -> None:
-        if self._deadline.waits is Waiting.BODY:  # the request is incomplete and cannot finish
-            self.end()
+        if self._deadline.waits is AwaitedEvent.BODY:  # the request is incomplete and cannot finish
+            self.abort()
         else:
             super().shutdown()
 
-    def end(self) -> None:
+    def abort(self) -> None:
         """Close the connection without waiting for the client to read."""
         self._leave()
         self.transport.abort()
 
-    def _look(self) -> None:
-        self._deadline.wait_for(self._waits_for())
+    def _update_deadline(self) -> None:
+        self._deadline.restart_for_event(self._waits_for())
 
-    def _waits_for(self) -> Waiting | None:
+    def _waits_for(self) -> AwaitedEvent | None:
         if self.transport.is_closing() or self.flow.write_paused:
-            return Waiting.READER
+            return AwaitedEvent.READER
         if self.conn.their_state is h11.IDLE:
             is_between = self.cycle is not None and not self.conn.trailing_data[0]
-            return Waiting.REQUEST if is_between else Waiting.HEADERS
-        return Waiting.BODY if self.conn.their_state is h11.SEND_BODY else None
+            return AwaitedEvent.REQUEST if is_between else AwaitedEvent.HEADERS
+        return AwaitedEvent.BODY if self.conn.their_state is h11.SEND_BODY else None
 
     def _leave(self) -> None:
-        self._deadline.wait_for(None)
+        self._deadline.restart_for_event(None)
         self._every.open -= self._counted
         self._counted = False
 
@@ -189,12 +191,12 @@ class Deadline:
         waits: The event that the connection waits for; None while the client waits for the server.
     """
 
-    def __init__(self, connection: Connection, every: Connections) -> None:
+    def __init__(self, connection: DeadlineProtocol, every: OpenConnections) -> None:
         self._connection, self._every = connection, every
-        self.waits: Waiting | None = None
+        self.waits: AwaitedEvent | None = None
         self._timer: asyncio.TimerHandle | None = None
 
-    def wait_for(self, waits: Waiting | None) -> None:
+    def restart_for_event(self, waits: AwaitedEvent | None) -> None:
         """Restart the deadline if the connection now waits for another event."""
         if waits is self.waits:
             return
@@ -204,11 +206,11 @@ class Deadline:
         self.waits = waits
         if waits is not None:
             self._every.waiting[waits][self._connection] = None
-            seconds = self._every.limits.seconds(waits)
-            self._timer = self._connection.loop.call_later(seconds, self._connection.end)
+            seconds = self._every.limits.timeout_for(waits)
+            self._timer = self._connection.loop.call_later(seconds, self._connection.abort)
 
 
-class ChunkCount:
+class SmallChunkLimiter:
     """A counter that closes a connection if a request body has too many small chunks.
 
     Args:
@@ -220,7 +222,7 @@ class ChunkCount:
         self._parsed, self._end = parsed, end
         self._small = 0
 
-    def next(self) -> Any:
+    def next_event(self) -> Any:
         """Return the next event that h11 has parsed, or `h11.NEED_DATA` after closing."""
         event = self._parsed()
         if isinstance(event, h11.Request):
@@ -233,14 +235,14 @@ class ChunkCount:
         return event
 
 
-class ConnectionServer(uvicorn.Server):
+class LongBacklogServer(uvicorn.Server):
     """uvicorn's server, with a longer queue of connections in the kernel.
 
     The queue is longer than the number of connections that are accepted at a time. Connections
     accepted just before the server shuts down are closed; uvicorn would wait for their deadlines.
     """
 
-    def __init__(self, config: uvicorn.Config, connections: Connections) -> None:
+    def __init__(self, config: uvicorn.Config, connections: OpenConnections) -> None:
         super().__init__(config)
         self._connections = connections
 
@@ -271,7 +273,9 @@ def raise_descriptor_limit() -> int | None:
     return None if soft == resource.RLIM_INFINITY else soft
 
 
-def limits_within(descriptors: int | None, most: int | None, **seconds: Any) -> Limits:
+def limits_for_descriptors(
+    descriptors: int | None, max_connections: int | None, **seconds: Any
+) -> ConnectionLimits:
     """Return connection limits that prevent a server from running out of file descriptors.
 
     asyncio accepts as many connections at a time as the backlog. The server closes those over the
@@ -281,20 +285,22 @@ def limits_within(descriptors: int | None, most: int | None, **seconds: Any) -> 
 
     Args:
         descriptors: Limit on open files, from `raise_descriptor_limit`.
-        most: Maximum number of open connections. None uses as many as fit, up to the default of
-            `Limits`.
-        seconds: Deadlines, as in `Limits`.
+        max_connections: Maximum number of open connections. None uses as many as fit, up to
+            the default of `ConnectionLimits`.
+        seconds: Deadlines, as in `ConnectionLimits`.
 
     Raises:
         ConfigError: The limit on open files is too low.
     """
-    own = Limits(**seconds)
-    room = own.most if descriptors is None else (descriptors - _OTHER_FILES) // 2
-    if descriptors is not None and room < (most or _LEAST):
-        least = most or _LEAST
+    own = ConnectionLimits(**seconds)
+    room = own.max_connections if descriptors is None else (descriptors - _OTHER_FILES) // 2
+    if descriptors is not None and room < (max_connections or _LEAST):
+        least = max_connections or _LEAST
         raise ConfigError(
             f"{least} connections need a limit of {2 * least + _OTHER_FILES} open files, but the "
             f"system allows {descriptors} (ulimit -Hn)"
         )
-    most = most or min(room, own.most)
-    return replace(own, most=most, backlog=max(1, min(own.backlog, most // 4)))
+    max_connections = max_connections or min(room, own.max_connections)
+    return replace(
+        own, max_connections=max_connections, backlog=max(1, min(own.backlog, max_connections // 4))
+    )

@@ -15,14 +15,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from fastlora.integrations.transformers import end_tokens
+from fastlora.integrations.transformers import end_token_ids
 from fastlora.pool import AdapterPool, Lease
-from fastlora.serve.adapters import ServedAdapters, Version
-from fastlora.serve.batch import Batch
-from fastlora.serve.job import ClosedError, EngineStats, Job, Piece, QueueFullError, told
-from fastlora.serve.rows import Rows
-from fastlora.serve.sampling import Sampling
-from fastlora.serve.text import AnswerText
+from fastlora.serve.adapters import AdapterVersion, ServedAdapters
+from fastlora.serve.detokenizer import IncrementalDetokenizer
+from fastlora.serve.engine_request import (
+    AnswerChunk,
+    ClosedError,
+    EngineRequest,
+    EngineStats,
+    QueueFullError,
+    to_client_error,
+)
+from fastlora.serve.model_runner import ModelRunner
+from fastlora.serve.running_batch import RunningBatch
+from fastlora.serve.sampling import SamplingParams
 from fastlora.validation import CheckpointError, ConfigError, FastLoraError, PoolFullError
 
 _log = logging.getLogger("fastlora.serve")
@@ -38,10 +45,10 @@ class Engine:
         rows: Maximum number of running requests.
         length: Maximum number of tokens in a prompt and its answer. None uses the model's own
             limit, but at most 2,048.
-        most_waiting: Maximum number of waiting requests.
+        max_waiting: Maximum number of waiting requests.
 
     Raises:
-        UnsupportedLayerError, ConfigError: See `Rows`.
+        UnsupportedLayerError, ConfigError: See `ModelRunner`.
     """
 
     def __init__(
@@ -52,35 +59,37 @@ class Engine:
         *,
         rows: int = 32,
         length: int | None = None,
-        most_waiting: int = 128,
+        max_waiting: int = 128,
     ) -> None:
         self._adapters = adapters
         self._pool: AdapterPool = adapters.pool
-        cached = Rows(model, rows, length)
-        self.length, self._most_rows, self._most_waiting = cached.length, rows, most_waiting
+        cached = ModelRunner(model, rows, length)
+        self.length, self._max_rows, self._max_waiting = cached.length, rows, max_waiting
         self.stats = EngineStats()
         self._changed = threading.Condition()
-        self._waiting: deque[Job] = deque()
-        self._tokenizer, ends = tokenizer, end_tokens(model, tokenizer)
-        self._running = Batch(ends, self._pool, cached, self.stats, self._end)
+        self._waiting: deque[EngineRequest] = deque()
+        self._tokenizer, ends = tokenizer, end_token_ids(model, tokenizer)
+        self._running = RunningBatch(ends, self._pool, cached, self.stats, self._release_and_report)
         self._closing = False
-        self._thread = threading.Thread(target=self._serve, name="fastlora-engine", daemon=True)
+        self._thread = threading.Thread(
+            target=self._thread_main, name="fastlora-engine", daemon=True
+        )
         self._thread.start()
 
     def submit(
         self,
         prompt: Sequence[int],
         adapter: str | None,
-        sampling: Sampling,
-        hear: Callable[[Piece], None],
-    ) -> Job:
+        sampling: SamplingParams,
+        on_chunk: Callable[[AnswerChunk], None],
+    ) -> EngineRequest:
         """Create a request, add it to the queue, and return it.
 
         Args:
             prompt: Tokens of the prompt.
             adapter: Name of the adapter, or None for the base model.
             sampling: Sampling settings.
-            hear: Function that is called with each `Piece` of the answer, in the engine's thread.
+            on_chunk: Function that is called with each chunk of the answer, in the engine's thread.
 
         Raises:
             ConfigError: The prompt is empty, or leaves no room for the answer.
@@ -89,28 +98,28 @@ class Engine:
             QueueFullError: Too many requests are waiting.
             ClosedError: The engine is shutting down.
         """
-        sampling = self._fitting(prompt, sampling)
+        sampling = self._resolve_max_tokens(prompt, sampling)
         with self._changed:
             if self._closing:
                 raise ClosedError("the server is shutting down")
-            if len(self._waiting) >= self._most_waiting:
+            if len(self._waiting) >= self._max_waiting:
                 self.stats.requests_refused += 1
                 raise QueueFullError(
                     f"{len(self._waiting)} requests are already waiting; try again later"
                 )
-            version = None if adapter is None else self._adapters.take(adapter)
-            text = AnswerText(self._tokenizer, prompt, sampling.stop)
-            job = Job(list(prompt), version, sampling, hear, text)
+            version = None if adapter is None else self._adapters.acquire_version(adapter)
+            text = IncrementalDetokenizer(self._tokenizer, prompt, sampling.stop)
+            job = EngineRequest(list(prompt), version, sampling, on_chunk, text)
             self._waiting.append(job)
             self.stats.requests += 1
             self._changed.notify_all()
         if version is not None:
-            self._adapters.prepare(version, self._wake)
+            self._adapters.read_in_background(version, self._wake)
         return job
 
-    def cancel(self, job: Job) -> None:
+    def cancel(self, job: EngineRequest) -> None:
         """Cancel a request. Its row in the batch becomes free before the next token."""
-        job.cancelled = True
+        job.canceled = True
         self._wake()
 
     def close(self, timeout: float | None = None) -> None:
@@ -125,7 +134,7 @@ class Engine:
         if self._thread.is_alive():
             with self._changed:
                 for job in [*self._waiting, *self._running.jobs]:
-                    job.cancelled = True
+                    job.canceled = True
                 self._changed.notify_all()
             self._thread.join()
 
@@ -149,7 +158,9 @@ class Engine:
         """Whether the engine has stopped accepting requests."""
         return self._closing
 
-    def _fitting(self, prompt: Sequence[int], sampling: Sampling) -> Sampling:
+    def _resolve_max_tokens(
+        self, prompt: Sequence[int], sampling: SamplingParams
+    ) -> SamplingParams:
         """Return the settings with a number as ``max_tokens``; raise if it does not fit."""
         if not prompt:
             raise ConfigError("the prompt is empty")
@@ -167,14 +178,14 @@ class Engine:
         with self._changed:
             self._changed.notify_all()
 
-    def _serve(self) -> None:
+    def _thread_main(self) -> None:
         """Run the loop of the engine's thread, and close the batch when the loop ends."""
         try:
-            self._run()
+            self._run_loop()
         finally:
             self._running.close()
 
-    def _run(self) -> None:
+    def _run_loop(self) -> None:
         while True:
             with self._changed:
                 while not (self._running.jobs or self._has_work()):
@@ -182,74 +193,74 @@ class Engine:
                         return
                     self._changed.wait()
             try:
-                self._sweep()
-                self._admit()
-                self._running.turn()
+                self._end_canceled()
+                self._admit_waiting()
+                self._running.step()
             except Exception as error:  # an internal error must not leave requests unanswered
                 _log.exception("an iteration of the engine failed")
-                self._running.fail(error)
+                self._running.fail_all(error)
 
     def _has_work(self) -> bool:
         """Return whether a waiting request can start or has to be ended."""
         return any(
-            job.cancelled or job.version is None or job.version.ready or job.version.error
+            job.canceled or job.version is None or job.version.ready or job.version.error
             for job in self._waiting
         )
 
-    def _sweep(self) -> None:
+    def _end_canceled(self) -> None:
         """End all canceled requests."""
-        self._running.drop_cancelled()
+        self._running.remove_canceled()
         with self._changed:
-            gone = [job for job in self._waiting if job.cancelled]
+            gone = [job for job in self._waiting if job.canceled]
             for job in gone:
                 self._waiting.remove(job)
         for job in gone:
-            self._end(job, None)
+            self._release_and_report(job, None)
 
-    def _admit(self) -> None:
+    def _admit_waiting(self) -> None:
         """Move waiting requests into the batch in the order of their arrival.
 
         If the adapter of a request does not fit yet, later requests may start first, but at most as
         many as there are rows.
         """
-        blocked: list[Job] = []
+        blocked: list[EngineRequest] = []
         with self._changed:
             waiting = list(self._waiting)
         for job in waiting:
-            if len(self._running.jobs) == self._most_rows:
+            if len(self._running.jobs) == self._max_rows:
                 return
-            if any(other.passed >= self._most_rows for other in blocked):
+            if any(other.overtaken >= self._max_rows for other in blocked):
                 return
             version = job.version
             if version is not None:
                 if version.error is None and not version.ready:
                     continue
                 try:
-                    job.lease = self._leased(version)
+                    job.lease = self._try_lease(version)
                 except Exception as error:  # for instance out of memory; others may fit
                     if not isinstance(error, FastLoraError):
                         _log.exception("loading adapter %r to the device failed", version.served_as)
                     with self._changed:
                         self._waiting.remove(job)
-                    self._end(job, told(error))
+                    self._release_and_report(job, to_client_error(error))
                     continue
                 if job.lease is None:
                     blocked.append(job)
                     continue
             for other in blocked:
-                other.passed += 1
+                other.overtaken += 1
             with self._changed:
                 self._waiting.remove(job)
                 self._running.jobs.append(job)
 
-    def _leased(self, version: Version) -> Lease | None:
+    def _try_lease(self, version: AdapterVersion) -> Lease | None:
         """Return a lease on an adapter, or None if the adapter does not fit beside those in use.
 
         Raises `CheckpointError` if the adapter is damaged, and `PoolFullError` if it can never fit.
         """
         if version.error is not None:
             raise CheckpointError(f"adapter {version.served_as!r} cannot be used: {version.error}")
-        held = self._running.adapters
+        held = self._running.adapters_in_use
         if len(self._pool.plan([*held, version.name])) > 1:
             return None
         try:
@@ -261,10 +272,10 @@ class Engine:
                 return None
             raise
 
-    def _end(self, job: Job, error: FastLoraError | None) -> None:
+    def _release_and_report(self, job: EngineRequest, error: FastLoraError | None) -> None:
         """Release a request's adapter, and send an error if its answer is incomplete."""
         if job.version is not None:
-            self._adapters.give_back(job.version)
+            self._adapters.release_version(job.version)
         if job.ended:
             return
         job.ended = True
@@ -273,4 +284,4 @@ class Engine:
             error = ClosedError("the request was canceled")
         else:
             self.stats.requests_failed += 1
-        job.say(Piece(error=error))
+        job.emit(AnswerChunk(error=error))

@@ -16,7 +16,7 @@ class AdminKeyError(FastLoraError):
     """A request lacks the admin key that it needs."""
 
 
-class Caller(enum.Enum):
+class CallerRole(enum.Enum):
     """The kind of caller that sent a request, which is determined by the key in the request."""
 
     STRANGER = "stranger"
@@ -25,7 +25,7 @@ class Caller(enum.Enum):
 
 
 @dataclass(frozen=True)
-class Keys:
+class ApiKeys:
     """The bearer tokens that a server accepts.
 
     Attributes:
@@ -44,7 +44,7 @@ class Keys:
         if self.admin is not None and self.admin == self.client:
             raise ConfigError("the admin key must differ from the API key")
 
-    def caller(self, authorization: bytes) -> Caller:
+    def identify_caller(self, authorization: bytes) -> CallerRole:
         """Return the kind of caller that an ``Authorization`` header identifies.
 
         The keys are compared in constant time.
@@ -56,11 +56,11 @@ class Keys:
             for key in (self.client, self.admin)
         )
         if is_admin:
-            return Caller.ADMIN
-        return Caller.CLIENT if is_client or self.client is None else Caller.STRANGER
+            return CallerRole.ADMIN
+        return CallerRole.CLIENT if is_client or self.client is None else CallerRole.STRANGER
 
 
-def read_key(
+def resolve_key(
     option: str, given: str | None, file: Path | None, variable: str, otherwise: str | None
 ) -> str | None:
     """Return the key from an option, its file, or an environment variable, in this order.
@@ -84,7 +84,7 @@ def read_key(
     if file is not None:
         if given is not None:
             raise ConfigError(f"both {option} and {option}-file are given; pass only one of them")
-        source, key = f"{option}-file {file}", _content(option, file)
+        source, key = f"{option}-file {file}", _read_key_file(option, file)
     elif given is None:
         source, key = f"${variable}", otherwise
     if key is None:
@@ -96,7 +96,7 @@ def read_key(
     return key
 
 
-def _content(option: str, file: Path) -> str:
+def _read_key_file(option: str, file: Path) -> str:
     try:
         with file.open("rb") as opened:
             data = opened.read(_MOST_BYTES + 1)

@@ -8,12 +8,12 @@ import time
 from collections.abc import Callable
 
 SECONDS = 60.0  # period in which the same message is logged once
-MOST_MESSAGES = 200  # maximum number of different messages in this period
-MOST_LETTERS = 1000  # maximum number of characters in a line
+MAX_MESSAGES = 200  # maximum number of different messages in this period
+MAX_LINE_CHARS = 1000  # maximum number of characters in a line
 _BREAKS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
-class LogLines(logging.Formatter):
+class OneLineFormatter(logging.Formatter):
     """A logging formatter that escapes each message to one line and indents its traceback.
 
     A name in a message or in the text of an exception therefore cannot start a new line.
@@ -31,11 +31,11 @@ class LogLines(logging.Formatter):
         return "\n".join(lines)
 
 
-class OncePerMinute(logging.Filter):
+class OncePerMinuteFilter(logging.Filter):
     """A logging filter that passes each message at most once a minute.
 
     The next line for the same message says how often it was repeated. The filter passes at most
-    `MOST_MESSAGES` different messages a minute.
+    `MAX_MESSAGES` different messages a minute.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -46,13 +46,13 @@ class OncePerMinute(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Return whether a record passes, and set ``record.repeats``."""
-        now, text = self._clock(), record.getMessage()[:MOST_LETTERS]
+        now, text = self._clock(), record.getMessage()[:MAX_LINE_CHARS]
         if now - self._since >= SECONDS:
             is_next = now - self._since < 2 * SECONDS
             self._before, self._counts = self._counts if is_next else {}, {}
             self._since = now
         count = self._counts.get(text, 0)
-        if not count and len(self._counts) >= MOST_MESSAGES:
+        if not count and len(self._counts) >= MAX_MESSAGES:
             return False
         self._counts[text] = count + 1
         record.repeats = max(0, self._before.get(text, 0) - 1)
@@ -62,12 +62,12 @@ class OncePerMinute(logging.Filter):
 def log_to_stderr() -> None:
     """Log the warnings and errors of the whole process to stderr."""
     handler = logging.StreamHandler()
-    handler.setFormatter(LogLines())
-    handler.addFilter(OncePerMinute())
+    handler.setFormatter(OneLineFormatter())
+    handler.addFilter(OncePerMinuteFilter())
     logging.basicConfig(handlers=[handler], level=logging.WARNING)
     logging.captureWarnings(True)
 
 
 def _line(text: str) -> str:
-    short = text if len(text) <= MOST_LETTERS else f"{text[:MOST_LETTERS]}..."
+    short = text if len(text) <= MAX_LINE_CHARS else f"{text[:MAX_LINE_CHARS]}..."
     return _BREAKS.sub(lambda found: repr(found.group())[1:-1], short)

@@ -15,7 +15,7 @@ from fastlora.serve.adapters import ServedAdapters
 from fastlora.serve.engine import Engine
 
 
-class Metrics(Collector):
+class PrometheusMetrics(Collector):
     """Metrics of an engine and its adapter pool, which are collected at each Prometheus scrape."""
 
     media_type = CONTENT_TYPE_LATEST
@@ -31,12 +31,12 @@ class Metrics(Collector):
         )
         self._registry.register(self)
 
-    def answered(self, scope: MutableMapping[str, Any], status: int) -> None:
+    def count_response(self, scope: MutableMapping[str, Any], status: int) -> None:
         """Count a response. All paths without a route are counted together."""
         route = scope.get("route")
         self._answers.labels(getattr(route, "path", "other"), str(status)).inc()
 
-    def text(self) -> bytes:
+    def to_prometheus_text(self) -> bytes:
         """Return the metrics in Prometheus's text format."""
         return generate_latest(self._registry)
 
@@ -52,7 +52,7 @@ class Metrics(Collector):
         for name, what, value in (
             ("requests_running", "Running requests.", self._engine.running),
             ("requests_waiting", "Waiting requests.", self._engine.waiting),
-            ("adapters", "Available adapters.", len(self._adapters.names)),
+            ("adapters", "Available adapters.", len(self._adapters.usable_names)),
             ("adapters_on_device", "Adapters on the device.", pool.on_device),
             ("adapter_device_bytes", "Bytes of adapters on the device.", pool.device_bytes),
             ("adapter_cpu_bytes", "Bytes of adapters in CPU memory.", pool.cpu_bytes),

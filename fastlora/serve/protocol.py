@@ -8,12 +8,12 @@ from typing import Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar, cast
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from fastlora.serve.sampling import MOST_STOPS, Sampling
+from fastlora.serve.sampling import MAX_STOPS, SamplingParams
 from fastlora.validation import ConfigError
 
 # Values that clients send although they request nothing. Any other value except null is rejected
 # like an unknown field.
-_ASKS_NOTHING: Mapping[str, object] = {
+_IGNORED_DEFAULTS: Mapping[str, object] = {
     "n": 1,
     "best_of": 1,
     "echo": False,
@@ -33,7 +33,7 @@ _ASKS_NOTHING: Mapping[str, object] = {
     "top_logprobs": 0,
 }
 _INT64 = 2**63
-_MOST_PARTS = 2048  # per conversation, as OpenAI limits messages; 30,000 take a second to check
+_MAX_PARTS = 2048  # per conversation, as OpenAI limits messages; 30,000 take a second to check
 _T = TypeVar("_T")
 # Stop at the first invalid element: an error for each element of a long list would block all
 # requests for seconds.
@@ -42,11 +42,11 @@ _List: TypeAlias = Annotated[list[_T], Field(fail_fast=True)]
 
 class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-    asks_nothing: ClassVar[Mapping[str, object]] = {}
+    ignored_defaults: ClassVar[Mapping[str, object]] = {}
 
     @model_validator(mode="before")
     @classmethod
-    def _with_one_unknown(cls, data: Any) -> Any:
+    def _drop_ignorable_fields(cls, data: Any) -> Any:
         """Drop nulls, values that request nothing, and all unknown fields except the first.
 
         pydantic then rejects the first unknown field. A null field counts as not given, whatever
@@ -54,22 +54,24 @@ class _Body(BaseModel):
         """
         if not isinstance(data, dict):
             return data
-        kept, unknown = {}, None
+        remaining, unknown = {}, None
         for name, value in data.items():
-            if value is None or (name in cls.asks_nothing and _same(value, cls.asks_nothing[name])):
+            if value is None or (
+                name in cls.ignored_defaults and _json_equal(value, cls.ignored_defaults[name])
+            ):
                 continue
             if name not in cls.model_fields:
                 unknown = name if unknown is None else unknown
                 if name != unknown:
                     continue
-            kept[name] = value
-        return kept
+            remaining[name] = value
+        return remaining
 
 
 class StreamOptions(_Body):
     """Options of a stream. `include_usage` adds a last chunk with the token counts."""
 
-    asks_nothing = {"include_obfuscation": False}
+    ignored_defaults = {"include_obfuscation": False}
 
     include_usage: bool = False
 
@@ -77,7 +79,7 @@ class StreamOptions(_Body):
 class GenerationBody(_Body):
     """Fields that completion and chat completion requests share."""
 
-    asks_nothing = _ASKS_NOTHING
+    ignored_defaults = _IGNORED_DEFAULTS
 
     model: str = Field(max_length=256)
     max_tokens: int | None = Field(None, ge=1, lt=_INT64)
@@ -89,12 +91,12 @@ class GenerationBody(_Body):
     stream_options: StreamOptions | None = None
     user: str | None = None
 
-    def sampling(self, max_tokens: int | None) -> Sampling:
+    def to_sampling_params(self, max_tokens: int | None) -> SamplingParams:
         """Return the sampling settings; raise `ConfigError` if a stop text is invalid."""
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        for text in stop[: MOST_STOPS + 1]:
-            check_text("stop", text)
-        return Sampling(
+        for text in stop[: MAX_STOPS + 1]:
+            check_no_surrogates("stop", text)
+        return SamplingParams(
             max_tokens=max_tokens,
             temperature=1.0 if self.temperature is None else self.temperature,
             top_p=1.0 if self.top_p is None else self.top_p,
@@ -108,7 +110,7 @@ class CompletionBody(GenerationBody):
 
     prompt: str | _List[int] | _List[str] | _List[_List[int]]
 
-    def one_prompt(self) -> str | list[int]:
+    def single_prompt(self) -> str | list[int]:
         """Return the prompt; raise `ConfigError` unless there is exactly one."""
         given = self.prompt
         if isinstance(given, list) and not (given and isinstance(given[0], int)):
@@ -123,7 +125,7 @@ class CompletionBody(GenerationBody):
 class TextPart(_Body):
     """A part of a message. This server supports text only."""
 
-    asks_nothing = {"annotations": []}
+    ignored_defaults = {"annotations": []}
 
     type: Literal["text"]
     text: str
@@ -132,7 +134,7 @@ class TextPart(_Body):
 class Message(_Body):
     """A message of a conversation, or an earlier answer as clients serialize it."""
 
-    asks_nothing = {"annotations": [], "tool_calls": []}
+    ignored_defaults = {"annotations": [], "tool_calls": []}
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | _List[TextPart]
@@ -140,17 +142,17 @@ class Message(_Body):
 
     @model_validator(mode="before")
     @classmethod
-    def _with_content(cls, data: Any) -> Any:
+    def _fill_assistant_content(cls, data: Any) -> Any:
         """Add empty content to an assistant's message without content; other roles require it."""
         if isinstance(data, dict) and data.get("role") == "assistant":
             return data if data.get("content") is not None else {**data, "content": ""}
         return data
 
-    def as_dict(self) -> dict[str, str]:
+    def to_template_dict(self) -> dict[str, str]:
         """Return the message as a dict with ``role`` and ``content``, for the chat template."""
         parts = self.content
         text = parts if isinstance(parts, str) else "".join(part.text for part in parts)
-        check_text("content", text)
+        check_no_surrogates("content", text)
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
@@ -162,22 +164,22 @@ class ChatBody(GenerationBody):
 
     @model_validator(mode="before")
     @classmethod
-    def _with_few_parts(cls, data: Any) -> Any:
+    def _check_part_count(cls, data: Any) -> Any:
         """Reject too many messages, or too many parts in them, before each part is checked."""
         messages = data.get("messages") if isinstance(data, dict) else None
         if isinstance(messages, list):
             contents = [own.get("content") for own in messages if isinstance(own, dict)]
             parts = sum(max(1, len(own)) if isinstance(own, list) else 1 for own in contents)
-            if parts > _MOST_PARTS:
+            if parts > _MAX_PARTS:
                 raise PydanticCustomError(
                     "too_long",
                     "messages have {parts} parts, expected at most {most}",
-                    {"parts": parts, "most": _MOST_PARTS},
+                    {"parts": parts, "most": _MAX_PARTS},
                 )
         return data
 
 
-class LoadBody(_Body):
+class LoadAdapterBody(_Body):
     """vLLM's request to load an adapter from a folder below the server's adapter folder."""
 
     lora_name: str = Field(max_length=256)
@@ -185,14 +187,14 @@ class LoadBody(_Body):
     load_inplace: bool = False
 
 
-class UnloadBody(_Body):
+class UnloadAdapterBody(_Body):
     """vLLM's request to unload an adapter."""
 
     lora_name: str = Field(max_length=256)
     lora_int_id: int | None = None
 
 
-def _same(value: object, other: object) -> bool:
+def _json_equal(value: object, other: object) -> bool:
     """Return whether two JSON values are equal, treating 0 and False as different.
 
     ``logprobs: 0`` requests log probabilities, but ``logprobs: false`` does not.
@@ -200,7 +202,7 @@ def _same(value: object, other: object) -> bool:
     return value == other and isinstance(value, bool) == isinstance(other, bool)
 
 
-def check_text(name: str, text: str) -> None:
+def check_no_surrogates(name: str, text: str) -> None:
     """Raise `ConfigError` if a text contains an unpaired surrogate, which UTF-8 cannot encode."""
     try:
         text.encode()

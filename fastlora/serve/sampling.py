@@ -10,14 +10,14 @@ import torch
 
 from fastlora.validation import ConfigError
 
-MOST_STOPS = 4
+MAX_STOPS = 4
 # Below this temperature, scaled differences of logits exceed the range of fp32, and only the
 # likeliest token is left.
 _GREEDY = 1e-4
 
 
 @dataclass(frozen=True)
-class Sampling:
+class SamplingParams:
     """Sampling settings of a request.
 
     Attributes:
@@ -40,8 +40,8 @@ class Sampling:
     stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if len(self.stop) > MOST_STOPS:
-            raise ConfigError(f"stop has {len(self.stop)} strings, expected at most {MOST_STOPS}")
+        if len(self.stop) > MAX_STOPS:
+            raise ConfigError(f"stop has {len(self.stop)} strings, expected at most {MAX_STOPS}")
         if not all(self.stop):
             raise ConfigError("stop has an empty string, which would end every answer")
 
@@ -50,14 +50,14 @@ class Sampling:
         """Whether the most likely token is always chosen."""
         return self.temperature < _GREEDY
 
-    def generator(self) -> torch.Generator:
+    def make_generator(self) -> torch.Generator:
         """Create the random generator of the request, which is always on the CPU."""
         seed = secrets.randbits(63) if self.seed is None else self.seed
         return torch.Generator().manual_seed(seed)
 
 
-def choose(
-    logits: torch.Tensor, settings: Sequence[Sampling], generators: Sequence[torch.Generator]
+def sample_tokens(
+    logits: torch.Tensor, settings: Sequence[SamplingParams], generators: Sequence[torch.Generator]
 ) -> list[int | None]:
     """Return a list of the next token of each row, with None for a row with non-finite logits.
 
@@ -74,15 +74,17 @@ def choose(
         if not finite[row]:
             chosen[row] = None
         elif not own.greedy:
-            chosen[row] = _drawn(logits[row], own, generator)
+            chosen[row] = _sample_top_p(logits[row], own, generator)
     return chosen
 
 
-def _drawn(logits: torch.Tensor, own: Sampling, generator: torch.Generator) -> int:
+def _sample_top_p(logits: torch.Tensor, own: SamplingParams, generator: torch.Generator) -> int:
     probabilities = ((logits - logits.max()) / own.temperature).softmax(-1)
     ordered, tokens = probabilities.sort(descending=True)
     sums = ordered.double().cumsum(0)
-    kept = int((sums - ordered < own.top_p).sum())
-    drawn = torch.rand((), generator=generator, dtype=torch.float64).item() * sums[kept - 1].item()
-    place = int(torch.searchsorted(sums[:kept].contiguous(), drawn, right=True))
-    return int(tokens[min(place, kept - 1)])
+    nucleus = int((sums - ordered < own.top_p).sum())
+    drawn = (
+        torch.rand((), generator=generator, dtype=torch.float64).item() * sums[nucleus - 1].item()
+    )
+    place = int(torch.searchsorted(sums[:nucleus].contiguous(), drawn, right=True))
+    return int(tokens[min(place, nucleus - 1)])

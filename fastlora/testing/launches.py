@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from unittest import mock
 
 from fastlora.env import triton_interpreted
-from fastlora.ops import conditions
+from fastlora.ops import execution_mode
 
 if TYPE_CHECKING:
     from fastlora.kernels.chips import Chip
@@ -90,8 +90,8 @@ def stubbed_launches(chip: str = "sm_90", processors: int = 132) -> Iterator[lis
     try:
         with (
             mock.patch.object(chips, "chip_of", lambda _: described),
-            mock.patch.object(conditions, "KERNEL_DEVICES", ("cpu",)),
-            mock.patch.object(conditions, "triton_status", lambda *_: status),
+            mock.patch.object(execution_mode, "KERNEL_DEVICES", ("cpu",)),
+            mock.patch.object(execution_mode, "triton_status", lambda *_: status),
         ):
             yield launches
     finally:

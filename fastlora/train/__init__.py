@@ -5,9 +5,9 @@ package keep the rest of a training step independent for each adapter too: the l
 clipping, the optimizer, the learning-rate schedule, and the handling of non-finite values.
 """
 
+from fastlora.train.adapter_training_state import AdapterCounts, adapter_parameters
 from fastlora.train.losses import AdapterLosses, adapter_losses, causal_lm_losses, count_tokens
 from fastlora.train.optimizers import AdapterOptimizers, StepReport, train_adapters
-from fastlora.train.solo import AdapterCounts, adapter_parameters
 
 __all__ = [
     "AdapterCounts",

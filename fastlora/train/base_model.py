@@ -12,19 +12,19 @@ from torch import nn
 
 from fastlora.integrations.transformers import (
     CANNOT_READ,
-    as_causal_model,
     quiet_transformers,
+    raising_checkpoint_errors,
 )
-from fastlora.train.config import TrainSettings
-from fastlora.train.data import Corpus
-from fastlora.train.processes import TrainError, needed
-from fastlora.train.quantised import (
-    dtype_of,
-    make_trainable,
-    quantisation,
-    quantise_empty,
-    stored_quantisation,
+from fastlora.train.data import TokenizedCorpus
+from fastlora.train.processes import TrainError, import_or_raise
+from fastlora.train.quantization import (
+    base_model_dtype,
+    bitsandbytes_config,
+    prepare_quantized_model,
+    quantize_meta_model,
+    stored_bitsandbytes_config,
 )
+from fastlora.train.settings import TrainSettings
 from fastlora.validation import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
@@ -34,7 +34,9 @@ CPU = torch.device("cpu")
 
 
 def load_tokenizer(settings: TrainSettings) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of the base model, and set its chat template if `chat_template` is given.
+    """Load the tokenizer of the base model.
+
+    If `chat_template` is set, it replaces the chat template of the tokenizer.
 
     Raises:
         CheckpointError: The tokenizer cannot be read.
@@ -55,7 +57,7 @@ def load_tokenizer(settings: TrainSettings) -> PreTrainedTokenizerBase:
     return found
 
 
-def load_base(
+def load_base_model(
     settings: TrainSettings, device: torch.device = CPU, *, progress: bool = False
 ) -> PreTrainedModel:
     """Load and return the base model.
@@ -68,22 +70,24 @@ def load_base(
 
     Raises:
         CheckpointError: The model cannot be read.
-        ConfigError, TrainError: See `quantisation`.
+        ConfigError, TrainError: See `bitsandbytes_config`.
     """
     transformers = _transformers()
-    options: dict[str, Any] = {"dtype": dtype_of(settings), "local_files_only": True}
+    options: dict[str, Any] = {"dtype": base_model_dtype(settings), "local_files_only": True}
     bars = contextlib.nullcontext() if progress else quiet_transformers(notes=False)
-    with as_causal_model(settings.model), bars:
+    with raising_checkpoint_errors(settings.model), bars:
         config = transformers.AutoConfig.from_pretrained(settings.model, local_files_only=True)
-        bits = quantisation(settings, config)
+        bits = bitsandbytes_config(settings, config)
         if bits is not None:
             options |= {"quantization_config": bits, "device_map": {"": device}}
         model = transformers.AutoModelForCausalLM.from_pretrained(settings.model, **options)
-    make_trainable(model)
+    prepare_quantized_model(model)
     return model
 
 
-def empty_base(settings: TrainSettings, *, as_stored: bool = False) -> PreTrainedModel:
+def build_base_model_on_meta(
+    settings: TrainSettings, *, as_stored: bool = False
+) -> PreTrainedModel:
     """Return the base model on the meta device, without reading or allocating weights.
 
     If `load_in` is set, the linear layers are replaced with quantized layers of bitsandbytes, but
@@ -91,20 +95,20 @@ def empty_base(settings: TrainSettings, *, as_stored: bool = False) -> PreTraine
     bitsandbytes had already quantized when it was saved.
     """
     transformers = _transformers()
-    with as_causal_model(settings.model), torch.device("meta"):
+    with raising_checkpoint_errors(settings.model), torch.device("meta"):
         config = transformers.AutoConfig.from_pretrained(settings.model, local_files_only=True)
-        own, wanted = getattr(config, "dtype", None) or torch.float32, dtype_of(settings)
+        own, wanted = getattr(config, "dtype", None) or torch.float32, base_model_dtype(settings)
         dtype = own if wanted == "auto" else getattr(torch, wanted)
-        bits = quantisation(settings, config)
+        bits = bitsandbytes_config(settings, config)
         if bits is None and as_stored:
-            bits = stored_quantisation(config)
+            bits = stored_bitsandbytes_config(config)
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
     if bits is not None:
-        quantise_empty(model, bits)
+        quantize_meta_model(model, bits)
     return model
 
 
-def enable_checkpointing(base: PreTrainedModel, settings: TrainSettings) -> None:
+def enable_gradient_checkpointing_if_set(base: PreTrainedModel, settings: TrainSettings) -> None:
     """Enable activation checkpointing in the base model if `gradient_checkpointing` is set."""
     if settings.gradient_checkpointing:
         # transformers 5 renamed the method and warns about the old name.
@@ -115,11 +119,11 @@ def enable_checkpointing(base: PreTrainedModel, settings: TrainSettings) -> None
 
 def _transformers() -> Any:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    return needed("transformers")
+    return import_or_raise("transformers")
 
 
 @torch.no_grad()
-def check_keeps_apart(model: nn.Module, packing: str) -> None:
+def check_separates_packed_samples(model: nn.Module, packing: str) -> None:
     """Raise `TrainError` unless the model uses ``position_ids`` to separate packed documents.
 
     Most models in transformers do so. In any other model, the tokens of a document would attend to
@@ -142,7 +146,7 @@ def check_keeps_apart(model: nn.Module, packing: str) -> None:
         )
 
 
-def check_fit(base: PreTrainedModel, corpora: Iterable[Corpus]) -> None:
+def check_samples_fit_model(base: PreTrainedModel, corpora: Iterable[TokenizedCorpus]) -> None:
     """Check that the length and the token ids of every sample fit the base model.
 
     Raises:
@@ -153,10 +157,10 @@ def check_fit(base: PreTrainedModel, corpora: Iterable[Corpus]) -> None:
     embedding: Any = base.get_input_embeddings()
     vocabulary = embedding.weight.shape[0]
     for corpus in corpora:
-        longest = max(range(len(corpus)), key=corpus.length)
-        if positions is not None and corpus.length(longest) > positions:
+        longest = max(range(len(corpus)), key=corpus.num_tokens)
+        if positions is not None and corpus.num_tokens(longest) > positions:
             raise ConfigError(
-                f"{corpus.places[longest]}: has {corpus.length(longest)} tokens, but the base "
+                f"{corpus.sources[longest]}: has {corpus.num_tokens(longest)} tokens, but the base "
                 f"model supports at most {positions}; set max_length to {positions} or less"
             )
         largest = int(corpus.ids.max())

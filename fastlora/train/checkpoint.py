@@ -21,8 +21,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastlora.model.atomic_files import (
+    atomic_new_folder,
+    atomic_remove_folder,
+    remove_abandoned_temp_folders,
+)
 from fastlora.model.inject import base_parameters
-from fastlora.model.replace_files import new_folder, remove_abandoned, remove_folder
 from fastlora.model.tensor_file import read_tensors, write_tensors
 from fastlora.validation import CheckpointError
 
@@ -33,12 +37,13 @@ _SAMPLED = 64
 
 
 @dataclass(frozen=True)
-class TrainState:
-    """The training state in a checkpoint, which is everything except the adapters' weights.
+class CheckpointState:
+    """The contents of a checkpoint without the adapters' weights.
 
     Attributes:
         step: Number of completed steps.
-        identity: Dict of everything that determines the results of the run; see `differences`.
+        identity: Dict of everything that determines the results of the run; see
+            `identity_differences`.
         optimizers: State from `AdapterOptimizers.state_dict`.
     """
 
@@ -47,12 +52,12 @@ class TrainState:
     optimizers: dict[str, Any]
 
 
-def adapters_folder(checkpoint: Path) -> Path:
+def checkpoint_adapters_folder(checkpoint: Path) -> Path:
     """Return the path of a checkpoint's adapter folder, which has one subfolder per adapter."""
     return checkpoint / _ADAPTERS
 
 
-def checkpoints(root: Path) -> list[Path]:
+def list_checkpoints(root: Path) -> list[Path]:
     """Return the paths of all checkpoints in ``root``, ordered from oldest to newest."""
     if not root.is_dir():
         return []
@@ -60,35 +65,38 @@ def checkpoints(root: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
-def checkpoint_folder(root: Path, step: int) -> Path:
+def checkpoint_path(root: Path, step: int) -> Path:
     """Return the path of the checkpoint for step ``step``, which may not exist."""
     return root / f"step-{step:08d}"
 
 
 @contextlib.contextmanager
-def new_checkpoint(root: Path, state: TrainState, keep: int) -> Iterator[Path]:
-    """Yield the path of a new checkpoint's adapter folder, and complete the checkpoint on exit.
+def write_checkpoint(root: Path, state: CheckpointState, max_to_keep: int) -> Iterator[Path]:
+    """Write a new checkpoint, and yield the folder for its adapters.
 
-    On exit, all but the newest ``keep`` checkpoints are removed.
+    The checkpoint is complete on exit. Then all but the newest ``max_to_keep`` are removed.
 
     Args:
         root: The folder of all checkpoints of the run.
         state: The state to save beside the adapters.
-        keep: Number of checkpoints to keep, including the new checkpoint.
+        max_to_keep: Number of checkpoints to keep, including the new checkpoint.
 
     Raises:
         CheckpointError: A file cannot be written, for instance because the disk is full. All older
             checkpoints remain intact, and nothing of the new checkpoint is left.
     """
-    target = checkpoint_folder(root, state.step)
-    with writing(target, "; older checkpoints are unchanged"), new_folder(target) as partial:
-        yield adapters_folder(partial)
+    target = checkpoint_path(root, state.step)
+    with (
+        as_checkpoint_error(target, "; older checkpoints are unchanged"),
+        atomic_new_folder(target) as partial,
+    ):
+        yield checkpoint_adapters_folder(partial)
         _write_state(partial, state)
-    sweep(root, keep)
+    remove_old_checkpoints(root, max_to_keep)
 
 
 @contextlib.contextmanager
-def writing(folder: Path, consequence: str = "") -> Iterator[None]:
+def as_checkpoint_error(folder: Path, consequence: str = "") -> Iterator[None]:
     """Convert a write error in the block to a `CheckpointError` that names ``folder``."""
     try:
         yield
@@ -102,15 +110,18 @@ def writing(folder: Path, consequence: str = "") -> Iterator[None]:
     raise CheckpointError(f"{folder}: could not be written ({reason}){consequence}") from reason
 
 
-def sweep(root: Path, keep: int) -> None:
-    """Remove all but the newest ``keep`` checkpoints, and the temporary files of killed runs."""
-    for old in checkpoints(root)[:-keep]:
+def remove_old_checkpoints(root: Path, max_to_keep: int) -> None:
+    """Remove all but the newest checkpoints.
+
+    The temporary files of killed runs are removed too.
+    """
+    for old in list_checkpoints(root)[:-max_to_keep]:
         with contextlib.suppress(OSError):  # do not fail the run; the next checkpoint tries again
-            remove_folder(old)
-    remove_abandoned(root)
+            atomic_remove_folder(old)
+    remove_abandoned_temp_folders(root)
 
 
-def read_checkpoint(path: Path) -> TrainState:
+def read_checkpoint_state(path: Path) -> CheckpointState:
     """Read the training state of a checkpoint, without the adapters' weights.
 
     Raises:
@@ -129,12 +140,12 @@ def read_checkpoint(path: Path) -> TrainState:
     tensors = path / _TENSORS
     try:
         loaded = read_tensors(tensors)
-        return TrainState(step, identity, _joined(skeleton, loaded))
+        return CheckpointState(step, identity, _restore_tensors(skeleton, loaded))
     except (OSError, KeyError, TypeError) as error:
         raise CheckpointError(f"{tensors}: does not match {state_path.name} ({error!r})") from error
 
 
-def fingerprint(model: nn.Module) -> dict[str, str]:
+def base_weight_fingerprints(model: nn.Module) -> dict[str, str]:
     """Return a dict that maps each base parameter's name to a string that identifies its values.
 
     The string contains the dtype, the shape, and a digest of 64 values spread over the parameter.
@@ -144,8 +155,10 @@ def fingerprint(model: nn.Module) -> dict[str, str]:
     found = {}
     for name, parameter in base_parameters(model):
         flat = parameter.detach().reshape(-1)
-        places = torch.linspace(0, max(flat.numel() - 1, 0), _SAMPLED, dtype=torch.float64).long()
-        values = flat[places.to(flat.device)].cpu() if flat.numel() else flat.cpu()
+        positions = torch.linspace(
+            0, max(flat.numel() - 1, 0), _SAMPLED, dtype=torch.float64
+        ).long()
+        values = flat[positions.to(flat.device)].cpu() if flat.numel() else flat.cpu()
         sampled = values.contiguous().view(torch.uint8).numpy().tobytes()
         digest = hashlib.blake2b(sampled, digest_size=8).hexdigest()
         shape = "x".join(map(str, parameter.shape))
@@ -153,64 +166,66 @@ def fingerprint(model: nn.Module) -> dict[str, str]:
     return found
 
 
-def differences(before: Mapping[str, Any], now: Mapping[str, Any], at: str = "") -> list[str]:
+def identity_differences(
+    before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = ""
+) -> list[str]:
     """Return a message for each difference between two run identities.
 
-    A message has the form ``"batch_size was 8, is 4"``. ``at`` is the prefix of the names in nested
-    dicts.
+    A message has the form ``"batch_size was 8, is 4"``. ``prefix`` is the prefix of the names in
+    nested dicts.
     """
     found = []
     for key in dict.fromkeys([*before, *now]):
-        path = f"{at}.{key}" if at else str(key)
+        path = f"{prefix}.{key}" if prefix else str(key)
         old, new = before.get(key), now.get(key)
         if isinstance(old, Mapping) and isinstance(new, Mapping):
-            found += differences(old, new, path)
+            found += identity_differences(old, new, path)
         elif old != new:
-            found.append(f"{path} was {_shown(old)}, is {_shown(new)}")
+            found.append(f"{path} was {_shortened(old)}, is {_shortened(new)}")
     return found
 
 
-def _shown(value: Any) -> str:
+def _shortened(value: Any) -> str:
     if value is None:
         return "missing"
     text = json.dumps(value, sort_keys=True)
     return text if len(text) <= 80 else f"{text[:80]}..."
 
 
-def _write_state(folder: Path, state: TrainState) -> None:
+def _write_state(folder: Path, state: CheckpointState) -> None:
     tensors: dict[str, torch.Tensor] = {}
     data = {
         "format": FORMAT,
         "step": state.step,
         "identity": state.identity,
-        "optimizers": _split(state.optimizers, "", tensors),
+        "optimizers": _extract_tensors(state.optimizers, "", tensors),
     }
     write_tensors(folder / _TENSORS, tensors)
     (folder / _STATE).write_text(json.dumps(data), encoding="utf-8")
 
 
-def _split(value: Any, key: str, tensors: dict[str, torch.Tensor]) -> Any:
-    """Convert a state to data that JSON can represent, and move its tensors to ``tensors``."""
+def _extract_tensors(value: Any, key: str, tensors: dict[str, torch.Tensor]) -> Any:
+    """Move the tensors of a state to ``tensors``, and return the rest as data for JSON."""
     if isinstance(value, torch.Tensor):
         tensors[key] = value
         return {"tensor": key}
     if isinstance(value, Mapping):
         # Stored as pairs, because the keys in the state of an optimizer are numbers.
-        return {"dict": [[k, _split(v, f"{key}/{k}", tensors)] for k, v in value.items()]}
+        return {"dict": [[k, _extract_tensors(v, f"{key}/{k}", tensors)] for k, v in value.items()]}
     if isinstance(value, (list, tuple)):
         kind = "tuple" if isinstance(value, tuple) else "list"
-        return {kind: [_split(v, f"{key}/{i}", tensors) for i, v in enumerate(value)]}
+        return {kind: [_extract_tensors(v, f"{key}/{i}", tensors) for i, v in enumerate(value)]}
     return value
 
 
-def _joined(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
-    """Rebuild a state from the output of `_split` and its tensors."""
+def _restore_tensors(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
+    """Return a state with its tensors, from the output of `_extract_tensors`."""
     if not isinstance(value, dict):
         return value
     ((kind, inner),) = value.items()
     if kind == "tensor":
         return tensors[inner]
     if kind == "dict":
-        return {k: _joined(v, tensors) for k, v in inner}
-    made = [_joined(v, tensors) for v in inner]
+        return {k: _restore_tensors(v, tensors) for k, v in inner}
+    made = [_restore_tensors(v, tensors) for v in inner]
     return tuple(made) if kind == "tuple" else made

@@ -25,19 +25,19 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from fastlora.command_line import parse_arguments
-from fastlora.integrations.report import fusion_report, implementation_on
+from fastlora.integrations.report import auto_implementation, fusion_report
 from fastlora.model.config_checks import BIAS_MODES
-from fastlora.model.estimate import estimate, human_bytes
+from fastlora.model.estimate import estimate, format_bytes
 from fastlora.model.recommend import Recommendation, recommend
-from fastlora.model.step_memory import step_memory
+from fastlora.model.step_memory import peak_step_memory
 from fastlora.model.targets import ALL_LINEAR
 from fastlora.routing.block import adapters
 from fastlora.train import base_model, checkpoint, prepare
-from fastlora.train.config import ALIASES, AdapterSettings, TrainSettings, read_settings
-from fastlora.train.kinds import SWITCH, TEXTS
-from fastlora.train.processes import check_trackers, launched
-from fastlora.train.quantised import dtype_of
+from fastlora.train.processes import check_trackers, torchrun_world_size
+from fastlora.train.quantization import base_model_dtype
 from fastlora.train.run import TrainResult, train
+from fastlora.train.setting_types import SWITCH, TEXTS
+from fastlora.train.settings import ALIASES, AdapterSettings, TrainSettings, read_settings
 from fastlora.train.signals import RunInterrupted
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         for own in fields(settings):
             if text := own.metadata.get("help"):
                 flag = "--" + shorter.get(own.name, own.name).replace("_", "-")
-                where.add_argument(flag, help=text, **own.metadata["kind"].flag)
+                where.add_argument(flag, help=text, **own.metadata["setting_type"].flag)
     for flag, (options, text) in _LORA_FLAGS.items():
         group.add_argument(flag, help=text, **options)
     parser.add_argument(
@@ -134,38 +134,42 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     add_arguments(parser)
     args = parse_arguments(parser, argv)
-    settings = read_settings(args.config, _flags(args, parser))
+    settings = read_settings(args.config, _settings_from_arguments(args, parser))
     main_process = os.environ.get("RANK", "0") == "0"
     try:
         if args.dry_run:
-            text = dry_run(settings, resume=args.resume)
+            text = dry_run_report(settings, resume=args.resume)
         else:
-            text = summary(train(settings, resume=args.resume, progress=not args.quiet, say=_say))
+            text = summarize_result(
+                train(
+                    settings, resume=args.resume, progress=not args.quiet, on_message=_print_message
+                )
+            )
     except RunInterrupted as interrupted:
         if not main_process:
             return 0  # after a nonzero code, torchrun would end the main process too early
         report = f"fastlora: {interrupted}\n"
         if interrupted.checkpoint is not None:
-            report += f"resume with: {_resuming(sys.argv[1:] if argv is None else argv)}\n"
+            report += f"resume with: {_resume_command(sys.argv[1:] if argv is None else argv)}\n"
         _write(sys.stderr, report)
         return 128 + interrupted.signal
     if main_process:
-        _say(text)
+        _print_message(text)
     return 0
 
 
-def _resuming(given: Sequence[str]) -> str:
-    """Return the shell command that resumes a run that was started with the arguments ``given``."""
-    program, processes = ["fastlora"], launched()
+def _resume_command(argv: Sequence[str]) -> str:
+    """Return the shell command that resumes a run that was started with the arguments ``argv``."""
+    program, processes = ["fastlora"], torchrun_world_size()
     if processes > 1:
         if os.environ.get("LOCAL_WORLD_SIZE", "1") != str(processes):
             return "the same torchrun command on each machine, with --resume"
         program = ["torchrun", "--nproc-per-node", str(processes), "-m", "fastlora"]
-    resume = [] if "--resume" in given else ["--resume"]
-    return shlex.join([*program, "train", *given, *resume])
+    resume = [] if "--resume" in argv else ["--resume"]
+    return shlex.join([*program, "train", *argv, *resume])
 
 
-def _say(text: str) -> None:
+def _print_message(text: str) -> None:
     _write(sys.stdout, f"{text}\n")
 
 
@@ -182,7 +186,9 @@ def _write(stream: TextIO, text: str) -> None:
             os.dup2(nowhere.fileno(), stream.fileno())
 
 
-def _flags(args: argparse.Namespace, parser: argparse.ArgumentParser) -> dict[str, Any]:
+def _settings_from_arguments(
+    args: argparse.Namespace, parser: argparse.ArgumentParser
+) -> dict[str, Any]:
     """Convert the parsed arguments to the dict ``flags`` that `read_settings` takes."""
     given = {k: v for k, v in vars(args).items() if v is not None and k not in _NOT_SETTINGS}
     flags: dict[str, Any] = {k: given.pop(k) for k in list(given) if k in _RUN_SETTINGS}
@@ -204,7 +210,7 @@ def _flags(args: argparse.Namespace, parser: argparse.ArgumentParser) -> dict[st
     return flags
 
 
-def summary(result: TrainResult) -> str:
+def summarize_result(result: TrainResult) -> str:
     """Return a summary of a finished run, with one line per adapter."""
     lines = []
     if result.resumed_from:
@@ -230,7 +236,7 @@ def summary(result: TrainResult) -> str:
     return "\n".join(lines)
 
 
-def dry_run(settings: TrainSettings, *, resume: bool = False) -> str:
+def dry_run_report(settings: TrainSettings, *, resume: bool = False) -> str:
     """Return a text that describes a run, without reading weights or writing files.
 
     Args:
@@ -240,10 +246,10 @@ def dry_run(settings: TrainSettings, *, resume: bool = False) -> str:
     Raises:
         FastLoraError: An error that `train` would raise before it reads weights.
     """
-    prepare.check_folders(settings)
+    prepare.check_model_and_out_folders(settings)
     found = prepare.checkpoint_to_resume(settings, resume=resume)
     check_trackers(settings.track)
-    base = base_model.empty_base(settings, as_stored=True)
+    base = base_model.build_base_model_on_meta(settings, as_stored=True)
     advice = recommend(base)
     configs = prepare.adapter_configs(settings, advice)
     estimates = {name: estimate(base, config) for name, config in configs.items()}
@@ -254,24 +260,25 @@ def dry_run(settings: TrainSettings, *, resume: bool = False) -> str:
     if device.type == "cuda":
         advice = recommend(base, memory_bytes=torch.cuda.get_device_properties(0).total_memory)
     first = next(iter(estimates.values()))
-    quantised = first.scale_bytes > 0
-    fusion = _fusion(base, settings, advice, device, quantised)  # adds the adapters to it
-    state = None if found is None else checkpoint.read_checkpoint(found)
-    processes = launched()
+    is_quantized = first.scale_bytes > 0
+    # This adds the adapters to the base model.
+    fusion = _fusion_report_text(base, settings, advice, device, is_quantized)
+    state = None if found is None else checkpoint.read_checkpoint_state(found)
+    processes = torchrun_world_size()
     tokenizer = base_model.load_tokenizer(settings)
-    corpora = prepare.read_data(settings, tokenizer)
-    held_out = prepare.read_data(settings, tokenizer, "eval_data")
-    schedule = prepare.make_schedule(settings, corpora, processes)
-    base_model.check_fit(base, [*corpora.values(), *held_out.values()])
+    corpora = prepare.read_and_tokenize_data(settings, tokenizer)
+    held_out = prepare.read_and_tokenize_data(settings, tokenizer, "eval_data")
+    schedule = prepare.make_sample_schedule(settings, corpora, processes)
+    base_model.check_samples_fit_model(base, [*corpora.values(), *held_out.values()])
     held = sum(e.training_bytes for e in estimates.values())
     trained = sum(e.adapter_parameters for e in estimates.values())
-    length = max(corpus.length(i) for corpus in corpora.values() for i in range(len(corpus)))
-    step = _step_bytes(settings, advice, schedule.micro_batch_size, length)
-    bits = ", stored in quantized form" if quantised else ""
+    length = max(corpus.num_tokens(i) for corpus in corpora.values() for i in range(len(corpus)))
+    step = _estimate_step_memory(settings, advice, schedule.micro_batch_size, length)
+    bits = ", stored in quantized form" if is_quantized else ""
     bits = f", quantized in {settings.load_in}" if settings.load_in else bits
-    scales = f" ({human_bytes(first.scale_bytes)} of that for scales)" if bits else ""
-    workspace = f", one dequantized weight {human_bytes(first.workspace_bytes)}" if bits else ""
-    activations = "unknown" if step is None else human_bytes(step)
+    scales = f" ({format_bytes(first.scale_bytes)} of that for scales)" if bits else ""
+    workspace = f", one dequantized weight {format_bytes(first.workspace_bytes)}" if bits else ""
+    activations = "unknown" if step is None else format_bytes(step)
     whole = first.base_bytes + held + first.workspace_bytes + (step or 0)
     lines = [
         f"base model  {settings.model}: {kind}, {first.base_parameters:,} parameters, "
@@ -285,16 +292,16 @@ def dry_run(settings: TrainSettings, *, resume: bool = False) -> str:
     ]
     for name, config in configs.items():
         lines += [
-            f"{name}: {corpora[name]}, {_count(schedule.own_steps[name], 'step')}",
+            f"{name}: {corpora[name]}, {_count(schedule.adapter_steps[name], 'step')}",
             *(f"{' ' * len(name)}  {note}" for note in corpora[name].notes),
             f"{' ' * len(name)}  r {config.r}, alpha {config.lora_alpha:g}, dropout "
             f"{config.lora_dropout:g}; {estimates[name]}",
         ]
     lines += [
         "",
-        f"memory      {human_bytes(whole)} in each process: base model "
-        f"{human_bytes(first.base_bytes)}{scales}, {_count(len(estimates), 'adapter')} with "
-        f"{trained:,} parameters in total {human_bytes(held)} (weights, gradients, AdamW)"
+        f"memory      {format_bytes(whole)} in each process: base model "
+        f"{format_bytes(first.base_bytes)}{scales}, {_count(len(estimates), 'adapter')} with "
+        f"{trained:,} parameters in total {format_bytes(held)} (weights, gradients, AdamW)"
         f"{workspace}, activations {activations} "
         f"({schedule.micro_batch_size} samples of {length} tokens)",
         "",
@@ -307,7 +314,7 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def _step_bytes(
+def _estimate_step_memory(
     settings: TrainSettings, advice: Recommendation, samples: int, length: int
 ) -> int | None:
     """Return the peak memory of a forward and backward pass, in bytes, or None if it is unknown.
@@ -316,10 +323,10 @@ def _step_bytes(
     also excludes dropout, which stores only seeds. The result is None if the model does not run on
     the meta device.
     """
-    plain = replace(settings, load_in=None, dtype=dtype_of(settings))
-    base = base_model.empty_base(plain)
-    base_model.enable_checkpointing(base, settings)
-    model = prepare.add_adapters(base, plain, advice).train()
+    plain = replace(settings, load_in=None, dtype=base_model_dtype(settings))
+    base = base_model.build_base_model_on_meta(plain)
+    base_model.enable_gradient_checkpointing_if_set(base, settings)
+    model = prepare.add_trainable_adapters(base, plain, advice).train()
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -337,26 +344,26 @@ def _step_bytes(
         cross_entropy(shifted, ids[:, 1:].flatten()).backward()
 
     try:
-        return step_memory(step)
+        return peak_step_memory(step)
     except (RuntimeError, NotImplementedError):
         return None
 
 
-def _fusion(
+def _fusion_report_text(
     base: PreTrainedModel,
     settings: TrainSettings,
     advice: Recommendation,
     device: torch.device,
-    quantised: bool,
+    is_quantized: bool,
 ) -> str:
     """Return the fusion report for ``device`` as text, or a note if the model is quantized."""
-    report = fusion_report(prepare.add_adapters(base, settings, advice))
-    if quantised:
+    report = fusion_report(prepare.add_trainable_adapters(base, settings, advice))
+    if is_quantized:
         where = f"that bitsandbytes will quantize in {settings.load_in}"
         return (
             f"{len(report.rows)} LoRA layers over weights "
             f"{where if settings.load_in else 'that bitsandbytes has quantized'}; call "
             "fastlora.fusion_report on the loaded model to see which of them are fused"
         )
-    implementation, why = implementation_on(device)
-    return str(replace(report, implementation=implementation, reason=why))
+    implementation, reason = auto_implementation(device)
+    return str(replace(report, implementation=implementation, reason=reason))

@@ -19,9 +19,9 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from fastlora.model.replace_files import try_lock
-from fastlora.train.log import typed
+from fastlora.model.atomic_files import acquire_flock
 from fastlora.train.processes import TrainError
+from fastlora.train.run_log import as_train_error
 
 LOCK = ".run.lock"
 # File descriptors of the locks that this process holds.
@@ -38,11 +38,12 @@ if hasattr(os, "register_at_fork"):
 
 
 @contextlib.contextmanager
-def folder_lock(folder: Path) -> Iterator[None]:
-    """Lock a folder within a ``with`` block, and create the folder if it is missing.
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Lock a folder for a training run within a ``with`` block.
 
-    On exit, the lock file is removed. Each folder that was created on entry is removed too if it is
-    still empty. If the file system does not support `flock`, the function warns and takes no lock.
+    The folder is created if it is missing. On exit, the lock file is removed.
+    Each folder that was created on entry is removed too if it is still empty. If the file system
+    does not support `flock`, the function warns and takes no lock.
 
     Args:
         folder: The output folder of the run.
@@ -54,11 +55,11 @@ def folder_lock(folder: Path) -> Iterator[None]:
     path = folder / LOCK
     created = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     try:
-        descriptor = _acquire(path)
+        descriptor = _acquire_lock(path)
         try:
             if descriptor is not None:
-                with typed(path):
-                    _describe_holder(descriptor)
+                with as_train_error(path):
+                    _write_holder(descriptor)
             yield
         finally:
             if descriptor in _held:  # False in a forked process
@@ -71,10 +72,10 @@ def folder_lock(folder: Path) -> Iterator[None]:
                 parent.rmdir()
 
 
-def _acquire(path: Path) -> int | None:
+def _acquire_lock(path: Path) -> int | None:
     """Lock the lock file and return its descriptor, or None if locks are not supported."""
     while True:
-        with typed(path):
+        with as_train_error(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
                 descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -83,7 +84,7 @@ def _acquire(path: Path) -> int | None:
         _held.add(descriptor)
         locked = False
         try:
-            free = try_lock(descriptor)
+            free = acquire_flock(descriptor)
             if free is None:
                 path.unlink(missing_ok=True)
                 warnings.warn(
@@ -95,10 +96,11 @@ def _acquire(path: Path) -> int | None:
             if not free:
                 raise TrainError(
                     f"{path.parent}: another training run is writing to this folder: "
-                    f"{_holder(descriptor)}; wait until it ends, or choose another out folder"
+                    f"{_describe_lock_holder(descriptor)}; wait until it ends, or choose "
+                    "another out folder"
                 )
             # Another run may have removed the lock file on exit, before this run locked it.
-            locked = _is_at(descriptor, path)
+            locked = _is_file_at(descriptor, path)
             if locked:
                 return descriptor
         finally:
@@ -107,14 +109,14 @@ def _acquire(path: Path) -> int | None:
                 os.close(descriptor)
 
 
-def _is_at(descriptor: int, path: Path) -> bool:
+def _is_file_at(descriptor: int, path: Path) -> bool:
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:
         return False
 
 
-def _describe_holder(descriptor: int) -> None:
+def _write_holder(descriptor: int) -> None:
     holder = {
         "pid": os.getpid(),
         "host": socket.gethostname(),
@@ -125,7 +127,7 @@ def _describe_holder(descriptor: int) -> None:
     os.write(descriptor, json.dumps(holder).encode())
 
 
-def _holder(descriptor: int) -> str:
+def _describe_lock_holder(descriptor: int) -> str:
     """Return a description of the process that holds the lock, read from the lock file."""
     try:
         found = json.loads(os.pread(descriptor, 1 << 16, 0))

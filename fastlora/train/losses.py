@@ -89,7 +89,7 @@ def adapter_losses(
     check_floating("token_losses", token_losses)
     if not token_losses.dim():
         raise ValueError("token_losses has no dimensions, expected one loss for each sample")
-    samples = _samples_of(adapters, token_losses.shape[0])
+    samples = _sample_indices_by_adapter(adapters, token_losses.shape[0])
     if mask is None:
         mask = torch.ones_like(token_losses, dtype=torch.bool)
     if mask.dtype != torch.bool:
@@ -108,7 +108,7 @@ def adapter_losses(
     by_adapter: dict[str, torch.Tensor] = {}
     values: dict[str, float] = {}
     found: dict[str, int] = {}
-    for name, total, count, value in _own_sums(wide, mask, samples):
+    for name, total, count, value in _sum_losses_by_adapter(wide, mask, samples):
         if not count:
             continue
         divisor = count if tokens is None else tokens.get(name)
@@ -122,7 +122,7 @@ def adapter_losses(
     return AdapterLosses(by_adapter, values, found, joint, tokens is None, token_losses)
 
 
-def _own_sums(
+def _sum_losses_by_adapter(
     losses: torch.Tensor, mask: torch.Tensor, samples: dict[str, list[int]]
 ) -> list[tuple[str, torch.Tensor, int, float]]:
     """Return a tuple (name, summed loss, token count, summed loss as a float) for each adapter."""
@@ -175,8 +175,8 @@ def causal_lm_losses(
             f"labels has shape {tuple(labels.shape)}, expected {tuple(logits.shape[:2])}, the "
             "first two dimensions of logits"
         )
-    _samples_of(adapters, labels.shape[0])  # raises before any work
-    shifted = _next_labels(labels)
+    _sample_indices_by_adapter(adapters, labels.shape[0])  # raises before any work
+    shifted = _shift_labels(labels)
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     token_losses = F.cross_entropy(
         wide.flatten(0, 1), shifted.flatten(), ignore_index=IGNORED, reduction="none"
@@ -203,13 +203,13 @@ def count_tokens(labels: torch.Tensor, adapters: Sequence[str | None]) -> dict[s
     """
     if labels.dim() != 2:
         raise ValueError(f"labels has shape {tuple(labels.shape)}, expected [B, T]")
-    samples = _samples_of(adapters, labels.shape[0])
-    counts = (_next_labels(labels) != IGNORED).sum(1).tolist()
+    samples = _sample_indices_by_adapter(adapters, labels.shape[0])
+    counts = (_shift_labels(labels) != IGNORED).sum(1).tolist()
     found = {name: sum(counts[i] for i in rows) for name, rows in samples.items()}
     return {name: count for name, count in found.items() if count}
 
 
-def _samples_of(adapters: Sequence[str | None], count: int) -> dict[str, list[int]]:
+def _sample_indices_by_adapter(adapters: Sequence[str | None], count: int) -> dict[str, list[int]]:
     """Return a dict that maps each adapter to the list of its sample indices.
 
     Raises `ValueError` unless ``adapters`` has ``count`` entries.
@@ -230,7 +230,7 @@ def _samples_of(adapters: Sequence[str | None], count: int) -> dict[str, list[in
     return samples
 
 
-def _next_labels(labels: torch.Tensor) -> torch.Tensor:
+def _shift_labels(labels: torch.Tensor) -> torch.Tensor:
     """Shift the labels so that each position has the label of the next token, shape ``[B, T]``."""
     # Shift the labels rather than the logits, which would have to be copied.
     return F.pad(labels, (0, 1), value=IGNORED)[:, 1:]

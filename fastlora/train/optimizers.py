@@ -19,9 +19,13 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from fastlora.model import LoraModel
 from fastlora.routing.ids import BASE
+from fastlora.train.adapter_training_state import (
+    AdapterCounts,
+    AdapterTrainingState,
+    adapter_parameters,
+)
 from fastlora.train.losses import AdapterLosses
-from fastlora.train.processes import BatchGroup
-from fastlora.train.solo import AdapterCounts, Solo, adapter_parameters
+from fastlora.train.processes import BatchProcessGroup
 from fastlora.validation import AdapterNotFoundError, AdapterStateError, near_names
 
 
@@ -59,7 +63,7 @@ def check_trained_together(model: LoraModel, names: str | Sequence[str]) -> list
     if not chosen:
         raise ValueError(f"no adapter is given; expected one or more of {list(model.peft_config)}")
     for name in chosen:
-        model.base_model.check_known(name)
+        model.base_model.check_adapter_loaded(name)
     for name in chosen:
         bias = model.peft_config[name].bias
         if bias != "none" and len(chosen) > 1:
@@ -154,7 +158,7 @@ class AdapterOptimizers:
                         f"with one are {names}{near_names(name, names)}"
                     )
         self._adapters = {
-            name: Solo(
+            name: AdapterTrainingState(
                 model, name, optimizers[name], schedules.get(name), norms.get(name), scaler, seed
             )
             for name in names
@@ -164,7 +168,7 @@ class AdapterOptimizers:
             raise ValueError(
                 "scaler returned the same object twice, expected a new one for each adapter"
             )
-        self._group = BatchGroup(group, names, self._adapters[names[0]].parameters[0].device)
+        self._group = BatchProcessGroup(group, names, self._adapters[names[0]].parameters[0].device)
         self._present: set[str] = set()
         self._left_out: set[str] = set()
 
@@ -184,7 +188,7 @@ class AdapterOptimizers:
         Raises:
             AdapterNotFoundError: The adapter has no optimizer in this object.
         """
-        scaler = self._known(name).scaler
+        scaler = self._adapter_state(name).scaler
         return None if scaler is None else float(scaler.get_scale())
 
     def draw_seeds(self, names: Sequence[str | None]) -> dict[str, int]:
@@ -203,10 +207,10 @@ class AdapterOptimizers:
             AdapterNotFoundError: An adapter has no optimizer in this object.
         """
         present = dict.fromkeys(name for name in names if name is not None and name != BASE)
-        chosen = [self._known(name) for name in present]
-        if self._group.alone:
-            return {adapter.name: adapter.draw_seed() for adapter in chosen}
-        drawn = {n: a.draw_seed(self._group.rank) for n, a in self._adapters.items()}
+        chosen = [self._adapter_state(name) for name in present]
+        if self._group.is_single_process:
+            return {adapter.name: adapter.next_dropout_seed() for adapter in chosen}
+        drawn = {n: a.next_dropout_seed(self._group.rank) for n, a in self._adapters.items()}
         return {adapter.name: drawn[adapter.name] for adapter in chosen}
 
     def total_tokens(self, counts: Mapping[str, int]) -> dict[str, int]:
@@ -217,7 +221,7 @@ class AdapterOptimizers:
         Args:
             counts: Token counts of this process (`count_tokens`) in all batches of the step.
         """
-        (total,) = self._group.total(counts)
+        (total,) = self._group.sum_counts(counts)
         return {name: int(count) for name, count in total.items() if count}
 
     def backward(self, losses: AdapterLosses) -> None:
@@ -242,8 +246,8 @@ class AdapterOptimizers:
                 the batch and ``losses`` has no graph.
         """
         for name in losses.values:
-            self._known(name).check_trainable()
-        agreed = self._group.agree(losses)
+            self._adapter_state(name).check_trainable()
+        agreed = self._group.agree_on_losses(losses)
         for name in agreed.left_out:
             self._adapters[name].counts.non_finite_losses += 1
         self._left_out.update(agreed.left_out)
@@ -251,11 +255,11 @@ class AdapterOptimizers:
             return
         own = [name for name in agreed.finite if name in losses.by_adapter]
         roots = [
-            self._adapters[name].scaled(losses.by_adapter[name], agreed.weights[name])
+            self._adapters[name].scale_loss(losses.by_adapter[name], agreed.weights[name])
             for name in own
         ]
         seeds: list[torch.Tensor | None] = [None] * len(roots)
-        if self._group.alone:
+        if self._group.is_single_process:
             # Rows of a skipped loss still take part in the backward pass, where 0 * NaN is NaN.
             spoiled = [adapter for name, adapter in self._adapters.items() if name not in own]
         else:
@@ -269,16 +273,18 @@ class AdapterOptimizers:
                 )
             for name in agreed.finite:
                 if name not in own:  # GradScaler creates its scale at the first loss
-                    self._adapters[name].scaled(losses.graph.new_zeros(()))
+                    self._adapters[name].scale_loss(losses.graph.new_zeros(()))
             roots.append(losses.graph)
             seeds.append(torch.zeros_like(losses.graph))
-        kept = [(parameter, parameter.grad) for other in spoiled for parameter in other.parameters]
-        for parameter, _ in kept:
+        saved_gradients = [
+            (parameter, parameter.grad) for other in spoiled for parameter in other.parameters
+        ]
+        for parameter, _ in saved_gradients:
             parameter.grad = None
         try:
             torch.autograd.backward(roots, seeds)
         finally:
-            for parameter, gradient in kept:
+            for parameter, gradient in saved_gradients:
                 parameter.grad = gradient
         self._present.update(agreed.finite)
 
@@ -303,26 +309,30 @@ class AdapterOptimizers:
         if present is None:
             wanted = self._present
         else:
-            wanted = self._group.anywhere([self._known(name).name for name in present])
+            wanted = self._group.union_of_names(
+                [self._adapter_state(name).name for name in present]
+            )
         # Under DDP's no_sync(), gradients set aside in a backward pass have not been averaged.
         for name in self._adapters:
             if name in wanted and name in self._left_out:
-                self._group.average_(self._adapters[name].parameters)
+                self._group.average_gradients_(self._adapters[name].parameters)
         for name in wanted:
-            if not self._known(name).gradients():
+            if not self._adapter_state(name).gradients():
                 raise AdapterStateError(
                     f"adapter {name!r} has no gradients; expected a backward of a loss "
                     "over its rows since the last zero_grad()"
                 )
         # Step in the order of the optimizers, so that the order of the rows has no effect.
         chosen = [adapter for name, adapter in self._adapters.items() if name in wanted]
-        norms = [adapter.unscaled_norm() for adapter in chosen]
+        norms = [adapter.unscale_gradients_and_get_norm() for adapter in chosen]
         values = torch.stack([n.to(norms[0].device) for n in norms]).tolist() if norms else []
         stepped: list[str] = []
         skipped: list[str] = []
         grad_norms: dict[str, float] = {}
         for adapter, norm, value in zip(chosen, norms, values, strict=True):
-            (stepped if adapter.step(norm, value) else skipped).append(adapter.name)
+            (stepped if adapter.clip_and_step_if_finite(norm, value) else skipped).append(
+                adapter.name
+            )
             grad_norms[adapter.name] = value
         left_out = tuple(name for name in self._adapters if name in self._left_out)
         self._present.clear()
@@ -335,7 +345,9 @@ class AdapterOptimizers:
         Raises:
             AdapterNotFoundError: An adapter has no optimizer in this object.
         """
-        for adapter in [self._known(n) for n in (self._adapters if names is None else names)]:
+        for adapter in [
+            self._adapter_state(n) for n in (self._adapters if names is None else names)
+        ]:
             adapter.zero_grad()
             self._present.discard(adapter.name)
 
@@ -356,7 +368,7 @@ class AdapterOptimizers:
                 rank. Nothing has changed.
         """
         for name, saved in state.items():
-            self._known(name).check_state(saved)
+            self._adapter_state(name).check_state(saved)
         for name, saved in state.items():
             self._adapters[name].load_state_dict(saved)
 
@@ -366,9 +378,9 @@ class AdapterOptimizers:
         A loaded state contains the learning rates of the schedule that it was saved with.
         """
         for adapter in self._adapters.values():
-            adapter.follow_schedule()
+            adapter.set_scheduled_learning_rate()
 
-    def _known(self, name: str) -> Solo:
+    def _adapter_state(self, name: str) -> AdapterTrainingState:
         if name not in self._adapters:
             raise AdapterNotFoundError(
                 f"adapter {name!r} has no optimizer; adapters with one are "

@@ -20,13 +20,13 @@ from fastlora.model import LoraModel, get_peft_model
 from fastlora.model.adapter_folder import inspect_adapter_folder
 from fastlora.model.config import LoraConfig
 from fastlora.model.recommend import Recommendation
-from fastlora.model.targets import check_every_target
-from fastlora.train.checkpoint import checkpoints
-from fastlora.train.config import AdapterSettings, TrainSettings
-from fastlora.train.data import Corpus, Order, encode, seed_of
+from fastlora.model.targets import check_all_targets_match
+from fastlora.train.adapter_training_state import adapter_parameters
+from fastlora.train.checkpoint import list_checkpoints
+from fastlora.train.data import SampleOrder, TokenizedCorpus, hash_seed, tokenize_files
 from fastlora.train.optimizers import AdapterOptimizers, train_adapters
-from fastlora.train.processes import TrainError, needed
-from fastlora.train.solo import adapter_parameters
+from fastlora.train.processes import TrainError, import_or_raise
+from fastlora.train.settings import AdapterSettings, TrainSettings
 from fastlora.validation import CheckpointError, ConfigError, error_prefix
 
 if TYPE_CHECKING:
@@ -35,23 +35,23 @@ _COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True, eq=False)
-class Schedule:
+class SampleSchedule:
     """The number of steps in a run, and the samples of each step.
 
     Attributes:
         order: The samples of each step.
         steps: Number of steps.
         micro_batch_size: Number of samples in a forward pass.
-        own_steps: Dict that maps each adapter to the number of steps in which it has samples.
+        adapter_steps: Dict that maps each adapter to the number of steps in which it has samples.
     """
 
-    order: Order
+    order: SampleOrder
     steps: int
     micro_batch_size: int
-    own_steps: dict[str, int]
+    adapter_steps: dict[str, int]
 
 
-def check_folders(settings: TrainSettings) -> None:
+def check_model_and_out_folders(settings: TrainSettings) -> None:
     """Check that the model is a local folder, and that ``out`` is not a file.
 
     Raises `CheckpointError` for the model, and `TrainError` for ``out``.
@@ -71,7 +71,7 @@ def checkpoint_to_resume(settings: TrainSettings, *, resume: bool) -> Path | Non
     Raises:
         TrainError: There is a checkpoint, and ``resume`` is False.
     """
-    found = checkpoints(settings.out / "checkpoints")
+    found = list_checkpoints(settings.out / "checkpoints")
     if found and not resume:
         raise TrainError(
             f"{found[-1]} is a checkpoint of an earlier run; resume it (--resume), or choose "
@@ -87,7 +87,7 @@ def adapter_configs(settings: TrainSettings, advice: Recommendation) -> dict[str
     folder in ``init_from`` is invalid.
     """
     configs = {
-        adapter.name: adapter.lora_config(advice)
+        adapter.name: adapter.new_adapter_config(advice)
         if adapter.init_from is None
         else inspect_adapter_folder(adapter.init_from).config
         for adapter in settings.adapters
@@ -113,7 +113,7 @@ def _check_init(config: LoraConfig, is_new: bool, adapters: int) -> None:
         )
 
 
-def add_adapters(
+def add_trainable_adapters(
     base: PreTrainedModel, settings: TrainSettings, advice: Recommendation
 ) -> LoraModel:
     """Add all adapters to the base model, make them trainable, and return the `LoraModel`.
@@ -131,7 +131,7 @@ def add_adapters(
     model: LoraModel | None = None
     for adapter in settings.adapters:
         name, config, folder = adapter.name, configs[adapter.name], adapter.init_from
-        torch.manual_seed(seed_of(settings.seed, name))
+        torch.manual_seed(hash_seed(settings.seed, name))
         if folder is not None and has_weights:
             if model is None:
                 model = LoraModel.from_pretrained(base, folder, name, is_trainable=True)
@@ -140,7 +140,7 @@ def add_adapters(
             continue
         if folder is None:
             with error_prefix(f"adapter {name!r}"):
-                check_every_target(base, config)
+                check_all_targets_match(base, config)
         if folder is not None or (settings.load_in and not has_weights):
             config = config.shapes_only()
         config = replace(config, inference_mode=False)
@@ -151,11 +151,11 @@ def add_adapters(
     if model is None:
         raise ConfigError("no adapter is given")
     train_adapters(model, list(configs))
-    _check_unscalable(model)
+    _check_no_fp16_trained(model)
     return model
 
 
-def _check_unscalable(model: LoraModel) -> None:
+def _check_no_fp16_trained(model: LoraModel) -> None:
     """Raise `ConfigError` if an adapter trains fp16 parameters.
 
     torch cannot unscale the gradients of fp16 parameters. The factors of an adapter are fp32.
@@ -186,16 +186,16 @@ def check_dropout_dtype(configs: Mapping[str, LoraConfig], dtype: torch.dtype) -
             )
 
 
-def read_data(
+def read_and_tokenize_data(
     settings: TrainSettings,
     tokenizer: PreTrainedTokenizerBase,
     which: str = "data",
     *,
     progress: bool = False,
-) -> dict[str, Corpus]:
+) -> dict[str, TokenizedCorpus]:
     """Read and tokenize the ``"data"`` or ``"eval_data"`` files of each adapter.
 
-    Returns a dict that maps each adapter with files to its `Corpus`.
+    Returns a dict that maps each adapter with files to its `TokenizedCorpus`.
 
     Raises `DataError` if a file or a row is invalid.
     """
@@ -205,18 +205,20 @@ def read_data(
         desc=f"reading {which}", unit=" samples", disable=not progress, leave=False, delay=1.0
     ) as bar:
         return {
-            adapter.name: encode(
+            adapter.name: tokenize_files(
                 paths,
                 tokenizer,
                 settings.max_length,
-                settings.reading(adapter),
+                settings.data_options(adapter),
                 advance=bar.update,
             )
             for adapter, paths in files
         }
 
 
-def data_notes(corpora: Mapping[str, Corpus], held_out: Mapping[str, Corpus]) -> list[str]:
+def describe_data(
+    corpora: Mapping[str, TokenizedCorpus], held_out: Mapping[str, TokenizedCorpus]
+) -> list[str]:
     """Return a list of messages about the format and the size of each adapter's data."""
     lines = []
     for what, found in (("", corpora), (", evaluation", held_out)):
@@ -226,7 +228,7 @@ def data_notes(corpora: Mapping[str, Corpus], held_out: Mapping[str, Corpus]) ->
     return lines
 
 
-class _LossyStream:
+class _StreamIgnoringWriteErrors:
     """A stream that ignores failed writes, so that a progress bar cannot end a run.
 
     A write fails on a full disk, for instance.
@@ -252,13 +254,13 @@ class _LossyStream:
 
 def progress_bar(**options: Any) -> Any:
     """Return a tqdm progress bar; raise `TrainError` if tqdm is not installed."""
-    return needed("tqdm").tqdm(file=_LossyStream(sys.stderr), **options)
+    return import_or_raise("tqdm").tqdm(file=_StreamIgnoringWriteErrors(sys.stderr), **options)
 
 
-def make_schedule(
-    settings: TrainSettings, corpora: Mapping[str, Corpus], processes: int
-) -> Schedule:
-    """Return the `Schedule` of a run.
+def make_sample_schedule(
+    settings: TrainSettings, corpora: Mapping[str, TokenizedCorpus], processes: int
+) -> SampleSchedule:
+    """Return the `SampleSchedule` of a run.
 
     Raises:
         ConfigError: A step has fewer forward passes than there are processes, or an adapter has no
@@ -272,23 +274,25 @@ def make_schedule(
             f"of the {processes} processes needs at least one; set batch_size to at least "
             f"{processes * micro}, or micro_batch_size to at most {max(size // processes, 1)}"
         )
-    order = Order({name: len(corpus) for name, corpus in corpora.items()}, size, settings.seed)
+    order = SampleOrder(
+        {name: len(corpus) for name, corpus in corpora.items()}, size, settings.seed
+    )
     steps = settings.steps or max(math.ceil(settings.epochs * order.total / size), 1)
-    own_steps = order.presence(steps)
-    for name, count in own_steps.items():
+    adapter_steps = order.count_steps_with_samples(steps)
+    for name, count in adapter_steps.items():
         if not count:
             raise ConfigError(
                 f"none of the {steps} steps has a sample of adapter {name!r}; increase steps (an "
                 f"epoch has {math.ceil(order.total / size)}) or batch_size"
             )
-    return Schedule(order, steps, micro, own_steps)
+    return SampleSchedule(order, steps, micro, adapter_steps)
 
 
 def make_optimizers(
     model: LoraModel,
     settings: TrainSettings,
     advice: Recommendation,
-    schedule: Schedule,
+    schedule: SampleSchedule,
     device: torch.device,
 ) -> AdapterOptimizers:
     """Create AdamW optimizers with schedules, gradient clipping, and, for fp16, loss scaling."""
@@ -303,17 +307,19 @@ def make_optimizers(
             for a in settings.adapters
         },
         schedulers={
-            a.name: partial(LambdaLR, lr_lambda=rate(a, schedule.own_steps[a.name]))
+            a.name: partial(
+                LambdaLR, lr_lambda=learning_rate_factor(a, schedule.adapter_steps[a.name])
+            )
             for a in settings.adapters
         },
         max_grad_norm={a.name: a.max_grad_norm for a in settings.adapters if a.max_grad_norm},
-        scaler=partial(torch.amp.GradScaler, device.type) if needs_scale(model) else None,
+        scaler=partial(torch.amp.GradScaler, device.type) if needs_loss_scaling(model) else None,
         seed=settings.seed,
         group=None,  # `RunProcesses` sums the gradients
     )
 
 
-def needs_scale(model: nn.Module) -> bool:
+def needs_loss_scaling(model: nn.Module) -> bool:
     """Return whether the losses must be scaled because the model has fp16 parameters.
 
     With loss scaling, a step with a non-finite gradient is skipped and is not an error.
@@ -321,14 +327,14 @@ def needs_scale(model: nn.Module) -> bool:
     return any(p.dtype == torch.float16 for p in model.parameters())
 
 
-def rate(adapter: AdapterSettings, total: int) -> Callable[[int], float]:
+def learning_rate_factor(adapter: AdapterSettings, total_steps: int) -> Callable[[int], float]:
     """Return a function that maps an adapter's step to the factor of its learning rate."""
-    warmup = math.ceil(adapter.warmup_ratio * total)
+    warmup = math.ceil(adapter.warmup_ratio * total_steps)
 
     def at(step: int) -> float:
         if step < warmup:
             return (step + 1) / warmup
-        done = min((step - warmup) / max(total - warmup, 1), 1.0)
+        done = min((step - warmup) / max(total_steps - warmup, 1), 1.0)
         if adapter.schedule == "linear":
             return 1 - done
         return 0.5 * (1 + math.cos(math.pi * done)) if adapter.schedule == "cosine" else 1.0
@@ -336,16 +342,16 @@ def rate(adapter: AdapterSettings, total: int) -> Callable[[int], float]:
     return at
 
 
-def identity(
+def run_identity(
     settings: TrainSettings,
-    schedule: Schedule,
-    corpora: Mapping[str, Corpus],
+    schedule: SampleSchedule,
+    corpora: Mapping[str, TokenizedCorpus],
     model: LoraModel,
     weights: Mapping[str, str],
 ) -> dict[str, Any]:
     """Return a JSON-compatible dict of everything that determines the results of a run.
 
-    ``weights`` is the result of `fingerprint`.
+    ``weights`` is the result of `base_weight_fingerprints`.
     """
     adapters = {}
     for adapter in settings.adapters:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 from fastlora.command_line import install_command
-from fastlora.sharding import is_sharded, several_processes
+from fastlora.sharding import has_multiple_processes, is_dtensor
 from fastlora.train.losses import AdapterLosses
 from fastlora.validation import ConfigError, FastLoraError, near_names
 
@@ -28,7 +28,7 @@ class TrainError(FastLoraError, RuntimeError):
     """A training run cannot start or cannot continue."""
 
 
-def needed(name: str, what: str = "training needs") -> Any:
+def import_or_raise(name: str, what: str = "training needs") -> Any:
     """Import and return a library of the ``train`` extra; raise `TrainError` if it is missing."""
     try:
         return importlib.import_module(name)
@@ -36,7 +36,7 @@ def needed(name: str, what: str = "training needs") -> Any:
         raise TrainError(f"{what} {name}; install it with: {install_command('train')}") from error
 
 
-class Agreed(NamedTuple):
+class AgreedLosses(NamedTuple):
     """The losses of a batch that all processes agree to use.
 
     Attributes:
@@ -53,7 +53,7 @@ class Agreed(NamedTuple):
     weights: dict[str, float]
 
 
-class BatchGroup:
+class BatchProcessGroup:
     """The process group that shares each batch. A process that trains alone does not communicate.
 
     Args:
@@ -64,7 +64,7 @@ class BatchGroup:
 
     def __init__(self, group: Any, names: Sequence[str], device: torch.device) -> None:
         if group == "auto":
-            group = dist.group.WORLD if several_processes() else None
+            group = dist.group.WORLD if has_multiple_processes() else None
         self._group = group
         self._names = list(names)
         self._device = device
@@ -72,25 +72,25 @@ class BatchGroup:
         self.rank = 0 if group is None else dist.get_rank(group)
 
     @property
-    def alone(self) -> bool:
+    def is_single_process(self) -> bool:
         """Whether this process is the only member of the group."""
         return self.size == 1
 
-    def total(self, *counts: Mapping[str, float]) -> list[dict[str, float]]:
+    def sum_counts(self, *counts: Mapping[str, float]) -> list[dict[str, float]]:
         """Sum each dict of counts over all processes, and return one dict of sums per argument.
 
         Each dict maps adapter names to counts. A missing count is zero.
         """
         rows = [[float(table.get(name, 0)) for name in self._names] for table in counts]
-        if not self.alone:
-            sent = torch.tensor(rows, dtype=_widest(self._device), device=self._device)
+        if not self.is_single_process:
+            sent = torch.tensor(rows, dtype=_widest_float_dtype(self._device), device=self._device)
             dist.all_reduce(sent, group=self._group)
             rows = sent.tolist()
         return [dict(zip(self._names, row, strict=True)) for row in rows]
 
-    def agree(self, losses: AdapterLosses) -> Agreed:
+    def agree_on_losses(self, losses: AdapterLosses) -> AgreedLosses:
         """Return the adapters whose losses all processes use, and the weights of these losses."""
-        seen, bad, tokens = self.total(
+        seen, bad, tokens = self.sum_counts(
             dict.fromkeys(losses.values, 1), dict.fromkeys(losses.non_finite, 1), losses.tokens
         )
         finite = tuple(name for name in self._names if seen[name] and not bad[name])
@@ -99,21 +99,21 @@ class BatchGroup:
         if losses.own_divisors:
             # Turn a mean over the tokens of this process into a share of the mean over all tokens.
             weights = {n: self.size * losses.tokens[n] / tokens[n] for n in losses.values}
-        return Agreed(finite, left_out, weights)
+        return AgreedLosses(finite, left_out, weights)
 
-    def anywhere(self, names: Collection[str]) -> set[str]:
+    def union_of_names(self, names: Collection[str]) -> set[str]:
         """Return the set of names that at least one process has passed."""
-        (found,) = self.total(dict.fromkeys(names, 1))
+        (found,) = self.sum_counts(dict.fromkeys(names, 1))
         return {name for name, count in found.items() if count}
 
-    def average_(self, parameters: Iterable[torch.Tensor]) -> None:
+    def average_gradients_(self, parameters: Iterable[torch.Tensor]) -> None:
         """Replace gradients by their means over all processes.
 
         A gradient that is already the mean does not change. DTensors are skipped, because FSDP2
         stores unreduced gradients outside of ``grad``.
         """
         for parameter in parameters:
-            if self.alone or is_sharded(parameter) or not parameter.requires_grad:
+            if self.is_single_process or is_dtensor(parameter) or not parameter.requires_grad:
                 continue
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
@@ -121,7 +121,7 @@ class BatchGroup:
             parameter.grad /= self.size
 
 
-def launched() -> int:
+def torchrun_world_size() -> int:
     """Return the number of processes that torchrun started, or 1 without torchrun."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
@@ -143,7 +143,7 @@ class RunProcesses:
     """
 
     def __init__(self, cpu: bool, trackers: Sequence[str] = (), folder: Path | None = None) -> None:
-        accelerate = needed("accelerate")
+        accelerate = import_or_raise("accelerate")
         # Without `cpu` and without an accelerator, each process would form a group of its own.
         cpu = cpu or not torch.accelerator.is_available()
         check_trackers(trackers)
@@ -151,7 +151,7 @@ class RunProcesses:
         options = {"log_with": list(trackers), "project_dir": folder} if trackers else {}
         self._accelerator = accelerate.Accelerator(cpu=cpu, mixed_precision="no", **options)
         self.count: int = self._accelerator.num_processes
-        started = launched()
+        started = torchrun_world_size()
         if self.count != started:
             raise TrainError(
                 f"torchrun started {started} processes, but accelerate formed a group of "
@@ -160,17 +160,17 @@ class RunProcesses:
         self.device: torch.device = self._accelerator.device
         self.main: bool = self._accelerator.is_main_process
 
-    def does(self, number: int) -> bool:
+    def runs_forward_pass(self, number: int) -> bool:
         """Return whether this process runs the forward pass ``number`` of a step."""
         return number % self.count == self._accelerator.process_index
 
-    def summed(self, values: dict[str, float], *, stop: bool) -> tuple[dict[str, float], bool]:
+    def sum_values(self, values: dict[str, float], *, stop: bool) -> tuple[dict[str, float], bool]:
         """Sum the values over all processes.
 
         Returns a tuple (dict of the sums, whether any process has to stop).
         """
         sent = {**values, _STOP: float(stop)}
-        (total,) = BatchGroup("auto", list(sent), self.device).total(sent)
+        (total,) = BatchProcessGroup("auto", list(sent), self.device).sum_counts(sent)
         return total, total.pop(_STOP) > 0
 
     def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
@@ -193,7 +193,7 @@ class RunProcesses:
             for parameter, count, piece in zip(own, counts, pieces, strict=True):
                 parameter.grad = piece.view_as(parameter) if count else None
 
-    def in_main(self, work: Callable[[], T]) -> T:
+    def run_in_main_and_broadcast(self, work: Callable[[], T]) -> T:
         """Call ``work`` in the main process, and return its result in all processes.
 
         If ``work`` raises an error, all processes raise it. If only the main process raised the
@@ -219,17 +219,17 @@ class RunProcesses:
         if self._tracked:
             self._accelerator.init_trackers("trackers")
 
-    def track(self, values: dict[str, Any], step: int) -> None:
+    def log_to_trackers(self, values: dict[str, Any], step: int) -> None:
         """Send a dict of named numbers and texts to the trackers."""
         if self._tracked and values:
             self._accelerator.log(values, step=step)
 
     def end_trackers(self) -> None:
-        """Finish each tracker, which then writes its pending data."""
+        """Finish each tracker. It then writes its pending data."""
         while self._accelerator.trackers:
             self._accelerator.trackers.pop().finish()
 
-    def end(self) -> None:
+    def end_training(self) -> None:
         """Finish the trackers and leave the process group."""
         while self._accelerator.trackers:  # left after an error, which is already being raised
             with contextlib.suppress(OSError):
@@ -246,7 +246,7 @@ def check_trackers(names: Sequence[str]) -> None:
     """
     if not names:
         return
-    tracking = needed("accelerate", "trackers need").tracking
+    tracking = import_or_raise("accelerate", "trackers need").tracking
     known = tracking.LOGGER_TYPE_TO_CLASS
     built_in = {str(kind) for kind in tracking.LoggerType}
     there = {str(kind) for kind in tracking.get_available_trackers()} | (set(known) - built_in)
@@ -262,6 +262,6 @@ def check_trackers(names: Sequence[str]) -> None:
             )
 
 
-def _widest(device: torch.device) -> torch.dtype:
+def _widest_float_dtype(device: torch.device) -> torch.dtype:
     """Return the widest floating-point dtype that the device supports."""
     return torch.float32 if device.type == "mps" else torch.float64

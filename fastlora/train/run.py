@@ -25,15 +25,22 @@ from fastlora.model.adapter_folder import save_adapter_folder
 from fastlora.model.lora_model import LoraModel, adapter_state
 from fastlora.model.recommend import recommend
 from fastlora.routing.block import adapters
-from fastlora.train import base_model, checkpoint, log, prepare
-from fastlora.train.answers import answers
-from fastlora.train.config import TrainSettings
-from fastlora.train.data import Batch, Corpus, Row, collate, micro_batches, seed_of
-from fastlora.train.lock import folder_lock
+from fastlora.train import base_model, checkpoint, prepare, run_log
+from fastlora.train.adapter_training_state import adapter_parameters
+from fastlora.train.data import (
+    SampleRef,
+    TokenizedCorpus,
+    TrainBatch,
+    collate_samples,
+    hash_seed,
+    sorted_micro_batches,
+)
+from fastlora.train.generation import generate_answers
+from fastlora.train.lock import lock_folder
 from fastlora.train.losses import causal_lm_losses
-from fastlora.train.processes import RunProcesses, TrainError, launched
-from fastlora.train.signals import RunInterrupted, StopSignals
-from fastlora.train.solo import adapter_parameters
+from fastlora.train.processes import RunProcesses, TrainError, torchrun_world_size
+from fastlora.train.settings import TrainSettings
+from fastlora.train.signals import RunInterrupted, StopSignalHandler
 from fastlora.validation import CheckpointError
 
 # The smallest normal number in fp16. Below it, the gradient of a scaled loss loses digits.
@@ -89,9 +96,11 @@ def train(
     *,
     resume: bool = False,
     progress: bool = True,
-    say: Callable[[str], object] | None = None,
+    on_message: Callable[[str], object] | None = None,
 ) -> TrainResult:
-    """Train adapters, and save each adapter in PEFT's format to a folder with the adapter's name.
+    """Run a training run, and save its adapters in PEFT's format.
+
+    Each adapter is saved in a folder with its name.
 
     The run holds a lock on ``settings.out``. In the main thread, if Python's default handlers of
     SIGINT and SIGTERM are installed, the first signal ends the run after the current step. The run
@@ -103,8 +112,8 @@ def train(
         settings: Settings from `read_settings`.
         resume: Whether to resume from the newest checkpoint in ``settings.out``, if there is one.
         progress: Whether to show progress bars.
-        say: Function that is called with messages about the data and, at evaluations, with answers
-            to prompts.
+        on_message: Function that is called with messages about the data and, at evaluations, with
+            answers to prompts.
 
     Returns:
         A `TrainResult` with the losses and the paths of the written files.
@@ -124,7 +133,7 @@ def train(
             unchanged. After the first step, the messages of this error and of `TrainError` name the
             saved adapters and the newest checkpoint.
     """
-    with open_run(settings, resume=resume, progress=progress, say=say) as run:
+    with open_run(settings, resume=resume, progress=progress, on_message=on_message) as run:
         return run.train()
 
 
@@ -134,25 +143,25 @@ def open_run(
     *,
     resume: bool = False,
     progress: bool = True,
-    say: Callable[[str], object] | None = None,
+    on_message: Callable[[str], object] | None = None,
 ) -> Iterator[Run]:
     """Set up a run and yield it. See `train` for the arguments and errors.
 
     The ``with`` block holds the lock of the output folder and handles signals.
     """
-    prepare.check_folders(settings)
+    prepare.check_model_and_out_folders(settings)
     with contextlib.ExitStack() as stack:
-        main_say = say if os.environ.get("RANK", "0") == "0" else None
-        signals = stack.enter_context(StopSignals(launched(), main_say))
+        main_callback = on_message if os.environ.get("RANK", "0") == "0" else None
+        signals = stack.enter_context(StopSignalHandler(torchrun_world_size(), main_callback))
         processes = RunProcesses(settings.cpu, settings.track, settings.out)
-        stack.callback(processes.end)
-        processes.in_main(lambda: stack.enter_context(folder_lock(settings.out)))
+        stack.callback(processes.end_training)
+        processes.run_in_main_and_broadcast(lambda: stack.enter_context(lock_folder(settings.out)))
         found = prepare.checkpoint_to_resume(settings, resume=resume)
         # Add all adapters to an empty base model first, to find errors before data or weights are
         # read.
-        empty = base_model.empty_base(settings)
-        prepare.add_adapters(empty, settings, recommend(empty))
-        run = Run(settings, found, processes, signals, progress, say)
+        empty = base_model.build_base_model_on_meta(settings)
+        prepare.add_trainable_adapters(empty, settings, recommend(empty))
+        run = Run(settings, found, processes, signals, progress, on_message)
         stack.callback(run.close)
         yield run
 
@@ -165,11 +174,11 @@ class Run:
         settings: TrainSettings,
         resumed: Path | None,
         processes: RunProcesses,
-        signals: StopSignals,
+        signals: StopSignalHandler,
         progress: bool,
-        say: Callable[[str], object] | None = None,
+        on_message: Callable[[str], object] | None = None,
     ) -> None:
-        state = None if resumed is None else checkpoint.read_checkpoint(resumed)
+        state = None if resumed is None else checkpoint.read_checkpoint_state(resumed)
         self.processes = processes
         self.settings = settings
         self._signals = signals
@@ -181,15 +190,19 @@ class Run:
         self.root = settings.out / "checkpoints"
         self.step = 0
         self.losses: dict[str, float] = {}
-        self._log: log.RunLog | None = None
-        self._say = say if say is not None and self.processes.main else lambda text: None
+        self._log: run_log.RunLog | None = None
+        self._on_message = (
+            on_message if on_message is not None and self.processes.main else lambda text: None
+        )
 
         tokenizer = self.tokenizer = base_model.load_tokenizer(settings)
-        self.corpora = prepare.read_data(settings, tokenizer, progress=self.progress)
-        self.held_out = prepare.read_data(settings, tokenizer, "eval_data", progress=self.progress)
-        for line in prepare.data_notes(self.corpora, self.held_out):
-            self._say(line)
-        self.schedule = prepare.make_schedule(settings, self.corpora, self.processes.count)
+        self.corpora = prepare.read_and_tokenize_data(settings, tokenizer, progress=self.progress)
+        self.held_out = prepare.read_and_tokenize_data(
+            settings, tokenizer, "eval_data", progress=self.progress
+        )
+        for line in prepare.describe_data(self.corpora, self.held_out):
+            self._on_message(line)
+        self.schedule = prepare.make_sample_schedule(settings, self.corpora, self.processes.count)
         ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
         self.pad = next(i for i in ids if i is not None)
         self.model = self._make_model()
@@ -197,8 +210,10 @@ class Run:
         self.optimizers = prepare.make_optimizers(
             self.model, settings, advice, self.schedule, self.processes.device
         )
-        weights = checkpoint.fingerprint(self.model.get_base_model())
-        self.identity = prepare.identity(settings, self.schedule, self.corpora, self.model, weights)
+        weights = checkpoint.base_weight_fingerprints(self.model.get_base_model())
+        self.identity = prepare.run_identity(
+            settings, self.schedule, self.corpora, self.model, weights
+        )
         if resumed is not None and state is not None:
             self._resume(resumed, state)
         self.resumed_from = self.step
@@ -210,34 +225,36 @@ class Run:
             # runs.
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True, warn_only=True)
-        base = base_model.load_base(settings, device, progress=self.progress)
-        base_model.check_fit(base, [*self.corpora.values(), *self.held_out.values()])
-        base_model.enable_checkpointing(base, settings)
-        model = prepare.add_adapters(base, settings, recommend(base))
+        base = base_model.load_base_model(settings, device, progress=self.progress)
+        base_model.check_samples_fit_model(base, [*self.corpora.values(), *self.held_out.values()])
+        base_model.enable_gradient_checkpointing_if_set(base, settings)
+        model = prepare.add_trainable_adapters(base, settings, recommend(base))
         model.to(device)
         if settings.packing in ("bfd", "bfd_split"):
-            base_model.check_keeps_apart(model.eval(), settings.packing)
+            base_model.check_separates_packed_samples(model.eval(), settings.packing)
         return model.train()
 
-    def _resume(self, path: Path, state: checkpoint.TrainState) -> None:
+    def _resume(self, path: Path, state: checkpoint.CheckpointState) -> None:
         steps, before = self.schedule.steps, state.identity.get("steps")
         # Only the number of steps may change; the learning rates follow it.
-        found = checkpoint.differences({**state.identity, "steps": steps}, self.identity)
+        found = checkpoint.identity_differences({**state.identity, "steps": steps}, self.identity)
         if found:
-            raise CheckpointError(f"{path} is from a different run: {_first(found, 5, '; ')}")
+            raise CheckpointError(f"{path} is from a different run: {_join_first(found, 5, '; ')}")
         if steps < state.step:
             raise CheckpointError(
                 f"{path}: {state.step} steps are already done, but the run has only {steps}; set "
                 f"--steps to {state.step} or more"
             )
         for adapter in self.settings.adapters:
-            folder = checkpoint.adapters_folder(path) / adapter.name
+            folder = checkpoint.checkpoint_adapters_folder(path) / adapter.name
             self.model.load_adapter(folder, adapter.name, is_trainable=True)
         self.optimizers.load_state_dict(state.optimizers)
         self.step = state.step
         if steps != before:
             self.optimizers.follow_schedules()
-            self._say(f"continuing after step {self.step}, to {steps} steps instead of {before}")
+            self._on_message(
+                f"continuing after step {self.step}, to {steps} steps instead of {before}"
+            )
 
     def train(self) -> TrainResult:
         """Run all remaining steps and write the adapters.
@@ -249,92 +266,100 @@ class Run:
             NonFiniteError, CheckpointError: See `train`.
         """
         settings, steps = self.settings, self.schedule.steps
-        was_evaluated = self.processes.in_main(self._open_log)
-        with self._writing("trackers"):
+        was_evaluated = self.processes.run_in_main_and_broadcast(self._open_log)
+        with self._record_write_error("trackers"):
             self.processes.start_trackers()
         where = {"processes": self.processes.count, "device": str(self.processes.device)}
-        self._write_log({"step": self.step, **where})
-        self.processes.in_main(self._check_written)
+        self._write_log_and_trackers({"step": self.step, **where})
+        self.processes.run_in_main_and_broadcast(self._raise_recorded_error)
         saved = None
-        self._signals.defer()
+        self._signals.defer_first_signal()
         # A run interrupted after this step has not evaluated yet; a finished run evaluates again.
         evaluated = {} if was_evaluated or not self.step else self._evaluate_if_due()
         with prepare.progress_bar(
             total=steps, initial=self.step, desc="training", unit="step", disable=not self.progress
         ) as bar:
-            while self.step < steps and not self._stops():
-                self._do_step()
-                bar.set_postfix_str(self._shown_losses(), refresh=False)
+            while self.step < steps and not self._run_should_stop():
+                self._run_optimizer_step()
+                bar.set_postfix_str(self._progress_text(), refresh=False)
                 bar.update()
                 if self.step == steps:
-                    self._check_stepped()
+                    self._check_no_adapter_skipped_all()
                 evaluated = self._evaluate_if_due()
                 if self._is_due(settings.save_every):
                     self.save()
                     saved = self.step
-        if saved != self.step and not self._is_untrained():
+        if saved != self.step and not self._no_step_completed():
             self.save()
-        means, files = self.processes.in_main(self._end_reports)
-        if self._is_untrained():
+        means, files = self.processes.run_in_main_and_broadcast(
+            self._write_loss_files_and_end_trackers
+        )
+        if self._no_step_completed():
             raise self._interrupted("before the first step; nothing was trained")
         if self.step < steps:
             raise self._interrupted(f"after step {self.step} of {steps}", saved=True)
-        if self._signals.received is not None or self._stops():
+        if self._signals.received is not None or self._run_should_stop():
             raise self._interrupted(f"after its last step, {steps}", saved=True)
-        losses, skipped = dict(self.losses), self._skipped()
-        folders = self._folders()
+        losses, skipped = dict(self.losses), self._skipped_step_counts()
+        folders = self._stepped_adapter_folders()
         return TrainResult(
             self.step, losses, evaluated, folders, self.resumed_from, means, files, skipped
         )
 
     def _open_log(self) -> bool:
         """Open the log, and return whether an earlier run has evaluated the current step."""
-        checkpoint.sweep(self.root, self.settings.keep)
+        checkpoint.remove_old_checkpoints(self.root, self.settings.keep)
         ended = self.step == self.schedule.steps
-        self._log = log.RunLog(self.settings.out, self.step, evaluates=ended)
+        self._log = run_log.RunLog(self.settings.out, self.step, evaluates=ended)
         return self._log.was_evaluated
 
-    def _end_reports(self) -> tuple[dict[str, float], tuple[Path, ...]]:
-        """Write the table and the plot of the losses if no steps are left, and finish the trackers.
+    def _write_loss_files_and_end_trackers(self) -> tuple[dict[str, float], tuple[Path, ...]]:
+        """Write the table and the plot of the losses, and finish the trackers.
 
-        Returns a tuple (mean loss of each adapter, paths of the written files). Raises the first
-        error from writing the log, the losses, or tracker data.
+        If steps are left, no file is written. Returns a tuple (mean loss of each adapter, paths of
+        the written files). Raises the first error from writing the log, the losses, or tracker
+        data.
         """
         folder = self.settings.out
         means: dict[str, float] = {}
         files: list[Path | None] = []
         if self.step == self.schedule.steps and self._failure is None:
-            with self._writing("losses"):
-                logged = log.read_losses(folder)
-                means = log.mean_losses(logged)
-                files = [log.write_table(folder, logged), log.write_picture(folder, logged)]
-        with self._writing("trackers"):
+            with self._record_write_error("losses"):
+                logged = run_log.read_logged_losses(folder)
+                means = run_log.mean_training_losses(logged)
+                files = [
+                    run_log.write_loss_table(folder, logged),
+                    run_log.plot_losses(folder, logged),
+                ]
+        with self._record_write_error("trackers"):
             self.processes.end_trackers()
-        self._check_written()
+        self._raise_recorded_error()
         return means, tuple(path for path in files if path is not None)
 
     @contextlib.contextmanager
-    def _writing(self, what: str) -> Iterator[None]:
+    def _record_write_error(self, what: str) -> Iterator[None]:
         """Record a write error in the block, so that the run ends after its current step."""
         try:
-            with log.typed(what):
+            with run_log.as_train_error(what):
                 yield
         except TrainError as error:
             self._failure = self._failure or error
 
-    def _check_written(self) -> None:
-        """Raise the first recorded error from writing the log, losses, or tracker data, if any."""
+    def _raise_recorded_error(self) -> None:
+        """Raise the first recorded write error, if there is one."""
         if self._failure is not None:
-            raise self._with_kept(self._failure, self._folders()) from self._failure
+            raise self._with_recovery_hint(
+                self._failure, self._stepped_adapter_folders()
+            ) from self._failure
 
-    def _stops(self) -> bool:
+    def _run_should_stop(self) -> bool:
         """Return whether the run ends after this step. The result is the same in all processes.
 
         A single process checks directly. Several processes agree when they exchange their losses.
         """
-        return self._stop_agreed if self.processes.count > 1 else self._has_to_stop()
+        return self._stop_agreed if self.processes.count > 1 else self._process_should_stop()
 
-    def _has_to_stop(self) -> bool:
+    def _process_should_stop(self) -> bool:
         """Return whether this process has received a signal or recorded a failed write."""
         return self._signals.received is not None or self._failure is not None
 
@@ -343,29 +368,29 @@ class Run:
         text = f"interrupted by {number.name} {when}"
         if not saved:
             return RunInterrupted(text, number)
-        folder = checkpoint.checkpoint_folder(self.root, self.step)
-        adapters = ", ".join(map(str, self._folders().values()))
+        folder = checkpoint.checkpoint_path(self.root, self.step)
+        adapters = ", ".join(map(str, self._stepped_adapter_folders().values()))
         return RunInterrupted(f"{text}; saved: {adapters} and {folder}", number, folder)
 
-    def _folders(self) -> dict[str, Path]:
+    def _stepped_adapter_folders(self) -> dict[str, Path]:
         """Return a dict that maps each adapter that has taken a step to its output folder."""
         counts = self.optimizers.counts
         return {name: self.settings.out / name for name in self.corpora if counts[name].steps}
 
     def _evaluate_if_due(self) -> dict[str, float]:
-        """Evaluate and answer prompts if an evaluation is due and the run is not about to stop.
+        """Evaluate and log answers if an evaluation is due and the run is not about to stop.
 
         Returns the evaluation losses by adapter, or an empty dict. A run that stops leaves the
         evaluation to the run that resumes it.
         """
-        if self._stops() or not self._is_due(self.settings.eval_every):
+        if self._run_should_stop() or not self._is_due(self.settings.eval_every):
             return {}
         evaluated = self.evaluate() if self.held_out else {}
-        if not self._stops():
-            self.answer()
+        if not self._run_should_stop():
+            self.log_answers()
         return evaluated
 
-    def _is_untrained(self) -> bool:
+    def _no_step_completed(self) -> bool:
         """Return whether steps are left and this run has not completed a step."""
         return self.resumed_from == self.step < self.schedule.steps
 
@@ -378,13 +403,18 @@ class Run:
         if self._log is not None:
             self._log.close()
 
-    def _do_step(self) -> None:
-        """Run one optimizer step; raise `NonFiniteError` for a non-finite loss or gradient."""
-        values = self._losses(self.schedule.order.rows(self.step), self.corpora, trains=True)
+    def _run_optimizer_step(self) -> None:
+        """Run one optimizer step.
+
+        Raises `NonFiniteError` for a non-finite loss or gradient.
+        """
+        values = self._compute_mean_losses(
+            self.schedule.order.step_samples(self.step), self.corpora, accumulate_gradients=True
+        )
         for name, value in values.items():
             if not math.isfinite(value):
                 raise self._not_finite("loss", name, value, self.step + 1)
-        self.processes.sum_gradients(self._trained(values))
+        self.processes.sum_gradients(self._trainable_parameters(values))
         report = self.optimizers.step(values)
         self.optimizers.zero_grad()
         for name in report.skipped:
@@ -403,14 +433,14 @@ class Run:
         entry: dict[str, Any] = {"loss": values, "grad_norm": report.grad_norms, "next_lr": rates}
         if report.skipped:
             entry["skipped"] = list(report.skipped)
-        self._write_log({"step": self.step, **entry})
+        self._write_log_and_trackers({"step": self.step, **entry})
 
-    def _skipped(self) -> dict[str, int]:
+    def _skipped_step_counts(self) -> dict[str, int]:
         """Return a dict that maps each adapter with skipped steps to the number of these steps."""
         counts = self.optimizers.counts
         return {name: count.skipped_steps for name, count in counts.items() if count.skipped_steps}
 
-    def _check_stepped(self) -> None:
+    def _check_no_adapter_skipped_all(self) -> None:
         """Raise `NonFiniteError` if an adapter has skipped all of its steps."""
         for name, count in self.optimizers.counts.items():
             if not count.steps and count.skipped_steps:
@@ -423,48 +453,58 @@ class Run:
                     self.step,
                 )
 
-    def _trained(self, names: Iterable[str]) -> list[nn.Parameter]:
+    def _trainable_parameters(self, names: Iterable[str]) -> list[nn.Parameter]:
         """Return a list of the trainable parameters of the named adapters, without duplicates."""
         found = (p for name in names for p in adapter_parameters(self.model, name).values())
         return list({id(p): p for p in found if p.requires_grad}.values())
 
-    def _losses(
-        self, rows: Sequence[Row], corpora: Mapping[str, Corpus], *, trains: bool
+    def _compute_mean_losses(
+        self,
+        rows: Sequence[SampleRef],
+        corpora: Mapping[str, TokenizedCorpus],
+        *,
+        accumulate_gradients: bool,
     ) -> dict[str, float]:
         """Return a dict that maps each adapter to its mean loss over its tokens in ``rows``.
 
-        The forward passes are distributed over all processes. With ``trains=True``, they also
-        accumulate gradients. A run that stops ends an evaluation early; the returned losses are
-        then meaningless.
+        The forward passes are distributed over all processes. With
+        ``accumulate_gradients=True``, they also accumulate gradients. A run that stops ends an
+        evaluation early; the returned losses are then meaningless.
         """
         from accelerate.utils import set_seed
 
         drawn = {row.adapter for row in rows}
         tokens = {name: 0 for name in corpora if name in drawn}
         for row in rows:
-            tokens[row.adapter] += corpora[row.adapter].counted(row.sample)
+            tokens[row.adapter] += corpora[row.adapter].num_loss_tokens(row.sample)
         sums = dict.fromkeys(tokens, 0.0)
-        for number, part in enumerate(micro_batches(rows, corpora, self.schedule.micro_batch_size)):
+        for number, part in enumerate(
+            sorted_micro_batches(rows, corpora, self.schedule.micro_batch_size)
+        ):
             # Draw seeds in every process, so that all processes count the same forward passes.
-            seeds = self.optimizers.draw_seeds([row.adapter for row in part]) if trains else None
-            if not trains and self._has_to_stop():
+            seeds = (
+                self.optimizers.draw_seeds([row.adapter for row in part])
+                if accumulate_gradients
+                else None
+            )
+            if not accumulate_gradients and self._process_should_stop():
                 break
-            if not self.processes.does(number):
+            if not self.processes.runs_forward_pass(number):
                 continue
-            if trains:  # makes random numbers a function of step and forward pass
-                set_seed(seed_of(self.settings.seed, self.step, number, nbytes=4))
-            batch = collate(part, corpora, self.pad, self.processes.device)
+            if accumulate_gradients:  # makes random numbers a function of step and forward pass
+                set_seed(hash_seed(self.settings.seed, self.step, number, nbytes=4))
+            batch = collate_samples(part, corpora, self.pad, self.processes.device)
             losses = causal_lm_losses(  # nothing keeps the logits alive after this call
                 self._logits(batch, seeds), batch.labels, batch.adapters, tokens=tokens
             )
-            if trains:
+            if accumulate_gradients:
                 self.optimizers.backward(losses)
             for name, value in losses.values.items():
                 sums[name] += value
-        found, self._stop_agreed = self.processes.summed(sums, stop=self._has_to_stop())
+        found, self._stop_agreed = self.processes.sum_values(sums, stop=self._process_should_stop())
         return found
 
-    def _logits(self, batch: Batch, seeds: Mapping[str, int] | None) -> torch.Tensor:
+    def _logits(self, batch: TrainBatch, seeds: Mapping[str, int] | None) -> torch.Tensor:
         with adapters(self.model, batch.adapters, seeds=seeds):
             logits: torch.Tensor = self.model(**batch.inputs, use_cache=False).logits
         return logits
@@ -475,15 +515,15 @@ class Run:
         return self._stopped(f"the {what} of adapter {name!r} is {value}{how}", name, step)
 
     def _stopped(self, text: str, name: str, step: int) -> NonFiniteError:
-        rows = self.schedule.order.rows(step - 1)
-        places = [str(self.corpora[name].places[r.sample]) for r in rows if r.adapter == name]
-        found = checkpoint.checkpoints(self.root)
+        rows = self.schedule.order.step_samples(step - 1)
+        sources = [str(self.corpora[name].sources[r.sample]) for r in rows if r.adapter == name]
+        found = checkpoint.list_checkpoints(self.root)
         last = (
             f"the last good checkpoint is {found[-1]}"
             if found
             else "no checkpoint has been saved yet"
         )
-        samples = f". Its samples in that step: {_first(places, 3, '; ')}" if places else ""
+        samples = f". Its samples in that step: {_join_first(sources, 3, '; ')}" if sources else ""
         return NonFiniteError(f"step {step}: {text}; training stopped; {last}{samples}", step, name)
 
     @torch.no_grad()
@@ -492,16 +532,16 @@ class Run:
 
         Returns an empty dict if the run is about to stop.
         """
-        rows = [Row(n, i) for n, corpus in self.held_out.items() for i in range(len(corpus))]
+        rows = [SampleRef(n, i) for n, corpus in self.held_out.items() for i in range(len(corpus))]
         self.model.eval()
-        found = self._losses(rows, self.held_out, trains=False)
+        found = self._compute_mean_losses(rows, self.held_out, accumulate_gradients=False)
         self.model.train()
-        if self._stops():
+        if self._run_should_stop():
             return {}
-        self._write_log({"step": self.step, "eval_loss": found})
+        self._write_log_and_trackers({"step": self.step, "eval_loss": found})
         return found
 
-    def answer(self) -> None:
+    def log_answers(self) -> None:
         """Log each adapter's answers to its prompts, in the main process only.
 
         The other processes wait at the next step.
@@ -511,19 +551,21 @@ class Run:
             return
         self.model.eval()
         tokens = self.settings.sample_tokens
-        found = answers(self.model, self.tokenizer, prompts, self.corpora, tokens, self.pad)
+        found = generate_answers(
+            self.model, self.tokenizer, prompts, self.corpora, tokens, self.pad
+        )
         self.model.train()
         entries = {
             name: [{"prompt": p, "answer": a} for p, a in zip(prompts[name], own, strict=True)]
             for name, own in found.items()
         }
-        self._write_log({"step": self.step, "answers": entries})
-        with self._writing("answers"):
+        self._write_log_and_trackers({"step": self.step, "answers": entries})
+        with self._record_write_error("answers"):
             for name, own in entries.items():
                 for number, entry in enumerate(own, 1):
                     prompt, text = entry["prompt"], entry["answer"]
-                    self._say(f"step {self.step}, {name}: {prompt!r} -> {text!r}")
-                    self.processes.track({f"answers/{name}/{number}": text}, self.step)
+                    self._on_message(f"step {self.step}, {name}: {prompt!r} -> {text!r}")
+                    self.processes.log_to_trackers({f"answers/{name}/{number}": text}, self.step)
 
     def save(self) -> None:
         """Save the adapters, and a checkpoint unless the current step already has a checkpoint.
@@ -538,77 +580,77 @@ class Run:
                 finite, and a checkpoint of it would be useless.
         """
         for name in self.corpora:
-            weights = [parameter.detach() for parameter in self._trained([name])]
+            weights = [parameter.detach() for parameter in self._trainable_parameters([name])]
             value = float(nn.utils.get_total_norm(weights, math.inf))
             if not math.isfinite(value):
                 raise self._not_finite("largest absolute weight", name, value, self.step)
-        state = checkpoint.TrainState(self.step, self.identity, self.optimizers.state_dict())
+        state = checkpoint.CheckpointState(self.step, self.identity, self.optimizers.state_dict())
 
         def write() -> None:
-            self._save_adapters()
-            if checkpoint.checkpoint_folder(self.root, self.step).exists():
+            self._save_stepped_adapters()
+            if checkpoint.checkpoint_path(self.root, self.step).exists():
                 return
             try:
-                with checkpoint.new_checkpoint(self.root, state, self.settings.keep) as folder:
+                with checkpoint.write_checkpoint(self.root, state, self.settings.keep) as folder:
                     for adapter in self.settings.adapters:
                         save_adapter(self.model, adapter.name, folder / adapter.name)
             except CheckpointError as error:
-                raise self._with_kept(error, self._folders()) from error
+                raise self._with_recovery_hint(error, self._stepped_adapter_folders()) from error
 
-        self.processes.in_main(write)
+        self.processes.run_in_main_and_broadcast(write)
 
-    def _save_adapters(self) -> None:
+    def _save_stepped_adapters(self) -> None:
         """Save each adapter that has taken a step to its output folder.
 
         If an adapter cannot be written, the other adapters are still written before
         `CheckpointError` is raised.
         """
         saved, failures = [], []
-        for name, folder in self._folders().items():
+        for name, folder in self._stepped_adapter_folders().items():
             try:
                 save_adapter(self.model, name, folder)
                 saved.append(name)
             except CheckpointError as error:
                 failures.append(error)
         if failures:
-            raise self._with_kept(failures[0], saved) from failures[0]
+            raise self._with_recovery_hint(failures[0], saved) from failures[0]
 
-    def _with_kept(self, error: _Failure, names: Iterable[str]) -> _Failure:
+    def _with_recovery_hint(self, error: _Failure, names: Iterable[str]) -> _Failure:
         """Return a copy of an error that also names the saved adapters and says how to resume."""
-        if self._is_untrained():
+        if self._no_step_completed():
             return type(error)(f"{error}; nothing was trained")
         saved = ", ".join(str(self.settings.out / name) for name in names) or "none"
-        found = checkpoint.checkpoints(self.root)
+        found = checkpoint.list_checkpoints(self.root)
         resume = f"continue from {found[-1]} with --resume" if found else "no checkpoint was saved"
         text = f"{error}; adapters saved after step {self.step}: {saved}; {resume}"
         return type(error)(text)
 
-    def _write_log(self, entry: dict[str, Any]) -> None:
+    def _write_log_and_trackers(self, entry: dict[str, Any]) -> None:
         """Add an entry to the log and to the trackers, in the main process only."""
         if self._log is None:
             return
-        with self._writing("trackers"):
+        with self._record_write_error("trackers"):
             self._log.write(entry)
-            numbers = log.flat({k: v for k, v in entry.items() if k != "step"})
-            self.processes.track(numbers, self.step)
+            numbers = run_log.flatten_for_trackers({k: v for k, v in entry.items() if k != "step"})
+            self.processes.log_to_trackers(numbers, self.step)
 
-    def _shown_losses(self) -> str:
-        skipped = self._skipped()
+    def _progress_text(self) -> str:
+        skipped = self._skipped_step_counts()
         shown = [
             f"{name} {value:.3f}" + (f" ({skipped[name]} skipped)" if name in skipped else "")
             for name, value in self.losses.items()
         ]
-        return _first(shown, 6, ", ")
+        return _join_first(shown, 6, ", ")
 
 
 def save_adapter(model: LoraModel, name: str, folder: Path) -> None:
     """Write one adapter to a folder in PEFT's format; see `save_adapter_folder`."""
-    tensors = adapter_state.collect(model, name, model.state_dict(), "auto")
-    with checkpoint.writing(folder):
+    tensors = adapter_state.adapter_file_state_dict(model, name, model.state_dict(), "auto")
+    with checkpoint.as_checkpoint_error(folder):
         save_adapter_folder(folder, model.peft_config[name], tensors)
 
 
-def _first(items: Sequence[str], count: int, separator: str) -> str:
+def _join_first(items: Sequence[str], count: int, separator: str) -> str:
     """Join the first ``count`` items, and append the number of the remaining items."""
     more = [f"and {len(items) - count} more"] if len(items) > count else []
     return separator.join([*items[:count], *more])

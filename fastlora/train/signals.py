@@ -35,31 +35,34 @@ class RunInterrupted(KeyboardInterrupt):
         self.checkpoint = checkpoint
 
 
-class StopSignals:
+class StopSignalHandler:
     """Handle SIGINT and SIGTERM within a ``with`` block.
 
-    Until `defer` is called, a signal raises `RunInterrupted` immediately. After that, the first
-    signal only sets `received`. The next signal has the effect that it had before the block: by
-    default, SIGINT raises `KeyboardInterrupt` and SIGTERM ends the process.
+    Until `defer_first_signal` is called, a signal raises `RunInterrupted` immediately. After that,
+    the first signal only sets `received`. The next signal has the effect that it had before the
+    block: by default, SIGINT raises `KeyboardInterrupt` and SIGTERM ends the process.
 
     Only the main thread can handle signals, so the block does nothing in another thread. A handler
     that the program installed itself stays in place.
 
     Args:
         processes: Number of processes that train together.
-        say: Function that is called with a message at the first signal after `defer`.
+        on_message: Function that is called with a message at the first signal after
+            `defer_first_signal`.
     """
 
-    def __init__(self, processes: int = 1, say: Callable[[str], object] | None = None) -> None:
+    def __init__(
+        self, processes: int = 1, on_message: Callable[[str], object] | None = None
+    ) -> None:
         self.received: signal.Signals | None = None
         self._repeats = _SAME_SIGNAL_SECONDS if processes > 1 else 0.0
-        self._say = say
+        self._on_message = on_message
         self._deferred = False
         self._received_at = 0.0
         self._before: dict[signal.Signals, Any] = {}
         self._pid = os.getpid()
 
-    def __enter__(self) -> StopSignals:
+    def __enter__(self) -> StopSignalHandler:
         if threading.current_thread() is threading.main_thread():
             for number in _HANDLED:
                 before = signal.getsignal(number)
@@ -71,7 +74,7 @@ class StopSignals:
     def __exit__(self, *_: object) -> None:
         self._restore()
 
-    def defer(self) -> None:
+    def defer_first_signal(self) -> None:
         """Let the next signal only set `received`, so that the run can finish its current step."""
         self._deferred = True
 
@@ -88,11 +91,11 @@ class StopSignals:
                     f"interrupted by {name} before the first step; nothing was trained",
                     self.received,
                 )
-            if self._say is not None:
+            if self._on_message is not None:
                 # Python raises RuntimeError for a write within a write that the signal interrupted.
                 # The output may also be a file on a full disk.
                 with contextlib.suppress(RuntimeError, OSError):
-                    self._say(
+                    self._on_message(
                         f"{name}: the run will save its adapters and a checkpoint after this step, "
                         "and then end; a second signal ends it immediately"
                     )

@@ -163,7 +163,7 @@ def test_clamp_is_the_quantile_of_peft() -> None:
     """Values between two of those that are there."""
     lora_a, lora_b = torch.randn(3, 8), torch.randn(5, 3)
     bound = float(torch.quantile(torch.cat([lora_b.flatten(), lora_a.flatten()]), 0.83))
-    a, b = low_rank.clamped(lora_a, lora_b, 0.83)
+    a, b = low_rank.clamp_to_quantile(lora_a, lora_b, 0.83)
     torch.testing.assert_close(a, lora_a.clamp(-bound, bound))
     torch.testing.assert_close(b, lora_b.clamp(-bound, bound))
 
@@ -300,11 +300,11 @@ def test_embeddings(kind: str) -> None:
 
 def test_a_share_of_an_update_has_the_smallest_rank_that_keeps_it() -> None:
     values = torch.tensor([3.0, 2.0, 1.0])
-    made = low_rank.Decomposition(torch.eye(3), values, torch.eye(3))  # squares: 9, 4, 1
+    made = low_rank.Svd(torch.eye(3), values, torch.eye(3))  # squares: 9, 4, 1
     for share, rank in ((0.5, 1), (9 / 14, 1), (0.65, 2), (13 / 14, 2), (0.95, 3), (1.0, 3)):
-        assert made.rank_for(share) == rank, share
-    assert [made.rank_for(rank) for rank in (1, 2, 5)] == [1, 2, 3]
-    assert made.error(3) == 0 and made.error(0) == 1
-    assert made.error(1) == pytest.approx((5 / 14) ** 0.5)
+        assert made.singular_values_to_keep(share) == rank, share
+    assert [made.singular_values_to_keep(rank) for rank in (1, 2, 5)] == [1, 2, 3]
+    assert made.truncation_error(3) == 0 and made.truncation_error(0) == 1
+    assert made.truncation_error(1) == pytest.approx((5 / 14) ** 0.5)
     nothing = made._replace(s=torch.zeros(3))
-    assert nothing.rank_for(0.5) == 1 and nothing.error(1) == 0
+    assert nothing.singular_values_to_keep(0.5) == 1 and nothing.truncation_error(1) == 0

@@ -19,12 +19,12 @@ pytest.importorskip("triton", reason="triton is not installed")
 from fastlora import env
 from fastlora.kernels import chips, configs
 from fastlora.kernels.chips import Chip
-from fastlora.kernels.tables import MAX_SPLITS
+from fastlora.kernels.config_tables import MAX_SPLITS
 from fastlora.ops.rows import sort_rows
-from fastlora.ops.triton.pieces import rows_at
+from fastlora.ops.triton.rows_argument import rows_for_tables
 from tests.support.aot.launches import CHIPS, Launch, recording
 from tests.support.aot.shipped import all_invariant_shipped, all_shipped
-from tests.support.aot.specialisation import specialise
+from tests.support.aot.specialization import specialize
 
 pytestmark = pytest.mark.skipif(env.triton_interpreted(), reason="the interpreter compiles nothing")
 
@@ -62,7 +62,7 @@ def chip(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Chi
 
 def kernel_of(launch: Launch, arch: str) -> str:
     """Returns what tells the launch's compiled kernel from others."""
-    # `specialise` takes every tensor to lie at a multiple of 16 bytes.
+    # `specialize` takes every tensor to lie at a multiple of 16 bytes.
     apart = [
         parameter.name
         for parameter in launch.kernel.params
@@ -70,7 +70,7 @@ def kernel_of(launch: Launch, arch: str) -> str:
         and not parameter.do_not_specialize_on_alignment
         and value.data_ptr() % 16
     ]
-    return f"{launch.kernel.__name__}: {specialise(launch, arch)}, {apart}"
+    return f"{launch.kernel.__name__}: {specialize(launch, arch)}, {apart}"
 
 
 def inputs(m: int, k: int, dtype: torch.dtype) -> Iterator[torch.Tensor]:
@@ -95,7 +95,7 @@ def mixed(
 ) -> None:
     """One module's linear, after a shrink of its own or of its siblings."""
     slots, invariant = 1 + max_rank, plan == "invariant"
-    rows = rows_at(sort_rows(torch.zeros(m, dtype=torch.int64), m, slots), invariant)
+    rows = rows_for_tables(sort_rows(torch.zeros(m, dtype=torch.int64), m, slots), invariant)
     address = torch.empty(modules, slots, dtype=torch.int64)
     tables = [address, address, address.int(), address.float(), address]
     weight = torch.empty(n, k, dtype=dtype)

@@ -9,7 +9,7 @@ import pytest
 
 from fastlora.bench import kernels_bench
 from fastlora.commands import cli
-from fastlora.commands.options import parse
+from fastlora.commands.options import parse_options
 
 MINE = """
 import torch.nn.functional as F
@@ -115,5 +115,5 @@ def test_the_list(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert {"base", "fastlora", "addmm"} <= set(capsys.readouterr().out.split())
     assert run("--list", "--device", "cpu") == 0
     assert {"base", "fused", "split", "peft", "addmm"} <= set(capsys.readouterr().out.split())
-    names = kernels_bench.names_of(parse("", None, kernels_bench.OPTIONS, []), "cuda")
+    names = kernels_bench.names_of(parse_options("", None, kernels_bench.OPTIONS, []), "cuda")
     assert "fused_no_pdl" in names

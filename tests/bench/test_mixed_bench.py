@@ -29,7 +29,7 @@ from fastlora.bench.mixed_contest import (
     WrongResultError,
 )
 from fastlora.bench.mixed_strategies import STRATEGIES, by_hand
-from fastlora.commands.options import parse
+from fastlora.commands.options import parse_options
 from fastlora.testing import assert_within_budget
 from fastlora.validation import FastLoraError
 from tests.support.tiny import tiny_llama
@@ -45,7 +45,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def options(*arguments: object) -> argparse.Namespace:
-    return parse("mixed", None, mixed_bench.OPTIONS, [str(a) for a in arguments])
+    return parse_options("mixed", None, mixed_bench.OPTIONS, [str(a) for a in arguments])
 
 
 # ------------------------------------------------------------------------------------ the sides

@@ -212,7 +212,7 @@ def test_fused_variants_launch_without_their_feature(
 ) -> None:
     pytest.importorskip("triton", reason="triton is not installed")
     from fastlora.kernels import chips, lora_linear, lora_shrink, plane_sums
-    from fastlora.ops import conditions as ops
+    from fastlora.ops import execution_mode as ops
 
     seen: dict[str, Any] = {}
     chip = chips.Chip("sm_90", 132)

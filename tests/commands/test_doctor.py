@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from fastlora import LoraConfig, env, fusion_report, get_peft_model
-from fastlora.commands import cli, machine
-from fastlora.layers.why import DORA_DROPS
+from fastlora.commands import cli, system_checks
+from fastlora.layers.fallback_reasons import DORA_WITH_DROPOUT
 from tests.support.programs import run
 from tests.support.tiny import tiny_llama
 
@@ -29,9 +29,9 @@ def doctor(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str, 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """No variable of ours is set, and packages are not imported once more in each test."""
-    for name in env.in_use():
+    for name in env.variables_in_use():
         monkeypatch.delenv(name)
-    monkeypatch.setattr(machine, "why_not_importable", lambda name: "")
+    monkeypatch.setattr(system_checks, "import_error_text", lambda name: "")
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def test_a_machine_that_is_well(
     assert facts["ok"] and "a secret" not in str(facts)
     assert facts["environment"] == {"FASTLORA_PLAN": "split", "FASTLORA_API_KEY": "(set)"}
     packages = {p["name"]: p for p in facts["packages"]}
-    assert packages["torch"]["version"] == machine.version("torch")
+    assert packages["torch"]["version"] == system_checks.installed_version("torch")
     assert packages["torch"]["supported"] == ">=2.11,<3"
     assert packages["triton"]["needed_for"] is None and packages["peft"]["needed_for"]
     (cpu,) = facts["devices"]
@@ -83,14 +83,14 @@ def test_every_variable_that_is_read_is_shown() -> None:
     ],
 )
 def test_versions(version: str, wanted: str, fits: bool) -> None:
-    assert machine.in_range(version, wanted) is fits
+    assert system_checks.is_version_in_range(version, wanted) is fits
 
 
 def test_a_version_that_is_not_supported_and_one_that_is_not_there(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     have = {"torch": "2.9.1", "fastlora-triton": "0.1.0"}
-    monkeypatch.setattr(machine, "version", have.get)
+    monkeypatch.setattr(system_checks, "installed_version", have.get)
     facts = doctor(capsys)
     problems = {p["problem"]: p["fix"] for p in facts["problems"]}
     assert problems["torch 2.9.1 is not supported, expected >=2.11,<3"] == (
@@ -106,7 +106,7 @@ def test_a_package_that_cannot_be_imported(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        machine, "why_not_importable", lambda name: "OSError: libx" if name == "peft" else ""
+        system_checks, "import_error_text", lambda name: "OSError: libx" if name == "peft" else ""
     )
     (problem,) = doctor(capsys)["problems"]
     assert "cannot be imported (OSError: libx)" in problem["problem"]
@@ -117,8 +117,8 @@ def test_an_import_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.undo()
     (tmp_path / "broken_package.py").write_text("raise OSError('no libx\\nmore')")
     monkeypatch.syspath_prepend(tmp_path)
-    assert machine.why_not_importable("broken_package") == "OSError: no libx"
-    assert machine.why_not_importable("json") == ""
+    assert system_checks.import_error_text("broken_package") == "OSError: no libx"
+    assert system_checks.import_error_text("json") == ""
 
 
 def test_a_driver_without_a_gpu_in_torch(
@@ -126,7 +126,7 @@ def test_a_driver_without_a_gpu_in_torch(
 ) -> None:
     if torch.cuda.is_available():
         pytest.skip("torch sees the GPU")
-    monkeypatch.setattr(machine, "_DRIVERS", (("NVIDIA", tmp_path),))
+    monkeypatch.setattr(system_checks, "_DRIVERS", (("NVIDIA", tmp_path),))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     (problem,) = doctor(capsys)["problems"]
     assert "NVIDIA driver" in problem["problem"] and "pytorch.org" in problem["fix"]
@@ -138,8 +138,9 @@ def test_a_driver_without_a_gpu_in_torch(
 def test_the_trial_launch(tmp_path: Path) -> None:
     """In Triton's interpreter it runs a kernel; one that computes something else is found."""
     code = """
-import json, sys, fastlora.commands.machine as machine, fastlora.commands.doctor as doctor
-machine.why_not_importable = lambda name: ""
+import json, sys
+import fastlora.commands.system_checks as system_checks, fastlora.commands.doctor as doctor
+system_checks.import_error_text = lambda name: ""
 codes = [doctor.main(["--json"])]
 import fastlora.functional as functional
 right = functional.lora_linear
@@ -189,7 +190,7 @@ def test_an_adapter_that_is_not_fused(
     config = LoraConfig(r=2, target_modules=["q_proj"], use_dora=True, lora_dropout=0.1)
     get_peft_model(tiny_llama(), config).save_pretrained(tmp_path / "adapter")
     facts = doctor(capsys, folder, "--adapter", tmp_path / "adapter")
-    assert {layer["reason"] for layer in facts["model"]["layers"]} == {DORA_DROPS}
+    assert {layer["reason"] for layer in facts["model"]["layers"]} == {DORA_WITH_DROPOUT}
     assert facts["model"]["eligible"] == 0 and len(facts["model"]["without_adapter"]) == 13
     assert facts["notes"] == ["with lora_dropout=0, DoRA is also fused in training"]
 
@@ -200,8 +201,8 @@ def test_a_quantised_model_as_when_it_is_loaded(
     pytest.importorskip("bitsandbytes")
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    quantisation = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
-    loaded = AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantisation)
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    loaded = AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantization)
     loaded.save_pretrained(tmp_path / "quantised")
     report = fusion_report(get_peft_model(loaded, LoraConfig(target_modules="all-linear")))
     folder = tmp_path / "quantised"

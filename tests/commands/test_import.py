@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastlora.ops.conditions import constant_when_compiled
+from fastlora.ops.execution_mode import constant_when_compiled
 from tests.support.programs import python, run
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -20,10 +20,12 @@ class Blocked(importlib.abc.MetaPathFinder):
             raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 
 sys.meta_path.insert(0, Blocked())
-from fastlora.commands import cli, machine
+from fastlora.commands import cli, system_checks
 
-have = machine.version
-machine.version = lambda name: None if name in machine._OPTIONAL else have(name)
+have = system_checks.installed_version
+system_checks.installed_version = lambda name: (
+    None if name in system_checks._OPTIONAL else have(name)
+)
 
 found = []
 for words in {commands}:

@@ -154,7 +154,7 @@ def dropout(case: Case) -> None:
 
 
 @invariant(lambda case: case.rows == "mixed" and case.trains, per=("source", "base", "feature"))
-def absent_adapters(case: Case) -> None:
+def unused_adapters(case: Case) -> None:
     """An adapter without rows gets no gradient, or zeros where they are asked for."""
     subject = Subject(case)
     x = subject.x()
@@ -248,7 +248,7 @@ def wrong_ids(case: Case) -> None:
     subject = Subject(case)
     subject.net.eval()
     x = subject.x()
-    refused: list[tuple[Any, type[Exception], str]] = [
+    unsupported: list[tuple[Any, type[Exception], str]] = [
         (["en", "frr"] * 3, AdapterNotFoundError, "'frr'"),
         (torch.tensor([0, 99] * 3), AdapterNotFoundError, "slot 99"),
         (torch.tensor([0, -2] * 3), AdapterNotFoundError, "slot -2"),
@@ -262,7 +262,7 @@ def wrong_ids(case: Case) -> None:
         (torch.tensor([0.5] * 6), TypeError, "torch.float32, expected integers"),
         (torch.zeros(1, 6, dtype=torch.int64), ValueError, "expected one dimension"),
     ]
-    for ids, error, message in refused:
+    for ids, error, message in unsupported:
         with pytest.raises(error, match=message), fastlora.adapters(subject.handle, ids):
             subject.call(x)
         check(subject, {"y": subject.forward(x)}, x, masks={})

@@ -270,12 +270,12 @@ def hooks(case: Case) -> None:
 
 
 @invariant(lambda case: case.impl == "eager", per=("source", "rows", "base", "feature"))
-def batch_invariance_is_refused(case: Case) -> None:
+def batch_invariance_raises(case: Case) -> None:
     """The mode never does less: plain PyTorch cannot keep it, and says so; nothing stays behind."""
     subject = Subject(case)
     subject.net.eval()
     x = subject.x()
-    expected = [subject.forward(x) for _ in range(2)][-1]  # the first one shows siblings
+    expected = [subject.forward(x) for _ in range(2)][-1]  # the first one finds the groups
     with fastlora.batch_invariant(), torch.no_grad():
         with pytest.raises(ImplementationError, match="batch-invariant"):
             subject.forward(x)
@@ -286,7 +286,7 @@ def batch_invariance_is_refused(case: Case) -> None:
 
 
 @invariant(lambda case: case.source in ("layer", "model"), per=("source", "rows"))
-def refusals(case: Case) -> None:
+def unsupported_calls(case: Case) -> None:
     """What does not fit raises one typed error, and model and output are as before."""
     subject = Subject(case)
     subject.net.eval()

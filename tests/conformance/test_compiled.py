@@ -46,7 +46,7 @@ pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 def compiled(subject: Subject, **options: Any) -> Subject:
-    """The subject, in one graph; its siblings are known before."""
+    """The subject, in one graph; its shared-input groups are known before."""
     with torch.no_grad():
         for _ in range(2):
             subject.forward(subject.x())

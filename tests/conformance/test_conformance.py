@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.conformance import isolation, kept, state, values  # noqa: F401  # they fill the list
+from tests.conformance import cache_invalidation, isolation, state, values  # noqa: F401  # they fill the list
 from tests.support.conformance_cases import CASES, Case
 from tests.support.conformance_suite import pairs
 

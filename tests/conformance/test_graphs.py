@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import fastlora
-from tests.conformance.kept import changes
+from tests.conformance.cache_invalidation import changes
 from tests.conformance.test_compiled import CASES, compiled
 from tests.support.compiled import Graphs, graph_count
 from tests.support.conformance_cases import Case
@@ -160,11 +160,11 @@ def test_the_report_says_that_siblings_are_apart() -> None:
     """Without kernels there is nothing to share; with them nothing has been seen yet."""
     subject = Subject(Case("model", "mixed", "many"))
 
-    def siblings() -> list[str]:
+    def group_notes() -> list[str]:
         return [row.siblings for row in fastlora.fusion_report(subject.handle).rows]
 
     subject.step(subject.x())
-    assert siblings() == ["without kernels, each layer reads x separately"] * 3
+    assert group_notes() == ["without kernels, each layer reads x separately"] * 3
     for layer in subject.layers().values():
         layer.impl = "triton"
-    assert siblings() == ["no training forward pass yet"] * 3
+    assert group_notes() == ["no training forward pass yet"] * 3

@@ -105,7 +105,7 @@ def autocast(case: Case) -> None:
             y.backward(direction(y))
         return {"y": y.detach(), "x": leaf.grad, **subject.gradients()}
 
-    run(True, False)  # from the next one on siblings are known
+    run(True, False)  # from the next one on groups are known
     outside = run(True, False)
     assert outside["y"].dtype == half
     assert all(t.dtype == torch.float32 for name, t in outside.items() if name != "y")

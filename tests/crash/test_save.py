@@ -22,10 +22,10 @@ from safetensors.torch import load_file
 
 import fastlora
 from fastlora.model.adapter_files import CONFIG_NAME, WEIGHTS_NAME
-from fastlora.model.adapter_folder import AdapterFile, load_adapter_folder
+from fastlora.model.adapter_folder import AdapterContents, load_adapter_folder
 from fastlora.model.hub import CARD_NAME
 from tests.support import crash
-from tests.support.tiny import randomise, two_layers
+from tests.support.tiny import randomize, two_layers
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/fd")
 
@@ -44,7 +44,7 @@ class Saved(NamedTuple):
 
     save: Callable[[Path], None]
     config: bytes
-    file: AdapterFile
+    file: AdapterContents
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> list[Saved]:
     for number, fields in enumerate(FIELDS):
         config = fastlora.LoraConfig(target_modules=["q", "v"], **fields)
         model = fastlora.get_peft_model(two_layers(), config)
-        randomise(model, number)
+        randomize(model, number)
         folder = tmp_path_factory.mktemp("saved")
         model.save_pretrained(folder)
         config_text = (folder / CONFIG_NAME).read_bytes()
@@ -61,7 +61,7 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> list[Saved]:
     return found
 
 
-def equal(found: AdapterFile, expected: AdapterFile) -> bool:
+def equal(found: AdapterContents, expected: AdapterContents) -> bool:
     """Whether two adapters are the same, bit for bit."""
     return (
         found.config == expected.config

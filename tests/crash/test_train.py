@@ -20,7 +20,7 @@ from safetensors.torch import load, save
 
 from fastlora.model import adapter_folder
 from fastlora.model.adapter_files import CONFIG_NAME, WEIGHTS_NAME
-from fastlora.model.adapter_folder import AdapterFile, load_adapter_folder
+from fastlora.model.adapter_folder import AdapterContents, load_adapter_folder
 from fastlora.train import checkpoint
 from tests.support import train_runs
 from tests.support.crash import Crash
@@ -68,7 +68,7 @@ def number_configs() -> None:
 
 def save_configs_late() -> None:
     """A fault: weights do not carry the config that they are saved with."""
-    adapter_folder.config_metadata = lambda folder, text: {}
+    adapter_folder.weights_file_metadata = lambda folder, text: {}
 
 
 class Left(NamedTuple):
@@ -136,7 +136,7 @@ class Whole(NamedTuple):
     changes: list[str]
     left: Left
     checkpoints: dict[str, dict[str, bytes]]
-    adapters: dict[str, list[AdapterFile]]
+    adapters: dict[str, list[AdapterContents]]
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +149,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 @pytest.fixture(scope="module")
 def whole(runs: Runs) -> Whole:
     assert runs.start(0, 0, "--keep", STEPS)
-    found = checkpoint.checkpoints(runs.out / "checkpoints")
+    found = checkpoint.list_checkpoints(runs.out / "checkpoints")
     assert len(found) == STEPS // EVERY
     all_contents = {folder.name: contents(folder) for folder in found}
     adapters = {
@@ -164,7 +164,7 @@ def whole(runs: Runs) -> Whole:
 
 def check_killed(out: Path, whole: Whole) -> None:
     """A kill leaves whole checkpoints, and each adapter as the run saved it after a step."""
-    for folder in checkpoint.checkpoints(out / "checkpoints"):
+    for folder in checkpoint.list_checkpoints(out / "checkpoints"):
         assert contents(folder) == whole.checkpoints[folder.name]
     check_adapters(out, whole)
 
@@ -180,7 +180,7 @@ def check_adapters(out: Path, whole: Whole) -> None:
             assert same, f"{name} has the config of one save and the weights of another, or neither"
 
 
-def equal(left: AdapterFile, right: AdapterFile) -> bool:
+def equal(left: AdapterContents, right: AdapterContents) -> bool:
     """Whether two adapters have the same tensors."""
     return left.tensors.keys() == right.tensors.keys() and all(
         torch.equal(tensor, right.tensors[key]) for key, tensor in left.tensors.items()

@@ -61,7 +61,7 @@ def _train_idle_biases(monkeypatch: pytest.MonkeyPatch) -> None:
         def planted(self: LoraTuner, *args: Any, **kwargs: Any) -> None:
             method(self, *args, **kwargs)
             for name, config in self.peft_config.items():
-                for bias in inject.adapter_biases(self.model, name, config.bias).values():
+                for bias in inject.base_biases_trained_by(self.model, name, config.bias).values():
                     bias.requires_grad_(True)
 
         return planted
@@ -98,9 +98,11 @@ def _plant_bias(monkeypatch: pytest.MonkeyPatch, instead: dict[str, str]) -> Non
 
     def planted(self: LoraTuner, name: str) -> list[nn.Parameter]:
         bias = self.peft_config[name].bias
-        return list(inject.adapter_biases(self.model, name, instead.get(bias, bias)).values())
+        return list(
+            inject.base_biases_trained_by(self.model, name, instead.get(bias, bias)).values()
+        )
 
-    monkeypatch.setattr(LoraTuner, "_biases", planted)
+    monkeypatch.setattr(LoraTuner, "_selected_base_biases", planted)
 
 
 def _train_no_biases(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_f
 from torch.distributed.tensor import DTensor
 
 import fastlora
-from fastlora.sharding import copy_whole_, whole
+from fastlora.sharding import copy_full_tensor_, full_tensor
 from fastlora.testing import assert_within_budget
 from fastlora.train import train_adapters
 from fastlora.validation import AdapterStateError, CheckpointError, UnsupportedLayerError
@@ -228,7 +228,7 @@ def check_patched_peft(folder: Path) -> None:
         torch.manual_seed(1)
         base = steps.tiny_llama(tie_word_embeddings=False).to(dtype)
         model = peft.get_peft_model(base, peft.LoraConfig(**config))
-        steps.randomise(model)
+        steps.randomize(model)
         assert fastlora.patch(model).fused == 14
         return model
 
@@ -244,11 +244,11 @@ def check_patched_peft(folder: Path) -> None:
         steps.loss_of(wrapped, steps.own_half(ids)).backward()
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
-                found = whole(parameter.grad)
+                found = full_tensor(parameter.grad)
                 assert_within_budget(found, rounded[name].grad, exact[name].grad, name)
 
 
-def check_refusals(folder: Path) -> None:
+def check_errors(folder: Path) -> None:
     """What cannot be right is an error that says what to do."""
     model = steps.shard(steps.build())
     assert fastlora.fusion_report(model).fused == len(fastlora.fusion_report(model).rows)
@@ -274,7 +274,7 @@ def check_dora(folder: Path) -> None:
     def build(dtype: torch.dtype) -> Any:
         model = steps.build(dtype, **dora)
         model.add_adapter("b", fastlora.LoraConfig(r=5, target_modules=["q_proj", "v_proj"]))
-        steps.randomise(model)
+        steps.randomize(model)
         train_adapters(model, ["default", "b"])
         return model
 
@@ -286,13 +286,13 @@ def check_dora(folder: Path) -> None:
     for model in (steps.shard(build(torch.float32)), build(torch.float32), build(torch.float64)):
         model(input_ids=ids, labels=ids, adapter_names=names).loss.backward()
         named = model.named_parameters()
-        gradients.append({n: whole(p.grad) for n, p in named if p.grad is not None})
+        gradients.append({n: full_tensor(p.grad) for n, p in named if p.grad is not None})
     assert any("magnitude" in name for name in gradients[0])
     assert_same(*gradients)
 
 
 def check_dora_norms_follow_shards(folder: Path) -> None:
-    """What FSDP2 gathers lies where it lay before, at the version it had: no norm may be kept."""
+    """What FSDP2 gathers lies where it lay before, at the version it had: no norm may be cached."""
     dora = steps.DORA
     model, whole_model = steps.shard(steps.build(**dora)).eval(), steps.build(**dora).eval()
     ids = steps.tokens(0)
@@ -304,7 +304,7 @@ def check_dora_norms_follow_shards(folder: Path) -> None:
             for (name, shard), parameter in pairs:
                 if ("lora_" if step % 2 else "proj.weight") in name:
                     parameter.mul_(1.25)
-                    copy_whole_(shard, parameter)
+                    copy_full_tensor_(shard, parameter)
     # An adapter that is there is read into its shards.
     if steps.rank() == 0:
         steps.build(**dora).save_pretrained(folder / "dora")

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
 
 import fastlora
-from fastlora.sharding import whole
+from fastlora.sharding import full_tensor
 from fastlora.testing import assert_within_budget
 from fastlora.train import AdapterOptimizers, adapter_parameters, causal_lm_losses, count_tokens
 from tests.support import mixed_training
@@ -71,7 +71,7 @@ def state_of(model: Any) -> dict[str, torch.Tensor]:
     named: dict[str, Any] = {}
     for name in mixed_training.CONFIGS:
         named |= adapter_parameters(bare, name)
-    return {name: whole(parameter.detach()).clone() for name, parameter in named.items()}
+    return {name: full_tensor(parameter.detach()).clone() for name, parameter in named.items()}
 
 
 @functools.cache
@@ -203,7 +203,7 @@ def check_scaler(folder: Path) -> None:
         assert scales == {"a": 2.0**9, "b": 2.0**10, "c": 2.0**10, "d": 2.0**10}
 
 
-def check_zeros_for_the_absent(folder: Path) -> None:
+def check_zeros_for_unused_adapters(folder: Path) -> None:
     """An adapter without rows anywhere gets zeros; told so, a process computes none."""
     model = mixed_training.build()
     wrapped = wrap("ddp", model)
@@ -238,6 +238,6 @@ def check_dropout_and_checkpoints(folder: Path) -> None:
                 logits = model(x)
         optimizers.backward(causal_lm_losses(logits, labels, names))
         named = {n: p for a in "abcd" for n, p in adapter_parameters(model, a).items()}
-        found.append({n: whole(p.grad).clone() for n, p in named.items()})
+        found.append({n: full_tensor(p.grad).clone() for n, p in named.items()})
         optimizers.zero_grad()
     assert mixed_training.same(*found)

@@ -17,15 +17,15 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 import fastlora
 from fastlora.integrations.distributed import clip_grad_norm_, tensor_parallel
 from fastlora.layers.tensor_parallel import TensorParallelLora
-from fastlora.sharding import copy_whole_, whole
+from fastlora.sharding import copy_full_tensor_, full_tensor
 from fastlora.testing import assert_within_budget
 from fastlora.train import AdapterOptimizers, causal_lm_losses, train_adapters
 from fastlora.validation import AdapterStateError, ImplementationError, UnsupportedLayerError
 from tests.distributed.checks_tensor_parallel_dora import (  # noqa: F401  # run in the same two processes
+    check_dora_cached_norms,
     check_dora_dropout,
+    check_dora_errors,
     check_dora_fresh,
-    check_dora_kept_norms,
-    check_dora_refusals,
     check_dora_training,
     check_layouts,
     check_written_while_merged,
@@ -72,7 +72,7 @@ def check_training(folder: Path) -> None:
     with torch.no_grad():
         for name, parameter in second.named_parameters():
             if parameter.requires_grad:
-                copy_whole_(parameter, values[name.replace("base_layer.", "")])
+                copy_full_tensor_(parameter, values[name.replace("base_layer.", "")])
     for model in (first, second):
         rows = fastlora.fusion_report(model).rows
         assert len(rows) == 14 and all("tensor parallel" in row.reason for row in rows)
@@ -96,7 +96,7 @@ def check_adapter_optimizers(folder: Path) -> None:
         optimizers.backward(causal_lm_losses(logits, labels, IDS))
         assert optimizers.step().stepped == ("default", "b")
         named = model.named_parameters()
-        return {n.replace("base_layer.", ""): whole(p.detach()) for n, p in named}
+        return {n.replace("base_layer.", ""): full_tensor(p.detach()) for n, p in named}
 
     truth = train(None, torch.float64, group=None)
     same = train(None, torch.float32, group=None)
@@ -174,8 +174,8 @@ def dropped(name: str, shown: list[tuple[int, int]], x: torch.Tensor) -> torch.T
     for output, seen in shown:
         lora_b[output, seen] = 1.0
     with torch.no_grad():
-        copy_whole_(layer.lora_A["default"].weight, torch.eye(r))
-        copy_whole_(layer.lora_B["default"].weight, lora_b)
+        copy_full_tensor_(layer.lora_A["default"].weight, torch.eye(r))
+        copy_full_tensor_(layer.lora_B["default"].weight, lora_b)
     return layer(x)
 
 
@@ -196,7 +196,7 @@ def check_dropout(folder: Path) -> None:
     assert not torch.equal(y[:, :5], y[:, 5:])
 
 
-def check_refusals(folder: Path) -> None:
+def check_errors(folder: Path) -> None:
     """What cannot be right is an error that says what to do."""
     for style in (ColwiseParallel(), RowwiseParallel()):
         base = pair(None, torch.float32).get_base_model()

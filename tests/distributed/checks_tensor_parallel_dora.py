@@ -13,10 +13,10 @@ import torch.nn.functional as F
 
 import fastlora
 from fastlora.integrations.distributed import clip_grad_norm_
-from fastlora.layers import norms as dora_norms
+from fastlora.layers import dora_norms as dora_norms
 from fastlora.layers.tensor_parallel import TensorParallelLora
 from fastlora.ops.torch import reference
-from fastlora.sharding import copy_whole_, whole
+from fastlora.sharding import copy_full_tensor_, full_tensor
 from fastlora.testing import assert_within_budget
 from fastlora.validation import AdapterStateError, ConfigError
 from tests.support.distributed import steps
@@ -68,18 +68,18 @@ def formula(dtype: torch.dtype, dora: tuple[str, ...], chosen: Chosen, masks: An
     return found | {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
-def seeds_of(model: Any) -> list[tuple[str, torch.Tensor]]:
+def layer_dropout_seeds(model: Any) -> list[tuple[str, torch.Tensor]]:
     """Fills up with the layer and seed of each dropout that acts in this process."""
     seen: list[tuple[str, torch.Tensor]] = []
     for name in ("up", "down"):
         layer: Any = model.get_base_model().get_submodule(name)
 
         def own_seed(seed: torch.Tensor, name: str = name, layer: Any = layer) -> torch.Tensor:
-            made = TensorParallelLora._own_seed(layer, seed)
+            made = TensorParallelLora._local_dropout_seed(layer, seed)
             seen.append((name, made[:1]))  # of a mixed batch's, the one plain adapter's
             return made
 
-        layer._own_seed = own_seed
+        layer._local_dropout_seed = own_seed
     return seen
 
 
@@ -138,7 +138,7 @@ def check_dora_dropout(folder: Path) -> None:
                 model = train_biases(pair(LAYOUTS[0], torch.float32, dora, lora_dropout=P))
                 if ids is None:
                     model.set_adapter("b")
-                seen = seeds_of(model.train(training))
+                seen = layer_dropout_seeds(model.train(training))
                 found = results(model, torch.float32, ids, False)
                 if training:
                     # Plain adapters' dropouts come before those of DoRA.
@@ -174,7 +174,7 @@ def check_dora_training(folder: Path) -> None:
             optimizer.step()
             optimizer.zero_grad()
         named = model.named_parameters()
-        return {n.replace("base_layer.", ""): whole(p.detach()) for n, p in named}
+        return {n.replace("base_layer.", ""): full_tensor(p.detach()) for n, p in named}
 
     same, truth = train(None, torch.float32), train(None, torch.float64)
     before = dict(pair(None, torch.float32, ("b",)).named_parameters())
@@ -201,7 +201,7 @@ def check_dora_fresh(folder: Path) -> None:
             assert magnitude.placements == layer.lora_B[name].weight.placements
             weight = pair(None, torch.float64).get_base_model().get_submodule(part).weight
             truth = torch.linalg.vector_norm(weight + layer.get_delta_weight(name), dim=1)
-            assert_within_budget(whole(magnitude).float(), truth.float(), truth, part)
+            assert_within_budget(full_tensor(magnitude).float(), truth.float(), truth, part)
         model.delete_adapter(name)
 
 
@@ -210,22 +210,22 @@ def write(model: Any, what: str) -> None:
     if what == "zeros":  # one row of `down` has nothing in the first half of x, another nothing
         down = model.get_base_model().down
         for parameter, columns in ((down.weight, 11), (down.lora_B["b"].weight, 5)):
-            tensor = whole(parameter.detach()).clone()
+            tensor = full_tensor(parameter.detach()).clone()
             tensor[3, :columns] = 0.0
             tensor[4] = 0.0
-            copy_whole_(parameter, tensor)
+            copy_full_tensor_(parameter, tensor)
     elif what == "state":
         for name, tensor in model.state_dict().items():
             if ".b." in name:
-                copy_whole_(tensor, whole(tensor) * 1.5)
+                copy_full_tensor_(tensor, full_tensor(tensor) * 1.5)
     else:
         for name, parameter in model.named_parameters():
             if what in name if "lora" in what else "lora" not in name:
                 parameter.mul_(1.5)
 
 
-def check_dora_kept_norms(folder: Path) -> None:
-    """What is kept without gradients goes when something changes, if in one process only."""
+def check_dora_cached_norms(folder: Path) -> None:
+    """What is cached without gradients is cleared at a change, if in one process only."""
     x = torch.randn(5, 17, generator=torch.Generator().manual_seed(3))
     kinds = ((LAYOUTS[0], torch.float32), (None, torch.float32), (None, torch.float64))
     models = [pair(plan, dtype, ("b",)).eval() for plan, dtype in kinds]
@@ -247,8 +247,8 @@ def check_dora_kept_norms(folder: Path) -> None:
             for each in (same, truth):
                 fastlora.refresh(each)  # these are right whatever they keep
         assert_within_budget(*outputs())
-        down, computed = model.get_base_model().down, dora_norms.adapted_sums
-        with mock.patch.object(dora_norms, "adapted_sums", side_effect=computed) as sums:
+        down, computed = model.get_base_model().down, dora_norms.adapted_squared_norms
+        with mock.patch.object(dora_norms, "adapted_squared_norms", side_effect=computed) as sums:
             model(x)
             assert not sums.called
             if steps.rank() == 0:
@@ -288,7 +288,9 @@ def check_written_while_merged(folder: Path) -> None:
                     layers.down.base_layer.weight.to_local().add_(0.0)
             each.unmerge_adapter()
             bases = [layer.get_base_layer() for layer in (layers.up, layers.down)]
-            found.append([whole(p).detach() for base in bases for p in (base.weight, base.bias)])
+            found.append(
+                [full_tensor(p).detach() for base in bases for p in (base.weight, base.bias)]
+            )
         for mine, near, exact in zip(*found, strict=True):
             assert_within_budget(mine, near, exact)
     model = pair(LAYOUTS[0], torch.float32, ("b",))
@@ -300,7 +302,7 @@ def check_written_while_merged(folder: Path) -> None:
     down.unmerge()
 
 
-def check_dora_refusals(folder: Path) -> None:
+def check_dora_errors(folder: Path) -> None:
     """One error in every process, before anything changes."""
     model = pair(LAYOUTS[0], torch.float64, ("b",))
     config = {"target_modules": ["up", "down"], "use_dora": True}
@@ -309,17 +311,20 @@ def check_dora_refusals(folder: Path) -> None:
     # A row of the second process's shard alone has no magnitude.
     up = model.get_base_model().up
     with torch.no_grad():
-        magnitude = whole(up.lora_magnitude_vector["b"].weight).clone()
+        magnitude = full_tensor(up.lora_magnitude_vector["b"].weight).clone()
         magnitude[-1] = 0.0
-        copy_whole_(up.lora_magnitude_vector["b"].weight, magnitude)
+        copy_full_tensor_(up.lora_magnitude_vector["b"].weight, magnitude)
         up.merge(keep_base=False)
-        merged = whole(up.weight).clone()
+        merged = full_tensor(up.weight).clone()
         raises(AdapterStateError, "cannot be unmerged", up.unmerge)
-        assert torch.equal(whole(up.weight), merged) and up.merged_adapters == ["default", "b"]
+        assert torch.equal(full_tensor(up.weight), merged) and up.merged_adapters == [
+            "default",
+            "b",
+        ]
     model = pair(LAYOUTS[0], torch.float64, ("b",))
     up = model.get_base_model().up
     with torch.no_grad():
         magnitude[-1] = float("inf")
-        copy_whole_(up.lora_magnitude_vector["b"].weight, magnitude)
+        copy_full_tensor_(up.lora_magnitude_vector["b"].weight, magnitude)
     raises(AdapterStateError, "not finite", model.merge_adapter, safe_merge=True)
     assert not up.merged_adapters

@@ -22,17 +22,17 @@ from fastlora.kernels.lora_expand import launch_lora_expand
 from fastlora.kernels.lora_linear import launch_lora_linear
 from fastlora.kernels.lora_shrink import launch_lora_shrink
 from fastlora.kernels.plane_sums import launch_plane_sums
-from fastlora.ops import conditions
-from fastlora.ops.rows import piece_entries, sort_rows
-from fastlora.ops.triton.sorting import sorted_rows
+from fastlora.ops import execution_mode
+from fastlora.ops.rows import pieces_length, sort_rows
+from fastlora.ops.triton.sorting import sort_rows_into
 from fastlora.testing import assert_within_budget
-from tests.support.kernels.coded import coded_weight
-from tests.support.kernels.coded_linear import at, check_linear, of_tables
 from tests.support.kernels.lab import Lab
 from tests.support.kernels.layers import Layers
 from tests.support.kernels.mixed_grad_problem import GradProblem, mix
 from tests.support.kernels.mixed_problem import OPS, RANKS, THREE, MixedProblem, Results, draw_ids
 from tests.support.kernels.one_adapter import Problem
+from tests.support.kernels.quantized_linear import at, check_linear, of_tables
+from tests.support.kernels.quantized_weights import make_quantized_weight
 from tests.support.kernels.scale_problem import ScaleProblem
 
 Case = Callable[[Lab], Results]
@@ -136,14 +136,14 @@ def invariant(shape: Shape, dtype: torch.dtype = BF16) -> Case:
     return run
 
 
-def coded(
+def quantized(
     kind: str, shape: Shape, dtype: torch.dtype = BF16, plan: str = "auto", p: float = 0.3
 ) -> Case:
     """y and every gradient of a linear over codes; of the plan "invariant" y alone."""
 
     def run(lab: Lab) -> Results:
         m, n, k, r = shape
-        weight = coded_weight(kind, lab.rand(n, k, dtype=dtype))
+        weight = make_quantized_weight(kind, lab.rand(n, k, dtype=dtype))
         return check_linear(lab, weight, m, r, 0.0 if plan == "invariant" else p, plan)
 
     return run
@@ -203,7 +203,7 @@ def mixed_together(kernel: str, m: int, k: int, dtype: torch.dtype = BF16, plane
         problem = MixedProblem(lab, draw_ids(m, 8), THREE, k, [70, 33, 128], dtype, biased=(1, 3))
         sizes = {"m": m, "n": 128, "k": k, "r": problem.max_rank}
         config = choose(chip_of(lab.device), f"mixed_lora_{kernel}", dtype, **sizes)
-        ys = problem.run_siblings(kernel, config, planes)
+        ys = problem.run_group(kernel, config, planes)
         for number, y in enumerate(ys):
             problem.check(y, number)
         return {f"y {number}": y for number, y in enumerate(ys)}
@@ -230,7 +230,7 @@ def mixed_invariant(shape: tuple[int, int, int], dtype: torch.dtype = BF16) -> C
     return run
 
 
-def mixed_coded(
+def mixed_quantized(
     kind: str,
     m: int,
     adapters: int,
@@ -321,12 +321,14 @@ def sort(count: int, each: int, slots: int, block_m: int) -> Case:
     def run(lab: Lab) -> Results:
         ids = torch.tensor(draw_ids(count, slots)) * (1 + (torch.arange(count) % 7 == 3))
         m = count * each
-        with mock.patch.object(conditions, "KERNEL_DEVICES", ()):
+        with mock.patch.object(execution_mode, "KERNEL_DEVICES", ()):
             rows = sort_rows(ids, m, slots)
             pieces = rows.pieces(block_m) if block_m else torch.empty(0, dtype=torch.int32)
-        expected = [*rows.tensors(), rows.invalid, pieces]
-        assert not block_m or len(pieces) == piece_entries(m, slots, block_m)
-        found = sorted_rows(ids, slots, tuple(torch.full_like(t, True) for t in expected), block_m)
+        expected = [*rows.operator_arguments(), rows.invalid, pieces]
+        assert not block_m or len(pieces) == pieces_length(m, slots, block_m)
+        found = sort_rows_into(
+            ids, slots, tuple(torch.full_like(t, True) for t in expected), block_m
+        )
         assert found is not None
         for number, (entries, wanted) in enumerate(zip(found, expected, strict=True)):
             assert torch.equal(entries, wanted), number
@@ -389,19 +391,19 @@ FURTHER = {
     "mixed step, fp32": step((130, 300, 48), FP32),
     "mixed scale, fp16, no bias": scale(130, 64, FP16, bias=False),
     "mixed sort, many slots": sort(5, 300, 1100, 64),
-    "codes, nf4": coded("nf4", (17, 80, 128, 8)),
-    "codes, nf4 nested": coded("nf4 nested", (64, 33, 320, 40)),
-    "codes, fp4": coded("fp4", (1, 45, 192, 8)),
-    "codes, int8": coded("int8", (17, 80, 64, 3), FP16),
-    "codes, e4m3": coded("e4m3", (33, 80, 128, 16)),
-    "codes, e5m2": coded("e5m2", (17, 80, 128, 8), FP16),
-    "codes, nf4, invariant": coded("nf4", (70, 48, 128, 8), plan="invariant"),
-    "mixed codes, nf4": mixed_coded("nf4", 21, 3),
-    "mixed codes, nf4 nested, by pieces": mixed_coded("nf4 nested", 21, 9),
-    "mixed codes, fp4": mixed_coded("fp4", 21, 3, FP16),
-    "mixed codes, int8": mixed_coded("int8", 21, 3),
-    "mixed codes, e4m3": mixed_coded("e4m3", 40, 3, FP16),
-    "mixed codes, e5m2": mixed_coded("e5m2", 21, 3),
-    "mixed codes, nf4, invariant": mixed_coded("nf4", 70, 2, plan="invariant"),
+    "codes, nf4": quantized("nf4", (17, 80, 128, 8)),
+    "codes, nf4 nested": quantized("nf4 nested", (64, 33, 320, 40)),
+    "codes, fp4": quantized("fp4", (1, 45, 192, 8)),
+    "codes, int8": quantized("int8", (17, 80, 64, 3), FP16),
+    "codes, e4m3": quantized("e4m3", (33, 80, 128, 16)),
+    "codes, e5m2": quantized("e5m2", (17, 80, 128, 8), FP16),
+    "codes, nf4, invariant": quantized("nf4", (70, 48, 128, 8), plan="invariant"),
+    "mixed codes, nf4": mixed_quantized("nf4", 21, 3),
+    "mixed codes, nf4 nested, by pieces": mixed_quantized("nf4 nested", 21, 9),
+    "mixed codes, fp4": mixed_quantized("fp4", 21, 3, FP16),
+    "mixed codes, int8": mixed_quantized("int8", 21, 3),
+    "mixed codes, e4m3": mixed_quantized("e4m3", 40, 3, FP16),
+    "mixed codes, e5m2": mixed_quantized("e5m2", 21, 3),
+    "mixed codes, nf4, invariant": mixed_quantized("nf4", 70, 2, plan="invariant"),
 }
 CASES: dict[str, Case] = {**CORE, **FURTHER}

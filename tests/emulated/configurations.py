@@ -14,16 +14,16 @@ from unittest import mock
 
 import torch
 
-from fastlora.coded_weight import matrix
 from fastlora.kernels import configs, launch
 from fastlora.kernels.chips import Chip
-from fastlora.kernels.tables import MAX_SIBLINGS, KernelConfig, kernel_of, table_of
+from fastlora.kernels.config_tables import MAX_GROUP_SIZE, KernelConfig, kernel_of, table_of
+from fastlora.quantized_tensor import dequantize
 from tests.emulated.cases import BF16, FP32, Case, sort, sums
-from tests.support.kernels.coded import coded_weight
 from tests.support.kernels.lab import Lab
 from tests.support.kernels.mixed_grad_problem import GradProblem, mix
 from tests.support.kernels.mixed_problem import MixedProblem, Results, draw_ids
 from tests.support.kernels.one_adapter import Problem
+from tests.support.kernels.quantized_weights import make_quantized_weight
 from tests.support.kernels.scale_problem import ScaleProblem
 
 # One card each of the chips that the lane emulates.
@@ -54,7 +54,7 @@ class Configuration(NamedTuple):
         sides = (f"{s}{getattr(own, f'block_{s}')}" for s in "mnkr" if getattr(own, f"block_{s}"))
         parts = [self.launch, *sides, f"warps{own.num_warps}", f"stages{own.num_stages}"]
         parts += [f"narrow{own.narrow_r}"] * (own.narrow_r > 0) + ["splits"] * (own.splits > 1)
-        parts += [f"siblings{own.siblings}"] * (own.siblings > 1)
+        parts += [f"siblings{own.group_size}"] * (own.group_size > 1)
         return "-".join([*parts, *["invariant"] * own.batch_invariant])
 
 
@@ -62,13 +62,13 @@ def configurations(chip: Chip) -> list[Configuration]:
     """Returns every config of every launch of the chip's table, in bf16."""
     found: dict[tuple[str, KernelConfig], Configuration] = {}
     for name in sorted({name for name, _ in table_of(chip)}):
-        counts = range(1, MAX_SIBLINGS + 1) if name == "lora_grad_a" else (1,)
+        counts = range(1, MAX_GROUP_SIZE + 1) if name == "lora_grad_a" else (1,)
         for n, k in LAYERS:
             for m in ROWS:
                 for r in RANKS:
                     for siblings in counts:
                         for mode in (False, True)[: 1 + (name in INVARIANT)]:
-                            sizes = {"m": m, "n": n, "k": k, "r": r, "siblings": siblings}
+                            sizes = {"m": m, "n": n, "k": k, "r": r, "group_size": siblings}
                             own = configs.choose(chip, name, BF16, **sizes, batch_invariant=mode)
                             own = replace(own, splits=min(own.splits, 2))
                             found.setdefault((name, own), Configuration(name, own, r, siblings))
@@ -134,12 +134,14 @@ def _one(given: Configuration) -> Case:
         sizes = sizes_of(given).values()
         problem = Problem(lab, *sizes, given.r, BF16, 0.3, [given.r] * (given.siblings - 1))
         stem = given.launch.removeprefix("coded_")
-        coded = coded_weight("nf4 nested", problem.weight) if stem != given.launch else None
+        coded = (
+            make_quantized_weight("nf4 nested", problem.weight) if stem != given.launch else None
+        )
         if coded is not None:
-            problem.weight = coded.coded
+            problem.weight = coded.quantized_data
         found: Results = getattr(problem, stem.removeprefix("lora_"))(given.config)
         if coded is not None:
-            problem.weight = matrix(coded)
+            problem.weight = dequantize(coded)
         problem.check(found)
         return found
 
@@ -159,12 +161,12 @@ def _mixed(given: Configuration) -> Case:
             problem.shrink_into(s, given.config)
             problem.check_shrunk(s)
             return {"s": s}
-        coded = coded_weight("nf4 nested", problem.weights[0])
+        coded = make_quantized_weight("nf4 nested", problem.weights[0])
         if given.launch.startswith("coded_"):
-            problem.weights = [coded.coded]
+            problem.weights = [coded.quantized_data]
         y = problem.run(kernel, given.config, splits=2)
         if given.launch.startswith("coded_"):
-            problem.weights = [matrix(coded)]
+            problem.weights = [dequantize(coded)]
         problem.check(y)
         return {"y": y}
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.emulator.build import why_unavailable
+from tests.emulator.build import unavailable_reason
 
 FOLDER = Path(__file__).parent
 PLUGIN = "tests.emulator.plugin"
@@ -22,7 +22,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Starts the emulator of the chip that ``$EMULATE`` names; without a compiler it fails."""
     os.environ.setdefault("EMULATE", "sm_80")
     asked = [Path(config.invocation_params.dir, arg.partition("::")[0]) for arg in config.args]
-    if all(path.resolve().is_relative_to(FOLDER) for path in asked) and not _why_not():
+    if all(path.resolve().is_relative_to(FOLDER) for path in asked) and not _skip_reason():
         config.pluginmanager.import_plugin(PLUGIN)
 
 
@@ -30,17 +30,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Skips the tests of this folder where the emulator did not start."""
     if config.pluginmanager.has_plugin(PLUGIN):
         return
-    reason = _why_not() or "beside other tests; run python -m pytest tests/emulated"
+    reason = _skip_reason() or "beside other tests; run python -m pytest tests/emulated"
     for item in items:
         if item.path.is_relative_to(FOLDER):
             item.add_marker(pytest.mark.skip(reason=reason))
 
 
-def _why_not() -> str:
+def _skip_reason() -> str:
     """Returns why the emulator cannot run here; empty where it can."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    return why_unavailable()
+    return unavailable_reason()
 
 
 @pytest.fixture

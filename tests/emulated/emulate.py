@@ -36,7 +36,7 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tests.emulator.build import library, why_unavailable
+from tests.emulator.build import library, unavailable_reason
 from tests.emulator.driver import CHIPS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -165,7 +165,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for chip in args.chip:
         if chip not in CHIPS:
             parser.error(f"the emulator does not execute {chip}, expected one of {CHIPS}")
-    if reason := why_unavailable():
+    if reason := unavailable_reason():
         parser.error(reason)
     library()  # once, before several processes want it
     LOG.parent.mkdir(exist_ok=True)

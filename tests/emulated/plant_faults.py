@@ -104,7 +104,7 @@ def cases() -> dict[str, Callable[[lab.Lab], dict[str, torch.Tensor]]]:
         "mixed step, few rows": known.step((5, 600, 70), dropout=True),
         "mixed step, fp16, few rows": known.step((5, 600, 64), fp16, "split"),
         "mixed step, fp32, few rows": known.step((5, 300, 48), known.FP32),
-        "codes, fp4, more rows": known.coded("fp4", (17, 45, 192, 8)),
+        "codes, fp4, more rows": known.quantized("fp4", (17, 45, 192, 8)),
         "mixed sort, more rows": known.sort(300, 1, 40, 16),
         "sums of planes, small": known.sums(**small),
         "sums of planes, small, fp32": known.sums(known.FP32, **small),
@@ -122,10 +122,10 @@ def other_sizes() -> dict[str, Callable[[lab.Lab], dict[str, torch.Tensor]]]:
     return {
         "grad_a, 33 rows": known.one("grad_a", (33, 1, 300, 16), p=0.3, siblings=(8,)),
         "shrink, fp32, 5 rows": known.one("shrink", (5, 1, 200, 5), fp32, splits=5),
-        "codes, nf4 nested, long": known.coded(nested, (64, 33, 1280, 40)),
-        "codes, nf4 nested, 5 outputs": known.coded(nested, (64, 5, 320, 40)),
+        "codes, nf4 nested, long": known.quantized(nested, (64, 33, 1280, 40)),
+        "codes, nf4 nested, 5 outputs": known.quantized(nested, (64, 5, 320, 40)),
         "shrink, one row for all": known.one("shrink", (33, 1, 128, 16), p=0.3, expanded=True),
-        "mixed codes, rank of 1": known.mixed_coded(nested, 21, 9, cycle=(1, 3, 0, 16)),
+        "mixed codes, rank of 1": known.mixed_quantized(nested, 21, 9, cycle=(1, 3, 0, 16)),
         "mixed sort, 7 slots": known.sort(40, 1, 7, 16),
         # Rows of the last slot end with the batch, and so does their last piece.
         **{

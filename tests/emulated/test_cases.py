@@ -18,7 +18,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 import triton
 
 from fastlora.kernels.chips import chip_of
-from fastlora.kernels.tables import kernel_of, table_of
+from fastlora.kernels.config_tables import kernel_of, table_of
 from tests.emulated.cases import CASES, CORE, FURTHER
 from tests.emulated.orders import check_orders
 from tests.emulator.driver import Emulation

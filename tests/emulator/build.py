@@ -26,10 +26,11 @@ def compiler() -> str | None:
     return next((path for name in names if name and (path := shutil.which(name))), None)
 
 
-def why_unavailable() -> str:
+def unavailable_reason() -> str:
     """Returns why the emulator cannot run here; empty where it can, and always under ``$CI``.
 
-    Tests skip by it: ``pytest.mark.skipif(bool(why_unavailable()), reason=why_unavailable())``.
+    Tests skip by it:
+    ``pytest.mark.skipif(bool(unavailable_reason()), reason=unavailable_reason())``.
     """
     if os.environ.get("CI"):
         return ""  # a run without a compiler fails there

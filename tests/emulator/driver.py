@@ -17,7 +17,7 @@ import torch
 from fastlora.testing.launches import StandInDriver
 from tests.emulator.build import cache_folder
 from tests.emulator.decode import Program
-from tests.emulator.execute import FORWARD, Outcome, execute, forget_last_launch
+from tests.emulator.execute import FORWARD, Outcome, clear_last_launch, execute
 
 # Triton 3.6 puts no fence.proxy.async between cp.async and wgmma, in any kernel of sm_90.
 WITHOUT_COPY_FENCE = "3.6."
@@ -132,7 +132,7 @@ def emulate(
     from triton.runtime.driver import driver
 
     from fastlora.kernels import chips
-    from fastlora.ops import conditions
+    from fastlora.ops import execution_mode
 
     emulation = Emulation(chip, processors, order, seed, limit, log)
     if triton.__version__.startswith(WITHOUT_COPY_FENCE) and chip == "sm_90":
@@ -142,7 +142,7 @@ def emulate(
     before = driver._active
     driver.set_active(_Driver(described))
     compiler.max_shared_mem.cache_clear()
-    forget_last_launch()
+    clear_last_launch()
     _current.append(emulation)
     try:
         with (
@@ -150,13 +150,13 @@ def emulate(
             mock.patch.dict(os.environ, TRITON_CACHE_DIR=str(kernels)),
             mock.patch.object(CUDABackend, "make_cubin", _ptx_as_cubin),
             mock.patch.object(chips, "chip_of", lambda _: described),
-            mock.patch.object(conditions, "KERNEL_DEVICES", ("cpu",)),
-            mock.patch.object(conditions, "triton_status", lambda *_: status),
+            mock.patch.object(execution_mode, "KERNEL_DEVICES", ("cpu",)),
+            mock.patch.object(execution_mode, "triton_status", lambda *_: status),
         ):
             yield emulation
     finally:
         _current.remove(emulation)
-        forget_last_launch()
+        clear_last_launch()
         driver.set_active(before)
         compiler.max_shared_mem.cache_clear()
 

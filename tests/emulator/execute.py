@@ -160,10 +160,10 @@ def execute(
     )
 
 
-def forget_last_launch() -> None:
+def clear_last_launch() -> None:
     """Makes the next launch depend on no earlier one."""
     with _lock:
-        library().forget_last_launch()
+        library().clear_last_launch()
         _storages_of_last_launch.clear()
 
 

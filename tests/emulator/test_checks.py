@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from tests.emulator import execute as execution
-from tests.emulator.build import why_unavailable
+from tests.emulator.build import unavailable_reason
 from tests.emulator.decode import Program
 from tests.emulator.driver import COPY_FENCE, Emulation, emulate
 from tests.emulator.ptx import kernel, run, wgmma_kernel
 
-pytestmark = pytest.mark.skipif(bool(why_unavailable()), reason=why_unavailable())
+pytestmark = pytest.mark.skipif(bool(unavailable_reason()), reason=unavailable_reason())
 
 # Addresses of a thread's words in the two arguments and in shared memory.
 ADDRESSES = """add.s64 %a, %p0, %tid4; add.s64 %b, %p1, %tid4;
@@ -317,7 +317,7 @@ def test_dependent_launch(name: str) -> None:
     """A dependent sees the memory from before the primary until it waits."""
     body, report = DEPENDENTS[name]
     s, x, out = torch.full((64,), -1).int(), torch.arange(64).int(), torch.zeros(64).int()
-    execution.forget_last_launch()
+    execution.clear_last_launch()
     assert run(ADDRESSES + PRIMARY, s, x, warps=2).reports == []
     assert torch.equal(s, x)
     body = ADDRESSES + body + "add.s64 %c, %p2, %tid4; st.global.b32 [%c], %x;"

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from tests.emulator.build import why_unavailable
+from tests.emulator.build import unavailable_reason
 from tests.emulator.decode import Program, UnsupportedInstruction
 from tests.emulator.driver import emulate
 from tests.emulator.ptx import kernel, lanes, run, wgmma_kernel
 
-pytestmark = pytest.mark.skipif(bool(why_unavailable()), reason=why_unavailable())
+pytestmark = pytest.mark.skipif(bool(unavailable_reason()), reason=unavailable_reason())
 
 I16, I32, I64 = torch.int16, torch.int32, torch.int64
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32

@@ -42,7 +42,7 @@ FAULTS = (
         path="fastlora/integrations/peft.py",
         before="""\
     for module in model.modules():
-        check_unpatches(module)
+        check_can_unpatch(module)
     for module in model.modules():
         unpatch_layer(module)
 """,
@@ -58,7 +58,7 @@ FAULTS = (
         source="e5b400a",
         path="fastlora/integrations/peft.py",
         before="""\
-        join_group(self.group, self.tuner, layers)  # even if others fail: blocks may be open
+        add_to_group(self.group, self.tuner, layers)  # even if others fail: blocks may be open
         for name, module in others:
             raise UnsupportedLayerError(
                 f"{name!r} is a PEFT {type(module).__name__}, which fastlora.adapters() does not "
@@ -71,7 +71,7 @@ FAULTS = (
                 f"{name!r} is a PEFT {type(module).__name__}, which fastlora.adapters() does not "
                 "route; pass adapter_names= to the model instead"
             )
-        join_group(self.group, self.tuner, layers)
+        add_to_group(self.group, self.tuner, layers)
 """,
         tests=(
             "tests/routing/test_open_blocks.py::test_an_adapter_that_cannot_be_routed_within_a_block",
@@ -82,7 +82,7 @@ FAULTS = (
         kind="a change in an open block",
         source="eba4346",
         path="fastlora/integrations/peft.py",
-        before='        self._check_closed("delete_adapter")\n',
+        before='        self._check_no_open_block("delete_adapter")\n',
         after="",
         tests=(
             "tests/routing/test_open_blocks.py::"

@@ -12,8 +12,8 @@ FAULTS = (
         sentence="A renamed file can lose its name in a crash, since its folder is not flushed.",
         kind="a rename not on disk",
         source="103fddf",
-        path="fastlora/model/replace_files.py",
-        before="            os.replace(partial, path)\n            flush_to_disk(path.parent)\n",
+        path="fastlora/model/atomic_files.py",
+        before="            os.replace(partial, path)\n            fsync_path(path.parent)\n",
         after="            os.replace(partial, path)\n",
         tests=(f"{_REPLACE}::test_order_on_disk",),
     ),
@@ -21,8 +21,8 @@ FAULTS = (
         sentence="A file takes its name before its content is on disk.",
         kind="a content not on disk",
         source="R2",
-        path="fastlora/model/replace_files.py",
-        before="        for partial in partials:\n            flush_to_disk(partial)\n",
+        path="fastlora/model/atomic_files.py",
+        before="        for partial in partials:\n            fsync_path(partial)\n",
         after="",
         tests=(f"{_REPLACE}::test_order_on_disk",),
     ),
@@ -30,17 +30,17 @@ FAULTS = (
         sentence="A writer removes the temporary files of another one that still writes.",
         kind="a file of a living writer",
         source="R6",
-        path="fastlora/model/replace_files.py",
-        before="if _owner_has_ended(folder) if held is None else held:",
-        after="if _owner_has_ended(folder) or held is not None:",
+        path="fastlora/model/atomic_files.py",
+        before="if _owner_process_ended(folder) if held is None else held:",
+        after="if _owner_process_ended(folder) or held is not None:",
         tests=(f"{_REPLACE}::test_files_of_a_living_writer_stay",),
     ),
     Fault(
         sentence="What killed saves leave stays in the folder for ever.",
         kind="files that only grow in number",
         source="103fddf",
-        path="fastlora/model/replace_files.py",
-        before="    remove_abandoned(path.parent)\n    folder, descriptor",
+        path="fastlora/model/atomic_files.py",
+        before="    remove_abandoned_temp_folders(path.parent)\n    folder, descriptor",
         after="    folder, descriptor",
         tests=(f"{_REPLACE}::test_without_flock_the_process_decides",),
     ),
@@ -48,7 +48,7 @@ FAULTS = (
         sentence="Where a file system has no locks, the writer's process is not asked for.",
         kind="a lock taken for granted",
         source="R6",
-        path="fastlora/model/replace_files.py",
+        path="fastlora/model/atomic_files.py",
         before="""\
         return False
     except OSError:
@@ -68,8 +68,9 @@ FAULTS = (
         kind="a lock not taken",
         source="103fddf",
         path="fastlora/model/adapter_folder.py",
-        before="    with locked(folder), replacing_together(*paths) as (weights, new_config):",
-        after="    with replacing_together(*paths) as (weights, new_config):",
+        before="    with folder_lock(folder), atomic_replace_files(*paths) as "
+        "(weights, new_config):",
+        after="    with atomic_replace_files(*paths) as (weights, new_config):",
         tests=(f"{_FILES}::test_simultaneous_saves",),
     ),
     Fault(
@@ -79,11 +80,11 @@ FAULTS = (
         path="fastlora/model/adapter_folder.py",
         before="""\
     paths = folder / WEIGHTS_NAME, folder / CONFIG_NAME
-    with locked(folder), replacing_together(*paths) as (weights, new_config):
+    with folder_lock(folder), atomic_replace_files(*paths) as (weights, new_config):
 """,
         after="""\
     paths = folder / CONFIG_NAME, folder / WEIGHTS_NAME
-    with locked(folder), replacing_together(*paths) as (new_config, weights):
+    with folder_lock(folder), atomic_replace_files(*paths) as (new_config, weights):
 """,
         tests=("tests/crash/test_save.py::test_kills_at_fixed_calls[1]",),
     ),
@@ -113,7 +114,7 @@ FAULTS = (
         kind="an old config saved again",
         source="59aa300",
         path="fastlora/model/config.py",
-        before='partial.write_bytes(edited_config(folder, text.encode("utf-8")))',
+        before='partial.write_bytes(config_saved_without_weights(folder, text.encode("utf-8")))',
         after='partial.write_bytes(text.encode("utf-8"))',
         tests=(f"{_FILES}::test_the_config_that_was_replaced_can_be_saved_again",),
     ),

@@ -64,10 +64,10 @@ FAULTS = (
         source="4247458",
         path="fastlora/optimizers/lorafa.py",
         before="""\
-        watched = (local(lora_a),), (lora_a._version,)
+        watched = (local_shard(lora_a),), (lora_a._version,)
         known = self._inverses.get(lora_a)
-        if known is None or known[0] is None or not known[0].holds(*watched):
-            stamp = stamp_of(*watched)
+        if known is None or known[0] is None or not known[0].matches(*watched):
+            stamp = stamp_tensors(*watched)
 """,
         after="""\
         stamp = (lora_a.data_ptr(), lora_a._version)
@@ -89,7 +89,7 @@ FAULTS = (
         sentence="A model keeps the gradients that its adapters have started from.",
         kind="kept memory",
         source="M10",
-        path="fastlora/layers/starting.py",
+        path="fastlora/layers/adapter_init.py",
         before="        delattr(found[0], init.data)",
         after="        pass",
         tests=("tests/init/test_data_inits.py::test_lora_ga_on_conv1d_scales_by_its_outputs",),

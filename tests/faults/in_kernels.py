@@ -1,4 +1,4 @@
-"""Faults of the kernels: masks, strides, planes, slots, dropout, and launches that are kept."""
+"""Faults of the kernels: masks, strides, partial sums, slots, dropout, and cached launches."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ FAULTS = (
         "wrong module",
         "fde607c",
         "kernels/lora_expand.py",
-        "first_r = of_module(module, 0, R, R + R_1, R + R_1 + R_2, SIBLINGS)",
-        "first_r = of_module(module, 0, R, R_1, R_1 + R_2, SIBLINGS)",
+        "first_r = of_module(module, 0, R, R + R_1, R + R_1 + R_2, NUM_MODULES)",
+        "first_r = of_module(module, 0, R, R_1, R_1 + R_2, NUM_MODULES)",
         (
             "tests/kernels/test_siblings.py::"
             "test_expand_writes_what_a_product_accumulates_on"
@@ -62,7 +62,7 @@ FAULTS = (
     ),
     Fault(
         "Parts of the rows write their sums over each other's.",
-        "shared plane",
+        "shared partial sum",
         "51ebfba",
         "kernels/lora_grad_a.py",
         "out = outs[i] + (tl.cast(split, tl.int64) * ranks[i] + first_r) * K + first_k",
@@ -100,12 +100,12 @@ FAULTS = (
         ),
     ),
     Fault(
-        "Planes of s behind the first one are not added.",
-        "lost plane",
+        "Partial sums of s behind the first one are not added.",
+        "lost partial sum",
         "912c58d",
         "kernels/rank_rows.py",
-        "for plane in tl.range(0, planes, num_stages=1, loop_unroll_factor=IN_FLIGHT):",
-        "for plane in tl.range(0, 1, num_stages=1, loop_unroll_factor=IN_FLIGHT):",
+        "for partial in tl.range(0, num_partials, num_stages=1, loop_unroll_factor=IN_FLIGHT):",
+        "for partial in tl.range(0, 1, num_stages=1, loop_unroll_factor=IN_FLIGHT):",
         (f"{_ONE}test_planes_of_s_are_summed_and_stored[float32-2]",),
     ),
     # ------------------------------------------------------------------------- mixed batches
@@ -149,12 +149,12 @@ FAULTS = (
         ),
     ),
     Fault(
-        "Two runs of rows write their sums into one plane.",
-        "shared plane",
+        "Two runs of rows write their sums into one partial sum.",
+        "shared partial sum",
         "7c09815",
         "kernels/lora_grad_b.py",
-        "plane = tl.cast(first_m // rows + slot, tl.int64)",
-        "plane = tl.cast(first_m // rows, tl.int64)",
+        "partial = tl.cast(first_m // rows + slot, tl.int64)",
+        "partial = tl.cast(first_m // rows, tl.int64)",
         (f"{_GRADS}test_adapters_over_several_runs[float32-8]",),
     ),
     Fault(
@@ -196,36 +196,36 @@ FAULTS = (
         "ids_ptr + offs_b",
         ("tests/kernels/test_mixed_rows_sort.py::test_ids_with_a_stride",),
     ),
-    # ------------------------------------------------------------------- launches that are kept
+    # ------------------------------------------------------------------- cached launches
     Fault(
-        "A kept launch serves tensors of other strides.",
+        "A cached launch serves tensors of other strides.",
         "strides",
         "a1a856e",
         "kernels/launch.py",
-        "        look += map(_strides_of, tensors)\n",
+        "        key_parts += map(_strides_of, tensors)\n",
         "",
         (f"{_LAUNCHES}test_the_kernel_is_the_one_that_triton_takes",),
     ),
     Fault(
-        "A launch that was kept for one tensor given twice serves two tensors.",
+        "A launch that was cached for one tensor given twice serves two tensors.",
         "one tensor for two",
         "96aff13",
         "kernels/launch.py",
-        "            look += map(addresses.index, addresses)\n",
+        "            key_parts += map(addresses.index, addresses)\n",
         "            pass\n",
         (f"{_LAUNCHES}test_one_tensor_given_twice_is_not_taken_for_two",),
     ),
     Fault(
-        "A kept launch rounds fp32 products as at its first call.",
+        "A cached launch rounds fp32 products as at its first call.",
         "rounding",
         "c0e87ab",
         "kernels/launch.py",
-        "            look.append(_rounding_of_fp32())\n",
+        "            key_parts.append(_rounding_of_fp32())\n",
         "            pass\n",
         (f"{_LAUNCHES}test_how_fp32_rounds_is_seen",),
     ),
     Fault(
-        "What a kept function computes with PyTorch is computed at its first call alone.",
+        "What a cached function computes with PyTorch is computed at its first call alone.",
         "lost product",
         "c71b816",
         "kernels/launch.py",
@@ -234,11 +234,11 @@ FAULTS = (
         (f"{_LAUNCHES}test_what_else_a_function_does_is_done_each_time",),
     ),
     Fault(
-        sentence="A function keeps launches for any number of looks.",
+        sentence="A function caches launches for any number of cache keys.",
         kind="no bound",
         source="M10",
         path="kernels/launch.py",
-        before="                looks.clear()\n",
+        before="                cache.clear()\n",
         after="                pass\n",
         tests=("tests/ops/test_kept_launches.py::test_looks_are_dropped_past_a_number_of_them",),
     ),
@@ -247,7 +247,7 @@ FAULTS = (
         kind="other threads",
         source="M10",
         path="kernels/launch.py",
-        before="    return _known_sorts.setdefault(kinds, found)",
+        before="    return _known_groups.setdefault(kinds, found)",
         after="    return found",
         tests=("tests/ops/test_kept_launches.py::test_two_threads_sort_arguments_alike",),
     ),

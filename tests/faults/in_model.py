@@ -18,10 +18,10 @@ FAULTS = (
         source="17b48e7",
         path="fastlora/model/hotswap.py",
         before="""\
-        marks.end_all()
+        weights_versions.invalidate_all()
         for layer in own.modules():
-            if isinstance(layer, CommonLayer):
-                forget_kept(layer)
+            if isinstance(layer, BaseAdapterLayer):
+                clear_layer_caches(layer)
         return
 """,
         after="        return\n",
@@ -41,7 +41,7 @@ FAULTS = (
         kind="a check of groups left out",
         source="0a14a4e",
         path="fastlora/model/hotswap.py",
-        before='            groups = blocks_of(layer, "lora_A")\n',
+        before='            groups = count_rank_blocks(layer, "lora_A")\n',
         after="            groups = 1\n",
         tests=(f"{_HOTSWAP}::test_a_rank_that_groups_do_not_divide_is_refused",),
     ),
@@ -164,7 +164,7 @@ FAULTS = (
         kind="a file without what was trained",
         source="f1c9c8e",
         path="fastlora/model/adapter_state.py",
-        before="        name = without_wrappers(disk.removeprefix(KEY_PREFIX))\n",
+        before="        name = strip_adapter_wrapper_names(disk.removeprefix(KEY_PREFIX))\n",
         after="        name = disk.removeprefix(KEY_PREFIX)\n",
         tests=(f"{_BIASES}::test_biases_in_files_of_peft",),
     ),
@@ -173,8 +173,8 @@ FAULTS = (
         kind="a change in an open block",
         source="c9ac794",
         path="fastlora/model/tuner.py",
-        before="            self.group.check_closed(operation)\n        if adapter_name not in",
-        after="            pass\n        if adapter_name not in",
+        before="            self.group.check_no_open_blocks(operation)\n        if adapter_name",
+        after="            pass\n        if adapter_name",
         tests=(f"{_OPEN_BLOCKS}::test_other_weights_for_a_loaded_adapter_within_a_block_raise",),
     ),
     Fault(
@@ -193,7 +193,7 @@ FAULTS = (
         kind="a change in an open block",
         source="eba4346",
         path="fastlora/model/tuner.py",
-        before='        self.group.check_closed("disable_adapter_layers")\n',
+        before='        self.group.check_no_open_blocks("disable_adapter_layers")\n',
         after="",
         tests=(
             f"{_OPEN_BLOCKS}::test_operations_that_would_change_an_open_block_raise"
@@ -215,7 +215,7 @@ FAULTS = (
         sentence="Names of experts are read as a whole, where PEFT reads their last part.",
         kind="targets matched wrongly",
         source="c6d8222",
-        path="fastlora/model/experts.py",
+        path="fastlora/model/stacked_experts.py",
         before='    leaf = entry.rpartition(".")[2]\n    return leaf if',
         after="    leaf = entry\n    return leaf if",
         tests=("tests/model/test_experts.py::test_names_of_experts_are_refused",),
@@ -224,9 +224,9 @@ FAULTS = (
         sentence="A config that names experts of a mixture trains its other modules alone.",
         kind="a refusal that is a warning",
         source="963da28",
-        path="fastlora/model/experts.py",
-        before="    if refused:\n        raise UnsupportedLayerError(",
-        after="    if refused and not adapts:\n        raise UnsupportedLayerError(",
+        path="fastlora/model/stacked_experts.py",
+        before="    if unsupported:\n        raise UnsupportedLayerError(",
+        after="    if unsupported and not adapts:\n        raise UnsupportedLayerError(",
         tests=("tests/model/test_experts.py::test_names_of_experts_are_refused",),
     ),
     Fault(
@@ -252,8 +252,9 @@ FAULTS = (
         kind="a time not counted",
         source="b5c43c7",
         path="fastlora/patterns.py",
-        before="    with timed(field):\n        return _ends_of(field, patterns).first(name)\n",
-        after="    return _ends_of(field, patterns).first(name)\n",
+        before="    with count_matching_time(field):\n"
+        "        return _suffix_index(field, patterns).first_match(name)\n",
+        after="    return _suffix_index(field, patterns).first_match(name)\n",
         tests=(f"{_PATTERNS}::test_the_bound_covers_the_loop_over_many_patterns",),
     ),
     Fault(
@@ -261,7 +262,7 @@ FAULTS = (
         kind="a pattern unbounded",
         source="1bba3e8",
         path="fastlora/patterns.py",
-        before="steps = min(_STEPS, _CHARACTERS // _expanded_length(pattern, expression))",
+        before="steps = min(_STEPS, _CHARACTERS // _max_expanded_length(pattern, expression))",
         after="steps = _STEPS",
         tests=(f"{_PATTERNS}::test_a_long_way_between_two_steps_is_bounded[long]",),
     ),

@@ -28,10 +28,10 @@ FAULTS = (
         path="fastlora/pool/tiers.py",
         before="""\
                 self._tables.assign(slot, NO_COLUMN if old is None else old.column)
-                self._tables.clear(column)
+                self._tables.clear_column(column)
 """,
         after="""\
-                self._tables.clear(column)
+                self._tables.clear_column(column)
 """,
         tests=(f"{_REFUSALS}::test_an_adapter_that_fails_last_leaves_the_slot",),
     ),
@@ -51,12 +51,12 @@ FAULTS = (
         path="fastlora/pool/tiers.py",
         before="""\
         if now:  # first, because it can fail: the name still has its old adapter
-            self._make_room({name: image})
+            self._evict_until_room({name: image})
 """,
         after="""\
         self.entries[name] = entry
         if now:
-            self._make_room({name: image})
+            self._evict_until_room({name: image})
 """,
         tests=(f"{_REFUSALS}::test_a_load_that_fails",),
     ),
@@ -93,7 +93,7 @@ FAULTS = (
         sentence="A column of a DoRA adapter stays one of DoRA when a plain adapter is written.",
         kind="a stale mark",
         source="5c03a82",
-        path="fastlora/pool/tables.py",
+        path="fastlora/pool/address_tables.py",
         before="        self._dora_columns.discard(column)\n",
         after="",
         tests=(f"{_SCALES}::test_a_column_that_is_written_again_is_of_its_last_adapter",),
@@ -103,8 +103,8 @@ FAULTS = (
         kind="stale scales",
         source="8b99b55",
         path="fastlora/pool/leases.py",
-        before="lease = self._hold(tuple(self._tiers.residents))",
-        after="lease = self._hold(tuple(self._tiers.device.values()))",
+        before="lease = self._create_lease(tuple(self._tiers.residents))",
+        after="lease = self._create_lease(tuple(self._tiers.device.values()))",
         tests=(f"{_SCALES}::test_refresh_reaches_adapters_that_were_replaced",),
     ),
     Fault(
@@ -113,11 +113,11 @@ FAULTS = (
         source="8b99b55",
         path="fastlora/pool/leases.py",
         before="""\
-            lease = self._hold((resident,))  # it is on the device and needs no more room
-        self._ready(lease).release()
+            lease = self._create_lease((resident,))  # it is on the device and needs no more room
+        self._make_stream_wait_for_lease(lease).release()
 """,
         after="""\
-        self.acquire(Request((name,)), None).release()
+        self.acquire(LeaseRequest((name,)), None).release()
 """,
         tests=(f"{_SCALES}::test_a_pinned_adapter_waits_for_nobodys_room",),
     ),
@@ -126,7 +126,7 @@ FAULTS = (
         kind="a wait for what others make",
         source="8b99b55",
         path="fastlora/pool/scales.py",
-        before="        if not dora or not self._stale(dora)[0]:\n",
+        before="        if not dora or not self._find_stale_scales(dora)[0]:\n",
         after="        if not dora:\n",
         tests=(f"{_SCALES}::test_threads_make_them_once",),
     ),
@@ -186,12 +186,12 @@ FAULTS = (
         source="9793bd4",
         path="fastlora/pool/reader.py",
         before="""\
-            self._check_bytes(opened.nbytes, str(folder))
+            self._check_bytes(opened.weights_file_size, str(folder))
             yield opened
 """,
         after="""\
             yield opened
-            self._check_bytes(opened.nbytes, str(folder))
+            self._check_bytes(opened.weights_file_size, str(folder))
 """,
         tests=(f"{_REFUSALS}::test_limits_are_checked_before_a_tensor_is_read[bytes]",),
     ),
@@ -210,11 +210,11 @@ FAULTS = (
         source="9793bd4",
         path="fastlora/pool/reader.py",
         before="""\
-            return self._pack(header.config, places, opened.load().tensors, str(folder))
+            return self._pack(header.config, locations, opened.load().tensors, str(folder))
 """,
         after="""\
             with open_adapter_folder(folder, self._root) as again:
-                return self._pack(again.config, places, again.load().tensors, str(folder))
+                return self._pack(again.config, locations, again.load().tensors, str(folder))
 """,
         tests=(f"{_REFUSALS}::test_a_file_is_read_as_it_was_checked",),
     ),
@@ -233,11 +233,11 @@ FAULTS = (
         source="9793bd4",
         path="fastlora/pool/router.py",
         before="""\
-        lease = held.enter_context(pool.lease(names))
+        lease = exit_stack.enter_context(pool.lease(names))
         max_rank = lease.max_rank
 """,
         after="""\
-        lease = held.enter_context(pool.lease(names))
+        lease = exit_stack.enter_context(pool.lease(names))
         max_rank = pool.max_rank or lease.max_rank
 """,
         tests=(f"{_REFUSALS}::test_blocks_by_name_plan_for_the_ranks_that_they_use",),
@@ -246,7 +246,7 @@ FAULTS = (
         sentence="An adapter on the device has the factors of one module on all of them.",
         kind="wrong key",
         source="M10",
-        path="fastlora/pool/resident.py",
+        path="fastlora/pool/records.py",
         before="        return self._views[table_row]\n",
         after="        return next(iter(self._views.values()))\n",
         tests=("tests/pool/test_pool.py::test_residents_hold_what_the_files_say",),
@@ -255,7 +255,7 @@ FAULTS = (
         sentence="The layout of an adapter's image stays when its last image is gone.",
         kind="kept memory",
         source="M10",
-        path="fastlora/pool/image.py",
+        path="fastlora/pool/packed_adapter.py",
         before="        self._layouts = WeakValueDictionary()\n",
         after="        self._layouts = {}\n",
         tests=("tests/pool/test_pool.py::test_adapters_of_equal_shape_share_a_layout",),
@@ -265,8 +265,8 @@ FAULTS = (
         kind="kept memory",
         source="M10",
         path="fastlora/pool/tiers.py",
-        before="self.staged: WeakValueDictionary[str, Image] = WeakValueDictionary()",
-        after="self.staged: dict[str, Image] = {}",
+        before="self.staged: WeakValueDictionary[str, PackedAdapter] = WeakValueDictionary()",
+        after="self.staged: dict[str, PackedAdapter] = {}",
         tests=("tests/pool/test_pool.py::test_what_found_no_room_is_not_kept",),
     ),
     Fault(

@@ -17,7 +17,7 @@ FAULTS = (
         sentence="A request that has ended keeps its adapter for a client that reads slowly.",
         kind="a lease kept",
         source="fc317c3",
-        path="fastlora/serve/batch.py",
+        path="fastlora/serve/running_batch.py",
         before="            job.lease.release()\n            job.lease = None",
         after="            job.lease.release()\n            pass",
         tests=(f"{_ENGINE}::test_who_keeps_a_request_that_has_ended_keeps_no_adapter",),
@@ -26,7 +26,7 @@ FAULTS = (
         sentence="The block of a batch keeps the adapter of a request that has left.",
         kind="a block kept",
         source="M10",
-        path="fastlora/serve/batch.py",
+        path="fastlora/serve/running_batch.py",
         before="        self._block.close()\n        row = self.jobs.index(job)\n",
         after="        row = self.jobs.index(job)\n",
         tests=(f"{_BATCH}::test_a_block_is_held_while_the_rows_keep_their_adapters",),
@@ -35,8 +35,8 @@ FAULTS = (
         sentence="A block that follows rows stays open, and sees what the engine computes.",
         kind="a mode left on",
         source="M10",
-        path="fastlora/serve/batch.py",
-        before="            if not follows_rows():\n",
+        path="fastlora/serve/running_batch.py",
+        before="            if not is_tracking_rows():\n",
         after="            if True:\n",
         tests=(f"{_BATCH}::test_a_block_is_held_while_the_rows_keep_their_adapters",),
     ),
@@ -44,7 +44,7 @@ FAULTS = (
         sentence="The next token does not see that the pool has replaced or unloaded an adapter.",
         kind="a stale adapter",
         source="M10",
-        path="fastlora/serve/batch.py",
+        path="fastlora/serve/running_batch.py",
         before="key = (self._pool.replaced, *names)",
         after="key = (0, *names)",
         tests=(
@@ -66,7 +66,7 @@ FAULTS = (
         kind="a race of two changes",
         source="M10",
         path="fastlora/serve/adapters.py",
-        before="            if self._is_due(name, version.mark):\n",
+        before="            if self._needs_new_version(name, version.fingerprint):\n",
         after="            if True:\n",
         tests=(
             f"{_ADAPTERS}::test_a_slow_registration_delays_no_request[load]",
@@ -80,16 +80,16 @@ FAULTS = (
         path="fastlora/serve/adapters.py",
         before="""\
         if future is not None:
-            future.add_done_callback(lambda done: self._was_read(version, done))
+            future.add_done_callback(lambda done: self._on_read(version, done))
         elif not waits:
-            then()
+            on_done()
 """,
         after="""\
         with self._lock:
             if future is not None:
-                future.add_done_callback(lambda done: self._was_read(version, done))
+                future.add_done_callback(lambda done: self._on_read(version, done))
             elif not waits:
-                then()
+                on_done()
 """,
         tests=(f"{_ENGINE}::test_nobody_is_called_under_the_lock",),
     ),
@@ -101,11 +101,11 @@ FAULTS = (
         before="""\
                     with self._changed:
                         self._waiting.remove(job)
-                    self._end(job, told(error))
+                    self._release_and_report(job, to_client_error(error))
                     continue
 """,
         after="""\
-                    self._end(job, told(error))
+                    self._release_and_report(job, to_client_error(error))
                     continue
 """,
         tests=(f"{_ENGINE}::test_a_fault_of_bringing_an_adapter_in_costs_its_own_requests",),
@@ -142,15 +142,15 @@ FAULTS = (
         kind="a limit too high",
         source="728279c",
         path="fastlora/serve/connections.py",
-        before="room = own.most if descriptors is None else (descriptors - _OTHER_FILES) // 2",
-        after="room = own.most if descriptors is None else descriptors - _OTHER_FILES",
+        before="(descriptors - _OTHER_FILES) // 2",
+        after="(descriptors - _OTHER_FILES)",
         tests=(f"{_CONNECTIONS}::test_limits_leave_descriptors",),
     ),
     Fault(
         sentence="The bytes of a refused body count as being read for ever.",
         kind="a budget kept",
         source="5bb8b6a",
-        path="fastlora/serve/gate.py",
+        path="fastlora/serve/middleware.py",
         before="            finally:\n                hold(0)\n",
         after="            finally:\n                pass\n",
         tests=(f"{_CONNECTIONS}::test_bodies_that_are_being_read_are_bounded_together",),
@@ -188,10 +188,10 @@ FAULTS = (
         source="caeb60c",
         path="fastlora/serve/app.py",
         before="""\
-    if request.state.caller is not Caller.ADMIN:
+    if request.state.caller is not CallerRole.ADMIN:
         raise AdminKeyError(""",
         after="""\
-    if request.state.caller is Caller.STRANGER:
+    if request.state.caller is CallerRole.STRANGER:
         raise AdminKeyError(""",
         tests=(f"{_KEYS}::test_only_the_admin_key_changes_adapters",),
     ),
@@ -208,13 +208,13 @@ FAULTS = (
         sentence="A prompt is refused for its length after it has been tokenized.",
         kind="a limit checked too late",
         source="923d188",
-        path="fastlora/serve/prompts.py",
+        path="fastlora/serve/prompt_tokenizer.py",
         before="""\
-        if self._length is not None and self._bound.exceeded(text, self._length):
+        if self._length is not None and self._bound.exceeds_tokens(text, self._length):
 """,
         after="""\
         self._tokenizer([text], add_special_tokens=special)
-        if self._length is not None and self._bound.exceeded(text, self._length):
+        if self._length is not None and self._bound.exceeds_tokens(text, self._length):
 """,
         tests=(f"{_PROMPTS}::test_a_long_text_is_refused_without_the_tokenizer",),
     ),
@@ -240,7 +240,7 @@ FAULTS = (
         sentence="A request that meets a closing pool is answered as if it were wrong.",
         kind="a wrong status",
         source="d221200",
-        path="fastlora/serve/refusals.py",
+        path="fastlora/serve/exception_handlers.py",
         before='    (PoolClosedError, 503, "server_error", "shutting_down"),\n',
         after="",
         tests=("tests/serve/test_refusals.py::test_a_pool_that_closes_is_the_servers_end",),
@@ -259,8 +259,8 @@ FAULTS = (
         kind="a memory that only grows",
         source="4c8e19a",
         path="fastlora/serve/adapters.py",
-        before="        self._refused = refused\n",
-        after="        self._refused |= refused\n",
+        before="        self._rejected = rejected\n",
+        after="        self._rejected |= rejected\n",
         tests=(f"{_LOG}::test_a_refused_folder_is_named_again_when_it_returns",),
     ),
     Fault(
@@ -288,8 +288,8 @@ FAULTS = (
         sentence="A request reads NaN that a failed request left in its row of the cache.",
         kind="a row left as it was",
         source="M10",
-        path="fastlora/serve/batch.py",
-        before="            self._rows.cache.clear(row)\n",
+        path="fastlora/serve/running_batch.py",
+        before="            self._rows.cache.zero_row(row)\n",
         after="            pass\n",
         tests=("tests/serve/test_batch.py::test_a_row_that_failed_is_zeros_for_the_next_request",),
     ),
@@ -298,7 +298,7 @@ FAULTS = (
         kind="stale adapter",
         source="M10",
         path="fastlora/serve/adapters.py",
-        before="return known is None or known.mark != mark",
+        before="return known is None or known.fingerprint != fingerprint",
         after="return known is None",
         tests=("tests/serve/test_adapters.py::test_a_folder_comes_and_changes_and_goes",),
     ),

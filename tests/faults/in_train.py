@@ -31,7 +31,7 @@ FAULTS = (
         sentence="A resumed adapter draws the dropout masks of its first forwards again.",
         kind="a resume that does not repeat",
         source="e8ceaab",
-        path="fastlora/train/solo.py",
+        path="fastlora/train/adapter_training_state.py",
         before='        self.seed, self.counts = state["seed"], AdapterCounts(**state["counts"])\n',
         after='        self.seed = state["seed"]\n',
         tests=(f"{_TRAIN}::test_resuming_is_exact",),
@@ -40,7 +40,7 @@ FAULTS = (
         sentence="A skipped step moves its adapter's schedule.",
         kind="a schedule moved by a skipped step",
         source="e8ceaab",
-        path="fastlora/train/solo.py",
+        path="fastlora/train/adapter_training_state.py",
         before="            self.counts.skipped_steps += 1\n",
         after="""\
             self.counts.skipped_steps += 1
@@ -54,7 +54,7 @@ FAULTS = (
         kind="a lock without a name",
         source="a61c464",
         path="fastlora/train/lock.py",
-        before="            locked = _is_at(descriptor, path)\n",
+        before="            locked = _is_file_at(descriptor, path)\n",
         after="            locked = True\n",
         tests=(f"{_LOCK}::test_a_lock_file_that_is_left_or_removed",),
     ),
@@ -125,26 +125,26 @@ FAULTS = (
         source="a61c464",
         path="fastlora/train/run.py",
         before="""\
-            self._save_adapters()
-            if checkpoint.checkpoint_folder(self.root, self.step).exists():
+            self._save_stepped_adapters()
+            if checkpoint.checkpoint_path(self.root, self.step).exists():
                 return
             try:
-                with checkpoint.new_checkpoint(self.root, state, self.settings.keep) as folder:
+                with checkpoint.write_checkpoint(self.root, state, self.settings.keep) as folder:
                     for adapter in self.settings.adapters:
                         save_adapter(self.model, adapter.name, folder / adapter.name)
             except CheckpointError as error:
-                raise self._with_kept(error, self._folders()) from error
+                raise self._with_recovery_hint(error, self._stepped_adapter_folders()) from error
 """,
         after="""\
-            if checkpoint.checkpoint_folder(self.root, self.step).exists():
+            if checkpoint.checkpoint_path(self.root, self.step).exists():
                 return
             try:
-                with checkpoint.new_checkpoint(self.root, state, self.settings.keep) as folder:
+                with checkpoint.write_checkpoint(self.root, state, self.settings.keep) as folder:
                     for adapter in self.settings.adapters:
                         save_adapter(self.model, adapter.name, folder / adapter.name)
             except CheckpointError as error:
-                raise self._with_kept(error, self._folders()) from error
-            self._save_adapters()
+                raise self._with_recovery_hint(error, self._stepped_adapter_folders()) from error
+            self._save_stepped_adapters()
 """,
         tests=(f"{_CLI}/test_train_cli_interrupt.py::test_adapters_are_saved_first",),
     ),
@@ -152,9 +152,9 @@ FAULTS = (
         sentence="A run that was resumed keeps the log of steps that it takes again.",
         kind="a log of steps taken twice",
         source="7b72f2e",
-        path="fastlora/train/log.py",
-        before="            kept = [line for line in lines if _step_of(line) <= step]\n",
-        after='            kept = [line for line in lines if _step_of(line) < float("inf")]\n',
+        path="fastlora/train/run_log.py",
+        before="            remaining = [line for line in lines if _step_of(line) <= step]\n",
+        after='            remaining = [line for line in lines if _step_of(line) < float("inf")]\n',
         tests=(f"{_CLI}/test_train_cli_fp16.py::test_a_log_goes_on_from_a_checkpoint",),
     ),
     Fault(
@@ -179,7 +179,7 @@ FAULTS = (
         sentence="A learning rate is taken that overflows in AdamW's first step.",
         kind="no bound on a rate",
         source="1bc0601",
-        path="fastlora/train/kinds.py",
+        path="fastlora/train/setting_types.py",
         before="LARGEST_RATE = 3.4e37",
         after="LARGEST_RATE = 3.4e38",
         tests=(

@@ -49,7 +49,7 @@ TESTS = {
         "tests/routing/test_selected_rows.py",
         "tests/routing/test_experts.py",
     ),
-    "fastlora/routing/kept.py": (
+    "fastlora/routing/caches.py": (
         "tests/routing/test_kept.py",
         *_BLOCKS,
         "tests/ops/test_packed.py",

@@ -14,8 +14,8 @@ from torch import nn
 
 import fastlora
 from fastlora import LoftQConfig
-from fastlora.init.loftq import quantised as rounded
-from fastlora.layers.bases import dense_weight
+from fastlora.init.loftq import fake_quantize as rounded
+from fastlora.layers.base_layers import dense_weight
 from fastlora.validation import (
     CheckpointError,
     ConfigError,
@@ -32,7 +32,7 @@ from tests.support.inits import (
     train_a_bit,
     two_layers,
 )
-from tests.support.tiny import TwoLayers, quantised
+from tests.support.tiny import TwoLayers, quantized_two_layers
 
 bnb = pytest.importorskip("bitsandbytes")
 X = torch.randn(5, 16, generator=torch.Generator().manual_seed(1))
@@ -152,8 +152,10 @@ def test_replacing_weights_of_a_quantised_model(on_a_cpu: Any, tmp_path: Path) -
     save_file(two_layers_of_quantised(), path)
     torch.manual_seed(1)
     config = {"r": 4, "target_modules": ["q", "v"]}
-    ours = fastlora.get_peft_model(quantised("bitsandbytes"), fastlora.LoraConfig(**config))
-    theirs = peft.get_peft_model(quantised("bitsandbytes"), peft.LoraConfig(**config))
+    ours = fastlora.get_peft_model(
+        quantized_two_layers("bitsandbytes"), fastlora.LoraConfig(**config)
+    )
+    theirs = peft.get_peft_model(quantized_two_layers("bitsandbytes"), peft.LoraConfig(**config))
     mine, other = layers_of(ours), layers_of(theirs)
     untouched = mine["v"].lora_A["default"].weight.clone()
     fastlora.replace_lora_weights_loftq(ours, path)
@@ -193,14 +195,14 @@ def test_replacing_weights_of_a_quantised_model(on_a_cpu: Any, tmp_path: Path) -
 
 
 def two_layers_of_quantised() -> dict[str, torch.Tensor]:
-    """The weights that `tiny.quantised` quantises."""
+    """The weights that `tiny.quantized_two_layers` quantizes."""
     torch.manual_seed(0)
     return {key: value.contiguous() for key, value in TwoLayers().state_dict().items()}
 
 
 def test_replacing_refusals(tmp_path: Path) -> None:
     config = fastlora.LoraConfig(r=4, target_modules=["q"])
-    model = fastlora.get_peft_model(quantised("bitsandbytes"), config)
+    model = fastlora.get_peft_model(quantized_two_layers("bitsandbytes"), config)
     before = copy.deepcopy(layers_of(model)["q"].state_dict())
     with pytest.raises(CheckpointError, match="Could not find file"):
         fastlora.replace_lora_weights_loftq(model, tmp_path)
@@ -223,7 +225,7 @@ def test_replacing_refusals(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedLayerError, match="'loftq' changes the base weight"):
         started(
             fastlora,
-            quantised("bitsandbytes"),
+            quantized_two_layers("bitsandbytes"),
             target_modules=["q"],
             init_lora_weights="loftq",
             loftq_config={"loftq_bits": 4},

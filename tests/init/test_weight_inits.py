@@ -16,8 +16,8 @@ from torch import nn
 
 import fastlora
 from fastlora import FastLoraLinear
-from fastlora.init import all_inits, find_init
-from fastlora.layers.bases import dense_weight
+from fastlora.init import all_init_methods, find_init_method
+from fastlora.layers.base_layers import dense_weight
 from fastlora.validation import (
     AdapterStateError,
     ConfigError,
@@ -37,7 +37,7 @@ from tests.support.inits import (
     two_layers,
 )
 from tests.support.peft_twins import assert_files_cross
-from tests.support.tiny import quantised, tiny_llama, unchanged
+from tests.support.tiny import quantized_two_layers, tiny_llama, unchanged
 
 INITS = (True, False, "gaussian", "orthogonal", "pissa", "pissa_niter_4", "olora", "mica")
 # An init, its settings, other fields, and what may differ.
@@ -65,7 +65,7 @@ def test_as_in_peft(
     assert_same_step(ours, theirs, X, tolerance=1e-4 if init == "corda" else 1e-5)
     if init is not False:
         torch.testing.assert_close(ours(X), base(X), atol=1e-5, rtol=1e-5)
-    found = find_init(init)
+    found = find_init_method(init)
     assert found.changes_base != base_weight(layers_of(ours)["q"]).equal(base.q.weight)
     assert not any(hasattr(m, found.data or "-") or m._forward_pre_hooks for m in ours.modules())
 
@@ -130,7 +130,9 @@ def test_conversion_to_plain_lora(init: str, fields: dict[str, Any], tmp_path: P
     models = {}
     for library in (fastlora, peft):
         model = started(library, copy.deepcopy(base), init_lora_weights=init, **fields)
-        if find_init(init).data:  # as PEFT's examples save it, who have no data when it is read
+        if find_init_method(
+            init
+        ).data:  # as PEFT's examples save it, who have no data when it is read
             model.peft_config["default"].init_lora_weights = True
         model.save_pretrained(tmp_path / library.__name__ / "untrained")
         model.peft_config["default"].init_lora_weights = init
@@ -297,12 +299,12 @@ def test_tied_weights_are_not_changed_behind_the_other_ones_back() -> None:
 
 
 def test_quantised_bases() -> None:
-    """OLoRA quantises anew, as in PEFT; others ask for the model before quantisation."""
-    ours = quantised("bitsandbytes")
+    """OLoRA quantizes anew, as in PEFT; others ask for the model before quantization."""
+    ours = quantized_two_layers("bitsandbytes")
     before = dense_weight(ours.q).clone()
     adapted = started(fastlora, ours, init_lora_weights="olora", target_modules=["q"])
     theirs = started(
-        peft, quantised("bitsandbytes"), init_lora_weights="olora", target_modules=["q"]
+        peft, quantized_two_layers("bitsandbytes"), init_lora_weights="olora", target_modules=["q"]
     )
     mine, other = layers_of(adapted)["q"], layers_of(theirs)["q"]
     for factor in ("lora_A", "lora_B"):
@@ -313,7 +315,7 @@ def test_quantised_bases() -> None:
     assert (weights[0] - before).abs().max() > 0.01
     torch.testing.assert_close(adapted(X), theirs(X), atol=1e-5, rtol=1e-5)
     for kind in ("bitsandbytes", "torchao"):
-        model = quantised(kind)
+        model = quantized_two_layers(kind)
         with pytest.raises(UnsupportedLayerError, match="target module 'q': .*'pissa' changes"):
             started(fastlora, model, init_lora_weights="pissa", target_modules=["q"])
         assert not hasattr(model.q, "lora_A")
@@ -415,7 +417,7 @@ def test_what_cannot_go_without_its_own_base_weights(tmp_path: Path) -> None:
 
 
 def test_every_name_is_known_to_the_config() -> None:
-    for init in all_inits():
+    for init in all_init_methods():
         if init.settings is None:
             assert fastlora.LoraConfig(init_lora_weights=init.name).init is init
     assert fastlora.LoraConfig(init_lora_weights="PiSSA_niter_3").init.name == "pissa"

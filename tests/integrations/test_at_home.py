@@ -31,7 +31,7 @@ import peft
 from peft.tuners.tuners_utils import BaseTunerLayer
 assert isinstance(config, peft.LoraConfig) and isinstance(model, peft.PeftModel)
 assert isinstance(model.base_model.model.q, BaseTunerLayer)
-assert not [finder for finder in sys.meta_path if type(finder).__name__ == "_Watcher"
+assert not [finder for finder in sys.meta_path if type(finder).__name__ == "_ImportHookFinder"
             and finder.name == "peft"]
 assert type(peft.__loader__).__name__ == "SourceFileLoader", peft.__loader__
 """

@@ -15,7 +15,7 @@ from fastlora.integrations.from_peft import AS_IN_PEFT, AUTO_CLASSES, NAMES
 from fastlora.validation import AdapterStateError, ConfigError
 from tests.support.peft_twins import peft
 from tests.support.programs import ROOT, python
-from tests.support.tiny import TwoLayers, adapted, randomise, tiny_llama
+from tests.support.tiny import TwoLayers, adapted, randomize, tiny_llama
 
 X = torch.randn(5, 16, generator=torch.Generator().manual_seed(3))
 IDS = torch.arange(6)[None]
@@ -113,7 +113,7 @@ def folder(tmp_path: Path) -> Path:
         base_model_name_or_path=str(tmp_path / "base"),
     )
     model = fastlora.get_peft_model(base, config)
-    randomise(model)
+    randomize(model)
     model.eval().save_pretrained(tmp_path / "adapter")
     torch.save(model(IDS).logits.detach(), tmp_path / "logits")
     return tmp_path

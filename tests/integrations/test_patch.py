@@ -14,7 +14,7 @@ from torch import nn
 
 import fastlora
 from fastlora.validation import UnsupportedLayerError
-from tests.support.tiny import TwoLayers, randomise, tiny_llama
+from tests.support.tiny import TwoLayers, randomize, tiny_llama
 
 peft = pytest.importorskip("peft", reason="patches PEFT models")
 LoraLayer = peft.tuners.lora.LoraLayer
@@ -28,7 +28,7 @@ def peft_model(**config: Any) -> Any:
     torch.manual_seed(1)
     config = {"r": 4, "target_modules": ["q_proj", "v_proj", "up_proj"], **config}
     model = peft.get_peft_model(tiny_llama().double(), peft.LoraConfig(**config))
-    randomise(model)
+    randomize(model)
     return model
 
 
@@ -72,7 +72,7 @@ def test_training_goes_on_behind_a_patch() -> None:
         config = peft.LoraConfig(r=2, target_modules=["q_proj", "o_proj"], use_rslora=True)
         m.add_adapter("b", config)
         m.base_model.set_adapter(["default", "b"])
-        randomise(m, seed=3)
+        randomize(m, seed=3)
     assert fastlora.fusion_report(model).fused == 8
     assert_same(model, twin)
 
@@ -114,7 +114,7 @@ def test_scalings_of_a_patched_model() -> None:
     model = peft_model()
     fastlora.patch(model)
     model.add_adapter("late", peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
-    randomise(model, seed=4)
+    randomize(model, seed=4)
     model.base_model.set_adapter(["default", "late"])
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     kinds = [m.scaling.tensors["late"].dtype for m in layers if "late" in m.scaling]
@@ -206,7 +206,7 @@ def mixed_models() -> tuple[Any, Any]:
         )
         model.add_adapter("b", peft.LoraConfig(r=8, use_rslora=True, target_modules="all-linear"))
         model.add_adapter("c", peft.LoraConfig(r=4, lora_bias=True, target_modules=["k_proj"]))
-        randomise(model)
+        randomize(model)
         models.append(model.double().eval())
     fastlora.patch(models[0])
     return models[0], models[1]

@@ -16,9 +16,9 @@ import torch
 import fastlora
 from fastlora.ops import backend as ops
 from tests.support.dora_truth import fixed_seed
-from tests.support.masked_peft import gradients, make_dropout_explicit, randomise
+from tests.support.masked_peft import gradients, make_dropout_explicit, randomize
 from tests.support.peft_twins import assert_files_cross, peft
-from tests.support.quantised_models import BITSANDBYTES, KINDS, quantised_model
+from tests.support.quantized_models import BITSANDBYTES, KINDS, quantized_model
 from tests.support.tiny import tiny_llama, with_adapters
 
 P = 0.25
@@ -66,8 +66,8 @@ def sides(kind: str, arch: str, feature: str) -> dict[str, Any]:
     config = {**FEATURES[feature], "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
     found = {}
     for side, library in (("ours", fastlora), ("peft", peft), ("patched", peft)):
-        model = library.get_peft_model(quantised_model(kind, arch), library.LoraConfig(**config))
-        randomise(model)
+        model = library.get_peft_model(quantized_model(kind, arch), library.LoraConfig(**config))
+        randomize(model)
         found[side] = model
     make_dropout_explicit(found["peft"], config.get("lora_dropout", 0.0))
     fastlora.patch(found["patched"])
@@ -101,7 +101,7 @@ def test_dtype_of_factors(kind: str) -> None:
     for cast, dtype in ((True, torch.float32), (False, torch.bfloat16)):
         for library in (fastlora, peft):
             model = library.get_peft_model(
-                quantised_model(kind, dtype=torch.bfloat16),
+                quantized_model(kind, dtype=torch.bfloat16),
                 library.LoraConfig(target_modules=["q_proj", "up_proj"]),
                 autocast_adapter_dtype=cast,
             )
@@ -138,8 +138,8 @@ def of_four(kind: str, library: Any) -> Any:
         name: library.LoraConfig(**FEATURES[feature], **fields)
         for name, feature in zip(NAMES, features, strict=True)
     }
-    model = with_adapters(quantised_model(kind), configs, library)
-    randomise(model)
+    model = with_adapters(quantized_model(kind), configs, library)
+    randomize(model)
     return model
 
 
@@ -192,7 +192,7 @@ def test_mixed_batches_and_pools(kind: str, tmp_path: Path) -> None:
         expected_rows = plain(input_ids=ids[rows], adapter_names=[names[i] for i in rows]).logits
         check(decoded[rows], expected_rows, kind, "adapter_names")
     ours.save_pretrained(tmp_path)
-    model = quantised_model(kind).eval()
+    model = quantized_model(kind).eval()
     with fastlora.AdapterPool(model) as pool, torch.no_grad():
         for name in NAMES:
             pool.register(name, tmp_path / name)
@@ -211,7 +211,7 @@ def test_files_both_ways(kind: str, tmp_path: Path) -> None:
     models = sides(kind, "llama", "dora")
     both = models["ours"], models["peft"]
     expected = logits(both[1]).detach()
-    assert_files_cross(both, lambda: quantised_model(kind), logits, expected, tmp_path)
+    assert_files_cross(both, lambda: quantized_model(kind), logits, expected, tmp_path)
     plain = [
         load.from_pretrained(tiny_llama(), str(tmp_path / "saved0"))
         for load in (peft.PeftModel, fastlora.LoraModel)

@@ -113,7 +113,7 @@ def nothing_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     if native():
         from fastlora.kernels import launch
 
-        monkeypatch.setattr(launch, "_KEEPS", False)
+        monkeypatch.setattr(launch, "_CAN_CACHE", False)
 
 
 @pytest.fixture
@@ -151,7 +151,7 @@ def launches(calls_of: Callable[..., None]) -> Launches:
 
     def noted(kernel: Any, grid: Any, **given: Any) -> str:
         name = kernel.__name__.removeprefix("_").removesuffix("_kernel").replace("lora_", "")
-        return f"{name} {given.get('SIBLINGS') or given.get('G') or 1}"
+        return f"{name} {given.get('NUM_MODULES') or given.get('G') or 1}"
 
     stems = ("lora_shrink", "lora_linear", "lora_expand", "lora_grad_b", "lora_grad_a")
     for module in {module_of(f"{mixed}{stem}") for mixed in ("", "mixed_") for stem in stems}:

@@ -17,8 +17,8 @@ import fastlora
 from fastlora.layers.shared_input import known_group
 from fastlora.testing import assert_within_budget
 from tests.support.kernels.mixed_models import eager
-from tests.support.kernels.siblings import in_pytorch
-from tests.support.kernels.siblings import model_of as trained_model_of
+from tests.support.kernels.shared_input_models import in_pytorch
+from tests.support.kernels.shared_input_models import model_of as trained_model_of
 
 pytestmark = pytest.mark.usefixtures("on_the_labs_device")
 model_of = functools.partial(trained_model_of, train=False)
@@ -202,9 +202,9 @@ def test_nothing_is_kept_of_a_tensor_that_is_gone() -> None:
     group = known_group(model.base_model.model.q)
     with torch.no_grad():
         model.base_model.model.q(x)
-        assert group is not None and group.made
+        assert group is not None and group.entries
         del x
-        assert not group.made
+        assert not group.entries
 
 
 # ------------------------------------------------------------------------------- mixed batches

@@ -11,10 +11,10 @@ from torch import nn
 
 import fastlora
 from fastlora.model import adapter_state
-from fastlora.ops.conditions import is_batch_invariant
+from fastlora.ops.execution_mode import is_batch_invariant
 from fastlora.validation import ImplementationError
 from tests.support.kernels.mixed_models import use_impl
-from tests.support.quantised import dequantised, quantise
+from tests.support.quantized import dequantized, quantize_linear
 from tests.support.tiny import Gated, with_adapters
 
 pytest.importorskip("triton", reason="triton is not installed")
@@ -78,11 +78,13 @@ def test_a_quantised_model() -> None:
     if torch.cuda.is_available():
         pytest.skip("bitsandbytes runs on the CPU, and kernels in the interpreter")
     block = Gated(64, 64, called=False).eval()
-    block.gate, block.up = (quantise(linear, "nf4 nested") for linear in (block.gate, block.up))
+    block.gate, block.up = (
+        quantize_linear(linear, "nf4 nested") for linear in (block.gate, block.up)
+    )
     targets = ["gate", "up", "down"]
     config = fastlora.LoraConfig(r=4, target_modules=targets, init_lora_weights=False)
     model = with_adapters(block, {"a": config, "b": config}).eval()
-    exact, x = dequantised(model), torch.randn(66, 64)
+    exact, x = dequantized(model), torch.randn(66, 64)
     ids = ["a", None, "b", *["a", "b"] * 31, None]
     with torch.no_grad(), fastlora.batch_invariant(), pytest.MonkeyPatch.context() as patched:
         patched.setattr(type(block.gate.base_layer), "forward", None)  # it is not called
@@ -95,14 +97,14 @@ def test_a_quantised_model() -> None:
 
 
 def test_a_pool(lab: Any) -> None:
-    """Slots and neighbours of an adapter come and go; its rows stay."""
+    """Slots and neighbors of an adapter come and go; its rows stay."""
     torch.manual_seed(0)
     base = Gated(48, 64, called=False).to(lab.device).eval()
     pool = fastlora.AdapterPool(base, target_modules=["gate", "up", "down"], max_adapters=2)
     model = build(lab, torch.float32, (4, 24, 16))
 
     def load(name: str) -> None:
-        state = adapter_state.collect(model, name, model.state_dict(), False)
+        state = adapter_state.adapter_file_state_dict(model, name, model.state_dict(), False)
         pool.load(name, state, config=model.peft_config[name])
 
     load("a0")

@@ -18,13 +18,13 @@ if not triton_interpreted():
 from fastlora.bench import byte_forms, launch_forms
 from fastlora.bench.byte_forms import ELSEWHERE, SCALING, Batch, Form, Sizes
 from fastlora.kernels.chips import chip_of
+from fastlora.kernels.config_tables import KernelConfig, cdiv
 from fastlora.kernels.configs import choose
 from fastlora.kernels.lora_expand import launch_lora_expand
 from fastlora.kernels.lora_linear import launch_lora_linear
 from fastlora.kernels.lora_shrink import launch_lora_shrink
 from fastlora.kernels.modules import Module
 from fastlora.kernels.plane_sums import launch_plane_sums
-from fastlora.kernels.tables import KernelConfig, cdiv
 from tests.support.bytes.byte_counter import ByteCounter, KernelCount, check
 from tests.support.bytes.count_bytes import (
     FULL_STEPS,
@@ -128,7 +128,7 @@ def test_a_launch(
     problem = Problem(lab, m, n, k, r, dtype, 0.5 * drops, (1, r) if more else ())
     problem.lora_a, problem.lora_b = problem.lora_a.float(), problem.lora_b.float()
     problem.scaling = torch.ones(r if more and launch != "linear" else 1)
-    config = replace(CONFIG, siblings=len(problem.all_ds), rank_rows_first=dtype == HALF)
+    config = replace(CONFIG, group_size=len(problem.all_ds), rank_rows_first=dtype == HALF)
     if more and launch in ("shrink", "grad_b", "grad_a"):
         config = replace(config, splits=3)
     kernel, names = LAUNCHES[launch]
@@ -173,7 +173,7 @@ def test_lora_shrink_with_dropout_reads_its_seed_besides(lab: Lab) -> None:
 def test_plane_sums(lab: Lab) -> None:
     planes = [lab.rand(3, 40, 7), lab.rand(1, 2000), lab.rand(5, 9)]
     outs = [lab.rand(40, 7, dtype=HALF), lab.rand(2000), lab.rand(9)]
-    with ByteCounter(planes=planes, outs=outs) as counter:
+    with ByteCounter(partials=planes, outs=outs) as counter:
         launch_plane_sums(outs, planes, config=choose(H100, "plane_sums", torch.float32))
     check(counter.total, byte_forms.plane_sums([(280, 3, 2), (2000, 1, 4), (9, 5, 4)]))
 

@@ -15,15 +15,15 @@ pytest.importorskip("triton", reason="triton is not installed")
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 pytest.importorskip("torchao", reason="torchao is not installed")
 
-from fastlora.coded_weight import CodedWeight, matrix
 from fastlora.kernels import lora_linear, mixed_lora_linear
-from fastlora.ops.backend import BACKENDS, Backward
-from fastlora.ops.factors import Base, Operands
+from fastlora.ops.backend import BACKENDS, BackwardArguments
+from fastlora.ops.factors import AdapterOperands, Base
+from fastlora.quantized_tensor import QuantizedTensor, dequantize
 from fastlora.testing import assert_within_budget
-from tests.support.kernels.coded import coded_weight
-from tests.support.kernels.coded_linear import at, check_linear, of_tables
 from tests.support.kernels.lab import Lab
 from tests.support.kernels.mixed_grad_problem import GradProblem
+from tests.support.kernels.quantized_linear import at, check_linear, of_tables
+from tests.support.kernels.quantized_weights import make_quantized_weight
 
 TRITON = BACKENDS["triton"]
 KINDS = ("nf4", "nf4 nested", "fp4", "int8", "e4m3", "e5m2")
@@ -59,35 +59,35 @@ def test_one_adapter(
     lab: Lab, dtype: torch.dtype, launches: list[str], kind: str, shape: tuple[Any, ...]
 ) -> None:
     m, n, k, r, p = shape
-    check_linear(lab, coded_weight(kind, lab.rand(n, k, dtype=dtype)), m, r, p)
+    check_linear(lab, make_quantized_weight(kind, lab.rand(n, k, dtype=dtype)), m, r, p)
     assert len(launches) == 2 and "plain" not in launches
 
 
 @pytest.mark.parametrize("m", [65, 130])
 def test_many_rows_take_the_matrix(lab: Lab, launches: list[str], m: int) -> None:
-    check_linear(lab, coded_weight("nf4", lab.rand(48, 128)), m)
+    check_linear(lab, make_quantized_weight("nf4", lab.rand(48, 128)), m)
     assert set(launches) <= {"plain"}
 
 
 @pytest.mark.parametrize("block", [128, 256])
 def test_blocks_wider_than_a_tile(lab: Lab, launches: list[str], block: int) -> None:
-    check_linear(lab, coded_weight("nf4 nested", lab.rand(40, 512), block), 5)
+    check_linear(lab, make_quantized_weight("nf4 nested", lab.rand(40, 512), block), 5)
     assert launches == ["load_table4_nested"] * 2
 
 
 def test_rows_are_the_weight_bit_for_bit(lab: Lab, dtype: torch.dtype) -> None:
     """Rows of the identity, and an adapter of zeros."""
     for kind in KINDS:
-        weight = coded_weight(kind, lab.rand(50, 128, dtype=dtype))
+        weight = make_quantized_weight(kind, lab.rand(50, 128, dtype=dtype))
         x = torch.eye(128, dtype=dtype, device=lab.device)
         zeros = torch.zeros(4, 128, dtype=dtype), torch.zeros(50, 4, dtype=dtype)
         own = [[t.to(lab.device)] for t in zeros]
-        operands = Operands(*own, [None], torch.tensor(1.0), (0.0,))
+        operands = AdapterOperands(*own, [None], torch.tensor(1.0), (0.0,))
         parts = [
             TRITON.forward(rows, Base(weight), operands, None, None, "auto")[0]
             for rows in x.split(64)
         ]
-        assert torch.equal(torch.cat(parts), matrix(weight).t()), kind
+        assert torch.equal(torch.cat(parts), dequantize(weight).t()), kind
 
 
 def test_programs_share_out_k(lab: Lab, launches: list[str], monkeypatch: Any) -> None:
@@ -95,7 +95,7 @@ def test_programs_share_out_k(lab: Lab, launches: list[str], monkeypatch: Any) -
     from fastlora.kernels import chips
 
     monkeypatch.setattr(chips, "chip_of", lambda device: chips.Chip("gfx942", 304))
-    check_linear(lab, coded_weight("nf4", lab.rand(40, 1024, dtype=torch.float16)), 16)
+    check_linear(lab, make_quantized_weight("nf4", lab.rand(40, 1024, dtype=torch.float16)), 16)
     assert launches == ["load_table4"] * 2
 
 
@@ -104,7 +104,8 @@ def test_siblings(lab: Lab, dtype: torch.dtype, launches: list[str], kind: str) 
     """One launch for all; each has a scale, a table and a size of its own."""
     sizes, k, m, r = (64, 33, 40), 128, 9, (8, 4, 16)
     weights = [
-        coded_weight(kind, (i + 1) * lab.rand(n, k, dtype=dtype)) for i, n in enumerate(sizes)
+        make_quantized_weight(kind, (i + 1) * lab.rand(n, k, dtype=dtype))
+        for i, n in enumerate(sizes)
     ]
     x = lab.rand(m, k, dtype=dtype)
     biases = [lab.rand(n, dtype=dtype) for n in sizes]
@@ -114,16 +115,16 @@ def test_siblings(lab: Lab, dtype: torch.dtype, launches: list[str], kind: str) 
     operands = [*weights, *biases, *lora_a, *lora_b, *scalings, None, None, None]
     dys = [lab.rand(m, n, dtype=dtype) for n in sizes]
     with torch.no_grad():
-        *ys, s = TRITON.siblings(x, operands, (0.0,) * 3, True)
-        assert launches == [f"load_{'int8' if kind == 'int8' else weights[0].coded.kind}"]
+        *ys, s = TRITON.grouped_forward(x, operands, (0.0,) * 3, True)
+        assert launches == [f"load_{'int8' if kind == 'int8' else weights[0].quantized_data.kind}"]
         wants = (True, *[False] * 6, *[True] * 6)
-        dx, *_ = TRITON.siblings_gradients(dys, x, operands, (0.0,) * 3, [s], wants)
+        dx, *_ = TRITON.grouped_gradients(dys, x, operands, (0.0,) * 3, [s], wants)
     assert len(launches) == 4 and "plain" not in launches
 
     def by_torch(kept: torch.dtype) -> list[torch.Tensor]:
         made, total = [], torch.zeros(m, k, dtype=kept, device=lab.device)
         for i in range(3):
-            w, a, b = (t.to(kept) for t in (matrix(weights[i]), lora_a[i], lora_b[i]))
+            w, a, b = (t.to(kept) for t in (dequantize(weights[i]), lora_a[i], lora_b[i]))
             c, dy = scalings[i].to(kept), dys[i].to(kept)
             made.append(x.to(kept) @ w.t() + biases[i].to(kept) + c * (x.to(kept) @ a.t()) @ b.t())
             total = total + (dy @ w + c * (dy @ b) @ a)
@@ -136,16 +137,18 @@ def test_siblings(lab: Lab, dtype: torch.dtype, launches: list[str], kind: str) 
 
 
 def test_siblings_of_several_kinds_have_a_launch_each(lab: Lab, launches: list[str]) -> None:
-    weights = [coded_weight("nf4", lab.rand(32, 64)), lab.rand(32, 64), lab.rand(32, 64)]
-    weights[1] = coded_weight("int8", weights[1])
+    weights = [make_quantized_weight("nf4", lab.rand(32, 64)), lab.rand(32, 64), lab.rand(32, 64)]
+    weights[1] = make_quantized_weight("int8", weights[1])
     x, none = lab.rand(3, 64), [None] * 3
     lora_a, lora_b = [lab.rand(4, 64)] * 3, [lab.rand(32, 4)] * 3
     scalings = [torch.ones(1, device=lab.device)] * 3
     with torch.no_grad():
-        ys = TRITON.siblings(x, [*weights, *none, *lora_a, *lora_b, *scalings, *none], (0.0,) * 3)
+        ys = TRITON.grouped_forward(
+            x, [*weights, *none, *lora_a, *lora_b, *scalings, *none], (0.0,) * 3
+        )
     assert sorted(launches) == ["load_int8", "load_table4", "plain"]
     for y, weight in zip(ys, weights, strict=True):
-        dense = matrix(weight) if isinstance(weight, CodedWeight) else weight
+        dense = dequantize(weight) if isinstance(weight, QuantizedTensor) else weight
         expected = x @ dense.t() + x @ lora_a[0].t() @ lora_b[0].t()
         torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
 
@@ -172,9 +175,9 @@ def test_mixed_siblings(lab: Lab, dtype: torch.dtype, launches: list[str], adapt
 
     ids = [row % (adapters + 1) - 1 for row in range(11)]
     problem = of_tables(lab, "nf4", ids, [[8] * adapters, [4] * adapters, [1] * adapters], dtype)
-    codes = [own.coded for own in problem.coded]
+    codes = [own.quantized_data for own in problem.coded]
     for first in (0, 1):  # in the tables
-        ys = forward.siblings_at(
+        ys = forward.mixed_grouped_forward(
             *(problem.x, codes[first:], problem.biases[first:], problem.rows()),
             *(problem.all_tables, first, problem.max_rank, problem.factor_dtype),
         )
@@ -187,10 +190,10 @@ def test_mixed_training(lab: Lab, dtype: torch.dtype, launches: list[str]) -> No
     """Forward and gradients of adapters as lists, dropout in them, over codes."""
     ids = [(3 * row) % 5 - 1 for row in range(30)]
     problem = GradProblem(lab, ids, 48, 64, dtype, ranks=(8, 0, 3, 16), dropout=True)
-    weight = coded_weight("nf4", problem.weight)
-    problem.weight = matrix(weight)
+    weight = make_quantized_weight("nf4", problem.weight)
+    problem.weight = dequantize(weight)
     dropout_p, rows = tuple(problem.ps), problem.groups
-    operands = Operands(
+    operands = AdapterOperands(
         *(problem.lora_a, problem.lora_b, problem.lora_bias, problem.scaling),
         *(dropout_p, problem.seeds),
     )
@@ -198,7 +201,7 @@ def test_mixed_training(lab: Lab, dtype: torch.dtype, launches: list[str]) -> No
     with torch.no_grad():
         y, s = TRITON.forward(problem.x, Base(weight), operands, rows, None, "auto")
         given = problem.dy, weight, problem.x, operands, rows, s, "auto"
-        dx, _, _, factors = TRITON.gradients(Backward(*given, *wants))
+        dx, _, _, factors = TRITON.gradients(BackwardArguments(*given, *wants))
     results = {"y": y, "dx": dx}
     for slot in range(4):
         results[f"d_lora_a {slot}"], results[f"d_lora_b {slot}"] = factors[3 * slot :][:2]
@@ -222,9 +225,11 @@ def test_the_batch_invariant_mode_has_one_kernel_over_codes(
         few.lora_bias_address, few.x = problem.lora_bias_address, problem.x[:5].clone()
         assert torch.equal(at(few, "invariant"), whole[:5])
     else:
-        weight = coded_weight("nf4", lab.rand(48, 128, dtype=dtype))
+        weight = make_quantized_weight("nf4", lab.rand(48, 128, dtype=dtype))
         x, own = lab.rand(70, 128, dtype=dtype), [lab.rand(8, 128, dtype=dtype)]
-        operands = Operands(own, [lab.rand(48, 8, dtype=dtype)], [None], torch.tensor(1.0), (0.0,))
+        operands = AdapterOperands(
+            own, [lab.rand(48, 8, dtype=dtype)], [None], torch.tensor(1.0), (0.0,)
+        )
         whole, part = (
             TRITON.forward(rows, Base(weight), operands, None, None, "invariant")[0]
             for rows in (x, x[:5].clone())

@@ -37,7 +37,7 @@ def test_as_many_programs_as_over_a_matrix(chip: Chip, launch: str) -> None:
 
 if triton_interpreted():
     from tests.support.bytes.count_bytes import TABLE, Step, rows_of_table
-    from tests.support.bytes.count_coded import STEPS, count_decode, floor_of_decode, moved
+    from tests.support.bytes.count_quantized import STEPS, count_decode, floor_of_decode, moved
 
     @pytest.mark.drawn(1 / 3)
     @pytest.mark.parametrize("step", STEPS, ids=str)

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastlora
 from fastlora import FastLoraLinear, env
-from fastlora.ops.conditions import triton_status
+from fastlora.ops.execution_mode import triton_status
 from fastlora.testing import assert_within_budget
 from tests.support.compiled import Graphs, gradients, graph_count
 from tests.support.sums import yardstick

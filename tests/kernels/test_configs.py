@@ -10,16 +10,16 @@ import pytest
 import torch
 
 from fastlora.kernels import configs
-from fastlora.kernels.chips import Chip, Row
-from fastlora.kernels.configs import TRAIN_PIECE_ROWS, choose, piece_rows, run_rows
-from fastlora.kernels.tables import (
-    MAX_SIBLINGS,
+from fastlora.kernels.chips import Chip, ConfigRow
+from fastlora.kernels.config_tables import (
+    MAX_GROUP_SIZE,
     MAX_SPLITS,
     KernelConfig,
     candidates_of,
     cdiv,
     is_valid,
 )
+from fastlora.kernels.configs import TRAIN_PIECE_ROWS, choose, piece_rows, run_rows
 from tests.support.aot.shipped import all_shipped
 from tests.support.chips import CHIPS, H100
 from tests.support.kernels.lab import put_rows
@@ -51,23 +51,23 @@ def test_every_choice_is_shipped_and_valid(chip: Chip) -> None:
     for launch in LAUNCHES:
         found = [entry for entry in all_shipped(chip) if entry.kernel == launch]
         # Splits change the grid only, and the most siblings stand for fewer.
-        shipped = {(e.dtype, replace(e.config, splits=1, siblings=1)) for e in found}
-        most = {(e.dtype, replace(e.config, splits=1, siblings=1)): e.config for e in found}
-        counts = range(1, MAX_SIBLINGS + 1) if launch == "lora_grad_a" else (1,)
+        shipped = {(e.dtype, replace(e.config, splits=1, group_size=1)) for e in found}
+        most = {(e.dtype, replace(e.config, splits=1, group_size=1)): e.config for e in found}
+        counts = range(1, MAX_GROUP_SIZE + 1) if launch == "lora_grad_a" else (1,)
         taken = set()
         for dtype, precision in KINDS:
             options: dict[str, Any] = {"input_precision": precision}
             for m, n, r, siblings in itertools.product(ROWS, WIDTHS, RANKS, counts):
                 for k in (16, n):
                     config = choose(
-                        chip, launch, dtype, m=m, n=n, k=k, r=r, siblings=siblings, **options
+                        chip, launch, dtype, m=m, n=n, k=k, r=r, group_size=siblings, **options
                     )
-                    assert config.siblings == siblings
-                    key = (dtype, replace(config, splits=1, siblings=1))
+                    assert config.group_size == siblings
+                    key = (dtype, replace(config, splits=1, group_size=1))
                     if launch in SUMS:
                         key = (BF16, key[1])
                     assert key in shipped, (launch, key)
-                    assert siblings <= most[key].siblings
+                    assert siblings <= most[key].group_size
                     taken.add(key)
         for entry in found:
             assert is_valid(chip, launch, entry.config, entry.dtype.itemsize), entry
@@ -212,7 +212,7 @@ def test_grad_b_takes_wide_tiles_where_rows_abound() -> None:
 
 @pytest.mark.parametrize(("siblings", "r", "block_r"), [(1, 64, 64), (3, 64, 64), (4, 64, 32)])
 def test_siblings_share_the_rank_rows_of_a_tile(siblings: int, r: int, block_r: int) -> None:
-    config = chosen("lora_grad_a", m=2048, k=2048, r=r, siblings=siblings)
+    config = chosen("lora_grad_a", m=2048, k=2048, r=r, group_size=siblings)
     assert config.block_r == block_r
     assert siblings * block_r <= 192
 
@@ -244,15 +244,15 @@ def test_runs_are_the_fewest_that_fill_the_chip(m: int, columns: int) -> None:
 
 
 @pytest.fixture
-def measured(monkeypatch: pytest.MonkeyPatch) -> Row:
+def measured(monkeypatch: pytest.MonkeyPatch) -> ConfigRow:
     """A row that a tuner wrote in front of others: up to 8 rows of one layer, to rank 16."""
-    row = Row(32, 64, 64, 8, 3, (16, 32), max_m=8, n=4096, k=1024, max_r=16)
-    rows = row, Row(max_m=64, n=64, plan="split")
+    row = ConfigRow(32, 64, 64, 8, 3, (16, 32), max_m=8, n=4096, k=1024, max_r=16)
+    rows = row, ConfigRow(max_m=64, n=64, plan="split")
     put_rows(monkeypatch, H100, ("lora_linear", "half"), rows)
     return row
 
 
-def test_a_measurement_goes_first(measured: Row) -> None:
+def test_a_measurement_goes_first(measured: ConfigRow) -> None:
     """Where all its limits hold; not in the batch-invariant mode, nor for another launch."""
     sizes = {"m": 8, "n": 4096, "k": 1024, "r": 16}
 
@@ -270,7 +270,7 @@ def test_a_measurement_goes_first(measured: Row) -> None:
     assert taken == {16}, "it is compiled ahead of time"
 
 
-def test_a_measured_plan_says_nothing_of_tiles(measured: Row) -> None:
+def test_a_measured_plan_says_nothing_of_tiles(measured: ConfigRow) -> None:
     sizes = {"m": 64, "k": 1024, "r": 16}
     found = [configs.plan_of(H100, "lora_linear", BF16, n=n, **sizes) for n in (64, 65)]
     assert found == ["split", "fused"]

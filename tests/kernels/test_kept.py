@@ -29,14 +29,14 @@ def _results(lab: Lab, m: int, drop: bool, seed: int) -> list[torch.Tensor]:
 @pytest.mark.parametrize("drop", [False, True])
 def test_the_same_bits(lab: Lab, monkeypatch: pytest.MonkeyPatch, m: int, drop: bool) -> None:
     plain = [_results(lab, m, drop, seed) for seed in range(4)]
-    monkeypatch.setattr(launching, "_KEEPS", True)
+    monkeypatch.setattr(launching, "_CAN_CACHE", True)
     kept = [_results(lab, m, drop, seed) for seed in range(4)]
     for own, other in zip(kept, plain, strict=True):
         assert all(map(torch.equal, own, other))
 
 
 def test_a_graph_captures_what_is_kept(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launching, "_KEEPS", True)
+    monkeypatch.setattr(launching, "_CAN_CACHE", True)
     layer, x = FastLoraLinear(512, 384, r=8, device="cuda"), torch.randn(16, 512, device="cuda")
     torch.nn.init.normal_(layer.lora_B["default"].weight)
     with torch.no_grad():

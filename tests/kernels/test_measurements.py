@@ -12,10 +12,10 @@ from unittest import mock
 import pytest
 import torch
 
-from fastlora.kernels import configs, measurements, row_files
-from fastlora.kernels.chips import Chip, Row, chip_of
-from fastlora.kernels.row_files import Entry
-from fastlora.kernels.tables import MEASURED, candidates_of
+from fastlora.kernels import config_files, configs, measurements
+from fastlora.kernels.chips import Chip, ConfigRow, chip_of
+from fastlora.kernels.config_files import FileRow
+from fastlora.kernels.config_tables import MEASURED, candidates_of
 from tests.support.aot.shipped import all_shipped
 from tests.support.kernels.lab import Lab, cap_warps
 
@@ -50,8 +50,8 @@ def test_rows_of_a_file_go_first(tmp_path: Path) -> None:
     plan = {"launch": "lora_linear", "kind": "half", "max_m": 8, "plan": "split"}
     later = {**FINE, "block_n": 32, "max_m": 64, "us": 1.5, "problem": "for readers"}
     path = written(tmp_path, FINE, plan, later)
-    rows = row_files.read(path)[0]
-    assert [row_files.columns_of(row) for row in rows[:2]] == [
+    rows = config_files.read(path)[0]
+    assert [config_files.columns_of(row) for row in rows[:2]] == [
         {**FINE, "blocks_r": (16,)},
         plan,
     ]
@@ -75,7 +75,7 @@ def test_rows_of_one_chip_are_not_those_of_its_family(tmp_path: Path) -> None:
     others = [Chip("sm_89", 142), Chip("sm_120", 170)]
     before = [configs.choose(chip, "lora_linear", BF16, **SIZES) for chip in others]
     path = written(tmp_path, {**FINE, "block_k": 64, "num_stages": 2})
-    measurements.put_first("sm_86", row_files.read(path)[0], path)
+    measurements.put_first("sm_86", config_files.read(path)[0], path)
     assert configs.choose(Chip("sm_86", 84), "lora_linear", BF16, **SIZES).num_stages == 2
     assert before == [configs.choose(chip, "lora_linear", BF16, **SIZES) for chip in others]
     assert {config.num_stages for config in before} != {2}
@@ -110,7 +110,7 @@ def test_a_wrong_row_is_one_clear_error(tmp_path: Path, change: dict[str, Any], 
     path = written(tmp_path, FINE, FINE | change)
     tables = dict(MEASURED)
     with pytest.raises(ValueError, match=r"sm_90\.json, row 1: .*") as raised:
-        measurements.put_first("sm_90", row_files.read(path)[0], path)
+        measurements.put_first("sm_90", config_files.read(path)[0], path)
     assert says in str(raised.value)
     assert tables == MEASURED
 
@@ -121,8 +121,8 @@ def test_wrong_files_are_named(tmp_path: Path) -> None:
     for text in ("", "[]", "{}"):
         path.write_text(text)
         with pytest.raises(ValueError, match="no file of measured rows"):
-            row_files.read(path)
-    endless = Entry("lora_linear", "half", Row(16, 64, 128, 4, 3, (16,)))
+            config_files.read(path)
+    endless = FileRow("lora_linear", "half", ConfigRow(16, 64, 128, 4, 3, (16,)))
     with pytest.raises(ValueError, match="it says for no problem"):
         measurements.put_first("sm_90", [endless], path)
     with pytest.raises(ValueError, match="no configs for 'sm_70'"):

@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from fastlora.kernels.tables import KernelConfig
+from fastlora.kernels.config_tables import KernelConfig
 from tests.support.kernels.lab import Lab
 from tests.support.kernels.mixed_problem import RANKS, THREE, MixedProblem, draw_ids
 

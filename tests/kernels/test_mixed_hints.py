@@ -73,7 +73,7 @@ def hints() -> Any:
 def test_every_hint_holds(lab: Any, hints: Any, m: int) -> None:
     """One shrink for three modules, then each other kernel for one; ids in random order."""
     problem = MixedProblem(lab, draw_ids(m, 8), THREE, 40, [24] * 3, torch.float16, biased=(1,))
-    y, s = OPS.lora_linear_at(*problem.siblings_arguments("fused"))
+    y, s = OPS.lora_linear_at(*problem.group_arguments("fused"))
     problem.check(y)
     for plan in ("fused", "split"):
         problem.check(OPS.lora_linear_at(*problem.linear_arguments(0, s, plan))[0])

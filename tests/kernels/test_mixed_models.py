@@ -15,10 +15,10 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from fastlora import LoraConfig, adapters, get_peft_model
 from fastlora.env import triton_interpreted
-from fastlora.layers.factors import Parameters
+from fastlora.layers.adapter_factors import ParameterSource
 from fastlora.ops import plans
 from fastlora.pool import router as batches
-from fastlora.routing.in_force import routed
+from fastlora.routing.active import activate_routing
 from fastlora.routing.routing import Routing
 from fastlora.testing import assert_within_budget
 from fastlora.validation import (
@@ -91,19 +91,21 @@ def test_ids_that_nobody_checked(lab: Any, dtype: torch.dtype) -> None:
     Adapters without rows get zeros, never NaN.
     """
     model, names = trainable(3, dtype), ("a0", "a1", "a2")
-    slots = batches.looked_up(torch.arange(3), torch.tensor([0, 5, -1, 0, -7]))
+    slots = batches.lookup_or_invalid(torch.arange(3), torch.tensor([0, 5, -1, 0, -7]))
     slots = slots.to(lab.device)
     assert slots.tolist() == [0, -2, -1, 0, -2]
     tuner, seeds = model.base_model, torch.zeros(3, dtype=torch.int64)
 
     def routing() -> Routing:
-        return Routing(tuner.group, names, slots, seeds, Parameters(names), tuner.routed)
+        return Routing(
+            tuner.group, names, slots, seeds, ParameterSource(names), tuner.mixed_batch_modules
+        )
 
     x, good, first = torch.randn(5, 64).to(dtype), [0, 2, 3], routing()
     own = ["a0", None, "a0"]
     expected, exact = run(model, x[good], own), run(eager(model).double(), x[good].double(), own)
     for records in (False, True):
-        with routed(first), torch.set_grad_enabled(records):
+        with activate_routing(first), torch.set_grad_enabled(records):
             y = model.base_model.model(x)
         assert_within_budget(y[good].detach(), expected, exact)
         assert y[[1, 4]].isnan().all()
@@ -118,7 +120,7 @@ def test_ids_that_nobody_checked(lab: Any, dtype: torch.dtype) -> None:
     tuner.group.unchecked.check()  # said once
     use_impl(model, "eager")
     with pytest.raises(AdapterNotFoundError, match="out of range"), torch.no_grad():  # noqa: SIM117
-        with routed(routing()):
+        with activate_routing(routing()):
             model(x)
 
 

@@ -38,7 +38,7 @@ def linear(
 @pytest.mark.parametrize("plan", ["fused", "split"])
 def test_siblings_share_one_shrink(lab: Any, plan: str) -> None:
     problem = MixedProblem(lab, draw_ids(33, 8), THREE, 600, [64, 24, 33], torch.float32)
-    y, s = OPS.lora_linear_at(*problem.siblings_arguments(plan))
+    y, s = OPS.lora_linear_at(*problem.group_arguments(plan))
     problem.check(y)
     for g in range(3):
         problem.check(linear(problem, g, s, plan), g)
@@ -100,7 +100,7 @@ def test_what_follows_its_shrink_is_launched_as_its_dependent(lab: Any, calls_of
     problem = MixedProblem(lab, draw_ids(20, 8), THREE, 40, [16, 24, 33], torch.float16)
     with on(H100):
         for plan in ("fused", "split"):
-            _, s = OPS.lora_linear_at(*problem.siblings_arguments(plan))
+            _, s = OPS.lora_linear_at(*problem.group_arguments(plan))
             linear(problem, 1, s, plan)
             linear(problem, 2, plan=plan)
             assert seen == [True, False, True], plan
@@ -114,7 +114,7 @@ def test_opcheck(lab: Any) -> None:
     problem = MixedProblem(lab, draw_ids(20, 8), THREE, 520, [64, 24, 33], torch.float32)
     # What a shrink leaves unwritten may hold anything, so two runs are not compared.
     checks = ["test_schema", "test_faketensor"]
-    arguments = problem.siblings_arguments()
+    arguments = problem.group_arguments()
     torch.library.opcheck(OPS.lora_linear_at.default, arguments, test_utils=checks)
 
 
@@ -129,7 +129,7 @@ def test_compile(lab: Any) -> None:
     for m in (20, 24, 40):
         problem = MixedProblem(lab, draw_ids(m, 8), THREE, 72, [64, 24, 33], torch.float32)
         others = [problem.linear_arguments(g) for g in (1, 2)]
-        for g, y in enumerate(siblings(problem.siblings_arguments(), others)):
+        for g, y in enumerate(siblings(problem.group_arguments(), others)):
             problem.check(y, g)
 
 

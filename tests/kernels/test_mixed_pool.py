@@ -18,7 +18,7 @@ from fastlora import adapters
 from fastlora.env import triton_interpreted
 from fastlora.model import adapter_state
 from fastlora.pool import router as batches
-from fastlora.routing.in_force import routed
+from fastlora.routing.active import activate_routing
 from fastlora.testing import assert_within_budget
 from fastlora.validation import AdapterStateError
 from tests.support.bytes.byte_counter import ByteCounter
@@ -66,7 +66,7 @@ def slots_of(pool: Any, names: list[str | None]) -> torch.Tensor:
 
 def captured(pool: Any, ids: torch.Tensor, served: Any, x: torch.Tensor) -> torch.Tensor:
     """What a CUDA graph of these slots would record, run once."""
-    with torch.no_grad(), routed(batches.captured_pool_routing(pool, ids)):
+    with torch.no_grad(), activate_routing(batches.graph_capture_routing(pool, ids)):
         return served(x)
 
 
@@ -93,14 +93,14 @@ def test_a_captured_batch_never_falls_back(lab: Any) -> None:
         assert_within_budget(captured(pool, ids, served, x), expected, exact)
     wanted = x.clone().requires_grad_()
     with (
-        routed(batches.captured_pool_routing(pool, ids)),
+        activate_routing(batches.graph_capture_routing(pool, ids)),
         pytest.raises(AdapterStateError, match=r"torch\.no_grad"),
     ):
         served(wanted)
     for layer in (served.q, served.o):
         inner = torch.randn(5, layer.in_features, device=lab.device)
         with (
-            routed(batches.captured_pool_routing(pool, ids)),
+            activate_routing(batches.graph_capture_routing(pool, ids)),
             torch.autocast(inner.device.type, torch.bfloat16),
             torch.no_grad(),
             pytest.raises(AdapterStateError, match="autocast"),
@@ -122,7 +122,7 @@ def test_a_captured_batch_finds_scales_of_its_day(lab: Any) -> None:
     torch.testing.assert_close(unmade[[0, 1, 2, 4]], expected()[[0, 1, 2, 4]])
     pool.pin("dora")  # which is a lease
     torch.testing.assert_close(captured(pool, ids, served, x), expected())
-    state = adapter_state.collect(model, "dora", model.state_dict(), False)
+    state = adapter_state.adapter_file_state_dict(model, "dora", model.state_dict(), False)
     doubled = {key: tensor * 2 for key, tensor in state.items()}
     pool.load("dora", doubled, config=model.peft_config["dora"])  # pinned: no lease need follow
     with torch.no_grad():
@@ -168,9 +168,9 @@ def test_scales_are_launched_where_dora_may_be(lab: Any) -> None:
     assert launches(adapters(pool, IDS)) == 3
     assert launches(adapters(pool, ["a0", None, "a0", "a1", "a0"])) == 0
     slots = torch.full((5,), -1)
-    assert launches(routed(batches.captured_pool_routing(pool, slots))) == 3
+    assert launches(activate_routing(batches.graph_capture_routing(pool, slots))) == 3
     pool.tables.uses_dora = False
-    assert launches(routed(batches.captured_pool_routing(pool, slots))) == 0
+    assert launches(activate_routing(batches.graph_capture_routing(pool, slots))) == 0
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="captures a CUDA graph")
@@ -179,7 +179,7 @@ def test_one_graph_replays_any_mix(lab: Any) -> None:
     served, pool, model = pool_over_block(lab)
     ids = slots_of(pool, IDS).to(lab.device)
     x = torch.randn(5, 48, device=lab.device)
-    state = adapter_state.collect(model, "dora", model.state_dict(), False)
+    state = adapter_state.adapter_file_state_dict(model, "dora", model.state_dict(), False)
     with pool.lease(pool.names), torch.no_grad():
         for _ in range(3):
             with adapters(pool, ids):

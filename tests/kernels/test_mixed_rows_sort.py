@@ -7,18 +7,18 @@ import random
 import pytest
 import torch
 
-from fastlora.ops.rows import Rows, piece_entries, sort_rows
+from fastlora.ops.rows import Rows, pieces_length, sort_rows
 
 pytest.importorskip("triton", reason="triton is not installed")
 
 from fastlora.kernels.mixed_rows_sort import MAX_IDS, can_sort
-from fastlora.ops import conditions
-from fastlora.ops.triton.sorting import sorted_rows
+from fastlora.ops import execution_mode
+from fastlora.ops.triton.sorting import sort_rows_into
 from tests.support.kernels.lab import Lab
 
 
 def sizes(m: int, slots: int, block_m: int) -> tuple[int, ...]:
-    entries = piece_entries(m, slots, block_m) if block_m else 0
+    entries = pieces_length(m, slots, block_m) if block_m else 0
     return m, m, min(m, slots + 2), slots + 1, 1, entries
 
 
@@ -26,10 +26,12 @@ def check(lab: Lab, ids: torch.Tensor, m: int, slots: int, block_m: int) -> None
     """Compares every entry with rows that PyTorch sorted on a CPU; none is left unwritten."""
     empty = [torch.full((size,), -99, dtype=torch.int32) for size in sizes(m, slots, block_m)]
     empty[4] = torch.full((1,), True)
-    made = sorted_rows(ids.to(lab.device), slots, tuple(t.to(lab.device) for t in empty), block_m)
+    made = sort_rows_into(
+        ids.to(lab.device), slots, tuple(t.to(lab.device) for t in empty), block_m
+    )
     assert made is not None
     rows: Rows = sort_rows(ids, m, slots, torch.device("cpu"))
-    expected = [*rows.tensors(), rows.invalid]
+    expected = [*rows.operator_arguments(), rows.invalid]
     expected.append(rows.pieces(block_m) if block_m else empty[5])
     for found, wanted in zip(made, expected, strict=True):
         assert torch.equal(found.cpu(), wanted), (found, wanted)
@@ -67,14 +69,16 @@ def test_more_ids_are_left_to_pytorch() -> None:
 def test_rows_come_with_their_pieces(monkeypatch: pytest.MonkeyPatch, lab: Lab) -> None:
     """Where kernels run, one launch sorts rows and makes the pieces that decode asks for."""
     if lab.device.type == "cpu":
-        monkeypatch.setattr(conditions, "KERNEL_DEVICES", ("cpu",))
+        monkeypatch.setattr(execution_mode, "KERNEL_DEVICES", ("cpu",))
     ids = torch.tensor([3, -1, 0, 3, 7, 0], device=lab.device)
     with torch.profiler.profile() as profile:
         rows = sort_rows(ids, 24, 4)
         pieces = rows.pieces(16)
     launched = {event.key for event in profile.key_averages()}
     assert not launched & {"aten::sort", "aten::cumsum", "aten::searchsorted", "aten::scatter_"}
-    monkeypatch.setattr(conditions, "KERNEL_DEVICES", ())
+    monkeypatch.setattr(execution_mode, "KERNEL_DEVICES", ())
     plain = sort_rows(ids.cpu(), 24, 4)
     assert torch.equal(pieces.cpu(), plain.pieces(16))
-    assert [t.tolist() for t in rows.tensors()] == [t.tolist() for t in plain.tensors()]
+    assert [t.tolist() for t in rows.operator_arguments()] == [
+        t.tolist() for t in plain.operator_arguments()
+    ]

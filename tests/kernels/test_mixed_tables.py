@@ -20,7 +20,7 @@ pytest.importorskip("triton", reason="runs kernels")
 import fastlora
 from fastlora import adapters
 from fastlora.kernels import lora_shrink
-from fastlora.layers import tables
+from fastlora.layers import address_tables
 from fastlora.model.inject import lora_layers
 from fastlora.testing import assert_within_budget
 from fastlora.validation import AdapterStateError, ImplementationError
@@ -62,7 +62,7 @@ def test_inference_mode_shares_where_nobody_was_seen_to_write(lab: Any) -> None:
     assert shrinks(model, x) == [2]
     with torch.inference_mode():
         assert shrinks(model, x.clone()) == [2]
-    model.base_model.model.q._shared_input.unwritten = False
+    model.base_model.model.q._shared_input_group.unwritten = False
     with torch.inference_mode():
         assert shrinks(model, x.clone()) == [1, 1]  # q's and k's, neither of them for both
 
@@ -157,15 +157,15 @@ def test_slots_are_looked_up_on_the_device(lab: Any) -> None:
         with pool.lease_resident() as lease:
             return {resident.name: resident.column for resident in lease.residents}
 
-    found = pool.tables.columns(slots).tolist()
+    found = pool.tables.columns_of_slots(slots).tolist()
     assert found == [columns()[f"a{i}"] for i in (2, 0, 1)] + [-1, -2, -2]
     with pool.lease(["a0"]):  # so that the new factors cannot take the old ones' column
         pool.load("a0", states["a0"], config=model.peft_config["a0"])
-        moved = pool.tables.columns(slots).tolist()
+        moved = pool.tables.columns_of_slots(slots).tolist()
     assert moved[1] != found[1] and moved[1] == columns()["a0"]
     assert (moved[0], moved[2]) == (found[0], found[2])
     pool.unload("a1")
-    assert pool.tables.columns(slots).tolist()[2] == -2
+    assert pool.tables.columns_of_slots(slots).tolist()[2] == -2
 
 
 def test_a_captured_pool_needs_its_largest_rank(lab: Any) -> None:
@@ -174,7 +174,7 @@ def test_a_captured_pool_needs_its_largest_rank(lab: Any) -> None:
     _, pool, _ = pool_of(model, "q", "k")
     ids = torch.zeros(2, dtype=torch.int64, device=lab.device)
     with (
-        mock.patch.object(fastlora.pool.router, "is_captured", lambda _: True),
+        mock.patch.object(fastlora.pool.router, "is_capturing_cuda_graph", lambda _: True),
         pytest.raises(AdapterStateError, match="max_rank"),
         adapters(pool, ids),
     ):
@@ -190,8 +190,8 @@ def test_a_captured_block_is_the_block(lab: Any) -> None:
     for target, slots in ((base, ids), (model, torch.tensor([1, -1, 0]).to(lab.device))):
         expected = run(target, x, slots)
         with (
-            mock.patch.object(fastlora.routing.block, "is_captured", lambda _: True),
-            mock.patch.object(fastlora.pool.router, "is_captured", lambda _: True),
+            mock.patch.object(fastlora.routing.block, "is_capturing_cuda_graph", lambda _: True),
+            mock.patch.object(fastlora.pool.router, "is_capturing_cuda_graph", lambda _: True),
         ):
             assert torch.equal(run(target, x, slots), expected)
 
@@ -220,7 +220,7 @@ def tables_of(model: Any, x: torch.Tensor, ids: Any) -> list[weakref.ref[torch.T
     run(model, x, ids)
     sets = model.base_model.group.packs._sets.values()
     (tables,) = (kept.tables for kept in sets if kept.tables is not None)
-    return [weakref.ref(t) for t in (*tables[:5], *tables.kept)]
+    return [weakref.ref(t) for t in (*tables[:5], *tables.keepalive)]
 
 
 def test_what_a_captured_graph_reads_stays(lab: Any) -> None:
@@ -233,8 +233,10 @@ def test_what_a_captured_graph_reads_stays(lab: Any) -> None:
         model = build(lab, (8, 4, 2))
         if captured:
             with (
-                mock.patch.object(fastlora.routing.block, "is_captured", lambda _: True),
-                mock.patch.object(tables, "is_captured", lambda _: True),
+                mock.patch.object(
+                    fastlora.routing.block, "is_capturing_cuda_graph", lambda _: True
+                ),
+                mock.patch.object(address_tables, "is_capturing_cuda_graph", lambda _: True),
             ):
                 read = tables_of(model, x, slots)
         else:

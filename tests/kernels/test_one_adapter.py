@@ -13,10 +13,10 @@ from fastlora.ops.philox_reference import _philox_4x32, philox_keep_mask
 pytest.importorskip("triton", reason="triton is not installed")
 
 from fastlora.kernels.chips import chip_of
+from fastlora.kernels.config_tables import KernelConfig
 from fastlora.kernels.configs import choose
 from fastlora.kernels.lora_shrink import launch_lora_shrink
 from fastlora.kernels.plane_sums import launch_plane_sums
-from fastlora.kernels.tables import KernelConfig
 from tests.support.kernels.lab import Lab
 from tests.support.kernels.one_adapter import SEED, Problem
 
@@ -42,7 +42,7 @@ def run(problem: Problem, kernel: str, **fields: Any) -> dict[str, torch.Tensor]
     if kernel == "dropout":
         problem.p = problem.ps[0] = problem.p or P
         fields = fields and {**fields, "input_precision": ""}  # it has no dot
-    config = replace(SMALL, siblings=len(problem.all_ds), **fields) if fields else None
+    config = replace(SMALL, group_size=len(problem.all_ds), **fields) if fields else None
     found: dict[str, torch.Tensor] = getattr(problem, kernel)(config)
     return found
 

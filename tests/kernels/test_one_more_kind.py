@@ -20,27 +20,27 @@ import triton
 import triton.language as tl
 
 import fastlora
-from fastlora.coded_weight import Coded, CodedWeight
 from fastlora.kernels.weights import (
-    Loader,
     Tile,
+    WeightLoader,
     load_groups,
     load_tile,
     part,
-    register_loader,
+    register_weight_loader,
     scaled,
 )
-from fastlora.layers.bases import dense_weight
-from fastlora.layers.quantised import (
-    NotCoded,
-    Quantised,
-    addresses_of,
-    class_name,
-    register_quantised,
+from fastlora.layers.base_layers import dense_weight
+from fastlora.layers.merge_target import Fingerprint, bit_sums
+from fastlora.layers.quantized import (
+    KernelsCannotRead,
+    QuantizedBaseWeight,
+    address_tensor,
+    qualified_class_name,
+    register_quantized_weight,
 )
-from fastlora.layers.stored import Fingerprint, sums_of_bits
+from fastlora.quantized_tensor import QuantizedData, QuantizedTensor
 from fastlora.testing import assert_within_budget
-from tests.support.quantised import kept_weight
+from tests.support.quantized import cached_weight
 
 pytestmark = pytest.mark.usefixtures("on_the_labs_device")
 BLOCK = 16
@@ -86,15 +86,15 @@ class TwoBits(nn.Module):
         return F.linear(x, self.matrix().to(x.dtype), self.bias)
 
 
-@register_quantised
-class TwoBitWeight(Quantised):
+@register_quantized_weight
+class TwoBitWeight(QuantizedBaseWeight):
     """Its weight."""
 
-    modules = (class_name(TwoBits(nn.Linear(BLOCK, 1))),)
+    modules = (qualified_class_name(TwoBits(nn.Linear(BLOCK, 1))),)
     fresh_output = True
 
     @staticmethod
-    def weight_of(module: Any) -> Any:
+    def weight_object_of(module: Any) -> Any:
         return module.codes
 
     @classmethod
@@ -105,18 +105,23 @@ class TwoBitWeight(Quantised):
     def dtype(self) -> torch.dtype:
         return torch.float32
 
-    def computes_in(self) -> None:
+    def compute_dtype(self) -> None:
         return None
 
-    def watched(self) -> Sequence[torch.Tensor]:
+    def tensor_dependencies(self) -> Sequence[torch.Tensor]:
         return self.base.codes, self.base.bits
 
-    def read(self, dtype: torch.dtype) -> tuple[Coded, tuple[torch.Tensor, ...]]:
+    def read_for_kernels(
+        self, dtype: torch.dtype
+    ) -> tuple[QuantizedData, tuple[torch.Tensor, ...]]:
         n, k = self.shape
         if k % BLOCK:
-            raise NotCoded(f"blocks of {BLOCK} weights do not divide its {k} in_features")
+            raise KernelsCannotRead(f"blocks of {BLOCK} weights do not divide its {k} in_features")
         codes, scales = self.base.codes, self.base.scales
-        return Coded("two bits", codes, addresses_of(scales), n, k, BLOCK), (codes, scales)
+        return QuantizedData("two bits", codes, address_tensor(scales), n, k, BLOCK), (
+            codes,
+            scales,
+        )
 
     def dense(self) -> torch.Tensor:
         return self.base.matrix()
@@ -125,15 +130,15 @@ class TwoBitWeight(Quantised):
         self.base.store(dense)
         self.weight = self.base.codes
 
-    def keep(self) -> object:
+    def snapshot(self) -> object:
         return self.base.codes.clone(), self.base.bits.clone()
 
-    def restore(self, kept: Any) -> None:
-        self.base.codes, self.base.bits = (part.clone() for part in kept)
+    def restore(self, snapshot: Any) -> None:
+        self.base.codes, self.base.bits = (part.clone() for part in snapshot)
         self.weight = self.base.codes
 
     def fingerprint(self) -> Fingerprint:
-        return (*sums_of_bits(self.base.codes), *sums_of_bits(self.base.bits))
+        return (*bit_sums(self.base.codes), *bit_sums(self.base.bits))
 
 
 @triton.jit
@@ -153,7 +158,7 @@ def load_two_bits(codes_ptr, parts_ptr, tile, DTYPE: tl.constexpr, POLICY: tl.co
     return scaled(codes.to(tl.float32) - 1.5, scales, DTYPE)
 
 
-register_loader("two bits", Loader(load_two_bits))
+register_weight_loader("two bits", WeightLoader(load_two_bits))
 
 
 class Gated(nn.Module):
@@ -220,7 +225,7 @@ def test_values_and_gradients(dtype: torch.dtype, ids: Any) -> None:
             assert_within_budget(*results[:2], results[2].double())
     layers = [module for module in ours.modules() if hasattr(module, "lora_A")]
     assert [layer.base_layer.calls for layer in layers] == [0, 0, 0]
-    assert all(type(kept_weight(layer)) is CodedWeight for layer in layers)
+    assert all(type(cached_weight(layer)) is QuantizedTensor for layer in layers)
     assert fastlora.fusion_report(ours).fused == 3
 
 

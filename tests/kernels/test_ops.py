@@ -14,7 +14,7 @@ from torch.nn.functional import linear
 
 from fastlora import env
 from fastlora.functional import lora_linear
-from fastlora.ops import conditions as ops
+from fastlora.ops import execution_mode as ops
 from fastlora.ops import plans
 from fastlora.testing import assert_within_budget, farthest
 from tests.support.kernels.lab import Lab
@@ -158,8 +158,8 @@ def test_either_switch_for_tf32_is_understood() -> None:
     try:
         for mode, precision in (("tf32", "tf32"), ("ieee", "ieee")):
             matmul.fp32_precision = mode
-            assert plans.precision(torch.float32) == precision
-            assert plans.precision(torch.bfloat16) == "ieee"
+            assert plans.fp32_precision(torch.float32) == precision
+            assert plans.fp32_precision(torch.bfloat16) == "ieee"
             result = lora_linear(**tensors, scaling=1.0, impl="triton")
             assert_within_budget(result, near[precision], exact)
     finally:

@@ -12,7 +12,7 @@ import torch
 
 from fastlora import env
 from fastlora.functional import lora_linear
-from fastlora.ops import conditions as ops
+from fastlora.ops import execution_mode as ops
 from fastlora.ops import plans
 from fastlora.ops.plans import PLANS
 
@@ -63,7 +63,7 @@ def test_more_adapters_than_an_epilogue_takes_go_by_pieces(launch: str) -> None:
 
 def test_a_table_is_read_in_order(monkeypatch: pytest.MonkeyPatch, launches: Any) -> None:
     """The first row whose limits hold, for the chip's table, the launch and the kind alone."""
-    chip, row = chips.chip_of(torch.device(DEVICE)), chips.Row
+    chip, row = chips.chip_of(torch.device(DEVICE)), chips.ConfigRow
     rows = (
         row(max_m=30, n=40, k=48, max_r=8, plan="split"),
         row(max_m=30, plan="fused"),
@@ -113,7 +113,7 @@ def test_who_chooses_in_a_mixed_batch(monkeypatch: pytest.MonkeyPatch, launch: s
     served = launch == "mixed_lora_linear"
     assert [choose("auto", m, 50) for m in (20, 65)] == ["fused", "split"]
     assert choose("invariant", 20, 32) == ("invariant" if served else "fused")
-    rows = (chips.Row(max_m=32, max_r=128, plan="split"), chips.Row(plan="fused"))
+    rows = (chips.ConfigRow(max_m=32, max_r=128, plan="split"), chips.ConfigRow(plan="fused"))
     put_rows(monkeypatch, chips.chip_of(torch.device(DEVICE)), (launch, "ieee"), rows)
     assert [choose("auto", 20, r) for r in (32, 33)] == ["split", "fused"]
     monkeypatch.setattr(plans, "_PLAN", "split")

@@ -1,4 +1,4 @@
-"""Quantised bases on the kernels: no module is called, and values and gradients are PEFT's.
+"""Quantized bases on the kernels: no module is called, and values and gradients are PEFT's.
 
 bitsandbytes and torchao run on the CPU here, beside the interpreter.
 """
@@ -21,13 +21,20 @@ from torch.utils.checkpoint import checkpoint
 pytest.importorskip("triton", reason="triton is not installed")
 
 import fastlora
-from fastlora.coded_weight import CodedWeight
-from fastlora.layers import coded_base
-from fastlora.layers.quantised import quantised
+from fastlora.layers import quantized_base
+from fastlora.layers.quantized import quantized_weight_of
+from fastlora.quantized_tensor import QuantizedTensor
 from fastlora.testing import assert_within_budget, farthest
-from tests.support.quantised import CODED, dequantised, gated, kept_weight, layers_of, quantise
+from tests.support.quantized import (
+    CODED,
+    cached_weight,
+    dequantized,
+    gated,
+    layers_of,
+    quantize_linear,
+)
 from tests.support.sums import in_orders
-from tests.support.tiny import randomise
+from tests.support.tiny import randomize
 
 peft = pytest.importorskip("peft", reason="compares with PEFT")
 TARGETS = ["gate", "up", "down"]
@@ -38,7 +45,7 @@ IDS = ["b", None, "d", "a", "c", "b", None]
 
 @pytest.fixture(autouse=True)
 def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[nn.Module]]:
-    """Quantised modules of layers on kernels that are called, where none is to be."""
+    """Quantized modules of layers on kernels that are called, where none is to be."""
     if torch.cuda.is_available():
         pytest.skip("bitsandbytes and torchao run on the CPU, and kernels in the interpreter")
     seen: list[nn.Module] = []
@@ -69,7 +76,7 @@ def adapted(base: nn.Module, library: Any = fastlora, names: Any = ("a",), **con
     model = library.get_peft_model(base, library.LoraConfig(r=4, **options), names[0])
     for rank, name in enumerate(names[1:], 2):
         model.add_adapter(name, library.LoraConfig(r=rank, **options))
-    randomise(model)
+    randomize(model)
     return model
 
 
@@ -111,7 +118,7 @@ CASES = [
 def test_one_adapter(kind: str, dtype: torch.dtype, options: Any) -> None:
     """Siblings in one node of the graph, or one by one; against PEFT over the called modules."""
     base = gated(kind, dtype)
-    exact = adapted(dequantised(base), peft, **options).double()
+    exact = adapted(dequantized(base), peft, **options).double()
     near = [copy.deepcopy(exact).to(dtype)]
     if "lora_bias" not in options:  # PEFT has none over quantised layers
         near.append(adapted(copy.deepcopy(base), peft, **options))
@@ -119,7 +126,7 @@ def test_one_adapter(kind: str, dtype: torch.dtype, options: Any) -> None:
     truth, nears = step(exact, x.double()), [step(model, x) for model in near]
     for _ in range(2):  # siblings are known from the second on
         compared(step(ours, x), nears, truth)
-    assert all(isinstance(kept_weight(layer), CodedWeight) for layer in layers_of(ours))
+    assert all(isinstance(cached_weight(layer), QuantizedTensor) for layer in layers_of(ours))
     with torch.no_grad():
         compared([ours.eval()(x)], [near[0][:1] for near in nears], truth[:1])
 
@@ -127,7 +134,7 @@ def test_one_adapter(kind: str, dtype: torch.dtype, options: Any) -> None:
 def test_a_patched_model(dtype: torch.dtype) -> None:
     """PEFT's layers over 4 bits, patched: the same, and back to PEFT's own."""
     base = gated("nf4", dtype)
-    exact, plain = adapted(dequantised(base), peft).double(), adapted(copy.deepcopy(base), peft)
+    exact, plain = adapted(dequantized(base), peft).double(), adapted(copy.deepcopy(base), peft)
     patched, x = adapted(base, peft), inputs(5, dtype)
     report = fastlora.patch(patched)
     assert report.fused == 3
@@ -136,7 +143,7 @@ def test_a_patched_model(dtype: torch.dtype) -> None:
     for _ in range(2):
         compared(step(patched, x), [near, step(copy.deepcopy(exact).to(dtype), x)], truth)
     fastlora.unpatch(patched)
-    assert not any("_coded" in layer.__dict__ for layer in layers_of(patched))
+    assert not any("_kernel_weights" in layer.__dict__ for layer in layers_of(patched))
 
 
 class Masked(nn.Module):
@@ -158,7 +165,7 @@ def test_dropout(options: Any) -> None:
     base, p, x = gated("nf4 nested"), 0.25, inputs(5, torch.float32)
     config = {"lora_dropout": p, **options}
     theirs = adapted(copy.deepcopy(base), peft, **config).train()
-    exact = adapted(dequantised(base), peft, **config).double().train()
+    exact = adapted(dequantized(base), peft, **config).double().train()
     ours = on_kernels(adapted(base, **config)).train()
     torch.manual_seed(5)
     found = step(ours, x)
@@ -183,7 +190,7 @@ def test_dropout(options: Any) -> None:
 def test_mixed_batches(kind: str, dtype: torch.dtype, options: Any) -> None:
     """Rows of four adapters and of none, with gradients and without."""
     base = gated(kind, dtype)
-    exact = adapted(dequantised(base), names=NAMES, **options).double()
+    exact = adapted(dequantized(base), names=NAMES, **options).double()
     near, x = copy.deepcopy(exact).to(dtype), inputs(len(IDS), dtype)
     plain = copy.deepcopy(near)
     for layer in layers_of(near):
@@ -205,7 +212,7 @@ def test_mixed_batches(kind: str, dtype: torch.dtype, options: Any) -> None:
 def test_a_pool(dtype: torch.dtype, tmp_path: Path) -> None:
     """Adapters of a pool over a 4-bit base."""
     base, x = gated("nf4", dtype), inputs(len(IDS), dtype)
-    exact = adapted(dequantised(base), names=NAMES).double().eval()
+    exact = adapted(dequantized(base), names=NAMES).double().eval()
     near = copy.deepcopy(exact).to(dtype)
     near.save_pretrained(str(tmp_path))
     pool = fastlora.AdapterPool(base, target_modules=TARGETS, max_rank=5, dtype=dtype)
@@ -230,7 +237,7 @@ def test_autocast() -> None:
     for layer in (base.gate, base.up, base.down):
         layer.bias = None if layer.bias is None else nn.Parameter(layer.bias.float())
     theirs, x = adapted(copy.deepcopy(base), peft), inputs(5, torch.float32)
-    exact = adapted(dequantised(base), peft).double()
+    exact = adapted(dequantized(base), peft).double()
     ours, results = on_kernels(adapted(base)), []
     with torch.autocast("cpu", torch.float16):
         for model in (ours, theirs):
@@ -263,7 +270,7 @@ def check(ours: Any, x: torch.Tensor) -> list[torch.Tensor]:
 
 def quantised_of(base: nn.Module) -> Any:
     """The kind of a module's weight."""
-    found = quantised(base)
+    found = quantized_weight_of(base)
     assert found is not None
     return found
 
@@ -274,7 +281,7 @@ def remade(ours: Any, kind: str) -> None:
         base = layer.base_layer
         torch.manual_seed(10 + number)
         plain = nn.Linear(base.in_features, base.out_features, base.bias is not None)
-        other = quantise(plain, kind)
+        other = quantize_linear(plain, kind)
         if kind.startswith("torchao"):
             with torch.no_grad():
                 for name in base.weight.tensor_data_names:
@@ -309,9 +316,9 @@ def test_what_is_kept_is_never_stale(kind: str, change: str) -> None:
     """Whatever happens to the weight between two forwards, and what a forward has is used again."""
     ours, x = on_kernels(adapted(gated(kind))), inputs(5, torch.float32)
     first = step(ours, x)
-    kept = [kept_weight(layer) for layer in layers_of(ours)]
+    kept = [cached_weight(layer) for layer in layers_of(ours)]
     step(ours, x)
-    assert all(kept_weight(layer) is w for layer, w in zip(layers_of(ours), kept, strict=True))
+    assert all(cached_weight(layer) is w for layer, w in zip(layers_of(ours), kept, strict=True))
     CHANGES[change](ours, kind)
     now = check(ours, x)
     assert torch.allclose(now[0], first[0]) == (change not in ("write", "other weights"))
@@ -357,14 +364,14 @@ def test_what_a_captured_graph_reads_stays(monkeypatch: pytest.MonkeyPatch) -> N
     ours, x = on_kernels(adapted(gated("nf4"))), inputs(5, torch.float32)
     step(ours, x)
     with monkeypatch.context() as patch:
-        patch.setattr(coded_base, "is_captured", lambda tensor: True)
+        patch.setattr(quantized_base, "is_capturing_cuda_graph", lambda tensor: True)
         step(ours, x)
-    read = [weakref.ref(kept_weight(layer).coded.parts) for layer in layers_of(ours)]
+    read = [weakref.ref(cached_weight(layer).quantized_data.parts) for layer in layers_of(ours)]
     ours.eval().train().to("cpu")
     step(ours, x)
     assert all(parts() is not None for parts in read)
     assert all(
-        kept_weight(layer).coded.parts is not parts()
+        cached_weight(layer).quantized_data.parts is not parts()
         for layer, parts in zip(layers_of(ours), read, strict=True)
     )
     fastlora.refresh(ours)
@@ -377,7 +384,7 @@ def test_copies_do_not_share_codes() -> None:
     ours, x = on_kernels(adapted(gated("nf4"))), inputs(5, torch.float32)
     expected = step(ours, x)
     twin = copy.deepcopy(ours)
-    assert not any(kept_weight(layer) is not None for layer in layers_of(twin))
+    assert not any(cached_weight(layer) is not None for layer in layers_of(twin))
     CHANGES["write"](ours, "nf4")
     torch.testing.assert_close(step(twin, x), expected)
 
@@ -407,7 +414,7 @@ def test_no_matrix_is_saved(options: Any, reentrant: bool | None) -> None:
     matrices: list[torch.Size] = []
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        if type(tensor) is not CodedWeight and tensor.numel() >= 2 * WIDTH * WIDTH:
+        if type(tensor) is not QuantizedTensor and tensor.numel() >= 2 * WIDTH * WIDTH:
             matrices.append(tensor.shape)
         return tensor
 

@@ -18,7 +18,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 import fastlora
 from fastlora import adapters
-from fastlora.layers.shared_input import group_of, known_group
+from fastlora.layers.shared_input import known_group, observe_group
 from tests.support.kernels.mixed_models import use_impl
 from tests.support.tiny import with_adapters
 
@@ -223,15 +223,15 @@ def test_a_group_has_the_layers_that_one_thread_called() -> None:
     """Another thread's call with the same tensor is no part of it, and x is not kept for it."""
     first, second, other, last = (nn.Linear(2, 2) for _ in range(4))
     x = torch.ones(1, 2)
-    group_of(first, x)
-    thread = threading.Thread(target=group_of, args=(other, x))
+    observe_group(first, x)
+    thread = threading.Thread(target=observe_group, args=(other, x))
     thread.start()
     thread.join()
-    group_of(second, x)
+    observe_group(second, x)
     held = weakref.ref(x)
     del x
     assert held() is None
-    group_of(last, torch.ones(1, 2))  # with what came before both threads are through
+    observe_group(last, torch.ones(1, 2))  # with what came before both threads are through
     for members in ((first, second), (other,)):
         for layer in members:
             group = known_group(layer)

@@ -108,7 +108,7 @@ def test_what_is_saved() -> None:
         node
         for y in outputs
         for node, _ in y.grad_fn.next_functions
-        if type(node).__name__ == "LoraShrinkBackward"
+        if type(node).__name__ == "GroupedLoraShrinkBackward"
     }
     saved = [t for t in shrink.saved_tensors if t is not None]
     parameters = {p.data_ptr() for p in block.parameters()}

@@ -7,12 +7,12 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+from fastlora.kernels.config_tables import MAX_GROUP_SIZE, KernelConfig
 from fastlora.kernels.lora_expand import launch_lora_expand
 from fastlora.kernels.lora_linear import launch_lora_linear
 from fastlora.kernels.lora_shrink import launch_lora_shrink
 from fastlora.kernels.plane_sums import launch_plane_sums
-from fastlora.kernels.tables import MAX_SIBLINGS, KernelConfig
-from fastlora.ops.backend import MOST_SIBLINGS
+from fastlora.ops.backend import MAX_LAYERS_PER_LAUNCH
 from fastlora.testing import assert_within_budget
 from tests.support.kernels.lab import Lab
 from tests.support.kernels.layers import Layers
@@ -29,7 +29,7 @@ CONFIG = {"block_m": 16, "block_n": 32, "block_k": 32, "block_r": 16, "num_warps
 
 
 def test_layers_and_kernels_mean_as_many() -> None:
-    assert MOST_SIBLINGS == MAX_SIBLINGS
+    assert MAX_LAYERS_PER_LAUNCH == MAX_GROUP_SIZE
 
 
 @SIZES
@@ -109,5 +109,5 @@ def test_siblings_of_a_mixed_batch(
     ids = draw_ids(37, 8)
     problem = MixedProblem(lab, ids, ranks, 40, list(columns), dtype, biased=(1, 3, 7))
     config = KernelConfig(**CONFIG, num_stages=2)
-    for g, y in enumerate(problem.run_siblings(kernel, config, splits)):
+    for g, y in enumerate(problem.run_group(kernel, config, splits)):
         problem.check(y, g)

@@ -15,7 +15,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 import fastlora
 from fastlora.testing import assert_within_budget
-from tests.support.kernels.siblings import NAMES, apart, in_pytorch, model_of
+from tests.support.kernels.shared_input_models import NAMES, apart, in_pytorch, model_of
 
 pytestmark = pytest.mark.usefixtures("on_the_labs_device")
 

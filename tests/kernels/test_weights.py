@@ -15,11 +15,17 @@ pytest.importorskip("torchao", reason="torchao is not installed")
 import triton
 import triton.language as tl
 
-from fastlora.coded_weight import Coded, CodedWeight, matrix
-from fastlora.kernels.tables import cdiv
-from fastlora.kernels.weights import Tile, loader_of
-from tests.support.kernels.coded import EIGHT_BITS, FOUR_BITS, coded_weight, eight_bits, four_bits
+from fastlora.kernels.config_tables import cdiv
+from fastlora.kernels.weights import Tile, weight_loader_of
+from fastlora.quantized_tensor import QuantizedData, QuantizedTensor, dequantize
 from tests.support.kernels.lab import Lab
+from tests.support.kernels.quantized_weights import (
+    EIGHT_BITS,
+    FOUR_BITS,
+    eight_bits,
+    four_bits,
+    make_quantized_weight,
+)
 
 # Rows and columns of a tile: less than a block, blocks, more than K; none of them divides N.
 TILES = [(16, 32), (32, 256), (16, 512)]
@@ -48,9 +54,9 @@ def _store(
     tl.store(out_ptr + rows[:, None] * K + columns[None, :], w, mask=mask)
 
 
-def decoded(coded: Coded, dtype: torch.dtype, rows: int, columns: int) -> torch.Tensor:
+def decoded(coded: QuantizedData, dtype: torch.dtype, rows: int, columns: int) -> torch.Tensor:
     """What a loader makes of a weight, tile by tile."""
-    n, k, loader = coded.n, coded.k, loader_of(coded.kind)
+    n, k, loader = coded.n, coded.k, weight_loader_of(coded.kind)
     out = torch.full((n, k), float("nan"), dtype=dtype, device=coded.codes.device)
     _store[cdiv(n, rows), cdiv(k, columns)](
         *(out, coded.codes, coded.parts, n, k, rows, columns),
@@ -62,11 +68,11 @@ def decoded(coded: Coded, dtype: torch.dtype, rows: int, columns: int) -> torch.
     return out
 
 
-def check(weight: CodedWeight) -> None:
-    dense = matrix(weight)
+def check(weight: QuantizedTensor) -> None:
+    dense = dequantize(weight)
     assert dense.isfinite().all() and dense.unique().numel() > 8
     for rows, columns in TILES:
-        assert torch.equal(decoded(weight.coded, weight.dtype, rows, columns), dense)
+        assert torch.equal(decoded(weight.quantized_data, weight.dtype, rows, columns), dense)
 
 
 @pytest.mark.drawn(1 / 3)
@@ -93,7 +99,7 @@ def test_every_float8(lab: Lab, kind: str, dtype: torch.dtype) -> None:
     codes = torch.arange(256, device=lab.device).to(torch.uint8).view(16, 16)
     scale = torch.linspace(0.1, 2.0, 16, device=lab.device)
     parts = torch.tensor([scale.data_ptr()], device=lab.device)
-    found = decoded(Coded(kind, codes, parts, 16, 16, 16), torch.float32, 16, 16)
+    found = decoded(QuantizedData(kind, codes, parts, 16, 16, 16), torch.float32, 16, 16)
     expected = codes.view(dtype).float() * scale[:, None]
     assert torch.equal(found.isnan(), expected.isnan())
     assert torch.equal(found.nan_to_num(7.0), expected.nan_to_num(7.0))
@@ -105,18 +111,18 @@ def test_a_zero_of_absmax_and_blocks_of_zeros(lab: Lab) -> None:
     weight = lab.rand(20, 128)
     weight[:, :64] = 0.0
     for kind in ("nf4", "fp4", "nf4 nested"):
-        coded = coded_weight(kind, weight)
-        assert torch.equal(decoded(coded.coded, torch.float32, 16, 64), matrix(coded))
+        coded = make_quantized_weight(kind, weight)
+        assert torch.equal(decoded(coded.quantized_data, torch.float32, 16, 64), dequantize(coded))
 
 
 @pytest.mark.parametrize("lead", [1, 2, 3])
 def test_nested_scales_lie_at_any_address(lab: Lab, lead: int) -> None:
     """Kernels read them by words."""
     weight = four_bits(lab.rand(19, 320), "nf4", True, 64)
-    coded, (_, absmax, *_) = weight.coded, weight.keeps
+    coded, (_, absmax, *_) = weight.quantized_data, weight.data_tensors
     room = torch.full((absmax.numel() + 8,), 255, dtype=torch.uint8, device=lab.device)
     moved = room[lead : lead + absmax.numel()].copy_(absmax)
     parts = coded.parts.clone()
     parts[0] = moved.data_ptr()
     found = decoded(coded._replace(parts=parts), torch.float32, 16, 64)
-    assert torch.equal(found, matrix(weight))
+    assert torch.equal(found, dequantize(weight))

@@ -179,10 +179,10 @@ def test_rows_without_dora_keep_their_bits(monkeypatch: pytest.MonkeyPatch) -> N
     }
     model = with_adapters(nn.Sequential(nn.Linear(20, 24)), configs).eval()
     nn.init.uniform_(model.base_model.model[0].lora_magnitude_vector["scaled"].weight)
-    given, run = list[torch.Tensor](), dora_layer.dora_rows
+    given, run = list[torch.Tensor](), dora_layer.apply_dora_to_rows
     monkeypatch.setattr(
         dora_layer,
-        "dora_rows",
+        "apply_dora_to_rows",
         lambda call, y, slots: run(call, given.append(y.clone()) or y, slots),
     )
     with torch.no_grad(), adapters(model, ["plain", "scaled", None, "plain"]):

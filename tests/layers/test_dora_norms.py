@@ -9,9 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-import fastlora.layers.norms as dora_layer
+import fastlora.layers.dora_norms as dora_layer
 from fastlora.bench.measure import peak_step_bytes
-from fastlora.ops.torch.dora import adapted_sums, nonzero, scale_of, square_norms
+from fastlora.ops.torch.dora import (
+    adapted_squared_norms,
+    dora_scale,
+    replace_zero_norms,
+    squared_row_norms,
+)
 from tests.support.dora_truth import layer_of, make_problem
 
 
@@ -29,8 +34,8 @@ from tests.support.dora_truth import layer_of, make_problem
 def test_norms_in_factored_form(n: int, k: int, r: int, dtype: torch.dtype) -> None:
     """Against the dense norm in float64; the error of a factored one is that of its terms."""
     problem = make_problem(1, n, k, r, dtype)
-    squares = adapted_sums(
-        problem.weight, square_norms(problem.weight), problem.lora_a, problem.lora_b, 0.75
+    squares = adapted_squared_norms(
+        problem.weight, squared_row_norms(problem.weight), problem.lora_a, problem.lora_b, 0.75
     )
     wide = problem.to(torch.float64)
     update = 0.75 * wide.lora_b @ wide.lora_a
@@ -46,8 +51,8 @@ def test_norms_of_nothing_and_of_what_is_not_finite() -> None:
     weight, zeros = torch.eye(3), torch.zeros(3, 1)
     weight[1], weight[2, 2] = 0, float("nan")
     for scaling in (2.0, torch.tensor(2.0)):
-        sums = adapted_sums(weight, square_norms(weight), zeros.t(), zeros, scaling)
-        scale = scale_of(torch.tensor([0.5, 3.0, 1.0]), nonzero(sums))
+        sums = adapted_squared_norms(weight, squared_row_norms(weight), zeros.t(), zeros, scaling)
+        scale = dora_scale(torch.tensor([0.5, 3.0, 1.0]), replace_zero_norms(sums))
         assert scale[0] == 0.5 and scale[1] == 0 and scale[2].isnan()
 
 
@@ -57,8 +62,8 @@ def test_a_norm_makes_no_weight_sized_temporary(dtype: torch.dtype) -> None:
     problem = make_problem(1, 3000, 1024, 4, dtype)
 
     def norm() -> None:
-        squares = square_norms(problem.weight)
-        adapted_sums(problem.weight, squares, problem.lora_a, problem.lora_b, 0.75)
+        squares = squared_row_norms(problem.weight)
+        adapted_squared_norms(problem.weight, squares, problem.lora_a, problem.lora_b, 0.75)
 
     norm()
     assert peak_step_bytes(norm) < problem.weight.nbytes / 2
@@ -82,7 +87,10 @@ def test_when_norms_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = layer_of(make_problem(5, 24, 20, 4, torch.float32), 6, 0.0)
     layer.weight.requires_grad_(False)
     layer.refresh()
-    base, adapter = counted(monkeypatch, "square_norms"), counted(monkeypatch, "adapted_sums")
+    base, adapter = (
+        counted(monkeypatch, "squared_row_norms"),
+        counted(monkeypatch, "adapted_squared_norms"),
+    )
     x = torch.randn(5, 20)
     for _ in range(3):
         layer(x)

@@ -61,11 +61,11 @@ def _model(library: Any, case: KindCase, names: tuple[str, ...] = ("one",), **co
     fields = {"r": 4, "target_modules": ["kind", "lin"], **case.config, **config}
     torch.manual_seed(1)
     model = with_adapters(base, {n: library.LoraConfig(**fields) for n in names}, library)
-    _randomise(model)
+    _randomize(model)
     return case.mend(model) if library is peft else model
 
 
-def _randomise(model: Any) -> Any:
+def _randomize(model: Any) -> Any:
     """Adds to every factor a value that follows from its name in files."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -245,7 +245,7 @@ def test_a_base_of_16_bits_keeps_its_dtype(case: KindCase, config: dict[str, Any
         torch.manual_seed(0)
         base, fields = case.make().to(torch.bfloat16), {"r": 4, "target_modules": ["kind"]}
         model = library.get_peft_model(base, library.LoraConfig(**fields, **case.config, **config))
-        model = case.mend(_randomise(model).eval()) if library is peft else _randomise(model).eval()
+        model = case.mend(_randomize(model).eval()) if library is peft else _randomize(model).eval()
         assert all(p.dtype == torch.float32 for n, p in model.named_parameters() if "lora_" in n)
         y = model(x.to(torch.bfloat16) if x.dtype.is_floating_point else x)
         assert y.dtype == torch.bfloat16
@@ -474,7 +474,7 @@ def test_a_sparse_embedding_trains() -> None:
 
 
 def test_a_forward_writes_into_no_factor() -> None:
-    """PEFT renormalises lora_embedding_A in place where the embedding has max_norm."""
+    """PEFT renormalizes lora_embedding_A in place where the embedding has max_norm."""
     case = KINDS["embedding"]
     bounded = KindCase(lambda: case.make(max_norm=0.01), case.x)  # type: ignore[call-arg]
     for library, same in ((fastlora, True), (peft, False)):

@@ -14,7 +14,7 @@ from torch import nn
 from fastlora import LoraConfig, LoraModel, get_peft_model
 from fastlora.model.targets import find_targets
 from fastlora.validation import UnsupportedLayerError
-from tests.support.tiny import randomise, tiny_llama
+from tests.support.tiny import randomize, tiny_llama
 
 
 def config(**fields: Any) -> LoraConfig:
@@ -49,7 +49,7 @@ def test_all_linear_beside_a_copied_head(tmp_path: Path) -> None:
         targets = model.peft_config[name].target_modules
         assert targets == alone.peft_config["c"].target_modules
 
-    randomise(model)
+    randomize(model)
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if ".modules_to_save." in key:

@@ -14,16 +14,20 @@ import torch
 from torch import nn
 
 import fastlora
-from fastlora.coded_weight import CodedWeight
-from fastlora.layers import FastLoraWrapper, coded_base
-from fastlora.layers.coded_base import KeptCode, sibling_base, why_called
-from fastlora.layers.norms import rows_of
-from fastlora.layers.quantised import Repacked, quantised
-from fastlora.ops.torch.dora import adapted_sums, square_norms
+from fastlora.layers import FastLoraWrapper, quantized_base
+from fastlora.layers.dora_norms import base_weight_rows
+from fastlora.layers.quantized import RepackedProduct, quantized_weight_of
+from fastlora.layers.quantized_base import (
+    KernelWeightCache,
+    fallback_reason_base_called,
+    quantized_base_of_layer,
+)
+from fastlora.ops.torch.dora import adapted_squared_norms, squared_row_norms
+from fastlora.quantized_tensor import QuantizedTensor
 from fastlora.testing import assert_within_budget
 from tests.support.peak_bytes import peak_bytes
 from tests.support.peft_twins import peft
-from tests.support.quantised import CODED, gated, quantise
+from tests.support.quantized import CODED, gated, quantize_linear
 from tests.support.tiny import adapted, tiny_llama, trainable
 
 TARGETS = ["gate", "up", "down"]
@@ -41,14 +45,14 @@ def layer_over(module: nn.Module) -> Any:
 @pytest.mark.parametrize("kind", CODED)
 def test_what_kernels_read(kind: str, dtype: torch.dtype) -> None:
     """The loader, and a tensor that is the matrix to PyTorch, bit for bit the library's."""
-    module = quantise(nn.Linear(128, 48).to(dtype), kind)
-    base, found = sibling_base(layer_over(module)), quantised(module)
-    assert base is not None and found is not None and isinstance(base.weight, CodedWeight)
-    assert base.weight.coded.kind == CODED[kind] and base.bias is module.bias
+    module = quantize_linear(nn.Linear(128, 48).to(dtype), kind)
+    base, found = quantized_base_of_layer(layer_over(module)), quantized_weight_of(module)
+    assert base is not None and found is not None and isinstance(base.weight, QuantizedTensor)
+    assert base.weight.quantized_data.kind == CODED[kind] and base.bias is module.bias
     assert (base.weight.shape, base.weight.dtype) == ((48, 128), dtype)
     x = torch.randn(3, 128, dtype=dtype)
     assert torch.equal(x @ base.weight.t(), x @ found.dense().to(dtype).t())
-    assert torch.equal(torch.cat(list(found.rows())), found.dense())
+    assert torch.equal(torch.cat(list(found.dequantized_rows())), found.dense())
 
 
 def test_codes_in_another_storage() -> None:
@@ -59,9 +63,9 @@ def test_codes_in_another_storage() -> None:
     )
     module.weight.blocksize = 128
     module = module.to("cpu")
-    base, found = sibling_base(layer_over(module)), quantised(module)
-    assert base is not None and found is not None and isinstance(base.weight, CodedWeight)
-    coded = base.weight.coded
+    base, found = quantized_base_of_layer(layer_over(module)), quantized_weight_of(module)
+    assert base is not None and found is not None and isinstance(base.weight, QuantizedTensor)
+    coded = base.weight.quantized_data
     assert (coded.kind, coded.block) == ("table4_nested", 128)
     assert (coded.codes.dtype, coded.codes.numel()) == (torch.uint8, 48 * 128)
     assert torch.equal(base.weight @ torch.eye(256), found.dense())
@@ -147,11 +151,11 @@ def test_4_bit_layers_that_are_called(case: str) -> None:
     """The report says why, and nothing of the layer has changed."""
     change, match = CALLED[case]
     torch.manual_seed(0)
-    module: Any = quantise(nn.Linear(128, 48), "nf4")
+    module: Any = quantize_linear(nn.Linear(128, 48), "nf4")
     change(module)
     codes, state = module.weight.data.clone(), dict(vars(module.weight.quant_state))
     layer = layer_over(module)
-    assert sibling_base(layer) is None
+    assert quantized_base_of_layer(layer) is None
     assert torch.equal(module.weight.data, codes)
     now = vars(module.weight.quant_state)
     assert all(now[name] is value for name, value in state.items())
@@ -168,33 +172,38 @@ def test_other_layers_that_are_called() -> None:
     """Not quantised yet, no compute dtype yet, blocks over rows, int8 with x, made in inference."""
     bitsandbytes = _library("bitsandbytes").nn
     raw = layer_over(bitsandbytes.Linear4bit(128, 48, compute_dtype=torch.float32))
-    assert "not quantized yet" in why_called(raw) and "model.to(device)" in why_called(raw)
+    assert "not quantized yet" in fallback_reason_base_called(
+        raw
+    ) and "model.to(device)" in fallback_reason_base_called(raw)
 
     unset = layer_over(bitsandbytes.Linear4bit(128, 48, compute_dtype=None).to("cpu"))
-    assert "in its first forward pass" in why_called(unset)
+    assert "in its first forward pass" in fallback_reason_base_called(unset)
     unset.train()(torch.randn(2, 128))
-    assert why_called(unset) == ""
-    assert sibling_base(unset).weight.dtype is torch.float32  # type: ignore[union-attr]  # there
+    assert fallback_reason_base_called(unset) == ""
+    assert quantized_base_of_layer(unset).weight.dtype is torch.float32  # type: ignore[union-attr]  # there
 
-    odd = layer_over(quantise(nn.Linear(96, 48), "nf4"))
-    assert "block size of 64 is not a power of 2 that divides its 96 in_features" in why_called(odd)
+    odd = layer_over(quantize_linear(nn.Linear(96, 48), "nf4"))
+    assert (
+        "block size of 64 is not a power of 2 that divides its 96 in_features"
+        in fallback_reason_base_called(odd)
+    )
 
-    eight: Any = quantise(nn.Linear(128, 48), "int8")
-    assert "also rounds x to int8" in why_called(layer_over(eight))
+    eight: Any = quantize_linear(nn.Linear(128, 48), "int8")
+    assert "also rounds x to int8" in fallback_reason_base_called(layer_over(eight))
     eight.state.threshold = 6.0
-    assert "columns with values above 6.0" in why_called(layer_over(eight))
+    assert "columns with values above 6.0" in fallback_reason_base_called(layer_over(eight))
 
     with torch.inference_mode():
-        early = quantise(nn.Linear(128, 48), "nf4")
-    assert "inference mode" in why_called(layer_over(early))
+        early = quantize_linear(nn.Linear(128, 48), "nf4")
+    assert "inference mode" in fallback_reason_base_called(layer_over(early))
 
-    other: Any = quantise(nn.Linear(128, 64), "nf4")
-    assert sibling_base(layer_over(other)) is not None
+    other: Any = quantize_linear(nn.Linear(128, 64), "nf4")
+    assert quantized_base_of_layer(layer_over(other)) is not None
     repacked = layer_over(other).eval()
     with torch.no_grad():
         repacked(torch.randn(2, 128))
     if getattr(other.weight.quant_state, "packing_format_for_cpu", False):
-        assert "repacked" in why_called(repacked)
+        assert "repacked" in fallback_reason_base_called(repacked)
 
 
 def test_what_was_found_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,75 +214,82 @@ def test_what_was_found_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
         plain = getattr(owner, name)
         monkeypatch.setattr(owner, name, lambda *args: seen.append(name) or plain(*args))
 
-    module: Any = quantise(nn.Linear(128, 48).half(), "nf4")
-    watch(type(quantised(module)), "coded")
-    watch(coded_base, "why_not_plain")
-    kept = KeptCode()
+    module: Any = quantize_linear(nn.Linear(128, 48).half(), "nf4")
+    watch(type(quantized_weight_of(module)), "tensor_or_fallback_reason")
+    watch(quantized_base, "fallback_reason_not_plain")
+    kept = KernelWeightCache()
 
     def found(dtype: torch.dtype | None) -> Any:
-        code = kept.find(module, dtype)
+        code = kept.weight_or_fallback_reason(module, dtype)
         return code if isinstance(code, str) else code.weight
 
     first = found(torch.float16)
-    assert isinstance(first, CodedWeight)
+    assert isinstance(first, QuantizedTensor)
     for _ in range(3):
         assert found(torch.float16) is first is found(None)
         assert "computes in torch.float16, but x has dtype torch.float32" in found(torch.float32)
-    assert seen == ["coded"] * 2
+    assert seen == ["tensor_or_fallback_reason"] * 2
     module.weight.quant_state.absmax.mul_(2)
     assert found(torch.float16) is not first
-    assert seen == ["coded"] * 3
+    assert seen == ["tensor_or_fallback_reason"] * 3
 
     conv = pytest.importorskip("transformers.pytorch_utils").Conv1D(48, 128)
     for _ in range(3):
-        assert kept.find(conv, torch.float32) == "its base layer is Conv1D, which runs unchanged"
-    assert seen[3:] == ["why_not_plain"]
-    assert isinstance(found(torch.float16), CodedWeight)
+        assert (
+            kept.weight_or_fallback_reason(conv, torch.float32)
+            == "its base layer is Conv1D, which runs unchanged"
+        )
+    assert seen[3:] == ["fallback_reason_not_plain"]
+    assert isinstance(found(torch.float16), QuantizedTensor)
 
 
 def test_a_write_ends_a_copy_of_the_codes() -> None:
     """Of the product that evaluates on a CPU; here on any CPU, which may have no such product."""
-    module: Any = quantise(nn.Linear(128, 48).half(), "nf4")
-    kept = KeptCode()
-    kept._look(module)
-    kept.repacked = made = Repacked(module)
-    kept._look(module)
+    module: Any = quantize_linear(nn.Linear(128, 48).half(), "nf4")
+    kept = KernelWeightCache()
+    kept._current_entries(module)
+    kept.repacked = made = RepackedProduct(module)
+    kept._current_entries(module)
     assert kept.repacked is made
     module.weight.quant_state.absmax.mul_(2)
-    kept._look(module)
+    kept._current_entries(module)
     assert kept.repacked is None
 
 
 def test_another_thread_may_forget_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
     """Between a look at the weight and its use, as a change of mode in another thread does."""
-    module: Any = quantise(nn.Linear(128, 48).half(), "nf4")
-    kept, look = KeptCode(), KeptCode._look
+    module: Any = quantize_linear(nn.Linear(128, 48).half(), "nf4")
+    kept, look = KernelWeightCache(), KernelWeightCache._current_entries
 
-    def looks(self: KeptCode, module: nn.Module) -> Any:
+    def looks(self: KernelWeightCache, module: nn.Module) -> Any:
         found = look(self, module)
-        self.forget()
+        self.clear()
         return found
 
     with monkeypatch.context() as patch:
-        patch.setattr(KeptCode, "_look", looks)
-        assert not isinstance(kept.find(module, torch.float16), str)
-    assert not isinstance(kept.find(module, torch.float16), str)
+        patch.setattr(KernelWeightCache, "_current_entries", looks)
+        assert not isinstance(kept.weight_or_fallback_reason(module, torch.float16), str)
+    assert not isinstance(kept.weight_or_fallback_reason(module, torch.float16), str)
 
 
 def test_an_error_of_our_own_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only what reads a library's fields may lack one."""
-    module = quantise(nn.Linear(128, 48), "nf4")
-    monkeypatch.setattr(type(quantised(module)), "maker", lambda self, dtype: self.no_such_field)
+    module = quantize_linear(nn.Linear(128, 48), "nf4")
+    monkeypatch.setattr(
+        type(quantized_weight_of(module)),
+        "make_dequantizer",
+        lambda self, dtype: self.no_such_field,
+    )
     with pytest.raises(AttributeError, match="no_such_field"):
-        KeptCode().find(module, torch.float32)
+        KernelWeightCache().weight_or_fallback_reason(module, torch.float32)
 
 
 def test_refresh_leaves_others_alone() -> None:
     """A module of somebody else's may have an attribute of the same name."""
     module: Any = nn.Linear(2, 2)
-    module._coded = "theirs"
+    module._kernel_weights = "theirs"
     fastlora.refresh(nn.Sequential(module))
-    assert module._coded == "theirs"
+    assert module._kernel_weights == "theirs"
 
 
 def test_weights_of_torchao_that_are_called() -> None:
@@ -289,7 +305,9 @@ def test_weights_of_torchao_that_are_called() -> None:
     for match, config in configs.items():
         module = nn.Linear(128, 48)
         library.quantize_(module, config)
-        pytest.raises(ValueError, _raise, why_called(layer_over(module))).match(match)
+        pytest.raises(ValueError, _raise, fallback_reason_base_called(layer_over(module))).match(
+            match
+        )
     for change, match in (
         (
             lambda w: setattr(w, "zero_point", torch.ones_like(w.zero_point)),
@@ -299,9 +317,11 @@ def test_weights_of_torchao_that_are_called() -> None:
         (lambda w: delattr(w, "block_size"), r"torchao [\d.+a-z]+: .*block_size"),
         (lambda w: setattr(w, "act_pre_scale", torch.ones(128)), "has an act_pre_scale"),
     ):
-        module = quantise(nn.Linear(128, 48), "torchao int8")
+        module = quantize_linear(nn.Linear(128, 48), "torchao int8")
         change(module.weight)
-        pytest.raises(ValueError, _raise, why_called(layer_over(module))).match(match)
+        pytest.raises(ValueError, _raise, fallback_reason_base_called(layer_over(module))).match(
+            match
+        )
 
 
 @pytest.mark.parametrize("threshold", [0.0, 2.0])
@@ -369,7 +389,7 @@ def test_the_report_of_a_4_bit_model() -> None:
         for holder, names in ((layer.self_attn, "qkvo"), (layer.mlp, ("gate", "up", "down"))):
             for name in names:
                 linear = getattr(holder, f"{name}_proj")
-                setattr(holder, f"{name}_proj", quantise(linear, "nf4 nested"))
+                setattr(holder, f"{name}_proj", quantize_linear(linear, "nf4 nested"))
     model.model.layers[0].mlp.up_proj.register_forward_hook(lambda *_: None)
     ours = fastlora.get_peft_model(model, fastlora.LoraConfig(r=4, target_modules="all-linear"))
     report = fastlora.fusion_report(ours)
@@ -390,20 +410,20 @@ def test_the_report_of_a_4_bit_model() -> None:
 def test_norms_make_no_matrix(kind: str) -> None:
     """The values of the dense weight, from some rows at a time; kept while nothing is written."""
     n, k = 4096, 1024
-    layer = layer_over(quantise(nn.Linear(k, n).to(torch.bfloat16), kind))
+    layer = layer_over(quantize_linear(nn.Linear(k, n).to(torch.bfloat16), kind))
     lora_a, lora_b = torch.randn(4, k), torch.randn(n, 4)
-    found = quantised(layer.base_layer)
+    found = quantized_weight_of(layer.base_layer)
     assert found is not None
     dense = found.dense()
-    expected = adapted_sums(dense, square_norms(dense), lora_a, lora_b, 0.5)
-    truth = adapted_sums(
-        *(dense.double(), square_norms(dense.double()), lora_a.double(), lora_b.double(), 0.5)
+    expected = adapted_squared_norms(dense, squared_row_norms(dense), lora_a, lora_b, 0.5)
+    truth = adapted_squared_norms(
+        *(dense.double(), squared_row_norms(dense.double()), lora_a.double(), lora_b.double(), 0.5)
     )
     del dense
-    weight = rows_of(layer)
+    weight = base_weight_rows(layer)
 
     def sums() -> torch.Tensor:
-        return adapted_sums(weight, square_norms(weight), lora_a, lora_b, 0.5)
+        return adapted_squared_norms(weight, squared_row_norms(weight), lora_a, lora_b, 0.5)
 
     assert_within_budget(sums(), expected, truth)
     assert peak_bytes(sums) < n * k * 4 / 2  # of one in fp32
@@ -412,14 +432,14 @@ def test_norms_make_no_matrix(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["nf4", "torchao int8"])
 def test_norms_are_kept(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of the base from forward to forward, until the weight is another one."""
-    layer = layer_over(quantise(nn.Linear(128, 48), kind))
+    layer = layer_over(quantize_linear(nn.Linear(128, 48), kind))
     layer.add_adapter("d", r=4, use_dora=True, init_lora_weights=False)
     layer.set_adapter("d")
-    found: Any = quantised(layer.base_layer)
+    found: Any = quantized_weight_of(layer.base_layer)
     seen: list[int] = []
     monkeypatch.setattr(
-        "fastlora.layers.norms.square_norms",
-        lambda weight, **_: seen.append(1) or square_norms(weight),
+        "fastlora.layers.dora_norms.squared_row_norms",
+        lambda weight, **_: seen.append(1) or squared_row_norms(weight),
     )
     x = torch.randn(3, 128)
     for _ in range(3):
@@ -439,7 +459,7 @@ def test_dropped_dora_saves_no_matrix() -> None:
     saved: list[torch.Tensor] = []
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        if type(tensor) is not CodedWeight:
+        if type(tensor) is not QuantizedTensor:
             saved.append(tensor)
         return tensor
 
@@ -461,8 +481,8 @@ def test_prepared_by_peft_and_trained_by_bitsandbytes() -> None:
     for library in (fastlora, peft):
         model = tiny_llama()
         for layer in model.model.layers:
-            layer.mlp.up_proj = quantise(layer.mlp.up_proj, "nf4 nested")
-            layer.self_attn.q_proj = quantise(layer.self_attn.q_proj, "nf4 nested")
+            layer.mlp.up_proj = quantize_linear(layer.mlp.up_proj, "nf4 nested")
+            layer.self_attn.q_proj = quantize_linear(layer.self_attn.q_proj, "nf4 nested")
         model.is_loaded_in_4bit = True
         model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=True)
         model = adapted(library, base=model, target_modules=["q_proj", "up_proj"]).train()

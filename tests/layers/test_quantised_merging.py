@@ -1,4 +1,4 @@
-"""Merging into quantised base layers: dequantise, add, quantise again; and exactly back."""
+"""Merging into quantised base layers: dequantize, add, quantize again; and exactly back."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import torch
 from torch import nn
 
 import fastlora
-from fastlora.layers.bases import dense_weight
-from fastlora.layers.quantised import quantised
+from fastlora.layers.base_layers import dense_weight
+from fastlora.layers.quantized import quantized_weight_of
 from fastlora.validation import AdapterStateError, UnsupportedLayerError
 from tests.support import tiny
 from tests.support.peak_bytes import peak_bytes
 from tests.support.peft_twins import peft
-from tests.support.quantised import loaded_as, quantise
-from tests.support.tiny import randomise, tiny_llama
+from tests.support.quantized import loaded_as, quantize_linear
+from tests.support.tiny import randomize, tiny_llama
 
 N, K = 64, 128
 BITSANDBYTES = ["nf4", "nf4 nested", "fp4", "int8"]
@@ -42,7 +42,7 @@ def one(kind: str, n: int = N, k: int = K, dtype: torch.dtype = torch.float32) -
     """A model whose linear is quantised; the same one at every call."""
     torch.manual_seed(0)
     model = One(n, k).to(dtype)
-    model.q = quantise(model.q, kind, torch.float32)
+    model.q = quantize_linear(model.q, kind, torch.float32)
     return loaded_as(kind, model)
 
 
@@ -63,8 +63,8 @@ def bits_of(model: Any) -> list[torch.Tensor]:
     if hasattr(weight, "quant_state"):
         return [weight.data.clone(), *(t.clone() for t in tensors_of(weight.quant_state))]
     if hasattr(weight, "SCB"):
-        kept: Any = quantised(q_of(model).base_layer)
-        return list(kept.keep())
+        kept: Any = quantized_weight_of(q_of(model).base_layer)
+        return list(kept.snapshot())
     return [getattr(weight, name).clone() for name in weight.tensor_data_names]
 
 
@@ -157,7 +157,7 @@ def test_without_a_kept_copy_and_after_a_write(kind: str) -> None:
         delta = layer.get_delta_weight("default")
         layer.merge(keep_base=keep_base)
         if keep_base:  # somebody else writes: the copy is not what the weight came from
-            kind_of = quantised(layer.base_layer)
+            kind_of = quantized_weight_of(layer.base_layer)
             assert kind_of is not None
             kind_of.write(kind_of.dense().float() + 0.1)
         layer.unmerge()
@@ -224,7 +224,7 @@ def test_a_plain_model_of_merged_and_bare_layers() -> None:
     before = [dense_weight(layer).double() for layer in layers]
     model = nn.Sequential(*layers, nn.LayerNorm(K).bfloat16())
     adapted = fastlora.get_peft_model(model, fastlora.LoraConfig(r=4, target_modules=["0", "1"]))
-    randomise(adapted)
+    randomize(adapted)
     deltas = [adapted.base_model.model[i].get_delta_weight("default").double() for i in range(2)]
     with pytest.warns(UserWarning, match="merged into 2 quantized weights"):
         adapted.merge_adapter()
@@ -246,12 +246,12 @@ def test_a_plain_model_is_saved_as_one(tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     tiny_llama().bfloat16().save_pretrained(tmp_path / "base")
     bits = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)
-    quantised_model = transformers.AutoModelForCausalLM.from_pretrained(
+    quantized_model = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "base", quantization_config=bits, device_map={"": "cpu"}
     )
     config = fastlora.LoraConfig(r=4, target_modules=["q_proj", "up_proj"])
-    model = fastlora.get_peft_model(quantised_model, config)
-    randomise(model)
+    model = fastlora.get_peft_model(quantized_model, config)
+    randomize(model)
     ids = torch.arange(9)[None]
     expected = model.train()(input_ids=ids).logits.detach()
     merged = model.merge_and_unload(dequantize=True)
@@ -286,7 +286,7 @@ def test_merge_and_unload_goes_layer_by_layer(dtype: torch.dtype, options: Any) 
     largest = max(layer.weight.numel() for layer in layers) * 4
     config = fastlora.LoraConfig(r=4, target_modules="all-linear", **options)
     model = fastlora.get_peft_model(base, config)
-    randomise(model)
+    randomize(model)
     assert peak_bytes(lambda: model.merge_and_unload(safe_merge=True)) < 2 * largest
 
 
@@ -297,7 +297,7 @@ def test_quantised_layers_go_layer_by_layer(kind: str, dequantize: bool) -> None
     layers = [one(kind, 512, 256, torch.bfloat16).q for _ in range(6)]
     config = fastlora.LoraConfig(r=4, target_modules=["0", "1", "2", "3"])
     model = fastlora.get_peft_model(nn.Sequential(*layers, nn.LayerNorm(512).bfloat16()), config)
-    randomise(model)
+    randomize(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         peak = peak_bytes(lambda: model.merge_and_unload(dequantize=dequantize))

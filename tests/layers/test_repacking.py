@@ -14,13 +14,13 @@ import torch
 from torch import nn
 
 import fastlora
-from fastlora.layers.coded_base import why_called
-from fastlora.layers.quantised import quantised
+from fastlora.layers.quantized import quantized_weight_of
+from fastlora.layers.quantized_base import fallback_reason_base_called
 from fastlora.testing import assert_within_budget
 from tests.support.peak_bytes import peak_bytes
 from tests.support.peft_twins import peft
-from tests.support.quantised import dequantised, gated, quantise
-from tests.support.tiny import randomise, trainable
+from tests.support.quantized import dequantized, gated, quantize_linear
+from tests.support.tiny import randomize, trainable
 
 TARGETS = ["gate", "up", "down"]
 KINDS = ["nf4", "nf4 nested", "fp4"]
@@ -47,7 +47,7 @@ def adapted(base: nn.Module, library: Any = fastlora, **config: Any) -> Any:
     torch.manual_seed(1)
     fields = {"r": 4, "target_modules": TARGETS, **config}
     model = source.get_peft_model(base, source.LoraConfig(**fields), autocast_adapter_dtype=False)
-    randomise(model)
+    randomize(model)
     if library == "patched":
         fastlora.patch(model)
     return model
@@ -75,7 +75,7 @@ def evaluated(model: Any, count: int = 5) -> torch.Tensor:
 
 def copies(model: Any) -> list[torch.Tensor]:
     """The repacked codes that a model's layers keep."""
-    kept = [m.__dict__.get("_coded") for m in model.modules()]
+    kept = [m.__dict__.get("_kernel_weights") for m in model.modules()]
     found = [k.repacked for k in kept if k is not None and k.repacked is not None]
     return [each._copied[0] for each in found if each._copied is not None]
 
@@ -86,7 +86,7 @@ def copies(model: Any) -> list[torch.Tensor]:
 def test_an_evaluation_is_bitsandbytes_own(kind: str, dtype: torch.dtype) -> None:
     """Bit for bit without adapters, and with one within PEFT's error; in x's dtype."""
     model, theirs = adapted(gated(kind, dtype)), adapted(gated(kind, dtype), peft)
-    truth = dequantised(gated(kind, dtype))
+    truth = dequantized(gated(kind, dtype))
     for count in (1, 5, 64):
         mine, other = evaluated(model, count), evaluated(theirs, count)
         assert_within_budget(mine, other, evaluated(adapted_truth(model, truth), count))
@@ -129,7 +129,7 @@ def test_a_patched_model_whose_adapters_rest() -> None:
 @pytest.mark.usefixtures("repacks")
 def test_x_in_another_dtype_than_the_products() -> None:
     """As after PEFT's preparation, which leaves norms in fp32."""
-    base = quantise(nn.Linear(64, 96), "nf4 nested", torch.bfloat16)
+    base = quantize_linear(nn.Linear(64, 96), "nf4 nested", torch.bfloat16)
     model, bare = adapted(nn.Sequential(copy.deepcopy(base)), target_modules=["0"]), base.eval()
     x = torch.randn(2, 3, 64)
     with torch.no_grad(), model.disable_adapter():
@@ -146,7 +146,7 @@ def test_many_rows_in_bf16_and_odd_shapes_are_called() -> None:
     for module in reference.modules():
         module.__dict__.pop("_fastlora_keeps_layout", None)  # called in any case
     assert torch.equal(evaluated(model, 65), evaluated(reference, 65)) and not copies(model)
-    narrow = nn.Sequential(quantise(nn.Linear(64, 48), "nf4"))
+    narrow = nn.Sequential(quantize_linear(nn.Linear(64, 48), "nf4"))
     with pytest.raises(AssertionError, match="divisible"):
         evaluated(copy.deepcopy(narrow))
     assert evaluated(adapted(narrow, target_modules=["0"])).shape == (5, 48)
@@ -235,7 +235,7 @@ def test_merged_and_unmerged_between_evaluations(kind: str) -> None:
     """Each evaluation is that of the codes that are there; the first ones come back."""
     model = adapted(gated(kind))
     gate = model.base_model.model.gate.base_layer
-    found = quantised(gate)
+    found = quantized_weight_of(gate)
     assert found is not None
     codes, first = gate.weight.data.clone(), evaluated(model)
     with warnings.catch_warnings():
@@ -267,7 +267,7 @@ def base_of(model: Any) -> Any:
 @pytest.mark.usefixtures("repacks")
 def test_a_module_that_does_more_is_called() -> None:
     """A subclass, which may have a forward of its own."""
-    base: Any = quantise(nn.Linear(64, 96), "nf4")
+    base: Any = quantize_linear(nn.Linear(64, 96), "nf4")
 
     class Doubled(type(base)):  # type: ignore[misc]  # known at run time
         def forward(self, x: torch.Tensor) -> Any:
@@ -283,7 +283,7 @@ def test_a_module_that_does_more_is_called() -> None:
 @pytest.mark.usefixtures("repacks")
 def test_scales_that_were_written() -> None:
     """Twice as large, they make everything but the bias twice as large."""
-    model = alone(quantise(nn.Linear(64, 96, bias=False), "nf4"))
+    model = alone(quantize_linear(nn.Linear(64, 96, bias=False), "nf4"))
     with model.disable_adapter():
         before = evaluated(model)
         base_of(model).weight.quant_state.absmax.mul_(2)
@@ -293,13 +293,13 @@ def test_scales_that_were_written() -> None:
 @pytest.mark.usefixtures("repacks")
 def test_weights_that_follow_each_other() -> None:
     """A later one may have the address that an earlier one had, and as many writes."""
-    model = alone(quantise(nn.Linear(64, 96, bias=False), "nf4"))
+    model = alone(quantize_linear(nn.Linear(64, 96, bias=False), "nf4"))
     base = base_of(model)
     with model.disable_adapter():
         for _ in range(3):
             before = evaluated(model)
             for _ in range(2):
-                base.weight = quantise(nn.Linear(64, 96, bias=False), "nf4").weight
+                base.weight = quantize_linear(nn.Linear(64, 96, bias=False), "nf4").weight
             now = evaluated(model)
             assert not torch.allclose(now, before, atol=0.1)
             with torch.no_grad():
@@ -309,7 +309,7 @@ def test_weights_that_follow_each_other() -> None:
 @pytest.mark.usefixtures("repacks")
 def test_a_model_from_another_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """On one without AVX512 bf16 bitsandbytes' product would take the codes for others."""
-    model = alone(quantise(nn.Linear(64, 96), "nf4"))
+    model = alone(quantize_linear(nn.Linear(64, 96), "nf4"))
     with torch.no_grad():
         expected = model.train()(rows(5, model))
     monkeypatch.setattr("bitsandbytes.functional.has_avx512bf16", lambda: False)
@@ -321,7 +321,7 @@ def test_a_mixed_batch() -> None:
     """Every row is that of its own adapter alone."""
     model = adapted(gated("nf4 nested"))
     model.add_adapter("other", fastlora.LoraConfig(r=2, target_modules=TARGETS))
-    randomise(model, 3)
+    randomize(model, 3)
     names = ["default", "other"]
     alone = []
     for name in names:
@@ -341,7 +341,7 @@ def test_codes_that_were_repacked_before() -> None:
         model = adapted(gated("nf4"), library, inference_mode=True)
         evaluated(model)  # by bitsandbytes itself: no copy
         assert not copies(model)
-        assert "repacked" in why_called(model.base_model.model.gate)
+        assert "repacked" in fallback_reason_base_called(model.base_model.model.gate)
         model.base_model.model.gate.lora_A["default"].weight.requires_grad_()
         match = "repacked 4-bit weights .* load the base model again"
         # Over a bias bitsandbytes raises in the end.

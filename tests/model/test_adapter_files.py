@@ -19,9 +19,9 @@ from safetensors.torch import load_file, save_file
 
 import fastlora
 from fastlora.model import adapter_files
-from fastlora.model.adapter_files import CONFIG_NAME, WEIGHTS_NAME, open_regular
+from fastlora.model.adapter_files import CONFIG_NAME, WEIGHTS_NAME, open_regular_file
 from fastlora.model.adapter_folder import (
-    AdapterFile,
+    AdapterContents,
     inspect_adapter_folder,
     load_adapter_folder,
     open_adapter_folder,
@@ -30,10 +30,10 @@ from fastlora.model.adapter_folder import (
 from fastlora.model.config import LoraConfig
 from fastlora.validation import CheckpointError, ConfigError
 from tests.support import crash
-from tests.support.tiny import randomise, two_layers
+from tests.support.tiny import randomize, two_layers
 
 
-def save(folder: Path, r: int = 2, alpha: int = 8) -> AdapterFile:
+def save(folder: Path, r: int = 2, alpha: int = 8) -> AdapterContents:
     """Saves an adapter with its alpha as every value."""
     tensors = {
         "base_model.model.q.lora_A.weight": torch.full((r, 16), float(alpha)),
@@ -130,7 +130,7 @@ def test_peft_reads_and_writes_the_same_folder(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     config: dict[str, Any] = {"r": 2, "lora_alpha": 8, "target_modules": ["q", "v"]}
     theirs = peft.get_peft_model(two_layers(), peft.LoraConfig(**config))
-    randomise(theirs, 1)
+    randomize(theirs, 1)
     theirs.save_pretrained(tmp_path / "theirs")
     ours = fastlora.LoraModel.from_pretrained(two_layers(), tmp_path / "theirs")
     ours.save_pretrained(tmp_path / "ours")
@@ -227,19 +227,19 @@ def test_both_files_replaced_while_they_are_read(
 ) -> None:
     """R2: the config was read before two saves, and the weights after them: it is read again."""
     save(tmp_path, alpha=8)
-    real = adapter_files.open_regular
+    real = adapter_files.open_regular_file
     left = [2]
 
     def opened(path: Path, root: Path | None = None) -> Any:
         if path.name == WEIGHTS_NAME and left[0]:
             left[0] -= 1
-            monkeypatch.setattr(adapter_files, "open_regular", real)
+            monkeypatch.setattr(adapter_files, "open_regular_file", real)
             save(tmp_path, alpha=16 + left[0])
             save(tmp_path, r=3, alpha=32 + left[0])
-            monkeypatch.setattr(adapter_files, "open_regular", opened)
+            monkeypatch.setattr(adapter_files, "open_regular_file", opened)
         return real(path, root)
 
-    monkeypatch.setattr(adapter_files, "open_regular", opened)
+    monkeypatch.setattr(adapter_files, "open_regular_file", opened)
     assert alpha_of(tmp_path) == 32
     left[0] = 1_000
     with pytest.raises(CheckpointError, match="kept changing"):
@@ -341,7 +341,7 @@ def test_files_that_are_not_regular(served: Path, name: str) -> None:
             with pytest.raises(CheckpointError, match=f"{name}: is not a regular file"):
                 open_adapter_folder(served / "a", root).__enter__()
             with pytest.raises(CheckpointError, match="is not a regular file"):
-                open_regular(path, root)
+                open_regular_file(path, root)
 
     path.unlink()
     os.mkfifo(path)

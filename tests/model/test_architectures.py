@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 import fastlora
-from fastlora.init import Init, all_inits
+from fastlora.init import InitMethod, all_init_methods
 from tests.support.tiny import tiny
 
 peft = pytest.importorskip("peft", reason="loads into PEFT")
@@ -120,7 +120,7 @@ def _output(name: str, model: nn.Module) -> torch.Tensor:
     return found
 
 
-def _config(name: str, init: Init) -> fastlora.LoraConfig:
+def _config(name: str, init: InitMethod) -> fastlora.LoraConfig:
     architecture, extra = ARCHITECTURES[name], {}
     if init.settings is not None:
         made = init.settings.cls()
@@ -164,9 +164,11 @@ def _quiet() -> Iterator[None]:
 
 
 @pytest.mark.drawn(1 / 2)
-@pytest.mark.parametrize("init", all_inits(), ids=lambda init: str(init.name))
+@pytest.mark.parametrize("init", all_init_methods(), ids=lambda init: str(init.name))
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_wrapped_trained_saved_loaded_and_merged(name: str, init: Init, tmp_path: Path) -> None:
+def test_wrapped_trained_saved_loaded_and_merged(
+    name: str, init: InitMethod, tmp_path: Path
+) -> None:
     base, config = copy.deepcopy(_base(name)), _config(name, init)
     before = _output(name, base).detach()
     if init.calibration and init.calibration not in AFTER:

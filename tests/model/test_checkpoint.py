@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from fastlora.model import replace_files, tensor_file
+from fastlora.model import atomic_files, tensor_file
 from fastlora.model.adapter_folder import (
     WEIGHTS_NAME,
     inspect_adapter_folder,
@@ -96,7 +96,7 @@ def test_values_and_dtypes_survive(tmp_path: Path, dtype: torch.dtype) -> None:
     for key, tensor in tensors.items():
         assert file.tensors[key].dtype == dtype
         assert torch.equal(file.tensors[key].nan_to_num(7.0), tensor.nan_to_num(7.0))
-    file.tensors[f"{PRE}q.lora_B.weight"].zero_()  # memory of its own: neither file nor neighbour
+    file.tensors[f"{PRE}q.lora_B.weight"].zero_()  # memory of its own: neither file nor neighbor
     again = load_adapter_folder(tmp_path)
     assert torch.equal(again.tensors[f"{PRE}q.lora_B.weight"], shared)
     assert torch.equal(file.tensors[f"{PRE}deep.q.lora_B.weight"], shared)
@@ -110,15 +110,15 @@ def test_inspect_reads_no_data(folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(tensor_file.TensorFile, "read", None)
     header = inspect_adapter_folder(folder)
     assert {k.module for k in header.keys.values()} == {"deep.q", "q"}
-    info = header.infos[f"{PRE}q.lora_B.weight"]
+    info = header.tensor_infos[f"{PRE}q.lora_B.weight"]
     assert (info.shape, info.dtype, info.nbytes) == ((6, 2), torch.float32, 48)
 
 
 @pytest.mark.parametrize(
     ("where", "name", "error"),
     [
-        (replace_files.os, "fsync", OSError),
-        (replace_files.os, "replace", OSError),
+        (atomic_files.os, "fsync", OSError),
+        (atomic_files.os, "replace", OSError),
         (tensor_file, "save_file", CheckpointError),  # could not be written
     ],
 )

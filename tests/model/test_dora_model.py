@@ -11,11 +11,11 @@ import torch
 import fastlora
 from fastlora import LoraConfig, get_peft_model
 from fastlora.layers import FastLoraWrapper
-from fastlora.layers.bases import dense_weight
+from fastlora.layers.base_layers import dense_weight
 from fastlora.validation import CheckpointError
-from tests.support.masked_peft import randomise
+from tests.support.masked_peft import randomize
 from tests.support.peft_twins import peft
-from tests.support.tiny import quantised, tiny_llama
+from tests.support.tiny import quantized_two_layers, tiny_llama
 
 pytest.importorskip("transformers", reason="the models are transformers'")
 
@@ -31,7 +31,7 @@ def logits(model: Any) -> torch.Tensor:
 def test_loading_over_an_adapter(tmp_path: Path) -> None:
     """Factors and magnitudes are those of the file; one without DoRA does not take them."""
     model = get_peft_model(tiny_llama().double(), LoraConfig(**CONFIG, use_dora=True)).eval()
-    randomise(model)
+    randomize(model)
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     assert any("lora_magnitude_vector.default.weight" in n for n in trained)
     model.save_pretrained(tmp_path)
@@ -63,11 +63,11 @@ def test_a_16_bit_model_starts_as_its_base() -> None:
 def test_quantised_base_layers(kind: str, dora: bool) -> None:
     """Over a quantised linear ours is PEFT's layer, and a patched one is too, with gradients."""
     config = {"r": 4, "target_modules": ["q", "v"], "use_dora": dora}
-    theirs = peft.get_peft_model(quantised(kind), peft.LoraConfig(**config))
-    randomise(theirs)
+    theirs = peft.get_peft_model(quantized_two_layers(kind), peft.LoraConfig(**config))
+    randomize(theirs)
     state = {n: t for n, t in theirs.state_dict().items() if "lora_" in n}
-    ours = get_peft_model(quantised(kind), LoraConfig(**config))
-    patched = peft.get_peft_model(quantised(kind), peft.LoraConfig(**config))
+    ours = get_peft_model(quantized_two_layers(kind), LoraConfig(**config))
+    patched = peft.get_peft_model(quantized_two_layers(kind), peft.LoraConfig(**config))
     report = fastlora.patch(patched)
     # Blocks of 64 do not divide the 16 features of bitsandbytes' layer.
     for rows in (report.rows, fastlora.fusion_report(ours).rows):

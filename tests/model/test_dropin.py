@@ -16,7 +16,7 @@ from fastlora.layers import FastLoraWrapper
 from fastlora.testing import assert_within_budget
 from fastlora.validation import AdapterStateError, UnsupportedLayerError
 from tests.support.peft_twins import peft, q_of, twins
-from tests.support.tiny import TwoLayers, randomise, tiny_llama, unchanged
+from tests.support.tiny import TwoLayers, randomize, tiny_llama, unchanged
 
 pytest.importorskip("transformers", reason="uses a Llama")
 
@@ -72,10 +72,10 @@ def test_a_factor_under_a_weight_norm_is_called() -> None:
 
 
 def test_offloaded_after_wrapping() -> None:
-    """accelerate's offload hooks on factors are honoured."""
+    """accelerate's offload hooks on factors are honored."""
     accelerate = pytest.importorskip("accelerate")
     model = get_peft_model(TwoLayers(), LoraConfig(r=4, target_modules=["q", "v"]))
-    randomise(model)
+    randomize(model)
     x = torch.randn(3, 16)
     expected = model(x)
     accelerate.cpu_offload(model, execution_device="cpu")
@@ -157,7 +157,7 @@ def test_set_adapter_while_disabled_and_merged() -> None:
     """After the block the adapter set in it acts, not the one merged before."""
     model = get_peft_model(TwoLayers(), LoraConfig(r=2, target_modules=["q"]))
     model.add_adapter("b", LoraConfig(r=2, target_modules=["q"]))
-    randomise(model)
+    randomize(model)
     x = torch.randn(3, 16)
     model.set_adapter("b")
     expected = model(x)

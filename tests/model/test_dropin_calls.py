@@ -21,7 +21,7 @@ from fastlora.validation import (
     UnsupportedLayerError,
 )
 from tests.support.peft_twins import assert_near, q_of, twins
-from tests.support.tiny import TwoLayers, randomise, tiny_llama
+from tests.support.tiny import TwoLayers, randomize, tiny_llama
 
 peft = pytest.importorskip("peft", reason="compares with PEFT")
 pytest.importorskip("transformers", reason="uses a Llama")
@@ -68,7 +68,7 @@ def test_the_life_of_adapters(dora: bool) -> None:
         # On a new module too.
         config = library.LoraConfig(r=3, target_modules=["q", "head"], use_dora=dora)
         model.add_adapter("b", config)
-        randomise(model, seed=5)
+        randomize(model, seed=5)
     for action in (
         lambda m: m.base_model.set_adapter(["default", "plain", "b"]),
         lambda m: m.base_model.disable_adapter_layers(),

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 import fastlora
-from fastlora.model.estimate import human_bytes
-from fastlora.model.step_memory import step_memory
-from fastlora.train.quantised import quantise_empty
+from fastlora.model.estimate import format_bytes
+from fastlora.model.step_memory import peak_step_memory
+from fastlora.train.quantization import quantize_meta_model
 from fastlora.validation import ConfigError, TargetNotFoundError
 from tests.support.peak_bytes import peak_bytes
 from tests.support.tiny import TwoLayers, adapted, tiny_llama
@@ -131,7 +131,7 @@ def test_refusals() -> None:
 
 def test_human_bytes() -> None:
     """Powers of 1024."""
-    assert [human_bytes(n) for n in (0, 1023, 1024, 9 * MIB, 3 << 40)] == [
+    assert [format_bytes(n) for n in (0, 1023, 1024, 9 * MIB, 3 << 40)] == [
         *("0 bytes", "1023 bytes", "1.0 KiB"),
         *("9.0 MiB", "3.0 TiB"),
     ]
@@ -154,7 +154,7 @@ def test_quantised_by_bitsandbytes(bits: dict[str, Any], scales: float, tmp_path
     with torch.device("meta"):
         empty = tiny_llama(hidden_size=128, intermediate_size=256)
     plain = sum(p.numel() for p in empty.parameters())
-    quantise_empty(empty, config)
+    quantize_meta_model(empty, config)
     tiny_llama(hidden_size=128, intermediate_size=256).save_pretrained(tmp_path)
     real = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path, quantization_config=config, device_map={"": "cpu"}, dtype=torch.float32
@@ -210,5 +210,5 @@ def test_what_a_step_holds(checkpointing: bool) -> None:
 
         if device == "cpu":
             step()
-        found.append((step_memory if device == "meta" else peak_bytes)(step))
+        found.append((peak_step_memory if device == "meta" else peak_bytes)(step))
     assert found[0] == pytest.approx(found[1], rel=0.15)

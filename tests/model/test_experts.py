@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fastlora import LoraConfig, LoraModel, get_peft_model
-from fastlora.model.experts import EXPERT_NAMES
+from fastlora.model.stacked_experts import EXPERT_NAMES
 from fastlora.validation import CheckpointError, ConfigError, UnsupportedLayerError
 from tests.support.peft_twins import peft
 from tests.support.tiny import unchanged

@@ -19,7 +19,7 @@ from torch import nn
 
 import fastlora
 from fastlora.model.adapter_folder import load_adapter_folder
-from fastlora.model.tied import input_embedding
+from fastlora.model.tied_weights import input_embedding_name
 from fastlora.validation import AdapterStateError
 from tests.support.peft_twins import (
     assert_files_cross,
@@ -214,7 +214,7 @@ def check_training(feature: Feature, ours: Any, theirs: Any) -> None:
     for model in (ours, theirs):
         run(model).square().mean().backward()
     found, expected = gradients_of(ours), gradients_of(theirs)
-    embedding = f"base_model.model.{input_embedding(ours.get_base_model())}.lora_embedding"
+    embedding = f"base_model.model.{input_embedding_name(ours.get_base_model())}.lora_embedding"
     for end, own in (("A", "B"), ("B", "A")):
         head = f"base_model.model.lm_head.lora_{end}.default.weight"
         if head in expected and is_view(feature, head):

@@ -20,7 +20,7 @@ from fastlora.validation import (
 )
 from tests.support.compiled import graph_count
 from tests.support.peft_twins import assert_files_cross, peft
-from tests.support.tiny import adapted, randomise, tiny_llama, two_layers, unchanged
+from tests.support.tiny import adapted, randomize, tiny_llama, two_layers, unchanged
 
 X = torch.randn(5, 16, generator=torch.Generator().manual_seed(3))
 
@@ -323,7 +323,7 @@ def test_files_that_hold_the_base_embedding(tmp_path: Path) -> None:
     ids, outputs = torch.arange(12).view(2, 6), []
     for seed, r in enumerate((4, 2)):
         model = peft.get_peft_model(tiny_llama(), peft.LoraConfig(r=r, **config)).eval()
-        randomise(model, seed)
+        randomize(model, seed)
         model.save_pretrained(tmp_path / str(seed))
         outputs.append(model(ids).logits.detach())
     model = fastlora.PeftModel.from_pretrained(tiny_llama(), tmp_path / "0")

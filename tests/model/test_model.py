@@ -25,7 +25,7 @@ from fastlora.validation import (
     TargetNotFoundError,
     UnsupportedLayerError,
 )
-from tests.support.tiny import TwoLayers, adapted, randomise, tiny, tiny_llama, unchanged
+from tests.support.tiny import TwoLayers, adapted, randomize, tiny, tiny_llama, unchanged
 
 CONFIG = {"r": 4, "target_modules": ["q", "v"]}
 
@@ -36,7 +36,7 @@ def test_save_and_load_several(tmp_path: Path) -> None:
     # Named like a module and like an attribute: PEFT drops tensors of "default" here.
     for name in ("q", "lora_A"):
         model.add_adapter(name, LoraConfig(r=3, target_modules=["q"]))
-    randomise(model)
+    randomize(model)
     with torch.no_grad():
         model.base_model.model.head.modules_to_save["default"].weight.normal_()
         model.base_model.model.norm.bias.normal_()
@@ -72,7 +72,7 @@ def test_load_over_an_adapter_keeps_its_parameters(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     expected = {n: t.clone() for n, t in model.state_dict().items()}
     parameters = {n: id(p) for n, p in model.named_parameters()}
-    randomise(model, seed=99)
+    randomize(model, seed=99)
     model.load_adapter(tmp_path, "default", is_trainable=True)
     assert {n: id(p) for n, p in model.named_parameters()} == parameters
     assert all(torch.equal(t, expected[n]) for n, t in model.state_dict().items())

@@ -13,7 +13,7 @@ import fastlora
 from fastlora import LoraConfig, get_peft_model
 from fastlora.ops import backend as ops
 from tests.support.dora_truth import fixed_seed
-from tests.support.masked_peft import check_three_layers, randomise
+from tests.support.masked_peft import check_three_layers, randomize
 
 peft = pytest.importorskip("peft", reason="compares with PEFT")
 
@@ -68,7 +68,7 @@ def twins(fresh: Callable[..., Any], *arguments: Any) -> tuple[Any, Any]:
     ours = get_peft_model(fresh(*arguments), LoraConfig(**ALL))
     theirs = peft.get_peft_model(fresh(*arguments), peft.LoraConfig(**ALL))
     for model in (ours, theirs):
-        randomise(model)
+        randomize(model)
     return ours, theirs
 
 

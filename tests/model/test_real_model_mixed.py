@@ -14,7 +14,7 @@ import torch
 
 import fastlora
 from fastlora import adapters
-from tests.support.tiny import randomise, with_adapters
+from tests.support.tiny import randomize, with_adapters
 
 peft = pytest.importorskip("peft", reason="compares with PEFT")
 
@@ -63,7 +63,7 @@ def test_rows_and_gradients_are_pefts(count: int, fresh_smollm2: Callable[..., A
     kinds = (KINDS[index % len(KINDS)] for index in range(count))
     configs = {f"adapter{i}": fastlora.LoraConfig(**kind) for i, kind in enumerate(kinds)}
     model = with_adapters(fresh_smollm2(torch.float64, 2), configs)
-    randomise(model)
+    randomize(model)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.mul_(0.02 if "lora_B" in name else 1.0)

@@ -141,9 +141,9 @@ def test_intruders_on_other_kinds_and_dtypes() -> None:
     lora_a, lora_b, _ = layer._factors("intruder_reduced")
     assert (lora_a.dtype, lora_b.dtype) == (torch.bfloat16, torch.bfloat16)
     assert (lora_a.shape, lora_b.shape) == ((3, 40), (16, 3))
-    weight = layer._own_weight().float()
+    weight = layer._local_weight().float()
     old, new = (
-        layer._weight_like(layer.get_delta_weight(n)).float()
+        layer._reshape_to_weight(layer.get_delta_weight(n)).float()
         for n in ("default", "intruder_reduced")
     )
     adapted_weight = weight + old

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from fastlora.model import replace_files
-from fastlora.model.replace_files import (
-    locked,
-    new_folder,
-    remove_abandoned,
-    remove_folder,
-    replacing,
-    try_lock,
+from fastlora.model import atomic_files
+from fastlora.model.atomic_files import (
+    acquire_flock,
+    atomic_new_folder,
+    atomic_remove_folder,
+    atomic_replace_file,
+    folder_lock,
+    remove_abandoned_temp_folders,
 )
 from tests.support import crash
 
@@ -25,7 +25,7 @@ FOREIGN = (".log.jsonl.tmp", ".log.jsonl.mine.tmp", ".x.0123-1.tmp")
 
 
 def write(path: Path, text: str) -> None:
-    with replacing(path) as partial:
+    with atomic_replace_file(path) as partial:
         partial.write_text(text)
 
 
@@ -54,7 +54,7 @@ def test_every_kill(tmp_path: Path, kind: str) -> None:
         if kind == "file":
             write(target, "new")
         else:
-            with new_folder(target) as partial:
+            with atomic_new_folder(target) as partial:
                 (partial / "inner").mkdir()
                 (partial / "inner" / "a").write_text("new")
 
@@ -62,7 +62,7 @@ def test_every_kill(tmp_path: Path, kind: str) -> None:
         if kind == "file":
             write(target, "old")
         elif target.exists():
-            remove_folder(target)
+            atomic_remove_folder(target)
 
     reset()
     for at in range(1, 1 + len(crash.changes(action, tmp_path))):
@@ -85,7 +85,7 @@ def test_order_on_disk(tmp_path: Path) -> None:
     assert order == ["fsync new-a", "os.rename new-a a", f"fsync {tmp_path.name}"]
 
     def fill() -> None:
-        with new_folder(tmp_path / "b") as partial:
+        with atomic_new_folder(tmp_path / "b") as partial:
             (partial / "inner").mkdir()
             (partial / "inner" / "c").write_text("new")
 
@@ -97,12 +97,15 @@ def test_order_on_disk(tmp_path: Path) -> None:
 
 def test_files_of_a_living_writer_stay(tmp_path: Path) -> None:
     """R6: other writers, of the same name, too, remove nothing that a living one still writes."""
-    with replacing(tmp_path / "a") as partial, new_folder(tmp_path / "b") as folder:
+    with (
+        atomic_replace_file(tmp_path / "a") as partial,
+        atomic_new_folder(tmp_path / "b") as folder,
+    ):
         partial.write_text("mine")
         (folder / "c").write_text("mine")
         write(tmp_path / "a", "theirs")
         write(tmp_path / "b.txt", "theirs")
-        remove_abandoned(tmp_path)
+        remove_abandoned_temp_folders(tmp_path)
         assert (partial.read_text(), (tmp_path / "a").read_text()) == ("mine", "theirs")
     assert (tmp_path / "a").read_text() == (tmp_path / "b" / "c").read_text() == "mine"
     assert {path.name for path in tmp_path.iterdir()} == {"a", "b", "b.txt"}
@@ -110,7 +113,7 @@ def test_files_of_a_living_writer_stay(tmp_path: Path) -> None:
 
 def test_failed_writes_leave_nothing(tmp_path: Path) -> None:
     write(tmp_path / "a", "old")
-    for action in (replacing, new_folder):
+    for action in (atomic_replace_file, atomic_new_folder):
         with pytest.raises(RuntimeError), action(tmp_path / "a") as partial:
             (partial / "b" if partial.is_dir() else partial).write_text("half")
             raise RuntimeError
@@ -122,35 +125,35 @@ def test_failed_writes_leave_nothing(tmp_path: Path) -> None:
 def test_without_flock_the_process_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """R6: on a file system without flock, the writer's process tells, and only on its own host."""
     dead = leave(tmp_path / "a", 1)
-    elsewhere = dead.with_name(dead.name.replace(replace_files._host(), "0" * 8))
+    elsewhere = dead.with_name(dead.name.replace(atomic_files._host_name_digest(), "0" * 8))
     unowned = dead.with_name(dead.name.replace("a", "b", 1))
     unowned.mkdir()
 
     def refuse(*_: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(replace_files.fcntl, "flock", refuse)
-    with locked(tmp_path), replacing(tmp_path / "a") as partial:
+    monkeypatch.setattr(atomic_files.fcntl, "flock", refuse)
+    with folder_lock(tmp_path), atomic_replace_file(tmp_path / "a") as partial:
         partial.write_text("mine")
         assert not dead.exists()
         write(tmp_path / "c", "theirs")
         assert partial.read_text() == "mine"
-        assert try_lock(0) is None
+        assert acquire_flock(0) is None
     elsewhere.mkdir()
     (elsewhere / "lock").touch()
-    remove_abandoned(tmp_path)
+    remove_abandoned_temp_folders(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"a", "c", elsewhere.name}
     monkeypatch.undo()
-    remove_abandoned(tmp_path)
+    remove_abandoned_temp_folders(tmp_path)
     assert not elsewhere.exists() and not unowned.exists()
 
 
 def test_without_locks_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on Windows: files and folders are replaced all the same."""
-    monkeypatch.setattr(replace_files, "fcntl", None)
-    with locked(tmp_path):
+    monkeypatch.setattr(atomic_files, "fcntl", None)
+    with folder_lock(tmp_path):
         write(tmp_path / "a", "new")
-    with new_folder(tmp_path / "b") as partial:
+    with atomic_new_folder(tmp_path / "b") as partial:
         (partial / "c").write_text("new")
     assert (tmp_path / "a").read_text() == (tmp_path / "b" / "c").read_text() == "new"
     assert {path.name for path in tmp_path.iterdir()} == {"a", "b"}

@@ -18,7 +18,7 @@ from fastlora.validation import (
     TargetNotFoundError,
     UnsupportedLayerError,
 )
-from tests.support.tiny import randomise, tiny, tiny_llama, trainable, unchanged
+from tests.support.tiny import randomize, tiny, tiny_llama, trainable, unchanged
 
 pytest.importorskip("transformers")
 
@@ -40,7 +40,7 @@ def adapted() -> Any:
     """One of four layers, with an adapter."""
     torch.manual_seed(1)
     model = get_peft_model(made(), config())
-    randomise(model)
+    randomize(model)
     return model.eval()
 
 
@@ -78,7 +78,7 @@ def test_several_adapters(tmp_path: Path) -> None:
     """All have the same layers, alone and in one batch; the others are refused."""
     model = adapted()
     model.add_adapter("b", config())
-    randomise(model, seed=3)
+    randomize(model, seed=3)
     with torch.no_grad():
         alone = {}
         for name in ("default", "b"):

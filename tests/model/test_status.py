@@ -13,7 +13,7 @@ import fastlora
 from fastlora.model import status
 from fastlora.validation import AdapterNotFoundError
 from tests.support.peft_twins import assert_same_status, peft
-from tests.support.tiny import TwoLayers, quantised, tiny_llama, with_adapters
+from tests.support.tiny import TwoLayers, quantized_two_layers, tiny_llama, with_adapters
 
 
 def pair() -> Any:
@@ -102,7 +102,7 @@ def test_a_copy_names_the_active_adapters_that_have_one() -> None:
 def test_quantised_bases(kind: str) -> None:
     """Their names in PEFT; beside a plain layer the model's is irregular."""
     model = fastlora.get_peft_model(
-        quantised(kind), fastlora.LoraConfig(r=2, target_modules=["q", "v"])
+        quantized_two_layers(kind), fastlora.LoraConfig(r=2, target_modules=["q", "v"])
     )
     q, v = model.get_layer_status()
     expected = {

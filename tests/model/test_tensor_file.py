@@ -111,7 +111,7 @@ def test_file_swapped_between_check_and_read(folder: Path) -> None:
     """The header and the tensors come from one descriptor: a new file changes nothing."""
     before = load_adapter_folder(folder)
     with open_adapter_folder(folder) as opened:
-        assert opened.header.infos
+        assert opened.header.tensor_infos
         save(folder, 3)
         after = opened.load()
     assert after.config == before.config
@@ -120,7 +120,7 @@ def test_file_swapped_between_check_and_read(folder: Path) -> None:
 
 def test_file_written_over_between_check_and_read(folder: Path) -> None:
     with open_adapter_folder(folder) as opened:
-        assert opened.header.infos
+        assert opened.header.tensor_infos
         with (folder / WEIGHTS_NAME).open("r+b") as file:
             file.seek(-4, os.SEEK_END)
             file.write(b"1234")

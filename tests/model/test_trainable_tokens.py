@@ -22,7 +22,7 @@ from fastlora.validation import (
     UnsupportedLayerError,
 )
 from tests.support.peft_twins import assert_files_cross, assert_same_training, peft
-from tests.support.tiny import randomise, tiny, tiny_llama, trainable, unchanged
+from tests.support.tiny import randomize, tiny, tiny_llama, trainable, unchanged
 
 pytest.importorskip("transformers")
 
@@ -41,7 +41,7 @@ def config(tokens: Any, **fields: Any) -> LoraConfig:
 
 def train_rows(model: nn.Module, seed: int = 3) -> Any:
     """Gives every row that trains, and every lora_B, a random value."""
-    randomise(model)
+    randomize(model)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastlora.ops.conditions import on_device_of
+from fastlora.ops.execution_mode import call_on_device_of
 
 
 @pytest.mark.parametrize(("index", "entered"), [(0, []), (1, [1])])
@@ -29,7 +29,7 @@ def test_kernels_run_on_the_device_of_their_input(
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "device", device)
     x: Any = SimpleNamespace(is_cuda=True, device=torch.device("cuda", index))
-    result = on_device_of(x, lambda value: (seen.extend(inside), value)[1], 7)
+    result = call_on_device_of(x, lambda value: (seen.extend(inside), value)[1], 7)
     assert result == 7
     assert seen == entered
     assert not inside

@@ -17,16 +17,16 @@ import triton
 import triton.language as tl
 from triton import knobs
 
-from fastlora.coded_weight import Coded, CodedWeight
 from fastlora.kernels import launch as launching
-from fastlora.kernels.launch import empty, kept, launch, product
-from fastlora.ops.backend import Backward
-from fastlora.ops.factors import Operands, Tables
-from fastlora.ops.layout import planes_shape
-from fastlora.ops.operators import OperatorBackend
+from fastlora.kernels.launch import cached_launches, empty, launch, product
+from fastlora.ops.backend import BackwardArguments
+from fastlora.ops.factors import AdapterOperands, AddressTables
+from fastlora.ops.layout import shrink_partials_shape
+from fastlora.ops.operator_backend import OperatorBackend
 from fastlora.ops.rows import sort_rows
 from fastlora.ops.triton import backward, forward
-from fastlora.ops.triton.pieces import rows_at
+from fastlora.ops.triton.rows_argument import rows_for_tables
+from fastlora.quantized_tensor import QuantizedData, QuantizedTensor
 from fastlora.testing import launches as stubs
 from fastlora.testing import stubbed_launches
 
@@ -76,7 +76,7 @@ def seen(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
 
 @contextlib.contextmanager
 def counting(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
-    """Whether each look that is met for the first time is kept."""
+    """Whether each cache key that is met for the first time is cached."""
     made: list[bool] = []
     steps = launching._steps
 
@@ -130,7 +130,7 @@ def _witness(
 
 
 def _variations() -> list[tuple[Any, ...]]:
-    """One argument of the witness differs at a time: everything that Triton specialises."""
+    """One argument of the witness differs at a time: everything that Triton specializes."""
     out, x, table = torch.zeros(512), torch.zeros(4096), torch.zeros(64, dtype=torch.int32)
     plain = (out[:256], x[:24], table[:4], 7, 0.5, False, (4, 1), False)
     others: list[tuple[Any, ...]] = [
@@ -155,7 +155,7 @@ def test_the_kernel_is_the_one_that_triton_takes(
     seen: Seen, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each variation's kernel, grid and arguments, in two rounds: compared with Triton's own."""
-    variations, function = _variations(), kept(_witness)
+    variations, function = _variations(), cached_launches(_witness)
     expected = [_launched(seen, _witness, given) for given in variations]
     assert len({calls[0][0] for calls, _ in expected}) > 15, "they are compiled apart"
     for first in (True, False):
@@ -189,10 +189,13 @@ def _launched(seen: Seen, function: Callable[..., Any], given: tuple[Any, ...]) 
     seen.clear()
     with _all_alive():
         result = function(*given)
-    read = [t.coded if isinstance(t, CodedWeight) else t for t in launching._leaves(given)]
-    tensors = [t for t in launching._leaves(read) if isinstance(t, torch.Tensor)]
+    read = [
+        t.quantized_data if isinstance(t, QuantizedTensor) else t
+        for t in launching._flat_values(given)
+    ]
+    tensors = [t for t in launching._flat_values(read) if isinstance(t, torch.Tensor)]
     found = seen.normal(tensors)
-    made = [t for t in launching._leaves([result]) if isinstance(t, torch.Tensor)]
+    made = [t for t in launching._flat_values([result]) if isinstance(t, torch.Tensor)]
     shapes = [(t.shape, t.stride(), t.dtype) for t in made]
     # What is returned is what was written.
     written = {address for *_, addresses, _ in seen for address in addresses}
@@ -215,15 +218,15 @@ def _linear(dtype: torch.dtype, m: int, n: int = 64, **changed: Any) -> tuple[An
 
 def _mixed(m: int, index: int, *, s: bool = False, siblings: Any = None, plan: str = "auto") -> Any:
     """Arguments of `forward.linear_at`: three modules, four slots; tables are parts of a buffer."""
-    own = rows_at(sort_rows(torch.arange(m) % 4, m, 4), plan == "invariant")
+    own = rows_for_tables(sort_rows(torch.arange(m) % 4, m, 4), plan == "invariant")
     addresses = torch.zeros(3, 3, 4, dtype=torch.int64)
     numbers = torch.ones(3, 4, dtype=torch.int32), torch.ones(3, 4)
-    tables = Tables(addresses[0], addresses[1], addresses[2], *numbers, 16, torch.float16)
+    tables = AddressTables(addresses[0], addresses[1], addresses[2], *numbers, 16, torch.float16)
     x, weight = torch.zeros(m, 1024, dtype=torch.float16), torch.zeros(64, 1024).half()
     first, stop = siblings or (index, index + 1)
-    shape = planes_shape(m, 1024, stop - first, 16, plan == "invariant")
+    shape = shrink_partials_shape(m, 1024, stop - first, 16, plan == "invariant")
     planes = torch.zeros(shape) if s else None
-    given = tables.tensors(), index, tables.max_rank, tables.dtype, plan, siblings
+    given = tables.operator_arguments(), index, tables.max_rank, tables.dtype, plan, siblings
     return (x, weight, None, own, planes, *given)
 
 
@@ -251,9 +254,9 @@ def _gradients(m: int, bias: bool = False, p: float = 0.0, plan: str = "auto") -
         torch.zeros(shape) for shape in ((m, 64), (64, 96), (m, 96), (8, 96), (64, 8), (m, 8))
     )
     seeds = torch.zeros(1, dtype=torch.int64) if p else None
-    operands = Operands([lora_a], [lora_b], [None], torch.ones(()), (p,), seeds)
+    operands = AdapterOperands([lora_a], [lora_b], [None], torch.ones(()), (p,), seeds)
     wants = True, bias, False, (True, True, False)
-    return (Backward(dy, weight, x, operands, None, s, plan, *wants),)
+    return (BackwardArguments(dy, weight, x, operands, None, s, plan, *wants),)
 
 
 def _operands(p: float, k: int = 96) -> list[torch.Tensor | None]:
@@ -266,12 +269,12 @@ def _operands(p: float, k: int = 96) -> list[torch.Tensor | None]:
 
 
 def _siblings(m: int, p: float = 0.0, with_s: bool = False, k: int = 96) -> tuple[Any, ...]:
-    """Arguments of `forward.siblings`."""
+    """Arguments of `forward.grouped_forward`."""
     return torch.zeros(m, k), (p, p), with_s, *_operands(p, k)
 
 
 def _of_siblings(m: int, p: float = 0.0, same: bool = False) -> tuple[Any, ...]:
-    """Arguments of `backward.siblings`, of which the second has no bias; one dy for two, or one."""
+    """Arguments of `backward.grouped_gradients`; the second has no bias; one dy for two, or one."""
     dy, s = torch.zeros(m, 64), [torch.zeros(m, 24)]
     if p:
         s = [torch.zeros(m, 8), torch.zeros(m, 16)]
@@ -287,9 +290,9 @@ def _half(m: int, **changed: Any) -> tuple[Any, ...]:
     return _linear(torch.float16, m, **changed)
 
 
-def _codes(n: int, k: int) -> Coded:
+def _codes(n: int, k: int) -> QuantizedData:
     """A weight of NF4; nobody decodes it here."""
-    return Coded(
+    return QuantizedData(
         "table4", torch.zeros(n * k // 2).byte(), torch.zeros(2, dtype=torch.int64), n, k, 64
     )
 
@@ -307,7 +310,7 @@ def _gradients_over_codes(p: float) -> tuple[Any, ...]:
     """As `_gradients` of a layer of 128 inputs."""
     (given,) = _gradients(5, p=p)
     coded, x, lora_a = _codes(64, 128), torch.zeros(5, 128), torch.zeros(8, 128)
-    weight = CodedWeight(coded, lambda: torch.zeros(64, 128), given.dy.dtype, ())
+    weight = QuantizedTensor(coded, lambda: torch.zeros(64, 128), given.dy.dtype, ())
     operands = given.operands._replace(lora_a=[lora_a])
     return (given._replace(weight=weight, x=x, operands=operands),)
 
@@ -341,14 +344,17 @@ OPERATORS: dict[str, tuple[Callable[..., Any], Make]] = {
     "gradients, bias": (_gradients_of, lambda: _gradients(2048, bias=True)),
     "gradients, dropout": (_gradients_of, lambda: _gradients(64, p=0.5)),
     "gradients, split": (_gradients_of, lambda: _gradients(64, plan="split")),
-    "siblings": (forward.siblings, lambda: _siblings(5)),
-    "siblings, s too": (forward.siblings, lambda: _siblings(5, with_s=True)),
-    "siblings, more rows": (forward.siblings, lambda: _siblings(200, with_s=True)),
-    "siblings, dropout": (forward.siblings, lambda: _siblings(5, p=0.5, with_s=True)),
-    "siblings' gradients": (backward.siblings, lambda: _of_siblings(64)),
-    "siblings' gradients, one dy": (backward.siblings, lambda: _of_siblings(64, same=True)),
-    "siblings' gradients, more rows": (backward.siblings, lambda: _of_siblings(2048)),
-    "siblings' gradients, dropout": (backward.siblings, lambda: _of_siblings(64, p=0.5)),
+    "siblings": (forward.grouped_forward, lambda: _siblings(5)),
+    "siblings, s too": (forward.grouped_forward, lambda: _siblings(5, with_s=True)),
+    "siblings, more rows": (forward.grouped_forward, lambda: _siblings(200, with_s=True)),
+    "siblings, dropout": (forward.grouped_forward, lambda: _siblings(5, p=0.5, with_s=True)),
+    "siblings' gradients": (backward.grouped_gradients, lambda: _of_siblings(64)),
+    "siblings' gradients, one dy": (
+        backward.grouped_gradients,
+        lambda: _of_siblings(64, same=True),
+    ),
+    "siblings' gradients, more rows": (backward.grouped_gradients, lambda: _of_siblings(2048)),
+    "siblings' gradients, dropout": (backward.grouped_gradients, lambda: _of_siblings(64, p=0.5)),
     "linear, codes": (forward.linear, lambda: _over_codes(_half(5), 1)),
     "linear, codes, other rows": (forward.linear, lambda: _over_codes(_half(48, n=512), 1)),
     "linear_at, codes": (forward.linear_at, lambda: _over_codes(_mixed(11, 1), 1)),
@@ -356,7 +362,7 @@ OPERATORS: dict[str, tuple[Callable[..., Any], Make]] = {
         forward.linear_at,
         lambda: _over_codes(_mixed(11, 0, plan="split"), 1),
     ),
-    "siblings, codes": (forward.siblings, lambda: _over_codes(_siblings(5, k=128), 3, 4)),
+    "siblings, codes": (forward.grouped_forward, lambda: _over_codes(_siblings(5, k=128), 3, 4)),
     "gradients, codes": (_gradients_of, lambda: _gradients_over_codes(0.0)),
     "gradients, codes, dropout": (_gradients_of, lambda: _gradients_over_codes(0.5)),
     "grad_a": (backward.grad_a, lambda: _grad_a(64, 1, False)),
@@ -369,10 +375,10 @@ OPERATORS: dict[str, tuple[Callable[..., Any], Make]] = {
 def test_an_operator_launches_what_it_would(
     name: str, seen: Seen, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With other tensors of the same look: kernels, arguments, what is allocated and returned."""
+    """With other tensors, same cache key: kernels, arguments, what is allocated and returned."""
     function, make = OPERATORS[name]
     with monkeypatch.context() as patch:
-        patch.setattr(launching, "_KEEPS", False)
+        patch.setattr(launching, "_CAN_CACHE", False)
         expected = _launched(seen, function, make())
     keeping = [make() for _ in range(5)]  # so that every call has memory of its own
     with counting(monkeypatch) as made:
@@ -401,7 +407,7 @@ def test_how_fp32_rounds_is_seen(seen: Seen) -> None:
 @pytest.mark.parametrize("seen", ["gfx942"], indirect=True)
 def test_the_size_of_a_storage_is_seen_on_amd(seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launching, "_SEES_SIZES", True)
-    function, (out, x, *others) = kept(_witness), _variations()[0]
+    function, (out, x, *others) = cached_launches(_witness), _variations()[0]
     part = torch.empty(2**29 + 64)[: x.numel()]  # of more than 2 GiB, none of which is touched
     found = []
     for which in (_witness, function, function):
@@ -411,8 +417,8 @@ def test_the_size_of_a_storage_is_seen_on_amd(seen: Seen, monkeypatch: pytest.Mo
 
 
 def test_one_tensor_given_twice_is_not_taken_for_two(seen: Seen) -> None:
-    """Which tensors lie at one address is part of the look, in whatever order they come."""
-    function, (_, x, *others) = kept(_witness), _variations()[0]
+    """Which tensors lie at one address is part of the cache key, in whatever order they come."""
+    function, (_, x, *others) = cached_launches(_witness), _variations()[0]
     one, two = x.clone(), x.clone()
     for pair in ((x, x), (one, two), (one, one), (two, one)) * 2:
         _launched(seen, function, (*pair, *others))
@@ -420,14 +426,14 @@ def test_one_tensor_given_twice_is_not_taken_for_two(seen: Seen) -> None:
 
 
 def test_a_tuple_that_begins_with_none(seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its tensors are looked at like any others; a look that had them would keep them alive."""
+    """Its tensors are looked at like any others; a cache key with them would keep them alive."""
 
     def second(pair: tuple[torch.Tensor | None, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
         out = empty(x, 4, 4)
         _witness(out, x, pair[1], 7, 0.5, False, (4, 1), False)
         return out
 
-    function = kept(second)
+    function = cached_launches(second)
     with counting(monkeypatch) as made:
         for _ in range(3):
             x, table = torch.zeros(4, 4), torch.zeros(4, dtype=torch.int32)
@@ -439,22 +445,23 @@ def test_a_tuple_that_begins_with_none(seen: Seen, monkeypatch: pytest.MonkeyPat
 def test_two_threads_sort_arguments_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     """Looks have the `id` of what the types were found to be, which no other is to get."""
     kinds, both = (int, torch.Tensor, type(None), float), threading.Barrier(2)
-    picks, found = launching._picks, list[Any]()
+    picks, found = launching._item_picker, list[Any]()
 
     def waits(places: Any) -> Any:
         with contextlib.suppress(threading.BrokenBarrierError):
             both.wait(1)
         return picks(places)
 
-    monkeypatch.setattr(launching, "_picks", waits)
+    monkeypatch.setattr(launching, "_item_picker", waits)
     threads = [
-        threading.Thread(target=lambda: found.append(launching._sorts_of(kinds))) for _ in range(2)
+        threading.Thread(target=lambda: found.append(launching._group_by_type(kinds)))
+        for _ in range(2)
     ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert found[0] is found[1] is launching._sorts_of(kinds)
+    assert found[0] is found[1] is launching._group_by_type(kinds)
 
 
 def test_what_else_a_function_does_is_done_each_time(seen: Seen) -> None:
@@ -480,7 +487,7 @@ def test_what_else_a_function_does_is_done_each_time(seen: Seen) -> None:
 
     for mode in (torch.no_grad, torch.inference_mode):
         for plain in (copies, adds, multiplies, returns):
-            function = kept(plain)
+            function = cached_launches(plain)
             for _ in range(3):
                 x = torch.randn(4, 4)
                 seen.clear()
@@ -508,7 +515,10 @@ def test_products_between_launches_are_kept(seen: Seen, monkeypatch: pytest.Monk
         return [out, other]
 
     with counting(monkeypatch) as made:
-        for function, what in ((kept(square), lambda x: x @ x), (kept(add), lambda x: x + x @ x)):
+        for function, what in (
+            (cached_launches(square), lambda x: x @ x),
+            (cached_launches(add), lambda x: x + x @ x),
+        ):
             for _ in range(3):
                 x = torch.randn(4, 4)
                 seen.clear()
@@ -522,7 +532,7 @@ def test_products_between_launches_are_kept(seen: Seen, monkeypatch: pytest.Monk
 
 def test_whoever_watches_launches_sees_them(seen: Seen) -> None:
     """Hooks get Triton's own launch, with what it tells them, and debugging another kernel."""
-    function, given = kept(_witness), _variations()[0]
+    function, given = cached_launches(_witness), _variations()[0]
     function(*given)
     plain = seen[-1]
 
@@ -548,17 +558,17 @@ def test_whoever_watches_launches_sees_them(seen: Seen) -> None:
 def test_a_version_that_is_not_known_gets_its_own_launcher(
     seen: Seen, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launching, "_KEEPS", False)
+    monkeypatch.setattr(launching, "_CAN_CACHE", False)
     monkeypatch.setattr(launching, "_steps", None)
-    function, given = kept(_witness), _variations()[0]
+    function, given = cached_launches(_witness), _variations()[0]
     assert _launched(seen, function, given) == _launched(seen, function, given)
 
 
 def test_looks_are_dropped_past_a_number_of_them(
     seen: Seen, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launching, "_MAX_LOOKS", 2)
-    function, given = kept(_witness), _variations()
+    monkeypatch.setattr(launching, "_MAX_CACHE_KEYS", 2)
+    function, given = cached_launches(_witness), _variations()
     with counting(monkeypatch) as made:
         for variation in (*given[:3], given[2], given[0]):
             function(*variation)

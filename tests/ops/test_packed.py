@@ -16,12 +16,12 @@ from torch.profiler import ProfilerActivity, profile
 
 import fastlora
 from fastlora import adapters
-from fastlora.layers import packs
+from fastlora.layers import packed_factors
 from fastlora.ops.torch import packed_choice, packed_forward, products
-from fastlora.ops.torch.packed import make_layout
-from fastlora.ops.torch.packed_forward import Blocks, Dense, Samples
+from fastlora.ops.torch.packed import first_fit_layout
+from fastlora.ops.torch.packed_forward import BlockedPlan, DensePlan, PerSamplePlan
 from fastlora.testing import assert_within_budget
-from tests.support.tiny import randomise, with_adapters
+from tests.support.tiny import randomize, with_adapters
 
 RANKS = (1, 3, 8, 16, 64)
 CPU = [ProfilerActivity.CPU]
@@ -57,7 +57,7 @@ def build(ranks: list[int], dtype: torch.dtype = torch.float32, *, everywhere: b
         for i, rank in enumerate(ranks)
     }
     model = with_adapters(Attention(), configs, autocast_adapter_dtype=False)
-    randomise(model)
+    randomize(model)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
@@ -122,33 +122,33 @@ def matrix_unit(has: bool) -> Any:
 
 PLANS = {
     # adapters, rank, samples of each on average, tokens, dtype, matrix unit: what must be chosen
-    "one": (1, 8, 6, 1, torch.float32, False, Dense),
-    "two": (2, 16, 4, 1, torch.float32, False, Dense),
-    "few, fp32": (4, 16, 4, 1, torch.float32, False, Blocks),
-    "two, bf16": (2, 16, 4, 1, torch.bfloat16, False, Dense),
-    "few, bf16": (4, 16, 4, 1, torch.bfloat16, False, Blocks),
-    "few, bf16, amx": (4, 16, 4, 1, torch.bfloat16, True, Dense),
-    "more, bf16": (16, 16, 4, 1, torch.bfloat16, False, Blocks),
-    "more, bf16, amx": (16, 16, 4, 1, torch.bfloat16, True, Dense),
-    "many, fp32": (16, 16, 1, 1, torch.float32, False, Blocks),
-    "many, bf16": (32, 16, 1, 1, torch.bfloat16, True, Blocks),
-    "low ranks, fp32": (8, 2, 2, 1, torch.float32, False, Dense),
-    "more of low rank, fp32": (17, 2, 2, 1, torch.float32, False, Blocks),
-    "low ranks, many, fp32": (17, 4, 64, 1, torch.float32, False, Blocks),
-    "low ranks, many, bf16": (9, 16, 64, 1, torch.bfloat16, False, Blocks),
-    "tokens, fp32": (4, 16, 80, 1, torch.float32, False, Blocks),
-    "tokens of one, fp32": (1, 16, 320, 1, torch.float32, False, Dense),
-    "tokens, bf16, amx": (16, 16, 20, 1, torch.bfloat16, True, Dense),
-    "prefill of two": (2, 16, 8, 20, torch.float32, False, Dense),
-    "prefill, fp32": (4, 16, 5, 16, torch.float32, False, Blocks),
-    "prefill, bf16": (16, 16, 2, 16, torch.bfloat16, False, Blocks),
-    "prefill, bf16, amx": (16, 16, 2, 16, torch.bfloat16, True, Dense),
-    "prefill of many, bf16, amx": (17, 16, 2, 16, torch.bfloat16, True, Blocks),
-    "uneven prefill, fp32": (4, 16, 4.5, 16, torch.float32, False, Samples),
-    "uneven prefill, bf16": (16, 16, 1.5, 16, torch.bfloat16, False, Samples),
-    "uneven prefill, bf16, amx": (17, 16, 1.5, 16, torch.bfloat16, True, Samples),
-    "prefill of four, bf16, amx": (4, 16, 5, 16, torch.bfloat16, True, Dense),
-    "short samples, high rank": (4, 32, 5, 16, torch.float32, False, Blocks),
+    "one": (1, 8, 6, 1, torch.float32, False, DensePlan),
+    "two": (2, 16, 4, 1, torch.float32, False, DensePlan),
+    "few, fp32": (4, 16, 4, 1, torch.float32, False, BlockedPlan),
+    "two, bf16": (2, 16, 4, 1, torch.bfloat16, False, DensePlan),
+    "few, bf16": (4, 16, 4, 1, torch.bfloat16, False, BlockedPlan),
+    "few, bf16, amx": (4, 16, 4, 1, torch.bfloat16, True, DensePlan),
+    "more, bf16": (16, 16, 4, 1, torch.bfloat16, False, BlockedPlan),
+    "more, bf16, amx": (16, 16, 4, 1, torch.bfloat16, True, DensePlan),
+    "many, fp32": (16, 16, 1, 1, torch.float32, False, BlockedPlan),
+    "many, bf16": (32, 16, 1, 1, torch.bfloat16, True, BlockedPlan),
+    "low ranks, fp32": (8, 2, 2, 1, torch.float32, False, DensePlan),
+    "more of low rank, fp32": (17, 2, 2, 1, torch.float32, False, BlockedPlan),
+    "low ranks, many, fp32": (17, 4, 64, 1, torch.float32, False, BlockedPlan),
+    "low ranks, many, bf16": (9, 16, 64, 1, torch.bfloat16, False, BlockedPlan),
+    "tokens, fp32": (4, 16, 80, 1, torch.float32, False, BlockedPlan),
+    "tokens of one, fp32": (1, 16, 320, 1, torch.float32, False, DensePlan),
+    "tokens, bf16, amx": (16, 16, 20, 1, torch.bfloat16, True, DensePlan),
+    "prefill of two": (2, 16, 8, 20, torch.float32, False, DensePlan),
+    "prefill, fp32": (4, 16, 5, 16, torch.float32, False, BlockedPlan),
+    "prefill, bf16": (16, 16, 2, 16, torch.bfloat16, False, BlockedPlan),
+    "prefill, bf16, amx": (16, 16, 2, 16, torch.bfloat16, True, DensePlan),
+    "prefill of many, bf16, amx": (17, 16, 2, 16, torch.bfloat16, True, BlockedPlan),
+    "uneven prefill, fp32": (4, 16, 4.5, 16, torch.float32, False, PerSamplePlan),
+    "uneven prefill, bf16": (16, 16, 1.5, 16, torch.bfloat16, False, PerSamplePlan),
+    "uneven prefill, bf16, amx": (17, 16, 1.5, 16, torch.bfloat16, True, PerSamplePlan),
+    "prefill of four, bf16, amx": (4, 16, 5, 16, torch.bfloat16, True, DensePlan),
+    "short samples, high rank": (4, 32, 5, 16, torch.float32, False, BlockedPlan),
 }
 
 
@@ -161,14 +161,14 @@ def test_plans(case: str) -> None:
     names: list[str | None] = [f"a{i % count}" for i in range(int(count * samples))]
     x = torch.randn(len(names), tokens, 48).to(dtype)
     chosen = []
-    original = packed_forward.plan_for
+    original = packed_forward.cached_plan
 
     def spy(*args: Any) -> Any:
         chosen.append(original(*args))
         return chosen[-1]
 
     has_amx = matrix_unit(amx)
-    spied = mock.patch.object(packed_forward, "plan_for", spy)
+    spied = mock.patch.object(packed_forward, "cached_plan", spy)
     with has_amx, spied:
         outputs = steps(model, x, names)
         assert_alone(outputs, model, x, names)
@@ -233,9 +233,9 @@ def within_batched(event: Any) -> bool:
 @pytest.mark.parametrize(
     ("dtype", "amx", "kind"),
     [
-        (torch.float32, False, Samples),
-        (torch.bfloat16, False, Samples),
-        (torch.bfloat16, True, Dense),
+        (torch.float32, False, PerSamplePlan),
+        (torch.bfloat16, False, PerSamplePlan),
+        (torch.bfloat16, True, DensePlan),
     ],
     ids=str,
 )
@@ -248,11 +248,11 @@ def test_samples_of_many_tokens(dtype: torch.dtype, amx: bool, kind: type) -> No
     x[5, 3], x[0, 4] = float("nan"), float("inf")
     with (
         matrix_unit(amx),
-        mock.patch.object(packed_forward, "plan_for", wraps=packed_forward.plan_for) as plans,
+        mock.patch.object(packed_forward, "cached_plan", wraps=packed_forward.cached_plan) as plans,
     ):
         outputs = steps(model, x, names)
     with matrix_unit(amx):
-        found = {type(packed_forward.plan_for(*call.args)) for call in plans.call_args_list}
+        found = {type(packed_forward.cached_plan(*call.args)) for call in plans.call_args_list}
     assert found == {kind}
     assert_alone(outputs, model, x, names)
 
@@ -295,7 +295,7 @@ def test_uneven_rows_are_not_padded(most: int, rows: int) -> None:
 def test_layout_holds_every_rank_row_once() -> None:
     """Places don't overlap, stay within a unit, and leave less than a unit free on average."""
     ranks = (3, 64, 0, 8, 16, 1, 8, 64, 16, 3, 3)
-    layout = make_layout(ranks)
+    layout = first_fit_layout(ranks)
     taken = [0] * layout.rank_rows
     assert layout.ranks == ranks
     for first, rank in zip(layout.firsts, ranks, strict=True):
@@ -329,7 +329,9 @@ def test_a_block_finds_its_factors_once() -> None:
     expected = steps(model, x, names)[-1]
     with torch.no_grad(), adapters(model, names):
         found = [model(x), model(x)]
-        with mock.patch.object(packs, "find", wraps=packs.find) as looked:
+        with mock.patch.object(
+            packed_factors, "get_packed_factors", wraps=packed_factors.get_packed_factors
+        ) as looked:
             found += [model(x), model(longer)[:, 1], model(longer)[:, 2], model(x)]
     assert looked.call_count == 2 * 4
     for y in found:
@@ -353,7 +355,7 @@ def test_what_a_captured_graph_reads_stays(captured: bool) -> None:
     x, names = torch.randn(2, 48), ["a0", "a1"]
     model = build([8] * 6)
     steps(model, x, names)
-    read, find = list[weakref.ref[torch.Tensor]](), packs.find
+    read, find = list[weakref.ref[torch.Tensor]](), packed_factors.get_packed_factors
 
     def noted(*given: Any) -> Any:
         found: Any = find(*given)
@@ -361,8 +363,8 @@ def test_what_a_captured_graph_reads_stays(captured: bool) -> None:
         return found
 
     with (
-        mock.patch.object(packs, "is_captured", lambda _: captured),
-        mock.patch.object(packs, "find", noted),
+        mock.patch.object(packed_factors, "is_capturing_cuda_graph", lambda _: captured),
+        mock.patch.object(packed_factors, "get_packed_factors", noted),
     ):
         steps(model, x, names, count=1)
     assert len(read) > 4
@@ -386,7 +388,7 @@ def test_a_capture_within_an_open_block_pins_what_it_reads() -> None:
     with torch.no_grad(), adapters(model, names):
         model(x)
         assert not model.base_model.group.packs._captured
-        with mock.patch.object(packs, "is_captured", lambda _: True):
+        with mock.patch.object(packed_factors, "is_capturing_cuda_graph", lambda _: True):
             model(x)
     assert model.base_model.group.packs._captured
 

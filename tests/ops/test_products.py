@@ -23,7 +23,7 @@ from fastlora.bench import measure
 from fastlora.ops.torch import products
 from fastlora.testing import assert_within_budget
 from tests.support.pool_adapters import Blocks, make_folder
-from tests.support.tiny import randomise, with_adapters
+from tests.support.tiny import randomize, with_adapters
 
 HALVES = (torch.bfloat16, torch.float16)
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "linear", "mv", "addmv", "dot")
@@ -112,7 +112,7 @@ def layer(**options: Any) -> FastLoraLinear:
     made = FastLoraLinear.from_linear(
         nn.Linear(48, 96, bias=False, dtype=torch.bfloat16), r=8, **options
     )
-    randomise(made)
+    randomize(made)
     return made
 
 
@@ -149,7 +149,7 @@ def test_a_mixed_batch_has_no_16_bit_product(use_dora: bool, p: float) -> None:
     fields: dict[str, Any] = {"lora_dropout": p, "use_dora": use_dora, "target_modules": ["0", "1"]}
     configs = {name: LoraConfig(r=r, **fields) for name, r in (("a", 8), ("b", 4), ("c", 8))}
     model = with_adapters(nn.Sequential(nn.Linear(48, 96), nn.Linear(96, 48)), configs)
-    randomise(model)
+    randomize(model)
     fastlora.train.train_adapters(model.bfloat16().train(), ["a", "b", "c"])
     x = torch.randn(24, 24, 48, dtype=torch.bfloat16, requires_grad=True)
     names = ["a", "b", None, "c"] * 6
@@ -195,22 +195,22 @@ def test_only_a_processor_without_the_instructions_widens(monkeypatch: pytest.Mo
     for name in has:
         monkeypatch.setattr(mkldnn, f"_is_mkldnn_{name}_supported", lambda name=name: has[name])
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_avx512_bf16)
-    assert products._emulated() == dict.fromkeys(HALVES, products.DOTS)
+    assert products._emulated_dtypes() == dict.fromkeys(HALVES, products.DOTS)
     has["bf16"] = True  # oneDNN says so of what it emulates with AVX512, too
-    assert products._emulated() == {torch.float16: products.DOTS}
+    assert products._emulated_dtypes() == {torch.float16: products.DOTS}
     capability, has_avx512_bf16 = "AVX512", False
     both = {torch.bfloat16: products.ONEDNN, torch.float16: products.DOTS}
-    assert products._emulated() == both
+    assert products._emulated_dtypes() == both
     has_avx512_bf16 = True
-    assert products._emulated() == {torch.float16: products.DOTS}
+    assert products._emulated_dtypes() == {torch.float16: products.DOTS}
     has["fp16"] = True
-    assert not products._emulated()
+    assert not products._emulated_dtypes()
     capability, has = "AVX2", {"bf16": False, "fp16": False}
     monkeypatch.setattr(backends.mkldnn, "is_available", lambda: False)
-    assert not products._emulated()
+    assert not products._emulated_dtypes()
     capability = "DEFAULT"
     monkeypatch.setattr(backends.mkldnn, "is_available", lambda: True)
-    assert not products._emulated()
+    assert not products._emulated_dtypes()
 
 
 def test_what_stays_with_pytorch() -> None:
@@ -218,11 +218,11 @@ def test_what_stays_with_pytorch() -> None:
     a, b = operands(torch.float32, (6, 8), (8, 10))
     assert torch.equal(products.mm(a, b), a @ b)
     half = a.bfloat16()
-    assert not products.widens(a) and products.widens(half)
+    assert not products.computes_in_fp32(a) and products.computes_in_fp32(half)
     wanted = half.clone().requires_grad_()
     assert products.mm(wanted, b.bfloat16()).requires_grad
     with torch.no_grad():
-        assert products.widens(wanted)
+        assert products.computes_in_fp32(wanted)
     with pytest.raises(RuntimeError, match="same dtype"):
         products.mm(half, b)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastlora.ops.rows import INVALID_SLOT, NO_SLOT, rows_of, sort_rows
+from fastlora.ops.rows import INVALID_SLOT, NO_SLOT, rows_from_tensors, sort_rows
 
 
 def expected_groups(ids: list[int], slots: int) -> tuple[list[int], list[int], list[int]]:
@@ -80,13 +80,13 @@ def test_what_the_host_sees_is_what_the_device_has() -> None:
             for slot in range(slots)
             if (own := [row for row in range(m) if spread[row] == slot])
         ]
-        for found in (rows, rows_of(rows.tensors())):
+        for found in (rows, rows_from_tensors(rows.operator_arguments())):
             assert list(found.segments) == expected
             assert found.in_order == (spread == sorted(spread))
-            assert found.inverse[found.order.long()].tolist() == list(range(m))
+            assert found.inverse_order[found.order.long()].tolist() == list(range(m))
             present = [segment.slot for segment in found.segments]
             members = [present.index(s) if s in present else len(present) for s in spread]
-            assert found.members.tolist() == members
+            assert found.segment_index.tolist() == members
             x = torch.arange(m)
             assert torch.equal(found.restored(found.sorted(x)), x)
             assert found.sorted(x).tolist() == order
@@ -108,7 +108,7 @@ def test_no_value_is_read_on_the_host() -> None:
     ids = torch.empty(8, dtype=torch.int64, device="meta")
     groups = sort_rows(ids, 32, 5)
     real = sort_rows(torch.zeros(8, dtype=torch.int64), 32, 5)
-    for found, expected in zip(groups.tensors(), real.tensors(), strict=True):
+    for found, expected in zip(groups.operator_arguments(), real.operator_arguments(), strict=True):
         assert found.shape == expected.shape and found.dtype == expected.dtype
     assert groups.pieces(16).shape == real.pieces(16).shape
     assert groups.invalid.shape == real.invalid.shape
@@ -119,7 +119,7 @@ def test_compilers_know_all_sizes() -> None:
     with FakeTensorMode():
         fake = sort_rows(torch.zeros(8, dtype=torch.int64), 32, 5)
         pieces = fake.pieces(16)
-    for found, expected in zip(fake.tensors(), real.tensors(), strict=True):
+    for found, expected in zip(fake.operator_arguments(), real.operator_arguments(), strict=True):
         assert found.shape == expected.shape and found.dtype == expected.dtype
     assert fake.invalid.shape == real.invalid.shape and fake.invalid.dtype == torch.bool
     assert pieces.shape == real.pieces(16).shape
@@ -132,7 +132,7 @@ def test_pieces_are_made_when_they_are_asked_for_and_kept() -> None:
     first = rows.pieces(4)
     assert rows.pieces(4) is first
     assert not torch.equal(rows.pieces(2), first)
-    in_a_graph = sort_rows(ids, 12, 2, keeps=False)
+    in_a_graph = sort_rows(ids, 12, 2, cache_pieces=False)
     assert in_a_graph.pieces(4) is not in_a_graph.pieces(4)
     assert torch.equal(in_a_graph.pieces(4), first)
 

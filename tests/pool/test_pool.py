@@ -103,7 +103,7 @@ def test_layers_know_their_pool(root: Path) -> None:
     for index, (name, k, n) in enumerate(pool.modules):
         layer = pool._model.get_submodule(name)
         assert isinstance(layer, FastLoraLinear)
-        assert (layer.table_row, layer.routed_by) == (index, pool.group)
+        assert (layer.table_row, layer.routing_group) == (index, pool.group)
         assert (layer.in_features, layer.out_features) == (k, n)
     assert pool_of(pool._model) is pool
 
@@ -344,7 +344,7 @@ def test_tables_that_cannot_be_written_keep_their_slots(
         raise RuntimeError("out of memory")
 
     with monkeypatch.context() as broken:
-        broken.setattr(pool.tables, "write", write)
+        broken.setattr(pool.tables, "write_column", write)
         with pytest.raises(RuntimeError, match="out of memory"):
             pool.lease(["a1"])
         with pytest.raises(RuntimeError, match="out of memory"):

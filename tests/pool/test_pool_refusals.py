@@ -21,7 +21,7 @@ from fastlora.model.adapter_files import CONFIG_NAME, WEIGHTS_NAME
 from fastlora.model.adapter_folder import KEY_PREFIX, load_adapter_folder, save_adapter_folder
 from fastlora.patterns import MATCHING_SECONDS
 from fastlora.pool import AdapterPool
-from fastlora.pool.image import Image
+from fastlora.pool.packed_adapter import PackedAdapter
 from fastlora.pool.reader import AdapterReader
 from fastlora.pool.transfers import Transfers
 from fastlora.validation import (
@@ -323,7 +323,7 @@ def test_a_file_is_read_as_it_was_checked(root: Path, monkeypatch: pytest.Monkey
     """E4, E6: the limits hold for the file that is read, whatever takes its place."""
     pool = make_pool(root, max_rank=2)
     large = make_folder(root / "large", 9, r=3)
-    real = AdapterReader._places
+    real = AdapterReader._locate_tensors
 
     def places(*args: Any) -> Any:
         found = real(*args)
@@ -331,7 +331,7 @@ def test_a_file_is_read_as_it_was_checked(root: Path, monkeypatch: pytest.Monkey
             (large / name).replace(root / "a0" / name)
         return found
 
-    monkeypatch.setattr(AdapterReader, "_places", places)
+    monkeypatch.setattr(AdapterReader, "_locate_tensors", places)
     pool.load("new", root / "a0")
     monkeypatch.undo()
     with pool.lease(["new"]) as lease:
@@ -490,7 +490,7 @@ class Separate(Transfers):
     shares_memory = False
     full = False
 
-    def upload(self, image: Image) -> Image:
+    def upload(self, image: PackedAdapter) -> PackedAdapter:
         """Copies, unless it is full."""
         if self.full:
             raise torch.OutOfMemoryError("the device is full")
@@ -518,7 +518,7 @@ def test_a_load_that_fails(root: Path, monkeypatch: pytest.MonkeyPatch, shares: 
             pool.load(name, root / "a1")
         device.full = False
         with monkeypatch.context() as broken:
-            broken.setattr(pool.tables, "write", fail)
+            broken.setattr(pool.tables, "write_column", fail)
             with pytest.raises(torch.OutOfMemoryError, match="page-locked"):
                 pool.load(name, root / "a1")
     assert state(pool) == before and pool.slot_of("mine") == slot
@@ -567,7 +567,7 @@ def test_a_swap_that_fails_where_leases_hold_all_columns_but_one(
         raise torch.OutOfMemoryError("no page-locked memory")
 
     with monkeypatch.context() as broken:
-        broken.setattr(pool.tables, "write", fail)
+        broken.setattr(pool.tables, "write_column", fail)
         with pytest.raises(torch.OutOfMemoryError):
             pool.load("mine", root / "a5")
     assert state(pool) == before

@@ -12,7 +12,7 @@ import torch
 
 import fastlora
 from fastlora.pool import AdapterPool, scales
-from fastlora.pool.tables import NO_COLUMN, PENDING
+from fastlora.pool.address_tables import NO_COLUMN, PENDING
 from fastlora.validation import AdapterStateError
 from tests.support.pool_adapters import (
     Blocks,
@@ -120,7 +120,7 @@ def test_weights_that_cannot_be_told_apart(root: Path, monkeypatch: pytest.Monke
     A backward has those of its forward.
     """
     pool = make_pool(root)
-    monkeypatch.setattr(scales, "base_stamp", lambda layer: None)
+    monkeypatch.setattr(scales, "base_weight_stamp", lambda layer: None)
     first = scales_of(pool, "b")
     pool._model.layers[0].v.weight.data *= 2
     before = {row: g.clone() for row, g in first.items()}
@@ -138,7 +138,7 @@ def test_weights_that_cannot_be_told_apart(root: Path, monkeypatch: pytest.Monke
 
 def test_threads_make_them_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those that come meanwhile wait for them; who needs none does not."""
-    pool, real, made = make_pool(root), scales.adapter_squares, []
+    pool, real, made = make_pool(root), scales.adapted_squared_norms, []
     scales_of(pool, "b")
 
     def slow(*given: Any) -> torch.Tensor:
@@ -146,7 +146,7 @@ def test_threads_make_them_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> 
         made.append(given)
         return real(*given)
 
-    monkeypatch.setattr(scales, "adapter_squares", slow)
+    monkeypatch.setattr(scales, "adapted_squared_norms", slow)
     with ThreadPoolExecutor(5) as threads:
         leases = [threads.submit(scales_of, pool, "a") for _ in range(4)]
         deadline = time.monotonic() + 20
@@ -167,14 +167,14 @@ def test_a_column_that_is_written_again_is_of_its_last_adapter(root: Path) -> No
         dora, plain = (resident.packed for resident in lease.residents)
         column = max(resident.column for resident in lease.residents) - 2
         for image, found in ((plain, column), (dora, NO_COLUMN), (plain, column)):
-            pool.tables.write(column, image)
+            pool.tables.write_column(column, image)
             pool.tables.assign(5, column)
             assert pool.tables.column_of[5] == column
             assert pool.tables.plain_column_of[5] == found
 
 
 def test_a_failure_leaves_the_pool_as_it_was(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pool, real, calls = make_pool(root), scales.adapter_squares, []
+    pool, real, calls = make_pool(root), scales.adapted_squared_norms, []
 
     def full(*given: Any) -> torch.Tensor:
         calls.append(given)
@@ -182,7 +182,7 @@ def test_a_failure_leaves_the_pool_as_it_was(root: Path, monkeypatch: pytest.Mon
             raise torch.OutOfMemoryError("the device is full")
         return real(*given)
 
-    monkeypatch.setattr(scales, "adapter_squares", full)
+    monkeypatch.setattr(scales, "adapted_squared_norms", full)
     with pytest.raises(torch.OutOfMemoryError):
         pool.lease(["a"])
     assert pool.stats().leases == 0
@@ -194,7 +194,10 @@ def test_a_failure_halfway_leaves_tables_of_what_is_there(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Over fp64 weights, whose scales do not stay where they are, while others lease them."""
-    pool, real = AdapterPool(Blocks().double(), target_modules=["q", "v"]), scales.adapter_squares
+    pool, real = (
+        AdapterPool(Blocks().double(), target_modules=["q", "v"]),
+        scales.adapted_squared_norms,
+    )
     pool.register("a", root / "a")
     calls = []
 
@@ -209,7 +212,7 @@ def test_a_failure_halfway_leaves_tables_of_what_is_there(
         with torch.no_grad():
             for layer in pool._model.layers:
                 layer.q.weight.mul_(2)
-        monkeypatch.setattr(scales, "adapter_squares", full)
+        monkeypatch.setattr(scales, "adapted_squared_norms", full)
         with pytest.raises(torch.OutOfMemoryError):
             pool.lease(["a"])
         for row, block in made.blocks.items():
@@ -225,7 +228,7 @@ def test_a_pinned_adapter_waits_for_nobodys_room(root: Path) -> None:
         with pool.lease(["c", "e"]):
             waiting = threads.submit(lambda: pool.lease(["a", "b", "d"], timeout=20).release())
             deadline = time.monotonic() + 20
-            while not pool._residency.queue and time.monotonic() < deadline:
+            while not pool._lease_manager.queue and time.monotonic() < deadline:
                 time.sleep(0.001)
             threads.submit(pool.load, "new", root / "a", pin=True).result(10)
             column = pool._tiers.device["new"].column
@@ -265,13 +268,13 @@ def test_none_are_made_while_a_graph_is_captured(
     """A graph would make them anew in each of its replays."""
     pool = make_pool(root)
     with monkeypatch.context() as patched:
-        patched.setattr(scales, "may_keep", lambda device: False)
+        patched.setattr(scales, "may_cache_tensors", lambda device: False)
         with pytest.raises(AdapterStateError, match="acquire the lease before the capture"):
             pool.lease(["a"])
         pool.lease(["c"]).release()
     assert pool.stats().leases == 0
     pool.lease(["a"]).release()
-    monkeypatch.setattr(scales, "may_keep", lambda device: False)
+    monkeypatch.setattr(scales, "may_cache_tensors", lambda device: False)
     pool.lease(["a"]).release()
 
 

@@ -20,7 +20,7 @@ import torch
 import fastlora
 import fastlora.pool.pool
 from fastlora.pool import AdapterPool, Lease
-from fastlora.pool.image import Image
+from fastlora.pool.packed_adapter import PackedAdapter
 from fastlora.validation import (
     AdapterNotFoundError,
     AdapterStateError,
@@ -150,7 +150,7 @@ def slow(monkeypatch: pytest.MonkeyPatch) -> SlowReads:
     reads = SlowReads(threading.Semaphore(0), threading.Event())
     real = fastlora.pool.reader.AdapterReader.read_folder
 
-    def read(self: Any, folder: Any) -> Image:
+    def read(self: Any, folder: Any) -> PackedAdapter:
         image = real(self, folder)
         if threading.current_thread() is not threading.main_thread():
             reads.started.release()
@@ -206,7 +206,7 @@ def test_a_slow_first_use_delays_no_other(
     """E4: other adapters waited in the background behind one that was slow to read."""
     real, go = fastlora.pool.reader.AdapterReader.read_folder, threading.Event()
 
-    def read(self: Any, folder: Path) -> Image:
+    def read(self: Any, folder: Path) -> PackedAdapter:
         assert folder.name != "a0" or go.wait(LONG)
         return real(self, folder)
 
@@ -507,8 +507,10 @@ def test_a_copy_that_fails_loses_no_adapter(
         real, calls = device.upload, []
 
         def upload(
-            image: Image, real: Callable[[Image], Image] = real, calls: Any = calls
-        ) -> Image:
+            image: PackedAdapter,
+            real: Callable[[PackedAdapter], PackedAdapter] = real,
+            calls: Any = calls,
+        ) -> PackedAdapter:
             calls.append(1)  # not the image: then it would still be found
             if len(calls) == 2:
                 raise torch.OutOfMemoryError("the device is full")

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 import fastlora
 from fastlora import LoraConfig, adapters
 from fastlora.validation import UnsupportedLayerError
-from tests.support.row_checks import IDS, REFUSED, D, X, ours, refuses, routed
+from tests.support.row_checks import IDS, ROWS_SELECTED_ERROR, D, X, check_raises, ours, routed
 from tests.support.tiny import tiny, with_adapters
 
 # Which expert each of the 8 tokens goes to: 4 tokens to each of 2, of both samples.
@@ -323,9 +323,12 @@ def test_experts_are_refused_wherever_they_are(holder: str) -> None:
     """2 samples of 4 tokens, 4 rows for each of 2 experts: rows went to the wrong adapter."""
     made, name = HOLDERS[holder]
     model = ours(moe(made, by_index))
-    refuses(model, name)
+    check_raises(model, name)
     model.train()
-    with pytest.raises(UnsupportedLayerError, match=REFUSED.format(name)), adapters(model, IDS):
+    with (
+        pytest.raises(UnsupportedLayerError, match=ROWS_SELECTED_ERROR.format(name)),
+        adapters(model, IDS),
+    ):
         model(X)
     model.set_adapter("a")
     model(X)  # one adapter at a time
@@ -333,7 +336,7 @@ def test_experts_are_refused_wherever_they_are(holder: str) -> None:
 
 @pytest.mark.parametrize("way", WAYS)
 def test_experts_are_refused_however_they_get_their_rows(way: Any) -> None:
-    refuses(ours(moe(AsAttributes, way)), "0.left.w1")
+    check_raises(ours(moe(AsAttributes, way)), "0.left.w1")
 
 
 def test_experts_of_a_pool_and_of_a_patched_model_are_refused() -> None:
@@ -346,10 +349,10 @@ def test_experts_of_a_pool_and_of_a_patched_model_are_refused() -> None:
                 state[prefix + "lora_A.weight"] = torch.randn(2, D)
                 state[prefix + "lora_B.weight"] = torch.randn(12, 2)
             pool.load(name, state, config={"r": 2, "target_modules": ["w1"]})
-        refuses(base, "0.left.w1", target=pool)
+        check_raises(base, "0.left.w1", target=pool)
         assert pool.stats().leases == 0
     model = patched(moe(InList, by_index))
-    refuses(model, "model.0.experts.0.w1")
+    check_raises(model, "model.0.experts.0.w1")
     with pytest.raises(UnsupportedLayerError, match="gets rows that the model selected"):
         model(X, adapter_names=IDS)
 
@@ -386,7 +389,7 @@ def test_experts_that_run_late_are_refused() -> None:
         with adapters(model, IDS):
             model(X)
     sparse[0] = True
-    refuses(model, "1.0.left.w1")
+    check_raises(model, "1.0.left.w1")
 
     def trained(experts: Experts, x: torch.Tensor) -> torch.Tensor:
         return by_index(experts, x) if model.training else experts[0](x) + experts[1](x)
@@ -427,13 +430,13 @@ def test_a_layer_without_alike_siblings_is_refused() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.w1(x.reshape(-1, D)[CHOICE == 0])
 
-    refuses(ours(Head()), "w1")
+    check_raises(ours(Head()), "w1")
 
 
 def test_experts_run_in_a_batch_of_one_id() -> None:
     """All of its rows have one adapter."""
     model = ours(moe(InList, by_index))
-    refuses(model, "0.experts.0.w1")
+    check_raises(model, "0.experts.0.w1")
     for name in IDS:
         model.set_adapter(name)
         with adapters(model, [name]):
@@ -451,7 +454,7 @@ def test_experts_are_refused_where_their_rows_happen_to_be_in_order() -> None:
             out[index] = expert(x[index])
         return out
 
-    refuses(ours(moe(InList, lucky)), "0.experts.0.w1")
+    check_raises(ours(moe(InList, lucky)), "0.experts.0.w1")
 
 
 class SequenceFirst(nn.Module):
@@ -483,8 +486,8 @@ def test_a_copy_of_a_model_refuses_its_experts() -> None:
     import copy
 
     model = ours(moe(AsAttributes, by_index))
-    refuses(copy.deepcopy(model), "0.left.w1")
-    refuses(model, "0.left.w1")
+    check_raises(copy.deepcopy(model), "0.left.w1")
+    check_raises(model, "0.left.w1")
 
 
 def test_two_threads_refuse() -> None:
@@ -492,7 +495,7 @@ def test_two_threads_refuse() -> None:
     model, seen = ours(moe(AsAttributes, by_index)), []
 
     def run() -> None:
-        refuses(model, "0.left.w1")
+        check_raises(model, "0.left.w1")
         seen.append(True)
 
     threads = [threading.Thread(target=run) for _ in range(2)]
@@ -512,7 +515,7 @@ def test_blocks_that_end_out_of_order_show_nothing() -> None:
     with pytest.raises(RuntimeError, match="in the reverse of the order"):
         first.__exit__(None, None, None)
     second.__exit__(None, None, None)
-    refuses(model, "0.left.w1")
+    check_raises(model, "0.left.w1")
 
 
 # -------------------------------------------------------------------------------------- allowed
@@ -630,7 +633,7 @@ def test_models_of_transformers_share_a_batch(kind: str) -> None:
             for each in found:
                 torch.testing.assert_close(each[row], alone[0], rtol=1e-4, atol=1e-5)
     checks = model.base_model.group.row_checks
-    assert checks is not None and checks.followed(2) is None  # later blocks cost nothing
+    assert checks is not None and checks.block_checker(2) is None  # later blocks cost nothing
 
 
 def test_a_beam_search_shares_a_batch() -> None:
@@ -706,7 +709,7 @@ def test_compiled_experts_are_refused_until_a_block_has_shown_that_they_see_all_
 
 
 def test_a_router_beside_alike_modules_makes_them_experts() -> None:
-    """So compiled code refuses them whatever their names are."""
+    """So compiled code rejects them whatever their names are."""
 
     class Routed(AsLinears):
         def __init__(self) -> None:
@@ -731,7 +734,7 @@ def test_compiled_code_alone_ends_the_following() -> None:
     for _ in range(9):
         with torch.no_grad(), adapters(model, IDS):
             compiled(X)
-    followed = model.base_model.group.row_checks.followed(2)
+    followed = model.base_model.group.row_checks.block_checker(2)
     assert followed is not None and followed.order is None
 
 
@@ -755,11 +758,11 @@ def test_a_part_of_the_model_that_is_idle_ends_the_following() -> None:
         with torch.no_grad(), adapters(model, IDS):
             model(X)
     checks = model.base_model.group.row_checks
-    followed = checks.followed(2)
+    followed = checks.block_checker(2)
     assert followed is not None and followed.order is None
     base.uses_image = True
     first = pytest.warns(UserWarning, match="'image.layers.0.w1' runs in a mixed batch for the")
     for warned in (first, contextlib.nullcontext()):
         with warned, torch.no_grad(), adapters(model, IDS):
             model(X)
-    assert checks.followed(2) is None
+    assert checks.block_checker(2) is None

@@ -5,12 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastlora.routing.ids import Unchecked, checked_slots, fits, is_aligned, named_ids
+from fastlora.routing.ids import (
+    DeferredIdChecks,
+    ids_cover_whole_entries,
+    ids_divide_rows,
+    names_and_slots,
+    validate_slots,
+)
 from fastlora.validation import AdapterNotFoundError
 
 
 def test_each_batch_is_told_once() -> None:
-    unchecked = Unchecked()
+    unchecked = DeferredIdChecks()
     for invalid, message in ((False, "first"), (True, "second"), (False, "third"), (True, "last")):
         unchecked.add(torch.tensor([invalid]), message)
     for message in ("second", "last"):
@@ -25,21 +31,21 @@ def test_names_are_slots_in_the_order_of_the_model() -> None:
         (["c", "b", "a"], ("c", "a"), [0, -1, 1, -1, 0]),
         (None, ("a", "c"), [1, -1, 0, -1, 1]),
     ):
-        found, tensor = named_ids(known, ids)
+        found, tensor = names_and_slots(known, ids)
         assert found == names and tensor.tolist() == slots and tensor.dtype == torch.int64
     with pytest.raises(
         AdapterNotFoundError, match=r"no adapter 'c'; the loaded adapters are \['a'\]"
     ):
-        named_ids(["a"], ids)
+        names_and_slots(["a"], ids)
 
 
 def test_slots_that_are_empty_are_refused() -> None:
     slots = ["a", None, "b"]
     ids = torch.tensor([2, -1, 0], dtype=torch.int32)
-    assert checked_slots(ids, slots).tolist() == [2, -1, 0]
+    assert validate_slots(ids, slots).tolist() == [2, -1, 0]
     for wrong in (1, 3, -2):
         with pytest.raises(AdapterNotFoundError, match=rf"slot {wrong};.* 0 to 2 .*'a', 'b'"):
-            checked_slots(torch.tensor([0, wrong]), slots)
+            validate_slots(torch.tensor([0, wrong]), slots)
 
 
 @pytest.mark.parametrize(
@@ -58,9 +64,14 @@ def test_slots_that_are_empty_are_refused() -> None:
 def test_the_rows_of_an_id_end_with_an_entry(
     shape: tuple[int, ...], ids: int, aligned: bool
 ) -> None:
-    assert is_aligned(shape, ids) is aligned
+    assert ids_cover_whole_entries(shape, ids) is aligned
 
 
 def test_rows_fit_ids() -> None:
-    assert fits(6, 2) and fits(6, 6) and fits(0, 2) and fits(0, 0)
-    assert not fits(6, 4) and not fits(6, 0) and not fits(2, 6)
+    assert (
+        ids_divide_rows(6, 2)
+        and ids_divide_rows(6, 6)
+        and ids_divide_rows(0, 2)
+        and ids_divide_rows(0, 0)
+    )
+    assert not ids_divide_rows(6, 4) and not ids_divide_rows(6, 0) and not ids_divide_rows(2, 6)

@@ -13,9 +13,9 @@ from torch import nn
 
 from fastlora import adapters
 from fastlora.ops.rows import INVALID_SLOT, NO_SLOT
-from fastlora.routing import block, in_force
-from fastlora.routing.kept import BlockKept
-from fastlora.routing.routing import Group, number_layers
+from fastlora.routing import active, block
+from fastlora.routing.caches import BlockCache
+from fastlora.routing.routing import RoutingGroup, number_layers
 from fastlora.validation import (
     AdapterNotFoundError,
     AdapterStateError,
@@ -51,35 +51,35 @@ def test_a_batch_has_an_id_for_each_sample_or_token(
     with adapters(model, ["a", "b"]):
         wrong = nullcontext() if fits else pytest.raises(ValueError, match="2 adapter ids")
         with wrong:
-            in_force.check_batch(group, (x,), {}, per_sample=per_sample)
+            active.check_batch_matches_ids(group, (x,), {}, per_sample=per_sample)
         with wrong:
-            in_force.check_batch(group, (), {"input_ids": x}, per_sample=per_sample)
-        with in_force.unchecked():
-            in_force.check_batch(group, (x,), {}, per_sample=per_sample)
-        in_force.check_batch(Group(), (torch.empty(7, D),), {})
-    in_force.check_batch(group, (torch.empty(7, D),), {})
+            active.check_batch_matches_ids(group, (), {"input_ids": x}, per_sample=per_sample)
+        with active.skip_batch_checks():
+            active.check_batch_matches_ids(group, (x,), {}, per_sample=per_sample)
+        active.check_batch_matches_ids(RoutingGroup(), (torch.empty(7, D),), {})
+    active.check_batch_matches_ids(group, (torch.empty(7, D),), {})
 
 
 def test_samples_without_tokens_have_ids_to_generate() -> None:
     model = _model()
     group, x = model.base_model.group, torch.empty(2, 0, D)
     with adapters(model, []):
-        in_force.check_batch(group, (x,), {})
+        active.check_batch_matches_ids(group, (x,), {})
         with pytest.raises(ValueError, match="2 samples and 0 adapter ids"):
-            in_force.check_batch(group, (x,), {}, per_sample=True)
+            active.check_batch_matches_ids(group, (x,), {}, per_sample=True)
 
 
 def test_a_later_block_is_told_of_an_id_out_of_range() -> None:
     """The message has the first 20 names of any number."""
     model, names = _model(), tuple(f"n{slot:02}" for slot in range(25))
     with adapters(model, ["a", "b"]):
-        (routing,) = in_force.open_routings()
+        (routing,) = active.active_routings()
         for ids, invalid in (([0, 1], False), ([0, -2], True)):
             routing = dataclasses.replace(
-                routing, names=names, ids=torch.tensor(ids), kept=BlockKept()
+                routing, names=names, ids=torch.tensor(ids), cache=BlockCache()
             )
             routing.rows(4, torch.device("cpu"))
-            routing.check_ids()
+            routing.defer_id_check()
             wrong = pytest.raises(AdapterNotFoundError, match=r"in an earlier block.*'n19'\]")
             with wrong if invalid else nullcontext():
                 routing.group.unchecked.check()
@@ -89,16 +89,16 @@ def test_slots_that_nobody_checks_and_that_do_not_exist_are_none(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """As of ids that a captured graph reads."""
-    monkeypatch.setattr(block, "is_captured", lambda ids: True)
+    monkeypatch.setattr(block, "is_capturing_cuda_graph", lambda ids: True)
     with adapters(_model(), torch.tensor([1, 7, -1, -5], dtype=torch.int32)):
-        (routing,) = in_force.open_routings()
+        (routing,) = active.active_routings()
     rows = routing.rows(4, torch.device("cpu"))
     assert routing.ids.tolist() == [1, INVALID_SLOT, NO_SLOT, INVALID_SLOT]
-    assert rows.present == (1,) and rows.invalid.item()
+    assert rows.used_slots == (1,) and rows.invalid.item()
 
 
 @pytest.mark.parametrize(
-    ("ids", "sees_part", "compiling", "refused"),
+    ("ids", "may_see_partial_rows", "compiling", "refused"),
     [
         (["a", "b"], False, False, False),
         (["a", "b"], False, True, False),
@@ -108,17 +108,17 @@ def test_slots_that_nobody_checks_and_that_do_not_exist_are_none(
     ],
 )
 def test_an_expert_is_refused_where_rows_are_not_followed(
-    ids: list[str], sees_part: bool, compiling: bool, refused: bool
+    ids: list[str], may_see_partial_rows: bool, compiling: bool, refused: bool
 ) -> None:
     model = _model()
     layer = model.base_model.model[0]
-    layer.sees_part = sees_part
+    layer.may_see_partial_rows = may_see_partial_rows
     with adapters(model, ids):
-        (routing,) = in_force.open_routings()
-    routing.kept.followed = None
+        (routing,) = active.active_routings()
+    routing.cache.row_checker = None
     wrong = pytest.raises(UnsupportedLayerError, match="layer '0' looks like an expert")
     with wrong if refused else nullcontext():
-        routing.check_rows(layer, torch.ones(2, D), compiling)
+        routing.check_gets_all_rows(layer, torch.ones(2, D), compiling)
 
 
 def test_no_block_begins_over_merged_weights() -> None:
@@ -131,7 +131,7 @@ def test_no_block_begins_over_merged_weights() -> None:
         pass
     model.unmerge_adapter()
     with adapters(model, ["b"]):
-        assert in_force.open_routings()
+        assert active.active_routings()
 
 
 def test_blocks_end_in_the_reverse_order() -> None:
@@ -141,9 +141,9 @@ def test_blocks_end_in_the_reverse_order() -> None:
     second.__enter__()
     with pytest.raises(RuntimeError, match="reverse of the order"):
         first.__exit__(None, None, None)
-    assert [routing.names for routing in in_force.open_routings()] == [("b",)]
+    assert [routing.names for routing in active.active_routings()] == [("b",)]
     second.__exit__(None, None, None)
-    assert not in_force.open_routings()
+    assert not active.active_routings()
 
 
 def test_a_forward_ends_what_it_made_for_layers_that_were_not_called() -> None:
@@ -153,10 +153,10 @@ def test_a_forward_ends_what_it_made_for_layers_that_were_not_called() -> None:
         def discard(self) -> None:
             self.is_discarded = True
 
-    group, own, others = Group(), Results(), Results()
+    group, own, others = RoutingGroup(), Results(), Results()
     thread = threading.get_ident()
     group.unfinished = {(thread, 0, 1): own, (thread + 1, 0, 1): others}
-    in_force.end_forward(group)
+    active.discard_unused_results(group)
     assert own.is_discarded and not others.is_discarded
     assert list(group.unfinished.values()) == [others]
 
@@ -170,7 +170,7 @@ def test_a_block_knows_its_slots_among_all_adapters() -> None:
         ([None, None], (), [-1, -1], [-1, -1]),
     ):
         with adapters(model, ids):
-            (routing,) = in_force.open_routings()
+            (routing,) = active.active_routings()
         assert routing.names == names and routing.ids.tolist() == slots
         assert routing.whole is not None and routing.whole.names == ("a", "b")
         assert routing.whole.ids.tolist() == among

@@ -6,23 +6,23 @@ import weakref
 
 import torch
 
-from fastlora.ops.torch.packed_choice import RowsKind
-from fastlora.routing.kept import PackCache, SetPack
-from fastlora.weight_marks import marks
+from fastlora.ops.torch.packed_choice import BatchKind
+from fastlora.routing.caches import AdapterSetCache, PackedAdapterSet
+from fastlora.weights_version import weights_versions
 
 
 def test_sets_of_replaced_factors_are_dropped_together() -> None:
     """Another set may hold the memory of a factor that was replaced, too."""
-    cache = PackCache()
+    cache = AdapterSetCache()
     kept = [weakref.ref(cache.get((name,), True)) for name in "ab"]
     assert all(known() is not None for known in kept)
-    marks.end_trained()
+    weights_versions.invalidate_trained_weights()
     cache.get(("a",), True)
     assert all(known() is None for known in kept)
 
 
 def test_the_sets_that_were_used_last_are_kept() -> None:
-    cache = PackCache()
+    cache = AdapterSetCache()
     first, second = (cache.get((name,), False) for name in "ab")
     assert cache.get(("a",), False) is first
     cache.get(("c",), False)
@@ -31,28 +31,28 @@ def test_the_sets_that_were_used_last_are_kept() -> None:
 
 
 def test_sets_that_cannot_change_hold_after_training() -> None:
-    fixed, trained = SetPack(False), SetPack(True)
-    assert fixed.holds() and trained.holds()
-    marks.end_trained()
-    assert fixed.holds()
-    assert not trained.may_hold and not trained.holds()
+    fixed, trained = PackedAdapterSet(False), PackedAdapterSet(True)
+    assert fixed.is_valid() and trained.is_valid()
+    weights_versions.invalidate_trained_weights()
+    assert fixed.is_valid()
+    assert not trained.has_current_weights_version and not trained.is_valid()
 
 
 def test_a_layer_is_packed_when_it_comes_again() -> None:
-    kind, known = next(iter(RowsKind)), SetPack(False)
-    assert known.get(3, torch.float32, kind) == (None, False)
-    assert known.get(4, torch.float32, kind) == (None, False)
-    assert known.get(3, torch.float32, kind) == (None, True)
+    kind, known = next(iter(BatchKind)), PackedAdapterSet(False)
+    assert known.get_or_should_pack(3, torch.float32, kind) == (None, False)
+    assert known.get_or_should_pack(4, torch.float32, kind) == (None, False)
+    assert known.get_or_should_pack(3, torch.float32, kind) == (None, True)
     known.put(3, torch.float32, kind, None)  # its factors cannot be packed
-    assert known.get(3, torch.float32, kind) == (None, False)
-    assert known.get(4, torch.float32, kind) == (None, True)
+    assert known.get_or_should_pack(3, torch.float32, kind) == (None, False)
+    assert known.get_or_should_pack(4, torch.float32, kind) == (None, True)
 
 
 def test_a_clear_ends_what_open_blocks_keep() -> None:
-    cache = PackCache()
+    cache = AdapterSetCache()
     known = cache.get(("a",), True)
     cache.clear()
-    assert not known.may_hold
+    assert not known.has_current_weights_version
     assert cache.get(("a",), True) is not known
 
 
@@ -60,7 +60,7 @@ def test_what_a_graph_reads_is_kept_until_it_is_unpinned() -> None:
     class Read:
         pass
 
-    cache, read = PackCache(), Read()
+    cache, read = AdapterSetCache(), Read()
     kept = weakref.ref(read)
     cache.pin(read)
     del read

@@ -12,11 +12,11 @@ from torch.utils.checkpoint import checkpoint
 
 import fastlora
 from fastlora import adapters
-from fastlora.routing.ids import Unchecked, _Pending
-from fastlora.routing.in_force import open_routings
+from fastlora.routing.active import active_routings
+from fastlora.routing.ids import DeferredIdChecks, _PendingIdCheck
 from fastlora.routing.routing import number_layers
 from fastlora.validation import AdapterNotFoundError, AdapterStateError, UnsupportedLayerError
-from tests.support.tiny import TwoLayers, randomise, tiny_llama, with_adapters
+from tests.support.tiny import TwoLayers, randomize, tiny_llama, with_adapters
 
 
 def build(base: nn.Module | None = None, targets: Any = ("q", "v"), **config: Any) -> Any:
@@ -24,7 +24,7 @@ def build(base: nn.Module | None = None, targets: Any = ("q", "v"), **config: An
     torch.manual_seed(0)
     made = fastlora.LoraConfig(r=4, target_modules=list(targets), **config)
     model = with_adapters(base or TwoLayers(), dict.fromkeys("abc", made))
-    randomise(model)
+    randomize(model)
     return model.double().eval()
 
 
@@ -56,7 +56,7 @@ def test_ids_that_are_neither_samples_nor_tokens(library: str, count: int) -> No
     if library == "ours":
         with pytest.raises(ValueError, match=message):
             model.generate(input_ids=ids, adapter_names=names, max_new_tokens=1)
-    assert not open_routings()
+    assert not active_routings()
 
 
 def test_ids_of_a_pool_fit_its_batch() -> None:
@@ -159,8 +159,8 @@ def test_ids_out_of_range_are_told_by_a_later_block_that_waits_for_nothing() -> 
     model, x = build(), torch.randn(2, 3, 16, dtype=torch.float64)
     unchecked, bad, good = model.base_model.group.unchecked, Arrival(), Arrival()
     unchecked._pending += [
-        _Pending(torch.tensor([False]), good, "good"),
-        _Pending(torch.tensor([True]), bad, "an adapter id is out of range"),
+        _PendingIdCheck(torch.tensor([False]), good, "good"),
+        _PendingIdCheck(torch.tensor([True]), bad, "an adapter id is out of range"),
     ]
 
     def block() -> None:
@@ -176,11 +176,11 @@ def test_ids_out_of_range_are_told_by_a_later_block_that_waits_for_nothing() -> 
         block()
     block()
     assert not unchecked._pending and not bad.waits
-    late = [Arrival() for _ in range(Unchecked._MOST + 3)]
-    unchecked._pending += [_Pending(torch.tensor([False]), arrival, "") for arrival in late]
+    late = [Arrival() for _ in range(DeferredIdChecks._MOST + 3)]
+    unchecked._pending += [_PendingIdCheck(torch.tensor([False]), arrival, "") for arrival in late]
     block()
-    assert len(unchecked._pending) == Unchecked._MOST
-    assert [arrival.waits for arrival in late] == [1] * 3 + [0] * Unchecked._MOST
+    assert len(unchecked._pending) == DeferredIdChecks._MOST
+    assert [arrival.waits for arrival in late] == [1] * 3 + [0] * DeferredIdChecks._MOST
 
 
 def test_evaluation_draws_no_seed() -> None:
@@ -210,7 +210,7 @@ def test_blocks_that_end_out_of_order() -> None:
         first.__exit__(None, None, None)
     torch.testing.assert_close(model(x), model(x, adapter_names=["c", "c"]))
     second.__exit__(None, None, None)
-    assert not open_routings()
+    assert not active_routings()
 
 
 def test_a_merge_within_a_block() -> None:
@@ -321,7 +321,7 @@ def test_a_patched_model_with_an_adapter_deleted_and_added_elsewhere() -> None:
         torch.manual_seed(1)
         model.add_adapter("a", peft.LoraConfig(target_modules=["q_proj", "v_proj", "up_proj"]))
         torch.manual_seed(2)
-        randomise(model)
+        randomize(model)
         model.double().eval()
     names = ["a", "b", "__base__"]
     expected = twin(input_ids=ids, adapter_names=names).logits
@@ -385,7 +385,7 @@ def test_ids_written_within_a_block() -> None:
     """A block's rows are those of the ids that its first forward saw, whenever they are read."""
     model, ids = build(), torch.tensor([0, 1])
     with adapters(model, ids):
-        rows = open_routings()[-1].rows(4, ids.device)
+        rows = active_routings()[-1].rows(4, ids.device)
         ids.fill_(-1)
         assert [(segment.slot, segment.start) for segment in rows.segments] == [(0, 0), (1, 2)]
 

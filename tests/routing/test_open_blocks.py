@@ -331,7 +331,7 @@ def test_names_of_a_patched_model_make_checkpoints_keep_them(
     from fastlora.integrations import peft as integration
 
     calls: list[None] = []
-    monkeypatch.setattr(integration, "keep_routing", lambda: calls.append(None))
+    monkeypatch.setattr(integration, "patch_activation_checkpointing", lambda: calls.append(None))
     patched("q")(X, adapter_names=["b"] * 4)
     assert calls
 

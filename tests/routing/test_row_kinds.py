@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch.nn import functional
 
-from fastlora.routing.row_facts import ROWS, Facts, Kind, RowFacts
-from fastlora.routing.row_order import RowOrder
-from fastlora.routing.row_rules import facts_of_result
+from fastlora.routing.row_facts import ROWS, RowFacts, RowFactsTable, RowOrigin
+from fastlora.routing.row_rules import apply_rule
+from fastlora.routing.row_tracking import RowTrackingMode
 
 aten = torch.ops.aten
 D = 8
@@ -22,138 +22,144 @@ BACK = MIXED.argsort()
 
 # From the rows [2, 4, D] of a batch, and the numbers [2, 4] that came with it.
 Make = Callable[[torch.Tensor, torch.Tensor], Any]
-KINDS: dict[str, tuple[Make, Kind]] = {
+KINDS: dict[str, tuple[Make, RowOrigin]] = {
     # Tensors that are made from no rows.
-    "counted": (lambda x, n: torch.arange(4), Kind.COUNTED),
-    "a copy of a counted index": (lambda x, n: torch.arange(4).clone(), Kind.COUNTED),
-    "twice a counted index": (lambda x, n: torch.arange(4) * 2, Kind.CONSTANT),
-    "constants": (lambda x, n: torch.ones(4) + torch.zeros(4), Kind.CONSTANT),
-    "a table and constants": (lambda x, n: TABLE + torch.ones(D), Kind.TABLE),
-    "rows and a table": (lambda x, n: x + TABLE, Kind.ROWS),
-    "numbers from a table": (lambda x, n: TABLE[torch.arange(2)], Kind.TABLE),
-    "numbers from constants": (lambda x, n: torch.ones(4)[torch.arange(2)], Kind.CONSTANT),
-    "a product of constants and a table": (lambda x, n: torch.ones(3, 4) @ TABLE, Kind.TABLE),
+    "counted": (lambda x, n: torch.arange(4), RowOrigin.COUNTED),
+    "a copy of a counted index": (lambda x, n: torch.arange(4).clone(), RowOrigin.COUNTED),
+    "twice a counted index": (lambda x, n: torch.arange(4) * 2, RowOrigin.CONSTANT),
+    "constants": (lambda x, n: torch.ones(4) + torch.zeros(4), RowOrigin.CONSTANT),
+    "a table and constants": (lambda x, n: TABLE + torch.ones(D), RowOrigin.TABLE),
+    "rows and a table": (lambda x, n: x + TABLE, RowOrigin.ROWS),
+    "numbers from a table": (lambda x, n: TABLE[torch.arange(2)], RowOrigin.TABLE),
+    "numbers from constants": (lambda x, n: torch.ones(4)[torch.arange(2)], RowOrigin.CONSTANT),
+    "a product of constants and a table": (lambda x, n: torch.ones(3, 4) @ TABLE, RowOrigin.TABLE),
     # Rows that an index picks.
-    "exchanged": (lambda x, n: x[EXCHANGED], Kind.CHOSEN),
-    "exchanged twice": (lambda x, n: x[EXCHANGED][EXCHANGED], Kind.EVEN),
+    "exchanged": (lambda x, n: x[EXCHANGED], RowOrigin.CHOSEN),
+    "exchanged twice": (lambda x, n: x[EXCHANGED][EXCHANGED], RowOrigin.EVEN),
     "mixed, in another dtype, and back": (
         lambda x, n: x.view(8, D)[MIXED].double()[BACK],
-        Kind.EVEN,
+        RowOrigin.EVEN,
     ),
     "mixed, through a product, and back": (
         lambda x, n: functional.linear(x.view(8, D)[MIXED], TABLE)[BACK],
-        Kind.EVEN,
+        RowOrigin.EVEN,
     ),
     "mixed, through a function, and back": (
         lambda x, n: x.view(8, D)[MIXED].tanh()[BACK],
-        Kind.EVEN,
+        RowOrigin.EVEN,
     ),
     "sorted and back": (
         lambda x, n: x.view(8, D)[(at := n.flatten().argsort(stable=True))][at.argsort()],
-        Kind.ROWS,
+        RowOrigin.ROWS,
     ),
     "counted more often than there are samples": (
         lambda x, n: x[torch.arange(0, 1, 0.25).long()],
-        Kind.CHOSEN,
+        RowOrigin.CHOSEN,
     ),
-    "within samples": (lambda x, n: x[:, n[0]], Kind.ROWS),
-    "gathered within samples": (lambda x, n: x[..., 0].gather(1, n), Kind.ROWS),
+    "within samples": (lambda x, n: x[:, n[0]], RowOrigin.ROWS),
+    "gathered within samples": (lambda x, n: x[..., 0].gather(1, n), RowOrigin.ROWS),
     "gathered samples": (
         lambda x, n: x.gather(0, EXCHANGED.view(2, 1, 1).expand(2, 4, D)),
-        Kind.CHOSEN,
+        RowOrigin.CHOSEN,
     ),
-    "a mask": (lambda x, n: x[n == 1], Kind.EVEN),
-    "elements of a mask": (lambda x, n: x.masked_select(n[..., None] == 1), Kind.CHOSEN),
-    "numbers of a mask": (lambda x, n: n.masked_select(n > 1), Kind.ROWS),
-    "elements of a table": (lambda x, n: TABLE.masked_select(torch.ones(D) > 0), Kind.TABLE),
-    "the largest in order": (lambda x, n: (n[:, 0] + x[:, 0, 0] * 0).topk(2)[0], Kind.EVEN),
-    "the largest out of order": (lambda x, n: (n[:, 1] + x[:, 0, 0] * 0).topk(2)[0], Kind.CHOSEN),
-    "the largest of each sample": (lambda x, n: x[..., 0].topk(2)[0], Kind.ROWS),
+    "a mask": (lambda x, n: x[n == 1], RowOrigin.EVEN),
+    "elements of a mask": (lambda x, n: x.masked_select(n[..., None] == 1), RowOrigin.CHOSEN),
+    "numbers of a mask": (lambda x, n: n.masked_select(n > 1), RowOrigin.ROWS),
+    "elements of a table": (lambda x, n: TABLE.masked_select(torch.ones(D) > 0), RowOrigin.TABLE),
+    "the largest in order": (lambda x, n: (n[:, 0] + x[:, 0, 0] * 0).topk(2)[0], RowOrigin.EVEN),
+    "the largest out of order": (
+        lambda x, n: (n[:, 1] + x[:, 0, 0] * 0).topk(2)[0],
+        RowOrigin.CHOSEN,
+    ),
+    "the largest of each sample": (lambda x, n: x[..., 0].topk(2)[0], RowOrigin.ROWS),
     # Rows of a table, which the batch's numbers pick.
-    "looked up": (lambda x, n: functional.embedding(n, TABLE), Kind.ROWS),
-    "looked up by exchanged numbers": (lambda x, n: TABLE[n[EXCHANGED]], Kind.CHOSEN),
-    "looked up by numbers of a mask": (lambda x, n: TABLE[n[n == 1]], Kind.EVEN),
-    "looked up and back": (lambda x, n: TABLE[n[:, 0][EXCHANGED]][EXCHANGED], Kind.EVEN),
+    "looked up": (lambda x, n: functional.embedding(n, TABLE), RowOrigin.ROWS),
+    "looked up by exchanged numbers": (lambda x, n: TABLE[n[EXCHANGED]], RowOrigin.CHOSEN),
+    "looked up by numbers of a mask": (lambda x, n: TABLE[n[n == 1]], RowOrigin.EVEN),
+    "looked up and back": (lambda x, n: TABLE[n[:, 0][EXCHANGED]][EXCHANGED], RowOrigin.EVEN),
     # Weights of a choice.
-    "one-hot": (lambda x, n: functional.one_hot(n, 4).float(), Kind.CHOICE),
-    "rows of the identity": (lambda x, n: torch.eye(4)[n], Kind.CHOICE),
-    "a weighted choice": (lambda x, n: (n == 1).float() * x[..., 0], Kind.CHOICE),
-    "a product of rows": (lambda x, n: x * x, Kind.ROWS),
-    "a condition between constants": (lambda x, n: torch.where(n == 1, 1.0, 0.0), Kind.CHOICE),
-    "a condition between rows": (lambda x, n: torch.where(n == 1, x[..., 0], 0.0), Kind.ROWS),
+    "one-hot": (lambda x, n: functional.one_hot(n, 4).float(), RowOrigin.CHOICE),
+    "rows of the identity": (lambda x, n: torch.eye(4)[n], RowOrigin.CHOICE),
+    "a weighted choice": (lambda x, n: (n == 1).float() * x[..., 0], RowOrigin.CHOICE),
+    "a product of rows": (lambda x, n: x * x, RowOrigin.ROWS),
+    "a condition between constants": (lambda x, n: torch.where(n == 1, 1.0, 0.0), RowOrigin.CHOICE),
+    "a condition between rows": (lambda x, n: torch.where(n == 1, x[..., 0], 0.0), RowOrigin.ROWS),
     "numbers at places that data chose": (
         lambda x, n: torch.zeros(2, 4).scatter(1, n[:, :1], 1.0),
-        Kind.CHOICE,
+        RowOrigin.CHOICE,
     ),
-    "an index in another dtype": (lambda x, n: n.int(), Kind.ROWS),
-    "an even index in another dtype": (lambda x, n: n[n == 1].int(), Kind.EVEN),
+    "an index in another dtype": (lambda x, n: n.int(), RowOrigin.ROWS),
+    "an even index in another dtype": (lambda x, n: n[n == 1].int(), RowOrigin.EVEN),
     # Parts that are joined.
     "joined in order": (
         lambda x, n: torch.cat([x[torch.tensor([0])], x[torch.tensor([1])]]),
-        Kind.EVEN,
+        RowOrigin.EVEN,
     ),
     "joined behind no rows": (
         lambda x, n: torch.cat([x[:0], x[torch.tensor([0])], x[torch.tensor([1])]]),
-        Kind.EVEN,
+        RowOrigin.EVEN,
     ),
     "joined out of order": (
         lambda x, n: torch.cat([x[torch.tensor([1])], x[torch.tensor([0])]]),
-        Kind.CHOSEN,
+        RowOrigin.CHOSEN,
     ),
     "joined with rows that are lost": (
         lambda x, n: torch.cat([x[EXCHANGED], x[EXCHANGED].flatten(1).sum(1).view(2, 1, 1) + x]),
-        Kind.CHOSEN,
+        RowOrigin.CHOSEN,
     ),
     "joined beside each other": (
         lambda x, n: torch.cat([x[EXCHANGED], x[EXCHANGED]], -1)[EXCHANGED],
-        Kind.CHOSEN,
+        RowOrigin.CHOSEN,
     ),
     "stacked, of two samples each": (
         lambda x, n: torch.stack([x.view(8, D)[MIXED[1:3]].view(1, 2, D)] * 2).view(4, D)[1:3],
-        Kind.CHOSEN,
+        RowOrigin.CHOSEN,
     ),
     "rows of a stack": (
         lambda x, n: torch.stack([x.view(8, D)[MIXED[1:3]].view(1, 2, D)] * 2).view(4, D)[
             torch.tensor([1, 2])
         ],
-        Kind.EVEN,
+        RowOrigin.EVEN,
     ),
     # Rows that are put into a tensor.
-    "copied over rows": (lambda x, n: x.clone().copy_(x[EXCHANGED]), Kind.CHOSEN),
-    "copied over numbers": (lambda x, n: torch.zeros(2, 4, D).copy_(x[EXCHANGED]), Kind.CHOSEN),
+    "copied over rows": (lambda x, n: x.clone().copy_(x[EXCHANGED]), RowOrigin.CHOSEN),
+    "copied over numbers": (
+        lambda x, n: torch.zeros(2, 4, D).copy_(x[EXCHANGED]),
+        RowOrigin.CHOSEN,
+    ),
     "placed back": (
         lambda x, n: torch.zeros(8, D).scatter(
             0, MIXED[:, None].expand(-1, D), x.view(8, D)[MIXED]
         ),
-        Kind.ROWS,
+        RowOrigin.ROWS,
     ),
     "placed by another index": (
         lambda x, n: torch.zeros(2, 8, D)[0].index_copy(0, MIXED, x.view(8, D)[BACK]),
-        Kind.CHOSEN,
+        RowOrigin.CHOSEN,
     ),
     "placed by the numbers of samples": (
         lambda x, n: torch.zeros(2, D).index_copy(0, torch.arange(2), x[:, 0]),
-        Kind.ROWS,
+        RowOrigin.ROWS,
     ),
     "placed in one of two buffers": (
         lambda x, n: torch.zeros(2, 2, D)[1].copy_(x[:, 0]),
-        Kind.ROWS,
+        RowOrigin.ROWS,
     ),
 }
 # The second operator puts samples in order where the first one put the others.
-OVER: dict[str, tuple[Callable[..., torch.Tensor], Kind]] = {
-    "scatter": (lambda to, at, rows: to.scatter(0, _wide(at), rows), Kind.EVEN),
-    "index_copy": (lambda to, at, rows: to.index_copy(0, at, rows), Kind.EVEN),
-    "index_put": (lambda to, at, rows: to.index_put((at,), rows), Kind.EVEN),
-    "index_add": (lambda to, at, rows: to.index_add(0, at, rows), Kind.CHOSEN),
-    "scatter_add": (lambda to, at, rows: to.scatter_add(0, _wide(at), rows), Kind.CHOSEN),
+OVER: dict[str, tuple[Callable[..., torch.Tensor], RowOrigin]] = {
+    "scatter": (lambda to, at, rows: to.scatter(0, _wide(at), rows), RowOrigin.EVEN),
+    "index_copy": (lambda to, at, rows: to.index_copy(0, at, rows), RowOrigin.EVEN),
+    "index_put": (lambda to, at, rows: to.index_put((at,), rows), RowOrigin.EVEN),
+    "index_add": (lambda to, at, rows: to.index_add(0, at, rows), RowOrigin.CHOSEN),
+    "scatter_add": (lambda to, at, rows: to.scatter_add(0, _wide(at), rows), RowOrigin.CHOSEN),
     "scatter_reduce": (
         lambda to, at, rows: to.scatter_reduce(0, _wide(at), rows, "sum"),
-        Kind.CHOSEN,
+        RowOrigin.CHOSEN,
     ),
     "index_put that adds": (
         lambda to, at, rows: to.index_put((at,), rows, accumulate=True),
-        Kind.CHOSEN,
+        RowOrigin.CHOSEN,
     ),
 }
 
@@ -162,11 +168,11 @@ def _wide(index: torch.Tensor) -> torch.Tensor:
     return index[:, None].expand(-1, D)
 
 
-def _kind(make: Make) -> Kind:
-    order = RowOrder(2, [TABLE])
+def _kind(make: Make) -> RowOrigin:
+    order = RowTrackingMode(2, [TABLE])
     x, numbers = torch.randn(2, 4, D), NUMBERS.clone()
     with order:
-        return order.kind_of(make(x, numbers))
+        return order.row_origin(make(x, numbers))
 
 
 @pytest.mark.parametrize("case", KINDS)
@@ -210,28 +216,32 @@ ROWS_FROM = {
 def test_a_product_has_the_rows_of_one_argument(operator: Any) -> None:
     """Attention of a GPU included, whose operators need not run for this."""
     for chosen in range(3):
-        known = RowFacts(2)
+        known = RowFactsTable(2)
         operands = [torch.randn(2, 4, D) for _ in range(3)]
-        known.put(operands[chosen], Facts(Kind.CHOSEN))
-        facts = facts_of_result(known, operator.default, (*operands, True), {}, torch.empty(1))
+        known.put(operands[chosen], RowFacts(RowOrigin.CHOSEN))
+        facts = apply_rule(known, operator.default, (*operands, True), {}, torch.empty(1))
         assert facts is not None
-        assert (facts.kind is Kind.CHOSEN) == (chosen == ROWS_FROM[operator])
+        assert (facts.kind is RowOrigin.CHOSEN) == (chosen == ROWS_FROM[operator])
 
 
 def test_an_operator_of_operators_keeps_what_chose_its_rows() -> None:
-    known, rows = RowFacts(2), torch.randn(2, D)
-    known.put(rows, Facts(Kind.CHOSEN))
-    facts = facts_of_result(known, torch.ops.higher_order.cond, (rows,), {}, torch.empty(2, D))
-    assert facts is not None and facts.kind is Kind.CHOSEN
+    known, rows = RowFactsTable(2), torch.randn(2, D)
+    known.put(rows, RowFacts(RowOrigin.CHOSEN))
+    facts = apply_rule(known, torch.ops.higher_order.cond, (rows,), {}, torch.empty(2, D))
+    assert facts is not None and facts.kind is RowOrigin.CHOSEN
 
 
 def test_weights_of_a_choice_choose_rows_of_the_whole_batch_alone() -> None:
-    for shape, kind in (((3, 8), Kind.CHOSEN), ((1, 3, 8), Kind.CHOSEN), ((2, 3, 4), Kind.ROWS)):
-        known = RowFacts(2)
+    for shape, kind in (
+        ((3, 8), RowOrigin.CHOSEN),
+        ((1, 3, 8), RowOrigin.CHOSEN),
+        ((2, 3, 4), RowOrigin.ROWS),
+    ):
+        known = RowFactsTable(2)
         weights, rows = torch.ones(shape), torch.ones(*shape[:-2], shape[-1], D)
-        known.put(weights, Facts(Kind.CHOICE))
+        known.put(weights, RowFacts(RowOrigin.CHOICE))
         operator = aten.mm.default if len(shape) == 2 else aten.bmm.default
-        facts = facts_of_result(known, operator, (weights, rows), {}, torch.empty(1))
+        facts = apply_rule(known, operator, (weights, rows), {}, torch.empty(1))
         assert facts is not None and facts.kind is kind, shape
 
 
@@ -246,22 +256,22 @@ def test_a_table_of_the_model_that_reaches_a_layer_alone() -> None:
         ((0, 4, D), False),
     ):
         table = torch.ones(shape)
-        assert RowOrder(2, [table]).is_lone_table(table) is alone, shape
+        assert RowTrackingMode(2, [table]).is_shared_table(table) is alone, shape
     different = torch.arange(4.0 * D).view(4, D)
-    assert RowOrder(2, [different]).is_lone_table(different)
-    assert not RowOrder(2, [different]).is_lone_table(different.clone())
-    assert not RowOrder(2).is_lone_table(different)
+    assert RowTrackingMode(2, [different]).is_shared_table(different)
+    assert not RowTrackingMode(2, [different]).is_shared_table(different.clone())
+    assert not RowTrackingMode(2).is_shared_table(different)
     of_each_sample = torch.arange(8.0 * D).view(2, 4, D)
-    assert not RowOrder(2, [of_each_sample]).is_lone_table(of_each_sample)
+    assert not RowTrackingMode(2, [of_each_sample]).is_shared_table(of_each_sample)
 
 
 def test_marks_of_storages_that_are_gone_are_dropped() -> None:
-    known = RowFacts(2)
+    known = RowFactsTable(2)
     kept = torch.ones(3)
-    known.put(kept, Facts(Kind.CHOSEN))
+    known.put(kept, RowFacts(RowOrigin.CHOSEN))
     for _ in range(5000):
-        known.put(torch.empty(1), Facts(Kind.CHOSEN))
-    assert len(known._marks) <= 4096
-    assert known.of(kept).kind is Kind.CHOSEN
+        known.put(torch.empty(1), RowFacts(RowOrigin.CHOSEN))
+    assert len(known._by_storage) <= 4096
+    assert known.facts_of(kept).kind is RowOrigin.CHOSEN
     known.put(kept, ROWS)
-    assert known.of(kept).kind is Kind.ROWS
+    assert known.facts_of(kept).kind is RowOrigin.ROWS

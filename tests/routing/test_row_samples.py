@@ -29,7 +29,7 @@ def test_samples_of_a_view(view: str) -> None:
     take, lead = VIEWS[view]
     each = SAMPLES[:, None, None].expand(6, 2, 4).contiguous()
     expected = take(each)
-    found = row_samples.of_view(take(torch.randn(6, 2, 4)), SAMPLES, lead)
+    found = row_samples.samples_of_view(take(torch.randn(6, 2, 4)), SAMPLES, lead)
     assert found is not None and found.shape == expected.shape[:lead]
     assert torch.equal(
         found[(...,) + (None,) * (expected.dim() - lead)].expand_as(expected), expected
@@ -38,18 +38,21 @@ def test_samples_of_a_view(view: str) -> None:
 
 def test_rows_of_several_samples_have_no_sample() -> None:
     rows = torch.randn(6, 2, 4)
-    assert row_samples.of_view(rows.transpose(0, 1), SAMPLES, 1) is None
-    assert row_samples.of_view(rows.view(3, 16), SAMPLES, 1) is None
-    assert row_samples.of_view(torch.randn(5, 2), SAMPLES, 1) is None
+    assert row_samples.samples_of_view(rows.transpose(0, 1), SAMPLES, 1) is None
+    assert row_samples.samples_of_view(rows.view(3, 16), SAMPLES, 1) is None
+    assert row_samples.samples_of_view(torch.randn(5, 2), SAMPLES, 1) is None
     behind_the_first_element = torch.randn(24).as_strided((5, 4), (4, 1), 1)
-    assert row_samples.of_view(behind_the_first_element, SAMPLES, 1) is None
+    assert row_samples.samples_of_view(behind_the_first_element, SAMPLES, 1) is None
 
 
 def test_the_order_of_the_batch() -> None:
     expected = torch.tensor([[0, 0, 0], [1, 1, 1]])
-    assert torch.equal(row_samples.in_order((2, 3), 2), expected)
-    assert torch.equal(row_samples.in_order((3, 2), 2), expected.view(3, 2))
-    assert row_samples.in_order((3,), 2) is None and row_samples.in_order((0,), 2) is None
+    assert torch.equal(row_samples.samples_in_order((2, 3), 2), expected)
+    assert torch.equal(row_samples.samples_in_order((3, 2), 2), expected.view(3, 2))
+    assert (
+        row_samples.samples_in_order((3,), 2) is None
+        and row_samples.samples_in_order((0,), 2) is None
+    )
     assert row_samples.is_in_order(expected, 2)
     for samples, blanks, fits in (
         ([0, 1, 0, 1], False, False),
@@ -67,31 +70,33 @@ def test_the_order_of_the_batch() -> None:
 def test_rows_that_are_placed() -> None:
     blank = torch.full((4,), NO_SAMPLE)
     at = torch.tensor([2, 0])
-    placed = row_samples.placed(blank, [at], torch.tensor([1, 0]), adds=False)
+    placed = row_samples.samples_after_write(blank, [at], torch.tensor([1, 0]), adds=False)
     assert placed is not None and placed.tolist() == [0, NO_SAMPLE, 1, NO_SAMPLE]
-    over = row_samples.placed(placed, [at], torch.tensor([0, 0]), adds=False)
+    over = row_samples.samples_after_write(placed, [at], torch.tensor([0, 0]), adds=False)
     assert over is not None and over.tolist() == [0, NO_SAMPLE, 0, NO_SAMPLE]
-    added = row_samples.placed(placed, [at], torch.tensor([0, 0]), adds=True)
+    added = row_samples.samples_after_write(placed, [at], torch.tensor([0, 0]), adds=True)
     assert added is not None and added.tolist() == [0, NO_SAMPLE, SEVERAL_SAMPLES, NO_SAMPLE]
-    twice = row_samples.placed(blank, [torch.tensor([1, 1])], torch.tensor([1, 0]), adds=True)
+    twice = row_samples.samples_after_write(
+        blank, [torch.tensor([1, 1])], torch.tensor([1, 0]), adds=True
+    )
     assert twice is not None and twice.tolist() == [-1, SEVERAL_SAMPLES, -1, -1]
     mask = torch.tensor([True, False, False, True])
-    masked = row_samples.placed(blank, [mask], torch.tensor([0, 1]), adds=False)
+    masked = row_samples.samples_after_write(blank, [mask], torch.tensor([0, 1]), adds=False)
     assert masked is not None and masked.tolist() == [0, NO_SAMPLE, NO_SAMPLE, 1]
 
 
 def test_values_of_meta_tensors_are_not_read() -> None:
     index = torch.empty(2, dtype=torch.long, device="meta")
-    assert row_samples.picked(SAMPLES, [index]) is None
-    assert row_samples.placed(SAMPLES, [index], SAMPLES[:2], adds=False) is None
+    assert row_samples.selected_samples(SAMPLES, [index]) is None
+    assert row_samples.samples_after_write(SAMPLES, [index], SAMPLES[:2], adds=False) is None
 
 
 def test_the_host_reads_cpu_tensors_while_a_graph_is_captured(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert row_samples.is_readable(torch.ones(1))
-    assert row_samples.is_readable(torch.nn.Parameter(torch.ones(1)))
+    assert row_samples.is_host_readable(torch.ones(1))
+    assert row_samples.is_host_readable(torch.nn.Parameter(torch.ones(1)))
 
 
 def test_what_is_no_sample_is_told_from_each_sample() -> None:

@@ -11,7 +11,7 @@ from torch import nn
 
 from fastlora import adapters
 from fastlora.validation import UnsupportedLayerError
-from tests.support.row_checks import IDS, REFUSED, D, X, ours, refuses, routed
+from tests.support.row_checks import IDS, ROWS_SELECTED_ERROR, D, X, check_raises, ours, routed
 from tests.support.tiny import tiny
 
 Pick = Callable[[torch.Tensor], torch.Tensor]
@@ -97,7 +97,7 @@ def test_rows_in_the_order_of_the_batch_share_it(pick: str) -> None:
 
 @pytest.mark.parametrize("pick", OUT_OF_ORDER)
 def test_rows_out_of_order_are_refused(pick: str) -> None:
-    refuses(ours(Head(OUT_OF_ORDER[pick])), "w2")
+    check_raises(ours(Head(OUT_OF_ORDER[pick])), "w2")
 
 
 def test_a_mask_that_fits_by_chance_is_followed_again() -> None:
@@ -107,7 +107,7 @@ def test_a_mask_that_fits_by_chance_is_followed_again() -> None:
     with torch.no_grad(), adapters(model, IDS):
         model(X)
     mask.copy_(torch.tensor([[True, True, False, False], [False] * 4]))
-    refuses(model, "w2")
+    check_raises(model, "w2")
 
 
 def _forward() -> torch.Tensor:
@@ -147,7 +147,7 @@ def test_rows_that_data_chose_are_followed_again_after_constants_placed_them(cas
     with torch.no_grad(), adapters(model, IDS):
         model(X)
     mask.copy_(torch.tensor([[False] * 4, [True, True, False, False]]))
-    refuses(model, "w2")
+    check_raises(model, "w2")
 
 
 def test_rows_of_which_data_placed_some_are_followed_again() -> None:
@@ -163,7 +163,7 @@ def test_rows_of_which_data_placed_some_are_followed_again() -> None:
     with torch.no_grad(), adapters(model, IDS):
         model(X)
     places.copy_(torch.tensor([2, 0]))
-    refuses(model, "w2")
+    check_raises(model, "w2")
 
 
 @pytest.mark.parametrize("steps", ["picked", "placed", "placed in two steps"])
@@ -181,7 +181,7 @@ def test_rows_that_constants_alone_moved_are_followed_once(steps: str) -> None:
     model = ours(Head(picks[steps]))
     with torch.no_grad(), adapters(model, IDS):
         model(X)
-    assert model.base_model.group.row_checks.followed(2) is None
+    assert model.base_model.group.row_checks.block_checker(2) is None
 
 
 def test_rows_that_constants_select_are_followed_once() -> None:
@@ -190,19 +190,19 @@ def test_rows_that_constants_select_are_followed_once() -> None:
         model = ours(Head(IN_ORDER[pick]))
         for _ in range(blocks):
             checks = model.base_model.group.row_checks
-            assert checks.followed(2) is not None
+            assert checks.block_checker(2) is not None
             with torch.no_grad(), adapters(model, IDS):
                 model(X)
-        assert checks.followed(2) is None
+        assert checks.block_checker(2) is None
 
 
 def test_a_block_that_is_abandoned_follows_nothing() -> None:
     model = ours(Head(IN_ORDER["mask"]))
-    followed = model.base_model.group.row_checks.followed(2)
+    followed = model.base_model.group.row_checks.block_checker(2)
     with followed:
-        assert followed.order.sees
-        followed.abandon()
-        assert not followed.order.sees
+        assert followed.order.is_recording
+        followed.stop_tracking()
+        assert not followed.order.is_recording
 
 
 @pytest.mark.parametrize("kind", ["BartForSequenceClassification", "T5ForSequenceClassification"])
@@ -267,7 +267,7 @@ EXPANDED_TABLES: dict[str, Any] = {
 @pytest.mark.parametrize("table", LONE_TABLES)
 def test_a_layer_over_a_table_of_the_model_is_refused(table: str) -> None:
     """Half of the table had the first adapter, and half the second one."""
-    refuses(ours(Relative(LONE_TABLES[table])), "w2", why=LONE)
+    check_raises(ours(Relative(LONE_TABLES[table])), "w2", why=LONE)
 
 
 @pytest.mark.parametrize("table", EXPANDED_TABLES)
@@ -353,7 +353,8 @@ def test_the_head_behind_a_model_with_the_sequence_first_shares_a_batch() -> Non
 def test_the_message_says_how_rows_were_selected() -> None:
     model = ours(Head(OUT_OF_ORDER["samples exchanged"]))
     match = (
-        REFUSED.format("w2") + " with a mask or an index, as for an expert in a mixture of experts"
+        ROWS_SELECTED_ERROR.format("w2")
+        + " with a mask or an index, as for an expert in a mixture of experts"
     )
     with pytest.raises(UnsupportedLayerError, match=match), adapters(model, IDS):
         model(X)

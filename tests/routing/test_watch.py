@@ -1,4 +1,4 @@
-"""`Watch` notices whatever changes what packed factors were made from."""
+"""`AdapterSnapshot` notices whatever changes what packed factors were made from."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fastlora import LoraConfig
-from fastlora.routing.watch import Watch
+from fastlora.routing.adapter_snapshot import AdapterSnapshot
 from tests.support.tiny import TwoLayers, with_adapters
 
 
@@ -52,21 +52,21 @@ def _layer() -> Any:
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_change_is_noticed(change: str) -> None:
-    layer, watch, others = _layer(), Watch(), Watch()
+    layer, watch, others = _layer(), AdapterSnapshot(), AdapterSnapshot()
     watch.add(layer, layer.scaling, ["a", "b", "absent"])
     others.add(layer, layer.scaling, ["c"])
-    assert watch.unchanged() and watch.unchanged()
+    assert watch.is_unchanged() and watch.is_unchanged()
     CHANGES[change](layer)
-    assert not watch.unchanged()
-    assert others.unchanged()
+    assert not watch.is_unchanged()
+    assert others.is_unchanged()
 
 
 def test_what_cannot_be_watched_is_never_unchanged() -> None:
-    layer, hooked, watch = _layer(), Watch(), Watch()
+    layer, hooked, watch = _layer(), AdapterSnapshot(), AdapterSnapshot()
     layer.lora_A["a"].register_full_backward_hook(print)
     hooked.add(layer, layer.scaling, ["a"])
-    assert not hooked.unchanged()
+    assert not hooked.is_unchanged()
     with torch.inference_mode():
         layer.lora_B["b"].weight = nn.Parameter(torch.zeros_like(layer.lora_B["b"].weight))
     watch.add(layer, layer.scaling, ["b"])
-    assert not watch.unchanged()
+    assert not watch.is_unchanged()

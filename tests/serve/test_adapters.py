@@ -325,14 +325,14 @@ def test_a_file_that_becomes_a_link_after_the_listing(served: Any) -> None:
     pool = fastlora.AdapterPool(tiny_llama(), root=served.folder)
     adapters = ServedAdapters(pool, served.folder, reserved=())
     shutil.copytree(served.folder / "ash", served.folder.parent / "late").rename(folder)
-    adapters.scan()
-    assert "late" in adapters.names
+    adapters.sync_with_folder()
+    assert "late" in adapters.usable_names
     weights = folder / "adapter_model.safetensors"
     weights.unlink()
     weights.symlink_to(outside / weights.name)
-    version = adapters.take("late")
+    version = adapters.acquire_version("late")
     read = threading.Event()
-    adapters.prepare(version, read.set)
+    adapters.read_in_background(version, read.set)
     assert read.wait(20)
     assert version.error == f"late/{weights.name}: points to a file outside the folder of adapters"
     pool.close()
@@ -347,7 +347,7 @@ def test_a_slow_registration_delays_no_request(
     make_adapter(tmp_path / "ash", 0)
     pool = fastlora.AdapterPool(tiny_llama())
     adapters = ServedAdapters(pool, tmp_path, reserved=())
-    adapters.scan()
+    adapters.sync_with_folder()
     begun, goes_on = threading.Event(), threading.Event()
     register = pool.register_entry
 
@@ -359,13 +359,13 @@ def test_a_slow_registration_delays_no_request(
     monkeypatch.setattr(pool, "register_entry", slow)
     changed = tmp_path / ("ash" if meanwhile == "unload" else "birch")
     make_adapter(changed, 1, r=3)
-    watch = threading.Thread(target=adapters.scan)
+    watch = threading.Thread(target=adapters.sync_with_folder)
     watch.start()
     assert begun.wait(20)
 
     def client() -> None:
         if meanwhile == "take":
-            adapters.give_back(adapters.take("ash"))
+            adapters.release_version(adapters.acquire_version("ash"))
         elif meanwhile == "load":
             adapters.load("birch", "ash")
         else:
@@ -379,7 +379,7 @@ def test_a_slow_registration_delays_no_request(
     watch.join(20)
     request.join(20)
     assert not was_delayed
-    found = {name: adapters.take(name) for name in adapters.names}
+    found = {name: adapters.acquire_version(name) for name in adapters.usable_names}
     folders = {name: version.folder and version.folder.name for name, version in found.items()}
     assert (
         folders

@@ -11,14 +11,14 @@ import pytest
 import torch
 
 import fastlora
-from fastlora.routing.in_force import open_routings
-from fastlora.serve import batch as batch_module
+from fastlora.routing.active import active_routings
+from fastlora.serve import running_batch as batch_module
 from fastlora.serve.adapters import ServedAdapters
-from fastlora.serve.batch import Batch
-from fastlora.serve.job import EngineStats, FailedError, Job
-from fastlora.serve.rows import Rows
-from fastlora.serve.sampling import Sampling
-from fastlora.serve.text import AnswerText
+from fastlora.serve.detokenizer import IncrementalDetokenizer
+from fastlora.serve.engine_request import EngineRequest, EngineStats, RequestFailedError
+from fastlora.serve.model_runner import ModelRunner
+from fastlora.serve.running_batch import RunningBatch
+from fastlora.serve.sampling import SamplingParams
 from fastlora.validation import AdapterNotFoundError, FastLoraError
 from tests.support.served import make_adapter, wait_for
 from tests.support.tiny import tiny_llama
@@ -49,14 +49,14 @@ class Run:
         model = tiny_llama().eval()
         self.pool = fastlora.AdapterPool(model, max_adapters=max_adapters)
         self.adapters = ServedAdapters(self.pool, root, reserved=())
-        self.adapters.scan()
+        self.adapters.sync_with_folder()
         self.opened: list[list[str | None]] = []
         self.logits: list[torch.Tensor] = []
         self.errors: list[FastLoraError | None] = []
         self.fails = False
-        rows = Rows(model, 4, 64)
-        self._forward, rows.forward = rows.forward, self._noted  # type: ignore[method-assign]
-        self.batch = Batch((), self.pool, rows, EngineStats(), self._left)
+        rows = ModelRunner(model, 4, 64)
+        self._forward, rows.last_token_logits = rows.last_token_logits, self._noted  # type: ignore[method-assign]
+        self.batch = RunningBatch((), self.pool, rows, EngineStats(), self._left)
 
     def _noted(self, *args: Any) -> torch.Tensor:
         if self.fails:
@@ -64,23 +64,23 @@ class Run:
         self.logits.append(self._forward(*args))
         return self.logits[-1]
 
-    def _left(self, job: Job, error: FastLoraError | None) -> None:
+    def _left(self, job: EngineRequest, error: FastLoraError | None) -> None:
         self.errors.append(error)
         if job.version is not None:
-            self.adapters.give_back(job.version)
+            self.adapters.release_version(job.version)
 
     def opens(self, pool: Any, names: list[str | None]) -> contextlib.AbstractContextManager[None]:
         """`fastlora.adapters`, noted."""
         self.opened.append([name and name.partition("\n")[0] for name in names])
         return fastlora.adapters(pool, names)
 
-    def join(self, *names: str | None) -> list[Job]:
+    def join(self, *names: str | None) -> list[EngineRequest]:
         """Lets a request in for each name; its answer is as long as the cache allows."""
         made = []
         for name in names:
-            version = None if name is None else self.adapters.take(name)
-            text = AnswerText(Letters(), PROMPT, ())
-            job = Job(PROMPT, version, Sampling(60, 0), lambda piece: None, text)
+            version = None if name is None else self.adapters.acquire_version(name)
+            text = IncrementalDetokenizer(Letters(), PROMPT, ())
+            job = EngineRequest(PROMPT, version, SamplingParams(60, 0), lambda piece: None, text)
             if version is not None:
                 job.lease = self.pool.lease([version.name])
             made.append(job)
@@ -90,14 +90,14 @@ class Run:
     def turns(self, count: int) -> None:
         """Takes some turns."""
         for _ in range(count):
-            self.batch.turn()
+            self.batch.step()
 
     @property
     def is_open(self) -> bool:
         """Whether a block is open in this thread, and so holds a lease."""
         own = sum(job.lease is not None for job in self.batch.jobs)
         held = self.pool.stats().leases - own
-        assert held == len(open_routings())
+        assert held == len(active_routings())
         return bool(held)
 
 
@@ -136,20 +136,20 @@ def test_a_block_is_held_while_the_rows_keep_their_adapters(start: Callable[...,
     run.turns(4)
     assert run.opened[2:] == [["c"], ["a", "b", None, "c"]]
 
-    first[1].cancelled = True
-    run.batch.drop_cancelled()
+    first[1].canceled = True
+    run.batch.remove_canceled()
     assert not run.is_open  # or b could not be evicted
     run.turns(3)
     assert run.opened[4:] == [["a", "c", None]]
 
     for job in (first[0], other):
-        job.cancelled = True
-    run.batch.drop_cancelled()
+        job.canceled = True
+    run.batch.remove_canceled()
     run.turns(3)  # of the base model alone
     assert len(run.opened) == 5
     assert not run.is_open
-    first[2].cancelled = True
-    run.batch.drop_cancelled()
+    first[2].canceled = True
+    run.batch.remove_canceled()
     assert run.errors == [None] * 4
 
 
@@ -163,9 +163,9 @@ def test_a_held_block_changes_no_number(start: Callable[..., Run]) -> None:
             if turn == 4:
                 jobs += run.join("b")
             if turn == 8:
-                jobs[0].cancelled = True
-                run.batch.drop_cancelled()
-            run.batch.turn()
+                jobs[0].canceled = True
+                run.batch.remove_canceled()
+            run.batch.step()
             if not holds:
                 run.batch.close()
         assert (len(run.opened) < len(run.logits) / 2) == holds
@@ -215,12 +215,12 @@ def test_others_come_and_go_while_a_block_is_open(start: Callable[..., Run], roo
     run.join("a")
     run.turns(3)
     assert run.is_open
-    names = {name: run.adapters.take(name).name for name in "abc"}
+    names = {name: run.adapters.acquire_version(name).name for name in "abc"}
     for name in "bc":
         run.pool.lease([names[name]], timeout=0.0).release()
     assert run.pool.resident == [names["a"], names["c"]]
     for name in "abc":
-        run.adapters.give_back(run.adapters._versions[name])
+        run.adapters.release_version(run.adapters._versions[name])
     run.adapters.unload("c")
     run.adapters.load("new", "b")
     assert names["c"] not in run.pool
@@ -248,9 +248,9 @@ def test_a_forward_that_fails_leaves_no_block_open(start: Callable[..., Run], tu
     run.join("a", "b")
     run.turns(turns)
     run.fails = True
-    run.batch.turn()
+    run.batch.step()
     assert not run.is_open
-    assert [type(error) for error in run.errors] == [FailedError] * 2
+    assert [type(error) for error in run.errors] == [RequestFailedError] * 2
     assert run.pool.stats().leases == 0
     run.fails = False
     run.join("a", "b")
@@ -269,11 +269,11 @@ def test_a_row_that_failed_is_zeros_for_the_next_request(start: Callable[..., Ru
     assert run.batch.jobs[1] is spoilt
     for kept in rows._all():
         kept[1] = float("nan")
-    run.batch._fail(spoilt, FailedError("not finite"))
+    run.batch._fail(spoilt, RequestFailedError("not finite"))
     run.join("c")
     run.turns(3)
     assert all(logits.isfinite().all() for logits in run.logits)
-    assert [type(error) for error in run.errors] == [FailedError]
+    assert [type(error) for error in run.errors] == [RequestFailedError]
 
 
 def test_closing_ends_the_block(start: Callable[..., Run]) -> None:
@@ -290,10 +290,10 @@ def test_the_pool_and_the_server_have_one_record(start: Callable[..., Run]) -> N
     run = start()
     run.adapters.load("mine", "b")
     for name in ("a", "mine"):
-        version = run.adapters.take(name)
+        version = run.adapters.acquire_version(name)
         assert run.pool._tiers.entry(version.name) is version
         done: list[str] = []
-        run.adapters.prepare(version, lambda: done.append(name))  # noqa: B023  # waited for below
+        run.adapters.read_in_background(version, lambda: done.append(name))  # noqa: B023  # waited for below
         wait_for(lambda: bool(done))  # noqa: B023
         assert version.ready
-        run.adapters.give_back(version)
+        run.adapters.release_version(version)

@@ -20,19 +20,26 @@ pytest.importorskip("uvicorn", reason="the server needs it")
 
 from starlette.exceptions import HTTPException
 
-from fastlora.serve.app import Settings
-from fastlora.serve.connections import Connections, Limits, limits_within, raise_descriptor_limit
-from fastlora.serve.gate import Gate
+from fastlora.serve.app import ServerSettings
+from fastlora.serve.connections import (
+    ConnectionLimits,
+    OpenConnections,
+    limits_for_descriptors,
+    raise_descriptor_limit,
+)
+from fastlora.serve.middleware import KeyAndSizeMiddleware
 
 
 class Uncounted:
     """Metrics that count nothing."""
 
-    def answered(self, scope: Any, status: int) -> None:
+    def count_response(self, scope: Any, status: int) -> None:
         pass
 
 
-SHORT = Limits(most=8, header_seconds=0.4, body_seconds=0.8, idle_seconds=0.6, backlog=2)
+SHORT = ConnectionLimits(
+    max_connections=8, header_seconds=0.4, body_seconds=0.8, idle_seconds=0.6, backlog=2
+)
 HEAD = b"POST /%s HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n"
 
 
@@ -58,10 +65,12 @@ async def app(scope: Any, receive: Any, send: Any) -> None:
 
 
 @contextlib.contextmanager
-def listening(limits: Limits, drain: int = 1) -> Iterator[tuple[str, int]]:
+def listening(limits: ConnectionLimits, drain: int = 1) -> Iterator[tuple[str, int]]:
     """Serves `app` as the program does; yields its address."""
     bound = socket.create_server(("127.0.0.1", 0))
-    server = serve.server_of(app, serve.parsed(["tiny", "--drain", str(drain)]), limits)
+    server = serve.make_uvicorn_server(
+        app, serve.parse_args(["tiny", "--drain", str(drain)]), limits
+    )
     thread = threading.Thread(target=server.run, args=([bound],))
     thread.start()
     try:
@@ -169,14 +178,14 @@ def test_idle_connections_make_room() -> None:
             connection.setblocking(False)
             with contextlib.suppress(BlockingIOError):  # still open
                 closed += connection.recv(1) == b""
-        assert closed >= 40 - limits.most
+        assert closed >= 40 - limits.max_connections
         busy.settimeout(5)
         assert b"event" in busy.recv(1 << 16)
 
 
 def test_unfinished_requests_and_idle_connections_make_room_for_each_other() -> None:
     """E1: neither slow bodies nor connections that were served once keep a new client out."""
-    limits = replace(SHORT, most=12, body_seconds=30, idle_seconds=30)
+    limits = replace(SHORT, max_connections=12, body_seconds=30, idle_seconds=30)
     with listening(limits) as address, contextlib.ExitStack() as stack:
         own = stack.enter_context(socket.create_connection(address))
         assert b"hi" in answer(own)
@@ -200,7 +209,7 @@ def test_unfinished_requests_and_idle_connections_make_room_for_each_other() -> 
 
 def test_a_full_server_says_so() -> None:
     """E1: where every connection has an answer under way, a new one gets status 503."""
-    with listening(replace(SHORT, most=2)) as address, contextlib.ExitStack() as stack:
+    with listening(replace(SHORT, max_connections=2)) as address, contextlib.ExitStack() as stack:
         for _ in range(2):
             busy = stack.enter_context(socket.create_connection(address))
             busy.sendall(HEAD % (b"stream", 0))
@@ -254,7 +263,10 @@ def test_small_chunks_hold_nobody_up(address: tuple[str, int]) -> None:
 
 def test_answers_are_sent_at_once() -> None:
     """asyncio turns Nagle's algorithm off only where a socket names its protocol."""
-    with serve._bound("127.0.0.1", 0) as bound, socket.create_connection(bound.getsockname()):
+    with (
+        serve._listening_socket("127.0.0.1", 0) as bound,
+        socket.create_connection(bound.getsockname()),
+    ):
         accepted, _ = bound.accept()
         with accepted:
             assert accepted.proto == socket.IPPROTO_TCP
@@ -262,25 +274,25 @@ def test_answers_are_sent_at_once() -> None:
 
 def test_a_server_that_ends_takes_no_connection() -> None:
     """E1: asyncio may have accepted one that uvicorn does not know of yet."""
-    connections = Connections(SHORT)
-    assert connections.make_room()
+    connections = OpenConnections(SHORT)
+    assert connections.close_waiting_if_full()
     connections.ending = True
-    assert not connections.make_room()
+    assert not connections.close_waiting_if_full()
 
 
 def test_limits_leave_descriptors() -> None:
     """E1: connections, and those that are accepted while others are closed, fit in the limit."""
     for descriptors in (80, 256, 1024, 20_000, 1 << 20):
-        limits = limits_within(descriptors, None)
-        assert limits.most + 4 * limits.backlog <= descriptors - 64
-        assert limits.most >= 8 and 4 * limits.backlog <= limits.most
-    assert limits_within(256, None).most == 96
-    assert limits_within(None, None) == Limits()
-    assert limits_within(20_000, 5000, header_seconds=1.0).most == 5000
+        limits = limits_for_descriptors(descriptors, None)
+        assert limits.max_connections + 4 * limits.backlog <= descriptors - 64
+        assert limits.max_connections >= 8 and 4 * limits.backlog <= limits.max_connections
+    assert limits_for_descriptors(256, None).max_connections == 96
+    assert limits_for_descriptors(None, None) == ConnectionLimits()
+    assert limits_for_descriptors(20_000, 5000, header_seconds=1.0).max_connections == 5000
     with pytest.raises(ConfigError, match="5000 connections need a limit of 10064 open files"):
-        limits_within(1024, 5000)
+        limits_for_descriptors(1024, 5000)
     with pytest.raises(ConfigError, match="8 connections need a limit of 80 open files"):
-        limits_within(70, None)
+        limits_for_descriptors(70, None)
 
 
 def test_the_limit_of_open_files_is_raised() -> None:
@@ -298,8 +310,16 @@ def test_the_limit_of_open_files_is_raised() -> None:
 
 def test_bodies_that_are_being_read_are_bounded_together() -> None:
     """A large body that does not fit is refused; small ones, and what follows, are not."""
-    settings = Settings(base="tiny", most_bytes=1 << 20, most_reading=(1 << 20) + (1 << 18))
-    gate = Gate(app, settings.keys, settings.most_bytes, settings.most_reading, metrics=Uncounted())
+    settings = ServerSettings(
+        base="tiny", max_body_bytes=1 << 20, max_pending_body_bytes=(1 << 20) + (1 << 18)
+    )
+    gate = KeyAndSizeMiddleware(
+        app,
+        settings.keys,
+        settings.max_body_bytes,
+        settings.max_pending_body_bytes,
+        metrics=Uncounted(),
+    )
 
     async def ask(*parts: bytes, held: asyncio.Event | None = None) -> int:
         statuses, left = [], list(parts)

@@ -15,19 +15,24 @@ import pytest
 import torch
 
 import fastlora
-from fastlora.serve import batch as batch_module
+from fastlora.serve import running_batch as batch_module
 from fastlora.serve.adapters import ServedAdapters
+from fastlora.serve.detokenizer import IncrementalDetokenizer
 from fastlora.serve.engine import Engine
-from fastlora.serve.job import ClosedError, FailedError, Piece, QueueFullError
-from fastlora.serve.rows import Rows, most_positions
-from fastlora.serve.sampling import Sampling
-from fastlora.serve.text import AnswerText
+from fastlora.serve.engine_request import (
+    AnswerChunk,
+    ClosedError,
+    QueueFullError,
+    RequestFailedError,
+)
+from fastlora.serve.model_runner import ModelRunner, max_positions
+from fastlora.serve.sampling import SamplingParams
 from fastlora.validation import ConfigError, UnsupportedLayerError
 from tests.support.served import Alone, make_adapter, make_base
 from tests.support.tiny import tiny_llama
 
 pytest.importorskip("transformers", reason="serves models of transformers")
-GREEDY = Sampling(max_tokens=6, temperature=0)
+GREEDY = SamplingParams(max_tokens=6, temperature=0)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +54,7 @@ def start(alone: Alone) -> Iterator[Callable[..., Engine]]:
         adapters = ServedAdapters(
             fastlora.AdapterPool(model, max_adapters=max_adapters), alone._adapters, ("base",)
         )
-        adapters.scan()
+        adapters.sync_with_folder()
         options = {"length": 64, "rows": 4, **options}
         made.append(Engine(model, alone.tokenizer, adapters, **options))
         return made[-1]
@@ -63,10 +68,10 @@ class Heard:
     """Hears a request's pieces, and can be asked for its end."""
 
     def __init__(self) -> None:
-        self.pieces: queue.Queue[Piece] = queue.Queue()
+        self.pieces: queue.Queue[AnswerChunk] = queue.Queue()
         self.first = threading.Event()
 
-    def __call__(self, piece: Piece) -> None:
+    def __call__(self, piece: AnswerChunk) -> None:
         self.first.set()
         self.pieces.put(piece)
 
@@ -78,11 +83,11 @@ class Heard:
             if piece.error is not None:
                 raise piece.error
             found += piece.text
-            if piece.reason is not None:
+            if piece.finish_reason is not None:
                 return found
 
 
-def ask(engine: Engine, text: str, name: str | None, sampling: Sampling = GREEDY) -> Heard:
+def ask(engine: Engine, text: str, name: str | None, sampling: SamplingParams = GREEDY) -> Heard:
     """Submits a request."""
     heard = Heard()
     engine.submit(engine._tokenizer(text).input_ids, name, sampling, heard)
@@ -93,9 +98,9 @@ def test_each_joins_and_leaves_on_its_own(start: Callable[..., Engine], alone: A
     """Nine requests of nine lengths, in four rows that are filled again as they become free."""
     engine = start()
     cases = [("ab" * i + "x", "abc"[i % 3], i + 3) for i in range(9)]
-    heard = [ask(engine, text, name, Sampling(count, 0)) for text, name, count in cases]
+    heard = [ask(engine, text, name, SamplingParams(count, 0)) for text, name, count in cases]
     for (text, name, count), own in zip(cases, heard, strict=True):
-        assert alone.says(own.text(), text, name, count)
+        assert alone.is_answer(own.text(), text, name, count)
     assert engine.stats.requests_finished == 9
     assert engine.stats.forward_rows > engine.stats.forwards  # they did run together
 
@@ -104,7 +109,7 @@ def test_an_answer_without_a_limit_fills_the_room(
     start: Callable[..., Engine], alone: Alone
 ) -> None:
     """Of 64 tokens, where the model does not end it before."""
-    heard = ask(start(), "ab" * 29, "a", Sampling(None, 0))
+    heard = ask(start(), "ab" * 29, "a", SamplingParams(None, 0))
     assert heard.text() == alone.text("ab" * 29, "a", 6)
 
 
@@ -115,7 +120,7 @@ def test_long_prompts_are_read_in_parts_while_others_answer(
     engine = start()
     text = "the sea is deep and blue, and full of fish"
     heard = [
-        ask(engine, "hi", "a", Sampling(30, 0)),
+        ask(engine, "hi", "a", SamplingParams(30, 0)),
         ask(engine, text, "b"),
         ask(engine, "yo", "a"),
     ]
@@ -130,13 +135,13 @@ def test_a_batch_never_holds_more_adapters_than_the_pool(
 ) -> None:
     engine = start(max_adapters=2)
     seen: list[set[str]] = []
-    batch, forward = engine._running, Rows.forward
+    batch, forward = engine._running, ModelRunner.last_token_logits
 
     def noted(*args: Any) -> Any:
-        seen.append(set(batch.adapters))
+        seen.append(set(batch.adapters_in_use))
         return forward(*args)
 
-    monkeypatch.setattr(Rows, "forward", noted)
+    monkeypatch.setattr(ModelRunner, "last_token_logits", noted)
     names = [*"abcabc", None]
     heard = [ask(engine, "x", name) for name in names]
     assert [own.text() for own in heard] == [alone.text("x", name, 6) for name in names]
@@ -146,9 +151,9 @@ def test_a_batch_never_holds_more_adapters_than_the_pool(
 def test_nobody_is_passed_for_ever(start: Callable[..., Engine], alone: Alone) -> None:
     """One slot, and those that use it keep coming: who needs it for another adapter gets it."""
     engine = start(max_adapters=1, rows=2)
-    heard = [ask(engine, "x", "a", Sampling(20, 0)) for _ in range(2)]
+    heard = [ask(engine, "x", "a", SamplingParams(20, 0)) for _ in range(2)]
     other = ask(engine, "x", "b")
-    after = [ask(engine, "x", "a", Sampling(20, 0)) for _ in range(12)]
+    after = [ask(engine, "x", "a", SamplingParams(20, 0)) for _ in range(12)]
     assert other.text() == alone.text("x", "b", 6)
     assert sum(own.first.is_set() for own in after) <= 4
     for own in (*heard, *after):
@@ -159,7 +164,7 @@ def test_a_fault_costs_those_in_its_forward(
     start: Callable[..., Engine], alone: Alone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = start()
-    forward, broken = Rows.forward, threading.Event()
+    forward, broken = ModelRunner.last_token_logits, threading.Event()
 
     def breaks(*args: Any) -> torch.Tensor:
         if broken.is_set():
@@ -167,9 +172,9 @@ def test_a_fault_costs_those_in_its_forward(
             raise torch.OutOfMemoryError("no room")
         return forward(*args)
 
-    monkeypatch.setattr(Rows, "forward", breaks)
+    monkeypatch.setattr(ModelRunner, "last_token_logits", breaks)
     broken.set()
-    with pytest.raises(FailedError, match=r"failed to process this request \(OutOfMemoryError\)"):
+    with pytest.raises(RequestFailedError, match=r"process this request \(OutOfMemoryError\)"):
         ask(engine, "x", "a").text()
     assert ask(engine, "x", "a").text() == alone.text("x", "a", 6)
     assert engine._adapters.pool.stats().leases == 0
@@ -188,8 +193,8 @@ def test_a_fault_of_bringing_an_adapter_in_costs_its_own_requests(
         return lease(names, **options)
 
     monkeypatch.setattr(pool, "lease", breaks)
-    other = ask(engine, "x", "a", Sampling(20, 0))
-    with pytest.raises(FailedError, match=r"failed to process this request \(OutOfMemoryError\)"):
+    other = ask(engine, "x", "a", SamplingParams(20, 0))
+    with pytest.raises(RequestFailedError, match=r"process this request \(OutOfMemoryError\)"):
         ask(engine, "x", "b").text()
     assert other.text() == alone.text("x", "a", 20)
     assert (engine.running, engine.waiting, engine.stats.requests_failed) == (0, 0, 1)
@@ -200,10 +205,10 @@ def test_who_does_not_listen_any_more_is_no_fault(
 ) -> None:
     engine = start()
 
-    def deaf(piece: Piece) -> None:
+    def deaf(piece: AnswerChunk) -> None:
         raise RuntimeError("the loop is closed")
 
-    engine.submit([1, 2], "a", Sampling(50, 0), deaf)
+    engine.submit([1, 2], "a", SamplingParams(50, 0), deaf)
     assert ask(engine, "x", "a").text() == alone.text("x", "a", 6)
 
 
@@ -211,14 +216,14 @@ def test_a_cancelled_request_frees_its_place(start: Callable[..., Engine], alone
     engine = start(rows=1)
     heard, cancelled = Heard(), threading.Event()
 
-    def hear(piece: Piece) -> None:
+    def hear(piece: AnswerChunk) -> None:
         heard(piece)
         assert cancelled.wait(30)  # or the answer may end before
 
-    long = engine.submit([1, 2, 3], "a", Sampling(60, 0), hear)
+    long = engine.submit([1, 2, 3], "a", SamplingParams(60, 0), hear)
     assert heard.first.wait(30)
     waiting = Heard()
-    second = engine.submit([1, 2, 3], "b", Sampling(60, 0), waiting)
+    second = engine.submit([1, 2, 3], "b", SamplingParams(60, 0), waiting)
     engine.cancel(second)
     engine.cancel(long)
     cancelled.set()
@@ -244,8 +249,8 @@ def test_who_keeps_a_request_that_has_ended_keeps_no_adapter(start: Callable[...
 
 
 def test_the_queue_is_bounded(start: Callable[..., Engine], alone: Alone) -> None:
-    engine = start(rows=1, most_waiting=2)
-    running = ask(engine, "x", "a", Sampling(60, 0))
+    engine = start(rows=1, max_waiting=2)
+    running = ask(engine, "x", "a", SamplingParams(60, 0))
     assert running.first.wait(30)
     heard = [ask(engine, "x", "b") for _ in range(2)]
     with pytest.raises(QueueFullError, match="2 requests are already waiting"):
@@ -266,7 +271,7 @@ def test_close_waits_for_those_that_are_there(start: Callable[..., Engine], alon
 
 def test_close_does_not_wait_for_ever(start: Callable[..., Engine]) -> None:
     engine = start(rows=1)
-    heard = [ask(engine, "x", "a", Sampling(60, 0)) for _ in range(2)]
+    heard = [ask(engine, "x", "a", SamplingParams(60, 0)) for _ in range(2)]
     engine.close(0.0)
     for own in heard:
         with pytest.raises(ClosedError):
@@ -278,14 +283,14 @@ def test_close_does_not_wait_for_ever(start: Callable[..., Engine]) -> None:
 def test_a_thread_that_ends_early_leaves_no_block_open(start: Callable[..., Engine]) -> None:
     """What no request may raise ends it between two tokens; the request's own lease is left."""
     engine = start()
-    pieces: list[Piece] = []
+    pieces: list[AnswerChunk] = []
 
-    def ends(piece: Piece) -> None:
+    def ends(piece: AnswerChunk) -> None:
         pieces.append(piece)
         if len(pieces) == 3:
             raise SystemExit
 
-    engine.submit([1, 2, 3], "a", Sampling(60, 0), ends)
+    engine.submit([1, 2, 3], "a", SamplingParams(60, 0), ends)
     engine._thread.join(30)
     assert not engine.alive
     assert engine._adapters.pool.stats().leases == 1
@@ -301,19 +306,19 @@ def test_nobody_is_called_under_the_lock(
     monkeypatch.setattr(adapters.pool, "prefetch", lambda names: done)
     free: list[bool] = []
 
-    def take() -> None:
+    def acquire_lock() -> None:
         free.append(adapters._lock.acquire(timeout=1))
         if free[-1]:
             adapters._lock.release()
 
     def then() -> None:
-        thread = threading.Thread(target=take)
+        thread = threading.Thread(target=acquire_lock)
         thread.start()
         thread.join()
 
-    version = adapters.take("a")
-    adapters.prepare(version, then)
-    adapters.prepare(version, then)
+    version = adapters.acquire_version("a")
+    adapters.read_in_background(version, then)
+    adapters.read_in_background(version, then)
     assert (free, version.ready) == ([True, True], True)
 
 
@@ -322,13 +327,14 @@ def test_the_cache_grows_and_keeps_what_it_has() -> None:
     torch.manual_seed(0)
     model = tiny_llama(max_position_embeddings=600).eval()
     long, short = torch.randint(97, (300,)).tolist(), torch.randint(97, (5,)).tolist()
-    rows = Rows(model, 2, 512)
-    rows.forward(0, [0], [long[:250]])
-    rows.forward(1, [0], [short[:3]])
+    rows = ModelRunner(model, 2, 512)
+    rows.last_token_logits(0, [0], [long[:250]])
+    rows.last_token_logits(1, [0], [short[:3]])
     for step in range(2):
-        found = rows.forward(0, [250 + step, 3 + step], [[long[250 + step]], [short[3 + step]]])
-    rows.forward(0, [252], [long[252:299]])
-    found = rows.forward(0, [299, 5], [[long[299]], [short[4]]])
+        starts = [250 + step, 3 + step]
+        found = rows.last_token_logits(0, starts, [[long[250 + step]], [short[3 + step]]])
+    rows.last_token_logits(0, [252], [long[252:299]])
+    found = rows.last_token_logits(0, [299, 5], [[long[299]], [short[4]]])
     with torch.no_grad():
         wanted = [model(torch.tensor([ids])).logits[0, -1] for ids in (long, [*short, short[4]])]
     torch.testing.assert_close(found, torch.stack(wanted), atol=1e-5, rtol=1e-5)
@@ -339,15 +345,15 @@ def test_what_serving_cannot_do_is_refused() -> None:
     with pytest.raises(
         ConfigError, match="length of 300 tokens exceeds the model's maximum of 200"
     ):
-        Rows(tiny_llama(max_position_embeddings=200), 2, 300)
+        ModelRunner(tiny_llama(max_position_embeddings=200), 2, 300)
     config = tiny_llama(max_position_embeddings=200).config
     config.sliding_window = 50
-    assert most_positions(config) == 50
+    assert max_positions(config) == 50
     config.layer_types = ["linear_attention", "full_attention"]
     with pytest.raises(UnsupportedLayerError, match="layers of linear_attention"):
-        most_positions(config)
+        max_positions(config)
     with pytest.raises(UnsupportedLayerError, match="does not accept"):
-        Rows(torch.nn.Linear(2, 2), 2, 8)
+        ModelRunner(torch.nn.Linear(2, 2), 2, 8)
 
 
 def test_text_comes_in_whole_characters() -> None:
@@ -358,14 +364,14 @@ def test_text_comes_in_whole_characters() -> None:
             return bytes(tokens).decode(errors="replace")
 
     def pieces(text: str, *stop: str) -> list[str]:
-        answer = AnswerText(Bytes(), list(b"before"), stop)
-        found = [answer.add(token) for token in text.encode()]
-        return [*found, answer.end()]
+        answer = IncrementalDetokenizer(Bytes(), list(b"before"), stop)
+        found = [answer.add_token(token) for token in text.encode()]
+        return [*found, answer.flush()]
 
     assert pieces("a€b") == ["a", "", "", "€", "b", ""]
     assert pieces("one ENDED", "END") == [*"one ", *[""] * 6]
     assert pieces("one ENTER", "END") == [*"one ", "", "", "ENT", "", "ER", ""]
     assert pieces("one EN", "END") == [*"one ", "", "", "EN"]
-    answer = AnswerText(Bytes(), [], ())
-    assert [answer.add(token) for token in "€".encode()[:2]] == ["", ""]
-    assert answer.end() == "\N{REPLACEMENT CHARACTER}"
+    answer = IncrementalDetokenizer(Bytes(), [], ())
+    assert [answer.add_token(token) for token in "€".encode()[:2]] == ["", ""]
+    assert answer.flush() == "\N{REPLACEMENT CHARACTER}"

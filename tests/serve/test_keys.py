@@ -9,16 +9,16 @@ from typing import Any
 import pytest
 
 from fastlora.commands import serve
-from fastlora.serve.keys import Caller, Keys
+from fastlora.serve.keys import ApiKeys, CallerRole
 from fastlora.validation import ConfigError
 
 CHANGES = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
 BODY = {"lora_name": "mine", "lora_path": "birch"}
 
 
-def keys_of(*options: object) -> Keys:
+def keys_of(*options: object) -> ApiKeys:
     """The keys that a command line gives."""
-    keys: Keys = serve.parsed(["tiny", *map(str, options)]).keys
+    keys: ApiKeys = serve.parse_args(["tiny", *map(str, options)]).keys
     return keys
 
 
@@ -46,15 +46,15 @@ def test_an_empty_key_is_refused(
 
 def test_where_keys_come_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """E10: an option goes before a variable; a newline at the end of a file is not read."""
-    assert keys_of() == Keys(None, None)
+    assert keys_of() == ApiKeys(None, None)
     for end in ("", "\n", "\r\n"):
         (tmp_path / "key").write_bytes(b"s3cret" + end.encode())
         assert keys_of("--api-key-file", tmp_path / "key").client == "s3cret"
     monkeypatch.setenv("FASTLORA_API_KEY", "of the environment")
     monkeypatch.setenv("FASTLORA_ADMIN_KEY", "0perator")
-    assert keys_of() == Keys("of the environment", "0perator")
-    assert keys_of("--api-key-file", tmp_path / "key") == Keys("s3cret", "0perator")
-    assert keys_of("--admin-key", "other") == Keys("of the environment", "other")
+    assert keys_of() == ApiKeys("of the environment", "0perator")
+    assert keys_of("--api-key-file", tmp_path / "key") == ApiKeys("s3cret", "0perator")
+    assert keys_of("--admin-key", "other") == ApiKeys("of the environment", "other")
 
 
 def test_keys_that_are_refused(tmp_path: Path) -> None:
@@ -80,28 +80,28 @@ def test_keys_that_are_refused(tmp_path: Path) -> None:
 
 def test_who_a_key_names() -> None:
     """E10: the scheme's case does not matter, as in RFC 9110; the key's does."""
-    both = Keys("s3cret", "0perator")
+    both = ApiKeys("s3cret", "0perator")
     for scheme in (b"Bearer", b"bearer", b"BEARER"):
-        assert both.caller(scheme + b" s3cret") is Caller.CLIENT
-        assert both.caller(scheme + b"  0perator") is Caller.ADMIN
+        assert both.identify_caller(scheme + b" s3cret") is CallerRole.CLIENT
+        assert both.identify_caller(scheme + b"  0perator") is CallerRole.ADMIN
     for given in (b"", b"s3cret", b"Basic s3cret", b"Bearer", b"Bearer S3CRET", b"Bearer\xff s"):
-        assert both.caller(given) is Caller.STRANGER
-        assert Keys(None, "0perator").caller(given) is Caller.CLIENT
-        assert Keys().caller(given) is Caller.CLIENT
-    assert Keys("s3cret").caller(b"Bearer 0perator") is Caller.STRANGER
+        assert both.identify_caller(given) is CallerRole.STRANGER
+        assert ApiKeys(None, "0perator").identify_caller(given) is CallerRole.CLIENT
+        assert ApiKeys().identify_caller(given) is CallerRole.CLIENT
+    assert ApiKeys("s3cret").identify_caller(b"Bearer 0perator") is CallerRole.STRANGER
 
 
-def answer(keys: Keys, method: str, path: str, sent: str | None, **options: Any) -> Any:
+def answer(keys: ApiKeys, method: str, path: str, sent: str | None, **options: Any) -> Any:
     """What a server of these keys answers; it has no adapter, and unloads nothing."""
     import asyncio
 
     httpx = pytest.importorskip("httpx")
     pytest.importorskip("fastapi")
-    from fastlora.serve.app import Server, Settings
+    from fastlora.serve.app import Server, ServerSettings
 
-    adapters: Any = SimpleNamespace(names=["ash"], unload=lambda name: None)
+    adapters: Any = SimpleNamespace(usable_names=["ash"], unload=lambda name: None)
     engine: Any = SimpleNamespace(length=8)
-    app = Server(engine, adapters, SimpleNamespace(), Settings(base="tiny", keys=keys)).app  # type: ignore
+    app = Server(engine, adapters, SimpleNamespace(), ServerSettings(base="tiny", keys=keys)).app  # type: ignore
 
     async def ask() -> Any:
         transport = httpx.ASGITransport(app)
@@ -114,7 +114,7 @@ def answer(keys: Keys, method: str, path: str, sent: str | None, **options: Any)
 
 def test_only_the_admin_key_changes_adapters() -> None:
     """E9: a client's key reads; loading and unloading needs the other one, which reads too."""
-    both, open_to_all = Keys("s3cret", "0perator"), Keys(None, "0perator")
+    both, open_to_all = ApiKeys("s3cret", "0perator"), ApiKeys(None, "0perator")
     for keys, sent, status in (
         (both, None, 401),
         (both, "s3cret", 403),
@@ -137,7 +137,7 @@ def test_only_the_admin_key_changes_adapters() -> None:
 
 def test_without_an_admin_key_nobody_changes_adapters() -> None:
     """E9: the paths are unknown ones then, with and without a client's key."""
-    for keys, sent in ((Keys(), None), (Keys("s3cret"), "s3cret")):
+    for keys, sent in ((ApiKeys(), None), (ApiKeys("s3cret"), "s3cret")):
         unknown = answer(keys, "POST", "/v1/nothing", sent, json=BODY)
         assert unknown.status_code == 404
         for path in CHANGES:

@@ -22,8 +22,8 @@ def written() -> Iterator[tuple[logging.Logger, Callable[[], list[str]], list[fl
     """A logger with the server's handler, the lines that it has written, and its clock."""
     stream, now = io.StringIO(), [0.0]
     handler = logging.StreamHandler(stream)
-    handler.setFormatter(log.LogLines())
-    handler.addFilter(log.OncePerMinute(lambda: now[0]))
+    handler.setFormatter(log.OneLineFormatter())
+    handler.addFilter(log.OncePerMinuteFilter(lambda: now[0]))
     logger = logging.getLogger("tests.serve.log")
     logger.addHandler(handler)
     logger.propagate = False
@@ -80,8 +80,8 @@ def test_different_messages_and_long_ones_are_bounded(
     logger, lines, now = written
     for number in range(10_000):
         logger.warning("adapter %r cannot be used", f"{number}{'x' * 5000}")
-    assert len(lines()) == log.MOST_MESSAGES
-    assert max(map(len, lines())) < log.MOST_LETTERS + 50
+    assert len(lines()) == log.MAX_MESSAGES
+    assert max(map(len, lines())) < log.MAX_LINE_CHARS + 50
     now[0] = 61.0
     logger.warning("the next minute")
     assert lines()[-1] == "fastlora: the next minute"
@@ -92,7 +92,7 @@ def test_a_folder_is_quoted(tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
     folder = tmp_path / EVIL
     folder.mkdir()
     (folder / "adapter_config.json").write_text("{}")
-    ServedAdapters(SimpleNamespace(), tmp_path, ()).scan()  # type: ignore[arg-type]
+    ServedAdapters(SimpleNamespace(), tmp_path, ()).sync_with_folder()  # type: ignore[arg-type]
     assert [record.getMessage().count("\n") for record in caplog.records] == [0]
     assert repr(str(folder)) in caplog.text
 
@@ -109,7 +109,7 @@ def test_a_refused_folder_is_named_again_when_it_returns(
     for change in (None, None, (folder, tmp_path / "away"), (tmp_path / "away", folder)):
         if change is not None:
             change[0].rename(change[1])
-        adapters.scan()
+        adapters.sync_with_folder()
         named.append(len(caplog.records))
     assert named == [1, 1, 1, 2]
 

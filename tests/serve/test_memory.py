@@ -31,7 +31,7 @@ def mapped():
     return (libc.mallinfo2().n4 - before) >> 20
 
 print(mapped())
-serve._keep_memory_level()
+serve._return_freed_memory_to_os()
 print(mapped())
 """
 
@@ -55,7 +55,7 @@ def test_a_users_own_settings_stand(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("looks for mallopt")
 
     monkeypatch.setattr(serve.ctypes, "CDLL", load)
-    serve._keep_memory_level()
+    serve._return_freed_memory_to_os()
     monkeypatch.delenv("MALLOC_ARENA_MAX")
     with pytest.raises(AssertionError, match="mallopt"):
-        serve._keep_memory_level()
+        serve._return_freed_memory_to_os()

@@ -122,7 +122,7 @@ def test_many_adapters_over_few_slots(served: Any) -> None:
     with ThreadPoolExecutor(40) as threads:
         found = list(threads.map(ask, wanted))
     for (name, prompt, count), text in zip(wanted, found, strict=True):
-        assert served.alone.says(text, prompt, name, count), (name, prompt, text)
+        assert served.alone.is_answer(text, prompt, name, count), (name, prompt, text)
 
 
 def test_models_are_listed(served: Any) -> None:

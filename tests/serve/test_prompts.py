@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from fastlora.serve.character_bound import CharacterBound
-from fastlora.serve.prompts import Prompts
+from fastlora.serve.long_text_detector import LongTextDetector
+from fastlora.serve.prompt_tokenizer import PromptTokenizer
 from fastlora.validation import ConfigError
 
 pytest.importorskip("transformers", reason="the server needs it")
@@ -103,57 +103,57 @@ def test_no_text_that_fits_is_refused() -> None:
     letters = "".join(TEXTS) + "ab " * 100
     texts = [*TEXTS, *("".join(chance.choices(letters, k=200)) for _ in range(40))]
     for name, tokenizer in (bounded() | unbounded()).items():
-        bound = CharacterBound(tokenizer)
+        bound = LongTextDetector(tokenizer)
         for text in texts:
             count = len(tokenizer(text, add_special_tokens=False).input_ids)
-            assert not bound.exceeded(text, count), (name, text)
+            assert not bound.exceeds_tokens(text, count), (name, text)
 
 
 def test_which_tokenizers_have_a_bound() -> None:
     """E3: those of today's causal models do."""
     for name, tokenizer in bounded().items():
-        assert CharacterBound(tokenizer).exceeded("ab" * 500_000, 2048), name
+        assert LongTextDetector(tokenizer).exceeds_tokens("ab" * 500_000, 2048), name
     for name, tokenizer in unbounded().items():
-        assert not CharacterBound(tokenizer).exceeded("ab" * 500_000, 2048), name
+        assert not LongTextDetector(tokenizer).exceeds_tokens("ab" * 500_000, 2048), name
 
 
 def test_a_long_text_is_refused_without_the_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
     """E3: six prompts of 1 MB kept a request for two tokens waiting for 32 s."""
     tokenizer = bounded()["bytes, NFC"]
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    prompts = Prompts(tokenizer, 258, 100)
-    assert len(prompts.of_text("abab" * 100)) == 100
+    prompts = PromptTokenizer(tokenizer, 258, 100)
+    assert len(prompts.tokenize_text("abab" * 100)) == 100
     monkeypatch.setattr(type(tokenizer), "_encode_plus", None)
     said = "prompt has 1000000 characters, which exceeds 100 tokens"
     with pytest.raises(ConfigError, match=said):
-        prompts.of_text("ab" * 500_000)
+        prompts.tokenize_text("ab" * 500_000)
     with pytest.raises(ConfigError, match=said):
-        prompts.of_messages([{"role": "user", "content": "ab" * 500_000}])
-    assert len(prompts.of_tokens([10**9] * 101)) == 101  # the engine refuses them
+        prompts.tokenize_messages([{"role": "user", "content": "ab" * 500_000}])
+    assert len(prompts.check_token_ids([10**9] * 101)) == 101  # the engine refuses them
 
 
 def test_long_prompts_delay_no_short_one() -> None:
     """E3: more long prompts than there are threads are being tokenized; a short one passes."""
     httpx = pytest.importorskip("httpx")
     pytest.importorskip("fastapi")
-    from fastlora.serve.app import Server, Settings
-    from fastlora.serve.job import Piece
+    from fastlora.serve.app import Server, ServerSettings
+    from fastlora.serve.engine_request import AnswerChunk
 
     release, entered = threading.Event(), threading.Event()
 
-    def of_text(text: str) -> list[int]:
+    def tokenize_text(text: str) -> list[int]:
         if len(text) > 100:
             entered.set()
             assert release.wait(30)
         return [1]
 
     def submit(tokens: Any, adapter: Any, sampling: Any, hear: Any) -> Any:
-        hear(Piece("done", "stop", 1))
+        hear(AnswerChunk("done", "stop", 1))
 
     engine: Any = SimpleNamespace(length=8, submit=submit, cancel=lambda job: None)
-    prompts: Any = SimpleNamespace(of_text=of_text)
-    adapters: Any = SimpleNamespace(names=[])
-    app = Server(engine, adapters, prompts, Settings(base="tiny")).app
+    prompts: Any = SimpleNamespace(tokenize_text=tokenize_text)
+    adapters: Any = SimpleNamespace(usable_names=[])
+    app = Server(engine, adapters, prompts, ServerSettings(base="tiny")).app
 
     async def ask() -> list[int]:
         transport = httpx.ASGITransport(app)
@@ -180,11 +180,11 @@ def test_threads_share_a_tokenizer() -> None:
     tokenizer = bounded()["bytes"]
     tokenizer.backend_tokenizer.enable_truncation(5)
     tokenizer.backend_tokenizer.enable_padding(length=50)
-    prompts = Prompts(tokenizer, 258, 10_000)
+    prompts = PromptTokenizer(tokenizer, 258, 10_000)
     found: list[int] = []
 
     def encode() -> None:
-        found.extend(len(prompts.of_text("ab c" * 20)) for _ in range(50))
+        found.extend(len(prompts.tokenize_text("ab c" * 20)) for _ in range(50))
 
     threads = [threading.Thread(target=encode) for _ in range(6)]
     for thread in threads:

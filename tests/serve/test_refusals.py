@@ -215,9 +215,9 @@ def test_fields_that_request_nothing(served: Any, path: str) -> None:
 def test_a_pool_that_closes_is_the_servers_end() -> None:
     """Its refusal is no fault of the request."""
     pytest.importorskip("fastapi", reason="the server needs it")
-    from fastlora.serve.refusals import error_of
+    from fastlora.serve.exception_handlers import to_status_and_body
     from fastlora.validation import AdapterStateError, PoolClosedError
 
-    status, body = error_of(PoolClosedError("the pool is closed"))
+    status, body = to_status_and_body(PoolClosedError("the pool is closed"))
     assert (status, body["error"]["code"]) == (503, "shutting_down")
-    assert error_of(AdapterStateError("it exists"))[0] == 400
+    assert to_status_and_body(AdapterStateError("it exists"))[0] == 400

@@ -189,7 +189,7 @@ def test_a_port_that_is_taken_is_said_before_the_model_is_read(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """By a server that still loads its model, too."""
-    with serve._bound("127.0.0.1", 0) as taken:
+    with serve._listening_socket("127.0.0.1", 0) as taken:
         port = taken.getsockname()[1]
         error = error_of(capsys, "serve", "nowhere", "--port", port)
     assert f"cannot listen on 127.0.0.1:{port} (Address already in use)" in error

@@ -77,7 +77,7 @@ def started(
         library: fastlora or PEFT.
         base: The model.
         prepare: Called with model and config before; None calibrates as the library does.
-        settings: Of an initialisation that looks at data.
+        settings: Of an initialization that looks at data.
         **fields: Of the config.
     """
     init = fields.get("init_lora_weights")

@@ -43,7 +43,7 @@ def make_dropout_explicit(model: nn.Module, p: float) -> None:
                 module.lora_dropout[name] = Masked(p)
 
 
-def randomise(model: nn.Module) -> None:
+def randomize(model: nn.Module) -> None:
     """Gives factors, magnitudes and copies other values, the same in any model of these names."""
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -103,7 +103,7 @@ def check_three_layers(
         )
 
     same, truth = theirs(dtype), theirs(torch.float64)
-    randomise(same)
+    randomize(same)
     state = {n: t.clone() for n, t in same.state_dict().items()}
     truth.load_state_dict({n: t.double() for n, t in state.items()})
     for model in (same, truth):

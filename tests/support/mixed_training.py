@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import ExponentialLR, LinearLR
 
 import fastlora
 from fastlora.train import AdapterOptimizers, adapter_parameters, causal_lm_losses, train_adapters
-from tests.support.tiny import TwoLayers, randomise, with_adapters
+from tests.support.tiny import TwoLayers, randomize, with_adapters
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "a": {"r": 2, "target_modules": ["q", "v"]},
@@ -38,7 +38,7 @@ def build(dtype: torch.dtype = torch.float32, dropout: float = 0.0) -> Any:
     torch.manual_seed(0)
     configs = {n: fastlora.LoraConfig(**c, lora_dropout=dropout) for n, c in CONFIGS.items()}
     model = with_adapters(TwoLayers(), configs)
-    randomise(model)
+    randomize(model)
     train_adapters(model, list(CONFIGS))
     return model.to(dtype).train()
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import fastlora
-from tests.support.tiny import randomise
+from tests.support.tiny import randomize
 
 peft = pytest.importorskip("peft", reason="compares with PEFT")
 
@@ -24,7 +24,7 @@ def twins(make: Callable[[], nn.Module], **config: Any) -> tuple[Any, Any, Any]:
     for library in (fastlora, peft, peft):
         torch.manual_seed(1)
         model = library.get_peft_model(make(), library.LoraConfig(**config))
-        randomise(model)
+        randomize(model)
         models.append(model)
     fastlora.patch(models[2])
     return tuple(models)

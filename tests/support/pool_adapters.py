@@ -20,8 +20,8 @@ from fastlora.model.adapter_folder import KEY_PREFIX, WEIGHTS_NAME, save_adapter
 from fastlora.model.config import CONFIG_NAME, LoraConfig
 from fastlora.ops.factors import PENDING
 from fastlora.pool import AdapterPool, Factors
-from fastlora.pool.image import Image
-from fastlora.pool.tables import NO_COLUMN
+from fastlora.pool.address_tables import NO_COLUMN
+from fastlora.pool.packed_adapter import PackedAdapter
 from fastlora.pool.transfers import Transfers
 from tests.support.attacks import SLOW_PATTERN, pattern_fields
 
@@ -141,7 +141,7 @@ def use(pool: AdapterPool, *names: str) -> None:
 
 
 def state(pool: AdapterPool) -> tuple[Any, ...]:
-    """Everything that a refused call must leave as it was."""
+    """Everything that a call that raises must leave as it was."""
     stats = pool.stats()
     tiers = pool._tiers
     where = [(n, tiers.device.get(n), e.pinned, e.folder) for n, e in tiers.entries.items()]
@@ -190,8 +190,8 @@ def check_pool(pool: AdapterPool) -> None:
     held = tiers.residents
     assert all(resident.leases for resident in tiers.retired)
     assert {*tiers.device, *tiers.host} <= set(tiers.entries)
-    assert tiers.device_bytes is None or tiers.device_used <= tiers.device_bytes
-    assert tiers.cpu_bytes is None or tiers.host_used <= tiers.cpu_bytes
+    assert tiers.device_bytes is None or tiers.device_bytes_used <= tiers.device_bytes
+    assert tiers.cpu_bytes is None or tiers.cpu_bytes_used <= tiers.cpu_bytes
     assert len(tiers.device) <= pool.max_adapters
     slots = [resident.slot for resident in tiers.device.values()]
     assert sorted(slots + tiers._free_slots) == list(range(pool.max_adapters))
@@ -251,22 +251,22 @@ class RecordingTransfers(Transfers):
         self.marks = 0
         self.done = False
 
-    def upload(self, image: Image) -> Image:
+    def upload(self, image: PackedAdapter) -> PackedAdapter:
         data = image.data.clone()
         self.log.append(("write", data.data_ptr()))
         return dataclasses.replace(image, data=data)
 
-    def written(self) -> int:
+    def record_write_event(self) -> int:
         self.marks += 1
         return self.marks
 
-    def is_done(self, mark: Any) -> bool:
+    def is_event_done(self, mark: Any) -> bool:
         return self.done
 
     def wait_for_writes(self, marks: Iterable[Any]) -> None:
         self.log += [("forward waits for", mark) for mark in marks]
 
-    def read(self) -> tuple[Any, int]:
+    def record_read_event(self) -> tuple[Any, int]:
         self.marks += 1
         self.log.append(("forward", self.marks))
         return self.marks, threading.get_ident()

@@ -1,4 +1,4 @@
-"""Models in mixed batches that a layer refuses, or that give each sample its own adapter."""
+"""Models in mixed batches for which a layer raises, or that give each sample its own adapter."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import nn
 
 from fastlora import LoraConfig, adapters
 from fastlora.validation import UnsupportedLayerError
-from tests.support.tiny import randomise, with_adapters
+from tests.support.tiny import randomize, with_adapters
 
 D = 8
 X = torch.randn(2, 4, D, generator=torch.Generator().manual_seed(1))
 IDS = ["a", "b"]
-REFUSED = r"layer '{}' gets rows that the model selected"
+ROWS_SELECTED_ERROR = r"layer '{}' gets rows that the model selected"
 
 
 def ours(base: nn.Module, targets: Any = ("w1", "w2")) -> Any:
@@ -24,12 +24,12 @@ def ours(base: nn.Module, targets: Any = ("w1", "w2")) -> Any:
     targets = targets if isinstance(targets, str) else list(targets)
     made = LoraConfig(r=2, target_modules=targets)
     model = with_adapters(base, dict.fromkeys(IDS, made))
-    randomise(model)
+    randomize(model)
     return model.eval()
 
 
-def refuses(
-    model: Any, name: str, x: torch.Tensor = X, target: Any = None, why: str = REFUSED
+def check_raises(
+    model: Any, name: str, x: torch.Tensor = X, target: Any = None, why: str = ROWS_SELECTED_ERROR
 ) -> None:
     """A mixed batch raises for a layer, in each block anew."""
     for _ in range(2):

@@ -15,7 +15,7 @@ import torch
 
 import fastlora
 from tests.support import train_runs
-from tests.support.tiny import randomise, tiny_llama
+from tests.support.tiny import randomize, tiny_llama
 
 TEMPLATE = (
     "{% for m in messages %}"
@@ -60,7 +60,7 @@ def make_adapter(folder: Path, seed: int, r: int = 2, **changes: Any) -> Path:
     """Saves an adapter that changes what the model says."""
     config = fastlora.LoraConfig(r=r, lora_alpha=4 * r, target_modules="all-linear", **changes)
     model = fastlora.get_peft_model(tiny_llama(), config)
-    randomise(model, seed)
+    randomize(model, seed)
     model.save_pretrained(folder)
     return folder
 
@@ -110,7 +110,7 @@ class Alone:
         """The same, as text."""
         return self.decode(self.tokens(text, name, count))
 
-    def says(self, found: str, text: str, name: str | None, count: int) -> bool:
+    def is_answer(self, found: str, text: str, name: str | None, count: int) -> bool:
         """Whether an answer is this adapter's, but for what follows two logits that nearly tie."""
         wanted = self.text(text, name, count)
         if found == wanted:
@@ -131,10 +131,10 @@ def serving(base: Path, *options: str) -> Iterator[tuple[str, Any]]:
     """Serves in a thread of this process; yields the URL and the application."""
     from fastlora.commands import serve
 
-    args = serve.parsed([str(base), "--cpu", *options])
-    app, _ = serve.build(args)
+    args = serve.parse_args([str(base), "--cpu", *options])
+    app, _ = serve.build_app(args)
     listening = socket.create_server(("127.0.0.1", 0))
-    server = serve.server_of(app, args, serve.limits_of(args, None))
+    server = serve.make_uvicorn_server(app, args, serve.connection_limits(args, None))
     thread = threading.Thread(target=server.run, args=([listening],))
     thread.start()
     try:

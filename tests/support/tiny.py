@@ -114,7 +114,7 @@ def adapted(
     torch.manual_seed(seed)
     config = {"r": 4, "target_modules": ["q", "v"], **config}
     model = library.get_peft_model(base, library.LoraConfig(**config))
-    randomise(model, seed)
+    randomize(model, seed)
     return model.eval()
 
 
@@ -150,7 +150,7 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def randomise(model: nn.Module, seed: int = 7) -> None:
+def randomize(model: nn.Module, seed: int = 7) -> None:
     """Gives every lora_B of a model a random value."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -159,8 +159,8 @@ def randomise(model: nn.Module, seed: int = 7) -> None:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator))
 
 
-def quantised(kind: str) -> nn.Module:
-    """A TwoLayers whose q is quantised."""
+def quantized_two_layers(kind: str) -> nn.Module:
+    """A TwoLayers whose q is quantized."""
     torch.manual_seed(0)
     model = TwoLayers()
     if kind == "bitsandbytes":

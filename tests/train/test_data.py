@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from fastlora.train.config import read_settings
-from fastlora.train.data import DataError, Reading, read_samples
+from fastlora.train.data import DataError, DataOptions, read_samples
 from fastlora.train.data.formats import FORMATS, Messages, alpaca_prompt
+from fastlora.train.settings import read_settings
 from fastlora.validation import ConfigError
 
 PAIRS = [("hi, you", "yo"), ('a "b"\nc', "d\te")]
@@ -28,7 +28,7 @@ def written(folder: Path, name: str, text: str) -> Path:
 def only(folder: Path, row: dict[str, Any], **reading: Any) -> Any:
     """The sample that a row is."""
     path = written(folder, "one.jsonl", json.dumps(row))
-    (sample,) = read_samples([path], Reading(**reading)).found
+    (sample,) = read_samples([path], DataOptions(**reading)).found
     return sample
 
 
@@ -50,7 +50,7 @@ def test_every_kind_of_file_gives_the_same_samples(tmp_path: Path) -> None:
     for path in paths:
         found = read_samples([path]).found
         assert [(sample.prompt, sample.text) for sample in found] == PAIRS, path
-    places = [str(s.place) for s in read_samples([tmp_path / "d.csv"]).found]
+    places = [str(s.source) for s in read_samples([tmp_path / "d.csv"]).found]
     assert places == [f"{tmp_path / 'd.csv'}, line {line}" for line in (2, 4)]
     (note,) = read_samples([tmp_path / "d.csv"]).notes
     assert "prompts and completions (format prompt_completion), from prompt, completion" in note
@@ -70,7 +70,7 @@ def test_parquet_and_folders_of_datasets(tmp_path: Path) -> None:
     for name in ("a.parquet", "folder", "splits/train"):
         found = read_samples([tmp_path / name])
         assert [sample.text for sample in found.found] == expected
-        assert str(found.found[1].place) == f"{tmp_path / name}, row 2"
+        assert str(found.found[1].source) == f"{tmp_path / name}, row 2"
     with pytest.raises(
         DataError, match=r"splits: has several splits; expected one of them: .*splits/train"
     ):
@@ -119,7 +119,9 @@ def test_formats(tmp_path: Path) -> None:
     assert (sample.prompt, sample.text) == (CHAT[:1], CHAT[1:])
     tools = [{"type": "function", "function": {"name": "f"}}]
     for given in (tools, json.dumps(tools)):  # as TRL takes them
-        assert only(tmp_path, {"messages": CHAT, "tools": given}).template == {"tools": tools}
+        assert only(tmp_path, {"messages": CHAT, "tools": given}).template_kwargs == {
+            "tools": tools
+        }
     sample = only(tmp_path, {"instruction": "Add.", "input": "1, 2", "output": "3"})
     assert sample.prompt.endswith("### Instruction:\nAdd.\n\n### Input:\n1, 2\n\n### Response:\n")
     assert "paired with an input" in sample.prompt and sample.text == "3"
@@ -145,7 +147,7 @@ def test_columns_and_formats_that_are_named(tmp_path: Path) -> None:
     assert only(tmp_path, row).text == "hiyo"
     assert only(tmp_path, row, columns={"text": "answer"}).text == "yo"
     path = written(tmp_path, "b.jsonl", json.dumps(row))
-    reading = Reading(columns={"text": "answer"})
+    reading = DataOptions(columns={"text": "answer"})
     assert "from answer (as text); unused: question, text" in read_samples([path], reading).notes[0]
     with pytest.raises(DataError, match="match the formats prompt_completion and text; choose"):
         only(tmp_path, row, columns=names)

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 import fastlora
-from fastlora.train.config import parse_settings
-from fastlora.train.data import Reading, encode
+from fastlora.train.data import DataOptions, tokenize_files
 from fastlora.train.data.formats import alpaca_prompt
-from fastlora.train.data.packing import pack
+from fastlora.train.data.packing import pack_documents
 from fastlora.train.run import open_run
-from tests.support.tiny import randomise, tiny_llama
+from fastlora.train.settings import settings_from_dict
+from tests.support.tiny import randomize, tiny_llama
 
 trl = pytest.importorskip("trl", reason="compares with its trainer")
 peft = pytest.importorskip("peft", reason="TRL needs it")
@@ -55,7 +55,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     adapter = fastlora.get_peft_model(
         transformers.AutoModelForCausalLM.from_pretrained(folder), config
     )
-    randomise(adapter)
+    randomize(adapter)
     adapter.save_pretrained(folder / "adapter")
     return folder
 
@@ -204,13 +204,15 @@ def test_tokens_labels_and_losses(case: str, base: Path, tmp_path: Path) -> None
     expected = trainer.train_dataset
     given = {"model": str(base), "out": str(tmp_path / "out"), "cpu": True, "steps": 2, **settings}
     given |= {"batch_size": len(expected), "adapters": {"a": adapter}}
-    with open_run(parse_settings(given, {}, "test"), progress=False) as run:
+    with open_run(settings_from_dict(given, {}, "test"), progress=False) as run:
         corpus = run.corpora["a"]
-        assert [corpus.tokens(i).tolist() for i in range(len(corpus))] == expected["input_ids"]
+        assert [corpus.token_ids(i).tolist() for i in range(len(corpus))] == expected["input_ids"]
         # A first label is of no use to TRL's loss either, in a packed document too.
         starts = [
             {sum(lengths[:n]) for n in range(len(lengths))}
-            for lengths in (corpus.documents or [[corpus.length(i)] for i in range(len(corpus))])
+            for lengths in (
+                corpus.documents or [[corpus.num_tokens(i)] for i in range(len(corpus))]
+            )
         ]
         labels = [
             [-100 if i in firsts else label for i, label in enumerate(own)]
@@ -224,7 +226,7 @@ def test_tokens_labels_and_losses(case: str, base: Path, tmp_path: Path) -> None
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         found = []
         for _ in range(2):
-            run._do_step()
+            run._run_optimizer_step()
             found.append(run.losses["a"])
     # The second step shows the gradients: the loss has moved, and equally.
     assert found == pytest.approx(losses, rel=2e-5) and abs(found[1] - found[0]) > 1e-3
@@ -237,7 +239,7 @@ def test_packing_is_trls() -> None:
     ids = [[number] * length for number, length in enumerate(lengths)]
     for strategy in ("bfd", "bfd_split", "wrapped"):
         packed = trl.pack_dataset(datasets.Dataset.from_dict({"input_ids": ids}), 32, strategy)
-        rows = pack(lengths, 32, strategy)
+        rows = pack_documents(lengths, 32, strategy)
         assert [[n for n, a, b in row for _ in range(a, b)] for row in rows] == packed["input_ids"]
         if strategy != "wrapped":
             assert [[b - a for _, a, b in row] for row in rows] == packed["seq_lengths"]
@@ -248,11 +250,11 @@ def test_packed_documents_are_kept_apart(base: Path, tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     path.write_text("\n".join(json.dumps({"text": f"{w} that {w}"}) for w in WORDS))
     tokenizer = transformers.AutoTokenizer.from_pretrained(base)
-    alone = encode([path], tokenizer, 64)
-    packed = encode([path], tokenizer, 64, Reading(packing="bfd"))
+    alone = tokenize_files([path], tokenizer, 64)
+    packed = tokenize_files([path], tokenizer, 64, DataOptions(packing="bfd"))
     assert len(packed) < len(alone) and len(packed.ids) == len(alone.ids)
     assert "packed by bfd: 8 samples in" in packed.notes[-1] and "and 3 more in" in str(
-        packed.places[0]
+        packed.sources[0]
     )
     losses = {}
     for packing in (None, "bfd", "wrapped"):
@@ -260,9 +262,9 @@ def test_packed_documents_are_kept_apart(base: Path, tmp_path: Path) -> None:
         adapter = {"data": str(path), "init_from": str(base / "adapter")}
         settings |= {"max_length": 64, "batch_size": 8, "micro_batch_size": 2}
         settings |= {"adapters": {"a": adapter}} | ({"packing": packing} if packing else {})
-        with open_run(parse_settings(settings, {}, "test"), progress=False) as run:
+        with open_run(settings_from_dict(settings, {}, "test"), progress=False) as run:
             run.schedule.order.batch_size = len(run.corpora["a"])  # all of them, each once
-            run._do_step()
+            run._run_optimizer_step()
             losses[packing] = run.losses["a"]
     assert losses["bfd"] == pytest.approx(losses[None], rel=1e-6)
     assert abs(losses["wrapped"] - losses[None]) > 1e-3

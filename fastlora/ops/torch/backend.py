@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import torch
 
-from fastlora.ops.backend import Backward, Gradients, register_backend
-from fastlora.ops.conditions import is_traced
-from fastlora.ops.factors import Base, Operands
-from fastlora.ops.operators import OperatorBackend
+from fastlora.ops.backend import BackwardArguments, Gradients, register_backend
+from fastlora.ops.execution_mode import is_traced
+from fastlora.ops.factors import AdapterOperands, Base
+from fastlora.ops.operator_backend import OperatorBackend
 from fastlora.ops.rows import Rows
 from fastlora.ops.torch import products, reference, segments, single
 
@@ -31,7 +31,7 @@ class TorchBackend(OperatorBackend):
         self,
         x: torch.Tensor,
         base: Base,
-        operands: Operands,
+        operands: AdapterOperands,
         rows: Rows | None,
         s: torch.Tensor | None,
         plan: str,
@@ -54,7 +54,7 @@ class TorchBackend(OperatorBackend):
             raise ValueError("neither a base weight nor a base output is given")
         return reference.lora_expand_(y, s, lora_b, operands.scaling), s
 
-    def gradients(self, given: Backward) -> Gradients:
+    def gradients(self, given: BackwardArguments) -> Gradients:
         dy, weight, x, operands, rows, s = given[:6]
         if rows is None or s is None:
             return single.gradients(given)

@@ -25,10 +25,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from fastlora.coded_weight import as_matrix
-from fastlora.ops.conditions import is_traced
+from fastlora.ops.execution_mode import is_traced
 from fastlora.ops.torch import products, reference
 from fastlora.ops.torch.single import keep_mask
+from fastlora.quantized_tensor import dequantize_if_quantized
 
 _Gradient = torch.Tensor | None
 
@@ -36,7 +36,7 @@ _Gradient = torch.Tensor | None
 _CHUNK = 1 << 18
 
 
-class InRows(NamedTuple):
+class RowChunkedWeight(NamedTuple):
     """A weight that is computed a few rows at a time, such as one that is dequantized.
 
     Attributes:
@@ -53,11 +53,11 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(torch.float32, dtype)
 
 
-def outside_autocast(compute: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+def disable_autocast(compute: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     """Decorator that disables autocast while a function runs."""
 
     @functools.wraps(compute)
-    def run(weight: torch.Tensor | InRows, *args: object) -> torch.Tensor:
+    def run(weight: torch.Tensor | RowChunkedWeight, *args: object) -> torch.Tensor:
         device_type = weight.device.type
         if device_type in ("cpu", "cuda") and torch.is_autocast_enabled(device_type):
             with torch.autocast(device_type, enabled=False):
@@ -68,28 +68,30 @@ def outside_autocast(compute: Callable[..., torch.Tensor]) -> Callable[..., torc
 
 
 @torch.no_grad()
-def square_norms(weight: torch.Tensor | InRows, at_once: bool = False) -> torch.Tensor:
+def squared_row_norms(
+    weight: torch.Tensor | RowChunkedWeight, in_one_pass: bool = False
+) -> torch.Tensor:
     """Return the squared norm of each row of a weight, ``[N]`` in fp32 (fp64 for an fp64 weight).
 
     16-bit weights are converted a few rows at a time, so that no temporary is as large as the
-    weight. Set ``at_once`` in a graph that is being compiled, because the compiler avoids the
+    weight. Set ``in_one_pass`` in a graph that is being compiled, because the compiler avoids the
     temporary.
     """
     wide = _wide(weight.dtype)
-    if isinstance(weight, InRows):
+    if isinstance(weight, RowChunkedWeight):
         made = [torch.linalg.vector_norm(part.to(wide), dim=1) for part in weight.make()]
         return torch.cat(made).square()
-    if weight.dtype == wide or at_once:
+    if weight.dtype == wide or in_one_pass:
         return torch.linalg.vector_norm(weight, dim=1, dtype=wide).square()
     rows = max(_CHUNK // max(weight.shape[1], 1), 1)
     parts = [torch.linalg.vector_norm(part.to(wide), dim=1) for part in weight.split(rows)]
     return torch.cat(parts).square() if parts else weight.new_zeros(0, dtype=wide)
 
 
-@outside_autocast
+@disable_autocast
 @torch.no_grad()
-def adapted_sums(
-    weight: torch.Tensor | InRows,
+def adapted_squared_norms(
+    weight: torch.Tensor | RowChunkedWeight,
     squares: torch.Tensor,
     lora_a: torch.Tensor,
     lora_b: torch.Tensor,
@@ -105,7 +107,7 @@ def adapted_sums(
 
     Args:
         weight: ``[N, K]``.
-        squares: The result of `square_norms`.
+        squares: The result of `squared_row_norms`.
         lora_a: ``[R, K]``, rounded to the weight's dtype for the product with the weight.
         lora_b: ``[N, R]``.
         scaling: A number, or a tensor without dimensions.
@@ -117,7 +119,7 @@ def adapted_sums(
     a, b = lora_a.to(wide), lora_b.to(wide)
     # [N, K] x [K, R], then [N, R] x [R, R]
     down = lora_a.to(weight.dtype).t()
-    if isinstance(weight, InRows):
+    if isinstance(weight, RowChunkedWeight):
         cross = torch.cat([products.mm(part, down) for part in weight.make()]).to(wide)
     else:
         cross = products.mm(weight, down).to(wide)
@@ -134,7 +136,7 @@ def adapted_sums(
     return total
 
 
-def nonzero(sums: torch.Tensor) -> torch.Tensor:
+def replace_zero_norms(sums: torch.Tensor) -> torch.Tensor:
     """Return squared norms with infinity in place of 0, for which DoRA's scale is 0, not NaN."""
     return F.threshold(sums, 0.0, float("inf"))  # keeps NaN
 
@@ -142,7 +144,7 @@ def nonzero(sums: torch.Tensor) -> torch.Tensor:
 # --------------------------------------------------------------------------------- scale of columns
 
 
-def scale_of(magnitude: torch.Tensor, squares: torch.Tensor | None) -> torch.Tensor:
+def dora_scale(magnitude: torch.Tensor, squares: torch.Tensor | None) -> torch.Tensor:
     """Return DoRA's scale g, ``[N]``, from the magnitude and the squared row norms.
 
     If ``squares`` is None, ``magnitude`` is already the scale.
@@ -150,7 +152,9 @@ def scale_of(magnitude: torch.Tensor, squares: torch.Tensor | None) -> torch.Ten
     return magnitude if squares is None else magnitude.to(squares.dtype) * squares.rsqrt()
 
 
-def times(u: torch.Tensor, scale: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+def multiply_rounded_once(
+    u: torch.Tensor, scale: torch.Tensor, out: torch.Tensor | None = None
+) -> torch.Tensor:
     """Return ``u * scale`` in u's dtype, rounded once; the scale may have a wider dtype.
 
     The result is written to ``out`` if it is given. On a GPU, no wider copy of u is made.
@@ -172,11 +176,11 @@ def scale_columns(
 
     If ``inplace`` is set, the result overwrites u, which must be contiguous.
     """
-    y = times(u, scale, u if inplace else None)
+    y = multiply_rounded_once(u, scale, u if inplace else None)
     return y if bias is None else y.add_(bias)
 
 
-def scaled_with_sums(
+def scale_with_column_sums(
     dy: torch.Tensor, u: torch.Tensor, scale: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return a tuple (``scale * dy``, the column sums ``[N]`` of ``dy * u``)."""
@@ -184,7 +188,7 @@ def scaled_with_sums(
     # In fp16, sums of scaled losses can overflow. In bf16, they would be rounded to 8 bits.
     sums = product.sum(0, dtype=torch.float32 if dy.itemsize == 2 else None)
     # The memory is reused: on a CPU, fresh pages cost as much as the arithmetic.
-    return times(dy, scale, product), sums
+    return multiply_rounded_once(dy, scale, product), sums
 
 
 def scale_columns_backward(
@@ -194,17 +198,17 @@ def scale_columns_backward(
     squares: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return a tuple of the gradients of u and of the magnitude; the latter is None without u."""
-    scale = scale_of(magnitude, squares)
+    scale = dora_scale(magnitude, squares)
     if u is None:
         return scale_columns(dy, None, scale), None
-    du, sums = scaled_with_sums(dy, u, scale)
+    du, sums = scale_with_column_sums(dy, u, scale)
     return du, sums if squares is None else sums * squares.rsqrt()
 
 
 # --------------------------------------------------------------------------- active dropout
 
 
-class Dropped(NamedTuple):
+class DropoutAdapter(NamedTuple):
     """The tensors and settings of one DoRA adapter with active dropout.
 
     Attributes:
@@ -225,7 +229,7 @@ class Dropped(NamedTuple):
     dropout_p: float
     impl: str
 
-    def masked(self, rows: torch.Tensor, after: torch.Tensor | None) -> torch.Tensor:
+    def apply_dropout(self, rows: torch.Tensor, after: torch.Tensor | None) -> torch.Tensor:
         """Return ``rows [M, K]`` after dropout, with the same mask in every call.
 
         ``after`` is as in `fastlora.ops.torch.single.keep_mask`.
@@ -234,15 +238,15 @@ class Dropped(NamedTuple):
             made: torch.Tensor = torch.ops.fastlora.lora_dropout(rows, self.seed, self.dropout_p)
             return made
         keep = keep_mask(rows, self.seed, self.dropout_p, after)
-        return reference.select_(keep, rows).mul_(1.0 / (1.0 - self.dropout_p))
+        return reference.select_into_mask_(keep, rows).mul_(1.0 / (1.0 - self.dropout_p))
 
 
-def forward_rows(
+def forward_with_dropout(
     base: torch.Tensor | None,
     rows: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
-    adapter: Dropped,
+    adapter: DropoutAdapter,
     inplace: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Run a DoRA adapter with active dropout on rows ``[M, K]``, without an autograd graph.
@@ -255,8 +259,8 @@ def forward_rows(
         dropout and the base weight.
     """
     lora_a, lora_b, magnitude, squares, scaling, _, _, impl = adapter
-    weight_x, scale = as_matrix(weight).to(rows.dtype), scale_of(magnitude, squares)
-    masked = adapter.masked(rows, None)
+    weight_x, scale = dequantize_if_quantized(weight).to(rows.dtype), dora_scale(magnitude, squares)
+    masked = adapter.apply_dropout(rows, None)
     z, scaled_b = products.linear(masked, weight_x), _scaled_rows(lora_b, scale, rows.dtype)
     if base is None:
         y = products.linear(rows, weight_x, None if bias is None else bias.to(rows.dtype))
@@ -276,7 +280,7 @@ def gradients(
     dy: torch.Tensor,
     rows: torch.Tensor | None,
     weight: torch.Tensor,
-    adapter: Dropped,
+    adapter: DropoutAdapter,
     s: torch.Tensor | None,
     z: torch.Tensor | None,
     *,
@@ -297,11 +301,11 @@ def gradients(
     lora_a, lora_b, magnitude, squares, scaling, *_ = adapter
     wants_a, wants_b, wants_magnitude = wants
     d_weight = d_lora_a = d_lora_b = d_magnitude = dx = sums = None
-    scale = scale_of(magnitude, squares)
+    scale = dora_scale(magnitude, squares)
     if z is None or not wants_magnitude:
-        through_z = times(dy, scale - 1.0)
+        through_z = multiply_rounded_once(dy, scale - 1.0)
     else:
-        through_z, sums = scaled_with_sums(dy, z, scale - 1.0)
+        through_z, sums = scale_with_column_sums(dy, z, scale - 1.0)
     if s is not None and (wants_b or wants_magnitude):
         # [R, M] x [M, N]: (scaling * s)^T dy serves both.
         inner = products.mm((s * scaling).to(dy.dtype).t(), dy).to(squares.dtype)
@@ -313,13 +317,13 @@ def gradients(
     if wants_x or wants_a:
         ds = products.mm(dy, _scaled_rows(lora_b, scale, dy.dtype)).mul_(scaling)
     if wants_x:
-        weight_x = as_matrix(weight).to(dy.dtype)
+        weight_x = dequantize_if_quantized(weight).to(dy.dtype)
         # [M, N] x [N, K], and the adapter's [M, R] x [R, K] into it
         dx = products.addmm_(products.mm(through_z, weight_x), ds, lora_a.to(dy.dtype))
-        dx = adapter.masked(dx, dy)
+        dx = adapter.apply_dropout(dx, dy)
         dx = products.addmm_(dx, dy, weight_x) if own_base else dx
     if rows is not None and (wants_a or wants_weight):
-        masked = adapter.masked(rows, dy)
+        masked = adapter.apply_dropout(rows, dy)
         if wants_a:
             d_lora_a = products.mm(ds.t(), masked).to(lora_a.dtype)
         if wants_weight:

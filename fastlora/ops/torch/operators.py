@@ -13,9 +13,14 @@ from collections.abc import Sequence
 
 import torch
 
-from fastlora.ops.factors import PENDING, Base, Factor, Operands, present
-from fastlora.ops.layout import layout, layout_b, split_grad_a, split_grad_b
-from fastlora.ops.rows import Rows, rows_of
+from fastlora.ops.factors import PENDING, AdapterOperands, Base, Factor, fill_missing_factors
+from fastlora.ops.layout import (
+    grad_a_buffer_layout,
+    grad_b_buffer_layout,
+    split_grad_a,
+    split_grad_b,
+)
+from fastlora.ops.rows import Rows, rows_from_tensors
 from fastlora.ops.torch import reference, segments
 
 _Tensors = Sequence[torch.Tensor]
@@ -29,16 +34,16 @@ def keep(
     return reference.lora_keep(x, seed, dropout_p)
 
 
-def _layers(
+def _operands_per_module(
     lora_a: _Factors, modules: int, seeds: torch.Tensor | None, dropout_p: Sequence[float]
-) -> list[Operands]:
-    """Return a list of `Operands`, one per module, with the module's lora_a and dropout."""
-    downs, slots = present(lora_a, 0), len(lora_a) // modules
+) -> list[AdapterOperands]:
+    """Return a list of `AdapterOperands`, one per module, with the module's lora_a and dropout."""
+    downs, slots = fill_missing_factors(lora_a, 0), len(lora_a) // modules
     found = []
     for start in range(0, len(downs), slots):
         own = slice(start, start + slots)
         own_seeds = None if seeds is None else seeds[own]
-        found.append(segments.down(downs[own], own_seeds, dropout_p[own]))
+        found.append(segments.down_operands(downs[own], own_seeds, dropout_p[own]))
     return found
 
 
@@ -51,7 +56,9 @@ def shrink(
     dropout_p: Sequence[float],
 ) -> torch.Tensor:
     """Return the shrink output s of G modules, ``[G, M, R]``."""
-    return segments.shrink(x, _layers(lora_a, modules, seeds, dropout_p), rows_of(rows))
+    return segments.shrink(
+        x, _operands_per_module(lora_a, modules, seeds, dropout_p), rows_from_tensors(rows)
+    )
 
 
 def linear(
@@ -68,8 +75,8 @@ def linear(
 ) -> list[torch.Tensor]:
     """Return a list with the output y, and with the shrink output s unless it is given."""
     own = shrink(x, rows, factors[::3], 1, seeds, dropout_p)[0] if s is None else s
-    operands = segments.up(present(factors[1::3], 1), factors[2::3], scaling)
-    y, _ = segments.forward(x, Base(weight, bias), operands, rows_of(rows), own)
+    operands = segments.up_operands(fill_missing_factors(factors[1::3], 1), factors[2::3], scaling)
+    y, _ = segments.forward(x, Base(weight, bias), operands, rows_from_tensors(rows), own)
     return [y, own] if s is None else [y]
 
 
@@ -83,13 +90,19 @@ def expand_(
 ) -> None:
     """Add ``scaling * (s @ lora_b.T + lora_bias)`` of each row's adapter to y in place."""
     # x is not read if s is given.
-    _add_(y, y, segments.up(present(lora_b, 1), lora_bias, scaling), rows_of(rows), s)
+    _add_(
+        y,
+        y,
+        segments.up_operands(fill_missing_factors(lora_b, 1), lora_bias, scaling),
+        rows_from_tensors(rows),
+        s,
+    )
 
 
 def _add_(
     y: torch.Tensor,
     x: torch.Tensor,
-    operands: Operands,
+    operands: AdapterOperands,
     rows: Rows,
     s: torch.Tensor | None = None,
 ) -> None:
@@ -109,11 +122,11 @@ def grad_b(
     with_factors: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return a tuple (ds, buffer with the gradients of lora_b and lora_bias, empty tensor)."""
-    batch, ups = rows_of(rows), present(lora_b, 1)
-    packed = ups[0].new_zeros(layout_b(ups, with_bias)[2] if with_factors else 0)
+    batch, ups = rows_from_tensors(rows), fill_missing_factors(lora_b, 1)
+    packed = ups[0].new_zeros(grad_b_buffer_layout(ups, with_bias)[2] if with_factors else 0)
     # Only the dtype of a lora_bias is read.
     biases = [b if has else None for b, has in zip(ups, with_bias, strict=True)]
-    operands, wants = segments.up(ups, biases, scaling), [with_factors] * (3 * len(ups))
+    operands, wants = segments.up_operands(ups, biases, scaling), [with_factors] * (3 * len(ups))
     ds, *found = segments.grad_b(batch.sorted(dy), s, operands, batch, wants)
     if with_factors:
         parts = zip(*split_grad_b(packed, ups, with_bias), strict=True)
@@ -133,7 +146,10 @@ def grad_x(
     plan: str,
 ) -> torch.Tensor:
     """Return the gradient of x, or only the adapters' part of it if there is no weight."""
-    operands, batch = segments.down(present(lora_a, 0), seeds, dropout_p), rows_of(rows)
+    operands, batch = (
+        segments.down_operands(fill_missing_factors(lora_a, 0), seeds, dropout_p),
+        rows_from_tensors(rows),
+    )
     return segments.grad_x(batch.sorted(dy), weight, ds, operands, batch)
 
 
@@ -147,9 +163,12 @@ def grad_a(
     dropout_p: Sequence[float],
 ) -> list[torch.Tensor]:
     """Return a list of one buffer, which contains the gradients of lora_a of G modules."""
-    downs = present(lora_a, 0)
-    packed, layers = downs[0].new_zeros(layout(downs)[1]), _layers(downs, len(ds), seeds, dropout_p)
-    found = segments.grad_a(x, ds, layers, rows_of(rows), [True] * len(downs))
+    downs = fill_missing_factors(lora_a, 0)
+    packed, layers = (
+        downs[0].new_zeros(grad_a_buffer_layout(downs)[1]),
+        _operands_per_module(downs, len(ds), seeds, dropout_p),
+    )
+    found = segments.grad_a(x, ds, layers, rows_from_tensors(rows), [True] * len(downs))
     _write(split_grad_a(packed, downs), found)
     return [packed]
 
@@ -174,16 +193,18 @@ def add_at_(
 ) -> None:
     """Add the update of each row's own adapter to y in place."""
     a_address, b_address, ranks, _, *biases = (table[index].tolist() for table in tables)
-    batch, k, n = rows_of(rows), x.shape[1], y.shape[1]
-    slots = tuple(slot for slot in batch.present if ranks[slot])
-    lora_a = [block_at(a_address[slot], (ranks[slot], k), factor_dtype) for slot in slots]
-    lora_b = [block_at(b_address[slot], (ranks[slot], n), factor_dtype).t() for slot in slots]
+    batch, k, n = rows_from_tensors(rows), x.shape[1], y.shape[1]
+    slots = tuple(slot for slot in batch.used_slots if ranks[slot])
+    lora_a = [tensor_at_address(a_address[slot], (ranks[slot], k), factor_dtype) for slot in slots]
+    lora_b = [
+        tensor_at_address(b_address[slot], (ranks[slot], n), factor_dtype).t() for slot in slots
+    ]
     lora_bias: list[Factor] = [None] * len(slots)
     for place, slot in enumerate(slots):
         if biases and biases[0][slot]:
-            lora_bias[place] = block_at(biases[0][slot], (n,), factor_dtype)
+            lora_bias[place] = tensor_at_address(biases[0][slot], (n,), factor_dtype)
     scaling, none = tables[3][index, list(slots)], (0.0,) * len(slots)
-    _add_(y, x, Operands(lora_a, lora_b, lora_bias, scaling, none, None, slots), batch)
+    _add_(y, x, AdapterOperands(lora_a, lora_b, lora_bias, scaling, none, None, slots), batch)
 
 
 def scale_(
@@ -199,20 +220,20 @@ def scale_(
     """
     if not y.numel():
         return
-    batch, shift = rows_of(rows), None if bias is None else bias.to(y.dtype)
+    batch, shift = rows_from_tensors(rows), None if bias is None else bias.to(y.dtype)
     for slot, start, stop in batch.segments:
         own, address = batch.order[start:stop].long(), int(scale_address[index, slot])
         if address == PENDING:
             y[own] = float("nan")
         elif address:
-            scale, part = block_at(address, (y.shape[1],), torch.float32), y[own]
+            scale, part = tensor_at_address(address, (y.shape[1],), torch.float32), y[own]
             part = part if shift is None else part - shift
             # Without a wider copy of the rows, and rounded once.
             scaled = torch.mul(part, scale, out=torch.empty_like(part))
             y[own] = scaled if shift is None else scaled.add_(shift)
 
 
-def block_at(address: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+def tensor_at_address(address: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """Return a tensor over the process's memory at an address, without a copy."""
     raw = (ctypes.c_char * (math.prod(shape) * dtype.itemsize)).from_address(address)
     return torch.frombuffer(raw, dtype=dtype).view(shape)

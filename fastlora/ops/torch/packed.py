@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 
 from fastlora.ops.factors import Slots
-from fastlora.ops.torch.packed_choice import RowsKind, is_coalesced, is_dense
+from fastlora.ops.torch.packed_choice import BatchKind, coalescing_is_faster, dense_is_fastest
 
 # Widest block of rank rows in one product. Units are combined into blocks up to this width.
 WIDEST_BLOCK = 64
@@ -26,7 +26,7 @@ _ROUNDED_UNITS = 8
 
 
 @dataclass(frozen=True, eq=False)
-class Layout:
+class PackedLayout:
     """The positions of each adapter's rank rows in packed factors.
 
     Layers on which the adapters have the same ranks share a layout.
@@ -51,7 +51,7 @@ class Layout:
 
 
 @functools.lru_cache(maxsize=256)
-def make_layout(ranks: tuple[int, ...], coalesced: bool = False) -> Layout:
+def first_fit_layout(ranks: tuple[int, ...], coalesced: bool = False) -> PackedLayout:
     """Return a layout that assigns each adapter to the first unit with enough free rank rows.
 
     The largest adapters are assigned first.
@@ -75,16 +75,16 @@ def make_layout(ranks: tuple[int, ...], coalesced: bool = False) -> Layout:
         used[at] += rank
     units = len(used)
     if not coalesced:
-        return Layout(unit, units, tuple(firsts), ranks)
+        return PackedLayout(unit, units, tuple(firsts), ranks)
     rounded = units
     if units >= _ROUNDED_UNITS:
         rounded += -units % max(WIDEST_BLOCK // unit, 1)
     if rounded == units:
-        return make_layout(ranks, False)
-    return Layout(unit, rounded, tuple(firsts), ranks)
+        return first_fit_layout(ranks, False)
+    return PackedLayout(unit, rounded, tuple(firsts), ranks)
 
 
-class LayerPack(NamedTuple):
+class PackedLayerFactors(NamedTuple):
     """The packed factors of a set of adapters on one layer.
 
     Attributes:
@@ -94,13 +94,15 @@ class LayerPack(NamedTuple):
         lora_bias: ``[G + 1, N]``, scaled, with zeros in the last row; or None.
     """
 
-    layout: Layout
+    layout: PackedLayout
     lora_a: torch.Tensor
     lora_b: torch.Tensor
     lora_bias: torch.Tensor | None
 
 
-def pack_layer(slots: Slots, dtype: torch.dtype, kind: RowsKind) -> LayerPack | None:
+def pack_layer_factors(
+    slots: Slots, dtype: torch.dtype, kind: BatchKind
+) -> PackedLayerFactors | None:
     """Return the packed factors of a layer's adapters for a kind of batch, or None.
 
     The packed factors have the dtype ``dtype``. The result is None if no adapter has factors, or if
@@ -112,7 +114,7 @@ def pack_layer(slots: Slots, dtype: torch.dtype, kind: RowsKind) -> LayerPack | 
         return None
     some = next(factors for factors in slots if factors is not None)
     (n, _), (_, k), device = some.lora_b.shape, some.lora_a.shape, some.lora_a.device
-    dense = is_dense(layout.unit, layout.units, dtype)
+    dense = dense_is_fastest(layout.unit, layout.units, dtype)
     shape = (k, layout.units, layout.unit) if dense else (layout.units, layout.unit, k)
     lora_a = torch.zeros(shape, dtype=dtype, device=device)
     by_unit = lora_a.permute(1, 2, 0) if dense else lora_a
@@ -134,14 +136,14 @@ def pack_layer(slots: Slots, dtype: torch.dtype, kind: RowsKind) -> LayerPack | 
         return None
     if dense:
         lora_a, lora_b = lora_a.flatten(1), lora_b.flatten(0, 1)
-    return LayerPack(layout, lora_a, lora_b, lora_bias)
+    return PackedLayerFactors(layout, lora_a, lora_b, lora_bias)
 
 
-def _layout(slots: Slots, dtype: torch.dtype, kind: RowsKind) -> Layout | None:
+def _layout(slots: Slots, dtype: torch.dtype, kind: BatchKind) -> PackedLayout | None:
     ranks = tuple(0 if f is None else f.lora_a.shape[0] for f in slots)
-    return make_layout(ranks, is_coalesced(dtype, kind)) if any(ranks) else None
+    return first_fit_layout(ranks, coalescing_is_faster(dtype, kind)) if any(ranks) else None
 
 
-def is_for(pack: LayerPack, dtype: torch.dtype, kind: RowsKind) -> bool:
+def pack_fits(pack: PackedLayerFactors, dtype: torch.dtype, kind: BatchKind) -> bool:
     """Return whether packed factors also fit another kind of batch with the same dtype."""
-    return make_layout(pack.layout.ranks, is_coalesced(dtype, kind)) is pack.layout
+    return first_fit_layout(pack.layout.ranks, coalescing_is_faster(dtype, kind)) is pack.layout

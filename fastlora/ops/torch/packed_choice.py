@@ -35,7 +35,7 @@ _MATRIX_UNIT = frozenset(
 )
 
 
-class RowsKind(enum.Enum):
+class BatchKind(enum.Enum):
     """The kind of a batch's rows, on which the arrangement of matrix products depends.
 
     Attributes:
@@ -49,14 +49,14 @@ class RowsKind(enum.Enum):
     SAMPLES = enum.auto()
 
 
-def kind_of(rows: int, each: int) -> RowsKind:
+def batch_kind(rows: int, each: int) -> BatchKind:
     """Return the kind of a batch with ``rows`` rows if ``each`` adjacent rows share an id."""
     if rows <= _FEW_ROWS:
-        return RowsKind.FEW
-    return RowsKind.SAMPLES if each >= _LONG else RowsKind.MANY
+        return BatchKind.FEW
+    return BatchKind.SAMPLES if each >= _LONG else BatchKind.MANY
 
 
-def is_dense(unit: int, units: int, dtype: torch.dtype) -> bool:
+def dense_is_fastest(unit: int, units: int, dtype: torch.dtype) -> bool:
     """Return whether it is fastest to multiply every row by the rank rows of all adapters.
 
     There are ``units`` units of ``unit`` rank rows each.
@@ -65,7 +65,7 @@ def is_dense(unit: int, units: int, dtype: torch.dtype) -> bool:
     return units == 1 or unit * units <= limit
 
 
-def is_coalesced(dtype: torch.dtype, kind: RowsKind) -> bool:
+def coalescing_is_faster(dtype: torch.dtype, kind: BatchKind) -> bool:
     """Return whether batched products are faster with several units of rank rows per block.
 
     This is the case for few rows in a 16-bit dtype.
@@ -73,4 +73,4 @@ def is_coalesced(dtype: torch.dtype, kind: RowsKind) -> bool:
     In bf16, 64 rows of 64 adapters take 4.6 times as long as the base product with blocks of 4
     rows, and 6.1 times as long with blocks of 1 row. In fp32, the block size makes no difference.
     """
-    return dtype.itemsize == 2 and kind is RowsKind.FEW
+    return dtype.itemsize == 2 and kind is BatchKind.FEW

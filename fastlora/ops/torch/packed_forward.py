@@ -2,11 +2,11 @@
 
 `_plan` chooses the kind of products from the rows, rank rows, dtype, and processor:
 
-- Dense: every row is multiplied by all rank rows, and only the columns of its own adapter are used.
-  No row is moved.
-- Blocks: rows are multiplied by the rank rows of a few adapters, in one batched product. Rows are
-  gathered once.
-- Samples: this kind is used if blocks would be uneven and samples are at least as long as the
+- DensePlan: every row is multiplied by all rank rows, and only the columns of its own adapter are
+  used. No row is moved.
+- BlockedPlan: rows are multiplied by the rank rows of a few adapters, in one batched product. Rows
+  are gathered once.
+- PerSamplePlan: this kind is used if blocks would be uneven and samples are at least as long as the
   largest rank. The tokens of each sample are multiplied by the rank rows of its adapter, in one
   batched product. Factors are gathered, and no row is moved.
 
@@ -26,17 +26,22 @@ import torch
 
 from fastlora.ops.rows import Rows
 from fastlora.ops.torch import products
-from fastlora.ops.torch.packed import WIDEST_BLOCK, LayerPack, Layout
-from fastlora.ops.torch.packed_choice import RowsKind, is_coalesced, is_dense, kind_of
+from fastlora.ops.torch.packed import WIDEST_BLOCK, PackedLayerFactors, PackedLayout
+from fastlora.ops.torch.packed_choice import (
+    BatchKind,
+    batch_kind,
+    coalescing_is_faster,
+    dense_is_fastest,
+)
 
 # Units are combined until a block has at least this many rows.
 _FEW_ROWS = 4
 # All blocks have as many places as the longest block has rows. With more places per row of the
 # batch than this, blocks cost more than they save.
-_MOST_PLACES = {RowsKind.FEW: 2.0, RowsKind.MANY: 1.25, RowsKind.SAMPLES: 1.25}
+_MOST_PLACES = {BatchKind.FEW: 2.0, BatchKind.MANY: 1.25, BatchKind.SAMPLES: 1.25}
 
 
-class Dense(NamedTuple):
+class DensePlan(NamedTuple):
     """A plan that multiplies every row by the rank rows of all adapters.
 
     Attributes:
@@ -47,7 +52,7 @@ class Dense(NamedTuple):
     other: torch.Tensor | None
 
 
-class Blocks(NamedTuple):
+class BlockedPlan(NamedTuple):
     """A plan that gathers rows into blocks, each for a few units of rank rows.
 
     Attributes:
@@ -70,7 +75,7 @@ class Blocks(NamedTuple):
     exact: bool
 
 
-class Samples(NamedTuple):
+class PerSamplePlan(NamedTuple):
     """A plan that multiplies each sample by its own adapter's rank rows, for B samples of T tokens.
 
     Attributes:
@@ -86,45 +91,50 @@ class Samples(NamedTuple):
     other: torch.Tensor | None
 
 
-Plan = Dense | Blocks | Samples
+Plan = DensePlan | BlockedPlan | PerSamplePlan
 
 
-def plan_for(
-    rows: Rows, layout: Layout, dtype: torch.dtype, known: dict[tuple[Layout, int], Plan | None]
+def cached_plan(
+    rows: Rows,
+    layout: PackedLayout,
+    dtype: torch.dtype,
+    cache: dict[tuple[PackedLayout, int], Plan | None],
 ) -> Plan | None:
-    """Return the plan for the matrix products of a batch, cached in ``known``, or None.
+    """Return the plan for the matrix products of a batch, cached in ``cache``, or None.
 
     The result is None if separate products for each adapter are faster.
     """
     key = (layout, dtype.itemsize)
-    if key not in known:
-        known[key] = _plan(rows, layout, dtype)
-    return known[key]
+    if key not in cache:
+        cache[key] = _make_plan(rows, layout, dtype)
+    return cache[key]
 
 
-def _plan(rows: Rows, layout: Layout, dtype: torch.dtype) -> Plan | None:
+def _make_plan(rows: Rows, layout: PackedLayout, dtype: torch.dtype) -> Plan | None:
     m, device = rows.m, rows.order.device
     # The index of each row's adapter within the set, or G without one. Blocks are counted on the
     # CPU.
-    member = rows.members.cpu()
+    member = rows.segment_index.cpu()
     first = torch.tensor([*layout.firsts, 0])[member]
     rank = torch.tensor([*layout.ranks, 0])[member]
-    kind = kind_of(m, rows.each)
-    if is_dense(layout.unit, layout.units, dtype):
+    kind = batch_kind(m, rows.each)
+    if dense_is_fastest(layout.unit, layout.units, dtype):
         at = torch.arange(layout.rank_rows)
         other = (at < first[:, None]) | (at >= (first + rank)[:, None])
-        return Dense(other.to(device) if other.any() else None)
-    long = kind is RowsKind.SAMPLES and rows.each >= layout.unit
+        return DensePlan(other.to(device) if other.any() else None)
+    long = kind is BatchKind.SAMPLES and rows.each >= layout.unit
     coalesced = 1
     while True:
-        plan = _blocks(first, rank, layout, coalesced)
+        plan = _make_blocked_plan(first, rank, layout, coalesced)
         wider = 2 * coalesced
         fits = layout.units % wider == 0 and wider * layout.unit <= WIDEST_BLOCK
-        if plan.longest >= _FEW_ROWS or not fits or not is_coalesced(dtype, kind):
+        if plan.longest >= _FEW_ROWS or not fits or not coalescing_is_faster(dtype, kind):
             break
         coalesced = wider
     if long and not plan.exact:
-        return _samples(first[:: rows.each], rank[:: rows.each], layout, rows.each, device)
+        return _make_per_sample_plan(
+            first[:: rows.each], rank[:: rows.each], layout, rows.each, device
+        )
     if plan.gather.numel() > _MOST_PLACES[kind] * m:
         return None
     gather, place = plan.gather.to(device), plan.place.to(device)
@@ -132,17 +142,19 @@ def _plan(rows: Rows, layout: Layout, dtype: torch.dtype) -> Plan | None:
     return plan._replace(gather=gather, place=place, other=masks)
 
 
-def _samples(
-    first: torch.Tensor, rank: torch.Tensor, layout: Layout, tokens: int, device: torch.device
-) -> Samples:
+def _make_per_sample_plan(
+    first: torch.Tensor, rank: torch.Tensor, layout: PackedLayout, tokens: int, device: torch.device
+) -> PerSamplePlan:
     unit = layout.unit
     at, start = torch.arange(unit), first % unit
     other = (at < start[:, None]) | (at >= (start + rank)[:, None])
     masks = other.unsqueeze(1).to(device) if other.any() else None
-    return Samples((first // unit).to(device), tokens, masks)
+    return PerSamplePlan((first // unit).to(device), tokens, masks)
 
 
-def _blocks(first: torch.Tensor, rank: torch.Tensor, layout: Layout, coalesced: int) -> Blocks:
+def _make_blocked_plan(
+    first: torch.Tensor, rank: torch.Tensor, layout: PackedLayout, coalesced: int
+) -> BlockedPlan:
     """Return a plan that gives each row a place in its adapter's block.
 
     Rows without an adapter fill free places.
@@ -169,19 +181,21 @@ def _blocks(first: torch.Tensor, rank: torch.Tensor, layout: Layout, coalesced: 
     others[place] = (at < from_block[:, None]) | (at >= (from_block + rank)[:, None])
     other = others.view(blocks, longest, width) if others.any() else None
     exact = blocks * longest == m
-    return Blocks(blocks, longest, coalesced, gather, place, other, exact)
+    return BlockedPlan(blocks, longest, coalesced, gather, place, other, exact)
 
 
-def shrink(x: torch.Tensor, pack: LayerPack, plan: Plan) -> tuple[torch.Tensor, torch.Tensor]:
+def shrink(
+    x: torch.Tensor, pack: PackedLayerFactors, plan: Plan
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return a tuple (x, s), where s is zero in columns that belong to other adapters.
 
     ``x [M, K]`` is returned as it is, or with its rows gathered into blocks. s is
     ``[M, rank rows]``, ``[blocks, C, rank rows of a block]``, or ``[B, T, unit]``.
     """
-    if isinstance(plan, Dense):
+    if isinstance(plan, DensePlan):
         # [M, K] x [K, rank rows]
         s = products.mm(x, pack.lora_a)
-    elif isinstance(plan, Samples):
+    elif isinstance(plan, PerSamplePlan):
         # [B, T, K] x [B, K, unit]
         own_a = pack.lora_a.index_select(0, plan.units)
         s = products.bmm(x.view(-1, plan.tokens, x.shape[1]), own_a.transpose(1, 2))
@@ -198,11 +212,11 @@ def linear(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     rows: Rows,
-    pack: LayerPack,
+    pack: PackedLayerFactors,
     plan: Plan,
 ) -> torch.Tensor:
     """Return the output ``[M, N]`` of a linear layer plus the update of each row's adapter."""
-    if isinstance(plan, Blocks) and plan.exact:
+    if isinstance(plan, BlockedPlan) and plan.exact:
         gathered, s = shrink(x, pack, plan)
         y = products.linear(gathered, weight, bias)
         places = y.view(plan.blocks, plan.longest, y.shape[1])
@@ -211,13 +225,15 @@ def linear(
     return add_(products.linear(x, weight, bias), x, rows, pack, plan)
 
 
-def add_(y: torch.Tensor, x: torch.Tensor, rows: Rows, pack: LayerPack, plan: Plan) -> torch.Tensor:
+def add_(
+    y: torch.Tensor, x: torch.Tensor, rows: Rows, pack: PackedLayerFactors, plan: Plan
+) -> torch.Tensor:
     """Add the update of each row's own adapter to ``y [M, N]`` in place, and return y."""
     _, s = shrink(x, pack, plan)
-    if isinstance(plan, Dense):
+    if isinstance(plan, DensePlan):
         # [M, rank rows] x [rank rows, N]
         products.addmm_(y, s, pack.lora_b)
-    elif isinstance(plan, Samples):
+    elif isinstance(plan, PerSamplePlan):
         # [B, T, unit] x [B, unit, N]
         own_b = pack.lora_b.index_select(0, plan.units)
         products.baddbmm_(y.view(-1, plan.tokens, y.shape[1]), s, own_b)
@@ -228,11 +244,11 @@ def add_(y: torch.Tensor, x: torch.Tensor, rows: Rows, pack: LayerPack, plan: Pl
     return y if pack.lora_bias is None else _add_bias(y, rows, pack)
 
 
-def _block_b(pack: LayerPack, plan: Blocks) -> torch.Tensor:
+def _block_b(pack: PackedLayerFactors, plan: BlockedPlan) -> torch.Tensor:
     return pack.lora_b.view(plan.blocks, -1, pack.lora_b.shape[2])
 
 
-def _add_bias(y: torch.Tensor, rows: Rows, pack: LayerPack) -> torch.Tensor:
+def _add_bias(y: torch.Tensor, rows: Rows, pack: PackedLayerFactors) -> torch.Tensor:
     if pack.lora_bias is None:
         return y
-    return y.add_(pack.lora_bias.index_select(0, rows.members))
+    return y.add_(pack.lora_bias.index_select(0, rows.segment_index))

@@ -54,7 +54,7 @@ def lora_dropout(x: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tensor:
 
     `lora_keep` computes the mask.
     """
-    return select_(lora_keep(x, seed, p), x).mul_(1.0 / (1.0 - p))
+    return select_into_mask_(lora_keep(x, seed, p), x).mul_(1.0 / (1.0 - p))
 
 
 def lora_keep(x: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tensor:
@@ -77,7 +77,7 @@ def lora_keep(x: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tensor:
     return torch.ge(lanes, threshold, out=keep)
 
 
-def select_(keep: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+def select_into_mask_(keep: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """Return x where ``keep`` is 1 and zero elsewhere, in the memory of ``keep``.
 
     The product of integers is one pass at the speed of memory. For 512 x 576 elements, it takes 12
@@ -86,7 +86,7 @@ def select_(keep: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return keep.mul_(x.view(keep.dtype)).view(x.dtype)
 
 
-def drop_(x: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+def apply_mask_(x: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
     """Set x to zero where ``keep`` is 0, in place, and return x."""
     x.view(keep.dtype).mul_(keep)
     return x

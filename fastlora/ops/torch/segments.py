@@ -17,8 +17,8 @@ from typing import NamedTuple
 
 import torch
 
-from fastlora.ops.factors import Base, Operands
-from fastlora.ops.layout import columns_of
+from fastlora.ops.factors import AdapterOperands, Base
+from fastlora.ops.layout import padded_rank
 from fastlora.ops.rows import Rows
 from fastlora.ops.torch import products, reference
 from fastlora.validation import check_dropout_dtype
@@ -29,26 +29,26 @@ from fastlora.validation import check_dropout_dtype
 _BATCHED_SHARES = 4
 
 
-def down(
+def down_operands(
     lora_a: Sequence[torch.Tensor],
     seeds: torch.Tensor | None = None,
     dropout_p: Sequence[float] | None = None,
-) -> Operands:
-    """Return an `Operands` with only lora_a and dropout, for functions that read nothing else."""
+) -> AdapterOperands:
+    """Return `AdapterOperands` with only lora_a and dropout, which is all that a shrink reads."""
     none, unread = [0.0] * len(lora_a), lora_a[0].new_empty(0)
-    return Operands(list(lora_a), [], [], unread, tuple(dropout_p or none), seeds)
+    return AdapterOperands(list(lora_a), [], [], unread, tuple(dropout_p or none), seeds)
 
 
-def up(
+def up_operands(
     lora_b: Sequence[torch.Tensor],
     lora_bias: Sequence[torch.Tensor | None],
     scaling: torch.Tensor,
-) -> Operands:
-    """Return an `Operands` with only lora_b, lora_bias, and scaling."""
-    return Operands([], list(lora_b), list(lora_bias), scaling, (0.0,) * len(lora_b))
+) -> AdapterOperands:
+    """Return `AdapterOperands` with only lora_b, lora_bias, and scaling."""
+    return AdapterOperands([], list(lora_b), list(lora_bias), scaling, (0.0,) * len(lora_b))
 
 
-class _Share(NamedTuple):
+class _AdapterRows(NamedTuple):
     """The rows of one adapter, and its part of s and ds.
 
     Attributes:
@@ -68,12 +68,12 @@ class _Share(NamedTuple):
         return s[self.at, : self.rank] if s.dim() == 2 else s[self.own].view(-1, self.rank)
 
 
-def _shares(operands: Operands, rows: Rows) -> list[_Share]:
+def _adapter_rows(operands: AdapterOperands, rows: Rows) -> list[_AdapterRows]:
     """Return a list of the adapters that have rows and a nonzero rank, in order of slots."""
     downs, ups = operands.lora_a, operands.lora_b
     places = range(len(downs or ups))
     place_of = dict(zip(places if operands.slots is None else operands.slots, places, strict=True))
-    found, end = list[_Share](), 0
+    found, end = list[_AdapterRows](), 0
     for slot, start, stop in rows.segments:
         place = place_of.get(slot)
         if place is None:
@@ -81,11 +81,11 @@ def _shares(operands: Operands, rows: Rows) -> list[_Share]:
         rank = downs[place].shape[0] if downs else ups[place].shape[1]
         if rank:
             first, end = end, end + (stop - start) * rank
-            found.append(_Share(place, slice(start, stop), rank, slice(first, end)))
+            found.append(_AdapterRows(place, slice(start, stop), rank, slice(first, end)))
     return found
 
 
-def _dropped(rows: torch.Tensor, operands: Operands, place: int) -> torch.Tensor:
+def _apply_dropout(rows: torch.Tensor, operands: AdapterOperands, place: int) -> torch.Tensor:
     """Apply dropout to an adapter's rows, with the same mask in every call."""
     if operands.seeds is None or not operands.dropout_p[place]:
         return rows
@@ -95,7 +95,11 @@ def _dropped(rows: torch.Tensor, operands: Operands, place: int) -> torch.Tensor
 
 
 def forward(
-    x: torch.Tensor, base: Base, operands: Operands, rows: Rows, s: torch.Tensor | None = None
+    x: torch.Tensor,
+    base: Base,
+    operands: AdapterOperands,
+    rows: Rows,
+    s: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return a tuple (output ``[M, N]`` of a layer with each row's own adapter, s).
 
@@ -109,21 +113,21 @@ def forward(
         ordered = ordered.clone() if ordered is y and not base.inplace else ordered
     else:
         raise ValueError("neither a base weight nor a base output is given")
-    s = _add_shares(ordered, x, operands, rows, s)
+    s = _add_adapter_updates(ordered, x, operands, rows, s)
     return rows.restored(ordered), s
 
 
-def _add_shares(
-    y: torch.Tensor, x: torch.Tensor, operands: Operands, rows: Rows, s: torch.Tensor | None
+def _add_adapter_updates(
+    y: torch.Tensor, x: torch.Tensor, operands: AdapterOperands, rows: Rows, s: torch.Tensor | None
 ) -> torch.Tensor:
     """Add each adapter's update to its rows of y in place, and return the shrink output s.
 
     Rows are sorted.
     """
-    made, drops, shares = s is None, operands.seeds is not None, _shares(operands, rows)
+    made, drops, shares = s is None, operands.seeds is not None, _adapter_rows(operands, rows)
     if s is None:
         s = x.new_empty(shares[-1].own.stop if shares else 0)
-    by_rank: dict[int, list[_Share]] = {}
+    by_rank: dict[int, list[_AdapterRows]] = {}
     for share in shares:
         # A dropout mask belongs to the rows of one adapter, so adapters with dropout run one by
         # one.
@@ -137,7 +141,7 @@ def _add_shares(
             place, at = share.place, share.at
             scaling, part, own = operands.scaling[place], y[at], share.part(s)
             if made:
-                mine = _dropped(x[at], operands, place) if drops else x[at]
+                mine = _apply_dropout(x[at], operands, place) if drops else x[at]
                 own.copy_(reference.lora_shrink(mine, operands.lora_a[place]))
             reference.lora_expand_(part, own, operands.lora_b[place], scaling)
             lora_bias = operands.lora_bias[place]
@@ -147,7 +151,11 @@ def _add_shares(
 
 
 def _add_batched(
-    y: torch.Tensor, x: torch.Tensor, operands: Operands, group: list[_Share], s: torch.Tensor
+    y: torch.Tensor,
+    x: torch.Tensor,
+    operands: AdapterOperands,
+    group: list[_AdapterRows],
+    s: torch.Tensor,
 ) -> None:
     """Add the updates of several adapters of one rank to y in place, with two batched products.
 
@@ -161,7 +169,7 @@ def _add_batched(
     lora_b = torch.stack([operands.lora_b[place] for place in places]).to(x.dtype)
     scaling = torch.stack([operands.scaling[place] for place in places]).view(-1, 1, 1)
     spans = tuple((share.at.start, share.at.stop) for share in group)
-    rows, own, targets = _padded(spans, x.device)
+    rows, own, targets = _padded_gather_indices(spans, x.device)
     spread = x.index_select(0, rows).view(len(group), -1, x.shape[1])
     # [G, C, K] x [G, K, R], then [G, C, R] x [G, R, N]
     made = products.bmm(spread, lora_a.transpose(1, 2))
@@ -177,7 +185,7 @@ def _add_batched(
 
 
 @functools.lru_cache(maxsize=8)
-def _padded(
+def _padded_gather_indices(
     spans: tuple[tuple[int, int], ...], device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return a tuple of indices that gather G spans of rows into a padded batch ``[G, C]``.
@@ -201,16 +209,16 @@ def _padded(
         return found[0], found[1], found[2]
 
 
-def shrink(x: torch.Tensor, layers: Sequence[Operands], rows: Rows) -> torch.Tensor:
+def shrink(x: torch.Tensor, layers: Sequence[AdapterOperands], rows: Rows) -> torch.Tensor:
     """Return the shrink output s of G layers with the same input x, ``[G, M, R]``.
 
     The rows of x may be in any order. Those of s are sorted.
     """
-    columns = columns_of(max(a.shape[0] for operands in layers for a in operands.lora_a))
+    columns = padded_rank(max(a.shape[0] for operands in layers for a in operands.lora_a))
     s, x = x.new_zeros(len(layers), x.shape[0], columns), rows.sorted(x)
     for own, operands in zip(s, layers, strict=True):
-        for share in _shares(operands, rows):
-            mine = _dropped(x[share.at], operands, share.place)
+        for share in _adapter_rows(operands, rows):
+            mine = _apply_dropout(x[share.at], operands, share.place)
             share.part(own).copy_(reference.lora_shrink(mine, operands.lora_a[share.place]))
     return s
 
@@ -218,7 +226,7 @@ def shrink(x: torch.Tensor, layers: Sequence[Operands], rows: Rows) -> torch.Ten
 def grad_b(
     dy: torch.Tensor,
     s: torch.Tensor,
-    operands: Operands,
+    operands: AdapterOperands,
     rows: Rows,
     wants: Sequence[bool],
     wants_ds: bool = True,
@@ -233,7 +241,7 @@ def grad_b(
     ds, count = torch.zeros_like(s), len(operands.lora_b)
     d_lora_b: list[torch.Tensor | None] = [None] * count
     d_lora_bias: list[torch.Tensor | None] = [None] * count
-    for share in _shares(operands, rows):
+    for share in _adapter_rows(operands, rows):
         place = share.place
         lora_b, lora_bias = operands.lora_b[place], operands.lora_bias[place]
         own, scaling = dy[share.at], operands.scaling[place]
@@ -250,7 +258,7 @@ def grad_x(
     dy: torch.Tensor,
     weight: torch.Tensor | None,
     ds: torch.Tensor,
-    operands: Operands,
+    operands: AdapterOperands,
     rows: Rows,
 ) -> torch.Tensor:
     """Return the gradient of x, or only the adapters' part of it if there is no weight.
@@ -261,20 +269,20 @@ def grad_x(
         dx = dy.new_zeros(dy.shape[0], operands.lora_a[0].shape[1])
     else:
         dx = products.mm(dy, reference.cast(weight, dy.dtype))
-    for share in _shares(operands, rows):
+    for share in _adapter_rows(operands, rows):
         place, at, own = share.place, share.at, share.part(ds)
         factor = operands.lora_a[place].to(ds.dtype)
         if operands.seeds is None or not operands.dropout_p[place]:
             products.addmm_(dx[at], own, factor)
         else:
-            dx[at] += _dropped(products.mm(own, factor), operands, place)
+            dx[at] += _apply_dropout(products.mm(own, factor), operands, place)
     return rows.restored(dx)
 
 
 def grad_a(
     x: torch.Tensor,
     ds: Sequence[torch.Tensor],
-    layers: Sequence[Operands],
+    layers: Sequence[AdapterOperands],
     rows: Rows,
     wants: Sequence[bool],
 ) -> list[torch.Tensor | None]:
@@ -288,10 +296,10 @@ def grad_a(
     for inner, operands in zip(ds, layers, strict=True):
         first = len(found)
         found += [None] * len(operands.lora_a)
-        for share in _shares(operands, rows):
+        for share in _adapter_rows(operands, rows):
             place = share.place
             if wants[first + place]:
-                rows_of_it = _dropped(x[share.at], operands, place)
+                rows_of_it = _apply_dropout(x[share.at], operands, place)
                 own = products.mm(share.part(inner).t(), rows_of_it)
                 found[first + place] = own.to(operands.lora_a[place].dtype)
     return found

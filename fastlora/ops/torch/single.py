@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import torch
 
-from fastlora.ops.backend import Backward, Gradients
-from fastlora.ops.conditions import is_traced
+from fastlora.ops.backend import BackwardArguments, Gradients
+from fastlora.ops.execution_mode import is_traced
 from fastlora.ops.torch import products, reference
 
 
@@ -37,11 +37,11 @@ def shrink(
     """Return the shrink output s of x, after dropout if there is a seed."""
     if seed is None:
         return reference.lora_shrink(x, lora_a)
-    dropped = reference.select_(keep_mask(x, seed, dropout_p, None), x)
+    dropped = reference.select_into_mask_(keep_mask(x, seed, dropout_p, None), x)
     return reference.lora_shrink(dropped, lora_a).mul_(1.0 / (1.0 - dropout_p))
 
 
-def gradients(given: Backward) -> Gradients:
+def gradients(given: BackwardArguments) -> Gradients:
     """Return a tuple of the gradients of a layer with one adapter; see `Backend.gradients`."""
     dy, weight, x, operands, _, s, _, wants_x, wants_bias, _, wants = given
     (lora_a,), (lora_b,), _, scaling, (dropout_p,), seed, _ = operands
@@ -56,7 +56,7 @@ def gradients(given: Backward) -> Gradients:
         inner = ds * dropped
     if wants_x and keep is not None:
         # The base term is added to the dropped update, which saves one buffer of x's size.
-        dx = reference.drop_(products.mm(inner, factor), keep)
+        dx = reference.apply_mask_(products.mm(inner, factor), keep)
         if weight is not None:
             products.addmm_(dx, dy, reference.cast(weight, dy.dtype))
     elif wants_x:
@@ -66,7 +66,7 @@ def gradients(given: Backward) -> Gradients:
             base = products.mm(dy, reference.cast(weight, dy.dtype))
             dx = products.addmm_(base, ds, factor)
     if wants_a and x is not None:
-        kept = x if keep is None else reference.select_(keep, x)
+        kept = x if keep is None else reference.select_into_mask_(keep, x)
         d_lora_a = reference.cast(products.mm(inner.t(), kept), lora_a.dtype)
     if wants_b and s is not None:
         d_lora_b = reference.lora_d_b(dy, s, lora_b, scaling)

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from fastlora.coded_weight import Coded
 from fastlora.kernels import (
     lora_expand,
     lora_grad_a,
@@ -22,25 +21,26 @@ from fastlora.kernels import (
     plane_sums,
 )
 from fastlora.kernels import mixed_lora_grad_reduce as reduce
+from fastlora.kernels.config_tables import MAX_GROUP_SIZE, KernelConfig
 from fastlora.kernels.configs import reads_twice
-from fastlora.kernels.launch import empty, kept, product
+from fastlora.kernels.launch import cached_launches, empty, product
 from fastlora.kernels.mixed_rows import DropoutTables
 from fastlora.kernels.modules import Module, Weight
-from fastlora.kernels.tables import MAX_SIBLINGS, KernelConfig
-from fastlora.ops.factors import numbers_on, present
-from fastlora.ops.layout import layout, layout_b
+from fastlora.ops.factors import fill_missing_factors, number_tensor_without_sync
+from fastlora.ops.layout import grad_a_buffer_layout, grad_b_buffer_layout
 from fastlora.ops.plans import choose_plan
 from fastlora.ops.torch import products, reference
-from fastlora.ops.triton.configs import config_of
-from fastlora.ops.triton.expand import add_rank_rows_
-from fastlora.ops.triton.linear import products_and_rank_rows, products_of_codes
-from fastlora.ops.triton.tables import (
-    aligned_blocks,
-    down_rows,
+from fastlora.ops.triton.address_tables import (
+    align_factors,
+    down_rank_rows,
     dropout_tables,
-    max_columns_of,
-    up_rows,
+    max_summed_rank,
+    up_rank_rows,
 )
+from fastlora.ops.triton.expand import expand_mixed_
+from fastlora.ops.triton.launch_configs import config_of
+from fastlora.ops.triton.linear import fused_mixed_linear, quantized_base_products
+from fastlora.quantized_tensor import QuantizedData
 
 _Tensors = Sequence[torch.Tensor]
 _Factors = Sequence[torch.Tensor | None]
@@ -63,10 +63,10 @@ def grad_b(
 
     The column sums are computed only for one slot.
     """
-    ups = present(lora_b, 1)
+    ups = fill_missing_factors(lora_b, 1)
     if not rows:
-        return _grad_b_one(dy, s, ups[0], scaling, with_bias[0])
-    return _grad_b_listed(dy, s, rows, run, ups, with_bias, scaling, with_factors)
+        return _grad_b_one_adapter(dy, s, ups[0], scaling, with_bias[0])
+    return _mixed_grad_b(dy, s, rows, run, ups, with_bias, scaling, with_factors)
 
 
 def grad_x(
@@ -80,25 +80,25 @@ def grad_x(
     plan: str,
 ) -> torch.Tensor:
     """Return the gradient of x, or only the adapters' part of it if there is no weight."""
-    downs = present(lora_a, 0)
+    downs = fill_missing_factors(lora_a, 0)
     if not rows:
         p = 0.0 if seeds is None else dropout_p[0]
-        return _grad_x_one(dy, weight, ds, downs[0], seeds, p, plan)
-    downs, dropout = aligned_blocks(downs), dropout_tables(seeds, dropout_p)
-    (m, n), k, up = dy.shape, downs[0].shape[1], down_rows(downs, dy.device)
+        return _grad_x_one_adapter(dy, weight, ds, downs[0], seeds, p, plan)
+    downs, dropout = align_factors(downs), dropout_tables(seeds, dropout_p)
+    (m, n), k, up = dy.shape, downs[0].shape[1], down_rank_rows(downs, dy.device)
     sizes, slots = (m, n, k, up.largest), len(downs)
     if weight is None:
         dx = dy.new_zeros(m, k)
-    elif isinstance(weight, Coded):
-        (dx,) = products_of_codes(dy, [weight.t()], [None], "coded_lora_grad_x")
+    elif isinstance(weight, QuantizedData):
+        (dx,) = quantized_base_products(dy, [weight.t()], [None], "coded_lora_grad_x")
     elif choose_plan(plan, dy, weight, up.largest, "mixed_lora_grad_x", slots=slots) == "fused":
         config = config_of("mixed_lora_grad_x", dy, *sizes)
         given = [weight.t()], [None], ds.unsqueeze(0), rows, up
-        return products_and_rank_rows(dy, *given, config=config, dropout=dropout)[0]
+        return fused_mixed_linear(dy, *given, config=config, dropout=dropout)[0]
     else:
         dx = products.mm(dy, weight)
     config = config_of("mixed_lora_grad_x_add", dy, *sizes)
-    add_rank_rows_([dx], ds.unsqueeze(0), rows, up, config=config, dropout=dropout)
+    expand_mixed_([dx], ds.unsqueeze(0), rows, up, config=config, dropout=dropout)
     return dx
 
 
@@ -116,20 +116,20 @@ def grad_a(
     If one slot has all rows, the list contains one tensor per module. Otherwise it contains one
     buffer with the gradients of all modules and slots.
     """
-    downs = present(lora_a, 0)
+    downs = fill_missing_factors(lora_a, 0)
     if not rows:
-        return _grad_a_one(x, ds, downs, seeds, dropout_p)
-    return [_grad_a_listed(x, ds, rows, run, downs, dropout_tables(seeds, dropout_p))]
+        return _grad_a_one_adapter(x, ds, downs, seeds, dropout_p)
+    return [_mixed_grad_a(x, ds, rows, run, downs, dropout_tables(seeds, dropout_p))]
 
 
-@kept
-def siblings(
+@cached_launches
+def grouped_gradients(
     x: torch.Tensor | None,
     dropout_p: tuple[float, ...],
     wants: tuple[bool, ...],
-    *tensors: torch.Tensor | Coded | None,
+    *tensors: torch.Tensor | QuantizedData | None,
 ) -> list[torch.Tensor | None]:
-    """Return a list of a shared-input group's gradients, as `Backend.siblings_gradients` does.
+    """Return a list of a shared-input group's gradients, as `Backend.grouped_gradients` does.
 
     ``tensors`` are the dy of each module, the operands, and s. The modules' products accumulate one
     after the other into a single dx.
@@ -151,22 +151,24 @@ def siblings(
         if dy is None:
             continue
         if wants_b[i]:
-            ds[i], found[2 * count + i], sums = _grad_b_one(dy, s[i], b, scaling, wants_bias[i])
+            ds[i], found[2 * count + i], sums = _grad_b_one_adapter(
+                dy, s[i], b, scaling, wants_bias[i]
+            )
         else:
             ds[i] = product(reference.lora_ds, dy, b, scaling)
             sums = product(reference.column_sums, dy) if wants_bias[i] else dy
         if wants_bias[i]:
             found[i] = sums
         if wants_x:
-            dx = _grad_x_one(dy, weights[i], ds[i], a, seeds[i], dropout_p[i], "auto", dx)
+            dx = _grad_x_one_adapter(dy, weights[i], ds[i], a, seeds[i], dropout_p[i], "auto", dx)
     some = [i for i in range(count) if i in ds and wants_a[i]]
     if some and x is not None:
         drawn = [seeds[i] for i in some]
-        d_lora_a = _grad_a_of_siblings(
+        d_lora_a = _grad_a_of_group(
             x,
             [ds[i] for i in some],
             [lora_a[i].dtype for i in some],
-            None if drawn == [None] * len(some) else product(_side_by_side, *drawn),
+            None if drawn == [None] * len(some) else product(_concat_seeds, *drawn),
             [dropout_p[i] for i in some],
         )
         for i, gradient in zip(some, d_lora_a, strict=True):
@@ -174,7 +176,7 @@ def siblings(
     return [dx, *found]
 
 
-def _side_by_side(*seeds: torch.Tensor | None) -> torch.Tensor:
+def _concat_seeds(*seeds: torch.Tensor | None) -> torch.Tensor:
     """Concatenate seeds into one tensor, int64 ``[G]``, with an arbitrary number for None."""
     any_seed = next(seed for seed in seeds if seed is not None)
     return torch.cat([any_seed if seed is None else seed for seed in seeds])
@@ -183,7 +185,7 @@ def _side_by_side(*seeds: torch.Tensor | None) -> torch.Tensor:
 # ------------------------------------------------------------------------------- one adapter
 
 
-def _grad_b_one(
+def _grad_b_one_adapter(
     dy: torch.Tensor,
     s: torch.Tensor,
     lora_b: torch.Tensor,
@@ -200,13 +202,13 @@ def _grad_b_one(
         return dy.new_zeros(m, r), dy.new_zeros(n, r, dtype=lora_b.dtype), sums
     config = config_of("lora_grad_b", dy, m, n, r=r)
     twice = reads_twice(config, n, r, dy.itemsize)
-    made = _sums_over_rows(dy, s, lora_b, scaling, with_bias, not twice, config)
+    made = _grad_b_and_column_sums(dy, s, lora_b, scaling, with_bias, not twice, config)
     d_lora_b, d_bias, *own = made
     return own[0] if own else product(reference.lora_ds, dy, lora_b, scaling), d_lora_b, d_bias
 
 
-@kept
-def _sums_over_rows(
+@cached_launches
+def _grad_b_and_column_sums(
     dy: torch.Tensor,
     s: torch.Tensor,
     lora_b: torch.Tensor,
@@ -236,7 +238,9 @@ def _sums_over_rows(
         config=config,
     )
     split = [
-        (out, planes) for out, planes in zip(result, written, strict=True) if out is not planes
+        (out, partials)
+        for out, partials in zip(result, written, strict=True)
+        if out is not partials
     ]
     if split:
         outs, stacks = zip(*split, strict=True)
@@ -244,8 +248,8 @@ def _sums_over_rows(
     return result
 
 
-@kept
-def _grad_x_one(
+@cached_launches
+def _grad_x_one_adapter(
     dy: torch.Tensor,
     weight: Weight | None,
     ds: torch.Tensor,
@@ -268,7 +272,7 @@ def _grad_x_one(
     if weight is None:
         return _grad_x_of_adapter(dy, ds, lora_a, seed, dropout_p, onto)
     launch = "lora_grad_x"
-    if isinstance(weight, Coded):
+    if isinstance(weight, QuantizedData):
         launch = "coded_lora_grad_x"
     elif choose_plan(plan, dy, weight, r, launch) != "fused":
         dx = _grad_x_of_adapter(dy, ds, lora_a, seed, dropout_p, onto)
@@ -286,7 +290,7 @@ def _grad_x_one(
     return dx if onto is None else product(torch.Tensor.add_, onto, dx)
 
 
-@kept
+@cached_launches
 def _grad_x_of_adapter(
     dy: torch.Tensor,
     ds: torch.Tensor,
@@ -306,7 +310,7 @@ def _grad_x_of_adapter(
     return dx
 
 
-def _grad_a_one(
+def _grad_a_one_adapter(
     x: torch.Tensor,
     ds: Sequence[torch.Tensor],
     lora_a: Sequence[torch.Tensor],
@@ -320,26 +324,26 @@ def _grad_a_one(
     if not x.numel():
         return [torch.zeros_like(factor) for factor in lora_a]
     result: list[torch.Tensor] = []
-    for start in range(0, len(ds), MAX_SIBLINGS):
-        part = slice(start, start + MAX_SIBLINGS)
+    for start in range(0, len(ds), MAX_GROUP_SIZE):
+        part = slice(start, start + MAX_GROUP_SIZE)
         drawn = None if seeds is None else seeds[part].contiguous()
         inner = [tensor.contiguous() for tensor in ds[part]]
         dtypes = [factor.dtype for factor in lora_a[part]]
-        result += _grad_a_of_siblings(x, inner, dtypes, drawn, list(dropout_p[part]))
+        result += _grad_a_of_group(x, inner, dtypes, drawn, list(dropout_p[part]))
     return result
 
 
-@kept
-def _grad_a_of_siblings(
+@cached_launches
+def _grad_a_of_group(
     x: torch.Tensor,
     ds: list[torch.Tensor],
     dtypes: list[torch.dtype],
     seeds: torch.Tensor | None,
     dropout_p: list[float],
 ) -> list[torch.Tensor]:
-    """Return a list of the gradients of lora_a of up to `MAX_SIBLINGS` modules, in ``dtypes``."""
+    """Return a list of the gradients of lora_a of up to `MAX_GROUP_SIZE` modules, in ``dtypes``."""
     (m, k), ranks, count = x.shape, [tensor.shape[1] for tensor in ds], len(ds)
-    config = config_of("lora_grad_a", x, m, k=k, r=max(ranks), siblings=count)
+    config = config_of("lora_grad_a", x, m, k=k, r=max(ranks), group_size=count)
     outs = [empty(x, r, k, dtype=dtype) for r, dtype in zip(ranks, dtypes, strict=True)]
     written = outs
     if config.splits > 1:
@@ -353,7 +357,7 @@ def _grad_a_of_siblings(
 # ------------------------------------------------------------------------------- many adapters
 
 
-def _grad_b_listed(
+def _mixed_grad_b(
     dy: torch.Tensor,
     s: torch.Tensor,
     rows: Sequence[torch.Tensor],
@@ -368,40 +372,42 @@ def _grad_b_listed(
     One launch reads dy and writes partial sums, and a second launch adds them.
     """
     (m, n), largest, device, fp32 = dy.shape, s.shape[1], dy.device, torch.float32
-    offsets, bias_offsets, end = layout_b(lora_b, with_bias)
+    offsets, bias_offsets, end = grad_b_buffer_layout(lora_b, with_bias)
     packed = lora_b[0].new_empty(end if with_factors else 0)
     ds, biased = torch.empty_like(s), with_factors and any(with_bias)
     config = config_of("mixed_lora_grad_b", dy, r=largest)
     count = -(-m // run) + len(lora_b)
-    ds_planes = dy.new_empty(-(-n // config.block_n), *s.shape, dtype=fp32)
-    b_planes = dy.new_empty(count, n, largest, dtype=fp32) if with_factors else None
-    bias_planes = dy.new_empty(count, n, dtype=fp32) if biased else None
-    blocks = aligned_blocks(lora_b)
-    up = up_rows(blocks, (), scaling)
+    ds_partials = dy.new_empty(-(-n // config.block_n), *s.shape, dtype=fp32)
+    b_partials = dy.new_empty(count, n, largest, dtype=fp32) if with_factors else None
+    bias_partials = dy.new_empty(count, n, dtype=fp32) if biased else None
+    blocks = align_factors(lora_b)
+    up = up_rank_rows(blocks, (), scaling)
     lora_grad_b.launch_mixed_lora_grad_b(
-        *(ds_planes, b_planes, bias_planes, dy, s, rows, up),
+        *(ds_partials, b_partials, bias_partials, dy, s, rows, up),
         run=run,
         config=config,
     )
     reduce.launch_mixed_lora_grad_reduce(
         packed if with_factors else None,
-        None if b_planes is None else b_planes.transpose(1, 2).unsqueeze(1),
+        None if b_partials is None else b_partials.transpose(1, 2).unsqueeze(1),
         *(rows, up.rank.unsqueeze(0), scaling.unsqueeze(0)),
-        numbers_on(tuple(offsets), torch.int64, device).unsqueeze(0),
+        number_tensor_without_sync(tuple(offsets), torch.int64, device).unsqueeze(0),
         m=m,
         columns=n,
         run=run,
         by_column=True,
         config=config_of("mixed_lora_grad_reduce", dy),
-        bias_planes=bias_planes,
-        bias_offset=numbers_on(tuple(bias_offsets), torch.int64, device).unsqueeze(0),
+        bias_partials=bias_partials,
+        bias_offset=number_tensor_without_sync(tuple(bias_offsets), torch.int64, device).unsqueeze(
+            0
+        ),
         ds=ds,
-        ds_planes=ds_planes,
+        ds_partials=ds_partials,
     )
     return ds, packed, dy.new_empty(0, dtype=fp32)
 
 
-def _grad_a_listed(
+def _mixed_grad_a(
     x: torch.Tensor,
     ds: Sequence[torch.Tensor],
     rows: Sequence[torch.Tensor],
@@ -416,26 +422,28 @@ def _grad_a_listed(
     """
     (m, k), modules, device = x.shape, len(ds), x.device
     slots, joined = len(lora_a) // modules, torch.stack(list(ds)) if modules > 1 else ds[0][None]
-    offsets, end = layout(lora_a)
+    offsets, end = grad_a_buffer_layout(lora_a)
     packed = lora_a[0].new_empty(end)
-    rank = numbers_on(tuple(a.shape[0] for a in lora_a), torch.int32, device).view(modules, slots)
+    rank = number_tensor_without_sync(tuple(a.shape[0] for a in lora_a), torch.int32, device).view(
+        modules, slots
+    )
     count = -(-m // run) + slots
-    planes = x.new_empty(count, modules, joined.shape[2], k, dtype=torch.float32)
+    partials = x.new_empty(count, modules, joined.shape[2], k, dtype=torch.float32)
     each = modules if dropout is None else 1
-    columns = max_columns_of(lora_a, slots, each)
+    columns = max_summed_rank(lora_a, slots, each)
     config = config_of("mixed_lora_grad_a", x, r=columns)
     for first in range(0, modules, each):
         some, own = slice(first, first + each), slice(first * slots, (first + each) * slots)
         lora_grad_a.launch_mixed_lora_grad_a(
-            *(planes[:, some], x, joined[some], rows, rank[some]),
+            *(partials[:, some], x, joined[some], rows, rank[some]),
             run=run,
             max_columns=columns,
             config=config,
             dropout=dropout and DropoutTables(*(table[own] for table in dropout)),
         )
     reduce.launch_mixed_lora_grad_reduce(
-        *(packed, planes, rows, rank, None),
-        numbers_on(tuple(offsets), torch.int64, device).view(modules, slots),
+        *(packed, partials, rows, rank, None),
+        number_tensor_without_sync(tuple(offsets), torch.int64, device).view(modules, slots),
         m=m,
         columns=k,
         run=run,

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 import torch
 
 from fastlora.kernels import lora_expand, mixed_lora_expand
-from fastlora.kernels.launch import kept
+from fastlora.kernels.config_tables import KernelConfig
+from fastlora.kernels.launch import cached_launches
 from fastlora.kernels.mixed_rows import DropoutTables, RankRows
 from fastlora.kernels.modules import Module
-from fastlora.kernels.tables import KernelConfig
-from fastlora.ops.factors import Factor, present, tables_of
-from fastlora.ops.triton.configs import chip_of, config_of
-from fastlora.ops.triton.shrink import shrink_at
-from fastlora.ops.triton.tables import aligned_blocks, up_rows, up_rows_at
+from fastlora.ops.factors import Factor, fill_missing_factors, tables_from_tensors
+from fastlora.ops.triton.address_tables import align_factors, up_rank_rows, up_rank_rows_from_tables
+from fastlora.ops.triton.launch_configs import chip_of, config_of
+from fastlora.ops.triton.shrink import mixed_shrink_from_tables
 
 _Tensors = Sequence[torch.Tensor]
 
@@ -28,19 +28,19 @@ def expand_(
     scaling: torch.Tensor,
 ) -> None:
     """Add the update of each row's adapter to y ``[M, N]`` in place, given the shrink output s."""
-    ups = present(lora_b, 1)
+    ups = fill_missing_factors(lora_b, 1)
     if not rows:
-        expand_one_(y, s, ups[0], scaling)
+        expand_one_adapter_(y, s, ups[0], scaling)
         return
-    ups, biases = aligned_blocks(ups), aligned_blocks(lora_bias)
-    up = up_rows(ups, biases, scaling)
+    ups, biases = align_factors(ups), align_factors(lora_bias)
+    up = up_rank_rows(ups, biases, scaling)
     (m, n), r = y.shape, up.largest
     config = config_of("mixed_lora_train_expand", y, m, n, r=r)
-    add_rank_rows_([y], s.unsqueeze(0), rows, up, config=config)
+    expand_mixed_([y], s.unsqueeze(0), rows, up, config=config)
 
 
-@kept
-def expand_one_(
+@cached_launches
+def expand_one_adapter_(
     y: torch.Tensor, s: torch.Tensor, lora_b: torch.Tensor, scaling: torch.Tensor
 ) -> None:
     """Add the update of one adapter to y in place, in one launch, with products in y's dtype."""
@@ -49,7 +49,7 @@ def expand_one_(
     lora_expand.launch_lora_expand([Module(y, lora_b, scaling)], s, reads_y=True, config=config)
 
 
-@kept
+@cached_launches
 def add_at_(
     y: torch.Tensor,
     x: torch.Tensor,
@@ -60,15 +60,15 @@ def add_at_(
     factor_dtype: torch.dtype,
 ) -> None:
     """Add the update of each row's adapter to y in place, in two launches: shrink and expand."""
-    found = tables_of(tables, max_rank, factor_dtype)
-    s = shrink_at(x, rows, found, slice(index, index + 1))
+    found = tables_from_tensors(tables, max_rank, factor_dtype)
+    s = mixed_shrink_from_tables(x, rows, found, slice(index, index + 1))
     (m, k), n = x.shape, y.shape[1]
     config = config_of("mixed_lora_expand", y, m, n, k, max_rank)
-    up = up_rows_at(found, index)
-    add_rank_rows_([y], s[:, 0], rows, up, config=config, pdl=True)
+    up = up_rank_rows_from_tables(found, index)
+    expand_mixed_([y], s[:, 0], rows, up, config=config, pdl=True)
 
 
-def add_rank_rows_(
+def expand_mixed_(
     ys: Sequence[torch.Tensor],
     s: torch.Tensor,
     rows: Sequence[torch.Tensor],

@@ -14,10 +14,10 @@ from collections.abc import Sequence
 import torch
 
 from fastlora.kernels import lora_dropout, mixed_dora_scale
-from fastlora.kernels.launch import empty, kept
-from fastlora.ops.triton.configs import config_of
+from fastlora.kernels.launch import cached_launches, empty
 from fastlora.ops.triton.expand import add_at_, expand_
-from fastlora.ops.triton.linear import linear, linear_at, siblings, siblings_at
+from fastlora.ops.triton.launch_configs import config_of
+from fastlora.ops.triton.linear import grouped_forward, linear, linear_at, mixed_grouped_forward
 from fastlora.ops.triton.shrink import shrink
 
 __all__ = [
@@ -28,12 +28,12 @@ __all__ = [
     "linear_at",
     "scale_",
     "shrink",
-    "siblings",
-    "siblings_at",
+    "grouped_forward",
+    "mixed_grouped_forward",
 ]
 
 
-@kept
+@cached_launches
 def dropout(x: torch.Tensor, seed: torch.Tensor, dropout_p: float) -> torch.Tensor:
     """Return x ``[M, K]`` after dropout, with the mask of one adapter."""
     (m, k), out = x.shape, empty(x, *x.shape)
@@ -42,7 +42,7 @@ def dropout(x: torch.Tensor, seed: torch.Tensor, dropout_p: float) -> torch.Tens
     return out
 
 
-@kept
+@cached_launches
 def scale_(
     y: torch.Tensor,
     bias: torch.Tensor | None,

@@ -12,21 +12,26 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from fastlora.coded_weight import Coded
 from fastlora.kernels import lora_expand, lora_linear, mixed_lora_linear, plane_sums
-from fastlora.kernels.launch import empty, kept, product
+from fastlora.kernels.config_tables import KernelConfig
+from fastlora.kernels.launch import cached_launches, empty, product
 from fastlora.kernels.mixed_rows import DropoutTables, RankRows
 from fastlora.kernels.modules import Module, Weight, are_of_a_kind
-from fastlora.kernels.tables import KernelConfig
-from fastlora.ops.factors import Factor, present, tables_of
+from fastlora.ops.factors import Factor, fill_missing_factors, tables_from_tensors
 from fastlora.ops.plans import choose_plan
-from fastlora.ops.triton.configs import chip_of, config_of
-from fastlora.ops.triton.expand import add_rank_rows_
-from fastlora.ops.triton.shrink import shrink_at, shrink_listed, shrunk_planes
-from fastlora.ops.triton.tables import aligned_blocks, dropout_tables, up_rows, up_rows_at
+from fastlora.ops.triton.address_tables import (
+    align_factors,
+    dropout_tables,
+    up_rank_rows,
+    up_rank_rows_from_tables,
+)
+from fastlora.ops.triton.expand import expand_mixed_
+from fastlora.ops.triton.launch_configs import chip_of, config_of
+from fastlora.ops.triton.shrink import mixed_shrink, mixed_shrink_from_tables, shrink_with_partials
+from fastlora.quantized_tensor import QuantizedData
 
 _Tensors = Sequence[torch.Tensor]
-_Operand = torch.Tensor | Coded | None
+_Operand = torch.Tensor | QuantizedData | None
 
 
 def linear(
@@ -47,22 +52,25 @@ def linear(
         if lora_a is None or lora_b is None:
             raise ValueError("one slot has all rows, and it has no factors")
         tensors = weight, bias, s, lora_a, lora_b, scaling, seeds
-        return linear_one(x, *tensors, dropout_p[0], plan)
+        return linear_one_adapter(x, *tensors, dropout_p[0], plan)
     weights, biases, drops = [weight], [bias], dropout_tables(seeds, dropout_p)
-    ups, lora_bias = aligned_blocks(present(factors[1::3], 1)), aligned_blocks(factors[2::3])
-    up = up_rows(ups, lora_bias, scaling)
+    ups, lora_bias = (
+        align_factors(fill_missing_factors(factors[1::3], 1)),
+        align_factors(factors[2::3]),
+    )
+    up = up_rank_rows(ups, lora_bias, scaling)
     stem, own, after_shrink = "mixed_lora_train", s, False
     plan, ys = _base_products(stem, x, weights, biases, up, plan)
     if own is None:
-        downs = present(factors[::3], 0)
-        made, after_shrink = shrink_listed(x, rows, downs, 1, drops)
+        downs = fill_missing_factors(factors[::3], 0)
+        made, after_shrink = mixed_shrink(x, rows, downs, 1, drops)
         own = made[0]
-    planes = own.unsqueeze(0)
-    ys = _linears_mixed(stem, x, weights, biases, ys, planes, rows, up, plan, after_shrink)
+    partials = own.unsqueeze(0)
+    ys = _mixed_grouped_linear(stem, x, weights, biases, ys, partials, rows, up, plan, after_shrink)
     return [*ys, own] if s is None else ys
 
 
-@kept
+@cached_launches
 def linear_at(
     x: torch.Tensor,
     weight: Weight,
@@ -74,29 +82,31 @@ def linear_at(
     max_rank: int,
     factor_dtype: torch.dtype,
     plan: str,
-    siblings: Sequence[int] | None = None,
+    shrink_range: Sequence[int] | None = None,
 ) -> list[torch.Tensor]:
     """Return a list with the output of one module.
 
-    If s is not given and ``siblings`` is, the list also contains s for these modules.
+    If s is not given and ``shrink_range`` is, the list also contains s for these modules.
     """
-    found = tables_of(tables, max_rank, factor_dtype)
-    first, stop = siblings or (index, index + 1)
+    found = tables_from_tensors(tables, max_rank, factor_dtype)
+    first, stop = shrink_range or (index, index + 1)
     invariant = plan == "invariant"
     if invariant:
-        x = _whole_rows(x)
-    up, base = up_rows_at(found, index), ([weight], [bias])
+        x = _contiguous_rows(x)
+    up, base = up_rank_rows_from_tables(found, index), ([weight], [bias])
     plan, ys = _base_products("mixed_lora", x, *base, up, plan)
-    planes = shrink_at(x, rows, found, slice(first, stop), invariant) if s is None else s
+    partials = (
+        mixed_shrink_from_tables(x, rows, found, slice(first, stop), invariant) if s is None else s
+    )
     # The mode uses one kernel, whether or not modules share the shrink.
     after_shrink = s is None and not invariant
-    own = planes[:, index - first]
-    ys = _linears_mixed("mixed_lora", x, *base, ys, own, rows, up, plan, after_shrink)
-    return ys if s is not None or siblings is None else [*ys, planes]
+    own = partials[:, index - first]
+    ys = _mixed_grouped_linear("mixed_lora", x, *base, ys, own, rows, up, plan, after_shrink)
+    return ys if s is not None or shrink_range is None else [*ys, partials]
 
 
-@kept
-def siblings_at(
+@cached_launches
+def mixed_grouped_forward(
     x: torch.Tensor,
     weights: Sequence[Weight],
     biases: Sequence[torch.Tensor | None],
@@ -112,19 +122,19 @@ def siblings_at(
     row tile, they are computed by library products, a shrink, and an expand instead. Quantized
     weights must all be of one kind.
     """
-    found = tables_of(tables, max_rank, factor_dtype)
+    found = tables_from_tensors(tables, max_rank, factor_dtype)
     own = slice(first, first + len(weights))
-    up = up_rows_at(found, own)
+    up = up_rank_rows_from_tables(found, own)
     plan, ys = _base_products("mixed_lora", x, weights, biases, up, "auto")
-    s = shrink_at(x, rows, found, own)
-    return _linears_mixed("mixed_lora", x, weights, biases, ys, s, rows, up, plan, True)
+    s = mixed_shrink_from_tables(x, rows, found, own)
+    return _mixed_grouped_linear("mixed_lora", x, weights, biases, ys, s, rows, up, plan, True)
 
 
-@kept
-def siblings(
+@cached_launches
+def grouped_forward(
     x: torch.Tensor, dropout_p: tuple[float, ...], with_s: bool, *operands: _Operand
 ) -> list[torch.Tensor]:
-    """Return a list of the outputs of a shared-input group, as `Backend.siblings` does.
+    """Return a list of the outputs of a shared-input group, as `Backend.grouped_forward` does.
 
     Under dropout, or if a tensor's layout is not supported in a shared launch, each module has its
     own launches.
@@ -132,17 +142,17 @@ def siblings(
     count: int = len(dropout_p)
     each: Any = [operands[i : i + count] for i in range(0, 6 * count, count)]
     weights, biases, lora_a, lora_b, scalings, seeds = each
-    if _are_alike(x, weights, biases, lora_a, lora_b, seeds):
-        return _linears(x, weights, biases, None, lora_a, lora_b, scalings, with_s=with_s)
+    if _can_share_launch(x, weights, biases, lora_a, lora_b, seeds):
+        return _grouped_linear(x, weights, biases, None, lora_a, lora_b, scalings, with_s=with_s)
     made = [
-        linear_one(x, weight, bias, None, *own, "auto")
+        linear_one_adapter(x, weight, bias, None, *own, "auto")
         for weight, bias, *own in zip(*each, dropout_p, strict=True)
     ]
     return [y for y, _ in made] + ([s for _, s in made] if with_s else [])
 
 
-@kept
-def linear_one(
+@cached_launches
+def linear_one_adapter(
     x: torch.Tensor,
     weight: Weight,
     bias: torch.Tensor | None,
@@ -156,10 +166,10 @@ def linear_one(
 ) -> list[torch.Tensor]:
     """Return a list with the output y, and with the shrink output s unless it is given."""
     own = [weight], [bias], s, [lora_a], [lora_b], [scaling]
-    return _linears(x, *own, seed, dropout_p, plan, with_s=s is None)
+    return _grouped_linear(x, *own, seed, dropout_p, plan, with_s=s is None)
 
 
-def _linears(
+def _grouped_linear(
     x: torch.Tensor,
     weights: Sequence[Weight],
     biases: Sequence[torch.Tensor | None],
@@ -183,16 +193,16 @@ def _linears(
     """
     sizes, r = [b.shape[0] for b in lora_b], max(b.shape[1] for b in lora_b)
     (m, k), n = x.shape, sum(sizes)
-    coded = isinstance(weights[0], Coded)
-    if not coded:
+    is_quantized = isinstance(weights[0], QuantizedData)
+    if not is_quantized:
         plan = choose_plan(plan, x, weights[0], r, n=n)
         launch = "lora_expand" if plan == "split" else "lora_linear"
     fused, invariant = launch != "lora_expand", plan == "invariant" and s is None
     if invariant:
-        x = _whole_rows(x)
+        x = _contiguous_rows(x)
     own = shrunk = s
     if own is None or shrunk is None:
-        own, shrunk = shrunk_planes(x, lora_a, seed, dropout_p, invariant)
+        own, shrunk = shrink_with_partials(x, lora_a, seed, dropout_p, invariant)
     s_out = own if with_s and shrunk is not own else None
     ys = [empty(x, m, size) for size in sizes]
     config = config_of(launch, x, m, n, k, r, batch_invariant=invariant)
@@ -219,7 +229,7 @@ def _accumulate_(y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torc
     return y.addmm_(x, weight.t())
 
 
-def _are_alike(
+def _can_share_launch(
     x: torch.Tensor,
     weights: Sequence[Weight],
     biases: Sequence[torch.Tensor | None],
@@ -247,9 +257,9 @@ def _are_alike(
     )
 
 
-def products_of_codes(
+def quantized_base_products(
     x: torch.Tensor,
-    weights: Sequence[Coded],
+    weights: Sequence[QuantizedData],
     biases: Sequence[torch.Tensor | None],
     launch: str = "coded_lora_linear",
 ) -> list[torch.Tensor]:
@@ -260,10 +270,10 @@ def products_of_codes(
     # An adapter of rank 0, of which nothing is read.
     none, ups = empty(x, x.shape[0], 0), [empty(x, weight.shape[0], 0) for weight in weights]
     scalings = [empty(x, 1, dtype=torch.float32)] * len(weights)
-    return _linears(x, weights, biases, none, (), ups, scalings, with_s=False, launch=launch)
+    return _grouped_linear(x, weights, biases, none, (), ups, scalings, with_s=False, launch=launch)
 
 
-def _whole_rows(x: torch.Tensor) -> torch.Tensor:
+def _contiguous_rows(x: torch.Tensor) -> torch.Tensor:
     """Return x contiguous and aligned to 16 bytes, with standard strides even if M is 1.
 
     Triton would compile separate kernels for other layouts, and a batch may have any layout.
@@ -288,25 +298,28 @@ def _base_products(
     The library computes them. For quantized weights, one fastlora GEMM computes all of them.
     ``stem`` names the launches, which have their own plans and configs.
     """
-    slots, codes = up.rank.shape[-1], [w for w in weights if isinstance(w, Coded)]
+    slots, codes = up.rank.shape[-1], [w for w in weights if isinstance(w, QuantizedData)]
     if stem == "mixed_lora_train" and codes:
         plan = "split"  # for many rows, dense weights are best
     else:
-        launch, n = _linear_launch(stem, weights[0]), sum(weight.shape[0] for weight in weights)
+        launch, n = (
+            _linear_launch_name(stem, weights[0]),
+            sum(weight.shape[0] for weight in weights),
+        )
         plan = choose_plan(plan, x, weights[0], up.largest, launch, n=n, slots=slots)
     if plan != "split":
         return plan, None
     if codes:
-        return plan, products_of_codes(x, codes, biases)
+        return plan, quantized_base_products(x, codes, biases)
     return plan, [product(F.linear, x, *each) for each in zip(weights, biases, strict=True)]
 
 
-def _linear_launch(stem: str, weight: Weight) -> str:
+def _linear_launch_name(stem: str, weight: Weight) -> str:
     """Return the name of the fused launch for a dense or quantized weight."""
-    return f"coded_{stem}_linear" if isinstance(weight, Coded) else f"{stem}_linear"
+    return f"coded_{stem}_linear" if isinstance(weight, QuantizedData) else f"{stem}_linear"
 
 
-def _linears_mixed(
+def _mixed_grouped_linear(
     stem: str,
     x: torch.Tensor,
     weights: Sequence[Weight],
@@ -327,16 +340,16 @@ def _linears_mixed(
     (m, k), n = x.shape, sum(weight.shape[0] for weight in weights)
     if ys is not None:
         config = config_of(f"{stem}_expand", x, m, n, k, up.largest)
-        add_rank_rows_(ys, s, rows, up, config=config, pdl=after_shrink)
+        expand_mixed_(ys, s, rows, up, config=config, pdl=after_shrink)
         return ys
     invariant = plan == "invariant"
-    launch = _linear_launch(stem, weights[0])
+    launch = _linear_launch_name(stem, weights[0])
     config = config_of(launch, x, m, n, k, up.largest, batch_invariant=invariant)
     base = weights, biases
-    return products_and_rank_rows(x, *base, s, rows, up, config=config, pdl=after_shrink)
+    return fused_mixed_linear(x, *base, s, rows, up, config=config, pdl=after_shrink)
 
 
-def products_and_rank_rows(
+def fused_mixed_linear(
     x: torch.Tensor,
     weights: Sequence[Weight],
     biases: Sequence[torch.Tensor | None],
@@ -350,7 +363,7 @@ def products_and_rank_rows(
 ) -> list[torch.Tensor]:
     """Return a list of the modules' outputs with each row's own adapter, in one fused launch.
 
-    s and ``pdl`` are as in `add_rank_rows_`.
+    s and ``pdl`` are as in `expand_mixed_`.
     """
     ys = [empty(x, x.shape[0], weight.shape[0]) for weight in weights]
     mixed_lora_linear.launch_mixed_lora_linear(

@@ -11,12 +11,17 @@ from collections.abc import Sequence
 import torch
 
 from fastlora.kernels import lora_shrink, plane_sums
-from fastlora.kernels.launch import empty, kept
+from fastlora.kernels.launch import cached_launches, empty
 from fastlora.kernels.mixed_rows import DropoutTables, RankRows
-from fastlora.ops.factors import Factor, Tables, present
-from fastlora.ops.layout import columns_of, planes_shape
-from fastlora.ops.triton.configs import config_of
-from fastlora.ops.triton.tables import aligned_blocks, down_rows, dropout_tables, max_columns_of
+from fastlora.ops.factors import AddressTables, Factor, fill_missing_factors
+from fastlora.ops.layout import padded_rank, shrink_partials_shape
+from fastlora.ops.triton.address_tables import (
+    align_factors,
+    down_rank_rows,
+    dropout_tables,
+    max_summed_rank,
+)
+from fastlora.ops.triton.launch_configs import config_of
 
 _Tensors = Sequence[torch.Tensor]
 
@@ -33,28 +38,28 @@ def shrink(
 
     For one slot, the shape is ``[M, R]``, with the modules side by side.
     """
-    downs = present(lora_a, 0)
+    downs = fill_missing_factors(lora_a, 0)
     if rows:
         drops = dropout_tables(seeds, dropout_p)
-        return shrink_listed(x, rows, downs, modules, drops)[0]
-    return shrink_one(x, downs, seeds, dropout_p[0])
+        return mixed_shrink(x, rows, downs, modules, drops)[0]
+    return shrink_one_adapter(x, downs, seeds, dropout_p[0])
 
 
-@kept
-def shrink_one(
+@cached_launches
+def shrink_one_adapter(
     x: torch.Tensor, lora_a: _Tensors, seed: torch.Tensor | None, dropout_p: float
 ) -> torch.Tensor:
     """Return the shrink output s ``[M, R]`` for one adapter, with the modules side by side.
 
     If the shrink splits K, a second launch adds the partial sums.
     """
-    s, shrunk = shrunk_planes(x, lora_a, seed, dropout_p)
+    s, shrunk = shrink_with_partials(x, lora_a, seed, dropout_p)
     if shrunk is not s:
         plane_sums.launch_plane_sums([s], [shrunk], config=config_of("plane_sums", x))
     return s
 
 
-def shrunk_planes(
+def shrink_with_partials(
     x: torch.Tensor,
     lora_a: _Tensors,
     seed: torch.Tensor | None,
@@ -82,17 +87,17 @@ def shrunk_planes(
     return s, shrunk
 
 
-def shrink_at(
+def mixed_shrink_from_tables(
     x: torch.Tensor,
     rows: _Tensors,
-    tables: Tables,
+    tables: AddressTables,
     modules: slice,
     batch_invariant: bool = False,
 ) -> torch.Tensor:
     """Return the split-K partial sums of s for adjacent modules, fp32 ``[splits, G, M, R]``."""
     (m, k), address, largest = x.shape, tables.a_address[modules], tables.max_rank
     count = address.shape[0]
-    shape = planes_shape(m, k, count, largest, batch_invariant)
+    shape = shrink_partials_shape(m, k, count, largest, batch_invariant)
     s = empty(x, *shape, dtype=torch.float32)
     down = RankRows(address, None, tables.rank[modules], None, tables.dtype, largest)
     r = count * largest
@@ -101,7 +106,7 @@ def shrink_at(
     return s
 
 
-def shrink_listed(
+def mixed_shrink(
     x: torch.Tensor, rows: _Tensors, lora_a: _Tensors, modules: int, dropout: DropoutTables | None
 ) -> tuple[torch.Tensor, bool]:
     """Return a tuple (shrink output s ``[G, M, R]``, whether a single launch computed it).
@@ -109,16 +114,16 @@ def shrink_listed(
     Dropout requires one module.
     """
     (m, k), slots = x.shape, len(lora_a) // modules
-    lora_a = aligned_blocks(lora_a)
-    down = down_rows(lora_a, x.device, (modules, slots))
-    columns = max_columns_of(lora_a, slots, modules)
+    lora_a = align_factors(lora_a)
+    down = down_rank_rows(lora_a, x.device, (modules, slots))
+    columns = max_summed_rank(lora_a, slots, modules)
     config = config_of("mixed_lora_train_shrink", x, m, k=k, r=columns)
-    splits = planes_shape(m, k, modules, max(down.largest, 1))[0]
-    s = x.new_empty(modules, m, columns_of(down.largest))
-    planes = s.unsqueeze(0)
+    splits = shrink_partials_shape(m, k, modules, max(down.largest, 1))[0]
+    s = x.new_empty(modules, m, padded_rank(down.largest))
+    partials = s.unsqueeze(0)
     if splits > 1:
-        planes = x.new_empty(splits, *s.shape, dtype=torch.float32)
-    lora_shrink.launch_mixed_lora_shrink(planes, x, rows, down, config=config, dropout=dropout)
+        partials = x.new_empty(splits, *s.shape, dtype=torch.float32)
+    lora_shrink.launch_mixed_lora_shrink(partials, x, rows, down, config=config, dropout=dropout)
     if splits > 1:
-        plane_sums.launch_plane_sums([s], [planes], config=config_of("plane_sums", x))
+        plane_sums.launch_plane_sums([s], [partials], config=config_of("plane_sums", x))
     return s, splits == 1

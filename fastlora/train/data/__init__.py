@@ -5,23 +5,30 @@ Files are read as rows (`files`), rows become samples (`formats`), and samples b
 in batches (`batches`).
 """
 
-from fastlora.train.data.batches import Batch, Order, Row, collate, micro_batches, seed_of
-from fastlora.train.data.files import DataError, Place
-from fastlora.train.data.formats import Reading, Sample, read_samples
-from fastlora.train.data.tokens import Corpus, encode
+from fastlora.train.data.batches import (
+    SampleOrder,
+    SampleRef,
+    TrainBatch,
+    collate_samples,
+    hash_seed,
+    sorted_micro_batches,
+)
+from fastlora.train.data.files import DataError, SampleSource
+from fastlora.train.data.formats import DataOptions, TrainingSample, read_samples
+from fastlora.train.data.tokenization import TokenizedCorpus, tokenize_files
 
 __all__ = [
-    "Batch",
-    "Corpus",
     "DataError",
-    "Order",
-    "Place",
-    "Reading",
-    "Row",
-    "Sample",
-    "collate",
-    "encode",
-    "micro_batches",
+    "DataOptions",
+    "SampleOrder",
+    "SampleRef",
+    "SampleSource",
+    "TokenizedCorpus",
+    "TrainBatch",
+    "TrainingSample",
+    "collate_samples",
+    "hash_seed",
     "read_samples",
-    "seed_of",
+    "sorted_micro_batches",
+    "tokenize_files",
 ]

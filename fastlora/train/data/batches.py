@@ -14,27 +14,27 @@ from typing import NamedTuple
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from fastlora.train.data.tokens import Corpus
+from fastlora.train.data.tokenization import TokenizedCorpus
 from fastlora.train.losses import IGNORED
 
-# Number of steps that `Order.presence` handles at a time.
+# Number of steps that `SampleOrder.count_steps_with_samples` handles at a time.
 _CHUNK = 512
 
 
-def seed_of(*parts: object, nbytes: int = 7) -> int:
+def hash_seed(*parts: object, nbytes: int = 7) -> int:
     """Return a seed of ``nbytes`` bytes that is a hash of the given parts."""
     text = ":".join(map(str, parts))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=nbytes).digest(), "big")
 
 
-class Row(NamedTuple):
+class SampleRef(NamedTuple):
     """A sample in a batch, given by the name of its adapter and its index in the adapter's data."""
 
     adapter: str
     sample: int
 
 
-class Order:
+class SampleOrder:
     """The samples of each step. In every epoch, the data of all adapters is shuffled together.
 
     Args:
@@ -53,56 +53,58 @@ class Order:
         self.seed = seed
         self._epochs: dict[int, torch.Tensor] = {}
 
-    def rows(self, step: int) -> list[Row]:
-        """Return a list of the samples in a step. Steps are counted from 0."""
-        places = self._places(step * self.batch_size, self.batch_size).tolist()
-        owners = [bisect_right(self.starts, place) - 1 for place in places]
+    def step_samples(self, step: int) -> list[SampleRef]:
+        """Return references to the samples of a step. Steps are counted from 0."""
+        indices = self._shuffled_indices(step * self.batch_size, self.batch_size).tolist()
+        owners = [bisect_right(self.starts, index) - 1 for index in indices]
         return [
-            Row(self.names[owner], place - self.starts[owner])
-            for place, owner in zip(places, owners, strict=True)
+            SampleRef(self.names[owner], index - self.starts[owner])
+            for index, owner in zip(indices, owners, strict=True)
         ]
 
-    def presence(self, steps: int) -> dict[str, int]:
-        """Return, for each adapter, how many of the first ``steps`` steps contain its samples."""
+    def count_steps_with_samples(self, steps: int) -> dict[str, int]:
+        """Count, for each adapter, how many of the first ``steps`` steps have samples of it."""
         counts = torch.zeros(len(self.names), dtype=torch.int64)
         edges = torch.tensor(self.starts[1:])
         for first in range(0, steps, _CHUNK):
             chunk = min(_CHUNK, steps - first)
-            places = self._places(first * self.batch_size, chunk * self.batch_size)
-            owners = torch.bucketize(places, edges, right=True).view(chunk, -1)
+            indices = self._shuffled_indices(first * self.batch_size, chunk * self.batch_size)
+            owners = torch.bucketize(indices, edges, right=True).view(chunk, -1)
             # Encode each pair of step and adapter as a number, and count each pair once.
             pairs = torch.unique(owners + len(self.names) * torch.arange(chunk).unsqueeze(1))
             counts += torch.bincount(pairs % len(self.names), minlength=len(self.names))
         return dict(zip(self.names, counts.tolist(), strict=True))
 
-    def _places(self, first: int, count: int) -> torch.Tensor:
+    def _shuffled_indices(self, first: int, count: int) -> torch.Tensor:
         """Return ``count`` sample indices of the shuffled epochs, from position ``first`` on."""
         parts = []
         while count:
             epoch, at = divmod(first, self.total)
-            parts.append(self._epoch(epoch)[at : at + count])
+            parts.append(self._epoch_permutation(epoch)[at : at + count])
             first, count = first + len(parts[-1]), count - len(parts[-1])
         return torch.cat(parts)
 
-    def _epoch(self, epoch: int) -> torch.Tensor:
+    def _epoch_permutation(self, epoch: int) -> torch.Tensor:
         if epoch not in self._epochs:
-            generator = torch.Generator().manual_seed(seed_of(self.seed, epoch))
+            generator = torch.Generator().manual_seed(hash_seed(self.seed, epoch))
             recent = {e: order for e, order in self._epochs.items() if e >= epoch - 1}
             self._epochs = {**recent, epoch: torch.randperm(self.total, generator=generator)}
         return self._epochs[epoch]
 
 
-def micro_batches(rows: Sequence[Row], corpora: Mapping[str, Corpus], size: int) -> list[list[Row]]:
+def sorted_micro_batches(
+    rows: Sequence[SampleRef], corpora: Mapping[str, TokenizedCorpus], size: int
+) -> list[list[SampleRef]]:
     """Sort the samples of a step by length, and split them into lists of ``size`` samples.
 
     Each list is the input of one forward pass. Sorting reduces the padding.
     """
-    ordered = sorted(rows, key=lambda row: -corpora[row.adapter].length(row.sample))
+    ordered = sorted(rows, key=lambda row: -corpora[row.adapter].num_tokens(row.sample))
     return [list(ordered[at : at + size]) for at in range(0, len(ordered), size)]
 
 
-class Batch(NamedTuple):
-    """The inputs of one forward pass.
+class TrainBatch(NamedTuple):
+    """The inputs and labels of one forward pass of training.
 
     Attributes:
         adapters: The adapter of each of the B samples.
@@ -118,12 +120,15 @@ class Batch(NamedTuple):
     labels: torch.Tensor
 
 
-def collate(
-    rows: Sequence[Row], corpora: Mapping[str, Corpus], pad: int, device: torch.device
-) -> Batch:
+def collate_samples(
+    rows: Sequence[SampleRef],
+    corpora: Mapping[str, TokenizedCorpus],
+    pad: int,
+    device: torch.device,
+) -> TrainBatch:
     """Combine samples into one padded batch on ``device``."""
     samples = [(corpora[row.adapter], row.sample) for row in rows]
-    tokens = [corpus.tokens(sample) for corpus, sample in samples]
+    tokens = [corpus.token_ids(sample) for corpus, sample in samples]
     labels = [corpus.labels(sample, IGNORED) for corpus, sample in samples]
     inputs = {"input_ids": pad_sequence(tokens, True, pad)}
     if any(corpus.documents is not None for corpus, _ in samples):
@@ -137,7 +142,7 @@ def collate(
         inputs["position_ids"] = torch.stack([torch.cat(own) for own in positions])
     else:
         inputs["attention_mask"] = pad_sequence([torch.ones_like(ids) for ids in tokens], True)
-    return Batch(
+    return TrainBatch(
         [row.adapter for row in rows],
         {name: tensor.to(device) for name, tensor in inputs.items()},
         pad_sequence(labels, True, IGNORED).to(device),

@@ -20,14 +20,14 @@ TABLES = (".jsonl", ".json", ".csv", ".tsv")
 TEXTS = (".txt", ".md")
 PARQUET = ".parquet"
 # Files that `datasets` writes beside Arrow files, for a single dataset and for several splits.
-_OF_A_SET, _OF_SPLITS = "state.json", "dataset_dict.json"
+_STATE_FILE, _SPLITS_FILE = "state.json", "dataset_dict.json"
 
 
 class DataError(FastLoraError, ValueError):
     """A data file is missing or empty, or contains an invalid row."""
 
 
-class Place(NamedTuple):
+class SampleSource(NamedTuple):
     """The source of a sample.
 
     Attributes:
@@ -48,7 +48,7 @@ class Place(NamedTuple):
         return f"{text} (and {self.others} more in the same row)" if self.others else text
 
 
-class Rows(NamedTuple):
+class FileRows(NamedTuple):
     """The rows of a data file.
 
     Attributes:
@@ -59,12 +59,12 @@ class Rows(NamedTuple):
         cells: Whether values are text cells of a table, in which lists are written as JSON.
     """
 
-    found: list[tuple[Place, Any]]
+    found: list[tuple[SampleSource, Any]]
     digest: bytes
     cells: bool = False
 
 
-def read_rows(path: Path) -> Rows:
+def read_rows(path: Path) -> FileRows:
     """Read the rows of a data file.
 
     Raises:
@@ -74,11 +74,11 @@ def read_rows(path: Path) -> Rows:
     """
     suffix = path.suffix.lower()
     if path.is_dir():
-        rows = _of_folder(path)
+        rows = _read_saved_dataset(path)
     elif suffix == PARQUET:
-        rows = _of_parquet(path)
+        rows = _read_parquet(path)
     elif suffix in (*TABLES, *TEXTS):
-        rows = _of_text(path, suffix)
+        rows = _read_text_file(path, suffix)
     else:
         known = ", ".join((*TABLES, *TEXTS))
         raise DataError(
@@ -90,89 +90,95 @@ def read_rows(path: Path) -> Rows:
     return rows
 
 
-def shown(value: object) -> str:
+def quoted_excerpt(value: object) -> str:
     """Return the first 60 characters of a value in quotes, for an error message."""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=repr)
     return repr(text if len(text) <= 60 else f"{text[:60]}...")
 
 
-def parsed_json(place: Place | str, text: str) -> Any:
+def parse_json(source: SampleSource | str, text: str) -> Any:
     """Parse a JSON text; raise `DataError` if it is invalid."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{place}: not valid JSON ({error}): {shown(text)}") from error
+        raise DataError(f"{source}: not valid JSON ({error}): {quoted_excerpt(text)}") from error
 
 
-def _bytes(path: Path) -> bytes:
+def _read_bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error})") from error
 
 
-def _of_text(path: Path, suffix: str) -> Rows:
-    data = _bytes(path)
+def _read_text_file(path: Path, suffix: str) -> FileRows:
+    data = _read_bytes(path)
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{Place(path, line)}: cannot be read ({error})") from error
+        raise DataError(f"{SampleSource(path, line)}: cannot be read ({error})") from error
     digest = hashlib.sha256(data).digest()
     if suffix in (".csv", ".tsv"):
-        return Rows(_of_table(path, text, "," if suffix == ".csv" else "\t"), digest, cells=True)
+        return FileRows(
+            _parse_table(path, text, "," if suffix == ".csv" else "\t"), digest, cells=True
+        )
     if suffix in TEXTS:
-        return Rows([(Place(path, 0), text)] if text.strip() else [], digest)
+        return FileRows([(SampleSource(path, 0), text)] if text.strip() else [], digest)
     if suffix == ".json" and text.lstrip().startswith("["):
-        entries = parsed_json(Place(path, 1), text)
-        return Rows([(Place(path, n, "entry"), row) for n, row in enumerate(entries, 1)], digest)
+        entries = parse_json(SampleSource(path, 1), text)
+        return FileRows(
+            [(SampleSource(path, n, "entry"), row) for n, row in enumerate(entries, 1)], digest
+        )
     # splitlines() would also split at U+2028, which a JSON string may contain.
-    lines = [(Place(path, n), line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
-    return Rows([(place, parsed_json(place, line)) for place, line in lines], digest)
+    lines = [
+        (SampleSource(path, n), line) for n, line in enumerate(text.split("\n"), 1) if line.strip()
+    ]
+    return FileRows([(source, parse_json(source, line)) for source, line in lines], digest)
 
 
-def _of_table(path: Path, text: str, delimiter: str) -> list[tuple[Place, Any]]:
+def _parse_table(path: Path, text: str, delimiter: str) -> list[tuple[SampleSource, Any]]:
     """Return the rows of a CSV or TSV text, which has its column names in the first line."""
     csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # a cell may hold a long text
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    rows: list[tuple[Place, Any]] = []
+    rows: list[tuple[SampleSource, Any]] = []
     try:
         columns = list(reader.fieldnames or ())
         if len(set(columns)) < len(columns):
             raise DataError(f"{path}: several columns have the same name: {columns}")
         for row in reader:
-            place = Place(path, reader.line_num)
+            source = SampleSource(path, reader.line_num)
             if None in row or None in row.values():
-                raise DataError(f"{place}: expected {len(columns)} columns: {columns}")
-            rows.append((place, row))
+                raise DataError(f"{source}: expected {len(columns)} columns: {columns}")
+            rows.append((source, row))
     except csv.Error as error:
-        place = Place(path, reader.reader.line_num)
-        raise DataError(f"{place}: not valid CSV ({error})") from error
+        source = SampleSource(path, reader.reader.line_num)
+        raise DataError(f"{source}: not valid CSV ({error})") from error
     return rows
 
 
-def _of_parquet(path: Path) -> Rows:
-    data = _bytes(path)
-    pyarrow = _library(path, "pyarrow")
+def _read_parquet(path: Path) -> FileRows:
+    data = _read_bytes(path)
+    pyarrow = _import_library(path, "pyarrow")
     parquet = importlib.import_module("pyarrow.parquet")
     try:
         # `datasets` reads Parquet with pyarrow too, but would leave a copy in its cache.
         entries = parquet.read_table(io.BytesIO(data)).to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path}: not valid Parquet ({error})") from error
-    return Rows(_numbered(path, entries), hashlib.sha256(data).digest())
+    return FileRows(_number_rows(path, entries), hashlib.sha256(data).digest())
 
 
-def _of_folder(path: Path) -> Rows:
-    if (path / _OF_SPLITS).is_file():
-        splits = sorted(entry.name for entry in path.iterdir() if (entry / _OF_A_SET).is_file())
+def _read_saved_dataset(path: Path) -> FileRows:
+    if (path / _SPLITS_FILE).is_file():
+        splits = sorted(entry.name for entry in path.iterdir() if (entry / _STATE_FILE).is_file())
         named = " or ".join(str(path / name) for name in splits)
         raise DataError(f"{path}: has several splits; expected one of them: {named}")
-    if not (path / _OF_A_SET).is_file():
+    if not (path / _STATE_FILE).is_file():
         raise DataError(
-            f"{path}: is not a folder written by save_to_disk of datasets (it has no {_OF_A_SET})"
+            f"{path}: is not a folder written by save_to_disk of datasets (it has no {_STATE_FILE})"
         )
-    datasets = _library(path, "datasets")
+    datasets = _import_library(path, "datasets")
     files = sorted(entry for entry in path.iterdir() if entry.is_file())
     digest = hashlib.sha256()
     try:
@@ -185,10 +191,10 @@ def _of_folder(path: Path) -> Rows:
         raise DataError(f"{path}: cannot be read ({error})") from error
     columns = list(entries)
     rows = [dict(zip(columns, row, strict=True)) for row in zip(*entries.values(), strict=True)]
-    return Rows(_numbered(path, rows), digest.digest())
+    return FileRows(_number_rows(path, rows), digest.digest())
 
 
-def _library(path: Path, name: str) -> Any:
+def _import_library(path: Path, name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -196,5 +202,5 @@ def _library(path: Path, name: str) -> Any:
         raise DataError(f"{path}: needs {name}; install it with: {install}") from error
 
 
-def _numbered(path: Path, entries: Sequence[Any]) -> list[tuple[Place, Any]]:
-    return [(Place(path, number, "row"), entry) for number, entry in enumerate(entries, 1)]
+def _number_rows(path: Path, entries: Sequence[Any]) -> list[tuple[SampleSource, Any]]:
+    return [(SampleSource(path, number, "row"), entry) for number, entry in enumerate(entries, 1)]

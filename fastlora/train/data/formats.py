@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fastlora.train.data.files import DataError, Place, parsed_json, read_rows, shown
+from fastlora.train.data.files import DataError, SampleSource, parse_json, quoted_excerpt, read_rows
 
 Message = dict[str, Any]
 Messages = list[Message]
@@ -29,7 +29,7 @@ _ALPACA = (
 _PAIRED = ", paired with an input that provides further context"
 
 
-class Format(NamedTuple):
+class DataFormat(NamedTuple):
     """A format of training data.
 
     Attributes:
@@ -45,43 +45,43 @@ class Format(NamedTuple):
 
 _FOR_TEMPLATES = ("tools", "chat_template_kwargs")
 FORMATS = {
-    "messages": Format("chats", ("messages",), _FOR_TEMPLATES),
-    "sharegpt": Format("ShareGPT chats", ("conversations",), ("tools",)),
-    "alpaca": Format("Alpaca", ("instruction", "output"), ("input",)),
-    "prompt_completion": Format(
+    "messages": DataFormat("chats", ("messages",), _FOR_TEMPLATES),
+    "sharegpt": DataFormat("ShareGPT chats", ("conversations",), ("tools",)),
+    "alpaca": DataFormat("Alpaca", ("instruction", "output"), ("input",)),
+    "prompt_completion": DataFormat(
         "prompts and completions", ("prompt", "completion"), _FOR_TEMPLATES
     ),
-    "text": Format("texts", ("text",)),
+    "text": DataFormat("texts", ("text",)),
 }
 PLAIN = "plain text"
 COLUMNS = tuple(dict.fromkeys(c for f in FORMATS.values() for c in (*f.required, *f.optional)))
 
 
-class Sample(NamedTuple):
+class TrainingSample(NamedTuple):
     """A text or a chat to train on.
 
     Attributes:
-        place: Source of the sample.
+        source: Source of the sample.
         prompt: Input of the model, as text or messages; None if there is no separate prompt.
         text: The text or messages to learn.
-        template: Arguments for the chat template, in addition to the messages.
+        template_kwargs: Arguments for the chat template, in addition to the messages.
         ends: Whether an end token follows the text. This is False for plain text files only.
     """
 
-    place: Place
+    source: SampleSource
     prompt: str | Messages | None
     text: str | Messages
-    template: Mapping[str, Any] = {}
+    template_kwargs: Mapping[str, Any] = {}
     ends: bool = True
 
     @property
-    def chat(self) -> bool:
+    def is_chat(self) -> bool:
         """Whether the sample consists of messages."""
         return isinstance(self.text, list)
 
 
 @dataclass(frozen=True)
-class Reading:
+class DataOptions:
     """Options for reading samples from files and for encoding them as tokens.
 
     Attributes:
@@ -103,7 +103,7 @@ class Reading:
     packing: str | None = None
 
 
-class Samples(NamedTuple):
+class FileSamples(NamedTuple):
     """The samples of several files.
 
     Attributes:
@@ -113,26 +113,26 @@ class Samples(NamedTuple):
         notes: One message per file, with its format, used columns, and unused columns.
     """
 
-    found: list[Sample]
+    found: list[TrainingSample]
     digest: str
     formats: list[str]
     notes: list[str]
 
 
-def read_samples(paths: Sequence[Path], reading: Reading | None = None) -> Samples:
+def read_samples(paths: Sequence[Path], options: DataOptions | None = None) -> FileSamples:
     """Read the samples of several files.
 
     Args:
         paths: Files that end in ``.jsonl``, ``.json``, ``.csv``, ``.tsv``, or ``.parquet``; folders
             that `datasets` saved; or plain text files that end in ``.txt`` or ``.md``.
-        reading: Options; None for the defaults.
+        options: Options; None for the defaults.
 
     Raises:
         DataError: See `read_rows`; or the columns of a file match no format, or a value is of the
             wrong type for its column. The message names the file, the row, and the column.
     """
-    reading = reading or Reading()
-    samples: list[Sample] = []
+    options = options or DataOptions()
+    samples: list[TrainingSample] = []
     formats: list[str] = []
     notes: list[str] = []
     digest = hashlib.sha256()
@@ -140,23 +140,23 @@ def read_samples(paths: Sequence[Path], reading: Reading | None = None) -> Sampl
         rows = read_rows(path)
         digest.update(rows.digest)
         if isinstance(rows.found[0][1], str) and not rows.found[0][0].number:
-            ((place, text),) = rows.found
-            samples.append(Sample(place, None, text, ends=False))
+            ((source, text),) = rows.found
+            samples.append(TrainingSample(source, None, text, ends=False))
             formats.append(PLAIN)
             notes.append(f"{path}: plain text, split into samples of max_length tokens")
             continue
-        columns = list(_object(*rows.found[0]))
-        name = _found_format(path, columns, reading)
-        names = {c: reading.columns.get(c, c) for c in _read_by(name)}
-        for place, row in rows.found:
-            values = _Values(place, _object(place, row), names, rows.cells)
-            samples.append(_sample(name, values, reading.chat))
+        columns = list(_require_object(*rows.found[0]))
+        name = _detect_format(path, columns, options)
+        names = {c: options.columns.get(c, c) for c in _columns_of_format(name)}
+        for source, row in rows.found:
+            values = _RowValues(source, _require_object(source, row), names, rows.cells)
+            samples.append(_row_to_sample(name, values, options.chat))
         formats.append(name)
-        notes.append(_note(path, name, names, columns))
-    return Samples(samples, digest.hexdigest(), formats, notes)
+        notes.append(_describe_file_format(path, name, names, columns))
+    return FileSamples(samples, digest.hexdigest(), formats, notes)
 
 
-def a_turn(role: str, text: str) -> Messages:
+def single_message_chat(role: str, text: str) -> Messages:
     """Return a chat with one message, which has the given role and text."""
     return [{"role": role, "content": text}]
 
@@ -170,11 +170,13 @@ def alpaca_prompt(instruction: str, input: str = "", *, chat: bool = False) -> s
     return _ALPACA.format(paired=paired, instruction=instruction, input=given)
 
 
-def _read_by(name: str) -> tuple[str, ...]:
+def _columns_of_format(name: str) -> tuple[str, ...]:
     return (*FORMATS[name].required, *FORMATS[name].optional)
 
 
-def _note(path: Path, name: str, names: Mapping[str, str], columns: Sequence[str]) -> str:
+def _describe_file_format(
+    path: Path, name: str, names: Mapping[str, str], columns: Sequence[str]
+) -> str:
     read = [
         source if source == ours else f"{source} (as {ours})"
         for ours, source in names.items()
@@ -185,25 +187,25 @@ def _note(path: Path, name: str, names: Mapping[str, str], columns: Sequence[str
     return f"{path}: {FORMATS[name].title} (format {name}), from {', '.join(read)}{left}"
 
 
-def _found_format(path: Path, columns: Sequence[str], reading: Reading) -> str:
+def _detect_format(path: Path, columns: Sequence[str], options: DataOptions) -> str:
     """Return the name of the only format in `FORMATS` that matches the columns of a file."""
-    for ours, theirs in reading.columns.items():
+    for ours, theirs in options.columns.items():
         if theirs not in columns:
             raise DataError(
                 f"{path}: has no column {theirs!r}, which `columns` maps to {ours!r}; its columns "
                 f"are {list(columns)}"
             )
-    taken = set(reading.columns.values())
-    there = {column for column in columns if column not in taken} | set(reading.columns)
-    if reading.format is not None:
-        missing = [c for c in FORMATS[reading.format].required if c not in there]
+    taken = set(options.columns.values())
+    there = {column for column in columns if column not in taken} | set(options.columns)
+    if options.format is not None:
+        missing = [c for c in FORMATS[options.format].required if c not in there]
         if missing:
             raise DataError(
-                f"{path}: has no column {missing[0]!r}, which format {reading.format!r} needs; its "
+                f"{path}: has no column {missing[0]!r}, which format {options.format!r} needs; its "
                 f"columns are {list(columns)} (to use another column, set "
                 f"columns = {{ {missing[0]} = ... }})"
             )
-        return reading.format
+        return options.format
     fitting = [name for name, f in FORMATS.items() if there.issuperset(f.required)]
     if len(fitting) == 1:
         return fitting[0]
@@ -220,52 +222,59 @@ def _found_format(path: Path, columns: Sequence[str], reading: Reading) -> str:
     )
 
 
-def _object(place: Place, row: Any) -> dict[str, Any]:
+def _require_object(source: SampleSource, row: Any) -> dict[str, Any]:
     if not isinstance(row, dict):
-        raise DataError(f"{place}: expected an object with columns, got {shown(row)}")
+        raise DataError(f"{source}: expected an object with columns, got {quoted_excerpt(row)}")
     return row
 
 
-def _sample(name: str, values: _Values, chat: bool) -> Sample:
+def _row_to_sample(format_name: str, values: _RowValues, chat: bool) -> TrainingSample:
     """Convert a row to a sample. If ``chat`` is True, a text prompt becomes a user turn."""
-    values.check_there(FORMATS[name].required)
-    place = values.place
-    if name == "text":
-        return Sample(place, None, values.text("text"))
-    if name in ("messages", "sharegpt"):
-        column = FORMATS[name].required[0]
-        return Sample(place, None, values.messages(column), values.template())
-    if name == "alpaca":
-        given = values.text("instruction"), values.text("input", optional=True)
-        prompt, text = alpaca_prompt(*given, chat=chat), values.text("output")
-    elif values.same_kind("prompt", "completion") is list:
-        asked, answered = values.messages("prompt"), values.messages("completion")
-        return Sample(place, asked, answered, values.template())
+    values.check_has_columns(FORMATS[format_name].required)
+    source = values.source
+    if format_name == "text":
+        return TrainingSample(source, None, values.get_text("text"))
+    if format_name in ("messages", "sharegpt"):
+        column = FORMATS[format_name].required[0]
+        return TrainingSample(
+            source, None, values.get_messages(column), values.get_chat_template_kwargs()
+        )
+    if format_name == "alpaca":
+        given = values.get_text("instruction"), values.get_text("input", optional=True)
+        prompt, text = alpaca_prompt(*given, chat=chat), values.get_text("output")
+    elif values.list_or_str_type("prompt", "completion") is list:
+        asked, answered = values.get_messages("prompt"), values.get_messages("completion")
+        return TrainingSample(source, asked, answered, values.get_chat_template_kwargs())
     else:
-        prompt, text = values.text("prompt", empty=True), values.text("completion")
+        prompt, text = values.get_text("prompt", empty=True), values.get_text("completion")
     if not chat:
-        return Sample(place, prompt, text)
-    return Sample(place, a_turn("user", prompt), a_turn("assistant", text), values.template())
+        return TrainingSample(source, prompt, text)
+    return TrainingSample(
+        source,
+        single_message_chat("user", prompt),
+        single_message_chat("assistant", text),
+        values.get_chat_template_kwargs(),
+    )
 
 
-class _Values:
+class _RowValues:
     """The values of a row, which are read by the column names in `FORMATS` and validated."""
 
     def __init__(
-        self, place: Place, row: Mapping[str, Any], names: Mapping[str, str], cells: bool
+        self, source: SampleSource, row: Mapping[str, Any], names: Mapping[str, str], cells: bool
     ) -> None:
-        self.place, self._row, self._names, self._cells = place, row, names, cells
+        self.source, self._row, self._names, self._cells = source, row, names, cells
 
-    def check_there(self, columns: Sequence[str]) -> None:
+    def check_has_columns(self, columns: Sequence[str]) -> None:
         """Raise `DataError` if the row lacks any of the columns."""
         for name in map(self._names.__getitem__, columns):
             if name not in self._row:
                 raise DataError(
-                    f"{self.place}: has no column {name!r}, which the first row of the file "
+                    f"{self.source}: has no column {name!r}, which the first row of the file "
                     f"has; its columns are {list(self._row)}"
                 )
 
-    def same_kind(self, *columns: str) -> type:
+    def list_or_str_type(self, *columns: str) -> type:
         """Return `list` if all columns contain lists, or `str` if none do.
 
         Raises `DataError` if only some of the columns contain lists.
@@ -274,57 +283,67 @@ class _Values:
         if any(lists) and not all(lists):
             named = " and ".join(repr(self._names[column]) for column in columns)
             raise DataError(
-                f"{self.place}: one of the columns {named} is a list of messages and the other is "
+                f"{self.source}: one of the columns {named} is a list of messages and the other is "
                 "not; expected two strings or two lists"
             )
         return list if all(lists) else str
 
-    def text(self, column: str, *, optional: bool = False, empty: bool = False) -> str:
+    def get_text(self, column: str, *, optional: bool = False, empty: bool = False) -> str:
         """Return the text in a column. If ``optional``, return "" for a missing or null value."""
         value = self._row.get(self._names[column])
         if optional and value is None:
             return ""
         if not isinstance(value, str):
-            raise self._wrong(column, f"expected a string, got {shown(value)}")
+            raise self._value_error(column, f"expected a string, got {quoted_excerpt(value)}")
         self._check_encodes(column, value)
         if not (value or optional or empty):
-            raise self._wrong(column, f"the text is empty, got {shown(dict(self._row))}")
+            raise self._value_error(
+                column, f"the text is empty, got {quoted_excerpt(dict(self._row))}"
+            )
         return value
 
-    def messages(self, column: str) -> Messages:
+    def get_messages(self, column: str) -> Messages:
         """Return the chat in a column as a list of messages with ``role`` and ``content``."""
-        value = self._json(column)
+        value = self._get_value(column)
         if not isinstance(value, list) or not value:
-            raise self._wrong(column, f"expected a list of messages, got {shown(value)}")
+            raise self._value_error(
+                column, f"expected a list of messages, got {quoted_excerpt(value)}"
+            )
         found = [self._message(column, n, entry) for n, entry in enumerate(value, 1)]
         self._check_encodes(column, json.dumps(found, ensure_ascii=False, default=str))
         return found
 
-    def template(self) -> dict[str, Any]:
+    def get_chat_template_kwargs(self) -> dict[str, Any]:
         """Return a dict of the row's additional arguments for the chat template."""
         found: dict[str, Any] = {}
-        if "tools" in self._names and (tools := self._json("tools")) is not None:
+        if "tools" in self._names and (tools := self._get_value("tools")) is not None:
             if not isinstance(tools, list):
-                raise self._wrong("tools", f"expected a list of tools, got {shown(tools)}")
+                raise self._value_error(
+                    "tools", f"expected a list of tools, got {quoted_excerpt(tools)}"
+                )
             found["tools"] = tools
         if "chat_template_kwargs" in self._names:
-            more = self._json("chat_template_kwargs")
+            more = self._get_value("chat_template_kwargs")
             if more is not None and not isinstance(more, dict):
-                raise self._wrong("chat_template_kwargs", f"expected an object, got {shown(more)}")
+                raise self._value_error(
+                    "chat_template_kwargs", f"expected an object, got {quoted_excerpt(more)}"
+                )
             found |= more or {}
         return found
 
-    def _json(self, column: str) -> Any:
-        """Return the value in a column, parsed as JSON if it is a text cell or in ``tools``."""
+    def _get_value(self, column: str) -> Any:
+        """Return the value in a column. Text cells and ``tools`` are parsed as JSON."""
         value = self._row.get(self._names[column])
         if isinstance(value, str) and (self._cells or column == "tools"):
-            return parsed_json(self._where(column), value) if value else None
+            return parse_json(self._cell_location(column), value) if value else None
         return value
 
     def _message(self, column: str, number: int, entry: Any) -> Message:
         what = f"message {number}"
         if not isinstance(entry, dict):
-            raise self._wrong(column, f"{what} is {shown(entry)}, expected an object")
+            raise self._value_error(
+                column, f"{what} is {quoted_excerpt(entry)}, expected an object"
+            )
         # Arrow gives every message the keys of all messages, with null for the missing ones.
         message = {key: value for key, value in entry.items() if value is not None}
         if "from" in message and "role" not in message:
@@ -334,16 +353,22 @@ class _Values:
                 message["content"] = message.pop("value")
             if message["role"] not in _ROLES:
                 known = ", ".join((*_SPEAKERS, *_ROLES))
-                raise self._wrong(
-                    column, f"{what} is from {shown(speaker)}, expected one of {known}"
+                raise self._value_error(
+                    column, f"{what} is from {quoted_excerpt(speaker)}, expected one of {known}"
                 )
         if not isinstance(message.get("role"), str):
-            raise self._wrong(column, f"{what} has no role (or from), got {shown(entry)}")
+            raise self._value_error(
+                column, f"{what} has no role (or from), got {quoted_excerpt(entry)}"
+            )
         content = message.get("content")
         if content is None and not message.get("tool_calls"):
-            raise self._wrong(column, f"{what} has no content (or value), got {shown(entry)}")
+            raise self._value_error(
+                column, f"{what} has no content (or value), got {quoted_excerpt(entry)}"
+            )
         if content is not None and not isinstance(content, str | list):
-            raise self._wrong(column, f"{what} has content {shown(content)}, expected a string")
+            raise self._value_error(
+                column, f"{what} has content {quoted_excerpt(content)}, expected a string"
+            )
         # Templates read ``content``, so restore the null that was dropped above.
         return message if content is not None else {**message, "content": None}
 
@@ -351,12 +376,12 @@ class _Values:
         try:
             text.encode()
         except UnicodeEncodeError as error:  # JSON may contain a lone surrogate, "\\ud83d"
-            raise self._wrong(
+            raise self._value_error(
                 column, f"a string is not valid Unicode text ({error.reason})"
             ) from error
 
-    def _where(self, column: str) -> str:
-        return f"{self.place}, column {self._names[column]!r}"
+    def _cell_location(self, column: str) -> str:
+        return f"{self.source}, column {self._names[column]!r}"
 
-    def _wrong(self, column: str, what: str) -> DataError:
-        return DataError(f"{self._where(column)}: {what}")
+    def _value_error(self, column: str, what: str) -> DataError:
+        return DataError(f"{self._cell_location(column)}: {what}")

@@ -19,51 +19,53 @@ from collections.abc import Sequence
 # Number of documents that are packed together: `datasets` passes batches of this size to TRL.
 _CHUNK = 1000
 # A part of a document: (index of the document, start, end).
-Stretch = tuple[int, int, int]
+DocumentPart = tuple[int, int, int]
 
 
-def pack(lengths: Sequence[int], size: int, strategy: str) -> list[list[Stretch]]:
-    """Pack documents into rows of at most ``size`` tokens.
+def pack_documents(
+    lengths: Sequence[int], row_size: int, strategy: str
+) -> list[list[DocumentPart]]:
+    """Pack documents into rows of at most ``row_size`` tokens.
 
     Args:
         lengths: Number of tokens in each document, at least 1.
-        size: Maximum number of tokens in a row.
+        row_size: Maximum number of tokens in a row.
         strategy: ``"bfd"``, ``"bfd_split"``, or ``"wrapped"``.
 
     Returns:
         A list of rows. Each row is a list of document parts, which are tuples (index of the
         document, start, end).
     """
-    rows: list[list[Stretch]] = []
+    rows: list[list[DocumentPart]] = []
     for first in range(0, len(lengths), _CHUNK):
         whole = [(i, 0, n) for i, n in enumerate(lengths[first : first + _CHUNK], first)]
         if strategy == "wrapped":
-            rows += _wrapped(whole, size)
+            rows += _wrapped(whole, row_size)
         elif strategy == "bfd_split":
-            cut = [(i, a, min(a + size, n)) for i, _, n in whole for a in range(0, n, size)]
-            rows += _best_fit(cut, size)
+            cut = [(i, a, min(a + row_size, n)) for i, _, n in whole for a in range(0, n, row_size)]
+            rows += _best_fit(cut, row_size)
         else:
-            rows += _best_fit([(i, 0, min(n, size)) for i, _, n in whole], size)
+            rows += _best_fit([(i, 0, min(n, row_size)) for i, _, n in whole], row_size)
     return rows
 
 
-def _best_fit(stretches: Sequence[Stretch], size: int) -> list[list[Stretch]]:
-    rows: list[list[Stretch]] = []
+def _best_fit(parts: Sequence[DocumentPart], row_size: int) -> list[list[DocumentPart]]:
+    rows: list[list[DocumentPart]] = []
     # Rows by their remaining room. In each queue, rows that reached that room earlier come first.
-    open_rows: dict[int, deque[list[Stretch]]] = {}
+    open_rows: dict[int, deque[list[DocumentPart]]] = {}
     rooms: list[int] = []
-    for stretch in sorted(stretches, key=lambda s: s[1] - s[2]):
-        length = stretch[2] - stretch[1]
+    for part in sorted(parts, key=lambda part: part[1] - part[2]):
+        length = part[2] - part[1]
         at = bisect_left(rooms, length)
         if at == len(rooms):
             rows.append([])
-            row, room = rows[-1], size
+            row, room = rows[-1], row_size
         else:
             room = rooms[at]
             row = open_rows[room].popleft()
             if not open_rows[room]:
                 rooms.pop(at)
-        row.append(stretch)
+        row.append(part)
         left = room - length
         if left:
             queue = open_rows.setdefault(left, deque())
@@ -73,14 +75,14 @@ def _best_fit(stretches: Sequence[Stretch], size: int) -> list[list[Stretch]]:
     return rows
 
 
-def _wrapped(stretches: Sequence[Stretch], size: int) -> list[list[Stretch]]:
-    rows: list[list[Stretch]] = []
+def _wrapped(parts: Sequence[DocumentPart], row_size: int) -> list[list[DocumentPart]]:
+    rows: list[list[DocumentPart]] = []
     room = 0
-    for number, start, stop in stretches:
+    for number, start, stop in parts:
         while start < stop:
             if not room:
                 rows.append([])
-                room = size
+                room = row_size
             taken = min(room, stop - start)
             rows[-1].append((number, start, start + taken))
             start, room = start + taken, room - taken

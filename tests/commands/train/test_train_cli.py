@@ -46,7 +46,7 @@ def test_what_a_run_writes(whole: Path) -> None:
     pytest.importorskip("matplotlib", reason="draws the losses")
     written = {"a", "b", "checkpoints", "log.jsonl", "losses.csv", "losses.png"}
     assert {path.name for path in whole.iterdir()} == written
-    kept = [path.name for path in checkpoint.checkpoints(whole / "checkpoints")]
+    kept = [path.name for path in checkpoint.list_checkpoints(whole / "checkpoints")]
     assert kept == ["step-00000006", "step-00000008"]
     steps = log(whole)
     assert [entry["step"] for entry in steps] == list(range(1, 9))
@@ -95,7 +95,7 @@ def test_kill_and_resume(whole: Path, start: Any, base: Path, data: Any, tmp_pat
     run = ForkedRun(["train", config, "--quiet"], tmp_path / "printed.txt", KillInState(6))
     assert run.wait() == -9, run.printed()
     root = out / "checkpoints"
-    assert [path.name for path in checkpoint.checkpoints(root)] == ["step-00000003"]
+    assert [path.name for path in checkpoint.list_checkpoints(root)] == ["step-00000003"]
     leftovers = list(root.glob(".step-*.tmp"))
     assert len(leftovers) == 1 and (leftovers[0] / "new" / "adapters" / "a").is_dir()
     # The adapters of step 6 were saved before its checkpoint.
@@ -105,7 +105,7 @@ def test_kill_and_resume(whole: Path, start: Any, base: Path, data: Any, tmp_pat
     assert not list(root.glob(".step-*.tmp"))
     assert [entry["step"] for entry in log(out)] == list(range(1, 9))
     assert log(out) == log(whole)
-    state = checkpoint.read_checkpoint(root / "step-00000008")
+    state = checkpoint.read_checkpoint_state(root / "step-00000008")
     assert state.optimizers["a"]["counts"]["steps"] == 8
 
 

@@ -12,8 +12,8 @@ import torch
 
 import fastlora
 from fastlora.commands import cli
-from fastlora.train.config import parse_settings
 from fastlora.train.run import Run, train
+from fastlora.train.settings import settings_from_dict
 from tests.support import train_runs
 from tests.support.tiny import tiny_llama
 from tests.support.train_runs import change, contents, same
@@ -117,7 +117,7 @@ def test_a_copied_head_beside_defaults(given: Any, tmp_path: Path) -> None:
     """One adapter owns a head, the other takes all linear layers: both load alone, and resume."""
     given["adapters"]["a"]["modules_to_save"] = ["lm_head"]
     given["adapters"]["b"] = {"data": given["adapters"]["b"]["data"], "r": 3, "lr": 1e-2}
-    whole = train(parse_settings(given, {}, "test"), progress=False)
+    whole = train(settings_from_dict(given, {}, "test"), progress=False)
     tensors = train_runs.saved(tmp_path / "out")
     assert "a:base_model.model.lm_head.weight" in tensors
     assert len([key for key in tensors if key.startswith("b:")]) == 2 * 14
@@ -126,7 +126,7 @@ def test_a_copied_head_beside_defaults(given: Any, tmp_path: Path) -> None:
         assert list(model.peft_config) == [name]
     root = tmp_path / "again" / "checkpoints"
     shutil.copytree(tmp_path / "out" / "checkpoints" / "step-00000002", root / "step-00000002")
-    settings = parse_settings(given, {"out": str(tmp_path / "again")}, "test")
+    settings = settings_from_dict(given, {"out": str(tmp_path / "again")}, "test")
     assert train(settings, resume=True, progress=False).resumed_from == 2
     assert same(tmp_path / "again", tensors)
 
@@ -139,7 +139,7 @@ def test_a_disk_that_fills(
     given: Any, stopped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int
 ) -> None:
     """The system refuses to write on at any point: the old checkpoint is whole, and resumes."""
-    settings = parse_settings(given, {}, "test")
+    settings = settings_from_dict(given, {}, "test")
     save, limits = Run.save, resource.getrlimit(resource.RLIMIT_FSIZE)
     kept: dict[str, bytes] = {}
 

@@ -12,9 +12,9 @@ import torch
 import fastlora
 from fastlora.commands import cli
 from fastlora.train import checkpoint
-from fastlora.train.config import parse_settings
 from fastlora.train.prepare import check_dropout_dtype
 from fastlora.train.run import NonFiniteError, open_run
+from fastlora.train.settings import settings_from_dict
 from fastlora.validation import ConfigError
 from tests.support import train_runs
 from tests.support.train_runs import same
@@ -193,13 +193,13 @@ def test_dropout_and_the_base_models_dtype() -> None:
 
 def test_a_frozen_adapter(given: Any) -> None:
     """One that something froze behind the optimizers' back stops the step; nothing has moved."""
-    with open_run(parse_settings(given, {}, "test"), progress=False) as run:
+    with open_run(settings_from_dict(given, {}, "test"), progress=False) as run:
         for name, parameter in run.model.named_parameters():
             if ".b." in name:
                 parameter.requires_grad_(False)
         before = {n: p.detach().clone() for n, p in run.model.named_parameters()}
         with pytest.raises(fastlora.FastLoraError, match="adapter 'b' is frozen"):
-            run._do_step()
+            run._run_optimizer_step()
         assert all(torch.equal(p, before[n]) for n, p in run.model.named_parameters())
 
 
@@ -214,14 +214,14 @@ def test_a_loss_that_is_not_finite(fails: Any, given: Any, tmp_path: Path) -> No
     assert "step 2: the loss of adapter 'b' is nan" in error
     assert f"the last good checkpoint is {root / 'step-00000001'}" in error
     assert f"{tmp_path / 'data' / 'b.jsonl'}, line " in error
-    assert [path.name for path in checkpoint.checkpoints(root)] == ["step-00000001"]
-    assert checkpoint.read_checkpoint(root / "step-00000001").step == 1
+    assert [path.name for path in checkpoint.list_checkpoints(root)] == ["step-00000001"]
+    assert checkpoint.read_checkpoint_state(root / "step-00000001").step == 1
     assert same(tmp_path / "out", root / "step-00000001" / "adapters")
 
 
 def test_a_weight_that_is_not_finite(given: Any, tmp_path: Path) -> None:
     """An update out of range after a good loss: no checkpoint and no saved adapter holds it."""
-    with open_run(parse_settings(given, {}, "test"), progress=False) as run:
+    with open_run(settings_from_dict(given, {}, "test"), progress=False) as run:
         weight = next(p for n, p in run.model.named_parameters() if "lora_B.b." in n)
 
         def spoil(*_: Any) -> None:
@@ -235,16 +235,16 @@ def test_a_weight_that_is_not_finite(given: Any, tmp_path: Path) -> None:
         ):
             run.train()
     root = tmp_path / "out" / "checkpoints"
-    assert [path.name for path in checkpoint.checkpoints(root)] == ["step-00000002"]
+    assert [path.name for path in checkpoint.list_checkpoints(root)] == ["step-00000002"]
     assert same(tmp_path / "out", root / "step-00000002" / "adapters")
 
 
 def test_a_gradient_that_is_not_finite(given: Any) -> None:
     """The error says what, where and when, to a caller too."""
-    with open_run(parse_settings(given, {}, "test"), progress=False) as run:
+    with open_run(settings_from_dict(given, {}, "test"), progress=False) as run:
         poisoned = [p for n, p in run.model.named_parameters() if "lora_B.a." in n][0]
         poisoned.register_hook(lambda gradient: gradient * float("inf"))
         with pytest.raises(NonFiniteError, match="the gradient of adapter 'a' is") as caught:
-            run._do_step()
+            run._run_optimizer_step()
         assert (caught.value.step, caught.value.adapter) == (1, "a")
         assert "no checkpoint has been saved yet" in str(caught.value)

@@ -11,9 +11,9 @@ import torch
 
 from fastlora.commands import cli
 from fastlora.train import checkpoint
-from fastlora.train.config import parse_settings
-from fastlora.train.log import RunLog
 from fastlora.train.run import NonFiniteError, Run, open_run
+from fastlora.train.run_log import RunLog
+from fastlora.train.settings import settings_from_dict
 from tests.support import train_runs
 from tests.support.train_runs import change, log
 
@@ -71,7 +71,7 @@ def test_a_run_that_never_stepped(
     assert "its loss scale is 8192" in error and "b.jsonl, line " in error
     last = tmp_path / "out" / "checkpoints" / "step-00000002"
     assert f"the last good checkpoint is {last}" in error
-    assert checkpoint.checkpoints(last.parent) == [last]
+    assert checkpoint.list_checkpoints(last.parent) == [last]
     assert {key[0] for key in train_runs.saved(tmp_path / "out")} == {"a"}
     assert [entry["skipped"] for entry in log(tmp_path / "out")] == [["b"]] * 3
 
@@ -79,7 +79,7 @@ def test_a_run_that_never_stepped(
 def test_a_scale_at_its_end(given: Any, tmp_path: Path) -> None:
     """No scale makes an infinite gradient finite: the run stops long before its last step."""
     given |= {"dtype": "float16", "steps": 50}
-    with open_run(parse_settings(given, {}, "test"), progress=False) as run:
+    with open_run(settings_from_dict(given, {}, "test"), progress=False) as run:
         poisoned(run, "a", until=99)
         run.optimizers._adapters["a"].scaler = torch.amp.GradScaler("cpu", init_scale=2.0**-12)
         with pytest.raises(

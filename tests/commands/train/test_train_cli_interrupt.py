@@ -23,9 +23,9 @@ import torch
 import fastlora
 from fastlora.commands import cli
 from fastlora.train import checkpoint, command, prepare, run
-from fastlora.train.config import parse_settings
 from fastlora.train.processes import RunProcesses
 from fastlora.train.run import Run, train
+from fastlora.train.settings import settings_from_dict
 from fastlora.train.signals import RunInterrupted
 from tests.support import train_runs
 from tests.support.programs import ROOT, error_of
@@ -118,7 +118,7 @@ def test_the_first_signal_saves(
         signal_at(patched, owner, name, call, number)
         assert cli.main(["train", str(path), "--quiet"]) == 128 + number
     printed = capsys.readouterr()
-    folder = checkpoint.checkpoint_folder(out / "checkpoints", step)
+    folder = checkpoint.checkpoint_path(out / "checkpoints", step)
     when = f"after step {step} of {STEPS}" if step < STEPS else f"after its last step, {STEPS}"
     *_, report, resume = printed.err.splitlines()
     assert report == (
@@ -143,14 +143,14 @@ def test_adapters_are_saved_first(
     found: list[dict[str, torch.Tensor]] = []
     write_state = checkpoint._write_state
 
-    def looking(folder: Path, state: checkpoint.TrainState) -> None:
+    def looking(folder: Path, state: checkpoint.CheckpointState) -> None:
         found.append(train_runs.saved(tmp_path / "out"))
         write_state(folder, state)
 
     signal_at(monkeypatch, run, "causal_lm_losses", 1, signal.SIGINT)
     monkeypatch.setattr(checkpoint, "_write_state", looking)
     with pytest.raises(RunInterrupted, match="by SIGINT after step 1 of 4") as caught:
-        train(parse_settings(given, {}, "test"), progress=False)
+        train(settings_from_dict(given, {}, "test"), progress=False)
     assert caught.value.signal == signal.SIGINT
     assert caught.value.checkpoint == tmp_path / "out" / "checkpoints" / "step-00000001"
     (early,) = found
@@ -195,7 +195,7 @@ def test_a_signal_before_the_first_step(
 ) -> None:
     """While data or weights are read, a signal ends the run at once; nothing is written."""
     path = train_runs.write_config(tmp_path / "c.json", given)
-    for owner, name in ((prepare, "read_data"), (Run, "_make_model")):
+    for owner, name in ((prepare, "read_and_tokenize_data"), (Run, "_make_model")):
         with monkeypatch.context() as patched:
             signal_at(patched, owner, name, 1, number)
             assert cli.main(["train", str(path), "--quiet"]) == 128 + number
@@ -209,7 +209,7 @@ def test_handlers_of_the_program_stay(
     given: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A run leaves signals alone that the program handles, and all of them in another thread."""
-    settings = parse_settings(given, {}, "test")
+    settings = settings_from_dict(given, {}, "test")
     seen: list[Any] = []
     signal_at(monkeypatch, run, "causal_lm_losses", 3, signal.SIGTERM)
     before = signal.signal(signal.SIGTERM, lambda number, _: seen.append(number))
@@ -219,14 +219,14 @@ def test_handlers_of_the_program_stay(
         signal.signal(signal.SIGTERM, before)
     assert seen == [signal.SIGTERM]
 
-    do_step = Run._do_step
+    do_step = Run._run_optimizer_step
 
     def looking(run: Run) -> None:
         seen.append(signal.getsignal(signal.SIGINT))
         do_step(run)
 
-    monkeypatch.setattr(Run, "_do_step", looking)
-    other = parse_settings(given, {"out": str(tmp_path / "other")}, "test")
+    monkeypatch.setattr(Run, "_run_optimizer_step", looking)
+    other = settings_from_dict(given, {"out": str(tmp_path / "other")}, "test")
     thread = threading.Thread(target=train, args=(other,), kwargs={"progress": False})
     thread.start()
     thread.join()
@@ -309,18 +309,18 @@ def test_adapters_that_fit_on_a_full_disk(
     for limit, start, kept in cases:
         fill(limit)
         with pytest.raises(fastlora.FastLoraError) as caught:
-            train(parse_settings(given, {}, "test"), resume=True, progress=False)
+            train(settings_from_dict(given, {}, "test"), resume=True, progress=False)
         error = str(caught.value)
         assert start in error and error.count("could not be written") == 1
         names = ", ".join(str(out / name) for name in kept)
-        older = checkpoint.checkpoint_folder(out / "checkpoints", 2)
+        older = checkpoint.checkpoint_path(out / "checkpoints", 2)
         assert error.endswith(
             f"; adapters saved after step 4: {names}; continue from {older} with --resume"
         )
         found = train_runs.saved(out)
         for key, tensor in whole.items():
             assert (key[0] in kept) == torch.equal(tensor, found[key]), key
-        assert [path.name for path in checkpoint.checkpoints(out / "checkpoints")] == [
+        assert [path.name for path in checkpoint.list_checkpoints(out / "checkpoints")] == [
             "step-00000002"
         ]
 
@@ -329,7 +329,7 @@ def full_log(patched: pytest.MonkeyPatch) -> None:
     """The line of step 3 does not fit into the log."""
     from tests.support.forked_runs import FullLogInStep
 
-    patched.setattr(Run, "_do_step", Run._do_step)  # which is set back at the end
+    patched.setattr(Run, "_run_optimizer_step", Run._run_optimizer_step)  # set back at the end
     FullLogInStep(3)()
 
 
@@ -357,7 +357,7 @@ def full_at(owner: Any, name: str, call: int, start: str = "") -> Callable[[Any]
     [
         (full_log, "{out}/log.jsonl", 3),
         (full_at(RunProcesses, "track", 3), "trackers", 2),
-        (full_at(command, "_say", 1, "step 4"), "answers", 4),
+        (full_at(command, "_print_message", 1, "step 4"), "answers", 4),
         (full_at(csv, "writer", 1), "{out}/losses.csv", STEPS),
         (full_at(RunProcesses, "end_trackers", 1), "trackers", STEPS),
     ],
@@ -384,7 +384,7 @@ def test_a_full_disk_ends_a_run_as_a_signal_does(
     with monkeypatch.context() as patched:
         fill_disk(patched)
         error = error_of(capsys, "train", path, "--quiet")
-    folder = checkpoint.checkpoint_folder(out / "checkpoints", step)
+    folder = checkpoint.checkpoint_path(out / "checkpoints", step)
     assert error == (
         f"fastlora: error: {what.format(out=out)}: could not be written ([Errno 28] No space left "
         f"on device); adapters saved after step {step}: {out / 'a'}, {out / 'b'}; continue "
@@ -439,12 +439,12 @@ def test_output_on_a_full_disk(given: Any, tmp_path: Path, monkeypatch: pytest.M
     signal_at(monkeypatch, run, "causal_lm_losses", 3, signal.SIGINT)
     monkeypatch.setattr(Run, "_open_log", with_full_output)
     with pytest.raises(RunInterrupted, match="after step 2 of 4; saved"):
-        train(parse_settings(given, {}, "test"), say=say)
+        train(settings_from_dict(given, {}, "test"), on_message=say)
     with contextlib.suppress(OSError):
         sys.stderr.close()
     monkeypatch.undo()
     assert same(tmp_path / "out", tmp_path / "out" / "checkpoints" / "step-00000002" / "adapters")
-    assert train(parse_settings(given, {}, "test"), resume=True, progress=False).steps == 4
+    assert train(settings_from_dict(given, {}, "test"), resume=True, progress=False).steps == 4
 
 
 @pytest.mark.parametrize("streams", ["stdout", "both"])
@@ -487,7 +487,7 @@ def test_all_processes_end_where_the_log_is_full(
     out = tmp_path / "out"
     path = train_runs.write_config(tmp_path / "c.json", config_of(base, data, out))
     printed = two_processes(path, [1, 1], prepare={0: FullLogInStep(3)})
-    folder = checkpoint.checkpoint_folder(out / "checkpoints", 4)
+    folder = checkpoint.checkpoint_path(out / "checkpoints", 4)
     kept = (
         f"adapters saved after step 4: {out / 'a'}, {out / 'b'}; continue from {folder} with "
         "--resume"

@@ -1,4 +1,4 @@
-"""`fastlora train --load-in`: base models that bitsandbytes quantises while they are read."""
+"""`fastlora train --load-in`: base models that bitsandbytes quantizes while they are read."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ import torch
 import fastlora
 from fastlora.commands import cli
 from fastlora.integrations.transformers import quiet_transformers
-from fastlora.model.estimate import human_bytes
-from fastlora.train.config import parse_settings
-from fastlora.train.data import collate
+from fastlora.model.estimate import format_bytes
+from fastlora.train.data import collate_samples
 from fastlora.train.losses import causal_lm_losses
 from fastlora.train.run import open_run, train
+from fastlora.train.settings import settings_from_dict
 from fastlora.validation import CheckpointError
 from tests.support import train_runs
 from tests.support.tiny import tiny_llama
 from tests.support.train_runs import log, same
 
 transformers = pytest.importorskip("transformers", reason="trains its models")
-pytest.importorskip("bitsandbytes", reason="quantises")
+pytest.importorskip("bitsandbytes", reason="quantizes")
 
 
-def quantised(base: Path, dtype: torch.dtype = torch.bfloat16) -> Any:
+def quantized_base(base: Path, dtype: torch.dtype = torch.bfloat16) -> Any:
     """The base model as QLoRA's users load it."""
     bits = transformers.BitsAndBytesConfig(
         load_in_4bit=True,
@@ -65,7 +65,7 @@ def test_resume(whole: Path, base: Path, data: Any, tmp_path: Path) -> None:
     shutil.copytree(whole / "checkpoints" / step, out / "checkpoints" / step)
     given = given_of(base, data, out)
     for load_in in ("8bit", None):
-        settings = parse_settings(given | {"load_in": load_in}, {}, "test")
+        settings = settings_from_dict(given | {"load_in": load_in}, {}, "test")
         with pytest.raises(CheckpointError, match='load_in was "4bit", is '):
             train(settings, resume=True, progress=False)
     assert same(train_runs.train(tmp_path / "c.json", given, "--resume"), whole)
@@ -84,10 +84,12 @@ def test_losses_are_those_of_pefts_qlora(base: Path, data: Any, tmp_path: Path) 
     del given["adapters"]["b"]
     given["adapters"]["a"] |= {"weight_decay": 0.1, "r": 4}
     given["defaults"]["dropout"] = 0.0
-    with open_run(parse_settings(given | {"dtype": "float32"}, {}, "test"), progress=False) as run:
+    with open_run(
+        settings_from_dict(given | {"dtype": "float32"}, {}, "test"), progress=False
+    ) as run:
         assert run.model.get_base_model().lm_head.weight.dtype == torch.float32
         theirs: Any = peft.prepare_model_for_kbit_training(
-            quantised(base, torch.float32), use_gradient_checkpointing=False
+            quantized_base(base, torch.float32), use_gradient_checkpointing=False
         )
         config = peft.LoraConfig(
             r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM"
@@ -105,8 +107,8 @@ def test_losses_are_those_of_pefts_qlora(base: Path, data: Any, tmp_path: Path) 
         )
         expected = []
         for step in range(10):
-            batch = collate(
-                run.schedule.order.rows(step), run.corpora, run.pad, torch.device("cpu")
+            batch = collate_samples(
+                run.schedule.order.step_samples(step), run.corpora, run.pad, torch.device("cpu")
             )
             logits = theirs(**batch.inputs, use_cache=False).logits
             losses = causal_lm_losses(logits, batch.labels, batch.adapters)
@@ -128,7 +130,7 @@ def test_peft_loads_the_adapter(whole: Path, base: Path) -> None:
     """On the model in 4 bits and on the plain one."""
     peft = pytest.importorskip("peft")
     ids = torch.randint(0, 95, (2, 9))
-    for make in (lambda: quantised(base, torch.float32), lambda: tiny_llama().eval()):
+    for make in (lambda: quantized_base(base, torch.float32), lambda: tiny_llama().eval()):
         ours = fastlora.LoraModel.from_pretrained(make(), whole / "a").eval()
         theirs = peft.PeftModel.from_pretrained(make(), str(whole / "a")).eval()
         with torch.no_grad():
@@ -153,7 +155,7 @@ def test_eight_bits_and_checkpointing(base: Path, data: Any, tmp_path: Path) -> 
 def packed(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the base model as it is stored in 4 bits."""
     folder = tmp_path_factory.mktemp("packed")
-    quantised(base).save_pretrained(folder)
+    quantized_base(base).save_pretrained(folder)
     transformers.AutoTokenizer.from_pretrained(base).save_pretrained(folder)
     return folder
 
@@ -172,12 +174,12 @@ def test_dry_run(
     path = train_runs.write_config(tmp_path / "c.json", make(folder, data, tmp_path / "out"))
     assert cli.main(["train", str(path), "--dry-run"]) == 0
     text = capsys.readouterr().out
-    real = fastlora.estimate(quantised(base), fastlora.LoraConfig(target_modules="all-linear"))
+    real = fastlora.estimate(quantized_base(base), fastlora.LoraConfig(target_modules="all-linear"))
     bits = "stored in quantized form" if stored else "quantized in 4bit"
     assert f"{real.base_parameters:,} parameters, bfloat16, {bits}" in text
-    size, scales = human_bytes(real.base_bytes), human_bytes(real.scale_bytes)
+    size, scales = format_bytes(real.base_bytes), format_bytes(real.scale_bytes)
     assert f"base model {size} ({scales} of that for scales), 2 adapters" in text
-    assert f"one dequantized weight {human_bytes(128 * 64 * 2)}, activations " in text
+    assert f"one dequantized weight {format_bytes(128 * 64 * 2)}, activations " in text
     assert "activations unknown" not in text and "not quantized yet" not in text
     over = (
         "that bitsandbytes has quantized; call"
@@ -191,7 +193,7 @@ def test_dry_run(
 def test_refusals(
     fails: Any, given: Any, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Other bits, a model that is quantised already, and no bitsandbytes; nothing is written."""
+    """Other bits, a model that is quantized already, and no bitsandbytes; nothing is written."""
     assert "load_in must be one of 4bit, 8bit, got '2bit'" in fails(given | {"load_in": "2bit"})
     for flags in ((), ("--dry-run",)):
         error = fails(given | {"model": str(packed)}, "--load-in", "4bit", *flags)

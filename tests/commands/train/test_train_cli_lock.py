@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 
 from fastlora.commands import cli
-from fastlora.model import replace_files
-from fastlora.train.lock import LOCK, folder_lock
+from fastlora.model import atomic_files
+from fastlora.train.lock import LOCK, lock_folder
 from fastlora.train.processes import TrainError
 from tests.support import train_runs
 from tests.support.train_runs import contents, same
@@ -70,7 +70,7 @@ def test_two_processes_are_refused_together(given: Any, tmp_path: Path) -> None:
     from tests.support.forked_runs import processes
 
     path, out = train_runs.write_config(tmp_path / "c.json", given), tmp_path / "out"
-    with folder_lock(out):
+    with lock_folder(out):
         runs = processes(2, ["train", path, "--quiet"], tmp_path)
         assert [run.wait() for run in runs] == [1, 1]
         for run in runs:
@@ -84,16 +84,16 @@ def test_two_processes_are_refused_together(given: Any, tmp_path: Path) -> None:
 def test_what_the_lock_says(tmp_path: Path) -> None:
     """The holder is this process, and a folder that was created for the lock is removed."""
     out = tmp_path / "runs" / "first"
-    with folder_lock(out):
+    with lock_folder(out):
         holder = json.loads((out / LOCK).read_text())
         assert holder["pid"] == os.getpid() and holder["host"] == socket.gethostname()
         assert holder["command"] == shlex.join(sys.orig_argv)
-        with pytest.raises(TrainError, match="another training run"), folder_lock(out):
+        with pytest.raises(TrainError, match="another training run"), lock_folder(out):
             pass
         assert (out / LOCK).exists()
     assert not (tmp_path / "runs").exists()
     (tmp_path / "file").touch()
-    with pytest.raises(TrainError, match="file"), folder_lock(tmp_path / "file"):
+    with pytest.raises(TrainError, match="file"), lock_folder(tmp_path / "file"):
         pass
 
 
@@ -102,17 +102,17 @@ def test_a_lock_file_that_is_left_or_removed(
 ) -> None:
     """A killed run's file is taken over. A file that its run has just removed is not the lock."""
     (tmp_path / LOCK).write_text('{"pid": 1')
-    try_lock, removed = replace_files.try_lock, []
+    acquire_flock, removed = atomic_files.acquire_flock, []
 
     def removing(descriptor: int) -> bool | None:
         if not removed:
             removed.append((tmp_path / LOCK).unlink())
-        return try_lock(descriptor)
+        return acquire_flock(descriptor)
 
-    with folder_lock(tmp_path):
+    with lock_folder(tmp_path):
         assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
-    monkeypatch.setattr("fastlora.train.lock.try_lock", removing)
-    with folder_lock(tmp_path):
+    monkeypatch.setattr("fastlora.train.lock.acquire_flock", removing)
+    with lock_folder(tmp_path):
         assert removed and json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
 
 
@@ -121,7 +121,7 @@ def test_a_worker_process_keeps_no_lock(tmp_path: Path) -> None:
     reading, writing = os.pipe()
     run = os.fork()
     if run == 0:
-        with folder_lock(tmp_path):
+        with lock_folder(tmp_path):
             if os.fork() == 0:
                 os.write(writing, f"{os.getpid()}\n".encode())
                 time.sleep(120)
@@ -131,29 +131,29 @@ def test_a_worker_process_keeps_no_lock(tmp_path: Path) -> None:
     os.close(writing)
     with os.fdopen(reading) as file:
         worker = int(file.readline())
-        with pytest.raises(TrainError, match=f"pid {run} on host"), folder_lock(tmp_path):
+        with pytest.raises(TrainError, match=f"pid {run} on host"), lock_folder(tmp_path):
             pass
         os.kill(run, signal.SIGKILL)
         os.waitpid(run, 0)
         try:
-            with folder_lock(tmp_path):
+            with lock_folder(tmp_path):
                 os.kill(worker, 0)  # it lives
         finally:
             os.kill(worker, signal.SIGKILL)
-    with folder_lock(tmp_path):
+    with lock_folder(tmp_path):
         child = os.fork()
         if child == 0:
-            with folder_lock(tmp_path / "other"):
+            with lock_folder(tmp_path / "other"):
                 pass
             os._exit(0)
         assert os.waitpid(child, 0)[1] == 0
-        with pytest.raises(TrainError, match=f"pid {os.getpid()} on host"), folder_lock(tmp_path):
+        with pytest.raises(TrainError, match=f"pid {os.getpid()} on host"), lock_folder(tmp_path):
             pass
 
 
 def test_a_child_that_leaves_the_block(tmp_path: Path) -> None:
     """A forked process that ends as a program does keeps the file of its parent's lock."""
-    with folder_lock(tmp_path):
+    with lock_folder(tmp_path):
         child = os.fork()
         if child:
             assert os.waitpid(child, 0)[1] == 0

@@ -19,10 +19,17 @@ import fastlora
 from fastlora.commands import cli
 from fastlora.train import AdapterOptimizers, causal_lm_losses, count_tokens
 from fastlora.train import run as run_module
-from fastlora.train.config import AdapterSettings, parse_settings, read_settings
-from fastlora.train.data import Corpus, Order, Row, collate, encode, micro_batches
-from fastlora.train.prepare import rate
+from fastlora.train.data import (
+    SampleOrder,
+    SampleRef,
+    TokenizedCorpus,
+    collate_samples,
+    sorted_micro_batches,
+    tokenize_files,
+)
+from fastlora.train.prepare import learning_rate_factor
 from fastlora.train.run import open_run
+from fastlora.train.settings import AdapterSettings, read_settings, settings_from_dict
 from tests.support import train_runs
 from tests.support.tiny import tiny_llama
 from tests.support.train_runs import log
@@ -74,12 +81,12 @@ def test_accumulation_is_one_large_batch(base: Path, data: Any, tmp_path: Path) 
     for size in (1, 4):
         given = train_runs.config(base, data, tmp_path / "out", micro_batch_size=size)
         given["defaults"]["dropout"] = 0.0
-        with open_run(parse_settings(given, {}, "test"), progress=False) as run:
+        with open_run(settings_from_dict(given, {}, "test"), progress=False) as run:
             run.model.double()
             entries: list[dict[str, Any]] = []
-            run._write_log = entries.append  # type: ignore[method-assign]
-            run._do_step()
-            run._do_step()
+            run._write_log_and_trackers = entries.append  # type: ignore[method-assign]
+            run._run_optimizer_step()
+            run._run_optimizer_step()
             found.append(entries[-1])
     for kind in ("loss", "grad_norm"):
         assert found[0][kind].keys() == found[1][kind].keys() == {"a", "b"}
@@ -107,7 +114,7 @@ def test_logits_are_gone_before_the_backward_and_the_next_forward(
         return causal_lm_losses(own, *args, **options)
 
     monkeypatch.setattr(run_module, "causal_lm_losses", losses)
-    monkeypatch.setattr(run_module, "collate", counting(run_module.collate))
+    monkeypatch.setattr(run_module, "collate_samples", counting(run_module.collate_samples))
     monkeypatch.setattr(AdapterOptimizers, "backward", counting(AdapterOptimizers.backward))
     for adapter in given["adapters"].values():
         adapter["eval_data"] = adapter["data"]
@@ -127,14 +134,16 @@ def test_evaluation(base: Path, data: Any, tmp_path: Path, tokenizer: Any) -> No
     entries = log(tmp_path / "out", "eval_loss")
     assert [entry["step"] for entry in entries] == [3, 4]
     model = fastlora.LoraModel.from_pretrained(tiny_llama(), tmp_path / "out" / "a")
-    corpus = encode([data["a"], data["c"]], tokenizer, 512)
+    corpus = tokenize_files([data["a"], data["c"]], tokenizer, 512)
     total = 0.0
     for i in range(len(corpus)):
-        batch = collate([Row("a", i)], {"a": corpus}, 0, torch.device("cpu"))
+        batch = collate_samples([SampleRef("a", i)], {"a": corpus}, 0, torch.device("cpu"))
         with torch.no_grad():
             logits = model.double()(**batch.inputs).logits
-        total += causal_lm_losses(logits, batch.labels, ["a"]).values["a"] * corpus.counted(i)
-    exact = total / sum(corpus.counted(i) for i in range(len(corpus)))
+        total += causal_lm_losses(logits, batch.labels, ["a"]).values["a"] * corpus.num_loss_tokens(
+            i
+        )
+    exact = total / sum(corpus.num_loss_tokens(i) for i in range(len(corpus)))
     # Each of the logits behind the loss is a sum of 64 products in fp32.
     assert entries[-1]["eval_loss"]["a"] == pytest.approx(exact, rel=64 * 2**-23)
 
@@ -259,7 +268,7 @@ def test_toml_and_precedence(tmp_path: Path) -> None:
     assert b.init_from == tmp_path / "first" and not b.lora  # has its own config
     assert c.data == (Path("d.txt"),) and c.lora == {"lora_alpha": 7}
     advice = fastlora.recommend(7_000_000_000)
-    made = a.lora_config(advice)
+    made = a.new_adapter_config(advice)
     assert (made.r, made.lora_alpha, made.lora_dropout) == (32, 7, 0.1)
     assert made.rank_pattern == {"q_proj": 4} and made.target_modules == "all-linear"
 
@@ -268,9 +277,12 @@ def test_alpha_follows_rank() -> None:
     """A rank of one's own keeps the advice's ratio, unless alpha is given too."""
     adapter = {"data": "d", "r": 24}
     given = {"model": "m", "out": "o", "adapters": {"a": adapter, "b": {**adapter, "alpha": 5}}}
-    a, b = parse_settings(given, {}, "test").adapters
+    a, b = settings_from_dict(given, {}, "test").adapters
     advice = fastlora.recommend(1)
-    assert (a.lora_config(advice).lora_alpha, b.lora_config(advice).lora_alpha) == (48, 5)
+    assert (a.new_adapter_config(advice).lora_alpha, b.new_adapter_config(advice).lora_alpha) == (
+        48,
+        5,
+    )
 
 
 @pytest.mark.parametrize(
@@ -284,9 +296,9 @@ def test_alpha_follows_rank() -> None:
 def test_rates(schedule: str, expected: list[float]) -> None:
     """Two of six steps warm up; behind the last one the rate is 0."""
     adapter = AdapterSettings("a", (), schedule=schedule, warmup_ratio=0.3)
-    assert [rate(adapter, 6)(step) for step in range(7)] == pytest.approx(expected)
-    assert rate(AdapterSettings("a", (), warmup_ratio=0.0), 1)(0) == 1.0
-    assert rate(AdapterSettings("a", (), warmup_ratio=1.0), 2)(1) == 1.0
+    assert [learning_rate_factor(adapter, 6)(step) for step in range(7)] == pytest.approx(expected)
+    assert learning_rate_factor(AdapterSettings("a", (), warmup_ratio=0.0), 1)(0) == 1.0
+    assert learning_rate_factor(AdapterSettings("a", (), warmup_ratio=1.0), 2)(1) == 1.0
 
 
 # -------------------------------------------------------------------------------------------- data
@@ -300,71 +312,73 @@ def test_what_is_encoded(tmp_path: Path, tokenizer: Any) -> None:
     texts.write_text("\ufeff" + "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
     plain.write_text("abcdefg")
     eos = tokenizer.eos_token_id
-    corpus = encode([pairs, texts, plain], tokenizer, 4)
+    corpus = tokenize_files([pairs, texts, plain], tokenizer, 4)
 
     def ids(text: str) -> list[int]:
         return tokenizer(text).input_ids
 
     expected = [ids("abcd"), ids("wxyz"), [*ids("w z"), eos], ids("abcd"), ids("efg")]
-    assert [corpus.tokens(i).tolist() for i in range(len(corpus))] == expected
+    assert [corpus.token_ids(i).tolist() for i in range(len(corpus))] == expected
     labels = [[-100, -100, *ids("cd")], *([-100, *own[1:]] for own in expected[1:])]
     assert [corpus.labels(i, -100).tolist() for i in range(len(corpus))] == labels
-    assert [corpus.counted(i) for i in range(5)] == [2, 3, 3, 3, 2] and corpus.cut == 2
+    assert [corpus.num_loss_tokens(i) for i in range(5)] == [2, 3, 3, 3, 2] and corpus.cut == 2
     places = [f"{pairs}, line 1", f"{texts}, line 1", f"{texts}, line 3", str(plain), str(plain)]
-    assert list(map(str, corpus.places)) == places
+    assert list(map(str, corpus.sources)) == places
     # A last piece of one token has nothing to learn, a whole text of two has.
-    assert len(encode([plain], tokenizer, 3)) == 2
-    uncut = encode([pairs, texts], tokenizer, 9)
-    assert uncut.tokens(0).tolist() == [*ids("abcd"), eos] and uncut.cut == 0
+    assert len(tokenize_files([plain], tokenizer, 3)) == 2
+    uncut = tokenize_files([pairs, texts], tokenizer, 9)
+    assert uncut.token_ids(0).tolist() == [*ids("abcd"), eos] and uncut.cut == 0
     assert uncut.digest != corpus.digest
 
 
 def test_batches(data: dict[str, Path], tokenizer: Any) -> None:
     """Padding has no label and is not attended to; counts are those of the loss."""
-    corpora = {name: encode([data[name]], tokenizer, 24) for name in "abc"}
-    rows = [Row("a", 2), Row("b", 1), Row("c", 0), Row("a", 0)]
-    batch = collate(rows, corpora, 96, torch.device("cpu"))
+    corpora = {name: tokenize_files([data[name]], tokenizer, 24) for name in "abc"}
+    rows = [SampleRef("a", 2), SampleRef("b", 1), SampleRef("c", 0), SampleRef("a", 0)]
+    batch = collate_samples(rows, corpora, 96, torch.device("cpu"))
     assert batch.adapters == ["a", "b", "c", "a"]
     ids, mask = batch.inputs["input_ids"], batch.inputs["attention_mask"]
     for i, row in enumerate(rows):
         corpus = corpora[row.adapter]
-        size = corpus.length(row.sample)
-        assert ids[i, :size].equal(corpus.tokens(row.sample)) and (ids[i, size:] == 96).all()
+        size = corpus.num_tokens(row.sample)
+        assert ids[i, :size].equal(corpus.token_ids(row.sample)) and (ids[i, size:] == 96).all()
         assert mask[i].sum() == size and mask[i, :size].all()
         assert batch.labels[i, :size].equal(corpus.labels(row.sample, -100))
         assert (batch.labels[i, size:] == -100).all()
     counted = Counter[str]()
     for row in rows:
-        counted[row.adapter] += corpora[row.adapter].counted(row.sample)
+        counted[row.adapter] += corpora[row.adapter].num_loss_tokens(row.sample)
     assert count_tokens(batch.labels, batch.adapters) == counted
-    parts = micro_batches(rows, corpora, 3)
+    parts = sorted_micro_batches(rows, corpora, 3)
     assert [len(part) for part in parts] == [3, 1] and sorted(sum(parts, [])) == sorted(rows)
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 7, 40])
 def test_order(batch_size: int) -> None:
-    """Each sample once an epoch, in another order in each; any step at once; presence counted."""
+    """Each sample once an epoch, in another order in each; any step at once; steps are counted."""
     sizes = {"a": 10, "b": 1, "c": 6}
-    order, steps = Order(sizes, batch_size, seed=3), 60
-    rows = [order.rows(step) for step in range(steps)]
+    order, steps = SampleOrder(sizes, batch_size, seed=3), 60
+    rows = [order.step_samples(step) for step in range(steps)]
     every = sum(rows, [])
     assert all(len(part) == batch_size for part in rows)
     epochs = [every[i : i + 17] for i in range(0, len(every) - 16, 17)]
-    samples = [Row(name, i) for name, size in sizes.items() for i in range(size)]
+    samples = [SampleRef(name, i) for name, size in sizes.items() for i in range(size)]
     assert all(sorted(epoch) == sorted(samples) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == len(epochs)
-    again = Order(sizes, batch_size, seed=3)
-    assert [again.rows(step) for step in (59, 7, 30)] == [rows[step] for step in (59, 7, 30)]
-    assert Order(sizes, batch_size, seed=4).rows(5) != rows[5]
+    again = SampleOrder(sizes, batch_size, seed=3)
+    assert [again.step_samples(step) for step in (59, 7, 30)] == [
+        rows[step] for step in (59, 7, 30)
+    ]
+    assert SampleOrder(sizes, batch_size, seed=4).step_samples(5) != rows[5]
     found = Counter[str]()
     for part in rows:
         found.update({row.adapter for row in part})
-    assert order.presence(steps) == found
+    assert order.count_steps_with_samples(steps) == found
 
 
 def test_corpus_is_small() -> None:
     """Tokens lie in one tensor of 32 bits, not in lists."""
     counts = torch.tensor([False, True, False, False, True, True])
-    corpus = Corpus(torch.arange(6, dtype=torch.int32), counts, [2, 6], [], "")
-    assert [corpus.counted(i) for i in (0, 1)] == [1, 2]
-    assert corpus.tokens(1).tolist() == [2, 3, 4, 5] and corpus.tokens(1).dtype == torch.int64
+    corpus = TokenizedCorpus(torch.arange(6, dtype=torch.int32), counts, [2, 6], [], "")
+    assert [corpus.num_loss_tokens(i) for i in (0, 1)] == [1, 2]
+    assert corpus.token_ids(1).tolist() == [2, 3, 4, 5] and corpus.token_ids(1).dtype == torch.int64

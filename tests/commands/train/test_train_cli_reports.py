@@ -15,8 +15,8 @@ import torch
 import fastlora
 from fastlora.commands import cli
 from fastlora.train import data as train_data
-from fastlora.train.config import parse_settings
 from fastlora.train.run import train
+from fastlora.train.settings import settings_from_dict
 from tests.support import train_runs
 from tests.support.tiny import tiny_llama
 from tests.support.train_runs import log
@@ -79,7 +79,7 @@ def test_the_plot_of_the_losses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     pytest.importorskip("matplotlib", reason="draws the losses")
     import matplotlib.figure
 
-    from fastlora.train.log import LoggedLoss, write_picture
+    from fastlora.train.run_log import LoggedLoss, plot_losses
 
     drawn: list[Any] = []
     figure = matplotlib.figure.Figure
@@ -91,7 +91,7 @@ def test_the_plot_of_the_losses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     losses += [LoggedLoss(step, "a", "evaluation", 4.0, None) for step in (20, 40)]
     losses += [LoggedLoss(1, "b", "training", 2.0, 1.0), LoggedLoss(2, "b", "training", None, 1.0)]
     (tmp_path / "first").mkdir()
-    assert write_picture(tmp_path / "first", losses) == tmp_path / "first" / "losses.png"
+    assert plot_losses(tmp_path / "first", losses) == tmp_path / "first" / "losses.png"
     (axes,) = drawn[0].axes
     raw, smooth, evaluation, short = axes.lines
     assert list(raw.get_xdata()) == list(smooth.get_xdata()) == list(range(1, 41))
@@ -180,7 +180,7 @@ def test_prompts_are_put_as_the_data_is(tmp_path: Path, base: Path) -> None:
     """As a turn where the data is chats, under Alpaca's headings, or as they stand."""
     from transformers import AutoTokenizer
 
-    from fastlora.train.data.tokens import prompt_ids
+    from fastlora.train.data.tokenization import format_and_tokenize_prompt
 
     tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.chat_template = (
@@ -196,7 +196,7 @@ def test_prompts_are_put_as_the_data_is(tmp_path: Path, base: Path) -> None:
     ):
         (tmp_path / "d.jsonl").write_text(json.dumps(row))
         corpus = train_data.encode([tmp_path / "d.jsonl"], tokenizer, 512)
-        assert prompt_ids("hi", corpus, tokenizer) == tokenizer(expected).input_ids
+        assert format_and_tokenize_prompt("hi", corpus, tokenizer) == tokenizer(expected).input_ids
 
 
 def test_trackers(base: Path, data: Any, tmp_path: Path) -> None:
@@ -245,7 +245,9 @@ def test_packing_in_a_run(base: Path, data: Any, tmp_path: Path) -> None:
     again = train_runs.train(tmp_path / "c.json", given, "--resume")
     assert train_runs.same(again, whole)
     with pytest.raises(fastlora.FastLoraError, match="is from a different run"):
-        train(parse_settings(given | {"max_length": 50}, {}, "test"), resume=True, progress=False)
+        train(
+            settings_from_dict(given | {"max_length": 50}, {}, "test"), resume=True, progress=False
+        )
 
 
 def test_a_model_that_mixes_packed_samples_up(

@@ -220,7 +220,7 @@ const char* type_names() { return NAMES((TYPES)); }
 // Called by `find_range` while a launch runs.
 void add_range(u64 low, u64 high) { current->ranges.push_back({low, high, {}, {}, {}, {}}); }
 
-void forget_last_launch() { last_ranges.clear(); }
+void clear_last_launch() { last_ranges.clear(); }
 
 // Runs a launch; returns the number of reports. `counts`: instructions, then those of each opcode.
 int run(const Launch* launch) {

@@ -12,7 +12,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from fastlora.env import triton_interpreted  # noqa: E402
 from fastlora.ops.torch import segments  # noqa: E402
-from tests.conformance import isolation, kept, state, values  # noqa: E402, F401  # they fill the list
+from tests.conformance import cache_invalidation, isolation, state, values  # noqa: E402, F401  # they fill the list
 from tests.conformance import test_compiled as compiled  # noqa: E402
 from tests.conformance import test_graphs as graphs  # noqa: E402
 from tests.support.compiled import graph_count  # noqa: E402
@@ -52,7 +52,7 @@ NAMES = (
     "joint_is_solo",
     "nan_in_own_row",
     "nan_in_other_factors",
-    "absent_adapters",
+    "unused_adapters",
     "checkpoints_and_threads",
     "saved_for_backward",
     "dropout",
@@ -122,7 +122,7 @@ def test_a_compiled_pool_sees_swaps() -> None:
     with torch.no_grad():
         for ids in (case.ids, case.ids[::-1], ["en", None] * 3):
             check(subject, {"y": subject.forward(x, ids)}, x, ids, masks={})
-            kept.changes(subject)["swapped"]()
+            cache_invalidation.changes(subject)["swapped"]()
     assert graph_count() == 1
 
 

@@ -7,7 +7,7 @@ triton==3.6.0``); without it the table's rows of that Triton stay, and a test sa
 still of today's kernels. With ``--known``, as the tests run it, a kernel whose Triton IR is what a
 row of the table was made from gives that row, but for one in a hundred, which is compiled
 (`fingerprints.py`). What is compiled is what a GPU would be given: launches as their launchers make
-them (`launches.py`), specialised by the rules of Triton's own launcher.
+them (`launches.py`), specialized by the rules of Triton's own launcher.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from triton.compiler import ASTSource
 from tests.support.aot.fingerprints import fingerprint, is_sampled
 from tests.support.aot.launches import CHIPS, Case, Compiled, Launch, cases, record
 from tests.support.aot.resources import Resources, key_of, resources_of
-from tests.support.aot.specialisation import TYPE_NAMES, specialise, target_of
+from tests.support.aot.specialization import TYPE_NAMES, specialize, target_of
 
 TABLE = Path(__file__).parents[3] / "docs" / "kernel_resources.csv"
 # Of codes. Where the others stand, every row of the table would have to be measured again.
@@ -68,8 +68,8 @@ def write_rows(rows: Sequence[Resources], file: TextIO) -> None:
 
 
 def compile_launch(launch: Launch, arch: str) -> Compiled:
-    """Compiles a launch as Triton's launcher would specialise it."""
-    *known, options = specialise(launch, arch)
+    """Compiles a launch as Triton's launcher would specialize it."""
+    *known, options = specialize(launch, arch)
     source = ASTSource(launch.kernel, *known)
     kernel = triton.compile(source, target=target_of(arch), options=options)
     return Compiled(kernel.asm, kernel.metadata.shared)
@@ -77,7 +77,7 @@ def compile_launch(launch: Launch, arch: str) -> Compiled:
 
 def fingerprint_of(launch: Launch, arch: str) -> str:
     """Returns the fingerprint of what `compile_launch` would compile."""
-    *known, options = specialise(launch, arch)
+    *known, options = specialize(launch, arch)
     return fingerprint(ASTSource(launch.kernel, *known), target_of(arch), options)
 
 
@@ -106,7 +106,7 @@ def measure_all(selected: Sequence[Case], known: bool = False) -> list[Resources
     # What one worker makes in a row: kernels of the same Triton IR, which is made once for them.
     alike: dict[tuple[str, str], list[Case]] = {}
     for case in selected:
-        told = repr(specialise(record(case), case.arch))
+        told = repr(specialize(record(case), case.arch))
         alike.setdefault((case.shipped.kernel, told), []).append(case)
     # Torch and Triton, alive to the end, need not be looked through at every collection.
     with ProcessPoolExecutor(max_workers=os.cpu_count(), initializer=gc.freeze) as pool:

@@ -21,7 +21,7 @@ from triton.compiler import ASTSource
 from triton.compiler.compiler import make_backend
 
 # What reads a row off the compiled code.
-_READERS = ("resources.py", "buffers.py", "dependent_launch.py", "specialisation.py", "wgmma.py")
+_READERS = ("resources.py", "buffers.py", "dependent_launch.py", "specialization.py", "wgmma.py")
 # Options by which one vendor's chips differ, of which IR without fp8 shows nothing.
 _OF_A_CHIP = {"arch", "max_num_imprecise_acc_default"}
 _OF_A_CHIP |= {"supported_fp8_dtypes", "deprecated_fp8_dot_operand_dtypes"}

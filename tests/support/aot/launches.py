@@ -15,19 +15,19 @@ from unittest import mock
 
 import torch
 
-from fastlora.coded_weight import Coded
 from fastlora.kernels.chips import Chip
+from fastlora.kernels.config_tables import MAX_SPLITS, kernel_of
 from fastlora.kernels.mixed_rows import DropoutTables, RankRows
 from fastlora.kernels.modules import Module
-from fastlora.kernels.tables import MAX_SPLITS, kernel_of
+from fastlora.quantized_tensor import QuantizedData
 from tests.support.aot.shipped import Shipped, all_invariant_shipped, all_shipped
 from tests.support.chips import GPUS as CHIPS
 from tests.support.kernels.modules import module_of
 
 MIXED_K_LOOPS = ("mixed_lora_shrink", "mixed_lora_linear")
-# Launches that siblings share in training.
+# Launches that a shared-input group shares in training.
 SHARED_BY_SIBLINGS = ("mixed_lora_train_shrink", "mixed_lora_grad_a")
-# Kernels that take siblings in one grid.
+# Kernels that take a shared-input group in one grid.
 IN_ONE_GRID = ("lora_shrink", "lora_linear", "lora_expand")
 IN_ONE_GRID += ("mixed_lora_linear", "mixed_lora_expand")
 # Variants of launches over codes, and the kinds that they read.
@@ -96,7 +96,7 @@ def cases(chips: Sequence[Chip] = CHIPS) -> list[Case]:
     the tiles divide; "plain" has none of these; "light" has none but dropout, at a rank that 8
     divides but 16 does not, of every tile that sm_90 makes by wgmma. "ragged" is heavy at sizes
     that 16 divides but no tile does, of the K loops for mixed batches on every chip; "uneven" is
-    heavy at odd sizes, where nothing can be vectorised. "alone" is heavy without siblings, of the
+    heavy at odd sizes, where nothing can be vectorized. "alone" is heavy without siblings, of the
     shrinks so narrow that they often run so. "invariant" is heavy in the batch-invariant mode,
     "unshared" the same without siblings. "training" is heavy as a mixed batch with gradients runs
     it: dropout, lora_b as its parameter lies. "siblings" is that for three modules that share x,
@@ -110,7 +110,7 @@ def cases(chips: Sequence[Chip] = CHIPS) -> list[Case]:
         for shipped in all_shipped(chip):
             config = shipped.config
             if shipped.kernel.startswith("coded_"):
-                result += coded_cases(chip, shipped)
+                result += quantized_cases(chip, shipped)
                 continue
             trains = shipped.kernel.startswith(("mixed_lora_train", "mixed_lora_grad"))
             if chip.arch == "sm_90" and is_wgmma(shipped):
@@ -152,7 +152,7 @@ def cases(chips: Sequence[Chip] = CHIPS) -> list[Case]:
     return result
 
 
-def coded_cases(chip: Chip, shipped: Shipped) -> list[Case]:
+def quantized_cases(chip: Chip, shipped: Shipped) -> list[Case]:
     """Returns the cases of a config over codes.
 
     All are as heavy as "heavy", which reads nested NF4, the kind with the most parts; as do
@@ -174,14 +174,14 @@ def coded_cases(chip: Chip, shipped: Shipped) -> list[Case]:
     return [Case(chip.arch, shipped, variant) for variant in variants]
 
 
-def coded(variant: str, n: int, k: int) -> Coded:
-    """Returns a coded weight on the meta device, of the kind of a variant."""
+def quantized_operand(variant: str, n: int, k: int) -> QuantizedData:
+    """Returns a quantized weight on the meta device, of the kind of a variant."""
     kind = CODED.get(variant, CODED["heavy"])
     dtype = torch.int8 if kind == "int8" else torch.uint8
     by_block = kind.startswith("table4")
     codes = torch.empty(n * k // (2 if by_block else 1), dtype=dtype, device="meta")
     parts = torch.empty(5, dtype=torch.int64, device="meta")
-    return Coded(kind, codes, parts, n, k, 64 if by_block else k)
+    return QuantizedData(kind, codes, parts, n, k, 64 if by_block else k)
 
 
 def record(case: Case) -> Launch:
@@ -235,13 +235,13 @@ def operands(case: Case) -> dict[str, Any]:
         "dy": empty(m, n),
     }
     if stem != launch:
-        common["weight"] = coded(case.variant, n, k)
+        common["weight"] = quantized_operand(case.variant, n, k)
     of_dx = {"y": empty(m, k), "x": empty(m, n), "weight": common["weight"].t(), "scaling": None}
     of_dx |= {"bias": None, "s_out": None, "pdl": False}
     if not case.is_mixed:
         common |= {"s": empty(m, r), "lora_b": factor(n, r), "scaling": fp32(r)}
         of_dx |= {"lora_b": factor(r, k).t(), **dropped}
-        siblings = config.siblings if heavy else 1
+        siblings = config.group_size if heavy else 1
         sizes = (r + 1, *[64] * 3)
         count = 3 if case.variant == "siblings" else 1
         common |= {"s": empty(m, count * r), "scaling": fp32(1 if count > 1 else r)}
@@ -272,13 +272,13 @@ def operands(case: Case) -> dict[str, Any]:
                 "ds": [empty(m, r) for _ in range(siblings)],
                 "seeds": longs(siblings) if drops else None,
                 "dropout_p": [0.1] * siblings,
-                "config": replace(config, siblings=siblings),
+                "config": replace(config, group_size=siblings),
             },
             "lora_grad_x": of_dx,
             "lora_grad_x_add": of_dx,
             "plane_sums": {
                 "outs": [empty(size, k) for size in sizes],
-                "planes": [fp32(4, size, k) for size in sizes],
+                "partials": [fp32(4, size, k) for size in sizes],
             },
         }
         given = {"bias": None, "reads_y": True} | common | own[stem]
@@ -346,17 +346,17 @@ def operands(case: Case) -> dict[str, Any]:
         "mixed_lora_grad_x_add": {**of_dx, "s": empty(1, m, r)},
         "mixed_lora_grad_reduce": {
             "out": factor(_SLOTS * n),
-            "planes": fp32(_PLANES, n, 64).transpose(1, 2).unsqueeze(1),
+            "partials": fp32(_PLANES, n, 64).transpose(1, 2).unsqueeze(1),
             "rank": ints(1, _SLOTS),
             "scaling": fp32(1, _SLOTS),
             "offset": longs(1, _SLOTS),
             "m": m,
             "columns": n,
             "by_column": True,
-            "bias_planes": fp32(_PLANES, n),
+            "bias_partials": fp32(_PLANES, n),
             "bias_offset": longs(1, _SLOTS),
             "ds": empty(m, 64),
-            "ds_planes": fp32(32, m, 64),
+            "ds_partials": fp32(32, m, 64),
         },
     }
     given = common | own.get(stem, {})

@@ -1,6 +1,6 @@
 """What a compiled kernel uses, read off its code: a row of `docs/kernel_resources.csv`.
 
-With `buffers.py`, `dependent_launch.py`, `specialisation.py` and `wgmma.py` this is all that makes
+With `buffers.py`, `dependent_launch.py`, `specialization.py` and `wgmma.py` this is all that makes
 a row of a kernel; a change of these files makes every row unknown (`fingerprints.py`).
 """
 
@@ -22,7 +22,7 @@ from triton.compiler.compiler import make_backend
 from tests.support.aot.buffers import refills
 from tests.support.aot.dependent_launch import early_loads
 from tests.support.aot.launches import Case, Compiled, Launch
-from tests.support.aot.specialisation import TYPE_NAMES, specialise, target_of
+from tests.support.aot.specialization import TYPE_NAMES, specialize, target_of
 from tests.support.aot.wgmma import narrow_tiles, overwrites, register_a_count
 
 # Registers and resident threads of one processor, for the estimate of occupancy.
@@ -142,7 +142,7 @@ def early_loads_of_s(launch: Launch, kernel: Any, arch: str) -> int:
     """Returns what `dependent_launch.early_loads` says of s; 0 where nothing is launched early."""
     if not launch.arguments.get("launch_pdl"):
         return 0
-    signature = specialise(launch, arch).signature
+    signature = specialize(launch, arch).signature
     names = [name for name, kind in signature.items() if kind != "constexpr"]
     return early_loads(kernel, names.index("s_ptr"))
 
@@ -155,7 +155,7 @@ def serialized_products(launch: Launch, kernel: Compiled, arch: str) -> int:
     """
     target, log = target_of(arch), io.StringIO()
     backend: Any = make_backend(target)
-    options = backend.parse_options(specialise(launch, arch).options)
+    options = backend.parse_options(specialize(launch, arch).options)
     with knobs.nvidia.scope(), contextlib.redirect_stdout(log):
         knobs.nvidia.dump_ptxas_log = True
         backend.make_cubin(kernel.asm["ptx"], {}, options, target.arch)

@@ -7,20 +7,20 @@ from typing import NamedTuple
 
 import torch
 
-from fastlora.kernels.chips import Chip, Row
-from fastlora.kernels.configs import INVARIANT_ROWS, block_r_of, bucket_of, piece_rows
-from fastlora.kernels.tables import (
+from fastlora.kernels.chips import Chip, ConfigRow
+from fastlora.kernels.config_tables import (
     ANY_RANK,
     CHUNKED,
     INVARIANT_BLOCK_R,
+    MAX_GROUP_SIZE,
     MAX_RANK_ROWS,
-    MAX_SIBLINGS,
     MAX_SPLITS,
     KernelConfig,
     config_of_row,
     kernel_of,
     table_of,
 )
+from fastlora.kernels.configs import INVARIANT_ROWS, block_r_of, bucket_of, piece_rows
 
 
 class Shipped(NamedTuple):
@@ -36,15 +36,15 @@ def all_shipped(chip: Chip) -> Iterator[Shipped]:
     """Yields every config that a launch may take on ``chip``, each once, with the hardest rank.
 
     Splits change the grid only, so the most splits of a shrink and a gradient without them stand
-    for all; the most siblings stand for fewer. A BLOCK_R that also serves as the chunk of larger
-    ranks comes with such a rank.
+    for all; the largest group stands for others. A BLOCK_R that also serves as the chunk of
+    larger ranks comes with such a rank.
     """
     made = []
     for (launch, kind), rows in table_of(chip).items():
         splits = MAX_SPLITS if launch == "lora_shrink" else 1
         for row in (row for row in rows if row.num_warps):
             for block_r, r in _hardest_ranks(kernel_of(launch), row):
-                siblings = _most_siblings(row, block_r) if launch == "lora_grad_a" else 1
+                siblings = _largest_group(row, block_r) if launch == "lora_grad_a" else 1
                 config = config_of_row(chip, launch, kind, row, block_r, splits, siblings)
                 made += [Shipped(launch, dtype, r, config) for dtype in _dtypes(launch, kind)]
     yield from dict.fromkeys(made)
@@ -69,7 +69,7 @@ def all_invariant_shipped(chip: Chip) -> Iterator[Shipped]:
             yield Shipped(launch, dtype, 64 if kernel in ANY_RANK else rank, config)
 
 
-def _hardest_ranks(kernel: str, row: Row) -> Iterator[tuple[int, int]]:
+def _hardest_ranks(kernel: str, row: ConfigRow) -> Iterator[tuple[int, int]]:
     """Yields each BLOCK_R with a rank that takes it: one past all blocks for the chunk's."""
     for block_r in row.blocks_r or (0,):
         beyond = 4 * row.blocks_r[-1] if kernel in CHUNKED else 0
@@ -82,10 +82,10 @@ def _hardest_ranks(kernel: str, row: Row) -> Iterator[tuple[int, int]]:
             )
 
 
-def _most_siblings(row: Row, block_r: int) -> int:
-    """Returns the most siblings that one launch with this BLOCK_R may have."""
+def _largest_group(row: ConfigRow, block_r: int) -> int:
+    """Returns how many group members one launch with this BLOCK_R takes at most."""
     narrowest = block_r == row.blocks_r[0]
-    return MAX_SIBLINGS if narrowest else min(MAX_SIBLINGS, MAX_RANK_ROWS // block_r)
+    return MAX_GROUP_SIZE if narrowest else min(MAX_GROUP_SIZE, MAX_RANK_ROWS // block_r)
 
 
 def _dtypes(launch: str, kind: str) -> tuple[torch.dtype, ...]:

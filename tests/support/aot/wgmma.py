@@ -109,7 +109,7 @@ def _left_in_flight(instruction: _Instruction) -> int | None:
 
 
 def _width(opcode: str) -> int:
-    """Returns how many neighbouring registers an instruction writes."""
+    """Returns how many neighboring registers an instruction writes."""
     if found := _WGMMA.match(opcode):
         return int(found[1]) // (4 if found[2] else 2)
     name, *kinds = opcode.split(".")

@@ -144,7 +144,7 @@ class ByteCounter:
 
     It hooks the interpreter where all memory operations meet (masked loads and stores, which plain
     and descriptor ones become, and atomics, which count as both) and at `tl.dot`, whose FLOPs are
-    ``2 M N K`` of the tile, masked or not. `tl.dot_scaled` is refused. What an entered counter
+    ``2 M N K`` of the tile, masked or not. `tl.dot_scaled` is unsupported. What an entered counter
     replaced is put back on exit.
 
     Args:

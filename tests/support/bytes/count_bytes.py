@@ -3,7 +3,7 @@
 Of one adapter, those of a fused training step of one linear, and beside them the in-place expand,
 dropout, and the sum of a split shrink that stands alone. Of a mixed batch, those of a forward, as
 plan "fused" and as plan "split", with DoRA's scales, and of a backward. And decode over NF4
-(`count_coded.py`).
+(`count_quantized.py`).
 
 ``TRITON_INTERPRET=1 python -m tests.support.bytes.count_bytes --write`` writes
 `docs/kernel_bytes.csv`; without ``--write`` it prints the rows. ``touched`` bytes must come from
@@ -27,11 +27,11 @@ from fastlora.bench import byte_forms
 from fastlora.bench.byte_forms import Batch, Form, Sizes
 from fastlora.kernels import chips
 from fastlora.kernels.chips import Chip
+from fastlora.kernels.config_tables import cdiv
 from fastlora.kernels.configs import choose, reads_twice, run_rows
-from fastlora.kernels.tables import cdiv
-from fastlora.ops.factors import tables_of
-from fastlora.ops.layout import planes_shape
-from fastlora.ops.triton.shrink import shrink_at
+from fastlora.ops.factors import tables_from_tensors
+from fastlora.ops.layout import shrink_partials_shape
+from fastlora.ops.triton.shrink import mixed_shrink_from_tables
 from tests.support.bytes.byte_counter import ByteCounter, KernelCount
 from tests.support.kernels.lab import Lab
 from tests.support.kernels.mixed_grad_problem import GradProblem
@@ -143,7 +143,7 @@ def forms_of_one(step: Step, chip: Chip) -> Forms:
     linear = choose(chip, "lora_linear", HALF, m=m, n=n, k=k, r=r)
     grad_b = choose(chip, "lora_grad_b", HALF, m=m, n=n, r=r)
     grad_x = choose(chip, "lora_grad_x", HALF, m=m, k=k, r=r)
-    grad_a = choose(chip, "lora_grad_a", HALF, m=m, k=k, r=r, siblings=1)
+    grad_a = choose(chip, "lora_grad_a", HALF, m=m, k=k, r=r, group_size=1)
     expand = choose(chip, "lora_expand", HALF, m=m, n=n, r=r)
     twice = reads_twice(grad_b, n, r, sizes.e)
     forms = {
@@ -187,7 +187,9 @@ def count_forward(problem: MixedProblem, chip: Chip) -> Counts:
         routing=[order, segment_of, segment_slot, pieces],
     )
     with on(chip), counter:
-        s = shrink_at(problem.x, rows, tables_of(tables, r, kind), slice(0, 1))
+        s = mixed_shrink_from_tables(
+            problem.x, rows, tables_from_tensors(tables, r, kind), slice(0, 1)
+        )
         counter.register("s", s)
         base = problem.x, problem.weights[0], problem.biases[0], rows, s, tables, 0, r, kind
         made = [OPS.lora_linear_at(*base, plan, [0, 1])[0] for plan in ("fused", "split")]
@@ -201,7 +203,7 @@ def count_forward(problem: MixedProblem, chip: Chip) -> Counts:
 def forms_of_forward(batch: Batch, chip: Chip, dtype: torch.dtype = HALF) -> Forms:
     """Returns what `count_forward` must find, all but the tables' and the routing's bytes."""
     m, n, r = batch.m, batch.n, max(batch.ranks)
-    splits = planes_shape(m, batch.k, 1, r)[0]
+    splits = shrink_partials_shape(m, batch.k, 1, r)[0]
     shrink = choose(chip, "mixed_lora_shrink", dtype, m=m, r=r)
     linear, expand, scale = (
         choose(chip, f"mixed_{stem}", dtype, m=m, n=n, r=r)
@@ -346,11 +348,11 @@ def rows_of_table(step: Step, counted: Counts) -> list[dict[str, str]]:
 
 def main(arguments: Sequence[str]) -> int:
     """Counts, and prints the rows or writes the table."""
-    from tests.support.bytes import count_coded
+    from tests.support.bytes import count_quantized
 
     rows = [row for step in STEPS for row in rows_of_table(step, count(step))]
-    for step in count_coded.STEPS:
-        rows += rows_of_table(step, count_coded.count_decode(step))
+    for step in count_quantized.STEPS:
+        rows += rows_of_table(step, count_quantized.count_decode(step))
     with TABLE.open("w", newline="") if "--write" in arguments else sys.stdout as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()

@@ -275,7 +275,7 @@ EXEMPTIONS: tuple[Exemption, ...] = (
     ),
     Exemption(
         "Merging into a head that shares the embedding's weight",
-        lambda m: m.of("merge") and m.refused("shares its weight with"),
+        lambda m: m.of("merge") and m.only_fastlora_raises("shares its weight with"),
         Script("GPT-2", (_wrap(["lm_head"]), _op("merge"))),
     ),
     Exemption(
@@ -350,7 +350,7 @@ EXEMPTIONS: tuple[Exemption, ...] = (
     ),
     Exemption(
         "A layer's own `set_adapter`",
-        lambda m: m.of("set") and m.refused("no adapter"),
+        lambda m: m.of("set") and m.only_fastlora_raises("no adapter"),
         Script("Llama", (_wrap(["q_proj"]), _set(["default", "ash"]))),
     ),
     Exemption(
@@ -360,12 +360,12 @@ EXEMPTIONS: tuple[Exemption, ...] = (
     ),
     Exemption(
         "An existing name raises an error, where PEFT returns silently",
-        lambda m: m.of("weighted") and m.refused("already exists"),
+        lambda m: m.of("weighted") and m.only_fastlora_raises("already exists"),
         Script("Llama", (_wrap(["q_proj"]), _weighted("default", name="default"))),
     ),
     Exemption(
         "DoRA adapters, adapters with trained tokens",
-        lambda m: m.of("weighted") and m.refused("uses DoRA", "trains tokens"),
+        lambda m: m.of("weighted") and m.only_fastlora_raises("uses DoRA", "trains tokens"),
         Script("Llama", (_wrap(["q_proj"], use_dora=True), _weighted("default"))),
     ),
     Exemption(
@@ -425,12 +425,14 @@ EXEMPTIONS: tuple[Exemption, ...] = (
     ),
     Exemption(
         "`merge_adapter` while adapters are disabled",
-        lambda m: m.of("merge") and m.refused("adapters are disabled"),
+        lambda m: m.of("merge") and m.only_fastlora_raises("adapters are disabled"),
         Script("Llama", (_wrap(["q_proj"]), _op("disable"), _op("merge"))),
     ),
     Exemption(
         "**Unknown adapter names** raise an error in `set_requires_grad`, `merge_adapter",
-        lambda m: m.of("require", "merge", "merge_and_unload") and m.refused("no adapter"),
+        lambda m: (
+            m.of("require", "merge", "merge_and_unload") and m.only_fastlora_raises("no adapter")
+        ),
         Script(
             "Llama",
             (_wrap(["q_proj"]), _op("require", adapter_names="ash", requires_grad=False)),
@@ -438,7 +440,7 @@ EXEMPTIONS: tuple[Exemption, ...] = (
     ),
     Exemption(
         "**Loading over a loaded adapter**",
-        lambda m: m.of("load") and m.refused("the loaded adapter"),
+        lambda m: m.of("load") and m.only_fastlora_raises("the loaded adapter"),
         Script(
             "Llama",
             (
@@ -466,7 +468,7 @@ EXEMPTIONS: tuple[Exemption, ...] = (
         lambda m: (
             m.of("add", "load")
             and (
-                m.refused("modules_to_save")
+                m.only_fastlora_raises("modules_to_save")
                 or (m.about("initial/") and m.inside(".original_module.", ".modules_to_save."))
             )
         ),
@@ -483,7 +485,7 @@ EXEMPTIONS: tuple[Exemption, ...] = (
         lambda m: (
             m.of("wrap", "add")
             and bool(m.config.get("trainable_token_indices"))
-            and m.refused("already adapted with LoRA (target_modules)")
+            and m.only_fastlora_raises("already adapted with LoRA (target_modules)")
         ),
         Script("T5", (_wrap(["q", "lm_head"], trainable_token_indices=[1]),)),
     ),

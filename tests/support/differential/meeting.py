@@ -59,14 +59,14 @@ class Meeting(NamedTuple):
         config: dict[str, Any] = self.operation.arguments.get("config", {})
         return config
 
-    def refused(self, *words: str) -> bool:
-        """Whether fastlora alone refuses, with one of these words."""
+    def only_fastlora_raises(self, *words: str) -> bool:
+        """Whether fastlora alone raises, with one of these words."""
         what, ours, theirs = self.difference
         refused = isinstance(ours, Exception) and not isinstance(theirs, Exception)
         return what == "refusal" and refused and any(word in str(ours) for word in words)
 
     def accepted(self, *words: str) -> bool:
-        """Whether PEFT alone refuses, with one of these words."""
+        """Whether PEFT alone raises, with one of these words."""
         what, ours, theirs = self.difference
         accepted = isinstance(theirs, Exception) and not isinstance(ours, Exception)
         return what == "refusal" and accepted and any(word in str(theirs) for word in words)

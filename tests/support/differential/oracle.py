@@ -18,7 +18,7 @@ from tests.support.differential.sides import Observation, Side, peft
 
 READS = ("load", "reload")  # operations that read what `save` wrote
 FIRST = ("wrap", "reload")  # operations that give a base model its first adapter
-OURS = ("save", "observe")  # operations that fastlora never refuses
+OURS = ("save", "observe")  # operations that never raise in fastlora
 SHOWN = 8  # differences in a message
 
 
@@ -96,7 +96,7 @@ class _Run:
                 raise Disagreement("\n".join([str(shown), *lines]))
             if meetings:
                 return sorted({row for row in rows if row is not None})
-            if self.theirs.model is None:  # both sides refused the first adapter
+            if self.theirs.model is None:  # both sides raised for the first adapter
                 break
         return []
 
@@ -159,5 +159,5 @@ class _Run:
         """What an operation returns, or the error that it raises."""
         try:
             return side.run(operation, number)
-        except Exception as error:  # PEFT refuses with any class of error
+        except Exception as error:  # PEFT raises any class of error
             return error

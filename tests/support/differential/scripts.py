@@ -107,7 +107,7 @@ class _Writer:
 
     def operation(self) -> Operation:
         """An operation that the models can take in their state, or at times cannot."""
-        apart = 0.1 if self.merged else 1.0  # PEFT unmerges then, or refuses
+        apart = 0.1 if self.merged else 1.0  # PEFT unmerges then, or raises
         weights = {
             self.add: (3 if len(self.configs) < 4 else 0.2) * apart,
             self.set: 2,

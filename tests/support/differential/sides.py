@@ -158,7 +158,7 @@ class Side:
 
     def mixed(self, adapter_names: list[str]) -> Observation:
         training = self.model.training
-        self.model.eval()  # PEFT refuses mixed batches in training mode
+        self.model.eval()  # PEFT raises for mixed batches in training mode
         try:
             return Observation({}, self.forward(adapter_names=list(adapter_names))).under("mixed")
         finally:
@@ -221,7 +221,7 @@ class Side:
         return {name: p.detach().clone() for name, p in self.parameters().items()}
 
     def state(self) -> dict[str, Any]:
-        """What a refusal must not change: facts, parameters, and the hooks of a mixed batch."""
+        """What an error must not change: facts, parameters, and the hooks of a mixed batch."""
         model = self.model or nn.Module()
         sums = [parameter.sum().item() for parameter in model.parameters()]
         hooks = [len(module._forward_pre_hooks) for module in model.modules()]

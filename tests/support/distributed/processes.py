@@ -39,7 +39,7 @@ def checks_of(module: Any) -> dict[str, Callable[..., None]]:
 
 
 def environment() -> dict[str, str]:
-    """Variables of a process that finds these files, with one thread, no GPU, and its neighbour."""
+    """Variables of a process that finds these files, with one thread, no GPU, and its neighbor."""
     found = {
         **os.environ,
         "PYTHONPATH": str(ROOT),

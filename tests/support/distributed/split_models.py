@@ -18,7 +18,7 @@ from torch.distributed.tensor.parallel import (
 
 import fastlora
 from fastlora.integrations.distributed import tensor_parallel
-from fastlora.sharding import copy_whole_, whole
+from fastlora.sharding import copy_full_tensor_, full_tensor
 from fastlora.testing import assert_within_budget
 from tests.support.distributed import steps
 
@@ -93,7 +93,7 @@ def pair(
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_" in name:
-                copy_whole_(parameter, torch.randn(parameter.shape, generator=generator))
+                copy_full_tensor_(parameter, torch.randn(parameter.shape, generator=generator))
     model.set_adapter(["default", "b"])
     if plan is not None and after:
         tensor_parallel(model, mesh(), copy.deepcopy(plan))
@@ -124,9 +124,9 @@ def results(model: Any, dtype: torch.dtype, ids: Any, own: bool) -> dict[str, to
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             assert parameter.grad is not None, name
-            if own or whole(parameter) is not parameter:
+            if own or full_tensor(parameter) is not parameter:
                 assert parameter.grad.placements == parameter.placements, name
-            found[name.replace("base_layer.", "")] = whole(parameter.grad)
+            found[name.replace("base_layer.", "")] = full_tensor(parameter.grad)
     return found
 
 

@@ -12,9 +12,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import fastlora
-from fastlora.sharding import whole
+from fastlora.sharding import full_tensor
 from fastlora.testing import assert_within_budget
-from tests.support.tiny import randomise, tiny_llama
+from tests.support.tiny import randomize, tiny_llama
 
 CONFIG = {"r": 3, "lora_alpha": 6, "target_modules": "all-linear", "lora_bias": True}
 DORA = {"use_dora": True, "lora_bias": False}
@@ -42,7 +42,7 @@ def build(dtype: torch.dtype = torch.float32, **config: Any) -> Any:
     model = tiny_llama(tie_word_embeddings=False).to(dtype)
     torch.manual_seed(1)
     model = fastlora.get_peft_model(model, fastlora.LoraConfig(**{**CONFIG, **config}))
-    randomise(model)
+    randomize(model)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             parameter.data.mul_(0.1)
@@ -100,7 +100,7 @@ def train(
 def trained(model: Any) -> dict[str, torch.Tensor]:
     """All of what trains, by the names that the bare model has for it."""
     bare = model.module if hasattr(model, "module") else model
-    return {n: whole(p.detach()) for n, p in bare.named_parameters() if p.requires_grad}
+    return {n: full_tensor(p.detach()) for n, p in bare.named_parameters() if p.requires_grad}
 
 
 @functools.cache

@@ -14,7 +14,7 @@ from accelerate.utils import DistributedType
 from transformers import Trainer, TrainingArguments
 
 import fastlora
-from tests.support.tiny import randomise, tiny_llama
+from tests.support.tiny import randomize, tiny_llama
 
 SAMPLES, STEPS, LEARNING_RATE = 4, 4, 0.05
 FSDP2 = {
@@ -32,7 +32,7 @@ def build(dtype: torch.dtype = torch.float32) -> Any:
     config = {"target_modules": ["q_proj", "v_proj", "down_proj"], "modules_to_save": ["lm_head"]}
     torch.manual_seed(1)
     model = fastlora.get_peft_model(model, fastlora.LoraConfig(r=4, **config))
-    randomise(model)
+    randomize(model)
     return model
 
 

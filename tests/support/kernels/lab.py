@@ -36,10 +36,10 @@ def cap_warps(most: int) -> None:
 
 def put_rows(monkeypatch: Any, chip: Any, key: tuple[str, str], rows: Sequence[Any]) -> None:
     """Puts measured rows in front of a chip's table, and has nothing of it remembered."""
-    from fastlora.kernels import configs, tables
+    from fastlora.kernels import config_tables, configs
 
-    table = tables.table_of(chip)
-    monkeypatch.setitem(tables.MEASURED, chip.arch, {**table, key: (*rows, *table[key])})
+    table = config_tables.table_of(chip)
+    monkeypatch.setitem(config_tables.MEASURED, chip.arch, {**table, key: (*rows, *table[key])})
     for name in ("choose", "plan_of"):
         function = getattr(configs, name)
         monkeypatch.setattr(configs, name, getattr(function, "__wrapped__", function))

@@ -1,4 +1,4 @@
-"""Linears that are fed by one x, for launches of siblings, and what each should give."""
+"""Linears that are fed by one x, for launches of a group, and what each should give."""
 
 from __future__ import annotations
 

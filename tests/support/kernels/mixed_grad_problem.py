@@ -10,7 +10,7 @@ import torch
 
 from fastlora.ops.layout import split_grad_a, split_grad_b
 from fastlora.ops.philox_reference import philox_keep_mask
-from fastlora.ops.triton.pieces import rows_in_runs, rows_listed
+from fastlora.ops.triton.rows_argument import rows_for_gradients, rows_for_lists
 from fastlora.testing import assert_within_budget
 from tests.support.kernels.lab import Lab
 from tests.support.kernels.mixed_problem import OPS, Batch, Results
@@ -85,7 +85,7 @@ class GradProblem(Batch):
     @property
     def rows_in_pieces(self) -> list[torch.Tensor]:
         """What the forward's operators take of the row groups."""
-        return rows_listed(self.groups)
+        return rows_for_lists(self.groups)
 
     @property
     def factors(self) -> list[torch.Tensor | None]:
@@ -102,7 +102,7 @@ class GradProblem(Batch):
         return (*base, self.factors, self.scaling, *drop, impl, plan)
 
     def shrink_arguments(self, impl: str = "triton") -> tuple[Any, ...]:
-        """Of ``lora_shrink``, whose s siblings share."""
+        """Of ``lora_shrink``, whose s the group shares."""
         return (self.x, self.rows_in_pieces, self.lora_a, 1, self.seeds, self.ps, impl)
 
     def grad_b_arguments(
@@ -114,12 +114,12 @@ class GradProblem(Batch):
 
     def _runs(self, launch: str, columns: int, impl: str) -> tuple[list[torch.Tensor], int]:
         """Returns rows, with pieces for kernels, and how many make a run."""
-        rows = self.groups.tensors()
+        rows = self.groups.operator_arguments()
         if impl == "eager":
             return rows, 0
         if self.run_rows is not None:
             return [*rows, self.groups.pieces(self.run_rows)], self.run_rows
-        return rows_in_runs(launch, self.groups, self.dtype, columns)
+        return rows_for_gradients(launch, self.groups, self.dtype, columns)
 
     def grad_x_arguments(
         self, ds: torch.Tensor, plan: str, impl: str = "triton", base: bool = True

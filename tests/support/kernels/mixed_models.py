@@ -70,7 +70,7 @@ def pool_of(model: Any, *targets: str, **limits: Any) -> tuple[Any, Any, dict[st
     pool = fastlora.AdapterPool(base, target_modules=list(targets), **limits)
     states = {}
     for name, config in model.peft_config.items():
-        own = adapter_state.collect(model, name, model.state_dict(), False)
+        own = adapter_state.adapter_file_state_dict(model, name, model.state_dict(), False)
         states[name] = {key: tensor.clone() for key, tensor in own.items()}
         pool.load(name, states[name], config=config)
     return use_impl(base, "triton"), pool, states

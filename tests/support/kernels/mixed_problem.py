@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 
 from fastlora.kernels.chips import chip_of
+from fastlora.kernels.config_tables import KernelConfig
 from fastlora.kernels.configs import choose
 from fastlora.kernels.mixed_rows import RankRows
-from fastlora.kernels.tables import KernelConfig
-from fastlora.ops import schema  # noqa: F401 - registers the operators
+from fastlora.ops import schema  # noqa: F401 - registers the operator_backend
 from fastlora.ops.rows import sort_rows
-from fastlora.ops.triton.pieces import rows_at
+from fastlora.ops.triton.rows_argument import rows_for_tables
 from fastlora.testing import assert_within_budget
 from tests.support.kernels.lab import Lab
 from tests.support.kernels.modules import module_of
@@ -71,13 +71,13 @@ class Batch:
 
     def rows(self, batch_invariant: bool = False) -> list[torch.Tensor]:
         """What operators over tables take as rows."""
-        return rows_at(self.groups, batch_invariant)
+        return rows_for_tables(self.groups, batch_invariant)
 
     def regroup(self, ids: Sequence[int]) -> None:
         """Gives the rows other slots, in the same buffers, as a captured graph has them."""
         self.ids, rows = ids, self.groups
         fresh = sort_rows(self._ids(ids), rows.m, rows.slots, rows.order.device)
-        for mine, other in zip(rows.tensors(), fresh.tensors(), strict=True):
+        for mine, other in zip(rows.operator_arguments(), fresh.operator_arguments(), strict=True):
             mine.copy_(other)
         for block_m, starts in rows._pieces.items():
             starts.copy_(fresh.pieces(block_m))
@@ -276,7 +276,7 @@ class MixedProblem(Batch):
             "x": self.x,
             "weights": [self.weights[g]],
             "biases": [self.biases[g]],
-            "rows": [*self.groups.tensors(), self.groups.pieces(config.block_m)],
+            "rows": [*self.groups.operator_arguments(), self.groups.pieces(config.block_m)],
             "up": self.up(*self.tables(g)),
             "config": config,
             "pdl": False,
@@ -301,7 +301,7 @@ class MixedProblem(Batch):
         self.launch(f"mixed_lora_{kernel}", config, g, ys=[y], s=self.shrunk(splits)[:, g])
         return y
 
-    def run_siblings(self, kernel: str, config: KernelConfig, splits: int) -> list[torch.Tensor]:
+    def run_group(self, kernel: str, config: KernelConfig, splits: int) -> list[torch.Tensor]:
         """As `run`, of all modules in one launch."""
         ys = [self.lab.poisoned(self.m, n, dtype=self.dtype) for n in self.ns]
         if kernel == "expand":
@@ -353,13 +353,13 @@ class MixedProblem(Batch):
             None if s is None else [0, len(self.ns)],
         )
 
-    def siblings_arguments(self, plan: str = "auto") -> tuple[Any, ...]:
+    def group_arguments(self, plan: str = "auto") -> tuple[Any, ...]:
         """Of ``lora_linear_at`` where module 0 makes the s of all."""
         return (*self.linear_arguments(0, None, plan)[:-1], [0, len(self.ns)])
 
     def shared_s(self) -> torch.Tensor:
         """s of all modules, as planes."""
-        s: torch.Tensor = OPS.lora_linear_at(*self.siblings_arguments())[1]
+        s: torch.Tensor = OPS.lora_linear_at(*self.group_arguments())[1]
         return s
 
     def add_arguments(self, y: torch.Tensor) -> tuple[Any, ...]:

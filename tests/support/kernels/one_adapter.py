@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from fastlora.kernels.chips import chip_of
+from fastlora.kernels.config_tables import KernelConfig, cdiv
 from fastlora.kernels.configs import choose
 from fastlora.kernels.lora_dropout import launch_lora_dropout
 from fastlora.kernels.lora_expand import launch_lora_expand
@@ -17,7 +18,6 @@ from fastlora.kernels.lora_linear import launch_lora_linear
 from fastlora.kernels.lora_shrink import launch_lora_shrink
 from fastlora.kernels.modules import Module
 from fastlora.kernels.plane_sums import launch_plane_sums
-from fastlora.kernels.tables import KernelConfig, cdiv
 from fastlora.ops.philox_reference import philox_keep_mask
 from fastlora.ops.torch import reference
 from fastlora.testing import assert_within_budget
@@ -29,7 +29,7 @@ Results = dict[str, torch.Tensor]
 
 
 class Problem:
-    """Operands in one dtype, unless a test replaces one; each kernel is a method.
+    """AdapterOperands in one dtype, unless a test replaces one; each kernel is a method.
 
     Args:
         lab: The fixture.
@@ -78,7 +78,7 @@ class Problem:
         sizes["r"] = max(ds.shape[1] for ds in self.all_ds) if launch == "lora_grad_a" else self.r
         siblings = len(self.all_ds) if launch == "lora_grad_a" else 1
         chip = chip_of(self.x.device)
-        return choose(chip, launch, self.dtype, **sizes, siblings=siblings)
+        return choose(chip, launch, self.dtype, **sizes, group_size=siblings)
 
     def drops(self) -> dict[str, Any]:
         """What a launch takes of dropout."""
@@ -162,7 +162,7 @@ class Problem:
         return self._summed(outs)
 
     def grad_a(self, config: KernelConfig | None = None) -> Results:
-        """``d_lora_a_0`` and those of the siblings, in lora_a's dtype."""
+        """``d_lora_a_0`` and those of the other group members, in lora_a's dtype."""
         config = config or self.config("lora_grad_a")
         outs = {
             f"d_lora_a_{i}": self.lab.poisoned(ds.shape[1], self.k, dtype=self.lora_a.dtype)
@@ -203,7 +203,7 @@ class Problem:
     # --------------------------------------------------------------------------- truth
 
     def drop(self, x: torch.Tensor, index: int = 0) -> torch.Tensor:
-        """An x ``[M, K]`` under the dropout of a sibling; what is dropped is zero, NaN or not."""
+        """An x ``[M, K]`` under a group member's dropout; what is dropped is zero, NaN or not."""
         p = self.ps[index]
         if not p or not x.numel():
             return x

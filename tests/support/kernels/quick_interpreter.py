@@ -16,14 +16,14 @@ from triton.runtime import interpreter
 
 def quicken() -> None:
     """Changes the interpreter, for all of this process."""
-    _look_through_the_language_once()
+    _patch_the_language_once()
     _leave_out_overflow_checks_that_nobody_reads()
     _remember_numpys_types()
     _remember_shapes()
     _leave_equal_shapes_alone()
 
 
-def _look_through_the_language_once() -> None:
+def _patch_the_language_once() -> None:
     """Makes a launch patch Triton's language module once, not in every call of a device function.
 
     The interpreter looks through all of the module for what it has already patched.

@@ -1,0 +1,83 @@
+"""`call_when_imported`: run code as soon as another library has been imported."""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from types import ModuleType
+
+
+def call_when_imported(name: str, action: Callable[[], None]) -> None:
+    """Call ``action`` once, as soon as a module has been imported.
+
+    If the module is already imported, ``action`` is called immediately. This function does not
+    import the module. An ImportError, AttributeError, or TypeError raised by ``action`` becomes a
+    warning, because fastlora must not make the import of another library fail.
+
+    Args:
+        name: The full name of the module.
+        action: The function to call.
+    """
+    if sys.modules.get(name) is not None:
+        _call_or_warn(name, action)
+    else:
+        sys.meta_path.insert(0, _ImportHookFinder(name, action))
+
+
+def _call_or_warn(name: str, action: Callable[[], None]) -> None:
+    try:
+        action()
+    except (ImportError, AttributeError, TypeError) as error:
+        warnings.warn(
+            f"fastlora does not support this version of {name}, so the integration with it is "
+            f"incomplete: {error}",
+            stacklevel=2,
+        )
+
+
+class _ImportHookFinder(importlib.abc.MetaPathFinder):
+    """An import finder that runs an action after a given module is imported.
+
+    It finds the module through the other finders in ``sys.meta_path``.
+    """
+
+    def __init__(self, name: str, action: Callable[[], None]) -> None:
+        self.name, self.action = name, action
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        """Return the module's spec from the other finders, or None for any other module."""
+        if name != self.name:
+            return None
+        others = [finder for finder in sys.meta_path if finder is not self]
+        found = (f.find_spec(name, path, target) for f in others if hasattr(f, "find_spec"))
+        spec = next(filter(None, found), None)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _ImportHookLoader(spec.loader, self)
+        return spec
+
+
+class _ImportHookLoader(importlib.abc.Loader):
+    """A loader that calls a module's own loader, and then runs an import hook."""
+
+    def __init__(self, loader: importlib.abc.Loader, watcher: _ImportHookFinder) -> None:
+        self.loader, self.watcher = loader, watcher
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
+        """Create the module with the wrapped loader."""
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Execute the module with the wrapped loader, and then run the action once."""
+        if module.__spec__ is not None:
+            module.__spec__.loader = self.loader
+        module.__loader__ = self.loader
+        self.loader.exec_module(module)
+        if self.watcher in sys.meta_path:
+            sys.meta_path.remove(self.watcher)
+            _call_or_warn(self.watcher.name, self.watcher.action)

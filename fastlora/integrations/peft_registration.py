@@ -1,0 +1,78 @@
+"""Make fastlora's configs, models, and layers pass `isinstance` checks against PEFT's classes.
+
+TRL, transformers, and accelerate recognize PEFT's objects with `isinstance`. When PEFT is imported,
+PEFT's classes become additional base classes of fastlora's config and model, and fastlora's layers
+are registered with PEFT's abstract classes. Either library may be imported first. This module does
+not import PEFT itself.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import importlib
+import inspect
+from typing import Any
+
+from torch import nn
+
+from fastlora.integrations.import_hooks import call_when_imported
+from fastlora.integrations.peft_overrides import override_peft_functions
+from fastlora.layers import LoraLayer
+from fastlora.model import LoraModel
+from fastlora.model.config import LoraConfig
+
+
+@functools.cache
+def register_with_peft() -> None:
+    """Register fastlora's classes with PEFT, and make PEFT's functions accept fastlora's models."""
+    theirs: Any = importlib.import_module("peft.tuners.lora")
+    layers: Any = importlib.import_module("peft.tuners.tuners_utils")
+    peft: Any = importlib.import_module("peft")
+    LoraConfig.__bases__ = (*LoraConfig.__bases__, theirs.LoraConfig)
+    # PEFT finds the DoRA field by its metadata.
+    notes = {f.name: f.metadata for f in dataclasses.fields(theirs.LoraConfig)}
+    for field in dataclasses.fields(LoraConfig):
+        field.metadata = notes.get(field.name, field.metadata)
+    if "config" in inspect.signature(theirs.layer.dispatch_default).parameters:
+        # PEFT creates LoRA layers through this mapping. Older versions do not pass the config to
+        # it.
+        LoraConfig._custom_modules = {nn.Module: _create_patched_layer}
+    ours = (base for base in LoraModel.__bases__ if base is not nn.Module)
+    LoraModel.__bases__ = (*ours, peft.PeftModel)
+    for abstract in (layers.BaseTunerLayer, theirs.LoraLayer):
+        abstract.register(LoraLayer)
+    _patch_from_pretrained(peft)
+    override_peft_functions()
+
+
+def _create_patched_layer(
+    target: nn.Module, adapter_name: str, *, config: Any, **options: Any
+) -> Any:
+    """Create PEFT's LoRA layer for a module, patch it as `fastlora.patch` does, and return it."""
+    from peft.tuners.lora import LoraModel as PeftTuner
+
+    from fastlora.integrations.peft import patch_layer
+
+    plain = copy.copy(config)  # keeps the attributes that PEFT has set
+    plain._custom_modules = None
+    layer = PeftTuner._create_new_module(plain, adapter_name, target, **options)
+    patch_layer(layer)
+    return layer
+
+
+def _patch_from_pretrained(peft: Any) -> None:
+    """Make ``peft.PeftModel.from_pretrained`` load adapters of a `LoraModel` through fastlora."""
+    theirs = peft.PeftModel.from_pretrained.__func__
+
+    @functools.wraps(theirs)
+    def from_pretrained(cls: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(model, LoraModel):
+            return LoraModel.from_pretrained(model, *args, **kwargs)
+        return theirs(cls, model, *args, **kwargs)
+
+    peft.PeftModel.from_pretrained = classmethod(from_pretrained)
+
+
+call_when_imported("peft", register_with_peft)

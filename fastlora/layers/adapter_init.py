@@ -1,0 +1,188 @@
+"""Initialization of a new adapter's factors on one layer."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from fastlora.init import InitInputs, InitMethod, find_init_method
+from fastlora.layers.base_layers import (
+    linear_features,
+    reason_weight_not_replaceable,
+    stores_weight_transposed,
+)
+from fastlora.validation import AdapterStateError, InitialisationError, UnsupportedLayerError
+
+
+class InitializableLayer(Protocol):
+    """The interface that an adapter's initialization requires of a `LoraLayer`."""
+
+    merged_adapters: Any
+    is_split: bool
+
+    @property
+    def get_base_layer(self) -> Callable[[], Any]: ...
+
+    def _modules_with_calibration(self) -> list[nn.Module]: ...
+
+    def _weight_for_init(self, why: str) -> torch.Tensor: ...
+
+
+class AdapterInitializer:
+    """Initializes one adapter's new factors on one layer.
+
+    Args:
+        layer: The layer, which is not changed.
+        name: The value of ``init_lora_weights``.
+        scaling: The adapter's scaling.
+        config: The settings of the initialization method.
+        from_file: See `LoraLayer.add_adapter`.
+
+    Attributes:
+        base: The layer's base layer.
+        asked: The initialization that ``name`` refers to.
+        init: The initialization that runs. It differs from ``asked`` if the layer does not support
+            that one, if the base weight is on the meta device, or if trained factors will overwrite
+            the values.
+        weight: The new base weight ``[N, K]`` once `initialize_weights` has run, or None if it is
+            unchanged.
+
+    Raises:
+        ConfigError: There is no initialization of this name.
+        InitialisationError: The layer lacks the data that the initialization needs.
+    """
+
+    def __init__(
+        self,
+        layer: InitializableLayer,
+        name: bool | str,
+        scaling: float,
+        config: object | None,
+        from_file: bool,
+    ) -> None:
+        self.layer, self.scaling, self.config = layer, scaling, config
+        self.asked = find_init_method(name)
+        self.name, self.init = name, self.asked
+        self.weight: torch.Tensor | None = None
+        self.base = base = layer.get_base_layer()
+        base_weight = base._parameters.get("weight")
+        is_meta = base_weight is not None and base_weight.is_meta  # There are no values to read.
+        if is_meta or (from_file and not self.init.changes_base):
+            self.name, self.init = True, find_init_method(True)
+        found = find_calibration(layer, self.init) if self.init.data else None
+        if self.init.data and found is None:
+            linear = linear_features(base) is not None
+            if linear and not (from_file and not self.init.must_repeat):
+                raise InitialisationError(
+                    f"init_lora_weights={name!r} needs calibration data for this layer: before "
+                    f"adding the adapter, run fastlora.{self.init.calibration}(model, config, "
+                    "...) on the model with the same target modules"
+                )
+            if not linear and not from_file:
+                warnings.warn(
+                    f"init_lora_weights={name!r} supports only linear layers; the adapter on a "
+                    f"{type(base).__name__} is initialized as with True",
+                    stacklevel=5,
+                )
+            self.name, self.init = True, find_init_method(True)
+        self.data = None if found is None else found[1]
+
+    @torch.no_grad()
+    def initialize_weights(self, lora_a: nn.Module, lora_b: nn.Module) -> None:
+        """Write the initial values to the weights of new factor modules.
+
+        A bias of lora_b becomes zero, except with ``init_lora_weights=False``.
+
+        Args:
+            lora_a: A linear ``[R, K]``, or a convolution.
+            lora_b: A linear ``[N, R]``, or a convolution.
+
+        Raises:
+            InitialisationError: The initialization cannot start from the layer's weight.
+            UnsupportedLayerError: The layer kind does not support this initialization.
+        """
+        down: Any = lora_a
+        up: Any = lora_b
+        a, b = self.initial_values(
+            down.weight.flatten(1), up.weight.flatten(1), down.weight.dim() == 2
+        )
+        down.weight.data = a.view(down.weight.shape)
+        up.weight.data = b.view(up.weight.shape)
+        if up.bias is not None and self.init.name is not False:
+            up.bias.zero_()
+
+    @torch.no_grad()
+    def initial_values(
+        self, lora_a: torch.Tensor, lora_b: torch.Tensor, linear: bool = True
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return a tuple of the initial values of ``lora_a [R, K]`` and ``lora_b [N, R]``.
+
+        Both arguments contain freshly drawn random values.
+        """
+        if not linear and not self.init.supports_convolutions:
+            raise UnsupportedLayerError(
+                f"init_lora_weights={self.name!r} supports only linear layers, as in PEFT; use "
+                "True, False or 'gaussian' for this layer, or exclude it (exclude_modules)"
+            )
+        weight = self.base._parameters.get("weight")
+        floating = weight is not None and weight.is_floating_point()
+        start = self.init.start(
+            InitInputs(
+                name=str(self.name).lower(),
+                rank=lora_a.shape[0],
+                scaling=self.scaling,
+                lora_a=lora_a,
+                lora_b=lora_b,
+                read_weight=self._read_base_weight,
+                dtype=weight.dtype if weight is not None and floating else lora_a.dtype,
+                config=self.config,
+                data=self.data,
+                transposed=stores_weight_transposed(self.base),
+            )
+        )
+        self.weight = start.weight
+        return start.lora_a, start.lora_b
+
+    def _read_base_weight(self) -> torch.Tensor:
+        layer, name = self.layer, self.name
+        if layer.merged_adapters:
+            raise AdapterStateError(
+                f"init_lora_weights={name!r} reads the base weight, but adapters "
+                f"{layer.merged_adapters} are merged into it; unmerge them first"
+            )
+        if layer.is_split:
+            raise UnsupportedLayerError(
+                f"init_lora_weights={name!r} needs the full base weight, but this weight is split "
+                "over processes; use True, False, 'gaussian' or 'orthogonal'"
+            )
+        if self.init.changes_base:
+            reason = reason_weight_not_replaceable(self.base, self.init.supports_quantized)
+            if reason:
+                raise UnsupportedLayerError(
+                    f"init_lora_weights={name!r} changes the base weight, but {reason}"
+                )
+        return layer._weight_for_init(f"init_lora_weights={name!r} reads the base weight")
+
+
+def find_calibration(
+    layer: InitializableLayer, init: InitMethod
+) -> tuple[nn.Module, object] | None:
+    """Return a tuple (module, result) of a layer's calibration, or None if there is none.
+
+    The module is the one on which the calibration has stored its result.
+    """
+    for module in layer._modules_with_calibration():
+        if init.data in module.__dict__:
+            return module, module.__dict__[init.data]
+    return None
+
+
+def delete_calibration(layer: InitializableLayer, init: InitMethod) -> None:
+    """Delete a layer's calibration result after an adapter has been initialized from it."""
+    found = find_calibration(layer, init)
+    if found is not None:
+        delattr(found[0], init.data)

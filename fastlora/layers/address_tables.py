@@ -1,0 +1,111 @@
+"""Address tables, from which Triton kernels read the addresses of a mixed batch's factors."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from fastlora.layers.adapter_factors import factors_from_parameters
+from fastlora.ops.factors import AddressTables, Factors
+from fastlora.routing.active import is_capturing_cuda_graph
+from fastlora.routing.adapter_snapshot import AdapterSnapshot
+from fastlora.routing.routing import Routing
+
+if TYPE_CHECKING:
+    from fastlora.layers.linear_with_adapters import LinearWithAdapters
+
+
+def table_row_of(layer: LinearWithAdapters, number: int, tables: AddressTables) -> int | None:
+    """Return a layer's row in the tables, or None if the layer is newer than the tables.
+
+    ``number`` is the layer's number in its model. In a pool's tables, the row is the layer's
+    ``table_row``.
+    """
+    if tables.rows is not None:
+        return tables.rows.get(number)
+    return layer.table_row
+
+
+def find_address_tables(routing: Routing, x: torch.Tensor) -> AddressTables | None:
+    """Return the address tables of a batch, or None if a factor is not a plain tensor."""
+    if routing.source.tables is not None:
+        return routing.source.tables
+    # The key has the number of layers: a later block also finds layers that were added since.
+    sets = routing.cached_adapter_set(("tables", len(routing.layers), *routing.names))
+    if sets.tables is None:
+        sets.tables = _build_model_tables(routing, sets.snapshot)
+    if sets.tables is False:
+        return None
+    if is_capturing_cuda_graph(x):
+        routing.group.packs.pin(sets)
+    return sets.tables
+
+
+def _build_model_tables(
+    routing: Routing, watch: AdapterSnapshot | None
+) -> AddressTables | Literal[False]:
+    """Return tables with all adapters of a routing on all layers of its model, or False.
+
+    The result is False if a factor is not a plain tensor, or if factors are on several devices.
+    Kernels read lora_a in place if its dtype and layout allow it. lora_b is copied once, because
+    kernels read it transposed, as rank rows.
+    """
+    found = _collect_factors(routing, watch)
+    blocks = [] if found is None else [(f.lora_a, f.lora_b, f.lora_bias) for _, _, f in found]
+    tensors = [tensor for own in blocks for tensor in own if tensor is not None]
+    if found is None or len({tensor.device for tensor in tensors}) > 1:
+        return False
+    shape = (len(routing.layers), len(routing.names))
+    addresses = torch.zeros(3, *shape, dtype=torch.int64)
+    rank, scaling = torch.zeros(shape, dtype=torch.int32), torch.zeros(shape)
+    held: list[torch.Tensor] = []
+    # The widest dtype represents every adapter's factors exactly, whatever else is in the batch.
+    dtypes = [tensor.dtype for tensor in tensors]
+    dtype = functools.reduce(torch.promote_types, dtypes, dtypes[0] if dtypes else torch.float32)
+    for row, column, factors in found:
+        for kind, tensor in enumerate((factors.lora_a, factors.lora_b.t(), factors.lora_bias)):
+            if tensor is not None:
+                held.append(_align_for_kernels(tensor, dtype))
+                addresses[kind, row, column] = held[-1].data_ptr()
+        rank[row, column] = factors.lora_a.shape[0]
+        scaling[row, column] = float(factors.scaling)
+    device = held[0].device if held else routing.ids.device
+    largest = int(rank.max()) if rank.numel() else 0
+    rows = {layer.routing_index: row for row, layer in enumerate(routing.layers)}
+    a, b, bias = addresses.to(device).unbind(0)
+    numbers = rank.to(device), scaling.to(device), largest
+    return AddressTables(a, b, bias, *numbers, dtype, rows=rows, keepalive=tuple(held))
+
+
+def _collect_factors(
+    routing: Routing, watch: AdapterSnapshot | None
+) -> list[tuple[int, int, Factors]] | None:
+    """Return a list of (row, column, factors) for every adapter on every layer.
+
+    Returns None if a factor is not a plain tensor.
+    """
+    found = []
+    for row, layer in enumerate(routing.layers):
+        if not getattr(layer, "is_linear", False):
+            continue
+        if watch is not None:
+            watch.add(layer, layer.scaling, routing.names)
+        for column, name in enumerate(routing.names):
+            if name not in layer.lora_A:
+                continue
+            factors = factors_from_parameters(layer, name, with_dropout=False)
+            if factors is None:
+                return None
+            found.append((row, column, factors))
+    return found
+
+
+def _align_for_kernels(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return a tensor in the form that kernels read: contiguous, aligned to 16 bytes.
+
+    It has the dtype ``dtype``, and is a copy only if necessary.
+    """
+    block = tensor.detach().to(dtype).contiguous()
+    return block.clone() if block.data_ptr() % 16 else block

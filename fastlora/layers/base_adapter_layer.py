@@ -1,0 +1,110 @@
+"""`BaseAdapterLayer`, the base class of fastlora's layers and of patched PEFT layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastlora.layers.adapter_factors import factors_from_parameters
+from fastlora.layers.base_layers import dense_weight
+from fastlora.layers.dora_norms import dora_magnitude_of
+from fastlora.layers.group_members import knows_siblings, note_compiled
+from fastlora.layers.linear_with_adapters import LinearWithAdapters
+from fastlora.layers.quantized_base import clear_weight_caches
+from fastlora.layers.scalings import Scaling, Scalings
+from fastlora.layers.shared_input import clear_group_cache
+from fastlora.weights_version import weights_versions
+
+
+def clear_layer_caches(layer: BaseAdapterLayer) -> None:
+    """Clear the caches of a layer's weights, and of its model's adapters in mixed batches."""
+    clear_weight_caches(layer)
+    clear_group_cache(layer)
+    weights_versions.invalidate_trained_weights()  # Open blocks cache results too.
+    layer._clear_packed_factors()
+
+
+class BaseAdapterLayer(LinearWithAdapters):
+    """Base class of layers with adapters: fastlora's own layers and patched PEFT layers.
+
+    Switching between training and evaluation clears all values cached for the weights. ``scaling``
+    is always a `Scalings`, with tensors on the device of the factors.
+    """
+
+    knows_siblings = knows_siblings
+    note_compiled = note_compiled
+    _local_factors = factors_from_parameters
+    _local_magnitude = dora_magnitude_of
+
+    def _clear_packed_factors(self) -> None:
+        """Clear the model's packed factors for mixed batches, because factors may change.
+
+        Open blocks are included.
+        """
+        if self.routing_group is not None:
+            self.routing_group.packs.clear()
+
+    def _local_weight(self) -> torch.Tensor:
+        """Return the base weight as a dense matrix, ``[N, K]``."""
+        return dense_weight(self.get_base_layer())
+
+    def train(self, mode: bool = True) -> Any:
+        """Set training mode as `nn.Module.train` does.
+
+        A change of the mode clears the caches.
+        """
+        if mode != self.training:
+            clear_layer_caches(self)
+        return super().train(mode)
+
+    @property
+    def scaling(self) -> dict[str, Scaling]:
+        """Maps an adapter name to the number that multiplies its update."""
+        scalings: dict[str, Scaling] = self.__dict__["_scaling"]
+        return scalings
+
+    @scaling.setter
+    def scaling(self, values: dict[str, Scaling]) -> None:
+        self.__dict__["_scaling"] = values if isinstance(values, Scalings) else Scalings(values)
+        self._move_scalings_to_factors(values)
+
+    def _register_scaling_refit_hook(self) -> None:
+        """Register a hook that refits the scalings after ``load_state_dict`` replaces factors."""
+        if _refit_scalings_after_load not in self._load_state_dict_post_hooks.values():
+            self.register_load_state_dict_post_hook(_refit_scalings_after_load)
+
+    def _remove_scaling_refit_hook(self) -> None:
+        hooks = self._load_state_dict_post_hooks
+        for key in [key for key, hook in hooks.items() if hook is _refit_scalings_after_load]:
+            del hooks[key]
+
+    def _move_scalings_to_factors(self, names: Iterable[str]) -> None:
+        scalings: Scalings = self.__dict__["_scaling"]
+        for name in names:
+            factor = self._lora_a_weight(name)
+            if factor is not None:
+                scalings.move_to_factor_device(name, factor)
+
+    def _lora_a_weight(self, name: str) -> torch.Tensor | None:
+        """Return an adapter's lora_A weight, or None if there is none.
+
+        It determines the device of the adapter's scaling.
+        """
+        factors = self._modules.get("lora_A")  # Missing at the very beginning.
+        if isinstance(factors, nn.ModuleDict) and name in factors:
+            lora_a: Any = factors[name].weight
+            return lora_a
+        return None
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        clear_layer_caches(self)  # Caches must not keep unused memory.
+        super()._apply(fn, recurse)
+        self._move_scalings_to_factors(self.scaling)
+        return self
+
+
+def _refit_scalings_after_load(layer: BaseAdapterLayer, _: object) -> None:
+    layer._move_scalings_to_factors(layer.scaling)

@@ -1,0 +1,268 @@
+"""Properties of base layers, such as their features, hooks, sharding, and dense weight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastlora.layers.merge_target import DenseMergeTarget, MergeTarget
+from fastlora.layers.quantized import UNREFERENCED_OUTPUT_MODULES, quantized_weight_of
+from fastlora.sharding import is_dtensor
+from fastlora.validation import UnsupportedLayerError
+
+# How tensor parallelism splits a linear: along N, or along K.
+COLUMN_WISE, ROW_WISE = "column-wise", "row-wise"
+
+
+def linear_features(module: nn.Module) -> tuple[int, int] | None:
+    """Return ``(in_features, out_features)`` of a linear-like module, or None for any other.
+
+    A module is linear-like if it has both attributes (`nn.Linear`, quantized linears of
+    bitsandbytes, torchao, GPTQ and others), or if it is Hugging Face's Conv1D, which has a weight
+    ``[K, N]``.
+    """
+    weight = getattr(module, "weight", None)
+    if type(module).__name__ == "Conv1D" and isinstance(weight, torch.Tensor):
+        k, n = weight.shape
+        return int(k), int(n)
+    features = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    if isinstance(features[0], int) and isinstance(features[1], int):
+        return features[0], features[1]
+    return None
+
+
+def fallback_reason_not_plain(module: nn.Module, gathered: bool = False) -> str:
+    """Return the fallback reason if a module is not a plain `nn.Linear`, or an empty string.
+
+    ``gathered`` means that FSDP2 replaces shards by plain parameters during the forward pass.
+
+    Other modules must be called; a plain module's weight suffices. A subclass, or a module with a
+    parametrization, a forward hook (accelerate's offloading), or a replaced ``forward``, must be
+    called.
+    """
+    if type(module) is not nn.Linear:
+        return f"its base layer is {type(module).__name__}, which runs unchanged"
+    reason = fallback_reason_hooked(module)
+    if reason:
+        return reason
+    if module._state_dict_hooks or module._load_state_dict_pre_hooks:
+        return "its base layer has state-dict hooks"
+    if len(module._parameters) != 2 or module._buffers or module._modules:
+        return "its base layer has more than a weight and a bias"
+    if type(module.weight) is not nn.Parameter and not (gathered and is_dtensor(module.weight)):
+        return f"its base weight is a {type(module.weight).__name__}"
+    if not module.weight.is_floating_point() or module.weight.itemsize < 2:
+        return f"its base weight is {module.weight.dtype}"
+    return ""
+
+
+def fallback_reason_hooked(module: nn.Module) -> str:
+    """Return the fallback reason if a module has hooks or a replaced ``forward``, or ""."""
+    if "forward" in module.__dict__:
+        return "its base layer's forward was replaced"
+    if module._forward_hooks or module._forward_pre_hooks:
+        return "its base layer has forward hooks"
+    if module._backward_hooks or module._backward_pre_hooks:
+        return "its base layer has backward hooks"
+    return ""
+
+
+def factor_reference(base: nn.Module) -> torch.Tensor | None:
+    """Return a tensor with the device and dtype of new factors, or None for the defaults.
+
+    As in PEFT, new factors use the ``compute_dtype`` of a base layer that has one (bitsandbytes'
+    4-bit layers, HQQ).
+    """
+    own = list(base.parameters(recurse=False))
+    compute = getattr(base, "compute_dtype", None)
+    if own and isinstance(compute, torch.dtype) and compute.is_floating_point:
+        return torch.empty(0, dtype=compute, device=own[0].device)
+    for parameter in own:
+        if parameter.is_floating_point() and parameter.itemsize >= 2:
+            return parameter  # fp8 and packed integers cannot train.
+    return None
+
+
+def is_tensor_parallel(module: nn.Module) -> bool:
+    """Return whether a module's weight is sharded by tensor parallelism, supported or not."""
+    split = getattr(module, "_distribute_module_applied", False)
+    return bool(split) and is_dtensor(module._parameters.get("weight"))
+
+
+def tensor_parallel_style(module: nn.Module) -> str | None:
+    """Return `COLUMN_WISE` or `ROW_WISE` for a tensor-parallel module, or None for any other.
+
+    Raises:
+        UnsupportedLayerError: Adapters do not support the way in which the weight is split.
+    """
+    weight: Any = module._parameters.get("weight")
+    if not is_tensor_parallel(module):
+        return None
+    if type(module) is nn.Linear and weight.device_mesh.ndim == 1:
+        (placement,) = weight.placements
+        if placement.is_shard() and weight.shape[placement.dim] < weight.device_mesh.size():
+            raise UnsupportedLayerError(
+                "LoRA needs a shard of the weight in every process, got a weight of shape "
+                f"{tuple(weight.shape)} with placement {placement} over {weight.device_mesh}"
+            )
+        if placement.is_shard(0):
+            return COLUMN_WISE
+        if placement.is_shard(1):
+            return ROW_WISE
+    raise UnsupportedLayerError(
+        "LoRA needs an nn.Linear split by ColwiseParallel or RowwiseParallel over a "
+        f"one-dimensional mesh, got a {type(module).__name__} with placements {weight.placements} "
+        f"over {weight.device_mesh}"
+    )
+
+
+def returns_unreferenced_output(module: nn.Module) -> bool:
+    """Return whether a linear-like module keeps no reference to the outputs that it returns."""
+    kind = type(module)
+    # The name has the form that `qualified_class_name` returns.
+    return (
+        kind is nn.Linear or f"{kind.__module__}.{kind.__qualname__}" in UNREFERENCED_OUTPUT_MODULES
+    )
+
+
+def merge_target_of(module: nn.Module, shape: tuple[int, int]) -> MergeTarget:
+    """Return the `MergeTarget` with which a merge reads and writes a linear-like module's weight.
+
+    Args:
+        module: The base layer.
+        shape: N and K.
+
+    Raises:
+        UnsupportedLayerError: The weight does not support merging.
+    """
+    found = quantized_weight_of(module)
+    if found is not None:
+        found.check_writable()
+        return found
+    weight: Any = getattr(module, "weight", None)
+    transposed = type(module).__name__ == "Conv1D"
+    plain = type(weight) is nn.Parameter and weight.is_floating_point() and weight.itemsize >= 2
+    if not plain or tuple(weight.t().shape if transposed else weight.shape) != shape:
+        raise UnsupportedLayerError(
+            f"cannot merge into {type(module).__name__}: its weight is neither a plain "
+            "floating-point matrix nor quantized by bitsandbytes or torchao; dequantize the base "
+            "model first"
+        )
+    return DenseMergeTarget(weight, torch.t if transposed else None)
+
+
+def dense_weight(
+    module: object, purpose: str = "DoRA needs the base weight to compute its norm"
+) -> torch.Tensor:
+    """Return the weight ``[N, K]`` of a linear-like module, dequantized if it is quantized.
+
+    Supported are `nn.Linear` and its subclasses, Conv1D of transformers (as a view of its
+    transposed weight), and the kinds of `fastlora.layers.quantized`.
+
+    Args:
+        module: The base layer.
+        purpose: The purpose of reading the weight, which begins the error message.
+
+    Raises:
+        UnsupportedLayerError: The module's weight is of none of these kinds.
+    """
+    base: Any = module
+    own = base._parameters.get("weight") if isinstance(base, nn.Module) else None
+    if type(own) is nn.Parameter and type(base).__name__ != "Conv1D" and _is_dense(own):
+        return own  # Return early: this runs in every forward pass.
+    found = quantized_weight_of(base)
+    if found is not None:
+        return found.dense()
+    weight: Any = getattr(base, "weight", None)
+    kind = type(weight).__name__
+    if not isinstance(weight, torch.Tensor) or not _is_dense(weight):
+        raise UnsupportedLayerError(
+            f"{purpose}, but the weight of this {type(base).__name__} is "
+            f"{'missing' if weight is None else f'a {kind} of {weight.dtype}'}; expected a "
+            "floating-point matrix, or one quantized by bitsandbytes, HQQ or torchao"
+        )
+    return weight.t() if type(base).__name__ == "Conv1D" else weight
+
+
+def stores_weight_transposed(module: nn.Module) -> bool:
+    """Return whether a linear-like module stores its weight as ``[K, N]``."""
+    return type(module).__name__ == "Conv1D"
+
+
+def reason_weight_not_replaceable(module: nn.Module, allow_quantized: bool) -> str:
+    """Return the reason why a module's weight cannot be replaced, or an empty string.
+
+    If ``allow_quantized`` is set, a quantized weight may be replaced by quantizing again.
+
+    Raises:
+        UnsupportedLayerError: ``allow_quantized`` is set, but the weight's kind of quantization
+            does not support it.
+    """
+    found = quantized_weight_of(module)
+    if found is not None and allow_quantized:
+        found.check_writable()
+        return ""
+    weight: Any = module._parameters.get("weight")
+    if type(weight) is not nn.Parameter or not _is_dense(weight):
+        if weight is None:
+            return (
+                f"this {type(module).__name__} has no weight of its own (the weight is computed, "
+                "or has another name); choose another init_lora_weights, or exclude the module "
+                "(exclude_modules)"
+            )
+        return (
+            f"the weight of this {type(module).__name__} is a {type(weight).__name__} of "
+            f"{weight.dtype}; initialize the adapter on the model in float32, float16 or "
+            "bfloat16, and quantize the model afterwards"
+        )
+    return ""
+
+
+def replace_weight(module: nn.Module, weight: torch.Tensor) -> None:
+    """Replace the weight of a linear-like module by ``weight [N, K]``, in its own dtype and layout.
+
+    The parameter object stays the same. The memory of its old values is not overwritten, because
+    other code may refer to it. A quantized weight is quantized again. See
+    `reason_weight_not_replaceable`.
+    """
+    found = quantized_weight_of(module)
+    if found is not None:
+        found.write(weight)
+        return
+    own: Any = module.weight
+    laid_out = weight.t() if stores_weight_transposed(module) else weight
+    own.data = laid_out.to(own.device, own.dtype).contiguous()
+
+
+def make_weight_restorer(module: nn.Module, offload: bool) -> Callable[[], None]:
+    """Return a function that restores a module's current weight, bit for bit.
+
+    `replace_weight` does not overwrite the old values, so no copy is needed. If ``offload`` is set,
+    the values of a weight on an accelerator are copied to the CPU, for models that do not fit there
+    twice.
+    """
+    found = quantized_weight_of(module)
+    if found is not None:
+        copied = found.snapshot()
+
+        def put_back() -> None:
+            found.restore(copied)
+
+        return put_back
+    own: Any = module._parameters.get("weight")
+    if own is None:
+        return lambda: None  # `reason_weight_not_replaceable` gives the reason.
+    where, saved = own.device, own.data.cpu() if offload and not own.is_meta else own.data
+
+    def restore() -> None:
+        own.data = saved.to(where)
+
+    return restore
+
+
+def _is_dense(weight: torch.Tensor) -> bool:
+    known = type(weight) in (nn.Parameter, torch.Tensor)
+    return known and weight.dim() == 2 and weight.is_floating_point() and weight.itemsize >= 2

@@ -1,0 +1,219 @@
+"""The row norms of the adapted weight, by which DoRA divides, and their cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from fastlora.ops.torch import dora
+from fastlora.ops.torch.dora import RowChunkedWeight, squared_row_norms
+from fastlora.sharding import is_dtensor, local_shard, uses_fsdp2
+from fastlora.weights_version import TensorStamp, UncopiedCache, stamp_tensors, weights_versions
+
+if TYPE_CHECKING:
+    from fastlora.layers.linear_with_adapters import LinearWithAdapters
+
+# Tensors and a context, from which a `TensorStamp` is made.
+_StampArguments = tuple[Sequence[torch.Tensor], tuple[Hashable, ...]]
+
+
+class DoraNormCache(UncopiedCache):
+    """One layer's cache of squared row norms: of the base weight W, and of each adapted weight.
+
+    Norms of adapted weights are cached only while gradients are disabled. Each entry is stored with
+    a `TensorStamp` of the tensors that it was computed from. A stamp does not detect in-place
+    writes through ``.data``; call `LoraLayer.refresh` after them. Nor does it detect that FSDP2 has
+    gathered parameters, so nothing is cached in a process that uses FSDP2. A copied layer starts
+    with an empty cache.
+
+    Attributes:
+        base: The stamp of the base weight.
+        entries: Maps an adapter name to a stamp and the sums, and None to those of the base weight.
+    """
+
+    def __init__(self) -> None:
+        self.base: TensorStamp | None = None
+        self.entries: dict[str | None, tuple[TensorStamp, torch.Tensor]] = {}
+
+
+def dora_magnitude_of(layer: LinearWithAdapters, name: str) -> torch.Tensor:
+    """Return an adapter's DoRA magnitude, ``[N]``."""
+    magnitude: torch.Tensor = layer._modules["lora_magnitude_vector"]._modules[name].weight
+    return magnitude
+
+
+def may_cache_tensors(device: torch.device) -> bool:
+    """Return whether new tensors on a device may be cached: not while a CUDA graph is captured."""
+    return device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
+
+
+def base_weight_stamp(layer: LinearWithAdapters) -> TensorStamp | None:
+    """Return the stamp of a layer's base weight, or None if a stamp cannot detect changes.
+
+    The same object is returned until the weight changes or `clear_weight_caches` clears it.
+    """
+    watched = _base_stamp_arguments(layer)
+    if watched is None:
+        return None
+    cache = _cache(layer)
+    known = cache.base
+    if known is None or not known.matches(*watched):
+        known = cache.base = stamp_tensors(*watched)
+    return known
+
+
+def base_weight_rows(layer: LinearWithAdapters) -> torch.Tensor | RowChunkedWeight:
+    """Return the base weight ``[N, K]`` as a matrix, or a `RowChunkedWeight` if quantized."""
+    found = layer._local_quantized()
+    if found is None:
+        return layer._local_weight()
+    return RowChunkedWeight(found.dequantized_rows, found.dtype, found.codes().device)
+
+
+def base_squared_norms(
+    layer: LinearWithAdapters, weight: torch.Tensor | RowChunkedWeight, compiling: bool = False
+) -> torch.Tensor:
+    """Return the squared row norms of the base weight, ``[N]``, cached until it changes.
+
+    If ``compiling`` is set, because a graph is being compiled, nothing is cached.
+    """
+    if compiling:
+        return squared_row_norms(weight, in_one_pass=True)
+    base = None
+    if may_cache_tensors(weight.device):
+        trains = not isinstance(weight, RowChunkedWeight) and weight.requires_grad
+        if trains and torch.is_grad_enabled():
+            # The weight trains: it will be written to soon, and not every optimizer changes its
+            # version.
+            _cache(layer).entries.pop(None, None)
+        else:
+            base = base_weight_stamp(layer)
+    watched = None if base is None else ((), (base,))
+    return _get_or_compute(layer, None, watched, lambda: squared_row_norms(weight))
+
+
+def local_adapted_squared_norms(
+    layer: LinearWithAdapters,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    scaling: torch.Tensor | float,
+    compiling: bool = False,
+) -> torch.Tensor:
+    """Return the squared row norms ``[N]`` of this process's part of the adapted weight.
+
+    The update is the product of ``lora_b [N, R]`` and ``lora_a [R, K]``. The sums are over this
+    process's part of the base weight ``[N, K]``. If the scaling is a tensor, it has no dimensions.
+    """
+    weight = layer._local_weight() if compiling else base_weight_rows(layer)
+    squares = base_squared_norms(layer, weight, compiling)
+    return dora.adapted_squared_norms(weight, squares, lora_a, lora_b, scaling)
+
+
+def adapted_squared_norms(
+    layer: LinearWithAdapters,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    scaling: torch.Tensor | float,
+    compiling: bool = False,
+) -> torch.Tensor:
+    """Return the squared row norms ``[N]`` of a layer's adapted weight, with infinity for 0.
+
+    With tensor parallelism, they are summed over the processes.
+    """
+    return layer._reduce_row_squared_norms(
+        [local_adapted_squared_norms(layer, lora_a, lora_b, scaling, compiling)]
+    )[0]
+
+
+def cached_adapted_squared_norms(
+    layer: LinearWithAdapters, name: str, scaling: torch.Tensor | float, compiling: bool
+) -> torch.Tensor:
+    """Return a named adapter's `local_adapted_squared_norms`, cached while gradients are off.
+
+    If gradients are enabled, the sums are computed in every forward pass, because an optimizer may
+    be about to step, and not all optimizers change the versions of tensors.
+    """
+    modules, watched = layer._modules, None
+    lora_a = modules["lora_A"]._modules[name].weight
+    lora_b = modules["lora_B"]._modules[name].weight
+    may_cache = (
+        not compiling and may_cache_tensors(lora_a.device) and not isinstance(scaling, torch.Tensor)
+    )
+    if may_cache and not torch.is_grad_enabled():
+        base = base_weight_stamp(layer)
+        if base is not None:
+            version = weights_versions.for_trained_weights()
+            watched = _stamp_arguments((lora_a, lora_b), version, base, scaling)
+    own = local_shard(lora_a), local_shard(lora_b)
+    return _get_or_compute(
+        layer, name, watched, lambda: local_adapted_squared_norms(layer, *own, scaling, compiling)
+    )
+
+
+def _base_stamp_arguments(layer: LinearWithAdapters) -> _StampArguments | None:
+    weight = getattr(layer.get_base_layer(), "weight", None)
+    if not isinstance(weight, torch.Tensor):
+        return None
+    found = layer._local_quantized()
+    if found is None:
+        watched = _stamp_arguments((weight,))
+        if watched is None:
+            return None
+        return watched[0], (*watched[1], weights_versions.for_base_weight(weight))
+    return found.tensor_dependencies(), (
+        found.other_dependencies(),
+        weights_versions.for_base_weight(weight),
+    )
+
+
+def _stamp_arguments(tensors: Sequence[torch.Tensor], *context: Hashable) -> _StampArguments | None:
+    """Return arguments for `stamp_tensors`, or None if a stamp cannot detect changes."""
+    if uses_fsdp2():  # A newly gathered tensor may reuse the last one's memory.
+        return None
+    parts: list[torch.Tensor] = []
+    # Another parameter over the same memory has its own version.
+    context = (*context, *map(id, tensors))
+    for tensor in tensors:
+        part = tensor
+        if is_dtensor(tensor) and not tensor.is_inference():
+            part = local_shard(tensor)
+            # A write to a DTensor changes its version or that of its local part.
+            context = (*context, tensor._version)
+        if type(part) not in (nn.Parameter, torch.Tensor):
+            return None
+        parts.append(part)
+    return parts, context
+
+
+def _get_or_compute(
+    layer: LinearWithAdapters,
+    name: str | None,
+    watched: _StampArguments | None,
+    make: Callable[[], torch.Tensor],
+) -> torch.Tensor:
+    """Return a layer's cached value for ``name`` if its stamp is valid; otherwise compute it.
+
+    If ``watched`` is None, nothing is cached.
+    """
+    if watched is None:
+        return make()
+    entries = _cache(layer).entries
+    known = entries.get(name)
+    if known is None or not known[0].matches(*watched):
+        stamp = stamp_tensors(*watched)
+        if stamp is None:
+            return make()
+        # A later backward pass may need the result.
+        with torch.inference_mode(False), torch.no_grad():
+            known = entries[name] = stamp, make()
+    return known[1]
+
+
+def _cache(layer: LinearWithAdapters) -> DoraNormCache:
+    cache: DoraNormCache | None = layer.__dict__.get("_dora_norms")
+    if cache is None:
+        cache = layer.__dict__["_dora_norms"] = DoraNormCache()
+    return cache

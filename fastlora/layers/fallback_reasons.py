@@ -1,0 +1,135 @@
+"""Fallback reasons: texts that explain why a layer does not use a faster implementation.
+
+They appear in the fusion report and in the errors of ``impl="triton"``, of the batch-invariant
+mode, and of CUDA graph captures.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from fastlora.layers.adapter_factors import fallback_reason_for_adapters
+from fastlora.ops.execution_mode import KERNEL_DTYPES
+from fastlora.ops.factors import Slots
+from fastlora.routing.routing import Routing
+from fastlora.validation import ImplementationError
+
+if TYPE_CHECKING:
+    from fastlora.layers.linear_with_adapters import LinearWithAdapters
+
+# Reason why a base layer that is called unchanged is not supported in the batch-invariant mode.
+BASE_GEMM_VARIES = "its base layer's own GEMM may depend on the number of rows"
+# Reason why the address tables of a pool or a block have no row for a layer.
+ADAPTED_AFTER_BLOCK = "the layer was adapted after the block began"
+DORA_WITH_DROPOUT = (
+    "DoRA with dropout in training needs a second base product; PyTorch computes both"
+)
+
+
+def fusion_status(
+    layer: LinearWithAdapters, names: list[str], base_reason: str, gathered: bool
+) -> tuple[bool, str]:
+    """Return whether one call computes the base GEMM and the active adapters, and why not.
+
+    The second item is the fallback reason, or an empty string.
+
+    Args:
+        layer: The layer.
+        names: The active adapters.
+        base_reason: Reason why the base layer is called, or an empty string if it is not called.
+        gathered: Whether FSDP2 replaces shards by plain parameters during the forward pass.
+    """
+    reason = (
+        base_reason
+        or fallback_reason_for_adapters(layer, names, gathered)
+        or fallback_reason_for_dora(layer, names)
+    )
+    drops = [n for n in names if isinstance(layer.lora_dropout[n], nn.Dropout)]
+    if not reason and drops and len(names) > 1:
+        reason = (
+            "several active adapters with dropout: the first is fused, the others are added "
+            "separately"
+        )
+    return not reason, reason
+
+
+def uses_dora(layer: LinearWithAdapters, names: list[str]) -> bool:
+    """Return whether any of these adapters uses DoRA on the layer."""
+    holder = layer._modules.get("lora_magnitude_vector")
+    magnitudes: Any = None if holder is None else holder._modules
+    return bool(magnitudes) and any(name in magnitudes for name in names)
+
+
+def fallback_reason_for_dora(layer: LinearWithAdapters, names: list[str]) -> str:
+    """Return the reason why DoRA prevents one call for all active adapters, or an empty string."""
+    if not uses_dora(layer, names):
+        return ""
+    if len(names) > 1:
+        return "several active adapters, some with DoRA: they are applied one after another"
+    dropout = layer.lora_dropout[names[0]]
+    if dropout.training and not isinstance(dropout, nn.Identity):
+        return DORA_WITH_DROPOUT
+    return ""
+
+
+def raise_if_triton_required(layer: LinearWithAdapters, names: list[str]) -> None:
+    """Raise `ImplementationError` if the layer has ``impl="triton"``.
+
+    The caller has found that the adapters' modules must be called.
+    """
+    if layer.impl == "triton":
+        raise ImplementationError(
+            f"impl='triton' cannot run: {fallback_reason_for_adapters(layer, names)}"
+        )
+
+
+def graph_capture_error_message(inference_only: bool, autocast_dtype: torch.dtype | None) -> str:
+    """Return the error message for a CUDA graph capture over a pool that kernels cannot run."""
+    if inference_only:
+        reason = "the layer runs without kernels"
+    elif autocast_dtype is not None:
+        reason = f"autocast is on; convert the model to {autocast_dtype} instead"
+    else:
+        reason = (
+            "gradients are recorded, or the base layer's output has a different dtype than its "
+            "input"
+        )
+    return (
+        f"cannot capture a CUDA graph over a pool: {reason}; capture it under torch.no_grad() or "
+        "torch.inference_mode()"
+    )
+
+
+def fallback_reason_for_pytorch_gemms(
+    inference_only: bool, autocast_dtype: torch.dtype | None
+) -> str:
+    """Return the reason why a mixed batch uses PyTorch's GEMMs although kernels are available."""
+    if autocast_dtype is not None:
+        return f"autocast is on; convert the model to {autocast_dtype} instead"
+    if not inference_only:
+        return (
+            "with gradients, the kernels of mixed batches choose their tiles by batch; call "
+            "eval() and use torch.no_grad(), or train one adapter at a time"
+        )
+    return (
+        "an adapter has a factor that has hooks, is not a plain nn.Linear, or is on another device"
+    )
+
+
+def fallback_reason_for_factors(routing: Routing, slots: Slots) -> str:
+    """Return the reason why kernels do not support a batch's factors, or an empty string."""
+    dtypes: dict[torch.dtype, str] = {}
+    for name, factors in zip(routing.names, slots, strict=True):
+        for tensor in () if factors is None else (*factors[:2], factors.lora_bias):
+            if tensor is not None:
+                dtypes.setdefault(tensor.dtype, name)
+    for dtype, name in dtypes.items():
+        if dtype not in KERNEL_DTYPES:
+            return f"adapter {name!r} has a factor of {dtype}, expected fp16, bf16 or fp32"
+    if len(dtypes) > 1:
+        found = " and ".join(f"{dtype} (adapter {name!r})" for dtype, name in dtypes.items())
+        return f"factors have different dtypes: {found}"
+    return ""

@@ -1,0 +1,131 @@
+"""Layer kinds: the kinds of modules that adapters support, each registered in its own file.
+
+`layer_kind_of` returns the kind of a module, which describes the adapters that fit it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from torch import nn
+
+from fastlora.validation import UnsupportedLayerError
+
+if TYPE_CHECKING:
+    from fastlora.layers.lora_layer import LoraLayer
+
+TensorShapes = dict[str, tuple[int, ...]]
+
+# The alternative for modules that PEFT supports and fastlora's own layers do not.
+PEFT_LAYER_ALTERNATIVE = (
+    "create the layer with peft.get_peft_model(model, config), then call fastlora.patch(model)"
+)
+
+
+class LayerAdapterSettings(NamedTuple):
+    """The settings of an adapter on one module: the arguments of `LoraLayer.add_adapter`."""
+
+    r: int = 8
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    use_rslora: bool = False
+    lora_bias: bool = False
+    use_dora: bool = False
+    init_lora_weights: bool | str = True
+    init_config: object | None = None
+    from_file: bool = False
+
+
+class LayerKind(NamedTuple):
+    """A kind of module that adapters support.
+
+    Attributes:
+        name: Name of the kind, for messages.
+        matches: Returns whether a module without adapters is of this kind.
+        wrap: Creates the layer for a module's adapters, without any adapter.
+        shapes: Returns the shapes of an adapter's tensors in a file, by name relative to the
+            module.
+        check: Raises `UnsupportedLayerError` if a module does not support the settings, with a
+            message that says which settings it supports.
+        uses_dropout: Whether lora_dropout has an effect.
+        peft_note: A note on adapters that PEFT has trained on this kind, or an empty string.
+    """
+
+    name: str
+    matches: Callable[[nn.Module], bool]
+    wrap: Callable[[Any], LoraLayer]
+    shapes: Callable[[nn.Module, LayerAdapterSettings], TensorShapes]
+    check: Callable[[nn.Module, LayerAdapterSettings], None]
+    uses_dropout: bool = True
+    peft_note: str = ""
+
+
+LINEAR = "linear layers"
+_KINDS: list[LayerKind] = []
+
+
+def register_layer_kind(kind: LayerKind) -> LayerKind:
+    """Register a layer kind; if several kinds accept a module, the last one registered wins."""
+    _KINDS.insert(0, kind)
+    return kind
+
+
+def layer_kind_of(module: nn.Module, custom: Mapping[type, type] | None = None) -> LayerKind | None:
+    """Return the `LayerKind` of a module without adapters, or None if adapters do not support it.
+
+    Args:
+        module: The base layer.
+        custom: Maps a module class to the user's LoRA layer class for it; takes precedence.
+    """
+    for base_class, layer_class in (custom or {}).items():
+        if isinstance(module, base_class):
+            return _kind_of_custom_layer(layer_class)
+    for kind in _KINDS:
+        if kind.matches(module):
+            return kind
+    return None
+
+
+def layer_kind_names() -> list[str]:
+    """Return a sorted list of the names of all layer kinds, for messages."""
+    return sorted({kind.name for kind in _KINDS})
+
+
+def linear_adapter_shapes(k: int, n: int, settings: LayerAdapterSettings) -> TensorShapes:
+    """Return the shapes of an adapter's tensors on a linear with k input and n output features."""
+    shapes: TensorShapes = {"lora_A.weight": (settings.r, k), "lora_B.weight": (n, settings.r)}
+    if settings.lora_bias:
+        shapes["lora_B.bias"] = (n,)
+    if settings.use_dora:
+        shapes["lora_magnitude_vector"] = (n,)
+    return shapes
+
+
+def _kind_of_custom_layer(layer_class: type) -> LayerKind:
+    """Return the layer kind for a LoRA layer class that the user has registered."""
+
+    def check(module: nn.Module, settings: LayerAdapterSettings) -> None:
+        from fastlora.layers.lora_layer import LoraLayer
+
+        if not issubclass(layer_class, LoraLayer):
+            raise UnsupportedLayerError(
+                f"{layer_class.__name__}, the class registered for it, is not a subclass of "
+                f"fastlora.layers.LoraLayer; for a PEFT layer class, {PEFT_LAYER_ALTERNATIVE}"
+            )
+
+    def shapes(module: nn.Module, settings: LayerAdapterSettings) -> TensorShapes:
+        own: Callable[[nn.Module, LayerAdapterSettings], TensorShapes] | None
+        own = getattr(layer_class, "file_shapes", None)
+        if own is not None:
+            return own(module, settings)
+        features = [getattr(module, name, None) for name in ("in_features", "out_features")]
+        if not all(isinstance(size, int) for size in features):
+            raise UnsupportedLayerError(
+                f"{type(module).__name__} has no in_features and out_features; expected "
+                f"{layer_class.__name__} to define a static method file_shapes(module, settings)"
+            )
+        k, n = (size for size in features if isinstance(size, int))
+        return linear_adapter_shapes(k, n, settings)
+
+    return LayerKind(layer_class.__name__, lambda module: True, layer_class, shapes, check)

@@ -1,0 +1,116 @@
+"""`LinearWithAdapters`, the interface that forward passes require of a layer, for annotations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from fastlora.layers.shared_input import SharedInputGroup
+from fastlora.ops.factors import Base, Factors
+from fastlora.ops.torch.dora import replace_zero_norms
+from fastlora.routing.routing import RoutingGroup
+
+if TYPE_CHECKING:
+    from fastlora.layers.quantized.base_weight import QuantizedBaseWeight
+
+
+class LinearWithAdapters(nn.Module):
+    """Interface of a linear layer with named adapters, under PEFT's attribute names.
+
+    `fastlora.layers.base_adapter_layer` implements it. Names that start with ``_local`` refer to
+    the whole layer. For a layer that is split over processes (`fastlora.layers.tensor_parallel`)
+    they refer to this process's shard, and shapes are those of the shard.
+
+    Attributes:
+        impl: Implementation, as in `fastlora.functional.lora_linear`.
+        in_features, out_features: K and N.
+        lora_A, lora_B: Maps an adapter name to a linear with weight ``[R, K]`` and ``[N, R]``.
+        lora_dropout: Maps an adapter name to a dropout module or an identity.
+        merged_adapters: List of the adapters that are merged into the base weight.
+        cast_input_dtype_enabled: Whether x is cast to an adapter's dtype when the adapter's modules
+            are called one by one. PEFT's `disable_input_dtype_casting` sets it.
+        is_split: Whether the layer is split over several processes.
+        is_linear: Whether the layer is a linear. Only then may address tables and packed factors
+            include its adapters.
+        routing_group: The routing group of the model that the layer belongs to, or None.
+        routing_index: The layer's number in that group.
+        may_see_partial_rows: Whether the layer raises in a mixed batch because it may receive only
+            part of the rows.
+        table_row: The layer's row in a pool's address tables.
+        _disabled: Whether the layer runs as its base layer alone, regardless of the active adapters
+            and of open `fastlora.adapters` blocks.
+        _shared_input_group: The layer's shared-input group, once a forward pass has identified it.
+        get_base_layer: Returns the base layer, which may be the layer itself.
+        _applied_adapters: Returns the names of the adapters that are applied outside a mixed batch.
+        scaling: Maps an adapter name to the number that multiplies its update.
+        knows_siblings: Returns whether a forward pass has identified the layer's shared-input
+            group.
+        note_compiled: Records why the layer shares nothing in a graph that is being compiled.
+        _local_weight: Returns the base weight as a dense matrix, ``[N, K]``.
+        _local_factors: Returns an adapter's factors; see
+            `fastlora.layers.adapter_factors.factors_from_parameters`.
+        _local_magnitude: Returns an adapter's magnitude; see
+            `fastlora.layers.dora_norms.dora_magnitude_of`.
+    """
+
+    _modules: dict[str, Any]
+    impl = "auto"
+    in_features: int
+    out_features: int
+    lora_A: Any
+    lora_B: Any
+    lora_dropout: Any
+    merged_adapters: Any
+    cast_input_dtype_enabled = True
+    is_split = False
+    is_linear = True
+    routing_group: RoutingGroup | None = None
+    routing_index = 0
+    may_see_partial_rows = False
+    table_row = 0
+    _disabled: bool
+    _shared_input_group: SharedInputGroup
+    get_base_layer: Callable[[], Any]
+    _applied_adapters: Callable[[], list[str]]
+    scaling: Any
+    knows_siblings: Callable[[], bool]
+    note_compiled: Callable[[str], None]
+    _local_weight: Callable[[], torch.Tensor]
+    _local_factors: Callable[..., Factors | None]
+    _local_magnitude: Callable[[str], torch.Tensor]
+
+    def _fusable_base(self) -> Base | None:
+        """Return the base weight and bias as a `Base`, or None if the base layer must be called."""
+        return None
+
+    def _local_quantized(self) -> QuantizedBaseWeight | None:
+        """Return the base weight as a `QuantizedBaseWeight`, or None if it is not quantized."""
+        return None
+
+    def _weight_saved_for_backward(self, compiling: bool) -> torch.Tensor:
+        """Return the base weight in the form in which an autograd node saves it.
+
+        If the weight is quantized, the result represents it without a dense matrix.
+        """
+        found = None if compiling else self._local_quantized()
+        return self._local_weight() if found is None else found.tensor_for_pytorch_only()
+
+    def _local_bias(self) -> torch.Tensor | None:
+        """Return the base bias, ``[N]``, or None."""
+        bias: torch.Tensor | None = getattr(self.get_base_layer(), "bias", None)
+        return bias
+
+    def _local_dropout_seed(self, seed: torch.Tensor) -> torch.Tensor:
+        """Return this process's dropout seeds for the drawn ``seed``, in the same shape."""
+        return seed
+
+    def _reduce_row_squared_norms(self, sums: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Return squared norms of whole rows from this process's ``sums``; 0 becomes infinity.
+
+        ``sums`` are the `adapted_squared_norms` over this process's columns. Each result is
+        ``[N]``.
+        """
+        return [replace_zero_norms(each) for each in sums]

@@ -1,0 +1,392 @@
+"""`LoraLayer`, the base class of fastlora's LoRA layers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from fastlora.init import InitMethod
+from fastlora.layers import parts
+from fastlora.layers.adapter_init import AdapterInitializer, delete_calibration, find_calibration
+from fastlora.layers.base_adapter_layer import clear_layer_caches
+from fastlora.layers.base_layers import (
+    dense_weight,
+    factor_reference,
+    make_weight_restorer,
+    replace_weight,
+)
+from fastlora.layers.merging import Mergeable
+from fastlora.routing.ids import check_adapter_name
+from fastlora.sharding import is_dtensor
+from fastlora.validation import (
+    AdapterNotFoundError,
+    AdapterStateError,
+    ConfigError,
+    UnsupportedLayerError,
+    check_dropout,
+    check_rank,
+    near_names,
+)
+from fastlora.weights_version import weights_versions
+
+
+class LoraLayer(Mergeable):
+    """Base class of LoRA layers: a base layer with named adapters, and PEFT's attribute names.
+
+    This class implements what all kinds of LoRA layers have in common. A subclass for another kind
+    of layer overrides the methods in the section "methods that a layer kind overrides", which by
+    default are those of a linear layer.
+
+    Attributes:
+        adapter_parts: Names of the module dicts that map an adapter name to one of its tensors.
+            Adapter files use these names too.
+        lora_A: Maps an adapter name to a linear module with weight ``[R, K]``.
+        lora_B: Maps an adapter name to a linear module with weight ``[N, R]``, and a bias if the
+            adapter has lora_bias.
+        lora_dropout: Maps an adapter name to `nn.Dropout` or `nn.Identity`.
+        lora_magnitude_vector: Maps the name of an adapter that uses DoRA to a module with weight
+            ``[N]``.
+        r, lora_alpha, scaling: Map an adapter name to a number.
+        frozen_peft_weight_names: Maps an adapter name to the names of its parts that are never
+            trained.
+        impl: Implementation, as in `fastlora.functional.lora_linear`.
+    """
+
+    in_features: int
+    out_features: int
+    adapter_parts: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B", "lora_magnitude_vector")
+    other_param_names: ClassVar[tuple[str, ...]] = ("r", "lora_alpha", "scaling", "lora_dropout")
+
+    def _init_adapters(self) -> None:
+        self.r: dict[str, int] = {}
+        self.lora_alpha: dict[str, float] = {}
+        self.scaling = {}
+        self.use_rslora: dict[str, bool] = {}
+        self.lora_dropout = nn.ModuleDict()
+        self.lora_A = nn.ModuleDict()
+        self.lora_B = nn.ModuleDict()
+        self.lora_magnitude_vector = nn.ModuleDict()
+        self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}
+        self._init_merging()
+        self._register_scaling_refit_hook()
+
+    # ------------------------------------------- methods that a layer kind overrides
+
+    def release(self) -> nn.Module:
+        """Return the module that replaces this layer in the model when its adapters are removed."""
+        return self.get_base_layer()
+
+    def fusion(self, gathered: bool = False) -> tuple[bool, str]:
+        """Return whether the base GEMM and LoRA term run fused, and the fallback reason if not."""
+        raise UnsupportedLayerError(f"{type(self).__name__} has no base layer")
+
+    def _create_factors(
+        self, r: int, lora_bias: bool, start: AdapterInitializer
+    ) -> dict[str, parts.Factor]:
+        """Return a dict that maps each part, such as ``"lora_A"``, to a new adapter's factor.
+
+        Values are drawn as PEFT draws them.
+        """
+        lora_a = nn.Linear(self.in_features, r, bias=False)
+        lora_b = nn.Linear(r, self.out_features, bias=lora_bias)
+        start.initialize_weights(lora_a, lora_b)
+        return {"lora_A": lora_a, "lora_B": lora_b}
+
+    def _resolve_init(self, init: bool | str) -> bool | str:
+        """Return the initialization that this kind of layer uses for ``init_lora_weights=init``."""
+        return init
+
+    def _modules_with_calibration(self) -> list[nn.Module]:
+        """Return a list of the modules on which a calibration may have stored its result."""
+        return [self.get_base_layer()]
+
+    def _weight_for_init(self, purpose: str) -> torch.Tensor:
+        """Return the base weight ``[N, K]``, which an initialization reads.
+
+        ``purpose`` begins the error message if the weight cannot be read.
+        """
+        return dense_weight(self.get_base_layer(), purpose).detach()
+
+    def _reshape_to_magnitude(self, norms: torch.Tensor) -> torch.Tensor:
+        """Reshape norms ``[N]`` to the shape of this layer's magnitude."""
+        return norms
+
+    def inner_layers(self) -> dict[str, LoraLayer]:
+        """Return a dict that maps relative names to nested LoRA layers with the same adapters."""
+        return {}
+
+    # ----------------------------------------------------------------------------- adapters
+
+    def add_adapter(
+        self,
+        adapter_name: str,
+        *,
+        r: int = 8,
+        lora_alpha: float = 8,
+        lora_dropout: float = 0.0,
+        use_rslora: bool = False,
+        lora_bias: bool = False,
+        use_dora: bool = False,
+        init_lora_weights: bool | str = True,
+        init_config: object | None = None,
+        from_file: bool = False,
+    ) -> None:
+        """Add an adapter without activating it; `set_adapter` activates it.
+
+        Random values are drawn as PEFT draws them, so the same seed gives the same factors. Some
+        initializations move a part of the base weight into the factors. They change the base weight
+        and leave the layer's output unchanged.
+
+        Args:
+            adapter_name: A name without dots that is not in use on the layer.
+            r: Rank, positive.
+            lora_alpha: Numerator of the scaling.
+            lora_dropout: Probability in [0, 1) of dropping an element of the adapter's input.
+            use_rslora: Whether to scale by ``lora_alpha / sqrt(r)`` instead of ``lora_alpha / r``.
+            lora_bias: Whether lora_B has a bias.
+            use_dora: Whether the adapter has a magnitude for each output, initialized to the norm
+                of that row of the adapted weight (DoRA, https://arxiv.org/abs/2402.09353).
+            init_lora_weights: True (A Kaiming-uniform, B zero), ``"gaussian"`` (A normal with
+                standard deviation ``1 / r``, B zero), False (both random), or the name of another
+                method of `fastlora.init`.
+            init_config: Settings of the initialization method, such as
+                ``LoraConfig.lora_ga_config``.
+            from_file: Whether trained factors are about to overwrite the new factors. If so, only a
+                change of the base weight is repeated.
+
+        Raises:
+            AdapterStateError: The name is in use, or an adapter is merged into the base weight that
+                the initialization reads.
+            ConfigError: A value is out of range, or both lora_bias and use_dora are set.
+            InitialisationError: The initialization cannot start from this weight, or lacks data.
+            UnsupportedLayerError: The base weight cannot be read or changed as use_dora or the
+                initialization requires.
+        """
+        if adapter_name in self.r:
+            raise AdapterStateError(f"adapter {adapter_name!r} already exists on this layer")
+        check_adapter_name(adapter_name)
+        check_rank(r)
+        check_dropout("lora_dropout", lora_dropout)
+        if not math.isfinite(lora_alpha):
+            raise ConfigError(f"lora_alpha must be a finite number, got {lora_alpha!r}")
+        if use_dora and lora_bias:
+            raise ConfigError(
+                "The argument lora_bias=True is not supported for DoRA; expected use_dora=False"
+            )
+        # This and the calls below may raise; nothing has changed yet.
+        reference = self._factor_reference()
+        if use_dora:
+            self._local_weight()
+        scaling = lora_alpha / (math.sqrt(r) if use_rslora else r)
+        init_lora_weights = self._resolve_init(init_lora_weights)
+        start = AdapterInitializer(self, init_lora_weights, scaling, init_config, from_file)
+        factors = self._create_factors(r, lora_bias, start)
+        init = start.asked
+        undo = self._make_base_undo(init)
+        self._clear_packed_factors()
+        try:
+            self.r[adapter_name] = r
+            self.lora_alpha[adapter_name] = lora_alpha
+            self.use_rslora[adapter_name] = use_rslora
+            self.scaling[adapter_name] = scaling
+            dropout = nn.Dropout(lora_dropout) if lora_dropout > 0.0 else nn.Identity()
+            self.lora_dropout[adapter_name] = dropout.train(self.training)
+            for part, factor in factors.items():
+                frozen = parts.freeze_and_convert(factor, reference, self.training)
+                self._modules[part][adapter_name] = frozen
+            if init.frozen:
+                pair = dict(zip(("lora_A", "lora_B"), factors, strict=True))
+                self.frozen_peft_weight_names[adapter_name] = tuple(pair[f] for f in init.frozen)
+            if start.weight is not None:
+                replace_weight(self.get_base_layer(), start.weight)
+                self.refresh()
+            self._move_scalings_to_factors([adapter_name])
+            self._prepare_new_factors(adapter_name)
+            if use_dora:
+                self.reset_magnitude(adapter_name)
+        except BaseException:
+            self._remove_adapter(adapter_name)
+            undo()
+            raise
+        if init.data:
+            delete_calibration(self, init)
+
+    def _make_base_undo(self, init: InitMethod, offload: bool = False) -> Callable[[], None]:
+        """Return a function that undoes the changes of an initialization to the base layer.
+
+        If ``offload`` is set, a weight on an accelerator is saved in CPU memory.
+        """
+        data = find_calibration(self, init) if init.data else None
+        restore = (
+            make_weight_restorer(self.get_base_layer(), offload) if init.changes_base else None
+        )
+
+        def undo() -> None:
+            if data is not None:
+                setattr(data[0], init.data, data[1])
+            if restore is not None:
+                restore()
+                self.refresh()
+
+        return undo
+
+    def _prepare_new_factors(self, adapter_name: str) -> None:
+        """Prepare a new adapter's factors before its magnitude is computed; no-op by default."""
+
+    def reset_magnitude(self, adapter_name: str) -> None:
+        """Set an adapter's DoRA magnitude to the row norms of its adapted weight.
+
+        The magnitude has the dtype of the factors. The adapter then changes only the direction of
+        the weight's rows. While lora_B is zero, as it is at initialization, the layer's output is
+        that of its base layer. The new magnitude is frozen.
+        """
+        self._check_has_adapter(adapter_name)
+        _, lora_b, _ = self._factors(adapter_name)
+        squares = self._squared_norms_by_name([adapter_name])[adapter_name]
+        norms = torch.where(squares.isinf(), 0.0, squares).sqrt()
+        norms = self._reshape_to_magnitude(norms.to(lora_b.device, lora_b.dtype))
+        magnitude = parts.DoraMagnitude(norms).train(self.training).requires_grad_(False)
+        self.lora_magnitude_vector[adapter_name] = magnitude
+
+    def refresh(self) -> None:
+        """Invalidate all values cached for this layer's weights and for its model's adapters.
+
+        Call it after writing through a parameter's ``.data``: no cache can detect that write.
+        """
+        weights_versions.invalidate_all()
+        clear_layer_caches(self)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter.
+
+        Raises:
+            AdapterNotFoundError: The layer has no adapter of this name.
+            AdapterStateError: The adapter is merged, or a `fastlora.adapters` block of the model is
+                open.
+        """
+        if self.routing_group is not None:
+            self.routing_group.check_no_open_blocks("delete_adapter")
+        self._check_has_adapter(adapter_name)
+        if adapter_name in self.merged_adapters:
+            raise AdapterStateError(
+                f"adapter {adapter_name!r} is merged; call unmerge() before deleting it"
+            )
+        self._remove_adapter(adapter_name)
+
+    def _remove_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter without the checks of `delete_adapter`, as after a failed addition."""
+        for table in (self.r, self.lora_alpha, self.scaling, self.use_rslora):
+            table.pop(adapter_name, None)
+        for part in ("lora_dropout", *self.adapter_parts):
+            holder = self._modules[part]
+            if adapter_name in holder:
+                del holder[adapter_name]
+        self.frozen_peft_weight_names.pop(adapter_name, None)
+        clear_layer_caches(self)
+        self._active_adapters = [n for n in self._active_adapters if n != adapter_name]
+
+    def adapter_parameters(self, adapter_name: str) -> Iterator[nn.Parameter]:
+        """Yield an adapter's trainable parameters; none if the layer lacks the adapter."""
+        fixed = self.frozen_peft_weight_names.get(adapter_name, ())
+        for part in self.adapter_parts:
+            holder = self._modules[part]
+            if adapter_name in holder and part not in fixed:
+                factor = holder[adapter_name]
+                yield from (factor,) if isinstance(factor, nn.Parameter) else factor.parameters()
+
+    def set_scale(self, adapter_name: str, factor: float) -> None:
+        """Set an adapter's scaling to ``factor`` times its initial value.
+
+        The initial value follows from the rank and lora_alpha. Open `fastlora.adapters` blocks use
+        the new scaling from their next forward pass on.
+        """
+        self._check_has_adapter(adapter_name)
+        r = self.r[adapter_name]
+        base = math.sqrt(r) if self.use_rslora[adapter_name] else r
+        self.scaling[adapter_name] = factor * self.lora_alpha[adapter_name] / base
+        self._clear_packed_factors()
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the scaling of each active adapter by ``scale``."""
+        self._clear_packed_factors()
+        for name in self._active_adapters:
+            if name in self.scaling:
+                self.scaling[name] *= scale
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the scaling of each active adapter by ``scale``.
+
+        If ``scale`` is None, reset the scalings to their initial values.
+        """
+        self._clear_packed_factors()
+        for name in self._active_adapters:
+            if name in self.scaling:
+                if scale is None:
+                    self.set_scale(name, 1.0)
+                else:
+                    self.scaling[name] /= scale
+
+    def _applied_adapters(self) -> list[str]:
+        """Return a list of the active adapters that are applied outside mixed batches."""
+        if self._disabled or self.merged_adapters:
+            return []
+        active: Any = self._active_adapters
+        known = self.r
+        if len(active) == 1 and active[0] in known:
+            return [active[0]]
+        return [name for name in active if name in known]
+
+    # ------------------------------------------------------------------------- state and file names
+
+    def file_names(self, adapter_name: str) -> dict[str, str]:
+        return parts.file_to_state_dict_names(self._factors_by_part(adapter_name), adapter_name)
+
+    def widen(self, adapter_name: str) -> None:
+        """Convert factors narrower than fp32 to fp32, and recompute the magnitude from them."""
+        for part, factor in self._factors_by_part(adapter_name).items():
+            if not isinstance(factor, parts.DoraMagnitude):
+                self._modules[part][adapter_name] = parts.upcast_to_fp32(factor)
+        if adapter_name in self.lora_magnitude_vector:
+            # Recomputed in fp32, because the old magnitude was rounded to the narrower dtype.
+            self.reset_magnitude(adapter_name)
+
+    def _factors_by_part(self, adapter_name: str) -> dict[str, parts.Factor]:
+        """Return a dict that maps each part, such as ``"lora_A"``, to the adapter's factor."""
+        held: dict[str, parts.Factor] = {}
+        for part in self.adapter_parts:
+            holder = self._modules[part]
+            if adapter_name in holder:
+                held[part] = holder[adapter_name]
+        return held
+
+    @property
+    def adapter_layer_names(self) -> tuple[str, ...]:
+        """Names of the module dicts that contain the adapters' factors."""
+        return tuple(part for part in self.adapter_parts if part != "lora_magnitude_vector")
+
+    def _all_available_adapter_names(self) -> list[str]:
+        return sorted(self.r)
+
+    def _check_has_adapter(self, adapter_name: str) -> None:
+        if adapter_name not in self.r:
+            names = list(self.r)
+            raise AdapterNotFoundError(
+                f"no adapter {adapter_name!r} on this layer, which has {names}"
+                f"{near_names(adapter_name, names)}"
+            )
+
+    def _factor_reference(self) -> torch.Tensor | None:
+        """Return a tensor with the device and dtype of new factors, or None for the defaults."""
+        base = self.get_base_layer()
+        if any(map(is_dtensor, base.parameters(recurse=False))):
+            raise AdapterStateError(
+                "the base weight is sharded (a DTensor), but the new factors would not be: add "
+                "adapters before fully_shard(), which then shards them too. Under tensor "
+                "parallelism, layers that were split by PyTorch's parallelize_module support new "
+                "adapters"
+            )
+        return factor_reference(base)

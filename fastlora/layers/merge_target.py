@@ -1,0 +1,146 @@
+"""`MergeTarget`, the interface through which merging reads and writes a base weight.
+
+`DenseMergeTarget` implements the interface for floating-point weights, and
+`fastlora.layers.quantized` for quantized weights. `fastlora.layers.base_layers` finds the
+implementation for a module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+
+from fastlora.ops.torch.reference import INTEGERS
+from fastlora.sharding import local_shard
+
+Fingerprint = tuple[torch.Tensor, ...]
+
+_ROWS = 64
+
+
+class MergeTarget(Protocol):
+    """Protocol of a base weight ``[N, K]`` that merging reads and writes.
+
+    Attributes:
+        in_place: Whether a write to the result of `dense` changes the weight itself.
+        backend: PEFT's name for the quantization in a layer's status, or None.
+    """
+
+    in_place: bool
+    backend: str | None
+
+    def dense(self) -> torch.Tensor:
+        """Return the weight as a matrix, either a view of it or a new tensor."""
+
+    def merge_buffer(self) -> torch.Tensor:
+        """Return the matrix to merge adapters into: the weight, or a new fp32 copy."""
+
+    def squared_distance_to(self, matrix: torch.Tensor) -> float:
+        """Return the squared Frobenius norm of the difference between the weight and a matrix."""
+
+    def check_writable(self) -> None:
+        """Raise `UnsupportedLayerError` if `write` would."""
+
+    def write(self, dense: torch.Tensor) -> None:
+        """Replace the weight by ``dense [N, K]``, quantized as the weight was."""
+
+    def snapshot(self) -> object:
+        """Return a copy of all data that `write` changes, for `restore`."""
+
+    def restore(self, snapshot: object) -> None:
+        """Restore the result of `snapshot`, bit for bit, on the weight's device."""
+
+    def convert_snapshot(
+        self, snapshot: object, fn: Callable[[torch.Tensor], torch.Tensor]
+    ) -> object:
+        """Return a result of `snapshot`, converted as ``fn`` has converted the module's tensors."""
+
+    def dense_from_snapshot(self, snapshot: object) -> torch.Tensor:
+        """Return the matrix ``[N, K]`` that a result of `snapshot` represents."""
+
+    def fingerprint(self) -> Fingerprint:
+        """Return a tuple of tensors that change whenever other code writes to the weight."""
+
+
+class DenseMergeTarget:
+    """A floating-point weight that merging writes into.
+
+    Args:
+        weight: The weight, in any shape.
+        matrix: Returns a view of the weight as ``[N, K]``; None if it has that shape.
+    """
+
+    in_place = True
+    backend: str | None = None
+
+    def __init__(
+        self, weight: torch.Tensor, matrix: Callable[[torch.Tensor], torch.Tensor] | None = None
+    ) -> None:
+        self.weight, self._matrix = weight, matrix
+
+    def dense(self) -> torch.Tensor:
+        return self.dense_from_snapshot(self.weight)
+
+    def merge_buffer(self) -> torch.Tensor:
+        return self.dense().detach()
+
+    def squared_distance_to(self, matrix: torch.Tensor) -> float:
+        return float((self.dense() - matrix).square().sum(dtype=torch.float64))
+
+    def check_writable(self) -> None:
+        """Check that the weight is writable, which a floating-point weight always is."""
+
+    def write(self, dense: torch.Tensor) -> None:
+        """Write ``dense``, which is the weight itself, so nothing is copied."""
+
+    def snapshot(self) -> object:
+        return self.weight.detach().clone()
+
+    @torch.no_grad()
+    def restore(self, snapshot: object) -> None:
+        weight: Any = snapshot
+        self.weight.copy_(weight)
+
+    def convert_snapshot(
+        self, snapshot: object, fn: Callable[[torch.Tensor], torch.Tensor]
+    ) -> object:
+        weight: Any = snapshot
+        return fn(weight)
+
+    def dense_from_snapshot(self, snapshot: object) -> torch.Tensor:
+        weight: Any = snapshot
+        made: torch.Tensor = weight if self._matrix is None else self._matrix(weight)
+        return made
+
+    def fingerprint(self) -> Fingerprint:
+        return bit_sums(self.weight)
+
+
+def bit_sums(tensor: torch.Tensor | None) -> Fingerprint:
+    """Return the sums of a tensor's bits, as integers, over its rows and over its columns.
+
+    Any write changes the sums, whether or not it changes the tensor's version. Examples are writes
+    by an optimizer, by compiled code, through ``.data``, or by ``load_state_dict``.
+    """
+    if tensor is None:
+        return ()
+    bits = local_shard(tensor.detach()).view(INTEGERS.get(tensor.itemsize, torch.int8))
+    if bits.dim() < 2:
+        return (
+            (bits.sum(dtype=torch.int64),)
+            if bits.dim() == 0
+            else (bits.to(torch.int64, copy=True),)
+        )
+    # Process some rows at a time, because a 64-bit sum copies its whole input.
+    by_row, by_column = [], bits.new_zeros(bits.shape[1:], dtype=torch.int64)
+    for rows in bits.split(_ROWS):
+        by_column += rows.sum(0, dtype=torch.int64)
+        by_row.append(rows.flatten(1).sum(1, dtype=torch.int64))
+    return torch.cat(by_row) if by_row else by_column, by_column
+
+
+def fingerprints_equal(first: Fingerprint, second: Fingerprint) -> bool:
+    """Return whether two fingerprints are equal."""
+    return len(first) == len(second) and all(map(torch.equal, first, second))

@@ -1,0 +1,177 @@
+"""The base class of modules with named adapters: which are active, trainable, and merged.
+
+Names and flags follow PEFT, for tools that inspect a model's modules.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+from torch import nn
+
+from fastlora.validation import UnsupportedLayerError
+
+
+class ModuleWithAdapters:
+    """Base class of a module with named adapters.
+
+    In a class's ``__mro__``, it never comes before PEFT's abstract class.
+
+    Attributes:
+        other_param_names: PEFT's name for the attributes of adapters that are not tensors.
+        adapter_layer_names: PEFT's name for the child modules that contain adapters' tensors.
+        merged_adapters: Names of the adapters that are merged into the base weight, in order.
+        merge_error: Error of quantizing a merged weight again, relative to the change that the
+            merge should make (both as Frobenius norms). None if no adapter is merged into a
+            quantized weight.
+    """
+
+    other_param_names: ClassVar[tuple[str, ...]] = ()
+    _unmerged: object = None  # The state of the base weight that a merge has saved.
+
+    def _init_adapter_state(self) -> None:
+        self._active_adapters: list[str] = []
+        self._disabled = False
+        self.merged_adapters: Any = []
+        self.merge_error: float | None = None
+
+    def _all_available_adapter_names(self) -> list[str]:
+        raise UnsupportedLayerError(f"{type(self).__name__} has no adapters")
+
+    def adapter_parameters(self, adapter_name: str) -> Iterator[nn.Parameter]:
+        """Yield an adapter's trainable parameters; none if the module lacks the adapter."""
+        raise UnsupportedLayerError(f"{type(self).__name__} has no adapters")
+
+    def _check_has_adapter(self, adapter_name: str) -> None:
+        """Raise `AdapterNotFoundError` unless the module has the adapter."""
+        raise UnsupportedLayerError(f"{type(self).__name__} has no adapters")
+
+    # ---------------------------------------------------------------------------- active adapters
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Names of the active adapters.
+
+        They include adapters that this module lacks.
+        """
+        return list(self._active_adapters)
+
+    @property
+    def active_adapter(self) -> list[str]:
+        """Names of the active adapters; PEFT has two names for this list."""
+        return self.active_adapters
+
+    @property
+    def disable_adapters(self) -> bool:
+        """Whether the forward pass ignores every adapter."""
+        return self._disabled
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Activate adapters, make their parameters trainable, and freeze all other adapters.
+
+        Args:
+            adapter_names: One name, or several in the order in which they are applied.
+            inference_mode: Whether to leave all adapters frozen.
+
+        Raises:
+            AdapterNotFoundError: The module does not have one of the adapters.
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        for name in names:
+            self._check_has_adapter(name)
+        self._activate(names, inference_mode)
+
+    def _activate(
+        self, names: list[str], inference_mode: bool = False, keep_merged: bool = False
+    ) -> None:
+        """Activate adapters as `set_adapter` does, except that the module may lack some of them."""
+        if self.merged and not keep_merged:
+            warnings.warn(
+                ("set_adapter() unmerges the adapters that are currently merged"), stacklevel=3
+            )
+            self.unmerge()
+        self._active_adapters = list(dict.fromkeys(names))
+        self._train_only([] if inference_mode else self._active_adapters)
+
+    def _train_only(self, names: list[str]) -> None:
+        """Make the parameters of the named adapters trainable, and freeze all other adapters."""
+        for adapter in self._all_available_adapter_names():
+            for parameter in self.adapter_parameters(adapter):
+                parameter.requires_grad_(adapter in names)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Enable the active adapters and make them trainable, or disable all adapters."""
+        self._disabled = not enabled
+        self._train_only(self._active_adapters if enabled else [])
+
+    @contextlib.contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Context manager that disables all adapters.
+
+        Merged adapters are unmerged in the block and merged again afterwards.
+        """
+        merged, had_saved_base = list(self.merged_adapters), self._unmerged is not None
+        active, was_disabled = self._active_adapters, self._disabled
+        if merged:
+            self.unmerge()
+        self._disabled = True
+        try:
+            yield
+        finally:
+            self._disabled = was_disabled
+            # If other adapters were activated within the block, these apply, and nothing is merged
+            # again.
+            if merged and self._active_adapters == active:
+                self.merge(adapter_names=merged, keep_base=had_saved_base)
+
+    # ----------------------------------------------------------------------------------- merging
+
+    @property
+    def merged(self) -> bool:
+        """Whether any adapter is merged into the base weight."""
+        return bool(self.merged_adapters)
+
+    def check_merge(
+        self, safe_merge: bool = False, adapter_names: list[str] | None = None
+    ) -> list[str]:
+        """Return a list of the names that `merge` would merge, or raise the error that it would.
+
+        The module is not changed.
+        """
+        return []
+
+    def merge(
+        self,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+        *,
+        keep_base: bool = True,
+    ) -> None:
+        """Merge adapters into the base weight, so that the forward pass runs the base layer only.
+
+        Args:
+            safe_merge: Whether to raise if the result is not finite.
+            adapter_names: The adapters to merge, or None for the active ones. Adapters that are
+                already merged are skipped.
+            keep_base: Whether to keep a copy of the weight until `unmerge`, which then restores it
+                bit for bit. False saves that memory, and `unmerge` subtracts the update instead, as
+                PEFT does.
+
+        Raises:
+            AdapterNotFoundError: The layer does not have one of the adapters.
+            AdapterStateError: ``safe_merge`` found a value that is not finite, or an adapter has a
+                lora_bias and the base layer has no bias. In this case, nothing has changed.
+            UnsupportedLayerError: The base weight does not support merging.
+        """
+        names = self.check_merge(safe_merge, adapter_names)
+        if names:
+            self._merge_checked(names, keep_base)
+
+    def _merge_checked(self, names: list[str], keep_base: bool) -> None:
+        """Merge adapters that `check_merge` has checked."""
+
+    def unmerge(self) -> None:
+        """Undo `merge` for every merged adapter."""

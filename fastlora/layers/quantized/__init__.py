@@ -1,0 +1,44 @@
+"""Quantized base weights, which kernels can read, and which merging dequantizes and writes.
+
+Each supported library has a file here, and each kind of quantization has a class. No other module
+depends on the libraries. `quantized_weight_of` finds the kind of a module for
+`fastlora.layers.base_layers`, for a layer's forward pass on kernels
+(`fastlora.layers.quantized_base`), and for merging.
+"""
+
+from fastlora.layers.quantized import (
+    bitsandbytes,  # noqa: F401 - registers kinds
+    hqq,  # noqa: F401 - registers a kind
+    torchao,  # noqa: F401 - registers a kind
+)
+from fastlora.layers.quantized.base_weight import (
+    UNREFERENCED_OUTPUT_MODULES,
+    KernelsCannotRead,
+    QuantizedBaseWeight,
+    address_tensor,
+    peft_quantized_layers,
+    qualified_class_name,
+    quantized_weight_of,
+    register_quantized_weight,
+)
+from fastlora.layers.quantized.repacking import (
+    RepackedProduct,
+    is_repacking_prevented,
+    prevent_repacking,
+    warn_if_gradients_blocked,
+)
+
+__all__ = [
+    "UNREFERENCED_OUTPUT_MODULES",
+    "KernelsCannotRead",
+    "QuantizedBaseWeight",
+    "RepackedProduct",
+    "address_tensor",
+    "qualified_class_name",
+    "prevent_repacking",
+    "is_repacking_prevented",
+    "peft_quantized_layers",
+    "quantized_weight_of",
+    "register_quantized_weight",
+    "warn_if_gradients_blocked",
+]

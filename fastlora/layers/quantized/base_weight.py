@@ -1,0 +1,366 @@
+"""The interface of a kind of quantized weight, and the registry of kinds.
+
+A kind is a subclass of `QuantizedBaseWeight` with the decorator `register_quantized_weight`. It
+defines the modules that it supports, methods that return their weight as a dense matrix (as a whole
+or some rows at a time) or in the form that kernels read, and a method with which a merge writes the
+weight.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import nn
+
+from fastlora.layers.merge_target import Fingerprint, MergeTarget, bit_sums
+from fastlora.quantized_tensor import QuantizedData, QuantizedTensor
+from fastlora.validation import UnsupportedLayerError
+
+# Number of pieces of a weight: on a CPU, libraries make several copies of what they quantize.
+PIECES = 16
+# A weight with fewer than twice this number of elements is made as a whole for a norm, because each
+# piece costs a call.
+_WHOLE = 1 << 19
+_Kind = TypeVar("_Kind", bound="type[QuantizedBaseWeight]")
+_kinds: list[type[QuantizedBaseWeight]] = []
+# Module classes that return a new tensor and keep no reference to it.
+UNREFERENCED_OUTPUT_MODULES: set[str] = set()
+
+
+# The name has no suffix Error: it is a fallback reason, and does not leave this folder.
+class KernelsCannotRead(Exception):  # noqa: N818
+    """Raised if kernels cannot read a quantized weight; the message is the fallback reason."""
+
+
+class QuantizedBaseWeight(MergeTarget):
+    """Base class of the kinds of quantized weights, for which `dense` returns a new tensor.
+
+    A kind that does not support merging raises in `check_writable`, and defines nothing else for
+    merging.
+
+    Args:
+        base: The module.
+
+    Attributes:
+        modules: Names of the supported module classes; see `qualified_class_name`. Subclasses of
+            these classes are not supported, because their behavior is unknown.
+        fresh_output: Whether the modules return a new tensor and keep no reference to it.
+        casts: Whether the modules accept x in any dtype, compute in their own, and return x's
+            dtype.
+        peft_layer: Python module and class of PEFT's layer for these modules, or None.
+        weight: The module's weight.
+        shape: N and K.
+        dtype: Dtype of the result of `dense`.
+    """
+
+    in_place = False
+    backend: str | None = None
+    modules: ClassVar[tuple[str, ...]] = ()
+    fresh_output: ClassVar[bool] = False
+    casts: ClassVar[bool] = False
+    peft_layer: ClassVar[tuple[str, str] | None] = None
+
+    def __init__(self, base: object) -> None:
+        module: Any = base
+        self.base, self.weight = module, self.weight_object_of(module)
+        self.shape = int(module.out_features), int(module.in_features)
+
+    @staticmethod
+    def weight_object_of(module: object) -> Any:
+        """Return the object in which a module stores its weight."""
+        return getattr(module, "weight", None)
+
+    @classmethod
+    def matches(cls, module: object) -> bool:
+        """Return whether a module's weight is of this kind."""
+        raise TypeError(f"{cls.__name__} must define `matches`")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the result of `dense`."""
+        found: torch.dtype = self.weight.dtype
+        return found
+
+    # ------------------------------------------------------------------------ what kernels read
+
+    def compute_dtype(self) -> torch.dtype | None:
+        """Return the dtype that the module computes in, or None if it is that of x."""
+        return self.dtype
+
+    def refers_to_current_weight(self) -> bool:
+        """Return whether the module's weight is still the object that ``weight`` refers to."""
+        return self.weight_object_of(self.base) is self.weight
+
+    def tensor_dependencies(self) -> Sequence[torch.Tensor]:
+        """Return the tensors that the weight depends on.
+
+        A change to one of them invalidates the weight's caches.
+        """
+        return self.stored_tensors()
+
+    def other_dependencies(self) -> Hashable:
+        """Return what the weight depends on besides tensors, hashable and compared by ``==``."""
+        return None
+
+    def read_for_kernels(
+        self, dtype: torch.dtype
+    ) -> tuple[QuantizedData, tuple[torch.Tensor, ...]]:
+        """Return a tuple (quantized_data, tensors): the weight in the form that kernels read.
+
+        ``quantized_data`` represents a matrix in ``dtype``. It contains the addresses of
+        ``tensors``.
+
+        The method checks the dtypes, the sizes, and the values of tables in the library's object.
+
+        Raises:
+            KernelsCannotRead: Kernels cannot read the weight. The message gives the reason.
+        """
+        raise KernelsCannotRead(
+            f"its base layer is {type(self.base).__name__}, which runs unchanged"
+        )
+
+    def library_and_version(self) -> str:
+        """Return the name and version of the library that quantized the weight."""
+        kind = type(self.base) if self.weight is None else type(self.weight)
+        name = kind.__module__.partition(".")[0]
+        try:
+            return f"{name} {importlib.metadata.version(name)}"
+        except importlib.metadata.PackageNotFoundError:
+            return name
+
+    def fallback_reason_missing_field(self, error: AttributeError) -> str:
+        """Return the fallback reason for an object of a library that lacks an expected field."""
+        return f"{self.library_and_version()}: {error}; its base layer runs unchanged"
+
+    def tensor_or_fallback_reason(self, dtype: torch.dtype) -> QuantizedTensor | str:
+        """Return the tensor for kernels in ``dtype``, or the fallback reason to call the module."""
+        if qualified_class_name(self.base) not in self.modules:
+            return f"its base layer is {type(self.base).__name__}, which runs unchanged"
+        if self.codes().is_meta:
+            return "its base weight is not loaded yet (it is on the meta device)"
+        try:
+            own = self.compute_dtype()
+            if own is not None and own is not dtype:
+                return f"its base layer computes in {own}, but x has dtype {dtype}"
+            quantized_data, data_tensors = self.read_for_kernels(dtype)
+        except KernelsCannotRead as error:
+            return str(error)
+        # The library has an unsupported version.
+        except AttributeError as error:
+            return self.fallback_reason_missing_field(error)
+        if quantized_data.codes.data_ptr() % 4:
+            return "the codes of its base weight are not aligned to 4 bytes"
+        return QuantizedTensor(quantized_data, self.make_dequantizer(dtype), dtype, data_tensors)
+
+    @property
+    def description(self) -> str:
+        """Name of the weight's quantization in the fusion report."""
+        return self.backend or type(self).__name__
+
+    def tensor_for_pytorch_only(self) -> QuantizedTensor:
+        """Return a `QuantizedTensor` for PyTorch operators, which dequantize it; kernels cannot."""
+        n, k = self.shape
+        codes = self.codes()
+        quantized_data = QuantizedData("", codes, torch.empty(0, dtype=torch.int64), n, k, k)
+        return QuantizedTensor(
+            quantized_data, self.make_dequantizer(self.dtype), self.dtype, (codes,)
+        )
+
+    def stored_tensors(self) -> list[torch.Tensor]:
+        """Return a list of the tensors that store the weight, with the codes first."""
+        return [self.weight]
+
+    def codes(self) -> torch.Tensor:
+        """Return the tensor of codes, which is on the weight's device."""
+        return self.stored_tensors()[0]
+
+    def make_dequantizer(self, dtype: torch.dtype) -> Callable[[], torch.Tensor]:
+        """Return a function that dequantizes the current weight to ``[N, K]`` in ``dtype``."""
+        return lambda: self.dense().to(dtype)
+
+    def bias_for_product(self, dtype: torch.dtype) -> torch.Tensor | None:
+        """Return the bias for a product in ``dtype``.
+
+        The module's own bias changes as in a call of the module.
+        """
+        bias: torch.Tensor | None = self.base.bias
+        return bias
+
+    # ------------------------------------------------------------------------------- in pieces
+
+    def row_slices(self, count: int = PIECES) -> list[slice]:
+        """Return a list of slices that divide the rows into about ``count`` pieces."""
+        step = -(-self.shape[0] // count)
+        return [slice(start, start + step) for start in range(0, self.shape[0], step)]
+
+    def dequantized_pieces(self, count: int = PIECES) -> Iterator[torch.Tensor]:
+        """Yield the weight's elements in fp32, in about ``count`` flat pieces."""
+        yield self.dense().reshape(-1).float()
+
+    def dequantized_rows(self) -> Iterator[torch.Tensor]:
+        """Yield the dequantized matrix in `dtype`, some rows ``[n, K]`` at a time."""
+        (n, k), rest = self.shape, None
+        count = min(PIECES, n * k // _WHOLE)
+        if count < 2:
+            yield self.dense()
+            return
+        for piece in self.dequantized_pieces(count):
+            flat = piece if rest is None else torch.cat([rest, piece])
+            whole = flat.numel() // k * k
+            if whole:
+                yield flat[:whole].view(-1, k).to(self.dtype)
+            rest = flat[whole:] if whole < flat.numel() else None
+
+    def merge_buffer(self) -> torch.Tensor:
+        """Return a new fp32 matrix to merge into, created without a temporary of its size."""
+        made = torch.empty(self.shape, dtype=torch.float32, device=self.weight.device)
+        flat, start = made.view(-1), 0
+        for piece in self.dequantized_pieces():
+            flat[start : start + piece.numel()] = piece
+            start += piece.numel()
+        return made
+
+    def squared_distance_to(self, matrix: torch.Tensor) -> float:
+        flat, start, total = matrix.reshape(-1), 0, 0.0
+        for piece in self.dequantized_pieces():
+            part = flat[start : start + piece.numel()]
+            total += float((part - piece).square().sum(dtype=torch.float64))
+            start += piece.numel()
+        return total
+
+    # ------------------------------------------------------------------------------- merging
+
+    def snapshot(self) -> object:
+        return [part.detach().clone() for part in self.stored_tensors()]
+
+    def restore(self, snapshot: object) -> None:
+        values: Any = snapshot
+        for part, value in zip(self.stored_tensors(), values, strict=True):
+            part.detach().copy_(value)
+
+    def fingerprint(self) -> Fingerprint:
+        return tuple(total for part in self.stored_tensors() for total in bit_sums(part))
+
+    def convert_snapshot(
+        self, snapshot: object, fn: Callable[[torch.Tensor], torch.Tensor]
+    ) -> object:
+        """Return ``snapshot`` unchanged, because ``fn`` may change dtypes; `restore` moves it."""
+        return snapshot
+
+    def dense_from_snapshot(self, snapshot: object) -> torch.Tensor:
+        now = self.snapshot()
+        try:
+            self.restore(snapshot)
+            return self.dense()
+        finally:
+            self.restore(now)
+
+
+def register_quantized_weight(kind: _Kind) -> _Kind:
+    """Class decorator that registers a kind of quantized weight; later ones are tried first."""
+    _kinds.insert(0, kind)
+    if kind.fresh_output:
+        UNREFERENCED_OUTPUT_MODULES.update(kind.modules)
+    return kind
+
+
+def peft_quantized_layers() -> list[tuple[str, str]]:
+    """Return a list of (Python module, class) of PEFT's layers for the registered kinds."""
+    return [kind.peft_layer for kind in _kinds if kind.peft_layer is not None]
+
+
+def qualified_class_name(module: object) -> str:
+    """Return the qualified name of a module's class, including its Python module."""
+    kind = type(module)
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def quantized_weight_of(module: object) -> QuantizedBaseWeight | None:
+    """Return a module's `QuantizedBaseWeight`, or None if no registered kind supports it.
+
+    Raises:
+        UnsupportedLayerError: The library has not quantized the weight yet.
+    """
+    for kind in _kinds:
+        if kind.matches(module):
+            return kind(module)
+    return None
+
+
+def check_weight_tensor(
+    name: str,
+    part: object,
+    like: torch.Tensor,
+    dtypes: torch.dtype | Sequence[torch.dtype],
+    count: int,
+    library: str,
+) -> torch.Tensor:
+    """Check a tensor of a library's quantized weight, and return it.
+
+    Kernels require one of these dtypes, ``count`` contiguous elements, and the device of ``like``.
+
+    Args:
+        name: The field's name, for the message.
+        part: The field's value.
+        like: A tensor on the required device.
+        dtypes: The accepted dtype or dtypes.
+        count: The required number of elements.
+        library: The library's name and version, for the message.
+
+    Raises:
+        KernelsCannotRead: The part does not meet the requirements.
+    """
+    wanted = (dtypes,) if isinstance(dtypes, torch.dtype) else dtypes
+    if not isinstance(part, torch.Tensor) or part.dtype not in wanted:
+        found = part.dtype if isinstance(part, torch.Tensor) else type(part).__name__
+        names = " or ".join(map(str, wanted))
+        raise KernelsCannotRead(
+            f"{library}: {name} is {found}, expected {names}; the base layer runs unchanged"
+        )
+    if part.device != like.device:
+        raise KernelsCannotRead(
+            f"{library}: {name} is on {part.device}, but the codes are on {like.device}"
+        )
+    if part.numel() != count or not part.is_contiguous():
+        raise KernelsCannotRead(
+            f"{library}: {name} has {part.numel()} elements of shape {tuple(part.shape)} with "
+            f"strides {part.stride()}, expected {count} contiguous elements; the base layer runs "
+            "unchanged"
+        )
+    return part
+
+
+def address_tensor(*parts: torch.Tensor) -> torch.Tensor:
+    """Return the addresses of tensors, int64 ``[len(parts)]``, on the device of the tensors."""
+    found = torch.tensor([part.data_ptr() for part in parts], dtype=torch.int64)
+    return found.to(parts[0].device)
+
+
+def check_decoded_values(
+    decoded: torch.Tensor, rows: torch.Tensor, library: str, what: str
+) -> None:
+    """Check that kernels decode codes to the same values as the library, both in fp32.
+
+    Raises:
+        KernelsCannotRead: The values differ, because the library has changed its format.
+    """
+    scale = rows.abs().max().clamp(min=torch.finfo(torch.float32).tiny)
+    error = float(((decoded - rows).abs().max() / scale).nan_to_num(math.inf))
+    if error > 1e-5:
+        raise KernelsCannotRead(
+            f"{library}: the codes of a {what} do not have the meaning that fastlora expects "
+            f"(decoded values differ by {error:.2g} of the largest value); the base layer runs "
+            "unchanged"
+        )
+
+
+def not_quantized_yet_error(base: nn.Module) -> UnsupportedLayerError:
+    """Return the error for a bitsandbytes layer whose weight is not quantized yet."""
+    return UnsupportedLayerError(
+        f"the weight of this {type(base).__name__} is not quantized yet. bitsandbytes quantizes "
+        "it when the model moves to its device; call model.to(device) first"
+    )

@@ -1,0 +1,391 @@
+"""Weights quantized by bitsandbytes: 4 bits (NF4, FP4) and int8."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import importlib
+import weakref
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastlora.layers.merge_target import Fingerprint
+from fastlora.layers.quantized.base_weight import (
+    PIECES,
+    KernelsCannotRead,
+    QuantizedBaseWeight,
+    address_tensor,
+    check_decoded_values,
+    check_weight_tensor,
+    not_quantized_yet_error,
+    register_quantized_weight,
+)
+from fastlora.layers.quantized.repacking import MODULES, is_repacked
+from fastlora.quantized_tensor import QuantizedData
+
+# Number of blocks with absmax values that are quantized together. bitsandbytes supports no other
+# number.
+_NESTED_BLOCK = 256
+
+
+@register_quantized_weight
+class BitsAndBytes4Bit(QuantizedBaseWeight):
+    """The weight of a bitsandbytes `Linear4bit`: 4-bit codes, in blocks with one absmax each.
+
+    In evaluation on a CPU, bitsandbytes repacks the codes for its product, and rounds the blocks'
+    absmax values to bf16. `write` restores the usual layout, and the next forward pass repacks it.
+    """
+
+    backend = "bnb 4bit"
+    peft_layer = ("peft.tuners.lora.bnb", "Linear4bit")
+    fresh_output = casts = True
+    modules = MODULES
+
+    def __init__(self, base: object) -> None:
+        super().__init__(base)
+        if self.weight.quant_state is None:
+            raise not_quantized_yet_error(self.base)
+
+    @classmethod
+    def matches(cls, module: object) -> bool:
+        return type(getattr(module, "weight", None)).__name__ == "Params4bit"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weight before quantization, or fp32 if the codes are repacked."""
+        found: torch.dtype = self.weight.quant_state.dtype
+        return torch.float32 if self._is_repacked() else found
+
+    def dense(self) -> torch.Tensor:
+        weight = self.weight
+        if self._is_repacked():
+            return _weight_from_outputs(self.base, weight.device)
+        return _bitsandbytes().dequantize_4bit(weight.data, weight.quant_state)
+
+    def _is_repacked(self) -> bool:
+        return is_repacked(self.base)
+
+    # ------------------------------------------------------------------------ what kernels read
+
+    def compute_dtype(self) -> torch.dtype | None:
+        found: torch.dtype | None = self.base.compute_dtype
+        return found
+
+    def tensor_dependencies(self) -> Sequence[torch.Tensor]:
+        state = self.weight.quant_state
+        inner = getattr(state, "state2", None)  # Repacked weights have none.
+        nested = [] if inner is None else [inner.absmax, inner.code, state.offset]
+        return [self.weight, state.absmax, state.code, *nested]
+
+    def other_dependencies(self) -> Hashable:
+        base, state = self.base, self.weight.quant_state
+        # A weak reference, because another object may get the `id` of a deleted one.
+        return weakref.ref(state), state.quant_type, base.compute_dtype, base.compute_type_is_set
+
+    def read_for_kernels(
+        self, dtype: torch.dtype
+    ) -> tuple[QuantizedData, tuple[torch.Tensor, ...]]:
+        """Return the quantized data that kernels read, and the tensors that it refers to.
+
+        A dequantized value is ``table[code] * absmax``, with the absmax of its block along K.
+        """
+        weight, state, (n, k) = self.weight, self.weight.quant_state, self.shape
+        library, block = self.library_and_version(), state.blocksize
+        if not self.base.compute_type_is_set:
+            raise KernelsCannotRead(
+                "bitsandbytes chooses its compute dtype in its first forward pass"
+            )
+        if self._is_repacked():
+            raise KernelsCannotRead("an evaluation on the CPU has repacked its base weight")
+        if state.quant_type not in ("nf4", "fp4"):
+            raise KernelsCannotRead(
+                f"{library}: quant_type is {state.quant_type!r}, expected 'nf4' or 'fp4'"
+            )
+        if tuple(state.shape) != (n, k):
+            raise KernelsCannotRead(
+                f"{library}: quant_state.shape is {tuple(state.shape)}, expected {(n, k)}"
+            )
+        if not isinstance(block, int) or block <= 0 or block & (block - 1) or k % block:
+            raise KernelsCannotRead(
+                f"its block size of {block} is not a power of 2 that divides its {k} in_features"
+            )
+        if block < 16:  # Kernels load words of 8 codes.
+            raise KernelsCannotRead(f"its block size is {block}, but the kernels need at least 16")
+        if not weight.data.is_contiguous():
+            raise KernelsCannotRead(f"{library}: its codes are not contiguous")
+        # detach(), unlike `.data`, also counts writes to the parameter.
+        codes, count = weight.detach().view(torch.uint8).view(-1), n * k // block
+        own = functools.partial(check_weight_tensor, like=codes, library=library)
+        own("weight", codes, dtypes=torch.uint8, count=n * k // 2)
+        table = own("quant_state.code", state.code, dtypes=torch.float32, count=16)
+        if state.nested:
+            inner = state.state2
+            if inner.blocksize != _NESTED_BLOCK:
+                raise KernelsCannotRead(
+                    f"{library}: quant_state.state2.blocksize is {inner.blocksize}, expected "
+                    f"{_NESTED_BLOCK}"
+                )
+            kind = "table4_nested"
+            parts: tuple[torch.Tensor, ...] = (
+                own("quant_state.absmax", state.absmax, dtypes=torch.uint8, count=count),
+                table,
+                own(
+                    "quant_state.state2.absmax",
+                    inner.absmax,
+                    dtypes=torch.float32,
+                    count=-(-count // _NESTED_BLOCK),
+                ),
+                own("quant_state.state2.code", inner.code, dtypes=torch.float32, count=256),
+                own("quant_state.offset", state.offset, dtypes=torch.float32, count=1),
+            )
+        else:
+            kind = "table4"
+            parts = (
+                own("quant_state.absmax", state.absmax, dtypes=torch.float32, count=count),
+                table,
+            )
+        some = min(count, 512)
+        check_decoded_values(
+            _decode_blocks(codes[: some * block // 2], parts, block),
+            self._dequantize_blocks(
+                codes[: some * block // 2], self._absmax_per_block()[:some], some * block
+            ),
+            library,
+            type(weight).__name__,
+        )
+        return QuantizedData(kind, codes, address_tensor(*parts), n, k, block), (codes, *parts)
+
+    @property
+    def description(self) -> str:
+        state = self.weight.quant_state
+        return f"{state.quant_type}{' nested' if state.nested else ''}"
+
+    def make_dequantizer(self, dtype: torch.dtype) -> Callable[[], torch.Tensor]:
+        """Return a function that dequantizes the codes that are current now to a dense matrix."""
+        if self._is_repacked():
+            return super().make_dequantizer(dtype)
+        library, state = _bitsandbytes(), copy.copy(self.weight.quant_state)
+        codes, state.dtype = self.weight.data.view(-1, 1), dtype
+        return lambda: library.dequantize_4bit(codes, state)
+
+    def bias_for_product(self, dtype: torch.dtype) -> torch.Tensor | None:
+        """Return the bias in ``dtype``.
+
+        As in bitsandbytes, the module's own bias is converted to ``dtype`` too.
+        """
+        bias: torch.Tensor | None = self.base.bias
+        if bias is not None and bias.dtype is not dtype:
+            with torch.inference_mode(False):
+                bias.data = bias.data.to(dtype)
+        return bias
+
+    # ------------------------------------------------------------------------------- in pieces
+
+    @property
+    def _block(self) -> int:
+        found: int = self.weight.quant_state.blocksize
+        return found
+
+    def _blocks_per_piece(self, count: int = PIECES) -> int:
+        """Return the number of blocks in each of ``count`` pieces."""
+        return -(-(self.shape[0] * self.shape[1]) // (count * self._block))
+
+    def dequantized_pieces(self, count: int = PIECES) -> Iterator[torch.Tensor]:
+        """Yield the weight's elements in fp32, in about ``count`` pieces; one piece if repacked."""
+        if self._is_repacked():
+            yield from super().dequantized_pieces()
+            return
+        blocks, elements = self._blocks_per_piece(count), self.shape[0] * self.shape[1]
+        codes, size = self.weight.data.view(torch.uint8).view(-1), blocks * self._block
+        largest = self._absmax_per_block()
+        for index, part in enumerate(codes.split(size // 2)):
+            own = largest[index * blocks : (index + 1) * blocks]
+            yield self._dequantize_blocks(part, own, min(size, elements - index * size))
+
+    def dequantized_rows(self) -> Iterator[torch.Tensor]:
+        """Yield the dequantized matrix some rows at a time, or as a whole if blocks cross rows.
+
+        If blocks cross rows, bitsandbytes 0.50 computes on a CPU with values that differ from the
+        stored ones, and a norm must match the values that it computes with.
+        """
+        if self.shape[1] % self._block:
+            yield self.dense()
+        else:
+            yield from super().dequantized_rows()
+
+    def _absmax_per_block(self) -> torch.Tensor:
+        """Return the absmax of each block, in fp32, dequantized if it is nested."""
+        state, absmax = self.weight.quant_state, self.weight.quant_state.absmax
+        if state.nested:
+            absmax = _bitsandbytes().dequantize_blockwise(absmax, state.state2).add_(state.offset)
+        return absmax.float()
+
+    def _dequantize_blocks(
+        self, codes: torch.Tensor, largest: torch.Tensor, count: int
+    ) -> torch.Tensor:
+        """Return ``count`` elements of whole blocks, dequantized to fp32 by bitsandbytes."""
+        state = self.weight.quant_state
+        piece = type(state)(
+            absmax=largest,
+            shape=torch.Size([count]),
+            code=state.code,
+            blocksize=state.blocksize,
+            quant_type=state.quant_type,
+            dtype=torch.float32,
+        )
+        made: torch.Tensor = _bitsandbytes().dequantize_4bit(codes.view(-1, 1), piece)
+        return made.view(-1)
+
+    def write(self, dense: torch.Tensor) -> None:
+        library, state = _bitsandbytes(), self.weight.quant_state
+        packed = self._is_repacked()
+        parts = [
+            library.quantize_4bit(
+                part,
+                blocksize=state.blocksize,
+                quant_type=state.quant_type,
+                quant_storage=self.weight.quant_storage,
+            )
+            for part in dense.contiguous()
+            .view(-1)
+            .split(self._blocks_per_piece() * state.blocksize)
+        ]
+        new = parts[0][1]
+        new.absmax = torch.cat([part.absmax for _, part in parts])
+        if state.original_nested if packed else state.nested:
+            # As bitsandbytes nests them: without their mean, in 8 bits.
+            new.offset, new.nested = new.absmax.mean(), True
+            new.absmax, new.state2 = library.quantize_blockwise(
+                new.absmax - new.offset, blocksize=256
+            )
+        new.shape = dense.shape
+        new.dtype = state.original_dtype if packed else state.dtype  # The dtype of the product.
+        self.restore((torch.cat([codes for codes, _ in parts]), new))
+
+    def snapshot(self) -> object:
+        return self.weight.data.clone(), _clone_quant_state(self.weight.quant_state)
+
+    def restore(self, snapshot: object) -> None:
+        both: Any = snapshot
+        data, state = both
+        self.weight.data = data.to(self.weight.device)
+        # In place, because the module refers to this very object.
+        own = self.weight.quant_state.__dict__
+        own.clear()
+        own.update(_clone_quant_state(state).__dict__)
+        self.weight.quant_state.to(self.weight.device)
+
+    def fingerprint(self) -> Fingerprint:
+        """Return the number of occurrences of each 4-bit code, which repacking does not change."""
+        counts = self.weight.data.view(torch.uint8).flatten().bincount(minlength=256).view(16, 16)
+        return (counts.sum(0) + counts.sum(1),)
+
+
+@register_quantized_weight
+class BitsAndBytes8Bit(QuantizedBaseWeight):
+    """The weight of a bitsandbytes `Linear8bitLt`: int8 codes, with one absmax per row."""
+
+    backend = "bnb 8bit"
+    peft_layer = ("peft.tuners.lora.bnb", "Linear8bitLt")
+    modules = ("bitsandbytes.nn.modules.Linear8bitLt",)
+    fresh_output = True
+
+    def __init__(self, base: object) -> None:
+        super().__init__(base)
+        # The first forward pass moves the scales from the parameter to the module's state.
+        moved = self.base.state.SCB
+        self.scales = self.weight.SCB if moved is None else moved
+        if self.weight.dtype != torch.int8 or self.scales is None:
+            raise not_quantized_yet_error(self.base)
+
+    @classmethod
+    def matches(cls, module: object) -> bool:
+        return type(getattr(module, "weight", None)).__name__ == "Int8Params"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype to which bitsandbytes dequantizes."""
+        return torch.float32
+
+    def stored_tensors(self) -> list[torch.Tensor]:
+        return [self.weight, self.scales]
+
+    def read_for_kernels(
+        self, dtype: torch.dtype
+    ) -> tuple[QuantizedData, tuple[torch.Tensor, ...]]:
+        """Raise `KernelsCannotRead`, because the module's product rounds x too."""
+        threshold = getattr(self.base.state, "threshold", 0.0)
+        apart = f", except for columns with values above {threshold}" if threshold else ""
+        raise KernelsCannotRead(
+            f"bitsandbytes also rounds x to int8{apart}; its base layer runs unchanged"
+        )
+
+    def dense(self) -> torch.Tensor:
+        scales = self.scales.to(self.weight.device)
+        return _bitsandbytes().int8_vectorwise_dequant(self.weight.data, scales)
+
+    def dequantized_pieces(self, count: int = PIECES) -> Iterator[torch.Tensor]:
+        dequantize_rows, codes = _bitsandbytes().int8_vectorwise_dequant, self.weight.data
+        scales = self.scales.to(codes.device)
+        for rows in self.row_slices(count):
+            yield dequantize_rows(codes[rows], scales[rows]).view(-1).float()
+
+    def write(self, dense: torch.Tensor) -> None:
+        """Replace the weight as `MergeTarget.write` does, after rounding the values to fp16.
+
+        bitsandbytes accepts no other dtype here.
+        """
+        quantize_rows = _bitsandbytes().int8_vectorwise_quant
+        made = [quantize_rows(dense[rows].to(torch.float16))[:2] for rows in self.row_slices()]
+        self.restore([torch.cat(values) for values in zip(*made, strict=True)])
+
+    def restore(self, snapshot: object) -> None:
+        super().restore(snapshot)
+        for codes in (self.weight.CB, self.base.state.CB):
+            if codes is not None:
+                codes.copy_(self.weight.data)
+
+
+def _bitsandbytes() -> Any:
+    return importlib.import_module("bitsandbytes.functional")
+
+
+def _clone_quant_state(state: object) -> Any:
+    """Return a copy of a quant state and its nested states, with cloned tensors."""
+    made: Any = copy.copy(state)
+    for name, value in vars(state).items():
+        if isinstance(value, torch.Tensor):
+            setattr(made, name, value.clone())
+        elif type(value) is type(state):
+            setattr(made, name, _clone_quant_state(value))
+    return made
+
+
+@torch.no_grad()
+def _weight_from_outputs(base: nn.Module, device: torch.device) -> torch.Tensor:
+    """Return the weight with which a layer computes, found by applying it to unit vectors.
+
+    The function is for 4-bit weights that an evaluation on a CPU has repacked, which cannot be
+    dequantized.
+    """
+    layer: Any = base
+    columns = layer(torch.eye(layer.in_features, device=device))
+    return (columns if layer.bias is None else columns - layer.bias).t()
+
+
+def _decode_blocks(
+    codes: torch.Tensor, parts: tuple[torch.Tensor, ...], block: int
+) -> torch.Tensor:
+    """Decode whole blocks of 4-bit codes to fp32 in the way that kernels do, and return them."""
+    absmax, table, *nested = parts
+    count = 2 * codes.numel() // block
+    largest = absmax[:count]
+    if nested:
+        outer, outer_table, offset = nested
+        each = outer.repeat_interleave(_NESTED_BLOCK)[:count]
+        largest = outer_table[largest.long()] * each + offset
+    nibbles = torch.stack([codes >> 4, codes & 15], dim=1).view(count, block)
+    return (table[nibbles.long()] * largest[:, None]).view(-1)

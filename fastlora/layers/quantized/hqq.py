@@ -1,0 +1,47 @@
+"""Weights quantized by HQQ, which can be dequantized; kernels cannot read them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from fastlora.layers.quantized.base_weight import QuantizedBaseWeight, register_quantized_weight
+from fastlora.validation import UnsupportedLayerError
+
+
+@register_quantized_weight
+class HqqWeight(QuantizedBaseWeight):
+    """The weight of an `HQQLinear`: codes, with a zero point and a scale for each group."""
+
+    peft_layer = ("peft.tuners.lora.hqq", "HqqLoraLinear")
+
+    @staticmethod
+    def weight_object_of(module: object) -> Any:
+        return getattr(module, "W_q")  # noqa: B009 - a module of any kind
+
+    @classmethod
+    def matches(cls, module: object) -> bool:
+        return hasattr(module, "W_q") and callable(getattr(module, "dequantize", None))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the dequantized weight, which is that of HQQ's product."""
+        found: torch.dtype = self.base.compute_dtype
+        return found
+
+    def tensor_dependencies(self) -> Sequence[torch.Tensor]:
+        meta: dict[str, object] = getattr(self.base, "meta", None) or {}
+        return [self.weight, *(part for part in meta.values() if isinstance(part, torch.Tensor))]
+
+    def dense(self) -> torch.Tensor:
+        made: torch.Tensor = self.base.dequantize()
+        return made
+
+    def check_writable(self) -> None:
+        """Raise `UnsupportedLayerError`, because a merge would need HQQ's solver."""
+        raise UnsupportedLayerError(
+            f"cannot merge into {type(self.base).__name__}: HQQ finds a weight's codes by "
+            "optimization; dequantize the base model first"
+        )

@@ -1,0 +1,210 @@
+"""Weights quantized by torchao: int8 and float8 (by row, group, or tensor), int4, and others."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+import torch
+
+from fastlora.layers.quantized.base_weight import (
+    PIECES,
+    KernelsCannotRead,
+    QuantizedBaseWeight,
+    address_tensor,
+    check_decoded_values,
+    check_weight_tensor,
+    register_quantized_weight,
+)
+from fastlora.quantized_tensor import QuantizedData
+from fastlora.validation import UnsupportedLayerError
+
+# The kernel loader for each dtype in which weights are stored.
+_LOADERS = {
+    torch.int8: "int8",
+    torch.float8_e4m3fn: "float8_e4m3",
+    torch.float8_e5m2: "float8_e5m2",
+}
+
+
+@register_quantized_weight
+class TorchaoWeight(QuantizedBaseWeight):
+    """A weight quantized by torchao, such as int8 or float8 with a scale per row or per tensor."""
+
+    backend = "torchao"
+    peft_layer = ("peft.tuners.lora.torchao", "TorchaoLoraLinear")
+    fresh_output = True
+    modules = ("torch.nn.modules.linear.Linear",)
+
+    @classmethod
+    def matches(cls, module: object) -> bool:
+        return type(getattr(module, "weight", None)).__module__.startswith("torchao.")
+
+    def read_for_kernels(
+        self, dtype: torch.dtype
+    ) -> tuple[QuantizedData, tuple[torch.Tensor, ...]]:
+        """Return the quantized data that kernels read, and the tensors that it refers to.
+
+        A dequantized value is ``code * scale``, with the scale of its row.
+
+        A single scale for the weight is expanded to all rows.
+        """
+        weight, (n, k), name = self.weight, self.shape, type(self.weight).__name__
+        if name not in _TORCHAO:
+            raise KernelsCannotRead(
+                f"its base weight is a torchao {name}, which the kernels do not support"
+            )
+        if weight.act_quant_kwargs is not None:
+            raise KernelsCannotRead("torchao also rounds x; its base layer runs unchanged")
+        for field in ("act_pre_scale", "act_quant_scale", "act_quant_zero_point"):
+            if getattr(weight, field, None) is not None:
+                raise KernelsCannotRead(f"its base weight, a torchao {name}, has an {field}")
+        block = [int(size) for size in weight.block_size]
+        if block not in ([1, k], [n, k]):
+            raise KernelsCannotRead(
+                f"its base weight, a torchao {name}, has one scale per block of {block}, expected "
+                "one per row"
+            )
+        library, codes = self.library_and_version(), weight.qdata
+        if codes.dtype not in _LOADERS or codes.shape != (n, k):
+            raise KernelsCannotRead(
+                f"{library}: qdata has dtype {codes.dtype} and shape {tuple(codes.shape)}, which "
+                "the kernels do not support"
+            )
+        own = functools.partial(check_weight_tensor, like=codes, library=library)
+        own("qdata", codes, dtypes=codes.dtype, count=n * k)
+        count = 1 if block == [n, k] else n
+        scale = own("scale", weight.scale, dtypes=torch.float32, count=count).view(-1)
+        zero = getattr(weight, "zero_point", None)
+        if zero is not None and bool(zero.any()):
+            raise KernelsCannotRead(f"its base weight, a torchao {name}, has nonzero zero points")
+        if count < n:
+            scale = scale.expand(n).contiguous()
+        rows = slice(16)
+        decoded = codes[rows].float() * scale[rows, None]
+        check_decoded_values(decoded, weight[rows].dequantize(torch.float32), library, name)
+        bits = codes.view(torch.uint8) if codes.dtype is not torch.int8 else codes
+        quantized_data = QuantizedData(_LOADERS[codes.dtype], bits, address_tensor(scale), n, k, k)
+        return quantized_data, (codes, scale)
+
+    @property
+    def description(self) -> str:
+        return f"torchao {self.weight.qdata.dtype}".replace("torch.", "")
+
+    def make_dequantizer(self, dtype: torch.dtype) -> Callable[[], torch.Tensor]:
+        """Return a function that dequantizes the weight to ``dtype``, rounding once."""
+        weight = self.weight
+        return lambda: weight.dequantize(dtype)
+
+    def stored_tensors(self) -> list[torch.Tensor]:
+        return _stored_tensors(self.weight)
+
+    def dense(self) -> torch.Tensor:
+        return self.weight.dequantize()
+
+    def dequantized_pieces(self, count: int = PIECES) -> Iterator[torch.Tensor]:
+        """Yield the weight's elements in fp32, in about ``count`` pieces, or one if unsupported."""
+        if type(self.weight).__name__ not in _TORCHAO:
+            yield from super().dequantized_pieces()
+            return
+        for rows in self.row_slices(count):
+            yield self.weight[rows].dequantize(torch.float32).reshape(-1)
+
+    def check_writable(self) -> None:
+        """Raise `UnsupportedLayerError` unless this torchao class supports quantizing again."""
+        if type(self.weight).__name__ not in _TORCHAO:
+            raise UnsupportedLayerError(
+                f"cannot merge into a torchao {type(self.weight).__name__}, expected one of "
+                f"{', '.join(_TORCHAO)}; dequantize the base model first"
+            )
+
+    def write(self, dense: torch.Tensor) -> None:
+        self.check_writable()
+        make, granularity = _TORCHAO[type(self.weight).__name__], _granularity(self.weight, dense)
+        by_row = int(self.weight.block_size[0]) == 1
+        # Quantize everything before writing anything, so that a failure changes nothing.
+        made = [
+            (rows, _stored_tensors(make(self.weight, dense[rows], granularity)))
+            for rows in (self.row_slices() if by_row else [slice(None)])
+        ]
+        for rows, values in made:
+            for part, value in zip(self.stored_tensors(), values, strict=True):
+                (part[rows] if by_row else part).copy_(value)
+
+
+class _TorchaoAttributes(Protocol):
+    """Protocol of the attributes of a torchao weight that are read, besides its tensor methods."""
+
+    tensor_data_names: Sequence[str]
+    block_size: Sequence[int]
+    qdata: torch.Tensor
+    zero_point: torch.Tensor | None
+    act_quant_kwargs: object
+    act_quant_scale: object
+    act_quant_zero_point: object
+    act_pre_scale: object
+    reduce_range: bool
+    mm_config: object
+    kernel_preference: object
+
+
+def _stored_tensors(weight: _TorchaoAttributes | torch.Tensor) -> list[torch.Tensor]:
+    """Return a list of the tensors that store a torchao weight."""
+    own: Any = weight
+    optional = getattr(own, "optional_tensor_data_names", None) or ()
+    found = [getattr(own, name) for name in (*own.tensor_data_names, *optional)]
+    return [part for part in found if part is not None]
+
+
+def _quantize_int8(
+    weight: _TorchaoAttributes, dense: torch.Tensor, granularity: object
+) -> torch.Tensor:
+    mapping = importlib.import_module("torchao.quantization.quant_primitives").MappingType
+    zero = weight.zero_point
+    shifted = zero is not None and bool(zero.any())
+    kind: Any = type(weight)
+    return kind.from_hp(
+        dense,
+        granularity,
+        mapping_type=mapping.ASYMMETRIC if shifted else mapping.SYMMETRIC,
+        act_quant_kwargs=weight.act_quant_kwargs,
+        act_quant_scale=weight.act_quant_scale,
+        act_quant_zero_point=weight.act_quant_zero_point,
+        act_pre_scale=weight.act_pre_scale,
+        reduce_range=weight.reduce_range,
+    )
+
+
+def _quantize_float8(
+    weight: _TorchaoAttributes, dense: torch.Tensor, granularity: object
+) -> torch.Tensor:
+    kind: Any = type(weight)
+    return kind.from_hp(
+        dense,
+        float8_dtype=weight.qdata.dtype,
+        granularity=granularity,
+        mm_config=weight.mm_config,
+        kernel_preference=weight.kernel_preference,
+        act_quant_kwargs=weight.act_quant_kwargs,
+    )
+
+
+def _granularity(weight: _TorchaoAttributes, dense: torch.Tensor) -> Any:
+    """Return the torchao granularity of a weight's scales: per row, per tensor, or per group."""
+    library = importlib.import_module("torchao.quantization")
+    block = [int(size) for size in weight.block_size]
+    if block == [1, dense.shape[1]]:
+        return library.PerRow()
+    if block == list(dense.shape):
+        return library.PerTensor()
+    if block[0] == 1:
+        return library.PerGroup(block[1])
+    raise UnsupportedLayerError(
+        f"cannot merge into a {type(weight).__name__} with blocks of {block}, expected rows, "
+        "groups of columns, or one block; dequantize the base model first"
+    )
+
+
+_TORCHAO = {"Int8Tensor": _quantize_int8, "Float8Tensor": _quantize_float8}

@@ -1,0 +1,287 @@
+"""Quantized base layers on kernels, which read the quantized weight instead of calling the module.
+
+If kernels run and the module computes only a matrix product with a bias, the layer's `Base` is like
+that of a plain linear, with a `QuantizedTensor` as its weight. The forward pass, shared inputs,
+mixed batches, and DoRA then work as for a plain linear. Otherwise the module is called unchanged,
+and the fusion report gives the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import nn
+
+from fastlora.layers.base_layers import fallback_reason_hooked, fallback_reason_not_plain
+from fastlora.layers.call import MixedCall, UniformCall
+from fastlora.layers.dora_norms import may_cache_tensors
+from fastlora.layers.quantized import (
+    QuantizedBaseWeight,
+    RepackedProduct,
+    is_repacking_prevented,
+    quantized_weight_of,
+    warn_if_gradients_blocked,
+)
+from fastlora.ops.factors import Base
+from fastlora.quantized_tensor import QuantizedTensor
+from fastlora.routing.active import is_capturing_cuda_graph
+from fastlora.validation import UnsupportedLayerError
+from fastlora.weights_version import TensorStamp, UncopiedCache, stamp_tensors
+
+if TYPE_CHECKING:
+    from fastlora.layers.linear_with_adapters import LinearWithAdapters
+
+_UNCOUNTED = "its base weight was created in inference mode, in which PyTorch does not count writes"
+_CAPTURED = "a CUDA graph is being captured; run a forward pass before the capture"
+
+
+class KernelWeight(NamedTuple):
+    """A quantized base weight in the form that kernels read, and its kind of quantization."""
+
+    weight: QuantizedTensor
+    kind: QuantizedBaseWeight
+
+
+# A module's quantization kind, and by dtype its weight for kernels or the fallback reason.
+_Found = tuple[QuantizedBaseWeight | None, dict[torch.dtype, KernelWeight | str]]
+
+
+class KernelWeightCache(UncopiedCache):
+    """A layer's cache of its quantized base weight for kernels, valid until the weight changes.
+
+    Entries are stored by dtype of x, and include fallback reasons. Switching autocast on and off
+    therefore recomputes nothing. A copied layer starts with an empty cache.
+
+    Attributes:
+        dtype: Dtype of x in the last forward pass.
+        repacked: The product over a copy of the codes, for evaluation on a CPU; None until it is
+            first used.
+    """
+
+    dtype: torch.dtype | None
+    repacked: RepackedProduct | None
+    # The module, its weight's stamp, and the entries: one tuple, so that threads read it
+    # atomically.
+    _of: tuple[nn.Module | None, TensorStamp | None, _Found | None]
+
+    def __init__(self) -> None:
+        self._captured: list[QuantizedTensor] = []
+        self.clear()
+
+    def weight_or_fallback_reason(
+        self, module: nn.Module, dtype: torch.dtype | None
+    ) -> KernelWeight | str:
+        """Return a module's weight for x in ``dtype``, or the fallback reason if it is called.
+
+        If ``dtype`` is None, the dtype that the module computes in is used.
+        """
+        if dtype is not None:
+            self.dtype = dtype
+        reason = fallback_reason_hooked(module)
+        if reason:
+            return reason
+        try:
+            entries = self._current_entries(module)
+        except (UnsupportedLayerError, AttributeError) as error:
+            return str(error)
+        if entries is None:
+            return _UNCOUNTED
+        kind, made = entries
+        dtype = dtype or (kind and kind.compute_dtype()) or next(reversed(made), torch.float16)
+        kernel_weight = made.get(dtype)
+        if kernel_weight is None:
+            if kind is None:
+                kernel_weight = fallback_reason_not_plain(module) or "its base layer runs unchanged"
+            elif not may_cache_tensors(kind.codes().device):
+                return _CAPTURED
+            else:
+                # A later backward pass may need it.
+                with torch.inference_mode(False), torch.no_grad():
+                    weight = kind.tensor_or_fallback_reason(dtype)
+                kernel_weight = weight if isinstance(weight, str) else KernelWeight(weight, kind)
+            made[dtype] = kernel_weight
+        return kernel_weight
+
+    def to_base(self, kernel_weight: KernelWeight) -> Base:
+        """Return the `Base` that replaces a call of the module in a forward pass.
+
+        A weight that a CUDA graph reads is kept until `fastlora.refresh`.
+        """
+        weight, kind = kernel_weight
+        if is_capturing_cuda_graph(weight) and all(weight is not known for known in self._captured):
+            self._captured.append(weight)
+        return Base(weight, kind.bias_for_product(weight.dtype))
+
+    def clear(self, release_captured: bool = False) -> None:
+        """Clear the cache; if ``release_captured`` is set, also weights that CUDA graphs read."""
+        self.dtype = self.repacked = None
+        self._of = None, None, None
+        if release_captured:
+            self._captured.clear()
+
+    def evaluate_repacked(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
+        """Return the output of a module computed from repacked codes, or None if unsupported.
+
+        The module is one for which `is_repacking_prevented` is true.
+        """
+        try:
+            if self._current_entries(module) is None:
+                return None
+        except (UnsupportedLayerError, AttributeError):
+            return None
+        repacked = self.repacked
+        if repacked is None:
+            repacked = self.repacked = RepackedProduct(module)
+        return (
+            None
+            if not repacked.supports_and_is_faster(x) or fallback_reason_hooked(module)
+            else repacked(x)
+        )
+
+    def _current_entries(self, module: nn.Module) -> _Found | None:
+        """Return a tuple (kind, cached entries) for the current weight, or None without stamps.
+
+        Entries of another weight, or from before a write, are dropped.
+
+        Raises:
+            UnsupportedLayerError: The weight is not quantized yet.
+            AttributeError: The weight is from an unsupported version of a library.
+        """
+        known, stamp, entries = self._of
+        if entries is not None and stamp is not None and known is module:
+            watched = _stamp_arguments(module, entries[0])
+            if watched is not None and stamp.matches(*watched):
+                return entries
+        self._of, self.repacked = (None, None, None), None
+        kind = quantized_weight_of(module)
+        watched = _stamp_arguments(module, kind)
+        stamp, entries = None if watched is None else stamp_tensors(*watched), (kind, {})
+        self._of = module, stamp, entries
+        return None if stamp is None else entries
+
+
+def quantized_base_of_call(call: UniformCall | MixedCall) -> Base | None:
+    """Return a `Base` with the quantized weight, or None if the base layer must be called."""
+    conditions, x = call.conditions, call.x
+    # In the batch-invariant mode "auto" means kernels, and the forward raises if they cannot run.
+    runs = conditions.impl == "triton" or (conditions.invariant and conditions.impl == "auto")
+    if not runs or conditions.compiling or conditions.tracing:
+        return None
+    cache = _cache_of(call.layer)
+    kernel_weight = cache.weight_or_fallback_reason(call.layer.get_base_layer(), x.dtype)
+    if isinstance(kernel_weight, str) or kernel_weight.weight.device != x.device:
+        return None
+    if kernel_weight.weight.shape[1] != x.shape[-1]:
+        return None
+    if x.dtype is not call.original_x.dtype and not kernel_weight.kind.casts:
+        return None
+    return cache.to_base(kernel_weight)
+
+
+def call_base_layer(
+    call: UniformCall | MixedCall, module: nn.Module, *args: Any, **kwargs: Any
+) -> torch.Tensor:
+    """Call a base layer with the input that its LoRA layer was called with.
+
+    In evaluation on a CPU, the output for a few rows may instead come from a product with a copy of
+    the 4-bit codes (`RepackedProduct`). The copy is dropped by the next call with gradients, or
+    when the cached weight for kernels is cleared.
+    """
+    layer, x, conditions = call.layer, call.original_x, call.conditions
+    made: torch.Tensor | None = None
+    if conditions.compiling or conditions.tracing:
+        pass
+    elif not is_repacking_prevented(module):
+        warn_if_gradients_blocked(layer, module, x)
+    elif module.training or x.requires_grad:
+        if "_kernel_weights" in layer.__dict__:
+            _cache_of(layer).repacked = None
+    elif not (args or kwargs) and type(x) is torch.Tensor:
+        made = _cache_of(layer).evaluate_repacked(module, x)
+    return module(x, *args, **kwargs) if made is None else made
+
+
+def quantized_base_of_layer(layer: LinearWithAdapters) -> Base | None:
+    """Return a `Base` with a layer's quantized weight in its own dtype, or None if unsupported."""
+    cache = _cache_of(layer)
+    kernel_weight = cache.weight_or_fallback_reason(layer.get_base_layer(), None)
+    return None if isinstance(kernel_weight, str) else cache.to_base(kernel_weight)
+
+
+def fallback_reason_base_called(layer: LinearWithAdapters) -> str:
+    """Return the fallback reason if a layer's base layer must be called, or an empty string.
+
+    The base layer is not a plain linear.
+    """
+    cache = _cache_of(layer)
+    kernel_weight = cache.weight_or_fallback_reason(layer.get_base_layer(), cache.dtype)
+    return kernel_weight if isinstance(kernel_weight, str) else ""
+
+
+def describe_quantization(layer: LinearWithAdapters) -> str:
+    """Describe the quantization that kernels read and the dtype that they compute in.
+
+    `fallback_reason_base_called` must have been called before. The text is empty if the weight is
+    plain or if the base layer is called.
+    """
+    cache: KernelWeightCache | None = layer.__dict__.get("_kernel_weights")
+    kernel_weight = (
+        ""
+        if cache is None
+        else cache.weight_or_fallback_reason(layer.get_base_layer(), cache.dtype)
+    )
+    if isinstance(kernel_weight, str):
+        return ""
+    return f"{kernel_weight.kind.description}, {kernel_weight.weight.dtype}".replace("torch.", "")
+
+
+def to_base_output_dtype(
+    call: UniformCall | MixedCall, base: Base, y: torch.Tensor
+) -> torch.Tensor:
+    """Convert ``y`` to the dtype that a call of the base layer returns, which is that of x."""
+    dtype = call.original_x.dtype
+    if y.dtype is dtype or not isinstance(base.weight, QuantizedTensor):
+        return y
+    return y.to(dtype)
+
+
+def clear_weight_caches(layer: object, release_captured: bool = False) -> None:
+    """Clear a layer's cached DoRA norms and its cached quantized weight for kernels.
+
+    If ``release_captured`` is set, weights that CUDA graphs read are released too.
+    """
+    own = layer.__dict__
+    own.pop("_dora_norms", None)
+    cache = own.get("_kernel_weights")
+    if isinstance(cache, KernelWeightCache):
+        cache.clear(release_captured)
+        if "_shared_input_group" in own:
+            own["_shared_input_group"].launches.clear()  # Launches hold the weights too.
+
+
+def _stamp_arguments(
+    module: nn.Module, kind: QuantizedBaseWeight | None
+) -> tuple[Sequence[torch.Tensor], tuple[Hashable, ...]] | None:
+    """Return arguments to stamp a module's weight, or None if the weight was replaced."""
+    if kind is None:
+        weight = module._parameters.get("weight")
+        identity: tuple[Any, ...] = id(weight), type(weight)
+        return (), identity
+    try:
+        return (
+            (kind.tensor_dependencies(), (kind.other_dependencies(),))
+            if kind.refers_to_current_weight()
+            else None
+        )
+    except AttributeError as error:
+        raise AttributeError(kind.fallback_reason_missing_field(error)) from error
+
+
+def _cache_of(layer: LinearWithAdapters) -> KernelWeightCache:
+    own = layer.__dict__
+    cache: KernelWeightCache | None = own.get("_kernel_weights")
+    if cache is None:
+        cache = own["_kernel_weights"] = KernelWeightCache()
+    return cache

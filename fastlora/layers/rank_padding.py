@@ -1,0 +1,98 @@
+"""Functions that pad an adapter's factors on one layer with zeros to a larger rank.
+
+Padded factors compute the same update. Adapters of different ranks can therefore replace each other
+in tensors of one shape, as a compiled graph requires.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastlora.layers import parts
+from fastlora.layers.adapter_init import AdapterInitializer
+from fastlora.layers.base_adapter_layer import clear_layer_caches
+from fastlora.layers.lora_layer import LoraLayer
+
+
+@torch.no_grad()
+def pad_factors_to_rank(layer: LoraLayer, adapter_name: str, rank: int) -> dict[str, parts.Factor]:
+    """Pad an adapter's factors to ``rank``, and return a dict that maps each part to its factor.
+
+    The layer is not changed.
+    """
+    held = layer._factors_by_part(adapter_name)
+    lora_bias = layer._factors(adapter_name)[2] is not None
+    with torch.random.fork_rng(devices=[]):  # The drawn values are overwritten below.
+        made = layer._create_factors(
+            rank, lora_bias, AdapterInitializer(layer, False, 1.0, None, False)
+        )
+    for part, factor in made.items():
+        old = factor_parameters(held[part])
+        factor = made[part] = parts.freeze_and_convert(factor, old["weight"], layer.training)
+        for name, tensor in factor_parameters(factor).items():
+            copy_zero_padded(tensor, old[name], count_rank_blocks(layer, part))
+            tensor.requires_grad_(old[name].requires_grad)
+    return made
+
+
+def replace_factors(
+    layer: LoraLayer, adapter_name: str, factors: dict[str, parts.Factor], rank: int
+) -> None:
+    """Replace an adapter's factors by factors of rank ``rank``, without changing its scaling."""
+    for part, factor in factors.items():
+        layer._modules[part][adapter_name] = factor
+    layer.r[adapter_name] = rank
+    set_scaling_and_alpha(layer, adapter_name, layer.scaling[adapter_name])
+    layer._move_scalings_to_factors([adapter_name])
+    clear_layer_caches(layer)
+
+
+def set_scaling_and_alpha(
+    layer: LoraLayer, adapter_name: str, scaling: float | torch.Tensor
+) -> None:
+    """Set an adapter's scaling, and the corresponding lora_alpha for the adapter's rank."""
+    own = layer.scaling[adapter_name]
+    if isinstance(own, torch.Tensor):
+        own.fill_(scaling)
+    else:
+        layer.scaling[adapter_name] = float(scaling)
+    r = layer.r[adapter_name]
+    by = math.sqrt(r) if layer.use_rslora[adapter_name] else r
+    layer.lora_alpha[adapter_name] = float(scaling) * by
+
+
+def factor_parameters(factor: parts.Factor) -> dict[str, nn.Parameter]:
+    """Return a factor's parameters by name; a bare parameter is named ``weight``."""
+    if isinstance(factor, nn.Parameter):
+        return {"weight": factor}
+    return dict(factor.named_parameters())
+
+
+def count_rank_blocks(layer: LoraLayer, part: str) -> int:
+    """Return the number of blocks into which a factor's rank rows are divided.
+
+    It is the number of groups for lora_A of a convolution, and 1 otherwise.
+    """
+    base: Any = layer.get_base_layer()
+    return int(getattr(base, "groups", 1)) if part == "lora_A" else 1
+
+
+@torch.no_grad()
+def copy_zero_padded(target: torch.Tensor, source: torch.Tensor, blocks: int = 1) -> None:
+    """Copy a factor into a tensor of the same or a larger rank, and fill the rest with zeros.
+
+    The rank rows form ``blocks`` equal blocks along the first dimension.
+    """
+    if target.shape == source.shape:
+        target.copy_(source)
+        return
+    target.zero_()
+    if blocks > 1:
+        own = source.unflatten(0, (blocks, -1)).to(target.device)
+        target.unflatten(0, (blocks, -1))[:, : own.shape[1]] = own
+    else:
+        target[tuple(map(slice, source.shape))] = source.to(target.device)

@@ -1,0 +1,245 @@
+"""LoRA layers that call their base layer unchanged and run in PyTorch, without Triton kernels.
+
+`AdditiveLoraLayer` adds adapters one by one to the module's output. In a mixed batch, each adapter
+runs on its own samples.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastlora.layers.dora_norms import adapted_squared_norms
+from fastlora.layers.lora_layer import LoraLayer
+from fastlora.layers.mixed_dispatch import check_not_merged
+from fastlora.layers.scalings import Scalings
+from fastlora.ops.execution_mode import ExecutionMode, execution_mode_of
+from fastlora.ops.torch.dora import dora_scale
+from fastlora.routing.active import active_routing, is_capturing_cuda_graph
+from fastlora.routing.ids import ids_divide_rows
+from fastlora.routing.routing import Routing
+from fastlora.validation import ImplementationError, UnsupportedLayerError
+from fastlora.weights_version import WeightsVersion, weights_versions
+
+
+class UnfusedLoraLayer(LoraLayer):
+    """Base class of LoRA layers that call their base layer unchanged and use no Triton kernels.
+
+    Attributes that the layer lacks are looked up on the base layer, because models read, for
+    example, the stride of a convolution.
+
+    Args:
+        base_layer: The module.
+        in_features, out_features: K and N of the weight as a matrix ``[N, K]``.
+    """
+
+    base_layer: Any
+    is_linear = False
+    fallback_reason = "it is computed with PyTorch operations"
+
+    def __init__(self, base_layer: nn.Module, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.base_layer = base_layer
+        self.training = base_layer.training
+        self._init_adapters()
+        base_layer.requires_grad_(False)
+
+    @property
+    def weight(self) -> Any:
+        """The base layer's weight."""
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> Any:
+        """The base layer's bias, or None."""
+        return getattr(self.base_layer, "bias", None)
+
+    def __getattr__(self, name: str) -> Any:
+        """Look up an attribute that the layer lacks on the base layer."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "base_layer" not in self.__dict__.get("_modules", {}):
+                raise
+            return getattr(self._modules["base_layer"], name)
+
+    def fusion(self, gathered: bool = False) -> tuple[bool, str]:
+        """Return whether the base GEMM and LoRA term run fused (never), and the fallback reason."""
+        return False, f"its base layer is {type(self.base_layer).__name__}: {self.fallback_reason}"
+
+    def _check_conditions(self, x: torch.Tensor) -> ExecutionMode:
+        """Return the conditions of a forward pass that runs adapters, or raise if it needs kernels.
+
+        Raises:
+            ImplementationError: ``impl="triton"`` or the batch-invariant mode requires kernels.
+        """
+        conditions = execution_mode_of(x, "eager")
+        if self.impl == "triton":
+            kind = type(self.base_layer).__name__
+            raise ImplementationError(f"impl='triton' cannot run on {kind}: {self.fallback_reason}")
+        conditions.raise_if_batch_invariant(self, self.fallback_reason)
+        if torch.is_grad_enabled() and not conditions.compiling:
+            weights_versions.trained = WeightsVersion()  # An optimizer step may follow.
+        return conditions
+
+
+class AdditiveLoraLayer(UnfusedLoraLayer):
+    """Base class of LoRA layers that add the adapters' updates to the base output one by one.
+
+    Besides the methods that `LoraLayer` lists for subclasses, a subclass implements `_add_update`
+    and `_count_samples_and_dims`.
+    """
+
+    # ------------------------------------------- methods that a layer kind overrides
+
+    def _add_update(
+        self,
+        name: str,
+        x: torch.Tensor,
+        y: torch.Tensor,
+        conditions: ExecutionMode,
+        seed: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return the sum of y and one adapter's update, in y's dtype or a wider dtype.
+
+        Args:
+            name: The adapter's name.
+            x: The input, of all samples or some.
+            y: The output for these samples so far.
+            conditions: The conditions of the call.
+            seed: The seed of the adapter's dropout, int64 ``[]`` on the CPU; None draws from
+                torch's generator.
+        """
+        raise UnsupportedLayerError(f"{type(self).__name__} does not implement _add_update()")
+
+    def _count_samples_and_dims(self, x: torch.Tensor) -> tuple[int, int]:
+        """Return a tuple (number of samples in x, number of leading dimensions over samples)."""
+        raise UnsupportedLayerError(
+            f"{type(self).__name__} does not implement _count_samples_and_dims()"
+        )
+
+    # ------------------------------------------------------------------------------------ forward
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Call the base layer, and add the updates of the adapters to its output."""
+        y: torch.Tensor = self.base_layer(x, *args, **kwargs)
+        routing = None if self._disabled else active_routing(self)
+        names = self._applied_adapters() if routing is None else []
+        if routing is None and not names:
+            return y
+        conditions = self._check_conditions(x)
+        if routing is not None:
+            routing.check_gets_all_rows(self, x, conditions.compiling)
+            with contextlib.nullcontext() if conditions.compiling else routing.pause_row_tracking():
+                return self._add_mixed_updates(routing, x, y, conditions)
+        made = y
+        for name in names:
+            made = self._add_update(name, x, made, conditions)
+        return made.to(y.dtype)
+
+    def _add_mixed_updates(
+        self, routing: Routing, x: torch.Tensor, y: torch.Tensor, conditions: ExecutionMode
+    ) -> torch.Tensor:
+        """Return y with the update of each sample's own adapter added to it, in a mixed batch."""
+        check_not_merged(self)
+        m, dims = self._count_samples_and_dims(x)
+        count = routing.ids.shape[0]
+        if m != count and not ids_divide_rows(x.shape[0] if dims else 1, count):
+            raise ValueError(
+                f"{type(self).__name__} over {type(self.base_layer).__name__} got an input of "
+                f"shape {tuple(x.shape)} in a batch with {count} adapter ids; expected that many "
+                "samples along the first dimension, or that many tokens. A position embedding "
+                "has no sample dimension: remove it from target_modules"
+            )
+        flat_x = x.reshape(m, *x.shape[dims:])
+        flat_y = y.reshape(m, *y.shape[dims:])
+        if conditions.compiling or is_capturing_cuda_graph(x):
+            made = self._add_updates_by_mask(routing.whole or routing, flat_x, flat_y, conditions)
+        else:
+            made = self._add_updates_by_segment(routing, flat_x, flat_y, conditions)
+        return made.reshape(y.shape)
+
+    def _add_updates_by_segment(
+        self, routing: Routing, x: torch.Tensor, y: torch.Tensor, conditions: ExecutionMode
+    ) -> torch.Tensor:
+        """Add each adapter's update to its own samples, running it on these samples only.
+
+        The host waits for the adapter ids if they are on a GPU.
+        """
+        rows = routing.rows(x.shape[0], x.device, host=True)
+        seeds = (
+            routing.layer_dropout_seeds(self.routing_index, torch.device("cpu"))
+            if self.training
+            else None
+        )
+        spans = {routing.names[s.slot]: (s.slot, s.start, s.stop) for s in rows.segments}
+        names = [name for name in spans if name in self.r]
+        if routing.absent_gradients and torch.is_grad_enabled():
+            # These run on no samples, which gives them zeros as gradients.
+            names += [name for name in self.r if name not in spans]
+        for name in names:
+            slot, start, stop = spans.get(name, (None, 0, 0))
+            seed = None if seeds is None or slot is None else seeds[slot]
+            if 0 < stop - start == x.shape[0]:
+                y = self._add_update(name, x, y, conditions, seed).to(y.dtype)
+                continue
+            index = rows.order[start:stop].long()
+            own = x.index_select(0, index), y.index_select(0, index)
+            made = self._add_update(name, *own, conditions, seed)
+            y = y.index_copy(0, index, made.to(y.dtype))
+        return y
+
+    def _add_updates_by_mask(
+        self, routing: Routing, x: torch.Tensor, y: torch.Tensor, conditions: ExecutionMode
+    ) -> torch.Tensor:
+        """Add each sample's update by running every adapter on all samples and selecting by ids.
+
+        The graph of operations does not depend on the values of ids.
+        """
+        each = x.shape[0] // max(routing.ids.shape[0], 1)
+        ids = routing.ids.to(x.device).unsqueeze(1).expand(-1, each).reshape(-1)
+        ids = ids.view(-1, *(1,) * (y.dim() - 1))
+        made = y
+        for slot, name in enumerate(routing.names):
+            if name in self.r:
+                own = self._add_update(name, x, y, conditions).to(y.dtype)
+                made = torch.where(ids == slot, own, made)
+        return made
+
+    # --------------------------------------------------------------------------------------- parts
+
+    def _apply_dropout(
+        self, dropout: nn.Module, x: torch.Tensor, seed: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Apply dropout to x; return x itself if dropout is not active.
+
+        With a seed, an adapter drops the same elements of its samples whatever else is in the
+        batch.
+        """
+        if isinstance(dropout, nn.Identity):
+            return x
+        if type(dropout) is not nn.Dropout or seed is None or not dropout.training:
+            dropped: torch.Tensor = dropout(x)
+            return x if isinstance(dropout, nn.Dropout) and not dropout.training else dropped
+        keep = torch.ops.fastlora.lora_keep(x, seed, dropout.p, None)
+        return torch.where(keep.bool(), x, 0.0) * (1.0 / (1.0 - dropout.p))
+
+    def _scaling_tensor_like(self, name: str, like: torch.Tensor) -> torch.Tensor:
+        """Return an adapter's scaling as a tensor without dimensions, on the device of ``like``."""
+        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+        scalings: Scalings = self.__dict__["_scaling"]
+        return scalings.tensors[name].to(like.device, dtype).reshape(())
+
+    def _dora_scale(self, name: str, conditions: ExecutionMode) -> torch.Tensor | None:
+        """Return the adapter's DoRA scale g, shape ``[N]``, fp32; None if it does not use DoRA."""
+        if name not in self.lora_magnitude_vector:
+            return None
+        lora_a, lora_b = self._dora_norm_factors(name)
+        compiling = conditions.compiling
+        scaling = self._scaling_tensor_like(name, lora_a) if compiling else self.scaling[name]
+        squares = adapted_squared_norms(self, lora_a, lora_b, scaling, compiling)
+        return dora_scale(self._local_magnitude(name), squares)

@@ -1,0 +1,149 @@
+"""Iterate over the base modules of a model with adapters, without the modules of the adapters."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Any
+
+from torch import nn
+
+from fastlora.layers import LoraLayer
+
+# Name components that torch.compile, FSDP1, and activation checkpointing add when they wrap a
+# module.
+_WRAPPED = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+
+
+# For each module of a base model: the name, the module, and whether it is, or is inside, a module
+# that adapters own a copy of or train rows of.
+BaseModules = list[tuple[str, nn.Module, bool]]
+
+
+def strip_wrapper_prefixes(name: str) -> str:
+    """Return the name of a module or tensor with the names of wrapper modules removed."""
+    for wrapped in _WRAPPED:
+        name = name.replace(wrapped, "")
+    return name
+
+
+def is_lora_layer(module: nn.Module) -> bool:
+    """Return whether ``module`` is a LoRA layer of fastlora or PEFT."""
+    return hasattr(module, "lora_A") or hasattr(module, "lora_embedding_A")
+
+
+def is_modules_to_save_wrapper(module: nn.Module) -> bool:
+    """Return whether ``module`` is a ``modules_to_save`` wrapper of fastlora or PEFT."""
+    return "original_module" in module._modules and "modules_to_save" in module._modules
+
+
+def is_trainable_tokens_wrapper(module: nn.Module) -> bool:
+    """Return whether ``module`` is a ``trainable_token_indices`` wrapper of fastlora or PEFT."""
+    return "token_adapter" in module._modules
+
+
+def is_adapter_wrapper(module: nn.Module) -> bool:
+    """Return whether ``module`` is a wrapper for ``modules_to_save`` or trained tokens."""
+    return is_modules_to_save_wrapper(module) or is_trainable_tokens_wrapper(module)
+
+
+def original_module_of(module: nn.Module) -> nn.Module:
+    """Return the original module inside a wrapper. Any other module is returned unchanged."""
+    original: nn.Module | None = module
+    if not module._modules:
+        return module
+    if is_trainable_tokens_wrapper(module):
+        original = module.get_submodule("token_adapter.base_layer")
+    elif is_modules_to_save_wrapper(module):
+        original = module._modules["original_module"]
+    return module if original is None else original
+
+
+def base_module_of(module: nn.Module) -> nn.Module:
+    """Return the base module of a LoRA layer or wrapper. Any other module is returned unchanged."""
+    return module.get_base_layer() if isinstance(module, LoraLayer) else original_module_of(module)
+
+
+def named_outer_modules(
+    model: nn.Module, *, remove_duplicate: bool = True, inner_layers: bool = False
+) -> list[tuple[str, nn.Module]]:
+    """Return the items of ``named_modules()`` without modules inside LoRA layers and wrappers.
+
+    The LoRA layers and the wrappers (see `is_adapter_wrapper`) themselves are included. Modules
+    that belong to an adapter are never included. The running time does not depend on the number of
+    adapters.
+
+    Args:
+        model: The model, with or without adapters.
+        remove_duplicate: Whether to return a module with several names only once.
+        inner_layers: Whether to include LoRA layers that are part of other LoRA layers. See
+            `LoraLayer.inner_layers`.
+    """
+    found: list[tuple[str, nn.Module]] = []
+    seen: set[nn.Module] = set()
+    ahead = [("", model)]  # a stack: the next module is the last element
+    while ahead:
+        name, module = ahead.pop()
+        if remove_duplicate:
+            if module in seen:
+                continue
+            seen.add(module)
+        found.append((name, module))
+        if not module._modules:
+            continue  # no child modules
+        if is_lora_layer(module):
+            # The module that the layer was created from is inside the layer, and may also have
+            # another name in the model.
+            for part in (module._modules.get("base_layer"), *module.__dict__.get("_linear", ())):
+                if part is not None:
+                    seen.update(part.modules())
+            inner: Any = getattr(module, "inner_layers", None) if inner_layers else None
+            if inner is not None:
+                for below, layer in inner().items():
+                    found.append((f"{name}.{below}", layer))
+        elif is_adapter_wrapper(module):
+            seen.update(original_module_of(module).modules())
+        else:
+            for child_name, child in reversed(module._modules.items()):
+                if child is not None:
+                    ahead.append((f"{name}.{child_name}" if name else child_name, child))
+    return found
+
+
+def named_base_modules(model: nn.Module, *, remove_duplicate: bool = True) -> BaseModules:
+    """Return the modules of a base model with their names in the model without adapters.
+
+    LoRA layers and wrappers are listed in place of the modules that they replaced. In addition to
+    the modules that `named_outer_modules` returns, the modules inside wrapped modules are included.
+
+    Returns:
+        A list of tuples ``(name, module, wrapped)``. ``wrapped`` is True if the module is a wrapper
+        or is inside a wrapped module.
+    """
+    found: BaseModules = []
+    for name, module in named_outer_modules(model, remove_duplicate=remove_duplicate):
+        wraps = bool(module._modules) and is_adapter_wrapper(module)
+        found.append((name, module, wraps))
+        if wraps:
+            original = original_module_of(module)
+            for inner, part in original.named_modules(remove_duplicate=remove_duplicate):
+                if inner:
+                    found.append((f"{name}.{inner}", part, True))
+    return found
+
+
+def peft_function_or_raise(model: nn.Module, module: str, name: str, error: Exception) -> Any:
+    """Return a function of PEFT if the model has adapter layers of PEFT, or else raise an error.
+
+    Args:
+        model: The model.
+        module: The name of the Python module that defines the function.
+        name: The name of the function.
+        error: The error to raise if the model has no adapter layers of PEFT.
+    """
+    layers: Any = sys.modules.get("peft.tuners.tuners_utils")
+    kind = () if layers is None else layers.BaseTunerLayer
+    # The layers of fastlora are registered as virtual subclasses of BaseTunerLayer.
+    if any(isinstance(m, kind) and not isinstance(m, LoraLayer) for m in model.modules()):
+        return getattr(importlib.import_module(module), name)
+    raise error

@@ -1,0 +1,232 @@
+"""Create new adapters from the factors of existing adapters.
+
+All factors of a new adapter are computed before the model is changed.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from fastlora.algebra import low_rank
+from fastlora.layers import LoraLayer
+from fastlora.model.config import LoraConfig
+from fastlora.model.inject import lora_layers, modules_with_adapters
+from fastlora.model.plan import AdapterPlan, plan_target_modules
+from fastlora.sharding import is_dtensor
+from fastlora.validation import AdapterStateError, UnsupportedLayerError
+
+
+class ComputedLayerParameters(NamedTuple):
+    """The parameters of a computed adapter for one layer.
+
+    Attributes:
+        lora_a, lora_b: The factors, ``[R, K]`` and ``[N, R]``.
+        lora_bias: The bias of ``lora_b``, ``[N]``, or None.
+        magnitude: The DoRA magnitude, of the same shape as the layer's parameter, or None if the
+            adapter does not use DoRA.
+    """
+
+    lora_a: torch.Tensor
+    lora_b: torch.Tensor
+    lora_bias: torch.Tensor | None = None
+    magnitude: torch.Tensor | None = None
+
+
+class ComputedAdapter(NamedTuple):
+    """A computed adapter that has not been added to the model yet.
+
+    Attributes:
+        plan: The adapter's config and the modules that it adapts.
+        factors: A mapping from the names of LoRA layers to the adapter's parameters.
+        copies: A mapping from the name of each module in ``modules_to_save`` to the name of the
+            existing adapter from which the new adapter copies this module.
+        wide: Whether the factors of 16-bit base layers are stored in fp32.
+    """
+
+    plan: AdapterPlan
+    factors: Mapping[str, ComputedLayerParameters]
+    copies: Mapping[str, str]
+    wide: bool
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """A dict that maps the names of LoRA layers to the ranks of their factors."""
+        return {name: each.lora_a.shape[0] for name, each in self.factors.items()}
+
+    @torch.no_grad()
+    def copy_into_adapter(self, model: nn.Module, adapter_name: str) -> None:
+        """Copy the computed values into an adapter that has been added to the model.
+
+        Args:
+            model: The base model with its adapters.
+            adapter_name: The name of the adapter, which was added with ``plan``.
+        """
+        layers = lora_layers(model)
+        for name, made in self.factors.items():
+            layer = layers[name]
+            layer._copy_into_factors(adapter_name, made.lora_a, made.lora_b, made.lora_bias)
+            if made.magnitude is not None:
+                magnitude: Any = layer.lora_magnitude_vector[adapter_name]
+                magnitude.weight.copy_(made.magnitude)
+            layer._clear_packed_factors()
+        for name, owner in self.copies.items():
+            wrapper = model.get_submodule(name)
+            copies: Any = wrapper.modules_to_save
+            copies[adapter_name].load_state_dict(copies[owner].state_dict())
+
+
+def factor_matrices(
+    name: str, layer: LoraLayer, adapter: str, *, multiplied: bool = True
+) -> low_rank.FactorPair:
+    """Return an adapter's LoRA factors on a layer as a tuple of two matrices.
+
+    The matrices have the dtype fp32 or, if a factor has a wider dtype, that dtype.
+
+    Args:
+        name: The name of the layer, for messages.
+        layer: The LoRA layer.
+        adapter: The name of the adapter.
+        multiplied: Whether to require that the product of the two matrices is the adapter's update.
+
+    Returns:
+        The tuple ``(lora_a, lora_b)``, of shapes ``[R, K]`` and ``[N, R]``.
+
+    Raises:
+        AdapterStateError: If the factors are sharded or contain values that are not finite.
+        UnsupportedLayerError: If ``multiplied`` is True and the update is not the product of the
+            two matrices, as in a grouped convolution.
+    """
+    lora_a, lora_b, _ = layer._factors(adapter)
+    if layer.is_split or is_dtensor(lora_a) or is_dtensor(lora_b):
+        raise AdapterStateError(
+            f"the factors of {name!r} are sharded across processes; save the adapters, load them "
+            "into an unsharded model, and run this operation there"
+        )
+    if multiplied and lora_b.shape[1] != lora_a.shape[0]:
+        raise UnsupportedLayerError(
+            f"{name!r} is a {type(layer.get_base_layer()).__name__} with groups, and its LoRA "
+            "factors are not plain pairs of matrices; expected target_modules without it"
+        )
+    low_rank.check_factors_finite(f"adapter {adapter!r} on {name!r}", lora_a, lora_b)
+    wide = torch.promote_types(lora_a.dtype, torch.float32)
+    return lora_a.detach().to(wide), lora_b.detach().to(wide)
+
+
+def build_computed_adapter(
+    model: nn.Module,
+    configs: Mapping[str, LoraConfig],
+    factors: Mapping[str, ComputedLayerParameters],
+    config: LoraConfig | None = None,
+) -> ComputedAdapter:
+    """Create a `ComputedAdapter` from factors, after checking that they can be added.
+
+    Args:
+        model: The base model with its adapters.
+        configs: A mapping from the names of the adapters that the new adapter was computed from to
+            their configs.
+        factors: A mapping from the names of the layers that the new adapter adapts to its factors.
+        config: The new adapter's config. With None, the factors already include all scalings, and
+            the config is derived from ``configs``.
+
+    Raises:
+        AdapterStateError: If two of the adapters own a copy of the same module.
+        ConfigError: If an adapter was trained on base weights that its initialization changed.
+    """
+    copies = _sole_copy_owners(model, list(configs))
+    if config is None:
+        ranks = {name: each.lora_a.shape[0] for name, each in factors.items()}
+        config = _computed_adapter_config(list(configs.values()), ranks, copies)
+    plan = plan_target_modules(model, config)
+    layers = lora_layers(model)
+    inner = {f"{n}.{below}" for n, layer in layers.items() for below in layer.inner_layers()}
+    outer = set(factors) - inner
+    if set(plan.targets) != outer:
+        # The configs select layers in different ways. Only a list of names describes all layers.
+        config.target_modules = outer
+        config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
+        plan = plan_target_modules(model, config)
+    holders = (layers[name]._factors(a) for name in factors for a in configs if a in layers[name].r)
+    return ComputedAdapter(plan, factors, copies, next(holders)[0].dtype == torch.float32)
+
+
+def _sole_copy_owners(model: nn.Module, adapters: Sequence[str]) -> dict[str, str]:
+    """Return a dict that maps the name of each copied module to the adapter that owns the copy.
+
+    Raises:
+        AdapterStateError: See `check_no_duplicate_copies`.
+    """
+    check_no_duplicate_copies(model, adapters)
+    return {name: owners[0] for name, owners in _copy_owners(model, adapters).items()}
+
+
+def check_no_duplicate_copies(model: nn.Module, adapters: Sequence[str]) -> None:
+    """Check that no two adapters own copies of the same module.
+
+    If a name occurs twice in ``adapters``, its copies count twice, as in PEFT.
+
+    Raises:
+        AdapterStateError: If two adapters own copies of the same module.
+    """
+    for name, owners in _copy_owners(model, adapters).items():
+        if len(owners) > 1:
+            raise AdapterStateError(
+                "Cannot add weighted adapters if they target the same module with modules_to_save: "
+                f"adapters {owners} own copies of {name!r}"
+            )
+
+
+def _copy_owners(model: nn.Module, adapters: Sequence[str]) -> dict[str, list[str]]:
+    """Return a dict that maps the name of each copied module to a list of the copies' owners.
+
+    The owners are names in ``adapters``.
+    """
+    found = {}
+    for name, module in modules_with_adapters(model):
+        copies = getattr(module, "modules_to_save", None)
+        owners = [adapter for adapter in adapters if copies is not None and adapter in copies]
+        if owners:
+            found[name] = owners
+    return found
+
+
+def _computed_adapter_config(
+    configs: Sequence[LoraConfig], ranks: Mapping[str, int], copies: Mapping[str, str]
+) -> LoraConfig:
+    """Create the config of a computed adapter. The adapter's factors must include all scalings.
+
+    ``lora_alpha`` equals the rank, so that the adapter's scaling is 1. Fields that are not
+    determined by the computation are copied from the first of ``configs``.
+
+    Args:
+        configs: The configs of the adapters that the new adapter was computed from.
+        ranks: A mapping from the names of layers to ranks.
+        copies: A mapping with the names of the modules in ``modules_to_save`` as keys. The values
+            are not used.
+
+    Raises:
+        ConfigError: If an adapter was trained on base weights that its initialization changed.
+    """
+    for each in configs:
+        each.check_plain("an adapter computed from this one")
+    config = copy.deepcopy(configs[0])
+    rank = max(ranks.values())
+    config.r = config.lora_alpha = rank
+    config.use_rslora = False  # alpha / sqrt(rank) would scale a second time
+    config.rank_pattern = {f"^{re.escape(name)}": r for name, r in ranks.items() if r != rank}
+    config.alpha_pattern = dict(config.rank_pattern)
+    config.bias = "none"  # the biases of the base model do not belong to the adapter
+    config.lora_bias = any(each.lora_bias for each in configs)
+    config.init_lora_weights = True
+    config.modules_to_save = sorted(copies) or None
+    targets = [each.target_modules for each in configs]
+    if isinstance(targets[0], str):
+        config.target_modules = "|".join(dict.fromkeys(f"({target})" for target in targets))
+    else:
+        config.target_modules = {name for each in targets for name in each or ()}
+    return config

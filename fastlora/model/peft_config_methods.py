@@ -1,0 +1,90 @@
+"""Methods of `LoraConfig` that exist for compatibility with PEFT's configs.
+
+After PEFT is imported, ``peft.LoraConfig`` is also a base class of `LoraConfig`. It comes after
+`PeftConfigMethods` in the method resolution order.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+from fastlora.model.adapter_files import read_config_file
+from fastlora.model.config_checks import PEFT_VERSION
+from fastlora.model.hub import push_to_hub
+
+_T = TypeVar("_T", bound="PeftConfigMethods")
+
+
+class PeftConfigMethods:
+    """Base class that provides `LoraConfig` with the methods of PEFT's config classes.
+
+    Attributes:
+        modules_to_tie, target_modules_to_tie: Attributes that PEFT sets on a config that is passed
+            to it.
+        _custom_modules: A mapping from module classes to LoRA layer classes. The attribute's name
+            is PEFT's.
+    """
+
+    modules_to_tie: ClassVar[Any] = None
+    target_modules_to_tie: ClassVar[Any] = None
+    _custom_modules: Any = None
+
+    def _peft_version_to_save(self) -> str:
+        """Return the version of PEFT to store in a config.
+
+        This is the installed version if PEFT is imported, or else the version that fastlora
+        follows.
+        """
+        theirs: Any = getattr(super(), "_get_peft_version", None)
+        return PEFT_VERSION if theirs is None else theirs()
+
+    @property
+    def is_prompt_learning(self) -> bool:
+        """Whether the config is for prompt learning: always False. The Trainer reads this."""
+        return False
+
+    @property
+    def is_adaption_prompt(self) -> bool:
+        """Whether the config is for an adaption prompt: always False."""
+        return False
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str | os.PathLike[str], **_: Any) -> dict[str, Any]:
+        """Return a dict of the fields in an ``adapter_config.json`` file. Values are not checked.
+
+        ``runtime_config`` is dropped with a warning.
+
+        Args:
+            path_json_file: The file.
+            **_: Accepted for compatibility with PEFT and ignored.
+
+        Raises:
+            CheckpointError: If the file is missing, too large, or not a JSON object.
+        """
+        data = read_config_file(Path(path_json_file))
+        if data.pop("runtime_config", None) is not None:
+            warnings.warn("ignoring runtime_config: it is never read from a file", stacklevel=2)
+        return data
+
+    @classmethod
+    def from_peft_type(cls: type[_T], **fields: Any) -> _T:
+        """Create a config with the given fields. The method's name is PEFT's."""
+        return cls(**fields)
+
+    @classmethod
+    def check_kwargs(cls, **fields: Any) -> Mapping[str, Any]:
+        """Accept any keyword arguments, and return them unchanged.
+
+        PEFT's method of the same name checks the fields. `LoraConfig` checks them when a config is
+        created.
+        """
+        return fields
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> Any:
+        """Upload ``adapter_config.json`` to the Hub. See `fastlora.model.hub.push_to_hub`."""
+        save: Any = self.save_pretrained  # type: ignore[attr-defined]  # defined by LoraConfig
+        return push_to_hub(save, repo_id, **options)

@@ -1,0 +1,173 @@
+"""Find the modules and rows that ``trainable_token_indices`` selects for training.
+
+The rules follow `set_additional_trainable_modules` in PEFT 0.21.2, ``utils/other.py``.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from fastlora.layers import LoraLayer, TrainableTokensWrapper
+from fastlora.layers.trainable_tokens import check_tokens_trainable
+from fastlora.model.base_modules import (
+    is_adapter_wrapper,
+    is_modules_to_save_wrapper,
+    named_base_modules,
+    original_module_of,
+)
+from fastlora.model.config import LoraConfig
+from fastlora.model.tied_weights import (
+    config_ties_embeddings,
+    input_embedding_name,
+    names_tied_to_embedding,
+)
+from fastlora.validation import ConfigError, TargetNotFoundError, UnsupportedLayerError, near_names
+
+
+@dataclass(frozen=True)
+class TrainableTokens:
+    """The rows of a module's weight that an adapter trains.
+
+    Attributes:
+        indices: The indices of the rows.
+        tied_to: The name of the embedding that the module shares the rows with, or None.
+    """
+
+    indices: list[int]
+    tied_to: str | None = None
+
+
+def find_trainable_tokens(model: nn.Module, config: LoraConfig) -> dict[str, TrainableTokens]:
+    """Return a dict that maps the names of modules to the rows of their weights to train.
+
+    If ``trainable_token_indices`` is a list, it refers to the input embedding. If it is a mapping,
+    each key refers to every module with a name that ends with the key. If the input embedding is
+    selected and the model ties its embeddings, the tied modules share the embedding's rows, unless
+    the config selects different rows for them. The embedding comes before the modules tied to it.
+
+    Args:
+        model: The base model, with or without adapters.
+        config: The adapter's config.
+
+    Raises:
+        TargetNotFoundError: If a key matches no module.
+        ConfigError: If ``ensure_weight_tying`` is True, but different rows are selected for tied
+            modules.
+        UnsupportedLayerError: If a module is neither an embedding nor a linear layer, or if it is
+            also trained in another way.
+    """
+    wanted = config.trainable_token_indices
+    if wanted is None:
+        return {}
+    embedding = input_embedding_name(model)
+    if not isinstance(wanted, dict):
+        wanted = {embedding or "embed_tokens": wanted}
+    ties = config_ties_embeddings(model)
+    tied = names_tied_to_embedding(model) if ties and embedding else []
+    found = _matches(model, wanted)
+    if not ties and config.ensure_weight_tying:
+        warnings.warn(
+            "ensure_weight_tying=True but the model does not have tied weights "
+            "(tie_word_embeddings=False): no rows of trainable_token_indices are shared",
+            stacklevel=5,
+        )
+    of_tied = {name: found[name] for name in (embedding, *tied) if name in found}
+    differ = any(indices != next(iter(of_tied.values())) for indices in of_tied.values())
+    if differ and config.ensure_weight_tying:
+        raise ConfigError(
+            "Cannot ensure weight tying when different token indices are specified for tied "
+            f"layers: trainable_token_indices gives {of_tied}; expected the same for all, or "
+            "ensure_weight_tying=False"
+        )
+    tokens = {name: TrainableTokens(indices) for name, indices in found.items()}
+    if embedding in found and not differ:
+        rows = tokens.pop(embedding)
+        tied_rows = {name: TrainableTokens(rows.indices, embedding) for name in tied}
+        tokens = {embedding: rows, **tokens, **tied_rows}
+    for name, rows in tokens.items():
+        _check_token_rows(model, name, rows)
+    return tokens
+
+
+def check_trained_once(
+    tokens: Collection[str], targets: Collection[str], saved: Collection[str], tied: Collection[str]
+) -> None:
+    """Check that an adapter does not train the same module in two ways.
+
+    Args:
+        tokens: The names of the modules in which the adapter trains rows.
+        targets: The names of the modules that the adapter adapts with LoRA.
+        saved: The names of the modules that the adapter owns a copy of.
+        tied: The names of the modules that share the input embedding's adapter.
+
+    Raises:
+        UnsupportedLayerError: If a module is trained in two ways.
+    """
+    for name in tied:
+        if name in targets:
+            raise UnsupportedLayerError(
+                f"ensure_weight_tying makes {name!r} share the input embedding's copy "
+                "(modules_to_save), but target_modules names it too; expected only one of the two"
+            )
+    for name in tokens:
+        copied = any(name == n or name.startswith(f"{n}.") for n in (*saved, *tied))
+        if name in targets or copied:
+            how = "adapted with LoRA (target_modules)"
+            if copied:
+                how = "marked to be trained fully (modules_to_save)"
+            raise UnsupportedLayerError(
+                f"trainable_token_indices trains rows of {name!r}: The embedding layer is already "
+                f"{how}; expected only one of the two"
+            )
+
+
+def _matches(model: nn.Module, wanted: dict[str, list[int]]) -> dict[str, list[int]]:
+    modules = list(named_base_modules(model, remove_duplicate=False))
+    names = [name for name, _, _ in modules if name]
+    found: dict[str, list[int]] = {}
+    for key, indices in wanted.items():
+        named = [name for name in names if name.endswith(key)]
+        if not named:
+            ends = {name.rpartition(".")[2] for name in names}
+            raise TargetNotFoundError(
+                f"Target modules {{{key!r}}} not found in the base model. They are named in "
+                f"trainable_token_indices{near_names(key, sorted(ends))}"
+            )
+        found |= dict.fromkeys(named, indices)
+    inside = {
+        name for name, module, wrapped in modules if wrapped and not is_adapter_wrapper(module)
+    }
+    for name in found:
+        if name in inside:
+            raise UnsupportedLayerError(
+                f"trainable_token_indices names {name!r}, which is inside a module that adapters "
+                "own copies of (modules_to_save)"
+            )
+    return found
+
+
+def _check_token_rows(model: nn.Module, name: str, rows: TrainableTokens) -> None:
+    """Check that an adapter can train the given rows of a module.
+
+    Raises:
+        UnsupportedLayerError: If rows of the module cannot be trained, or if other adapters adapt
+            the module in another way.
+    """
+    module: Any = model.get_submodule(name)
+    if isinstance(module, LoraLayer) or is_modules_to_save_wrapper(module):
+        how = "LoRA factors" if isinstance(module, LoraLayer) else "a full copy (modules_to_save)"
+        raise UnsupportedLayerError(
+            f"trainable_token_indices trains rows of {name!r}, but another adapter has {how} for it"
+        )
+    check_tokens_trainable(original_module_of(module), rows.indices)
+    if isinstance(module, TrainableTokensWrapper) and module.is_tied != (rows.tied_to is not None):
+        raise UnsupportedLayerError(
+            f"trainable_token_indices: adapters {module.adapter_names} train rows of {name!r} that "
+            f"are {'tied' if module.is_tied else 'not tied'} to those of the input embedding; "
+            "expected the same for all adapters of a model"
+        )

@@ -1,0 +1,295 @@
+"""`ExecutionMode`: how a forward pass runs, which is determined once when it begins.
+
+It states which implementation runs (the Triton kernels or plain PyTorch), whether
+`torch.compile` traces the forward pass, which dtype autocast uses, and whether the batch-invariant
+mode is on. In that mode, the result of a row does not depend on the other rows of its batch.
+
+``with fastlora.batch_invariant():`` applies to LoRA linears without gradients, with one adapter or
+in a mixed batch. Each row has the same bits for any number of rows, at any position, next to any
+adapters, with any largest rank, and whether or not layers such as q, k, and v shared a shrink.
+Bitwise equality is claimed for GPUs only, and only as far as the native test has been run.
+
+The mode works because every batch uses the same kernel, tile, split of K, and plan, and no
+arithmetic on other rows reaches a row's accumulator (`docs/dev/decisions.md`, Kernels). A LoRA
+linear that cannot run this way raises `ImplementationError`. All other modules (attention, norms,
+an unadapted lm_head) run in PyTorch, as they do outside the mode.
+
+Nothing here imports Triton.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+import torch
+from torch import nn
+
+from fastlora import env
+from fastlora.validation import ImplementationError
+
+IMPLEMENTATIONS = ("auto", "triton", "eager")
+
+# Device types on which "auto" selects the kernels, if the kernels run there.
+KERNEL_DEVICES: tuple[str, ...] = ("cuda",)
+KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_PLAIN = (torch.Tensor, nn.Parameter)
+# Device types that support autocast in every build of torch.
+_USUAL_DEVICES = ("cpu", "cuda")
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+_INTERPRETED = env.triton_interpreted()
+
+
+class _BatchInvariantState(threading.local):
+    """Thread-local state of the batch-invariant mode."""
+
+    invariant = env.batch_invariant()
+
+
+_batch_invariant_state = _BatchInvariantState()
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def constant_when_compiled(function: _Function) -> _Function:
+    """Decorator that makes `torch.compile` treat a function's result as a constant.
+
+    The function is called while the graph is traced. The decorator has the effect of
+    `torch.compiler.assume_constant_result`, but does not import the compiler, which takes longer to
+    import than torch itself.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@functools.cache
+def _gpu_status(index: int) -> tuple[bool, str]:
+    """Return a tuple (supported, text): whether the Triton kernels support a GPU, and details.
+
+    The text is the GPU's name and architecture, or the reason why it is not supported.
+    """
+    properties = torch.cuda.get_device_properties(index)
+    from fastlora.kernels import chips
+
+    chip = chips.chip_of(torch.device("cuda", index))
+    if not chip.is_supported:
+        return False, f"{properties.name} is {chip.arch}, for which there are no kernel configs"
+    return True, f"{properties.name} ({chip.arch})"
+
+
+@constant_when_compiled
+def triton_status(device_type: str, index: int = 0) -> tuple[bool, str]:
+    """Return a tuple (supported, reason): whether the Triton kernels can run on a device.
+
+    Args:
+        device_type: ``"cpu"``, ``"cuda"`` (also for ROCm), or any other device type of torch.
+        index: Index of the device within its type.
+    """
+    if not _HAS_TRITON:
+        return False, "triton is not installed"
+    if device_type == "cuda":
+        return _gpu_status(index)
+    if _INTERPRETED:
+        return True, "TRITON_INTERPRET=1: the kernels run in Triton's interpreter"
+    return False, f"no Triton kernels for device type {device_type!r}"
+
+
+def auto_selects_kernels(device: torch.device) -> bool:
+    """Return whether ``impl="auto"`` selects the kernels on a device, for a supported dtype."""
+    return device.type in KERNEL_DEVICES and triton_status(device.type, device.index or 0)[0]
+
+
+def is_being_compiled() -> bool:
+    """Return whether `torch.compile` is tracing the caller."""
+    return torch.compiler.is_compiling()
+
+
+def is_traced(x: torch.Tensor) -> bool:
+    """Return whether a compiler is tracing operations on x, so that its values are unknown."""
+    return torch.compiler.is_compiling() or type(x) not in _PLAIN
+
+
+def operators_are_observed(
+    x: torch.Tensor, in_autograd_function: bool = False, by_profiler: bool = True
+) -> bool:
+    """Return whether a tracer, a mode, autograd, or a profiler observes operators called on x.
+
+    Modes are dispatch modes and functorch transforms. If ``in_autograd_function`` is set, autograd
+    is ignored, because it records nothing inside an autograd function. If ``by_profiler`` is False,
+    profilers are ignored.
+    """
+    return bool(
+        torch.compiler.is_compiling()
+        or type(x) not in _PLAIN
+        or (torch.is_grad_enabled() and not in_autograd_function)
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.maybe_current_level() is not None
+        or torch._C._get_tracing_state() is not None
+        or (by_profiler and torch.autograd._profiler_enabled())
+    )
+
+
+def call_on_device_of(x: torch.Tensor, function: Callable[..., Any], *args: Any) -> Any:
+    """Call a kernel-launching function with x's device as the current device."""
+    if not x.is_cuda or x.device.index == torch.cuda.current_device():
+        return function(*args)
+    with torch.cuda.device(x.device):
+        return function(*args)
+
+
+def resolve_impl(impl: str, x: torch.Tensor, dtype: torch.dtype | None = None) -> str:
+    """Return the name of the implementation that runs on x, ``"triton"`` or ``"eager"``.
+
+    `execution_mode_of` resolves all other cases itself.
+
+    Args:
+        impl: ``"triton"``, or ``"auto"`` on a device in `KERNEL_DEVICES`.
+        x: The input.
+        dtype: The dtype of the computation, or None for x's dtype.
+
+    Raises:
+        ValueError: ``impl`` is not one of `IMPLEMENTATIONS`.
+        ImplementationError: ``impl`` is ``"triton"``, and the kernels cannot run on x. If an
+            implementation is requested by name, no other one replaces it.
+    """
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl must be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
+    device = x.device
+    runs, reason = triton_status(device.type, device.index or 0)
+    dtype = dtype or x.dtype
+    if runs and dtype not in KERNEL_DTYPES:
+        runs, reason = False, f"the kernels support fp16, bf16 and fp32, got {dtype}"
+    if runs:
+        return "triton"
+    if impl == "triton":
+        raise ImplementationError(f"impl='triton' cannot run: {reason}")
+    return "eager"
+
+
+class _Layer(Protocol):
+    in_features: int
+    out_features: int
+
+    def get_base_layer(self) -> nn.Module: ...
+
+
+class ExecutionMode(NamedTuple):
+    """How one forward pass runs: its implementation, autocast's dtype, and whether it is compiled.
+
+    Attributes:
+        impl: ``"triton"`` or ``"eager"``. In the batch-invariant mode this is the requested
+            implementation, which `check_batch_invariant` checks.
+        backend: The backend's name in `fastlora.ops.backend.BACKENDS`. In the batch-invariant mode
+            it is always ``"triton"``.
+        compiling: Whether `torch.compile` traces the forward pass.
+        invariant: Whether the batch-invariant mode is on, or the call requests its plan.
+        autocast: The dtype of autocast, or None if autocast is off.
+        tracing: Whether the modules run their own ``forward`` in plain PyTorch. This is the case if
+            x is a nested tensor, or if `torch.jit.trace` records the forward pass, directly or for
+            the ONNX exporter.
+    """
+
+    impl: str
+    backend: str
+    compiling: bool
+    invariant: bool
+    autocast: torch.dtype | None
+    tracing: bool = False
+
+    def raise_if_batch_invariant(self, layer: _Layer, reason: str) -> None:
+        """Raise `ImplementationError` if the batch-invariant mode is on.
+
+        ``layer`` is a layer that cannot run in this mode, and ``reason`` says why.
+        """
+        if self.invariant:
+            base = layer.get_base_layer()
+            raise ImplementationError(
+                f"{type(layer).__name__} over {type(base).__name__} ({layer.in_features} to "
+                f"{layer.out_features} features) cannot run in batch-invariant mode: {reason}"
+            )
+
+    def check_batch_invariant(
+        self, x: torch.Tensor, plan: str = "auto", dropout_p: float = 0.0
+    ) -> None:
+        """Raise an error unless the Triton kernels can run a call in the batch-invariant mode.
+
+        Raises:
+            ImplementationError: The kernels cannot run the call.
+            ValueError: The requested implementation does not exist.
+        """
+        impl = self.impl
+        if impl == "eager" or plan not in ("auto", "fused", "invariant"):
+            asked = f"impl={impl!r}" if impl == "eager" else f"plan={plan!r}"
+            raise ImplementationError(
+                f"{asked} cannot run in batch-invariant mode: the results of PyTorch's GEMMs "
+                "depend on the number of rows"
+            )
+        if dropout_p:
+            raise ImplementationError(
+                f"dropout_p={dropout_p} is not supported in batch-invariant mode: a row's mask "
+                "depends on its position in the batch; call eval()"
+            )
+        try:
+            resolve_impl("triton" if impl == "auto" else impl, x)
+        except ImplementationError as error:
+            raise ImplementationError(
+                f"batch-invariant mode needs the Triton kernels: {error}"
+            ) from None
+
+
+def execution_mode_of(x: torch.Tensor, impl: str, plan: str = "auto") -> ExecutionMode:
+    """Return the `ExecutionMode` of a forward pass on x.
+
+    Args:
+        x: The input, ``[..., K]``.
+        impl, plan: As in `fastlora.functional.lora_linear`.
+
+    Raises:
+        ValueError, ImplementationError: As in `resolve_impl`, except in the batch-invariant mode.
+    """
+    kind, autocast = "cpu" if x.is_cpu else x.device.type, None
+    knows = kind in _USUAL_DEVICES or torch.amp.is_autocast_available(kind)
+    if knows and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+        autocast = torch.get_autocast_dtype(kind)
+    compiling = torch.compiler.is_compiling()
+    if plan == "invariant" or _batch_invariant_state.invariant:
+        return ExecutionMode(impl, "triton", compiling, True, autocast)
+    if impl == "auto" and kind not in KERNEL_DEVICES:
+        impl = "eager"
+    elif impl != "eager":
+        impl = resolve_impl(impl, x, autocast)
+    tracing = not compiling and (torch._C._get_tracing_state() is not None or x.is_nested)
+    if impl == "eager" and autocast is None and not compiling and not tracing:
+        return _USUAL  # Every layer of a model calls this function: build no record here.
+    return ExecutionMode(impl, impl, compiling, False, autocast, tracing)
+
+
+_USUAL = ExecutionMode("eager", "eager", False, False, None)
+
+
+def is_batch_invariant() -> bool:
+    """Return whether the batch-invariant mode is on in this thread."""
+    return _batch_invariant_state.invariant
+
+
+@contextlib.contextmanager
+def batch_invariant(enabled: bool = True) -> Iterator[None]:
+    """Context manager that turns the batch-invariant mode on or off for this thread.
+
+    ``FASTLORA_BATCH_INVARIANT=1`` in the environment turns the mode on for all threads. A forward
+    pass that activation checkpointing repeats during the backward pass needs this setting. The mode
+    is slower, but the cost has not been measured.
+
+    Args:
+        enabled: Whether the mode is on within the ``with`` block.
+    """
+    before = is_batch_invariant()
+    _batch_invariant_state.invariant = enabled
+    try:
+        yield
+    finally:
+        _batch_invariant_state.invariant = before

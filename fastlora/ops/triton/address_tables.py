@@ -1,0 +1,116 @@
+"""Device tensors of addresses, ranks, and dropout settings, which kernels read as tables.
+
+The host knows the values. A table depends on the parameters alone, so it is cached for the next
+call with the same parameters. Copying it to the device does not synchronize. A CUDA graph needs a
+warm-up run before its capture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+import torch
+
+from fastlora.kernels.mixed_rows import DropoutTables, RankRows
+from fastlora.ops.factors import AddressTables, number_tensor_without_sync
+
+_Block = TypeVar("_Block", torch.Tensor, torch.Tensor | None)
+
+
+def dropout_tables(seeds: torch.Tensor | None, dropout_p: Sequence[float]) -> DropoutTables | None:
+    """Return device tables of each slot's dropout seed, threshold, and scale, or None.
+
+    ``seeds`` is int64 ``[S]`` on the device, or None without dropout. ``dropout_p`` lists the
+    probability of each slot.
+    """
+    if seeds is None:
+        return None
+    thresholds = tuple(round(p * 65536) for p in dropout_p)
+    inv_keep = tuple(1.0 / (1.0 - p) for p in dropout_p)
+    device = seeds.device
+    return DropoutTables(
+        seeds,
+        number_tensor_without_sync(thresholds, torch.int32, device),
+        number_tensor_without_sync(inv_keep, torch.float32, device),
+    )
+
+
+def down_rank_rows(
+    lora_a: Sequence[torch.Tensor], device: torch.device, shape: tuple[int, ...] = (-1,)
+) -> RankRows:
+    """Return a `RankRows` with the addresses and ranks of aligned lora_a.
+
+    ``shape`` is the shape of the tables.
+    """
+    ranks = tuple(a.shape[0] for a in lora_a)
+    address, rank = (
+        addresses_of(lora_a, device),
+        number_tensor_without_sync(ranks, torch.int32, device),
+    )
+    own = address.view(shape), None, rank.view(shape), None
+    return RankRows(*own, lora_a[0].dtype, max(ranks))
+
+
+def up_rank_rows(
+    lora_b: Sequence[torch.Tensor],
+    lora_bias: Sequence[torch.Tensor | None],
+    scaling: torch.Tensor,
+) -> RankRows:
+    """Return a `RankRows` with the addresses, ranks, and scalings of lora_b and lora_bias.
+
+    The tensors must be aligned.
+    """
+    device, ranks = scaling.device, tuple(b.shape[1] for b in lora_b)
+    biased = any(bias is not None for bias in lora_bias)
+    bias_address = addresses_of(lora_bias, device) if biased else None
+    rank, address = (
+        number_tensor_without_sync(ranks, torch.int32, device),
+        addresses_of(lora_b, device),
+    )
+    own = address, bias_address, rank, scaling
+    return RankRows(*own, lora_b[0].dtype, max(ranks), by_column=True)
+
+
+def up_rank_rows_from_tables(tables: AddressTables, index: int | slice) -> RankRows:
+    """Return a `RankRows` with the addresses, ranks, and scalings of some rows of the tables.
+
+    ``index`` selects one module, or adjacent modules.
+    """
+    bias = None if tables.bias_address is None else tables.bias_address[index]
+    own = tables.b_address[index], bias, tables.rank[index], tables.scaling[index]
+    return RankRows(*own, tables.dtype, tables.max_rank)
+
+
+def align_factors(tensors: Sequence[_Block]) -> list[_Block]:
+    """Return a list of factors in the form that kernels read: contiguous, aligned to 16 bytes.
+
+    The caller must keep the result until the launch, which receives only the addresses.
+    """
+    return [
+        t
+        if t is None or (t.is_contiguous() and t.data_ptr() % 16 == 0)
+        else t.clone(memory_format=torch.contiguous_format)
+        for t in tensors
+    ]
+
+
+def addresses_of(blocks: Sequence[torch.Tensor | None], device: torch.device) -> torch.Tensor:
+    """Return an int64 tensor of the given tensors' addresses, with 0 for None and empty tensors."""
+    values = tuple(0 if b is None or not b.numel() else b.data_ptr() for b in blocks)
+    return number_tensor_without_sync(values, torch.int64, device)
+
+
+def max_summed_rank(lora_a: Sequence[torch.Tensor], slots: int, modules: int) -> int:
+    """Return the maximum over all adapters of the sum of an adapter's ranks on adjacent modules.
+
+    ``modules`` modules are adjacent. The rank on each module is rounded up to a multiple of 4.
+    """
+    filled = [-(-a.shape[0] // 4) * 4 for a in lora_a]
+    starts = range(0, len(filled), modules * slots)
+    sums = [
+        sum(filled[start + slot : start + modules * slots : slots])
+        for start in starts
+        for slot in range(slots)
+    ]
+    return max(1, *sums)

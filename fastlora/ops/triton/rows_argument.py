@@ -1,0 +1,48 @@
+"""Functions that build the operators' argument ``rows``: sorted rows, and pieces or runs of them.
+
+Nothing here imports Triton.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fastlora.ops.plans import fp32_precision
+from fastlora.ops.rows import Rows
+
+
+def rows_for_tables(rows: Rows, batch_invariant: bool = False) -> list[torch.Tensor]:
+    """Return the list of tensors for operators' argument ``rows``, for address tables."""
+    from fastlora.kernels.configs import piece_rows
+
+    return [*rows.operator_arguments(), rows.pieces(piece_rows(rows.m, batch_invariant))]
+
+
+def rows_for_lists(rows: Rows) -> list[torch.Tensor]:
+    """Return the list of tensors for operators' argument ``rows``, for factors in lists.
+
+    For operators that work on runs, use `rows_for_gradients`.
+    """
+    from fastlora.kernels.configs import TRAIN_PIECE_ROWS
+
+    return [*rows.operator_arguments(), rows.pieces(TRAIN_PIECE_ROWS)]
+
+
+def rows_for_gradients(
+    launch: str, rows: Rows, dtype: torch.dtype, columns: int
+) -> tuple[list[torch.Tensor], int]:
+    """Return a tuple (tensors for a gradient operator's argument ``rows``, rows per run).
+
+    Args:
+        launch: ``"mixed_lora_grad_b"`` or ``"mixed_lora_grad_a"``.
+        rows: Rows of the batch.
+        dtype: Dtype of dy ``[M, N]`` or x ``[M, K]``.
+        columns: N or K.
+    """
+    from fastlora.kernels import chips, configs
+
+    chip = chips.chip_of(rows.order.device)
+    config = configs.choose(chip, launch, dtype, input_precision=fp32_precision(dtype))
+    programs = configs.cdiv(columns, config.block_n or config.block_k)
+    run = configs.run_rows(chip, rows.m, programs, config.block_m)
+    return [*rows.operator_arguments(), rows.pieces(run)], run

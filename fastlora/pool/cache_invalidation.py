@@ -1,0 +1,43 @@
+"""`refresh`, which clears cached values after writes to weights that fastlora cannot detect."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from fastlora.layers.quantized_base import clear_weight_caches
+from fastlora.layers.shared_input import clear_group_cache
+from fastlora.pool.pool import pool_of
+from fastlora.weights_version import weights_versions
+
+
+def refresh(model: nn.Module) -> None:
+    """Clear all cached values that were computed from a model's weights.
+
+    Call this function only after writes to weights that fastlora cannot detect:
+
+    * writes through ``.data`` or ``set_``, such as those of PEFT's `hotswap_adapter`;
+    * writes by compiled code that does not use a `torch.optim.Optimizer`;
+    * writes to LoRA factors inside a `fastlora.adapters` block;
+    * writes to the base weights of a model whose pool has DoRA adapters, while a lease is active.
+
+    All other writes are detected, including the steps of fused and compiled optimizers, and any
+    write that is followed by a change between training and evaluation mode.
+
+    CUDA graphs that were captured with the model before this call must not be replayed afterwards,
+    because the memory that they read is freed.
+
+    Args:
+        model: Any module that contains LoRA layers of fastlora or patched LoRA layers of PEFT.
+    """
+    weights_versions.invalidate_all()
+    for module in model.modules():
+        clear_weight_caches(module, release_captured=True)
+        clear_group_cache(module)
+        group = getattr(module, "routing_group", None)
+        if group is not None:
+            group.packs.clear()
+            group.packs.unpin()
+    for module in model.modules():
+        pool = pool_of(module)
+        if pool is not None:
+            pool.remake_scales()

@@ -1,0 +1,55 @@
+"""Activation checkpointing in mixed batches: recomputation uses the original routing.
+
+A checkpoint runs its function again in the backward pass. By then, the `fastlora.adapters` block
+that set the routing may have ended, and the backward pass may run in another thread. Therefore the
+function that `torch.utils.checkpoint` stores is wrapped together with its routing. This works for
+both kinds of checkpoints and for every caller (transformers, user code). torch has no hook for it,
+so the two names that its `checkpoint` looks up at each call are replaced.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from torch.utils import checkpoint as torch_checkpoint
+
+from fastlora.routing.active import active_routings, replace_active_routings
+
+
+@functools.cache
+def patch_activation_checkpointing() -> None:
+    """Patch `torch.utils.checkpoint` so that recomputation uses the routing of the first run.
+
+    The patch applies to all checkpoints that the process creates afterwards.
+    """
+    reentrant = torch_checkpoint.CheckpointFunction
+    other = torch_checkpoint._checkpoint_without_reentrant_generator
+
+    class CheckpointFunction(reentrant):  # type: ignore[misc, valid-type]  # made once
+        """torch's class, applied to a function that is wrapped together with its routing."""
+
+        @classmethod
+        def apply(cls, function: Callable[..., Any], *args: Any) -> Any:
+            return reentrant.apply(_with_routing(function), *args)
+
+    @functools.wraps(other)
+    def generator(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return other(_with_routing(function), *args, **kwargs)
+
+    module: Any = torch_checkpoint
+    module.CheckpointFunction = CheckpointFunction
+    module._checkpoint_without_reentrant_generator = generator
+
+
+def _with_routing(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a wrapper that runs ``function`` with the routings that are active now, if any."""
+    routings = active_routings()
+
+    @functools.wraps(function, updated=())
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with replace_active_routings(routings):
+            return function(*args, **kwargs)
+
+    return run

@@ -1,0 +1,153 @@
+"""The state of the current thread: its open `fastlora.adapters` blocks."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+
+from fastlora.ops.execution_mode import is_being_compiled
+from fastlora.routing.caches import RoutedLayer
+from fastlora.routing.routing import Routing, RoutingGroup
+
+
+class _ThreadRoutings(threading.local):
+    """The routings of a thread's open blocks, and each model's innermost routing."""
+
+    def __init__(self) -> None:
+        self.unchecked = False
+        self.open: tuple[Routing, ...] = ()
+        self.by_group: dict[RoutingGroup, Routing] = {}
+
+
+_thread = _ThreadRoutings()
+
+
+def active_routings() -> tuple[Routing, ...]:
+    """Return a tuple of the routings of this thread's open blocks, from outermost to innermost."""
+    return _thread.open
+
+
+def active_routing(layer: RoutedLayer) -> Routing | None:
+    """Return the routing of the innermost open block of a layer's model, or None."""
+    by_group = _thread.by_group
+    return by_group.get(layer.routing_group) if by_group else None
+
+
+def is_tracking_rows() -> bool:
+    """Return whether an open block of this thread tracks rows by intercepting every operator."""
+    return any(routing.cache.row_checker is not None for routing in _thread.open)
+
+
+def is_capturing_cuda_graph(tensor: torch.Tensor) -> bool:
+    """Return whether operators on a tensor are recorded in a CUDA graph captured by this thread."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _set_active(routings: tuple[Routing, ...]) -> None:
+    _thread.open = routings
+    _thread.by_group = {routing.group: routing for routing in routings}
+
+
+@contextlib.contextmanager
+def activate_routing(routing: Routing) -> Iterator[None]:
+    """Context manager that activates a routing; those of other models stay active.
+
+    Raises:
+        RuntimeError: Blocks do not end in the reverse order of their beginning, as with interleaved
+            coroutines in one thread. The block is closed in this case too.
+    """
+    checks = routing.group.row_checks if routing.may_mix else None
+    row_checker = routing.cache.row_checker = (
+        None if checks is None else checks.block_checker(routing.ids.numel())
+    )
+    routing.group.change_open_blocks(1)
+    try:
+        with row_checker or contextlib.nullcontext():
+            _set_active((*_thread.open, routing))
+            try:
+                yield
+            finally:
+                innermost = bool(_thread.open) and _thread.open[-1] is routing
+                _set_active(tuple(other for other in _thread.open if other is not routing))
+                for other in () if innermost else _thread.open:
+                    if (
+                        other.cache.row_checker is not None
+                    ):  # Its dispatch mode ends with this block.
+                        other.cache.row_checker.stop_tracking()
+    finally:
+        routing.group.discard_unused_results()
+        routing.group.change_open_blocks(-1)
+    if not innermost:
+        raise RuntimeError(
+            "adapters() blocks must be exited in the reverse of the order in which they were "
+            "entered; run interleaved coroutines in separate threads"
+        )
+
+
+@contextlib.contextmanager
+def replace_active_routings(routings: tuple[Routing, ...]) -> Iterator[None]:
+    """Context manager that replaces the thread's active routings by ``routings``."""
+    before = _thread.open
+    _set_active(routings)
+    try:
+        yield
+    finally:
+        _set_active(before)
+
+
+@contextlib.contextmanager
+def skip_batch_checks() -> Iterator[None]:
+    """Context manager that disables `check_batch_matches_ids` in this thread."""
+    before, _thread.unchecked = _thread.unchecked, True
+    try:
+        yield
+    finally:
+        _thread.unchecked = before
+
+
+def discard_unused_results(group: RoutingGroup) -> None:
+    """Drop the results computed for layers that were not called in a model's forward pass."""
+    if not is_being_compiled() and group.unfinished:
+        group.discard_unused_results()
+
+
+def check_batch_matches_ids(
+    group: RoutingGroup,
+    args: Sequence[object],
+    kwargs: Mapping[str, object],
+    *,
+    per_sample: bool = False,
+) -> None:
+    """Raise `ValueError` unless the batch in a model's arguments fits the ids of its routing.
+
+    If ``per_sample`` is set, ids per token raise too, because the model will process further tokens
+    later, as in ``generate()``.
+
+    Raises:
+        ValueError: The number of ids is neither the number of samples nor the number of tokens.
+    """
+    routing = _thread.by_group.get(group)
+    if routing is None or _thread.unchecked:
+        return
+    named = [kwargs[name] for name in ("input_ids", "inputs_embeds", "inputs") if name in kwargs]
+    if not is_being_compiled() and routing.cache.row_checker is not None:
+        routing.cache.row_checker.record_batch_inputs((*args, *kwargs.values()))
+    x = next((v for v in (*named, *args, *kwargs.values()) if isinstance(v, torch.Tensor)), None)
+    if x is None or not x.dim():
+        return
+    features = x.shape[-1] if x.dtype.is_floating_point and x.dim() > 1 else 1
+    samples, tokens = x.shape[0], x.numel() // max(features, 1)
+    count = routing.ids.numel()
+    if count not in (samples, tokens):
+        raise ValueError(
+            f"the batch has {samples} samples ({tokens} tokens) and {count} adapter ids; expected "
+            "one id per sample or per token"
+        )
+    if per_sample and count != samples:
+        raise ValueError(
+            f"the batch has {samples} samples and {count} adapter ids; generate() expects one id "
+            "per sample"
+        )

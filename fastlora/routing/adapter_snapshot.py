@@ -1,0 +1,94 @@
+"""Detection of changes to adapters' parameters, and of hooks on their modules."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import repeat
+from operator import attrgetter, contains, eq, getitem, is_
+from typing import Any
+
+import torch
+from torch import nn
+
+_version = attrgetter("_version")
+_data_ptr = torch.Tensor.data_ptr
+_training = attrgetter("training")
+
+
+class AdapterSnapshot:
+    """A record of adapters' modules, parameters and their versions, scalings, and dropouts.
+
+    The record is checked once when a block begins. It does not detect writes that do not change a
+    tensor's version. Weights versions (`fastlora.weights_version`) cover these writes, and are
+    checked within a block too.
+
+    The record keeps the factors' memory alive, so that no other tensor can get the same address. An
+    address and a version then identify the contents. A `TensorStamp` keeps no memory alive, but
+    takes longer to compare. The lists are flat and are compared without a Python loop, because
+    every block checks each entry: 64 adapters on SmolLM2 have 13,440 pairs of factors.
+    """
+
+    def __init__(self) -> None:
+        self._holders: list[Mapping[str, object]] = []
+        self._keys: list[str] = []
+        self._objects: list[Any] = []
+        self._parameters: list[torch.Tensor] = []
+        self._states: list[tuple[int, int]] = []
+        self._memory: list[torch.UntypedStorage] = []
+        self._dropouts: list[nn.Module] = []
+        self._hooks: list[dict[Any, Any]] = []
+        self._own: list[dict[str, Any]] = []
+        self._hooked = self._has_inference_tensors = False
+
+    def add(self, layer: nn.Module, scaling: Mapping[str, object], names: Sequence[str]) -> None:
+        """Record those of the named adapters that a layer has.
+
+        ``scaling`` maps the names to the layer's scalings.
+        """
+        modules: dict[str, Any] = layer._modules
+        downs, ups = modules["lora_A"]._modules, modules["lora_B"]._modules
+        dropouts = modules["lora_dropout"]._modules
+        present = [name for name in names if name in downs]
+        for name in present:
+            for table in (downs, ups, dropouts, scaling):
+                self._remember(table, name)
+            for module in (downs[name], ups[name]):
+                own = module.__dict__
+                # Backward hooks that are added later have no effect without gradients.
+                self._hooked |= bool(own["_backward_hooks"] or own["_backward_pre_hooks"])
+                self._hooks += [own["_forward_hooks"], own["_forward_pre_hooks"]]
+                self._own.append(own)
+                for key in module._parameters:
+                    self._remember(module._parameters, key)
+            if type(dropouts[name]) is nn.Dropout:
+                self._dropouts.append(dropouts[name])
+
+    def _remember(self, holder: Mapping[str, object], key: str) -> None:
+        value = holder[key]
+        self._holders.append(holder)
+        self._keys.append(key)
+        self._objects.append(value)
+        if isinstance(value, torch.Tensor) and value.is_inference():
+            self._has_inference_tensors = True
+        elif isinstance(value, torch.Tensor):
+            self._parameters.append(value)
+            self._states.append((value._version, value.data_ptr()))
+            self._memory.append(value.untyped_storage())
+
+    def is_unchanged(self) -> bool:
+        """Return whether all recorded objects are unchanged, and no module has new hooks."""
+        # One pass reads both: a tensor that was just read is still in the processor's cache.
+        tensors = self._parameters
+        states = zip(map(_version, tensors), map(_data_ptr, tensors), strict=True)
+        try:
+            return (
+                not self._hooked
+                and not self._has_inference_tensors
+                and all(map(is_, map(getitem, self._holders, self._keys), self._objects))
+                and all(map(eq, states, self._states))
+                and not any(map(_training, self._dropouts))
+                and not any(self._hooks)
+                and not any(map(contains, self._own, repeat("forward")))
+            )
+        except KeyError:  # An adapter was deleted.
+            return False

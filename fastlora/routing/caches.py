@@ -1,0 +1,195 @@
+"""Caches for mixed batches: one per `fastlora.adapters` block, and one per model for all blocks.
+
+A `Routing` is immutable and refers to one `BlockCache`. A model's `RoutingGroup` refers to one
+`AdapterSetCache`.
+`AdapterSetCache.clear` invalidates everything that is cached for the LoRA factors.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import torch
+
+from fastlora.ops.factors import AddressTables
+from fastlora.ops.rows import Rows
+from fastlora.ops.torch.packed import PackedLayerFactors, pack_fits
+from fastlora.ops.torch.packed_choice import BatchKind
+from fastlora.routing.adapter_snapshot import AdapterSnapshot
+from fastlora.routing.row_checks import BlockRowChecker
+from fastlora.weights_version import weights_versions
+
+# Number of adapter sets that one model caches as packed factors. Each set holds one or two copies
+# of its adapters' factors, because few rows and many rows may need different layouts.
+_MOST_SETS = 2
+
+
+def cuda_stream_handle(device: torch.device) -> int:
+    """Return the handle of a device's current CUDA stream, or 0 for a device without streams."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
+class RoutedLayer(Protocol):
+    """The attributes of a layer that routing uses.
+
+    Attributes:
+        routing_group: The routing group of the layer's model; None outside a model.
+        routing_index: The layer's number in its model.
+        training: Whether dropout can be active.
+        may_see_partial_rows: Whether the layer may get only some rows of the batch, and thus raises
+            in a block that does not track rows.
+    """
+
+    routing_group: Any
+    routing_index: int
+    training: bool
+    may_see_partial_rows: bool
+
+
+class PackedAdapterSet:
+    """A set of adapters, with packed factors for each layer that has run with the set twice.
+
+    Args:
+        factors_can_change: Whether the factors can change. A pool's factors cannot.
+
+    Attributes:
+        snapshot: Detects changes of the factors since they were packed; None if they cannot change.
+        weights_version: The weights version of the packed factors; None if they cannot change.
+        tables: The set's address tables for kernels. None until they are created, and False if they
+            cannot be created.
+    """
+
+    def __init__(self, factors_can_change: bool) -> None:
+        self.snapshot = AdapterSnapshot() if factors_can_change else None
+        self.weights_version = (
+            weights_versions.for_trained_weights() if factors_can_change else None
+        )
+        self.tables: AddressTables | Literal[False] | None = None
+        self._met: set[tuple[int, torch.dtype, BatchKind]] = set()
+        self._packs: dict[tuple[int, torch.dtype, BatchKind], PackedLayerFactors | None] = {}
+
+    @property
+    def has_current_weights_version(self) -> bool:
+        """Whether the packed factors have the current weights version, and thus may be valid."""
+        return self.weights_version is None or self.weights_version is weights_versions.trained
+
+    def is_valid(self) -> bool:
+        """Check each LoRA factor, and return whether the packed factors are valid."""
+        return self.has_current_weights_version and (
+            self.snapshot is None or self.snapshot.is_unchanged()
+        )
+
+    def get_or_should_pack(
+        self, number: int, dtype: torch.dtype, kind: BatchKind
+    ) -> tuple[PackedLayerFactors | None, bool]:
+        """Return a tuple (pack, now): the packed factors or None, and whether to pack them now."""
+        key = (number, dtype, kind)
+        pack = self._packs.get(key)
+        if pack is not None or key in self._packs:
+            return pack, False
+        for other in BatchKind:
+            pack = self._packs.get((number, dtype, other))
+            if pack is not None and pack_fits(pack, dtype, kind):
+                self._packs[key] = pack
+                return pack, False
+        if key in self._met:
+            return None, True
+        self._met.add(key)
+        return None, False
+
+    def put(
+        self, number: int, dtype: torch.dtype, kind: BatchKind, pack: PackedLayerFactors | None
+    ) -> None:
+        """Store the packed factors of a layer; ``pack`` is None if they cannot be packed."""
+        self._packs[(number, dtype, kind)] = pack
+
+    @property
+    def nbytes(self) -> int:
+        """Total size of all packed factors in bytes."""
+        tensors = {}
+        for pack in list(self._packs.values()):
+            if pack is not None:
+                for tensor in (pack.lora_a, pack.lora_b, pack.lora_bias):
+                    if tensor is not None:
+                        tensors[tensor.data_ptr()] = tensor.nbytes
+        return sum(tensors.values())
+
+
+class AdapterSetCache:
+    """A model's cache of adapter sets: the most recently used sets, and those CUDA graphs read."""
+
+    def __init__(self) -> None:
+        self._captured: dict[int, object] = {}
+        self._sets: OrderedDict[tuple[Hashable, ...], PackedAdapterSet] = OrderedDict()
+        self._lock = threading.Lock()  # Threads that serve one model share its packs.
+
+    def get(self, key: tuple[Hashable, ...], factors_can_change: bool) -> PackedAdapterSet:
+        """Return the cached adapter set for a key, or a new set if it is missing or outdated.
+
+        A set is outdated if its factors have changed. ``factors_can_change`` tells whether
+        the factors can change.
+        """
+        with self._lock:
+            known = self._sets.get(key)
+            if known is None or not known.is_valid():
+                # Other sets may hold memory of replaced factors too.
+                if known is not None:
+                    held = [(other, each) for other, each in self._sets.items() if each.is_valid()]
+                    self._sets = OrderedDict(held)
+                known = self._sets[key] = PackedAdapterSet(factors_can_change)
+            self._sets.move_to_end(key)
+            while len(self._sets) > _MOST_SETS:
+                self._sets.popitem(last=False)
+            return known
+
+    def clear(self) -> None:
+        """Clear all cached sets; required if factors may change, or may have changed undetected."""
+        weights_versions.invalidate_trained_weights()  # Open blocks have sets too.
+        with self._lock:
+            self._sets.clear()
+
+    def pin(self, *objects: object) -> None:
+        """Keep references to objects that a CUDA graph reads, so their addresses stay valid."""
+        self._captured.update((id(each), each) for each in objects)
+
+    def unpin(self) -> None:
+        """Drop the references to objects that CUDA graphs read.
+
+        The graphs must not be replayed afterwards.
+        """
+        self._captured.clear()
+
+    @property
+    def nbytes(self) -> int:
+        """Total size of all packed factors in bytes."""
+        with self._lock:
+            return sum(known.nbytes for known in self._sets.values())
+
+
+@dataclass(eq=False)
+class BlockCache:
+    """The cache of one `fastlora.adapters` block; each entry is computed at most once per block.
+
+    Attributes:
+        layers: Maps the use ("packs" or "places") and the number of a layer to a key and a result.
+            The result is valid for a forward pass with an equal key.
+        plans: Plans for packed factors, by rows, and then by layout and element size.
+        rows: Sorted rows, by number of rows, device, and stream.
+        seeds: Dropout seeds by layer number, for each device and stream.
+        sets: The model's adapter sets, by key.
+        is_checked: Whether the host has checked the ids.
+        row_checker: Checks the rows that layers get in the block; None if every layer has been
+            checked.
+    """
+
+    layers: dict[tuple[str, int], tuple[Hashable, Any]] = field(default_factory=dict)
+    plans: dict[Rows, dict[Any, Any]] = field(default_factory=dict)
+    rows: dict[tuple[int, torch.device, int], Rows] = field(default_factory=dict)
+    seeds: dict[tuple[torch.device, int], dict[int, torch.Tensor]] = field(default_factory=dict)
+    sets: dict[tuple[Hashable, ...], PackedAdapterSet] = field(default_factory=dict)
+    is_checked: bool = False
+    row_checker: BlockRowChecker | None = None

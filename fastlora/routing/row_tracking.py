@@ -1,0 +1,132 @@
+"""`RowTrackingMode`, a dispatch mode that finds tensors with rows out of the batch's order.
+
+A mixed batch assigns a layer's rows to adapters by their position. That is wrong for a tensor with
+rows that the data chose, as when a router chooses tokens for an expert. `RowTrackingMode`
+intercepts every operator in a block. It records the storage of each tensor with rows that are not
+all rows of the batch in order. Views share their storage, so they need no record of their own.
+
+If an index comes from data, or permutes, the operator alone does not show whether the rows stay in
+order. In this case the values of the index are read once, and `fastlora.routing.row_samples` finds
+the sample of each row. On a GPU, the host waits for the index.
+
+The mode does not see operators in compiled code, and it does not cause compilations.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch._ops import OpOverload
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _get_current_dispatch_mode,
+    _pop_mode_temporarily,
+)
+
+from fastlora.routing import row_samples
+from fastlora.routing.row_facts import TABLE, RowFactsTable, RowOrigin
+from fastlora.routing.row_rules import Arguments, Keywords, apply_rule
+
+
+class RowTrackingMode(TorchDispatchMode):
+    """Dispatch mode that records the tensors whose rows are not those of the batch in order.
+
+    Args:
+        count: Number of adapter ids of the batch.
+        tables: Buffers of the model.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(self, count: int, tables: Iterable[torch.Tensor] = ()) -> None:
+        super().__init__()
+        self._known = RowFactsTable(count)
+        self._thread = 0
+        self._rests = False
+        for table in tables:
+            self._known.put(table, TABLE)
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Return True, so that `torch.compile` compiles as if the mode were off."""
+        return True
+
+    def __enter__(self) -> RowTrackingMode:
+        self._thread = threading.get_ident()
+        return super().__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        self._thread = 0
+        super().__exit__(*error)
+
+    def stop_recording(self) -> None:
+        """Make `is_recording` return False permanently, even while the mode is still on."""
+        self._thread = 0
+
+    @property
+    def is_recording(self) -> bool:
+        """Whether the mode is on in this thread and has not been disabled by `stop_recording`."""
+        return self._thread == threading.get_ident()
+
+    @contextlib.contextmanager
+    def pause_row_tracking(self) -> Iterator[None]:
+        """Context manager that stops recording, for code that preserves the order of its input.
+
+        The mode leaves PyTorch's stack of modes, so layers that share an input can run together.
+        """
+        if torch._C._len_torch_dispatch_stack() and _get_current_dispatch_mode() is self:
+            with _pop_mode_temporarily():
+                yield
+            return
+        before, self._rests = self._rests, True
+        try:
+            yield
+        finally:
+            self._rests = before
+
+    def row_origin(self, x: torch.Tensor) -> RowOrigin:
+        """Return the `RowOrigin` of a tensor's rows, which tells where they come from."""
+        return self._known.facts_of(x).kind
+
+    def is_shared_table(self, x: torch.Tensor) -> bool:
+        """Return whether ``x [..., K]`` is made of parameters alone and not repeated per sample.
+
+        With fewer than 3 dimensions, the values show whether all samples have the same rows.
+        """
+        if self._known.facts_of(x).kind is not RowOrigin.TABLE or not x.is_floating_point():
+            return False
+        if x.dim() > 2 and x.shape[0] == self._known.count:
+            return False
+        rows = x.numel() // max(x.shape[-1], 1)
+        if not rows or not row_samples.is_host_readable(x):
+            return False
+        if rows % self._known.count:
+            return True
+        parts = x.detach().reshape(self._known.count, -1)
+        return not bool((parts == parts[:1]).all())
+
+    def record_in_order(self, tensors: Iterable[object]) -> None:
+        """Record that the rows of tensors, such as a model's inputs, are in batch order."""
+        for tensor in tensors:
+            if isinstance(tensor, torch.Tensor) and self.is_recording:
+                self._known.discard(tensor)
+
+    def __torch_dispatch__(
+        self,
+        func: OpOverload,
+        types: Sequence[type],
+        args: Arguments = (),
+        kwargs: Keywords | None = None,
+    ) -> Any:
+        """Call an operator, record the facts about its result, and return the result."""
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if not self._rests:
+            facts = apply_rule(self._known, func, args, kwargs, out)
+            if facts is not None:
+                self._known.put(out, facts)
+        return out

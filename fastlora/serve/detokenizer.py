@@ -1,0 +1,77 @@
+"""Decode an answer into text incrementally, in whole characters and up to a stop text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+# Number of prompt tokens that affect how the first tokens of the answer decode (leading spaces).
+_BEFORE = 5
+_INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
+
+
+class IncrementalDetokenizer:
+    """Decode an answer while it is generated.
+
+    Args:
+        tokenizer: The tokenizer. Only the thread that calls `add_token` and `flush` may use it.
+        prompt: Tokens of the prompt.
+        stop: Texts that end the answer.
+
+    Attributes:
+        stopped: Whether a stop text has appeared. The stop text and all text after it are dropped.
+    """
+
+    def __init__(self, tokenizer: Any, prompt: Sequence[int], stop: Sequence[str]) -> None:
+        self._tokenizer, self._stop = tokenizer, stop
+        self._tokens = list(prompt[-_BEFORE:])
+        # Tokens before `_read` have been decoded. Those from `_from` on are decoded again together
+        # with new tokens.
+        self._from, self._read = 0, len(self._tokens)
+        self._held = ""
+        self._longest = max(map(len, stop), default=0)
+        self.stopped = False
+
+    def add_token(self, token: int) -> str:
+        """Add the next token, and return the new text that is final, which may be empty."""
+        self._tokens.append(token)
+        return self._hold_back_stop_prefix(self._new(flush=False))
+
+    def flush(self) -> str:
+        """Return the remaining text after the last token."""
+        if self.stopped:
+            return ""
+        text = self._hold_back_stop_prefix(self._new(flush=True))
+        held, self._held = self._held, ""
+        return text if self.stopped else text + held
+
+    def _new(self, flush: bool) -> str:
+        known = self._decode(self._tokens[self._from : self._read])
+        text = self._decode(self._tokens[self._from :])
+        if len(text) <= len(known) or (text.endswith(_INCOMPLETE) and not flush):
+            return ""
+        self._from, self._read = self._read, len(self._tokens)
+        return text[len(known) :]
+
+    def _decode(self, tokens: list[int]) -> str:
+        text: str = self._tokenizer.decode(
+            tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return text
+
+    def _hold_back_stop_prefix(self, new: str) -> str:
+        """Return the text up to a possible start of a stop text, and hold back the rest."""
+        if self.stopped:
+            return ""
+        text = self._held + new
+        found = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
+        if found:
+            self.stopped, self._held = True, ""
+            return text[: min(found)]
+        # Find the longest suffix of the text that a stop text begins with.
+        for length in range(min(self._longest - 1, len(text)), 0, -1):
+            if any(stop.startswith(text[-length:]) for stop in self._stop):
+                self._held = text[-length:]
+                return text[:-length]
+        self._held = ""
+        return text

@@ -1,0 +1,100 @@
+"""Errors in OpenAI's format: an HTTP status, and a body with a type and a code."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from fastlora.serve.engine_request import ClosedError, QueueFullError
+from fastlora.serve.keys import AdminKeyError
+from fastlora.validation import (
+    AdapterNotFoundError,
+    AdapterStateError,
+    CheckpointError,
+    ConfigError,
+    FastLoraError,
+    PoolClosedError,
+    PoolFullError,
+)
+
+_RETRY_SECONDS = 1
+# HTTP status, OpenAI error type, and code of each class of errors.
+_STATUS: tuple[tuple[type[FastLoraError], int, str, str | None], ...] = (
+    (AdapterNotFoundError, 404, "invalid_request_error", "model_not_found"),
+    (AdminKeyError, 403, "invalid_request_error", "admin_key_required"),
+    (QueueFullError, 429, "rate_limit_error", "queue_full"),
+    (ClosedError, 503, "server_error", "shutting_down"),
+    (PoolClosedError, 503, "server_error", "shutting_down"),
+    (CheckpointError, 422, "invalid_request_error", "adapter_damaged"),
+    (PoolFullError, 422, "invalid_request_error", "adapter_too_large"),
+    (AdapterStateError, 400, "invalid_request_error", None),
+    (ConfigError, 400, "invalid_request_error", None),
+)
+
+
+class AsciiJSONResponse(Response):
+    """A JSON response in ASCII, because a message may quote a name that UTF-8 cannot encode."""
+
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        return json.dumps(content, separators=(",", ":")).encode()
+
+
+def add_exception_handlers(app: FastAPI) -> None:
+    """Add handlers that answer every error of an application in OpenAI's format."""
+    app.add_exception_handler(FastLoraError, _on_fastlora_error)
+    app.add_exception_handler(HTTPException, _on_http_error)
+    app.add_exception_handler(RequestValidationError, _on_validation_error)
+    app.add_exception_handler(Exception, _on_internal_error)
+
+
+def to_status_and_body(error: FastLoraError) -> tuple[int, dict[str, Any]]:
+    """Return a tuple (HTTP status, body in OpenAI's format) for an error."""
+    for kind, status, name, code in _STATUS:
+        if isinstance(error, kind):
+            return status, openai_error_body(str(error), name, code)
+    return 500, openai_error_body(str(error), "server_error", None)
+
+
+def openai_error_body(
+    message: str, kind: str, code: str | None, param: str | None = None
+) -> dict[str, Any]:
+    """Return the JSON body of an error in OpenAI's format."""
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+async def _on_fastlora_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, FastLoraError)
+    status, body = to_status_and_body(error)
+    headers = {"Retry-After": str(_RETRY_SECONDS)} if status in (429, 503) else None
+    return AsciiJSONResponse(body, status, headers)
+
+
+async def _on_http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    kind = "invalid_request_error" if error.status_code < 500 else "server_error"
+    return AsciiJSONResponse(
+        openai_error_body(str(error.detail), kind, None), error.status_code, error.headers
+    )
+
+
+async def _on_validation_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    place = [str(part) for part in first["loc"] if part != "body"]
+    name = ".".join(place) or None
+    what = "is not supported" if first["type"] == "extra_forbidden" else first["msg"]
+    message = f"{name}: {what}" if name else f"invalid request body: {what}"
+    return AsciiJSONResponse(openai_error_body(message, "invalid_request_error", None, name), 400)
+
+
+async def _on_internal_error(request: Request, error: Exception) -> Response:
+    return AsciiJSONResponse(
+        openai_error_body("the server failed to process this request", "server_error", None), 500
+    )

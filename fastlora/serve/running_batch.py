@@ -1,0 +1,225 @@
+"""The running requests of an engine. Each request has one row in the key-value cache.
+
+This module takes no locks: only the engine's thread calls it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+
+import torch
+
+from fastlora.pool import AdapterPool
+from fastlora.routing.active import is_tracking_rows
+from fastlora.routing.block import adapters as routed_to
+from fastlora.serve.adapters import AdapterVersion
+from fastlora.serve.engine_request import (
+    AnswerChunk,
+    EngineRequest,
+    EngineStats,
+    RequestFailedError,
+    to_client_error,
+)
+from fastlora.serve.model_runner import ModelRunner
+from fastlora.serve.sampling import sample_tokens
+from fastlora.validation import CheckpointError, FastLoraError
+
+_log = logging.getLogger("fastlora.serve")
+# Maximum number of prompt tokens in a forward pass. It bounds how long running requests wait.
+PREFILL_TOKENS = 512
+
+
+class PersistentAdaptersBlock:
+    """A `fastlora.adapters` block that stays open from one forward pass to the next.
+
+    It is closed when the rows use other adapters, when the pool replaces or unloads an adapter,
+    when a forward pass fails, and after a forward pass in which the block tracked rows
+    (`is_tracking_rows`). While the block is open, it keeps its adapters on the device: call `close`
+    before their requests release them.
+    """
+
+    def __init__(self, pool: AdapterPool) -> None:
+        self._pool = pool
+        self._held = contextlib.ExitStack()
+        self._key: tuple[object, ...] | None = None  # adapters and pool state of the open block
+
+    @contextlib.contextmanager
+    def route_rows(self, names: Sequence[str | None]) -> Iterator[None]:
+        """Route each row of a forward pass in the ``with`` block to an adapter of the pool."""
+        key = (self._pool.replaced, *names)
+        if key != self._key:
+            self.close()
+            if any(names):
+                self._held.enter_context(routed_to(self._pool, names))
+        self._key = None
+        with self._held.pop_all() as held:
+            yield
+            if not is_tracking_rows():
+                self._held, self._key = held.pop_all(), key
+
+    def close(self) -> None:
+        """Close the block if it is open."""
+        self._key = None
+        self._held.close()
+
+
+class RunningBatch:
+    """Process the prompts of the running requests, and generate tokens for them.
+
+    ``ended`` is called with each request that leaves the batch and its error, if any.
+
+    Attributes:
+        jobs: The requests, each at the index of its row: first the requests that generate tokens,
+            then the requests whose prompts have not been processed completely.
+    """
+
+    def __init__(
+        self,
+        ends: Collection[int],
+        pool: AdapterPool,
+        rows: ModelRunner,
+        stats: EngineStats,
+        ended: Callable[[EngineRequest, FastLoraError | None], None],
+    ) -> None:
+        self._ends, self._rows = ends, rows
+        self._stats, self._ended = stats, ended
+        self._block = PersistentAdaptersBlock(pool)
+        self.jobs: list[EngineRequest] = []
+        self._decoding_count = 0
+
+    @property
+    def adapters_in_use(self) -> list[str]:
+        """Names in the pool of the adapters in use: one name per request with an adapter."""
+        return [job.pool_adapter_name for job in self.jobs if job.pool_adapter_name is not None]
+
+    def remove_canceled(self) -> None:
+        """Remove all canceled requests from the batch."""
+        for job in [job for job in self.jobs if job.canceled]:
+            self._remove_and_compact(job)
+
+    def fail_all(self, error: Exception) -> None:
+        """End all running requests with an error."""
+        for job in list(self.jobs):
+            self._fail(job, error)
+
+    def close(self) -> None:
+        """Close the `fastlora.adapters` block that the last forward pass left open."""
+        self._block.close()
+
+    def step(self) -> None:
+        """Process part of the pending prompts, then generate a token for each complete prompt."""
+        if self._decoding_count < len(self.jobs):
+            self._forward_rows(self._decoding_count, self._next_prefill_requests())
+        if self._decoding_count:
+            self._forward_rows(0, self.jobs[: self._decoding_count])
+
+    def _next_prefill_requests(self) -> list[EngineRequest]:
+        """Return the requests whose prompts are next: one long prompt, or several short prompts."""
+        first, *others = self.jobs[self._decoding_count :]
+        chosen, widest = [first], len(first.prompt)
+        for job in others:
+            widest = max(widest, len(job.prompt))
+            if widest * (len(chosen) + 1) > PREFILL_TOKENS:  # even if `first` is partly read
+                break
+            chosen.append(job)
+        return chosen
+
+    def _forward_rows(self, first: int, chosen: Sequence[EngineRequest]) -> None:
+        """Run a forward pass for requests in adjacent rows, which begin at row ``first``.
+
+        If their prompts are now complete, choose their next tokens. If the forward pass fails, the
+        requests in it fail.
+        """
+        parts = [(job.prompt[job.done :] or job.tokens[-1:])[:PREFILL_TOKENS] for job in chosen]
+        names = [job.pool_adapter_name for job in chosen]
+        start = time.perf_counter()
+        try:
+            with self._block.route_rows(names):
+                logits = self._rows.last_token_logits(first, [job.done for job in chosen], parts)
+        except Exception as error:  # for instance out of memory; others continue
+            _log.exception("a forward pass with %d rows failed", len(chosen))
+            for job in chosen:
+                self._fail(job, error)
+            return
+        self._stats.forwards += 1
+        self._stats.forward_rows += len(chosen)
+        self._stats.forward_seconds += time.perf_counter() - start
+        reads = first == self._decoding_count
+        for job, part in zip(chosen, parts, strict=True):
+            job.done += len(part)
+            self._stats.prompt_tokens += reads * len(part)
+        if chosen[0].done >= len(chosen[0].prompt):
+            self._decoding_count += reads * len(chosen)
+            self._sample_and_emit(chosen, logits)
+
+    def _sample_and_emit(self, chosen: Sequence[EngineRequest], logits: torch.Tensor) -> None:
+        """Choose the next token of each row, send new text, and remove finished requests."""
+        settings = [job.sampling for job in chosen]
+        tokens = sample_tokens(logits, settings, [job.generator for job in chosen])
+        for job, token in zip(chosen, tokens, strict=True):
+            if token is None:
+                self._fail(job, _non_finite_error(job.version))
+            else:
+                self._append_token(job, token)
+
+    def _append_token(self, job: EngineRequest, token: int) -> None:
+        job.tokens.append(token)
+        self._stats.answer_tokens += 1
+        if len(job.tokens) == 1:
+            self._stats.first_tokens += 1
+            self._stats.first_token_seconds += time.monotonic() - job.arrival_time
+        reason, text = None, ""
+        if token in self._ends:
+            reason = "stop"
+        else:
+            text = job.detokenizer.add_token(token)
+            if not job.detokenizer.stopped and len(job.tokens) == job.sampling.max_tokens:
+                reason = "length"
+        if reason is not None:
+            text += job.detokenizer.flush()
+        if job.detokenizer.stopped:
+            reason = "stop"
+        if text or reason:
+            job.emit(AnswerChunk(text, reason, len(job.tokens)))
+        if reason is not None:
+            job.ended = True
+            self._stats.requests_finished += 1
+            self._remove_and_compact(job)
+
+    def _fail(self, job: EngineRequest, error: Exception) -> None:
+        if job in self.jobs:
+            self._remove_and_compact(job, to_client_error(error))
+
+    def _remove_and_compact(self, job: EngineRequest, error: FastLoraError | None = None) -> None:
+        """Remove a request from the batch, and close the gap by moving the last rows."""
+        self._block.close()
+        row = self.jobs.index(job)
+        if error is not None or not job.tokens:  # cached values may be non-finite
+            self._rows.cache.zero_row(row)
+        if row < self._decoding_count:
+            self._decoding_count -= 1
+            self._move(self._decoding_count, row)
+            row = self._decoding_count
+        self._move(len(self.jobs) - 1, row)
+        self.jobs.pop()
+        if job.lease is not None:
+            job.lease.release()
+            job.lease = None  # a slow client keeps the job, and would keep an evicted adapter alive
+        self._ended(job, error)
+
+    def _move(self, source: int, target: int) -> None:
+        if source != target:
+            job = self.jobs[source]
+            self._rows.cache.copy_row(source, target, job.done)
+            self.jobs[target] = job
+
+
+def _non_finite_error(version: AdapterVersion | None) -> FastLoraError:
+    """Return the error for non-finite logits, which names the adapter of the request, if any."""
+    what = "logits that are not finite"
+    if version is None:
+        return RequestFailedError(f"the base model returns {what}")
+    return CheckpointError(f"adapter {version.served_as!r} cannot be used: it returns {what}")

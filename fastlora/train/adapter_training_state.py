@@ -1,0 +1,235 @@
+"""Training state of one adapter: its parameters, optimizer, schedule, clipping, and loss scale."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
+
+from fastlora.model import LoraModel
+from fastlora.model.adapter_state import file_key_to_state_key
+from fastlora.sharding import clip_grads_with_norm_, total_norm
+from fastlora.train.data import hash_seed
+from fastlora.validation import AdapterStateError, CheckpointError
+
+
+def adapter_parameters(model: LoraModel, name: str) -> dict[str, nn.Parameter]:
+    """Return a dict that maps names in the model to the parameters that an adapter saves.
+
+    These are its factors, its copies of ``modules_to_save``, and with ``bias="all"`` or
+    ``"lora_only"`` the base model's biases.
+
+    Raises:
+        AdapterNotFoundError: The adapter does not exist.
+    """
+    model.base_model.check_adapter_loaded(name)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    keys = file_key_to_state_key(model, name).values()
+    return {key: parameters[key] for key in keys if key in parameters}
+
+
+@dataclass
+class AdapterCounts:
+    """Counts of an adapter's optimizer steps, skipped steps, non-finite losses, and forward passes.
+
+    Attributes:
+        steps: Number of optimizer steps.
+        skipped_steps: Number of steps skipped because a gradient was not finite.
+        non_finite_losses: Number of losses left out of a backward pass because they were not
+            finite.
+        forwards: Number of dropout seeds drawn.
+    """
+
+    steps: int = 0
+    skipped_steps: int = 0
+    non_finite_losses: int = 0
+    forwards: int = 0
+
+
+class AdapterTrainingState:
+    """The training state of one adapter. See `AdapterOptimizers` for the arguments and errors."""
+
+    def __init__(
+        self,
+        model: LoraModel,
+        name: str,
+        optimizer: Callable[[list[nn.Parameter]], Optimizer],
+        scheduler: Callable[[Optimizer], LRScheduler] | None,
+        max_grad_norm: float | None,
+        scaler: Callable[[], torch.amp.GradScaler] | None,
+        seed: int,
+    ) -> None:
+        if max_grad_norm is not None and not max_grad_norm > 0:
+            raise ValueError(
+                f"max_grad_norm of adapter {name!r} must be greater than 0, got {max_grad_norm}"
+            )
+        self.name = name
+        self.max_grad_norm = max_grad_norm
+        self.parameters = _require_trainable_parameters(model, name, needs_fp32=scaler is not None)
+        self.optimizer = _checked_optimizer(name, optimizer(self.parameters), self.parameters)
+        self.scheduler = (
+            None if scheduler is None else _checked_scheduler(name, scheduler(self.optimizer))
+        )
+        self.scaler = None if scaler is None else scaler()
+        self.seed = seed
+        self.counts = AdapterCounts()
+
+    def check_trainable(self) -> None:
+        """Raise `AdapterStateError` if all parameters of the adapter are now frozen."""
+        if not any(parameter.requires_grad for parameter in self.parameters):
+            raise AdapterStateError(_frozen(self.name))
+
+    def next_dropout_seed(self, rank: int = 0) -> int:
+        """Return the dropout seed (62 bits) of the next forward pass in process ``rank``."""
+        parts = (self.seed, self.counts.forwards, self.name, *([rank] if rank else []))
+        self.counts.forwards += 1
+        return hash_seed(*parts, nbytes=8) >> 2
+
+    def scale_loss(self, loss: torch.Tensor, weight: float = 1.0) -> torch.Tensor:
+        """Return a scalar loss multiplied by ``weight`` and the loss scale of the adapter."""
+        loss = loss if weight == 1 else loss * weight
+        return loss if self.scaler is None else self.scaler.scale(loss)
+
+    def gradients(self) -> list[torch.Tensor]:
+        """Return the gradients of all parameters whose ``grad`` is not None."""
+        return [p.grad for p in self.parameters if p.grad is not None]
+
+    def unscale_gradients_and_get_norm(self) -> torch.Tensor:
+        """Unscale the gradients, and return their total norm as a scalar tensor."""
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
+        return total_norm(self.gradients())
+
+    def clip_and_step_if_finite(self, norm: torch.Tensor, norm_value: float) -> bool:
+        """Clip the gradients and step the optimizer, unless the norm is not finite.
+
+        ``norm`` is the norm of the gradients as a scalar tensor, and ``norm_value`` is the same
+        norm as a number. Returns whether it is finite.
+        """
+        finite = math.isfinite(norm_value)
+        if finite:
+            if self.max_grad_norm is not None:
+                clip_grads_with_norm_(self.parameters, self.max_grad_norm, norm)
+            self.optimizer.step()
+            if self.scheduler is not None:
+                self.scheduler.step()
+            self.counts.steps += 1
+        else:
+            self.counts.skipped_steps += 1
+        if self.scaler is not None:
+            self.scaler.update()
+        return finite
+
+    def zero_grad(self) -> None:
+        """Set the gradients of all parameters to None."""
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state for `load_state_dict`, with metadata that `check_state` compares."""
+        return {
+            "kind": self._kind(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
+            "scaler": None if self.scaler is None else self.scaler.state_dict(),
+            "seed": self.seed,
+            "counts": asdict(self.counts),
+        }
+
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Raise `CheckpointError` unless a state fits the optimizer, schedule, and parameters."""
+        what, mine = f"the state of adapter {self.name!r}", self.state_dict()
+        if not isinstance(state, Mapping):
+            raise CheckpointError(f"{what} is a {type(state).__name__}, expected a mapping")
+        for key, own in mine.items():
+            if key not in state:
+                raise CheckpointError(f"{what} has no {key!r}")
+            if isinstance(own, Mapping) and set(state[key] or ()) < set(own):
+                raise CheckpointError(f"{what} has {key} {state[key]!r}, expected {list(own)}")
+            if type(own) is int and type(state[key]) is not int:
+                raise CheckpointError(f"{what} has {key} {state[key]!r}, expected an int")
+        for key, expected in mine["kind"].items():
+            found = state["kind"].get(key)
+            if found != expected:
+                raise CheckpointError(f"{what} has {key} {found}, expected {expected}")
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Load a state that `check_state` has accepted."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(state["scheduler"])
+        if self.scaler is not None:
+            self.scaler.load_state_dict(state["scaler"])
+        self.seed, self.counts = state["seed"], AdapterCounts(**state["counts"])
+
+    def set_scheduled_learning_rate(self) -> None:
+        """With a `LambdaLR` schedule, set the learning rate to its value for the next step."""
+        if isinstance(self.scheduler, LambdaLR):
+            schedule = self.scheduler
+            for group, base, rate in zip(
+                self.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True
+            ):
+                group["lr"] = base * rate(schedule.last_epoch)
+
+    def _kind(self) -> dict[str, Any]:
+        return {
+            "optimizer": type(self.optimizer).__name__,
+            "scheduler": None if self.scheduler is None else type(self.scheduler).__name__,
+            "scaler": self.scaler is not None,
+            # torch loads a state of another rank silently and fails at the next step.
+            "parameters": [list(parameter.shape) for parameter in self.parameters],
+            "groups": [len(group["params"]) for group in self.optimizer.param_groups],
+        }
+
+
+def _frozen(name: str) -> str:
+    return f"adapter {name!r} is frozen; call train_adapters() with all adapters to train"
+
+
+def _require_trainable_parameters(
+    model: LoraModel, name: str, needs_fp32: bool
+) -> list[nn.Parameter]:
+    """Return a list of an adapter's trainable parameters; raise if there are none."""
+    named = {n: p for n, p in adapter_parameters(model, name).items() if p.requires_grad}
+    if not named:
+        raise AdapterStateError(_frozen(name))
+    for key, parameter in named.items():
+        if needs_fp32 and parameter.dtype == torch.float16:
+            raise TypeError(
+                f"{key} is {parameter.dtype}, expected torch.float32 with a scaler: the gradients "
+                "of fp16 parameters cannot be unscaled"
+            )
+    return list(named.values())
+
+
+def _checked_optimizer(
+    name: str, optimizer: Optimizer, parameters: list[nn.Parameter]
+) -> Optimizer:
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            f"optimizers[{name!r}] returned {type(optimizer).__name__}, expected a "
+            "torch.optim.Optimizer"
+        )
+    own = {id(parameter) for parameter in parameters}
+    held = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    if not own.issuperset(held):
+        raise ValueError(
+            f"the optimizer of adapter {name!r} holds parameters that do not belong to the "
+            "adapter; expected only the parameters passed to the factory"
+        )
+    return optimizer
+
+
+def _checked_scheduler(name: str, scheduler: LRScheduler) -> LRScheduler:
+    if not isinstance(scheduler, LRScheduler) or isinstance(scheduler, ReduceLROnPlateau):
+        raise TypeError(
+            f"schedulers[{name!r}] returned {type(scheduler).__name__}, expected a scheduler from "
+            "torch.optim.lr_scheduler that steps without a metric"
+        )
+    return scheduler

@@ -1,0 +1,411 @@
+"""Encode samples as tokens, and mark the tokens that contribute to the loss.
+
+The tokens of a sample are the same as in TRL's SFTTrainer (1.16). A text, or a completion that is
+text, is followed by the tokenizer's end token. A chat is formatted by the tokenizer's chat
+template. A prompt and its completion are encoded together. The loss begins at the first token that
+differs from the tokens of the prompt alone, so a token that spans the boundary is learned.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from fastlora.train.data.files import DataError, SampleSource
+from fastlora.train.data.formats import (
+    DataOptions,
+    Messages,
+    TrainingSample,
+    alpaca_prompt,
+    read_samples,
+    single_message_chat,
+)
+from fastlora.train.data.packing import pack_documents
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Number of texts in one call of the tokenizer.
+_CHUNK = 512
+_GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+
+
+@dataclass(frozen=True, eq=False)
+class TokenizedCorpus:
+    """The tokenized samples of one adapter.
+
+    Attributes:
+        ids: Tokens of all samples, int32.
+        counts: Whether each token contributes to the loss, bool. The first token of a sample never
+            does, because no token precedes it.
+        ends: Index in ``ids`` after the last token of each sample.
+        sources: Source of each sample.
+        digest: Digest of the content of the files.
+        documents: Lengths of the packed documents of each sample if they are kept separate;
+            otherwise None.
+        cut: Number of samples that were truncated.
+        notes: Notes about the files, one per line.
+        example: One of the samples, before encoding.
+        formats: Format of each file.
+    """
+
+    ids: torch.Tensor
+    counts: torch.Tensor
+    ends: list[int]
+    sources: list[SampleSource]
+    digest: str
+    documents: list[list[int]] | None = None
+    cut: int = 0
+    notes: tuple[str, ...] = ()
+    example: TrainingSample | None = None
+    formats: tuple[str, ...] = ()
+    _counted: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        sums = torch.nn.functional.pad(self.counts.long().cumsum(0), (1, 0))
+        starts = [0, *self.ends[:-1]]
+        self._counted[:] = (sums[self.ends] - sums[starts]).tolist()
+
+    def __len__(self) -> int:
+        """Return the number of samples."""
+        return len(self.ends)
+
+    def __str__(self) -> str:
+        """Return a one-line summary of the number of samples and tokens."""
+        cut = f" ({self.cut} truncated)" if self.cut else ""
+        what = "sample" if self.documents is None else "row"
+        return (
+            f"{len(self)} {what}{'s' if len(self) > 1 else ''}{cut}, {len(self.ids):,} "
+            f"token{'s' if len(self.ids) > 1 else ''} ({sum(self._counted):,} with loss)"
+        )
+
+    def num_tokens(self, index: int) -> int:
+        """Return the number of tokens in a sample."""
+        return self.ends[index] - (self.ends[index - 1] if index else 0)
+
+    def num_loss_tokens(self, index: int) -> int:
+        """Return the number of tokens in a sample that contribute to the loss."""
+        return self._counted[index]
+
+    def token_ids(self, index: int) -> torch.Tensor:
+        """Return the token ids of a sample as an int64 tensor."""
+        return self.ids[self._span(index)].long()
+
+    def labels(self, index: int, ignore_index: int) -> torch.Tensor:
+        """Return the labels of a sample as an int64 tensor.
+
+        Tokens that do not contribute to the loss have the label ``ignore_index``.
+        """
+        span = self._span(index)
+        return torch.where(self.counts[span], self.ids[span].long(), ignore_index)
+
+    def _span(self, index: int) -> slice:
+        return slice(self.ends[index] - self.num_tokens(index), self.ends[index])
+
+
+class _TokenizedDocument(NamedTuple):
+    """A tokenized document.
+
+    Attributes:
+        source: Source of the document.
+        ids: Tokens of the document.
+        counts: Whether each token contributes to the loss, if a token precedes it.
+        parted: Number of tokens at the end of the prompt that change when the completion follows.
+    """
+
+    source: SampleSource
+    ids: list[int]
+    counts: list[bool]
+    parted: int = 0
+
+    def slice_tokens(self, start: int, stop: int) -> _TokenizedDocument:
+        """Return the tokens from ``start`` to ``stop`` as a new document."""
+        return self._replace(ids=self.ids[start:stop], counts=self.counts[start:stop])
+
+    @property
+    def has_loss_tokens(self) -> bool:
+        """Whether any token contributes to the loss if the document has a row of its own."""
+        return any(self.counts[1:])
+
+
+def tokenize_files(
+    paths: Sequence[Path],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    options: DataOptions | None = None,
+    *,
+    advance: Callable[[int], object] | None = None,
+) -> TokenizedCorpus:
+    """Read and tokenize the samples of several files.
+
+    A sample longer than ``max_length`` is truncated. A plain text file is instead split into as
+    many samples as necessary. The packings ``"bfd_split"`` and ``"wrapped"`` split samples too.
+    Samples in which no token contributes to the loss are left out.
+
+    Args:
+        paths: Files to read; see `read_samples`.
+        tokenizer: The tokenizer of the base model.
+        max_length: Maximum number of tokens in a sample or a packed row, at least 2.
+        options: Options; None for the defaults.
+        advance: Function that is called with the number of samples encoded since the last call.
+
+    Raises:
+        DataError: See `read_samples`; or a chat template is missing, cannot format a chat, or does
+            not mark the assistant's messages although ``assistant_only_loss`` is on; or no sample
+            has a loss.
+    """
+    options = options or DataOptions()
+    samples, digest, formats, notes = read_samples(paths, options)
+    _check_samples_and_chat_template(samples, tokenizer, options)
+    splits = options.packing in ("bfd_split", "wrapped")  # these packings split long samples
+    documents: list[_TokenizedDocument] = []
+    cut = parted = 0
+    empty: list[SampleSource] = []
+    for start in range(0, len(samples), _CHUNK):
+        chunk = samples[start : start + _CHUNK]
+        for sample, found in zip(chunk, _tokenize_samples(chunk, tokenizer, options), strict=True):
+            size = len(found.ids)
+            parted += found.parted > 0
+            if sample.ends and not splits:
+                found = found.slice_tokens(0, max_length)
+                cut += size > max_length and found.has_loss_tokens
+            if not found.has_loss_tokens:
+                empty.append(found.source)
+            elif sample.ends:
+                documents.append(found)
+            else:
+                pieces = (
+                    found.slice_tokens(at, at + max_length) for at in range(0, size, max_length)
+                )
+                # A piece of a single token has no loss.
+                documents += [piece for piece in pieces if piece.has_loss_tokens]
+        if advance is not None:
+            advance(len(chunk))
+    if not documents:
+        raise DataError(
+            f"{empty[0]}: no tokens are left to train on in this sample or in any other sample of "
+            f"its adapter; the prompts may be longer than max_length ({max_length})"
+        )
+    if empty:
+        notes.append(
+            f"{len(empty)} of {len(samples)} samples are skipped: their first {max_length} tokens "
+            f"contain nothing to train on (the first is {empty[0]})"
+        )
+    if parted:
+        notes.append(
+            f"in {parted} samples, the last tokens of the prompt change when the completion is "
+            "appended; their loss starts at the first token that differs (to avoid this, end "
+            "prompts at the end of a word)"
+        )
+    more = {"digest": digest, "cut": cut, "example": samples[0], "formats": tuple(formats)}
+    if options.packing is None:
+        return _corpus_from_rows(
+            [[d] for d in documents], separate_documents=False, notes=tuple(notes), **more
+        )
+    rows = _pack_rows(documents, max_length, options.packing)
+    separate_documents = options.packing != "wrapped"
+    notes.append(
+        f"packed by {options.packing}: {len(documents)} samples in {len(rows)} rows of at most "
+        f"{max_length} tokens, "
+        + (
+            "each with its own positions and attention"
+            if separate_documents
+            else "without separating samples within a row"
+        )
+    )
+    return _corpus_from_rows(
+        rows, separate_documents=separate_documents, notes=tuple(notes), **more
+    )
+
+
+def format_and_tokenize_prompt(
+    text: str, corpus: TokenizedCorpus, tokenizer: PreTrainedTokenizerBase
+) -> list[int]:
+    """Format a prompt like the prompts of a corpus, and return its token ids."""
+    example = corpus.example
+    if example is not None and example.is_chat:
+        return _tokenize_chat(
+            tokenizer, single_message_chat("user", text), {}, add_generation_prompt=True
+        )[0]
+    if corpus.formats[:1] == ("alpaca",):
+        text = alpaca_prompt(text)
+    (ids,) = _tokenize_texts([text], tokenizer)
+    return ids
+
+
+def _pack_rows(
+    documents: list[_TokenizedDocument], size: int, strategy: str
+) -> list[list[_TokenizedDocument]]:
+    """Pack documents into rows. Rows without a token that contributes to the loss are dropped."""
+    rows = pack_documents([len(d.ids) for d in documents], size, strategy)
+    found = [[documents[i].slice_tokens(start, stop) for i, start, stop in row] for row in rows]
+    # In wrapped rows, the first token of a document follows the previous document.
+    flat = strategy == "wrapped"
+    return [
+        row
+        for row in found
+        if any(
+            piece.has_loss_tokens or (flat and n and any(piece.counts))
+            for n, piece in enumerate(row)
+        )
+    ]
+
+
+def _corpus_from_rows(
+    rows: list[list[_TokenizedDocument]], *, separate_documents: bool, **more: Any
+) -> TokenizedCorpus:
+    """Create a corpus from rows of documents."""
+    tokens = [torch.tensor(d.ids, dtype=torch.int32) for row in rows for d in row]
+    counts = [
+        torch.tensor(
+            [d.counts[0] and n > 0 and not separate_documents, *d.counts[1:]], dtype=torch.bool
+        )
+        for row in rows
+        for n, d in enumerate(row)
+    ]
+    lengths = [[len(d.ids) for d in row] for row in rows]
+    return TokenizedCorpus(
+        torch.cat(tokens),
+        torch.cat(counts),
+        list(accumulate(map(sum, lengths))),
+        [row[0].source._replace(others=len(row) - 1) for row in rows],
+        documents=lengths if separate_documents else None,
+        **more,
+    )
+
+
+def _check_samples_and_chat_template(
+    samples: Sequence[TrainingSample], tokenizer: PreTrainedTokenizerBase, options: DataOptions
+) -> None:
+    """Raise `DataError` if the samples or the chat template are incompatible with the options."""
+    chat = next((sample for sample in samples if sample.is_chat), None)
+    text = next((sample for sample in samples if not sample.is_chat), None)
+    if options.assistant_only_loss and text is not None:
+        raise DataError(
+            f"{text.source}: is not a chat, but assistant_only_loss is on; expected messages or "
+            "conversations, or chat = true, which turns prompt and completion into a chat"
+        )
+    if chat is None:
+        return
+    template = getattr(tokenizer, "chat_template", None)
+    if not template:
+        raise DataError(
+            f"{chat.source}: is a chat, but the base model's tokenizer has no chat template; pass "
+            "one with chat_template = FILE"
+        )
+    text_of = template.get("default", "") if isinstance(template, dict) else template
+    if options.assistant_only_loss and not _GENERATION.search(text_of):
+        raise DataError(
+            "assistant_only_loss needs a chat template that marks the assistant's turns with "
+            "{% generation %} and {% endgeneration %}, but the base model's template does not; "
+            "pass one with chat_template = FILE"
+        )
+
+
+def _tokenize_samples(
+    samples: Sequence[TrainingSample], tokenizer: PreTrainedTokenizerBase, options: DataOptions
+) -> Iterator[_TokenizedDocument]:
+    """Tokenize the samples, and yield a document with a loss mask for each sample."""
+    end = tokenizer.eos_token or ""
+    heads: list[str] = []
+    wholes: list[str] = []
+    for _, prompt, text, _, ends in samples:
+        if isinstance(text, str):
+            heads += [prompt] if isinstance(prompt, str) else []
+            ended = text if not ends or text.endswith(end) else text + end
+            wholes.append((heads[-1] if prompt is not None else "") + ended)
+    heads_ids, wholes_ids = (
+        iter(_tokenize_texts(heads, tokenizer)),
+        iter(_tokenize_texts(wholes, tokenizer)),
+    )
+    for sample in samples:
+        if sample.is_chat:
+            yield _tokenize_chat_sample(sample, tokenizer, options)
+            continue
+        head = [] if sample.prompt is None else next(heads_ids)
+        yield _mask_prompt(sample.source, head, next(wholes_ids), options)
+
+
+def _tokenize_chat_sample(
+    sample: TrainingSample, tokenizer: PreTrainedTokenizerBase, options: DataOptions
+) -> _TokenizedDocument:
+    prompt: Any = sample.prompt or []
+    head: list[int] = []
+    try:
+        if prompt:
+            head, _ = _tokenize_chat(
+                tokenizer, prompt, sample.template_kwargs, add_generation_prompt=True
+            )
+        whole = prompt + sample.text
+        own = options.assistant_only_loss
+        ids, assistant_mask = _tokenize_chat(
+            tokenizer, whole, sample.template_kwargs, return_assistant_mask=own
+        )
+    except Exception as error:  # a template may raise any error
+        raise DataError(
+            f"{sample.source}: the tokenizer's chat template rejected this chat ({error})"
+        ) from error
+    found = _mask_prompt(sample.source, head, ids, options)
+    if assistant_mask is None:
+        return found
+    if not any(assistant_mask):
+        raise DataError(
+            f"{sample.source}: assistant_only_loss is on, but the chat template marks no part of "
+            "this chat as the assistant's"
+        )
+    both = [
+        mine and bool(theirs) for mine, theirs in zip(found.counts, assistant_mask, strict=True)
+    ]
+    return found._replace(counts=both)
+
+
+def _mask_prompt(
+    source: SampleSource, prompt_ids: list[int], ids: list[int], options: DataOptions
+) -> _TokenizedDocument:
+    """Return a document whose loss starts at the first token that differs from the prompt.
+
+    Without ``completion_only_loss``, all of its tokens contribute to the loss.
+    """
+    same = next((n for n, (a, b) in enumerate(zip(prompt_ids, ids, strict=False)) if a != b), None)
+    start = min(len(prompt_ids), len(ids)) if same is None else same
+    parted = len(prompt_ids) - start
+    first = start if options.completion_only_loss else 0
+    return _TokenizedDocument(source, ids, [n >= first for n in range(len(ids))], parted)
+
+
+def _tokenize_texts(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    if not texts:
+        return []
+    # verbose=False: long texts are truncated later, so a warning about their length would mislead.
+    found: list[list[int]] = tokenizer(text=texts, verbose=False).input_ids
+    return found
+
+
+def _tokenize_chat(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Messages,
+    more: Any,
+    *,
+    add_generation_prompt: bool = False,
+    return_assistant_mask: bool = False,
+) -> tuple[list[int], list[int] | None]:
+    """Tokenize a chat with the chat template.
+
+    Returns a tuple (token ids, mask of the assistant's tokens). The mask is None unless
+    ``return_assistant_mask`` is True.
+    """
+    made: Any = tokenizer.apply_chat_template(
+        messages,
+        tokenize=True,
+        return_dict=True,
+        add_generation_prompt=add_generation_prompt,
+        return_assistant_tokens_mask=return_assistant_mask,
+        **more,
+    )
+    return list(made["input_ids"]), made["assistant_masks"] if return_assistant_mask else None
