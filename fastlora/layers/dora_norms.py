@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from fastlora.ops.torch import dora
-from fastlora.ops.torch.dora import RowChunkedWeight, squared_row_norms
+from fastlora.ops.torch.dora import RowChunkedWeight, squared_norms_with_update, squared_row_norms
 from fastlora.sharding import is_dtensor, local_shard, uses_fsdp2
 from fastlora.weights_version import TensorStamp, UncopiedCache, stamp_tensors, weights_versions
 
@@ -109,7 +108,7 @@ def local_adapted_squared_norms(
     """
     weight = layer._local_weight() if compiling else base_weight_rows(layer)
     squares = base_squared_norms(layer, weight, compiling)
-    return dora.adapted_squared_norms(weight, squares, lora_a, lora_b, scaling)
+    return squared_norms_with_update(weight, squares, lora_a, lora_b, scaling)
 
 
 def adapted_squared_norms(

@@ -16,7 +16,7 @@ from fastlora.layers.merge_target import Fingerprint, MergeTarget, bit_sums, fin
 from fastlora.layers.module_with_adapters import ModuleWithAdapters
 from fastlora.layers.quantized_base import clear_weight_caches
 from fastlora.layers.scalings import Scaling
-from fastlora.ops.torch.dora import adapted_squared_norms, dora_scale, squared_row_norms
+from fastlora.ops.torch.dora import dora_scale, squared_norms_with_update, squared_row_norms
 from fastlora.validation import AdapterStateError, UnsupportedLayerError
 
 # Number of rows that a merge handles at a time. These rows are its only temporary.
@@ -213,7 +213,7 @@ class Mergeable(ModuleWithAdapters, BaseAdapterLayer):
         sums = []
         for name in names:
             factors = *self._dora_norm_factors(name), self.scaling[name]
-            sums.append(adapted_squared_norms(base, squares, *factors))
+            sums.append(squared_norms_with_update(base, squares, *factors))
         return dict(zip(names, self._reduce_row_squared_norms(sums), strict=True))
 
     @torch.no_grad()

@@ -82,7 +82,7 @@ def test_what_the_host_sees_is_what_the_device_has() -> None:
         ]
         for found in (rows, rows_from_tensors(rows.operator_arguments())):
             assert list(found.segments) == expected
-            assert found.in_order == (spread == sorted(spread))
+            assert found.is_sorted == (spread == sorted(spread))
             assert found.inverse_order[found.order.long()].tolist() == list(range(m))
             present = [segment.slot for segment in found.segments]
             members = [present.index(s) if s in present else len(present) for s in spread]

@@ -150,7 +150,7 @@ def test_a_forward_ends_what_it_made_for_layers_that_were_not_called() -> None:
     class Results:
         is_discarded = False
 
-        def discard(self) -> None:
+        def discard_untaken(self) -> None:
             self.is_discarded = True
 
     group, own, others = RoutingGroup(), Results(), Results()

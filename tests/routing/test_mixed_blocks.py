@@ -231,16 +231,17 @@ def test_a_merge_within_a_block() -> None:
         torch.testing.assert_close(rows_of(model, x), model(x, adapter_names=["b", "c"]))
 
 
-def test_an_adapter_deleted_within_a_block() -> None:
-    """Its rows are base rows from then on, packed factors or not."""
+def test_an_adapter_is_not_deleted_within_a_block() -> None:
+    """A layer raises as its model does, and the rows stay as they were, packed factors or not."""
     model = build()
     x = torch.randn(4, 16, dtype=torch.float64)
     names = ["b", "c", "b", None]
     with adapters(model, names):
         before = [rows_of(model, x) for _ in range(4)][-1]
-        model.base_model.model.q.delete_adapter("b")
+        with pytest.raises(AdapterStateError, match="blocks of this model are open"):
+            model.base_model.model.q.delete_adapter("b")
         found = rows_of(model, x)
-    assert not torch.allclose(found, before)
+    torch.testing.assert_close(found, before)
     torch.testing.assert_close(found, build_again(model, x, names))
 
 

@@ -178,16 +178,16 @@ def test_a_failed_addition_within_an_open_block_is_undone(monkeypatch: pytest.Mo
     model = ours("q", "v")
     layer = model.base_model.model.v
 
-    place = type(layer)._place
+    prepare = type(layer)._prepare_new_factors
 
     def fail(placed: Any, name: str) -> None:
         if placed is layer:  # the second one
             raise RuntimeError("no memory")
-        place(placed, name)
+        prepare(placed, name)
 
     with torch.no_grad(), adapters(model, MIX):
         before = model(X)
-        monkeypatch.setattr(type(layer), "_place", fail)
+        monkeypatch.setattr(type(layer), "_prepare_new_factors", fail)
         with unchanged(model), pytest.raises(RuntimeError, match="no memory"):
             add(model, "c", "q", "v")
         monkeypatch.undo()

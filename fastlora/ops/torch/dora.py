@@ -90,7 +90,7 @@ def squared_row_norms(
 
 @disable_autocast
 @torch.no_grad()
-def adapted_squared_norms(
+def squared_norms_with_update(
     weight: torch.Tensor | RowChunkedWeight,
     squares: torch.Tensor,
     lora_a: torch.Tensor,
