@@ -47,7 +47,7 @@ def has_gradient_hooks(tensors: Sequence[torch.Tensor]) -> bool:
 
 
 def weight_of_plain_linear(module: nn.Module) -> torch.Tensor | None:
-    """Return the weight parameter if a module is an `nn.Linear` without hooks, otherwise None."""
+    """Return a module's weight, or None if the module is not a plain `nn.Linear` without hooks."""
     if type(module) is not nn.Linear or has_module_hooks(module):
         return None
     weight = module._parameters.get("weight")
@@ -55,7 +55,7 @@ def weight_of_plain_linear(module: nn.Module) -> torch.Tensor | None:
 
 
 def _has_replaced_weight(module: nn.Module) -> bool:
-    """Return whether the weight of an `nn.Linear` without hooks is not an `nn.Parameter`."""
+    """Return whether a hook-free `nn.Linear` has a weight that is not an `nn.Parameter`."""
     if type(module) is not nn.Linear or has_module_hooks(module):
         return False
     weight = module._parameters.get("weight")
@@ -108,7 +108,7 @@ def factors_from_parameters(
 
 
 def common_factor_dtype(slots: Slots) -> torch.dtype:
-    """Return the narrowest dtype that represents all factors exactly, or fp32 without factors."""
+    """Return the narrowest dtype that represents all factors exactly, or fp32 if there are none."""
     dtypes = [
         tensor.dtype
         for factors in slots
@@ -122,7 +122,7 @@ def common_factor_dtype(slots: Slots) -> torch.dtype:
 def fallback_reason_for_adapters(
     layer: LinearWithAdapters, names: list[str], gathered: bool = False
 ) -> str:
-    """Return the reason why adapters run unfused, by calling their modules, or an empty string.
+    """Return the fallback reason if an adapter's modules must be called, or an empty string.
 
     Hooks, parametrizations, shards, and replaced modules take effect only if the modules are
     called. ``gathered`` means that FSDP2 replaces shards by plain parameters during the forward
@@ -154,7 +154,7 @@ def fallback_reason_for_adapters(
 def scaling_as_scalar_tensor(
     layer: LinearWithAdapters, name: str, call: UniformCall | MixedCall
 ) -> torch.Tensor:
-    """Return an adapter's scaling as a tensor without dimensions on x's device.
+    """Return an adapter's scaling as a zero-dimensional tensor on x's device.
 
     The dtype is fp64 if x is fp64, and fp32 otherwise. In a graph that is being compiled, the
     tensor is an input of the graph; a number would be a constant of the graph.
@@ -172,7 +172,7 @@ def scaling_as_scalar_tensor(
 
 
 def scalings_as_tensor(values: Sequence[float | torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-    """Return scalings as a tensor ``[S]`` on x's device, in fp32 (fp64 if x is fp64).
+    """Return the scalings as a tensor ``[S]`` on x's device, in fp32 (or fp64 if x is fp64).
 
     If PEFT's compiled hot swap has made a scaling a tensor, the host does not read its value.
     """
@@ -195,7 +195,7 @@ DoraScaleTerms = tuple[torch.Tensor, Any]
 def dora_scales_of_adapters(
     call: UniformCall | MixedCall, names: Sequence[str]
 ) -> list[DoraScaleTerms]:
-    """Return a list with the DoRA scale of each named adapter, as a `DoraScaleTerms`.
+    """Return the DoRA scales of the named adapters as a list of `DoraScaleTerms`.
 
     The adapters must be parameters of the layer and use DoRA.
     """
@@ -213,22 +213,25 @@ def dora_scales_of_adapters(
 
 
 class AdapterSource(Protocol):
-    """Protocol for the source of a batch's adapters: the layers' parameters, or a pool."""
+    """Protocol for the source of a batch's adapters, which is the model itself or a pool."""
 
     @property
     def residents(self) -> tuple[Any, ...] | None:
-        """A tuple of the pool's entry for each slot (None if empty), or None without a pool."""
+        """The pool's entries by slot, or None if the adapters are not in a pool.
+
+        The entry of an empty slot is None.
+        """
 
     @property
     def tables(self) -> AddressTables | None:
-        """The address tables of all factors if they always exist, as for a pool, or None."""
+        """The pool's address tables, or None if the adapters are not in a pool."""
 
     def factors(
         self, layer: LinearWithAdapters, slot: int, call: MixedCall | None = None
     ) -> Factors | None:
-        """Return a slot's factors on a layer, or None if the adapter does not adapt the layer.
+        """Return a layer's factors for a slot, or None if the slot's adapter is not on the layer.
 
-        If ``call`` is given, the scaling is a tensor without dimensions on the device of its x.
+        If ``call`` is given, the scaling is a zero-dimensional tensor on the device of its x.
 
         Raises:
             UnsupportedLayerError: The adapter's modules must be called, which a mixed batch does
@@ -236,17 +239,20 @@ class AdapterSource(Protocol):
         """
 
     def dora_scales(self, call: MixedCall, slots: Sequence[int]) -> list[DoraScaleTerms]:
-        """Return a list with the DoRA scale of each slot; all must use DoRA on the layer."""
+        """Return the DoRA scales of the given slots as a list of `DoraScaleTerms`.
+
+        The adapter in each of these slots must use DoRA on the layer.
+        """
 
     def adapter_key(self, slot: int) -> Hashable:
         """Return a hashable value that identifies the adapter in a slot."""
 
 
 class ParameterSource:
-    """`AdapterSource` of adapters that are parameters of the model's layers.
+    """`AdapterSource` for adapters that are stored as parameters of the model's layers.
 
     Args:
-        names: Adapter of each slot.
+        names: Name of the adapter in each slot.
     """
 
     residents = tables = None
@@ -264,7 +270,7 @@ class ParameterSource:
         if found is None:
             raise UnsupportedLayerError(
                 f"{fallback_reason_for_adapters(layer, [name])}, so it cannot be used in a mixed "
-                "batch; run this adapter outside of fastlora.adapters, or "
+                "batch; run the adapter outside a fastlora.adapters block, or "
                 "make its factors plain parameters again"
             )
         return found
@@ -277,7 +283,7 @@ class ParameterSource:
 
 
 class PoolSource:
-    """`AdapterSource` of adapters in a `fastlora.AdapterPool`.
+    """`AdapterSource` for the adapters in a `fastlora.AdapterPool`.
 
     Args:
         residents: The pool's entry of each slot, or None for an empty slot. Slots are columns of
@@ -300,7 +306,7 @@ class PoolSource:
         return found._replace(scaling=torch.full((), found.scaling, dtype=exact, device=x.device))
 
     def dora_scales(self, call: MixedCall, slots: Sequence[int]) -> list[DoraScaleTerms]:
-        """Return a list with the DoRA scale of each slot, from the g that the pool caches.
+        """Return the DoRA scales that the pool caches for the given slots.
 
         See `fastlora.pool.scales`.
         """
@@ -319,7 +325,10 @@ def factors_in_slots(
     which: Sequence[int],
     excluded: Sequence[int] = (),
 ) -> Slots:
-    """Return a list of a layer's factors in the slots ``which``; None for slots in ``excluded``."""
+    """Return a list of a layer's factors, with one entry for each slot in ``which``.
+
+    The entry is None for a slot in ``excluded`` and for an adapter that does not adapt the layer.
+    """
     found: Slots = []
     for slot in which:
         found.append(None if slot in excluded else source.factors(layer, slot))

@@ -19,7 +19,7 @@ from fastlora.validation import AdapterStateError, InitialisationError, Unsuppor
 
 
 class InitializableLayer(Protocol):
-    """The interface that an adapter's initialization requires of a `LoraLayer`."""
+    """Protocol for the attributes of a `LoraLayer` that adapter initialization uses."""
 
     merged_adapters: Any
     is_split: bool
@@ -93,7 +93,7 @@ class AdapterInitializer:
 
     @torch.no_grad()
     def initialize_weights(self, lora_a: nn.Module, lora_b: nn.Module) -> None:
-        """Write the initial values to the weights of new factor modules.
+        """Initialize the weights of new factor modules.
 
         A bias of lora_b becomes zero, except with ``init_lora_weights=False``.
 
@@ -119,7 +119,7 @@ class AdapterInitializer:
     def initial_values(
         self, lora_a: torch.Tensor, lora_b: torch.Tensor, linear: bool = True
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return a tuple of the initial values of ``lora_a [R, K]`` and ``lora_b [N, R]``.
+        """Return a tuple of initial values for ``lora_a [R, K]`` and ``lora_b [N, R]``.
 
         Both arguments contain freshly drawn random values.
         """
@@ -157,7 +157,7 @@ class AdapterInitializer:
         if layer.is_split:
             raise UnsupportedLayerError(
                 f"init_lora_weights={name!r} needs the full base weight, but this weight is split "
-                "over processes; use True, False, 'gaussian' or 'orthogonal'"
+                "across processes; use True, False, 'gaussian' or 'orthogonal'"
             )
         if self.init.changes_base:
             reason = reason_weight_not_replaceable(self.base, self.init.supports_quantized)
@@ -171,7 +171,7 @@ class AdapterInitializer:
 def find_calibration(
     layer: InitializableLayer, init: InitMethod
 ) -> tuple[nn.Module, object] | None:
-    """Return a tuple (module, result) of a layer's calibration, or None if there is none.
+    """Return a layer's calibration result as a tuple (module, result), or None if there is none.
 
     The module is the one on which the calibration has stored its result.
     """

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def table_row_of(layer: LinearWithAdapters, number: int, tables: AddressTables) -> int | None:
-    """Return a layer's row in the tables, or None if the layer is newer than the tables.
+    """Return a layer's row in the address tables, or None if the layer is newer than the tables.
 
     ``number`` is the layer's number in its model. In a pool's tables, the row is the layer's
     ``table_row``.
@@ -46,7 +46,7 @@ def find_address_tables(routing: Routing, x: torch.Tensor) -> AddressTables | No
 def _build_model_tables(
     routing: Routing, watch: AdapterSnapshot | None
 ) -> AddressTables | Literal[False]:
-    """Return tables with all adapters of a routing on all layers of its model, or False.
+    """Build address tables for a batch's adapters on all layers of the model, or return False.
 
     The result is False if a factor is not a plain tensor, or if factors are on several devices.
     Kernels read lora_a in place if its dtype and layout allow it. lora_b is copied once, because
@@ -82,7 +82,7 @@ def _build_model_tables(
 def _collect_factors(
     routing: Routing, watch: AdapterSnapshot | None
 ) -> list[tuple[int, int, Factors]] | None:
-    """Return a list of (row, column, factors) for every adapter on every layer.
+    """Return a list of tuples (row, column, factors), one for every adapter on every layer.
 
     Returns None if a factor is not a plain tensor.
     """
@@ -103,9 +103,9 @@ def _collect_factors(
 
 
 def _align_for_kernels(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return a tensor in the form that kernels read: contiguous, aligned to 16 bytes.
+    """Make a tensor contiguous and aligned to 16 bytes, as kernels require.
 
-    It has the dtype ``dtype``, and is a copy only if necessary.
+    The result has dtype ``dtype``, and is a copy only if necessary.
     """
     block = tensor.detach().to(dtype).contiguous()
     return block.clone() if block.data_ptr() % 16 else block

@@ -42,17 +42,20 @@ _OUT = "base_layer.out_proj"
 
 
 class AttentionOutProjection(FastLoraWrapper):
-    """The LoRA layer of an attention's out_proj. Its weight is read, and it is never called."""
+    """LoRA layer for the out_proj of an `nn.MultiheadAttention`.
+
+    The attention module reads the weight of out_proj and never calls out_proj itself.
+    """
 
     is_linear = False
 
     def fusion(self, gathered: bool = False) -> tuple[bool, str]:
-        """Return whether the base GEMM and LoRA term run fused (never), and the fallback reason."""
+        """Return a tuple (False, fallback reason), because this layer never runs fused."""
         return False, _FALLBACK_REASON
 
 
 class FastLoraMultiheadAttention(UnfusedLoraLayer):
-    """LoRA layer over an `nn.MultiheadAttention` or an instance of a subclass.
+    """LoRA layer for an `nn.MultiheadAttention` or an instance of a subclass.
 
     Args:
         base_layer: The attention module. Its out_proj is replaced by a LoRA layer until `release`.
@@ -70,7 +73,7 @@ class FastLoraMultiheadAttention(UnfusedLoraLayer):
 
     @property
     def _qkv_same_embed_dim(self) -> bool:
-        """Tell PyTorch whether q, k, and v have equal sizes and, in addition, no adapter applies.
+        """Whether q, k, and v have equal sizes and no adapter applies.
 
         `nn.TransformerEncoderLayer` reads this property. While it is False, the encoder layer calls
         this layer. Otherwise, in evaluation, it reads the base weights itself and would ignore the
@@ -87,7 +90,7 @@ class FastLoraMultiheadAttention(UnfusedLoraLayer):
         return {_OUT: self._out()}
 
     def release(self) -> nn.Module:
-        """Return the attention module, with its original out_proj restored."""
+        """Restore the original out_proj, and return the attention module."""
         base = self.base_layer
         if isinstance(base.out_proj, LoraLayer):
             base.out_proj = base.out_proj.release()
@@ -111,13 +114,13 @@ class FastLoraMultiheadAttention(UnfusedLoraLayer):
         return DenseMergeTarget(weight), bias
 
     def forward(self, query: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Call the attention with the active adapters added to its weights."""
+        """Call the attention module with the active adapters added to its weights."""
         routing = None if self._disabled else active_routing(self)
         if routing is not None and any(name in self.r for name in routing.names):
             raise UnsupportedLayerError(
                 "the rows of a batch cannot use different adapters on a "
-                f"{type(self.base_layer).__name__}, because all rows share its weight, as in "
-                "PEFT; run one adapter at a time, or remove the module from target_modules"
+                f"{type(self.base_layer).__name__}, because all rows share its weight (as in "
+                "PEFT); run one adapter at a time, or remove the module from target_modules"
             )
         own, inner = self._applied_adapters(), self._out()._applied_adapters()
         if routing is not None or not (own or inner):
@@ -151,7 +154,7 @@ def _add_lora_updates(layer: LoraLayer, weight: torch.Tensor, names: list[str]) 
 
 
 def _copy_with_parameters(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
-    """Return a shallow copy of a module in which some parameters are replaced by tensors.
+    """Return a shallow copy of a module with some parameters replaced by tensors.
 
     The original is not changed, so other threads do not see the replacement.
     """

@@ -20,7 +20,7 @@ from fastlora.weights_version import weights_versions
 
 
 def clear_layer_caches(layer: BaseAdapterLayer) -> None:
-    """Clear the caches of a layer's weights, and of its model's adapters in mixed batches."""
+    """Clear a layer's caches, and the packed factors that its model caches for mixed batches."""
     clear_weight_caches(layer)
     clear_group_cache(layer)
     weights_versions.invalidate_trained_weights()  # Open blocks cache results too.
@@ -40,10 +40,7 @@ class BaseAdapterLayer(LinearWithAdapters):
     _local_magnitude = dora_magnitude_of
 
     def _clear_packed_factors(self) -> None:
-        """Clear the model's packed factors for mixed batches, because factors may change.
-
-        Open blocks are included.
-        """
+        """Clear the model's packed factors for mixed batches, including those of open blocks."""
         if self.routing_group is not None:
             self.routing_group.packs.clear()
 
@@ -52,17 +49,14 @@ class BaseAdapterLayer(LinearWithAdapters):
         return dense_weight(self.get_base_layer())
 
     def train(self, mode: bool = True) -> Any:
-        """Set training mode as `nn.Module.train` does.
-
-        A change of the mode clears the caches.
-        """
+        """Set the training mode as `nn.Module.train` does, and clear caches if the mode changes."""
         if mode != self.training:
             clear_layer_caches(self)
         return super().train(mode)
 
     @property
     def scaling(self) -> dict[str, Scaling]:
-        """Maps an adapter name to the number that multiplies its update."""
+        """Dict that maps each adapter name to the adapter's scaling factor."""
         scalings: dict[str, Scaling] = self.__dict__["_scaling"]
         return scalings
 
@@ -72,7 +66,7 @@ class BaseAdapterLayer(LinearWithAdapters):
         self._move_scalings_to_factors(values)
 
     def _register_scaling_refit_hook(self) -> None:
-        """Register a hook that refits the scalings after ``load_state_dict`` replaces factors."""
+        """Register a hook that moves scalings to the factors' device after ``load_state_dict``."""
         if _refit_scalings_after_load not in self._load_state_dict_post_hooks.values():
             self.register_load_state_dict_post_hook(_refit_scalings_after_load)
 
@@ -89,9 +83,9 @@ class BaseAdapterLayer(LinearWithAdapters):
                 scalings.move_to_factor_device(name, factor)
 
     def _lora_a_weight(self, name: str) -> torch.Tensor | None:
-        """Return an adapter's lora_A weight, or None if there is none.
+        """Return the weight of an adapter's lora_A, or None if the layer lacks the adapter.
 
-        It determines the device of the adapter's scaling.
+        The weight determines the device of the adapter's scaling.
         """
         factors = self._modules.get("lora_A")  # Missing at the very beginning.
         if isinstance(factors, nn.ModuleDict) and name in factors:

@@ -18,7 +18,7 @@ COLUMN_WISE, ROW_WISE = "column-wise", "row-wise"
 
 
 def linear_features(module: nn.Module) -> tuple[int, int] | None:
-    """Return ``(in_features, out_features)`` of a linear-like module, or None for any other.
+    """Return ``(in_features, out_features)`` of a linear-like module, or None for other modules.
 
     A module is linear-like if it has both attributes (`nn.Linear`, quantized linears of
     bitsandbytes, torchao, GPTQ and others), or if it is Hugging Face's Conv1D, which has a weight
@@ -60,7 +60,10 @@ def fallback_reason_not_plain(module: nn.Module, gathered: bool = False) -> str:
 
 
 def fallback_reason_hooked(module: nn.Module) -> str:
-    """Return the fallback reason if a module has hooks or a replaced ``forward``, or ""."""
+    """Return the fallback reason for a module with hooks, or an empty string.
+
+    A replaced ``forward`` counts as a hook.
+    """
     if "forward" in module.__dict__:
         return "its base layer's forward was replaced"
     if module._forward_hooks or module._forward_pre_hooks:
@@ -71,7 +74,7 @@ def fallback_reason_hooked(module: nn.Module) -> str:
 
 
 def factor_reference(base: nn.Module) -> torch.Tensor | None:
-    """Return a tensor with the device and dtype of new factors, or None for the defaults.
+    """Return a tensor with the device and dtype for new factors, or None for the defaults.
 
     As in PEFT, new factors use the ``compute_dtype`` of a base layer that has one (bitsandbytes'
     4-bit layers, HQQ).
@@ -87,13 +90,13 @@ def factor_reference(base: nn.Module) -> torch.Tensor | None:
 
 
 def is_tensor_parallel(module: nn.Module) -> bool:
-    """Return whether a module's weight is sharded by tensor parallelism, supported or not."""
+    """Return whether tensor parallelism shards a module's weight, even in an unsupported way."""
     split = getattr(module, "_distribute_module_applied", False)
     return bool(split) and is_dtensor(module._parameters.get("weight"))
 
 
 def tensor_parallel_style(module: nn.Module) -> str | None:
-    """Return `COLUMN_WISE` or `ROW_WISE` for a tensor-parallel module, or None for any other.
+    """Return `COLUMN_WISE` or `ROW_WISE` for a tensor-parallel module, or None for other modules.
 
     Raises:
         UnsupportedLayerError: Adapters do not support the way in which the weight is split.
@@ -129,7 +132,7 @@ def returns_unreferenced_output(module: nn.Module) -> bool:
 
 
 def merge_target_of(module: nn.Module, shape: tuple[int, int]) -> MergeTarget:
-    """Return the `MergeTarget` with which a merge reads and writes a linear-like module's weight.
+    """Return the `MergeTarget` for the weight of a linear-like module.
 
     Args:
         module: The base layer.
@@ -157,7 +160,7 @@ def merge_target_of(module: nn.Module, shape: tuple[int, int]) -> MergeTarget:
 def dense_weight(
     module: object, purpose: str = "DoRA needs the base weight to compute its norm"
 ) -> torch.Tensor:
-    """Return the weight ``[N, K]`` of a linear-like module, dequantized if it is quantized.
+    """Return the weight ``[N, K]`` of a linear-like module, dequantized if necessary.
 
     Supported are `nn.Linear` and its subclasses, Conv1D of transformers (as a view of its
     transposed weight), and the kinds of `fastlora.layers.quantized`.
@@ -182,7 +185,7 @@ def dense_weight(
         raise UnsupportedLayerError(
             f"{purpose}, but the weight of this {type(base).__name__} is "
             f"{'missing' if weight is None else f'a {kind} of {weight.dtype}'}; expected a "
-            "floating-point matrix, or one quantized by bitsandbytes, HQQ or torchao"
+            "floating-point matrix or a weight quantized by bitsandbytes, HQQ or torchao"
         )
     return weight.t() if type(base).__name__ == "Conv1D" else weight
 
@@ -222,7 +225,7 @@ def reason_weight_not_replaceable(module: nn.Module, allow_quantized: bool) -> s
 
 
 def replace_weight(module: nn.Module, weight: torch.Tensor) -> None:
-    """Replace the weight of a linear-like module by ``weight [N, K]``, in its own dtype and layout.
+    """Replace a linear-like module's weight with ``weight [N, K]``, keeping its dtype and layout.
 
     The parameter object stays the same. The memory of its old values is not overwritten, because
     other code may refer to it. A quantized weight is quantized again. See

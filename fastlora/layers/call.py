@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True, eq=False)
 class UniformCall:
-    """Record of a LoRA layer's call in which the same adapters apply to all rows.
+    """A call of a LoRA layer in which the same adapters apply to all rows.
 
     Attributes:
         layer: The layer with the adapters.
@@ -40,7 +40,7 @@ class UniformCall:
 
 @dataclass(slots=True, eq=False)
 class MixedCall:
-    """Record of a LoRA layer's call in a mixed batch, where each row has its own adapter or none.
+    """A call of a LoRA layer in a mixed batch, where each row has its own adapter or none.
 
     Attributes:
         layer: The layer. The adapters belong to it or to a pool.
@@ -57,7 +57,7 @@ class MixedCall:
     def sorted_rows(self, *, read_on_host: bool = False) -> Rows:
         """Return the rows of x, sorted by adapter, as `Rows`.
 
-        ``read_on_host`` tells whether the host reads their slots.
+        ``read_on_host`` tells whether the host reads the slots of the rows.
         """
         x, routing = self.x, self.routing
         m = x.numel() // x.shape[-1]

@@ -45,7 +45,9 @@ _CLASSES: dict[int, type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]] = {
 
 
 class FastLoraConv(AdditiveLoraLayer):
-    """LoRA layer over a convolution (or a subclass instance), which is called unchanged.
+    """LoRA layer for a convolution that is called unchanged.
+
+    The convolution may be an instance of a subclass.
 
     Args:
         base_layer: The convolution.
@@ -82,7 +84,7 @@ class FastLoraConv(AdditiveLoraLayer):
         return self._broadcast_over_channels(norms).unsqueeze(0)
 
     def _broadcast_over_channels(self, numbers: torch.Tensor) -> torch.Tensor:
-        """Reshape ``numbers [N]``, one per channel, to ``[N, 1, ...]``, to broadcast over y."""
+        """Reshape per-channel values ``[N]`` to ``[N, 1, ...]``, so that they broadcast over y."""
         return numbers.view(-1, *(1,) * len(self.base_layer.kernel_size))
 
     def _local_magnitude(self, name: str) -> torch.Tensor:
@@ -128,7 +130,7 @@ class FastLoraConv(AdditiveLoraLayer):
         return (kernels if self.weight.is_contiguous() else kernels.movedim(1, -1)).flatten(1)
 
     def _unflatten_kernels(self, matrix: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-        """Undo `_flatten_kernels`, returning a tensor of shape ``shape``."""
+        """Undo `_flatten_kernels`, and return a tensor of shape ``shape``."""
         if self.weight.is_contiguous():
             return matrix.view(shape)
         n, c, *kernel = shape
@@ -138,7 +140,7 @@ class FastLoraConv(AdditiveLoraLayer):
         return self._unflatten_kernels(delta, self.weight.shape)
 
     def _factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Return lora_a and lora_b as matrices, and the bias of lora_B or None.
+        """Return a tuple of lora_a and lora_b as matrices and lora_bias (None if there is none).
 
         If the convolution has groups, lora_b is ``[N, R / groups]``.
         """
@@ -155,7 +157,7 @@ class FastLoraConv(AdditiveLoraLayer):
             up.bias.copy_(bias)
 
     def _dora_norm_factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return two matrices whose product is the update that DoRA uses in its norms, as in PEFT.
+        """Return the two factors of the update that DoRA includes in its norms, as in PEFT.
 
         With one group, they are the factors. With groups, PEFT multiplies the flattened ``lora_B``
         and ``lora_A`` and reshapes the product to ``[N, C / groups, ...]``. Row n of the reshaped
@@ -175,7 +177,7 @@ class FastLoraConv(AdditiveLoraLayer):
         return self._flatten_kernels(self.weight)
 
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
-        """Return the adapter's update of the weight, in the weight's shape.
+        """Return an adapter's weight update in the shape of the base weight.
 
         A convolution with groups is not supported and raises an error.
         """
@@ -198,7 +200,7 @@ class FastLoraConv(AdditiveLoraLayer):
         if base.groups > 1:
             raise UnsupportedLayerError(
                 f"{action} a {type(base).__name__} with groups={base.groups}: its adapter connects "
-                "channels of different groups, as in PEFT; leave it unmerged"
+                "channels of different groups, as in PEFT; leave the adapter unmerged"
             )
 
 
@@ -225,8 +227,8 @@ def _check(module: nn.Module, settings: LayerAdapterSettings) -> None:
         )
     if settings.r % base.groups:
         raise UnsupportedLayerError(
-            f"rank {settings.r} is not divisible by its groups={base.groups}; choose a divisible "
-            "rank (rank_pattern), or other target modules"
+            f"rank {settings.r} is not divisible by the module's groups={base.groups}; choose a "
+            "divisible rank (rank_pattern), or other target modules"
         )
     init = settings.init_lora_weights
     if init != "lora_ga" and not find_init_method(init).supports_convolutions:

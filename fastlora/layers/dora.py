@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
 
 def run_dora(call: UniformCall, base: Base, name: str) -> torch.Tensor:
-    """Return the output ``[..., N]`` of a base layer and one DoRA adapter.
+    """Run a base layer with one DoRA adapter, and return the output ``[..., N]``.
 
     The output is that of a LoRA forward pass with scaled columns.
     """
@@ -104,7 +104,7 @@ def _scale_and_add_bias(
 
 
 def _apply_by_calling_modules(call: UniformCall, y: torch.Tensor, name: str) -> torch.Tensor:
-    """Return y with a DoRA adapter applied by calling its modules, as PEFT does."""
+    """Apply a DoRA adapter to y by calling the adapter's modules, as PEFT does."""
     layer, x, conditions = call.layer, call.original_x, call.conditions
     raise_if_triton_required(layer, [name])
     down, up = layer.lora_A[name], layer.lora_B[name]
@@ -132,7 +132,7 @@ def _apply_by_calling_modules(call: UniformCall, y: torch.Tensor, name: str) -> 
 
 
 class DoraSlots(NamedTuple):
-    """The slots of a batch whose adapters use DoRA on one layer.
+    """The slots of a batch that have adapters with DoRA on one layer.
 
     Attributes:
         scaled: Slots whose rows are scaled after their LoRA term is added.
@@ -144,7 +144,7 @@ class DoraSlots(NamedTuple):
 
 
 def find_dora_slots(layer: LinearWithAdapters, routing: Routing) -> DoraSlots | None:
-    """Return the slots whose adapters use DoRA on a layer, or None if there are none.
+    """Return the slots that have adapters with DoRA on a layer, or None if there are none.
 
     The slots of a captured CUDA graph are not known. In this case, the result has no slots if any
     adapter may use DoRA, and is None otherwise.
@@ -179,9 +179,9 @@ def _acts(dropout: nn.Module) -> bool:
 
 
 def apply_dora_to_rows(call: MixedCall, y: torch.Tensor, slots: DoraSlots) -> torch.Tensor:
-    """Return ``y [..., N]``, which includes the bias, with DoRA applied to the rows of ``slots``.
+    """Apply DoRA to the rows of ``y [..., N]`` that belong to ``slots``, and return the result.
 
-    On entry, the rows of ``slots.dropped`` contain the base layer's output.
+    y includes the bias. On entry, the rows of ``slots.dropped`` contain the base layer's output.
     """
     layer, routing, compiling = call.layer, call.routing, call.conditions.compiling
     (scaled, dropped), bias, rows = slots, layer._local_bias(), None
@@ -222,7 +222,7 @@ def _needs_gathered_rows(
 def _apply_dora_with_dropout(
     call: MixedCall, y: torch.Tensor, slots: tuple[int, ...], scales: Sequence[DoraScaleTerms]
 ) -> torch.Tensor:
-    """Return ``y [..., N]`` with DoRA adapters that have active dropout applied to their rows."""
+    """Apply the DoRA adapters with active dropout to their rows of ``y [..., N]``."""
     layer, routing, x = call.layer, call.routing, call.x
     if call.conditions.compiling:
         seeds = seeds_of_layer(routing.seeds, layer.routing_index)
@@ -249,10 +249,11 @@ def _apply_dora_with_dropout(
 def _scale_rows_by_id(
     call: MixedCall, y: torch.Tensor, bias: torch.Tensor | None, scales: dict[int, DoraScaleTerms]
 ) -> torch.Tensor:
-    """Return a copy of ``y [..., N]`` in which the rows of the slots in ``scales`` are scaled.
+    """Return a copy of ``y [..., N]`` with DoRA scales applied to rows by adapter id.
 
-    y includes ``bias [N]``, which is not scaled. The function is for calls that record no autograd
-    graph, and for traced calls. Everything runs on y's device, without waiting for the ids.
+    ``scales`` maps a slot to the scale of its rows. Other rows are not scaled, and neither is
+    ``bias [N]``, which y includes. The function is for calls that record no autograd graph, and for
+    traced calls. Everything runs on y's device, without waiting for the ids.
     """
     routing, compiling = call.routing, call.conditions.compiling
     magnitudes, squares = zip(*scales.values(), strict=True)
@@ -284,9 +285,10 @@ def _scale_rows_by_id(
 def _scale_rows_with_autograd(
     y: torch.Tensor, bias: torch.Tensor | None, rows: Rows, scales: dict[int, DoraScaleTerms]
 ) -> torch.Tensor:
-    """Return ``y [..., N]`` with the rows of the slots in ``scales`` scaled, with autograd.
+    """Apply DoRA scales to rows of ``y [..., N]``, and record the operation for autograd.
 
-    y includes ``bias [N]``, which is not scaled.
+    ``scales`` maps a slot to the scale of its rows. Other rows are not scaled, and neither is
+    ``bias [N]``, which y includes.
     """
     segments = [segment for segment in rows.segments if segment.slot in scales]
     lengths = tuple(segment.stop - segment.start for segment in segments)
@@ -306,12 +308,12 @@ def _scale_rows_with_autograd(
 
 
 def scale_rows_from_pool_tables_(call: MixedCall, y: torch.Tensor) -> torch.Tensor:
-    """Scale the rows of DoRA adapters in ``y [..., N]`` in place, reading g from a pool's tables.
+    """Scale the rows of DoRA adapters in place, using the scales in a pool's tables.
 
-    The same operator runs in a compiled graph, in a captured graph, and without a graph, because a
-    new batch, a load, or a hot swap changes only the contents of tensors. The function does nothing
-    until the pool has had a DoRA adapter. The first DoRA adapter causes compiled graphs to
-    recompile.
+    y is ``[..., N]``. The same operator runs in a compiled graph, in a captured graph, and without
+    a graph, because a new batch, a load, or a hot swap changes only the contents of tensors. The
+    function does nothing until the pool has had a DoRA adapter. The first DoRA adapter causes
+    compiled graphs to recompile.
     """
     layer, tables = call.layer, call.routing.source.tables
     if tables is None or tables.scale_address is None:

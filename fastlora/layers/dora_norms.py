@@ -20,7 +20,7 @@ _StampArguments = tuple[Sequence[torch.Tensor], tuple[Hashable, ...]]
 
 
 class DoraNormCache(UncopiedCache):
-    """One layer's cache of squared row norms: of the base weight W, and of each adapted weight.
+    """Cache of the squared row norms of a layer's base weight and adapted weights.
 
     Norms of adapted weights are cached only while gradients are disabled. Each entry is stored with
     a `TensorStamp` of the tensors that it was computed from. A stamp does not detect in-place
@@ -45,7 +45,10 @@ def dora_magnitude_of(layer: LinearWithAdapters, name: str) -> torch.Tensor:
 
 
 def may_cache_tensors(device: torch.device) -> bool:
-    """Return whether new tensors on a device may be cached: not while a CUDA graph is captured."""
+    """Return whether new tensors on a device may be cached.
+
+    They may not be cached while a CUDA graph is being captured.
+    """
     return device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
 
 
@@ -65,7 +68,7 @@ def base_weight_stamp(layer: LinearWithAdapters) -> TensorStamp | None:
 
 
 def base_weight_rows(layer: LinearWithAdapters) -> torch.Tensor | RowChunkedWeight:
-    """Return the base weight ``[N, K]`` as a matrix, or a `RowChunkedWeight` if quantized."""
+    """Return the base weight ``[N, K]`` as a matrix or, if quantized, as a `RowChunkedWeight`."""
     found = layer._local_quantized()
     if found is None:
         return layer._local_weight()
@@ -75,7 +78,7 @@ def base_weight_rows(layer: LinearWithAdapters) -> torch.Tensor | RowChunkedWeig
 def base_squared_norms(
     layer: LinearWithAdapters, weight: torch.Tensor | RowChunkedWeight, compiling: bool = False
 ) -> torch.Tensor:
-    """Return the squared row norms of the base weight, ``[N]``, cached until it changes.
+    """Return the squared row norms ``[N]`` of the base weight, cached until the weight changes.
 
     If ``compiling`` is set, because a graph is being compiled, nothing is cached.
     """
@@ -118,9 +121,10 @@ def adapted_squared_norms(
     scaling: torch.Tensor | float,
     compiling: bool = False,
 ) -> torch.Tensor:
-    """Return the squared row norms ``[N]`` of a layer's adapted weight, with infinity for 0.
+    """Return the squared row norms ``[N]`` of a layer's adapted weight.
 
-    With tensor parallelism, they are summed over the processes.
+    A norm of 0 is replaced by infinity. With tensor parallelism, the norms are summed over the
+    processes.
     """
     return layer._reduce_row_squared_norms(
         [local_adapted_squared_norms(layer, lora_a, lora_b, scaling, compiling)]
@@ -130,7 +134,7 @@ def adapted_squared_norms(
 def cached_adapted_squared_norms(
     layer: LinearWithAdapters, name: str, scaling: torch.Tensor | float, compiling: bool
 ) -> torch.Tensor:
-    """Return a named adapter's `local_adapted_squared_norms`, cached while gradients are off.
+    """Return an adapter's `local_adapted_squared_norms`, cached while gradients are disabled.
 
     If gradients are enabled, the sums are computed in every forward pass, because an optimizer may
     be about to step, and not all optimizers change the versions of tensors.
@@ -169,7 +173,7 @@ def _base_stamp_arguments(layer: LinearWithAdapters) -> _StampArguments | None:
 
 
 def _stamp_arguments(tensors: Sequence[torch.Tensor], *context: Hashable) -> _StampArguments | None:
-    """Return arguments for `stamp_tensors`, or None if a stamp cannot detect changes."""
+    """Return the arguments for `stamp_tensors`, or None if a stamp cannot detect changes."""
     if uses_fsdp2():  # A newly gathered tensor may reuse the last one's memory.
         return None
     parts: list[torch.Tensor] = []
@@ -193,7 +197,7 @@ def _get_or_compute(
     watched: _StampArguments | None,
     make: Callable[[], torch.Tensor],
 ) -> torch.Tensor:
-    """Return a layer's cached value for ``name`` if its stamp is valid; otherwise compute it.
+    """Return a layer's cached value for ``name``, computing it if its stamp is not valid.
 
     If ``watched`` is None, nothing is cached.
     """

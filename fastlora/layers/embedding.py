@@ -36,7 +36,9 @@ from fastlora.validation import UnsupportedLayerError
 
 
 class FastLoraEmbedding(AdditiveLoraLayer):
-    """LoRA layer over an `nn.Embedding` (or a subclass instance), which is called unchanged.
+    """LoRA layer for an `nn.Embedding` that is called unchanged.
+
+    The embedding may be an instance of a subclass.
 
     Args:
         base_layer: The embedding.

@@ -32,7 +32,7 @@ DORA_WITH_DROPOUT = (
 def fusion_status(
     layer: LinearWithAdapters, names: list[str], base_reason: str, gathered: bool
 ) -> tuple[bool, str]:
-    """Return whether one call computes the base GEMM and the active adapters, and why not.
+    """Return whether one call computes the base GEMM and the active adapters, and if not, why.
 
     The second item is the fallback reason, or an empty string.
 
@@ -57,14 +57,14 @@ def fusion_status(
 
 
 def uses_dora(layer: LinearWithAdapters, names: list[str]) -> bool:
-    """Return whether any of these adapters uses DoRA on the layer."""
+    """Return whether any of the named adapters uses DoRA on a layer."""
     holder = layer._modules.get("lora_magnitude_vector")
     magnitudes: Any = None if holder is None else holder._modules
     return bool(magnitudes) and any(name in magnitudes for name in names)
 
 
 def fallback_reason_for_dora(layer: LinearWithAdapters, names: list[str]) -> str:
-    """Return the reason why DoRA prevents one call for all active adapters, or an empty string."""
+    """Return the reason why DoRA prevents fusing the active adapters, or an empty string."""
     if not uses_dora(layer, names):
         return ""
     if len(names) > 1:
@@ -87,7 +87,7 @@ def raise_if_triton_required(layer: LinearWithAdapters, names: list[str]) -> Non
 
 
 def graph_capture_error_message(inference_only: bool, autocast_dtype: torch.dtype | None) -> str:
-    """Return the error message for a CUDA graph capture over a pool that kernels cannot run."""
+    """Return the error message for a CUDA graph that cannot be captured with a pool."""
     if inference_only:
         reason = "the layer runs without kernels"
     elif autocast_dtype is not None:

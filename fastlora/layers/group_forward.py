@@ -73,9 +73,10 @@ _LayerFactors = Factors | Slots | TableLaunch
 def group_forward(
     call: UniformCall | MixedCall, base: Base, own: _LayerFactors
 ) -> SharedResult | None:
-    """Return the result that a layer shares with its group: its y, or the s to compute y from.
+    """Compute a layer together with its shared-input group, and return the layer's result.
 
-    The function is called only if kernels run.
+    The result contains y, or the s from which the layer computes y. The function is called only if
+    kernels run.
 
     Args:
         call: The call of the layer.
@@ -142,7 +143,7 @@ def group_forward(
 
 
 def _fallback_reason_now(call: UniformCall | MixedCall) -> str:
-    """Return the reason why no layer may share results in this call, or an empty string."""
+    """Return the reason why layers may not share results in this call, or an empty string."""
     if call.conditions.invariant:
         return _INVARIANT
     # A forward pass within a backward pass recomputes a checkpoint. The checkpoint's first run
@@ -161,7 +162,7 @@ def _as_slots(own: Factors | Slots) -> Slots:
 
 
 def _call_dependencies(call: UniformCall | MixedCall, own: _LayerFactors) -> tuple[object, ...]:
-    """Return what all results of a call depend on, such as the open block and autocast.
+    """Return the state that all results of a call depend on, such as the open block and autocast.
 
     Items are compared by identity.
     """
@@ -183,7 +184,7 @@ def _call_dependencies(call: UniformCall | MixedCall, own: _LayerFactors) -> tup
 def _operand_cache_key(
     call: UniformCall | MixedCall, base: Base, own: _LayerFactors, made: SharedResult
 ) -> tuple[object, ...] | None:
-    """Return a cache key for the operands from which a layer would compute a result like ``made``.
+    """Return a cache key for the operands that a layer would use to compute ``made``.
 
     Returns None if the layer cannot use such a result, or if writes to its tensors are not counted.
     """
@@ -204,7 +205,10 @@ def _operand_cache_key(
 def _tensor_cache_key(
     stream: int, dropout_p: Hashable, tensors: Sequence[torch.Tensor]
 ) -> tuple[object, ...] | None:
-    """Return a cache key that changes if a tensor does, or None if writes are not counted."""
+    """Return a cache key that changes with the tensors, or None for inference tensors.
+
+    PyTorch does not count writes to inference tensors.
+    """
     trains = map(_trains, tensors) if torch.is_grad_enabled() else ()
     ids, memory = map(id, tensors), map(_memory_of, tensors)
     try:
@@ -214,7 +218,7 @@ def _tensor_cache_key(
 
 
 def _s_cache_key(stream: int, own: Slots) -> tuple[object, ...] | None:
-    """Return the cache key of s, which covers every lora_a and the dropout probabilities."""
+    """Return a cache key for s that covers every lora_a and the dropout probabilities."""
     dropout_p = tuple(None if factors is None else factors.dropout_p for factors in own)
     return _tensor_cache_key(stream, dropout_p, [a for a in lora_a_by_slot(own) if a is not None])
 
@@ -229,7 +233,7 @@ def _base_tensors(base: Base) -> list[torch.Tensor]:
 def _can_group_outputs(
     call: UniformCall | MixedCall, base: Base, own: Factors, group: SharedInputGroup
 ) -> bool:
-    """Return whether one call may compute a layer's y together with the y of other layers."""
+    """Return whether one call may compute a layer's output together with other layers' outputs."""
     conditions = call.conditions
     return (
         base.weight is not None
@@ -247,7 +251,7 @@ def _can_group_outputs(
 def _compute_outputs_together(
     call: UniformCall | MixedCall, base: Base, own: Factors, group: SharedInputGroup
 ) -> SharedResult | None:
-    """Compute y for a layer and for those called after it, in one call.
+    """Use one call to compute the outputs of a layer and of the layers called after it.
 
     Returns the layer's own result, or None if one call cannot compute it.
     """
@@ -294,7 +298,7 @@ def _compute_outputs_together(
 def _compute_s_together(
     call: UniformCall | MixedCall, own: Slots, group: SharedInputGroup
 ) -> tuple[SharedResult | None, str]:
-    """Compute s for a layer and for those called after it, in one pass over x.
+    """Use one pass over x to compute s for a layer and for the layers called after it.
 
     Returns a tuple of the layer's own result and an empty string, or of None and the reason why s
     is not shared.
@@ -322,7 +326,7 @@ def _compute_s_together(
 
 
 def _active_dropout_p(slots: Slots) -> float:
-    """Return a layer's active dropout probability, or 0.
+    """Return a layer's active dropout probability, or 0 without dropout.
 
     `select_sharing_layers` ensures that at most one adapter of the layer has active dropout.
     """
@@ -371,7 +375,7 @@ def _s_in_compiled_graph(call: UniformCall | MixedCall, own: Slots) -> SharedRes
 
 
 def _compute_neighbor_outputs(call: MixedCall, base: Base, own: TableLaunch) -> SharedResult | None:
-    """Compute y for a layer and its neighbors in the address tables, in one launch.
+    """Use one launch to compute the outputs of a layer and its neighbors in the address tables.
 
     Returns the layer's own result, or None if one launch cannot compute all of them.
     """
@@ -403,7 +407,7 @@ def _compute_neighbor_outputs(call: MixedCall, base: Base, own: TableLaunch) -> 
 def _compute_output_and_neighbor_s(
     call: MixedCall, base: Base, own: TableLaunch
 ) -> SharedResult | None:
-    """Compute a layer's y, and s for its neighbors in the address tables, in one call.
+    """Use one call to compute a layer's output, and s for its neighbors in the address tables.
 
     Returns the layer's own result, or None if it has no neighbors.
     """

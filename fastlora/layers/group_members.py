@@ -44,7 +44,7 @@ _dtype_of, _trains = attrgetter("dtype"), attrgetter("requires_grad")
 
 @dataclass(slots=True, eq=False)  # Slots are read several times faster than a NamedTuple.
 class PreparedGroupLaunch:
-    """The prepared arguments of one call that computes y for several layers of a group.
+    """Prepared arguments for computing the outputs of several layers of a group in one call.
 
     The layers are the one that is called first and those that are called after it.
 
@@ -106,7 +106,7 @@ class PreparedGroupLaunch:
 def prepare_group_launch(
     call: UniformCall | MixedCall, base: Base, own: Factors, group: SharedInputGroup
 ) -> PreparedGroupLaunch:
-    """Prepare the launch that computes a layer and, if possible, the layers called after it."""
+    """Prepare one launch for a layer and, where possible, for the layers called after it."""
     layer, x = call.layer, call.original_x
     found: list[tuple[int, Base, Factors]] = []
     apart = torch.is_grad_enabled() and has_gradient_hooks(operand_tensors(base, own))
@@ -155,7 +155,7 @@ def prepare_group_launch(
 def _groupable_operands(
     member: LinearWithAdapters, call: UniformCall | MixedCall, first_base: Base, first: Factors
 ) -> tuple[Base, Factors] | None:
-    """Return another layer's (base, factors) if one call can compute both layers, or None.
+    """Return another layer's (base, factors), or None if one call cannot compute both layers.
 
     With gradients there are two more conditions. No parameter may have hooks, because the shared
     node calls them, with None, for a y that was never used. If x needs no gradient, both layers
@@ -183,7 +183,7 @@ def _groupable_operands(
 
 
 def _is_groupable(layer: LinearWithAdapters, x: torch.Tensor, base: Base, own: Factors) -> bool:
-    """Return whether one call can compute a layer together with others.
+    """Return whether one call can compute a layer together with other layers.
 
     The layer must be plain and have x's dtype. With dropout it must not be split, because a split
     layer does not use the drawn seed.
@@ -203,7 +203,7 @@ def _is_groupable(layer: LinearWithAdapters, x: torch.Tensor, base: Base, own: F
 
 
 def operand_tensors(base: Base, own: Factors) -> list[torch.Tensor]:
-    """Return a list of the tensors that a layer's output depends on, apart from x."""
+    """Return a list of the tensors other than x that a layer's output depends on."""
     tensors = [own.lora_a, own.lora_b, own.scaling]
     for tensor in base[:2]:
         if tensor is not None:
@@ -217,7 +217,7 @@ def operand_tensors(base: Base, own: Factors) -> list[torch.Tensor]:
 def select_sharing_layers(
     members: Sequence[LinearWithAdapters | None], call: UniformCall | MixedCall, own: Slots
 ) -> tuple[list[tuple[Any, Slots]], str]:
-    """Select the layers that can share a pass over x: a tuple (pairs, reason).
+    """Select the layers that can share a pass over x, and return a tuple (pairs, reason).
 
     Each pair is a layer and a list of its factors by slot. If the calling layer itself cannot
     share, the list of pairs is empty and the reason explains it. Otherwise it is the reason why the
@@ -243,7 +243,10 @@ def select_sharing_layers(
 def _factors_or_reason(
     member: LinearWithAdapters, call: UniformCall | MixedCall
 ) -> tuple[Slots | None, str]:
-    """Return another layer's factors by slot, or None and the reason: a tuple (slots, reason)."""
+    """Return another layer's factors by slot, or the reason why it cannot share a pass over x.
+
+    The result is a tuple (slots, reason). The reason applies only if slots is None.
+    """
     if member.impl != call.layer.impl:
         return None, "the layers have different implementations"
     if isinstance(call, UniformCall):
@@ -301,7 +304,7 @@ def _reason_for_separate_pass(
 
 
 def lora_a_by_slot(slots: Slots) -> list[torch.Tensor | None]:
-    """Return a list of the lora_a of each slot, with None for a slot without factors."""
+    """Return a list with each slot's lora_a, or None for a slot without factors."""
     return [None if factors is None else factors.lora_a for factors in slots]
 
 
@@ -327,7 +330,7 @@ def note_compiled(self: Any, why: str) -> None:
 
 
 def describe_group_sharing(layer: LinearWithAdapters, uses_kernels: bool) -> str:
-    """Return the fusion report's text about a layer's shared-input group in training.
+    """Describe a layer's shared-input group in training, for the fusion report.
 
     ``uses_kernels`` tells whether Triton kernels compute the layer.
     """

@@ -24,7 +24,7 @@ PEFT_LAYER_ALTERNATIVE = (
 
 
 class LayerAdapterSettings(NamedTuple):
-    """The settings of an adapter on one module: the arguments of `LoraLayer.add_adapter`."""
+    """Settings of an adapter on one module, as passed to `LoraLayer.add_adapter`."""
 
     r: int = 8
     lora_alpha: float = 8
@@ -38,7 +38,7 @@ class LayerAdapterSettings(NamedTuple):
 
 
 class LayerKind(NamedTuple):
-    """A kind of module that adapters support.
+    """A kind of module that supports adapters.
 
     Attributes:
         name: Name of the kind, for messages.
@@ -66,13 +66,13 @@ _KINDS: list[LayerKind] = []
 
 
 def register_layer_kind(kind: LayerKind) -> LayerKind:
-    """Register a layer kind; if several kinds accept a module, the last one registered wins."""
+    """Register a layer kind, which takes precedence over the kinds registered before it."""
     _KINDS.insert(0, kind)
     return kind
 
 
 def layer_kind_of(module: nn.Module, custom: Mapping[type, type] | None = None) -> LayerKind | None:
-    """Return the `LayerKind` of a module without adapters, or None if adapters do not support it.
+    """Return the `LayerKind` of a base layer, or None if the base layer does not support adapters.
 
     Args:
         module: The base layer.
@@ -88,12 +88,12 @@ def layer_kind_of(module: nn.Module, custom: Mapping[type, type] | None = None) 
 
 
 def layer_kind_names() -> list[str]:
-    """Return a sorted list of the names of all layer kinds, for messages."""
+    """Return the names of all layer kinds as a sorted list, for messages."""
     return sorted({kind.name for kind in _KINDS})
 
 
 def linear_adapter_shapes(k: int, n: int, settings: LayerAdapterSettings) -> TensorShapes:
-    """Return the shapes of an adapter's tensors on a linear with k input and n output features."""
+    """Return an adapter's tensor shapes on a linear with ``k`` input and ``n`` output features."""
     shapes: TensorShapes = {"lora_A.weight": (settings.r, k), "lora_B.weight": (n, settings.r)}
     if settings.lora_bias:
         shapes["lora_B.bias"] = (n,)
@@ -110,8 +110,8 @@ def _kind_of_custom_layer(layer_class: type) -> LayerKind:
 
         if not issubclass(layer_class, LoraLayer):
             raise UnsupportedLayerError(
-                f"{layer_class.__name__}, the class registered for it, is not a subclass of "
-                f"fastlora.layers.LoraLayer; for a PEFT layer class, {PEFT_LAYER_ALTERNATIVE}"
+                f"{layer_class.__name__}, the class registered for this module, is not a subclass "
+                f"of fastlora.layers.LoraLayer; for a PEFT layer class, {PEFT_LAYER_ALTERNATIVE}"
             )
 
     def shapes(module: nn.Module, settings: LayerAdapterSettings) -> TensorShapes:

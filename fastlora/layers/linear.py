@@ -108,7 +108,7 @@ class FastLoraLinear(LoraLayer, nn.Linear):
 
     @classmethod
     def _from_linear_without_adapter(cls, linear: nn.Linear) -> FastLoraLinear:
-        """Return a layer without adapters that shares a plain linear's weight and bias.
+        """Create a layer that has no adapters and shares a plain linear's weight and bias.
 
         The weight and bias are not frozen.
         """
@@ -145,7 +145,7 @@ class FastLoraLinear(LoraLayer, nn.Linear):
             self.bias.requires_grad_(False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return ``[..., N]``, the output of base layer and active adapters for ``x [..., K]``."""
+        """Return the output ``[..., N]`` for ``x [..., K]``, with the active adapters applied."""
         call = create_call(self, x)
         # Read `_parameters` directly: an attribute lookup on a module takes a microsecond.
         weight: Any = self._parameters.get("weight")
@@ -175,20 +175,21 @@ class FastLoraLinear(LoraLayer, nn.Linear):
 
     @property
     def base_layer(self) -> nn.Linear:
-        """An `nn.Linear` that shares this layer's weight and bias; the name follows PEFT."""
+        """An `nn.Linear` that shares this layer's weight and bias, under PEFT's attribute name."""
         return self.to_linear()
 
     def _modules_with_calibration(self) -> list[nn.Module]:
-        """Return a list of the modules on which a calibration may have stored its result.
+        """Return a list of the modules that may hold a calibration result.
 
         These are the layer and the `nn.Linear` that it was created from.
         """
         return [self, *self.__dict__.get("_linear", ())]
 
     def fusion(self, gathered: bool = False) -> tuple[bool, str]:
-        """Return whether the base GEMM and LoRA term run fused, and the fallback reason if not.
+        """Return whether the layer runs fused, and the fallback reason if it does not.
 
-        ``gathered`` means that FSDP2 replaces shards by plain parameters during the forward pass.
+        A fused layer computes the base GEMM and the LoRA update in one call. ``gathered`` means
+        that FSDP2 replaces shards by plain parameters during the forward pass.
         """
         if is_dtensor(self._parameters.get("weight")) and not gathered:
             return False, "its base weight is sharded (a DTensor) and is not gathered"

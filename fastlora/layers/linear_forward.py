@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 
 
 def create_call(layer: LinearWithAdapters, x: torch.Tensor) -> UniformCall | MixedCall:
-    """Create the record of a layer's call with ``x [..., K]``: a `UniformCall` or a `MixedCall`.
+    """Create the `UniformCall` or `MixedCall` for a layer's call with ``x [..., K]``.
 
-    The record contains the conditions of the forward pass and the adapters to apply. A
+    The object contains the conditions of the forward pass and the adapters to apply. A
     `UniformCall` without names means that only the base layer runs.
     """
     routing = None if layer._disabled else active_routing(layer)
@@ -56,7 +56,7 @@ def create_call(layer: LinearWithAdapters, x: torch.Tensor) -> UniformCall | Mix
 
 
 def forward(call: UniformCall | MixedCall, base: Base) -> torch.Tensor:
-    """Return the output ``[..., N]`` of a base layer and the adapters of the call."""
+    """Return the output ``[..., N]`` of a base layer with the call's adapters applied."""
     if isinstance(call, MixedCall):
         if call.conditions.compiling or call.routing.cache.row_checker is None:
             return forward_mixed(call, base)
@@ -76,7 +76,10 @@ def forward(call: UniformCall | MixedCall, base: Base) -> torch.Tensor:
 
 
 def _split_dora_names(layer: LinearWithAdapters, names: list[str]) -> list[list[str]]:
-    """Split names into runs that one call computes: DoRA adapters alone, others together."""
+    """Split adapter names into runs, so that each DoRA adapter has a run of its own.
+
+    One call computes each run.
+    """
     runs: list[list[str]] = []
     for name in names:
         alone = uses_dora(layer, [name])
@@ -88,7 +91,7 @@ def _split_dora_names(layer: LinearWithAdapters, names: list[str]) -> list[list[
 
 
 def _forward_without_dora(call: UniformCall, base: Base, names: list[str]) -> torch.Tensor:
-    """Return the output ``[..., N]`` of a base layer and adapters that do not use DoRA."""
+    """Return the output ``[..., N]`` of a base layer with adapters that do not use DoRA."""
     layer, x, conditions = call.layer, call.x, call.conditions
     if conditions.invariant and base.weight is None:
         conditions.raise_if_batch_invariant(layer, BASE_GEMM_VARIES)
@@ -144,7 +147,7 @@ def _concatenate_adapters(
 
 
 def _add_by_calling_modules(call: UniformCall, y: torch.Tensor, names: list[str]) -> torch.Tensor:
-    """Add adapters to y by calling their modules one by one, as PEFT does."""
+    """Add the adapters' updates to y by calling their modules one by one, as PEFT does."""
     layer, x = call.layer, call.original_x
     raise_if_triton_required(layer, names)
     for name in names:

@@ -91,7 +91,7 @@ class LinearWithAdapters(nn.Module):
         return None
 
     def _weight_saved_for_backward(self, compiling: bool) -> torch.Tensor:
-        """Return the base weight in the form in which an autograd node saves it.
+        """Return the base weight in the form that autograd saves for the backward pass.
 
         If the weight is quantized, the result represents it without a dense matrix.
         """
@@ -104,13 +104,13 @@ class LinearWithAdapters(nn.Module):
         return bias
 
     def _local_dropout_seed(self, seed: torch.Tensor) -> torch.Tensor:
-        """Return this process's dropout seeds for the drawn ``seed``, in the same shape."""
+        """Return this process's dropout seeds, derived from ``seed`` and in the same shape."""
         return seed
 
     def _reduce_row_squared_norms(self, sums: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Return squared norms of whole rows from this process's ``sums``; 0 becomes infinity.
+        """Reduce this process's ``sums`` to the squared norms of whole rows.
 
         ``sums`` are the `adapted_squared_norms` over this process's columns. Each result is
-        ``[N]``.
+        ``[N]``, with infinity instead of 0.
         """
         return [replace_zero_norms(each) for each in sums]

@@ -35,7 +35,7 @@ from fastlora.weights_version import weights_versions
 
 
 class LoraLayer(Mergeable):
-    """Base class of LoRA layers: a base layer with named adapters, and PEFT's attribute names.
+    """Base class of layers with named LoRA adapters, under PEFT's attribute names.
 
     This class implements what all kinds of LoRA layers have in common. A subclass for another kind
     of layer overrides the methods in the section "methods that a layer kind overrides", which by
@@ -81,13 +81,16 @@ class LoraLayer(Mergeable):
         return self.get_base_layer()
 
     def fusion(self, gathered: bool = False) -> tuple[bool, str]:
-        """Return whether the base GEMM and LoRA term run fused, and the fallback reason if not."""
+        """Return whether the layer runs fused, and the fallback reason if it does not.
+
+        A fused layer computes the base GEMM and the LoRA update in one call.
+        """
         raise UnsupportedLayerError(f"{type(self).__name__} has no base layer")
 
     def _create_factors(
         self, r: int, lora_bias: bool, start: AdapterInitializer
     ) -> dict[str, parts.Factor]:
-        """Return a dict that maps each part, such as ``"lora_A"``, to a new adapter's factor.
+        """Create a new adapter's factors as a dict, keyed by part name such as ``"lora_A"``.
 
         Values are drawn as PEFT draws them.
         """
@@ -101,11 +104,11 @@ class LoraLayer(Mergeable):
         return init
 
     def _modules_with_calibration(self) -> list[nn.Module]:
-        """Return a list of the modules on which a calibration may have stored its result."""
+        """Return a list of the modules that may hold a calibration result."""
         return [self.get_base_layer()]
 
     def _weight_for_init(self, purpose: str) -> torch.Tensor:
-        """Return the base weight ``[N, K]``, which an initialization reads.
+        """Return the base weight ``[N, K]`` from which an adapter is initialized.
 
         ``purpose`` begins the error message if the weight cannot be read.
         """
@@ -135,7 +138,7 @@ class LoraLayer(Mergeable):
         init_config: object | None = None,
         from_file: bool = False,
     ) -> None:
-        """Add an adapter without activating it; `set_adapter` activates it.
+        """Add an adapter, which stays inactive until `set_adapter` activates it.
 
         Random values are drawn as PEFT draws them, so the same seed gives the same factors. Some
         initializations move a part of the base weight into the factors. They change the base weight
@@ -216,7 +219,7 @@ class LoraLayer(Mergeable):
             delete_calibration(self, init)
 
     def _make_base_undo(self, init: InitMethod, offload: bool = False) -> Callable[[], None]:
-        """Return a function that undoes the changes of an initialization to the base layer.
+        """Return a function that undoes an initialization's changes to the base layer.
 
         If ``offload`` is set, a weight on an accelerator is saved in CPU memory.
         """
@@ -235,7 +238,10 @@ class LoraLayer(Mergeable):
         return undo
 
     def _prepare_new_factors(self, adapter_name: str) -> None:
-        """Prepare a new adapter's factors before its magnitude is computed; no-op by default."""
+        """Prepare a new adapter's factors before its magnitude is computed.
+
+        By default, the method does nothing.
+        """
 
     def reset_magnitude(self, adapter_name: str) -> None:
         """Set an adapter's DoRA magnitude to the row norms of its adapted weight.
@@ -278,7 +284,10 @@ class LoraLayer(Mergeable):
         self._remove_adapter(adapter_name)
 
     def _remove_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter without the checks of `delete_adapter`, as after a failed addition."""
+        """Remove an adapter without the checks of `delete_adapter`.
+
+        A failed `add_adapter` calls this method, for example.
+        """
         for table in (self.r, self.lora_alpha, self.scaling, self.use_rslora):
             table.pop(adapter_name, None)
         for part in ("lora_dropout", *self.adapter_parts):
@@ -290,7 +299,7 @@ class LoraLayer(Mergeable):
         self._active_adapters = [n for n in self._active_adapters if n != adapter_name]
 
     def adapter_parameters(self, adapter_name: str) -> Iterator[nn.Parameter]:
-        """Yield an adapter's trainable parameters; none if the layer lacks the adapter."""
+        """Yield an adapter's trainable parameters, or nothing if the layer lacks the adapter."""
         fixed = self.frozen_peft_weight_names.get(adapter_name, ())
         for part in self.adapter_parts:
             holder = self._modules[part]
@@ -331,7 +340,7 @@ class LoraLayer(Mergeable):
                     self.scaling[name] /= scale
 
     def _applied_adapters(self) -> list[str]:
-        """Return a list of the active adapters that are applied outside mixed batches."""
+        """Return a list of the active adapters that apply outside mixed batches."""
         if self._disabled or self.merged_adapters:
             return []
         active: Any = self._active_adapters
@@ -346,7 +355,7 @@ class LoraLayer(Mergeable):
         return parts.file_to_state_dict_names(self._factors_by_part(adapter_name), adapter_name)
 
     def widen(self, adapter_name: str) -> None:
-        """Convert factors narrower than fp32 to fp32, and recompute the magnitude from them."""
+        """Widen an adapter's factors to at least fp32, and recompute the adapter's magnitude."""
         for part, factor in self._factors_by_part(adapter_name).items():
             if not isinstance(factor, parts.DoraMagnitude):
                 self._modules[part][adapter_name] = parts.upcast_to_fp32(factor)
@@ -355,7 +364,7 @@ class LoraLayer(Mergeable):
             self.reset_magnitude(adapter_name)
 
     def _factors_by_part(self, adapter_name: str) -> dict[str, parts.Factor]:
-        """Return a dict that maps each part, such as ``"lora_A"``, to the adapter's factor."""
+        """Return an adapter's factors as a dict, keyed by part name such as ``"lora_A"``."""
         held: dict[str, parts.Factor] = {}
         for part in self.adapter_parts:
             holder = self._modules[part]
@@ -380,7 +389,7 @@ class LoraLayer(Mergeable):
             )
 
     def _factor_reference(self) -> torch.Tensor | None:
-        """Return a tensor with the device and dtype of new factors, or None for the defaults."""
+        """Return a tensor with the device and dtype for new factors, or None for the defaults."""
         base = self.get_base_layer()
         if any(map(is_dtensor, base.parameters(recurse=False))):
             raise AdapterStateError(

@@ -21,7 +21,7 @@ _ROWS = 64
 
 
 class MergeTarget(Protocol):
-    """Protocol of a base weight ``[N, K]`` that merging reads and writes.
+    """Protocol for a base weight ``[N, K]`` that adapters are merged into.
 
     Attributes:
         in_place: Whether a write to the result of `dense` changes the weight itself.
@@ -32,40 +32,43 @@ class MergeTarget(Protocol):
     backend: str | None
 
     def dense(self) -> torch.Tensor:
-        """Return the weight as a matrix, either a view of it or a new tensor."""
+        """Return the weight as a matrix, which is a view or a new tensor."""
 
     def merge_buffer(self) -> torch.Tensor:
-        """Return the matrix to merge adapters into: the weight, or a new fp32 copy."""
+        """Return the matrix to merge adapters into: the weight itself or a new fp32 copy."""
 
     def squared_distance_to(self, matrix: torch.Tensor) -> float:
         """Return the squared Frobenius norm of the difference between the weight and a matrix."""
 
     def check_writable(self) -> None:
-        """Raise `UnsupportedLayerError` if `write` would."""
+        """Raise `UnsupportedLayerError` if `write` does not support the weight."""
 
     def write(self, dense: torch.Tensor) -> None:
-        """Replace the weight by ``dense [N, K]``, quantized as the weight was."""
+        """Replace the weight with ``dense [N, K]``, quantized in the same way as the weight."""
 
     def snapshot(self) -> object:
-        """Return a copy of all data that `write` changes, for `restore`."""
+        """Return a copy of all data that `write` changes, to be passed to `restore`."""
 
     def restore(self, snapshot: object) -> None:
-        """Restore the result of `snapshot`, bit for bit, on the weight's device."""
+        """Restore the weight, bit for bit, from a result of `snapshot`.
+
+        The weight stays on its current device.
+        """
 
     def convert_snapshot(
         self, snapshot: object, fn: Callable[[torch.Tensor], torch.Tensor]
     ) -> object:
-        """Return a result of `snapshot`, converted as ``fn`` has converted the module's tensors."""
+        """Convert a result of `snapshot` in the way that ``fn`` converts the module's tensors."""
 
     def dense_from_snapshot(self, snapshot: object) -> torch.Tensor:
         """Return the matrix ``[N, K]`` that a result of `snapshot` represents."""
 
     def fingerprint(self) -> Fingerprint:
-        """Return a tuple of tensors that change whenever other code writes to the weight."""
+        """Return a fingerprint that changes whenever other code writes to the weight."""
 
 
 class DenseMergeTarget:
-    """A floating-point weight that merging writes into.
+    """A floating-point weight that adapters are merged into.
 
     Args:
         weight: The weight, in any shape.
@@ -90,10 +93,10 @@ class DenseMergeTarget:
         return float((self.dense() - matrix).square().sum(dtype=torch.float64))
 
     def check_writable(self) -> None:
-        """Check that the weight is writable, which a floating-point weight always is."""
+        """Do nothing, because a floating-point weight is always writable."""
 
     def write(self, dense: torch.Tensor) -> None:
-        """Write ``dense``, which is the weight itself, so nothing is copied."""
+        """Do nothing, because ``dense`` is the weight itself."""
 
     def snapshot(self) -> object:
         return self.weight.detach().clone()
@@ -119,7 +122,7 @@ class DenseMergeTarget:
 
 
 def bit_sums(tensor: torch.Tensor | None) -> Fingerprint:
-    """Return the sums of a tensor's bits, as integers, over its rows and over its columns.
+    """Return the row and column sums of a tensor's bits, read as integers.
 
     Any write changes the sums, whether or not it changes the tensor's version. Examples are writes
     by an optimizer, by compiled code, through ``.data``, or by ``load_state_dict``.

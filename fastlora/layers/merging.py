@@ -49,22 +49,25 @@ class Mergeable(ModuleWithAdapters, BaseAdapterLayer):
         return base
 
     def _weight_and_bias_to_merge(self) -> tuple[MergeTarget, torch.Tensor | None]:
-        """Return a tuple (base weight, bias), or raise if they do not support merging."""
+        """Return a tuple (base weight, bias), or raise an error if they do not support merging."""
         raise UnsupportedLayerError(f"{type(self).__name__} cannot be merged")
 
     def _base_fingerprints(self) -> list[Fingerprint]:
-        """Return a list of the fingerprints of the base weight and bias; any write changes them."""
+        """Return a list with the fingerprints of the base weight and the bias."""
         weight, bias = self._weight_and_bias_to_merge()
         return [weight.fingerprint(), bit_sums(bias)]
 
     def _is_unmodified_since_merge(self) -> bool:
-        """Return whether base weight and bias have not been written to since the last merge."""
+        """Return whether the base weight and the bias are unmodified since the last merge."""
         return all(map(fingerprints_equal, self._base_fingerprints(), self._when_merged))
 
     # Overridden if several processes have parts of the layer.
 
     def _true_in_all_processes(self, condition: bool) -> bool:
-        """Return whether a condition is true in every process, so that all raise or none does."""
+        """Return whether a condition is true in every process.
+
+        All processes get the same result, so that they raise an error together or not at all.
+        """
         return condition
 
     def _merge_checked(self, names: list[str], keep_base: bool) -> None:
@@ -83,7 +86,7 @@ class Mergeable(ModuleWithAdapters, BaseAdapterLayer):
         clear_weight_caches(self)
 
     def _write_and_record_error(self, weight: MergeTarget, matrix: torch.Tensor) -> None:
-        """Replace the weight by ``matrix [N, K]``, and record the lost precision.
+        """Replace the weight with ``matrix [N, K]``, and record the lost precision.
 
         The lost precision is stored in `merge_error`. For weights that are merged in place, the
         method does nothing.
@@ -98,9 +101,9 @@ class Mergeable(ModuleWithAdapters, BaseAdapterLayer):
     def check_merge(
         self, safe_merge: bool = False, adapter_names: list[str] | None = None
     ) -> list[str]:
-        """Return a list of the names that `merge` would merge, or raise the error that it would.
+        """Check a merge, and return a list of the adapters that it would merge.
 
-        The layer is not changed.
+        Raises the same errors as `merge`. The layer is not changed.
         """
         for name in adapter_names or ():
             self._check_has_adapter(name)
@@ -157,9 +160,9 @@ class Mergeable(ModuleWithAdapters, BaseAdapterLayer):
             for name, scale in self._merged_scales.items():
                 if not self._true_in_all_processes(bool(scale.all())):
                     raise AdapterStateError(
-                        f"adapter {name!r} cannot be unmerged: its magnitude or its norm is 0 in "
-                        "a row, and the weight was modified after the merge or its copy was not "
-                        "kept (keep_base=False)"
+                        f"adapter {name!r} cannot be unmerged: its magnitude or norm is 0 in a "
+                        "row, and the weight was modified after the merge or was merged without "
+                        "a copy (keep_base=False)"
                     )
             matrix = weight.merge_buffer()
             self._subtract_merged_adapters(matrix, bias)
@@ -179,7 +182,7 @@ class Mergeable(ModuleWithAdapters, BaseAdapterLayer):
             self._add_bias_delta(bias, merged[: place + 1], -1.0, self._merged_scales)
 
     def _dora_scales_by_name(self, names: list[str]) -> dict[str, torch.Tensor]:
-        """Return a dict that maps the name of each DoRA adapter to its scale g, shape ``[N]``."""
+        """Return the scale g ``[N]`` of each DoRA adapter in a dict, keyed by adapter name."""
         layer: Any = self
         dora = [name for name in names if uses_dora(layer, [name])]
         return {
@@ -189,7 +192,7 @@ class Mergeable(ModuleWithAdapters, BaseAdapterLayer):
 
     @torch.no_grad()
     def _squared_norms_by_name(self, names: list[str]) -> dict[str, torch.Tensor]:
-        """Return a dict that maps each name to the adapter's squared row norms, shape ``[N]``.
+        """Return the squared row norms ``[N]`` for each adapter in a dict, keyed by adapter name.
 
         The norms are those of the adapted weight, computed with the unmerged base weight.
         """
@@ -250,7 +253,7 @@ class Mergeable(ModuleWithAdapters, BaseAdapterLayer):
         sign: float,
         scales: dict[str, torch.Tensor],
     ) -> None:
-        """Add ``sign`` times the bias change that is due to the last adapter of ``names``.
+        """Add ``sign`` times the change that the last adapter in ``names`` makes to the bias.
 
         ``scales`` maps the name of each DoRA adapter to its scale g, shape ``[N]``.
         """
@@ -272,14 +275,14 @@ class Mergeable(ModuleWithAdapters, BaseAdapterLayer):
         return down.weight, up.weight, up.bias
 
     def _dora_norm_factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return a tuple of two factors whose product is the update that DoRA's norms include."""
+        """Return the two factors of the update that DoRA includes in its norms."""
         lora_a, lora_b, _ = self._factors(name)
         return lora_a, lora_b
 
     def _copy_into_factors(
         self, name: str, lora_a: torch.Tensor, lora_b: torch.Tensor, bias: torch.Tensor | None
     ) -> None:
-        """Copy tensors shaped like those from `_factors` into an adapter's factors."""
+        """Copy tensors into an adapter's factors, in the shapes that `_factors` returns."""
         for place, value in zip(self._factors(name), (lora_a, lora_b, bias), strict=True):
             if place is not None and value is not None:
                 place.copy_(value)

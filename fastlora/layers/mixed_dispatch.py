@@ -31,12 +31,12 @@ if TYPE_CHECKING:
 def choose_mixed_implementation(
     call: MixedCall, base: Base, excluded: Sequence[int]
 ) -> tuple[bool, AddressTables | None, Slots | None]:
-    """Return a tuple that tells which implementation runs a forward pass in a mixed batch.
+    """Choose the implementation that runs a layer's forward pass in a mixed batch.
 
-    The first item says whether the forward pass runs without gradients, dropout, and autocast. The
-    second item is the address tables if kernels read factors by address. The third item is a list
-    with the factors of each slot if kernels take them as tensors. If both are None, PyTorch
-    operators run.
+    Returns a tuple. The first item says whether the forward pass runs without gradients, dropout,
+    and autocast. The second item is the address tables if kernels read factors by address. The
+    third item is a list with the factors of each slot if kernels take them as tensors. If both are
+    None, PyTorch operators run.
 
     Args:
         call: The call of the layer.
@@ -111,7 +111,7 @@ def has_no_gradients_or_dropout(call: MixedCall, base: Base) -> bool:
 
 
 def address_tables_for_kernels(call: MixedCall) -> AddressTables | None:
-    """Return the address tables of the factors, or None if kernels do not run."""
+    """Return the address tables that kernels read, or None if kernels do not run."""
     x, conditions = call.x, call.conditions
     if conditions.invariant:
         conditions.check_batch_invariant(x)
@@ -125,7 +125,7 @@ def address_tables_for_kernels(call: MixedCall) -> AddressTables | None:
 def slot_factors_for_kernels(
     call: MixedCall, layer: LinearWithAdapters, excluded: Sequence[int] = ()
 ) -> Slots | None:
-    """Return a list with the factors of each slot for kernels, or None if PyTorch operators run.
+    """Return a list of factors by slot for kernels, or None if PyTorch operators run instead.
 
     Args:
         call: The call of a layer.
@@ -154,7 +154,7 @@ def slot_factors_for_kernels(
 def slot_factors_in_graph(
     call: MixedCall, layer: LinearWithAdapters, excluded: Sequence[int] = ()
 ) -> Slots | None:
-    """Return a list with the factors of each slot, for a graph that is being compiled.
+    """Return a list of factors by slot for a graph that is being compiled.
 
     Returns None if the factors cannot be part of a graph.
 

@@ -71,9 +71,10 @@ def forward_mixed(call: MixedCall, base: Base) -> torch.Tensor:
 def _forward_before_dora(
     call: MixedCall, base: Base, excluded: tuple[int, ...]
 ) -> tuple[torch.Tensor, bool]:
-    """Return a tuple (output before DoRA, whether kernels found factors by address).
+    """Compute a layer's output ``[..., N]`` before DoRA is applied.
 
-    Rows of the slots in ``excluded`` get the base layer's output.
+    Returns a tuple (output, whether kernels found the factors by address). Rows of the slots in
+    ``excluded`` get the base layer's output.
     """
     layer, x, routing = call.layer, call.x, call.routing
     is_bare, found, slots = choose_mixed_implementation(call, base, excluded)
@@ -99,7 +100,7 @@ def _forward_before_dora(
 
 
 def _forward_by_address(call: MixedCall, base: Base, tables: AddressTables) -> torch.Tensor:
-    """Return the output ``[..., N]``, computed with factors found by address in ``tables``.
+    """Compute the output ``[..., N]`` with the factors at the addresses in ``tables``.
 
     If the tables have no row for the layer, the result is the base layer's output.
     """
@@ -128,7 +129,7 @@ def _forward_with_factor_lists(
     which: tuple[int, ...] | None = None,
     s: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return the output ``[..., N]``, computed with the factors in lists.
+    """Compute the output ``[..., N]`` with factors that are passed as lists of tensors.
 
     `fastlora.autograd.lora_linear.run_adapters` computes the output. If PyTorch operators run,
     ``slots`` lists the factors of the slots in ``which``. If kernels run, it lists the factors of
@@ -165,7 +166,7 @@ def _forward_with_factor_lists(
 
 
 def _output_without_adapters(x: torch.Tensor, base: Base, impl: str) -> torch.Tensor:
-    """Return the base output ``[..., N]``, for a batch without adapters on the layer."""
+    """Return the base layer's output ``[..., N]`` for a batch without adapters on the layer."""
     weight, bias, y, _ = base
     if weight is None:
         return base.output(x)
@@ -203,7 +204,10 @@ def _forward_in_graph(call: MixedCall, base: Base) -> torch.Tensor | None:
 
 
 def _forward_lists_in_graph(call: MixedCall, base: Base, slots: Slots) -> torch.Tensor:
-    """Return the output ``[..., N]`` in a graph, if at least one slot has an adapter here."""
+    """Compute the output ``[..., N]`` in a compiled graph with lists of factors.
+
+    At least one slot must have factors on the layer.
+    """
     layer, batch, x, impl = call.layer, call.routing, call.x, call.conditions.impl
     if common_factor_dtype(slots) not in KERNEL_DTYPES and layer.impl != "triton":
         impl = "eager"
@@ -234,10 +238,10 @@ def _forward_lists_in_graph(call: MixedCall, base: Base, slots: Slots) -> torch.
 def _forward_pool_in_graph(
     call: MixedCall, base: Base, tables: AddressTables
 ) -> torch.Tensor | None:
-    """Return a layer's output over a pool in a compiled graph, or None if unsupported.
+    """Compute a layer's output in a compiled graph with a pool's adapters.
 
-    The pool's tables provide the factors. Gradients, fp64, the batch-invariant mode, and PyTorch
-    operators on another device than a CPU are not supported.
+    Returns None if unsupported. The pool's tables provide the factors. Gradients, fp64, the
+    batch-invariant mode, and PyTorch operators on another device than a CPU are not supported.
     """
     x, impl, (weight, bias, y, _) = call.x, call.conditions.impl, base
     if lora_linear.records_gradients(x, weight, bias, y) or x.dtype == torch.float64:

@@ -42,7 +42,7 @@ class ModuleWithAdapters:
         raise UnsupportedLayerError(f"{type(self).__name__} has no adapters")
 
     def adapter_parameters(self, adapter_name: str) -> Iterator[nn.Parameter]:
-        """Yield an adapter's trainable parameters; none if the module lacks the adapter."""
+        """Yield an adapter's trainable parameters, or nothing if the module lacks the adapter."""
         raise UnsupportedLayerError(f"{type(self).__name__} has no adapters")
 
     def _check_has_adapter(self, adapter_name: str) -> None:
@@ -61,7 +61,7 @@ class ModuleWithAdapters:
 
     @property
     def active_adapter(self) -> list[str]:
-        """Names of the active adapters; PEFT has two names for this list."""
+        """Names of the active adapters, under PEFT's second name for this list."""
         return self.active_adapters
 
     @property
@@ -137,9 +137,9 @@ class ModuleWithAdapters:
     def check_merge(
         self, safe_merge: bool = False, adapter_names: list[str] | None = None
     ) -> list[str]:
-        """Return a list of the names that `merge` would merge, or raise the error that it would.
+        """Check a merge, and return a list of the adapters that it would merge.
 
-        The module is not changed.
+        Raises the same errors as `merge`. The module is not changed.
         """
         return []
 
@@ -150,7 +150,7 @@ class ModuleWithAdapters:
         *,
         keep_base: bool = True,
     ) -> None:
-        """Merge adapters into the base weight, so that the forward pass runs the base layer only.
+        """Merge adapters into the base weight, so that the forward pass runs only the base layer.
 
         Args:
             safe_merge: Whether to raise if the result is not finite.

@@ -17,7 +17,7 @@ from fastlora.validation import AdapterNotFoundError, UnsupportedLayerError
 
 
 class ModuleWrapper(ModuleWithAdapters, nn.Module):
-    """Base class of wrappers in which each adapter trains its own copy of a module or of some rows.
+    """Base class of wrappers that give each adapter its own copy of a module or of some rows.
 
     A subclass defines what an adapter trains. Names of parameters and of file keys follow PEFT.
 
@@ -28,7 +28,7 @@ class ModuleWrapper(ModuleWithAdapters, nn.Module):
         held: Name of the child that is the original module.
         routing_group, routing_index: The routing group of the model, and this module's number in
             it.
-        may_see_partial_rows: As in `fastlora.layers.base_adapter_layer.BaseAdapterLayer`.
+        may_see_partial_rows: As in `fastlora.layers.linear_with_adapters.LinearWithAdapters`.
     """
 
     field: ClassVar[str]
@@ -55,7 +55,7 @@ class ModuleWrapper(ModuleWithAdapters, nn.Module):
         raise UnsupportedLayerError(f"{type(self).__name__} has no adapters")
 
     def file_names(self, adapter_name: str) -> dict[str, str]:
-        """Return a dict that maps suffixes of an adapter's file keys to ``state_dict()`` names."""
+        """Return a dict that maps an adapter's file key suffixes to names in ``state_dict()``."""
         raise UnsupportedLayerError(f"{type(self).__name__} has no adapters")
 
     # ------------------------------------------------------------------------ mixed batches
@@ -74,7 +74,7 @@ class ModuleWrapper(ModuleWithAdapters, nn.Module):
     # ----------------------------------------------------------------------------- adapters
 
     def release(self) -> nn.Module:
-        """Return the module that replaces this one when the adapters are removed."""
+        """Return the module that replaces this wrapper when the adapters are removed."""
         return self.get_base_layer()
 
     def current(self) -> nn.Module:
@@ -83,11 +83,11 @@ class ModuleWrapper(ModuleWithAdapters, nn.Module):
 
     @property
     def adapter_names(self) -> list[str]:
-        """List of the names of the adapters that train this module."""
+        """Names of the adapters that train this module."""
         return list(self._trained_by_adapter)
 
     def adapter_parameters(self, adapter_name: str) -> Iterator[nn.Parameter]:
-        """Yield the parameters that an adapter trains here; none if there are none."""
+        """Yield the parameters that an adapter trains in this module, if any."""
         if adapter_name in self._trained_by_adapter:
             trained = self._trained_by_adapter[adapter_name]
             yield from (trained,) if isinstance(trained, nn.Parameter) else trained.parameters()
@@ -97,7 +97,7 @@ class ModuleWrapper(ModuleWithAdapters, nn.Module):
         del self._trained_by_adapter[adapter_name]
 
     def __getattr__(self, name: str) -> Any:
-        """Look up an attribute that the wrapper lacks (``.weight``, ...) on the current module."""
+        """Look up missing attributes, such as ``weight``, on the current module."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -106,7 +106,7 @@ class ModuleWrapper(ModuleWithAdapters, nn.Module):
         return getattr(self.current(), name)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter's version.
+        """Delete an adapter's copy of the module or of its rows.
 
         Raises:
             AdapterNotFoundError: The adapter has no version of the module.
@@ -118,7 +118,10 @@ class ModuleWrapper(ModuleWithAdapters, nn.Module):
         self._remove_adapter(adapter_name)
 
     def _remove_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter's version without checks, as after a failed addition."""
+        """Remove an adapter's copy without the checks of `delete_adapter`.
+
+        A failed addition of an adapter calls this method, for example.
+        """
         self._remove_trained(adapter_name)
         self._active_adapters = [n for n in self._active_adapters if n != adapter_name]
 
@@ -133,16 +136,16 @@ class ModuleWrapper(ModuleWithAdapters, nn.Module):
 
     @property
     def active_adapters(self) -> list[str]:
-        """List of the names of the active adapters that train this module."""
+        """Names of the active adapters that train this module."""
         return [name for name in self._active_adapters if name in self.adapter_names]
 
     @property
     def adapter_layer_names(self) -> tuple[str, ...]:
-        """Names of the children that adapters own; PEFT's name for `owned`."""
+        """Names of the child modules that adapters own, under PEFT's attribute name."""
         return self.owned
 
     def acting(self) -> str | None:
-        """Return the name of the adapter that a forward pass applies, or None for the original."""
+        """Return the name of the adapter that a forward pass applies, or None if there is none."""
         if self._disabled:
             return None
         known = self.adapter_names
@@ -152,9 +155,10 @@ class ModuleWrapper(ModuleWithAdapters, nn.Module):
 def adapter_index_of_rows(
     ids: torch.Tensor, names: tuple[str, ...], known: list[str], num_rows: int, device: torch.device
 ) -> torch.Tensor:
-    """Return each row's adapter as an index into ``known``, int64 ``[num_rows]``; -1 for none.
+    """Return each row's adapter as an index into ``known``, or -1 for no adapter.
 
-    ``ids [B]`` are the slots of samples or tokens, and ``names`` lists the adapter of each slot.
+    The result is int64 ``[num_rows]``. ``ids [B]`` are the slots of samples or tokens, and
+    ``names`` lists the adapter of each slot.
 
     Raises:
         ValueError: The number of rows is not a multiple of the number of ids.

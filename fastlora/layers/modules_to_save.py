@@ -25,7 +25,7 @@ def raise_if_container(module: nn.Module) -> None:
 
 
 class ModulesToSaveWrapper(ModuleWrapper):
-    """Runs the active adapter's copy of a module, or the original if no adapter is active.
+    """Wrapper that runs the active adapter's copy of a module, or the original if none is active.
 
     Args:
         original_module: The module to copy.
@@ -47,7 +47,7 @@ class ModulesToSaveWrapper(ModuleWrapper):
         original_module.requires_grad_(False)
 
     def add_adapter(self, adapter_name: str, tied_to: nn.Module | None = None) -> None:
-        """Copy the original module for an adapter.
+        """Add an adapter by copying the original module for it.
 
         Args:
             adapter_name: The adapter that gets the copy.
@@ -64,7 +64,7 @@ class ModulesToSaveWrapper(ModuleWrapper):
         return self.modules_to_save
 
     def file_names(self, adapter_name: str) -> dict[str, str]:
-        """Return a dict that maps names in the copy to names in the wrapper's ``state_dict()``."""
+        """Return a dict that maps names in an adapter's copy to ``state_dict()`` names."""
         if adapter_name not in self.modules_to_save:
             return {}
         owned = self.modules_to_save[adapter_name].state_dict()
@@ -75,7 +75,7 @@ class ModulesToSaveWrapper(ModuleWrapper):
         return self.original_module
 
     def release(self) -> nn.Module:
-        """Return the active adapter's copy, or the original module without an active adapter.
+        """Return the active adapter's copy, or the original module if no adapter is active.
 
         Whether adapters are disabled makes no difference.
         """
@@ -88,7 +88,7 @@ class ModulesToSaveWrapper(ModuleWrapper):
         return self.original_module if name is None else self.modules_to_save[name]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the current module, or in a mixed batch the copy of each sample's adapter."""
+        """Call the current module or, in a mixed batch, the copies for the rows' own adapters."""
         routing = active_routing(self)
         if routing is None or self._disabled:
             return self.current()(*args, **kwargs)
@@ -101,10 +101,11 @@ class ModulesToSaveWrapper(ModuleWrapper):
     def _run_copies_on_rows(
         self, routing: Routing, x: torch.Tensor, *args: Any, **kwargs: Any
     ) -> Any:
-        """Run each adapter's copy on the adapter's own rows, along x's first dimension.
+        """Run each adapter's copy on the rows of x that use the adapter.
 
-        If ids are per token, the leading dimensions of ``x [..., K]`` are flattened to rows. A copy
-        may return any nested structure of tensors whose first dimension is the rows.
+        The rows are along x's first dimension. If ids are per token, the leading dimensions of
+        ``x [..., K]`` are flattened to rows. A copy may return any nested structure of tensors with
+        the rows along their first dimension.
         """
         lead = x.shape[:1]
         if not ids_divide_rows(x.shape[0], routing.ids.numel()):
@@ -130,7 +131,7 @@ class ModulesToSaveWrapper(ModuleWrapper):
     def _combine_outputs(
         self, indices: list[torch.Tensor], outputs: tuple[object, ...], lead: torch.Size
     ) -> object:
-        """Combine the copies' results for their own rows into one tensor ``[*lead, ...]``."""
+        """Combine the outputs of all copies into one tensor ``[*lead, ...]``."""
         tensors = [value for value in outputs if isinstance(value, torch.Tensor)]
         if len(tensors) < len(outputs):
             return outputs[0]  # None, or a number

@@ -30,7 +30,7 @@ _Packed = tuple[PackedLayerFactors, packed_forward.Plan, Rows]
 
 
 def packed_cache_key(call: MixedCall, base: Base) -> tuple[object, ...] | None:
-    """Return the cache key of a forward pass with packed factors, or None if it cannot be cached.
+    """Return the cache key for packed factors, or None if they cannot be cached.
 
     The key consists of x's dtype, device, and number of rows, the layer's implementation, and the
     weights version of its factors.
@@ -56,7 +56,7 @@ def packed_cache_key(call: MixedCall, base: Base) -> tuple[object, ...] | None:
 def run_packed(
     call: MixedCall, base: Base, pack: PackedLayerFactors, plan: packed_forward.Plan, rows: Rows
 ) -> torch.Tensor:
-    """Return a layer's output ``[..., N]``, computed with packed factors.
+    """Compute a layer's output ``[..., N]`` with packed factors.
 
     A decode step spends most of its time in this function, so the overhead of Python matters.
     """
@@ -70,9 +70,9 @@ def run_packed(
 
 
 def get_packed_factors(call: MixedCall, base: Base, rows: Rows) -> _Packed | None:
-    """Find or pack the factors: a tuple (packed factors, plan, rows), or None if not packed.
+    """Return a tuple (packed factors, plan, rows) for a layer, or None if nothing is packed.
 
-    The result is cached for the block.
+    The factors are packed if necessary. The result is cached for the block.
     """
     layer, routing, x = call.layer, call.routing, call.x
     if not rows.segments:
@@ -108,9 +108,10 @@ def get_packed_factors(call: MixedCall, base: Base, rows: Rows) -> _Packed | Non
 
 
 def _packable_factors(layer: LinearWithAdapters, call: MixedCall, rows: Rows) -> Slots | None:
-    """Return a list of the factors of slots that have rows, or None if they cannot be packed.
+    """Return a list of the factors to pack, or None if they cannot be packed.
 
-    Active dropout, hooks, and factors on another device than x prevent packing.
+    The list has one entry for each slot with rows. Active dropout, hooks, and factors on another
+    device than x prevent packing.
     """
     try:
         slots = factors_in_slots(call.routing.source, layer, rows.used_slots)

@@ -15,7 +15,7 @@ Factor = nn.Module | nn.Parameter
 
 
 class DoraMagnitude(nn.Module):
-    """Module with one adapter's DoRA magnitude, ``weight [N]``, as in PEFT.
+    """Module that holds one adapter's DoRA magnitude as ``weight [N]``, as in PEFT.
 
     Args:
         magnitude: Initial value.
@@ -39,7 +39,10 @@ def freeze_and_convert(factor: Factor, reference: torch.Tensor | None, training:
 
 
 def upcast_to_fp32(factor: Factor) -> Factor:
-    """Convert a factor to fp32 if its dtype is narrower; a module changes in place."""
+    """Convert a factor to fp32 if its dtype is narrower.
+
+    A module is converted in place.
+    """
     if isinstance(factor, nn.Parameter):
         if factor.itemsize >= torch.float32.itemsize:
             return factor

@@ -38,7 +38,7 @@ _CAPTURED = "a CUDA graph is being captured; run a forward pass before the captu
 
 
 class KernelWeight(NamedTuple):
-    """A quantized base weight in the form that kernels read, and its kind of quantization."""
+    """A quantized base weight in the form that kernels read, with its kind of quantization."""
 
     weight: QuantizedTensor
     kind: QuantizedBaseWeight
@@ -49,7 +49,7 @@ _Found = tuple[QuantizedBaseWeight | None, dict[torch.dtype, KernelWeight | str]
 
 
 class KernelWeightCache(UncopiedCache):
-    """A layer's cache of its quantized base weight for kernels, valid until the weight changes.
+    """Cache of a layer's quantized base weight for kernels, valid until the weight changes.
 
     Entries are stored by dtype of x, and include fallback reasons. Switching autocast on and off
     therefore recomputes nothing. A copied layer starts with an empty cache.
@@ -73,9 +73,10 @@ class KernelWeightCache(UncopiedCache):
     def weight_or_fallback_reason(
         self, module: nn.Module, dtype: torch.dtype | None
     ) -> KernelWeight | str:
-        """Return a module's weight for x in ``dtype``, or the fallback reason if it is called.
+        """Return a module's weight for kernels, or the reason why the module must be called.
 
-        If ``dtype`` is None, the dtype that the module computes in is used.
+        The weight is for x in ``dtype``. If ``dtype`` is None, the dtype that the module computes
+        in is used.
         """
         if dtype is not None:
             self.dtype = dtype
@@ -105,7 +106,7 @@ class KernelWeightCache(UncopiedCache):
         return kernel_weight
 
     def to_base(self, kernel_weight: KernelWeight) -> Base:
-        """Return the `Base` that replaces a call of the module in a forward pass.
+        """Convert a kernel weight to the `Base` that replaces a call of the module.
 
         A weight that a CUDA graph reads is kept until `fastlora.refresh`.
         """
@@ -115,14 +116,17 @@ class KernelWeightCache(UncopiedCache):
         return Base(weight, kind.bias_for_product(weight.dtype))
 
     def clear(self, release_captured: bool = False) -> None:
-        """Clear the cache; if ``release_captured`` is set, also weights that CUDA graphs read."""
+        """Clear the cache, except for weights that CUDA graphs read.
+
+        If ``release_captured`` is set, clear these weights too.
+        """
         self.dtype = self.repacked = None
         self._of = None, None, None
         if release_captured:
             self._captured.clear()
 
     def evaluate_repacked(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
-        """Return the output of a module computed from repacked codes, or None if unsupported.
+        """Compute a module's output from repacked codes, or return None if unsupported.
 
         The module is one for which `is_repacking_prevented` is true.
         """
@@ -141,7 +145,7 @@ class KernelWeightCache(UncopiedCache):
         )
 
     def _current_entries(self, module: nn.Module) -> _Found | None:
-        """Return a tuple (kind, cached entries) for the current weight, or None without stamps.
+        """Return a tuple (kind, cached entries) for the current weight, or None without a stamp.
 
         Entries of another weight, or from before a write, are dropped.
 
@@ -183,7 +187,7 @@ def quantized_base_of_call(call: UniformCall | MixedCall) -> Base | None:
 def call_base_layer(
     call: UniformCall | MixedCall, module: nn.Module, *args: Any, **kwargs: Any
 ) -> torch.Tensor:
-    """Call a base layer with the input that its LoRA layer was called with.
+    """Call a base layer with the input of its LoRA layer.
 
     In evaluation on a CPU, the output for a few rows may instead come from a product with a copy of
     the 4-bit codes (`RepackedProduct`). The copy is dropped by the next call with gradients, or
@@ -204,7 +208,10 @@ def call_base_layer(
 
 
 def quantized_base_of_layer(layer: LinearWithAdapters) -> Base | None:
-    """Return a `Base` with a layer's quantized weight in its own dtype, or None if unsupported."""
+    """Return a `Base` with a layer's quantized weight, or None if kernels cannot read the weight.
+
+    The weight has the dtype that the base layer computes in.
+    """
     cache = _cache_of(layer)
     kernel_weight = cache.weight_or_fallback_reason(layer.get_base_layer(), None)
     return None if isinstance(kernel_weight, str) else cache.to_base(kernel_weight)
@@ -221,7 +228,7 @@ def fallback_reason_base_called(layer: LinearWithAdapters) -> str:
 
 
 def describe_quantization(layer: LinearWithAdapters) -> str:
-    """Describe the quantization that kernels read and the dtype that they compute in.
+    """Describe a layer's quantization and the dtype that kernels compute in.
 
     `fallback_reason_base_called` must have been called before. The text is empty if the weight is
     plain or if the base layer is called.
@@ -240,7 +247,7 @@ def describe_quantization(layer: LinearWithAdapters) -> str:
 def to_base_output_dtype(
     call: UniformCall | MixedCall, base: Base, y: torch.Tensor
 ) -> torch.Tensor:
-    """Convert ``y`` to the dtype that a call of the base layer returns, which is that of x."""
+    """Convert ``y`` to the base layer's output dtype, which is the dtype of x."""
     dtype = call.original_x.dtype
     if y.dtype is dtype or not isinstance(base.weight, QuantizedTensor):
         return y
@@ -264,7 +271,7 @@ def clear_weight_caches(layer: object, release_captured: bool = False) -> None:
 def _stamp_arguments(
     module: nn.Module, kind: QuantizedBaseWeight | None
 ) -> tuple[Sequence[torch.Tensor], tuple[Hashable, ...]] | None:
-    """Return arguments to stamp a module's weight, or None if the weight was replaced."""
+    """Return the arguments for stamping a module's weight, or None if the weight was replaced."""
     if kind is None:
         weight = module._parameters.get("weight")
         identity: tuple[Any, ...] = id(weight), type(weight)

@@ -20,7 +20,7 @@ from fastlora.layers.lora_layer import LoraLayer
 
 @torch.no_grad()
 def pad_factors_to_rank(layer: LoraLayer, adapter_name: str, rank: int) -> dict[str, parts.Factor]:
-    """Pad an adapter's factors to ``rank``, and return a dict that maps each part to its factor.
+    """Pad copies of an adapter's factors to ``rank``, and return them in a dict keyed by part.
 
     The layer is not changed.
     """
@@ -42,7 +42,7 @@ def pad_factors_to_rank(layer: LoraLayer, adapter_name: str, rank: int) -> dict[
 def replace_factors(
     layer: LoraLayer, adapter_name: str, factors: dict[str, parts.Factor], rank: int
 ) -> None:
-    """Replace an adapter's factors by factors of rank ``rank``, without changing its scaling."""
+    """Replace an adapter's factors with factors of rank ``rank``, without changing its scaling."""
     for part, factor in factors.items():
         layer._modules[part][adapter_name] = factor
     layer.r[adapter_name] = rank
@@ -54,7 +54,7 @@ def replace_factors(
 def set_scaling_and_alpha(
     layer: LoraLayer, adapter_name: str, scaling: float | torch.Tensor
 ) -> None:
-    """Set an adapter's scaling, and the corresponding lora_alpha for the adapter's rank."""
+    """Set an adapter's scaling, and the lora_alpha that gives this scaling at its rank."""
     own = layer.scaling[adapter_name]
     if isinstance(own, torch.Tensor):
         own.fill_(scaling)
@@ -66,14 +66,17 @@ def set_scaling_and_alpha(
 
 
 def factor_parameters(factor: parts.Factor) -> dict[str, nn.Parameter]:
-    """Return a factor's parameters by name; a bare parameter is named ``weight``."""
+    """Return a dict of a factor's parameters, keyed by name.
+
+    A bare parameter is named ``weight``.
+    """
     if isinstance(factor, nn.Parameter):
         return {"weight": factor}
     return dict(factor.named_parameters())
 
 
 def count_rank_blocks(layer: LoraLayer, part: str) -> int:
-    """Return the number of blocks into which a factor's rank rows are divided.
+    """Return the number of blocks into which a factor's rank dimension is divided.
 
     It is the number of groups for lora_A of a convolution, and 1 otherwise.
     """
@@ -83,7 +86,7 @@ def count_rank_blocks(layer: LoraLayer, part: str) -> int:
 
 @torch.no_grad()
 def copy_zero_padded(target: torch.Tensor, source: torch.Tensor, blocks: int = 1) -> None:
-    """Copy a factor into a tensor of the same or a larger rank, and fill the rest with zeros.
+    """Copy a factor into a tensor of the same or larger rank, and fill the rest with zeros.
 
     The rank rows form ``blocks`` equal blocks along the first dimension.
     """

@@ -16,7 +16,9 @@ Scaling = float | torch.Tensor
 
 
 class Scalings(dict[str, Scaling]):
-    """Maps an adapter name to its scaling: a number, or for PEFT's compiled hot swap a tensor.
+    """Dict that maps each adapter name to the adapter's scaling.
+
+    A scaling is a number, or a tensor for PEFT's compiled hot swap.
 
     Attributes:
         tensors: Maps an adapter name to a tensor with the same value. A new value creates a new

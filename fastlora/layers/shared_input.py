@@ -31,7 +31,7 @@ _Location = tuple[int, int]
 
 @dataclass(slots=True, eq=False)  # Slots are read several times faster than a NamedTuple.
 class GroupCallResults:
-    """The results that one call computed from one tensor for several layers.
+    """Results that one call computed for several layers from the same tensor.
 
     Attributes:
         x: The tensor.
@@ -65,12 +65,12 @@ _put_last: dict[int, weakref.ref[SharedResultCache]] = {}
 
 
 class SharedResultCache(UncopiedCache):
-    """Cache of results that layers computed for other layers; each result is taken once.
+    """Cache of results that one layer computed for other layers.
 
-    Threads do not see each other's results. A result is stored until it is taken, its tensor is
-    freed, or `discard_untaken` is called. `discard_untaken` is called when the thread stores
-    results for other layers, when it computes again for these layers, and when its forward pass of
-    the model or its block ends. Layers are identified by numbers.
+    Each result is taken only once. Threads do not see each other's results. A result is stored
+    until it is taken, its tensor is freed, or `discard_untaken` is called. `discard_untaken` is
+    called when the thread stores results for other layers, when it computes again for these layers,
+    and when its forward pass of the model or its block ends. Layers are identified by numbers.
 
     Attributes:
         entries: Results by thread and by ``id`` of the tensor.
@@ -137,7 +137,7 @@ class SharedResultCache(UncopiedCache):
         return found
 
     def discard_untaken(self) -> set[int]:
-        """Drop this thread's results that no layer took, and return the set of those layers."""
+        """Drop this thread's untaken results, and return the set of layers that they were for."""
         untaken: set[int] = set()
         if self.entries:
             thread = get_ident()
@@ -159,7 +159,7 @@ class SharedResultCache(UncopiedCache):
 
 
 class SharedInputGroup(SharedResultCache):
-    """A shared-input group: layers that received the same tensor, in the order of their calls.
+    """Group of layers that received the same input tensor, in the order of their calls.
 
     A copied or unpickled layer has a group without members until a forward pass identifies its
     group.
@@ -185,7 +185,7 @@ class SharedInputGroup(SharedResultCache):
         self.idle: set[int] = set()
 
     def discard_untaken(self) -> set[int]:
-        """Drop this thread's results that no layer took, and record these layers as idle.
+        """Drop this thread's untaken results, and record the layers that they were for as idle.
 
         Nothing is computed for an idle layer until it is called again.
         """
@@ -203,7 +203,7 @@ class SharedInputGroup(SharedResultCache):
 
 
 class _CallSequence:
-    """Layers that one thread has called one after the other with the same tensor."""
+    """Layers that one thread has called one after another with the same tensor."""
 
     def __init__(self, layer: nn.Module, x: torch.Tensor) -> None:
         self.thread = get_ident()
@@ -231,7 +231,7 @@ class _CallSequence:
             self.unwritten = same
 
     def form_group(self) -> None:
-        """Form a group of the layers, except those that another thread has put in a group."""
+        """Form a group of the layers, except those that another thread has already grouped."""
         group = SharedInputGroup(tuple(self.members), self.unwritten)
         for reference in self.members:
             member: Any = reference()
@@ -249,7 +249,7 @@ _sequences_lock = threading.Lock()
 
 
 def known_group(layer: nn.Module) -> SharedInputGroup | None:
-    """Return a layer's shared-input group, or None if it has not been identified yet."""
+    """Return a layer's shared-input group, or None if the group has not been identified yet."""
     known: SharedInputGroup | None = layer.__dict__.get("_shared_input_group")
     if known is not None:
         for member in known.members:
@@ -259,7 +259,7 @@ def known_group(layer: nn.Module) -> SharedInputGroup | None:
 
 
 def observe_group(layer: nn.Module, x: torch.Tensor) -> SharedInputGroup | None:
-    """Record a layer's call with x to identify its group, and return the group.
+    """Record a layer's call with x, and return the layer's shared-input group.
 
     Returns None if the group is not identified yet.
     """

@@ -43,12 +43,11 @@ def _compute_s_for_group(
     dtype: torch.dtype,
     factor_dtype: torch.dtype | None,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Compute s for a group's layers, and return s and the dropout seed of layer number ``own``.
+    """Compute s for a group's layers, and return the s and the dropout seed of layer ``own``.
 
-    The seed is in a list, which is empty without dropout.
-
-    ``places`` lists the position of each lora_a among those of all layers and slots. Without ids,
-    one adapter applies to all rows. If ``factor_dtype`` is given, factors are converted to it.
+    The seed is in a list, which is empty without dropout. ``places`` lists the position of each
+    lora_a among those of all layers and slots. Without ids, one adapter applies to all rows. If
+    ``factor_dtype`` is given, factors are converted to it.
     """
     by_place = dict(zip(places, lora_a, strict=True))
 

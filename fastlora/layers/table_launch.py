@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class TableLaunch(NamedTuple):
-    """The arguments of a layer's kernel launches, for all forward passes with the same rows.
+    """Arguments of a layer's kernel launches, reused by all forward passes with the same rows.
 
     Attributes:
         of: The tables.
@@ -58,7 +58,7 @@ def get_table_launch(
     invariant: bool = False,
     impl: str = "triton",
 ) -> TableLaunch | None:
-    """Find or create a layer's `TableLaunch`, or return None if the tables have no row for it.
+    """Find or create a layer's `TableLaunch`, or return None if the layer has no row in the tables.
 
     The result is cached for the block once the layer's shared-input group is known. In a graph that
     is being compiled each layer runs alone, because a compiled graph must not see results that one
@@ -105,7 +105,7 @@ def get_table_launch(
 def output_from_tables(
     call: MixedCall, base: Base, launch: TableLaunch, impl: str = "triton"
 ) -> torch.Tensor:
-    """Return y ``[M, N]`` of one layer: its base output plus the update of each row's adapter.
+    """Compute a layer's output ``[M, N]``: the base output plus the update of each row's adapter.
 
     ``impl`` may differ from ``"triton"`` only if the base layer's output is given.
     """
@@ -127,7 +127,7 @@ def linear_from_tables(
     s: torch.Tensor | None = None,
     with_neighbor_s: bool = False,
 ) -> list[torch.Tensor]:
-    """Return a list with y ``[M, N]``, computed from the base weight and each row's adapter.
+    """Compute y ``[M, N]`` from the base weight and each row's adapter, and return it in a list.
 
     ``s`` is given if a neighbor has computed it. If ``with_neighbor_s`` is set, the call also
     computes s for all neighbors, and the list contains it after y.
@@ -159,7 +159,7 @@ def linear_from_tables(
 def neighbor_outputs_from_tables(
     x: torch.Tensor, bases: Sequence[Base], launch: TableLaunch
 ) -> list[torch.Tensor] | None:
-    """Compute y ``[M, N]`` for a layer and its neighbors in the tables, in one launch.
+    """Use one launch to compute y ``[M, N]`` for a layer and each of its neighbors in the tables.
 
     Returns None if one launch cannot compute all of them.
     """

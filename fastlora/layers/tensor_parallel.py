@@ -71,7 +71,7 @@ _SEED_STEP = 0x278DDE6E5FD29F05
 
 
 class TensorParallelLora(FastLoraWrapper):
-    """LoRA adapters on a linear that is split over several processes.
+    """LoRA layer for a linear that is split across several processes.
 
     Computes ``y = base_layer(x) + scaling * dropout(x) @ lora_A.T @ lora_B.T``.
 
@@ -127,7 +127,7 @@ class TensorParallelLora(FastLoraWrapper):
             self.release()
 
     def release(self) -> nn.Module:
-        """Return the base layer, restored to its state before the first adapter was added."""
+        """Restore the base layer to its state before the first adapter was added, and return it."""
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
@@ -156,7 +156,10 @@ class TensorParallelLora(FastLoraWrapper):
             )
 
     def reset_magnitude(self, adapter_name: str) -> None:
-        """Reset a magnitude as `LoraLayer.reset_magnitude` does; all processes must call it."""
+        """Reset a magnitude as `LoraLayer.reset_magnitude` does.
+
+        All processes must call this method.
+        """
         from torch.distributed.tensor import DTensor
 
         super().reset_magnitude(adapter_name)
@@ -169,7 +172,7 @@ class TensorParallelLora(FastLoraWrapper):
         holder.weight = nn.Parameter(magnitude, requires_grad=False)
 
     def _per_output_placement(self) -> Any:
-        """Return the placement of tensors with one number for each output."""
+        """Return the DTensor placement for tensors with one element per output feature."""
         from torch.distributed.tensor import Replicate, Shard
 
         return Shard(0) if self.style == COLUMN_WISE else Replicate()
@@ -186,7 +189,7 @@ class TensorParallelLora(FastLoraWrapper):
     # ------------------------------------------------------------------------------ forward
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Return y for x, both in the layouts of the base layer's parallel style."""
+        """Compute y from x, both in the layouts of the base layer's parallel style."""
         execution_mode_of(x, "eager").raise_if_batch_invariant(self, BASE_GEMM_VARIES)
         if not torch.is_inference_mode_enabled():
             return self.base_layer(x, *args, **kwargs)
@@ -198,7 +201,7 @@ class TensorParallelLora(FastLoraWrapper):
     def _lora_forward_hook(
         self, _: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor
     ) -> torch.Tensor | None:
-        """Forward hook that adds this process's share of the update to its share of y.
+        """Forward hook that adds the local share of the LoRA update to the local share of y.
 
         It runs before the collectives on y.
         """
@@ -236,15 +239,15 @@ class TensorParallelLora(FastLoraWrapper):
         if not fits:
             raise UnsupportedLayerError(
                 f"a {self.style} layer got input and output layouts {to} and {out}, expected "
-                "those of ColwiseParallel or RowwiseParallel"
+                "the layouts of ColwiseParallel or RowwiseParallel"
             )
 
-    # ------------------------------------- interface of a forward pass: see `layers.common`
+    # ---------------------------- interface of a forward pass: see `layers.linear_with_adapters`
 
     def _local_factors(
         self, name: str, call: UniformCall | MixedCall | None = None, *, with_dropout: bool = True
     ) -> Factors:
-        """Return this process's share of an adapter as plain, unscaled tensors.
+        """Return this process's share of an adapter's factors as plain, unscaled tensors.
 
         Raises:
             UnsupportedLayerError: The adapter's modules must be called.
@@ -275,7 +278,7 @@ class TensorParallelLora(FastLoraWrapper):
         return local_shard(self.base_layer.weight)
 
     def _local_bias(self) -> torch.Tensor | None:
-        """Return the share of the base bias that this process's share of y includes.
+        """Return the share of the base bias that is included in this process's share of y.
 
         Row-wise, each process gets an equal part. DoRA subtracts these parts before it scales y and
         adds them afterwards, so that they sum to the bias in whichever process torch has added it.
@@ -287,7 +290,7 @@ class TensorParallelLora(FastLoraWrapper):
         return to_local_summing_grads(bias) / self.base_layer.weight.device_mesh.size()
 
     def _local_dropout_seed(self, seed: torch.Tensor) -> torch.Tensor:
-        """Return this process's dropout seeds, int64, in the shape of ``seed``.
+        """Return this process's dropout seeds as int64, in the shape of ``seed``.
 
         Column-wise, all processes use the same seeds. Row-wise, each process uses its own.
         """
@@ -314,7 +317,7 @@ class TensorParallelLora(FastLoraWrapper):
     # ------------------------------------------------------------------------ merging, report
 
     def fusion(self, gathered: bool = False) -> tuple[bool, str]:
-        """Return whether the base GEMM and LoRA term run fused (never), and the fallback reason."""
+        """Return a tuple (False, fallback reason), because this layer never runs fused."""
         reason = f"{self.style} tensor parallel: LoRA is added to each process's part of the output"
         names = self._applied_adapters()
         if uses_dora(self, names):
@@ -323,7 +326,7 @@ class TensorParallelLora(FastLoraWrapper):
         return False, reason
 
     def _weight_and_bias_to_merge(self) -> tuple[MergeTarget, torch.Tensor | None]:
-        """Return a tuple of this process's shards of base weight and bias, for a merge."""
+        """Return a tuple of this process's shards of the base weight and bias, for merging."""
         weight, bias = self.base_layer.weight, self.base_layer.bias
         if weight.device_mesh.ndim != 1:
             raise UnsupportedLayerError(

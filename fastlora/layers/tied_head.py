@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class _TransposedFactor(nn.Module):
-    """Module whose weight is the transposed factor of another layer; it has no parameters."""
+    """Parameter-free module that provides another layer's factor, transposed, as its weight."""
 
     def __init__(self, source: FastLoraEmbedding, part: str, adapter_name: str) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class _TransposedFactor(nn.Module):
 
 
 class TiedLoraHead(AdditiveLoraLayer):
-    """LoRA layer over a linear whose weight and adapters are those of an embedding.
+    """LoRA layer for a linear that shares its weight and adapters with an embedding.
 
     Args:
         base_layer: The linear.
@@ -74,7 +74,7 @@ class TiedLoraHead(AdditiveLoraLayer):
         return self._source[0]
 
     def add_adapter(self, adapter_name: str, **settings: Any) -> None:
-        """Add an adapter that shares the factors of the embedding's adapter of this name.
+        """Add an adapter that shares its factors with the embedding's adapter of the same name.
 
         ``settings`` are those of `LoraLayer.add_adapter`.
         """
@@ -90,7 +90,7 @@ class TiedLoraHead(AdditiveLoraLayer):
         }
 
     def file_names(self, adapter_name: str) -> dict[str, str]:
-        """Return the adapter's file names: none, as the embedding saves the shared factors."""
+        """Return an empty dict, because the embedding saves the shared factors."""
         return {}
 
     def _count_samples_and_dims(self, x: torch.Tensor) -> tuple[int, int]:

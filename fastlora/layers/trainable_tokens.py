@@ -24,7 +24,7 @@ from fastlora.validation import AdapterStateError, ConfigError, UnsupportedLayer
 
 
 def check_tokens_trainable(module: nn.Module, indices: list[int]) -> None:
-    """Raise an error unless the given rows of a module's weight can be trained.
+    """Raise an error if the given rows of a module's weight cannot be trained.
 
     Args:
         module: The base layer.
@@ -56,7 +56,9 @@ def check_tokens_trainable(module: nn.Module, indices: list[int]) -> None:
 
 
 class TokenAdapter(nn.Module):
-    """Module with a base layer and the rows that each adapter trains; names follow PEFT.
+    """Module with a base layer and the rows that each adapter trains.
+
+    The attribute names follow PEFT.
 
     Attributes:
         base_layer: An embedding, or a linear, which may be tied to an embedding.
@@ -95,12 +97,12 @@ class TokenAdapter(nn.Module):
 
     @property
     def active_adapter(self) -> list[str]:
-        """List with the name of the adapter whose rows apply outside mixed batches."""
+        """Names of the active adapters, under PEFT's attribute name."""
         return list(self.active_adapters)
 
     @property
     def tied_adapter(self) -> TokenAdapter | None:
-        """The `TokenAdapter` that owns the rows, or None if this one does."""
+        """The `TokenAdapter` that owns the rows, or None if this object owns them."""
         return self._tied[0] if self._tied else None
 
     def get_base_layer(self) -> nn.Module:
@@ -109,7 +111,7 @@ class TokenAdapter(nn.Module):
 
 
 class TrainableTokensWrapper(ModuleWrapper):
-    """Wrapper of an embedding or a tied head, in which adapters train some rows of the weight.
+    """Wrapper around an embedding or a tied head that lets adapters train some rows of the weight.
 
     Args:
         original: An `nn.Embedding` or `nn.Linear` that `check_tokens_trainable` accepts.
@@ -130,7 +132,7 @@ class TrainableTokensWrapper(ModuleWrapper):
 
     @torch.no_grad()
     def add_adapter(self, adapter_name: str, indices: list[int], autocast: bool = True) -> None:
-        """Create an adapter's rows, initialized from the weight.
+        """Add an adapter with rows that are initialized from the weight.
 
         Args:
             adapter_name: A new name.
@@ -147,7 +149,7 @@ class TrainableTokensWrapper(ModuleWrapper):
         self.token_adapter.tables.clear()
 
     def _unmerged_rows(self, indices: list[int]) -> torch.Tensor:
-        """Return a copy of the weight's rows ``[n, D]`` without merged adapters."""
+        """Return a copy of the given weight rows ``[n, D]``, with their values before any merge."""
         weight: Any = self.get_base_layer().weight
         rows = weight.detach()[torch.tensor(indices, device=weight.device)].clone()
         for name, before in reversed(self._rows_before_merge().items()):
@@ -159,7 +161,7 @@ class TrainableTokensWrapper(ModuleWrapper):
 
     @property
     def token_indices(self) -> dict[str, list[int]]:
-        """Maps an adapter name to the indices of the rows that it trains."""
+        """Maps an adapter name to the indices of the rows that the adapter trains."""
         return self.token_adapter.token_indices
 
     @property
@@ -168,7 +170,7 @@ class TrainableTokensWrapper(ModuleWrapper):
         return self.token_adapter.trainable_tokens_delta
 
     def file_names(self, adapter_name: str) -> dict[str, str]:
-        """Return a dict that maps the file key of an adapter's rows to their name.
+        """Return a dict that maps the file key of an adapter's rows to their ``state_dict()`` name.
 
         The dict is empty if another module owns the rows.
         """
@@ -194,7 +196,7 @@ class TrainableTokensWrapper(ModuleWrapper):
         self._activate_without_training(names)
 
     def _activate_without_training(self, names: list[str]) -> None:
-        """Make the named adapters' rows apply in forward passes, without making them trainable."""
+        """Activate the named adapters' rows without making the rows trainable."""
         self._active_adapters = list(names)
         self.token_adapter.active_adapters = list(names)
 
@@ -211,7 +213,7 @@ class TrainableTokensWrapper(ModuleWrapper):
     # ------------------------------------------------------------------------------- forward
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Call the base layer, and replace the rows or columns that an adapter trains.
+        """Call the base layer, and replace the parts of its output that an adapter trains.
 
         Args:
             x: Ids ``[...]`` for an embedding, or ``[..., D]`` for a linear.
@@ -242,9 +244,9 @@ class TrainableTokensWrapper(ModuleWrapper):
     def _replace_in_mixed_batch(
         self, routing: Routing, x: torch.Tensor, y: torch.Tensor
     ) -> torch.Tensor:
-        """Return y with the rows or columns of each row's own adapter replaced.
+        """Replace the parts of y that each row's own adapter trains, and return the result.
 
-        Rows without an adapter here keep the base layer's output.
+        Rows without an adapter on this module keep the base layer's output.
         """
         known = [name for name in routing.names if name in self.token_indices]
         # Every adapter that trains must get a gradient if other processes wait for it.
@@ -267,7 +269,7 @@ class TrainableTokensWrapper(ModuleWrapper):
     def _replace_embeddings(
         self, ids: torch.Tensor, y: torch.Tensor, names: list[str], own: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Return y ``[..., D]`` with the trained row in place of each id that an adapter trains.
+        """Return y ``[..., D]`` with trained rows in place of the embeddings of trained ids.
 
         ``own``, with the shape of ``ids``, is the index of each id's adapter in ``names``, or -1.
         """
@@ -296,7 +298,7 @@ class TrainableTokensWrapper(ModuleWrapper):
     def _sorted_token_keys(
         self, names: list[str], device: torch.device
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return a tuple of the sorted int64 keys of all trained tokens, and the row of each key.
+        """Return the sorted int64 keys of all trained tokens, and the row index for each key.
 
         The key of a token is ``index of name * V + token``.
         """
@@ -317,7 +319,7 @@ class TrainableTokensWrapper(ModuleWrapper):
         return tables[key]
 
     def _replace_columns(self, x: torch.Tensor, y: torch.Tensor, name: str) -> torch.Tensor:
-        """Return y ``[..., V]`` with an adapter's columns computed from x ``[..., D]``."""
+        """Return y ``[..., V]`` with an adapter's trained columns computed from x ``[..., D]``."""
         base: Any = self.get_base_layer()
         index, places = self._sorted_token_keys([name], x.device)
         delta = self._trained_by_adapter[name].to(base.weight.dtype)[places]
@@ -332,7 +334,7 @@ class TrainableTokensWrapper(ModuleWrapper):
     def check_merge(
         self, safe_merge: bool = False, adapter_names: list[str] | None = None
     ) -> list[str]:
-        """Return a list of the names that `merge` would merge, or raise the error that it would.
+        """Check a merge, and return a list of the adapters that it would merge.
 
         The module is not changed.
 
@@ -352,7 +354,7 @@ class TrainableTokensWrapper(ModuleWrapper):
                 raise AdapterStateError(
                     f"Token indices of adapter {name!r} are already defined and would result in "
                     f"undefined merging behavior: {sorted(both)[:5]} also belong to another "
-                    "adapter; expected adapters without a token in common"
+                    "adapter; expected adapters that have no tokens in common"
                 )
             taken.update(known[name])
             delta = self._trained_by_adapter[name]
@@ -387,7 +389,7 @@ class TrainableTokensWrapper(ModuleWrapper):
                 weight.index_copy_(0, self._index(name, weight.device), before.to(weight))
 
     def _rows_before_merge(self) -> dict[str, torch.Tensor]:
-        """Return a dict that maps each merged adapter to the rows that it has replaced.
+        """Return a dict that maps each merged adapter to the weight rows that it has replaced.
 
         Modules that share the weight share the dict.
         """
@@ -396,7 +398,10 @@ class TrainableTokensWrapper(ModuleWrapper):
         return tied.before if tied is not None and shares else own.before
 
     def __getattr__(self, name: str) -> Any:
-        """Look up a missing attribute on the base layer; ``weight`` includes the active rows."""
+        """Look up missing attributes on the base layer.
+
+        ``weight`` includes the active adapter's rows.
+        """
         found: Any = super().__getattr__(name)
         acting = self.acting() if name == "weight" and not self.merged else None
         if acting is None:

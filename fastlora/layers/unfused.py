@@ -59,7 +59,7 @@ class UnfusedLoraLayer(LoraLayer):
         return getattr(self.base_layer, "bias", None)
 
     def __getattr__(self, name: str) -> Any:
-        """Look up an attribute that the layer lacks on the base layer."""
+        """Look up missing attributes on the base layer."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -68,11 +68,11 @@ class UnfusedLoraLayer(LoraLayer):
             return getattr(self._modules["base_layer"], name)
 
     def fusion(self, gathered: bool = False) -> tuple[bool, str]:
-        """Return whether the base GEMM and LoRA term run fused (never), and the fallback reason."""
+        """Return a tuple (False, fallback reason), because this layer never runs fused."""
         return False, f"its base layer is {type(self.base_layer).__name__}: {self.fallback_reason}"
 
     def _check_conditions(self, x: torch.Tensor) -> ExecutionMode:
-        """Return the conditions of a forward pass that runs adapters, or raise if it needs kernels.
+        """Return the conditions of a forward pass, or raise an error if it requires kernels.
 
         Raises:
             ImplementationError: ``impl="triton"`` or the batch-invariant mode requires kernels.
@@ -117,7 +117,7 @@ class AdditiveLoraLayer(UnfusedLoraLayer):
         raise UnsupportedLayerError(f"{type(self).__name__} does not implement _add_update()")
 
     def _count_samples_and_dims(self, x: torch.Tensor) -> tuple[int, int]:
-        """Return a tuple (number of samples in x, number of leading dimensions over samples)."""
+        """Return a tuple (number of samples in x, number of leading sample dimensions)."""
         raise UnsupportedLayerError(
             f"{type(self).__name__} does not implement _count_samples_and_dims()"
         )
@@ -125,7 +125,7 @@ class AdditiveLoraLayer(UnfusedLoraLayer):
     # ------------------------------------------------------------------------------------ forward
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Call the base layer, and add the updates of the adapters to its output."""
+        """Call the base layer, and add the adapters' updates to its output."""
         y: torch.Tensor = self.base_layer(x, *args, **kwargs)
         routing = None if self._disabled else active_routing(self)
         names = self._applied_adapters() if routing is None else []
@@ -144,13 +144,13 @@ class AdditiveLoraLayer(UnfusedLoraLayer):
     def _add_mixed_updates(
         self, routing: Routing, x: torch.Tensor, y: torch.Tensor, conditions: ExecutionMode
     ) -> torch.Tensor:
-        """Return y with the update of each sample's own adapter added to it, in a mixed batch."""
+        """Add the update of each sample's own adapter to y in a mixed batch."""
         check_not_merged(self)
         m, dims = self._count_samples_and_dims(x)
         count = routing.ids.shape[0]
         if m != count and not ids_divide_rows(x.shape[0] if dims else 1, count):
             raise ValueError(
-                f"{type(self).__name__} over {type(self.base_layer).__name__} got an input of "
+                f"{type(self).__name__} for {type(self.base_layer).__name__} got an input of "
                 f"shape {tuple(x.shape)} in a batch with {count} adapter ids; expected that many "
                 "samples along the first dimension, or that many tokens. A position embedding "
                 "has no sample dimension: remove it from target_modules"
@@ -166,7 +166,7 @@ class AdditiveLoraLayer(UnfusedLoraLayer):
     def _add_updates_by_segment(
         self, routing: Routing, x: torch.Tensor, y: torch.Tensor, conditions: ExecutionMode
     ) -> torch.Tensor:
-        """Add each adapter's update to its own samples, running it on these samples only.
+        """Add each adapter's update by running the adapter only on its own samples.
 
         The host waits for the adapter ids if they are on a GPU.
         """
@@ -196,7 +196,7 @@ class AdditiveLoraLayer(UnfusedLoraLayer):
     def _add_updates_by_mask(
         self, routing: Routing, x: torch.Tensor, y: torch.Tensor, conditions: ExecutionMode
     ) -> torch.Tensor:
-        """Add each sample's update by running every adapter on all samples and selecting by ids.
+        """Add updates by running every adapter on all samples and selecting results by adapter id.
 
         The graph of operations does not depend on the values of ids.
         """
@@ -215,7 +215,7 @@ class AdditiveLoraLayer(UnfusedLoraLayer):
     def _apply_dropout(
         self, dropout: nn.Module, x: torch.Tensor, seed: torch.Tensor | None
     ) -> torch.Tensor:
-        """Apply dropout to x; return x itself if dropout is not active.
+        """Apply dropout to x, or return x itself if dropout is not active.
 
         With a seed, an adapter drops the same elements of its samples whatever else is in the
         batch.
@@ -229,13 +229,13 @@ class AdditiveLoraLayer(UnfusedLoraLayer):
         return torch.where(keep.bool(), x, 0.0) * (1.0 / (1.0 - dropout.p))
 
     def _scaling_tensor_like(self, name: str, like: torch.Tensor) -> torch.Tensor:
-        """Return an adapter's scaling as a tensor without dimensions, on the device of ``like``."""
+        """Return an adapter's scaling as a zero-dimensional tensor on the device of ``like``."""
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
         scalings: Scalings = self.__dict__["_scaling"]
         return scalings.tensors[name].to(like.device, dtype).reshape(())
 
     def _dora_scale(self, name: str, conditions: ExecutionMode) -> torch.Tensor | None:
-        """Return the adapter's DoRA scale g, shape ``[N]``, fp32; None if it does not use DoRA."""
+        """Return an adapter's fp32 DoRA scale g ``[N]``, or None for an adapter without DoRA."""
         if name not in self.lora_magnitude_vector:
             return None
         lora_a, lora_b = self._dora_norm_factors(name)

@@ -21,11 +21,12 @@ if TYPE_CHECKING:
 
 
 def attach_unused_parameters(call: MixedCall, y: torch.Tensor, *, may_sync: bool) -> torch.Tensor:
-    """Attach the parameters of adapters without rows to the autograd graph of y, and return y.
+    """Attach the parameters of unused adapters to the autograd graph of y, and return y.
 
-    In the backward pass, these parameters get gradients of zeros. y has any shape. If ``may_sync``
-    is not set and the ids are on a GPU, the parameters of all adapters are added, to avoid waiting
-    for the ids. Zeros are then added to the other gradients.
+    An adapter is unused if no row of the batch selects it. In the backward pass, these parameters
+    get gradients of zeros. y has any shape. If ``may_sync`` is not set and the ids are on a GPU,
+    the parameters of all adapters are added, to avoid waiting for the ids. Zeros are then added to
+    the other gradients.
     """
     layer, routing = call.layer, call.routing
     present: set[str] = set()

@@ -30,7 +30,7 @@ from fastlora.validation import UnsupportedLayerError
 
 
 class FastLoraWrapper(LoraLayer):
-    """LoRA adapters on a linear-like base layer that is called unchanged.
+    """LoRA layer for a linear-like base layer that is called unchanged.
 
     Computes ``y = base_layer(x) + scaling * dropout(x) @ lora_A.T @ lora_B.T``.
 
@@ -102,7 +102,10 @@ class FastLoraWrapper(LoraLayer):
         return self.base_layer.bias
 
     def fusion(self, gathered: bool = False) -> tuple[bool, str]:
-        """Return whether the base GEMM and LoRA term run fused, and the fallback reason if not."""
+        """Return whether the layer runs fused, and the fallback reason if it does not.
+
+        A fused layer computes the base GEMM and the LoRA update in one call.
+        """
         return fusion_status(
             self, self._applied_adapters(), fallback_reason_base_called(self), gathered
         )

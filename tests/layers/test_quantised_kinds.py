@@ -131,7 +131,7 @@ CALLED: dict[str, tuple[Callable[[Any], None], str]] = {
     ),
     "block size": (
         _with_state(blocksize=48),
-        "block size of 48 is not a power of 2 that divides its 128",
+        "block size of 48 is not a power of 2 that divides in_features=128",
     ),
     "small blocks": (_with_state(blocksize=8), "block size is 8, but the kernels need at least 16"),
     "a field that moved": (_without_code, r"bitsandbytes [\d.]+: .*no attribute 'code'"),
@@ -184,7 +184,7 @@ def test_other_layers_that_are_called() -> None:
 
     odd = layer_over(quantize_linear(nn.Linear(96, 48), "nf4"))
     assert (
-        "block size of 64 is not a power of 2 that divides its 96 in_features"
+        "block size of 64 is not a power of 2 that divides in_features=96"
         in fallback_reason_base_called(odd)
     )
 

@@ -82,7 +82,7 @@ RULES = (
     Rule(
         "PEFT's LoRA layers with `_register_custom_module`",
         f"must be subclasses of `fastlora.layers.LoraLayer`; {DIFFERS}, Adapters",
-        r"registered for it|DynamicDispatch",
+        r"registered for this|DynamicDispatch",
     ),
     Rule(
         "Sums of adapters with trained tokens",

@@ -33,14 +33,17 @@ UNREFERENCED_OUTPUT_MODULES: set[str] = set()
 
 # The name has no suffix Error: it is a fallback reason, and does not leave this folder.
 class KernelsCannotRead(Exception):  # noqa: N818
-    """Raised if kernels cannot read a quantized weight; the message is the fallback reason."""
+    """Raised if kernels cannot read a quantized weight.
+
+    The message is the fallback reason.
+    """
 
 
 class QuantizedBaseWeight(MergeTarget):
-    """Base class of the kinds of quantized weights, for which `dense` returns a new tensor.
+    """Base class for the supported kinds of quantized weights.
 
-    A kind that does not support merging raises in `check_writable`, and defines nothing else for
-    merging.
+    `dense` returns a new tensor. A kind that does not support merging raises in `check_writable`,
+    and defines nothing else for merging.
 
     Args:
         base: The module.
@@ -88,11 +91,11 @@ class QuantizedBaseWeight(MergeTarget):
     # ------------------------------------------------------------------------ what kernels read
 
     def compute_dtype(self) -> torch.dtype | None:
-        """Return the dtype that the module computes in, or None if it is that of x."""
+        """Return the module's compute dtype, or None if the module computes in the dtype of x."""
         return self.dtype
 
     def refers_to_current_weight(self) -> bool:
-        """Return whether the module's weight is still the object that ``weight`` refers to."""
+        """Return whether ``weight`` is still the module's current weight object."""
         return self.weight_object_of(self.base) is self.weight
 
     def tensor_dependencies(self) -> Sequence[torch.Tensor]:
@@ -103,13 +106,16 @@ class QuantizedBaseWeight(MergeTarget):
         return self.stored_tensors()
 
     def other_dependencies(self) -> Hashable:
-        """Return what the weight depends on besides tensors, hashable and compared by ``==``."""
+        """Return the weight's dependencies other than tensors, as a hashable value.
+
+        Two values are compared with ``==``.
+        """
         return None
 
     def read_for_kernels(
         self, dtype: torch.dtype
     ) -> tuple[QuantizedData, tuple[torch.Tensor, ...]]:
-        """Return a tuple (quantized_data, tensors): the weight in the form that kernels read.
+        """Return the weight in the form that kernels read, as a tuple (quantized_data, tensors).
 
         ``quantized_data`` represents a matrix in ``dtype``. It contains the addresses of
         ``tensors``.
@@ -133,11 +139,11 @@ class QuantizedBaseWeight(MergeTarget):
             return name
 
     def fallback_reason_missing_field(self, error: AttributeError) -> str:
-        """Return the fallback reason for an object of a library that lacks an expected field."""
-        return f"{self.library_and_version()}: {error}; its base layer runs unchanged"
+        """Return the fallback reason for a library object that lacks an expected field."""
+        return f"{self.library_and_version()}: {error}; the base layer runs unchanged"
 
     def tensor_or_fallback_reason(self, dtype: torch.dtype) -> QuantizedTensor | str:
-        """Return the tensor for kernels in ``dtype``, or the fallback reason to call the module."""
+        """Return the weight as a tensor for kernels in ``dtype``, or the fallback reason."""
         if qualified_class_name(self.base) not in self.modules:
             return f"its base layer is {type(self.base).__name__}, which runs unchanged"
         if self.codes().is_meta:
@@ -162,7 +168,10 @@ class QuantizedBaseWeight(MergeTarget):
         return self.backend or type(self).__name__
 
     def tensor_for_pytorch_only(self) -> QuantizedTensor:
-        """Return a `QuantizedTensor` for PyTorch operators, which dequantize it; kernels cannot."""
+        """Return a `QuantizedTensor` that only PyTorch operators can use.
+
+        The operators dequantize the tensor. Kernels cannot read it.
+        """
         n, k = self.shape
         codes = self.codes()
         quantized_data = QuantizedData("", codes, torch.empty(0, dtype=torch.int64), n, k, k)
@@ -175,7 +184,7 @@ class QuantizedBaseWeight(MergeTarget):
         return [self.weight]
 
     def codes(self) -> torch.Tensor:
-        """Return the tensor of codes, which is on the weight's device."""
+        """Return the tensor of quantization codes, which is on the weight's device."""
         return self.stored_tensors()[0]
 
     def make_dequantizer(self, dtype: torch.dtype) -> Callable[[], torch.Tensor]:
@@ -202,7 +211,7 @@ class QuantizedBaseWeight(MergeTarget):
         yield self.dense().reshape(-1).float()
 
     def dequantized_rows(self) -> Iterator[torch.Tensor]:
-        """Yield the dequantized matrix in `dtype`, some rows ``[n, K]`` at a time."""
+        """Yield the dequantized matrix as consecutive chunks of rows ``[n, K]``, in `dtype`."""
         (n, k), rest = self.shape, None
         count = min(PIECES, n * k // _WHOLE)
         if count < 2:
@@ -216,7 +225,7 @@ class QuantizedBaseWeight(MergeTarget):
             rest = flat[whole:] if whole < flat.numel() else None
 
     def merge_buffer(self) -> torch.Tensor:
-        """Return a new fp32 matrix to merge into, created without a temporary of its size."""
+        """Return a new fp32 matrix to merge into, filled piece by piece to save memory."""
         made = torch.empty(self.shape, dtype=torch.float32, device=self.weight.device)
         flat, start = made.view(-1), 0
         for piece in self.dequantized_pieces():
@@ -248,7 +257,10 @@ class QuantizedBaseWeight(MergeTarget):
     def convert_snapshot(
         self, snapshot: object, fn: Callable[[torch.Tensor], torch.Tensor]
     ) -> object:
-        """Return ``snapshot`` unchanged, because ``fn`` may change dtypes; `restore` moves it."""
+        """Return ``snapshot`` unchanged, because ``fn`` may change dtypes.
+
+        `restore` moves the data to the weight's device.
+        """
         return snapshot
 
     def dense_from_snapshot(self, snapshot: object) -> torch.Tensor:
@@ -261,7 +273,10 @@ class QuantizedBaseWeight(MergeTarget):
 
 
 def register_quantized_weight(kind: _Kind) -> _Kind:
-    """Class decorator that registers a kind of quantized weight; later ones are tried first."""
+    """Class decorator that registers a kind of quantized weight.
+
+    Kinds that are registered later are tried first.
+    """
     _kinds.insert(0, kind)
     if kind.fresh_output:
         UNREFERENCED_OUTPUT_MODULES.update(kind.modules)
@@ -269,7 +284,7 @@ def register_quantized_weight(kind: _Kind) -> _Kind:
 
 
 def peft_quantized_layers() -> list[tuple[str, str]]:
-    """Return a list of (Python module, class) of PEFT's layers for the registered kinds."""
+    """Return a list of (Python module, class) names of PEFT's layers for the registered kinds."""
     return [kind.peft_layer for kind in _kinds if kind.peft_layer is not None]
 
 
@@ -280,7 +295,7 @@ def qualified_class_name(module: object) -> str:
 
 
 def quantized_weight_of(module: object) -> QuantizedBaseWeight | None:
-    """Return a module's `QuantizedBaseWeight`, or None if no registered kind supports it.
+    """Return a module's `QuantizedBaseWeight`, or None if no registered kind supports the module.
 
     Raises:
         UnsupportedLayerError: The library has not quantized the weight yet.
@@ -335,7 +350,7 @@ def check_weight_tensor(
 
 
 def address_tensor(*parts: torch.Tensor) -> torch.Tensor:
-    """Return the addresses of tensors, int64 ``[len(parts)]``, on the device of the tensors."""
+    """Return the addresses of the tensors as an int64 tensor ``[len(parts)]`` on their device."""
     found = torch.tensor([part.data_ptr() for part in parts], dtype=torch.int64)
     return found.to(parts[0].device)
 
@@ -343,7 +358,7 @@ def address_tensor(*parts: torch.Tensor) -> torch.Tensor:
 def check_decoded_values(
     decoded: torch.Tensor, rows: torch.Tensor, library: str, what: str
 ) -> None:
-    """Check that kernels decode codes to the same values as the library, both in fp32.
+    """Check that kernels and the library decode codes to the same fp32 values.
 
     Raises:
         KernelsCannotRead: The values differ, because the library has changed its format.
@@ -353,13 +368,13 @@ def check_decoded_values(
     if error > 1e-5:
         raise KernelsCannotRead(
             f"{library}: the codes of a {what} do not have the meaning that fastlora expects "
-            f"(decoded values differ by {error:.2g} of the largest value); the base layer runs "
+            f"(decoded values are off by {error:.2g} times the largest value); the base layer runs "
             "unchanged"
         )
 
 
 def not_quantized_yet_error(base: nn.Module) -> UnsupportedLayerError:
-    """Return the error for a bitsandbytes layer whose weight is not quantized yet."""
+    """Return the error for a bitsandbytes layer that has not quantized its weight yet."""
     return UnsupportedLayerError(
         f"the weight of this {type(base).__name__} is not quantized yet. bitsandbytes quantizes "
         "it when the model moves to its device; call model.to(device) first"

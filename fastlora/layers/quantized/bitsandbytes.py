@@ -33,7 +33,7 @@ _NESTED_BLOCK = 256
 
 @register_quantized_weight
 class BitsAndBytes4Bit(QuantizedBaseWeight):
-    """The weight of a bitsandbytes `Linear4bit`: 4-bit codes, in blocks with one absmax each.
+    """Weight of a bitsandbytes `Linear4bit`, stored as blocks of 4-bit codes with one absmax each.
 
     In evaluation on a CPU, bitsandbytes repacks the codes for its product, and rounds the blocks'
     absmax values to bf16. `write` restores the usual layout, and the next forward pass repacks it.
@@ -88,7 +88,7 @@ class BitsAndBytes4Bit(QuantizedBaseWeight):
     def read_for_kernels(
         self, dtype: torch.dtype
     ) -> tuple[QuantizedData, tuple[torch.Tensor, ...]]:
-        """Return the quantized data that kernels read, and the tensors that it refers to.
+        """Return the quantized data that kernels read, and the tensors that the data refers to.
 
         A dequantized value is ``table[code] * absmax``, with the absmax of its block along K.
         """
@@ -110,12 +110,12 @@ class BitsAndBytes4Bit(QuantizedBaseWeight):
             )
         if not isinstance(block, int) or block <= 0 or block & (block - 1) or k % block:
             raise KernelsCannotRead(
-                f"its block size of {block} is not a power of 2 that divides its {k} in_features"
+                f"the block size of {block} is not a power of 2 that divides in_features={k}"
             )
         if block < 16:  # Kernels load words of 8 codes.
-            raise KernelsCannotRead(f"its block size is {block}, but the kernels need at least 16")
+            raise KernelsCannotRead(f"the block size is {block}, but the kernels need at least 16")
         if not weight.data.is_contiguous():
-            raise KernelsCannotRead(f"{library}: its codes are not contiguous")
+            raise KernelsCannotRead(f"{library}: the codes are not contiguous")
         # detach(), unlike `.data`, also counts writes to the parameter.
         codes, count = weight.detach().view(torch.uint8).view(-1), n * k // block
         own = functools.partial(check_weight_tensor, like=codes, library=library)
@@ -164,7 +164,7 @@ class BitsAndBytes4Bit(QuantizedBaseWeight):
         return f"{state.quant_type}{' nested' if state.nested else ''}"
 
     def make_dequantizer(self, dtype: torch.dtype) -> Callable[[], torch.Tensor]:
-        """Return a function that dequantizes the codes that are current now to a dense matrix."""
+        """Return a function that dequantizes the current codes to a dense matrix."""
         if self._is_repacked():
             return super().make_dequantizer(dtype)
         library, state = _bitsandbytes(), copy.copy(self.weight.quant_state)
@@ -194,7 +194,10 @@ class BitsAndBytes4Bit(QuantizedBaseWeight):
         return -(-(self.shape[0] * self.shape[1]) // (count * self._block))
 
     def dequantized_pieces(self, count: int = PIECES) -> Iterator[torch.Tensor]:
-        """Yield the weight's elements in fp32, in about ``count`` pieces; one piece if repacked."""
+        """Yield the weight's elements in fp32, in about ``count`` pieces.
+
+        A repacked weight is one piece.
+        """
         if self._is_repacked():
             yield from super().dequantized_pieces()
             return
@@ -206,7 +209,7 @@ class BitsAndBytes4Bit(QuantizedBaseWeight):
             yield self._dequantize_blocks(part, own, min(size, elements - index * size))
 
     def dequantized_rows(self) -> Iterator[torch.Tensor]:
-        """Yield the dequantized matrix some rows at a time, or as a whole if blocks cross rows.
+        """Yield the dequantized matrix in chunks of rows, or as a whole if blocks cross rows.
 
         If blocks cross rows, bitsandbytes 0.50 computes on a CPU with values that differ from the
         stored ones, and a norm must match the values that it computes with.
@@ -217,7 +220,7 @@ class BitsAndBytes4Bit(QuantizedBaseWeight):
             yield from super().dequantized_rows()
 
     def _absmax_per_block(self) -> torch.Tensor:
-        """Return the absmax of each block, in fp32, dequantized if it is nested."""
+        """Return the fp32 absmax of each block, dequantized if it is itself quantized."""
         state, absmax = self.weight.quant_state, self.weight.quant_state.absmax
         if state.nested:
             absmax = _bitsandbytes().dequantize_blockwise(absmax, state.state2).add_(state.offset)
@@ -226,7 +229,7 @@ class BitsAndBytes4Bit(QuantizedBaseWeight):
     def _dequantize_blocks(
         self, codes: torch.Tensor, largest: torch.Tensor, count: int
     ) -> torch.Tensor:
-        """Return ``count`` elements of whole blocks, dequantized to fp32 by bitsandbytes."""
+        """Dequantize whole blocks to ``count`` fp32 elements with bitsandbytes."""
         state = self.weight.quant_state
         piece = type(state)(
             absmax=largest,
@@ -279,14 +282,14 @@ class BitsAndBytes4Bit(QuantizedBaseWeight):
         self.weight.quant_state.to(self.weight.device)
 
     def fingerprint(self) -> Fingerprint:
-        """Return the number of occurrences of each 4-bit code, which repacking does not change."""
+        """Return how often each 4-bit code occurs, which repacking does not change."""
         counts = self.weight.data.view(torch.uint8).flatten().bincount(minlength=256).view(16, 16)
         return (counts.sum(0) + counts.sum(1),)
 
 
 @register_quantized_weight
 class BitsAndBytes8Bit(QuantizedBaseWeight):
-    """The weight of a bitsandbytes `Linear8bitLt`: int8 codes, with one absmax per row."""
+    """Weight of a bitsandbytes `Linear8bitLt`, stored as int8 codes with one absmax per row."""
 
     backend = "bnb 8bit"
     peft_layer = ("peft.tuners.lora.bnb", "Linear8bitLt")
@@ -316,11 +319,11 @@ class BitsAndBytes8Bit(QuantizedBaseWeight):
     def read_for_kernels(
         self, dtype: torch.dtype
     ) -> tuple[QuantizedData, tuple[torch.Tensor, ...]]:
-        """Raise `KernelsCannotRead`, because the module's product rounds x too."""
+        """Raise `KernelsCannotRead`, because bitsandbytes also rounds x to int8."""
         threshold = getattr(self.base.state, "threshold", 0.0)
         apart = f", except for columns with values above {threshold}" if threshold else ""
         raise KernelsCannotRead(
-            f"bitsandbytes also rounds x to int8{apart}; its base layer runs unchanged"
+            f"bitsandbytes also rounds x to int8{apart}; the base layer runs unchanged"
         )
 
     def dense(self) -> torch.Tensor:
@@ -334,7 +337,7 @@ class BitsAndBytes8Bit(QuantizedBaseWeight):
             yield dequantize_rows(codes[rows], scales[rows]).view(-1).float()
 
     def write(self, dense: torch.Tensor) -> None:
-        """Replace the weight as `MergeTarget.write` does, after rounding the values to fp16.
+        """Replace the weight as `MergeTarget.write` does, after rounding ``dense`` to fp16.
 
         bitsandbytes accepts no other dtype here.
         """
@@ -354,7 +357,7 @@ def _bitsandbytes() -> Any:
 
 
 def _clone_quant_state(state: object) -> Any:
-    """Return a copy of a quant state and its nested states, with cloned tensors."""
+    """Return a copy of a quantization state and its nested states, with cloned tensors."""
     made: Any = copy.copy(state)
     for name, value in vars(state).items():
         if isinstance(value, torch.Tensor):
@@ -366,7 +369,7 @@ def _clone_quant_state(state: object) -> Any:
 
 @torch.no_grad()
 def _weight_from_outputs(base: nn.Module, device: torch.device) -> torch.Tensor:
-    """Return the weight with which a layer computes, found by applying it to unit vectors.
+    """Recover a layer's weight from its outputs for unit vectors.
 
     The function is for 4-bit weights that an evaluation on a CPU has repacked, which cannot be
     dequantized.
@@ -379,7 +382,7 @@ def _weight_from_outputs(base: nn.Module, device: torch.device) -> torch.Tensor:
 def _decode_blocks(
     codes: torch.Tensor, parts: tuple[torch.Tensor, ...], block: int
 ) -> torch.Tensor:
-    """Decode whole blocks of 4-bit codes to fp32 in the way that kernels do, and return them."""
+    """Decode whole blocks of 4-bit codes to fp32 values, as kernels do."""
     absmax, table, *nested = parts
     count = 2 * codes.numel() // block
     largest = absmax[:count]

@@ -13,7 +13,7 @@ from fastlora.validation import UnsupportedLayerError
 
 @register_quantized_weight
 class HqqWeight(QuantizedBaseWeight):
-    """The weight of an `HQQLinear`: codes, with a zero point and a scale for each group."""
+    """Weight of an `HQQLinear`, stored as codes with a zero point and a scale for each group."""
 
     peft_layer = ("peft.tuners.lora.hqq", "HqqLoraLinear")
 
@@ -27,7 +27,7 @@ class HqqWeight(QuantizedBaseWeight):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the dequantized weight, which is that of HQQ's product."""
+        """The dtype of the dequantized weight, which is also the dtype that HQQ computes in."""
         found: torch.dtype = self.base.compute_dtype
         return found
 
@@ -40,7 +40,7 @@ class HqqWeight(QuantizedBaseWeight):
         return made
 
     def check_writable(self) -> None:
-        """Raise `UnsupportedLayerError`, because a merge would need HQQ's solver."""
+        """Raise `UnsupportedLayerError`, because merging would require HQQ's solver."""
         raise UnsupportedLayerError(
             f"cannot merge into {type(self.base).__name__}: HQQ finds a weight's codes by "
             "optimization; dequantize the base model first"

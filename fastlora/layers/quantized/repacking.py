@@ -41,7 +41,7 @@ _BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # Block sizes that its prod
 
 
 def prevent_repacking(model: nn.Module) -> None:
-    """Prevent bitsandbytes from repacking the weights of a model in which adapters train.
+    """Prevent bitsandbytes from repacking the weights of a model with trainable adapters.
 
     This includes all 4-bit layers, because gradients also pass through those without adapters.
     """
@@ -59,7 +59,7 @@ def prevent_repacking(model: nn.Module) -> None:
 
 
 def is_repacking_prevented(module: nn.Module) -> bool:
-    """Return whether `prevent_repacking` prevents bitsandbytes from repacking a module's weight."""
+    """Return whether `prevent_repacking` keeps a module's weight from being repacked."""
     return _PREVENTED in module.__dict__
 
 
@@ -79,7 +79,7 @@ def is_repacked(base: nn.Module) -> bool:
 
 
 class RepackedProduct:
-    """bitsandbytes' product for evaluation on a CPU, computed with a repacked copy of the codes.
+    """Matrix product for evaluation on a CPU, computed by bitsandbytes with repacked codes.
 
     The module is not changed. The first product makes the copy, which takes 4 bits per weight and a
     bf16 value per block.
@@ -99,11 +99,11 @@ class RepackedProduct:
         self._copied: tuple[Any, ...] | None = None
 
     def supports_and_is_faster(self, x: torch.Tensor) -> bool:
-        """Return whether this product supports x and is faster than a call of the module."""
+        """Return whether this product supports x and is faster than calling the module."""
         return x.is_cpu and x.shape[-1] == self._k and 0 < x.numel() <= self._few * self._k
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """Compute ``[..., N]`` for ``x [..., K]``, as the module would in evaluation.
+        """Compute the output ``[..., N]`` for ``x [..., K]``, as the module does in evaluation.
 
         The result is a new tensor in x's dtype, without a gradient.
         """

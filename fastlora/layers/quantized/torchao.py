@@ -31,7 +31,7 @@ _LOADERS = {
 
 @register_quantized_weight
 class TorchaoWeight(QuantizedBaseWeight):
-    """A weight quantized by torchao, such as int8 or float8 with a scale per row or per tensor."""
+    """Weight quantized by torchao, such as int8 or float8 with one scale per row or per tensor."""
 
     backend = "torchao"
     peft_layer = ("peft.tuners.lora.torchao", "TorchaoLoraLinear")
@@ -45,11 +45,10 @@ class TorchaoWeight(QuantizedBaseWeight):
     def read_for_kernels(
         self, dtype: torch.dtype
     ) -> tuple[QuantizedData, tuple[torch.Tensor, ...]]:
-        """Return the quantized data that kernels read, and the tensors that it refers to.
+        """Return the quantized data that kernels read, and the tensors that the data refers to.
 
-        A dequantized value is ``code * scale``, with the scale of its row.
-
-        A single scale for the weight is expanded to all rows.
+        A dequantized value is ``code * scale``, with the scale of its row. A single scale for the
+        weight is expanded to all rows.
         """
         weight, (n, k), name = self.weight, self.shape, type(self.weight).__name__
         if name not in _TORCHAO:
@@ -57,7 +56,7 @@ class TorchaoWeight(QuantizedBaseWeight):
                 f"its base weight is a torchao {name}, which the kernels do not support"
             )
         if weight.act_quant_kwargs is not None:
-            raise KernelsCannotRead("torchao also rounds x; its base layer runs unchanged")
+            raise KernelsCannotRead("torchao also rounds x; the base layer runs unchanged")
         for field in ("act_pre_scale", "act_quant_scale", "act_quant_zero_point"):
             if getattr(weight, field, None) is not None:
                 raise KernelsCannotRead(f"its base weight, a torchao {name}, has an {field}")
@@ -105,7 +104,10 @@ class TorchaoWeight(QuantizedBaseWeight):
         return self.weight.dequantize()
 
     def dequantized_pieces(self, count: int = PIECES) -> Iterator[torch.Tensor]:
-        """Yield the weight's elements in fp32, in about ``count`` pieces, or one if unsupported."""
+        """Yield the weight's elements in fp32, in about ``count`` pieces.
+
+        A weight of an unsupported torchao class is one piece.
+        """
         if type(self.weight).__name__ not in _TORCHAO:
             yield from super().dequantized_pieces()
             return
@@ -113,7 +115,7 @@ class TorchaoWeight(QuantizedBaseWeight):
             yield self.weight[rows].dequantize(torch.float32).reshape(-1)
 
     def check_writable(self) -> None:
-        """Raise `UnsupportedLayerError` unless this torchao class supports quantizing again."""
+        """Raise `UnsupportedLayerError` if the torchao class does not support requantization."""
         if type(self.weight).__name__ not in _TORCHAO:
             raise UnsupportedLayerError(
                 f"cannot merge into a torchao {type(self.weight).__name__}, expected one of "
@@ -135,7 +137,7 @@ class TorchaoWeight(QuantizedBaseWeight):
 
 
 class _TorchaoAttributes(Protocol):
-    """Protocol of the attributes of a torchao weight that are read, besides its tensor methods."""
+    """Protocol for the attributes that fastlora reads from a torchao weight."""
 
     tensor_data_names: Sequence[str]
     block_size: Sequence[int]
@@ -202,8 +204,8 @@ def _granularity(weight: _TorchaoAttributes, dense: torch.Tensor) -> Any:
     if block[0] == 1:
         return library.PerGroup(block[1])
     raise UnsupportedLayerError(
-        f"cannot merge into a {type(weight).__name__} with blocks of {block}, expected rows, "
-        "groups of columns, or one block; dequantize the base model first"
+        f"cannot merge into a {type(weight).__name__} with one scale per block of {block}, "
+        "expected scales per row, per group, or per tensor; dequantize the base model first"
     )
 
 
