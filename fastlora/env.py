@@ -27,7 +27,7 @@ def batch_invariant() -> bool:
 
 
 def default_plan() -> str:
-    """Return the plan that ``FASTLORA_PLAN`` sets for calls that do not specify a plan.
+    """Return the default plan for calls that specify none, as set by ``FASTLORA_PLAN``.
 
     A plan selects the kernels of a LoRA layer; see `fastlora.functional.lora_linear`. The default
     is ``"auto"`` if the variable is not set.

@@ -116,7 +116,7 @@ def _forward_without_graph(
 
 
 def once_differentiable_without_autocast(backward: Callable[..., Any]) -> Any:
-    """Decorate a backward method to run without autocast and to raise on double backward."""
+    """Decorate a backward method to run without autocast and raise an error on double backward."""
     once = once_differentiable(backward)
 
     @functools.wraps(backward)

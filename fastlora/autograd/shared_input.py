@@ -33,7 +33,7 @@ _Factor = torch.Tensor | None
 
 
 class SharedResult(NamedTuple):
-    """The output y or the shrink output s of a layer, computed together with other layers.
+    """The output y or shrink output s of a layer that was computed together with other layers.
 
     Attributes:
         y: ``[..., N]``, the layer's output, or None if the layer computes it from s.
@@ -130,7 +130,7 @@ def grouped_shrink(
     impl: str,
     rows: Rows | None = None,
 ) -> list[SharedResult]:
-    """Return a list of `SharedResult`, each with the s of one of the G layers that receive x.
+    """Compute s for G layers that receive the same x, and return a list of `SharedResult`.
 
     Dropout seeds are drawn in the order in which the layers would draw them.
 

@@ -89,7 +89,7 @@ def split_grad_b(
 
 
 def split_grad_a(packed: torch.Tensor, lora_a: Sequence[Factor]) -> list[torch.Tensor]:
-    """Split a packed buffer into a list of views, one ``[rank, K]`` for each lora_a gradient."""
+    """Split a packed buffer into views ``[rank, K]``, one for each lora_a gradient."""
     downs = fill_missing_factors(lora_a, 0)
     offsets, _ = grad_a_buffer_layout(downs)
     return [

@@ -134,7 +134,7 @@ _DROP = "Tensor? seeds, float[] dropout_p"
 def lora_shrink_fake(
     x: torch.Tensor, rows: _Tensors, lora_a: _Factors, modules: int, *_: object
 ) -> torch.Tensor:
-    """Return an empty shrink output s of G modules: ``[G, M, R]``, or ``[M, R]`` for one slot.
+    """Return an empty tensor for s of G modules: ``[G, M, R]``, or ``[M, R]`` for one slot.
 
     If there is one slot, the modules are side by side. ``lora_a`` lists the slots of each module in
     turn. Active dropout requires one module.
@@ -178,7 +178,7 @@ def lora_expand_fake(*_: object) -> None:
     "lora_dropout(Tensor x, Tensor seed, float dropout_p) -> Tensor", "triton"
 )
 def lora_dropout_fake(x: torch.Tensor, *_: object) -> torch.Tensor:
-    """Return an empty tensor for x after dropout with the mask that the kernels use."""
+    """Return an empty tensor for the result of the kernels' dropout on x."""
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 

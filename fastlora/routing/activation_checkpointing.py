@@ -20,7 +20,7 @@ from fastlora.routing.active import active_routings, replace_active_routings
 
 @functools.cache
 def patch_activation_checkpointing() -> None:
-    """Patch `torch.utils.checkpoint` so that recomputation uses the original pass's routing.
+    """Patch `torch.utils.checkpoint` so that recomputation uses the original routing.
 
     The patch applies to all checkpoints that the process creates afterwards.
     """

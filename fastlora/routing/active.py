@@ -31,7 +31,7 @@ def active_routings() -> tuple[Routing, ...]:
 
 
 def active_routing(layer: RoutedLayer) -> Routing | None:
-    """Return the routing of the innermost open block of a layer's model, or None."""
+    """Return the routing of the innermost block that is open for a layer's model, or None."""
     by_group = _thread.by_group
     return by_group.get(layer.routing_group) if by_group else None
 

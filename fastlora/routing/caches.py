@@ -147,7 +147,7 @@ class AdapterSetCache:
             return known
 
     def clear(self) -> None:
-        """Clear all cached sets. Required if factors may change, or may have changed undetected."""
+        """Clear all cached sets, as required if factors may change or have changed unnoticed."""
         weights_versions.invalidate_trained_weights()  # Open blocks have sets too.
         with self._lock:
             self._sets.clear()

@@ -139,7 +139,7 @@ class _PendingIdCheck(NamedTuple):
 
 
 class DeferredIdChecks:
-    """Pending checks of batch ids, which are read without making the host wait for the GPU."""
+    """Pending checks of batch ids on the GPU, collected without blocking the host."""
 
     # With more pending batches than this, wait for the oldest. If the device is this far behind,
     # waiting costs no time.

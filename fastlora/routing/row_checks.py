@@ -312,7 +312,7 @@ class _ExpertDetector:
         return False
 
     def _step(self, modules: list[nn.Module], names: list[str], at_layer: bool) -> _PathStep:
-        """Return the last `_PathStep` of a path. ``at_layer``: whether the path ends at a layer."""
+        """Return the last step of a path; ``at_layer`` tells whether the path ends at a layer."""
         holder, child = modules[-2:]
         alike = self._count_same_structure(holder)[names[-1]]
         if alike == 1:

@@ -82,7 +82,7 @@ _FIRST_DROP = 4096
 
 
 class RowFactsTable:
-    """The facts about the rows of each tensor of a block.
+    """The facts about the rows of every tensor in a block.
 
     Args:
         count: Number of adapter ids of the batch.

@@ -70,7 +70,7 @@ def _default_rule(
 
 
 def _combined_facts(known: RowFactsTable, operands: list[torch.Tensor], out: object) -> RowFacts:
-    """Return the facts about a result whose rows may come from any of several operands."""
+    """Return the facts about a result with rows that may come from any of several operands."""
     kinds = [known.facts_of(tensor).kind for tensor in operands]
     shape = next((tensor.shape for tensor in tensors_in(out)), None)
     full = [
@@ -344,7 +344,7 @@ def _sort(known: RowFactsTable, args: Arguments, out: Sequence[torch.Tensor]) ->
 
 
 def _topk(known: RowFactsTable, args: Arguments, out: Sequence[torch.Tensor]) -> RowFacts | None:
-    """Apply the rule of `topk`: a vector's values are those that the returned indices select."""
+    """Apply the rule of `topk`: the returned indices select the returned values of a vector."""
     source = next(tensors_in(args))
     facts = ROWS
     if out[0].dim() == 1 and not known.are_data_independent(source):

@@ -116,7 +116,7 @@ def is_host_readable(tensor: torch.Tensor) -> bool:
 
 
 def selected_samples(samples: torch.Tensor, indices: Indices) -> torch.Tensor | None:
-    """Return the samples of the rows that ``indices`` select, or None if indices cannot be read."""
+    """Return the samples of the rows that ``indices`` select, or None if they cannot be read."""
     values = read_indices(indices)
     return None if values is None else torch.ops.aten.index(samples, values)
 

@@ -100,7 +100,7 @@ def stubbed_launches(chip: str = "sm_90", processors: int = 132) -> Iterator[lis
 
 
 class StandInDriver:
-    """A Triton driver that stands in for the driver of a GPU that is not present.
+    """A Triton driver that stands in for a missing GPU driver.
 
     Subclasses define ``load_binary`` and ``launcher_cls``.
     """

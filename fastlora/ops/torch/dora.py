@@ -37,7 +37,7 @@ _CHUNK = 1 << 18
 
 
 class RowChunkedWeight(NamedTuple):
-    """A weight that is computed a few rows at a time, for example by dequantizing it.
+    """A weight that is computed a few rows at a time, for example by dequantization.
 
     Attributes:
         make: Returns an iterator over parts ``[n, K]`` of the rows.

@@ -66,7 +66,7 @@ def shrink_with_partials(
     dropout_p: float,
     batch_invariant: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return a tuple (s ``[M, R]``, output of the shrink kernel: s or its partial sums).
+    """Return a tuple (s ``[M, R]``, kernel output: s itself or the partial sums of s).
 
     The modules are side by side in s.
 
