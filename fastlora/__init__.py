@@ -115,7 +115,7 @@ else:
 
 
 def __dir__() -> list[str]:
-    """Return the names of the package, with those that PEFT provides if PEFT is installed."""
+    """Return the package's names, including the names that PEFT provides if PEFT is installed."""
     return sorted({*globals(), *_from_peft.available_names()})
 
 

@@ -27,7 +27,7 @@ def batch_invariant() -> bool:
 
 
 def default_plan() -> str:
-    """Return the default plan for calls that do not specify a plan, from ``FASTLORA_PLAN``.
+    """Return the default plan for calls that specify none, as set by ``FASTLORA_PLAN``.
 
     A plan selects the kernels of a LoRA layer; see `fastlora.functional.lora_linear`. The default
     is ``"auto"`` if the variable is not set.
@@ -36,7 +36,7 @@ def default_plan() -> str:
 
 
 def measured_configs_folder() -> Path | None:
-    """Return the folder with tables of measured kernel configurations, or None if it is not set.
+    """Return the folder with tables of measured kernel configurations, or None if none is set.
 
     The folder is set by ``FASTLORA_MEASURED``.
     """
@@ -45,7 +45,7 @@ def measured_configs_folder() -> Path | None:
 
 
 def variables_in_use() -> dict[str, str]:
-    """Return a dict that maps each of fastlora's variables that is set to its value.
+    """Return a dict with the names and values of all fastlora variables that are set.
 
     The values of secrets are replaced by ``"(set)"``.
     """

@@ -188,7 +188,7 @@ def check_pattern(field: str, pattern: str) -> None:
         re.compile(pattern)
     except (re.error, OverflowError, RecursionError) as error:
         raise ConfigError(
-            f"{field} must hold valid regular expressions, got {pattern!r} ({error})"
+            f"{field} must contain valid regular expressions, got {pattern!r} ({error})"
         ) from error
 
 
@@ -277,7 +277,7 @@ class _SuffixIndex:
                     self.expressions[pattern] = place
 
     def matching_plain_patterns(self, name: str) -> dict[str, int]:
-        """Return a dict that maps each plain pattern matching the end of a name to its position."""
+        """Return a dict of the plain patterns that match the end of a name and their positions."""
         found = {}
         with count_matching_time(self._field):
             for lengths, patterns in self._plain.items():
@@ -346,7 +346,7 @@ def _max_expanded_length(pattern: str, expression: str) -> int:
 
 
 def _dotted_suffix(name: str, part_lengths: tuple[int, ...]) -> str | None:
-    """Return the end of a name as parts of the given lengths, joined with dots.
+    """Return the end of a name, split into parts of the given lengths and joined with dots.
 
     The character between two parts is replaced by a dot, because a dot in a pattern matches any
     character. Returns None if the first part does not start at the beginning of a component of the

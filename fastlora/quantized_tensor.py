@@ -42,7 +42,7 @@ class QuantizedData(NamedTuple):
         return (self.k, self.n) if self.transposed else (self.n, self.k)
 
     def t(self) -> QuantizedData:
-        """Return the transpose of the matrix. It shares the quantized data."""
+        """Return the transpose of the matrix, which shares the quantized data."""
         return self._replace(transposed=not self.transposed)
 
 
@@ -82,7 +82,7 @@ class QuantizedTensor(torch.Tensor):
 
     @property
     def is_unmodified(self) -> bool:
-        """Whether the quantized data is unmodified since this tensor was created."""
+        """Whether the quantized data has not been modified since this tensor was created."""
         return _versions(self.data_tensors) == self._versions
 
     @property

@@ -26,7 +26,7 @@ def is_dtensor(tensor: object) -> bool:
 
 
 def local_shard(parameter: Any) -> torch.Tensor:
-    """Return this process's shard of a DTensor. Return a parameter that is not a DTensor unchanged.
+    """Return this process's shard of a DTensor, or any other parameter unchanged.
 
     If the parameter requires a gradient, autograd records the operation.
     """
@@ -39,7 +39,7 @@ def local_shard(parameter: Any) -> torch.Tensor:
 
 
 def to_local_summing_grads(parameter: Any) -> torch.Tensor:
-    """Return this process's shard of a DTensor; a replicated one sums its gradients in backward.
+    """Return the local shard of a DTensor. If it is replicated, sum its gradients in backward.
 
     The result is a plain tensor. The sum is over all processes.
     """
@@ -65,7 +65,7 @@ def unwrap_ddp(model: Any) -> Any:
 
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """Gather a DTensor, and return the full tensor. Return a plain tensor unchanged.
+    """Gather a DTensor and return the full tensor, or return a plain tensor unchanged.
 
     For a DTensor, every process of its device mesh must call this function.
     """

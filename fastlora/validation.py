@@ -87,7 +87,7 @@ def error_prefix(where: object) -> Iterator[None]:
 
 
 def near_names(name: str, candidates: Iterable[str], limit: int = 5) -> str:
-    """Return the end of an error message that lists similar names, ``"; close names: a, b"``.
+    """Return an error message suffix that lists similar names, ``"; close names: a, b"``.
 
     Args:
         name: The unknown name.

@@ -113,7 +113,7 @@ def stamp_tensors(
 
 
 class WeightsVersion:
-    """The version of this process's weights when a value was cached, compared by identity.
+    """The version that this process's weights had when a value was cached; compared by identity.
 
     It is an object rather than a number because a compiler that traces an optimizer's step
     also traces fastlora's hook. The compiler would guard on a number and recompile at each step.

@@ -42,7 +42,7 @@ class Svd(NamedTuple):
         return min(int((energy < rank * energy[-1]).sum()) + 1, self.s.numel())
 
     def truncation_error(self, rank: int) -> float:
-        """Return the relative error, in the Frobenius norm, of truncating the decomposition.
+        """Return the relative error, in the Frobenius norm, of truncation to a given rank.
 
         Args:
             rank: Number of singular values that remain.
@@ -64,7 +64,7 @@ def check_factors_finite(where: str, *tensors: torch.Tensor) -> None:
     if not all(bool(tensor.isfinite().all()) for tensor in tensors):
         raise AdapterStateError(
             f"{where} has values that are not finite and cannot be decomposed; check at which "
-            "step of its training they appeared"
+            "training step the first of these values appeared"
         )
 
 
@@ -104,7 +104,7 @@ def svd_of_weighted_sum(
 
 
 def clamp_to_quantile(lora_a: torch.Tensor, lora_b: torch.Tensor, quantile: float) -> FactorPair:
-    """Return lora_a and lora_b with their values clamped to ``[-bound, bound]``.
+    """Clamp the values of lora_a and lora_b to ``[-bound, bound]``, and return both factors.
 
     The bound is a quantile of the values of both factors together.
 

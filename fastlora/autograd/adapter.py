@@ -106,7 +106,7 @@ def _should_use_native_autograd(
     lora_b: torch.Tensor,
     scaling: torch.Tensor,
 ) -> bool:
-    """Return whether PyTorch's own autograd nodes should compute a layer without dropout.
+    """Return whether to use PyTorch's own autograd nodes for a layer without dropout.
 
     ``base_tensor`` is the base weight, or the output of a base layer that was called.
 
@@ -142,7 +142,7 @@ def _linear_with_native_autograd(
     lora_b: torch.Tensor,
     scaling: torch.Tensor,
 ) -> torch.Tensor:
-    """Return base output plus LoRA update, computed with PyTorch's own autograd nodes.
+    """Return the base output plus the LoRA update, using PyTorch's own autograd nodes.
 
     Compared with `fastlora.autograd.lora_linear.run_adapters`, the result has the same bits in fp32
     and fp64. In bf16 the update is rounded before it is added, and x is converted for fp32 factors.
@@ -178,7 +178,7 @@ def _add_with_native_autograd(
     scaling: torch.Tensor,
     inplace: bool,
 ) -> torch.Tensor:
-    """Return ``y [..., N]`` plus the LoRA update, computed with PyTorch's own autograd nodes.
+    """Return ``y [..., N]`` plus the LoRA update, using PyTorch's own autograd nodes.
 
     y is a base layer's output. ``inplace`` is as in `Base`.
     """

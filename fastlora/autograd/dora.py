@@ -158,7 +158,7 @@ def _allocate_gradients(
 def _dora_with_dropout(
     y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, *batch: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return y with the rows of adapters updated, and s and z for the backward pass."""
+    """Return a tuple (y with the adapters applied, s, z); the backward pass needs s and z."""
     y = y.clone(memory_format=torch.contiguous_format)
     s, z = _allocate_s_and_z(y, x, batch[0], batch[-1])
     for _, rows, part, adapter in _iter_adapters_with_rows(x, *batch[:-1]):
@@ -234,7 +234,7 @@ class DoraWithDropout(torch.autograd.Function):
         impl: str,
         *adapters: torch.Tensor,
     ) -> torch.Tensor:
-        """Compute y from ``base``, the base layer's output, or from weight and bias if it is None.
+        """Compute y from the base layer's output, or from weight and bias if ``base`` is None.
 
         ``adapters`` has six tensors for each adapter; see `DropoutAdapter`. ``ids [B]`` are slots
         per sample or per token, and ``slots`` lists each adapter's slot. If ids is None, there is

@@ -116,7 +116,7 @@ def _forward_without_graph(
 
 
 def once_differentiable_without_autocast(backward: Callable[..., Any]) -> Any:
-    """Decorator for a backward method: disable autocast, and raise on a second derivative."""
+    """Decorate a backward method to run without autocast and raise an error on double backward."""
     once = once_differentiable(backward)
 
     @functools.wraps(backward)
@@ -220,7 +220,7 @@ class LoraLinear(torch.autograd.Function):
 def _mask_unwanted(
     gradients: Sequence[torch.Tensor | None], wanted: Sequence[bool]
 ) -> list[torch.Tensor | None]:
-    """Return the gradients with None in place of those that are not wanted.
+    """Return the gradients, with None in place of each unwanted gradient.
 
     Backends compute the gradients of several adapters together, including unwanted ones.
     """

@@ -33,7 +33,7 @@ _Factor = torch.Tensor | None
 
 
 class SharedResult(NamedTuple):
-    """The output of a layer, or its s, computed together with those of other layers.
+    """The output y or shrink output s of a layer that was computed together with other layers.
 
     Attributes:
         y: ``[..., N]``, the layer's output, or None if the layer computes it from s.
@@ -49,7 +49,7 @@ class SharedResult(NamedTuple):
 def run_grouped_linears(
     x: torch.Tensor, operands: Sequence[_Factor], dropout_p: tuple[float, ...], impl: str
 ) -> Sequence[torch.Tensor]:
-    """Return a list of y ``[..., N]``, one for each of 1 to 4 layers.
+    """Return a list of outputs ``[..., N]``, one for each of 1 to 4 layers.
 
     An autograd graph is recorded if gradients are enabled.
 
@@ -130,7 +130,7 @@ def grouped_shrink(
     impl: str,
     rows: Rows | None = None,
 ) -> list[SharedResult]:
-    """Return a list of `SharedResult` with the s of each of G layers, which receive the same x.
+    """Compute s for G layers that receive the same x, and return a list of `SharedResult`.
 
     Dropout seeds are drawn in the order in which the layers would draw them.
 
@@ -150,7 +150,7 @@ def grouped_shrink(
 
 
 class GroupedLoraShrink(torch.autograd.Function):
-    """Compute s for G layers that receive the same x, as one autograd node.
+    """Compute s for G layers that receive the same x as one autograd node.
 
     x is passed detached, because this node does not compute its gradient. There is a seed or None
     for each layer. The lora_a of all layers follow in turn. Each layer has one per slot, or without
@@ -207,7 +207,7 @@ class GroupedLoraShrink(torch.autograd.Function):
 
 
 def _to_2d(x: torch.Tensor) -> torch.Tensor:
-    """Return x as ``[M, K]``; a call of ``reshape`` (1.6 us) is avoided if x has that shape."""
+    """Return x as ``[M, K]``. If x has two dimensions, skip the 1.6 us call of ``reshape``."""
     return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 

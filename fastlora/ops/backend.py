@@ -100,7 +100,7 @@ class Backend(ABC):
         s: torch.Tensor | None,
         plan: str,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return a tuple (y ``[M, N]``, s): a layer's output with its adapters, and s.
+        """Return a tuple (y, s): a layer's output ``[M, N]`` with adapters, and the shrink output.
 
         Args:
             x: The input.
@@ -115,7 +115,7 @@ class Backend(ABC):
 
     @abstractmethod
     def gradients(self, given: BackwardArguments) -> Gradients:
-        """Return the gradients of a layer's inputs as a tuple; see `Gradients` for the order."""
+        """Return a tuple of the gradients of a layer's inputs; see `Gradients` for the order."""
 
     # -------------------------------------------------- layers of a shared-input group, in one call
 
@@ -137,7 +137,7 @@ class Backend(ABC):
         dropout_p: Sequence[float],
         rows: Rows | None,
     ) -> list[torch.Tensor]:
-        """Return a list of the shrink output s of each layer of a shared-input group.
+        """Return a list of the shrink outputs s, one for each layer of a shared-input group.
 
         Args:
             x: Input of the layers.
@@ -158,7 +158,7 @@ class Backend(ABC):
         dropout_p: Sequence[float],
         rows: Rows | None,
     ) -> list[torch.Tensor | None]:
-        """Return a list of the gradients of all lora_a of a shared-input group, layer by layer.
+        """Return a list of the lora_a gradients of a shared-input group, ordered by layer.
 
         Args:
             x: Input of the layers.
@@ -174,7 +174,7 @@ class Backend(ABC):
         dropout_p: tuple[float, ...],
         with_s: bool = False,
     ) -> list[torch.Tensor]:
-        """Return a list of the outputs ``[M, N]`` of 1 to 4 layers of a shared-input group.
+        """Return a list of outputs ``[M, N]``, one for each of 1 to 4 layers with the same input.
 
         If ``with_s`` is True, the list also contains the s of the layers after the outputs: one
         tensor with the s of all layers side by side, or one tensor for each layer.
@@ -190,7 +190,7 @@ class Backend(ABC):
         s: Sequence[torch.Tensor],
         wants: tuple[bool, ...],
     ) -> list[torch.Tensor | None]:
-        """Return a list of the gradients of the inputs of `grouped_forward`, or None if unwanted.
+        """Return the gradients of the `grouped_forward` inputs, with None for unwanted gradients.
 
         The caller computes the gradients of base weights.
 
@@ -213,5 +213,5 @@ BACKENDS: dict[str, Backend] = {}
 
 
 def register_backend(name: str, backend: Backend) -> None:
-    """Register a backend under the name by which callers look it up."""
+    """Register a backend under a name, by which callers look it up."""
     BACKENDS[name] = backend

@@ -99,7 +99,7 @@ def triton_status(device_type: str, index: int = 0) -> tuple[bool, str]:
 
 
 def auto_selects_kernels(device: torch.device) -> bool:
-    """Return whether ``impl="auto"`` selects the kernels on a device, for a supported dtype."""
+    """Return whether ``impl="auto"`` selects Triton kernels on a device for supported dtypes."""
     return device.type in KERNEL_DEVICES and triton_status(device.type, device.index or 0)[0]
 
 
@@ -109,14 +109,14 @@ def is_being_compiled() -> bool:
 
 
 def is_traced(x: torch.Tensor) -> bool:
-    """Return whether a compiler is tracing operations on x, so that its values are unknown."""
+    """Return whether a compiler is tracing operations on x, so that the values of x are unknown."""
     return torch.compiler.is_compiling() or type(x) not in _PLAIN
 
 
 def operators_are_observed(
     x: torch.Tensor, in_autograd_function: bool = False, by_profiler: bool = True
 ) -> bool:
-    """Return whether a tracer, a mode, autograd, or a profiler observes operators called on x.
+    """Return whether a tracer, a dispatch mode, autograd, or a profiler observes operators on x.
 
     Modes are dispatch modes and functorch transforms. If ``in_autograd_function`` is set, autograd
     is ignored, because it records nothing inside an autograd function. If ``by_profiler`` is False,
@@ -134,7 +134,7 @@ def operators_are_observed(
 
 
 def call_on_device_of(x: torch.Tensor, function: Callable[..., Any], *args: Any) -> Any:
-    """Call a kernel-launching function with x's device as the current device."""
+    """Call a function that launches kernels, with x's device as the current device."""
     if not x.is_cuda or x.device.index == torch.cuda.current_device():
         return function(*args)
     with torch.cuda.device(x.device):
@@ -178,7 +178,7 @@ class _Layer(Protocol):
 
 
 class ExecutionMode(NamedTuple):
-    """How one forward pass runs: its implementation, autocast's dtype, and whether it is compiled.
+    """How a forward pass runs: its implementation, its autocast dtype, and whether it is compiled.
 
     Attributes:
         impl: ``"triton"`` or ``"eager"``. In the batch-invariant mode this is the requested
@@ -208,8 +208,9 @@ class ExecutionMode(NamedTuple):
         if self.invariant:
             base = layer.get_base_layer()
             raise ImplementationError(
-                f"{type(layer).__name__} over {type(base).__name__} ({layer.in_features} to "
-                f"{layer.out_features} features) cannot run in batch-invariant mode: {reason}"
+                f"{type(layer).__name__} with base layer {type(base).__name__} "
+                f"({layer.in_features} to {layer.out_features} features) cannot run in "
+                f"batch-invariant mode: {reason}"
             )
 
     def check_batch_invariant(

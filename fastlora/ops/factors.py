@@ -43,7 +43,7 @@ class Factors(NamedTuple):
 
 
 class Base(NamedTuple):
-    """The base layer in one forward pass: a plain linear layer, or the output of a called module.
+    """The base layer in a forward pass: a weight and optional bias, or a called module's output.
 
     Attributes:
         weight: ``[N, K]``, or None if a module was called.
@@ -78,7 +78,7 @@ Slots = list[Factors | None]
 
 
 class AdapterOperands(NamedTuple):
-    """The adapters of one linear layer, in the form that backends and operators receive.
+    """The adapters of one linear layer, in the form in which backends and operators receive them.
 
     Attributes:
         lora_a, lora_b, lora_bias: For each adapter a tensor ``[R, K]``, ``[N, R]``, and ``[N]`` or
@@ -100,7 +100,7 @@ class AdapterOperands(NamedTuple):
 
 
 class AddressTables(NamedTuple):
-    """Tables of the addresses, ranks, and scalings of adapters, by layer (G) and adapter (S).
+    """Tables of factor addresses, ranks, and scalings, indexed by layer (G) and adapter (S).
 
     Attributes:
         a_address, b_address, bias_address: int64 ``[G, S]``, with 0 for a factor that does not
@@ -127,7 +127,7 @@ class AddressTables(NamedTuple):
     keepalive: tuple[torch.Tensor, ...] = ()
 
     def operator_arguments(self) -> list[torch.Tensor]:
-        """Return the list of tensors that operators receive as their argument ``tables``."""
+        """Return the list of tensors to pass to an operator as its ``tables`` argument."""
         found = [self.a_address, self.b_address, self.rank, self.scaling]
         if self.bias_address is not None:
             found.append(self.bias_address)
@@ -137,7 +137,7 @@ class AddressTables(NamedTuple):
 def tables_from_tensors(
     tensors: Sequence[torch.Tensor], max_rank: int, dtype: torch.dtype
 ) -> AddressTables:
-    """Return an `AddressTables` made of the tensors in an operator's argument ``tables``."""
+    """Build an `AddressTables` from the tensors in an operator's ``tables`` argument."""
     a_address, b_address, rank, scaling, *biases = tensors
     bias_address = biases[0] if biases else None
     return AddressTables(a_address, b_address, bias_address, rank, scaling, max_rank, dtype)

@@ -24,7 +24,7 @@ _MAX_PARTIAL_ROWS = 16384
 
 
 def max_rank(factors: Sequence[Factor], rank_dim: int) -> int:
-    """Return the largest rank among the factors, or 1 if there is none."""
+    """Return the largest rank among the factors, or 1 if there are no factors."""
     return max(1, *(factor.shape[rank_dim] for factor in factors if factor is not None))
 
 
@@ -48,7 +48,7 @@ def shrink_partials_shape(
 
 
 def grad_a_buffer_layout(lora_a: Sequence[torch.Tensor]) -> tuple[list[int], int]:
-    """Return a tuple (offsets, size) of the buffer that packs the gradients of all lora_a.
+    """Return a tuple (offsets, size) for a buffer into which all lora_a gradients are packed.
 
     ``offsets`` has the offset of each gradient. All values are in elements.
     """
@@ -58,7 +58,7 @@ def grad_a_buffer_layout(lora_a: Sequence[torch.Tensor]) -> tuple[list[int], int
 def grad_b_buffer_layout(
     lora_b: Sequence[torch.Tensor], with_bias: Sequence[bool]
 ) -> tuple[list[int], list[int], int]:
-    """Return a tuple (lora_b offsets, lora_bias offsets, size) of a packed gradient buffer.
+    """Return a tuple (lora_b offsets, lora_bias offsets, size) for a packed gradient buffer.
 
     Each list contains one offset per slot, which is -1 for a lora_bias that does not exist. All
     values are in elements.
@@ -74,7 +74,7 @@ def grad_b_buffer_layout(
 def split_grad_b(
     packed: torch.Tensor, lora_b: Sequence[Factor], with_bias: Sequence[bool]
 ) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
-    """Return a list of each slot's (lora_b gradient, lora_bias gradient), as views of a buffer.
+    """Split a packed buffer into views, one (lora_b gradient, lora_bias gradient) for each slot.
 
     The second item is None if there is no lora_bias.
     """
@@ -89,7 +89,7 @@ def split_grad_b(
 
 
 def split_grad_a(packed: torch.Tensor, lora_a: Sequence[Factor]) -> list[torch.Tensor]:
-    """Return a list of the lora_a gradients, ``[rank, K]`` each, as views of a packed buffer."""
+    """Split a packed buffer into views ``[rank, K]``, one for each lora_a gradient."""
     downs = fill_missing_factors(lora_a, 0)
     offsets, _ = grad_a_buffer_layout(downs)
     return [
@@ -99,7 +99,7 @@ def split_grad_a(packed: torch.Tensor, lora_a: Sequence[Factor]) -> list[torch.T
 
 
 def _aligned_offsets(sizes: Sequence[int], itemsize: int) -> tuple[list[int], int]:
-    """Return a tuple (offsets, total size) of blocks aligned to 16 bytes, in elements."""
+    """Return a tuple (offsets, total size), in elements, for blocks aligned to 16 bytes."""
     each = 16 // itemsize
     offsets, end = [], 0
     for size in sizes:

@@ -42,7 +42,7 @@ class OperatorBackend(Backend):
     def _select_operators(
         self, x: torch.Tensor, weight: torch.Tensor | None = None
     ) -> schema.Operators:
-        """Return the registered operators or their implementations, depending on what observes x.
+        """Return the registered operators if something observes them, else their implementations.
 
         In a backward pass, x is dy.
         """
@@ -97,7 +97,7 @@ class OperatorBackend(Backend):
         operators: schema.Operators,
         launch: str = "coded_lora_linear",
     ) -> torch.Tensor | QuantizedData:
-        """Return the weight in the form that ``operators`` accept.
+        """Return the weight in a form that ``operators`` accept.
 
         Registered operators and the PyTorch implementation receive the weight itself.
         """
@@ -106,7 +106,7 @@ class OperatorBackend(Backend):
         return weight_for_kernels(weight, x, max(b.shape[1] for b in lora_b), plan, launch)
 
     def _rows_argument(self, rows: Rows | None) -> list[torch.Tensor]:
-        """Return the list of tensors for operators' argument ``rows``, with pieces for kernels."""
+        """Return the tensors for an operator's ``rows`` argument, including pieces for kernels."""
         if rows is None:
             return []
         return rows_for_lists(rows) if self.impl == "triton" else rows.operator_arguments()
@@ -170,7 +170,7 @@ class OperatorBackend(Backend):
     def _rows_argument_in_runs(
         self, launch: str, rows: Rows, like: torch.Tensor
     ) -> tuple[list[torch.Tensor], int]:
-        """Return a tuple (tensors for a launch's argument ``rows``, number of rows per run)."""
+        """Return a tuple (tensors for the ``rows`` argument of a launch, rows per run)."""
         if self.impl != "triton":
             return rows.operator_arguments(), 0
         return rows_for_gradients(launch, rows, like.dtype, like.shape[1])
@@ -185,7 +185,7 @@ class OperatorBackend(Backend):
         rows: Rows | None,
         operator: Callable[..., Any],
     ) -> list[torch.Tensor]:
-        """Return a list of the gradients of all lora_a of layers, given one ds per layer."""
+        """Return a list of the lora_a gradients of all layers, given one ds per layer."""
         drop = seeds, list(dropout_p)
         if rows is None:
             made: list[torch.Tensor] = operator(x, ds, [], 0, lora_a, *drop, self.impl)
@@ -286,7 +286,7 @@ def mixed_grouped_forward(
     max_rank: int,
     factor_dtype: torch.dtype,
 ) -> list[torch.Tensor] | None:
-    """Return a list of the outputs of a shared-input group's modules in a mixed batch, or None.
+    """Return a list of a shared-input group's outputs for a mixed batch, or None if unsupported.
 
     The modules have adjacent rows in the address tables, starting at ``first``. The result is None
     if something observes operators, or if one launch cannot read all of the weights.
@@ -313,7 +313,7 @@ def weight_for_kernels(
     plan: str,
     launch: str = "coded_lora_linear",
 ) -> torch.Tensor | QuantizedData:
-    """Return a base weight in the form that kernels read: a dense matrix, or a `QuantizedData`.
+    """Return a base weight in a form that kernels can read: a dense matrix or a `QuantizedData`.
 
     A dense weight is returned unchanged. For a quantized weight, the result is its quantized data,
     or a new dense matrix if there are too many rows. The table's plan for ``launch`` decides which.
@@ -333,7 +333,7 @@ def _has_quantized_weight(operands: Sequence[torch.Tensor | None], count: int) -
 def _with_kernel_weights(
     operands: Sequence[torch.Tensor | None], count: int, x: torch.Tensor | None, launch: str
 ) -> Sequence[torch.Tensor | QuantizedData | None]:
-    """Return a shared-input group's operands, with the weights in the form that kernels read.
+    """Return a shared-input group's operands, with the weights in a form that kernels can read.
 
     If x is None, the weights are None.
     """
@@ -361,7 +361,7 @@ def _with_cached_launches(function: _Function) -> _Function:
 def _zero_unwritten_ds(
     ds: torch.Tensor, rows: Rows, lora_a: Sequence[torch.Tensor]
 ) -> torch.Tensor:
-    """Return ds with zeros in place of elements that no kernel has written.
+    """Return ds with all elements that no kernel has written replaced by zero.
 
     Such elements could be NaN, which anomaly detection would report.
     """

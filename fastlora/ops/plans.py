@@ -63,7 +63,7 @@ def choose_plan(
 
 
 def fp32_precision(dtype: torch.dtype) -> str:
-    """Return the precision of fp32 products: "tf32" if the user has allowed it, else "ieee".
+    """Return the precision of fp32 products: "tf32" if the user has allowed TF32, else "ieee".
 
     torch's older switches (``set_float32_matmul_precision``, ``allow_tf32``) also set the value
     that is read here. Reading the older switches raises once the newer switch has been used.
@@ -81,7 +81,7 @@ def _plan_from_table(
     group_n: int | None,
     slots: int,
 ) -> str:
-    """Return the plan in the chip's table for the sizes of a layer and its input."""
+    """Look up the plan for the sizes of a layer and its input in the chip's table."""
     (n, k), m, rounding = weight.shape, x.shape[0], fp32_precision(x.dtype)
     chips, configs = _import_kernel_modules()
     chip, sizes = chips.chip_of(x.device), {"m": m, "n": group_n or n, "k": k, "r": r}

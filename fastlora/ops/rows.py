@@ -75,11 +75,11 @@ class Rows:
     _pieces: dict[int, torch.Tensor] | None = field(default_factory=dict, repr=False)
 
     def operator_arguments(self) -> list[torch.Tensor]:
-        """Return the list of tensors that operators receive as their argument ``rows``."""
+        """Return the list of tensors to pass to an operator as its ``rows`` argument."""
         return [self.order, self.segment_of, self.segment_slot, self.slot_start]
 
     def pieces(self, block_m: int) -> torch.Tensor:
-        """Return the sorted position at which each piece starts, int32 ``[pieces + 1]``.
+        """Return the position in sorted order at which each piece starts, int32 ``[pieces + 1]``.
 
         Unused entries are M.
 
@@ -104,7 +104,7 @@ class Rows:
 
     @functools.cached_property
     def segments(self) -> tuple[Segment, ...]:
-        """A tuple of the segment of each slot that has rows, in order of slots.
+        """A tuple of segments in slot order, one for each slot that has rows.
 
         If the ids are on a GPU, the host waits for them.
         """
@@ -146,7 +146,7 @@ class Rows:
 
     @functools.cached_property
     def segment_index(self) -> torch.Tensor:
-        """The index of each row's segment, int64 ``[M]``; ``len(segments)`` without an adapter."""
+        """The segment index of each row, int64 ``[M]``; ``len(segments)`` without an adapter."""
         member = torch.full((self.m,), len(self.segments))
         for index, (_, start, stop) in enumerate(self.segments):
             member[start:stop] = index
@@ -173,7 +173,7 @@ def sort_rows(
     *,
     cache_pieces: bool = True,
 ) -> Rows:
-    """Sort the rows of a batch by the slots of their adapters, and return the `Rows`.
+    """Sort the rows of a batch by adapter slot, and return a `Rows`.
 
     Args:
         ids: Integer tensor ``[B]``, where m is a multiple of B. Each id covers ``m / B`` adjacent
@@ -203,7 +203,7 @@ def sort_rows(
 
 
 def rows_from_tensors(tensors: Sequence[torch.Tensor]) -> Rows:
-    """Return a `Rows` made of the tensors in an operator's argument ``rows``.
+    """Build a `Rows` from the tensors in an operator's ``rows`` argument.
 
     Pieces at the end of the argument are ignored.
     """
@@ -217,7 +217,7 @@ def rows_from_tensors(tensors: Sequence[torch.Tensor]) -> Rows:
 def _rows_sort(
     ids: torch.Tensor, m: int, slots: int, device: torch.device, block_m: int
 ) -> tuple[torch.Tensor, ...]:
-    """Return a tuple of the first five fields of `Rows`, and of the pieces for ``block_m``.
+    """Return a tuple with the first five fields of `Rows` and the pieces for ``block_m``.
 
     If ``block_m`` is 0, the tensor of pieces is empty.
     """
@@ -262,7 +262,7 @@ def _(
 def _empty_sort_results(
     m: int, slots: int, device: torch.device, block_m: int
 ) -> tuple[torch.Tensor, ...]:
-    """Return a tuple of uninitialized tensors, shaped and typed as the results of `_rows_sort`."""
+    """Return uninitialized tensors with the shapes and dtypes that `_rows_sort` returns."""
     present, entries = torch.sym_min(m, slots + 2), pieces_length(m, slots, block_m)
     sizes = (m, m, present, slots + 1, 1, entries if block_m else 0)
     dtypes = (*[torch.int32] * 4, torch.bool, torch.int32)
@@ -272,7 +272,7 @@ def _empty_sort_results(
 
 @register_kernel("rows_pieces")
 def _rows_pieces(segment_of: torch.Tensor, slots: int, block_m: int) -> torch.Tensor:
-    """Return the sorted position at which each piece starts; see `Rows.pieces`."""
+    """Return the position in sorted order at which each piece starts; see `Rows.pieces`."""
     m = segment_of.shape[0]
     position = torch.arange(m, dtype=torch.int32, device=segment_of.device)
     starts = _run_starts(segment_of) | (position % block_m == 0)
@@ -290,7 +290,7 @@ def _(segment_of: torch.Tensor, slots: int, block_m: int) -> torch.Tensor:
 
 
 def pieces_length(m: int, slots: int, block_m: int) -> int:
-    """Return the number of entries in the result of `Rows.pieces`; sizes may be symbolic."""
+    """Return the number of entries that `Rows.pieces` returns. The arguments may be symbolic."""
     entries: int = -(-m // max(block_m, 1)) + torch.sym_min(m, slots + 2) + 1
     return entries
 

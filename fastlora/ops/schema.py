@@ -93,13 +93,13 @@ def define_operator_with_fake(
 
 
 class Operators(Protocol):
-    """Protocol of an object with the operators as attributes."""
+    """Protocol of an object that has the operators as attributes."""
 
     def __getattr__(self, name: str) -> Callable[..., Any]: ...
 
 
 def operators_for(x: torch.Tensor, in_autograd_function: bool = False) -> Operators:
-    """Return an object with the registered operators, or with their implementations.
+    """Return the registered operators if something observes x, else their implementations.
 
     If nothing observes operators on x, and x is on the current device, the result provides the
     functions that the operators run. This saves the dispatcher's 5 us per call.
@@ -115,7 +115,7 @@ def operators_for(x: torch.Tensor, in_autograd_function: bool = False) -> Operat
 
 @functools.cache
 def launch_module(backward: bool) -> ModuleType:
-    """Return the Python module with the kernel launches of a backward or of a forward pass."""
+    """Return the Python module that contains the kernel launches of a forward or backward pass."""
     from fastlora.ops.triton import backward as gradients
     from fastlora.ops.triton import forward
 
@@ -134,7 +134,7 @@ _DROP = "Tensor? seeds, float[] dropout_p"
 def lora_shrink_fake(
     x: torch.Tensor, rows: _Tensors, lora_a: _Factors, modules: int, *_: object
 ) -> torch.Tensor:
-    """Return the shrink output s of G modules: ``[G, M, R]``, or ``[M, R]`` for one slot.
+    """Return an empty tensor for s of G modules: ``[G, M, R]``, or ``[M, R]`` for one slot.
 
     If there is one slot, the modules are side by side. ``lora_a`` lists the slots of each module in
     turn. Active dropout requires one module.
@@ -159,7 +159,7 @@ def lora_linear_fake(
     factors: _Factors,
     *_: object,
 ) -> _Tensors:
-    """Return a list with the layer's output y, and with the shrink output s unless it is given."""
+    """Return a list of empty tensors: the output y and, unless s is given, the shrink output s."""
     y, largest = x.new_empty(x.shape[0], weight.shape[0]), max_rank(factors[::3], 0)
     if s is not None:
         return [y]
@@ -171,14 +171,14 @@ def lora_linear_fake(
     " Tensor scaling, str impl) -> ()"
 )
 def lora_expand_fake(*_: object) -> None:
-    """Add ``scaling * (s @ lora_b.T + lora_bias)`` of each row's adapter to y in place."""
+    """Do nothing. The operator adds ``scaling * (s @ lora_b.T + lora_bias)`` to y in place."""
 
 
 @define_operator_with_fake(
     "lora_dropout(Tensor x, Tensor seed, float dropout_p) -> Tensor", "triton"
 )
 def lora_dropout_fake(x: torch.Tensor, *_: object) -> torch.Tensor:
-    """Return x after dropout, with the mask that the kernels use for one adapter."""
+    """Return an empty tensor for the result of the kernels' dropout on x."""
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
@@ -186,7 +186,7 @@ def lora_dropout_fake(x: torch.Tensor, *_: object) -> torch.Tensor:
     "lora_keep(Tensor x, Tensor seed, float dropout_p, Tensor? after) -> Tensor", "eager"
 )
 def lora_keep_fake(x: torch.Tensor, *_: object) -> torch.Tensor:
-    """Return PyTorch's dropout mask of x; see `reference.lora_keep`.
+    """Return an empty tensor for PyTorch's dropout mask of x; see `reference.lora_keep`.
 
     ``after`` is not read. A backward pass passes one of its own tensors. The dependency prevents
     compilers from merging the mask with that of the forward pass and from computing it there,
@@ -213,7 +213,7 @@ def lora_grad_b_fake(
     with_factors: bool,
     impl: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return a tuple (ds, gradients of lora_b and lora_bias, column sums of dy).
+    """Return a tuple of empty tensors (ds, lora_b and lora_bias gradients, column sums of dy).
 
     With rows, which come in runs of ``run``, the gradients are one buffer for
     `layout.split_grad_b`. The buffer is empty unless ``with_factors`` is set. ``with_bias`` tells
@@ -242,7 +242,7 @@ def lora_grad_x_fake(
     lora_a: _Factors,
     *_: object,
 ) -> torch.Tensor:
-    """Return the gradient of x, or only the adapters' part of it if there is no weight."""
+    """Return an empty tensor for the gradient of x, or for the adapters' contribution to it."""
     return dy.new_empty(dy.shape[0], fill_missing_factors(lora_a, 0)[0].shape[1])
 
 
@@ -253,7 +253,7 @@ def lora_grad_x_fake(
 def lora_grad_a_fake(
     x: torch.Tensor, ds: _Tensors, rows: _Tensors, run: int, lora_a: _Factors, *_: object
 ) -> _Tensors:
-    """Return a list of the gradients of lora_a of G modules, given one ds per module.
+    """Return a list of empty lora_a gradients for G modules, given one ds per module.
 
     With active dropout, x is read once for each module. With one slot, the list contains one tensor
     for each module. With rows, which are in runs of ``run`` rows, it contains one buffer for
@@ -288,7 +288,7 @@ def lora_linear_at_fake(
     plan: str,
     shrink_range: list[int] | None = None,
 ) -> _Tensors:
-    """Return a list with the output y of one module, and with s for ``shrink_range``.
+    """Return a list of empty tensors: the output y of one module and, if needed, a shared s.
 
     ``shrink_range`` has the modules that share a shrink, as a range of table rows: the first row,
     and the row after the last one. Their s, which the list omits if it is given, consists of
@@ -306,7 +306,7 @@ def lora_linear_at_fake(
     f"lora_add_at_(Tensor(a!) y, Tensor x, Tensor[] rows, {_TABLES}, str impl) -> ()"
 )
 def lora_add_at_fake(*_: object) -> None:
-    """Add the update of each row's own adapter to y in place."""
+    """Do nothing. The operator adds the update of each row's own adapter to y in place."""
 
 
 @define_operator_with_fake(
@@ -314,7 +314,7 @@ def lora_add_at_fake(*_: object) -> None:
     " str impl) -> ()"
 )
 def lora_scale_fake(*_: object) -> None:
-    """Compute ``y = (y - bias) * g + bias`` in the rows of adapters that have DoRA scales g.
+    """Do nothing. The operator computes ``y = (y - bias) * g + bias`` in the rows of DoRA adapters.
 
     ``scale_address`` is int64 ``[G, S]``, the addresses of g, fp32 ``[N]``. 0 stands for no scales;
     see also `fastlora.ops.factors.PENDING`. All other rows are not changed.

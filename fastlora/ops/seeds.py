@@ -47,7 +47,7 @@ def draw_seeds(
 
 
 def layer_seeds(seeds: torch.Tensor, layers: Sequence[int]) -> torch.Tensor:
-    """Derive the dropout seeds of L layers from those of S adapters, and return int64 ``[L, S]``.
+    """Return the dropout seeds of L layers, int64 ``[L, S]``, derived from the seeds of S adapters.
 
     ``layers`` are the numbers of the layers.
     """
@@ -57,7 +57,7 @@ def layer_seeds(seeds: torch.Tensor, layers: Sequence[int]) -> torch.Tensor:
 
 
 def seeds_of_layer(seeds: torch.Tensor, layer: int) -> torch.Tensor:
-    """Derive one layer's dropout seeds from those of S adapters, and return int64 ``[S]``.
+    """Return the dropout seeds of one layer, int64 ``[S]``, derived from the seeds of S adapters.
 
     See `layer_seeds`.
     """
@@ -77,5 +77,5 @@ def _mixed_bits(z: torch.Tensor) -> torch.Tensor:
 
 
 def _logical_shift_right(z: torch.Tensor, bits: int) -> torch.Tensor:
-    """Return z, int64, shifted right logically by ``bits`` bits."""
+    """Shift the int64 tensor z right by ``bits`` bits, filling with zeros."""
     return (z >> bits) & (2 ** (64 - bits) - 1)

@@ -20,7 +20,7 @@ from fastlora.routing.active import active_routings, replace_active_routings
 
 @functools.cache
 def patch_activation_checkpointing() -> None:
-    """Patch `torch.utils.checkpoint` so that recomputation uses the routing of the first run.
+    """Patch `torch.utils.checkpoint` so that recomputation uses the original routing.
 
     The patch applies to all checkpoints that the process creates afterwards.
     """
@@ -28,7 +28,7 @@ def patch_activation_checkpointing() -> None:
     other = torch_checkpoint._checkpoint_without_reentrant_generator
 
     class CheckpointFunction(reentrant):  # type: ignore[misc, valid-type]  # made once
-        """torch's class, applied to a function that is wrapped together with its routing."""
+        """A `CheckpointFunction` that recomputes with the routing of the original forward pass."""
 
         @classmethod
         def apply(cls, function: Callable[..., Any], *args: Any) -> Any:

@@ -31,7 +31,7 @@ def active_routings() -> tuple[Routing, ...]:
 
 
 def active_routing(layer: RoutedLayer) -> Routing | None:
-    """Return the routing of the innermost open block of a layer's model, or None."""
+    """Return the routing of the innermost block that is open for a layer's model, or None."""
     by_group = _thread.by_group
     return by_group.get(layer.routing_group) if by_group else None
 
@@ -42,7 +42,7 @@ def is_tracking_rows() -> bool:
 
 
 def is_capturing_cuda_graph(tensor: torch.Tensor) -> bool:
-    """Return whether operators on a tensor are recorded in a CUDA graph captured by this thread."""
+    """Return whether this thread is capturing operators on a tensor in a CUDA graph."""
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
@@ -53,7 +53,7 @@ def _set_active(routings: tuple[Routing, ...]) -> None:
 
 @contextlib.contextmanager
 def activate_routing(routing: Routing) -> Iterator[None]:
-    """Context manager that activates a routing; those of other models stay active.
+    """Context manager that activates a routing and keeps the routings of other models active.
 
     Raises:
         RuntimeError: Blocks do not end in the reverse order of their beginning, as with interleaved
@@ -89,7 +89,7 @@ def activate_routing(routing: Routing) -> Iterator[None]:
 
 @contextlib.contextmanager
 def replace_active_routings(routings: tuple[Routing, ...]) -> Iterator[None]:
-    """Context manager that replaces the thread's active routings by ``routings``."""
+    """Context manager that replaces the thread's active routings with ``routings``."""
     before = _thread.open
     _set_active(routings)
     try:
@@ -109,7 +109,7 @@ def skip_batch_checks() -> Iterator[None]:
 
 
 def discard_unused_results(group: RoutingGroup) -> None:
-    """Drop the results computed for layers that were not called in a model's forward pass."""
+    """Discard the results computed for layers that a model's forward pass did not call."""
     if not is_being_compiled() and group.unfinished:
         group.discard_unused_results()
 
@@ -121,7 +121,7 @@ def check_batch_matches_ids(
     *,
     per_sample: bool = False,
 ) -> None:
-    """Raise `ValueError` unless the batch in a model's arguments fits the ids of its routing.
+    """Raise `ValueError` unless the batch in a model's arguments fits the ids of the routing.
 
     If ``per_sample`` is set, ids per token raise too, because the model will process further tokens
     later, as in ``generate()``.

@@ -16,7 +16,7 @@ _training = attrgetter("training")
 
 
 class AdapterSnapshot:
-    """A record of adapters' modules, parameters and their versions, scalings, and dropouts.
+    """A record of adapters' modules, parameters, parameter versions, scalings, and dropouts.
 
     The record is checked once when a block begins. It does not detect writes that do not change a
     tensor's version. Weights versions (`fastlora.weights_version`) cover these writes, and are
@@ -41,7 +41,7 @@ class AdapterSnapshot:
         self._hooked = self._has_inference_tensors = False
 
     def add(self, layer: nn.Module, scaling: Mapping[str, object], names: Sequence[str]) -> None:
-        """Record those of the named adapters that a layer has.
+        """Record the adapters in ``names`` that a layer has.
 
         ``scaling`` maps the names to the layer's scalings.
         """

@@ -111,7 +111,7 @@ def routing_from_parameters(
     seeds: Mapping[str, int] | None,
     validate: bool,
 ) -> Routing:
-    """Return the routing of a block if the adapters are parameters of the model's layers.
+    """Return the routing of a block for adapters that are parameters of the model's layers.
 
     A slot is an index into ``known``, the names of the model's adapters. ``source`` returns the
     `AdapterSource` for a sequence of these names.

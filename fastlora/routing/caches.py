@@ -51,7 +51,7 @@ class RoutedLayer(Protocol):
 
 
 class PackedAdapterSet:
-    """A set of adapters, with packed factors for each layer that has run with the set twice.
+    """A set of adapters, with packed factors for each layer that has run with this set twice.
 
     Args:
         factors_can_change: Whether the factors can change. A pool's factors cannot.
@@ -86,7 +86,7 @@ class PackedAdapterSet:
     def get_or_should_pack(
         self, number: int, dtype: torch.dtype, kind: BatchKind
     ) -> tuple[PackedLayerFactors | None, bool]:
-        """Return a tuple (pack, now): the packed factors or None, and whether to pack them now."""
+        """Return a tuple (packed factors or None, whether the caller should pack them now)."""
         key = (number, dtype, kind)
         pack = self._packs.get(key)
         if pack is not None or key in self._packs:
@@ -120,7 +120,7 @@ class PackedAdapterSet:
 
 
 class AdapterSetCache:
-    """A model's cache of adapter sets: the most recently used sets, and those CUDA graphs read."""
+    """A model's cache of recently used adapter sets, and of objects that CUDA graphs read."""
 
     def __init__(self) -> None:
         self._captured: dict[int, object] = {}
@@ -128,7 +128,7 @@ class AdapterSetCache:
         self._lock = threading.Lock()  # Threads that serve one model share its packs.
 
     def get(self, key: tuple[Hashable, ...], factors_can_change: bool) -> PackedAdapterSet:
-        """Return the cached adapter set for a key, or a new set if it is missing or outdated.
+        """Return the cached adapter set for a key, or a new set if none is cached and up to date.
 
         A set is outdated if its factors have changed. ``factors_can_change`` tells whether
         the factors can change.
@@ -147,13 +147,13 @@ class AdapterSetCache:
             return known
 
     def clear(self) -> None:
-        """Clear all cached sets; required if factors may change, or may have changed undetected."""
+        """Clear all cached sets, as required if factors may change or have changed unnoticed."""
         weights_versions.invalidate_trained_weights()  # Open blocks have sets too.
         with self._lock:
             self._sets.clear()
 
     def pin(self, *objects: object) -> None:
-        """Keep references to objects that a CUDA graph reads, so their addresses stay valid."""
+        """Keep references to objects that a CUDA graph reads, so the addresses stay valid."""
         self._captured.update((id(each), each) for each in objects)
 
     def unpin(self) -> None:

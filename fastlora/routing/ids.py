@@ -24,8 +24,7 @@ def check_adapter_name(name: object) -> None:
         raise ConfigError(f"adapter_name must be a non-empty string without dots, got {name!r}")
     if name == BASE:
         raise ConfigError(
-            f"adapter_name cannot be {name!r}, which selects the base model without an adapter in "
-            "a batch"
+            f"adapter_name cannot be {name!r}, which selects the base model without an adapter"
         )
     if hasattr(nn.ModuleDict, name):
         raise ConfigError(f"adapter_name cannot be {name!r}, a method of nn.ModuleDict")
@@ -128,7 +127,7 @@ def ids_cover_whole_entries(shape: Sequence[int], ids: int) -> bool:
 
 
 class _PendingIdCheck(NamedTuple):
-    """A batch's flag, which is true if an id is out of range, and the message of the error.
+    """A flag that is true if a batch has an id out of range, and the error message for this case.
 
     ``arrived`` is the CUDA event recorded after the flag's copy to the host, or None if the flag
     was on the CPU.
@@ -140,7 +139,7 @@ class _PendingIdCheck(NamedTuple):
 
 
 class DeferredIdChecks:
-    """The batches of a model whose ids are checked on the GPU, without making the host wait."""
+    """Pending checks of batch ids on the GPU, collected without blocking the host."""
 
     # With more pending batches than this, wait for the oldest. If the device is this far behind,
     # waiting costs no time.
@@ -151,7 +150,7 @@ class DeferredIdChecks:
         self._lock = threading.Lock()
 
     def add(self, flag: torch.Tensor, message: str) -> None:
-        """Start copying a flag, bool ``[1]``, to the host; it is true if an id is out of range."""
+        """Start copying to the host a flag, bool ``[1]``, that is true if an id is out of range."""
         arrived = None
         if flag.is_cuda:
             host = torch.empty(flag.shape, dtype=torch.bool, pin_memory=True)
@@ -162,7 +161,7 @@ class DeferredIdChecks:
             self._pending.append(_PendingIdCheck(flag, arrived, message))
 
     def check(self) -> None:
-        """Raise `AdapterNotFoundError` if a flag on the host says that a batch had an invalid id.
+        """Raise `AdapterNotFoundError` if a flag copied to the host reports an id out of range.
 
         Events cannot be queried while a CUDA graph is being captured. In this case, a later call
         raises.

@@ -35,7 +35,7 @@ _FINDERS: list[Callable[[Any], Router | None]] = []
 
 
 def register_router(find: Callable[[Any], Router | None]) -> Callable[[Any], Router | None]:
-    """Register a function that maps a model to its router, or to None if it finds none.
+    """Register a function that returns a model's router, or None if it finds no router.
 
     Functions are tried in the order of their registration. The order matters for speed: patched
     models are found by a walk over all modules, of which a model with many adapters has tens of

@@ -69,7 +69,7 @@ class RoutingGroup(UncopiedCache):
             self._open += change
 
     def discard_unused_results(self) -> None:
-        """Drop the results that this thread computed for layers that were not called afterwards."""
+        """Discard this thread's results for layers that were not called afterwards."""
         if self.unfinished:
             thread = threading.get_ident()
             for place in [place for place in [*self.unfinished] if place[0] == thread]:
@@ -87,9 +87,9 @@ class RoutingGroup(UncopiedCache):
         if self._open:
             raise AdapterStateError(
                 f"{operation}() was called while {self._open} fastlora.adapters() or "
-                "adapter_names= blocks of this model are open, in this thread or another. Their "
-                "rows would lose their adapters or use other weights; call it after the blocks "
-                "have ended"
+                "adapter_names= blocks of this model are open, in this thread or another. The rows "
+                "in these blocks would lose their adapters or use other weights. Call "
+                f"{operation}() after the blocks have ended"
             )
 
 
@@ -162,7 +162,7 @@ class Routing:
         return self.ids.numel() > 1
 
     def check_gets_all_rows(self, layer: RoutedLayer, x: torch.Tensor, compiling: bool) -> None:
-        """Raise if a layer gets only some rows of the batch, or might do so in compiled code.
+        """Raise an error if a layer gets, or might get when compiled, only some rows of the batch.
 
         Raises:
             UnsupportedLayerError: The layer gets or may get only some rows. The message names it.
@@ -174,7 +174,7 @@ class Routing:
             raise_partial_batch(layer)
 
     def check_samples_first(self, layer: RoutedLayer, x: torch.Tensor) -> None:
-        """Raise if the samples cannot be along the first dimension of ``x [..., K]``.
+        """Raise an error if the first dimension of ``x [..., K]`` cannot be the sample dimension.
 
         Raises:
             ValueError: An id's rows would end within an entry of the leading dimensions.
@@ -193,14 +193,14 @@ class Routing:
             )
 
     def pause_row_tracking(self) -> contextlib.AbstractContextManager[None]:
-        """Return a context manager that pauses row tracking, for code that restores the order."""
+        """Return a context manager that pauses tracking, for code that restores the row order."""
         row_checker = self.cache.row_checker
         if row_checker is None or row_checker.order is None or not row_checker.order.is_recording:
             return contextlib.nullcontext()
         return row_checker.order.pause_row_tracking()
 
     def layer_dropout_seeds(self, number: int, device: torch.device) -> torch.Tensor:
-        """Return the dropout seeds of the layer with number ``number``, int64 ``[S]``, on a device.
+        """Return the dropout seeds of layer ``number`` on a device, int64 ``[S]``.
 
         The seeds of all layers are copied to the device together.
         """
@@ -220,7 +220,7 @@ class Routing:
         return known[number]
 
     def cached_adapter_set(self, key: tuple[Hashable, ...]) -> PackedAdapterSet:
-        """Return the model's cached packed factors of a set of adapters, for a key.
+        """Return the `PackedAdapterSet` for a key, from the cache of the block or of the model.
 
         Whether factors have changed is checked once per block, and again after a change of the
         weights version.
@@ -231,11 +231,11 @@ class Routing:
         return known
 
     def adapter_identities(self, rows: Rows) -> tuple[Hashable, ...]:
-        """Return a tuple of the identities of the adapters that have rows, in slot order."""
+        """Return a tuple of the identities of all adapters that have rows, in slot order."""
         return tuple(self.source.adapter_key(segment.slot) for segment in rows.segments)
 
     def defer_id_check(self) -> None:
-        """Have a later block of the model raise if an id was out of range, without waiting now."""
+        """Defer the check for ids out of range to a later block of the model, without waiting."""
         message = f"in an earlier block, {self._out_of_range()}; the outputs of its rows are NaN"
         for rows in self.cache.rows.values():
             self.group.unchecked.add(rows.invalid, message)
@@ -248,7 +248,7 @@ class Routing:
 
 
 def number_layers(names: Sequence[str], taken: Iterable[int] = ()) -> list[int]:
-    """Return a list with one number per layer name: its CRC-32, or the next number not in use.
+    """Return one number per layer name: the CRC-32 of the name, or the next unused number.
 
     The number depends on the name, so that a layer's dropout does not depend on which other modules
     are adapted. ``taken`` are the numbers of the model's other layers.
@@ -266,7 +266,7 @@ def number_layers(names: Sequence[str], taken: Iterable[int] = ()) -> list[int]:
 def add_to_group(
     group: RoutingGroup, root: nn.Module, layers: Sequence[tuple[str, RoutedLayer]]
 ) -> None:
-    """Add layers, given by name, to a model's group; layers already in it keep their numbers."""
+    """Add named layers to a model's group. Layers already in the group keep their numbers."""
     new = [(name, layer) for name, layer in layers if layer.routing_group is not group]
     if new:
         taken = [layer.routing_index for _, layer in layers if layer.routing_group is group]

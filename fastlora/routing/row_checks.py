@@ -110,13 +110,13 @@ class RowChecks:
         return self._names.get(layer.routing_index, type(layer).__name__)
 
     def unsupported_reason(self, layer: RoutedLayer) -> str | None:
-        """Return the reason why a layer raises in mixed batches, or None if it does not raise."""
+        """Return the reason why a layer does not support mixed batches, or None if it does."""
         return self._unsupported.get(layer.routing_index)
 
     def record_block(
         self, mode: bool, ran: Iterable[RoutedLayer], even: Collection[int] = ()
     ) -> None:
-        """Record that layers got all rows in a block whose rows were tracked.
+        """Record that layers got all rows in a block in which rows were tracked.
 
         Args:
             mode: Whether the model trains.
@@ -134,7 +134,7 @@ class RowChecks:
                 layer.may_see_partial_rows = False
 
     def always_raise_for(self, layer: RoutedLayer, reason: str) -> None:
-        """Make a layer raise, now and in all later mixed batches, including in compiled code.
+        """Make a layer raise an error in this and all later mixed batches, even in compiled code.
 
         Raises:
             UnsupportedLayerError: Always.
@@ -144,7 +144,7 @@ class RowChecks:
         raise_partial_batch(layer)
 
     def warn_unchecked_layer(self, layer: RoutedLayer) -> None:
-        """Warn about a layer that first runs unchecked, and have the next block check it."""
+        """Warn that a layer ran unchecked for the first time, and have the next block check it."""
         mode = bool(layer.training)
         if layer.routing_index in self._shown[mode] or self._blocks[mode] < _MOST_BLOCKS:
             return
@@ -190,12 +190,12 @@ class BlockRowChecker:
                 self._checks.record_block(self._mode, self._ran.values(), self._even)
 
     def record_batch_inputs(self, inputs: Iterable[object]) -> None:
-        """Record that the tensors among a model's inputs are in the order of the batch."""
+        """Record that the rows of a model's input tensors are in the order of the batch."""
         if self.order is not None:
             self.order.record_in_order(inputs)
 
     def stop_tracking(self) -> None:
-        """Stop tracking rows, and discard the records about the layers that ran in this block."""
+        """Stop tracking rows, and discard the record of the layers that ran in this block."""
         self._ran.clear()
         if self.order is not None:
             self.order.stop_recording()
@@ -238,8 +238,8 @@ def raise_partial_batch(layer: RoutedLayer) -> None:
         raise UnsupportedLayerError(f"layer {name!r} {reason}; {advice}")
     raise UnsupportedLayerError(
         f"layer {name!r} looks like an expert in a mixture of experts, which would get only some "
-        "rows of the batch, and no mixed batch has shown yet that it gets all of them. Run one "
-        f"without torch.compile first. If the layer does not get all rows, {advice}"
+        "rows of the batch. No mixed batch has shown yet that the layer gets all rows. Run a mixed "
+        f"batch without torch.compile first. If the layer does not get all rows, {advice}"
     )
 
 
@@ -278,7 +278,7 @@ class _PathStep(NamedTuple):
 
 
 class _ExpertDetector:
-    """Finds modules of the same structure, such as experts, and caches the results."""
+    """Finds modules with the same structure, such as experts, and caches the results."""
 
     def __init__(self) -> None:
         self._known: dict[int, int] = {}
@@ -288,7 +288,7 @@ class _ExpertDetector:
         self._steps: dict[tuple[str, bool], _PathStep] = {}
 
     def looks_like_expert(self, root: nn.Module, name: str, layer: RoutedLayer) -> bool:
-        """Return whether a layer looks like an expert, or like a part of one.
+        """Return whether a layer looks like an expert or a part of an expert.
 
         The result is True if the layer is in one of several modules of the same structure, and
         either a name says that they are experts or a router is next to them. A router is a matrix
@@ -312,7 +312,7 @@ class _ExpertDetector:
         return False
 
     def _step(self, modules: list[nn.Module], names: list[str], at_layer: bool) -> _PathStep:
-        """Return the `_PathStep` at the end of a path; ``at_layer``: whether that is the layer."""
+        """Return the last step of a path; ``at_layer`` tells whether the path ends at a layer."""
         holder, child = modules[-2:]
         alike = self._count_same_structure(holder)[names[-1]]
         if alike == 1:
@@ -324,7 +324,7 @@ class _ExpertDetector:
         return _PathStep(alike, "expert" in " ".join(words).lower(), beside)
 
     def _count_same_structure(self, holder: nn.Module) -> dict[str, int]:
-        """Return a dict that maps a child's name to the number of children of its structure."""
+        """Map each child's name to the number of children with the same structure."""
         known = self._counts.get(id(holder))
         if known is None:
             numbers: dict[str, int] = {}
@@ -358,7 +358,7 @@ class _ExpertDetector:
         return known
 
     def _parameter_shapes(self, holder: nn.Module) -> set[tuple[int, ...]]:
-        """Return the set of parameter shapes of a module and its children, without adapters."""
+        """Return the set of parameter shapes of a module and its children, excluding adapters."""
         known = self._shapes.get(id(holder))
         if known is None:
             known = self._shapes[id(holder)] = set()

@@ -63,7 +63,7 @@ class RowFacts(NamedTuple):
 
 
 class StorageFacts(NamedTuple):
-    """A storage's facts; the weak reference prevents another storage from getting its key."""
+    """The facts about a storage, and a weak reference that prevents its key from being reused."""
 
     storage: StorageWeakRef
     facts: RowFacts
@@ -82,7 +82,7 @@ _FIRST_DROP = 4096
 
 
 class RowFactsTable:
-    """The facts about the rows of each tensor of a block.
+    """The facts about the rows of every tensor in a block.
 
     Args:
         count: Number of adapter ids of the batch.
@@ -139,7 +139,7 @@ class RowFactsTable:
         return None if known is None else row_samples.samples_of_view(tensor, known, lead)
 
     def carry_samples(self, source: torch.Tensor, out: object) -> torch.Tensor | None:
-        """Return the samples of ``out``, computed row by row from ``source``, or None."""
+        """Return the samples of a result that was computed row by row from ``source``, or None."""
         if not isinstance(out, torch.Tensor) or not out.dim():
             return None
         known = self.facts_of(source).samples
@@ -154,7 +154,7 @@ class RowFactsTable:
     def facts_from_samples(
         self, samples: torch.Tensor | None, origin: int | None, *, fixed: bool
     ) -> RowFacts:
-        """Return the facts about rows that an index has selected, given the sample of each row.
+        """Return the facts about rows selected by an index, given the sample of each row.
 
         Args:
             samples: The samples, or None if they are unknown.
@@ -167,18 +167,18 @@ class RowFactsTable:
         return RowFacts(RowOrigin.CHOSEN, origin, None, found, fixed)
 
     def are_fixed(self, *tensors: torch.Tensor) -> bool:
-        """Return whether every batch has the same samples in the rows of all of these tensors."""
+        """Return whether the rows of all given tensors hold the same samples in every batch."""
         found = map(self.facts_of, tensors)
         return all(
             facts.fixed or facts.kind not in (RowOrigin.EVEN, RowOrigin.CHOSEN) for facts in found
         )
 
     def are_data_independent(self, *indices: torch.Tensor | None) -> bool:
-        """Return whether all of these index tensors were computed without any input data."""
+        """Return whether all of the index tensors were computed without any input data."""
         return all(index is None or self.facts_of(index).kind in TABLES for index in indices)
 
     def discard(self, tensor: torch.Tensor) -> None:
-        """Discard the facts about a tensor, which then counts as rows of the batch in order."""
+        """Discard the facts about a tensor. Its rows then count as the batch's rows in order."""
         self._by_storage.pop(storage_key(tensor), None)
 
 

@@ -41,7 +41,7 @@ _COPIES = {aten._to_copy, aten.clone, aten.lift_fresh, aten.lift_fresh_copy}
 def apply_rule(
     known: RowFactsTable, func: OpOverload, args: Arguments, kwargs: Keywords, out: object
 ) -> RowFacts | None:
-    """Apply the operator's rule: return the facts about its result, or None to change nothing."""
+    """Apply an operator's rule, and return the facts about the result, or None for no change."""
     rule = _RULES.get(getattr(func, "overloadpacket", None))
     return _default_rule(known, func, args, kwargs, out) if rule is None else rule(known, args, out)
 
@@ -70,7 +70,7 @@ def _default_rule(
 
 
 def _combined_facts(known: RowFactsTable, operands: list[torch.Tensor], out: object) -> RowFacts:
-    """Return the facts about a result whose rows may come from any of several operands."""
+    """Return the facts about a result with rows that may come from any of several operands."""
     kinds = [known.facts_of(tensor).kind for tensor in operands]
     shape = next((tensor.shape for tensor in tensors_in(out)), None)
     full = [
@@ -126,7 +126,7 @@ def _counts_all_entries(known: RowFactsTable, index: torch.Tensor, rows: torch.T
 
 
 def _table_lookup_facts(known: RowFactsTable, kind: RowOrigin, indices: Indices) -> RowFacts:
-    """Return the facts about rows looked up in a table, which depend on those about the indices."""
+    """Return the facts about rows looked up in a table, based on the facts about the indices."""
     if known.are_data_independent(*indices):
         return TABLE if kind is RowOrigin.TABLE else CONSTANT
     if kind is RowOrigin.IDENTITY:
@@ -213,7 +213,7 @@ def _samples_after_write(
 
 
 def _rows_from_argument(which: int) -> Rule:
-    """Return the rule of operators whose rows come from argument ``which``, such as `mm`."""
+    """Return the rule of operators, such as `mm`, that take their rows from argument ``which``."""
 
     def rule(known: RowFactsTable, args: Arguments, out: object) -> RowFacts | None:
         source = args[which]
@@ -234,7 +234,7 @@ def _rows_from_argument(which: int) -> Rule:
 
 
 def _convert_dtype(known: RowFactsTable, args: Arguments, out: object) -> RowFacts | None:
-    """Apply the rule of dtype conversions: floats converted from integers or bools are a choice."""
+    """Apply the rule of dtype conversions: integers or bools converted to floats are a `CHOICE`."""
     source = args[0]
     facts = known.facts_of(source)
     whole = not (source.is_floating_point() or source.is_complex())
@@ -298,7 +298,7 @@ def _write_along(adds: bool) -> Rule:
 
 
 def _unexpanded_row_index(index: torch.Tensor) -> torch.Tensor:
-    """Undo the expansion of a row index to the elements of each row, as `gather` requires it.
+    """Return the row index that was expanded to the elements of each row, as `gather` requires.
 
     An index that was not expanded is returned unchanged, as an index of elements.
     """
@@ -335,7 +335,7 @@ def _nonzero(known: RowFactsTable, args: Arguments, out: object) -> RowFacts | N
 
 
 def _sort(known: RowFactsTable, args: Arguments, out: Sequence[torch.Tensor]) -> RowFacts | None:
-    """Apply the rule of `sort`: the permutation that sorts an index is the index's inverse."""
+    """Apply the rule of `sort`: the permutation that sorts an index is the inverse of the index."""
     source = next(tensors_in(args))
     _topk(known, args, out)
     if not source.is_floating_point():
@@ -344,7 +344,7 @@ def _sort(known: RowFactsTable, args: Arguments, out: Sequence[torch.Tensor]) ->
 
 
 def _topk(known: RowFactsTable, args: Arguments, out: Sequence[torch.Tensor]) -> RowFacts | None:
-    """Apply the rule of `topk`: a vector's values are those that the returned indices select."""
+    """Apply the rule of `topk`: the returned indices select the returned values of a vector."""
     source = next(tensors_in(args))
     facts = ROWS
     if out[0].dim() == 1 and not known.are_data_independent(source):
@@ -358,7 +358,7 @@ def _topk(known: RowFactsTable, args: Arguments, out: Sequence[torch.Tensor]) ->
 
 
 def _cat_or_stack(stacks: bool) -> Rule:
-    """Return the rule of `cat` and `stack`: joined parts of chosen rows may be in order again."""
+    """Return the rule of `cat` and `stack`: joining selected rows may restore the batch order."""
 
     def rule(known: RowFactsTable, args: Arguments, out: object) -> RowFacts | None:
         parts = [part for part in args[0] if part.numel()] or list(args[0])
@@ -382,7 +382,7 @@ def _cat_or_stack(stacks: bool) -> Rule:
 
 
 def _elementwise_product(known: RowFactsTable, args: Arguments, out: object) -> RowFacts | None:
-    """Apply the rule of elementwise products: a choice multiplied by weights is still a choice."""
+    """Apply the rule of elementwise products: a `CHOICE` times weights is still a `CHOICE`."""
     operands = list(tensors_in(args))
     kinds = [known.facts_of(tensor).kind for tensor in operands]
     if RowOrigin.CHOICE in kinds and RowOrigin.CHOSEN not in kinds:
@@ -391,7 +391,7 @@ def _elementwise_product(known: RowFactsTable, args: Arguments, out: object) -> 
 
 
 def _where(known: RowFactsTable, args: Arguments, out: object) -> RowFacts | None:
-    """Apply the rule of `where`: a condition that selects between constants yields a choice."""
+    """Apply the rule of `where`: a condition that selects between constants yields a `CHOICE`."""
     condition, *branches = args
     if known.facts_of(condition).kind in ORDERED and known.are_data_independent(
         *tensors_in(branches)
@@ -401,7 +401,7 @@ def _where(known: RowFactsTable, args: Arguments, out: object) -> RowFacts | Non
 
 
 def _constant_rule(kind: RowOrigin) -> Rule:
-    """Return the rule of operators whose result is always of the kind ``kind``."""
+    """Return the rule of operators that always return rows of the origin ``kind``."""
     return lambda known, args, out: RowFacts(kind)
 
 

@@ -41,7 +41,7 @@ def no_samples(shape: Sequence[int]) -> torch.Tensor:
 
 
 def is_in_order(samples: torch.Tensor, count: int, *, blanks: bool = False) -> bool:
-    """Return whether rows are in the order of the batch, with the same number for each sample.
+    """Return whether rows are in batch order, with the same number of rows for each sample.
 
     If ``blanks`` is set, rows without a sample are accepted at any position.
     """
@@ -61,7 +61,7 @@ def is_permuted(tensor: torch.Tensor) -> bool:
 
 
 def samples_of_view(tensor: torch.Tensor, samples: torch.Tensor, lead: int) -> torch.Tensor | None:
-    """Return each row's sample, for rows over the ``lead`` first dimensions, or None if unknown.
+    """Return the sample of each entry of a view's first ``lead`` dimensions, or None if unknown.
 
     Args:
         tensor: Any view of its storage.
@@ -116,7 +116,7 @@ def is_host_readable(tensor: torch.Tensor) -> bool:
 
 
 def selected_samples(samples: torch.Tensor, indices: Indices) -> torch.Tensor | None:
-    """Return the samples of the rows that indices select, or None if values cannot be read."""
+    """Return the samples of the rows that ``indices`` select, or None if they cannot be read."""
     values = read_indices(indices)
     return None if values is None else torch.ops.aten.index(samples, values)
 
@@ -124,7 +124,7 @@ def selected_samples(samples: torch.Tensor, indices: Indices) -> torch.Tensor | 
 def samples_after_write(
     samples: torch.Tensor, indices: Indices, values: torch.Tensor, *, adds: bool
 ) -> torch.Tensor | None:
-    """Return the samples of all rows after rows of the samples ``values`` are written at indices.
+    """Return the samples of all rows after rows of samples ``values`` are written at ``indices``.
 
     If ``adds`` is set, the written rows are added to the existing rows. Returns None if the values
     of indices cannot be read.

@@ -33,7 +33,7 @@ from fastlora.routing.row_rules import Arguments, Keywords, apply_rule
 
 
 class RowTrackingMode(TorchDispatchMode):
-    """Dispatch mode that records the tensors whose rows are not those of the batch in order.
+    """Dispatch mode that records which tensors do not contain the batch's rows in order.
 
     Args:
         count: Number of adapter ids of the batch.
@@ -74,7 +74,7 @@ class RowTrackingMode(TorchDispatchMode):
 
     @contextlib.contextmanager
     def pause_row_tracking(self) -> Iterator[None]:
-        """Context manager that stops recording, for code that preserves the order of its input.
+        """Context manager that pauses recording, for code that preserves the order of the rows.
 
         The mode leaves PyTorch's stack of modes, so layers that share an input can run together.
         """
@@ -89,11 +89,11 @@ class RowTrackingMode(TorchDispatchMode):
             self._rests = before
 
     def row_origin(self, x: torch.Tensor) -> RowOrigin:
-        """Return the `RowOrigin` of a tensor's rows, which tells where they come from."""
+        """Return the `RowOrigin` that says where a tensor's rows come from."""
         return self._known.facts_of(x).kind
 
     def is_shared_table(self, x: torch.Tensor) -> bool:
-        """Return whether ``x [..., K]`` is made of parameters alone and not repeated per sample.
+        """Return whether ``x [..., K]`` comes from parameters alone and is not repeated per sample.
 
         With fewer than 3 dimensions, the values show whether all samples have the same rows.
         """

@@ -44,7 +44,7 @@ class Launch(NamedTuple):
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """A dict that maps argument names to values, without tensors and strides."""
+        """A dict that maps argument names to values, excluding tensors and strides."""
         given = zip(self.names, self.values, strict=True)
         return {
             name: value
@@ -100,7 +100,7 @@ def stubbed_launches(chip: str = "sm_90", processors: int = 132) -> Iterator[lis
 
 
 class StandInDriver:
-    """A driver for Triton's runtime that replaces the driver of a GPU that is not present.
+    """A Triton driver that stands in for a missing GPU driver.
 
     Subclasses define ``load_binary`` and ``launcher_cls``.
     """

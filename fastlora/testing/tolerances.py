@@ -73,7 +73,7 @@ def farthest(runs: Iterable[torch.Tensor], truth: torch.Tensor) -> torch.Tensor:
 
 @contextlib.contextmanager
 def summed_otherwise(model: nn.Module, seed: int) -> Iterator[None]:
-    """Make every linear layer of a model sum its products in a random order in a ``with`` block.
+    """Make a model's linear layers sum products in a random order during a ``with`` block.
 
     No order of summation is more accurate than another, but a deep model can amplify a difference
     in the last bit. The largest error over several random orders therefore shows how inaccurate

@@ -158,7 +158,7 @@ def refused(model: Any, x: torch.Tensor, ids: Sequence[str | None] | None, match
 def test_refusals_of_mixed_batches(lab: Any) -> None:
     model, x = build(lab, torch.float32, (8, 16)), lab.rand(2, 48)
     ids = ["a0", "a1"]
-    layer = r"FastLoraLinear over FastLoraLinear \(48 to 64 features\) cannot run in batch-inv"
+    layer = r"FastLoraLinear with base layer FastLoraLinear \(48 to 64 features\) cannot run"
     refused(model, x, ids, f"{layer}.*choose their tiles by batch")
     with torch.no_grad():
         with torch.autocast(lab.device.type, torch.bfloat16):
@@ -204,7 +204,7 @@ def test_refusals_of_wrapped_layers(lab: Any) -> None:
     config = fastlora.LoraConfig(r=4, target_modules=["gate", "up", "down"])
     model = fastlora.get_peft_model(block, config).eval()
     x = lab.rand(2, 48)
-    match = r"FastLoraWrapper over Own \(48 to 64 features\).*its base layer's own GEMM"
+    match = r"FastLoraWrapper with base layer Own \(48 to 64 features\).*its base layer's own GEMM"
     with torch.no_grad():
         refused(model, x, None, match)
         refused(model, x, ["default", None], match)

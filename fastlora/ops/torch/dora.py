@@ -37,7 +37,7 @@ _CHUNK = 1 << 18
 
 
 class RowChunkedWeight(NamedTuple):
-    """A weight that is computed a few rows at a time, such as one that is dequantized.
+    """A weight that is computed a few rows at a time, for example by dequantization.
 
     Attributes:
         make: Returns an iterator over parts ``[n, K]`` of the rows.
@@ -137,7 +137,7 @@ def squared_norms_with_update(
 
 
 def replace_zero_norms(sums: torch.Tensor) -> torch.Tensor:
-    """Return squared norms with infinity in place of 0, for which DoRA's scale is 0, not NaN."""
+    """Replace squared norms of 0 with infinity, so that DoRA's scale is 0 instead of NaN."""
     return F.threshold(sums, 0.0, float("inf"))  # keeps NaN
 
 
@@ -145,7 +145,7 @@ def replace_zero_norms(sums: torch.Tensor) -> torch.Tensor:
 
 
 def dora_scale(magnitude: torch.Tensor, squares: torch.Tensor | None) -> torch.Tensor:
-    """Return DoRA's scale g, ``[N]``, from the magnitude and the squared row norms.
+    """Compute DoRA's scale g, ``[N]``, from the magnitude and the squared row norms.
 
     If ``squares`` is None, ``magnitude`` is already the scale.
     """
@@ -197,7 +197,7 @@ def scale_columns_backward(
     magnitude: torch.Tensor,
     squares: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return a tuple of the gradients of u and of the magnitude; the latter is None without u."""
+    """Return a tuple (gradient of u, gradient of the magnitude or None if u is None)."""
     scale = dora_scale(magnitude, squares)
     if u is None:
         return scale_columns(dy, None, scale), None
@@ -230,7 +230,7 @@ class DropoutAdapter(NamedTuple):
     impl: str
 
     def apply_dropout(self, rows: torch.Tensor, after: torch.Tensor | None) -> torch.Tensor:
-        """Return ``rows [M, K]`` after dropout, with the same mask in every call.
+        """Return ``rows [M, K]`` after dropout, with the same mask on every call.
 
         ``after`` is as in `fastlora.ops.torch.single.keep_mask`.
         """
@@ -249,7 +249,7 @@ def forward_with_dropout(
     adapter: DropoutAdapter,
     inplace: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Run a DoRA adapter with active dropout on rows ``[M, K]``, without an autograd graph.
+    """Run a DoRA adapter with active dropout on rows ``[M, K]`` without recording a graph.
 
     ``base [M, N]`` is the base layer's output, or None to compute it from weight and bias. If
     ``inplace`` is set, y overwrites ``base``, which must be contiguous.

@@ -30,7 +30,7 @@ _Factors = Sequence[Factor]
 def keep(
     x: torch.Tensor, seed: torch.Tensor, dropout_p: float, after: torch.Tensor | None
 ) -> torch.Tensor:
-    """Return the dropout mask of x that the PyTorch implementation uses."""
+    """Return the dropout mask that the PyTorch implementation applies to x."""
     return reference.lora_keep(x, seed, dropout_p)
 
 
@@ -73,7 +73,7 @@ def linear(
     dropout_p: Sequence[float],
     plan: str,
 ) -> list[torch.Tensor]:
-    """Return a list with the output y, and with the shrink output s unless it is given."""
+    """Return a list with the output y and, unless s is given, the shrink output s."""
     own = shrink(x, rows, factors[::3], 1, seeds, dropout_p)[0] if s is None else s
     operands = segments.up_operands(fill_missing_factors(factors[1::3], 1), factors[2::3], scaling)
     y, _ = segments.forward(x, Base(weight, bias), operands, rows_from_tensors(rows), own)
@@ -88,7 +88,7 @@ def expand_(
     lora_bias: _Factors,
     scaling: torch.Tensor,
 ) -> None:
-    """Add ``scaling * (s @ lora_b.T + lora_bias)`` of each row's adapter to y in place."""
+    """Add each row's update ``scaling * (s @ lora_b.T + lora_bias)`` to y in place."""
     # x is not read if s is given.
     _add_(
         y,
@@ -145,7 +145,7 @@ def grad_x(
     dropout_p: Sequence[float],
     plan: str,
 ) -> torch.Tensor:
-    """Return the gradient of x, or only the adapters' part of it if there is no weight."""
+    """Return the gradient of x. Without a weight, return only the adapters' contribution."""
     operands, batch = (
         segments.down_operands(fill_missing_factors(lora_a, 0), seeds, dropout_p),
         rows_from_tensors(rows),
@@ -162,7 +162,7 @@ def grad_a(
     seeds: torch.Tensor | None,
     dropout_p: Sequence[float],
 ) -> list[torch.Tensor]:
-    """Return a list of one buffer, which contains the gradients of lora_a of G modules."""
+    """Return a list of one buffer, which contains the lora_a gradients of G modules."""
     downs = fill_missing_factors(lora_a, 0)
     packed, layers = (
         downs[0].new_zeros(grad_a_buffer_layout(downs)[1]),
@@ -214,7 +214,7 @@ def scale_(
     scale_address: torch.Tensor,
     index: int,
 ) -> None:
-    """Scale the rows of DoRA adapters in y in place.
+    """Apply the DoRA scales to the rows of y that belong to DoRA adapters, in place.
 
     Rows of adapters with the address `PENDING` become NaN.
     """
@@ -234,6 +234,6 @@ def scale_(
 
 
 def tensor_at_address(address: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Return a tensor over the process's memory at an address, without a copy."""
+    """Return a tensor that is a view of the process's memory at an address."""
     raw = (ctypes.c_char * (math.prod(shape) * dtype.itemsize)).from_address(address)
     return torch.frombuffer(raw, dtype=dtype).view(shape)

@@ -103,7 +103,7 @@ class PackedLayerFactors(NamedTuple):
 def pack_layer_factors(
     slots: Slots, dtype: torch.dtype, kind: BatchKind
 ) -> PackedLayerFactors | None:
-    """Return the packed factors of a layer's adapters for a kind of batch, or None.
+    """Return a layer's factors packed for a kind of batch, or None if they cannot be packed.
 
     The packed factors have the dtype ``dtype``. The result is None if no adapter has factors, or if
     any factor is not finite, because one product serves several adapters and would carry a NaN from
@@ -145,5 +145,5 @@ def _layout(slots: Slots, dtype: torch.dtype, kind: BatchKind) -> PackedLayout |
 
 
 def pack_fits(pack: PackedLayerFactors, dtype: torch.dtype, kind: BatchKind) -> bool:
-    """Return whether packed factors also fit another kind of batch with the same dtype."""
+    """Return whether packed factors can also be used for another kind of batch."""
     return first_fit_layout(pack.layout.ranks, coalescing_is_faster(dtype, kind)) is pack.layout

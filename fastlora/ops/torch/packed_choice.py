@@ -36,7 +36,7 @@ _MATRIX_UNIT = frozenset(
 
 
 class BatchKind(enum.Enum):
-    """The kind of a batch's rows, on which the arrangement of matrix products depends.
+    """The kind of a batch, which determines how the matrix products are arranged.
 
     Attributes:
         FEW: Few rows, as in a decode step or with a short prompt.
@@ -50,7 +50,7 @@ class BatchKind(enum.Enum):
 
 
 def batch_kind(rows: int, each: int) -> BatchKind:
-    """Return the kind of a batch with ``rows`` rows if ``each`` adjacent rows share an id."""
+    """Return the kind of a batch of ``rows`` rows, where each id covers ``each`` adjacent rows."""
     if rows <= _FEW_ROWS:
         return BatchKind.FEW
     return BatchKind.SAMPLES if each >= _LONG else BatchKind.MANY

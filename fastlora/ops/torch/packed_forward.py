@@ -53,7 +53,7 @@ class DensePlan(NamedTuple):
 
 
 class BlockedPlan(NamedTuple):
-    """A plan that gathers rows into blocks, each for a few units of rank rows.
+    """A plan that gathers rows into blocks and multiplies each block by a few units of rank rows.
 
     Attributes:
         blocks: Number of blocks.
@@ -76,7 +76,7 @@ class BlockedPlan(NamedTuple):
 
 
 class PerSamplePlan(NamedTuple):
-    """A plan that multiplies each sample by its own adapter's rank rows, for B samples of T tokens.
+    """A plan that multiplies each of B samples of T tokens by the rank rows of its own adapter.
 
     Attributes:
         units: The unit of each sample's adapter, int64 ``[B]``; any unit for a sample without an
@@ -100,7 +100,7 @@ def cached_plan(
     dtype: torch.dtype,
     cache: dict[tuple[PackedLayout, int], Plan | None],
 ) -> Plan | None:
-    """Return the plan for the matrix products of a batch, cached in ``cache``, or None.
+    """Return the plan for a batch's matrix products, or None, and store the result in ``cache``.
 
     The result is None if separate products for each adapter are faster.
     """
@@ -155,7 +155,7 @@ def _make_per_sample_plan(
 def _make_blocked_plan(
     first: torch.Tensor, rank: torch.Tensor, layout: PackedLayout, coalesced: int
 ) -> BlockedPlan:
-    """Return a plan that gives each row a place in its adapter's block.
+    """Return a plan that assigns each row a place in its adapter's block.
 
     Rows without an adapter fill free places.
     """
@@ -187,7 +187,7 @@ def _make_blocked_plan(
 def shrink(
     x: torch.Tensor, pack: PackedLayerFactors, plan: Plan
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return a tuple (x, s), where s is zero in columns that belong to other adapters.
+    """Return a tuple (x, s), where each row of s is zero in the columns of other adapters.
 
     ``x [M, K]`` is returned as it is, or with its rows gathered into blocks. s is
     ``[M, rank rows]``, ``[blocks, C, rank rows of a block]``, or ``[B, T, unit]``.

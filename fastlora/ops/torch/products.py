@@ -80,7 +80,7 @@ EMULATED = _emulated_dtypes()
 
 
 def computes_in_fp32(*operands: torch.Tensor) -> bool:
-    """Return whether the functions here compute a product of these operands in fp32."""
+    """Return whether this module computes a product of the given operands in fp32."""
     first = operands[0]
     return (
         first.dtype in EMULATED
@@ -146,7 +146,7 @@ def baddbmm_(y: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def native_product_is_slow(dtype: torch.dtype, rows: int) -> bool:
-    """Return whether PyTorch's own products with this many rows are slow for some layouts."""
+    """Return whether PyTorch's products with this many rows are slow for some memory layouts."""
     return dtype in EMULATED and rows > EMULATED[dtype].few_other_rows
 
 
@@ -163,7 +163,7 @@ def _compute_in_parts(
     a: torch.Tensor,
     b: torch.Tensor,
 ) -> None:
-    """Compute y in parts, with operands converted to fp32.
+    """Compute y in parts, with the operands converted to fp32.
 
     Only the larger operand is split.
     """

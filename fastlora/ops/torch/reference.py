@@ -78,7 +78,7 @@ def lora_keep(x: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tensor:
 
 
 def select_into_mask_(keep: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """Return x where ``keep`` is 1 and zero elsewhere, in the memory of ``keep``.
+    """Overwrite ``keep`` with x where ``keep`` is 1 and with zero elsewhere, and return the result.
 
     The product of integers is one pass at the speed of memory. For 512 x 576 elements, it takes 12
     to 25 us, and `torch.where` takes 350 us (one Xeon core). Dropped elements may be NaN.

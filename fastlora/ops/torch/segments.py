@@ -34,7 +34,7 @@ def down_operands(
     seeds: torch.Tensor | None = None,
     dropout_p: Sequence[float] | None = None,
 ) -> AdapterOperands:
-    """Return `AdapterOperands` with only lora_a and dropout, which is all that a shrink reads."""
+    """Return an `AdapterOperands` with only lora_a and dropout, for a shrink."""
     none, unread = [0.0] * len(lora_a), lora_a[0].new_empty(0)
     return AdapterOperands(list(lora_a), [], [], unread, tuple(dropout_p or none), seeds)
 
@@ -44,12 +44,12 @@ def up_operands(
     lora_bias: Sequence[torch.Tensor | None],
     scaling: torch.Tensor,
 ) -> AdapterOperands:
-    """Return `AdapterOperands` with only lora_b, lora_bias, and scaling."""
+    """Return an `AdapterOperands` with only lora_b, lora_bias, and scaling."""
     return AdapterOperands([], list(lora_b), list(lora_bias), scaling, (0.0,) * len(lora_b))
 
 
 class _AdapterRows(NamedTuple):
-    """The rows of one adapter, and its part of s and ds.
+    """The positions of one adapter's rows, and of the adapter's part of s and ds.
 
     Attributes:
         place: Index of the adapter in the operands.
@@ -86,7 +86,7 @@ def _adapter_rows(operands: AdapterOperands, rows: Rows) -> list[_AdapterRows]:
 
 
 def _apply_dropout(rows: torch.Tensor, operands: AdapterOperands, place: int) -> torch.Tensor:
-    """Apply dropout to an adapter's rows, with the same mask in every call."""
+    """Apply dropout to an adapter's rows, with the same mask on every call."""
     if operands.seeds is None or not operands.dropout_p[place]:
         return rows
     check_dropout_dtype(rows.dtype)
@@ -101,7 +101,7 @@ def forward(
     rows: Rows,
     s: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return a tuple (output ``[M, N]`` of a layer with each row's own adapter, s).
+    """Return a tuple (output ``[M, N]``, s) of a layer in which each row uses its own adapter.
 
     s is the shrink output, which is computed here unless it is given.
     """
@@ -120,7 +120,7 @@ def forward(
 def _add_adapter_updates(
     y: torch.Tensor, x: torch.Tensor, operands: AdapterOperands, rows: Rows, s: torch.Tensor | None
 ) -> torch.Tensor:
-    """Add each adapter's update to its rows of y in place, and return the shrink output s.
+    """Add each adapter's update to that adapter's rows of y in place, and return s.
 
     Rows are sorted.
     """
@@ -157,7 +157,7 @@ def _add_batched(
     group: list[_AdapterRows],
     s: torch.Tensor,
 ) -> None:
-    """Add the updates of several adapters of one rank to y in place, with two batched products.
+    """Add the updates of adapters of the same rank to y in place, with two batched products.
 
     The products use stacked factors. The adapters' parts of s are written too.
 
@@ -261,7 +261,7 @@ def grad_x(
     operands: AdapterOperands,
     rows: Rows,
 ) -> torch.Tensor:
-    """Return the gradient of x, or only the adapters' part of it if there is no weight.
+    """Return the gradient of x. Without a weight, return only the adapters' contribution.
 
     ``dy`` is at sorted positions. The rows of dx are in their original order.
     """

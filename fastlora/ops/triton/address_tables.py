@@ -19,7 +19,7 @@ _Block = TypeVar("_Block", torch.Tensor, torch.Tensor | None)
 
 
 def dropout_tables(seeds: torch.Tensor | None, dropout_p: Sequence[float]) -> DropoutTables | None:
-    """Return device tables of each slot's dropout seed, threshold, and scale, or None.
+    """Return tables of each slot's dropout seed, threshold, and scale, or None without seeds.
 
     ``seeds`` is int64 ``[S]`` on the device, or None without dropout. ``dropout_p`` lists the
     probability of each slot.
@@ -39,7 +39,7 @@ def dropout_tables(seeds: torch.Tensor | None, dropout_p: Sequence[float]) -> Dr
 def down_rank_rows(
     lora_a: Sequence[torch.Tensor], device: torch.device, shape: tuple[int, ...] = (-1,)
 ) -> RankRows:
-    """Return a `RankRows` with the addresses and ranks of aligned lora_a.
+    """Return a `RankRows` with the addresses and ranks of the given lora_a, which must be aligned.
 
     ``shape`` is the shape of the tables.
     """
@@ -73,7 +73,7 @@ def up_rank_rows(
 
 
 def up_rank_rows_from_tables(tables: AddressTables, index: int | slice) -> RankRows:
-    """Return a `RankRows` with the addresses, ranks, and scalings of some rows of the tables.
+    """Return a `RankRows` with the addresses, ranks, and scalings from the selected table rows.
 
     ``index`` selects one module, or adjacent modules.
     """
@@ -83,7 +83,7 @@ def up_rank_rows_from_tables(tables: AddressTables, index: int | slice) -> RankR
 
 
 def align_factors(tensors: Sequence[_Block]) -> list[_Block]:
-    """Return a list of factors in the form that kernels read: contiguous, aligned to 16 bytes.
+    """Return the factors as contiguous tensors aligned to 16 bytes, as kernels require.
 
     The caller must keep the result until the launch, which receives only the addresses.
     """
@@ -102,7 +102,7 @@ def addresses_of(blocks: Sequence[torch.Tensor | None], device: torch.device) ->
 
 
 def max_summed_rank(lora_a: Sequence[torch.Tensor], slots: int, modules: int) -> int:
-    """Return the maximum over all adapters of the sum of an adapter's ranks on adjacent modules.
+    """Return the largest sum of any one adapter's ranks on adjacent modules.
 
     ``modules`` modules are adjacent. The rank on each module is rounded up to a multiple of 4.
     """

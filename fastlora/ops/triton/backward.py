@@ -79,7 +79,7 @@ def grad_x(
     dropout_p: Sequence[float],
     plan: str,
 ) -> torch.Tensor:
-    """Return the gradient of x, or only the adapters' part of it if there is no weight."""
+    """Return the gradient of x. Without a weight, return only the adapters' contribution."""
     downs = fill_missing_factors(lora_a, 0)
     if not rows:
         p = 0.0 if seeds is None else dropout_p[0]
@@ -111,7 +111,7 @@ def grad_a(
     seeds: torch.Tensor | None,
     dropout_p: Sequence[float],
 ) -> list[torch.Tensor]:
-    """Return a list of the gradients of lora_a, or of one buffer that contains all of them.
+    """Return a list of the lora_a gradients, or a list of one buffer that contains them all.
 
     If one slot has all rows, the list contains one tensor per module. Otherwise it contains one
     buffer with the gradients of all modules and slots.
@@ -129,7 +129,7 @@ def grouped_gradients(
     wants: tuple[bool, ...],
     *tensors: torch.Tensor | QuantizedData | None,
 ) -> list[torch.Tensor | None]:
-    """Return a list of a shared-input group's gradients, as `Backend.grouped_gradients` does.
+    """Return a list of a shared-input group's gradients; see `Backend.grouped_gradients`.
 
     ``tensors`` are the dy of each module, the operands, and s. The modules' products accumulate one
     after the other into a single dx.
@@ -177,7 +177,7 @@ def grouped_gradients(
 
 
 def _concat_seeds(*seeds: torch.Tensor | None) -> torch.Tensor:
-    """Concatenate seeds into one tensor, int64 ``[G]``, with an arbitrary number for None."""
+    """Concatenate seeds into an int64 tensor ``[G]``, with an arbitrary number in place of None."""
     any_seed = next(seed for seed in seeds if seed is not None)
     return torch.cat([any_seed if seed is None else seed for seed in seeds])
 
@@ -217,7 +217,7 @@ def _grad_b_and_column_sums(
     with_ds: bool,
     config: KernelConfig,
 ) -> list[torch.Tensor]:
-    """Return a list with the gradient of lora_b, the column sums of dy, and on request ds.
+    """Return a list with the gradient of lora_b, the column sums of dy, and optionally ds.
 
     One launch reads dy. If several programs contribute to a sum, a second launch adds their partial
     sums.
@@ -299,7 +299,7 @@ def _grad_x_of_adapter(
     dropout_p: float,
     onto: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return the adapter's part of the gradient of x, added to ``onto`` if given, in one launch."""
+    """Return the adapter's contribution to the gradient of x, or add it to ``onto`` if given."""
     (m, n), (r, k) = dy.shape, lora_a.shape
     dx, config = onto, config_of("lora_grad_x_add", dy, m, n, k, r)
     if dx is None:
@@ -317,7 +317,7 @@ def _grad_a_one_adapter(
     seeds: torch.Tensor | None,
     dropout_p: Sequence[float],
 ) -> list[torch.Tensor]:
-    """Return a list of the gradient of lora_a of each module, for one adapter.
+    """Return the lora_a gradients, one per module, for one adapter.
 
     One launch reads x for every four modules. If rows are split, another launch adds partial sums.
     """
@@ -341,7 +341,7 @@ def _grad_a_of_group(
     seeds: torch.Tensor | None,
     dropout_p: list[float],
 ) -> list[torch.Tensor]:
-    """Return a list of the gradients of lora_a of up to `MAX_GROUP_SIZE` modules, in ``dtypes``."""
+    """Return the lora_a gradients of up to `MAX_GROUP_SIZE` modules, in the given dtypes."""
     (m, k), ranks, count = x.shape, [tensor.shape[1] for tensor in ds], len(ds)
     config = config_of("lora_grad_a", x, m, k=k, r=max(ranks), group_size=count)
     outs = [empty(x, r, k, dtype=dtype) for r, dtype in zip(ranks, dtypes, strict=True)]
@@ -415,7 +415,7 @@ def _mixed_grad_a(
     lora_a: Sequence[torch.Tensor],
     dropout: DropoutTables | None,
 ) -> torch.Tensor:
-    """Return a buffer with the gradients of all lora_a of a mixed batch.
+    """Return a buffer that contains all lora_a gradients of a mixed batch.
 
     One launch reads x for all modules, or under dropout one launch per module. A further launch
     adds the partial sums.

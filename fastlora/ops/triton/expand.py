@@ -78,7 +78,7 @@ def expand_mixed_(
     pdl: bool = False,
     dropout: DropoutTables | None = None,
 ) -> None:
-    """Add the update of each row's adapter to y of each module, in one launch, given s.
+    """Add the update of each row's adapter to the output y of every module, in one launch.
 
     s is ``[splits, M, R]``, or for several modules ``[splits, G, M, R]`` with tables ``[G, S]``.
     ``pdl`` means that the previous launch is the shrink that computes s.

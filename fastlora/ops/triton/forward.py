@@ -50,7 +50,7 @@ def scale_(
     scale_address: torch.Tensor,
     index: int,
 ) -> None:
-    """Scale the rows of DoRA adapters in y in place, in one launch."""
+    """Apply the DoRA scales to the rows of y that belong to DoRA adapters, in place."""
     whole_bias = None if bias is None else bias.contiguous()
     mixed_dora_scale.launch_mixed_dora_scale(
         *(y, whole_bias, rows, scale_address[index]),

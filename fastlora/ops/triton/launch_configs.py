@@ -9,7 +9,7 @@ from fastlora.ops.plans import fp32_precision
 
 
 def chip_of(x: torch.Tensor) -> chips.Chip:
-    """Return the `Chip` of the device on which kernels on x run."""
+    """Return the `Chip` of the device that x is on."""
     return chips.chip_of(x.device)
 
 

@@ -46,7 +46,7 @@ def linear(
     dropout_p: Sequence[float],
     plan: str,
 ) -> list[torch.Tensor]:
-    """Return a list with the output y, and with the shrink output s unless it is given."""
+    """Return a list with the output y and, unless s is given, the shrink output s."""
     if not rows:
         lora_a, lora_b, _ = factors
         if lora_a is None or lora_b is None:
@@ -134,7 +134,7 @@ def mixed_grouped_forward(
 def grouped_forward(
     x: torch.Tensor, dropout_p: tuple[float, ...], with_s: bool, *operands: _Operand
 ) -> list[torch.Tensor]:
-    """Return a list of the outputs of a shared-input group, as `Backend.grouped_forward` does.
+    """Return a list of a shared-input group's outputs; see `Backend.grouped_forward`.
 
     Under dropout, or if a tensor's layout is not supported in a shared launch, each module has its
     own launches.
@@ -164,7 +164,7 @@ def linear_one_adapter(
     dropout_p: float,
     plan: str,
 ) -> list[torch.Tensor]:
-    """Return a list with the output y, and with the shrink output s unless it is given."""
+    """Return a list with the output y and, unless s is given, the shrink output s."""
     own = [weight], [bias], s, [lora_a], [lora_b], [scaling]
     return _grouped_linear(x, *own, seed, dropout_p, plan, with_s=s is None)
 
@@ -184,7 +184,7 @@ def _grouped_linear(
     with_s: bool,
     launch: str = "coded_lora_linear",
 ) -> list[torch.Tensor]:
-    """Return a list of the outputs of the modules of one launch, and on request of s.
+    """Return a list of the outputs of modules that share a launch, followed by s if requested.
 
     The launches are a shrink, unless s is given, and a linear or an expand. After an expand,
     library products accumulate into y. If the shrink splits K, the second launch reads its partial
@@ -263,7 +263,7 @@ def quantized_base_products(
     biases: Sequence[torch.Tensor | None],
     launch: str = "coded_lora_linear",
 ) -> list[torch.Tensor]:
-    """Return a list of the base layers' outputs of modules with quantized weights.
+    """Return a list of base-layer outputs, one for each module with quantized weights.
 
     They are computed in one or two launches.
     """
@@ -274,7 +274,7 @@ def quantized_base_products(
 
 
 def _contiguous_rows(x: torch.Tensor) -> torch.Tensor:
-    """Return x contiguous and aligned to 16 bytes, with standard strides even if M is 1.
+    """Return x as a contiguous, 16-byte aligned tensor, with standard strides even if M is 1.
 
     Triton would compile separate kernels for other layouts, and a batch may have any layout.
     """
@@ -291,7 +291,7 @@ def _base_products(
     up: RankRows,
     plan: str,
 ) -> tuple[str, list[torch.Tensor] | None]:
-    """Return a tuple (plan, outputs): the base layers' outputs for the plan "split", else None.
+    """Return a tuple (plan, base-layer outputs); the outputs are None unless the plan is "split".
 
     The outputs are computed before the shrink and the expand.
 
@@ -331,7 +331,7 @@ def _mixed_grouped_linear(
     plan: str,
     after_shrink: bool,
 ) -> list[torch.Tensor]:
-    """Return a list of the outputs of the modules in a mixed batch, computed in one launch.
+    """Compute all modules for a mixed batch in one launch, and return a list of the outputs.
 
     ``plan`` and ``ys`` are from `_base_products`.
 
@@ -361,7 +361,7 @@ def fused_mixed_linear(
     pdl: bool = False,
     dropout: DropoutTables | None = None,
 ) -> list[torch.Tensor]:
-    """Return a list of the modules' outputs with each row's own adapter, in one fused launch.
+    """Compute all modules with each row's own adapter in one fused launch, and return the outputs.
 
     s and ``pdl`` are as in `expand_mixed_`.
     """

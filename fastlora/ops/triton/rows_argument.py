@@ -12,14 +12,14 @@ from fastlora.ops.rows import Rows
 
 
 def rows_for_tables(rows: Rows, batch_invariant: bool = False) -> list[torch.Tensor]:
-    """Return the list of tensors for operators' argument ``rows``, for address tables."""
+    """Return the tensors for the ``rows`` argument of operators that read address tables."""
     from fastlora.kernels.configs import piece_rows
 
     return [*rows.operator_arguments(), rows.pieces(piece_rows(rows.m, batch_invariant))]
 
 
 def rows_for_lists(rows: Rows) -> list[torch.Tensor]:
-    """Return the list of tensors for operators' argument ``rows``, for factors in lists.
+    """Return the tensors for the ``rows`` argument of operators that receive lists of factors.
 
     For operators that work on runs, use `rows_for_gradients`.
     """
@@ -31,7 +31,7 @@ def rows_for_lists(rows: Rows) -> list[torch.Tensor]:
 def rows_for_gradients(
     launch: str, rows: Rows, dtype: torch.dtype, columns: int
 ) -> tuple[list[torch.Tensor], int]:
-    """Return a tuple (tensors for a gradient operator's argument ``rows``, rows per run).
+    """Return a tuple (tensors for the ``rows`` argument of a gradient operator, rows per run).
 
     Args:
         launch: ``"mixed_lora_grad_b"`` or ``"mixed_lora_grad_a"``.

@@ -49,7 +49,7 @@ def shrink(
 def shrink_one_adapter(
     x: torch.Tensor, lora_a: _Tensors, seed: torch.Tensor | None, dropout_p: float
 ) -> torch.Tensor:
-    """Return the shrink output s ``[M, R]`` for one adapter, with the modules side by side.
+    """Return s ``[M, R]`` for one adapter, with the columns of all modules side by side.
 
     If the shrink splits K, a second launch adds the partial sums.
     """
@@ -66,7 +66,7 @@ def shrink_with_partials(
     dropout_p: float,
     batch_invariant: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return a tuple (s ``[M, R]``, output of the shrink kernel: s or its partial sums).
+    """Return a tuple (s ``[M, R]``, kernel output: s itself or the partial sums of s).
 
     The modules are side by side in s.
 
