@@ -220,7 +220,7 @@ def _reorder_metadata(path: Path, texts: Mapping[str, str]) -> None:
 
 
 def _parse_metadata(header: str) -> tuple[dict[str, str], int]:
-    """Return a tuple of the metadata at the beginning of a header and the index where it ends.
+    """Return a tuple (metadata, end index) for the metadata at the beginning of a header.
 
     If the header does not begin with valid metadata, the result is an empty dict and 0.
     """
