@@ -87,7 +87,7 @@ def corda(given: InitInputs) -> InitResult:
 
 
 class CovarianceAccumulator:
-    """Accumulates a covariance matrix ``[K, K]`` of the inputs for each layer.
+    """Accumulates, for each layer, a covariance matrix ``[K, K]`` of the layer's inputs.
 
     Args:
         modules: Maps the name of each layer to the layer.

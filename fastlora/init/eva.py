@@ -46,6 +46,6 @@ def flatten_first_input(layer_input: Any, _model_input: Any, layer_name: str) ->
     if not isinstance(x, torch.Tensor):
         raise TypeError(
             f"layer {layer_name!r} has an input of type {type(x).__name__}, expected a "
-            "tensor; pass a prepare_layer_inputs_fn that selects one"
+            "tensor; pass a prepare_layer_inputs_fn that returns a tensor"
         )
     return x.flatten(0, -2) if x.dim() > 2 else x

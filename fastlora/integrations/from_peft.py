@@ -114,7 +114,7 @@ def inject_adapter_in_model(
 
 
 def _auto_class(theirs: Any) -> Any:
-    """Subclass a PEFT auto class, so that it loads a `LoraModel`. Return the subclass."""
+    """Return a subclass of a PEFT auto class. The subclass loads a `LoraModel`."""
     parameters = inspect.signature(LoraModel.from_pretrained).parameters
 
     def from_pretrained(model: nn.Module, model_id: str, **options: Any) -> LoraModel:

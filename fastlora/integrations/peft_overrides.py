@@ -81,7 +81,7 @@ def set_peft_model_state_dict(
 
 
 def get_base_model_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the base model's state dict, with the keys of a model without adapters."""
+    """Return the base model's state dict, with the same keys as in a model without adapters."""
     return base_state_dict(unwrap_lora_model(model).get_base_model())
 
 

@@ -63,7 +63,7 @@ def _create_patched_layer(
 
 
 def _patch_from_pretrained(peft: Any) -> None:
-    """Make ``peft.PeftModel.from_pretrained`` use fastlora if it is given a `LoraModel`."""
+    """Make ``peft.PeftModel.from_pretrained`` use fastlora to load adapters into a `LoraModel`."""
     theirs = peft.PeftModel.from_pretrained.__func__
 
     @functools.wraps(theirs)

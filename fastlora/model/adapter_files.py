@@ -223,7 +223,7 @@ def _read_config(path: Path, root: Path | None = None, max_bytes: int = MAX_CONF
         text = file.read(max_bytes + 1)
         if len(text) > max_bytes:
             size = os.fstat(file.fileno()).st_size
-            raise CheckpointError(f"{path}: {size} bytes, expected at most {max_bytes}")
+            raise CheckpointError(f"{path}: has {size} bytes, expected at most {max_bytes}")
         return text
 
 

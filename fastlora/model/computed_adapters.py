@@ -124,7 +124,7 @@ def build_computed_adapter(
     factors: Mapping[str, ComputedLayerParameters],
     config: LoraConfig | None = None,
 ) -> ComputedAdapter:
-    """Create a `ComputedAdapter` from factors, after checking that they can be added.
+    """Create a `ComputedAdapter` from factors. It is not added to the model.
 
     Args:
         model: The base model with its adapters.

@@ -140,7 +140,7 @@ def dequantize_linears(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 @torch.no_grad()
 def _dequantized_linear(module: nn.Module, dtype: torch.dtype | None) -> nn.Linear:
-    """Return a plain linear layer with a module's dequantized weight and its bias.
+    """Return a plain linear layer with a module's bias and dequantized weight.
 
     The weight and the bias are converted to ``dtype``. If ``dtype`` is None, the layer is created
     on the meta device, without values.

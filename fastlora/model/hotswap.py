@@ -148,7 +148,7 @@ def hotswap_adapter(
     torch_device: str | None = None,
     **kwargs: Any,
 ) -> None:
-    """Replace the weights of a loaded adapter with those of a PEFT adapter folder, in place.
+    """Replace the weights of a loaded adapter in place with those from a PEFT adapter folder.
 
     On layers that the new adapter does not adapt, the update becomes zero. If the new adapter has a
     larger rank than the loaded adapter, new tensors are allocated and compiled models are
@@ -195,7 +195,7 @@ def hotswap_adapter_from_state_dict(
     config: Any,
     parameter_prefix: str = "lora_",
 ) -> None:
-    """Replace the weights of a loaded adapter with the tensors of a state dict, in place.
+    """Replace the weights of a loaded adapter in place with tensors from a state dict.
 
     Args:
         model: A `LoraModel`, compiled or not.

@@ -91,7 +91,7 @@ def add_adapter(
     trained = [p for _, p in base_parameters(model) if p.requires_grad]
 
     def get_or_replace_module(name: str, kind: type, make: Callable[[nn.Module], nn.Module]) -> Any:
-        """Return the module called ``name``, and first replace it if it is not a ``kind``.
+        """Return the module called ``name``, after replacing it if it is not of type ``kind``.
 
         The new module is ``make(module)``.
         """
@@ -196,7 +196,7 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
 
 
 def modules_with_adapters(model: nn.Module) -> list[tuple[str, Any]]:
-    """Return a list of tuples ``(name, module)`` of the modules that contain adapters.
+    """Return the modules that contain adapters as a list of tuples ``(name, module)``.
 
     These are LoRA layers and wrappers for ``modules_to_save`` or trained tokens. In a mixed batch,
     they select an adapter for each row.
@@ -207,7 +207,7 @@ def modules_with_adapters(model: nn.Module) -> list[tuple[str, Any]]:
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
-    """Return a dict that maps names to the LoRA layers of a model.
+    """Return a dict of a model's LoRA layers, keyed by name.
 
     LoRA layers inside other LoRA layers are included.
     """

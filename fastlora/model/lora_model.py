@@ -474,7 +474,7 @@ class LoraModel(PeftModelMethods, nn.Module):
 def _read_adapter_folder(
     model_id: str | os.PathLike[str], subfolder: str | None, unused: dict[str, Any]
 ) -> AdapterContents:
-    """Read an adapter folder, and check that the unused arguments are arguments of PEFT.
+    """Read an adapter folder, after checking that the unused arguments are known to PEFT.
 
     Raises:
         CheckpointError: See `load_adapter_folder`.

@@ -98,7 +98,7 @@ class AdapterPlan:
 
     @property
     def tied_module_names(self) -> list[str]:
-        """The names of the modules that share a copy or LoRA factors with the input embedding."""
+        """The names of the modules that share the input embedding's copy or LoRA factors."""
         return [*self.tied_copies, *self.tied_heads]
 
     @property

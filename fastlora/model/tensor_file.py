@@ -207,7 +207,7 @@ def write_tensors(
 
 
 def _reorder_metadata(path: Path, texts: Mapping[str, str]) -> None:
-    """Rewrite the metadata in a file's header in the order of ``texts``.
+    """Reorder the metadata in a file's header to match ``texts``.
 
     safetensors writes the metadata in a random order.
     """

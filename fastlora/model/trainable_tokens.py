@@ -43,7 +43,7 @@ class TrainableTokens:
 
 
 def find_trainable_tokens(model: nn.Module, config: LoraConfig) -> dict[str, TrainableTokens]:
-    """Return a dict that maps module names to the rows to train in the weight of each module.
+    """Return a dict that maps module names to the weight rows that an adapter trains.
 
     If ``trainable_token_indices`` is a list, it refers to the input embedding. If it is a mapping,
     each key refers to every module with a name that ends with the key. If the input embedding is
