@@ -47,12 +47,12 @@ def call_model(model: nn.Module, batch: Any) -> Any:
 
 
 def model_device(model: nn.Module) -> torch.device | None:
-    """Return the device of a model's first parameter that is not on the meta device, or None."""
+    """Return the device of the first parameter that is not on the meta device, or None."""
     return next((p.device for p in model.parameters() if not p.is_meta), None)
 
 
 def move_to_device(batch: Any, device: torch.device | None) -> Any:
-    """Return a batch with its tensors moved to ``device``, or the batch itself for None."""
+    """Return a batch with its tensors moved to ``device``. If ``device`` is None, move nothing."""
     if device is None:
         return batch
     if isinstance(batch, torch.Tensor) or (hasattr(batch, "to") and not isinstance(batch, dict)):
@@ -157,7 +157,7 @@ def write_tensor_cache(path: str | None, tensors: Mapping[str, torch.Tensor]) ->
 def cached_tensor(
     cache: Mapping[str, torch.Tensor], key: str, path: str | None, module: nn.Module
 ) -> torch.Tensor:
-    """Return a tensor of a cache file, moved to the device of a module's weight.
+    """Return a tensor from a cache file, moved to the device of a module's weight.
 
     Args:
         cache: The tensors of the cache file, from `read_tensor_cache`.
@@ -170,8 +170,8 @@ def cached_tensor(
     """
     if key not in cache:
         raise InitialisationError(
-            f"{path} has no {key!r}: the file was created for other target modules; remove it, or "
-            "use another file"
+            f"{path} has no {key!r}, because the file was created for other target modules; remove "
+            "the file, or use another one"
         )
     weight: Any = module.weight
     return cache[key].to(weight.device)

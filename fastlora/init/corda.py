@@ -59,10 +59,10 @@ class CordaEigens:
     settings=InitConfigField("corda_config", CordaConfig),
 )
 def corda(given: InitInputs) -> InitResult:
-    """Return the CorDA factors of a layer, and the base weight minus their update.
+    """Compute the initial factors and the new base weight with CorDA.
 
     B is ``U sqrt(S / scaling)`` and A is ``sqrt(S / scaling) V^T``, with the parts of the layer's
-    `CordaEigens`.
+    `CordaEigens`. The update of these factors is subtracted from the base weight.
 
     Raises:
         InitialisationError: The decomposition has the wrong shapes, values that are not finite, or
@@ -76,7 +76,7 @@ def corda(given: InitInputs) -> InitResult:
         raise InitialisationError(
             f"init_lora_weights='corda': the decomposition has shapes {tuple(u.shape)}, "
             f"{tuple(s.shape)} and {tuple(v.shape)}, expected {(n, rank)}, {(rank,)} and "
-            f"{(k, rank)}; run preprocess_corda on this model with the config of the adapter"
+            f"{(k, rank)}; run preprocess_corda on this model with the adapter's config"
         )
     for name, part in (("S_WC", s), ("U_WC", u), ("V_WC", v)):
         check_finite_for_init(part, f"init_lora_weights='corda': {name} from preprocess_corda")
@@ -87,7 +87,7 @@ def corda(given: InitInputs) -> InitResult:
 
 
 class CovarianceAccumulator:
-    """Accumulates the covariance matrix ``[K, K]`` of the inputs of each layer.
+    """Accumulates, for each layer, a covariance matrix ``[K, K]`` of the layer's inputs.
 
     Args:
         modules: Maps the name of each layer to the layer.
@@ -108,7 +108,7 @@ class CovarianceAccumulator:
         self._last: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def recording_inputs(self) -> contextlib.AbstractContextManager[None]:
-        """Return a context manager that accumulates the inputs of all calls of the layers."""
+        """Accumulate the layers' inputs for the duration of a ``with`` block."""
         return forward_pre_hooks(self.modules, self._hook)
 
     def _hook(self, name: str) -> Callable[..., None]:
@@ -136,7 +136,7 @@ class CovarianceAccumulator:
         return product
 
     def pop_covariances(self) -> dict[str, torch.Tensor]:
-        """Return a dict that maps each layer name to its covariance matrix, and clear the sums.
+        """Return a dict that maps layer names to covariance matrices, and clear the sums.
 
         Raises:
             InitialisationError: The data did not reach one of the layers.
@@ -144,9 +144,8 @@ class CovarianceAccumulator:
         for name, count in self.counts.items():
             if not count:
                 raise InitialisationError(
-                    f"layer {name!r}: the calibration data did not reach this layer, so it has no "
-                    "covariance; run the model that the adapter is added to, or leave the layer "
-                    "out (exclude_modules)"
+                    f"layer {name!r}: the calibration data did not reach this layer; run the model "
+                    "that the adapter is added to, or leave the layer out (exclude_modules)"
                 )
         self._last = None
         sums, self.sums = self.sums, {}
@@ -157,7 +156,7 @@ class CovarianceAccumulator:
 def corda_decompose(
     weight: torch.Tensor, covariance: torch.Tensor, rank: int, method: str
 ) -> CordaEigens:
-    """Decompose a weight into the directions that its inputs use most, or least.
+    """Decompose a weight, and keep the directions that the layer's inputs use most, or least.
 
     Args:
         weight: Weight of the layer, ``[N, K]``.
@@ -175,8 +174,8 @@ def corda_decompose(
     check_finite_for_init(covariance, "the covariance")
     if rank > min(weight.shape):
         raise InitialisationError(
-            f"r={rank}, expected at most {min(weight.shape)}, the smaller side of the weight "
-            f"{tuple(weight.shape)}"
+            f"r={rank}, expected at most {min(weight.shape)}, the smaller dimension of a weight "
+            f"of shape {tuple(weight.shape)}"
         )
     mean = covariance.diagonal().mean()
     if not mean > 0:

@@ -28,12 +28,12 @@ Prepare = Callable[[Any, Any, str], torch.Tensor]
     settings=InitConfigField("eva_config", EvaConfig),
 )
 def eva(given: InitInputs) -> InitResult:
-    """Return the initial factors of EVA: A as initialized by `nn.Linear`, and B zero."""
+    """Return the initial factors for EVA: A as initialized by `nn.Linear`, and zeros for B."""
     return InitResult(given.lora_a, torch.zeros_like(given.lora_b))
 
 
 def flatten_first_input(layer_input: Any, _model_input: Any, layer_name: str) -> torch.Tensor:
-    """Return the first input of a layer as a matrix with one row per token, ``[M, K]``.
+    """Flatten the first input of a layer into a matrix ``[M, K]`` with one row per token.
 
     Args:
         layer_input: The inputs of the layer: a tensor, or a tuple or list of tensors.
@@ -46,6 +46,6 @@ def flatten_first_input(layer_input: Any, _model_input: Any, layer_name: str) ->
     if not isinstance(x, torch.Tensor):
         raise TypeError(
             f"layer {layer_name!r} has an input of type {type(x).__name__}, expected a "
-            "tensor; pass a prepare_layer_inputs_fn that converts it to rows"
+            "tensor; pass a prepare_layer_inputs_fn that returns a tensor"
         )
     return x.flatten(0, -2) if x.dim() > 2 else x

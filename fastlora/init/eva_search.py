@@ -170,11 +170,11 @@ class EvaSearch:
                 if each.components is None:
                     raise InitialisationError(
                         f"layer {name!r}: EVA needs a batch of at least {each.count} rows "
-                        f"(rho * r), but the largest has {each.most_rows}; use larger batches"
+                        f"(rho * r), but the largest batch has {each.most_rows}; use larger batches"
                     )
 
     def directions(self) -> dict[str, torch.Tensor]:
-        """Return a dict that maps each layer name to its directions, ``[rank, K]`` in fp32.
+        """Return a dict that maps layer names to directions, each ``[rank, K]`` in fp32.
 
         Raises:
             InitialisationError: A layer has no directions yet.
@@ -217,7 +217,7 @@ def distribute_ranks(
 
 
 def _gather_rows(rows: torch.Tensor) -> torch.Tensor:
-    """Return the concatenated rows of all processes, which may have different numbers of rows."""
+    """Gather and concatenate the rows of all processes. The numbers of rows may differ."""
     size = torch.tensor([len(rows)], device=rows.device)
     sizes = [torch.zeros_like(size) for _ in range(dist.get_world_size())]
     dist.all_gather(sizes, size)

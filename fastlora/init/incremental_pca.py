@@ -80,9 +80,9 @@ class IncrementalPca:
     def _updated_mean_and_variance(
         self, rows: torch.Tensor, sums: torch.Tensor, total: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return a tuple (mean, variance) of all rows including a new batch, each ``[K]`` in fp64.
+        """Return a tuple (mean, variance) of all rows, including those of a new batch.
 
-        The method is that of Chan et al. 1983.
+        Both are ``[K]`` in fp64. The method is that of Chan et al. 1983.
 
         Args:
             rows: The rows of the new batch.

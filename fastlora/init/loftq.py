@@ -35,7 +35,7 @@ LEVELS = {
     settings=InitConfigField("loftq_config", LoftQConfig, missing="raise", as_dict=True),
 )
 def loftq(given: InitInputs) -> InitResult:
-    """Return factors that approximate the quantization error, and the quantized base weight.
+    """Quantize the base weight, and compute factors that approximate the quantization error.
 
     Each iteration quantizes ``W - B A`` to Q, and then sets ``B A`` to the best rank-R
     approximation of ``W - Q``. As in PEFT, the approximation does not take the adapter's scaling
@@ -48,7 +48,7 @@ def loftq(given: InitInputs) -> InitResult:
     config = given.config if isinstance(given.config, LoftQConfig) else LoftQConfig()
     weight = given.base_weight()
     given.check_rank_limit(
-        min(weight.shape), f"the smaller side of the weight {tuple(weight.shape)}"
+        min(weight.shape), f"the smaller dimension of the weight {tuple(weight.shape)}"
     )
     left = weight
     for _ in range(config.loftq_iter):

@@ -39,11 +39,11 @@ DATA = "_peft_loraga_grad"  # PEFT's name, so that both libraries can share grad
     settings=InitConfigField("lora_ga_config", LoraGAConfig, missing="later"),
 )
 def lora_ga(given: InitInputs) -> InitResult:
-    """Return factors from the gradient's singular vectors, and the base weight minus their update.
+    """Compute the initial factors and the new base weight with LoRA-GA.
 
     With the gradient ``U S V^T``, A consists of R rows of ``V^T``, and B consists of R columns of
-    ``U S``. `LoraGAConfig.direction` selects the rows and columns, and `LoraGAConfig.scale` how the
-    factors are scaled.
+    ``U S``. `LoraGAConfig.direction` selects the rows and columns, and `LoraGAConfig.scale`
+    determines how the factors are scaled. Their update is subtracted from the base weight.
 
     Raises:
         InitialisationError: The config or the gradient is missing, the gradient has values that are
@@ -71,7 +71,7 @@ def lora_ga(given: InitInputs) -> InitResult:
     )
     smaller = min(weight.shape)
     given.check_rank_limit(
-        smaller // 2, f"half the smaller side of the weight {tuple(weight.shape)}"
+        smaller // 2, f"half the smaller dimension of the weight {tuple(weight.shape)}"
     )
     u, s, v = torch.svd_lowrank(gradient, q=min(4 * rank, smaller), niter=4)
     a, b = _direction_indices(config.direction, rank)
@@ -91,7 +91,7 @@ def lora_ga(given: InitInputs) -> InitResult:
 
 
 def _direction_indices(direction: str, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return a tuple (indices for A, indices for B) of the singular directions to use.
+    """Return a tuple (indices for A, indices for B) that selects the singular directions to use.
 
     Args:
         direction: As in `LoraGAConfig`.

@@ -12,10 +12,11 @@ from fastlora.init.registry import InitInputs, InitResult, register_init, subtra
 
 @register_init("olora", title="OLoRA", changes_base=True, converts=True, supports_quantized=True)
 def olora(given: InitInputs) -> InitResult:
-    """Return factors from the QR decomposition ``W = Q R``, and the base weight minus their update.
+    """Compute the initial factors and the new base weight with OLoRA.
 
-    A consists of the first rows of R, and B consists of the first columns of Q. Their number is the
-    adapter's rank.
+    With the QR decomposition ``W = Q R``, A consists of the first rows of R, and B consists of the
+    first columns of Q. Their number is the adapter's rank. The update of these factors is
+    subtracted from the base weight.
 
     Raises:
         InitialisationError: The weight has values that are not finite, or the rank exceeds its
@@ -23,7 +24,7 @@ def olora(given: InitInputs) -> InitResult:
     """
     weight, rank = given.base_weight(), given.rank
     given.check_rank_limit(
-        min(weight.shape), f"the smaller side of the weight {tuple(weight.shape)}"
+        min(weight.shape), f"the smaller dimension of the weight {tuple(weight.shape)}"
     )
     q, r = torch.linalg.qr(weight)
     return subtract_update(given, weight, r[:rank].contiguous(), q[:, :rank].contiguous())

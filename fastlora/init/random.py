@@ -15,7 +15,7 @@ from fastlora.init.registry import InitInputs, InitResult, register_init
 
 @register_init(True, supports_convolutions=True)
 def kaiming(given: InitInputs) -> InitResult:
-    """Return uniform random values for A, and zeros for B.
+    """Return Kaiming-uniform random values for A, and zeros for B.
 
     The values of A are between ``-1 / sqrt(K)`` and ``1 / sqrt(K)``. This is the initialization of
     LoRA, https://arxiv.org/abs/2106.09685, as implemented in PEFT.

@@ -96,7 +96,7 @@ class InitResult:
 
 @dataclass(frozen=True)
 class InitConfigField:
-    """Describes the field of `fastlora.LoraConfig` that contains the config of a method.
+    """Describes the `fastlora.LoraConfig` field for the config of an initialization method.
 
     Attributes:
         field: Name of the field.
@@ -158,7 +158,7 @@ class InitMethod:
     supports_convolutions: bool = False
 
     def changes_base_randomly(self, value: bool | str) -> bool:
-        """Return whether the method changes the base weight in a random way.
+        """Return whether the change to the base weight differs from run to run.
 
         Args:
             value: Value of ``init_lora_weights`` that selected this method.
@@ -221,15 +221,15 @@ def check_finite_for_init(tensor: torch.Tensor, what: str) -> None:
     bad = int((~torch.isfinite(tensor)).sum())
     if bad:
         raise InitialisationError(
-            f"{what} has {bad} of {tensor.numel()} values that are not finite; expected finite "
-            "values, or another init_lora_weights"
+            f"{what} has {bad} of {tensor.numel()} values that are not finite; expected only "
+            "finite values, or another init_lora_weights"
         )
 
 
 def subtract_update(
     given: InitInputs, weight: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor
 ) -> InitResult:
-    """Return a result with the given factors and the base weight minus their scaled update.
+    """Subtract the scaled update of two factors from the base weight, and return the result.
 
     Args:
         given: The arguments of the initialization method.
@@ -264,5 +264,5 @@ def check_singular_values_nonzero(given: InitInputs, values: torch.Tensor, limit
         raise InitialisationError(
             f"init_lora_weights={given.name!r}: the base weight has rank {usable} or less, "
             f"expected at least r={given.rank}: the remaining directions would never train. Use a "
-            "smaller r for this layer (rank_pattern), or leave it out (exclude_modules)"
+            "smaller r for this layer (rank_pattern), or leave the layer out (exclude_modules)"
         )

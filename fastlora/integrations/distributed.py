@@ -22,7 +22,7 @@ from fastlora.validation import AdapterStateError
 
 
 def clip_grad_norm_(parameters: Iterable[torch.Tensor], max_norm: float) -> torch.Tensor:
-    """Clip the total norm of gradients that may be a mix of plain tensors and DTensors.
+    """Clip the total norm of gradients. Plain tensors and DTensors may be mixed.
 
     For plain tensors, the function is equivalent to `torch.nn.utils.clip_grad_norm_`. Every process
     must call it.
@@ -95,9 +95,9 @@ def tensor_parallel(model: LoraModel, device_mesh: Any, plan: dict[str, Any]) ->
 
 
 def _tensor_parallel_layer(linear: nn.Module, layer: FastLoraLinear) -> LoraLayer:
-    """Return a LoRA layer for the base layer ``linear`` with the adapters of ``layer``.
+    """Move the adapters of ``layer`` to a new LoRA layer for the sharded base layer ``linear``.
 
-    If ``linear`` is not sharded, ``layer`` itself is returned.
+    The new layer is returned. If ``linear`` is not sharded, ``layer`` itself is returned.
     """
     if tensor_parallel_style(linear) is None:
         return layer

@@ -53,7 +53,7 @@ def available_names() -> tuple[str, ...]:
 
 
 def resolve(name: str) -> Any:
-    """Return the object with one of `NAMES`, after importing PEFT.
+    """Import PEFT, and return the object for a name in `NAMES`.
 
     Raises:
         ImportError: PEFT is not installed, or the installed version does not have the name.
@@ -70,7 +70,7 @@ def resolve(name: str) -> Any:
     theirs = getattr(peft, name, None)
     if theirs is None:
         raise ImportError(
-            f"fastlora.{name} is provided by PEFT, and PEFT {peft.__version__} does not have it; "
+            f"fastlora.{name} is provided by PEFT, but PEFT {peft.__version__} does not have it; "
             "upgrade with: pip install --upgrade peft"
         )
     if name in AUTO_CLASSES:
@@ -81,7 +81,7 @@ def resolve(name: str) -> Any:
 def inject_adapter_in_model(
     peft_config: Any, model: nn.Module, adapter_name: str = "default", **options: Any
 ) -> nn.Module:
-    """Add an adapter to a model in place with PEFT's function of this name, and patch the layers.
+    """Call ``peft.inject_adapter_in_model``, and patch the LoRA layers that it creates.
 
     The result is the model itself, without a `peft.PeftModel` around it. Use `unpatch` to restore
     PEFT's own layers.
@@ -114,7 +114,7 @@ def inject_adapter_in_model(
 
 
 def _auto_class(theirs: Any) -> Any:
-    """Return a subclass of one of PEFT's auto classes that loads a `LoraModel`."""
+    """Return a subclass of a PEFT auto class. The subclass loads a `LoraModel`."""
     parameters = inspect.signature(LoraModel.from_pretrained).parameters
 
     def from_pretrained(model: nn.Module, model_id: str, **options: Any) -> LoraModel:

@@ -51,7 +51,10 @@ class _ImportHookFinder(importlib.abc.MetaPathFinder):
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        """Return the module's spec from the other finders, or None for any other module."""
+        """Find the given module with the other finders, and add the import hook to its spec.
+
+        The result is None for any other module.
+        """
         if name != self.name:
             return None
         others = [finder for finder in sys.meta_path if finder is not self]

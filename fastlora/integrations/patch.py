@@ -58,9 +58,7 @@ def unpatch(peft_model: nn.Module) -> None:
 
 @register_router
 def _patched_model_router(model: Any) -> Router | None:
-    """Return the object that assigns adapters to the rows of a patched PEFT model's batches.
-
-    The result is None if the model is not a patched PEFT model.
+    """Return the router of a patched PEFT model, or None for any other object.
 
     Raises:
         UnsupportedLayerError: A layer of the model cannot take part in a mixed batch.

@@ -62,7 +62,7 @@ class _FusedForwardMixin(BaseAdapterLayer):
     """
 
     def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Return the same output as ``forward`` of the PEFT layer that was patched."""
+        """Return the same output as the ``forward`` method of PEFT's layer class."""
         call: Any = create_call(self, x)
         mixed = isinstance(call, MixedCall)
         if kwargs.get("adapter_names") is not None or not (mixed or call.names):
@@ -86,7 +86,7 @@ class _FusedForwardMixin(BaseAdapterLayer):
     def _base(
         self: Any, call: UniformCall | MixedCall, x: torch.Tensor, *args: Any, **kwargs: Any
     ) -> Base:
-        """Return the base layer's weight and bias, or else its output for ``x``.
+        """Return the base layer's weight and bias, or the base layer's output for ``x``.
 
         The output is computed only if the base layer is called with further arguments, or if
         fastlora cannot read the base layer's weight directly.
@@ -128,17 +128,17 @@ class _FusedForwardMixin(BaseAdapterLayer):
         clear_layer_caches(self)
 
     def merge(self: Any, *args: Any, **kwargs: Any) -> None:
-        """Merge adapters, as PEFT's layer does, and clear values cached for the base weight."""
+        """Merge adapters, as PEFT's layer does, and clear the layer's weight caches."""
         clear_weight_caches(self)
         super().merge(*args, **kwargs)  # type: ignore[misc]  # PEFT's layer has it
 
     def unmerge(self: Any) -> None:
-        """Unmerge adapters, as PEFT's layer does, and clear values cached for the base weight."""
+        """Unmerge adapters, as PEFT's layer does, and clear the layer's weight caches."""
         clear_weight_caches(self)
         super().unmerge()  # type: ignore[misc]  # as above
 
     def _check_variants(self: Any, routing: Routing) -> None:
-        """Raise `UnsupportedLayerError` if an adapter of ``routing`` cannot be in a mixed batch."""
+        """Raise `UnsupportedLayerError` if a routed adapter cannot be used in a mixed batch."""
         # Check all of the layer's adapters, so that graphs do not depend on which of them are in
         # the batch.
         for name, variant in self.lora_variant.items():
@@ -181,7 +181,7 @@ class _FusedForwardMixin(BaseAdapterLayer):
 
 
 def _has_unsupported_variant(layer: Any, name: str) -> bool:
-    """Return whether an adapter uses a LoRA variant of PEFT other than DoRA on a linear layer."""
+    """Return whether an adapter uses a PEFT variant of LoRA that fastlora does not compute."""
     variant = layer.lora_variant.get(name)
     return variant is not None and (
         variant is not DoraLinearVariant and not isinstance(variant, DoraLinearVariant)
@@ -244,12 +244,12 @@ class FastPeftLoraModel(PeftLoraModel):
         return module
 
     def inject_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """Add an adapter. Open `fastlora.adapters` blocks also apply to the new LoRA layers."""
+        """Add an adapter, and include its LoRA layers in any open `fastlora.adapters` block."""
         super().inject_adapter(*args, **kwargs)
         self._update_routed_layers()
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter, and look up the model's LoRA layers again."""
+        """Delete an adapter, and update the list of the model's LoRA layers."""
         self._check_no_open_block("delete_adapter")
         super().delete_adapter(adapter_name)
         self._update_routed_layers()
@@ -280,7 +280,7 @@ class FastPeftLoraModel(PeftLoraModel):
             router.group.check_no_open_blocks(operation)
 
     def _update_routed_layers(self) -> None:
-        """Update the list of layers used for mixed batches, if it was created before."""
+        """Update the list of LoRA layers for mixed batches, if the list already exists."""
         router = self.__dict__.get("_fastlora_router")
         if router is not None:
             router.routed_layers = None
@@ -330,7 +330,7 @@ class FastPeftLoraModel(PeftLoraModel):
             yield
 
     def _router_for(self, names: Any) -> PatchedModelRouter | None:
-        """Return the object that assigns adapters to the rows of a batch.
+        """Return the router for a batch with the given adapter names.
 
         The result is None if PEFT must process the batch, or raise an error for it.
         """
@@ -388,7 +388,7 @@ class PatchedModelRouter:
         for name, module in others:
             raise UnsupportedLayerError(
                 f"{name!r} is a PEFT {type(module).__name__}, which fastlora.adapters() does not "
-                "route; pass adapter_names= to the model instead"
+                "support; pass adapter_names= to the model instead"
             )
         patch_activation_checkpointing()  # because adapter_names= opens blocks too
         self.routed_layers = [layer for _, layer in layers]

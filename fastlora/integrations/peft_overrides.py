@@ -38,7 +38,7 @@ def unwrap_lora_model(model: object) -> Any:
 
 
 def has_lora_layers(argument: object) -> bool:
-    """Return whether a value is a `LoraModel` or a module that contains LoRA layers of fastlora.
+    """Return whether a value is a `LoraModel`, or a module that contains fastlora's LoRA layers.
 
     A module compiled with `torch.compile` is supported too.
     """
@@ -56,7 +56,7 @@ def get_peft_model_state_dict(
     save_embedding_layers: bool | str = "auto",
     **__: Any,
 ) -> dict[str, torch.Tensor]:
-    """Return a dict that maps the keys of PEFT's adapter files to an adapter's tensors."""
+    """Return an adapter's state dict, with the keys of PEFT's adapter files."""
     # Read the outermost wrapper's state, because FSDP gathers its shards there.
     source = model.state_dict() if state_dict is None else state_dict
     return adapter_state.adapter_file_state_dict(
@@ -81,7 +81,7 @@ def set_peft_model_state_dict(
 
 
 def get_base_model_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the base model's state dict, with the keys of a model without adapters."""
+    """Return the base model's state dict, with the same keys as in a model without adapters."""
     return base_state_dict(unwrap_lora_model(model).get_base_model())
 
 

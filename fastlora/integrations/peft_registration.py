@@ -63,7 +63,7 @@ def _create_patched_layer(
 
 
 def _patch_from_pretrained(peft: Any) -> None:
-    """Make ``peft.PeftModel.from_pretrained`` load adapters of a `LoraModel` through fastlora."""
+    """Make ``peft.PeftModel.from_pretrained`` use fastlora to load adapters into a `LoraModel`."""
     theirs = peft.PeftModel.from_pretrained.__func__
 
     @functools.wraps(theirs)

@@ -21,7 +21,7 @@ SHOWN_ROWS = 24
 
 @dataclass(frozen=True)
 class LayerFusion:
-    """A row of the fusion report, which describes one LoRA layer.
+    """A row of the fusion report. Each row describes one LoRA layer.
 
     Attributes:
         name: Name of the layer in the model.
@@ -146,7 +146,7 @@ def fusion_report(model: nn.Module) -> FusionReport:
 
 
 def auto_implementation(device: torch.device) -> tuple[str, str]:
-    """Return a tuple of the implementation that ``impl="auto"`` selects, and the reason."""
+    """Return a tuple (implementation, reason): what ``impl="auto"`` selects, and why."""
     runs, reason = triton_status(device.type, device.index or 0)
     if device.type == "cuda" or not runs:
         return "triton" if runs else "eager", reason

@@ -22,7 +22,7 @@ CANNOT_READ = (OSError, ValueError, KeyError, TypeError)
 
 
 def _transformers_lora_model() -> type[LoraModel]:
-    """Return `LoraModel`, after importing PEFT so that it is a subclass of ``peft.PeftModel``."""
+    """Import PEFT to make `LoraModel` a subclass of ``peft.PeftModel``, and return `LoraModel`."""
     importlib.import_module("peft")
     return LoraModel
 
@@ -67,7 +67,7 @@ def end_token_ids(model: Any, tokenizer: Any) -> set[int]:
 
 @contextlib.contextmanager
 def quiet_transformers(*, notes: bool = True) -> Iterator[None]:
-    """Hide the progress bars and messages of transformers, and all FutureWarnings, in a block.
+    """Hide transformers messages and progress bars, and all FutureWarnings, in a ``with`` block.
 
     Args:
         notes: Whether to hide messages and warnings too. If False, only progress bars are hidden.

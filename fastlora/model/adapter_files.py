@@ -38,7 +38,7 @@ _TRIES = 10
 
 @dataclass(frozen=True)
 class FileSizeLimits:
-    """Limits on the sizes of an adapter's config and of its weights file's header, in bytes.
+    """Size limits, in bytes, for an adapter's config and for the header of its weights file.
 
     Attributes:
         config: The maximum size of the config, both in the config file and in the metadata of the
@@ -100,7 +100,7 @@ def open_adapter_files(
 
 
 def read_config_of_weights(folder: Path) -> dict[str, Any]:
-    """Return a dict of the fields in the config that belongs to an adapter folder's weights.
+    """Read the config that belongs to the weights in a folder, and return a dict of its fields.
 
     As in `open_adapter_files`, the config is read from the config file or from the metadata of the
     weights file. If the weights file is missing or damaged, the config file is used.
@@ -223,7 +223,7 @@ def _read_config(path: Path, root: Path | None = None, max_bytes: int = MAX_CONF
         text = file.read(max_bytes + 1)
         if len(text) > max_bytes:
             size = os.fstat(file.fileno()).st_size
-            raise CheckpointError(f"{path}: {size} bytes, expected at most {max_bytes}")
+            raise CheckpointError(f"{path}: has {size} bytes, expected at most {max_bytes}")
         return text
 
 
@@ -241,7 +241,7 @@ def _config_matching_weights(
         text: The content of the config file.
         metadata: The metadata of the weights file.
         path: The config file, for messages.
-        most: The maximum size of the stored config, in bytes.
+        max_bytes: The maximum size of the stored config, in bytes.
 
     Raises:
         CheckpointError: If the stored config is needed and has more than ``max_bytes`` bytes.

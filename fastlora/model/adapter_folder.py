@@ -96,7 +96,7 @@ class ParsedAdapterKey(NamedTuple):
 
 @dataclass(frozen=True)
 class AdapterHeader:
-    """The checked contents of an adapter folder without the tensor data.
+    """The checked contents of an adapter folder, without the tensor data.
 
     Attributes:
         path: The folder.
@@ -114,7 +114,7 @@ class AdapterHeader:
 
 @dataclass(frozen=True)
 class AdapterContents:
-    """The checked contents of an adapter folder with the tensor data.
+    """The checked contents of an adapter folder, including the tensor data.
 
     Attributes:
         path, config, keys: See `AdapterHeader`.
@@ -229,7 +229,7 @@ def inspect_adapter_folder(path: str | os.PathLike[str]) -> AdapterHeader:
 def with_renamed_modules(
     file: AdapterContents, mapping: Mapping[str, str] | None
 ) -> AdapterContents:
-    """Return a copy of an adapter file in which the names of modules are replaced.
+    """Return a copy of an adapter file with renamed modules.
 
     Some transformers models define a mapping from the module names of earlier versions to the
     current names.
@@ -402,7 +402,7 @@ def _check_factor(
     key, partner = found[module, kind], _PARTNERS[kind]
     if (module, partner) not in found:
         raise CheckpointError(
-            f"found {key!r}, but no {partner} of {module!r}; expected both factors"
+            f"found {key!r}, but no {partner} for {module!r}; expected both factors"
         )
     shape = tuple(tensors[key].shape)
     _check_dtype(key, tensors[key])
@@ -414,7 +414,7 @@ def _check_factor(
     if rank % max(shape[axis], 1) if grouped else shape[axis] != rank:
         raise CheckpointError(
             f"{key!r} has shape {shape} {expected} and therefore rank {shape[axis]}; "
-            f"expected rank {rank}, as set for {module!r} by r and rank_pattern of the config"
+            f"expected rank {rank}, as set for {module!r} by r and rank_pattern in the config"
         )
     if kind.endswith("B"):
         for vector, (field, leaf) in _VECTORS.items():
@@ -441,7 +441,7 @@ def _check_vector(
     factor = found.get((module, "lora_B"), found.get((module, "lora_embedding_B")))
     if factor is None:
         raise CheckpointError(
-            f"found {key!r}, but no LoRA factors of {module!r}; expected its lora_B"
+            f"found {key!r}, but no LoRA factors for {module!r}; expected both factors"
         )
     n, *kernel = tensors[factor].shape
     expected: tuple[int, ...] = (n,)

@@ -43,9 +43,9 @@ _SAVED_TARGETS = ("embed_tokens", "lm_head")
 def file_key_to_state_key(
     lora_model: LoraModel, adapter_name: str, bias: str | None = None
 ) -> dict[str, str]:
-    """Return a dict that maps an adapter file\'s keys to keys of the model\'s stripped state dict.
+    """Return a dict that maps the keys in an adapter file to keys in the model's state dict.
 
-    The keys of the state dict are those that `strip_wrapper_prefixes_from_keys` returns.
+    The keys in the state dict are those that `strip_wrapper_prefixes_from_keys` returns.
 
     A file key is the key of a tensor in PEFT's adapter files. It does not contain the adapter's
     name. The file keys of a module in ``modules_to_save`` contain the module's original name, and
@@ -144,7 +144,7 @@ def check_adapter_fits_model(
 def check_can_overwrite_adapter(
     model: nn.Module, adapter_name: str, loaded_config: LoraConfig, plan: AdapterPlan, path: Path
 ) -> None:
-    """Check that the weights of a loaded adapter can be overwritten with those of an adapter file.
+    """Check that the weights of a loaded adapter can be overwritten from an adapter file.
 
     Both adapters must adapt the same modules. For each module, both configs must specify the same
     rank and the same scaling. A scaling that was changed with `set_scale` is not compared and
@@ -217,7 +217,7 @@ def _expected_shapes(model: nn.Module, plan: AdapterPlan) -> dict[str, tuple[int
 def _tied_head_shapes(
     model: nn.Module, expected: dict[str, tuple[int, ...]], plan: AdapterPlan
 ) -> dict[str, tuple[int, ...]]:
-    """Return a dict that maps the file keys of tied output heads to the shapes of their tensors.
+    """Return a dict that maps the file keys of tied output heads to tensor shapes.
 
     A tied head uses the LoRA factors of the input embedding. PEFT may save these factors a second
     time, transposed, under the head's name.
@@ -259,7 +259,7 @@ def adapter_file_state_dict(
     source: dict[str, torch.Tensor],
     save_embedding_layers: bool | str,
 ) -> dict[str, torch.Tensor]:
-    """Return a dict that maps the keys of PEFT's adapter files to an adapter's tensors.
+    """Return an adapter's state dict, with the keys of PEFT's adapter files.
 
     Args:
         lora_model: The model that has the adapter.
@@ -383,7 +383,7 @@ def load_adapter_contents(lora_model: LoraModel, adapter_name: str, file: Adapte
 
 
 def _copy_into(lora_model: LoraModel, key: str, target: torch.Tensor, source: torch.Tensor) -> None:
-    """Copy ``source`` into ``target``, the tensor that has the key ``key`` in the model.
+    """Copy ``source`` into ``target``, which has the key ``key`` in the model's state dict.
 
     A target on the meta device is replaced with a new tensor on the device of the base layer.
 

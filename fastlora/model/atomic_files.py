@@ -32,7 +32,7 @@ _NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)
 
 @contextlib.contextmanager
 def atomic_replace_file(path: Path) -> Iterator[Path]:
-    """Yield the temporary path of a file that replaces ``path`` when the ``with`` block ends.
+    """Yield the path of a temporary file that replaces ``path`` when the ``with`` block ends.
 
     The block must write the file. If the block raises an error, ``path`` is unchanged.
     """
@@ -42,7 +42,7 @@ def atomic_replace_file(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_replace_files(first: Path, *others: Path) -> Iterator[tuple[Path, ...]]:
-    """Yield the temporary paths of files that replace ``paths`` when the ``with`` block ends.
+    """Yield the paths of temporary files that replace the given paths after the ``with`` block.
 
     The block must write all files. The files are renamed in the order of the arguments. All paths
     must be in the same folder. All files are flushed to disk before the first file is renamed, and
@@ -89,7 +89,7 @@ def atomic_remove_folder(path: Path) -> None:
 
 
 def remove_abandoned_temp_folders(folder: Path) -> None:
-    """Remove the temporary folders in a folder that belong to writers that were killed."""
+    """Remove the temporary folders that killed writers left behind in a folder."""
     for path in folder.glob(".*.tmp"):
         if _TEMPORARY.fullmatch(path.name):
             with contextlib.suppress(OSError):  # removed by another writer, or no permission

@@ -21,7 +21,7 @@ BaseModules = list[tuple[str, nn.Module, bool]]
 
 
 def strip_wrapper_prefixes(name: str) -> str:
-    """Return the name of a module or tensor with the names of wrapper modules removed."""
+    """Remove the names of wrapper modules from the name of a module or tensor."""
     for wrapped in _WRAPPED:
         name = name.replace(wrapped, "")
     return name
@@ -67,7 +67,7 @@ def base_module_of(module: nn.Module) -> nn.Module:
 def named_outer_modules(
     model: nn.Module, *, remove_duplicate: bool = True, inner_layers: bool = False
 ) -> list[tuple[str, nn.Module]]:
-    """Return the items of ``named_modules()`` without modules inside LoRA layers and wrappers.
+    """Return the items of ``named_modules()``, except modules inside LoRA layers and wrappers.
 
     The LoRA layers and the wrappers (see `is_adapter_wrapper`) themselves are included. Modules
     that belong to an adapter are never included. The running time does not depend on the number of
@@ -111,7 +111,7 @@ def named_outer_modules(
 
 
 def named_base_modules(model: nn.Module, *, remove_duplicate: bool = True) -> BaseModules:
-    """Return the modules of a base model with their names in the model without adapters.
+    """Return the base model's modules, named as in a model without adapters.
 
     LoRA layers and wrappers are listed in place of the modules that they replaced. In addition to
     the modules that `named_outer_modules` returns, the modules inside wrapped modules are included.
@@ -133,13 +133,13 @@ def named_base_modules(model: nn.Module, *, remove_duplicate: bool = True) -> Ba
 
 
 def peft_function_or_raise(model: nn.Module, module: str, name: str, error: Exception) -> Any:
-    """Return a function of PEFT if the model has adapter layers of PEFT, or else raise an error.
+    """Return a PEFT function if the model has PEFT adapter layers. Otherwise, raise an error.
 
     Args:
         model: The model.
         module: The name of the Python module that defines the function.
         name: The name of the function.
-        error: The error to raise if the model has no adapter layers of PEFT.
+        error: The error to raise if the model has no PEFT adapter layers.
     """
     layers: Any = sys.modules.get("peft.tuners.tuners_utils")
     kind = () if layers is None else layers.BaseTunerLayer

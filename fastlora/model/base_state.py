@@ -19,7 +19,7 @@ _INNER = ("base_layer", "original_module", "token_adapter")
 
 
 def base_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the base model's state dict, with the keys of the model without adapters."""
+    """Return the base model's state dict, with the same keys as in a model without adapters."""
     named = (
         (key_without_adapters(model, key), tensor) for key, tensor in model.state_dict().items()
     )

@@ -111,7 +111,7 @@ def factor_matrices(
     if multiplied and lora_b.shape[1] != lora_a.shape[0]:
         raise UnsupportedLayerError(
             f"{name!r} is a {type(layer.get_base_layer()).__name__} with groups, and its LoRA "
-            "factors are not plain pairs of matrices; expected target_modules without it"
+            "factors are not a pair of matrices; leave this layer out of target_modules"
         )
     low_rank.check_factors_finite(f"adapter {adapter!r} on {name!r}", lora_a, lora_b)
     wide = torch.promote_types(lora_a.dtype, torch.float32)
@@ -124,7 +124,7 @@ def build_computed_adapter(
     factors: Mapping[str, ComputedLayerParameters],
     config: LoraConfig | None = None,
 ) -> ComputedAdapter:
-    """Create a `ComputedAdapter` from factors, after checking that they can be added.
+    """Create a `ComputedAdapter` from factors. It is not added to the model.
 
     Args:
         model: The base model with its adapters.
@@ -182,9 +182,9 @@ def check_no_duplicate_copies(model: nn.Module, adapters: Sequence[str]) -> None
 
 
 def _copy_owners(model: nn.Module, adapters: Sequence[str]) -> dict[str, list[str]]:
-    """Return a dict that maps the name of each copied module to a list of the copies' owners.
+    """Return a dict that maps the name of each copied module to the adapters that own a copy.
 
-    The owners are names in ``adapters``.
+    Only the given adapters are listed.
     """
     found = {}
     for name, module in modules_with_adapters(model):
@@ -198,7 +198,7 @@ def _copy_owners(model: nn.Module, adapters: Sequence[str]) -> dict[str, list[st
 def _computed_adapter_config(
     configs: Sequence[LoraConfig], ranks: Mapping[str, int], copies: Mapping[str, str]
 ) -> LoraConfig:
-    """Create the config of a computed adapter. The adapter's factors must include all scalings.
+    """Create the config of a computed adapter with factors that include all scalings.
 
     ``lora_alpha`` equals the rank, so that the adapter's scaling is 1. Fields that are not
     determined by the computation are copied from the first of ``configs``.

@@ -70,7 +70,7 @@ class LoraRuntimeConfig:
 
 @dataclass
 class LoraConfig(PeftConfigMethods):
-    """The configuration of a LoRA adapter. Fields and defaults are those of PEFT 0.21.2.
+    """The configuration of a LoRA adapter, with the fields and defaults of PEFT 0.21.2.
 
     Args:
         task_type: The task, such as ``"CAUSAL_LM"`` or ``"SEQ_CLS"``, as in PEFT; or None.
@@ -305,9 +305,9 @@ class LoraConfig(PeftConfigMethods):
         )
 
     def shapes_only(self) -> LoraConfig:
-        """Return a copy of the config that uses the default initialization method.
+        """Return a copy of the config that determines only the shapes of an adapter.
 
-        An adapter that is created with the copy has parameters of the same shapes.
+        The copy uses the default initialization method.
 
         Raises:
             ConfigError: If fastlora cannot load an adapter with this config.

@@ -191,7 +191,7 @@ def _check_layers(layers: Any, pattern: Any, targets: Any) -> None:
 
 def _check_pattern(name: str, patterns: Any) -> None:
     if not isinstance(patterns, dict):
-        raise ConfigError(f"{name} must be a dict of module name to value, got {patterns!r}")
+        raise ConfigError(f"{name} must be a dict with module names as keys, got {patterns!r}")
     _check_regexes(name, patterns)
     for key, value in patterns.items():
         if name == "alpha_pattern":

@@ -28,7 +28,7 @@ from fastlora.validation import CheckpointError, ConfigError
 
 
 def load_untrained_adapter(config: LoraConfig, path: str | os.PathLike[str]) -> AdapterContents:
-    """Load the untrained adapter that `convert_to_original_base` needs from a folder.
+    """Load an untrained adapter from a folder, as input for `convert_to_original_base`.
 
     Args:
         config: The config of the trained adapter.

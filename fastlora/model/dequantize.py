@@ -140,7 +140,7 @@ def dequantize_linears(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 @torch.no_grad()
 def _dequantized_linear(module: nn.Module, dtype: torch.dtype | None) -> nn.Linear:
-    """Return a plain linear layer with the dequantized weight and the bias of a module.
+    """Return a plain linear layer with a module's bias and dequantized weight.
 
     The weight and the bias are converted to ``dtype``. If ``dtype`` is None, the layer is created
     on the meta device, without values.

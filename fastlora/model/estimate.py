@@ -28,7 +28,7 @@ _UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
 
 @dataclass(frozen=True)
 class Estimate:
-    """The size of an adapter, and the memory that its training needs in addition to activations.
+    """The size of an adapter, and the memory needed to train it, not counting activations.
 
     Attributes:
         adapter_parameters: The number of trainable parameters. These are the adapter's parameters
@@ -59,7 +59,7 @@ class Estimate:
 
     @property
     def share(self) -> float:
-        """The ratio of the number of trainable parameters to the number of base parameters."""
+        """The number of trainable parameters divided by the number of base parameters."""
         return self.adapter_parameters / max(self.base_parameters, 1)
 
     @property
@@ -90,7 +90,7 @@ def estimate(
     optimizer_states: int = 2,
     autocast_adapter_dtype: bool = True,
 ) -> Estimate:
-    """Estimate the size of an adapter, and the memory needed to train it, before it is created.
+    """Estimate the size of an adapter and the memory needed to train it, without creating it.
 
     Args:
         model: Any module on any device, with or without adapters. A model on
@@ -146,7 +146,7 @@ def unpacked_numel(parameter: torch.Tensor) -> int:
 
 
 class _StoredBytes(NamedTuple):
-    """The sizes of a parameter's values and scales in bytes.
+    """The sizes, in bytes, of a parameter's values and scales.
 
     Attributes:
         values: The size of the stored values, quantized or not.
@@ -160,7 +160,7 @@ class _StoredBytes(NamedTuple):
 
 
 def _stored_bytes(parameter: torch.Tensor) -> _StoredBytes:
-    """Return the sizes of a parameter's values and scales in bytes.
+    """Return the sizes, in bytes, of a parameter's values and scales.
 
     For a weight that bitsandbytes has not quantized yet, the sizes after quantization are returned.
     """

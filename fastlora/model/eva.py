@@ -66,7 +66,7 @@ def prepare_model_inputs_fn_language_modeling(model_input: Any, peft_config: Any
 def prepare_layer_inputs_fn_language_modeling(
     layer_input: Any, model_input: Any, layer_name: str
 ) -> torch.Tensor:
-    """Select the rows of a layer's input that belong to given tokens.
+    """Select the rows of a layer's input that belong to the given tokens.
 
     Args:
         layer_input: The input of the layer, or the tuple of its inputs.
@@ -98,7 +98,7 @@ def get_eva_state_dict(
     gather_distributed_inputs: bool = True,
     show_progress_bar: bool = True,
 ) -> dict[str, torch.Tensor]:
-    """Compute initial values of the LoRA factor A of each layer, with the EVA method.
+    """Compute the initial LoRA factor A of each layer with the EVA method.
 
     The initial values are the principal directions of the layer's inputs, of shape ``[rank, K]``.
     The sum of all ranks is redistributed among the layers. Each layer gets at most ``rho * r``
@@ -164,7 +164,7 @@ def get_eva_state_dict(
 def _eva_layers(
     model: nn.Module, tuner: LoraTuner | None, config: LoraConfig, adapter_name: str
 ) -> dict[str, nn.Module]:
-    """Return a dict that maps names to the linear layers to initialize.
+    """Return a dict of the linear layers to initialize, keyed by name.
 
     These are the linear layers that have the adapter. If the model has no adapters, these are the
     linear layers that the config targets.
@@ -190,7 +190,7 @@ def _is_linear(layer: LoraLayer, adapter_name: str) -> bool:
 def _prepare_fn_by_layer(
     prepare: Prepare | Mapping[str, Prepare] | None, layers: Mapping[str, nn.Module]
 ) -> dict[str, Prepare]:
-    """Return a dict that maps layer names to functions that convert the layer's inputs to rows.
+    """Return a dict that maps each layer name to the function that prepares the layer's inputs.
 
     Raises:
         ConfigError: If ``prepare`` is a mapping with a key that is not a layer name.
@@ -212,10 +212,10 @@ def _max_ranks(
     rho: float,
     r: int,
 ) -> dict[str, int]:
-    """Return a dict that maps layer names to the maximum rank of the layer.
+    """Return a dict that maps layer names to maximum ranks.
 
-    The maximum is the config's rank of the layer multiplied by ``rho``, and not more than the
-    number of input features.
+    The maximum is the rank in the config multiplied by ``rho``, and not more than the number of
+    input features.
     """
     if rho > _MOST_RHO:
         rho = min(rho, max(max(p.shape) for p in model.parameters() if p.dim()) // r)
@@ -294,7 +294,7 @@ def initialize_lora_eva_weights(
 def _apply_eva_state_dict(
     tuner: LoraTuner, adapter_name: str, config: LoraConfig, state: Mapping[str, torch.Tensor]
 ) -> None:
-    """Copy the directions in an EVA state dict into an adapter's factors, and update its config.
+    """Copy the directions from an EVA state dict into an adapter, and update its config.
 
     If the rank of a layer changes, the adapter's factors on this layer are replaced.
     """

@@ -148,7 +148,7 @@ def hotswap_adapter(
     torch_device: str | None = None,
     **kwargs: Any,
 ) -> None:
-    """Replace the weights of a loaded adapter with those of a PEFT adapter folder, in place.
+    """Replace the weights of a loaded adapter in place with those from a PEFT adapter folder.
 
     On layers that the new adapter does not adapt, the update becomes zero. If the new adapter has a
     larger rank than the loaded adapter, new tensors are allocated and compiled models are
@@ -195,7 +195,7 @@ def hotswap_adapter_from_state_dict(
     config: Any,
     parameter_prefix: str = "lora_",
 ) -> None:
-    """Replace the weights of a loaded adapter with the tensors of a state dict, in place.
+    """Replace the weights of a loaded adapter in place with tensors from a state dict.
 
     Args:
         model: A `LoraModel`, compiled or not.
@@ -347,7 +347,7 @@ def _tensors_outside_layers(
     tensors: Mapping[str, torch.Tensor],
     keys: Mapping[str, str],
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Return a list of pairs ``(target, source)`` of the tensors to write outside of LoRA layers.
+    """Return a list of pairs ``(target, source)`` for the tensors outside the LoRA layers.
 
     If the new adapter has no copy of a module in ``modules_to_save``, the sources for the loaded
     adapter's copy are the tensors of the original module.
@@ -379,7 +379,7 @@ def _tensors_outside_layers(
 
 
 def _original_tensor(base: nn.Module, key: str) -> torch.Tensor | None:
-    """Return the original of a tensor that belongs to an adapter's copy of a module.
+    """Return the original module's tensor, given the key of an adapter's copy of the tensor.
 
     The result is None if the tensor with the key ``key`` does not belong to a copy.
     """
@@ -438,7 +438,7 @@ def _drop_unchanged_base_weights(
 
 
 def _insert_adapter_name(key: str, adapter_name: str) -> str:
-    """Insert the adapter's name into a key of an adapter file, as in PEFT's error messages."""
+    """Insert the adapter's name into a key from an adapter file, as in PEFT's error messages."""
     return re.sub(r"(\.lora_[^.]*)", rf"\1.{adapter_name}", key, count=1)
 
 

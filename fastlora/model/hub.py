@@ -27,7 +27,7 @@ def push_to_hub(
     revision: str | None = None,
     create_pr: bool = False,
 ) -> Any:
-    """Call ``save``, and upload the files that it writes to the Hugging Face Hub.
+    """Call ``save``, and upload the saved files to the Hugging Face Hub.
 
     The repository is created if it does not exist.
 

@@ -71,7 +71,7 @@ def _outside_inference_mode() -> Iterator[None]:
 def add_adapter(
     model: nn.Module, adapter_name: str, plan: AdapterPlan, *, autocast_adapter_dtype: bool = True
 ) -> None:
-    """Add an adapter to every module that its plan selects. The adapter is inactive.
+    """Add an adapter to every module that its plan selects. The new adapter is inactive.
 
     Base parameters that were trainable before remain trainable. If an error is raised, the model is
     unchanged.
@@ -91,9 +91,9 @@ def add_adapter(
     trained = [p for _, p in base_parameters(model) if p.requires_grad]
 
     def get_or_replace_module(name: str, kind: type, make: Callable[[nn.Module], nn.Module]) -> Any:
-        """Return the module called ``name`` if it is an instance of ``kind``.
+        """Return the module called ``name``, after replacing it if it is not of type ``kind``.
 
-        Otherwise, replace it with ``make(module)`` and return the new module.
+        The new module is ``make(module)``.
         """
         module = model.get_submodule(name)
         if isinstance(module, kind):
@@ -196,7 +196,7 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
 
 
 def modules_with_adapters(model: nn.Module) -> list[tuple[str, Any]]:
-    """Return a list of tuples ``(name, module)`` of the modules that contain adapters.
+    """Return the modules that contain adapters as a list of tuples ``(name, module)``.
 
     These are LoRA layers and wrappers for ``modules_to_save`` or trained tokens. In a mixed batch,
     they select an adapter for each row.
@@ -207,7 +207,7 @@ def modules_with_adapters(model: nn.Module) -> list[tuple[str, Any]]:
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
-    """Return a dict that maps names to the LoRA layers of a model.
+    """Return a dict of a model's LoRA layers, keyed by name.
 
     LoRA layers inside other LoRA layers are included.
     """
@@ -223,7 +223,7 @@ def freeze_base(model: nn.Module) -> None:
 def base_biases_trained_by(
     model: nn.Module, adapter_name: str, bias: str
 ) -> dict[str, nn.Parameter]:
-    """Return a dict that maps names to the biases of the base model that an adapter trains.
+    """Return a dict of the base-model biases that an adapter trains, keyed by name.
 
     Args:
         model: The base model with its adapters.
@@ -245,7 +245,7 @@ def base_biases_trained_by(
 def base_biases_to_train(
     model: nn.Module, bias: str, targets: Iterable[nn.Module], copied: Iterable[nn.Module]
 ) -> dict[str, nn.Parameter]:
-    """Return a dict that maps names to the base model's biases that an adapter would train.
+    """Return a dict of the base-model biases that an adapter would train, keyed by name.
 
     A bias that has several names is returned once. The biases of modules that the adapter owns a
     copy of are not included.
@@ -267,7 +267,7 @@ def base_biases_to_train(
 
 
 def base_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """Return a list of tuples ``(name, parameter)`` of the parameters of the base model.
+    """Return the base model's parameters as a list of tuples ``(name, parameter)``.
 
     Parameters of adapters are left out. A tied parameter is listed once for each of its names.
     """
@@ -368,7 +368,7 @@ def warn_of_merge_errors(errors: Mapping[str, float | None]) -> None:
 
 
 def adapter_names_in_module(module: Any, adapter_names: list[str] | None) -> list[str] | None:
-    """Return those of the given names for which a module has an adapter.
+    """Return the names of the given adapters that a module has.
 
     If ``adapter_names`` is None, which stands for the active adapters, the result is None.
     """

@@ -147,7 +147,7 @@ class LoraModel(PeftModelMethods, nn.Module):
         low_cpu_mem_usage: bool = False,
         autocast_adapter_dtype: bool = True,
     ) -> None:
-        """Add an adapter. It is frozen and inactive until `set_adapter` activates it.
+        """Add an adapter. The adapter is frozen and inactive until `set_adapter` activates it.
 
         Args:
             adapter_name: The name of the new adapter, which must not be in use.
@@ -435,12 +435,12 @@ class LoraModel(PeftModelMethods, nn.Module):
         return contextlib.nullcontext() if adapter_names is None else adapters(self, adapter_names)
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """Return a tuple of the number of trainable parameters and the number of all parameters."""
+        """Return a tuple (number of trainable parameters, number of all parameters)."""
         counts = [(p.numel(), p.requires_grad) for p in self.parameters()]
         return sum(n for n, trains in counts if trains), sum(n for n, _ in counts)
 
     def print_trainable_parameters(self) -> None:
-        """Print the number of trainable parameters and of all parameters, and their ratio.
+        """Print the number of trainable parameters, the number of all parameters, and their ratio.
 
         The output has the same format as in PEFT.
         """
@@ -474,7 +474,7 @@ class LoraModel(PeftModelMethods, nn.Module):
 def _read_adapter_folder(
     model_id: str | os.PathLike[str], subfolder: str | None, unused: dict[str, Any]
 ) -> AdapterContents:
-    """Read an adapter folder, after checking that all unused arguments are arguments of PEFT.
+    """Read an adapter folder, after checking that the unused arguments are known to PEFT.
 
     Raises:
         CheckpointError: See `load_adapter_folder`.
@@ -487,7 +487,7 @@ def _read_adapter_folder(
 
 
 def _auto_mapping(model: nn.Module) -> dict[str, str]:
-    """Return a dict of the base model's class name and module name, for an adapter's config.
+    """Return a dict with the names of the base model's class and module, for an adapter's config.
 
     PEFT's AutoPeftModel loads the base model with this class if the config has no task type.
     """

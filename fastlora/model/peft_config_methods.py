@@ -44,12 +44,12 @@ class PeftConfigMethods:
 
     @property
     def is_prompt_learning(self) -> bool:
-        """Whether the config is for prompt learning: always False. The Trainer reads this."""
+        """Always False, because LoRA is not a prompt-learning method. The Trainer reads this."""
         return False
 
     @property
     def is_adaption_prompt(self) -> bool:
-        """Whether the config is for an adaption prompt: always False."""
+        """Always False, because LoRA is not an adaption-prompt method."""
         return False
 
     @classmethod
@@ -72,7 +72,7 @@ class PeftConfigMethods:
 
     @classmethod
     def from_peft_type(cls: type[_T], **fields: Any) -> _T:
-        """Create a config with the given fields. The method's name is PEFT's."""
+        """Create a config with the given fields. PEFT defines the name of this method."""
         return cls(**fields)
 
     @classmethod

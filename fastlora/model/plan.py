@@ -98,7 +98,7 @@ class AdapterPlan:
 
     @property
     def tied_module_names(self) -> list[str]:
-        """The names of the modules that share a copy or LoRA factors with the input embedding."""
+        """The names of the modules that share the input embedding's copy or LoRA factors."""
         return [*self.tied_copies, *self.tied_heads]
 
     @property
@@ -332,7 +332,7 @@ def _check_untied(model: nn.Module, config: LoraConfig, targets: Sequence[str]) 
         if other is not None and linear_features(base) is not None:
             raise AdapterStateError(
                 f"init_lora_weights={config.init_lora_weights!r} changes the weight of target "
-                f"module {name!r}, which is shared with {other!r}; leave it out "
+                f"module {name!r}, which is shared with {other!r}; leave the target out "
                 "(exclude_modules), or untie the two weights first"
             )
 
@@ -343,7 +343,7 @@ def adapter_settings_for(name: str, config: LoraConfig) -> LayerAdapterSettings:
 
 
 def _common_settings(config: LoraConfig, from_file: bool = False) -> LayerAdapterSettings:
-    """Return an adapter's settings for modules that match neither of its pattern fields.
+    """Return an adapter's settings for modules that match none of its patterns.
 
     The pattern fields are ``rank_pattern`` and ``alpha_pattern``.
     """

@@ -58,7 +58,7 @@ class RankReduction:
 
     @property
     def largest_error(self) -> float:
-        """The maximum of the relative errors on all layers."""
+        """The largest relative error on any layer."""
         return max(self.errors.values())
 
     def __str__(self) -> str:

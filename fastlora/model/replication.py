@@ -28,7 +28,7 @@ Ranges = Sequence[Sequence[int]]
 
 
 class LayerReplication:
-    """Replace a model's list of layers with a longer list that contains copies of the layers.
+    """Replaces a model's list of layers with a longer list that contains copies of the layers.
 
     The model is not changed before `apply` is called.
 
@@ -83,7 +83,7 @@ class LayerReplication:
 
 @contextlib.contextmanager
 def replication_applied(replication: LayerReplication | None) -> Iterator[None]:
-    """Apply a replication for the duration of a ``with`` block. None has no effect."""
+    """Apply a replication during a ``with`` block. If ``replication`` is None, do nothing."""
     if replication is None:
         yield
         return
@@ -121,7 +121,7 @@ def create_replication(model: nn.Module, ranges: Ranges | None) -> LayerReplicat
 
 
 def clear_replication_record(model: nn.Module) -> None:
-    """Remove the record that a model's layers are replicated.
+    """Remove the record of a model's layer replication.
 
     The replicated layers then count as the model's original layers. Adapters that are added later
     do not need ``layer_replication`` in their configs.

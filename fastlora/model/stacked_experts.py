@@ -48,7 +48,7 @@ _LISTED = 4
 
 
 class ExpertParameter(NamedTuple):
-    """A parameter that contains the weights of all experts of a layer, or of their router.
+    """A parameter that stacks the weights of all experts in a layer, or the weight of a router.
 
     Attributes:
         parameter: The name of the parameter.
@@ -60,7 +60,7 @@ class ExpertParameter(NamedTuple):
 
 
 def find_stacked_experts(modules: BaseModules) -> list[ExpertParameter]:
-    """Return a list of the parameters ``[experts, ...]`` that stack the weights of all experts."""
+    """Return a list of the parameters ``[experts, ...]`` that stack the weights of experts."""
     return [
         ExpertParameter(f"{name}.{leaf}", tuple(_possible_target_names(name, leaf)))
         for name, module, _ in modules
@@ -88,7 +88,7 @@ def find_router_weights(modules: BaseModules) -> list[ExpertParameter]:
 
 
 def to_expert_name(model_type: object, entry: str) -> str:
-    """Return the last component of an entry of ``target_modules`` if it is an expert name.
+    """Shorten an entry of ``target_modules`` to its last component if that is an expert name.
 
     PEFT ignores the other components in this case. For example, ``experts.3.down_proj`` adapts all
     experts of a Qwen3 MoE. If the last component is not an expert name for the model type, the
@@ -106,7 +106,7 @@ def check_targeted_experts(
     shown: str,
     adapts: bool,
 ) -> None:
-    """Emit a warning, or raise an error, if a config names experts that cannot be adapted.
+    """Emit a warning or raise an error if a config names experts that cannot be adapted.
 
     Args:
         model_type: The ``model_type`` of the base model.

@@ -92,9 +92,10 @@ class TunerModelStatus:
 
 
 def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
-    """Return a list with the status of each module that contains adapters, in the model's order.
+    """Return a list with the status of each module that contains adapters.
 
-    These are LoRA layers and wrappers for ``modules_to_save`` or trained tokens.
+    These are LoRA layers and wrappers for ``modules_to_save`` or trained tokens, in the order of
+    ``named_modules()``.
 
     Args:
         model: A `LoraModel`, or any module that contains LoRA layers of fastlora.

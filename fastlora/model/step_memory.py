@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 
 def peak_step_memory(step: Callable[[], object]) -> int:
-    """Run a function, and return the peak memory of the tensors that it creates, in bytes.
+    """Run a function, and return the peak memory, in bytes, of the tensors that it creates.
 
     Attention is counted as in a fused kernel, which does not store the matrix of scores.
 
@@ -32,7 +32,7 @@ def peak_step_memory(step: Callable[[], object]) -> int:
 
 
 class _StorageTracker(TorchDispatchMode):
-    """Track the total size of the tensor storages that are created while this mode is active.
+    """Tracks the total size of the tensor storages that are created while this mode is active.
 
     A storage is counted until it is freed.
 
@@ -69,7 +69,7 @@ class _StorageTracker(TorchDispatchMode):
 
 @contextlib.contextmanager
 def _emulate_fused_attention() -> Iterator[None]:
-    """Make attention on the meta device need the same memory as a fused kernel.
+    """Make attention on the meta device use as much memory as a fused kernel.
 
     In the ``with`` block, `scaled_dot_product_attention` is replaced with an operation that saves
     tensors of the same size for the backward pass.

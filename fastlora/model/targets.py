@@ -235,7 +235,7 @@ def find_modules_to_save(model: nn.Module, config: LoraConfig) -> list[str]:
 
 
 def modules_to_save_entries(config: LoraConfig) -> list[str]:
-    """Return the entries of ``modules_to_save`` and the names of the task's heads.
+    """Return the entries of ``modules_to_save`` and the names of the heads for the task type.
 
     The list has no duplicates.
     """
@@ -502,7 +502,7 @@ def _unmatched_entries(names: list[str], targets: Collection[str] | str) -> list
 def _unmatched_config_values(
     unmatched: list[str], found: list[str], excludes: bool, config: LoraConfig
 ) -> list[str]:
-    """Return a list of descriptions of the config values that match no module, for a warning.
+    """Describe the config values that match no module, as a list of texts for a warning.
 
     Args:
         unmatched: The entries of ``target_modules`` that match no module and no experts.

@@ -207,7 +207,7 @@ def write_tensors(
 
 
 def _reorder_metadata(path: Path, texts: Mapping[str, str]) -> None:
-    """Rewrite the metadata in a file's header in the order of ``texts``.
+    """Reorder the metadata in a file's header to match ``texts``.
 
     safetensors writes the metadata in a random order.
     """
@@ -220,7 +220,7 @@ def _reorder_metadata(path: Path, texts: Mapping[str, str]) -> None:
 
 
 def _parse_metadata(header: str) -> tuple[dict[str, str], int]:
-    """Return a tuple of the metadata at the beginning of a header and the index where it ends.
+    """Return a tuple (metadata, end index) for the metadata at the beginning of a header.
 
     If the header does not begin with valid metadata, the result is an empty dict and 0.
     """

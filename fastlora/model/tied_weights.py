@@ -145,7 +145,7 @@ def find_tied_modules(model: nn.Module, config: LoraConfig) -> TiedModules:
 
 
 def _replace_tied_with_embedding(entries: list[str], embedding: str, tied: list[str]) -> list[str]:
-    """Return a copy of a list of names with the embedding added and the tied modules removed."""
+    """Return a copy of a list of names, with the embedding added and the tied modules removed."""
     renamed = [*entries, embedding] if embedding not in entries else list(entries)
     for name in tied:
         matching = (e for e in renamed if matches_name_components("modules_to_save", e, name))
@@ -159,7 +159,7 @@ def _warn(message: str) -> None:
 
 
 class SharedWeights:
-    """Find weights that several modules of a model share, and untie weights before a merge.
+    """Finds weights that modules of a model share, and unties weights before a merge.
 
     Args:
         model: The base model with its adapters.
@@ -231,7 +231,7 @@ class SharedWeights:
         self._untied.append((name, other, own.numel() * own.element_size()))
 
     def warn_of_untied(self) -> None:
-        """Emit a warning about the weights that were untied and the additional memory they need."""
+        """Emit a warning about the untied weights and the additional memory that they need."""
         if not self._untied:
             return
         name, other, _ = self._untied[0]

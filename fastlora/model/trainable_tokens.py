@@ -43,7 +43,7 @@ class TrainableTokens:
 
 
 def find_trainable_tokens(model: nn.Module, config: LoraConfig) -> dict[str, TrainableTokens]:
-    """Return a dict that maps the names of modules to the rows of their weights to train.
+    """Return a dict that maps module names to the weight rows that an adapter trains.
 
     If ``trainable_token_indices`` is a list, it refers to the input embedding. If it is a mapping,
     each key refers to every module with a name that ends with the key. If the input embedding is
@@ -112,7 +112,7 @@ def check_trained_once(
         if name in targets:
             raise UnsupportedLayerError(
                 f"ensure_weight_tying makes {name!r} share the input embedding's copy "
-                "(modules_to_save), but target_modules names it too; expected only one of the two"
+                "(modules_to_save), but target_modules also names it; expected only one of the two"
             )
     for name in tokens:
         copied = any(name == n or name.startswith(f"{n}.") for n in (*saved, *tied))

@@ -83,7 +83,7 @@ class LoraTuner(nn.Module):
         return self.model(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        """Return an attribute of the base model that the tuner does not have."""
+        """Return an attribute of the base model if the tuner does not have the attribute."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -416,7 +416,7 @@ class LoraTuner(nn.Module):
             parameter.requires_grad_(requires_grad)
 
     def _selected_base_biases(self, name: str) -> list[nn.Parameter]:
-        """Return a list of the biases of the base model that an adapter's config selects."""
+        """Return a list of the base-model biases that an adapter's config selects."""
         found = inject.base_biases_trained_by(self.model, name, self.peft_config[name].bias)
         return list(found.values())
 
@@ -448,7 +448,7 @@ class LoraTuner(nn.Module):
         return trained
 
     def _unfreeze(self, frozen: Collection[nn.Parameter]) -> None:
-        """Make the parameters in ``frozen``, a result of `_freeze_adapters`, trainable again.
+        """Unfreeze the parameters in ``frozen``, a list that `_freeze_adapters` returned.
 
         Parameters that the adapters cannot train in the current state stay frozen.
         """
@@ -572,8 +572,8 @@ class LoraTuner(nn.Module):
             tied = shared.other_module_sharing_weight(layer) if merges else None
             if tied:
                 raise AdapterStateError(
-                    f"a target module shares its weight with {tied}, which merging would change "
-                    "too; use merge_and_unload(), which gives the target its own weight"
+                    f"a target module shares its weight with {tied}, so merging would change both "
+                    "modules; use merge_and_unload(), which gives the target its own weight"
                 )
         if not anything and any(layer.merged for layer in layers.values()):
             warnings.warn("All adapters are already merged, nothing to do", stacklevel=2)
@@ -641,7 +641,7 @@ class LoraTuner(nn.Module):
         return inject.unload(self.model, merge=False, dequantize=dequantize)
 
     def _as_loaded_names(self, names: str | Sequence[str]) -> list[str]:
-        """Return a name or a sequence of names as a list, after checking that they are loaded.
+        """Check that adapters are loaded, and return their names as a list.
 
         Raises:
             AdapterNotFoundError: If one of the adapters is not loaded.

@@ -35,7 +35,7 @@ class CombinationOptions(NamedTuple):
 
     @property
     def combines_updates(self) -> bool:
-        """Whether the updates ``lora_b @ lora_a`` are combined, instead of the factors."""
+        """Whether to combine the updates ``lora_b @ lora_a`` instead of the factors."""
         return self.combination_type.endswith("svd")
 
 
@@ -124,8 +124,8 @@ def _check_combination(
     for name, config in configs.items():
         if config.use_dora:
             raise AdapterStateError(
-                f"adapter {name!r} uses DoRA, and its update is not a product of two factors that "
-                "could be added; merge it with merge_and_unload(), or train without use_dora"
+                f"adapter {name!r} uses DoRA, so its update is not a product of two factors and "
+                "cannot be added; merge it with merge_and_unload(), or train without use_dora"
             )
         if config.trainable_token_indices:
             raise AdapterStateError(
@@ -194,7 +194,7 @@ def _combine_by_svd(
     weights: Sequence[float],
     options: CombinationOptions,
 ) -> low_rank.FactorPair:
-    """Return a tuple ``(lora_a, lora_b)``: factors of the combined update from its SVD.
+    """Return a tuple ``(lora_a, lora_b)`` of factors from the SVD of the combined update.
 
     The rows of ``lora_a`` and the columns of ``lora_b`` are ordered by decreasing singular value.
     """
@@ -210,7 +210,7 @@ def _combine_by_svd(
 def _combine_biases(
     biases: Sequence[torch.Tensor | None], scales: Sequence[float], options: CombinationOptions
 ) -> torch.Tensor | None:
-    """Return the combined bias of ``lora_b``, ``[N]``, or None if no adapter has such a bias."""
+    """Return the combined bias of ``lora_b``, ``[N]``, or None if no adapter has this bias."""
     found = [(b.detach(), s) for b, s in zip(biases, scales, strict=True) if b is not None]
     if not found:
         return None

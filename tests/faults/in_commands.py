@@ -62,14 +62,14 @@ FAULTS = (
         for name, module in others:
             raise UnsupportedLayerError(
                 f"{name!r} is a PEFT {type(module).__name__}, which fastlora.adapters() does not "
-                "route; pass adapter_names= to the model instead"
+                "support; pass adapter_names= to the model instead"
             )
 """,
         after="""\
         for name, module in others:
             raise UnsupportedLayerError(
                 f"{name!r} is a PEFT {type(module).__name__}, which fastlora.adapters() does not "
-                "route; pass adapter_names= to the model instead"
+                "support; pass adapter_names= to the model instead"
             )
         add_to_group(self.group, self.tuner, layers)
 """,

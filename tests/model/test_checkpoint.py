@@ -193,8 +193,8 @@ A, B = f"{PRE}q.lora_A.weight", f"{PRE}q.lora_B.weight"
 @pytest.mark.parametrize(
     ("fields", "change", "words"),
     [
-        ({}, {A: None}, f"found {B!r}, but no lora_A of 'q'; expected both"),
-        ({}, {B: None}, f"found {A!r}, but no lora_B of 'q'; expected both"),
+        ({}, {A: None}, f"found {B!r}, but no lora_A for 'q'; expected both"),
+        ({}, {B: None}, f"found {A!r}, but no lora_B for 'q'; expected both"),
         (
             {},
             {A: (3, 4)},
@@ -211,7 +211,7 @@ A, B = f"{PRE}q.lora_A.weight", f"{PRE}q.lora_B.weight"
         (
             {"rank_pattern": {"deep.q": 1}},
             {},
-            "as set for 'deep.q' by r and rank_pattern of the config",
+            "as set for 'deep.q' by r and rank_pattern in the config",
         ),
         ({"lora_bias": True}, {}, "'deep.q' has no lora_B.bias"),
         (
@@ -235,10 +235,10 @@ A, B = f"{PRE}q.lora_A.weight", f"{PRE}q.lora_B.weight"
         (
             {"use_dora": True},
             {f"{PRE}{m}.lora_magnitude_vector": (6,) for m in ("q", "deep.q", "v")},
-            "but no LoRA factors of 'v'; expected its lora_B",
+            "but no LoRA factors for 'v'; expected both factors",
         ),
         ({}, {f"{PRE}e.token_adapter.trainable_tokens_delta": (6, 1)}, "trainable_token_indices"),
-        ({}, {f"{PRE}e.lora_embedding_A": (2, 7)}, "but no lora_embedding_B of 'e'; expected both"),
+        ({}, {f"{PRE}e.lora_embedding_A": (2, 7)}, "but no lora_embedding_B for 'e'; expected"),
     ],
 )
 def test_tensors_that_contradict(
