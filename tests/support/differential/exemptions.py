@@ -218,7 +218,7 @@ EXEMPTIONS: tuple[Exemption, ...] = (
         Script("Llama", (_wrap(["q_proj"]), _add("ash", ["v_proj"], bias="all"), _set("ash"))),
     ),
     Exemption(
-        "the biases in the copies of an inactive adapter train",
+        "the biases in the copies of an inactive adapter are trained",
         lambda m: (
             m.less()
             and m.trains(*(f"modules_to_save.{n}.bias" for n in m.inactive()))
@@ -233,7 +233,7 @@ EXEMPTIONS: tuple[Exemption, ...] = (
         ),
     ),
     Exemption(
-        "The adapter's file names the biases as in a model that has only this adapter",
+        "The adapter's file uses the bias names of a model that has only this adapter",
         lambda m: m.about("file ") and _biases_of_others(m),
         Script(
             "Llama",
@@ -264,7 +264,7 @@ EXEMPTIONS: tuple[Exemption, ...] = (
         Script("Llama", (_wrap(["q_proj"]), FROZEN, _op("disable"), _op("enable"))),
     ),
     Exemption(
-        "`merge_adapter`, then a forward in `disable_adapter`",
+        "A forward pass in `disable_adapter` after `merge_adapter`",
         lambda m: m.of("within_disabled") and _merges_again(m),
         Script("Llama", (_wrap(["q_proj"]), _op("merge"), _op("within_disabled"))),
     ),
@@ -287,7 +287,7 @@ EXEMPTIONS: tuple[Exemption, ...] = (
         Script("Llama", (_wrap(["q_proj"]), _op("merge"), _add("ash", ["v_proj"]))),
     ),
     Exemption(
-        "`set_adapter` freezes the copies and rows of all other adapters",
+        "`set_adapter` freezes the module copies and trained rows of all other adapters",
         lambda m: m.of("set") and m.less() and m.trains("modules_to_save", "trainable_tokens"),
         Script(
             "Llama",
@@ -369,7 +369,7 @@ EXEMPTIONS: tuple[Exemption, ...] = (
         Script("Llama", (_wrap(["q_proj"], use_dora=True), _weighted("default"))),
     ),
     Exemption(
-        "Adapters that train base biases can be added",
+        "Adapters that train base biases can be combined",
         lambda m: m.of("weighted") and m.accepted("only 1 adapter with bias"),
         Script("Llama", (_wrap(["q_proj"], bias="all"), _weighted("default"))),
     ),
@@ -390,7 +390,7 @@ EXEMPTIONS: tuple[Exemption, ...] = (
         Script("Llama", (_wrap(["q_proj"]), _add("ash", ["v_proj"]), _weighted("default", "ash"))),
     ),
     Exemption(
-        "The sum keeps `lora_bias`, a copy of a module that one of the adapters owns",
+        "The sum keeps `lora_bias`, module copies that one of the adapters owns",
         lambda m: (
             m.of("weighted")
             and any(m.chosen("modules_to_save"))
