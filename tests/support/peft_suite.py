@@ -170,9 +170,10 @@ def main(base_path: str, ours_path: str, patched_path: str | None = None) -> str
     lines = [
         "# PEFT's own tests",
         "",
-        "This page shows how many of PEFT 0.21.2's own tests pass with fastlora. It counts the",
-        "tests that name LoRA or no specific method. They ran on a CPU without access to the Hub.",
-        "Small random models with the same names and architectures replaced the Hub's models.",
+        "This page shows how many of PEFT 0.21.2's own tests pass with fastlora. It counts only",
+        "the tests that name LoRA, or that name no specific method. The tests ran on a CPU",
+        "without access to the Hugging Face Hub. Small random models with the same names and",
+        "architectures replaced the models on the Hub.",
         "",
         "| run | passed | fail, but pass with PEFT alone |",
         "|---|---|---|",
@@ -206,11 +207,12 @@ def main(base_path: str, ours_path: str, patched_path: str | None = None) -> str
         "",
         "## Update this page",
         "",
-        "The tests are part of PEFT's source distribution. A pytest plugin runs them in three",
-        "ways: with PEFT alone, with the four names above replaced before the tests import them,",
-        "and with `fastlora.patch` applied to every LoRA model. The plugin writes one JSON object",
-        "per test. `python -m tests.support.peft_suite BASE OURS PATCHED` makes the page from the",
-        "three files. The docstring of the module describes the files.",
+        "The tests are part of PEFT's source distribution. A pytest plugin runs the tests in",
+        "three ways: with PEFT alone, with the four names above replaced by fastlora's versions",
+        "before the tests import them, and with `fastlora.patch` applied to every LoRA model. For",
+        "each run, the plugin writes a file with one JSON object per test. The command",
+        "`python -m tests.support.peft_suite BASE OURS PATCHED` generates this page from the",
+        "three files. The module's docstring describes the format of the files.",
     ]
     sys.stderr.writelines(f"{text}\n" for text in rest)
     return "\n".join(lines)
