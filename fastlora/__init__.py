@@ -108,7 +108,7 @@ else:
     def __getattr__(name: str) -> object:
         """Return an object that PEFT provides; see `fastlora.integrations.from_peft`."""
         if name in _from_peft.NAMES:
-            globals()[name] = found = _from_peft.resolve(name)
+            globals()[name] = found = _from_peft.import_object(name)
             return found
         message = f"module {__name__!r} has no attribute {name!r}"
         raise AttributeError(message, name=name, obj=_sys.modules[__name__])

@@ -52,7 +52,7 @@ def available_names() -> tuple[str, ...]:
     return NAMES if importlib.util.find_spec("peft") is not None else ()
 
 
-def resolve(name: str) -> Any:
+def import_object(name: str) -> Any:
     """Import PEFT, and return the object for a name in `NAMES`.
 
     Raises:

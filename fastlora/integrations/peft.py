@@ -77,7 +77,7 @@ class _FusedForwardMixin(BaseAdapterLayer):
                 )  # as PEFT's forward does
             return super().forward(x, *args, **kwargs)
         if mixed:
-            self._check_variants(call.routing)
+            self._check_mixed_batch_support(call.routing)
         else:
             kwargs = {k: v for k, v in kwargs.items() if k not in _NOT_FOR_BASE}
         base = self._base(call, x, *args, **kwargs)
@@ -137,7 +137,7 @@ class _FusedForwardMixin(BaseAdapterLayer):
         clear_weight_caches(self)
         super().unmerge()  # type: ignore[misc]  # as above
 
-    def _check_variants(self: Any, routing: Routing) -> None:
+    def _check_mixed_batch_support(self: Any, routing: Routing) -> None:
         """Raise `UnsupportedLayerError` if a routed adapter cannot be used in a mixed batch."""
         # Check all of the layer's adapters, so that graphs do not depend on which of them are in
         # the batch.
@@ -433,7 +433,7 @@ def patch_layer(module: nn.Module) -> None:
     if fast is not None:
         module.__class__ = fast
         module.scaling = module.__dict__.pop("scaling")  # as tensors, which compiled graphs read
-        module._register_scaling_refit_hook()  # type: ignore[operator]  # defined by the new class
+        module._register_scaling_move_hook()  # type: ignore[operator]  # defined by the new class
 
 
 def unpatch_layer(module: nn.Module) -> None:
@@ -445,7 +445,7 @@ def unpatch_layer(module: nn.Module) -> None:
     if not isinstance(module, _FusedForwardMixin):
         return
     check_can_unpatch(module)
-    module._remove_scaling_refit_hook()
+    module._remove_scaling_move_hook()
     scalings = dict(module.__dict__.pop("_scaling"))
     module.__class__ = type(module).__bases__[1]  # the base after _FusedForwardMixin
     module.scaling = scalings

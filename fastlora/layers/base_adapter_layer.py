@@ -65,14 +65,14 @@ class BaseAdapterLayer(LinearWithAdapters):
         self.__dict__["_scaling"] = values if isinstance(values, Scalings) else Scalings(values)
         self._move_scalings_to_factors(values)
 
-    def _register_scaling_refit_hook(self) -> None:
+    def _register_scaling_move_hook(self) -> None:
         """Register a hook that moves scalings to the factors' device after ``load_state_dict``."""
-        if _refit_scalings_after_load not in self._load_state_dict_post_hooks.values():
-            self.register_load_state_dict_post_hook(_refit_scalings_after_load)
+        if _move_scalings_after_load not in self._load_state_dict_post_hooks.values():
+            self.register_load_state_dict_post_hook(_move_scalings_after_load)
 
-    def _remove_scaling_refit_hook(self) -> None:
+    def _remove_scaling_move_hook(self) -> None:
         hooks = self._load_state_dict_post_hooks
-        for key in [key for key, hook in hooks.items() if hook is _refit_scalings_after_load]:
+        for key in [key for key, hook in hooks.items() if hook is _move_scalings_after_load]:
             del hooks[key]
 
     def _move_scalings_to_factors(self, names: Iterable[str]) -> None:
@@ -100,5 +100,5 @@ class BaseAdapterLayer(LinearWithAdapters):
         return self
 
 
-def _refit_scalings_after_load(layer: BaseAdapterLayer, _: object) -> None:
+def _move_scalings_after_load(layer: BaseAdapterLayer, _: object) -> None:
     layer._move_scalings_to_factors(layer.scaling)

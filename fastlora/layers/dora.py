@@ -42,7 +42,7 @@ from fastlora.ops.factors import Base, number_tensor_without_sync
 from fastlora.ops.rows import Rows
 from fastlora.ops.seeds import seeds_of_layer
 from fastlora.ops.torch.dora import dora_scale, multiply_rounded_once, scale_columns
-from fastlora.ops.triton.rows_argument import rows_for_tables
+from fastlora.ops.triton.rows_argument import rows_for_address_tables
 from fastlora.routing.routing import Routing
 
 if TYPE_CHECKING:
@@ -170,11 +170,11 @@ def find_dora_slots(layer: LinearWithAdapters, routing: Routing) -> DoraSlots | 
     if not slots:
         return None
     dropouts = layer._modules["lora_dropout"]._modules
-    dropped = tuple(slot for slot in slots if _acts(dropouts[routing.names[slot]]))
+    dropped = tuple(slot for slot in slots if _is_active_dropout(dropouts[routing.names[slot]]))
     return DoraSlots(tuple(slot for slot in slots if slot not in dropped), dropped)
 
 
-def _acts(dropout: nn.Module) -> bool:
+def _is_active_dropout(dropout: nn.Module) -> bool:
     return type(dropout) is nn.Dropout and dropout.training and dropout.p > 0.0
 
 
@@ -320,6 +320,6 @@ def scale_rows_from_pool_tables_(call: MixedCall, y: torch.Tensor) -> torch.Tens
         return y
     flat, bias = y.view(-1, y.shape[-1]), layer._local_bias()
     rows, impl = call.sorted_rows(), call.conditions.backend
-    own = rows_for_tables(rows) if impl == "triton" else rows.operator_arguments()
+    own = rows_for_address_tables(rows) if impl == "triton" else rows.operator_arguments()
     torch.ops.fastlora.lora_scale_(flat, bias, own, tables.scale_address, layer.table_row, impl)
     return y

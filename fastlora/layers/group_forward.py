@@ -102,7 +102,7 @@ def group_forward(
         group.idle.discard(id(layer))
         group.launches.clear()
     trains, several = records and table_launch is None, len(group.members) > 1
-    reason, made, waits = _fallback_reason_now(call) if trains else "", None, False
+    reason, made, waits = _fallback_reason_for_call(call) if trains else "", None, False
     # PyTorch does not count writes to an inference tensor.
     if not group.unwritten and x.is_inference():
         return None
@@ -142,7 +142,7 @@ def group_forward(
     return made
 
 
-def _fallback_reason_now(call: UniformCall | MixedCall) -> str:
+def _fallback_reason_for_call(call: UniformCall | MixedCall) -> str:
     """Return the reason why layers may not share results in this call, or an empty string."""
     if call.conditions.invariant:
         return _INVARIANT

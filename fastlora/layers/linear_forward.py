@@ -51,7 +51,7 @@ def create_call(layer: LinearWithAdapters, x: torch.Tensor) -> UniformCall | Mix
     ):
         routing.check_gets_all_rows(layer, given, conditions.compiling)
     if not conditions.compiling and given.dim() > 2 and len(given) != len(routing.ids):
-        routing.check_samples_first(layer, given)
+        routing.check_sample_dimension(layer, given)
     return MixedCall(layer, given, x, conditions, routing)
 
 

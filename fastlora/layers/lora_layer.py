@@ -72,7 +72,7 @@ class LoraLayer(Mergeable):
         self.lora_magnitude_vector = nn.ModuleDict()
         self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}
         self._init_merging()
-        self._register_scaling_refit_hook()
+        self._register_scaling_move_hook()
 
     # ------------------------------------------- methods that a layer kind overrides
 

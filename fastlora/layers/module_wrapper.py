@@ -68,7 +68,7 @@ class ModuleWrapper(ModuleWithAdapters, nn.Module):
         compiling = execution_mode_of(x, "eager").compiling
         routing.check_gets_all_rows(self, x, compiling)
         if not compiling:
-            routing.check_samples_first(self, x)
+            routing.check_sample_dimension(self, x)
         return nullcontext() if compiling else routing.pause_row_tracking()
 
     # ----------------------------------------------------------------------------- adapters

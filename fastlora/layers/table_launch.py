@@ -18,7 +18,7 @@ from fastlora.ops import schema
 from fastlora.ops.factors import AddressTables, Base
 from fastlora.ops.operator_backend import mixed_grouped_forward, weight_for_kernels
 from fastlora.ops.rows import Rows
-from fastlora.ops.triton.rows_argument import rows_for_tables
+from fastlora.ops.triton.rows_argument import rows_for_address_tables
 from fastlora.quantized_tensor import QuantizedData, QuantizedTensor
 
 if TYPE_CHECKING:
@@ -92,7 +92,9 @@ def get_table_launch(
     while stop in neighbors:
         stop += 1
     members = [neighbors[each] for each in range(first, stop)]
-    own = rows_for_tables(rows, invariant) if impl == "triton" else rows.operator_arguments()
+    own = (
+        rows_for_address_tables(rows, invariant) if impl == "triton" else rows.operator_arguments()
+    )
     shared = group if len(members) > 1 else None
     found = TableLaunch(
         tables, rows, invariant, own, tables.operator_arguments(), row, shared, first, members

@@ -428,13 +428,13 @@ def _drop_unchanged_base_weights(
     PEFT saves the base weights of embeddings with some adapters.
     """
     own = dict(model.named_parameters())
-    magnitude = {}
+    remaining = {}
     for key, tensor in tensors.items():
         weight = own.get(key.removeprefix("base_model.model."))
         same = key not in keys and weight is not None and weight.shape == tensor.shape
         if not (same and weight is not None and torch.equal(weight, tensor.to(weight))):
-            magnitude[key] = tensor
-    return magnitude
+            remaining[key] = tensor
+    return remaining
 
 
 def _insert_adapter_name(key: str, adapter_name: str) -> str:

@@ -200,7 +200,7 @@ def plan_target_modules(
     tokens = find_trainable_tokens(model, config)
     check_trained_once(tokens, targets, saved, [*copies, *heads])
     if config.init.changes_base:
-        _check_untied(model, config, targets)
+        _check_weights_not_shared(model, config, targets)
     found = _check_targets(model, config, targets, from_file)
     plan = AdapterPlan(config, found, saved, meant, from_file, tokens, copies, heads)
     for name in (*plan.modules_to_save, *plan.tied_copies):
@@ -316,7 +316,7 @@ def _check_tied_factors(
         )
 
 
-def _check_untied(model: nn.Module, config: LoraConfig, targets: Sequence[str]) -> None:
+def _check_weights_not_shared(model: nn.Module, config: LoraConfig, targets: Sequence[str]) -> None:
     """Check that no target shares its weight with another module.
 
     This is required if the initialization method changes the base weights.

@@ -20,7 +20,7 @@ from fastlora.ops.layout import split_grad_a, split_grad_b
 from fastlora.ops.plans import choose_plan
 from fastlora.ops.rows import Rows
 from fastlora.ops.torch import reference
-from fastlora.ops.triton.rows_argument import rows_for_gradients, rows_for_lists
+from fastlora.ops.triton.rows_argument import rows_for_factor_lists, rows_for_gradients
 from fastlora.quantized_tensor import QuantizedData, QuantizedTensor, dequantize
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -109,7 +109,7 @@ class OperatorBackend(Backend):
         """Return the tensors for an operator's ``rows`` argument, including pieces for kernels."""
         if rows is None:
             return []
-        return rows_for_lists(rows) if self.impl == "triton" else rows.operator_arguments()
+        return rows_for_factor_lists(rows) if self.impl == "triton" else rows.operator_arguments()
 
     def gradients(self, given: BackwardArguments) -> Gradients:
         operators, function = self._select_operators(given.dy), OperatorBackend._gradients
@@ -139,7 +139,7 @@ class OperatorBackend(Backend):
         found: list[torch.Tensor | None] = [None] * len(wants)
         d_bias = None
         if rows is not None:
-            own, run = self._rows_argument_in_runs("mixed_lora_grad_b", rows, dy)
+            own, run = self._rows_argument_and_run("mixed_lora_grad_b", rows, dy)
             with_bias = [bias is not None for bias in lora_bias]
             with_factors = any(wants[1::3]) or any(wants[2::3])
             ds, packed, _ = operators.lora_grad_b(
@@ -167,7 +167,7 @@ class OperatorBackend(Backend):
             ds = _zero_unwritten_ds(ds, rows, lora_a)
         return dx, d_bias, ds, found
 
-    def _rows_argument_in_runs(
+    def _rows_argument_and_run(
         self, launch: str, rows: Rows, like: torch.Tensor
     ) -> tuple[list[torch.Tensor], int]:
         """Return a tuple (tensors for the ``rows`` argument of a launch, rows per run)."""
@@ -190,7 +190,7 @@ class OperatorBackend(Backend):
         if rows is None:
             made: list[torch.Tensor] = operator(x, ds, [], 0, lora_a, *drop, self.impl)
             return made
-        own, run = self._rows_argument_in_runs("mixed_lora_grad_a", rows, x)
+        own, run = self._rows_argument_and_run("mixed_lora_grad_a", rows, x)
         (packed,) = operator(x, ds, own, run, lora_a, *drop, self.impl)
         return split_grad_a(packed, lora_a)
 

@@ -173,7 +173,7 @@ class Routing:
         elif layer.may_see_partial_rows and (compiling or self.may_mix):
             raise_partial_batch(layer)
 
-    def check_samples_first(self, layer: RoutedLayer, x: torch.Tensor) -> None:
+    def check_sample_dimension(self, layer: RoutedLayer, x: torch.Tensor) -> None:
         """Raise an error if the first dimension of ``x [..., K]`` cannot be the sample dimension.
 
         Raises:

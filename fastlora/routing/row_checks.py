@@ -306,12 +306,14 @@ class _ExpertDetector:
             key = at, child is layer
             step = self._steps.get(key)
             if step is None:
-                step = self._steps[key] = self._step(modules, names, child is layer)
+                step = self._steps[key] = self._last_path_step(modules, names, child is layer)
             if step.alike > 1 and (step.is_named or (step.alike, width) in step.beside):
                 return True
         return False
 
-    def _step(self, modules: list[nn.Module], names: list[str], at_layer: bool) -> _PathStep:
+    def _last_path_step(
+        self, modules: list[nn.Module], names: list[str], at_layer: bool
+    ) -> _PathStep:
         """Return the last step of a path; ``at_layer`` tells whether the path ends at a layer."""
         holder, child = modules[-2:]
         alike = self._count_same_structure(holder)[names[-1]]

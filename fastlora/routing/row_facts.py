@@ -138,7 +138,7 @@ class RowFactsTable:
         known = facts.samples
         return None if known is None else row_samples.samples_of_view(tensor, known, lead)
 
-    def carry_samples(self, source: torch.Tensor, out: object) -> torch.Tensor | None:
+    def samples_of_result(self, source: torch.Tensor, out: object) -> torch.Tensor | None:
         """Return the samples of a result that was computed row by row from ``source``, or None."""
         if not isinstance(out, torch.Tensor) or not out.dim():
             return None

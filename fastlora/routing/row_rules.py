@@ -65,7 +65,7 @@ def _default_rule(
     if kind in (RowOrigin.COUNTED, RowOrigin.IDENTITY) and not is_copy:
         kind = RowOrigin.CONSTANT
     origin = facts.origin if operand.is_floating_point() else known.origin_key(operand)
-    samples = known.carry_samples(operand, out) if kind is RowOrigin.CHOSEN else None
+    samples = known.samples_of_result(operand, out) if kind is RowOrigin.CHOSEN else None
     return RowFacts(kind, origin, facts.inverse, samples, facts.fixed)
 
 
@@ -80,7 +80,7 @@ def _combined_facts(known: RowFactsTable, operands: list[torch.Tensor], out: obj
     ]
     if RowOrigin.CHOSEN in kinds:
         chosen = operands[kinds.index(RowOrigin.CHOSEN)]
-        samples = known.carry_samples(chosen, out)
+        samples = known.samples_of_result(chosen, out)
         # Rows that the rules have lost are taken to be in order if they are added to rows of the
         # batch, as to a residual. Rows with known samples are not.
         if samples is None and full:
@@ -107,7 +107,7 @@ def _selected_facts(known: RowFactsTable, source: torch.Tensor, indices: Indices
     first = indices[0] is not None or source.shape[0] == 1
     if not first and facts.kind is not RowOrigin.CHOSEN:
         return facts
-    if first and facts.kind in ORDERED and _counts_all_entries(known, index, source):
+    if first and facts.kind in ORDERED and _counts_up_through_all_rows(known, index, source):
         return facts
     if facts.kind is RowOrigin.CHOSEN and own.inverse is not None and own.inverse == facts.origin:
         return ROWS  # This restores the order from before the choice.
@@ -118,7 +118,9 @@ def _selected_facts(known: RowFactsTable, source: torch.Tensor, indices: Indices
     return known.facts_from_samples(samples, known.origin_key(index), fixed=fixed)
 
 
-def _counts_all_entries(known: RowFactsTable, index: torch.Tensor, rows: torch.Tensor) -> bool:
+def _counts_up_through_all_rows(
+    known: RowFactsTable, index: torch.Tensor, rows: torch.Tensor
+) -> bool:
     """Return whether ``index`` counts up through all entries of the first dimension of ``rows``."""
     if known.facts_of(index).kind is not RowOrigin.COUNTED or index.shape[:1] != rows.shape[:1]:
         return False
@@ -172,7 +174,7 @@ def _facts_after_write(
         return RowFacts(brought.kind, brought.origin)
     if brought.kind is RowOrigin.CHOICE:
         return brought
-    if brought.kind is RowOrigin.ROWS and _counts_all_entries(known, index, dest):
+    if brought.kind is RowOrigin.ROWS and _counts_up_through_all_rows(known, index, dest):
         return ROWS
     back = brought.kind is RowOrigin.CHOSEN and brought.origin == origin
     samples = _samples_after_write(known, dest, facts.samples, indices, values, adds)
@@ -227,7 +229,7 @@ def _rows_from_argument(which: int) -> Rule:
             rows = any(known.facts_of(tensor).kind in ORDERED for tensor in others)
             return RowFacts(RowOrigin.CHOSEN) if whole and rows else ROWS
         return RowFacts(
-            facts.kind, facts.origin, None, known.carry_samples(source, out), facts.fixed
+            facts.kind, facts.origin, None, known.samples_of_result(source, out), facts.fixed
         )
 
     return rule
@@ -241,7 +243,7 @@ def _convert_dtype(known: RowFactsTable, args: Arguments, out: object) -> RowFac
     is_float = isinstance(out, torch.Tensor) and out.is_floating_point()
     if whole and is_float and facts.kind in ORDERED:
         return RowFacts(RowOrigin.CHOICE)
-    samples = known.carry_samples(source, out) if facts.kind is RowOrigin.CHOSEN else None
+    samples = known.samples_of_result(source, out) if facts.kind is RowOrigin.CHOSEN else None
     return facts._replace(samples=samples)
 
 
@@ -257,7 +259,7 @@ def _copy(known: RowFactsTable, args: Arguments, out: object) -> RowFacts | None
     if not whole and kind not in TABLES:
         return None
     facts = known.facts_of(source)
-    return facts._replace(samples=known.carry_samples(source, dest) if whole else None)
+    return facts._replace(samples=known.samples_of_result(source, dest) if whole else None)
 
 
 def _index_put(known: RowFactsTable, args: Arguments, out: object) -> RowFacts | None:
@@ -279,7 +281,7 @@ def _gather(known: RowFactsTable, args: Arguments, out: object) -> RowFacts | No
     facts = known.facts_of(source)
     if not source.dim() or (dim % source.dim() and facts.kind not in TABLES):
         return RowFacts(
-            facts.kind, facts.origin, None, known.carry_samples(source, out), facts.fixed
+            facts.kind, facts.origin, None, known.samples_of_result(source, out), facts.fixed
         )
     return _selected_facts(known, source, [_unexpanded_row_index(index)])
 

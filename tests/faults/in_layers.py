@@ -516,9 +516,9 @@ FAULTS = (
         "moved factors",
         "c614857",
         "fastlora/layers/base_adapter_layer.py",
-        "def _refit_scalings_after_load(layer: BaseAdapterLayer, _: object) -> None:\n"
+        "def _move_scalings_after_load(layer: BaseAdapterLayer, _: object) -> None:\n"
         "    layer._move_scalings_to_factors(layer.scaling)\n",
-        "def _refit_scalings_after_load(layer: BaseAdapterLayer, _: object) -> None:\n    return\n",
+        "def _move_scalings_after_load(layer: BaseAdapterLayer, _: object) -> None:\n    return\n",
         ("tests/layers/test_scalings.py::test_they_follow_weights_that_are_assigned",),
     ),
     # ------------------------------------------------------------ what is kept, and for how long

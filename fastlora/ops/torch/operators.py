@@ -43,7 +43,7 @@ def _operands_per_module(
     for start in range(0, len(downs), slots):
         own = slice(start, start + slots)
         own_seeds = None if seeds is None else seeds[own]
-        found.append(segments.down_operands(downs[own], own_seeds, dropout_p[own]))
+        found.append(segments.shrink_operands(downs[own], own_seeds, dropout_p[own]))
     return found
 
 
@@ -75,7 +75,9 @@ def linear(
 ) -> list[torch.Tensor]:
     """Return a list with the output y and, unless s is given, the shrink output s."""
     own = shrink(x, rows, factors[::3], 1, seeds, dropout_p)[0] if s is None else s
-    operands = segments.up_operands(fill_missing_factors(factors[1::3], 1), factors[2::3], scaling)
+    operands = segments.expand_operands(
+        fill_missing_factors(factors[1::3], 1), factors[2::3], scaling
+    )
     y, _ = segments.forward(x, Base(weight, bias), operands, rows_from_tensors(rows), own)
     return [y, own] if s is None else [y]
 
@@ -93,7 +95,7 @@ def expand_(
     _add_(
         y,
         y,
-        segments.up_operands(fill_missing_factors(lora_b, 1), lora_bias, scaling),
+        segments.expand_operands(fill_missing_factors(lora_b, 1), lora_bias, scaling),
         rows_from_tensors(rows),
         s,
     )
@@ -126,7 +128,10 @@ def grad_b(
     packed = ups[0].new_zeros(grad_b_buffer_layout(ups, with_bias)[2] if with_factors else 0)
     # Only the dtype of a lora_bias is read.
     biases = [b if has else None for b, has in zip(ups, with_bias, strict=True)]
-    operands, wants = segments.up_operands(ups, biases, scaling), [with_factors] * (3 * len(ups))
+    operands, wants = (
+        segments.expand_operands(ups, biases, scaling),
+        [with_factors] * (3 * len(ups)),
+    )
     ds, *found = segments.grad_b(batch.sorted(dy), s, operands, batch, wants)
     if with_factors:
         parts = zip(*split_grad_b(packed, ups, with_bias), strict=True)
@@ -147,7 +152,7 @@ def grad_x(
 ) -> torch.Tensor:
     """Return the gradient of x. Without a weight, return only the adapters' contribution."""
     operands, batch = (
-        segments.down_operands(fill_missing_factors(lora_a, 0), seeds, dropout_p),
+        segments.shrink_operands(fill_missing_factors(lora_a, 0), seeds, dropout_p),
         rows_from_tensors(rows),
     )
     return segments.grad_x(batch.sorted(dy), weight, ds, operands, batch)

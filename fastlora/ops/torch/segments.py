@@ -29,7 +29,7 @@ from fastlora.validation import check_dropout_dtype
 _BATCHED_SHARES = 4
 
 
-def down_operands(
+def shrink_operands(
     lora_a: Sequence[torch.Tensor],
     seeds: torch.Tensor | None = None,
     dropout_p: Sequence[float] | None = None,
@@ -39,7 +39,7 @@ def down_operands(
     return AdapterOperands(list(lora_a), [], [], unread, tuple(dropout_p or none), seeds)
 
 
-def up_operands(
+def expand_operands(
     lora_b: Sequence[torch.Tensor],
     lora_bias: Sequence[torch.Tensor | None],
     scaling: torch.Tensor,

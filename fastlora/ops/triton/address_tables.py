@@ -36,7 +36,7 @@ def dropout_tables(seeds: torch.Tensor | None, dropout_p: Sequence[float]) -> Dr
     )
 
 
-def down_rank_rows(
+def lora_a_rank_rows(
     lora_a: Sequence[torch.Tensor], device: torch.device, shape: tuple[int, ...] = (-1,)
 ) -> RankRows:
     """Return a `RankRows` with the addresses and ranks of the given lora_a, which must be aligned.
@@ -52,7 +52,7 @@ def down_rank_rows(
     return RankRows(*own, lora_a[0].dtype, max(ranks))
 
 
-def up_rank_rows(
+def lora_b_rank_rows(
     lora_b: Sequence[torch.Tensor],
     lora_bias: Sequence[torch.Tensor | None],
     scaling: torch.Tensor,
@@ -72,7 +72,7 @@ def up_rank_rows(
     return RankRows(*own, lora_b[0].dtype, max(ranks), by_column=True)
 
 
-def up_rank_rows_from_tables(tables: AddressTables, index: int | slice) -> RankRows:
+def lora_b_rank_rows_from_tables(tables: AddressTables, index: int | slice) -> RankRows:
     """Return a `RankRows` with the addresses, ranks, and scalings from the selected table rows.
 
     ``index`` selects one module, or adjacent modules.

@@ -32,10 +32,10 @@ from fastlora.ops.plans import choose_plan
 from fastlora.ops.torch import products, reference
 from fastlora.ops.triton.address_tables import (
     align_factors,
-    down_rank_rows,
     dropout_tables,
+    lora_a_rank_rows,
+    lora_b_rank_rows,
     max_summed_rank,
-    up_rank_rows,
 )
 from fastlora.ops.triton.expand import expand_mixed_
 from fastlora.ops.triton.launch_configs import config_of
@@ -85,7 +85,7 @@ def grad_x(
         p = 0.0 if seeds is None else dropout_p[0]
         return _grad_x_one_adapter(dy, weight, ds, downs[0], seeds, p, plan)
     downs, dropout = align_factors(downs), dropout_tables(seeds, dropout_p)
-    (m, n), k, up = dy.shape, downs[0].shape[1], down_rank_rows(downs, dy.device)
+    (m, n), k, up = dy.shape, downs[0].shape[1], lora_a_rank_rows(downs, dy.device)
     sizes, slots = (m, n, k, up.largest), len(downs)
     if weight is None:
         dx = dy.new_zeros(m, k)
@@ -381,7 +381,7 @@ def _mixed_grad_b(
     b_partials = dy.new_empty(count, n, largest, dtype=fp32) if with_factors else None
     bias_partials = dy.new_empty(count, n, dtype=fp32) if biased else None
     blocks = align_factors(lora_b)
-    up = up_rank_rows(blocks, (), scaling)
+    up = lora_b_rank_rows(blocks, (), scaling)
     lora_grad_b.launch_mixed_lora_grad_b(
         *(ds_partials, b_partials, bias_partials, dy, s, rows, up),
         run=run,

@@ -12,7 +12,11 @@ from fastlora.kernels.launch import cached_launches
 from fastlora.kernels.mixed_rows import DropoutTables, RankRows
 from fastlora.kernels.modules import Module
 from fastlora.ops.factors import Factor, fill_missing_factors, tables_from_tensors
-from fastlora.ops.triton.address_tables import align_factors, up_rank_rows, up_rank_rows_from_tables
+from fastlora.ops.triton.address_tables import (
+    align_factors,
+    lora_b_rank_rows,
+    lora_b_rank_rows_from_tables,
+)
 from fastlora.ops.triton.launch_configs import chip_of, config_of
 from fastlora.ops.triton.shrink import mixed_shrink_from_tables
 
@@ -33,7 +37,7 @@ def expand_(
         expand_one_adapter_(y, s, ups[0], scaling)
         return
     ups, biases = align_factors(ups), align_factors(lora_bias)
-    up = up_rank_rows(ups, biases, scaling)
+    up = lora_b_rank_rows(ups, biases, scaling)
     (m, n), r = y.shape, up.largest
     config = config_of("mixed_lora_train_expand", y, m, n, r=r)
     expand_mixed_([y], s.unsqueeze(0), rows, up, config=config)
@@ -64,7 +68,7 @@ def add_at_(
     s = mixed_shrink_from_tables(x, rows, found, slice(index, index + 1))
     (m, k), n = x.shape, y.shape[1]
     config = config_of("mixed_lora_expand", y, m, n, k, max_rank)
-    up = up_rank_rows_from_tables(found, index)
+    up = lora_b_rank_rows_from_tables(found, index)
     expand_mixed_([y], s[:, 0], rows, up, config=config, pdl=True)
 
 

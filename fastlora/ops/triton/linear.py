@@ -22,8 +22,8 @@ from fastlora.ops.plans import choose_plan
 from fastlora.ops.triton.address_tables import (
     align_factors,
     dropout_tables,
-    up_rank_rows,
-    up_rank_rows_from_tables,
+    lora_b_rank_rows,
+    lora_b_rank_rows_from_tables,
 )
 from fastlora.ops.triton.expand import expand_mixed_
 from fastlora.ops.triton.launch_configs import chip_of, config_of
@@ -58,7 +58,7 @@ def linear(
         align_factors(fill_missing_factors(factors[1::3], 1)),
         align_factors(factors[2::3]),
     )
-    up = up_rank_rows(ups, lora_bias, scaling)
+    up = lora_b_rank_rows(ups, lora_bias, scaling)
     stem, own, after_shrink = "mixed_lora_train", s, False
     plan, ys = _base_products(stem, x, weights, biases, up, plan)
     if own is None:
@@ -93,7 +93,7 @@ def linear_at(
     invariant = plan == "invariant"
     if invariant:
         x = _contiguous_rows(x)
-    up, base = up_rank_rows_from_tables(found, index), ([weight], [bias])
+    up, base = lora_b_rank_rows_from_tables(found, index), ([weight], [bias])
     plan, ys = _base_products("mixed_lora", x, *base, up, plan)
     partials = (
         mixed_shrink_from_tables(x, rows, found, slice(first, stop), invariant) if s is None else s
@@ -124,7 +124,7 @@ def mixed_grouped_forward(
     """
     found = tables_from_tensors(tables, max_rank, factor_dtype)
     own = slice(first, first + len(weights))
-    up = up_rank_rows_from_tables(found, own)
+    up = lora_b_rank_rows_from_tables(found, own)
     plan, ys = _base_products("mixed_lora", x, weights, biases, up, "auto")
     s = mixed_shrink_from_tables(x, rows, found, own)
     return _mixed_grouped_linear("mixed_lora", x, weights, biases, ys, s, rows, up, plan, True)

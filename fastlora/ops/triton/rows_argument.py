@@ -11,14 +11,14 @@ from fastlora.ops.plans import fp32_precision
 from fastlora.ops.rows import Rows
 
 
-def rows_for_tables(rows: Rows, batch_invariant: bool = False) -> list[torch.Tensor]:
+def rows_for_address_tables(rows: Rows, batch_invariant: bool = False) -> list[torch.Tensor]:
     """Return the tensors for the ``rows`` argument of operators that read address tables."""
     from fastlora.kernels.configs import piece_rows
 
     return [*rows.operator_arguments(), rows.pieces(piece_rows(rows.m, batch_invariant))]
 
 
-def rows_for_lists(rows: Rows) -> list[torch.Tensor]:
+def rows_for_factor_lists(rows: Rows) -> list[torch.Tensor]:
     """Return the tensors for the ``rows`` argument of operators that receive lists of factors.
 
     For operators that work on runs, use `rows_for_gradients`.

@@ -17,8 +17,8 @@ from fastlora.ops.factors import AddressTables, Factor, fill_missing_factors
 from fastlora.ops.layout import padded_rank, shrink_partials_shape
 from fastlora.ops.triton.address_tables import (
     align_factors,
-    down_rank_rows,
     dropout_tables,
+    lora_a_rank_rows,
     max_summed_rank,
 )
 from fastlora.ops.triton.launch_configs import config_of
@@ -115,7 +115,7 @@ def mixed_shrink(
     """
     (m, k), slots = x.shape, len(lora_a) // modules
     lora_a = align_factors(lora_a)
-    down = down_rank_rows(lora_a, x.device, (modules, slots))
+    down = lora_a_rank_rows(lora_a, x.device, (modules, slots))
     columns = max_summed_rank(lora_a, slots, modules)
     config = config_of("mixed_lora_train_shrink", x, m, k=k, r=columns)
     splits = shrink_partials_shape(m, k, modules, max(down.largest, 1))[0]

@@ -10,7 +10,7 @@ import torch
 
 from fastlora.ops.layout import split_grad_a, split_grad_b
 from fastlora.ops.philox_reference import philox_keep_mask
-from fastlora.ops.triton.rows_argument import rows_for_gradients, rows_for_lists
+from fastlora.ops.triton.rows_argument import rows_for_factor_lists, rows_for_gradients
 from fastlora.testing import assert_within_budget
 from tests.support.kernels.lab import Lab
 from tests.support.kernels.mixed_problem import OPS, Batch, Results
@@ -85,7 +85,7 @@ class GradProblem(Batch):
     @property
     def rows_in_pieces(self) -> list[torch.Tensor]:
         """What the forward's operators take of the row groups."""
-        return rows_for_lists(self.groups)
+        return rows_for_factor_lists(self.groups)
 
     @property
     def factors(self) -> list[torch.Tensor | None]:
