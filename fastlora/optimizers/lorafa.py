@@ -94,7 +94,7 @@ class LoraFAOptimizer(Optimizer):
         factors = group.get("scaling_factors", ())
         if not len(names) == len(factors) == len(group["params"]):
             raise ConfigError(
-                f"Expected the param group to have `names` and `scaling_factors` for each of its "
+                f"Expected the param group to have names and `scaling_factors` for each of its "
                 f"{len(group['params'])} parameters, got {len(names)} names and {len(factors)} "
                 "scaling factors"
             )

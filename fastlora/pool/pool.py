@@ -154,7 +154,7 @@ class AdapterPool:
         config: Any = None,
         pin: bool = False,
     ) -> None:
-        """Load an adapter onto the device, replacing any adapter of the same name.
+        """Load an adapter onto the device, replacing any adapter with the same name.
 
         The new adapter takes over the slot of the replaced adapter. Leases on the replaced adapter
         remain valid, so forward passes under them still use it. If leased and pinned adapters leave
@@ -548,7 +548,7 @@ def _check_adapter_name(name: object) -> None:
 
 
 def _folder_of(entry: RegisteredAdapter) -> Path:
-    """Return the folder that an adapter's record contains.
+    """Return the adapter folder that a record names.
 
     Raises:
         ConfigError: The record's name is invalid, or the record has no folder.

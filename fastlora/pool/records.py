@@ -96,7 +96,7 @@ class Resident:
 
 @dataclass(eq=False)
 class RegisteredAdapter:
-    """The pool's record of a registered adapter. It is replaced together with the adapter.
+    """The pool's record of a registered adapter. A replacement adapter gets its own record.
 
     Attributes:
         name: Name of the adapter.

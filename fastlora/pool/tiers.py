@@ -351,7 +351,7 @@ class StorageTiers:
             self._free_slots.append(resident.slot)
 
     def _free_when_unleased(self, resident: Resident) -> None:
-        """Free the memory of a removed adapter, once the adapter is no longer leased.
+        """Free a removed adapter's memory once the adapter is no longer leased.
 
         If the adapter is leased, its memory is freed when the last lease on it ends.
         """

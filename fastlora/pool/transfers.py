@@ -49,7 +49,7 @@ class Transfers:
         """Make the calling thread's later work on the device wait for the given write events."""
 
     def record_read_event(self) -> tuple[Any, Any] | None:
-        """Record an event after the reads so far. Return (event, stream), or None on a CPU."""
+        """Record an event after the reads so far, and return (event, stream), or None on a CPU."""
         return None
 
     def wait_for_reads(self, events: Iterable[Any]) -> None:

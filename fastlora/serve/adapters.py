@@ -89,7 +89,7 @@ class ServedAdapters:
             return sorted(name for name, own in self._versions.items() if own.error is None)
 
     def acquire_version(self, name: str) -> AdapterVersion:
-        """Return the current version of an adapter, and keep it loaded until `release_version`.
+        """Return the current version of an adapter, and keep it loaded until it is released.
 
         Raises:
             AdapterNotFoundError: There is no adapter of this name.
@@ -315,7 +315,7 @@ class ServedAdapters:
 
 
 def _files_fingerprint(folder: Path) -> tuple[object, ...] | None:
-    """Return a tuple that identifies the state of an adapter's files, or None without a config."""
+    """Return a fingerprint of an adapter's files, or None if there is no config file."""
     found: list[object] = []
     for name in _FILES:
         try:

@@ -208,7 +208,7 @@ class Server:
     async def _tokenize_in_thread(
         self, size: int, tokenize: Callable[[_T], list[int]], given: _T
     ) -> list[int]:
-        """Tokenize in a thread. Long prompts may have to wait for each other."""
+        """Tokenize a prompt in a thread. Long prompts may have to wait for each other."""
         if size <= _SHORT_PROMPT:
             return await asyncio.to_thread(tokenize, given)
         async with self._long_prompts:

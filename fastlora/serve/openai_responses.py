@@ -24,7 +24,7 @@ _T = TypeVar("_T")
 
 
 class AnswerStream:
-    """An answer from the engine, which a coroutine receives in chunks.
+    """An answer that a coroutine receives from the engine in chunks.
 
     Raises the errors of `Engine.submit`.
     """

@@ -143,7 +143,7 @@ class Message(_Body):
     @model_validator(mode="before")
     @classmethod
     def _fill_assistant_content(cls, data: Any) -> Any:
-        """Set an assistant's missing content to an empty string. Other roles require content."""
+        """Set missing assistant content to an empty string. Other roles require content."""
         if isinstance(data, dict) and data.get("role") == "assistant":
             return data if data.get("content") is not None else {**data, "content": ""}
         return data

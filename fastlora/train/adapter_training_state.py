@@ -169,7 +169,7 @@ class AdapterTrainingState:
         self.seed, self.counts = state["seed"], AdapterCounts(**state["counts"])
 
     def set_scheduled_learning_rate(self) -> None:
-        """If the scheduler is a `LambdaLR`, set the learning rate of the next step."""
+        """If the scheduler is a `LambdaLR`, set the learning rate for the next step."""
         if isinstance(self.scheduler, LambdaLR):
             schedule = self.scheduler
             for group, base, rate in zip(

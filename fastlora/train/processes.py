@@ -102,7 +102,7 @@ class BatchProcessGroup:
         return AgreedLosses(finite, left_out, weights)
 
     def union_of_names(self, names: Collection[str]) -> set[str]:
-        """Return the union of the names that all processes pass."""
+        """Return the union of the names from all processes."""
         (found,) = self.sum_counts(dict.fromkeys(names, 1))
         return {name for name, count in found.items() if count}
 

@@ -445,7 +445,7 @@ class Run:
         for name, count in self.optimizers.counts.items():
             if not count.steps and count.skipped_steps:
                 raise self._stopped(
-                    f"adapter {name!r} never took a step: its gradient was not finite in all "
+                    f"adapter {name!r} never took a step: its gradient was non-finite in all "
                     f"{count.skipped_steps} of its steps (its loss scale is "
                     f"{self.optimizers.loss_scale(name):g}; dtype 'bfloat16' and 'float32' need no "
                     "loss scale)",

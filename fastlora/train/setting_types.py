@@ -141,7 +141,7 @@ def setting_field(
 
 
 def validate_settings(settings: type, given: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """Validate and convert the values in ``given`` that are fields of the class ``settings``.
+    """Validate and convert the values in ``given`` for fields of the class ``settings``.
 
     The result is a dict. None is accepted for a field whose default is None.
     """
