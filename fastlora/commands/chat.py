@@ -164,7 +164,7 @@ class Chat:
         return True
 
     def select_adapter(self, name: str) -> None:
-        """Select the adapter or base model that answers from now on; report an unknown name."""
+        """Select the adapter or base model that answers from now on. Report unknown names."""
         if name in self.names or name == BASE:
             self.active_adapter = name
             self._print(f"{name} answers now")
@@ -200,7 +200,7 @@ class Chat:
         return True
 
     def _conversation_ids(self) -> torch.Tensor:
-        """Return the token ids of the conversation, int64 ``[1, T]``.
+        """Return the conversation's token ids as an int64 tensor of shape ``[1, T]``.
 
         Raises `ConfigError` if the chat template rejects the conversation.
         """
@@ -212,7 +212,7 @@ class Chat:
         return torch.tensor([ids], device=self.model.device)
 
     def _truncated_conversation_ids(self) -> torch.Tensor | None:
-        """Return the conversation's token ids, without its oldest exchanges if it is too long.
+        """Return the conversation's token ids. Drop the oldest exchanges if there are too many.
 
         Returns None, after a message to the user, if the last message does not fit or the chat
         template rejects the conversation.
@@ -316,7 +316,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _load_model_and_adapters(args: argparse.Namespace, folders: dict[str, Path]) -> tuple[Any, Any]:
-    """Return a tuple (model with its adapters, tokenizer), with the model in evaluation mode."""
+    """Return a tuple (model with adapters, tokenizer). The model is in evaluation mode."""
     import fastlora
 
     model, tokenizer = models.load_model_and_tokenizer(args)

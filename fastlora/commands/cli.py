@@ -119,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse_or_exit(arguments: Sequence[str]) -> argparse.Namespace:
-    """Parse the arguments; without any, print the help and exit.
+    """Parse the arguments. If there are none, print the help and exit.
 
     If the command is unknown, print similar names and exit.
     """

@@ -167,7 +167,7 @@ def example_data_file(name: str) -> Path:
 
 
 def settings_by_file_stem(files: Sequence[Path]) -> dict[str, dict[str, Any]]:
-    """Return a dict that maps the stem of each file name to the settings of an adapter.
+    """Return adapter settings for each data file, as a dict keyed by the file name's stem.
 
     Raises `DataError` if a file is missing or damaged, or if two files have the same name. The
     files are read here, so that an error is reported before a model is loaded.
@@ -177,7 +177,7 @@ def settings_by_file_stem(files: Sequence[Path]) -> dict[str, dict[str, Any]]:
         read_samples([path])
         if path.stem in found:
             raise DataError(
-                f"{path}: another file defines adapter {path.stem!r} already; rename one of them"
+                f"{path}: another file already defines adapter {path.stem!r}; rename one of them"
             )
         found[path.stem] = {"data": path, **STYLES.get(path.stem, STYLES["ships_log"])}
     return found
@@ -230,7 +230,7 @@ def answer_with_adapters(
 
 
 def decoding_time_table(base: Any, adapters: Sequence[int], device: torch.device) -> str:
-    """Return a table of the time per decoding step for each number of adapters in a batch."""
+    """Measure decoding for each number of adapters, and return a table of the times per step."""
     torch.manual_seed(0)
     with measure.torch_threads(1):
         rows = mixed_bench.compare(base, adapters, RANK, SEQUENCES, 1, TABLE_ROUNDS)

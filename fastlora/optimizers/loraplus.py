@@ -115,7 +115,7 @@ def loraplus_groups(
 
 
 def _layernorm_parameter_names(model: nn.Module) -> set[str]:
-    """Return the names of the parameters of all `nn.LayerNorm` modules in a model."""
+    """Return the parameter names of all `nn.LayerNorm` modules in a model."""
     return {
         f"{name}.{key}"
         for name, module in model.named_modules()

@@ -18,7 +18,7 @@ _SCALE = BLOCK_KINDS.index("magnitude")
 
 
 class PoolTables:
-    """AddressTables with one row per module of the pool and one column per adapter on the device.
+    """A pool's address tables, with one row per module and one column per adapter on the device.
 
     The tensors are written in place, and only in columns that no forward pass reads. Their
     addresses therefore do not change, and a captured CUDA graph sees the new contents.
@@ -55,7 +55,7 @@ class PoolTables:
         self.rank, self.scaling = self._numbers[0], self._numbers[1].view(torch.float32)
 
     def to_kernel_tables(self, max_rank: int, dtype: torch.dtype) -> AddressTables:
-        """Return the tables as a `AddressTables` object, which can be passed to kernels.
+        """Return the tables as an `AddressTables` object, which can be passed to kernels.
 
         The addresses of scales are included once a DoRA adapter has been added to the pool.
 
@@ -68,7 +68,7 @@ class PoolTables:
         return AddressTables(*addresses, self.rank, self.scaling, max_rank, dtype, scales)
 
     def write_column(self, column: int, image: PackedAdapter) -> None:
-        """Write the addresses, ranks, and scalings of an adapter into a column of the tables.
+        """Write an adapter's addresses, ranks, and scalings into one column of the tables.
 
         The writes run on the current stream.
 
@@ -90,7 +90,7 @@ class PoolTables:
         self._copy(self._numbers[:, :, column], numbers)
 
     def assign(self, slot: int, column: int) -> None:
-        """Assign a column to a slot, on the current stream. `NO_COLUMN` makes the slot empty."""
+        """Assign a column to a slot on the current stream. `NO_COLUMN` marks the slot as empty."""
         self.column_of[slot] = column
         self.plain_column_of[slot] = NO_COLUMN if column in self._dora_columns else column
 
@@ -105,7 +105,7 @@ class PoolTables:
         self._copy(self.scale_address[:, column], addresses)
 
     def columns_of_slots(self, ids: torch.Tensor) -> torch.Tensor:
-        """Return the column of each slot in ``ids``, an int64 tensor of the same shape.
+        """Return the column of each slot in ``ids``, as an int64 tensor of the same shape.
 
         The result is -1 (base model) for the id -1, and -2 for an id that is out of range or an
         empty slot. The lookup runs on the device, so that a CUDA graph repeats it at every replay.
@@ -127,10 +127,10 @@ class PoolTables:
 
 
 def lookup_or_invalid(table: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Return ``table[ids]``, except for ids that are not indices of the table.
+    """Return ``table[ids]``, with a negative number for each id that is out of range.
 
-    For these, the result is -1 for the id -1, and -2 for any other id. The function does not
-    synchronize with the device.
+    This number is -1 for the id -1, and -2 for any other id. The function does not synchronize with
+    the device.
     """
     table = table.to(ids.device, non_blocking=True)
     ids = ids.to(torch.int64)

@@ -72,9 +72,9 @@ class PoolLayers:
         for name, target in found.items():
             if target.kind.name != LINEAR:
                 raise UnsupportedLayerError(
-                    f"target module {name!r} is a {type(target.base).__name__}; an adapter pool "
-                    "only supports linear layers: leave it out, or load the adapters into a "
-                    "LoraModel and route them with fastlora.adapters"
+                    f"target module {name!r} is a {type(target.base).__name__}, but an adapter "
+                    "pool only supports linear layers; exclude this module, or load the adapters "
+                    "into a LoraModel and route them with fastlora.adapters"
                 )
         self.group = RoutingGroup()
         self._model = model
@@ -113,7 +113,7 @@ class PoolLayers:
     def _add_adapter_names_argument(
         self, name: str, around: Callable[[], AbstractContextManager[None]], **rules: bool
     ) -> None:
-        """Wrap a method of the model so that it accepts ``adapter_names=`` and checks its batch.
+        """Wrap a model method so that it accepts ``adapter_names=`` and checks the batch size.
 
         Args:
             name: Name of the method.
@@ -152,7 +152,7 @@ class PoolLayers:
         self._replaced[name] = module, layer
 
     def restore_model(self) -> None:
-        """Restore the original modules, methods, and trainable parameters of the model.
+        """Restore the model's original modules, methods, and ``requires_grad`` flags.
 
         Parameters that required gradients when the layers were installed require gradients again.
         """

@@ -117,7 +117,7 @@ class LeaseManager:
             raise PoolClosedError("the pool is closing and accepts no new leases")
 
     def check_registered(self, names: Iterable[str]) -> None:
-        """Raise an error unless all of the names belong to registered adapters.
+        """Raise an error unless every name belongs to a registered adapter.
 
         Raises:
             AdapterNotFoundError: One of the names is not registered.
@@ -145,8 +145,8 @@ class LeaseManager:
             held = sum(len(n) for owner, n in self.held.items() if owner not in self._prefetching)
             if wait is None and held:
                 raise AdapterStateError(
-                    f"{held} leases are held; end them before close(), or pass wait= to wait for "
-                    "them"
+                    f"{held} leases are held; end them before calling close(), or pass wait= to "
+                    "wait for them"
                 )
             self.closing = True
             workers, self._workers = self._workers, None
@@ -160,7 +160,7 @@ class LeaseManager:
                 raise AdapterStateError(
                     f"after {wait:g} seconds, {held} leases are still held and "
                     f"{len(self._prefetching)} threads are still reading adapters; the pool "
-                    "accepts no new leases, and can be closed by calling close() again"
+                    "accepts no new leases, and you can call close() again to close it"
                 )
 
     def acquire_all_resident(self) -> Lease:
@@ -220,7 +220,7 @@ class LeaseManager:
         self._make_stream_wait_for_lease(lease).release()
 
     def _create_lease(self, residents: tuple[Resident, ...]) -> Lease:
-        """Return a new lease, held by the calling thread, on adapters that are on the device."""
+        """Create a lease for the calling thread on adapters that are already on the device."""
         for resident in set(residents):
             resident.leases += 1
         lease = Lease(residents, self._release)
@@ -230,7 +230,7 @@ class LeaseManager:
     def _wait_for_lease_or_reads(
         self, request: LeaseRequest, deadline: float | None
     ) -> Lease | list[RegisteredAdapter]:
-        """Wait until a request can be granted, or until adapters must be read for it.
+        """Wait until a lease can be granted, or until this thread must read adapters for it.
 
         Returns:
             The lease if the request was granted. Otherwise the records of the adapters that the
@@ -260,7 +260,7 @@ class LeaseManager:
             if not self._can_eventually_grant(request) or (left is not None and left <= 0):
                 nbytes = sum(image.nbytes for image in request.in_memory.values())
                 raise PoolFullError(
-                    f"a batch needs {len(request.in_memory)} adapters of {nbytes} bytes in total "
+                    f"a batch needs {len(request.in_memory)} adapters ({nbytes} bytes in total) "
                     "on the device at once, but the pool has no room for them: "
                     f"{tiers.describe_device_tier()}; "
                     "split the batch with AdapterPool.plan, or increase max_adapters or "
@@ -311,7 +311,7 @@ class LeaseManager:
         return self._create_lease(tuple(residents[name] for name in request.names))
 
     def _make_stream_wait_for_lease(self, lease: Lease) -> Lease:
-        """Make the calling thread's current stream wait until a lease's adapters are usable.
+        """Make the current stream wait until the adapters of a lease are ready to use.
 
         It waits for the copies of the adapters to the device and for the computation of DoRA
         scales, which this method starts if necessary.
@@ -387,7 +387,7 @@ class LeaseManager:
     # ---------------------------------------------------------------------------- background
 
     def prefetch(self, names: tuple[str, ...]) -> Future[None]:
-        """Bring adapters to the device in a background thread, if there is room for them now.
+        """Bring adapters to the device in a background thread if there is currently room for them.
 
         An adapter for which there is no room is read into CPU memory only.
 

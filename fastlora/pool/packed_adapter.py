@@ -44,7 +44,7 @@ class TargetLinear(NamedTuple):
     out_features: int
 
     def tensor_shape(self, kind: str, rank: int) -> tuple[int, ...]:
-        """Return the shape, in PEFT's layout, of one of the module's tensors.
+        """Return the shape of one of the module's tensors in PEFT's layout.
 
         Args:
             kind: Name of the tensor, an entry of `BLOCK_KINDS`.
@@ -57,7 +57,7 @@ class TargetLinear(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class AdapterLayout:
-    """The position of each tensor of an adapter in its packed 1-D tensor.
+    """The positions of an adapter's tensors within one packed 1-D tensor.
 
     Adapters whose tensors have the same shapes share a layout.
 
@@ -75,12 +75,12 @@ class AdapterLayout:
 
     @functools.cached_property
     def module_ranks(self) -> torch.Tensor:
-        """Rank of the adapter for each module, an int32 CPU tensor of shape ``[G]``."""
+        """The adapter's rank for each module, as an int32 CPU tensor of shape ``[G]``."""
         return torch.tensor([rank for rank, _ in self.blocks], dtype=torch.int32, device="cpu")
 
     @functools.cached_property
     def tensor_offsets(self) -> torch.Tensor:
-        """Offset of each block in elements, an int64 CPU tensor ``[len(BLOCK_KINDS), G]``."""
+        """Block offsets in elements, as an int64 CPU tensor of shape ``[len(BLOCK_KINDS), G]``."""
         by_kind = list(zip(*(offsets for _, offsets in self.blocks), strict=True))
         return torch.tensor(by_kind, dtype=torch.int64, device="cpu")
 
@@ -90,7 +90,7 @@ class AdapterLayout:
         return tuple(i for i, (_, at) in enumerate(self.blocks) if at[_MAGNITUDE] != MISSING)
 
     def module_tensor_views(self, data: torch.Tensor, index: int) -> dict[str, torch.Tensor]:
-        """Return a dict that maps names such as "lora_a" to the adapter's tensors for one module.
+        """Return views of the adapter's tensors for one module, in a dict with keys like "lora_a".
 
         The tensors are views of the image in PEFT's layout: lora_b is ``[N, r]``, a transposed view
         of its rank rows. The dict is empty if the adapter does not adapt the module.
@@ -120,7 +120,7 @@ class AdapterLayout:
 
 
 def _elements_per_fp32(dtype: torch.dtype) -> int:
-    """Return the number of elements of ``dtype`` that one fp32 magnitude value occupies."""
+    """Return the number of ``dtype`` elements that one fp32 magnitude value occupies."""
     return max(_MAGNITUDE_BYTES // dtype.itemsize, 1)
 
 
@@ -215,7 +215,8 @@ class AdapterPacker:
                 if float(peak) > largest:
                     raise CheckpointError(
                         f"{source}: {kind} of {self.targets[index].name!r} has a value of "
-                        f"magnitude {float(peak):.3g}, too large for the pool's {self.dtype}"
+                        f"magnitude {float(peak):.3g}, which is too large for the pool's "
+                        f"{self.dtype}"
                     )
 
     def _layout(self, shape: tuple[tuple[int, tuple[str, ...]], ...]) -> AdapterLayout:

@@ -154,7 +154,7 @@ class AdapterPool:
         config: Any = None,
         pin: bool = False,
     ) -> None:
-        """Load an adapter onto the device, replacing any adapter of the same name.
+        """Load an adapter onto the device, replacing any adapter with the same name.
 
         The new adapter takes over the slot of the replaced adapter. Leases on the replaced adapter
         remain valid, so forward passes under them still use it. If leased and pinned adapters leave
@@ -320,7 +320,7 @@ class AdapterPool:
             self._changed.notify_all()
 
     def prefetch(self, names: Sequence[str]) -> Future[None]:
-        """Bring adapters to the device in the background, if there is room for them now.
+        """Bring adapters to the device in the background if there is currently room for them.
 
         An adapter for which there is no room is only read into CPU memory, within ``cpu_bytes``.
 
@@ -358,9 +358,10 @@ class AdapterPool:
         return self._tiers.replaced
 
     def slot_of(self, name: str) -> int | None:
-        """Return an adapter's slot (its integer id in row ids), or None if it is not on the device.
+        """Return an adapter's slot, or None if the adapter is not on the device.
 
-        The slot can change unless a lease or a pin keeps the adapter on the device.
+        The slot is the integer that refers to the adapter in row ids. It can change unless a lease
+        or a pin keeps the adapter on the device.
 
         Raises:
             AdapterNotFoundError: No adapter has this name.
@@ -371,7 +372,7 @@ class AdapterPool:
             return None if resident is None else resident.slot
 
     def plan(self, names: Sequence[str | None]) -> list[list[int]]:
-        """Split a batch into smaller batches whose adapters fit on the device.
+        """Split a batch into smaller batches, each with adapters that fit on the device together.
 
         Only the number of adapters is considered. A lease for one of the batches may still wait or
         raise an error because of pins, leases of other threads, or ``device_bytes``.
@@ -413,7 +414,7 @@ class AdapterPool:
             return len(self._tiers.entries)
 
     def stats(self) -> PoolStats:
-        """Return statistics about the pool's contents and operations since it was created."""
+        """Return statistics about the pool's current contents and its operations so far."""
         with self._changed:
             return self._lease_manager.stats()
 
@@ -421,11 +422,11 @@ class AdapterPool:
 
     @torch.inference_mode(False)
     def lease(self, names: Sequence[str], *, timeout: float | None = None) -> Lease:
-        """Bring adapters to the device and keep them there, unchanged, until the lease ends.
+        """Bring adapters to the device, and return a lease that keeps them there unchanged.
 
-        All of the adapters are leased together. While leases of other threads leave too little
-        room, this method waits without reserving any room. Leases of the calling thread do not end
-        while it waits.
+        The adapters stay on the device until the lease ends. All of them are leased together. While
+        leases of other threads leave too little room, this method waits without reserving any room.
+        Leases of the calling thread do not end while it waits.
 
         Args:
             names: Names of registered adapters, which may repeat.
@@ -517,7 +518,7 @@ class AdapterPool:
         return lease_batch_routing(self, ids, seeds, validate, held)
 
     def _require_registered(self, names: Sequence[str]) -> tuple[str, ...]:
-        """Check that all of the names are registered, and return them as a tuple.
+        """Check that all names are registered, and return them as a tuple.
 
         Raises:
             TypeError: ``names`` is a single string or not a sequence.
@@ -547,14 +548,14 @@ def _check_adapter_name(name: object) -> None:
 
 
 def _folder_of(entry: RegisteredAdapter) -> Path:
-    """Return the folder of an adapter's record.
+    """Return the adapter folder that a record names.
 
     Raises:
         ConfigError: The record's name is invalid, or the record has no folder.
     """
     _check_adapter_name(entry.name)
     if entry.folder is None:
-        raise ConfigError(f"the adapter entry {entry.name!r} has no folder")
+        raise ConfigError(f"the record of adapter {entry.name!r} has no folder")
     return entry.folder
 
 

@@ -120,7 +120,7 @@ class AdapterReader:
 
     @contextlib.contextmanager
     def _open_checked(self, folder: Path) -> Iterator[OpenAdapterFolder]:
-        """Open an adapter folder, check its config and its size, and yield the open adapter.
+        """Open an adapter folder, check its config and its size, and yield the open folder.
 
         The time and memory for matching the config's patterns are limited inside the block.
         """
@@ -167,7 +167,7 @@ class AdapterReader:
     def _check_bytes(self, nbytes: int, source: str) -> None:
         if self._max_bytes is not None and nbytes > self._max_bytes:
             raise AdapterTooLargeError(
-                f"{source}: takes {nbytes} bytes, which exceeds the pool's "
+                f"{source}: the adapter has {nbytes} bytes, which exceeds the pool's "
                 f"max_adapter_bytes={self._max_bytes}",
                 "max_adapter_bytes",
             )
@@ -272,7 +272,7 @@ class AdapterReader:
             self._check_rank(f"{source}: {key!r} has rank {shape[0]}, which", shape[0])
 
     def _check_no_missing_factors(self, config: LoraConfig, modules_with_factors: set[str]) -> None:
-        """Raise `CheckpointError` if an adapter has no factors for a module selected by its config.
+        """Raise `CheckpointError` if factors are missing for a module that the config selects.
 
         Such an adapter was probably made for a different base model.
 
@@ -291,7 +291,9 @@ class AdapterReader:
             try:
                 named = find_targets(self._model, config)
             except TargetNotFoundError as error:
-                raise CheckpointError(f"made for another base model: {error}") from error
+                raise CheckpointError(
+                    f"the adapter was made for another base model: {error}"
+                ) from error
             except (ConfigError, UnsupportedLayerError) as error:
                 raise CheckpointError(str(error)) from error
             # A folder may be rewritten any number of times.
@@ -302,13 +304,13 @@ class AdapterReader:
         if missing:
             raise CheckpointError(
                 f"has no factors for {len(missing)} of the {len(named)} modules that its config "
-                f"selects in this model; the first is {missing[0]!r}. The adapter was probably "
-                "made for another base model"
+                f"selects in this model; the first of them is {missing[0]!r}. The adapter was "
+                "probably made for another base model"
             )
 
 
 def _config_and_header_limits(modules: list[str]) -> FileSizeLimits:
-    """Return the maximum sizes, in bytes, of an adapter's config file and tensor file header.
+    """Return the size limits, in bytes, for an adapter's config file and tensor file header.
 
     The limits bound the cost of parsing, during which Python's global interpreter lock is held. For
     example, parsing 1 MiB of empty JSON lists takes 65 ms on one core of an AMD EPYC. The parsed

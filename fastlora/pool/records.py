@@ -13,7 +13,7 @@ from fastlora.pool.packed_adapter import PackedAdapter
 
 
 class DoraScales:
-    """The DoRA scales of an adapter on the device: one number per output feature of each module.
+    """DoRA scales of an adapter on the device: one value per output feature of each module.
 
     Scales in fp32 are updated in place when a base weight changes, so their addresses do not
     change.
@@ -36,9 +36,10 @@ class DoraScales:
 
 
 class Resident:
-    """An adapter on the device. Its factors never change; a hot swap creates a new `Resident`.
+    """An adapter on the device. A hot swap creates a new `Resident` with the new factors.
 
-    The adapter's memory is guaranteed to stay valid only while a lease on the adapter is active.
+    The factors never change. Their memory is guaranteed to stay valid only while a lease on the
+    adapter is active.
     The pool's lock protects the last four attributes.
 
     Attributes:
@@ -73,7 +74,7 @@ class Resident:
         self._views: dict[int, Factors | None] = {}
 
     def factors(self, table_row: int) -> Factors | None:
-        """Return the adapter's factors for one module, or None if it does not adapt the module.
+        """Return the adapter's factors for one module, or None if the module is not adapted.
 
         Args:
             table_row: Index of the module in the pool, which is the ``table_row`` of its layer.
@@ -95,7 +96,7 @@ class Resident:
 
 @dataclass(eq=False)
 class RegisteredAdapter:
-    """The pool's record of a registered adapter. Replacing an adapter replaces its record.
+    """The pool's record of a registered adapter. A replacement adapter gets its own record.
 
     Attributes:
         name: Name of the adapter.
@@ -113,7 +114,7 @@ class RegisteredAdapter:
 
 @dataclass(frozen=True)
 class PoolStats:
-    """Statistics about the contents and the operations of a pool.
+    """Statistics about a pool's contents and operations.
 
     Attributes:
         registered: Number of registered adapters, in any tier.

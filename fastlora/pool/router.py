@@ -24,7 +24,7 @@ def lease_batch_routing(
     validate: bool,
     exit_stack: contextlib.ExitStack,
 ) -> Routing:
-    """Lease the adapters of a batch, and return the routing that assigns them to its rows.
+    """Lease the adapters of a batch, and return the routing that assigns adapters to rows.
 
     The slots of the routing are the columns of the pool's tables.
 
@@ -85,8 +85,8 @@ def graph_capture_routing(pool: Any, ids: torch.Tensor) -> Routing:
     check_integer_ids(ids)
     if pool.max_rank is None:
         raise AdapterStateError(
-            "a CUDA graph that uses a pool needs AdapterPool(max_rank=...), because its buffers "
-            "are sized for the largest rank that may be loaded"
+            "a CUDA graph that uses a pool needs AdapterPool(max_rank=...), because the graph's "
+            "buffers are sized for the largest rank that may be loaded"
         )
     nobody = (None,) * pool.tables.rank.shape[1]
     source = PoolSource(nobody, pool.tables.to_kernel_tables(pool.max_rank, pool.dtype))

@@ -27,7 +27,7 @@ _StaleScales = tuple[Resident, list[int]]  # and the modules that need new scale
 
 
 class DoraScaleUpdater:
-    """Computes the DoRA scales of adapters on the device.
+    """Computes and updates the DoRA scales of adapters on the device.
 
     Args:
         layers: The pool's layers. The index of a layer is its ``table_row``.
@@ -43,7 +43,7 @@ class DoraScaleUpdater:
     def update_stale_scales(
         self, residents: Iterable[Resident], pool_lock: AbstractContextManager[Any]
     ) -> None:
-        """Compute the scales of leased DoRA adapters that are missing or outdated.
+        """Compute any missing or outdated scales of leased DoRA adapters.
 
         Scales are outdated if the base weights have changed since they were computed.
 

@@ -165,7 +165,8 @@ class StorageTiers:
     def _check_sizes(self, name: str, folder: Path | None, image: PackedAdapter) -> None:
         if self.device_bytes is not None and image.nbytes > self.device_bytes:
             raise PoolFullError(
-                f"the adapter has {image.nbytes} bytes, more than device_bytes={self.device_bytes}"
+                f"the adapter has {image.nbytes} bytes, which is more than "
+                f"device_bytes={self.device_bytes}"
             )
         if folder is not None or self.cpu_bytes is None:
             return
@@ -174,16 +175,15 @@ class StorageTiers:
         homeless = sum(image.nbytes for image in images)
         if homeless > self.cpu_bytes:
             raise PoolFullError(
-                f"adapters from state dicts cannot be read again, so they must stay in CPU "
-                f"memory: {homeless} bytes, more than cpu_bytes={self.cpu_bytes}; load the adapter "
-                "from a folder instead"
+                f"adapters from state dicts must stay in CPU memory, but their {homeless} bytes "
+                f"exceed cpu_bytes={self.cpu_bytes}; load the adapter from a folder instead"
             )
 
     # ------------------------------------------------------------------------------- the device
 
     @property
     def residents(self) -> list[Resident]:
-        """The adapters on the device, including replaced or removed adapters that are leased."""
+        """All adapters on the device, including replaced or removed adapters that are leased."""
         return [*self.device.values(), *self.retired]
 
     @property
@@ -201,7 +201,7 @@ class StorageTiers:
         held: Collection[Resident],
         replaced: Resident | None = None,
     ) -> bool:
-        """Return whether adapters fit on the device next to pinned and leased adapters.
+        """Return whether adapters fit on the device alongside the pinned and leased adapters.
 
         Args:
             wanted: Maps the name of each adapter that should fit to its image.
@@ -254,7 +254,7 @@ class StorageTiers:
         return [self.device[name] for name in images]
 
     def decrement_leases(self, resident: Resident, read_event: tuple[object, int] | None) -> None:
-        """Decrement the number of leases on an adapter, and free it if it is no longer needed.
+        """Decrement an adapter's lease count, and free the adapter if it is no longer needed.
 
         Args:
             resident: The adapter.
@@ -280,7 +280,7 @@ class StorageTiers:
             self._add_to_cpu_lru(name, image)
 
     def _upload_and_assign_slot(self, name: str, image: PackedAdapter) -> Resident:
-        """Copy an adapter to the device, and assign a slot and a column of the tables to it.
+        """Copy an adapter to the device, and assign it a slot and a table column.
 
         The slot is that of the adapter of the same name on the device, or otherwise a free slot.
         There must be room for the image. If the copy fails, for example because the GPU is out of
@@ -307,7 +307,7 @@ class StorageTiers:
         return resident
 
     def _evict_until_room(self, wanted: Mapping[str, PackedAdapter]) -> None:
-        """Evict least recently used adapters from the device until there is room for new adapters.
+        """Evict the least recently used adapters until the device has room for new adapters.
 
         Leased and pinned adapters are not evicted, and neither are adapters that will be replaced.
         A new adapter takes over the room of the adapter that it replaces unless that adapter is
@@ -341,7 +341,7 @@ class StorageTiers:
                 self.host.move_to_end(name)
 
     def _remove_from_device(self, name: str) -> None:
-        """Remove the adapter with the given name from the device, if it is on the device."""
+        """Remove an adapter from the device if it is there, and free its slot."""
         resident = self.device.pop(name, None)
         if resident is not None:
             # Retire it first: captured graphs that still run look up its slot.
@@ -351,7 +351,7 @@ class StorageTiers:
             self._free_slots.append(resident.slot)
 
     def _free_when_unleased(self, resident: Resident) -> None:
-        """Free the memory of an adapter that was removed from ``device``.
+        """Free a removed adapter's memory once the adapter is no longer leased.
 
         If the adapter is leased, its memory is freed when the last lease on it ends.
         """
@@ -375,7 +375,7 @@ class StorageTiers:
         return sum(image.nbytes for image in self.host.values())
 
     def _add_to_cpu_lru(self, name: str, image: PackedAdapter) -> None:
-        """Add an adapter to the CPU tier as the most recently used, if ``cpu_bytes`` allows it.
+        """Add an adapter to the CPU tier as the most recently used one, within ``cpu_bytes``.
 
         The least recently used adapters that can be read again are removed to make room.
         """

@@ -20,7 +20,7 @@ from fastlora.validation import AdapterStateError
 
 
 class Transfers:
-    """Transfers of packed adapters to the device; this base class is for a CPU and copies nothing.
+    """Transfers packed adapters to the device. This base class is for CPUs and copies nothing.
 
     Attributes:
         shares_memory: Whether the device tier and the CPU tier use the same memory, so that an
@@ -34,11 +34,11 @@ class Transfers:
         return contextlib.nullcontext()
 
     def upload(self, image: PackedAdapter) -> PackedAdapter:
-        """Return the packed adapter in device memory; on a CPU, this is the given object."""
+        """Copy a packed adapter to device memory. On a CPU, return the given object."""
         return image
 
     def record_write_event(self) -> Any:
-        """Return an event after all writes so far, or None on a CPU, where no wait is needed."""
+        """Record an event after all writes so far. Return None on a CPU, which needs no events."""
         return None
 
     def is_event_done(self, event: Any) -> bool:
@@ -49,7 +49,7 @@ class Transfers:
         """Make the calling thread's later work on the device wait for the given write events."""
 
     def record_read_event(self) -> tuple[Any, Any] | None:
-        """Return a tuple (event after the calling thread's work, stream), or None on a CPU."""
+        """Record an event after the reads so far, and return (event, stream), or None on a CPU."""
         return None
 
     def wait_for_reads(self, events: Iterable[Any]) -> None:
@@ -57,7 +57,7 @@ class Transfers:
 
 
 class CudaTransfers(Transfers):
-    """Transfers for a pool on a GPU: asynchronous copies from page-locked memory on one stream.
+    """Transfers packed adapters to a GPU asynchronously, from page-locked memory on one stream.
 
     Args:
         device: A CUDA device.
@@ -128,7 +128,7 @@ class CudaTransfers(Transfers):
 
 
 def make_transfers(device: torch.device) -> Transfers:
-    """Return the `Transfers` for a pool on a CPU or a CUDA device.
+    """Return the `Transfers` object for a pool on a CPU or CUDA device.
 
     Raises:
         ValueError: The device is of another type.

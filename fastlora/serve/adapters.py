@@ -33,7 +33,7 @@ _log = logging.getLogger("fastlora.serve")
 
 @dataclass(eq=False, kw_only=True)
 class AdapterVersion(RegisteredAdapter):
-    """One version of a served adapter. Each change of the adapter's files creates a new version.
+    """One version of a served adapter. Each change to the adapter's files creates a new version.
 
     A version is also the adapter's entry in the pool. Its ``name`` in the pool is unique, so old
     and new versions can run side by side.
@@ -57,7 +57,7 @@ class AdapterVersion(RegisteredAdapter):
 
 
 class ServedAdapters:
-    """The adapters that a server offers, by name, each with its current version.
+    """The adapters that a server offers, each with its current version.
 
     A request keeps its version from beginning to end. If the version is replaced or unloaded
     meanwhile, it is removed from the pool when its last request has ended. Any thread may call any
@@ -89,7 +89,7 @@ class ServedAdapters:
             return sorted(name for name, own in self._versions.items() if own.error is None)
 
     def acquire_version(self, name: str) -> AdapterVersion:
-        """Return the current version of an adapter, reserved until `release_version` is called.
+        """Return the current version of an adapter, and keep it loaded until it is released.
 
         Raises:
             AdapterNotFoundError: There is no adapter of this name.
@@ -105,13 +105,13 @@ class ServedAdapters:
             return version
 
     def release_version(self, version: AdapterVersion) -> None:
-        """Release a version that `acquire_version` has returned."""
+        """Release a version that `acquire_version` returned."""
         with self._lock:
             version.users -= 1
             self._unload_if_unused(version)
 
     def read_in_background(self, version: AdapterVersion, on_done: Callable[[], None]) -> None:
-        """Read a version's files in the background, and call ``on_done`` even after a failure."""
+        """Read a version's files in the background, and then call ``on_done``, even on failure."""
         future = None
         with self._lock:
             waits = not version.ready and version.error is None
@@ -180,7 +180,7 @@ class ServedAdapters:
             self._register_as_current(self._version(name, *found[name]))
 
     def load(self, name: str, path: str, *, replace: bool = False) -> None:
-        """Load an adapter from a folder below the server's folder, and serve it as ``name``.
+        """Load an adapter from a folder under the server's folder, and serve it as ``name``.
 
         Args:
             name: Name of letters, digits, ``.``, ``_``, and ``-``.
@@ -204,7 +204,7 @@ class ServedAdapters:
             known = self._versions.get(name)
             if known is not None and known.error is None and not replace:
                 raise AdapterStateError(
-                    f"adapter {name!r} is loaded already; unload it first, or set load_inplace"
+                    f"adapter {name!r} is already loaded; unload it first, or set load_inplace"
                 )
         version = self._version(name, folder, fingerprint)
         try:
@@ -242,7 +242,7 @@ class ServedAdapters:
         )
 
     def _needs_new_version(self, name: str, fingerprint: tuple[object, ...]) -> bool:
-        """Return whether a scan must register a new version, given the files' fingerprint."""
+        """Return whether a scan must register a new version for files with this fingerprint."""
         if name in self._loaded_by_client or self._unloaded.get(name) == fingerprint:
             return False
         known = self._versions.get(name)
@@ -290,7 +290,7 @@ class ServedAdapters:
             raise ConfigError(f"{name!r} is reserved for the base model")
 
     def _resolve_below_root(self, path: Path) -> Path:
-        """Return the resolved path; raise `ConfigError` unless it is below the server's folder."""
+        """Resolve a path; raise `ConfigError` unless it is under the server's folder."""
         if self.root is None:
             raise ConfigError("this server was started without --adapters")
         try:
@@ -302,7 +302,7 @@ class ServedAdapters:
         return real
 
     def _client_error_message(self, error: BaseException) -> str:
-        """Return an error message for clients, without the path of the server's folder.
+        """Return an error message for clients that does not reveal the server's folder.
 
         If the adapter exceeds a limit of the server, the message names the option that sets the
         limit.
@@ -315,7 +315,7 @@ class ServedAdapters:
 
 
 def _files_fingerprint(folder: Path) -> tuple[object, ...] | None:
-    """Return a tuple that changes with an adapter's files, or None if there is no config file."""
+    """Return a fingerprint of an adapter's files, or None if there is no config file."""
     found: list[object] = []
     for name in _FILES:
         try:

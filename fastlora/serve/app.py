@@ -68,7 +68,7 @@ class ServerSettings:
 
 
 class Server:
-    """An HTTP server for an engine. Its application, `app`, closes the engine at shutdown."""
+    """An HTTP server for an engine. Its application, `app`, closes the engine on shutdown."""
 
     def __init__(
         self,
@@ -146,12 +146,12 @@ class Server:
         return Response(self.metrics.to_prometheus_text(), media_type=self.metrics.media_type)
 
     async def list_models(self) -> Response:
-        """List the base model and the adapters that can be used."""
+        """List the base model and all usable adapters."""
         names = [self.settings.base, *self.adapters.usable_names]
         return AsciiJSONResponse({"object": "list", "data": [self._model(name) for name in names]})
 
     async def describe_model(self, name: str) -> Response:
-        """Describe the base model or an adapter that can be used."""
+        """Describe the base model or a usable adapter."""
         if not self._is_base(name) and name not in self.adapters.usable_names:
             raise AdapterNotFoundError(f"the model {name!r} does not exist")
         return AsciiJSONResponse(self._model(name))
@@ -171,7 +171,7 @@ class Server:
         return name in ("base", self.settings.base)
 
     async def load(self, body: LoadAdapterBody) -> Response:
-        """Load an adapter from a folder below the server's adapter folder."""
+        """Load an adapter from a folder under the server's adapter folder."""
         check_no_surrogates("lora_name", body.lora_name)
         check_no_surrogates("lora_path", body.lora_path)
         await asyncio.to_thread(
@@ -180,7 +180,7 @@ class Server:
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
     async def unload(self, body: UnloadAdapterBody) -> Response:
-        """Unload an adapter, which running requests continue to use until they end."""
+        """Unload an adapter. Running requests continue to use it until they end."""
         await asyncio.to_thread(self.adapters.unload, body.lora_name)
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
@@ -208,7 +208,7 @@ class Server:
     async def _tokenize_in_thread(
         self, size: int, tokenize: Callable[[_T], list[int]], given: _T
     ) -> list[int]:
-        """Tokenize in a thread. Long prompts wait for each other; short prompts do not wait."""
+        """Tokenize a prompt in a thread. Long prompts may have to wait for each other."""
         if size <= _SHORT_PROMPT:
             return await asyncio.to_thread(tokenize, given)
         async with self._long_prompts:

@@ -41,7 +41,7 @@ class AwaitedEvent(enum.Enum):
 
 @dataclass(frozen=True)
 class ConnectionLimits:
-    """Limits of connections. A connection that exceeds a deadline is closed.
+    """Limits on connections. A connection that misses a deadline is closed.
 
     Attributes:
         max_connections: Maximum number of open connections.
@@ -59,14 +59,14 @@ class ConnectionLimits:
     backlog: int = 128
 
     def timeout_for(self, waiting: AwaitedEvent) -> float:
-        """Return the maximum time, in seconds, that a connection waits for an event."""
+        """Return the maximum time, in seconds, that a connection may wait for an event."""
         if waiting is AwaitedEvent.HEADERS:
             return self.header_seconds
         return self.body_seconds if waiting is AwaitedEvent.BODY else self.idle_seconds
 
 
 class OpenConnections:
-    """The open connections of a server, whose number is limited.
+    """The open connections of a server, up to a maximum number.
 
     Attributes:
         waiting: Dict that maps each event to the connections that wait for it, with the longest
@@ -89,11 +89,11 @@ class OpenConnections:
         }
 
     def create_protocol(self, **given: Any) -> DeadlineProtocol:
-        """Create the protocol object of a new connection, for uvicorn's ``http`` option."""
+        """Create the protocol object for a new connection. uvicorn calls this method."""
         return DeadlineProtocol(self, **given)
 
     def close_waiting_if_full(self) -> bool:
-        """Close a waiting connection if the limit is reached, and return whether there is room.
+        """Close a waiting connection if the limit is reached. Return whether there is room.
 
         Unfinished requests are closed before idle connections, because a client with an idle
         connection has been served. A quarter of the connections is reserved for unfinished
@@ -117,7 +117,7 @@ class OpenConnections:
 
 
 class DeadlineProtocol(H11Protocol):
-    """uvicorn's protocol, with a deadline whenever the connection waits for its client."""
+    """uvicorn's protocol, with a deadline whenever the connection waits for the client."""
 
     def __init__(self, every: OpenConnections, **given: Any) -> None:
         super().__init__(**given)
@@ -185,7 +185,7 @@ class DeadlineProtocol(H11Protocol):
 
 
 class Deadline:
-    """A deadline that closes a connection if it waits too long for its client.
+    """A deadline for a connection. The connection is closed if it waits too long for the client.
 
     Attributes:
         waits: The event that the connection waits for; None while the client waits for the server.
@@ -197,7 +197,7 @@ class Deadline:
         self._timer: asyncio.TimerHandle | None = None
 
     def restart_for_event(self, waits: AwaitedEvent | None) -> None:
-        """Restart the deadline if the connection now waits for another event."""
+        """Restart the deadline if the connection now waits for a different event."""
         if waits is self.waits:
             return
         if self.waits is not None and self._timer is not None:
@@ -211,7 +211,7 @@ class Deadline:
 
 
 class SmallChunkLimiter:
-    """A counter that closes a connection if a request body has too many small chunks.
+    """Closes a connection if the body of a request arrives in too many small chunks.
 
     Args:
         parsed: Function that returns the next event that h11 has parsed.
@@ -223,7 +223,7 @@ class SmallChunkLimiter:
         self._small = 0
 
     def next_event(self) -> Any:
-        """Return the next event that h11 has parsed, or `h11.NEED_DATA` after closing."""
+        """Return the next event from h11, or `h11.NEED_DATA` if the connection was closed."""
         event = self._parsed()
         if isinstance(event, h11.Request):
             self._small = 0
@@ -236,7 +236,7 @@ class SmallChunkLimiter:
 
 
 class LongBacklogServer(uvicorn.Server):
-    """uvicorn's server, with a longer queue of connections in the kernel.
+    """uvicorn's server, with a longer kernel queue for pending connections.
 
     The queue is longer than the number of connections that are accepted at a time. Connections
     accepted just before the server shuts down are closed; uvicorn would wait for their deadlines.

@@ -11,7 +11,7 @@ _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
 
 class IncrementalDetokenizer:
-    """Decode an answer while it is generated.
+    """Decodes an answer incrementally, while it is being generated.
 
     Args:
         tokenizer: The tokenizer. Only the thread that calls `add_token` and `flush` may use it.
@@ -33,7 +33,7 @@ class IncrementalDetokenizer:
         self.stopped = False
 
     def add_token(self, token: int) -> str:
-        """Add the next token, and return the new text that is final, which may be empty."""
+        """Add the next token, and return any new text that is final."""
         self._tokens.append(token)
         return self._hold_back_stop_prefix(self._new(flush=False))
 
@@ -60,7 +60,7 @@ class IncrementalDetokenizer:
         return text
 
     def _hold_back_stop_prefix(self, new: str) -> str:
-        """Return the text up to a possible start of a stop text, and hold back the rest."""
+        """Hold back any text that may be the start of a stop text, and return the rest."""
         if self.stopped:
             return ""
         text = self._held + new

@@ -36,7 +36,7 @@ _log = logging.getLogger("fastlora.serve")
 
 
 class Engine:
-    """Run up to ``rows`` requests concurrently on one model.
+    """Runs up to ``rows`` requests concurrently on one model.
 
     Args:
         model: The model of ``adapters.pool``.
@@ -118,7 +118,7 @@ class Engine:
         return job
 
     def cancel(self, job: EngineRequest) -> None:
-        """Cancel a request. Its row in the batch becomes free before the next token."""
+        """Cancel a request. Its row in the batch is freed before the next token is generated."""
         job.canceled = True
         self._wake()
 
@@ -161,7 +161,7 @@ class Engine:
     def _resolve_max_tokens(
         self, prompt: Sequence[int], sampling: SamplingParams
     ) -> SamplingParams:
-        """Return the settings with a number as ``max_tokens``; raise if it does not fit."""
+        """Return the settings with ``max_tokens`` filled in; raise if the answer does not fit."""
         if not prompt:
             raise ConfigError("the prompt is empty")
         room = self.length - len(prompt)
@@ -169,7 +169,7 @@ class Engine:
             asked = "" if sampling.max_tokens is None else f" and max_tokens={sampling.max_tokens}"
             raise ConfigError(
                 f"the prompt has {len(prompt)} tokens{asked}; prompt and answer together can have "
-                f"at most {self.length}"
+                f"at most {self.length} tokens"
             )
         most = room if sampling.max_tokens is None else sampling.max_tokens
         return replace(sampling, max_tokens=most)
@@ -201,7 +201,7 @@ class Engine:
                 self._running.fail_all(error)
 
     def _has_work(self) -> bool:
-        """Return whether a waiting request can start or has to be ended."""
+        """Return whether a waiting request can start or must be ended."""
         return any(
             job.canceled or job.version is None or job.version.ready or job.version.error
             for job in self._waiting
@@ -218,7 +218,7 @@ class Engine:
             self._release_and_report(job, None)
 
     def _admit_waiting(self) -> None:
-        """Move waiting requests into the batch in the order of their arrival.
+        """Move waiting requests into the batch in order of arrival.
 
         If the adapter of a request does not fit yet, later requests may start first, but at most as
         many as there are rows.
@@ -254,7 +254,7 @@ class Engine:
                 self._running.jobs.append(job)
 
     def _try_lease(self, version: AdapterVersion) -> Lease | None:
-        """Return a lease on an adapter, or None if the adapter does not fit beside those in use.
+        """Return a lease on an adapter, or None if there is no room beside the adapters in use.
 
         Raises `CheckpointError` if the adapter is damaged, and `PoolFullError` if it can never fit.
         """

@@ -27,7 +27,7 @@ class RequestFailedError(FastLoraError):
 
 
 def to_client_error(error: Exception) -> FastLoraError:
-    """Convert an exception to an error for clients, which hides details of internal errors."""
+    """Convert an exception to an error for clients that hides internal details."""
     if isinstance(error, FastLoraError):
         return error
     return RequestFailedError(f"the server failed to process this request ({type(error).__name__})")
@@ -107,7 +107,7 @@ def _counter(what: str, start: float = 0) -> Any:
 
 @dataclass
 class EngineStats:
-    """Counters of an engine, each exported as a metric. Times are in wall-clock seconds."""
+    """Counters of an engine, each exported as a metric. Times are wall-clock times in seconds."""
 
     requests: int = _counter("Accepted requests.")
     requests_finished: int = _counter("Completed requests.")

@@ -38,7 +38,7 @@ _STATUS: tuple[tuple[type[FastLoraError], int, str, str | None], ...] = (
 
 
 class AsciiJSONResponse(Response):
-    """A JSON response in ASCII, because a message may quote a name that UTF-8 cannot encode."""
+    """A JSON response in ASCII. A message may quote a name that UTF-8 cannot encode."""
 
     media_type = "application/json"
 
@@ -47,7 +47,7 @@ class AsciiJSONResponse(Response):
 
 
 def add_exception_handlers(app: FastAPI) -> None:
-    """Add handlers that answer every error of an application in OpenAI's format."""
+    """Add handlers that report an application's errors to clients in OpenAI's format."""
     app.add_exception_handler(FastLoraError, _on_fastlora_error)
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(RequestValidationError, _on_validation_error)

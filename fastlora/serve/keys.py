@@ -13,11 +13,11 @@ _MOST_BYTES = 4096  # maximum size of a key file
 
 
 class AdminKeyError(FastLoraError):
-    """A request lacks the admin key that it needs."""
+    """A request requires the admin key but does not have it."""
 
 
 class CallerRole(enum.Enum):
-    """The kind of caller that sent a request, which is determined by the key in the request."""
+    """The role of the caller that sent a request. The key in the request determines the role."""
 
     STRANGER = "stranger"
     CLIENT = "client"
@@ -45,7 +45,7 @@ class ApiKeys:
             raise ConfigError("the admin key must differ from the API key")
 
     def identify_caller(self, authorization: bytes) -> CallerRole:
-        """Return the kind of caller that an ``Authorization`` header identifies.
+        """Return the role of the caller that an ``Authorization`` header identifies.
 
         The keys are compared in constant time.
         """
@@ -63,10 +63,10 @@ class ApiKeys:
 def resolve_key(
     option: str, given: str | None, file: Path | None, variable: str, otherwise: str | None
 ) -> str | None:
-    """Return the key from an option, its file, or an environment variable, in this order.
+    """Return the key from an option, a key file, or an environment variable, in this order.
 
     Args:
-        option: Name of the option, such as ``--api-key``. The option for its file is
+        option: Name of the option, such as ``--api-key``. The option for the file is
             ``--api-key-file``.
         given: Value of the option.
         file: Path of the file. One newline at its end is not part of the key.
@@ -90,9 +90,11 @@ def resolve_key(
     if key is None:
         return None
     if not key:
-        raise ConfigError(f"{source} is empty, expected a key; to use no key, do not set it")
+        raise ConfigError(f"{source} is empty, expected a key; to use no key, leave it unset")
     if key != key.strip() or not key.isprintable():
-        raise ConfigError(f"{source} has whitespace around the key or unprintable characters")
+        raise ConfigError(
+            f"{source} has whitespace around the key or contains unprintable characters"
+        )
     return key
 
 

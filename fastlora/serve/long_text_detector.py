@@ -19,9 +19,9 @@ _ASCII_CONTROLS = frozenset(map(chr, (*range(32), 127)))
 
 
 class LongTextDetector:
-    """Detect long texts with an upper bound on the number of characters per token.
+    """Detects texts that are too long, using the maximum number of characters per token.
 
-    The bound exists for byte-level BPE, and for BPE with byte tokens for unknown characters, in
+    This maximum exists for byte-level BPE, and for BPE with byte tokens for unknown characters, in
     tokenizers of the ``tokenizers`` library.
 
     Args:
@@ -35,7 +35,7 @@ class LongTextDetector:
         )
 
     def exceeds_tokens(self, text: str, tokens: int) -> bool:
-        """Return whether ``text`` certainly has more than ``tokens`` tokens."""
+        """Return whether ``text`` is certain to have more than ``tokens`` tokens."""
         if self._token_character_bound is None:
             return False
         characters, vanishing = self._token_character_bound
@@ -50,7 +50,7 @@ class LongTextDetector:
 
 
 def _token_character_bound(parts: Mapping[str, Any]) -> tuple[int, re.Pattern[str] | None] | None:
-    """Return a tuple (maximum number of characters per token, pattern of vanishing characters).
+    """Return a tuple (maximum characters per token, pattern that matches vanishing characters).
 
     Returns None if there is no bound. The pattern is None if no characters can vanish.
 
@@ -96,7 +96,7 @@ def _flatten_steps(part: Mapping[str, Any] | None, inner: str) -> Iterator[Mappi
 
 
 def _byte_level_characters() -> Iterator[tuple[int, str]]:
-    """Yield each byte below 0xC0 and the character for it in byte-level vocabularies."""
+    """Yield each byte below 0xC0 with the character that byte-level vocabularies use for it."""
     from tokenizers import pre_tokenizers
 
     split = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

@@ -16,7 +16,7 @@ from fastlora.serve.engine import Engine
 
 
 class PrometheusMetrics(Collector):
-    """Metrics of an engine and its adapter pool, which are collected at each Prometheus scrape."""
+    """Metrics of an engine and its adapter pool, collected on every Prometheus scrape."""
 
     media_type = CONTENT_TYPE_LATEST
 

@@ -39,7 +39,7 @@ class RowKVCache:
         self._room = min(length, _STEP)
 
     def set_write_positions(self, first: int, starts: torch.Tensor, count: int) -> None:
-        """Set the positions to which the next forward pass writes ``count`` new tokens per row.
+        """Set the positions at which the next forward pass writes ``count`` new tokens per row.
 
         ``first`` is the first row of the pass. ``starts``, ``[n]`` int64, contains the first new
         position of each row. The positions must be equal unless ``count`` is 1.
@@ -120,7 +120,7 @@ class RowKVCache:
         return sum(cached.nbytes for cached in self._all())
 
     def get_seq_length(self, *_: Any, **__: Any) -> int:
-        """Return the number of cached positions in the longest row, without the new tokens.
+        """Return the number of cached positions in the longest row, excluding the new tokens.
 
         Some models call this even though they are given position_ids.
         """
@@ -128,7 +128,7 @@ class RowKVCache:
 
 
 class ModelRunner:
-    """Run forward passes of a causal language model of transformers over a `RowKVCache`.
+    """Runs forward passes of a transformers causal language model with a `RowKVCache`.
 
     Args:
         model: The model, in evaluation mode.
@@ -149,7 +149,7 @@ class ModelRunner:
         if lacking:
             raise UnsupportedLayerError(
                 f"{type(model).__name__} does not accept {', '.join(sorted(lacking))}, which "
-                "serving needs"
+                "serving requires"
             )
         most = max_positions(model.config)
         if length is not None and most is not None and length > most:
@@ -162,7 +162,7 @@ class ModelRunner:
     def last_token_logits(
         self, first: int, starts: Sequence[int], tokens: Sequence[Sequence[int]]
     ) -> torch.Tensor:
-        """Return the logits at the last token of each row, shape ``[n, V]``, fp32.
+        """Return the fp32 logits at the last token of each row, of shape ``[n, V]``.
 
         Args:
             first: The first of n adjacent rows.
@@ -201,7 +201,7 @@ class ModelRunner:
 
 
 def max_positions(config: Any) -> int | None:
-    """Return the maximum number of positions in a request to a model, or None if unlimited.
+    """Return the maximum number of positions in a request, or None if there is no limit.
 
     Raises `UnsupportedLayerError` if the model caches something other than keys and values.
     """
@@ -209,8 +209,8 @@ def max_positions(config: Any) -> int | None:
     kinds = set(getattr(text, "layer_types", None) or ()) - {"full_attention"}
     if kinds - {"sliding_attention"}:
         raise UnsupportedLayerError(
-            f"{type(text).__name__} has layers of {', '.join(sorted(kinds))}; serving supports "
-            "only layers that cache attention keys and values"
+            f"{type(text).__name__} has layers of type {', '.join(sorted(kinds))}; serving only "
+            "supports layers that cache attention keys and values"
         )
     most: int | None = getattr(text, "max_position_embeddings", None)
     # Rows are not aligned, so a sliding window would cover other positions in each row.

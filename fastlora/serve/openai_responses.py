@@ -24,7 +24,7 @@ _T = TypeVar("_T")
 
 
 class AnswerStream:
-    """An answer that the engine generates and that a coroutine receives in chunks.
+    """An answer that a coroutine receives from the engine in chunks.
 
     Raises the errors of `Engine.submit`.
     """
@@ -42,14 +42,14 @@ class AnswerStream:
         self._job: EngineRequest = engine.submit(tokens, adapter, sampling, on_chunk)
 
     async def next_chunk(self) -> AnswerChunk:
-        """Return the next chunk; raise the error of the request if it has failed."""
+        """Return the next chunk; raise the request's error if the request has failed."""
         chunk = await self._chunks.get()
         if chunk.error is not None:
             raise chunk.error
         return chunk
 
     def cancel(self) -> None:
-        """Cancel the request when no client waits for its answer."""
+        """Cancel the request, because no client is waiting for the answer."""
         self._engine.cancel(self._job)
 
 
@@ -84,7 +84,7 @@ class AnswerFormat(abc.ABC):
     async def stream_events(
         self, answer: AnswerStream, first: AnswerChunk, usage: bool
     ) -> AsyncIterator[str]:
-        """Yield the events of a stream. With ``usage``, the last event has the token counts."""
+        """Yield the events of a stream. With ``usage``, the last chunk has the token counts."""
         chunk = first
         try:
             for opening in self._openings():

@@ -10,7 +10,7 @@ from fastlora.validation import ConfigError
 
 
 class PromptTokenizer:
-    """Tokenize texts and conversations.
+    """Tokenizes texts and conversations.
 
     Threads share the tokenizer without a lock. This is safe because every call uses it with the
     same options, which the first call sets.
@@ -28,16 +28,19 @@ class PromptTokenizer:
         self._tokens("", special=False)  # turns off truncation and padding, which a file may set
 
     def tokenize_text(self, text: str) -> list[int]:
-        """Return the token ids of a text to continue, with a start token but no end token."""
+        """Tokenize a text to be continued, with a start token but no end token."""
         ids = self._tokens(text, special=True)
         if len(ids) > 1 and ids[-1] == self._tokenizer.eos_token_id:
             del ids[-1]
         return ids
 
     def check_token_ids(self, tokens: Sequence[int]) -> list[int]:
-        """Return a client's token ids; raise `ConfigError` if an id is not in the vocabulary.
+        """Check that a client's token ids are in the vocabulary, and return them as a list.
 
         A prompt that is too long is not checked, because the engine rejects it.
+
+        Raises:
+            ConfigError: A token id is not in the vocabulary.
         """
         if self._length is not None and len(tokens) > self._length:
             return list(tokens)
@@ -49,7 +52,7 @@ class PromptTokenizer:
         return list(tokens)
 
     def tokenize_messages(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        """Return the token ids of a conversation, formatted by the model's chat template.
+        """Format a conversation with the model's chat template, and tokenize it.
 
         Raises:
             ConfigError: There is no chat template, or it rejects the conversation.
@@ -70,7 +73,7 @@ class PromptTokenizer:
         if self._length is not None and self._bound.exceeds_tokens(text, self._length):
             raise ConfigError(
                 f"the prompt has {len(text)} characters, which exceeds {self._length} tokens; "
-                f"prompt and answer together can have at most {self._length}"
+                f"prompt and answer together can have at most {self._length} tokens"
             )
         # With a list, the tokenizer lets other threads run.
         ids = self._tokenizer(

@@ -69,7 +69,7 @@ class _Body(BaseModel):
 
 
 class StreamOptions(_Body):
-    """Options of a stream. `include_usage` adds a last chunk with the token counts."""
+    """Options for a stream. `include_usage` adds a final chunk with the token counts."""
 
     ignored_defaults = {"include_obfuscation": False}
 
@@ -116,7 +116,7 @@ class CompletionBody(GenerationBody):
         if isinstance(given, list) and not (given and isinstance(given[0], int)):
             if len(given) != 1:
                 raise ConfigError(
-                    f"prompt has {len(given)} prompts, expected one; send one request for each"
+                    f"prompt has {len(given)} prompts, expected one; send a request for each"
                 )
             return cast("str | list[int]", given[0])
         return cast("str | list[int]", given)
@@ -132,7 +132,7 @@ class TextPart(_Body):
 
 
 class Message(_Body):
-    """A message of a conversation, or an earlier answer as clients serialize it."""
+    """A message in a conversation. Clients may send earlier answers back as messages."""
 
     ignored_defaults = {"annotations": [], "tool_calls": []}
 
@@ -143,7 +143,7 @@ class Message(_Body):
     @model_validator(mode="before")
     @classmethod
     def _fill_assistant_content(cls, data: Any) -> Any:
-        """Add empty content to an assistant's message without content; other roles require it."""
+        """Set missing assistant content to an empty string. Other roles require content."""
         if isinstance(data, dict) and data.get("role") == "assistant":
             return data if data.get("content") is not None else {**data, "content": ""}
         return data
@@ -165,7 +165,7 @@ class ChatBody(GenerationBody):
     @model_validator(mode="before")
     @classmethod
     def _check_part_count(cls, data: Any) -> Any:
-        """Reject too many messages, or too many parts in them, before each part is checked."""
+        """Reject a conversation with too many message parts before the parts are checked."""
         messages = data.get("messages") if isinstance(data, dict) else None
         if isinstance(messages, list):
             contents = [own.get("content") for own in messages if isinstance(own, dict)]
@@ -180,7 +180,7 @@ class ChatBody(GenerationBody):
 
 
 class LoadAdapterBody(_Body):
-    """vLLM's request to load an adapter from a folder below the server's adapter folder."""
+    """A request in vLLM's format to load an adapter from the server's adapter folder."""
 
     lora_name: str = Field(max_length=256)
     lora_path: str = Field(max_length=4096)
@@ -188,7 +188,7 @@ class LoadAdapterBody(_Body):
 
 
 class UnloadAdapterBody(_Body):
-    """vLLM's request to unload an adapter."""
+    """A request in vLLM's format to unload an adapter."""
 
     lora_name: str = Field(max_length=256)
     lora_int_id: int | None = None

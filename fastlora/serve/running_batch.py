@@ -48,7 +48,7 @@ class PersistentAdaptersBlock:
 
     @contextlib.contextmanager
     def route_rows(self, names: Sequence[str | None]) -> Iterator[None]:
-        """Route each row of a forward pass in the ``with`` block to an adapter of the pool."""
+        """Route each row to an adapter of the pool during the ``with`` block."""
         key = (self._pool.replaced, *names)
         if key != self._key:
             self.close()
@@ -67,7 +67,7 @@ class PersistentAdaptersBlock:
 
 
 class RunningBatch:
-    """Process the prompts of the running requests, and generate tokens for them.
+    """Processes prompts and generates tokens for the running requests.
 
     ``ended`` is called with each request that leaves the batch and its error, if any.
 
@@ -92,7 +92,7 @@ class RunningBatch:
 
     @property
     def adapters_in_use(self) -> list[str]:
-        """Names in the pool of the adapters in use: one name per request with an adapter."""
+        """Pool names of the adapters in use, with one entry per request that uses an adapter."""
         return [job.pool_adapter_name for job in self.jobs if job.pool_adapter_name is not None]
 
     def remove_canceled(self) -> None:
@@ -117,7 +117,7 @@ class RunningBatch:
             self._forward_rows(0, self.jobs[: self._decoding_count])
 
     def _next_prefill_requests(self) -> list[EngineRequest]:
-        """Return the requests whose prompts are next: one long prompt, or several short prompts."""
+        """Return the requests to prefill next: one long prompt, or several short prompts."""
         first, *others = self.jobs[self._decoding_count :]
         chosen, widest = [first], len(first.prompt)
         for job in others:
@@ -128,7 +128,7 @@ class RunningBatch:
         return chosen
 
     def _forward_rows(self, first: int, chosen: Sequence[EngineRequest]) -> None:
-        """Run a forward pass for requests in adjacent rows, which begin at row ``first``.
+        """Run a forward pass for requests in adjacent rows, starting at row ``first``.
 
         If their prompts are now complete, choose their next tokens. If the forward pass fails, the
         requests in it fail.
@@ -194,7 +194,7 @@ class RunningBatch:
             self._remove_and_compact(job, to_client_error(error))
 
     def _remove_and_compact(self, job: EngineRequest, error: FastLoraError | None = None) -> None:
-        """Remove a request from the batch, and close the gap by moving the last rows."""
+        """Remove a request from the batch, and move the last rows to close the gap."""
         self._block.close()
         row = self.jobs.index(job)
         if error is not None or not job.tokens:  # cached values may be non-finite
@@ -218,7 +218,7 @@ class RunningBatch:
 
 
 def _non_finite_error(version: AdapterVersion | None) -> FastLoraError:
-    """Return the error for non-finite logits, which names the adapter of the request, if any."""
+    """Return the error for non-finite logits. It names the request's adapter, if there is one."""
     what = "logits that are not finite"
     if version is None:
         return RequestFailedError(f"the base model returns {what}")

@@ -59,7 +59,7 @@ class SamplingParams:
 def sample_tokens(
     logits: torch.Tensor, settings: Sequence[SamplingParams], generators: Sequence[torch.Generator]
 ) -> list[int | None]:
-    """Return a list of the next token of each row, with None for a row with non-finite logits.
+    """Sample the next token of each row. The result is None for a row with non-finite logits.
 
     The choice for a row depends only on its own logits and generator, not on the rest of the batch.
 

@@ -20,7 +20,7 @@ from fastlora.validation import AdapterStateError, CheckpointError
 
 
 def adapter_parameters(model: LoraModel, name: str) -> dict[str, nn.Parameter]:
-    """Return a dict that maps names in the model to the parameters that an adapter saves.
+    """Return a dict that maps parameter names to the parameters that an adapter saves.
 
     These are its factors, its copies of ``modules_to_save``, and with ``bias="all"`` or
     ``"lora_only"`` the base model's biases.
@@ -86,13 +86,13 @@ class AdapterTrainingState:
             raise AdapterStateError(_frozen(self.name))
 
     def next_dropout_seed(self, rank: int = 0) -> int:
-        """Return the dropout seed (62 bits) of the next forward pass in process ``rank``."""
+        """Return the 62-bit dropout seed for the next forward pass in process ``rank``."""
         parts = (self.seed, self.counts.forwards, self.name, *([rank] if rank else []))
         self.counts.forwards += 1
         return hash_seed(*parts, nbytes=8) >> 2
 
     def scale_loss(self, loss: torch.Tensor, weight: float = 1.0) -> torch.Tensor:
-        """Return a scalar loss multiplied by ``weight`` and the loss scale of the adapter."""
+        """Multiply a scalar loss by ``weight`` and by the adapter's loss scale."""
         loss = loss if weight == 1 else loss * weight
         return loss if self.scaler is None else self.scaler.scale(loss)
 
@@ -132,7 +132,7 @@ class AdapterTrainingState:
             parameter.grad = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state for `load_state_dict`, with metadata that `check_state` compares."""
+        """Return the state for `load_state_dict`, including the metadata for `check_state`."""
         return {
             "kind": self._kind(),
             "optimizer": self.optimizer.state_dict(),
@@ -143,7 +143,7 @@ class AdapterTrainingState:
         }
 
     def check_state(self, state: Mapping[str, Any]) -> None:
-        """Raise `CheckpointError` unless a state fits the optimizer, schedule, and parameters."""
+        """Raise `CheckpointError` unless a state fits the optimizer, scheduler, and parameters."""
         what, mine = f"the state of adapter {self.name!r}", self.state_dict()
         if not isinstance(state, Mapping):
             raise CheckpointError(f"{what} is a {type(state).__name__}, expected a mapping")
@@ -169,7 +169,7 @@ class AdapterTrainingState:
         self.seed, self.counts = state["seed"], AdapterCounts(**state["counts"])
 
     def set_scheduled_learning_rate(self) -> None:
-        """With a `LambdaLR` schedule, set the learning rate to its value for the next step."""
+        """If the scheduler is a `LambdaLR`, set the learning rate for the next step."""
         if isinstance(self.scheduler, LambdaLR):
             schedule = self.scheduler
             for group, base, rate in zip(

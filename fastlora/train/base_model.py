@@ -88,7 +88,7 @@ def load_base_model(
 def build_base_model_on_meta(
     settings: TrainSettings, *, as_stored: bool = False
 ) -> PreTrainedModel:
-    """Return the base model on the meta device, without reading or allocating weights.
+    """Build the base model on the meta device, without reading or allocating weights.
 
     If `load_in` is set, the linear layers are replaced with quantized layers of bitsandbytes, but
     their weights are not quantized yet. With ``as_stored=True``, this also applies to a model that

@@ -38,7 +38,7 @@ _SAMPLED = 64
 
 @dataclass(frozen=True)
 class CheckpointState:
-    """The contents of a checkpoint without the adapters' weights.
+    """The contents of a checkpoint, except for the adapter weights.
 
     Attributes:
         step: Number of completed steps.
@@ -66,7 +66,7 @@ def list_checkpoints(root: Path) -> list[Path]:
 
 
 def checkpoint_path(root: Path, step: int) -> Path:
-    """Return the path of the checkpoint for step ``step``, which may not exist."""
+    """Return the path of the checkpoint for a step, whether or not the checkpoint exists."""
     return root / f"step-{step:08d}"
 
 
@@ -122,7 +122,7 @@ def remove_old_checkpoints(root: Path, max_to_keep: int) -> None:
 
 
 def read_checkpoint_state(path: Path) -> CheckpointState:
-    """Read the training state of a checkpoint, without the adapters' weights.
+    """Read the training state of a checkpoint, without the adapter weights.
 
     Raises:
         CheckpointError: The checkpoint is damaged or has another format version.
@@ -146,7 +146,7 @@ def read_checkpoint_state(path: Path) -> CheckpointState:
 
 
 def base_weight_fingerprints(model: nn.Module) -> dict[str, str]:
-    """Return a dict that maps each base parameter's name to a string that identifies its values.
+    """Return fingerprints of the base parameters' values, as a dict keyed by parameter name.
 
     The string contains the dtype, the shape, and a digest of 64 values spread over the parameter.
     This is enough to detect a fine-tuned or differently initialized model without reading a large
@@ -205,7 +205,7 @@ def _write_state(folder: Path, state: CheckpointState) -> None:
 
 
 def _extract_tensors(value: Any, key: str, tensors: dict[str, torch.Tensor]) -> Any:
-    """Move the tensors of a state to ``tensors``, and return the rest as data for JSON."""
+    """Move the tensors in a state to ``tensors``, and return the rest as JSON-compatible data."""
     if isinstance(value, torch.Tensor):
         tensors[key] = value
         return {"tensor": key}
@@ -219,7 +219,7 @@ def _extract_tensors(value: Any, key: str, tensors: dict[str, torch.Tensor]) -> 
 
 
 def _restore_tensors(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
-    """Return a state with its tensors, from the output of `_extract_tensors`."""
+    """Put the tensors back into a state that `_extract_tensors` returned."""
     if not isinstance(value, dict):
         return value
     ((kind, inner),) = value.items()

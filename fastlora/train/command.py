@@ -159,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _resume_command(argv: Sequence[str]) -> str:
-    """Return the shell command that resumes a run that was started with the arguments ``argv``."""
+    """Return the shell command that resumes a run started with the arguments ``argv``."""
     program, processes = ["fastlora"], torchrun_world_size()
     if processes > 1:
         if os.environ.get("LOCAL_WORLD_SIZE", "1") != str(processes):
@@ -174,7 +174,7 @@ def _print_message(text: str) -> None:
 
 
 def _write(stream: TextIO, text: str) -> None:
-    """Write text, or discard this and all later output if no process reads the stream any more.
+    """Write text to a stream. If nothing reads the stream, discard this and all later output.
 
     For example, Ctrl-C also ends the ``tee`` that reads the output, and the run must still save.
     """
@@ -237,7 +237,7 @@ def summarize_result(result: TrainResult) -> str:
 
 
 def dry_run_report(settings: TrainSettings, *, resume: bool = False) -> str:
-    """Return a text that describes a run, without reading weights or writing files.
+    """Return a description of a run, without reading weights or writing files.
 
     Args:
         settings: The settings of the run.
@@ -317,7 +317,7 @@ def _count(number: int, noun: str) -> str:
 def _estimate_step_memory(
     settings: TrainSettings, advice: Recommendation, samples: int, length: int
 ) -> int | None:
-    """Return the peak memory of a forward and backward pass, in bytes, or None if it is unknown.
+    """Estimate the peak memory, in bytes, of a forward and backward pass. Return None if unknown.
 
     The estimate excludes weights and gradients, and is for the base model before quantization. It
     also excludes dropout, which stores only seeds. The result is None if the model does not run on

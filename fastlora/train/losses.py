@@ -114,7 +114,7 @@ def adapter_losses(
         divisor = count if tokens is None else tokens.get(name)
         if divisor is None:
             raise ValueError(
-                f"tokens has no entry for adapter {name!r}, which has {count} tokens here"
+                f"tokens has no entry for adapter {name!r}, which has {count} tokens in this batch"
             )
         by_adapter[name], values[name], found[name] = total / divisor, value / divisor, count
     finite = [by_adapter[name] for name, value in values.items() if math.isfinite(value)]
@@ -125,7 +125,7 @@ def adapter_losses(
 def _sum_losses_by_adapter(
     losses: torch.Tensor, mask: torch.Tensor, samples: dict[str, list[int]]
 ) -> list[tuple[str, torch.Tensor, int, float]]:
-    """Return a tuple (name, summed loss, token count, summed loss as a float) for each adapter."""
+    """Sum the losses of each adapter. Return tuples (name, sum, token count, sum as a float)."""
     if not samples:
         return []
     # Select instead of multiplying, so that a NaN outside the mask adds nothing. [B]
@@ -187,7 +187,7 @@ def causal_lm_losses(
 
 
 def count_tokens(labels: torch.Tensor, adapters: Sequence[str | None]) -> dict[str, int]:
-    """Count the tokens of each adapter that contribute to the loss in `causal_lm_losses`.
+    """Count each adapter's tokens that contribute to the loss in `causal_lm_losses`.
 
     This causes one host-device synchronization.
 
@@ -231,6 +231,6 @@ def _sample_indices_by_adapter(adapters: Sequence[str | None], count: int) -> di
 
 
 def _shift_labels(labels: torch.Tensor) -> torch.Tensor:
-    """Shift the labels so that each position has the label of the next token, shape ``[B, T]``."""
+    """Shift the ``[B, T]`` labels so that each position has the label of the next token."""
     # Shift the labels rather than the logits, which would have to be copied.
     return F.pad(labels, (0, 1), value=IGNORED)[:, 1:]

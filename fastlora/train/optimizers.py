@@ -96,7 +96,7 @@ class StepReport:
 
 
 class AdapterOptimizers:
-    """Train several adapters of a model, each with its own optimizer.
+    """Trains several adapters of a model, each with its own optimizer.
 
     Args:
         model: The model, with the adapters loaded and trainable (`train_adapters`).
@@ -155,7 +155,7 @@ class AdapterOptimizers:
                 if name not in names:
                     raise AdapterNotFoundError(
                         f"{argument} names adapter {name!r}, which has no optimizer; adapters "
-                        f"with one are {names}{near_names(name, names)}"
+                        f"that have one are {names}{near_names(name, names)}"
                     )
         self._adapters = {
             name: AdapterTrainingState(
@@ -192,7 +192,7 @@ class AdapterOptimizers:
         return None if scaler is None else float(scaler.get_scale())
 
     def draw_seeds(self, names: Sequence[str | None]) -> dict[str, int]:
-        """Return a dict that maps each adapter in a batch to a seed for its dropout.
+        """Draw a dropout seed for each adapter in a batch, and return a dict of the seeds.
 
         Pass it to `fastlora.adapters` as ``seeds``. A seed is derived from ``seed``, the name of
         the adapter, and the number of its forward passes so far. The dropout masks are therefore
@@ -319,8 +319,8 @@ class AdapterOptimizers:
         for name in wanted:
             if not self._adapter_state(name).gradients():
                 raise AdapterStateError(
-                    f"adapter {name!r} has no gradients; expected a backward of a loss "
-                    "over its rows since the last zero_grad()"
+                    f"adapter {name!r} has no gradients; expected a backward pass of a loss over "
+                    "its rows since the last zero_grad()"
                 )
         # Step in the order of the optimizers, so that the order of the rows has no effect.
         chosen = [adapter for name, adapter in self._adapters.items() if name in wanted]
@@ -383,7 +383,7 @@ class AdapterOptimizers:
     def _adapter_state(self, name: str) -> AdapterTrainingState:
         if name not in self._adapters:
             raise AdapterNotFoundError(
-                f"adapter {name!r} has no optimizer; adapters with one are "
+                f"adapter {name!r} has no optimizer; adapters that have one are "
                 f"{list(self._adapters)}{near_names(str(name), self._adapters)}"
             )
         return self._adapters[name]

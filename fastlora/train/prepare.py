@@ -59,7 +59,7 @@ def check_model_and_out_folders(settings: TrainSettings) -> None:
     if not (settings.model / "config.json").is_file():
         raise CheckpointError(
             f"{settings.model}: not a model folder (it has no config.json); only local folders are "
-            "read, for instance what huggingface_hub.snapshot_download(repo_id) returns"
+            "supported, such as one that huggingface_hub.snapshot_download(repo_id) returns"
         )
     if settings.out.exists() and not settings.out.is_dir():
         raise TrainError(f"{settings.out}: is a file, expected a folder")
@@ -176,7 +176,7 @@ def _check_no_fp16_trained(model: LoraModel) -> None:
 
 
 def check_dropout_dtype(configs: Mapping[str, LoraConfig], dtype: torch.dtype) -> None:
-    """Raise `ConfigError` if an adapter uses dropout and the base dtype does not support it."""
+    """Raise `ConfigError` if an adapter uses dropout in a base dtype without dropout support."""
     for name, config in configs.items():
         if config.lora_dropout and dtype not in _COMPUTE_DTYPES:
             raise ConfigError(
@@ -219,7 +219,7 @@ def read_and_tokenize_data(
 def describe_data(
     corpora: Mapping[str, TokenizedCorpus], held_out: Mapping[str, TokenizedCorpus]
 ) -> list[str]:
-    """Return a list of messages about the format and the size of each adapter's data."""
+    """Return a list of messages about the format and size of each adapter's data."""
     lines = []
     for what, found in (("", corpora), (", evaluation", held_out)):
         for name, corpus in found.items():
@@ -229,7 +229,7 @@ def describe_data(
 
 
 class _StreamIgnoringWriteErrors:
-    """A stream that ignores failed writes, so that a progress bar cannot end a run.
+    """A stream that ignores failed writes, so that a progress bar cannot abort a run.
 
     A write fails on a full disk, for instance.
     """
@@ -270,9 +270,10 @@ def make_sample_schedule(
     micro = settings.micro_batch_size or math.ceil(size / processes)
     if math.ceil(size / micro) < processes:
         raise ConfigError(
-            f"a step of {size} samples has {math.ceil(size / micro)} forwards of {micro}, but each "
-            f"of the {processes} processes needs at least one; set batch_size to at least "
-            f"{processes * micro}, or micro_batch_size to at most {max(size // processes, 1)}"
+            f"a step of {size} samples has {math.ceil(size / micro)} forward passes of {micro} "
+            f"samples, but each of the {processes} processes needs at least one; set batch_size to "
+            f"at least {processes * micro}, or micro_batch_size to at most "
+            f"{max(size // processes, 1)}"
         )
     order = SampleOrder(
         {name: len(corpus) for name, corpus in corpora.items()}, size, settings.seed
@@ -283,7 +284,7 @@ def make_sample_schedule(
         if not count:
             raise ConfigError(
                 f"none of the {steps} steps has a sample of adapter {name!r}; increase steps (an "
-                f"epoch has {math.ceil(order.total / size)}) or batch_size"
+                f"epoch has {math.ceil(order.total / size)} steps) or batch_size"
             )
     return SampleSchedule(order, steps, micro, adapter_steps)
 
@@ -328,7 +329,7 @@ def needs_loss_scaling(model: nn.Module) -> bool:
 
 
 def learning_rate_factor(adapter: AdapterSettings, total_steps: int) -> Callable[[int], float]:
-    """Return a function that maps an adapter's step to the factor of its learning rate."""
+    """Return a function that maps a step number to an adapter's learning rate factor."""
     warmup = math.ceil(adapter.warmup_ratio * total_steps)
 
     def at(step: int) -> float:

@@ -89,7 +89,7 @@ class BatchProcessGroup:
         return [dict(zip(self._names, row, strict=True)) for row in rows]
 
     def agree_on_losses(self, losses: AdapterLosses) -> AgreedLosses:
-        """Return the adapters whose losses all processes use, and the weights of these losses."""
+        """Agree with the other processes on the losses to use and on the weight of each loss."""
         seen, bad, tokens = self.sum_counts(
             dict.fromkeys(losses.values, 1), dict.fromkeys(losses.non_finite, 1), losses.tokens
         )
@@ -102,12 +102,12 @@ class BatchProcessGroup:
         return AgreedLosses(finite, left_out, weights)
 
     def union_of_names(self, names: Collection[str]) -> set[str]:
-        """Return the set of names that at least one process has passed."""
+        """Return the union of the names from all processes."""
         (found,) = self.sum_counts(dict.fromkeys(names, 1))
         return {name for name, count in found.items() if count}
 
     def average_gradients_(self, parameters: Iterable[torch.Tensor]) -> None:
-        """Replace gradients by their means over all processes.
+        """Replace each gradient with its mean over all processes.
 
         A gradient that is already the mean does not change. DTensors are skipped, because FSDP2
         stores unreduced gradients outside of ``grad``.
@@ -127,7 +127,7 @@ def torchrun_world_size() -> int:
 
 
 class RunProcesses:
-    """The processes of a training run in accelerate: one process, or several under torchrun.
+    """The processes of a training run: a single process, or several that torchrun started.
 
     Every process has the whole model, with the same adapters and optimizer states. Only the main
     process (`main`) writes files and reports.
@@ -161,7 +161,7 @@ class RunProcesses:
         self.main: bool = self._accelerator.is_main_process
 
     def runs_forward_pass(self, number: int) -> bool:
-        """Return whether this process runs the forward pass ``number`` of a step."""
+        """Return whether this process runs forward pass ``number`` of a step."""
         return number % self.count == self._accelerator.process_index
 
     def sum_values(self, values: dict[str, float], *, stop: bool) -> tuple[dict[str, float], bool]:
@@ -225,7 +225,7 @@ class RunProcesses:
             self._accelerator.log(values, step=step)
 
     def end_trackers(self) -> None:
-        """Finish each tracker. It then writes its pending data."""
+        """Finish all trackers, so that they write their pending data."""
         while self._accelerator.trackers:
             self._accelerator.trackers.pop().finish()
 
@@ -238,7 +238,7 @@ class RunProcesses:
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Check that accelerate knows all of the trackers and that they are installed.
+    """Check that accelerate supports all of the trackers and that they are installed.
 
     Raises:
         ConfigError: accelerate has no tracker of that name.

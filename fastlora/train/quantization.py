@@ -27,7 +27,7 @@ _NEEDS = {"bitsandbytes": "pip install bitsandbytes", "accelerate": install_comm
 
 
 def base_model_dtype(settings: TrainSettings) -> str:
-    """Return the dtype to load a base model in, as a string that transformers accepts.
+    """Return the dtype in which to load the base model, as a string that transformers accepts.
 
     With `load_in`, the parts that are not quantized (embeddings, norms, the head) are in bf16
     unless ``dtype`` says otherwise. The norms of transformers' models compute in fp32 in both
@@ -91,7 +91,7 @@ def quantize_meta_model(model: PreTrainedModel, config: Any) -> None:
 
 
 def prepare_quantized_model(model: PreTrainedModel) -> None:
-    """Prepare a quantized base model for a training run and for the evaluations within it."""
+    """Prepare a quantized base model for training and for evaluation during training."""
     prevent_repacking(model)
     # bitsandbytes warns at every product that x is cast to fp16, but LLM.int8 always computes in
     # fp16.

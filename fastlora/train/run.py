@@ -98,7 +98,7 @@ def train(
     progress: bool = True,
     on_message: Callable[[str], object] | None = None,
 ) -> TrainResult:
-    """Run a training run, and save its adapters in PEFT's format.
+    """Train the adapters of a run, and save them in PEFT's format.
 
     Each adapter is saved in a folder with its name.
 
@@ -338,7 +338,7 @@ class Run:
 
     @contextlib.contextmanager
     def _record_write_error(self, what: str) -> Iterator[None]:
-        """Record a write error in the block, so that the run ends after its current step."""
+        """Record a write error in the block, so that the run ends after the current step."""
         try:
             with run_log.as_train_error(what):
                 yield
@@ -378,7 +378,7 @@ class Run:
         return {name: self.settings.out / name for name in self.corpora if counts[name].steps}
 
     def _evaluate_if_due(self) -> dict[str, float]:
-        """Evaluate and log answers if an evaluation is due and the run is not about to stop.
+        """If an evaluation is due and the run is not about to stop, evaluate and log answers.
 
         Returns the evaluation losses by adapter, or an empty dict. A run that stops leaves the
         evaluation to the run that resumes it.
@@ -391,7 +391,7 @@ class Run:
         return evaluated
 
     def _no_step_completed(self) -> bool:
-        """Return whether steps are left and this run has not completed a step."""
+        """Return whether steps remain and this run has not completed any of them."""
         return self.resumed_from == self.step < self.schedule.steps
 
     def _is_due(self, every: int) -> bool:
@@ -436,7 +436,7 @@ class Run:
         self._write_log_and_trackers({"step": self.step, **entry})
 
     def _skipped_step_counts(self) -> dict[str, int]:
-        """Return a dict that maps each adapter with skipped steps to the number of these steps."""
+        """Return the number of skipped steps for each adapter that has skipped any, as a dict."""
         counts = self.optimizers.counts
         return {name: count.skipped_steps for name, count in counts.items() if count.skipped_steps}
 
@@ -445,7 +445,7 @@ class Run:
         for name, count in self.optimizers.counts.items():
             if not count.steps and count.skipped_steps:
                 raise self._stopped(
-                    f"adapter {name!r} never took a step: its gradient was not finite in all "
+                    f"adapter {name!r} never took a step: its gradient was non-finite in all "
                     f"{count.skipped_steps} of its steps (its loss scale is "
                     f"{self.optimizers.loss_scale(name):g}; dtype 'bfloat16' and 'float32' need no "
                     "loss scale)",
@@ -465,7 +465,7 @@ class Run:
         *,
         accumulate_gradients: bool,
     ) -> dict[str, float]:
-        """Return a dict that maps each adapter to its mean loss over its tokens in ``rows``.
+        """Compute the mean loss of each adapter over its tokens in ``rows``, and return a dict.
 
         The forward passes are distributed over all processes. With
         ``accumulate_gradients=True``, they also accumulate gradients. A run that stops ends an
@@ -528,7 +528,7 @@ class Run:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Return a dict that maps each adapter to its mean loss over all evaluation tokens.
+        """Compute the mean loss of each adapter over its evaluation tokens, and return a dict.
 
         Returns an empty dict if the run is about to stop.
         """
@@ -568,7 +568,7 @@ class Run:
                     self.processes.log_to_trackers({f"answers/{name}/{number}": text}, self.step)
 
     def save(self) -> None:
-        """Save the adapters, and a checkpoint unless the current step already has a checkpoint.
+        """Save the adapters. Save a checkpoint too, unless the current step already has one.
 
         Adapters are smaller than a checkpoint, so on a full disk each adapter that still fits is
         saved.
@@ -651,6 +651,6 @@ def save_adapter(model: LoraModel, name: str, folder: Path) -> None:
 
 
 def _join_first(items: Sequence[str], count: int, separator: str) -> str:
-    """Join the first ``count`` items, and append the number of the remaining items."""
+    """Join the first ``count`` items, and append the number of remaining items."""
     more = [f"and {len(items) - count} more"] if len(items) > count else []
     return separator.join([*items[:count], *more])

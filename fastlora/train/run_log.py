@@ -21,7 +21,7 @@ _SMOOTHED_FROM = 10  # with fewer points, a smoothed line shows nothing more
 
 
 class RunLog:
-    """Append entries to the file ``log.jsonl`` in a run's folder, as one JSON object per line.
+    """Appends entries to the file ``log.jsonl`` in a run's folder, as one JSON object per line.
 
     Opening the log removes all entries after ``step``, because an earlier run wrote them before it
     was killed. With ``evaluates=True``, it also removes the evaluations and answers logged at
@@ -59,7 +59,7 @@ class RunLog:
             self._file = self.path.open("a", buffering=1, encoding="utf-8")  # line-buffered
 
     def write(self, entry: dict[str, Any]) -> None:
-        """Append an entry, which has a key ``"step"``. Non-finite numbers are written as null."""
+        """Append an entry that has the key ``"step"``. Non-finite numbers are written as null."""
         with as_train_error(self.path):
             self._file.write(json.dumps(_replace_non_finite(entry), allow_nan=False) + "\n")
 

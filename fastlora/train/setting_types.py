@@ -100,8 +100,8 @@ def _columns(value: Any, where: str) -> dict[str, str]:
     for ours, theirs in table.items():
         if ours not in COLUMNS:
             raise ConfigError(
-                f"{where}: unknown column {ours!r}{near_names(ours, COLUMNS)}; expected keys from "
-                f"{', '.join(COLUMNS)}, each with the name of that column in the files"
+                f"{where}: unknown column {ours!r}{near_names(ours, COLUMNS)}; expected a table "
+                f"that maps any of {', '.join(COLUMNS)} to the name of that column in the files"
             )
         if not isinstance(theirs, str) or not theirs:
             raise ConfigError(f"{where}.{ours} must be a column name, got {theirs!r}")
@@ -141,9 +141,9 @@ def setting_field(
 
 
 def validate_settings(settings: type, given: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """Check and convert the fields of ``settings`` in ``given``, and return them as a dict.
+    """Validate and convert the values in ``given`` for fields of the class ``settings``.
 
-    None is accepted for a field whose default is None.
+    The result is a dict. None is accepted for a field whose default is None.
     """
     found = {}
     for own in dataclasses.fields(settings):

@@ -238,7 +238,7 @@ def read_settings(path: Path | None, flags: Mapping[str, Any]) -> TrainSettings:
 def settings_from_dict(
     given: Mapping[str, Any], flags: Mapping[str, Any], source: str
 ) -> TrainSettings:
-    """Create the settings of a run from a dict with the structure of a config file.
+    """Create the settings of a run from a dict that has the structure of a config file.
 
     Args:
         given: Content of a config file.
@@ -326,7 +326,7 @@ def _expand_short_names(table: Any, where: str) -> dict[str, Any]:
         name = ALIASES.get(key, key)
         if name in result:
             raise ConfigError(
-                f"{where}: {key!r} is given beside another name of {name!r}; keep one of them"
+                f"{where}: {key!r} and another name of {name!r} are both given; keep only one"
             )
         result[name] = value
     return result

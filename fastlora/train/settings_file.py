@@ -61,7 +61,7 @@ def _yaml(text: str) -> Any:
         ) from error
 
     class UniqueKeyLoader(yaml.SafeLoader):
-        """A YAML loader that rejects duplicate keys, and creates plain values only."""
+        """A YAML loader that rejects duplicate keys and only creates plain values."""
 
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
             names = [self.construct_object(key, deep=True) for key, _ in node.value]

@@ -36,7 +36,7 @@ class RunInterrupted(KeyboardInterrupt):
 
 
 class StopSignalHandler:
-    """Handle SIGINT and SIGTERM within a ``with`` block.
+    """Handles SIGINT and SIGTERM within a ``with`` block.
 
     Until `defer_first_signal` is called, a signal raises `RunInterrupted` immediately. After that,
     the first signal only sets `received`. The next signal has the effect that it had before the
@@ -75,7 +75,7 @@ class StopSignalHandler:
         self._restore()
 
     def defer_first_signal(self) -> None:
-        """Let the next signal only set `received`, so that the run can finish its current step."""
+        """Make the next signal only set `received`, so that the run can finish its current step."""
         self._deferred = True
 
     def _handle(self, number: int, frame: FrameType | None) -> None:

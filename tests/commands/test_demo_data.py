@@ -76,7 +76,7 @@ def test_a_bad_file_is_refused_before_a_model_is_read(
 def test_two_files_of_one_name_are_refused(tmp_path: Path) -> None:
     (tmp_path / "robot.jsonl").write_text('{"prompt": "a", "completion": "b"}')
     twice = [DATA / "robot.jsonl", tmp_path / "robot.jsonl"]
-    with pytest.raises(DataError, match="defines adapter 'robot' already"):
+    with pytest.raises(DataError, match="already defines adapter 'robot'"):
         demo.settings_by_file_stem(twice)
 
 

@@ -121,7 +121,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "overflow": (
         lambda f: edit_tensors(f, lambda t: t[f"{Q0}.lora_B.weight"].fill_(7e4)),
-        "magnitude 7e\\+04, too large",
+        "magnitude 7e\\+04, which is too large",
     ),
 }
 

@@ -198,7 +198,7 @@ def test_load_and_unload(served: Any, tmp_path: Path) -> None:
     assert "added successfully" in post(served, "load", 200, lora_name="mine", lora_path=path)
     birch = served.alone.text("the sea", "birch", 12)
     assert said(served, "mine") == birch
-    assert "is loaded" in post(served, "load", 400, lora_name="mine", lora_path="cedar")
+    assert "is already loaded" in post(served, "load", 400, lora_name="mine", lora_path="cedar")
     post(served, "load", 200, lora_name="mine", lora_path="cedar", load_inplace=True)
     assert said(served, "mine") == served.alone.text("the sea", "cedar", 12)
     assert "removed successfully" in post(served, "unload", 200, lora_name="mine")

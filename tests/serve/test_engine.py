@@ -350,7 +350,7 @@ def test_what_serving_cannot_do_is_refused() -> None:
     config.sliding_window = 50
     assert max_positions(config) == 50
     config.layer_types = ["linear_attention", "full_attention"]
-    with pytest.raises(UnsupportedLayerError, match="layers of linear_attention"):
+    with pytest.raises(UnsupportedLayerError, match="layers of type linear_attention"):
         max_positions(config)
     with pytest.raises(UnsupportedLayerError, match="does not accept"):
         ModelRunner(torch.nn.Linear(2, 2), 2, 8)

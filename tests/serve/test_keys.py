@@ -61,7 +61,7 @@ def test_keys_that_are_refused(tmp_path: Path) -> None:
     """E9, E10: no message contains a key."""
     file = tmp_path / "key"
     cases: list[tuple[bytes, tuple[object, ...], str]] = [
-        (b"s3cret\n\n", (), "has whitespace around the key or unprintable characters"),
+        (b"s3cret\n\n", (), "has whitespace around the key or contains unprintable characters"),
         (b"s3cret \n", (), "has whitespace around the key"),
         (b"\xffs3cret", (), "is not valid UTF-8"),
         (b"s3cret" * 1000, (), "has more than 4096 bytes"),

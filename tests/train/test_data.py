@@ -76,7 +76,7 @@ def test_parquet_and_folders_of_datasets(tmp_path: Path) -> None:
     ):
         read_samples([tmp_path / "splits"])
     (tmp_path / "nothing").mkdir()
-    with pytest.raises(DataError, match="nothing: is not a folder written by save_to_disk of"):
+    with pytest.raises(DataError, match="nothing: is not a folder written by datasets"):
         read_samples([tmp_path / "nothing"])
     with pytest.raises(DataError, match="x.parquet: not valid Parquet"):
         read_samples([written(tmp_path, "x.parquet", "x")])

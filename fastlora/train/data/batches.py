@@ -22,13 +22,13 @@ _CHUNK = 512
 
 
 def hash_seed(*parts: object, nbytes: int = 7) -> int:
-    """Return a seed of ``nbytes`` bytes that is a hash of the given parts."""
+    """Hash the given parts into a seed of ``nbytes`` bytes."""
     text = ":".join(map(str, parts))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=nbytes).digest(), "big")
 
 
 class SampleRef(NamedTuple):
-    """A sample in a batch, given by the name of its adapter and its index in the adapter's data."""
+    """A sample in a batch, identified by an adapter name and an index into the adapter's data."""
 
     adapter: str
     sample: int
@@ -63,7 +63,7 @@ class SampleOrder:
         ]
 
     def count_steps_with_samples(self, steps: int) -> dict[str, int]:
-        """Count, for each adapter, how many of the first ``steps`` steps have samples of it."""
+        """For each adapter, count how many of the first ``steps`` steps contain its samples."""
         counts = torch.zeros(len(self.names), dtype=torch.int64)
         edges = torch.tensor(self.starts[1:])
         for first in range(0, steps, _CHUNK):
@@ -76,7 +76,7 @@ class SampleOrder:
         return dict(zip(self.names, counts.tolist(), strict=True))
 
     def _shuffled_indices(self, first: int, count: int) -> torch.Tensor:
-        """Return ``count`` sample indices of the shuffled epochs, from position ``first`` on."""
+        """Return ``count`` sample indices of the shuffled epochs, starting at index ``first``."""
         parts = []
         while count:
             epoch, at = divmod(first, self.total)

@@ -83,7 +83,7 @@ def read_rows(path: Path) -> FileRows:
         known = ", ".join((*TABLES, *TEXTS))
         raise DataError(
             f"{path}: expected a file that ends in {known}, or {PARQUET}, or a folder written by "
-            "save_to_disk of datasets"
+            "datasets.Dataset.save_to_disk"
         )
     if not rows.found:
         raise DataError(f"{path}: is empty, expected at least one sample")
@@ -138,7 +138,7 @@ def _read_text_file(path: Path, suffix: str) -> FileRows:
 
 
 def _parse_table(path: Path, text: str, delimiter: str) -> list[tuple[SampleSource, Any]]:
-    """Return the rows of a CSV or TSV text, which has its column names in the first line."""
+    """Parse a CSV or TSV text with column names in the first line, and return its rows."""
     csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # a cell may hold a long text
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     rows: list[tuple[SampleSource, Any]] = []
@@ -176,7 +176,8 @@ def _read_saved_dataset(path: Path) -> FileRows:
         raise DataError(f"{path}: has several splits; expected one of them: {named}")
     if not (path / _STATE_FILE).is_file():
         raise DataError(
-            f"{path}: is not a folder written by save_to_disk of datasets (it has no {_STATE_FILE})"
+            f"{path}: is not a folder written by datasets.Dataset.save_to_disk "
+            f"(it has no {_STATE_FILE})"
         )
     datasets = _import_library(path, "datasets")
     files = sorted(entry for entry in path.iterdir() if entry.is_file())

@@ -258,7 +258,7 @@ def _row_to_sample(format_name: str, values: _RowValues, chat: bool) -> Training
 
 
 class _RowValues:
-    """The values of a row, which are read by the column names in `FORMATS` and validated."""
+    """Reads and validates the values of a row, using the column names in `FORMATS`."""
 
     def __init__(
         self, source: SampleSource, row: Mapping[str, Any], names: Mapping[str, str], cells: bool

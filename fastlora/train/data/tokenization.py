@@ -77,7 +77,7 @@ class TokenizedCorpus:
         return len(self.ends)
 
     def __str__(self) -> str:
-        """Return a one-line summary of the number of samples and tokens."""
+        """Return a one-line summary with the numbers of samples and tokens."""
         cut = f" ({self.cut} truncated)" if self.cut else ""
         what = "sample" if self.documents is None else "row"
         return (
@@ -242,7 +242,7 @@ def format_and_tokenize_prompt(
 def _pack_rows(
     documents: list[_TokenizedDocument], size: int, strategy: str
 ) -> list[list[_TokenizedDocument]]:
-    """Pack documents into rows. Rows without a token that contributes to the loss are dropped."""
+    """Pack documents into rows, and drop rows in which no token contributes to the loss."""
     rows = pack_documents([len(d.ids) for d in documents], size, strategy)
     found = [[documents[i].slice_tokens(start, stop) for i, start, stop in row] for row in rows]
     # In wrapped rows, the first token of a document follows the previous document.
@@ -368,9 +368,10 @@ def _tokenize_chat_sample(
 def _mask_prompt(
     source: SampleSource, prompt_ids: list[int], ids: list[int], options: DataOptions
 ) -> _TokenizedDocument:
-    """Return a document whose loss starts at the first token that differs from the prompt.
+    """Return a document with a loss mask that excludes the prompt.
 
-    Without ``completion_only_loss``, all of its tokens contribute to the loss.
+    The loss starts at the first token that differs from the prompt. Without
+    ``completion_only_loss``, all tokens contribute to the loss.
     """
     same = next((n for n, (a, b) in enumerate(zip(prompt_ids, ids, strict=False)) if a != b), None)
     start = min(len(prompt_ids), len(ids)) if same is None else same

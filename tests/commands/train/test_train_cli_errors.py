@@ -154,7 +154,7 @@ def test_too_few_steps_and_forwards(
     given |= {"steps": 1, "batch_size": 1, "micro_batch_size": 1}
     assert "none of the 1 steps has a sample of adapter" in fails(given)
     monkeypatch.setenv("WORLD_SIZE", "3")
-    assert "a step of 4 samples has 2 forwards of 2, but each of the 3 processes" in fails(
+    assert "4 samples has 2 forward passes of 2 samples, but each of the 3 processes" in fails(
         given | {"steps": 4, "batch_size": 4, "micro_batch_size": 2}, "--dry-run"
     )
     # torchrun's variables without its rendezvous: nobody trains alone over the others' files.
