@@ -18,7 +18,7 @@ def olora(given: InitInputs) -> InitResult:
     adapter's rank.
 
     Raises:
-        InitialisationError: The weight has values that are not finite, or the rank exceeds its
+        InitializationError: The weight has values that are not finite, or the rank exceeds its
             smaller dimension.
     """
     weight, rank = given.base_weight(), given.rank

@@ -33,7 +33,7 @@ def pissa(given: InitInputs) -> InitResult:
     one thread of an AMD EPYC.
 
     Raises:
-        InitialisationError: The weight has values that are not finite, or its rank is below R.
+        InitializationError: The weight has values that are not finite, or its rank is below R.
     """
     weight, rank = given.base_weight(), given.rank
     given.check_rank_limit(

@@ -35,8 +35,8 @@ class DoraScales:
         self.written: Any = None
 
 
-class Resident:
-    """An adapter on the device. Its factors never change; a hot swap creates a new `Resident`.
+class LoadedAdapter:
+    """An adapter on the device. Its factors never change; a hot swap creates a new `LoadedAdapter`.
 
     The adapter's memory is guaranteed to stay valid only while a lease on the adapter is active.
     The pool's lock protects the last four attributes.
@@ -90,7 +90,7 @@ class Resident:
         return self._views[table_row]
 
     def __repr__(self) -> str:
-        return f"Resident({self.name!r}, slot={self.slot}, version={self.version})"
+        return f"LoadedAdapter({self.name!r}, slot={self.slot}, version={self.version})"
 
 
 @dataclass(eq=False)
