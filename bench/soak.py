@@ -36,7 +36,7 @@ from fastlora.commands import smollm2
 from fastlora.model.adapter_files import CONFIG_NAME
 from fastlora.model.adapter_folder import KEY_PREFIX, WEIGHTS_NAME
 from fastlora.pool import AdapterPool
-from fastlora.testing import assert_within_budget, error_budget, summed_otherwise
+from fastlora.testing import assert_within_budget, error_budget, random_summation_order
 
 RANKS = (4, 5, 6, 7, 8)
 ALPHA = 16
@@ -99,13 +99,13 @@ class Solo:
             copies: 0 for float64. Otherwise the run is in float32, in a batch with this many copies
                 of the row.
             merged: Whether to add the adapter to the weights instead of the outputs.
-            order: Seed of `summed_otherwise`, or None for the machine's own order.
+            order: Seed of `random_summation_order`, or None for the machine's own order.
         """
         with self._lock:
             self._merged = merged
             self._factors = load_file(self._folder / name / WEIGHTS_NAME) if name else {}
             model = self._models[0 if copies else 1]
-            off = nullcontext() if order is None else summed_otherwise(model, order)
+            off = nullcontext() if order is None else random_summation_order(model, order)
             with off:
                 return model(input_ids=ids.expand(max(copies, 1), -1), use_cache=False).logits[:1]
 

@@ -38,7 +38,7 @@ def main() -> dict[str, object]:
             tokens = base.generate(
                 input_ids=ids[:2, :3], max_new_tokens=2, adapter_names=["step4", "step1"]
             )
-            resident = list(pool.resident)
+            resident = list(pool.loaded_names)
             print(pool.stats())
         one = fastlora.LoraModel.from_pretrained(tiny_llama(), Path(folder) / "step1")
         with torch.no_grad():

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING as _TYPE_CHECKING
 import fastlora.integrations.peft_registration  # registers fastlora's classes with PEFT
 import fastlora.integrations.transformers  # noqa: F401 - adds fastlora's models to its pipelines
 from fastlora import functional
+from fastlora.deprecation import warn_renamed as _warn_renamed
 from fastlora.init.configs import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig
 from fastlora.integrations import from_peft as _from_peft
 from fastlora.integrations.patch import patch, unpatch
@@ -41,7 +42,7 @@ from fastlora.model.reduce import (
 from fastlora.model.status import get_layer_status, get_model_status
 from fastlora.ops.execution_mode import batch_invariant
 from fastlora.pool import AdapterPool
-from fastlora.pool.cache_invalidation import refresh
+from fastlora.pool.cache_invalidation import clear_caches
 from fastlora.routing.block import adapters
 from fastlora.train import (
     AdapterOptimizers,
@@ -106,7 +107,13 @@ if _TYPE_CHECKING:
 else:
 
     def __getattr__(name: str) -> object:
-        """Return an object that PEFT provides; see `fastlora.integrations.from_peft`."""
+        """Return an object that PEFT provides or that was renamed.
+
+        See `fastlora.integrations.from_peft` and `fastlora.deprecation`.
+        """
+        if name == "refresh":
+            _warn_renamed("fastlora.refresh", "fastlora.clear_caches")
+            return clear_caches
         if name in _from_peft.NAMES:
             globals()[name] = found = _from_peft.import_object(name)
             return found
@@ -187,7 +194,7 @@ __all__ = [
     "recommend",
     "reduce_intruder_dimension",
     "reduce_rank",
-    "refresh",
+    "clear_caches",
     "replace_lora_weights_loftq",
     "save_as_lora",
     "train_adapters",

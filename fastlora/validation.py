@@ -12,6 +12,8 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
+from fastlora.deprecation import renamed_attributes
+
 
 class FastLoraError(Exception):
     """Base class of all exceptions that fastlora defines."""
@@ -29,7 +31,7 @@ class UnsupportedLayerError(FastLoraError, ValueError):
     """A module has a type or a state that fastlora's LoRA layers do not support."""
 
 
-class InitialisationError(FastLoraError, ValueError):
+class InitializationError(FastLoraError, ValueError):
     """An initialization method does not support a base weight, or the data it needs is missing."""
 
 
@@ -150,3 +152,6 @@ def check_dropout_dtype(dtype: torch.dtype) -> None:
             f"dropout does not support {dtype}; expected a floating-point dtype of 16, 32 or 64 "
             "bits, or a dropout of 0"
         )
+
+
+__getattr__ = renamed_attributes(__name__, {"InitialisationError": "InitializationError"})

@@ -29,7 +29,16 @@ RECORDS = 45
 FORWARD_PATH = ("layers", "autograd", "routing", "ops", "kernels")
 # Folders and files of the package from the ground up; an import may not go up.
 ORDER: tuple[tuple[str, ...], ...] = (
-    ("env", "validation", "patterns", "weights_version", "sharding", "quantized_tensor", "kernels"),
+    (
+        "deprecation",
+        "env",
+        "validation",
+        "patterns",
+        "weights_version",
+        "sharding",
+        "quantized_tensor",
+        "kernels",
+    ),
     ("ops", "init", "command_line"),
     ("algebra", "routing", "autograd", "testing"),
     ("functional", "layers"),
@@ -40,10 +49,12 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("commands", "bench", "__main__"),
 )
 # What counts as one: the ground floor is kernels with the two files that they see, which see
-# nothing of ours, and ``python -m fastlora`` is one call of a command.
+# nothing of ours, the old names of errors stand beside the errors, and ``python -m fastlora`` is one
+# call of a command.
 TOGETHER = {
     "fastlora.env": "fastlora.kernels",
     "fastlora.quantized_tensor": "fastlora.kernels",
+    "fastlora.deprecation": "fastlora.validation",
     "fastlora.__main__": "fastlora.commands",
 }
 

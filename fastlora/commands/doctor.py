@@ -176,7 +176,7 @@ def _report_and_unadapted_layers(
     chosen, reason = auto_implementation(device or torch.device("cpu"))
     report = fusion_report(model.train())
     # No forward pass has run, so the shared-input groups are unknown.
-    rows = tuple(replace(row, siblings="") for row in report.rows)
+    rows = tuple(replace(row, shared_input="") for row in report.rows)
     adapted = [name for name, module in model.named_modules() if isinstance(module, LoraLayer)]
     within = tuple(f"{name}." for name in adapted)
     left_out = [

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from fastlora.validation import InitialisationError
+from fastlora.validation import InitializationError
 
 _T = TypeVar("_T")
 
@@ -76,14 +76,14 @@ def iterate_batches(
         show: Whether to show a progress bar.
 
     Raises:
-        InitialisationError: The loader has no batches.
+        InitializationError: The loader has no batches.
     """
     device, empty = model_device(model), True
     for batch in progress_bar(loader, what, show):
         empty = False
         yield move_to_device(batch, device)
     if empty:
-        raise InitialisationError(f"{what}: the dataloader is empty; expected at least one batch")
+        raise InitializationError(f"{what}: the dataloader is empty; expected at least one batch")
 
 
 @contextlib.contextmanager
@@ -166,10 +166,10 @@ def cached_tensor(
         module: The module.
 
     Raises:
-        InitialisationError: The file contains no tensor with this key.
+        InitializationError: The file contains no tensor with this key.
     """
     if key not in cache:
-        raise InitialisationError(
+        raise InitializationError(
             f"{path} has no {key!r}, because the file was created for other target modules; remove "
             "the file, or use another one"
         )

@@ -26,7 +26,7 @@ from fastlora.init.registry import (
     register_init,
     subtract_update,
 )
-from fastlora.validation import InitialisationError
+from fastlora.validation import InitializationError
 
 # PEFT's names, so that fastlora and PEFT can use each other's calibration results.
 DATA, PARTS = "eigens", ("S_WC", "U_WC", "V_WC")
@@ -65,7 +65,7 @@ def corda(given: InitInputs) -> InitResult:
     `CordaEigens`. The update of these factors is subtracted from the base weight.
 
     Raises:
-        InitialisationError: The decomposition has the wrong shapes, values that are not finite, or
+        InitializationError: The decomposition has the wrong shapes, values that are not finite, or
             a rank below R.
     """
     weight = given.base_weight()
@@ -73,7 +73,7 @@ def corda(given: InitInputs) -> InitResult:
     s, u, v = (part.to(weight) for part in (eigens.S_WC, eigens.U_WC, eigens.V_WC))
     (n, k), rank = weight.shape, given.rank
     if (tuple(s.shape), tuple(u.shape), tuple(v.shape)) != ((rank,), (n, rank), (k, rank)):
-        raise InitialisationError(
+        raise InitializationError(
             f"init_lora_weights='corda': the decomposition has shapes {tuple(u.shape)}, "
             f"{tuple(s.shape)} and {tuple(v.shape)}, expected {(n, rank)}, {(rank,)} and "
             f"{(k, rank)}; run preprocess_corda on this model with the adapter's config"
@@ -139,11 +139,11 @@ class CovarianceAccumulator:
         """Return a dict that maps layer names to covariance matrices, and clear the sums.
 
         Raises:
-            InitialisationError: The data did not reach one of the layers.
+            InitializationError: The data did not reach one of the layers.
         """
         for name, count in self.counts.items():
             if not count:
-                raise InitialisationError(
+                raise InitializationError(
                     f"layer {name!r}: the calibration data did not reach this layer; run the model "
                     "that the adapter is added to, or leave the layer out (exclude_modules)"
                 )
@@ -166,20 +166,20 @@ def corda_decompose(
             that are used least.
 
     Raises:
-        InitialisationError: A matrix has values that are not finite, the covariance is zero, or the
+        InitializationError: A matrix has values that are not finite, the covariance is zero, or the
             rank exceeds a dimension of the weight.
     """
     weight, covariance = weight.float(), covariance.float()
     check_finite_for_init(weight, "the base weight")
     check_finite_for_init(covariance, "the covariance")
     if rank > min(weight.shape):
-        raise InitialisationError(
+        raise InitializationError(
             f"r={rank}, expected at most {min(weight.shape)}, the smaller dimension of a weight "
             f"of shape {tuple(weight.shape)}"
         )
     mean = covariance.diagonal().mean()
     if not mean > 0:
-        raise InitialisationError("the calibration data gives this layer only zero inputs")
+        raise InitializationError("the calibration data gives this layer only zero inputs")
     identity = torch.eye(len(covariance), device=covariance.device)
     damp, error = 0.01, torch.inf
     while error >= 0.05:  # damp until the inverse is accurate

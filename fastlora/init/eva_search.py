@@ -27,7 +27,7 @@ from fastlora.init.calibration_data import (
 from fastlora.init.configs import EvaConfig
 from fastlora.init.eva import Prepare
 from fastlora.init.incremental_pca import IncrementalPca
-from fastlora.validation import InitialisationError
+from fastlora.validation import InitializationError
 
 
 @dataclass
@@ -71,11 +71,11 @@ class EvaSearch:
         """Run the model on one batch to find out which layers receive the same inputs.
 
         Raises:
-            InitialisationError: The loader is empty, or the data did not reach one of the layers.
+            InitializationError: The loader is empty, or the data did not reach one of the layers.
         """
         batch = next(iter(loader), None)
         if batch is None:
-            raise InitialisationError("EVA: the dataloader is empty; expected at least one batch")
+            raise InitializationError("EVA: the dataloader is empty; expected at least one batch")
         digests: dict[str, bytes] = {}  # of the input of each layer's first call
 
         def callback(name: str, rows: torch.Tensor) -> None:
@@ -87,7 +87,7 @@ class EvaSearch:
         )
         missing = [name for name in self.layers if name not in digests]
         if missing:
-            raise InitialisationError(
+            raise InitializationError(
                 f"layer {missing[0]!r}: the data did not reach this layer; leave it out "
                 "(exclude_modules)"
             )
@@ -161,14 +161,14 @@ class EvaSearch:
         """Yield the batches of a data loader, and start over when the loader is exhausted.
 
         Raises:
-            InitialisationError: After one pass over the loader, no batch had enough rows for one of
+            InitializationError: After one pass over the loader, no batch had enough rows for one of
                 the layers.
         """
         while True:
             yield from iterate_batches(loader, self.model, "EVA", show=False)
             for name, each in self.found.items():
                 if each.components is None:
-                    raise InitialisationError(
+                    raise InitializationError(
                         f"layer {name!r}: EVA needs a batch of at least {each.count} rows "
                         f"(rho * r), but the largest batch has {each.most_rows}; use larger batches"
                     )
@@ -177,13 +177,13 @@ class EvaSearch:
         """Return a dict that maps layer names to directions, each ``[rank, K]`` in fp32.
 
         Raises:
-            InitialisationError: A layer has no directions yet.
+            InitializationError: A layer has no directions yet.
         """
         made = {}
         for name, rank in self.ranks.items():
             found = self.found[self.source[name]]
             if found.components is None:
-                raise InitialisationError(f"layer {name!r} has no directions yet")
+                raise InitializationError(f"layer {name!r} has no directions yet")
             scales = found.values[:rank].sqrt()[:, None] if self.settings.whiten else 1.0
             made[name] = (found.components[:rank] / scales).float()
         return made

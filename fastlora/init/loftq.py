@@ -42,7 +42,7 @@ def loftq(given: InitInputs) -> InitResult:
     into account, so ``lora_alpha`` should equal ``r``.
 
     Raises:
-        InitialisationError: The weight has values that are not finite, or R exceeds its smaller
+        InitializationError: The weight has values that are not finite, or R exceeds its smaller
             dimension.
     """
     config = given.config if isinstance(given.config, LoftQConfig) else LoftQConfig()

@@ -22,7 +22,7 @@ from fastlora.init.registry import (
     check_finite_for_init,
     register_init,
 )
-from fastlora.validation import InitialisationError
+from fastlora.validation import InitializationError
 
 DATA = "_peft_loraga_grad"  # PEFT's name, so that both libraries can share gradients
 
@@ -46,23 +46,23 @@ def lora_ga(given: InitInputs) -> InitResult:
     determines how the factors are scaled. Their update is subtracted from the base weight.
 
     Raises:
-        InitialisationError: The config or the gradient is missing, the gradient has values that are
+        InitializationError: The config or the gradient is missing, the gradient has values that are
             not finite or the wrong shape, or the weight has fewer than 2 R rows or columns.
     """
     config, gradient, rank = given.config, given.data, given.rank
     if not isinstance(config, LoraGAConfig):
-        raise InitialisationError(
+        raise InitializationError(
             "lora_ga_config must be provided when init_lora_weights='lora_ga'. Please pass "
             "lora_ga_config=LoraGAConfig(...)"
         )
     weight = given.base_weight()
     if not isinstance(gradient, torch.Tensor):
-        raise InitialisationError(
+        raise InitializationError(
             f"lora_ga needs a gradient tensor, got a {type(gradient).__name__}"
         )
     gradient = (gradient.T if given.transposed else gradient).to(weight)
     if gradient.shape != weight.shape:
-        raise InitialisationError(
+        raise InitializationError(
             f"init_lora_weights='lora_ga': the gradient has shape {tuple(gradient.shape)}, "
             f"expected {tuple(weight.shape)}; run preprocess_loraga on this model"
         )
@@ -124,7 +124,7 @@ def recording_gradients(
         modules: Maps the name of each module to the module.
 
     Raises:
-        InitialisationError: A weight received no gradient, or a gradient that is not finite.
+        InitializationError: A weight received no gradient, or a gradient that is not finite.
     """
     weights: dict[str, Any] = {name: module.weight for name, module in modules.items()}
     trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
@@ -150,7 +150,7 @@ def recording_gradients(
             yield found
         for name, weight in weights.items():
             if weight.grad is None or not counts[name]:
-                raise InitialisationError(
+                raise InitializationError(
                     f"layer {name!r}: its weight received no gradient; run forward and backward on "
                     "the model that the adapter is added to, or leave the layer out "
                     "(exclude_modules)"

@@ -15,7 +15,7 @@ def mica(given: InitInputs) -> InitResult:
     """Return zeros for A, and the last R columns of U for B, where ``W = U S V^T``.
 
     Raises:
-        InitialisationError: The weight has values that are not finite, or R exceeds its smaller
+        InitializationError: The weight has values that are not finite, or R exceeds its smaller
             dimension.
     """
     weight, rank = given.base_weight(), given.rank

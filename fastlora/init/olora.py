@@ -19,7 +19,7 @@ def olora(given: InitInputs) -> InitResult:
     subtracted from the base weight.
 
     Raises:
-        InitialisationError: The weight has values that are not finite, or the rank exceeds its
+        InitializationError: The weight has values that are not finite, or the rank exceeds its
             smaller dimension.
     """
     weight, rank = given.base_weight(), given.rank

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from fastlora.init.registry import InitInputs, InitResult, register_init
-from fastlora.validation import InitialisationError
+from fastlora.validation import InitializationError
 
 
 @register_init("orthogonal")
@@ -20,11 +20,11 @@ def orthogonal(given: InitInputs) -> InitResult:
     of the matrix is the adapter's rank.
 
     Raises:
-        InitialisationError: The rank is odd.
+        InitializationError: The rank is odd.
     """
     rank = given.rank
     if rank % 2:
-        raise InitialisationError(
+        raise InitializationError(
             f"Orthogonal initialization requires the LoRA rank to be even, got {rank} instead."
         )
     (n, k), half = (given.lora_b.shape[0], given.lora_a.shape[1]), rank // 2

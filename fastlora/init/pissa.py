@@ -33,7 +33,7 @@ def pissa(given: InitInputs) -> InitResult:
     4096 x 4096 weight, 16 directions and 16 iterations take 0.9 s on one thread of an AMD EPYC.
 
     Raises:
-        InitialisationError: The weight has values that are not finite, or its rank is below R.
+        InitializationError: The weight has values that are not finite, or its rank is below R.
     """
     weight, rank = given.base_weight(), given.rank
     given.check_rank_limit(

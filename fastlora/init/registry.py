@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import torch
 
-from fastlora.validation import ConfigError, InitialisationError
+from fastlora.validation import ConfigError, InitializationError
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class InitInputs:
         """Return the base weight ``[N, K]`` in fp32, or in fp64 if it is stored in fp64.
 
         Raises:
-            InitialisationError: The weight has values that are not finite.
+            InitializationError: The weight has values that are not finite.
         """
         weight = self.read_weight().detach()
         weight = weight if weight.dtype == torch.float64 else weight.to(torch.float32)
@@ -66,14 +66,14 @@ class InitInputs:
         return weight
 
     def check_rank_limit(self, limit: int, description: str) -> None:
-        """Raise `InitialisationError` if the rank exceeds a limit.
+        """Raise `InitializationError` if the rank exceeds a limit.
 
         Args:
             limit: The highest rank that is allowed.
             description: Description of the limit, for the error message.
         """
         if self.rank > limit:
-            raise InitialisationError(
+            raise InitializationError(
                 f"init_lora_weights={self.name!r}: r={self.rank}, expected at most {limit}, "
                 f"{description}"
             )
@@ -212,7 +212,7 @@ def find_init_method(value: object) -> InitMethod:
 
 
 def check_finite_for_init(tensor: torch.Tensor, what: str) -> None:
-    """Raise `InitialisationError` if a tensor contains NaN or infinite values.
+    """Raise `InitializationError` if a tensor contains NaN or infinite values.
 
     Args:
         tensor: The tensor to check.
@@ -220,7 +220,7 @@ def check_finite_for_init(tensor: torch.Tensor, what: str) -> None:
     """
     bad = int((~torch.isfinite(tensor)).sum())
     if bad:
-        raise InitialisationError(
+        raise InitializationError(
             f"{what} has {bad} of {tensor.numel()} values that are not finite; expected only "
             "finite values, or another init_lora_weights"
         )
@@ -241,7 +241,7 @@ def subtract_update(
 
 
 def check_singular_values_nonzero(given: InitInputs, values: torch.Tensor, limit: int) -> None:
-    """Raise `InitialisationError` unless the first R singular values of a matrix are nonzero.
+    """Raise `InitializationError` unless the first R singular values of a matrix are nonzero.
 
     Values that are as small as rounding errors count as zero. For a singular value of zero, the
     column of lora_b and the row of lora_a would both be zero and would never receive a gradient.
@@ -254,14 +254,14 @@ def check_singular_values_nonzero(given: InitInputs, values: torch.Tensor, limit
         limit: Larger dimension of the matrix.
     """
     if not given.scaling > 0:
-        raise InitialisationError(
+        raise InitializationError(
             f"init_lora_weights={given.name!r} needs a positive scaling, got lora_alpha / r = "
             f"{given.scaling:g}"
         )
     tolerance = float(values[0]) * limit * torch.finfo(values.dtype).eps
     usable = int((values > tolerance).sum())
     if usable < given.rank:
-        raise InitialisationError(
+        raise InitializationError(
             f"init_lora_weights={given.name!r}: the base weight has rank {usable} or less, "
             f"expected at least r={given.rank}: the remaining directions would never train. Use a "
             "smaller r for this layer (rank_pattern), or leave the layer out (exclude_modules)"

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from fastlora.deprecation import RenamedAttribute
 from fastlora.layers import LoraLayer
 from fastlora.layers.group_members import describe_group_sharing
 from fastlora.layers.quantized_base import describe_quantization
@@ -29,9 +30,9 @@ class LayerFusion:
         fused: Whether the base GEMM and the LoRA term are computed in one call. The call uses
             Triton kernels if they are available.
         reason: Fallback reason if the layer is not fused, else an empty string.
-        siblings: Number of layers that share the passes over their common input x in training (to
-            compute s and d_lora_a), or the reason why this layer shares none. Known only after a
-            forward pass in training.
+        shared_input: Number of layers that share the passes over their common input x in training
+            (to compute s and d_lora_a), or the reason why this layer shares none. Known only after
+            a forward pass in training.
         reads: Format of the quantized base weight that the kernels read, and the dtype of their
             products. Without kernels, the base layer is called unchanged. Empty if the kernels do
             not read a quantized weight.
@@ -41,8 +42,10 @@ class LayerFusion:
     layer: str
     fused: bool
     reason: str = ""
-    siblings: str = ""
+    shared_input: str = ""
     reads: str = ""
+
+    siblings = RenamedAttribute("shared_input")
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,7 @@ class FusionReport:
             )
         rows: list[tuple[str, ...]] = [
             (row.name, row.layer, "yes" if row.fused else "no", self.runs_as(row), row.reason)
-            + (row.siblings, row.reads)
+            + (row.shared_input, row.reads)
             for row in self.rows
         ]
         rows = fold_similar_rows(rows)

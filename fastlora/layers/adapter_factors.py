@@ -19,7 +19,7 @@ from fastlora.validation import UnsupportedLayerError
 
 if TYPE_CHECKING:
     from fastlora.layers.linear_with_adapters import LinearWithAdapters
-    from fastlora.pool.records import Resident
+    from fastlora.pool.records import LoadedAdapter
 
 
 def has_module_hooks(*modules: nn.Module) -> bool:
@@ -216,7 +216,7 @@ class AdapterSource(Protocol):
     """Protocol for the source of a batch's adapters, which is the model itself or a pool."""
 
     @property
-    def residents(self) -> tuple[Any, ...] | None:
+    def loaded_adapters(self) -> tuple[Any, ...] | None:
         """The pool's entries by slot, or None if the adapters are not in a pool.
 
         The entry of an empty slot is None.
@@ -255,7 +255,7 @@ class ParameterSource:
         names: Name of the adapter in each slot.
     """
 
-    residents = tables = None
+    loaded_adapters = tables = None
 
     def __init__(self, names: Sequence[str]) -> None:
         self.names = names
@@ -286,19 +286,21 @@ class PoolSource:
     """`AdapterSource` for the adapters in a `fastlora.AdapterPool`.
 
     Args:
-        residents: The pool's entry of each slot, or None for an empty slot. Slots are columns of
+        loaded_adapters: The pool's entry of each slot, or None for an empty slot. Slots are columns of
             the tables.
         tables: The pool's address tables.
     """
 
-    def __init__(self, residents: tuple[Resident | None, ...], tables: AddressTables) -> None:
-        self.residents, self.tables = residents, tables
+    def __init__(
+        self, loaded_adapters: tuple[LoadedAdapter | None, ...], tables: AddressTables
+    ) -> None:
+        self.loaded_adapters, self.tables = loaded_adapters, tables
 
     def factors(
         self, layer: LinearWithAdapters, slot: int, call: MixedCall | None = None
     ) -> Factors | None:
-        resident = self.residents[slot]
-        found: Factors | None = None if resident is None else resident.factors(layer.table_row)
+        loaded = self.loaded_adapters[slot]
+        found: Factors | None = None if loaded is None else loaded.factors(layer.table_row)
         if found is None or call is None:
             return found
         x = call.x
@@ -310,13 +312,15 @@ class PoolSource:
 
         See `fastlora.pool.scales`.
         """
-        found: list[Any] = [self.residents[slot] for slot in slots]  # Each has its scales by now.
+        found: list[Any] = [
+            self.loaded_adapters[slot] for slot in slots
+        ]  # Each has its scales by now.
         row = call.layer.table_row
-        return [(resident.scales.by_module[row], None) for resident in found]
+        return [(loaded.scales.by_module[row], None) for loaded in found]
 
     def adapter_key(self, slot: int) -> Hashable:
-        resident = self.residents[slot]
-        return None if resident is None else (resident.name, resident.version)
+        loaded = self.loaded_adapters[slot]
+        return None if loaded is None else (loaded.name, loaded.version)
 
 
 def factors_in_slots(

@@ -15,7 +15,7 @@ from fastlora.layers.base_layers import (
     reason_weight_not_replaceable,
     stores_weight_transposed,
 )
-from fastlora.validation import AdapterStateError, InitialisationError, UnsupportedLayerError
+from fastlora.validation import AdapterStateError, InitializationError, UnsupportedLayerError
 
 
 class InitializableLayer(Protocol):
@@ -53,7 +53,7 @@ class AdapterInitializer:
 
     Raises:
         ConfigError: There is no initialization of this name.
-        InitialisationError: The layer lacks the data that the initialization needs.
+        InitializationError: The layer lacks the data that the initialization needs.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class AdapterInitializer:
         if self.init.data and found is None:
             linear = linear_features(base) is not None
             if linear and not (from_file and not self.init.must_repeat):
-                raise InitialisationError(
+                raise InitializationError(
                     f"init_lora_weights={name!r} needs calibration data for this layer: before "
                     f"adding the adapter, run fastlora.{self.init.calibration}(model, config, "
                     "...) on the model with the same target modules"
@@ -102,7 +102,7 @@ class AdapterInitializer:
             lora_b: A linear ``[N, R]``, or a convolution.
 
         Raises:
-            InitialisationError: The initialization cannot start from the layer's weight.
+            InitializationError: The initialization cannot start from the layer's weight.
             UnsupportedLayerError: The layer kind does not support this initialization.
         """
         down: Any = lora_a

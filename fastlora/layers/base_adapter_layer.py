@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastlora.deprecation import RenamedAttribute
 from fastlora.layers.adapter_factors import factors_from_parameters
 from fastlora.layers.base_layers import dense_weight
 from fastlora.layers.dora_norms import dora_magnitude_of
-from fastlora.layers.group_members import knows_siblings, note_compiled
+from fastlora.layers.group_members import has_shared_input_group, record_compiled_fallback
 from fastlora.layers.linear_with_adapters import LinearWithAdapters
 from fastlora.layers.quantized_base import clear_weight_caches
 from fastlora.layers.scalings import Scaling, Scalings
@@ -34,8 +35,10 @@ class BaseAdapterLayer(LinearWithAdapters):
     is always a `Scalings`, with tensors on the device of the factors.
     """
 
-    knows_siblings = knows_siblings
-    note_compiled = note_compiled
+    has_shared_input_group = has_shared_input_group
+    record_compiled_fallback = record_compiled_fallback
+    knows_siblings = RenamedAttribute("has_shared_input_group")
+    note_compiled = RenamedAttribute("record_compiled_fallback")
     _local_factors = factors_from_parameters
     _local_magnitude = dora_magnitude_of
 

@@ -153,12 +153,12 @@ def find_dora_slots(layer: LinearWithAdapters, routing: Routing) -> DoraSlots | 
     if routing.captured:
         tables = source.tables
         return None if tables is None or tables.scale_address is None else DoraSlots()
-    if source.residents is not None:
+    if source.loaded_adapters is not None:
         scaled = tuple(
             slot
-            for slot, resident in enumerate(source.residents)
-            if resident is not None
-            and resident.uses_dora
+            for slot, loaded in enumerate(source.loaded_adapters)
+            if loaded is not None
+            and loaded.uses_dora
             and (factors := source.factors(layer, slot)) is not None
             and factors.magnitude is not None
         )
@@ -196,7 +196,7 @@ def apply_dora_to_rows(call: MixedCall, y: torch.Tensor, slots: DoraSlots) -> to
         return y
     scales = scales[: len(scaled)]
     if rows is not None:
-        if routing.source.residents is not None:
+        if routing.source.loaded_adapters is not None:
             # Copy the scales, because a later block may overwrite them in place.
             scales = [(g.clone(), None) for g, _ in scales]
         return _scale_rows_with_autograd(y, bias, rows, dict(zip(scaled, scales, strict=True)))
@@ -214,7 +214,7 @@ def _needs_gathered_rows(
     if slots.dropped:
         return True
     magnitudes = []
-    if routing.source.residents is None:
+    if routing.source.loaded_adapters is None:
         magnitudes = [dora_magnitude_of(layer, routing.names[slot]) for slot in slots.scaled]
     return records_gradients(y, bias, *magnitudes)
 

@@ -24,9 +24,9 @@ class DoraNormCache(UncopiedCache):
 
     Norms of adapted weights are cached only while gradients are disabled. Each entry is stored with
     a `TensorStamp` of the tensors that it was computed from. A stamp does not detect in-place
-    writes through ``.data``; call `LoraLayer.refresh` after them. Nor does it detect that FSDP2 has
-    gathered parameters, so nothing is cached in a process that uses FSDP2. A copied layer starts
-    with an empty cache.
+    writes through ``.data``; call `LoraLayer.clear_caches` after them. Nor does it detect that
+    FSDP2 has gathered parameters, so nothing is cached in a process that uses FSDP2. A copied layer
+    starts with an empty cache.
 
     Attributes:
         base: The stamp of the base weight.

@@ -336,8 +336,8 @@ def _active_dropout_p(slots: Slots) -> float:
 def _s_in_compiled_graph(call: UniformCall | MixedCall, own: Slots) -> SharedResult | None:
     """Return a layer's s in a graph that is being compiled, or None if s is not shared."""
     layer, conditions = call.layer, call.conditions
-    if not layer.knows_siblings():
-        layer.note_compiled(_UNSEEN)
+    if not layer.has_shared_input_group():
+        layer.record_compiled_fallback(_UNSEEN)
         return None
     members: list[Any] = [reference() for reference in layer._shared_input_group.members]
     reason = ""
@@ -349,9 +349,9 @@ def _s_in_compiled_graph(call: UniformCall | MixedCall, own: Slots) -> SharedRes
     else:
         found, reason = select_sharing_layers(members, call, own)
     if len(found) < 2:
-        layer.note_compiled(reason or _LAST)
+        layer.record_compiled_fallback(reason or _LAST)
         return None
-    layer.note_compiled("")
+    layer.record_compiled_fallback("")
     factors: list[torch.Tensor] = []
     places: list[int] = []
     for number, (_, slots) in enumerate(found):

@@ -312,7 +312,7 @@ def lora_a_by_slot(slots: Slots) -> list[torch.Tensor | None]:
 
 
 @constant_when_compiled
-def knows_siblings(self: Any) -> bool:
+def has_shared_input_group(self: Any) -> bool:
     """Return whether a forward pass has identified the layer's shared-input group.
 
     `torch.compile` treats the result as a constant and does not recompile when it changes.
@@ -321,12 +321,12 @@ def knows_siblings(self: Any) -> bool:
 
 
 @constant_when_compiled
-def note_compiled(self: Any, why: str) -> None:
+def record_compiled_fallback(self: Any, reason: str) -> None:
     """Record the reason why a layer shares nothing in the graph that is being compiled.
 
     The reason is an empty string if the layer shares.
     """
-    self.__dict__["_compiled_fallback_reason"] = why
+    self.__dict__["_compiled_fallback_reason"] = reason
 
 
 def describe_group_sharing(layer: LinearWithAdapters, uses_kernels: bool) -> str:

@@ -46,9 +46,10 @@ class LinearWithAdapters(nn.Module):
         get_base_layer: Returns the base layer, which may be the layer itself.
         _applied_adapters: Returns the names of the adapters that are applied outside a mixed batch.
         scaling: Maps an adapter name to the number that multiplies its update.
-        knows_siblings: Returns whether a forward pass has identified the layer's shared-input
-            group.
-        note_compiled: Records why the layer shares nothing in a graph that is being compiled.
+        has_shared_input_group: Returns whether a forward pass has identified the layer's
+            shared-input group.
+        record_compiled_fallback: Records why the layer shares nothing in a graph that is being
+            compiled.
         _local_weight: Returns the base weight as a dense matrix, ``[N, K]``.
         _local_factors: Returns an adapter's factors; see
             `fastlora.layers.adapter_factors.factors_from_parameters`.
@@ -76,8 +77,8 @@ class LinearWithAdapters(nn.Module):
     get_base_layer: Callable[[], Any]
     _applied_adapters: Callable[[], list[str]]
     scaling: Any
-    knows_siblings: Callable[[], bool]
-    note_compiled: Callable[[str], None]
+    has_shared_input_group: Callable[[], bool]
+    record_compiled_fallback: Callable[[str], None]
     _local_weight: Callable[[], torch.Tensor]
     _local_factors: Callable[..., Factors | None]
     _local_magnitude: Callable[[str], torch.Tensor]

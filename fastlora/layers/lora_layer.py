@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from fastlora.deprecation import RenamedAttribute
 from fastlora.init import InitMethod
 from fastlora.layers import parts
 from fastlora.layers.adapter_init import AdapterInitializer, delete_calibration, find_calibration
@@ -165,7 +166,7 @@ class LoraLayer(Mergeable):
             AdapterStateError: The name is in use, or an adapter is merged into the base weight that
                 the initialization reads.
             ConfigError: A value is out of range, or both lora_bias and use_dora are set.
-            InitialisationError: The initialization cannot start from this weight, or lacks data.
+            InitializationError: The initialization cannot start from this weight, or lacks data.
             UnsupportedLayerError: The base weight cannot be read or changed as use_dora or the
                 initialization requires.
         """
@@ -206,7 +207,7 @@ class LoraLayer(Mergeable):
                 self.frozen_peft_weight_names[adapter_name] = tuple(pair[f] for f in init.frozen)
             if start.weight is not None:
                 replace_weight(self.get_base_layer(), start.weight)
-                self.refresh()
+                self.clear_caches()
             self._move_scalings_to_factors([adapter_name])
             self._prepare_new_factors(adapter_name)
             if use_dora:
@@ -233,7 +234,7 @@ class LoraLayer(Mergeable):
                 setattr(data[0], init.data, data[1])
             if restore is not None:
                 restore()
-                self.refresh()
+                self.clear_caches()
 
         return undo
 
@@ -258,13 +259,15 @@ class LoraLayer(Mergeable):
         magnitude = parts.DoraMagnitude(norms).train(self.training).requires_grad_(False)
         self.lora_magnitude_vector[adapter_name] = magnitude
 
-    def refresh(self) -> None:
+    def clear_caches(self) -> None:
         """Invalidate all values cached for this layer's weights and for its model's adapters.
 
         Call it after writing through a parameter's ``.data``: no cache can detect that write.
         """
         weights_versions.invalidate_all()
         clear_layer_caches(self)
+
+    refresh = RenamedAttribute("clear_caches")
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter.

@@ -107,7 +107,7 @@ def has_no_gradients_or_dropout(call: MixedCall, base: Base) -> bool:
     if not torch.is_grad_enabled():
         return True
     # A pool's factors have no gradients. Parameters are not checked one by one.
-    return routing.source.residents is not None and not records_gradients(call.x, *base[:3])
+    return routing.source.loaded_adapters is not None and not records_gradients(call.x, *base[:3])
 
 
 def address_tables_for_kernels(call: MixedCall) -> AddressTables | None:

@@ -54,7 +54,9 @@ def forward_mixed(call: MixedCall, base: Base) -> torch.Tensor:
         if made is not None:
             return made
     magnitudes, dora = layer._modules.get("lora_magnitude_vector"), None
-    if (magnitudes is not None and magnitudes._modules) or routing.source.residents is not None:
+    if (
+        magnitudes is not None and magnitudes._modules
+    ) or routing.source.loaded_adapters is not None:
         dora = dora_layer.find_dora_slots(layer, routing)
     known = routing.cache.layers.get(("packs", layer.routing_index))
     if known is not None and known[0] == packed_factors.packed_cache_key(call, base):
@@ -63,7 +65,7 @@ def forward_mixed(call: MixedCall, base: Base) -> torch.Tensor:
         y, by_address = _forward_before_dora(call, base, () if dora is None else dora.dropped)
     if dora is None:
         return y
-    if by_address and routing.source.residents is not None:
+    if by_address and routing.source.loaded_adapters is not None:
         return dora_layer.scale_rows_from_pool_tables_(call, y)
     return dora_layer.apply_dora_to_rows(call, y, dora)
 
@@ -94,7 +96,7 @@ def _forward_before_dora(
         own = factors_in_slots(routing.source, layer, rows.used_slots, excluded)
         check_factor_devices(own, x)
         y = _forward_with_factor_lists(call, base, own, rows, rows.used_slots)
-    if routing.absent_gradients and torch.is_grad_enabled():
+    if routing.unused_gradients and torch.is_grad_enabled():
         y = attach_unused_parameters(call, y, may_sync=slots is None)
     return y, False
 

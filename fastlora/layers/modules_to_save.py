@@ -115,7 +115,7 @@ class ModulesToSaveWrapper(ModuleWrapper):
         # All processes that share the batch call the same modules in the same order, some on no
         # rows. FSDP2 may have wrapped each module, and each call then waits for the other
         # processes.
-        together = routing.absent_gradients and torch.is_grad_enabled()
+        together = routing.unused_gradients and torch.is_grad_enabled()
         indices, parts = [], []
         for slot, module in enumerate((self.original_module, *self.modules_to_save.values()), -1):
             index = (own == slot).nonzero().flatten()

@@ -49,7 +49,9 @@ def packed_cache_key(call: MixedCall, base: Base) -> tuple[object, ...] | None:
         or is_capturing_cuda_graph(x)
     ):
         return None
-    weights_version = weights_versions.trained if call.routing.source.residents is None else None
+    weights_version = (
+        weights_versions.trained if call.routing.source.loaded_adapters is None else None
+    )
     return dtype, x.device, layer.impl, weights_version, x.numel() // x.shape[-1]
 
 

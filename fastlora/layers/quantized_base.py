@@ -108,7 +108,7 @@ class KernelWeightCache(UncopiedCache):
     def to_base(self, kernel_weight: KernelWeight) -> Base:
         """Convert a kernel weight to the `Base` that replaces a call of the module.
 
-        A weight that a CUDA graph reads is kept until `fastlora.refresh`.
+        A weight that a CUDA graph reads is kept until `fastlora.clear_caches`.
         """
         weight, kind = kernel_weight
         if is_capturing_cuda_graph(weight) and all(weight is not known for known in self._captured):

@@ -250,7 +250,7 @@ class TrainableTokensWrapper(ModuleWrapper):
         """
         known = [name for name in routing.names if name in self.token_indices]
         # Every adapter that trains must get a gradient if other processes wait for it.
-        every = routing.absent_gradients and torch.is_grad_enabled()
+        every = routing.unused_gradients and torch.is_grad_enabled()
         known = self.adapter_names if every else known
         if not known:
             return y

@@ -178,7 +178,7 @@ class AdditiveLoraLayer(UnfusedLoraLayer):
         )
         spans = {routing.names[s.slot]: (s.slot, s.start, s.stop) for s in rows.segments}
         names = [name for name in spans if name in self.r]
-        if routing.absent_gradients and torch.is_grad_enabled():
+        if routing.unused_gradients and torch.is_grad_enabled():
             # These run on no samples, which gives them zeros as gradients.
             names += [name for name in self.r if name not in spans]
         for name in names:

@@ -33,7 +33,7 @@ from fastlora.model.config import LoraConfig
 from fastlora.model.plan import to_lora_config
 from fastlora.model.targets import find_targets
 from fastlora.model.tuner import tuner_of
-from fastlora.validation import ConfigError, InitialisationError, error_prefix
+from fastlora.validation import ConfigError, InitializationError, error_prefix
 
 
 def target_linear_layers(model: nn.Module, config: LoraConfig, title: str) -> dict[str, nn.Module]:
@@ -48,7 +48,7 @@ def target_linear_layers(model: nn.Module, config: LoraConfig, title: str) -> di
 
     Raises:
         TargetNotFoundError: If no module matches the config.
-        InitialisationError: If no target is a linear layer, or if a target has a quantized weight.
+        InitializationError: If no target is a linear layer, or if a target has a quantized weight.
     """
     tuner = tuner_of(model)
     inner = model if tuner is None else tuner.model
@@ -59,13 +59,13 @@ def target_linear_layers(model: nn.Module, config: LoraConfig, title: str) -> di
             continue
         reason = reason_weight_not_replaceable(base, allow_quantized=False)
         if reason or hasattr(base, "quant_state"):
-            raise InitialisationError(
+            raise InitializationError(
                 f"{title} does not support quantized models. Found quantized module: {name!r}: "
                 f"{reason or 'it has a quant_state'}"
             )
         found[name] = base
     if not found:
-        raise InitialisationError(
+        raise InitializationError(
             f"No supported layers found for {title} initialization: none of the target modules is "
             "an nn.Linear or a Conv1D"
         )
@@ -139,7 +139,7 @@ def preprocess_corda(
 
     Raises:
         ConfigError: If there is neither data nor a cache file.
-        InitialisationError: If a layer cannot be calibrated. The message names the layer.
+        InitializationError: If a layer cannot be calibrated. The message names the layer.
         TargetNotFoundError: If no module matches the config.
     """
     config = to_lora_config(lora_config)
@@ -225,7 +225,7 @@ def preprocess_loraga(
 
     Raises:
         ConfigError: If ``lora_ga_config`` is not set, or if there is neither data nor a cache file.
-        InitialisationError: If a layer received no gradient or is quantized. The message names the
+        InitializationError: If a layer received no gradient or is quantized. The message names the
             layer.
         TargetNotFoundError: If no module matches the config.
     """
@@ -287,7 +287,7 @@ def _backward(model: nn.Module, batch: Any) -> None:
         with contextlib.suppress(TypeError, IndexError):
             loss = output if isinstance(output, torch.Tensor) and not output.dim() else output[0]
     if not isinstance(loss, torch.Tensor) or loss.dim():
-        raise InitialisationError(
+        raise InitializationError(
             "the model returned no scalar loss for these batches; add labels to the batches, or "
             "pass a train_step function that runs forward and backward"
         )

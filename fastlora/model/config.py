@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from fastlora.deprecation import renamed_arguments
 from fastlora.init import InitConfigField, InitMethod, all_init_methods, find_init_method
 from fastlora.init.configs import CordaConfig, EvaConfig, LoraGAConfig, convert_init_config
 from fastlora.model.adapter_files import (
@@ -98,7 +99,7 @@ class LoraConfig(PeftConfigMethods):
             B zero), False (both random, so that a new adapter changes the output),
             ``"orthogonal"``, a method that uses the base weight (``"pissa"``, ``"pissa_niter_4"``,
             ``"olora"``, ``"mica"``, ``"loftq"``), or a method that uses data (``"corda"``,
-            ``"eva"``, ``"lora_ga"``). See ``docs/initialisation.md``.
+            ``"eva"``, ``"lora_ga"``). See ``docs/initialization.md``.
         layers_to_transform: The indices of the layers to adapt. ``target_modules`` must then be a
             list of names.
         layers_pattern: The name of the list of layers that ``layers_to_transform`` refers to.
@@ -385,12 +386,13 @@ class LoraConfig(PeftConfigMethods):
         return cls._build(data, "load" if for_loading else "new")
 
     @classmethod
-    def from_peft(cls: type[_T], peft_config: Any, *, initialised: bool = False) -> _T:
+    @renamed_arguments(initialised="initialized")
+    def from_peft(cls: type[_T], peft_config: Any, *, initialized: bool = False) -> _T:
         """Create a config from a ``peft.LoraConfig``.
 
         Args:
             peft_config: PEFT's config object.
-            initialised: Whether the adapter is already in a model. Settings that only affect the
+            initialized: Whether the adapter is already in a model. Settings that only affect the
                 initialization are then not checked.
 
         Raises:
@@ -404,7 +406,7 @@ class LoraConfig(PeftConfigMethods):
             kind = getattr(kind, "value", kind)
             raise ConfigError(f"peft_type is {kind!r}, expected 'LORA'; {PEFT_MODEL_ALTERNATIVE}")
         data = dict(peft_config.to_dict())
-        config = cls._build(data, "live" if initialised else "new")
+        config = cls._build(data, "live" if initialized else "new")
         runtime = getattr(peft_config, "runtime_config", None)
         offload = bool(getattr(runtime, "ephemeral_gpu_offload", False))
         config._register_custom_module(getattr(peft_config, "_custom_modules", None) or {})

@@ -31,7 +31,7 @@ from fastlora.model.inject import lora_layers
 from fastlora.model.plan import adapter_settings_for, to_lora_config
 from fastlora.model.targets import find_targets, resolve_target_modules
 from fastlora.model.tuner import LoraTuner, tuner_of
-from fastlora.validation import AdapterStateError, ConfigError, InitialisationError
+from fastlora.validation import AdapterStateError, ConfigError, InitializationError
 
 # A larger rho means "no limit". It is reduced to the largest dimension of a parameter divided by r.
 _MOST_RHO = 1000
@@ -125,7 +125,7 @@ def get_eva_state_dict(
     Raises:
         ConfigError: If the model has no adapter and no config is given, or if a mapping contains
             unknown layer names.
-        InitialisationError: If the dataloader has no batches, or no batch with enough rows.
+        InitializationError: If the dataloader has no batches, or no batch with enough rows.
     """
     tuner = tuner_of(model)
     if peft_config is None:
@@ -136,7 +136,7 @@ def get_eva_state_dict(
     config = to_lora_config(peft_config)
     layers = _eva_layers(model, tuner, config, adapter_name)
     if not layers:
-        raise InitialisationError("EVA needs at least one linear target module, found none")
+        raise InitializationError("EVA needs at least one linear target module, found none")
     without = contextlib.nullcontext() if tuner is None else tuner.disable_adapter()
     settings = convert_init_config(config.eva_config, EvaConfig) or EvaConfig()
     ranks = {name: config.rank_for(name) for name in layers}
@@ -256,7 +256,7 @@ def initialize_lora_eva_weights(
             dataloader nor a state dict.
         AdapterStateError: If several adapters are active, or an adapter is merged. The model is
             unchanged in this case.
-        InitialisationError: If the state dict does not fit the adapter, or in the cases listed in
+        InitializationError: If the state dict does not fit the adapter, or in the cases listed in
             `get_eva_state_dict`.
     """
     tuner = tuner_of(model)
@@ -304,7 +304,7 @@ def _apply_eva_state_dict(
     }
     for name, directions in found.items():
         if directions.dim() != 2 or directions.shape[1] != layers[name].in_features:
-            raise InitialisationError(
+            raise InitializationError(
                 f"layer {name!r}: the directions have shape {tuple(directions.shape)}, expected "
                 f"[rank, {layers[name].in_features}]"
             )

@@ -27,7 +27,7 @@ from fastlora.model.tuner import tuner_of
 from fastlora.validation import (
     CheckpointError,
     ConfigError,
-    InitialisationError,
+    InitializationError,
     UnsupportedLayerError,
 )
 
@@ -62,7 +62,7 @@ def replace_lora_weights_loftq(
             unknown.
         UnsupportedLayerError: If the adapter is not on any 4-bit layer.
         CheckpointError: If the file is missing, lacks a weight, or has a weight of another shape.
-        InitialisationError: If a weight is not finite, or if the rank is larger than a dimension of
+        InitializationError: If a weight is not finite, or if the rank is larger than a dimension of
             a weight. No factor has changed after any of these errors. An error raised by
             ``callback`` leaves the changes made so far.
     """
@@ -91,7 +91,7 @@ def replace_lora_weights_loftq(
             check_finite_for_init(weight, f"layer {name!r}: the unquantized weight")
             rank = layer.r[adapter_name]
             if rank > min(weight.shape):
-                raise InitialisationError(
+                raise InitializationError(
                     f"layer {name!r}: r={rank}, expected at most {min(weight.shape)}"
                 )
             made[name] = best_low_rank_factors(weight - base, rank)

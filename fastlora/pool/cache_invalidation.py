@@ -1,4 +1,4 @@
-"""`refresh`, which clears cached values after writes to weights that fastlora cannot detect."""
+"""`clear_caches`, which clears cached values after writes to weights that cannot be detected."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fastlora.pool.pool import pool_of
 from fastlora.weights_version import weights_versions
 
 
-def refresh(model: nn.Module) -> None:
+def clear_caches(model: nn.Module) -> None:
     """Clear all cached values that were computed from a model's weights.
 
     Call this function only after writes to weights that fastlora cannot detect:
@@ -40,4 +40,4 @@ def refresh(model: nn.Module) -> None:
     for module in model.modules():
         pool = pool_of(module)
         if pool is not None:
-            pool.remake_scales()
+            pool.recompute_scales()

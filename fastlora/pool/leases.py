@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
+from fastlora.deprecation import RenamedAttribute
 from fastlora.pool.packed_adapter import PackedAdapter
 from fastlora.pool.reader import AdapterReader
-from fastlora.pool.records import PoolStats, RegisteredAdapter, Resident
+from fastlora.pool.records import LoadedAdapter, PoolStats, RegisteredAdapter
 from fastlora.pool.scales import DoraScaleUpdater
 from fastlora.pool.tiers import StorageTiers, adapter_not_found_error
 from fastlora.pool.transfers import Transfers
@@ -31,14 +32,18 @@ class Lease:
     forward pass.
 
     Attributes:
-        residents: The adapters, in the order of the requested names.
+        loaded_adapters: The adapters, in the order of the requested names.
         max_rank: Largest rank of the adapters, or 0 if the lease has no adapters.
     """
 
-    def __init__(self, residents: tuple[Resident, ...], release: Callable[[Lease], None]) -> None:
-        self.residents = residents
-        self.max_rank = max((r.max_rank for r in residents), default=0)
+    def __init__(
+        self, loaded_adapters: tuple[LoadedAdapter, ...], release: Callable[[Lease], None]
+    ) -> None:
+        self.loaded_adapters = loaded_adapters
+        self.max_rank = max((r.max_rank for r in loaded_adapters), default=0)
         self._release = release
+
+    residents = RenamedAttribute("loaded_adapters")
 
     def release(self) -> None:
         """End the lease. Later calls do nothing."""
@@ -203,10 +208,10 @@ class LeaseManager:
         available. For other DoRA adapters, the first lease computes the scales.
         """
         with self.changed:
-            entry, resident = self._tiers.entries.get(name), self._tiers.device.get(name)
-            if entry is None or not entry.pinned or resident is None or not resident.uses_dora:
+            entry, loaded = self._tiers.entries.get(name), self._tiers.device.get(name)
+            if entry is None or not entry.pinned or loaded is None or not loaded.uses_dora:
                 return
-            lease = self._create_lease((resident,))  # it is on the device and needs no more room
+            lease = self._create_lease((loaded,))  # it is on the device and needs no more room
         self._make_stream_wait_for_lease(lease).release()
 
     def recompute_stale_scales(self) -> None:
@@ -216,14 +221,14 @@ class LeaseManager:
         """
         with self.changed:
             self.check_open()
-            lease = self._create_lease(tuple(self._tiers.residents))
+            lease = self._create_lease(tuple(self._tiers.loaded_adapters))
         self._make_stream_wait_for_lease(lease).release()
 
-    def _create_lease(self, residents: tuple[Resident, ...]) -> Lease:
+    def _create_lease(self, loaded_adapters: tuple[LoadedAdapter, ...]) -> Lease:
         """Create a lease for the calling thread on adapters that are already on the device."""
-        for resident in set(residents):
-            resident.leases += 1
-        lease = Lease(residents, self._release)
+        for loaded in set(loaded_adapters):
+            loaded.leases += 1
+        lease = Lease(loaded_adapters, self._release)
         self.held.setdefault(threading.get_ident(), []).append(lease)
         return lease
 
@@ -251,9 +256,9 @@ class LeaseManager:
             if missing:  # another thread is reading the rest
                 self.changed.wait()
                 continue
-            resident = all(name in tiers.device for name in request.in_memory)
+            loaded = all(name in tiers.device for name in request.in_memory)
             if self._may_precede_queue(request) and (
-                resident or tiers.fits_on_device(request.in_memory, tiers.leased())
+                loaded or tiers.fits_on_device(request.in_memory, tiers.leased())
             ):
                 return self._grant(request)
             left = None if deadline is None else deadline - time.monotonic()
@@ -302,13 +307,13 @@ class LeaseManager:
 
     def _grant(self, request: LeaseRequest) -> Lease:
         misses = sum(1 for name in request.in_memory if name not in self._tiers.device)
-        residents = {
-            resident.name: resident for resident in self._tiers.bring_to_device(request.in_memory)
+        loaded_adapters = {
+            loaded.name: loaded for loaded in self._tiers.bring_to_device(request.in_memory)
         }
         if request.counts_in_stats:
             self.misses += misses
-            self.hits += len(residents) - misses
-        return self._create_lease(tuple(residents[name] for name in request.names))
+            self.hits += len(loaded_adapters) - misses
+        return self._create_lease(tuple(loaded_adapters[name] for name in request.names))
 
     def _make_stream_wait_for_lease(self, lease: Lease) -> Lease:
         """Make the current stream wait until the adapters of a lease are ready to use.
@@ -320,16 +325,16 @@ class LeaseManager:
             ``lease``. If this method raises an error, it releases the lease first.
         """
         try:
-            residents = list(dict.fromkeys(lease.residents))
-            self._scales.update_stale_scales(residents, self.changed)
+            loaded_adapters = list(dict.fromkeys(lease.loaded_adapters))
+            self._scales.update_stale_scales(loaded_adapters, self.changed)
             events = []
-            for resident in residents:
-                scales = resident.scales
-                for event in (resident.written, None if scales is None else scales.written):
+            for loaded in loaded_adapters:
+                scales = loaded.scales
+                for event in (loaded.written, None if scales is None else scales.written):
                     if event is not None and not self._transfers.is_event_done(event):
                         events.append(event)
-                    elif event is not None and event is resident.written:
-                        resident.written = None  # permanently, because it is copied only once
+                    elif event is not None and event is loaded.written:
+                        loaded.written = None  # permanently, because it is copied only once
             self._transfers.wait_for_writes(events)
         except BaseException:
             lease.release()
@@ -346,8 +351,8 @@ class LeaseManager:
             self.held[owner].remove(lease)
             if not self.held[owner]:
                 del self.held[owner]
-            for resident in set(lease.residents):
-                self._tiers.decrement_leases(resident, event)
+            for loaded in set(lease.loaded_adapters):
+                self._tiers.decrement_leases(loaded, event)
             self.changed.notify_all()
 
     def _may_precede_queue(self, request: LeaseRequest) -> bool:
@@ -372,7 +377,9 @@ class LeaseManager:
         stuck = {other.owner for other in waiting} | {request.owner}
         held = {owner: leases for owner, leases in self.held.items() if owner in stuck}
         while True:
-            remaining = {r for leases in held.values() for lease in leases for r in lease.residents}
+            remaining = {
+                r for leases in held.values() for lease in leases for r in lease.loaded_adapters
+            }
             if self._tiers.fits_on_device(request.in_memory, remaining):
                 return True
             served = [

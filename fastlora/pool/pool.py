@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastlora.deprecation import RenamedAttribute
 from fastlora.model.adapter_files import CONFIG_NAME
 from fastlora.pool.address_tables import PoolTables
 from fastlora.pool.layers import PoolLayers
@@ -190,10 +191,10 @@ class AdapterPool:
                 "config= is only for state dicts; an adapter folder has its own config"
             )
         else:
-            self.load_entry(RegisteredAdapter(name, Path(source).absolute(), pin))
+            self.load_registered(RegisteredAdapter(name, Path(source).absolute(), pin))
 
     @torch.inference_mode(False)
-    def load_entry(self, entry: RegisteredAdapter) -> None:
+    def load_registered(self, entry: RegisteredAdapter) -> None:
         """Load the adapter that a `RegisteredAdapter` describes. See `load`.
 
         Args:
@@ -227,9 +228,9 @@ class AdapterPool:
             AdapterStateError: The name is already registered.
             ConfigError: The name is invalid.
         """
-        self.register_entry(RegisteredAdapter(name, Path(folder).absolute()))
+        self.register_adapter(RegisteredAdapter(name, Path(folder).absolute()))
 
-    def register_entry(self, entry: RegisteredAdapter) -> None:
+    def register_adapter(self, entry: RegisteredAdapter) -> None:
         """Register the adapter that a `RegisteredAdapter` describes. See `register`.
 
         Args:
@@ -342,8 +343,14 @@ class AdapterPool:
         with self._changed:
             return list(self._tiers.entries)
 
+    resident = RenamedAttribute("loaded_names")
+    lease_resident = RenamedAttribute("lease_loaded")
+    load_entry = RenamedAttribute("load_registered")
+    register_entry = RenamedAttribute("register_adapter")
+    remake_scales = RenamedAttribute("recompute_scales")
+
     @property
-    def resident(self) -> list[str]:
+    def loaded_names(self) -> list[str]:
         """Names of the adapters on the device, least recently used first."""
         with self._changed:
             return list(self._tiers.device)
@@ -368,8 +375,8 @@ class AdapterPool:
         """
         with self._changed:
             self._tiers.entry(name)
-            resident = self._tiers.device.get(name)
-            return None if resident is None else resident.slot
+            loaded = self._tiers.device.get(name)
+            return None if loaded is None else loaded.slot
 
     def plan(self, names: Sequence[str | None]) -> list[list[int]]:
         """Split a batch into smaller batches, each with adapters that fit on the device together.
@@ -447,7 +454,7 @@ class AdapterPool:
         """
         return self._lease_manager.acquire(LeaseRequest(self._require_registered(names)), timeout)
 
-    def lease_resident(self) -> Lease:
+    def lease_loaded(self) -> Lease:
         """Return a lease on every adapter that is on the device now.
 
         `fastlora.adapters` uses this lease if row ids are slots, because slots may refer to any of
@@ -458,7 +465,7 @@ class AdapterPool:
         """
         return self._lease_manager.acquire_all_resident()
 
-    def remake_scales(self) -> None:
+    def recompute_scales(self) -> None:
         """Recompute the outdated DoRA scales of all adapters on the device."""
         self._lease_manager.recompute_stale_scales()
 

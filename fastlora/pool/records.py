@@ -35,8 +35,8 @@ class DoraScales:
         self.written: Any = None
 
 
-class Resident:
-    """An adapter on the device. A hot swap creates a new `Resident` with the new factors.
+class LoadedAdapter:
+    """An adapter on the device. A hot swap creates a new `LoadedAdapter` with the new factors.
 
     The factors never change. Their memory is guaranteed to stay valid only while a lease on the
     adapter is active.
@@ -91,7 +91,7 @@ class Resident:
         return self._views[table_row]
 
     def __repr__(self) -> str:
-        return f"Resident({self.name!r}, slot={self.slot}, version={self.version})"
+        return f"LoadedAdapter({self.name!r}, slot={self.slot}, version={self.version})"
 
 
 @dataclass(eq=False)

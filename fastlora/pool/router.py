@@ -39,31 +39,31 @@ def lease_batch_routing(
         names, places = names_and_slots(None, ids)
         lease = exit_stack.enter_context(pool.lease(names))
         max_rank = lease.max_rank
-        columns = torch.tensor([resident.column for resident in lease.residents])
+        columns = torch.tensor([loaded.column for loaded in lease.loaded_adapters])
         columns = lookup_or_invalid(columns.to(torch.int64), places)
     elif is_capturing_cuda_graph(ids):
         return graph_capture_routing(pool, ids)
     else:
         check_integer_ids(ids)
-        lease = exit_stack.enter_context(pool.lease_resident())
+        lease = exit_stack.enter_context(pool.lease_loaded())
         # A block with slot ids may be the warmup for the capture of a CUDA graph, whose buffers
         # have the size for the largest rank.
         max_rank = pool.max_rank or lease.max_rank
         # The column of each slot.
         table = torch.full((pool.max_adapters,), OUT_OF_RANGE)
         in_slots: list[str | None] = [None] * pool.max_adapters
-        for resident in lease.residents:
-            table[resident.slot] = resident.column
-            in_slots[resident.slot] = resident.name
+        for loaded in lease.loaded_adapters:
+            table[loaded.slot] = loaded.column
+            in_slots[loaded.slot] = loaded.name
         if not ids.is_cuda or validate:
             validate_slots(ids, in_slots)
         columns = lookup_or_invalid(table, ids)
-    residents: list[Any] = [None] * pool.tables.rank.shape[1]
-    for resident in lease.residents:
-        residents[resident.column] = resident
-    by_column = tuple("" if resident is None else resident.name for resident in residents)
+    loaded_adapters: list[Any] = [None] * pool.tables.rank.shape[1]
+    for loaded in lease.loaded_adapters:
+        loaded_adapters[loaded.column] = loaded
+    by_column = tuple("" if loaded is None else loaded.name for loaded in loaded_adapters)
     source, fixed = (
-        PoolSource(tuple(residents), pool.tables.to_kernel_tables(rank, pool.dtype))
+        PoolSource(tuple(loaded_adapters), pool.tables.to_kernel_tables(rank, pool.dtype))
         for rank in (max_rank, pool.max_rank or lease.max_rank)
     )
     drawn = draw_seeds(by_column, seeds, draw=False)  # a pool's adapters have no dropout

@@ -19,11 +19,11 @@ import torch
 from fastlora.layers.dora_norms import adapted_squared_norms, base_weight_stamp, may_cache_tensors
 from fastlora.ops.torch.dora import dora_scale
 from fastlora.pool.address_tables import PoolTables
-from fastlora.pool.records import DoraScales, Resident
+from fastlora.pool.records import DoraScales, LoadedAdapter
 from fastlora.pool.transfers import Transfers
 from fastlora.validation import AdapterStateError
 
-_StaleScales = tuple[Resident, list[int]]  # and the modules that need new scales
+_StaleScales = tuple[LoadedAdapter, list[int]]  # and the modules that need new scales
 
 
 class DoraScaleUpdater:
@@ -41,20 +41,20 @@ class DoraScaleUpdater:
         self._stamps: list[Any] = []
 
     def update_stale_scales(
-        self, residents: Iterable[Resident], pool_lock: AbstractContextManager[Any]
+        self, loaded_adapters: Iterable[LoadedAdapter], pool_lock: AbstractContextManager[Any]
     ) -> None:
         """Compute any missing or outdated scales of leased DoRA adapters.
 
         Scales are outdated if the base weights have changed since they were computed.
 
         Args:
-            residents: The leased adapters.
+            loaded_adapters: The leased adapters.
             pool_lock: The pool's lock. The caller must not hold it: computing norms is slow.
 
         Raises:
             AdapterStateError: Scales are missing or outdated, and a CUDA graph is being captured.
         """
-        dora = [resident for resident in residents if resident.uses_dora]
+        dora = [loaded for loaded in loaded_adapters if loaded.uses_dora]
         if not dora or not self._find_stale_scales(dora)[0]:
             return  # without waiting for other threads that compute scales
         with self._lock:
@@ -67,14 +67,14 @@ class DoraScaleUpdater:
                     "being captured; acquire the lease before the capture starts"
                 )
             with pool_lock:
-                events = [event for resident, _ in stale for event in resident.reads.values()]
+                events = [event for loaded, _ in stale for event in loaded.reads.values()]
             here = self._transfers.record_read_event()  # this stream may have written base weights
             self._transfers.wait_for_reads(events if here is None else [*events, here[0]])
             with torch.inference_mode(False), torch.no_grad(), self._transfers.ordered_writes():
-                for resident, rows in stale:
-                    self._compute_scales(resident, rows, stamps)
+                for loaded, rows in stale:
+                    self._compute_scales(loaded, rows, stamps)
 
-    def _find_stale_scales(self, dora: list[Resident]) -> tuple[list[_StaleScales], list[Any]]:
+    def _find_stale_scales(self, dora: list[LoadedAdapter]) -> tuple[list[_StaleScales], list[Any]]:
         """Return the adapters with missing or outdated scales, and the state of the base weights.
 
         Args:
@@ -92,8 +92,8 @@ class DoraScaleUpdater:
         stale = [(one, rows) for one in dora if (rows := self._stale_modules(one, stamps))]
         return stale, stamps
 
-    def _stale_modules(self, resident: Resident, stamps: list[Any]) -> list[int]:
-        scales, rows = resident.scales, resident.dora_modules
+    def _stale_modules(self, loaded: LoadedAdapter, stamps: list[Any]) -> list[int]:
+        scales, rows = loaded.scales, loaded.dora_modules
         if scales is None:
             return list(rows)
         if scales.stamps is stamps and None not in stamps:
@@ -101,11 +101,11 @@ class DoraScaleUpdater:
         known = scales.stamps
         return [row for row in rows if stamps[row] is None or known[row] != stamps[row]]
 
-    def _compute_scales(self, resident: Resident, rows: list[int], stamps: list[Any]) -> None:
-        scales = resident.scales or DoraScales()
+    def _compute_scales(self, loaded: LoadedAdapter, rows: list[int], stamps: list[Any]) -> None:
+        scales = loaded.scales or DoraScales()
         by_module, blocks = dict(scales.by_module), dict(scales.blocks)
         for row in rows:
-            factors: Any = resident.factors(row)
+            factors: Any = loaded.factors(row)
             squares = adapted_squared_norms(
                 self._layers[row], factors.lora_a, factors.lora_b, factors.scaling
             )
@@ -118,10 +118,10 @@ class DoraScaleUpdater:
             addresses = torch.zeros(len(stamps), dtype=torch.int64, device="cpu")
             for row, block in blocks.items():
                 addresses[row] = block.data_ptr()
-            self._tables.write_scale_addresses(resident.column, addresses)
+            self._tables.write_scale_addresses(loaded.column, addresses)
         # The stamps are assigned last, because a thread that finds them current does not take the
         # lock.
         scales.by_module, scales.blocks = by_module, blocks
         scales.written = self._transfers.record_write_event()
         scales.stamps = stamps
-        resident.scales = scales
+        loaded.scales = scales

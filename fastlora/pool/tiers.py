@@ -13,7 +13,7 @@ from weakref import WeakValueDictionary
 
 from fastlora.pool.address_tables import NO_COLUMN, PoolTables
 from fastlora.pool.packed_adapter import PackedAdapter
-from fastlora.pool.records import RegisteredAdapter, Resident
+from fastlora.pool.records import LoadedAdapter, RegisteredAdapter
 from fastlora.pool.transfers import Transfers
 from fastlora.validation import AdapterNotFoundError, AdapterStateError, PoolFullError, near_names
 
@@ -35,7 +35,7 @@ class StorageTiers:
 
     Attributes:
         entries: Maps the name of each registered adapter to its record.
-        device: Maps the name of each adapter on the device to its `Resident`, least recently used
+        device: Maps the name of each adapter on the device to its `LoadedAdapter`, least recently used
             first.
         retired: Adapters on the device that were replaced or removed but are still leased.
         host: Maps the name of each adapter in the CPU tier to its image, least recently used first.
@@ -55,8 +55,8 @@ class StorageTiers:
         self.slots, self.columns = tables.column_of.numel(), tables.rank.shape[1] - 1
         self.device_bytes, self.cpu_bytes = device_bytes, cpu_bytes
         self.entries: dict[str, RegisteredAdapter] = {}
-        self.device: OrderedDict[str, Resident] = OrderedDict()
-        self.retired: set[Resident] = set()
+        self.device: OrderedDict[str, LoadedAdapter] = OrderedDict()
+        self.retired: set[LoadedAdapter] = set()
         self.host: OrderedDict[str, PackedAdapter] = OrderedDict()
         self.staged: WeakValueDictionary[str, PackedAdapter] = WeakValueDictionary()
         self.evictions = self.replaced = 0
@@ -79,9 +79,9 @@ class StorageTiers:
 
     def packed_adapter(self, name: str) -> PackedAdapter | None:
         """Return the packed tensors of an adapter, or None if the adapter is not in memory."""
-        resident = self.device.get(name)
-        if resident is not None:
-            return resident.packed
+        loaded = self.device.get(name)
+        if loaded is not None:
+            return loaded.packed
         return self.host.get(name) or self.staged.get(name)
 
     def register(self, entries: Collection[RegisteredAdapter], uses_dora: bool) -> None:
@@ -145,21 +145,21 @@ class StorageTiers:
                 f"adapter {name!r} ({image.nbytes} bytes) cannot be pinned: leased and pinned "
                 f"adapters leave no room for it in the device tier; {self.describe_device_tier()}"
             )
-        resident = None
+        loaded = None
         if now:  # first, because it can fail: the name still has its old adapter
             self._evict_until_room({name: image})
-            resident = self._upload_and_assign_slot(name, image)
+            loaded = self._upload_and_assign_slot(name, image)
         entry.pinned, self.entries[name] = pinned, entry
         self.replaced += before is not None
         self.staged.pop(name, None)
         self.host.pop(name, None)
-        if resident is None:
+        if loaded is None:
             self._remove_from_device(name)
         else:
             if old is not None:
                 self._free_when_unleased(self.device.pop(name))
-            self.device[name] = resident
-        if resident is None or not self._transfers.shares_memory:
+            self.device[name] = loaded
+        if loaded is None or not self._transfers.shares_memory:
             self._add_to_cpu_lru(name, image)
 
     def _check_sizes(self, name: str, folder: Path | None, image: PackedAdapter) -> None:
@@ -182,24 +182,24 @@ class StorageTiers:
     # ------------------------------------------------------------------------------- the device
 
     @property
-    def residents(self) -> list[Resident]:
+    def loaded_adapters(self) -> list[LoadedAdapter]:
         """All adapters on the device, including replaced or removed adapters that are leased."""
         return [*self.device.values(), *self.retired]
 
     @property
     def device_bytes_used(self) -> int:
         """Size in bytes of all packed adapters on the device."""
-        return sum(resident.packed.nbytes for resident in self.residents)
+        return sum(loaded.packed.nbytes for loaded in self.loaded_adapters)
 
-    def leased(self) -> set[Resident]:
+    def leased(self) -> set[LoadedAdapter]:
         """Return the set of adapters on the device that are leased."""
-        return {resident for resident in self.residents if resident.leases}
+        return {loaded for loaded in self.loaded_adapters if loaded.leases}
 
     def fits_on_device(
         self,
         wanted: Mapping[str, PackedAdapter],
-        held: Collection[Resident],
-        replaced: Resident | None = None,
+        held: Collection[LoadedAdapter],
+        replaced: LoadedAdapter | None = None,
     ) -> bool:
         """Return whether adapters fit on the device alongside the pinned and leased adapters.
 
@@ -209,10 +209,10 @@ class StorageTiers:
             replaced: A leased adapter that one of the wanted adapters replaces, or None.
         """
         sizes = {name: image.nbytes for name, image in wanted.items()}
-        for name, resident in self.device.items():
-            if name not in sizes and (self.entries[name].pinned or resident in held):
-                sizes[name] = resident.packed.nbytes
-        extra = [resident.packed.nbytes for resident in self.retired if resident in held]
+        for name, loaded in self.device.items():
+            if name not in sizes and (self.entries[name].pinned or loaded in held):
+                sizes[name] = loaded.packed.nbytes
+        extra = [loaded.packed.nbytes for loaded in self.retired if loaded in held]
         extra += [replaced.packed.nbytes] if replaced is not None else []
         total = sum(sizes.values()) + sum(extra)
         return (
@@ -221,7 +221,7 @@ class StorageTiers:
             and (self.device_bytes is None or total <= self.device_bytes)
         )
 
-    def bring_to_device(self, images: Mapping[str, PackedAdapter]) -> list[Resident]:
+    def bring_to_device(self, images: Mapping[str, PackedAdapter]) -> list[LoadedAdapter]:
         """Bring registered adapters to the device, evicting other adapters if necessary.
 
         The caller must have checked with `fits_on_device` that there is room for the adapters.
@@ -253,20 +253,22 @@ class StorageTiers:
             self.device.move_to_end(name)
         return [self.device[name] for name in images]
 
-    def decrement_leases(self, resident: Resident, read_event: tuple[object, int] | None) -> None:
+    def decrement_leases(
+        self, loaded: LoadedAdapter, read_event: tuple[object, int] | None
+    ) -> None:
         """Decrement an adapter's lease count, and free the adapter if it is no longer needed.
 
         Args:
-            resident: The adapter.
+            loaded: The adapter.
             read_event: A tuple (CUDA event after the forward passes that read the adapter, id of
                 their stream), or None if no event is needed.
         """
         if read_event is not None:
-            resident.reads[read_event[1]] = read_event[0]
-        resident.leases -= 1
-        if resident in self.retired and not resident.leases:
-            self.retired.remove(resident)
-            self._free(resident)
+            loaded.reads[read_event[1]] = read_event[0]
+        loaded.leases -= 1
+        if loaded in self.retired and not loaded.leases:
+            self.retired.remove(loaded)
+            self._free(loaded)
 
     def add_to_cpu_if_registered(self, name: str, image: PackedAdapter) -> None:
         """Add an adapter to the CPU tier if it is still registered and not on the device.
@@ -279,7 +281,7 @@ class StorageTiers:
         if name in self.entries and name not in self.device and known is image:
             self._add_to_cpu_lru(name, image)
 
-    def _upload_and_assign_slot(self, name: str, image: PackedAdapter) -> Resident:
+    def _upload_and_assign_slot(self, name: str, image: PackedAdapter) -> LoadedAdapter:
         """Copy an adapter to the device, and assign it a slot and a table column.
 
         The slot is that of the adapter of the same name on the device, or otherwise a free slot.
@@ -302,9 +304,9 @@ class StorageTiers:
         self._free_columns.pop()
         if old is None:
             self._free_slots.pop()
-        resident = Resident(name, slot, column, uploaded)
-        resident.written = self._transfers.record_write_event()
-        return resident
+        loaded = LoadedAdapter(name, slot, column, uploaded)
+        loaded.written = self._transfers.record_write_event()
+        return loaded
 
     def _evict_until_room(self, wanted: Mapping[str, PackedAdapter]) -> None:
         """Evict the least recently used adapters until the device has room for new adapters.
@@ -325,47 +327,47 @@ class StorageTiers:
             else:
                 nbytes -= old.packed.nbytes
         slots = len(self.device.keys() | wanted.keys())
-        for name, resident in list(self.device.items()):
+        for name, loaded in list(self.device.items()):
             bytes_ok = self.device_bytes is None or nbytes <= self.device_bytes
             if slots <= self.slots and columns < len(self._free_columns) and bytes_ok:
                 return
-            if resident.leases or self.entries[name].pinned or name in wanted:
+            if loaded.leases or self.entries[name].pinned or name in wanted:
                 continue
             self._remove_from_device(name)
             self.evictions += 1
-            slots, nbytes = slots - 1, nbytes - resident.packed.nbytes
+            slots, nbytes = slots - 1, nbytes - loaded.packed.nbytes
             # With a GPU, only the image's copy in the CPU tier remains, if there is one.
             if self._transfers.shares_memory:
-                self._add_to_cpu_lru(name, resident.packed)
+                self._add_to_cpu_lru(name, loaded.packed)
             elif name in self.host:
                 self.host.move_to_end(name)
 
     def _remove_from_device(self, name: str) -> None:
         """Remove an adapter from the device if it is there, and free its slot."""
-        resident = self.device.pop(name, None)
-        if resident is not None:
+        loaded = self.device.pop(name, None)
+        if loaded is not None:
             # Retire it first: captured graphs that still run look up its slot.
-            self._free_when_unleased(resident)
+            self._free_when_unleased(loaded)
             with self._transfers.ordered_writes():
-                self._tables.assign(resident.slot, NO_COLUMN)
-            self._free_slots.append(resident.slot)
+                self._tables.assign(loaded.slot, NO_COLUMN)
+            self._free_slots.append(loaded.slot)
 
-    def _free_when_unleased(self, resident: Resident) -> None:
+    def _free_when_unleased(self, loaded: LoadedAdapter) -> None:
         """Free a removed adapter's memory once the adapter is no longer leased.
 
         If the adapter is leased, its memory is freed when the last lease on it ends.
         """
-        if resident.leases:
-            self.retired.add(resident)
+        if loaded.leases:
+            self.retired.add(loaded)
         else:
-            self._free(resident)
+            self._free(loaded)
 
-    def _free(self, resident: Resident) -> None:
+    def _free(self, loaded: LoadedAdapter) -> None:
         # Later writes to this memory are ordered after the reads.
-        self._transfers.wait_for_reads(resident.reads.values())
+        self._transfers.wait_for_reads(loaded.reads.values())
         with self._transfers.ordered_writes():
-            self._tables.clear_column(resident.column)
-        self._free_columns.append(resident.column)
+            self._tables.clear_column(loaded.column)
+        self._free_columns.append(loaded.column)
 
     # ------------------------------------------------------------------------------- CPU memory
 
@@ -399,7 +401,7 @@ class StorageTiers:
 
     def describe_device_tier(self) -> str:
         """Return a description of the device tier's contents and limits, for error messages."""
-        leased = sum(1 for resident in self.device.values() if resident.leases)
+        leased = sum(1 for loaded in self.device.values() if loaded.leases)
         pinned = sum(1 for name in self.device if self.entries[name].pinned)
         limit = "" if self.device_bytes is None else f" (device_bytes={self.device_bytes})"
         return (

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from fastlora.deprecation import renamed_arguments
 from fastlora.ops.seeds import draw_seeds
 from fastlora.routing import activation_checkpointing as recompute
 from fastlora.routing.active import activate_routing, is_capturing_cuda_graph
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from fastlora.layers.adapter_factors import AdapterSource
 
 
+@renamed_arguments(absent_gradients="unused_gradients")
 @contextlib.contextmanager
 def adapters(
     model: nn.Module | Router,
@@ -37,7 +39,7 @@ def adapters(
     *,
     seeds: Mapping[str, int] | None = None,
     validate: bool = False,
-    absent_gradients: bool | None = None,
+    unused_gradients: bool | None = None,
 ) -> Iterator[None]:
     """Context manager in which each row of ``model``'s forward passes uses its own adapter.
 
@@ -58,7 +60,7 @@ def adapters(
     first DoRA adapter.
 
     Over other models, a replay uses the adapters as they were at the capture. The tensors that it
-    reads stay in memory until `fastlora.refresh`. Capture the graph again if the adapters have
+    reads stay in memory until `fastlora.clear_caches`. Capture the graph again if the adapters have
     changed.
 
     Args:
@@ -75,7 +77,7 @@ def adapters(
         validate: Whether to check slots on a GPU before any work, which waits for the GPU.
             Otherwise, the host does not wait: rows with an invalid slot become NaN, and a later
             block of the model raises once the GPU has reported the error.
-        absent_gradients: Whether trainable adapters without rows in the batch get gradients of
+        unused_gradients: Whether trainable adapters without rows in the batch get gradients of
             zeros instead of None in a backward pass. DDP and FSDP2 need this if another process may
             have rows for them. The default, None, enables it if torch.distributed runs with several
             processes.
@@ -90,11 +92,11 @@ def adapters(
         TypeError, ValueError: ``model`` or ``ids`` does not match the description above.
     """
     with contextlib.ExitStack() as held:
-        if absent_gradients is None:
-            absent_gradients = has_multiple_processes()
+        if unused_gradients is None:
+            unused_gradients = has_multiple_processes()
         routing = router_of(unwrap_ddp(model)).routing(ids, seeds, validate, held)
         routing.group.unchecked.check()
-        routing = dataclasses.replace(routing, absent_gradients=absent_gradients)
+        routing = dataclasses.replace(routing, unused_gradients=unused_gradients)
         recompute.patch_activation_checkpointing()
         with activate_routing(routing):
             yield

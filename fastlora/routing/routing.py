@@ -105,7 +105,7 @@ class Routing:
         seeds: Dropout seed of each slot for this forward pass, int64 ``[S]`` on the CPU.
         source: The source of the slots' adapters.
         layers: The model's routed modules when the block began.
-        absent_gradients: Whether trainable adapters without rows get zeros as gradients.
+        unused_gradients: Whether trainable adapters without rows get zeros as gradients.
         whole: The routing of the same batch for compiled graphs. It has all adapters of the model,
             so another mix changes only the contents of tensors. None if graphs are not supported.
         captured: Whether the slots belong to a CUDA graph and are looked up at its replays. The
@@ -119,7 +119,7 @@ class Routing:
     seeds: torch.Tensor
     source: AdapterSource
     layers: Sequence[Any] = ()
-    absent_gradients: bool = False
+    unused_gradients: bool = False
     whole: Routing | None = None
     captured: bool = False
     cache: BlockCache = field(default_factory=BlockCache, repr=False)
@@ -227,7 +227,9 @@ class Routing:
         """
         known = self.cache.sets.get(key)
         if known is None or not known.has_current_weights_version:
-            known = self.cache.sets[key] = self.group.packs.get(key, self.source.residents is None)
+            known = self.cache.sets[key] = self.group.packs.get(
+                key, self.source.loaded_adapters is None
+            )
         return known
 
     def adapter_identities(self, rows: Rows) -> tuple[Hashable, ...]:

@@ -208,7 +208,7 @@ class ServedAdapters:
                 )
         version = self._version(name, folder, fingerprint)
         try:
-            self.pool.load_entry(version)  # reads all files, so a damaged adapter fails here
+            self.pool.load_registered(version)  # reads all files, so a damaged adapter fails here
         except (CheckpointError, OSError) as error:
             raise CheckpointError(self._client_error_message(error)) from error
         version.ready = True
@@ -257,7 +257,7 @@ class ServedAdapters:
         """
         name = version.served_as
         try:
-            self.pool.register_entry(version)
+            self.pool.register_adapter(version)
         except (CheckpointError, ConfigError, OSError) as error:
             version.error = self._client_error_message(error)
         with self._lock:

@@ -56,7 +56,7 @@ def assert_within_budget(
         raise AssertionError(f"{what}: error {error:.3e} exceeds the budget {budget:.3e}")
 
 
-def farthest(runs: Iterable[torch.Tensor], truth: torch.Tensor) -> torch.Tensor:
+def run_with_largest_error(runs: Iterable[torch.Tensor], truth: torch.Tensor) -> torch.Tensor:
     """Return the result that has the largest absolute error.
 
     The result can be passed to `error_budget` as ``same_dtype``. Compute ``runs`` with PyTorch and
@@ -72,7 +72,7 @@ def farthest(runs: Iterable[torch.Tensor], truth: torch.Tensor) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def summed_otherwise(model: nn.Module, seed: int) -> Iterator[None]:
+def random_summation_order(model: nn.Module, seed: int) -> Iterator[None]:
     """Make a model's linear layers sum products in a random order during a ``with`` block.
 
     No order of summation is more accurate than another, but a deep model can amplify a difference

@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from fastlora.deprecation import renamed_arguments
 from fastlora.model.adapter_folder import save_adapter_folder
 from fastlora.model.lora_model import LoraModel, adapter_state
 from fastlora.model.recommend import recommend
@@ -91,6 +92,7 @@ class TrainResult:
     skipped: dict[str, int] = field(default_factory=dict)
 
 
+@renamed_arguments(say="on_message")
 def train(
     settings: TrainSettings,
     *,
@@ -137,6 +139,7 @@ def train(
         return run.train()
 
 
+@renamed_arguments(say="on_message")
 @contextlib.contextmanager
 def open_run(
     settings: TrainSettings,

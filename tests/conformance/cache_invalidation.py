@@ -76,7 +76,9 @@ def changes(subject: Subject) -> dict[str, Callable[[], Any]]:
 
     def refreshed() -> None:
         data()
-        fastlora.refresh(subject.net if case.source == "pool" else subject.handle or subject.net)
+        fastlora.clear_caches(
+            subject.net if case.source == "pool" else subject.handle or subject.net
+        )
 
     def in_training() -> None:
         subject.net.train()

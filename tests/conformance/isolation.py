@@ -161,7 +161,7 @@ def unused_adapters(case: Case) -> None:
     for ids in (["en"] * 6, ["fr", None] * 3, [None] * 6):
         masks = read_masks(subject, x, ids)
         check(subject, subject.step(x, ids), x, ids, masks=masks)
-        found = subject.step(x, ids, absent_gradients=True)
+        found = subject.step(x, ids, unused_gradients=True)
         check(subject, found, x, ids, zeros=True, masks=masks)
 
 

@@ -161,7 +161,7 @@ def test_the_report_says_that_siblings_are_apart() -> None:
     subject = Subject(Case("model", "mixed", "many"))
 
     def group_notes() -> list[str]:
-        return [row.siblings for row in fastlora.fusion_report(subject.handle).rows]
+        return [row.shared_input for row in fastlora.fusion_report(subject.handle).rows]
 
     subject.step(subject.x())
     assert group_notes() == ["without kernels, each layer reads x separately"] * 3

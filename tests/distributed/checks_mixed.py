@@ -214,7 +214,7 @@ def check_zeros_for_unused_adapters(folder: Path) -> None:
     assert gradients and all(g is not None and not g.any() for g in gradients.values())
     assert all(p.grad.any() for p in adapter_parameters(model, "a").values())  # rank 0 has rows
     alone = mixed_training.build()
-    with fastlora.adapters(alone, ["a"] * len(names), absent_gradients=False):
+    with fastlora.adapters(alone, ["a"] * len(names), unused_gradients=False):
         alone(x).sum().backward()
     assert all(p.grad is None for p in adapter_parameters(alone, "b").values())
 

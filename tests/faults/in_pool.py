@@ -103,7 +103,7 @@ FAULTS = (
         kind="stale scales",
         source="8b99b55",
         path="fastlora/pool/leases.py",
-        before="lease = self._create_lease(tuple(self._tiers.residents))",
+        before="lease = self._create_lease(tuple(self._tiers.loaded_adapters))",
         after="lease = self._create_lease(tuple(self._tiers.device.values()))",
         tests=(f"{_SCALES}::test_refresh_reaches_adapters_that_were_replaced",),
     ),
@@ -113,7 +113,7 @@ FAULTS = (
         source="8b99b55",
         path="fastlora/pool/leases.py",
         before="""\
-            lease = self._create_lease((resident,))  # it is on the device and needs no more room
+            lease = self._create_lease((loaded,))  # it is on the device and needs no more room
         self._make_stream_wait_for_lease(lease).release()
 """,
         after="""\
@@ -292,7 +292,7 @@ FAULTS = (
         kind="kept memory",
         source="M10",
         path="fastlora/pool/tiers.py",
-        before="        if resident in self.retired and not resident.leases:\n",
+        before="        if loaded in self.retired and not loaded.leases:\n",
         after="        if False:\n",
         tests=("tests/pool/test_pool.py::test_unloading_spares_the_leases",),
     ),
@@ -301,7 +301,7 @@ FAULTS = (
         kind="memory reused before its readers end",
         source="M10",
         path="fastlora/pool/tiers.py",
-        before="        self._transfers.wait_for_reads(resident.reads.values())\n        with self",
+        before="        self._transfers.wait_for_reads(loaded.reads.values())\n        with self",
         after="        with self",
         tests=(
             "tests/pool/test_pool_threads.py::test_memory_on_the_device_is_reused_behind_its_readers",

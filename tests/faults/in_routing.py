@@ -222,7 +222,7 @@ FAULTS = (
         tests=("tests/routing/test_kept.py::test_sets_of_replaced_factors_are_dropped_together",),
     ),
     Fault(
-        sentence="What a captured graph reads stays in memory after `refresh`.",
+        sentence="What a captured graph reads stays in memory after `clear_caches`.",
         kind="kept memory",
         source="M10",
         path="fastlora/routing/caches.py",

@@ -14,7 +14,7 @@ from torch import nn
 
 import fastlora
 from fastlora import CordaConfig, EvaConfig, LoraGAConfig
-from fastlora.validation import AdapterStateError, ConfigError, InitialisationError
+from fastlora.validation import AdapterStateError, ConfigError, InitializationError
 from tests.support.inits import (
     FIELDS,
     METHODS,
@@ -92,7 +92,7 @@ def test_corda_files(tmp_path: Path) -> None:
         torch.testing.assert_close(loaded(X), model(X), atol=2e-5, rtol=2e-5)
     bare = copy.deepcopy(base)
     with pytest.raises(
-        InitialisationError, match=r"'q': .*needs calibration data .* fastlora.preprocess_corda"
+        InitializationError, match=r"'q': .*needs calibration data .* fastlora.preprocess_corda"
     ):
         fastlora.PeftModel.from_pretrained(bare, tmp_path)
     assert type(bare.q) is nn.Linear
@@ -102,23 +102,23 @@ def test_corda_refusals(tmp_path: Path) -> None:
     config = fastlora.LoraConfig(**FIELDS, init_lora_weights="corda", corda_config=CordaConfig())
     with pytest.raises(ConfigError, match="expected run_model or dataloader"):
         fastlora.preprocess_corda(two_layers(), config)
-    with pytest.raises(InitialisationError, match="the dataloader is empty"):
+    with pytest.raises(InitializationError, match="the dataloader is empty"):
         fastlora.preprocess_corda(two_layers(), config, dataloader=[])
-    with pytest.raises(InitialisationError, match="layer 'q': the calibration data did not reach"):
+    with pytest.raises(InitializationError, match="layer 'q': the calibration data did not reach"):
         fastlora.preprocess_corda(two_layers(), config, run_model=lambda: None)
-    with pytest.raises(InitialisationError, match=r"layer 'q': .* not finite"):
+    with pytest.raises(InitializationError, match=r"layer 'q': .* not finite"):
         fastlora.preprocess_corda(two_layers(), config, dataloader=[X * torch.nan])
-    with pytest.raises(InitialisationError, match="layer 'q': .* only zero inputs"):
+    with pytest.raises(InitializationError, match="layer 'q': .* only zero inputs"):
         fastlora.preprocess_corda(two_layers(), config, dataloader=[X * 0])
     high = fastlora.LoraConfig(**{**FIELDS, "r": 17}, init_lora_weights="corda")
-    with pytest.raises(InitialisationError, match="layer 'q': r=17, expected at most 16"):
+    with pytest.raises(InitializationError, match="layer 'q': r=17, expected at most 16"):
         fastlora.preprocess_corda(two_layers(), high, dataloader=SAMPLES)
     model = two_layers()
     fastlora.preprocess_corda(model, config, dataloader=SAMPLES)
     before = copy.deepcopy(model)
     other = fastlora.LoraConfig(**{**FIELDS, "rank_pattern": {"v": 2}}, init_lora_weights="corda")
     with pytest.raises(
-        InitialisationError, match="'v': .*run preprocess_corda on this model with the config"
+        InitializationError, match="'v': .*run preprocess_corda on this model with the config"
     ):
         fastlora.get_peft_model(model, other)
     assert type(model.q) is nn.Linear and model.q.weight.equal(before.q.weight)
@@ -213,13 +213,13 @@ def test_lora_ga_refusals() -> None:
     settings = {"init_lora_weights": "lora_ga", "lora_ga_config": LoraGAConfig()}
     config = fastlora.LoraConfig(**FIELDS, **settings)
     model = two_layers()
-    with pytest.raises(InitialisationError, match="'q': .*fastlora.preprocess_loraga"):
+    with pytest.raises(InitializationError, match="'q': .*fastlora.preprocess_loraga"):
         fastlora.get_peft_model(model, config)
     with pytest.raises(ConfigError, match="If you want to use LoRA-GA"):
         fastlora.preprocess_loraga(model, fastlora.LoraConfig(**FIELDS), train(model))
     with pytest.raises(ConfigError, match="train_step or dataloader"):
         fastlora.preprocess_loraga(model, config)
-    with pytest.raises(InitialisationError, match="layer 'q': its weight received no gradient"):
+    with pytest.raises(InitializationError, match="layer 'q': its weight received no gradient"):
         fastlora.preprocess_loraga(model, config, lambda: None)
 
     def fails() -> None:
@@ -230,11 +230,11 @@ def test_lora_ga_refusals() -> None:
     assert all(parameter.requires_grad for parameter in model.parameters())
     fastlora.preprocess_loraga(model, config, train(model))
     bare = fastlora.LoraConfig(**FIELDS, init_lora_weights="lora_ga")
-    with pytest.raises(InitialisationError, match="lora_ga_config must be provided"):
+    with pytest.raises(InitializationError, match="lora_ga_config must be provided"):
         fastlora.get_peft_model(model, bare)
     high = fastlora.LoraConfig(**{**FIELDS, "rank_pattern": {"v": 9}}, **settings)
     before = model.q.weight.detach().clone()
-    with pytest.raises(InitialisationError, match="'v': .* r=9, expected at most 8, half"):
+    with pytest.raises(InitializationError, match="'v': .* r=9, expected at most 8, half"):
         fastlora.get_peft_model(model, high)
     assert model.q.weight.equal(before) and model.q._peft_loraga_grad is not None
 
@@ -418,17 +418,17 @@ def test_eva_refusals() -> None:
     few = [torch.randn(7, 16)]
     with (
         unchanged(model),
-        pytest.raises(InitialisationError, match=r"'.*q': EVA needs a batch of at least 8 rows"),
+        pytest.raises(InitializationError, match=r"'.*q': EVA needs a batch of at least 8 rows"),
     ):
         fastlora.initialize_lora_eva_weights(model, few, show_progress_bar=False)
-    with unchanged(model), pytest.raises(InitialisationError, match="the dataloader is empty"):
+    with unchanged(model), pytest.raises(InitializationError, match="the dataloader is empty"):
         fastlora.initialize_lora_eva_weights(model, [])
     with unchanged(model), pytest.raises(ConfigError, match="dataloader is required"):
         fastlora.initialize_lora_eva_weights(model)
     wrong = {"base_model.model.v": torch.randn(2, 23)}
     with (
         unchanged(model),
-        pytest.raises(InitialisationError, match=r"layer 'v': .* \(2, 23\), expected \[rank, 24\]"),
+        pytest.raises(InitializationError, match=r"layer 'v': .* \(2, 23\), expected \[rank, 24\]"),
     ):
         fastlora.initialize_lora_eva_weights(model, eva_state_dict=wrong)
     with pytest.warns(UserWarning, match=r"init_lora_weights=True because .*\['q'\]"):

@@ -22,7 +22,7 @@ from fastlora.validation import (
     AdapterStateError,
     ConfigError,
     FastLoraError,
-    InitialisationError,
+    InitializationError,
     UnsupportedLayerError,
 )
 from tests.support.inits import (
@@ -261,7 +261,7 @@ def test_what_cannot_start_leaves_the_model_as_it_was(
     model = two_layers()
     if damage is not None:
         damage(model)
-    refused = functools.partial(pytest.raises, InitialisationError, match=words)
+    refused = functools.partial(pytest.raises, InitializationError, match=words)
     with unchanged(model), refused():
         started(fastlora, model, init_lora_weights=init, **fields)
     # And where an adapter is there already.
@@ -347,7 +347,7 @@ def test_a_layer_alone() -> None:
         layer(x), nn.functional.linear(x, before, linear.bias), atol=1e-5, rtol=1e-5
     )
     assert not layer.weight.equal(before)
-    with pytest.raises(InitialisationError, match="r=11, expected at most 10"):
+    with pytest.raises(InitializationError, match="r=11, expected at most 10"):
         layer.add_adapter("b", r=11, init_lora_weights="olora")
     assert list(layer.lora_A) == ["default"]
     assert type(layer.base_layer) is nn.Linear and layer.base_layer.weight is layer.weight

@@ -84,7 +84,7 @@ def numbered(results: Iterable[torch.Tensor]) -> dict[str, torch.Tensor]:
 def notes(model: nn.Module) -> list[str]:
     """What the fusion report says of siblings in a graph."""
     rows = fastlora.fusion_report(model).rows
-    return [row.siblings.rpartition("compiled: ")[2] for row in rows]
+    return [row.shared_input.rpartition("compiled: ")[2] for row in rows]
 
 
 def inputs(*shape: int) -> torch.Tensor:

@@ -49,7 +49,7 @@ def kernel_keep(x: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tensor:
 
 def notes(model: Any) -> list[str]:
     """What the fusion report says of q, k, v and o."""
-    return [row.siblings for row in fusion_report(model).rows]
+    return [row.shared_input for row in fusion_report(model).rows]
 
 
 @pytest.mark.skipif(not triton_interpreted(), reason="bytes are counted in the interpreter")

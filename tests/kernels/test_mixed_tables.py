@@ -154,8 +154,8 @@ def test_slots_are_looked_up_on_the_device(lab: Any) -> None:
     slots = torch.tensor([pool.slot_of(f"a{i}") for i in (2, 0, 1)] + [-1, 3, -5]).to(lab.device)
 
     def columns() -> dict[str, int]:
-        with pool.lease_resident() as lease:
-            return {resident.name: resident.column for resident in lease.residents}
+        with pool.lease_loaded() as lease:
+            return {resident.name: resident.column for resident in lease.loaded_adapters}
 
     found = pool.tables.columns_of_slots(slots).tolist()
     assert found == [columns()[f"a{i}"] for i in (2, 0, 1)] + [-1, -2, -2]
@@ -249,6 +249,6 @@ def test_what_a_captured_graph_reads_stays(lab: Any) -> None:
         run(model, x, slots)
         gc.collect()
         assert all(reference() is not None for reference in read) == captured
-        fastlora.refresh(model)
+        fastlora.clear_caches(model)
         gc.collect()
         assert not any(reference() is not None for reference in read)

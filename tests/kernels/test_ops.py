@@ -16,7 +16,7 @@ from fastlora import env
 from fastlora.functional import lora_linear
 from fastlora.ops import execution_mode as ops
 from fastlora.ops import plans
-from fastlora.testing import assert_within_budget, farthest
+from fastlora.testing import assert_within_budget, run_with_largest_error
 from tests.support.kernels.lab import Lab
 from tests.support.kernels.mixed_problem import OPS
 from tests.support.kernels.one_adapter import Problem
@@ -92,7 +92,7 @@ def test_value_and_gradients(shape: tuple[int, ...], dtype: torch.dtype, plan: s
     for name, exact in truth.items():
         found = y.detach() if name == "y" else tensors[name].grad
         assert found is not None and found.dtype == (dtype if name == "y" else tensors[name].dtype)
-        same = farthest((run[name] for run in runs), exact)
+        same = run_with_largest_error((run[name] for run in runs), exact)
         assert_within_budget(found, same, exact, name)
 
 

@@ -24,7 +24,7 @@ import fastlora
 from fastlora.layers import quantized_base
 from fastlora.layers.quantized import quantized_weight_of
 from fastlora.quantized_tensor import QuantizedTensor
-from fastlora.testing import assert_within_budget, farthest
+from fastlora.testing import assert_within_budget, run_with_largest_error
 from tests.support.quantized import (
     CODED,
     cached_weight,
@@ -102,7 +102,9 @@ def step(model: Any, x: torch.Tensor, ids: Any = None) -> list[torch.Tensor]:
 def compared(made: Any, nears: list[Any], truth: Any) -> None:
     """Each result is as near to the truth as PyTorch's."""
     for number, (own, exact, *near) in enumerate(zip(made, truth, *nears, strict=True)):
-        assert_within_budget(own, farthest(near, exact), exact.double(), what=f"result {number}")
+        assert_within_budget(
+            own, run_with_largest_error(near, exact), exact.double(), what=f"result {number}"
+        )
 
 
 CASES = [
@@ -360,7 +362,7 @@ def test_a_write_to_the_second_of_siblings(kind: str) -> None:
 
 
 def test_what_a_captured_graph_reads_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    """At its address, whatever a layer forgets, until `fastlora.refresh`."""
+    """At its address, whatever a layer forgets, until `fastlora.clear_caches`."""
     ours, x = on_kernels(adapted(gated("nf4"))), inputs(5, torch.float32)
     step(ours, x)
     with monkeypatch.context() as patch:
@@ -374,7 +376,7 @@ def test_what_a_captured_graph_reads_stays(monkeypatch: pytest.MonkeyPatch) -> N
         cached_weight(layer).quantized_data.parts is not parts()
         for layer, parts in zip(layers_of(ours), read, strict=True)
     )
-    fastlora.refresh(ours)
+    fastlora.clear_caches(ours)
     gc.collect()
     assert all(parts() is None for parts in read)
 

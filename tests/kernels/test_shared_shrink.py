@@ -96,7 +96,7 @@ def test_values_and_every_gradient(launches: Any, kind: str) -> None:
         torch.testing.assert_close(found, run(copy.deepcopy(block), x))
     else:
         check(block, x, found, autocast)
-    notes = [row.siblings for row in fastlora.fusion_report(block).rows]
+    notes = [row.shared_input for row in fastlora.fusion_report(block).rows]
     assert notes == ["3 layers share x"] * 3 + ["none"]
 
 
@@ -135,7 +135,7 @@ def test_a_checkpoint_repeats_what_it_did(launches: Any, use_reentrant: bool) ->
         found = run(block, x, call)
         assert "grad_a 3" not in launches and launches.count("grad_a 1") == 4
         check(block, x, found)
-    assert "activation checkpointing" in fastlora.fusion_report(block).rows[0].siblings
+    assert "activation checkpointing" in fastlora.fusion_report(block).rows[0].shared_input
 
 
 CHANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
@@ -156,7 +156,7 @@ def test_a_sibling_that_cannot_share(launches: Any, change: str) -> None:
     check(block, x, found)
     CHANGES[change][0](block.k)
     block(x)
-    assert CHANGES[change][1] in fastlora.fusion_report(block).rows[0].siblings
+    assert CHANGES[change][1] in fastlora.fusion_report(block).rows[0].shared_input
 
 
 def test_who_is_not_used_has_no_gradient() -> None:

@@ -256,9 +256,9 @@ def test_a_checkpoint_repeats_what_it_did(use_reentrant: bool) -> None:
     model, x = model_of(), torch.randn(5, 32)
     found = run(model, x, lambda x: checkpoint(model, x, use_reentrant=use_reentrant))
     check(model, x, found)
-    assert "activation checkpointing" in fastlora.fusion_report(model).rows[0].siblings
+    assert "activation checkpointing" in fastlora.fusion_report(model).rows[0].shared_input
     model(x)
-    assert "3 layers share x" in fastlora.fusion_report(model).rows[0].siblings
+    assert "3 layers share x" in fastlora.fusion_report(model).rows[0].shared_input
 
 
 def test_a_reentrant_checkpoint_repeats_its_masks() -> None:

@@ -88,7 +88,7 @@ def test_when_norms_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The base's once; an adapter's in every training forward, and once while only inferring."""
     layer = layer_of(make_problem(5, 24, 20, 4, torch.float32), 6, 0.0)
     layer.weight.requires_grad_(False)
-    layer.refresh()
+    layer.clear_caches()
     base, adapter = (
         counted(monkeypatch, "squared_row_norms"),
         counted(monkeypatch, "squared_norms_with_update"),

@@ -200,7 +200,7 @@ def test_absent_adapters_get_zeros_where_processes_wait(
 ) -> None:
     model = _model(fastlora, case, ("one", "two"), **config)
     model.base_model.set_adapter(["one", "two"])
-    with fastlora.adapters(model, ["one"] * 2, absent_gradients=True):
+    with fastlora.adapters(model, ["one"] * 2, unused_gradients=True):
         _, grads = _run(model, case.x(2))
     absent = {name: grad for name, grad in grads.items() if ".kind." in name and ".two" in name}
     assert absent and not any(grad.any() for grad in absent.values())
@@ -257,7 +257,7 @@ def test_a_base_of_16_bits_keeps_its_dtype(case: KindCase, config: dict[str, Any
 def test_the_report_says_what_computes_it(case: KindCase) -> None:
     rows = {row.name: row for row in fastlora.fusion_report(_model(fastlora, case)).rows}
     row = next(row for name, row in rows.items() if name.endswith("model.kind"))
-    assert not row.fused and "PyTorch" in row.reason and not row.siblings
+    assert not row.fused and "PyTorch" in row.reason and not row.shared_input
 
 
 @pytest.mark.parametrize("case", IN_PYTORCH.values(), ids=IN_PYTORCH)

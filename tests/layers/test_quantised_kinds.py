@@ -288,7 +288,7 @@ def test_refresh_leaves_others_alone() -> None:
     """A module of somebody else's may have an attribute of the same name."""
     module: Any = nn.Linear(2, 2)
     module._kernel_weights = "theirs"
-    fastlora.refresh(nn.Sequential(module))
+    fastlora.clear_caches(nn.Sequential(module))
     assert module._kernel_weights == "theirs"
 
 

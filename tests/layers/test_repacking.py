@@ -176,7 +176,7 @@ def test_training_behind_evaluations(kind: str, library: Any) -> None:
 @pytest.mark.usefixtures("repacks")
 @pytest.mark.parametrize("library", [fastlora, "patched"])
 def test_what_ends_a_copy(library: Any) -> None:
-    """Training, a gradient, a merge and refresh; nothing else holds it."""
+    """Training, a gradient, a merge and clear_caches; nothing else holds it."""
     model = adapted(gated("nf4 nested"), library)
 
     def gradient() -> None:
@@ -190,7 +190,7 @@ def test_what_ends_a_copy(library: Any) -> None:
 
     ends = [model.train, gradient, merge]
     if library is fastlora:
-        ends.append(lambda: fastlora.refresh(model))
+        ends.append(lambda: fastlora.clear_caches(model))
     for end in ends:
         evaluated(model)
         held = [weakref.ref(codes) for codes in copies(model)]

@@ -302,9 +302,9 @@ def test_idle_settings_of_a_trained_file_do_not_matter() -> None:
 
 def test_config_of_an_adapter_in_a_model() -> None:
     theirs = peft.LoraConfig(init_lora_weights="pissa", target_modules=["q"])
-    assert LoraConfig.from_peft(theirs, initialised=True).init_lora_weights == "pissa"
+    assert LoraConfig.from_peft(theirs, initialized=True).init_lora_weights == "pissa"
     with pytest.raises(ConfigError, match="use_qalora"):
-        LoraConfig.from_peft(peft.LoraConfig(use_qalora=True), initialised=True)
+        LoraConfig.from_peft(peft.LoraConfig(use_qalora=True), initialized=True)
     assert LoraConfig.from_peft(peft.LoraConfig(use_dora=True)).use_dora
     with pytest.raises(ConfigError, match=r"expected a LoraConfig, got \{'r': 8\}"):
         LoraConfig.from_peft({"r": 8})

@@ -168,7 +168,9 @@ def test_set_adapter_while_disabled_and_merged() -> None:
     assert torch.equal(model(x), expected)
 
 
-@pytest.mark.parametrize("how", ["in place", "step", "fused step", "assigned", ".data and refresh"])
+@pytest.mark.parametrize(
+    "how", ["in place", "step", "fused step", "assigned", ".data and clear_caches"]
+)
 def test_unmerge_keeps_what_moves_no_version(how: str) -> None:
     """What is written while merged stays: in place, by a fused step, replaced, or told of."""
     layer = FastLoraLinear(8, 8, bias=False, r=2)
@@ -189,7 +191,7 @@ def test_unmerge_keeps_what_moves_no_version(how: str) -> None:
         layer.load_state_dict(state, assign=True)
     else:
         layer.weight.data += 1.0
-        layer.refresh()
+        layer.clear_caches()
     written = layer.weight.detach().clone()
     layer.unmerge()
     torch.testing.assert_close(layer.weight, written - delta, rtol=1e-5, atol=1e-5)
@@ -228,7 +230,7 @@ def test_merging_while_adapters_are_disabled_is_refused() -> None:
         model.merge_adapter()
 
 
-@pytest.mark.parametrize("elsewhere", ["step", "compiled step", "DoRA step", "refresh"])
+@pytest.mark.parametrize("elsewhere", ["step", "compiled step", "DoRA step", "clear_caches"])
 def test_unmerge_is_exact_behind_what_happens_elsewhere(elsewhere: str) -> None:
     """Training and refreshing another model, and a forward with gradients, are no writes."""
     layer = FastLoraLinear(8, 8, r=2, use_dora=True)
@@ -242,8 +244,8 @@ def test_unmerge_is_exact_behind_what_happens_elsewhere(elsewhere: str) -> None:
     layer(torch.randn(3, 8)).sum().backward()
     other(torch.randn(3, 8)).sum().backward()
     step = torch.optim.SGD([p for p in other.parameters() if p.requires_grad], lr=0.5).step
-    if elsewhere == "refresh":
-        other.refresh()
+    if elsewhere == "clear_caches":
+        other.clear_caches()
     else:
         (torch.compile(step, backend="eager") if "compiled" in elsewhere else step)()
     layer.unmerge()

@@ -351,7 +351,7 @@ def test_only_the_last_sets_stay() -> None:
 
 @pytest.mark.parametrize("captured", [False, True])
 def test_what_a_captured_graph_reads_stays(captured: bool) -> None:
-    """Packs, and how to multiply with them, are where a replay looks for them until `refresh`."""
+    """Packs, and how to multiply with them, stay where a replay finds them."""
     x, names = torch.randn(2, 48), ["a0", "a1"]
     model = build([8] * 6)
     steps(model, x, names)
@@ -375,7 +375,7 @@ def test_what_a_captured_graph_reads_stays(captured: bool) -> None:
     model.train().eval()
     gc.collect()
     assert {reference() is not None for reference in read} == {captured}
-    fastlora.refresh(model)
+    fastlora.clear_caches(model)
     gc.collect()
     assert {reference() is not None for reference in read} == {False}
 

@@ -67,7 +67,7 @@ def test_residents_hold_what_the_files_say(tmp_path: Path, dtype: torch.dtype) -
         pool.load(name, folder)
     check_pool(pool)
     with pool.lease(list(KINDS)) as lease:
-        for name, resident in zip(KINDS, lease.residents, strict=True):
+        for name, resident in zip(KINDS, lease.loaded_adapters, strict=True):
             assert resident.name == name and pool.slot_of(name) == resident.slot
             assert resident.image.dtype == dtype
             assert same_adapter(pool, resident, folders[name])
@@ -85,7 +85,7 @@ def test_magnitudes_of_a_16_bit_pool_are_not_rounded(tmp_path: Path, dtype: torc
     pool = AdapterPool(Blocks().to(dtype), target_modules=["q", "v"])
     pool.load("a", make_folder(tmp_path / "a", 1, use_dora=True))
     with pool.lease(["a"]) as lease:
-        factors = lease.residents[0].factors(0)
+        factors = lease.loaded_adapters[0].factors(0)
     saved = saved_factors(tmp_path / "a", pool.modules[0].name)["lora_magnitude_vector"]
     assert factors.magnitude.dtype == torch.float32 and factors.lora_a.dtype == dtype
     assert torch.equal(factors.magnitude, saved)
@@ -123,7 +123,7 @@ def test_a_state_dict_is_a_source_and_stays_in_cpu_memory(root: Path) -> None:
     for name in [f"a{i}" for i in range(8)]:  # they share what m1 and m2 leave
         use(pool, name)
     with pool.lease(["m1"]) as lease:
-        assert same_adapter(pool, lease.residents[0], root / "a3")
+        assert same_adapter(pool, lease.loaded_adapters[0], root / "a3")
     pool.load("m3", tensors, config=config.to_dict())
     with pytest.raises(ConfigError, match="needs config="):
         pool.load("m4", tensors)
@@ -139,16 +139,16 @@ def test_the_least_recently_used_leaves_first(root: Path) -> None:
     for name in ("a0", "a1", "a2"):
         use(pool, name)
     use(pool, "a0")
-    assert pool.resident == ["a1", "a2", "a0"]
+    assert pool.loaded_names == ["a1", "a2", "a0"]
     use(pool, "a3")
-    assert pool.resident == ["a2", "a0", "a3"]
+    assert pool.loaded_names == ["a2", "a0", "a3"]
     pool.pin("a2")
     for name in ("a0", "a3", "a4", "a5"):  # a2 is the oldest now
         use(pool, name)
-    assert pool.resident == ["a2", "a4", "a5"]
+    assert pool.loaded_names == ["a2", "a4", "a5"]
     pool.unpin("a2")
     use(pool, "a6")
-    assert pool.resident == ["a4", "a5", "a6"]
+    assert pool.loaded_names == ["a4", "a5", "a6"]
     stats = pool.stats()
     assert (stats.hits, stats.misses, stats.loads, stats.evictions) == (4, 7, 7, 4)
 
@@ -158,15 +158,15 @@ def test_a_lease_keeps_its_adapters_on_the_device(root: Path) -> None:
     with pool.lease(["a0"]) as lease:
         for name in ("a1", "a2", "a3"):
             use(pool, name)
-        assert pool.resident == ["a0", "a3"]
+        assert pool.loaded_names == ["a0", "a3"]
         with pool.lease(["a0"]) as again:
-            assert again.residents == lease.residents
+            assert again.loaded_adapters == lease.loaded_adapters
             again.release()
         again.release()  # once is enough, the other lease goes on
         use(pool, "a4")
-        assert pool.resident == ["a0", "a4"]
+        assert pool.loaded_names == ["a0", "a4"]
     use(pool, "a5", "a6")
-    assert pool.resident == ["a5", "a6"]
+    assert pool.loaded_names == ["a5", "a6"]
 
 
 @pytest.mark.parametrize("cpu_bytes", [0, RANK2, 3 * RANK2 + 5, None])
@@ -179,7 +179,7 @@ def test_budgets_hold_at_every_step(root: Path, cpu_bytes: int | None) -> None:
         names = ["big" if i == 8 else f"a{i}" for i in pair]
         with pool.lease(names) as lease:
             check_pool(pool)
-            for name, resident in zip(names, lease.residents, strict=True):
+            for name, resident in zip(names, lease.loaded_adapters, strict=True):
                 assert same_adapter(pool, resident, big if name == "big" else root / name)
         check_pool(pool)
     assert pool.stats().evictions > 10
@@ -190,7 +190,7 @@ def test_on_a_cpu_images_move_between_tiers_by_reference(root: Path) -> None:
     addresses = set()
     for name in ("a0", "a1", "a0"):
         with pool.lease([name]) as lease:
-            addresses.add(lease.residents[0].image.data_ptr())
+            addresses.add(lease.loaded_adapters[0].image.data_ptr())
     assert len(addresses) == 2
     assert pool.stats().loads == 2
 
@@ -200,7 +200,7 @@ def test_adapters_of_equal_shape_share_a_layout(root: Path) -> None:
     pool = make_pool(root)
     pool.register("wide", make_folder(root.parent / "wide", 9, r=4))
     with pool.lease(["a0", "a1", "wide"]) as lease:
-        one, two, wide = (resident.packed.layout for resident in lease.residents)
+        one, two, wide = (resident.packed.layout for resident in lease.loaded_adapters)
         assert one is two is not wide
     known = [weakref.ref(one), weakref.ref(wide)]
     del lease, one, two, wide
@@ -236,10 +236,10 @@ def test_after_its_folder_is_gone_an_evicted_adapter_is_an_error(root: Path) -> 
 def test_prefetch_fills_free_room_and_waits_for_none(root: Path) -> None:
     pool = make_pool(root, max_adapters=2)
     pool.prefetch(["a0", "a1", "a2"]).result(timeout=20)
-    assert pool.resident == ["a1", "a2"]
+    assert pool.loaded_names == ["a1", "a2"]
     with pool.lease(["a1", "a2"]):
         pool.prefetch(["a3"]).result(timeout=20)
-        assert pool.resident == ["a1", "a2"]
+        assert pool.loaded_names == ["a1", "a2"]
         assert "a3" in pool._tiers.host
     assert pool.stats().misses == 0
     with pytest.raises(AdapterNotFoundError):
@@ -263,14 +263,14 @@ def test_prefetch_makes_an_adapter_the_latest_in_cpu_memory(root: Path) -> None:
 def test_a_hot_swap_leaves_running_forwards_alone(root: Path) -> None:
     pool = make_pool(root, max_adapters=2)
     with pool.lease(["a0"]) as before:
-        old = before.residents[0]
+        old = before.loaded_adapters[0]
         column = pool.tables._addresses[:, :, old.column].clone()
         pool.load("a0", root / "a5")
         check_pool(pool)
         assert same_adapter(pool, old, root / "a0")
         assert torch.equal(pool.tables._addresses[:, :, old.column], column)
         with pool.lease(["a0"]) as after:
-            new = after.residents[0]
+            new = after.loaded_adapters[0]
             assert same_adapter(pool, new, root / "a5")
             assert new.slot == old.slot and new.column != old.column
             assert new.version != old.version
@@ -291,11 +291,11 @@ def test_swaps_beyond_the_spare_columns_wait_in_the_cpu_tier(root: Path) -> None
     with pytest.raises(PoolFullError):
         pool.lease(["a0"])
     for seed, lease in enumerate(leases):
-        assert same_adapter(pool, lease.residents[0], root / f"a{seed}")
+        assert same_adapter(pool, lease.loaded_adapters[0], root / f"a{seed}")
         lease.release()
         lease.release()
     with pool.lease(["a0"]) as lease:
-        assert same_adapter(pool, lease.residents[0], root / "a6")
+        assert same_adapter(pool, lease.loaded_adapters[0], root / "a6")
     assert pool.stats().device_bytes == RANK2
 
 
@@ -313,10 +313,10 @@ def test_a_swap_has_a_column_whatever_leases_hold(root: Path) -> None:
             check_pool(pool)
     assert len(leases) == 7  # three slots, four spare columns
     for seed, lease in enumerate(leases):
-        assert same_adapter(pool, lease.residents[0], root / f"a{seed}")
+        assert same_adapter(pool, lease.loaded_adapters[0], root / f"a{seed}")
         lease.release()
     with pool.lease(["a0", "a1"]) as lease:
-        assert all(same_adapter(pool, resident, root / "a7") for resident in lease.residents)
+        assert all(same_adapter(pool, resident, root / "a7") for resident in lease.loaded_adapters)
 
 
 def test_a_pool_counts_names_that_lose_their_adapter(root: Path) -> None:
@@ -374,11 +374,11 @@ def test_a_lease_evicts_for_columns_alone(root: Path) -> None:
     pool.lease(["a1"]).release()
     assert pool.stats().on_device == 2
     with pool.lease(["a2", "a3"]) as lease:
-        assert same_adapter(pool, lease.residents[0], root / "a2")
-        assert same_adapter(pool, lease.residents[1], root / "a3")
+        assert same_adapter(pool, lease.loaded_adapters[0], root / "a2")
+        assert same_adapter(pool, lease.loaded_adapters[1], root / "a3")
         check_pool(pool)
     for seed, lease in enumerate(leases):
-        assert same_adapter(pool, lease.residents[0], root / f"a{seed}")
+        assert same_adapter(pool, lease.loaded_adapters[0], root / f"a{seed}")
         lease.release()
 
 
@@ -388,7 +388,7 @@ def test_unloading_spares_the_leases(root: Path) -> None:
         pool.unload("a0")
         check_pool(pool)
         assert "a0" not in pool and len(pool) == 7
-        assert same_adapter(pool, lease.residents[0], root / "a0")
+        assert same_adapter(pool, lease.loaded_adapters[0], root / "a0")
         with pytest.raises(AdapterNotFoundError):
             pool.lease(["a0"])
         pool.lease(["a1"]).release()  # the slot is free at once
@@ -399,17 +399,17 @@ def test_lease_resident_takes_what_is_there(root: Path) -> None:
     pool = make_pool(root, max_adapters=3)
     use(pool, "a0", "a1")
     hits = pool.stats().hits
-    with pool.lease_resident() as lease:
-        assert [resident.name for resident in lease.residents] == ["a0", "a1"]
+    with pool.lease_loaded() as lease:
+        assert [resident.name for resident in lease.loaded_adapters] == ["a0", "a1"]
     assert pool.stats().hits == hits + 2
 
 
 def test_a_name_may_repeat_and_a_batch_may_be_all_base(root: Path) -> None:
     pool = make_pool(root, max_adapters=2)
     with pool.lease(["a1", "a0", "a1"]) as lease:
-        assert [resident.name for resident in lease.residents] == ["a1", "a0", "a1"]
+        assert [resident.name for resident in lease.loaded_adapters] == ["a1", "a0", "a1"]
     with pool.lease([]) as lease:
-        assert lease.residents == () and lease.max_rank == 0
+        assert lease.loaded_adapters == () and lease.max_rank == 0
 
 
 # ------------------------------------------------------------------------------------ the model
@@ -437,7 +437,7 @@ def test_close_gives_the_model_back(root: Path) -> None:
         with pytest.raises(AdapterStateError, match="closed"):
             call()
     with pytest.raises(AdapterStateError, match="closed"):
-        pool.lease_resident()
+        pool.lease_loaded()
 
 
 def test_a_model_that_cannot_take_a_pool_is_left_alone(root: Path) -> None:
@@ -477,7 +477,7 @@ def test_factors_helper_tells_adapters_apart(root: Path) -> None:
     with AdapterPool(Blocks(), target_modules=["q", "v"]) as pool:
         pool.load("a", root / "a0")
         with pool.lease(["a"]) as lease:
-            factors = lease.residents[0].factors(0)
+            factors = lease.loaded_adapters[0].factors(0)
             assert same_factors(factors, root / "a0", "layers.0.q")
             assert not same_factors(factors, root / "a1", "layers.0.q")
             assert not same_factors(factors, root / "a0", "layers.1.q")

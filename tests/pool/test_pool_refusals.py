@@ -143,7 +143,7 @@ def test_a_refused_adapter_changes_nothing(root: Path, damage: str) -> None:
         pool.lease(["a2", "a5"])
     assert state(pool) == before
     with pool.lease(["a0"]) as lease:
-        assert same_adapter(pool, lease.residents[0], root / "a0")
+        assert same_adapter(pool, lease.loaded_adapters[0], root / "a0")
 
 
 def test_a_folder_that_is_an_adapter_itself(tmp_path: Path) -> None:
@@ -155,7 +155,7 @@ def test_a_folder_that_is_an_adapter_itself(tmp_path: Path) -> None:
     use(pool, "run", "french")
     for name, folder in (("run", tmp_path / "run"), ("french", tmp_path / "run" / "french")):
         with pool.lease([name]) as lease:
-            assert same_adapter(pool, lease.residents[0], folder)
+            assert same_adapter(pool, lease.loaded_adapters[0], folder)
     make_folder(tmp_path / "run" / "run", 3)
     other = AdapterPool(Blocks(), target_modules=["q", "v"])
     with pytest.raises(AdapterStateError, match="both be named 'run'"):
@@ -190,7 +190,7 @@ def test_files_outside_the_root(root: Path, tmp_path: Path) -> None:
     pool = AdapterPool(model, target_modules=["q", "v"])
     pool.register("x", root / "linked")
     with pool.lease(["x"]) as lease:
-        assert same_adapter(pool, lease.residents[0], outside)
+        assert same_adapter(pool, lease.loaded_adapters[0], outside)
 
 
 def test_a_save_that_was_cut_off(root: Path) -> None:
@@ -205,7 +205,9 @@ def test_a_save_that_was_cut_off(root: Path) -> None:
         pool.register("a0", root / "a0")
         with pool.lease(["a0"]) as lease:
             scaling = {
-                factors.scaling for row in (0, 1) if (factors := lease.residents[0].factors(row))
+                factors.scaling
+                for row in (0, 1)
+                if (factors := lease.loaded_adapters[0].factors(row))
             }
     assert scaling == {config.scaling_for("q")} != {file.config.scaling_for("q")}
 
@@ -364,7 +366,7 @@ def test_patterns_in_a_pool_mean_what_they_mean_in_peft(root: Path) -> None:
     with pool.lease(["expressions"]) as lease:
         for index, module in enumerate(pool.modules):
             layer = theirs.base_model.model.get_submodule(module.name)
-            found = lease.residents[0].factors(index)
+            found = lease.loaded_adapters[0].factors(index)
             assert (found is None) == (not hasattr(layer, "scaling")), module.name
             if found is not None:
                 assert torch.equal(found.lora_a, layer.lora_A["default"].weight)
@@ -466,7 +468,7 @@ def test_what_can_never_fit_is_refused(root: Path) -> None:
         pool.pin("a2")
     assert state(pool) == before
     pool.load("a0", root / "a6")  # in the place of the old one
-    assert pool.resident == ["a1", "a0"]
+    assert pool.loaded_names == ["a1", "a0"]
 
 
 def test_limits_are_checked() -> None:
@@ -524,7 +526,7 @@ def test_a_load_that_fails(root: Path, monkeypatch: pytest.MonkeyPatch, shares: 
     assert state(pool) == before and pool.slot_of("mine") == slot
     assert pool.tables.column_of[slot].item() == column
     with pool.lease(["mine"]) as lease:
-        assert same_adapter(pool, lease.residents[0], root / "a0")
+        assert same_adapter(pool, lease.loaded_adapters[0], root / "a0")
     check_pool(pool)
 
 
@@ -548,7 +550,7 @@ def test_an_adapter_that_fails_last_leaves_the_slot(
         pool.load(name, root / "a5")
     check_pool(pool)
     with pool.lease(["a0"]) as lease:
-        assert same_adapter(pool, lease.residents[0], root / "a0")
+        assert same_adapter(pool, lease.loaded_adapters[0], root / "a0")
 
 
 def test_a_swap_that_fails_where_leases_hold_all_columns_but_one(
@@ -574,7 +576,7 @@ def test_a_swap_that_fails_where_leases_hold_all_columns_but_one(
     check_pool(pool)
     pool.load("mine", root / "a5")
     with pool.lease(["mine"], timeout=30) as lease:
-        assert same_adapter(pool, lease.residents[0], root / "a5")
+        assert same_adapter(pool, lease.loaded_adapters[0], root / "a5")
     for lease in leases:
         lease.release()
     check_pool(pool)

@@ -38,7 +38,7 @@ def scales_of(pool: AdapterPool, name: str) -> dict[int, torch.Tensor]:
     """An adapter's scales, by module."""
     with pool.lease([name]) as lease:
         check_pool(pool)
-        return dict(lease.residents[0].scales.blocks)
+        return dict(lease.loaded_adapters[0].scales.blocks)
 
 
 def test_they_follow_their_adapter_and_the_base(root: Path) -> None:
@@ -67,12 +67,12 @@ def test_they_follow_their_adapter_and_the_base(root: Path) -> None:
     # A write that PyTorch does not count, in an open block too.
     with pool.lease(["a"]):
         weight.data.mul_(7)
-        fastlora.refresh(pool._model)
+        fastlora.clear_caches(pool._model)
         torch.testing.assert_close(first[0], expected())
     assert sorted(scales_of(pool, "b")) == [1, 3, 5]
     with pool.lease(["b", "c"]) as lease:  # a goes
         check_pool(pool)
-        assert lease.residents[1].scales is None
+        assert lease.loaded_adapters[1].scales is None
 
 
 def test_they_follow_base_weights_that_are_replaced_twice(root: Path) -> None:
@@ -94,7 +94,7 @@ def test_they_follow_base_weights_that_are_replaced_twice(root: Path) -> None:
 def test_a_pool_knows_of_dora_from_its_registration_on(root: Path) -> None:
     """So that graphs that are compiled before such an adapter is there have scales already."""
     pool = make_pool(root)
-    assert pool.resident == [] and pool.tables.uses_dora
+    assert pool.loaded_names == [] and pool.tables.uses_dora
     plain = AdapterPool(Blocks(), target_modules=["q", "v"])
     plain.register("c", root / "c")
     assert not plain.tables.uses_dora
@@ -105,12 +105,14 @@ def test_a_pool_knows_of_dora_from_its_registration_on(root: Path) -> None:
 def test_a_swap_leaves_them_to_those_who_hold_them(root: Path) -> None:
     pool = make_pool(root)
     with pool.lease(["a"]) as old:
-        kept = {row: g.clone() for row, g in old.residents[0].scales.blocks.items()}
+        kept = {row: g.clone() for row, g in old.loaded_adapters[0].scales.blocks.items()}
         pool.load("a", root / "b")
         check_pool(pool)
         assert sorted(scales_of(pool, "a")) == [1, 3, 5]
         check_pool(pool)
-        assert all(torch.equal(old.residents[0].scales.blocks[row], g) for row, g in kept.items())
+        assert all(
+            torch.equal(old.loaded_adapters[0].scales.blocks[row], g) for row, g in kept.items()
+        )
     check_pool(pool)
 
 
@@ -164,8 +166,8 @@ def test_a_column_that_is_written_again_is_of_its_last_adapter(root: Path) -> No
     """As where a copy to the device failed: to a graph without scales only plain ones are there."""
     pool = make_pool(root)
     with pool.lease(["a", "c"]) as lease:
-        dora, plain = (resident.packed for resident in lease.residents)
-        column = max(resident.column for resident in lease.residents) - 2
+        dora, plain = (resident.packed for resident in lease.loaded_adapters)
+        column = max(resident.column for resident in lease.loaded_adapters) - 2
         for image, found in ((plain, column), (dora, NO_COLUMN), (plain, column)):
             pool.tables.write_column(column, image)
             pool.tables.assign(5, column)
@@ -208,7 +210,7 @@ def test_a_failure_halfway_leaves_tables_of_what_is_there(
         return real(*given)
 
     with pool.lease(["a"]) as lease:
-        made, column = lease.residents[0].scales, lease.residents[0].column
+        made, column = lease.loaded_adapters[0].scales, lease.loaded_adapters[0].column
         with torch.no_grad():
             for layer in pool._model.layers:
                 layer.q.weight.mul_(2)
@@ -241,10 +243,10 @@ def test_refresh_reaches_adapters_that_were_replaced(root: Path) -> None:
     pool = make_pool(root)
     with pool.lease(["a"]) as old:
         pool.load("a", root / "b")
-        held, hits = old.residents[0].scales, pool.stats().hits
+        held, hits = old.loaded_adapters[0].scales, pool.stats().hits
         before = held.blocks[0].clone()
         pool._model.layers[0].q.weight.data.mul_(7)
-        fastlora.refresh(pool._model)
+        fastlora.clear_caches(pool._model)
         assert not torch.equal(held.blocks[0], before)
         assert pool.stats().hits == hits
 
@@ -254,7 +256,7 @@ def test_a_first_lease_in_inference_mode(root: Path) -> None:
     pool = make_pool(root)
     pool.load("a", root / "a")
     with torch.inference_mode():
-        pool.lease_resident().release()
+        pool.lease_loaded().release()
     with torch.no_grad():
         pool._model.layers[0].q.weight.mul_(3)
     with torch.device("meta"):  # a default that is not the pool's

@@ -74,7 +74,7 @@ def test_a_lease_waits_for_the_leases_of_others(root: Path, threads: ThreadPoolE
         with pytest.raises(PoolFullError):
             threads.submit(pool.lease, ["a4"], timeout=0.01).result(LONG)
     with waiting.result(LONG):
-        assert pool.resident == ["a2", "a3"]
+        assert pool.loaded_names == ["a2", "a3"]
     check_pool(pool)
 
 
@@ -172,7 +172,7 @@ def test_an_adapter_is_read_once_for_all_who_want_it(
     assert waits(second)
     slow.go.set()
     with first.result(LONG) as one, second.result(LONG) as two:
-        assert one.residents[0] is two.residents[0]
+        assert one.loaded_adapters[0] is two.loaded_adapters[0]
     assert pool.stats().loads == 2
 
 
@@ -184,7 +184,7 @@ def test_a_swap_overtakes_a_read(root: Path, threads: ThreadPoolExecutor, slow: 
     pool.lease(["a1"]).release()  # the new one leaves the memory again
     slow.go.set()
     with lease.result(LONG) as granted:
-        assert same_adapter(pool, granted.residents[0], root / "a3")
+        assert same_adapter(pool, granted.loaded_adapters[0], root / "a3")
 
 
 def test_readers_do_not_hold_the_lock(
@@ -218,7 +218,7 @@ def test_a_slow_first_use_delays_no_other(
     assert not slow.done()
     go.set()
     slow.result(LONG)
-    assert len(pool.resident) == 5
+    assert len(pool.loaded_names) == 5
 
 
 # --------------------------------------------------------------------------------------- closing
@@ -269,7 +269,7 @@ def test_a_close_that_runs_out_of_time_is_finished_later(
     for call in (
         lambda: pool.lease(["a0"]),
         lambda: pool.lease([]),
-        lambda: pool.lease_resident(),
+        lambda: pool.lease_loaded(),
         lambda: pool.register("b", root / "a2"),
         lambda: pool.register_folder(root),
         lambda: pool.load("b", root / "a2"),
@@ -282,7 +282,7 @@ def test_a_close_that_runs_out_of_time_is_finished_later(
             call()
     with pytest.raises(AdapterStateError, match="1 leases are held"):
         pool.close()
-    for resident in lease.residents:
+    for resident in lease.loaded_adapters:
         assert same_adapter(pool, resident, root / resident.name)
     later = threads.submit(pool.close, wait=LONG)
     assert waits(later)
@@ -384,7 +384,7 @@ def test_no_thread_ever_sees_a_half_loaded_adapter(root: Path, cpu_bytes: int | 
                     continue
                 with lease:
                     seen["leases"] += 1
-                    for resident in lease.residents:
+                    for resident in lease.loaded_adapters:
                         for _ in range(2):  # it stays what it is
                             whole = [n for n, saved in known.items() if is_whole(resident, saved)]
                             if len(whole) != 1:
@@ -486,14 +486,14 @@ def test_the_cpu_tier_keeps_copies_of_what_a_gpu_holds(
     order = ["a0", "a1", "a2", "a0", "a1"]
     for name in order:
         with pool.lease([name]) as lease:
-            assert same_adapter(pool, lease.residents[0], root / name)
+            assert same_adapter(pool, lease.loaded_adapters[0], root / name)
         check_pool(pool)
     stats = pool.stats()
     assert (stats.loads, stats.in_cpu, stats.on_device) == (3, 3, 2)
     assert device.kinds().count("write") == 5
     pool.load("a0", root / "a5")
     with pool.lease(["a0"]) as lease:
-        assert same_adapter(pool, lease.residents[0], root / "a5")
+        assert same_adapter(pool, lease.loaded_adapters[0], root / "a5")
     check_pool(pool)
 
 
@@ -522,7 +522,7 @@ def test_a_copy_that_fails_loses_no_adapter(
         check_pool(pool)
         monkeypatch.setattr(device, "upload", real)
         lease: Lease = pool.lease(["a1", "a2"])
-        for resident in lease.residents:
+        for resident in lease.loaded_adapters:
             assert same_adapter(pool, resident, root / resident.name)
         lease.release()
         assert pool.stats().loads == 3

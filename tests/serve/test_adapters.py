@@ -349,14 +349,14 @@ def test_a_slow_registration_delays_no_request(
     adapters = ServedAdapters(pool, tmp_path, reserved=())
     adapters.sync_with_folder()
     begun, goes_on = threading.Event(), threading.Event()
-    register = pool.register_entry
+    register = pool.register_adapter
 
     def slow(entry: Any) -> None:
         begun.set()
         assert goes_on.wait(20)
         register(entry)
 
-    monkeypatch.setattr(pool, "register_entry", slow)
+    monkeypatch.setattr(pool, "register_adapter", slow)
     changed = tmp_path / ("ash" if meanwhile == "unload" else "birch")
     make_adapter(changed, 1, r=3)
     watch = threading.Thread(target=adapters.sync_with_folder)

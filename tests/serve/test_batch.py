@@ -218,7 +218,7 @@ def test_others_come_and_go_while_a_block_is_open(start: Callable[..., Run], roo
     names = {name: run.adapters.acquire_version(name).name for name in "abc"}
     for name in "bc":
         run.pool.lease([names[name]], timeout=0.0).release()
-    assert run.pool.resident == [names["a"], names["c"]]
+    assert run.pool.loaded_names == [names["a"], names["c"]]
     for name in "abc":
         run.adapters.release_version(run.adapters._versions[name])
     run.adapters.unload("c")

@@ -246,7 +246,7 @@ class Subject:
                 trains = name.count(".") == 2 or self.case.base_trains
                 parameter.requires_grad_(trains and self.acts(name))
         if self.case.source != "function":
-            fastlora.refresh(self.handle or self.net)
+            fastlora.clear_caches(self.handle or self.net)
 
     def read(self) -> None:
         """Makes `values` what the parameters are."""

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastlora.testing import assert_within_budget, error_budget, farthest
+from fastlora.testing import assert_within_budget, error_budget, run_with_largest_error
 from tests.support.conformance_models import (
     SHAPES,
     Subject,
@@ -253,7 +253,7 @@ def check(
         # The farthest of more orders allows no less. Few rows leave chance little to average over.
         for orders in (0, 7, 40):
             runs += [run(dtype, seed) for seed in range(len(runs) - 1, orders)]
-            same = farthest((other[name] for other in runs), value)
+            same = run_with_largest_error((other[name] for other in runs), value)
             error = (mine - value.cpu()).abs().max().item() if known else 0.0
             if error <= error_budget(same, value):
                 break

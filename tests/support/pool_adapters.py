@@ -146,7 +146,7 @@ def state(pool: AdapterPool) -> tuple[Any, ...]:
     tiers = pool._tiers
     where = [(n, tiers.device.get(n), e.pinned, e.folder) for n, e in tiers.entries.items()]
     tables = (pool.tables._addresses.tolist(), pool.tables._numbers.tolist())
-    return where, pool.resident, list(tiers.host.items()), stats.evictions, stats.leases, tables
+    return where, pool.loaded_names, list(tiers.host.items()), stats.evictions, stats.leases, tables
 
 
 def saved_factors(folder: Path, module: str) -> dict[str, torch.Tensor]:
@@ -187,7 +187,7 @@ def at_address(address: int, like: torch.Tensor) -> torch.Tensor:
 def check_pool(pool: AdapterPool) -> None:
     """Asserts what must hold whenever no call is under way: budgets, counts, tables."""
     tiers, tables = pool._tiers, pool.tables
-    held = tiers.residents
+    held = tiers.loaded_adapters
     assert all(resident.leases for resident in tiers.retired)
     assert {*tiers.device, *tiers.host} <= set(tiers.entries)
     assert tiers.device_bytes is None or tiers.device_bytes_used <= tiers.device_bytes

@@ -14,7 +14,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastlora.env import triton_interpreted
-from fastlora.testing import farthest
+from fastlora.testing import run_with_largest_error
 
 # Orders that are drawn, beside that of K and the library's.
 _DRAWN = 3
@@ -84,4 +84,6 @@ def yardstick(compute: Callable[[], Results], exact: Results) -> dict[str, torch
         exact: The float64 results.
     """
     runs = in_orders(compute)
-    return {name: farthest((run[name] for run in runs), exact[name]) for name in runs[0]}
+    return {
+        name: run_with_largest_error((run[name] for run in runs), exact[name]) for name in runs[0]
+    }

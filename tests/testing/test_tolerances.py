@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastlora.testing import assert_within_budget, summed_otherwise
+from fastlora.testing import assert_within_budget, random_summation_order
 
 
 def test_sums_in_another_order_are_as_good() -> None:
@@ -23,7 +23,7 @@ def test_sums_in_another_order_are_as_good() -> None:
         return [y.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
 
     own, truth = run(model, x), run(exact, x.double())
-    with summed_otherwise(model, 1):
+    with random_summation_order(model, 1):
         other = run(model, x)
     assert not torch.equal(other[0], own[0])
     for a, b, c in zip(other, own, truth, strict=True):
@@ -35,7 +35,7 @@ def test_other_hooks_work_on_its_result() -> None:
     """A hook that adds to an output is not undone, whenever it was registered."""
     model = nn.Linear(6, 4)
     model.register_forward_hook(lambda module, args, y: y + 100)
-    with summed_otherwise(model, 0):
+    with random_summation_order(model, 0):
         assert (model(torch.randn(2, 6)) > 50).all()
 
 
