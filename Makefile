@@ -33,7 +33,7 @@ emulated: $(VENV)/.installed ## run kernels as compiled for sm_80 and sm_90, exe
 faults: $(VENV)/.installed ## plant each known fault in a copy of the project and run the tests that must notice: 4 minutes
 	@$(BIN)/python -m tests.faults.run $(ARGS)
 
-mutants: $(VENV)/.lint-installed ## change 300 lines of five parts, one at a time, and count what no test notices: 20 minutes (outside CI)
+mutants: $(VENV)/.mutants-installed ## change 300 lines of five parts, one at a time, and count what no test notices: 20 minutes (outside CI)
 	@$(BIN)/python -m tests.faults.mutants $(ARGS)
 
 emulate: $(VENV)/.installed ## all of that on more chips, the tests of kernels, and the configs of real layers: hours (outside CI)
@@ -45,10 +45,11 @@ recipes: $(VENV)/.installed ## run every recipe of examples/recipes, those too t
 fuzz: $(VENV)/.installed ## 300 random scripts of operations on adapters, beside PEFT: 5 minutes (outside CI)
 	@FASTLORA_FUZZ_SEEDS=$${FASTLORA_FUZZ_SEEDS:-all} $(BIN)/python -m pytest -q tests/differential $(ARGS)
 
-lint: $(VENV)/.lint-installed ## ruff and mypy
+lint: $(VENV)/.lint-installed ## ruff, mypy, and codespell
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	git ls-files -z | xargs -0 $(BIN)/codespell
 
 docs: $(VENV)/.docs-installed ## the documentation as a site, in site/; every link is checked
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
@@ -82,6 +83,10 @@ $(VENV)/.installed: pyproject.toml setup.py
 
 $(VENV)/.lint-installed: $(VENV)/.installed
 	$(BIN)/python -m pip install -e '.[dev]'
+	@touch $@
+
+$(VENV)/.mutants-installed: $(VENV)/.installed
+	$(BIN)/python -m pip install -e '.[mutants]'
 	@touch $@
 
 $(VENV)/.docs-installed: $(VENV)/.installed

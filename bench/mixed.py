@@ -53,7 +53,7 @@ def main() -> int:
             for phase in args.phases.split(","):
                 rounds = args.rounds if phase == "decode" else max(1, args.rounds // 3)
                 for adapters in args.adapters:
-                    run = measured if args.base == "plain" else on_quantised
+                    run = measured if args.base == "plain" else on_quantized
                     rows = run(contest, PHASES[phase], adapters, rounds)
                     for row in rows:
                         write({"dtype": dtype, "phase": phase} | row)
@@ -89,7 +89,7 @@ def measured(contest: Contest, tokens: int, adapters: int, rounds: int) -> list[
 
 
 @torch.no_grad()
-def on_quantised(contest: Contest, tokens: int, adapters: int, rounds: int) -> list[dict[str, Any]]:
+def on_quantized(contest: Contest, tokens: int, adapters: int, rounds: int) -> list[dict[str, Any]]:
     """Time fastlora and PEFT over a quantized base and return a row for each.
 
     There is no implementation by hand for a quantized base.

@@ -322,9 +322,9 @@ class Soak:
         medians = [statistics.median(sample.rss for sample in quarter) for quarter in quarters]
         if self.counts["batches"] >= FLAT_FROM_BATCHES and medians[3] > GROWTH * medians[2]:
             self.fail(f"memory grew: medians of the quarters {[int(m) >> 20 for m in medians]} MiB")
-        self.summarise([int(median) >> 20 for median in medians])
+        self.summarize([int(median) >> 20 for median in medians])
 
-    def summarise(self, medians: list[int]) -> None:
+    def summarize(self, medians: list[int]) -> None:
         """Print a summary of the run."""
         stats, samples = self.pool.stats(), self.samples
         print(f"adapters {stats.registered}, used {len(self.used)}; {self.counts}")

@@ -49,8 +49,8 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("commands", "bench", "__main__"),
 )
 # What counts as one: the ground floor is kernels with the two files that they see, which see
-# nothing of ours, the old names of errors stand beside the errors, and ``python -m fastlora`` is one
-# call of a command.
+# nothing of ours; old names of errors belong to the errors; ``python -m fastlora`` is one call of a
+# command.
 TOGETHER = {
     "fastlora.env": "fastlora.kernels",
     "fastlora.quantized_tensor": "fastlora.kernels",

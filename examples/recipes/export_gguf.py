@@ -1,7 +1,7 @@
 """Export to GGUF, for llama.cpp: an adapter of a Llama, or a merged one.
 
 Names, metadata and the order of rows are those of llama.cpp's convert_lora_to_gguf.py and
-convert_hf_to_gguf.py, by the `gguf` package. For another architecture, for quantised files, or
+convert_hf_to_gguf.py, by the `gguf` package. For another architecture, for quantized files, or
 where a model's tokenizer has a name of its own in llama.cpp, use those scripts: they read the
 folders that fastlora writes (`fastlora merge`, `save_pretrained`).
 
@@ -127,7 +127,7 @@ def _gguf_name(name: str, config: Any) -> str:
 def _rows(tensor: torch.Tensor, module: str, config: Any) -> torch.Tensor:
     """Returns a weight, bias or lora_B with its rows in llama.cpp's order.
 
-    Its rotary embedding turns neighbours; that of transformers turns the halves of a head. So the
+    Its rotary embedding turns neighbors; that of transformers turns the halves of a head. So the
     rows of q and k are dealt: the first of each half, the second of each half, ...
     """
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}

@@ -21,7 +21,7 @@ CONFIG = {"r": 8, "target_modules": TARGETS, "task_type": "CAUSAL_LM"}
 
 
 def in_nf4(folder: str) -> torch.nn.Module:
-    """Returns a model from its folder, quantised while it is read."""
+    """Returns a model from its folder, quantized while it is read."""
     bits = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

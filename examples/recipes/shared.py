@@ -11,7 +11,7 @@ from tiny import tiny_llama  # noqa: E402
 from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: E402
 
-COLOURS = ["red", "green", "blue", "grey", "black", "white"]
+COLORS = ["red", "green", "blue", "gray", "black", "white"]
 THINGS = ["sea", "ship", "lamp", "star"]
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -24,7 +24,7 @@ def base_model(**settings: object) -> LlamaForCausalLM:
 def tokenizer() -> PreTrainedTokenizerFast:
     """Returns a tokenizer of a token a word; with a real model, `AutoTokenizer`."""
     special = ["<pad>", "<s>", "</s>", "<unk>"]
-    words = {word: number for number, word in enumerate([*special, *COLOURS, *THINGS, "the", "is"])}
+    words = {word: number for number, word in enumerate([*special, *COLORS, *THINGS, "the", "is"])}
     made = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.Whitespace()
     names = dict(zip(("pad_token", "bos_token", "eos_token", "unk_token"), special, strict=True))
@@ -32,5 +32,5 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def texts() -> list[str]:
-    """Returns a text for each thing, its colour the one of its number."""
-    return [f"the {thing} is {COLOURS[i]}" for i, thing in enumerate(THINGS)]
+    """Returns a text for each thing, its color the one of its number."""
+    return [f"the {thing} is {COLORS[i]}" for i, thing in enumerate(THINGS)]

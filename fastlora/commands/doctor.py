@@ -114,9 +114,11 @@ def _report_and_facts(
     found.notes += [" ".join(str(w.message).split()) for w in ours]
     if any(row.reason == DORA_WITH_DROPOUT for row in report.rows):
         found.notes.append("with lora_dropout=0, DoRA is also fused in training")
-    facts |= {"class": kind, "quantised": quantization, "eligible": report.fused}
+    facts |= {"class": kind, "quantization": quantization, "eligible": report.fused}
+    facts["quantised"] = quantization  # The keys "quantised" and "siblings" are old.
     facts |= {"implementation": report.implementation, "reason": report.reason}
-    facts |= {"layers": [asdict(row) for row in report.rows], "without_adapter": left_out}
+    layers = [{**asdict(row), "siblings": row.shared_input} for row in report.rows]
+    facts |= {"layers": layers, "without_adapter": left_out}
     return report, facts
 
 
@@ -212,7 +214,7 @@ def _lines(facts: dict[str, Any], report: FusionReport | None) -> Iterator[str]:
     model = facts.get("model")
     if report is not None and model is not None:
         what = f"adapter {model['adapter']}" if "adapter" in model else "a new adapter"
-        bits = f", quantized by {model['quantised']}" if model["quantised"] else ""
+        bits = f", quantized by {model['quantized']}" if model["quantized"] else ""
         yield from (
             "",
             f"{model['path']}: {model['class']}{bits}, with {what}, in training",

@@ -1,6 +1,6 @@
 """Orthogonal initialization: nonzero factors whose product is zero.
 
-The method is from https://datta0.github.io/posts/rethink-lora-init/#orthogonal-initialisation, as
+The method is from https://datta0.github.io/posts/rethink-lora-init/#orthogonal-initialization, as
 implemented in PEFT.
 """
 

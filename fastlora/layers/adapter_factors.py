@@ -286,8 +286,8 @@ class PoolSource:
     """`AdapterSource` for the adapters in a `fastlora.AdapterPool`.
 
     Args:
-        loaded_adapters: The pool's entry of each slot, or None for an empty slot. Slots are columns of
-            the tables.
+        loaded_adapters: The pool's entry of each slot, or None for an empty slot. Slots are columns
+            of the tables.
         tables: The pool's address tables.
     """
 

@@ -35,8 +35,8 @@ class StorageTiers:
 
     Attributes:
         entries: Maps the name of each registered adapter to its record.
-        device: Maps the name of each adapter on the device to its `LoadedAdapter`, least recently used
-            first.
+        device: Maps the name of each adapter on the device to its `LoadedAdapter`, least recently
+            used first.
         retired: Adapters on the device that were replaced or removed but are still leased.
         host: Maps the name of each adapter in the CPU tier to its image, least recently used first.
         staged: Maps the name of each adapter that a thread has read, and that is not in a tier yet,

@@ -18,7 +18,7 @@ class LoRAW:
     """Unsloth's `LoRA_W`."""
 
     @staticmethod
-    def apply(x: Any, weight: Any, quantised: None, a: Any, b: Any, scaling: float) -> Any:
+    def apply(x: Any, weight: Any, quantized: None, a: Any, b: Any, scaling: float) -> Any:
         """Takes x ``[1, M, K]``."""
         return x @ weight.t() + scaling * (x @ a.t() @ b.t())
 

@@ -195,7 +195,7 @@ def test_an_adapter_that_is_not_fused(
     assert facts["notes"] == ["with lora_dropout=0, DoRA is also fused in training"]
 
 
-def test_a_quantised_model_as_when_it_is_loaded(
+def test_a_quantized_model_as_when_it_is_loaded(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("bitsandbytes")
@@ -203,11 +203,11 @@ def test_a_quantised_model_as_when_it_is_loaded(
 
     quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
     loaded = AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantization)
-    loaded.save_pretrained(tmp_path / "quantised")
+    loaded.save_pretrained(tmp_path / "quantized")
     report = fusion_report(get_peft_model(loaded, LoraConfig(target_modules="all-linear")))
-    folder = tmp_path / "quantised"
+    folder = tmp_path / "quantized"
     facts = doctor(capsys, folder)["model"]
-    assert facts["quantised"] == "bitsandbytes"
+    assert facts["quantization"] == facts["quantised"] == "bitsandbytes"
     assert [(row["name"], row["fused"], row["reason"]) for row in facts["layers"]] == [
         (row.name, row.fused, row.reason) for row in report.rows
     ]

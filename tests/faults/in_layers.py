@@ -94,7 +94,7 @@ FAULTS = (
         "            and (not self.quantized or "
         "all(weight.is_unmodified for weight in self.quantized))\n",
         "",
-        ("tests/kernels/test_quantised.py::test_a_write_to_the_second_of_siblings[torchao int8]",),
+        ("tests/kernels/test_quantized.py::test_a_write_to_the_second_of_siblings[torchao int8]",),
     ),
     # ------------------------------------------------------- layers that share their pass over x
     Fault(
@@ -471,7 +471,7 @@ FAULTS = (
         "fastlora/layers/quantized_base.py",
         "if watched is not None and stamp.matches(*watched):",
         "if watched is not None:",
-        ("tests/layers/test_quantised_kinds.py::test_what_was_found_is_kept",),
+        ("tests/layers/test_quantized_kinds.py::test_what_was_found_is_kept",),
     ),
     Fault(
         "Codes that a captured graph reads are freed when the layer clears its caches.",
@@ -480,7 +480,7 @@ FAULTS = (
         "fastlora/layers/quantized_base.py",
         "            self._captured.append(weight)\n",
         "            pass\n",
-        ("tests/kernels/test_quantised.py::test_what_a_captured_graph_reads_stays",),
+        ("tests/kernels/test_quantized.py::test_what_a_captured_graph_reads_stays",),
     ),
     Fault(
         "Kernels read codes in place of a call of a module that has hooks.",
@@ -490,7 +490,7 @@ FAULTS = (
         "        reason = fallback_reason_hooked(module)\n"
         "        if reason:\n            return reason\n",
         "",
-        ("tests/layers/test_quantised_kinds.py::test_4_bit_layers_that_are_called[hook]",),
+        ("tests/layers/test_quantized_kinds.py::test_4_bit_layers_that_are_called[hook]",),
     ),
     Fault(
         "Codes within a word of 4 bytes are given to kernels, which read whole words.",
@@ -499,7 +499,7 @@ FAULTS = (
         "fastlora/layers/quantized/base_weight.py",
         "if quantized_data.codes.data_ptr() % 4:",
         "if False:",
-        ("tests/layers/test_quantised_kinds.py::test_4_bit_layers_that_are_called[within a word]",),
+        ("tests/layers/test_quantized_kinds.py::test_4_bit_layers_that_are_called[within a word]",),
     ),
     # -------------------------------------------------------------------------- compiled batches
     Fault(
@@ -529,7 +529,7 @@ FAULTS = (
         path="fastlora/weights_version.py",
         before="        return type(self)()\n",
         after="        return self\n",
-        tests=("tests/kernels/test_quantised.py::test_copies_do_not_share_codes",),
+        tests=("tests/kernels/test_quantized.py::test_copies_do_not_share_codes",),
     ),
     Fault(
         sentence="A layer joins the shared-input group of another thread with the same tensor.",
@@ -589,7 +589,7 @@ FAULTS = (
         path="fastlora/layers/quantized_base.py",
         before="        self._of, self.repacked = (None, None, None), None\n",
         after="        self._of = None, None, None\n",
-        tests=("tests/layers/test_quantised_kinds.py::test_a_write_ends_a_copy_of_the_codes",),
+        tests=("tests/layers/test_quantized_kinds.py::test_a_write_ends_a_copy_of_the_codes",),
     ),
     Fault(
         sentence="The weight that a merge kept stays in memory after it was restored.",
@@ -607,7 +607,7 @@ FAULTS = (
         path="fastlora/quantized_tensor.py",
         before="        if not self.is_unmodified:\n            raise",
         after="        if False:\n            raise",
-        tests=("tests/kernels/test_quantised.py::test_codes_written_between_forward_and_backward",),
+        tests=("tests/kernels/test_quantized.py::test_codes_written_between_forward_and_backward",),
     ),
     Fault(
         sentence="A layer deletes an adapter that rows of an open block use.",

@@ -1,4 +1,4 @@
-"""Initialisations that look at data, beside PEFT's: CorDA, LoRA-GA and EVA."""
+"""Initializations that look at data, beside PEFT's: CorDA, LoRA-GA and EVA."""
 
 from __future__ import annotations
 

@@ -147,9 +147,9 @@ def test_files_of_peft_load(on_a_cpu: Any, tmp_path: Path) -> None:
         torch.testing.assert_close(loaded(x), theirs(x), atol=1e-5, rtol=1e-5)
 
 
-def test_replacing_weights_of_a_quantised_model(on_a_cpu: Any, tmp_path: Path) -> None:
+def test_replacing_weights_of_a_quantized_model(on_a_cpu: Any, tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
-    save_file(two_layers_of_quantised(), path)
+    save_file(two_layers_of_quantized(), path)
     torch.manual_seed(1)
     config = {"r": 4, "target_modules": ["q", "v"]}
     ours = fastlora.get_peft_model(
@@ -165,10 +165,10 @@ def test_replacing_weights_of_a_quantised_model(on_a_cpu: Any, tmp_path: Path) -
         for layer in (mine["q"], other["q"])
     ]
     torch.testing.assert_close(*products, atol=1e-5, rtol=1e-5)
-    weight = two_layers_of_quantised()["q.weight"]
+    weight = two_layers_of_quantized()["q.weight"]
     base = dense_weight(mine["q"].get_base_layer())
     assert (base + products[0] - weight).norm() < 0.9 * (base - weight).norm()
-    assert mine["v"].lora_A["default"].weight.equal(untouched)  # it is not quantised
+    assert mine["v"].lora_A["default"].weight.equal(untouched)  # it is not quantized
     # Taken back where the callback says so; folders with files in parts are read too.
     kept = mine["q"].lora_A["default"].weight.clone()
     seen = []
@@ -194,7 +194,7 @@ def test_replacing_weights_of_a_quantised_model(on_a_cpu: Any, tmp_path: Path) -
     torch.testing.assert_close(product, products[0], atol=1e-6, rtol=1e-6)
 
 
-def two_layers_of_quantised() -> dict[str, torch.Tensor]:
+def two_layers_of_quantized() -> dict[str, torch.Tensor]:
     """The weights that `tiny.quantized_two_layers` quantizes."""
     torch.manual_seed(0)
     return {key: value.contiguous() for key, value in TwoLayers().state_dict().items()}

@@ -1,4 +1,4 @@
-"""Initialisations beside PEFT's: how adapters start, their files, what cannot start."""
+"""Initializations beside PEFT's: how adapters start, their files, what cannot start."""
 
 from __future__ import annotations
 
@@ -298,7 +298,7 @@ def test_tied_weights_are_not_changed_behind_the_other_ones_back() -> None:
     assert untied(tokens).logits.isfinite().all()
 
 
-def test_quantised_bases() -> None:
+def test_quantized_bases() -> None:
     """OLoRA quantizes anew, as in PEFT; others ask for the model before quantization."""
     ours = quantized_two_layers("bitsandbytes")
     before = dense_weight(ours.q).clone()

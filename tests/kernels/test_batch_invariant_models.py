@@ -73,7 +73,7 @@ def test_a_model_with_one_adapter(lab: Any, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.usefixtures("dots")
-def test_a_quantised_model() -> None:
+def test_a_quantized_model() -> None:
     """Codes have one plan too, on both sides of 64 rows."""
     if torch.cuda.is_available():
         pytest.skip("bitsandbytes runs on the CPU, and kernels in the interpreter")

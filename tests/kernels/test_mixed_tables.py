@@ -68,7 +68,7 @@ def test_inference_mode_shares_where_nobody_was_seen_to_write(lab: Any) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_neighbours_of_another_dtype_change_nothing(lab: Any, dtype: torch.dtype) -> None:
+def test_neighbors_of_another_dtype_change_nothing(lab: Any, dtype: torch.dtype) -> None:
     """An adapter beside one whose factors are in 16 bits keeps its own in fp32."""
     model, x = build(lab, (8, 8)), torch.randn(4, 48, device=lab.device)
     names = ["a1", "a0", "a1", None]

@@ -1,4 +1,4 @@
-"""One more kind of quantised base is one class and one loader: a format of two bits, all here.
+"""One more kind of quantized base is one class and one loader: a format of two bits, all here.
 
 Nothing else in the package, nor in the tests' support, knows of it.
 """

@@ -1,6 +1,6 @@
-"""Tiny models of many architectures, with every initialisation on all the kinds of layers in them.
+"""Tiny models of many architectures, with every initialization on all the kinds of layers in them.
 
-Each: wrapped, trained by a step, saved, loaded by PEFT, merged. The initialisations come from the
+Each: wrapped, trained by a step, saved, loaded by PEFT, merged. The initializations come from the
 registry: one that is added there is tried here.
 """
 

@@ -263,7 +263,7 @@ UNSET_NOW = {
     "arrow_config": {"top_k": 2},
     "kasa_config": {"beta": 1},
 }
-# Fields of initialisations: see tests/init.
+# Fields of initializations: see tests/init.
 OF_INITS = {"loftq_config", "eva_config", "corda_config", "lora_ga_config"}
 
 

@@ -1,4 +1,4 @@
-"""DoRA on models against PEFT: files both ways, patched models, quantised base layers."""
+"""DoRA on models against PEFT: files both ways, patched models, quantized base layers."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ def test_a_16_bit_model_starts_as_its_base() -> None:
 
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("kind", ["bitsandbytes", "torchao"])
-def test_quantised_base_layers(kind: str, dora: bool) -> None:
-    """Over a quantised linear ours is PEFT's layer, and a patched one is too, with gradients."""
+def test_quantized_base_layers(kind: str, dora: bool) -> None:
+    """Over a quantized linear ours is PEFT's layer, and a patched one is too, with gradients."""
     config = {"r": 4, "target_modules": ["q", "v"], "use_dora": dora}
     theirs = peft.get_peft_model(quantized_two_layers(kind), peft.LoraConfig(**config))
     randomize(theirs)

@@ -146,8 +146,8 @@ def test_human_bytes() -> None:
     ],
     ids=["nf4", "nested", "int8"],
 )
-def test_quantised_by_bitsandbytes(bits: dict[str, Any], scales: float, tmp_path: Path) -> None:
-    """What a model's tensors really hold, before it is quantised as after."""
+def test_quantized_by_bitsandbytes(bits: dict[str, Any], scales: float, tmp_path: Path) -> None:
+    """What a model's tensors really hold, before it is quantized as after."""
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("bitsandbytes")
     config = transformers.BitsAndBytesConfig(**bits)
@@ -178,7 +178,7 @@ def test_quantised_by_bitsandbytes(bits: dict[str, Any], scales: float, tmp_path
     assert "one dequantized weight" in str(found)
 
 
-def test_quantised_by_torchao() -> None:
+def test_quantized_by_torchao() -> None:
     """Codes and scales of what the weight is made of."""
     library = pytest.importorskip("torchao.quantization")
     model = nn.Sequential(nn.Linear(64, 32)).bfloat16()

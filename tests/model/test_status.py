@@ -99,7 +99,7 @@ def test_a_copy_names_the_active_adapters_that_have_one() -> None:
 
 
 @pytest.mark.parametrize("kind", ["bitsandbytes", "torchao"])
-def test_quantised_bases(kind: str) -> None:
+def test_quantized_bases(kind: str) -> None:
     """Their names in PEFT; beside a plain layer the model's is irregular."""
     model = fastlora.get_peft_model(
         quantized_two_layers(kind), fastlora.LoraConfig(r=2, target_modules=["q", "v"])

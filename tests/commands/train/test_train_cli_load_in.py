@@ -77,7 +77,7 @@ def test_resume(whole: Path, base: Path, data: Any, tmp_path: Path) -> None:
 def test_losses_are_those_of_pefts_qlora(base: Path, data: Any, tmp_path: Path) -> None:
     """Ten steps on the same samples from the same factors: every loss, and the factors at the end.
 
-    With dtype float32 what is not quantised is in fp32, as after PEFT's preparation.
+    With dtype float32 what is not quantized is in fp32, as after PEFT's preparation.
     """
     peft = pytest.importorskip("peft")
     given = train_runs.config(base, data, tmp_path / "out", steps=10, load_in="4bit", seed=2)

@@ -1,6 +1,6 @@
-"""Adapters over quantised bases against PEFT's over the very same base, on a CPU.
+"""Adapters over quantized bases against PEFT's over the very same base, on a CPU.
 
-Every kind on a Llama, bitsandbytes' on a GPT-2 too, where transformers puts a quantised linear into
+Every kind on a Llama, bitsandbytes' on a GPT-2 too, where transformers puts a quantized linear into
 the place of a Conv1D. (torchao leaves a Conv1D as it is.)
 """
 
@@ -207,7 +207,7 @@ def logits(model: Any) -> torch.Tensor:
 
 @pytest.mark.parametrize("kind", ["nf4 nested", "torchao int8"])
 def test_files_both_ways(kind: str, tmp_path: Path) -> None:
-    """What ours writes PEFT reads, on the quantised base and on a plain one, and the other way."""
+    """What ours writes PEFT reads, on the quantized base and on a plain one, and the other way."""
     models = sides(kind, "llama", "dora")
     both = models["ours"], models["peft"]
     expected = logits(both[1]).detach()

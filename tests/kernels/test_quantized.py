@@ -62,7 +62,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[nn.Module]]:
 
 
 def on_kernels(model: Any) -> Any:
-    """The model, whose quantised modules are not to be called."""
+    """The model, whose quantized modules are not to be called."""
     for layer in layers_of(model):
         layer.impl = "triton"
         layer.base_layer.__dict__["on_kernels"] = True
@@ -122,7 +122,7 @@ def test_one_adapter(kind: str, dtype: torch.dtype, options: Any) -> None:
     base = gated(kind, dtype)
     exact = adapted(dequantized(base), peft, **options).double()
     near = [copy.deepcopy(exact).to(dtype)]
-    if "lora_bias" not in options:  # PEFT has none over quantised layers
+    if "lora_bias" not in options:  # PEFT has none over quantized layers
         near.append(adapted(copy.deepcopy(base), peft, **options))
     ours, x = on_kernels(adapted(base, **options)), inputs(5, dtype)
     truth, nears = step(exact, x.double()), [step(model, x) for model in near]
@@ -261,7 +261,7 @@ def check(ours: Any, x: torch.Tensor) -> list[torch.Tensor]:
     for layer in layers_of(twin):
         base = layer.base_layer
         plain = nn.Linear(base.in_features, base.out_features, base.bias is not None)
-        plain.weight = nn.Parameter(quantised_of(base).dense().detach().float())
+        plain.weight = nn.Parameter(quantized_of(base).dense().detach().float())
         if base.bias is not None:
             plain.bias = nn.Parameter(base.bias.detach().float())
         layer.base_layer, layer.impl = plain, "eager"
@@ -270,7 +270,7 @@ def check(ours: Any, x: torch.Tensor) -> list[torch.Tensor]:
     return found
 
 
-def quantised_of(base: nn.Module) -> Any:
+def quantized_of(base: nn.Module) -> Any:
     """The kind of a module's weight."""
     found = quantized_weight_of(base)
     assert found is not None
@@ -295,7 +295,7 @@ def remade(ours: Any, kind: str) -> None:
 CHANGES: dict[str, Any] = {
     "merge and unmerge": lambda ours, kind: (ours.merge_adapter(), ours.unmerge_adapter()),
     "write": lambda ours, kind: [
-        quantised_of(layer.base_layer).write(torch.randn(layer.out_features, layer.in_features))
+        quantized_of(layer.base_layer).write(torch.randn(layer.out_features, layer.in_features))
         for layer in layers_of(ours)
     ],
     "to": lambda ours, kind: ours.to(torch.float32).to("cpu"),

@@ -1,4 +1,4 @@
-"""Merging into quantised base layers: dequantize, add, quantize again; and exactly back."""
+"""Merging into quantized base layers: dequantize, add, quantize again; and exactly back."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TORCHAO = ["torchao int8", "torchao float8"]
 
 
 class One(nn.Module):
-    """A linear, which is to be quantised, and nothing else."""
+    """A linear, which is to be quantized, and nothing else."""
 
     def __init__(self, n: int = N, k: int = K, bias: bool = True) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class One(nn.Module):
 
 
 def one(kind: str, n: int = N, k: int = K, dtype: torch.dtype = torch.float32) -> Any:
-    """A model whose linear is quantised; the same one at every call."""
+    """A model whose linear is quantized; the same one at every call."""
     torch.manual_seed(0)
     model = One(n, k).to(dtype)
     model.q = quantize_linear(model.q, kind, torch.float32)
@@ -241,7 +241,7 @@ def test_a_plain_model_of_merged_and_bare_layers() -> None:
 
 
 def test_a_plain_model_is_saved_as_one(tmp_path: Path) -> None:
-    """Of transformers': it has no mark of a quantised one left, and loads as any other."""
+    """Of transformers': it has no mark of a quantized one left, and loads as any other."""
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("bitsandbytes")
     tiny_llama().bfloat16().save_pretrained(tmp_path / "base")
@@ -292,8 +292,8 @@ def test_merge_and_unload_goes_layer_by_layer(dtype: torch.dtype, options: Any) 
 
 @pytest.mark.parametrize("dequantize", [False, True])
 @pytest.mark.parametrize("kind", ["nf4", "nf4 nested", "int8", "torchao int8"])
-def test_quantised_layers_go_layer_by_layer(kind: str, dequantize: bool) -> None:
-    """So they do where weights are quantised again; or beside the bf16 ones that are made."""
+def test_quantized_layers_go_layer_by_layer(kind: str, dequantize: bool) -> None:
+    """So they do where weights are quantized again; or beside the bf16 ones that are made."""
     layers = [one(kind, 512, 256, torch.bfloat16).q for _ in range(6)]
     config = fastlora.LoraConfig(r=4, target_modules=["0", "1", "2", "3"])
     model = fastlora.get_peft_model(nn.Sequential(*layers, nn.LayerNorm(512).bfloat16()), config)
@@ -304,7 +304,7 @@ def test_quantised_layers_go_layer_by_layer(kind: str, dequantize: bool) -> None
     assert peak < 2 * 512 * 256 * 4 + dequantize * 6 * 512 * 256 * 2
 
 
-def test_a_linear_of_two_names_is_dequantised_once() -> None:
+def test_a_linear_of_two_names_is_dequantized_once() -> None:
     """Under both it is the same plain one."""
     model: Any = one("nf4")
     model.other = nn.ModuleList([one("nf4").q] * 2)

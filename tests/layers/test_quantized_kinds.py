@@ -1,6 +1,6 @@
-"""What kernels read of quantised weights and when modules are called; the report; norms; training.
+"""What kernels read of quantized weights and when modules are called; the report; norms; training.
 
-Here modules are called, as on any CPU; tests/kernels/test_quantised.py runs kernels over them.
+Here modules are called, as on any CPU; tests/kernels/test_quantized.py runs kernels over them.
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ def _raise(text: str) -> None:
 
 
 def test_other_layers_that_are_called() -> None:
-    """Not quantised yet, no compute dtype yet, blocks over rows, int8 with x, made in inference."""
+    """Not quantized yet, no compute dtype yet, blocks over rows, int8 with x, made in inference."""
     bitsandbytes = _library("bitsandbytes").nn
     raw = layer_over(bitsandbytes.Linear4bit(128, 48, compute_dtype=torch.float32))
     assert "not quantized yet" in fallback_reason_base_called(
