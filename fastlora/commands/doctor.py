@@ -214,7 +214,7 @@ def _lines(facts: dict[str, Any], report: FusionReport | None) -> Iterator[str]:
     model = facts.get("model")
     if report is not None and model is not None:
         what = f"adapter {model['adapter']}" if "adapter" in model else "a new adapter"
-        bits = f", quantized by {model['quantized']}" if model["quantized"] else ""
+        bits = f", quantized by {model['quantization']}" if model["quantization"] else ""
         yield from (
             "",
             f"{model['path']}: {model['class']}{bits}, with {what}, in training",
