@@ -123,7 +123,7 @@ def test_wrong_files_are_named(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="no file of measured rows"):
             config_files.read(path)
     endless = FileRow("lora_linear", "half", ConfigRow(16, 64, 128, 4, 3, (16,)))
-    with pytest.raises(ValueError, match="it says for no problem"):
+    with pytest.raises(ValueError, match="it covers no problem"):
         measurements.put_first("sm_90", [endless], path)
     with pytest.raises(ValueError, match="no configs for 'sm_70'"):
         measurements.put_first("sm_70", [], path)
