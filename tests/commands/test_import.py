@@ -58,8 +58,9 @@ def test_the_import_leaves_out_what_only_some_need(tmp_path: Path) -> None:
     """The compiler comes with the first `torch.compile`, other libraries with their models."""
     code = """
 import sys, fastlora
-heavy = ("torch._dynamo", "torch._inductor", "peft", "transformers", "matplotlib")
-own = ("fastlora.kernels.", "fastlora.bench.", "fastlora.commands", "fastlora.integrations.peft")
+heavy = ("torch._dynamo", "torch._inductor", "peft", "transformers", "matplotlib",
+    "fastlora.integrations.peft")
+own = ("fastlora.kernels.", "fastlora.bench.", "fastlora.commands")
 print([name for name in sys.modules if name.startswith(own) or name in heavy])
 """
     measured = str(tmp_path)  # its table would be read at the first launch

@@ -118,7 +118,7 @@ def test_corda_refusals(tmp_path: Path) -> None:
     before = copy.deepcopy(model)
     other = fastlora.LoraConfig(**{**FIELDS, "rank_pattern": {"v": 2}}, init_lora_weights="corda")
     with pytest.raises(
-        InitializationError, match="'v': .*run preprocess_corda on this model with the config"
+        InitializationError, match="'v': .*run preprocess_corda on this model with the adapter's c"
     ):
         fastlora.get_peft_model(model, other)
     assert type(model.q) is nn.Linear and model.q.weight.equal(before.q.weight)

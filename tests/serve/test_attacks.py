@@ -176,7 +176,7 @@ def test_others_are_served(program: Program, name: str) -> None:
     Where the machine itself is slow, requests are measured up to three times.
     """
     with program.running():
-        memory = program.loaded_names
+        memory = program.resident
         before_new, before_kept = ask_often(program.port)
         measured: list[Any] = []
         with attacking(program, name) as statuses:
@@ -199,9 +199,7 @@ def test_others_are_served(program: Program, name: str) -> None:
         assert not [own for own in refused if own[1] not in (404, 422)]  # 404 before it is found
         assert (name in ("patterns", "sparse_adapter", "links", "fifos")) == (422 in found)
         time.sleep(SETTLE_SECONDS)
-        assert program.loaded_names - memory <= MOST_GROWTH // (
-            2 if name == "sparse_adapter" else 1
-        )
+        assert program.resident - memory <= MOST_GROWTH // (2 if name == "sparse_adapter" else 1)
         if FULL or name == list(ATTACKS)[-1]:
             with contextlib.ExitStack() as stack:
                 for own in (name,) if FULL else ("idle_sockets", "slow_headers", name):

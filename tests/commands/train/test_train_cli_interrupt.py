@@ -356,7 +356,7 @@ def full_at(owner: Any, name: str, call: int, start: str = "") -> Callable[[Any]
     ("fill_disk", "what", "step"),
     [
         (full_log, "{out}/log.jsonl", 3),
-        (full_at(RunProcesses, "track", 3), "trackers", 2),
+        (full_at(RunProcesses, "log_to_trackers", 3), "trackers", 2),
         (full_at(command, "_print_message", 1, "step 4"), "answers", 4),
         (full_at(csv, "writer", 1), "{out}/losses.csv", STEPS),
         (full_at(RunProcesses, "end_trackers", 1), "trackers", STEPS),
@@ -402,7 +402,7 @@ def test_a_full_disk_before_the_first_step(
     given: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: Callable[..., str]
 ) -> None:
     """Nothing was trained, and the error says so."""
-    full_at(RunProcesses, "track", 1)(monkeypatch)
+    full_at(RunProcesses, "log_to_trackers", 1)(monkeypatch)
     assert fails(given).endswith("No space left on device); nothing was trained")
     assert {entry.name for entry in (tmp_path / "out").iterdir()} == {"log.jsonl"}
 

@@ -195,7 +195,7 @@ def test_prompts_are_put_as_the_data_is(tmp_path: Path, base: Path) -> None:
         ({"text": "x"}, "hi"),
     ):
         (tmp_path / "d.jsonl").write_text(json.dumps(row))
-        corpus = train_data.encode([tmp_path / "d.jsonl"], tokenizer, 512)
+        corpus = train_data.tokenize_files([tmp_path / "d.jsonl"], tokenizer, 512)
         assert format_and_tokenize_prompt("hi", corpus, tokenizer) == tokenizer(expected).input_ids
 
 

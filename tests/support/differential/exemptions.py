@@ -354,7 +354,7 @@ EXEMPTIONS: tuple[Exemption, ...] = (
         Script("Llama", (_wrap(["q_proj"]), _set(["default", "ash"]))),
     ),
     Exemption(
-        "Sums of rsLoRA adapters have the correct size",
+        "Sums of rsLoRA adapters are scaled correctly",
         lambda m: m.of("weighted") and m.about("update/", "file ") and any(m.chosen("use_rslora")),
         Script("Llama", (_wrap(["q_proj"], use_rslora=True), _weighted("default"))),
     ),
