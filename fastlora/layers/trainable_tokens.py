@@ -56,7 +56,7 @@ def check_tokens_trainable(module: nn.Module, indices: list[int]) -> None:
 
 
 class TokenAdapter(nn.Module):
-    """Module with a base layer and the rows that each adapter trains.
+    """Adapter module for one base layer, with the token rows that each adapter trains.
 
     The attribute names follow PEFT.
 

@@ -275,7 +275,7 @@ class QuantizedBaseWeight(MergeTarget):
 
 
 def register_quantized_weight(kind: _Kind) -> _Kind:
-    """Class decorator that registers a kind of quantized weight.
+    """Register a kind of quantized weight, and return it; this is a class decorator.
 
     Kinds that are registered later are tried first.
     """

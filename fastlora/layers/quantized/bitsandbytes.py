@@ -325,7 +325,7 @@ class BitsAndBytes8Bit(QuantizedBaseWeight):
     def read_for_kernels(
         self, dtype: torch.dtype
     ) -> tuple[QuantizedData, tuple[torch.Tensor, ...]]:
-        """Raise `KernelsCannotRead`, because bitsandbytes also rounds x to int8."""
+        """Always raise `KernelsCannotRead`, because bitsandbytes also rounds x to int8."""
         threshold = getattr(self.base.state, "threshold", 0.0)
         apart = f", except for columns with values above {threshold}" if threshold else ""
         raise KernelsCannotRead(
