@@ -106,7 +106,9 @@ def _should_use_native_autograd(
     lora_b: torch.Tensor,
     scaling: torch.Tensor,
 ) -> bool:
-    """Return whether to use PyTorch's own autograd nodes for a layer without dropout.
+    """Return whether a layer should use PyTorch's own autograd nodes.
+
+    The result is True only for a few rows on a CPU. The layer has no active dropout.
 
     ``base_tensor`` is the base weight, or the output of a base layer that was called.
 

@@ -39,7 +39,7 @@ from fastlora.ops.torch.dora import (
 
 
 class DoraScale(torch.autograd.Function):
-    """Compute ``y = g * u + bias``, the DoRA output, from the LoRA output u without bias.
+    """Scale the LoRA output u, without bias, to the DoRA output ``y = g * u + bias``.
 
     Saves u if the magnitude needs a gradient; no other gradient depends on u. Also saves the
     magnitude and the squared norms.

@@ -69,7 +69,9 @@ def factors_from_parameters(
     *,
     with_dropout: bool = True,
 ) -> Factors | None:
-    """Return an adapter's factors from its parameters, or None if its modules must be called.
+    """Return an adapter's `Factors`, which contain its parameters.
+
+    Returns None if the adapter's modules must be called.
 
     Args:
         layer: The layer with the adapter.
@@ -108,7 +110,7 @@ def factors_from_parameters(
 
 
 def common_factor_dtype(slots: Slots) -> torch.dtype:
-    """Return the narrowest dtype that represents all factors exactly, or fp32 if there are none."""
+    """Return the dtype to which the dtypes of all factors promote, or fp32 if there are none."""
     dtypes = [
         tensor.dtype
         for factors in slots
@@ -122,7 +124,7 @@ def common_factor_dtype(slots: Slots) -> torch.dtype:
 def fallback_reason_for_adapters(
     layer: LinearWithAdapters, names: list[str], gathered: bool = False
 ) -> str:
-    """Return the fallback reason if an adapter's modules must be called, or an empty string.
+    """Return the fallback reason if the adapters' modules must be called, or an empty string.
 
     Hooks, parametrizations, shards, and replaced modules take effect only if the modules are
     called. ``gathered`` means that FSDP2 replaces shards by plain parameters during the forward
@@ -308,7 +310,7 @@ class PoolSource:
         return found._replace(scaling=torch.full((), found.scaling, dtype=exact, device=x.device))
 
     def dora_scales(self, call: MixedCall, slots: Sequence[int]) -> list[DoraScaleTerms]:
-        """Return the DoRA scales that the pool caches for the given slots.
+        """Return the DoRA scales of the given slots, which the pool caches.
 
         See `fastlora.pool.scales`.
         """

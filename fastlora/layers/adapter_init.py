@@ -119,7 +119,7 @@ class AdapterInitializer:
     def initial_values(
         self, lora_a: torch.Tensor, lora_b: torch.Tensor, linear: bool = True
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return a tuple of initial values for ``lora_a [R, K]`` and ``lora_b [N, R]``.
+        """Return the initial values of ``lora_a [R, K]`` and ``lora_b [N, R]`` as a tuple.
 
         Both arguments contain freshly drawn random values.
         """

@@ -29,7 +29,10 @@ def table_row_of(layer: LinearWithAdapters, number: int, tables: AddressTables) 
 
 
 def find_address_tables(routing: Routing, x: torch.Tensor) -> AddressTables | None:
-    """Return the address tables of a batch, or None if a factor is not a plain tensor."""
+    """Return the address tables of a batch, or None if its factors cannot be in tables.
+
+    Tables support only plain tensors, all on one device.
+    """
     if routing.source.tables is not None:
         return routing.source.tables
     # The key has the number of layers: a later block also finds layers that were added since.

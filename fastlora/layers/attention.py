@@ -50,7 +50,7 @@ class AttentionOutProjection(FastLoraWrapper):
     is_linear = False
 
     def fusion(self, gathered: bool = False) -> tuple[bool, str]:
-        """Return a tuple (False, fallback reason), because this layer never runs fused."""
+        """Return whether the layer runs fused, which it never does, and the fallback reason."""
         return False, _FALLBACK_REASON
 
 
@@ -73,7 +73,9 @@ class FastLoraMultiheadAttention(UnfusedLoraLayer):
 
     @property
     def _qkv_same_embed_dim(self) -> bool:
-        """Whether q, k, and v have equal sizes and no adapter applies.
+        """Whether q, k, and v have the same embedding dimension.
+
+        The value is False while an adapter applies.
 
         `nn.TransformerEncoderLayer` reads this property. While it is False, the encoder layer calls
         this layer. Otherwise, in evaluation, it reads the base weights itself and would ignore the
@@ -86,11 +88,11 @@ class FastLoraMultiheadAttention(UnfusedLoraLayer):
         return out
 
     def inner_layers(self) -> dict[str, LoraLayer]:
-        """Return a dict that maps the relative name of out_proj to its LoRA layer."""
+        """Return a dict of nested LoRA layers by relative name, which contains only out_proj."""
         return {_OUT: self._out()}
 
     def release(self) -> nn.Module:
-        """Restore the original out_proj, and return the attention module."""
+        """Return the attention module without adapters, after restoring its original out_proj."""
         base = self.base_layer
         if isinstance(base.out_proj, LoraLayer):
             base.out_proj = base.out_proj.release()

@@ -21,7 +21,10 @@ from fastlora.weights_version import weights_versions
 
 
 def clear_layer_caches(layer: BaseAdapterLayer) -> None:
-    """Clear a layer's caches, and the packed factors that its model caches for mixed batches."""
+    """Clear all caches that depend on a layer's weights.
+
+    This includes the packed factors that the layer's model caches for mixed batches.
+    """
     clear_weight_caches(layer)
     clear_group_cache(layer)
     weights_versions.invalidate_trained_weights()  # Open blocks cache results too.
@@ -48,7 +51,10 @@ class BaseAdapterLayer(LinearWithAdapters):
             self.routing_group.packs.clear()
 
     def _local_weight(self) -> torch.Tensor:
-        """Return the base weight as a dense matrix, ``[N, K]``."""
+        """Return this process's part of the base weight, as a dense matrix ``[N, K]``.
+
+        By default, it is the whole weight.
+        """
         return dense_weight(self.get_base_layer())
 
     def train(self, mode: bool = True) -> Any:
@@ -69,7 +75,7 @@ class BaseAdapterLayer(LinearWithAdapters):
         self._move_scalings_to_factors(values)
 
     def _register_scaling_move_hook(self) -> None:
-        """Register a hook that moves scalings to the factors' device after ``load_state_dict``."""
+        """Register a ``load_state_dict`` hook that moves scalings to the factors' device."""
         if _move_scalings_after_load not in self._load_state_dict_post_hooks.values():
             self.register_load_state_dict_post_hook(_move_scalings_after_load)
 

@@ -123,7 +123,10 @@ def tensor_parallel_style(module: nn.Module) -> str | None:
 
 
 def returns_unreferenced_output(module: nn.Module) -> bool:
-    """Return whether a linear-like module keeps no reference to the outputs that it returns."""
+    """Return whether a linear-like module keeps no reference to its output.
+
+    Only then may the output be overwritten.
+    """
     kind = type(module)
     # The name has the form that `qualified_class_name` returns.
     return (

@@ -140,7 +140,7 @@ class FastLoraConv(AdditiveLoraLayer):
         return self._unflatten_kernels(delta, self.weight.shape)
 
     def _factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Return a tuple of lora_a and lora_b as matrices and lora_bias (None if there is none).
+        """Return an adapter's lora_a and lora_b, as matrices, and its lora_bias or None.
 
         If the convolution has groups, lora_b is ``[N, R / groups]``.
         """
@@ -157,7 +157,7 @@ class FastLoraConv(AdditiveLoraLayer):
             up.bias.copy_(bias)
 
     def _dora_norm_factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the two factors of the update that DoRA includes in its norms, as in PEFT.
+        """Return the two factors of the update from which DoRA's norms are computed, as in PEFT.
 
         With one group, they are the factors. With groups, PEFT multiplies the flattened ``lora_B``
         and ``lora_A`` and reshapes the product to ``[N, C / groups, ...]``. Row n of the reshaped

@@ -92,7 +92,7 @@ def _scale_and_add_bias(
     magnitude: torch.Tensor,
     squares: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Return ``g * u + bias`` for ``u [..., N]``.
+    """Scale ``u [..., N]`` by DoRA's g, and add the bias.
 
     The result overwrites u if no autograd graph is recorded.
     """
@@ -210,7 +210,7 @@ def _needs_gathered_rows(
     routing: Routing,
     slots: DoraSlots,
 ) -> bool:
-    """Return whether DoRA must gather each adapter's rows, for autograd or for dropout."""
+    """Return whether DoRA must gather each adapter's rows, which autograd and dropout require."""
     if slots.dropped:
         return True
     magnitudes = []

@@ -53,7 +53,7 @@ def may_cache_tensors(device: torch.device) -> bool:
 
 
 def base_weight_stamp(layer: LinearWithAdapters) -> TensorStamp | None:
-    """Return the stamp of a layer's base weight, or None if a stamp cannot detect changes.
+    """Return a stamp that detects changes of a layer's base weight, or None if none can.
 
     The same object is returned until the weight changes or `clear_weight_caches` clears it.
     """

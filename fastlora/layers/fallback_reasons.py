@@ -64,7 +64,7 @@ def uses_dora(layer: LinearWithAdapters, names: list[str]) -> bool:
 
 
 def fallback_reason_for_dora(layer: LinearWithAdapters, names: list[str]) -> str:
-    """Return the reason why DoRA prevents fusing the active adapters, or an empty string."""
+    """Return the fallback reason if DoRA prevents fusing the adapters, or an empty string."""
     if not uses_dora(layer, names):
         return ""
     if len(names) > 1:
@@ -76,7 +76,7 @@ def fallback_reason_for_dora(layer: LinearWithAdapters, names: list[str]) -> str
 
 
 def raise_if_triton_required(layer: LinearWithAdapters, names: list[str]) -> None:
-    """Raise `ImplementationError` if the layer has ``impl="triton"``.
+    """Raise `ImplementationError` if the layer requires Triton (``impl="triton"``).
 
     The caller has found that the adapters' modules must be called.
     """

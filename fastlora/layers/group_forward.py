@@ -143,7 +143,7 @@ def group_forward(
 
 
 def _fallback_reason_for_call(call: UniformCall | MixedCall) -> str:
-    """Return the reason why layers may not share results in this call, or an empty string."""
+    """Return the reason why the call cannot share results with other layers, or an empty string."""
     if call.conditions.invariant:
         return _INVARIANT
     # A forward pass within a backward pass recomputes a checkpoint. The checkpoint's first run
@@ -300,8 +300,8 @@ def _compute_s_together(
 ) -> tuple[SharedResult | None, str]:
     """Use one pass over x to compute s for a layer and for the layers called after it.
 
-    Returns a tuple of the layer's own result and an empty string, or of None and the reason why s
-    is not shared.
+    Returns a tuple (result, reason). The result is that of the layer itself, and the reason is
+    empty. If s is not shared, the result is None, and the reason explains why.
     """
     members: list[Any] = [reference() for reference in group.members]
     behind = members[members.index(call.layer) + 1 :]
@@ -334,7 +334,7 @@ def _active_dropout_p(slots: Slots) -> float:
 
 
 def _s_in_compiled_graph(call: UniformCall | MixedCall, own: Slots) -> SharedResult | None:
-    """Return a layer's s in a graph that is being compiled, or None if s is not shared."""
+    """Compute a layer's s in a graph that is being compiled, or return None if s is not shared."""
     layer, conditions = call.layer, call.conditions
     if not layer.has_shared_input_group():
         layer.record_compiled_fallback(_UNSEEN)

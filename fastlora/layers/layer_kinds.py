@@ -66,7 +66,10 @@ _KINDS: list[LayerKind] = []
 
 
 def register_layer_kind(kind: LayerKind) -> LayerKind:
-    """Register a layer kind, which takes precedence over the kinds registered before it."""
+    """Register a layer kind, and return it.
+
+    It takes precedence over the kinds registered before it.
+    """
     _KINDS.insert(0, kind)
     return kind
 

@@ -85,7 +85,9 @@ class FastLoraLinear(LoraLayer, nn.Linear):
     def from_linear(
         cls, linear: nn.Linear, *, adapter_name: str | None = DEFAULT_ADAPTER, **adapter: Any
     ) -> FastLoraLinear:
-        """Create a layer that shares the weight and bias of ``linear``, and freeze both.
+        """Create a LoRA layer from an `nn.Linear`, by default with a new adapter.
+
+        The layer shares the weight and bias of ``linear``, which become frozen.
 
         Args:
             linear: A plain `nn.Linear`.
@@ -108,9 +110,9 @@ class FastLoraLinear(LoraLayer, nn.Linear):
 
     @classmethod
     def _from_linear_without_adapter(cls, linear: nn.Linear) -> FastLoraLinear:
-        """Create a layer that has no adapters and shares a plain linear's weight and bias.
+        """Create a layer without adapters from a plain linear.
 
-        The weight and bias are not frozen.
+        The layer shares the linear's weight and bias, which are not frozen.
         """
         self = cls.__new__(cls)
         nn.Module.__init__(self)
@@ -125,7 +127,7 @@ class FastLoraLinear(LoraLayer, nn.Linear):
         return self
 
     def to_linear(self) -> nn.Linear:
-        """Return an `nn.Linear` that shares this layer's weight and bias.
+        """Return an `nn.Linear` without adapters that shares this layer's weight and bias.
 
         It is the linear that the layer was created from, if any.
         """
@@ -136,7 +138,7 @@ class FastLoraLinear(LoraLayer, nn.Linear):
         return linear.train(self.training)
 
     def release(self) -> nn.Module:
-        """Return the `nn.Linear` that replaces this layer when its adapters are removed."""
+        """Return the base `nn.Linear`, which replaces this layer when its adapters are removed."""
         return self.to_linear()
 
     def _freeze_base(self) -> None:
@@ -170,7 +172,7 @@ class FastLoraLinear(LoraLayer, nn.Linear):
         return Base(weight, self.bias) if type(weight) is nn.Parameter else None
 
     def get_base_layer(self) -> nn.Module:
-        """Return the layer itself, which is its own base layer."""
+        """Return the base layer, which is this layer itself."""
         return self
 
     @property

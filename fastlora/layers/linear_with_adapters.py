@@ -88,7 +88,7 @@ class LinearWithAdapters(nn.Module):
         return None
 
     def _local_quantized(self) -> QuantizedBaseWeight | None:
-        """Return the base weight as a `QuantizedBaseWeight`, or None if it is not quantized."""
+        """Return this process's part of a quantized base weight, or None for other weights."""
         return None
 
     def _weight_saved_for_backward(self, compiling: bool) -> torch.Tensor:
@@ -100,7 +100,7 @@ class LinearWithAdapters(nn.Module):
         return self._local_weight() if found is None else found.tensor_for_pytorch_only()
 
     def _local_bias(self) -> torch.Tensor | None:
-        """Return the base bias, ``[N]``, or None."""
+        """Return this process's part ``[N]`` of the base bias, or None."""
         bias: torch.Tensor | None = getattr(self.get_base_layer(), "bias", None)
         return bias
 
@@ -109,7 +109,7 @@ class LinearWithAdapters(nn.Module):
         return seed
 
     def _reduce_row_squared_norms(self, sums: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Reduce this process's ``sums`` to the squared norms of whole rows.
+        """Reduce each process's ``sums`` to the squared norms of whole rows.
 
         ``sums`` are the `adapted_squared_norms` over this process's columns. Each result is
         ``[N]``, with infinity instead of 0.

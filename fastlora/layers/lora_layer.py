@@ -78,7 +78,7 @@ class LoraLayer(Mergeable):
     # ------------------------------------------- methods that a layer kind overrides
 
     def release(self) -> nn.Module:
-        """Return the module that replaces this layer in the model when its adapters are removed."""
+        """Return the base module, which replaces this layer when its adapters are removed."""
         return self.get_base_layer()
 
     def fusion(self, gathered: bool = False) -> tuple[bool, str]:
@@ -239,9 +239,9 @@ class LoraLayer(Mergeable):
         return undo
 
     def _prepare_new_factors(self, adapter_name: str) -> None:
-        """Prepare a new adapter's factors before its magnitude is computed.
+        """Prepare a new adapter's factors.
 
-        By default, the method does nothing.
+        The method runs before the magnitude is computed. By default, it does nothing.
         """
 
     def reset_magnitude(self, adapter_name: str) -> None:
@@ -302,7 +302,10 @@ class LoraLayer(Mergeable):
         self._active_adapters = [n for n in self._active_adapters if n != adapter_name]
 
     def adapter_parameters(self, adapter_name: str) -> Iterator[nn.Parameter]:
-        """Yield an adapter's trainable parameters, or nothing if the layer lacks the adapter."""
+        """Yield an adapter's parameters on this layer, except for those that are never trained.
+
+        Nothing is yielded if the layer lacks the adapter.
+        """
         fixed = self.frozen_peft_weight_names.get(adapter_name, ())
         for part in self.adapter_parts:
             holder = self._modules[part]

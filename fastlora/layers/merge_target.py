@@ -93,10 +93,10 @@ class DenseMergeTarget:
         return float((self.dense() - matrix).square().sum(dtype=torch.float64))
 
     def check_writable(self) -> None:
-        """Do nothing, because a floating-point weight is always writable."""
+        """Check that the weight is writable; a floating-point weight always is."""
 
     def write(self, dense: torch.Tensor) -> None:
-        """Do nothing, because ``dense`` is the weight itself."""
+        """Write ``dense`` to the weight, which does nothing because ``dense`` is the weight."""
 
     def snapshot(self) -> object:
         return self.weight.detach().clone()

@@ -42,14 +42,17 @@ class Mergeable(ModuleWithAdapters, BaseAdapterLayer):
         self._merged_scales: dict[str, torch.Tensor] = {}
 
     def get_base_layer(self) -> nn.Module:
-        """Return the module that the adapters modify."""
+        """Return the base layer, which the adapters modify."""
         base: nn.Module | None = self._modules.get("base_layer")
         if base is None:
             raise UnsupportedLayerError(f"{type(self).__name__} has no base layer")
         return base
 
     def _weight_and_bias_to_merge(self) -> tuple[MergeTarget, torch.Tensor | None]:
-        """Return a tuple (base weight, bias), or raise an error if they do not support merging."""
+        """Return the base weight and the bias that adapters are merged into, or raise an error.
+
+        The error says why the weight or the bias does not support merging.
+        """
         raise UnsupportedLayerError(f"{type(self).__name__} cannot be merged")
 
     def _base_fingerprints(self) -> list[Fingerprint]:
@@ -86,9 +89,9 @@ class Mergeable(ModuleWithAdapters, BaseAdapterLayer):
         clear_weight_caches(self)
 
     def _write_and_record_error(self, weight: MergeTarget, matrix: torch.Tensor) -> None:
-        """Replace the weight with ``matrix [N, K]``, and record the lost precision.
+        """Write ``matrix [N, K]`` to the weight, and record the error that quantization causes.
 
-        The lost precision is stored in `merge_error`. For weights that are merged in place, the
+        The error is stored in `merge_error`. For weights that are merged in place, the
         method does nothing.
         """
         if weight.in_place:
@@ -253,7 +256,9 @@ class Mergeable(ModuleWithAdapters, BaseAdapterLayer):
         sign: float,
         scales: dict[str, torch.Tensor],
     ) -> None:
-        """Add ``sign`` times the change that the last adapter in ``names`` makes to the bias.
+        """Add ``sign`` times the last adapter's change to the bias.
+
+        The last adapter is that of ``names``, whose adapters are merged in this order.
 
         ``scales`` maps the name of each DoRA adapter to its scale g, shape ``[N]``.
         """
@@ -270,12 +275,12 @@ class Mergeable(ModuleWithAdapters, BaseAdapterLayer):
             bias.add_((change if before is None else change - before) * sign)
 
     def _factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Return a tuple of lora_a ``[R, K]``, lora_b ``[N, R]``, and lora_bias ``[N]`` or None."""
+        """Return a tuple (lora_a ``[R, K]``, lora_b ``[N, R]``, lora_bias ``[N]`` or None)."""
         down, up = self.lora_A[name], self.lora_B[name]
         return down.weight, up.weight, up.bias
 
     def _dora_norm_factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the two factors of the update that DoRA includes in its norms."""
+        """Return the two factors of the update from which DoRA's norms are computed."""
         lora_a, lora_b, _ = self._factors(name)
         return lora_a, lora_b
 

@@ -134,7 +134,7 @@ def slot_factors_for_kernels(
 
     Raises:
         ImplementationError, UnsupportedLayerError: As for `choose_mixed_implementation`.
-        ValueError: A factor is on another device than x.
+        ValueError: A factor is not on the device of x.
     """
     if call.conditions.impl != "triton":
         return None

@@ -243,7 +243,7 @@ def _forward_pool_in_graph(
     """Compute a layer's output in a compiled graph with a pool's adapters.
 
     Returns None if unsupported. The pool's tables provide the factors. Gradients, fp64, the
-    batch-invariant mode, and PyTorch operators on another device than a CPU are not supported.
+    batch-invariant mode, and PyTorch operators on any device but a CPU are not supported.
     """
     x, impl, (weight, bias, y, _) = call.x, call.conditions.impl, base
     if lora_linear.records_gradients(x, weight, bias, y) or x.dtype == torch.float64:

@@ -42,7 +42,10 @@ class ModuleWithAdapters:
         raise UnsupportedLayerError(f"{type(self).__name__} has no adapters")
 
     def adapter_parameters(self, adapter_name: str) -> Iterator[nn.Parameter]:
-        """Yield an adapter's trainable parameters, or nothing if the module lacks the adapter."""
+        """Yield an adapter's parameters in this module, except for those that are never trained.
+
+        Nothing is yielded if the module lacks the adapter.
+        """
         raise UnsupportedLayerError(f"{type(self).__name__} has no adapters")
 
     def _check_has_adapter(self, adapter_name: str) -> None:

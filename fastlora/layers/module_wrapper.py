@@ -74,16 +74,19 @@ class ModuleWrapper(ModuleWithAdapters, nn.Module):
     # ----------------------------------------------------------------------------- adapters
 
     def release(self) -> nn.Module:
-        """Return the module that replaces this wrapper when the adapters are removed."""
+        """Return the base module, which replaces this wrapper when the adapters are removed."""
         return self.get_base_layer()
 
     def current(self) -> nn.Module:
-        """Return the current module, which provides the attributes that the wrapper lacks."""
+        """Return the module that is currently in use.
+
+        It provides the attributes that the wrapper lacks.
+        """
         return self.get_base_layer()
 
     @property
     def adapter_names(self) -> list[str]:
-        """Names of the adapters that train this module."""
+        """Names of all adapters that train this module."""
         return list(self._trained_by_adapter)
 
     def adapter_parameters(self, adapter_name: str) -> Iterator[nn.Parameter]:

@@ -83,7 +83,7 @@ class ModulesToSaveWrapper(ModuleWrapper):
         return self.original_module if name is None else self.modules_to_save[name]
 
     def current(self) -> nn.Module:
-        """Return the module that a forward pass runs: the active copy or the original module."""
+        """Return the module that is currently in use: the active copy or the original module."""
         name = self.acting()
         return self.original_module if name is None else self.modules_to_save[name]
 

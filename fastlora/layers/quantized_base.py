@@ -145,7 +145,7 @@ class KernelWeightCache(UncopiedCache):
         )
 
     def _current_entries(self, module: nn.Module) -> _Found | None:
-        """Return a tuple (kind, cached entries) for the current weight, or None without a stamp.
+        """Return a tuple (kind, cached entries) for the current weight, or None if it has no stamp.
 
         Entries of another weight, or from before a write, are dropped.
 
@@ -271,7 +271,7 @@ def clear_weight_caches(layer: object, release_captured: bool = False) -> None:
 def _stamp_arguments(
     module: nn.Module, kind: QuantizedBaseWeight | None
 ) -> tuple[Sequence[torch.Tensor], tuple[Hashable, ...]] | None:
-    """Return the arguments for stamping a module's weight, or None if the weight was replaced."""
+    """Return the arguments for `stamp_tensors`, or None if the module's weight was replaced."""
     if kind is None:
         weight = module._parameters.get("weight")
         identity: tuple[Any, ...] = id(weight), type(weight)

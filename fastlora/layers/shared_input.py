@@ -185,9 +185,10 @@ class SharedInputGroup(SharedResultCache):
         self.idle: set[int] = set()
 
     def discard_untaken(self) -> set[int]:
-        """Drop this thread's untaken results, and record the layers that they were for as idle.
+        """Drop this thread's untaken results, and return the set of layers that they were for.
 
-        Nothing is computed for an idle layer until it is called again.
+        These layers are also recorded as idle. Nothing is computed for an idle layer until it
+        is called again.
         """
         untaken = super().discard_untaken()
         if untaken:

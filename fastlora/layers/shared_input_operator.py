@@ -43,7 +43,9 @@ def _compute_s_for_group(
     dtype: torch.dtype,
     factor_dtype: torch.dtype | None,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Compute s for a group's layers, and return the s and the dropout seed of layer ``own``.
+    """Compute s for a group's layers.
+
+    Returns a tuple of layer ``own``'s s and dropout seed.
 
     The seed is in a list, which is empty without dropout. ``places`` lists the position of each
     lora_a among those of all layers and slots. Without ids, one adapter applies to all rows. If

@@ -156,7 +156,7 @@ class TensorParallelLora(FastLoraWrapper):
             )
 
     def reset_magnitude(self, adapter_name: str) -> None:
-        """Reset a magnitude as `LoraLayer.reset_magnitude` does.
+        """Set an adapter's DoRA magnitude to the row norms of its adapted weight.
 
         All processes must call this method.
         """
@@ -189,7 +189,7 @@ class TensorParallelLora(FastLoraWrapper):
     # ------------------------------------------------------------------------------ forward
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Compute y from x, both in the layouts of the base layer's parallel style."""
+        """Return the layer's output y for x, both in the layouts of its parallel style."""
         execution_mode_of(x, "eager").raise_if_batch_invariant(self, BASE_GEMM_VARIES)
         if not torch.is_inference_mode_enabled():
             return self.base_layer(x, *args, **kwargs)
@@ -317,7 +317,7 @@ class TensorParallelLora(FastLoraWrapper):
     # ------------------------------------------------------------------------ merging, report
 
     def fusion(self, gathered: bool = False) -> tuple[bool, str]:
-        """Return a tuple (False, fallback reason), because this layer never runs fused."""
+        """Return whether the layer runs fused, which it never does, and the fallback reason."""
         reason = f"{self.style} tensor parallel: LoRA is added to each process's part of the output"
         names = self._applied_adapters()
         if uses_dora(self, names):
@@ -326,7 +326,7 @@ class TensorParallelLora(FastLoraWrapper):
         return False, reason
 
     def _weight_and_bias_to_merge(self) -> tuple[MergeTarget, torch.Tensor | None]:
-        """Return a tuple of this process's shards of the base weight and bias, for merging."""
+        """Return this process's shards of the base weight and bias, for merging."""
         weight, bias = self.base_layer.weight, self.base_layer.bias
         if weight.device_mesh.ndim != 1:
             raise UnsupportedLayerError(

@@ -34,14 +34,14 @@ class _TransposedFactor(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The other layer's factor, transposed to the layout of a linear's weight."""
+        """The weight, which is the embedding's factor in transposed layout."""
         (source,), part, adapter_name = self._at
         factor: torch.Tensor = source._modules[part][adapter_name]
         return factor.t()
 
     @property
     def bias(self) -> None:
-        """None: the factor has no bias."""
+        """The bias, which is always None."""
         return None
 
 
@@ -70,7 +70,7 @@ class TiedLoraHead(AdditiveLoraLayer):
 
     @property
     def tied_to(self) -> FastLoraEmbedding:
-        """The embedding's layer."""
+        """The LoRA layer of the embedding that this head is tied to."""
         return self._source[0]
 
     def add_adapter(self, adapter_name: str, **settings: Any) -> None:
@@ -90,7 +90,10 @@ class TiedLoraHead(AdditiveLoraLayer):
         }
 
     def file_names(self, adapter_name: str) -> dict[str, str]:
-        """Return an empty dict, because the embedding saves the shared factors."""
+        """Return a dict of the adapter's file names, which is always empty.
+
+        The embedding saves the shared factors.
+        """
         return {}
 
     def _count_samples_and_dims(self, x: torch.Tensor) -> tuple[int, int]:

@@ -56,7 +56,7 @@ def check_tokens_trainable(module: nn.Module, indices: list[int]) -> None:
 
 
 class TokenAdapter(nn.Module):
-    """Module with a base layer and the rows that each adapter trains.
+    """Adapter module for one base layer, with the token rows that each adapter trains.
 
     The attribute names follow PEFT.
 
@@ -102,7 +102,10 @@ class TokenAdapter(nn.Module):
 
     @property
     def tied_adapter(self) -> TokenAdapter | None:
-        """The `TokenAdapter` that owns the rows, or None if this object owns them."""
+        """The `TokenAdapter` that this object is tied to, or None.
+
+        That object owns the rows. If there is none, this object owns them.
+        """
         return self._tied[0] if self._tied else None
 
     def get_base_layer(self) -> nn.Module:
@@ -367,7 +370,10 @@ class TrainableTokensWrapper(ModuleWrapper):
 
     @torch.no_grad()
     def _merge_checked(self, names: list[str], keep_base: bool) -> None:
-        """Write the adapters' rows into the weight, and save the old rows for `unmerge`."""
+        """Merge adapters that `check_merge` has checked, by writing their rows into the weight.
+
+        The old rows are saved for `unmerge`.
+        """
         weight: Any = self.get_base_layer().weight
         rows_before = self._rows_before_merge()
         for name in names:
@@ -379,7 +385,7 @@ class TrainableTokensWrapper(ModuleWrapper):
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Restore the rows that `merge` replaced."""
+        """Undo `merge` by restoring the rows that it replaced."""
         weight: Any = self.get_base_layer().weight
         rows_before = self._rows_before_merge()
         while self.merged_adapters:

@@ -68,7 +68,7 @@ class UnfusedLoraLayer(LoraLayer):
             return getattr(self._modules["base_layer"], name)
 
     def fusion(self, gathered: bool = False) -> tuple[bool, str]:
-        """Return a tuple (False, fallback reason), because this layer never runs fused."""
+        """Return whether the layer runs fused, which it never does, and the fallback reason."""
         return False, f"its base layer is {type(self.base_layer).__name__}: {self.fallback_reason}"
 
     def _check_conditions(self, x: torch.Tensor) -> ExecutionMode:

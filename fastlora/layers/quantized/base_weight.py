@@ -84,7 +84,7 @@ class QuantizedBaseWeight(MergeTarget):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the result of `dense`."""
+        """The dtype of the dequantized weight, which `dense` returns."""
         found: torch.dtype = self.weight.dtype
         return found
 
@@ -257,7 +257,9 @@ class QuantizedBaseWeight(MergeTarget):
     def convert_snapshot(
         self, snapshot: object, fn: Callable[[torch.Tensor], torch.Tensor]
     ) -> object:
-        """Return ``snapshot`` unchanged, because ``fn`` may change dtypes.
+        """Convert a snapshot, which for a quantized weight means returning it unchanged.
+
+        ``fn`` is not applied, because it may change dtypes.
 
         `restore` moves the data to the weight's device.
         """
@@ -273,7 +275,7 @@ class QuantizedBaseWeight(MergeTarget):
 
 
 def register_quantized_weight(kind: _Kind) -> _Kind:
-    """Class decorator that registers a kind of quantized weight.
+    """Register a kind of quantized weight, and return it; this is a class decorator.
 
     Kinds that are registered later are tried first.
     """

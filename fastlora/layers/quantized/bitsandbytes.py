@@ -55,7 +55,10 @@ class BitsAndBytes4Bit(QuantizedBaseWeight):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the weight before quantization, or fp32 if the codes are repacked."""
+        """The dtype of the dequantized weight.
+
+        It is the dtype before quantization, or fp32 if the codes are repacked.
+        """
         found: torch.dtype = self.weight.quant_state.dtype
         return torch.float32 if self._is_repacked() else found
 
@@ -282,7 +285,10 @@ class BitsAndBytes4Bit(QuantizedBaseWeight):
         self.weight.quant_state.to(self.weight.device)
 
     def fingerprint(self) -> Fingerprint:
-        """Return how often each 4-bit code occurs, which repacking does not change."""
+        """Return a fingerprint of the weight, which repacking does not change.
+
+        It counts how often each 4-bit code occurs.
+        """
         counts = self.weight.data.view(torch.uint8).flatten().bincount(minlength=256).view(16, 16)
         return (counts.sum(0) + counts.sum(1),)
 
@@ -310,7 +316,7 @@ class BitsAndBytes8Bit(QuantizedBaseWeight):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype to which bitsandbytes dequantizes."""
+        """The dtype of the weight that bitsandbytes dequantizes."""
         return torch.float32
 
     def stored_tensors(self) -> list[torch.Tensor]:
@@ -319,7 +325,7 @@ class BitsAndBytes8Bit(QuantizedBaseWeight):
     def read_for_kernels(
         self, dtype: torch.dtype
     ) -> tuple[QuantizedData, tuple[torch.Tensor, ...]]:
-        """Raise `KernelsCannotRead`, because bitsandbytes also rounds x to int8."""
+        """Always raise `KernelsCannotRead`, because bitsandbytes also rounds x to int8."""
         threshold = getattr(self.base.state, "threshold", 0.0)
         apart = f", except for columns with values above {threshold}" if threshold else ""
         raise KernelsCannotRead(

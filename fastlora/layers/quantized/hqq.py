@@ -40,7 +40,7 @@ class HqqWeight(QuantizedBaseWeight):
         return made
 
     def check_writable(self) -> None:
-        """Raise `UnsupportedLayerError`, because merging would require HQQ's solver."""
+        """Always raise `UnsupportedLayerError`, because merging would require HQQ's solver."""
         raise UnsupportedLayerError(
             f"cannot merge into {type(self.base).__name__}: HQQ finds a weight's codes by "
             "optimization; dequantize the base model first"
