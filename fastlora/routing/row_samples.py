@@ -41,9 +41,10 @@ def no_samples(shape: Sequence[int]) -> torch.Tensor:
 
 
 def is_in_order(samples: torch.Tensor, count: int, *, blanks: bool = False) -> bool:
-    """Return whether rows are in batch order, with the same number of rows for each sample.
+    """Return whether the samples are in batch order.
 
-    If ``blanks`` is set, rows without a sample are accepted at any position.
+    Each sample must have the same number of rows. If ``blanks`` is set, rows without a sample are
+    accepted at any position.
     """
     expected = samples_in_order(samples.shape, count)
     if expected is None:

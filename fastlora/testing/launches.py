@@ -124,7 +124,10 @@ class StandInDriver:
         return self._target
 
     def get_current_device(self) -> int:
-        """Return the index of the device, which is unique to this driver."""
+        """Return the index of the current device.
+
+        The index is unique to this driver.
+        """
         return self._number
 
     def get_current_stream(self, device: int) -> int:

@@ -19,9 +19,10 @@ def keep_mask(
     dropout_p: float,
     after: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Return the dropout mask of x, computed by a registered operator if a compiler is tracing.
+    """Return the dropout mask of x.
 
-    ``after`` is a tensor of the backward pass that needs the mask, or None in a forward pass.
+    If a compiler is tracing, a registered operator computes the mask. ``after`` is a tensor of the
+    backward pass that needs the mask, or None in a forward pass.
     """
     if is_traced(seed):
         return torch.ops.fastlora.lora_keep(x, seed, dropout_p, after)
