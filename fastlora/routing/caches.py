@@ -34,7 +34,7 @@ def cuda_stream_handle(device: torch.device) -> int:
 
 
 class RoutedLayer(Protocol):
-    """The attributes of a layer that routing uses.
+    """Protocol of layers that use routing, with the attributes that routing needs.
 
     Attributes:
         routing_group: The routing group of the layer's model; None outside a model.

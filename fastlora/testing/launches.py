@@ -44,7 +44,10 @@ class Launch(NamedTuple):
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """A dict that maps argument names to values, excluding tensors and strides."""
+        """A dict that maps argument names to values.
+
+        Tensors and strides are excluded.
+        """
         given = zip(self.names, self.values, strict=True)
         return {
             name: value

@@ -292,7 +292,7 @@ def grad_a(
     rows: Rows,
     wants: Sequence[bool],
 ) -> list[torch.Tensor | None]:
-    """Return a list of the lora_a gradients of all adapters of G layers.
+    """Return a list of all adapters' lora_a gradients for G layers.
 
     ``wants`` tells which gradients are wanted. The list contains None for an adapter without rows,
     and for a gradient that is not wanted. The rows of x may be in any order.

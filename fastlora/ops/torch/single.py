@@ -43,7 +43,10 @@ def shrink(
 
 
 def gradients(given: BackwardArguments) -> Gradients:
-    """Return a tuple of the gradients of a layer with one adapter; see `Backend.gradients`."""
+    """Return a tuple with the gradients for a layer with one adapter.
+
+    See `Backend.gradients`.
+    """
     dy, weight, x, operands, _, s, _, wants_x, wants_bias, _, wants = given
     (lora_a,), (lora_b,), _, scaling, (dropout_p,), seed, _ = operands
     wants_a, wants_b, _ = wants

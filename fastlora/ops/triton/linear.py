@@ -116,7 +116,7 @@ def mixed_grouped_forward(
     max_rank: int,
     factor_dtype: torch.dtype,
 ) -> list[torch.Tensor]:
-    """Return a list of the outputs of 2 to 4 modules with the same x and adjacent table rows.
+    """Return the outputs of 2 to 4 modules that share x and have adjacent table rows.
 
     The outputs are computed by two launches, a shrink and a linear. If many adapters may share a
     row tile, they are computed by library products, a shrink, and an expand instead. Quantized
