@@ -14,14 +14,14 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def warn_renamed(old: str, new: str, stacklevel: int = 3) -> None:
-    """Give a `FutureWarning` that ``old`` was renamed to ``new``."""
+    """Issue a `FutureWarning` that ``old`` was renamed to ``new``."""
     warnings.warn(
         f"{old} is deprecated and will be removed; use {new}", FutureWarning, stacklevel=stacklevel
     )
 
 
 def renamed_attributes(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
-    """Return a ``__getattr__`` for a module that still has the old names of its attributes.
+    """Return a module ``__getattr__`` that accepts the old names of renamed attributes.
 
     Args:
         module: The module's ``__name__``.
@@ -40,7 +40,7 @@ def renamed_attributes(module: str, names: Mapping[str, str]) -> Callable[[str],
 
 
 class RenamedAttribute:
-    """The old name of a method or property of a class.
+    """Descriptor for the old name of a renamed method or property.
 
     Args:
         new: The new name.

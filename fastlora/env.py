@@ -22,15 +22,18 @@ def triton_interpreted() -> bool:
 
 
 def batch_invariant() -> bool:
-    """Return whether ``FASTLORA_BATCH_INVARIANT`` enables batch-invariant mode at startup."""
+    """Return whether ``FASTLORA_BATCH_INVARIANT`` enables batch-invariant mode.
+
+    The mode is then on from the start.
+    """
     return os.environ.get("FASTLORA_BATCH_INVARIANT", "0").lower() in ("1", "true", "on", "yes")
 
 
 def default_plan() -> str:
-    """Return the default plan for calls that specify none, as set by ``FASTLORA_PLAN``.
+    """Return the default plan, which ``FASTLORA_PLAN`` sets.
 
-    A plan selects the kernels of a LoRA layer; see `fastlora.functional.lora_linear`. The default
-    is ``"auto"`` if the variable is not set.
+    It applies to calls that specify no plan. A plan selects the kernels of a LoRA layer; see
+    `fastlora.functional.lora_linear`. The default is ``"auto"`` if the variable is not set.
     """
     return os.environ.get("FASTLORA_PLAN", "auto").lower() or "auto"
 
@@ -80,13 +83,13 @@ def server_admin_key() -> str | None:
 
 
 def user_configured_allocator() -> bool:
-    """Return whether the user has configured glibc's allocator with an environment variable."""
+    """Return whether the user has configured glibc's malloc with an environment variable."""
     names = ("GLIBC_TUNABLES", "MALLOC_ARENA_MAX", "MALLOC_MMAP_THRESHOLD_")
     return any(name in os.environ for name in (*names, "MALLOC_TRIM_THRESHOLD_"))
 
 
 def set_offline_demo_variables() -> None:
-    """Set the variables that disable network access and log output in the demo.
+    """Set the environment variables that disable network access and log output in the demo.
 
     Call this function before the demo imports other libraries. The demo's model is on disk, so it
     does not need the Hugging Face Hub. Without the log level, Kineto (`torch.profiler`) would print
@@ -108,10 +111,11 @@ def hide_library_progress_bars() -> None:
 
 
 def silence_import_warnings() -> None:
-    """Silence the warnings that dependencies of transformers and PEFT log when they are imported.
+    """Silence the warnings that libraries log when they are imported.
 
-    Commands call this function before they import these libraries. The warnings are about missing
-    files of libraries that the user of a command has not chosen.
+    The libraries are dependencies of transformers and PEFT. Commands call this function before they
+    import them. The warnings are about missing files of libraries that the user of a command has
+    not chosen.
     """
     for library in ("torchao", "bitsandbytes", "torch.utils._pytree"):
         logging.getLogger(library).setLevel(logging.ERROR)

@@ -51,7 +51,7 @@ class _BoundedMatchingState:
 
     @contextlib.contextmanager
     def count_matching_time(self, field: str) -> Iterator[None]:
-        """Add the CPU time of a ``with`` block to the time spent on matching.
+        """Count the CPU time of a ``with`` block as matching time.
 
         The time of nested blocks is counted only once.
 
@@ -82,7 +82,9 @@ class _BoundedMatchingState:
             )
 
     def compile_with_pcre2(self, field: str, pattern: str, expression: str) -> Any:
-        """Compile a regular expression with PCRE2, and cache the result.
+        """Compile a regular expression with PCRE2.
+
+        The result is cached.
 
         Args:
             field: Name of the config field, for error messages.
@@ -139,10 +141,11 @@ _bounded: ContextVar[_BoundedMatchingState | None] = ContextVar(
 
 @contextlib.contextmanager
 def bounded_matching() -> Iterator[None]:
-    """Limit the time and memory for matching patterns during a ``with`` block, in this thread.
+    """Limit the time and memory for matching patterns in a ``with`` block.
 
-    Inside the block, a pattern that exceeds a limit raises `CheckpointError`. So does a regular
-    expression if pcre2 is not installed. A nested block shares the limits of the outer block.
+    The limits apply to this thread. Inside the block, a pattern that exceeds a limit raises
+    `CheckpointError`. So does a regular expression if pcre2 is not installed. A nested block shares
+    the limits of the outer block.
     """
     if _bounded.get() is not None:
         yield
@@ -155,7 +158,7 @@ def bounded_matching() -> Iterator[None]:
 
 
 def count_matching_time(field: str) -> contextlib.AbstractContextManager[None]:
-    """Return a context manager that adds the time of its block to the time spent on matching.
+    """Return a context manager that counts the time of its block as matching time.
 
     The block raises `CheckpointError` at its end if the time limit is exceeded. Each match inside
     the block also checks the limit. A block around a loop over patterns therefore counts the time
@@ -198,7 +201,7 @@ def matches_whole_name(field: str, pattern: str, name: str) -> bool:
 
 
 def matches_name_components(field: str, pattern: str, name: str) -> bool:
-    """Return whether a pattern matches one or more consecutive components of a module name.
+    """Return whether a pattern matches consecutive components of a module name.
 
     The components of a name are separated by dots.
     """
@@ -206,9 +209,10 @@ def matches_name_components(field: str, pattern: str, name: str) -> bool:
 
 
 def layer_index_in_name(field: str, pattern: str, name: str) -> int | None:
-    """Return the number that follows the first match of a pattern in a module name, or None.
+    """Return the layer index in a module name, which follows a pattern's first match.
 
-    For example, it is 3 for the pattern "layers" and the name "model.layers.3.mlp".
+    The result is None if no number follows. For example, it is 3 for the pattern "layers" and the
+    name "model.layers.3.mlp".
     """
     found = _match(field, pattern, r"(?:^|.*?\.){}\.(?P<idx>\d+)\.", name)
     index = None if found is None else found.group("idx")
@@ -255,7 +259,7 @@ def patterns_matching_no_suffix(
 
 
 class _SuffixIndex:
-    """An index of a config field's patterns, for matching them against the ends of module names.
+    """An index of a config field's patterns, for matching the ends of module names.
 
     Patterns that are plain names are looked up in dicts. All other patterns are matched one by one.
 
@@ -277,7 +281,7 @@ class _SuffixIndex:
                     self.expressions[pattern] = place
 
     def matching_plain_patterns(self, name: str) -> dict[str, int]:
-        """Return a dict of the plain patterns that match the end of a name and their positions."""
+        """Return the plain patterns that match the end of a name, with their positions."""
         found = {}
         with count_matching_time(self._field):
             for lengths, patterns in self._plain.items():

@@ -118,7 +118,7 @@ def _group_by_mesh(tensors: Iterable[torch.Tensor]) -> list[list[torch.Tensor]]:
 
 
 class ShardedSave:
-    """Coordinates the processes of a sharded model while the model is saved.
+    """Coordinates the processes that save a sharded model.
 
     All processes gather the tensors together, and one process writes the files. Then all processes
     are informed whether the write succeeded.
@@ -145,7 +145,7 @@ class ShardedSave:
     def gather_full_tensors(
         self, tensors: Mapping[str, torch.Tensor], return_tensors: bool
     ) -> dict[str, torch.Tensor]:
-        """Gather DTensors one at a time, and return a dict that maps each name to the full tensor.
+        """Gather all DTensors, one at a time, and return a dict of full tensors by name.
 
         Gathered tensors are on the CPU. Plain tensors are returned unchanged.
 
@@ -194,11 +194,11 @@ class ShardedSave:
 
 
 def copy_full_tensor_(target: torch.Tensor, source: torch.Tensor) -> None:
-    """Copy a full tensor into a plain tensor or a DTensor, converting it to the target's dtype.
+    """Copy a full tensor into a plain tensor or a DTensor.
 
-    Every process must have all of ``source``. If ``target`` is a DTensor, each process copies its
-    own shard without communication. ``source`` may be a DTensor only if it is sharded in the same
-    way as ``target``.
+    The values are converted to the target's dtype. Every process must have all of ``source``. If
+    ``target`` is a DTensor, each process copies its own shard without communication. ``source`` may
+    be a DTensor only if it is sharded in the same way as ``target``.
     """
     if not is_dtensor(target) or is_dtensor(source):
         target.copy_(source)

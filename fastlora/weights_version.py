@@ -113,10 +113,11 @@ def stamp_tensors(
 
 
 class WeightsVersion:
-    """The version that this process's weights had when a value was cached; compared by identity.
+    """The version that this process's weights had when a value was cached.
 
-    It is an object rather than a number because a compiler that traces an optimizer's step
-    also traces fastlora's hook. The compiler would guard on a number and recompile at each step.
+    Versions are compared by identity. A version is an object rather than a number because a
+    compiler that traces an optimizer's step also traces fastlora's hook. The compiler would guard
+    on a number and recompile at each step.
     """
 
 
@@ -193,7 +194,10 @@ class WeightsVersions:
 
 
 def _storage_id(weight: torch.Tensor) -> int:
-    """Return the identity of a weight's storage, or 0 for a sparse weight, which has no storage."""
+    """Return the identity of a weight's storage.
+
+    It is 0 for a sparse weight, which has no storage.
+    """
     try:
         return weight.untyped_storage()._cdata
     except RuntimeError:

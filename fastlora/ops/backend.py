@@ -115,7 +115,7 @@ class Backend(ABC):
 
     @abstractmethod
     def gradients(self, given: BackwardArguments) -> Gradients:
-        """Return a tuple of the gradients of a layer's inputs; see `Gradients` for the order."""
+        """Return a tuple with the gradients of a layer's inputs; see `Gradients` for the order."""
 
     # -------------------------------------------------- layers of a shared-input group, in one call
 

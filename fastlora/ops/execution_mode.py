@@ -116,11 +116,11 @@ def is_traced(x: torch.Tensor) -> bool:
 def operators_are_observed(
     x: torch.Tensor, in_autograd_function: bool = False, by_profiler: bool = True
 ) -> bool:
-    """Return whether a tracer, a dispatch mode, autograd, or a profiler observes operators on x.
+    """Return whether anything observes operators on x, such as a tracer or autograd.
 
-    Modes are dispatch modes and functorch transforms. If ``in_autograd_function`` is set, autograd
-    is ignored, because it records nothing inside an autograd function. If ``by_profiler`` is False,
-    profilers are ignored.
+    Other observers are dispatch modes, functorch transforms, and profilers. If
+    ``in_autograd_function`` is set, autograd is ignored, because it records nothing inside an
+    autograd function. If ``by_profiler`` is False, profilers are ignored.
     """
     return bool(
         torch.compiler.is_compiling()
@@ -178,7 +178,7 @@ class _Layer(Protocol):
 
 
 class ExecutionMode(NamedTuple):
-    """How a forward pass runs: its implementation, its autocast dtype, and whether it is compiled.
+    """How a forward pass is executed, including its implementation and autocast dtype.
 
     Attributes:
         impl: ``"triton"`` or ``"eager"``. In the batch-invariant mode this is the requested

@@ -23,7 +23,7 @@ PENDING = 16
 
 
 class Factors(NamedTuple):
-    """The factors, scaling, and dropout probability of one adapter on one linear layer.
+    """The factors, scaling, and dropout of one adapter on one linear layer.
 
     Attributes:
         lora_a: ``[R, K]``. Several adapters can be concatenated along the rank.
@@ -66,7 +66,10 @@ class Base(NamedTuple):
         return self.y
 
     def writable_output(self) -> torch.Tensor:
-        """Return y as a tensor ``[M, N]`` that may be overwritten, copied if necessary."""
+        """Return the output y as a tensor ``[M, N]`` that may be overwritten.
+
+        The result is a copy if y itself may not be overwritten.
+        """
         if self.y is None:
             raise ValueError("no base output is given")
         flat = self.y.reshape(-1, self.y.shape[-1])

@@ -29,7 +29,10 @@ def max_rank(factors: Sequence[Factor], rank_dim: int) -> int:
 
 
 def padded_rank(largest_rank: int) -> int:
-    """Return the number of columns of s and ds: the largest rank rounded up to a multiple of 16."""
+    """Return the largest rank rounded up to a multiple of 16.
+
+    This is the number of columns of s and ds.
+    """
     return max(-(-largest_rank // 16) * 16, 16)
 
 

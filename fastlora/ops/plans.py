@@ -33,7 +33,7 @@ def choose_plan(
     n: int | None = None,
     slots: int = 1,
 ) -> str:
-    """Return the name of the plan that selects the kernels to launch for x ``[M, K]`` and a weight.
+    """Choose the plan that selects the kernels to launch for x and a weight, and return its name.
 
     A ``plan`` other than "auto" takes precedence over ``FASTLORA_PLAN``, which takes precedence
     over the chip's table.

@@ -79,9 +79,9 @@ class Rows:
         return [self.order, self.segment_of, self.segment_slot, self.slot_start]
 
     def pieces(self, block_m: int) -> torch.Tensor:
-        """Return the position in sorted order at which each piece starts, int32 ``[pieces + 1]``.
+        """Return the pieces of the sorted rows, as the positions at which they start.
 
-        Unused entries are M.
+        The result is int32 ``[pieces + 1]``. Unused entries are M.
 
         The first call caches the result. In a graph nothing is cached, because compilers merge
         equal calls. If a CUDA graph is captured over rows that were sorted outside of it, the first
@@ -123,7 +123,10 @@ class Rows:
 
     @functools.cached_property
     def _slot_of_ids(self) -> torch.Tensor:
-        """The ids as an int64 tensor on the CPU, with `INVALID_SLOT` for ids out of range."""
+        """The ids as an int64 tensor on the CPU.
+
+        Ids out of range are replaced by `INVALID_SLOT`.
+        """
         if self.ids is None:
             raise ValueError("rows that were created from tensors have no ids")
         ids = self.ids.to(device="cpu", dtype=torch.int64)
@@ -139,7 +142,7 @@ class Rows:
 
     @functools.cached_property
     def inverse_order(self) -> torch.Tensor:
-        """The position of each row in sorted order, int64 ``[M]``."""
+        """The inverse of `order`: the position of each row in sorted order, int64 ``[M]``."""
         inverse = torch.empty(self.m, dtype=torch.int64, device=self.order.device)
         inverse[self.order.long()] = torch.arange(self.m, device=self.order.device)
         return inverse
@@ -217,9 +220,10 @@ def rows_from_tensors(tensors: Sequence[torch.Tensor]) -> Rows:
 def _rows_sort(
     ids: torch.Tensor, m: int, slots: int, device: torch.device, block_m: int
 ) -> tuple[torch.Tensor, ...]:
-    """Return a tuple with the first five fields of `Rows` and the pieces for ``block_m``.
+    """Sort the rows of a batch by slot, and return the tensors of a `Rows` and the pieces.
 
-    If ``block_m`` is 0, the tensor of pieces is empty.
+    The result is a tuple of the first five fields of `Rows` and the pieces for ``block_m``. If
+    ``block_m`` is 0, the tensor of pieces is empty.
     """
     if slots < 0:
         raise ValueError(f"slots must be 0 or more, got {slots}")
@@ -272,7 +276,10 @@ def _empty_sort_results(
 
 @register_kernel("rows_pieces")
 def _rows_pieces(segment_of: torch.Tensor, slots: int, block_m: int) -> torch.Tensor:
-    """Return the position in sorted order at which each piece starts; see `Rows.pieces`."""
+    """Return the pieces of the sorted rows, as the positions at which they start.
+
+    See `Rows.pieces`.
+    """
     m = segment_of.shape[0]
     position = torch.arange(m, dtype=torch.int32, device=segment_of.device)
     starts = _run_starts(segment_of) | (position % block_m == 0)
@@ -290,7 +297,10 @@ def _(segment_of: torch.Tensor, slots: int, block_m: int) -> torch.Tensor:
 
 
 def pieces_length(m: int, slots: int, block_m: int) -> int:
-    """Return the number of entries that `Rows.pieces` returns. The arguments may be symbolic."""
+    """Return the length of the tensor that `Rows.pieces` returns.
+
+    The arguments may be symbolic.
+    """
     entries: int = -(-m // max(block_m, 1)) + torch.sym_min(m, slots + 2) + 1
     return entries
 

@@ -14,7 +14,10 @@ from fastlora.routing.routing import Routing, RoutingGroup
 
 
 class _ThreadRoutings(threading.local):
-    """The routings of a thread's open blocks, and each model's innermost routing."""
+    """The active routings of a thread, which belong to its open blocks.
+
+    They include each model's innermost routing.
+    """
 
     def __init__(self) -> None:
         self.unchecked = False
@@ -37,7 +40,7 @@ def active_routing(layer: RoutedLayer) -> Routing | None:
 
 
 def is_tracking_rows() -> bool:
-    """Return whether an open block of this thread tracks rows by intercepting every operator."""
+    """Return whether this thread tracks rows by intercepting every operator."""
     return any(routing.cache.row_checker is not None for routing in _thread.open)
 
 
@@ -53,7 +56,9 @@ def _set_active(routings: tuple[Routing, ...]) -> None:
 
 @contextlib.contextmanager
 def activate_routing(routing: Routing) -> Iterator[None]:
-    """Context manager that activates a routing and keeps the routings of other models active.
+    """Context manager that activates a routing in this thread.
+
+    The routings of other models stay active.
 
     Raises:
         RuntimeError: Blocks do not end in the reverse order of their beginning, as with interleaved

@@ -16,11 +16,12 @@ _training = attrgetter("training")
 
 
 class AdapterSnapshot:
-    """A record of adapters' modules, parameters, parameter versions, scalings, and dropouts.
+    """A record of the state of adapters, for detecting later changes.
 
-    The record is checked once when a block begins. It does not detect writes that do not change a
-    tensor's version. Weights versions (`fastlora.weights_version`) cover these writes, and are
-    checked within a block too.
+    It contains modules, parameters, parameter versions, scalings, and dropouts. The record is
+    checked once when a block begins. It does not detect writes that do not change a tensor's
+    version. Weights versions (`fastlora.weights_version`) cover these writes, and are checked
+    within a block too.
 
     The record keeps the factors' memory alive, so that no other tensor can get the same address. An
     address and a version then identify the contents. A `TensorStamp` keeps no memory alive, but
@@ -76,7 +77,10 @@ class AdapterSnapshot:
             self._memory.append(value.untyped_storage())
 
     def is_unchanged(self) -> bool:
-        """Return whether all recorded objects are unchanged, and no module has new hooks."""
+        """Return whether nothing has changed since the record was made.
+
+        New hooks on a module are a change too.
+        """
         # One pass reads both: a tensor that was just read is still in the processor's cache.
         tensors = self._parameters
         states = zip(map(_version, tensors), map(_data_ptr, tensors), strict=True)

@@ -113,7 +113,7 @@ def routing_from_parameters(
     seeds: Mapping[str, int] | None,
     validate: bool,
 ) -> Routing:
-    """Return the routing of a block for adapters that are parameters of the model's layers.
+    """Return a block's routing for adapters that are parameters of the model's layers.
 
     A slot is an index into ``known``, the names of the model's adapters. ``source`` returns the
     `AdapterSource` for a sequence of these names.
@@ -165,7 +165,10 @@ def _remap_slots(
 def _seeds_for_known_names(
     seeds: torch.Tensor, known: tuple[str, ...], names: tuple[str, ...]
 ) -> torch.Tensor:
-    """Return one seed per name in ``known``: the given seed for names in ``names``, otherwise 0."""
+    """Return one seed per known name.
+
+    It is the given seed for names in ``names``, and 0 for other names.
+    """
     place = {name: index for index, name in enumerate(known)}
     spread = torch.zeros(len(known), dtype=torch.int64)
     spread[[place[name] for name in names]] = seeds

@@ -34,7 +34,7 @@ def cuda_stream_handle(device: torch.device) -> int:
 
 
 class RoutedLayer(Protocol):
-    """The attributes of a layer that routing uses.
+    """Protocol of layers that use routing, with the attributes that routing needs.
 
     Attributes:
         routing_group: The routing group of the layer's model; None outside a model.
@@ -51,7 +51,9 @@ class RoutedLayer(Protocol):
 
 
 class PackedAdapterSet:
-    """A set of adapters, with packed factors for each layer that has run with this set twice.
+    """The packed factors of a set of adapters.
+
+    Only layers that have run with this set twice have packed factors.
 
     Args:
         factors_can_change: Whether the factors can change. A pool's factors cannot.
@@ -74,11 +76,17 @@ class PackedAdapterSet:
 
     @property
     def has_current_weights_version(self) -> bool:
-        """Whether the packed factors have the current weights version, and thus may be valid."""
+        """Whether the packed factors have the current weights version.
+
+        Only then can they be valid.
+        """
         return self.weights_version is None or self.weights_version is weights_versions.trained
 
     def is_valid(self) -> bool:
-        """Check each LoRA factor, and return whether the packed factors are valid."""
+        """Return whether the packed factors are valid.
+
+        Each LoRA factor is checked.
+        """
         return self.has_current_weights_version and (
             self.snapshot is None or self.snapshot.is_unchanged()
         )
@@ -120,7 +128,10 @@ class PackedAdapterSet:
 
 
 class AdapterSetCache:
-    """A model's cache of recently used adapter sets, and of objects that CUDA graphs read."""
+    """A model's cache of recently used adapter sets.
+
+    It also keeps references to objects that CUDA graphs read.
+    """
 
     def __init__(self) -> None:
         self._captured: dict[int, object] = {}
@@ -128,10 +139,10 @@ class AdapterSetCache:
         self._lock = threading.Lock()  # Threads that serve one model share its packs.
 
     def get(self, key: tuple[Hashable, ...], factors_can_change: bool) -> PackedAdapterSet:
-        """Return the cached adapter set for a key, or a new set if none is cached and up to date.
+        """Return the cached adapter set for a key.
 
-        A set is outdated if its factors have changed. ``factors_can_change`` tells whether
-        the factors can change.
+        If none is cached and up to date, a new set is returned. A set is outdated if its factors
+        have changed. ``factors_can_change`` tells whether the factors can change.
         """
         with self._lock:
             known = self._sets.get(key)
@@ -147,13 +158,19 @@ class AdapterSetCache:
             return known
 
     def clear(self) -> None:
-        """Clear all cached sets, as required if factors may change or have changed unnoticed."""
+        """Clear all cached sets.
+
+        This is required if factors may change or have changed unnoticed.
+        """
         weights_versions.invalidate_trained_weights()  # Open blocks have sets too.
         with self._lock:
             self._sets.clear()
 
     def pin(self, *objects: object) -> None:
-        """Keep references to objects that a CUDA graph reads, so the addresses stay valid."""
+        """Keep references to objects that a CUDA graph reads.
+
+        Their addresses thus stay valid.
+        """
         self._captured.update((id(each), each) for each in objects)
 
     def unpin(self) -> None:
@@ -172,7 +189,9 @@ class AdapterSetCache:
 
 @dataclass(eq=False)
 class BlockCache:
-    """The cache of one `fastlora.adapters` block; each entry is computed at most once per block.
+    """The cache of one `fastlora.adapters` block.
+
+    Each entry is computed at most once per block.
 
     Attributes:
         layers: Maps the use ("packs" or "places") and the number of a layer to a key and a result.

@@ -150,7 +150,10 @@ class DeferredIdChecks:
         self._lock = threading.Lock()
 
     def add(self, flag: torch.Tensor, message: str) -> None:
-        """Start copying to the host a flag, bool ``[1]``, that is true if an id is out of range."""
+        """Add a flag that reports an id out of range, and start copying it to the host.
+
+        The flag is bool ``[1]``, and true if an id is out of range.
+        """
         arrived = None
         if flag.is_cuda:
             host = torch.empty(flag.shape, dtype=torch.bool, pin_memory=True)
@@ -161,7 +164,7 @@ class DeferredIdChecks:
             self._pending.append(_PendingIdCheck(flag, arrived, message))
 
     def check(self) -> None:
-        """Raise `AdapterNotFoundError` if a flag copied to the host reports an id out of range.
+        """Raise `AdapterNotFoundError` if a completed check has found an id out of range.
 
         Events cannot be queried while a CUDA graph is being captured. In this case, a later call
         raises.

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 
 class RoutingGroup(UncopiedCache):
-    """The state that all routed layers of one model share.
+    """The group of all routed layers of one model, with the state that they share.
 
     A copied or unpickled model gets a new group, which has not seen a forward pass.
 
@@ -69,7 +69,7 @@ class RoutingGroup(UncopiedCache):
             self._open += change
 
     def discard_unused_results(self) -> None:
-        """Discard this thread's results for layers that were not called afterwards."""
+        """Discard this thread's unused results, computed for layers that were not called."""
         if self.unfinished:
             thread = threading.get_ident()
             for place in [place for place in [*self.unfinished] if place[0] == thread]:
@@ -125,7 +125,9 @@ class Routing:
     cache: BlockCache = field(default_factory=BlockCache, repr=False)
 
     def rows(self, m: int, device: torch.device, *, host: bool = False) -> Rows:
-        """Return the sorted rows of a layer input with ``m`` rows, cached by ``m`` and stream.
+        """Return the sorted rows of a layer input with ``m`` rows.
+
+        They are cached by ``m`` and stream.
 
         Args:
             m: Number of rows of the input.
@@ -193,7 +195,10 @@ class Routing:
             )
 
     def pause_row_tracking(self) -> contextlib.AbstractContextManager[None]:
-        """Return a context manager that pauses tracking, for code that restores the row order."""
+        """Return a context manager that pauses row tracking.
+
+        Use it around code that restores the row order.
+        """
         row_checker = self.cache.row_checker
         if row_checker is None or row_checker.order is None or not row_checker.order.is_recording:
             return contextlib.nullcontext()
@@ -237,7 +242,10 @@ class Routing:
         return tuple(self.source.adapter_key(segment.slot) for segment in rows.segments)
 
     def defer_id_check(self) -> None:
-        """Defer the check for ids out of range to a later block of the model, without waiting."""
+        """Defer the check for ids out of range to a later block of the model.
+
+        The host does not wait for the device.
+        """
         message = f"in an earlier block, {self._out_of_range()}; the outputs of its rows are NaN"
         for rows in self.cache.rows.values():
             self.group.unchecked.add(rows.invalid, message)
@@ -250,10 +258,11 @@ class Routing:
 
 
 def number_layers(names: Sequence[str], taken: Iterable[int] = ()) -> list[int]:
-    """Return one number per layer name: the CRC-32 of the name, or the next unused number.
+    """Return a unique number for each layer name.
 
-    The number depends on the name, so that a layer's dropout does not depend on which other modules
-    are adapted. ``taken`` are the numbers of the model's other layers.
+    It is the CRC-32 of the name, or the next unused number. The number depends on the name, so that
+    a layer's dropout does not depend on which other modules are adapted. ``taken`` are the numbers
+    of the model's other layers.
     """
     used, numbers = set(taken), []
     for name in names:

@@ -62,7 +62,7 @@ _SEQUENCE_FIRST_MODULES = {
 
 
 class RowChecks:
-    """The results of checking whether a model's layers get all rows of mixed batches.
+    """The results of checking whether layers get all rows of mixed batches.
 
     Args:
         root: The model.
@@ -116,7 +116,7 @@ class RowChecks:
     def record_block(
         self, mode: bool, ran: Iterable[RoutedLayer], even: Collection[int] = ()
     ) -> None:
-        """Record that layers got all rows in a block in which rows were tracked.
+        """Record a block in which rows were tracked: the layers that ran got all rows.
 
         Args:
             mode: Whether the model trains.
@@ -134,7 +134,9 @@ class RowChecks:
                 layer.may_see_partial_rows = False
 
     def always_raise_for(self, layer: RoutedLayer, reason: str) -> None:
-        """Make a layer raise an error in this and all later mixed batches, even in compiled code.
+        """Make a layer raise an error in this and all later mixed batches.
+
+        It raises the error in compiled code too.
 
         Raises:
             UnsupportedLayerError: Always.
@@ -144,7 +146,10 @@ class RowChecks:
         raise_partial_batch(layer)
 
     def warn_unchecked_layer(self, layer: RoutedLayer) -> None:
-        """Warn that a layer ran unchecked for the first time, and have the next block check it."""
+        """Warn that a layer ran unchecked for the first time.
+
+        The next block checks it.
+        """
         mode = bool(layer.training)
         if layer.routing_index in self._shown[mode] or self._blocks[mode] < _MOST_BLOCKS:
             return
@@ -158,7 +163,7 @@ class RowChecks:
 
 
 class BlockRowChecker:
-    """Context manager that checks the layers of one block.
+    """Context manager that checks whether the layers of one block get all rows.
 
     Args:
         checks: The model's checks.
@@ -195,7 +200,10 @@ class BlockRowChecker:
             self.order.record_in_order(inputs)
 
     def stop_tracking(self) -> None:
-        """Stop tracking rows, and discard the record of the layers that ran in this block."""
+        """Stop tracking rows in this block.
+
+        The record of the layers that ran is discarded.
+        """
         self._ran.clear()
         if self.order is not None:
             self.order.stop_recording()
@@ -278,7 +286,10 @@ class _PathStep(NamedTuple):
 
 
 class _ExpertDetector:
-    """Finds modules with the same structure, such as experts, and caches the results."""
+    """Detects layers that look like experts by finding modules with the same structure.
+
+    The results are cached.
+    """
 
     def __init__(self) -> None:
         self._known: dict[int, int] = {}
@@ -360,7 +371,10 @@ class _ExpertDetector:
         return known
 
     def _parameter_shapes(self, holder: nn.Module) -> set[tuple[int, ...]]:
-        """Return the set of parameter shapes of a module and its children, excluding adapters."""
+        """Return the set of parameter shapes of a module and its children.
+
+        Adapters are excluded.
+        """
         known = self._shapes.get(id(holder))
         if known is None:
             known = self._shapes[id(holder)] = set()

@@ -63,7 +63,10 @@ class RowFacts(NamedTuple):
 
 
 class StorageFacts(NamedTuple):
-    """The facts about a storage, and a weak reference that prevents its key from being reused."""
+    """The facts about a storage.
+
+    A weak reference to the storage prevents its key from being reused.
+    """
 
     storage: StorageWeakRef
     facts: RowFacts
@@ -101,7 +104,7 @@ class RowFactsTable:
         return TABLE if isinstance(tensor, nn.Parameter) else ROWS
 
     def origin_key(self, tensor: torch.Tensor) -> int:
-        """Return the key of the index tensor that ``tensor`` was derived from, or its own key."""
+        """Return the key of the tensor's origin: the index that it was derived from, or itself."""
         origin = self.facts_of(tensor).origin
         return storage_key(tensor) if origin is None else origin
 
@@ -154,7 +157,9 @@ class RowFactsTable:
     def facts_from_samples(
         self, samples: torch.Tensor | None, origin: int | None, *, fixed: bool
     ) -> RowFacts:
-        """Return the facts about rows selected by an index, given the sample of each row.
+        """Build the facts about rows from the sample of each row.
+
+        The rows were selected by an index.
 
         Args:
             samples: The samples, or None if they are unknown.
@@ -167,7 +172,7 @@ class RowFactsTable:
         return RowFacts(RowOrigin.CHOSEN, origin, None, found, fixed)
 
     def are_fixed(self, *tensors: torch.Tensor) -> bool:
-        """Return whether the rows of all given tensors hold the same samples in every batch."""
+        """Return whether the rows of all given tensors are fixed, the same in every batch."""
         found = map(self.facts_of, tensors)
         return all(
             facts.fixed or facts.kind not in (RowOrigin.EVEN, RowOrigin.CHOSEN) for facts in found
@@ -183,7 +188,10 @@ class RowFactsTable:
 
 
 def storage_key(tensor: torch.Tensor) -> int:
-    """Return the key of a tensor's storage, or 0 if it has no storage, as for a sparse tensor."""
+    """Return the key of a tensor's storage.
+
+    The key is 0 if there is no storage, as for a sparse tensor.
+    """
     try:
         return tensor.untyped_storage()._cdata
     except NotImplementedError:

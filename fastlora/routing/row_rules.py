@@ -70,7 +70,7 @@ def _default_rule(
 
 
 def _combined_facts(known: RowFactsTable, operands: list[torch.Tensor], out: object) -> RowFacts:
-    """Return the facts about a result with rows that may come from any of several operands."""
+    """Return the facts about a result that combines rows of several operands."""
     kinds = [known.facts_of(tensor).kind for tensor in operands]
     shape = next((tensor.shape for tensor in tensors_in(out)), None)
     full = [
@@ -95,7 +95,10 @@ def _combined_facts(known: RowFactsTable, operands: list[torch.Tensor], out: obj
 
 
 def _selected_facts(known: RowFactsTable, source: torch.Tensor, indices: Indices) -> RowFacts:
-    """Return the facts about the rows that indices, one per dimension, select from a source."""
+    """Return the facts about the rows that indices select from a source.
+
+    There is one index per dimension.
+    """
     facts = known.facts_of(source)
     index = next((index for index in indices if index is not None), None)
     if index is None or not source.numel():

@@ -41,9 +41,10 @@ def no_samples(shape: Sequence[int]) -> torch.Tensor:
 
 
 def is_in_order(samples: torch.Tensor, count: int, *, blanks: bool = False) -> bool:
-    """Return whether rows are in batch order, with the same number of rows for each sample.
+    """Return whether the samples are in batch order.
 
-    If ``blanks`` is set, rows without a sample are accepted at any position.
+    Each sample must have the same number of rows. If ``blanks`` is set, rows without a sample are
+    accepted at any position.
     """
     expected = samples_in_order(samples.shape, count)
     if expected is None:
@@ -124,10 +125,10 @@ def selected_samples(samples: torch.Tensor, indices: Indices) -> torch.Tensor | 
 def samples_after_write(
     samples: torch.Tensor, indices: Indices, values: torch.Tensor, *, adds: bool
 ) -> torch.Tensor | None:
-    """Return the samples of all rows after rows of samples ``values`` are written at ``indices``.
+    """Return the samples of all rows after ``values`` have been written at ``indices``.
 
-    If ``adds`` is set, the written rows are added to the existing rows. Returns None if the values
-    of indices cannot be read.
+    ``values`` are the samples of the written rows. If ``adds`` is set, the written rows are added
+    to the existing rows. Returns None if the values of indices cannot be read.
     """
     values_of_indices = read_indices(indices)
     if values_of_indices is None:

@@ -33,7 +33,9 @@ from fastlora.routing.row_rules import Arguments, Keywords, apply_rule
 
 
 class RowTrackingMode(TorchDispatchMode):
-    """Dispatch mode that records which tensors do not contain the batch's rows in order.
+    """Dispatch mode that tracks the rows of a batch through all operators.
+
+    It records which tensors do not contain the batch's rows in order.
 
     Args:
         count: Number of adapter ids of the batch.
@@ -64,7 +66,10 @@ class RowTrackingMode(TorchDispatchMode):
         super().__exit__(*error)
 
     def stop_recording(self) -> None:
-        """Make `is_recording` return False permanently, even while the mode is still on."""
+        """Stop recording permanently, even while the mode is still on.
+
+        `is_recording` then returns False.
+        """
         self._thread = 0
 
     @property
@@ -93,9 +98,10 @@ class RowTrackingMode(TorchDispatchMode):
         return self._known.facts_of(x).kind
 
     def is_shared_table(self, x: torch.Tensor) -> bool:
-        """Return whether ``x [..., K]`` comes from parameters alone and is not repeated per sample.
+        """Return whether ``x [..., K]`` is a table that all samples share.
 
-        With fewer than 3 dimensions, the values show whether all samples have the same rows.
+        Such a table comes from parameters alone and is not repeated per sample. With fewer than 3
+        dimensions, the values show whether all samples have the same rows.
         """
         if self._known.facts_of(x).kind is not RowOrigin.TABLE or not x.is_floating_point():
             return False

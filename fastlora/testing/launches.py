@@ -44,7 +44,10 @@ class Launch(NamedTuple):
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """A dict that maps argument names to values, excluding tensors and strides."""
+        """A dict that maps argument names to values.
+
+        Tensors and strides are excluded.
+        """
         given = zip(self.names, self.values, strict=True)
         return {
             name: value
@@ -124,7 +127,10 @@ class StandInDriver:
         return self._target
 
     def get_current_device(self) -> int:
-        """Return the index of the device, which is unique to this driver."""
+        """Return the index of the current device.
+
+        The index is unique to this driver.
+        """
         return self._number
 
     def get_current_stream(self, device: int) -> int:

@@ -57,7 +57,7 @@ def assert_within_budget(
 
 
 def run_with_largest_error(runs: Iterable[torch.Tensor], truth: torch.Tensor) -> torch.Tensor:
-    """Return the result that has the largest absolute error.
+    """Return the run with the largest absolute error.
 
     The result can be passed to `error_budget` as ``same_dtype``. Compute ``runs`` with PyTorch and
     with several orders of summation, because a single run may be exact by chance and would then

@@ -137,7 +137,10 @@ def squared_norms_with_update(
 
 
 def replace_zero_norms(sums: torch.Tensor) -> torch.Tensor:
-    """Replace squared norms of 0 with infinity, so that DoRA's scale is 0 instead of NaN."""
+    """Replace squared norms of 0 with infinity.
+
+    DoRA's scale then is 0 instead of NaN.
+    """
     return F.threshold(sums, 0.0, float("inf"))  # keeps NaN
 
 
@@ -172,9 +175,10 @@ def scale_columns(
     scale: torch.Tensor,
     inplace: bool = False,
 ) -> torch.Tensor:
-    """Return ``scale * u + bias`` without recording an autograd graph.
+    """Scale the columns of u, add the bias, and return ``scale * u + bias``.
 
-    If ``inplace`` is set, the result overwrites u, which must be contiguous.
+    No autograd graph is recorded. If ``inplace`` is set, the result overwrites u, which must be
+    contiguous.
     """
     y = multiply_rounded_once(u, scale, u if inplace else None)
     return y if bias is None else y.add_(bias)
@@ -230,9 +234,9 @@ class DropoutAdapter(NamedTuple):
     impl: str
 
     def apply_dropout(self, rows: torch.Tensor, after: torch.Tensor | None) -> torch.Tensor:
-        """Return ``rows [M, K]`` after dropout, with the same mask on every call.
+        """Return ``rows [M, K]`` after dropout.
 
-        ``after`` is as in `fastlora.ops.torch.single.keep_mask`.
+        Every call uses the same mask. ``after`` is as in `fastlora.ops.torch.single.keep_mask`.
         """
         if self.impl == "triton":
             made: torch.Tensor = torch.ops.fastlora.lora_dropout(rows, self.seed, self.dropout_p)
@@ -249,10 +253,11 @@ def forward_with_dropout(
     adapter: DropoutAdapter,
     inplace: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Run a DoRA adapter with active dropout on rows ``[M, K]`` without recording a graph.
+    """Run the forward pass of a DoRA adapter with dropout, and return a tuple (y, s, z).
 
-    ``base [M, N]`` is the base layer's output, or None to compute it from weight and bias. If
-    ``inplace`` is set, y overwrites ``base``, which must be contiguous.
+    ``rows`` are ``[M, K]``, and no autograd graph is recorded. ``base [M, N]`` is the base layer's
+    output, or None to compute it from weight and bias. If ``inplace`` is set, y overwrites
+    ``base``, which must be contiguous.
 
     Returns:
         A tuple of ``y [M, N]``, ``s [M, R]``, and ``z [M, N]``, the product of the rows after

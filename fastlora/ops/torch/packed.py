@@ -46,7 +46,10 @@ class PackedLayout:
 
     @property
     def rank_rows(self) -> int:
-        """The total number of rank rows, including unused rows, which contain zeros."""
+        """The total number of rank rows.
+
+        Unused rows, which contain zeros, are included.
+        """
         return self.unit * self.units
 
 
@@ -103,7 +106,7 @@ class PackedLayerFactors(NamedTuple):
 def pack_layer_factors(
     slots: Slots, dtype: torch.dtype, kind: BatchKind
 ) -> PackedLayerFactors | None:
-    """Return a layer's factors packed for a kind of batch, or None if they cannot be packed.
+    """Pack the factors of a layer's adapters for a kind of batch, and return them, or None.
 
     The packed factors have the dtype ``dtype``. The result is None if no adapter has factors, or if
     any factor is not finite, because one product serves several adapters and would carry a NaN from

@@ -66,7 +66,7 @@ def dense_is_fastest(unit: int, units: int, dtype: torch.dtype) -> bool:
 
 
 def coalescing_is_faster(dtype: torch.dtype, kind: BatchKind) -> bool:
-    """Return whether batched products are faster with several units of rank rows per block.
+    """Return whether coalescing units of rank rows makes batched products faster.
 
     This is the case for few rows in a 16-bit dtype.
 

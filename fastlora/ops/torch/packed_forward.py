@@ -155,7 +155,7 @@ def _make_per_sample_plan(
 def _make_blocked_plan(
     first: torch.Tensor, rank: torch.Tensor, layout: PackedLayout, coalesced: int
 ) -> BlockedPlan:
-    """Return a plan that assigns each row a place in its adapter's block.
+    """Build a `BlockedPlan`, which assigns each row a place in its adapter's block.
 
     Rows without an adapter fill free places.
     """
@@ -187,10 +187,11 @@ def _make_blocked_plan(
 def shrink(
     x: torch.Tensor, pack: PackedLayerFactors, plan: Plan
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return a tuple (x, s), where each row of s is zero in the columns of other adapters.
+    """Return a tuple (x, s): the rows as the plan arranges them, and the shrink output.
 
-    ``x [M, K]`` is returned as it is, or with its rows gathered into blocks. s is
-    ``[M, rank rows]``, ``[blocks, C, rank rows of a block]``, or ``[B, T, unit]``.
+    Each row of s is zero in the columns of other adapters. ``x [M, K]`` is returned as it is, or
+    with its rows gathered into blocks. s is ``[M, rank rows]``,
+    ``[blocks, C, rank rows of a block]``, or ``[B, T, unit]``.
     """
     if isinstance(plan, DensePlan):
         # [M, K] x [K, rank rows]

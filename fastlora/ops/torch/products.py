@@ -146,7 +146,10 @@ def baddbmm_(y: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def native_product_is_slow(dtype: torch.dtype, rows: int) -> bool:
-    """Return whether PyTorch's products with this many rows are slow for some memory layouts."""
+    """Return whether PyTorch's product in a dtype can be slow for this many rows.
+
+    This depends on the memory layout of the operands.
+    """
     return dtype in EMULATED and rows > EMULATED[dtype].few_other_rows
 
 

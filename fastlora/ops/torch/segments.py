@@ -69,7 +69,10 @@ class _AdapterRows(NamedTuple):
 
 
 def _adapter_rows(operands: AdapterOperands, rows: Rows) -> list[_AdapterRows]:
-    """Return a list of the adapters that have rows and a nonzero rank, in order of slots."""
+    """Return a list of `_AdapterRows`, one per adapter in the batch, in order of slots.
+
+    Adapters without rows and adapters of rank 0 are omitted.
+    """
     downs, ups = operands.lora_a, operands.lora_b
     places = range(len(downs or ups))
     place_of = dict(zip(places if operands.slots is None else operands.slots, places, strict=True))
@@ -86,7 +89,10 @@ def _adapter_rows(operands: AdapterOperands, rows: Rows) -> list[_AdapterRows]:
 
 
 def _apply_dropout(rows: torch.Tensor, operands: AdapterOperands, place: int) -> torch.Tensor:
-    """Apply dropout to an adapter's rows, with the same mask on every call."""
+    """Apply dropout to an adapter's rows.
+
+    Every call uses the same mask.
+    """
     if operands.seeds is None or not operands.dropout_p[place]:
         return rows
     check_dropout_dtype(rows.dtype)
@@ -101,7 +107,7 @@ def forward(
     rows: Rows,
     s: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return a tuple (output ``[M, N]``, s) of a layer in which each row uses its own adapter.
+    """Return a tuple (output ``[M, N]``, s) for a layer in which each row uses its own adapter.
 
     s is the shrink output, which is computed here unless it is given.
     """
@@ -286,7 +292,7 @@ def grad_a(
     rows: Rows,
     wants: Sequence[bool],
 ) -> list[torch.Tensor | None]:
-    """Return a list of the lora_a gradients of all adapters of G layers.
+    """Return a list of all adapters' lora_a gradients for G layers.
 
     ``wants`` tells which gradients are wanted. The list contains None for an adapter without rows,
     and for a gradient that is not wanted. The rows of x may be in any order.

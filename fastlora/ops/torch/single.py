@@ -19,9 +19,10 @@ def keep_mask(
     dropout_p: float,
     after: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Return the dropout mask of x, computed by a registered operator if a compiler is tracing.
+    """Return the dropout mask of x.
 
-    ``after`` is a tensor of the backward pass that needs the mask, or None in a forward pass.
+    If a compiler is tracing, a registered operator computes the mask. ``after`` is a tensor of the
+    backward pass that needs the mask, or None in a forward pass.
     """
     if is_traced(seed):
         return torch.ops.fastlora.lora_keep(x, seed, dropout_p, after)
@@ -42,7 +43,10 @@ def shrink(
 
 
 def gradients(given: BackwardArguments) -> Gradients:
-    """Return a tuple of the gradients of a layer with one adapter; see `Backend.gradients`."""
+    """Return a tuple with the gradients for a layer with one adapter.
+
+    See `Backend.gradients`.
+    """
     dy, weight, x, operands, _, s, _, wants_x, wants_bias, _, wants = given
     (lora_a,), (lora_b,), _, scaling, (dropout_p,), seed, _ = operands
     wants_a, wants_b, _ = wants

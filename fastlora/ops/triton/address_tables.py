@@ -39,9 +39,9 @@ def dropout_tables(seeds: torch.Tensor | None, dropout_p: Sequence[float]) -> Dr
 def lora_a_rank_rows(
     lora_a: Sequence[torch.Tensor], device: torch.device, shape: tuple[int, ...] = (-1,)
 ) -> RankRows:
-    """Return a `RankRows` with the addresses and ranks of the given lora_a, which must be aligned.
+    """Return a `RankRows` with the addresses and ranks of the given lora_a.
 
-    ``shape`` is the shape of the tables.
+    All lora_a must be aligned. ``shape`` is the shape of the tables.
     """
     ranks = tuple(a.shape[0] for a in lora_a)
     address, rank = (
@@ -102,7 +102,7 @@ def addresses_of(blocks: Sequence[torch.Tensor | None], device: torch.device) ->
 
 
 def max_summed_rank(lora_a: Sequence[torch.Tensor], slots: int, modules: int) -> int:
-    """Return the largest sum of any one adapter's ranks on adjacent modules.
+    """Sum each adapter's ranks over adjacent modules, and return the largest sum.
 
     ``modules`` modules are adjacent. The rank on each module is rounded up to a multiple of 4.
     """

@@ -177,7 +177,10 @@ def grouped_gradients(
 
 
 def _concat_seeds(*seeds: torch.Tensor | None) -> torch.Tensor:
-    """Concatenate seeds into an int64 tensor ``[G]``, with an arbitrary number in place of None."""
+    """Concatenate dropout seeds into an int64 tensor ``[G]``.
+
+    Each None is replaced by an arbitrary number.
+    """
     any_seed = next(seed for seed in seeds if seed is not None)
     return torch.cat([any_seed if seed is None else seed for seed in seeds])
 

@@ -47,7 +47,10 @@ def expand_(
 def expand_one_adapter_(
     y: torch.Tensor, s: torch.Tensor, lora_b: torch.Tensor, scaling: torch.Tensor
 ) -> None:
-    """Add the update of one adapter to y in place, in one launch, with products in y's dtype."""
+    """Add the update of one adapter to y in place.
+
+    One launch computes it, with products in y's dtype.
+    """
     (m, n), r = y.shape, s.shape[1]
     config = config_of("lora_expand", y, m, n, r=r)
     lora_expand.launch_lora_expand([Module(y, lora_b, scaling)], s, reads_y=True, config=config)
@@ -63,7 +66,10 @@ def add_at_(
     max_rank: int,
     factor_dtype: torch.dtype,
 ) -> None:
-    """Add the update of each row's adapter to y in place, in two launches: shrink and expand."""
+    """Add the update of each row's adapter to y in place.
+
+    This takes two launches, shrink and expand.
+    """
     found = tables_from_tensors(tables, max_rank, factor_dtype)
     s = mixed_shrink_from_tables(x, rows, found, slice(index, index + 1))
     (m, k), n = x.shape, y.shape[1]

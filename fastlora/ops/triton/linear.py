@@ -84,7 +84,7 @@ def linear_at(
     plan: str,
     shrink_range: Sequence[int] | None = None,
 ) -> list[torch.Tensor]:
-    """Return a list with the output of one module.
+    """Return a list with the output y of one module and, in some cases, the shrink output s.
 
     If s is not given and ``shrink_range`` is, the list also contains s for these modules.
     """
@@ -116,7 +116,7 @@ def mixed_grouped_forward(
     max_rank: int,
     factor_dtype: torch.dtype,
 ) -> list[torch.Tensor]:
-    """Return a list of the outputs of 2 to 4 modules with the same x and adjacent table rows.
+    """Return the outputs of 2 to 4 modules that share x and have adjacent table rows.
 
     The outputs are computed by two launches, a shrink and a linear. If many adapters may share a
     row tile, they are computed by library products, a shrink, and an expand instead. Quantized
@@ -274,9 +274,10 @@ def quantized_base_products(
 
 
 def _contiguous_rows(x: torch.Tensor) -> torch.Tensor:
-    """Return x as a contiguous, 16-byte aligned tensor, with standard strides even if M is 1.
+    """Return x as a contiguous, aligned tensor.
 
-    Triton would compile separate kernels for other layouts, and a batch may have any layout.
+    The alignment is 16 bytes, and the strides are the standard ones even if M is 1. Triton would
+    compile separate kernels for other layouts, and a batch may have any layout.
     """
     if not x.is_contiguous() or x.data_ptr() % 16:
         x = x.clone(memory_format=torch.contiguous_format)
@@ -291,9 +292,10 @@ def _base_products(
     up: RankRows,
     plan: str,
 ) -> tuple[str, list[torch.Tensor] | None]:
-    """Return a tuple (plan, base-layer outputs); the outputs are None unless the plan is "split".
+    """Return a tuple (plan, base-layer outputs or None).
 
-    The outputs are computed before the shrink and the expand.
+    The outputs are None unless the plan is "split". They are computed before the shrink and the
+    expand.
 
     The library computes them. For quantized weights, one fastlora GEMM computes all of them.
     ``stem`` names the launches, which have their own plans and configs.

@@ -94,7 +94,10 @@ def mixed_shrink_from_tables(
     modules: slice,
     batch_invariant: bool = False,
 ) -> torch.Tensor:
-    """Return the split-K partial sums of s for adjacent modules, fp32 ``[splits, G, M, R]``."""
+    """Return the split-K partial sums of s for adjacent modules in a mixed batch.
+
+    They are in fp32, of shape ``[splits, G, M, R]``.
+    """
     (m, k), address, largest = x.shape, tables.a_address[modules], tables.max_rank
     count = address.shape[0]
     shape = shrink_partials_shape(m, k, count, largest, batch_invariant)
@@ -109,7 +112,7 @@ def mixed_shrink_from_tables(
 def mixed_shrink(
     x: torch.Tensor, rows: _Tensors, lora_a: _Tensors, modules: int, dropout: DropoutTables | None
 ) -> tuple[torch.Tensor, bool]:
-    """Return a tuple (shrink output s ``[G, M, R]``, whether a single launch computed it).
+    """Return a tuple: s ``[G, M, R]`` of a mixed batch, and whether one launch computed it.
 
     Dropout requires one module.
     """
