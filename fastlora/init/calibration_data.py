@@ -47,7 +47,7 @@ def call_model(model: nn.Module, batch: Any) -> Any:
 
 
 def model_device(model: nn.Module) -> torch.device | None:
-    """Return the device of the first parameter that is not on the meta device, or None."""
+    """Return the device of a model's first parameter that is not a meta tensor, or None."""
     return next((p.device for p in model.parameters() if not p.is_meta), None)
 
 
@@ -157,7 +157,7 @@ def write_tensor_cache(path: str | None, tensors: Mapping[str, torch.Tensor]) ->
 def cached_tensor(
     cache: Mapping[str, torch.Tensor], key: str, path: str | None, module: nn.Module
 ) -> torch.Tensor:
-    """Return a tensor from a cache file, moved to the device of a module's weight.
+    """Return a cached tensor on the device of a module's weight.
 
     Args:
         cache: The tensors of the cache file, from `read_tensor_cache`.

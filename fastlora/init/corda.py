@@ -156,7 +156,9 @@ class CovarianceAccumulator:
 def corda_decompose(
     weight: torch.Tensor, covariance: torch.Tensor, rank: int, method: str
 ) -> CordaEigens:
-    """Decompose a weight, and keep the directions that the layer's inputs use most, or least.
+    """Decompose a weight with CorDA, using the covariance of the layer's inputs.
+
+    The result contains the directions that the inputs use most or least.
 
     Args:
         weight: Weight of the layer, ``[N, K]``.

@@ -28,7 +28,7 @@ Prepare = Callable[[Any, Any, str], torch.Tensor]
     settings=InitConfigField("eva_config", EvaConfig),
 )
 def eva(given: InitInputs) -> InitResult:
-    """Return the initial factors for EVA: A as initialized by `nn.Linear`, and zeros for B."""
+    """Return placeholder factors, which are used until `EvaSearch` has found the directions."""
     return InitResult(given.lora_a, torch.zeros_like(given.lora_b))
 
 

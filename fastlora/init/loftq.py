@@ -35,7 +35,9 @@ LEVELS = {
     settings=InitConfigField("loftq_config", LoftQConfig, missing="raise", as_dict=True),
 )
 def loftq(given: InitInputs) -> InitResult:
-    """Quantize the base weight, and compute factors that approximate the quantization error.
+    """Compute the initial factors and the quantized base weight with LoftQ.
+
+    The factors approximate the quantization error.
 
     Each iteration quantizes ``W - B A`` to Q, and then sets ``B A`` to the best rank-R
     approximation of ``W - Q``. As in PEFT, the approximation does not take the adapter's scaling

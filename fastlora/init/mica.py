@@ -12,7 +12,9 @@ from fastlora.init.registry import InitInputs, InitResult, register_init
 
 @register_init("mica", title="MiCA", frozen=("lora_B",))
 def mica(given: InitInputs) -> InitResult:
-    """Return zeros for A, and the last R columns of U for B, where ``W = U S V^T``.
+    """Compute the initial factors with MiCA, without changing the base weight.
+
+    A is zero, and B contains the last R columns of U, where ``W = U S V^T``.
 
     Raises:
         InitializationError: The weight has values that are not finite, or R exceeds its smaller

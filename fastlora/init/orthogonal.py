@@ -14,7 +14,7 @@ from fastlora.validation import InitializationError
 
 @register_init("orthogonal")
 def orthogonal(given: InitInputs) -> InitResult:
-    """Return random factors A and B with ``B A = 0``.
+    """Return random factors A and B that are orthogonal to each other, so that ``B A = 0``.
 
     A is built from the even rows of a random orthogonal matrix, and B from its odd rows. The size
     of the matrix is the adapter's rank.

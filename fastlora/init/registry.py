@@ -263,6 +263,7 @@ def check_singular_values_nonzero(given: InitInputs, values: torch.Tensor, limit
     if usable < given.rank:
         raise InitializationError(
             f"init_lora_weights={given.name!r}: the base weight has rank {usable} or less, "
-            f"expected at least r={given.rank}: the remaining directions would never train. Use a "
-            "smaller r for this layer (rank_pattern), or leave the layer out (exclude_modules)"
+            f"expected at least r={given.rank}, because the remaining directions would never "
+            "train; use a smaller r for this layer (rank_pattern), or leave the layer out "
+            "(exclude_modules)"
         )

@@ -95,9 +95,9 @@ def tensor_parallel(model: LoraModel, device_mesh: Any, plan: dict[str, Any]) ->
 
 
 def _tensor_parallel_layer(linear: nn.Module, layer: FastLoraLinear) -> LoraLayer:
-    """Move the adapters of ``layer`` to a new LoRA layer for the sharded base layer ``linear``.
+    """Move a layer's adapters to a new LoRA layer for a sharded base layer, and return it.
 
-    The new layer is returned. If ``linear`` is not sharded, ``layer`` itself is returned.
+    If ``linear`` is not sharded, ``layer`` itself is returned.
     """
     if tensor_parallel_style(linear) is None:
         return layer

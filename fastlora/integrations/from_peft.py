@@ -48,7 +48,7 @@ NAMES = (*AUTO_CLASSES, *AS_IN_PEFT, "inject_adapter_in_model")
 
 
 def available_names() -> tuple[str, ...]:
-    """Return `NAMES` if PEFT is installed, and an empty tuple otherwise. PEFT is not imported."""
+    """Return the names that fastlora imports from PEFT, or no names if PEFT is not installed."""
     return NAMES if importlib.util.find_spec("peft") is not None else ()
 
 
@@ -81,7 +81,7 @@ def import_object(name: str) -> Any:
 def inject_adapter_in_model(
     peft_config: Any, model: nn.Module, adapter_name: str = "default", **options: Any
 ) -> nn.Module:
-    """Call ``peft.inject_adapter_in_model``, and patch the LoRA layers that it creates.
+    """Add an adapter to a model in place with PEFT, and patch the new LoRA layers.
 
     The result is the model itself, without a `peft.PeftModel` around it. Use `unpatch` to restore
     PEFT's own layers.
@@ -114,7 +114,7 @@ def inject_adapter_in_model(
 
 
 def _auto_class(theirs: Any) -> Any:
-    """Return a subclass of a PEFT auto class. The subclass loads a `LoraModel`."""
+    """Return a subclass of a PEFT auto class that loads a `LoraModel`."""
     parameters = inspect.signature(LoraModel.from_pretrained).parameters
 
     def from_pretrained(model: nn.Module, model_id: str, **options: Any) -> LoraModel:

@@ -235,7 +235,7 @@ _NOT_FOR_BASE = ("adapter_names", "alora_offsets")
 
 
 class FastPeftLoraModel(PeftLoraModel):
-    """Subclass of PEFT's LoRA tuner that patches each new LoRA layer when it is created."""
+    """PEFT's ``LoraModel`` (the LoRA tuner) with fastlora's patch for each new LoRA layer."""
 
     @staticmethod
     def _create_new_module(*args: Any, **kwargs: Any) -> nn.Module:
@@ -244,7 +244,7 @@ class FastPeftLoraModel(PeftLoraModel):
         return module
 
     def inject_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """Add an adapter, and include its LoRA layers in any open `fastlora.adapters` block."""
+        """Add an adapter, as PEFT's tuner does, and update the list of the model's LoRA layers."""
         super().inject_adapter(*args, **kwargs)
         self._update_routed_layers()
 
@@ -352,7 +352,7 @@ _use_peft_class_name(FastPeftLoraModel)
 
 
 class PatchedModelRouter:
-    """The LoRA layers and the routing group of a patched model, for `fastlora.adapters` blocks.
+    """Routes the rows of mixed batches to the adapters of a patched model.
 
     The object is stored on the model's tuner.
 
@@ -466,7 +466,11 @@ _OWN_ATTRIBUTES = (
 
 
 def check_can_unpatch(module: nn.Module) -> None:
-    """Raise `UnsupportedLayerError` if other code has replaced the class of a patched layer."""
+    """Check that a layer can be unpatched.
+
+    Raises:
+        UnsupportedLayerError: If other code has replaced the class of the patched layer.
+    """
     if isinstance(module, _FusedForwardMixin) and _FusedForwardMixin not in type(module).__bases__:
         raise UnsupportedLayerError(
             "cannot unpatch a layer, because other code changed its class to "

@@ -122,9 +122,10 @@ PEFT_OVERRIDES: tuple[tuple[str, Callable[[Any], Any], tuple[Callable[..., Any],
 
 
 def override_peft_functions() -> None:
-    """Replace the PEFT functions listed in `PEFT_OVERRIDES`.
+    """Override PEFT functions with functions that also accept fastlora's models.
 
-    The functions of a PEFT module that is not imported yet are replaced when it is imported.
+    `PEFT_OVERRIDES` lists the functions. If a PEFT module is not imported yet, its functions are
+    replaced when it is imported.
     """
     for module, is_fastlora, functions in PEFT_OVERRIDES:
         call_when_imported(

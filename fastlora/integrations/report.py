@@ -22,7 +22,7 @@ SHOWN_ROWS = 24
 
 @dataclass(frozen=True)
 class LayerFusion:
-    """A row of the fusion report. Each row describes one LoRA layer.
+    """Describes whether a LoRA layer is fused. It is a row of the fusion report.
 
     Attributes:
         name: Name of the layer in the model.

@@ -22,7 +22,7 @@ CANNOT_READ = (OSError, ValueError, KeyError, TypeError)
 
 
 def _transformers_lora_model() -> type[LoraModel]:
-    """Import PEFT to make `LoraModel` a subclass of ``peft.PeftModel``, and return `LoraModel`."""
+    """Return `LoraModel` after importing PEFT, which makes it a subclass of ``peft.PeftModel``."""
     importlib.import_module("peft")
     return LoraModel
 

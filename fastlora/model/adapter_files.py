@@ -38,7 +38,7 @@ _TRIES = 10
 
 @dataclass(frozen=True)
 class FileSizeLimits:
-    """Size limits, in bytes, for an adapter's config and for the header of its weights file.
+    """Size limits, in bytes, for the files of an adapter: the config and the weights' header.
 
     Attributes:
         config: The maximum size of the config, both in the config file and in the metadata of the
@@ -129,7 +129,7 @@ def read_config_file(path: Path) -> dict[str, Any]:
 
 
 def weights_file_metadata(folder: Path, text: bytes) -> dict[str, str]:
-    """Return the metadata to store in a weights file that is saved together with a config file.
+    """Create the metadata for a weights file that is saved together with a config file.
 
     The metadata contains the new config. If the folder already contains a different config file,
     the metadata also contains a hash of that file.
@@ -147,7 +147,7 @@ def weights_file_metadata(folder: Path, text: bytes) -> dict[str, str]:
 
 
 def config_saved_without_weights(folder: Path, text: bytes) -> bytes:
-    """Return the content of a config file that is saved without weights.
+    """Return the content to write to a config file that is saved without weights.
 
     The result is ``text``, with one exception. The weights file contains a hash of the config file
     that was replaced when the weights were saved. If the hash of ``text`` is the same, readers

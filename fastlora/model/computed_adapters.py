@@ -23,7 +23,7 @@ from fastlora.validation import AdapterStateError, UnsupportedLayerError
 
 
 class ComputedLayerParameters(NamedTuple):
-    """The parameters of a computed adapter for one layer.
+    """The parameters of a computed adapter on one layer.
 
     Attributes:
         lora_a, lora_b: The factors, ``[R, K]`` and ``[N, R]``.
@@ -39,7 +39,7 @@ class ComputedLayerParameters(NamedTuple):
 
 
 class ComputedAdapter(NamedTuple):
-    """A computed adapter that has not been added to the model yet.
+    """An adapter that was computed from other adapters and has not been added to the model yet.
 
     Attributes:
         plan: The adapter's config and the modules that it adapts.
@@ -198,9 +198,10 @@ def _copy_owners(model: nn.Module, adapters: Sequence[str]) -> dict[str, list[st
 def _computed_adapter_config(
     configs: Sequence[LoraConfig], ranks: Mapping[str, int], copies: Mapping[str, str]
 ) -> LoraConfig:
-    """Create the config of a computed adapter with factors that include all scalings.
+    """Create the config of a computed adapter from the configs of the original adapters.
 
-    ``lora_alpha`` equals the rank, so that the adapter's scaling is 1. Fields that are not
+    The factors already include all scalings. Therefore, ``lora_alpha`` equals the rank, so that the
+    adapter's scaling is 1. Fields that are not
     determined by the computation are copied from the first of ``configs``.
 
     Args:

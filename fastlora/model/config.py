@@ -260,7 +260,7 @@ class LoraConfig(PeftConfigMethods):
             raise ConfigError(f"fastlora does not support {names}; {PEFT_MODEL_ALTERNATIVE}")
 
     def check_plain(self, what: str) -> None:
-        """Check that the adapter was trained on the original base weights.
+        """Check that the adapter is plain, that is, it was trained on the original base weights.
 
         Some initialization methods change the base weights, and the adapter is then trained on the
         changed weights. If the change must be repeated when the adapter is loaded, an error is

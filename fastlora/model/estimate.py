@@ -28,7 +28,7 @@ _UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
 
 @dataclass(frozen=True)
 class Estimate:
-    """The size of an adapter, and the memory needed to train it, not counting activations.
+    """An estimate of an adapter's size and the memory needed to train it, without activations.
 
     Attributes:
         adapter_parameters: The number of trainable parameters. These are the adapter's parameters
@@ -59,7 +59,7 @@ class Estimate:
 
     @property
     def share(self) -> float:
-        """The number of trainable parameters divided by the number of base parameters."""
+        """The number of trainable parameters as a fraction of the number of base parameters."""
         return self.adapter_parameters / max(self.base_parameters, 1)
 
     @property

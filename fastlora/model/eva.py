@@ -38,7 +38,7 @@ _MOST_RHO = 1000
 
 
 def prepare_model_inputs_fn_language_modeling(model_input: Any, peft_config: Any) -> Any:
-    """Return the indices of the tokens in a batch that EVA should use.
+    """Prepare a language-model batch for EVA: return the indices of the tokens to use.
 
     A token is used if it is not masked by the attention mask and, with ``use_label_mask``, its
     label is not ``label_mask_value``.
@@ -66,7 +66,7 @@ def prepare_model_inputs_fn_language_modeling(model_input: Any, peft_config: Any
 def prepare_layer_inputs_fn_language_modeling(
     layer_input: Any, model_input: Any, layer_name: str
 ) -> torch.Tensor:
-    """Select the rows of a layer's input that belong to the given tokens.
+    """Prepare a layer's input for EVA: select the rows that belong to the tokens to use.
 
     Args:
         layer_input: The input of the layer, or the tuple of its inputs.
@@ -347,10 +347,9 @@ def _apply_eva_state_dict(
 
 
 def _replace_factors(layer: LoraLayer, adapter_name: str, new_settings: Any) -> None:
-    """Replace an adapter's factors on a layer with new tensors of the same dtype.
+    """Replace an adapter's factors on a layer with factors created from new settings.
 
-    ``new_settings`` contains the settings of the adapter on the layer, which determine the new
-    shapes.
+    ``new_settings`` determines the shapes of the new factors. Their dtype does not change.
     """
     before = layer.lora_A[adapter_name].weight.dtype
     layer.delete_adapter(adapter_name)

@@ -55,7 +55,7 @@ _MUST_AGREE = ("use_dora", "lora_bias", "lora_dropout", "bias", "trainable_token
 
 
 class HotswapError(CheckpointError, RuntimeError):
-    """Raised if the new weights do not fit the loaded adapter."""
+    """Raised if a hot-swap fails because the new weights do not fit the loaded adapter."""
 
 
 def prepare_model_for_compiled_hotswap(

@@ -350,7 +350,7 @@ def unload(
 
 
 def warn_of_merge_errors(errors: Mapping[str, float | None]) -> None:
-    """Emit a warning about the rounding error of merged weights that were quantized again.
+    """Emit a warning about the errors caused by quantizing merged weights again.
 
     Args:
         errors: A mapping from layer names to the fraction of the merged update that rounding lost,

@@ -41,7 +41,7 @@ def replace_lora_weights_loftq(
     adapter_name: str = DEFAULT_ADAPTER,
     callback: Callable[[nn.Module, str], bool] | None = None,
 ) -> None:
-    """Initialize an adapter on 4-bit bitsandbytes layers to approximate the quantization error.
+    """Replace an adapter's LoRA weights with LoftQ's initial weights for 4-bit base layers.
 
     On each layer, the factors become the best low-rank approximation of ``W - Q``, where ``W`` is
     the unquantized weight from a file and ``Q`` is the dequantized weight. The base layers are not

@@ -129,7 +129,7 @@ class LoraModel(PeftModelMethods, nn.Module):
     def _wrap_with_first_adapter(
         self, model: nn.Module, plan: AdapterPlan, adapter_name: str, autocast_adapter_dtype: bool
     ) -> None:
-        """Wrap ``model`` in a `LoraTuner`, and add and activate the first adapter."""
+        """Wrap ``model`` in a `LoraTuner` with a new, active adapter."""
         nn.Module.__init__(self)
         self.base_model = LoraTuner(model)
         self.base_model.add_adapter(

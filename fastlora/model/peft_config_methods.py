@@ -77,7 +77,7 @@ class PeftConfigMethods:
 
     @classmethod
     def check_kwargs(cls, **fields: Any) -> Mapping[str, Any]:
-        """Accept any keyword arguments, and return them unchanged.
+        """Return the given keyword arguments without checking them.
 
         PEFT's method of the same name checks the fields. `LoraConfig` checks them when a config is
         created.

@@ -48,7 +48,7 @@ from fastlora.validation import AdapterStateError, ConfigError, UnsupportedLayer
 
 
 class TargetModule(NamedTuple):
-    """A module to which an adapter applies LoRA.
+    """A module to which an adapter applies LoRA, and how LoRA is applied to it.
 
     Attributes:
         base: The module without adapters.
@@ -70,7 +70,7 @@ class TargetModule(NamedTuple):
 
 @dataclass(frozen=True)
 class AdapterPlan:
-    """An adapter config that was checked against a model, and the modules that it selects.
+    """A plan for adding an adapter to a model: its checked config and the modules to adapt.
 
     Attributes:
         config: The adapter's config.
@@ -165,7 +165,7 @@ def plan_target_modules(
     from_file: bool = False,
     ties: TiedModules = NO_TIED_MODULES,
 ) -> AdapterPlan:
-    """Find the modules that a config names, and check that they can be adapted.
+    """Find the target modules of a config, check them, and return them as a plan.
 
     The model is not changed.
 

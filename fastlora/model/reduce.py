@@ -42,7 +42,7 @@ _CONVERTED = "fastlora-converted"
 
 @dataclass(frozen=True)
 class RankReduction:
-    """The result of `reduce_rank`.
+    """The result of a rank reduction by `reduce_rank`.
 
     Args:
         adapter_name: The name of the new adapter.
@@ -115,7 +115,7 @@ def convert_to_lora(
     progressbar: bool = False,
     compile_kwargs: dict[str, Any] | None = None,
 ) -> tuple[Any, dict[str, torch.Tensor]]:
-    """Approximate an adapter with a LoRA adapter of a different rank. The model is not changed.
+    """Convert an adapter to a LoRA adapter of a given rank, without changing the model.
 
     A warning reports the approximation error, as described in `reduce_rank`.
 
@@ -288,7 +288,7 @@ def _reduce_intruders(
 def _compute_reduced_adapter(
     model: LoraModel, rank: int | float, adapter_name: str
 ) -> tuple[ComputedAdapter, dict[str, float]]:
-    """Compute an approximation of an adapter with a different rank. The model is not changed.
+    """Compute the reduced adapter and its errors on the layers, without changing the model.
 
     Returns:
         A tuple of the computed adapter and a dict that maps layer names to relative errors.

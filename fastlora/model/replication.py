@@ -159,8 +159,8 @@ def _find_layer_list(model: nn.Module) -> tuple[nn.Module, str, nn.ModuleList]:
         found = next((m for m in inner if isinstance(m, nn.Module) and m not in seen), None)
         if found is None:
             raise UnsupportedLayerError(
-                f"layer_replication: a {type(model).__name__} has no list of layers in any of the "
-                "places known from Llama, Mistral, Qwen, BERT, Falcon, GPT-NeoX, and GPT-2 "
+                f"layer_replication: a {type(model).__name__} has no list of layers where Llama, "
+                "Mistral, Qwen, BERT, Falcon, GPT-NeoX, and GPT-2 have it "
                 f"({', '.join(_LISTS)}); expected one of these models, or layer_replication=None"
             )
         part = found

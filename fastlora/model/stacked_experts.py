@@ -88,7 +88,7 @@ def find_router_weights(modules: BaseModules) -> list[ExpertParameter]:
 
 
 def to_expert_name(model_type: object, entry: str) -> str:
-    """Shorten an entry of ``target_modules`` to its last component if that is an expert name.
+    """Shorten a ``target_modules`` entry to an expert name if its last component is one.
 
     PEFT ignores the other components in this case. For example, ``experts.3.down_proj`` adapts all
     experts of a Qwen3 MoE. If the last component is not an expert name for the model type, the

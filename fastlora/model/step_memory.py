@@ -69,10 +69,10 @@ class _StorageTracker(TorchDispatchMode):
 
 @contextlib.contextmanager
 def _emulate_fused_attention() -> Iterator[None]:
-    """Make attention on the meta device use as much memory as a fused kernel.
+    """Emulate the memory use of fused attention on the meta device, in a ``with`` block.
 
-    In the ``with`` block, `scaled_dot_product_attention` is replaced with an operation that saves
-    tensors of the same size for the backward pass.
+    In the block, `scaled_dot_product_attention` is replaced with an operation that saves tensors of
+    the same size for the backward pass.
 
     There is no fused kernel for the meta device. The function is patched because a
     ``TorchFunctionMode`` would not be active when activation checkpointing calls attention again in

@@ -21,7 +21,7 @@ EMBEDDING_NAMES = ("embed_tokens", "lm_head")
 
 
 class TiedModules(NamedTuple):
-    """The modules that will share an adapter with the input embedding.
+    """The modules that are tied to the input embedding and will share an adapter with it.
 
     Attributes:
         names: The names of the modules.
@@ -83,7 +83,7 @@ def names_tied_to_embedding(model: nn.Module) -> list[str]:
 
 
 def find_tied_modules(model: nn.Module, config: LoraConfig) -> TiedModules:
-    """Find the modules that will share an adapter with the input embedding.
+    """Find the modules that are tied to the input embedding and will share an adapter with it.
 
     If there are such modules, the config is changed in place: ``modules_to_save`` or
     ``target_modules`` then contains the embedding instead of the modules tied to it.
@@ -159,7 +159,7 @@ def _warn(message: str) -> None:
 
 
 class SharedWeights:
-    """Finds weights that modules of a model share, and unties weights before a merge.
+    """Unties weights that several modules of a model share, before a merge.
 
     Args:
         model: The base model with its adapters.

@@ -162,7 +162,8 @@ def _check_token_rows(model: nn.Module, name: str, rows: TrainableTokens) -> Non
     if isinstance(module, LoraLayer) or is_modules_to_save_wrapper(module):
         how = "LoRA factors" if isinstance(module, LoraLayer) else "a full copy (modules_to_save)"
         raise UnsupportedLayerError(
-            f"trainable_token_indices trains rows of {name!r}, but another adapter has {how} for it"
+            f"trainable_token_indices trains rows of {name!r}, but another adapter adapts this "
+            f"module with {how}"
         )
     check_tokens_trainable(original_module_of(module), rows.indices)
     if isinstance(module, TrainableTokensWrapper) and module.is_tied != (rows.tied_to is not None):

@@ -31,7 +31,7 @@ _RIDGE = 1e-8
 
 
 class LoraFAOptimizer(Optimizer):
-    """AdamW with the LoRA-FA gradient for lora_B.
+    """The LoRA-FA optimizer: AdamW with the LoRA-FA gradient for lora_B.
 
     All other parameters that have a gradient are updated by plain AdamW.
 
