@@ -120,7 +120,7 @@ class AdapterLayout:
 
 
 def _elements_per_fp32(dtype: torch.dtype) -> int:
-    """Return the number of ``dtype`` elements that one fp32 magnitude value occupies."""
+    """Return the number of ``dtype`` elements that one fp32 value occupies."""
     return max(_MAGNITUDE_BYTES // dtype.itemsize, 1)
 
 

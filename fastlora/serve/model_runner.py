@@ -116,13 +116,17 @@ class RowKVCache:
 
     @property
     def nbytes(self) -> int:
-        """Size of the cache in bytes, known after the first forward pass."""
+        """Size of the cache in bytes.
+
+        The size is known after the first forward pass.
+        """
         return sum(cached.nbytes for cached in self._all())
 
     def get_seq_length(self, *_: Any, **__: Any) -> int:
-        """Return the number of cached positions in the longest row, excluding the new tokens.
+        """Return the number of cached positions in the longest row.
 
-        Some models call this even though they are given position_ids.
+        The new tokens are not counted. Some models call this even though they are given
+        position_ids.
         """
         return int(self._starts.max()) if self._starts.numel() else 0
 

@@ -28,7 +28,10 @@ class PromptTokenizer:
         self._tokens("", special=False)  # turns off truncation and padding, which a file may set
 
     def tokenize_text(self, text: str) -> list[int]:
-        """Tokenize a text to be continued, with a start token but no end token."""
+        """Return the token ids of a text that the model should continue.
+
+        A start token is added, but no end token.
+        """
         ids = self._tokens(text, special=True)
         if len(ids) > 1 and ids[-1] == self._tokenizer.eos_token_id:
             del ids[-1]

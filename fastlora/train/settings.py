@@ -320,7 +320,7 @@ def _adapter_settings(name: str, table: dict[str, Any]) -> AdapterSettings:
 
 
 def _expand_short_names(table: Any, where: str) -> dict[str, Any]:
-    """Return a copy of ``table`` in which field names replace short names such as ``lr``."""
+    """Return a copy of ``table`` with full field names in place of short names such as ``lr``."""
     result: dict[str, Any] = {}
     for key, value in as_table(table, where).items():
         name = ALIASES.get(key, key)
