@@ -50,7 +50,7 @@ class PromptTokenizer:
         odd = next((token for token in tokens if not 0 <= token < self._vocabulary), None)
         if odd is not None:
             raise ConfigError(
-                f"prompt has token {odd}, expected token ids from 0 to {self._vocabulary - 1}"
+                f"prompt contains {odd}, expected token ids from 0 to {self._vocabulary - 1}"
             )
         return list(tokens)
 
@@ -75,7 +75,7 @@ class PromptTokenizer:
     def _tokens(self, text: str, *, special: bool) -> list[int]:
         if self._length is not None and self._bound.exceeds_tokens(text, self._length):
             raise ConfigError(
-                f"the prompt has {len(text)} characters, which exceeds {self._length} tokens; "
+                f"the prompt has {len(text)} characters, more than {self._length} tokens can hold; "
                 f"prompt and answer together can have at most {self._length} tokens"
             )
         # With a list, the tokenizer lets other threads run.

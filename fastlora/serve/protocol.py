@@ -118,7 +118,7 @@ class CompletionBody(GenerationBody):
         if isinstance(given, list) and not (given and isinstance(given[0], int)):
             if len(given) != 1:
                 raise ConfigError(
-                    f"prompt has {len(given)} prompts, expected one; send a request for each"
+                    f"prompt contains {len(given)} prompts, expected one; send one request for each"
                 )
             return cast("str | list[int]", given[0])
         return cast("str | list[int]", given)

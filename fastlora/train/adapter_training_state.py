@@ -211,8 +211,8 @@ def _require_trainable_parameters(
     for key, parameter in named.items():
         if needs_fp32 and parameter.dtype == torch.float16:
             raise TypeError(
-                f"{key} is {parameter.dtype}, expected torch.float32 with a scaler: the gradients "
-                "of fp16 parameters cannot be unscaled"
+                f"{key} is {parameter.dtype}, expected torch.float32: a scaler cannot unscale the "
+                "gradients of fp16 parameters"
             )
     return list(named.values())
 

@@ -286,8 +286,8 @@ def make_sample_schedule(
     for name, count in adapter_steps.items():
         if not count:
             raise ConfigError(
-                f"none of the {steps} steps has a sample of adapter {name!r}; increase steps (an "
-                f"epoch has {math.ceil(order.total / size)} steps) or batch_size"
+                f"none of the {steps} steps contains a sample of adapter {name!r}; increase steps "
+                f"(an epoch has {math.ceil(order.total / size)} steps) or batch_size"
             )
     return SampleSchedule(order, steps, micro, adapter_steps)
 

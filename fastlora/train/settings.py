@@ -309,7 +309,7 @@ def _adapter_settings(name: str, table: dict[str, Any]) -> AdapterSettings:
         )
     if table.get("init_from") is not None and lora:
         raise ConfigError(
-            f"{where}: with init_from, the config of that adapter is used; remove "
+            f"{where}: the adapter in init_from already has a config; remove "
             f"{', '.join(sorted(lora))}"
         )
     if "data" not in table:
