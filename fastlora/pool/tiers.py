@@ -225,7 +225,7 @@ class StorageTiers:
     def bring_to_device(self, images: Mapping[str, PackedAdapter]) -> list[LoadedAdapter]:
         """Bring registered adapters to the device, evicting other adapters if necessary.
 
-        The caller must have checked with `fits_on_device` that there is room for the adapters.
+        The caller must have checked with `fits_on_device` that the adapters fit.
 
         Args:
             images: Maps the name of each adapter to its image.
