@@ -204,7 +204,9 @@ class AdapterReader:
         tensors: Tensors,
         source: str,
     ) -> dict[str, TensorLocation]:
-        """Return a dict that maps each tensor's key to a tuple (module index, `BLOCK_KINDS` entry).
+        """Return the location of each tensor in the packed adapter, as a dict keyed by tensor key.
+
+        A location is a tuple (module index, entry of `BLOCK_KINDS`).
 
         Raises:
             CheckpointError: A tensor is not supported or does not match the pool's modules, or

@@ -274,7 +274,10 @@ class Engine:
             raise
 
     def _release_and_report(self, job: EngineRequest, error: FastLoraError | None) -> None:
-        """Release a request's adapter, and send an error if its answer is incomplete."""
+        """Release a request's adapter, and report an error unless the request has already ended.
+
+        Without ``error``, the reported error says that the request was canceled.
+        """
         if job.version is not None:
             self._adapters.release_version(job.version)
         if job.ended:

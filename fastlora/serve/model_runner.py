@@ -21,9 +21,10 @@ _STEP = 256  # minimum number of positions by which the cache grows
 
 
 class RowKVCache:
-    """A key-value cache for all layers of a model, with the interface of a transformers cache.
+    """A key-value cache with one row per request, for all layers of a model.
 
-    Layers call `update` to write and read their keys and values.
+    It has the interface of a transformers cache. Layers call `update` to write and read their keys
+    and values.
 
     The buffers have shape ``[rows, heads, length, head_dim]``. They are initialized to zeros,
     because a masked position still takes part in a product with weight 0. Their length grows as

@@ -18,7 +18,7 @@ IGNORED = -100
 
 @dataclass(frozen=True, eq=False)
 class AdapterLosses:
-    """The losses of the adapters in a mixed batch.
+    """The losses of a mixed batch, separately for each adapter.
 
     A token counts if it contributes to the loss. Adapters without counted tokens are left out of
     all fields.

@@ -76,9 +76,10 @@ def check_trained_together(model: LoraModel, names: str | Sequence[str]) -> list
 
 @dataclass(frozen=True)
 class StepReport:
-    """The result of `AdapterOptimizers.step`.
+    """Report on one optimizer step: the stepped and skipped adapters, and their gradient norms.
 
-    An adapter without a loss since the previous step is in none of the fields.
+    `AdapterOptimizers.step` returns it. An adapter without a loss since the previous step is in
+    none of the fields.
 
     Attributes:
         stepped: Names of the adapters that the step updated.

@@ -298,7 +298,10 @@ class _RowValues:
         return list if all(lists) else str
 
     def get_text(self, column: str, *, optional: bool = False, empty: bool = False) -> str:
-        """Return the text in a column. If ``optional``, return "" for a missing or null value."""
+        """Return the text in a column.
+
+        If ``optional``, a missing or null value becomes an empty string.
+        """
         value = self._row.get(self._names[column])
         if optional and value is None:
             return ""

@@ -267,7 +267,7 @@ def _pack_rows(
 def _corpus_from_rows(
     rows: list[list[_TokenizedDocument]], *, separate_documents: bool, **more: Any
 ) -> TokenizedCorpus:
-    """Create a corpus from rows of documents."""
+    """Create a tokenized corpus from rows of documents."""
     tokens = [torch.tensor(d.ids, dtype=torch.int32) for row in rows for d in row]
     counts = [
         torch.tensor(
