@@ -103,7 +103,9 @@ def parse_adapter_folders(given: Sequence[str]) -> dict[str, Path]:
 
 
 class Chat:
-    """A conversation with a model in evaluation mode. Initially, the first adapter answers.
+    """A conversation with a model and its adapters.
+
+    The model is in evaluation mode. Initially, the first adapter answers.
 
     Args:
         model: The model with its adapters.
@@ -175,11 +177,11 @@ class Chat:
             )
 
     def answer_message(self, message: str) -> bool:
-        """Answer a message: stream one answer, or show the answers of all adapters in turn.
+        """Answer a message, and return whether an answer was generated.
 
-        The conversation continues with the answer of the chosen adapter. Returns True if an answer
-        was generated. A message that does not fit the model, or that the chat template rejects, is
-        reported and dropped.
+        One answer is streamed, or the answers of all adapters are shown in turn. The conversation
+        continues with the answer of the chosen adapter. A message that does not fit the model, or
+        that the chat template rejects, is reported and dropped.
         """
         before = list(self.messages)
         self.messages.append({"role": "user", "content": message})
@@ -212,7 +214,7 @@ class Chat:
         return torch.tensor([ids], device=self.model.device)
 
     def _truncated_conversation_ids(self) -> torch.Tensor | None:
-        """Return the conversation's token ids. Drop the oldest exchanges if there are too many.
+        """Return the conversation's token ids, without the oldest exchanges if it is too long.
 
         Returns None, after a message to the user, if the last message does not fit or the chat
         template rejects the conversation.
@@ -316,7 +318,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _load_model_and_adapters(args: argparse.Namespace, folders: dict[str, Path]) -> tuple[Any, Any]:
-    """Return a tuple (model with adapters, tokenizer). The model is in evaluation mode."""
+    """Load the model with its adapters, and the tokenizer, and return both.
+
+    The model is in evaluation mode.
+    """
     import fastlora
 
     model, tokenizer = models.load_model_and_tokenizer(args)

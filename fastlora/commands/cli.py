@@ -119,9 +119,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse_or_exit(arguments: Sequence[str]) -> argparse.Namespace:
-    """Parse the arguments. If there are none, print the help and exit.
+    """Parse the arguments, or exit if they are missing or invalid.
 
-    If the command is unknown, print similar names and exit.
+    If there are none, print the help and exit. If the command is unknown, print similar names and
+    exit.
     """
     parser, commands = _build_parser()
     if not arguments:
@@ -135,7 +136,7 @@ def _parse_or_exit(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def _build_parser() -> tuple[argparse.ArgumentParser, Collection[str]]:
-    """Return a tuple (parser of all commands, names of the commands)."""
+    """Build the parser of all commands, and return it with the names of the commands."""
     parser = argparse.ArgumentParser(
         prog="fastlora",
         description="Train, serve, merge, and benchmark LoRA adapters in PEFT's format, with many "
@@ -296,7 +297,10 @@ def adapter_facts(path: str) -> dict[str, Any]:
 
 
 def _module_sort_key(module: dict[str, Any]) -> tuple[Any, ...]:
-    """Return a sort key for modules: LoRA modules come first, and layer 2 precedes layer 10."""
+    """Return a key for sorting modules in natural order, with layer 2 before layer 10.
+
+    LoRA modules come first.
+    """
     parts = re.split(r"(\d+)", module["name"])
     return module["kind"] != "lora", [int(p) if p.isdigit() else p for p in parts]
 
@@ -343,7 +347,7 @@ def _merge(args: argparse.Namespace) -> int:
 
 
 def _copy_tokenizer(source: Path, target: Path) -> bool:
-    """Copy the tokenizer files in ``source`` to ``target``; return False if there are none."""
+    """Copy the tokenizer files in ``source`` to ``target``; return whether there are any."""
     if not (source / "tokenizer_config.json").is_file():
         return False
     for name in _TOKENIZER_FILES:

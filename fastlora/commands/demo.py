@@ -187,7 +187,10 @@ def settings_by_file_stem(files: Sequence[Path]) -> dict[str, dict[str, Any]]:
 def open_demo_run(
     folder: Path, adapters: Mapping[str, Any], out: Path, steps: int
 ) -> Iterator[Run]:
-    """Set up and yield a training run that writes to ``out`` and replaces any earlier run."""
+    """Open a training run for the demo, and yield it.
+
+    The run writes to ``out`` and replaces any earlier run.
+    """
     template = out / "chat_template.jinja"
     with lock_folder(out):
         shutil.rmtree(out / "checkpoints", ignore_errors=True)
@@ -204,10 +207,10 @@ def open_demo_run(
 def answer_with_adapters(
     model: Any, tokenizer: Any, prompt: str, names: Sequence[str | None] | None = None
 ) -> list[str]:
-    """Generate greedy answers to one prompt in one batch, without a system prompt.
+    """Generate the answers of several adapters to one prompt, as one batch.
 
-    ``names`` contains the adapter for each answer, with None for the base model. Without ``names``,
-    a model without adapters answers once.
+    Decoding is greedy, without a system prompt. ``names`` contains the adapter for each answer,
+    with None for the base model. Without ``names``, a model without adapters answers once.
     """
     text = smollm2.chat_prompt(prompt)
     routed = {} if names is None else {"adapter_names": names}

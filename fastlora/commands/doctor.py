@@ -41,7 +41,10 @@ _ALIGNMENT = 16  # bytes
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the findings, and return 1 if a problem was found, otherwise 0."""
+    """Parse ``argv``, print the findings, and return the exit code.
+
+    The code is 1 if a problem was found, otherwise 0.
+    """
     parser = argparse.ArgumentParser(
         prog="fastlora doctor",
         description=__doc__,
@@ -83,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _report_and_facts(
     folder: Path, adapter: Path | None, found: DoctorFindings
 ) -> tuple[FusionReport | None, dict[str, Any]]:
-    """Return a tuple (fusion report of a model with an adapter, dict of facts for JSON).
+    """Return the fusion report of a model with an adapter, and a dict of facts for JSON.
 
     If the model cannot be loaded, the error is added to the problems, and the report is None.
     """
@@ -123,9 +126,10 @@ def _report_and_facts(
 
 
 def _load_model_and_quantization_method(folder: Path) -> tuple[nn.Module, str | None]:
-    """Return a tuple (model, name of its quantization method or None).
+    """Load a model, and return it with the name of its quantization method.
 
-    A model that is not quantized is on the meta device.
+    If the model is not quantized, the name is None. A model that is not quantized is on the meta
+    device.
 
     Raises:
         CheckpointError: The folder has no model, or transformers cannot create it.
@@ -158,7 +162,7 @@ def _load_model_and_quantization_method(folder: Path) -> tuple[nn.Module, str | 
 def _report_and_unadapted_layers(
     base: nn.Module, adapter: Path | None
 ) -> tuple[FusionReport, list[str]]:
-    """Return a tuple (fusion report, names of the linear layers without an adapter).
+    """Return the fusion report and the names of the linear layers without an adapter.
 
     The report is for the accelerator, or for the CPU if no accelerator is available.
     """

@@ -26,7 +26,10 @@ OPTIONS = (
 
 
 def load_model_and_tokenizer(args: argparse.Namespace) -> tuple[Any, Any]:
-    """Return a tuple (base model in evaluation mode, tokenizer) for the options in `OPTIONS`."""
+    """Load the base model and the tokenizer that the options specify, and return both.
+
+    See `OPTIONS`. The model is in evaluation mode.
+    """
     model, tokenizer = load_causal_lm(args.model, args.dtype), load_tokenizer(args.model)
     if torch.cuda.is_available() and not args.cpu:
         model = model.to("cuda")

@@ -43,7 +43,10 @@ def parse_options(
     argv: Sequence[str] | None,
     **more: Any,
 ) -> argparse.Namespace:
-    """Parse the options of a command; raise `ConfigError` if a number is below its minimum."""
+    """Parse the options of a command, and return their values.
+
+    Raises `ConfigError` if a number is below its minimum.
+    """
     parser = argparse.ArgumentParser(prog=prog, description=description, **more)
     for option in options:
         text, kind = option.text, option.type

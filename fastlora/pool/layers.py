@@ -113,7 +113,9 @@ class PoolLayers:
     def _add_adapter_names_argument(
         self, name: str, around: Callable[[], AbstractContextManager[None]], **rules: bool
     ) -> None:
-        """Wrap a model method so that it accepts ``adapter_names=`` and checks the batch size.
+        """Wrap a model method so that it accepts the argument ``adapter_names=``.
+
+        The wrapper also checks the batch size.
 
         Args:
             name: Name of the method.
@@ -172,7 +174,7 @@ class PoolLayers:
             parameter.requires_grad_(True)
 
     def base_device_and_dtype(self) -> tuple[torch.device, torch.dtype]:
-        """Return a tuple (device of the base weights, dtype of the first base weight).
+        """Return the device of the base weights and the dtype of the first base weight.
 
         Raises:
             UnsupportedLayerError: The base weights are on different devices.

@@ -138,7 +138,7 @@ class LeaseManager:
         raise adapter_not_found_error(lost, known)  # outside the lock: finding close names is slow
 
     def drain(self, wait: float | None) -> None:
-        """Reject new leases, and wait until all leases have ended.
+        """Reject new leases, and wait until all open leases have ended.
 
         Args:
             wait: Seconds to wait, or None to raise if a lease is held; see `AdapterPool.close`.
@@ -169,7 +169,10 @@ class LeaseManager:
                 )
 
     def acquire_all_resident(self) -> Lease:
-        """Return a lease on all adapters that are on the device now, without waiting for room."""
+        """Return a lease on all adapters that are on the device now.
+
+        This method does not wait for room.
+        """
         with self.changed:
             self.check_open()
             self.hits += len(self._tiers.device)
@@ -202,10 +205,11 @@ class LeaseManager:
                     self.changed.notify_all()
 
     def compute_scales_if_pinned(self, name: str) -> None:
-        """Compute the DoRA scales of an adapter that was just loaded, if the adapter is pinned.
+        """Compute an adapter's DoRA scales if the adapter is pinned.
 
-        A captured CUDA graph can use a pinned adapter without a lease, so its scales must be
-        available. For other DoRA adapters, the first lease computes the scales.
+        The adapter has just been loaded. A captured CUDA graph can use a pinned adapter without a
+        lease, so its scales must be available. For other DoRA adapters, the first lease computes
+        the scales.
         """
         with self.changed:
             entry, loaded = self._tiers.entries.get(name), self._tiers.device.get(name)
@@ -276,9 +280,10 @@ class LeaseManager:
             self.changed.wait(left)
 
     def _find_entries_to_read(self, request: LeaseRequest) -> list[RegisteredAdapter]:
-        """Return the records of the adapters that must be read, and update ``request.in_memory``.
+        """Return the records of the adapters that must be read for a request.
 
-        ``request.in_memory`` then contains the images of the requested adapters that are in memory.
+        ``request.in_memory`` is updated: it then contains the images of the requested adapters that
+        are in memory.
         """
         entries = {name: self._tiers.entry(name) for name in request.names}
         images = {name: self._tiers.packed_adapter(name) for name in entries}
@@ -394,9 +399,10 @@ class LeaseManager:
     # ---------------------------------------------------------------------------- background
 
     def prefetch(self, names: tuple[str, ...]) -> Future[None]:
-        """Bring adapters to the device in a background thread if there is currently room for them.
+        """Start loading adapters in a background thread, and return a future.
 
-        An adapter for which there is no room is read into CPU memory only.
+        Each adapter is brought to the device if there is currently room for it. Otherwise, it is
+        only read into CPU memory.
 
         Returns:
             A future that is done when all of the adapters have been processed.

@@ -75,12 +75,18 @@ class AdapterLayout:
 
     @functools.cached_property
     def module_ranks(self) -> torch.Tensor:
-        """The adapter's rank for each module, as an int32 CPU tensor of shape ``[G]``."""
+        """The adapter's rank for each module.
+
+        The result is an int32 CPU tensor of shape ``[G]``.
+        """
         return torch.tensor([rank for rank, _ in self.blocks], dtype=torch.int32, device="cpu")
 
     @functools.cached_property
     def tensor_offsets(self) -> torch.Tensor:
-        """Block offsets in elements, as an int64 CPU tensor of shape ``[len(BLOCK_KINDS), G]``."""
+        """Offset of each tensor in the packed tensor, in elements.
+
+        The result is an int64 CPU tensor of shape ``[len(BLOCK_KINDS), G]``.
+        """
         by_kind = list(zip(*(offsets for _, offsets in self.blocks), strict=True))
         return torch.tensor(by_kind, dtype=torch.int64, device="cpu")
 
@@ -120,7 +126,7 @@ class AdapterLayout:
 
 
 def _elements_per_fp32(dtype: torch.dtype) -> int:
-    """Return the number of ``dtype`` elements that one fp32 magnitude value occupies."""
+    """Return the number of ``dtype`` elements that one fp32 value occupies."""
     return max(_MAGNITUDE_BYTES // dtype.itemsize, 1)
 
 

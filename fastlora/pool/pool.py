@@ -39,7 +39,7 @@ _ATTRIBUTE = "_fastlora_pool"
 
 
 class AdapterPool:
-    """Stores the adapters of a model in three tiers: on the device, in CPU memory, and on disk.
+    """A pool of a model's adapters, which moves them between the device, CPU memory, and disk.
 
     Every method may be called from any thread, even during forward passes. Before a forward pass,
     `fastlora.adapters` takes a lease on the adapters of the batch. The lease brings these adapters
@@ -321,9 +321,10 @@ class AdapterPool:
             self._changed.notify_all()
 
     def prefetch(self, names: Sequence[str]) -> Future[None]:
-        """Bring adapters to the device in the background if there is currently room for them.
+        """Start loading adapters in the background, and return a future.
 
-        An adapter for which there is no room is only read into CPU memory, within ``cpu_bytes``.
+        Each adapter is brought to the device if there is currently room for it. Otherwise, it is
+        only read into CPU memory, within ``cpu_bytes``.
 
         Args:
             names: Names of registered adapters.
@@ -351,16 +352,19 @@ class AdapterPool:
 
     @property
     def loaded_names(self) -> list[str]:
-        """Names of the adapters on the device, least recently used first."""
+        """Names of the adapters on the device.
+
+        The least recently used adapter comes first.
+        """
         with self._changed:
             return list(self._tiers.device)
 
     @property
     def replaced(self) -> int:
-        """Number of adapters that `load` has replaced or `unload` has removed.
+        """Number of adapters that have been replaced so far.
 
-        As long as this number does not change, each name in an open `fastlora.adapters` block still
-        refers to the same adapter.
+        An adapter that `unload` has removed counts as replaced. As long as this number does not
+        change, each name in an open `fastlora.adapters` block still refers to the same adapter.
         """
         return self._tiers.replaced
 
@@ -521,7 +525,10 @@ class AdapterPool:
         validate: bool,
         held: contextlib.ExitStack,
     ) -> Routing:
-        """Return the routing of a `fastlora.adapters` block. See `lease_batch_routing`."""
+        """Return the routing that assigns adapters to the rows of a batch.
+
+        See `lease_batch_routing`.
+        """
         return lease_batch_routing(self, ids, seeds, validate, held)
 
     def _require_registered(self, names: Sequence[str]) -> tuple[str, ...]:

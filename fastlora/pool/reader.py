@@ -145,7 +145,7 @@ class AdapterReader:
         """
         source = f"the state dict of {name!r}"
         if not isinstance(config, Mapping) and not callable(getattr(config, "to_dict", None)):
-            raise ConfigError(f"{source} needs config=; expected a LoraConfig, got {config!r}")
+            raise ConfigError(f"{source} requires config: expected a LoraConfig, got {config!r}")
         fields = config if isinstance(config, Mapping) else config.to_dict()
         config = LoraConfig.from_dict(fields, for_loading=True)
         for key, value in tensors.items():
@@ -204,7 +204,9 @@ class AdapterReader:
         tensors: Tensors,
         source: str,
     ) -> dict[str, TensorLocation]:
-        """Return a dict that maps each tensor's key to a tuple (module index, `BLOCK_KINDS` entry).
+        """Return the location of each tensor in the packed adapter, as a dict keyed by tensor key.
+
+        A location is a tuple (module index, entry of `BLOCK_KINDS`).
 
         Raises:
             CheckpointError: A tensor is not supported or does not match the pool's modules, or
@@ -303,9 +305,9 @@ class AdapterReader:
         missing = [name for name in named if name not in modules_with_factors]
         if missing:
             raise CheckpointError(
-                f"has no factors for {len(missing)} of the {len(named)} modules that its config "
-                f"selects in this model; the first of them is {missing[0]!r}. The adapter was "
-                "probably made for another base model"
+                f"LoRA factors are missing for {len(missing)} of the {len(named)} modules that the "
+                f"config selects in this model, such as {missing[0]!r}; the adapter was probably "
+                "made for another base model"
             )
 
 

@@ -43,7 +43,7 @@ class DoraScaleUpdater:
     def update_stale_scales(
         self, loaded_adapters: Iterable[LoadedAdapter], pool_lock: AbstractContextManager[Any]
     ) -> None:
-        """Compute any missing or outdated scales of leased DoRA adapters.
+        """Compute the missing and outdated DoRA scales of loaded adapters.
 
         Scales are outdated if the base weights have changed since they were computed.
 
@@ -75,7 +75,7 @@ class DoraScaleUpdater:
                     self._compute_scales(loaded, rows, stamps)
 
     def _find_stale_scales(self, dora: list[LoadedAdapter]) -> tuple[list[_StaleScales], list[Any]]:
-        """Return the adapters with missing or outdated scales, and the state of the base weights.
+        """Find the outdated scales of DoRA adapters, and return them with the base weights' stamps.
 
         Args:
             dora: Adapters on the device that use DoRA.

@@ -78,14 +78,14 @@ class StorageTiers:
         return found
 
     def packed_adapter(self, name: str) -> PackedAdapter | None:
-        """Return the packed tensors of an adapter, or None if the adapter is not in memory."""
+        """Return an adapter's packed tensors from memory, or None if they are not in memory."""
         loaded = self.device.get(name)
         if loaded is not None:
             return loaded.packed
         return self.host.get(name) or self.staged.get(name)
 
     def register(self, entries: Collection[RegisteredAdapter], uses_dora: bool) -> None:
-        """Register adapters that are on disk.
+        """Register adapters without reading them from disk.
 
         Args:
             entries: Records of the adapters. If an error is raised, none is registered.
@@ -120,11 +120,12 @@ class StorageTiers:
         self.replaced += 1
 
     def register_or_replace(self, entry: RegisteredAdapter, image: PackedAdapter) -> None:
-        """Register or replace an adapter, and bring it to the device if there is room.
+        """Register an adapter, or replace the adapter with the same name.
 
-        A new adapter on the device takes over the slot of the adapter that it replaces. If leased
-        and pinned adapters leave no room on the device, an adapter that is not pinned is stored in
-        the CPU tier. An adapter that replaces a pinned adapter is pinned too.
+        The adapter is brought to the device if there is room. A new adapter on the device takes
+        over the slot of the adapter that it replaces. If leased and pinned adapters leave no room
+        on the device, an adapter that is not pinned is stored in the CPU tier. An adapter that
+        replaces a pinned adapter is pinned too.
 
         Args:
             entry: Record of the adapter.
@@ -201,7 +202,7 @@ class StorageTiers:
         held: Collection[LoadedAdapter],
         replaced: LoadedAdapter | None = None,
     ) -> bool:
-        """Return whether adapters fit on the device alongside the pinned and leased adapters.
+        """Return whether adapters fit on the device alongside the pinned and held adapters.
 
         Args:
             wanted: Maps the name of each adapter that should fit to its image.
@@ -224,7 +225,7 @@ class StorageTiers:
     def bring_to_device(self, images: Mapping[str, PackedAdapter]) -> list[LoadedAdapter]:
         """Bring registered adapters to the device, evicting other adapters if necessary.
 
-        The caller must have checked with `fits_on_device` that there is room for the adapters.
+        The caller must have checked with `fits_on_device` that the adapters fit.
 
         Args:
             images: Maps the name of each adapter to its image.
@@ -271,7 +272,9 @@ class StorageTiers:
             self._free(loaded)
 
     def add_to_cpu_if_registered(self, name: str, image: PackedAdapter) -> None:
-        """Add an adapter to the CPU tier if it is still registered and not on the device.
+        """Add an adapter to the CPU tier if it is still registered.
+
+        An adapter that is already on the device is not added.
 
         Args:
             name: Name of the adapter.
@@ -282,7 +285,7 @@ class StorageTiers:
             self._add_to_cpu_lru(name, image)
 
     def _upload_and_assign_slot(self, name: str, image: PackedAdapter) -> LoadedAdapter:
-        """Copy an adapter to the device, and assign it a slot and a table column.
+        """Copy an adapter to the device, assign it a slot, and return the loaded adapter.
 
         The slot is that of the adapter of the same name on the device, or otherwise a free slot.
         There must be room for the image. If the copy fails, for example because the GPU is out of
@@ -377,9 +380,10 @@ class StorageTiers:
         return sum(image.nbytes for image in self.host.values())
 
     def _add_to_cpu_lru(self, name: str, image: PackedAdapter) -> None:
-        """Add an adapter to the CPU tier as the most recently used one, within ``cpu_bytes``.
+        """Add an adapter to the CPU tier as the most recently used one.
 
-        The least recently used adapters that can be read again are removed to make room.
+        The size of the tier is kept within ``cpu_bytes``. The least recently used adapters that can
+        be read again are removed to make room.
         """
         if name in self.host:
             self.host.move_to_end(name)

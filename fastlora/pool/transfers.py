@@ -49,7 +49,10 @@ class Transfers:
         """Make the calling thread's later work on the device wait for the given write events."""
 
     def record_read_event(self) -> tuple[Any, Any] | None:
-        """Record an event after the reads so far, and return (event, stream), or None on a CPU."""
+        """Record an event after the reads so far, and return it with its stream.
+
+        On a CPU, return None.
+        """
         return None
 
     def wait_for_reads(self, events: Iterable[Any]) -> None:
@@ -86,9 +89,10 @@ class CudaTransfers(Transfers):
         return event
 
     def is_event_done(self, event: torch.cuda.Event) -> bool:
-        """Return whether an event has completed, or False while a CUDA graph is being captured.
+        """Return whether an event has completed.
 
-        CUDA does not allow events to be queried during a capture.
+        While a CUDA graph is being captured, the result is False. CUDA does not allow events to be
+        queried during a capture.
         """
         return not torch.cuda.is_current_stream_capturing() and event.query()
 
@@ -109,7 +113,7 @@ class CudaTransfers(Transfers):
             stream.wait_event(event)
 
     def record_read_event(self) -> tuple[torch.cuda.Event, int] | None:
-        """Record an event on the current stream, and return a tuple (event, id of the stream).
+        """Record an event on the current stream, and return it with the stream's id, or None.
 
         While a CUDA graph is being captured, return None, because a captured forward pass has not
         read anything yet.

@@ -84,7 +84,7 @@ class ServedAdapters:
 
     @property
     def usable_names(self) -> list[str]:
-        """Sorted list of the names of all adapters without a known error."""
+        """Names of the adapters that have no known error, sorted."""
         with self._lock:
             return sorted(name for name, own in self._versions.items() if own.error is None)
 
@@ -111,7 +111,10 @@ class ServedAdapters:
             self._unload_if_unused(version)
 
     def read_in_background(self, version: AdapterVersion, on_done: Callable[[], None]) -> None:
-        """Read a version's files in the background, and then call ``on_done``, even on failure."""
+        """Read a version's files in the background, and then call ``on_done``.
+
+        The function is called even if reading fails.
+        """
         future = None
         with self._lock:
             waits = not version.ready and version.error is None
@@ -219,9 +222,10 @@ class ServedAdapters:
             self._versions[name] = version
 
     def unload(self, name: str) -> None:
-        """Unload an adapter. Running requests continue to use it until they end.
+        """Unload an adapter.
 
-        `sync_with_folder` adds the adapter again when its files change; `load` adds it at any time.
+        Running requests continue to use it until they end. `sync_with_folder` adds the adapter
+        again when its files change; `load` adds it at any time.
 
         Raises:
             AdapterNotFoundError: There is no adapter of this name.

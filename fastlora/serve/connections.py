@@ -93,11 +93,12 @@ class OpenConnections:
         return DeadlineProtocol(self, **given)
 
     def close_waiting_if_full(self) -> bool:
-        """Close a waiting connection if the limit is reached. Return whether there is room.
+        """Make room for a connection, and return whether there is room.
 
-        Unfinished requests are closed before idle connections, because a client with an idle
-        connection has been served. A quarter of the connections is reserved for unfinished
-        requests, so that idle connections do not keep new clients out.
+        If the limit is reached, a waiting connection is closed. Unfinished requests are closed
+        before idle connections, because a client with an idle connection has been served. A quarter
+        of the connections is reserved for unfinished requests, so that idle connections do not keep
+        new clients out.
         """
         if self.ending:
             return False
@@ -223,7 +224,10 @@ class SmallChunkLimiter:
         self._small = 0
 
     def next_event(self) -> Any:
-        """Return the next event from h11, or `h11.NEED_DATA` if the connection was closed."""
+        """Return the next event from h11.
+
+        If the connection was closed, return `h11.NEED_DATA`.
+        """
         event = self._parsed()
         if isinstance(event, h11.Request):
             self._small = 0

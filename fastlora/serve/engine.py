@@ -208,7 +208,7 @@ class Engine:
         )
 
     def _end_canceled(self) -> None:
-        """End all canceled requests."""
+        """End all requests that have been canceled."""
         self._running.remove_canceled()
         with self._changed:
             gone = [job for job in self._waiting if job.canceled]
@@ -254,9 +254,10 @@ class Engine:
                 self._running.jobs.append(job)
 
     def _try_lease(self, version: AdapterVersion) -> Lease | None:
-        """Return a lease on an adapter, or None if there is no room beside the adapters in use.
+        """Return a lease on an adapter, or None if there is currently no room for it.
 
-        Raises `CheckpointError` if the adapter is damaged, and `PoolFullError` if it can never fit.
+        The adapters in use stay on the device. Raises `CheckpointError` if the adapter is damaged,
+        and `PoolFullError` if it can never fit.
         """
         if version.error is not None:
             raise CheckpointError(f"adapter {version.served_as!r} cannot be used: {version.error}")
@@ -273,7 +274,10 @@ class Engine:
             raise
 
     def _release_and_report(self, job: EngineRequest, error: FastLoraError | None) -> None:
-        """Release a request's adapter, and send an error if its answer is incomplete."""
+        """Release a request's adapter, and report an error unless the request has already ended.
+
+        Without ``error``, the reported error says that the request was canceled.
+        """
         if job.version is not None:
             self._adapters.release_version(job.version)
         if job.ended:

@@ -107,7 +107,10 @@ def _counter(what: str, start: float = 0) -> Any:
 
 @dataclass
 class EngineStats:
-    """Counters of an engine, each exported as a metric. Times are wall-clock times in seconds."""
+    """Counters of an engine, each of which is exported as a metric.
+
+    Times are wall-clock times in seconds.
+    """
 
     requests: int = _counter("Accepted requests.")
     requests_finished: int = _counter("Completed requests.")

@@ -55,7 +55,7 @@ def add_exception_handlers(app: FastAPI) -> None:
 
 
 def to_status_and_body(error: FastLoraError) -> tuple[int, dict[str, Any]]:
-    """Return a tuple (HTTP status, body in OpenAI's format) for an error."""
+    """Return the HTTP status and the body, in OpenAI's format, for an error."""
     for kind, status, name, code in _STATUS:
         if isinstance(error, kind):
             return status, openai_error_body(str(error), name, code)

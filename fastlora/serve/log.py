@@ -20,7 +20,10 @@ class OneLineFormatter(logging.Formatter):
     """
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return the formatted lines of a record."""
+        """Return a record as text, with the message on one line.
+
+        The lines of a traceback follow, indented.
+        """
         lines = [f"fastlora: {_line(record.getMessage().rstrip())}"]
         repeats = getattr(record, "repeats", 0)
         if repeats:
@@ -45,7 +48,10 @@ class OncePerMinuteFilter(logging.Filter):
         self._before: dict[str, int] = {}
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Return whether a record passes, and set ``record.repeats``."""
+        """Return whether a record passes the filter.
+
+        Sets ``record.repeats``.
+        """
         now, text = self._clock(), record.getMessage()[:MAX_LINE_CHARS]
         if now - self._since >= SECONDS:
             is_next = now - self._since < 2 * SECONDS

@@ -50,7 +50,7 @@ class LongTextDetector:
 
 
 def _token_character_bound(parts: Mapping[str, Any]) -> tuple[int, re.Pattern[str] | None] | None:
-    """Return a tuple (maximum characters per token, pattern that matches vanishing characters).
+    """Return the maximum number of characters per token, and a pattern of vanishing characters.
 
     Returns None if there is no bound. The pattern is None if no characters can vanish.
 
@@ -96,7 +96,10 @@ def _flatten_steps(part: Mapping[str, Any] | None, inner: str) -> Iterator[Mappi
 
 
 def _byte_level_characters() -> Iterator[tuple[int, str]]:
-    """Yield each byte below 0xC0 with the character that byte-level vocabularies use for it."""
+    """Yield each byte with the character that byte-level vocabularies use for it.
+
+    Only bytes below 0xC0 are included.
+    """
     from tokenizers import pre_tokenizers
 
     split = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

@@ -21,9 +21,10 @@ _STEP = 256  # minimum number of positions by which the cache grows
 
 
 class RowKVCache:
-    """A key-value cache for all layers of a model, with the interface of a transformers cache.
+    """A key-value cache with one row per request, for all layers of a model.
 
-    Layers call `update` to write and read their keys and values.
+    It has the interface of a transformers cache. Layers call `update` to write and read their keys
+    and values.
 
     The buffers have shape ``[rows, heads, length, head_dim]``. They are initialized to zeros,
     because a masked position still takes part in a product with weight 0. Their length grows as
@@ -116,13 +117,17 @@ class RowKVCache:
 
     @property
     def nbytes(self) -> int:
-        """Size of the cache in bytes, known after the first forward pass."""
+        """Size of the cache in bytes.
+
+        The size is known after the first forward pass.
+        """
         return sum(cached.nbytes for cached in self._all())
 
     def get_seq_length(self, *_: Any, **__: Any) -> int:
-        """Return the number of cached positions in the longest row, excluding the new tokens.
+        """Return the number of cached positions in the longest row.
 
-        Some models call this even though they are given position_ids.
+        The new tokens are not counted. Some models call this even though they are given
+        position_ids.
         """
         return int(self._starts.max()) if self._starts.numel() else 0
 

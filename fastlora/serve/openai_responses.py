@@ -49,7 +49,10 @@ class AnswerStream:
         return chunk
 
     def cancel(self) -> None:
-        """Cancel the request, because no client is waiting for the answer."""
+        """Cancel the request, since no client is waiting for its answer.
+
+        No client is waiting for its answer.
+        """
         self._engine.cancel(self._job)
 
 

@@ -28,7 +28,10 @@ class PromptTokenizer:
         self._tokens("", special=False)  # turns off truncation and padding, which a file may set
 
     def tokenize_text(self, text: str) -> list[int]:
-        """Tokenize a text to be continued, with a start token but no end token."""
+        """Return the token ids of a text that the model should continue.
+
+        A start token is added, but no end token.
+        """
         ids = self._tokens(text, special=True)
         if len(ids) > 1 and ids[-1] == self._tokenizer.eos_token_id:
             del ids[-1]
@@ -47,7 +50,7 @@ class PromptTokenizer:
         odd = next((token for token in tokens if not 0 <= token < self._vocabulary), None)
         if odd is not None:
             raise ConfigError(
-                f"prompt has token {odd}, expected token ids from 0 to {self._vocabulary - 1}"
+                f"prompt contains {odd}, expected token ids from 0 to {self._vocabulary - 1}"
             )
         return list(tokens)
 
@@ -72,7 +75,7 @@ class PromptTokenizer:
     def _tokens(self, text: str, *, special: bool) -> list[int]:
         if self._length is not None and self._bound.exceeds_tokens(text, self._length):
             raise ConfigError(
-                f"the prompt has {len(text)} characters, which exceeds {self._length} tokens; "
+                f"the prompt has {len(text)} characters, more than {self._length} tokens can hold; "
                 f"prompt and answer together can have at most {self._length} tokens"
             )
         # With a list, the tokenizer lets other threads run.

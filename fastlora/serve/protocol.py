@@ -47,7 +47,9 @@ class _Body(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _drop_ignorable_fields(cls, data: Any) -> Any:
-        """Drop nulls, values that request nothing, and all unknown fields except the first.
+        """Drop the fields that can be ignored, such as nulls and values that request nothing.
+
+        Of the unknown fields, only the first is kept.
 
         pydantic then rejects the first unknown field. A null field counts as not given, whatever
         its name is.
@@ -92,7 +94,7 @@ class GenerationBody(_Body):
     user: str | None = None
 
     def to_sampling_params(self, max_tokens: int | None) -> SamplingParams:
-        """Return the sampling settings; raise `ConfigError` if a stop text is invalid."""
+        """Return the request's sampling settings; raise `ConfigError` if a stop text is invalid."""
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
         for text in stop[: MAX_STOPS + 1]:
             check_no_surrogates("stop", text)
@@ -116,7 +118,7 @@ class CompletionBody(GenerationBody):
         if isinstance(given, list) and not (given and isinstance(given[0], int)):
             if len(given) != 1:
                 raise ConfigError(
-                    f"prompt has {len(given)} prompts, expected one; send a request for each"
+                    f"prompt contains {len(given)} prompts, expected one; send one request for each"
                 )
             return cast("str | list[int]", given[0])
         return cast("str | list[int]", given)
@@ -143,7 +145,10 @@ class Message(_Body):
     @model_validator(mode="before")
     @classmethod
     def _fill_assistant_content(cls, data: Any) -> Any:
-        """Set missing assistant content to an empty string. Other roles require content."""
+        """Set missing content of an assistant message to an empty string.
+
+        Other roles require content.
+        """
         if isinstance(data, dict) and data.get("role") == "assistant":
             return data if data.get("content") is not None else {**data, "content": ""}
         return data
@@ -165,7 +170,10 @@ class ChatBody(GenerationBody):
     @model_validator(mode="before")
     @classmethod
     def _check_part_count(cls, data: Any) -> Any:
-        """Reject a conversation with too many message parts before the parts are checked."""
+        """Raise an error if a conversation has too many message parts.
+
+        This check runs before the parts themselves are checked.
+        """
         messages = data.get("messages") if isinstance(data, dict) else None
         if isinstance(messages, list):
             contents = [own.get("content") for own in messages if isinstance(own, dict)]

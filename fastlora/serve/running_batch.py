@@ -67,7 +67,7 @@ class PersistentAdaptersBlock:
 
 
 class RunningBatch:
-    """Processes prompts and generates tokens for the running requests.
+    """The batch of running requests, which processes their prompts and generates their tokens.
 
     ``ended`` is called with each request that leaves the batch and its error, if any.
 
@@ -92,7 +92,10 @@ class RunningBatch:
 
     @property
     def adapters_in_use(self) -> list[str]:
-        """Pool names of the adapters in use, with one entry per request that uses an adapter."""
+        """Pool names of the adapters in use.
+
+        There is one entry per request that uses an adapter.
+        """
         return [job.pool_adapter_name for job in self.jobs if job.pool_adapter_name is not None]
 
     def remove_canceled(self) -> None:
@@ -117,7 +120,10 @@ class RunningBatch:
             self._forward_rows(0, self.jobs[: self._decoding_count])
 
     def _next_prefill_requests(self) -> list[EngineRequest]:
-        """Return the requests to prefill next: one long prompt, or several short prompts."""
+        """Return the requests whose prompts are processed next.
+
+        These are one long prompt or several short prompts.
+        """
         first, *others = self.jobs[self._decoding_count :]
         chosen, widest = [first], len(first.prompt)
         for job in others:
@@ -218,7 +224,10 @@ class RunningBatch:
 
 
 def _non_finite_error(version: AdapterVersion | None) -> FastLoraError:
-    """Return the error for non-finite logits. It names the request's adapter, if there is one."""
+    """Return the error for a request with non-finite logits.
+
+    The error names the request's adapter, if there is one.
+    """
     what = "logits that are not finite"
     if version is None:
         return RequestFailedError(f"the base model returns {what}")

@@ -81,12 +81,15 @@ class AdapterTrainingState:
         self.counts = AdapterCounts()
 
     def check_trainable(self) -> None:
-        """Raise `AdapterStateError` if all parameters of the adapter are now frozen."""
+        """Raise `AdapterStateError` unless the adapter still has trainable parameters."""
         if not any(parameter.requires_grad for parameter in self.parameters):
             raise AdapterStateError(_frozen(self.name))
 
     def next_dropout_seed(self, rank: int = 0) -> int:
-        """Return the 62-bit dropout seed for the next forward pass in process ``rank``."""
+        """Return the dropout seed for the next forward pass in process ``rank``.
+
+        The seed has 62 bits.
+        """
         parts = (self.seed, self.counts.forwards, self.name, *([rank] if rank else []))
         self.counts.forwards += 1
         return hash_seed(*parts, nbytes=8) >> 2
@@ -107,7 +110,7 @@ class AdapterTrainingState:
         return total_norm(self.gradients())
 
     def clip_and_step_if_finite(self, norm: torch.Tensor, norm_value: float) -> bool:
-        """Clip the gradients and step the optimizer, unless the norm is not finite.
+        """Clip the gradients and step the optimizer if the norm is finite; return whether it is.
 
         ``norm`` is the norm of the gradients as a scalar tensor, and ``norm_value`` is the same
         norm as a number. Returns whether it is finite.
@@ -132,7 +135,10 @@ class AdapterTrainingState:
             parameter.grad = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state for `load_state_dict`, including the metadata for `check_state`."""
+        """Return the training state as a dict, for `load_state_dict`.
+
+        The dict includes the metadata for `check_state`.
+        """
         return {
             "kind": self._kind(),
             "optimizer": self.optimizer.state_dict(),
@@ -169,7 +175,10 @@ class AdapterTrainingState:
         self.seed, self.counts = state["seed"], AdapterCounts(**state["counts"])
 
     def set_scheduled_learning_rate(self) -> None:
-        """If the scheduler is a `LambdaLR`, set the learning rate for the next step."""
+        """Set the learning rate that the schedule specifies for the next step.
+
+        Schedulers other than `LambdaLR` are left alone.
+        """
         if isinstance(self.scheduler, LambdaLR):
             schedule = self.scheduler
             for group, base, rate in zip(
@@ -195,15 +204,15 @@ def _frozen(name: str) -> str:
 def _require_trainable_parameters(
     model: LoraModel, name: str, needs_fp32: bool
 ) -> list[nn.Parameter]:
-    """Return a list of an adapter's trainable parameters; raise if there are none."""
+    """Return an adapter's trainable parameters; raise an error if there are none."""
     named = {n: p for n, p in adapter_parameters(model, name).items() if p.requires_grad}
     if not named:
         raise AdapterStateError(_frozen(name))
     for key, parameter in named.items():
         if needs_fp32 and parameter.dtype == torch.float16:
             raise TypeError(
-                f"{key} is {parameter.dtype}, expected torch.float32 with a scaler: the gradients "
-                "of fp16 parameters cannot be unscaled"
+                f"{key} is {parameter.dtype}, expected torch.float32: a scaler cannot unscale the "
+                "gradients of fp16 parameters"
             )
     return list(named.values())
 

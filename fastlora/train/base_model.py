@@ -109,7 +109,7 @@ def build_base_model_on_meta(
 
 
 def enable_gradient_checkpointing_if_set(base: PreTrainedModel, settings: TrainSettings) -> None:
-    """Enable activation checkpointing in the base model if `gradient_checkpointing` is set."""
+    """Enable gradient checkpointing in the base model if the settings ask for it."""
     if settings.gradient_checkpointing:
         # transformers 5 renamed the method and warns about the old name.
         names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
@@ -147,7 +147,9 @@ def check_separates_packed_samples(model: nn.Module, packing: str) -> None:
 
 
 def check_samples_fit_model(base: PreTrainedModel, corpora: Iterable[TokenizedCorpus]) -> None:
-    """Check that the length and the token ids of every sample fit the base model.
+    """Raise an error unless all samples fit the base model.
+
+    Both the length and the token ids of each sample are checked.
 
     Raises:
         ConfigError: A sample is longer than the model's maximum number of positions.

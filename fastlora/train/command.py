@@ -174,9 +174,10 @@ def _print_message(text: str) -> None:
 
 
 def _write(stream: TextIO, text: str) -> None:
-    """Write text to a stream. If nothing reads the stream, discard this and all later output.
+    """Write text to a stream, or discard it if nothing reads the stream.
 
-    For example, Ctrl-C also ends the ``tee`` that reads the output, and the run must still save.
+    In that case, all later output is discarded too. For example, Ctrl-C also ends the ``tee`` that
+    reads the output, and the run must still save.
     """
     try:
         stream.write(text)
@@ -317,11 +318,11 @@ def _count(number: int, noun: str) -> str:
 def _estimate_step_memory(
     settings: TrainSettings, advice: Recommendation, samples: int, length: int
 ) -> int | None:
-    """Estimate the peak memory, in bytes, of a forward and backward pass. Return None if unknown.
+    """Estimate a step's peak memory in bytes. Return None if it is unknown.
 
-    The estimate excludes weights and gradients, and is for the base model before quantization. It
-    also excludes dropout, which stores only seeds. The result is None if the model does not run on
-    the meta device.
+    The estimate covers one forward and backward pass. It excludes weights and gradients, and is for
+    the base model before quantization. It also excludes dropout, which stores only seeds. The
+    result is None if the model does not run on the meta device.
     """
     plain = replace(settings, load_in=None, dtype=base_model_dtype(settings))
     base = base_model.build_base_model_on_meta(plain)
@@ -356,7 +357,10 @@ def _fusion_report_text(
     device: torch.device,
     is_quantized: bool,
 ) -> str:
-    """Return the fusion report for ``device`` as text, or a note if the model is quantized."""
+    """Return the fusion report for ``device`` as text.
+
+    If the model is quantized, return a note instead.
+    """
     report = fusion_report(prepare.add_trainable_adapters(base, settings, advice))
     if is_quantized:
         where = f"that bitsandbytes will quantize in {settings.load_in}"

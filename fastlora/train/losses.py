@@ -18,7 +18,7 @@ IGNORED = -100
 
 @dataclass(frozen=True, eq=False)
 class AdapterLosses:
-    """The losses of the adapters in a mixed batch.
+    """The losses of a mixed batch, separately for each adapter.
 
     A token counts if it contributes to the loss. Adapters without counted tokens are left out of
     all fields.
@@ -62,7 +62,7 @@ def adapter_losses(
     mask: torch.Tensor | None = None,
     tokens: Mapping[str, int] | None = None,
 ) -> AdapterLosses:
-    """Average the losses over each adapter's own tokens.
+    """Compute each adapter's mean loss over its own tokens.
 
     This causes one host-device synchronization.
 
@@ -125,7 +125,10 @@ def adapter_losses(
 def _sum_losses_by_adapter(
     losses: torch.Tensor, mask: torch.Tensor, samples: dict[str, list[int]]
 ) -> list[tuple[str, torch.Tensor, int, float]]:
-    """Sum the losses of each adapter. Return tuples (name, sum, token count, sum as a float)."""
+    """Sum the losses of each adapter's tokens, and count the tokens.
+
+    Returns tuples (name, sum, token count, sum as a float).
+    """
     if not samples:
         return []
     # Select instead of multiplying, so that a NaN outside the mask adds nothing. [B]

@@ -30,12 +30,12 @@ from fastlora.validation import AdapterNotFoundError, AdapterStateError, near_na
 
 
 def train_adapters(model: LoraModel, names: str | Sequence[str]) -> None:
-    """Make the named adapters trainable, and freeze all other adapters.
+    """Make the named adapters trainable, so that they train together.
 
-    Unlike ``model.set_adapter``, this function does not change which adapters are active. Several
-    of the named adapters may also have their own copies of the same module (``modules_to_save``),
-    because each row of a mixed batch uses at most one adapter. A later call to
-    ``model.set_adapter`` freezes all adapters that it does not activate.
+    All other adapters are frozen. Unlike ``model.set_adapter``, this function does not change which
+    adapters are active. Several of the named adapters may also have their own copies of the same
+    module (``modules_to_save``), because each row of a mixed batch uses at most one adapter. A
+    later call to ``model.set_adapter`` freezes all adapters that it does not activate.
 
     Args:
         model: The model with its adapters.
@@ -76,9 +76,10 @@ def check_trained_together(model: LoraModel, names: str | Sequence[str]) -> list
 
 @dataclass(frozen=True)
 class StepReport:
-    """The result of `AdapterOptimizers.step`.
+    """Report on one optimizer step: the stepped and skipped adapters, and their gradient norms.
 
-    An adapter without a loss since the previous step is in none of the fields.
+    `AdapterOptimizers.step` returns it. An adapter without a loss since the previous step is in
+    none of the fields.
 
     Attributes:
         stepped: Names of the adapters that the step updated.
@@ -192,7 +193,7 @@ class AdapterOptimizers:
         return None if scaler is None else float(scaler.get_scale())
 
     def draw_seeds(self, names: Sequence[str | None]) -> dict[str, int]:
-        """Draw a dropout seed for each adapter in a batch, and return a dict of the seeds.
+        """Draw a dropout seed for each adapter in a batch, and return the seeds by adapter.
 
         Pass it to `fastlora.adapters` as ``seeds``. A seed is derived from ``seed``, the name of
         the adapter, and the number of its forward passes so far. The dropout masks are therefore
@@ -214,7 +215,7 @@ class AdapterOptimizers:
         return {adapter.name: drawn[adapter.name] for adapter in chosen}
 
     def total_tokens(self, counts: Mapping[str, int]) -> dict[str, int]:
-        """Return a dict that maps each adapter to its token count, summed over all processes.
+        """Sum each adapter's token count over all processes, and return the sums by adapter.
 
         The result is the argument ``tokens`` of `causal_lm_losses` and `adapter_losses`.
 
@@ -225,12 +226,12 @@ class AdapterOptimizers:
         return {name: int(count) for name, count in total.items() if count}
 
     def backward(self, losses: AdapterLosses) -> None:
-        """Accumulate the gradients of all finite losses, and leave the other adapters unchanged.
+        """Run the backward pass of the finite losses, which accumulates their gradients.
 
-        A non-finite loss is counted and skipped. Gradients that its adapter has accumulated from
-        earlier batches of the same step are preserved. The exception is FSDP2 without gradient
-        synchronization: the accumulated gradients are not accessible, and the step of the adapter
-        is skipped.
+        The gradients of the other adapters remain unchanged. A non-finite loss is counted and
+        skipped. Gradients that its adapter has accumulated from earlier batches of the same step
+        are preserved. The exception is FSDP2 without gradient synchronization: the accumulated
+        gradients are not accessible, and the step of the adapter is skipped.
 
         If processes share the batch, a loss is used only if it is finite in all of them. The
         gradients are then the same as for one process with the whole batch. Losses that are means
@@ -289,11 +290,11 @@ class AdapterOptimizers:
         self._present.update(agreed.finite)
 
     def step(self, present: Iterable[str] | None = None) -> StepReport:
-        """Step the optimizer of each adapter that had a finite loss since the last step.
+        """Step the optimizers of the adapters, and return a report.
 
-        An adapter with a non-finite gradient is skipped: its optimizer and its schedule do not
-        advance, and its loss scale, if any, is lowered. The call causes one host-device
-        synchronization.
+        Only adapters that had a finite loss since the last step are stepped. An adapter with a
+        non-finite gradient is skipped: its optimizer and its schedule do not advance, and its loss
+        scale, if any, is lowered. The call causes one host-device synchronization.
 
         Args:
             present: The adapters to step, if the backward pass was run without calling `backward`.
@@ -360,7 +361,9 @@ class AdapterOptimizers:
         return {name: adapter.state_dict() for name, adapter in self._adapters.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Load the training state of each adapter in ``state``, and leave other adapters unchanged.
+        """Load the training state of each adapter in ``state``.
+
+        Other adapters remain unchanged.
 
         Raises:
             AdapterNotFoundError: ``state`` names an adapter that has no optimizer in this object.

@@ -52,9 +52,10 @@ class SampleSchedule:
 
 
 def check_model_and_out_folders(settings: TrainSettings) -> None:
-    """Check that the model is a local folder, and that ``out`` is not a file.
+    """Raise an error unless the model folder and the output folder can be used.
 
-    Raises `CheckpointError` for the model, and `TrainError` for ``out``.
+    The model must be a local folder, or `CheckpointError` is raised. ``out`` must not be a file, or
+    `TrainError` is raised.
     """
     if not (settings.model / "config.json").is_file():
         raise CheckpointError(
@@ -66,7 +67,9 @@ def check_model_and_out_folders(settings: TrainSettings) -> None:
 
 
 def checkpoint_to_resume(settings: TrainSettings, *, resume: bool) -> Path | None:
-    """Return the path of the newest checkpoint, or None if there are no checkpoints.
+    """Return the path of the checkpoint to resume from, or None if there is none.
+
+    This is the newest checkpoint.
 
     Raises:
         TrainError: There is a checkpoint, and ``resume`` is False.
@@ -229,9 +232,9 @@ def describe_data(
 
 
 class _StreamIgnoringWriteErrors:
-    """A stream that ignores failed writes, so that a progress bar cannot abort a run.
+    """A stream that ignores failed writes.
 
-    A write fails on a full disk, for instance.
+    With this stream, a progress bar cannot abort a run. A write fails on a full disk, for instance.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -283,8 +286,8 @@ def make_sample_schedule(
     for name, count in adapter_steps.items():
         if not count:
             raise ConfigError(
-                f"none of the {steps} steps has a sample of adapter {name!r}; increase steps (an "
-                f"epoch has {math.ceil(order.total / size)} steps) or batch_size"
+                f"none of the {steps} steps contains a sample of adapter {name!r}; increase steps "
+                f"(an epoch has {math.ceil(order.total / size)} steps) or batch_size"
             )
     return SampleSchedule(order, steps, micro, adapter_steps)
 
@@ -296,7 +299,10 @@ def make_optimizers(
     schedule: SampleSchedule,
     device: torch.device,
 ) -> AdapterOptimizers:
-    """Create AdamW optimizers with schedules, gradient clipping, and, for fp16, loss scaling."""
+    """Create the optimizers of the adapters, with their learning rate schedules.
+
+    The optimizers are AdamW. Gradients are clipped and, for fp16, losses are scaled.
+    """
     return AdapterOptimizers(
         model,
         {

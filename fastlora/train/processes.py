@@ -54,7 +54,9 @@ class AgreedLosses(NamedTuple):
 
 
 class BatchProcessGroup:
-    """The process group that shares each batch. A process that trains alone does not communicate.
+    """The group of processes that share each batch.
+
+    A process that trains alone does not communicate.
 
     Args:
         group: See `AdapterOptimizers`.
@@ -89,7 +91,10 @@ class BatchProcessGroup:
         return [dict(zip(self._names, row, strict=True)) for row in rows]
 
     def agree_on_losses(self, losses: AdapterLosses) -> AgreedLosses:
-        """Agree with the other processes on the losses to use and on the weight of each loss."""
+        """Agree with the other processes on the losses to use, and return these losses.
+
+        The processes also agree on the weight of each loss.
+        """
         seen, bad, tokens = self.sum_counts(
             dict.fromkeys(losses.values, 1), dict.fromkeys(losses.non_finite, 1), losses.tokens
         )
@@ -165,7 +170,7 @@ class RunProcesses:
         return number % self.count == self._accelerator.process_index
 
     def sum_values(self, values: dict[str, float], *, stop: bool) -> tuple[dict[str, float], bool]:
-        """Sum the values over all processes.
+        """Sum the values over all processes, and return the sums and whether any process must stop.
 
         Returns a tuple (dict of the sums, whether any process has to stop).
         """
@@ -174,10 +179,11 @@ class RunProcesses:
         return total, total.pop(_STOP) > 0
 
     def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Sum gradients over all processes, with one all-reduce operation per dtype.
+        """Sum the gradients over all processes.
 
-        All processes must pass the same parameters, each once. A parameter that has no gradient in
-        any process has no gradient afterwards either.
+        There is one all-reduce operation per dtype. All processes must pass the same parameters,
+        each once. A parameter that has no gradient in any process has no gradient afterwards
+        either.
         """
         if self.count == 1:
             return
@@ -225,12 +231,15 @@ class RunProcesses:
             self._accelerator.log(values, step=step)
 
     def end_trackers(self) -> None:
-        """Finish all trackers, so that they write their pending data."""
+        """End all trackers, which then write their pending data.
+
+        They write their pending data first.
+        """
         while self._accelerator.trackers:
             self._accelerator.trackers.pop().finish()
 
     def end_training(self) -> None:
-        """Finish the trackers and leave the process group."""
+        """End the trackers and leave the process group."""
         while self._accelerator.trackers:  # left after an error, which is already being raised
             with contextlib.suppress(OSError):
                 self.end_trackers()
@@ -238,7 +247,7 @@ class RunProcesses:
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Check that accelerate supports all of the trackers and that they are installed.
+    """Raise an error unless all trackers are known to accelerate and installed.
 
     Raises:
         ConfigError: accelerate has no tracker of that name.

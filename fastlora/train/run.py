@@ -317,7 +317,7 @@ class Run:
         return self._log.was_evaluated
 
     def _write_loss_files_and_end_trackers(self) -> tuple[dict[str, float], tuple[Path, ...]]:
-        """Write the table and the plot of the losses, and finish the trackers.
+        """Write the table and the plot of the losses, and end the trackers.
 
         If steps are left, no file is written. Returns a tuple (mean loss of each adapter, paths of
         the written files). Raises the first error from writing the log, the losses, or tracker
@@ -341,7 +341,10 @@ class Run:
 
     @contextlib.contextmanager
     def _record_write_error(self, what: str) -> Iterator[None]:
-        """Record a write error in the block, so that the run ends after the current step."""
+        """Record a write error in the block instead of raising it.
+
+        The run then ends after the current step.
+        """
         try:
             with run_log.as_train_error(what):
                 yield
@@ -356,14 +359,18 @@ class Run:
             ) from self._failure
 
     def _run_should_stop(self) -> bool:
-        """Return whether the run ends after this step. The result is the same in all processes.
+        """Return whether the run should stop after this step.
 
-        A single process checks directly. Several processes agree when they exchange their losses.
+        The result is the same in all processes. A single process checks directly. Several processes
+        agree when they exchange their losses.
         """
         return self._stop_agreed if self.processes.count > 1 else self._process_should_stop()
 
     def _process_should_stop(self) -> bool:
-        """Return whether this process has received a signal or recorded a failed write."""
+        """Return whether this process should stop after this step.
+
+        It should if it has received a signal or recorded a failed write.
+        """
         return self._signals.received is not None or self._failure is not None
 
     def _interrupted(self, when: str, *, saved: bool = False) -> RunInterrupted:
@@ -381,10 +388,11 @@ class Run:
         return {name: self.settings.out / name for name in self.corpora if counts[name].steps}
 
     def _evaluate_if_due(self) -> dict[str, float]:
-        """If an evaluation is due and the run is not about to stop, evaluate and log answers.
+        """Evaluate the adapters if an evaluation is due, and return the losses by adapter.
 
-        Returns the evaluation losses by adapter, or an empty dict. A run that stops leaves the
-        evaluation to the run that resumes it.
+        Unless the run is about to stop, the answers to the prompts are logged too. If no evaluation
+        is due, the result is an empty dict. A run that stops leaves the evaluation to the run that
+        resumes it.
         """
         if self._run_should_stop() or not self._is_due(self.settings.eval_every):
             return {}
@@ -394,11 +402,17 @@ class Run:
         return evaluated
 
     def _no_step_completed(self) -> bool:
-        """Return whether steps remain and this run has not completed any of them."""
+        """Return whether this run has not completed any of its steps.
+
+        If no steps remain, the result is False.
+        """
         return self.resumed_from == self.step < self.schedule.steps
 
     def _is_due(self, every: int) -> bool:
-        """Return whether the current step is a multiple of ``every`` or the last step."""
+        """Return whether an action that takes place every ``every`` steps is due now.
+
+        It is also due after the last step.
+        """
         return self.step == self.schedule.steps or (every > 0 and self.step % every == 0)
 
     def close(self) -> None:
@@ -439,7 +453,7 @@ class Run:
         self._write_log_and_trackers({"step": self.step, **entry})
 
     def _skipped_step_counts(self) -> dict[str, int]:
-        """Return the number of skipped steps for each adapter that has skipped any, as a dict."""
+        """Return the number of skipped steps for each adapter that has skipped any."""
         counts = self.optimizers.counts
         return {name: count.skipped_steps for name, count in counts.items() if count.skipped_steps}
 
@@ -457,7 +471,7 @@ class Run:
                 )
 
     def _trainable_parameters(self, names: Iterable[str]) -> list[nn.Parameter]:
-        """Return a list of the trainable parameters of the named adapters, without duplicates."""
+        """Return the trainable parameters of the named adapters as a list without duplicates."""
         found = (p for name in names for p in adapter_parameters(self.model, name).values())
         return list({id(p): p for p in found if p.requires_grad}.values())
 
@@ -468,7 +482,7 @@ class Run:
         *,
         accumulate_gradients: bool,
     ) -> dict[str, float]:
-        """Compute the mean loss of each adapter over its tokens in ``rows``, and return a dict.
+        """Compute each adapter's mean loss over its tokens in ``rows``.
 
         The forward passes are distributed over all processes. With
         ``accumulate_gradients=True``, they also accumulate gradients. A run that stops ends an
@@ -531,7 +545,7 @@ class Run:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Compute the mean loss of each adapter over its evaluation tokens, and return a dict.
+        """Compute each adapter's mean loss over its evaluation data, and return the losses.
 
         Returns an empty dict if the run is about to stop.
         """
@@ -545,9 +559,9 @@ class Run:
         return found
 
     def log_answers(self) -> None:
-        """Log each adapter's answers to its prompts, in the main process only.
+        """Generate each adapter's answers to its prompts, and log them.
 
-        The other processes wait at the next step.
+        Only the main process does this. The other processes wait at the next step.
         """
         prompts = {a.name: a.prompts for a in self.settings.adapters if a.prompts}
         if not prompts or not self.processes.main:
@@ -571,10 +585,10 @@ class Run:
                     self.processes.log_to_trackers({f"answers/{name}/{number}": text}, self.step)
 
     def save(self) -> None:
-        """Save the adapters. Save a checkpoint too, unless the current step already has one.
+        """Save the adapters and a checkpoint.
 
-        Adapters are smaller than a checkpoint, so on a full disk each adapter that still fits is
-        saved.
+        If the current step already has a checkpoint, none is written. Adapters are smaller than a
+        checkpoint, so on a full disk each adapter that still fits is saved.
 
         Raises:
             CheckpointError: An adapter or the checkpoint cannot be written. Older checkpoints are
@@ -619,7 +633,10 @@ class Run:
             raise self._with_recovery_hint(failures[0], saved) from failures[0]
 
     def _with_recovery_hint(self, error: _Failure, names: Iterable[str]) -> _Failure:
-        """Return a copy of an error that also names the saved adapters and says how to resume."""
+        """Return a copy of an error with a hint about how to resume the run.
+
+        The hint also names the saved adapters.
+        """
         if self._no_step_completed():
             return type(error)(f"{error}; nothing was trained")
         saved = ", ".join(str(self.settings.out / name) for name in names) or "none"
@@ -629,7 +646,10 @@ class Run:
         return type(error)(text)
 
     def _write_log_and_trackers(self, entry: dict[str, Any]) -> None:
-        """Add an entry to the log and to the trackers, in the main process only."""
+        """Write an entry to the log and to the trackers.
+
+        Only the main process does this.
+        """
         if self._log is None:
             return
         with self._record_write_error("trackers"):

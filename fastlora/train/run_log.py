@@ -59,12 +59,18 @@ class RunLog:
             self._file = self.path.open("a", buffering=1, encoding="utf-8")  # line-buffered
 
     def write(self, entry: dict[str, Any]) -> None:
-        """Append an entry that has the key ``"step"``. Non-finite numbers are written as null."""
+        """Append an entry to the log.
+
+        The entry has the key ``"step"``. Non-finite numbers are written as null.
+        """
         with as_train_error(self.path):
             self._file.write(json.dumps(_replace_non_finite(entry), allow_nan=False) + "\n")
 
     def close(self) -> None:
-        """Close the file. An `OSError` is ignored, because `write` has already raised it."""
+        """Close the log file.
+
+        An `OSError` is ignored, because `write` has already raised it.
+        """
         with contextlib.suppress(OSError):
             self._file.close()
 
@@ -120,7 +126,7 @@ def write_loss_table(folder: Path, losses: Sequence[LoggedLoss]) -> Path:
 
 
 def plot_losses(folder: Path, losses: Sequence[LoggedLoss]) -> Path | None:
-    """Plot each adapter's loss per step to ``losses.png``, and return the path of the plot.
+    """Plot each adapter's losses to ``losses.png`` in ``folder``, and return the file's path.
 
     Returns None if matplotlib is not installed. With 10 or more steps, the losses are a thin line
     and their moving average is a thick line. Evaluations are dots on a dashed line.
@@ -163,16 +169,17 @@ def plot_losses(folder: Path, losses: Sequence[LoggedLoss]) -> Path | None:
 def _finite_losses(
     losses: Sequence[LoggedLoss], name: str, kind: str
 ) -> tuple[list[int], list[float]]:
-    """Return a tuple (steps, losses) of an adapter's finite losses of one kind."""
+    """Return the steps and the values of an adapter's finite losses of one kind."""
     own = {e.step: e.loss for e in losses if (e.adapter, e.kind) == (name, kind)}
     points = {step: loss for step, loss in own.items() if loss is not None}
     return list(points), list(points.values())
 
 
 def _moving_average(values: Sequence[float]) -> list[float]:
-    """Return a centered moving average, with a window of about a twentieth of the values.
+    """Return the centered moving average of a series of values.
 
-    The window is shorter at both ends. A centered window does not lag behind the loss.
+    The window contains about a twentieth of the values, and is shorter at both ends. A centered
+    window does not lag behind the loss.
     """
     half = max(len(values) // 40, 2)
     windows = [values[max(at - half, 0) : at + half + 1] for at in range(len(values))]
@@ -189,7 +196,10 @@ def as_train_error(what: Path | str) -> Iterator[None]:
 
 
 def flatten_for_trackers(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flatten a log entry for trackers, as in ``{"loss/ship": 1.5}``, and drop its lists."""
+    """Flatten a log entry for trackers, as in ``{"loss/ship": 1.5}``.
+
+    Lists are dropped.
+    """
     found: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):
@@ -200,7 +210,7 @@ def flatten_for_trackers(values: Mapping[str, Any], prefix: str = "") -> dict[st
 
 
 def _replace_non_finite(value: Any) -> Any:
-    """Return a copy of a log entry in which None replaces each NaN or infinite number."""
+    """Return a copy of a log entry in which NaN and infinite numbers are replaced with None."""
     if isinstance(value, dict):
         return {key: _replace_non_finite(part) for key, part in value.items()}
     if isinstance(value, list):

@@ -109,7 +109,7 @@ def _columns(value: Any, where: str) -> dict[str, str]:
 
 
 def _parse_comma_list(text: str) -> list[str]:
-    """Parse a comma-separated list such as ``"a, b"`` for argparse."""
+    """Parse a comma-separated list such as ``"a, b"``, and return the items."""
     return [name.strip() for name in text.split(",")]
 
 

@@ -309,7 +309,7 @@ def _adapter_settings(name: str, table: dict[str, Any]) -> AdapterSettings:
         )
     if table.get("init_from") is not None and lora:
         raise ConfigError(
-            f"{where}: with init_from, the config of that adapter is used; remove "
+            f"{where}: the adapter in init_from already has a config; remove "
             f"{', '.join(sorted(lora))}"
         )
     if "data" not in table:
@@ -320,7 +320,7 @@ def _adapter_settings(name: str, table: dict[str, Any]) -> AdapterSettings:
 
 
 def _expand_short_names(table: Any, where: str) -> dict[str, Any]:
-    """Return a copy of ``table`` in which field names replace short names such as ``lr``."""
+    """Return a copy of ``table`` with full field names in place of short names such as ``lr``."""
     result: dict[str, Any] = {}
     for key, value in as_table(table, where).items():
         name = ALIASES.get(key, key)

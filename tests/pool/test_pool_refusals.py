@@ -88,7 +88,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "fewer layers": (
         lambda f: edit_tensors(f, drop("layers.2")),
-        "has no factors for 2 of the 6 modules",
+        "LoRA factors are missing for 2 of the 6 modules",
     ),
     "no such target": (lambda f: edit_config(f, target_modules=["k"]), "another base"),
     "wider": (

@@ -195,7 +195,7 @@ def test_an_adapter_that_is_replaced_between_two_tokens(
         if changes == "served":
             run.join("a")
             run.turns(2)
-        run.batch.close()  # a thread's blocks end in the reverse order of their beginning
+        run.batch.close()  # a thread's blocks end in reverse order
         found.append(run.logits)
     # A prompt and its first token, three tokens, then two of the new adapter or of the old one.
     before, after = found

@@ -35,7 +35,9 @@ class SampleRef(NamedTuple):
 
 
 class SampleOrder:
-    """The samples of each step. In every epoch, the data of all adapters is shuffled together.
+    """The order of a run's samples, which determines the samples of each step.
+
+    In every epoch, the data of all adapters is shuffled together.
 
     Args:
         sizes: Dict that maps each adapter to its number of samples.
@@ -54,7 +56,10 @@ class SampleOrder:
         self._epochs: dict[int, torch.Tensor] = {}
 
     def step_samples(self, step: int) -> list[SampleRef]:
-        """Return references to the samples of a step. Steps are counted from 0."""
+        """Return references to the samples of a step.
+
+        Steps are counted from 0.
+        """
         indices = self._shuffled_indices(step * self.batch_size, self.batch_size).tolist()
         owners = [bisect_right(self.starts, index) - 1 for index in indices]
         return [

@@ -162,7 +162,10 @@ def single_message_chat(role: str, text: str) -> Messages:
 
 
 def alpaca_prompt(instruction: str, input: str = "", *, chat: bool = False) -> str:
-    """Return the prompt for an instruction, in Alpaca's template unless ``chat`` is True."""
+    """Return the Alpaca prompt for an instruction and its input.
+
+    If ``chat`` is True, Alpaca's template is omitted.
+    """
     if chat:
         return f"{instruction}\n\n{input}" if input else instruction
     given = f"### Input:\n{input}\n\n" if input else ""
@@ -188,7 +191,10 @@ def _describe_file_format(
 
 
 def _detect_format(path: Path, columns: Sequence[str], options: DataOptions) -> str:
-    """Return the name of the only format in `FORMATS` that matches the columns of a file."""
+    """Return the name of the data format that matches the columns of a file.
+
+    Exactly one format in `FORMATS` must match.
+    """
     for ours, theirs in options.columns.items():
         if theirs not in columns:
             raise DataError(
@@ -229,7 +235,10 @@ def _require_object(source: SampleSource, row: Any) -> dict[str, Any]:
 
 
 def _row_to_sample(format_name: str, values: _RowValues, chat: bool) -> TrainingSample:
-    """Convert a row to a sample. If ``chat`` is True, a text prompt becomes a user turn."""
+    """Convert a row's values to a training sample.
+
+    If ``chat`` is True, a text prompt becomes a user turn.
+    """
     values.check_has_columns(FORMATS[format_name].required)
     source = values.source
     if format_name == "text":
@@ -289,7 +298,10 @@ class _RowValues:
         return list if all(lists) else str
 
     def get_text(self, column: str, *, optional: bool = False, empty: bool = False) -> str:
-        """Return the text in a column. If ``optional``, return "" for a missing or null value."""
+        """Return the text in a column.
+
+        If ``optional``, a missing or null value becomes an empty string.
+        """
         value = self._row.get(self._names[column])
         if optional and value is None:
             return ""

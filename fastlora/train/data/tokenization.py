@@ -130,7 +130,11 @@ class _TokenizedDocument(NamedTuple):
 
     @property
     def has_loss_tokens(self) -> bool:
-        """Whether any token contributes to the loss if the document has a row of its own."""
+        """Whether any token of the document contributes to the loss.
+
+        The document is assumed to have a row of its own. This property assumes that the document
+        has a row of its own.
+        """
         return any(self.counts[1:])
 
 
@@ -242,7 +246,10 @@ def format_and_tokenize_prompt(
 def _pack_rows(
     documents: list[_TokenizedDocument], size: int, strategy: str
 ) -> list[list[_TokenizedDocument]]:
-    """Pack documents into rows, and drop rows in which no token contributes to the loss."""
+    """Pack documents into rows.
+
+    Rows in which no token contributes to the loss are dropped.
+    """
     rows = pack_documents([len(d.ids) for d in documents], size, strategy)
     found = [[documents[i].slice_tokens(start, stop) for i, start, stop in row] for row in rows]
     # In wrapped rows, the first token of a document follows the previous document.
@@ -260,7 +267,7 @@ def _pack_rows(
 def _corpus_from_rows(
     rows: list[list[_TokenizedDocument]], *, separate_documents: bool, **more: Any
 ) -> TokenizedCorpus:
-    """Create a corpus from rows of documents."""
+    """Create a tokenized corpus from rows of documents."""
     tokens = [torch.tensor(d.ids, dtype=torch.int32) for row in rows for d in row]
     counts = [
         torch.tensor(

@@ -94,7 +94,7 @@ def test_data_that_the_model_cannot_take(fails: Any, given: Any, tmp_path: Path)
         ("adapters.a.r", 0, "adapter 'a': r must be a positive integer, got 0"),
         ("adapters.a.targets", ["query"], "'a': target_modules entries ['query'] match no module"),
         ("adapters.a.inference_mode", True, "inference_mode = true freezes the adapter"),
-        ("adapters.a.init_from", "nowhere", "config of that adapter is used; remove r"),
+        ("adapters.a.init_from", "nowhere", "already has a config; remove r"),
         ("adapters.x/y", {"data": "d"}, "invalid adapter name 'x/y'"),
         ("adapters.checkpoints", {"data": "d"}, "invalid adapter name 'checkpoints'"),
         ("adapters.__base__", {"data": "d"}, "'__base__', which selects the base model"),
@@ -152,7 +152,7 @@ def test_too_few_steps_and_forwards(
 ) -> None:
     """An adapter without a step, and processes without a forward."""
     given |= {"steps": 1, "batch_size": 1, "micro_batch_size": 1}
-    assert "none of the 1 steps has a sample of adapter" in fails(given)
+    assert "none of the 1 steps contains a sample of adapter" in fails(given)
     monkeypatch.setenv("WORLD_SIZE", "3")
     assert "4 samples has 2 forward passes of 2 samples, but each of the 3 processes" in fails(
         given | {"steps": 4, "batch_size": 4, "micro_batch_size": 2}, "--dry-run"
