@@ -208,7 +208,7 @@ def test_the_figures_of_the_readme_and_the_home_are_those_of_the_results() -> No
         assert f"takes {ours}x as long as without adapters, compared with {peft}x in PEFT" in text
         assert f"needs {peak:.0%} of PEFT's peak memory" in text
     readme = " ".join(PAGES[0].read_text(encoding="utf-8").split())
-    assert f"takes {lora[0]} times as long in fp32 as with PEFT." in readme
+    assert f"in fp32 takes {lora[0]} times as long as with PEFT." in readme
     assert f"With a bf16 model and fp32 adapters, the step takes {lora[1]} times as long." in readme
 
 

@@ -359,7 +359,7 @@ EXEMPTIONS: tuple[Exemption, ...] = (
         Script("Llama", (_wrap(["q_proj"], use_rslora=True), _weighted("default"))),
     ),
     Exemption(
-        "An existing name raises an error, where PEFT returns silently",
+        "An existing name raises an error, whereas PEFT returns silently",
         lambda m: m.of("weighted") and m.only_fastlora_raises("already exists"),
         Script("Llama", (_wrap(["q_proj"]), _weighted("default", name="default"))),
     ),
