@@ -82,7 +82,7 @@ def server_admin_key() -> str | None:
     return os.environ.get("FASTLORA_ADMIN_KEY")
 
 
-def user_configured_allocator() -> bool:
+def user_configured_malloc() -> bool:
     """Return whether the user has configured glibc's malloc with an environment variable."""
     names = ("GLIBC_TUNABLES", "MALLOC_ARENA_MAX", "MALLOC_MMAP_THRESHOLD_")
     return any(name in os.environ for name in (*names, "MALLOC_TRIM_THRESHOLD_"))

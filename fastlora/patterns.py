@@ -253,7 +253,9 @@ def patterns_matching_no_suffix(
         index = _suffix_index(field, patterns)
         found = {pattern for name in names for pattern in index.matching_plain_patterns(name)}
         found |= {
-            e for e in index.expressions if any(index.expression_matches(e, name) for name in names)
+            e
+            for e in index.expressions
+            if any(index.expression_matches_end(e, name) for name in names)
         }
         return [pattern for pattern in patterns if pattern not in found]
 
@@ -290,7 +292,7 @@ class _SuffixIndex:
                     found[end] = patterns[end]
         return found
 
-    def expression_matches(self, expression: str, name: str) -> bool:
+    def expression_matches_end(self, expression: str, name: str) -> bool:
         """Return whether a regular expression matches the last components of a module name."""
         return _match(self._field, expression, r"(.*\.)?({})$", name) is not None
 
@@ -301,7 +303,7 @@ class _SuffixIndex:
         for expression, place in self.expressions.items():
             if best is not None and plain[best] < place:
                 break
-            if self.expression_matches(expression, name):
+            if self.expression_matches_end(expression, name):
                 return expression
         return best
 

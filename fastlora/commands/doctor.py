@@ -23,7 +23,7 @@ from fastlora import env
 from fastlora.command_line import install_command, parse_arguments
 from fastlora.commands.system_checks import (
     DoctorFindings,
-    check_environment,
+    check_environment_variables,
     check_gpus_and_test_launches,
     check_packages,
     check_python,
@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "environment": env.variables_in_use(),
     }
     check_gpus_and_test_launches(facts["devices"], found)
-    check_environment(found)
+    check_environment_variables(found)
     report = None
     if args.model is not None:
         report, facts["model"] = _report_and_facts(args.model, args.adapter, found)
@@ -140,9 +140,9 @@ def _load_model_and_quantization_method(folder: Path) -> tuple[nn.Module, str | 
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder}: not a model folder (it has no config.json)")
     library: Any = importlib.import_module("transformers")
-    from fastlora.integrations.transformers import quiet_transformers, raising_checkpoint_errors
+    from fastlora.integrations.transformers import convert_to_checkpoint_error, quiet_transformers
 
-    with raising_checkpoint_errors(folder), quiet_transformers():
+    with convert_to_checkpoint_error(folder), quiet_transformers():
         config = library.AutoConfig.from_pretrained(folder, local_files_only=True)
         quantization = getattr(config, "quantization_config", None)
         if quantization is not None:

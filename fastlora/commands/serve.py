@@ -154,7 +154,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     limits = connection_limits(args, raise_descriptor_limit())
     _return_freed_memory_to_os()
     with _listening_socket(args.host, args.port) as listening:
-        app, names = build_app(args)
+        app, names = build_app_and_adapter_names(args)
         # Freeze the objects: each full collection would otherwise scan them for tenths of a second.
         gc.collect()
         gc.freeze()
@@ -188,7 +188,7 @@ def _return_freed_memory_to_os() -> None:
     The user's own allocator settings take precedence. The settings affect the whole process, so
     only the program calls this function.
     """
-    if platform.libc_ver()[0] != "glibc" or env.user_configured_allocator():
+    if platform.libc_ver()[0] != "glibc" or env.user_configured_malloc():
         return
     mallopt = ctypes.CDLL(None).mallopt
     for number, value in _MALLOPT.items():
@@ -232,7 +232,7 @@ def make_uvicorn_server(
     return LongBacklogServer(config, connections)
 
 
-def build_app(args: argparse.Namespace) -> tuple[Any, list[str]]:
+def build_app_and_adapter_names(args: argparse.Namespace) -> tuple[Any, list[str]]:
     """Build the HTTP application, and return it with the names of its adapters."""
     import fastlora
     from fastlora.serve.adapters import ServedAdapters

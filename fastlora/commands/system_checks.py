@@ -249,7 +249,7 @@ def _run_test_launch(device: torch.device, found: DoctorFindings) -> str:
     return f"ran, with a relative error of {error:.2g} in fp16"
 
 
-def check_environment(found: DoctorFindings) -> None:
+def check_environment_variables(found: DoctorFindings) -> None:
     """Check the environment variables, and report problematic values."""
     if env.triton_interpreted():
         found.add_problem(

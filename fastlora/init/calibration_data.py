@@ -154,7 +154,7 @@ def write_tensor_cache(path: str | None, tensors: Mapping[str, torch.Tensor]) ->
     partial.replace(path)
 
 
-def cached_tensor(
+def cached_tensor_on_device(
     cache: Mapping[str, torch.Tensor], key: str, path: str | None, module: nn.Module
 ) -> torch.Tensor:
     """Return a cached tensor on the device of a module's weight.

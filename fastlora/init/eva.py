@@ -27,7 +27,7 @@ Prepare = Callable[[Any, Any, str], torch.Tensor]
     calibration="initialize_lora_eva_weights",
     settings=InitConfigField("eva_config", EvaConfig),
 )
-def eva(given: InitInputs) -> InitResult:
+def eva_placeholder_factors(given: InitInputs) -> InitResult:
     """Return placeholder factors, which are used until `EvaSearch` has found the directions."""
     return InitResult(given.lora_a, torch.zeros_like(given.lora_b))
 

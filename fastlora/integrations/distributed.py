@@ -82,7 +82,8 @@ def tensor_parallel(model: LoraModel, device_mesh: Any, plan: dict[str, Any]) ->
             base.set_submodule(name, layer.to_linear())
         parallelize_module(base, device_mesh, plan)
         split = {
-            name: _tensor_parallel_layer(base.get_submodule(name), m) for name, m in layers.items()
+            name: _move_adapters_to_sharded(base.get_submodule(name), m)
+            for name, m in layers.items()
         }
     except BaseException:
         for name, layer in layers.items():
@@ -94,7 +95,7 @@ def tensor_parallel(model: LoraModel, device_mesh: Any, plan: dict[str, Any]) ->
     return model
 
 
-def _tensor_parallel_layer(linear: nn.Module, layer: FastLoraLinear) -> LoraLayer:
+def _move_adapters_to_sharded(linear: nn.Module, layer: FastLoraLinear) -> LoraLayer:
     """Move a layer's adapters to a new LoRA layer for a sharded base layer, and return it.
 
     If ``linear`` is not sharded, ``layer`` itself is returned.

@@ -47,7 +47,7 @@ AUTO_CLASSES = (
 NAMES = (*AUTO_CLASSES, *AS_IN_PEFT, "inject_adapter_in_model")
 
 
-def available_names() -> tuple[str, ...]:
+def peft_names_if_installed() -> tuple[str, ...]:
     """Return the names that fastlora imports from PEFT, or no names if PEFT is not installed."""
     return NAMES if importlib.util.find_spec("peft") is not None else ()
 
@@ -74,7 +74,7 @@ def import_object(name: str) -> Any:
             "upgrade with: pip install --upgrade peft"
         )
     if name in AUTO_CLASSES:
-        return _auto_class(theirs)
+        return _fastlora_auto_class(theirs)
     return inject_adapter_in_model if name == "inject_adapter_in_model" else theirs
 
 
@@ -113,7 +113,7 @@ def inject_adapter_in_model(
     return adapted
 
 
-def _auto_class(theirs: Any) -> Any:
+def _fastlora_auto_class(theirs: Any) -> Any:
     """Return a subclass of a PEFT auto class that loads a `LoraModel`."""
     parameters = inspect.signature(LoraModel.from_pretrained).parameters
 

@@ -80,10 +80,10 @@ class _FusedForwardMixin(BaseAdapterLayer):
             self._check_mixed_batch_support(call.routing)
         else:
             kwargs = {k: v for k, v in kwargs.items() if k not in _NOT_FOR_BASE}
-        base = self._base(call, x, *args, **kwargs)
+        base = self._base_weight_or_output(call, x, *args, **kwargs)
         return to_base_output_dtype(call, base, forward(call, base))
 
-    def _base(
+    def _base_weight_or_output(
         self: Any, call: UniformCall | MixedCall, x: torch.Tensor, *args: Any, **kwargs: Any
     ) -> Base:
         """Return the base layer's weight and bias, or the base layer's output for ``x``.
@@ -433,7 +433,7 @@ def patch_layer(module: nn.Module) -> None:
     if fast is not None:
         module.__class__ = fast
         module.scaling = module.__dict__.pop("scaling")  # as tensors, which compiled graphs read
-        module._register_scaling_move_hook()  # type: ignore[operator]  # defined by the new class
+        module._register_scaling_load_hook()  # type: ignore[operator]  # defined by the new class
 
 
 def unpatch_layer(module: nn.Module) -> None:
@@ -445,7 +445,7 @@ def unpatch_layer(module: nn.Module) -> None:
     if not isinstance(module, _FusedForwardMixin):
         return
     check_can_unpatch(module)
-    module._remove_scaling_move_hook()
+    module._remove_scaling_load_hook()
     scalings = dict(module.__dict__.pop("_scaling"))
     module.__class__ = type(module).__bases__[1]  # the base after _FusedForwardMixin
     module.scaling = scalings

@@ -21,7 +21,7 @@ from fastlora.validation import CheckpointError
 CANNOT_READ = (OSError, ValueError, KeyError, TypeError)
 
 
-def _transformers_lora_model() -> type[LoraModel]:
+def _lora_model_as_peft_model() -> type[LoraModel]:
     """Return `LoraModel` after importing PEFT, which makes it a subclass of ``peft.PeftModel``."""
     importlib.import_module("peft")
     return LoraModel
@@ -41,7 +41,7 @@ call_when_imported("transformers.pipelines.base", _register_with_pipelines)
 
 
 @contextlib.contextmanager
-def raising_checkpoint_errors(folder: object) -> Iterator[None]:
+def convert_to_checkpoint_error(folder: object) -> Iterator[None]:
     """Convert errors that occur in a ``with`` block to `CheckpointError`.
 
     The block must load a causal language model. The errors in `CANNOT_READ` and RuntimeError are
@@ -91,5 +91,5 @@ def quiet_transformers(*, notes: bool = True) -> Iterator[None]:
 def __getattr__(name: str) -> Any:
     """Return `LoraModel` for the name ``TransformersLoraModel``, which old pickles contain."""
     if name == "TransformersLoraModel":
-        return _transformers_lora_model()
+        return _lora_model_as_peft_model()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -109,7 +109,7 @@ def factors_from_parameters(
     return Factors(lora_a, lora_b, scaling, up._parameters["bias"], dropout_p, magnitude)
 
 
-def common_factor_dtype(slots: Slots) -> torch.dtype:
+def promoted_factor_dtype(slots: Slots) -> torch.dtype:
     """Return the dtype to which the dtypes of all factors promote, or fp32 if there are none."""
     dtypes = [
         tensor.dtype
@@ -121,7 +121,7 @@ def common_factor_dtype(slots: Slots) -> torch.dtype:
     return functools.reduce(torch.promote_types, dtypes or [torch.float32])
 
 
-def fallback_reason_for_adapters(
+def fallback_reason_adapter_called(
     layer: LinearWithAdapters, names: list[str], gathered: bool = False
 ) -> str:
     """Return the fallback reason if the adapters' modules must be called, or an empty string.
@@ -271,7 +271,7 @@ class ParameterSource:
         found = layer._local_factors(name, call)
         if found is None:
             raise UnsupportedLayerError(
-                f"{fallback_reason_for_adapters(layer, [name])}, so it cannot be used in a mixed "
+                f"{fallback_reason_adapter_called(layer, [name])}, so it cannot be used in a mixed "
                 "batch; run the adapter outside a fastlora.adapters block, or "
                 "make its factors plain parameters again"
             )

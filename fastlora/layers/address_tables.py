@@ -42,7 +42,7 @@ def find_address_tables(routing: Routing, x: torch.Tensor) -> AddressTables | No
     if sets.tables is False:
         return None
     if is_capturing_cuda_graph(x):
-        routing.group.packs.pin(sets)
+        routing.group.packs.keep_cuda_graph_references(sets)
     return sets.tables
 
 

@@ -74,12 +74,12 @@ class BaseAdapterLayer(LinearWithAdapters):
         self.__dict__["_scaling"] = values if isinstance(values, Scalings) else Scalings(values)
         self._move_scalings_to_factors(values)
 
-    def _register_scaling_move_hook(self) -> None:
+    def _register_scaling_load_hook(self) -> None:
         """Register a ``load_state_dict`` hook that moves scalings to the factors' device."""
         if _move_scalings_after_load not in self._load_state_dict_post_hooks.values():
             self.register_load_state_dict_post_hook(_move_scalings_after_load)
 
-    def _remove_scaling_move_hook(self) -> None:
+    def _remove_scaling_load_hook(self) -> None:
         hooks = self._load_state_dict_post_hooks
         for key in [key for key, hook in hooks.items() if hook is _move_scalings_after_load]:
             del hooks[key]

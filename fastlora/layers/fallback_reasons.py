@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from fastlora.layers.adapter_factors import fallback_reason_for_adapters
+from fastlora.layers.adapter_factors import fallback_reason_adapter_called
 from fastlora.ops.execution_mode import KERNEL_DTYPES
 from fastlora.ops.factors import Slots
 from fastlora.routing.routing import Routing
@@ -44,7 +44,7 @@ def fusion_status(
     """
     reason = (
         base_reason
-        or fallback_reason_for_adapters(layer, names, gathered)
+        or fallback_reason_adapter_called(layer, names, gathered)
         or fallback_reason_for_dora(layer, names)
     )
     drops = [n for n in names if isinstance(layer.lora_dropout[n], nn.Dropout)]
@@ -82,7 +82,7 @@ def raise_if_triton_required(layer: LinearWithAdapters, names: list[str]) -> Non
     """
     if layer.impl == "triton":
         raise ImplementationError(
-            f"impl='triton' cannot run: {fallback_reason_for_adapters(layer, names)}"
+            f"impl='triton' cannot run: {fallback_reason_adapter_called(layer, names)}"
         )
 
 

@@ -32,7 +32,7 @@ import torch
 
 import fastlora.layers.shared_input_operator  # noqa: F401  # registers an operator
 from fastlora.autograd.shared_input import SharedResult, grouped_shrink, run_grouped_linears
-from fastlora.layers.adapter_factors import common_factor_dtype
+from fastlora.layers.adapter_factors import promoted_factor_dtype
 from fastlora.layers.call import MixedCall, UniformCall
 from fastlora.layers.group_members import (
     PreparedGroupLaunch,
@@ -45,7 +45,7 @@ from fastlora.layers.shared_input import SharedInputGroup, observe_group
 from fastlora.layers.table_launch import (
     TableLaunch,
     linear_from_tables,
-    neighbor_outputs_from_tables,
+    run_launch_with_neighbors,
 )
 from fastlora.ops.backend import BACKENDS, MAX_LAYERS_PER_LAUNCH, draw_seed
 from fastlora.ops.factors import Base, Factors, Slots
@@ -102,7 +102,7 @@ def group_forward(
         group.idle.discard(id(layer))
         group.launches.clear()
     trains, several = records and table_launch is None, len(group.members) > 1
-    reason, made, waits = _fallback_reason_for_call(call) if trains else "", None, False
+    reason, made, waits = _reason_against_sharing(call) if trains else "", None, False
     # PyTorch does not count writes to an inference tensor.
     if not group.unwritten and x.is_inference():
         return None
@@ -124,7 +124,7 @@ def group_forward(
         waits = waiting is not None and waiting.computed_by != id(layer)
     if table_launch is not None:
         if isinstance(call, MixedCall):
-            made = None if waits else _compute_neighbor_outputs(call, base, table_launch)
+            made = None if waits else _compute_outputs_with_neighbors(call, base, table_launch)
             if made is None and several:
                 made = _compute_output_and_neighbor_s(call, base, table_launch)
         return made
@@ -142,7 +142,7 @@ def group_forward(
     return made
 
 
-def _fallback_reason_for_call(call: UniformCall | MixedCall) -> str:
+def _reason_against_sharing(call: UniformCall | MixedCall) -> str:
     """Return the reason why the call cannot share results with other layers, or an empty string."""
     if call.conditions.invariant:
         return _INVARIANT
@@ -364,7 +364,7 @@ def _s_in_compiled_graph(call: UniformCall | MixedCall, own: Slots) -> SharedRes
     ids, slots_of_all, dtype = None, 1, None
     if isinstance(call, MixedCall):
         batch = call.routing
-        ids, slots_of_all, dtype = batch.ids, len(batch.names), common_factor_dtype(own)
+        ids, slots_of_all, dtype = batch.ids, len(batch.names), promoted_factor_dtype(own)
     s, seeds = torch.ops.fastlora.lora_shared(
         *(call.original_x, factors, places, mine, dropout_p, ids, slots_of_all, call.x.dtype, dtype)
     )
@@ -374,7 +374,9 @@ def _s_in_compiled_graph(call: UniformCall | MixedCall, own: Slots) -> SharedRes
 # ------------------------------------------------------------------------------------- by address
 
 
-def _compute_neighbor_outputs(call: MixedCall, base: Base, own: TableLaunch) -> SharedResult | None:
+def _compute_outputs_with_neighbors(
+    call: MixedCall, base: Base, own: TableLaunch
+) -> SharedResult | None:
     """Use one launch to compute the outputs of a layer and its neighbors in the address tables.
 
     Returns the layer's own result, or None if one launch cannot compute all of them.
@@ -393,7 +395,7 @@ def _compute_neighbor_outputs(call: MixedCall, base: Base, own: TableLaunch) -> 
         return None
     if own.group.entries:
         own.group.discard_untaken()  # Drop results of layers that were not called.
-    ys = neighbor_outputs_from_tables(call.x, bases, own)
+    ys = run_launch_with_neighbors(call.x, bases, own)
     if ys is None:
         return None
     made = zip(keys, map(SharedResult, ys), strict=True)

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fastlora.layers.adapter_factors import (
-    common_factor_dtype,
     factors_from_parameters,
     has_gradient_hooks,
     has_module_hooks,
+    promoted_factor_dtype,
 )
 from fastlora.layers.call import MixedCall, UniformCall
 from fastlora.layers.dora import find_dora_slots
@@ -298,7 +298,7 @@ def _reason_for_separate_pass(
         return "a layer is frozen, or no adapter of the batch is active on it"
     if elsewhere:
         return "a layer has factors on another device, or expects a different number of features"
-    if mixed and common_factor_dtype(slots) != common_factor_dtype(own):
+    if mixed and promoted_factor_dtype(slots) != promoted_factor_dtype(own):
         return "the layers have factors with different dtypes"
     return ""
 

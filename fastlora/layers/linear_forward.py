@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from fastlora.autograd.adapter import run_adapter
-from fastlora.layers.adapter_factors import fallback_reason_for_adapters, scaling_as_scalar_tensor
+from fastlora.layers.adapter_factors import fallback_reason_adapter_called, scaling_as_scalar_tensor
 from fastlora.layers.call import MixedCall, UniformCall
 from fastlora.layers.dora import run_dora
 from fastlora.layers.fallback_reasons import BASE_GEMM_VARIES, raise_if_triton_required, uses_dora
@@ -66,7 +66,7 @@ def forward(call: UniformCall | MixedCall, base: Base) -> torch.Tensor:
     if magnitudes is None or not magnitudes._modules or not uses_dora(call.layer, call.names):
         return _forward_without_dora(call, base, call.names)
     # Run in sequence, as PEFT does: DoRA scales the sum of all terms before it.
-    for run in _split_dora_names(call.layer, call.names):
+    for run in _isolate_dora_adapters(call.layer, call.names):
         if uses_dora(call.layer, run):
             y = run_dora(call, base, run[0])
         else:
@@ -75,7 +75,7 @@ def forward(call: UniformCall | MixedCall, base: Base) -> torch.Tensor:
     return y
 
 
-def _split_dora_names(layer: LinearWithAdapters, names: list[str]) -> list[list[str]]:
+def _isolate_dora_adapters(layer: LinearWithAdapters, names: list[str]) -> list[list[str]]:
     """Split adapter names into runs, so that each DoRA adapter has a run of its own.
 
     One call computes each run.
@@ -106,7 +106,7 @@ def _forward_without_dora(call: UniformCall, base: Base, names: list[str]) -> to
     else:
         first, others, bias = _concatenate_adapters(call, names)
     if first is None:
-        conditions.raise_if_batch_invariant(layer, fallback_reason_for_adapters(layer, names))
+        conditions.raise_if_batch_invariant(layer, fallback_reason_adapter_called(layer, names))
         return _add_by_calling_modules(call, base.output(x), names)
     if bias is not None and base.weight is not None:
         base, bias = base._replace(bias=bias if base.bias is None else base.bias + bias), None

@@ -10,7 +10,7 @@ from torch import nn
 
 from fastlora.layers.shared_input import SharedInputGroup
 from fastlora.ops.factors import Base, Factors
-from fastlora.ops.torch.dora import replace_zero_norms
+from fastlora.ops.torch.dora import replace_zeros_with_infinity
 from fastlora.routing.routing import RoutingGroup
 
 if TYPE_CHECKING:
@@ -114,4 +114,4 @@ class LinearWithAdapters(nn.Module):
         ``sums`` are the `adapted_squared_norms` over this process's columns. Each result is
         ``[N]``, with infinity instead of 0.
         """
-        return [replace_zero_norms(each) for each in sums]
+        return [replace_zeros_with_infinity(each) for each in sums]

@@ -73,7 +73,7 @@ class LoraLayer(Mergeable):
         self.lora_magnitude_vector = nn.ModuleDict()
         self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}
         self._init_merging()
-        self._register_scaling_move_hook()
+        self._register_scaling_load_hook()
 
     # ------------------------------------------- methods that a layer kind overrides
 

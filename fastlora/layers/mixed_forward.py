@@ -20,8 +20,8 @@ from fastlora.autograd import lora_linear
 from fastlora.layers import dora as dora_layer
 from fastlora.layers import packed_factors
 from fastlora.layers.adapter_factors import (
-    common_factor_dtype,
     factors_in_slots,
+    promoted_factor_dtype,
     scalings_as_tensor,
 )
 from fastlora.layers.call import MixedCall
@@ -211,7 +211,7 @@ def _forward_lists_in_graph(call: MixedCall, base: Base, slots: Slots) -> torch.
     At least one slot must have factors on the layer.
     """
     layer, batch, x, impl = call.layer, call.routing, call.x, call.conditions.impl
-    if common_factor_dtype(slots) not in KERNEL_DTYPES and layer.impl != "triton":
+    if promoted_factor_dtype(slots) not in KERNEL_DTYPES and layer.impl != "triton":
         impl = "eager"
     tensors: list[torch.Tensor | None] = []
     scalings: list[Any] = []

@@ -105,7 +105,7 @@ def get_packed_factors(call: MixedCall, base: Base, rows: Rows) -> _Packed | Non
             found,
         )
     if is_capturing_cuda_graph(x):
-        routing.group.packs.pin(found)
+        routing.group.packs.keep_cuda_graph_references(found)
     return found
 
 

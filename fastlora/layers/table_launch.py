@@ -158,7 +158,7 @@ def linear_from_tables(
     return made
 
 
-def neighbor_outputs_from_tables(
+def run_launch_with_neighbors(
     x: torch.Tensor, bases: Sequence[Base], launch: TableLaunch
 ) -> list[torch.Tensor] | None:
     """Use one launch to compute y ``[M, N]`` for a layer and each of its neighbors in the tables.

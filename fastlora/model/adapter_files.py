@@ -128,7 +128,7 @@ def read_config_file(path: Path) -> dict[str, Any]:
         ) from error
 
 
-def weights_file_metadata(folder: Path, text: bytes) -> dict[str, str]:
+def make_weights_file_metadata(folder: Path, text: bytes) -> dict[str, str]:
     """Create the metadata for a weights file that is saved together with a config file.
 
     The metadata contains the new config. If the folder already contains a different config file,

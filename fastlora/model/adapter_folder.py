@@ -26,8 +26,8 @@ from fastlora.model.adapter_files import (
     WEIGHTS_NAME,
     FileSizeLimits,
     OpenAdapterFiles,
+    make_weights_file_metadata,
     open_adapter_files,
-    weights_file_metadata,
 )
 from fastlora.model.atomic_files import atomic_replace_files, folder_lock, fsync_path
 from fastlora.model.config import LoraConfig
@@ -296,7 +296,7 @@ def save_adapter_folder(
         fsync_path(folder.parent)
     paths = folder / WEIGHTS_NAME, folder / CONFIG_NAME
     with folder_lock(folder), atomic_replace_files(*paths) as (weights, new_config):
-        write_tensors(weights, tensors, weights_file_metadata(folder, text))
+        write_tensors(weights, tensors, make_weights_file_metadata(folder, text))
         new_config.write_bytes(text)
 
 

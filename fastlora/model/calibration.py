@@ -17,7 +17,7 @@ from torch import nn
 
 from fastlora.init import corda, lora_ga
 from fastlora.init.calibration_data import (
-    cached_tensor,
+    cached_tensor_on_device,
     call_model,
     iterate_batches,
     progress_bar,
@@ -150,7 +150,9 @@ def preprocess_corda(
         made = {}
         for name, module in layers.items():
             keys = (f"{name}.eigens.{part}" for part in corda.PARTS)
-            parts = [cached_tensor(cache, key, settings.cache_file, module) for key in keys]
+            parts = [
+                cached_tensor_on_device(cache, key, settings.cache_file, module) for key in keys
+            ]
             made[name] = corda.CordaEigens(*parts)
         _store_on_layers(layers, corda.DATA, made)
         return
@@ -173,7 +175,7 @@ def preprocess_corda(
     made = {}
     for name, module in progress_bar(list(layers.items()), "Decomposing", settings.verbose):
         weight: Any = module.weight
-        covariance = cached_tensor(covariances, name, settings.covariance_file, module)
+        covariance = cached_tensor_on_device(covariances, name, settings.covariance_file, module)
         with error_prefix(f"layer {name!r}"):
             made[name] = corda.corda_decompose(
                 weight.t() if stores_weight_transposed(module) else weight,
@@ -240,7 +242,7 @@ def preprocess_loraga(
     cache = read_tensor_cache(path)
     if cache is not None:
         found = {
-            name: cached_tensor(cache, f"{name}.{lora_ga.DATA}", path, module)
+            name: cached_tensor_on_device(cache, f"{name}.{lora_ga.DATA}", path, module)
             for name, module in layers.items()
         }
         _store_on_layers(layers, lora_ga.DATA, found)

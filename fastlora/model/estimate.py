@@ -115,7 +115,7 @@ def estimate(
         trained = list(_trained_tensor_sizes(model, plan, autocast_adapter_dtype))
     weights = sum(numel * itemsize for numel, itemsize in trained)
     own = unique_base_parameters(model)
-    stored = [_stored_bytes(p) for p in own]
+    stored = [_value_and_scale_bytes(p) for p in own]
     return Estimate(
         adapter_parameters=sum(numel for numel, _ in trained),
         base_parameters=sum(map(unpacked_numel, own)),
@@ -145,7 +145,7 @@ def unpacked_numel(parameter: torch.Tensor) -> int:
     return parameter.numel() if shape is None else math.prod(shape)
 
 
-class _StoredBytes(NamedTuple):
+class _ValueAndScaleBytes(NamedTuple):
     """The sizes, in bytes, of a parameter's values and scales.
 
     Attributes:
@@ -159,7 +159,7 @@ class _StoredBytes(NamedTuple):
     dense: int = 0
 
 
-def _stored_bytes(parameter: torch.Tensor) -> _StoredBytes:
+def _value_and_scale_bytes(parameter: torch.Tensor) -> _ValueAndScaleBytes:
     """Return the sizes, in bytes, of a parameter's values and scales.
 
     For a weight that bitsandbytes has not quantized yet, the sizes after quantization are returned.
@@ -177,15 +177,15 @@ def _stored_bytes(parameter: torch.Tensor) -> _StoredBytes:
                 if own.compress_statistics
                 else 4 * blocks
             )
-        return _StoredBytes(values, scales, numel * compute.itemsize)
+        return _ValueAndScaleBytes(values, scales, numel * compute.itemsize)
     if kind == "Int8Params":
         # The backward pass dequantizes the weight to fp16.
-        return _StoredBytes(numel, 4 * parameter.shape[0], 2 * numel)
+        return _ValueAndScaleBytes(numel, 4 * parameter.shape[0], 2 * numel)
     if type(parameter).__module__.startswith("torchao."):
         parts, _ = own.__tensor_flatten__()
         sizes = [getattr(own, name).nbytes for name in parts]  # the quantized values come first
-        return _StoredBytes(sizes[0], sum(sizes[1:]), parameter.nbytes)
-    return _StoredBytes(parameter.nbytes)
+        return _ValueAndScaleBytes(sizes[0], sum(sizes[1:]), parameter.nbytes)
+    return _ValueAndScaleBytes(parameter.nbytes)
 
 
 def _quant_state_bytes(state: object) -> int:

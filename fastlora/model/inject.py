@@ -29,7 +29,7 @@ from fastlora.model.dequantize import (
 from fastlora.model.plan import AdapterPlan, adapter_settings_for
 from fastlora.model.replication import clear_replication_record
 from fastlora.model.tied_weights import (
-    SharedWeights,
+    SharedWeightUntier,
     input_embedding_name,
     update_tie_word_embeddings,
 )
@@ -326,7 +326,7 @@ def unload(
             ):
                 module.check_merge(safe_merge, adapter_names_in_module(module, adapter_names))
     dtype = dtype_after_dequantization(model) if dequantize else None
-    shared = SharedWeights(model)
+    shared = SharedWeightUntier(model)
     errors: dict[str, float | None] = {}
     for name, module in progress_bar(found, "Merging" if merge else "Unloading", progressbar):
         if merge:
@@ -343,13 +343,13 @@ def unload(
     if dtype is not None:
         model = dequantize_linears(model, dtype)
     shared.warn_of_untied()
-    warn_of_merge_errors(errors)
+    warn_of_requantization_errors(errors)
     update_tie_word_embeddings(model)
     clear_replication_record(model)
     return model
 
 
-def warn_of_merge_errors(errors: Mapping[str, float | None]) -> None:
+def warn_of_requantization_errors(errors: Mapping[str, float | None]) -> None:
     """Emit a warning about the errors caused by quantizing merged weights again.
 
     Args:

@@ -34,9 +34,9 @@ from fastlora.model.targets import (
 )
 from fastlora.model.tied_weights import (
     NO_TIED_MODULES,
-    SharedWeights,
-    TiedModules,
-    find_tied_modules,
+    ModulesTiedToEmbedding,
+    SharedWeightUntier,
+    find_tied_to_embedding,
 )
 from fastlora.model.trainable_tokens import (
     TrainableTokens,
@@ -131,7 +131,7 @@ def make_adapter_plan(
     config.check_supported("load" if loading else "new")
     replication = create_replication(model, config.layer_replication)
     with replication_applied(replication):
-        ties = find_tied_modules(model, config)
+        ties = find_tied_to_embedding(model, config)
         plan = plan_target_modules(model, config, from_file=loading, ties=ties)
         plan = dataclasses.replace(plan, replication=replication)
         _warn_of_unusual_targets(plan)
@@ -163,7 +163,7 @@ def plan_target_modules(
     model: nn.Module,
     config: LoraConfig,
     from_file: bool = False,
-    ties: TiedModules = NO_TIED_MODULES,
+    ties: ModulesTiedToEmbedding = NO_TIED_MODULES,
 ) -> AdapterPlan:
     """Find the target modules of a config, check them, and return them as a plan.
 
@@ -324,7 +324,7 @@ def _check_weights_not_shared(model: nn.Module, config: LoraConfig, targets: Seq
     Raises:
         AdapterStateError: If a target shares its weight with another module.
     """
-    shared = SharedWeights(model)
+    shared = SharedWeightUntier(model)
     for name in targets:
         module = model.get_submodule(name)
         base = base_module_of(module)

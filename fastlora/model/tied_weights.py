@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 EMBEDDING_NAMES = ("embed_tokens", "lm_head")
 
 
-class TiedModules(NamedTuple):
+class ModulesTiedToEmbedding(NamedTuple):
     """The modules that are tied to the input embedding and will share an adapter with it.
 
     Attributes:
@@ -33,7 +33,7 @@ class TiedModules(NamedTuple):
     copies: bool = False
 
 
-NO_TIED_MODULES = TiedModules()
+NO_TIED_MODULES = ModulesTiedToEmbedding()
 
 
 def input_embedding_name(model: nn.Module) -> str | None:
@@ -82,7 +82,7 @@ def names_tied_to_embedding(model: nn.Module) -> list[str]:
     )
 
 
-def find_tied_modules(model: nn.Module, config: LoraConfig) -> TiedModules:
+def find_tied_to_embedding(model: nn.Module, config: LoraConfig) -> ModulesTiedToEmbedding:
     """Find the modules that are tied to the input embedding and will share an adapter with it.
 
     If there are such modules, the config is changed in place: ``modules_to_save`` or
@@ -107,7 +107,7 @@ def find_tied_modules(model: nn.Module, config: LoraConfig) -> TiedModules:
     else:
         targeted = any(name.rpartition(".")[2] in known for name in targets or ())
     if not config.ensure_weight_tying and not copied and not targeted:
-        return TiedModules()
+        return ModulesTiedToEmbedding()
     tied = names_tied_to_embedding(model)
     if not config.ensure_weight_tying:
         if tied:
@@ -116,14 +116,14 @@ def find_tied_modules(model: nn.Module, config: LoraConfig) -> TiedModules:
                 "`ensure_weight_tying` is not set to True: the layer is trained and merged "
                 "separately"
             )
-        return TiedModules()
+        return ModulesTiedToEmbedding()
     if not tied or embedding is None:
         if config.trainable_token_indices is None:  # `find_trainable_tokens` emits its own warning
             _warn(
                 "You have requested `ensure_weight_tying`, but no tied modules were found in the "
                 "model"
             )
-        return TiedModules()
+        return ModulesTiedToEmbedding()
     if copied:
         config.modules_to_save = _replace_tied_with_embedding(
             config.modules_to_save or [], embedding, tied
@@ -140,8 +140,8 @@ def find_tied_modules(model: nn.Module, config: LoraConfig) -> TiedModules:
                 "You have requested `ensure_weight_tying`, but no tied modules are added in either "
                 "`modules_to_save` or `target_modules`"
             )
-        return TiedModules()
-    return TiedModules(tuple(tied), copied)
+        return ModulesTiedToEmbedding()
+    return ModulesTiedToEmbedding(tuple(tied), copied)
 
 
 def _replace_tied_with_embedding(entries: list[str], embedding: str, tied: list[str]) -> list[str]:
@@ -158,7 +158,7 @@ def _warn(message: str) -> None:
     warnings.warn(message, stacklevel=6)
 
 
-class SharedWeights:
+class SharedWeightUntier:
     """Unties weights that several modules of a model share, before a merge.
 
     Args:

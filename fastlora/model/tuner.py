@@ -22,7 +22,7 @@ from fastlora.model import inject
 from fastlora.model.computed_adapters import ComputedAdapter
 from fastlora.model.config import LoraConfig
 from fastlora.model.plan import AdapterPlan
-from fastlora.model.tied_weights import SharedWeights
+from fastlora.model.tied_weights import SharedWeightUntier
 from fastlora.model.weighted import CombinationOptions, combine_adapters
 from fastlora.routing.block import routing_from_parameters
 from fastlora.routing.ids import check_adapter_name
@@ -561,7 +561,7 @@ class LoraTuner(nn.Module):
                 "adapters are disabled, but merged adapters would still take effect; call "
                 "enable_adapter_layers() first"
             )
-        shared = SharedWeights(self.model)
+        shared = SharedWeightUntier(self.model)
         chosen = {
             name: inject.adapter_names_in_module(layer, wanted) for name, layer in layers.items()
         }
@@ -579,7 +579,9 @@ class LoraTuner(nn.Module):
             warnings.warn("All adapters are already merged, nothing to do", stacklevel=2)
         for name, layer in layers.items():
             layer.merge(adapter_names=chosen[name], keep_base=keep_base)
-        inject.warn_of_merge_errors({name: layer.merge_error for name, layer in layers.items()})
+        inject.warn_of_requantization_errors(
+            {name: layer.merge_error for name, layer in layers.items()}
+        )
 
     def unmerge_adapter(self) -> None:
         """Remove all merged adapters from the base weights."""

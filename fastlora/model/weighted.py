@@ -39,7 +39,7 @@ class CombinationOptions(NamedTuple):
         return self.combination_type.endswith("svd")
 
 
-class WeightedAdapter(NamedTuple):
+class AdapterNameAndWeight(NamedTuple):
     """The name of an adapter, and its weight in a weighted sum of adapters."""
 
     adapter: str
@@ -70,7 +70,9 @@ def combine_adapters(
     check_no_duplicate_copies(model, adapters)
     if len(adapters) == 1:
         options = options._replace(combination_type="linear")
-    chosen = [WeightedAdapter(*each) for each in zip(adapters, map(float, weights), strict=True)]
+    chosen = [
+        AdapterNameAndWeight(*each) for each in zip(adapters, map(float, weights), strict=True)
+    ]
     factors = {}
     for name, layer in lora_layers(model).items():
         holders = [summand for summand in chosen if summand.adapter in layer.r]
@@ -134,7 +136,10 @@ def _check_combination(
 
 
 def _combine_on_layer(
-    name: str, layer: LoraLayer, holders: Sequence[WeightedAdapter], options: CombinationOptions
+    name: str,
+    layer: LoraLayer,
+    holders: Sequence[AdapterNameAndWeight],
+    options: CombinationOptions,
 ) -> ComputedLayerParameters:
     """Compute the parameters of the combined adapter on one layer.
 

@@ -111,7 +111,7 @@ class Rows:
         if self.ids is None:
             starts = self.slot_start.tolist()
         else:
-            counts = torch.bincount(self._slot_of_ids + 2, minlength=self.slots + 2) * self.each
+            counts = torch.bincount(self._ids_on_cpu + 2, minlength=self.slots + 2) * self.each
             starts = counts.cumsum(0)[1:].tolist()
         pairs = enumerate(zip(starts, starts[1:], strict=False))
         return tuple(Segment(slot, *pair) for slot, pair in pairs if pair[0] < pair[1])
@@ -122,7 +122,7 @@ class Rows:
         return tuple(segment.slot for segment in self.segments)
 
     @functools.cached_property
-    def _slot_of_ids(self) -> torch.Tensor:
+    def _ids_on_cpu(self) -> torch.Tensor:
         """The ids as an int64 tensor on the CPU.
 
         Ids out of range are replaced by `INVALID_SLOT`.
@@ -137,7 +137,7 @@ class Rows:
         """Whether the rows are already in sorted order."""
         if self.ids is None:
             return torch.equal(self.order, torch.arange(self.m, device=self.order.device))
-        ids = self._slot_of_ids
+        ids = self._ids_on_cpu
         return bool((ids[1:] >= ids[:-1]).all())
 
     @functools.cached_property
@@ -246,7 +246,7 @@ def _rows_sort(
     per_id = m // max(ids.shape[0], 1)
     slot = slot.view(-1, 1).expand(-1, per_id).reshape(m)
     slot, order = torch.sort(slot, stable=True)
-    segment_of = _run_starts(slot).cumsum(0, dtype=torch.int32) - 1
+    segment_of = _run_start_mask(slot).cumsum(0, dtype=torch.int32) - 1
     segment_slot = slot.new_full((min(m, slots + 2),), NO_SLOT)
     segment_slot.scatter_(0, segment_of.long(), slot)
     every_slot = torch.arange(slots + 1, dtype=torch.int32, device=device)
@@ -282,7 +282,7 @@ def _rows_pieces(segment_of: torch.Tensor, slots: int, block_m: int) -> torch.Te
     """
     m = segment_of.shape[0]
     position = torch.arange(m, dtype=torch.int32, device=segment_of.device)
-    starts = _run_starts(segment_of) | (position % block_m == 0)
+    starts = _run_start_mask(segment_of) | (position % block_m == 0)
     entries = pieces_length(m, slots, block_m)
     # Position 0 starts both a tile and a segment, so the last two entries are never used by a
     # piece. Positions that start no piece are written to the last entry, all with the value M.
@@ -305,7 +305,7 @@ def pieces_length(m: int, slots: int, block_m: int) -> int:
     return entries
 
 
-def _run_starts(values: torch.Tensor) -> torch.Tensor:
+def _run_start_mask(values: torch.Tensor) -> torch.Tensor:
     """Return a bool mask of the values that differ from the preceding value.
 
     The first value counts as different.

@@ -36,7 +36,7 @@ def clear_caches(model: nn.Module) -> None:
         group = getattr(module, "routing_group", None)
         if group is not None:
             group.packs.clear()
-            group.packs.unpin()
+            group.packs.drop_cuda_graph_references()
     for module in model.modules():
         pool = pool_of(module)
         if pool is not None:

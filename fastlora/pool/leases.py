@@ -262,7 +262,7 @@ class LeaseManager:
                 continue
             loaded = all(name in tiers.device for name in request.in_memory)
             if self._may_precede_queue(request) and (
-                loaded or tiers.fits_on_device(request.in_memory, tiers.leased())
+                loaded or tiers.fits_beside_pinned_and_held(request.in_memory, tiers.leased())
             ):
                 return self._grant(request)
             left = None if deadline is None else deadline - time.monotonic()
@@ -286,7 +286,7 @@ class LeaseManager:
         are in memory.
         """
         entries = {name: self._tiers.entry(name) for name in request.names}
-        images = {name: self._tiers.packed_adapter(name) for name in entries}
+        images = {name: self._tiers.packed_adapter_in_memory(name) for name in entries}
         request.in_memory = {name: image for name, image in images.items() if image is not None}
         return [entry for name, entry in entries.items() if name not in request.in_memory]
 
@@ -385,10 +385,12 @@ class LeaseManager:
             remaining = {
                 r for leases in held.values() for lease in leases for r in lease.loaded_adapters
             }
-            if self._tiers.fits_on_device(request.in_memory, remaining):
+            if self._tiers.fits_beside_pinned_and_held(request.in_memory, remaining):
                 return True
             served = [
-                other for other in waiting if self._tiers.fits_on_device(other.in_memory, remaining)
+                other
+                for other in waiting
+                if self._tiers.fits_beside_pinned_and_held(other.in_memory, remaining)
             ]
             if not served:
                 return False

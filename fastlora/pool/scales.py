@@ -55,10 +55,10 @@ class DoraScaleUpdater:
             AdapterStateError: Scales are missing or outdated, and a CUDA graph is being captured.
         """
         dora = [loaded for loaded in loaded_adapters if loaded.uses_dora]
-        if not dora or not self._find_stale_scales(dora)[0]:
+        if not dora or not self._find_stale_scales_and_stamps(dora)[0]:
             return  # without waiting for other threads that compute scales
         with self._lock:
-            stale, stamps = self._find_stale_scales(dora)
+            stale, stamps = self._find_stale_scales_and_stamps(dora)
             if not stale:
                 return
             if not may_cache_tensors(self._tables.rank.device):
@@ -74,7 +74,9 @@ class DoraScaleUpdater:
                 for loaded, rows in stale:
                     self._compute_scales(loaded, rows, stamps)
 
-    def _find_stale_scales(self, dora: list[LoadedAdapter]) -> tuple[list[_StaleScales], list[Any]]:
+    def _find_stale_scales_and_stamps(
+        self, dora: list[LoadedAdapter]
+    ) -> tuple[list[_StaleScales], list[Any]]:
         """Find the outdated scales of DoRA adapters, and return them with the base weights' stamps.
 
         Args:

@@ -77,7 +77,7 @@ class StorageTiers:
             raise adapter_not_found_error(name, self.entries)
         return found
 
-    def packed_adapter(self, name: str) -> PackedAdapter | None:
+    def packed_adapter_in_memory(self, name: str) -> PackedAdapter | None:
         """Return an adapter's packed tensors from memory, or None if they are not in memory."""
         loaded = self.device.get(name)
         if loaded is not None:
@@ -140,7 +140,7 @@ class StorageTiers:
         pinned = entry.pinned or (before is not None and before.pinned)
         self._check_sizes(name, entry.folder, image)
         leased = old if old is not None and old.leases else None
-        now = self.fits_on_device({name: image}, self.leased(), leased)
+        now = self.fits_beside_pinned_and_held({name: image}, self.leased(), leased)
         if pinned and not now:
             raise PoolFullError(
                 f"adapter {name!r} ({image.nbytes} bytes) cannot be pinned: leased and pinned "
@@ -172,7 +172,10 @@ class StorageTiers:
         if folder is not None or self.cpu_bytes is None:
             return
         others = [n for n, entry in self.entries.items() if entry.folder is None and n != name]
-        images = [image, *(found for n in others if (found := self.packed_adapter(n)) is not None)]
+        images = [
+            image,
+            *(found for n in others if (found := self.packed_adapter_in_memory(n)) is not None),
+        ]
         homeless = sum(image.nbytes for image in images)
         if homeless > self.cpu_bytes:
             raise PoolFullError(
@@ -196,25 +199,25 @@ class StorageTiers:
         """Return the set of adapters on the device that are leased."""
         return {loaded for loaded in self.loaded_adapters if loaded.leases}
 
-    def fits_on_device(
+    def fits_beside_pinned_and_held(
         self,
         wanted: Mapping[str, PackedAdapter],
         held: Collection[LoadedAdapter],
-        replaced: LoadedAdapter | None = None,
+        replaced_but_leased: LoadedAdapter | None = None,
     ) -> bool:
         """Return whether adapters fit on the device alongside the pinned and held adapters.
 
         Args:
             wanted: Maps the name of each adapter that should fit to its image.
             held: Adapters that must stay on the device because they are leased.
-            replaced: A leased adapter that one of the wanted adapters replaces, or None.
+            replaced_but_leased: An adapter that one of the wanted adapters replaces, or None.
         """
         sizes = {name: image.nbytes for name, image in wanted.items()}
         for name, loaded in self.device.items():
             if name not in sizes and (self.entries[name].pinned or loaded in held):
                 sizes[name] = loaded.packed.nbytes
         extra = [loaded.packed.nbytes for loaded in self.retired if loaded in held]
-        extra += [replaced.packed.nbytes] if replaced is not None else []
+        extra += [replaced_but_leased.packed.nbytes] if replaced_but_leased is not None else []
         total = sum(sizes.values()) + sum(extra)
         return (
             len(sizes) <= self.slots
@@ -225,7 +228,7 @@ class StorageTiers:
     def bring_to_device(self, images: Mapping[str, PackedAdapter]) -> list[LoadedAdapter]:
         """Bring registered adapters to the device, evicting other adapters if necessary.
 
-        The caller must have checked with `fits_on_device` that the adapters fit.
+        The caller must have checked with `fits_beside_pinned_and_held` that the adapters fit.
 
         Args:
             images: Maps the name of each adapter to its image.

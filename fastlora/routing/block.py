@@ -141,13 +141,15 @@ def routing_from_parameters(
         names, slots = known, validate_slots(ids, known)
     acts = any(layer.training for layer in layers)
     drawn = draw_seeds(names, seeds, draw=acts)
-    whole = Routing(group, known, _remap_slots(known, names, slots), drawn, source(known), layers)
+    whole = Routing(
+        group, known, _slots_for_known_names(known, names, slots), drawn, source(known), layers
+    )
     if names != known:
         whole = dataclasses.replace(whole, seeds=_seeds_for_known_names(drawn, known, names))
     return Routing(group, names, slots, drawn, source(names), layers, whole=whole)
 
 
-def _remap_slots(
+def _slots_for_known_names(
     known: tuple[str, ...], names: tuple[str, ...], slots: torch.Tensor
 ) -> torch.Tensor:
     """Convert slots ``[B]`` that index ``names`` to slots that index ``known``, in a new tensor.

@@ -166,14 +166,14 @@ class AdapterSetCache:
         with self._lock:
             self._sets.clear()
 
-    def pin(self, *objects: object) -> None:
+    def keep_cuda_graph_references(self, *objects: object) -> None:
         """Keep references to objects that a CUDA graph reads.
 
         Their addresses thus stay valid.
         """
         self._captured.update((id(each), each) for each in objects)
 
-    def unpin(self) -> None:
+    def drop_cuda_graph_references(self) -> None:
         """Drop the references to objects that CUDA graphs read.
 
         The graphs must not be replayed afterwards.

@@ -82,7 +82,7 @@ class RowChecks:
         self._unsupported: dict[int, str] = {}
         self._root = weakref.ref(root)
         for name, layer in layers:
-            holder = _sequence_first_parent(root, name)
+            holder = _sequence_first_parent_class(root, name)
             if holder is not None:
                 self._unsupported[layer.routing_index] = _SEQUENCE_FIRST.format(holder)
             layer.may_see_partial_rows = holder is not None or experts.looks_like_expert(
@@ -254,7 +254,7 @@ def raise_partial_batch(layer: RoutedLayer) -> None:
 # --------------------------------------------------------------------------------------- structure
 
 
-def _sequence_first_parent(root: nn.Module, name: str) -> str | None:
+def _sequence_first_parent_class(root: nn.Module, name: str) -> str | None:
     """Return the class name of the outermost parent that uses the layout ``[T, B, K]``, or None."""
     module: nn.Module | None = root
     for part in name.split("."):
@@ -269,7 +269,7 @@ def _sequence_first_parent(root: nn.Module, name: str) -> str | None:
 _LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
 
-class _PathStep(NamedTuple):
+class _LastPathStep(NamedTuple):
     """The last step of the path from a model to a module.
 
     Attributes:
@@ -296,7 +296,7 @@ class _ExpertDetector:
         self._numbers: dict[Any, int] = {}
         self._counts: dict[int, dict[str, int]] = {}
         self._shapes: dict[int, set[tuple[int, ...]]] = {}
-        self._steps: dict[tuple[str, bool], _PathStep] = {}
+        self._steps: dict[tuple[str, bool], _LastPathStep] = {}
 
     def looks_like_expert(self, root: nn.Module, name: str, layer: RoutedLayer) -> bool:
         """Return whether a layer looks like an expert or a part of an expert.
@@ -324,17 +324,17 @@ class _ExpertDetector:
 
     def _last_path_step(
         self, modules: list[nn.Module], names: list[str], at_layer: bool
-    ) -> _PathStep:
+    ) -> _LastPathStep:
         """Return the last step of a path; ``at_layer`` tells whether the path ends at a layer."""
         holder, child = modules[-2:]
         alike = self._count_same_structure(holder)[names[-1]]
         if alike == 1:
-            return _PathStep(alike, False, set())
+            return _LastPathStep(alike, False, set())
         words = [names[-1], _class_name(child)]
         if not at_layer or isinstance(holder, _LISTS):
             words += [names[-2], _class_name(holder)]
         beside = set[tuple[int, ...]]().union(*map(self._parameter_shapes, modules[-3:-1]))
-        return _PathStep(alike, "expert" in " ".join(words).lower(), beside)
+        return _LastPathStep(alike, "expert" in " ".join(words).lower(), beside)
 
     def _count_same_structure(self, holder: nn.Module) -> dict[str, int]:
         """Map each child's name to the number of children with the same structure."""

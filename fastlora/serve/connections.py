@@ -92,7 +92,7 @@ class OpenConnections:
         """Create the protocol object for a new connection. uvicorn calls this method."""
         return DeadlineProtocol(self, **given)
 
-    def close_waiting_if_full(self) -> bool:
+    def make_room_if_full(self) -> bool:
         """Make room for a connection, and return whether there is room.
 
         If the limit is reached, a waiting connection is closed. Unfinished requests are closed
@@ -129,7 +129,7 @@ class DeadlineProtocol(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._counted = self._every.close_waiting_if_full()
+        self._counted = self._every.make_room_if_full()
         if self._counted:
             self._every.open += 1
         else:

@@ -183,12 +183,12 @@ class Engine:
         try:
             self._run_loop()
         finally:
-            self._running.close()
+            self._running.close_adapters_block()
 
     def _run_loop(self) -> None:
         while True:
             with self._changed:
-                while not (self._running.jobs or self._has_work()):
+                while not (self._running.jobs or self._can_start_or_end_waiting()):
                     if self._closing and not self._waiting:
                         return
                     self._changed.wait()
@@ -200,7 +200,7 @@ class Engine:
                 _log.exception("an iteration of the engine failed")
                 self._running.fail_all(error)
 
-    def _has_work(self) -> bool:
+    def _can_start_or_end_waiting(self) -> bool:
         """Return whether a waiting request can start or must be ended."""
         return any(
             job.canceled or job.version is None or job.version.ready or job.version.error

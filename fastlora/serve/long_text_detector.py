@@ -30,15 +30,17 @@ class LongTextDetector:
 
     def __init__(self, tokenizer: Any) -> None:
         backend = getattr(tokenizer, "backend_tokenizer", None)
-        self._token_character_bound = (
-            None if backend is None else _token_character_bound(json.loads(backend.to_str()))
+        self._character_bound_and_vanishing = (
+            None
+            if backend is None
+            else _character_bound_and_vanishing(json.loads(backend.to_str()))
         )
 
     def exceeds_tokens(self, text: str, tokens: int) -> bool:
         """Return whether ``text`` is certain to have more than ``tokens`` tokens."""
-        if self._token_character_bound is None:
+        if self._character_bound_and_vanishing is None:
             return False
-        characters, vanishing = self._token_character_bound
+        characters, vanishing = self._character_bound_and_vanishing
         left = tokens * characters
         if len(text) <= left or vanishing is None:
             return len(text) > left
@@ -49,7 +51,9 @@ class LongTextDetector:
         return False
 
 
-def _token_character_bound(parts: Mapping[str, Any]) -> tuple[int, re.Pattern[str] | None] | None:
+def _character_bound_and_vanishing(
+    parts: Mapping[str, Any],
+) -> tuple[int, re.Pattern[str] | None] | None:
     """Return the maximum number of characters per token, and a pattern of vanishing characters.
 
     Returns None if there is no bound. The pattern is None if no characters can vanish.

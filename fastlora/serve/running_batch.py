@@ -108,7 +108,7 @@ class RunningBatch:
         for job in list(self.jobs):
             self._fail(job, error)
 
-    def close(self) -> None:
+    def close_adapters_block(self) -> None:
         """Close the `fastlora.adapters` block that the last forward pass left open."""
         self._block.close()
 

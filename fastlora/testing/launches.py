@@ -86,7 +86,7 @@ def stubbed_launches(chip: str = "sm_90", processors: int = 132) -> Iterator[lis
 
     described = chips.Chip(chip, processors)
     launches: list[Launch] = []
-    counting = _CountingDriver(described, launches)  # raises for an unknown chip
+    counting = _RecordingDriver(described, launches)  # raises for an unknown chip
     before, status = driver._active, (True, f"stubbed ({chip})")
     driver.set_active(counting)
     compiler.max_shared_mem.cache_clear()
@@ -145,7 +145,7 @@ class StandInDriver:
         """Do nothing, because the module is an ordinary Python object."""
 
 
-class _CountingDriver(StandInDriver):
+class _RecordingDriver(StandInDriver):
     """A driver that records each kernel launch without executing the kernel."""
 
     def __init__(self, chip: Chip, launches: list[Launch]) -> None:

@@ -238,7 +238,7 @@ class RunProcesses:
         while self._accelerator.trackers:
             self._accelerator.trackers.pop().finish()
 
-    def end_training(self) -> None:
+    def end_trackers_and_leave_group(self) -> None:
         """End the trackers and leave the process group."""
         while self._accelerator.trackers:  # left after an error, which is already being raised
             with contextlib.suppress(OSError):

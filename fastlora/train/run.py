@@ -157,7 +157,7 @@ def open_run(
         main_callback = on_message if os.environ.get("RANK", "0") == "0" else None
         signals = stack.enter_context(StopSignalHandler(torchrun_world_size(), main_callback))
         processes = RunProcesses(settings.cpu, settings.track, settings.out)
-        stack.callback(processes.end_training)
+        stack.callback(processes.end_trackers_and_leave_group)
         processes.run_in_main_and_broadcast(lambda: stack.enter_context(lock_folder(settings.out)))
         found = prepare.checkpoint_to_resume(settings, resume=resume)
         # Add all adapters to an empty base model first, to find errors before data or weights are
@@ -165,7 +165,7 @@ def open_run(
         empty = base_model.build_base_model_on_meta(settings)
         prepare.add_trainable_adapters(empty, settings, recommend(empty))
         run = Run(settings, found, processes, signals, progress, on_message)
-        stack.callback(run.close)
+        stack.callback(run.close_log)
         yield run
 
 
@@ -269,7 +269,7 @@ class Run:
             NonFiniteError, CheckpointError: See `train`.
         """
         settings, steps = self.settings, self.schedule.steps
-        was_evaluated = self.processes.run_in_main_and_broadcast(self._open_log)
+        was_evaluated = self.processes.run_in_main_and_broadcast(self._open_log_and_check_evaluated)
         with self._record_write_error("trackers"):
             self.processes.start_trackers()
         where = {"processes": self.processes.count, "device": str(self.processes.device)}
@@ -309,7 +309,7 @@ class Run:
             self.step, losses, evaluated, folders, self.resumed_from, means, files, skipped
         )
 
-    def _open_log(self) -> bool:
+    def _open_log_and_check_evaluated(self) -> bool:
         """Open the log, and return whether an earlier run has evaluated the current step."""
         checkpoint.remove_old_checkpoints(self.root, self.settings.keep)
         ended = self.step == self.schedule.steps
@@ -415,7 +415,7 @@ class Run:
         """
         return self.step == self.schedule.steps or (every > 0 and self.step % every == 0)
 
-    def close(self) -> None:
+    def close_log(self) -> None:
         """Close the log."""
         if self._log is not None:
             self._log.close()

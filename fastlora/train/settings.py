@@ -254,9 +254,11 @@ def settings_from_dict(
 
 def _settings(given: dict[str, Any], flags: dict[str, Any]) -> TrainSettings:
     found = as_table(given.pop("adapters", {}), "adapters")
-    tables = {name: _expand_short_names(table, f"adapters.{name}") for name, table in found.items()}
-    defaults = _expand_short_names(given.pop("defaults", {}), "defaults")
-    forced = _expand_short_names(flags.pop("defaults", {}), "the flags")
+    tables = {
+        name: _expand_field_aliases(table, f"adapters.{name}") for name, table in found.items()
+    }
+    defaults = _expand_field_aliases(given.pop("defaults", {}), "defaults")
+    forced = _expand_field_aliases(flags.pop("defaults", {}), "the flags")
     for key in ("data", "eval_data"):
         for name, files in flags.pop(key, {}).items():
             tables[name] = {**tables.get(name, {}), key: files}
@@ -319,7 +321,7 @@ def _adapter_settings(name: str, table: dict[str, Any]) -> AdapterSettings:
     )
 
 
-def _expand_short_names(table: Any, where: str) -> dict[str, Any]:
+def _expand_field_aliases(table: Any, where: str) -> dict[str, Any]:
     """Return a copy of ``table`` with full field names in place of short names such as ``lr``."""
     result: dict[str, Any] = {}
     for key, value in as_table(table, where).items():

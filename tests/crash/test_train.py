@@ -68,7 +68,7 @@ def number_configs() -> None:
 
 def save_configs_late() -> None:
     """A fault: weights do not carry the config that they are saved with."""
-    adapter_folder.weights_file_metadata = lambda folder, text: {}
+    adapter_folder.make_weights_file_metadata = lambda folder, text: {}
 
 
 class Left(NamedTuple):

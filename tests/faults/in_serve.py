@@ -57,7 +57,7 @@ FAULTS = (
         kind="a block kept",
         source="M10",
         path="fastlora/serve/engine.py",
-        before="            self._running.close()\n",
+        before="            self._running.close_adapters_block()\n",
         after="            pass\n",
         tests=(f"{_ENGINE}::test_a_thread_that_ends_early_leaves_no_block_open",),
     ),

@@ -13,7 +13,7 @@ import fastlora.layers.dora_norms as dora_layer
 from fastlora.bench.measure import peak_step_bytes
 from fastlora.ops.torch.dora import (
     dora_scale,
-    replace_zero_norms,
+    replace_zeros_with_infinity,
     squared_norms_with_update,
     squared_row_norms,
 )
@@ -54,7 +54,7 @@ def test_norms_of_nothing_and_of_what_is_not_finite() -> None:
         sums = squared_norms_with_update(
             weight, squared_row_norms(weight), zeros.t(), zeros, scaling
         )
-        scale = dora_scale(torch.tensor([0.5, 3.0, 1.0]), replace_zero_norms(sums))
+        scale = dora_scale(torch.tensor([0.5, 3.0, 1.0]), replace_zeros_with_infinity(sums))
         assert scale[0] == 0.5 and scale[1] == 0 and scale[2].isnan()
 
 

@@ -62,9 +62,9 @@ def test_what_a_graph_reads_is_kept_until_it_is_unpinned() -> None:
 
     cache, read = AdapterSetCache(), Read()
     kept = weakref.ref(read)
-    cache.pin(read)
+    cache.keep_cuda_graph_references(read)
     del read
     cache.clear()
     assert kept() is not None
-    cache.unpin()
+    cache.drop_cuda_graph_references()
     assert kept() is None

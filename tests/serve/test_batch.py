@@ -121,7 +121,7 @@ def start(root: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[...,
 
     yield make
     for run in made:
-        run.batch.close()
+        run.batch.close_adapters_block()
 
 
 def test_a_block_is_held_while_the_rows_keep_their_adapters(start: Callable[..., Run]) -> None:
@@ -167,7 +167,7 @@ def test_a_held_block_changes_no_number(start: Callable[..., Run]) -> None:
                 run.batch.remove_canceled()
             run.batch.step()
             if not holds:
-                run.batch.close()
+                run.batch.close_adapters_block()
         assert (len(run.opened) < len(run.logits) / 2) == holds
         found.append(run)
     for one, other in zip(found[0].logits, found[1].logits, strict=True):
@@ -195,7 +195,7 @@ def test_an_adapter_that_is_replaced_between_two_tokens(
         if changes == "served":
             run.join("a")
             run.turns(2)
-        run.batch.close()  # a thread's blocks end in reverse order
+        run.batch.close_adapters_block()  # a thread's blocks end in reverse order
         found.append(run.logits)
     # A prompt and its first token, three tokens, then two of the new adapter or of the old one.
     before, after = found
@@ -281,7 +281,7 @@ def test_closing_ends_the_block(start: Callable[..., Run]) -> None:
     run.join("a", "b")
     run.turns(3)
     assert run.is_open
-    run.batch.close()
+    run.batch.close_adapters_block()
     assert not run.is_open
 
 

@@ -132,7 +132,7 @@ def serving(base: Path, *options: str) -> Iterator[tuple[str, Any]]:
     from fastlora.commands import serve
 
     args = serve.parse_args([str(base), "--cpu", *options])
-    app, _ = serve.build_app(args)
+    app, _ = serve.build_app_and_adapter_names(args)
     listening = socket.create_server(("127.0.0.1", 0))
     server = serve.make_uvicorn_server(app, args, serve.connection_limits(args, None))
     thread = threading.Thread(target=server.run, args=([listening],))

@@ -7,7 +7,7 @@ import functools
 import importlib
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -322,9 +322,7 @@ class BitsAndBytes8Bit(QuantizedBaseWeight):
     def stored_tensors(self) -> list[torch.Tensor]:
         return [self.weight, self.scales]
 
-    def read_for_kernels(
-        self, dtype: torch.dtype
-    ) -> tuple[QuantizedData, tuple[torch.Tensor, ...]]:
+    def read_for_kernels(self, dtype: torch.dtype) -> NoReturn:
         """Always raise `KernelsCannotRead`, because bitsandbytes also rounds x to int8."""
         threshold = getattr(self.base.state, "threshold", 0.0)
         apart = f", except for columns with values above {threshold}" if threshold else ""

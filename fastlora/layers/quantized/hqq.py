@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -39,7 +39,7 @@ class HqqWeight(QuantizedBaseWeight):
         made: torch.Tensor = self.base.dequantize()
         return made
 
-    def check_writable(self) -> None:
+    def check_writable(self) -> NoReturn:
         """Always raise `UnsupportedLayerError`, because merging would require HQQ's solver."""
         raise UnsupportedLayerError(
             f"cannot merge into {type(self.base).__name__}: HQQ finds a weight's codes by "

@@ -136,7 +136,7 @@ def squared_norms_with_update(
     return total
 
 
-def replace_zero_norms(sums: torch.Tensor) -> torch.Tensor:
+def replace_zeros_with_infinity(sums: torch.Tensor) -> torch.Tensor:
     """Replace squared norms of 0 with infinity.
 
     DoRA's scale then is 0 instead of NaN.

@@ -27,7 +27,7 @@ from fastlora.ops.triton.address_tables import (
 )
 from fastlora.ops.triton.expand import expand_mixed_
 from fastlora.ops.triton.launch_configs import chip_of, config_of
-from fastlora.ops.triton.shrink import mixed_shrink, mixed_shrink_from_tables, shrink_with_partials
+from fastlora.ops.triton.shrink import mixed_shrink, mixed_shrink_partials, shrink_with_partials
 from fastlora.quantized_tensor import QuantizedData
 
 _Tensors = Sequence[torch.Tensor]
@@ -96,7 +96,7 @@ def linear_at(
     up, base = lora_b_rank_rows_from_tables(found, index), ([weight], [bias])
     plan, ys = _base_products("mixed_lora", x, *base, up, plan)
     partials = (
-        mixed_shrink_from_tables(x, rows, found, slice(first, stop), invariant) if s is None else s
+        mixed_shrink_partials(x, rows, found, slice(first, stop), invariant) if s is None else s
     )
     # The mode uses one kernel, whether or not modules share the shrink.
     after_shrink = s is None and not invariant
@@ -126,7 +126,7 @@ def mixed_grouped_forward(
     own = slice(first, first + len(weights))
     up = lora_b_rank_rows_from_tables(found, own)
     plan, ys = _base_products("mixed_lora", x, weights, biases, up, "auto")
-    s = mixed_shrink_from_tables(x, rows, found, own)
+    s = mixed_shrink_partials(x, rows, found, own)
     return _mixed_grouped_linear("mixed_lora", x, weights, biases, ys, s, rows, up, plan, True)
 
 

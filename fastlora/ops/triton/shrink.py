@@ -87,7 +87,7 @@ def shrink_with_partials(
     return s, shrunk
 
 
-def mixed_shrink_from_tables(
+def mixed_shrink_partials(
     x: torch.Tensor,
     rows: _Tensors,
     tables: AddressTables,

@@ -430,14 +430,14 @@ def test_output_on_a_full_disk(given: Any, tmp_path: Path, monkeypatch: pytest.M
         if text.startswith("SIG"):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    open_log = Run._open_log
+    open_log = Run._open_log_and_check_evaluated
 
     def with_full_output(run: Run) -> bool:
         monkeypatch.setattr(sys, "stderr", open("/dev/full", "w", buffering=1))  # noqa: SIM115
         return open_log(run)
 
     signal_at(monkeypatch, run, "causal_lm_losses", 3, signal.SIGINT)
-    monkeypatch.setattr(Run, "_open_log", with_full_output)
+    monkeypatch.setattr(Run, "_open_log_and_check_evaluated", with_full_output)
     with pytest.raises(RunInterrupted, match="after step 2 of 4; saved"):
         train(settings_from_dict(given, {}, "test"), on_message=say)
     with contextlib.suppress(OSError):

@@ -31,7 +31,7 @@ from fastlora.kernels.config_tables import cdiv
 from fastlora.kernels.configs import choose, reads_twice, run_rows
 from fastlora.ops.factors import tables_from_tensors
 from fastlora.ops.layout import shrink_partials_shape
-from fastlora.ops.triton.shrink import mixed_shrink_from_tables
+from fastlora.ops.triton.shrink import mixed_shrink_partials
 from tests.support.bytes.byte_counter import ByteCounter, KernelCount
 from tests.support.kernels.lab import Lab
 from tests.support.kernels.mixed_grad_problem import GradProblem
@@ -187,7 +187,7 @@ def count_forward(problem: MixedProblem, chip: Chip) -> Counts:
         routing=[order, segment_of, segment_slot, pieces],
     )
     with on(chip), counter:
-        s = mixed_shrink_from_tables(
+        s = mixed_shrink_partials(
             problem.x, rows, tables_from_tensors(tables, r, kind), slice(0, 1)
         )
         counter.register("s", s)
