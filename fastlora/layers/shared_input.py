@@ -9,6 +9,7 @@ results.
 
 from __future__ import annotations
 
+import functools
 import threading
 import weakref
 from collections.abc import Mapping
@@ -78,6 +79,7 @@ class SharedResultCache(UncopiedCache):
 
     def __init__(self) -> None:
         self.entries: dict[_Location, GroupCallResults] = {}
+        self._reference = weakref.ref(self)
 
     def put_results(
         self,
@@ -91,24 +93,26 @@ class SharedResultCache(UncopiedCache):
 
         ``results`` maps each of these layers to a cache key and its result.
         """
-        location, version = (get_ident(), id(x)), 0 if x.is_inference() else x._version
-        last = _put_last.get(location[0])
-        other = None if last is None else last()
-        if other is not None and other is not self:
-            # x may be written to meanwhile, and not every write is counted.
-            other.discard_untaken()
-        _put_last[location[0]] = weakref.ref(self)
+        thread, version = get_ident(), 0 if x.is_inference() else x._version
+        location = thread, id(x)
+        last = _put_last.get(thread)
+        if last is not self._reference:
+            other = None if last is None else last()
+            if other is not None and other.entries:
+                # x may be written to meanwhile, and not every write is counted.
+                other.discard_untaken()
+            _put_last[thread] = self._reference
         before = self.entries.get(location)
         if before is not None and before.is_valid_for(x, context):
             before.own.update(results)
             return
         unfinished = None if model is None else model.unfinished
-        known = weakref.ref(x, lambda _: self._drop(location))
+        known = weakref.ref(x, functools.partial(self._drop_of_freed, location))
         self.entries[location] = GroupCallResults(
             known, version, context, computed_by, dict(results), unfinished
         )
         if unfinished is not None:
-            unfinished[location[0], location[1], id(self)] = self
+            unfinished[thread, location[1], id(self)] = self
 
     def pop_result(
         self,
@@ -150,6 +154,9 @@ class SharedResultCache(UncopiedCache):
         """Drop the results of every thread."""
         for location in [*self.entries]:
             self._drop(location)
+
+    def _drop_of_freed(self, location: _Location, _: object) -> None:
+        self._drop(location)
 
     def _drop(self, location: _Location) -> GroupCallResults | None:
         entry = self.entries.pop(location, None)

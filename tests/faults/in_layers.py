@@ -176,7 +176,7 @@ FAULTS = (
         "kept memory",
         "893a1e8",
         _HELD,
-        "known = weakref.ref(x, lambda _: self._drop(location))",
+        "known = weakref.ref(x, functools.partial(self._drop_of_freed, location))",
         "known = weakref.ref(x)",
         ("tests/kernels/test_at_once.py::test_nothing_is_kept_of_a_tensor_that_is_gone",),
     ),
