@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 
 
 def has_module_hooks(*modules: nn.Module) -> bool:
-    """Return whether any of the modules has hooks or a replaced ``forward``."""
+    """Return whether any of the modules has hooks.
+
+    A replaced ``forward`` counts as a hook.
+    """
     for module in modules:
         own = module.__dict__  # This runs in every forward pass; attributes are slower.
         if (
@@ -331,9 +334,10 @@ def factors_in_slots(
     which: Sequence[int],
     excluded: Sequence[int] = (),
 ) -> Slots:
-    """Return a list of a layer's factors, with one entry for each slot in ``which``.
+    """Return a layer's factors in the given slots as a list.
 
-    The entry is None for a slot in ``excluded`` and for an adapter that does not adapt the layer.
+    The list has one entry for each slot in ``which``. The entry is None for a slot in ``excluded``
+    and for an adapter that does not adapt the layer.
     """
     found: Slots = []
     for slot in which:

@@ -29,7 +29,7 @@ def table_row_of(layer: LinearWithAdapters, number: int, tables: AddressTables) 
 
 
 def find_address_tables(routing: Routing, x: torch.Tensor) -> AddressTables | None:
-    """Return the address tables of a batch, or None if its factors cannot be in tables.
+    """Return the address tables for a batch, or None if tables do not support its factors.
 
     Tables support only plain tensors, all on one device.
     """

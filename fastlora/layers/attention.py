@@ -50,7 +50,10 @@ class AttentionOutProjection(FastLoraWrapper):
     is_linear = False
 
     def fusion(self, gathered: bool = False) -> tuple[bool, str]:
-        """Return whether the layer runs fused, which it never does, and the fallback reason."""
+        """Return whether the layer runs fused, and the fallback reason.
+
+        This layer never runs fused.
+        """
         return False, _FALLBACK_REASON
 
 
@@ -88,11 +91,17 @@ class FastLoraMultiheadAttention(UnfusedLoraLayer):
         return out
 
     def inner_layers(self) -> dict[str, LoraLayer]:
-        """Return a dict of nested LoRA layers by relative name, which contains only out_proj."""
+        """Return a dict of nested LoRA layers by relative name.
+
+        It contains only out_proj.
+        """
         return {_OUT: self._out()}
 
     def release(self) -> nn.Module:
-        """Return the attention module without adapters, after restoring its original out_proj."""
+        """Return the attention module without adapters.
+
+        Its original out_proj is restored.
+        """
         base = self.base_layer
         if isinstance(base.out_proj, LoraLayer):
             base.out_proj = base.out_proj.release()

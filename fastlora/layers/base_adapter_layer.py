@@ -21,9 +21,10 @@ from fastlora.weights_version import weights_versions
 
 
 def clear_layer_caches(layer: BaseAdapterLayer) -> None:
-    """Clear all caches that depend on a layer's weights.
+    """Clear all of a layer's caches.
 
-    This includes the packed factors that the layer's model caches for mixed batches.
+    These are the caches that depend on the layer's weights. They include the packed factors that
+    the layer's model caches for mixed batches.
     """
     clear_weight_caches(layer)
     clear_group_cache(layer)
@@ -58,7 +59,10 @@ class BaseAdapterLayer(LinearWithAdapters):
         return dense_weight(self.get_base_layer())
 
     def train(self, mode: bool = True) -> Any:
-        """Set the training mode as `nn.Module.train` does, and clear caches if the mode changes."""
+        """Set the training mode, and return the layer, as `nn.Module.train` does.
+
+        If the mode changes, the layer's caches are cleared.
+        """
         if mode != self.training:
             clear_layer_caches(self)
         return super().train(mode)
@@ -75,7 +79,10 @@ class BaseAdapterLayer(LinearWithAdapters):
         self._move_scalings_to_factors(values)
 
     def _register_scaling_load_hook(self) -> None:
-        """Register a ``load_state_dict`` hook that moves scalings to the factors' device."""
+        """Register a ``load_state_dict`` hook for the scalings.
+
+        The hook moves scalings to the device of their adapter's factors.
+        """
         if _move_scalings_after_load not in self._load_state_dict_post_hooks.values():
             self.register_load_state_dict_post_hook(_move_scalings_after_load)
 

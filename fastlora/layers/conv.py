@@ -45,9 +45,9 @@ _CLASSES: dict[int, type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]] = {
 
 
 class FastLoraConv(AdditiveLoraLayer):
-    """LoRA layer for a convolution that is called unchanged.
+    """LoRA layer for a convolution.
 
-    The convolution may be an instance of a subclass.
+    The convolution, which may be an instance of a subclass, is called unchanged.
 
     Args:
         base_layer: The convolution.

@@ -132,7 +132,7 @@ def _apply_by_calling_modules(call: UniformCall, y: torch.Tensor, name: str) -> 
 
 
 class DoraSlots(NamedTuple):
-    """The slots of a batch that have adapters with DoRA on one layer.
+    """The slots of a batch whose adapters use DoRA on one layer.
 
     Attributes:
         scaled: Slots whose rows are scaled after their LoRA term is added.
@@ -144,7 +144,7 @@ class DoraSlots(NamedTuple):
 
 
 def find_dora_slots(layer: LinearWithAdapters, routing: Routing) -> DoraSlots | None:
-    """Return the slots that have adapters with DoRA on a layer, or None if there are none.
+    """Return the slots whose adapters use DoRA on a layer, or None if there are none.
 
     The slots of a captured CUDA graph are not known. In this case, the result has no slots if any
     adapter may use DoRA, and is None otherwise.

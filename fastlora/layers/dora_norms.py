@@ -53,7 +53,7 @@ def may_cache_tensors(device: torch.device) -> bool:
 
 
 def base_weight_stamp(layer: LinearWithAdapters) -> TensorStamp | None:
-    """Return a stamp that detects changes of a layer's base weight, or None if none can.
+    """Return a stamp that detects changes to a layer's base weight, or None if none can.
 
     The same object is returned until the weight changes or `clear_weight_caches` clears it.
     """
@@ -134,7 +134,7 @@ def adapted_squared_norms(
 def cached_adapted_squared_norms(
     layer: LinearWithAdapters, name: str, scaling: torch.Tensor | float, compiling: bool
 ) -> torch.Tensor:
-    """Return an adapter's `local_adapted_squared_norms`, cached while gradients are disabled.
+    """Return an adapter's `local_adapted_squared_norms`, from the cache if possible.
 
     If gradients are enabled, the sums are computed in every forward pass, because an optimizer may
     be about to step, and not all optimizers change the versions of tensors.

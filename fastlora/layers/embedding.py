@@ -36,9 +36,9 @@ from fastlora.validation import UnsupportedLayerError
 
 
 class FastLoraEmbedding(AdditiveLoraLayer):
-    """LoRA layer for an `nn.Embedding` that is called unchanged.
+    """LoRA layer for an `nn.Embedding`.
 
-    The embedding may be an instance of a subclass.
+    The embedding, which may be an instance of a subclass, is called unchanged.
 
     Args:
         base_layer: The embedding.

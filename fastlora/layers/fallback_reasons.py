@@ -32,9 +32,10 @@ DORA_WITH_DROPOUT = (
 def fusion_status(
     layer: LinearWithAdapters, names: list[str], base_reason: str, gathered: bool
 ) -> tuple[bool, str]:
-    """Return whether one call computes the base GEMM and the active adapters, and if not, why.
+    """Return whether a layer runs fused, and the fallback reason.
 
-    The second item is the fallback reason, or an empty string.
+    A fused layer computes the base GEMM and the active adapters in one call. In this case, the
+    reason is an empty string.
 
     Args:
         layer: The layer.
@@ -76,9 +77,10 @@ def fallback_reason_for_dora(layer: LinearWithAdapters, names: list[str]) -> str
 
 
 def raise_if_triton_required(layer: LinearWithAdapters, names: list[str]) -> None:
-    """Raise `ImplementationError` if the layer requires Triton (``impl="triton"``).
+    """Raise `ImplementationError` if a layer that has to fall back requires Triton.
 
-    The caller has found that the adapters' modules must be called.
+    A layer with ``impl="triton"`` requires Triton. The caller has found that the adapters' modules
+    must be called.
     """
     if layer.impl == "triton":
         raise ImplementationError(

@@ -218,7 +218,7 @@ def _tensor_cache_key(
 
 
 def _s_cache_key(stream: int, own: Slots) -> tuple[object, ...] | None:
-    """Return a cache key for s that covers every lora_a and the dropout probabilities."""
+    """Return a cache key for s, which depends on every lora_a and the dropout probabilities."""
     dropout_p = tuple(None if factors is None else factors.dropout_p for factors in own)
     return _tensor_cache_key(stream, dropout_p, [a for a in lora_a_by_slot(own) if a is not None])
 
@@ -251,9 +251,10 @@ def _can_group_outputs(
 def _compute_outputs_together(
     call: UniformCall | MixedCall, base: Base, own: Factors, group: SharedInputGroup
 ) -> SharedResult | None:
-    """Use one call to compute the outputs of a layer and of the layers called after it.
+    """Compute the outputs of a layer and of other layers in its group, in one call.
 
-    Returns the layer's own result, or None if one call cannot compute it.
+    The other layers are those that are called after it. Returns the layer's own result, or None if
+    one call cannot compute it.
     """
     layer, x, conditions = call.layer, call.original_x, call.conditions
     records, several = torch.is_grad_enabled(), len(group.members) > 1
@@ -298,10 +299,11 @@ def _compute_outputs_together(
 def _compute_s_together(
     call: UniformCall | MixedCall, own: Slots, group: SharedInputGroup
 ) -> tuple[SharedResult | None, str]:
-    """Use one pass over x to compute s for a layer and for the layers called after it.
+    """Compute s for a layer and for other layers in its group, in one pass over x.
 
-    Returns a tuple (result, reason). The result is that of the layer itself, and the reason is
-    empty. If s is not shared, the result is None, and the reason explains why.
+    The other layers are those that are called after it. Returns a tuple (result, reason). The
+    result is that of the layer itself, and the reason is empty. If s is not shared, the result is
+    None, and the reason explains why.
     """
     members: list[Any] = [reference() for reference in group.members]
     behind = members[members.index(call.layer) + 1 :]
@@ -334,7 +336,10 @@ def _active_dropout_p(slots: Slots) -> float:
 
 
 def _s_in_compiled_graph(call: UniformCall | MixedCall, own: Slots) -> SharedResult | None:
-    """Compute a layer's s in a graph that is being compiled, or return None if s is not shared."""
+    """Compute s for a layer's group in a graph that is being compiled.
+
+    Returns the layer's own result, or None if s is not shared.
+    """
     layer, conditions = call.layer, call.conditions
     if not layer.has_shared_input_group():
         layer.record_compiled_fallback(_UNSEEN)

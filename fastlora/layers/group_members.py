@@ -313,18 +313,19 @@ def lora_a_by_slot(slots: Slots) -> list[torch.Tensor | None]:
 
 @constant_when_compiled
 def has_shared_input_group(self: Any) -> bool:
-    """Return whether a forward pass has identified the layer's shared-input group.
+    """Return whether the layer has a known shared-input group.
 
-    `torch.compile` treats the result as a constant and does not recompile when it changes.
+    The group is known once a forward pass has identified it. `torch.compile` treats the result as a
+    constant and does not recompile when it changes.
     """
     return known_group(self) is not None
 
 
 @constant_when_compiled
 def record_compiled_fallback(self: Any, reason: str) -> None:
-    """Record the reason why a layer shares nothing in the graph that is being compiled.
+    """Record a layer's fallback reason for the graph that is being compiled.
 
-    The reason is an empty string if the layer shares.
+    It is the reason why the layer shares nothing, or an empty string if the layer shares.
     """
     self.__dict__["_compiled_fallback_reason"] = reason
 
