@@ -303,9 +303,9 @@ class TrainableTokensWrapper(ModuleWrapper):
     def _sorted_token_keys(
         self, names: list[str], device: torch.device
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the sorted int64 keys of all trained tokens, and the row index for each key.
+        """Return the keys of all trained tokens, and the index of the row for each key.
 
-        The key of a token is ``index of name * V + token``.
+        The keys are sorted and int64. The key of a token is ``index of name * V + token``.
         """
         base: Any = self.get_base_layer()
         rows: int = base.weight.shape[0]
