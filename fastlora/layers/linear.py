@@ -172,7 +172,10 @@ class FastLoraLinear(LoraLayer, nn.Linear):
         return Base(weight, self.bias) if type(weight) is nn.Parameter else None
 
     def get_base_layer(self) -> nn.Module:
-        """Return the base layer, which is this layer itself."""
+        """Return the base layer.
+
+        The base layer is this layer itself, which contains the base weight.
+        """
         return self
 
     @property

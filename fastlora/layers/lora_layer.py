@@ -260,9 +260,10 @@ class LoraLayer(Mergeable):
         self.lora_magnitude_vector[adapter_name] = magnitude
 
     def clear_caches(self) -> None:
-        """Invalidate all values cached for this layer's weights and for its model's adapters.
+        """Clear all caches of this layer.
 
-        Call it after writing through a parameter's ``.data``: no cache can detect that write.
+        The values cached for its model's adapters are invalidated too. Call this method after
+        writing through a parameter's ``.data``: no cache can detect that write.
         """
         weights_versions.invalidate_all()
         clear_layer_caches(self)
@@ -346,7 +347,10 @@ class LoraLayer(Mergeable):
                     self.scaling[name] /= scale
 
     def _applied_adapters(self) -> list[str]:
-        """Return a list of the active adapters that apply outside mixed batches."""
+        """Return a list of the adapters that the layer applies outside mixed batches.
+
+        These are the active adapters, or none if adapters are disabled or merged.
+        """
         if self._disabled or self.merged_adapters:
             return []
         active: Any = self._active_adapters
@@ -361,7 +365,10 @@ class LoraLayer(Mergeable):
         return parts.file_to_state_dict_names(self._factors_by_part(adapter_name), adapter_name)
 
     def widen(self, adapter_name: str) -> None:
-        """Widen an adapter's factors to at least fp32, and recompute the adapter's magnitude."""
+        """Widen an adapter's factors to at least fp32.
+
+        If the adapter uses DoRA, its magnitude is recomputed.
+        """
         for part, factor in self._factors_by_part(adapter_name).items():
             if not isinstance(factor, parts.DoraMagnitude):
                 self._modules[part][adapter_name] = parts.upcast_to_fp32(factor)

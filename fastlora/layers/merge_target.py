@@ -35,7 +35,10 @@ class MergeTarget(Protocol):
         """Return the weight as a matrix, which is a view or a new tensor."""
 
     def merge_buffer(self) -> torch.Tensor:
-        """Return the matrix to merge adapters into: the weight itself or a new fp32 copy."""
+        """Return a dense matrix to merge adapters into before `write`.
+
+        The matrix is the weight itself or a new fp32 copy.
+        """
 
     def squared_distance_to(self, matrix: torch.Tensor) -> float:
         """Return the squared Frobenius norm of the difference between the weight and a matrix."""
@@ -93,10 +96,16 @@ class DenseMergeTarget:
         return float((self.dense() - matrix).square().sum(dtype=torch.float64))
 
     def check_writable(self) -> None:
-        """Check that the weight is writable; a floating-point weight always is."""
+        """Check that the weight is writable.
+
+        A floating-point weight always is.
+        """
 
     def write(self, dense: torch.Tensor) -> None:
-        """Write ``dense`` to the weight, which does nothing because ``dense`` is the weight."""
+        """Write ``dense`` to the weight.
+
+        The method does nothing, because ``dense`` is the weight.
+        """
 
     def snapshot(self) -> object:
         return self.weight.detach().clone()

@@ -258,7 +258,7 @@ class Mergeable(ModuleWithAdapters, BaseAdapterLayer):
     ) -> None:
         """Add ``sign`` times the last adapter's change to the bias.
 
-        The last adapter is that of ``names``, whose adapters are merged in this order.
+        Adapters are merged in the order of ``names``, and the last of them is added here.
 
         ``scales`` maps the name of each DoRA adapter to its scale g, shape ``[N]``.
         """

@@ -90,7 +90,11 @@ class ModuleWithAdapters:
     def _activate(
         self, names: list[str], inference_mode: bool = False, keep_merged: bool = False
     ) -> None:
-        """Activate adapters as `set_adapter` does, except that the module may lack some of them."""
+        """Activate adapters, and make only their parameters trainable.
+
+        If ``inference_mode`` is set, nothing is trainable. Unlike `set_adapter`, this method
+        accepts the names of adapters that the module lacks.
+        """
         if self.merged and not keep_merged:
             warnings.warn(
                 ("set_adapter() unmerges the adapters that are currently merged"), stacklevel=3
@@ -106,7 +110,10 @@ class ModuleWithAdapters:
                 parameter.requires_grad_(adapter in names)
 
     def enable_adapters(self, enabled: bool) -> None:
-        """Enable the active adapters and make them trainable, or disable all adapters."""
+        """Enable or disable the adapters.
+
+        Enabling makes the active adapters trainable, and disabling freezes all adapters.
+        """
         self._disabled = not enabled
         self._train_only(self._active_adapters if enabled else [])
 

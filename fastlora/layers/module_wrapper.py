@@ -61,9 +61,9 @@ class ModuleWrapper(ModuleWithAdapters, nn.Module):
     # ------------------------------------------------------------------------ mixed batches
 
     def _check_batch_rows(self, routing: Routing, x: torch.Tensor) -> AbstractContextManager[None]:
-        """Check that x has all rows of a batch, in order.
+        """Check that x has all rows of a batch, in order, and return a context manager.
 
-        Returns a context manager that pauses the tracking of rows.
+        The context manager pauses the tracking of rows.
         """
         compiling = execution_mode_of(x, "eager").compiling
         routing.check_gets_all_rows(self, x, compiling)

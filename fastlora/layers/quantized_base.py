@@ -145,7 +145,9 @@ class KernelWeightCache(UncopiedCache):
         )
 
     def _current_entries(self, module: nn.Module) -> _Found | None:
-        """Return a tuple (kind, cached entries) for the current weight, or None if it has no stamp.
+        """Return the cached entries for a module's current weight, or None if it cannot be cached.
+
+        The entries are a tuple (kind, dict). A weight without a stamp cannot be cached.
 
         Entries of another weight, or from before a write, are dropped.
 
@@ -187,7 +189,9 @@ def quantized_base_of_call(call: UniformCall | MixedCall) -> Base | None:
 def call_base_layer(
     call: UniformCall | MixedCall, module: nn.Module, *args: Any, **kwargs: Any
 ) -> torch.Tensor:
-    """Call a base layer with the input of its LoRA layer.
+    """Call a base layer, and return its output.
+
+    The base layer gets the input of its LoRA layer.
 
     In evaluation on a CPU, the output for a few rows may instead come from a product with a copy of
     the 4-bit codes (`RepackedProduct`). The copy is dropped by the next call with gradients, or
@@ -255,9 +259,10 @@ def to_base_output_dtype(
 
 
 def clear_weight_caches(layer: object, release_captured: bool = False) -> None:
-    """Clear a layer's cached DoRA norms and its cached quantized weight for kernels.
+    """Clear a layer's caches of values that are computed from its base weight.
 
-    If ``release_captured`` is set, weights that CUDA graphs read are released too.
+    These are the DoRA norms and the quantized weight for kernels. If ``release_captured`` is set,
+    weights that CUDA graphs read are released too.
     """
     own = layer.__dict__
     own.pop("_dora_norms", None)

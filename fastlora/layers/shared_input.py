@@ -204,7 +204,10 @@ class SharedInputGroup(SharedResultCache):
         return untaken
 
     def clear(self) -> None:
-        """Drop the results of every thread, the cached launches, and the set of idle layers."""
+        """Drop everything that is cached for the group.
+
+        This includes the results of every thread, the launches, and the set of idle layers.
+        """
         super().clear()
         self.launches.clear()
         self.idle.clear()
@@ -228,7 +231,10 @@ class _CallSequence:
         return all(member() is not layer for member in self.members)
 
     def append_layer(self, layer: nn.Module, x: torch.Tensor) -> None:
-        """Append the next layer, and check whether x has been written to."""
+        """Append the layer that has been called with x.
+
+        Also record whether x has been written to since the first call.
+        """
         self.members.append(weakref.ref(layer))
         if isinstance(self._state, int):
             self.unwritten &= x._version == self._state

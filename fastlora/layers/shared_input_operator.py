@@ -43,13 +43,12 @@ def _compute_s_for_group(
     dtype: torch.dtype,
     factor_dtype: torch.dtype | None,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Compute s for a group's layers.
+    """Return the s and dropout seed of layer ``own`` in a shared-input group.
 
-    Returns a tuple of layer ``own``'s s and dropout seed.
-
-    The seed is in a list, which is empty without dropout. ``places`` lists the position of each
-    lora_a among those of all layers and slots. Without ids, one adapter applies to all rows. If
-    ``factor_dtype`` is given, factors are converted to it.
+    In a trace, the first call also computes s for the group's other layers. The seed is in a list,
+    which is empty without dropout. ``places`` lists the position of each lora_a among those of all
+    layers and slots. Without ids, one adapter applies to all rows. If ``factor_dtype`` is given,
+    factors are converted to it.
     """
     by_place = dict(zip(places, lora_a, strict=True))
 

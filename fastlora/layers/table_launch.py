@@ -129,7 +129,7 @@ def linear_from_tables(
     s: torch.Tensor | None = None,
     with_neighbor_s: bool = False,
 ) -> list[torch.Tensor]:
-    """Compute y ``[M, N]`` from the base weight and each row's adapter, and return it in a list.
+    """Return a list with y ``[M, N]``, computed from the base weight and each row's adapter.
 
     ``s`` is given if a neighbor has computed it. If ``with_neighbor_s`` is set, the call also
     computes s for all neighbors, and the list contains it after y.

@@ -127,7 +127,7 @@ class TensorParallelLora(FastLoraWrapper):
             self.release()
 
     def release(self) -> nn.Module:
-        """Restore the base layer to its state before the first adapter was added, and return it."""
+        """Remove this layer's hook from the base layer, and return the base layer."""
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
@@ -317,7 +317,10 @@ class TensorParallelLora(FastLoraWrapper):
     # ------------------------------------------------------------------------ merging, report
 
     def fusion(self, gathered: bool = False) -> tuple[bool, str]:
-        """Return whether the layer runs fused, which it never does, and the fallback reason."""
+        """Return whether the layer runs fused, and the fallback reason if it does not.
+
+        A tensor-parallel layer never runs fused.
+        """
         reason = f"{self.style} tensor parallel: LoRA is added to each process's part of the output"
         names = self._applied_adapters()
         if uses_dora(self, names):
@@ -351,9 +354,9 @@ class TensorParallelLora(FastLoraWrapper):
         return bool(flag.item())
 
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
-        """Return the unsharded update ``scaling * B @ A``, ``[N, K]``.
+        """Return an adapter's update ``scaling * B @ A`` in its full shape ``[N, K]``.
 
-        All processes must call this method.
+        The update is not sharded. All processes must call this method.
         """
         self._check_has_adapter(adapter_name)
         lora_a, lora_b, _ = super()._factors(adapter_name)

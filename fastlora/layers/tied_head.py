@@ -34,7 +34,7 @@ class _TransposedFactor(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The weight, which is the embedding's factor in transposed layout."""
+        """The embedding's factor, transposed."""
         (source,), part, adapter_name = self._at
         factor: torch.Tensor = source._modules[part][adapter_name]
         return factor.t()
@@ -90,9 +90,9 @@ class TiedLoraHead(AdditiveLoraLayer):
         }
 
     def file_names(self, adapter_name: str) -> dict[str, str]:
-        """Return a dict of the adapter's file names, which is always empty.
+        """Return a dict that maps an adapter's names in files to ``state_dict()`` names.
 
-        The embedding saves the shared factors.
+        The dict is empty, because the embedding saves the shared factors.
         """
         return {}
 

@@ -135,7 +135,9 @@ class TrainableTokensWrapper(ModuleWrapper):
 
     @torch.no_grad()
     def add_adapter(self, adapter_name: str, indices: list[int], autocast: bool = True) -> None:
-        """Add an adapter with rows that are initialized from the weight.
+        """Add an adapter that trains the given rows.
+
+        The rows are initialized from the weight.
 
         Args:
             adapter_name: A new name.
@@ -216,7 +218,7 @@ class TrainableTokensWrapper(ModuleWrapper):
     # ------------------------------------------------------------------------------- forward
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Call the base layer, and replace the parts of its output that an adapter trains.
+        """Call the base layer, and replace the embeddings or logits of trained tokens.
 
         Args:
             x: Ids ``[...]`` for an embedding, or ``[..., D]`` for a linear.
@@ -247,7 +249,7 @@ class TrainableTokensWrapper(ModuleWrapper):
     def _replace_in_mixed_batch(
         self, routing: Routing, x: torch.Tensor, y: torch.Tensor
     ) -> torch.Tensor:
-        """Replace the parts of y that each row's own adapter trains, and return the result.
+        """Return y with the outputs for trained tokens taken from each row's own adapter.
 
         Rows without an adapter on this module keep the base layer's output.
         """
@@ -301,9 +303,9 @@ class TrainableTokensWrapper(ModuleWrapper):
     def _sorted_token_keys(
         self, names: list[str], device: torch.device
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the sorted int64 keys of all trained tokens, and the row index for each key.
+        """Return the keys of all trained tokens, and the index of the row for each key.
 
-        The key of a token is ``index of name * V + token``.
+        The keys are sorted and int64. The key of a token is ``index of name * V + token``.
         """
         base: Any = self.get_base_layer()
         rows: int = base.weight.shape[0]

@@ -68,7 +68,10 @@ class UnfusedLoraLayer(LoraLayer):
             return getattr(self._modules["base_layer"], name)
 
     def fusion(self, gathered: bool = False) -> tuple[bool, str]:
-        """Return whether the layer runs fused, which it never does, and the fallback reason."""
+        """Return whether the layer runs fused, and the fallback reason if it does not.
+
+        A layer of this class never runs fused.
+        """
         return False, f"its base layer is {type(self.base_layer).__name__}: {self.fallback_reason}"
 
     def _check_conditions(self, x: torch.Tensor) -> ExecutionMode:
@@ -117,7 +120,7 @@ class AdditiveLoraLayer(UnfusedLoraLayer):
         raise UnsupportedLayerError(f"{type(self).__name__} does not implement _add_update()")
 
     def _count_samples_and_dims(self, x: torch.Tensor) -> tuple[int, int]:
-        """Return a tuple (number of samples in x, number of leading sample dimensions)."""
+        """Return the number of samples in x, and the number of dimensions that index samples."""
         raise UnsupportedLayerError(
             f"{type(self).__name__} does not implement _count_samples_and_dims()"
         )
@@ -229,7 +232,10 @@ class AdditiveLoraLayer(UnfusedLoraLayer):
         return torch.where(keep.bool(), x, 0.0) * (1.0 / (1.0 - dropout.p))
 
     def _scaling_tensor_like(self, name: str, like: torch.Tensor) -> torch.Tensor:
-        """Return an adapter's scaling as a zero-dimensional tensor on the device of ``like``."""
+        """Return an adapter's scaling as a tensor on the device of ``like``.
+
+        The tensor has no dimensions. It is fp64 if ``like`` is, otherwise fp32.
+        """
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
         scalings: Scalings = self.__dict__["_scaling"]
         return scalings.tensors[name].to(like.device, dtype).reshape(())

@@ -194,7 +194,7 @@ class QuantizedBaseWeight(MergeTarget):
     def bias_for_product(self, dtype: torch.dtype) -> torch.Tensor | None:
         """Return the bias for a product in ``dtype``.
 
-        The module's own bias changes as in a call of the module.
+        If calling the module would convert the module's own bias, this method converts it too.
         """
         bias: torch.Tensor | None = self.base.bias
         return bias
@@ -257,10 +257,9 @@ class QuantizedBaseWeight(MergeTarget):
     def convert_snapshot(
         self, snapshot: object, fn: Callable[[torch.Tensor], torch.Tensor]
     ) -> object:
-        """Convert a snapshot, which for a quantized weight means returning it unchanged.
+        """Convert a result of `snapshot` as `MergeTarget.convert_snapshot` does.
 
-        ``fn`` is not applied, because it may change dtypes.
-
+        Here, the snapshot is returned unchanged, because ``fn`` may change dtypes.
         `restore` moves the data to the weight's device.
         """
         return snapshot

@@ -79,7 +79,7 @@ def is_repacked(base: nn.Module) -> bool:
 
 
 class RepackedProduct:
-    """Matrix product for evaluation on a CPU, computed by bitsandbytes with repacked codes.
+    """Matrix product that bitsandbytes computes with repacked codes, for evaluation on a CPU.
 
     The module is not changed. The first product makes the copy, which takes 4 bits per weight and a
     bf16 value per block.
