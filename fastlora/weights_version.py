@@ -122,7 +122,7 @@ class WeightsVersion:
 
 
 class WeightsVersions:
-    """The current weights versions of this process.
+    """The current versions of this process's weights.
 
     Attributes:
         trained: Version of weights that may be trained.
