@@ -89,11 +89,11 @@ def user_configured_malloc() -> bool:
 
 
 def set_offline_demo_variables() -> None:
-    """Set the environment variables that disable network access and log output in the demo.
+    """Set the environment variables that disable network access in the demo.
 
-    Call this function before the demo imports other libraries. The demo's model is on disk, so it
-    does not need the Hugging Face Hub. Without the log level, Kineto (`torch.profiler`) would print
-    two lines for each memory measurement.
+    They also suppress log output. Call this function before the demo imports other libraries. The
+    demo's model is on disk, so it does not need the Hugging Face Hub. Without the log level, Kineto
+    (`torch.profiler`) would print two lines for each memory measurement.
     """
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -209,7 +209,7 @@ def matches_name_components(field: str, pattern: str, name: str) -> bool:
 
 
 def layer_index_in_name(field: str, pattern: str, name: str) -> int | None:
-    """Return the layer index in a module name, which follows a pattern's first match.
+    """Return the layer index that follows a pattern's first match in a module name.
 
     The result is None if no number follows. For example, it is 3 for the pattern "layers" and the
     name "model.layers.3.mlp".

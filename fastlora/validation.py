@@ -44,7 +44,10 @@ class AdapterStateError(FastLoraError, ValueError):
 
 
 class CheckpointError(FastLoraError, ValueError):
-    """An adapter folder is missing, damaged, unsafe, or does not match the model."""
+    """A checkpoint or an adapter folder cannot be read or written.
+
+    For example, a file is missing, damaged, or unsafe, or does not match the model.
+    """
 
 
 class PoolClosedError(AdapterStateError):

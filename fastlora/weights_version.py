@@ -7,8 +7,8 @@ It detects every replaced tensor.
 The ``_version`` of a tensor counts only some of the writes to the tensor. Fused optimizers,
 compiled code, and writes through ``.data`` do not change it. Each value that fastlora caches
 between forward passes therefore also has a weights version (a `WeightsVersion`), and the value is
-used only while that version is current. `WeightsVersions` contains three weights versions for the
-whole process:
+used only while that version is current. `WeightsVersions` contains three weights versions
+for the whole process:
 
 * ``trained`` is for weights that may be trained. It changes at every step of any PyTorch optimizer,
   when the forward pass of a LoRA layer runs with gradients outside compiled code, when a LoRA layer
@@ -122,7 +122,7 @@ class WeightsVersion:
 
 
 class WeightsVersions:
-    """The current weights versions of this process.
+    """The current versions of this process's weights.
 
     Attributes:
         trained: Version of weights that may be trained.

@@ -107,11 +107,11 @@ def _iter_adapters_with_rows(
     dropout_p: list[float],
     impl: str,
 ) -> Iterator[tuple[int, torch.Tensor, slice, DropoutAdapter]]:
-    """Yield a tuple (index, rows, positions, adapter) for each adapter that has rows.
+    """Iterate over the adapters that have rows.
 
-    ``index`` is the adapter's index among all adapters, ``rows`` are its rows in x, and
-    ``positions`` is the slice of s and z for these rows. ``slots`` lists each adapter's slot in
-    ids.
+    Yields a tuple (index, rows, positions, adapter) for each of them. ``index`` is the adapter's
+    index among all adapters, ``rows`` are its rows in x, and ``positions`` is the slice of s and z
+    for these rows. ``slots`` lists each adapter's slot in ids.
     """
     batch = sort_rows(ids, x.shape[0], max(slots) + 1)
     starts = batch.slot_start.tolist()

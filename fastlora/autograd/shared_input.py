@@ -33,7 +33,7 @@ _Factor = torch.Tensor | None
 
 
 class SharedResult(NamedTuple):
-    """The output y or shrink output s of a layer that was computed together with other layers.
+    """A layer's output y or shrink output s, computed together with those of other layers.
 
     Attributes:
         y: ``[..., N]``, the layer's output, or None if the layer computes it from s.

@@ -103,7 +103,9 @@ class AdapterOperands(NamedTuple):
 
 
 class AddressTables(NamedTuple):
-    """Tables of factor addresses, ranks, and scalings, indexed by layer (G) and adapter (S).
+    """Tables of the addresses of factors, indexed by layer (G) and adapter (S).
+
+    They also contain the ranks and scalings.
 
     Attributes:
         a_address, b_address, bias_address: int64 ``[G, S]``, with 0 for a factor that does not

@@ -42,9 +42,10 @@ class OperatorBackend(Backend):
     def _select_operators(
         self, x: torch.Tensor, weight: torch.Tensor | None = None
     ) -> schema.Operators:
-        """Return the registered operators if something observes them, else their implementations.
+        """Return the operators to call for x and a weight.
 
-        In a backward pass, x is dy.
+        They are the registered operators if something observes operators on x, else their
+        implementations. In a backward pass, x is dy.
         """
         # With a quantized weight, no PyTorch operation runs that autograd could record.
         alone = isinstance(weight, QuantizedTensor) and self.impl == "triton"

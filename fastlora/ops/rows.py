@@ -149,7 +149,10 @@ class Rows:
 
     @functools.cached_property
     def segment_index(self) -> torch.Tensor:
-        """The segment index of each row, int64 ``[M]``; ``len(segments)`` without an adapter."""
+        """The segment index of each row, int64 ``[M]``.
+
+        It is ``len(segments)`` for rows without an adapter.
+        """
         member = torch.full((self.m,), len(self.segments))
         for index, (_, start, stop) in enumerate(self.segments):
             member[start:stop] = index

@@ -93,18 +93,18 @@ def define_operator_with_fake(
 
 
 class Operators(Protocol):
-    """Protocol of an object that has the operators as attributes."""
+    """The operators, as attributes of an object."""
 
     def __getattr__(self, name: str) -> Callable[..., Any]: ...
 
 
 def operators_for(x: torch.Tensor, in_autograd_function: bool = False) -> Operators:
-    """Return the registered operators if something observes x, else their implementations.
+    """Return the operators to call for x.
 
-    If nothing observes operators on x, and x is on the current device, the result provides the
-    functions that the operators run. This saves the dispatcher's 5 us per call.
-    ``in_autograd_function`` means that the operators will be called within an autograd function, in
-    which autograd records nothing.
+    They are the registered operators if something observes operators on x, or if x is on a device
+    other than the current one. Otherwise, the result provides the functions that the operators run,
+    which saves the dispatcher's 5 us per call. ``in_autograd_function`` means that the operators
+    will be called within an autograd function, in which autograd records nothing.
     """
     registered: Any = torch.ops.fastlora
     if operators_are_observed(x, in_autograd_function):
@@ -186,7 +186,7 @@ def lora_dropout_fake(x: torch.Tensor, *_: object) -> torch.Tensor:
     "lora_keep(Tensor x, Tensor seed, float dropout_p, Tensor? after) -> Tensor", "eager"
 )
 def lora_keep_fake(x: torch.Tensor, *_: object) -> torch.Tensor:
-    """Return an empty tensor for PyTorch's dropout mask of x; see `reference.lora_keep`.
+    """Return an empty tensor for the dropout mask of x; see `reference.lora_keep`.
 
     ``after`` is not read. A backward pass passes one of its own tensors. The dependency prevents
     compilers from merging the mask with that of the forward pass and from computing it there,

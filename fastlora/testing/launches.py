@@ -142,7 +142,10 @@ class StandInDriver:
         return self._properties
 
     def unload_module(self, module: Any) -> None:
-        """Do nothing, because the module is an ordinary Python object."""
+        """Unload a module.
+
+        This does nothing, because the module is an ordinary Python object.
+        """
 
 
 class _RecordingDriver(StandInDriver):
@@ -153,15 +156,16 @@ class _RecordingDriver(StandInDriver):
         self._launches = launches
 
     def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[Any, ...]:
-        """Return placeholders for the values that a driver returns for a compiled kernel.
+        """Load a compiled kernel, and return its handles and properties.
 
-        The tuple consists of a module handle, a function handle (here, the binary), the numbers of
-        registers and spills, and the maximum number of threads per program.
+        The values are placeholders. The tuple consists of a module handle, a function handle (here,
+        the binary), the numbers of registers and spills, and the maximum number of threads per
+        program.
         """
         return object(), binary, 0, 0, 1024
 
     def launcher_cls(self, source: Any, metadata: Any) -> Any:
-        """Return a launch function that records its arguments as a `Launch`."""
+        """Return the launch function of a kernel, which records its arguments as a `Launch`."""
 
         own = metadata.num_warps, metadata.num_stages, metadata.shared
         kernel, launches, names = metadata.name, self._launches, tuple(source.fn.arg_names)

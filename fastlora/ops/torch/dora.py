@@ -37,7 +37,9 @@ _CHUNK = 1 << 18
 
 
 class RowChunkedWeight(NamedTuple):
-    """A weight that is computed a few rows at a time, for example by dequantization.
+    """A weight that is read in chunks of rows.
+
+    Each chunk is computed when it is needed, for example by dequantization.
 
     Attributes:
         make: Returns an iterator over parts ``[n, K]`` of the rows.

@@ -106,7 +106,7 @@ class PackedLayerFactors(NamedTuple):
 def pack_layer_factors(
     slots: Slots, dtype: torch.dtype, kind: BatchKind
 ) -> PackedLayerFactors | None:
-    """Pack the factors of a layer's adapters for a kind of batch, and return them, or None.
+    """Pack the factors of a layer's adapters for a kind of batch.
 
     The packed factors have the dtype ``dtype``. The result is None if no adapter has factors, or if
     any factor is not finite, because one product serves several adapters and would carry a NaN from

@@ -30,7 +30,7 @@ _LEAST = 32
 
 @dataclass(frozen=True)
 class EmulationLimits:
-    """Size limits that decide when products in an emulated dtype are computed in fp32.
+    """Size limits for computing the products of an emulated dtype in fp32.
 
     Attributes:
         few_rows: Up to this many rows of x, PyTorch is as fast for a weight ``[N, K]``.
@@ -154,7 +154,7 @@ def native_product_is_slow(dtype: torch.dtype, rows: int) -> bool:
 
 
 def _has_few_rows(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Return whether ``a`` has so few rows that PyTorch's emulated ``a @ b`` is as fast."""
+    """Return whether PyTorch's own ``a @ b`` is as fast, because ``a`` has few rows."""
     emulation = EMULATED[a.dtype]
     few = emulation.few_rows if b.stride(-2) == 1 else emulation.few_other_rows
     return a.shape[-2] <= few

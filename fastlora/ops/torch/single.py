@@ -21,8 +21,8 @@ def keep_mask(
 ) -> torch.Tensor:
     """Return the dropout mask of x.
 
-    If a compiler is tracing, a registered operator computes the mask. ``after`` is a tensor of the
-    backward pass that needs the mask, or None in a forward pass.
+    If a compiler is tracing, a registered operator computes the mask. ``after`` is a tensor of
+    the backward pass that needs the mask, or None in a forward pass.
     """
     if is_traced(seed):
         return torch.ops.fastlora.lora_keep(x, seed, dropout_p, after)

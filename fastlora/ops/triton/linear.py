@@ -46,7 +46,10 @@ def linear(
     dropout_p: Sequence[float],
     plan: str,
 ) -> list[torch.Tensor]:
-    """Return a list with the output y and, unless s is given, the shrink output s."""
+    """Compute a linear layer with adapters, and return a list that starts with the output y.
+
+    Unless s is given, the list also contains the shrink output s.
+    """
     if not rows:
         lora_a, lora_b, _ = factors
         if lora_a is None or lora_b is None:
@@ -84,7 +87,7 @@ def linear_at(
     plan: str,
     shrink_range: Sequence[int] | None = None,
 ) -> list[torch.Tensor]:
-    """Return a list with the output y of one module and, in some cases, the shrink output s.
+    """Compute a linear layer for a mixed batch, and return a list that starts with the output y.
 
     If s is not given and ``shrink_range`` is, the list also contains s for these modules.
     """
@@ -164,7 +167,10 @@ def linear_one_adapter(
     dropout_p: float,
     plan: str,
 ) -> list[torch.Tensor]:
-    """Return a list with the output y and, unless s is given, the shrink output s."""
+    """Compute a linear layer with one adapter, and return a list that starts with the output y.
+
+    Unless s is given, the list also contains the shrink output s.
+    """
     own = [weight], [bias], s, [lora_a], [lora_b], [scaling]
     return _grouped_linear(x, *own, seed, dropout_p, plan, with_s=s is None)
 
@@ -292,7 +298,7 @@ def _base_products(
     up: RankRows,
     plan: str,
 ) -> tuple[str, list[torch.Tensor] | None]:
-    """Return a tuple (plan, base-layer outputs or None).
+    """Choose the plan, and return a tuple (plan, base-layer outputs or None).
 
     The outputs are None unless the plan is "split". They are computed before the shrink and the
     expand.

@@ -112,9 +112,9 @@ def mixed_shrink_partials(
 def mixed_shrink(
     x: torch.Tensor, rows: _Tensors, lora_a: _Tensors, modules: int, dropout: DropoutTables | None
 ) -> tuple[torch.Tensor, bool]:
-    """Return a tuple: s ``[G, M, R]`` of a mixed batch, and whether one launch computed it.
+    """Compute the shrink output s ``[G, M, R]`` of a mixed batch.
 
-    Dropout requires one module.
+    Returns a tuple of s and whether one launch computed it. Dropout requires one module.
     """
     (m, k), slots = x.shape, len(lora_a) // modules
     lora_a = align_factors(lora_a)
