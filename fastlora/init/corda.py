@@ -34,9 +34,10 @@ DATA, PARTS = "eigens", ("S_WC", "U_WC", "V_WC")
 
 @dataclass
 class CordaEigens:
-    """A decomposition of a layer's weight W with respect to the covariance C of the layer's inputs.
+    """The CorDA decomposition of a layer's weight W, from which the factors are computed.
 
-    It contains R singular directions of ``W C = U S V^T``. The names are those of PEFT.
+    It contains R singular directions of ``W C = U S V^T``, where C is the covariance of the layer's
+    inputs. The names are those of PEFT.
 
     Attributes:
         S_WC: Singular values, ``[R]``.
@@ -59,10 +60,10 @@ class CordaEigens:
     settings=InitConfigField("corda_config", CordaConfig),
 )
 def corda(given: InitInputs) -> InitResult:
-    """Compute the initial factors and the new base weight with CorDA.
+    """Compute the initial factors of a layer with CorDA.
 
     B is ``U sqrt(S / scaling)`` and A is ``sqrt(S / scaling) V^T``, with the parts of the layer's
-    `CordaEigens`. The update of these factors is subtracted from the base weight.
+    `CordaEigens`. The new base weight is the old one minus the update of these factors.
 
     Raises:
         InitializationError: The decomposition has the wrong shapes, values that are not finite, or

@@ -35,9 +35,9 @@ LEVELS = {
     settings=InitConfigField("loftq_config", LoftQConfig, missing="raise", as_dict=True),
 )
 def loftq(given: InitInputs) -> InitResult:
-    """Compute the initial factors and the quantized base weight with LoftQ.
+    """Quantize the base weight with LoftQ, and fit the initial factors to the quantization error.
 
-    The factors approximate the quantization error.
+    The returned base weight contains the dequantized values.
 
     Each iteration quantizes ``W - B A`` to Q, and then sets ``B A`` to the best rank-R
     approximation of ``W - Q``. As in PEFT, the approximation does not take the adapter's scaling

@@ -12,9 +12,10 @@ from fastlora.init.registry import InitInputs, InitResult, register_init
 
 @register_init("mica", title="MiCA", frozen=("lora_B",))
 def mica(given: InitInputs) -> InitResult:
-    """Compute the initial factors with MiCA, without changing the base weight.
+    """Compute the initial factors of a layer with MiCA.
 
-    A is zero, and B contains the last R columns of U, where ``W = U S V^T``.
+    A is zero, and B contains the last R columns of U, where ``W = U S V^T``. The base weight does
+    not change.
 
     Raises:
         InitializationError: The weight has values that are not finite, or R exceeds its smaller

@@ -14,9 +14,9 @@ from fastlora.validation import InitializationError
 
 @register_init("orthogonal")
 def orthogonal(given: InitInputs) -> InitResult:
-    """Return random factors A and B that are orthogonal to each other, so that ``B A = 0``.
+    """Build the initial factors from a random orthogonal matrix.
 
-    A is built from the even rows of a random orthogonal matrix, and B from its odd rows. The size
+    A is built from the even rows of the matrix, and B from its odd rows, so ``B A = 0``. The size
     of the matrix is the adapter's rank.
 
     Raises:

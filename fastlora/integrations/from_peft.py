@@ -81,10 +81,10 @@ def import_object(name: str) -> Any:
 def inject_adapter_in_model(
     peft_config: Any, model: nn.Module, adapter_name: str = "default", **options: Any
 ) -> nn.Module:
-    """Add an adapter to a model in place with PEFT, and patch the new LoRA layers.
+    """Add an adapter to a model in place, as PEFT's function of the same name does.
 
-    The result is the model itself, without a `peft.PeftModel` around it. Use `unpatch` to restore
-    PEFT's own layers.
+    The new LoRA layers are patched. Use `unpatch` to restore PEFT's own layers. The result is the
+    model itself, without a `peft.PeftModel` around it.
 
     Args:
         peft_config: A `fastlora.LoraConfig`, or any config of PEFT for LoRA.

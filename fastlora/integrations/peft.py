@@ -62,7 +62,10 @@ class _FusedForwardMixin(BaseAdapterLayer):
     """
 
     def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Return the same output as the ``forward`` method of PEFT's layer class."""
+        """Run the layer with fastlora if possible, or else with PEFT's ``forward`` method.
+
+        The output is the same as that of PEFT's layer.
+        """
         call: Any = create_call(self, x)
         mixed = isinstance(call, MixedCall)
         if kwargs.get("adapter_names") is not None or not (mixed or call.names):
@@ -128,12 +131,18 @@ class _FusedForwardMixin(BaseAdapterLayer):
         clear_layer_caches(self)
 
     def merge(self: Any, *args: Any, **kwargs: Any) -> None:
-        """Merge adapters, as PEFT's layer does, and clear the layer's weight caches."""
+        """Merge adapters, as PEFT's layer does.
+
+        The layer's weight caches are cleared first.
+        """
         clear_weight_caches(self)
         super().merge(*args, **kwargs)  # type: ignore[misc]  # PEFT's layer has it
 
     def unmerge(self: Any) -> None:
-        """Unmerge adapters, as PEFT's layer does, and clear the layer's weight caches."""
+        """Unmerge adapters, as PEFT's layer does.
+
+        The layer's weight caches are cleared first.
+        """
         clear_weight_caches(self)
         super().unmerge()  # type: ignore[misc]  # as above
 
@@ -235,7 +244,10 @@ _NOT_FOR_BASE = ("adapter_names", "alora_offsets")
 
 
 class FastPeftLoraModel(PeftLoraModel):
-    """PEFT's ``LoraModel`` (the LoRA tuner) with fastlora's patch for each new LoRA layer."""
+    """PEFT's ``LoraModel`` (the LoRA tuner) with patched LoRA layers.
+
+    It patches each new LoRA layer, and supports mixed batches.
+    """
 
     @staticmethod
     def _create_new_module(*args: Any, **kwargs: Any) -> nn.Module:
@@ -244,12 +256,21 @@ class FastPeftLoraModel(PeftLoraModel):
         return module
 
     def inject_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """Add an adapter, as PEFT's tuner does, and update the list of the model's LoRA layers."""
+        """Add an adapter, as PEFT's tuner does.
+
+        The list of the model's LoRA layers is then updated.
+        """
         super().inject_adapter(*args, **kwargs)
         self._update_routed_layers()
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter, and update the list of the model's LoRA layers."""
+        """Delete an adapter from the model.
+
+        The list of the model's LoRA layers is then updated.
+
+        Raises:
+            AdapterStateError: A `fastlora.adapters` block of the model is open.
+        """
         self._check_no_open_block("delete_adapter")
         super().delete_adapter(adapter_name)
         self._update_routed_layers()

@@ -26,7 +26,10 @@ from fastlora.model.config import LoraConfig
 
 @functools.cache
 def register_with_peft() -> None:
-    """Register fastlora's classes with PEFT, and make PEFT's functions accept fastlora's models."""
+    """Register fastlora's classes with PEFT.
+
+    PEFT's functions are overridden, so that they also accept fastlora's models.
+    """
     theirs: Any = importlib.import_module("peft.tuners.lora")
     layers: Any = importlib.import_module("peft.tuners.tuners_utils")
     peft: Any = importlib.import_module("peft")
@@ -63,7 +66,10 @@ def _create_patched_layer(
 
 
 def _patch_from_pretrained(peft: Any) -> None:
-    """Make ``peft.PeftModel.from_pretrained`` use fastlora to load adapters into a `LoraModel`."""
+    """Override ``peft.PeftModel.from_pretrained`` with a method that also accepts a `LoraModel`.
+
+    It uses fastlora to load an adapter into a `LoraModel`.
+    """
     theirs = peft.PeftModel.from_pretrained.__func__
 
     @functools.wraps(theirs)

@@ -22,7 +22,10 @@ CANNOT_READ = (OSError, ValueError, KeyError, TypeError)
 
 
 def _lora_model_as_peft_model() -> type[LoraModel]:
-    """Return `LoraModel` after importing PEFT, which makes it a subclass of ``peft.PeftModel``."""
+    """Import PEFT, and return `LoraModel`.
+
+    The import makes `LoraModel` a subclass of ``peft.PeftModel``.
+    """
     importlib.import_module("peft")
     return LoraModel
 

@@ -167,9 +167,9 @@ def _slots_for_known_names(
 def _seeds_for_known_names(
     seeds: torch.Tensor, known: tuple[str, ...], names: tuple[str, ...]
 ) -> torch.Tensor:
-    """Return one seed per known name.
+    """Convert the seeds of ``names`` to one seed for each name in ``known``.
 
-    It is the given seed for names in ``names``, and 0 for other names.
+    Names that are not in ``names`` get the seed 0.
     """
     place = {name: index for index, name in enumerate(known)}
     spread = torch.zeros(len(known), dtype=torch.int64)

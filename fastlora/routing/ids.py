@@ -127,8 +127,9 @@ def ids_cover_whole_entries(shape: Sequence[int], ids: int) -> bool:
 
 
 class _PendingIdCheck(NamedTuple):
-    """A flag that is true if a batch has an id out of range, and the error message for this case.
+    """A check of a batch's ids whose result has not been read yet.
 
+    ``flag`` is true if an id is out of range, and ``message`` is the error message for this case.
     ``arrived`` is the CUDA event recorded after the flag's copy to the host, or None if the flag
     was on the CPU.
     """

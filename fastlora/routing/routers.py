@@ -16,7 +16,10 @@ from fastlora.routing.routing import Routing
 
 
 class Router(Protocol):
-    """Protocol of objects that create the routings of a model."""
+    """Protocol of objects that assign adapters to the rows of a model's batches.
+
+    A router creates a `Routing` for each block.
+    """
 
     def routing(
         self,

@@ -125,9 +125,9 @@ class Routing:
     cache: BlockCache = field(default_factory=BlockCache, repr=False)
 
     def rows(self, m: int, device: torch.device, *, host: bool = False) -> Rows:
-        """Return the sorted rows of a layer input with ``m`` rows.
+        """Return the rows of a layer input with ``m`` rows, sorted by adapter.
 
-        They are cached by ``m`` and stream.
+        The results are cached by ``m`` and stream.
 
         Args:
             m: Number of rows of the input.

@@ -34,8 +34,8 @@ from fastlora.validation import UnsupportedLayerError
 if TYPE_CHECKING:
     from fastlora.routing.caches import RoutedLayer
 
-# After this number of followed blocks, layers that have not run, such as those in an unused part of
-# the model, no longer cause blocks to be followed. Following costs 8 us per operator.
+# After this number of tracked blocks, layers that have not run, such as those in an unused part of
+# the model, no longer cause blocks to be tracked. Tracking costs 8 us per operator.
 _MOST_BLOCKS = 8
 
 
@@ -62,7 +62,7 @@ _SEQUENCE_FIRST_MODULES = {
 
 
 class RowChecks:
-    """The results of checking whether layers get all rows of mixed batches.
+    """Checks that a model's layers get all rows of mixed batches, with the results so far.
 
     Args:
         root: The model.
@@ -74,8 +74,8 @@ class RowChecks:
         experts = _ExpertDetector()
         self._first = layers[0][1] if layers else None
         self._names = {layer.routing_index: name for name, layer in layers}
-        # By mode (training or not): the layers that got all rows in a followed block, and the
-        # number of followed blocks.
+        # By mode (training or not): the layers that got all rows in a tracked block, and the
+        # number of tracked blocks.
         self._shown: dict[bool, set[int]] = {False: set(), True: set()}
         self._blocks = {False: 0, True: 0}
         # Layers that raise, with the reason.
@@ -116,7 +116,9 @@ class RowChecks:
     def record_block(
         self, mode: bool, ran: Iterable[RoutedLayer], even: Collection[int] = ()
     ) -> None:
-        """Record a block in which rows were tracked: the layers that ran got all rows.
+        """Record the result of a block in which rows were tracked.
+
+        The layers that ran got all rows.
 
         Args:
             mode: Whether the model trains.
@@ -146,9 +148,10 @@ class RowChecks:
         raise_partial_batch(layer)
 
     def warn_unchecked_layer(self, layer: RoutedLayer) -> None:
-        """Warn that a layer ran unchecked for the first time.
+        """Warn that a layer's rows were not checked.
 
-        The next block checks it.
+        This happens if the layer runs for the first time after tracking has ended. The next block
+        tracks rows again.
         """
         mode = bool(layer.training)
         if layer.routing_index in self._shown[mode] or self._blocks[mode] < _MOST_BLOCKS:
@@ -270,7 +273,7 @@ _LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
 
 class _LastPathStep(NamedTuple):
-    """The last step of the path from a model to a module.
+    """Facts about the last step of a module's path that may show that the module is an expert.
 
     Attributes:
         alike: Number of children of the parent module that have the same structure as this module,
@@ -325,7 +328,10 @@ class _ExpertDetector:
     def _last_path_step(
         self, modules: list[nn.Module], names: list[str], at_layer: bool
     ) -> _LastPathStep:
-        """Return the last step of a path; ``at_layer`` tells whether the path ends at a layer."""
+        """Return facts about the last step of a path.
+
+        ``at_layer`` tells whether the path ends at a layer.
+        """
         holder, child = modules[-2:]
         alike = self._count_same_structure(holder)[names[-1]]
         if alike == 1:

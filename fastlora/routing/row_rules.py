@@ -218,7 +218,7 @@ def _samples_after_write(
 
 
 def _rows_from_argument(which: int) -> Rule:
-    """Return the rule of operators, such as `mm`, that take their rows from argument ``which``."""
+    """Return the rule for operators, such as `mm`, that take their rows from argument ``which``."""
 
     def rule(known: RowFactsTable, args: Arguments, out: object) -> RowFacts | None:
         source = args[which]
@@ -239,7 +239,10 @@ def _rows_from_argument(which: int) -> Rule:
 
 
 def _convert_dtype(known: RowFactsTable, args: Arguments, out: object) -> RowFacts | None:
-    """Apply the rule of dtype conversions: integers or bools converted to floats are a `CHOICE`."""
+    """Apply the rule for dtype conversions.
+
+    If integers or bools of the batch are converted to floats, the result counts as a `CHOICE`.
+    """
     source = args[0]
     facts = known.facts_of(source)
     whole = not (source.is_floating_point() or source.is_complex())
@@ -255,7 +258,7 @@ def _index(known: RowFactsTable, args: Arguments, out: object) -> RowFacts | Non
 
 
 def _copy(known: RowFactsTable, args: Arguments, out: object) -> RowFacts | None:
-    """Apply the rule of `copy_`, which fills a tensor or a part of one."""
+    """Apply the rule for `copy_`, which fills a tensor or a part of one."""
     dest, source = args[:2]
     kind = known.facts_of(dest).kind
     whole = dest.numel() == row_samples.storage_numel(dest)
@@ -271,7 +274,7 @@ def _index_put(known: RowFactsTable, args: Arguments, out: object) -> RowFacts |
 
 
 def _index_select(known: RowFactsTable, args: Arguments, out: object) -> RowFacts | None:
-    """Apply the rule of `index_select`."""
+    """Apply the rule for `index_select`."""
     source, dim, index = args[:3]
     if not source.dim():
         return None
@@ -279,7 +282,7 @@ def _index_select(known: RowFactsTable, args: Arguments, out: object) -> RowFact
 
 
 def _gather(known: RowFactsTable, args: Arguments, out: object) -> RowFacts | None:
-    """Apply the rule of `gather`, which selects whole rows only along the first dimension."""
+    """Apply the rule for `gather`, which selects whole rows only along the first dimension."""
     source, dim, index = args[:3]
     facts = known.facts_of(source)
     if not source.dim() or (dim % source.dim() and facts.kind not in TABLES):
@@ -290,7 +293,7 @@ def _gather(known: RowFactsTable, args: Arguments, out: object) -> RowFacts | No
 
 
 def _write_along(adds: bool) -> Rule:
-    """Return the rule of `index_add`, `index_copy`, and `scatter`."""
+    """Return the rule for `index_add`, `index_copy`, and `scatter`."""
 
     def rule(known: RowFactsTable, args: Arguments, out: object) -> RowFacts | None:
         dest, dim, index, values = args[:4]
@@ -313,7 +316,7 @@ def _unexpanded_row_index(index: torch.Tensor) -> torch.Tensor:
 
 
 def _select_elements(known: RowFactsTable, args: Arguments, out: object) -> RowFacts | None:
-    """Apply the rule of `take` and `masked_select`, which select elements, not rows."""
+    """Apply the rule for `take` and `masked_select`, which select elements, not rows."""
     source, index = args[:2]
     facts = known.facts_of(source)
     return facts if facts.kind in TABLES else RowFacts(RowOrigin.CHOSEN, known.origin_key(index))
@@ -329,7 +332,7 @@ def _embedding(known: RowFactsTable, args: Arguments, out: object) -> RowFacts |
 
 
 def _nonzero(known: RowFactsTable, args: Arguments, out: object) -> RowFacts | None:
-    """Apply the rule of `nonzero`, which returns the positions that a mask selects."""
+    """Apply the rule for `nonzero`, which returns the positions that a mask selects."""
     (mask,) = args
     if known.are_data_independent(mask):
         return CONSTANT
@@ -340,7 +343,10 @@ def _nonzero(known: RowFactsTable, args: Arguments, out: object) -> RowFacts | N
 
 
 def _sort(known: RowFactsTable, args: Arguments, out: Sequence[torch.Tensor]) -> RowFacts | None:
-    """Apply the rule of `sort`: the permutation that sorts an index is the inverse of the index."""
+    """Apply the rule for `sort`.
+
+    The permutation that sorts an index is the inverse of the index.
+    """
     source = next(tensors_in(args))
     _topk(known, args, out)
     if not source.is_floating_point():
@@ -349,7 +355,10 @@ def _sort(known: RowFactsTable, args: Arguments, out: Sequence[torch.Tensor]) ->
 
 
 def _topk(known: RowFactsTable, args: Arguments, out: Sequence[torch.Tensor]) -> RowFacts | None:
-    """Apply the rule of `topk`: the returned indices select the returned values of a vector."""
+    """Apply the rule for `topk`.
+
+    For a vector, the returned indices select the returned values.
+    """
     source = next(tensors_in(args))
     facts = ROWS
     if out[0].dim() == 1 and not known.are_data_independent(source):
@@ -363,7 +372,10 @@ def _topk(known: RowFactsTable, args: Arguments, out: Sequence[torch.Tensor]) ->
 
 
 def _cat_or_stack(stacks: bool) -> Rule:
-    """Return the rule of `cat` and `stack`: joining selected rows may restore the batch order."""
+    """Return the rule for `cat`, or for `stack` if ``stacks`` is True.
+
+    Joining selected rows may restore the batch order.
+    """
 
     def rule(known: RowFactsTable, args: Arguments, out: object) -> RowFacts | None:
         parts = [part for part in args[0] if part.numel()] or list(args[0])
@@ -387,7 +399,10 @@ def _cat_or_stack(stacks: bool) -> Rule:
 
 
 def _elementwise_product(known: RowFactsTable, args: Arguments, out: object) -> RowFacts | None:
-    """Apply the rule of elementwise products: a `CHOICE` times weights is still a `CHOICE`."""
+    """Apply the rule for elementwise products.
+
+    A `CHOICE` times weights is still a `CHOICE`.
+    """
     operands = list(tensors_in(args))
     kinds = [known.facts_of(tensor).kind for tensor in operands]
     if RowOrigin.CHOICE in kinds and RowOrigin.CHOSEN not in kinds:
@@ -396,7 +411,10 @@ def _elementwise_product(known: RowFactsTable, args: Arguments, out: object) -> 
 
 
 def _where(known: RowFactsTable, args: Arguments, out: object) -> RowFacts | None:
-    """Apply the rule of `where`: a condition that selects between constants yields a `CHOICE`."""
+    """Apply the rule for `where`.
+
+    A condition that selects between constants yields a `CHOICE`.
+    """
     condition, *branches = args
     if known.facts_of(condition).kind in ORDERED and known.are_data_independent(
         *tensors_in(branches)
@@ -406,7 +424,7 @@ def _where(known: RowFactsTable, args: Arguments, out: object) -> RowFacts | Non
 
 
 def _constant_rule(kind: RowOrigin) -> Rule:
-    """Return the rule of operators that always return rows of the origin ``kind``."""
+    """Return the rule for operators that always return rows of the origin ``kind``."""
     return lambda known, args, out: RowFacts(kind)
 
 

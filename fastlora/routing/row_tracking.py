@@ -54,7 +54,10 @@ class RowTrackingMode(TorchDispatchMode):
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
-        """Return True, so that `torch.compile` compiles as if the mode were off."""
+        """Return whether `torch.compile` ignores the mode, which is always True.
+
+        Code is then compiled as if the mode were off.
+        """
         return True
 
     def __enter__(self) -> RowTrackingMode:
