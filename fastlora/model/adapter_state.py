@@ -86,7 +86,7 @@ def check_adapter_fits_model(
     file: AdapterContents,
     ignore_mismatched_sizes: bool = False,
 ) -> AdapterContents:
-    """Check that the tensors of an adapter file fit a model, and return the file.
+    """Check that the tensors of an adapter match a model, and return the adapter's contents.
 
     Args:
         model: The base model, with or without adapters.
@@ -144,7 +144,7 @@ def check_adapter_fits_model(
 def check_can_overwrite_adapter(
     model: nn.Module, adapter_name: str, loaded_config: LoraConfig, plan: AdapterPlan, path: Path
 ) -> None:
-    """Check that the weights of a loaded adapter can be overwritten from an adapter file.
+    """Check that a loaded adapter can be overwritten with the weights in an adapter file.
 
     Both adapters must adapt the same modules. For each module, both configs must specify the same
     rank and the same scaling. A scaling that was changed with `set_scale` is not compared and
@@ -217,7 +217,7 @@ def _expected_shapes(model: nn.Module, plan: AdapterPlan) -> dict[str, tuple[int
 def _tied_head_shapes(
     model: nn.Module, expected: dict[str, tuple[int, ...]], plan: AdapterPlan
 ) -> dict[str, tuple[int, ...]]:
-    """Return a dict that maps the file keys of tied output heads to tensor shapes.
+    """Return a dict of tensor shapes for the tied output heads, keyed by file key.
 
     A tied head uses the LoRA factors of the input embedding. PEFT may save these factors a second
     time, transposed, under the head's name.
@@ -333,7 +333,7 @@ def _input_output_embeddings(model: nn.Module) -> dict[str, nn.Module]:
 def _targets_embedding(
     embeddings: dict[str, nn.Module], adapter_name: str, config: LoraConfig
 ) -> bool:
-    """Return whether PEFT considers an embedding or output head to be a target of the adapter.
+    """Return whether an adapter targets an embedding or output head, according to PEFT.
 
     The result is always False if the adapter has ``trainable_token_indices``.
     """
@@ -364,7 +364,7 @@ def _is_vocab_resized(model: nn.Module, config: LoraConfig) -> bool:
 
 @torch.no_grad()
 def load_adapter_contents(lora_model: LoraModel, adapter_name: str, file: AdapterContents) -> None:
-    """Copy the tensors of a checked file into an adapter's parameters.
+    """Copy the tensors of a checked adapter file into an adapter's parameters.
 
     The parameters keep their dtypes. If the file contains a base embedding, which PEFT saves when
     the vocabulary was resized, the embedding is copied into the base model.

@@ -43,7 +43,10 @@ def is_trainable_tokens_wrapper(module: nn.Module) -> bool:
 
 
 def is_adapter_wrapper(module: nn.Module) -> bool:
-    """Return whether ``module`` is a wrapper for ``modules_to_save`` or trained tokens."""
+    """Return whether ``module`` is a wrapper for ``modules_to_save`` or trained tokens.
+
+    In PEFT, the base class of these wrappers is ``AuxiliaryTrainingWrapper``.
+    """
     return is_modules_to_save_wrapper(module) or is_trainable_tokens_wrapper(module)
 
 

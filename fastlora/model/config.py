@@ -260,7 +260,7 @@ class LoraConfig(PeftConfigMethods):
             raise ConfigError(f"fastlora does not support {names}; {PEFT_MODEL_ALTERNATIVE}")
 
     def check_plain(self, what: str) -> None:
-        """Check that the adapter is plain, that is, it was trained on the original base weights.
+        """Check that the adapter is a plain LoRA adapter for the original base weights.
 
         Some initialization methods change the base weights, and the adapter is then trained on the
         changed weights. If the change must be repeated when the adapter is loaded, an error is
@@ -320,7 +320,7 @@ class LoraConfig(PeftConfigMethods):
         return dataclasses.replace(self, init_lora_weights=True, **idle)
 
     def _register_custom_module(self, mapping: Mapping[type, type]) -> None:
-        """Register custom LoRA layer classes for module classes. The method's name is PEFT's.
+        """Register custom LoRA layer classes for module classes. PEFT defines the method's name.
 
         The registration is not saved with the config. To load an adapter that uses custom classes,
         register them again on a config, and pass this config as ``config=``.

@@ -59,12 +59,12 @@ class Estimate:
 
     @property
     def share(self) -> float:
-        """The number of trainable parameters as a fraction of the number of base parameters."""
+        """The share of trainable parameters, relative to the number of base parameters."""
         return self.adapter_parameters / max(self.base_parameters, 1)
 
     @property
     def training_bytes(self) -> int:
-        """The total size of the adapter's weights, gradients, and optimizer state in bytes."""
+        """The memory in bytes to train the adapter: weights, gradients, and optimizer state."""
         return self.weight_bytes + self.gradient_bytes + self.optimizer_bytes
 
     def __str__(self) -> str:

@@ -38,7 +38,7 @@ _MOST_RHO = 1000
 
 
 def prepare_model_inputs_fn_language_modeling(model_input: Any, peft_config: Any) -> Any:
-    """Prepare a language-model batch for EVA: return the indices of the tokens to use.
+    """Prepare a language-model batch for EVA by selecting the tokens to use.
 
     A token is used if it is not masked by the attention mask and, with ``use_label_mask``, its
     label is not ``label_mask_value``.
@@ -66,7 +66,7 @@ def prepare_model_inputs_fn_language_modeling(model_input: Any, peft_config: Any
 def prepare_layer_inputs_fn_language_modeling(
     layer_input: Any, model_input: Any, layer_name: str
 ) -> torch.Tensor:
-    """Prepare a layer's input for EVA: select the rows that belong to the tokens to use.
+    """Prepare a layer's input for EVA by selecting the rows that belong to the tokens to use.
 
     Args:
         layer_input: The input of the layer, or the tuple of its inputs.

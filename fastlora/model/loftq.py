@@ -116,9 +116,10 @@ def _open_unquantized_weights(
     path: str | Path | None,
     layers: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Return a dict that maps layer names to safetensors slices of the unquantized weights.
+    """Open the layers' unquantized weights, and return them in a dict keyed by layer name.
 
-    Each weight has the shape ``[N, K]``. Its data is read only when the slice is indexed.
+    Each weight is a safetensors slice of shape ``[N, K]``. Its data is read only when the slice is
+    indexed.
 
     Args:
         opened: The exit stack that closes the files.

@@ -77,7 +77,7 @@ class PeftConfigMethods:
 
     @classmethod
     def check_kwargs(cls, **fields: Any) -> Mapping[str, Any]:
-        """Return the given keyword arguments without checking them.
+        """Return the keyword arguments for creating a config. They are not checked.
 
         PEFT's method of the same name checks the fields. `LoraConfig` checks them when a config is
         created.

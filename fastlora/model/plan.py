@@ -98,7 +98,10 @@ class AdapterPlan:
 
     @property
     def tied_module_names(self) -> list[str]:
-        """The names of the modules that share the input embedding's copy or LoRA factors."""
+        """The names of the modules that are tied to the input embedding.
+
+        They share the embedding's LoRA factors or the adapter's copy of its weight.
+        """
         return [*self.tied_copies, *self.tied_heads]
 
     @property
@@ -254,7 +257,7 @@ def _check_targets(
 
 
 def _warn_of_unusual_targets(plan: AdapterPlan) -> None:
-    """Emit warnings for targets that do not behave as the config suggests.
+    """Emit warnings for unusual targets, which do not behave as the config suggests.
 
     One warning is emitted if a new adapter has ``lora_dropout`` and a target has no input that
     dropout can be applied to. Another warning is emitted if the adapter was saved by PEFT and

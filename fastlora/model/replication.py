@@ -28,8 +28,9 @@ Ranges = Sequence[Sequence[int]]
 
 
 class LayerReplication:
-    """Replaces a model's list of layers with a longer list that contains copies of the layers.
+    """A replication of a model's layers that can be applied and undone.
 
+    It replaces the model's list of layers with a longer list that contains copies of the layers.
     The model is not changed before `apply` is called.
 
     Args:
@@ -141,7 +142,7 @@ def _recorded_ranges(model: nn.Module) -> list[list[int]] | None:
 
 
 def _find_layer_list(model: nn.Module) -> tuple[nn.Module, str, nn.ModuleList]:
-    """Find the list of layers of a model.
+    """Find a model's list of layers.
 
     Returns:
         A tuple of the list's parent module, the name of the list's attribute, and the list.

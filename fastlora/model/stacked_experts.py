@@ -48,7 +48,7 @@ _LISTED = 4
 
 
 class ExpertParameter(NamedTuple):
-    """A parameter that stacks the weights of all experts in a layer, or the weight of a router.
+    """A parameter that stacks the weights of a layer's experts, or the weight of a router.
 
     Attributes:
         parameter: The name of the parameter.
@@ -70,7 +70,7 @@ def find_stacked_experts(modules: BaseModules) -> list[ExpertParameter]:
 
 
 def find_router_weights(modules: BaseModules) -> list[ExpertParameter]:
-    """Return a list of the router weights ``[experts, K]`` that belong to stacked expert weights.
+    """Find the routers of stacked experts, and return a list of their weights ``[experts, K]``.
 
     Routers that are linear layers are left out.
     """
@@ -88,7 +88,7 @@ def find_router_weights(modules: BaseModules) -> list[ExpertParameter]:
 
 
 def to_expert_name(model_type: object, entry: str) -> str:
-    """Shorten a ``target_modules`` entry to an expert name if its last component is one.
+    """Shorten a ``target_modules`` entry to its last component if that is an expert name.
 
     PEFT ignores the other components in this case. For example, ``experts.3.down_proj`` adapts all
     experts of a Qwen3 MoE. If the last component is not an expert name for the model type, the
@@ -143,7 +143,7 @@ def _names_of(model_type: object) -> frozenset[str]:
 
 
 def _is_custom_module(module: nn.Module) -> bool:
-    """Return whether a module is neither a ``torch.nn`` module nor a LoRA layer."""
+    """Return whether a module is custom: neither a ``torch.nn`` module nor a LoRA layer."""
     return not type(module).__module__.startswith("torch.nn") and not is_lora_layer(module)
 
 

@@ -32,7 +32,7 @@ def peak_step_memory(step: Callable[[], object]) -> int:
 
 
 class _StorageTracker(TorchDispatchMode):
-    """Tracks the total size of the tensor storages that are created while this mode is active.
+    """Tracks the peak memory of the tensor storages created while this mode is active.
 
     A storage is counted until it is freed.
 
@@ -69,7 +69,7 @@ class _StorageTracker(TorchDispatchMode):
 
 @contextlib.contextmanager
 def _emulate_fused_attention() -> Iterator[None]:
-    """Emulate the memory use of fused attention on the meta device, in a ``with`` block.
+    """Emulate the memory use of fused attention on the meta device during a ``with`` block.
 
     In the block, `scaled_dot_product_attention` is replaced with an operation that saves tensors of
     the same size for the backward pass.

@@ -502,7 +502,7 @@ def _unmatched_entries(names: list[str], targets: Collection[str] | str) -> list
 def _unmatched_config_values(
     unmatched: list[str], found: list[str], excludes: bool, config: LoraConfig
 ) -> list[str]:
-    """Describe the config values that match no module, as a list of texts for a warning.
+    """Return a list of the config values that match no module, formatted for a warning.
 
     Args:
         unmatched: The entries of ``target_modules`` that match no module and no experts.

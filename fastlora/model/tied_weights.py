@@ -21,7 +21,7 @@ EMBEDDING_NAMES = ("embed_tokens", "lm_head")
 
 
 class ModulesTiedToEmbedding(NamedTuple):
-    """The modules that are tied to the input embedding and will share an adapter with it.
+    """The modules that are adapted together with the input embedding, to which they are tied.
 
     Attributes:
         names: The names of the modules.
@@ -83,7 +83,7 @@ def names_tied_to_embedding(model: nn.Module) -> list[str]:
 
 
 def find_tied_to_embedding(model: nn.Module, config: LoraConfig) -> ModulesTiedToEmbedding:
-    """Find the modules that are tied to the input embedding and will share an adapter with it.
+    """Find the modules to adapt together with the input embedding, to which they are tied.
 
     If there are such modules, the config is changed in place: ``modules_to_save`` or
     ``target_modules`` then contains the embedding instead of the modules tied to it.

@@ -37,7 +37,7 @@ from fastlora.validation import (
 
 
 class LoraTuner(nn.Module):
-    """A base model with its adapters.
+    """Wraps a base model, and manages its adapters.
 
     Attributes and methods have the same names as in PEFT.
 
@@ -373,9 +373,9 @@ class LoraTuner(nn.Module):
         self._set_disabled(False)
 
     def disable_adapter_layers(self) -> None:
-        """Disable and freeze all adapters, so that the outputs are those of the base model.
+        """Disable all adapters, so that the outputs are those of the base model.
 
-        Merged adapters are unmerged.
+        The adapters are also frozen. Merged adapters are unmerged.
 
         Raises:
             AdapterStateError: If a `fastlora.adapters` block of the model is open.
@@ -459,11 +459,12 @@ class LoraTuner(nn.Module):
 
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Disable and freeze all adapters for the duration of a ``with`` block.
+        """Disable all adapters for the duration of a ``with`` block.
 
-        Biases of the base model that an adapter has trained keep their values and are frozen too.
-        On exit, the previous state is restored. If adapters were disabled on only some layers
-        before, a warning is emitted and they are enabled on all layers.
+        The adapters are also frozen, as are biases of the base model that an adapter has trained.
+        These biases keep their values. On exit, the previous state is restored. If adapters were
+        disabled on only some layers before, a warning is emitted and they are enabled on all
+        layers.
         """
         layers = inject.lora_layers(self.model).values()
         irregular = len({layer._disabled for layer in layers}) > 1
