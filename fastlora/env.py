@@ -89,7 +89,7 @@ def user_configured_malloc() -> bool:
 
 
 def set_offline_demo_variables() -> None:
-    """Set the environment variables that disable network access and log output in the demo.
+    """Set environment variables so that the demo runs offline and without library log messages.
 
     Call this function before the demo imports other libraries. The demo's model is on disk, so it
     does not need the Hugging Face Hub. Without the log level, Kineto (`torch.profiler`) would print
