@@ -214,10 +214,11 @@ class Chat:
         return torch.tensor([ids], device=self.model.device)
 
     def _truncated_conversation_ids(self) -> torch.Tensor | None:
-        """Return the conversation's token ids, without the oldest exchanges if it is too long.
+        """Return the conversation's token ids, truncated to fit the model.
 
-        Returns None, after a message to the user, if the last message does not fit or the chat
-        template rejects the conversation.
+        The oldest exchanges are deleted if the conversation is too long. Returns None, after a
+        message to the user, if the last message does not fit or the chat template rejects the
+        conversation.
         """
         limit = getattr(self.model.config, "max_position_embeddings", None)
         room = None if limit is None else limit - self.sampling["max_new_tokens"]

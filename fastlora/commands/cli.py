@@ -297,9 +297,9 @@ def adapter_facts(path: str) -> dict[str, Any]:
 
 
 def _module_sort_key(module: dict[str, Any]) -> tuple[Any, ...]:
-    """Return a key for sorting modules in natural order, with layer 2 before layer 10.
+    """Return a key for sorting modules in natural order.
 
-    LoRA modules come first.
+    LoRA modules come first. Layer 2 comes before layer 10.
     """
     parts = re.split(r"(\d+)", module["name"])
     return module["kind"] != "lora", [int(p) if p.isdigit() else p for p in parts]

@@ -76,7 +76,9 @@ OPTIONS = (
 
 
 def run_demo(args: argparse.Namespace) -> int:
-    """Run the demo and return the exit code: 1 if the logits differ from PEFT's, otherwise 0.
+    """Run the demo and return the exit code.
+
+    The exit code is 1 if the logits differ from PEFT's, otherwise 0.
 
     Raises:
         FastLoraError: The data or the model is missing, or an argument is invalid.
@@ -167,7 +169,9 @@ def example_data_file(name: str) -> Path:
 
 
 def settings_by_file_stem(files: Sequence[Path]) -> dict[str, dict[str, Any]]:
-    """Return adapter settings for each data file, as a dict keyed by the file name's stem.
+    """Return the adapter settings for each data file.
+
+    The result is a dict keyed by the stem of the file name, which becomes the adapter's name.
 
     Raises `DataError` if a file is missing or damaged, or if two files have the same name. The
     files are read here, so that an error is reported before a model is loaded.

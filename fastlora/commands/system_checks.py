@@ -37,7 +37,7 @@ _TEST_LAUNCH, _TEST_LAUNCH_ERROR = (16, 64, 64, 8), 0.03
 
 @dataclass
 class DoctorFindings:
-    """The problems and the notes that `fastlora doctor` reports.
+    """The findings that `fastlora doctor` reports: problems with their fixes, and notes.
 
     Attributes:
         problems: Problems that prevent fastlora from working correctly, each with a fix.
@@ -153,7 +153,7 @@ def import_error_text(name: str) -> str:
 
 
 def describe_device_implementations() -> Iterator[dict[str, Any]]:
-    """For each device, yield a dict with the implementation that ``impl="auto"`` selects."""
+    """Yield a dict for each device, with the implementation that ``impl="auto"`` selects."""
     import torch
 
     from fastlora.integrations.report import auto_implementation

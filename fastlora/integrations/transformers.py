@@ -70,7 +70,9 @@ def end_token_ids(model: Any, tokenizer: Any) -> set[int]:
 
 @contextlib.contextmanager
 def quiet_transformers(*, notes: bool = True) -> Iterator[None]:
-    """Hide transformers messages and progress bars, and all FutureWarnings, in a ``with`` block.
+    """Hide the messages and progress bars of transformers in a ``with`` block.
+
+    FutureWarnings from any library are hidden too.
 
     Args:
         notes: Whether to hide messages and warnings too. If False, only progress bars are hidden.

@@ -176,7 +176,7 @@ class AdapterPacker:
         scaling: Mapping[int, float],
         source: str,
     ) -> PackedAdapter:
-        """Convert an adapter's tensors to the pool's dtype and pack them into one 1-D tensor.
+        """Pack an adapter's tensors into one 1-D tensor of the pool's dtype.
 
         Args:
             tensors: Maps each module index to a dict of tensors, keyed by `BLOCK_KINDS`, in PEFT's

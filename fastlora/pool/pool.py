@@ -562,7 +562,7 @@ def _check_adapter_name(name: object) -> None:
 
 
 def _folder_of(entry: RegisteredAdapter) -> Path:
-    """Return the adapter folder that a record names.
+    """Return the adapter folder that a record specifies.
 
     Raises:
         ConfigError: The record's name is invalid, or the record has no folder.

@@ -204,7 +204,7 @@ class AdapterReader:
         tensors: Tensors,
         source: str,
     ) -> dict[str, TensorLocation]:
-        """Return the location of each tensor in the packed adapter, as a dict keyed by tensor key.
+        """Return a dict that maps each tensor's key to its location in the packed adapter.
 
         A location is a tuple (module index, entry of `BLOCK_KINDS`).
 

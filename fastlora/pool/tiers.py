@@ -187,7 +187,10 @@ class StorageTiers:
 
     @property
     def loaded_adapters(self) -> list[LoadedAdapter]:
-        """All adapters on the device, including replaced or removed adapters that are leased."""
+        """All adapters on the device.
+
+        Adapters that were replaced or removed are included while they are leased.
+        """
         return [*self.device.values(), *self.retired]
 
     @property
@@ -260,7 +263,9 @@ class StorageTiers:
     def decrement_leases(
         self, loaded: LoadedAdapter, read_event: tuple[object, int] | None
     ) -> None:
-        """Decrement an adapter's lease count, and free the adapter if it is no longer needed.
+        """Decrement an adapter's lease count.
+
+        If the adapter was replaced or removed and this was its last lease, its memory is freed.
 
         Args:
             loaded: The adapter.

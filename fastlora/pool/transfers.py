@@ -60,7 +60,9 @@ class Transfers:
 
 
 class CudaTransfers(Transfers):
-    """Transfers packed adapters to a GPU asynchronously, from page-locked memory on one stream.
+    """Transfers packed adapters to a GPU asynchronously, on a separate CUDA stream.
+
+    The adapters are copied from page-locked memory.
 
     Args:
         device: A CUDA device.

@@ -123,9 +123,10 @@ class Engine:
         self._wake()
 
     def close(self, timeout: float | None = None) -> None:
-        """Stop accepting requests, and wait until all existing requests have ended.
+        """Close the engine after all requests have ended.
 
-        Requests that have not ended after ``timeout`` seconds fail with `ClosedError`.
+        The engine accepts no more requests. Requests that have not ended after ``timeout`` seconds
+        fail with `ClosedError`.
         """
         with self._changed:
             self._closing = True
@@ -161,7 +162,11 @@ class Engine:
     def _resolve_max_tokens(
         self, prompt: Sequence[int], sampling: SamplingParams
     ) -> SamplingParams:
-        """Return the settings with ``max_tokens`` filled in; raise if the answer does not fit."""
+        """Return the sampling settings with ``max_tokens`` filled in.
+
+        Raises:
+            ConfigError: The prompt is empty, or the prompt and the answer are too long together.
+        """
         if not prompt:
             raise ConfigError("the prompt is empty")
         room = self.length - len(prompt)

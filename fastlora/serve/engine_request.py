@@ -19,7 +19,7 @@ class QueueFullError(FastLoraError):
 
 
 class ClosedError(FastLoraError):
-    """The server is shutting down, or has ended a request before its answer was complete."""
+    """The engine is closed, or the request was canceled."""
 
 
 class RequestFailedError(FastLoraError):
@@ -35,7 +35,7 @@ def to_client_error(error: Exception) -> FastLoraError:
 
 @dataclass(frozen=True)
 class AnswerChunk:
-    """A part of an answer, or the error that ends it.
+    """A chunk of an answer. The last chunk has a finish reason or an error.
 
     Attributes:
         text: The next part of the text.

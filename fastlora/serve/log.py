@@ -14,9 +14,10 @@ _BREAKS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 class OneLineFormatter(logging.Formatter):
-    """A logging formatter that escapes each message to one line and indents its traceback.
+    """A logging formatter that puts each message on one line.
 
-    A name in a message or in the text of an exception therefore cannot start a new line.
+    Line breaks in a message are escaped. The lines of a traceback follow, indented. A name in a
+    message or in the text of an exception therefore cannot start a new line.
     """
 
     def format(self, record: logging.LogRecord) -> str:
