@@ -53,7 +53,10 @@ class AdapterCounts:
 
 
 class AdapterTrainingState:
-    """The training state of one adapter. See `AdapterOptimizers` for the arguments and errors."""
+    """The training state of one adapter: its parameters, optimizer, schedule, and counts.
+
+    See `AdapterOptimizers` for the arguments and errors.
+    """
 
     def __init__(
         self,
@@ -113,7 +116,7 @@ class AdapterTrainingState:
         """Clip the gradients and step the optimizer if the norm is finite; return whether it is.
 
         ``norm`` is the norm of the gradients as a scalar tensor, and ``norm_value`` is the same
-        norm as a number. Returns whether it is finite.
+        norm as a number.
         """
         finite = math.isfinite(norm_value)
         if finite:
@@ -175,9 +178,9 @@ class AdapterTrainingState:
         self.seed, self.counts = state["seed"], AdapterCounts(**state["counts"])
 
     def set_scheduled_learning_rate(self) -> None:
-        """Set the learning rate that the schedule specifies for the next step.
+        """Set the optimizer's learning rate to the value that the schedule specifies.
 
-        Schedulers other than `LambdaLR` are left alone.
+        This is the value for the next step. Schedulers other than `LambdaLR` are left alone.
         """
         if isinstance(self.scheduler, LambdaLR):
             schedule = self.scheduler

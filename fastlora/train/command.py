@@ -174,10 +174,10 @@ def _print_message(text: str) -> None:
 
 
 def _write_or_discard(stream: TextIO, text: str) -> None:
-    """Write text to a stream, or discard it if nothing reads the stream.
+    """Write text to a stream, unless the stream is a pipe whose reader has closed it.
 
-    In that case, all later output is discarded too. For example, Ctrl-C also ends the ``tee`` that
-    reads the output, and the run must still save.
+    In that case, the text and all later output are discarded. For example, Ctrl-C also ends the
+    ``tee`` that reads the output, and the run must still save.
     """
     try:
         stream.write(text)
@@ -318,7 +318,7 @@ def _count(number: int, noun: str) -> str:
 def _estimate_step_memory(
     settings: TrainSettings, advice: Recommendation, samples: int, length: int
 ) -> int | None:
-    """Estimate a step's peak memory in bytes. Return None if it is unknown.
+    """Estimate a step's peak memory in bytes; return None if it is unknown.
 
     The estimate covers one forward and backward pass. It excludes weights and gradients, and is for
     the base model before quantization. It also excludes dropout, which stores only seeds. The

@@ -127,7 +127,7 @@ def _sum_losses_by_adapter(
 ) -> list[tuple[str, torch.Tensor, int, float]]:
     """Sum the losses of each adapter's tokens, and count the tokens.
 
-    Returns tuples (name, sum, token count, sum as a float).
+    Returns a tuple (name, sum, token count, sum as a float) for each adapter.
     """
     if not samples:
         return []

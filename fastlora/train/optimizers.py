@@ -30,12 +30,12 @@ from fastlora.validation import AdapterNotFoundError, AdapterStateError, near_na
 
 
 def train_adapters(model: LoraModel, names: str | Sequence[str]) -> None:
-    """Make the named adapters trainable, so that they train together.
+    """Make the named adapters trainable together, and freeze all other adapters.
 
-    All other adapters are frozen. Unlike ``model.set_adapter``, this function does not change which
-    adapters are active. Several of the named adapters may also have their own copies of the same
-    module (``modules_to_save``), because each row of a mixed batch uses at most one adapter. A
-    later call to ``model.set_adapter`` freezes all adapters that it does not activate.
+    Unlike ``model.set_adapter``, this function does not change which adapters are active. Several
+    of the named adapters may also have their own copies of the same module (``modules_to_save``),
+    because each row of a mixed batch uses at most one adapter. A later call to
+    ``model.set_adapter`` freezes all adapters that it does not activate.
 
     Args:
         model: The model with its adapters.

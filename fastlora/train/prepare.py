@@ -356,9 +356,9 @@ def run_identity(
     model: LoraModel,
     weights: Mapping[str, str],
 ) -> dict[str, Any]:
-    """Return a JSON-compatible dict of everything that determines the results of a run.
+    """Return the identity of a run: a dict of everything that determines its results.
 
-    ``weights`` is the result of `base_weight_fingerprints`.
+    The dict is JSON-compatible. ``weights`` is the result of `base_weight_fingerprints`.
     """
     adapters = {}
     for adapter in settings.adapters:

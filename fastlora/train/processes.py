@@ -25,7 +25,7 @@ _STOP = "/stop"
 
 
 class TrainError(FastLoraError, RuntimeError):
-    """A training run cannot start or cannot continue."""
+    """A training run failed: it could not start or could not continue."""
 
 
 def import_or_raise(name: str, what: str = "training needs") -> Any:
@@ -91,9 +91,9 @@ class BatchProcessGroup:
         return [dict(zip(self._names, row, strict=True)) for row in rows]
 
     def agree_on_losses(self, losses: AdapterLosses) -> AgreedLosses:
-        """Agree with the other processes on the losses to use, and return these losses.
+        """Determine which losses are finite in all processes, and return the result.
 
-        The processes also agree on the weight of each loss.
+        The result also contains a weight for each loss of this process.
         """
         seen, bad, tokens = self.sum_counts(
             dict.fromkeys(losses.values, 1), dict.fromkeys(losses.non_finite, 1), losses.tokens
@@ -172,7 +172,7 @@ class RunProcesses:
     def sum_values(self, values: dict[str, float], *, stop: bool) -> tuple[dict[str, float], bool]:
         """Sum the values over all processes, and return the sums and whether any process must stop.
 
-        Returns a tuple (dict of the sums, whether any process has to stop).
+        ``stop`` says whether this process must stop.
         """
         sent = {**values, _STOP: float(stop)}
         (total,) = BatchProcessGroup("auto", list(sent), self.device).sum_counts(sent)
@@ -221,7 +221,7 @@ class RunProcesses:
         return cast(T, result)
 
     def start_trackers(self) -> None:
-        """Start a run in each tracker. A tracker may create files."""
+        """Start a run in each tracker, which may create files."""
         if self._tracked:
             self._accelerator.init_trackers("trackers")
 
@@ -231,7 +231,7 @@ class RunProcesses:
             self._accelerator.log(values, step=step)
 
     def end_trackers(self) -> None:
-        """End all trackers, which then write their pending data.
+        """End all trackers.
 
         They write their pending data first.
         """

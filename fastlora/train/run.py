@@ -100,9 +100,9 @@ def train(
     progress: bool = True,
     on_message: Callable[[str], object] | None = None,
 ) -> TrainResult:
-    """Train the adapters of a run, and save them in PEFT's format.
+    """Train the adapters of a run, save them, and return the result.
 
-    Each adapter is saved in a folder with its name.
+    Each adapter is saved in PEFT's format, in a folder with its name.
 
     The run holds a lock on ``settings.out``. In the main thread, if Python's default handlers of
     SIGINT and SIGTERM are installed, the first signal ends the run after the current step. The run
@@ -260,7 +260,9 @@ class Run:
             )
 
     def train(self) -> TrainResult:
-        """Run all remaining steps and write the adapters.
+        """Run all remaining steps, and return the result of the run.
+
+        The adapters and a checkpoint are saved at the end.
 
         Raises:
             RunInterrupted: A signal arrived. Everything trained so far has been saved.

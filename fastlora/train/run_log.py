@@ -176,10 +176,10 @@ def _finite_losses(
 
 
 def _moving_average(values: Sequence[float]) -> list[float]:
-    """Return the centered moving average of a series of values.
+    """Return the moving average of a series of values.
 
-    The window contains about a twentieth of the values, and is shorter at both ends. A centered
-    window does not lag behind the loss.
+    The window contains about a twentieth of the values, and is shorter at both ends. It is
+    centered, so that the average does not lag behind the loss.
     """
     half = max(len(values) // 40, 2)
     windows = [values[max(at - half, 0) : at + half + 1] for at in range(len(values))]

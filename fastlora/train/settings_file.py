@@ -15,7 +15,9 @@ _YAML_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 
 
 def read_settings_file(path: Path) -> dict[str, Any]:
-    """Read a config file into a dict, and resolve its relative paths against the file's folder.
+    """Read a config file, and return its contents as a dict.
+
+    Relative paths in the file are resolved against the file's folder.
 
     Raises:
         ConfigError: The file has an unsupported extension, cannot be read, or does not contain a
@@ -61,7 +63,10 @@ def _yaml(text: str) -> Any:
         ) from error
 
     class UniqueKeyLoader(yaml.SafeLoader):
-        """A YAML loader that rejects duplicate keys and only creates plain values."""
+        """A YAML loader that rejects duplicate keys.
+
+        Keys must be strings. Values are plain, as in `yaml.SafeLoader`.
+        """
 
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
             names = [self.construct_object(key, deep=True) for key, _ in node.value]

@@ -24,7 +24,10 @@ _STATE_FILE, _SPLITS_FILE = "state.json", "dataset_dict.json"
 
 
 class DataError(FastLoraError, ValueError):
-    """A data file is missing or empty, or contains an invalid row."""
+    """The training or evaluation data is invalid.
+
+    A data file is missing or empty, or contains an invalid row.
+    """
 
 
 class SampleSource(NamedTuple):
@@ -91,7 +94,10 @@ def read_rows(path: Path) -> FileRows:
 
 
 def quoted_excerpt(value: object) -> str:
-    """Return the first 60 characters of a value in quotes, for an error message."""
+    """Return an excerpt of a value in quotes, for an error message.
+
+    The excerpt contains at most 60 characters.
+    """
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=repr)
     return repr(text if len(text) <= 60 else f"{text[:60]}...")
 

@@ -82,7 +82,7 @@ class TrainingSample(NamedTuple):
 
 @dataclass(frozen=True)
 class DataOptions:
-    """Options for reading samples from files and for encoding them as tokens.
+    """Options for reading samples from files and preparing them for training.
 
     Attributes:
         format: A name in `FORMATS`, or None to determine the format from the columns.

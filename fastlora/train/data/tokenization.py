@@ -132,8 +132,7 @@ class _TokenizedDocument(NamedTuple):
     def has_loss_tokens(self) -> bool:
         """Whether any token of the document contributes to the loss.
 
-        The document is assumed to have a row of its own. This property assumes that the document
-        has a row of its own.
+        This property assumes that the document has a row of its own.
         """
         return any(self.counts[1:])
 
