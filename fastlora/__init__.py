@@ -132,7 +132,7 @@ PeftModel = LoraModel
 __version__ = "0.1.0"
 
 
-def _make_checkout_importable() -> None:
+def _register_kernels_and_bench() -> None:
     """Make the folders `kernels/` and `bench/` of a source checkout importable from fastlora.
 
     They become the packages `fastlora.kernels` and `fastlora.bench`. In a source checkout, these
@@ -148,7 +148,7 @@ def _make_checkout_importable() -> None:
         globals()[name] = _sys.modules[spec.name] = _util.module_from_spec(spec)
 
 
-_make_checkout_importable()
+_register_kernels_and_bench()
 
 __all__ = [
     "AdapterOptimizers",

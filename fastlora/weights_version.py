@@ -7,7 +7,7 @@ It detects every replaced tensor.
 The ``_version`` of a tensor counts only some of the writes to the tensor. Fused optimizers,
 compiled code, and writes through ``.data`` do not change it. Each value that fastlora caches
 between forward passes therefore also has a weights version (a `WeightsVersion`), and the value is
-used only while that version is current. `WeightsVersions` contains three weights versions
+used only while that version is current. `ProcessWeightsVersions` contains three weights versions
 for the whole process:
 
 * ``trained`` is for weights that may be trained. It changes at every step of any PyTorch optimizer,
@@ -121,7 +121,7 @@ class WeightsVersion:
     """
 
 
-class WeightsVersions:
+class ProcessWeightsVersions:
     """The current versions of this process's weights.
 
     Attributes:
@@ -204,7 +204,7 @@ def _storage_id(weight: torch.Tensor) -> int:
         return 0
 
 
-weights_versions = WeightsVersions()
+weights_versions = ProcessWeightsVersions()
 
 
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:

@@ -19,8 +19,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 import fastlora
 from fastlora.weights_version import (
+    ProcessWeightsVersions,
     TensorStamp,
-    WeightsVersions,
     _storage_id,
     stamp_tensors,
     weights_versions,
@@ -312,7 +312,7 @@ def test_an_optimizer_over_another_view_of_a_base_weight_ends_its_norms(model: A
 
 def test_freed_base_weights_are_watched_no_longer() -> None:
     """A process that loads models for days does not collect what it knew of each weight."""
-    own = WeightsVersions()
+    own = ProcessWeightsVersions()
     own._hooked = True  # no second hook for the whole process
     kept = [torch.ones(1) for _ in range(8)]
     for weight in kept:

@@ -65,7 +65,7 @@ METHODS = {
 COMBINATIONS = (*METHODS, "svd", *(name + SVD for name in METHODS if name != "linear"), "cat")
 
 
-def check_density(combination: str, density: float | None) -> None:
+def check_required_density(combination: str, density: float | None) -> None:
     """Raise `ConfigError` if the combination type requires a density and ``density`` is invalid."""
     method = METHODS.get(combination.removesuffix(SVD))
     if method is None or method.prune is None:

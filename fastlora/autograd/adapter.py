@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from fastlora.autograd import lora_linear
-from fastlora.autograd.shared_input import SharedResult
+from fastlora.autograd.shared_input import PrecomputedResult
 from fastlora.ops import backend
 from fastlora.ops.execution_mode import ExecutionMode
 from fastlora.ops.factors import AdapterOperands, Base, Factors
@@ -35,7 +35,7 @@ def run_adapter(
     factors: Factors,
     conditions: ExecutionMode,
     plan: str = "auto",
-    shared_result: SharedResult | None = None,
+    precomputed: PrecomputedResult | None = None,
     adjust_seed: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Return the output ``[..., N]`` of a base layer with one adapter.
@@ -49,7 +49,7 @@ def run_adapter(
             for an fp64 x). With a lora_bias it must have no dimensions.
         conditions: The conditions of the call.
         plan: As in `fastlora.functional.lora_linear`.
-        shared_result: The s that was computed for the layer together with others, or None. It must
+        precomputed: The s that was computed for the layer together with others, or None. It must
             have been computed with the same x, dropout_p, and implementation.
         adjust_seed: Maps a drawn seed to the seed to use, for a layer that is split over processes.
     """
@@ -62,7 +62,7 @@ def run_adapter(
         and base_tensor is not None
         and not (weight is None and (conditions.invariant or lora_bias is not None))
         and not dropout_p
-        and shared_result is None
+        and precomputed is None
         and plan == "auto"
         and conditions.autocast is None
         and not conditions.tracing
@@ -89,8 +89,8 @@ def run_adapter(
         conditions.check_batch_invariant(x, plan, dropout_p)
         plan = "invariant"
     s = seed = None
-    if shared_result is not None:
-        s, seed = shared_result.s, shared_result.seed
+    if precomputed is not None:
+        s, seed = precomputed.s, precomputed.seed
     elif dropout_p > 0.0:
         seed = backend.draw_seed(x, conditions.impl)
         seed = seed if adjust_seed is None else adjust_seed(seed)

@@ -18,7 +18,7 @@ import functools
 import torch
 
 from fastlora.autograd.lora_linear import run_adapters
-from fastlora.ops.factors import AdapterOperands, Base, fill_missing_factors
+from fastlora.ops.factors import AdapterOperands, Base, replace_missing_with_empty
 from fastlora.ops.library import define_operator, register_composite
 from fastlora.ops.rows import sort_rows
 from fastlora.ops.seeds import seeds_of_layer
@@ -60,8 +60,8 @@ def _lora_mixed(
     dtype = functools.reduce(torch.promote_types, dtypes)
     factors = [None if tensor is None else tensor.to(dtype) for tensor in factors]
     downs, ups, biases = (
-        fill_missing_factors(factors[::3], 0),
-        fill_missing_factors(factors[1::3], 1),
+        replace_missing_with_empty(factors[::3], 0),
+        replace_missing_with_empty(factors[1::3], 1),
         factors[2::3],
     )
     operands = AdapterOperands(downs, ups, biases, scaling, tuple(dropout_p), drawn)

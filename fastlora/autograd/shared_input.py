@@ -25,14 +25,14 @@ import fastlora.ops.operator_backend  # noqa: F401  # registers a backend
 from fastlora.autograd.lora_linear import once_differentiable_without_autocast
 from fastlora.ops import backend
 from fastlora.ops.backend import BACKENDS
-from fastlora.ops.factors import fill_missing_factors
+from fastlora.ops.factors import replace_missing_with_empty
 from fastlora.ops.rows import Rows
 from fastlora.ops.torch import products
 
 _Factor = torch.Tensor | None
 
 
-class SharedResult(NamedTuple):
+class PrecomputedResult(NamedTuple):
     """A layer's output y or shrink output s, computed together with those of other layers.
 
     Attributes:
@@ -129,8 +129,8 @@ def grouped_shrink(
     dropout_p: Sequence[float],
     impl: str,
     rows: Rows | None = None,
-) -> list[SharedResult]:
-    """Compute s for G layers that receive the same x, and return a list of `SharedResult`.
+) -> list[PrecomputedResult]:
+    """Compute s for G layers that receive the same x, and return a list of `PrecomputedResult`.
 
     Dropout seeds are drawn in the order in which the layers would draw them.
 
@@ -146,7 +146,7 @@ def grouped_shrink(
     seeds = tuple(backend.draw_seed(x, impl) if p > 0.0 else None for p in dropout_p)
     flat = [tensor for own in lora_a for tensor in own]
     made = GroupedLoraShrink.apply(x, seeds, tuple(dropout_p), impl, rows, *flat)
-    return [SharedResult(None, *each) for each in zip(made, seeds, strict=True)]
+    return [PrecomputedResult(None, *each) for each in zip(made, seeds, strict=True)]
 
 
 class GroupedLoraShrink(torch.autograd.Function):
@@ -227,6 +227,6 @@ def _split_by_layer(lora_a: Sequence[_Factor], layers: int) -> list[list[torch.T
     """
     each = len(lora_a) // layers
     return [
-        fill_missing_factors(lora_a[start : start + each], 0)
+        replace_missing_with_empty(lora_a[start : start + each], 0)
         for start in range(0, len(lora_a), each)
     ]

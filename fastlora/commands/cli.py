@@ -18,7 +18,7 @@ from typing import Any
 from fastlora import env
 from fastlora.command_line import install_command
 from fastlora.commands.models import CommandError, load_causal_lm, print_progress
-from fastlora.commands.system_checks import describe_device_implementations, installed_version
+from fastlora.commands.system_checks import describe_auto_implementations, installed_version
 from fastlora.validation import FastLoraError, near_names
 
 _DISTRIBUTIONS = {
@@ -207,7 +207,7 @@ def _info(args: argparse.Namespace) -> int:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "versions": {name: installed_version(dist) for name, dist in _DISTRIBUTIONS.items()},
-        "devices": list(describe_device_implementations()),
+        "devices": list(describe_auto_implementations()),
     }
     if args.json:
         print(json.dumps(facts, indent=2))
@@ -292,11 +292,11 @@ def adapter_facts(path: str) -> dict[str, Any]:
         "alpha_pattern": data["alpha_pattern"],
         "parameters": sum(m["parameters"] for m in modules.values()),
         "bytes": sum(m["bytes"] for m in modules.values()),
-        "modules": sorted(modules.values(), key=_module_sort_key),
+        "modules": sorted(modules.values(), key=_natural_module_sort_key),
     }
 
 
-def _module_sort_key(module: dict[str, Any]) -> tuple[Any, ...]:
+def _natural_module_sort_key(module: dict[str, Any]) -> tuple[Any, ...]:
     """Return a key for sorting modules in natural order.
 
     LoRA modules come first. Layer 2 comes before layer 10.

@@ -91,7 +91,7 @@ def run_demo(args: argparse.Namespace) -> int:
     env.set_offline_demo_variables()
     started = time.monotonic()
     files = args.data or [example_data_file(f"{style}.jsonl") for style in STYLES]
-    adapters = settings_by_file_stem(files)
+    adapters = settings_for_data_files(files)
     prompts = (
         args.prompt or example_data_file("unseen_prompts.txt").read_text("utf-8").splitlines()[:2]
     )
@@ -168,7 +168,7 @@ def example_data_file(name: str) -> Path:
     return path
 
 
-def settings_by_file_stem(files: Sequence[Path]) -> dict[str, dict[str, Any]]:
+def settings_for_data_files(files: Sequence[Path]) -> dict[str, dict[str, Any]]:
     """Return the adapter settings for each data file.
 
     The result is a dict keyed by the stem of the file name, which becomes the adapter's name.

@@ -25,7 +25,7 @@ from fastlora.commands import models
 from fastlora.commands.models import CommandError, print_progress
 from fastlora.commands.options import Option, parse_options
 from fastlora.serve.keys import ApiKeys, resolve_key
-from fastlora.serve.log import log_to_stderr
+from fastlora.serve.log import log_warnings_to_stderr
 from fastlora.validation import ConfigError
 
 if TYPE_CHECKING:
@@ -150,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from fastlora.serve import app as _  # noqa: F401 - as above
     from fastlora.serve.connections import raise_descriptor_limit
 
-    log_to_stderr()
+    log_warnings_to_stderr()
     limits = connection_limits(args, raise_descriptor_limit())
     _return_freed_memory_to_os()
     with _listening_socket(args.host, args.port) as listening:
@@ -223,7 +223,7 @@ def make_uvicorn_server(
         ws="none",  # an upgraded connection would have no deadline
         backlog=limits.backlog,
         timeout_keep_alive=max(1, round(limits.idle_seconds)),
-        log_config=None,  # `log_to_stderr` formats the lines
+        log_config=None,  # `log_warnings_to_stderr` formats the lines
         log_level="warning",
         access_log=False,
         timeout_graceful_shutdown=max(1, round(args.drain)),

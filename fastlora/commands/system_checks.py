@@ -152,7 +152,7 @@ def import_error_text(name: str) -> str:
     return ""
 
 
-def describe_device_implementations() -> Iterator[dict[str, Any]]:
+def describe_auto_implementations() -> Iterator[dict[str, Any]]:
     """Yield a dict for each device, with the implementation that ``impl="auto"`` selects."""
     import torch
 

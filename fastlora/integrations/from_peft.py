@@ -74,7 +74,7 @@ def import_object(name: str) -> Any:
             "upgrade with: pip install --upgrade peft"
         )
     if name in AUTO_CLASSES:
-        return _fastlora_auto_class(theirs)
+        return _lora_model_auto_class(theirs)
     return inject_adapter_in_model if name == "inject_adapter_in_model" else theirs
 
 
@@ -113,7 +113,7 @@ def inject_adapter_in_model(
     return adapted
 
 
-def _fastlora_auto_class(theirs: Any) -> Any:
+def _lora_model_auto_class(theirs: Any) -> Any:
     """Return a subclass of a PEFT auto class that loads a `LoraModel`."""
     parameters = inspect.signature(LoraModel.from_pretrained).parameters
 

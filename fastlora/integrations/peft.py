@@ -117,7 +117,7 @@ class _FusedForwardMixin(BaseAdapterLayer):
         """Add or replace an adapter, as PEFT's layer does, and clear the packed factors."""
         super().update_layer(adapter_name, *args, **kwargs)  # type: ignore[misc]  # as above
         self._move_scalings_to_factors([adapter_name])
-        self._clear_packed_factors()
+        self._clear_model_packed_factors()
 
     def delete_adapter(self: Any, adapter_name: str) -> None:
         """Delete an adapter, as PEFT's layer does, and clear the layer's caches.

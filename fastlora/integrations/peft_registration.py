@@ -25,7 +25,7 @@ from fastlora.model.config import LoraConfig
 
 
 @functools.cache
-def register_with_peft() -> None:
+def register_classes_with_peft() -> None:
     """Register fastlora's classes with PEFT.
 
     PEFT's functions are overridden, so that they also accept fastlora's models.
@@ -46,7 +46,7 @@ def register_with_peft() -> None:
     LoraModel.__bases__ = (*ours, peft.PeftModel)
     for abstract in (layers.BaseTunerLayer, theirs.LoraLayer):
         abstract.register(LoraLayer)
-    _patch_from_pretrained(peft)
+    _override_from_pretrained(peft)
     override_peft_functions()
 
 
@@ -65,7 +65,7 @@ def _create_patched_layer(
     return layer
 
 
-def _patch_from_pretrained(peft: Any) -> None:
+def _override_from_pretrained(peft: Any) -> None:
     """Override ``peft.PeftModel.from_pretrained`` with a method that also accepts a `LoraModel`.
 
     It uses fastlora to load an adapter into a `LoraModel`.
@@ -81,4 +81,4 @@ def _patch_from_pretrained(peft: Any) -> None:
     peft.PeftModel.from_pretrained = classmethod(from_pretrained)
 
 
-call_when_imported("peft", register_with_peft)
+call_when_imported("peft", register_classes_with_peft)

@@ -29,7 +29,7 @@ def clear_layer_caches(layer: BaseAdapterLayer) -> None:
     clear_weight_caches(layer)
     clear_group_cache(layer)
     weights_versions.invalidate_trained_weights()  # Open blocks cache results too.
-    layer._clear_packed_factors()
+    layer._clear_model_packed_factors()
 
 
 class BaseAdapterLayer(LinearWithAdapters):
@@ -46,7 +46,7 @@ class BaseAdapterLayer(LinearWithAdapters):
     _local_factors = factors_from_parameters
     _local_magnitude = dora_magnitude_of
 
-    def _clear_packed_factors(self) -> None:
+    def _clear_model_packed_factors(self) -> None:
         """Clear the model's packed factors for mixed batches, including those of open blocks."""
         if self.routing_group is not None:
             self.routing_group.packs.clear()

@@ -134,12 +134,12 @@ def returns_unreferenced_output(module: nn.Module) -> bool:
     )
 
 
-def merge_target_of(module: nn.Module, shape: tuple[int, int]) -> MergeTarget:
+def merge_target_of(module: nn.Module, expected_shape: tuple[int, int]) -> MergeTarget:
     """Return the `MergeTarget` for the weight of a linear-like module.
 
     Args:
         module: The base layer.
-        shape: N and K.
+        expected_shape: N and K.
 
     Raises:
         UnsupportedLayerError: The weight does not support merging.
@@ -151,7 +151,7 @@ def merge_target_of(module: nn.Module, shape: tuple[int, int]) -> MergeTarget:
     weight: Any = getattr(module, "weight", None)
     transposed = type(module).__name__ == "Conv1D"
     plain = type(weight) is nn.Parameter and weight.is_floating_point() and weight.itemsize >= 2
-    if not plain or tuple(weight.t().shape if transposed else weight.shape) != shape:
+    if not plain or tuple(weight.t().shape if transposed else weight.shape) != expected_shape:
         raise UnsupportedLayerError(
             f"cannot merge into {type(module).__name__}: its weight is neither a plain "
             "floating-point matrix nor quantized by bitsandbytes or torchao; dequantize the base "

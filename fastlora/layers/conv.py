@@ -108,7 +108,7 @@ class FastLoraConv(AdditiveLoraLayer):
         inner = x.to(down.weight.dtype) if conditions.autocast is None else x
         dropped = self._apply_dropout(dropout, inner, seed)
         update = up(down(dropped))
-        update = update * self._scaling_tensor_like(name, update)
+        update = update * self._scaling_on_device_of(name, update)
         g = self._dora_scale(name, conditions)
         if g is None:
             return y + update

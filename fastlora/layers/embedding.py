@@ -100,7 +100,7 @@ class FastLoraEmbedding(AdditiveLoraLayer):
             padding_idx=base.padding_idx,
             scale_grad_by_freq=base.scale_grad_by_freq,
         )
-        s = s * self._scaling_tensor_like(name, s)
+        s = s * self._scaling_on_device_of(name, s)
         embed_scale = getattr(base, "embed_scale", None)
         if embed_scale is not None:
             s = s * (embed_scale.to(s) if isinstance(embed_scale, torch.Tensor) else embed_scale)

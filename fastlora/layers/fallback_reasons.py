@@ -46,7 +46,7 @@ def fusion_status(
     reason = (
         base_reason
         or fallback_reason_adapter_called(layer, names, gathered)
-        or fallback_reason_for_dora(layer, names)
+        or reason_dora_prevents_fusion(layer, names)
     )
     drops = [n for n in names if isinstance(layer.lora_dropout[n], nn.Dropout)]
     if not reason and drops and len(names) > 1:
@@ -64,7 +64,7 @@ def uses_dora(layer: LinearWithAdapters, names: list[str]) -> bool:
     return bool(magnitudes) and any(name in magnitudes for name in names)
 
 
-def fallback_reason_for_dora(layer: LinearWithAdapters, names: list[str]) -> str:
+def reason_dora_prevents_fusion(layer: LinearWithAdapters, names: list[str]) -> str:
     """Return the fallback reason if DoRA prevents fusing the adapters, or an empty string."""
     if not uses_dora(layer, names):
         return ""

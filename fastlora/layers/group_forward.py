@@ -31,7 +31,7 @@ from typing import Any
 import torch
 
 import fastlora.layers.shared_input_operator  # noqa: F401  # registers an operator
-from fastlora.autograd.shared_input import SharedResult, grouped_shrink, run_grouped_linears
+from fastlora.autograd.shared_input import PrecomputedResult, grouped_shrink, run_grouped_linears
 from fastlora.layers.adapter_factors import promoted_factor_dtype
 from fastlora.layers.call import MixedCall, UniformCall
 from fastlora.layers.group_members import (
@@ -72,7 +72,7 @@ _LayerFactors = Factors | Slots | TableLaunch
 
 def group_forward(
     call: UniformCall | MixedCall, base: Base, own: _LayerFactors
-) -> SharedResult | None:
+) -> PrecomputedResult | None:
     """Compute a layer together with its shared-input group, and return the layer's result.
 
     The result contains y, or the s from which the layer computes y. The function is called only if
@@ -182,7 +182,7 @@ def _call_dependencies(call: UniformCall | MixedCall, own: _LayerFactors) -> tup
 
 
 def _operand_cache_key(
-    call: UniformCall | MixedCall, base: Base, own: _LayerFactors, made: SharedResult
+    call: UniformCall | MixedCall, base: Base, own: _LayerFactors, made: PrecomputedResult
 ) -> tuple[object, ...] | None:
     """Return a cache key for the operands that a layer would use to compute ``made``.
 
@@ -250,7 +250,7 @@ def _can_group_outputs(
 
 def _compute_outputs_together(
     call: UniformCall | MixedCall, base: Base, own: Factors, group: SharedInputGroup
-) -> SharedResult | None:
+) -> PrecomputedResult | None:
     """Compute the outputs of a layer and of other layers in its group, in one call.
 
     The other layers are those that are called after it. Returns the layer's own result, or None if
@@ -287,10 +287,10 @@ def _compute_outputs_together(
         operands = *operands[: -len(seeds)], *seeds
     y, *ys = run_grouped_linears(x, operands, dropout_p, conditions.backend)
     if ys:
-        made = zip(keys, map(SharedResult, ys), strict=True)
+        made = zip(keys, map(PrecomputedResult, ys), strict=True)
         results = dict(zip(launch.owners[1:], made, strict=True))
         group.put_results(x, _call_dependencies(call, own), id(layer), results, layer.routing_group)
-    return SharedResult(y)
+    return PrecomputedResult(y)
 
 
 # ------------------------------------------------------------------------------ by lists, every s
@@ -298,7 +298,7 @@ def _compute_outputs_together(
 
 def _compute_s_together(
     call: UniformCall | MixedCall, own: Slots, group: SharedInputGroup
-) -> tuple[SharedResult | None, str]:
+) -> tuple[PrecomputedResult | None, str]:
     """Compute s for a layer and for other layers in its group, in one pass over x.
 
     The other layers are those that are called after it. Returns a tuple (result, reason). The
@@ -335,7 +335,7 @@ def _active_dropout_p(slots: Slots) -> float:
     return max(0.0 if factors is None else factors.dropout_p for factors in slots)
 
 
-def _s_in_compiled_graph(call: UniformCall | MixedCall, own: Slots) -> SharedResult | None:
+def _s_in_compiled_graph(call: UniformCall | MixedCall, own: Slots) -> PrecomputedResult | None:
     """Compute s for a layer's group in a graph that is being compiled.
 
     Returns the layer's own result, or None if s is not shared.
@@ -373,7 +373,7 @@ def _s_in_compiled_graph(call: UniformCall | MixedCall, own: Slots) -> SharedRes
     s, seeds = torch.ops.fastlora.lora_shared(
         *(call.original_x, factors, places, mine, dropout_p, ids, slots_of_all, call.x.dtype, dtype)
     )
-    return SharedResult(None, s, seeds[0] if dropout_p[mine] > 0.0 else None)
+    return PrecomputedResult(None, s, seeds[0] if dropout_p[mine] > 0.0 else None)
 
 
 # ------------------------------------------------------------------------------------- by address
@@ -381,7 +381,7 @@ def _s_in_compiled_graph(call: UniformCall | MixedCall, own: Slots) -> SharedRes
 
 def _compute_outputs_with_neighbors(
     call: MixedCall, base: Base, own: TableLaunch
-) -> SharedResult | None:
+) -> PrecomputedResult | None:
     """Use one launch to compute the outputs of a layer and its neighbors in the address tables.
 
     Returns the layer's own result, or None if one launch cannot compute all of them.
@@ -403,7 +403,7 @@ def _compute_outputs_with_neighbors(
     ys = run_launch_with_neighbors(call.x, bases, own)
     if ys is None:
         return None
-    made = zip(keys, map(SharedResult, ys), strict=True)
+    made = zip(keys, map(PrecomputedResult, ys), strict=True)
     results = dict(zip(map(id, own.members), made, strict=True))
     _, mine = results.pop(id(call.layer))
     layer, context = call.layer, _call_dependencies(call, own)
@@ -413,7 +413,7 @@ def _compute_outputs_with_neighbors(
 
 def _compute_output_and_neighbor_s(
     call: MixedCall, base: Base, own: TableLaunch
-) -> SharedResult | None:
+) -> PrecomputedResult | None:
     """Use one call to compute a layer's output, and s for its neighbors in the address tables.
 
     Returns the layer's own result, or None if it has no neighbors.
@@ -422,10 +422,10 @@ def _compute_output_and_neighbor_s(
         return None
     y, *planes = linear_from_tables(call, base, own, with_neighbor_s=True)
     if planes:
-        made = SharedResult(None, planes[0])
+        made = PrecomputedResult(None, planes[0])
         key = _operand_cache_key(call, base, own, made)
         others = [id(member) for member in own.members if member is not call.layer]
         results = dict.fromkeys(others, (key, made))
         layer, context = call.layer, _call_dependencies(call, own)
         own.group.put_results(call.original_x, context, id(layer), results, layer.routing_group)
-    return SharedResult(y)
+    return PrecomputedResult(y)

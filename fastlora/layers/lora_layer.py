@@ -191,7 +191,7 @@ class LoraLayer(Mergeable):
         factors = self._create_factors(r, lora_bias, start)
         init = start.asked
         undo = self._make_base_undo(init)
-        self._clear_packed_factors()
+        self._clear_model_packed_factors()
         try:
             self.r[adapter_name] = r
             self.lora_alpha[adapter_name] = lora_alpha
@@ -324,11 +324,11 @@ class LoraLayer(Mergeable):
         r = self.r[adapter_name]
         base = math.sqrt(r) if self.use_rslora[adapter_name] else r
         self.scaling[adapter_name] = factor * self.lora_alpha[adapter_name] / base
-        self._clear_packed_factors()
+        self._clear_model_packed_factors()
 
     def scale_layer(self, scale: float) -> None:
         """Multiply the scaling of each active adapter by ``scale``."""
-        self._clear_packed_factors()
+        self._clear_model_packed_factors()
         for name in self._active_adapters:
             if name in self.scaling:
                 self.scaling[name] *= scale
@@ -338,7 +338,7 @@ class LoraLayer(Mergeable):
 
         If ``scale`` is None, reset the scalings to their initial values.
         """
-        self._clear_packed_factors()
+        self._clear_model_packed_factors()
         for name in self._active_adapters:
             if name in self.scaling:
                 if scale is None:

@@ -84,7 +84,7 @@ class Mergeable(ModuleWithAdapters, BaseAdapterLayer):
         self._unmerged, self._merged_scales = snapshot, scales
         for name in names:
             self.merged_adapters.append(name)
-            self._add_last_bias_change(bias, self.merged_adapters, 1.0, scales)
+            self._add_last_adapter_bias(bias, self.merged_adapters, 1.0, scales)
         self._when_merged = [] if snapshot is None else self._base_fingerprints()
         clear_weight_caches(self)
 
@@ -128,7 +128,7 @@ class Mergeable(ModuleWithAdapters, BaseAdapterLayer):
             scales = self._merged_scales | self._dora_scales_by_name(names)
             for place, name in enumerate(names, 1):
                 self._add_delta_weight(matrix, name, 1.0, scales.get(name))
-                self._add_last_bias_change(new_bias, [*merged, *names[:place]], 1.0, scales)
+                self._add_last_adapter_bias(new_bias, [*merged, *names[:place]], 1.0, scales)
                 if not self._true_in_all_processes(_is_finite(matrix, new_bias)):
                     raise AdapterStateError(
                         "NaNs detected in the merged weights. The adapter "
@@ -182,7 +182,7 @@ class Mergeable(ModuleWithAdapters, BaseAdapterLayer):
             name = merged[place]
             scale = self._merged_scales.get(name)
             self._add_delta_weight(weight, name, -1.0, None if scale is None else 1.0 / scale)
-            self._add_last_bias_change(bias, merged[: place + 1], -1.0, self._merged_scales)
+            self._add_last_adapter_bias(bias, merged[: place + 1], -1.0, self._merged_scales)
 
     def _dora_scales_by_name(self, names: list[str]) -> dict[str, torch.Tensor]:
         """Return the scale g ``[N]`` of each DoRA adapter in a dict, keyed by adapter name."""
@@ -249,7 +249,7 @@ class Mergeable(ModuleWithAdapters, BaseAdapterLayer):
                 rows.copy_(wide)
 
     @torch.no_grad()
-    def _add_last_bias_change(
+    def _add_last_adapter_bias(
         self,
         bias: torch.Tensor | None,
         names: list[str],
@@ -309,7 +309,7 @@ class Mergeable(ModuleWithAdapters, BaseAdapterLayer):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         clear_weight_caches(self)
-        self._clear_packed_factors()
+        self._clear_model_packed_factors()
         super()._load_from_state_dict(*args, **kwargs)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:

@@ -35,7 +35,13 @@ from fastlora.layers.mixed_dispatch import (
 from fastlora.layers.table_launch import get_table_launch, linear_from_tables, output_from_tables
 from fastlora.layers.unused_adapters import attach_unused_parameters
 from fastlora.ops.execution_mode import KERNEL_DTYPES
-from fastlora.ops.factors import AdapterOperands, AddressTables, Base, Slots, fill_missing_factors
+from fastlora.ops.factors import (
+    AdapterOperands,
+    AddressTables,
+    Base,
+    Slots,
+    replace_missing_with_empty,
+)
 from fastlora.ops.rows import Rows
 from fastlora.validation import check_dropout_dtype
 
@@ -88,7 +94,7 @@ def _forward_before_dora(
             call, base, slots, call.sorted_rows(), s=None if shared is None else shared.s
         )
     else:
-        rows = routing.rows(x.numel() // x.shape[-1], x.device, host=True)
+        rows = routing.sorted_rows(x.numel() // x.shape[-1], x.device, host=True)
         if is_bare:
             packed = packed_factors.get_packed_factors(call, base, rows)
             if packed is not None:
@@ -155,7 +161,10 @@ def _forward_with_factor_lists(
     if missing == len(slots):
         return _output_without_adapters(x, base, impl)
     if missing:
-        lora_a, lora_b = fill_missing_factors(lora_a, 0), fill_missing_factors(lora_b, 1)
+        lora_a, lora_b = (
+            replace_missing_with_empty(lora_a, 0),
+            replace_missing_with_empty(lora_b, 1),
+        )
     seeds = None
     if any(dropout_p):
         check_dropout_dtype(x.dtype)

@@ -125,7 +125,7 @@ class KernelWeightCache(UncopiedCache):
         if release_captured:
             self._captured.clear()
 
-    def evaluate_repacked(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
+    def output_from_repacked_codes(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
         """Compute a module's output from repacked codes, or return None if unsupported.
 
         The module is one for which `is_repacking_prevented` is true.
@@ -207,7 +207,7 @@ def call_base_layer(
         if "_kernel_weights" in layer.__dict__:
             _cache_of(layer).repacked = None
     elif not (args or kwargs) and type(x) is torch.Tensor:
-        made = _cache_of(layer).evaluate_repacked(module, x)
+        made = _cache_of(layer).output_from_repacked_codes(module, x)
     return module(x, *args, **kwargs) if made is None else made
 
 

@@ -17,7 +17,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
-from fastlora.autograd.shared_input import SharedResult, grouped_shrink
+from fastlora.autograd.shared_input import PrecomputedResult, grouped_shrink
 from fastlora.layers.shared_input import SharedResultCache
 from fastlora.ops.library import define_operator, register_composite
 from fastlora.ops.rows import sort_rows
@@ -32,7 +32,7 @@ define_operator(
 
 
 @register_composite("lora_shared")
-def _compute_s_for_group(
+def _own_s_and_seed(
     x: torch.Tensor,
     lora_a: list[torch.Tensor],
     places: list[int],
@@ -52,7 +52,7 @@ def _compute_s_for_group(
     """
     by_place = dict(zip(places, lora_a, strict=True))
 
-    def make(layers: Sequence[int]) -> list[SharedResult]:
+    def make(layers: Sequence[int]) -> list[PrecomputedResult]:
         flat = x.to(dtype)
         m = flat.numel() // flat.shape[-1]
         rows = None if ids is None else sort_rows(ids, m, slots, flat.device)

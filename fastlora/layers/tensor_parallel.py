@@ -46,7 +46,11 @@ from fastlora.layers.base_layers import (
 )
 from fastlora.layers.call import MixedCall, UniformCall
 from fastlora.layers.dora_norms import dora_magnitude_of
-from fastlora.layers.fallback_reasons import BASE_GEMM_VARIES, fallback_reason_for_dora, uses_dora
+from fastlora.layers.fallback_reasons import (
+    BASE_GEMM_VARIES,
+    reason_dora_prevents_fusion,
+    uses_dora,
+)
 from fastlora.layers.layer_kinds import (
     LINEAR,
     LayerAdapterSettings,
@@ -324,7 +328,7 @@ class TensorParallelLora(FastLoraWrapper):
         reason = f"{self.style} tensor parallel: LoRA is added to each process's part of the output"
         names = self._applied_adapters()
         if uses_dora(self, names):
-            further = fallback_reason_for_dora(self, names)
+            further = reason_dora_prevents_fusion(self, names)
             reason += ", which DoRA scales" + (f"; {further}" if further else "")
         return False, reason
 

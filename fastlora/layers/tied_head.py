@@ -112,7 +112,7 @@ class TiedLoraHead(AdditiveLoraLayer):
             x = x.to(lora_a.dtype)
         # [..., R]
         s = self._apply_dropout(self.lora_dropout[name], x, seed) @ lora_a.t()
-        return y + (s * self._scaling_tensor_like(name, s)) @ lora_b.t()
+        return y + (s * self._scaling_on_device_of(name, s)) @ lora_b.t()
 
     # ------------------------------------------------------------------------------- merging
 

@@ -279,7 +279,7 @@ class TrainableTokensWrapper(ModuleWrapper):
         ``own``, with the shape of ``ids``, is the index of each id's adapter in ``names``, or -1.
         """
         base: Any = self.get_base_layer()
-        ids, (keys, places) = ids.long(), self._sorted_token_keys(names, ids.device)
+        ids, (keys, places) = ids.long(), self._token_keys_and_rows(names, ids.device)
         wanted = ids if own is None else torch.where(own < 0, -1, own * base.weight.shape[0] + ids)
         at = torch.searchsorted(keys, wanted).clamp_(max=keys.numel() - 1)
         hit = keys[at] == wanted
@@ -300,7 +300,7 @@ class TrainableTokensWrapper(ModuleWrapper):
             new = new * (scale.to(new.dtype) if isinstance(scale, torch.Tensor) else scale)
         return torch.where(hit.unsqueeze(-1), new.to(y.dtype), y)
 
-    def _sorted_token_keys(
+    def _token_keys_and_rows(
         self, names: list[str], device: torch.device
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the keys of all trained tokens, and the index of the row for each key.
@@ -326,7 +326,7 @@ class TrainableTokensWrapper(ModuleWrapper):
     def _replace_columns(self, x: torch.Tensor, y: torch.Tensor, name: str) -> torch.Tensor:
         """Return y ``[..., V]`` with an adapter's trained columns computed from x ``[..., D]``."""
         base: Any = self.get_base_layer()
-        index, places = self._sorted_token_keys([name], x.device)
+        index, places = self._token_keys_and_rows([name], x.device)
         delta = self._trained_by_adapter[name].to(base.weight.dtype)[places]
         columns = F.linear(x, delta, None if base.bias is None else base.bias[index])
         return y.index_copy(-1, index, columns.to(y.dtype))

@@ -173,7 +173,7 @@ class AdditiveLoraLayer(UnfusedLoraLayer):
 
         The host waits for the adapter ids if they are on a GPU.
         """
-        rows = routing.rows(x.shape[0], x.device, host=True)
+        rows = routing.sorted_rows(x.shape[0], x.device, host=True)
         seeds = (
             routing.layer_dropout_seeds(self.routing_index, torch.device("cpu"))
             if self.training
@@ -231,7 +231,7 @@ class AdditiveLoraLayer(UnfusedLoraLayer):
         keep = torch.ops.fastlora.lora_keep(x, seed, dropout.p, None)
         return torch.where(keep.bool(), x, 0.0) * (1.0 / (1.0 - dropout.p))
 
-    def _scaling_tensor_like(self, name: str, like: torch.Tensor) -> torch.Tensor:
+    def _scaling_on_device_of(self, name: str, like: torch.Tensor) -> torch.Tensor:
         """Return an adapter's scaling as a tensor on the device of ``like``.
 
         The tensor has no dimensions. It is fp64 if ``like`` is, otherwise fp32.
@@ -246,6 +246,6 @@ class AdditiveLoraLayer(UnfusedLoraLayer):
             return None
         lora_a, lora_b = self._dora_norm_factors(name)
         compiling = conditions.compiling
-        scaling = self._scaling_tensor_like(name, lora_a) if compiling else self.scaling[name]
+        scaling = self._scaling_on_device_of(name, lora_a) if compiling else self.scaling[name]
         squares = adapted_squared_norms(self, lora_a, lora_b, scaling, compiling)
         return dora_scale(self._local_magnitude(name), squares)

@@ -31,7 +31,7 @@ from fastlora.model.adapter_files import (
 )
 from fastlora.model.atomic_files import atomic_replace_files, folder_lock, fsync_path
 from fastlora.model.config import LoraConfig
-from fastlora.model.targets import modules_to_save_entries
+from fastlora.model.targets import saved_modules_and_heads
 from fastlora.model.tensor_file import TensorInfo, write_tensors
 from fastlora.validation import CheckpointError, ConfigError, error_prefix
 
@@ -367,7 +367,7 @@ def _parse(key: str, config: LoraConfig, tensors: Tensors) -> ParsedAdapterKey:
         if name.endswith(suffix):
             return ParsedAdapterKey(name.removesuffix(suffix), kind)
     module, _, leaf = name.rpartition(".")
-    entries = tuple(modules_to_save_entries(config))
+    entries = tuple(saved_modules_and_heads(config))
     for outer in accumulate(module.split("."), "{}.{}".format):  # a, a.b, a.b.c
         if entries and outer.endswith(entries):
             rest = name.removeprefix(f"{outer}.")
@@ -409,7 +409,7 @@ def _check_factor(
     if not 2 <= len(shape) <= 5:  # convolutions have more than 2 dimensions
         raise CheckpointError(f"{key!r} has shape {shape}, expected 2 to 5 dimensions")
     axis, expected = (0, "(rank, in)") if kind.endswith("A") else (1, "(out, rank)")
-    rank = config.rank_for(target_module_name(module))
+    rank = config.rank_for(target_containing_layer(module))
     grouped = axis == 1 and len(shape) > 2  # lora_B of a grouped convolution has rank / groups
     if rank % max(shape[axis], 1) if grouped else shape[axis] != rank:
         raise CheckpointError(
@@ -422,7 +422,7 @@ def _check_factor(
                 raise CheckpointError(f"{field}=True, but {module!r} has no {leaf}")
 
 
-def target_module_name(layer_name: str) -> str:
+def target_containing_layer(layer_name: str) -> str:
     """Return the name of the target module that contains a LoRA layer, given the layer's name.
 
     Some targets consist of several LoRA layers. In adapter files, the inner layers have names that

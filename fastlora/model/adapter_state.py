@@ -105,10 +105,10 @@ def check_adapter_fits_model(
     tensors, path, other = file.tensors, file.path, dict[str, str]()
     with replication_applied(plan.replication):
         expected = _expected_shapes(model, plan)
-        shapes = _tied_head_shapes(model, expected, plan) | expected
+        shapes = _tied_head_file_shapes(model, expected, plan) | expected
         biases = _base_biases(model) if plan.config.bias != "none" else {}
         for key, parts in file.keys.items():
-            found = _base_weight(model, parts.module) if parts.kind == "base" else None
+            found = _base_weight_of_module(model, parts.module) if parts.kind == "base" else None
             if parts.kind == "bias":
                 _, found = biases.get(
                     f"{strip_adapter_wrapper_names(parts.module)}.bias", (key, None)
@@ -141,7 +141,7 @@ def check_adapter_fits_model(
     return replace(file, tensors={key: t for key, t in tensors.items() if key not in other})
 
 
-def check_can_overwrite_adapter(
+def check_overwritable_from_file(
     model: nn.Module, adapter_name: str, loaded_config: LoraConfig, plan: AdapterPlan, path: Path
 ) -> None:
     """Check that a loaded adapter can be overwritten with the weights in an adapter file.
@@ -209,12 +209,12 @@ def _expected_shapes(model: nn.Module, plan: AdapterPlan) -> dict[str, tuple[int
             shapes[f"{KEY_PREFIX}{name}.{key}"] = tuple(tensor.shape)
     for name, tokens in plan.tokens.items():
         if tokens.tied_to is None:
-            weight: Any = _base_weight(model, name)
+            weight: Any = _base_weight_of_module(model, name)
             shapes[f"{KEY_PREFIX}{name}.{TOKENS_KEY}"] = (len(tokens.indices), weight.shape[1])
     return shapes
 
 
-def _tied_head_shapes(
+def _tied_head_file_shapes(
     model: nn.Module, expected: dict[str, tuple[int, ...]], plan: AdapterPlan
 ) -> dict[str, tuple[int, ...]]:
     """Return a dict of tensor shapes for the tied output heads, keyed by file key.
@@ -243,7 +243,7 @@ def _base_biases(model: nn.Module) -> dict[str, tuple[str, torch.Tensor]]:
     }
 
 
-def _base_weight(model: nn.Module, name: str) -> torch.Tensor | None:
+def _base_weight_of_module(model: nn.Module, name: str) -> torch.Tensor | None:
     """Return the weight of a module's base layer, or None if there is no such module or weight."""
     try:
         module = model.get_submodule(name)
@@ -312,7 +312,7 @@ def adapter_file_state_dict(
             if isinstance(module, TrainableTokensWrapper):
                 inner = "token_adapter.base_layer.weight"
             own = "weight" if isinstance(module, FastLoraLinear) else inner
-            weight = source.get(f"{KEY_PREFIX}{name}.{own}", _base_weight(model, name))
+            weight = source.get(f"{KEY_PREFIX}{name}.{own}", _base_weight_of_module(model, name))
             if weight is not None:
                 tensors[f"{KEY_PREFIX}{name}.{inner}"] = weight.detach()
     return tensors
@@ -377,7 +377,7 @@ def load_adapter_contents(lora_model: LoraModel, adapter_name: str, file: Adapte
     set_adapter_tensors(lora_model, adapter_name, file.tensors)
     for disk, parts in file.keys.items():
         if parts.kind == "base" and disk in file.tensors:
-            weight = _base_weight(lora_model.base_model.model, parts.module)
+            weight = _base_weight_of_module(lora_model.base_model.model, parts.module)
             if weight is not None:
                 copy_full_tensor_(weight, file.tensors[disk])
 

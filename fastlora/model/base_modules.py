@@ -42,7 +42,7 @@ def is_trainable_tokens_wrapper(module: nn.Module) -> bool:
     return "token_adapter" in module._modules
 
 
-def is_adapter_wrapper(module: nn.Module) -> bool:
+def is_auxiliary_wrapper(module: nn.Module) -> bool:
     """Return whether ``module`` is a wrapper for ``modules_to_save`` or trained tokens.
 
     In PEFT, the base class of these wrappers is ``AuxiliaryTrainingWrapper``.
@@ -72,7 +72,7 @@ def named_outer_modules(
 ) -> list[tuple[str, nn.Module]]:
     """Return the items of ``named_modules()``, except modules inside LoRA layers and wrappers.
 
-    The LoRA layers and the wrappers (see `is_adapter_wrapper`) themselves are included. Modules
+    The LoRA layers and the wrappers (see `is_auxiliary_wrapper`) themselves are included. Modules
     that belong to an adapter are never included. The running time does not depend on the number of
     adapters.
 
@@ -104,7 +104,7 @@ def named_outer_modules(
             if inner is not None:
                 for below, layer in inner().items():
                     found.append((f"{name}.{below}", layer))
-        elif is_adapter_wrapper(module):
+        elif is_auxiliary_wrapper(module):
             seen.update(original_module_of(module).modules())
         else:
             for child_name, child in reversed(module._modules.items()):
@@ -125,7 +125,7 @@ def named_base_modules(model: nn.Module, *, remove_duplicate: bool = True) -> Ba
     """
     found: BaseModules = []
     for name, module in named_outer_modules(model, remove_duplicate=remove_duplicate):
-        wraps = bool(module._modules) and is_adapter_wrapper(module)
+        wraps = bool(module._modules) and is_auxiliary_wrapper(module)
         found.append((name, module, wraps))
         if wraps:
             original = original_module_of(module)

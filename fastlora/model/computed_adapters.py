@@ -74,7 +74,7 @@ class ComputedAdapter(NamedTuple):
             if made.magnitude is not None:
                 magnitude: Any = layer.lora_magnitude_vector[adapter_name]
                 magnitude.weight.copy_(made.magnitude)
-            layer._clear_packed_factors()
+            layer._clear_model_packed_factors()
         for name, owner in self.copies.items():
             wrapper = model.get_submodule(name)
             copies: Any = wrapper.modules_to_save

@@ -338,7 +338,7 @@ def _write_layer_tensors(
         fresh: Any = layer.lora_magnitude_vector[adapter_name]
         magnitude.weight.copy_(fresh.weight)
         layer.lora_magnitude_vector[adapter_name] = magnitude
-    layer._clear_packed_factors()
+    layer._clear_model_packed_factors()
 
 
 def _tensors_outside_layers(
@@ -364,7 +364,7 @@ def _tensors_outside_layers(
             continue
         source = tensors.get(disk)
         if source is None:
-            source = _original_tensor(base, key)
+            source = _original_of_copied_tensor(base, key)
         if source is None:
             if disk.endswith("bias"):
                 continue  # PEFT does not save some biases
@@ -378,7 +378,7 @@ def _tensors_outside_layers(
     return pairs
 
 
-def _original_tensor(base: nn.Module, key: str) -> torch.Tensor | None:
+def _original_of_copied_tensor(base: nn.Module, key: str) -> torch.Tensor | None:
     """Return the original module's tensor, given the key of an adapter's copy of the tensor.
 
     The result is None if the tensor with the key ``key`` does not belong to a copy.

@@ -138,7 +138,7 @@ class LoraModel(PeftModelMethods, nn.Module):
         self.set_adapter(adapter_name, plan.config.inference_mode)
         self.training = model.training
         if _is_checkpointing(model):
-            _require_input_gradients(model)
+            _require_embedding_output_gradients(model)
 
     def add_adapter(
         self,
@@ -295,7 +295,7 @@ class LoraModel(PeftModelMethods, nn.Module):
         file = adapter_state.check_adapter_fits_model(model, plan, file, ignore_mismatched_sizes)
         if adapter_name in self.peft_config:
             loaded = self.peft_config[adapter_name]
-            adapter_state.check_can_overwrite_adapter(model, adapter_name, loaded, plan, file.path)
+            adapter_state.check_overwritable_from_file(model, adapter_name, loaded, plan, file.path)
             self.base_model.check_adapter_replaceable("load_adapter", adapter_name, plan.config)
         else:
             self.base_model.add_adapter(
@@ -516,7 +516,7 @@ def _is_checkpointing(model: nn.Module) -> bool:
     return False
 
 
-def _require_input_gradients(model: nn.Module) -> None:
+def _require_embedding_output_gradients(model: nn.Module) -> None:
     """Make the output of the input embedding require gradients.
 
     Reentrant checkpointing computes gradients only if an input of the checkpointed layers requires

@@ -29,14 +29,14 @@ from fastlora.model.replication import LayerReplication, create_replication, rep
 from fastlora.model.targets import (
     find_modules_to_save,
     find_targets,
-    modules_to_save_entries,
     resolve_target_modules,
+    saved_modules_and_heads,
 )
 from fastlora.model.tied_weights import (
     NO_TIED_MODULES,
-    ModulesTiedToEmbedding,
+    ModulesAdaptedWithEmbedding,
     SharedWeightUntier,
-    find_tied_to_embedding,
+    find_adapted_with_embedding,
 )
 from fastlora.model.trainable_tokens import (
     TrainableTokens,
@@ -134,14 +134,14 @@ def make_adapter_plan(
     config.check_supported("load" if loading else "new")
     replication = create_replication(model, config.layer_replication)
     with replication_applied(replication):
-        ties = find_tied_to_embedding(model, config)
+        ties = find_adapted_with_embedding(model, config)
         plan = plan_target_modules(model, config, from_file=loading, ties=ties)
         plan = dataclasses.replace(plan, replication=replication)
         _warn_of_unusual_targets(plan)
         config.target_modules = plan.target_modules
         config.fan_in_fan_out = _peft_fan_in_fan_out(plan)
     if plan.modules_to_save:
-        config.modules_to_save = modules_to_save_entries(config)
+        config.modules_to_save = saved_modules_and_heads(config)
     if not config.base_model_name_or_path:
         name = getattr(model, "name_or_path", None) or getattr(
             getattr(model, "config", None), "_name_or_path", None
@@ -166,7 +166,7 @@ def plan_target_modules(
     model: nn.Module,
     config: LoraConfig,
     from_file: bool = False,
-    ties: ModulesTiedToEmbedding = NO_TIED_MODULES,
+    ties: ModulesAdaptedWithEmbedding = NO_TIED_MODULES,
 ) -> AdapterPlan:
     """Find the target modules of a config, check them, and return them as a plan.
 
@@ -234,7 +234,7 @@ def _check_targets(
         UnsupportedLayerError: See `plan_target_modules`.
     """
     found = {}
-    common, custom = _common_settings(config, from_file), config.custom_modules
+    common, custom = _settings_without_patterns(config, from_file), config.custom_modules
     for name in names:
         base = base_module_of(model.get_submodule(name))
         with error_prefix(f"target module {name!r} is a {type(base).__name__}"):
@@ -342,10 +342,10 @@ def _check_weights_not_shared(model: nn.Module, config: LoraConfig, targets: Seq
 
 def adapter_settings_for(name: str, config: LoraConfig) -> LayerAdapterSettings:
     """Return the settings of an adapter on the module called ``name``."""
-    return _settings_with_module_rank(name, config, _common_settings(config))
+    return _settings_with_module_rank(name, config, _settings_without_patterns(config))
 
 
-def _common_settings(config: LoraConfig, from_file: bool = False) -> LayerAdapterSettings:
+def _settings_without_patterns(config: LoraConfig, from_file: bool = False) -> LayerAdapterSettings:
     """Return an adapter's settings for modules that match none of its patterns.
 
     The pattern fields are ``rank_pattern`` and ``alpha_pattern``.

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from fastlora.model.base_modules import is_adapter_wrapper, is_lora_layer
+from fastlora.model.base_modules import is_auxiliary_wrapper, is_lora_layer
 from fastlora.validation import AdapterStateError, ConfigError, UnsupportedLayerError
 
 # Paths of the list of layers inside the innermost model: for Llama and GPT-NeoX, for BERT, and for
@@ -47,7 +47,7 @@ class LayerReplication:
         self._config: Any = getattr(model, "config", None)
         self._holder, self._name, self._old = _find_layer_list(model)
         order = [i for start, end in _checked(ranges, len(self._old)) for i in range(start, end)]
-        if any(is_lora_layer(m) or is_adapter_wrapper(m) for m in self._old.modules()):
+        if any(is_lora_layer(m) or is_auxiliary_wrapper(m) for m in self._old.modules()):
             raise AdapterStateError(
                 f"layer_replication={list(ranges)} needs layers without adapters; set it "
                 "for the model's first adapter, or unload() the adapters first"

@@ -47,7 +47,7 @@ EXPERT_NAMES: MappingProxyType[str, frozenset[str]] = MappingProxyType(
 _LISTED = 4
 
 
-class ExpertParameter(NamedTuple):
+class ExpertOrRouterParameter(NamedTuple):
     """A parameter that stacks the weights of a layer's experts, or the weight of a router.
 
     Attributes:
@@ -59,17 +59,17 @@ class ExpertParameter(NamedTuple):
     names: tuple[str, ...]
 
 
-def find_stacked_experts(modules: BaseModules) -> list[ExpertParameter]:
+def find_stacked_experts(modules: BaseModules) -> list[ExpertOrRouterParameter]:
     """Return a list of the parameters ``[experts, ...]`` that stack the weights of experts."""
     return [
-        ExpertParameter(f"{name}.{leaf}", tuple(_possible_target_names(name, leaf)))
+        ExpertOrRouterParameter(f"{name}.{leaf}", tuple(_possible_target_names(name, leaf)))
         for name, module, _ in modules
         if module._parameters
         for leaf in _expert_counts(module)
     ]
 
 
-def find_router_weights(modules: BaseModules) -> list[ExpertParameter]:
+def find_stacked_expert_routers(modules: BaseModules) -> list[ExpertOrRouterParameter]:
     """Find the routers of stacked experts, and return a list of their weights ``[experts, K]``.
 
     Routers that are linear layers are left out.
@@ -83,11 +83,11 @@ def find_router_weights(modules: BaseModules) -> list[ExpertParameter]:
             if weight is not None and _is_custom_module(child) and not isinstance(child, nn.Linear):
                 at = f"{name}.{child_name}" if name else child_name
                 if weight.dim() == 2 and weight.shape[0] in experts:
-                    found.append(ExpertParameter(f"{at}.weight", (at,)))
+                    found.append(ExpertOrRouterParameter(f"{at}.weight", (at,)))
     return found
 
 
-def to_expert_name(model_type: object, entry: str) -> str:
+def shorten_to_expert_name(model_type: object, entry: str) -> str:
     """Shorten a ``target_modules`` entry to its last component if that is an expert name.
 
     PEFT ignores the other components in this case. For example, ``experts.3.down_proj`` adapts all
@@ -101,7 +101,7 @@ def to_expert_name(model_type: object, entry: str) -> str:
 def check_targeted_experts(
     model_type: object,
     entries: Collection[str],
-    left_out: Collection[ExpertParameter],
+    left_out: Collection[ExpertOrRouterParameter],
     *,
     shown: str,
     adapts: bool,

@@ -17,7 +17,7 @@ import torch.nn as nn
 
 from fastlora.model.base_modules import (
     BaseModules,
-    is_adapter_wrapper,
+    is_auxiliary_wrapper,
     is_lora_layer,
     is_modules_to_save_wrapper,
     is_trainable_tokens_wrapper,
@@ -28,11 +28,11 @@ from fastlora.model.base_modules import (
 from fastlora.model.config import LoraConfig
 from fastlora.model.default_targets import DEFAULT_TARGETS
 from fastlora.model.stacked_experts import (
-    ExpertParameter,
+    ExpertOrRouterParameter,
     check_targeted_experts,
-    find_router_weights,
+    find_stacked_expert_routers,
     find_stacked_experts,
-    to_expert_name,
+    shorten_to_expert_name,
 )
 from fastlora.patterns import (
     count_matching_time,
@@ -103,7 +103,7 @@ def find_targets(
     targets = resolve_target_modules(model, config, modules) if targets is None else targets
     if targets == NO_TARGETS:
         return []
-    saved = modules_to_save_entries(config)
+    saved = saved_modules_and_heads(config)
     wrapped = {name: inside for name, _, inside in modules if name}
     names = list(wrapped)
     excludes = bool(config.exclude_modules or saved)
@@ -111,7 +111,8 @@ def find_targets(
     found = [n for n in names if n not in excluded and _matches(n, targets, config)]
     model_type = _model_type(model)
     lost = {
-        entry: to_expert_name(model_type, entry) for entry in _unmatched_entries(names, targets)
+        entry: shorten_to_expert_name(model_type, entry)
+        for entry in _unmatched_entries(names, targets)
     }
     wanted = targets if isinstance(targets, str) else {*targets, *lost.values()}
     experts = _selected_experts(modules, wanted, config, saved)
@@ -151,13 +152,16 @@ def find_targets(
 
 def _selected_experts(
     modules: BaseModules, targets: set[str] | str, config: LoraConfig, saved: list[str]
-) -> list[ExpertParameter]:
+) -> list[ExpertOrRouterParameter]:
     """Return the stacked expert weights that a config selects.
 
     ``"all-linear"`` selects all stacked expert weights and their routers.
     """
     everything = _is_all_linear(config.target_modules)
-    stacks = [*find_stacked_experts(modules), *(find_router_weights(modules) if everything else ())]
+    stacks = [
+        *find_stacked_experts(modules),
+        *(find_stacked_expert_routers(modules) if everything else ()),
+    ]
     return [
         stack
         for stack in stacks
@@ -205,7 +209,7 @@ def find_modules_to_save(model: nn.Module, config: LoraConfig) -> list[str]:
             some entries match no module, a warning lists them instead.
         UnsupportedLayerError: If a match is inside a module that other adapters own copies of.
     """
-    entries = tuple(modules_to_save_entries(config))
+    entries = tuple(saved_modules_and_heads(config))
     if not entries:
         return []
     # Modules with several names can be matched by each of their names.
@@ -234,7 +238,7 @@ def find_modules_to_save(model: nn.Module, config: LoraConfig) -> list[str]:
     return found
 
 
-def modules_to_save_entries(config: LoraConfig) -> list[str]:
+def saved_modules_and_heads(config: LoraConfig) -> list[str]:
     """Return the entries of ``modules_to_save`` and the names of the heads for the task type.
 
     The list has no duplicates.
@@ -380,7 +384,7 @@ def _invalid_target_message(model: nn.Module, name: str) -> str:
     of.
     """
     for outer, module in named_outer_modules(model, remove_duplicate=False):
-        if is_adapter_wrapper(module) and (name == outer or name.startswith(f"{outer}.")):
+        if is_auxiliary_wrapper(module) and (name == outer or name.startswith(f"{outer}.")):
             where = "is" if name == outer else f"is inside {outer!r},"
             if is_trainable_tokens_wrapper(module):
                 return f"{where} a module in which adapters train rows (trainable_token_indices)"

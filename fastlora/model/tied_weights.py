@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 EMBEDDING_NAMES = ("embed_tokens", "lm_head")
 
 
-class ModulesTiedToEmbedding(NamedTuple):
+class ModulesAdaptedWithEmbedding(NamedTuple):
     """The modules that are adapted together with the input embedding, to which they are tied.
 
     Attributes:
@@ -33,7 +33,7 @@ class ModulesTiedToEmbedding(NamedTuple):
     copies: bool = False
 
 
-NO_TIED_MODULES = ModulesTiedToEmbedding()
+NO_TIED_MODULES = ModulesAdaptedWithEmbedding()
 
 
 def input_embedding_name(model: nn.Module) -> str | None:
@@ -82,7 +82,9 @@ def names_tied_to_embedding(model: nn.Module) -> list[str]:
     )
 
 
-def find_tied_to_embedding(model: nn.Module, config: LoraConfig) -> ModulesTiedToEmbedding:
+def find_adapted_with_embedding(
+    model: nn.Module, config: LoraConfig
+) -> ModulesAdaptedWithEmbedding:
     """Find the modules to adapt together with the input embedding, to which they are tied.
 
     If there are such modules, the config is changed in place: ``modules_to_save`` or
@@ -107,7 +109,7 @@ def find_tied_to_embedding(model: nn.Module, config: LoraConfig) -> ModulesTiedT
     else:
         targeted = any(name.rpartition(".")[2] in known for name in targets or ())
     if not config.ensure_weight_tying and not copied and not targeted:
-        return ModulesTiedToEmbedding()
+        return ModulesAdaptedWithEmbedding()
     tied = names_tied_to_embedding(model)
     if not config.ensure_weight_tying:
         if tied:
@@ -116,14 +118,14 @@ def find_tied_to_embedding(model: nn.Module, config: LoraConfig) -> ModulesTiedT
                 "`ensure_weight_tying` is not set to True: the layer is trained and merged "
                 "separately"
             )
-        return ModulesTiedToEmbedding()
+        return ModulesAdaptedWithEmbedding()
     if not tied or embedding is None:
         if config.trainable_token_indices is None:  # `find_trainable_tokens` emits its own warning
             _warn(
                 "You have requested `ensure_weight_tying`, but no tied modules were found in the "
                 "model"
             )
-        return ModulesTiedToEmbedding()
+        return ModulesAdaptedWithEmbedding()
     if copied:
         config.modules_to_save = _replace_tied_with_embedding(
             config.modules_to_save or [], embedding, tied
@@ -140,8 +142,8 @@ def find_tied_to_embedding(model: nn.Module, config: LoraConfig) -> ModulesTiedT
                 "You have requested `ensure_weight_tying`, but no tied modules are added in either "
                 "`modules_to_save` or `target_modules`"
             )
-        return ModulesTiedToEmbedding()
-    return ModulesTiedToEmbedding(tuple(tied), copied)
+        return ModulesAdaptedWithEmbedding()
+    return ModulesAdaptedWithEmbedding(tuple(tied), copied)
 
 
 def _replace_tied_with_embedding(entries: list[str], embedding: str, tied: list[str]) -> list[str]:

@@ -15,7 +15,7 @@ from torch import nn
 from fastlora.layers import LoraLayer, TrainableTokensWrapper
 from fastlora.layers.trainable_tokens import check_tokens_trainable
 from fastlora.model.base_modules import (
-    is_adapter_wrapper,
+    is_auxiliary_wrapper,
     is_modules_to_save_wrapper,
     named_base_modules,
     original_module_of,
@@ -90,7 +90,7 @@ def find_trainable_tokens(model: nn.Module, config: LoraConfig) -> dict[str, Tra
         tied_rows = {name: TrainableTokens(rows.indices, embedding) for name in tied}
         tokens = {embedding: rows, **tokens, **tied_rows}
     for name, rows in tokens.items():
-        _check_token_rows(model, name, rows)
+        _check_rows_trainable(model, name, rows)
     return tokens
 
 
@@ -140,7 +140,7 @@ def _matches(model: nn.Module, wanted: dict[str, list[int]]) -> dict[str, list[i
             )
         found |= dict.fromkeys(named, indices)
     inside = {
-        name for name, module, wrapped in modules if wrapped and not is_adapter_wrapper(module)
+        name for name, module, wrapped in modules if wrapped and not is_auxiliary_wrapper(module)
     }
     for name in found:
         if name in inside:
@@ -151,7 +151,7 @@ def _matches(model: nn.Module, wanted: dict[str, list[int]]) -> dict[str, list[i
     return found
 
 
-def _check_token_rows(model: nn.Module, name: str, rows: TrainableTokens) -> None:
+def _check_rows_trainable(model: nn.Module, name: str, rows: TrainableTokens) -> None:
     """Check that an adapter can train the given rows of a module.
 
     Raises:

@@ -108,7 +108,7 @@ def _check_combination(
     if not all(map(math.isfinite, weights)):
         raise ConfigError(f"weights must be finite numbers, got {list(weights)}")
     if len(adapters) > 1:
-        combine.check_density(kind, options.density)
+        combine.check_required_density(kind, options.density)
     if options.svd_rank is not None:
         check_rank(options.svd_rank)
     if options.svd_clamp is not None and not 0.0 <= options.svd_clamp <= 1.0:

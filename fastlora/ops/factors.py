@@ -148,7 +148,7 @@ def tables_from_tensors(
     return AddressTables(a_address, b_address, bias_address, rank, scaling, max_rank, dtype)
 
 
-def fill_missing_factors(factors: Sequence[Factor], rank_dim: int) -> list[torch.Tensor]:
+def replace_missing_with_empty(factors: Sequence[Factor], rank_dim: int) -> list[torch.Tensor]:
     """Return a list of factors in which each None is replaced by an empty factor of rank 0.
 
     ``rank_dim`` is the dimension of the rank: 0 for lora_a, and 1 for lora_b.

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
-from fastlora.ops.factors import Factor, fill_missing_factors
+from fastlora.ops.factors import Factor, replace_missing_with_empty
 
 # Each split of K adds a split-K partial sum of s. With at most four splits, the shrink is still
 # short enough to hide behind a base GEMM.
@@ -81,7 +81,7 @@ def split_grad_b(
 
     The second item is None if there is no lora_bias.
     """
-    ups = fill_missing_factors(lora_b, 1)
+    ups = replace_missing_with_empty(lora_b, 1)
     offsets, bias_offsets, _ = grad_b_buffer_layout(ups, with_bias)
     found: list[tuple[torch.Tensor, torch.Tensor | None]] = []
     for tensor, at, bias_at in zip(ups, offsets, bias_offsets, strict=True):
@@ -93,7 +93,7 @@ def split_grad_b(
 
 def split_grad_a(packed: torch.Tensor, lora_a: Sequence[Factor]) -> list[torch.Tensor]:
     """Split a packed buffer into views ``[rank, K]``, one for each lora_a gradient."""
-    downs = fill_missing_factors(lora_a, 0)
+    downs = replace_missing_with_empty(lora_a, 0)
     offsets, _ = grad_a_buffer_layout(downs)
     return [
         packed[at : at + tensor.numel()].view(tensor.shape)

@@ -83,13 +83,13 @@ def _plan_from_table(
 ) -> str:
     """Look up the plan for the sizes of a layer and its input in the chip's table."""
     (n, k), m, rounding = weight.shape, x.shape[0], fp32_precision(x.dtype)
-    chips, configs = _import_kernel_modules()
+    chips, configs = _import_chips_and_configs()
     chip, sizes = chips.chip_of(x.device), {"m": m, "n": group_n or n, "k": k, "r": r}
     return configs.plan_of(chip, launch, x.dtype, **sizes, slots=slots, input_precision=rounding)
 
 
 @functools.cache
-def _import_kernel_modules() -> tuple[Any, Any]:
+def _import_chips_and_configs() -> tuple[Any, Any]:
     """Import and return the modules `chips` and `configs` of `fastlora.kernels`.
 
     They import Triton, so this module does not import them at its top.

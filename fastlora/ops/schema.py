@@ -46,7 +46,7 @@ from typing import Any, Protocol
 import torch
 
 from fastlora.ops.execution_mode import call_on_device_of, operators_are_observed
-from fastlora.ops.factors import Factor, fill_missing_factors
+from fastlora.ops.factors import Factor, replace_missing_with_empty
 from fastlora.ops.layout import (
     grad_a_buffer_layout,
     grad_b_buffer_layout,
@@ -142,7 +142,7 @@ def lora_shrink_fake(
     if rows:
         return x.new_empty(modules, x.shape[0], padded_rank(max_rank(lora_a, 0)))
     return x.new_empty(
-        x.shape[0], sum(factor.shape[0] for factor in fill_missing_factors(lora_a, 0))
+        x.shape[0], sum(factor.shape[0] for factor in replace_missing_with_empty(lora_a, 0))
     )
 
 
@@ -185,8 +185,8 @@ def lora_dropout_fake(x: torch.Tensor, *_: object) -> torch.Tensor:
 @define_operator_with_fake(
     "lora_keep(Tensor x, Tensor seed, float dropout_p, Tensor? after) -> Tensor", "eager"
 )
-def lora_keep_fake(x: torch.Tensor, *_: object) -> torch.Tensor:
-    """Return an empty tensor for the dropout mask of x; see `reference.lora_keep`.
+def lora_keep_mask_fake(x: torch.Tensor, *_: object) -> torch.Tensor:
+    """Return an empty tensor for the dropout mask of x; see `reference.lora_keep_mask`.
 
     ``after`` is not read. A backward pass passes one of its own tensors. The dependency prevents
     compilers from merging the mask with that of the forward pass and from computing it there,
@@ -220,7 +220,7 @@ def lora_grad_b_fake(
     which slots have a lora_bias, and the column sums are empty. For one slot, the gradients are
     d_lora_b, and ``with_bias`` requests the column sums of dy, fp32 ``[N]``.
     """
-    ups, sums = fill_missing_factors(lora_b, 1), dy.new_empty(0, dtype=torch.float32)
+    ups, sums = replace_missing_with_empty(lora_b, 1), dy.new_empty(0, dtype=torch.float32)
     if rows:
         end = grad_b_buffer_layout(ups, with_bias)[2] if with_factors else 0
         return torch.empty_like(s), ups[0].new_empty(end), sums
@@ -243,7 +243,7 @@ def lora_grad_x_fake(
     *_: object,
 ) -> torch.Tensor:
     """Return an empty tensor for the gradient of x, or for the adapters' contribution to it."""
-    return dy.new_empty(dy.shape[0], fill_missing_factors(lora_a, 0)[0].shape[1])
+    return dy.new_empty(dy.shape[0], replace_missing_with_empty(lora_a, 0)[0].shape[1])
 
 
 @define_operator_with_fake(
@@ -259,7 +259,7 @@ def lora_grad_a_fake(
     for each module. With rows, which are in runs of ``run`` rows, it contains one buffer for
     `layout.split_grad_a`.
     """
-    downs = fill_missing_factors(lora_a, 0)
+    downs = replace_missing_with_empty(lora_a, 0)
     if rows:
         return [downs[0].new_empty(grad_a_buffer_layout(downs)[1])]
     return [x.new_empty(factor.shape, dtype=factor.dtype) for factor in downs]

@@ -12,7 +12,12 @@ from fastlora.layers.adapter_factors import PoolSource
 from fastlora.ops.seeds import draw_seeds
 from fastlora.pool.address_tables import lookup_or_invalid
 from fastlora.routing.active import is_capturing_cuda_graph
-from fastlora.routing.ids import OUT_OF_RANGE, check_integer_ids, names_and_slots, validate_slots
+from fastlora.routing.ids import (
+    OUT_OF_RANGE,
+    check_integer_ids,
+    check_slots_on_cpu,
+    names_and_slots,
+)
 from fastlora.routing.routing import Routing
 from fastlora.validation import AdapterStateError
 
@@ -56,7 +61,7 @@ def lease_batch_routing(
             table[loaded.slot] = loaded.column
             in_slots[loaded.slot] = loaded.name
         if not ids.is_cuda or validate:
-            validate_slots(ids, in_slots)
+            check_slots_on_cpu(ids, in_slots)
         columns = lookup_or_invalid(table, ids)
     loaded_adapters: list[Any] = [None] * pool.tables.rank.shape[1]
     for loaded in lease.loaded_adapters:

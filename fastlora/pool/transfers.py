@@ -59,7 +59,7 @@ class Transfers:
         """Make later writes to adapters and tables wait for the given read events."""
 
 
-class CudaTransfers(Transfers):
+class AsyncCudaTransfers(Transfers):
     """Transfers packed adapters to a GPU asynchronously, on a separate CUDA stream.
 
     The adapters are copied from page-locked memory.
@@ -140,7 +140,7 @@ def make_transfers(device: torch.device) -> Transfers:
         ValueError: The device is of another type.
     """
     if device.type == "cuda":
-        return CudaTransfers(device)
+        return AsyncCudaTransfers(device)
     if device.type != "cpu":
         raise ValueError(f"device is {device}, expected a CPU or a CUDA device")
     return Transfers()

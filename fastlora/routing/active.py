@@ -139,7 +139,7 @@ def check_batch_matches_ids(
         return
     named = [kwargs[name] for name in ("input_ids", "inputs_embeds", "inputs") if name in kwargs]
     if not is_being_compiled() and routing.cache.row_checker is not None:
-        routing.cache.row_checker.record_batch_inputs((*args, *kwargs.values()))
+        routing.cache.row_checker.record_inputs_in_order((*args, *kwargs.values()))
     x = next((v for v in (*named, *args, *kwargs.values()) if isinstance(v, torch.Tensor)), None)
     if x is None or not x.dim():
         return

@@ -19,8 +19,8 @@ from fastlora.routing.ids import (
     NO_ADAPTER,
     OUT_OF_RANGE,
     check_integer_ids,
+    check_slots_on_cpu,
     names_and_slots,
-    validate_slots,
 )
 from fastlora.routing.routers import Router, router_of
 from fastlora.routing.routing import Routing, RoutingGroup
@@ -138,18 +138,18 @@ def routing_from_parameters(
         outside = (ids < NO_ADAPTER) | (ids >= len(known))
         names, slots = known, ids.masked_fill(outside, OUT_OF_RANGE)
     else:
-        names, slots = known, validate_slots(ids, known)
+        names, slots = known, check_slots_on_cpu(ids, known)
     acts = any(layer.training for layer in layers)
     drawn = draw_seeds(names, seeds, draw=acts)
     whole = Routing(
-        group, known, _slots_for_known_names(known, names, slots), drawn, source(known), layers
+        group, known, _convert_slots_to_known(known, names, slots), drawn, source(known), layers
     )
     if names != known:
-        whole = dataclasses.replace(whole, seeds=_seeds_for_known_names(drawn, known, names))
+        whole = dataclasses.replace(whole, seeds=_spread_seeds_to_known(drawn, known, names))
     return Routing(group, names, slots, drawn, source(names), layers, whole=whole)
 
 
-def _slots_for_known_names(
+def _convert_slots_to_known(
     known: tuple[str, ...], names: tuple[str, ...], slots: torch.Tensor
 ) -> torch.Tensor:
     """Convert slots ``[B]`` that index ``names`` to slots that index ``known``, in a new tensor.
@@ -164,7 +164,7 @@ def _slots_for_known_names(
     return table[slots.clamp(min=NO_ADAPTER)]
 
 
-def _seeds_for_known_names(
+def _spread_seeds_to_known(
     seeds: torch.Tensor, known: tuple[str, ...], names: tuple[str, ...]
 ) -> torch.Tensor:
     """Convert the seeds of ``names`` to one seed for each name in ``known``.

@@ -70,7 +70,7 @@ def names_and_slots(
     return names, torch.tensor(slots, dtype=torch.int64)
 
 
-def validate_slots(ids: torch.Tensor, slots: Sequence[str | None]) -> torch.Tensor:
+def check_slots_on_cpu(ids: torch.Tensor, slots: Sequence[str | None]) -> torch.Tensor:
     """Check that slots are in range and not empty, and return them as an int64 tensor on the CPU.
 
     Args:

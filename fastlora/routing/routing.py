@@ -124,7 +124,7 @@ class Routing:
     captured: bool = False
     cache: BlockCache = field(default_factory=BlockCache, repr=False)
 
-    def rows(self, m: int, device: torch.device, *, host: bool = False) -> Rows:
+    def sorted_rows(self, m: int, device: torch.device, *, host: bool = False) -> Rows:
         """Return the rows of a layer input with ``m`` rows, sorted by adapter.
 
         The results are cached by ``m`` and stream.

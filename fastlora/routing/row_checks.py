@@ -197,7 +197,7 @@ class BlockRowChecker:
             if kind is None:
                 self._checks.record_block(self._mode, self._ran.values(), self._even)
 
-    def record_batch_inputs(self, inputs: Iterable[object]) -> None:
+    def record_inputs_in_order(self, inputs: Iterable[object]) -> None:
         """Record that the rows of a model's input tensors are in the order of the batch."""
         if self.order is not None:
             self.order.record_in_order(inputs)

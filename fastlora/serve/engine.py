@@ -200,7 +200,7 @@ class Engine:
             try:
                 self._end_canceled()
                 self._admit_waiting()
-                self._running.step()
+                self._running.prefill_and_decode()
             except Exception as error:  # an internal error must not leave requests unanswered
                 _log.exception("an iteration of the engine failed")
                 self._running.fail_all(error)

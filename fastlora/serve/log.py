@@ -13,7 +13,7 @@ MAX_LINE_CHARS = 1000  # maximum number of characters in a line
 _BREAKS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
-class OneLineFormatter(logging.Formatter):
+class OneLineMessageFormatter(logging.Formatter):
     """A logging formatter that puts each message on one line.
 
     Line breaks in a message are escaped. The lines of a traceback follow, indented. A name in a
@@ -66,10 +66,10 @@ class OncePerMinuteFilter(logging.Filter):
         return not count
 
 
-def log_to_stderr() -> None:
+def log_warnings_to_stderr() -> None:
     """Log the warnings and errors of the whole process to stderr."""
     handler = logging.StreamHandler()
-    handler.setFormatter(OneLineFormatter())
+    handler.setFormatter(OneLineMessageFormatter())
     handler.addFilter(OncePerMinuteFilter())
     logging.basicConfig(handlers=[handler], level=logging.WARNING)
     logging.captureWarnings(True)

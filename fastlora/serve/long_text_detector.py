@@ -36,7 +36,7 @@ class LongTextDetector:
             else _character_bound_and_vanishing(json.loads(backend.to_str()))
         )
 
-    def exceeds_tokens(self, text: str, tokens: int) -> bool:
+    def certainly_exceeds_tokens(self, text: str, tokens: int) -> bool:
         """Return whether ``text`` is certain to have more than ``tokens`` tokens."""
         if self._character_bound_and_vanishing is None:
             return False

@@ -73,7 +73,7 @@ class PromptTokenizer:
         return self._tokens(text, special=False)  # the template adds special tokens
 
     def _tokens(self, text: str, *, special: bool) -> list[int]:
-        if self._length is not None and self._bound.exceeds_tokens(text, self._length):
+        if self._length is not None and self._bound.certainly_exceeds_tokens(text, self._length):
             raise ConfigError(
                 f"the prompt has {len(text)} characters, more than {self._length} tokens can hold; "
                 f"prompt and answer together can have at most {self._length} tokens"

@@ -169,7 +169,7 @@ class ChatBody(GenerationBody):
 
     @model_validator(mode="before")
     @classmethod
-    def _check_part_count(cls, data: Any) -> Any:
+    def _check_conversation_part_count(cls, data: Any) -> Any:
         """Raise an error if the messages of a conversation have too many parts in total.
 
         This check runs before the parts themselves are checked.

@@ -112,7 +112,7 @@ class RunningBatch:
         """Close the `fastlora.adapters` block that the last forward pass left open."""
         self._block.close()
 
-    def step(self) -> None:
+    def prefill_and_decode(self) -> None:
         """Prefill part of the pending prompts, then decode a token for each complete prompt."""
         if self._decoding_count < len(self.jobs):
             self._forward_rows(self._decoding_count, self._next_prefill_requests())

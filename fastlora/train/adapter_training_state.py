@@ -74,7 +74,7 @@ class AdapterTrainingState:
             )
         self.name = name
         self.max_grad_norm = max_grad_norm
-        self.parameters = _require_trainable_parameters(model, name, needs_fp32=scaler is not None)
+        self.parameters = _trainable_parameters_or_raise(model, name, needs_fp32=scaler is not None)
         self.optimizer = _checked_optimizer(name, optimizer(self.parameters), self.parameters)
         self.scheduler = (
             None if scheduler is None else _checked_scheduler(name, scheduler(self.optimizer))
@@ -204,7 +204,7 @@ def _frozen(name: str) -> str:
     return f"adapter {name!r} is frozen; call train_adapters() with all adapters to train"
 
 
-def _require_trainable_parameters(
+def _trainable_parameters_or_raise(
     model: LoraModel, name: str, needs_fp32: bool
 ) -> list[nn.Parameter]:
     """Return an adapter's trainable parameters; raise an error if there are none."""

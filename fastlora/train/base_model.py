@@ -58,14 +58,14 @@ def load_tokenizer(settings: TrainSettings) -> PreTrainedTokenizerBase:
 
 
 def load_base_model(
-    settings: TrainSettings, device: torch.device = CPU, *, progress: bool = False
+    settings: TrainSettings, device_if_quantized: torch.device = CPU, *, progress: bool = False
 ) -> PreTrainedModel:
     """Load and return the base model.
 
     Args:
         settings: The settings of the run.
-        device: Device for a model that `load_in` quantizes. Any other model is loaded into CPU
-            memory.
+        device_if_quantized: Device for a model that `load_in` quantizes. Any other model is loaded
+            into CPU memory.
         progress: Whether to show the progress bars of transformers.
 
     Raises:
@@ -79,7 +79,7 @@ def load_base_model(
         config = transformers.AutoConfig.from_pretrained(settings.model, local_files_only=True)
         bits = bitsandbytes_config(settings, config)
         if bits is not None:
-            options |= {"quantization_config": bits, "device_map": {"": device}}
+            options |= {"quantization_config": bits, "device_map": {"": device_if_quantized}}
         model = transformers.AutoModelForCausalLM.from_pretrained(settings.model, **options)
     prepare_quantized_model(model)
     return model

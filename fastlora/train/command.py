@@ -151,7 +151,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         report = f"fastlora: {interrupted}\n"
         if interrupted.checkpoint is not None:
             report += f"resume with: {_resume_command(sys.argv[1:] if argv is None else argv)}\n"
-        _write_or_discard(sys.stderr, report)
+        _write_unless_pipe_closed(sys.stderr, report)
         return 128 + interrupted.signal
     if main_process:
         _print_message(text)
@@ -170,10 +170,10 @@ def _resume_command(argv: Sequence[str]) -> str:
 
 
 def _print_message(text: str) -> None:
-    _write_or_discard(sys.stdout, f"{text}\n")
+    _write_unless_pipe_closed(sys.stdout, f"{text}\n")
 
 
-def _write_or_discard(stream: TextIO, text: str) -> None:
+def _write_unless_pipe_closed(stream: TextIO, text: str) -> None:
     """Write text to a stream, unless the stream is a pipe whose reader has closed it.
 
     In that case, the text and all later output are discarded. For example, Ctrl-C also ends the

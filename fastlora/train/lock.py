@@ -55,7 +55,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
     path = folder / LOCK
     created = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     try:
-        descriptor = _acquire_lock(path)
+        descriptor = _acquire_lock_if_supported(path)
         try:
             if descriptor is not None:
                 with as_train_error(path):
@@ -72,7 +72,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
                 parent.rmdir()
 
 
-def _acquire_lock(path: Path) -> int | None:
+def _acquire_lock_if_supported(path: Path) -> int | None:
     """Lock the lock file and return its descriptor, or None if locks are not supported."""
     while True:
         with as_train_error(path):

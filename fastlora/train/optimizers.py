@@ -248,7 +248,7 @@ class AdapterOptimizers:
         """
         for name in losses.values:
             self._adapter_state(name).check_trainable()
-        agreed = self._group.agree_on_losses(losses)
+        agreed = self._group.agree_on_finite_losses(losses)
         for name in agreed.left_out:
             self._adapters[name].counts.non_finite_losses += 1
         self._left_out.update(agreed.left_out)

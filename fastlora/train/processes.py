@@ -90,7 +90,7 @@ class BatchProcessGroup:
             rows = sent.tolist()
         return [dict(zip(self._names, row, strict=True)) for row in rows]
 
-    def agree_on_losses(self, losses: AdapterLosses) -> AgreedLosses:
+    def agree_on_finite_losses(self, losses: AdapterLosses) -> AgreedLosses:
         """Determine which losses are finite in all processes, and return the result.
 
         The result also contains a weight for each loss of this process.

@@ -292,10 +292,10 @@ class Run:
                     self._check_no_adapter_skipped_all()
                 evaluated = self._evaluate_if_due()
                 if self._is_due(settings.save_every):
-                    self.save()
+                    self.save_adapters_and_checkpoint()
                     saved = self.step
         if saved != self.step and not self._no_step_completed():
-            self.save()
+            self.save_adapters_and_checkpoint()
         means, files = self.processes.run_in_main_and_broadcast(
             self._write_loss_files_and_end_trackers
         )
@@ -586,7 +586,7 @@ class Run:
                     self._on_message(f"step {self.step}, {name}: {prompt!r} -> {text!r}")
                     self.processes.log_to_trackers({f"answers/{name}/{number}": text}, self.step)
 
-    def save(self) -> None:
+    def save_adapters_and_checkpoint(self) -> None:
         """Save the adapters and a checkpoint.
 
         If the current step already has a checkpoint, none is written. Adapters are smaller than a

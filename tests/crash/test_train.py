@@ -56,14 +56,14 @@ def number_configs() -> None:
     """Gives the configs of each save its step, so that no two saves have equal ones."""
     from fastlora.train.run import Run
 
-    save_all = Run.save
+    save_all = Run.save_adapters_and_checkpoint
 
     def numbered(self: Run) -> None:
         for config in self.model.peft_config.values():
             config.revision = f"step {self.step}"
         save_all(self)
 
-    Run.save = numbered  # type: ignore[method-assign]
+    Run.save_adapters_and_checkpoint = numbered  # type: ignore[method-assign]
 
 
 def save_configs_late() -> None:

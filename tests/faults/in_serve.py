@@ -210,11 +210,11 @@ FAULTS = (
         source="923d188",
         path="fastlora/serve/prompt_tokenizer.py",
         before="""\
-        if self._length is not None and self._bound.exceeds_tokens(text, self._length):
+        if self._length is not None and self._bound.certainly_exceeds_tokens(text, self._length):
 """,
         after="""\
         self._tokenizer([text], add_special_tokens=special)
-        if self._length is not None and self._bound.exceeds_tokens(text, self._length):
+        if self._length is not None and self._bound.certainly_exceeds_tokens(text, self._length):
 """,
         tests=(f"{_PROMPTS}::test_a_long_text_is_refused_without_the_tokenizer",),
     ),

@@ -286,7 +286,7 @@ def test_uneven_rows_are_not_padded(most: int, rows: int) -> None:
     model = build([16] * 32, everywhere=True)
     names: list[str | None] = ["a0"] * most + [f"a{i}" for i in range(1, 32)] * rows
     x = torch.randn(len(names), 48)
-    with mock.patch.object(packed_forward, "shrink") as shrink:
+    with mock.patch.object(packed_forward, "arrange_and_shrink") as shrink:
         outputs = steps(model, x, names)
     assert not shrink.called
     assert_alone(outputs[-1:], model, x, names)

@@ -7,10 +7,10 @@ import torch
 
 from fastlora.routing.ids import (
     DeferredIdChecks,
+    check_slots_on_cpu,
     ids_cover_whole_entries,
     ids_divide_rows,
     names_and_slots,
-    validate_slots,
 )
 from fastlora.validation import AdapterNotFoundError
 
@@ -42,10 +42,10 @@ def test_names_are_slots_in_the_order_of_the_model() -> None:
 def test_slots_that_are_empty_are_refused() -> None:
     slots = ["a", None, "b"]
     ids = torch.tensor([2, -1, 0], dtype=torch.int32)
-    assert validate_slots(ids, slots).tolist() == [2, -1, 0]
+    assert check_slots_on_cpu(ids, slots).tolist() == [2, -1, 0]
     for wrong in (1, 3, -2):
         with pytest.raises(AdapterNotFoundError, match=rf"slot {wrong};.* 0 to 2 .*'a', 'b'"):
-            validate_slots(torch.tensor([0, wrong]), slots)
+            check_slots_on_cpu(torch.tensor([0, wrong]), slots)
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,7 @@ def test_a_later_block_is_told_of_an_id_out_of_range() -> None:
             routing = dataclasses.replace(
                 routing, names=names, ids=torch.tensor(ids), cache=BlockCache()
             )
-            routing.rows(4, torch.device("cpu"))
+            routing.sorted_rows(4, torch.device("cpu"))
             routing.defer_id_check()
             wrong = pytest.raises(AdapterNotFoundError, match=r"in an earlier block.*'n19'\]")
             with wrong if invalid else nullcontext():
@@ -92,7 +92,7 @@ def test_slots_that_nobody_checks_and_that_do_not_exist_are_none(
     monkeypatch.setattr(block, "is_capturing_cuda_graph", lambda ids: True)
     with adapters(_model(), torch.tensor([1, 7, -1, -5], dtype=torch.int32)):
         (routing,) = active.active_routings()
-    rows = routing.rows(4, torch.device("cpu"))
+    rows = routing.sorted_rows(4, torch.device("cpu"))
     assert routing.ids.tolist() == [1, INVALID_SLOT, NO_SLOT, INVALID_SLOT]
     assert rows.used_slots == (1,) and rows.invalid.item()
 

@@ -386,7 +386,7 @@ def test_ids_written_within_a_block() -> None:
     """A block's rows are those of the ids that its first forward saw, whenever they are read."""
     model, ids = build(), torch.tensor([0, 1])
     with adapters(model, ids):
-        rows = active_routings()[-1].rows(4, ids.device)
+        rows = active_routings()[-1].sorted_rows(4, ids.device)
         ids.fill_(-1)
         assert [(segment.slot, segment.start) for segment in rows.segments] == [(0, 0), (1, 2)]
 

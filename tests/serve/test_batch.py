@@ -90,7 +90,7 @@ class Run:
     def turns(self, count: int) -> None:
         """Takes some turns."""
         for _ in range(count):
-            self.batch.step()
+            self.batch.prefill_and_decode()
 
     @property
     def is_open(self) -> bool:
@@ -165,7 +165,7 @@ def test_a_held_block_changes_no_number(start: Callable[..., Run]) -> None:
             if turn == 8:
                 jobs[0].canceled = True
                 run.batch.remove_canceled()
-            run.batch.step()
+            run.batch.prefill_and_decode()
             if not holds:
                 run.batch.close_adapters_block()
         assert (len(run.opened) < len(run.logits) / 2) == holds
@@ -248,7 +248,7 @@ def test_a_forward_that_fails_leaves_no_block_open(start: Callable[..., Run], tu
     run.join("a", "b")
     run.turns(turns)
     run.fails = True
-    run.batch.step()
+    run.batch.prefill_and_decode()
     assert not run.is_open
     assert [type(error) for error in run.errors] == [RequestFailedError] * 2
     assert run.pool.stats().leases == 0

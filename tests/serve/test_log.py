@@ -22,7 +22,7 @@ def written() -> Iterator[tuple[logging.Logger, Callable[[], list[str]], list[fl
     """A logger with the server's handler, the lines that it has written, and its clock."""
     stream, now = io.StringIO(), [0.0]
     handler = logging.StreamHandler(stream)
-    handler.setFormatter(log.OneLineFormatter())
+    handler.setFormatter(log.OneLineMessageFormatter())
     handler.addFilter(log.OncePerMinuteFilter(lambda: now[0]))
     logger = logging.getLogger("tests.serve.log")
     logger.addHandler(handler)
@@ -119,7 +119,7 @@ def test_the_program_uses_it(monkeypatch: pytest.MonkeyPatch) -> None:
     root, stream = logging.getLogger(), io.StringIO()
     monkeypatch.setattr(root, "handlers", [])
     monkeypatch.setattr(sys, "stderr", stream)
-    log.log_to_stderr()
+    log.log_warnings_to_stderr()
     try:
         logging.getLogger("uvicorn.error").warning("from %s", EVIL)
         logging.getLogger("py.warnings").warning("file.py:1: UserWarning: text\n  code\n")

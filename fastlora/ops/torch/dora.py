@@ -235,15 +235,15 @@ class DropoutAdapter(NamedTuple):
     dropout_p: float
     impl: str
 
-    def apply_dropout(self, rows: torch.Tensor, after: torch.Tensor | None) -> torch.Tensor:
+    def apply_dropout(self, rows: torch.Tensor, run_after: torch.Tensor | None) -> torch.Tensor:
         """Return ``rows [M, K]`` after dropout.
 
-        Every call uses the same mask. ``after`` is as in `fastlora.ops.torch.single.keep_mask`.
+        Every call uses the same mask. ``run_after`` is as in `fastlora.ops.torch.single.keep_mask`.
         """
         if self.impl == "triton":
             made: torch.Tensor = torch.ops.fastlora.lora_dropout(rows, self.seed, self.dropout_p)
             return made
-        keep = keep_mask(rows, self.seed, self.dropout_p, after)
+        keep = keep_mask(rows, self.seed, self.dropout_p, run_after)
         return reference.select_into_mask_(keep, rows).mul_(1.0 / (1.0 - self.dropout_p))
 
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import torch
 
-from fastlora.ops.factors import PENDING, AdapterOperands, Base, Factor, fill_missing_factors
+from fastlora.ops.factors import PENDING, AdapterOperands, Base, Factor, replace_missing_with_empty
 from fastlora.ops.layout import (
     grad_a_buffer_layout,
     grad_b_buffer_layout,
@@ -28,17 +28,17 @@ _Factors = Sequence[Factor]
 
 
 def keep(
-    x: torch.Tensor, seed: torch.Tensor, dropout_p: float, after: torch.Tensor | None
+    like: torch.Tensor, seed: torch.Tensor, dropout_p: float, run_after: torch.Tensor | None
 ) -> torch.Tensor:
-    """Return the dropout mask that the PyTorch implementation applies to x."""
-    return reference.lora_keep(x, seed, dropout_p)
+    """Return the dropout mask that the PyTorch implementation applies to a tensor like ``like``."""
+    return reference.lora_keep_mask(like, seed, dropout_p)
 
 
 def _operands_per_module(
     lora_a: _Factors, modules: int, seeds: torch.Tensor | None, dropout_p: Sequence[float]
 ) -> list[AdapterOperands]:
     """Return a list of `AdapterOperands`, one per module, with the module's lora_a and dropout."""
-    downs, slots = fill_missing_factors(lora_a, 0), len(lora_a) // modules
+    downs, slots = replace_missing_with_empty(lora_a, 0), len(lora_a) // modules
     found = []
     for start in range(0, len(downs), slots):
         own = slice(start, start + slots)
@@ -79,7 +79,7 @@ def linear(
     """
     own = shrink(x, rows, factors[::3], 1, seeds, dropout_p)[0] if s is None else s
     operands = segments.expand_operands(
-        fill_missing_factors(factors[1::3], 1), factors[2::3], scaling
+        replace_missing_with_empty(factors[1::3], 1), factors[2::3], scaling
     )
     y, _ = segments.forward(x, Base(weight, bias), operands, rows_from_tensors(rows), own)
     return [y, own] if s is None else [y]
@@ -98,7 +98,7 @@ def expand_(
     _add_(
         y,
         y,
-        segments.expand_operands(fill_missing_factors(lora_b, 1), lora_bias, scaling),
+        segments.expand_operands(replace_missing_with_empty(lora_b, 1), lora_bias, scaling),
         rows_from_tensors(rows),
         s,
     )
@@ -127,7 +127,7 @@ def grad_b(
     with_factors: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return a tuple (ds, buffer with the gradients of lora_b and lora_bias, empty tensor)."""
-    batch, ups = rows_from_tensors(rows), fill_missing_factors(lora_b, 1)
+    batch, ups = rows_from_tensors(rows), replace_missing_with_empty(lora_b, 1)
     packed = ups[0].new_zeros(grad_b_buffer_layout(ups, with_bias)[2] if with_factors else 0)
     # Only the dtype of a lora_bias is read.
     biases = [b if has else None for b, has in zip(ups, with_bias, strict=True)]
@@ -155,7 +155,7 @@ def grad_x(
 ) -> torch.Tensor:
     """Return the gradient of x. Without a weight, return only the adapters' contribution."""
     operands, batch = (
-        segments.shrink_operands(fill_missing_factors(lora_a, 0), seeds, dropout_p),
+        segments.shrink_operands(replace_missing_with_empty(lora_a, 0), seeds, dropout_p),
         rows_from_tensors(rows),
     )
     return segments.grad_x(batch.sorted(dy), weight, ds, operands, batch)
@@ -171,7 +171,7 @@ def grad_a(
     dropout_p: Sequence[float],
 ) -> list[torch.Tensor]:
     """Return a list of one buffer, which contains the lora_a gradients of G modules."""
-    downs = fill_missing_factors(lora_a, 0)
+    downs = replace_missing_with_empty(lora_a, 0)
     packed, layers = (
         downs[0].new_zeros(grad_a_buffer_layout(downs)[1]),
         _operands_per_module(downs, len(ds), seeds, dropout_p),

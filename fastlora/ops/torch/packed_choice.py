@@ -49,11 +49,11 @@ class BatchKind(enum.Enum):
     SAMPLES = enum.auto()
 
 
-def batch_kind(rows: int, each: int) -> BatchKind:
-    """Return the kind of a batch of ``rows`` rows, where each id covers ``each`` adjacent rows."""
+def batch_kind(rows: int, rows_per_id: int) -> BatchKind:
+    """Return the kind of a batch of ``rows`` rows, where each id covers ``rows_per_id`` rows."""
     if rows <= _FEW_ROWS:
         return BatchKind.FEW
-    return BatchKind.SAMPLES if each >= _LONG else BatchKind.MANY
+    return BatchKind.SAMPLES if rows_per_id >= _LONG else BatchKind.MANY
 
 
 def dense_is_fastest(unit: int, units: int, dtype: torch.dtype) -> bool:

@@ -184,7 +184,7 @@ def _make_blocked_plan(
     return BlockedPlan(blocks, longest, coalesced, gather, place, other, exact)
 
 
-def shrink(
+def arrange_and_shrink(
     x: torch.Tensor, pack: PackedLayerFactors, plan: Plan
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return a tuple (x, s): the rows as the plan arranges them, and the shrink output.
@@ -218,7 +218,7 @@ def linear(
 ) -> torch.Tensor:
     """Return the output ``[M, N]`` of a linear layer plus the update of each row's adapter."""
     if isinstance(plan, BlockedPlan) and plan.exact:
-        gathered, s = shrink(x, pack, plan)
+        gathered, s = arrange_and_shrink(x, pack, plan)
         y = products.linear(gathered, weight, bias)
         places = y.view(plan.blocks, plan.longest, y.shape[1])
         products.baddbmm_(places, s, _block_b(pack, plan))
@@ -230,7 +230,7 @@ def add_(
     y: torch.Tensor, x: torch.Tensor, rows: Rows, pack: PackedLayerFactors, plan: Plan
 ) -> torch.Tensor:
     """Add the update of each row's own adapter to ``y [M, N]`` in place, and return y."""
-    _, s = shrink(x, pack, plan)
+    _, s = arrange_and_shrink(x, pack, plan)
     if isinstance(plan, DensePlan):
         # [M, rank rows] x [rank rows, N]
         products.addmm_(y, s, pack.lora_b)

@@ -22,14 +22,14 @@ import torch
 import torch.nn.functional as F
 
 # Number of elements that are converted at a time. Parts are larger if the smaller operand and the
-# result are, and never larger than `EmulationLimits.largest_part`.
+# result are, and never larger than `Fp32ProductLimits.largest_part`.
 _CHUNK = 1 << 17
 # Minimum number of rows that are converted at a time.
 _LEAST = 32
 
 
 @dataclass(frozen=True)
-class EmulationLimits:
+class Fp32ProductLimits:
     """Size limits for computing the products of an emulated dtype in fp32.
 
     Attributes:
@@ -49,15 +49,15 @@ class EmulationLimits:
 # the speed of memory. In a bf16 layer of 576 to 1536, 2 rows take 0.43 ms in PyTorch and 0.81 ms
 # here, and 4 rows take 0.8 and 0.6 ms. For more rows, a product in two parts takes up to a third
 # longer than in one.
-DOTS = EmulationLimits(few_rows=3, few_other_rows=0, largest_part=1 << 22)
+DOTS = Fp32ProductLimits(few_rows=3, few_other_rows=0, largest_part=1 << 22)
 # With AVX-512, oneDNN emulates bf16 at a quarter of the speed of fp32, in any layout and without a
 # temporary: 64 rows take 3.7 ms in oneDNN and 1.2 ms here, and 8 rows take 0.66 and 0.68 ms. With
 # fewer than 64 rows, or with larger parts, the temporaries would raise the peak memory of a forward
 # pass above PEFT's.
-ONEDNN = EmulationLimits(few_rows=63, few_other_rows=63, largest_part=1 << 16)
+ONEDNN = Fp32ProductLimits(few_rows=63, few_other_rows=63, largest_part=1 << 16)
 
 
-def _emulated_dtypes() -> dict[torch.dtype, EmulationLimits]:
+def _emulated_dtypes() -> dict[torch.dtype, Fp32ProductLimits]:
     """Return a dict that maps each dtype that this processor emulates to its size limits.
 
     The dict is empty for processors other than x86.
@@ -95,39 +95,43 @@ def computes_in_fp32(*operands: torch.Tensor) -> bool:
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """Return ``x @ weight.T + bias``, of shape ``[M, N]``, for ``x [M, K]``."""
     operands = (x, weight) if bias is None else (x, weight, bias)
-    if x.dtype not in EMULATED or not computes_in_fp32(*operands) or _has_few_rows(x, weight.t()):
+    if (
+        x.dtype not in EMULATED
+        or not computes_in_fp32(*operands)
+        or _native_is_as_fast(x, weight.t())
+    ):
         return F.linear(x, weight, bias)
     return mm(x, weight.t()) if bias is None else addmm_(bias.repeat(x.shape[0], 1), x, weight.t())
 
 
 def mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Return ``a @ b``, of shape ``[M, N]``, for ``a [M, K]`` and ``b [K, N]``."""
-    if a.dtype not in EMULATED or not computes_in_fp32(a, b) or _has_few_rows(a, b):
+    if a.dtype not in EMULATED or not computes_in_fp32(a, b) or _native_is_as_fast(a, b):
         return torch.mm(a, b)
     y = a.new_empty(a.shape[0], b.shape[1])
 
     def write(part: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
         part.copy_(torch.mm(a, b, out=a.new_empty(part.shape)))
 
-    _compute_in_parts(write, y, a, b)
+    _compute_in_fp32_parts(write, y, a, b)
     return y
 
 
 def addmm_(y: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Add ``a @ b`` to ``y [M, N]`` in place and return y."""
-    if y.dtype not in EMULATED or not computes_in_fp32(y, a, b) or _has_few_rows(a, b):
+    if y.dtype not in EMULATED or not computes_in_fp32(y, a, b) or _native_is_as_fast(a, b):
         return y.addmm_(a, b)
 
     def add(part: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
         part.copy_(part.float().addmm_(a, b))
 
-    _compute_in_parts(add, y, a, b)
+    _compute_in_fp32_parts(add, y, a, b)
     return y
 
 
 def bmm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Return ``a @ b``, of shape ``[G, M, N]``, for ``a [G, M, K]`` and ``b [G, K, N]``."""
-    if not computes_in_fp32(a, b) or _has_few_rows(a, b):
+    if not computes_in_fp32(a, b) or _native_is_as_fast(a, b):
         return torch.bmm(a, b)
     y = a.new_empty(a.shape[0], a.shape[1], b.shape[2])
     for part in _groups(a, b):
@@ -138,7 +142,7 @@ def bmm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 def baddbmm_(y: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Add ``a @ b`` to ``y [G, M, N]`` in place and return y."""
-    if not computes_in_fp32(y, a, b) or _has_few_rows(a, b):
+    if not computes_in_fp32(y, a, b) or _native_is_as_fast(a, b):
         return y.baddbmm_(a, b)
     for part in _groups(a, b):
         y[part] = y[part].float().baddbmm_(a[part].float(), b[part].float())
@@ -153,14 +157,14 @@ def native_product_is_slow(dtype: torch.dtype, rows: int) -> bool:
     return dtype in EMULATED and rows > EMULATED[dtype].few_other_rows
 
 
-def _has_few_rows(a: torch.Tensor, b: torch.Tensor) -> bool:
+def _native_is_as_fast(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Return whether PyTorch's own ``a @ b`` is as fast, because ``a`` has few rows."""
     emulation = EMULATED[a.dtype]
     few = emulation.few_rows if b.stride(-2) == 1 else emulation.few_other_rows
     return a.shape[-2] <= few
 
 
-def _compute_in_parts(
+def _compute_in_fp32_parts(
     compute: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None],
     y: torch.Tensor,
     a: torch.Tensor,

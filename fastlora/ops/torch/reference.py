@@ -52,12 +52,12 @@ def lora_expand_(
 def lora_dropout(x: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tensor:
     """Drop each element of x with probability ``p``, and divide the rest by ``1 - p``.
 
-    `lora_keep` computes the mask.
+    `lora_keep_mask` computes the mask.
     """
-    return select_into_mask_(lora_keep(x, seed, p), x).mul_(1.0 / (1.0 - p))
+    return select_into_mask_(lora_keep_mask(x, seed, p), x).mul_(1.0 / (1.0 - p))
 
 
-def lora_keep(x: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tensor:
+def lora_keep_mask(x: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tensor:
     """Return the dropout mask of x: 1 for a kept element and 0 for a dropped one.
 
     The mask has an integer dtype of the width of x's dtype. It is drawn from a generator that is

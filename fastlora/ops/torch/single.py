@@ -17,16 +17,16 @@ def keep_mask(
     x: torch.Tensor,
     seed: torch.Tensor,
     dropout_p: float,
-    after: torch.Tensor | None,
+    run_after: torch.Tensor | None,
 ) -> torch.Tensor:
     """Return the dropout mask of x.
 
-    If a compiler is tracing, a registered operator computes the mask. ``after`` is a tensor of
+    If a compiler is tracing, a registered operator computes the mask. ``run_after`` is a tensor of
     the backward pass that needs the mask, or None in a forward pass.
     """
     if is_traced(seed):
-        return torch.ops.fastlora.lora_keep(x, seed, dropout_p, after)
-    return reference.lora_keep(x, seed, dropout_p)
+        return torch.ops.fastlora.lora_keep(x, seed, dropout_p, run_after)
+    return reference.lora_keep_mask(x, seed, dropout_p)
 
 
 def shrink(

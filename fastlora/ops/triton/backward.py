@@ -26,7 +26,7 @@ from fastlora.kernels.configs import reads_twice
 from fastlora.kernels.launch import cached_launches, empty, product
 from fastlora.kernels.mixed_rows import DropoutTables
 from fastlora.kernels.modules import Module, Weight
-from fastlora.ops.factors import fill_missing_factors, number_tensor_without_sync
+from fastlora.ops.factors import number_tensor_without_sync, replace_missing_with_empty
 from fastlora.ops.layout import grad_a_buffer_layout, grad_b_buffer_layout
 from fastlora.ops.plans import choose_plan
 from fastlora.ops.torch import products, reference
@@ -63,7 +63,7 @@ def grad_b(
 
     The column sums are computed only for one slot.
     """
-    ups = fill_missing_factors(lora_b, 1)
+    ups = replace_missing_with_empty(lora_b, 1)
     if not rows:
         return _grad_b_one_adapter(dy, s, ups[0], scaling, with_bias[0])
     return _mixed_grad_b(dy, s, rows, run, ups, with_bias, scaling, with_factors)
@@ -80,7 +80,7 @@ def grad_x(
     plan: str,
 ) -> torch.Tensor:
     """Return the gradient of x. Without a weight, return only the adapters' contribution."""
-    downs = fill_missing_factors(lora_a, 0)
+    downs = replace_missing_with_empty(lora_a, 0)
     if not rows:
         p = 0.0 if seeds is None else dropout_p[0]
         return _grad_x_one_adapter(dy, weight, ds, downs[0], seeds, p, plan)
@@ -116,7 +116,7 @@ def grad_a(
     If one slot has all rows, the list contains one tensor per module. Otherwise it contains one
     buffer with the gradients of all modules and slots.
     """
-    downs = fill_missing_factors(lora_a, 0)
+    downs = replace_missing_with_empty(lora_a, 0)
     if not rows:
         return _grad_a_one_adapter(x, ds, downs, seeds, dropout_p)
     return [_mixed_grad_a(x, ds, rows, run, downs, dropout_tables(seeds, dropout_p))]

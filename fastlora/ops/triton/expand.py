@@ -11,7 +11,7 @@ from fastlora.kernels.config_tables import KernelConfig
 from fastlora.kernels.launch import cached_launches
 from fastlora.kernels.mixed_rows import DropoutTables, RankRows
 from fastlora.kernels.modules import Module
-from fastlora.ops.factors import Factor, fill_missing_factors, tables_from_tensors
+from fastlora.ops.factors import Factor, replace_missing_with_empty, tables_from_tensors
 from fastlora.ops.triton.address_tables import (
     align_factors,
     lora_b_rank_rows,
@@ -32,7 +32,7 @@ def expand_(
     scaling: torch.Tensor,
 ) -> None:
     """Add the update of each row's adapter to y ``[M, N]`` in place, given the shrink output s."""
-    ups = fill_missing_factors(lora_b, 1)
+    ups = replace_missing_with_empty(lora_b, 1)
     if not rows:
         expand_one_adapter_(y, s, ups[0], scaling)
         return

@@ -17,7 +17,7 @@ from fastlora.kernels.config_tables import KernelConfig
 from fastlora.kernels.launch import cached_launches, empty, product
 from fastlora.kernels.mixed_rows import DropoutTables, RankRows
 from fastlora.kernels.modules import Module, Weight, are_of_a_kind
-from fastlora.ops.factors import Factor, fill_missing_factors, tables_from_tensors
+from fastlora.ops.factors import Factor, replace_missing_with_empty, tables_from_tensors
 from fastlora.ops.plans import choose_plan
 from fastlora.ops.triton.address_tables import (
     align_factors,
@@ -58,14 +58,14 @@ def linear(
         return linear_one_adapter(x, *tensors, dropout_p[0], plan)
     weights, biases, drops = [weight], [bias], dropout_tables(seeds, dropout_p)
     ups, lora_bias = (
-        align_factors(fill_missing_factors(factors[1::3], 1)),
+        align_factors(replace_missing_with_empty(factors[1::3], 1)),
         align_factors(factors[2::3]),
     )
     up = lora_b_rank_rows(ups, lora_bias, scaling)
     stem, own, after_shrink = "mixed_lora_train", s, False
-    plan, ys = _base_products(stem, x, weights, biases, up, plan)
+    plan, ys = _plan_and_base_products(stem, x, weights, biases, up, plan)
     if own is None:
-        downs = fill_missing_factors(factors[::3], 0)
+        downs = replace_missing_with_empty(factors[::3], 0)
         made, after_shrink = mixed_shrink(x, rows, downs, 1, drops)
         own = made[0]
     partials = own.unsqueeze(0)
@@ -95,9 +95,9 @@ def linear_at(
     first, stop = shrink_range or (index, index + 1)
     invariant = plan == "invariant"
     if invariant:
-        x = _contiguous_rows(x)
+        x = _contiguous_and_aligned(x)
     up, base = lora_b_rank_rows_from_tables(found, index), ([weight], [bias])
-    plan, ys = _base_products("mixed_lora", x, *base, up, plan)
+    plan, ys = _plan_and_base_products("mixed_lora", x, *base, up, plan)
     partials = (
         mixed_shrink_partials(x, rows, found, slice(first, stop), invariant) if s is None else s
     )
@@ -128,7 +128,7 @@ def mixed_grouped_forward(
     found = tables_from_tensors(tables, max_rank, factor_dtype)
     own = slice(first, first + len(weights))
     up = lora_b_rank_rows_from_tables(found, own)
-    plan, ys = _base_products("mixed_lora", x, weights, biases, up, "auto")
+    plan, ys = _plan_and_base_products("mixed_lora", x, weights, biases, up, "auto")
     s = mixed_shrink_partials(x, rows, found, own)
     return _mixed_grouped_linear("mixed_lora", x, weights, biases, ys, s, rows, up, plan, True)
 
@@ -205,7 +205,7 @@ def _grouped_linear(
         launch = "lora_expand" if plan == "split" else "lora_linear"
     fused, invariant = launch != "lora_expand", plan == "invariant" and s is None
     if invariant:
-        x = _contiguous_rows(x)
+        x = _contiguous_and_aligned(x)
     own = shrunk = s
     if own is None or shrunk is None:
         own, shrunk = shrink_with_partials(x, lora_a, seed, dropout_p, invariant)
@@ -279,7 +279,7 @@ def quantized_base_products(
     return _grouped_linear(x, weights, biases, none, (), ups, scalings, with_s=False, launch=launch)
 
 
-def _contiguous_rows(x: torch.Tensor) -> torch.Tensor:
+def _contiguous_and_aligned(x: torch.Tensor) -> torch.Tensor:
     """Return x as a contiguous, aligned tensor.
 
     The alignment is 16 bytes, and the strides are the standard ones even if M is 1. Triton would
@@ -290,7 +290,7 @@ def _contiguous_rows(x: torch.Tensor) -> torch.Tensor:
     return x.view(-1).view(x.shape)
 
 
-def _base_products(
+def _plan_and_base_products(
     stem: str,
     x: torch.Tensor,
     weights: Sequence[Weight],
@@ -341,7 +341,7 @@ def _mixed_grouped_linear(
 ) -> list[torch.Tensor]:
     """Compute all modules for a mixed batch in one launch, and return a list of the outputs.
 
-    ``plan`` and ``ys`` are from `_base_products`.
+    ``plan`` and ``ys`` are from `_plan_and_base_products`.
 
     s is ``[splits, M, R]``, or for several modules ``[splits, G, M, R]`` with tables ``[G, S]``.
     """

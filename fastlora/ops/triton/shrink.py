@@ -13,7 +13,7 @@ import torch
 from fastlora.kernels import lora_shrink, plane_sums
 from fastlora.kernels.launch import cached_launches, empty
 from fastlora.kernels.mixed_rows import DropoutTables, RankRows
-from fastlora.ops.factors import AddressTables, Factor, fill_missing_factors
+from fastlora.ops.factors import AddressTables, Factor, replace_missing_with_empty
 from fastlora.ops.layout import padded_rank, shrink_partials_shape
 from fastlora.ops.triton.address_tables import (
     align_factors,
@@ -38,7 +38,7 @@ def shrink(
 
     For one slot, the shape is ``[M, R]``, with the modules side by side.
     """
-    downs = fill_missing_factors(lora_a, 0)
+    downs = replace_missing_with_empty(lora_a, 0)
     if rows:
         drops = dropout_tables(seeds, dropout_p)
         return mixed_shrink(x, rows, downs, modules, drops)[0]

@@ -335,7 +335,7 @@ def _tokenize_samples(
             yield _tokenize_chat_sample(sample, tokenizer, options)
             continue
         head = [] if sample.prompt is None else next(heads_ids)
-        yield _mask_prompt(sample.source, head, next(wholes_ids), options)
+        yield _document_with_masked_prompt(sample.source, head, next(wholes_ids), options)
 
 
 def _tokenize_chat_sample(
@@ -357,7 +357,7 @@ def _tokenize_chat_sample(
         raise DataError(
             f"{sample.source}: the tokenizer's chat template rejected this chat ({error})"
         ) from error
-    found = _mask_prompt(sample.source, head, ids, options)
+    found = _document_with_masked_prompt(sample.source, head, ids, options)
     if assistant_mask is None:
         return found
     if not any(assistant_mask):
@@ -371,7 +371,7 @@ def _tokenize_chat_sample(
     return found._replace(counts=both)
 
 
-def _mask_prompt(
+def _document_with_masked_prompt(
     source: SampleSource, prompt_ids: list[int], ids: list[int], options: DataOptions
 ) -> _TokenizedDocument:
     """Return a document with a loss mask that excludes the prompt.

@@ -140,7 +140,7 @@ def test_a_disk_that_fills(
 ) -> None:
     """The system refuses to write on at any point: the old checkpoint is whole, and resumes."""
     settings = settings_from_dict(given, {}, "test")
-    save, limits = Run.save, resource.getrlimit(resource.RLIMIT_FSIZE)
+    save, limits = Run.save_adapters_and_checkpoint, resource.getrlimit(resource.RLIMIT_FSIZE)
     kept: dict[str, bytes] = {}
 
     def limited(run: Run) -> None:
@@ -155,7 +155,7 @@ def test_a_disk_that_fills(
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
     with monkeypatch.context() as patched:
-        patched.setattr(Run, "save", limited)
+        patched.setattr(Run, "save_adapters_and_checkpoint", limited)
         with pytest.raises(fastlora.FastLoraError, match="could not be written"):
             train(settings, progress=False)
     root = tmp_path / "out" / "checkpoints"

@@ -274,7 +274,7 @@ def test_all_processes_end_the_same_step(
 @pytest.fixture
 def fill(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """``fill(limit)`` lets no file grow over so many bytes in the last save of a run."""
-    save, limits = Run.save, resource.getrlimit(resource.RLIMIT_FSIZE)
+    save, limits = Run.save_adapters_and_checkpoint, resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def start(limit: int) -> None:
         def limited(run: Run) -> None:
@@ -286,7 +286,7 @@ def fill(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
             finally:
                 resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
-        monkeypatch.setattr(Run, "save", limited)
+        monkeypatch.setattr(Run, "save_adapters_and_checkpoint", limited)
 
     return start
 
