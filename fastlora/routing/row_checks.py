@@ -62,7 +62,7 @@ _SEQUENCE_FIRST_MODULES = {
 
 
 class RowChecks:
-    """Checks that a model's layers get all rows of mixed batches, with the results so far.
+    """The checks that a model's layers get all rows of mixed batches, and the results so far.
 
     Args:
         root: The model.

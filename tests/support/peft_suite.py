@@ -87,7 +87,7 @@ RULES = (
     Rule(
         "Sums of adapters with trained tokens",
         f"raise an error, where PEFT drops the tokens; {DIFFERS}, Adapters",
-        r"which cannot be added",
+        r"which cannot be combined with those",
     ),
     Rule(
         "Text or class of an error",
