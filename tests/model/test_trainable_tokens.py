@@ -328,7 +328,9 @@ def test_refusals_beside_other_adapters() -> None:
         with unchanged(model), pytest.raises(UnsupportedLayerError, match=words):
             model.add_adapter("b", config(tokens, **fields))
     other = get_peft_model(tiny_llama(), config(None, modules_to_save=["embed_tokens"]), "a")
-    with pytest.raises(UnsupportedLayerError, match=r"adapts this module with a full copy \(modules_to_save\)"):
+    with pytest.raises(
+        UnsupportedLayerError, match=r"adapts this module with a full copy \(modules_to_save\)"
+    ):
         other.add_adapter("b", config([1]))
 
 
