@@ -156,8 +156,8 @@ def _scaling_tensor(scaling: float | torch.Tensor, x: torch.Tensor, rank: int) -
         )
     if scaling.numel() not in (1, rank) or scaling.dim() > 1:
         raise ValueError(
-            f"scaling has shape {tuple(scaling.shape)}, expected one number, or one per rank row "
-            f"({rank})"
+            f"scaling has shape {tuple(scaling.shape)}, expected one number, or one for each "
+            f"row of lora_a ({rank})"
         )
     check_same_device(x, scaling=scaling)
     return scaling.to(dtype).reshape(() if scaling.numel() == 1 else (-1,))

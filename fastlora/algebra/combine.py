@@ -33,7 +33,7 @@ class CombinationMethod(NamedTuple):
 
 
 def magnitude_based_pruning(tensor: torch.Tensor, density: float) -> torch.Tensor:
-    """Return a copy of a tensor in which all but the values of largest magnitude are zero.
+    """Return a copy of a tensor in which all values except those of largest magnitude are zero.
 
     Args:
         tensor: The tensor.

@@ -63,8 +63,8 @@ def check_factors_finite(where: str, *tensors: torch.Tensor) -> None:
     """
     if not all(bool(tensor.isfinite().all()) for tensor in tensors):
         raise AdapterStateError(
-            f"{where} has values that are not finite and cannot be decomposed; check at which "
-            "training step the first of these values appeared"
+            f"{where} has values that are not finite, so it cannot be decomposed; check at "
+            "which training step the first of these values appeared"
         )
 
 

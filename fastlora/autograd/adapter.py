@@ -76,7 +76,7 @@ def run_adapter(
             bias = lora_bias * scaling if bias is None else bias + lora_bias * scaling
         return _linear_with_native_autograd(x, weight, bias, lora_a, lora_b, scaling)
     if weight is not None and weight.dtype != x.dtype and conditions.autocast is None:
-        raise TypeError(f"weight has dtype {weight.dtype}, expected {x.dtype}, the dtype of x")
+        raise TypeError(f"weight has dtype {weight.dtype}, expected {x.dtype} (the dtype of x)")
     device = x.device
     if lora_a.device != device or lora_b.device != device:
         check_same_device(x, lora_a=lora_a, lora_b=lora_b)

@@ -107,7 +107,7 @@ def _iter_adapters_with_rows(
     dropout_p: list[float],
     impl: str,
 ) -> Iterator[tuple[int, torch.Tensor, slice, DropoutAdapter]]:
-    """Iterate over the adapters that have rows.
+    """Iterate over the adapters that have rows in the batch.
 
     Yields a tuple (index, rows, positions, adapter) for each of them. ``index`` is the adapter's
     index among all adapters, ``rows`` are its rows in x, and ``positions`` is the slice of s and z
@@ -182,7 +182,7 @@ def _(
 def _dora_with_dropout_backward(
     dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, *batch: Any
 ) -> list[torch.Tensor]:
-    """Return the gradients of x, the weight, and each adapter's factors, in this order."""
+    """Return the gradients of x, the weight, and each adapter's factors, in that order."""
     *batch_of, s, z, wanted = batch
     found = _allocate_gradients(x, weight, batch_of[0], wanted)
     for tensor in found:

@@ -166,7 +166,10 @@ class Chat:
         return True
 
     def select_adapter(self, name: str) -> None:
-        """Select the adapter or base model that answers from now on. Report unknown names."""
+        """Select the adapter or base model that answers the messages that follow.
+
+        Unknown names are reported.
+        """
         if name in self.names or name == BASE:
             self.active_adapter = name
             self._print(f"{name} answers now")

@@ -178,7 +178,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _return_freed_memory_to_os() -> None:
-    """Return memory freed by removed adapters to the operating system (glibc only).
+    """Make glibc give the memory of removed adapters back to the operating system.
 
     By default, once a block of up to 32 MiB has been freed, glibc allocates blocks of this size in
     heaps, and each thread that reads adapters has its own heap. The memory of removed adapters lies
@@ -323,7 +323,7 @@ def _is_local(host: str) -> bool:
 
 @contextlib.contextmanager
 def _exit_cleanly_on_signals() -> Iterator[None]:
-    """Make the process exit with code 0 after a signal in the block.
+    """Make the process exit with code 0 if a signal arrives in the ``with`` block.
 
     uvicorn handles the signal and raises it again.
     """

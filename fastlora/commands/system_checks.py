@@ -99,7 +99,7 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 
 def check_python(found: DoctorFindings) -> dict[str, str]:
-    """Check the Python version, and return it and the supported range as a dict."""
+    """Check the Python version, and return a dict of the version and the supported range."""
     have, wanted = platform.python_version(), supported_versions().get("python", "")
     if not is_version_in_range(have, wanted):
         found.add_problem(f"Python {have} is not supported", f"use Python {wanted}")

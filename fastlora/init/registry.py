@@ -96,7 +96,7 @@ class InitResult:
 
 @dataclass(frozen=True)
 class InitConfigField:
-    """Describes the `fastlora.LoraConfig` field for the config of an initialization method.
+    """Describes the `fastlora.LoraConfig` field that holds the config of an initialization method.
 
     Attributes:
         field: Name of the field.
@@ -221,8 +221,8 @@ def check_finite_for_init(tensor: torch.Tensor, what: str) -> None:
     bad = int((~torch.isfinite(tensor)).sum())
     if bad:
         raise InitializationError(
-            f"{what} has {bad} of {tensor.numel()} values that are not finite; expected only "
-            "finite values, or another init_lora_weights"
+            f"{what} has {bad} of {tensor.numel()} values that are not finite; make all "
+            "values finite, or choose another init_lora_weights"
         )
 
 
@@ -264,6 +264,6 @@ def check_singular_values_nonzero(given: InitInputs, values: torch.Tensor, limit
         raise InitializationError(
             f"init_lora_weights={given.name!r}: the base weight has rank {usable} or less, "
             f"expected at least r={given.rank}, because the remaining directions would never "
-            "train; use a smaller r for this layer (rank_pattern), or leave the layer out "
+            "be trained; use a smaller r for this layer (rank_pattern), or leave the layer out "
             "(exclude_modules)"
         )

@@ -96,7 +96,7 @@ def tensor_parallel(model: LoraModel, device_mesh: Any, plan: dict[str, Any]) ->
 
 
 def _move_adapters_to_sharded(linear: nn.Module, layer: FastLoraLinear) -> LoraLayer:
-    """Move a layer's adapters to a new LoRA layer for a sharded base layer, and return it.
+    """Move a layer's adapters to a new LoRA layer for a sharded base layer; return the new layer.
 
     If ``linear`` is not sharded, ``layer`` itself is returned.
     """

@@ -190,7 +190,7 @@ class _FusedForwardMixin(BaseAdapterLayer):
 
 
 def _has_unsupported_variant(layer: Any, name: str) -> bool:
-    """Return whether an adapter uses a PEFT variant of LoRA that fastlora does not compute."""
+    """Return whether an adapter uses a PEFT variant of LoRA that fastlora does not implement."""
     variant = layer.lora_variant.get(name)
     return variant is not None and (
         variant is not DoraLinearVariant and not isinstance(variant, DoraLinearVariant)

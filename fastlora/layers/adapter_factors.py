@@ -113,7 +113,7 @@ def factors_from_parameters(
 
 
 def promoted_factor_dtype(slots: Slots) -> torch.dtype:
-    """Return the dtype to which the dtypes of all factors promote, or fp32 if there are none."""
+    """Return the result of promoting the dtypes of all factors, or fp32 if there are no factors."""
     dtypes = [
         tensor.dtype
         for factors in slots
@@ -313,7 +313,7 @@ class PoolSource:
         return found._replace(scaling=torch.full((), found.scaling, dtype=exact, device=x.device))
 
     def dora_scales(self, call: MixedCall, slots: Sequence[int]) -> list[DoraScaleTerms]:
-        """Return the DoRA scales of the given slots, which the pool caches.
+        """Return the given slots' DoRA scales, which the pool caches.
 
         See `fastlora.pool.scales`.
         """

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def table_row_of(
     layer: LinearWithAdapters, routing_index: int, tables: AddressTables
 ) -> int | None:
-    """Return a layer's row in the address tables, or None if the layer is newer than the tables.
+    """Return a layer's row in the address tables, or None if the tables were built without it.
 
     ``routing_index`` is the layer's number in its model. In a pool's tables, the row is the
     layer's ``table_row``.
@@ -31,7 +31,7 @@ def table_row_of(
 
 
 def find_address_tables(routing: Routing, x: torch.Tensor) -> AddressTables | None:
-    """Return the address tables for a batch, or None if tables do not support its factors.
+    """Return the address tables for a batch, or None if tables do not support the batch's factors.
 
     Tables support only plain tensors, all on one device.
     """
@@ -51,7 +51,7 @@ def find_address_tables(routing: Routing, x: torch.Tensor) -> AddressTables | No
 def _build_model_tables(
     routing: Routing, watch: AdapterSnapshot | None
 ) -> AddressTables | Literal[False]:
-    """Build address tables for a batch's adapters on all layers of the model, or return False.
+    """Build address tables for a batch's adapters on all layers, or return False if this fails.
 
     The result is False if a factor is not a plain tensor, or if factors are on several devices.
     Kernels read lora_a in place if its dtype and layout allow it. lora_b is copied once, because

@@ -50,7 +50,7 @@ class AttentionOutProjection(FastLoraWrapper):
     is_linear = False
 
     def fusion(self, gathered: bool = False) -> tuple[bool, str]:
-        """Return whether the layer runs fused, and the fallback reason.
+        """Return whether the layer runs fused, and the fallback reason if it does not.
 
         This layer never runs fused.
         """
@@ -64,8 +64,8 @@ class FastLoraMultiheadAttention(UnfusedLoraLayer):
         base_layer: The attention module. Its out_proj is replaced by a LoRA layer until `release`.
 
     Attributes:
-        lora_A: Maps an adapter name to a linear with weight ``[R, E]``.
-        lora_B: Maps an adapter name to a linear with weight ``[3E, R]``.
+        lora_A: Maps an adapter name to a linear module with weight ``[R, E]``.
+        lora_B: Maps an adapter name to a linear module with weight ``[3E, R]``.
     """
 
     fallback_reason = _FALLBACK_REASON

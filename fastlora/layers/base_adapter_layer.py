@@ -47,7 +47,7 @@ class BaseAdapterLayer(LinearWithAdapters):
     _local_magnitude = dora_magnitude_of
 
     def _clear_model_packed_factors(self) -> None:
-        """Clear the model's packed factors for mixed batches, including those of open blocks."""
+        """Clear the model's packed factors for mixed batches, also in open ``with`` blocks."""
         if self.routing_group is not None:
             self.routing_group.packs.clear()
 

@@ -13,7 +13,7 @@ from fastlora.layers.quantized import UNREFERENCED_OUTPUT_MODULES, quantized_wei
 from fastlora.sharding import is_dtensor
 from fastlora.validation import UnsupportedLayerError
 
-# How tensor parallelism splits a linear: along N, or along K.
+# How tensor parallelism splits a linear layer: along N, or along K.
 COLUMN_WISE, ROW_WISE = "column-wise", "row-wise"
 
 
@@ -90,7 +90,7 @@ def factor_reference(base: nn.Module) -> torch.Tensor | None:
 
 
 def is_tensor_parallel(module: nn.Module) -> bool:
-    """Return whether tensor parallelism shards a module's weight, even in an unsupported way."""
+    """Return whether tensor parallelism shards a module's weight, supported or not."""
     split = getattr(module, "_distribute_module_applied", False)
     return bool(split) and is_dtensor(module._parameters.get("weight"))
 

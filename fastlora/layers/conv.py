@@ -223,7 +223,7 @@ def _check(module: nn.Module, settings: LayerAdapterSettings) -> None:
     if type(base.weight) is not nn.Parameter or not base.weight.is_floating_point():
         raise UnsupportedLayerError(
             f"its weight is a {type(base.weight).__name__} of {base.weight.dtype}, expected a "
-            f"floating-point parameter; otherwise, {PEFT_LAYER_ALTERNATIVE}"
+            f"floating-point parameter; for other weights, {PEFT_LAYER_ALTERNATIVE}"
         )
     if settings.r % base.groups:
         raise UnsupportedLayerError(

@@ -61,7 +61,7 @@ def run_dora(call: UniformCall, base: Base, name: str) -> torch.Tensor:
         return _apply_by_calling_modules(call, base.output(call.original_x), name)
     weight = base.weight
     if weight is not None and conditions.autocast is None and weight.dtype != x.dtype:
-        raise TypeError(f"weight has dtype {weight.dtype}, expected {x.dtype}, the dtype of x")
+        raise TypeError(f"weight has dtype {weight.dtype}, expected {x.dtype} (the dtype of x)")
     lora_a, lora_b, scaling, _, dropout_p, _ = factors
     if dropout_p:
         conditions.raise_if_batch_invariant(layer, f"dropout_p={dropout_p} is active; call eval()")
@@ -249,7 +249,7 @@ def _apply_dora_with_dropout(
 def _scale_rows_by_id(
     call: MixedCall, y: torch.Tensor, bias: torch.Tensor | None, scales: dict[int, DoraScaleTerms]
 ) -> torch.Tensor:
-    """Return a copy of ``y [..., N]`` with DoRA scales applied to rows by adapter id.
+    """Return a copy of ``y [..., N]`` in which each row is scaled by its adapter's DoRA scale.
 
     ``scales`` maps a slot to the scale of its rows. Other rows are not scaled, and neither is
     ``bias [N]``, which y includes. The function is for calls that record no autograd graph, and for

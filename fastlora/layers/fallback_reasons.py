@@ -32,7 +32,7 @@ DORA_WITH_DROPOUT = (
 def fusion_status(
     layer: LinearWithAdapters, names: list[str], base_reason: str, gathered: bool
 ) -> tuple[bool, str]:
-    """Return whether a layer runs fused, and the fallback reason.
+    """Return whether a layer runs fused, and the fallback reason if it does not.
 
     A fused layer computes the base GEMM and the active adapters in one call. In this case, the
     reason is an empty string.

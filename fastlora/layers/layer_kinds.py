@@ -96,7 +96,7 @@ def layer_kind_names() -> list[str]:
 
 
 def linear_adapter_shapes(k: int, n: int, settings: LayerAdapterSettings) -> TensorShapes:
-    """Return an adapter's tensor shapes on a linear with ``k`` input and ``n`` output features."""
+    """Return an adapter's tensor shapes on a linear layer with ``k`` inputs and ``n`` outputs."""
     shapes: TensorShapes = {"lora_A.weight": (settings.r, k), "lora_B.weight": (n, settings.r)}
     if settings.lora_bias:
         shapes["lora_B.bias"] = (n,)

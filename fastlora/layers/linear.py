@@ -110,9 +110,9 @@ class FastLoraLinear(LoraLayer, nn.Linear):
 
     @classmethod
     def _from_linear_without_adapter(cls, linear: nn.Linear) -> FastLoraLinear:
-        """Create a layer without adapters from a plain linear.
+        """Create a LoRA layer without adapters from a plain `nn.Linear`.
 
-        The layer shares the linear's weight and bias, which are not frozen.
+        The layer shares the weight and bias of ``linear``, which are not frozen.
         """
         self = cls.__new__(cls)
         nn.Module.__init__(self)
@@ -129,7 +129,7 @@ class FastLoraLinear(LoraLayer, nn.Linear):
     def to_linear(self) -> nn.Linear:
         """Return an `nn.Linear` without adapters that shares this layer's weight and bias.
 
-        It is the linear that the layer was created from, if any.
+        It is the `nn.Linear` that the layer was created from, if any.
         """
         (linear,) = self.__dict__.get("_linear", (None,))
         if linear is None:

@@ -123,7 +123,7 @@ def _forward_without_dora(call: UniformCall, base: Base, names: list[str]) -> to
 def _concatenate_adapters(
     call: UniformCall, names: list[str]
 ) -> tuple[Factors | None, list[Factors], torch.Tensor | None]:
-    """Concatenate several adapters along the rank, unless dropout is active.
+    """Concatenate several adapters along the rank dimension, unless dropout is active.
 
     Returns a tuple of the concatenated factors, a list of the adapters to compute separately, and
     the sum of the adapters' scaled lora_bias ``[N]`` or None. With active dropout, the first item

@@ -27,14 +27,15 @@ class LinearWithAdapters(nn.Module):
     Attributes:
         impl: Implementation, as in `fastlora.functional.lora_linear`.
         in_features, out_features: K and N.
-        lora_A, lora_B: Maps an adapter name to a linear with weight ``[R, K]`` and ``[N, R]``.
+        lora_A, lora_B: Maps an adapter name to a linear module with weight ``[R, K]`` and
+            ``[N, R]``.
         lora_dropout: Maps an adapter name to a dropout module or an identity.
         merged_adapters: List of the adapters that are merged into the base weight.
         cast_input_dtype_enabled: Whether x is cast to an adapter's dtype when the adapter's modules
             are called one by one. PEFT's `disable_input_dtype_casting` sets it.
         is_split: Whether the layer is split over several processes.
-        is_linear: Whether the layer is a linear. Only then may address tables and packed factors
-            include its adapters.
+        is_linear: Whether the layer is a linear layer. Only then may address tables and packed
+            factors include its adapters.
         routing_group: The routing group of the model that the layer belongs to, or None.
         routing_index: The layer's number in that group.
         may_see_partial_rows: Whether the layer raises in a mixed batch because it may receive only
@@ -105,11 +106,11 @@ class LinearWithAdapters(nn.Module):
         return bias
 
     def _local_dropout_seed(self, seed: torch.Tensor) -> torch.Tensor:
-        """Return this process's dropout seeds, derived from ``seed`` and in the same shape."""
+        """Return this process's dropout seeds, derived from ``seed`` and with the same shape."""
         return seed
 
     def _reduce_row_squared_norms(self, sums: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Reduce each process's ``sums`` to the squared norms of whole rows.
+        """Reduce ``sums`` across processes to the squared norms of whole rows.
 
         ``sums`` are the `adapted_squared_norms` over this process's columns. Each result is
         ``[N]``, with infinity instead of 0.

@@ -35,7 +35,7 @@ class MergeTarget(Protocol):
         """Return the weight as a matrix, which is a view or a new tensor."""
 
     def merge_buffer(self) -> torch.Tensor:
-        """Return a dense matrix to merge adapters into before `write`.
+        """Return a dense matrix into which adapters are merged before `write` is called.
 
         The matrix is the weight itself or a new fp32 copy.
         """

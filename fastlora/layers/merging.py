@@ -61,7 +61,7 @@ class Mergeable(ModuleWithAdapters, BaseAdapterLayer):
         return [weight.fingerprint(), bit_sums(bias)]
 
     def _is_unmodified_since_merge(self) -> bool:
-        """Return whether the base weight and the bias are unmodified since the last merge."""
+        """Return whether the base weight and bias have not been modified since the last merge."""
         return all(map(fingerprints_equal, self._base_fingerprints(), self._when_merged))
 
     # Overridden if several processes have parts of the layer.
@@ -104,7 +104,7 @@ class Mergeable(ModuleWithAdapters, BaseAdapterLayer):
     def check_merge(
         self, safe_merge: bool = False, adapter_names: list[str] | None = None
     ) -> list[str]:
-        """Check a merge, and return a list of the adapters that it would merge.
+        """Check whether a merge is possible, and return a list of the adapters that it would merge.
 
         Raises the same errors as `merge`. The layer is not changed.
         """
@@ -163,9 +163,9 @@ class Mergeable(ModuleWithAdapters, BaseAdapterLayer):
             for name, scale in self._merged_scales.items():
                 if not self._true_in_all_processes(bool(scale.all())):
                     raise AdapterStateError(
-                        f"adapter {name!r} cannot be unmerged: its magnitude or norm is 0 in a "
-                        "row, and the weight was modified after the merge or was merged without "
-                        "a copy (keep_base=False)"
+                        f"adapter {name!r} cannot be unmerged: its magnitude or norm is 0 for "
+                        "at least one row, and the weight was modified after the merge or was "
+                        "merged without a copy (keep_base=False)"
                     )
             matrix = weight.merge_buffer()
             self._subtract_merged_adapters(matrix, bias)
@@ -256,7 +256,7 @@ class Mergeable(ModuleWithAdapters, BaseAdapterLayer):
         sign: float,
         scales: dict[str, torch.Tensor],
     ) -> None:
-        """Add ``sign`` times the last adapter's change to the bias.
+        """Add to the bias ``sign`` times the last adapter's change to it.
 
         Adapters are merged in the order of ``names``, and the last of them is added here.
 

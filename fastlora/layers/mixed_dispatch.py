@@ -63,7 +63,7 @@ def choose_mixed_implementation(
         conditions.raise_if_batch_invariant(layer, BASE_GEMM_VARIES)
     weight = base.weight
     if weight is not None and autocast is None and weight.dtype != x.dtype:
-        raise TypeError(f"weight has dtype {weight.dtype}, expected {x.dtype}, the dtype of x")
+        raise TypeError(f"weight has dtype {weight.dtype}, expected {x.dtype} (the dtype of x)")
     bare = autocast is None and fits and has_no_gradients_or_dropout(call, base)
     if bare:
         tables = address_tables_for_kernels(call)
@@ -99,7 +99,7 @@ def check_not_merged(layer: LinearWithAdapters) -> None:
 
 
 def has_no_gradients_or_dropout(call: MixedCall, base: Base) -> bool:
-    """Return whether a layer's call records no gradients and has no active dropout."""
+    """Return whether a layer's call records no autograd graph and has no active dropout."""
     routing = call.routing
     # A captured routing is over a pool, and a pool's adapters have no dropout.
     if call.layer.training and not routing.captured:

@@ -147,7 +147,7 @@ class ModuleWithAdapters:
     def check_merge(
         self, safe_merge: bool = False, adapter_names: list[str] | None = None
     ) -> list[str]:
-        """Check a merge, and return a list of the adapters that it would merge.
+        """Check whether a merge is possible, and return a list of the adapters that it would merge.
 
         Raises the same errors as `merge`. The module is not changed.
         """

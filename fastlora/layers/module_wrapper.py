@@ -51,7 +51,7 @@ class ModuleWrapper(ModuleWithAdapters, nn.Module):
 
     @property
     def _trained_by_adapter(self) -> nn.ModuleDict | nn.ParameterDict:
-        """Maps an adapter name to the module or rows that the adapter trains."""
+        """Maps an adapter name to the adapter's own copy of the module or rows."""
         raise UnsupportedLayerError(f"{type(self).__name__} has no adapters")
 
     def file_names(self, adapter_name: str) -> dict[str, str]:
@@ -86,17 +86,17 @@ class ModuleWrapper(ModuleWithAdapters, nn.Module):
 
     @property
     def adapter_names(self) -> list[str]:
-        """Names of all adapters that train this module."""
+        """Names of all adapters that have their own copy of this module or of some rows."""
         return list(self._trained_by_adapter)
 
     def adapter_parameters(self, adapter_name: str) -> Iterator[nn.Parameter]:
-        """Yield the parameters that an adapter trains in this module, if any."""
+        """Yield an adapter's own parameters in this module, if any."""
         if adapter_name in self._trained_by_adapter:
             trained = self._trained_by_adapter[adapter_name]
             yield from (trained,) if isinstance(trained, nn.Parameter) else trained.parameters()
 
     def _remove_trained(self, adapter_name: str) -> None:
-        """Remove the module or rows that an adapter trains."""
+        """Remove an adapter's own copy of the module or rows."""
         del self._trained_by_adapter[adapter_name]
 
     def __getattr__(self, name: str) -> Any:
@@ -139,7 +139,7 @@ class ModuleWrapper(ModuleWithAdapters, nn.Module):
 
     @property
     def active_adapters(self) -> list[str]:
-        """Names of the active adapters that train this module."""
+        """Names of the active adapters that have their own copy of this module or of some rows."""
         return [name for name in self._active_adapters if name in self.adapter_names]
 
     @property

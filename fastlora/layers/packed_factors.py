@@ -72,7 +72,7 @@ def run_packed(
 
 
 def get_packed_factors(call: MixedCall, base: Base, rows: Rows) -> _Packed | None:
-    """Return a tuple (packed factors, plan, rows) for a layer, or None if nothing is packed.
+    """Return a tuple (packed factors, plan, rows) for a layer, or None if it has no packed factors.
 
     The factors are packed if necessary. The result is cached for the block.
     """

@@ -56,7 +56,7 @@ def upcast_to_fp32(factor: Factor) -> Factor:
 def file_to_state_dict_names(
     factors_by_part: Mapping[str, Factor], adapter_name: str
 ) -> dict[str, str]:
-    """Return a dict that maps an adapter's tensor names in files to names in ``state_dict()``.
+    """Return a dict that maps the names of an adapter's tensors in files to ``state_dict()`` names.
 
     Both names are relative to the layer: ``lora_A.weight`` maps to ``lora_A.default.weight``.
     ``factors_by_part`` maps each part, such as ``"lora_A"``, to the adapter's factor.

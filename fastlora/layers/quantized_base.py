@@ -106,7 +106,7 @@ class KernelWeightCache(UncopiedCache):
         return kernel_weight
 
     def to_base(self, kernel_weight: KernelWeight) -> Base:
-        """Convert a kernel weight to the `Base` that replaces a call of the module.
+        """Convert a kernel weight to the `Base` that is used instead of calling the module.
 
         A weight that a CUDA graph reads is kept until `fastlora.clear_caches`.
         """

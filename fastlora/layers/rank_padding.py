@@ -54,7 +54,7 @@ def replace_factors(
 def set_scaling_and_alpha(
     layer: LoraLayer, adapter_name: str, scaling: float | torch.Tensor
 ) -> None:
-    """Set an adapter's scaling, and the lora_alpha that gives this scaling at its rank."""
+    """Set an adapter's scaling, and adjust its lora_alpha to match at its current rank."""
     own = layer.scaling[adapter_name]
     if isinstance(own, torch.Tensor):
         own.fill_(scaling)

@@ -141,7 +141,7 @@ class SharedResultCache(UncopiedCache):
         return found
 
     def discard_untaken(self) -> set[int]:
-        """Drop this thread's untaken results, and return the set of layers that they were for."""
+        """Discard this thread's unused results, and return the layers they were computed for."""
         untaken: set[int] = set()
         if self.entries:
             thread = get_ident()
@@ -192,7 +192,7 @@ class SharedInputGroup(SharedResultCache):
         self.idle: set[int] = set()
 
     def discard_untaken(self) -> set[int]:
-        """Drop this thread's untaken results, and return the set of layers that they were for.
+        """Discard this thread's unused results, and return the layers they were computed for.
 
         These layers are also recorded as idle. Nothing is computed for an idle layer until it
         is called again.
@@ -225,7 +225,7 @@ class _CallSequence:
         self._state = x.clone() if x.is_inference() else x._version
 
     def is_continued_by(self, layer: nn.Module, x: torch.Tensor) -> bool:
-        """Return whether this thread's call of a layer with x continues the sequence."""
+        """Return whether calling a layer with x in this thread continues the sequence of calls."""
         if self.thread != get_ident() or self.x() is not x:
             return False
         return all(member() is not layer for member in self.members)
@@ -245,7 +245,7 @@ class _CallSequence:
             self.unwritten = same
 
     def form_group(self) -> None:
-        """Form a group of the layers, except those that another thread has already grouped."""
+        """Form a group from the layers, except those that another thread has already grouped."""
         group = SharedInputGroup(tuple(self.members), self.unwritten)
         for reference in self.members:
             member: Any = reference()

@@ -43,7 +43,7 @@ def _own_s_and_seed(
     dtype: torch.dtype,
     factor_dtype: torch.dtype | None,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Return the s and dropout seed of layer ``own`` in a shared-input group.
+    """Return s and the dropout seed of layer ``own`` in a shared-input group.
 
     In a trace, the first call also computes s for the group's other layers. The seed is in a list,
     which is empty without dropout. ``places`` lists the position of each lora_a among those of all

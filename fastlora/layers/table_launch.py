@@ -161,7 +161,7 @@ def linear_from_tables(
 def run_launch_with_neighbors(
     x: torch.Tensor, bases: Sequence[Base], launch: TableLaunch
 ) -> list[torch.Tensor] | None:
-    """Use one launch to compute y ``[M, N]`` for a layer and each of its neighbors in the tables.
+    """Use one launch to compute y ``[M, N]`` for a layer and for each neighbor in the tables.
 
     Returns None if one launch cannot compute all of them.
     """

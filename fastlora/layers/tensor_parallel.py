@@ -1,4 +1,4 @@
-"""`TensorParallelLora`: adapters on a linear that is split over a tensor-parallel mesh.
+"""`TensorParallelLora`: adapters on a linear layer that is split over a tensor-parallel mesh.
 
 Shapes on one of T processes, after ``parallelize_module`` has split the base layer:
 
@@ -75,7 +75,7 @@ _SEED_STEP = 0x278DDE6E5FD29F05
 
 
 class TensorParallelLora(FastLoraWrapper):
-    """LoRA layer for a linear that is split across several processes.
+    """LoRA layer for a linear layer that is split across several processes.
 
     Computes ``y = base_layer(x) + scaling * dropout(x) @ lora_A.T @ lora_B.T``.
 
@@ -261,7 +261,7 @@ class TensorParallelLora(FastLoraWrapper):
             if type(module) not in (nn.Linear, nn.Dropout, nn.Identity) or has_module_hooks(module):
                 raise UnsupportedLayerError(
                     f"adapter {name!r} has a {type(module).__name__} that has hooks or was "
-                    "replaced, which a tensor-parallel layer does not support"
+                    "replaced; a tensor-parallel layer does not support this"
                 )
         lora_bias = None if up.bias is None else to_local_summing_grads(up.bias)
         if lora_bias is not None and self.style == ROW_WISE:

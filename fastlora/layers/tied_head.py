@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class _TransposedFactor(nn.Module):
-    """Parameter-free module that provides another layer's factor, transposed, as its weight."""
+    """Parameter-free module whose weight is the transpose of another layer's factor."""
 
     def __init__(self, source: FastLoraEmbedding, part: str, adapter_name: str) -> None:
         super().__init__()
@@ -46,10 +46,10 @@ class _TransposedFactor(nn.Module):
 
 
 class TiedLoraHead(AdditiveLoraLayer):
-    """LoRA layer for a linear that shares its weight and adapters with an embedding.
+    """LoRA layer for a linear layer that shares its weight and adapters with an embedding.
 
     Args:
-        base_layer: The linear.
+        base_layer: The linear layer.
         tied_to: The embedding's layer.
 
     Raises:
@@ -90,7 +90,7 @@ class TiedLoraHead(AdditiveLoraLayer):
         }
 
     def file_names(self, adapter_name: str) -> dict[str, str]:
-        """Return a dict that maps an adapter's names in files to ``state_dict()`` names.
+        """Return a dict that maps an adapter's tensor names in files to ``state_dict()`` names.
 
         The dict is empty, because the embedding saves the shared factors.
         """

@@ -31,7 +31,7 @@ def check_tokens_trainable(module: nn.Module, indices: list[int]) -> None:
         indices: Indices of the rows.
 
     Raises:
-        UnsupportedLayerError: The module is not an embedding or linear with a plain weight.
+        UnsupportedLayerError: The module is not an embedding or linear layer with a plain weight.
         AdapterStateError: The weight is sharded.
         ConfigError: An index is out of range.
     """
@@ -56,19 +56,19 @@ def check_tokens_trainable(module: nn.Module, indices: list[int]) -> None:
 
 
 class TokenAdapter(nn.Module):
-    """Adapter module for one base layer, with the token rows that each adapter trains.
+    """Adapter module for one base layer, with each adapter's rows for the tokens that it trains.
 
     The attribute names follow PEFT.
 
     Attributes:
-        base_layer: An embedding, or a linear, which may be tied to an embedding.
+        base_layer: An embedding, or a linear layer, which may be tied to an embedding.
         trainable_tokens_delta: Maps an adapter name to its rows, ``[n, D]``.
         token_indices: Maps an adapter name to the indices of the weight's rows that they replace.
         tied_adapter: The owner of the rows if the weight is tied to another module's weight, or
             None.
         active_adapters: Names of the active adapters, as in the wrapper.
         together: All `TokenAdapter` objects that share these rows.
-        before: Maps a merged adapter to the rows of the weight that it has replaced, ``[n, D]``.
+        before: Maps a merged adapter to the weight rows' values before its merge, ``[n, D]``.
         tables: Indices of an adapter, or of several adapters with their places, by device.
     """
 
@@ -186,7 +186,7 @@ class TrainableTokensWrapper(ModuleWrapper):
 
     @property
     def original_module(self) -> nn.Module:
-        """The embedding or linear, under PEFT's name."""
+        """The embedding or linear layer, under PEFT's attribute name."""
         return self.get_base_layer()
 
     @property
@@ -212,7 +212,7 @@ class TrainableTokensWrapper(ModuleWrapper):
         self.token_adapter.tables.clear()
 
     def get_base_layer(self) -> nn.Module:
-        """Return the embedding or linear."""
+        """Return the embedding or linear layer."""
         return self.token_adapter.base_layer
 
     # ------------------------------------------------------------------------------- forward
@@ -221,12 +221,12 @@ class TrainableTokensWrapper(ModuleWrapper):
         """Call the base layer, and replace the embeddings or logits of trained tokens.
 
         Args:
-            x: Ids ``[...]`` for an embedding, or ``[..., D]`` for a linear.
+            x: Ids ``[...]`` for an embedding, or ``[..., D]`` for a linear layer.
             *args: Passed to the base layer.
             **kwargs: Passed to the base layer.
 
         Returns:
-            ``[..., D]`` from an embedding, ``[..., V]`` from a linear.
+            ``[..., D]`` from an embedding, ``[..., V]`` from a linear layer.
         """
         base, routing = self.get_base_layer(), active_routing(self)
         y: torch.Tensor = base(x, *args, **kwargs)
@@ -249,7 +249,7 @@ class TrainableTokensWrapper(ModuleWrapper):
     def _replace_in_mixed_batch(
         self, routing: Routing, x: torch.Tensor, y: torch.Tensor
     ) -> torch.Tensor:
-        """Return y with the outputs for trained tokens taken from each row's own adapter.
+        """Return y, with each row's outputs for trained tokens taken from that row's adapter.
 
         Rows without an adapter on this module keep the base layer's output.
         """
@@ -339,7 +339,7 @@ class TrainableTokensWrapper(ModuleWrapper):
     def check_merge(
         self, safe_merge: bool = False, adapter_names: list[str] | None = None
     ) -> list[str]:
-        """Check a merge, and return a list of the adapters that it would merge.
+        """Check whether a merge is possible, and return a list of the adapters that it would merge.
 
         The module is not changed.
 
@@ -397,7 +397,7 @@ class TrainableTokensWrapper(ModuleWrapper):
                 weight.index_copy_(0, self._index(name, weight.device), before.to(weight))
 
     def _rows_before_merge(self) -> dict[str, torch.Tensor]:
-        """Return a dict that maps each merged adapter to the weight rows that it has replaced.
+        """Return a dict that maps each merged adapter to the weight rows' values before its merge.
 
         Modules that share the weight share the dict.
         """

@@ -154,9 +154,9 @@ class AdditiveLoraLayer(UnfusedLoraLayer):
         if m != count and not ids_divide_rows(x.shape[0] if dims else 1, count):
             raise ValueError(
                 f"{type(self).__name__} for {type(self.base_layer).__name__} got an input of "
-                f"shape {tuple(x.shape)} in a batch with {count} adapter ids; expected that many "
-                "samples along the first dimension, or that many tokens. A position embedding "
-                "has no sample dimension: remove it from target_modules"
+                f"shape {tuple(x.shape)} in a batch with {count} adapter ids; expected one id "
+                "per sample along the first dimension, or one per token. A position embedding has "
+                "no sample dimension: remove it from target_modules"
             )
         flat_x = x.reshape(m, *x.shape[dims:])
         flat_y = y.reshape(m, *y.shape[dims:])

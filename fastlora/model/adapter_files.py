@@ -38,7 +38,7 @@ _TRIES = 10
 
 @dataclass(frozen=True)
 class FileSizeLimits:
-    """Size limits, in bytes, for the files of an adapter: the config and the weights' header.
+    """Size limits, in bytes, for an adapter's config and the header of its weights file.
 
     Attributes:
         config: The maximum size of the config, both in the config file and in the metadata of the
@@ -100,7 +100,7 @@ def open_adapter_files(
 
 
 def read_config_of_weights(folder: Path) -> dict[str, Any]:
-    """Read the config that belongs to the weights in a folder, and return a dict of its fields.
+    """Read the config that matches the weights in a folder, and return a dict of its fields.
 
     As in `open_adapter_files`, the config is read from the config file or from the metadata of the
     weights file. If the weights file is missing or damaged, the config file is used.
@@ -186,18 +186,18 @@ def open_regular_file(path: Path, root: Path | None = None) -> BinaryIO:
         descriptor = os.open(path, flags) if root is None else _open_in(root, path, flags)
     except OSError as error:
         if error.errno == errno.ENXIO:  # the path is a socket
-            raise CheckpointError(f"{path}: is not a regular file") from error
+            raise CheckpointError(f"{path}: not a regular file") from error
         raise
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise CheckpointError(f"{path}: is not a regular file")
+        raise CheckpointError(f"{path}: not a regular file")
     return os.fdopen(descriptor, "rb")
 
 
 def _open_in(root: Path, path: Path, flags: int) -> int:
     root, real = Path(os.path.realpath(root)), Path(os.path.realpath(path))
     if root not in real.parents:
-        raise CheckpointError(f"{path}: points to a file outside the folder of adapters")
+        raise CheckpointError(f"{path}: this path points to a file outside the folder of adapters")
     if os.open not in os.supports_dir_fd:  # Windows
         return os.open(real, flags)
     *folders, name = real.relative_to(root).parts
@@ -211,7 +211,7 @@ def _open_in(root: Path, path: Path, flags: int) -> int:
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.ENOTDIR):
             raise CheckpointError(
-                f"{path}: was replaced with a symbolic link while it was being opened"
+                f"{path}: this file was replaced with a symbolic link while it was being opened"
             ) from error
         raise
     finally:
@@ -223,14 +223,16 @@ def _read_config(path: Path, root: Path | None = None, max_bytes: int = MAX_CONF
         text = file.read(max_bytes + 1)
         if len(text) > max_bytes:
             size = os.fstat(file.fileno()).st_size
-            raise CheckpointError(f"{path}: has {size} bytes, expected at most {max_bytes}")
+            raise CheckpointError(
+                f"{path}: the file has {size} bytes, expected at most {max_bytes}"
+            )
         return text
 
 
 def _config_matching_weights(
     text: bytes, metadata: Mapping[str, str], path: Path, max_bytes: int
 ) -> bytes | None:
-    """Return the config that belongs to the weights, according to the weights file's metadata.
+    """Return the config that, according to the weights file's metadata, matches the weights.
 
     If ``text`` is the config that was saved with the weights, ``text`` is returned. If ``text`` is
     the config that the save was about to replace, the save was interrupted or is still running, and
@@ -255,8 +257,8 @@ def _config_matching_weights(
         return None
     if len(saved) > max_bytes:
         raise CheckpointError(
-            f"{path.with_name(WEIGHTS_NAME)}: stores a config of {len(saved)} bytes, expected at "
-            f"most {max_bytes}"
+            f"{path.with_name(WEIGHTS_NAME)}: the stored config has {len(saved)} bytes, "
+            f"expected at most {max_bytes}"
         )
     warnings.warn(
         f"{path}: is older than {WEIGHTS_NAME}, because a save was interrupted or is still "

@@ -288,7 +288,7 @@ def save_adapter_folder(
     """
     folder = Path(path)
     if folder.exists() and not folder.is_dir():
-        raise CheckpointError(f"{folder}: is a file, expected a folder")
+        raise CheckpointError(f"{folder}: this is a file, expected a folder")
     parse_and_check_tensors(config, tensors, str(folder / WEIGHTS_NAME))
     text = config.to_json(inference_mode=True, auto_mapping=auto_mapping).encode("utf-8")
     if not folder.exists():
@@ -336,7 +336,7 @@ def parse_and_check_tensors(
 def _open_error_message(folder: Path, error: OSError) -> str:
     """Return an error message that explains why an adapter folder cannot be opened."""
     if folder.is_file():
-        return f"{folder}: is a file, expected the folder that contains {WEIGHTS_NAME}"
+        return f"{folder}: this is a file, expected the folder that contains {WEIGHTS_NAME}"
     if not folder.is_dir():
         return (
             f"{folder}: no such folder. Only local folders are supported; for an adapter on the "

@@ -171,7 +171,8 @@ def check_overwritable_from_file(
         differing = sorted(set(layers) ^ set(plan.targets))
         raise CheckpointError(
             f"{path} does not adapt the same modules as the loaded adapter {adapter_name!r} "
-            f"(only one of the two adapts {differing[0]}); load it under another name"
+            f"(one of the two adapts {differing[0]}, the other does not); load it under another "
+            "name"
         )
     dora = any(adapter_name in layer.lora_magnitude_vector for layer in layers.values())
     if dora != config.use_dora:
@@ -333,7 +334,7 @@ def _input_output_embeddings(model: nn.Module) -> dict[str, nn.Module]:
 def _targets_embedding(
     embeddings: dict[str, nn.Module], adapter_name: str, config: LoraConfig
 ) -> bool:
-    """Return whether an adapter targets an embedding or output head, according to PEFT.
+    """Return whether an adapter targets an embedding or output head by PEFT's criteria.
 
     The result is always False if the adapter has ``trainable_token_indices``.
     """

@@ -89,7 +89,7 @@ def atomic_remove_folder(path: Path) -> None:
 
 
 def remove_abandoned_temp_folders(folder: Path) -> None:
-    """Remove the temporary folders that killed writers left behind in a folder."""
+    """Remove temporary folders that killed processes left behind in a folder."""
     for path in folder.glob(".*.tmp"):
         if _TEMPORARY.fullmatch(path.name):
             with contextlib.suppress(OSError):  # removed by another writer, or no permission
@@ -159,7 +159,7 @@ def fsync_path(path: Path) -> None:
 
 @contextlib.contextmanager
 def _locked_temp_folder(path: Path) -> Iterator[Path]:
-    """Create a locked temporary folder beside ``path``, and remove it when the block ends."""
+    """Create a locked temporary folder next to ``path``, and remove it when the block ends."""
     remove_abandoned_temp_folders(path.parent)
     folder, descriptor = _create_locked_temp_folder(path)
     try:

@@ -97,7 +97,7 @@ def key_without_adapters(model: nn.Module, key: str, adapter_name: str | None = 
 
 
 def strip_adapter_wrapper_names(module: str) -> str:
-    """Remove the names of wrapper modules from the name of a base module in an adapter file.
+    """Remove wrapper modules' names from the name of a base module in an adapter file.
 
     The result is the module's name in the model without adapters.
     """

@@ -80,7 +80,7 @@ def _make_calibration_run(
     name: str,
     show: bool,
 ) -> Callable[[], object]:
-    """Return a function that runs the model once over the calibration data.
+    """Return a function that runs the model on all of the calibration data once.
 
     Args:
         model: The model to calibrate.

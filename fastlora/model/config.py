@@ -264,7 +264,7 @@ class LoraConfig(PeftConfigMethods):
 
         Some initialization methods change the base weights, and the adapter is then trained on the
         changed weights. If the change must be repeated when the adapter is loaded, an error is
-        raised. For methods with a change that PEFT does not repeat either, only a warning is
+        raised. For methods with a change that PEFT does not reproduce either, only a warning is
         emitted.
 
         Args:
@@ -285,8 +285,8 @@ class LoraConfig(PeftConfigMethods):
         else:
             raise ConfigError(
                 f"init_lora_weights={self.init_lora_weights!r}: this adapter was trained on base "
-                f"weights that its initialization had changed, and {what} does not repeat this "
-                "change; save the adapter as plain LoRA first, with save_pretrained(..., "
+                f"weights that its initialization had changed, and {what} does not reproduce "
+                "this change; save the adapter as plain LoRA first, with save_pretrained(..., "
                 "path_initial_model_for_weight_conversion=<folder of the untrained adapter>)"
             )
 
@@ -306,7 +306,7 @@ class LoraConfig(PeftConfigMethods):
         )
 
     def shapes_only(self) -> LoraConfig:
-        """Return a copy of the config that determines only the shapes of an adapter.
+        """Return a copy of the config that is used only to determine an adapter's shapes.
 
         The copy uses the default initialization method.
 
@@ -475,7 +475,8 @@ class LoraConfig(PeftConfigMethods):
         # The text is ASCII, so its length is its size in bytes.
         if len(text) > MAX_CONFIG_BYTES:
             raise ConfigError(
-                f"{CONFIG_NAME} would have {len(text)} bytes, expected at most {MAX_CONFIG_BYTES}"
+                f"{CONFIG_NAME} would be {len(text)} bytes long, expected at most "
+                f"{MAX_CONFIG_BYTES}"
             )
         return text
 

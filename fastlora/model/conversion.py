@@ -49,7 +49,7 @@ def load_untrained_adapter(config: LoraConfig, path: str | os.PathLike[str]) -> 
     if not config.init.converts and config.init_lora_weights is not True:
         titles = ", ".join(init.title for init in all_init_methods() if init.converts)
         raise ConfigError(
-            "`path_initial_model_for_weight_conversion` only works for initializations that "
+            "`path_initial_model_for_weight_conversion` supports only initializations that "
             f"subtract the initial update from the base weights ({titles}), got init_lora_weights="
             f"{config.init_lora_weights!r}; save the adapter without this argument"
         )

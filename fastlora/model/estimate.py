@@ -64,7 +64,7 @@ class Estimate:
 
     @property
     def training_bytes(self) -> int:
-        """The memory in bytes to train the adapter: weights, gradients, and optimizer state."""
+        """The memory needed for training, in bytes: weights, gradients, and optimizer state."""
         return self.weight_bytes + self.gradient_bytes + self.optimizer_bytes
 
     def __str__(self) -> str:

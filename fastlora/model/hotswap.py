@@ -55,7 +55,7 @@ _MUST_AGREE = ("use_dora", "lora_bias", "lora_dropout", "bias", "trainable_token
 
 
 class HotswapError(CheckpointError, RuntimeError):
-    """Raised if a hot-swap fails because the new weights do not fit the loaded adapter."""
+    """Raised if a hot-swap fails because the new weights do not match the loaded adapter."""
 
 
 def prepare_model_for_compiled_hotswap(
@@ -65,7 +65,7 @@ def prepare_model_for_compiled_hotswap(
     config: Any = None,
     check_compiled: str = "error",
 ) -> None:
-    """Pad all adapters of a model to the same rank, so that hot-swapping does not recompile it.
+    """Pad all adapters of a model to the same rank, so that hot-swapping triggers no recompilation.
 
     Call this function after the first adapter is loaded and before the model is compiled. It does
     not change the model's outputs. It is not needed if all adapters have the same rank.
@@ -170,8 +170,8 @@ def hotswap_adapter(
             ``bias``, or ``trainable_token_indices``.
         CheckpointError: If the folder is missing or damaged.
         UnsupportedLayerError: If a layer that is split over several processes needs a larger rank.
-        HotswapError: If the new weights do not fit the loaded adapter. The model is unchanged after
-            any of these errors.
+        HotswapError: If the new weights do not match the loaded adapter. The model is unchanged
+            after any of these errors.
     """
     own: Any = getattr(model, "_orig_mod", model)
     if tuner_of(own) is None:
@@ -423,7 +423,7 @@ def _exact_pattern(name: str) -> str:
 def _drop_unchanged_base_weights(
     model: nn.Module, tensors: Mapping[str, torch.Tensor], keys: Container[str]
 ) -> dict[str, torch.Tensor]:
-    """Return a copy of ``tensors`` without base weights that equal the model's own weights.
+    """Return a copy of ``tensors`` without the base weights that are equal to the model's own.
 
     PEFT saves the base weights of embeddings with some adapters.
     """

@@ -91,7 +91,7 @@ def add_adapter(
     trained = [p for _, p in base_parameters(model) if p.requires_grad]
 
     def get_or_replace_module(name: str, kind: type, make: Callable[[nn.Module], nn.Module]) -> Any:
-        """Return the module called ``name``, after replacing it if it is not of type ``kind``.
+        """Return the module called ``name``; replace it first if it is not of type ``kind``.
 
         The new module is ``make(module)``.
         """
@@ -174,7 +174,7 @@ def move_adapter_to_meta(model: nn.Module, adapter_name: str) -> None:
 
 
 def delete_adapter(model: nn.Module, adapter_name: str) -> None:
-    """Remove an adapter from all modules. The LoRA layers themselves remain in the model.
+    """Remove an adapter from all modules, but keep the LoRA layers themselves in the model.
 
     Raises:
         AdapterStateError: If the adapter is merged.
@@ -350,7 +350,7 @@ def unload(
 
 
 def warn_of_requantization_errors(errors: Mapping[str, float | None]) -> None:
-    """Emit a warning about the errors caused by quantizing merged weights again.
+    """Emit a warning about the rounding errors that requantizing merged weights causes.
 
     Args:
         errors: A mapping from layer names to the fraction of the merged update that rounding lost,
@@ -368,7 +368,7 @@ def warn_of_requantization_errors(errors: Mapping[str, float | None]) -> None:
 
 
 def adapter_names_in_module(module: Any, adapter_names: list[str] | None) -> list[str] | None:
-    """Return the names of the given adapters that a module has.
+    """Return those of the given adapter names that a module has.
 
     If ``adapter_names`` is None, which stands for the active adapters, the result is None.
     """

@@ -76,7 +76,7 @@ def get_peft_model(
     """
     if mixed:
         raise ImplementationError(
-            f"mixed=True is not supported: fastlora only has LoRA; {PEFT_MODEL_ALTERNATIVE}"
+            f"mixed=True is not supported: fastlora supports only LoRA; {PEFT_MODEL_ALTERNATIVE}"
         )
     result = LoraModel(
         model,

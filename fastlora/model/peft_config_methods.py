@@ -20,7 +20,7 @@ _T = TypeVar("_T", bound="PeftConfigMethods")
 
 
 class PeftConfigMethods:
-    """Base class that provides `LoraConfig` with the methods of PEFT's config classes.
+    """Base class that provides the methods of PEFT's config classes for `LoraConfig`.
 
     Attributes:
         modules_to_tie, target_modules_to_tie: Attributes that PEFT sets on a config that is passed

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class PeftModelMethods:
-    """Base class that provides `LoraModel` with attributes and methods of ``peft.PeftModel``.
+    """Base class that provides attributes and methods of ``peft.PeftModel`` for `LoraModel`.
 
     They use only the tuner and the configs.
 

@@ -214,12 +214,12 @@ def plan_target_modules(
         for inner, part in module.named_modules():
             if isinstance(part, LoraLayer):
                 raise UnsupportedLayerError(
-                    f"modules_to_save names {name!r}, which another adapter adapts with LoRA"
+                    f"modules_to_save matches {name!r}, which another adapter adapts with LoRA"
                 )
             if isinstance(part, ModuleWrapper):
                 at = f"{name}.{inner}" if inner else name
                 raise UnsupportedLayerError(
-                    f"modules_to_save names {name!r}, but adapters {part.adapter_names} own "
+                    f"modules_to_save matches {name!r}, but adapters {part.adapter_names} own "
                     f"{part.owns} of {at!r}; expected the same module for all adapters"
                 )
     return plan
@@ -257,7 +257,7 @@ def _check_targets(
 
 
 def _warn_of_unusual_targets(plan: AdapterPlan) -> None:
-    """Emit warnings for unusual targets, which do not behave as the config suggests.
+    """Emit warnings for targets that do not behave as the config suggests.
 
     One warning is emitted if a new adapter has ``lora_dropout`` and a target has no input that
     dropout can be applied to. Another warning is emitted if the adapter was saved by PEFT and
@@ -313,9 +313,9 @@ def _check_tied_factors(
             )
     if tied and (config.use_dora or config.init.frozen):
         raise ConfigError(
-            "ensure_weight_tying=True with LoRA on the embedding needs use_dora=False and an "
-            f"init_lora_weights that trains both factors, got use_dora={config.use_dora} and "
-            f"init_lora_weights={config.init_lora_weights!r}"
+            "ensure_weight_tying=True with LoRA on the embedding requires use_dora=False and "
+            "an init_lora_weights value that trains both factors, got "
+            f"use_dora={config.use_dora} and init_lora_weights={config.init_lora_weights!r}"
         )
 
 

@@ -186,7 +186,7 @@ def reduce_intruder_dimension(
     mitigation_lambda: float = 0.75,
     logging_sink: Callable[..., Any] | None = print,
 ) -> None:
-    """Add a copy of an adapter with reduced intruder dimensions, and activate it.
+    """Add a copy of an adapter with reduced intruder dimensions, and activate the copy.
 
     An intruder dimension is one of the leading singular vectors of the adapted weight that is not
     similar to any singular vector of the base weight. Intruder dimensions are associated with

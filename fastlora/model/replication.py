@@ -70,7 +70,7 @@ class LayerReplication:
         }
 
     def apply(self) -> None:
-        """Replace the model's list of layers with the longer one, and update the model's config."""
+        """Put the replicated list of layers into the model, and update the model's config."""
         setattr(self._holder, self._name, self._new)
         for name in self._before:
             setattr(self._config, name, self._settings[name])
@@ -160,8 +160,8 @@ def _find_layer_list(model: nn.Module) -> tuple[nn.Module, str, nn.ModuleList]:
         found = next((m for m in inner if isinstance(m, nn.Module) and m not in seen), None)
         if found is None:
             raise UnsupportedLayerError(
-                f"layer_replication: a {type(model).__name__} has no list of layers where Llama, "
-                "Mistral, Qwen, BERT, Falcon, GPT-NeoX, and GPT-2 have it "
+                f"layer_replication: found no list of layers in a {type(model).__name__} at the "
+                "locations used by Llama, Mistral, Qwen, BERT, Falcon, GPT-NeoX, and GPT-2 "
                 f"({', '.join(_LISTS)}); expected one of these models, or layer_replication=None"
             )
         part = found
@@ -172,8 +172,8 @@ def _checked(ranges: Ranges, count: int) -> Ranges:
     for start, end in ranges:
         if not 0 <= start < end <= count:
             raise ConfigError(
-                f"layer_replication has the range [{start}, {end}], expected "
-                f"0 <= start < end <= {count}, the number of layers of the model"
+                f"layer_replication contains the range [{start}, {end}], expected "
+                f"0 <= start < end <= {count} (the number of layers in the model)"
             )
     return ranges
 

@@ -131,7 +131,7 @@ def find_targets(
         if wrapped[name]:
             raise UnsupportedLayerError(
                 f"target module {name!r} {_invalid_target_message(model, name)}; choose other "
-                "targets, or leave it out with exclude_modules"
+                "targets, or exclude this one with exclude_modules"
             )
     unmatched = [entry for entry in lost if entry not in of_experts]
     unused = _unmatched_config_values(unmatched, found, bool(excluded), config)
@@ -232,7 +232,7 @@ def find_modules_to_save(model: nn.Module, config: LoraConfig) -> list[str]:
     for name in found:
         if name in below:
             raise UnsupportedLayerError(
-                f"modules_to_save names {name!r}, which {_invalid_target_message(model, name)}; "
+                f"modules_to_save matches {name!r}, which {_invalid_target_message(model, name)}; "
                 "expected the whole outer module, or a module outside it"
             )
     return found

@@ -113,7 +113,7 @@ class TensorFile:
 
     @cached_property
     def tensor_infos(self) -> dict[str, TensorInfo]:
-        """A dict that maps tensor names to the dtype, shape, and position of the tensor.
+        """A dict that maps each tensor name to the tensor's dtype, shape, and position.
 
         Raises:
             CheckpointError: If the header is not a JSON object, or if the tensors that it describes

@@ -190,8 +190,8 @@ class Routing:
             name = type(layer).__name__ if checks is None else checks.name_of(layer)
             raise ValueError(
                 f"layer {name!r} got an input of shape {list(x.shape)} in a batch with {count} "
-                "adapter ids; expected that many samples along the first dimension, or that many "
-                "tokens"
+                "adapter ids; expected one id per sample along the first dimension, or one per "
+                "token"
             )
 
     def pause_row_tracking(self) -> contextlib.AbstractContextManager[None]:

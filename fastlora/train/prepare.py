@@ -63,7 +63,7 @@ def check_model_and_out_folders(settings: TrainSettings) -> None:
             "supported, such as one that huggingface_hub.snapshot_download(repo_id) returns"
         )
     if settings.out.exists() and not settings.out.is_dir():
-        raise TrainError(f"{settings.out}: is a file, expected a folder")
+        raise TrainError(f"{settings.out}: this is a file, expected a folder")
 
 
 def checkpoint_to_resume(settings: TrainSettings, *, resume: bool) -> Path | None:

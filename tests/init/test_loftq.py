@@ -129,7 +129,7 @@ def test_files(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "trained")
     loaded = fastlora.LoraModel.from_pretrained(copy.deepcopy(base), tmp_path / "trained")
     torch.testing.assert_close(loaded(X), model(X), atol=1e-6, rtol=1e-6)
-    with pytest.raises(ConfigError, match="only works for initializations that subtract"):
+    with pytest.raises(ConfigError, match="supports only initializations that subtract"):
         model.save_pretrained(
             tmp_path / "plain", path_initial_model_for_weight_conversion=tmp_path / "trained"
         )

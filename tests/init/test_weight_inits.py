@@ -396,7 +396,7 @@ def test_what_cannot_go_without_its_own_base_weights(tmp_path: Path) -> None:
 
     def refused(words: str, call: Callable[..., Any], *args: Any, **options: Any) -> None:
         with pytest.raises(
-            FastLoraError, match=f"'pissa': this adapter .*{words}.* does not repeat"
+            FastLoraError, match=f"'pissa': this adapter .*{words}.* does not reproduce"
         ):
             call(*args, **options)
 

@@ -137,7 +137,7 @@ CALLED: dict[str, tuple[Callable[[Any], None], str]] = {
     "a field that moved": (_without_code, r"bitsandbytes [\d.]+: .*no attribute 'code'"),
     "another table": (
         _with_state(code=lambda t: t.flip(0)),
-        r"bitsandbytes [\d.]+: the codes of a Params4bit do not have the meaning that fastlora",
+        r"bitsandbytes [\d.]+: the codes of a Params4bit do not decode to the values that fastlora",
     ),
     "within a word": (_unaligned, "codes of its base weight are not aligned to 4 bytes"),
     "hook": (_hooked, "its base layer has forward hooks"),

@@ -143,7 +143,7 @@ def test_nothing_inconsistent_is_written(tmp_path: Path) -> None:
         save_adapter_folder(tmp_path / "a", LoraConfig(r=3, target_modules=["q"]), factors(2))
     assert not (tmp_path / "a").exists()
     (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match="is a file, expected a folder"):
+    with pytest.raises(CheckpointError, match="this is a file, expected a folder"):
         save_adapter_folder(tmp_path / "file", LoraConfig(r=2, target_modules=["q"]), factors(2))
 
 

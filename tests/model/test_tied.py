@@ -64,7 +64,7 @@ def test_tied_lora_beside_other_adapters() -> None:
         UnsupportedLayerError, match="shares the input embedding's LoRA factors for other"
     ):
         model.add_adapter("d", config(target_modules=["lm_head"]))
-    with pytest.raises(ConfigError, match="needs use_dora=False"):
+    with pytest.raises(ConfigError, match="requires use_dora=False"):
         model.add_adapter(
             "d",
             config(target_modules=["lm_head"], ensure_weight_tying=True, use_dora=True),

@@ -311,11 +311,13 @@ def test_configs_are_bounded_by_what_the_modules_need(root: Path) -> None:
     tensors = load_file(root / "a2" / WEIGHTS_NAME)
     config = json.dumps(json.loads(text) | {"revision": "x" * 100_000})
     (root / "a3" / CONFIG_NAME).write_text(config)
-    with pytest.raises(CheckpointError, match=rf"a3.*: has {len(config)} bytes, expected"):
+    with pytest.raises(CheckpointError, match=rf"a3.*: the file has {len(config)} bytes, expected"):
         pool.load("new", root / "a3")
     metadata = {"fastlora.config": config, "fastlora.replaces": hashlib.sha256(text).hexdigest()}
     save_file(tensors, root / "a2" / WEIGHTS_NAME, metadata)
-    with pytest.raises(CheckpointError, match=rf"stores a config of {len(config)} bytes, expected"):
+    with pytest.raises(
+        CheckpointError, match=rf"the stored config has {len(config)} bytes, expected"
+    ):
         pool.load("new", root / "a2")
     with pytest.warns(UserWarning, match="a save was interrupted"):
         load_adapter_folder(root / "a2")  # a model has no such bound

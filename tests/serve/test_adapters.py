@@ -305,9 +305,9 @@ def test_files_outside_the_folder_are_not_served(served: Any) -> None:
         answer = served.http.post("/v1/completions", json={"model": name, **GREEDY})
         assert answer.status_code == 422, answer.text
         why = (
-            "is not a regular file"
+            "not a regular file"
             if target is None
-            else "points to a file outside the folder of adapters"
+            else "this path points to a file outside the folder of adapters"
         )
         assert f"{name}/{file}: {why}" in answer.json()["error"]["message"]
         assert "hunter2" not in answer.text and str(served.folder.parent) not in answer.text
@@ -334,7 +334,10 @@ def test_a_file_that_becomes_a_link_after_the_listing(served: Any) -> None:
     read = threading.Event()
     adapters.read_in_background(version, read.set)
     assert read.wait(20)
-    assert version.error == f"late/{weights.name}: points to a file outside the folder of adapters"
+    assert (
+        version.error
+        == f"late/{weights.name}: this path points to a file outside the folder of adapters"
+    )
     pool.close()
     shutil.rmtree(folder)
 

@@ -143,7 +143,7 @@ class QuantizedBaseWeight(MergeTarget):
         return f"{self.library_and_version()}: {error}; the base layer runs unchanged"
 
     def tensor_or_fallback_reason(self, dtype: torch.dtype) -> QuantizedTensor | str:
-        """Return the weight as a tensor for kernels in ``dtype``, or the fallback reason."""
+        """Return a tensor for kernels that compute in ``dtype``, or the fallback reason."""
         if qualified_class_name(self.base) not in self.modules:
             return f"its base layer is {type(self.base).__name__}, which runs unchanged"
         if self.codes().is_meta:
@@ -192,7 +192,7 @@ class QuantizedBaseWeight(MergeTarget):
         return lambda: self.dense().to(dtype)
 
     def bias_for_product(self, dtype: torch.dtype) -> torch.Tensor | None:
-        """Return the bias for a product in ``dtype``.
+        """Return the bias to add to a matrix product in ``dtype``.
 
         If calling the module would convert the module's own bias, this method converts it too.
         """
@@ -274,7 +274,7 @@ class QuantizedBaseWeight(MergeTarget):
 
 
 def register_quantized_weight(kind: _Kind) -> _Kind:
-    """Register a kind of quantized weight, and return it; this is a class decorator.
+    """Register the decorated class as a kind of quantized weight.
 
     Kinds that are registered later are tried first.
     """
@@ -368,9 +368,9 @@ def check_decoded_values(
     error = float(((decoded - rows).abs().max() / scale).nan_to_num(math.inf))
     if error > 1e-5:
         raise KernelsCannotRead(
-            f"{library}: the codes of a {what} do not have the meaning that fastlora expects "
-            f"(decoded values are off by {error:.2g} times the largest value); the base layer runs "
-            "unchanged"
+            f"{library}: the codes of a {what} do not decode to the values that fastlora "
+            f"expects (decoded values are off by {error:.2g} times the largest value); the base "
+            "layer runs unchanged"
         )
 
 

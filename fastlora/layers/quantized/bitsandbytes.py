@@ -212,10 +212,10 @@ class BitsAndBytes4Bit(QuantizedBaseWeight):
             yield self._dequantize_blocks(part, own, min(size, elements - index * size))
 
     def dequantized_rows(self) -> Iterator[torch.Tensor]:
-        """Yield the dequantized matrix in chunks of rows, or as a whole if blocks cross rows.
+        """Yield the dequantized matrix in chunks of rows, or whole if blocks span several rows.
 
-        If blocks cross rows, bitsandbytes 0.50 computes on a CPU with values that differ from the
-        stored ones, and a norm must match the values that it computes with.
+        If they do, bitsandbytes 0.50 computes on a CPU with values that differ from the stored
+        ones, and a norm must match the values that it computes with.
         """
         if self.shape[1] % self._block:
             yield self.dense()
@@ -316,7 +316,7 @@ class BitsAndBytes8Bit(QuantizedBaseWeight):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the weight that bitsandbytes dequantizes."""
+        """The dtype of the weight after bitsandbytes has dequantized it."""
         return torch.float32
 
     def stored_tensors(self) -> list[torch.Tensor]:
@@ -373,7 +373,7 @@ def _clone_quant_state(state: object) -> Any:
 
 @torch.no_grad()
 def _weight_from_outputs(base: nn.Module, device: torch.device) -> torch.Tensor:
-    """Recover a layer's weight from its outputs for unit vectors.
+    """Recover a layer's weight by calling the layer with unit vectors.
 
     The function is for 4-bit weights that an evaluation on a CPU has repacked, which cannot be
     dequantized.

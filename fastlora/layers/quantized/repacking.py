@@ -79,10 +79,10 @@ def is_repacked(base: nn.Module) -> bool:
 
 
 class RepackedProduct:
-    """Matrix product with a repacked copy of a module's codes, for evaluation on a CPU.
+    """Matrix product that bitsandbytes computes from repacked codes, for inference on a CPU.
 
-    bitsandbytes computes the product. The module is not changed. The first product makes the copy,
-    which takes 4 bits per weight and a bf16 value per block.
+    The module is not changed. The first product makes the copy, which takes 4 bits per weight and a
+    bf16 value per block.
 
     Args:
         base: A `Linear4bit` that `prevent_repacking` prevents from being repacked.
@@ -103,7 +103,7 @@ class RepackedProduct:
         return x.is_cpu and x.shape[-1] == self._k and 0 < x.numel() <= self._few * self._k
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """Compute the output ``[..., N]`` for ``x [..., K]``, as the module does in evaluation.
+        """Compute the output ``[..., N]`` for ``x [..., K]``, as the module does in inference.
 
         The result is a new tensor in x's dtype, without a gradient.
         """

@@ -251,7 +251,7 @@ def _can_share_launch(
     matrices = [weight for weight in weights if isinstance(weight, torch.Tensor)]
     for weight in matrices:
         if weight.dtype != x.dtype:
-            raise TypeError(f"weight has dtype {weight.dtype}, expected {x.dtype}, the dtype of x")
+            raise TypeError(f"weight has dtype {weight.dtype}, expected {x.dtype} (the dtype of x)")
     own = [bias for bias in biases if bias is not None]
     return (
         all(seed is None for seed in seeds)
