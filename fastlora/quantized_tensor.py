@@ -82,7 +82,7 @@ class QuantizedTensor(torch.Tensor):
 
     @property
     def is_unmodified(self) -> bool:
-        """Whether the quantized data has not been modified since this tensor was created."""
+        """Whether the quantized data is unchanged since this tensor was created."""
         return _versions(self.data_tensors) == self._versions
 
     @property

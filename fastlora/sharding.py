@@ -39,7 +39,7 @@ def local_shard(parameter: Any) -> torch.Tensor:
 
 
 def to_local_summing_grads(parameter: Any) -> torch.Tensor:
-    """Return the local shard of a DTensor. If it is replicated, sum its gradients in backward.
+    """Return a DTensor's local shard. If it is replicated, sum its gradients in the backward pass.
 
     The result is a plain tensor. The sum is over all processes.
     """
@@ -134,7 +134,7 @@ class ShardedSave:
 
     @property
     def is_model_sharded(self) -> bool:
-        """Whether the model is sharded, so that every process must participate."""
+        """Whether the model is sharded, in which case every process must participate."""
         return self._mesh is not None
 
     @property

@@ -92,7 +92,7 @@ def error_prefix(where: object) -> Iterator[None]:
 
 
 def near_names(name: str, candidates: Iterable[str], limit: int = 5) -> str:
-    """Return an error message suffix that lists similar names, ``"; close names: a, b"``.
+    """Return an error message suffix that lists similar names, such as ``"; close names: a, b"``.
 
     Args:
         name: The unknown name.

@@ -79,7 +79,7 @@ class TensorStamp:
             self._states = _states_of(tensors)
 
     def matches(self, tensors: Sequence[torch.Tensor], context: tuple[Hashable, ...] = ()) -> bool:
-        """Return whether the tensors are in the recorded state and the context is equal.
+        """Return whether the tensors' state and the context equal the recorded ones.
 
         Args:
             tensors: The current tensors, in the same order.

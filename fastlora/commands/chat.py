@@ -91,7 +91,7 @@ def parse_adapter_folders(given: Sequence[str]) -> dict[str, Path]:
         for own, folder in folders.items():
             if not (folder / CONFIG_NAME).is_file():
                 raise CheckpointError(
-                    f"{folder}: not an adapter folder; expected {CONFIG_NAME} in it"
+                    f"{folder}: not an adapter folder; expected it to contain {CONFIG_NAME}"
                 )
             if own in found or own == BASE:
                 raise ConfigError(

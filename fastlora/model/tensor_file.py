@@ -255,7 +255,7 @@ def _read_header(file: BinaryIO, max_bytes: int = MAX_HEADER_BYTES) -> tuple[str
     if length > max_bytes:
         raise CheckpointError(
             f"the header length is given as {length} bytes, expected at most {max_bytes}; "
-            "this is not the safetensors file of an adapter"
+            "this is not an adapter's safetensors file"
         )
     if length > size - 8:
         raise CheckpointError(
@@ -301,8 +301,8 @@ def _tensor_info(name: str, entry: Any, data_start: int) -> TensorInfo:
     count = math.prod(shape)
     if count == 0:
         raise CheckpointError(
-            f"tensor {name!r} has shape {tuple(shape)}, which has no elements; expected "
-            "at least one (a sharded model must be gathered before it is saved)"
+            f"tensor {name!r} of shape {tuple(shape)} has no elements; expected at least one "
+            "(a sharded model must be gathered before it is saved)"
         )
     needed = count * dtype.itemsize
     if offsets[1] - offsets[0] != needed:
@@ -330,7 +330,8 @@ def _check_coverage(tensor_infos: dict[str, TensorInfo], start: int, size: int) 
         if info.start != position:
             what = "overlaps the tensor before it" if info.start < position else "leaves a gap"
             raise CheckpointError(
-                f"tensor {name!r} starts at byte {info.start} and {what}; expected byte {position}"
+                f"tensor {name!r} starts at byte {info.start} and {what}; expected it to start at "
+                f"byte {position}"
             )
         position = info.stop
     if position != size:

@@ -161,7 +161,7 @@ def _warn(message: str) -> None:
 
 
 class SharedWeightUntier:
-    """Unties weights that several modules of a model share, before a merge.
+    """Before a merge, unties weights that several modules of a model share.
 
     Args:
         model: The base model with its adapters.

@@ -81,8 +81,8 @@ def find_trainable_tokens(model: nn.Module, config: LoraConfig) -> dict[str, Tra
     if differ and config.ensure_weight_tying:
         raise ConfigError(
             "Cannot ensure weight tying when different token indices are specified for tied "
-            f"layers: trainable_token_indices gives {of_tied}; expected the same for all, or "
-            "ensure_weight_tying=False"
+            f"layers: trainable_token_indices gives {of_tied}; expected the same indices for all "
+            "tied layers, or ensure_weight_tying=False"
         )
     tokens = {name: TrainableTokens(indices) for name, indices in found.items()}
     if embedding in found and not differ:
@@ -102,7 +102,7 @@ def check_trained_once(
     Args:
         tokens: The names of the modules in which the adapter trains rows.
         targets: The names of the modules that the adapter adapts with LoRA.
-        saved: The names of the modules that the adapter owns a copy of.
+        saved: The names of the modules of which the adapter owns a copy.
         tied: The names of the modules that share the input embedding's adapter.
 
     Raises:
@@ -112,7 +112,8 @@ def check_trained_once(
         if name in targets:
             raise UnsupportedLayerError(
                 f"ensure_weight_tying makes {name!r} share the input embedding's copy "
-                "(modules_to_save), but target_modules also names it; expected only one of the two"
+                "(modules_to_save), but target_modules also names that module; expected only one "
+                "of the two"
             )
     for name in tokens:
         copied = any(name == n or name.startswith(f"{n}.") for n in (*saved, *tied))
@@ -121,7 +122,7 @@ def check_trained_once(
             if copied:
                 how = "marked to be trained fully (modules_to_save)"
             raise UnsupportedLayerError(
-                f"trainable_token_indices trains rows of {name!r}: The embedding layer is already "
+                f"trainable_token_indices trains rows of {name!r}. The embedding layer is already "
                 f"{how}; expected only one of the two"
             )
 
@@ -145,8 +146,8 @@ def _matches(model: nn.Module, wanted: dict[str, list[int]]) -> dict[str, list[i
     for name in found:
         if name in inside:
             raise UnsupportedLayerError(
-                f"trainable_token_indices names {name!r}, which is inside a module that adapters "
-                "own copies of (modules_to_save)"
+                f"trainable_token_indices names {name!r}, which is inside a module of which "
+                "adapters own copies (modules_to_save)"
             )
     return found
 
@@ -170,5 +171,5 @@ def _check_rows_trainable(model: nn.Module, name: str, rows: TrainableTokens) ->
         raise UnsupportedLayerError(
             f"trainable_token_indices: adapters {module.adapter_names} train rows of {name!r} that "
             f"are {'tied' if module.is_tied else 'not tied'} to those of the input embedding; "
-            "expected the same for all adapters of a model"
+            "this must be the same for all adapters of a model"
         )

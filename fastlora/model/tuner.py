@@ -256,7 +256,7 @@ class LoraTuner(nn.Module):
                 bias.requires_grad_(name in self._active and not inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter. If it was the only active adapter, another adapter becomes active.
+        """Delete an adapter. If the adapter was the only active one, another becomes active.
 
         Other adapters that are merged stay merged.
 
@@ -399,7 +399,7 @@ class LoraTuner(nn.Module):
     def set_requires_grad(
         self, adapter_names: str | Sequence[str], requires_grad: bool = True
     ) -> None:
-        """Make active or inactive adapters trainable, or freeze them.
+        """Make adapters trainable or freeze them, whether or not they are active.
 
         Other adapters are not affected. If an adapter is active and trains biases of the base
         model, these biases are made trainable or frozen together with the adapter. If it is
@@ -421,7 +421,7 @@ class LoraTuner(nn.Module):
         return list(found.values())
 
     def _trainable_parameters(self, names: Collection[str]) -> list[nn.Parameter]:
-        """Return a list of the parameters that the given adapters can train in the current state.
+        """Return a list of the parameters that can be trained for the given adapters at present.
 
         These are the adapters' own parameters and, for active adapters, the biases of the base
         model that their configs select.

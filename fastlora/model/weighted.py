@@ -91,7 +91,7 @@ def _check_combination(
 
     Raises:
         ConfigError: If an argument is invalid.
-        AdapterStateError: If an adapter cannot be added to others.
+        AdapterStateError: If an adapter cannot be combined with others.
     """
     kind = options.combination_type
     if kind not in combine.COMBINATIONS:
@@ -121,17 +121,19 @@ def _check_combination(
     if len({isinstance(config.target_modules, str) for config in configs.values()}) > 1:
         raise ConfigError(
             "all adapter configs should follow the same target modules type: some of "
-            f"{list(configs)} have a string and some a list; use lists for all of them"
+            f"{list(configs)} specify a string and others a list; use lists for all of them"
         )
     for name, config in configs.items():
         if config.use_dora:
             raise AdapterStateError(
                 f"adapter {name!r} uses DoRA, so its update is not a product of two factors and "
-                "cannot be added; merge it with merge_and_unload(), or train without use_dora"
+                "cannot be combined with other updates; merge it with merge_and_unload(), or train "
+                "without use_dora"
             )
         if config.trainable_token_indices:
             raise AdapterStateError(
-                f"adapter {name!r} trains tokens (trainable_token_indices), which cannot be added"
+                f"adapter {name!r} trains tokens (trainable_token_indices), which cannot be "
+                "combined with those of other adapters"
             )
 
 

@@ -213,5 +213,5 @@ BACKENDS: dict[str, Backend] = {}
 
 
 def register_backend(name: str, backend: Backend) -> None:
-    """Register a backend under a name, by which callers look it up."""
+    """Register a backend under the name by which callers look it up."""
     BACKENDS[name] = backend

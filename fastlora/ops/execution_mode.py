@@ -46,7 +46,7 @@ _INTERPRETED = env.triton_interpreted()
 
 
 class _BatchInvariantState(threading.local):
-    """Thread-local state of the batch-invariant mode."""
+    """Thread-local state of batch-invariant mode."""
 
     invariant = env.batch_invariant()
 
@@ -69,9 +69,9 @@ def constant_when_compiled(function: _Function) -> _Function:
 
 @functools.cache
 def _gpu_status(index: int) -> tuple[bool, str]:
-    """Return a tuple (supported, text): whether the Triton kernels support a GPU, and details.
+    """Return a tuple (supported, description): whether the Triton kernels support a GPU.
 
-    The text is the GPU's name and architecture, or the reason why it is not supported.
+    The description is the GPU's name and architecture, or the reason why it is not supported.
     """
     properties = torch.cuda.get_device_properties(index)
     from fastlora.kernels import chips
@@ -183,12 +183,12 @@ class ExecutionMode:
     """How a forward pass is executed, including its implementation and autocast dtype.
 
     Attributes:
-        impl: ``"triton"`` or ``"eager"``. In the batch-invariant mode this is the requested
+        impl: ``"triton"`` or ``"eager"``. In batch-invariant mode this is the requested
             implementation, which `check_batch_invariant` checks.
-        backend: The backend's name in `fastlora.ops.backend.BACKENDS`. In the batch-invariant mode
+        backend: The backend's name in `fastlora.ops.backend.BACKENDS`. In batch-invariant mode
             it is always ``"triton"``.
         compiling: Whether `torch.compile` traces the forward pass.
-        invariant: Whether the batch-invariant mode is on, or the call requests its plan.
+        invariant: Whether batch-invariant mode is on, or the call requests its plan.
         autocast: The dtype of autocast, or None if autocast is off.
         tracing: Whether the modules run their own ``forward`` in plain PyTorch. This is the case if
             x is a nested tensor, or if `torch.jit.trace` records the forward pass, directly or for
@@ -203,7 +203,7 @@ class ExecutionMode:
     tracing: bool = False
 
     def raise_if_batch_invariant(self, layer: _Layer, reason: str) -> None:
-        """Raise `ImplementationError` if the batch-invariant mode is on.
+        """Raise `ImplementationError` if batch-invariant mode is on.
 
         ``layer`` is a layer that cannot run in this mode, and ``reason`` says why.
         """
@@ -218,7 +218,7 @@ class ExecutionMode:
     def check_batch_invariant(
         self, x: torch.Tensor, plan: str = "auto", dropout_p: float = 0.0
     ) -> None:
-        """Raise an error unless the Triton kernels can run a call in the batch-invariant mode.
+        """Raise an error unless the Triton kernels can run a call in batch-invariant mode.
 
         Raises:
             ImplementationError: The kernels cannot run the call.
@@ -252,7 +252,7 @@ def execution_mode_of(x: torch.Tensor, impl: str, plan: str = "auto") -> Executi
         impl, plan: As in `fastlora.functional.lora_linear`.
 
     Raises:
-        ValueError, ImplementationError: As in `resolve_impl`, except in the batch-invariant mode.
+        ValueError, ImplementationError: As in `resolve_impl`, except in batch-invariant mode.
     """
     kind, autocast = "cpu" if x.is_cpu else x.device.type, None
     knows = kind in _USUAL_DEVICES or torch.amp.is_autocast_available(kind)
@@ -275,13 +275,13 @@ _USUAL = {impl: ExecutionMode(impl, impl, False, False, None) for impl in ("trit
 
 
 def is_batch_invariant() -> bool:
-    """Return whether the batch-invariant mode is on in this thread."""
+    """Return whether batch-invariant mode is on in this thread."""
     return _batch_invariant_state.invariant
 
 
 @contextlib.contextmanager
 def batch_invariant(enabled: bool = True) -> Iterator[None]:
-    """Context manager that turns the batch-invariant mode on or off for this thread.
+    """Context manager that turns batch-invariant mode on or off for this thread.
 
     ``FASTLORA_BATCH_INVARIANT=1`` in the environment turns the mode on for all threads. A forward
     pass that activation checkpointing repeats during the backward pass needs this setting. The mode

@@ -43,7 +43,7 @@ class Factors(NamedTuple):
 
 
 class Base(NamedTuple):
-    """The base layer in a forward pass: a weight and optional bias, or a called module's output.
+    """The base layer in a forward pass: a weight and an optional bias, or a module's output.
 
     Attributes:
         weight: ``[N, K]``, or None if a module was called.

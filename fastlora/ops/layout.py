@@ -77,7 +77,7 @@ def grad_b_buffer_layout(
 def split_grad_b(
     packed: torch.Tensor, lora_b: Sequence[Factor], with_bias: Sequence[bool]
 ) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
-    """Split a packed buffer into views, one (lora_b gradient, lora_bias gradient) for each slot.
+    """Split a packed buffer into views, one pair (lora_b gradient, lora_bias gradient) per slot.
 
     The second item is None if there is no lora_bias.
     """

@@ -107,7 +107,7 @@ class OperatorBackend(Backend):
         return weight_for_kernels(weight, x, max(b.shape[1] for b in lora_b), plan, launch)
 
     def _rows_argument(self, rows: Rows | None) -> list[torch.Tensor]:
-        """Return the tensors for an operator's ``rows`` argument, including pieces for kernels."""
+        """Return the tensors for an operator's ``rows`` argument, with the pieces for kernels."""
         if rows is None:
             return []
         return rows_for_factor_lists(rows) if self.impl == "triton" else rows.operator_arguments()
@@ -327,7 +327,7 @@ def weight_for_kernels(
 
 
 def _has_quantized_weight(operands: Sequence[torch.Tensor | None], count: int) -> bool:
-    """Return whether any of the first ``count`` operands, the base weights, is quantized."""
+    """Return whether any of the base weights (the first ``count`` operands) is quantized."""
     return QuantizedTensor in map(type, operands[:count])
 
 
@@ -362,7 +362,7 @@ def _with_cached_launches(function: _Function) -> _Function:
 def _zero_unwritten_ds(
     ds: torch.Tensor, rows: Rows, lora_a: Sequence[torch.Tensor]
 ) -> torch.Tensor:
-    """Return ds with all elements that no kernel has written replaced by zero.
+    """Return ds, with zeros in place of the elements that no kernel has written.
 
     Such elements could be NaN, which anomaly detection would report.
     """

@@ -79,7 +79,7 @@ class Rows:
         return [self.order, self.segment_of, self.segment_slot, self.slot_start]
 
     def pieces(self, block_m: int) -> torch.Tensor:
-        """Return the pieces of the sorted rows, as the positions at which they start.
+        """Return the positions at which the pieces of the sorted rows start.
 
         The result is int32 ``[pieces + 1]``. Unused entries are M.
 
@@ -234,7 +234,8 @@ def _rows_sort(
         raise TypeError(f"ids has dtype {ids.dtype}, expected integers")
     if ids.dim() != 1 or (m % ids.shape[0] if ids.shape[0] else m):
         raise ValueError(
-            f"ids has shape {tuple(ids.shape)}, expected [B] where B divides the {m} rows"
+            f"ids has shape {tuple(ids.shape)}, expected [B], where B divides the number of rows, "
+            f"{m}"
         )
     ids = ids.to(device=device, non_blocking=True)
     if auto_selects_kernels(device):
@@ -279,7 +280,7 @@ def _empty_sort_results(
 
 @register_kernel("rows_pieces")
 def _rows_pieces(segment_of: torch.Tensor, slots: int, block_m: int) -> torch.Tensor:
-    """Return the pieces of the sorted rows, as the positions at which they start.
+    """Return the positions at which the pieces of the sorted rows start.
 
     See `Rows.pieces`.
     """

@@ -93,7 +93,7 @@ def define_operator_with_fake(
 
 
 class Operators(Protocol):
-    """The operators, as attributes of an object."""
+    """An object whose attributes are the operators."""
 
     def __getattr__(self, name: str) -> Callable[..., Any]: ...
 
@@ -134,10 +134,10 @@ _DROP = "Tensor? seeds, float[] dropout_p"
 def lora_shrink_fake(
     x: torch.Tensor, rows: _Tensors, lora_a: _Factors, modules: int, *_: object
 ) -> torch.Tensor:
-    """Return an empty tensor for s of G modules: ``[G, M, R]``, or ``[M, R]`` for one slot.
+    """Return an empty tensor for the shrink output s of G modules.
 
-    If there is one slot, the modules are side by side. ``lora_a`` lists the slots of each module in
-    turn. Active dropout requires one module.
+    The shape is ``[G, M, R]``. If there is one slot, it is ``[M, R]``, and the modules are side by
+    side. ``lora_a`` lists the slots of each module in turn. Active dropout requires one module.
     """
     if rows:
         return x.new_empty(modules, x.shape[0], padded_rank(max_rank(lora_a, 0)))
@@ -178,7 +178,7 @@ def lora_expand_fake(*_: object) -> None:
     "lora_dropout(Tensor x, Tensor seed, float dropout_p) -> Tensor", "triton"
 )
 def lora_dropout_fake(x: torch.Tensor, *_: object) -> torch.Tensor:
-    """Return an empty tensor for the result of the kernels' dropout on x."""
+    """Return an empty tensor for the result of applying the kernels' dropout to x."""
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
@@ -253,7 +253,7 @@ def lora_grad_x_fake(
 def lora_grad_a_fake(
     x: torch.Tensor, ds: _Tensors, rows: _Tensors, run: int, lora_a: _Factors, *_: object
 ) -> _Tensors:
-    """Return a list of empty lora_a gradients for G modules, given one ds per module.
+    """Return a list of empty tensors for the lora_a gradients of G modules, given a ds for each.
 
     With active dropout, x is read once for each module. With one slot, the list contains one tensor
     for each module. With rows, which are in runs of ``run`` rows, it contains one buffer for
@@ -314,8 +314,9 @@ def lora_add_at_fake(*_: object) -> None:
     " str impl) -> ()"
 )
 def lora_scale_fake(*_: object) -> None:
-    """Do nothing. The operator computes ``y = (y - bias) * g + bias`` in the rows of DoRA adapters.
+    """Do nothing.
 
-    ``scale_address`` is int64 ``[G, S]``, the addresses of g, fp32 ``[N]``. 0 stands for no scales;
-    see also `fastlora.ops.factors.PENDING`. All other rows are not changed.
+    The operator computes ``y = (y - bias) * g + bias`` in the rows that belong to DoRA adapters.
+    All other rows are not changed. ``scale_address`` is int64 ``[G, S]``, the addresses of g, fp32
+    ``[N]``. 0 stands for no scales; see also `fastlora.ops.factors.PENDING`.
     """

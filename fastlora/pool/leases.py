@@ -78,7 +78,9 @@ class LeaseRequest:
 
 
 class LeaseManager:
-    """Grants leases on the adapters of a pool. It owns the pool's lock and the queue of requests.
+    """Grants leases on the adapters of a pool.
+
+    This class owns the pool's lock and the queue of requests.
 
     Args:
         reader: Reads adapters from files, without holding the lock.

@@ -202,7 +202,7 @@ class AdapterPool:
                 it.
 
         Raises:
-            ConfigError: The name is invalid, or the record has no folder.
+            ConfigError: The name is invalid, or the record does not specify a folder.
             CheckpointError, PoolFullError, torch.OutOfMemoryError: As in `load`.
         """
         self._put(entry, self._reader.read_folder(_folder_of(entry)))
@@ -299,7 +299,7 @@ class AdapterPool:
         self.group.packs.clear()
 
     def pin(self, name: str) -> None:
-        """Bring an adapter to the device and keep it there until `unpin`.
+        """Bring an adapter to the device and keep it there until `unpin` is called.
 
         Raises:
             AdapterNotFoundError: No adapter has this name.
@@ -565,11 +565,11 @@ def _folder_of(entry: RegisteredAdapter) -> Path:
     """Return the adapter folder that a record specifies.
 
     Raises:
-        ConfigError: The record's name is invalid, or the record has no folder.
+        ConfigError: The record's name is invalid, or the record does not specify a folder.
     """
     _check_adapter_name(entry.name)
     if entry.folder is None:
-        raise ConfigError(f"the record of adapter {entry.name!r} has no folder")
+        raise ConfigError(f"the record of adapter {entry.name!r} does not specify a folder")
     return entry.folder
 
 

@@ -132,7 +132,7 @@ class AdapterReader:
     def read_state_dict(
         self, name: str, tensors: Mapping[str, torch.Tensor], config: Any
     ) -> PackedAdapter:
-        """Validate a state dict with PEFT's keys, and return the packed adapter.
+        """Validate a state dict that uses PEFT's keys, and return the packed adapter.
 
         Args:
             name: Name of the adapter, for error messages.
@@ -167,7 +167,7 @@ class AdapterReader:
     def _check_bytes(self, nbytes: int, source: str) -> None:
         if self._max_bytes is not None and nbytes > self._max_bytes:
             raise AdapterTooLargeError(
-                f"{source}: the adapter has {nbytes} bytes, which exceeds the pool's "
+                f"{source}: the adapter's size is {nbytes} bytes, which exceeds the pool's "
                 f"max_adapter_bytes={self._max_bytes}",
                 "max_adapter_bytes",
             )
@@ -268,7 +268,7 @@ class AdapterReader:
         if found != expected:
             raise CheckpointError(
                 f"{source}: {key!r} has shape {shape} {axis}, but this model expects "
-                f"{expected} instead of {found}"
+                f"size {expected}, not {found}"
             )
         if kind == "lora_A":
             self._check_rank(f"{source}: {key!r} has rank {shape[0]}, which", shape[0])

@@ -80,7 +80,7 @@ def lease_batch_routing(
 
 
 def graph_capture_routing(pool: Any, ids: torch.Tensor) -> Routing:
-    """Return a routing for the capture of a CUDA graph.
+    """Return a routing for use while a CUDA graph is captured.
 
     The graph looks up the adapter of each slot on the device at every replay.
 

@@ -166,7 +166,7 @@ class StorageTiers:
     def _check_sizes(self, name: str, folder: Path | None, image: PackedAdapter) -> None:
         if self.device_bytes is not None and image.nbytes > self.device_bytes:
             raise PoolFullError(
-                f"the adapter has {image.nbytes} bytes, which is more than "
+                f"the adapter's size is {image.nbytes} bytes, which is more than "
                 f"device_bytes={self.device_bytes}"
             )
         if folder is not None or self.cpu_bytes is None:

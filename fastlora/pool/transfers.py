@@ -79,7 +79,7 @@ class AsyncCudaTransfers(Transfers):
         return torch.cuda.stream(self._stream)
 
     def upload(self, image: PackedAdapter) -> PackedAdapter:
-        """Start an asynchronous copy of an adapter's image to the GPU, and return the copy."""
+        """Start an asynchronous copy of a packed adapter to the GPU, and return the copy."""
         data = torch.empty_like(image.data, device=self._device, pin_memory=False)
         data.copy_(image.data, non_blocking=True)
         return dataclasses.replace(image, data=data)
@@ -115,10 +115,10 @@ class AsyncCudaTransfers(Transfers):
             stream.wait_event(event)
 
     def record_read_event(self) -> tuple[torch.cuda.Event, int] | None:
-        """Record an event on the current stream, and return it with the stream's id, or None.
+        """Record an event on the current stream, and return a tuple (event, id of the stream).
 
-        While a CUDA graph is being captured, return None, because a captured forward pass has not
-        read anything yet.
+        While a CUDA graph is being captured, only return None, because a captured forward pass has
+        not read anything yet.
         """
         if torch.cuda.is_current_stream_capturing():
             return None

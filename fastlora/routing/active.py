@@ -14,7 +14,7 @@ from fastlora.routing.routing import Routing, RoutingGroup
 
 
 class _ThreadRoutings(threading.local):
-    """The active routings of a thread, which belong to its open blocks.
+    """The active routings of a thread, which are those of its open blocks.
 
     They include each model's innermost routing.
     """
@@ -45,7 +45,7 @@ def is_tracking_rows() -> bool:
 
 
 def is_capturing_cuda_graph(tensor: torch.Tensor) -> bool:
-    """Return whether this thread is capturing operators on a tensor in a CUDA graph."""
+    """Return whether this thread is capturing operators on a tensor into a CUDA graph."""
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
@@ -126,7 +126,7 @@ def check_batch_matches_ids(
     *,
     per_sample: bool = False,
 ) -> None:
-    """Raise `ValueError` unless the batch in a model's arguments fits the ids of the routing.
+    """Raise `ValueError` unless the batch in a model's arguments matches the ids of the routing.
 
     If ``per_sample`` is set, ids per token raise too, because the model will process further tokens
     later, as in ``generate()``.

@@ -42,7 +42,7 @@ class AdapterSnapshot:
         self._hooked = self._has_inference_tensors = False
 
     def add(self, layer: nn.Module, scaling: Mapping[str, object], names: Sequence[str]) -> None:
-        """Record the adapters in ``names`` that a layer has.
+        """Record those of a layer's adapters that are in ``names``.
 
         ``scaling`` maps the names to the layer's scalings.
         """

@@ -76,7 +76,7 @@ class PackedAdapterSet:
 
     @property
     def has_current_weights_version(self) -> bool:
-        """Whether the packed factors have the current weights version.
+        """Whether the packed factors are from the current version of the weights.
 
         Only then can they be valid.
         """

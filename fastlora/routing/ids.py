@@ -51,7 +51,9 @@ def names_and_slots(
         raise TypeError(f"ids is {what}, expected a sequence with one name per sample")
     odd = next((name for name in ids if not (name is None or isinstance(name, str))), None)
     if odd is not None:
-        raise TypeError(f"ids contains {odd!r}, expected names or None, or a tensor of slots")
+        raise TypeError(
+            f"ids contains {odd!r}, expected names or None values, or a tensor of slots"
+        )
     wanted = [None if name == BASE else name for name in ids]
     present = {name for name in wanted if name is not None}
     if known is None:
@@ -71,7 +73,7 @@ def names_and_slots(
 
 
 def check_slots_on_cpu(ids: torch.Tensor, slots: Sequence[str | None]) -> torch.Tensor:
-    """Check that slots are in range and not empty, and return them as an int64 tensor on the CPU.
+    """Check that ids are -1 or name occupied slots, and return them as an int64 tensor on the CPU.
 
     Args:
         ids: Integers ``[B]``; -1 for none.
@@ -112,7 +114,7 @@ def ids_divide_rows(rows: int, ids: int) -> bool:
 
 
 def ids_cover_whole_entries(shape: Sequence[int], ids: int) -> bool:
-    """Return whether every id's rows form whole entries of the leading dimensions of ``shape``.
+    """Return whether each id's rows are whole entries along the leading dimensions of ``shape``.
 
     For example, the result is False for 2 ids and the shape ``[5, 2]``: the first 5 of the 10
     flattened rows would cover 2.5 entries of the first dimension.
@@ -151,7 +153,7 @@ class DeferredIdChecks:
         self._lock = threading.Lock()
 
     def add(self, flag: torch.Tensor, message: str) -> None:
-        """Add a flag that reports an id out of range, and start copying it to the host.
+        """Add a flag that reports whether an id is out of range, and start copying it to the host.
 
         The flag is bool ``[1]``, and true if an id is out of range.
         """

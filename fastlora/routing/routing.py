@@ -78,7 +78,7 @@ class RoutingGroup(UncopiedCache):
                     results.discard_untaken()
 
     def check_no_open_blocks(self, operation: str) -> None:
-        """Raise `AdapterStateError` while a block of the model is open in any thread.
+        """Raise `AdapterStateError` if a block of the model is open in any thread.
 
         Args:
             operation: Name of the method that would change the adapters or weights of the block's
@@ -125,7 +125,7 @@ class Routing:
     cache: BlockCache = field(default_factory=BlockCache, repr=False)
 
     def sorted_rows(self, m: int, device: torch.device, *, host: bool = False) -> Rows:
-        """Return the rows of a layer input with ``m`` rows, sorted by adapter.
+        """Return the rows, sorted by adapter, of a layer input with ``m`` rows.
 
         The results are cached by ``m`` and stream.
 
@@ -164,7 +164,7 @@ class Routing:
         return self.ids.numel() > 1
 
     def check_gets_all_rows(self, layer: RoutedLayer, x: torch.Tensor, compiling: bool) -> None:
-        """Raise an error if a layer gets, or might get when compiled, only some rows of the batch.
+        """Raise an error if a layer gets only some rows of the batch, or if this might happen.
 
         Raises:
             UnsupportedLayerError: The layer gets or may get only some rows. The message names it.
@@ -242,7 +242,7 @@ class Routing:
         return tuple(self.source.adapter_key(segment.slot) for segment in rows.segments)
 
     def defer_id_check(self) -> None:
-        """Defer the check for ids out of range to a later block of the model.
+        """Defer the check for out-of-range ids to a later block of the model.
 
         The host does not wait for the device.
         """

@@ -62,7 +62,7 @@ _SEQUENCE_FIRST_MODULES = {
 
 
 class RowChecks:
-    """Checks that a model's layers get all rows of mixed batches, with the results so far.
+    """The checks that a model's layers get all rows of mixed batches, and the results so far.
 
     Args:
         root: The model.
@@ -249,8 +249,8 @@ def raise_partial_batch(layer: RoutedLayer) -> None:
         raise UnsupportedLayerError(f"layer {name!r} {reason}; {advice}")
     raise UnsupportedLayerError(
         f"layer {name!r} looks like an expert in a mixture of experts, which would get only some "
-        "rows of the batch. No mixed batch has shown yet that the layer gets all rows. Run a mixed "
-        f"batch without torch.compile first. If the layer does not get all rows, {advice}"
+        "rows of the batch. No mixed batch has confirmed yet that the layer gets all rows. Run a "
+        f"mixed batch without torch.compile first. If the layer does not get all rows, {advice}"
     )
 
 
@@ -273,7 +273,7 @@ _LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
 
 class _LastPathStep(NamedTuple):
-    """Facts about the last step of a module's path that may show that the module is an expert.
+    """Facts about the last component of a module's path, used to detect experts.
 
     Attributes:
         alike: Number of children of the parent module that have the same structure as this module,
@@ -328,7 +328,7 @@ class _ExpertDetector:
     def _last_path_step(
         self, modules: list[nn.Module], names: list[str], at_layer: bool
     ) -> _LastPathStep:
-        """Return facts about the last step of a path.
+        """Return facts about the last component of a module's path.
 
         ``at_layer`` tells whether the path ends at a layer.
         """

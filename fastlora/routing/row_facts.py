@@ -104,7 +104,7 @@ class RowFactsTable:
         return TABLE if isinstance(tensor, nn.Parameter) else ROWS
 
     def origin_key(self, tensor: torch.Tensor) -> int:
-        """Return the key of the tensor's origin: the index that it was derived from, or itself."""
+        """Return the key of the index that a tensor was derived from, or the tensor's own key."""
         origin = self.facts_of(tensor).origin
         return storage_key(tensor) if origin is None else origin
 
@@ -129,7 +129,10 @@ class RowFactsTable:
             self._by_storage[key] = StorageFacts(StorageWeakRef(tensor.untyped_storage()), own)
 
     def samples(self, tensor: torch.Tensor, lead: int) -> torch.Tensor | None:
-        """Return the sample of each entry of the first ``lead`` dimensions, or None if unknown."""
+        """Return the sample that each row belongs to, or None if unknown.
+
+        Each entry of the tensor's first ``lead`` dimensions is a row.
+        """
         facts, shape = self.facts_of(tensor), tensor.shape[:lead]
         if len(shape) < lead:
             return None
@@ -157,7 +160,7 @@ class RowFactsTable:
     def facts_from_samples(
         self, samples: torch.Tensor | None, origin: int | None, *, fixed: bool
     ) -> RowFacts:
-        """Build the facts about rows from the sample of each row.
+        """Build the row facts from the sample that each row belongs to.
 
         The rows were selected by an index.
 
@@ -172,7 +175,7 @@ class RowFactsTable:
         return RowFacts(RowOrigin.CHOSEN, origin, None, found, fixed)
 
     def are_fixed(self, *tensors: torch.Tensor) -> bool:
-        """Return whether the rows of all given tensors are fixed, the same in every batch."""
+        """Return whether the rows of all given tensors are fixed (the same in every batch)."""
         found = map(self.facts_of, tensors)
         return all(
             facts.fixed or facts.kind not in (RowOrigin.EVEN, RowOrigin.CHOSEN) for facts in found
@@ -183,7 +186,7 @@ class RowFactsTable:
         return all(index is None or self.facts_of(index).kind in TABLES for index in indices)
 
     def discard(self, tensor: torch.Tensor) -> None:
-        """Discard the facts about a tensor. Its rows then count as the batch's rows in order."""
+        """Discard the facts about a tensor. Its rows are then treated as the batch's, in order."""
         self._by_storage.pop(storage_key(tensor), None)
 
 

@@ -41,7 +41,7 @@ _COPIES = {aten._to_copy, aten.clone, aten.lift_fresh, aten.lift_fresh_copy}
 def apply_rule(
     known: RowFactsTable, func: OpOverload, args: Arguments, kwargs: Keywords, out: object
 ) -> RowFacts | None:
-    """Apply an operator's rule, and return the facts about the result, or None for no change."""
+    """Apply an operator's rule; return the facts about the result, or None if nothing changes."""
     rule = _RULES.get(getattr(func, "overloadpacket", None))
     return _default_rule(known, func, args, kwargs, out) if rule is None else rule(known, args, out)
 
@@ -124,7 +124,7 @@ def _selected_facts(known: RowFactsTable, source: torch.Tensor, indices: Indices
 def _counts_up_through_all_rows(
     known: RowFactsTable, index: torch.Tensor, rows: torch.Tensor
 ) -> bool:
-    """Return whether ``index`` counts up through all entries of the first dimension of ``rows``."""
+    """Return whether ``index`` lists all indices of the first dimension of ``rows`` in order."""
     if known.facts_of(index).kind is not RowOrigin.COUNTED or index.shape[:1] != rows.shape[:1]:
         return False
     return not row_samples.is_host_readable(index) or bool((index.flatten().diff() >= 0).all())
@@ -306,7 +306,7 @@ def _write_along(adds: bool) -> Rule:
 
 
 def _unexpanded_row_index(index: torch.Tensor) -> torch.Tensor:
-    """Return the row index that was expanded to the elements of each row, as `gather` requires.
+    """Return the row index that was expanded across the elements of each row, as `gather` requires.
 
     An index that was not expanded is returned unchanged, as an index of elements.
     """
@@ -424,7 +424,7 @@ def _where(known: RowFactsTable, args: Arguments, out: object) -> RowFacts | Non
 
 
 def _constant_rule(kind: RowOrigin) -> Rule:
-    """Return the rule for operators that always return rows of the origin ``kind``."""
+    """Return the rule for operators that always return rows whose origin is ``kind``."""
     return lambda known, args, out: RowFacts(kind)
 
 

@@ -36,7 +36,7 @@ def samples_in_order(shape: Sequence[int], count: int) -> torch.Tensor | None:
 
 
 def no_samples(shape: Sequence[int]) -> torch.Tensor:
-    """Return a tensor of `NO_SAMPLE`, for rows that belong to no sample."""
+    """Return a tensor filled with `NO_SAMPLE`, for rows that belong to no sample."""
     return torch.full(tuple(shape), NO_SAMPLE, device="cpu")
 
 
@@ -62,13 +62,13 @@ def is_permuted(tensor: torch.Tensor) -> bool:
 
 
 def samples_of_view(tensor: torch.Tensor, samples: torch.Tensor, lead: int) -> torch.Tensor | None:
-    """Return the sample of each entry of a view's first ``lead`` dimensions, or None if unknown.
+    """Return the sample that each row of a view belongs to, or None if unknown.
 
     Args:
         tensor: Any view of its storage.
         samples: The sample of each part of the storage, which is divided into that many equal
             parts.
-        lead: Number of dimensions.
+        lead: Number of leading dimensions. Each of their entries is a row.
     """
     total = storage_numel(tensor)
     if not samples.numel() or total % samples.numel():
@@ -95,7 +95,7 @@ def covers_storage(tensor: torch.Tensor) -> bool:
 
 
 def indexed_dimensions(indices: Indices) -> int:
-    """Return the number of dimensions that ``indices`` index; a k-dimensional mask counts as k."""
+    """Return how many dimensions ``indices`` cover; a k-dimensional mask covers k dimensions."""
     return sum(1 if i is None or not _is_mask(i) else i.dim() for i in indices)
 
 
@@ -117,7 +117,7 @@ def is_host_readable(tensor: torch.Tensor) -> bool:
 
 
 def selected_samples(samples: torch.Tensor, indices: Indices) -> torch.Tensor | None:
-    """Return the samples of the rows that ``indices`` select, or None if they cannot be read."""
+    """Return the samples of the rows at ``indices``, or None if the indices cannot be read."""
     values = read_indices(indices)
     return None if values is None else torch.ops.aten.index(samples, values)
 
@@ -128,7 +128,7 @@ def samples_after_write(
     """Return the samples of all rows after ``values`` have been written at ``indices``.
 
     ``values`` are the samples of the written rows. If ``adds`` is set, the written rows are added
-    to the existing rows. Returns None if the values of indices cannot be read.
+    to the existing rows. Returns None if the indices cannot be read.
     """
     values_of_indices = read_indices(indices)
     if values_of_indices is None:

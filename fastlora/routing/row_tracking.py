@@ -54,7 +54,7 @@ class RowTrackingMode(TorchDispatchMode):
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
-        """Return whether `torch.compile` ignores the mode, which is always True.
+        """Return True, so that `torch.compile` ignores the mode.
 
         Code is then compiled as if the mode were off.
         """

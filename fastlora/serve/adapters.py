@@ -84,7 +84,7 @@ class ServedAdapters:
 
     @property
     def usable_names(self) -> list[str]:
-        """Names of the adapters that have no known error, sorted."""
+        """Names of the adapters without a known error, in sorted order."""
         with self._lock:
             return sorted(name for name, own in self._versions.items() if own.error is None)
 
@@ -202,7 +202,9 @@ class ServedAdapters:
         folder = self._resolve_below_root(Path(path) if self.root is None else self.root / path)
         fingerprint = _files_fingerprint(folder)
         if fingerprint is None:
-            raise ConfigError(f"{path!r}: not an adapter folder; expected {CONFIG_NAME} in it")
+            raise ConfigError(
+                f"{path!r}: not an adapter folder; expected it to contain {CONFIG_NAME}"
+            )
         with self._lock:
             known = self._versions.get(name)
             if known is not None and known.error is None and not replace:
@@ -306,7 +308,7 @@ class ServedAdapters:
         return real
 
     def _client_error_message(self, error: BaseException) -> str:
-        """Return an error message for clients that does not reveal the server's folder.
+        """Return a client-facing error message that does not reveal the server's folder.
 
         If the adapter exceeds a limit of the server, the message names the option that sets the
         limit.

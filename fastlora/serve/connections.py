@@ -93,7 +93,7 @@ class OpenConnections:
         return DeadlineProtocol(self, **given)
 
     def make_room_if_full(self) -> bool:
-        """Make room for a connection, and return whether there is room.
+        """Try to make room for a connection, and return whether there is room.
 
         If the limit is reached, a waiting connection is closed. Unfinished requests are closed
         before idle connections, because a client with an idle connection has been served. A quarter
@@ -118,7 +118,7 @@ class OpenConnections:
 
 
 class DeadlineProtocol(H11Protocol):
-    """uvicorn's protocol, with a deadline whenever the connection waits for the client."""
+    """uvicorn's protocol, plus a deadline that applies while a connection waits for its client."""
 
     def __init__(self, every: OpenConnections, **given: Any) -> None:
         super().__init__(**given)

@@ -1,4 +1,4 @@
-"""Decode an answer into text incrementally, in whole characters and up to a stop text."""
+"""Decode an answer into text incrementally, in whole characters and up to a stop string."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class IncrementalDetokenizer:
         stop: Texts that end the answer.
 
     Attributes:
-        stopped: Whether a stop text has appeared. The stop text and all text after it are dropped.
+        stopped: Whether a stop string has appeared. It is dropped, and so is all text after it.
     """
 
     def __init__(self, tokenizer: Any, prompt: Sequence[int], stop: Sequence[str]) -> None:
@@ -38,7 +38,7 @@ class IncrementalDetokenizer:
         return self._hold_back_stop_prefix(self._new(flush=False))
 
     def flush(self) -> str:
-        """Return the remaining text after the last token."""
+        """Return any text that is still held back after the last token."""
         if self.stopped:
             return ""
         text = self._hold_back_stop_prefix(self._new(flush=True))
@@ -60,7 +60,7 @@ class IncrementalDetokenizer:
         return text
 
     def _hold_back_stop_prefix(self, new: str) -> str:
-        """Hold back any text that may be the start of a stop text, and return the rest."""
+        """Hold back any text that may be the start of a stop string, and return the rest."""
         if self.stopped:
             return ""
         text = self._held + new
@@ -68,7 +68,7 @@ class IncrementalDetokenizer:
         if found:
             self.stopped, self._held = True, ""
             return text[: min(found)]
-        # Find the longest suffix of the text that a stop text begins with.
+        # Find the longest suffix of the text that a stop string begins with.
         for length in range(min(self._longest - 1, len(text)), 0, -1):
             if any(stop.startswith(text[-length:]) for stop in self._stop):
                 self._held = text[-length:]

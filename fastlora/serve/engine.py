@@ -123,10 +123,10 @@ class Engine:
         self._wake()
 
     def close(self, timeout: float | None = None) -> None:
-        """Close the engine after all requests have ended.
+        """Wait for all requests to finish, then close the engine.
 
-        The engine accepts no more requests. Requests that have not ended after ``timeout`` seconds
-        fail with `ClosedError`.
+        The engine accepts no more requests. Requests that have not finished after ``timeout``
+        seconds fail with `ClosedError`.
         """
         with self._changed:
             self._closing = True
@@ -206,7 +206,7 @@ class Engine:
                 self._running.fail_all(error)
 
     def _can_start_or_end_waiting(self) -> bool:
-        """Return whether a waiting request can start or must be ended."""
+        """Return whether any waiting request can be started or must be ended."""
         return any(
             job.canceled or job.version is None or job.version.ready or job.version.error
             for job in self._waiting

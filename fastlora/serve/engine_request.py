@@ -27,7 +27,7 @@ class RequestFailedError(FastLoraError):
 
 
 def to_client_error(error: Exception) -> FastLoraError:
-    """Convert an exception to an error for clients that hides internal details."""
+    """Convert an exception to a client-facing error that hides internal details."""
     if isinstance(error, FastLoraError):
         return error
     return RequestFailedError(f"the server failed to process this request ({type(error).__name__})")

@@ -38,7 +38,10 @@ _STATUS: tuple[tuple[type[FastLoraError], int, str, str | None], ...] = (
 
 
 class AsciiJSONResponse(Response):
-    """A JSON response in ASCII, because a message may quote a name that UTF-8 cannot encode."""
+    """A JSON response that uses only ASCII.
+
+    A message may quote a name that UTF-8 cannot encode.
+    """
 
     media_type = "application/json"
 

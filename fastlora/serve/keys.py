@@ -13,7 +13,7 @@ _MOST_BYTES = 4096  # maximum size of a key file
 
 
 class AdminKeyError(FastLoraError):
-    """A request requires the admin key but does not have it."""
+    """A request requires the admin key but does not provide it."""
 
 
 class CallerRole(enum.Enum):
@@ -63,7 +63,7 @@ class ApiKeys:
 def resolve_key(
     option: str, given: str | None, file: Path | None, variable: str, otherwise: str | None
 ) -> str | None:
-    """Return the key from an option, a key file, or an environment variable, in this order.
+    """Return the key from an option, a key file, or an environment variable, checked in that order.
 
     Args:
         option: Name of the option, such as ``--api-key``. The option for the file is

@@ -54,9 +54,10 @@ class LongTextDetector:
 def _character_bound_and_vanishing(
     parts: Mapping[str, Any],
 ) -> tuple[int, re.Pattern[str] | None] | None:
-    """Return the maximum number of characters per token, and a pattern of vanishing characters.
+    """Return the maximum number of characters per token, and a pattern of droppable characters.
 
-    Returns None if there is no bound. The pattern is None if no characters can vanish.
+    Returns None if there is no bound. The pattern matches the characters that tokenization may
+    drop. It is None if there are none.
 
     Args:
         parts: The tokenizer as JSON.

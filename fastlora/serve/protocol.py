@@ -47,7 +47,7 @@ class _Body(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _drop_ignorable_fields(cls, data: Any) -> Any:
-        """Drop the fields that can be ignored, such as nulls and values that request nothing.
+        """Drop the fields that can be ignored, such as nulls and values that have no effect.
 
         Of the unknown fields, only the first is kept.
 
@@ -94,7 +94,7 @@ class GenerationBody(_Body):
     user: str | None = None
 
     def to_sampling_params(self, max_tokens: int | None) -> SamplingParams:
-        """Return the request's sampling settings; raise `ConfigError` if a stop text is invalid."""
+        """Return the sampling settings; raise `ConfigError` if a stop string is invalid."""
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
         for text in stop[: MAX_STOPS + 1]:
             check_no_surrogates("stop", text)
@@ -118,7 +118,8 @@ class CompletionBody(GenerationBody):
         if isinstance(given, list) and not (given and isinstance(given[0], int)):
             if len(given) != 1:
                 raise ConfigError(
-                    f"prompt contains {len(given)} prompts, expected one; send one request for each"
+                    f"prompt contains {len(given)} prompts, expected one; send a separate request "
+                    "for each prompt"
                 )
             return cast("str | list[int]", given[0])
         return cast("str | list[int]", given)
@@ -215,4 +216,6 @@ def check_no_surrogates(name: str, text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise ConfigError(f"{name} contains an unpaired surrogate, which is not valid") from None
+        raise ConfigError(
+            f"{name} contains an unpaired surrogate, which is not valid Unicode text"
+        ) from None

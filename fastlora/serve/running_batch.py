@@ -113,7 +113,7 @@ class RunningBatch:
         self._block.close()
 
     def prefill_and_decode(self) -> None:
-        """Prefill part of the pending prompts, then decode a token for each complete prompt."""
+        """Prefill part of the pending prompts, then decode a token for each prefilled request."""
         if self._decoding_count < len(self.jobs):
             self._forward_rows(self._decoding_count, self._next_prefill_requests())
         if self._decoding_count:

@@ -26,10 +26,10 @@ class SamplingParams:
         top_p: Sample from the smallest set of most likely tokens with at least this total
             probability.
         seed: Seed of the random numbers for this request; None for a random seed.
-        stop: Stop texts, which end the answer and are not part of it.
+        stop: Stop strings, which end the answer and are not part of it.
 
     Raises:
-        ConfigError: There are too many stop texts, or a stop text is empty. `protocol` checks the
+        ConfigError: There are too many stop strings, or one is empty. `protocol` checks the
             numbers.
     """
 

@@ -138,7 +138,7 @@ class StandInDriver:
         return 0
 
     def get_device_properties(self, device: int) -> dict[str, int]:
-        """Return a dict of the chip's shared memory, number of multiprocessors, and warp size."""
+        """Return a dict with the chip's shared memory size, multiprocessor count, and warp size."""
         return self._properties
 
     def unload_module(self, module: Any) -> None:

@@ -17,7 +17,7 @@ from torch import nn
 
 
 def error_budget(same_dtype: torch.Tensor, truth: torch.Tensor) -> float:
-    """Return the largest absolute error that a result may have in order to pass.
+    """Return the largest absolute error with which a result still passes.
 
     Args:
         same_dtype: PyTorch's result in the dtype under test. It may have any shape.

@@ -20,7 +20,7 @@ from fastlora.validation import AdapterStateError, CheckpointError
 
 
 def adapter_parameters(model: LoraModel, name: str) -> dict[str, nn.Parameter]:
-    """Return a dict that maps parameter names to the parameters that an adapter saves.
+    """Return a dict that maps parameter names to the parameters saved with an adapter.
 
     These are its factors, its copies of ``modules_to_save``, and with ``bias="all"`` or
     ``"lora_only"`` the base model's biases.
@@ -152,7 +152,7 @@ class AdapterTrainingState:
         }
 
     def check_state(self, state: Mapping[str, Any]) -> None:
-        """Raise `CheckpointError` unless a state fits the optimizer, scheduler, and parameters."""
+        """Raise `CheckpointError` unless a state matches optimizer, scheduler, and parameters."""
         what, mine = f"the state of adapter {self.name!r}", self.state_dict()
         if not isinstance(state, Mapping):
             raise CheckpointError(f"{what} is a {type(state).__name__}, expected a mapping")

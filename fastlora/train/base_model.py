@@ -147,7 +147,7 @@ def check_separates_packed_samples(model: nn.Module, packing: str) -> None:
 
 
 def check_samples_fit_model(base: PreTrainedModel, corpora: Iterable[TokenizedCorpus]) -> None:
-    """Raise an error unless all samples fit the base model.
+    """Raise an error unless the base model can process all samples.
 
     Both the length and the token ids of each sample are checked.
 

@@ -97,7 +97,7 @@ def _acquire_lock_if_supported(path: Path) -> int | None:
                 raise TrainError(
                     f"{path.parent}: another training run is writing to this folder: "
                     f"{_describe_lock_holder(descriptor)}; wait until it ends, or choose "
-                    "another out folder"
+                    "another output folder"
                 )
             # Another run may have removed the lock file on exit, before this run locked it.
             locked = _is_file_at(descriptor, path)

@@ -18,7 +18,7 @@ IGNORED = -100
 
 @dataclass(frozen=True, eq=False)
 class AdapterLosses:
-    """The losses of a mixed batch, separately for each adapter.
+    """The losses of a mixed batch, computed separately for each adapter.
 
     A token counts if it contributes to the loss. Adapters without counted tokens are left out of
     all fields.
@@ -190,7 +190,7 @@ def causal_lm_losses(
 
 
 def count_tokens(labels: torch.Tensor, adapters: Sequence[str | None]) -> dict[str, int]:
-    """Count each adapter's tokens that contribute to the loss in `causal_lm_losses`.
+    """For each adapter, count the tokens that contribute to the loss in `causal_lm_losses`.
 
     This causes one host-device synchronization.
 

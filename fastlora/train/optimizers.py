@@ -55,7 +55,7 @@ def train_adapters(model: LoraModel, names: str | Sequence[str]) -> None:
 
 
 def check_trained_together(model: LoraModel, names: str | Sequence[str]) -> list[str]:
-    """Check that the adapters can train together, and return their names without duplicates.
+    """Check that the adapters can be trained together, and return their names without duplicates.
 
     Raises the errors of `train_adapters`.
     """
@@ -76,7 +76,7 @@ def check_trained_together(model: LoraModel, names: str | Sequence[str]) -> list
 
 @dataclass(frozen=True)
 class StepReport:
-    """Report on one optimizer step: the stepped and skipped adapters, and their gradient norms.
+    """Report on one optimizer step: the updated and skipped adapters, and their gradient norms.
 
     `AdapterOptimizers.step` returns it. An adapter without a loss since the previous step is in
     none of the fields.
@@ -86,7 +86,7 @@ class StepReport:
         skipped: Names of the adapters that the step skipped because a gradient was not finite.
         left_out: Names of the adapters with a non-finite loss since the previous step. An adapter
             that also had finite losses is in ``stepped`` or ``skipped`` too.
-        grad_norms: Dict that maps each stepped or skipped adapter to its gradient norm, after
+        grad_norms: Dict that maps each updated or skipped adapter to its gradient norm, after
             unscaling and before clipping.
     """
 
@@ -156,7 +156,7 @@ class AdapterOptimizers:
                 if name not in names:
                     raise AdapterNotFoundError(
                         f"{argument} names adapter {name!r}, which has no optimizer; adapters "
-                        f"that have one are {names}{near_names(name, names)}"
+                        f"with an optimizer: {names}{near_names(name, names)}"
                     )
         self._adapters = {
             name: AdapterTrainingState(
@@ -226,7 +226,7 @@ class AdapterOptimizers:
         return {name: int(count) for name, count in total.items() if count}
 
     def backward(self, losses: AdapterLosses) -> None:
-        """Run the backward pass of the finite losses, which accumulates their gradients.
+        """Run the backward pass for the finite losses, and accumulate their gradients.
 
         The gradients of the other adapters remain unchanged. A non-finite loss is counted and
         skipped. Gradients that its adapter has accumulated from earlier batches of the same step
@@ -320,8 +320,8 @@ class AdapterOptimizers:
         for name in wanted:
             if not self._adapter_state(name).gradients():
                 raise AdapterStateError(
-                    f"adapter {name!r} has no gradients; expected a backward pass of a loss over "
-                    "its rows since the last zero_grad()"
+                    f"adapter {name!r} has no gradients; run the backward pass for a loss over its "
+                    "rows after zero_grad() and before step()"
                 )
         # Step in the order of the optimizers, so that the order of the rows has no effect.
         chosen = [adapter for name, adapter in self._adapters.items() if name in wanted]
@@ -386,7 +386,7 @@ class AdapterOptimizers:
     def _adapter_state(self, name: str) -> AdapterTrainingState:
         if name not in self._adapters:
             raise AdapterNotFoundError(
-                f"adapter {name!r} has no optimizer; adapters that have one are "
+                f"adapter {name!r} has no optimizer; adapters with an optimizer: "
                 f"{list(self._adapters)}{near_names(str(name), self._adapters)}"
             )
         return self._adapters[name]

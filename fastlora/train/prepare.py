@@ -78,7 +78,7 @@ def checkpoint_to_resume(settings: TrainSettings, *, resume: bool) -> Path | Non
     if found and not resume:
         raise TrainError(
             f"{found[-1]} is a checkpoint of an earlier run; resume it (--resume), or choose "
-            "another out folder"
+            "another output folder"
         )
     return found[-1] if found else None
 
@@ -179,7 +179,7 @@ def _check_no_fp16_trained(model: LoraModel) -> None:
 
 
 def check_dropout_dtype(configs: Mapping[str, LoraConfig], dtype: torch.dtype) -> None:
-    """Raise `ConfigError` if an adapter uses dropout in a base dtype without dropout support."""
+    """Raise `ConfigError` if an adapter uses dropout and the base dtype does not support it."""
     for name, config in configs.items():
         if config.lora_dropout and dtype not in _COMPUTE_DTYPES:
             raise ConfigError(

@@ -221,17 +221,17 @@ class RunProcesses:
         return cast(T, result)
 
     def start_trackers(self) -> None:
-        """Start a run in each tracker, which may create files."""
+        """Start a run in each tracker. This may create files."""
         if self._tracked:
             self._accelerator.init_trackers("trackers")
 
     def log_to_trackers(self, values: dict[str, Any], step: int) -> None:
-        """Send a dict of named numbers and texts to the trackers."""
+        """Send a dict of named numbers and strings to the trackers."""
         if self._tracked and values:
             self._accelerator.log(values, step=step)
 
     def end_trackers(self) -> None:
-        """End all trackers.
+        """Close all trackers.
 
         They write their pending data first.
         """
@@ -239,7 +239,7 @@ class RunProcesses:
             self._accelerator.trackers.pop().finish()
 
     def end_trackers_and_leave_group(self) -> None:
-        """End the trackers and leave the process group."""
+        """Close the trackers and leave the process group."""
         while self._accelerator.trackers:  # left after an error, which is already being raised
             with contextlib.suppress(OSError):
                 self.end_trackers()
@@ -247,10 +247,10 @@ class RunProcesses:
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Raise an error unless all trackers are known to accelerate and installed.
+    """Raise an error unless accelerate supports all trackers and all of them are installed.
 
     Raises:
-        ConfigError: accelerate has no tracker of that name.
+        ConfigError: accelerate supports no tracker of that name.
         TrainError: A tracker or accelerate is not installed.
     """
     if not names:
@@ -262,7 +262,7 @@ def check_trackers(names: Sequence[str]) -> None:
     for name in names:
         if name not in known:
             raise ConfigError(
-                f"track: unknown tracker {name!r}{near_names(name, known)}; accelerate has "
+                f"track: unknown tracker {name!r}{near_names(name, known)}; accelerate supports "
                 f"{', '.join(sorted(known))}"
             )
         if name not in there:

@@ -319,7 +319,7 @@ class Run:
         return self._log.was_evaluated
 
     def _write_loss_files_and_end_trackers(self) -> tuple[dict[str, float], tuple[Path, ...]]:
-        """Write the table and the plot of the losses, and end the trackers.
+        """Write the table and the plot of the losses, and close the trackers.
 
         If steps are left, no file is written. Returns a tuple (mean loss of each adapter, paths of
         the written files). Raises the first error from writing the log, the losses, or tracker
@@ -404,10 +404,7 @@ class Run:
         return evaluated
 
     def _no_step_completed(self) -> bool:
-        """Return whether this run has not completed any of its steps.
-
-        If no steps remain, the result is False.
-        """
+        """Return whether this run has steps left and has completed none of them."""
         return self.resumed_from == self.step < self.schedule.steps
 
     def _is_due(self, every: int) -> bool:

@@ -169,7 +169,7 @@ def plot_losses(folder: Path, losses: Sequence[LoggedLoss]) -> Path | None:
 def _finite_losses(
     losses: Sequence[LoggedLoss], name: str, kind: str
 ) -> tuple[list[int], list[float]]:
-    """Return the steps and the values of an adapter's finite losses of one kind."""
+    """Return the steps and values of an adapter's finite losses of the given kind."""
     own = {e.step: e.loss for e in losses if (e.adapter, e.kind) == (name, kind)}
     points = {step: loss for step, loss in own.items() if loss is not None}
     return list(points), list(points.values())

@@ -286,7 +286,7 @@ def _settings(given: dict[str, Any], flags: dict[str, Any]) -> TrainSettings:
     micro = settings.micro_batch_size
     if micro is not None and micro > settings.batch_size:
         raise ConfigError(
-            f"micro_batch_size must be at most batch_size {settings.batch_size}, got {micro}"
+            f"micro_batch_size must be at most batch_size ({settings.batch_size}), got {micro}"
         )
     return settings
 
@@ -328,7 +328,7 @@ def _expand_field_aliases(table: Any, where: str) -> dict[str, Any]:
         name = ALIASES.get(key, key)
         if name in result:
             raise ConfigError(
-                f"{where}: {key!r} and another name of {name!r} are both given; keep only one"
+                f"{where}: {key!r} and another name for {name!r} are both given; keep only one"
             )
         result[name] = value
     return result

@@ -75,7 +75,7 @@ class StopSignalHandler:
         self._restore()
 
     def defer_first_signal(self) -> None:
-        """Make the next signal only set `received`, so that the run can finish its current step."""
+        """Defer the next signal: it only sets `received`, so that the current step can finish."""
         self._deferred = True
 
     def _handle(self, number: int, frame: FrameType | None) -> None:

@@ -175,7 +175,7 @@ def test_refusals(folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     with pytest.raises(ConfigError, match="'base' is already in use"):
         parse_adapter_folders([f"base={robot}"])
     with pytest.raises(
-        CheckpointError, match="not an adapter folder; expected adapter_config.json in it"
+        CheckpointError, match="not an adapter folder; expected it to contain adapter_config.json"
     ):
         parse_adapter_folders([str(tmp_path)])
     base = folders / "base"

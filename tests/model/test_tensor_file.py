@@ -65,7 +65,7 @@ GOOD = {"dtype": "F32", "shape": [2, 4], "data_offsets": [0, 32]}
         ({"a": {**GOOD, "shape": [2, -4]}}, bytes(32), "shape [2, -4]"),
         ({"a": {**GOOD, "shape": [2, 4.0]}}, bytes(32), "shape [2, 4.0]"),
         ({"a": {**GOOD, "shape": [2, True]}}, bytes(32), "shape [2, True]"),
-        ({"a": {**GOOD, "shape": [0, 4]}}, bytes(32), "(0, 4), which has no elements"),
+        ({"a": {**GOOD, "shape": [0, 4]}}, bytes(32), "of shape (0, 4) has no elements"),
         ({"a": {**GOOD, "shape": [1 << 40, 1 << 40]}}, bytes(32), "needs"),
         ({"a": {**GOOD, "shape": [2, 5]}}, bytes(32), "needs 40 bytes"),
         ({"a": {**GOOD, "data_offsets": [32, 0]}}, bytes(32), "data_offsets [32, 0]"),

@@ -317,7 +317,7 @@ def test_refusals_beside_other_adapters() -> None:
     model = get_peft_model(tiny_llama(), config([1]), "a")
     assert isinstance(model.get_input_embeddings(), TrainableTokensWrapper)
     for tokens, fields, words in (
-        ({"lm_head": [1], "embed_tokens": [2]}, {}, "expected the same for all adapters"),
+        ({"lm_head": [1], "embed_tokens": [2]}, {}, "this must be the same for all adapters"),
         (None, {"target_modules": ["lm_head"]}, "in which adapters train rows"),
         (
             None,
@@ -328,7 +328,9 @@ def test_refusals_beside_other_adapters() -> None:
         with unchanged(model), pytest.raises(UnsupportedLayerError, match=words):
             model.add_adapter("b", config(tokens, **fields))
     other = get_peft_model(tiny_llama(), config(None, modules_to_save=["embed_tokens"]), "a")
-    with pytest.raises(UnsupportedLayerError, match=r"adapts this module with a full copy \(modules_to_save\)"):
+    with pytest.raises(
+        UnsupportedLayerError, match=r"adapts this module with a full copy \(modules_to_save\)"
+    ):
         other.add_adapter("b", config([1]))
 
 

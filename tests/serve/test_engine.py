@@ -357,7 +357,7 @@ def test_what_serving_cannot_do_is_refused() -> None:
 
 
 def test_text_comes_in_whole_characters() -> None:
-    """Bytes of one character in several tokens, and what may be the beginning of a stop text."""
+    """Bytes of one character in several tokens, and what may be the beginning of a stop string."""
 
     class Bytes:
         def decode(self, tokens: list[int], **_: Any) -> str:

@@ -87,7 +87,7 @@ RULES = (
     Rule(
         "Sums of adapters with trained tokens",
         f"raise an error, where PEFT drops the tokens; {DIFFERS}, Adapters",
-        r"which cannot be added",
+        r"which cannot be combined with those",
     ),
     Rule(
         "Text or class of an error",
@@ -171,9 +171,9 @@ def main(base_path: str, ours_path: str, patched_path: str | None = None) -> str
         "# PEFT's own tests",
         "",
         "This page shows how many of PEFT 0.21.2's own tests pass with fastlora. It counts only",
-        "the tests that name LoRA, or that name no specific method. The tests ran on a CPU",
-        "without access to the Hugging Face Hub. Small random models with the same names and",
-        "architectures replaced the models on the Hub.",
+        "the tests that mention LoRA and the tests that mention no specific method. The tests ran",
+        "on a CPU without access to the Hugging Face Hub. Instead of the models on the Hub, the",
+        "tests used small, randomly initialized models with the same names and architectures.",
         "",
         "| run | passed | fail, but pass with PEFT alone |",
         "|---|---|---|",

@@ -72,7 +72,7 @@ def test_parquet_and_folders_of_datasets(tmp_path: Path) -> None:
         assert [sample.text for sample in found.found] == expected
         assert str(found.found[1].source) == f"{tmp_path / name}, row 2"
     with pytest.raises(
-        DataError, match=r"splits: has several splits; expected one of them: .*splits/train"
+        DataError, match=r"splits: has several splits; choose one of them: .*splits/train"
     ):
         read_samples([tmp_path / "splits"])
     (tmp_path / "nothing").mkdir()
@@ -180,7 +180,7 @@ def test_columns_and_formats_that_are_named(tmp_path: Path) -> None:
         ("a.jsonl", '{"messages": [{"content": "x"}]}', r"message 1 has no role \(or from\)"),
         ("a.jsonl", '{"messages": [{"role": "user"}]}', r"message 1 has no content \(or value\)"),
         ("a.jsonl", '{"messages": [{"role": "user", "content": 3}]}', r"has content '3', expected"),
-        ("a.jsonl", '{"conversations": [{"from": "me", "value": ""}]}', r"message 1 is from 'me'"),
+        ("a.jsonl", '{"conversations": [{"from": "me", "value": ""}]}', r"message 1 has role 'me'"),
         ("a.jsonl", '{"prompt": "x", "completion": [{}]}', r"line 1: one of the columns 'prompt'"),
         (
             "a.jsonl",

@@ -79,10 +79,10 @@ def is_repacked(base: nn.Module) -> bool:
 
 
 class RepackedProduct:
-    """Matrix product that bitsandbytes computes with repacked codes, for evaluation on a CPU.
+    """Matrix product with a repacked copy of a module's codes, for evaluation on a CPU.
 
-    The module is not changed. The first product makes the copy, which takes 4 bits per weight and a
-    bf16 value per block.
+    bitsandbytes computes the product. The module is not changed. The first product makes the copy,
+    which takes 4 bits per weight and a bf16 value per block.
 
     Args:
         base: A `Linear4bit` that `prevent_repacking` prevents from being repacked.

@@ -203,7 +203,10 @@ def scale_columns_backward(
     magnitude: torch.Tensor,
     squares: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return a tuple (gradient of u, gradient of the magnitude or None if u is None)."""
+    """Return a tuple (gradient of u, gradient of the magnitude).
+
+    The latter is None if u is None.
+    """
     scale = dora_scale(magnitude, squares)
     if u is None:
         return scale_columns(dy, None, scale), None

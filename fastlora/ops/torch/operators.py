@@ -30,7 +30,7 @@ _Factors = Sequence[Factor]
 def keep(
     like: torch.Tensor, seed: torch.Tensor, dropout_p: float, run_after: torch.Tensor | None
 ) -> torch.Tensor:
-    """Return the dropout mask that the PyTorch implementation applies to a tensor like ``like``."""
+    """Return the PyTorch implementation's dropout mask for the shape and dtype of ``like``."""
     return reference.lora_keep_mask(like, seed, dropout_p)
 
 
@@ -153,7 +153,7 @@ def grad_x(
     dropout_p: Sequence[float],
     plan: str,
 ) -> torch.Tensor:
-    """Return the gradient of x. Without a weight, return only the adapters' contribution."""
+    """Return the gradient of x. If no weight is given, return only the adapters' contribution."""
     operands, batch = (
         segments.shrink_operands(replace_missing_with_empty(lora_a, 0), seeds, dropout_p),
         rows_from_tensors(rows),

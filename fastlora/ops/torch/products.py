@@ -30,7 +30,7 @@ _LEAST = 32
 
 @dataclass(frozen=True)
 class Fp32ProductLimits:
-    """Size limits for computing the products of an emulated dtype in fp32.
+    """Size limits that decide whether and how products in an emulated dtype are computed in fp32.
 
     Attributes:
         few_rows: Up to this many rows of x, PyTorch is as fast for a weight ``[N, K]``.
@@ -150,7 +150,7 @@ def baddbmm_(y: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def native_product_is_slow(dtype: torch.dtype, rows: int) -> bool:
-    """Return whether PyTorch's product in a dtype can be slow for this many rows.
+    """Return whether PyTorch's matrix product in a dtype can be slow for this many rows.
 
     This depends on the memory layout of the operands.
     """
@@ -158,7 +158,7 @@ def native_product_is_slow(dtype: torch.dtype, rows: int) -> bool:
 
 
 def _native_is_as_fast(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Return whether PyTorch's own ``a @ b`` is as fast, because ``a`` has few rows."""
+    """Return whether ``a`` has so few rows that PyTorch's own ``a @ b`` is as fast as in fp32."""
     emulation = EMULATED[a.dtype]
     few = emulation.few_rows if b.stride(-2) == 1 else emulation.few_other_rows
     return a.shape[-2] <= few

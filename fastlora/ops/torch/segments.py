@@ -69,7 +69,7 @@ class _AdapterRows(NamedTuple):
 
 
 def _adapter_rows(operands: AdapterOperands, rows: Rows) -> list[_AdapterRows]:
-    """Return a list of `_AdapterRows`, one per adapter in the batch, in order of slots.
+    """Return a list of `_AdapterRows`, one per adapter in the batch, in slot order.
 
     Adapters without rows and adapters of rank 0 are omitted.
     """
@@ -267,7 +267,7 @@ def grad_x(
     operands: AdapterOperands,
     rows: Rows,
 ) -> torch.Tensor:
-    """Return the gradient of x. Without a weight, return only the adapters' contribution.
+    """Return the gradient of x. If no weight is given, return only the adapters' contribution.
 
     ``dy`` is at sorted positions. The rows of dx are in their original order.
     """

@@ -35,7 +35,7 @@ def shrink(
     seed: torch.Tensor | None,
     dropout_p: float,
 ) -> torch.Tensor:
-    """Return the shrink output s of x, after dropout if there is a seed."""
+    """Return the shrink output s of x; if there is a seed, dropout is applied to x first."""
     if seed is None:
         return reference.lora_shrink(x, lora_a)
     dropped = reference.select_into_mask_(keep_mask(x, seed, dropout_p, None), x)

@@ -19,10 +19,10 @@ _Block = TypeVar("_Block", torch.Tensor, torch.Tensor | None)
 
 
 def dropout_tables(seeds: torch.Tensor | None, dropout_p: Sequence[float]) -> DropoutTables | None:
-    """Return tables of each slot's dropout seed, threshold, and scale, or None without seeds.
+    """Return tables of each slot's dropout seed, threshold, and scale.
 
-    ``seeds`` is int64 ``[S]`` on the device, or None without dropout. ``dropout_p`` lists the
-    probability of each slot.
+    The result is None if there are no seeds. ``seeds`` is int64 ``[S]`` on the device, or None if
+    there is no dropout. ``dropout_p`` lists the probability of each slot.
     """
     if seeds is None:
         return None
@@ -39,9 +39,9 @@ def dropout_tables(seeds: torch.Tensor | None, dropout_p: Sequence[float]) -> Dr
 def lora_a_rank_rows(
     lora_a: Sequence[torch.Tensor], device: torch.device, shape: tuple[int, ...] = (-1,)
 ) -> RankRows:
-    """Return a `RankRows` with the addresses and ranks of the given lora_a.
+    """Return a `RankRows` with the addresses and ranks of the given lora_a factors.
 
-    All lora_a must be aligned. ``shape`` is the shape of the tables.
+    All factors must be aligned. ``shape`` is the shape of the tables.
     """
     ranks = tuple(a.shape[0] for a in lora_a)
     address, rank = (

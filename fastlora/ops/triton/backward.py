@@ -79,7 +79,7 @@ def grad_x(
     dropout_p: Sequence[float],
     plan: str,
 ) -> torch.Tensor:
-    """Return the gradient of x. Without a weight, return only the adapters' contribution."""
+    """Return the gradient of x. If no weight is given, return only the adapters' contribution."""
     downs = replace_missing_with_empty(lora_a, 0)
     if not rows:
         p = 0.0 if seeds is None else dropout_p[0]

@@ -13,7 +13,7 @@ from fastlora.ops.triton.launch_configs import config_of
 def sort_rows_into(
     ids: torch.Tensor, slots: int, outputs: tuple[torch.Tensor, ...], block_m: int
 ) -> tuple[torch.Tensor, ...] | None:
-    """Sort rows by slot into ``outputs`` and return them, or return None if this is not supported.
+    """Sort rows by slot into ``outputs``, and return ``outputs``, or None if this is not supported.
 
     Sorting is not supported if there are too many ids or slots for one program.
 

@@ -81,7 +81,7 @@ class SampleOrder:
         return dict(zip(self.names, counts.tolist(), strict=True))
 
     def _shuffled_indices(self, first: int, count: int) -> torch.Tensor:
-        """Return ``count`` sample indices of the shuffled epochs, starting at index ``first``."""
+        """Return ``count`` sample indices from the shuffled epochs, from position ``first`` on."""
         parts = []
         while count:
             epoch, at = divmod(first, self.total)

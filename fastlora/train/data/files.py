@@ -94,7 +94,7 @@ def read_rows(path: Path) -> FileRows:
 
 
 def quoted_excerpt(value: object) -> str:
-    """Return an excerpt of a value in quotes, for an error message.
+    """Return a quoted excerpt of a value, for an error message.
 
     The excerpt contains at most 60 characters.
     """
@@ -179,7 +179,7 @@ def _read_saved_dataset(path: Path) -> FileRows:
     if (path / _SPLITS_FILE).is_file():
         splits = sorted(entry.name for entry in path.iterdir() if (entry / _STATE_FILE).is_file())
         named = " or ".join(str(path / name) for name in splits)
-        raise DataError(f"{path}: has several splits; expected one of them: {named}")
+        raise DataError(f"{path}: has several splits; choose one of them: {named}")
     if not (path / _STATE_FILE).is_file():
         raise DataError(
             f"{path}: is not a folder written by datasets.Dataset.save_to_disk "

@@ -310,7 +310,7 @@ class _RowValues:
         self._check_encodes(column, value)
         if not (value or optional or empty):
             raise self._value_error(
-                column, f"the text is empty, got {quoted_excerpt(dict(self._row))}"
+                column, f"the text is empty in the row {quoted_excerpt(dict(self._row))}"
             )
         return value
 
@@ -366,16 +366,16 @@ class _RowValues:
             if message["role"] not in _ROLES:
                 known = ", ".join((*_SPEAKERS, *_ROLES))
                 raise self._value_error(
-                    column, f"{what} is from {quoted_excerpt(speaker)}, expected one of {known}"
+                    column, f"{what} has role {quoted_excerpt(speaker)}, expected one of {known}"
                 )
         if not isinstance(message.get("role"), str):
             raise self._value_error(
-                column, f"{what} has no role (or from), got {quoted_excerpt(entry)}"
+                column, f"{what} has no role (or from): {quoted_excerpt(entry)}"
             )
         content = message.get("content")
         if content is None and not message.get("tool_calls"):
             raise self._value_error(
-                column, f"{what} has no content (or value), got {quoted_excerpt(entry)}"
+                column, f"{what} has no content (or value): {quoted_excerpt(entry)}"
             )
         if content is not None and not isinstance(content, str | list):
             raise self._value_error(

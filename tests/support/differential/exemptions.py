@@ -374,7 +374,7 @@ EXEMPTIONS: tuple[Exemption, ...] = (
         Script("Llama", (_wrap(["q_proj"], bias="all"), _weighted("default"))),
     ),
     Exemption(
-        "The config of the combined adapter has the rank of the factors on each layer",
+        "The config of the combined adapter records the rank of the factors for each layer",
         lambda m: (
             m.difference.what.endswith(": config")
             and any(m.about(f"file {name}:") for name in m.sums())
@@ -385,7 +385,7 @@ EXEMPTIONS: tuple[Exemption, ...] = (
         Script("Llama", (_wrap(["q_proj"], init_lora_weights=False), _weighted("default"), RELOAD)),
     ),
     Exemption(
-        "PEFT writes the largest rank for all layers",
+        "PEFT's config records the largest rank for all layers",
         lambda m: m.of("weighted") and _of_sum(m, "lora_"),
         Script("Llama", (_wrap(["q_proj"]), _add("ash", ["v_proj"]), _weighted("default", "ash"))),
     ),
@@ -464,7 +464,7 @@ EXEMPTIONS: tuple[Exemption, ...] = (
         ),
     ),
     Exemption(
-        "An adapter cannot target a module that another adapter owns a copy of",
+        "An adapter cannot target a module of which another adapter owns a copy",
         lambda m: (
             m.of("add", "load")
             and (
