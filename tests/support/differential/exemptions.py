@@ -203,7 +203,7 @@ EXEMPTIONS: tuple[Exemption, ...] = (
         Script("Llama", (_wrap(["q_proj"], use_dora=True), _mixed("default", "__base__"))),
     ),
     Exemption(
-        "Any module of `modules_to_save` can be in a mixed batch",
+        "Any module in `modules_to_save` can be used with a mixed batch",
         lambda m: m.of("mixed") and m.accepted("Mixed batching is only supported"),
         Script("Llama", (_wrap(["q_proj"], modules_to_save=["norm"]), _mixed("default"))),
     ),
@@ -213,12 +213,12 @@ EXEMPTIONS: tuple[Exemption, ...] = (
         Script("Whisper", (_wrap(["conv1"]),)),
     ),
     Exemption(
-        "The base biases that an adapter asks for",
+        "The base biases that an adapter's config selects",
         base_biases.follow_their_rules,
         Script("Llama", (_wrap(["q_proj"]), _add("ash", ["v_proj"], bias="all"), _set("ash"))),
     ),
     Exemption(
-        "the biases in the copies of an inactive adapter are trained",
+        "the biases in an inactive adapter's module copies are trained",
         lambda m: (
             m.less()
             and m.trains(*(f"modules_to_save.{n}.bias" for n in m.inactive()))
@@ -259,12 +259,12 @@ EXEMPTIONS: tuple[Exemption, ...] = (
         Script("Llama", (_wrap(["q_proj"]), FROZEN, _op("within_disabled"))),
     ),
     Exemption(
-        "`enable_adapter_layers` and the end of `disable_adapter`",
+        "`enable_adapter_layers` and exiting `disable_adapter`",
         lambda m: m.of("enable") and m.less(),
         Script("Llama", (_wrap(["q_proj"]), FROZEN, _op("disable"), _op("enable"))),
     ),
     Exemption(
-        "A forward pass in `disable_adapter` after `merge_adapter`",
+        "A forward pass inside `disable_adapter` after `merge_adapter`",
         lambda m: m.of("within_disabled") and _merges_again(m),
         Script("Llama", (_wrap(["q_proj"]), _op("merge"), _op("within_disabled"))),
     ),
@@ -359,7 +359,7 @@ EXEMPTIONS: tuple[Exemption, ...] = (
         Script("Llama", (_wrap(["q_proj"], use_rslora=True), _weighted("default"))),
     ),
     Exemption(
-        "An existing name raises an error, whereas PEFT returns silently",
+        "Passing the name of an existing adapter raises an error, whereas PEFT returns silently",
         lambda m: m.of("weighted") and m.only_fastlora_raises("already exists"),
         Script("Llama", (_wrap(["q_proj"]), _weighted("default", name="default"))),
     ),
@@ -374,7 +374,7 @@ EXEMPTIONS: tuple[Exemption, ...] = (
         Script("Llama", (_wrap(["q_proj"], bias="all"), _weighted("default"))),
     ),
     Exemption(
-        "The config of the sum has the rank of the factors on each layer",
+        "The config of the combined adapter records the rank of the factors for each layer",
         lambda m: (
             m.difference.what.endswith(": config")
             and any(m.about(f"file {name}:") for name in m.sums())
@@ -385,12 +385,12 @@ EXEMPTIONS: tuple[Exemption, ...] = (
         Script("Llama", (_wrap(["q_proj"], init_lora_weights=False), _weighted("default"), RELOAD)),
     ),
     Exemption(
-        "PEFT writes the largest rank for all layers",
+        "PEFT's config records the largest rank for all layers",
         lambda m: m.of("weighted") and _of_sum(m, "lora_"),
         Script("Llama", (_wrap(["q_proj"]), _add("ash", ["v_proj"]), _weighted("default", "ash"))),
     ),
     Exemption(
-        "The sum keeps `lora_bias`, module copies that one of the adapters owns",
+        "The combined adapter keeps `lora_bias`, module copies that belong to one of the adapters",
         lambda m: (
             m.of("weighted")
             and any(m.chosen("modules_to_save"))
@@ -451,7 +451,7 @@ EXEMPTIONS: tuple[Exemption, ...] = (
         ),
     ),
     Exemption(
-        "`disable_adapter_layers` unmerges merged adapters at once",
+        "`disable_adapter_layers` unmerges merged adapters immediately",
         lambda m: m.of("disable") and _unmerged_at_once(m),
         Script("Llama", (_wrap(["q_proj"]), _op("merge"), _op("disable"))),
     ),
@@ -464,7 +464,7 @@ EXEMPTIONS: tuple[Exemption, ...] = (
         ),
     ),
     Exemption(
-        "An adapter cannot target a module that another adapter owns a copy of",
+        "An adapter cannot target a module of which another adapter owns a copy",
         lambda m: (
             m.of("add", "load")
             and (
