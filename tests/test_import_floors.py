@@ -27,7 +27,7 @@ THREAD_LOCALS = 3
 # Classes of the forward path that only hold values. A record that two steps can share is one.
 RECORDS = 45
 FORWARD_PATH = ("layers", "autograd", "routing", "ops", "kernels")
-# Lines of code by folder, without docstrings, comments, and blank lines. A folder may have 3 % more.
+# Lines of code by folder, without docstrings, comments, and blanks. A folder may have 3 % more.
 CODE_LINES = {
     "algebra": 113,
     "autograd": 681,
