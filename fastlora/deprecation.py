@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -40,7 +41,10 @@ def renamed_attributes(module: str, names: Mapping[str, str]) -> Callable[[str],
 
 
 class RenamedAttribute:
-    """Descriptor for the old name of a renamed method or property.
+    """The old name of a method or property of a class.
+
+    Read from the class, it is this object, so that tools that read all attributes of a class do not
+    cause warnings.
 
     Args:
         new: The new name.
@@ -50,11 +54,35 @@ class RenamedAttribute:
         self.new = new
 
     def __set_name__(self, owner: type, name: str) -> None:
-        self.owner, self.name = owner.__name__, name
+        self.name = name
 
     def __get__(self, instance: Any, owner: type) -> Any:
-        warn_renamed(f"{self.owner}.{self.name}", f"{self.owner}.{self.new}")
-        return getattr(owner if instance is None else instance, self.new)
+        if instance is None:
+            return self
+        self._warn(instance)
+        return getattr(instance, self.new)
+
+    def __set__(self, instance: Any, value: object) -> None:
+        raise AttributeError(f"{self.name!r} was renamed and cannot be set; use {self.new!r}")
+
+    def __call__(self, instance: Any, *args: Any, **kwargs: Any) -> Any:
+        """Call the method on an instance, as in ``Class.old_name(instance, ...)``."""
+        self._warn(instance)
+        return getattr(instance, self.new)(*args, **kwargs)
+
+    def _warn(self, instance: object) -> None:
+        owner = type(instance).__name__
+        warn_renamed(f"{owner}.{self.name}", f"{owner}.{self.new}", stacklevel=4)
+
+
+def current_names(instance: object, names: Iterable[str]) -> list[str]:
+    """Return ``names`` without the old names of an instance's attributes."""
+    owner = type(instance)
+    return [
+        name
+        for name in names
+        if type(inspect.getattr_static(owner, name, None)) is not RenamedAttribute
+    ]
 
 
 def renamed_arguments(**names: str) -> Callable[[_Function], _Function]:

@@ -170,7 +170,7 @@ def served_token(folder: Path) -> tuple[float, set[str]]:
         assert read.wait(60)
     engine = Engine(base, Letters(), adapters, rows=4, length=64)
     submitted, count = threading.Event(), Count()
-    turn, turns = engine._running.step, 0
+    turn, turns = engine._running.prefill_and_decode, 0
 
     def counting() -> None:
         nonlocal turns
@@ -182,7 +182,7 @@ def served_token(folder: Path) -> tuple[float, set[str]]:
             sys.setprofile(None)
         turn()
 
-    engine._running.step = counting  # type: ignore[method-assign]
+    engine._running.prefill_and_decode = counting  # type: ignore[method-assign]
     for name in ("a", "b", "a", None):
         engine.submit([1, 2, 3], name, SamplingParams(20, 0), lambda piece: None)
     submitted.set()

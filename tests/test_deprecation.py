@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import warnings
 from collections.abc import Callable
@@ -186,6 +187,21 @@ def test_an_old_name_works_and_warns_once(
     assert len(ours) == 1 and found == expected
     words = re.findall(r"\w+", new)[-1]
     assert words in ours[0]
+
+
+def test_tools_that_read_all_attributes_get_no_warning() -> None:
+    """They find the new names; an old one can be called on the class, but not set."""
+    layer, made = _layer(), _pool()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for value in (layer, type(layer), made, type(made), pool.Lease((), print), pool.Lease):
+            names = dict(inspect.getmembers(value))
+            assert ("refresh" in names) == (value is type(layer))
+    made.close()
+    with pytest.warns(FutureWarning, match="use FastLoraLinear.clear_caches"):
+        type(layer).refresh(layer)
+    with pytest.raises(AttributeError, match="'refresh' was renamed and cannot be set"):
+        layer.refresh = print
 
 
 def test_both_names_of_an_argument_raise() -> None:

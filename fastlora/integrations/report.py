@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from fastlora.deprecation import RenamedAttribute
+from fastlora.deprecation import RenamedAttribute, current_names
 from fastlora.layers import LoraLayer
 from fastlora.layers.group_members import describe_group_sharing
 from fastlora.layers.quantized_base import describe_quantization
@@ -46,6 +46,9 @@ class LayerFusion:
     reads: str = ""
 
     siblings = RenamedAttribute("shared_input")
+
+    def __dir__(self) -> list[str]:
+        return current_names(self, super().__dir__())
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastlora.deprecation import RenamedAttribute
+from fastlora.deprecation import RenamedAttribute, current_names
 from fastlora.layers.adapter_factors import factors_from_parameters
 from fastlora.layers.base_layers import dense_weight
 from fastlora.layers.dora_norms import dora_magnitude_of
@@ -43,6 +43,10 @@ class BaseAdapterLayer(LinearWithAdapters):
     record_compiled_fallback = record_compiled_fallback
     knows_siblings = RenamedAttribute("has_shared_input_group")
     note_compiled = RenamedAttribute("record_compiled_fallback")
+
+    def __dir__(self) -> list[str]:
+        return current_names(self, super().__dir__())
+
     _local_factors = factors_from_parameters
     _local_magnitude = dora_magnitude_of
 

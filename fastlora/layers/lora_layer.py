@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from fastlora.deprecation import RenamedAttribute
+from fastlora.deprecation import RenamedAttribute, current_names
 from fastlora.init import InitMethod
 from fastlora.layers import parts
 from fastlora.layers.adapter_init import AdapterInitializer, delete_calibration, find_calibration
@@ -269,6 +269,9 @@ class LoraLayer(Mergeable):
         clear_layer_caches(self)
 
     refresh = RenamedAttribute("clear_caches")
+
+    def __dir__(self) -> list[str]:
+        return current_names(self, super().__dir__())
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter.

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-from fastlora.deprecation import RenamedAttribute
+from fastlora.deprecation import RenamedAttribute, current_names
 from fastlora.pool.packed_adapter import PackedAdapter
 from fastlora.pool.reader import AdapterReader
 from fastlora.pool.records import LoadedAdapter, PoolStats, RegisteredAdapter
@@ -44,6 +44,9 @@ class Lease:
         self._release = release
 
     residents = RenamedAttribute("loaded_adapters")
+
+    def __dir__(self) -> list[str]:
+        return current_names(self, super().__dir__())
 
     def release(self) -> None:
         """End the lease. Later calls do nothing."""

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastlora.deprecation import RenamedAttribute
+from fastlora.deprecation import RenamedAttribute, current_names
 from fastlora.model.adapter_files import CONFIG_NAME
 from fastlora.pool.address_tables import PoolTables
 from fastlora.pool.layers import PoolLayers
@@ -343,6 +343,9 @@ class AdapterPool:
         """Names of all registered adapters, in order of registration."""
         with self._changed:
             return list(self._tiers.entries)
+
+    def __dir__(self) -> list[str]:
+        return current_names(self, super().__dir__())
 
     resident = RenamedAttribute("loaded_names")
     lease_resident = RenamedAttribute("lease_loaded")

@@ -182,7 +182,7 @@ def test_conversion_refusals(tmp_path: Path) -> None:
     refused(pissa, r"has shape \(3, 16\) for 'base_model.model.q.lora_A.weight', expected")
     refused(pissa, "no such folder", "missing")
     orthogonal = started(fastlora, copy.deepcopy(base), init_lora_weights="orthogonal")
-    refused(orthogonal, "supports only initializations .*PiSSA.* got init_lora_weights='orthogonal'")
+    refused(orthogonal, "supports only .*PiSSA.* got init_lora_weights='orthogonal'")
     words = "Passing `path_initial_model_for_weight_conversion` to `save_pretrained` is not"
     for pattern in ("rank_pattern", "alpha_pattern"):
         fields = {"use_rslora": True, pattern: {"q": 3}}

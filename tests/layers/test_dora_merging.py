@@ -136,7 +136,7 @@ def test_merges_that_are_refused() -> None:
     assert torch.equal(layer.weight, before)
     layer.merge(keep_base=False)
     merged = layer.weight.clone()
-    with pytest.raises(AdapterStateError, match="0 in a row"):
+    with pytest.raises(AdapterStateError, match="0 for at least one row"):
         layer.unmerge()
     assert layer.merged and torch.equal(layer.weight, merged)
 
