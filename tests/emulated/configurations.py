@@ -108,7 +108,10 @@ def forced(given: Configuration) -> Iterator[None]:
         asked.append(name)
         return given.config
 
-    with mock.patch.object(configs, "choose", choose), mock.patch.object(launch, "_KEEPS", False):
+    with (
+        mock.patch.object(configs, "choose", choose),
+        mock.patch.object(launch, "_CAN_CACHE", False),
+    ):
         yield
     assert asked, f"nobody asked for a config of {given.launch}"
 
