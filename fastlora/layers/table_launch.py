@@ -60,7 +60,7 @@ def get_table_launch(
     invariant: bool = False,
     impl: str = "triton",
 ) -> TableLaunch | None:
-    """Find or create a layer's `TableLaunch`, or return None if the layer has no row in the tables.
+    """Find or create a layer's `TableLaunch`, or return None if it is not in the tables.
 
     The result is cached for the block once the layer's shared-input group is known. In a graph that
     is being compiled each layer runs alone, because a compiled graph must not see results that one

@@ -1,7 +1,7 @@
 """LoRA layers that call their base layer unchanged and run in PyTorch, without Triton kernels.
 
-`AdditiveLoraLayer` adds adapters one by one to the module's output. In a mixed batch, each adapter
-runs on its own samples.
+`AdditiveLoraLayer` adds adapters one by one to the module's output. In a mixed batch, each
+adapter runs on its own samples.
 """
 
 from __future__ import annotations
