@@ -133,7 +133,7 @@ __version__ = "0.1.0"
 
 
 def _register_kernels_and_bench() -> None:
-    """Make the folders `kernels/` and `bench/` of a source checkout importable from fastlora.
+    """Make the folders `kernels/` and `bench/` importable from fastlora.
 
     They become the packages `fastlora.kernels` and `fastlora.bench`. In a source checkout, these
     folders are next to this package's folder. An installed package contains both folders, so

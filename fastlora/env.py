@@ -101,10 +101,10 @@ def set_offline_demo_variables() -> None:
 
 
 def hide_library_progress_bars() -> None:
-    """Disable the progress bars of huggingface_hub, transformers, and datasets.
+    """Disable the progress bars of the Hugging Face libraries.
 
-    Call this function before these libraries are imported. Variables that are already set are not
-    changed.
+    These are huggingface_hub, transformers, and datasets. Call this function before they are
+    imported. Variables that are already set are not changed.
     """
     for library in ("HF_HUB", "HF_DATASETS"):  # transformers uses the first
         os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")

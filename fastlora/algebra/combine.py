@@ -20,7 +20,9 @@ SVD = "_svd"
 
 
 class CombinationMethod(NamedTuple):
-    """A method for combining tensors of the same shape into a weighted sum.
+    """A method for combining several tensors into one.
+
+    The tensors have the same shape, and the result is a weighted sum.
 
     Attributes:
         prune: Function that takes a tensor and a density and returns the tensor with some of its

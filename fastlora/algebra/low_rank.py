@@ -42,7 +42,9 @@ class Svd(NamedTuple):
         return min(int((energy < rank * energy[-1]).sum()) + 1, self.s.numel())
 
     def truncation_error(self, rank: int) -> float:
-        """Return the relative error, in the Frobenius norm, of truncation to a given rank.
+        """Return the relative error of truncation to a given rank.
+
+        The error is measured in the Frobenius norm.
 
         Args:
             rank: Number of singular values that remain.

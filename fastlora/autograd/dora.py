@@ -182,7 +182,10 @@ def _(
 def _dora_with_dropout_backward(
     dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, *batch: Any
 ) -> list[torch.Tensor]:
-    """Return the gradients of x, the weight, and each adapter's factors, in that order."""
+    """Compute the gradients for the backward pass of `_dora_with_dropout`.
+
+    Returns a list of the gradients of x, the weight, and each adapter's factors, in that order.
+    """
     *batch_of, s, z, wanted = batch
     found = _allocate_gradients(x, weight, batch_of[0], wanted)
     for tensor in found:
@@ -234,8 +237,9 @@ class DoraWithDropout(torch.autograd.Function):
         impl: str,
         *adapters: torch.Tensor,
     ) -> torch.Tensor:
-        """Compute y from the base layer's output, or from weight and bias if ``base`` is None.
+        """Compute the output y of DoRA adapters with active dropout.
 
+        y is computed from the base layer's output, or from weight and bias if ``base`` is None.
         ``adapters`` has six tensors for each adapter; see `DropoutAdapter`. ``ids [B]`` are slots
         per sample or per token, and ``slots`` lists each adapter's slot. If ids is None, there is
         one adapter, which applies to all rows. With ids, ``base`` must be given.

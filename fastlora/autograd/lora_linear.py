@@ -45,7 +45,9 @@ def run_adapters(
     rows: Rows | None = None,
     s: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return the output ``[..., N]`` of a base layer plus the update of each row's adapter.
+    """Run a base layer with its adapters, and return the output ``[..., N]``.
+
+    Each row of the output is the base layer's output plus the update of the row's adapter.
 
     Args:
         x: The input, in the dtype of the products.

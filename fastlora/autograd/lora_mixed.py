@@ -45,10 +45,11 @@ def _lora_mixed(
     impl: str,
     s: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Return a base layer's output plus the update of each row's adapter, for a mixed batch.
+    """Return the output of a layer with adapters for a mixed batch.
 
-    The result is that of `fastlora.autograd.lora_linear.run_adapters`. Factors of several dtypes
-    are converted to a common one.
+    It is the base layer's output plus the update of each row's adapter, as in
+    `fastlora.autograd.lora_linear.run_adapters`. Factors of several dtypes are converted to a
+    common one.
     """
     rows = sort_rows(ids, x.numel() // x.shape[-1], len(dropout_p), x.device)
     drawn = None

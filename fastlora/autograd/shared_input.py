@@ -33,7 +33,9 @@ _Factor = torch.Tensor | None
 
 
 class PrecomputedResult(NamedTuple):
-    """A layer's output y or shrink output s, computed together with those of other layers.
+    """A precomputed result of a layer.
+
+    The layer's output y or shrink output s was computed together with those of other layers.
 
     Attributes:
         y: ``[..., N]``, the layer's output, or None if the layer computes it from s.

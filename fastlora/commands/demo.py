@@ -158,7 +158,11 @@ def run_demo(args: argparse.Namespace) -> int:
 
 
 def example_data_file(name: str) -> Path:
-    """Return the path of a file in ``examples/data``; raise `DataError` if it is missing."""
+    """Return the path of a file in ``examples/data``.
+
+    Raises:
+        DataError: The file is missing.
+    """
     path = Path(__file__).resolve().parents[2] / "examples" / "data" / name
     if not path.is_file():
         raise DataError(
@@ -237,7 +241,10 @@ def answer_with_adapters(
 
 
 def decoding_time_table(base: Any, adapters: Sequence[int], device: torch.device) -> str:
-    """Measure decoding for each number of adapters, and return a table of the times per step."""
+    """Measure decoding for each number of adapters, and return a table of the times.
+
+    The times are per step.
+    """
     torch.manual_seed(0)
     with measure.torch_threads(1):
         rows = mixed_bench.compare(base, adapters, RANK, SEQUENCES, 1, TABLE_ROUNDS)

@@ -14,7 +14,7 @@ from fastlora.validation import FastLoraError
 
 
 class CommandError(FastLoraError):
-    """A command cannot do what was requested."""
+    """A command failed because it cannot do what was requested."""
 
 
 # The options that `load_model_and_tokenizer` reads.

@@ -62,12 +62,12 @@ def find_gguf() -> Path:
 
 
 def model_dir(cache: Path | str | None = None, *, progress: bool = True) -> Path:
-    """Return the folder of the model and its tokenizer, converting the model if necessary.
+    """Return the folder of the model, converting the model if necessary.
 
-    The model is in safetensors, in fp32. The conversion writes to a temporary folder beside the
-    final folder, and renames it at the end. An interrupted conversion leaves nothing that a later
-    run would take for a model. If two processes need the model at the same time, the second process
-    waits until the first process has converted it.
+    The folder also contains the tokenizer. The model is in safetensors, in fp32. The conversion
+    writes to a temporary folder beside the final folder, and renames it at the end. An interrupted
+    conversion leaves nothing that a later run would take for a model. If two processes need the
+    model at the same time, the second process waits until the first process has converted it.
 
     Args:
         cache: The cache folder; None for the user's own (`fastlora.env.cache_dir`).

@@ -37,7 +37,7 @@ _TEST_LAUNCH, _TEST_LAUNCH_ERROR = (16, 64, 64, 8), 0.03
 
 @dataclass
 class DoctorFindings:
-    """The findings that `fastlora doctor` reports: problems with their fixes, and notes.
+    """The findings that `fastlora doctor` reports.
 
     Attributes:
         problems: Problems that prevent fastlora from working correctly, each with a fix.
@@ -99,7 +99,10 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 
 def check_python(found: DoctorFindings) -> dict[str, str]:
-    """Check the Python version, and return a dict of the version and the supported range."""
+    """Check the Python version, and return a dict of facts about it.
+
+    The facts are the version and the supported range.
+    """
     have, wanted = platform.python_version(), supported_versions().get("python", "")
     if not is_version_in_range(have, wanted):
         found.add_problem(f"Python {have} is not supported", f"use Python {wanted}")

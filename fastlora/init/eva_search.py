@@ -32,9 +32,10 @@ from fastlora.validation import InitializationError
 
 @dataclass
 class EvaSearch:
-    """Finds the principal directions of each layer's inputs, and the rank of each layer.
+    """Searches for the principal directions of each layer's inputs.
 
-    Call `find_shared_inputs`, then `run_until_converged`, then `directions`.
+    The search also finds the rank of each layer. Call `find_shared_inputs`, then
+    `run_until_converged`, then `directions`.
 
     Attributes:
         model: The model to run over the data.

@@ -96,7 +96,9 @@ class InitResult:
 
 @dataclass(frozen=True)
 class InitConfigField:
-    """Describes the `fastlora.LoraConfig` field that holds the config of an initialization method.
+    """The config field of an initialization method.
+
+    It is the field of `fastlora.LoraConfig` that holds the method's config.
 
     Attributes:
         field: Name of the field.
@@ -241,12 +243,12 @@ def subtract_update(
 
 
 def check_singular_values_nonzero(given: InitInputs, values: torch.Tensor, limit: int) -> None:
-    """Raise `InitializationError` unless the first R singular values of a matrix are nonzero.
+    """Raise `InitializationError` if an initialization needs a singular value that is zero.
 
-    Values that are as small as rounding errors count as zero. For a singular value of zero, the
-    column of lora_b and the row of lora_a would both be zero and would never receive a gradient.
-    The error is also raised if the scaling is not positive, because the factors are divided by its
-    square root.
+    The first R values are needed. Values that are as small as rounding errors count as zero. For a
+    singular value of zero, the column of lora_b and the row of lora_a would both be zero and would
+    never receive a gradient. The error is also raised if the scaling is not positive, because the
+    factors are divided by its square root.
 
     Args:
         given: The arguments of the initialization method.

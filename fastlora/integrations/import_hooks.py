@@ -40,9 +40,10 @@ def _call_or_warn(name: str, action: Callable[[], None]) -> None:
 
 
 class _ImportHookFinder(importlib.abc.MetaPathFinder):
-    """An import finder that runs an action after a given module is imported.
+    """An import finder that adds an import hook to a given module.
 
-    It finds the module through the other finders in ``sys.meta_path``.
+    The hook runs an action after the module is imported. The finder finds the module through the
+    other finders in ``sys.meta_path``.
     """
 
     def __init__(self, name: str, action: Callable[[], None]) -> None:

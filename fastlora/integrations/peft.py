@@ -26,7 +26,7 @@ from fastlora.layers.adapter_factors import ParameterSource
 from fastlora.layers.base_adapter_layer import BaseAdapterLayer, clear_layer_caches
 from fastlora.layers.base_layers import fallback_reason_not_plain
 from fastlora.layers.call import MixedCall, UniformCall
-from fastlora.layers.fallback_reasons import fusion_status
+from fastlora.layers.fallback_reasons import FusionStatus, fusion_status
 from fastlora.layers.linear_forward import create_call, forward
 from fastlora.layers.lora_layer import LoraLayer
 from fastlora.layers.quantized import (
@@ -89,10 +89,10 @@ class _FusedForwardMixin(BaseAdapterLayer):
     def _base_weight_or_output(
         self: Any, call: UniformCall | MixedCall, x: torch.Tensor, *args: Any, **kwargs: Any
     ) -> Base:
-        """Return the base layer's weight and bias, or the base layer's output for ``x``.
+        """Return the base layer's weight, or its output for ``x``.
 
-        The output is computed only if the base layer is called with further arguments, or if
-        fastlora cannot read the base layer's weight directly.
+        A weight is returned with the bias. The output is computed only if the base layer is called
+        with further arguments, or if fastlora cannot read the base layer's weight directly.
         """
         module, base = self.base_layer, None
         if not (args or kwargs):
@@ -171,18 +171,16 @@ class _FusedForwardMixin(BaseAdapterLayer):
     def _disabled(self: Any) -> bool:  # type: ignore[override]  # PEFT's flag, which we only read
         return self.disable_adapters
 
-    def fusion(self: Any, gathered: bool = False) -> tuple[bool, str]:
-        """Return a tuple ``(fused, fallback_reason)`` for this layer.
+    def fusion(self: Any, gathered: bool = False) -> FusionStatus:
+        """Return the layer's fusion status.
 
-        ``fused`` is True if the base GEMM and the LoRA term are computed in one call.
+        The layer is fused if the base GEMM and the LoRA term are computed in one call.
         """
         names = [name for name in self.active_adapters if name in self.lora_A]
         for name in names:
             if _has_unsupported_variant(self, name):
-                return False, (
-                    f"adapter {name!r} uses {type(self.lora_variant[name]).__name__}, which runs "
-                    "in PEFT"
-                )
+                variant = type(self.lora_variant[name]).__name__
+                return FusionStatus(False, f"adapter {name!r} uses {variant}, which runs in PEFT")
         reason = fallback_reason_not_plain(
             self.base_layer, gathered
         ) and fallback_reason_base_called(self)
@@ -328,9 +326,10 @@ class FastPeftLoraModel(PeftLoraModel):
 
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Assign adapters to rows according to ``adapter_names`` for the duration of a call.
+        """Route the batch by ``adapter_names`` for the duration of a call.
 
-        The assignment is computed once for the whole model. PEFT computes it at every layer.
+        The names assign adapters to rows. The assignment is computed once for the whole model. PEFT
+        computes it at every layer.
         """
         names = kwargs.get("adapter_names")
         if names is None or self.training or kwargs.get("alora_offsets") is not None:
@@ -392,7 +391,9 @@ class PatchedModelRouter:
         self.routed_layers: list[Any] | None = None
 
     def find_routed_layers(self) -> list[Any]:
-        """Return a list of the LoRA layers that select an adapter for each row of a mixed batch.
+        """Return a list of the LoRA layers that take part in routing.
+
+        They select an adapter for each row of a mixed batch.
 
         Raises:
             UnsupportedLayerError: A module with adapters does not support mixed batches.
@@ -501,9 +502,10 @@ def check_can_unpatch(module: nn.Module) -> None:
 
 
 def patch_model(model: nn.Module) -> int:
-    """Patch all LoRA layers and tuners of a PEFT model, and return the number of LoRA layers.
+    """Patch a PEFT model in place, and return the number of LoRA layers.
 
-    The number includes LoRA layers of classes that fastlora does not patch.
+    The LoRA layers and the tuners are patched. The number includes LoRA layers of classes that
+    fastlora does not patch.
     """
     seen = 0
     for module in model.modules():
@@ -518,7 +520,10 @@ def patch_model(model: nn.Module) -> int:
 
 
 def unpatch_model(model: nn.Module) -> None:
-    """Restore the classes that the layers and tuners of a model had before `patch_model`."""
+    """Undo `patch_model`.
+
+    The layers and the tuners get back the classes that they had before.
+    """
     for module in model.modules():
         check_can_unpatch(module)
     for module in model.modules():
@@ -528,15 +533,14 @@ def unpatch_model(model: nn.Module) -> None:
             module.__class__ = PeftLoraModel  # type: ignore[assignment]  # as above
 
 
-def layer_fusion(module: nn.Module, gathered: bool = False) -> tuple[bool, str] | None:
-    """Return a tuple ``(fused, fallback_reason)`` for a PEFT LoRA layer.
-
-    For any other module, the result is None.
-    """
+def layer_fusion(module: nn.Module, gathered: bool = False) -> FusionStatus | None:
+    """Return the fusion status of a PEFT LoRA layer, or None for any other module."""
     if isinstance(module, _FusedForwardMixin):
         return module.fusion(gathered)
     if _patched_class_for(type(module)) is not None:  # type: ignore[arg-type]  # as above
-        return False, "unpatched PEFT layer; call fastlora.patch(model) to fuse it"
+        return FusionStatus(False, "unpatched PEFT layer; call fastlora.patch(model) to fuse it")
     if isinstance(module, PeftLoraLayer):
-        return False, f"PEFT {type(module).__name__} layer, which fastlora.patch() leaves unchanged"
+        return FusionStatus(
+            False, f"PEFT {type(module).__name__} layer, which fastlora.patch() leaves unchanged"
+        )
     return None

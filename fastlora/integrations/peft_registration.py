@@ -66,9 +66,9 @@ def _create_patched_layer(
 
 
 def _override_from_pretrained(peft: Any) -> None:
-    """Override ``peft.PeftModel.from_pretrained`` with a method that also accepts a `LoraModel`.
+    """Override ``peft.PeftModel.from_pretrained``.
 
-    It uses fastlora to load an adapter into a `LoraModel`.
+    The new method also accepts a `LoraModel`, into which fastlora loads the adapter.
     """
     theirs = peft.PeftModel.from_pretrained.__func__
 

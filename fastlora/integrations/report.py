@@ -11,6 +11,7 @@ from torch import nn
 
 from fastlora.deprecation import RenamedAttribute, current_names
 from fastlora.layers import LoraLayer
+from fastlora.layers.fallback_reasons import FusionStatus
 from fastlora.layers.group_members import describe_group_sharing
 from fastlora.layers.quantized_base import describe_quantization
 from fastlora.ops.execution_mode import triton_status
@@ -109,9 +110,10 @@ class FusionReport:
 
 
 def fold_similar_rows(rows: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
-    """Combine table rows that differ only in the part of the layer name before the last dot.
+    """Combine similar table rows.
 
-    The name in a combined row is ``*.LAST (COUNT)``, such as ``*.q_proj (32)``.
+    Rows are similar if they differ only in the part of the layer name before the last dot. The name
+    in a combined row is ``*.LAST (COUNT)``, such as ``*.q_proj (32)``.
     """
     groups: dict[tuple[str, ...], list[str]] = {}
     for name, *others in rows:
@@ -165,7 +167,7 @@ def format_table(rows: Sequence[Sequence[str]]) -> list[str]:
     return ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in rows]
 
 
-def _verdict(module: nn.Module, gathered: bool) -> tuple[bool, str] | None:
+def _verdict(module: nn.Module, gathered: bool) -> FusionStatus | None:
     if isinstance(module, LoraLayer):
         return module.fusion(gathered)
     if "peft.tuners.lora.layer" in sys.modules:

@@ -58,7 +58,10 @@ def weight_of_plain_linear(module: nn.Module) -> torch.Tensor | None:
 
 
 def _has_replaced_weight(module: nn.Module) -> bool:
-    """Return whether a hook-free `nn.Linear` has a weight that is not an `nn.Parameter`."""
+    """Return whether a module has a weight that is not an `nn.Parameter`.
+
+    The result is False for a module that has hooks or is not an `nn.Linear`.
+    """
     if type(module) is not nn.Linear or has_module_hooks(module):
         return False
     weight = module._parameters.get("weight")
@@ -222,14 +225,17 @@ class AdapterSource(Protocol):
 
     @property
     def loaded_adapters(self) -> tuple[Any, ...] | None:
-        """The pool's entries by slot, or None if the adapters are not in a pool.
+        """The loaded adapters of a pool, or None if the source is not a pool.
 
-        The entry of an empty slot is None.
+        The tuple has an entry for each slot, which is None for an empty slot.
         """
 
     @property
     def tables(self) -> AddressTables | None:
-        """The pool's address tables, or None if the adapters are not in a pool."""
+        """The source's address tables, or None if it has none.
+
+        Only a pool has address tables.
+        """
 
     def factors(
         self, layer: LinearWithAdapters, slot: int, call: MixedCall | None = None
@@ -334,10 +340,10 @@ def factors_in_slots(
     which: Sequence[int],
     excluded: Sequence[int] = (),
 ) -> Slots:
-    """Return a layer's factors in the given slots as a list.
+    """Return a layer's factors in the given slots.
 
-    The list has one entry for each slot in ``which``. The entry is None for a slot in ``excluded``
-    and for an adapter that does not adapt the layer.
+    The result is a list that has one entry for each slot in ``which``. The entry is None for a slot
+    in ``excluded`` and for an adapter that does not adapt the layer.
     """
     found: Slots = []
     for slot in which:

@@ -20,6 +20,7 @@ from torch import nn
 
 from fastlora.layers import parts
 from fastlora.layers.adapter_init import AdapterInitializer
+from fastlora.layers.fallback_reasons import FusionStatus
 from fastlora.layers.layer_kinds import (
     LayerAdapterSettings,
     LayerKind,
@@ -49,12 +50,12 @@ class AttentionOutProjection(FastLoraWrapper):
 
     is_linear = False
 
-    def fusion(self, gathered: bool = False) -> tuple[bool, str]:
-        """Return whether the layer runs fused, and the fallback reason if it does not.
+    def fusion(self, gathered: bool = False) -> FusionStatus:
+        """Return the layer's fusion status.
 
         This layer never runs fused.
         """
-        return False, _FALLBACK_REASON
+        return FusionStatus(False, _FALLBACK_REASON)
 
 
 class FastLoraMultiheadAttention(UnfusedLoraLayer):
@@ -98,9 +99,9 @@ class FastLoraMultiheadAttention(UnfusedLoraLayer):
         return {_OUT: self._out()}
 
     def release(self) -> nn.Module:
-        """Return the attention module without adapters.
+        """Release the base layer from this layer, and return it.
 
-        Its original out_proj is restored.
+        The original out_proj of the attention module is restored.
         """
         base = self.base_layer
         if isinstance(base.out_proj, LoraLayer):

@@ -56,9 +56,9 @@ class BaseAdapterLayer(LinearWithAdapters):
             self.routing_group.packs.clear()
 
     def _local_weight(self) -> torch.Tensor:
-        """Return this process's part of the base weight, as a dense matrix ``[N, K]``.
+        """Return this process's part of the base weight.
 
-        By default, it is the whole weight.
+        The result is a dense matrix ``[N, K]``. By default, it is the whole weight.
         """
         return dense_weight(self.get_base_layer())
 

@@ -35,7 +35,7 @@ def linear_features(module: nn.Module) -> tuple[int, int] | None:
 
 
 def fallback_reason_not_plain(module: nn.Module, gathered: bool = False) -> str:
-    """Return the fallback reason if a module is not a plain `nn.Linear`, or an empty string.
+    """Return the reason why a module is not a plain `nn.Linear`, or an empty string if it is.
 
     ``gathered`` means that FSDP2 replaces shards by plain parameters during the forward pass.
 

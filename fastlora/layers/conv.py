@@ -84,7 +84,10 @@ class FastLoraConv(AdditiveLoraLayer):
         return self._broadcast_over_channels(norms).unsqueeze(0)
 
     def _broadcast_over_channels(self, numbers: torch.Tensor) -> torch.Tensor:
-        """Reshape per-channel values ``[N]`` to ``[N, 1, ...]``, so that they broadcast over y."""
+        """Reshape per-channel values so that they align with the channel dimension of y.
+
+        Values ``[N]`` are reshaped to ``[N, 1, ...]``, which broadcasts over the other dimensions.
+        """
         return numbers.view(-1, *(1,) * len(self.base_layer.kernel_size))
 
     def _local_magnitude(self, name: str) -> torch.Tensor:

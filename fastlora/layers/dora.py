@@ -249,11 +249,12 @@ def _apply_dora_with_dropout(
 def _scale_rows_by_id(
     call: MixedCall, y: torch.Tensor, bias: torch.Tensor | None, scales: dict[int, DoraScaleTerms]
 ) -> torch.Tensor:
-    """Return a copy of ``y [..., N]`` in which each row is scaled by its adapter's DoRA scale.
+    """Scale each row of ``y [..., N]`` by its adapter's DoRA scale, and return the result.
 
-    ``scales`` maps a slot to the scale of its rows. Other rows are not scaled, and neither is
-    ``bias [N]``, which y includes. The function is for calls that record no autograd graph, and for
-    traced calls. Everything runs on y's device, without waiting for the ids.
+    y itself is not changed. ``scales`` maps a slot to the scale of its rows. Other rows are not
+    scaled, and neither is ``bias [N]``, which y includes. The function is for calls that record no
+    autograd graph, and for traced calls. Everything runs on y's device, without waiting for the
+    ids.
     """
     routing, compiling = call.routing, call.conditions.compiling
     magnitudes, squares = zip(*scales.values(), strict=True)

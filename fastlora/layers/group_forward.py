@@ -81,8 +81,9 @@ def group_forward(
     Args:
         call: The call of the layer.
         base: The base layer.
-        own: The `Factors` of the active adapter, the `Slots` of a mixed batch, or the `TableLaunch`
-            where kernels find the factors of a mixed batch. With a `TableLaunch`, y is ``[M, N]``.
+        own: The `Factors` of the active adapter, the `Slots` of a mixed batch, or the
+            `TableLaunch` with which kernels find the factors of a mixed batch. With a
+            `TableLaunch`, y is ``[M, N]``.
 
     Returns:
         The shared result, or None if the layer runs alone.

@@ -75,7 +75,10 @@ class PreparedGroupLaunch:
     quantized: list[QuantizedTensor]
 
     def matches(self, x: torch.Tensor, base: Base, own: Factors) -> bool:
-        """Return whether the launch was prepared for these tensors and for x's dtype and device."""
+        """Return whether the launch was prepared for x, the base layer, and the factors.
+
+        Of x, only the dtype and the device must match.
+        """
         before, known = self.own, self.base
         return (
             own.lora_a is before.lora_a
@@ -243,9 +246,10 @@ def select_sharing_layers(
 def _factors_or_reason(
     member: LinearWithAdapters, call: UniformCall | MixedCall
 ) -> tuple[Slots | None, str]:
-    """Return another layer's factors by slot, or the reason why it cannot share a pass over x.
+    """Return another layer's factors by slot, or the reason why they cannot be used.
 
-    The result is a tuple (slots, reason). The reason applies only if slots is None.
+    The reason states why the layer cannot share a pass over x. The result is a tuple (slots,
+    reason). The reason applies only if slots is None.
     """
     if member.impl != call.layer.impl:
         return None, "the layers have different implementations"

@@ -101,7 +101,7 @@ class LinearWithAdapters(nn.Module):
         return self._local_weight() if found is None else found.tensor_for_pytorch_only()
 
     def _local_bias(self) -> torch.Tensor | None:
-        """Return this process's part ``[N]`` of the base bias, or None."""
+        """Return this process's share ``[N]`` of the base bias, or None."""
         bias: torch.Tensor | None = getattr(self.get_base_layer(), "bias", None)
         return bias
 

@@ -20,6 +20,7 @@ from fastlora.layers.base_layers import (
     make_weight_restorer,
     replace_weight,
 )
+from fastlora.layers.fallback_reasons import FusionStatus
 from fastlora.layers.merging import Mergeable
 from fastlora.routing.ids import check_adapter_name
 from fastlora.sharding import is_dtensor
@@ -78,11 +79,14 @@ class LoraLayer(Mergeable):
     # ------------------------------------------- methods that a layer kind overrides
 
     def release(self) -> nn.Module:
-        """Return the base module, which replaces this layer when its adapters are removed."""
+        """Release the base layer from this layer, and return it.
+
+        The base layer replaces this layer when its adapters are removed.
+        """
         return self.get_base_layer()
 
-    def fusion(self, gathered: bool = False) -> tuple[bool, str]:
-        """Return whether the layer runs fused, and the fallback reason if it does not.
+    def fusion(self, gathered: bool = False) -> FusionStatus:
+        """Return the layer's fusion status.
 
         A fused layer computes the base GEMM and the LoRA update in one call.
         """
@@ -245,11 +249,12 @@ class LoraLayer(Mergeable):
         """
 
     def reset_magnitude(self, adapter_name: str) -> None:
-        """Set an adapter's DoRA magnitude to the row norms of its adapted weight.
+        """Reset an adapter's DoRA magnitude to the norms of its current weight.
 
-        The magnitude has the dtype of the factors. The adapter then changes only the direction of
-        the weight's rows. While lora_B is zero, as it is at initialization, the layer's output is
-        that of its base layer. The new magnitude is frozen.
+        These are the row norms of the adapted weight. The magnitude has the dtype of the factors.
+        The adapter then changes only the direction of the weight's rows. While lora_B is zero, as
+        it is at initialization, the layer's output is that of its base layer. The new magnitude is
+        frozen.
         """
         self._check_has_adapter(adapter_name)
         _, lora_b, _ = self._factors(adapter_name)
@@ -291,9 +296,10 @@ class LoraLayer(Mergeable):
         self._remove_adapter(adapter_name)
 
     def _remove_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter without the checks of `delete_adapter`.
+        """Remove an adapter.
 
-        A failed `add_adapter` calls this method, for example.
+        Unlike `delete_adapter`, this method checks nothing. A failed `add_adapter` calls this
+        method, for example.
         """
         for table in (self.r, self.lora_alpha, self.scaling, self.use_rslora):
             table.pop(adapter_name, None)

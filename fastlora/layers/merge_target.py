@@ -35,9 +35,10 @@ class MergeTarget(Protocol):
         """Return the weight as a matrix, which is a view or a new tensor."""
 
     def merge_buffer(self) -> torch.Tensor:
-        """Return a dense matrix into which adapters are merged before `write` is called.
+        """Return a dense matrix to merge into.
 
-        The matrix is the weight itself or a new fp32 copy.
+        Adapters are merged into it before `write` is called. The matrix is the weight itself or a
+        new fp32 copy.
         """
 
     def squared_distance_to(self, matrix: torch.Tensor) -> float:
@@ -50,7 +51,10 @@ class MergeTarget(Protocol):
         """Replace the weight with ``dense [N, K]``, quantized in the same way as the weight."""
 
     def snapshot(self) -> object:
-        """Return a copy of all data that `write` changes, to be passed to `restore`."""
+        """Return a snapshot from which `restore` can restore the weight.
+
+        It is a copy of all data that `write` changes.
+        """
 
     def restore(self, snapshot: object) -> None:
         """Restore the weight, bit for bit, from a result of `snapshot`.
@@ -131,10 +135,11 @@ class DenseMergeTarget:
 
 
 def bit_sums(tensor: torch.Tensor | None) -> Fingerprint:
-    """Return the row and column sums of a tensor's bits, read as integers.
+    """Return a tensor's fingerprint, computed from sums of its bits.
 
-    Any write changes the sums, whether or not it changes the tensor's version. Examples are writes
-    by an optimizer, by compiled code, through ``.data``, or by ``load_state_dict``.
+    The bits are read as integers and summed by row and by column. Any write changes the sums,
+    whether or not it changes the tensor's version. Examples are writes by an optimizer, by compiled
+    code, through ``.data``, or by ``load_state_dict``.
     """
     if tensor is None:
         return ()

@@ -49,9 +49,9 @@ class Mergeable(ModuleWithAdapters, BaseAdapterLayer):
         return base
 
     def _weight_and_bias_to_merge(self) -> tuple[MergeTarget, torch.Tensor | None]:
-        """Return the base weight and the bias that adapters are merged into, or raise an error.
+        """Return the base weight and bias to merge into.
 
-        The error says why the weight or the bias does not support merging.
+        If the weight or the bias does not support merging, an error states the reason.
         """
         raise UnsupportedLayerError(f"{type(self).__name__} cannot be merged")
 
@@ -61,7 +61,10 @@ class Mergeable(ModuleWithAdapters, BaseAdapterLayer):
         return [weight.fingerprint(), bit_sums(bias)]
 
     def _is_unmodified_since_merge(self) -> bool:
-        """Return whether the base weight and bias have not been modified since the last merge."""
+        """Return whether the base layer is unmodified since the last merge.
+
+        The weight and the bias are compared.
+        """
         return all(map(fingerprints_equal, self._base_fingerprints(), self._when_merged))
 
     # Overridden if several processes have parts of the layer.
@@ -195,9 +198,9 @@ class Mergeable(ModuleWithAdapters, BaseAdapterLayer):
 
     @torch.no_grad()
     def _squared_norms_by_name(self, names: list[str]) -> dict[str, torch.Tensor]:
-        """Return the squared row norms ``[N]`` for each adapter in a dict, keyed by adapter name.
+        """Return the squared row norms ``[N]`` of each adapter's weight, keyed by adapter name.
 
-        The norms are those of the adapted weight, computed with the unmerged base weight.
+        The weight is the adapted weight, computed with the unmerged base weight.
         """
         if not names:
             return {}

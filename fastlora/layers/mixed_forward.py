@@ -79,7 +79,7 @@ def forward_mixed(call: MixedCall, base: Base) -> torch.Tensor:
 def _forward_before_dora(
     call: MixedCall, base: Base, excluded: tuple[int, ...]
 ) -> tuple[torch.Tensor, bool]:
-    """Compute a layer's output ``[..., N]`` before DoRA is applied.
+    """Compute a layer's output ``[..., N]`` for a mixed batch, before DoRA is applied.
 
     Returns a tuple (output, whether kernels found the factors by address). Rows of the slots in
     ``excluded`` get the base layer's output.

@@ -73,7 +73,9 @@ class ModuleWithAdapters:
         return self._disabled
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """Activate adapters, make their parameters trainable, and freeze all other adapters.
+        """Set which adapters are active.
+
+        Their parameters become trainable, and all other adapters are frozen.
 
         Args:
             adapter_names: One name, or several in the order in which they are applied.
@@ -90,10 +92,10 @@ class ModuleWithAdapters:
     def _activate(
         self, names: list[str], inference_mode: bool = False, keep_merged: bool = False
     ) -> None:
-        """Activate adapters, and make only their parameters trainable.
+        """Activate the named adapters.
 
-        If ``inference_mode`` is set, nothing is trainable. Unlike `set_adapter`, this method
-        accepts the names of adapters that the module lacks.
+        Only their parameters become trainable, or none if ``inference_mode`` is set. Unlike
+        `set_adapter`, this method accepts the names of adapters that the module lacks.
         """
         if self.merged and not keep_merged:
             warnings.warn(

@@ -17,9 +17,10 @@ from fastlora.validation import AdapterNotFoundError, UnsupportedLayerError
 
 
 class ModuleWrapper(ModuleWithAdapters, nn.Module):
-    """Base class of wrappers that give each adapter its own copy of a module or of some rows.
+    """Base class of modules that wrap another module.
 
-    A subclass defines what an adapter trains. Names of parameters and of file keys follow PEFT.
+    Each adapter has its own copy of the wrapped module or of some rows. A subclass defines what an
+    adapter trains. Names of parameters and of file keys follow PEFT.
 
     Attributes:
         field: The config field that requests the wrapper.
@@ -51,19 +52,22 @@ class ModuleWrapper(ModuleWithAdapters, nn.Module):
 
     @property
     def _trained_by_adapter(self) -> nn.ModuleDict | nn.ParameterDict:
-        """Maps an adapter name to the adapter's own copy of the module or rows."""
+        """The trained copies of the module or rows, keyed by adapter name."""
         raise UnsupportedLayerError(f"{type(self).__name__} has no adapters")
 
     def file_names(self, adapter_name: str) -> dict[str, str]:
-        """Return a dict that maps an adapter's file key suffixes to names in ``state_dict()``."""
+        """Return a mapping between an adapter's names in files and in ``state_dict()``.
+
+        The dict maps suffixes of file keys to ``state_dict()`` names.
+        """
         raise UnsupportedLayerError(f"{type(self).__name__} has no adapters")
 
     # ------------------------------------------------------------------------ mixed batches
 
     def _check_batch_rows(self, routing: Routing, x: torch.Tensor) -> AbstractContextManager[None]:
-        """Check that x has all rows of a batch, in order, and return a context manager.
+        """Check the rows of x, and pause row tracking in the returned context.
 
-        The context manager pauses the tracking of rows.
+        x must have all rows of the batch, in order.
         """
         compiling = execution_mode_of(x, "eager").compiling
         routing.check_gets_all_rows(self, x, compiling)
@@ -74,7 +78,10 @@ class ModuleWrapper(ModuleWithAdapters, nn.Module):
     # ----------------------------------------------------------------------------- adapters
 
     def release(self) -> nn.Module:
-        """Return the base module, which replaces this wrapper when the adapters are removed."""
+        """Release the module that replaces this wrapper, and return it.
+
+        By default, it is the base module. It replaces the wrapper when the adapters are removed.
+        """
         return self.get_base_layer()
 
     def current(self) -> nn.Module:
@@ -121,9 +128,10 @@ class ModuleWrapper(ModuleWithAdapters, nn.Module):
         self._remove_adapter(adapter_name)
 
     def _remove_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter's copy without the checks of `delete_adapter`.
+        """Remove an adapter and its copy of the module or rows.
 
-        A failed addition of an adapter calls this method, for example.
+        Unlike `delete_adapter`, this method checks nothing. A failed addition of an adapter calls
+        this method, for example.
         """
         self._remove_trained(adapter_name)
         self._active_adapters = [n for n in self._active_adapters if n != adapter_name]
@@ -139,7 +147,10 @@ class ModuleWrapper(ModuleWithAdapters, nn.Module):
 
     @property
     def active_adapters(self) -> list[str]:
-        """Names of the active adapters that have their own copy of this module or of some rows."""
+        """Names of the adapters that are active in this module.
+
+        They have their own copy of the module or of some rows.
+        """
         return [name for name in self._active_adapters if name in self.adapter_names]
 
     @property
@@ -148,7 +159,10 @@ class ModuleWrapper(ModuleWithAdapters, nn.Module):
         return self.owned
 
     def acting(self) -> str | None:
-        """Return the name of the adapter that a forward pass applies, or None if there is none."""
+        """Return the name of the acting adapter, or None if there is none.
+
+        A forward pass applies the acting adapter.
+        """
         if self._disabled:
             return None
         known = self.adapter_names

@@ -25,7 +25,9 @@ def raise_if_container(module: nn.Module) -> None:
 
 
 class ModulesToSaveWrapper(ModuleWrapper):
-    """Wrapper that runs the active adapter's copy of a module, or the original if none is active.
+    """Wrapper around a module in ``modules_to_save``, with a copy of it for each adapter.
+
+    The forward pass runs the active adapter's copy, or the original module if none is active.
 
     Args:
         original_module: The module to copy.
@@ -60,11 +62,14 @@ class ModulesToSaveWrapper(ModuleWrapper):
 
     @property
     def _trained_by_adapter(self) -> nn.ModuleDict:
-        """Maps an adapter name to the adapter's copy of the module."""
+        """The trained copies of the module, keyed by adapter name."""
         return self.modules_to_save
 
     def file_names(self, adapter_name: str) -> dict[str, str]:
-        """Return a dict that maps names in an adapter's copy to ``state_dict()`` names."""
+        """Return a mapping between an adapter's names in files and in ``state_dict()``.
+
+        The dict maps names in the adapter's copy, which files use, to ``state_dict()`` names.
+        """
         if adapter_name not in self.modules_to_save:
             return {}
         owned = self.modules_to_save[adapter_name].state_dict()
@@ -75,9 +80,10 @@ class ModulesToSaveWrapper(ModuleWrapper):
         return self.original_module
 
     def release(self) -> nn.Module:
-        """Return the active adapter's copy, or the original module if no adapter is active.
+        """Release the module that replaces this wrapper, and return it.
 
-        Whether adapters are disabled makes no difference.
+        It is the active adapter's copy, or the original module if no adapter is active. Whether
+        adapters are disabled makes no difference.
         """
         name = next(iter(self.active_adapters), None)
         return self.original_module if name is None else self.modules_to_save[name]

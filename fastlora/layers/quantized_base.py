@@ -38,7 +38,10 @@ _CAPTURED = "a CUDA graph is being captured; run a forward pass before the captu
 
 
 class KernelWeight(NamedTuple):
-    """A quantized base weight in the form that kernels read, with its kind of quantization."""
+    """A base weight in the form that kernels read.
+
+    The weight is quantized. ``kind`` is its kind of quantization.
+    """
 
     weight: QuantizedTensor
     kind: QuantizedBaseWeight
@@ -145,7 +148,7 @@ class KernelWeightCache(UncopiedCache):
         )
 
     def _current_entries(self, module: nn.Module) -> _Found | None:
-        """Return the cached entries for a module's current weight, or None if it cannot be cached.
+        """Return or create the entries of a module's weight, or None if it cannot be cached.
 
         The entries are a tuple (kind, dict). A weight without a stamp cannot be cached.
 
@@ -232,10 +235,10 @@ def fallback_reason_base_called(layer: LinearWithAdapters) -> str:
 
 
 def describe_quantization(layer: LinearWithAdapters) -> str:
-    """Describe a layer's quantization and the dtype that kernels compute in.
+    """Describe a layer's quantization.
 
-    `fallback_reason_base_called` must have been called before. The text is empty if the weight is
-    plain or if the base layer is called.
+    The text also states the dtype that kernels compute in. `fallback_reason_base_called` must have
+    been called before. The text is empty if the weight is plain or if the base layer is called.
     """
     cache: KernelWeightCache | None = layer.__dict__.get("_kernel_weights")
     kernel_weight = (
@@ -259,7 +262,7 @@ def to_base_output_dtype(
 
 
 def clear_weight_caches(layer: object, release_captured: bool = False) -> None:
-    """Clear a layer's caches of values that are computed from its base weight.
+    """Clear the caches of a layer that depend on its base weight.
 
     These are the DoRA norms and the quantized weight for kernels. If ``release_captured`` is set,
     weights that CUDA graphs read are released too.

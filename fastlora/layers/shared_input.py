@@ -53,7 +53,10 @@ class GroupCallResults:
     unfinished: dict[tuple[int, int, int], SharedResultCache] | None
 
     def is_valid_for(self, x: torch.Tensor, context: tuple[object, ...]) -> bool:
-        """Return whether the results were computed from the current values of x in ``context``."""
+        """Return whether the results are valid for x in ``context``.
+
+        They are valid if they were computed from the current values of x in the same context.
+        """
         version = 0 if x.is_inference() else x._version
         known = self.context
         if self.x() is not x or self.version != version or len(context) != len(known):
@@ -121,10 +124,11 @@ class SharedResultCache(UncopiedCache):
         context: tuple[object, ...],
         entry: GroupCallResults | None = None,
     ) -> tuple[Any, Any] | None:
-        """Remove and return the tuple (cache key, result) that this thread computed for a layer.
+        """Remove and return the result that was computed for a layer, or None if there is none.
 
-        Returns None if there is no result that was computed from the current values of x in the
-        same ``context``. ``entry`` is this thread's entry for x, if the caller has looked it up.
+        The return value is a tuple (cache key, result). The result was computed by this thread,
+        from the current values of x in the same ``context``. ``entry`` is this thread's entry for
+        x, if the caller has looked it up.
         """
         location = get_ident(), id(x)
         if entry is None:
@@ -204,9 +208,9 @@ class SharedInputGroup(SharedResultCache):
         return untaken
 
     def clear(self) -> None:
-        """Drop everything that is cached for the group.
+        """Clear the group's caches.
 
-        This includes the results of every thread, the launches, and the set of idle layers.
+        They contain the results of every thread, the launches, and the set of idle layers.
         """
         super().clear()
         self.launches.clear()
@@ -299,7 +303,10 @@ def observe_group(layer: nn.Module, x: torch.Tensor) -> SharedInputGroup | None:
 
 
 def clear_group_cache(layer: object) -> None:
-    """Clear the results and launches cached in a layer's shared-input group."""
+    """Clear the cache of a layer's shared-input group.
+
+    The cache contains results and launches.
+    """
     group = getattr(layer, "__dict__", {}).get("_shared_input_group")
     if group is not None:
         group.clear()

@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 
 
 class TableLaunch(NamedTuple):
-    """Arguments of a layer's kernel launches, reused by all forward passes with the same rows.
+    """Arguments of a layer's kernel launches with address tables.
+
+    All forward passes with the same rows reuse them.
 
     Attributes:
         of: The tables.
@@ -58,7 +60,7 @@ def get_table_launch(
     invariant: bool = False,
     impl: str = "triton",
 ) -> TableLaunch | None:
-    """Find or create a layer's `TableLaunch`, or return None if the layer has no row in the tables.
+    """Find or create a layer's `TableLaunch`, or return None if it is not in the tables.
 
     The result is cached for the block once the layer's shared-input group is known. In a graph that
     is being compiled each layer runs alone, because a compiled graph must not see results that one
@@ -129,10 +131,11 @@ def linear_from_tables(
     s: torch.Tensor | None = None,
     with_neighbor_s: bool = False,
 ) -> list[torch.Tensor]:
-    """Return a list with y ``[M, N]``, computed from the base weight and each row's adapter.
+    """Compute a layer's output from its base weight and the adapters in address tables.
 
-    ``s`` is given if a neighbor has computed it. If ``with_neighbor_s`` is set, the call also
-    computes s for all neighbors, and the list contains it after y.
+    The result is a list with y ``[M, N]``. ``s`` is given if a neighbor has computed it. If
+    ``with_neighbor_s`` is set, the call also computes s for all neighbors, and the list contains it
+    after y.
     """
     of, plan = launch.of, "invariant" if launch.invariant else "auto"
     x = call.x if call.x.dim() == 2 else call.x.reshape(-1, call.x.shape[-1])

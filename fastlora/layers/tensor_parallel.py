@@ -48,6 +48,7 @@ from fastlora.layers.call import MixedCall, UniformCall
 from fastlora.layers.dora_norms import dora_magnitude_of
 from fastlora.layers.fallback_reasons import (
     BASE_GEMM_VARIES,
+    FusionStatus,
     reason_dora_prevents_fusion,
     uses_dora,
 )
@@ -131,7 +132,10 @@ class TensorParallelLora(FastLoraWrapper):
             self.release()
 
     def release(self) -> nn.Module:
-        """Remove this layer's hook from the base layer, and return the base layer."""
+        """Release the base layer from this layer, and return it.
+
+        This layer's hook is removed from the base layer.
+        """
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
@@ -160,7 +164,7 @@ class TensorParallelLora(FastLoraWrapper):
             )
 
     def reset_magnitude(self, adapter_name: str) -> None:
-        """Set an adapter's DoRA magnitude to the row norms of its adapted weight.
+        """Reset an adapter's DoRA magnitude to the norms of its current weight.
 
         All processes must call this method.
         """
@@ -282,11 +286,11 @@ class TensorParallelLora(FastLoraWrapper):
         return local_shard(self.base_layer.weight)
 
     def _local_bias(self) -> torch.Tensor | None:
-        """Return the share of the base bias that is included in this process's share of y.
+        """Return this process's share of the base bias, or None.
 
-        Row-wise, each process gets an equal part. DoRA subtracts these parts before it scales y and
-        adds them afterwards, so that they sum to the bias in whichever process torch has added it.
-        All parts may be trained.
+        It is included in this process's share of y. Row-wise, each process gets an equal part. DoRA
+        subtracts these parts before it scales y and adds them afterwards, so that they sum to the
+        bias in whichever process torch has added it. All parts may be trained.
         """
         bias = super()._local_bias()
         if bias is None or self.style == COLUMN_WISE:
@@ -320,8 +324,8 @@ class TensorParallelLora(FastLoraWrapper):
 
     # ------------------------------------------------------------------------ merging, report
 
-    def fusion(self, gathered: bool = False) -> tuple[bool, str]:
-        """Return whether the layer runs fused, and the fallback reason if it does not.
+    def fusion(self, gathered: bool = False) -> FusionStatus:
+        """Return the layer's fusion status.
 
         A tensor-parallel layer never runs fused.
         """
@@ -330,10 +334,13 @@ class TensorParallelLora(FastLoraWrapper):
         if uses_dora(self, names):
             further = reason_dora_prevents_fusion(self, names)
             reason += ", which DoRA scales" + (f"; {further}" if further else "")
-        return False, reason
+        return FusionStatus(False, reason)
 
     def _weight_and_bias_to_merge(self) -> tuple[MergeTarget, torch.Tensor | None]:
-        """Return this process's shards of the base weight and bias, for merging."""
+        """Return the base weight and bias to merge into.
+
+        These are this process's shards.
+        """
         weight, bias = self.base_layer.weight, self.base_layer.bias
         if weight.device_mesh.ndim != 1:
             raise UnsupportedLayerError(

@@ -34,7 +34,7 @@ class _TransposedFactor(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The embedding's factor, transposed."""
+        """The weight of this module, which is the embedding's factor, transposed."""
         (source,), part, adapter_name = self._at
         factor: torch.Tensor = source._modules[part][adapter_name]
         return factor.t()
@@ -90,7 +90,7 @@ class TiedLoraHead(AdditiveLoraLayer):
         }
 
     def file_names(self, adapter_name: str) -> dict[str, str]:
-        """Return a dict that maps an adapter's tensor names in files to ``state_dict()`` names.
+        """Return a mapping between an adapter's names in files and in ``state_dict()``.
 
         The dict is empty, because the embedding saves the shared factors.
         """

@@ -171,13 +171,14 @@ class TrainableTokensWrapper(ModuleWrapper):
 
     @property
     def _trained_by_adapter(self) -> nn.ParameterDict:
-        """Maps an adapter name to its rows."""
+        """The trained copies of the rows, keyed by adapter name."""
         return self.token_adapter.trainable_tokens_delta
 
     def file_names(self, adapter_name: str) -> dict[str, str]:
-        """Return a dict that maps the file key of an adapter's rows to their ``state_dict()`` name.
+        """Return a mapping between an adapter's names in files and in ``state_dict()``.
 
-        The dict is empty if another module owns the rows.
+        The dict maps the file key of the adapter's rows to their ``state_dict()`` name. It is empty
+        if another module owns the rows.
         """
         if self.is_tied or adapter_name not in self.token_indices:
             return {}
@@ -303,7 +304,7 @@ class TrainableTokensWrapper(ModuleWrapper):
     def _token_keys_and_rows(
         self, names: list[str], device: torch.device
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the keys of all trained tokens, and the index of the row for each key.
+        """Return the keys of all trained tokens, and the row index for each key.
 
         The keys are sorted and int64. The key of a token is ``index of name * V + token``.
         """
@@ -397,7 +398,7 @@ class TrainableTokensWrapper(ModuleWrapper):
                 weight.index_copy_(0, self._index(name, weight.device), before.to(weight))
 
     def _rows_before_merge(self) -> dict[str, torch.Tensor]:
-        """Return a dict that maps each merged adapter to the weight rows' values before its merge.
+        """Return the weight rows from before each merge, keyed by the merged adapter.
 
         Modules that share the weight share the dict.
         """

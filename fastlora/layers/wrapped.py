@@ -13,7 +13,7 @@ from fastlora.layers.base_layers import (
     returns_unreferenced_output,
 )
 from fastlora.layers.call import UniformCall
-from fastlora.layers.fallback_reasons import BASE_GEMM_VARIES, fusion_status
+from fastlora.layers.fallback_reasons import BASE_GEMM_VARIES, FusionStatus, fusion_status
 from fastlora.layers.linear_forward import create_call, forward
 from fastlora.layers.lora_layer import LoraLayer
 from fastlora.layers.merge_target import MergeTarget
@@ -30,9 +30,10 @@ from fastlora.validation import UnsupportedLayerError
 
 
 class FastLoraWrapper(LoraLayer):
-    """LoRA layer for a linear-like base layer that is called unchanged.
+    """LoRA layer that wraps a base layer and calls it unchanged.
 
-    Computes ``y = base_layer(x) + scaling * dropout(x) @ lora_A.T @ lora_B.T``.
+    The base layer is linear-like. The layer computes ``y = base_layer(x) + scaling * dropout(x) @
+    lora_A.T @ lora_B.T``.
 
     The class is for base layers that are not a plain `nn.Linear`: quantized layers, tensor-parallel
     layers, layers that hooks offload, and Hugging Face's Conv1D. Without gradients, the update is
@@ -101,8 +102,8 @@ class FastLoraWrapper(LoraLayer):
         """The base layer's bias."""
         return self.base_layer.bias
 
-    def fusion(self, gathered: bool = False) -> tuple[bool, str]:
-        """Return whether the layer runs fused, and the fallback reason if it does not.
+    def fusion(self, gathered: bool = False) -> FusionStatus:
+        """Return the layer's fusion status.
 
         A fused layer computes the base GEMM and the LoRA update in one call.
         """

@@ -232,7 +232,7 @@ def _read_config(path: Path, root: Path | None = None, max_bytes: int = MAX_CONF
 def _config_matching_weights(
     text: bytes, metadata: Mapping[str, str], path: Path, max_bytes: int
 ) -> bytes | None:
-    """Return the config that, according to the weights file's metadata, matches the weights.
+    """Return the config that was saved with the weights, or None if it no longer applies.
 
     If ``text`` is the config that was saved with the weights, ``text`` is returned. If ``text`` is
     the config that the save was about to replace, the save was interrupted or is still running, and

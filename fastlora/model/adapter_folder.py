@@ -78,7 +78,7 @@ Tensors = Mapping[str, TensorInfo | torch.Tensor]
 
 
 class ParsedAdapterKey(NamedTuple):
-    """A key of an adapter's weights file, split into the module's name and the kind of tensor.
+    """A parsed key of an adapter's weights file.
 
     Attributes:
         module: The name of the module in the base model.
@@ -167,7 +167,9 @@ class OpenAdapterFolder:
         return AdapterHeader(self.path, self.config, tensor_infos, keys)
 
     def load(self) -> AdapterContents:
-        """Check the adapter, read its tensors, and return both as an `AdapterContents`.
+        """Load and return the adapter's contents.
+
+        The adapter is checked.
 
         Raises:
             CheckpointError: If the weights file is damaged, contradicts the config, or changes
@@ -207,9 +209,9 @@ def open_adapter_folder(
 
 
 def load_adapter_folder(path: str | os.PathLike[str]) -> AdapterContents:
-    """Read the config and the tensors of a local adapter folder, and check them.
+    """Load the config and the tensors of a local adapter folder.
 
-    Symbolic links are followed.
+    Both are checked. Symbolic links are followed.
 
     Raises:
         CheckpointError: If a file is missing, damaged, or unsafe, or if the two files contradict
@@ -221,7 +223,10 @@ def load_adapter_folder(path: str | os.PathLike[str]) -> AdapterContents:
 
 
 def inspect_adapter_folder(path: str | os.PathLike[str]) -> AdapterHeader:
-    """Check a local adapter folder as `load_adapter_folder` does, without reading tensor data."""
+    """Read and return the header of a local adapter folder, without its tensors.
+
+    The folder is checked as in `load_adapter_folder`.
+    """
     with open_adapter_folder(path) as opened:
         return opened.header
 

@@ -218,7 +218,7 @@ def _expected_shapes(model: nn.Module, plan: AdapterPlan) -> dict[str, tuple[int
 def _tied_head_file_shapes(
     model: nn.Module, expected: dict[str, tuple[int, ...]], plan: AdapterPlan
 ) -> dict[str, tuple[int, ...]]:
-    """Return a dict of tensor shapes for the tied output heads, keyed by file key.
+    """Return the tensor shapes of the tied output heads, keyed by file key.
 
     A tied head uses the LoRA factors of the input embedding. PEFT may save these factors a second
     time, transposed, under the head's name.

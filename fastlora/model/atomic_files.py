@@ -209,9 +209,10 @@ def _remove_if_owner_ended(folder: Path) -> None:
 
 
 def _owner_process_ended(folder: Path) -> bool:
-    """Return whether a temporary folder was created on this host by a process that has ended.
+    """Return whether the process that created a temporary folder is known to have ended.
 
-    The host and the process id are part of the folder's name.
+    This is not known of a process on another host. The host and the process id are part of the
+    folder's name.
     """
     owner = _TEMPORARY.fullmatch(folder.name)
     if owner is None or owner["host"] != _host_name_digest():

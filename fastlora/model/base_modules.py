@@ -136,7 +136,7 @@ def named_base_modules(model: nn.Module, *, remove_duplicate: bool = True) -> Ba
 
 
 def peft_function_or_raise(model: nn.Module, module: str, name: str, error: Exception) -> Any:
-    """Return the given PEFT function if the model has PEFT adapter layers, or raise ``error``.
+    """Return a function of PEFT if the model has PEFT layers, or raise an error.
 
     Args:
         model: The model.

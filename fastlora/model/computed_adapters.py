@@ -39,7 +39,9 @@ class ComputedLayerParameters(NamedTuple):
 
 
 class ComputedAdapter(NamedTuple):
-    """An adapter that was computed from other adapters and has not been added to the model yet.
+    """An adapter that was computed from other adapters.
+
+    It has not been added to the model yet.
 
     Attributes:
         plan: The adapter's config and the modules that it adapts.

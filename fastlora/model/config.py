@@ -260,12 +260,12 @@ class LoraConfig(PeftConfigMethods):
             raise ConfigError(f"fastlora does not support {names}; {PEFT_MODEL_ALTERNATIVE}")
 
     def check_plain(self, what: str) -> None:
-        """Check that the adapter is a plain LoRA adapter for the original base weights.
+        """Check that the adapter is a plain LoRA adapter.
 
-        Some initialization methods change the base weights, and the adapter is then trained on the
-        changed weights. If the change must be repeated when the adapter is loaded, an error is
-        raised. For methods with a change that PEFT does not reproduce either, only a warning is
-        emitted.
+        A plain adapter is for the original base weights. Some initialization methods change the
+        base weights, and the adapter is then trained on the changed weights. If the change must be
+        repeated when the adapter is loaded, an error is raised. For methods with a change that PEFT
+        does not reproduce either, only a warning is emitted.
 
         Args:
             what: A description of the operation's result, as the subject of the message.

@@ -77,7 +77,10 @@ def check_and_normalize_fields(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_values(fields: Mapping[str, Any]) -> None:
-    """Raise `ConfigError` for the first value that is invalid or contradicts another value."""
+    """Raise `ConfigError` if a field has an invalid value.
+
+    A value that contradicts another value is invalid too.
+    """
     if fields["peft_type"] != "LORA":
         raise ConfigError(f"peft_type must be 'LORA', got {fields['peft_type']!r}")
     _check_choice("task_type", fields["task_type"], (None, *(task.value for task in TaskType)))

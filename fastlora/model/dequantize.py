@@ -140,10 +140,10 @@ def dequantize_linears(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 @torch.no_grad()
 def _dequantized_linear(module: nn.Module, dtype: torch.dtype | None) -> nn.Linear:
-    """Return a plain linear layer with a module's bias and dequantized weight.
+    """Return a plain `nn.Linear` with the dequantized weight of a module.
 
-    The weight and the bias are converted to ``dtype``. If ``dtype`` is None, the layer is created
-    on the meta device, without values.
+    It also has the module's bias. The weight and the bias are converted to ``dtype``. If ``dtype``
+    is None, the layer is created on the meta device, without values.
     """
     k, n = linear_features(module) or (0, 0)
     bias: Any = getattr(module, "bias", None)

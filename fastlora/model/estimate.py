@@ -59,7 +59,10 @@ class Estimate:
 
     @property
     def share(self) -> float:
-        """The share of trainable parameters, relative to the number of base parameters."""
+        """The share of trainable parameters.
+
+        It is relative to the number of base parameters.
+        """
         return self.adapter_parameters / max(self.base_parameters, 1)
 
     @property

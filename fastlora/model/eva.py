@@ -98,12 +98,13 @@ def get_eva_state_dict(
     gather_distributed_inputs: bool = True,
     show_progress_bar: bool = True,
 ) -> dict[str, torch.Tensor]:
-    """Compute the initial LoRA factor A of each layer with the EVA method.
+    """Compute the EVA initialization of each layer from the layer's inputs.
 
-    The initial values are the principal directions of the layer's inputs, of shape ``[rank, K]``.
-    The sum of all ranks is redistributed among the layers. Each layer gets at most ``rho * r``
-    directions, and layers with the same inputs share their directions. The function iterates over
-    the dataloader, repeatedly if necessary, until the directions have converged.
+    The result contains the initial LoRA factor A of each layer. The initial values are the
+    principal directions of the layer's inputs, of shape ``[rank, K]``. The sum of all ranks is
+    redistributed among the layers. Each layer gets at most ``rho * r`` directions, and layers with
+    the same inputs share their directions. The function iterates over the dataloader, repeatedly if
+    necessary, until the directions have converged.
 
     Args:
         model: A model with or without an adapter.
@@ -294,9 +295,10 @@ def initialize_lora_eva_weights(
 def _apply_eva_state_dict(
     tuner: LoraTuner, adapter_name: str, config: LoraConfig, state: Mapping[str, torch.Tensor]
 ) -> None:
-    """Copy the directions from an EVA state dict into an adapter, and update its config.
+    """Apply an EVA state dict to the layers of an adapter.
 
-    If the rank of a layer changes, the adapter's factors on this layer are replaced.
+    The directions are copied into the layers, and the adapter's config is updated. If the rank of a
+    layer changes, the adapter's factors on this layer are replaced.
     """
     layers = {n: layer for n, layer in lora_layers(tuner.model).items() if adapter_name in layer.r}
     found = {

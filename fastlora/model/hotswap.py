@@ -65,10 +65,11 @@ def prepare_model_for_compiled_hotswap(
     config: Any = None,
     check_compiled: str = "error",
 ) -> None:
-    """Pad all adapters of a model to the same rank, so that hot-swapping triggers no recompilation.
+    """Prepare a model so that hot-swapping adapters triggers no recompilation.
 
-    Call this function after the first adapter is loaded and before the model is compiled. It does
-    not change the model's outputs. It is not needed if all adapters have the same rank.
+    All adapters are padded to the same rank. Call this function after the first adapter is loaded
+    and before the model is compiled. It does not change the model's outputs. It is not needed if
+    all adapters have the same rank.
 
     Args:
         model: A model with adapters.

@@ -451,7 +451,7 @@ class LoraModel(PeftModelMethods, nn.Module):
         )
 
     def get_layer_status(self) -> list[TunerLayerStatus]:
-        """Return the status of each adapted module. See `fastlora.get_layer_status`."""
+        """Return the status of each adapter layer. See `fastlora.get_layer_status`."""
         return get_layer_status(self)
 
     def get_model_status(self) -> TunerModelStatus:
@@ -474,7 +474,7 @@ class LoraModel(PeftModelMethods, nn.Module):
 def _read_adapter_folder(
     model_id: str | os.PathLike[str], subfolder: str | None, unused: dict[str, Any]
 ) -> AdapterContents:
-    """Read an adapter folder, after checking that the unused arguments are known to PEFT.
+    """Check the unused arguments, and read an adapter folder.
 
     Raises:
         CheckpointError: See `load_adapter_folder`.

@@ -77,7 +77,7 @@ class PeftConfigMethods:
 
     @classmethod
     def check_kwargs(cls, **fields: Any) -> Mapping[str, Any]:
-        """Return the keyword arguments for creating a config. They are not checked.
+        """Return the keyword arguments for creating a config, without checking them.
 
         PEFT's method of the same name checks the fields. `LoraConfig` checks them when a config is
         created.

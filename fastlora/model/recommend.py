@@ -40,7 +40,9 @@ _OF_MEMORY = 0.6
 
 @dataclass(frozen=True)
 class Recommendation:
-    """Recommended hyperparameters for a base model: starting values, and ranges for a search.
+    """Recommended hyperparameters for training adapters of a base model.
+
+    They are starting values, and ranges for a search.
 
     Attributes:
         num_params: The number of parameters of the base model.

@@ -186,12 +186,12 @@ def reduce_intruder_dimension(
     mitigation_lambda: float = 0.75,
     logging_sink: Callable[..., Any] | None = print,
 ) -> None:
-    """Add a copy of an adapter with reduced intruder dimensions, and activate the copy.
+    """Add a copy of an adapter with reduced intruder dimensions.
 
-    An intruder dimension is one of the leading singular vectors of the adapted weight that is not
-    similar to any singular vector of the base weight. Intruder dimensions are associated with
-    forgetting (https://arxiv.org/abs/2410.21228). Reducing them may lower the accuracy on the
-    adapter's own task.
+    The copy is activated. An intruder dimension is one of the leading singular vectors of the
+    adapted weight that is not similar to any singular vector of the base weight. Intruder
+    dimensions are associated with forgetting (https://arxiv.org/abs/2410.21228). Reducing them may
+    lower the accuracy on the adapter's own task.
 
     Args:
         peft_model: The model that has the adapter.

@@ -143,12 +143,15 @@ def _names_of(model_type: object) -> frozenset[str]:
 
 
 def _is_custom_module(module: nn.Module) -> bool:
-    """Return whether a module is custom: neither a ``torch.nn`` module nor a LoRA layer."""
+    """Return whether a module is custom rather than a module of ``torch.nn``.
+
+    A LoRA layer is not custom either.
+    """
     return not type(module).__module__.startswith("torch.nn") and not is_lora_layer(module)
 
 
 def _expert_counts(module: nn.Module) -> dict[str, int]:
-    """Return a dict that maps the names of stacked expert parameters to the number of experts.
+    """Return the number of experts in each stacked expert parameter, keyed by parameter name.
 
     Only direct parameters of the module are considered.
     """

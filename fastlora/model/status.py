@@ -27,7 +27,9 @@ _T = TypeVar("_T")
 
 @dataclass
 class TunerLayerStatus:
-    """The status of a LoRA layer, or of a wrapper for ``modules_to_save`` or trained tokens.
+    """The status of an adapter layer.
+
+    An adapter layer is a LoRA layer, or a wrapper for ``modules_to_save`` or trained tokens.
 
     Args:
         name: The name of the module, relative to the tuner
@@ -92,7 +94,7 @@ class TunerModelStatus:
 
 
 def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
-    """Return a list with the status of each module that contains adapters.
+    """Return the status of each adapter layer of a model.
 
     These are LoRA layers and wrappers for ``modules_to_save`` or trained tokens, in the order of
     ``named_modules()``.

@@ -11,7 +11,7 @@ import re
 import sys
 import warnings
 from collections.abc import Collection, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.nn as nn
 
@@ -345,14 +345,23 @@ def _is_all_linear(targets: object) -> bool:
     return isinstance(targets, str) and targets.lower() == ALL_LINEAR
 
 
+class _FoundLinear(NamedTuple):
+    """A linear layer of the base model.
+
+    Attributes:
+        name: The name of the layer.
+        is_wrapped: Whether the layer is, or is inside, a module that adapters own copies of or
+            train rows of.
+    """
+
+    name: str
+    is_wrapped: bool
+
+
 def _linears_without_head(
     model: nn.Module, config: LoraConfig, modules: BaseModules
-) -> list[tuple[str, bool]]:
-    """Return a list of tuples ``(name, inside)`` for all linear layers except the output head.
-
-    ``inside`` is True if the layer is, or is inside, a module that adapters own copies of or train
-    rows of.
-    """
+) -> list[_FoundLinear]:
+    """Return a list of all linear layers except the output head."""
     kinds = (nn.Linear, *_transformers_class("pytorch_utils", "Conv1D"))
     head = _output_head(model, config)
 
@@ -363,7 +372,11 @@ def _linears_without_head(
         under = (module, module._modules.get("base_layer"))
         return any(isinstance(m, kinds) for m in under) or "Linear" in type(module).__name__
 
-    return [(n, inside) for n, m, inside in modules if n and m is not head and is_linear(m)]
+    return [
+        _FoundLinear(n, wrapped)
+        for n, m, wrapped in modules
+        if n and m is not head and is_linear(m)
+    ]
 
 
 def _output_head(model: nn.Module, config: LoraConfig) -> nn.Module | None:
@@ -506,7 +519,7 @@ def _unmatched_entries(names: list[str], targets: Collection[str] | str) -> list
 def _unmatched_config_values(
     unmatched: list[str], found: list[str], excludes: bool, config: LoraConfig
 ) -> list[str]:
-    """Return a list of the config values that match no module, formatted for a warning.
+    """Format the config values that match no module, for a warning.
 
     Args:
         unmatched: The entries of ``target_modules`` that match no module and no experts.

@@ -108,7 +108,7 @@ class TensorFile:
 
     @property
     def file_size(self) -> int:
-        """The size of the file in bytes, as the file system reports it."""
+        """The size of the file on disk, in bytes."""
         return self._state[0]
 
     @cached_property

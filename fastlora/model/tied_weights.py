@@ -247,7 +247,10 @@ class SharedWeightUntier:
 
 
 def update_tie_word_embeddings(model: nn.Module) -> None:
-    """Set ``tie_word_embeddings`` to False if the model's embeddings are no longer tied."""
+    """Update ``tie_word_embeddings`` in a model's config to whether the weights are still tied.
+
+    It is set to False if the input and output embeddings are no longer tied.
+    """
     config: Any = getattr(model, "config", None)
     if not config_ties_embeddings(model) or isinstance(config, dict):
         return

@@ -512,7 +512,10 @@ class LoraTuner(nn.Module):
 
     @property
     def mixed_batch_modules(self) -> list[Any]:
-        """The modules that select an adapter for each row of a mixed batch."""
+        """The modules that take part in mixed batches.
+
+        They select an adapter for each row of a mixed batch.
+        """
         found = self._routed
         # A copied model does not have row checks yet, so they must be set up first.
         return self._find_routed() if found is None or self.group.row_checks is None else found

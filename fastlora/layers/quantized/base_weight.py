@@ -40,10 +40,10 @@ class KernelsCannotRead(Exception):  # noqa: N818
 
 
 class QuantizedBaseWeight(MergeTarget):
-    """Base class for the supported kinds of quantized weights.
+    """Base class of quantized base weights.
 
-    `dense` returns a new tensor. A kind that does not support merging raises in `check_writable`,
-    and defines nothing else for merging.
+    A subclass supports one kind of quantization. `dense` returns a new tensor. A kind that does not
+    support merging raises in `check_writable`, and defines nothing else for merging.
 
     Args:
         base: The module.
@@ -143,7 +143,10 @@ class QuantizedBaseWeight(MergeTarget):
         return f"{self.library_and_version()}: {error}; the base layer runs unchanged"
 
     def tensor_or_fallback_reason(self, dtype: torch.dtype) -> QuantizedTensor | str:
-        """Return a tensor for kernels that compute in ``dtype``, or the fallback reason."""
+        """Return the weight as a tensor for kernels, or the fallback reason.
+
+        The kernels compute in ``dtype``.
+        """
         if qualified_class_name(self.base) not in self.modules:
             return f"its base layer is {type(self.base).__name__}, which runs unchanged"
         if self.codes().is_meta:
@@ -164,7 +167,7 @@ class QuantizedBaseWeight(MergeTarget):
 
     @property
     def description(self) -> str:
-        """Name of the weight's quantization in the fusion report."""
+        """Name of the weight's quantization, for the fusion report."""
         return self.backend or type(self).__name__
 
     def tensor_for_pytorch_only(self) -> QuantizedTensor:
@@ -225,7 +228,10 @@ class QuantizedBaseWeight(MergeTarget):
             rest = flat[whole:] if whole < flat.numel() else None
 
     def merge_buffer(self) -> torch.Tensor:
-        """Return a new fp32 matrix to merge into, filled piece by piece to save memory."""
+        """Return a dense matrix to merge into.
+
+        It is a new fp32 matrix with the dequantized weight, filled piece by piece to save memory.
+        """
         made = torch.empty(self.shape, dtype=torch.float32, device=self.weight.device)
         flat, start = made.view(-1), 0
         for piece in self.dequantized_pieces():
@@ -285,7 +291,10 @@ def register_quantized_weight(kind: _Kind) -> _Kind:
 
 
 def peft_quantized_layers() -> list[tuple[str, str]]:
-    """Return a list of (Python module, class) names of PEFT's layers for the registered kinds."""
+    """Return the names of PEFT's layer classes for the registered kinds of quantization.
+
+    Each entry of the list is a tuple (Python module, class).
+    """
     return [kind.peft_layer for kind in _kinds if kind.peft_layer is not None]
 
 
@@ -359,7 +368,9 @@ def address_tensor(*parts: torch.Tensor) -> torch.Tensor:
 def check_decoded_values(
     decoded: torch.Tensor, rows: torch.Tensor, library: str, what: str
 ) -> None:
-    """Check that kernels and the library decode codes to the same fp32 values.
+    """Check that decoded values agree with the library's.
+
+    Kernels and the library must decode codes to the same fp32 values.
 
     Raises:
         KernelsCannotRead: The values differ, because the library has changed its format.

@@ -27,7 +27,10 @@ class HqqWeight(QuantizedBaseWeight):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the dequantized weight, which is also the dtype that HQQ computes in."""
+        """The dtype of the weight.
+
+        The dequantized weight has this dtype, and HQQ computes in it.
+        """
         found: torch.dtype = self.base.compute_dtype
         return found
 
