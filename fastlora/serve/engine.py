@@ -184,7 +184,10 @@ class Engine:
             self._changed.notify_all()
 
     def _thread_main(self) -> None:
-        """Run the loop of the engine's thread, and close the batch when the loop ends."""
+        """Run the main loop of the engine's thread.
+
+        The batch is closed when the loop ends.
+        """
         try:
             self._run_loop()
         finally:
