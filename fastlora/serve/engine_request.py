@@ -97,7 +97,7 @@ class EngineRequest:
         return None if self.version is None else self.version.name
 
     def emit(self, chunk: AnswerChunk) -> None:
-        """Send a chunk to the client."""
+        """Send a chunk of the answer to the request's ``on_chunk`` function."""
         try:
             self.on_chunk(chunk)
         except Exception:  # the client is gone
