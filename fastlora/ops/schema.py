@@ -21,7 +21,7 @@ Shapes, for M rows, S slots (adapters), and G modules (layers) that share x:
         see `fastlora.ops.triton.rows_argument`
     factors: lora_a, lora_b, and lora_bias of each slot in turn
     s and ds: ``[M, R]`` in x's dtype. With rows, they are at sorted positions, R is
-        the result of `layout.padded_rank`, and each row is written up to its adapter's rank
+        a result of `layout.padded_rank`, and a row is written up to its adapter's rank
     scaling: fp32 ``[S]``; for one slot also ``[R]`` or without dimensions
     seeds: int64, one for each lora_a, on the device (on the CPU for PyTorch), or None without
         dropout
