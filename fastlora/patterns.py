@@ -34,7 +34,9 @@ _COUNT = re.compile(r"[{,]\s*(\d+)")
 
 
 class _BoundedMatchingState:
-    """The state of a `bounded_matching` block: the time spent, and the compiled patterns.
+    """The state of a `bounded_matching` block.
+
+    It consists of the time spent and the compiled patterns.
 
     Attributes:
         suffix_indexes: Maps the ``id()`` of a collection of patterns to a tuple (collection, index
@@ -141,11 +143,11 @@ _bounded: ContextVar[_BoundedMatchingState | None] = ContextVar(
 
 @contextlib.contextmanager
 def bounded_matching() -> Iterator[None]:
-    """Limit the time and memory for matching patterns in a ``with`` block.
+    """Limit the cost of matching patterns in a ``with`` block.
 
-    The limits apply to this thread. Inside the block, a pattern that exceeds a limit raises
-    `CheckpointError`. So does a regular expression if pcre2 is not installed. A nested block shares
-    the limits of the outer block.
+    The limits are on time and memory, and apply to this thread. Inside the block, a pattern that
+    exceeds a limit raises `CheckpointError`. So does a regular expression if pcre2 is not
+    installed. A nested block shares the limits of the outer block.
     """
     if _bounded.get() is not None:
         yield

@@ -39,9 +39,10 @@ def local_shard(parameter: Any) -> torch.Tensor:
 
 
 def to_local_summing_grads(parameter: Any) -> torch.Tensor:
-    """Return a DTensor's local shard. If it is replicated, sum its gradients in the backward pass.
+    """Return a DTensor's local shard, summing gradients if it is replicated.
 
-    The result is a plain tensor. The sum is over all processes.
+    The result is a plain tensor. The gradients of a replicated DTensor are summed over all
+    processes in the backward pass.
     """
     is_whole = all(placement.is_replicate() for placement in parameter.placements)
     if not (is_whole and torch.is_grad_enabled() and parameter.requires_grad):

@@ -20,7 +20,10 @@ class FastLoraError(Exception):
 
 
 class ConfigError(FastLoraError, ValueError):
-    """A `LoraConfig` field or an argument has an invalid or unsupported value."""
+    """A configuration value is invalid or unsupported.
+
+    The value is that of a `LoraConfig` field or of an argument.
+    """
 
 
 class TargetNotFoundError(FastLoraError, ValueError):
@@ -28,11 +31,17 @@ class TargetNotFoundError(FastLoraError, ValueError):
 
 
 class UnsupportedLayerError(FastLoraError, ValueError):
-    """A module has a type or a state that fastlora's LoRA layers do not support."""
+    """A module is not supported by fastlora's LoRA layers.
+
+    The reason is its type or its state.
+    """
 
 
 class InitializationError(FastLoraError, ValueError):
-    """An initialization method does not support a base weight, or the data it needs is missing."""
+    """An adapter's weights cannot be initialized.
+
+    The method does not support a base weight, or the data that it needs is missing.
+    """
 
 
 class AdapterNotFoundError(FastLoraError, ValueError):
@@ -44,9 +53,10 @@ class AdapterStateError(FastLoraError, ValueError):
 
 
 class CheckpointError(FastLoraError, ValueError):
-    """A checkpoint or an adapter folder cannot be read or written.
+    """A checkpoint cannot be read or written.
 
-    For example, a file is missing, damaged, or unsafe, or does not match the model.
+    This includes adapter folders. For example, a file is missing, damaged, or unsafe, or does not
+    match the model.
     """
 
 
@@ -78,12 +88,18 @@ class PoolFullError(FastLoraError, RuntimeError):
 
 
 class ImplementationError(FastLoraError, RuntimeError):
-    """A requested implementation or feature is not supported, or not available on this machine."""
+    """A requested implementation is not supported or not available.
+
+    The error is also raised for features, and for what is not available on this machine.
+    """
 
 
 @contextlib.contextmanager
 def error_prefix(where: object) -> Iterator[None]:
-    """Prefix the message of any `FastLoraError` raised in a ``with`` block with ``where``."""
+    """Prefix the messages of errors raised in a ``with`` block with ``where``.
+
+    Only a `FastLoraError` is changed.
+    """
     try:
         yield
     except FastLoraError as error:

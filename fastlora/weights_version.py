@@ -113,11 +113,12 @@ def stamp_tensors(
 
 
 class WeightsVersion:
-    """The version that this process's weights had when a value was cached.
+    """A version of this process's weights.
 
-    Versions are compared by identity. A version is an object rather than a number because a
-    compiler that traces an optimizer's step also traces fastlora's hook. The compiler would guard
-    on a number and recompile at each step.
+    A cached value records the version that the weights had when it was cached. Versions are
+    compared by identity. A version is an object rather than a number because a compiler that traces
+    an optimizer's step also traces fastlora's hook. The compiler would guard on a number and
+    recompile at each step.
     """
 
 

@@ -233,7 +233,10 @@ class SharedWeightUntier:
         self._untied.append((name, other, own.numel() * own.element_size()))
 
     def warn_of_untied(self) -> None:
-        """Emit a warning about the untied weights and the additional memory that they need."""
+        """Emit a warning about the weights that were untied.
+
+        The warning says how much additional memory they need.
+        """
         if not self._untied:
             return
         name, other, _ = self._untied[0]

@@ -37,9 +37,9 @@ from fastlora.validation import (
 
 
 class LoraTuner(nn.Module):
-    """Wraps a base model, and manages its adapters.
+    """Manages the adapters of a base model.
 
-    Attributes and methods have the same names as in PEFT.
+    The tuner wraps the base model. Attributes and methods have the same names as in PEFT.
 
     Args:
         model: Any module. Its target modules are replaced with LoRA layers in place.
@@ -393,7 +393,10 @@ class LoraTuner(nn.Module):
 
     @property
     def disabled(self) -> bool:
-        """Whether adapters are disabled on every layer."""
+        """Whether adapters are disabled.
+
+        This is the case if they are disabled on every layer.
+        """
         return all(module._disabled for _, module in inject.modules_with_adapters(self.model))
 
     def set_requires_grad(
@@ -421,7 +424,7 @@ class LoraTuner(nn.Module):
         return list(found.values())
 
     def _trainable_parameters(self, names: Collection[str]) -> list[nn.Parameter]:
-        """Return a list of the parameters that can be trained for the given adapters at present.
+        """Return a list of the parameters that can be trained for the given adapters.
 
         These are the adapters' own parameters and, for active adapters, the biases of the base
         model that their configs select.

@@ -126,7 +126,10 @@ class Backend(ABC):
     # int64 ``[1]`` or None. ``dropout_p`` holds the active dropout probability of each layer.
 
     def supports_grouped_forward(self, x: torch.Tensor) -> bool:
-        """Return whether one call can compute all layers that share the input x."""
+        """Return whether `grouped_forward` supports the input x.
+
+        It computes all layers that share x in one call.
+        """
         return False
 
     def grouped_shrink(

@@ -46,7 +46,10 @@ _INTERPRETED = env.triton_interpreted()
 
 
 class _BatchInvariantState(threading.local):
-    """Thread-local state of batch-invariant mode."""
+    """The state of batch-invariant mode.
+
+    Each thread has its own.
+    """
 
     invariant = env.batch_invariant()
 
@@ -69,9 +72,10 @@ def constant_when_compiled(function: _Function) -> _Function:
 
 @functools.cache
 def _gpu_status(index: int) -> tuple[bool, str]:
-    """Return a tuple (supported, description): whether the Triton kernels support a GPU.
+    """Return whether the Triton kernels support a GPU, and a description.
 
-    The description is the GPU's name and architecture, or the reason why it is not supported.
+    The result is a tuple (supported, description). The description is the GPU's name and
+    architecture, or the reason why it is not supported.
     """
     properties = torch.cuda.get_device_properties(index)
     from fastlora.kernels import chips
@@ -84,7 +88,9 @@ def _gpu_status(index: int) -> tuple[bool, str]:
 
 @constant_when_compiled
 def triton_status(device_type: str, index: int = 0) -> tuple[bool, str]:
-    """Return a tuple (supported, reason): whether the Triton kernels can run on a device.
+    """Return whether the Triton kernels can run on a device, and the reason.
+
+    The result is a tuple (supported, reason).
 
     Args:
         device_type: ``"cpu"``, ``"cuda"`` (also for ROCm), or any other device type of torch.
@@ -143,9 +149,9 @@ def call_on_device_of(x: torch.Tensor, function: Callable[..., Any], *args: Any)
 
 
 def resolve_impl(impl: str, x: torch.Tensor, dtype: torch.dtype | None = None) -> str:
-    """Return the name of the implementation that runs on x, ``"triton"`` or ``"eager"``.
+    """Return the name of the implementation that runs on x.
 
-    `execution_mode_of` resolves all other cases itself.
+    The name is ``"triton"`` or ``"eager"``. `execution_mode_of` resolves all other cases itself.
 
     Args:
         impl: ``"triton"``, or ``"auto"`` on a device in `KERNEL_DEVICES`.
@@ -180,7 +186,7 @@ class _Layer(Protocol):
 
 @dataclass(frozen=True, slots=True)  # Slots are read several times faster than a NamedTuple.
 class ExecutionMode:
-    """How a forward pass is executed, including its implementation and autocast dtype.
+    """How a forward pass is executed.
 
     Attributes:
         impl: ``"triton"`` or ``"eager"``. In batch-invariant mode this is the requested
@@ -203,9 +209,9 @@ class ExecutionMode:
     tracing: bool = False
 
     def raise_if_batch_invariant(self, layer: _Layer, reason: str) -> None:
-        """Raise `ImplementationError` if batch-invariant mode is on.
+        """Raise an error if batch-invariant mode is on, for a layer that cannot run in it.
 
-        ``layer`` is a layer that cannot run in this mode, and ``reason`` says why.
+        ``reason`` says why the layer cannot run. The error is an `ImplementationError`.
         """
         if self.invariant:
             base = layer.get_base_layer()
@@ -218,7 +224,9 @@ class ExecutionMode:
     def check_batch_invariant(
         self, x: torch.Tensor, plan: str = "auto", dropout_p: float = 0.0
     ) -> None:
-        """Raise an error unless the Triton kernels can run a call in batch-invariant mode.
+        """Raise an error if a call cannot be computed in batch-invariant mode.
+
+        It can be computed if the Triton kernels can run it.
 
         Raises:
             ImplementationError: The kernels cannot run the call.

@@ -107,7 +107,10 @@ class OperatorBackend(Backend):
         return weight_for_kernels(weight, x, max(b.shape[1] for b in lora_b), plan, launch)
 
     def _rows_argument(self, rows: Rows | None) -> list[torch.Tensor]:
-        """Return the tensors for an operator's ``rows`` argument, with the pieces for kernels."""
+        """Return the tensors for an operator's ``rows`` argument.
+
+        For kernels, the pieces are included.
+        """
         if rows is None:
             return []
         return rows_for_factor_lists(rows) if self.impl == "triton" else rows.operator_arguments()

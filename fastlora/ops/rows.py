@@ -75,7 +75,10 @@ class Rows:
     _pieces: dict[int, torch.Tensor] | None = field(default_factory=dict, repr=False)
 
     def operator_arguments(self) -> list[torch.Tensor]:
-        """Return the list of tensors to pass to an operator as its ``rows`` argument."""
+        """Return the list of tensors to pass to an operator.
+
+        The list is its ``rows`` argument.
+        """
         return [self.order, self.segment_of, self.segment_slot, self.slot_start]
 
     def pieces(self, block_m: int) -> torch.Tensor:

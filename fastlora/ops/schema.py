@@ -21,7 +21,7 @@ Shapes, for M rows, S slots (adapters), and G modules (layers) that share x:
         see `fastlora.ops.triton.rows_argument`
     factors: lora_a, lora_b, and lora_bias of each slot in turn
     s and ds: ``[M, R]`` in x's dtype. With rows, they are at sorted positions, R is
-        `layout.padded_rank` the largest rank, and each row is written up to its adapter's rank
+        a result of `layout.padded_rank`, and a row is written up to its adapter's rank
     scaling: fp32 ``[S]``; for one slot also ``[R]`` or without dimensions
     seeds: int64, one for each lora_a, on the device (on the CPU for PyTorch), or None without
         dropout
@@ -213,7 +213,9 @@ def lora_grad_b_fake(
     with_factors: bool,
     impl: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return a tuple of empty tensors (ds, lora_b and lora_bias gradients, column sums of dy).
+    """Return empty tensors for the results of the operator ``lora_grad_b``.
+
+    They are a tuple (ds, lora_b and lora_bias gradients, column sums of dy).
 
     With rows, which come in runs of ``run``, the gradients are one buffer for
     `layout.split_grad_b`. The buffer is empty unless ``with_factors`` is set. ``with_bias`` tells

@@ -31,9 +31,10 @@ _RIDGE = 1e-8
 
 
 class LoraFAOptimizer(Optimizer):
-    """The LoRA-FA optimizer: AdamW with the LoRA-FA gradient for lora_B.
+    """An optimizer that implements LoRA-FA.
 
-    All other parameters that have a gradient are updated by plain AdamW.
+    It is AdamW with the LoRA-FA gradient for lora_B. All other parameters that have a gradient are
+    updated by plain AdamW.
 
     Args:
         params: Parameter groups. Each group is a dict with ``params``, their ``names`` in the
@@ -78,7 +79,9 @@ class LoraFAOptimizer(Optimizer):
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a parameter group, and pair each of its lora_B weights with the matching lora_A.
+        """Add a parameter group to the optimizer.
+
+        Each lora_B weight in the group is paired with the matching lora_A.
 
         Args:
             param_group: A dict as for `torch.optim.Optimizer`, with the additional keys ``names``
@@ -178,7 +181,9 @@ def create_lorafa_optimizer(
     weight_decay: float = 0.0,
     use_rslora: bool | None = None,
 ) -> LoraFAOptimizer:
-    """Create a LoRA-FA optimizer for a model, and freeze lora_A in the trained adapters.
+    """Create a LoRA-FA optimizer for a model's adapters.
+
+    It also freezes lora_A in the trained adapters.
 
     Args:
         model: A model with adapters. The optimizer updates its trainable parameters.

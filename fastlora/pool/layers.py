@@ -101,10 +101,11 @@ class PoolLayers:
         ]
 
     def _install_batch_size_checks(self) -> None:
-        """Wrap ``forward`` and ``generate`` so that they first check the size of the batch.
+        """Make the model check the size of each batch.
 
-        The number of samples or tokens must equal the number of adapter ids. In `generate`, only
-        the batch that the caller passes is checked, because beam search adds rows to it later.
+        The methods ``forward`` and ``generate`` are wrapped. The number of samples or tokens must
+        equal the number of adapter ids. In `generate`, only the batch that the caller passes is
+        checked, because beam search adds rows to it later.
         """
         self._add_adapter_names_argument("forward", contextlib.nullcontext)
         if hasattr(self._model, "generate"):

@@ -26,10 +26,10 @@ _THREADS = 4
 
 
 class Lease:
-    """A guarantee that a set of adapters stays on the device, unchanged, until the lease ends.
+    """A guarantee that a set of adapters stays on the device until the lease ends.
 
-    Use the lease as a context manager. Exit it in the thread, and on the CUDA stream, that ran the
-    forward pass.
+    The adapters stay unchanged. Use the lease as a context manager. Exit it in the thread, and on
+    the CUDA stream, that ran the forward pass.
 
     Attributes:
         loaded_adapters: The adapters, in the order of the requested names.

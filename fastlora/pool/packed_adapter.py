@@ -31,7 +31,7 @@ _MAGNITUDE_BYTES = 4
 
 
 class TargetLinear(NamedTuple):
-    """The name and dimensions of a linear layer that the pool's adapters may adapt.
+    """A linear layer that the pool's adapters may adapt.
 
     Attributes:
         name: Name of the module in the base model.

@@ -104,7 +104,9 @@ class AdapterReader:
             return opened.config
 
     def read_folder(self, folder: Path) -> PackedAdapter:
-        """Read an adapter folder, validate its contents, and return the packed adapter.
+        """Read an adapter folder, and return the packed adapter.
+
+        The contents are validated.
 
         Raises:
             CheckpointError: The adapter is damaged, has contents that a pool does not support, or

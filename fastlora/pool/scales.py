@@ -43,9 +43,10 @@ class DoraScaleUpdater:
     def update_stale_scales(
         self, loaded_adapters: Iterable[LoadedAdapter], pool_lock: AbstractContextManager[Any]
     ) -> None:
-        """Compute the missing and outdated DoRA scales of loaded adapters.
+        """Update the stale DoRA scales of loaded adapters.
 
-        Scales are outdated if the base weights have changed since they were computed.
+        Missing scales are computed too. Scales are stale if the base weights have changed since
+        they were computed.
 
         Args:
             loaded_adapters: The leased adapters.

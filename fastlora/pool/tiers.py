@@ -187,9 +187,10 @@ class StorageTiers:
 
     @property
     def loaded_adapters(self) -> list[LoadedAdapter]:
-        """All adapters on the device.
+        """All loaded adapters.
 
-        Adapters that were replaced or removed are included while they are leased.
+        These are the adapters on the device. Adapters that were replaced or removed are included
+        while they are leased.
         """
         return [*self.device.values(), *self.retired]
 
@@ -354,7 +355,10 @@ class StorageTiers:
                 self.host.move_to_end(name)
 
     def _remove_from_device(self, name: str) -> None:
-        """Remove an adapter from the device if it is there, and free its slot."""
+        """Remove an adapter from the device.
+
+        Its slot is freed. Nothing happens if the adapter is not on the device.
+        """
         loaded = self.device.pop(name, None)
         if loaded is not None:
             # Retire it first: captured graphs that still run look up its slot.

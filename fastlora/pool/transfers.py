@@ -20,7 +20,9 @@ from fastlora.validation import AdapterStateError
 
 
 class Transfers:
-    """Transfers packed adapters to the device. This base class is for CPUs and copies nothing.
+    """Base class of transfers of packed adapters to the device.
+
+    It is itself used for CPUs, and then copies nothing.
 
     Attributes:
         shares_memory: Whether the device tier and the CPU tier use the same memory, so that an
@@ -46,7 +48,10 @@ class Transfers:
         return True
 
     def wait_for_writes(self, events: Iterable[Any]) -> None:
-        """Make the calling thread's later work on the device wait for the given write events."""
+        """Make the current stream wait for the given write events.
+
+        On a CPU, do nothing.
+        """
 
     def record_read_event(self) -> tuple[Any, Any] | None:
         """Record an event after the reads so far, and return it with its stream.
@@ -99,7 +104,7 @@ class AsyncCudaTransfers(Transfers):
         return not torch.cuda.is_current_stream_capturing() and event.query()
 
     def wait_for_writes(self, events: Iterable[torch.cuda.Event]) -> None:
-        """Make the current stream wait for the events.
+        """Make the current stream wait for the given write events.
 
         Raises:
             AdapterStateError: A CUDA graph is being captured, so the stream cannot wait.

@@ -40,12 +40,18 @@ def active_routing(layer: RoutedLayer) -> Routing | None:
 
 
 def is_tracking_rows() -> bool:
-    """Return whether this thread tracks rows by intercepting every operator."""
+    """Return whether this thread is tracking rows.
+
+    Row tracking intercepts every operator.
+    """
     return any(routing.cache.row_checker is not None for routing in _thread.open)
 
 
 def is_capturing_cuda_graph(tensor: torch.Tensor) -> bool:
-    """Return whether this thread is capturing operators on a tensor into a CUDA graph."""
+    """Return whether operators on a tensor are being captured into a CUDA graph.
+
+    Only captures by this thread count.
+    """
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 

@@ -73,7 +73,9 @@ def names_and_slots(
 
 
 def check_slots_on_cpu(ids: torch.Tensor, slots: Sequence[str | None]) -> torch.Tensor:
-    """Check that ids are -1 or name occupied slots, and return them as an int64 tensor on the CPU.
+    """Check that ids are valid for the slots, and return them on the CPU.
+
+    An id is valid if it is -1 or names an occupied slot. The result is int64.
 
     Args:
         ids: Integers ``[B]``; -1 for none.
@@ -153,9 +155,10 @@ class DeferredIdChecks:
         self._lock = threading.Lock()
 
     def add(self, flag: torch.Tensor, message: str) -> None:
-        """Add a flag that reports whether an id is out of range, and start copying it to the host.
+        """Add a check: a flag and the message of the error to raise if it is set.
 
-        The flag is bool ``[1]``, and true if an id is out of range.
+        The flag is bool ``[1]``, and true if an id is out of range. Its copy to the host is
+        started.
         """
         arrived = None
         if flag.is_cuda:

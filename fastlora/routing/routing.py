@@ -42,9 +42,10 @@ if TYPE_CHECKING:
 
 
 class RoutingGroup(UncopiedCache):
-    """The group of all routed layers of one model, with the state that they share.
+    """A group of routed layers, with the state that they share.
 
-    A copied or unpickled model gets a new group, which has not seen a forward pass.
+    The group contains all routed layers of one model. A copied or unpickled model gets a new group,
+    which has not seen a forward pass.
 
     Attributes:
         packs: The cache of the model's adapter sets.
@@ -69,7 +70,10 @@ class RoutingGroup(UncopiedCache):
             self._open += change
 
     def discard_unused_results(self) -> None:
-        """Discard this thread's unused results, computed for layers that were not called."""
+        """Discard results that were computed for layers but not used.
+
+        These are results of this thread, for layers that were not called.
+        """
         if self.unfinished:
             thread = threading.get_ident()
             for place in [place for place in [*self.unfinished] if place[0] == thread]:
@@ -176,7 +180,9 @@ class Routing:
             raise_partial_batch(layer)
 
     def check_sample_dimension(self, layer: RoutedLayer, x: torch.Tensor) -> None:
-        """Raise an error if the first dimension of ``x [..., K]`` cannot be the sample dimension.
+        """Raise an error if the sample dimension of ``x [..., K]`` does not fit the ids.
+
+        The first dimension must be able to be the sample dimension.
 
         Raises:
             ValueError: An id's rows would end within an entry of the leading dimensions.
@@ -242,9 +248,9 @@ class Routing:
         return tuple(self.source.adapter_key(segment.slot) for segment in rows.segments)
 
     def defer_id_check(self) -> None:
-        """Defer the check for out-of-range ids to a later block of the model.
+        """Defer the check of the ids, without a wait for the device.
 
-        The host does not wait for the device.
+        A later block of the model checks whether the ids are in range.
         """
         message = f"in an earlier block, {self._out_of_range()}; the outputs of its rows are NaN"
         for rows in self.cache.rows.values():

@@ -62,7 +62,9 @@ _SEQUENCE_FIRST_MODULES = {
 
 
 class RowChecks:
-    """The checks that a model's layers get all rows of mixed batches, and the results so far.
+    """Checks that the layers of a model get all rows of mixed batches.
+
+    The object also keeps the results so far.
 
     Args:
         root: The model.
@@ -166,7 +168,9 @@ class RowChecks:
 
 
 class BlockRowChecker:
-    """Context manager that checks whether the layers of one block get all rows.
+    """Context manager that checks the rows of layers in one block.
+
+    It checks whether the layers get all rows.
 
     Args:
         checks: The model's checks.
@@ -302,11 +306,11 @@ class _ExpertDetector:
         self._steps: dict[tuple[str, bool], _LastPathStep] = {}
 
     def looks_like_expert(self, root: nn.Module, name: str, layer: RoutedLayer) -> bool:
-        """Return whether a layer looks like an expert or a part of an expert.
+        """Return whether a layer looks like an expert.
 
-        The result is True if the layer is in one of several modules of the same structure, and
-        either a name says that they are experts or a router is next to them. A router is a matrix
-        with one row per module and one column per input feature.
+        A part of an expert counts as one. The result is True if the layer is in one of several
+        modules of the same structure, and either a name says that they are experts or a router is
+        next to them. A router is a matrix with one row per module and one column per input feature.
         """
         width = getattr(layer, "in_features", 0)
         modules, names, at = [root], [""], ""

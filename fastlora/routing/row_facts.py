@@ -104,7 +104,10 @@ class RowFactsTable:
         return TABLE if isinstance(tensor, nn.Parameter) else ROWS
 
     def origin_key(self, tensor: torch.Tensor) -> int:
-        """Return the key of the index that a tensor was derived from, or the tensor's own key."""
+        """Return the key that identifies a tensor's origin.
+
+        It is the key of the index that the tensor was derived from, or the tensor's own key.
+        """
         origin = self.facts_of(tensor).origin
         return storage_key(tensor) if origin is None else origin
 

@@ -100,7 +100,10 @@ def indexed_dimensions(indices: Indices) -> int:
 
 
 def read_indices(indices: Indices) -> list[torch.Tensor | None] | None:
-    """Return a list of the indices, copied to the CPU, or None if their values cannot be read."""
+    """Return a list of the indices as readable tensors, or None if they cannot be read.
+
+    They are copied to the CPU.
+    """
     if not all(index is None or is_host_readable(index) for index in indices):
         return None
     return [None if index is None else index.cpu() for index in indices]

@@ -54,9 +54,9 @@ class RowTrackingMode(TorchDispatchMode):
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
-        """Return True, so that `torch.compile` ignores the mode.
+        """Return whether `torch.compile` ignores the mode.
 
-        Code is then compiled as if the mode were off.
+        The result is always True. Code is then compiled as if the mode were off.
         """
         return True
 

@@ -89,7 +89,9 @@ class ServedAdapters:
             return sorted(name for name, own in self._versions.items() if own.error is None)
 
     def acquire_version(self, name: str) -> AdapterVersion:
-        """Return the current version of an adapter, and keep it loaded until it is released.
+        """Acquire the current version of an adapter, and return it.
+
+        The version stays loaded until it is released.
 
         Raises:
             AdapterNotFoundError: There is no adapter of this name.
@@ -255,11 +257,11 @@ class ServedAdapters:
         return known is None or known.fingerprint != fingerprint
 
     def _register_as_current(self, version: AdapterVersion) -> None:
-        """Register a version in the pool, and make it the current version of its adapter.
+        """Register a version as the current version of its adapter.
 
-        If the adapter is damaged, the error is stored in the version. The files are read without
-        the lock, so requests do not wait. If a client loads or unloads the name meanwhile, the
-        version is unloaded again.
+        The version is also registered in the pool. If the adapter is damaged, the error is stored
+        in the version. The files are read without the lock, so requests do not wait. If a client
+        loads or unloads the name meanwhile, the version is unloaded again.
         """
         name = version.served_as
         try:
@@ -281,7 +283,10 @@ class ServedAdapters:
             self._unload_if_unused(version)
 
     def _unload_if_unused(self, version: AdapterVersion) -> None:
-        """Unload a version from the pool if it is not current and no request uses it."""
+        """Unload a version if it is no longer used.
+
+        A version is used if it is current, or if a request uses it. It is unloaded from the pool.
+        """
         is_current = self._versions.get(version.served_as) is version
         if not is_current and not version.users and version.name in self.pool:
             self.pool.unload(version.name)
@@ -308,10 +313,10 @@ class ServedAdapters:
         return real
 
     def _client_error_message(self, error: BaseException) -> str:
-        """Return a client-facing error message that does not reveal the server's folder.
+        """Return an error message for clients.
 
-        If the adapter exceeds a limit of the server, the message names the option that sets the
-        limit.
+        The message does not reveal the server's folder. If the adapter exceeds a limit of the
+        server, the message names the option that sets the limit.
         """
         option = _OPTIONS.get(getattr(error, "argument", ""))
         text = str(error).replace(f"{self.root}{os.sep}", "")

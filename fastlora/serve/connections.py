@@ -212,7 +212,9 @@ class Deadline:
 
 
 class SmallChunkLimiter:
-    """Closes a connection if the body of a request arrives in too many small chunks.
+    """Limits the number of small chunks in which the body of a request may arrive.
+
+    If there are too many, the connection is closed.
 
     Args:
         parsed: Function that returns the next event that h11 has parsed.

@@ -123,7 +123,7 @@ class Engine:
         self._wake()
 
     def close(self, timeout: float | None = None) -> None:
-        """Wait for all requests to finish, then close the engine.
+        """Close the engine, waiting at most ``timeout`` seconds for its requests to finish.
 
         The engine accepts no more requests. Requests that have not finished after ``timeout``
         seconds fail with `ClosedError`.
@@ -156,7 +156,10 @@ class Engine:
 
     @property
     def closing(self) -> bool:
-        """Whether the engine has stopped accepting requests."""
+        """Whether the engine is closing or closed.
+
+        It then accepts no requests.
+        """
         return self._closing
 
     def _resolve_max_tokens(
@@ -184,7 +187,10 @@ class Engine:
             self._changed.notify_all()
 
     def _thread_main(self) -> None:
-        """Run the loop of the engine's thread, and close the batch when the loop ends."""
+        """Run the main loop of the engine's thread.
+
+        The batch is closed when the loop ends.
+        """
         try:
             self._run_loop()
         finally:

@@ -21,9 +21,9 @@ class OneLineMessageFormatter(logging.Formatter):
     """
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return a record as text, with the message on one line.
+        """Format a log record as text.
 
-        The lines of a traceback follow, indented.
+        The message is on one line. The lines of a traceback follow, indented.
         """
         lines = [f"fastlora: {_line(record.getMessage().rstrip())}"]
         repeats = getattr(record, "repeats", 0)

@@ -92,7 +92,10 @@ def _character_bound_and_vanishing(
 
 
 def _flatten_steps(part: Mapping[str, Any] | None, inner: str) -> Iterator[Mapping[str, Any]]:
-    """Yield the steps of a normalizer or pre-tokenizer, with nested sequences flattened."""
+    """Yield the steps of a part of a tokenizer, with nested sequences flattened.
+
+    The part is a normalizer or a pre-tokenizer.
+    """
     if part is not None and part["type"] == "Sequence":
         for own in part[inner]:
             yield from _flatten_steps(own, inner)

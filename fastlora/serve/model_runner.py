@@ -124,10 +124,10 @@ class RowKVCache:
         return sum(cached.nbytes for cached in self._all())
 
     def get_seq_length(self, *_: Any, **__: Any) -> int:
-        """Return the number of cached positions in the longest row.
+        """Return the sequence length of the cache.
 
-        The new tokens are not counted. Some models call this even though they are given
-        position_ids.
+        This is the number of cached positions in the longest row. The new tokens are not counted.
+        Some models call this even though they are given position_ids.
         """
         return int(self._starts.max()) if self._starts.numel() else 0
 

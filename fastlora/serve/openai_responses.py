@@ -71,7 +71,7 @@ class EventStreamResponse(StreamingResponse):
 
 
 class AnswerFormat(abc.ABC):
-    """The JSON format of an answer."""
+    """Base class of the JSON formats of answers."""
 
     prefix, kind, chunk_kind = "", "", ""
 

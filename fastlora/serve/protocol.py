@@ -79,7 +79,10 @@ class StreamOptions(_Body):
 
 
 class GenerationBody(_Body):
-    """Fields that completion and chat completion requests share."""
+    """Base class of completion and chat completion requests.
+
+    It has the fields that they share.
+    """
 
     ignored_defaults = _IGNORED_DEFAULTS
 
@@ -94,7 +97,11 @@ class GenerationBody(_Body):
     user: str | None = None
 
     def to_sampling_params(self, max_tokens: int | None) -> SamplingParams:
-        """Return the sampling settings; raise `ConfigError` if a stop string is invalid."""
+        """Return the sampling settings of the request.
+
+        Raises:
+            ConfigError: A stop string is invalid.
+        """
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
         for text in stop[: MAX_STOPS + 1]:
             check_no_surrogates("stop", text)
@@ -113,7 +120,11 @@ class CompletionBody(GenerationBody):
     prompt: str | _List[int] | _List[str] | _List[_List[int]]
 
     def single_prompt(self) -> str | list[int]:
-        """Return the prompt; raise `ConfigError` unless there is exactly one."""
+        """Return the single prompt of the request.
+
+        Raises:
+            ConfigError: There is not exactly one prompt.
+        """
         given = self.prompt
         if isinstance(given, list) and not (given and isinstance(given[0], int)):
             if len(given) != 1:
@@ -146,9 +157,9 @@ class Message(_Body):
     @model_validator(mode="before")
     @classmethod
     def _fill_assistant_content(cls, data: Any) -> Any:
-        """Set missing content of an assistant message to an empty string.
+        """Fill in missing content of an assistant message.
 
-        Other roles require content.
+        The content becomes an empty string. Other roles require content.
         """
         if isinstance(data, dict) and data.get("role") == "assistant":
             return data if data.get("content") is not None else {**data, "content": ""}

@@ -92,9 +92,9 @@ class RunningBatch:
 
     @property
     def adapters_in_use(self) -> list[str]:
-        """Pool names of the adapters in use.
+        """Names of the adapters in use.
 
-        There is one entry per request that uses an adapter.
+        The names are those in the pool. There is one entry per request that uses an adapter.
         """
         return [job.pool_adapter_name for job in self.jobs if job.pool_adapter_name is not None]
 
@@ -162,7 +162,10 @@ class RunningBatch:
             self._sample_and_emit(chosen, logits)
 
     def _sample_and_emit(self, chosen: Sequence[EngineRequest], logits: torch.Tensor) -> None:
-        """Choose the next token of each row, send new text, and remove finished requests."""
+        """Choose the next token of each row, and send the new text.
+
+        Finished requests are removed from the batch.
+        """
         settings = [job.sampling for job in chosen]
         tokens = sample_tokens(logits, settings, [job.generator for job in chosen])
         for job, token in zip(chosen, tokens, strict=True):
@@ -200,7 +203,10 @@ class RunningBatch:
             self._remove_and_compact(job, to_client_error(error))
 
     def _remove_and_compact(self, job: EngineRequest, error: FastLoraError | None = None) -> None:
-        """Remove a request from the batch, and move the last rows to close the gap."""
+        """Remove a request from the batch, and close the gap that it leaves.
+
+        The last rows move into the gap.
+        """
         self._block.close()
         row = self.jobs.index(job)
         if error is not None or not job.tokens:  # cached values may be non-finite

@@ -134,11 +134,17 @@ class StandInDriver:
         return self._number
 
     def get_current_stream(self, device: int) -> int:
-        """Return 0, the handle of the default stream."""
+        """Return the handle of the current stream.
+
+        It is always 0, the handle of the default stream.
+        """
         return 0
 
     def get_device_properties(self, device: int) -> dict[str, int]:
-        """Return a dict with the chip's shared memory size, multiprocessor count, and warp size."""
+        """Return the properties of the chip.
+
+        They are its shared memory size, multiprocessor count, and warp size.
+        """
         return self._properties
 
     def unload_module(self, module: Any) -> None:
@@ -156,7 +162,7 @@ class _RecordingDriver(StandInDriver):
         self._launches = launches
 
     def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[Any, ...]:
-        """Load a compiled kernel, and return its handles and properties.
+        """Load a compiled kernel, and return what a Triton driver returns for it.
 
         The values are placeholders. The tuple consists of a module handle, a function handle (here,
         the binary), the numbers of registers and spills, and the maximum number of threads per

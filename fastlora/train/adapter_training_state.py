@@ -20,10 +20,10 @@ from fastlora.validation import AdapterStateError, CheckpointError
 
 
 def adapter_parameters(model: LoraModel, name: str) -> dict[str, nn.Parameter]:
-    """Return a dict that maps parameter names to the parameters saved with an adapter.
+    """Return a dict of an adapter's parameters by name.
 
-    These are its factors, its copies of ``modules_to_save``, and with ``bias="all"`` or
-    ``"lora_only"`` the base model's biases.
+    These are the parameters that are saved with the adapter: its factors, its copies of
+    ``modules_to_save``, and with ``bias="all"`` or ``"lora_only"`` the base model's biases.
 
     Raises:
         AdapterNotFoundError: The adapter does not exist.
@@ -36,7 +36,7 @@ def adapter_parameters(model: LoraModel, name: str) -> dict[str, nn.Parameter]:
 
 @dataclass
 class AdapterCounts:
-    """Counts of an adapter's optimizer steps, skipped steps, non-finite losses, and forward passes.
+    """Training counts of one adapter.
 
     Attributes:
         steps: Number of optimizer steps.

@@ -76,8 +76,9 @@ def check_trained_together(model: LoraModel, names: str | Sequence[str]) -> list
 
 @dataclass(frozen=True)
 class StepReport:
-    """Report on one optimizer step: the updated and skipped adapters, and their gradient norms.
+    """What one optimizer step did for each adapter.
 
+    The report lists the updated and skipped adapters, and their gradient norms.
     `AdapterOptimizers.step` returns it. An adapter without a loss since the previous step is in
     none of the fields.
 
@@ -376,9 +377,10 @@ class AdapterOptimizers:
             self._adapters[name].load_state_dict(saved)
 
     def follow_schedules(self) -> None:
-        """Set each adapter's learning rate to its schedule's value for the next step.
+        """Set each adapter's learning rate as its schedule specifies.
 
-        A loaded state contains the learning rates of the schedule that it was saved with.
+        The learning rate is that for the next step. A loaded state contains the learning rates of
+        the schedule that it was saved with.
         """
         for adapter in self._adapters.values():
             adapter.set_scheduled_learning_rate()

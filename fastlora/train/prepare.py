@@ -356,9 +356,10 @@ def run_identity(
     model: LoraModel,
     weights: Mapping[str, str],
 ) -> dict[str, Any]:
-    """Return the identity of a run: a dict of everything that determines its results.
+    """Return a dict that identifies a run.
 
-    The dict is JSON-compatible. ``weights`` is the result of `base_weight_fingerprints`.
+    It contains everything that determines the run's results, and is JSON-compatible. ``weights`` is
+    the result of `base_weight_fingerprints`.
     """
     adapters = {}
     for adapter in settings.adapters:

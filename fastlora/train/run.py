@@ -16,7 +16,7 @@ import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
@@ -51,7 +51,9 @@ _Failure = TypeVar("_Failure", TrainError, CheckpointError)
 
 
 class NonFiniteError(TrainError):
-    """A loss, a gradient, or a weight became NaN or infinite, and the run cannot continue.
+    """A value in training became NaN or infinite.
+
+    The value is a loss, a gradient, or a weight. The run cannot continue.
 
     Attributes:
         step: The step, counted from 1.
@@ -100,9 +102,9 @@ def train(
     progress: bool = True,
     on_message: Callable[[str], object] | None = None,
 ) -> TrainResult:
-    """Train the adapters of a run, save them, and return the result.
+    """Train the adapters of a run, and return the result.
 
-    Each adapter is saved in PEFT's format, in a folder with its name.
+    Each adapter is saved at the end, in PEFT's format, in a folder with its name.
 
     The run holds a lock on ``settings.out``. In the main thread, if Python's default handlers of
     SIGINT and SIGTERM are installed, the first signal ends the run after the current step. The run
@@ -169,8 +171,18 @@ def open_run(
         yield run
 
 
+class _LossResults(NamedTuple):
+    """The mean training loss of each adapter, and the paths of the written files."""
+
+    means: dict[str, float]
+    files: tuple[Path, ...]
+
+
 class Run:
-    """A training run that is ready to start, or to resume from the checkpoint ``resumed``."""
+    """A training run.
+
+    It starts from the beginning, or resumes from the checkpoint ``resumed``.
+    """
 
     def __init__(
         self,
@@ -318,12 +330,11 @@ class Run:
         self._log = run_log.RunLog(self.settings.out, self.step, evaluates=ended)
         return self._log.was_evaluated
 
-    def _write_loss_files_and_end_trackers(self) -> tuple[dict[str, float], tuple[Path, ...]]:
+    def _write_loss_files_and_end_trackers(self) -> _LossResults:
         """Write the table and the plot of the losses, and close the trackers.
 
-        If steps are left, no file is written. Returns a tuple (mean loss of each adapter, paths of
-        the written files). Raises the first error from writing the log, the losses, or tracker
-        data.
+        If steps are left, no file is written. Raises the first error from writing the log, the
+        losses, or tracker data.
         """
         folder = self.settings.out
         means: dict[str, float] = {}
@@ -339,7 +350,7 @@ class Run:
         with self._record_write_error("trackers"):
             self.processes.end_trackers()
         self._raise_recorded_error()
-        return means, tuple(path for path in files if path is not None)
+        return _LossResults(means, tuple(path for path in files if path is not None))
 
     @contextlib.contextmanager
     def _record_write_error(self, what: str) -> Iterator[None]:
@@ -404,7 +415,10 @@ class Run:
         return evaluated
 
     def _no_step_completed(self) -> bool:
-        """Return whether this run has steps left and has completed none of them."""
+        """Return whether this run has not completed any step yet.
+
+        The result is False if no steps are left.
+        """
         return self.resumed_from == self.step < self.schedule.steps
 
     def _is_due(self, every: int) -> bool:

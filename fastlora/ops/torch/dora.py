@@ -299,14 +299,14 @@ def gradients(
     wants_weight: bool,
     wants: Sequence[bool],
 ) -> tuple[_Gradient, _Gradient, list[_Gradient]]:
-    """Return a tuple (gradient of x, gradient of the weight, list of the factors' gradients).
+    """Return the gradients of x, of the weight, and of the factors.
 
-    The factors are lora_a, lora_b, and the magnitude, and ``wants`` tells whose gradients are
-    wanted. A gradient that is not wanted is None. ``dy [M, N]`` is in x's dtype. ``rows`` is x, and
-    is needed for the gradients of the weight and of lora_a. s is needed for the gradients of lora_b
-    and of the magnitude, and z for the gradient of the magnitude. If ``own_base`` is set, the
-    forward pass has computed the base layer's output too, and the gradients include those of the
-    base product.
+    The result is a tuple, whose last item is the list of the factors' gradients. The factors are
+    lora_a, lora_b, and the magnitude, and ``wants`` tells whose gradients are wanted. A
+    gradient that is not wanted is None. ``dy [M, N]`` is in x's dtype. ``rows`` is x, and is needed
+    for the gradients of the weight and of lora_a. s is needed for the gradients of lora_b and of
+    the magnitude, and z for the gradient of the magnitude. If ``own_base`` is set, the forward pass
+    has computed the base layer's output too, and the gradients include those of the base product.
     """
     lora_a, lora_b, magnitude, squares, scaling, *_ = adapter
     wants_a, wants_b, wants_magnitude = wants

@@ -216,7 +216,10 @@ def linear(
     pack: PackedLayerFactors,
     plan: Plan,
 ) -> torch.Tensor:
-    """Return the output ``[M, N]`` of a linear layer plus the update of each row's adapter."""
+    """Return the output ``[M, N]`` of a linear layer with packed adapters.
+
+    Each row gets the update of its own adapter.
+    """
     if isinstance(plan, BlockedPlan) and plan.exact:
         gathered, s = arrange_and_shrink(x, pack, plan)
         y = products.linear(gathered, weight, bias)
@@ -229,7 +232,10 @@ def linear(
 def add_(
     y: torch.Tensor, x: torch.Tensor, rows: Rows, pack: PackedLayerFactors, plan: Plan
 ) -> torch.Tensor:
-    """Add the update of each row's own adapter to ``y [M, N]`` in place, and return y."""
+    """Add the packed adapters' updates to ``y [M, N]`` in place, and return y.
+
+    Each row gets the update of its own adapter.
+    """
     _, s = arrange_and_shrink(x, pack, plan)
     if isinstance(plan, DensePlan):
         # [M, rank rows] x [rank rows, N]

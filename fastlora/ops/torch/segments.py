@@ -190,17 +190,28 @@ def _add_batched(
         part.copy_(its[: len(part)])
 
 
-@functools.lru_cache(maxsize=8)
-def _padded_gather_indices(
-    spans: tuple[tuple[int, int], ...], device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return a tuple of indices that gather G spans of rows into a padded batch ``[G, C]``.
+class _PaddedGatherIndices(NamedTuple):
+    """Indices that gather G spans of rows into a padded batch ``[G, C]``.
 
     C is the length of the longest span.
 
-    The tuple contains the row at each place, ``[G * C]``, where the first row of a span fills its
-    free places; the places that are not filled this way; and the rows at those places.
+    Attributes:
+        row_of_place: The row at each place, ``[G * C]``. The first row of a span fills its free
+            places.
+        unpadded_places: The places that are not filled this way.
+        unpadded_rows: The rows at these places.
     """
+
+    row_of_place: torch.Tensor
+    unpadded_places: torch.Tensor
+    unpadded_rows: torch.Tensor
+
+
+@functools.lru_cache(maxsize=8)
+def _padded_gather_indices(
+    spans: tuple[tuple[int, int], ...], device: torch.device
+) -> _PaddedGatherIndices:
+    """Return the indices that gather spans of rows into a padded batch."""
     longest = max(stop - start for start, stop in spans)
     rows: list[int] = []
     places: list[int] = []
@@ -212,7 +223,7 @@ def _padded_gather_indices(
         targets += own
     with torch.inference_mode(False):
         found = [torch.tensor(values, device=device) for values in (rows, places, targets)]
-        return found[0], found[1], found[2]
+        return _PaddedGatherIndices(*found)
 
 
 def shrink(x: torch.Tensor, layers: Sequence[AdapterOperands], rows: Rows) -> torch.Tensor:

@@ -59,7 +59,7 @@ def grad_b(
     scaling: torch.Tensor,
     with_factors: bool,
 ) -> _GradB:
-    """Return a tuple (ds, gradients of lora_b and lora_bias, column sums of dy).
+    """Return ds, the gradients of lora_b and lora_bias, and the column sums of dy.
 
     The column sums are computed only for one slot.
     """
@@ -195,7 +195,7 @@ def _grad_b_one_adapter(
     scaling: torch.Tensor,
     with_bias: bool,
 ) -> _GradB:
-    """Return a tuple (ds, gradient of lora_b, column sums of dy) for one adapter.
+    """Return ds, the gradient of lora_b, and the column sums of dy for one adapter.
 
     If partial sums of ds would cost more than another read of dy, a library product computes ds.
     """
@@ -370,9 +370,10 @@ def _mixed_grad_b(
     scaling: torch.Tensor,
     with_factors: bool,
 ) -> _GradB:
-    """Return the result of `grad_b` for a mixed batch.
+    """Return ds and the gradients of lora_b and lora_bias for a mixed batch.
 
-    One launch reads dy and writes partial sums, and a second launch adds them.
+    The result is that of `grad_b`. One launch reads dy and writes partial sums, and a second launch
+    adds them.
     """
     (m, n), largest, device, fp32 = dy.shape, s.shape[1], dy.device, torch.float32
     offsets, bias_offsets, end = grad_b_buffer_layout(lora_b, with_bias)

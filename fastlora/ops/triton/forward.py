@@ -50,7 +50,10 @@ def scale_(
     scale_address: torch.Tensor,
     index: int,
 ) -> None:
-    """Apply the DoRA scales to the rows of y that belong to DoRA adapters, in place."""
+    """Scale the rows of y by their adapters' DoRA scales, in place.
+
+    Only rows of DoRA adapters are changed.
+    """
     whole_bias = None if bias is None else bias.contiguous()
     mixed_dora_scale.launch_mixed_dora_scale(
         *(y, whole_bias, rows, scale_address[index]),

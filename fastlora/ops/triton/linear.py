@@ -46,9 +46,10 @@ def linear(
     dropout_p: Sequence[float],
     plan: str,
 ) -> list[torch.Tensor]:
-    """Compute a linear layer with adapters, and return a list that starts with the output y.
+    """Compute a linear layer with adapters.
 
-    Unless s is given, the list also contains the shrink output s.
+    Returns a list that starts with the output y. Unless s is given, the list also contains the
+    shrink output s.
     """
     if not rows:
         lora_a, lora_b, _ = factors
@@ -87,9 +88,10 @@ def linear_at(
     plan: str,
     shrink_range: Sequence[int] | None = None,
 ) -> list[torch.Tensor]:
-    """Compute a linear layer for a mixed batch, and return a list that starts with the output y.
+    """Compute a linear layer for a mixed batch.
 
-    If s is not given and ``shrink_range`` is, the list also contains s for these modules.
+    Returns a list that starts with the output y. If s is not given and ``shrink_range`` is, the
+    list also contains s for these modules.
     """
     found = tables_from_tensors(tables, max_rank, factor_dtype)
     first, stop = shrink_range or (index, index + 1)
@@ -167,9 +169,10 @@ def linear_one_adapter(
     dropout_p: float,
     plan: str,
 ) -> list[torch.Tensor]:
-    """Compute a linear layer with one adapter, and return a list that starts with the output y.
+    """Compute a linear layer with one adapter.
 
-    Unless s is given, the list also contains the shrink output s.
+    Returns a list that starts with the output y. Unless s is given, the list also contains the
+    shrink output s.
     """
     own = [weight], [bias], s, [lora_a], [lora_b], [scaling]
     return _grouped_linear(x, *own, seed, dropout_p, plan, with_s=s is None)

@@ -66,13 +66,13 @@ def shrink_with_partials(
     dropout_p: float,
     batch_invariant: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return a tuple (s ``[M, R]``, kernel output: s itself or the partial sums of s).
+    """Shrink x with one adapter, and return s ``[M, R]`` with its split-K partial sums.
 
     The modules are side by side in s.
 
-    The output is s itself, or split-K partial sums. In the latter case s is uninitialized, and the
-    next launch adds the partial sums and stores the result in s. Each partial sum has M rows. In
-    the batch-invariant mode, the stride between partial sums is that of a multiple of 16 rows,
+    The second item is s itself, or split-K partial sums. In the latter case s is uninitialized, and
+    the next launch adds the partial sums and stores the result in s. Each partial sum has M rows.
+    In the batch-invariant mode, the stride between partial sums is that of a multiple of 16 rows,
     because Triton would otherwise compile another kernel.
     """
     (m, k), r = x.shape, sum(a.shape[0] for a in lora_a)
@@ -112,9 +112,9 @@ def mixed_shrink_partials(
 def mixed_shrink(
     x: torch.Tensor, rows: _Tensors, lora_a: _Tensors, modules: int, dropout: DropoutTables | None
 ) -> tuple[torch.Tensor, bool]:
-    """Compute the shrink output s ``[G, M, R]`` of a mixed batch.
+    """Return the shrink output s ``[G, M, R]`` of a mixed batch.
 
-    Returns a tuple of s and whether one launch computed it. Dropout requires one module.
+    The result is a tuple of s and whether one launch computed it. Dropout requires one module.
     """
     (m, k), slots = x.shape, len(lora_a) // modules
     lora_a = align_factors(lora_a)

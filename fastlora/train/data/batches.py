@@ -109,7 +109,9 @@ def sorted_micro_batches(
 
 
 class TrainBatch(NamedTuple):
-    """The inputs and labels of one forward pass of training.
+    """A batch of training samples, with the adapter of each.
+
+    It contains the inputs and labels of one forward pass.
 
     Attributes:
         adapters: The adapter of each of the B samples.

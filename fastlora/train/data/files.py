@@ -24,9 +24,10 @@ _STATE_FILE, _SPLITS_FILE = "state.json", "dataset_dict.json"
 
 
 class DataError(FastLoraError, ValueError):
-    """The training or evaluation data is invalid.
+    """The data of a run is invalid.
 
-    A data file is missing or empty, or contains an invalid row.
+    This applies to training and evaluation data. A data file is missing or empty, or contains an
+    invalid row.
     """
 
 

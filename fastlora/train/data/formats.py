@@ -58,7 +58,9 @@ COLUMNS = tuple(dict.fromkeys(c for f in FORMATS.values() for c in (*f.required,
 
 
 class TrainingSample(NamedTuple):
-    """A text or a chat to train on.
+    """A sample to train on.
+
+    It is a text or a chat.
 
     Attributes:
         source: Source of the sample.
@@ -76,7 +78,7 @@ class TrainingSample(NamedTuple):
 
     @property
     def is_chat(self) -> bool:
-        """Whether the sample consists of messages."""
+        """Whether the sample is a chat rather than a text."""
         return isinstance(self.text, list)
 
 

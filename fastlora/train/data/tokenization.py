@@ -38,7 +38,9 @@ _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 @dataclass(frozen=True, eq=False)
 class TokenizedCorpus:
-    """The tokenized samples of one adapter.
+    """Tokenized samples, with their loss masks.
+
+    Each adapter has its own corpus.
 
     Attributes:
         ids: Tokens of all samples, int32.
