@@ -100,7 +100,7 @@ def set_offline_demo_variables() -> None:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 
-def hide_library_progress_bars() -> None:
+def hide_hugging_face_progress_bars() -> None:
     """Disable the progress bars of the Hugging Face libraries.
 
     These are huggingface_hub, transformers, and datasets. Call this function before they are

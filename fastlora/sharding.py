@@ -38,7 +38,7 @@ def local_shard(parameter: Any) -> torch.Tensor:
         return parameter.to_local()
 
 
-def to_local_summing_grads(parameter: Any) -> torch.Tensor:
+def to_local_summing_replicated_grads(parameter: Any) -> torch.Tensor:
     """Return a DTensor's local shard, summing gradients if it is replicated.
 
     The result is a plain tensor. The gradients of a replicated DTensor are summed over all

@@ -41,7 +41,7 @@ class Svd(NamedTuple):
             return 1
         return min(int((energy < rank * energy[-1]).sum()) + 1, self.s.numel())
 
-    def truncation_error(self, rank: int) -> float:
+    def relative_truncation_error(self, rank: int) -> float:
         """Return the relative error of truncation to a given rank.
 
         The error is measured in the Frobenius norm.

@@ -199,7 +199,7 @@ def _dora_with_dropout_backward(
             own_base=False,
             wants_x=wants_x,
             wants_weight=wants_weight,
-            wants=wants[own],
+            wants_factors=wants[own],
         )
         if dx is not None:
             found[0][rows] = dx
@@ -284,7 +284,7 @@ class DoraWithDropout(torch.autograd.Function):
                 own_base=ctx.own_base,
                 wants_x=needs_x,
                 wants_weight=needs_weight,
-                wants=wanted[2:],
+                wants_factors=wanted[2:],
             )
             found = dx, d_weight, *d_factors
         else:

@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not debug:
         env.silence_import_warnings()
     if not sys.stderr.isatty():
-        env.hide_library_progress_bars()
+        env.hide_hugging_face_progress_bars()
     try:
         for words, (module, _) in _PROGRAMS.items():
             if tuple(arguments[: len(words)]) == words:

@@ -90,10 +90,10 @@ def run_demo(args: argparse.Namespace) -> int:
         )
     env.set_offline_demo_variables()
     started = time.monotonic()
-    files = args.data or [example_data_file(f"{style}.jsonl") for style in STYLES]
+    files = args.data or [examples_data_path(f"{style}.jsonl") for style in STYLES]
     adapters = settings_for_data_files(files)
     prompts = (
-        args.prompt or example_data_file("unseen_prompts.txt").read_text("utf-8").splitlines()[:2]
+        args.prompt or examples_data_path("unseen_prompts.txt").read_text("utf-8").splitlines()[:2]
     )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
@@ -157,7 +157,7 @@ def run_demo(args: argparse.Namespace) -> int:
     return 0 if agrees else 1
 
 
-def example_data_file(name: str) -> Path:
+def examples_data_path(name: str) -> Path:
     """Return the path of a file in ``examples/data``.
 
     Raises:

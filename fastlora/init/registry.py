@@ -242,7 +242,9 @@ def subtract_update(
     return InitResult(lora_a, lora_b, weight - given.scaling * lora_b @ lora_a)
 
 
-def check_singular_values_nonzero(given: InitInputs, values: torch.Tensor, limit: int) -> None:
+def check_singular_values_nonzero(
+    given: InitInputs, values: torch.Tensor, larger_dimension: int
+) -> None:
     """Raise `InitializationError` if an initialization needs a singular value that is zero.
 
     The first R values are needed. Values that are as small as rounding errors count as zero. For a
@@ -253,14 +255,14 @@ def check_singular_values_nonzero(given: InitInputs, values: torch.Tensor, limit
     Args:
         given: The arguments of the initialization method.
         values: Singular values in descending order.
-        limit: Larger dimension of the matrix.
+        larger_dimension: Larger dimension of the matrix.
     """
     if not given.scaling > 0:
         raise InitializationError(
             f"init_lora_weights={given.name!r} needs a positive scaling, got lora_alpha / r = "
             f"{given.scaling:g}"
         )
-    tolerance = float(values[0]) * limit * torch.finfo(values.dtype).eps
+    tolerance = float(values[0]) * larger_dimension * torch.finfo(values.dtype).eps
     usable = int((values > tolerance).sum())
     if usable < given.rank:
         raise InitializationError(

@@ -24,20 +24,20 @@ from torch import nn
 
 from fastlora.layers.adapter_factors import ParameterSource
 from fastlora.layers.base_adapter_layer import BaseAdapterLayer, clear_layer_caches
-from fastlora.layers.base_layers import fallback_reason_not_plain
+from fastlora.layers.base_layers import fallback_reason_not_plain_linear
 from fastlora.layers.call import MixedCall, UniformCall
 from fastlora.layers.fallback_reasons import FusionStatus, fusion_status
 from fastlora.layers.linear_forward import create_call, forward
 from fastlora.layers.lora_layer import LoraLayer
 from fastlora.layers.quantized import (
-    QuantizedBaseWeight,
+    BaseQuantizedWeight,
     peft_quantized_layers,
     prevent_repacking,
     quantized_weight_of,
 )
 from fastlora.layers.quantized_base import (
     call_base_layer,
-    clear_weight_caches,
+    clear_weight_dependent_caches,
     fallback_reason_base_called,
     quantized_base_of_call,
     quantized_base_of_layer,
@@ -96,7 +96,7 @@ class _FusedForwardMixin(BaseAdapterLayer):
         """
         module, base = self.base_layer, None
         if not (args or kwargs):
-            plain = not fallback_reason_not_plain(module)
+            plain = not fallback_reason_not_plain_linear(module)
             base = Base(module.weight, module.bias) if plain else quantized_base_of_call(call)
         if base is not None:
             return base
@@ -106,11 +106,11 @@ class _FusedForwardMixin(BaseAdapterLayer):
         module = self.base_layer
         return (
             quantized_base_of_layer(self)
-            if fallback_reason_not_plain(module)
+            if fallback_reason_not_plain_linear(module)
             else Base(module.weight, module.bias)
         )
 
-    def _local_quantized(self: Any) -> QuantizedBaseWeight | None:
+    def _local_quantized(self: Any) -> BaseQuantizedWeight | None:
         return quantized_weight_of(self.base_layer)
 
     def update_layer(self: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -135,7 +135,7 @@ class _FusedForwardMixin(BaseAdapterLayer):
 
         The layer's weight caches are cleared first.
         """
-        clear_weight_caches(self)
+        clear_weight_dependent_caches(self)
         super().merge(*args, **kwargs)  # type: ignore[misc]  # PEFT's layer has it
 
     def unmerge(self: Any) -> None:
@@ -143,7 +143,7 @@ class _FusedForwardMixin(BaseAdapterLayer):
 
         The layer's weight caches are cleared first.
         """
-        clear_weight_caches(self)
+        clear_weight_dependent_caches(self)
         super().unmerge()  # type: ignore[misc]  # as above
 
     def _check_mixed_batch_support(self: Any, routing: Routing) -> None:
@@ -181,7 +181,7 @@ class _FusedForwardMixin(BaseAdapterLayer):
             if _has_unsupported_variant(self, name):
                 variant = type(self.lora_variant[name]).__name__
                 return FusionStatus(False, f"adapter {name!r} uses {variant}, which runs in PEFT")
-        reason = fallback_reason_not_plain(
+        reason = fallback_reason_not_plain_linear(
             self.base_layer, gathered
         ) and fallback_reason_base_called(self)
         return fusion_status(self, names, reason, gathered)

@@ -57,7 +57,7 @@ def weight_of_plain_linear(module: nn.Module) -> torch.Tensor | None:
     return weight if type(weight) is nn.Parameter else None
 
 
-def _has_replaced_weight(module: nn.Module) -> bool:
+def _has_non_parameter_weight(module: nn.Module) -> bool:
     """Return whether a module has a weight that is not an `nn.Parameter`.
 
     The result is False for a module that has hooks or is not an `nn.Linear`.
@@ -147,7 +147,7 @@ def fallback_reason_adapter_called(
                 if gathered and not any(map(has_module_hooks, modules)):
                     continue
                 return f"adapter {name!r} has sharded factors (DTensors) that are not gathered"
-            if any(map(_has_replaced_weight, modules)):
+            if any(map(_has_non_parameter_weight, modules)):
                 return (
                     f"adapter {name!r} has a factor that was replaced by a plain tensor, as "
                     "torch.func.functional_call does unless it is given nn.Parameter objects"

@@ -30,7 +30,7 @@ from fastlora.layers.layer_kinds import (
 )
 from fastlora.layers.lora_layer import LoraLayer
 from fastlora.layers.merge_target import DenseMergeTarget, MergeTarget
-from fastlora.layers.unfused import UnfusedLoraLayer
+from fastlora.layers.unfused import BaseUnfusedLoraLayer
 from fastlora.layers.wrapped import FastLoraWrapper
 from fastlora.routing.active import active_routing
 from fastlora.validation import UnsupportedLayerError
@@ -58,7 +58,7 @@ class AttentionOutProjection(FastLoraWrapper):
         return FusionStatus(False, _FALLBACK_REASON)
 
 
-class FastLoraMultiheadAttention(UnfusedLoraLayer):
+class FastLoraMultiheadAttention(BaseUnfusedLoraLayer):
     """LoRA layer for an `nn.MultiheadAttention` or an instance of a subclass.
 
     Args:

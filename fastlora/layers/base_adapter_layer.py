@@ -14,7 +14,7 @@ from fastlora.layers.base_layers import dense_weight
 from fastlora.layers.dora_norms import dora_magnitude_of
 from fastlora.layers.group_members import has_shared_input_group, record_compiled_fallback
 from fastlora.layers.linear_with_adapters import LinearWithAdapters
-from fastlora.layers.quantized_base import clear_weight_caches
+from fastlora.layers.quantized_base import clear_weight_dependent_caches
 from fastlora.layers.scalings import Scaling, Scalings
 from fastlora.layers.shared_input import clear_group_cache
 from fastlora.weights_version import weights_versions
@@ -26,7 +26,7 @@ def clear_layer_caches(layer: BaseAdapterLayer) -> None:
     These are the caches that depend on the layer's weights. They include the packed factors that
     the layer's model caches for mixed batches.
     """
-    clear_weight_caches(layer)
+    clear_weight_dependent_caches(layer)
     clear_group_cache(layer)
     weights_versions.invalidate_trained_weights()  # Open blocks cache results too.
     layer._clear_model_packed_factors()

@@ -34,7 +34,7 @@ def linear_features(module: nn.Module) -> tuple[int, int] | None:
     return None
 
 
-def fallback_reason_not_plain(module: nn.Module, gathered: bool = False) -> str:
+def fallback_reason_not_plain_linear(module: nn.Module, gathered: bool = False) -> str:
     """Return the reason why a module is not a plain `nn.Linear`, or an empty string if it is.
 
     ``gathered`` means that FSDP2 replaces shards by plain parameters during the forward pass.

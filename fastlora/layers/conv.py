@@ -32,7 +32,7 @@ from fastlora.layers.layer_kinds import (
     register_layer_kind,
 )
 from fastlora.layers.merge_target import DenseMergeTarget, MergeTarget
-from fastlora.layers.unfused import AdditiveLoraLayer
+from fastlora.layers.unfused import BaseAdditiveLoraLayer
 from fastlora.ops.execution_mode import ExecutionMode
 from fastlora.validation import UnsupportedLayerError
 
@@ -44,7 +44,7 @@ _CLASSES: dict[int, type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]] = {
 }
 
 
-class FastLoraConv(AdditiveLoraLayer):
+class FastLoraConv(BaseAdditiveLoraLayer):
     """LoRA layer for a convolution.
 
     The convolution, which may be an instance of a subclass, is called unchanged.
@@ -81,9 +81,9 @@ class FastLoraConv(AdditiveLoraLayer):
         return {"lora_A": lora_a, "lora_B": lora_b}
 
     def _reshape_to_magnitude(self, norms: torch.Tensor) -> torch.Tensor:
-        return self._broadcast_over_channels(norms).unsqueeze(0)
+        return self._align_with_channel_dimension(norms).unsqueeze(0)
 
-    def _broadcast_over_channels(self, numbers: torch.Tensor) -> torch.Tensor:
+    def _align_with_channel_dimension(self, numbers: torch.Tensor) -> torch.Tensor:
         """Reshape per-channel values so that they align with the channel dimension of y.
 
         Values ``[N]`` are reshaped to ``[N, 1, ...]``, which broadcasts over the other dimensions.
@@ -95,7 +95,7 @@ class FastLoraConv(AdditiveLoraLayer):
 
     # ------------------------------------------------------------------------------------ forward
 
-    def _count_samples_and_dims(self, x: torch.Tensor) -> tuple[int, int]:
+    def _count_samples_and_sample_dims(self, x: torch.Tensor) -> tuple[int, int]:
         return (x.shape[0], 1) if x.dim() == self.weight.dim() else (1, 0)
 
     def _add_update(
@@ -119,8 +119,8 @@ class FastLoraConv(AdditiveLoraLayer):
         if dropped is not inner:
             scaled = base._conv_forward(dropped.to(base.weight.dtype), base.weight, None)
         else:
-            scaled = y if base.bias is None else y - self._broadcast_over_channels(base.bias)
-        g = self._broadcast_over_channels(g)
+            scaled = y if base.bias is None else y - self._align_with_channel_dimension(base.bias)
+        g = self._align_with_channel_dimension(g)
         return y + (g - 1.0) * scaled + g * update
 
     # ------------------------------------------------------------------------ weight and factors

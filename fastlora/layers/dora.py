@@ -40,7 +40,7 @@ from fastlora.layers.fallback_reasons import raise_if_triton_required
 from fastlora.ops import backend as ops
 from fastlora.ops.factors import Base, number_tensor_without_sync
 from fastlora.ops.rows import Rows
-from fastlora.ops.seeds import seeds_of_layer
+from fastlora.ops.seeds import derive_seeds_of_layer
 from fastlora.ops.torch.dora import dora_scale, multiply_rounded_once, scale_columns
 from fastlora.ops.triton.rows_argument import rows_for_address_tables
 from fastlora.routing.routing import Routing
@@ -73,7 +73,7 @@ def run_dora(call: UniformCall, base: Base, name: str) -> torch.Tensor:
             *(lora_a, lora_b, magnitude, squares, scaling),
             layer._local_dropout_seed(ops.draw_seed(x, conditions.impl)),
         )
-    bias = layer._local_bias()
+    bias = layer._local_base_bias()
     u = run_adapter(x, base._replace(bias=None), factors, conditions)
     if weight is None and bias is not None:
         u = u - bias.to(u.dtype)
@@ -109,7 +109,7 @@ def _apply_by_calling_modules(call: UniformCall, y: torch.Tensor, name: str) -> 
     raise_if_triton_required(layer, [name])
     down, up = layer.lora_A[name], layer.lora_B[name]
     dropout, scaling = layer.lora_dropout[name], scaling_as_scalar_tensor(layer, name, call)
-    bias, magnitude = layer._local_bias(), dora_magnitude_of(layer, name)
+    bias, magnitude = layer._local_base_bias(), dora_magnitude_of(layer, name)
     inner = x.to(down.weight.dtype) if conditions.autocast is None else x
     inner = dropout(inner)
     factors = down.weight, up.weight, scaling
@@ -184,7 +184,7 @@ def apply_dora_to_rows(call: MixedCall, y: torch.Tensor, slots: DoraSlots) -> to
     y includes the bias. On entry, the rows of ``slots.dropped`` contain the base layer's output.
     """
     layer, routing, compiling = call.layer, call.routing, call.conditions.compiling
-    (scaled, dropped), bias, rows = slots, layer._local_bias(), None
+    (scaled, dropped), bias, rows = slots, layer._local_base_bias(), None
     if not compiling and _needs_gathered_rows(layer, y, bias, routing, slots):
         rows = call.sorted_rows(read_on_host=True)
         scaled = tuple(slot for slot in scaled if slot in rows.used_slots)
@@ -225,7 +225,7 @@ def _apply_dora_with_dropout(
     """Apply the DoRA adapters with active dropout to their rows of ``y [..., N]``."""
     layer, routing, x = call.layer, call.routing, call.x
     if call.conditions.compiling:
-        seeds = seeds_of_layer(routing.seeds, layer.routing_index)
+        seeds = derive_seeds_of_layer(routing.seeds, layer.routing_index)
     else:
         seeds = routing.layer_dropout_seeds(layer.routing_index, torch.device("cpu"))
     adapters: list[torch.Tensor] = []
@@ -319,7 +319,7 @@ def scale_rows_from_pool_tables_(call: MixedCall, y: torch.Tensor) -> torch.Tens
     layer, tables = call.layer, call.routing.source.tables
     if tables is None or tables.scale_address is None:
         return y
-    flat, bias = y.view(-1, y.shape[-1]), layer._local_bias()
+    flat, bias = y.view(-1, y.shape[-1]), layer._local_base_bias()
     rows, impl = call.sorted_rows(), call.conditions.backend
     own = rows_for_address_tables(rows) if impl == "triton" else rows.operator_arguments()
     torch.ops.fastlora.lora_scale_(flat, bias, own, tables.scale_address, layer.table_row, impl)

@@ -57,7 +57,7 @@ def base_weight_stamp(layer: LinearWithAdapters) -> TensorStamp | None:
     """Return a stamp that detects changes to a layer's base weight, or None if no stamp can.
 
     The same object is returned until the weight changes or
-    `clear_weight_caches` clears it.
+    `clear_weight_dependent_caches` clears it.
     """
     watched = _base_stamp_arguments(layer)
     if watched is None:

@@ -119,9 +119,7 @@ def graph_capture_error_message(inference_only: bool, autocast_dtype: torch.dtyp
     )
 
 
-def fallback_reason_for_pytorch_gemms(
-    inference_only: bool, autocast_dtype: torch.dtype | None
-) -> str:
+def mixed_batch_fallback_reason(inference_only: bool, autocast_dtype: torch.dtype | None) -> str:
     """Return the reason why a mixed batch falls back to PyTorch's GEMMs.
 
     The function is only called for such a batch, and only if kernels are available.

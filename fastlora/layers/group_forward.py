@@ -43,7 +43,7 @@ from fastlora.layers.group_members import (
 )
 from fastlora.layers.shared_input import SharedInputGroup, observe_group
 from fastlora.layers.table_launch import (
-    TableLaunch,
+    TableLaunchArguments,
     linear_from_tables,
     run_launch_with_neighbors,
 )
@@ -67,7 +67,7 @@ _memory_of = torch.Tensor.untyped_storage
 
 
 # A layer's operands: the active adapter, the adapters of all slots, or the tables of a mixed batch.
-_LayerFactors = Factors | Slots | TableLaunch
+_LayerFactors = Factors | Slots | TableLaunchArguments
 
 
 def group_forward(
@@ -82,8 +82,8 @@ def group_forward(
         call: The call of the layer.
         base: The base layer.
         own: The `Factors` of the active adapter, the `Slots` of a mixed batch, or the
-            `TableLaunch` with which kernels find the factors of a mixed batch. With a
-            `TableLaunch`, y is ``[M, N]``.
+            `TableLaunchArguments` with which kernels find the factors of a mixed batch. With a
+            `TableLaunchArguments`, y is ``[M, N]``.
 
     Returns:
         The shared result, or None if the layer runs alone.
@@ -92,10 +92,10 @@ def group_forward(
     if call.conditions.compiling:
         return (
             None
-            if isinstance(own, TableLaunch) or not records
+            if isinstance(own, TableLaunchArguments) or not records
             else _s_in_compiled_graph(call, _as_slots(own))
         )
-    table_launch = own if isinstance(own, TableLaunch) else None
+    table_launch = own if isinstance(own, TableLaunchArguments) else None
     group = observe_group(layer, x) if table_launch is None else table_launch.group
     if group is None or (not records and isinstance(own, list)):
         return None
@@ -168,7 +168,7 @@ def _call_dependencies(call: UniformCall | MixedCall, own: _LayerFactors) -> tup
     Items are compared by identity.
     """
     records, conditions = torch.is_grad_enabled(), call.conditions
-    if isinstance(own, TableLaunch):
+    if isinstance(own, TableLaunchArguments):
         # With gradients enabled, every call starts a new weights version. It is left out here,
         # because a pool's adapters are not trained.
         return own.rows, own.of, own.invariant, None if records else weights_versions.trained
@@ -192,7 +192,7 @@ def _operand_cache_key(
     # The stream is determined as in `cuda_stream_handle`, without a Python call.
     x = call.original_x
     stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
-    if isinstance(own, TableLaunch):
+    if isinstance(own, TableLaunchArguments):
         if made.y is None:
             return stream, own.first, len(own.members)
         return _tensor_cache_key(stream, None, _base_tensors(base))
@@ -381,7 +381,7 @@ def _s_in_compiled_graph(call: UniformCall | MixedCall, own: Slots) -> Precomput
 
 
 def _compute_outputs_with_neighbors(
-    call: MixedCall, base: Base, own: TableLaunch
+    call: MixedCall, base: Base, own: TableLaunchArguments
 ) -> PrecomputedResult | None:
     """Use one launch to compute the outputs of a layer and its neighbors in the address tables.
 
@@ -413,7 +413,7 @@ def _compute_outputs_with_neighbors(
 
 
 def _compute_output_and_neighbor_s(
-    call: MixedCall, base: Base, own: TableLaunch
+    call: MixedCall, base: Base, own: TableLaunchArguments
 ) -> PrecomputedResult | None:
     """Use one call to compute a layer's output, and s for its neighbors in the address tables.
 

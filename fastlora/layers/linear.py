@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastlora.layers.base_layers import fallback_reason_not_plain
+from fastlora.layers.base_layers import fallback_reason_not_plain_linear
 from fastlora.layers.call import UniformCall
 from fastlora.layers.fallback_reasons import FusionStatus, fusion_status
 from fastlora.layers.linear_forward import create_call, forward
@@ -98,7 +98,7 @@ class FastLoraLinear(LoraLayer, nn.Linear):
             UnsupportedLayerError: ``linear`` is not a plain `nn.Linear`.
             ConfigError: A value is out of range. ``linear`` is then unchanged.
         """
-        reason = fallback_reason_not_plain(linear)
+        reason = fallback_reason_not_plain_linear(linear)
         if reason:
             raise UnsupportedLayerError(f"from_linear expects a plain nn.Linear: {reason}")
         self = cls._from_linear_without_adapter(linear)

@@ -14,7 +14,7 @@ from fastlora.ops.torch.dora import replace_zeros_with_infinity
 from fastlora.routing.routing import RoutingGroup
 
 if TYPE_CHECKING:
-    from fastlora.layers.quantized.base_weight import QuantizedBaseWeight
+    from fastlora.layers.quantized.base_weight import BaseQuantizedWeight
 
 
 class LinearWithAdapters(nn.Module):
@@ -88,7 +88,7 @@ class LinearWithAdapters(nn.Module):
         """Return the base weight and bias as a `Base`, or None if the base layer must be called."""
         return None
 
-    def _local_quantized(self) -> QuantizedBaseWeight | None:
+    def _local_quantized(self) -> BaseQuantizedWeight | None:
         """Return this process's part of a quantized base weight, or None for other weights."""
         return None
 
@@ -100,7 +100,7 @@ class LinearWithAdapters(nn.Module):
         found = None if compiling else self._local_quantized()
         return self._local_weight() if found is None else found.tensor_for_pytorch_only()
 
-    def _local_bias(self) -> torch.Tensor | None:
+    def _local_base_bias(self) -> torch.Tensor | None:
         """Return this process's share ``[N]`` of the base bias, or None."""
         bias: torch.Tensor | None = getattr(self.get_base_layer(), "bias", None)
         return bias

@@ -258,7 +258,7 @@ class LoraLayer(Mergeable):
         """
         self._check_has_adapter(adapter_name)
         _, lora_b, _ = self._factors(adapter_name)
-        squares = self._squared_norms_by_name([adapter_name])[adapter_name]
+        squares = self._squared_row_norms_by_name([adapter_name])[adapter_name]
         norms = torch.where(squares.isinf(), 0.0, squares).sqrt()
         norms = self._reshape_to_magnitude(norms.to(lora_b.device, lora_b.dtype))
         magnitude = parts.DoraMagnitude(norms).train(self.training).requires_grad_(False)

@@ -14,7 +14,7 @@ from fastlora.layers.dora_norms import base_squared_norms, base_weight_rows
 from fastlora.layers.fallback_reasons import uses_dora
 from fastlora.layers.merge_target import Fingerprint, MergeTarget, bit_sums, fingerprints_equal
 from fastlora.layers.module_with_adapters import ModuleWithAdapters
-from fastlora.layers.quantized_base import clear_weight_caches
+from fastlora.layers.quantized_base import clear_weight_dependent_caches
 from fastlora.layers.scalings import Scaling
 from fastlora.ops.torch.dora import dora_scale, squared_norms_with_update, squared_row_norms
 from fastlora.validation import AdapterStateError, UnsupportedLayerError
@@ -89,7 +89,7 @@ class Mergeable(ModuleWithAdapters, BaseAdapterLayer):
             self.merged_adapters.append(name)
             self._add_last_adapter_bias(bias, self.merged_adapters, 1.0, scales)
         self._when_merged = [] if snapshot is None else self._base_fingerprints()
-        clear_weight_caches(self)
+        clear_weight_dependent_caches(self)
 
     def _write_and_record_error(self, weight: MergeTarget, matrix: torch.Tensor) -> None:
         """Write ``matrix [N, K]`` to the weight, and record the error that quantization causes.
@@ -176,7 +176,7 @@ class Mergeable(ModuleWithAdapters, BaseAdapterLayer):
         self._unmerged = self.merge_error = None
         self.merged_adapters.clear()
         self._merged_scales.clear()
-        clear_weight_caches(self)
+        clear_weight_dependent_caches(self)
 
     def _subtract_merged_adapters(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         """Subtract every merged adapter from ``weight [N, K]`` and ``bias [N]`` in place."""
@@ -193,11 +193,11 @@ class Mergeable(ModuleWithAdapters, BaseAdapterLayer):
         dora = [name for name in names if uses_dora(layer, [name])]
         return {
             name: dora_scale(layer._local_magnitude(name).detach(), squares)
-            for name, squares in self._squared_norms_by_name(dora).items()
+            for name, squares in self._squared_row_norms_by_name(dora).items()
         }
 
     @torch.no_grad()
-    def _squared_norms_by_name(self, names: list[str]) -> dict[str, torch.Tensor]:
+    def _squared_row_norms_by_name(self, names: list[str]) -> dict[str, torch.Tensor]:
         """Return the squared row norms ``[N]`` of each adapter's weight, keyed by adapter name.
 
         The weight is the adapted weight, computed with the unmerged base weight.
@@ -311,7 +311,7 @@ class Mergeable(ModuleWithAdapters, BaseAdapterLayer):
         return delta
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        clear_weight_caches(self)
+        clear_weight_dependent_caches(self)
         self._clear_model_packed_factors()
         super()._load_from_state_dict(*args, **kwargs)
 

@@ -51,7 +51,7 @@ class ModuleWrapper(ModuleWithAdapters, nn.Module):
         raise UnsupportedLayerError(f"{type(self).__name__} has no base layer")
 
     @property
-    def _trained_by_adapter(self) -> nn.ModuleDict | nn.ParameterDict:
+    def _trained_copies_by_adapter(self) -> nn.ModuleDict | nn.ParameterDict:
         """The trained copies of the module or rows, keyed by adapter name."""
         raise UnsupportedLayerError(f"{type(self).__name__} has no adapters")
 
@@ -64,7 +64,9 @@ class ModuleWrapper(ModuleWithAdapters, nn.Module):
 
     # ------------------------------------------------------------------------ mixed batches
 
-    def _check_batch_rows(self, routing: Routing, x: torch.Tensor) -> AbstractContextManager[None]:
+    def _check_rows_and_pause_tracking(
+        self, routing: Routing, x: torch.Tensor
+    ) -> AbstractContextManager[None]:
         """Check the rows of x, and pause row tracking in the returned context.
 
         x must have all rows of the batch, in order.
@@ -94,17 +96,17 @@ class ModuleWrapper(ModuleWithAdapters, nn.Module):
     @property
     def adapter_names(self) -> list[str]:
         """Names of all adapters that have their own copy of this module or of some rows."""
-        return list(self._trained_by_adapter)
+        return list(self._trained_copies_by_adapter)
 
     def adapter_parameters(self, adapter_name: str) -> Iterator[nn.Parameter]:
         """Yield an adapter's own parameters in this module, if any."""
-        if adapter_name in self._trained_by_adapter:
-            trained = self._trained_by_adapter[adapter_name]
+        if adapter_name in self._trained_copies_by_adapter:
+            trained = self._trained_copies_by_adapter[adapter_name]
             yield from (trained,) if isinstance(trained, nn.Parameter) else trained.parameters()
 
     def _remove_trained(self, adapter_name: str) -> None:
         """Remove an adapter's own copy of the module or rows."""
-        del self._trained_by_adapter[adapter_name]
+        del self._trained_copies_by_adapter[adapter_name]
 
     def __getattr__(self, name: str) -> Any:
         """Look up missing attributes, such as ``weight``, on the current module."""

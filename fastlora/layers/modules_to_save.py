@@ -61,7 +61,7 @@ class ModulesToSaveWrapper(ModuleWrapper):
         self.modules_to_save[adapter_name] = module.requires_grad_(False)
 
     @property
-    def _trained_by_adapter(self) -> nn.ModuleDict:
+    def _trained_copies_by_adapter(self) -> nn.ModuleDict:
         """The trained copies of the module, keyed by adapter name."""
         return self.modules_to_save
 
@@ -101,7 +101,7 @@ class ModulesToSaveWrapper(ModuleWrapper):
         return self._in_batch(routing, *args, **kwargs)
 
     def _in_batch(self, routing: Routing, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        with self._check_batch_rows(routing, x):
+        with self._check_rows_and_pause_tracking(routing, x):
             return self._run_copies_on_rows(routing, x, *args, **kwargs)
 
     def _run_copies_on_rows(

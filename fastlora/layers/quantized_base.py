@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import nn
 
-from fastlora.layers.base_layers import fallback_reason_hooked, fallback_reason_not_plain
+from fastlora.layers.base_layers import fallback_reason_hooked, fallback_reason_not_plain_linear
 from fastlora.layers.call import MixedCall, UniformCall
 from fastlora.layers.dora_norms import may_cache_tensors
 from fastlora.layers.quantized import (
-    QuantizedBaseWeight,
+    BaseQuantizedWeight,
     RepackedProduct,
     is_repacking_prevented,
     quantized_weight_of,
@@ -44,11 +44,11 @@ class KernelWeight(NamedTuple):
     """
 
     weight: QuantizedTensor
-    kind: QuantizedBaseWeight
+    kind: BaseQuantizedWeight
 
 
 # A module's quantization kind, and by dtype its weight for kernels or the fallback reason.
-_Found = tuple[QuantizedBaseWeight | None, dict[torch.dtype, KernelWeight | str]]
+_Found = tuple[BaseQuantizedWeight | None, dict[torch.dtype, KernelWeight | str]]
 
 
 class KernelWeightCache(UncopiedCache):
@@ -87,7 +87,7 @@ class KernelWeightCache(UncopiedCache):
         if reason:
             return reason
         try:
-            entries = self._current_entries(module)
+            entries = self._get_or_create_entries(module)
         except (UnsupportedLayerError, AttributeError) as error:
             return str(error)
         if entries is None:
@@ -97,7 +97,9 @@ class KernelWeightCache(UncopiedCache):
         kernel_weight = made.get(dtype)
         if kernel_weight is None:
             if kind is None:
-                kernel_weight = fallback_reason_not_plain(module) or "its base layer runs unchanged"
+                kernel_weight = (
+                    fallback_reason_not_plain_linear(module) or "its base layer runs unchanged"
+                )
             elif not may_cache_tensors(kind.codes().device):
                 return _CAPTURED
             else:
@@ -134,7 +136,7 @@ class KernelWeightCache(UncopiedCache):
         The module is one for which `is_repacking_prevented` is true.
         """
         try:
-            if self._current_entries(module) is None:
+            if self._get_or_create_entries(module) is None:
                 return None
         except (UnsupportedLayerError, AttributeError):
             return None
@@ -147,7 +149,7 @@ class KernelWeightCache(UncopiedCache):
             else repacked(x)
         )
 
-    def _current_entries(self, module: nn.Module) -> _Found | None:
+    def _get_or_create_entries(self, module: nn.Module) -> _Found | None:
         """Return or create the entries of a module's weight, or None if it cannot be cached.
 
         The entries are a tuple (kind, dict). A weight without a stamp cannot be cached.
@@ -248,7 +250,9 @@ def describe_quantization(layer: LinearWithAdapters) -> str:
     )
     if isinstance(kernel_weight, str):
         return ""
-    return f"{kernel_weight.kind.description}, {kernel_weight.weight.dtype}".replace("torch.", "")
+    return f"{kernel_weight.kind.quantization_name}, {kernel_weight.weight.dtype}".replace(
+        "torch.", ""
+    )
 
 
 def to_base_output_dtype(
@@ -261,7 +265,7 @@ def to_base_output_dtype(
     return y.to(dtype)
 
 
-def clear_weight_caches(layer: object, release_captured: bool = False) -> None:
+def clear_weight_dependent_caches(layer: object, release_captured: bool = False) -> None:
     """Clear the caches of a layer that depend on its base weight.
 
     These are the DoRA norms and the quantized weight for kernels. If ``release_captured`` is set,
@@ -277,7 +281,7 @@ def clear_weight_caches(layer: object, release_captured: bool = False) -> None:
 
 
 def _stamp_arguments(
-    module: nn.Module, kind: QuantizedBaseWeight | None
+    module: nn.Module, kind: BaseQuantizedWeight | None
 ) -> tuple[Sequence[torch.Tensor], tuple[Hashable, ...]] | None:
     """Return the arguments for `stamp_tensors`, or None if the module's weight was replaced."""
     if kind is None:

@@ -32,7 +32,7 @@ define_operator(
 
 
 @register_composite("lora_shared")
-def _own_s_and_seed(
+def _own_s_and_optional_seed(
     x: torch.Tensor,
     lora_a: list[torch.Tensor],
     places: list[int],

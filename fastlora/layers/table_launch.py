@@ -1,4 +1,4 @@
-"""`TableLaunch`, the arguments of launches that read a layer's factors from the tables.
+"""`TableLaunchArguments`, the arguments of launches that read a layer's factors from the tables.
 
 They include the layer's row in the address tables, and its neighbors: the layers of its
 shared-input group with adjacent rows. One launch serves a layer and its neighbors.
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from fastlora.layers.linear_with_adapters import LinearWithAdapters
 
 
-class TableLaunch(NamedTuple):
+class TableLaunchArguments(NamedTuple):
     """Arguments of a layer's kernel launches with address tables.
 
     All forward passes with the same rows reuse them.
@@ -59,8 +59,8 @@ def get_table_launch(
     rows: Rows,
     invariant: bool = False,
     impl: str = "triton",
-) -> TableLaunch | None:
-    """Find or create a layer's `TableLaunch`, or return None if it is not in the tables.
+) -> TableLaunchArguments | None:
+    """Find or create a layer's `TableLaunchArguments`, or return None if it is not in the tables.
 
     The result is cached for the block once the layer's shared-input group is known. In a graph that
     is being compiled each layer runs alone, because a compiled graph must not see results that one
@@ -71,7 +71,7 @@ def get_table_launch(
         key = (id(tables), rows, invariant)
         known = call.routing.cache.layers.get(("table_launches", layer.routing_index))
         if known is not None and known[0] == key:
-            launch: TableLaunch = known[1]
+            launch: TableLaunchArguments = known[1]
             return launch
     row = table_row_of(layer, layer.routing_index, tables)
     if row is None:
@@ -98,7 +98,7 @@ def get_table_launch(
         rows_for_address_tables(rows, invariant) if impl == "triton" else rows.operator_arguments()
     )
     shared = group if len(members) > 1 else None
-    found = TableLaunch(
+    found = TableLaunchArguments(
         tables, rows, invariant, own, tables.operator_arguments(), row, shared, first, members
     )
     if group is not None:
@@ -107,7 +107,7 @@ def get_table_launch(
 
 
 def output_from_tables(
-    call: MixedCall, base: Base, launch: TableLaunch, impl: str = "triton"
+    call: MixedCall, base: Base, launch: TableLaunchArguments, impl: str = "triton"
 ) -> torch.Tensor:
     """Compute a layer's output ``[M, N]``: the base output plus the update of each row's adapter.
 
@@ -127,7 +127,7 @@ def output_from_tables(
 def linear_from_tables(
     call: MixedCall,
     base: Base,
-    launch: TableLaunch,
+    launch: TableLaunchArguments,
     s: torch.Tensor | None = None,
     with_neighbor_s: bool = False,
 ) -> list[torch.Tensor]:
@@ -162,7 +162,7 @@ def linear_from_tables(
 
 
 def run_launch_with_neighbors(
-    x: torch.Tensor, bases: Sequence[Base], launch: TableLaunch
+    x: torch.Tensor, bases: Sequence[Base], launch: TableLaunchArguments
 ) -> list[torch.Tensor] | None:
     """Use one launch to compute y ``[M, N]`` for a layer and for each neighbor in the tables.
 

@@ -63,12 +63,12 @@ from fastlora.layers.layer_kinds import (
 from fastlora.layers.linear_forward import create_call, forward
 from fastlora.layers.lora_layer import LoraLayer
 from fastlora.layers.merge_target import DenseMergeTarget, MergeTarget
-from fastlora.layers.quantized_base import clear_weight_caches
+from fastlora.layers.quantized_base import clear_weight_dependent_caches
 from fastlora.layers.wrapped import FastLoraWrapper
 from fastlora.ops.execution_mode import execution_mode_of
 from fastlora.ops.factors import Base, Factors
 from fastlora.routing.active import active_routing
-from fastlora.sharding import full_tensor, local_shard, to_local_summing_grads
+from fastlora.sharding import full_tensor, local_shard, to_local_summing_replicated_grads
 from fastlora.validation import AdapterStateError, ImplementationError, UnsupportedLayerError
 
 # The golden ratio in 62 bits: its products with different ranks are far apart.
@@ -267,35 +267,35 @@ class TensorParallelLora(FastLoraWrapper):
                     f"adapter {name!r} has a {type(module).__name__} that has hooks or was "
                     "replaced; a tensor-parallel layer does not support this"
                 )
-        lora_bias = None if up.bias is None else to_local_summing_grads(up.bias)
+        lora_bias = None if up.bias is None else to_local_summing_replicated_grads(up.bias)
         if lora_bias is not None and self.style == ROW_WISE:
             # All shares of y are summed, so only the first process adds the bias.
             lora_bias = lora_bias * (not self.base_layer.weight.device_mesh.get_local_rank())
         return Factors(
-            to_local_summing_grads(self.lora_A[name].weight),
-            to_local_summing_grads(up.weight),
+            to_local_summing_replicated_grads(self.lora_A[name].weight),
+            to_local_summing_replicated_grads(up.weight),
             self.scaling[name] if call is None else scaling_as_scalar_tensor(self, name, call),
             lora_bias,
             dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0,
         )
 
     def _local_magnitude(self, name: str) -> torch.Tensor:
-        return to_local_summing_grads(dora_magnitude_of(self, name))
+        return to_local_summing_replicated_grads(dora_magnitude_of(self, name))
 
     def _local_weight(self) -> torch.Tensor:
         return local_shard(self.base_layer.weight)
 
-    def _local_bias(self) -> torch.Tensor | None:
+    def _local_base_bias(self) -> torch.Tensor | None:
         """Return this process's share of the base bias, or None.
 
         It is included in this process's share of y. Row-wise, each process gets an equal part. DoRA
         subtracts these parts before it scales y and adds them afterwards, so that they sum to the
         bias in whichever process torch has added it. All parts may be trained.
         """
-        bias = super()._local_bias()
+        bias = super()._local_base_bias()
         if bias is None or self.style == COLUMN_WISE:
-            return None if bias is None else to_local_summing_grads(bias)
-        return to_local_summing_grads(bias) / self.base_layer.weight.device_mesh.size()
+            return None if bias is None else to_local_summing_replicated_grads(bias)
+        return to_local_summing_replicated_grads(bias) / self.base_layer.weight.device_mesh.size()
 
     def _local_dropout_seed(self, seed: torch.Tensor) -> torch.Tensor:
         """Return this process's dropout seeds as int64, in the shape of ``seed``.
@@ -319,7 +319,7 @@ class TensorParallelLora(FastLoraWrapper):
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
         # The caller may write into the tensors' local parts, as dcp.load does. No version records
         # that.
-        clear_weight_caches(self)
+        clear_weight_dependent_caches(self)
         super()._save_to_state_dict(*args, **kwargs)
 
     # ------------------------------------------------------------------------ merging, report

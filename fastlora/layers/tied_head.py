@@ -16,7 +16,7 @@ from torch import nn
 from fastlora.layers.adapter_init import AdapterInitializer
 from fastlora.layers.merge_target import DenseMergeTarget, MergeTarget
 from fastlora.layers.parts import Factor
-from fastlora.layers.unfused import AdditiveLoraLayer
+from fastlora.layers.unfused import BaseAdditiveLoraLayer
 from fastlora.ops.execution_mode import ExecutionMode
 from fastlora.validation import UnsupportedLayerError
 
@@ -45,7 +45,7 @@ class _TransposedFactor(nn.Module):
         return None
 
 
-class TiedLoraHead(AdditiveLoraLayer):
+class TiedLoraHead(BaseAdditiveLoraLayer):
     """LoRA layer for a linear layer that shares its weight and adapters with an embedding.
 
     Args:
@@ -96,7 +96,7 @@ class TiedLoraHead(AdditiveLoraLayer):
         """
         return {}
 
-    def _count_samples_and_dims(self, x: torch.Tensor) -> tuple[int, int]:
+    def _count_samples_and_sample_dims(self, x: torch.Tensor) -> tuple[int, int]:
         return x.numel() // x.shape[-1], x.dim() - 1
 
     def _add_update(

@@ -149,7 +149,7 @@ class TrainableTokensWrapper(ModuleWrapper):
         weight: Any = self._unmerged_rows(indices)
         wide = autocast and weight.itemsize < torch.float32.itemsize
         rows = nn.Parameter(weight.to(torch.float32 if wide else weight.dtype), requires_grad=False)
-        self._trained_by_adapter[adapter_name] = rows
+        self._trained_copies_by_adapter[adapter_name] = rows
         self.token_adapter.token_indices[adapter_name] = list(indices)
         self.token_adapter.tables.clear()
 
@@ -157,7 +157,7 @@ class TrainableTokensWrapper(ModuleWrapper):
         """Return a copy of the given weight rows ``[n, D]``, with their values before any merge."""
         weight: Any = self.get_base_layer().weight
         rows = weight.detach()[torch.tensor(indices, device=weight.device)].clone()
-        for name, before in reversed(self._rows_before_merge().items()):
+        for name, before in reversed(self._rows_before_merge_by_adapter().items()):
             merged = {token: i for i, token in enumerate(self.token_indices[name])}
             for i, token in enumerate(indices):
                 if token in merged:
@@ -170,7 +170,7 @@ class TrainableTokensWrapper(ModuleWrapper):
         return self.token_adapter.token_indices
 
     @property
-    def _trained_by_adapter(self) -> nn.ParameterDict:
+    def _trained_copies_by_adapter(self) -> nn.ParameterDict:
         """The trained copies of the rows, keyed by adapter name."""
         return self.token_adapter.trainable_tokens_delta
 
@@ -244,7 +244,7 @@ class TrainableTokensWrapper(ModuleWrapper):
             )
         if routing.whole is not None and execution_mode_of(x, "eager").compiling:
             return self._replace_in_mixed_batch(routing.whole, x, y)
-        with self._check_batch_rows(routing, x):
+        with self._check_rows_and_pause_tracking(routing, x):
             return self._replace_in_mixed_batch(routing, x, y)
 
     def _replace_in_mixed_batch(
@@ -280,11 +280,11 @@ class TrainableTokensWrapper(ModuleWrapper):
         ``own``, with the shape of ``ids``, is the index of each id's adapter in ``names``, or -1.
         """
         base: Any = self.get_base_layer()
-        ids, (keys, places) = ids.long(), self._token_keys_and_rows(names, ids.device)
+        ids, (keys, places) = ids.long(), self._token_keys_and_row_indices(names, ids.device)
         wanted = ids if own is None else torch.where(own < 0, -1, own * base.weight.shape[0] + ids)
         at = torch.searchsorted(keys, wanted).clamp_(max=keys.numel() - 1)
         hit = keys[at] == wanted
-        deltas = [self._trained_by_adapter[name] for name in names]
+        deltas = [self._trained_copies_by_adapter[name] for name in names]
         rows = (deltas[0] if len(deltas) == 1 else torch.cat(deltas)).to(base.weight.dtype)
         found = places[at]
         # Ids without an adapter's row share one extra row, so that they are not counted.
@@ -301,7 +301,7 @@ class TrainableTokensWrapper(ModuleWrapper):
             new = new * (scale.to(new.dtype) if isinstance(scale, torch.Tensor) else scale)
         return torch.where(hit.unsqueeze(-1), new.to(y.dtype), y)
 
-    def _token_keys_and_rows(
+    def _token_keys_and_row_indices(
         self, names: list[str], device: torch.device
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the keys of all trained tokens, and the row index for each key.
@@ -327,8 +327,8 @@ class TrainableTokensWrapper(ModuleWrapper):
     def _replace_columns(self, x: torch.Tensor, y: torch.Tensor, name: str) -> torch.Tensor:
         """Return y ``[..., V]`` with an adapter's trained columns computed from x ``[..., D]``."""
         base: Any = self.get_base_layer()
-        index, places = self._token_keys_and_rows([name], x.device)
-        delta = self._trained_by_adapter[name].to(base.weight.dtype)[places]
+        index, places = self._token_keys_and_row_indices([name], x.device)
+        delta = self._trained_copies_by_adapter[name].to(base.weight.dtype)[places]
         columns = F.linear(x, delta, None if base.bias is None else base.bias[index])
         return y.index_copy(-1, index, columns.to(y.dtype))
 
@@ -363,7 +363,7 @@ class TrainableTokensWrapper(ModuleWrapper):
                     "adapter; expected adapters that have no tokens in common"
                 )
             taken.update(known[name])
-            delta = self._trained_by_adapter[name]
+            delta = self._trained_copies_by_adapter[name]
             if safe_merge and not bool(torch.isfinite(delta).all()):
                 raise AdapterStateError(
                     f"the rows of adapter {name!r} (trainable_token_indices) are not finite; the "
@@ -378,26 +378,26 @@ class TrainableTokensWrapper(ModuleWrapper):
         The old rows are saved for `unmerge`.
         """
         weight: Any = self.get_base_layer().weight
-        rows_before = self._rows_before_merge()
+        rows_before = self._rows_before_merge_by_adapter()
         for name in names:
             if name not in rows_before:
                 index = self._index(name, weight.device)
                 rows_before[name] = weight.detach()[index].clone()
-                weight.index_copy_(0, index, self._trained_by_adapter[name].to(weight))
+                weight.index_copy_(0, index, self._trained_copies_by_adapter[name].to(weight))
             self.merged_adapters.append(name)
 
     @torch.no_grad()
     def unmerge(self) -> None:
         """Undo `merge` by restoring the rows that it replaced."""
         weight: Any = self.get_base_layer().weight
-        rows_before = self._rows_before_merge()
+        rows_before = self._rows_before_merge_by_adapter()
         while self.merged_adapters:
             name = self.merged_adapters.pop()
             before = rows_before.pop(name, None)
             if before is not None:
                 weight.index_copy_(0, self._index(name, weight.device), before.to(weight))
 
-    def _rows_before_merge(self) -> dict[str, torch.Tensor]:
+    def _rows_before_merge_by_adapter(self) -> dict[str, torch.Tensor]:
         """Return the weight rows from before each merge, keyed by the merged adapter.
 
         Modules that share the weight share the dict.
@@ -416,7 +416,7 @@ class TrainableTokensWrapper(ModuleWrapper):
         if acting is None:
             return found
         return found.index_copy(
-            0, self._index(acting, found.device), self._trained_by_adapter[acting].to(found)
+            0, self._index(acting, found.device), self._trained_copies_by_adapter[acting].to(found)
         )
 
 

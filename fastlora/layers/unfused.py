@@ -1,6 +1,6 @@
 """LoRA layers that call their base layer unchanged and run in PyTorch, without Triton kernels.
 
-`AdditiveLoraLayer` adds adapters one by one to the module's output. In a mixed batch, each
+`BaseAdditiveLoraLayer` adds adapters one by one to the module's output. In a mixed batch, each
 adapter runs on its own samples.
 """
 
@@ -26,7 +26,7 @@ from fastlora.validation import ImplementationError, UnsupportedLayerError
 from fastlora.weights_version import WeightsVersion, weights_versions
 
 
-class UnfusedLoraLayer(LoraLayer):
+class BaseUnfusedLoraLayer(LoraLayer):
     """Base class of unfused LoRA layers.
 
     An unfused layer calls its base layer unchanged and uses no Triton kernels. Attributes that the
@@ -93,12 +93,12 @@ class UnfusedLoraLayer(LoraLayer):
         return conditions
 
 
-class AdditiveLoraLayer(UnfusedLoraLayer):
+class BaseAdditiveLoraLayer(BaseUnfusedLoraLayer):
     """Base class of additive LoRA layers.
 
     An additive layer adds the adapters' updates to the base output one by one. Besides the methods
     that `LoraLayer` lists for subclasses, a subclass implements `_add_update` and
-    `_count_samples_and_dims`.
+    `_count_samples_and_sample_dims`.
     """
 
     # ------------------------------------------- methods that a layer kind overrides
@@ -123,10 +123,10 @@ class AdditiveLoraLayer(UnfusedLoraLayer):
         """
         raise UnsupportedLayerError(f"{type(self).__name__} does not implement _add_update()")
 
-    def _count_samples_and_dims(self, x: torch.Tensor) -> tuple[int, int]:
+    def _count_samples_and_sample_dims(self, x: torch.Tensor) -> tuple[int, int]:
         """Return the number of samples in x, and the number of dimensions that index samples."""
         raise UnsupportedLayerError(
-            f"{type(self).__name__} does not implement _count_samples_and_dims()"
+            f"{type(self).__name__} does not implement _count_samples_and_sample_dims()"
         )
 
     # ------------------------------------------------------------------------------------ forward
@@ -153,7 +153,7 @@ class AdditiveLoraLayer(UnfusedLoraLayer):
     ) -> torch.Tensor:
         """Add the update of each sample's own adapter to y in a mixed batch."""
         check_not_merged(self)
-        m, dims = self._count_samples_and_dims(x)
+        m, dims = self._count_samples_and_sample_dims(x)
         count = routing.ids.shape[0]
         if m != count and not ids_divide_rows(x.shape[0] if dims else 1, count):
             raise ValueError(

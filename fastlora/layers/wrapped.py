@@ -17,7 +17,7 @@ from fastlora.layers.fallback_reasons import BASE_GEMM_VARIES, FusionStatus, fus
 from fastlora.layers.linear_forward import create_call, forward
 from fastlora.layers.lora_layer import LoraLayer
 from fastlora.layers.merge_target import MergeTarget
-from fastlora.layers.quantized import QuantizedBaseWeight, quantized_weight_of
+from fastlora.layers.quantized import BaseQuantizedWeight, quantized_weight_of
 from fastlora.layers.quantized_base import (
     call_base_layer,
     fallback_reason_base_called,
@@ -79,7 +79,7 @@ class FastLoraWrapper(LoraLayer):
         inplace = not y.requires_grad and self._may_overwrite(y, x)
         return forward(call, Base(y=y, inplace=inplace))
 
-    def _local_quantized(self) -> QuantizedBaseWeight | None:
+    def _local_quantized(self) -> BaseQuantizedWeight | None:
         return quantized_weight_of(self.base_layer)
 
     def _fusable_base(self) -> Base | None:

@@ -24,8 +24,8 @@ import torch
 from fastlora.model.adapter_files import (
     CONFIG_NAME,
     WEIGHTS_NAME,
-    FileSizeLimits,
-    OpenAdapterFiles,
+    ConfigAndHeaderSizeLimits,
+    ConfigAndOpenWeightsFile,
     make_weights_file_metadata,
     open_adapter_files,
 )
@@ -139,7 +139,7 @@ class OpenAdapterFolder:
         config: The adapter's config.
     """
 
-    def __init__(self, path: Path, files: OpenAdapterFiles) -> None:
+    def __init__(self, path: Path, files: ConfigAndOpenWeightsFile) -> None:
         self.path = path
         self._weights = files.weights
         try:
@@ -151,7 +151,7 @@ class OpenAdapterFolder:
     @property
     def weights_file_size(self) -> int:
         """The size of the weights file in bytes, as the file system reports it."""
-        return self._weights.file_size
+        return self._weights.size_on_disk
 
     @cached_property
     def header(self) -> AdapterHeader:
@@ -182,7 +182,9 @@ class OpenAdapterFolder:
 
 @contextlib.contextmanager
 def open_adapter_folder(
-    path: str | os.PathLike[str], root: Path | None = None, limits: FileSizeLimits | None = None
+    path: str | os.PathLike[str],
+    root: Path | None = None,
+    limits: ConfigAndHeaderSizeLimits | None = None,
 ) -> Iterator[OpenAdapterFolder]:
     """Open a local adapter folder for the duration of a ``with`` block.
 

@@ -105,7 +105,7 @@ def check_adapter_fits_model(
     tensors, path, other = file.tensors, file.path, dict[str, str]()
     with replication_applied(plan.replication):
         expected = _expected_shapes(model, plan)
-        shapes = _tied_head_file_shapes(model, expected, plan) | expected
+        shapes = _file_shapes_of_tied_heads(model, expected, plan) | expected
         biases = _base_biases(model) if plan.config.bias != "none" else {}
         for key, parts in file.keys.items():
             found = _base_weight_of_module(model, parts.module) if parts.kind == "base" else None
@@ -215,7 +215,7 @@ def _expected_shapes(model: nn.Module, plan: AdapterPlan) -> dict[str, tuple[int
     return shapes
 
 
-def _tied_head_file_shapes(
+def _file_shapes_of_tied_heads(
     model: nn.Module, expected: dict[str, tuple[int, ...]], plan: AdapterPlan
 ) -> dict[str, tuple[int, ...]]:
     """Return the tensor shapes of the tied output heads, keyed by file key.
@@ -295,7 +295,7 @@ def adapter_file_state_dict(
         save, reason = _is_vocab_resized(model, config), "the embedding layer has been resized"
         if not save:
             embeddings = {n: m for n, m in embeddings.items() if isinstance(m, LoraLayer)}
-            save = _targets_embedding(embeddings, adapter_name, config)
+            save = _targets_embedding_or_head(embeddings, adapter_name, config)
             reason = "embedding layers found in `target_modules`"
         if save:
             warnings.warn(f"Setting `save_embedding_layers` to `True` as {reason}.", stacklevel=4)
@@ -331,7 +331,7 @@ def _input_output_embeddings(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if module in found}
 
 
-def _targets_embedding(
+def _targets_embedding_or_head(
     embeddings: dict[str, nn.Module], adapter_name: str, config: LoraConfig
 ) -> bool:
     """Return whether an adapter targets an embedding or output head by PEFT's criteria.

@@ -135,18 +135,20 @@ def named_base_modules(model: nn.Module, *, remove_duplicate: bool = True) -> Ba
     return found
 
 
-def peft_function_or_raise(model: nn.Module, module: str, name: str, error: Exception) -> Any:
+def peft_function_or_raise(
+    model: nn.Module, module: str, name: str, no_peft_layers_error: Exception
+) -> Any:
     """Return a function of PEFT if the model has PEFT layers, or raise an error.
 
     Args:
         model: The model.
         module: The name of the Python module that defines the function.
         name: The name of the function.
-        error: The error to raise if the model has no PEFT adapter layers.
+        no_peft_layers_error: The error to raise if the model has no PEFT adapter layers.
     """
     layers: Any = sys.modules.get("peft.tuners.tuners_utils")
     kind = () if layers is None else layers.BaseTunerLayer
     # The layers of fastlora are registered as virtual subclasses of BaseTunerLayer.
     if any(isinstance(m, kind) and not isinstance(m, LoraLayer) for m in model.modules()):
         return getattr(importlib.import_module(module), name)
-    raise error
+    raise no_peft_layers_error

@@ -134,7 +134,7 @@ def prepare_model_for_compiled_hotswap(
         replace_factors(layer, adapter, factors, target_rank)
     configs = {} if tuner is None else tuner.peft_config
     for adapter, of_model in configs.items():
-        _update_config_ranks(of_model, adapter, layers)
+        _update_config_ranks_and_scalings(of_model, adapter, layers)
     given = config if isinstance(config, Mapping) else {"": config}
     for each in given.values():
         if each is not None and not any(each is of_model for of_model in configs.values()):
@@ -282,7 +282,7 @@ def _check_and_write_tensors(
     for target, source in copies:
         target.copy_(source)
     made = dataclasses.replace(copy.deepcopy(old), use_rslora=config.use_rslora)
-    _update_config_ranks(made, adapter_name, layers)
+    _update_config_ranks_and_scalings(made, adapter_name, layers)
     tuner.peft_config[adapter_name] = made
 
 
@@ -392,7 +392,7 @@ def _original_of_copied_tensor(base: nn.Module, key: str) -> torch.Tensor | None
     return original
 
 
-def _update_config_ranks(
+def _update_config_ranks_and_scalings(
     config: LoraConfig, adapter_name: str, layers: Mapping[str, LoraLayer]
 ) -> None:
     """Update an adapter's config to match the ranks and scalings of the layers.

@@ -122,7 +122,9 @@ def add_adapter(
                 get_or_replace_module(name, ModulesToSaveWrapper, ModulesToSaveWrapper).add_adapter(
                     adapter_name
                 )
-            embedding = str(input_embedding_name(model)) if plan.tied_module_names else ""
+            embedding = (
+                str(input_embedding_name(model)) if plan.module_names_tied_to_embedding else ""
+            )
             source: Any = model.get_submodule(embedding)
             for name in plan.tied_heads:
                 head = get_or_replace_module(
@@ -333,7 +335,7 @@ def unload(
             names = adapter_names_in_module(module, adapter_names)
             was_quantized = dequantize and dequantize_base_layer(module)
             if module.check_merge(adapter_names=names):
-                shared.untie(name, module)
+                shared.untie_if_shared(name, module)
             module.merge(adapter_names=names, keep_base=False)
             if isinstance(module, LoraLayer):
                 module._unmerged = None

@@ -237,7 +237,7 @@ class LoraModel(PeftModelMethods, nn.Module):
             )
             model.set_adapter(adapter_name, inference_mode=not is_trainable)
             return model
-        file = _read_adapter_folder(model_id, subfolder, unused)
+        file = _check_arguments_and_read_folder(model_id, subfolder, unused)
         file = with_renamed_modules(file, _effective_key_mapping(model, key_mapping))
         chosen = file.config if config is None else config
         plan = make_adapter_plan(model, adapter_name, chosen, loading=True)
@@ -287,7 +287,7 @@ class LoraModel(PeftModelMethods, nn.Module):
             AdapterStateError: If the adapter is already loaded and a `fastlora.adapters` block of
                 the model is open in any thread.
         """
-        file = _read_adapter_folder(model_id, subfolder, unused)
+        file = _check_arguments_and_read_folder(model_id, subfolder, unused)
         model = self.get_base_model()
         file = whole = with_renamed_modules(file, _effective_key_mapping(model, key_mapping))
         plan = make_adapter_plan(model, adapter_name, file.config, loading=True)
@@ -471,7 +471,7 @@ class LoraModel(PeftModelMethods, nn.Module):
             return getattr(self.base_model, name)
 
 
-def _read_adapter_folder(
+def _check_arguments_and_read_folder(
     model_id: str | os.PathLike[str], subfolder: str | None, unused: dict[str, Any]
 ) -> AdapterContents:
     """Check the unused arguments, and read an adapter folder.

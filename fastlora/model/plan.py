@@ -97,7 +97,7 @@ class AdapterPlan:
     replication: LayerReplication | None = None
 
     @property
-    def tied_module_names(self) -> list[str]:
+    def module_names_tied_to_embedding(self) -> list[str]:
         """The names of the modules that are tied to the input embedding.
 
         They share the embedding's LoRA factors or the adapter's copy of its weight.
@@ -107,7 +107,12 @@ class AdapterPlan:
     @property
     def changed_module_names(self) -> list[str]:
         """The names of all modules that change when the adapter is added."""
-        return [*self.targets, *self.modules_to_save, *self.tied_module_names, *self.tokens]
+        return [
+            *self.targets,
+            *self.modules_to_save,
+            *self.module_names_tied_to_embedding,
+            *self.tokens,
+        ]
 
 
 def make_adapter_plan(
@@ -137,7 +142,7 @@ def make_adapter_plan(
         ties = find_adapted_with_embedding(model, config)
         plan = plan_target_modules(model, config, from_file=loading, ties=ties)
         plan = dataclasses.replace(plan, replication=replication)
-        _warn_of_unusual_targets(plan)
+        _warn_of_unexpected_target_behavior(plan)
         config.target_modules = plan.target_modules
         config.fan_in_fan_out = _peft_fan_in_fan_out(plan)
     if plan.modules_to_save:
@@ -199,7 +204,7 @@ def plan_target_modules(
         ]
         targets = [name for name in targets if name not in heads]
         targets += [name for name in tied if name not in (*heads, *targets)]
-        _check_tied_factors(model, config, targets, heads)
+        _check_factors_tied_to_embedding(model, config, targets, heads)
     tokens = find_trainable_tokens(model, config)
     check_trained_once(tokens, targets, saved, [*copies, *heads])
     if config.init.changes_base:
@@ -256,7 +261,7 @@ def _check_targets(
     return found
 
 
-def _warn_of_unusual_targets(plan: AdapterPlan) -> None:
+def _warn_of_unexpected_target_behavior(plan: AdapterPlan) -> None:
     """Emit warnings for targets that do not behave as the config suggests.
 
     One warning is emitted if a new adapter has ``lora_dropout`` and a target has no input that
@@ -281,7 +286,7 @@ def _warn_of_unusual_targets(plan: AdapterPlan) -> None:
                 warnings.warn(f"{name!r} is a {type(base).__name__}: {note}", stacklevel=4)
 
 
-def _check_tied_factors(
+def _check_factors_tied_to_embedding(
     model: nn.Module, config: LoraConfig, targets: Sequence[str], tied: Sequence[str]
 ) -> None:
     """Check that tied modules can share the LoRA factors of the input embedding.

@@ -316,7 +316,7 @@ def _compute_reduced_adapter(
                 "please choose a lower rank."
             )
         cut = found.singular_values_to_keep(rank)
-        errors[name] = found.truncation_error(cut)
+        errors[name] = found.relative_truncation_error(cut)
         full = cut if share else int(rank)
         lora_a, lora_b = found.vh[:cut], found.u[:, :cut] * found.s[:cut]
         bias = layer._factors(adapter_name)[2]

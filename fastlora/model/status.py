@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar
 from torch import nn
 
 from fastlora.layers import LoraLayer, ModuleWrapper
-from fastlora.layers.quantized import QuantizedBaseWeight, quantized_weight_of
+from fastlora.layers.quantized import BaseQuantizedWeight, quantized_weight_of
 from fastlora.layers.rank_padding import factor_parameters
 from fastlora.layers.trainable_tokens import TrainableTokensWrapper
 from fastlora.model.inject import modules_with_adapters
@@ -195,7 +195,7 @@ def _parameters_by_adapter(module: Any) -> dict[str, list[nn.Parameter]]:
     return found
 
 
-def _quantized_weight(module: Any) -> QuantizedBaseWeight | None:
+def _quantized_weight(module: Any) -> BaseQuantizedWeight | None:
     if not isinstance(module, LoraLayer):
         return None
     try:
@@ -204,7 +204,7 @@ def _quantized_weight(module: Any) -> QuantizedBaseWeight | None:
         return None
 
 
-def _peft_module_type(module: Any, found: QuantizedBaseWeight | None) -> str:
+def _peft_module_type(module: Any, found: BaseQuantizedWeight | None) -> str:
     """Return the module type that PEFT would report for a LoRA layer or wrapper.
 
     For a LoRA layer, the name is derived from the PyTorch class of its base layer.

@@ -36,8 +36,8 @@ from fastlora.model.stacked_experts import (
 )
 from fastlora.patterns import (
     count_matching_time,
-    layer_index_in_name,
-    matches_name_components,
+    layer_index_after_match,
+    matches_consecutive_components,
     matches_whole_name,
     patterns_matching_no_suffix,
 )
@@ -134,7 +134,7 @@ def find_targets(
                 "targets, or exclude this one with exclude_modules"
             )
     unmatched = [entry for entry in lost if entry not in of_experts]
-    unused = _unmatched_config_values(unmatched, found, bool(excluded), config)
+    unused = _format_unmatched_config_values(unmatched, found, bool(excluded), config)
     if unused:
         warnings.warn(f"these config values match no module: {'; '.join(unused)}", stacklevel=2)
     if any(wrapped.values()) and _is_all_linear(config.target_modules):
@@ -420,7 +420,9 @@ def _is_excluded(name: str, config: LoraConfig, saved: list[str]) -> bool:
     # Here, an entry matches whole path components and everything below them. In
     # find_modules_to_save, it matches any suffix. Both rules are PEFT's.
     with count_matching_time("modules_to_save"):
-        return any(matches_name_components("modules_to_save", entry, name) for entry in saved)
+        return any(
+            matches_consecutive_components("modules_to_save", entry, name) for entry in saved
+        )
 
 
 def _matches(name: str, targets: set[str] | str, config: LoraConfig) -> bool:
@@ -440,7 +442,9 @@ def _in_layers(name: str, config: LoraConfig) -> bool:
     # The first number in the name is the layer's index. Later numbers may be indices of experts.
     if patterns:
         with count_matching_time("layers_pattern"):
-            found = (layer_index_in_name("layers_pattern", pattern, name) for pattern in patterns)
+            found = (
+                layer_index_after_match("layers_pattern", pattern, name) for pattern in patterns
+            )
             index = next((i for i in found if i is not None), None)
     else:
         match = re.match(r".*?\.[^.]*\.(\d+)\.", name)
@@ -516,7 +520,7 @@ def _unmatched_entries(names: list[str], targets: Collection[str] | str) -> list
     return sorted(entry for entry in targets if entry not in known)
 
 
-def _unmatched_config_values(
+def _format_unmatched_config_values(
     unmatched: list[str], found: list[str], excludes: bool, config: LoraConfig
 ) -> list[str]:
     """Format the config values that match no module, for a warning.

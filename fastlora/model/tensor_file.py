@@ -107,7 +107,7 @@ class TensorFile:
         self._file.close()
 
     @property
-    def file_size(self) -> int:
+    def size_on_disk(self) -> int:
         """The size of the file on disk, in bytes."""
         return self._state[0]
 
@@ -130,7 +130,7 @@ class TensorFile:
                 )
             entries.pop(_METADATA, None)
             found = {n: _tensor_info(n, entry, self._start) for n, entry in entries.items()}
-            _check_coverage(found, self._start, self.file_size)
+            _check_coverage(found, self._start, self.size_on_disk)
         return found
 
     def read(self, names: Collection[str] | None = None) -> dict[str, torch.Tensor]:

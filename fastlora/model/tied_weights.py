@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import nn
 
 from fastlora.model.base_modules import base_module_of, named_base_modules
-from fastlora.patterns import matches_name_components, matches_whole_name
+from fastlora.patterns import matches_consecutive_components, matches_whole_name
 
 if TYPE_CHECKING:
     from fastlora.model.config import LoraConfig
@@ -150,7 +150,9 @@ def _replace_tied_with_embedding(entries: list[str], embedding: str, tied: list[
     """Return a copy of a list of names, with the embedding added and the tied modules removed."""
     renamed = [*entries, embedding] if embedding not in entries else list(entries)
     for name in tied:
-        matching = (e for e in renamed if matches_name_components("modules_to_save", e, name))
+        matching = (
+            e for e in renamed if matches_consecutive_components("modules_to_save", e, name)
+        )
         gone = next(matching, None)
         renamed = [entry for entry in renamed if entry != gone]
     return renamed
@@ -211,7 +213,7 @@ class SharedWeightUntier:
         bases = {part.base_layer for part in adapter.together}
         return {m for m in bases if m.weight is base.weight}
 
-    def untie(self, name: str, module: Any) -> None:
+    def untie_if_shared(self, name: str, module: Any) -> None:
         """Replace a layer's base weight with a copy if another module shares the weight.
 
         Without the copy, merging an adapter into an output head would also change the embedding.

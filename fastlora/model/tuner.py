@@ -128,7 +128,7 @@ class LoraTuner(nn.Module):
                     f"bias={config.bias!r}: adapter {name!r} already trains the base model's "
                     "biases, which all adapters share; expected bias='none'"
                 )
-        before = self.mixed_batch_modules if self.peft_config else []
+        before = self.modules_selecting_adapter_per_row if self.peft_config else []
         inject.add_adapter(
             self.model, adapter_name, plan, autocast_adapter_dtype=autocast_adapter_dtype
         )
@@ -505,7 +505,7 @@ class LoraTuner(nn.Module):
         """
         return routing_from_parameters(
             self.group,
-            self.mixed_batch_modules,
+            self.modules_selecting_adapter_per_row,
             tuple(self.peft_config),
             ParameterSource,
             ids,
@@ -514,7 +514,7 @@ class LoraTuner(nn.Module):
         )
 
     @property
-    def mixed_batch_modules(self) -> list[Any]:
+    def modules_selecting_adapter_per_row(self) -> list[Any]:
         """The modules that take part in mixed batches.
 
         They select an adapter for each row of a mixed batch.

@@ -71,7 +71,7 @@ def constant_when_compiled(function: _Function) -> _Function:
 
 
 @functools.cache
-def _gpu_status(index: int) -> tuple[bool, str]:
+def _gpu_support_and_description(index: int) -> tuple[bool, str]:
     """Return whether the Triton kernels support a GPU, and a description.
 
     The result is a tuple (supported, description). The description is the GPU's name and
@@ -99,7 +99,7 @@ def triton_status(device_type: str, index: int = 0) -> tuple[bool, str]:
     if not _HAS_TRITON:
         return False, "triton is not installed"
     if device_type == "cuda":
-        return _gpu_status(index)
+        return _gpu_support_and_description(index)
     if _INTERPRETED:
         return True, "TRITON_INTERPRET=1: the kernels run in Triton's interpreter"
     return False, f"no Triton kernels for device type {device_type!r}"

@@ -28,7 +28,7 @@ def max_rank(factors: Sequence[Factor], rank_dim: int) -> int:
     return max(1, *(factor.shape[rank_dim] for factor in factors if factor is not None))
 
 
-def padded_rank(largest_rank: int) -> int:
+def rank_to_multiple_of_16(largest_rank: int) -> int:
     """Return the largest rank rounded up to a multiple of 16.
 
     This is the number of columns of s and ds.

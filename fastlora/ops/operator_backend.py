@@ -20,7 +20,7 @@ from fastlora.ops.layout import split_grad_a, split_grad_b
 from fastlora.ops.plans import choose_plan
 from fastlora.ops.rows import Rows
 from fastlora.ops.torch import reference
-from fastlora.ops.triton.rows_argument import rows_for_factor_lists, rows_for_gradients
+from fastlora.ops.triton.rows_argument import gradient_rows_and_run_length, rows_for_factor_lists
 from fastlora.quantized_tensor import QuantizedData, QuantizedTensor, dequantize
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -168,7 +168,7 @@ class OperatorBackend(Backend):
         if x is not None and any(wants[::3]):
             found[::3] = self._grad_a(x, [ds], lora_a, *drop, rows, operators.lora_grad_a)
         if wants_s and rows is not None and torch.is_anomaly_enabled():
-            ds = _zero_unwritten_ds(ds, rows, lora_a)
+            ds = _zero_unwritten_elements(ds, rows, lora_a)
         return dx, d_bias, ds, found
 
     def _rows_argument_and_run(
@@ -177,7 +177,7 @@ class OperatorBackend(Backend):
         """Return a tuple (tensors for the ``rows`` argument of a launch, rows per run)."""
         if self.impl != "triton":
             return rows.operator_arguments(), 0
-        return rows_for_gradients(launch, rows, like.dtype, like.shape[1])
+        return gradient_rows_and_run_length(launch, rows, like.dtype, like.shape[1])
 
     def _grad_a(
         self,
@@ -375,7 +375,7 @@ def _with_cached_launches(function: _Function) -> _Function:
     return cached_launches(function)
 
 
-def _zero_unwritten_ds(
+def _zero_unwritten_elements(
     ds: torch.Tensor, rows: Rows, lora_a: Sequence[torch.Tensor]
 ) -> torch.Tensor:
     """Return ds, with zeros in place of the elements that no kernel has written.

@@ -21,7 +21,7 @@ Shapes, for M rows, S slots (adapters), and G modules (layers) that share x:
         see `fastlora.ops.triton.rows_argument`
     factors: lora_a, lora_b, and lora_bias of each slot in turn
     s and ds: ``[M, R]`` in x's dtype. With rows, they are at sorted positions, R is
-        a result of `layout.padded_rank`, and a row is written up to its adapter's rank
+        a result of `layout.rank_to_multiple_of_16`, and a row is written up to its adapter's rank
     scaling: fp32 ``[S]``; for one slot also ``[R]`` or without dimensions
     seeds: int64, one for each lora_a, on the device (on the CPU for PyTorch), or None without
         dropout
@@ -51,7 +51,7 @@ from fastlora.ops.layout import (
     grad_a_buffer_layout,
     grad_b_buffer_layout,
     max_rank,
-    padded_rank,
+    rank_to_multiple_of_16,
     shrink_partials_shape,
 )
 from fastlora.ops.library import define_operator, register_fake, register_kernel
@@ -140,7 +140,7 @@ def lora_shrink_fake(
     side. ``lora_a`` lists the slots of each module in turn. Active dropout requires one module.
     """
     if rows:
-        return x.new_empty(modules, x.shape[0], padded_rank(max_rank(lora_a, 0)))
+        return x.new_empty(modules, x.shape[0], rank_to_multiple_of_16(max_rank(lora_a, 0)))
     return x.new_empty(
         x.shape[0], sum(factor.shape[0] for factor in replace_missing_with_empty(lora_a, 0))
     )
@@ -163,7 +163,7 @@ def lora_linear_fake(
     y, largest = x.new_empty(x.shape[0], weight.shape[0]), max_rank(factors[::3], 0)
     if s is not None:
         return [y]
-    return [y, x.new_empty(x.shape[0], padded_rank(largest) if rows else largest)]
+    return [y, x.new_empty(x.shape[0], rank_to_multiple_of_16(largest) if rows else largest)]
 
 
 @define_operator_with_fake(

@@ -56,7 +56,7 @@ def layer_seeds(seeds: torch.Tensor, layers: Sequence[int]) -> torch.Tensor:
     return _mixed_bits(seeds[None, :] + steps_of[:, None])  # wraps around at 64 bits
 
 
-def seeds_of_layer(seeds: torch.Tensor, layer: int) -> torch.Tensor:
+def derive_seeds_of_layer(seeds: torch.Tensor, layer: int) -> torch.Tensor:
     """Return the dropout seeds of one layer, int64 ``[S]``, derived from the seeds of S adapters.
 
     See `layer_seeds`.

@@ -230,7 +230,7 @@ def create_lorafa_optimizer(
             {
                 "params": [named[name] for name in selected],
                 "names": selected,
-                "scaling_factors": [_adapter_scaling(model, name) for name in selected],
+                "scaling_factors": [_scaling_for_factor(model, name) for name in selected],
                 "scaling_factor": lora_alpha / (math.sqrt(r) if rslora else r),
                 "lr": lr,
                 "weight_decay": weight_decay,
@@ -251,14 +251,14 @@ def _paired_lora_a_name(name: str) -> str | None:
     return None
 
 
-def _adapter_scaling(model: nn.Module, name: str) -> float | None:
+def _scaling_for_factor(model: nn.Module, factor_name: str) -> float | None:
     """Return an adapter's scaling in a layer, given the name of a factor in that layer.
 
-    Returns None if ``name`` is not the name of a parameter of lora_A or lora_B.
+    Returns None if ``factor_name`` does not name a parameter of lora_A or lora_B.
     """
     for pair in _PAIRS:
         for place in pair:
-            layer, found, rest = name.rpartition(place)
+            layer, found, rest = factor_name.rpartition(place)
             if found:
                 scalings: Any = model.get_submodule(layer).scaling
                 return float(scalings[rest.split(".")[0]])

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from fastlora.layers import FastLoraLinear, FastLoraWrapper, LoraLayer
-from fastlora.layers.base_layers import fallback_reason_not_plain
+from fastlora.layers.base_layers import fallback_reason_not_plain_linear
 from fastlora.layers.layer_kinds import LINEAR
 from fastlora.model import inject
 from fastlora.model.config import LoraConfig
@@ -146,7 +146,7 @@ class PoolLayers:
         module: Any = self._model.get_submodule(name)
         layer: Any = (
             FastLoraWrapper(module)
-            if fallback_reason_not_plain(module)
+            if fallback_reason_not_plain_linear(module)
             else FastLoraLinear.from_linear(module, adapter_name=None)
         )
         layer.routing_group, layer.routing_index = self.group, number

@@ -18,7 +18,7 @@ from fastlora.pool.reader import AdapterReader
 from fastlora.pool.records import LoadedAdapter, PoolStats, RegisteredAdapter
 from fastlora.pool.scales import DoraScaleUpdater
 from fastlora.pool.tiers import StorageTiers, adapter_not_found_error
-from fastlora.pool.transfers import Transfers
+from fastlora.pool.transfers import DeviceTransfers
 from fastlora.validation import AdapterStateError, PoolClosedError, PoolFullError
 
 # Number of prefetch threads. With several, an adapter that is slow to read does not delay others.
@@ -106,7 +106,7 @@ class LeaseManager:
         self,
         reader: AdapterReader,
         tiers: StorageTiers,
-        transfers: Transfers,
+        transfers: DeviceTransfers,
         scales: DoraScaleUpdater,
     ) -> None:
         self._reader, self._tiers, self._transfers = reader, tiers, transfers
@@ -345,7 +345,7 @@ class LeaseManager:
                         events.append(event)
                     elif event is not None and event is loaded.written:
                         loaded.written = None  # permanently, because it is copied only once
-            self._transfers.wait_for_writes(events)
+            self._transfers.make_stream_wait_for_writes(events)
         except BaseException:
             lease.release()
             raise

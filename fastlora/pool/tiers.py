@@ -14,7 +14,7 @@ from weakref import WeakValueDictionary
 from fastlora.pool.address_tables import NO_COLUMN, PoolTables
 from fastlora.pool.packed_adapter import PackedAdapter
 from fastlora.pool.records import LoadedAdapter, RegisteredAdapter
-from fastlora.pool.transfers import Transfers
+from fastlora.pool.transfers import DeviceTransfers
 from fastlora.validation import AdapterNotFoundError, AdapterStateError, PoolFullError, near_names
 
 
@@ -48,7 +48,7 @@ class StorageTiers:
     def __init__(
         self,
         tables: PoolTables,
-        transfers: Transfers,
+        transfers: DeviceTransfers,
         device_bytes: int | None,
         cpu_bytes: int | None,
     ) -> None:
@@ -158,7 +158,7 @@ class StorageTiers:
             self._remove_from_device(name)
         else:
             if old is not None:
-                self._free_when_unleased(self.device.pop(name))
+                self._free_memory_when_unleased(self.device.pop(name))
             self.device[name] = loaded
         if loaded is None or not self._transfers.shares_memory:
             self._add_to_cpu_lru(name, image)
@@ -362,12 +362,12 @@ class StorageTiers:
         loaded = self.device.pop(name, None)
         if loaded is not None:
             # Retire it first: captured graphs that still run look up its slot.
-            self._free_when_unleased(loaded)
+            self._free_memory_when_unleased(loaded)
             with self._transfers.ordered_writes():
                 self._tables.assign(loaded.slot, NO_COLUMN)
             self._free_slots.append(loaded.slot)
 
-    def _free_when_unleased(self, loaded: LoadedAdapter) -> None:
+    def _free_memory_when_unleased(self, loaded: LoadedAdapter) -> None:
         """Free a removed adapter's memory once the adapter is no longer leased.
 
         If the adapter is leased, its memory is freed when the last lease on it ends.

@@ -19,7 +19,7 @@ from fastlora.pool.packed_adapter import PackedAdapter
 from fastlora.validation import AdapterStateError
 
 
-class Transfers:
+class DeviceTransfers:
     """Base class of transfers of packed adapters to the device.
 
     It is itself used for CPUs, and then copies nothing.
@@ -47,7 +47,7 @@ class Transfers:
         """Return whether an event has completed."""
         return True
 
-    def wait_for_writes(self, events: Iterable[Any]) -> None:
+    def make_stream_wait_for_writes(self, events: Iterable[Any]) -> None:
         """Make the current stream wait for the given write events.
 
         On a CPU, do nothing.
@@ -64,7 +64,7 @@ class Transfers:
         """Make later writes to adapters and tables wait for the given read events."""
 
 
-class AsyncCudaTransfers(Transfers):
+class AsyncCudaTransfers(DeviceTransfers):
     """Transfers packed adapters to a GPU asynchronously, on a separate CUDA stream.
 
     The adapters are copied from page-locked memory.
@@ -103,7 +103,7 @@ class AsyncCudaTransfers(Transfers):
         """
         return not torch.cuda.is_current_stream_capturing() and event.query()
 
-    def wait_for_writes(self, events: Iterable[torch.cuda.Event]) -> None:
+    def make_stream_wait_for_writes(self, events: Iterable[torch.cuda.Event]) -> None:
         """Make the current stream wait for the given write events.
 
         Raises:
@@ -138,8 +138,8 @@ class AsyncCudaTransfers(Transfers):
             self._stream.wait_event(event)
 
 
-def make_transfers(device: torch.device) -> Transfers:
-    """Return the `Transfers` object for a pool on a CPU or CUDA device.
+def make_transfers(device: torch.device) -> DeviceTransfers:
+    """Return the `DeviceTransfers` object for a pool on a CPU or CUDA device.
 
     Raises:
         ValueError: The device is of another type.
@@ -148,4 +148,4 @@ def make_transfers(device: torch.device) -> Transfers:
         return AsyncCudaTransfers(device)
     if device.type != "cpu":
         raise ValueError(f"device is {device}, expected a CPU or a CUDA device")
-    return Transfers()
+    return DeviceTransfers()

@@ -72,7 +72,7 @@ def activate_routing(routing: Routing) -> Iterator[None]:
     """
     checks = routing.group.row_checks if routing.may_mix else None
     row_checker = routing.cache.row_checker = (
-        None if checks is None else checks.block_checker(routing.ids.numel())
+        None if checks is None else checks.block_checker_unless_all_checked(routing.ids.numel())
     )
     routing.group.change_open_blocks(1)
     try:
@@ -145,7 +145,7 @@ def check_batch_matches_ids(
         return
     named = [kwargs[name] for name in ("input_ids", "inputs_embeds", "inputs") if name in kwargs]
     if not is_being_compiled() and routing.cache.row_checker is not None:
-        routing.cache.row_checker.record_inputs_in_order((*args, *kwargs.values()))
+        routing.cache.row_checker.record_model_inputs_in_order((*args, *kwargs.values()))
     x = next((v for v in (*named, *args, *kwargs.values()) if isinstance(v, torch.Tensor)), None)
     if x is None or not x.dim():
         return

@@ -1,6 +1,6 @@
 """Caches for mixed batches: one per `fastlora.adapters` block, and one per model for all blocks.
 
-A `Routing` is immutable and refers to one `BlockCache`. A model's `RoutingGroup` refers to one
+A `Routing` is immutable and refers to one `PerBlockCache`. A model's `RoutingGroup` refers to one
 `AdapterSetCache`.
 `AdapterSetCache.clear` invalidates everything that is cached for the LoRA factors.
 """
@@ -188,7 +188,7 @@ class AdapterSetCache:
 
 
 @dataclass(eq=False)
-class BlockCache:
+class PerBlockCache:
     """The cache of one `fastlora.adapters` block.
 
     Each entry is computed at most once per block.

@@ -19,11 +19,11 @@ import torch
 from torch import nn
 
 from fastlora.ops.rows import Rows, sort_rows
-from fastlora.ops.seeds import layer_seeds, seeds_of_layer
+from fastlora.ops.seeds import derive_seeds_of_layer, layer_seeds
 from fastlora.routing.caches import (
     AdapterSetCache,
-    BlockCache,
     PackedAdapterSet,
+    PerBlockCache,
     RoutedLayer,
     cuda_stream_handle,
 )
@@ -126,7 +126,7 @@ class Routing:
     unused_gradients: bool = False
     whole: Routing | None = None
     captured: bool = False
-    cache: BlockCache = field(default_factory=BlockCache, repr=False)
+    cache: PerBlockCache = field(default_factory=PerBlockCache, repr=False)
 
     def sorted_rows(self, m: int, device: torch.device, *, host: bool = False) -> Rows:
         """Return the rows, sorted by adapter, of a layer input with ``m`` rows.
@@ -227,7 +227,7 @@ class Routing:
             known = self.cache.seeds[key] = dict(zip(numbers, made.unbind(), strict=True))
         if number not in known:  # The layer was added after the block began.
             with torch.inference_mode(False):
-                known[number] = seeds_of_layer(self.seeds, number).to(device)
+                known[number] = derive_seeds_of_layer(self.seeds, number).to(device)
         return known[number]
 
     def cached_adapter_set(self, key: tuple[Hashable, ...]) -> PackedAdapterSet:

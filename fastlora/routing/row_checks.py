@@ -91,7 +91,7 @@ class RowChecks:
                 root, name, layer
             )
 
-    def block_checker(self, count: int) -> BlockRowChecker | None:
+    def block_checker_unless_all_checked(self, count: int) -> BlockRowChecker | None:
         """Return the context manager that checks a block, or None if all layers are checked.
 
         Args:
@@ -115,7 +115,7 @@ class RowChecks:
         """Return the reason why a layer does not support mixed batches, or None if it does."""
         return self._unsupported.get(layer.routing_index)
 
-    def record_block(
+    def record_tracked_block(
         self, mode: bool, ran: Iterable[RoutedLayer], even: Collection[int] = ()
     ) -> None:
         """Record the result of a block in which rows were tracked.
@@ -199,9 +199,9 @@ class BlockRowChecker:
         if self.order is not None:
             self.order.__exit__(kind, error, trace)
             if kind is None:
-                self._checks.record_block(self._mode, self._ran.values(), self._even)
+                self._checks.record_tracked_block(self._mode, self._ran.values(), self._even)
 
-    def record_inputs_in_order(self, inputs: Iterable[object]) -> None:
+    def record_model_inputs_in_order(self, inputs: Iterable[object]) -> None:
         """Record that the rows of a model's input tensors are in the order of the batch."""
         if self.order is not None:
             self.order.record_in_order(inputs)

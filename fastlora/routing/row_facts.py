@@ -140,7 +140,7 @@ class RowFactsTable:
         if len(shape) < lead:
             return None
         if facts.kind in ORDERED:
-            moved = row_samples.is_permuted(tensor)
+            moved = row_samples.has_stride_larger_than_first(tensor)
             return None if moved else row_samples.samples_in_order(shape, self.count)
         if facts.kind in TABLES:
             return row_samples.no_samples(shape)
@@ -155,7 +155,9 @@ class RowFactsTable:
         if known is None or storage_key(out) == storage_key(source):
             return known
         lead = max(out.dim() - 1, 1)
-        if source.shape[:lead] != out.shape[:lead] or not row_samples.covers_storage(out):
+        if source.shape[:lead] != out.shape[:lead] or not row_samples.covers_storage_contiguously(
+            out
+        ):
             return None
         found = self.samples(source, lead)
         return None if found is None else found.flatten()

@@ -127,7 +127,7 @@ def _counts_up_through_all_rows(
     """Return whether ``index`` lists all indices of the first dimension of ``rows`` in order."""
     if known.facts_of(index).kind is not RowOrigin.COUNTED or index.shape[:1] != rows.shape[:1]:
         return False
-    return not row_samples.is_host_readable(index) or bool((index.flatten().diff() >= 0).all())
+    return not row_samples.host_can_read_values(index) or bool((index.flatten().diff() >= 0).all())
 
 
 def _table_lookup_facts(known: RowFactsTable, kind: RowOrigin, indices: Indices) -> RowFacts:
@@ -203,7 +203,7 @@ def _samples_after_write(
 ) -> torch.Tensor | None:
     """Return the sample of each row of ``dest`` after the write, or None if unknown."""
     lead = row_samples.indexed_dimensions(indices)
-    if not row_samples.covers_storage(dest) or not isinstance(values, torch.Tensor):
+    if not row_samples.covers_storage_contiguously(dest) or not isinstance(values, torch.Tensor):
         return None
     before: torch.Tensor | None = row_samples.no_samples(dest.shape[:lead])
     if held is not None:

@@ -53,7 +53,7 @@ def is_in_order(samples: torch.Tensor, count: int, *, blanks: bool = False) -> b
     return bool((fits | (samples == NO_SAMPLE) if blanks else fits).all())
 
 
-def is_permuted(tensor: torch.Tensor) -> bool:
+def has_stride_larger_than_first(tensor: torch.Tensor) -> bool:
     """Return whether a later dimension has a larger stride than the first, as after a permute."""
     sizes, strides = tensor.shape, tensor.stride()
     if not sizes or sizes[0] == 1:
@@ -89,7 +89,7 @@ def storage_numel(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage().nbytes() // tensor.element_size()
 
 
-def covers_storage(tensor: torch.Tensor) -> bool:
+def covers_storage_contiguously(tensor: torch.Tensor) -> bool:
     """Return whether a tensor is contiguous and covers its whole storage."""
     return tensor.is_contiguous() and tensor.numel() == storage_numel(tensor)
 
@@ -104,12 +104,12 @@ def read_indices(indices: Indices) -> list[torch.Tensor | None] | None:
 
     They are copied to the CPU.
     """
-    if not all(index is None or is_host_readable(index) for index in indices):
+    if not all(index is None or host_can_read_values(index) for index in indices):
         return None
     return [None if index is None else index.cpu() for index in indices]
 
 
-def is_host_readable(tensor: torch.Tensor) -> bool:
+def host_can_read_values(tensor: torch.Tensor) -> bool:
     """Return whether the host can read a tensor's values.
 
     The result is False during the capture of a CUDA graph, and for meta tensors and subclasses.

@@ -111,7 +111,7 @@ class RowTrackingMode(TorchDispatchMode):
         if x.dim() > 2 and x.shape[0] == self._known.count:
             return False
         rows = x.numel() // max(x.shape[-1], 1)
-        if not rows or not row_samples.is_host_readable(x):
+        if not rows or not row_samples.host_can_read_values(x):
             return False
         if rows % self._known.count:
             return True

@@ -169,7 +169,7 @@ class DeadlineProtocol(H11Protocol):
         self.transport.abort()
 
     def _update_deadline(self) -> None:
-        self._deadline.restart_for_event(self._waits_for())
+        self._deadline.restart_if_event_changed(self._waits_for())
 
     def _waits_for(self) -> AwaitedEvent | None:
         if self.transport.is_closing() or self.flow.write_paused:
@@ -180,7 +180,7 @@ class DeadlineProtocol(H11Protocol):
         return AwaitedEvent.BODY if self.conn.their_state is h11.SEND_BODY else None
 
     def _leave(self) -> None:
-        self._deadline.restart_for_event(None)
+        self._deadline.restart_if_event_changed(None)
         self._every.open -= self._counted
         self._counted = False
 
@@ -197,7 +197,7 @@ class Deadline:
         self.waits: AwaitedEvent | None = None
         self._timer: asyncio.TimerHandle | None = None
 
-    def restart_for_event(self, waits: AwaitedEvent | None) -> None:
+    def restart_if_event_changed(self, waits: AwaitedEvent | None) -> None:
         """Restart the deadline if the connection now waits for a different event."""
         if waits is self.waits:
             return

@@ -21,7 +21,7 @@ from fastlora.serve.adapters import AdapterVersion, ServedAdapters
 from fastlora.serve.detokenizer import IncrementalDetokenizer
 from fastlora.serve.engine_request import (
     AnswerChunk,
-    ClosedError,
+    ClosedOrCanceledError,
     EngineRequest,
     EngineStats,
     QueueFullError,
@@ -69,7 +69,9 @@ class Engine:
         self._changed = threading.Condition()
         self._waiting: deque[EngineRequest] = deque()
         self._tokenizer, ends = tokenizer, end_token_ids(model, tokenizer)
-        self._running = RunningBatch(ends, self._pool, cached, self.stats, self._release_and_report)
+        self._running = RunningBatch(
+            ends, self._pool, cached, self.stats, self._release_adapter_and_report_error
+        )
         self._closing = False
         self._thread = threading.Thread(
             target=self._thread_main, name="fastlora-engine", daemon=True
@@ -96,12 +98,12 @@ class Engine:
             AdapterNotFoundError: The adapter does not exist.
             CheckpointError: The adapter is damaged.
             QueueFullError: Too many requests are waiting.
-            ClosedError: The engine is shutting down.
+            ClosedOrCanceledError: The engine is shutting down.
         """
         sampling = self._resolve_max_tokens(prompt, sampling)
         with self._changed:
             if self._closing:
-                raise ClosedError("the server is shutting down")
+                raise ClosedOrCanceledError("the server is shutting down")
             if len(self._waiting) >= self._max_waiting:
                 self.stats.requests_refused += 1
                 raise QueueFullError(
@@ -126,7 +128,7 @@ class Engine:
         """Close the engine, waiting at most ``timeout`` seconds for its requests to finish.
 
         The engine accepts no more requests. Requests that have not finished after ``timeout``
-        seconds fail with `ClosedError`.
+        seconds fail with `ClosedOrCanceledError`.
         """
         with self._changed:
             self._closing = True
@@ -204,7 +206,7 @@ class Engine:
                         return
                     self._changed.wait()
             try:
-                self._end_canceled()
+                self._end_all_canceled_requests()
                 self._admit_waiting()
                 self._running.prefill_and_decode()
             except Exception as error:  # an internal error must not leave requests unanswered
@@ -218,7 +220,7 @@ class Engine:
             for job in self._waiting
         )
 
-    def _end_canceled(self) -> None:
+    def _end_all_canceled_requests(self) -> None:
         """End all requests that have been canceled."""
         self._running.remove_canceled()
         with self._changed:
@@ -226,7 +228,7 @@ class Engine:
             for job in gone:
                 self._waiting.remove(job)
         for job in gone:
-            self._release_and_report(job, None)
+            self._release_adapter_and_report_error(job, None)
 
     def _admit_waiting(self) -> None:
         """Move waiting requests into the batch in order of arrival.
@@ -253,7 +255,7 @@ class Engine:
                         _log.exception("loading adapter %r to the device failed", version.served_as)
                     with self._changed:
                         self._waiting.remove(job)
-                    self._release_and_report(job, to_client_error(error))
+                    self._release_adapter_and_report_error(job, to_client_error(error))
                     continue
                 if job.lease is None:
                     blocked.append(job)
@@ -284,7 +286,9 @@ class Engine:
                 return None
             raise
 
-    def _release_and_report(self, job: EngineRequest, error: FastLoraError | None) -> None:
+    def _release_adapter_and_report_error(
+        self, job: EngineRequest, error: FastLoraError | None
+    ) -> None:
         """Release a request's adapter, and report an error unless the request has already ended.
 
         Without ``error``, the reported error says that the request was canceled.
@@ -296,7 +300,7 @@ class Engine:
         job.ended = True
         if error is None:
             self.stats.requests_cancelled += 1
-            error = ClosedError("the request was canceled")
+            error = ClosedOrCanceledError("the request was canceled")
         else:
             self.stats.requests_failed += 1
         job.emit(AnswerChunk(error=error))

@@ -18,7 +18,7 @@ class QueueFullError(FastLoraError):
     """Too many requests are waiting. The client should try again later."""
 
 
-class ClosedError(FastLoraError):
+class ClosedOrCanceledError(FastLoraError):
     """The engine is closed, or the request was canceled."""
 
 

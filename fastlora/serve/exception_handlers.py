@@ -10,7 +10,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from fastlora.serve.engine_request import ClosedError, QueueFullError
+from fastlora.serve.engine_request import ClosedOrCanceledError, QueueFullError
 from fastlora.serve.keys import AdminKeyError
 from fastlora.validation import (
     AdapterNotFoundError,
@@ -28,7 +28,7 @@ _STATUS: tuple[tuple[type[FastLoraError], int, str, str | None], ...] = (
     (AdapterNotFoundError, 404, "invalid_request_error", "model_not_found"),
     (AdminKeyError, 403, "invalid_request_error", "admin_key_required"),
     (QueueFullError, 429, "rate_limit_error", "queue_full"),
-    (ClosedError, 503, "server_error", "shutting_down"),
+    (ClosedOrCanceledError, 503, "server_error", "shutting_down"),
     (PoolClosedError, 503, "server_error", "shutting_down"),
     (CheckpointError, 422, "invalid_request_error", "adapter_damaged"),
     (PoolFullError, 422, "invalid_request_error", "adapter_too_large"),

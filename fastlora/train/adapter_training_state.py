@@ -83,7 +83,7 @@ class AdapterTrainingState:
         self.seed = seed
         self.counts = AdapterCounts()
 
-    def check_trainable(self) -> None:
+    def check_has_trainable_parameters(self) -> None:
         """Raise `AdapterStateError` unless the adapter still has trainable parameters."""
         if not any(parameter.requires_grad for parameter in self.parameters):
             raise AdapterStateError(_frozen(self.name))

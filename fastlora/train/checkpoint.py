@@ -87,7 +87,7 @@ def write_checkpoint(root: Path, state: CheckpointState, max_to_keep: int) -> It
     """
     target = checkpoint_path(root, state.step)
     with (
-        as_checkpoint_error(target, "; older checkpoints are unchanged"),
+        write_error_as_checkpoint_error(target, "; older checkpoints are unchanged"),
         atomic_new_folder(target) as partial,
     ):
         yield checkpoint_adapters_folder(partial)
@@ -96,7 +96,7 @@ def write_checkpoint(root: Path, state: CheckpointState, max_to_keep: int) -> It
 
 
 @contextlib.contextmanager
-def as_checkpoint_error(folder: Path, consequence: str = "") -> Iterator[None]:
+def write_error_as_checkpoint_error(folder: Path, consequence: str = "") -> Iterator[None]:
     """Convert a write error in the block to a `CheckpointError` that names ``folder``."""
     try:
         yield

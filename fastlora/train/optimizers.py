@@ -248,7 +248,7 @@ class AdapterOptimizers:
                 the batch and ``losses`` has no graph.
         """
         for name in losses.values:
-            self._adapter_state(name).check_trainable()
+            self._adapter_state(name).check_has_trainable_parameters()
         agreed = self._group.agree_on_finite_losses(losses)
         for name in agreed.left_out:
             self._adapters[name].counts.non_finite_losses += 1

@@ -254,7 +254,9 @@ class Run:
         # Only the number of steps may change; the learning rates follow it.
         found = checkpoint.identity_differences({**state.identity, "steps": steps}, self.identity)
         if found:
-            raise CheckpointError(f"{path} is from a different run: {_join_first(found, 5, '; ')}")
+            raise CheckpointError(
+                f"{path} is from a different run: {_join_first_and_count_rest(found, 5, '; ')}"
+            )
         if steps < state.step:
             raise CheckpointError(
                 f"{path}: {state.step} steps are already done, but the run has only {steps}; set "
@@ -359,7 +361,7 @@ class Run:
         The run then ends after the current step.
         """
         try:
-            with run_log.as_train_error(what):
+            with run_log.os_error_as_train_error(what):
                 yield
         except TrainError as error:
             self._failure = self._failure or error
@@ -411,7 +413,7 @@ class Run:
             return {}
         evaluated = self.evaluate() if self.held_out else {}
         if not self._run_should_stop():
-            self.log_answers()
+            self.generate_and_log_answers()
         return evaluated
 
     def _no_step_completed(self) -> bool:
@@ -553,7 +555,11 @@ class Run:
             if found
             else "no checkpoint has been saved yet"
         )
-        samples = f". Its samples in that step: {_join_first(sources, 3, '; ')}" if sources else ""
+        samples = (
+            f". Its samples in that step: {_join_first_and_count_rest(sources, 3, '; ')}"
+            if sources
+            else ""
+        )
         return NonFiniteError(f"step {step}: {text}; training stopped; {last}{samples}", step, name)
 
     @torch.no_grad()
@@ -571,7 +577,7 @@ class Run:
         self._write_log_and_trackers({"step": self.step, "eval_loss": found})
         return found
 
-    def log_answers(self) -> None:
+    def generate_and_log_answers(self) -> None:
         """Generate each adapter's answers to its prompts, and log them.
 
         Only the main process does this. The other processes wait at the next step.
@@ -676,17 +682,17 @@ class Run:
             f"{name} {value:.3f}" + (f" ({skipped[name]} skipped)" if name in skipped else "")
             for name, value in self.losses.items()
         ]
-        return _join_first(shown, 6, ", ")
+        return _join_first_and_count_rest(shown, 6, ", ")
 
 
 def save_adapter(model: LoraModel, name: str, folder: Path) -> None:
     """Write one adapter to a folder in PEFT's format; see `save_adapter_folder`."""
     tensors = adapter_state.adapter_file_state_dict(model, name, model.state_dict(), "auto")
-    with checkpoint.as_checkpoint_error(folder):
+    with checkpoint.write_error_as_checkpoint_error(folder):
         save_adapter_folder(folder, model.peft_config[name], tensors)
 
 
-def _join_first(items: Sequence[str], count: int, separator: str) -> str:
+def _join_first_and_count_rest(items: Sequence[str], count: int, separator: str) -> str:
     """Join the first ``count`` items, and append the number of remaining items."""
     more = [f"and {len(items) - count} more"] if len(items) > count else []
     return separator.join([*items[:count], *more])

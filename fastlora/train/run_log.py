@@ -42,7 +42,7 @@ class RunLog:
 
     def __init__(self, folder: Path, step: int, *, evaluates: bool = False) -> None:
         self.path = folder / LOG
-        with as_train_error(self.path):
+        with os_error_as_train_error(self.path):
             folder.mkdir(parents=True, exist_ok=True)
             lines: list[str] = []
             if self.path.is_file():
@@ -63,8 +63,10 @@ class RunLog:
 
         The entry has the key ``"step"``. Non-finite numbers are written as null.
         """
-        with as_train_error(self.path):
-            self._file.write(json.dumps(_replace_non_finite(entry), allow_nan=False) + "\n")
+        with os_error_as_train_error(self.path):
+            self._file.write(
+                json.dumps(_replace_non_finite_with_none(entry), allow_nan=False) + "\n"
+            )
 
     def close(self) -> None:
         """Close the log file.
@@ -91,7 +93,7 @@ class LoggedLoss(NamedTuple):
 def read_logged_losses(folder: Path) -> list[LoggedLoss]:
     """Read all training and evaluation losses from the log in ``folder``, in step order."""
     path = folder / LOG
-    with as_train_error(path):
+    with os_error_as_train_error(path):
         lines = path.read_text(encoding="utf-8").splitlines()
     found = []
     for entry in map(json.loads, lines):
@@ -115,7 +117,7 @@ def write_loss_table(folder: Path, losses: Sequence[LoggedLoss]) -> Path:
     """Write the losses to ``losses.csv`` in ``folder``, and return the path of the file."""
     path = folder / TABLE
     with (
-        as_train_error(path),
+        os_error_as_train_error(path),
         atomic_replace_file(path) as partial,
         partial.open("w", newline="") as file,
     ):
@@ -161,7 +163,7 @@ def plot_losses(folder: Path, losses: Sequence[LoggedLoss]) -> Path | None:
         axes.margins(x=0.02)
         axes.legend(fontsize="small", ncols=1 + len(names) // 12)
     path = folder / PICTURE
-    with as_train_error(path), atomic_replace_file(path) as partial:
+    with os_error_as_train_error(path), atomic_replace_file(path) as partial:
         canvas.print_png(str(partial))
     return path
 
@@ -187,7 +189,7 @@ def _moving_average(values: Sequence[float]) -> list[float]:
 
 
 @contextlib.contextmanager
-def as_train_error(what: Path | str) -> Iterator[None]:
+def os_error_as_train_error(what: Path | str) -> Iterator[None]:
     """Convert an `OSError` raised in the block to a `TrainError` that names ``what``."""
     try:
         yield
@@ -209,12 +211,12 @@ def flatten_for_trackers(values: Mapping[str, Any], prefix: str = "") -> dict[st
     return found
 
 
-def _replace_non_finite(value: Any) -> Any:
+def _replace_non_finite_with_none(value: Any) -> Any:
     """Return a copy of a log entry in which NaN and infinite numbers are replaced with None."""
     if isinstance(value, dict):
-        return {key: _replace_non_finite(part) for key, part in value.items()}
+        return {key: _replace_non_finite_with_none(part) for key, part in value.items()}
     if isinstance(value, list):
-        return [_replace_non_finite(part) for part in value]
+        return [_replace_non_finite_with_none(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

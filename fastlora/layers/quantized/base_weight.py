@@ -1,6 +1,6 @@
 """The interface of a kind of quantized weight, and the registry of kinds.
 
-A kind is a subclass of `QuantizedBaseWeight` with the decorator `register_quantized_weight`. It
+A kind is a subclass of `BaseQuantizedWeight` with the decorator `register_quantized_weight`. It
 defines the modules that it supports, methods that return their weight as a dense matrix (as a whole
 or some rows at a time) or in the form that kernels read, and a method with which a merge writes the
 weight.
@@ -25,8 +25,8 @@ PIECES = 16
 # A weight with fewer than twice this number of elements is made as a whole for a norm, because each
 # piece costs a call.
 _WHOLE = 1 << 19
-_Kind = TypeVar("_Kind", bound="type[QuantizedBaseWeight]")
-_kinds: list[type[QuantizedBaseWeight]] = []
+_Kind = TypeVar("_Kind", bound="type[BaseQuantizedWeight]")
+_kinds: list[type[BaseQuantizedWeight]] = []
 # Module classes that return a new tensor and keep no reference to it.
 UNREFERENCED_OUTPUT_MODULES: set[str] = set()
 
@@ -39,7 +39,7 @@ class KernelsCannotRead(Exception):  # noqa: N818
     """
 
 
-class QuantizedBaseWeight(MergeTarget):
+class BaseQuantizedWeight(MergeTarget):
     """Base class of quantized base weights.
 
     A subclass supports one kind of quantization. `dense` returns a new tensor. A kind that does not
@@ -166,7 +166,7 @@ class QuantizedBaseWeight(MergeTarget):
         return QuantizedTensor(quantized_data, self.make_dequantizer(dtype), dtype, data_tensors)
 
     @property
-    def description(self) -> str:
+    def quantization_name(self) -> str:
         """Name of the weight's quantization, for the fusion report."""
         return self.backend or type(self).__name__
 
@@ -304,8 +304,8 @@ def qualified_class_name(module: object) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
-def quantized_weight_of(module: object) -> QuantizedBaseWeight | None:
-    """Return a module's `QuantizedBaseWeight`, or None if no registered kind supports the module.
+def quantized_weight_of(module: object) -> BaseQuantizedWeight | None:
+    """Return a module's `BaseQuantizedWeight`, or None if no registered kind supports the module.
 
     Raises:
         UnsupportedLayerError: The library has not quantized the weight yet.

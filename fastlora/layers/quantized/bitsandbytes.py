@@ -15,8 +15,8 @@ from torch import nn
 from fastlora.layers.merge_target import Fingerprint
 from fastlora.layers.quantized.base_weight import (
     PIECES,
+    BaseQuantizedWeight,
     KernelsCannotRead,
-    QuantizedBaseWeight,
     address_tensor,
     check_decoded_values,
     check_weight_tensor,
@@ -32,7 +32,7 @@ _NESTED_BLOCK = 256
 
 
 @register_quantized_weight
-class BitsAndBytes4Bit(QuantizedBaseWeight):
+class BitsAndBytes4Bit(BaseQuantizedWeight):
     """Weight of a bitsandbytes `Linear4bit`, stored as blocks of 4-bit codes with one absmax each.
 
     In evaluation on a CPU, bitsandbytes repacks the codes for its product, and rounds the blocks'
@@ -162,7 +162,7 @@ class BitsAndBytes4Bit(QuantizedBaseWeight):
         return QuantizedData(kind, codes, address_tensor(*parts), n, k, block), (codes, *parts)
 
     @property
-    def description(self) -> str:
+    def quantization_name(self) -> str:
         state = self.weight.quant_state
         return f"{state.quant_type}{' nested' if state.nested else ''}"
 
@@ -294,7 +294,7 @@ class BitsAndBytes4Bit(QuantizedBaseWeight):
 
 
 @register_quantized_weight
-class BitsAndBytes8Bit(QuantizedBaseWeight):
+class BitsAndBytes8Bit(BaseQuantizedWeight):
     """Weight of a bitsandbytes `Linear8bitLt`, stored as int8 codes with one absmax per row."""
 
     backend = "bnb 8bit"

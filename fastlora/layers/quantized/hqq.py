@@ -7,12 +7,12 @@ from typing import Any, NoReturn
 
 import torch
 
-from fastlora.layers.quantized.base_weight import QuantizedBaseWeight, register_quantized_weight
+from fastlora.layers.quantized.base_weight import BaseQuantizedWeight, register_quantized_weight
 from fastlora.validation import UnsupportedLayerError
 
 
 @register_quantized_weight
-class HqqWeight(QuantizedBaseWeight):
+class HqqWeight(BaseQuantizedWeight):
     """Weight of an `HQQLinear`, stored as codes with a zero point and a scale for each group."""
 
     peft_layer = ("peft.tuners.lora.hqq", "HqqLoraLinear")

@@ -11,8 +11,8 @@ import torch
 
 from fastlora.layers.quantized.base_weight import (
     PIECES,
+    BaseQuantizedWeight,
     KernelsCannotRead,
-    QuantizedBaseWeight,
     address_tensor,
     check_decoded_values,
     check_weight_tensor,
@@ -30,7 +30,7 @@ _LOADERS = {
 
 
 @register_quantized_weight
-class TorchaoWeight(QuantizedBaseWeight):
+class TorchaoWeight(BaseQuantizedWeight):
     """Weight quantized by torchao, such as int8 or float8 with one scale per row or per tensor."""
 
     backend = "torchao"
@@ -89,7 +89,7 @@ class TorchaoWeight(QuantizedBaseWeight):
         return quantized_data, (codes, scale)
 
     @property
-    def description(self) -> str:
+    def quantization_name(self) -> str:
         return f"torchao {self.weight.qdata.dtype}".replace("torch.", "")
 
     def make_dequantizer(self, dtype: torch.dtype) -> Callable[[], torch.Tensor]:

@@ -297,19 +297,19 @@ def gradients(
     own_base: bool,
     wants_x: bool,
     wants_weight: bool,
-    wants: Sequence[bool],
+    wants_factors: Sequence[bool],
 ) -> tuple[_Gradient, _Gradient, list[_Gradient]]:
     """Return the gradients of x, of the weight, and of the factors.
 
     The result is a tuple, whose last item is the list of the factors' gradients. The factors are
-    lora_a, lora_b, and the magnitude, and ``wants`` tells whose gradients are wanted. A
+    lora_a, lora_b, and the magnitude, and ``wants_factors`` tells whose gradients are wanted. A
     gradient that is not wanted is None. ``dy [M, N]`` is in x's dtype. ``rows`` is x, and is needed
     for the gradients of the weight and of lora_a. s is needed for the gradients of lora_b and of
     the magnitude, and z for the gradient of the magnitude. If ``own_base`` is set, the forward pass
     has computed the base layer's output too, and the gradients include those of the base product.
     """
     lora_a, lora_b, magnitude, squares, scaling, *_ = adapter
-    wants_a, wants_b, wants_magnitude = wants
+    wants_a, wants_b, wants_magnitude = wants_factors
     d_weight = d_lora_a = d_lora_b = d_magnitude = dx = sums = None
     scale = dora_scale(magnitude, squares)
     if z is None or not wants_magnitude:

@@ -228,7 +228,7 @@ def scale_(
     y: torch.Tensor,
     bias: torch.Tensor | None,
     rows: _Tensors,
-    scale_address: torch.Tensor,
+    dora_scale_address: torch.Tensor,
     index: int,
 ) -> None:
     """Scale the rows of y by their adapters' DoRA scales, in place.
@@ -239,7 +239,7 @@ def scale_(
         return
     batch, shift = rows_from_tensors(rows), None if bias is None else bias.to(y.dtype)
     for slot, start, stop in batch.segments:
-        own, address = batch.order[start:stop].long(), int(scale_address[index, slot])
+        own, address = batch.order[start:stop].long(), int(dora_scale_address[index, slot])
         if address == PENDING:
             y[own] = float("nan")
         elif address:

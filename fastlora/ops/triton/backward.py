@@ -44,7 +44,7 @@ from fastlora.quantized_tensor import QuantizedData
 
 _Tensors = Sequence[torch.Tensor]
 _Factors = Sequence[torch.Tensor | None]
-_GradB = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+_DsGradBColumnSums = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 # ------------------------------------------------------------------------------------ operators
 
@@ -58,7 +58,7 @@ def grad_b(
     with_bias: Sequence[bool],
     scaling: torch.Tensor,
     with_factors: bool,
-) -> _GradB:
+) -> _DsGradBColumnSums:
     """Return ds, the gradients of lora_b and lora_bias, and the column sums of dy.
 
     The column sums are computed only for one slot.
@@ -194,7 +194,7 @@ def _grad_b_one_adapter(
     lora_b: torch.Tensor,
     scaling: torch.Tensor,
     with_bias: bool,
-) -> _GradB:
+) -> _DsGradBColumnSums:
     """Return ds, the gradient of lora_b, and the column sums of dy for one adapter.
 
     If partial sums of ds would cost more than another read of dy, a library product computes ds.
@@ -369,7 +369,7 @@ def _mixed_grad_b(
     with_bias: Sequence[bool],
     scaling: torch.Tensor,
     with_factors: bool,
-) -> _GradB:
+) -> _DsGradBColumnSums:
     """Return ds and the gradients of lora_b and lora_bias for a mixed batch.
 
     The result is that of `grad_b`. One launch reads dy and writes partial sums, and a second launch

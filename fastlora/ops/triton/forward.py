@@ -47,7 +47,7 @@ def scale_(
     y: torch.Tensor,
     bias: torch.Tensor | None,
     rows: Sequence[torch.Tensor],
-    scale_address: torch.Tensor,
+    dora_scale_address: torch.Tensor,
     index: int,
 ) -> None:
     """Scale the rows of y by their adapters' DoRA scales, in place.
@@ -56,6 +56,6 @@ def scale_(
     """
     whole_bias = None if bias is None else bias.contiguous()
     mixed_dora_scale.launch_mixed_dora_scale(
-        *(y, whole_bias, rows, scale_address[index]),
+        *(y, whole_bias, rows, dora_scale_address[index]),
         config=config_of("mixed_dora_scale", y, *y.shape),
     )

@@ -14,7 +14,7 @@ from fastlora.kernels import lora_shrink, plane_sums
 from fastlora.kernels.launch import cached_launches, empty
 from fastlora.kernels.mixed_rows import DropoutTables, RankRows
 from fastlora.ops.factors import AddressTables, Factor, replace_missing_with_empty
-from fastlora.ops.layout import padded_rank, shrink_partials_shape
+from fastlora.ops.layout import rank_to_multiple_of_16, shrink_partials_shape
 from fastlora.ops.triton.address_tables import (
     align_factors,
     dropout_tables,
@@ -122,7 +122,7 @@ def mixed_shrink(
     columns = max_summed_rank(lora_a, slots, modules)
     config = config_of("mixed_lora_train_shrink", x, m, k=k, r=columns)
     splits = shrink_partials_shape(m, k, modules, max(down.largest, 1))[0]
-    s = x.new_empty(modules, m, padded_rank(down.largest))
+    s = x.new_empty(modules, m, rank_to_multiple_of_16(down.largest))
     partials = s.unsqueeze(0)
     if splits > 1:
         partials = x.new_empty(splits, *s.shape, dtype=torch.float32)

@@ -105,7 +105,7 @@ class DataOptions:
     packing: str | None = None
 
 
-class FileSamples(NamedTuple):
+class SamplesOfFiles(NamedTuple):
     """The samples of several files.
 
     Attributes:
@@ -121,7 +121,7 @@ class FileSamples(NamedTuple):
     notes: list[str]
 
 
-def read_samples(paths: Sequence[Path], options: DataOptions | None = None) -> FileSamples:
+def read_samples(paths: Sequence[Path], options: DataOptions | None = None) -> SamplesOfFiles:
     """Read the samples of several files.
 
     Args:
@@ -155,7 +155,7 @@ def read_samples(paths: Sequence[Path], options: DataOptions | None = None) -> F
             samples.append(_row_to_sample(name, values, options.chat))
         formats.append(name)
         notes.append(_describe_file_format(path, name, names, columns))
-    return FileSamples(samples, digest.hexdigest(), formats, notes)
+    return SamplesOfFiles(samples, digest.hexdigest(), formats, notes)
 
 
 def single_message_chat(role: str, text: str) -> Messages:
@@ -318,7 +318,7 @@ class _RowValues:
 
     def get_messages(self, column: str) -> Messages:
         """Return the chat in a column as a list of messages with ``role`` and ``content``."""
-        value = self._get_value(column)
+        value = self._get_parsed_value(column)
         if not isinstance(value, list) or not value:
             raise self._value_error(
                 column, f"expected a list of messages, got {quoted_excerpt(value)}"
@@ -330,14 +330,14 @@ class _RowValues:
     def get_chat_template_kwargs(self) -> dict[str, Any]:
         """Return a dict of the row's additional arguments for the chat template."""
         found: dict[str, Any] = {}
-        if "tools" in self._names and (tools := self._get_value("tools")) is not None:
+        if "tools" in self._names and (tools := self._get_parsed_value("tools")) is not None:
             if not isinstance(tools, list):
                 raise self._value_error(
                     "tools", f"expected a list of tools, got {quoted_excerpt(tools)}"
                 )
             found["tools"] = tools
         if "chat_template_kwargs" in self._names:
-            more = self._get_value("chat_template_kwargs")
+            more = self._get_parsed_value("chat_template_kwargs")
             if more is not None and not isinstance(more, dict):
                 raise self._value_error(
                     "chat_template_kwargs", f"expected an object, got {quoted_excerpt(more)}"
@@ -345,7 +345,7 @@ class _RowValues:
             found |= more or {}
         return found
 
-    def _get_value(self, column: str) -> Any:
+    def _get_parsed_value(self, column: str) -> Any:
         """Return the value in a column. Text cells and ``tools`` are parsed as JSON."""
         value = self._row.get(self._names[column])
         if isinstance(value, str) and (self._cells or column == "tools"):

@@ -167,7 +167,7 @@ def tokenize_files(
     """
     options = options or DataOptions()
     samples, digest, formats, notes = read_samples(paths, options)
-    _check_samples_and_chat_template(samples, tokenizer, options)
+    _check_compatible_with_options(samples, tokenizer, options)
     splits = options.packing in ("bfd_split", "wrapped")  # these packings split long samples
     documents: list[_TokenizedDocument] = []
     cut = parted = 0
@@ -288,7 +288,7 @@ def _corpus_from_rows(
     )
 
 
-def _check_samples_and_chat_template(
+def _check_compatible_with_options(
     samples: Sequence[TrainingSample], tokenizer: PreTrainedTokenizerBase, options: DataOptions
 ) -> None:
     """Raise `DataError` if the samples or the chat template are incompatible with the options."""
