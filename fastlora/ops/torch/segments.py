@@ -190,28 +190,16 @@ def _add_batched_same_rank(
         part.copy_(its[: len(part)])
 
 
-class _PaddedGatherIndices(NamedTuple):
-    """Indices that gather G spans of rows into a padded batch ``[G, C]``.
-
-    C is the length of the longest span.
-
-    Attributes:
-        row_of_place: The row at each place, ``[G * C]``. The first row of a span fills its free
-            places.
-        unpadded_places: The places that are not filled this way.
-        unpadded_rows: The rows at these places.
-    """
-
-    row_of_place: torch.Tensor
-    unpadded_places: torch.Tensor
-    unpadded_rows: torch.Tensor
-
-
 @functools.lru_cache(maxsize=8)
 def _padded_gather_indices(
     spans: tuple[tuple[int, int], ...], device: torch.device
-) -> _PaddedGatherIndices:
-    """Return the indices that gather spans of rows into a padded batch."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the indices that gather G spans of rows into a padded batch ``[G, C]``.
+
+    C is the length of the longest span. The indices are the row at each place, ``[G * C]``, where
+    the first row of a span fills its free places; the places that are not filled this way; and the
+    rows at these places.
+    """
     longest = max(stop - start for start, stop in spans)
     rows: list[int] = []
     places: list[int] = []
@@ -222,8 +210,8 @@ def _padded_gather_indices(
         places += range(index * longest, index * longest + len(own))
         targets += own
     with torch.inference_mode(False):
-        found = [torch.tensor(values, device=device) for values in (rows, places, targets)]
-        return _PaddedGatherIndices(*found)
+        at, own, own_rows = (torch.tensor(v, device=device) for v in (rows, places, targets))
+        return at, own, own_rows
 
 
 def shrink(x: torch.Tensor, layers: Sequence[AdapterOperands], rows: Rows) -> torch.Tensor:
