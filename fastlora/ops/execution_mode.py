@@ -141,7 +141,16 @@ def operators_are_observed(
 
 
 def call_on_device_of(x: torch.Tensor, function: Callable[..., Any], *args: Any) -> Any:
-    """Call a function that launches kernels, with x's device as the current device."""
+    """Call a function that launches kernels, with x's device as the current device.
+
+    A profiler shows the call as ``fastlora::`` and the function's name.
+    """
+    if torch.autograd._profiler_enabled():
+        with (
+            torch.profiler.record_function(f"fastlora::{function.__name__}"),
+            torch.cuda.device(x.device if x.is_cuda else -1),
+        ):
+            return function(*args)
     if not x.is_cuda or x.device.index == torch.cuda.current_device():
         return function(*args)
     with torch.cuda.device(x.device):

@@ -240,7 +240,7 @@ class OperatorBackend(Backend):
         if _has_quantized_weight(operands, len(dropout_p)):
             read = _with_kernel_weights(operands, len(dropout_p), x, "coded_lora_linear")
         function = schema.launch_module(False).grouped_forward
-        made: list[torch.Tensor] = _call_for_group(x, function, x, dropout_p, with_s, *read)
+        made: list[torch.Tensor] = call_on_device_of(x, function, x, dropout_p, with_s, *read)
         return made
 
     def grouped_gradients(
@@ -257,7 +257,7 @@ class OperatorBackend(Backend):
             dy = next(dy for dy in dys if dy is not None) if wants[0] else None
             read = _with_kernel_weights(operands, len(dropout_p), dy, "coded_lora_grad_x")
         function = schema.launch_module(True).grouped_gradients
-        made: list[torch.Tensor | None] = _call_for_group(
+        made: list[torch.Tensor | None] = call_on_device_of(
             s[0], function, x, dropout_p, wants, *dys, *read, *s
         )
         return made
@@ -307,20 +307,8 @@ def mixed_grouped_forward(
         schema.launch_module(False).mixed_grouped_forward,
         (x, read, biases, rows, tables),
     )
-    made: list[torch.Tensor] = _call_for_group(x, function, *given, first, max_rank, factor_dtype)
+    made: list[torch.Tensor] = call_on_device_of(x, function, *given, first, max_rank, factor_dtype)
     return made
-
-
-def _call_for_group(x: torch.Tensor, function: Callable[..., Any], *args: Any) -> Any:
-    """Call a function that computes a shared-input group, on x's device.
-
-    The function is not a registered operator. A profiler therefore shows it only because it is
-    named here.
-    """
-    if not torch.autograd._profiler_enabled():
-        return call_on_device_of(x, function, *args)
-    with torch.profiler.record_function(f"fastlora::{function.__name__}"):
-        return call_on_device_of(x, function, *args)
 
 
 def weight_for_kernels(

@@ -210,8 +210,8 @@ def _padded_gather_indices(
         places += range(index * longest, index * longest + len(own))
         targets += own
     with torch.inference_mode(False):
-        at, own, own_rows = (torch.tensor(v, device=device) for v in (rows, places, targets))
-        return at, own, own_rows
+        tensors = [torch.tensor(values, device=device) for values in (rows, places, targets)]
+    return tensors[0], tensors[1], tensors[2]
 
 
 def shrink(x: torch.Tensor, layers: Sequence[AdapterOperands], rows: Rows) -> torch.Tensor:
