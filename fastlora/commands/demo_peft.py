@@ -32,7 +32,7 @@ class PeftComparison(NamedTuple):
 def load_in_peft_and_compare_logits(
     model: Any, fresh_base: Callable[[], Any], folder: Path, batch: TrainBatch
 ) -> PeftComparison:
-    """Load the saved adapters with PEFT, and compare the logits.
+    """Load the saved adapters with PEFT, compare the logits, and return the comparison.
 
     The logits are those of a mixed batch. The tolerance is derived, not chosen: it is twice the sum
     of PEFT's own error against the same model in float64 and one rounding of the largest logit

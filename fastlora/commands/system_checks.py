@@ -37,7 +37,7 @@ _TEST_LAUNCH, _TEST_LAUNCH_ERROR = (16, 64, 64, 8), 0.03
 
 @dataclass
 class DoctorFindings:
-    """The findings that `fastlora doctor` reports.
+    """The findings of the ``fastlora doctor`` command.
 
     Attributes:
         problems: Problems that prevent fastlora from working correctly, each with a fix.
@@ -156,7 +156,10 @@ def import_error_text(name: str) -> str:
 
 
 def describe_auto_implementations() -> Iterator[dict[str, Any]]:
-    """Yield a dict for each device, with the implementation that ``impl="auto"`` selects."""
+    """Describe the implementation that ``impl="auto"`` selects on each device.
+
+    Yields a dict for each device.
+    """
     import torch
 
     from fastlora.integrations.report import auto_implementation
@@ -221,7 +224,7 @@ def check_gpus_and_test_launches(
 
 
 def _run_test_launch(device: torch.device, found: DoctorFindings) -> str:
-    """Launch a test kernel, and return the outcome as text.
+    """Launch a test kernel on a device, and return the outcome as text.
 
     Its result is compared with float64.
     """

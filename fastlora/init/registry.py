@@ -55,7 +55,9 @@ class InitInputs:
     transposed: bool = False
 
     def base_weight(self) -> torch.Tensor:
-        """Return the base weight ``[N, K]`` in fp32, or in fp64 if it is stored in fp64.
+        """Return the layer's base weight.
+
+        It is ``[N, K]`` in fp32, or in fp64 if it is stored in fp64.
 
         Raises:
             InitializationError: The weight has values that are not finite.
@@ -160,7 +162,9 @@ class InitMethod:
     supports_convolutions: bool = False
 
     def changes_base_randomly(self, value: bool | str) -> bool:
-        """Return whether the change to the base weight differs from run to run.
+        """Return whether the method changes the base weight randomly.
+
+        The change then differs from run to run.
 
         Args:
             value: Value of ``init_lora_weights`` that selected this method.

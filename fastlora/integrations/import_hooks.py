@@ -52,9 +52,9 @@ class _ImportHookFinder(importlib.abc.MetaPathFinder):
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        """Find the given module with the other finders, and add the import hook to its spec.
+        """Return the spec of the given module with the import hook added, or None for any other.
 
-        The result is None for any other module.
+        The spec is found with the other finders.
         """
         if name != self.name:
             return None

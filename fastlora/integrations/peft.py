@@ -55,10 +55,11 @@ from fastlora.validation import UnsupportedLayerError
 
 
 class _FusedForwardMixin(BaseAdapterLayer):
-    """Mixin that implements the forward pass of every patched layer.
+    """Mixin that gives PEFT's LoRA layers fastlora's fused forward pass.
 
-    In cases that fastlora does not support, it calls the forward method of PEFT's layer. In each
-    patched class, this mixin precedes the PEFT layer class in the list of base classes.
+    It implements the forward pass of every patched layer. In cases that fastlora does not support,
+    it calls the forward method of PEFT's layer. In each patched class, this mixin precedes the PEFT
+    layer class in the list of base classes.
     """
 
     def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -114,13 +115,18 @@ class _FusedForwardMixin(BaseAdapterLayer):
         return quantized_weight_of(self.base_layer)
 
     def update_layer(self: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Add or replace an adapter, as PEFT's layer does, and clear the packed factors."""
+        """Add or update an adapter, as PEFT's layer does.
+
+        The packed factors are then cleared.
+        """
         super().update_layer(adapter_name, *args, **kwargs)  # type: ignore[misc]  # as above
         self._move_scalings_to_factors([adapter_name])
         self._clear_model_packed_factors()
 
     def delete_adapter(self: Any, adapter_name: str) -> None:
-        """Delete an adapter, as PEFT's layer does, and clear the layer's caches.
+        """Delete an adapter of the layer, as PEFT does.
+
+        The layer's caches are then cleared.
 
         Raises:
             AdapterStateError: A `fastlora.adapters` block of the model is open.
@@ -131,7 +137,7 @@ class _FusedForwardMixin(BaseAdapterLayer):
         clear_layer_caches(self)
 
     def merge(self: Any, *args: Any, **kwargs: Any) -> None:
-        """Merge adapters, as PEFT's layer does.
+        """Merge adapters into the base weight, as PEFT's layer does.
 
         The layer's weight caches are cleared first.
         """
@@ -139,7 +145,7 @@ class _FusedForwardMixin(BaseAdapterLayer):
         super().merge(*args, **kwargs)  # type: ignore[misc]  # PEFT's layer has it
 
     def unmerge(self: Any) -> None:
-        """Unmerge adapters, as PEFT's layer does.
+        """Unmerge the adapters from the base weight, as PEFT's layer does.
 
         The layer's weight caches are cleared first.
         """
@@ -147,7 +153,10 @@ class _FusedForwardMixin(BaseAdapterLayer):
         super().unmerge()  # type: ignore[misc]  # as above
 
     def _check_mixed_batch_support(self: Any, routing: Routing) -> None:
-        """Raise `UnsupportedLayerError` if a routed adapter cannot be used in a mixed batch."""
+        """Raise `UnsupportedLayerError` if the layer does not support the mixed batch.
+
+        This is the case if a routed adapter cannot be used in a mixed batch.
+        """
         # Check all of the layer's adapters, so that graphs do not depend on which of them are in
         # the batch.
         for name, variant in self.lora_variant.items():
@@ -254,7 +263,7 @@ class FastPeftLoraModel(PeftLoraModel):
         return module
 
     def inject_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """Add an adapter, as PEFT's tuner does.
+        """Inject an adapter into the model, as PEFT does.
 
         The list of the model's LoRA layers is then updated.
         """
@@ -299,7 +308,10 @@ class FastPeftLoraModel(PeftLoraModel):
             router.group.check_no_open_blocks(operation)
 
     def _update_routed_layers(self) -> None:
-        """Update the list of LoRA layers for mixed batches, if the list already exists."""
+        """Update the list of routed layers.
+
+        These are the LoRA layers for mixed batches. If the list does not exist yet, do nothing.
+        """
         router = self.__dict__.get("_fastlora_router")
         if router is not None:
             router.routed_layers = None
@@ -307,7 +319,7 @@ class FastPeftLoraModel(PeftLoraModel):
                 patched_model_router(self)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the model.
+        """Run the model's forward pass, and return the output.
 
         In a `fastlora.adapters` block, the batch size must match the number of adapter ids.
         """
@@ -326,10 +338,11 @@ class FastPeftLoraModel(PeftLoraModel):
 
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Route the batch by ``adapter_names`` for the duration of a call.
+        """Enable PEFT's forward hooks, or route by adapter names, in a ``with`` block.
 
-        The names assign adapters to rows. The assignment is computed once for the whole model. PEFT
-        computes it at every layer.
+        PEFT's hooks are not used if ``adapter_names`` is routed. The names assign adapters to rows.
+        The assignment is computed once for the whole model, whereas PEFT computes it at every
+        layer.
         """
         names = kwargs.get("adapter_names")
         if names is None or self.training or kwargs.get("alora_offsets") is not None:
@@ -423,7 +436,10 @@ class PatchedModelRouter:
         validate: bool,
         held: contextlib.ExitStack,
     ) -> Routing:
-        """Create the routing for a `fastlora.adapters` block. See `fastlora.adapters`."""
+        """Create the routing that assigns an adapter to each row of a batch.
+
+        The routing is for a `fastlora.adapters` block. See `fastlora.adapters`.
+        """
         known = tuple(self.tuner.peft_config)
         group, layers = self.group, self.find_routed_layers()
         return routing_from_parameters(group, layers, known, ParameterSource, ids, seeds, validate)
@@ -502,10 +518,10 @@ def check_can_unpatch(module: nn.Module) -> None:
 
 
 def patch_model(model: nn.Module) -> int:
-    """Patch a PEFT model in place, and return the number of LoRA layers.
+    """Patch the LoRA layers of a PEFT model in place, and return their number.
 
-    The LoRA layers and the tuners are patched. The number includes LoRA layers of classes that
-    fastlora does not patch.
+    The tuners are patched too. The number includes LoRA layers of classes that fastlora does not
+    patch.
     """
     seen = 0
     for module in model.modules():
@@ -520,9 +536,9 @@ def patch_model(model: nn.Module) -> int:
 
 
 def unpatch_model(model: nn.Module) -> None:
-    """Undo `patch_model`.
+    """Unpatch all patched layers of a model.
 
-    The layers and the tuners get back the classes that they had before.
+    This undoes `patch_model`. The layers and the tuners get back the classes that they had before.
     """
     for module in model.modules():
         check_can_unpatch(module)

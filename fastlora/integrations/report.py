@@ -23,7 +23,9 @@ SHOWN_ROWS = 24
 
 @dataclass(frozen=True)
 class LayerFusion:
-    """Describes whether a LoRA layer is fused. It is a row of the fusion report.
+    """Whether a LoRA layer is fused, and the reason.
+
+    It is a row of the fusion report.
 
     Attributes:
         name: Name of the layer in the model.
@@ -54,9 +56,9 @@ class LayerFusion:
 
 @dataclass(frozen=True)
 class FusionReport:
-    """A report with one row for each LoRA layer of a model.
+    """A report on which LoRA layers of a model are fused.
 
-    ``str()`` formats the report as a table.
+    It has one row for each LoRA layer. ``str()`` formats the report as a table.
 
     Attributes:
         rows: One row for each LoRA layer, in the model's order.
@@ -100,7 +102,7 @@ class FusionReport:
         return "\n".join([line, *format_table(list(zip(*columns, strict=True)))])
 
     def runs_as(self, row: LayerFusion) -> str:
-        """Return a description of how a layer is computed.
+        """Return a description of how a layer runs.
 
         The result is ``"Triton kernels"``, ``"PyTorch"``, or ``"base layer and separate LoRA"``.
         """
@@ -125,7 +127,7 @@ def fold_similar_rows(rows: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
 
 
 def fusion_report(model: nn.Module) -> FusionReport:
-    """Return the fusion report of a model.
+    """Return a report on which LoRA layers of a model are fused.
 
     Args:
         model: A fastlora model, a PEFT model (patched or not), or any other module, with or without
@@ -154,7 +156,10 @@ def fusion_report(model: nn.Module) -> FusionReport:
 
 
 def auto_implementation(device: torch.device) -> tuple[str, str]:
-    """Return a tuple (implementation, reason): what ``impl="auto"`` selects, and why."""
+    """Return the implementation that ``impl="auto"`` selects on a device, and the reason.
+
+    The result is a tuple (implementation, reason).
+    """
     runs, reason = triton_status(device.type, device.index or 0)
     if device.type == "cuda" or not runs:
         return "triton" if runs else "eager", reason

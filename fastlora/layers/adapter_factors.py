@@ -50,7 +50,10 @@ def has_gradient_hooks(tensors: Sequence[torch.Tensor]) -> bool:
 
 
 def weight_of_plain_linear(module: nn.Module) -> torch.Tensor | None:
-    """Return a module's weight, or None if the module is not a plain `nn.Linear` without hooks."""
+    """Return the weight of a plain linear module, or None for any other module.
+
+    A plain linear module is an `nn.Linear` without hooks.
+    """
     if type(module) is not nn.Linear or has_module_hooks(module):
         return None
     weight = module._parameters.get("weight")
@@ -75,7 +78,10 @@ def factors_from_parameters(
     *,
     with_dropout: bool = True,
 ) -> Factors | None:
-    """Return an adapter's `Factors`, which contain its parameters.
+    """Return an adapter's factors, taken from the layer's parameters, or None.
+
+    The result is a `Factors` that contains the parameters. It is None if the adapter's modules must
+    be called.
 
     Returns None if the adapter's modules must be called.
 
@@ -162,10 +168,11 @@ def fallback_reason_adapter_called(
 def scaling_as_scalar_tensor(
     layer: LinearWithAdapters, name: str, call: UniformCall | MixedCall
 ) -> torch.Tensor:
-    """Return an adapter's scaling as a zero-dimensional tensor on x's device.
+    """Return an adapter's scaling as a scalar tensor.
 
-    The dtype is fp64 if x is fp64, and fp32 otherwise. In a graph that is being compiled, the
-    tensor is an input of the graph; a number would be a constant of the graph.
+    The tensor has no dimensions and is on x's device. The dtype is fp64 if x is fp64, and fp32
+    otherwise. In a graph that is being compiled, the tensor is an input of the graph; a number
+    would be a constant of the graph.
     """
     x = call.x
     exact = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -180,9 +187,10 @@ def scaling_as_scalar_tensor(
 
 
 def scalings_as_tensor(values: Sequence[float | torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-    """Return the scalings as a tensor ``[S]`` on x's device, in fp32 (or fp64 if x is fp64).
+    """Return the scalings as one tensor on x's device.
 
-    If PEFT's compiled hot swap has made a scaling a tensor, the host does not read its value.
+    The tensor is ``[S]``, in fp32 (or fp64 if x is fp64). If PEFT's compiled hot swap has made a
+    scaling a tensor, the host does not read its value.
     """
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     numbers: list[float] = []
@@ -221,13 +229,17 @@ def dora_scales_of_adapters(
 
 
 class AdapterSource(Protocol):
-    """Protocol for the source of a batch's adapters, which is the model itself or a pool."""
+    """Protocol for the source of a batch's adapters.
+
+    The source is the model itself or a pool.
+    """
 
     @property
     def loaded_adapters(self) -> tuple[Any, ...] | None:
-        """The loaded adapters of a pool, or None if the source is not a pool.
+        """The adapters loaded in the source, or None.
 
-        The tuple has an entry for each slot, which is None for an empty slot.
+        The value is None if the source is not a pool. The tuple has an entry for each slot, which
+        is None for an empty slot.
         """
 
     @property
@@ -319,9 +331,9 @@ class PoolSource:
         return found._replace(scaling=torch.full((), found.scaling, dtype=exact, device=x.device))
 
     def dora_scales(self, call: MixedCall, slots: Sequence[int]) -> list[DoraScaleTerms]:
-        """Return the given slots' DoRA scales, which the pool caches.
+        """Return the DoRA scales of the given slots.
 
-        See `fastlora.pool.scales`.
+        The pool caches them. See `fastlora.pool.scales`.
         """
         found: list[Any] = [
             self.loaded_adapters[slot] for slot in slots

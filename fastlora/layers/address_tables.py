@@ -88,7 +88,10 @@ def _build_model_tables(
 def _collect_factors(
     routing: Routing, watch: AdapterSnapshot | None
 ) -> list[tuple[int, int, Factors]] | None:
-    """Return a list of tuples (row, column, factors), one for every adapter on every layer.
+    """Collect the factors of every adapter on every layer, with their positions in the tables.
+
+    The result is a list of tuples (row, column, factors), or None if a factor is not a plain
+    tensor.
 
     Returns None if a factor is not a plain tensor.
     """
@@ -109,10 +112,9 @@ def _collect_factors(
 
 
 def _align_for_kernels(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return a tensor with the alignment that kernels require.
+    """Return a tensor in the given dtype, with the alignment that kernels require.
 
-    The result is contiguous, aligned to 16 bytes, and has dtype ``dtype``. It is a copy only if
-    necessary.
+    The result is contiguous and aligned to 16 bytes. It is a copy only if necessary.
     """
     block = tensor.detach().to(dtype).contiguous()
     return block.clone() if block.data_ptr() % 16 else block

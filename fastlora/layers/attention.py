@@ -59,7 +59,9 @@ class AttentionOutProjection(FastLoraWrapper):
 
 
 class FastLoraMultiheadAttention(BaseUnfusedLoraLayer):
-    """LoRA layer for an `nn.MultiheadAttention` or an instance of a subclass.
+    """LoRA layer for an `nn.MultiheadAttention`.
+
+    The module may also be an instance of a subclass.
 
     Args:
         base_layer: The attention module. Its out_proj is replaced by a LoRA layer until `release`.
@@ -152,7 +154,10 @@ class FastLoraMultiheadAttention(BaseUnfusedLoraLayer):
 
 
 def _add_lora_updates(layer: LoraLayer, weight: torch.Tensor, names: list[str]) -> torch.Tensor:
-    """Return ``weight [N, K]`` plus a layer's LoRA updates, rounded once to the weight's dtype."""
+    """Add a layer's LoRA updates to a weight, and return the result.
+
+    The weight is ``[N, K]`` and is not changed. The result is rounded once to the weight's dtype.
+    """
     if not names:
         return weight
     wide = torch.promote_types(torch.float32, weight.dtype)

@@ -33,10 +33,11 @@ def clear_layer_caches(layer: BaseAdapterLayer) -> None:
 
 
 class BaseAdapterLayer(LinearWithAdapters):
-    """Base class of layers with adapters: fastlora's own layers and patched PEFT layers.
+    """Base class of layers with adapters.
 
-    Switching between training and evaluation clears all values cached for the weights. ``scaling``
-    is always a `Scalings`, with tensors on the device of the factors.
+    The layers are fastlora's own layers and patched PEFT layers. Switching between training and
+    evaluation clears all values cached for the weights. ``scaling`` is always a `Scalings`, with
+    tensors on the device of the factors.
     """
 
     has_shared_input_group = has_shared_input_group
@@ -51,7 +52,11 @@ class BaseAdapterLayer(LinearWithAdapters):
     _local_magnitude = dora_magnitude_of
 
     def _clear_model_packed_factors(self) -> None:
-        """Clear the model's packed factors for mixed batches, also in open ``with`` blocks."""
+        """Clear the model's packed factors.
+
+        These are the packed factors for mixed batches. They are also cleared in open ``with``
+        blocks.
+        """
         if self.routing_group is not None:
             self.routing_group.packs.clear()
 

@@ -84,9 +84,10 @@ class FastLoraConv(BaseAdditiveLoraLayer):
         return self._align_with_channel_dimension(norms).unsqueeze(0)
 
     def _align_with_channel_dimension(self, numbers: torch.Tensor) -> torch.Tensor:
-        """Reshape per-channel values so that they align with the channel dimension of y.
+        """Reshape per-channel numbers so that they align with the channel dimension.
 
-        Values ``[N]`` are reshaped to ``[N, 1, ...]``, which broadcasts over the other dimensions.
+        Numbers ``[N]`` are reshaped to ``[N, 1, ...]``, which broadcasts over the other dimensions
+        of y.
         """
         return numbers.view(-1, *(1,) * len(self.base_layer.kernel_size))
 
@@ -126,14 +127,18 @@ class FastLoraConv(BaseAdditiveLoraLayer):
     # ------------------------------------------------------------------------ weight and factors
 
     def _flatten_kernels(self, kernels: torch.Tensor) -> torch.Tensor:
-        """Flatten kernels ``[N, C, ...]`` to ``[N, K]``, in the memory order of the base weight.
+        """Flatten convolution kernels ``[N, C, ...]`` to a matrix ``[N, K]``.
 
-        The result for the base weight is therefore a view of it.
+        The elements are in the memory order of the base weight, so the result for the base weight
+        is a view of it.
         """
         return (kernels if self.weight.is_contiguous() else kernels.movedim(1, -1)).flatten(1)
 
     def _unflatten_kernels(self, matrix: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-        """Undo `_flatten_kernels`, and return a tensor of shape ``shape``."""
+        """Reshape a matrix to convolution kernels of shape ``shape``.
+
+        This undoes `_flatten_kernels`.
+        """
         if self.weight.is_contiguous():
             return matrix.view(shape)
         n, c, *kernel = shape
@@ -143,9 +148,9 @@ class FastLoraConv(BaseAdditiveLoraLayer):
         return self._unflatten_kernels(delta, self.weight.shape)
 
     def _factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Return an adapter's lora_a and lora_b, as matrices, and its lora_bias or None.
+        """Return an adapter's lora_a, lora_b, and lora_bias or None.
 
-        If the convolution has groups, lora_b is ``[N, R / groups]``.
+        The factors are matrices. If the convolution has groups, lora_b is ``[N, R / groups]``.
         """
         down, up = self.lora_A[name], self.lora_B[name]
         return self._flatten_kernels(down.weight), up.weight.flatten(1), up.bias
@@ -160,11 +165,12 @@ class FastLoraConv(BaseAdditiveLoraLayer):
             up.bias.copy_(bias)
 
     def _dora_norm_factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the two factors of the update from which DoRA's norms are computed, as in PEFT.
+        """Return the two factors from which an adapter's DoRA norms are computed.
 
-        With one group, they are the factors. With groups, PEFT multiplies the flattened ``lora_B``
-        and ``lora_A`` and reshapes the product to ``[N, C / groups, ...]``. Row n of the reshaped
-        product is row ``n//groups`` of lora_B times share ``n%groups`` of lora_A's input channels.
+        The norms are those of PEFT. With one group, the two factors are the adapter's own. With
+        groups, PEFT multiplies the flattened ``lora_B`` and ``lora_A`` and reshapes the product to
+        ``[N, C / groups, ...]``. Row n of the reshaped product is row ``n//groups`` of lora_B times
+        share ``n%groups`` of lora_A's input channels.
         """
         down, up = self.lora_A[name], self.lora_B[name]
         groups = self.base_layer.groups
@@ -180,9 +186,10 @@ class FastLoraConv(BaseAdditiveLoraLayer):
         return self._flatten_kernels(self.weight)
 
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
-        """Return an adapter's weight update in the shape of the base weight.
+        """Return an adapter's weight update.
 
-        A convolution with groups is not supported and raises an error.
+        It has the shape of the base weight. A convolution with groups is not supported and raises
+        an error.
         """
         self._raise_if_grouped("cannot compute a weight update for")
         return super().get_delta_weight(adapter_name)

@@ -92,9 +92,10 @@ def _scale_and_add_bias(
     magnitude: torch.Tensor,
     squares: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Scale ``u [..., N]`` by DoRA's g, and add the bias.
+    """Scale ``u [..., N]`` for DoRA, and add the bias.
 
-    The result overwrites u if no autograd graph is recorded.
+    The scale is DoRA's g, which is computed from the magnitude and the squared norms. The result
+    overwrites u if no autograd graph is recorded.
     """
     if records_gradients(u, bias, magnitude):
         return DoraScale.apply(u, bias, magnitude, squares)
@@ -104,7 +105,10 @@ def _scale_and_add_bias(
 
 
 def _apply_by_calling_modules(call: UniformCall, y: torch.Tensor, name: str) -> torch.Tensor:
-    """Apply a DoRA adapter to y by calling the adapter's modules, as PEFT does."""
+    """Apply a DoRA adapter to y by calling the adapter's modules.
+
+    This is how PEFT applies it.
+    """
     layer, x, conditions = call.layer, call.original_x, call.conditions
     raise_if_triton_required(layer, [name])
     down, up = layer.lora_A[name], layer.lora_B[name]
@@ -132,7 +136,9 @@ def _apply_by_calling_modules(call: UniformCall, y: torch.Tensor, name: str) -> 
 
 
 class DoraSlots(NamedTuple):
-    """The slots of a batch whose adapters use DoRA on one layer.
+    """The slots of a batch whose adapters use DoRA.
+
+    The slots are those of one layer.
 
     Attributes:
         scaled: Slots whose rows are scaled after their LoRA term is added.
@@ -210,7 +216,10 @@ def _needs_gathered_rows(
     routing: Routing,
     slots: DoraSlots,
 ) -> bool:
-    """Return whether DoRA must gather each adapter's rows, which autograd and dropout require."""
+    """Return whether each adapter's rows must be gathered for DoRA.
+
+    Autograd and dropout require it.
+    """
     if slots.dropped:
         return True
     magnitudes = []

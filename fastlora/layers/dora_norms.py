@@ -20,7 +20,7 @@ _StampArguments = tuple[Sequence[torch.Tensor], tuple[Hashable, ...]]
 
 
 class DoraNormCache(UncopiedCache):
-    """Cache of a layer's norms for DoRA.
+    """Cache of a layer's DoRA norms.
 
     These are the squared row norms of the base weight and of the adapted weights. Norms of adapted
     weights are cached only while gradients are disabled. Each entry is stored with a `TensorStamp`
@@ -80,10 +80,10 @@ def base_weight_rows(layer: LinearWithAdapters) -> torch.Tensor | RowChunkedWeig
 def base_squared_norms(
     layer: LinearWithAdapters, weight: torch.Tensor | RowChunkedWeight, compiling: bool = False
 ) -> torch.Tensor:
-    """Return the squared norms of a layer's base weight.
+    """Return the squared row norms ``[N]`` of a layer's base weight.
 
-    These are the row norms ``[N]``, which are cached until the weight changes. If ``compiling`` is
-    set, because a graph is being compiled, nothing is cached.
+    They are cached until the weight changes. If ``compiling`` is set, because a graph is being
+    compiled, nothing is cached.
     """
     if compiling:
         return squared_row_norms(weight, in_one_pass=True)
@@ -177,7 +177,10 @@ def _base_stamp_arguments(layer: LinearWithAdapters) -> _StampArguments | None:
 
 
 def _stamp_arguments(tensors: Sequence[torch.Tensor], *context: Hashable) -> _StampArguments | None:
-    """Return the arguments for `stamp_tensors`, or None if a stamp cannot detect changes."""
+    """Return the arguments for stamping ``tensors`` and ``context``, or None if that is impossible.
+
+    They are the arguments of `stamp_tensors`. None means that a stamp cannot detect changes.
+    """
     if uses_fsdp2():  # A newly gathered tensor may reuse the last one's memory.
         return None
     parts: list[torch.Tensor] = []
@@ -201,9 +204,10 @@ def _get_or_compute(
     watched: _StampArguments | None,
     make: Callable[[], torch.Tensor],
 ) -> torch.Tensor:
-    """Return a layer's cached value for ``name``, computing it if its stamp is not valid.
+    """Return a layer's cached tensor for ``name``, or compute and cache it.
 
-    If ``watched`` is None, nothing is cached.
+    It is computed if the stamp of the cached tensor is not valid. If ``watched`` is None, nothing
+    is cached.
     """
     if watched is None:
         return make()

@@ -44,7 +44,7 @@ class FusionStatus(NamedTuple):
 def fusion_status(
     layer: LinearWithAdapters, names: list[str], base_reason: str, gathered: bool
 ) -> FusionStatus:
-    """Return a layer's fusion status.
+    """Return whether a layer runs fused with the given adapters and, if not, the reason.
 
     A fused layer computes the base GEMM and the active adapters in one call.
 
@@ -88,10 +88,10 @@ def reason_dora_prevents_fusion(layer: LinearWithAdapters, names: list[str]) -> 
 
 
 def raise_if_triton_required(layer: LinearWithAdapters, names: list[str]) -> None:
-    """Raise `ImplementationError` if a layer that has to fall back requires Triton.
+    """Raise `ImplementationError` if a layer requires Triton.
 
-    A layer with ``impl="triton"`` requires Triton. The caller has found that the adapters' modules
-    must be called.
+    The layer has to fall back. A layer with ``impl="triton"`` requires Triton. The caller has found
+    that the adapters' modules must be called.
     """
     if layer.impl == "triton":
         raise ImplementationError(
@@ -120,9 +120,10 @@ def graph_capture_error_message(inference_only: bool, autocast_dtype: torch.dtyp
 
 
 def mixed_batch_fallback_reason(inference_only: bool, autocast_dtype: torch.dtype | None) -> str:
-    """Return the reason why a mixed batch falls back to PyTorch's GEMMs.
+    """Return the reason why a mixed batch falls back.
 
-    The function is only called for such a batch, and only if kernels are available.
+    It falls back to PyTorch's GEMMs. The function is only called for such a batch, and only if
+    kernels are available.
     """
     if autocast_dtype is not None:
         return f"autocast is on; convert the model to {autocast_dtype} instead"

@@ -163,9 +163,9 @@ def _as_slots(own: Factors | Slots) -> Slots:
 
 
 def _call_dependencies(call: UniformCall | MixedCall, own: _LayerFactors) -> tuple[object, ...]:
-    """Return the state that all results of a call depend on, such as the open block and autocast.
+    """Return the objects that all results of a call depend on.
 
-    Items are compared by identity.
+    They are state such as the open block and autocast, and are compared by identity.
     """
     records, conditions = torch.is_grad_enabled(), call.conditions
     if isinstance(own, TableLaunchArguments):
@@ -185,9 +185,10 @@ def _call_dependencies(call: UniformCall | MixedCall, own: _LayerFactors) -> tup
 def _operand_cache_key(
     call: UniformCall | MixedCall, base: Base, own: _LayerFactors, made: PrecomputedResult
 ) -> tuple[object, ...] | None:
-    """Return a cache key for the operands that a layer would use to compute ``made``.
+    """Return a cache key for a layer's operands, or None if there is none.
 
-    Returns None if the layer cannot use such a result, or if writes to its tensors are not counted.
+    The operands are those that the layer would use to compute ``made``. There is no key if the
+    layer cannot use such a result, or if writes to its tensors are not counted.
     """
     # The stream is determined as in `cuda_stream_handle`, without a Python call.
     x = call.original_x
@@ -206,9 +207,10 @@ def _operand_cache_key(
 def _tensor_cache_key(
     stream: int, dropout_p: Hashable, tensors: Sequence[torch.Tensor]
 ) -> tuple[object, ...] | None:
-    """Return a cache key that changes with the tensors, or None for inference tensors.
+    """Return a cache key for a stream, a dropout probability, and tensors, or None.
 
-    PyTorch does not count writes to inference tensors.
+    The key changes with the tensors. It is None for inference tensors, because PyTorch does not
+    count writes to them.
     """
     trains = map(_trains, tensors) if torch.is_grad_enabled() else ()
     ids, memory = map(id, tensors), map(_memory_of, tensors)
@@ -219,7 +221,10 @@ def _tensor_cache_key(
 
 
 def _s_cache_key(stream: int, own: Slots) -> tuple[object, ...] | None:
-    """Return a cache key for s, which depends on every lora_a and the dropout probabilities."""
+    """Return a cache key for the s of the given slots, or None if there is none.
+
+    It depends on every lora_a and the dropout probabilities.
+    """
     dropout_p = tuple(None if factors is None else factors.dropout_p for factors in own)
     return _tensor_cache_key(stream, dropout_p, [a for a in lora_a_by_slot(own) if a is not None])
 
@@ -329,7 +334,7 @@ def _compute_s_together(
 
 
 def _active_dropout_p(slots: Slots) -> float:
-    """Return a layer's active dropout probability, or 0 without dropout.
+    """Return the active dropout probability of a layer's slots, or 0 without dropout.
 
     `select_sharing_layers` ensures that at most one adapter of the layer has active dropout.
     """

@@ -184,9 +184,9 @@ class FastLoraLinear(LoraLayer, nn.Linear):
 
     @property
     def base_layer(self) -> nn.Linear:
-        """The base layer as an `nn.Linear`, under PEFT's attribute name.
+        """The base layer as an `nn.Linear`.
 
-        It shares this layer's weight and bias.
+        The attribute's name is PEFT's. It shares this layer's weight and bias.
         """
         return self.to_linear()
 
@@ -198,7 +198,7 @@ class FastLoraLinear(LoraLayer, nn.Linear):
         return [self, *self.__dict__.get("_linear", ())]
 
     def fusion(self, gathered: bool = False) -> FusionStatus:
-        """Return the layer's fusion status.
+        """Return whether the layer runs fused and, if not, the reason.
 
         A fused layer computes the base GEMM and the LoRA update in one call. ``gathered`` means
         that FSDP2 replaces shards by plain parameters during the forward pass.

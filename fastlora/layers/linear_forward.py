@@ -151,7 +151,10 @@ def _concatenate_adapters(
 
 
 def _add_by_calling_modules(call: UniformCall, y: torch.Tensor, names: list[str]) -> torch.Tensor:
-    """Add the adapters' updates to y by calling their modules one by one, as PEFT does."""
+    """Add the adapters' updates to y by calling their modules.
+
+    The adapters are called one by one, as in PEFT.
+    """
     layer, x = call.layer, call.original_x
     raise_if_triton_required(layer, names)
     for name in names:

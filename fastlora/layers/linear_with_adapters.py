@@ -18,11 +18,12 @@ if TYPE_CHECKING:
 
 
 class LinearWithAdapters(nn.Module):
-    """Interface of a linear layer with named adapters, under PEFT's attribute names.
+    """Interface of a linear layer with named adapters.
 
-    `fastlora.layers.base_adapter_layer` implements it. Names that start with ``_local`` refer to
-    the whole layer. For a layer that is split over processes (`fastlora.layers.tensor_parallel`)
-    they refer to this process's shard, and shapes are those of the shard.
+    `fastlora.layers.base_adapter_layer` implements it. The attributes have PEFT's names. Names that
+    start with ``_local`` refer to the whole layer. For a layer that is split over processes
+    (`fastlora.layers.tensor_parallel`) they refer to this process's shard, and shapes are those of
+    the shard.
 
     Attributes:
         impl: Implementation, as in `fastlora.functional.lora_linear`.
@@ -93,9 +94,10 @@ class LinearWithAdapters(nn.Module):
         return None
 
     def _weight_saved_for_backward(self, compiling: bool) -> torch.Tensor:
-        """Return the base weight in the form that autograd saves for the backward pass.
+        """Return the base weight that is saved for the backward pass.
 
-        If the weight is quantized, the result represents it without a dense matrix.
+        It is in the form that autograd saves. If the weight is quantized, the result represents it
+        without a dense matrix.
         """
         found = None if compiling else self._local_quantized()
         return self._local_weight() if found is None else found.tensor_for_pytorch_only()

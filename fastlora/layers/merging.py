@@ -24,7 +24,10 @@ _MERGE_ROWS = 1024
 
 
 class Mergeable(ModuleWithAdapters, BaseAdapterLayer):
-    """Base class of `LoraLayer` that implements merging and unmerging."""
+    """Layer with adapters that can be merged into its base weight.
+
+    This base class of `LoraLayer` implements merging and unmerging.
+    """
 
     out_features: int
     in_features: int
@@ -42,7 +45,10 @@ class Mergeable(ModuleWithAdapters, BaseAdapterLayer):
         self._merged_scales: dict[str, torch.Tensor] = {}
 
     def get_base_layer(self) -> nn.Module:
-        """Return the base layer, which the adapters modify."""
+        """Return the base layer.
+
+        It is the layer that the adapters modify.
+        """
         base: nn.Module | None = self._modules.get("base_layer")
         if base is None:
             raise UnsupportedLayerError(f"{type(self).__name__} has no base layer")
@@ -107,7 +113,7 @@ class Mergeable(ModuleWithAdapters, BaseAdapterLayer):
     def check_merge(
         self, safe_merge: bool = False, adapter_names: list[str] | None = None
     ) -> list[str]:
-        """Check whether a merge is possible, and return a list of the adapters that it would merge.
+        """Check that adapters can be merged, and return a list of those that would be merged.
 
         Raises the same errors as `merge`. The layer is not changed.
         """
@@ -229,10 +235,11 @@ class Mergeable(ModuleWithAdapters, BaseAdapterLayer):
     def _add_delta_weight(
         self, weight: torch.Tensor, name: str, sign: float, scale: torch.Tensor | None = None
     ) -> None:
-        """Add ``sign * scaling * B @ A`` to ``weight [N, K]`` in place, rounding once.
+        """Add ``sign`` times an adapter's delta weight to ``weight [N, K]`` in place.
 
-        ``scale [N]`` is the g of a DoRA adapter, or its inverse. If it is given, the sum is
-        multiplied by it. To subtract an update (``sign < 0``), the weight is multiplied first.
+        The delta weight is ``scaling * B @ A``, and the sum is rounded once. ``scale [N]`` is the g
+        of a DoRA adapter, or its inverse. If it is given, the sum is multiplied by it. To subtract
+        an update (``sign < 0``), the weight is multiplied first.
         """
         lora_a, lora_b, _ = self._factors(name)
         compute = torch.promote_types(torch.float32, weight.dtype)
@@ -259,9 +266,10 @@ class Mergeable(ModuleWithAdapters, BaseAdapterLayer):
         sign: float,
         scales: dict[str, torch.Tensor],
     ) -> None:
-        """Add to the bias ``sign`` times the last adapter's change to it.
+        """Add ``sign`` times the last adapter's bias to the bias in place.
 
-        Adapters are merged in the order of ``names``, and the last of them is added here.
+        More precisely, the last adapter's change to the bias is added. Adapters are merged in the
+        order of ``names``, and the last of them is added here.
 
         ``scales`` maps the name of each DoRA adapter to its scale g, shape ``[N]``.
         """
@@ -278,27 +286,37 @@ class Mergeable(ModuleWithAdapters, BaseAdapterLayer):
             bias.add_((change if before is None else change - before) * sign)
 
     def _factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Return a tuple (lora_a ``[R, K]``, lora_b ``[N, R]``, lora_bias ``[N]`` or None)."""
+        """Return an adapter's lora_a, lora_b, and lora_bias or None.
+
+        Their shapes are ``[R, K]``, ``[N, R]``, and ``[N]``.
+        """
         down, up = self.lora_A[name], self.lora_B[name]
         return down.weight, up.weight, up.bias
 
     def _dora_norm_factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the two factors of the update from which DoRA's norms are computed."""
+        """Return the two factors from which an adapter's DoRA norms are computed.
+
+        They are factors of the update.
+        """
         lora_a, lora_b, _ = self._factors(name)
         return lora_a, lora_b
 
     def _copy_into_factors(
         self, name: str, lora_a: torch.Tensor, lora_b: torch.Tensor, bias: torch.Tensor | None
     ) -> None:
-        """Copy tensors into an adapter's factors, in the shapes that `_factors` returns."""
+        """Copy tensors into an adapter's factors.
+
+        The tensors have the shapes that `_factors` returns.
+        """
         for place, value in zip(self._factors(name), (lora_a, lora_b, bias), strict=True):
             if place is not None and value is not None:
                 place.copy_(value)
 
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
-        """Return the update ``scaling * B @ A``, in the base weight's shape and the factors' dtype.
+        """Return an adapter's weight update ``scaling * B @ A``.
 
-        As in PEFT, a DoRA magnitude is not included.
+        It has the base weight's shape and the factors' dtype. As in PEFT, a DoRA magnitude is not
+        included.
         """
         self._check_has_adapter(adapter_name)
         lora_a, lora_b, _ = self._factors(adapter_name)

@@ -177,7 +177,10 @@ def _forward_with_factor_lists(
 
 
 def _output_without_adapters(x: torch.Tensor, base: Base, impl: str) -> torch.Tensor:
-    """Return the base layer's output ``[..., N]`` for a batch without adapters on the layer."""
+    """Return the base layer's output ``[..., N]`` without adapters.
+
+    The batch has no adapters on the layer.
+    """
     weight, bias, y, _ = base
     if weight is None:
         return base.output(x)

@@ -17,10 +17,10 @@ from fastlora.validation import AdapterNotFoundError, UnsupportedLayerError
 
 
 class ModuleWrapper(ModuleWithAdapters, nn.Module):
-    """Base class of modules that wrap another module.
+    """Module that wraps another module.
 
-    Each adapter has its own copy of the wrapped module or of some rows. A subclass defines what an
-    adapter trains. Names of parameters and of file keys follow PEFT.
+    This is a base class. Each adapter has its own copy of the wrapped module or of some rows. A
+    subclass defines what an adapter trains. Names of parameters and of file keys follow PEFT.
 
     Attributes:
         field: The config field that requests the wrapper.
@@ -52,7 +52,10 @@ class ModuleWrapper(ModuleWithAdapters, nn.Module):
 
     @property
     def _trained_copies_by_adapter(self) -> nn.ModuleDict | nn.ParameterDict:
-        """The trained copies of the module or rows, keyed by adapter name."""
+        """The trained copies, keyed by adapter name.
+
+        They are copies of the module or of some rows.
+        """
         raise UnsupportedLayerError(f"{type(self).__name__} has no adapters")
 
     def file_names(self, adapter_name: str) -> dict[str, str]:
@@ -95,7 +98,10 @@ class ModuleWrapper(ModuleWithAdapters, nn.Module):
 
     @property
     def adapter_names(self) -> list[str]:
-        """Names of all adapters that have their own copy of this module or of some rows."""
+        """Names of all adapters of this module.
+
+        They have their own copy of this module or of some rows.
+        """
         return list(self._trained_copies_by_adapter)
 
     def adapter_parameters(self, adapter_name: str) -> Iterator[nn.Parameter]:
@@ -118,7 +124,9 @@ class ModuleWrapper(ModuleWithAdapters, nn.Module):
         return getattr(self.current(), name)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter's copy of the module or of its rows.
+        """Delete an adapter from this module.
+
+        The adapter's copy of the module or of its rows is deleted.
 
         Raises:
             AdapterNotFoundError: The adapter has no version of the module.
@@ -130,10 +138,10 @@ class ModuleWrapper(ModuleWithAdapters, nn.Module):
         self._remove_adapter(adapter_name)
 
     def _remove_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter and its copy of the module or rows.
+        """Remove an adapter from this module.
 
-        Unlike `delete_adapter`, this method checks nothing. A failed addition of an adapter calls
-        this method, for example.
+        The adapter's copy of the module or rows is removed too. Unlike `delete_adapter`, this
+        method checks nothing. A failed addition of an adapter calls this method, for example.
         """
         self._remove_trained(adapter_name)
         self._active_adapters = [n for n in self._active_adapters if n != adapter_name]
@@ -157,7 +165,10 @@ class ModuleWrapper(ModuleWithAdapters, nn.Module):
 
     @property
     def adapter_layer_names(self) -> tuple[str, ...]:
-        """Names of the child modules that adapters own, under PEFT's attribute name."""
+        """Names of the child modules that adapters own.
+
+        The attribute's name is PEFT's.
+        """
         return self.owned
 
     def acting(self) -> str | None:

@@ -17,7 +17,10 @@ from fastlora.validation import UnsupportedLayerError
 
 
 def raise_if_container(module: nn.Module) -> None:
-    """Raise `UnsupportedLayerError` if a module is a container without a ``forward`` method."""
+    """Raise `UnsupportedLayerError` if a module is a container.
+
+    A container has no ``forward`` method.
+    """
     if isinstance(module, (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)):
         raise UnsupportedLayerError(
             f"modules_to_save supports only modules that can be called, got {type(module).__name__}"
@@ -137,7 +140,10 @@ class ModulesToSaveWrapper(ModuleWrapper):
     def _combine_outputs(
         self, indices: list[torch.Tensor], outputs: tuple[object, ...], lead: torch.Size
     ) -> object:
-        """Combine the outputs of all copies into one tensor ``[*lead, ...]``."""
+        """Combine the outputs of all copies into one output.
+
+        Tensors are combined into one tensor ``[*lead, ...]``.
+        """
         tensors = [value for value in outputs if isinstance(value, torch.Tensor)]
         if len(tensors) < len(outputs):
             return outputs[0]  # None, or a number

@@ -52,10 +52,11 @@ _Found = tuple[BaseQuantizedWeight | None, dict[torch.dtype, KernelWeight | str]
 
 
 class KernelWeightCache(UncopiedCache):
-    """Cache of a layer's quantized base weight for kernels, valid until the weight changes.
+    """Cache of a layer's base weight in the form that kernels read.
 
-    Entries are stored by dtype of x, and include fallback reasons. Switching autocast on and off
-    therefore recomputes nothing. A copied layer starts with an empty cache.
+    The weight is quantized, and an entry is valid until the weight changes. Entries are stored by
+    dtype of x, and include fallback reasons. Switching autocast on and off therefore recomputes
+    nothing. A copied layer starts with an empty cache.
 
     Attributes:
         dtype: Dtype of x in the last forward pass.
@@ -76,10 +77,10 @@ class KernelWeightCache(UncopiedCache):
     def weight_or_fallback_reason(
         self, module: nn.Module, dtype: torch.dtype | None
     ) -> KernelWeight | str:
-        """Return a module's weight for kernels, or the reason why the module must be called.
+        """Return a module's weight for kernels, or the fallback reason.
 
-        The weight is for x in ``dtype``. If ``dtype`` is None, the dtype that the module computes
-        in is used.
+        With a fallback reason, the module must be called. The weight is for x in ``dtype``. If
+        ``dtype`` is None, the dtype that the module computes in is used.
         """
         if dtype is not None:
             self.dtype = dtype
@@ -111,9 +112,10 @@ class KernelWeightCache(UncopiedCache):
         return kernel_weight
 
     def to_base(self, kernel_weight: KernelWeight) -> Base:
-        """Convert a kernel weight to the `Base` that is used instead of calling the module.
+        """Convert a kernel weight to a `Base`.
 
-        A weight that a CUDA graph reads is kept until `fastlora.clear_caches`.
+        The `Base` is used instead of calling the module. A weight that a CUDA graph reads is kept
+        until `fastlora.clear_caches`.
         """
         weight, kind = kernel_weight
         if is_capturing_cuda_graph(weight) and all(weight is not known for known in self._captured):
@@ -121,9 +123,9 @@ class KernelWeightCache(UncopiedCache):
         return Base(weight, kind.bias_for_product(weight.dtype))
 
     def clear(self, release_captured: bool = False) -> None:
-        """Clear the cache, except for weights that CUDA graphs read.
+        """Clear the cache.
 
-        If ``release_captured`` is set, clear these weights too.
+        Weights that CUDA graphs read are cleared only if ``release_captured`` is set.
         """
         self.dtype = self.repacked = None
         self._of = None, None, None
@@ -174,7 +176,10 @@ class KernelWeightCache(UncopiedCache):
 
 
 def quantized_base_of_call(call: UniformCall | MixedCall) -> Base | None:
-    """Return a `Base` with the quantized weight, or None if the base layer must be called."""
+    """Return a `Base` with the quantized weight for a call, or None if there is none.
+
+    With None, the base layer must be called.
+    """
     conditions, x = call.conditions, call.x
     # In the batch-invariant mode "auto" means kernels, and the forward raises if they cannot run.
     runs = conditions.impl == "triton" or (conditions.invariant and conditions.impl == "auto")
@@ -258,7 +263,10 @@ def describe_quantization(layer: LinearWithAdapters) -> str:
 def to_base_output_dtype(
     call: UniformCall | MixedCall, base: Base, y: torch.Tensor
 ) -> torch.Tensor:
-    """Convert ``y`` to the base layer's output dtype, which is the dtype of x."""
+    """Convert ``y`` to the base layer's output dtype.
+
+    It is the dtype of x.
+    """
     dtype = call.original_x.dtype
     if y.dtype is dtype or not isinstance(base.weight, QuantizedTensor):
         return y
@@ -283,7 +291,10 @@ def clear_weight_dependent_caches(layer: object, release_captured: bool = False)
 def _stamp_arguments(
     module: nn.Module, kind: BaseQuantizedWeight | None
 ) -> tuple[Sequence[torch.Tensor], tuple[Hashable, ...]] | None:
-    """Return the arguments for `stamp_tensors`, or None if the module's weight was replaced."""
+    """Return the arguments for stamping a weight, or None if it cannot be stamped.
+
+    The arguments are for `stamp_tensors`. A weight that was replaced cannot be stamped.
+    """
     if kind is None:
         weight = module._parameters.get("weight")
         identity: tuple[Any, ...] = id(weight), type(weight)

@@ -109,9 +109,10 @@ def get_table_launch(
 def output_from_tables(
     call: MixedCall, base: Base, launch: TableLaunchArguments, impl: str = "triton"
 ) -> torch.Tensor:
-    """Compute a layer's output ``[M, N]``: the base output plus the update of each row's adapter.
+    """Compute a layer's output ``[M, N]`` from address tables.
 
-    ``impl`` may differ from ``"triton"`` only if the base layer's output is given.
+    It is the base output plus the update of each row's adapter. ``impl`` may differ from
+    ``"triton"`` only if the base layer's output is given.
     """
     if base.weight is not None:
         return linear_from_tables(call, base, launch)[0]

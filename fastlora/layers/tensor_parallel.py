@@ -197,7 +197,10 @@ class TensorParallelLora(FastLoraWrapper):
     # ------------------------------------------------------------------------------ forward
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Return the layer's output y for x, both in the layouts of its parallel style."""
+        """Return the layer's output y for x.
+
+        Both are in the layouts of its parallel style.
+        """
         execution_mode_of(x, "eager").raise_if_batch_invariant(self, BASE_GEMM_VARIES)
         if not torch.is_inference_mode_enabled():
             return self.base_layer(x, *args, **kwargs)
@@ -209,9 +212,9 @@ class TensorParallelLora(FastLoraWrapper):
     def _lora_forward_hook(
         self, _: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor
     ) -> torch.Tensor | None:
-        """Forward hook that adds the local share of the LoRA update to the local share of y.
+        """Forward hook that adds the LoRA update to the base layer's output.
 
-        It runs before the collectives on y.
+        This process's share of the update is added to its share of y, before the collectives on y.
         """
         from torch.distributed.tensor import DTensor, Partial
 
@@ -255,7 +258,9 @@ class TensorParallelLora(FastLoraWrapper):
     def _local_factors(
         self, name: str, call: UniformCall | MixedCall | None = None, *, with_dropout: bool = True
     ) -> Factors:
-        """Return this process's share of an adapter's factors as plain, unscaled tensors.
+        """Return this process's share of an adapter's factors.
+
+        They are plain tensors and are not scaled.
 
         Raises:
             UnsupportedLayerError: The adapter's modules must be called.
@@ -298,9 +303,10 @@ class TensorParallelLora(FastLoraWrapper):
         return to_local_summing_replicated_grads(bias) / self.base_layer.weight.device_mesh.size()
 
     def _local_dropout_seed(self, seed: torch.Tensor) -> torch.Tensor:
-        """Return this process's dropout seeds as int64, in the shape of ``seed``.
+        """Return this process's dropout seeds, derived from ``seed``.
 
-        Column-wise, all processes use the same seeds. Row-wise, each process uses its own.
+        They are int64 and have the shape of ``seed``. Column-wise, all processes use the same
+        seeds. Row-wise, each process uses its own.
         """
         mesh = self.base_layer.weight.device_mesh
         if self.style == ROW_WISE:
@@ -325,7 +331,7 @@ class TensorParallelLora(FastLoraWrapper):
     # ------------------------------------------------------------------------ merging, report
 
     def fusion(self, gathered: bool = False) -> FusionStatus:
-        """Return the layer's fusion status.
+        """Return whether the layer runs fused and, if not, the reason.
 
         A tensor-parallel layer never runs fused.
         """
@@ -365,9 +371,9 @@ class TensorParallelLora(FastLoraWrapper):
         return bool(flag.item())
 
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
-        """Return an adapter's update ``scaling * B @ A`` in its full shape ``[N, K]``.
+        """Return an adapter's weight update ``scaling * B @ A``.
 
-        The update is not sharded. All processes must call this method.
+        It has its full shape ``[N, K]`` and is not sharded. All processes must call this method.
         """
         self._check_has_adapter(adapter_name)
         lora_a, lora_b, _ = super()._factors(adapter_name)
@@ -380,7 +386,10 @@ def _shapes(module: nn.Module, settings: LayerAdapterSettings) -> TensorShapes:
 
 
 def _accept_all(module: nn.Module, settings: LayerAdapterSettings) -> None:
-    """Accept all settings, because `TensorParallelLora` checks its base layer itself."""
+    """Accept all settings.
+
+    `TensorParallelLora` checks its base layer itself.
+    """
 
 
 register_layer_kind(LayerKind(LINEAR, is_tensor_parallel, TensorParallelLora, _shapes, _accept_all))

@@ -25,7 +25,10 @@ if TYPE_CHECKING:
 
 
 class _TransposedFactor(nn.Module):
-    """Parameter-free module whose weight is the transpose of another layer's factor."""
+    """Module whose weight is the transpose of another layer's factor.
+
+    It has no parameters.
+    """
 
     def __init__(self, source: FastLoraEmbedding, part: str, adapter_name: str) -> None:
         super().__init__()
@@ -34,7 +37,10 @@ class _TransposedFactor(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The weight of this module, which is the embedding's factor, transposed."""
+        """The weight of this module.
+
+        It is the embedding's factor, transposed.
+        """
         (source,), part, adapter_name = self._at
         factor: torch.Tensor = source._modules[part][adapter_name]
         return factor.t()
@@ -46,7 +52,9 @@ class _TransposedFactor(nn.Module):
 
 
 class TiedLoraHead(BaseAdditiveLoraLayer):
-    """LoRA layer for a linear layer that shares its weight and adapters with an embedding.
+    """LoRA layer for a linear head that is tied to an embedding.
+
+    The head shares its weight and adapters with the embedding.
 
     Args:
         base_layer: The linear layer.
@@ -74,9 +82,10 @@ class TiedLoraHead(BaseAdditiveLoraLayer):
         return self._source[0]
 
     def add_adapter(self, adapter_name: str, **settings: Any) -> None:
-        """Add an adapter that shares its factors with the embedding's adapter of the same name.
+        """Add an adapter to the tied head.
 
-        ``settings`` are those of `LoraLayer.add_adapter`.
+        The adapter shares its factors with the embedding's adapter of the same name. ``settings``
+        are those of `LoraLayer.add_adapter`.
         """
         self._adding = adapter_name
         super().add_adapter(adapter_name, **settings)
@@ -124,5 +133,8 @@ class TiedLoraHead(BaseAdditiveLoraLayer):
         self.merged_adapters += names
 
     def unmerge(self) -> None:
-        """Undo `merge` for every merged adapter."""
+        """Unmerge every merged adapter.
+
+        This undoes `merge`.
+        """
         self.merged_adapters.clear()

@@ -56,9 +56,9 @@ def check_tokens_trainable(module: nn.Module, indices: list[int]) -> None:
 
 
 class TokenAdapter(nn.Module):
-    """Adapter module for one base layer, with each adapter's rows for the tokens that it trains.
+    """Module that holds the trained rows of tokens for each adapter.
 
-    The attribute names follow PEFT.
+    It is the adapter module of one base layer. The attribute names follow PEFT.
 
     Attributes:
         base_layer: An embedding, or a linear layer, which may be tied to an embedding.
@@ -97,7 +97,10 @@ class TokenAdapter(nn.Module):
 
     @property
     def active_adapter(self) -> list[str]:
-        """Names of the active adapters, under PEFT's attribute name."""
+        """Names of the active adapters.
+
+        The attribute's name is PEFT's.
+        """
         return list(self.active_adapters)
 
     @property
@@ -114,7 +117,9 @@ class TokenAdapter(nn.Module):
 
 
 class TrainableTokensWrapper(ModuleWrapper):
-    """Wrapper around an embedding or a tied head that lets adapters train some rows of the weight.
+    """Wrapper around a module that lets adapters train the rows of some tokens.
+
+    The module is an embedding or a tied head, and the rows are those of its weight.
 
     Args:
         original: An `nn.Embedding` or `nn.Linear` that `check_tokens_trainable` accepts.
@@ -166,7 +171,10 @@ class TrainableTokensWrapper(ModuleWrapper):
 
     @property
     def token_indices(self) -> dict[str, list[int]]:
-        """Maps an adapter name to the indices of the rows that the adapter trains."""
+        """Maps an adapter name to the indices of the tokens that the adapter trains.
+
+        They are row indices of the weight.
+        """
         return self.token_adapter.token_indices
 
     @property
@@ -187,12 +195,18 @@ class TrainableTokensWrapper(ModuleWrapper):
 
     @property
     def original_module(self) -> nn.Module:
-        """The embedding or linear layer, under PEFT's attribute name."""
+        """The original module.
+
+        It is the embedding or linear layer. The attribute's name is PEFT's.
+        """
         return self.get_base_layer()
 
     @property
     def is_tied(self) -> bool:
-        """Whether another module owns the rows."""
+        """Whether the rows are tied to another module.
+
+        The other module then owns the rows.
+        """
         return self.token_adapter.tied_adapter is not None
 
     def _activate(
@@ -213,7 +227,10 @@ class TrainableTokensWrapper(ModuleWrapper):
         self.token_adapter.tables.clear()
 
     def get_base_layer(self) -> nn.Module:
-        """Return the embedding or linear layer."""
+        """Return the base layer.
+
+        It is the embedding or linear layer.
+        """
         return self.token_adapter.base_layer
 
     # ------------------------------------------------------------------------------- forward
@@ -340,7 +357,7 @@ class TrainableTokensWrapper(ModuleWrapper):
     def check_merge(
         self, safe_merge: bool = False, adapter_names: list[str] | None = None
     ) -> list[str]:
-        """Check whether a merge is possible, and return a list of the adapters that it would merge.
+        """Check that adapters can be merged, and return a list of those that would be merged.
 
         The module is not changed.
 
@@ -373,9 +390,9 @@ class TrainableTokensWrapper(ModuleWrapper):
 
     @torch.no_grad()
     def _merge_checked(self, names: list[str], keep_base: bool) -> None:
-        """Merge adapters that `check_merge` has checked, by writing their rows into the weight.
+        """Merge adapters that `check_merge` has checked.
 
-        The old rows are saved for `unmerge`.
+        Their rows are written into the weight, and the old rows are saved for `unmerge`.
         """
         weight: Any = self.get_base_layer().weight
         rows_before = self._rows_before_merge_by_adapter()
@@ -388,7 +405,10 @@ class TrainableTokensWrapper(ModuleWrapper):
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Undo `merge` by restoring the rows that it replaced."""
+        """Unmerge every merged adapter.
+
+        This undoes `merge` by restoring the rows that it replaced.
+        """
         weight: Any = self.get_base_layer().weight
         rows_before = self._rows_before_merge_by_adapter()
         while self.merged_adapters:

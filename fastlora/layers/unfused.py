@@ -70,7 +70,7 @@ class BaseUnfusedLoraLayer(LoraLayer):
             return getattr(self._modules["base_layer"], name)
 
     def fusion(self, gathered: bool = False) -> FusionStatus:
-        """Return the layer's fusion status.
+        """Return whether the layer runs fused and, if not, the reason.
 
         A layer of this class never runs fused.
         """
@@ -111,7 +111,9 @@ class BaseAdditiveLoraLayer(BaseUnfusedLoraLayer):
         conditions: ExecutionMode,
         seed: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Return the sum of y and one adapter's update, in y's dtype or a wider dtype.
+        """Add one adapter's update to y, and return the sum.
+
+        The sum has y's dtype or a wider dtype.
 
         Args:
             name: The adapter's name.
@@ -224,10 +226,10 @@ class BaseAdditiveLoraLayer(BaseUnfusedLoraLayer):
     def _apply_dropout(
         self, dropout: nn.Module, x: torch.Tensor, seed: torch.Tensor | None
     ) -> torch.Tensor:
-        """Apply dropout to x, or return x itself if dropout is not active.
+        """Apply dropout to x, and return it.
 
-        With a seed, an adapter drops the same elements of its samples whatever else is in the
-        batch.
+        If dropout is not active, x itself is returned. With a seed, an adapter drops the same
+        elements of its samples whatever else is in the batch.
         """
         if isinstance(dropout, nn.Identity):
             return x

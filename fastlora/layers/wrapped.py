@@ -86,7 +86,10 @@ class FastLoraWrapper(LoraLayer):
         return quantized_base_of_layer(self)
 
     def _may_overwrite(self, y: torch.Tensor, x: torch.Tensor) -> bool:
-        """Return whether y may be overwritten, because no other code refers to it."""
+        """Return whether y may be overwritten.
+
+        It may be if no other code refers to it.
+        """
         hooked = self.base_layer._forward_hooks or "forward" in self.base_layer.__dict__
         return returns_unreferenced_output(self.base_layer) and not (
             hooked or y is x or y._is_view()
@@ -103,7 +106,7 @@ class FastLoraWrapper(LoraLayer):
         return self.base_layer.bias
 
     def fusion(self, gathered: bool = False) -> FusionStatus:
-        """Return the layer's fusion status.
+        """Return whether the layer runs fused and, if not, the reason.
 
         A fused layer computes the base GEMM and the LoRA update in one call.
         """

@@ -115,7 +115,9 @@ def read_config_of_weights(folder: Path) -> dict[str, Any]:
 
 
 def read_config_file(path: Path) -> dict[str, Any]:
-    """Return a dict of the fields in an ``adapter_config.json`` file. The values are not checked.
+    """Read a config file, and return a dict of its fields.
+
+    The file is an ``adapter_config.json``. The values are not checked.
 
     Raises:
         CheckpointError: If the file is missing, too large, or not a JSON object.

@@ -96,7 +96,9 @@ class ParsedAdapterKey(NamedTuple):
 
 @dataclass(frozen=True)
 class AdapterHeader:
-    """The checked contents of an adapter folder, without the tensor data.
+    """The contents of an adapter folder without the tensor data.
+
+    They have been checked.
 
     Attributes:
         path: The folder.
@@ -114,7 +116,9 @@ class AdapterHeader:
 
 @dataclass(frozen=True)
 class AdapterContents:
-    """The checked contents of an adapter folder, including the tensor data.
+    """The contents of an adapter folder, including the tensor data.
+
+    They have been checked.
 
     Attributes:
         path, config, keys: See `AdapterHeader`.
@@ -150,14 +154,18 @@ class OpenAdapterFolder:
 
     @property
     def weights_file_size(self) -> int:
-        """The size of the weights file in bytes, as the file system reports it."""
+        """The size of the weights file in bytes.
+
+        The file system reports it.
+        """
         return self._weights.size_on_disk
 
     @cached_property
     def header(self) -> AdapterHeader:
-        """The checked contents of the folder without the tensor data.
+        """The adapter's header.
 
-        The header of the weights file is checked against the config. No tensor data is read.
+        It is the checked contents of the folder without the tensor data. The header of the weights
+        file is checked against the config. No tensor data is read.
 
         Raises:
             CheckpointError: If the header is damaged or contradicts the config.
@@ -236,10 +244,10 @@ def inspect_adapter_folder(path: str | os.PathLike[str]) -> AdapterHeader:
 def with_renamed_modules(
     file: AdapterContents, mapping: Mapping[str, str] | None
 ) -> AdapterContents:
-    """Return a copy of an adapter file with renamed modules.
+    """Return an adapter's contents with renamed modules.
 
-    Some transformers models define a mapping from the module names of earlier versions to the
-    current names.
+    The result is a copy. Some transformers models define a mapping from the module names of earlier
+    versions to the current names.
 
     Args:
         file: The loaded adapter.
@@ -274,13 +282,14 @@ def save_adapter_folder(
     *,
     auto_mapping: dict[str, Any] | None = None,
 ) -> None:
-    """Write an adapter folder that PEFT and fastlora can load.
+    """Save an adapter's config and tensors to a folder.
 
-    The config is written with ``inference_mode=True``. Both files are first written completely
-    under temporary names. Then the weights file is renamed, and after it the config file. If the
-    save fails or the process is killed before the renames, the old adapter remains. If the process
-    is killed between the renames, fastlora reads the new adapter, but other readers find the new
-    weights beside the old config. Concurrent saves into the same folder run one after another.
+    PEFT and fastlora can load the folder. The config is written with ``inference_mode=True``. Both
+    files are first written completely under temporary names. Then the weights file is renamed, and
+    after it the config file. If the save fails or the process is killed before the renames, the old
+    adapter remains. If the process is killed between the renames, fastlora reads the new adapter,
+    but other readers find the new weights beside the old config. Concurrent saves into the same
+    folder run one after another.
 
     Args:
         path: The folder. It is created if it does not exist.

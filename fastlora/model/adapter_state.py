@@ -334,9 +334,10 @@ def _input_output_embeddings(model: nn.Module) -> dict[str, nn.Module]:
 def _targets_embedding_or_head(
     embeddings: dict[str, nn.Module], adapter_name: str, config: LoraConfig
 ) -> bool:
-    """Return whether an adapter targets an embedding or output head by PEFT's criteria.
+    """Return whether an adapter targets an embedding or output head.
 
-    The result is always False if the adapter has ``trainable_token_indices``.
+    The criteria are PEFT's. The result is always False if the adapter has
+    ``trainable_token_indices``.
     """
     if config.trainable_token_indices is not None:
         return False
@@ -350,10 +351,11 @@ def _targets_embedding_or_head(
 
 
 def _is_vocab_resized(model: nn.Module, config: LoraConfig) -> bool:
-    """Return whether the model's vocabulary size has changed since the model was loaded.
+    """Return whether the vocabulary size of a model has changed.
 
-    The size is compared with the one in the base model's ``config.json``. The result is False if
-    the base model was not loaded from a local folder.
+    The current size is compared with the one in the base model's ``config.json``, which the model
+    had when it was loaded. The result is False if the base model was not loaded from a local
+    folder.
     """
     path = Path(config.base_model_name_or_path or "") / "config.json"
     size = getattr(getattr(model, "config", None), "vocab_size", None)
@@ -365,10 +367,11 @@ def _is_vocab_resized(model: nn.Module, config: LoraConfig) -> bool:
 
 @torch.no_grad()
 def load_adapter_contents(lora_model: LoraModel, adapter_name: str, file: AdapterContents) -> None:
-    """Copy the tensors of a checked adapter file into an adapter's parameters.
+    """Load the contents of an adapter file into an adapter of a model.
 
-    The parameters keep their dtypes. If the file contains a base embedding, which PEFT saves when
-    the vocabulary was resized, the embedding is copied into the base model.
+    The tensors of the file, which has been checked, are copied into the adapter's parameters. The
+    parameters keep their dtypes. If the file contains a base embedding, which PEFT saves when the
+    vocabulary was resized, the embedding is copied into the base model.
 
     Args:
         lora_model: The model that has the adapter.

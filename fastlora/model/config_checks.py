@@ -121,7 +121,9 @@ def _check_values(fields: Mapping[str, Any]) -> None:
 
 
 def _normalize_layer_replication(given: Any) -> Any:
-    """Check the value of ``layer_replication``, and return a copy of it as a list.
+    """Return a normalized copy of ``layer_replication``, or raise an error if it is invalid.
+
+    The copy is a list.
 
     Raises:
         ConfigError: If the value is invalid.
@@ -141,7 +143,7 @@ def _normalize_layer_replication(given: Any) -> Any:
 
 
 def _normalize_token_indices(given: Any) -> Any:
-    """Check the value of ``trainable_token_indices``, and return a copy of it.
+    """Return a normalized copy of ``trainable_token_indices``, or raise an error if it is invalid.
 
     Raises:
         ConfigError: If the value is invalid.

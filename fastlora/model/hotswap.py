@@ -55,7 +55,10 @@ _MUST_AGREE = ("use_dora", "lora_bias", "lora_dropout", "bias", "trainable_token
 
 
 class HotswapError(CheckpointError, RuntimeError):
-    """Raised if a hot-swap fails because the new weights do not match the loaded adapter."""
+    """Raised if an adapter cannot be hot-swapped.
+
+    The reason is that the new weights do not match the loaded adapter.
+    """
 
 
 def prepare_model_for_compiled_hotswap(
@@ -149,11 +152,12 @@ def hotswap_adapter(
     torch_device: str | None = None,
     **kwargs: Any,
 ) -> None:
-    """Replace the weights of a loaded adapter in place with those from a PEFT adapter folder.
+    """Replace the weights of a loaded adapter in place with those of a saved adapter.
 
-    On layers that the new adapter does not adapt, the update becomes zero. If the new adapter has a
-    larger rank than the loaded adapter, new tensors are allocated and compiled models are
-    recompiled. Calling `prepare_model_for_compiled_hotswap` first avoids this.
+    The saved adapter is a PEFT adapter folder. On layers that the new adapter does not adapt, the
+    update becomes zero. If the new adapter has a larger rank than the loaded adapter, new tensors
+    are allocated and compiled models are recompiled. Calling `prepare_model_for_compiled_hotswap`
+    first avoids this.
 
     Args:
         model: A `LoraModel`, compiled or not. For a PEFT model, PEFT's function is called.
@@ -380,9 +384,10 @@ def _tensors_outside_layers(
 
 
 def _original_of_copied_tensor(base: nn.Module, key: str) -> torch.Tensor | None:
-    """Return the original module's tensor, given the key of an adapter's copy of the tensor.
+    """Return the original tensor of a copied tensor with the given key.
 
-    The result is None if the tensor with the key ``key`` does not belong to a copy.
+    The copy belongs to an adapter, and the original to the module that was copied. The result is
+    None if the tensor with the key ``key`` does not belong to a copy.
     """
     name, found, rest = key.removeprefix(KEY_PREFIX).partition(".modules_to_save.")
     wrapper = base.get_submodule(name) if found else None
@@ -439,7 +444,10 @@ def _drop_unchanged_base_weights(
 
 
 def _insert_adapter_name(key: str, adapter_name: str) -> str:
-    """Insert the adapter's name into a key from an adapter file, as in PEFT's error messages."""
+    """Insert an adapter's name into a key.
+
+    The key is from an adapter file. The result is a key as in PEFT's error messages.
+    """
     return re.sub(r"(\.lora_[^.]*)", rf"\1.{adapter_name}", key, count=1)
 
 

@@ -48,7 +48,9 @@ from fastlora.validation import AdapterStateError, ConfigError, UnsupportedLayer
 
 
 class TargetModule(NamedTuple):
-    """A module to which an adapter applies LoRA, and how LoRA is applied to it.
+    """A module to which an adapter applies LoRA.
+
+    The object also describes how LoRA is applied to the module.
 
     Attributes:
         base: The module without adapters.
@@ -70,7 +72,9 @@ class TargetModule(NamedTuple):
 
 @dataclass(frozen=True)
 class AdapterPlan:
-    """A plan for adding an adapter to a model: its checked config and the modules to adapt.
+    """A plan for adding an adapter to a model.
+
+    It contains the checked config and the modules to adapt.
 
     Attributes:
         config: The adapter's config.
@@ -118,10 +122,11 @@ class AdapterPlan:
 def make_adapter_plan(
     model: nn.Module, adapter_name: str, peft_config: Any, *, loading: bool = False
 ) -> AdapterPlan:
-    """Resolve a config against a model, and return the plan for adding the adapter.
+    """Make the plan for adding an adapter to a model.
 
-    The plan contains a copy of the config in which ``target_modules`` is resolved to names or a
-    regular expression. Neither the model nor ``peft_config`` is changed.
+    The config is resolved against the model. The plan contains a copy of the config in which
+    ``target_modules`` is resolved to names or a regular expression. Neither the model nor
+    ``peft_config`` is changed.
 
     Args:
         model: The base model, with or without adapters.

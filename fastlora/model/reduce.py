@@ -58,7 +58,10 @@ class RankReduction:
 
     @property
     def largest_error(self) -> float:
-        """The largest relative error on any layer."""
+        """The largest error on any layer.
+
+        Errors are relative.
+        """
         return max(self.errors.values())
 
     def __str__(self) -> str:
@@ -77,7 +80,7 @@ def reduce_rank(
     adapter_name: str = "default",
     new_adapter_name: str = "reduced",
 ) -> RankReduction:
-    """Approximate an adapter with an adapter of a different rank, and add the result to the model.
+    """Add an adapter that approximates another adapter with a given rank.
 
     On each layer, the new update is the best approximation of the old update with the given rank,
     in the Frobenius norm. The factors of the new adapter include the scaling. Biases of ``lora_B``,
@@ -115,9 +118,10 @@ def convert_to_lora(
     progressbar: bool = False,
     compile_kwargs: dict[str, Any] | None = None,
 ) -> tuple[Any, dict[str, torch.Tensor]]:
-    """Convert an adapter to a LoRA adapter of a given rank, without changing the model.
+    """Convert an adapter to a LoRA adapter of a given rank.
 
-    A warning reports the approximation error, as described in `reduce_rank`.
+    The model is not changed. A warning reports the approximation error, as described in
+    `reduce_rank`.
 
     Args:
         model: A `LoraModel`. For a PEFT model with an adapter of any method, PEFT's function is
@@ -162,7 +166,9 @@ def save_as_lora(
     progressbar: bool = False,
     compile_kwargs: dict[str, Any] | None = None,
 ) -> None:
-    """Convert an adapter as `convert_to_lora` does, and save it in PEFT's format.
+    """Save an adapter as a LoRA adapter of a given rank.
+
+    The adapter is converted as by `convert_to_lora`, and saved in PEFT's format.
 
     Args:
         path: The folder. It is created if it does not exist.
@@ -288,7 +294,9 @@ def _reduce_intruders(
 def _compute_reduced_adapter(
     model: LoraModel, rank: int | float, adapter_name: str
 ) -> tuple[ComputedAdapter, dict[str, float]]:
-    """Compute the reduced adapter and its errors on the layers, without changing the model.
+    """Compute an adapter of reduced rank, and its errors on the layers.
+
+    The model is not changed.
 
     Returns:
         A tuple of the computed adapter and a dict that maps layer names to relative errors.

@@ -102,10 +102,10 @@ def replication_applied(replication: LayerReplication | None) -> Iterator[None]:
 
 
 def create_replication(model: nn.Module, ranges: Ranges | None) -> LayerReplication | None:
-    """Create the replication that an adapter's config requires.
+    """Create the layer replication of a model for the given ranges.
 
-    The result is None if the config requires no replication, or if the model's layers are already
-    replicated with the same ranges.
+    The ranges are those in an adapter's config. The result is None if the config requires no
+    replication, or if the model's layers are already replicated with the same ranges.
 
     Args:
         model: The base model.

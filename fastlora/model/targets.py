@@ -76,11 +76,11 @@ def find_targets(
     targets: set[str] | str | None = None,
     modules: BaseModules | None = None,
 ) -> list[str]:
-    """Return a list of the names of the target modules, in the order of ``named_modules()``.
+    """Return a list of the names of the target modules.
 
-    The result may include LoRA layers that already have other adapters, but no modules inside a
-    LoRA layer. ``"all-linear"`` leaves out every module that adapters own copies of
-    (``modules_to_save``), and all modules inside it.
+    The names are in the order of ``named_modules()``. The result may include LoRA layers that
+    already have other adapters, but no modules inside a LoRA layer. ``"all-linear"`` leaves out
+    every module that adapters own copies of (``modules_to_save``), and all modules inside it.
 
     A warning is emitted in each of these cases: some entries match no module while others do; an
     entry matches experts with weights that are stacked in a parameter; or ``"all-linear"`` leaves
@@ -346,7 +346,7 @@ def _is_all_linear(targets: object) -> bool:
 
 
 class _FoundLinear(NamedTuple):
-    """A linear layer of the base model.
+    """A linear layer that was found in the base model.
 
     Attributes:
         name: The name of the layer.
@@ -391,10 +391,10 @@ def _output_head(model: nn.Module, config: LoraConfig) -> nn.Module | None:
 
 
 def _invalid_target_message(model: nn.Module, name: str) -> str:
-    """Return the part of an error message that explains why a module cannot be a target.
+    """Return an error message that explains why a module cannot be a target.
 
-    The module called ``name`` is, or is inside, a module that adapters own copies of or train rows
-    of.
+    It is part of a longer message. The module called ``name`` is, or is inside, a module that
+    adapters own copies of or train rows of.
     """
     for outer, module in named_outer_modules(model, remove_duplicate=False):
         if is_auxiliary_wrapper(module) and (name == outer or name.startswith(f"{outer}.")):

@@ -37,7 +37,7 @@ from fastlora.validation import (
 
 
 class LoraTuner(nn.Module):
-    """Manages the adapters of a base model.
+    """Manages the LoRA adapters of a base model.
 
     The tuner wraps the base model. Attributes and methods have the same names as in PEFT.
 
@@ -98,7 +98,10 @@ class LoraTuner(nn.Module):
 
     @property
     def active_adapter(self) -> list[str]:
-        """An alias of `active_adapters`, for compatibility with PEFT."""
+        """The names of the active adapters.
+
+        This is an alias of `active_adapters`, for compatibility with PEFT.
+        """
         return list(self._active)
 
     def add_adapter(
@@ -402,11 +405,12 @@ class LoraTuner(nn.Module):
     def set_requires_grad(
         self, adapter_names: str | Sequence[str], requires_grad: bool = True
     ) -> None:
-        """Make adapters trainable or freeze them, whether or not they are active.
+        """Make adapters trainable, or freeze them.
 
-        Other adapters are not affected. If an adapter is active and trains biases of the base
-        model, these biases are made trainable or frozen together with the adapter. If it is
-        inactive, the biases stay frozen, because they take effect in every forward pass.
+        The adapters need not be active. Other adapters are not affected. If an adapter is active
+        and trains biases of the base model, these biases are made trainable or frozen together with
+        the adapter. If it is inactive, the biases stay frozen, because they take effect in every
+        forward pass.
 
         Args:
             adapter_names: The name of an adapter, or a list of names.
@@ -451,9 +455,10 @@ class LoraTuner(nn.Module):
         return trained
 
     def _unfreeze(self, frozen: Collection[nn.Parameter]) -> None:
-        """Unfreeze the parameters in ``frozen``, a list that `_freeze_adapters` returned.
+        """Unfreeze parameters that were frozen.
 
-        Parameters that the adapters cannot train in the current state stay frozen.
+        ``frozen`` is a list that `_freeze_adapters` returned. Parameters that the adapters cannot
+        train in the current state stay frozen.
         """
         trainable = {id(parameter) for parameter in self._trainable_parameters(self.peft_config)}
         for parameter in frozen:
@@ -497,7 +502,9 @@ class LoraTuner(nn.Module):
         validate: bool,
         held: contextlib.ExitStack,
     ) -> Routing:
-        """Create the routing for a `fastlora.adapters` block.
+        """Create the routing of batch rows to adapters.
+
+        It is the routing of a `fastlora.adapters` block.
 
         Args:
             ids, seeds, validate: See `fastlora.adapters`.
@@ -515,9 +522,9 @@ class LoraTuner(nn.Module):
 
     @property
     def modules_selecting_adapter_per_row(self) -> list[Any]:
-        """The modules that take part in mixed batches.
+        """The modules that select an adapter for each row of a batch.
 
-        They select an adapter for each row of a mixed batch.
+        They take part in mixed batches.
         """
         found = self._routed
         # A copied model does not have row checks yet, so they must be set up first.

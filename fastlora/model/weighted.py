@@ -24,7 +24,10 @@ from fastlora.validation import AdapterStateError, ConfigError, check_rank, near
 
 
 class CombinationOptions(NamedTuple):
-    """The options of `LoraTuner.add_weighted_adapter` that select how adapters are combined."""
+    """The options that select how adapters are combined.
+
+    They are options of `LoraTuner.add_weighted_adapter`.
+    """
 
     combination_type: str = "svd"
     svd_rank: int | None = None
@@ -87,7 +90,9 @@ def _check_combination(
     weights: Sequence[float],
     options: CombinationOptions,
 ) -> None:
-    """Check the arguments of `combine_adapters`.
+    """Check that adapters can be combined with the given weights and options.
+
+    The arguments are those of `combine_adapters`.
 
     Raises:
         ConfigError: If an argument is invalid.

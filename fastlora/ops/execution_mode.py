@@ -106,7 +106,10 @@ def triton_status(device_type: str, index: int = 0) -> tuple[bool, str]:
 
 
 def auto_selects_kernels(device: torch.device) -> bool:
-    """Return whether ``impl="auto"`` selects Triton kernels on a device for supported dtypes."""
+    """Return whether ``impl="auto"`` selects Triton kernels on a device.
+
+    This holds for supported dtypes.
+    """
     return device.type in KERNEL_DEVICES and triton_status(device.type, device.index or 0)[0]
 
 
@@ -116,7 +119,10 @@ def is_being_compiled() -> bool:
 
 
 def is_traced(x: torch.Tensor) -> bool:
-    """Return whether a compiler is tracing operations on x, so that the values of x are unknown."""
+    """Return whether a compiler is tracing operations on x.
+
+    In this case, the values of x are unknown.
+    """
     return torch.compiler.is_compiling() or type(x) not in _PLAIN
 
 
@@ -292,17 +298,20 @@ _USUAL = {impl: ExecutionMode(impl, impl, False, False, None) for impl in ("trit
 
 
 def is_batch_invariant() -> bool:
-    """Return whether batch-invariant mode is on in this thread."""
+    """Return whether batch-invariant mode is on.
+
+    Each thread has its own mode.
+    """
     return _batch_invariant_state.invariant
 
 
 @contextlib.contextmanager
 def batch_invariant(enabled: bool = True) -> Iterator[None]:
-    """Context manager that turns batch-invariant mode on or off for this thread.
+    """Context manager that turns batch-invariant mode on or off.
 
-    ``FASTLORA_BATCH_INVARIANT=1`` in the environment turns the mode on for all threads. A forward
-    pass that activation checkpointing repeats during the backward pass needs this setting. The mode
-    is slower, but the cost has not been measured.
+    Only this thread is affected. ``FASTLORA_BATCH_INVARIANT=1`` in the environment turns the mode
+    on for all threads. A forward pass that activation checkpointing repeats during the backward
+    pass needs this setting. The mode is slower, but the cost has not been measured.
 
     Args:
         enabled: Whether the mode is on within the ``with`` block.

@@ -25,9 +25,10 @@ def register_kernel(name: str) -> Callable[[Callable[..., Any]], Callable[..., A
 
 
 def register_composite(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Return a decorator that registers an operator's implementation above autograd.
+    """Return a decorator that registers a function as an operator's composite implementation.
 
-    The implementation runs while a graph is traced, and also if nothing is traced.
+    The implementation is registered above autograd. It runs while a graph is traced, and also if
+    nothing is traced.
     """
     found: Callable[..., Any] = torch.library.impl(_LIBRARY, name, "CompositeImplicitAutograd")
     return found

@@ -133,9 +133,9 @@ class OperatorBackend(Backend):
         weight: torch.Tensor | QuantizedData | None,
         operators: schema.Operators,
     ) -> Gradients:
-        """Return the result of `gradients`, computed with the given operators.
+        """Compute the gradients with the given operators.
 
-        The weight is in the form that the operators accept.
+        The result is that of `gradients`. The weight is in the form that the operators accept.
         """
         dy, _, x, operands, rows, s, plan, wants_x, wants_bias, wants_s, wants = given
         lora_a, lora_b, lora_bias, scaling, dropout_p, seeds, _ = operands

@@ -244,7 +244,10 @@ def lora_grad_x_fake(
     lora_a: _Factors,
     *_: object,
 ) -> torch.Tensor:
-    """Return an empty tensor for the gradient of x, or for the adapters' contribution to it."""
+    """Return an empty tensor for the gradient of x.
+
+    Without a weight, it is for the adapters' contribution to the gradient.
+    """
     return dy.new_empty(dy.shape[0], replace_missing_with_empty(lora_a, 0)[0].shape[1])
 
 

@@ -18,10 +18,11 @@ _SCALE = BLOCK_KINDS.index("magnitude")
 
 
 class PoolTables:
-    """A pool's address tables, with one row per module and one column per adapter on the device.
+    """The address tables of a pool.
 
-    The tensors are written in place, and only in columns that no forward pass reads. Their
-    addresses therefore do not change, and a captured CUDA graph sees the new contents.
+    They have one row per module and one column per adapter on the device. The tensors are written
+    in place, and only in columns that no forward pass reads. Their addresses therefore do not
+    change, and a captured CUDA graph sees the new contents.
 
     Args:
         modules: Number of rows, G.

@@ -61,7 +61,9 @@ class Lease:
 
 @dataclass(eq=False)
 class LeaseRequest:
-    """A request for a lease, made by one thread.
+    """A request for a lease on adapters.
+
+    It is made by one thread.
 
     Attributes:
         names: Names of the requested adapters, which may repeat.

@@ -488,12 +488,12 @@ class AdapterPool:
     # -------------------------------------------------------------------------------- closing
 
     def close(self, wait: float | None = None) -> None:
-        """Remove all adapters from the pool and restore the original modules of the model.
+        """Close the pool, and restore the original modules of the model.
 
-        If ``wait`` is given, new leases and `fastlora.adapters` blocks raise `PoolClosedError` in
-        every thread from now on, and other threads have ``wait`` seconds to end their leases.
-        Prefetch threads finish the adapter that they are reading and then stop. Closing a closed
-        pool does nothing.
+        All adapters are removed from the pool. If ``wait`` is given, new leases and
+        `fastlora.adapters` blocks raise `PoolClosedError` in every thread from now on, and other
+        threads have ``wait`` seconds to end their leases. Prefetch threads finish the adapter that
+        they are reading and then stop. Closing a closed pool does nothing.
 
         Args:
             wait: Maximum time in seconds to wait for leases to end, or None to raise an error

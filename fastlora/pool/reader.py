@@ -95,7 +95,9 @@ class AdapterReader:
         self._named: dict[bytes, list[str]] = {}
 
     def check_folder(self, folder: Path) -> LoraConfig:
-        """Check an adapter folder without reading its tensors, and return the adapter's config.
+        """Check an adapter folder, and return the adapter's config.
+
+        The tensors are not read.
 
         Raises:
             CheckpointError: The folder does not contain an adapter that this pool supports.

@@ -19,7 +19,7 @@ from fastlora.validation import AdapterNotFoundError, AdapterStateError, PoolFul
 
 
 class StorageTiers:
-    """The adapters of a pool, and the storage tiers that contain them.
+    """The storage tiers of a pool, and the adapters that they contain.
 
     If the pool's device is a CPU, an image is in only one tier at a time, and moving it between
     tiers copies no data. If it is a GPU, the CPU tier is a cache that may contain copies of images
@@ -85,7 +85,9 @@ class StorageTiers:
         return self.host.get(name) or self.staged.get(name)
 
     def register(self, entries: Collection[RegisteredAdapter], uses_dora: bool) -> None:
-        """Register adapters without reading them from disk.
+        """Register adapters.
+
+        They are not read from disk.
 
         Args:
             entries: Records of the adapters. If an error is raised, none is registered.

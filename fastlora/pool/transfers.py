@@ -20,9 +20,9 @@ from fastlora.validation import AdapterStateError
 
 
 class DeviceTransfers:
-    """Base class of transfers of packed adapters to the device.
+    """Transfers packed adapters to the device.
 
-    It is itself used for CPUs, and then copies nothing.
+    This is the base class of such transfers. It is itself used for CPUs, and then copies nothing.
 
     Attributes:
         shares_memory: Whether the device tier and the CPU tier use the same memory, so that an
@@ -40,7 +40,10 @@ class DeviceTransfers:
         return image
 
     def record_write_event(self) -> Any:
-        """Record an event after all writes so far. Return None on a CPU, which needs no events."""
+        """Record an event after all writes so far, and return it.
+
+        On a CPU, which needs no events, return None.
+        """
         return None
 
     def is_event_done(self, event: Any) -> bool:
@@ -61,7 +64,10 @@ class DeviceTransfers:
         return None
 
     def wait_for_reads(self, events: Iterable[Any]) -> None:
-        """Make later writes to adapters and tables wait for the given read events."""
+        """Make later writes wait for the given read events.
+
+        These are writes to adapters and tables.
+        """
 
 
 class AsyncCudaTransfers(DeviceTransfers):
@@ -133,7 +139,7 @@ class AsyncCudaTransfers(DeviceTransfers):
         return event, stream.cuda_stream
 
     def wait_for_reads(self, events: Iterable[torch.cuda.Event]) -> None:
-        """Make the pool's stream wait for the events."""
+        """Make the pool's stream wait for the given read events."""
         for event in events:
             self._stream.wait_event(event)
 

@@ -14,9 +14,9 @@ from fastlora.routing.routing import Routing, RoutingGroup
 
 
 class _ThreadRoutings(threading.local):
-    """The active routings of a thread, which are those of its open blocks.
+    """The active routings of a thread.
 
-    They include each model's innermost routing.
+    They are those of its open blocks. They include each model's innermost routing.
     """
 
     def __init__(self) -> None:
@@ -29,12 +29,18 @@ _thread = _ThreadRoutings()
 
 
 def active_routings() -> tuple[Routing, ...]:
-    """Return a tuple of the routings of this thread's open blocks, from outermost to innermost."""
+    """Return a tuple of this thread's active routings.
+
+    These are the routings of its open blocks, from outermost to innermost.
+    """
     return _thread.open
 
 
 def active_routing(layer: RoutedLayer) -> Routing | None:
-    """Return the routing of the innermost block that is open for a layer's model, or None."""
+    """Return the active routing of a layer, or None if there is none.
+
+    It is the routing of the innermost block that is open for the layer's model.
+    """
     by_group = _thread.by_group
     return by_group.get(layer.routing_group) if by_group else None
 
@@ -111,7 +117,10 @@ def replace_active_routings(routings: tuple[Routing, ...]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def skip_batch_checks() -> Iterator[None]:
-    """Context manager that disables `check_batch_matches_ids` in this thread."""
+    """Context manager that skips batch checks.
+
+    It disables `check_batch_matches_ids` in this thread.
+    """
     before, _thread.unchecked = _thread.unchecked, True
     try:
         yield
@@ -120,7 +129,10 @@ def skip_batch_checks() -> Iterator[None]:
 
 
 def discard_unused_results(group: RoutingGroup) -> None:
-    """Discard the results computed for layers that a model's forward pass did not call."""
+    """Discard a group's results that no layer has used.
+
+    These were computed for layers that the model's forward pass did not call.
+    """
     if not is_being_compiled() and group.unfinished:
         group.discard_unused_results()
 

@@ -65,7 +65,10 @@ class RoutingGroup(UncopiedCache):
         self._lock = threading.Lock()
 
     def change_open_blocks(self, change: int) -> None:
-        """Add ``change`` (1 or -1) to the number of the model's open blocks in all threads."""
+        """Add ``change`` to the number of open blocks.
+
+        ``change`` is 1 or -1. The model's open blocks in all threads are counted.
+        """
         with self._lock:
             self._open += change
 
@@ -82,7 +85,9 @@ class RoutingGroup(UncopiedCache):
                     results.discard_untaken()
 
     def check_no_open_blocks(self, operation: str) -> None:
-        """Raise `AdapterStateError` if a block of the model is open in any thread.
+        """Raise `AdapterStateError` if any block is open.
+
+        Blocks of the model in all threads count.
 
         Args:
             operation: Name of the method that would change the adapters or weights of the block's
@@ -129,7 +134,7 @@ class Routing:
     cache: PerBlockCache = field(default_factory=PerBlockCache, repr=False)
 
     def sorted_rows(self, m: int, device: torch.device, *, host: bool = False) -> Rows:
-        """Return the rows, sorted by adapter, of a layer input with ``m`` rows.
+        """Return the ``m`` rows of a layer input, sorted by adapter.
 
         The results are cached by ``m`` and stream.
 
@@ -164,11 +169,16 @@ class Routing:
 
     @property
     def may_mix(self) -> bool:
-        """Whether different rows can use different adapters; False if there is only one id."""
+        """Whether the rows of the batch may use different adapters.
+
+        The value is False if there is only one id.
+        """
         return self.ids.numel() > 1
 
     def check_gets_all_rows(self, layer: RoutedLayer, x: torch.Tensor, compiling: bool) -> None:
-        """Raise an error if a layer gets only some rows of the batch, or if this might happen.
+        """Raise an error if a layer does not get all rows of the batch.
+
+        The error is also raised if the layer might get only some rows.
 
         Raises:
             UnsupportedLayerError: The layer gets or may get only some rows. The message names it.
@@ -211,9 +221,9 @@ class Routing:
         return row_checker.order.pause_row_tracking()
 
     def layer_dropout_seeds(self, number: int, device: torch.device) -> torch.Tensor:
-        """Return the dropout seeds of layer ``number`` on a device, int64 ``[S]``.
+        """Return the dropout seeds of layer ``number`` on a device.
 
-        The seeds of all layers are copied to the device together.
+        They are int64 ``[S]``. The seeds of all layers are copied to the device together.
         """
         key = (device, cuda_stream_handle(device))
         known = self.cache.seeds.get(key)
@@ -231,10 +241,10 @@ class Routing:
         return known[number]
 
     def cached_adapter_set(self, key: tuple[Hashable, ...]) -> PackedAdapterSet:
-        """Return the `PackedAdapterSet` for a key, from the cache of the block or of the model.
+        """Return the cached `PackedAdapterSet` for a key.
 
-        Whether factors have changed is checked once per block, and again after a change of the
-        weights version.
+        It comes from the cache of the block or of the model. Whether factors have changed is
+        checked once per block, and again after a change of the weights version.
         """
         known = self.cache.sets.get(key)
         if known is None or not known.has_current_weights_version:
@@ -244,11 +254,14 @@ class Routing:
         return known
 
     def adapter_identities(self, rows: Rows) -> tuple[Hashable, ...]:
-        """Return a tuple of the identities of all adapters that have rows, in slot order."""
+        """Return a tuple of the identities of the adapters that the rows use.
+
+        They are in slot order, one for each adapter that has rows.
+        """
         return tuple(self.source.adapter_key(segment.slot) for segment in rows.segments)
 
     def defer_id_check(self) -> None:
-        """Defer the check of the ids, without a wait for the device.
+        """Defer the check of the ids, without waiting for the device.
 
         A later block of the model checks whether the ids are in range.
         """
@@ -264,7 +277,7 @@ class Routing:
 
 
 def number_layers(names: Sequence[str], taken: Iterable[int] = ()) -> list[int]:
-    """Return a unique number for each layer name.
+    """Return a unique number for each named layer.
 
     It is the CRC-32 of the name, or the next unused number. The number depends on the name, so that
     a layer's dropout does not depend on which other modules are adapted. ``taken`` are the numbers

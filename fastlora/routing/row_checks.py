@@ -92,7 +92,9 @@ class RowChecks:
             )
 
     def block_checker_unless_all_checked(self, count: int) -> BlockRowChecker | None:
-        """Return the context manager that checks a block, or None if all layers are checked.
+        """Return the row checker of a block, or None if all layers are checked.
+
+        It is the context manager that checks the block.
 
         Args:
             count: Number of adapter ids of the block.
@@ -112,13 +114,16 @@ class RowChecks:
         return self._names.get(layer.routing_index, type(layer).__name__)
 
     def unsupported_reason(self, layer: RoutedLayer) -> str | None:
-        """Return the reason why a layer does not support mixed batches, or None if it does."""
+        """Return the reason why a layer is unsupported, or None if it is supported.
+
+        An unsupported layer does not support mixed batches.
+        """
         return self._unsupported.get(layer.routing_index)
 
     def record_tracked_block(
         self, mode: bool, ran: Iterable[RoutedLayer], even: Collection[int] = ()
     ) -> None:
-        """Record the result of a block in which rows were tracked.
+        """Record which layers ran in a block in which rows were tracked.
 
         The layers that ran got all rows.
 
@@ -138,9 +143,9 @@ class RowChecks:
                 layer.may_see_partial_rows = False
 
     def always_raise_for(self, layer: RoutedLayer, reason: str) -> None:
-        """Make a layer raise an error in this and all later mixed batches.
+        """Make a layer always raise an error with the given reason.
 
-        It raises the error in compiled code too.
+        It raises the error in this and all later mixed batches, and in compiled code too.
 
         Raises:
             UnsupportedLayerError: Always.
@@ -168,9 +173,9 @@ class RowChecks:
 
 
 class BlockRowChecker:
-    """Context manager that checks the rows of layers in one block.
+    """Checks the rows of layers in one block.
 
-    It checks whether the layers get all rows.
+    This context manager checks whether the layers get all rows.
 
     Args:
         checks: The model's checks.
@@ -207,9 +212,10 @@ class BlockRowChecker:
             self.order.record_in_order(inputs)
 
     def stop_tracking(self) -> None:
-        """Stop tracking rows in this block.
+        """Stop tracking rows.
 
-        The record of the layers that ran is discarded.
+        Rows are not tracked in the rest of this block. The record of the layers that ran is
+        discarded.
         """
         self._ran.clear()
         if self.order is not None:
@@ -237,7 +243,9 @@ class BlockRowChecker:
 
 
 def raise_partial_batch(layer: RoutedLayer) -> None:
-    """Raise `UnsupportedLayerError` for a layer that gets, or might get, only some rows.
+    """Raise `UnsupportedLayerError` for a layer that gets only some rows of a batch.
+
+    The layer may also be one that might get only some rows.
 
     Raises:
         UnsupportedLayerError: Always.
@@ -262,7 +270,10 @@ def raise_partial_batch(layer: RoutedLayer) -> None:
 
 
 def _sequence_first_parent_class(root: nn.Module, name: str) -> str | None:
-    """Return the class name of the outermost parent that uses the layout ``[T, B, K]``, or None."""
+    """Return the class name of a parent that puts the sequence dimension first, or None.
+
+    It is the outermost parent that uses the layout ``[T, B, K]``.
+    """
     module: nn.Module | None = root
     for part in name.split("."):
         if module is None:
@@ -277,7 +288,9 @@ _LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
 
 class _LastPathStep(NamedTuple):
-    """Facts about the last component of a module's path, used to detect experts.
+    """Facts about the last component of a module's path.
+
+    They are used to detect experts.
 
     Attributes:
         alike: Number of children of the parent module that have the same structure as this module,
@@ -293,9 +306,9 @@ class _LastPathStep(NamedTuple):
 
 
 class _ExpertDetector:
-    """Detects layers that look like experts by finding modules with the same structure.
+    """Detects layers that look like experts.
 
-    The results are cached.
+    It finds modules with the same structure. The results are cached.
     """
 
     def __init__(self) -> None:
@@ -381,9 +394,9 @@ class _ExpertDetector:
         return known
 
     def _parameter_shapes(self, holder: nn.Module) -> set[tuple[int, ...]]:
-        """Return the set of parameter shapes of a module and its children.
+        """Return the set of the shapes of a module's parameters.
 
-        Adapters are excluded.
+        The parameters of its children are included. Adapters are excluded.
         """
         known = self._shapes.get(id(holder))
         if known is None:

@@ -24,10 +24,11 @@ Indices = Sequence["torch.Tensor | None"]
 
 
 def samples_in_order(shape: Sequence[int], count: int) -> torch.Tensor | None:
-    """Return the sample of each row, given that the rows are in the order of the batch.
+    """Return the sample of each row, given that the rows are in order.
 
-    Row r of R belongs to sample ``r * count // R``, as a layer in a mixed batch assumes. Returns
-    None if R, the number of elements of ``shape``, is zero or is not a multiple of ``count``.
+    The rows are in the order of the batch. Row r of R belongs to sample ``r * count // R``, as a
+    layer in a mixed batch assumes. Returns None if R, the number of elements of ``shape``, is zero
+    or is not a multiple of ``count``.
     """
     rows = math.prod(shape)
     if not rows or rows % count:
@@ -54,7 +55,10 @@ def is_in_order(samples: torch.Tensor, count: int, *, blanks: bool = False) -> b
 
 
 def has_stride_larger_than_first(tensor: torch.Tensor) -> bool:
-    """Return whether a later dimension has a larger stride than the first, as after a permute."""
+    """Return whether a later dimension has a larger stride than the first.
+
+    This is so after a permute, for instance.
+    """
     sizes, strides = tensor.shape, tensor.stride()
     if not sizes or sizes[0] == 1:
         return False
@@ -95,7 +99,10 @@ def covers_storage_contiguously(tensor: torch.Tensor) -> bool:
 
 
 def indexed_dimensions(indices: Indices) -> int:
-    """Return how many dimensions ``indices`` cover; a k-dimensional mask covers k dimensions."""
+    """Return how many dimensions the indices cover.
+
+    A k-dimensional mask covers k dimensions.
+    """
     return sum(1 if i is None or not _is_mask(i) else i.dim() for i in indices)
 
 

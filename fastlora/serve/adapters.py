@@ -84,7 +84,10 @@ class ServedAdapters:
 
     @property
     def usable_names(self) -> list[str]:
-        """Names of the adapters without a known error, in sorted order."""
+        """Names of the adapters that requests can use.
+
+        These adapters have no known error. The names are in sorted order.
+        """
         with self._lock:
             return sorted(name for name, own in self._versions.items() if own.error is None)
 
@@ -107,7 +110,10 @@ class ServedAdapters:
             return version
 
     def release_version(self, version: AdapterVersion) -> None:
-        """Release a version that `acquire_version` returned."""
+        """Release a version of an adapter.
+
+        `acquire_version` returned it.
+        """
         with self._lock:
             version.users -= 1
             self._unload_if_unused(version)
@@ -146,8 +152,9 @@ class ServedAdapters:
             on_done()
 
     def sync_with_folder(self) -> None:
-        """Scan the folder: add new and changed adapters, and remove deleted adapters.
+        """Update the adapters to match the contents of the folder.
 
+        The folder is scanned: new and changed adapters are added, and deleted adapters are removed.
         If the folder of an adapter is damaged, the adapter keeps its name, but requests for it
         fail.
         """
@@ -185,7 +192,7 @@ class ServedAdapters:
             self._register_as_current(self._version(name, *found[name]))
 
     def load(self, name: str, path: str, *, replace: bool = False) -> None:
-        """Load an adapter from a folder under the server's folder, and serve it as ``name``.
+        """Load an adapter from a path, and serve it as ``name``.
 
         Args:
             name: Name of letters, digits, ``.``, ``_``, and ``-``.
@@ -250,7 +257,10 @@ class ServedAdapters:
         )
 
     def _needs_new_version(self, name: str, fingerprint: tuple[object, ...]) -> bool:
-        """Return whether a scan must register a new version for files with this fingerprint."""
+        """Return whether an adapter needs a new version for files with this fingerprint.
+
+        If so, a scan must register the new version.
+        """
         if name in self._loaded_by_client or self._unloaded.get(name) == fingerprint:
             return False
         known = self._versions.get(name)
@@ -326,7 +336,10 @@ class ServedAdapters:
 
 
 def _files_fingerprint(folder: Path) -> tuple[object, ...] | None:
-    """Return a fingerprint of an adapter's files, or None if there is no config file."""
+    """Return a fingerprint of the adapter files in a folder, or None if there is no adapter.
+
+    There is no adapter if there is no config file.
+    """
     found: list[object] = []
     for name in _FILES:
         try:

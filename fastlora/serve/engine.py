@@ -36,7 +36,9 @@ _log = logging.getLogger("fastlora.serve")
 
 
 class Engine:
-    """Runs up to ``rows`` requests concurrently on one model.
+    """Runs generation requests for a model and its adapters.
+
+    Up to ``rows`` requests run concurrently on the one model.
 
     Args:
         model: The model of ``adapters.pool``.
@@ -85,7 +87,7 @@ class Engine:
         sampling: SamplingParams,
         on_chunk: Callable[[AnswerChunk], None],
     ) -> EngineRequest:
-        """Create a request, add it to the queue, and return it.
+        """Add a request for a prompt to the queue, and return the request.
 
         Args:
             prompt: Tokens of the prompt.
@@ -120,15 +122,18 @@ class Engine:
         return job
 
     def cancel(self, job: EngineRequest) -> None:
-        """Cancel a request. Its row in the batch is freed before the next token is generated."""
+        """Cancel a request.
+
+        Its row in the batch is freed before the next token is generated.
+        """
         job.canceled = True
         self._wake()
 
     def close(self, timeout: float | None = None) -> None:
-        """Close the engine, waiting at most ``timeout`` seconds for its requests to finish.
+        """Close the engine, waiting at most ``timeout`` seconds.
 
-        The engine accepts no more requests. Requests that have not finished after ``timeout``
-        seconds fail with `ClosedOrCanceledError`.
+        It waits for its requests to finish, and accepts no more requests. Requests that have not
+        finished after ``timeout`` seconds fail with `ClosedOrCanceledError`.
         """
         with self._changed:
             self._closing = True
@@ -158,9 +163,9 @@ class Engine:
 
     @property
     def closing(self) -> bool:
-        """Whether the engine is closing or closed.
+        """Whether the engine is closing.
 
-        It then accepts no requests.
+        It is closing or closed, and accepts no requests.
         """
         return self._closing
 
@@ -289,9 +294,10 @@ class Engine:
     def _release_adapter_and_report_error(
         self, job: EngineRequest, error: FastLoraError | None
     ) -> None:
-        """Release a request's adapter, and report an error unless the request has already ended.
+        """Release a request's adapter, and report the error.
 
-        Without ``error``, the reported error says that the request was canceled.
+        No error is reported if the request has already ended. Without ``error``, the reported error
+        says that the request was canceled.
         """
         if job.version is not None:
             self._adapters.release_version(job.version)

@@ -50,7 +50,10 @@ class AsciiJSONResponse(Response):
 
 
 def add_exception_handlers(app: FastAPI) -> None:
-    """Add handlers that report an application's errors to clients in OpenAI's format."""
+    """Add handlers that report an application's errors to clients.
+
+    The errors are in OpenAI's format.
+    """
     app.add_exception_handler(FastLoraError, _on_fastlora_error)
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(RequestValidationError, _on_validation_error)
@@ -58,7 +61,10 @@ def add_exception_handlers(app: FastAPI) -> None:
 
 
 def to_status_and_body(error: FastLoraError) -> tuple[int, dict[str, Any]]:
-    """Return the HTTP status and the body, in OpenAI's format, for an error."""
+    """Return the HTTP status and the body for an error.
+
+    The body is in OpenAI's format.
+    """
     for kind, status, name, code in _STATUS:
         if isinstance(error, kind):
             return status, openai_error_body(str(error), name, code)

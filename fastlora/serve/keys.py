@@ -17,7 +17,10 @@ class AdminKeyError(FastLoraError):
 
 
 class CallerRole(enum.Enum):
-    """The role of the caller that sent a request. The key in the request determines the role."""
+    """The role of the caller that sent a request.
+
+    The key in the request determines the role.
+    """
 
     STRANGER = "stranger"
     CLIENT = "client"
@@ -26,7 +29,9 @@ class CallerRole(enum.Enum):
 
 @dataclass(frozen=True)
 class ApiKeys:
-    """The bearer tokens that a server accepts.
+    """The API keys that a server accepts.
+
+    They are bearer tokens.
 
     Attributes:
         client: Key for all requests except those that change adapters. With None, these requests
@@ -67,7 +72,9 @@ def resolve_key(
     variable_name: str,
     variable_value: str | None,
 ) -> str | None:
-    """Return the key from an option, a key file, or an environment variable, checked in that order.
+    """Return the key from an option, a key file, or an environment variable.
+
+    They are checked in this order.
 
     Args:
         option: Name of the option, such as ``--api-key``. The option for the file is

@@ -67,7 +67,10 @@ class OncePerMinuteFilter(logging.Filter):
 
 
 def log_warnings_to_stderr() -> None:
-    """Log the warnings and errors of the whole process to stderr."""
+    """Log warnings and errors to stderr.
+
+    The whole process is affected.
+    """
     handler = logging.StreamHandler()
     handler.setFormatter(OneLineMessageFormatter())
     handler.addFilter(OncePerMinuteFilter())

@@ -19,10 +19,10 @@ _ASCII_CONTROLS = frozenset(map(chr, (*range(32), 127)))
 
 
 class LongTextDetector:
-    """Detects texts that are too long, using the maximum number of characters per token.
+    """Detects texts that are certain to be too long, without tokenizing them.
 
-    This maximum exists for byte-level BPE, and for BPE with byte tokens for unknown characters, in
-    tokenizers of the ``tokenizers`` library.
+    It uses the maximum number of characters per token. This maximum exists for byte-level BPE, and
+    for BPE with byte tokens for unknown characters, in tokenizers of the ``tokenizers`` library.
 
     Args:
         tokenizer: A transformers tokenizer.

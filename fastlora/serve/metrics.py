@@ -35,7 +35,10 @@ class PrometheusMetrics(Collector):
         self._registry.register(self)
 
     def count_response(self, scope: MutableMapping[str, Any], status: int) -> None:
-        """Count a response. All paths without a route are counted together."""
+        """Count a response.
+
+        All paths without a route are counted together.
+        """
         route = scope.get("route")
         self._answers.labels(getattr(route, "path", "other"), str(status)).inc()
 

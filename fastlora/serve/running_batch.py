@@ -33,7 +33,7 @@ PREFILL_TOKENS = 512
 
 
 class PersistentAdaptersBlock:
-    """A `fastlora.adapters` block that stays open from one forward pass to the next.
+    """A `fastlora.adapters` block that stays open between forward passes.
 
     It is closed when the rows use other adapters, when the pool replaces or unloads an adapter,
     when a forward pass fails, and after a forward pass in which the block tracked rows
@@ -109,7 +109,10 @@ class RunningBatch:
             self._fail(job, error)
 
     def close_adapters_block(self) -> None:
-        """Close the `fastlora.adapters` block that the last forward pass left open."""
+        """Close the open `fastlora.adapters` block.
+
+        The last forward pass left it open.
+        """
         self._block.close()
 
     def prefill_and_decode(self) -> None:

@@ -44,9 +44,9 @@ class Launch(NamedTuple):
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """A dict that maps argument names to values.
+        """The arguments of the launch by name.
 
-        Tensors and strides are excluded.
+        This dict maps argument names to values. Tensors and strides are excluded.
         """
         given = zip(self.names, self.values, strict=True)
         return {
@@ -141,9 +141,9 @@ class StandInDriver:
         return 0
 
     def get_device_properties(self, device: int) -> dict[str, int]:
-        """Return the properties of the chip.
+        """Return the properties of the device.
 
-        They are its shared memory size, multiprocessor count, and warp size.
+        They are the chip's shared memory size, multiprocessor count, and warp size.
         """
         return self._properties
 
@@ -155,7 +155,10 @@ class StandInDriver:
 
 
 class _RecordingDriver(StandInDriver):
-    """A driver that records each kernel launch without executing the kernel."""
+    """A driver that records kernel launches.
+
+    The kernels are not executed.
+    """
 
     def __init__(self, chip: Chip, launches: list[Launch]) -> None:
         super().__init__(chip)
@@ -171,7 +174,10 @@ class _RecordingDriver(StandInDriver):
         return object(), binary, 0, 0, 1024
 
     def launcher_cls(self, source: Any, metadata: Any) -> Any:
-        """Return the launch function of a kernel, which records its arguments as a `Launch`."""
+        """Return a launcher for a kernel, which records the launch.
+
+        The launch function records its arguments as a `Launch`.
+        """
 
         own = metadata.num_warps, metadata.num_stages, metadata.shared
         kernel, launches, names = metadata.name, self._launches, tuple(source.fn.arg_names)

@@ -17,7 +17,9 @@ from torch import nn
 
 
 def error_budget(same_dtype: torch.Tensor, truth: torch.Tensor) -> float:
-    """Return the largest absolute error with which a result still passes.
+    """Return the largest error that is allowed for a result.
+
+    A result with this absolute error still passes.
 
     Args:
         same_dtype: PyTorch's result in the dtype under test. It may have any shape.

@@ -53,9 +53,10 @@ class AdapterCounts:
 
 
 class AdapterTrainingState:
-    """The training state of one adapter: its parameters, optimizer, schedule, and counts.
+    """The training state of one adapter, such as its optimizer.
 
-    See `AdapterOptimizers` for the arguments and errors.
+    It consists of the parameters, the optimizer, the schedule, and the counts. See
+    `AdapterOptimizers` for the arguments and errors.
     """
 
     def __init__(
@@ -103,7 +104,10 @@ class AdapterTrainingState:
         return loss if self.scaler is None else self.scaler.scale(loss)
 
     def gradients(self) -> list[torch.Tensor]:
-        """Return the gradients of all parameters whose ``grad`` is not None."""
+        """Return the gradients of all parameters that have one.
+
+        The ``grad`` of these parameters is not None.
+        """
         return [p.grad for p in self.parameters if p.grad is not None]
 
     def unscale_gradients_and_get_norm(self) -> torch.Tensor:
@@ -133,7 +137,10 @@ class AdapterTrainingState:
         return finite
 
     def zero_grad(self) -> None:
-        """Set the gradients of all parameters to None."""
+        """Clear the gradients of all parameters.
+
+        Each gradient is set to None.
+        """
         for parameter in self.parameters:
             parameter.grad = None
 
@@ -152,7 +159,10 @@ class AdapterTrainingState:
         }
 
     def check_state(self, state: Mapping[str, Any]) -> None:
-        """Raise `CheckpointError` unless a state matches optimizer, scheduler, and parameters."""
+        """Raise `CheckpointError` unless a state fits the adapter.
+
+        It must match the optimizer, the scheduler, and the parameters.
+        """
         what, mine = f"the state of adapter {self.name!r}", self.state_dict()
         if not isinstance(state, Mapping):
             raise CheckpointError(f"{what} is a {type(state).__name__}, expected a mapping")
@@ -169,7 +179,10 @@ class AdapterTrainingState:
                 raise CheckpointError(f"{what} has {key} {found}, expected {expected}")
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Load a state that `check_state` has accepted."""
+        """Load a training state that `state_dict` returned.
+
+        `check_state` must have accepted it.
+        """
         self.optimizer.load_state_dict(state["optimizer"])
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])
@@ -207,7 +220,10 @@ def _frozen(name: str) -> str:
 def _trainable_parameters_or_raise(
     model: LoraModel, name: str, needs_fp32: bool
 ) -> list[nn.Parameter]:
-    """Return an adapter's trainable parameters; raise an error if there are none."""
+    """Return an adapter's trainable parameters, or raise an error.
+
+    An error is raised if there are none, or if ``needs_fp32`` is set and one of them is fp16.
+    """
     named = {n: p for n, p in adapter_parameters(model, name).items() if p.requires_grad}
     if not named:
         raise AdapterStateError(_frozen(name))

@@ -55,9 +55,9 @@ def train_adapters(model: LoraModel, names: str | Sequence[str]) -> None:
 
 
 def check_trained_together(model: LoraModel, names: str | Sequence[str]) -> list[str]:
-    """Check that the adapters can be trained together, and return their names without duplicates.
+    """Check that the adapters can be trained together, and return their names.
 
-    Raises the errors of `train_adapters`.
+    The names are without duplicates. Raises the errors of `train_adapters`.
     """
     chosen = [names] if isinstance(names, str) else list(dict.fromkeys(names))
     if not chosen:
@@ -227,12 +227,13 @@ class AdapterOptimizers:
         return {name: int(count) for name, count in total.items() if count}
 
     def backward(self, losses: AdapterLosses) -> None:
-        """Run the backward pass for the finite losses, and accumulate their gradients.
+        """Run the backward pass for the losses of the adapters.
 
-        The gradients of the other adapters remain unchanged. A non-finite loss is counted and
-        skipped. Gradients that its adapter has accumulated from earlier batches of the same step
-        are preserved. The exception is FSDP2 without gradient synchronization: the accumulated
-        gradients are not accessible, and the step of the adapter is skipped.
+        The gradients of the finite losses are accumulated, and the gradients of the other adapters
+        remain unchanged. A non-finite loss is counted and skipped. Gradients that its adapter has
+        accumulated from earlier batches of the same step are preserved. The exception is FSDP2
+        without gradient synchronization: the accumulated gradients are not accessible, and the step
+        of the adapter is skipped.
 
         If processes share the batch, a loss is used only if it is finite in all of them. The
         gradients are then the same as for one process with the whole batch. Losses that are means

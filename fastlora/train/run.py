@@ -150,9 +150,10 @@ def open_run(
     progress: bool = True,
     on_message: Callable[[str], object] | None = None,
 ) -> Iterator[Run]:
-    """Set up a run and yield it. See `train` for the arguments and errors.
+    """Set up a training run and yield it.
 
-    The ``with`` block holds the lock of the output folder and handles signals.
+    See `train` for the arguments and errors. The ``with`` block holds the lock of the output folder
+    and handles signals.
     """
     prepare.check_model_and_out_folders(settings)
     with contextlib.ExitStack() as stack:
@@ -398,7 +399,10 @@ class Run:
         return RunInterrupted(f"{text}; saved: {adapters} and {folder}", number, folder)
 
     def _stepped_adapter_folders(self) -> dict[str, Path]:
-        """Return a dict that maps each adapter that has taken a step to its output folder."""
+        """Return the output folders of the adapters that have taken a step.
+
+        They are a dict that maps each of these adapters to its folder.
+        """
         counts = self.optimizers.counts
         return {name: self.settings.out / name for name in self.corpora if counts[name].steps}
 
@@ -486,7 +490,10 @@ class Run:
                 )
 
     def _trainable_parameters(self, names: Iterable[str]) -> list[nn.Parameter]:
-        """Return the trainable parameters of the named adapters as a list without duplicates."""
+        """Return the trainable parameters of the named adapters.
+
+        The list has no duplicates.
+        """
         found = (p for name in names for p in adapter_parameters(self.model, name).values())
         return list({id(p): p for p in found if p.requires_grad}.values())
 
@@ -686,7 +693,10 @@ class Run:
 
 
 def save_adapter(model: LoraModel, name: str, folder: Path) -> None:
-    """Write one adapter to a folder in PEFT's format; see `save_adapter_folder`."""
+    """Save one adapter to a folder.
+
+    It is written in PEFT's format; see `save_adapter_folder`.
+    """
     tensors = adapter_state.adapter_file_state_dict(model, name, model.state_dict(), "auto")
     with checkpoint.write_error_as_checkpoint_error(folder):
         save_adapter_folder(folder, model.peft_config[name], tensors)

@@ -21,11 +21,12 @@ _SMOOTHED_FROM = 10  # with fewer points, a smoothed line shows nothing more
 
 
 class RunLog:
-    """Appends entries to the file ``log.jsonl`` in a run's folder, as one JSON object per line.
+    """The log of a run, to which entries are appended.
 
-    Opening the log removes all entries after ``step``, because an earlier run wrote them before it
-    was killed. With ``evaluates=True``, it also removes the evaluations and answers logged at
-    ``step``, because the run repeats them.
+    It is the file ``log.jsonl`` in the run's folder, with one JSON object per line. Opening the log
+    removes all entries after ``step``, because an earlier run wrote them before it was killed. With
+    ``evaluates=True``, it also removes the evaluations and answers logged at ``step``, because the
+    run repeats them.
 
     Args:
         folder: The output folder of the run.
@@ -78,9 +79,9 @@ class RunLog:
 
 
 class LoggedLoss(NamedTuple):
-    """A training or evaluation loss read from the log.
+    """A loss read from the log of a run.
 
-    A number that was not finite or was not logged is None.
+    It is a training or evaluation loss. A number that was not finite or was not logged is None.
     """
 
     step: int
@@ -91,7 +92,10 @@ class LoggedLoss(NamedTuple):
 
 
 def read_logged_losses(folder: Path) -> list[LoggedLoss]:
-    """Read all training and evaluation losses from the log in ``folder``, in step order."""
+    """Read all losses from the log in ``folder``.
+
+    They are the training and evaluation losses, in step order.
+    """
     path = folder / LOG
     with os_error_as_train_error(path):
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -105,7 +109,10 @@ def read_logged_losses(folder: Path) -> list[LoggedLoss]:
 
 
 def mean_training_losses(losses: Sequence[LoggedLoss]) -> dict[str, float]:
-    """Return a dict that maps each adapter to the mean of its finite training losses."""
+    """Return a dict that maps each adapter to its mean training loss.
+
+    The mean is that of the finite losses.
+    """
     found: dict[str, list[float]] = {}
     for entry in losses:
         if entry.kind == "training" and entry.loss is not None:
@@ -114,7 +121,10 @@ def mean_training_losses(losses: Sequence[LoggedLoss]) -> dict[str, float]:
 
 
 def write_loss_table(folder: Path, losses: Sequence[LoggedLoss]) -> Path:
-    """Write the losses to ``losses.csv`` in ``folder``, and return the path of the file."""
+    """Write the losses as a table to ``folder``, and return the path of the file.
+
+    The file is ``losses.csv``.
+    """
     path = folder / TABLE
     with (
         os_error_as_train_error(path),
@@ -128,10 +138,11 @@ def write_loss_table(folder: Path, losses: Sequence[LoggedLoss]) -> Path:
 
 
 def plot_losses(folder: Path, losses: Sequence[LoggedLoss]) -> Path | None:
-    """Plot each adapter's losses to ``losses.png`` in ``folder``, and return the file's path.
+    """Plot each adapter's losses to a file in ``folder``, and return its path.
 
-    Returns None if matplotlib is not installed. With 10 or more steps, the losses are a thin line
-    and their moving average is a thick line. Evaluations are dots on a dashed line.
+    The file is ``losses.png``. Returns None if matplotlib is not installed. With 10 or more steps,
+    the losses are a thin line and their moving average is a thick line. Evaluations are dots on a
+    dashed line.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -198,9 +209,9 @@ def os_error_as_train_error(what: Path | str) -> Iterator[None]:
 
 
 def flatten_for_trackers(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flatten a log entry for trackers, as in ``{"loss/ship": 1.5}``.
+    """Flatten a log entry for trackers.
 
-    Lists are dropped.
+    The keys are joined, as in ``{"loss/ship": 1.5}``. Lists are dropped.
     """
     found: dict[str, Any] = {}
     for key, value in values.items():

@@ -167,7 +167,10 @@ class BaseQuantizedWeight(MergeTarget):
 
     @property
     def quantization_name(self) -> str:
-        """Name of the weight's quantization, for the fusion report."""
+        """Name of the weight's quantization.
+
+        It is for the fusion report.
+        """
         return self.backend or type(self).__name__
 
     def tensor_for_pytorch_only(self) -> QuantizedTensor:
@@ -183,11 +186,17 @@ class BaseQuantizedWeight(MergeTarget):
         )
 
     def stored_tensors(self) -> list[torch.Tensor]:
-        """Return a list of the tensors that store the weight, with the codes first."""
+        """Return a list of the tensors that store the weight.
+
+        The codes come first.
+        """
         return [self.weight]
 
     def codes(self) -> torch.Tensor:
-        """Return the tensor of quantization codes, which is on the weight's device."""
+        """Return the tensor of quantization codes.
+
+        It is on the weight's device.
+        """
         return self.stored_tensors()[0]
 
     def make_dequantizer(self, dtype: torch.dtype) -> Callable[[], torch.Tensor]:
@@ -210,7 +219,10 @@ class BaseQuantizedWeight(MergeTarget):
         return [slice(start, start + step) for start in range(0, self.shape[0], step)]
 
     def dequantized_pieces(self, count: int = PIECES) -> Iterator[torch.Tensor]:
-        """Yield the weight's elements in fp32, in about ``count`` flat pieces."""
+        """Yield the dequantized weight in about ``count`` pieces.
+
+        A piece is flat and contains elements of the weight in fp32.
+        """
         yield self.dense().reshape(-1).float()
 
     def dequantized_rows(self) -> Iterator[torch.Tensor]:
@@ -263,10 +275,11 @@ class BaseQuantizedWeight(MergeTarget):
     def convert_snapshot(
         self, snapshot: object, fn: Callable[[torch.Tensor], torch.Tensor]
     ) -> object:
-        """Convert a result of `snapshot` as `MergeTarget.convert_snapshot` does.
+        """Convert a snapshot with ``fn``, and return it.
 
-        Here, the snapshot is returned unchanged, because ``fn`` may change dtypes.
-        `restore` moves the data to the weight's device.
+        As in `MergeTarget.convert_snapshot`, it is a result of `snapshot`. Here, the snapshot is
+        returned unchanged, because ``fn`` may change dtypes. `restore` moves the data to the
+        weight's device.
         """
         return snapshot
 
@@ -386,7 +399,10 @@ def check_decoded_values(
 
 
 def not_quantized_yet_error(base: nn.Module) -> UnsupportedLayerError:
-    """Return the error for a bitsandbytes layer that has not quantized its weight yet."""
+    """Return the error for a layer that has not quantized its weight yet.
+
+    The layer is from bitsandbytes.
+    """
     return UnsupportedLayerError(
         f"the weight of this {type(base).__name__} is not quantized yet. bitsandbytes quantizes "
         "it when the model moves to its device; call model.to(device) first"

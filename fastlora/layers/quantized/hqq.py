@@ -13,7 +13,11 @@ from fastlora.validation import UnsupportedLayerError
 
 @register_quantized_weight
 class HqqWeight(BaseQuantizedWeight):
-    """Weight of an `HQQLinear`, stored as codes with a zero point and a scale for each group."""
+    """Weight of an HQQ layer.
+
+    The layer is an `HQQLinear`. The weight is stored as codes with a zero point and a scale for
+    each group.
+    """
 
     peft_layer = ("peft.tuners.lora.hqq", "HqqLoraLinear")
 
@@ -27,9 +31,9 @@ class HqqWeight(BaseQuantizedWeight):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the weight.
+        """The dtype of the dequantized weight.
 
-        The dequantized weight has this dtype, and HQQ computes in it.
+        HQQ also computes in this dtype.
         """
         found: torch.dtype = self.base.compute_dtype
         return found
@@ -43,7 +47,10 @@ class HqqWeight(BaseQuantizedWeight):
         return made
 
     def check_writable(self) -> NoReturn:
-        """Always raise `UnsupportedLayerError`, because merging would require HQQ's solver."""
+        """Always raise `UnsupportedLayerError`.
+
+        Merging would require HQQ's solver.
+        """
         raise UnsupportedLayerError(
             f"cannot merge into {type(self.base).__name__}: HQQ finds a weight's codes by "
             "optimization; dequantize the base model first"

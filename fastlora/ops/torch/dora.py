@@ -73,11 +73,11 @@ def disable_autocast(compute: Callable[..., torch.Tensor]) -> Callable[..., torc
 def squared_row_norms(
     weight: torch.Tensor | RowChunkedWeight, in_one_pass: bool = False
 ) -> torch.Tensor:
-    """Return the squared norm of each row of a weight, ``[N]`` in fp32 (fp64 for an fp64 weight).
+    """Return the squared norm of each row of a weight.
 
-    16-bit weights are converted a few rows at a time, so that no temporary is as large as the
-    weight. Set ``in_one_pass`` in a graph that is being compiled, because the compiler avoids the
-    temporary.
+    The result is ``[N]`` in fp32 (fp64 for an fp64 weight). 16-bit weights are converted a few rows
+    at a time, so that no temporary is as large as the weight. Set ``in_one_pass`` in a graph that
+    is being compiled, because the compiler avoids the temporary.
     """
     wide = _wide(weight.dtype)
     if isinstance(weight, RowChunkedWeight):
@@ -139,9 +139,9 @@ def squared_norms_with_update(
 
 
 def replace_zeros_with_infinity(sums: torch.Tensor) -> torch.Tensor:
-    """Replace squared norms of 0 with infinity.
+    """Replace zeros with infinity.
 
-    DoRA's scale then is 0 instead of NaN.
+    The zeros are squared norms, for which DoRA's scale then is 0 instead of NaN.
     """
     return F.threshold(sums, 0.0, float("inf"))  # keeps NaN
 
@@ -160,9 +160,10 @@ def dora_scale(magnitude: torch.Tensor, squares: torch.Tensor | None) -> torch.T
 def multiply_rounded_once(
     u: torch.Tensor, scale: torch.Tensor, out: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Return ``u * scale`` in u's dtype, rounded once; the scale may have a wider dtype.
+    """Return ``u * scale``, rounded once to u's dtype.
 
-    The result is written to ``out`` if it is given. On a GPU, no wider copy of u is made.
+    The scale may have a wider dtype. The result is written to ``out`` if it is given. On a GPU, no
+    wider copy of u is made.
     """
     if u.dtype == scale.dtype:
         return torch.mul(u, scale, out=out)

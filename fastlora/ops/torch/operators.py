@@ -73,9 +73,10 @@ def linear(
     dropout_p: Sequence[float],
     plan: str,
 ) -> list[torch.Tensor]:
-    """Compute a linear layer with adapters, and return a list that starts with the output y.
+    """Compute a linear layer with adapters.
 
-    Unless s is given, the list also contains the shrink output s.
+    Returns a list that starts with the output y. Unless s is given, the list also contains the
+    shrink output s.
     """
     own = shrink(x, rows, factors[::3], 1, seeds, dropout_p)[0] if s is None else s
     operands = segments.expand_operands(

@@ -155,9 +155,10 @@ def _make_per_sample_plan(
 def _make_blocked_plan(
     first: torch.Tensor, rank: torch.Tensor, layout: PackedLayout, coalesced: int
 ) -> BlockedPlan:
-    """Build a `BlockedPlan`, which assigns each row a place in its adapter's block.
+    """Make a `BlockedPlan`.
 
-    Rows without an adapter fill free places.
+    The plan assigns each row a place in its adapter's block. Rows without an adapter fill free
+    places.
     """
     m, blocks = first.numel(), layout.units // coalesced
     width = coalesced * layout.unit

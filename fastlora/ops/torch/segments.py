@@ -49,7 +49,9 @@ def expand_operands(
 
 
 class _AdapterPositions(NamedTuple):
-    """The positions of one adapter's rows, and of the adapter's part of s and ds.
+    """The positions of one adapter's rows.
+
+    The position of the adapter's part of s and ds is included.
 
     Attributes:
         place: Index of the adapter in the operands.
@@ -69,9 +71,10 @@ class _AdapterPositions(NamedTuple):
 
 
 def _adapter_positions(operands: AdapterOperands, rows: Rows) -> list[_AdapterPositions]:
-    """Return a list of `_AdapterPositions`, one per adapter in the batch, in slot order.
+    """Return a list of the positions of each adapter's rows.
 
-    Adapters without rows and adapters of rank 0 are omitted.
+    It contains one `_AdapterPositions` per adapter in the batch, in slot order. Adapters without
+    rows and adapters of rank 0 are omitted.
     """
     downs, ups = operands.lora_a, operands.lora_b
     places = range(len(downs or ups))
@@ -163,9 +166,9 @@ def _add_batched_same_rank(
     group: list[_AdapterPositions],
     s: torch.Tensor,
 ) -> None:
-    """Add the updates of adapters of the same rank to y in place, with two batched products.
+    """Add the updates of adapters of the same rank to y in place, with batched products.
 
-    The products use stacked factors. The adapters' parts of s are written too.
+    The two products use stacked factors. The adapters' parts of s are written too.
 
     If an adapter has fewer rows than another one in the group, its first row fills the free places,
     and the results there are discarded. No adapter is multiplied with the rows of another one.

@@ -111,7 +111,7 @@ def grad_a(
     seeds: torch.Tensor | None,
     dropout_p: Sequence[float],
 ) -> list[torch.Tensor]:
-    """Return a list of the lora_a gradients, or a list of one buffer that contains them all.
+    """Return the lora_a gradients.
 
     If one slot has all rows, the list contains one tensor per module. Otherwise it contains one
     buffer with the gradients of all modules and slots.
@@ -129,10 +129,10 @@ def grouped_gradients(
     wants: tuple[bool, ...],
     *tensors: torch.Tensor | QuantizedData | None,
 ) -> list[torch.Tensor | None]:
-    """Return a list of a shared-input group's gradients; see `Backend.grouped_gradients`.
+    """Return a list of the gradients of a shared-input group.
 
-    ``tensors`` are the dy of each module, the operands, and s. The modules' products accumulate one
-    after the other into a single dx.
+    See `Backend.grouped_gradients`. ``tensors`` are the dy of each module, the operands, and s. The
+    modules' products accumulate one after the other into a single dx.
     """
     count: int = len(dropout_p)
     each: Any = [tensors[i : i + count] for i in range(0, 8 * count, count)]
@@ -344,7 +344,10 @@ def _grad_a_of_group(
     seeds: torch.Tensor | None,
     dropout_p: list[float],
 ) -> list[torch.Tensor]:
-    """Return the lora_a gradients of up to `MAX_GROUP_SIZE` modules, in the given dtypes."""
+    """Return the lora_a gradients of a group of modules, in the given dtypes.
+
+    The group has up to `MAX_GROUP_SIZE` modules.
+    """
     (m, k), ranks, count = x.shape, [tensor.shape[1] for tensor in ds], len(ds)
     config = config_of("lora_grad_a", x, m, k=k, r=max(ranks), group_size=count)
     outs = [empty(x, r, k, dtype=dtype) for r, dtype in zip(ranks, dtypes, strict=True)]

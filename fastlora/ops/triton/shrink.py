@@ -49,9 +49,10 @@ def shrink(
 def shrink_one_adapter(
     x: torch.Tensor, lora_a: _Tensors, seed: torch.Tensor | None, dropout_p: float
 ) -> torch.Tensor:
-    """Return s ``[M, R]`` for one adapter, with the columns of all modules side by side.
+    """Return the shrink output s ``[M, R]`` for one adapter.
 
-    If the shrink splits K, a second launch adds the partial sums.
+    The columns of all modules are side by side. If the shrink splits K, a second launch adds the
+    partial sums.
     """
     s, shrunk = shrink_with_partials(x, lora_a, seed, dropout_p)
     if shrunk is not s:

@@ -269,7 +269,10 @@ def _row_to_sample(format_name: str, values: _RowValues, chat: bool) -> Training
 
 
 class _RowValues:
-    """Reads and validates the values of a row, using the column names in `FORMATS`."""
+    """The values of a row, which are validated when they are read.
+
+    Columns are named as in `FORMATS`.
+    """
 
     def __init__(
         self, source: SampleSource, row: Mapping[str, Any], names: Mapping[str, str], cells: bool
@@ -317,7 +320,10 @@ class _RowValues:
         return value
 
     def get_messages(self, column: str) -> Messages:
-        """Return the chat in a column as a list of messages with ``role`` and ``content``."""
+        """Return the chat in a column as a list of messages.
+
+        Each message has ``role`` and ``content``.
+        """
         value = self._get_parsed_value(column)
         if not isinstance(value, list) or not value:
             raise self._value_error(
@@ -346,7 +352,10 @@ class _RowValues:
         return found
 
     def _get_parsed_value(self, column: str) -> Any:
-        """Return the value in a column. Text cells and ``tools`` are parsed as JSON."""
+        """Return the value in a column, parsed if necessary.
+
+        Text cells and ``tools`` are parsed as JSON.
+        """
         value = self._row.get(self._names[column])
         if isinstance(value, str) and (self._cells or column == "tools"):
             return parse_json(self._cell_location(column), value) if value else None

@@ -96,13 +96,17 @@ class TokenizedCorpus:
         return self._counted[index]
 
     def token_ids(self, index: int) -> torch.Tensor:
-        """Return the token ids of a sample as an int64 tensor."""
+        """Return the token ids of a sample as a tensor.
+
+        The dtype is int64.
+        """
         return self.ids[self._span(index)].long()
 
     def labels(self, index: int, ignore_index: int) -> torch.Tensor:
-        """Return the labels of a sample as an int64 tensor.
+        """Return the labels of a sample as a tensor.
 
-        Tokens that do not contribute to the loss have the label ``ignore_index``.
+        The dtype is int64. Tokens that do not contribute to the loss have the label
+        ``ignore_index``.
         """
         span = self._span(index)
         return torch.where(self.counts[span], self.ids[span].long(), ignore_index)
