@@ -110,7 +110,7 @@ class ModuleWrapper(ModuleWithAdapters, nn.Module):
             trained = self._trained_copies_by_adapter[adapter_name]
             yield from (trained,) if isinstance(trained, nn.Parameter) else trained.parameters()
 
-    def _remove_trained(self, adapter_name: str) -> None:
+    def _remove_trained_copy(self, adapter_name: str) -> None:
         """Remove an adapter's own copy of the module or rows."""
         del self._trained_copies_by_adapter[adapter_name]
 
@@ -143,7 +143,7 @@ class ModuleWrapper(ModuleWithAdapters, nn.Module):
         The adapter's copy of the module or rows is removed too. Unlike `delete_adapter`, this
         method checks nothing. A failed addition of an adapter calls this method, for example.
         """
-        self._remove_trained(adapter_name)
+        self._remove_trained_copy(adapter_name)
         self._active_adapters = [n for n in self._active_adapters if n != adapter_name]
 
     def _all_available_adapter_names(self) -> list[str]:

@@ -220,9 +220,9 @@ class TrainableTokensWrapper(ModuleWrapper):
         self._active_adapters = list(names)
         self.token_adapter.active_adapters = list(names)
 
-    def _remove_trained(self, adapter_name: str) -> None:
+    def _remove_trained_copy(self, adapter_name: str) -> None:
         if not self.is_tied:
-            super()._remove_trained(adapter_name)
+            super()._remove_trained_copy(adapter_name)
             del self.token_indices[adapter_name]
         self.token_adapter.tables.clear()
 

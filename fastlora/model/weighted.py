@@ -156,10 +156,13 @@ def _combine_on_layer(
         holders: The summands with an adapter on this layer.
         options: The options that select how to combine the adapters.
     """
-    multiplied = options.combines_updates or options.combination_type == "cat"
+    require_product = options.combines_updates or options.combination_type == "cat"
     adapters = [summand.adapter for summand in holders]
     weights = [summand.weight for summand in holders]
-    pairs = [factor_matrices(name, layer, adapter, multiplied=multiplied) for adapter in adapters]
+    pairs = [
+        factor_matrices(name, layer, adapter, require_product=require_product)
+        for adapter in adapters
+    ]
     ranks = {adapter: layer.r[adapter] for adapter in adapters}
     scalings = [float(layer.scaling[adapter]) for adapter in adapters]
     scales = [w * s for w, s in zip(weights, scalings, strict=True)]

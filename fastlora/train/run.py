@@ -172,7 +172,7 @@ def open_run(
         yield run
 
 
-class _LossResults(NamedTuple):
+class _MeanLossesAndFiles(NamedTuple):
     """The mean training loss of each adapter, and the paths of the written files."""
 
     means: dict[str, float]
@@ -333,7 +333,7 @@ class Run:
         self._log = run_log.RunLog(self.settings.out, self.step, evaluates=ended)
         return self._log.was_evaluated
 
-    def _write_loss_files_and_end_trackers(self) -> _LossResults:
+    def _write_loss_files_and_end_trackers(self) -> _MeanLossesAndFiles:
         """Write the table and the plot of the losses, and close the trackers.
 
         If steps are left, no file is written. Raises the first error from writing the log, the
@@ -353,7 +353,7 @@ class Run:
         with self._record_write_error("trackers"):
             self.processes.end_trackers()
         self._raise_recorded_error()
-        return _LossResults(means, tuple(path for path in files if path is not None))
+        return _MeanLossesAndFiles(means, tuple(path for path in files if path is not None))
 
     @contextlib.contextmanager
     def _record_write_error(self, what: str) -> Iterator[None]:
