@@ -191,10 +191,10 @@ def test_the_cost_of_a_decode_tile() -> None:
         issued = tiles * (x + s) + weight + lora_b + y
         assert seconds_of(block_n, 1, n, k, l2=1e12) == pytest.approx(2e-6 + issued / 1e12)
     # One program loads 1.5 MiB, or half of it with two splits.
-    alone = 1.5e-6 + 2 * (64 + 128) * k / 1e9
+    alone = 1.8e-6 + 2 * (64 + 128) * k / 1e9
     assert seconds_of(128, 1, n, k, program=1e9) == pytest.approx(2e-6 + alone)
     # A split costs one more launch. Both partial sums are written and read, and y is written.
-    split = 4e-6 + (alone + 1.5e-6) / 2 + (4 * y + y) / 3e12
+    split = 4e-6 + (alone + 1.8e-6) / 2 + (4 * y + y) / 3e12
     assert seconds_of(128, 2, n, k, program=1e9) == pytest.approx(split)
 
 
