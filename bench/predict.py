@@ -41,7 +41,7 @@ from fastlora.bench.counted import ADDMM, BARE, OURS, PEFT, SEQUENCES, Case, Lin
 from fastlora.bench.launch_forms import WIDTH, Work, bytes_in_flight, instructions_of
 from fastlora.bench.machine import ROOT, commit, results_folder
 from fastlora.bench.shapes import DECODE_MAX_ROWS, DECODERS, Point, Roofs, floor_us
-from fastlora.kernels import configs
+from fastlora.kernels import chips, configs
 from fastlora.kernels.chips import Chip
 
 CASES = (
@@ -53,8 +53,7 @@ CASES = (
 PARTS = (
     "siblings at once",
     "split K",
-    "narrow tiles",
-    "narrow tiles and split K",
+    "tiles by bandwidth",
     "expand by pieces",
     "update first",
 )
@@ -165,8 +164,7 @@ def _may_matter(part: str, case: Case) -> bool:
     return {
         "siblings at once": not case.adapters and case.kind != "training",
         "split K": few and not case.adapters,
-        "narrow tiles": few and not case.adapters,
-        "narrow tiles and split K": few and not case.adapters,
+        "tiles by bandwidth": few and not case.adapters,
         "expand by pieces": few and case.adapters > 4,
         "update first": not few and not case.adapters,
     }[part]
@@ -188,18 +186,12 @@ def without(part: str) -> Iterator[None]:
         expand.expand_one_adapter_(y, own, lora_b, scaling)
         return [y, own] if s is None else [y]
 
-    def wide(chip: Any, rows: Any, *sizes: Any) -> Any:
-        return of_decode(chip, [row for row in rows if row.block_n >= row.block_m], *sizes)
-
-    of_decode = configs._of_decode
     alone = (layers, "group_forward", lambda *_: None)
-    whole_k, wide_tiles = (configs, "MAX_WEIGHT_SPLITS", 1), (configs, "_of_decode", wide)
     changes: dict[str, list[tuple[Any, str, Any]]] = {
         "": [],
         "siblings at once": [alone],
-        "split K": [whole_k],
-        "narrow tiles": [wide_tiles],
-        "narrow tiles and split K": [wide_tiles, whole_k],
+        "split K": [(configs, "MAX_WEIGHT_SPLITS", 1)],
+        "tiles by bandwidth": [(chips, "_BANDWIDTHS", {})],
         "expand by pieces": [(configs, "FUSED_MAX_ADAPTERS", SEQUENCES)],
         "update first": [alone, (linear, "linear_one_adapter", product_first)],
     }

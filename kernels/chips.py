@@ -31,6 +31,21 @@ _IN_FLIGHT = {
     "gfx942": 14_000,
     "gfx950": 25_000,
 }
+# Bytes per second of memory, of the L2 cache, and of the L2 cache to one program; the card's number
+# of processors. This project has measured none of these figures. "gpu-benches" stands for the
+# measurements in github.com/te42kyfo/gpu-benches (gpu-l2-cache/*.txt). One program is assumed to
+# read 90 % of the 64 bytes per clock that a processor reads (NVIDIA's white paper on the A100).
+# No figure was found for sm_86, sm_100, and sm_120. On gfx942 and gfx950, each die has its own L2
+# cache.
+_BANDWIDTHS = {
+    # A100 SXM 80 GB at 1.41 GHz. gpu-benches: 1.7 to 1.9 and 5.4 TB/s. NVIDIA: 2.0 and 7.2 TB/s.
+    "sm_80": (1.8e12, 5.4e12, 81e9, 108),
+    # L40 at 2.5 GHz. gpu-benches: 0.80 to 0.85 and 5.2 TB/s.
+    "sm_89": (0.8e12, 5.2e12, 144e9, 142),
+    # H100 SXM: the assumptions of bench/ceilings.py. gpu-benches: 2.0 and 6.9 TB/s on the PCIe card
+    # with 114 processors, 3.9 and 9.7 TB/s on an H200.
+    "sm_90": (3.0e12, 5.5e12, 98e9, 132),
+}
 _FAMILIES = {
     "interpreter": "gfx942",  # widest fp32 tiles: few operations for the interpreter
     "sm_80": "sm_80",
@@ -75,6 +90,17 @@ class Chip(NamedTuple):
     def bytes_in_flight(self) -> int:
         """Bytes in flight that keep the memory busy."""
         return _IN_FLIGHT[self.family] * self.num_sms
+
+    @property
+    def bandwidths(self) -> tuple[float, float, float] | None:
+        """Assumed bytes per second of memory, of the L2 cache, and of the L2 cache to one program.
+
+        The first two are in proportion to the number of processors. None if they are unknown.
+        """
+        if self.arch not in _BANDWIDTHS:
+            return None
+        memory, l2, program, processors = _BANDWIDTHS[self.arch]
+        return memory * self.num_sms / processors, l2 * self.num_sms / processors, program
 
     @property
     def max_registers(self) -> int | None:

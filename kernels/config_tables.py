@@ -65,6 +65,9 @@ PLANNED = (
 )
 # Launches in which programs share K if the chip is not full.
 OF_DECODE = ("lora_linear", "coded_lora_linear")
+# Decode linears that memory and the L2 cache limit: tensor cores compute their products, and their
+# weights need no dequantization.
+BY_BANDWIDTH = (("lora_linear", "half"), ("lora_linear", "tf32"))
 # Kernels in which one program processes all ranks, in chunks if necessary.
 CHUNKED = ("lora_linear", "lora_expand", "mixed_lora_expand")
 # Kernels of mixed batches that use one BLOCK_R, the rank rows of a dot, for every rank.

@@ -27,6 +27,7 @@ import torch
 from fastlora.kernels import config_files, measurements
 from fastlora.kernels.chips import Chip, ConfigRow
 from fastlora.kernels.config_tables import (
+    BY_BANDWIDTH,
     CHUNKED,
     GRIDS,
     MAX_RANK_ROWS,
@@ -61,6 +62,13 @@ _TWICE_FROM_RANK = 48
 _MIN_STEPS = 2
 # Bytes per element of a 4-bit quantized weight.
 _QUANTIZED_WIDTH = 0.5
+# Time of a launch besides its loads and stores (an assumption).
+_LAUNCH_SECONDS = 2e-6
+# Time of a program of a linear besides its loop (an assumption): about 1,000 instructions in code
+# compiled for sm_90, at 3 cycles each and 1.7 GHz.
+_PROGRAM_SECONDS = 1.8e-6
+# A tile or a split must be faster by more than this share to replace a wider tile.
+_LEAST_GAIN = 0.01
 # Launches with row tiles from `piece_rows`.
 _BY_PIECES = ("mixed_lora_shrink", "mixed_lora_expand", "mixed_dora_scale")
 
@@ -84,9 +92,11 @@ def choose(
     A measured row takes precedence (`chips.Row`). Otherwise the choice is the widest tile for m
     that fills the chip: at least three quarters of the processors get a program, and a kernel that
     streams x has enough loads in flight. A sum over a long axis is split into the smallest number
-    of parts that fills the chip. The K of a decode's linear is split only if the narrowest tile
-    does not fill the chip. For `lora_grad_b`, the tile with the fewest bytes of partial sums is
-    chosen, because the columns of dy share ds just as the rows share d_lora_b.
+    of parts that fills the chip. For a decode's linear, the choice is the tile and the number of
+    splits of K with the shortest estimated time, if the chip's bandwidths are known; otherwise, K
+    is split only if the narrowest tile does not fill the chip. For `lora_grad_b`, the tile with the
+    fewest bytes of partial sums is chosen, because the columns of dy share ds just as the rows
+    share d_lora_b.
 
     Args:
         chip: The chip of the launch.
@@ -114,12 +124,13 @@ def choose(
     tiles = [row for row in measured if row.num_warps][:1] or bucket_of(m, rows)
     sizes, width = (m, n, k, r), 4 if dtype == torch.float32 else 2
     if launch in OF_DECODE and m <= FUSED_MAX_ROWS:
+        most = 1 if batch_invariant else MAX_WEIGHT_SPLITS
+        bandwidths = chip.bandwidths if (launch, kind) in BY_BANDWIDTH else None
         of_weight = _QUANTIZED_WIDTH if launch.startswith("coded_") else width
-        row, splits = _of_decode(chip, tiles, sizes, of_weight)
+        row, splits = _of_decode(chip, bandwidths, tiles, sizes, of_weight, most)
     else:
         row, splits = _on_grid(chip, launch, tiles, sizes, group_size, width)
-    if row.splits or (batch_invariant and launch in OF_DECODE):
-        splits = row.splits or 1
+    splits = row.splits or splits
     block_r = block_r_of(kernel_of(launch), row, r, group_size)
     return config_of_row(chip, launch, kind, row, block_r, splits, group_size, batch_invariant)
 
@@ -271,20 +282,98 @@ def _on_grid(
 
 
 def _of_decode(
-    chip: Chip, rows: Sequence[ConfigRow], mnkr: tuple[int, int, int, int], width: float
+    chip: Chip,
+    bandwidths: tuple[float, float, float] | None,
+    rows: Sequence[ConfigRow],
+    mnkr: tuple[int, int, int, int],
+    width: float,
+    most: int,
 ) -> tuple[ConfigRow, int]:
     """Return the row of a linear that reads its weight once, and the number of splits of K.
 
-    The row is the widest tile that fills the chip. If no tile does, programs of the narrowest tile
-    share K, as long as their weight loads keep the memory less than half busy, because partial sums
-    cost time as well. ``width`` is the number of bytes per element of the weight.
+    The choice is the widest tile, with its fewest splits, that `_decode_seconds` puts within
+    `_LEAST_GAIN` of the fastest. All numbers of rows that one tile covers get the same choice, so
+    that they run the same kernel.
+
+    Args:
+        chip: The chip of the launch.
+        bandwidths: The chip's, or None if they are unknown or do not limit the launch. Then
+            `_widest_that_fills` chooses.
+        rows: The measured row, or the candidates from the widest tile to the narrowest.
+        mnkr: M, N, K, and the rank.
+        width: Bytes per element of the weight.
+        most: The largest number of splits.
+    """
+    if rows[0].is_measured:
+        return rows[0], 1
+    if bandwidths is None:
+        return _widest_that_fills(chip, rows, mnkr, width, most)
+    _, n, k, r = mnkr
+    wanted = chip.bytes_in_flight
+    choices = [
+        (_decode_seconds(bandwidths, wanted, row, splits, n, k, r, width), row, splits)
+        for row in rows
+        for splits in (1, 2, 4)
+        if splits == 1 or splits <= min(most, cdiv(k, row.block_k) // _MIN_STEPS)
+    ]
+    limit = (1 + _LEAST_GAIN) * min(seconds for seconds, _, _ in choices)
+    return next((row, splits) for seconds, row, splits in choices if seconds <= limit)
+
+
+def _decode_seconds(
+    bandwidths: tuple[float, float, float],
+    bytes_in_flight: int,
+    row: ConfigRow,
+    splits: int,
+    n: int,
+    k: int,
+    r: int,
+    width: float,
+) -> float:
+    """Return the estimated time of a linear with one full tile of rows, in seconds.
+
+    The estimate is the time of the launches plus the longest of three times: of the distinct bytes
+    through memory, at the share of its bandwidth that the loads in flight reach; of all loads and
+    stores through the L2 cache; and of one program. Each tile of columns loads x and the partial
+    sums of the shrink. Partial sums of y are written, read, and added by another launch.
+    """
+    memory, l2, program = bandwidths
+    m, columns = row.block_m, max(cdiv(n, row.block_n), 1)
+    x, weight, lora_b = width * m * k, width * n * k, width * n * r
+    s, y = 4 * MAX_SPLITS * m * r, width * m * n
+    partials = 4 * splits * m * n if splits > 1 else 0
+    stored = partials or y
+    step, steps = width * row.block_k * (m + row.block_n), cdiv(cdiv(k, row.block_k), splits)
+    in_flight = columns * splits * max(row.num_stages - 1, 1) * step
+    share = min(in_flight / bytes_in_flight, 1)
+    work = max(
+        (x + weight + lora_b + s) / (share * memory) + stored / memory,
+        (columns * (x + s) + weight + splits * lora_b + stored) / l2,
+        _PROGRAM_SECONDS + steps * step / program,
+    )
+    if not partials:
+        return _LAUNCH_SECONDS + work
+    return 2 * _LAUNCH_SECONDS + work + (partials + y) / memory
+
+
+def _widest_that_fills(
+    chip: Chip,
+    rows: Sequence[ConfigRow],
+    mnkr: tuple[int, int, int, int],
+    width: float,
+    most: int,
+) -> tuple[ConfigRow, int]:
+    """Return the widest row that fills the chip, or the narrowest row, and its splits of K.
+
+    Programs of the narrowest tile share K as long as their weight loads keep the memory less than
+    half busy, because partial sums cost time as well.
     """
     m, n, k, _ = mnkr
     for row in rows:
         programs = cdiv(m, row.block_m) * cdiv(n, row.block_n)
-        if _fills(chip, programs) or row.is_measured:
+        if _fills(chip, programs):
             return row, 1
-    most, splits = min(MAX_WEIGHT_SPLITS, cdiv(k, row.block_k) // _MIN_STEPS), 1
+    most, splits = min(most, cdiv(k, row.block_k) // _MIN_STEPS), 1
     loads = programs * _in_flight("lora_linear", row) * width
     wanted = min(chip.bytes_in_flight, n * k * width)
     while 2 * splits * loads <= wanted and 2 * splits <= most:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+import itertools
 from collections import Counter
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -13,10 +15,13 @@ from torch.profiler import ProfilerActivity, profile
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from fastlora.bench import counted, predict  # noqa: E402
+from fastlora.bench import byte_forms, counted, launch_forms, predict  # noqa: E402
 from fastlora.bench.ceilings import CEILINGS  # noqa: E402
 from fastlora.bench.counted import ADDMM, BARE, OURS, PEFT, Case, others, ours  # noqa: E402
 from fastlora.bench.shapes import DECODERS, LLAMA, QWEN  # noqa: E402
+from fastlora.kernels import configs  # noqa: E402
+from fastlora.kernels.chips import Chip, ConfigRow  # noqa: E402
+from fastlora.kernels.config_tables import config_of_row, rows_of  # noqa: E402
 
 H100 = CEILINGS["sm_90"]
 TINY = dict.fromkeys(DECODERS[LLAMA], (32, 32))
@@ -83,6 +88,68 @@ def test_each_part_can_be_switched_off(part: str) -> None:
     changed = predict.predicted(f"{OURS} without {part}", linears, case, 16, "sm_90")
     launches, fewer = ([(w.name, w.issued) for w, _ in found] for found in (whole, changed))
     assert launches != fewer
+
+
+def test_tiles_are_chosen_by_the_ceilings() -> None:
+    memory, l2, program = Chip("sm_90", H100.processors).bandwidths or (0, 0, 0)
+    assert (memory, l2) == pytest.approx((H100.bytes_per_s, H100.l2_bytes_per_s))
+    assert program == pytest.approx(0.9 * H100.l2_bytes_per_cycle * H100.clock_hz, rel=0.01)
+
+
+def shortest(row: ConfigRow, splits: int, m: int, linears: counted.Linears, l2: float) -> float:
+    """A lower bound of the time of a shrink and the linears after it, from bytes alone."""
+    config = config_of_row(Chip("sm_90", H100.processors), "lora_linear", "half", row, 16, splits)
+    sizes = [byte_forms.Sizes(m, n, k, 16, 2, 2) for k, n in linears.values()]
+    form = launch_forms.together([byte_forms.linear(own, config) for own in sizes])
+    work = 1e6 * max(form.distinct / H100.bytes_per_s, form.issued / l2)
+    return H100.launch_us * (1 + (splits > 1)) + H100.dependent_us + work
+
+
+def test_decode_tiles_are_near_the_best_for_any_plausible_l2() -> None:
+    """A layer with the chosen tiles, and with the fastest candidate of each launch, at M 64."""
+    m, rates = 64, (4e12, 5.5e12, 7e12)
+    case, layer = Case("decode", m), DECODERS[LLAMA]
+    rows = rows_of(Chip("sm_90", H100.processors), "lora_linear", torch.bfloat16, "ieee")[1]
+
+    def times(linears: counted.Linears) -> list[float]:
+        works = ours(linears, case, 16, "sm_90", H100.processors)
+        ceilings = [H100._replace(l2_bytes_per_s=rate) for rate in rates]
+        return [sum(time.us for time in predict.times_of(works, c, "sm_90")) for c in ceilings]
+
+    totals, fewest, tried = [0.0] * 3, [0.0] * 3, 0
+    for names in ("q_proj k_proj v_proj", "o_proj", "gate_proj up_proj", "down_proj"):
+        linears = {name: layer[name] for name in names.split()}
+        own = times(linears)
+        least = own
+        for row, splits in itertools.product(configs.bucket_of(m, rows), (1, 2, 4)):
+            bounds = [shortest(row, splits, m, linears, rate) for rate in rates]
+            if all(bound >= time for bound, time in zip(bounds, least, strict=True)):
+                continue
+            forced = mock.patch.object(configs, "_of_decode", lambda *_, r=row, s=splits: (r, s))
+            with predict.without(""), forced:
+                least = [min(pair) for pair in zip(least, times(linears), strict=True)]
+            tried += 1
+        totals = [total + time for total, time in zip(totals, own, strict=True)]
+        fewest = [total + time for total, time in zip(fewest, least, strict=True)]
+    assert tried >= 8
+    assert all(total <= 1.03 * few for total, few in zip(totals, fewest, strict=True)), totals
+
+
+@pytest.mark.parametrize(("r", "most"), [(16, 1.08), (64, 1.20)])
+def test_a_decode_is_near_the_bare_layer(r: int, most: float) -> None:
+    """And ahead of `addmm_`. Fewer rows have shorter times relative to the bare layer."""
+    for m in (33, 48, 64):
+        bare, own, addmm = (
+            sum(
+                time.us
+                for _, time in predict.predicted(
+                    name, DECODERS[LLAMA], Case("decode", m), r, "sm_90"
+                )
+            )
+            for name in (BARE, OURS, ADDMM)
+        )
+        assert own <= most * bare, (m, own / bare)
+        assert own < addmm, (m, own, addmm)
 
 
 def test_a_training_step_has_no_product_beside_the_base_layers() -> None:

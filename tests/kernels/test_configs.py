@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import itertools
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -105,9 +107,26 @@ def test_fp32_is_exact_where_tf32_has_no_rows() -> None:
     assert gfx950.input_precision == "ieee"
 
 
-def test_decode_fills_the_chip_with_narrow_tiles() -> None:
-    for n, block_n in ((1024, 16), (4096, 32), (14336, 64)):
-        assert chosen("lora_linear", m=1, n=n, k=4096, r=16).block_n == block_n
+def test_decode_tiles_without_an_l2_figure() -> None:
+    """Where bandwidths are unknown or do not count, tiles are those of a frozen table."""
+    with (Path(__file__).parent / "decode_tiles.csv").open(newline="") as file:
+        table = list(csv.DictReader(file))
+    unlisted = {chip for chip in CHIPS if chip.bandwidths is None}
+    assert {Chip(row["chip"], int(row["processors"])) for row in table} == set(CHIPS)
+    assert {row["chip"] for row in table if row["launch"] == "lora_linear"} >= {
+        chip.arch for chip in unlisted
+    }
+    for row in table:
+        chip, dtype = Chip(row["chip"], int(row["processors"])), getattr(torch, row["dtype"])
+        for shape in (column for column in row if "x" in column and column[0].isdigit()):
+            n, k = map(int, shape.split("x"))
+            for m, r in itertools.product((int(row["M"]) // 2 + 1, int(row["M"])), (8, 64)):
+                sizes = {"m": m, "n": n, "k": k, "r": r}
+                config = choose(
+                    chip, row["launch"], dtype, **sizes, input_precision=row["precision"]
+                )
+                tile = f"{config.block_m}x{config.block_n}x{config.block_k}/{config.splits}"
+                assert tile == row[shape], (row, shape, m, r)
 
 
 @pytest.mark.parametrize(("m", "block_m"), [(1, 16), (16, 16), (17, 32), (33, 64), (64, 64)])
@@ -132,24 +151,102 @@ LAYERS = {
 
 @pytest.mark.parametrize("model", LAYERS)
 def test_a_decode_keeps_the_memory_busy(model: str) -> None:
-    """100 programs, or 2.7 MB of the weight on their way, or all of a weight that is smaller."""
+    """100 programs, or 2.7 MB of the weight on their way, or all of a weight that is smaller.
+
+    A weight of less than 6 MB loads faster than a launch starts, so that its programs may be few.
+    """
     for m, (n, k), r in itertools.product((1, 8, 16, 17, 32, 33, 48, 64), LAYERS[model], (16, 64)):
         config = chosen("lora_linear", m=m, n=n, k=k, r=r)
         programs = cdiv(m, config.block_m) * cdiv(n, config.block_n) * config.splits
         loads = 2 * config.block_n * config.block_k * (config.num_stages - 1) * programs
-        assert programs >= 100 or loads >= min(2_700_000, 2 * n * k), (m, n, k, config)
+        assert programs >= 100 or loads >= min(2_700_000, 2 * n * k) or 2 * n * k < 6e6, (m, n, k)
         # Programs that share out K have steps to do.
         assert k // config.block_k >= 2 * config.splits
 
 
-def test_a_linear_splits_k_only_where_no_tile_fills_the_chip() -> None:
-    assert chosen("lora_linear", m=64, n=1024, k=4096, r=16).splits == 2
-    assert chosen("lora_linear", m=64, n=4096, k=4096, r=16).splits == 1
-    # The loads of 64 programs with a pipeline of eight stages suffice.
-    assert chosen("lora_linear", m=1, n=1024, k=4096, r=16).splits == 1
-    # The mode has one kernel, and a gradient is no decode.
-    assert chosen("lora_linear", m=64, n=1024, k=4096, r=16, batch_invariant=True).splits == 1
-    assert chosen("lora_grad_x", m=64, n=1024, k=4096, r=16).splits == 1
+def seconds_of(
+    block_n: int, splits: int, n: int, k: int, l2: float = 5.5e12, program: float = 98e9
+) -> float:
+    """The estimated time of 64 rows at rank 16 with a tile of 64 x block_n x 128, in bf16."""
+    row = ConfigRow(64, block_n, 128, 4, 4, (16,))
+    own = 3e12, l2, program
+    return configs._decode_seconds(own, H100.bytes_in_flight, row, splits, n, k, 16, 2)
+
+
+def test_the_cost_of_a_decode_tile() -> None:
+    """Each term is computed by hand where it is the longest."""
+    n = k = 4096
+    x, weight, lora_b, s, y = 2 * 64 * k, 2 * n * k, 2 * n * 16, 4 * 8 * 64 * 16, 2 * 64 * n
+    unlimited = {"l2": 1e30, "program": 1e30}
+    # 64 programs of three stages: 6.3 MB are more than the 2.7 MB that keep the memory busy.
+    bytes_in_all = x + weight + lora_b + s + y
+    assert seconds_of(64, 1, n, k, **unlimited) == pytest.approx(2e-6 + bytes_in_all / 3e12)
+    # 4 programs have 393 KB in flight, an eighth of what keeps the memory busy.
+    loads = x + (weight + lora_b) // 16 + s
+    share = 4 * 3 * 128 * (64 + 64) * 2 / (20_400 * 132)
+    found = seconds_of(64, 1, n // 16, k, **unlimited)
+    assert found == pytest.approx(2e-6 + loads / (share * 3e12) + y / 16 / 3e12)
+    # Each of 64 or 128 tiles loads x and the eight partial sums of s.
+    for block_n, tiles in ((64, 64), (32, 128)):
+        issued = tiles * (x + s) + weight + lora_b + y
+        assert seconds_of(block_n, 1, n, k, l2=1e12) == pytest.approx(2e-6 + issued / 1e12)
+    # One program loads 1.5 MiB, or half of it with two splits.
+    alone = 1.8e-6 + 2 * (64 + 128) * k / 1e9
+    assert seconds_of(128, 1, n, k, program=1e9) == pytest.approx(2e-6 + alone)
+    # A split costs one more launch. Both partial sums are written and read, and y is written.
+    split = 4e-6 + (alone + 1.8e-6) / 2 + (4 * y + y) / 3e12
+    assert seconds_of(128, 2, n, k, program=1e9) == pytest.approx(split)
+
+
+def test_decode_tiles_follow_memory_and_l2() -> None:
+    """Wide tiles load x less often; narrow tiles and splits of K keep the memory busy."""
+
+    def tile(m: int, n: int, k: int, **options: Any) -> tuple[int, int]:
+        config = chosen("lora_linear", m=m, n=n, k=k, r=16, **options)
+        return config.block_n, config.splits
+
+    layers = LAYERS["Llama-3.1-8B"]
+    assert [tile(1, n, k) for n, k in layers] == 4 * [(64, 1)]
+    assert [tile(24, n, k) for n, k in layers] == 4 * [(64, 1)]
+    assert [tile(64, n, k) for n, k in layers] == [(128, 1), (64, 1), (128, 1), (128, 2)]
+    # 16 tiles of 64 columns have too little in flight.
+    assert tile(1, 1024, 4096) == (16, 1)
+    # The mode adds no partial sums, and a gradient is no decode.
+    assert tile(64, 4096, 14336, batch_invariant=True) == (64, 1)
+    assert chosen("lora_grad_x", m=64, n=4096, k=14336, r=16).splits == 1
+
+
+@EVERY_CHIP
+@pytest.mark.parametrize("mode", [False, True])
+def test_batches_of_a_row_tile_share_a_decode_kernel(chip: Chip, mode: bool) -> None:
+    """Neighboring numbers of rows change no config, and no number does in the mode."""
+    for (n, k), r in itertools.product(itertools.chain(*LAYERS.values()), (16, 64)):
+        found = [
+            choose(chip, "lora_linear", BF16, m=m, n=n, k=k, r=r, batch_invariant=mode)
+            for m in range(1, 65)
+        ]
+        buckets = ((0, 64),) if mode else ((0, 16), (16, 32), (32, 64))
+        assert all(len(set(found[first:last])) == 1 for first, last in buckets)
+        assert not mode or found[0].splits == 1
+
+
+@pytest.mark.parametrize(
+    ("narrow", "split", "expected"),
+    [(0.995, 0.995, (64, 1)), (0.98, 0.99, (32, 1)), (0.98, 0.98, (64, 2)), (0.9, 1, (32, 1))],
+)
+def test_a_gain_below_one_percent_is_no_reason_for_another_tile(
+    narrow: float, split: float, expected: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The widest tile, and its fewest splits, within one percent of the fastest."""
+    times = {(64, 1): 1.0, (64, 2): split, (32, 1): narrow, (32, 2): 2.0}
+
+    def seconds(_: object, bytes_in_flight: int, row: ConfigRow, splits: int, *own: Any) -> float:
+        return times[row.block_n, splits]
+
+    monkeypatch.setattr(configs, "_decode_seconds", seconds)
+    rows = [ConfigRow(16, block_n, 128, 4, 4, (16,)) for block_n in (64, 32)]
+    row, splits = configs._of_decode(H100, H100.bandwidths, rows, (1, 512, 4096, 16), 2, 2)
+    assert (row.block_n, splits) == expected
 
 
 def test_large_ranks_read_dy_twice() -> None:
