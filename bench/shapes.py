@@ -183,17 +183,19 @@ def tune_points() -> list[Point]:
     points = []
     for r in RANKS:
         for names in TUNE_GROUPS:
-            points += [_grouped("forward", names, m, r) for m in (*TUNE_DECODE, TUNE_PREFILL)]
-            points += [_grouped("train", names, m, r) for m in TRAIN_ROWS]
+            points += [grouped_point("forward", names, m, r) for m in (*TUNE_DECODE, TUNE_PREFILL)]
+            points += [grouped_point("train", names, m, r) for m in TRAIN_ROWS]
             for m in (*TUNE_DECODE, TUNE_PREFILL):
                 for adapters in sorted({min(count, m) for count in TUNE_ADAPTERS}):
-                    points.append(_grouped("mixed", names, m, r, adapters))
-            points += [_grouped("mixed_train", names, m, r, TUNE_ADAPTERS[0]) for m in TRAIN_ROWS]
-        points += [_grouped("train", (name,), m, r) for name in TUNE_ALONE for m in TRAIN_ROWS]
+                    points.append(grouped_point("mixed", names, m, r, adapters))
+            points += [
+                grouped_point("mixed_train", names, m, r, TUNE_ADAPTERS[0]) for m in TRAIN_ROWS
+            ]
+        points += [grouped_point("train", (name,), m, r) for name in TUNE_ALONE for m in TRAIN_ROWS]
     return points
 
 
-def _grouped(mode: str, names: tuple[str, ...], m: int, r: int, adapters: int = 0) -> Point:
+def grouped_point(mode: str, names: tuple[str, ...], m: int, r: int, adapters: int = 0) -> Point:
     """Return the problem of layers of Llama-3.1-8B that receive the same x."""
     sizes = [DECODERS[LLAMA][name] for name in names]
     outputs, layer = [n for _, n in sizes], "|".join(name.removesuffix("_proj") for name in names)

@@ -293,6 +293,8 @@ def main() -> int:
     environment = dict(os.environ)
     if args.dry_run:
         environment["TRITON_INTERPRET"] = "1"
+    # A process that is ended must end the child too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(linear.START_AGAIN))
     for _ in range(STARTS):
         left = max(0.0, end - time.monotonic())
         command = [sys.executable, *sys.argv, "--child", "--seconds", str(left)]
