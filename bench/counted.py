@@ -25,13 +25,15 @@ import fastlora
 from fastlora.bench.byte_forms import Batch
 from fastlora.bench.contenders import addmm_linear
 from fastlora.bench.launch_forms import BF16, WIDTH, Work, work_of
-from fastlora.testing import stubbed_launches
+from fastlora.bench.shapes import SHARED_INPUTS
+from fastlora.ops.torch import products
+from fastlora.testing import Launch, stubbed_launches
 
 SEQUENCES = 64  # in a mixed prefill
 BARE, OURS, PEFT, ADDMM = "base", "fastlora", "peft", "addmm"
 Linears = Mapping[str, tuple[int, int]]  # (K, N) by name
 # Linear layers of a decoder layer that receive the same x as another one.
-_SIBLING_OF = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
+_SIBLING_OF = {name: first for first, *others in SHARED_INPUTS for name in others}
 # Operators other than views that launch nothing.
 _NO_KERNELS = (
     "empty",
@@ -130,28 +132,62 @@ def step(
 
 def ours(linears: Linears, case: Case, r: int, chip: str, processors: int) -> list[Work]:
     """Return the work of one step of fastlora: its own kernels, and PyTorch's operators."""
+    with stubbed_launches(chip, processors) as launches, skipped_products() as made:
+        run_last_of(3, linears, case, r, launches.clear, made.clear)
+        return [work_of(launch, case.batch, r) for launch in launches] + made
+
+
+def run_last_of(
+    times: int, linears: Linears, case: Case, r: int, *forget: Callable[[], object]
+) -> None:
+    """Run fastlora's step several times on CPU tensors, and forget what the earlier ones recorded.
+
+    Layers find out in the first steps which of them share an input.
+    """
     layer = adapted(fastlora, linears, case, r, "cpu")
     inner = layer.base_model.model
     for linear in inner.children():
         linear.impl = "triton"
     with contextlib.ExitStack() as stack:
-        launches = stack.enter_context(stubbed_launches(chip, processors))
-        products = stack.enter_context(_skipped_products())
         if case.adapters:
             stack.enter_context(torch.no_grad())
             stack.enter_context(fastlora.adapters(layer, case.names()))
         run = step(inner, linears, case, "cpu")
-        for _ in range(3):  # layers find out which of them share an input
-            launches.clear()
-            products.clear()
+        for _ in range(times):
+            for each in forget:
+                each()
             run()
             for parameter in inner.parameters():
                 parameter.grad = None
-        return [work_of(launch, case.batch, r) for launch in launches] + products
 
 
 @contextlib.contextmanager
-def _skipped_products() -> Iterator[list[Work]]:
+def uncompiled_launches(chip: str, processors: int) -> Iterator[list[Launch]]:
+    """Record launches as `stubbed_launches` does, but compile no kernel.
+
+    The launches have no compiled code, and their shared memory is 0.
+    """
+    from triton.runtime.jit import JITFunction
+
+    from fastlora.kernels import launch as kernel_launches
+
+    with contextlib.ExitStack() as stack:
+        launches = stack.enter_context(stubbed_launches(chip, processors))
+
+        def run(kernel: Any, *_: Any, grid: tuple[int, ...], warmup: bool, **given: Any) -> None:
+            names = tuple(kernel.arg_names)
+            options = given["num_warps"], given.get("num_stages", 1)
+            x, y, z = (*grid, 1, 1)[:3]
+            values = tuple(given[name] for name in names)
+            launches.append(Launch(kernel.__name__, (x, y, z), *options, 0, b"", names, values))
+
+        stack.enter_context(mock.patch.object(JITFunction, "run", run))
+        stack.enter_context(mock.patch.object(kernel_launches, "_CAN_CACHE", False))
+        yield launches
+
+
+@contextlib.contextmanager
+def skipped_products() -> Iterator[list[Work]]:
     """Record PyTorch's matrix products on CPUs within the block, without computing them.
 
     A dispatch mode could record them too, but layers take another path within one.
@@ -183,7 +219,9 @@ def _skipped_products() -> Iterator[list[Work]]:
         library.impl("addmm_", accumulate, "CPU")
         library.impl("add.Tensor", total, "CPU")
     try:
-        yield found
+        # On this processor, fastlora may replace 16-bit products by products of parts in fp32.
+        with mock.patch.dict(products.EMULATED, clear=True):
+            yield found
     finally:
         library._destroy()
 

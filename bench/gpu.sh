@@ -4,7 +4,7 @@
 #   bash bench/gpu.sh [--out DIR] [--seconds N] [--tests PATH] [--dry-run]
 #
 #   --out DIR     where results go (default: $OUT, else bench/results/<card>-<date>)
-#   --seconds N   end by then (default 525)
+#   --seconds N   end by then (default 525); what the steps leave of it goes to single linears
 #   --tests PATH  what pytest runs (default tests/kernels)
 #   --dry-run     the same steps on a CPU, tiny shapes, into a temporary folder; its times mean nothing
 #
@@ -94,10 +94,12 @@ out=$(cd -- "$out" && pwd -P)
 left() { echo $((budget - SECONDS)); }
 say() { echo "--- [$SECONDS s] $*"; }
 
-# boxed LIMIT COMMAND...: runs the command for at most LIMIT seconds, and never past the end
+# boxed LIMIT COMMAND...: runs the command for at most LIMIT seconds, and never past the end. A dry
+# run may take longer, because Triton's interpreter is slow.
 boxed() {
     local limit=$1 rest
     shift
+    [[ -z $dry ]] || limit=$((4 * limit))
     rest=$(left)
     ((limit < rest)) || limit=$rest
     ((limit > 0)) || return 124
@@ -111,7 +113,7 @@ install_checkout() {
         [[ ! -e $checkout/$file ]] || cp -R "$checkout/$file" "$source/"
     done
     # Into a folder, not a virtual environment: a venv within a venv does not see its packages.
-    if boxed 90 "$python" -m pip install --quiet --no-index --no-deps --no-build-isolation \
+    if boxed 15 "$python" -m pip install --quiet --no-index --no-deps --no-build-isolation \
         --no-cache-dir --target "$site" "$source" >"$scratch/pip.txt" 2>&1; then
         export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH}
     else
@@ -123,11 +125,13 @@ install_checkout() {
         'import fastlora, fastlora.kernels.lora_linear; print("fastlora from", fastlora.__file__)')
 }
 
-# The tests that are most likely to fail on a GPU that has not run them before: sums over rows for
-# d_lora_b at small ranks, dropout in bf16, mixed linears at 64 rows, cached launches, and
-# shared-input groups in one grid.
-likeliest=(test_kept test_siblings test_siblings_node test_at_once test_mixed_siblings test_one_adapter
-    test_mixed_forward test_mixed_lora_grad)
+# The first tests cover what no CPU can: cached launches call Triton's real launcher. They also cover
+# shared-input groups in one grid, which the rules are measured on. The next tests are the most
+# likely to fail on a GPU that has not run them before: sums over rows for d_lora_b at small ranks,
+# dropout in bf16, and mixed linears at 64 rows.
+cached=(tests/kernels/test_{kept,siblings}.py)
+likeliest=(tests/kernels/test_{siblings_node,at_once,mixed_siblings}.py
+    tests/kernels/test_{one_adapter,mixed_forward,mixed_lora_grad}.py)
 
 # run_tests LIMIT ARGUMENT...: runs pytest with the arguments; its output goes to tests.txt
 run_tests() {
@@ -150,36 +154,31 @@ run_tests() {
     ((code == 0)) && grep -Eq '(^|[^0-9])[1-9][0-9]* (passed|tests? collected)' "$scratch/tests.txt"
 }
 
-all_tests() {
-    local many=(--maxfail=30) first=() rest=() name green=0
+# test_step LIMIT ARGUMENT...: runs pytest, and in the rest of the limit each failed test alone
+test_step() {
+    local end=$((SECONDS + $1)) limit=$1 many=(--maxfail=30) code=0
+    shift
     ((xdist == 0 || cores < 4)) || [[ -n $dry ]] || many+=(-n $((cores < 8 ? cores : 8)))
-    if [[ -n $tests ]]; then
-        run_tests 240 "${many[@]}" "$tests"
-        return
-    fi
-    for name in "${likeliest[@]}"; do
-        first+=("tests/kernels/$name.py")
-        rest+=("--ignore=tests/kernels/$name.py")
-    done
-    if [[ -n $dry ]]; then
-        run_tests 120 --collect-only "${first[@]}"
-        return
-    fi
-    run_tests 120 "${many[@]}" "${first[@]}" || green=1
-    say "the other tests (at most 120 s)"
-    run_tests 120 "${many[@]}" "${rest[@]}" tests/kernels || green=1
-    return $green
+    [[ -z $dry || -n $tests ]] || many=(--collect-only)
+    : >"$scratch/red.txt"
+    run_tests "$limit" "${many[@]}" "$@" || code=1
+    [[ ! -s $scratch/red.txt ]] || look_at_red_tests "$end"
+    return $code
 }
 
-# Runs every failed test alone, with a long trace, and then with fewer warps, with which a compiler
-# fault often disappears.
+# look_at_red_tests END: runs every failed test alone, with a long trace, and then with fewer warps,
+# with which a compiler fault often disappears.
 look_at_red_tests() {
-    local test warps
+    local end=$1 test warps rest
+    say "red tests alone"
     sed -n 's/^[A-Z]* \([^ ]*\).*/\1/p' "$scratch/red.txt" | sort -u | head -n 4 >"$scratch/names.txt"
     while read -r test; do
         for warps in 8 4 1; do
+            rest=$((end - SECONDS))
+            ((rest > 0)) || return
             echo "=== $test, at most $warps warps" >>"$out/tests.txt"
-            if run_tests 20 --tb=long --max-warps="$warps" "$test" </dev/null >/dev/null; then
+            if run_tests $((rest < 20 ? rest : 20)) --tb=long --max-warps="$warps" "$test" \
+                </dev/null >/dev/null; then
                 echo "$test: green alone with at most $warps warps"
                 break
             fi
@@ -206,107 +205,146 @@ measure() {
     return $code
 }
 
-sanitize() {
-    # Runs once without the sanitizer, which then finds all kernels compiled.
-    boxed 40 "$python" "$checkout/bench/sanitize.py" || return
-    boxed 60 compute-sanitizer --tool memcheck --error-exitcode 9 \
-        "$python" "$checkout/bench/sanitize.py"
+# interpreted COMMAND...: runs the command, and in a dry run in Triton's interpreter
+interpreted() {
+    if [[ -n $dry ]]; then
+        TRITON_INTERPRET=1 "$@"
+    else
+        "$@"
+    fi
 }
 
+# assumptions NAME LIMIT RULES: measures what predictions assume, and writes NAME.csv
+assumptions() {
+    interpreted boxed "$2" "$python" "$checkout/bench/assumptions.py" "${where[@]}" \
+        --tests "$verdict" --seconds "$2" --only "$3" --out "$out/$1.csv"
+}
+
+# layers LIMIT: times whole layers at two ranks
+layers() {
+    local rank ranks=(16 64) share=$(($1 / 2)) code=0
+    [[ -z $dry ]] || ranks=(16)
+    for rank in "${ranks[@]}"; do
+        interpreted boxed "$share" "$python" "$checkout/bench/layer.py" "${where[@]}" \
+            --tests "$verdict" --seconds "$share" --rank "$rank" --out "$out/layer_r$rank.csv" ||
+            code=1
+    done
+    return $code
+}
+
+# profile LIMIT: profiles three kernels with Nsight Compute
+profile() {
+    local command=("$python" "$checkout/bench/profiled.py" "${where[@]}")
+    if [[ -n $dry ]]; then
+        interpreted boxed "$1" "${command[@]}"
+    elif ! command -v ncu >/dev/null; then
+        echo "ncu is not on PATH"
+    else
+        boxed "$1" ncu --kernel-name "regex:lora_grad_b|mixed_lora_expand|lora_linear" \
+            --launch-count 4 --section SpeedOfLight --section MemoryWorkloadAnalysis \
+            --section WarpStateStats "${command[@]}" >"$out/ncu.txt" 2>&1
+        tail -n 3 "$out/ncu.txt" # Some machines forbid the counters, which is no failure.
+    fi
+}
+
+# sanitize TOOL LIMIT: runs small cases under compute-sanitizer
+sanitize() {
+    local code
+    if [[ -n $dry ]]; then
+        interpreted boxed "$2" "$python" "$checkout/bench/sanitize.py" --device cpu
+        return
+    fi
+    if ! command -v compute-sanitizer >/dev/null; then
+        echo "compute-sanitizer is not on PATH" | tee -a "$out/sanitizer.txt"
+        return
+    fi
+    boxed "$2" compute-sanitizer --tool "$1" --error-exitcode 9 \
+        "$python" "$checkout/bench/sanitize.py" >>"$out/sanitizer.txt" 2>&1
+    code=$?
+    tail -n 3 "$out/sanitizer.txt"
+    ((code == 124 || code == 137)) || return $code
+    echo "stopped at the time limit" | tee -a "$out/sanitizer.txt"
+}
+
+# single_linears SECONDS: times single linears, and mixed batches in a third of the time
+single_linears() {
+    local end=$((SECONDS + $1)) compile=(--impl eager) options=(--dtype float32 --impl eager) code=0
+    [[ -n $dry ]] || compile=() options=()
+    OMP_NUM_THREADS=1 boxed 60 "$python" "$checkout/bench/precompile.py" "${where[@]}" \
+        "${compile[@]}" || echo "not everything was compiled beforehand"
+    measure linear.py $((2 * (end - SECONDS) / 3)) "${where[@]}" "${options[@]}" \
+        --out "$out/results.csv" || code=1
+    if [[ -n $dry ]]; then
+        options=(--dtype float32 --max-points 2)
+        interpreted measure linear.py $((end - SECONDS)) "${where[@]}" "${options[@]}" \
+            --out "$out/interpreted.csv" || code=1
+    fi
+    interpreted measure mixed_kernels.py $((end - SECONDS)) "${where[@]}" "${options[@]}" \
+        --out "$out/mixed.csv" || code=1
+    timeout 10 "$python" "$checkout/bench/summary.py" "$out/results.csv" || code=1
+    timeout 10 "$python" "$checkout/bench/summary.py" "$out/mixed.csv" || code=1
+    return $code
+}
+
+# step NAME LIMIT COMMAND...: runs a step of the plan, which takes at most LIMIT seconds. The limit
+# is also the first or second argument of the command.
+step() {
+    say "$1 (at most $2 s)"
+    "${@:3}"
+}
+
+# The limits of the steps add up to 525 s. The first steps answer what only a GPU can answer.
 main() {
-    local failed=() verdict=fail reserve=10 for_sweep for_mixed code
-    local sweep=(--device cuda) layer
+    local failed=() verdict=fail sweep=(--device cuda --seconds 190) reserve=0
     [[ -z $dry ]] || sweep=(--dry-run --near 0 --max-points 1)
+    [[ -n $dry ]] || ! command -v compute-sanitizer >/dev/null || reserve=60
     say "results go to $out"
     {
         date -u +%FT%TZ
         "$python" -V
         timeout 20 nvidia-smi || echo "no nvidia-smi"
     } >"$out/machine.txt" 2>&1
-    [[ -n $dry ]] || ! command -v compute-sanitizer >/dev/null || reserve=80
 
-    say "install"
-    install_checkout || failed+=(install)
+    step "install" 20 install_checkout || failed+=(install)
 
-    say "tests, the likeliest to be red first (at most 120 s)"
-    : >"$scratch/red.txt"
-    if all_tests; then verdict=pass; else failed+=(tests); fi
-    echo "tests: $verdict"
-    if [[ -s $scratch/red.txt ]]; then
-        say "red tests alone"
-        look_at_red_tests
+    if [[ -n $tests ]]; then
+        if step "the given tests" 85 test_step 85 "$tests"; then verdict=pass; fi
+    elif step "tests of cached launches" 25 test_step 25 "${cached[@]}"; then
+        verdict=pass
     fi
+    step "rules: reads of the L2 cache, tiles, partial sums" 50 \
+        assumptions rules 50 l2,tiles,planes || failed+=(rules)
+    if [[ -z $tests ]]; then
+        step "the other tests that are likely to be red" 60 test_step 60 "${likeliest[@]}" ||
+            verdict=fail
+    fi
+    [[ $verdict == pass ]] || failed+=(tests)
+    echo "tests: $verdict"
 
-    say "the host's cost of a linear (at most 60 s)"
-    OMP_NUM_THREADS=1 boxed 60 "$python" "$checkout/bench/host.py" "${where[@]}" \
-        --tests "$verdict" --out "$out/host.csv" || failed+=(host)
-
-    say "sweep of tiles and plans (at most a third of what is left)"
-    for_sweep=$(($(left) / 3))
-    boxed $((for_sweep + 60)) "$python" "$checkout/bench/tune.py" --tests "$verdict" \
-        --checkout "$checkout" --seconds "$for_sweep" "${sweep[@]}" --out "$out/measured" ||
+    OMP_NUM_THREADS=1 step "the host's cost of a linear" 20 boxed 20 "$python" \
+        "$checkout/bench/host.py" "${where[@]}" --tests "$verdict" --out "$out/host.csv" ||
+        failed+=(host)
+    step "cuBLAS with beta 1, layers without PDL" 30 assumptions beta_pdl 30 beta,pdl ||
+        failed+=(beta_pdl)
+    step "sweep of tiles and plans" 200 boxed 200 "$python" "$checkout/bench/tune.py" \
+        --tests "$verdict" --checkout "$checkout" "${sweep[@]}" --out "$out/measured" ||
         failed+=(sweep)
     # Everything that is timed from here on uses the measured table.
     export FASTLORA_MEASURED=$out/measured
+    step "whole layers" 70 layers 70 || failed+=(layer)
+    step "profiles of three kernels" 30 profile 30
+    step "races" 20 sanitize racecheck 20 || failed+=(races)
 
-    say "whole layers (at most 60 s)"
-    layer=(boxed 90 "$python" "$checkout/bench/layer.py" "${where[@]}" --tests "$verdict"
-        --seconds 60 --out "$out/layer.csv")
-    if [[ -n $dry ]]; then
-        TRITON_INTERPRET=1 "${layer[@]}" || failed+=(layer)
-    else
-        "${layer[@]}" || failed+=(layer)
-    fi
-
-    say "compile the kernels of the benchmark"
-    if [[ -n $dry ]]; then
-        OMP_NUM_THREADS=1 boxed 100 "$python" "$checkout/bench/precompile.py" "${where[@]}" --impl eager
-    else
-        OMP_NUM_THREADS=1 boxed 60 "$python" "$checkout/bench/precompile.py" "${where[@]}"
-    fi || echo "not everything was compiled beforehand"
-
-    say "benchmark"
-    if [[ -n $dry ]]; then
-        measure linear.py $(($(left) - reserve)) "${where[@]}" --out "$out/results.csv" \
-            --dtype float32 --impl eager || failed+=(benchmark)
-        say "benchmark of the kernels in Triton's interpreter"
-        TRITON_INTERPRET=1 measure linear.py $(($(left) - reserve)) "${where[@]}" \
-            --out "$out/interpreted.csv" --dtype float32 --max-points 2 || failed+=(interpreted)
-        say "benchmark of mixed batches in Triton's interpreter"
-        TRITON_INTERPRET=1 measure mixed_kernels.py $(($(left) - reserve)) "${where[@]}" \
-            --out "$out/mixed.csv" --dtype float32 --max-points 2 || failed+=(mixed)
-    else
-        for_mixed=$(($(left) / 3))
-        measure linear.py $(($(left) - reserve - for_mixed)) "${where[@]}" \
-            --out "$out/results.csv" || failed+=(benchmark)
-        say "benchmark of mixed batches"
-        measure mixed_kernels.py $(($(left) - reserve)) "${where[@]}" \
-            --out "$out/mixed.csv" || failed+=(mixed)
-    fi
-
-    if [[ -n $dry ]]; then
-        say "the cases for compute-sanitizer, without it"
-        TRITON_INTERPRET=1 boxed 60 "$python" "$checkout/bench/sanitize.py" --device cpu ||
-            failed+=(sanitizer)
-    elif ! command -v compute-sanitizer >/dev/null; then
-        echo "compute-sanitizer is not on PATH" | tee "$out/sanitizer.txt"
-    elif (($(left) < 30)); then
-        echo "no time left for compute-sanitizer" | tee "$out/sanitizer.txt"
-    else
-        say "compute-sanitizer (at most 60 s)"
-        sanitize >"$out/sanitizer.txt" 2>&1
-        code=$?
-        tail -n 3 "$out/sanitizer.txt"
-        if ((code == 124 || code == 137)); then
-            echo "stopped at the time limit" | tee -a "$out/sanitizer.txt"
-        elif ((code != 0)); then
-            failed+=(sanitizer)
+    if (($(left) > 30 + reserve)); then
+        if [[ -z $dry && -z $tests ]]; then
+            say "what is left: all other tests"
+            test_step 120 "${cached[@]/#/--ignore=}" "${likeliest[@]/#/--ignore=}" tests/kernels ||
+                failed+=(tests)
         fi
+        say "what is left: single linears"
+        single_linears $(($(left) - reserve)) || failed+=(benchmark)
+        ((reserve == 0)) || sanitize memcheck 60 || failed+=(sanitizer)
     fi
-
-    say "summary"
-    timeout 10 "$python" "$checkout/bench/summary.py" "$out/results.csv" || failed+=(summary)
-    timeout 10 "$python" "$checkout/bench/summary.py" "$out/mixed.csv" || failed+=(summary)
 
     say "done: $out"
     if ((${#failed[@]})); then

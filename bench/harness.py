@@ -294,6 +294,9 @@ class ResultFile:
         if resume and path.exists():
             with path.open(newline="") as file:
                 self.rows = list(csv.DictReader(file))
+        self._by_point: dict[tuple[str, ...], list[dict[str, str]]] = {}
+        for row in self.rows:
+            self._by_point.setdefault(_key_of(row), []).append(row)
         fresh = not self.rows
         self._file = path.open("w" if fresh else "a", newline="")
         self._writer = csv.DictWriter(self._file, COLUMNS, lineterminator="\n")
@@ -324,6 +327,7 @@ class ResultFile:
         self._writer.writerow(row)
         self._file.flush()
         self.rows.append({column: str(row.get(column, "")) for column in COLUMNS})
+        self._by_point.setdefault(_key_of(self.rows[-1]), []).append(self.rows[-1])
 
     def done(self, point: Point) -> dict[str, str]:
         """Return the status of each contender with a row for a point in the file."""
@@ -331,9 +335,12 @@ class ResultFile:
 
     def rows_of(self, point: Point) -> list[dict[str, str]]:
         """Return the rows of a point in the file."""
-        key = {"mode": point.mode, "model": point.model, "layer": point.layer}
-        key |= {"M": str(point.m), "r": point.ranks or str(point.r)}
-        key["adapters"] = str(point.adapters or "")
-        return [
-            row for row in self.rows if all(row[column] == value for column, value in key.items())
-        ]
+        key = point.mode, point.model, point.layer, str(point.m)
+        return self._by_point.get(
+            (*key, point.ranks or str(point.r), str(point.adapters or "")), []
+        )
+
+
+def _key_of(row: dict[str, str]) -> tuple[str, ...]:
+    """Return the columns that identify the point of a row."""
+    return tuple(row[column] for column in ("mode", "model", "layer", "M", "r", "adapters"))

@@ -12,7 +12,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from fastlora.bench.harness import (
     time_contenders,
 )
 from fastlora.bench.machine import ROOT, describe, measure_roofs
-from fastlora.bench.modes import MODES
+from fastlora.bench.modes import MODES, Mode
 from fastlora.bench.peers import listed, peers_for
 from fastlora.bench.shapes import Point, Roofs, all_points, floor_us, tiny_points
 
@@ -46,6 +46,7 @@ class Bench:
     """One run: its device, and the file that it fills. `MODES` defines what is measured."""
 
     hang_seconds = 45.0  # a point that takes longer is considered hung
+    modes: Mapping[str, Mode] = MODES
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.device = torch.device(args.device)
@@ -130,7 +131,7 @@ class Bench:
             return mode.draw(point, self.dtype, self.device, self.impl)
 
         note("base")
-        mode = MODES[point.mode]
+        mode = self.modes[point.mode]
         problem = draw()
         checker = Checker(problem, contenders, mode.truths(point, problem), mode.yardstick)
         for contender in contenders:

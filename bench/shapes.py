@@ -36,16 +36,26 @@ DECODERS = {
         "down_proj": (3072, 1024),
     },
 }
+# The linear layers of a decoder layer that receive the same x.
+SHARED_INPUTS = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("o_proj",),
+    ("gate_proj", "up_proj"),
+    ("down_proj",),
+)
 ROWS = (1, 64, 2048, 16, 8192)
 # 64 sequences, with one token each, and with 32 tokens each.
 MIXED_ROWS = (64, 2048)
 MIXED_SEQUENCES = 64
 MIXED_ADAPTERS = (64, 1, 16, 4)
-# The problems of `bench/tune.py`, the most informative first: rows of decode, then of prefill or
-# training.
-TUNE_DECODE = (64, 1, 16, 32, 24, 48)
-TUNE_MANY = (2048, 8192, 512, 128, 256)
-TUNE_ADAPTERS = (16, 64, 1, 4)
+# The layers that `bench/tune.py` tunes together. In some models, only k and v have adapters.
+TUNE_GROUPS = (*SHARED_INPUTS, ("k_proj", "v_proj"))
+# Under dropout, every layer has launches of its own in training.
+TUNE_ALONE = ("k_proj", "gate_proj")
+TUNE_DECODE = (64, 1, 16, 24, 48)
+TUNE_PREFILL = 2048
+# Mixed batches of few adapters use one GEMM. Those of many add an expand to the library's GEMM.
+TUNE_ADAPTERS = (4, 64)
 TRAIN_ROWS = (2048, 8192)
 _MIXED_TRAINING = ((4, 1, 16), TRAIN_ROWS)  # adapters, rows
 RANKS = (16, 64)
@@ -65,6 +75,8 @@ class Point(NamedTuple):
         r: Rank, or the largest rank in a mixed batch.
         adapters: Number of adapters in a mixed batch, otherwise 0.
         ranks: Ranks in a mixed batch, such as ``"8+16+64"``. Adapters have them in turn.
+        outputs: If several layers receive the same x, the output features of each, such as
+            ``"4096+1024+1024"``. Their sum is ``n``.
     """
 
     mode: str
@@ -76,6 +88,7 @@ class Point(NamedTuple):
     r: int
     adapters: int = 0
     ranks: str = ""
+    outputs: str = ""
 
     def __str__(self) -> str:
         text = f"{self.mode} {self.model} {self.layer} M={self.m} K={self.k} N={self.n} "
@@ -88,6 +101,11 @@ class Point(NamedTuple):
         """The rank of each adapter. Outside of a mixed batch, there is one."""
         ranks = [int(word) for word in self.ranks.split("+")] if self.ranks else [self.r]
         return [ranks[i % len(ranks)] for i in range(max(self.adapters, 1))]
+
+    @property
+    def outputs_of_layers(self) -> list[int]:
+        """The output features of each layer that receives x."""
+        return [int(word) for word in self.outputs.split("+")] if self.outputs else [self.n]
 
 
 class Roofs(NamedTuple):
@@ -161,26 +179,34 @@ def tiny_mixed_points() -> list[Point]:
 
 
 def tune_points() -> list[Point]:
-    """Return the problems for which tiles and plans are tuned, the most informative first."""
+    """Return the problems for which tiles and plans are tuned, in no particular order."""
     points = []
     for r in RANKS:
-        for rows in (TUNE_DECODE, TUNE_MANY):
-            for m in rows:
-                for name, k, n in (*LLAMA_LAYERS, *LLAMA_NARROW):
-                    points.append(Point("forward", LLAMA, name, m, k, n, r))
-                    if m in TRAIN_ROWS:
-                        points.append(Point("train", LLAMA, name, m, k, n, r))
-                    for adapters in TUNE_ADAPTERS:
-                        mixed = m, k, n, r, adapters, str(r)
-                        points.append(Point("mixed", LLAMA, name, *mixed))
-                        if m in TRAIN_ROWS and adapters in _MIXED_TRAINING[0]:
-                            points.append(Point("mixed_train", LLAMA, name, *mixed))
+        for names in TUNE_GROUPS:
+            points += [grouped_point("forward", names, m, r) for m in (*TUNE_DECODE, TUNE_PREFILL)]
+            points += [grouped_point("train", names, m, r) for m in TRAIN_ROWS]
+            for m in (*TUNE_DECODE, TUNE_PREFILL):
+                for adapters in sorted({min(count, m) for count in TUNE_ADAPTERS}):
+                    points.append(grouped_point("mixed", names, m, r, adapters))
+            points += [
+                grouped_point("mixed_train", names, m, r, TUNE_ADAPTERS[0]) for m in TRAIN_ROWS
+            ]
+        points += [grouped_point("train", (name,), m, r) for name in TUNE_ALONE for m in TRAIN_ROWS]
     return points
+
+
+def grouped_point(mode: str, names: tuple[str, ...], m: int, r: int, adapters: int = 0) -> Point:
+    """Return the problem of layers of Llama-3.1-8B that receive the same x."""
+    sizes = [DECODERS[LLAMA][name] for name in names]
+    outputs, layer = [n for _, n in sizes], "|".join(name.removesuffix("_proj") for name in names)
+    ranks = str(r) if adapters else ""
+    joined = "+".join(map(str, outputs))
+    return Point(mode, LLAMA, layer, m, sizes[0][0], sum(outputs), r, adapters, ranks, joined)
 
 
 def tiny_tune_points() -> list[Point]:
     """Return the problem of a tuner's dry run."""
-    return [Point("forward", TINY, "a", 40, 32, 48, 4)]
+    return [Point("forward", TINY, "a", 40, 32, 48, 4, outputs="32+16")]
 
 
 def tiny_points() -> list[Point]:
@@ -227,7 +253,8 @@ def least_work(kind: str, point: Point) -> tuple[float, float]:
     """
     m, k, n, r = point.m, point.k, point.n, point.r
     ranks = point.ranks_of_adapters
-    factors, mean = sum(ranks) * (k + n), sum(ranks) / len(ranks)
+    factors = sum(ranks) * (len(point.outputs_of_layers) * k + n)
+    mean = sum(ranks) / len(ranks)
     # With more rows than in a decode, the shrink and the GEMM each read x from memory.
     x_reads = 1 if m <= DECODE_MAX_ROWS else 2
     # Forward and backward: x is read for shrink, GEMM, and d_lora_a; dy for ds and dx; y and dx are

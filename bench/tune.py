@@ -2,19 +2,20 @@
 
     python bench/tune.py --out FOLDER --tests pass [--seconds 600] [--near 1] [--dry-run] [--resume]
 
-For each problem and each of its launches, candidates are timed in turn: base and LoRA together, in
-one graph over rotated operands (`bench/harness.py`). The candidates are the config that
+`bench/tune_points.py` finds the launches of a decoder layer, and their order. For each of them,
+candidates are timed in turn within the layers that share the launch: base and LoRA together, in one
+graph over rotated operands (`bench/harness.py`). The candidates are the config that
 `configs.choose` returns today, the other shipped tiles, and variants of all these. A variant
 changes one of tile sides, warps, stages, and splits by one step (``--near 2``: by two). Plans
 follow after the tiles of their problem. A candidate that spills a register, crashes, hangs, or
 computes a wrong result is named in ``tune.csv`` and excluded.
 
-After each problem, ``<arch>.json`` is rewritten. The library reads this table from the folder that
+After each launch, ``<arch>.json`` is rewritten. The library reads this table from the folder that
 ``FASTLORA_MEASURED`` names, or from ``kernels/measured`` (`kernels/config_files.py`).
 
-A first process watches a second one that measures. If the second process dies, the first starts
-another one without the candidate that killed it. Candidates are first compiled and tried in a pool
-of processes.
+A first process finds the launches, writes them to ``tune_points.jsonl``, and watches a second
+process that measures. If the second process dies, the first starts another one without the
+candidate that killed it. Candidates are first compiled and tried in a pool of processes.
 """
 
 from __future__ import annotations
@@ -33,101 +34,37 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 from unittest import mock
 
 import torch
 
-from fastlora.bench import linear, precompile, shapes
+from fastlora.bench import linear, precompile, shapes, tune_points
 from fastlora.bench.contenders import Contender
 from fastlora.bench.harness import error_text
-from fastlora.bench.modes import MODES
 from fastlora.bench.shapes import Point
-from fastlora.kernels import config_files, config_tables, configs, launch, measurements
-from fastlora.kernels.chips import Chip, ConfigRow, chip_of
+from fastlora.bench.shared_input import MODES
+from fastlora.bench.tune_points import PLANS, Group, plan_rows, rows_first
+from fastlora.kernels import chips, config_files, config_tables, configs, launch, measurements
+from fastlora.kernels.chips import Chip, ConfigRow
 from fastlora.kernels.config_files import FileRow
-from fastlora.ops.layout import rank_to_multiple_of_16
 
 TRY_SECONDS = 60.0  # for all candidates of a group: compiling each, and running it once
 NO_ANSWER = "error: no answer"
 STARTS = 20  # maximum number of processes, one after another
 
-
-class Asked(NamedTuple):
-    """The plan under which a launch runs, and the sizes with which its config is requested."""
-
-    plan: str
-    sizes: str
+# The chip for which launches are found in a dry run. Their sizes do not depend on it.
+DRY_CHIP = Chip("sm_90", 132)
 
 
-# The tuned launches by mode. A size is left out if a config is not always requested with it.
-LAUNCHES = {
-    "forward": {
-        "lora_shrink": Asked("fused", "mkr"),
-        "lora_linear": Asked("fused", "mnkr"),
-        "lora_expand": Asked("split", "mnr"),
-    },
-    "train": {
-        "lora_grad_b": Asked("split", "mnr"),
-        "lora_grad_a": Asked("split", "mkr"),
-        "lora_grad_x_add": Asked("split", "mnkr"),
-        "lora_grad_x": Asked("fused", "mnkr"),
-    },
-    "mixed": {
-        "mixed_lora_shrink": Asked("fused", "mkr"),
-        "mixed_lora_linear": Asked("fused", "mnkr"),
-        "mixed_lora_expand": Asked("split", "mnkr"),
-    },
-    "mixed_train": {
-        "mixed_lora_train_shrink": Asked("split", "mkr"),
-        "mixed_lora_train_linear": Asked("fused", "mnkr"),
-        "mixed_lora_train_expand": Asked("split", "mnr"),
-        "mixed_lora_grad_b": Asked("split", "r"),
-        "mixed_lora_grad_a": Asked("split", "r"),
-        "mixed_lora_grad_x_add": Asked("split", "mnkr"),
-        "mixed_lora_grad_x": Asked("fused", "mnkr"),
-    },
-}
-PLANS = {  # the launches with tuned plans, by mode
-    mode: [name for name in launches if name in config_tables.PLANNED]
-    for mode, launches in LAUNCHES.items()
-}
-FORCED = {"train": ("lora_linear", "lora_grad_x")}  # plans of a training step, else `PLANS`
-TILE_ADAPTERS = 16  # in the mixed batches on which tiles are measured
-
-
-def group_of(point: Point) -> tuple[str, bool]:
-    """Return the launch of a group of candidates, and whether the candidates are plans."""
-    _, name, *plan = point.layer.split(" ")
-    return name, bool(plan)
-
-
-def groups(problems: Sequence[Point]) -> list[Point]:
-    """Return a point for each problem and launch, with the launch appended to the layer's name."""
-    found = []
-    for point in problems:
-        names = list(LAUNCHES[point.mode]) if point.adapters in (0, TILE_ADAPTERS) else []
-        names += [f"{name} plan" for name in PLANS[point.mode]]
-        found += [point._replace(layer=f"{point.layer} {name}") for name in names]
-    return found
-
-
-def candidates(chip: Chip, dtype: torch.dtype, point: Point, near: int) -> list[FileRow]:
-    """Return the candidates at a point of `groups`: today's choice, then its nearest variants."""
-    name, is_plan = group_of(point)
-    asked, kind = LAUNCHES[point.mode][name].sizes, "half" if dtype.itemsize == 2 else "ieee"
-    r = rank_to_multiple_of_16(point.r) if point.adapters else point.r
-    limits = {"max_m": point.m, "n": point.n, "k": point.k, "max_r": r}
-    if is_plan:
-        if point.adapters:
-            limits["max_r"] = point.adapters * r
-        sizes = {"m": point.m, "n": point.n, "k": point.k, "r": point.r}
-        today = configs.plan_of(chip, name, dtype, **sizes, slots=max(1, point.adapters))
-        plans = sorted(("fused", "split"), key=lambda plan: plan != today)
+def candidates(chip: Chip, dtype: torch.dtype, group: Group, near: int) -> list[FileRow]:
+    """Return the candidates of a group: today's choice, then its nearest variants."""
+    request, kind = group.request, "half" if dtype.itemsize == 2 else "ieee"
+    name, limits = request.launch, request.limits
+    if request.is_plan:
+        plans = sorted(PLANS, key=lambda plan: plan != group.plan)
         return [FileRow(name, kind, ConfigRow(**limits, plan=plan)) for plan in plans]
-    limits = {c: v for c, v in limits.items() if c.removeprefix("max_") in asked}
-    sizes = {column.removeprefix("max_"): value for column, value in limits.items()}
-    config = configs.choose(chip, name, dtype, **sizes)
+    config = configs.choose(chip, name, dtype, **request.sizes)
     tile = {c: getattr(config, c) for c in ("block_m", "block_n", "block_k", "num_warps")}
     block_r, most = config.block_r, config_tables.max_splits(name)
     today = ConfigRow(
@@ -146,7 +83,7 @@ def candidates(chip: Chip, dtype: torch.dtype, point: Point, near: int) -> list[
     for _ in range(near):
         starts = [moved for row in starts for moved in _moved(row, config_tables.cuts_rows(name))]
         found += starts
-    tallest = max(16, 1 << (point.m - 1).bit_length(), today.block_m)
+    tallest = max(16, 1 << (group.problem.m - 1).bit_length(), today.block_m)
     every = [row for row in dict.fromkeys(found) if row.block_m <= tallest]
     ones = (FileRow(name, kind, row) for row in every)
     return [one for one in ones if not measurements.fault_of(chip, one)]
@@ -173,31 +110,14 @@ def name_of(one: FileRow) -> str:
 
 def run_with(ones: Sequence[FileRow], problem: Any, mode: str) -> Any:
     """Solve a problem with candidate rows preceding the table, then restore the table."""
-    arch = chip_of(problem.x.device).arch
-    with mock.patch.dict(config_tables.MEASURED), mock.patch.object(launch, "_CAN_CACHE", False):
-        measurements.put_first(arch, ones, "candidate")
-        _forget()
-        try:
-            return MODES[mode].solve(problem)
-        finally:
-            _forget()
-
-
-def forced(one: FileRow, point: Point) -> list[FileRow]:
-    """Return the plans under which a candidate's launch runs, or a plan's companions."""
-    plan = LAUNCHES[point.mode][one.launch].plan if not one.row.plan else "split"
-    planned = FORCED.get(point.mode, PLANS[point.mode])
-    return [FileRow(name, one.kind, ConfigRow(max_m=point.m, plan=plan)) for name in planned]
-
-
-def _forget() -> None:
-    configs.choose.cache_clear()
-    configs.plan_of.cache_clear()
+    arch = chips.chip_of(problem.x.device).arch
+    with rows_first(ones, arch), mock.patch.object(launch, "_CAN_CACHE", False):
+        return MODES[mode].solve(problem)
 
 
 @functools.lru_cache(maxsize=1)
 def _drawn(point: Point, dtype: torch.dtype, device: torch.device) -> Any:
-    return MODES[point.mode].draw(point, dtype, device, "triton")
+    return MODES[point.mode].draw(point, dtype, device)
 
 
 def tried(ones: Sequence[FileRow], point: Point, dtype: torch.dtype, device: torch.device) -> str:
@@ -205,7 +125,7 @@ def tried(ones: Sequence[FileRow], point: Point, dtype: torch.dtype, device: tor
     torch.set_num_threads(1)
     try:
         with launch.record_calls() as launches:
-            run_with(ones, _drawn(point._replace(layer=""), dtype, device), point.mode)
+            run_with(ones, _drawn(point, dtype, device), point.mode)
             if device.type == "cuda":
                 torch.cuda.synchronize()
         compiled = [getattr(call, "compiled", None) for call in launches]
@@ -219,21 +139,22 @@ class Tuner(linear.Bench):
     """Measures candidates as the contenders of a point, and writes the table after each point."""
 
     hang_seconds = 120.0
+    modes = MODES
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.near, self.chip = args.near, chip_of(torch.device(args.device))
-        self.groups = groups(shapes.tiny_tune_points() if args.dry_run else shapes.tune_points())
+    def __init__(self, args: argparse.Namespace, groups: Sequence[Group]) -> None:
+        self.near, self.chip = args.near, chips.chip_of(torch.device(args.device))
+        self.groups = {group.point: group for group in groups}
         self.table = args.out.with_name(f"{self.chip.arch}.json")
         self.pool: Any = None
         self.ones: dict[Point, dict[str, FileRow]] = {}
+        self.best: dict[Point, tuple[str, float, float | None] | None] = {}
         super().__init__(args)
 
     def contenders_for(self, point: Point) -> Sequence[Contender]:
-        """Return the base, the yardstick of the error budget, and the candidates."""
-        every = MODES[point.mode].contenders(point, self.impl, self.device.type, self.dtype)
-        others = [c for c in every if c.name in ("base", "peft", "segments")]
+        """Return the base, plain PyTorch, and the candidates."""
+        others = [*MODES[point.mode].contenders()]
         if point not in self.ones:
-            found = candidates(self.chip, self.dtype, point, self.near)
+            found = candidates(self.chip, self.dtype, self.groups[point], self.near)
             self.ones[point] = {name_of(one): one for one in found}
         kind = others[1].kind
         for name in self.ones[point]:
@@ -253,14 +174,16 @@ class Tuner(linear.Bench):
 
     def _rows(self, point: Point, name: str) -> list[FileRow]:
         """Return a candidate and the rows that it needs; for a plan, the best tiles so far."""
-        own = self.ones[point][name]
-        return [own, *forced(own, point), *(self._tiles() if own.row.plan else ())]
+        own, group = self.ones[point][name], self.groups[point]
+        rows = plan_rows(point.m, own.row.plan or group.plan, self.dtype)
+        return [own, *rows, *(self._tiles() if own.row.plan else ())]
 
     def prepare(self, point: Point) -> None:
         """Compile and run every candidate once, many at a time; record those that fail."""
         done = self.file.done(point)
         names = [c.name for c in self.contenders_for(point) if c.ours and c.name not in done]
-        jobs = {n: (self._rows(point, n), point, self.dtype, self.device) for n in names}
+        problem = self.groups[point].problem
+        jobs = {n: (self._rows(point, n), problem, self.dtype, self.device) for n in names}
         faults = self._answers(jobs, precompile.processes(self.device.type))
         unsure = [name for name, fault in faults.items() if fault.startswith(NO_ANSWER)]
         bad = {name: fault for name, fault in faults.items() if fault and name not in unsure}
@@ -323,11 +246,13 @@ class Tuner(linear.Bench):
         """Return the best candidate of each finished group, narrow limits first, with notes."""
         found = []
         for point in self.groups:
-            if "base" in self.file.done(point) and (fast := self.fastest(point)):
+            if point not in self.best and "base" in self.file.done(point):
+                self.best[point] = self.fastest(point)
+            if fast := self.best.get(point):
                 name, us, before = fast
                 notes = {"us": us, "shipped_us": before, "problem": str(point)}
                 found.append((self.ones[point][name], notes))
-        sizes = ("n", "k", "max_r", "max_m")
+        sizes = ("n", "k", "group_size", "max_r", "max_m")
         found.sort(key=lambda f: (*f[0][:2], *(getattr(f[0].row, s) or 0 for s in sizes)))
         return found
 
@@ -353,17 +278,23 @@ def main() -> int:
     parser.add_argument("--near", type=int, default=1, help="steps that candidates are moved by")
     parser.add_argument("--child", action="store_true", help="measure; for the first process")
     args = parser.parse_args()
+    points = args.out / "tune_points.jsonl"
     if args.child:
         args.out = args.out / "tune.csv"
         if args.dry_run:
             args.device, args.dtype = "cpu", "float32"
-        tuner = Tuner(args)
-        return linear.measure_all(tuner, tuner.groups, args)
+        tuner = Tuner(args, tune_points.read_groups(points))
+        return linear.measure_all(tuner, [*tuner.groups], args)
     args.out.mkdir(parents=True, exist_ok=True)
+    problems = shapes.tiny_tune_points() if args.dry_run else shapes.tune_points()
+    chip = DRY_CHIP if args.dry_run else chips.chip_of(torch.device(args.device))
+    tune_points.write_groups(points, tune_points.groups(problems, chip))
     end, resume = time.monotonic() + args.seconds, args.resume
     environment = dict(os.environ)
     if args.dry_run:
         environment["TRITON_INTERPRET"] = "1"
+    # A process that is ended must end the child too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(linear.START_AGAIN))
     for _ in range(STARTS):
         left = max(0.0, end - time.monotonic())
         command = [sys.executable, *sys.argv, "--child", "--seconds", str(left)]

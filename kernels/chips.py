@@ -173,6 +173,8 @@ class ConfigRow:
             several modules of a mixed batch counts the rank rows of all modules. A plan of a mixed
             batch counts the rank rows of all slots.
         plan: The fastest plan (`configs.plan_of`), in a row without a tile; "" in all others.
+        min_m: Smallest number of rows M that the measurement covers; None for any.
+        group_size: Number of modules in a `lora_grad_a` that it covers; None for any.
     """
 
     block_m: int = 0
@@ -187,16 +189,20 @@ class ConfigRow:
     k: int | None = None
     max_r: int | None = None
     plan: str = ""
+    min_m: int | None = None
+    group_size: int | None = None
 
     @property
     def is_measured(self) -> bool:
         """Whether the row is a measurement."""
         return self.plan != "" or (self.max_m, self.n, self.k, self.max_r) != (None,) * 4
 
-    def covers(self, m: int, n: int, k: int, r: int) -> bool:
-        """Return whether the row applies to M rows, a layer of N by K, and rank R."""
+    def covers(self, m: int, n: int, k: int, r: int, group_size: int = 1) -> bool:
+        """Return whether the row applies to M rows, a layer of N by K, rank R, and a group."""
         return (
             (self.max_m is None or m <= self.max_m)
+            and (self.min_m is None or m >= self.min_m)
+            and (self.group_size is None or group_size == self.group_size)
             and (self.n is None or n == self.n)
             and (self.k is None or k == self.k)
             and (self.max_r is None or r <= self.max_r)

@@ -120,7 +120,7 @@ def choose(
         m, r = INVARIANT_ROWS, _ALL_COLUMNS if launch == "mixed_lora_shrink" else r
     if launch in _BY_PIECES:
         rows = [row for row in rows if row.block_m == piece_rows(m)]
-    measured = () if batch_invariant else _measured(rows, m, n, k, r)
+    measured = () if batch_invariant else _measured(rows, m, n, k, r, group_size)
     tiles = [row for row in measured if row.num_warps][:1] or bucket_of(m, rows)
     sizes, width = (m, n, k, r), 4 if dtype == torch.float32 else 2
     if launch in OF_DECODE and m <= FUSED_MAX_ROWS:
@@ -224,9 +224,11 @@ def run_rows(chip: Chip, m: int, columns: int, block_m: int) -> int:
     return cdiv(steps, runs) * block_m
 
 
-def _measured(rows: Sequence[ConfigRow], m: int, n: int, k: int, r: int) -> list[ConfigRow]:
+def _measured(
+    rows: Sequence[ConfigRow], m: int, n: int, k: int, r: int, group_size: int = 1
+) -> list[ConfigRow]:
     """Return the measurements that cover a problem."""
-    return [row for row in rows if row.is_measured and row.covers(m, n, k, r)]
+    return [row for row in rows if row.is_measured and row.covers(m, n, k, r, group_size)]
 
 
 def bucket_of(m: int, rows: Sequence[ConfigRow]) -> list[ConfigRow]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -62,13 +63,32 @@ def _measurements(calls: list[Any]) -> list[list[str]]:
     return [arguments[1:] for arguments, _ in calls if arguments[0].endswith("linear.py")]
 
 
+def _steps(output: str) -> dict[str, int]:
+    """The steps of the plan, in order, with their limits in seconds."""
+    found = re.findall(r"^--- \[\d+ s\] (.*) \(at most (\d+) s\)$", output, re.MULTILINE)
+    return {name: int(limit) for name, limit in found}
+
+
+PLAN = {
+    "install": 20,
+    "tests of cached launches": 25,
+    "rules: reads of the L2 cache, tiles, partial sums": 50,
+    "the other tests that are likely to be red": 60,
+    "the host's cost of a linear": 20,
+    "cuBLAS with beta 1, layers without PDL": 30,
+    "sweep of tiles and plans": 200,
+    "whole layers": 70,
+    "profiles of three kernels": 30,
+    "races": 20,
+}
+
+
 def test_green_on_a_gpu(tmp_path: Path) -> None:
     result, calls = _stubbed(tmp_path, {})
     assert result.returncode == 0, result.stdout + result.stderr
     (arguments,) = _measurements(calls)
     assert arguments[arguments.index("--tests") + 1] == "pass"
     assert arguments[arguments.index("--device") + 1] == "cuda"
-    assert float(arguments[arguments.index("--seconds") + 1]) > 300
     (host,) = [call for call, _ in calls if call[0].endswith("host.py")]
     assert host[host.index("--tests") + 1] == "pass"
     assert host[host.index("--device") + 1] == "cuda"
@@ -76,22 +96,39 @@ def test_green_on_a_gpu(tmp_path: Path) -> None:
     (mixed,) = [call for call, _ in calls if call[0].endswith("mixed_kernels.py")]
     assert mixed[mixed.index("--tests") + 1] == "pass"
     assert Path(mixed[mixed.index("--out") + 1]).name == "mixed.csv"
-    assert float(mixed[mixed.index("--seconds") + 1]) > 100
     (tune,) = [call for call, _ in calls if call[0].endswith("tune.py")]
     assert tune[tune.index("--tests") + 1] == "pass"
-    assert 100 < float(tune[tune.index("--seconds") + 1]) < 200
-    (layer,) = [call for call, _ in calls if call[0].endswith("layer.py")]
-    assert layer[layer.index("--tests") + 1] == "pass"
-    # The likeliest to be red go first, and the rest without them.
-    first, rest = (call for call, _ in calls if call[:2] == ["-m", "pytest"])
-    files = [argument for argument in first if argument.endswith(".py")]
-    assert len(files) > 3 and all((ROOT / file).is_file() for file in files)
+    assert 180 <= float(tune[tune.index("--seconds") + 1]) <= 200
+    layers = [call for call, _ in calls if call[0].endswith("layer.py")]
+    assert [call[call.index("--rank") + 1] for call in layers] == ["16", "64"]
+    assert {call[call.index("--tests") + 1] for call in layers} == {"pass"}
+    # Cached launches go first, then the tests that are the likeliest to be red, then the rest.
+    cached, likeliest, rest = (call for call, _ in calls if call[:2] == ["-m", "pytest"])
+    files = [argument for argument in cached + likeliest if argument.endswith(".py")]
+    assert files[0] == "tests/kernels/test_kept.py"
+    assert len(files) > 4 and all((ROOT / file).is_file() for file in files)
     assert rest[-1] == "tests/kernels"
     assert [a for a in rest if a.startswith("--ignore")] == [f"--ignore={file}" for file in files]
-    assert all({"--maxfail=30", "-n", "8"} <= set(call) for call in (first, rest))
-    names = [Path(call[0]).name for call, _ in calls if call[0].endswith(".py")]
-    steps = ["host", "tune", "layer", "precompile", "linear", "mixed_kernels", "summary", "summary"]
-    assert names == [f"{step}.py" for step in steps]
+    assert all({"--maxfail=30", "-n", "8"} <= set(call) for call in (cached, likeliest, rest))
+    names = [Path(call[0]).stem for call, _ in calls if call[0].endswith(".py")]
+    steps = ["assumptions", "host", "assumptions", "tune", "layer", "layer"]
+    steps += ["precompile", "linear", "mixed_kernels", "summary", "summary"]
+    tools = [name for name in names if name not in ("profiled", "sanitize")]
+    assert tools == steps
+
+
+def test_cached_launches_go_first_then_the_two_rules(tmp_path: Path) -> None:
+    """In this order and with these limits, which add up to the time of a run."""
+    result, calls = _stubbed(tmp_path, {})
+    steps = _steps(result.stdout)
+    assert list(steps.items()) == list(PLAN.items())
+    assert sum(steps.values()) <= 525
+    measured = [c for c, _ in calls if c[:2] == ["-m", "pytest"] or c[0].endswith(".py")]
+    first, second, *_ = measured
+    assert "tests/kernels/test_kept.py" in first
+    assert Path(second[0]).name == "assumptions.py"
+    assert second[second.index("--only") + 1] == "l2,tiles,planes"
+    assert second[second.index("--seconds") + 1] == "50"
 
 
 def test_a_red_test_is_rerun_alone_with_fewer_warps(tmp_path: Path) -> None:
@@ -101,11 +138,12 @@ def test_a_red_test_is_rerun_alone_with_fewer_warps(tmp_path: Path) -> None:
     result, calls = _stubbed(tmp_path, plan)
     assert result.returncode == 1
     alone = [call for call, _ in calls if call[-1] == test]
-    assert [call[-2] for call in alone] == ["--max-warps=8", "--max-warps=4"]
+    steps = 3  # of tests, each of which fails
+    assert [call[-2] for call in alone] == steps * ["--max-warps=8", "--max-warps=4"]
     assert all("--tb=long" in call and "-n" not in call for call in alone)
     assert f"{test}: red alone with at most 8 warps" in result.stdout
     assert f"{test}: green alone with at most 4 warps" in result.stdout
-    assert (tmp_path / "out" / "tests.txt").read_text().count("=== ") == 2
+    assert (tmp_path / "out" / "tests.txt").read_text().count("=== ") == 2 * steps
 
 
 @pytest.mark.parametrize("outcome", [["1 failed, 9 passed in 1s", 1], ["7 skipped in 1s", 0]])

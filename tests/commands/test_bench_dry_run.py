@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -51,7 +52,7 @@ def test_dry_run(tmp_path: Path, bench: Any) -> None:
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=500,
         check=False,
     )
     assert result.returncode == 0, result.stdout + result.stderr
@@ -61,13 +62,27 @@ def test_dry_run(tmp_path: Path, bench: Any) -> None:
     assert "time over the base linear's:" in result.stdout
     assert "/site/fastlora/__init__.py" in result.stdout  # what pip installed, not the checkout
     written = {path.name for path in (tmp_path / "out").iterdir()}
-    tables = {"host.csv", "results.csv", "interpreted.csv", "mixed.csv", "layer.csv"}
+    tables = {"host.csv", "results.csv", "interpreted.csv", "mixed.csv", "layer_r16.csv"}
+    tables |= {"rules.csv", "beta_pdl.csv"}
     assert written == tables | {"measured", "tests.txt", "machine.txt", "log.txt"}
+    steps = re.findall(r"^--- \[\d+ s\] (.*) \(at most (\d+) s\)$", result.stdout, re.MULTILINE)
+    assert [name for name, _ in steps[:3]] == [
+        "install",
+        "tests of cached launches",
+        "rules: reads of the L2 cache, tiles, partial sums",
+    ]
+    assert sum(int(limit) for _, limit in steps) <= 525
+    for name, rules in (("rules", {"l2", "tiles", "planes"}), ("beta_pdl", {"beta", "pdl"})):
+        found = _rows(tmp_path / "out" / f"{name}.csv")
+        assert {row["rule"] for row in found} == rules
+        assert {(row["status"], row["tests"]) for row in found} == {("ok", "pass")}
+        cases = {(row["rule"], row["case"]) for row in found}
+        assert all(sum((r["rule"], r["case"]) == case for r in found) > 1 for case in cases)
     measured = json.loads((tmp_path / "out" / "measured" / "interpreter.json").read_text())
-    assert [row["launch"] for row in measured["rows"]] == ["lora_shrink"]
-    layers = {(row["case"], row["side"]) for row in _rows(tmp_path / "out" / "layer.csv")}
+    assert [row["launch"] for row in measured["rows"]] == ["lora_linear"]
+    layers = {(row["case"], row["side"]) for row in _rows(tmp_path / "out" / "layer_r16.csv")}
     assert {(case, "fastlora") for case in ("forward", "mixed")} < layers
-    assert {row["status"] for row in _rows(tmp_path / "out" / "layer.csv")} == {"ok"}
+    assert {row["status"] for row in _rows(tmp_path / "out" / "layer_r16.csv")} == {"ok"}
 
     rows = _rows(tmp_path / "out" / "results.csv")
     assert tuple(rows[0]) == bench.harness.COLUMNS

@@ -130,44 +130,59 @@ def test_wrong_files_are_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", ["forward", "train", "mixed", "mixed_train"])
-def test_candidates_reach_their_launches(
-    lab: Lab, mode: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Every launch of the tuner's runs with the candidate's tile, and no other one of its name."""
-    from fastlora.bench import tune
-    from fastlora.bench.modes import MODES
+@pytest.mark.parametrize("plan", ["fused", "split"])
+def test_candidates_reach_their_launches(lab: Lab, mode: str, plan: str) -> None:
+    """Every launch that is tuned runs with its candidate, and plans decide what is launched."""
+    from fastlora.bench import tune, tune_points
     from fastlora.bench.shapes import TINY, Point
+    from fastlora.bench.shared_input import MODES
 
-    adapters = tune.TILE_ADAPTERS if mode.startswith("mixed") else 0
-    problem = Point(mode, TINY, "a", 40, 32, 48, 4, adapters, "4" if adapters else "")
+    adapters = 3 if mode.startswith("mixed") else 0
+    ranks = "4" if adapters else ""
+    problem = Point(mode, TINY, "a", 40, 32, 48, 4, adapters, ranks, outputs="32+16")
     device, dtype = torch.device(lab.device), torch.float32
-    operands, chip = MODES[mode].draw(problem, dtype, device, "triton"), chip_of(device)
-    seen: list[tuple[str, configs.KernelConfig]] = []
-    choose = configs.choose
-
-    def noted(chip: Chip, launch: str, *args: Any, **kwargs: Any) -> configs.KernelConfig:
-        config = choose(chip, launch, *args, **kwargs)
-        seen.append((launch, config))
-        return config
-
-    noted.cache_clear = choose.cache_clear  # type: ignore[attr-defined]
-    for point in tune.groups([problem]):
-        launch, is_plan = tune.group_of(point)
-        one = tune.candidates(chip, dtype, point, 1)[-1]
-        rows = [one, *tune.forced(one, point)]
-        with monkeypatch.context() as patch:
-            patch.setattr(configs, "choose", noted)
-            seen.clear()
-            tune.run_with(rows, operands, mode)
-        launched = {name for name, _ in seen}
-        if is_plan:
-            assert (launch in launched) == (one.row.plan == "fused")
-            continue
-        taken = {config for name, config in seen if name == launch}
-        assert taken, (launch, launched)
+    operands, chip = MODES[mode].draw(problem, dtype, device), chip_of(device)
+    rows = tune_points.plan_rows(problem.m, plan, dtype)
+    with tune_points.recorded_requests([]) as (asked, plans):
+        tune.run_with(rows, operands, mode)
+    named = [request for _, request, _ in asked if request.launch in tune_points.LAUNCHES]
+    requests = {request for request in named if request.sizes}  # runs of rows depend on no size
+    assert requests
+    launched = {request.launch for request in requests}
+    for request, found in plans:
+        assert found == plan
+        assert (request.launch in launched) == (plan == "fused")
+    for request in requests:
+        group = tune_points.Group(problem, request, plan, 0.0, 0)
+        one = tune.candidates(chip, dtype, group, 1)[-1]
+        with tune_points.recorded_requests([]) as (asked, _):
+            tune.run_with([one, *rows], operands, mode)
+        taken = {config for _, other, config in asked if other == request}
+        assert taken, request
         for column in ("block_m", "block_n", "block_k", "num_warps", "num_stages"):
-            assert {getattr(c, column) for c in taken} == {getattr(one.row, column)}, launch
+            assert {getattr(c, column) for c in taken} == {getattr(one.row, column)}, request
         assert not one.row.splits or {c.splits for c in taken} == {one.row.splits}
+
+
+@pytest.mark.usefixtures("no_memory")
+def test_a_measurement_covers_its_group_and_nearby_numbers_of_rows(tmp_path: Path) -> None:
+    """Rows of older files have neither limit, and cover every group and all smaller numbers."""
+    tile = {"block_m": 64, "block_k": 64, "num_warps": 4, "num_stages": 2, "blocks_r": [16]}
+    old = {"launch": "lora_grad_a", "kind": "half", **tile, "max_m": 2048, "k": 1024}
+    new = old | {"min_m": 1025, "group_size": 3, "num_stages": 3}
+    path = written(tmp_path, new, old)
+    rows = config_files.read(path)[0]
+    assert [config_files.columns_of(row) for row in rows] == [
+        entry | {"blocks_r": (16,)} for entry in (new, old)
+    ]
+    measurements.put_first("sm_90", rows, path)
+
+    def stages(m: int, group_size: int) -> int:
+        given = {"m": m, "k": 1024, "r": 16, "group_size": group_size}
+        return configs.choose(H100, "lora_grad_a", BF16, **given).num_stages
+
+    assert [stages(2048, size) for size in (1, 3)] == [2, 3]
+    assert [stages(m, 3) for m in (1, 1024, 1025)] == [2, 2, 3]
 
 
 @pytest.mark.usefixtures("no_memory")
