@@ -94,15 +94,16 @@ def factor_matrices(
         name: The name of the layer, for messages.
         layer: The LoRA layer.
         adapter: The name of the adapter.
-        require_product: Whether to require that the product of the two matrices is the adapter's update.
+        require_product: Whether to require that the product of the two matrices is the adapter's
+            update.
 
     Returns:
         The tuple ``(lora_a, lora_b)``, of shapes ``[R, K]`` and ``[N, R]``.
 
     Raises:
         AdapterStateError: If the factors are sharded or contain values that are not finite.
-        UnsupportedLayerError: If ``require_product`` is True and the update is not the product of the
-            two matrices, as in a grouped convolution.
+        UnsupportedLayerError: If ``require_product`` is True and the update is not the product of
+            the two matrices, as in a grouped convolution.
     """
     lora_a, lora_b, _ = layer._factors(adapter)
     if layer.is_split or is_dtensor(lora_a) or is_dtensor(lora_b):
