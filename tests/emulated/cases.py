@@ -23,7 +23,7 @@ from fastlora.kernels.lora_linear import launch_lora_linear
 from fastlora.kernels.lora_shrink import launch_lora_shrink
 from fastlora.kernels.plane_sums import launch_plane_sums
 from fastlora.ops import execution_mode
-from fastlora.ops.rows import pieces_length, sort_rows
+from fastlora.ops.rows import piece_starts_length, sort_rows
 from fastlora.ops.triton.sorting import sort_rows_into
 from fastlora.testing import assert_within_budget
 from tests.support.kernels.lab import Lab
@@ -325,7 +325,7 @@ def sort(count: int, each: int, slots: int, block_m: int) -> Case:
             rows = sort_rows(ids, m, slots)
             pieces = rows.piece_starts(block_m) if block_m else torch.empty(0, dtype=torch.int32)
         expected = [*rows.operator_arguments(), rows.invalid, pieces]
-        assert not block_m or len(pieces) == pieces_length(m, slots, block_m)
+        assert not block_m or len(pieces) == piece_starts_length(m, slots, block_m)
         found = sort_rows_into(
             ids, slots, tuple(torch.full_like(t, True) for t in expected), block_m
         )
