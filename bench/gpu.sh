@@ -126,8 +126,8 @@ install_checkout() {
 # The tests that are most likely to fail on a GPU that has not run them before: sums over rows for
 # d_lora_b at small ranks, dropout in bf16, mixed linears at 64 rows, cached launches, and
 # shared-input groups in one grid.
-likeliest=(test_kept test_siblings test_siblings_node test_at_once test_mixed_siblings test_one_adapter
-    test_mixed_forward test_mixed_lora_grad)
+likeliest=(test_cached_gpu_launches test_shared_input_launches test_shared_input_node test_at_once
+    test_mixed_shared_input test_one_adapter test_mixed_forward test_mixed_lora_grad)
 
 # run_tests LIMIT ARGUMENT...: runs pytest with the arguments; its output goes to tests.txt
 run_tests() {

@@ -288,7 +288,7 @@ def test_gradients_of_mixed_batches_have_configs(rows: list[Row], arch: str) -> 
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-def test_mixed_batches_off_the_tiles_and_with_siblings(rows: list[Row], arch: str) -> None:
+def test_mixed_batches_off_the_tiles_and_with_grouped_layers(rows: list[Row], arch: str) -> None:
     """All K loops in half precision where K is no multiple of theirs; narrow shrinks, both ways."""
     for kernel in MIXED_K_LOOPS:
         heavy, ragged = (

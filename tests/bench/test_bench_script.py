@@ -133,7 +133,7 @@ def test_without_pip_the_checkout_is_imported(tmp_path: Path) -> None:
     assert last_path[0] == str(ROOT)
 
 
-def test_no_gpu_and_bad_arguments_are_refused(tmp_path: Path) -> None:
+def test_no_gpu_and_bad_arguments_are_rejected(tmp_path: Path) -> None:
     result, calls = _stubbed(tmp_path, {"probe": "2 0 none"})
     assert (result.returncode, len(calls)) == (2, 1)
     assert "torch sees no GPU" in result.stderr

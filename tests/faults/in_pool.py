@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tests.faults.fault import Fault
 
-_REFUSALS = "tests/pool/test_pool_refusals.py"
+_REFUSALS = "tests/pool/test_pool_errors.py"
 _SCALES = "tests/pool/test_pool_scales.py"
 _THREADS = "tests/pool/test_pool_threads.py"
 
@@ -267,7 +267,7 @@ FAULTS = (
         path="fastlora/pool/tiers.py",
         before="self.staged: WeakValueDictionary[str, PackedAdapter] = WeakValueDictionary()",
         after="self.staged: dict[str, PackedAdapter] = {}",
-        tests=("tests/pool/test_pool.py::test_what_found_no_room_is_not_kept",),
+        tests=("tests/pool/test_pool.py::test_what_found_no_room_is_not_cached",),
     ),
     Fault(
         sentence="Images in CPU memory take more than the pool's budget.",

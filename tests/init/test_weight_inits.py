@@ -165,7 +165,7 @@ def test_conversion_to_plain_lora(init: str, fields: dict[str, Any], tmp_path: P
         torch.testing.assert_close(merged(X), model(X), atol=2e-5, rtol=2e-5)
 
 
-def test_conversion_refusals(tmp_path: Path) -> None:
+def test_conversion_errors(tmp_path: Path) -> None:
     base = two_layers()
     pissa = started(fastlora, copy.deepcopy(base), init_lora_weights="pissa")
     other = started(fastlora, copy.deepcopy(base), init_lora_weights="pissa", r=3)

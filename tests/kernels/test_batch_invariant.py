@@ -235,7 +235,7 @@ def test_training_has_the_forward_of_inference(lab: Any) -> None:
     assert tensors["lora_b"].grad.isfinite().all()
 
 
-def test_refusals_of_functions(lab: Any) -> None:
+def test_errors_of_functions(lab: Any) -> None:
     tensors = one_adapter(lab, 2, 8, 48, 4, torch.float32)
     with fastlora.batch_invariant(), pytest.raises(ImplementationError, match="plan='split'"):
         lora_linear(**tensors, plan="split")

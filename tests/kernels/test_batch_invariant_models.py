@@ -155,7 +155,7 @@ def refused(model: Any, x: torch.Tensor, ids: Sequence[str | None] | None, match
     assert not is_batch_invariant()
 
 
-def test_refusals_of_mixed_batches(lab: Any) -> None:
+def test_errors_of_mixed_batches(lab: Any) -> None:
     model, x = build(lab, torch.float32, (8, 16)), lab.rand(2, 48)
     ids = ["a0", "a1"]
     layer = r"FastLoraLinear with base layer FastLoraLinear \(48 to 64 features\) cannot run"
@@ -174,7 +174,7 @@ def test_refusals_of_mixed_batches(lab: Any) -> None:
             assert model(x).isfinite().all()
 
 
-def test_refusals_of_one_adapter(lab: Any) -> None:
+def test_errors_of_one_adapter(lab: Any) -> None:
     config = fastlora.LoraConfig(r=4, target_modules=["gate"], lora_dropout=0.5)
     model = fastlora.get_peft_model(Gated(48, 64, called=False).to(lab.device), config)
     x = lab.rand(2, 48)
@@ -192,7 +192,7 @@ def test_refusals_of_one_adapter(lab: Any) -> None:
     hook.remove()
 
 
-def test_refusals_of_wrapped_layers(lab: Any) -> None:
+def test_errors_of_wrapped_layers(lab: Any) -> None:
     """A base layer that is called as it is: named, before it runs."""
 
     class Own(nn.Linear):

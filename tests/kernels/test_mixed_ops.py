@@ -36,7 +36,7 @@ def linear(
 
 
 @pytest.mark.parametrize("plan", ["fused", "split"])
-def test_siblings_share_one_shrink(lab: Any, plan: str) -> None:
+def test_grouped_layers_share_one_shrink(lab: Any, plan: str) -> None:
     problem = MixedProblem(lab, draw_ids(33, 8), THREE, 600, [64, 24, 33], torch.float32)
     y, s = OPS.lora_linear_at(*problem.group_arguments(plan))
     problem.check(y)

@@ -166,7 +166,7 @@ def test_a_dropped_element_that_is_not_finite_does_not_pass(lab: Lab, kernel: st
 
 
 @pytest.mark.parametrize("planes", [2, 8])
-def test_planes_of_s_are_summed_and_stored(lab: Lab, dtype: torch.dtype, planes: int) -> None:
+def test_partial_sums_of_s_are_added_and_stored(lab: Lab, dtype: torch.dtype, planes: int) -> None:
     problem = Problem(lab, 37, 70, 64, 50, dtype)
     problem.s, s_out = lab.rand(planes, 37, 50), lab.poisoned(37, 50, dtype=dtype)
     problem.check(problem.linear(SMALL, s_out))

@@ -206,7 +206,7 @@ def test_other_layers_that_are_called() -> None:
         assert "repacked" in fallback_reason_base_called(repacked)
 
 
-def test_what_was_found_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_found_is_cached(monkeypatch: pytest.MonkeyPatch) -> None:
     """By dtype, refusals too; over modules of no known kind as well."""
     seen: list[str] = []
 
@@ -430,7 +430,7 @@ def test_norms_make_no_matrix(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["nf4", "torchao int8"])
-def test_norms_are_kept(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_norms_are_cached(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of the base from forward to forward, until the weight is another one."""
     layer = layer_over(quantize_linear(nn.Linear(128, 48), kind))
     layer.add_adapter("d", r=4, use_dora=True, init_lora_weights=False)

@@ -97,7 +97,7 @@ def adapted(kind: str, **fields: Any) -> tuple[list[str], list[str]]:
 
 
 @pytest.mark.parametrize(("kind", "targets"), REFUSED, ids=str)
-def test_names_of_experts_are_refused(kind: str, targets: list[str]) -> None:
+def test_names_of_experts_raise(kind: str, targets: list[str]) -> None:
     """A name that means experts to PEFT, and is no linear's, is refused by name (R3)."""
     model = kept(kind)
     asked = sorted(name for name in targets if name[0] not in "oqv")
@@ -137,7 +137,7 @@ def test_a_config_that_names_nothing_but_experts() -> None:
 
 
 @pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral", "olmoe", "deepseek_v3", "gpt_oss"])
-def test_a_router_is_refused(kind: str) -> None:
+def test_a_router_is_unsupported(kind: str) -> None:
     """A router that is no linear is refused by its name and its class (R3)."""
     name = "router" if kind == "gpt_oss" else "gate"
     with pytest.raises(UnsupportedLayerError, match=rf"mlp\.{name}' is a \w+Router"):

@@ -150,7 +150,7 @@ REFUSED: dict[str, tuple[dict[str, Any], type[FastLoraError], str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_a_refused_config_leaves_the_model(case: str) -> None:
+def test_a_config_that_raises_leaves_the_model(case: str) -> None:
     """On a bare model and on one that has an adapter."""
     change, error, message = REFUSED[case]
     bare, model = TwoLayers(), adapted()

@@ -97,7 +97,7 @@ def test_header_length_is_not_believed(folder: Path) -> None:
     assert "found 4 bytes" in refusal(folder)
 
 
-def test_every_truncation_is_refused(folder: Path) -> None:
+def test_every_truncation_raises(folder: Path) -> None:
     whole = (folder / WEIGHTS_NAME).read_bytes()
     for size in range(len(whole)):
         (folder / WEIGHTS_NAME).write_bytes(whole[:size])

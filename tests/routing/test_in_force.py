@@ -107,7 +107,7 @@ def test_slots_that_nobody_checks_and_that_do_not_exist_are_none(
         (["a"], True, True, True),
     ],
 )
-def test_an_expert_is_refused_where_rows_are_not_followed(
+def test_an_expert_raises_where_rows_are_not_followed(
     ids: list[str], may_see_partial_rows: bool, compiling: bool, refused: bool
 ) -> None:
     model = _model()

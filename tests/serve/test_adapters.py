@@ -148,7 +148,7 @@ def test_a_pattern_that_backtracks_stops_nobody(served: Any, field: str) -> None
 
 
 @pytest.mark.parametrize("option", ["--max-rank", "--max-adapter-mib"])
-def test_an_adapter_over_a_limit_is_refused_unread(served: Any, option: str) -> None:
+def test_an_adapter_over_a_limit_is_rejected_unread(served: Any, option: str) -> None:
     """E4: a file that is sparse claims gigabytes. Neither the request nor the load reads it."""
     name = option.strip("-")
     size = (
@@ -246,7 +246,7 @@ def test_an_answer_keeps_the_adapter_that_it_began_with(served: Any) -> None:
         ("y", "\ud800", "lora_path"),
     ],
 )
-def test_loads_that_are_refused(served: Any, name: str, path: str, said: str) -> None:
+def test_loads_that_are_rejected(served: Any, name: str, path: str, said: str) -> None:
     outside = served.folder.parent / "outside"
     if not outside.exists():
         make_adapter(outside, 3)
@@ -255,7 +255,7 @@ def test_loads_that_are_refused(served: Any, name: str, path: str, said: str) ->
     assert "link" not in names(served)
 
 
-def test_a_damaged_folder_is_refused_by_load(served: Any) -> None:
+def test_a_damaged_folder_is_rejected_by_load(served: Any) -> None:
     folder = served.folder / "deep" / "broken"
     shutil.copytree(served.folder / "ash", folder)
     (folder / "adapter_model.safetensors").write_bytes(b"x" * 50)

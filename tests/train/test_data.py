@@ -198,7 +198,7 @@ def test_columns_and_formats_that_are_named(tmp_path: Path) -> None:
         ("a.jsonl", r'{"prompt": "\udfff", "completion": "y"}', r"column 'prompt': a string is no"),
     ],
 )
-def test_what_is_refused(tmp_path: Path, name: str, text: str, words: str) -> None:
+def test_what_raises(tmp_path: Path, name: str, text: str, words: str) -> None:
     """Nothing is trained on as something that it is not."""
     with pytest.raises(DataError, match=words):
         read_samples([written(tmp_path, name, text)])

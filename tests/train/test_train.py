@@ -331,7 +331,7 @@ REFUSED_OPTIMIZERS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED_OPTIMIZERS)
-def test_bad_optimizers_are_refused(case: str) -> None:
+def test_bad_optimizers_raise(case: str) -> None:
     """Unknown and frozen adapters, and what does not make an optimizer or a schedule."""
     arguments, error, message = REFUSED_OPTIMIZERS[case]
     model = build()
@@ -340,7 +340,7 @@ def test_bad_optimizers_are_refused(case: str) -> None:
         AdapterOptimizers(model, **{"optimizers": {"a": OPTIMIZERS["a"]}, **arguments})
 
 
-def test_bad_steps_are_refused() -> None:
+def test_bad_steps_raise() -> None:
     """Parameters of others, half precision with a scaler, frozen or unknown adapters, no rows."""
     model = build()
     everything = {"a": lambda _: SGD(model.parameters(), lr=0.1)}

@@ -129,7 +129,7 @@ REFUSED_LOSSES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED_LOSSES)
-def test_bad_losses_are_refused(case: str) -> None:
+def test_bad_losses_raise(case: str) -> None:
     """One clear error that names the value and what was expected."""
     call, error, message = REFUSED_LOSSES[case]
     with pytest.raises(error, match=message):

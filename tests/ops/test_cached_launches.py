@@ -500,7 +500,7 @@ def test_what_else_a_function_does_is_done_each_time(seen: Seen) -> None:
                     assert torch.equal(result, plain(x))
 
 
-def test_products_between_launches_are_kept(seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_products_between_launches_are_cached(seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
     """One that makes a tensor, and one that writes into a tensor, each of the new tensors."""
 
     def square(x: torch.Tensor) -> torch.Tensor:

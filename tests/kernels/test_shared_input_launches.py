@@ -101,7 +101,7 @@ def test_shrink(lab: Lab, dtype: torch.dtype, ranks: tuple[int, ...], k: int, sp
 @pytest.mark.parametrize("kernel", ["linear", "expand"])
 @pytest.mark.parametrize("columns", [(64, 32), (70, 5, 33), (33, 64, 16, 48)], ids=str)
 @pytest.mark.parametrize("splits", [1, 3])
-def test_siblings_of_a_mixed_batch(
+def test_grouped_layers_of_a_mixed_batch(
     lab: Lab, dtype: torch.dtype, kernel: str, columns: tuple[int, ...], splits: int
 ) -> None:
     """In one grid each module's rows have its own adapters, weight and bias."""
