@@ -7,7 +7,7 @@ from tests.faults.fault import Fault
 _GROUP = "fastlora/layers/group_forward.py"
 _MEMBERS = "fastlora/layers/group_members.py"
 _HELD = "fastlora/layers/shared_input.py"
-_KEPT = "tests/conformance/test_conformance.py::test_conformance[changes_are_seen-"
+_CACHED = "tests/conformance/test_conformance.py::test_conformance[changes_are_seen-"
 _APART = "tests/kernels/test_at_once.py::test_a_change_between_the_calls_is_seen"
 _SHARED = "tests/kernels/test_shared_input.py::"
 _NODE = "tests/kernels/test_shared_input_node.py::"
@@ -266,7 +266,7 @@ FAULTS = (
         "fastlora/layers/base_adapter_layer.py",
         "        if mode != self.training:\n            clear_layer_caches(self)\n",
         "",
-        (f"{_KEPT}model-mixed-dora-base-trains]",),
+        (f"{_CACHED}model-mixed-dora-base-trains]",),
     ),
     Fault(
         "An evaluation uses packs from before a training forward, behind which a step may follow.",
@@ -275,7 +275,7 @@ FAULTS = (
         "fastlora/layers/linear_forward.py",
         "        weights_versions.trained = WeightsVersion()  # An optimizer step may follow.\n",
         "        pass\n",
-        (f"{_KEPT}model-mixed-plain]",),
+        (f"{_CACHED}model-mixed-plain]",),
     ),
     Fault(
         "A step of an optimizer that moves no version ends nothing that was kept.",
@@ -341,7 +341,7 @@ FAULTS = (
         "fastlora/layers/packed_factors.py",
         "(factors.dropout_p or factors.lora_a.device != call.x.device)",
         "factors.lora_a.device != call.x.device",
-        (f"{_KEPT}model-mixed-plain]",),
+        (f"{_CACHED}model-mixed-plain]",),
     ),
     # ----------------------------------------------------------------------------------- DoRA
     Fault(

@@ -1,4 +1,4 @@
-"""On a GPU: what is kept of a launch computes what a launch by Triton's own launcher computes."""
+"""On a GPU: a cached launch computes what a launch by Triton's own launcher computes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Siblings under torch.compile: one shrink and one d_lora_a pass in each graph, counted there.
+"""Groups under torch.compile: one shrink and one d_lora_a pass in each graph, counted there.
 
 Backends that only trace: which operators a graph holds does not depend on who compiles it.
 """

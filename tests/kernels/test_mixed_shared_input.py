@@ -1,4 +1,4 @@
-"""Siblings in mixed batches with gradients: one launch for their s, and one for their d_lora_a."""
+"""A group in mixed batches with gradients: one launch for every s, and one for every d_lora_a."""
 
 from __future__ import annotations
 

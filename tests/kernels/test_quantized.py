@@ -26,7 +26,7 @@ from fastlora.layers.quantized import quantized_weight_of
 from fastlora.quantized_tensor import QuantizedTensor
 from fastlora.testing import assert_within_budget, run_with_largest_error
 from tests.support.quantized import (
-    CODED,
+    QUANTIZED,
     cached_weight,
     dequantized,
     gated,
@@ -108,7 +108,7 @@ def compared(made: Any, nears: list[Any], truth: Any) -> None:
 
 
 CASES = [
-    *((kind, torch.float32, {}) for kind in CODED),
+    *((kind, torch.float32, {}) for kind in QUANTIZED),
     *((kind, torch.float16, {}) for kind in ("nf4 nested", "torchao float8")),
     ("nf4 nested", torch.float32, {"use_dora": True}),
     ("torchao int8", torch.float16, {"lora_bias": True}),

@@ -1,6 +1,6 @@
-"""Linears over coded weights, on kernels: the same as over the matrix, within one rounding.
+"""Linears over quantized weights, on kernels: the same as over the matrix, within one rounding.
 
-Forward, siblings, gradients and mixed batches of every kind; few rows read codes.
+Forward, grouped layers, gradients and mixed batches of every kind; few rows read codes.
 """
 
 from __future__ import annotations
@@ -177,7 +177,7 @@ def test_mixed_grouped_layers(
 
     ids = [row % (adapters + 1) - 1 for row in range(11)]
     problem = of_tables(lab, "nf4", ids, [[8] * adapters, [4] * adapters, [1] * adapters], dtype)
-    codes = [own.quantized_data for own in problem.coded]
+    codes = [own.quantized_data for own in problem.quantized]
     for first in (0, 1):  # in the tables
         ys = forward.mixed_grouped_forward(
             *(problem.x, codes[first:], problem.biases[first:], problem.rows()),

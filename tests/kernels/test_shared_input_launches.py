@@ -1,4 +1,4 @@
-"""Siblings of one launch against float64: each with a size, rank, scaling and bias of its own."""
+"""A launch of grouped layers against float64: each with a size, rank, scaling, and bias."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from tests.support.kernels.layers import Layers
 from tests.support.kernels.mixed_problem import RANKS, MixedProblem, draw_ids
 
 # Columns and ranks of each: on and off the tiles, more rank rows than a chunk, four at most.
-SIBLINGS = [
+GROUPS = [
     ((64, 32), (16, 16)),
     ((70, 33, 33), (8, 3, 40)),
     ((32, 96, 5, 64), (4, 16, 1, 20)),
 ]
-SIZES = pytest.mark.parametrize(("columns", "ranks"), SIBLINGS, ids=str)
+SIZES = pytest.mark.parametrize(("columns", "ranks"), GROUPS, ids=str)
 CONFIG = {"block_m": 16, "block_n": 32, "block_k": 32, "block_r": 16, "num_warps": 4}
 
 

@@ -1,4 +1,4 @@
-"""Siblings with gradients: one node of the graph makes every y, one dx, and all other gradients."""
+"""A group with gradients: one node of the graph makes every y, one dx, and all other gradients."""
 
 from __future__ import annotations
 

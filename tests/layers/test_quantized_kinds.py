@@ -27,7 +27,7 @@ from fastlora.quantized_tensor import QuantizedTensor
 from fastlora.testing import assert_within_budget
 from tests.support.peak_bytes import peak_bytes
 from tests.support.peft_twins import peft
-from tests.support.quantized import CODED, gated, quantize_linear
+from tests.support.quantized import QUANTIZED, gated, quantize_linear
 from tests.support.tiny import adapted, tiny_llama, trainable
 
 TARGETS = ["gate", "up", "down"]
@@ -42,13 +42,13 @@ def layer_over(module: nn.Module) -> Any:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("kind", CODED)
+@pytest.mark.parametrize("kind", QUANTIZED)
 def test_what_kernels_read(kind: str, dtype: torch.dtype) -> None:
     """The loader, and a tensor that is the matrix to PyTorch, bit for bit the library's."""
     module = quantize_linear(nn.Linear(128, 48).to(dtype), kind)
     base, found = quantized_base_of_layer(layer_over(module)), quantized_weight_of(module)
     assert base is not None and found is not None and isinstance(base.weight, QuantizedTensor)
-    assert base.weight.quantized_data.kind == CODED[kind] and base.bias is module.bias
+    assert base.weight.quantized_data.kind == QUANTIZED[kind] and base.bias is module.bias
     assert (base.weight.shape, base.weight.dtype) == ((48, 128), dtype)
     x = torch.randn(3, 128, dtype=dtype)
     assert torch.equal(x @ base.weight.t(), x @ found.dense().to(dtype).t())
@@ -65,9 +65,9 @@ def test_codes_in_another_storage() -> None:
     module = module.to("cpu")
     base, found = quantized_base_of_layer(layer_over(module)), quantized_weight_of(module)
     assert base is not None and found is not None and isinstance(base.weight, QuantizedTensor)
-    coded = base.weight.quantized_data
-    assert (coded.kind, coded.block) == ("table4_nested", 128)
-    assert (coded.codes.dtype, coded.codes.numel()) == (torch.uint8, 48 * 128)
+    data = base.weight.quantized_data
+    assert (data.kind, data.block) == ("table4_nested", 128)
+    assert (data.codes.dtype, data.codes.numel()) == (torch.uint8, 48 * 128)
     assert torch.equal(base.weight @ torch.eye(256), found.dense())
 
 

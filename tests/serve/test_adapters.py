@@ -114,7 +114,7 @@ def test_a_damaged_folder_fails_its_own_requests(served: Any) -> None:
         shutil.rmtree(served.folder / folder)
 
 
-def refused_when_it_comes(served: Any, folder: Path, why: str) -> None:
+def check_rejected_when_it_comes(served: Any, folder: Path, why: str) -> None:
     """Moves a folder to the server's, which refuses it with status 422 within a second.
 
     It refuses a request and a load; both messages contain ``why``.
@@ -142,7 +142,7 @@ def test_a_pattern_that_backtracks_stops_nobody(served: Any, field: str) -> None
     config = json.loads((folder / "adapter_config.json").read_text())
     config["target_modules"] = [name.rpartition(".")[2] for name in config["target_modules"]]
     (folder / "adapter_config.json").write_text(json.dumps(config | SLOW_FIELDS[field]))
-    refused_when_it_comes(served, folder, field)
+    check_rejected_when_it_comes(served, folder, field)
     assert said(served, "ash") == served.alone.text("the sea", "ash", 12)
     shutil.rmtree(served.folder / field)
 
@@ -157,7 +157,7 @@ def test_an_adapter_over_a_limit_is_rejected_unread(served: Any, option: str) ->
     folder = make_sparse_folder(served.folder.parent / name, served.folder / "ash", **size)
     assert (folder / "adapter_model.safetensors").stat().st_size > 1_500_000_000
     with peak_memory(50 << 20):
-        refused_when_it_comes(served, folder, option)
+        check_rejected_when_it_comes(served, folder, option)
     shutil.rmtree(served.folder / name)
 
 

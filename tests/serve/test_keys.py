@@ -70,9 +70,9 @@ def test_keys_that_are_rejected(tmp_path: Path) -> None:
     ]
     for content, options, said in cases:
         file.write_bytes(content)
-        with pytest.raises(ConfigError, match=said) as refused:
+        with pytest.raises(ConfigError, match=said) as raised:
             keys_of("--api-key-file", file, *options)
-        assert "s3cret" not in str(refused.value)
+        assert "s3cret" not in str(raised.value)
     for path, said in ((tmp_path, "Is a directory"), (tmp_path / "no", "No such file")):
         with pytest.raises(ConfigError, match=said):
             keys_of("--api-key-file", path)
