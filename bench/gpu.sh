@@ -129,8 +129,8 @@ install_checkout() {
 # shared-input groups in one grid, which the rules are measured on. The next tests are the most
 # likely to fail on a GPU that has not run them before: sums over rows for d_lora_b at small ranks,
 # dropout in bf16, and mixed linears at 64 rows.
-cached=(tests/kernels/test_{kept,siblings}.py)
-likeliest=(tests/kernels/test_{siblings_node,at_once,mixed_siblings}.py
+cached=(tests/kernels/test_{cached_gpu_launches,shared_input_launches}.py)
+likeliest=(tests/kernels/test_{shared_input_node,at_once,mixed_shared_input}.py
     tests/kernels/test_{one_adapter,mixed_forward,mixed_lora_grad}.py)
 
 # run_tests LIMIT ARGUMENT...: runs pytest with the arguments; its output goes to tests.txt

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
@@ -33,8 +34,6 @@ def renamed_attributes(module: str, names: Mapping[str, str]) -> Callable[[str],
     """
 
     def __getattr__(name: str) -> Any:
-        import sys
-
         if name in names:
             warn_renamed(f"{module}.{name}", f"{module}.{names[name]}")
             return getattr(sys.modules[module], names[name])

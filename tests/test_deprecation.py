@@ -116,6 +116,12 @@ NAMES: tuple[tuple[str, str, Callable[[], object], Callable[[], object]], ...] =
         lambda: _layer().record_compiled_fallback(""),
     ),
     (
+        "LoraLayer.record_compiled_fallback(why=)",
+        "LoraLayer.record_compiled_fallback(reason=)",
+        lambda: _layer().record_compiled_fallback(why=""),
+        lambda: _layer().record_compiled_fallback(reason=""),
+    ),
+    (
         "adapters(absent_gradients=)",
         "adapters(unused_gradients=)",
         lambda: _in_block(absent_gradients=False).shape,
@@ -152,6 +158,12 @@ NAMES: tuple[tuple[str, str, Callable[[], object], Callable[[], object]], ...] =
         "Lease.loaded_adapters",
         lambda: pool.Lease((), print).residents,
         lambda: pool.Lease((), print).loaded_adapters,
+    ),
+    (
+        "Lease(residents=)",
+        "Lease(loaded_adapters=)",
+        lambda: pool.Lease(residents=(), release=print).loaded_adapters,  # type: ignore[call-arg]
+        lambda: pool.Lease(loaded_adapters=(), release=print).loaded_adapters,
     ),
     (
         "LayerFusion.siblings",
@@ -202,6 +214,18 @@ def test_tools_that_read_all_attributes_get_no_warning() -> None:
         type(layer).refresh(layer)
     with pytest.raises(AttributeError, match="'refresh' was renamed and cannot be set"):
         layer.refresh = print
+
+
+def test_an_old_method_takes_the_old_name_of_its_argument() -> None:
+    """The method and the argument were renamed together; each gives a warning."""
+    layer = _layer()
+    with pytest.warns(FutureWarning) as caught:
+        layer.note_compiled(why="alone")
+    assert layer._compiled_fallback_reason == "alone"
+    assert [str(w.message).partition("; ")[2] for w in caught] == [
+        "use FastLoraLinear.record_compiled_fallback",
+        "use 'reason'",
+    ]
 
 
 def test_both_names_of_an_argument_raise() -> None:

@@ -154,7 +154,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD, ids=str)
-def test_refusals_name_the_value(case: str) -> None:
+def test_errors_name_the_value(case: str) -> None:
     """Every wrong argument raises one typed error that says what was found and expected."""
     change, error, message = BAD[case]
     operands = make(8, 40, 32, 4, torch.float32)

@@ -162,7 +162,7 @@ def test_saved_modules_match_by_components(pattern: str, engine: None) -> None:
     "match",
     [matches_whole_name, matches_end, matches_consecutive_components, layer_index_after_match],
 )
-def test_a_pattern_that_backtracks_is_refused_at_once(
+def test_a_pattern_that_backtracks_raises_at_once(
     match: Callable[[str, str, str], object], pattern: str
 ) -> None:
     """E2: ``re`` would hold the interpreter's lock for ever, and so stop every other thread."""
@@ -203,7 +203,7 @@ def test_a_long_way_between_two_steps_is_bounded(pattern: str) -> None:
     ],
     ids=["nested", "groups", "deep", "wide", "long", "own limit", "verb", "no pattern"],
 )
-def test_a_pattern_that_is_no_pattern_is_refused_at_once(pattern: str) -> None:
+def test_a_pattern_that_is_no_pattern_raises_at_once(pattern: str) -> None:
     """E2: neither compiling a pattern nor a limit of its own gets around the bound."""
     start = time.thread_time()
     for match in (
@@ -254,7 +254,7 @@ def test_the_bound_covers_the_loop_over_many_patterns() -> None:
     assert time.thread_time() - start < 1.2 * patterns.MATCHING_SECONDS
 
 
-def test_without_pcre2_names_match_and_expressions_are_refused(
+def test_without_pcre2_names_match_and_expressions_raise(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """E2: an expression of a folder is never matched without a bound."""

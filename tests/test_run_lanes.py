@@ -106,7 +106,7 @@ def test_a_total_and_the_slowest_tests_of_all_lanes(root: Path, capfdbinary: Any
     assert not any("fake" in word for row in rows for word in row)
 
 
-def test_an_unknown_lane_is_refused(root: Path, capfdbinary: Any) -> None:
+def test_an_unknown_lane_is_rejected(root: Path, capfdbinary: Any) -> None:
     with pytest.raises(SystemExit) as error:
         run_lanes.main(["--lane", "nope"])
     assert error.value.code == 2

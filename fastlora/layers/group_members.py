@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fastlora.deprecation import renamed_arguments
 from fastlora.layers.adapter_factors import (
     factors_from_parameters,
     has_gradient_hooks,
@@ -334,6 +335,7 @@ def has_shared_input_group(self: Any) -> bool:
 
 
 @constant_when_compiled
+@renamed_arguments(why="reason")
 def record_compiled_fallback(self: Any, reason: str) -> None:
     """Record a layer's fallback reason for the graph that is being compiled.
 

@@ -51,11 +51,8 @@ class ModuleWrapper(ModuleWithAdapters, nn.Module):
         raise UnsupportedLayerError(f"{type(self).__name__} has no base layer")
 
     @property
-    def _trained_copies_by_adapter(self) -> nn.ModuleDict | nn.ParameterDict:
-        """The trained copies, keyed by adapter name.
-
-        They are copies of the module or of some rows.
-        """
+    def _trained_modules_or_rows_by_adapter(self) -> nn.ModuleDict | nn.ParameterDict:
+        """The trained copies of the module or of some of its rows, keyed by adapter name."""
         raise UnsupportedLayerError(f"{type(self).__name__} has no adapters")
 
     def file_names(self, adapter_name: str) -> dict[str, str]:
@@ -102,17 +99,17 @@ class ModuleWrapper(ModuleWithAdapters, nn.Module):
 
         They have their own copy of this module or of some rows.
         """
-        return list(self._trained_copies_by_adapter)
+        return list(self._trained_modules_or_rows_by_adapter)
 
     def adapter_parameters(self, adapter_name: str) -> Iterator[nn.Parameter]:
         """Yield an adapter's own parameters in this module, if any."""
-        if adapter_name in self._trained_copies_by_adapter:
-            trained = self._trained_copies_by_adapter[adapter_name]
+        if adapter_name in self._trained_modules_or_rows_by_adapter:
+            trained = self._trained_modules_or_rows_by_adapter[adapter_name]
             yield from (trained,) if isinstance(trained, nn.Parameter) else trained.parameters()
 
     def _remove_trained_copy(self, adapter_name: str) -> None:
         """Remove an adapter's own copy of the module or rows."""
-        del self._trained_copies_by_adapter[adapter_name]
+        del self._trained_modules_or_rows_by_adapter[adapter_name]
 
     def __getattr__(self, name: str) -> Any:
         """Look up missing attributes, such as ``weight``, on the current module."""

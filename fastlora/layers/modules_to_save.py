@@ -64,7 +64,7 @@ class ModulesToSaveWrapper(ModuleWrapper):
         self.modules_to_save[adapter_name] = module.requires_grad_(False)
 
     @property
-    def _trained_copies_by_adapter(self) -> nn.ModuleDict:
+    def _trained_modules_or_rows_by_adapter(self) -> nn.ModuleDict:
         """The trained copies of the module, keyed by adapter name."""
         return self.modules_to_save
 

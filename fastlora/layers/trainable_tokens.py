@@ -55,10 +55,10 @@ def check_tokens_trainable(module: nn.Module, indices: list[int]) -> None:
         )
 
 
-class TokenAdapter(nn.Module):
-    """Module that holds the trained rows of tokens for each adapter.
+class TrainableTokensLayer(nn.Module):
+    """Module that holds the trained token rows of all adapters on one base layer.
 
-    It is the adapter module of one base layer. The attribute names follow PEFT.
+    The class and attribute names follow PEFT.
 
     Attributes:
         base_layer: An embedding, or a linear layer, which may be tied to an embedding.
@@ -67,7 +67,7 @@ class TokenAdapter(nn.Module):
         tied_adapter: The owner of the rows if the weight is tied to another module's weight, or
             None.
         active_adapters: Names of the active adapters, as in the wrapper.
-        together: All `TokenAdapter` objects that share these rows.
+        together: All `TrainableTokensLayer` objects that share these rows.
         before: Maps a merged adapter to the weight rows' values before its merge, ``[n, D]``.
         tables: Indices of an adapter, or of several adapters with their places, by device.
     """
@@ -76,10 +76,10 @@ class TokenAdapter(nn.Module):
     trainable_tokens_delta: nn.ParameterDict
     token_indices: dict[str, list[int]]
     # A plain list, so that its items are not submodules.
-    together: list[TokenAdapter]
+    together: list[TrainableTokensLayer]
     tables: dict[object, tuple[torch.Tensor, torch.Tensor]]
 
-    def __init__(self, base_layer: nn.Module, tied_adapter: TokenAdapter | None) -> None:
+    def __init__(self, base_layer: nn.Module, tied_adapter: TrainableTokensLayer | None) -> None:
         super().__init__()
         self.training = base_layer.training
         self.base_layer = base_layer
@@ -104,8 +104,8 @@ class TokenAdapter(nn.Module):
         return list(self.active_adapters)
 
     @property
-    def tied_adapter(self) -> TokenAdapter | None:
-        """The `TokenAdapter` that this object is tied to, or None.
+    def tied_adapter(self) -> TrainableTokensLayer | None:
+        """The `TrainableTokensLayer` that this object is tied to, or None.
 
         That object owns the rows. If there is none, this object owns them.
         """
@@ -129,11 +129,11 @@ class TrainableTokensWrapper(ModuleWrapper):
     field: ClassVar[str] = "trainable_token_indices"
     owns: ClassVar[str] = "rows"
     held: ClassVar[str] = "token_adapter"
-    token_adapter: TokenAdapter
+    token_adapter: TrainableTokensLayer
 
     def __init__(self, original: nn.Module, tied_to: TrainableTokensWrapper | None = None) -> None:
         super().__init__(original)
-        self.token_adapter = TokenAdapter(
+        self.token_adapter = TrainableTokensLayer(
             original, None if tied_to is None else tied_to.token_adapter
         )
         original.requires_grad_(False)
@@ -154,7 +154,7 @@ class TrainableTokensWrapper(ModuleWrapper):
         weight: Any = self._unmerged_rows(indices)
         wide = autocast and weight.itemsize < torch.float32.itemsize
         rows = nn.Parameter(weight.to(torch.float32 if wide else weight.dtype), requires_grad=False)
-        self._trained_copies_by_adapter[adapter_name] = rows
+        self._trained_modules_or_rows_by_adapter[adapter_name] = rows
         self.token_adapter.token_indices[adapter_name] = list(indices)
         self.token_adapter.tables.clear()
 
@@ -178,7 +178,7 @@ class TrainableTokensWrapper(ModuleWrapper):
         return self.token_adapter.token_indices
 
     @property
-    def _trained_copies_by_adapter(self) -> nn.ParameterDict:
+    def _trained_modules_or_rows_by_adapter(self) -> nn.ParameterDict:
         """The trained copies of the rows, keyed by adapter name."""
         return self.token_adapter.trainable_tokens_delta
 
@@ -301,7 +301,7 @@ class TrainableTokensWrapper(ModuleWrapper):
         wanted = ids if own is None else torch.where(own < 0, -1, own * base.weight.shape[0] + ids)
         at = torch.searchsorted(keys, wanted).clamp_(max=keys.numel() - 1)
         hit = keys[at] == wanted
-        deltas = [self._trained_copies_by_adapter[name] for name in names]
+        deltas = [self._trained_modules_or_rows_by_adapter[name] for name in names]
         rows = (deltas[0] if len(deltas) == 1 else torch.cat(deltas)).to(base.weight.dtype)
         found = places[at]
         # Ids without an adapter's row share one extra row, so that they are not counted.
@@ -345,7 +345,7 @@ class TrainableTokensWrapper(ModuleWrapper):
         """Return y ``[..., V]`` with an adapter's trained columns computed from x ``[..., D]``."""
         base: Any = self.get_base_layer()
         index, places = self._token_keys_and_row_indices([name], x.device)
-        delta = self._trained_copies_by_adapter[name].to(base.weight.dtype)[places]
+        delta = self._trained_modules_or_rows_by_adapter[name].to(base.weight.dtype)[places]
         columns = F.linear(x, delta, None if base.bias is None else base.bias[index])
         return y.index_copy(-1, index, columns.to(y.dtype))
 
@@ -380,7 +380,7 @@ class TrainableTokensWrapper(ModuleWrapper):
                     "adapter; expected adapters that have no tokens in common"
                 )
             taken.update(known[name])
-            delta = self._trained_copies_by_adapter[name]
+            delta = self._trained_modules_or_rows_by_adapter[name]
             if safe_merge and not bool(torch.isfinite(delta).all()):
                 raise AdapterStateError(
                     f"the rows of adapter {name!r} (trainable_token_indices) are not finite; the "
@@ -400,7 +400,9 @@ class TrainableTokensWrapper(ModuleWrapper):
             if name not in rows_before:
                 index = self._index(name, weight.device)
                 rows_before[name] = weight.detach()[index].clone()
-                weight.index_copy_(0, index, self._trained_copies_by_adapter[name].to(weight))
+                weight.index_copy_(
+                    0, index, self._trained_modules_or_rows_by_adapter[name].to(weight)
+                )
             self.merged_adapters.append(name)
 
     @torch.no_grad()
@@ -436,7 +438,9 @@ class TrainableTokensWrapper(ModuleWrapper):
         if acting is None:
             return found
         return found.index_copy(
-            0, self._index(acting, found.device), self._trained_copies_by_adapter[acting].to(found)
+            0,
+            self._index(acting, found.device),
+            self._trained_modules_or_rows_by_adapter[acting].to(found),
         )
 
 

@@ -148,8 +148,8 @@ def make_weights_file_metadata(folder: Path, text: bytes) -> dict[str, str]:
     return metadata
 
 
-def config_saved_without_weights(folder: Path, text: bytes) -> bytes:
-    """Return the content to write to a config file that is saved without weights.
+def config_bytes_to_write_without_weights(folder: Path, text: bytes) -> bytes:
+    """Return the content to write to a config file when it is saved without weights.
 
     The result is ``text``, with one exception. The weights file contains a hash of the config file
     that was replaced when the weights were saved. If the hash of ``text`` is the same, readers

@@ -11,7 +11,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 
 from fastlora.layers import FastLoraLinear, LoraLayer
 from fastlora.layers.module_wrapper import ModuleWrapper
-from fastlora.layers.trainable_tokens import TokenAdapter
+from fastlora.layers.trainable_tokens import TrainableTokensLayer
 from fastlora.sharding import copy_full_tensor_
 
 # Attributes under which LoRA layers and wrappers hold the module that they wrap.
@@ -88,7 +88,7 @@ def key_without_adapters(model: nn.Module, key: str, adapter_name: str | None = 
         if module is None:
             parts.append(part)
             continue
-        adapted = isinstance(module, (LoraLayer, ModuleWrapper, TokenAdapter))
+        adapted = isinstance(module, (LoraLayer, ModuleWrapper, TrainableTokensLayer))
         holds = adapted and adapter_name in _adapter_names(module)
         inside = part in module._modules
         if adapted and inside and part not in _INNER:
@@ -113,4 +113,6 @@ def strip_adapter_wrapper_names(module: str) -> str:
 def _adapter_names(module: Any) -> Collection[str]:
     if isinstance(module, LoraLayer):
         return module.r
-    return module.token_indices if isinstance(module, TokenAdapter) else module.adapter_names
+    return (
+        module.token_indices if isinstance(module, TrainableTokensLayer) else module.adapter_names
+    )

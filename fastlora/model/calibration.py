@@ -118,7 +118,9 @@ def preprocess_corda(
     dataloader: Iterable[Any] | None = None,
     show_progress_bar: bool = True,
 ) -> None:
-    """Prepare a model for ``init_lora_weights="corda"``. Call this before `get_peft_model`.
+    """Compute directions for ``init_lora_weights="corda"``, and store them on the target layers.
+
+    Call this before `get_peft_model`.
 
     For each target layer, this function accumulates the covariance ``[K, K]`` of the layer's inputs
     over any number of batches. The sums are in fp32, or in the inputs' dtype if ``corda_config``

@@ -23,7 +23,7 @@ from fastlora.init.configs import CordaConfig, EvaConfig, LoraGAConfig, convert_
 from fastlora.model.adapter_files import (
     CONFIG_NAME,
     MAX_CONFIG_BYTES,
-    config_saved_without_weights,
+    config_bytes_to_write_without_weights,
     read_config_of_weights,
 )
 from fastlora.model.atomic_files import atomic_replace_file, folder_lock
@@ -465,7 +465,7 @@ class LoraConfig(PeftConfigMethods):
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         with folder_lock(folder), atomic_replace_file(folder / CONFIG_NAME) as partial:
-            partial.write_bytes(config_saved_without_weights(folder, text.encode("utf-8")))
+            partial.write_bytes(config_bytes_to_write_without_weights(folder, text.encode("utf-8")))
 
     def to_json(self, **overrides: Any) -> str:
         """Return the config as a JSON string.

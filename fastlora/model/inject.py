@@ -18,7 +18,7 @@ from torch import nn
 from fastlora.init.calibration_data import progress_bar
 from fastlora.layers import LoraLayer, ModulesToSaveWrapper, ModuleWrapper, TrainableTokensWrapper
 from fastlora.layers.tied_head import TiedLoraHead
-from fastlora.layers.trainable_tokens import TokenAdapter
+from fastlora.layers.trainable_tokens import TrainableTokensLayer
 from fastlora.model.base_modules import base_module_of, named_outer_modules
 from fastlora.model.dequantize import (
     dequantize_base_layer,
@@ -285,7 +285,7 @@ def base_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
         adapters: tuple[str, ...] = ()
         if isinstance(module, LoraLayer):
             adapters = ("lora_dropout", *module.adapter_parts)
-        elif isinstance(module, (ModuleWrapper, TokenAdapter)):
+        elif isinstance(module, (ModuleWrapper, TrainableTokensLayer)):
             adapters = module.owned
         for key, child in reversed(module._modules.items()):
             if child is not None and key not in adapters:

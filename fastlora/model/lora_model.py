@@ -197,9 +197,9 @@ class LoraModel(PeftModelMethods, nn.Module):
         key_mapping: Mapping[str, str] | None = None,
         **unused: Any,
     ) -> LoraModel:
-        """Load a saved adapter into a model, and return a `LoraModel`.
+        """Load a saved adapter from a local folder into a model, and return a `LoraModel`.
 
-        The adapter is read from a PEFT adapter folder.
+        The folder is a PEFT adapter folder.
 
         Args:
             model: The base model, or a `LoraModel`. A `LoraModel` gets an additional adapter, which

@@ -47,8 +47,10 @@ EXPERT_NAMES: MappingProxyType[str, frozenset[str]] = MappingProxyType(
 _LISTED = 4
 
 
-class ExpertOrRouterParameter(NamedTuple):
-    """A parameter that stacks the weights of a layer's experts, or the weight of a router.
+class StackedExpertsOrRouterWeight(NamedTuple):
+    """The stacked weights of a layer's experts, or the weight of a router.
+
+    fastlora cannot adapt this parameter.
 
     Attributes:
         parameter: The name of the parameter.
@@ -59,17 +61,17 @@ class ExpertOrRouterParameter(NamedTuple):
     names: tuple[str, ...]
 
 
-def find_stacked_experts(modules: BaseModules) -> list[ExpertOrRouterParameter]:
+def find_stacked_experts(modules: BaseModules) -> list[StackedExpertsOrRouterWeight]:
     """Return a list of the parameters ``[experts, ...]`` that stack the weights of experts."""
     return [
-        ExpertOrRouterParameter(f"{name}.{leaf}", tuple(_possible_target_names(name, leaf)))
+        StackedExpertsOrRouterWeight(f"{name}.{leaf}", tuple(_possible_target_names(name, leaf)))
         for name, module, _ in modules
         if module._parameters
         for leaf in _num_experts_by_parameter(module)
     ]
 
 
-def find_stacked_expert_routers(modules: BaseModules) -> list[ExpertOrRouterParameter]:
+def find_stacked_expert_routers(modules: BaseModules) -> list[StackedExpertsOrRouterWeight]:
     """Find the routers of stacked experts, and return a list of their weights ``[experts, K]``.
 
     Routers that are linear layers are left out.
@@ -82,10 +84,14 @@ def find_stacked_expert_routers(modules: BaseModules) -> list[ExpertOrRouterPara
         }
         for child_name, child in children.items():
             weight = child._parameters.get("weight")
-            if weight is not None and _is_custom_module(child) and not isinstance(child, nn.Linear):
+            if (
+                weight is not None
+                and _is_outside_torch_nn(child)
+                and not isinstance(child, nn.Linear)
+            ):
                 at = f"{name}.{child_name}" if name else child_name
                 if weight.dim() == 2 and weight.shape[0] in experts:
-                    found.append(ExpertOrRouterParameter(f"{at}.weight", (at,)))
+                    found.append(StackedExpertsOrRouterWeight(f"{at}.weight", (at,)))
     return found
 
 
@@ -103,7 +109,7 @@ def shorten_to_expert_name(model_type: object, entry: str) -> str:
 def check_targeted_experts(
     model_type: object,
     entries: Collection[str],
-    left_out: Collection[ExpertOrRouterParameter],
+    left_out: Collection[StackedExpertsOrRouterWeight],
     *,
     shown: str,
     adapts: bool,
@@ -144,10 +150,10 @@ def _names_of(model_type: object) -> frozenset[str]:
     return EXPERT_NAMES.get(model_type, frozenset()) if isinstance(model_type, str) else frozenset()
 
 
-def _is_custom_module(module: nn.Module) -> bool:
-    """Return whether a module is custom rather than a module of ``torch.nn``.
+def _is_outside_torch_nn(module: nn.Module) -> bool:
+    """Return whether a module's class is defined outside of ``torch.nn``.
 
-    A LoRA layer is not custom either.
+    The result is False for LoRA layers.
     """
     return not type(module).__module__.startswith("torch.nn") and not is_lora_layer(module)
 
@@ -161,7 +167,7 @@ def _num_experts_by_parameter(module: nn.Module) -> dict[str, int]:
     for leaf, parameter in module._parameters.items():
         if parameter is not None and parameter.dim() == 3 and min(parameter.shape) > 1:
             found[leaf] = parameter.shape[0]
-    return found if found and _is_custom_module(module) else {}
+    return found if found and _is_outside_torch_nn(module) else {}
 
 
 def _possible_target_names(module: str, leaf: str) -> Iterable[str]:

@@ -28,7 +28,7 @@ from fastlora.model.base_modules import (
 from fastlora.model.config import LoraConfig
 from fastlora.model.default_targets import DEFAULT_TARGETS
 from fastlora.model.stacked_experts import (
-    ExpertOrRouterParameter,
+    StackedExpertsOrRouterWeight,
     check_targeted_experts,
     find_stacked_expert_routers,
     find_stacked_experts,
@@ -152,7 +152,7 @@ def find_targets(
 
 def _selected_experts(
     modules: BaseModules, targets: set[str] | str, config: LoraConfig, saved: list[str]
-) -> list[ExpertOrRouterParameter]:
+) -> list[StackedExpertsOrRouterWeight]:
     """Return the stacked expert weights that a config selects.
 
     ``"all-linear"`` selects all stacked expert weights and their routers.
@@ -283,11 +283,11 @@ def resolve_target_modules(
         return targets
     modules = named_base_modules(model) if modules is None else modules
     others = [n for n, _, _ in modules if n and not _matches_names(n, targets)]
-    shorter = minimal_suffixes(targets, others)
+    shorter = distinguishing_suffixes(targets, others)
     return shorter if len(shorter) < len(targets) else targets
 
 
-def minimal_suffixes(names: Collection[str], others: Iterable[str]) -> set[str]:
+def distinguishing_suffixes(names: Collection[str], others: Iterable[str]) -> set[str]:
     """Return a small set of name suffixes that match all of ``names`` and none of ``others``."""
     taken = {suffix for other in others for suffix in _dotted_suffixes(other)}
     chosen: set[str] = set()

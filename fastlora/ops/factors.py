@@ -45,7 +45,9 @@ class Factors(NamedTuple):
 
 
 class Base(NamedTuple):
-    """The base layer in a forward pass: a weight and an optional bias, or a module's output.
+    """What a forward pass uses for the base layer.
+
+    It is the base layer's weight and optional bias, or its output if that is already computed.
 
     Attributes:
         weight: ``[N, K]``, or None if a module was called.

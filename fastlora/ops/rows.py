@@ -274,7 +274,7 @@ def _empty_sort_results(
     m: int, slots: int, device: torch.device, block_m: int
 ) -> tuple[torch.Tensor, ...]:
     """Return uninitialized tensors with the shapes and dtypes that `_rows_sort` returns."""
-    present, entries = torch.sym_min(m, slots + 2), pieces_length(m, slots, block_m)
+    present, entries = torch.sym_min(m, slots + 2), piece_starts_length(m, slots, block_m)
     sizes = (m, m, present, slots + 1, 1, entries if block_m else 0)
     dtypes = (*[torch.int32] * 4, torch.bool, torch.int32)
     pairs = zip(sizes, dtypes, strict=True)
@@ -290,7 +290,7 @@ def _piece_starts(segment_of: torch.Tensor, slots: int, block_m: int) -> torch.T
     m = segment_of.shape[0]
     position = torch.arange(m, dtype=torch.int32, device=segment_of.device)
     starts = _run_start_mask(segment_of) | (position % block_m == 0)
-    entries = pieces_length(m, slots, block_m)
+    entries = piece_starts_length(m, slots, block_m)
     # Position 0 starts both a tile and a segment, so the last two entries are never used by a
     # piece. Positions that start no piece are written to the last entry, all with the value M.
     place = torch.where(starts, starts.cumsum(0) - 1, entries - 1)
@@ -300,10 +300,10 @@ def _piece_starts(segment_of: torch.Tensor, slots: int, block_m: int) -> torch.T
 
 @register_fake("rows_pieces")
 def _(segment_of: torch.Tensor, slots: int, block_m: int) -> torch.Tensor:
-    return segment_of.new_empty(pieces_length(segment_of.shape[0], slots, block_m))
+    return segment_of.new_empty(piece_starts_length(segment_of.shape[0], slots, block_m))
 
 
-def pieces_length(m: int, slots: int, block_m: int) -> int:
+def piece_starts_length(m: int, slots: int, block_m: int) -> int:
     """Return the length of the tensor that `Rows.piece_starts` returns.
 
     The arguments may be symbolic.

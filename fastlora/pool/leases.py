@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-from fastlora.deprecation import RenamedAttribute, current_names
+from fastlora.deprecation import RenamedAttribute, current_names, renamed_arguments
 from fastlora.pool.packed_adapter import PackedAdapter
 from fastlora.pool.reader import AdapterReader
 from fastlora.pool.records import LoadedAdapter, PoolStats, RegisteredAdapter
@@ -36,6 +36,7 @@ class Lease:
         max_rank: Largest rank of the adapters, or 0 if the lease has no adapters.
     """
 
+    @renamed_arguments(residents="loaded_adapters")
     def __init__(
         self, loaded_adapters: tuple[LoadedAdapter, ...], release: Callable[[Lease], None]
     ) -> None:

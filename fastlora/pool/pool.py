@@ -345,7 +345,7 @@ class AdapterPool:
 
     @property
     def names(self) -> list[str]:
-        """Names of all registered adapters, in order of registration."""
+        """Names of all registered adapters, loaded or not, in order of registration."""
         with self._changed:
             return list(self._tiers.entries)
 

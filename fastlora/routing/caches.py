@@ -20,7 +20,7 @@ from fastlora.ops.rows import Rows
 from fastlora.ops.torch.packed import PackedLayerFactors, pack_fits
 from fastlora.ops.torch.packed_choice import BatchKind
 from fastlora.routing.adapter_snapshot import AdapterSnapshot
-from fastlora.routing.row_checks import BlockRowChecker
+from fastlora.routing.row_checks import AllRowsChecker
 from fastlora.weights_version import weights_versions
 
 # Number of adapter sets that one model caches as packed factors. Each set holds one or two copies
@@ -119,7 +119,7 @@ class PackedAdapterSet:
         self._packs[(number, dtype, kind)] = pack
 
     @property
-    def nbytes(self) -> int:
+    def packed_factors_nbytes(self) -> int:
         """Total size of all packed factors in bytes."""
         tensors = {}
         for pack in list(self._packs.values()):
@@ -184,10 +184,10 @@ class AdapterSetCache:
         self._captured.clear()
 
     @property
-    def nbytes(self) -> int:
+    def packed_factors_nbytes(self) -> int:
         """Total size of all packed factors in bytes."""
         with self._lock:
-            return sum(known.nbytes for known in self._sets.values())
+            return sum(known.packed_factors_nbytes for known in self._sets.values())
 
 
 @dataclass(eq=False)
@@ -214,4 +214,4 @@ class PerBlockCache:
     seeds: dict[tuple[torch.device, int], dict[int, torch.Tensor]] = field(default_factory=dict)
     sets: dict[tuple[Hashable, ...], PackedAdapterSet] = field(default_factory=dict)
     is_checked: bool = False
-    row_checker: BlockRowChecker | None = None
+    row_checker: AllRowsChecker | None = None

@@ -91,7 +91,7 @@ class RowChecks:
                 root, name, layer
             )
 
-    def block_checker_unless_all_checked(self, count: int) -> BlockRowChecker | None:
+    def block_checker_unless_all_checked(self, count: int) -> AllRowsChecker | None:
         """Return the row checker of a block, or None if all layers are checked.
 
         It is the context manager that checks the block.
@@ -106,8 +106,8 @@ class RowChecks:
             return None
         root = self._root()
         if root is None or self._blocks[mode] >= _MOST_BLOCKS:
-            return BlockRowChecker(self, mode, None)
-        return BlockRowChecker(self, mode, RowTrackingMode(count, root.buffers()))
+            return AllRowsChecker(self, mode, None)
+        return AllRowsChecker(self, mode, RowTrackingMode(count, root.buffers()))
 
     def name_of(self, layer: RoutedLayer) -> str:
         """Return the name of a layer in the model."""
@@ -172,10 +172,8 @@ class RowChecks:
         )
 
 
-class BlockRowChecker:
-    """Checks the rows of layers in one block.
-
-    This context manager checks whether the layers get all rows.
+class AllRowsChecker:
+    """Context manager that checks whether layers get all rows in one block.
 
     Args:
         checks: The model's checks.
@@ -190,7 +188,7 @@ class BlockRowChecker:
         self._ran: dict[int, RoutedLayer] = {}
         self._even: set[int] = set()
 
-    def __enter__(self) -> BlockRowChecker:
+    def __enter__(self) -> AllRowsChecker:
         if self.order is not None:
             self.order.__enter__()
         return self

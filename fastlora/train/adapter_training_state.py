@@ -220,9 +220,9 @@ def _frozen(name: str) -> str:
 def _trainable_parameters_or_raise(
     model: LoraModel, name: str, needs_fp32: bool
 ) -> list[nn.Parameter]:
-    """Return an adapter's trainable parameters, or raise an error.
+    """Return an adapter's trainable parameters, or raise an error if it has none.
 
-    An error is raised if there are none, or if ``needs_fp32`` is set and one of them is fp16.
+    An error is also raised if ``needs_fp32`` is set and one of them is fp16.
     """
     named = {n: p for n, p in adapter_parameters(model, name).items() if p.requires_grad}
     if not named:

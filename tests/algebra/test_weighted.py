@@ -249,7 +249,7 @@ WRONG: list[tuple[dict[str, Any], type[FastLoraError], str]] = [
 
 
 @pytest.mark.parametrize("wrong, error, words", WRONG, ids=lambda case: str(case)[:40])
-def test_refusals_change_nothing(
+def test_errors_change_nothing(
     wrong: dict[str, Any], error: type[FastLoraError], words: str
 ) -> None:
     """One error, and a model as it was."""
@@ -265,7 +265,7 @@ def test_refusals_change_nothing(
     assert model.active_adapters == ["a"]
 
 
-def test_two_copies_of_one_module_are_refused() -> None:
+def test_two_copies_of_one_module_raise() -> None:
     """There is no saying whose the sum would have."""
     model = filled(fastlora, *({"r": 2, "modules_to_save": ["head"]} for _ in range(2)))
     for names in (["a", "b"], ["a", "a"]):

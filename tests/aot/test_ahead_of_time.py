@@ -23,9 +23,9 @@ from fastlora.kernels.chips import Chip  # noqa: E402
 from tests.support.aot.compile_kernels import OLDER, OLDER_CHIPS, TABLE  # noqa: E402
 from tests.support.aot.launches import (  # noqa: E402
     CHIPS,
-    CODED,
     MIXED_K_LOOPS,
-    SHARED_BY_SIBLINGS,
+    QUANTIZED,
+    SHARED_BY_GROUPS,
     cases,
 )
 from tests.support.aot.resources import Resources, key_of  # noqa: E402
@@ -279,7 +279,7 @@ def test_gradients_of_mixed_batches_have_configs(rows: list[Row], arch: str) -> 
             tile = 2 * int(row["block_m"]) * int(row[columns])
             copies = tile // (16 * 32 * int(row["warps"]))
             assert int(row["async_copies"]) - int(row["narrow_copies"]) >= copies, row
-    for kernel in SHARED_BY_SIBLINGS:
+    for kernel in SHARED_BY_GROUPS:
         own, shared = (
             {row["block_r"] for row in of(rows, arch=arch, kernel=kernel, dtype="bf16", variant=v)}
             for v in ("training", "siblings")
@@ -288,7 +288,7 @@ def test_gradients_of_mixed_batches_have_configs(rows: list[Row], arch: str) -> 
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-def test_mixed_batches_off_the_tiles_and_with_siblings(rows: list[Row], arch: str) -> None:
+def test_mixed_batches_off_the_tiles_and_with_grouped_layers(rows: list[Row], arch: str) -> None:
     """All K loops in half precision where K is no multiple of theirs; narrow shrinks, both ways."""
     for kernel in MIXED_K_LOOPS:
         heavy, ragged = (
@@ -349,7 +349,7 @@ def test_every_kind_of_codes_has_configs(rows: list[Row], arch: str, kernel: str
     Stages in use: tcgen05 has one less on its way. Without wgmma and tcgen05 a dx loads codes of a
     byte into registers.
     """
-    for variant in ("heavy",) if "mixed" in kernel else CODED:
+    for variant in ("heavy",) if "mixed" in kernel else QUANTIZED:
         half = of(rows, arch=arch, kernel=kernel, dtype="bf16", variant=variant)
         blocks = {row["block_m"] for row in half}
         assert blocks >= ({"64"} if "grad" in kernel else {"16", "64"})

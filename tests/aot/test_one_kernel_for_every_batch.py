@@ -102,10 +102,10 @@ def mixed(
     tables = [address, address, address.int(), address.float(), address]
     weight = torch.empty(n, k, dtype=dtype)
     for x in inputs(m, k, dtype):
-        s, siblings = [], [0, modules] if modules > 1 else None
+        s, layer_range = [], [0, modules] if modules > 1 else None
         for index in sorted({0, modules - 1}):
             given = x, weight, None, rows, s[0] if s else None, tables, index, max_rank, dtype
-            _, *made = OPS.lora_linear_at(*given, plan, siblings)
+            _, *made = OPS.lora_linear_at(*given, plan, layer_range)
             s = s or made
 
 

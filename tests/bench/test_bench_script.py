@@ -105,7 +105,7 @@ def test_green_on_a_gpu(tmp_path: Path) -> None:
     # Cached launches go first, then the tests that are the likeliest to be red, then the rest.
     cached, likeliest, rest = (call for call, _ in calls if call[:2] == ["-m", "pytest"])
     files = [argument for argument in cached + likeliest if argument.endswith(".py")]
-    assert files[0] == "tests/kernels/test_kept.py"
+    assert files[0] == "tests/kernels/test_cached_gpu_launches.py"
     assert len(files) > 4 and all((ROOT / file).is_file() for file in files)
     assert rest[-1] == "tests/kernels"
     assert [a for a in rest if a.startswith("--ignore")] == [f"--ignore={file}" for file in files]
@@ -125,7 +125,7 @@ def test_cached_launches_go_first_then_the_two_rules(tmp_path: Path) -> None:
     assert sum(steps.values()) <= 525
     measured = [c for c, _ in calls if c[:2] == ["-m", "pytest"] or c[0].endswith(".py")]
     first, second, *_ = measured
-    assert "tests/kernels/test_kept.py" in first
+    assert "tests/kernels/test_cached_gpu_launches.py" in first
     assert Path(second[0]).name == "assumptions.py"
     assert second[second.index("--only") + 1] == "l2,tiles,planes"
     assert second[second.index("--seconds") + 1] == "50"
@@ -171,7 +171,7 @@ def test_without_pip_the_checkout_is_imported(tmp_path: Path) -> None:
     assert last_path[0] == str(ROOT)
 
 
-def test_no_gpu_and_bad_arguments_are_refused(tmp_path: Path) -> None:
+def test_no_gpu_and_bad_arguments_are_rejected(tmp_path: Path) -> None:
     result, calls = _stubbed(tmp_path, {"probe": "2 0 none"})
     assert (result.returncode, len(calls)) == (2, 1)
     assert "torch sees no GPU" in result.stderr

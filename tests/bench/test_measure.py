@@ -146,7 +146,7 @@ def test_the_ratio_is_the_median_of_pairs(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize(("kwargs", "value"), [({"rounds": 0}, "0"), ({"warmup": -1}, "-1")])
-def test_bad_counts_are_refused(kwargs: dict[str, int], value: str) -> None:
+def test_bad_counts_are_rejected(kwargs: dict[str, int], value: str) -> None:
     with pytest.raises(ValueError, match=f"at least [01], got {value}"):
         _timed(lambda: None, lambda: None, **{"rounds": 1, **kwargs})
 

@@ -267,7 +267,7 @@ def test_a_csv_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> None
         (["--rank", 10**8], "needs some .* GiB, and .* are free: .* for 64 adapters"),
     ],
 )
-def test_bad_input_is_refused_before_any_work(
+def test_bad_input_is_rejected_before_any_work(
     arguments: list[Any], message: str, model_dir: Path, tmp_path: Path
 ) -> None:
     given = ["--model", model_dir, "--out", tmp_path / "out", *arguments]

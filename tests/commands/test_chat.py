@@ -118,7 +118,7 @@ def test_without_a_template_a_message_begins_a_text(
     assert asked[0].tolist() == whole("the sea", return_tensors="pt").input_ids.tolist()
 
 
-def test_a_template_that_refuses(chat: Chat) -> None:
+def test_a_template_that_raises(chat: Chat) -> None:
     """Some have no system prompt: the dialogue goes on."""
     chat.tokenizer.chat_template = (
         "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
@@ -163,7 +163,7 @@ def test_the_command_names_who_answered(
     ]
 
 
-def test_refusals(folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_errors(folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Before a model is read, in one line."""
     robot = folders / "run" / "robot"
     assert list(parse_adapter_folders([f"a={robot}", f"b={robot}"])) == ["a", "b"]

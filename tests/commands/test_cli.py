@@ -386,7 +386,7 @@ def test_the_adapters_tokenizer_comes_first(base: Path, trained: Path, tmp_path:
     assert (tmp_path / "out" / "tokenizer_config.json").read_text() == '{"own": true}'
 
 
-def test_merge_refuses_what_exists(
+def test_merge_rejects_what_exists(
     base: Path,
     trained: Path,
     tmp_path: Path,

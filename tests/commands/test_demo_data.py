@@ -65,7 +65,7 @@ def test_numbers_are_checked_before_any_work(options: list[str], message: str) -
         demo.main(options)
 
 
-def test_a_bad_file_is_refused_before_a_model_is_read(
+def test_a_bad_file_is_rejected_before_a_model_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(demo.smollm2, "model_dir", lambda *_: pytest.fail("a model is read"))
@@ -73,7 +73,7 @@ def test_a_bad_file_is_refused_before_a_model_is_read(
         demo.main([f"--data={tmp_path / 'nowhere.jsonl'}"])
 
 
-def test_two_files_of_one_name_are_refused(tmp_path: Path) -> None:
+def test_two_files_of_one_name_are_rejected(tmp_path: Path) -> None:
     (tmp_path / "robot.jsonl").write_text('{"prompt": "a", "completion": "b"}')
     twice = [DATA / "robot.jsonl", tmp_path / "robot.jsonl"]
     with pytest.raises(DataError, match="already defines adapter 'robot'"):

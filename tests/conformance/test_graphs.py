@@ -156,7 +156,7 @@ def test_neither_a_mask_nor_a_dropped_copy_is_saved() -> None:
     assert not [node for node in nodes if masked(node, mask)]
 
 
-def test_the_report_says_that_siblings_are_apart() -> None:
+def test_the_report_says_that_grouped_layers_run_alone() -> None:
     """Without kernels there is nothing to share; with them nothing has been seen yet."""
     subject = Subject(Case("model", "mixed", "many"))
 

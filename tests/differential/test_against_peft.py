@@ -81,7 +81,7 @@ def _unmerge_before_unload(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LoraTuner, "unload", planted)
 
 
-def _refuse_repeated_names(monkeypatch: pytest.MonkeyPatch) -> None:
+def _raise_for_repeated_names(monkeypatch: pytest.MonkeyPatch) -> None:
     """R8: `add_weighted_adapter` refuses a name that is given twice."""
     add = LoraTuner.add_weighted_adapter
 
@@ -144,7 +144,7 @@ def _write(weights: list[torch.Tensor], values: list[torch.Tensor]) -> None:
 PLANTED = {
     _train_idle_biases: (4, 26),
     _unmerge_before_unload: (12, 55),
-    _refuse_repeated_names: (168, 173),
+    _raise_for_repeated_names: (168, 173),
     _train_no_biases: (8, 24),
     _train_biases_of_targets_alone: (13, 44),
     _train_biases_of_all_modules: (8, 24),

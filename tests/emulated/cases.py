@@ -23,7 +23,7 @@ from fastlora.kernels.lora_linear import launch_lora_linear
 from fastlora.kernels.lora_shrink import launch_lora_shrink
 from fastlora.kernels.plane_sums import launch_plane_sums
 from fastlora.ops import execution_mode
-from fastlora.ops.rows import pieces_length, sort_rows
+from fastlora.ops.rows import piece_starts_length, sort_rows
 from fastlora.ops.triton.sorting import sort_rows_into
 from fastlora.testing import assert_within_budget
 from tests.support.kernels.lab import Lab
@@ -49,7 +49,7 @@ def one(
     dtype: torch.dtype = BF16,
     *,
     p: float = 0.0,
-    siblings: Sequence[int] = (),
+    further_ranks: Sequence[int] = (),
     fp32_factors: bool = False,
     expanded: bool = False,
     **fields: Any,
@@ -61,7 +61,7 @@ def one(
         shape: Rows, outputs, inputs, rank.
         dtype: Of all operands.
         p: Dropout's probability.
-        siblings: Ranks of further layers, for d_lora_a.
+        further_ranks: Ranks of further layers, for d_lora_a.
         fp32_factors: Whether factors and bias are fp32, with a scaling for each rank row.
         expanded: Whether one row is all rows of x.
         fields: Of the config.
@@ -69,7 +69,7 @@ def one(
 
     def run(lab: Lab) -> Results:
         m, n, k, r = shape
-        problem = Problem(lab, m, n, k, r, dtype, p, siblings)
+        problem = Problem(lab, m, n, k, r, dtype, p, further_ranks)
         if fp32_factors:
             problem.lora_a, problem.lora_b = lab.rand(r, k), lab.rand(n, r)
             problem.bias, problem.scaling = lab.rand(n), torch.linspace(0.1, 2.0, r)
@@ -325,7 +325,7 @@ def sort(count: int, each: int, slots: int, block_m: int) -> Case:
             rows = sort_rows(ids, m, slots)
             pieces = rows.piece_starts(block_m) if block_m else torch.empty(0, dtype=torch.int32)
         expected = [*rows.operator_arguments(), rows.invalid, pieces]
-        assert not block_m or len(pieces) == pieces_length(m, slots, block_m)
+        assert not block_m or len(pieces) == piece_starts_length(m, slots, block_m)
         found = sort_rows_into(
             ids, slots, tuple(torch.full_like(t, True) for t in expected), block_m
         )
@@ -347,7 +347,7 @@ CORE = {
     "expand": one("expand", (40, 300, 1, 16)),
     "dropout": one("dropout", (17, 1, 200, 1), p=0.3),
     "grad_b": one("grad_b", (40, 300, 1, 16)),
-    "grad_a": one("grad_a", (40, 1, 300, 16), p=0.3, siblings=(8,)),
+    "grad_a": one("grad_a", (40, 1, 300, 16), p=0.3, further_ranks=(8,)),
     "mixed step": step((130, 600, 70), dropout=True),
     "mixed expand": mixed("expand", (33, 300, 8), **BIASED),
     "mixed scale": scale(33, 300),
@@ -373,7 +373,7 @@ FURTHER = {
     "grad_b, fp16, fp32 factors": one("grad_b", (33, 275, 1, 5), FP16, fp32_factors=True),
     "grad_b, fp32, six planes": one("grad_b", (200, 40, 1, 24), FP32, splits=6),
     "grad_a, fp16, fp32 factors": one("grad_a", (33, 1, 275, 5), FP16, **FACTORS),
-    "grad_a, six planes": one("grad_a", (390, 1, 128, 16), splits=6, siblings=(16, 16)),
+    "grad_a, six planes": one("grad_a", (390, 1, 128, 16), splits=6, further_ranks=(16, 16)),
     "sums of planes": sums(planes=(5, 6, 7, 9)),
     "sums of planes, fp32": sums(FP32, planes=(6, 5, 10, 7)),
     "mixed linear": mixed("linear", (33, 300, 200), **BIASED),

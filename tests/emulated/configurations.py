@@ -47,7 +47,7 @@ class Configuration(NamedTuple):
     launch: str
     config: KernelConfig
     r: int
-    siblings: int
+    group_size: int
 
     def __str__(self) -> str:
         own = self.config
@@ -66,12 +66,12 @@ def configurations(chip: Chip) -> list[Configuration]:
         for n, k in LAYERS:
             for m in ROWS:
                 for r in RANKS:
-                    for siblings in counts:
+                    for group_size in counts:
                         for mode in (False, True)[: 1 + (name in INVARIANT)]:
-                            sizes = {"m": m, "n": n, "k": k, "r": r, "group_size": siblings}
+                            sizes = {"m": m, "n": n, "k": k, "r": r, "group_size": group_size}
                             own = configs.choose(chip, name, BF16, **sizes, batch_invariant=mode)
                             own = replace(own, splits=min(own.splits, 2))
-                            found.setdefault((name, own), Configuration(name, own, r, siblings))
+                            found.setdefault((name, own), Configuration(name, own, r, group_size))
     return list(found.values())
 
 
@@ -135,16 +135,16 @@ def _one(given: Configuration) -> Case:
 
     def run(lab: Lab) -> Results:
         sizes = sizes_of(given).values()
-        problem = Problem(lab, *sizes, given.r, BF16, 0.3, [given.r] * (given.siblings - 1))
+        problem = Problem(lab, *sizes, given.r, BF16, 0.3, [given.r] * (given.group_size - 1))
         stem = given.launch.removeprefix("coded_")
-        coded = (
+        quantized = (
             make_quantized_weight("nf4 nested", problem.weight) if stem != given.launch else None
         )
-        if coded is not None:
-            problem.weight = coded.quantized_data
+        if quantized is not None:
+            problem.weight = quantized.quantized_data
         found: Results = getattr(problem, stem.removeprefix("lora_"))(given.config)
-        if coded is not None:
-            problem.weight = dequantize(coded)
+        if quantized is not None:
+            problem.weight = dequantize(quantized)
         problem.check(found)
         return found
 
@@ -164,12 +164,12 @@ def _mixed(given: Configuration) -> Case:
             problem.shrink_into(s, given.config)
             problem.check_shrunk(s)
             return {"s": s}
-        coded = make_quantized_weight("nf4 nested", problem.weights[0])
+        quantized = make_quantized_weight("nf4 nested", problem.weights[0])
         if given.launch.startswith("coded_"):
-            problem.weights = [coded.quantized_data]
+            problem.weights = [quantized.quantized_data]
         y = problem.run(kernel, given.config, splits=2)
         if given.launch.startswith("coded_"):
-            problem.weights = [dequantize(coded)]
+            problem.weights = [dequantize(quantized)]
         problem.check(y)
         return {"y": y}
 

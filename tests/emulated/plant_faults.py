@@ -98,7 +98,7 @@ def cases() -> dict[str, Callable[[lab.Lab], dict[str, torch.Tensor]]]:
         "linear, long": known.one("linear", (17, 72, 1032, 16)),
         "grad_x, long": known.one("grad_x", (17, 1032, 72, 16), p=0.3),
         "grad_b, long": known.one("grad_b", (530, 72, 1, 16), splits=1),
-        "grad_a, long": known.one("grad_a", (530, 1, 72, 16), p=0.3, siblings=(8,), splits=1),
+        "grad_a, long": known.one("grad_a", (530, 1, 72, 16), p=0.3, further_ranks=(8,), splits=1),
         "mixed linear, long": known.mixed("linear", (17, 72, 1032), ranks=known.SERVED),
         "mixed shrink, long": known.mixed("shrink", (17, 1, 1032), ranks=known.SERVED),
         "mixed step, few rows": known.step((5, 600, 70), dropout=True),
@@ -120,7 +120,7 @@ def other_sizes() -> dict[str, Callable[[lab.Lab], dict[str, torch.Tensor]]]:
 
     fp16, fp32, nested = known.FP16, known.FP32, "nf4 nested"
     return {
-        "grad_a, 33 rows": known.one("grad_a", (33, 1, 300, 16), p=0.3, siblings=(8,)),
+        "grad_a, 33 rows": known.one("grad_a", (33, 1, 300, 16), p=0.3, further_ranks=(8,)),
         "shrink, fp32, 5 rows": known.one("shrink", (5, 1, 200, 5), fp32, splits=5),
         "codes, nf4 nested, long": known.quantized(nested, (64, 33, 1280, 40)),
         "codes, nf4 nested, 5 outputs": known.quantized(nested, (64, 5, 320, 40)),

@@ -20,7 +20,7 @@ KEY = json.loads(os.environ["EMULATE_RECORD"])
 assert KEY["triton"] == triton.__version__
 # Tests of tests/kernels that the emulator cannot run, by a part of their name.
 LEFT_OUT = {
-    "test_kept.py": "needs streams and graphs of CUDA",
+    "test_cached_gpu_launches.py": "needs streams and graphs of CUDA",
     "test_mixed_ops.py::test_cuda_graph": "needs graphs of CUDA",
     "test_a_deleted_adapter_leaves_no_memory_behind": "the emulator keeps the last launch's memory",
 }

@@ -61,7 +61,7 @@ def test_a_file_that_is_skipped_whole_is_written_down_once(tmp_path: Path) -> No
     assert line["outcome"] == "skipped" and "it says why" in line["reason"]
 
 
-def test_sm_100_is_refused_by_name(capsys: pytest.CaptureFixture[str]) -> None:
+def test_sm_100_is_rejected_by_name(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         emulate.main(["--chip", "sm_100"])
     assert "does not execute sm_100" in capsys.readouterr().err

@@ -385,7 +385,7 @@ def test_cp_async_copies_and_fills_with_zeros() -> None:
     assert torch.equal(found, source * odd)
 
 
-def test_what_is_unknown_is_refused() -> None:
+def test_what_is_unknown_raises() -> None:
     for text in (
         "tcgen05.wait::ld.sync.aligned;",
         "add.sat.f32 %a, %b, %c;",

@@ -114,8 +114,8 @@ FAULTS = (
         kind="an old config saved again",
         source="59aa300",
         path="fastlora/model/config.py",
-        before='partial.write_bytes(config_saved_without_weights(folder, text.encode("utf-8")))',
-        after='partial.write_bytes(text.encode("utf-8"))',
+        before='config_bytes_to_write_without_weights(folder, text.encode("utf-8"))',
+        after='text.encode("utf-8")',
         tests=(f"{_FILES}::test_the_config_that_was_replaced_can_be_saved_again",),
     ),
     Fault(

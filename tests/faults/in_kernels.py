@@ -7,7 +7,7 @@ from tests.faults.fault import Fault
 _ONE = "tests/kernels/test_one_adapter.py::"
 _MIXED = "tests/kernels/test_mixed_forward.py::"
 _GRADS = "tests/kernels/test_mixed_lora_grad.py::"
-_LAUNCHES = "tests/ops/test_kept_launches.py::"
+_LAUNCHES = "tests/ops/test_cached_launches.py::"
 
 FAULTS = (
     # ----------------------------------------------------------------------------- one adapter
@@ -19,7 +19,7 @@ FAULTS = (
         "first_r = of_module(module, 0, R, R + R_1, R + R_1 + R_2, NUM_MODULES)",
         "first_r = of_module(module, 0, R, R_1, R_1 + R_2, NUM_MODULES)",
         (
-            "tests/kernels/test_siblings.py::"
+            "tests/kernels/test_shared_input_launches.py::"
             "test_expand_writes_what_a_product_accumulates_on"
             "[float32-True-(70, 33, 33)-(8, 3, 40)]",
         ),
@@ -40,7 +40,7 @@ FAULTS = (
         "kernels/lora_shrink.py",
         "others[i] + tl.cast(r - firsts[i], tl.int64) * stride_ar, rank_rows",
         "others[i] + tl.cast(r - firsts[i], tl.int64) * stride_ak, rank_rows",
-        ("tests/kernels/test_siblings.py::test_shrink[float32-ranks1-72-1]",),
+        ("tests/kernels/test_shared_input_launches.py::test_shrink[float32-ranks1-72-1]",),
     ),
     Fault(
         "An element that dropout drops passes where it is not finite.",
@@ -95,7 +95,7 @@ FAULTS = (
         "is_first = first_k == 0",
         "is_first = first_k >= 0",
         (
-            "tests/kernels/test_siblings.py::"
+            "tests/kernels/test_shared_input_launches.py::"
             "test_a_linear_that_splits_k[float32-2-(70, 33, 33)-(8, 3, 40)]",
         ),
     ),
@@ -106,7 +106,7 @@ FAULTS = (
         "kernels/rank_rows.py",
         "for partial in tl.range(0, num_partials, num_stages=1, loop_unroll_factor=IN_FLIGHT):",
         "for partial in tl.range(0, 1, num_stages=1, loop_unroll_factor=IN_FLIGHT):",
-        (f"{_ONE}test_planes_of_s_are_summed_and_stored[float32-2]",),
+        (f"{_ONE}test_partial_sums_of_s_are_added_and_stored[float32-2]",),
     ),
     # ------------------------------------------------------------------------- mixed batches
     Fault(
@@ -116,7 +116,7 @@ FAULTS = (
         "kernels/mixed_rows.py",
         "clean = tl.where(finite, scaled, 0.0)",
         "clean = scaled",
-        (f"{_MIXED}test_rows_are_kept_apart[linear]",),
+        (f"{_MIXED}test_rows_stay_separate[linear]",),
     ),
     Fault(
         "Rows of an id out of range come out finite.",
@@ -144,8 +144,8 @@ FAULTS = (
         "        rank_ptr += module * stride_table\n",
         "",
         (
-            "tests/kernels/test_siblings.py::"
-            "test_siblings_of_a_mixed_batch[float32-1-(70, 5, 33)-expand]",
+            "tests/kernels/test_shared_input_launches.py::"
+            "test_grouped_layers_of_a_mixed_batch[float32-1-(70, 5, 33)-expand]",
         ),
     ),
     Fault(
@@ -240,7 +240,7 @@ FAULTS = (
         path="kernels/launch.py",
         before="                cache.clear()\n",
         after="                pass\n",
-        tests=("tests/ops/test_kept_launches.py::test_looks_are_dropped_past_a_number_of_them",),
+        tests=("tests/ops/test_cached_launches.py::test_looks_are_dropped_past_a_number_of_them",),
     ),
     Fault(
         sentence="Two threads sort a call's arguments by two records, and keep its launches twice.",
@@ -249,7 +249,7 @@ FAULTS = (
         path="kernels/launch.py",
         before="    return _known_groups.setdefault(kinds, found)",
         after="    return found",
-        tests=("tests/ops/test_kept_launches.py::test_two_threads_sort_arguments_alike",),
+        tests=("tests/ops/test_cached_launches.py::test_two_threads_sort_arguments_alike",),
     ),
     # ------------------------------------------------------------------------------ measured rows
     Fault(

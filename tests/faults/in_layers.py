@@ -7,10 +7,10 @@ from tests.faults.fault import Fault
 _GROUP = "fastlora/layers/group_forward.py"
 _MEMBERS = "fastlora/layers/group_members.py"
 _HELD = "fastlora/layers/shared_input.py"
-_KEPT = "tests/conformance/test_conformance.py::test_conformance[changes_are_seen-"
+_CACHED = "tests/conformance/test_conformance.py::test_conformance[changes_are_seen-"
 _APART = "tests/kernels/test_at_once.py::test_a_change_between_the_calls_is_seen"
 _SHARED = "tests/kernels/test_shared_input.py::"
-_NODE = "tests/kernels/test_siblings_node.py::"
+_NODE = "tests/kernels/test_shared_input_node.py::"
 
 FAULTS = (
     # ------------------------------------------------------------------ layers computed at once
@@ -48,7 +48,7 @@ FAULTS = (
         _MEMBERS,
         "            and [*map(_dtype_of, self.tensors)] == self.dtypes\n",
         "",
-        (f"{_NODE}test_a_sibling_that_changed_its_dtype_in_place",),
+        (f"{_NODE}test_a_grouped_layer_that_changed_its_dtype_in_place",),
     ),
     Fault(
         "A frozen layer is in one node with siblings that train, and its output needs a gradient.",
@@ -94,7 +94,7 @@ FAULTS = (
         "            and (not self.quantized or "
         "all(weight.is_unmodified for weight in self.quantized))\n",
         "",
-        ("tests/kernels/test_quantized.py::test_a_write_to_the_second_of_siblings[torchao int8]",),
+        ("tests/kernels/test_quantized.py::test_a_write_to_the_second_layer[torchao int8]",),
     ),
     # ------------------------------------------------------- layers that share their pass over x
     Fault(
@@ -113,7 +113,7 @@ FAULTS = (
         _MEMBERS,
         "    if dropped and mixed:\n        return _DROPOUT\n",
         "",
-        ("tests/kernels/test_mixed_siblings.py::test_what_is_not_shared",),
+        ("tests/kernels/test_mixed_shared_input.py::test_what_is_not_shared",),
     ),
     Fault(
         "A layer takes an s that a sibling made in another block, for other adapters of the rows.",
@@ -122,7 +122,7 @@ FAULTS = (
         _GROUP,
         "return block, autocast, invariant, version, call",
         "return autocast, invariant, version, call",
-        ("tests/kernels/test_mixed_siblings.py::test_what_is_not_shared",),
+        ("tests/kernels/test_mixed_shared_input.py::test_what_is_not_shared",),
     ),
     Fault(
         "A layer takes an s that a sibling made from lora_a as it was before a write.",
@@ -132,7 +132,7 @@ FAULTS = (
         "return _tensor_cache_key(stream, dropout_p, "
         "[a for a in lora_a_by_slot(own) if a is not None])",
         "return _tensor_cache_key(stream, dropout_p, [])",
-        ("tests/kernels/test_mixed_siblings.py::test_what_is_not_shared",),
+        ("tests/kernels/test_mixed_shared_input.py::test_what_is_not_shared",),
     ),
     # ---------------------------------------------------------- results of a shared-input group
     Fault(
@@ -178,7 +178,7 @@ FAULTS = (
         _HELD,
         "known = weakref.ref(x, functools.partial(self._drop_of_freed, location))",
         "known = weakref.ref(x)",
-        ("tests/kernels/test_at_once.py::test_nothing_is_kept_of_a_tensor_that_is_gone",),
+        ("tests/kernels/test_at_once.py::test_nothing_stays_cached_of_a_tensor_that_is_gone",),
     ),
     Fault(
         "What nobody took is kept after the forward of its model.",
@@ -266,7 +266,7 @@ FAULTS = (
         "fastlora/layers/base_adapter_layer.py",
         "        if mode != self.training:\n            clear_layer_caches(self)\n",
         "",
-        (f"{_KEPT}model-mixed-dora-base-trains]",),
+        (f"{_CACHED}model-mixed-dora-base-trains]",),
     ),
     Fault(
         "An evaluation uses packs from before a training forward, behind which a step may follow.",
@@ -275,7 +275,7 @@ FAULTS = (
         "fastlora/layers/linear_forward.py",
         "        weights_versions.trained = WeightsVersion()  # An optimizer step may follow.\n",
         "        pass\n",
-        (f"{_KEPT}model-mixed-plain]",),
+        (f"{_CACHED}model-mixed-plain]",),
     ),
     Fault(
         "A step of an optimizer that moves no version ends nothing that was kept.",
@@ -341,7 +341,7 @@ FAULTS = (
         "fastlora/layers/packed_factors.py",
         "(factors.dropout_p or factors.lora_a.device != call.x.device)",
         "factors.lora_a.device != call.x.device",
-        (f"{_KEPT}model-mixed-plain]",),
+        (f"{_CACHED}model-mixed-plain]",),
     ),
     # ----------------------------------------------------------------------------------- DoRA
     Fault(
@@ -443,7 +443,7 @@ FAULTS = (
         "            matrix = weight.merge_buffer().clone() if weight.in_place "
         "else weight.merge_buffer()\n            new_bias",
         "            matrix = weight.merge_buffer()\n            new_bias",
-        ("tests/layers/test_dora_merging.py::test_merges_that_are_refused",),
+        ("tests/layers/test_dora_merging.py::test_merges_that_raise",),
     ),
     Fault(
         "Another adapter becomes active while the one before stays in the weight.",
@@ -471,7 +471,7 @@ FAULTS = (
         "fastlora/layers/quantized_base.py",
         "if watched is not None and stamp.matches(*watched):",
         "if watched is not None:",
-        ("tests/layers/test_quantized_kinds.py::test_what_was_found_is_kept",),
+        ("tests/layers/test_quantized_kinds.py::test_what_was_found_is_cached",),
     ),
     Fault(
         "Codes that a captured graph reads are freed when the layer clears its caches.",
@@ -598,7 +598,7 @@ FAULTS = (
         path="fastlora/layers/merging.py",
         before="        self._unmerged = self.merge_error = None\n",
         after="        self.merge_error = None\n",
-        tests=("tests/layers/test_layers.py::test_unmerging_frees_what_a_merge_kept",),
+        tests=("tests/layers/test_layers.py::test_unmerging_frees_what_a_merge_saved",),
     ),
     Fault(
         sentence="A backward reads codes that were written to after its forward.",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from tests.faults.fault import Fault
 
 _BIASES = "tests/model/test_base_biases.py"
-_CALLS = "tests/integrations/test_at_home_calls.py"
+_CALLS = "tests/integrations/test_peft_compatibility_calls.py"
 _DROPIN = "tests/model/test_dropin.py"
 _HOTSWAP = "tests/model/test_hotswap.py"
 _PATTERNS = "tests/test_patterns.py"
@@ -43,7 +43,7 @@ FAULTS = (
         path="fastlora/model/hotswap.py",
         before='            groups = count_rank_blocks(layer, "lora_A")\n',
         after="            groups = 1\n",
-        tests=(f"{_HOTSWAP}::test_a_rank_that_groups_do_not_divide_is_refused",),
+        tests=(f"{_HOTSWAP}::test_a_rank_that_groups_do_not_divide_raises",),
     ),
     Fault(
         sentence="A hot swap puts rows of other tokens into an adapter's trained rows.",
@@ -61,7 +61,7 @@ FAULTS = (
         path="fastlora/model/weighted.py",
         before="    if len(weights) != len(adapters):\n",
         after="    if len(weights) != len(configs):\n",
-        tests=("tests/algebra/test_weighted.py::test_two_copies_of_one_module_are_refused",),
+        tests=("tests/algebra/test_weighted.py::test_two_copies_of_one_module_raise",),
     ),
     Fault(
         sentence="The base biases of an idle adapter train with the active one's factors.",
@@ -207,9 +207,7 @@ FAULTS = (
         path="fastlora/model/targets.py",
         before="        if wrapped[name]:\n            raise UnsupportedLayerError(",
         after="        if wrapped[name] is None:\n            raise UnsupportedLayerError(",
-        tests=(
-            "tests/layers/test_modules_to_save.py::test_what_would_reach_into_a_copy_is_refused",
-        ),
+        tests=("tests/layers/test_modules_to_save.py::test_what_would_reach_into_a_copy_raises",),
     ),
     Fault(
         sentence="Names of experts are read as a whole, where PEFT reads their last part.",
@@ -218,7 +216,7 @@ FAULTS = (
         path="fastlora/model/stacked_experts.py",
         before='    leaf = entry.rpartition(".")[2]\n    return leaf if',
         after="    leaf = entry\n    return leaf if",
-        tests=("tests/model/test_experts.py::test_names_of_experts_are_refused",),
+        tests=("tests/model/test_experts.py::test_names_of_experts_raise",),
     ),
     Fault(
         sentence="A config that names experts of a mixture trains its other modules alone.",
@@ -227,7 +225,7 @@ FAULTS = (
         path="fastlora/model/stacked_experts.py",
         before="    if unsupported:\n        raise UnsupportedLayerError(",
         after="    if unsupported and not adapts:\n        raise UnsupportedLayerError(",
-        tests=("tests/model/test_experts.py::test_names_of_experts_are_refused",),
+        tests=("tests/model/test_experts.py::test_names_of_experts_raise",),
     ),
     Fault(
         sentence="The config that a user hands to from_pretrained is not the model's own.",
@@ -236,7 +234,7 @@ FAULTS = (
         path="fastlora/model/lora_model.py",
         before="            plan = replace(plan, config=config)\n        self = cls.__new__(cls)\n",
         after="        self = cls.__new__(cls)\n",
-        tests=(f"{_CALLS}::test_a_config_given_to_from_pretrained_is_kept",),
+        tests=(f"{_CALLS}::test_a_config_given_to_from_pretrained_is_not_copied",),
     ),
     Fault(
         sentence="A file without a task does not name the base model's class.",

@@ -6,7 +6,7 @@ from tests.faults.fault import Fault
 
 _PACKED = "tests/ops/test_packed.py::"
 _CONFORMS = "tests/conformance/test_conformance.py::test_conformance"
-_NODE = "tests/kernels/test_siblings_node.py::"
+_NODE = "tests/kernels/test_shared_input_node.py::"
 
 FAULTS = (
     # ------------------------------------------------------------------------------------ rows

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tests.faults.fault import Fault
 
-_REFUSALS = "tests/pool/test_pool_refusals.py"
+_ERRORS = "tests/pool/test_pool_errors.py"
 _SCALES = "tests/pool/test_pool_scales.py"
 _THREADS = "tests/pool/test_pool_threads.py"
 
@@ -33,7 +33,7 @@ FAULTS = (
         after="""\
                 self._tables.clear_column(column)
 """,
-        tests=(f"{_REFUSALS}::test_an_adapter_that_fails_last_leaves_the_slot",),
+        tests=(f"{_ERRORS}::test_an_adapter_that_fails_last_leaves_the_slot",),
     ),
     Fault(
         sentence="A hot swap in the pool gives the new adapter another slot than the old one had.",
@@ -58,7 +58,7 @@ FAULTS = (
         if now:
             self._evict_until_room({name: image})
 """,
-        tests=(f"{_REFUSALS}::test_a_load_that_fails",),
+        tests=(f"{_ERRORS}::test_a_load_that_fails",),
     ),
     Fault(
         sentence="An adapter is in no tier after another one of its batch failed to be copied.",
@@ -178,7 +178,7 @@ FAULTS = (
                 own[method] = before
 """,
         after="            del own[method]\n",
-        tests=(f"{_REFUSALS}::test_close_gives_back_methods_of_the_instance",),
+        tests=(f"{_ERRORS}::test_close_gives_back_methods_of_the_instance",),
     ),
     Fault(
         sentence="The size of an adapter is checked after its tensors have been read.",
@@ -193,7 +193,7 @@ FAULTS = (
             yield opened
             self._check_bytes(opened.weights_file_size, str(folder))
 """,
-        tests=(f"{_REFUSALS}::test_limits_are_checked_before_a_tensor_is_read[bytes]",),
+        tests=(f"{_ERRORS}::test_limits_are_checked_before_a_tensor_is_read[bytes]",),
     ),
     Fault(
         sentence="A pool follows links out of the folder that adapters must be in.",
@@ -202,7 +202,7 @@ FAULTS = (
         path="fastlora/pool/reader.py",
         before="open_adapter_folder(folder, self._root, self._limits) as opened:",
         after="open_adapter_folder(folder, None, self._limits) as opened:",
-        tests=(f"{_REFUSALS}::test_files_outside_the_root",),
+        tests=(f"{_ERRORS}::test_files_outside_the_root",),
     ),
     Fault(
         sentence="A pool reads the tensors of other files than those that it has checked.",
@@ -216,7 +216,7 @@ FAULTS = (
             with open_adapter_folder(folder, self._root) as again:
                 return self._pack(again.config, locations, again.load().tensors, str(folder))
 """,
-        tests=(f"{_REFUSALS}::test_a_file_is_read_as_it_was_checked",),
+        tests=(f"{_ERRORS}::test_a_file_is_read_as_it_was_checked",),
     ),
     Fault(
         sentence="A config may be as large as for any model, however few modules the pool has.",
@@ -225,7 +225,7 @@ FAULTS = (
         path="fastlora/pool/reader.py",
         before="config=min(_CONFIG_BYTES + names, MAX_CONFIG_BYTES),",
         after="config=MAX_CONFIG_BYTES,",
-        tests=(f"{_REFUSALS}::test_configs_are_bounded_by_what_the_modules_need",),
+        tests=(f"{_ERRORS}::test_configs_are_bounded_by_what_the_modules_need",),
     ),
     Fault(
         sentence="A batch by names is planned for the pool's largest rank, not for its own.",
@@ -240,7 +240,7 @@ FAULTS = (
         lease = exit_stack.enter_context(pool.lease(names))
         max_rank = pool.max_rank or lease.max_rank
 """,
-        tests=(f"{_REFUSALS}::test_blocks_by_name_plan_for_the_ranks_that_they_use",),
+        tests=(f"{_ERRORS}::test_blocks_by_name_plan_for_the_ranks_that_they_use",),
     ),
     Fault(
         sentence="An adapter on the device has the factors of one module on all of them.",
@@ -267,7 +267,7 @@ FAULTS = (
         path="fastlora/pool/tiers.py",
         before="self.staged: WeakValueDictionary[str, PackedAdapter] = WeakValueDictionary()",
         after="self.staged: dict[str, PackedAdapter] = {}",
-        tests=("tests/pool/test_pool.py::test_what_found_no_room_is_not_kept",),
+        tests=("tests/pool/test_pool.py::test_what_found_no_room_is_not_cached",),
     ),
     Fault(
         sentence="Images in CPU memory take more than the pool's budget.",

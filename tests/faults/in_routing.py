@@ -28,7 +28,7 @@ FAULTS = (
         "False",
         (
             "tests/routing/test_experts.py::"
-            "test_samples_that_are_not_along_the_first_dimension_are_refused",
+            "test_samples_that_are_not_along_the_first_dimension_raise",
         ),
     ),
     Fault(
@@ -172,7 +172,7 @@ FAULTS = (
         "fastlora/routing/row_rules.py",
         "not row_samples.host_can_read_values(index) or bool((index.flatten().diff() >= 0).all())",
         "True",
-        (f"{_SELECTED}test_rows_out_of_order_are_refused[counted down]",),
+        (f"{_SELECTED}test_rows_out_of_order_raise[counted down]",),
     ),
     Fault(
         "A layer over a table that all samples share gives its rows to adapters.",
@@ -182,7 +182,7 @@ FAULTS = (
         "            if self.order.is_shared_table(x):\n"
         "                self._checks.always_raise_for(layer, _LONE_TABLE)\n",
         "",
-        (f"{_SELECTED}test_a_layer_over_a_table_of_the_model_is_refused",),
+        (f"{_SELECTED}test_a_layer_over_a_table_of_the_model_raises",),
     ),
     # ------------------------------------------------------------ what is kept, and for how long
     Fault(
@@ -219,7 +219,9 @@ FAULTS = (
         path="fastlora/routing/caches.py",
         before="for other, each in self._sets.items() if each.is_valid()]",
         after="for other, each in self._sets.items()]",
-        tests=("tests/routing/test_kept.py::test_sets_of_replaced_factors_are_dropped_together",),
+        tests=(
+            "tests/routing/test_cached_adapter_sets.py::test_sets_of_replaced_factors_are_dropped_together",
+        ),
     ),
     Fault(
         sentence="What a captured graph reads stays in memory after `clear_caches`.",

@@ -180,7 +180,7 @@ FAULTS = (
         path="fastlora/serve/keys.py",
         before="    if key is None:\n        return None\n",
         after="    if not key:\n        return None\n",
-        tests=(f"{_KEYS}::test_an_empty_key_is_refused",),
+        tests=(f"{_KEYS}::test_an_empty_key_is_rejected",),
     ),
     Fault(
         sentence="Every client that has a key may load and unload adapters.",
@@ -216,7 +216,7 @@ FAULTS = (
         self._tokenizer([text], add_special_tokens=special)
         if self._length is not None and self._bound.certainly_exceeds_tokens(text, self._length):
 """,
-        tests=(f"{_PROMPTS}::test_a_long_text_is_refused_without_the_tokenizer",),
+        tests=(f"{_PROMPTS}::test_a_long_text_is_rejected_without_the_tokenizer",),
     ),
     Fault(
         sentence="A name that a client sends begins a line of the log.",
@@ -243,7 +243,7 @@ FAULTS = (
         path="fastlora/serve/exception_handlers.py",
         before='    (PoolClosedError, 503, "server_error", "shutting_down"),\n',
         after="",
-        tests=("tests/serve/test_refusals.py::test_a_pool_that_closes_is_the_servers_end",),
+        tests=("tests/serve/test_client_errors.py::test_a_pool_that_closes_is_the_servers_end",),
     ),
     Fault(
         sentence="Parts of messages are not counted before each of them is checked.",
@@ -252,7 +252,7 @@ FAULTS = (
         path="fastlora/serve/protocol.py",
         before="sum(max(1, len(own)) if isinstance(own, list) else 1 for own in contents)",
         after="len(contents)",
-        tests=("tests/serve/test_refusals.py::test_a_conversation_of_too_many_parts[parts]",),
+        tests=("tests/serve/test_client_errors.py::test_a_conversation_of_too_many_parts[parts]",),
     ),
     Fault(
         sentence="Refused folders that are gone are remembered, and not named when they return.",
@@ -261,7 +261,7 @@ FAULTS = (
         path="fastlora/serve/adapters.py",
         before="        self._rejected = rejected\n",
         after="        self._rejected |= rejected\n",
-        tests=(f"{_LOG}::test_a_refused_folder_is_named_again_when_it_returns",),
+        tests=(f"{_LOG}::test_a_rejected_folder_is_named_again_when_it_returns",),
     ),
     Fault(
         sentence="Answers are held back for more to send, since the socket names no protocol.",

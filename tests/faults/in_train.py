@@ -173,7 +173,7 @@ FAULTS = (
         path="fastlora/train/data/formats.py",
         before="            text.encode()\n",
         after='            text.encode("utf-8", "replace")\n',
-        tests=("tests/train/test_data.py::test_what_is_refused",),
+        tests=("tests/train/test_data.py::test_what_raises",),
     ),
     Fault(
         sentence="A learning rate is taken that overflows in AdamW's first step.",

@@ -50,7 +50,7 @@ TESTS = {
         "tests/routing/test_experts.py",
     ),
     "fastlora/routing/caches.py": (
-        "tests/routing/test_kept.py",
+        "tests/routing/test_cached_adapter_sets.py",
         *_BLOCKS,
         "tests/ops/test_packed.py",
         _CONFORMANCE,
@@ -59,7 +59,7 @@ TESTS = {
         "tests/routing/test_ids.py",
         "tests/routing/test_watch.py",
         "tests/routing/test_in_force.py",
-        "tests/routing/test_kept.py",
+        "tests/routing/test_cached_adapter_sets.py",
         *_BLOCKS,
         _CONFORMANCE,
         "tests/routing/test_selected_rows.py",

@@ -98,7 +98,7 @@ def test_corda_files(tmp_path: Path) -> None:
     assert type(bare.q) is nn.Linear
 
 
-def test_corda_refusals(tmp_path: Path) -> None:
+def test_corda_errors(tmp_path: Path) -> None:
     config = fastlora.LoraConfig(**FIELDS, init_lora_weights="corda", corda_config=CordaConfig())
     with pytest.raises(ConfigError, match="expected run_model or dataloader"):
         fastlora.preprocess_corda(two_layers(), config)
@@ -209,7 +209,7 @@ def test_lora_ga_beside_other_kinds_of_layers() -> None:
     assert adapted.base_model.model.q.lora_B["default"].weight.any()
 
 
-def test_lora_ga_refusals() -> None:
+def test_lora_ga_errors() -> None:
     settings = {"init_lora_weights": "lora_ga", "lora_ga_config": LoraGAConfig()}
     config = fastlora.LoraConfig(**FIELDS, **settings)
     model = two_layers()
@@ -412,7 +412,7 @@ def test_eva_keeps_no_graph_of_a_call_that_makes_one() -> None:
     assert seen and not any(seen)
 
 
-def test_eva_refusals() -> None:
+def test_eva_errors() -> None:
     config = fastlora.LoraConfig(**FIELDS, init_lora_weights="eva", eva_config=EvaConfig(rho=2.0))
     model = fastlora.get_peft_model(two_layers(), config)
     few = [torch.randn(7, 16)]

@@ -200,7 +200,7 @@ def two_layers_of_quantized() -> dict[str, torch.Tensor]:
     return {key: value.contiguous() for key, value in TwoLayers().state_dict().items()}
 
 
-def test_replacing_refusals(tmp_path: Path) -> None:
+def test_replacing_errors(tmp_path: Path) -> None:
     config = fastlora.LoraConfig(r=4, target_modules=["q"])
     model = fastlora.get_peft_model(quantized_two_layers("bitsandbytes"), config)
     before = copy.deepcopy(layers_of(model)["q"].state_dict())

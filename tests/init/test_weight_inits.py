@@ -165,24 +165,24 @@ def test_conversion_to_plain_lora(init: str, fields: dict[str, Any], tmp_path: P
         torch.testing.assert_close(merged(X), model(X), atol=2e-5, rtol=2e-5)
 
 
-def test_conversion_refusals(tmp_path: Path) -> None:
+def test_conversion_errors(tmp_path: Path) -> None:
     base = two_layers()
     pissa = started(fastlora, copy.deepcopy(base), init_lora_weights="pissa")
     other = started(fastlora, copy.deepcopy(base), init_lora_weights="pissa", r=3)
     other.save_pretrained(tmp_path / "other")
     target = tmp_path / "out"
 
-    def refused(model: Any, words: str, initial: str = "other") -> None:
+    def check_raises(model: Any, words: str, initial: str = "other") -> None:
         with pytest.raises(FastLoraError, match=words):
             model.save_pretrained(
                 target, path_initial_model_for_weight_conversion=tmp_path / initial
             )
         assert not target.exists()
 
-    refused(pissa, r"has shape \(3, 16\) for 'base_model.model.q.lora_A.weight', expected")
-    refused(pissa, "no such folder", "missing")
+    check_raises(pissa, r"has shape \(3, 16\) for 'base_model.model.q.lora_A.weight', expected")
+    check_raises(pissa, "no such folder", "missing")
     orthogonal = started(fastlora, copy.deepcopy(base), init_lora_weights="orthogonal")
-    refused(orthogonal, "supports only .*PiSSA.* got init_lora_weights='orthogonal'")
+    check_raises(orthogonal, "supports only .*PiSSA.* got init_lora_weights='orthogonal'")
     words = "Passing `path_initial_model_for_weight_conversion` to `save_pretrained` is not"
     for pattern in ("rank_pattern", "alpha_pattern"):
         fields = {"use_rslora": True, pattern: {"q": 3}}
@@ -191,7 +191,7 @@ def test_conversion_refusals(tmp_path: Path) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model = started(fastlora, copy.deepcopy(base), init_lora_weights="pissa", **fields)
-        refused(model, words)
+        check_raises(model, words)
 
 
 def test_mica_trains_a_alone(tmp_path: Path) -> None:
@@ -261,12 +261,12 @@ def test_what_cannot_start_leaves_the_model_as_it_was(
     model = two_layers()
     if damage is not None:
         damage(model)
-    refused = functools.partial(pytest.raises, InitializationError, match=words)
-    with unchanged(model), refused():
+    check_raises = functools.partial(pytest.raises, InitializationError, match=words)
+    with unchanged(model), check_raises():
         started(fastlora, model, init_lora_weights=init, **fields)
     # And where an adapter is there already.
     adapted = fastlora.get_peft_model(model, fastlora.LoraConfig(**FIELDS))
-    with unchanged(adapted), refused(), warnings.catch_warnings():
+    with unchanged(adapted), check_raises(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         config = fastlora.LoraConfig(**{**FIELDS, **fields}, init_lora_weights=init)
         adapted.add_adapter("more", config)
@@ -394,26 +394,26 @@ def test_what_cannot_go_without_its_own_base_weights(tmp_path: Path) -> None:
     tensors = {k: v for k, v in model.state_dict().items() if "lora_" in k}
     pissa = model.peft_config["default"]
 
-    def refused(words: str, call: Callable[..., Any], *args: Any, **options: Any) -> None:
+    def check_raises(words: str, call: Callable[..., Any], *args: Any, **options: Any) -> None:
         with pytest.raises(
             FastLoraError, match=f"'pissa': this adapter .*{words}.* does not reproduce"
         ):
             call(*args, **options)
 
-    refused("that replaces 'default'", plain.load_adapter, tmp_path, "default")
-    refused("that replaces", fastlora.hotswap_adapter, plain, tmp_path, "default")
-    refused(
+    check_raises("that replaces 'default'", plain.load_adapter, tmp_path, "default")
+    check_raises("that replaces", fastlora.hotswap_adapter, plain, tmp_path, "default")
+    check_raises(
         "place", fastlora.hotswap_adapter_from_state_dict, plain, tensors, "default", config=pissa
     )
     assert all(value.equal(before[key]) for key, value in plain.state_dict().items())
     fastlora.hotswap_adapter(model, tmp_path, "default")  # over itself
-    refused("computed from this one", fastlora.reduce_rank, model, 2)
-    refused(
+    check_raises("computed from this one", fastlora.reduce_rank, model, 2)
+    check_raises(
         "computed from this one", model.add_weighted_adapter, ["default"], [0.5], "sum", "linear"
     )
     assert list(model.peft_config) == ["default"]
     with fastlora.AdapterPool(two_layers(), max_adapters=2, target_modules=["q", "v"]) as pool:
-        refused("an adapter pool", pool.register, "a", tmp_path)
+        check_raises("an adapter pool", pool.register, "a", tmp_path)
 
 
 def test_every_name_is_known_to_the_config() -> None:

@@ -160,7 +160,7 @@ def test_injected_adapters_are_patched(library: Any) -> None:
     assert more is model and set(model.q.lora_A) == {"default", "more"}
 
 
-def test_injections_that_are_refused() -> None:
+def test_injections_that_raise() -> None:
     """They leave the model as it was."""
     model = adapted()
     names = [name for name, _ in model.named_modules()]

@@ -238,8 +238,8 @@ def test_mixed_batches_that_cannot_be_routed_are_pefts_own() -> None:
         "d", peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"])
     )
     ids = torch.randint(0, 97, (2, 6))
-    refused = pytest.raises(fastlora.FastLoraError, match="lm_head.*adapter_names=")
-    with refused, fastlora.adapters(patched, ["a", "b"]):
+    raises_error = pytest.raises(fastlora.FastLoraError, match="lm_head.*adapter_names=")
+    with raises_error, fastlora.adapters(patched, ["a", "b"]):
         patched(input_ids=ids)
     with pytest.raises(TypeError, match="got a Linear"), fastlora.adapters(nn.Linear(2, 2), ["a"]):
         pass

@@ -51,7 +51,7 @@ def test_status_and_conversion(tmp_path: Path) -> None:
     torch.testing.assert_close(again(X).detach(), model(X).detach(), rtol=1e-4, atol=1e-5)
 
 
-def test_a_base_model_with_layers_of_ours_is_refused(tmp_path: Path) -> None:
+def test_a_base_model_with_layers_of_ours_raises(tmp_path: Path) -> None:
     """It is no model of PEFT's either, although its layers are PEFT's by registration."""
     base = adapted().get_base_model()
     for call in (

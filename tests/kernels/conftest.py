@@ -108,7 +108,7 @@ def on_the_labs_device(lab: Lab) -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def nothing_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def nothing_cached(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every call chooses and launches by itself: tests replace what that goes by."""
     if native():
         from fastlora.kernels import launch

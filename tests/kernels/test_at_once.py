@@ -196,7 +196,7 @@ def test_outputs_are_ones_own(launches: list[str]) -> None:
     assert v.any() and launches.count("linear 3") == 1
 
 
-def test_nothing_is_kept_of_a_tensor_that_is_gone() -> None:
+def test_nothing_stays_cached_of_a_tensor_that_is_gone() -> None:
     """What a sibling left holds activations: nobody can take it once its input is gone."""
     model, x = model_of(), torch.randn(3, 32)
     group = known_group(model.base_model.model.q)

@@ -39,7 +39,7 @@ def batch(
     problem: MixedProblem,
     rows: Sequence[int],
     plan: str = "invariant",
-    siblings: bool = False,
+    grouped: bool = False,
     max_rank: int | None = None,
     slots: Sequence[int] | None = None,
 ) -> torch.Tensor:
@@ -49,7 +49,7 @@ def batch(
         problem: With three modules.
         rows: Rows of ``problem.x``.
         plan: As for the operator.
-        siblings: Whether the three modules share a shrink.
+        grouped: Whether the three modules share a shrink.
         max_rank: Largest rank there may be; the problem's if it is None.
         slots: Where each of the tables' columns comes from: another order of the adapters.
     """
@@ -61,11 +61,11 @@ def batch(
     max_rank = max_rank or problem.max_rank
     columns = torch.tensor(slots, device=problem.x.device)
     tables = [table[:, columns] for table in problem.all_tables]
-    if not siblings:
+    if not grouped:
         tables = [table[:1] for table in tables]
     return OPS.lora_linear_at(
         *(problem.x[list(rows)], problem.weights[0], problem.biases[0], own, None, tables),
-        *(0, max_rank, problem.factor_dtype, plan, [0, 3] if siblings else None),
+        *(0, max_rank, problem.factor_dtype, plan, [0, 3] if grouped else None),
     )[0]
 
 
@@ -76,7 +76,7 @@ def batches(problem: MixedProblem, sizes: Sequence[int]) -> Iterator[tuple[list[
         rows = [chance.randrange(problem.m) for _ in range(size)]
         slots = chance.sample(range(problem.slots), problem.slots)
         largest = (None, 192)[index // 2 % 2]
-        yield rows, {"siblings": index % 2 == 1, "max_rank": largest, "slots": slots}
+        yield rows, {"grouped": index % 2 == 1, "max_rank": largest, "slots": slots}
 
 
 def changed_rows(problem: MixedProblem, sizes: Sequence[int], plan: str) -> int:
@@ -148,7 +148,7 @@ def test_what_is_not_finite_changes_no_other_row(lab: Any) -> None:
 def test_values_of_a_mixed_batch(lab: Any, dtype: torch.dtype, m: int, n: int, k: int) -> None:
     problem = mixed_problem(lab, m, n, k, dtype)
     problem.check(batch(problem, range(m)))
-    problem.check(batch(problem, range(m), siblings=True))
+    problem.check(batch(problem, range(m), grouped=True))
 
 
 def test_rows_of_an_invalid_id_are_nan(lab: Any) -> None:
@@ -235,7 +235,7 @@ def test_training_has_the_forward_of_inference(lab: Any) -> None:
     assert tensors["lora_b"].grad.isfinite().all()
 
 
-def test_refusals_of_functions(lab: Any) -> None:
+def test_errors_of_functions(lab: Any) -> None:
     tensors = one_adapter(lab, 2, 8, 48, 4, torch.float32)
     with fastlora.batch_invariant(), pytest.raises(ImplementationError, match="plan='split'"):
         lora_linear(**tensors, plan="split")

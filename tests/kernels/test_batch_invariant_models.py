@@ -145,7 +145,7 @@ def test_compile(lab: Any, dtype: torch.dtype) -> None:
 # ----------------------------------------------------------------------------------- refusals
 
 
-def refused(model: Any, x: torch.Tensor, ids: Sequence[str | None] | None, match: str) -> None:
+def check_raises(model: Any, x: torch.Tensor, ids: Sequence[str | None] | None, match: str) -> None:
     with pytest.raises(ImplementationError, match=match), fastlora.batch_invariant():
         if ids is None:
             model(x)
@@ -155,44 +155,46 @@ def refused(model: Any, x: torch.Tensor, ids: Sequence[str | None] | None, match
     assert not is_batch_invariant()
 
 
-def test_refusals_of_mixed_batches(lab: Any) -> None:
+def test_errors_of_mixed_batches(lab: Any) -> None:
     model, x = build(lab, torch.float32, (8, 16)), lab.rand(2, 48)
     ids = ["a0", "a1"]
     layer = r"FastLoraLinear with base layer FastLoraLinear \(48 to 64 features\) cannot run"
-    refused(model, x, ids, f"{layer}.*choose their tiles by batch")
+    check_raises(model, x, ids, f"{layer}.*choose their tiles by batch")
     with torch.no_grad():
         with torch.autocast(lab.device.type, torch.bfloat16):
-            refused(model, x, ids, "autocast is on; convert the model to torch.bfloat16")
-        refused(model.train(), x, ids, "choose their tiles by batch")
+            check_raises(model, x, ids, "autocast is on; convert the model to torch.bfloat16")
+        check_raises(model.train(), x, ids, "choose their tiles by batch")
         hook = model.base_model.model.gate.lora_A["a0"].register_forward_hook(lambda *_: None)
-        refused(model.eval(), x, ids, "a factor that has hooks")
+        check_raises(model.eval(), x, ids, "a factor that has hooks")
         hook.remove()
-        refused(model.double(), x.double(), ids, "the kernels support fp16, bf16 and fp32")
+        check_raises(model.double(), x.double(), ids, "the kernels support fp16, bf16 and fp32")
         use_impl(model.float(), "eager")
-        refused(model, x, ids, "impl='eager' cannot run in batch-invariant mode")
+        check_raises(model, x, ids, "impl='eager' cannot run in batch-invariant mode")
         with fastlora.adapters(model, ids):
             assert model(x).isfinite().all()
 
 
-def test_refusals_of_one_adapter(lab: Any) -> None:
+def test_errors_of_one_adapter(lab: Any) -> None:
     config = fastlora.LoraConfig(r=4, target_modules=["gate"], lora_dropout=0.5)
     model = fastlora.get_peft_model(Gated(48, 64, called=False).to(lab.device), config)
     x = lab.rand(2, 48)
-    refused(model.train(), x, None, "dropout_p=0.5 is not supported .* its position in the batch")
+    check_raises(
+        model.train(), x, None, "dropout_p=0.5 is not supported .* its position in the batch"
+    )
     model.eval()
     with model.disable_adapter():
-        refused(
+        check_raises(
             model,
             x,
             None,
             "no adapter is active; for rows without an adapter, pass None in fastlora.adapters",
         )
     hook = model.base_model.model.gate.lora_A["default"].register_forward_hook(lambda *_: None)
-    refused(model, x, None, "a factor with hooks")
+    check_raises(model, x, None, "a factor with hooks")
     hook.remove()
 
 
-def test_refusals_of_wrapped_layers(lab: Any) -> None:
+def test_errors_of_wrapped_layers(lab: Any) -> None:
     """A base layer that is called as it is: named, before it runs."""
 
     class Own(nn.Linear):
@@ -206,5 +208,5 @@ def test_refusals_of_wrapped_layers(lab: Any) -> None:
     x = lab.rand(2, 48)
     match = r"FastLoraWrapper with base layer Own \(48 to 64 features\).*its base layer's own GEMM"
     with torch.no_grad():
-        refused(model, x, None, match)
-        refused(model, x, ["default", None], match)
+        check_raises(model, x, None, match)
+        check_raises(model, x, ["default", None], match)

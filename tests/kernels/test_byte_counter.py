@@ -155,7 +155,7 @@ def test_bytes_read_in_two_widths_count_once() -> None:
     check(counter.total, Form({"x": (20, 24)}, {"out": (4, 4)}))
 
 
-def test_register_refuses_what_it_cannot_attribute() -> None:
+def test_register_raises_for_what_it_cannot_attribute() -> None:
     x = torch.rand(4, 8)
     counter = ByteCounter(x=[x[:2]])
     with pytest.raises(ValueError, match="x and rest share memory"):

@@ -81,7 +81,7 @@ def expected(problem: Problem, launch: str, more: bool, config: KernelConfig) ->
     return {"shrink": byte_forms.shrink, "dropout": byte_forms.dropout}[launch](sizes, config)
 
 
-def test_planes_of_a_linear_and_of_what_an_expand_reads(lab: Lab) -> None:
+def test_partial_sums_of_a_linear_and_of_what_an_expand_reads(lab: Lab) -> None:
     """Siblings on one grid, whose linear splits K, and whose expand makes y from planes of s."""
     m, k, r, ns = 33, 128, 16, (70, 64)
     x, s, scaling = lab.rand(m, k, dtype=HALF), lab.rand(4, m, 2 * r), torch.ones(1)

@@ -59,17 +59,17 @@ def test_every_choice_is_shipped_and_valid(chip: Chip) -> None:
         taken = set()
         for dtype, precision in KINDS:
             options: dict[str, Any] = {"input_precision": precision}
-            for m, n, r, siblings in itertools.product(ROWS, WIDTHS, RANKS, counts):
+            for m, n, r, group_size in itertools.product(ROWS, WIDTHS, RANKS, counts):
                 for k in (16, n):
                     config = choose(
-                        chip, launch, dtype, m=m, n=n, k=k, r=r, group_size=siblings, **options
+                        chip, launch, dtype, m=m, n=n, k=k, r=r, group_size=group_size, **options
                     )
-                    assert config.group_size == siblings
+                    assert config.group_size == group_size
                     key = (dtype, replace(config, splits=1, group_size=1))
                     if launch in SUMS:
                         key = (BF16, key[1])
                     assert key in shipped, (launch, key)
-                    assert siblings <= most[key].group_size
+                    assert group_size <= most[key].group_size
                     taken.add(key)
         for entry in found:
             assert is_valid(chip, launch, entry.config, entry.dtype.itemsize), entry
@@ -291,7 +291,7 @@ def test_dx_has_the_columns_of_x() -> None:
 @pytest.mark.parametrize(
     ("m", "n"), [(2048, 2048), (1024, 1024), (1024, 4096), (8192, 4096), (8192, 1024), (512, 14336)]
 )
-def test_grad_b_fills_the_chip_with_few_planes(m: int, n: int) -> None:
+def test_grad_b_fills_the_chip_with_few_partial_sums(m: int, n: int) -> None:
     """Planes of both kinds take at most half more than the fewest bytes of any filling grid."""
     config = chosen("lora_grad_b", m=m, n=n, r=16)
     columns, splits = cdiv(n, config.block_n), config.splits
@@ -307,11 +307,13 @@ def test_grad_b_takes_wide_tiles_where_rows_abound() -> None:
     assert (config.block_n, config.splits) == (256, 8)
 
 
-@pytest.mark.parametrize(("siblings", "r", "block_r"), [(1, 64, 64), (3, 64, 64), (4, 64, 32)])
-def test_siblings_share_the_rank_rows_of_a_tile(siblings: int, r: int, block_r: int) -> None:
-    config = chosen("lora_grad_a", m=2048, k=2048, r=r, group_size=siblings)
+@pytest.mark.parametrize(("group_size", "r", "block_r"), [(1, 64, 64), (3, 64, 64), (4, 64, 32)])
+def test_grouped_layers_share_the_rank_rows_of_a_tile(
+    group_size: int, r: int, block_r: int
+) -> None:
+    config = chosen("lora_grad_a", m=2048, k=2048, r=r, group_size=group_size)
     assert config.block_r == block_r
-    assert siblings * block_r <= 192
+    assert group_size * block_r <= 192
 
 
 def test_few_columns_take_a_narrow_block() -> None:
@@ -384,7 +386,7 @@ def test_unknown_chip_and_dtype_are_named() -> None:
             choose(H100, launch, torch.float64, m=1, n=64, k=64, r=8)
 
 
-def test_predicate_refuses() -> None:
+def test_predicate_rejects() -> None:
     fine = KernelConfig(block_m=128, block_n=128, block_k=64, block_r=16, num_warps=8, num_stages=4)
     grad = KernelConfig(block_m=64, block_n=256, block_r=64, num_warps=8, num_stages=3)
     for launch, config in (("lora_linear", fine), ("lora_grad_b", grad)):

@@ -48,7 +48,7 @@ def test_factors_wider_than_rows(lab: Any) -> None:
     assert spoilt[0].isnan().all() and torch.equal(spoilt[1:], y[1:])
 
 
-def test_siblings_may_have_made_s(lab: Any) -> None:
+def test_other_layers_of_a_group_may_have_made_s(lab: Any) -> None:
     """Where they did, lora_a is not gathered again."""
     ranks = (RANKS, (8, 0, 16, 1, 24, 3, 2))
     problem = MixedProblem(lab, draw_ids(33, 7), ranks, 100, [64, 33], torch.float32, biased=(1,))
@@ -107,7 +107,7 @@ def test_a_cuda_graph_replays_any_mix(lab: Any) -> None:
         problem.check(y)
 
 
-def test_too_many_rank_rows_are_refused(lab: Any) -> None:
+def test_too_many_rank_rows_raise(lab: Any) -> None:
     large = MixedProblem(lab, [0, 4], [(64, 1, 1, 1, 8)], 48, [40], torch.float32)
     message = "5 slots of rank 64 are 320 rank rows, expected at most 256"
     with pytest.raises(ValueError, match=message):

@@ -54,7 +54,7 @@ def test_rows_of_a_sample(lab: Lab, impl: str) -> None:
     problem.check(problem.run(impl=impl))
 
 
-def test_rows_are_kept_apart(lab: Lab, impl: str) -> None:
+def test_rows_stay_separate(lab: Lab, impl: str) -> None:
     """Neither NaN in another row, nor one among another's scales, reaches a row."""
     problem = ScaleProblem(lab, draw_ids(40, 3), 3, 50, torch.float32, scaled=(0, 1))
     clean = problem.run(impl=impl)

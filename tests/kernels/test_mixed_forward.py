@@ -46,7 +46,7 @@ def test_number_of_adapters(lab: Lab, kernel: str, slots: int) -> None:
         *(("expand", block_r, splits) for block_r in (16, 64) for splits in (1, 4)),
     ],
 )
-def test_every_chunk_and_plane(lab: Lab, kernel: str, block_r: int, splits: int) -> None:
+def test_every_chunk_and_partial_sum(lab: Lab, kernel: str, block_r: int, splits: int) -> None:
     slots = 64 if kernel == "expand" else 8
     ranks = [[RANKS[slot % 8] for slot in range(slots)]]
     ids, biased = draw_ids(40, slots), range(0, 8, 2)
@@ -84,7 +84,7 @@ def test_plain_batches(lab: Lab, dtype: torch.dtype, kernel: str, ids: list[int]
 
 
 @EVERY_KERNEL
-def test_siblings_of_different_widths(lab: Lab, dtype: torch.dtype, kernel: str) -> None:
+def test_grouped_layers_of_different_widths(lab: Lab, dtype: torch.dtype, kernel: str) -> None:
     problem = MixedProblem(lab, draw_ids(33, 8), THREE, 40, [64, 24, 33], dtype, biased=(2, 5))
     for g in range(3):
         problem.check(problem.run(kernel, g=g, splits=2), g)
@@ -128,7 +128,7 @@ def test_one_rounding(lab: Lab) -> None:
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 @EVERY_KERNEL
-def test_rows_are_kept_apart(lab: Lab, kernel: str) -> None:
+def test_rows_stay_separate(lab: Lab, kernel: str) -> None:
     """Whatever is not finite in one adapter's factors or in one row stays in its own rows."""
     ranks, ids = [(3, 8, 24, 16, 1)], draw_ids(40, 5)
     problem = MixedProblem(lab, ids, ranks, 24, [40], torch.float32, biased=(1, 2))

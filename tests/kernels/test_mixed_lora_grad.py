@@ -50,7 +50,7 @@ def test_adapters_over_several_runs(lab: Any, dtype: torch.dtype, rows: int) -> 
     problem.check(problem.run())
 
 
-def test_siblings_from_one_read_of_x(lab: Any, dtype: torch.dtype) -> None:
+def test_grouped_layers_from_one_read_of_x(lab: Any, dtype: torch.dtype) -> None:
     """Two modules' gradients from one launch; under dropout from one each, with its own mask."""
     one = GradProblem(lab, mix(40), 20, 40, dtype, ranks=(1, 3, 8, 16, 24, 0, 16), dropout=True)
     other = GradProblem(lab, one.ids, 33, 40, dtype, ranks=(16, 0, 1, 5, 24, 8, 3), dropout=True)
@@ -138,7 +138,7 @@ def test_strides(lab: Any) -> None:
     ("plan", "dropout"), [("split", False), ("fused", True)], ids=["split", "fused-dropout"]
 )
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
-def test_rows_are_kept_apart(lab: Any, plan: str, dropout: bool) -> None:
+def test_rows_stay_separate(lab: Any, plan: str, dropout: bool) -> None:
     """Whatever is not finite in an adapter, or in a row of x or dy, reaches nobody else."""
     ranks = (1, 3, 8, 16, 24)
     ids = [row % 6 - 1 for row in range(20)]

@@ -66,7 +66,7 @@ def test_rows_of_x_and_y(lab: Any, problem: MixedProblem) -> None:
     scaled.check(scaled.run(y.copy_(scaled.y)))
 
 
-def test_planes_and_modules_of_s(
+def test_partial_sums_and_modules_of_s(
     lab: Any, problem: MixedProblem, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     strides = (PLANE_STRIDE, MODULE_STRIDE, 128, 1)

@@ -36,7 +36,7 @@ def linear(
 
 
 @pytest.mark.parametrize("plan", ["fused", "split"])
-def test_siblings_share_one_shrink(lab: Any, plan: str) -> None:
+def test_grouped_layers_share_one_shrink(lab: Any, plan: str) -> None:
     problem = MixedProblem(lab, draw_ids(33, 8), THREE, 600, [64, 24, 33], torch.float32)
     y, s = OPS.lora_linear_at(*problem.group_arguments(plan))
     problem.check(y)
@@ -122,14 +122,16 @@ def test_compile(lab: Any) -> None:
     """Traced once for any number of rows, without a break."""
 
     @torch.compile(backend="aot_eager", fullgraph=True, dynamic=True)
-    def siblings(first: tuple[Any, ...], others: list[tuple[Any, ...]]) -> list[torch.Tensor]:
+    def grouped_linears(
+        first: tuple[Any, ...], others: list[tuple[Any, ...]]
+    ) -> list[torch.Tensor]:
         y, s = OPS.lora_linear_at(*first)
         return [y, *(OPS.lora_linear_at(*a[:4], s, *a[5:-1], [0, 3])[0] for a in others)]
 
     for m in (20, 24, 40):
         problem = MixedProblem(lab, draw_ids(m, 8), THREE, 72, [64, 24, 33], torch.float32)
         others = [problem.linear_arguments(g) for g in (1, 2)]
-        for g, y in enumerate(siblings(problem.group_arguments(), others)):
+        for g, y in enumerate(grouped_linears(problem.group_arguments(), others)):
             problem.check(y, g)
 
 

@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from fastlora.ops.rows import Rows, pieces_length, sort_rows
+from fastlora.ops.rows import Rows, piece_starts_length, sort_rows
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -18,7 +18,7 @@ from tests.support.kernels.lab import Lab
 
 
 def sizes(m: int, slots: int, block_m: int) -> tuple[int, ...]:
-    entries = pieces_length(m, slots, block_m) if block_m else 0
+    entries = piece_starts_length(m, slots, block_m) if block_m else 0
     return m, m, min(m, slots + 2), slots + 1, 1, entries
 
 

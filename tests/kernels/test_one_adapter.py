@@ -51,8 +51,8 @@ def run(problem: Problem, kernel: str, **fields: Any) -> dict[str, torch.Tensor]
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @EVERY_KERNEL
 def test_values(lab: Lab, dtype: torch.dtype, kernel: str, shape: tuple[Any, ...]) -> None:
-    m, n, k, r, siblings, p = shape
-    problem = Problem(lab, m, n, k, r, dtype, p, siblings)
+    m, n, k, r, further_ranks, p = shape
+    problem = Problem(lab, m, n, k, r, dtype, p, further_ranks)
     problem.check(run(problem, kernel))
 
 
@@ -75,7 +75,7 @@ def test_values(lab: Lab, dtype: torch.dtype, kernel: str, shape: tuple[Any, ...
 def test_every_split_and_rank_block(lab: Lab, kernels: Any, fields: dict[str, Any]) -> None:
     """5 steps down the rows and K, 3 blocks of N, 4 of rank rows, 2 siblings of them."""
     for kernel in kernels:
-        problem = Problem(lab, 75, 70, 150 if kernel == "shrink" else 70, 50, siblings=(5,))
+        problem = Problem(lab, 75, 70, 150 if kernel == "shrink" else 70, 50, further_ranks=(5,))
         problem.check(run(problem, kernel, **fields))
 
 
@@ -94,7 +94,7 @@ def test_every_chunk_and_masks_whatever_the_tile(
 
 @pytest.mark.parametrize("kernel", ["shrink", "grad_b", "grad_a"])
 def test_runs_repeat_bit_for_bit(lab: Lab, dtype: torch.dtype, kernel: str) -> None:
-    problem = Problem(lab, 75, 70, 70, 10, dtype, P, siblings=(8, 16, 1))
+    problem = Problem(lab, 75, 70, 70, 10, dtype, P, further_ranks=(8, 16, 1))
     found = run(problem, kernel, splits=4)
     problem.check(found)
     for name, again in run(problem, kernel, splits=4).items():
@@ -166,7 +166,7 @@ def test_a_dropped_element_that_is_not_finite_does_not_pass(lab: Lab, kernel: st
 
 
 @pytest.mark.parametrize("planes", [2, 8])
-def test_planes_of_s_are_summed_and_stored(lab: Lab, dtype: torch.dtype, planes: int) -> None:
+def test_partial_sums_of_s_are_added_and_stored(lab: Lab, dtype: torch.dtype, planes: int) -> None:
     problem = Problem(lab, 37, 70, 64, 50, dtype)
     problem.s, s_out = lab.rand(planes, 37, 50), lab.poisoned(37, 50, dtype=dtype)
     problem.check(problem.linear(SMALL, s_out))

@@ -120,7 +120,7 @@ def test_layouts(plan: str) -> None:
     assert_within_budget(result, expected[:1].expand(24, 40), exact[:1].expand(24, 40))
 
 
-def test_a_kernel_refuses_fp64() -> None:
+def test_a_kernel_raises_for_fp64() -> None:
     """The kernels have no fp64; asked for by name, that is an error."""
     tensors = {n: t.detach().double() for n, t in operands(4, 8, 8, 2, torch.float32).items()}
     with pytest.raises(RuntimeError, match="fp16, bf16 and fp32, got torch.float64"):

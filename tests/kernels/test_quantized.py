@@ -26,7 +26,7 @@ from fastlora.layers.quantized import quantized_weight_of
 from fastlora.quantized_tensor import QuantizedTensor
 from fastlora.testing import assert_within_budget, run_with_largest_error
 from tests.support.quantized import (
-    CODED,
+    QUANTIZED,
     cached_weight,
     dequantized,
     gated,
@@ -108,7 +108,7 @@ def compared(made: Any, nears: list[Any], truth: Any) -> None:
 
 
 CASES = [
-    *((kind, torch.float32, {}) for kind in CODED),
+    *((kind, torch.float32, {}) for kind in QUANTIZED),
     *((kind, torch.float16, {}) for kind in ("nf4 nested", "torchao float8")),
     ("nf4 nested", torch.float32, {"use_dora": True}),
     ("torchao int8", torch.float16, {"lora_bias": True}),
@@ -314,7 +314,7 @@ CHANGES: dict[str, Any] = {
         ("torchao float8 tensor", "write"),
     ],
 )
-def test_what_is_kept_is_never_stale(kind: str, change: str) -> None:
+def test_what_is_cached_is_never_stale(kind: str, change: str) -> None:
     """Whatever happens to the weight between two forwards, and what a forward has is used again."""
     ours, x = on_kernels(adapted(gated(kind))), inputs(5, torch.float32)
     first = step(ours, x)
@@ -351,7 +351,7 @@ def test_codes_written_between_forward_and_backward() -> None:
 
 
 @pytest.mark.parametrize("kind", ["nf4", "torchao int8"])
-def test_a_write_to_the_second_of_siblings(kind: str) -> None:
+def test_a_write_to_the_second_layer(kind: str) -> None:
     """The first, whose weight is as it was, computes both with what the second has now."""
     ours, x = on_kernels(adapted(gated(kind))), inputs(5, torch.float32)
     before = [step(ours, x) for _ in range(2)][1]

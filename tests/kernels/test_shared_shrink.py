@@ -1,7 +1,7 @@
 """Layers of one adapter that are not computed at once share their passes over x in training.
 
 Those with lora_bias, over base layers that are called, or under autocast; mixed batches are in
-`test_mixed_siblings`, compiled graphs in `test_compile_siblings`.
+`test_mixed_grouped_layers`, compiled graphs in `test_compile_shared_input`.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ CHANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_sibling_that_cannot_share(launches: Any, change: str) -> None:
+def test_a_grouped_layer_that_cannot_share(launches: Any, change: str) -> None:
     """It computes alone, and the others say why where too few are left."""
     block, x = known(Block()), torch.randn(9, 24)
     CHANGES[change][0](block.v)

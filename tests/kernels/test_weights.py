@@ -54,13 +54,13 @@ def _store(
     tl.store(out_ptr + rows[:, None] * K + columns[None, :], w, mask=mask)
 
 
-def decoded(coded: QuantizedData, dtype: torch.dtype, rows: int, columns: int) -> torch.Tensor:
+def decoded(quantized: QuantizedData, dtype: torch.dtype, rows: int, columns: int) -> torch.Tensor:
     """What a loader makes of a weight, tile by tile."""
-    n, k, loader = coded.n, coded.k, weight_loader_of(coded.kind)
-    out = torch.full((n, k), float("nan"), dtype=dtype, device=coded.codes.device)
+    n, k, loader = quantized.n, quantized.k, weight_loader_of(quantized.kind)
+    out = torch.full((n, k), float("nan"), dtype=dtype, device=quantized.codes.device)
     _store[cdiv(n, rows), cdiv(k, columns)](
-        *(out, coded.codes, coded.parts, n, k, rows, columns),
-        BLOCK=coded.block if loader.by_block else 0,
+        *(out, quantized.codes, quantized.parts, n, k, rows, columns),
+        BLOCK=quantized.block if loader.by_block else 0,
         EVEN=n % rows == 0 and k % columns == 0,
         WEIGHT=loader.function,
         enable_fp_fusion=loader.fuses,
@@ -111,18 +111,20 @@ def test_a_zero_of_absmax_and_blocks_of_zeros(lab: Lab) -> None:
     weight = lab.rand(20, 128)
     weight[:, :64] = 0.0
     for kind in ("nf4", "fp4", "nf4 nested"):
-        coded = make_quantized_weight(kind, weight)
-        assert torch.equal(decoded(coded.quantized_data, torch.float32, 16, 64), dequantize(coded))
+        quantized = make_quantized_weight(kind, weight)
+        assert torch.equal(
+            decoded(quantized.quantized_data, torch.float32, 16, 64), dequantize(quantized)
+        )
 
 
 @pytest.mark.parametrize("lead", [1, 2, 3])
 def test_nested_scales_lie_at_any_address(lab: Lab, lead: int) -> None:
     """Kernels read them by words."""
     weight = four_bits(lab.rand(19, 320), "nf4", True, 64)
-    coded, (_, absmax, *_) = weight.quantized_data, weight.data_tensors
+    quantized, (_, absmax, *_) = weight.quantized_data, weight.data_tensors
     room = torch.full((absmax.numel() + 8,), 255, dtype=torch.uint8, device=lab.device)
     moved = room[lead : lead + absmax.numel()].copy_(absmax)
-    parts = coded.parts.clone()
+    parts = quantized.parts.clone()
     parts[0] = moved.data_ptr()
-    found = decoded(coded._replace(parts=parts), torch.float32, 16, 64)
+    found = decoded(quantized._replace(parts=parts), torch.float32, 16, 64)
     assert torch.equal(found, dequantize(weight))

@@ -218,7 +218,7 @@ def test_rows_of_several_adapters_in_any_order(p: float) -> None:
         torch.testing.assert_close(y[rows], run(rows))
 
 
-def test_what_is_refused() -> None:
+def test_what_raises() -> None:
     """A weight that cannot be read; nothing has changed then."""
 
     class Opaque(nn.Module):

@@ -118,7 +118,7 @@ def test_merging_in_16_bits_and_into_conv1d() -> None:
     assert (conv.weight.t().double() - truth).abs().max() < 2**-7 * truth.abs().max()
 
 
-def test_merges_that_are_refused() -> None:
+def test_merges_that_raise() -> None:
     """A result that is not finite; a row scaled by 0 that would have to be computed back."""
     layer, _ = several(["dora"])
     name = layer.active_adapters[0]

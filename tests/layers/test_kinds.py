@@ -261,7 +261,7 @@ def test_the_report_says_what_computes_it(case: KindCase) -> None:
 
 
 @pytest.mark.parametrize("case", IN_PYTORCH.values(), ids=IN_PYTORCH)
-def test_kernels_alone_are_refused(case: KindCase) -> None:
+def test_kernels_alone_raise(case: KindCase) -> None:
     model = _model(fastlora, case).eval()
     _layer(model).impl = "triton"
     with pytest.raises(ImplementationError, match="triton"):
@@ -278,7 +278,7 @@ def test_a_pool_takes_linears_only(case: KindCase) -> None:
 
 
 @pytest.mark.parametrize("case", [KINDS["embedding"]])
-def test_a_lora_bias_is_refused_where_it_has_no_place(case: KindCase) -> None:
+def test_a_lora_bias_raises_where_it_has_no_place(case: KindCase) -> None:
     model = case.make()
     with pytest.raises(UnsupportedLayerError, match="'kind'.*lora_bias"):
         fastlora.get_peft_model(
@@ -418,7 +418,7 @@ def test_a_convolution_of_one_sample_without_a_batch() -> None:
     _close(mixed, layer(x)[0])
 
 
-def test_an_init_of_linears_is_refused_on_a_convolution() -> None:
+def test_an_init_of_linears_raises_on_a_convolution() -> None:
     model = KINDS["conv2d"].make()
     config = fastlora.LoraConfig(target_modules=["lin", "kind"], r=4, init_lora_weights="pissa")
     with pytest.raises(UnsupportedLayerError, match="'kind'.*'pissa' supports only linear layers"):
@@ -428,7 +428,7 @@ def test_an_init_of_linears_is_refused_on_a_convolution() -> None:
     fastlora.get_peft_model(model, config)  # starts as any, as in PEFT
 
 
-def test_a_rank_that_groups_do_not_divide_is_refused() -> None:
+def test_a_rank_that_groups_do_not_divide_raises() -> None:
     config = fastlora.LoraConfig(target_modules=["kind"], r=3)
     with pytest.raises(UnsupportedLayerError, match="rank 3 .*groups=2"):
         fastlora.get_peft_model(KINDS["conv2d in groups"].make(), config)
@@ -492,7 +492,7 @@ def test_dropout_that_does_nothing_is_said() -> None:
         fastlora.get_peft_model(KINDS["embedding"].make(), config)
 
 
-def test_an_embedding_of_another_kind_is_refused_with_what_does_it() -> None:
+def test_an_embedding_of_another_kind_raises_with_what_does_it() -> None:
     model = nn.ModuleDict({"bag": nn.EmbeddingBag(4, 4)})
     with pytest.raises(UnsupportedLayerError, match=r"peft.get_peft_model.*fastlora.patch"):
         fastlora.get_peft_model(model, fastlora.LoraConfig(target_modules=["bag"]))

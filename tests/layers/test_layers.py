@@ -50,7 +50,7 @@ def test_from_linear_shares_the_weight() -> None:
     assert layer.to_linear().weight is linear.weight
 
 
-def test_from_linear_refuses_what_must_be_called() -> None:
+def test_from_linear_raises_for_what_must_be_called() -> None:
     """A subclass or a hooked linear is not computed from its weight alone."""
     hooked = nn.Linear(4, 4)
     hooked.register_forward_hook(lambda *_: None)
@@ -75,7 +75,7 @@ def test_merged_layer_moves_and_disables() -> None:
     torch.testing.assert_close(layer.float().eval().to_linear()(x), base)
 
 
-def test_unmerging_frees_what_a_merge_kept() -> None:
+def test_unmerging_frees_what_a_merge_saved() -> None:
     layer: Any = trained(FastLoraLinear(32, 48, r=4))
     layer.merge()
     kept = [weakref.ref(tensor) for tensor in layer._unmerged]

@@ -133,7 +133,7 @@ def test_a_copied_module_with_two_names() -> None:
         ({"target_modules": ["modules_to_save.a.up", "shared", "head"]}, "'head' is a module that"),
     ],
 )
-def test_what_would_reach_into_a_copy_is_refused(fields: dict[str, Any], words: str) -> None:
+def test_what_would_reach_into_a_copy_raises(fields: dict[str, Any], words: str) -> None:
     """By one typed error, before anything changes."""
     stack = nn.ModuleDict({"shared": nn.Linear(8, 8), "head": nn.Linear(8, 8)})
     stack["blocks"] = nn.Sequential(Block(), Block(), Block())

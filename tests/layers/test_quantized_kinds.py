@@ -27,7 +27,7 @@ from fastlora.quantized_tensor import QuantizedTensor
 from fastlora.testing import assert_within_budget
 from tests.support.peak_bytes import peak_bytes
 from tests.support.peft_twins import peft
-from tests.support.quantized import CODED, gated, quantize_linear
+from tests.support.quantized import QUANTIZED, gated, quantize_linear
 from tests.support.tiny import adapted, tiny_llama, trainable
 
 TARGETS = ["gate", "up", "down"]
@@ -42,13 +42,13 @@ def layer_over(module: nn.Module) -> Any:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("kind", CODED)
+@pytest.mark.parametrize("kind", QUANTIZED)
 def test_what_kernels_read(kind: str, dtype: torch.dtype) -> None:
     """The loader, and a tensor that is the matrix to PyTorch, bit for bit the library's."""
     module = quantize_linear(nn.Linear(128, 48).to(dtype), kind)
     base, found = quantized_base_of_layer(layer_over(module)), quantized_weight_of(module)
     assert base is not None and found is not None and isinstance(base.weight, QuantizedTensor)
-    assert base.weight.quantized_data.kind == CODED[kind] and base.bias is module.bias
+    assert base.weight.quantized_data.kind == QUANTIZED[kind] and base.bias is module.bias
     assert (base.weight.shape, base.weight.dtype) == ((48, 128), dtype)
     x = torch.randn(3, 128, dtype=dtype)
     assert torch.equal(x @ base.weight.t(), x @ found.dense().to(dtype).t())
@@ -65,9 +65,9 @@ def test_codes_in_another_storage() -> None:
     module = module.to("cpu")
     base, found = quantized_base_of_layer(layer_over(module)), quantized_weight_of(module)
     assert base is not None and found is not None and isinstance(base.weight, QuantizedTensor)
-    coded = base.weight.quantized_data
-    assert (coded.kind, coded.block) == ("table4_nested", 128)
-    assert (coded.codes.dtype, coded.codes.numel()) == (torch.uint8, 48 * 128)
+    data = base.weight.quantized_data
+    assert (data.kind, data.block) == ("table4_nested", 128)
+    assert (data.codes.dtype, data.codes.numel()) == (torch.uint8, 48 * 128)
     assert torch.equal(base.weight @ torch.eye(256), found.dense())
 
 
@@ -206,7 +206,7 @@ def test_other_layers_that_are_called() -> None:
         assert "repacked" in fallback_reason_base_called(repacked)
 
 
-def test_what_was_found_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_found_is_cached(monkeypatch: pytest.MonkeyPatch) -> None:
     """By dtype, refusals too; over modules of no known kind as well."""
     seen: list[str] = []
 
@@ -430,7 +430,7 @@ def test_norms_make_no_matrix(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["nf4", "torchao int8"])
-def test_norms_are_kept(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_norms_are_cached(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of the base from forward to forward, until the weight is another one."""
     layer = layer_over(quantize_linear(nn.Linear(128, 48), kind))
     layer.add_adapter("d", r=4, use_dora=True, init_lora_weights=False)

@@ -148,7 +148,7 @@ def test_the_error_is_reported(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["nf4 nested", "int8", "torchao int8"])
-def test_without_a_kept_copy_and_after_a_write(kind: str) -> None:
+def test_without_a_saved_copy_and_after_a_write(kind: str) -> None:
     """Then the update is subtracted from what is there, and rounded once more."""
     for keep_base in (False, True):
         model = adapted(kind, lora_alpha=4)
@@ -167,7 +167,7 @@ def test_without_a_kept_copy_and_after_a_write(kind: str) -> None:
         assert not torch.equal(now, before)
 
 
-def test_safe_merge_and_refusals_change_nothing() -> None:
+def test_safe_merge_and_errors_change_nothing() -> None:
     """A factor that is not finite; a weight not quantized yet; a kind that nothing can make."""
     model = adapted("nf4")
     before = bits_of(model)

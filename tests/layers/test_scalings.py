@@ -47,7 +47,7 @@ def test_tensors_follow(change: str) -> None:
     assert plain == changed
 
 
-def test_a_tensor_is_kept_itself() -> None:
+def test_a_tensor_is_stored_itself() -> None:
     """What is written into it acts."""
     value = torch.tensor(2.0)
     assert Scalings({"a": value}).tensors["a"] is value

@@ -337,7 +337,7 @@ def test_files_that_are_not_regular(served: Path, name: str) -> None:
     """E6: a FIFO, a socket, a device and a folder are refused at once, with and without a root."""
     path = served / "a" / name
 
-    def refuse() -> None:
+    def raise_error() -> None:
         for root in (served, None):
             with pytest.raises(CheckpointError, match=f"{name}: not a regular file"):
                 open_adapter_folder(served / "a", root).__enter__()
@@ -346,7 +346,7 @@ def test_files_that_are_not_regular(served: Path, name: str) -> None:
 
     path.unlink()
     os.mkfifo(path)
-    refuse()
+    raise_error()
     path.unlink()
     with socket.socket(socket.AF_UNIX) as bound:
         here = os.getcwd()
@@ -355,10 +355,10 @@ def test_files_that_are_not_regular(served: Path, name: str) -> None:
             bound.bind(name)
         finally:
             os.chdir(here)
-        refuse()
+        raise_error()
     path.unlink()
     path.mkdir()
-    refuse()
+    raise_error()
     path.rmdir()
     path.symlink_to("/dev/zero")
     with pytest.raises(CheckpointError, match="not a regular file"):

@@ -40,7 +40,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "a"
 
 
-def refusal(folder: Path) -> str:
+def error_message(folder: Path) -> str:
     with pytest.raises(CheckpointError) as caught:
         load_adapter_folder(folder)
     message = str(caught.value)
@@ -79,7 +79,7 @@ def test_magnitudes_of_a_file_need_the_field(tmp_path: Path) -> None:
     assert inspect_adapter_folder(tmp_path).keys[magnitude].kind == "magnitude"
     data = json.loads((tmp_path / CONFIG_NAME).read_text())
     (tmp_path / CONFIG_NAME).write_text(json.dumps({**data, "use_dora": False}))
-    assert "the config says use_dora=False" in refusal(tmp_path)
+    assert "the config says use_dora=False" in error_message(tmp_path)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -148,13 +148,15 @@ def test_nothing_inconsistent_is_written(tmp_path: Path) -> None:
 
 
 def test_missing_things_say_what_to_do(tmp_path: Path, folder: Path) -> None:
-    assert "snapshot_download" in refusal(Path("some-org/some-adapter"))
-    assert "is a file" in refusal(folder / WEIGHTS_NAME)
-    assert f"has no {CONFIG_NAME} and no {WEIGHTS_NAME}; its subfolders a" in (refusal(tmp_path))
+    assert "snapshot_download" in error_message(Path("some-org/some-adapter"))
+    assert "is a file" in error_message(folder / WEIGHTS_NAME)
+    assert f"has no {CONFIG_NAME} and no {WEIGHTS_NAME}; its subfolders a" in (
+        error_message(tmp_path)
+    )
     (folder / WEIGHTS_NAME).unlink()
-    assert f"has no {WEIGHTS_NAME}" in refusal(folder)
+    assert f"has no {WEIGHTS_NAME}" in error_message(folder)
     torch.save({}, folder / "adapter_model.bin")
-    message = refusal(folder)
+    message = error_message(folder)
     assert "pickle" in message and "torch.load(bin_path, weights_only=True)" in message
 
 
@@ -183,7 +185,7 @@ def test_the_advised_conversion_of_a_pickle_works(folder: Path) -> None:
 )
 def test_bad_config_file(folder: Path, text: str, words: str) -> None:
     (folder / CONFIG_NAME).write_text(text)
-    message = refusal(folder)
+    message = error_message(folder)
     assert words in message and CONFIG_NAME in message
 
 
@@ -255,22 +257,22 @@ def test_tensors_that_contradict(
             tensors[key] = torch.zeros(shape)
     save_file(tensors, folder / WEIGHTS_NAME)
     LoraConfig(**{"r": 2, "target_modules": ["q"], **fields}).save_pretrained(folder)
-    assert words in refusal(folder)
+    assert words in error_message(folder)
 
 
 def test_integer_factors_and_empty_files(folder: Path) -> None:
     tensors = load_file(folder / WEIGHTS_NAME)
     save_file({**tensors, A: torch.zeros(2, 4, dtype=torch.int32)}, folder / WEIGHTS_NAME)
-    assert "dtype torch.int32" in refusal(folder)
+    assert "dtype torch.int32" in error_message(folder)
     biases = {f"{PRE}{m}.lora_B.bias": torch.zeros(6) for m in ("q", "deep.q")}
     LoraConfig(r=2, target_modules=["q"], lora_bias=True).save_pretrained(folder)
     save_file({**tensors, **biases}, folder / WEIGHTS_NAME)
     load_adapter_folder(folder)
     wrong = f"{PRE}q.lora_B.bias"
     save_file({**tensors, **biases, wrong: torch.zeros(6).int()}, folder / WEIGHTS_NAME)
-    assert f"{wrong!r} has dtype torch.int32" in refusal(folder)
+    assert f"{wrong!r} has dtype torch.int32" in error_message(folder)
     save_file({}, folder / WEIGHTS_NAME)
-    assert "contains no LoRA factors" in refusal(folder)
+    assert "contains no LoRA factors" in error_message(folder)
 
 
 def test_unknown_config_keys_are_named_once(folder: Path) -> None:

@@ -273,7 +273,7 @@ def test_no_field_is_forgotten() -> None:
 
 
 @pytest.mark.parametrize("name", UNSET_NOW)
-def test_field_without_implementation_is_refused(name: str) -> None:
+def test_field_without_implementation_raises(name: str) -> None:
     with pytest.raises(
         ConfigError, match=f"does not support {name}=.*get_peft_model.*fastlora.patch"
     ):
@@ -332,7 +332,7 @@ def test_missing_and_broken_files(tmp_path: Path) -> None:
     [peft.IA3Config(), peft.PromptTuningConfig(num_virtual_tokens=2), peft.XLoraConfig()],
     ids=lambda config: type(config).__name__,
 )
-def test_other_methods_are_refused_with_what_to_do(config: object) -> None:
+def test_other_methods_raise_with_what_to_do(config: object) -> None:
     """One error names the method, and the two lines that do it; the model is as it was."""
     model = TwoLayers()
     kind = config.peft_type.value  # type: ignore[attr-defined]  # PEFT's configs have it
@@ -341,7 +341,7 @@ def test_other_methods_are_refused_with_what_to_do(config: object) -> None:
     assert type(model.q) is nn.Linear
 
 
-def test_patch_does_what_the_refusal_says() -> None:
+def test_patch_does_what_the_error_says() -> None:
     """The two lines work for a variant: its layers stay PEFT's, and other layers are fused."""
     config = {"r": 2, "target_modules": ["q", "v"], "kasa_config": peft.KasaConfig()}
     with pytest.raises(ConfigError, match="kasa_config="):

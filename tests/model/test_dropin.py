@@ -222,7 +222,7 @@ def test_a_deleted_adapter_is_active_on_no_layer() -> None:
     assert torch.equal(model(x), expected)
 
 
-def test_merging_while_adapters_are_disabled_is_refused() -> None:
+def test_merging_while_adapters_are_disabled_raises() -> None:
     """The merged adapters would act, which are to be disabled."""
     model = get_peft_model(TwoLayers(), LoraConfig(r=2, target_modules=["q"]))
     model.base_model.disable_adapter_layers()
@@ -253,7 +253,7 @@ def test_unmerge_is_exact_behind_what_happens_elsewhere(elsewhere: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["parametrize", "prune"])
-def test_merging_a_computed_weight_is_refused(how: str) -> None:
+def test_merging_a_computed_weight_raises(how: str) -> None:
     """A weight that other parameters give cannot take an update."""
     layer = FastLoraLinear(8, 8, r=2)
     if how == "prune":

@@ -152,7 +152,7 @@ def test_checkpointing_without_transformers_methods() -> None:
     get_peft_model(model, LoraConfig(r=2, target_modules=["q"]))
 
 
-def test_multihead_attention_is_refused() -> None:
+def test_multihead_attention_is_unsupported() -> None:
     """nn.MultiheadAttention reads its output projection's weight and never calls it."""
     model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2)})
     with pytest.raises(UnsupportedLayerError, match="without calling it"):

@@ -117,7 +117,7 @@ def test_a_bias_of_two_names_counts_once() -> None:
     assert found == fastlora.get_peft_model(model, config).get_nb_trainable_parameters()[0]
 
 
-def test_refusals() -> None:
+def test_errors() -> None:
     """Errors are those of get_peft_model."""
     model = TwoLayers()
     with pytest.raises(TargetNotFoundError, match="close names|matches no module"):

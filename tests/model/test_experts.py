@@ -40,7 +40,7 @@ V4 = ["o_proj", "gate_proj", "up_proj", "down_proj"]
 MIXTRAL = ["q_proj", "v_proj", "w1", "w2", "w3"]
 REGEX = r".*\.(o_proj|down_proj)"
 # PEFT converts these names to parameters of experts, and no linear has them.
-REFUSED: list[tuple[str, list[str]]] = [
+UNSUPPORTED: list[tuple[str, list[str]]] = [
     ("qwen3_moe", V4),
     ("olmoe", V4),
     ("qwen3_moe", ["o_proj", "gate_proj"]),
@@ -96,8 +96,8 @@ def adapted(kind: str, **fields: Any) -> tuple[list[str], list[str]]:
     return model.base_model.targeted_module_names, warned
 
 
-@pytest.mark.parametrize(("kind", "targets"), REFUSED, ids=str)
-def test_names_of_experts_are_refused(kind: str, targets: list[str]) -> None:
+@pytest.mark.parametrize(("kind", "targets"), UNSUPPORTED, ids=str)
+def test_names_of_experts_raise(kind: str, targets: list[str]) -> None:
     """A name that means experts to PEFT, and is no linear's, is refused by name (R3)."""
     model = kept(kind)
     asked = sorted(name for name in targets if name[0] not in "oqv")
@@ -137,7 +137,7 @@ def test_a_config_that_names_nothing_but_experts() -> None:
 
 
 @pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral", "olmoe", "deepseek_v3", "gpt_oss"])
-def test_a_router_is_refused(kind: str) -> None:
+def test_a_router_is_unsupported(kind: str) -> None:
     """A router that is no linear is refused by its name and its class (R3)."""
     name = "router" if kind == "gpt_oss" else "gate"
     with pytest.raises(UnsupportedLayerError, match=rf"mlp\.{name}' is a \w+Router"):

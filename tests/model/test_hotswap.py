@@ -142,7 +142,7 @@ def test_preparing() -> None:
     assert layer.scaling["default"] == pytest.approx(scalings[0])
 
 
-def test_refusals_change_nothing(tmp_path: Path) -> None:
+def test_errors_change_nothing(tmp_path: Path) -> None:
     """Each before the first tensor is written."""
     saved(tmp_path / "wide", target_modules=["q", "v", "head"])
     saved(tmp_path / "dora", use_dora=True)
@@ -283,7 +283,7 @@ def test_other_kinds_of_layers(kind: str, tmp_path: Path) -> None:
     torch.testing.assert_close(again(inputs).detach(), outputs[4], rtol=1e-4, atol=1e-5)
 
 
-def test_a_rank_that_groups_do_not_divide_is_refused() -> None:
+def test_a_rank_that_groups_do_not_divide_raises() -> None:
     """Before any factor is padded."""
     base = nn.Sequential(nn.Conv2d(4, 6, 3, groups=2), nn.Conv2d(6, 6, 1))
     model = fastlora.get_peft_model(base, fastlora.LoraConfig(r=2, target_modules=["0", "1"]))

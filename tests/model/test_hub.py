@@ -42,7 +42,7 @@ def test_a_card_has_pefts_keys(tmp_path: Path, name: str) -> None:
     assert "- PEFT 0.21.2" in ours.text.splitlines()
 
 
-def test_a_card_that_is_there_is_kept(tmp_path: Path) -> None:
+def test_an_existing_card_is_not_overwritten(tmp_path: Path) -> None:
     """Keys and text of somebody's card stay; saving twice adds nothing more."""
     model = get_peft_model(TwoLayers(), LoraConfig(r=2, target_modules=["q"]))
     (tmp_path / "README.md").write_text("---\nlicense: mit\ntags: [mine]\n---\nMy card.\n")

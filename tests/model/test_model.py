@@ -137,7 +137,7 @@ def test_counts_are_pefts(capsys: pytest.CaptureFixture[str]) -> None:
     )
 
 
-REFUSED: dict[str, tuple[dict[str, Any], type[FastLoraError], str]] = {
+RAISING: dict[str, tuple[dict[str, Any], type[FastLoraError], str]] = {
     "no target": ({"target_modules": ["qq"]}, TargetNotFoundError, r"'qq'.*close names: q"),
     "not linear": ({"target_modules": ["norm"]}, UnsupportedLayerError, "'norm' is a LayerNorm"),
     "no head": (
@@ -149,10 +149,10 @@ REFUSED: dict[str, tuple[dict[str, Any], type[FastLoraError], str]] = {
 }
 
 
-@pytest.mark.parametrize("case", REFUSED)
-def test_a_refused_config_leaves_the_model(case: str) -> None:
+@pytest.mark.parametrize("case", RAISING)
+def test_a_config_that_raises_leaves_the_model(case: str) -> None:
     """On a bare model and on one that has an adapter."""
-    change, error, message = REFUSED[case]
+    change, error, message = RAISING[case]
     bare, model = TwoLayers(), adapted()
     for target, call in (
         (bare, lambda c: get_peft_model(bare, c)),

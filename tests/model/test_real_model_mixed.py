@@ -86,7 +86,7 @@ def test_rows_and_gradients_are_pefts(count: int, fresh_smollm2: Callable[..., A
         for given in (names, names, torch.tensor(slots)):
             with adapters(model, given):
                 outputs.append(model(input_ids=ids).logits)
-    assert model.base_model.group.packs.nbytes > 0
+    assert model.base_model.group.packs.packed_factors_nbytes > 0
 
     # Adapters are compared one by one with PEFT, of large batches one of every kind.
     for name in (None, *(f"adapter{i}" for i in range(min(count, len(KINDS))))):

@@ -153,7 +153,7 @@ def test_intruders_on_other_kinds_and_dtypes() -> None:
     assert (new - wanted).norm() < best * 1.02 + 0.02 * wanted.norm()
 
 
-def test_refusals_change_nothing() -> None:
+def test_errors_change_nothing() -> None:
     """One error each, and the adapters as they were."""
     model = adapted(r=6)
     state = copy.deepcopy(model.state_dict())

@@ -129,10 +129,10 @@ def test_without_flock_the_process_decides(tmp_path: Path, monkeypatch: pytest.M
     unowned = dead.with_name(dead.name.replace("a", "b", 1))
     unowned.mkdir()
 
-    def refuse(*_: object) -> None:
+    def raise_error(*_: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(atomic_files.fcntl, "flock", refuse)
+    monkeypatch.setattr(atomic_files.fcntl, "flock", raise_error)
     with folder_lock(tmp_path), atomic_replace_file(tmp_path / "a") as partial:
         partial.write_text("mine")
         assert not dead.exists()

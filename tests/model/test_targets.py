@@ -18,9 +18,9 @@ from fastlora.model.default_targets import DEFAULT_TARGETS
 from fastlora.model.inject import lora_layers
 from fastlora.model.targets import (
     check_all_targets_match,
+    distinguishing_suffixes,
     find_modules_to_save,
     find_targets,
-    minimal_suffixes,
     resolve_target_modules,
 )
 from fastlora.validation import ConfigError, TargetNotFoundError, UnsupportedLayerError
@@ -307,7 +307,7 @@ def test_model_and_config_stay_as_they_were() -> None:
 def test_minimal_suffixes() -> None:
     names = [f"enc.{i}.q" for i in range(30)] + ["dec.0.v", "dec.1.v"]
     others = ["dec.2.v", "enc", "dec"]
-    assert minimal_suffixes(names, others) == {"q", "0.v", "1.v"}
+    assert distinguishing_suffixes(names, others) == {"q", "0.v", "1.v"}
 
 
 class Experts(nn.Module):

@@ -40,7 +40,7 @@ def raw_file(path: Path, header: object, data: bytes = b"", length: int | None =
     path.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + data)
 
 
-def refusal(folder: Path) -> str:
+def error_message(folder: Path) -> str:
     with pytest.raises(CheckpointError) as caught:
         load_adapter_folder(folder)
     assert str(folder / WEIGHTS_NAME) in str(caught.value)
@@ -79,25 +79,26 @@ GOOD = {"dtype": "F32", "shape": [2, 4], "data_offsets": [0, 32]}
 )
 def test_hostile_header(folder: Path, header: object, data: bytes, words: str) -> None:
     raw_file(folder / WEIGHTS_NAME, header, data)
-    assert words in refusal(folder)
+    assert words in error_message(folder)
 
 
 def test_header_length_is_not_believed(folder: Path) -> None:
     raw_file(folder / WEIGHTS_NAME, {}, length=1 << 62)
-    assert f"length is given as {1 << 62} bytes" in refusal(folder)
+    assert f"length is given as {1 << 62} bytes" in error_message(folder)
     with (folder / WEIGHTS_NAME).open("r+b") as file:
         file.write(struct.pack("<Q", 64 << 20))
         file.truncate(100 << 20)  # a hole: costs no disk
-    assert "expected at most" in refusal(folder)
+    assert "expected at most" in error_message(folder)
     raw_file(folder / WEIGHTS_NAME, {}, length=1000)
-    assert "truncated: the header length is given as 1000 bytes, but only 2 follow" in refusal(
-        folder
+    assert (
+        "truncated: the header length is given as 1000 bytes, but only 2 follow"
+        in error_message(folder)
     )
     (folder / WEIGHTS_NAME).write_bytes(b"1234")
-    assert "found 4 bytes" in refusal(folder)
+    assert "found 4 bytes" in error_message(folder)
 
 
-def test_every_truncation_is_refused(folder: Path) -> None:
+def test_every_truncation_raises(folder: Path) -> None:
     whole = (folder / WEIGHTS_NAME).read_bytes()
     for size in range(len(whole)):
         (folder / WEIGHTS_NAME).write_bytes(whole[:size])

@@ -157,7 +157,7 @@ def test_an_adapter_that_was_added_acts_as_in_peft(base: str, first: Any, tmp_pa
         assert trains == expected
 
 
-def test_two_that_act_are_refused() -> None:
+def test_two_that_act_raise() -> None:
     model = get_peft_model(tiny_llama(), config([1]), "a")
     model.add_adapter("b", config([2]))
     with pytest.raises(AdapterStateError, match="own rows of the same module"):
@@ -306,13 +306,13 @@ def test_scaled_embeddings_and_16_bits() -> None:
         ),
     ],
 )
-def test_refusals(tokens: Any, fields: dict[str, Any], error: type, words: str) -> None:
+def test_errors(tokens: Any, fields: dict[str, Any], error: type, words: str) -> None:
     base = tiny_llama()
     with unchanged(base), pytest.raises(error, match=words):
         get_peft_model(base, config(tokens, **fields))
 
 
-def test_refusals_beside_other_adapters() -> None:
+def test_errors_beside_other_adapters() -> None:
     """What another adapter has of the module, and what would tie it otherwise."""
     model = get_peft_model(tiny_llama(), config([1]), "a")
     assert isinstance(model.get_input_embeddings(), TrainableTokensWrapper)

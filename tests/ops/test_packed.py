@@ -110,7 +110,7 @@ def assert_alone(
 
 def packed_bytes(model: Any) -> int:
     """Bytes that the model keeps packed."""
-    return model.base_model.group.packs.nbytes
+    return model.base_model.group.packs.packed_factors_nbytes
 
 
 def matrix_unit(has: bool) -> Any:

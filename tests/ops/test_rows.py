@@ -125,7 +125,7 @@ def test_compilers_know_all_sizes() -> None:
     assert pieces.shape == real.piece_starts(16).shape
 
 
-def test_pieces_are_made_when_they_are_asked_for_and_kept() -> None:
+def test_pieces_are_made_when_they_are_asked_for_and_cached() -> None:
     ids = torch.tensor([1, 0, 1])
     rows = sort_rows(ids, 12, 2)
     assert not rows._pieces

@@ -165,7 +165,7 @@ def test_lorafa_sees_a_lora_a_that_was_replaced_twice() -> None:
     assert reused > 0
 
 
-def test_refusals() -> None:
+def test_errors() -> None:
     """Wrong numbers, flags that contradict the config, and nothing that trains."""
     model = adapted(fastlora)
     for wrong in ({"lr": 0.0}, {"loraplus_lr_ratio": float("nan")}, {"loraplus_lr_embedding": -1}):

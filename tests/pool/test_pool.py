@@ -210,7 +210,7 @@ def test_adapters_of_equal_shape_share_a_layout(root: Path) -> None:
     assert [layout() for layout in known] == [None, None]
 
 
-def test_what_found_no_room_is_not_kept(root: Path) -> None:
+def test_what_found_no_room_is_not_cached(root: Path) -> None:
     """An image that was read for a lease that was refused is in no tier, and is gone."""
     pool = make_pool(root, max_adapters=1)
     with pool.lease(["a0"]):

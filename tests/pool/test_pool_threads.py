@@ -93,7 +93,7 @@ def test_first_come_first_served(root: Path, threads: ThreadPoolExecutor) -> Non
     small.result(LONG).release()
 
 
-def test_a_thread_that_holds_leases_is_not_kept_waiting_by_others(
+def test_a_thread_that_holds_leases_does_not_wait_for_others(
     root: Path, threads: ThreadPoolExecutor
 ) -> None:
     pool = make_pool(root, max_adapters=3)

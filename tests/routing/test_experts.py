@@ -319,7 +319,7 @@ def patched(base: nn.Module) -> Any:
 
 
 @pytest.mark.parametrize("holder", HOLDERS)
-def test_experts_are_refused_wherever_they_are(holder: str) -> None:
+def test_experts_raise_wherever_they_are(holder: str) -> None:
     """2 samples of 4 tokens, 4 rows for each of 2 experts: rows went to the wrong adapter."""
     made, name = HOLDERS[holder]
     model = ours(moe(made, by_index))
@@ -335,11 +335,11 @@ def test_experts_are_refused_wherever_they_are(holder: str) -> None:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_experts_are_refused_however_they_get_their_rows(way: Any) -> None:
+def test_experts_raise_however_they_get_their_rows(way: Any) -> None:
     check_raises(ours(moe(AsAttributes, way)), "0.left.w1")
 
 
-def test_experts_of_a_pool_and_of_a_patched_model_are_refused() -> None:
+def test_experts_of_a_pool_and_of_a_patched_model_raise() -> None:
     base = moe(AsAttributes, by_index).eval()
     with fastlora.AdapterPool(base, target_modules=["w1", "w2"]) as pool:
         for name in IDS:
@@ -357,7 +357,7 @@ def test_experts_of_a_pool_and_of_a_patched_model_are_refused() -> None:
         model(X, adapter_names=IDS)
 
 
-def test_per_expert_linears_of_a_transformers_model_are_refused() -> None:
+def test_per_expert_linears_of_a_transformers_model_raise() -> None:
     pytest.importorskip("transformers")
     ids = {"pad_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 1}
     sizes = {"num_experts": 2, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1}
@@ -368,7 +368,7 @@ def test_per_expert_linears_of_a_transformers_model_are_refused() -> None:
         model(input_ids=tokens, decoder_input_ids=tokens)
 
 
-def test_an_expert_behind_a_checkpoint_is_refused() -> None:
+def test_an_expert_behind_a_checkpoint_raises() -> None:
     base = moe(AsAttributes, by_index)
     inner = base[0].forward
     base[0].forward = lambda x: checkpoint(inner, x, use_reentrant=False)
@@ -377,7 +377,7 @@ def test_an_expert_behind_a_checkpoint_is_refused() -> None:
         model(X.clone().requires_grad_())
 
 
-def test_experts_that_run_late_are_refused() -> None:
+def test_experts_that_run_late_raise() -> None:
     """They may be idle in the first blocks, or run in training alone."""
     sparse = [False]
 
@@ -419,7 +419,7 @@ def test_an_expert_that_gets_all_rows_does_not_speak_for_the_others() -> None:
         model(X)
 
 
-def test_a_layer_without_alike_siblings_is_refused() -> None:
+def test_a_layer_without_alike_siblings_raises() -> None:
     """As the head of a masked language model, where it gets the masked tokens alone."""
 
     class Head(nn.Module):
@@ -444,7 +444,7 @@ def test_experts_run_in_a_batch_of_one_id() -> None:
         torch.testing.assert_close(found, model(X.view(1, 8, D)))
 
 
-def test_experts_are_refused_where_their_rows_happen_to_be_in_order() -> None:
+def test_experts_raise_where_their_rows_happen_to_be_in_order() -> None:
     """Each expert gets 2 tokens of each sample, in this batch."""
 
     def lucky(experts: Experts, x: torch.Tensor) -> torch.Tensor:
@@ -470,7 +470,7 @@ class SequenceFirst(nn.Module):
 
 
 @pytest.mark.parametrize("saved", [False, True])
-def test_samples_that_are_not_along_the_first_dimension_are_refused(saved: bool) -> None:
+def test_samples_that_are_not_along_the_first_dimension_raise(saved: bool) -> None:
     """Rows went to adapters in order: those of the first half of the tokens to the first one."""
     base = nn.ModuleDict({"inner": SequenceFirst(), "w2": nn.Linear(D, D)})
     base.forward = base["inner"].forward
@@ -482,7 +482,7 @@ def test_samples_that_are_not_along_the_first_dimension_are_refused(saved: bool)
         model(torch.randn(2, 5, D))
 
 
-def test_a_copy_of_a_model_refuses_its_experts() -> None:
+def test_experts_of_a_copy_of_a_model_raise() -> None:
     import copy
 
     model = ours(moe(AsAttributes, by_index))
@@ -490,7 +490,7 @@ def test_a_copy_of_a_model_refuses_its_experts() -> None:
     check_raises(model, "0.left.w1")
 
 
-def test_two_threads_refuse() -> None:
+def test_two_threads_raise() -> None:
     """Rows are followed in each thread by itself."""
     model, seen = ours(moe(AsAttributes, by_index)), []
 
@@ -693,7 +693,7 @@ def test_following_compiles_nothing_anew() -> None:
     assert len(graphs) == 1
 
 
-def test_compiled_experts_are_refused_until_a_block_has_shown_that_they_see_all_rows() -> None:
+def test_compiled_experts_raise_until_a_block_has_shown_that_they_see_all_rows() -> None:
     torch._dynamo.reset()
     model = ours(moe(InList, soft))
     compiled = torch.compile(model, backend="eager")

@@ -39,7 +39,7 @@ def test_names_are_slots_in_the_order_of_the_model() -> None:
         names_and_slots(["a"], ids)
 
 
-def test_slots_that_are_empty_are_refused() -> None:
+def test_slots_that_are_empty_raise() -> None:
     slots = ["a", None, "b"]
     ids = torch.tensor([2, -1, 0], dtype=torch.int32)
     assert check_slots_on_cpu(ids, slots).tolist() == [2, -1, 0]

@@ -98,7 +98,7 @@ def test_slots_that_nobody_checks_and_that_do_not_exist_are_none(
 
 
 @pytest.mark.parametrize(
-    ("ids", "may_see_partial_rows", "compiling", "refused"),
+    ("ids", "may_see_partial_rows", "compiling", "raises"),
     [
         (["a", "b"], False, False, False),
         (["a", "b"], False, True, False),
@@ -107,8 +107,8 @@ def test_slots_that_nobody_checks_and_that_do_not_exist_are_none(
         (["a"], True, True, True),
     ],
 )
-def test_an_expert_is_refused_where_rows_are_not_followed(
-    ids: list[str], may_see_partial_rows: bool, compiling: bool, refused: bool
+def test_an_expert_raises_where_rows_are_not_followed(
+    ids: list[str], may_see_partial_rows: bool, compiling: bool, raises: bool
 ) -> None:
     model = _model()
     layer = model.base_model.model[0]
@@ -117,7 +117,7 @@ def test_an_expert_is_refused_where_rows_are_not_followed(
         (routing,) = active.active_routings()
     routing.cache.row_checker = None
     wrong = pytest.raises(UnsupportedLayerError, match="layer '0' looks like an expert")
-    with wrong if refused else nullcontext():
+    with wrong if raises else nullcontext():
         routing.check_gets_all_rows(layer, torch.ones(2, D), compiling)
 
 

@@ -105,7 +105,7 @@ OPERATIONS = {
 }
 
 
-def refused(model: Any, operation: str) -> None:
+def check_raises(model: Any, operation: str) -> None:
     """An operation raises and names itself, and changes nothing."""
     with (
         unchanged(model),
@@ -115,7 +115,7 @@ def refused(model: Any, operation: str) -> None:
 
 
 # PEFT's context manager `disable_adapter` calls `disable_adapter_layers` and is allowed in a block.
-REFUSED = [
+RAISING = [
     (make, operation)
     for make in (ours, patched)
     for operation in OPERATIONS
@@ -123,20 +123,20 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("make", "operation"), REFUSED)
+@pytest.mark.parametrize(("make", "operation"), RAISING)
 def test_operations_that_would_change_an_open_block_raise(make: Any, operation: str) -> None:
     """Rows must not lose their adapters while a block of the model is open in any thread (R7)."""
     model, other = make("q", "v"), make("q", "v")
     with torch.no_grad(), adapters(model, MIX):
         before = model(X)
-        refused(model, operation)
+        check_raises(model, operation)
         with adapters(model, ["a"] * 4):
-            refused(model, operation)
-        refused(model, operation)
+            check_raises(model, operation)
+        check_raises(model, operation)
         torch.testing.assert_close(model(X), before)
         OPERATIONS[operation](other)  # another model has no open block
         thread = ThreadPoolExecutor(1)
-        thread.submit(refused, model, operation).result(60)
+        thread.submit(check_raises, model, operation).result(60)
     with pytest.raises(KeyError), adapters(model, MIX):
         raise KeyError
     OPERATIONS[operation](model)
@@ -212,15 +212,15 @@ def test_other_weights_for_a_loaded_adapter_within_a_block_raise(
         else:
             fastlora.hotswap_adapter(model, tmp_path / "a", "b")
 
-    def refused_put() -> None:
+    def check_put_raises() -> None:
         match = rf"'b' is already loaded: {replace}\(\) was called while 1 .* or use other weights"
         with unchanged(model), pytest.raises(AdapterStateError, match=match):
             put()
 
     with torch.no_grad(), adapters(model, MIX):
         before = model(X)
-        refused_put()
-        ThreadPoolExecutor(1).submit(refused_put).result(60)
+        check_put_raises()
+        ThreadPoolExecutor(1).submit(check_put_raises).result(60)
         model.load_adapter(tmp_path / "a", "c")
         torch.testing.assert_close(model(X), before)
     put()
@@ -232,9 +232,9 @@ def test_other_weights_for_a_loaded_adapter_within_a_block_raise(
 def test_operations_within_a_call_with_names_raise(make: Any) -> None:
     """`adapter_names=` opens a block for its call (R7)."""
     model, seen = make("q", "v"), []
-    model.base_model.model.v.register_forward_hook(lambda *_: refused_here())
+    model.base_model.model.v.register_forward_hook(lambda *_: check_raises_here())
 
-    def refused_here() -> None:
+    def check_raises_here() -> None:
         for operation in ("delete_adapter", "merge_adapter", "unload"):
             with pytest.raises(AdapterStateError, match="adapter_names= blocks"):
                 OPERATIONS[operation](model)
@@ -402,14 +402,14 @@ def test_slots_of_tokens_cannot_generate(small: Generates) -> None:
     base, state, ids, more = small
     model = fastlora.get_peft_model(base, LoraConfig(**config("q_proj")), "a").eval()
     slots = torch.tensor([0, -1, -1, 0, 0, 0])
-    refused = pytest.raises(ValueError, match="generate\\(\\) expects one id")
-    with adapters(model, slots), refused:
+    check_raises = pytest.raises(ValueError, match="generate\\(\\) expects one id")
+    with adapters(model, slots), check_raises:
         model.generate(input_ids=ids, **more)
     with adapters(model, slots[:2]):
         model.generate(input_ids=ids, **more)
     with fastlora.AdapterPool(model.unload(), target_modules=["q_proj"]) as pool:
         pool.load("b", state, config=config("q_proj"))
-        with adapters(pool, slots), refused:
+        with adapters(pool, slots), check_raises:
             base.generate(input_ids=ids, **more)
 
 

@@ -96,7 +96,7 @@ def test_rows_in_the_order_of_the_batch_share_it(pick: str) -> None:
 
 
 @pytest.mark.parametrize("pick", OUT_OF_ORDER)
-def test_rows_out_of_order_are_refused(pick: str) -> None:
+def test_rows_out_of_order_raise(pick: str) -> None:
     check_raises(ours(Head(OUT_OF_ORDER[pick])), "w2")
 
 
@@ -265,7 +265,7 @@ EXPANDED_TABLES: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("table", LONE_TABLES)
-def test_a_layer_over_a_table_of_the_model_is_refused(table: str) -> None:
+def test_a_layer_over_a_table_of_the_model_raises(table: str) -> None:
     """Half of the table had the first adapter, and half the second one."""
     check_raises(ours(Relative(LONE_TABLES[table])), "w2", why=LONE)
 
@@ -284,7 +284,7 @@ def test_a_table_that_is_repeated_for_each_sample_shares_a_batch(table: str) -> 
         ("DebertaV2Model", True, "key_proj"),
     ],
 )
-def test_projections_of_relative_positions_are_refused(kind: str, shared: bool, layer: str) -> None:
+def test_projections_of_relative_positions_raise(kind: str, shared: bool, layer: str) -> None:
     """DeBERTa calls them on a table; what gets the batch alone shares it."""
     pytest.importorskip("transformers")
     config = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 4}
@@ -320,7 +320,7 @@ SEQUENCE_FIRST: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("kind", SEQUENCE_FIRST)
-def test_layers_that_compute_with_the_sequence_first_are_refused(kind: str) -> None:
+def test_layers_that_compute_with_the_sequence_first_raise(kind: str) -> None:
     """4 tokens of 2 samples: tokens went to adapters, and no shape showed it."""
     pytest.importorskip("transformers")
     changes, name = SEQUENCE_FIRST[kind]

@@ -114,7 +114,7 @@ def test_a_damaged_folder_fails_its_own_requests(served: Any) -> None:
         shutil.rmtree(served.folder / folder)
 
 
-def refused_when_it_comes(served: Any, folder: Path, why: str) -> None:
+def check_rejected_when_it_comes(served: Any, folder: Path, why: str) -> None:
     """Moves a folder to the server's, which refuses it with status 422 within a second.
 
     It refuses a request and a load; both messages contain ``why``.
@@ -142,13 +142,13 @@ def test_a_pattern_that_backtracks_stops_nobody(served: Any, field: str) -> None
     config = json.loads((folder / "adapter_config.json").read_text())
     config["target_modules"] = [name.rpartition(".")[2] for name in config["target_modules"]]
     (folder / "adapter_config.json").write_text(json.dumps(config | SLOW_FIELDS[field]))
-    refused_when_it_comes(served, folder, field)
+    check_rejected_when_it_comes(served, folder, field)
     assert said(served, "ash") == served.alone.text("the sea", "ash", 12)
     shutil.rmtree(served.folder / field)
 
 
 @pytest.mark.parametrize("option", ["--max-rank", "--max-adapter-mib"])
-def test_an_adapter_over_a_limit_is_refused_unread(served: Any, option: str) -> None:
+def test_an_adapter_over_a_limit_is_rejected_unread(served: Any, option: str) -> None:
     """E4: a file that is sparse claims gigabytes. Neither the request nor the load reads it."""
     name = option.strip("-")
     size = (
@@ -157,7 +157,7 @@ def test_an_adapter_over_a_limit_is_refused_unread(served: Any, option: str) -> 
     folder = make_sparse_folder(served.folder.parent / name, served.folder / "ash", **size)
     assert (folder / "adapter_model.safetensors").stat().st_size > 1_500_000_000
     with peak_memory(50 << 20):
-        refused_when_it_comes(served, folder, option)
+        check_rejected_when_it_comes(served, folder, option)
     shutil.rmtree(served.folder / name)
 
 
@@ -246,7 +246,7 @@ def test_an_answer_keeps_the_adapter_that_it_began_with(served: Any) -> None:
         ("y", "\ud800", "lora_path"),
     ],
 )
-def test_loads_that_are_refused(served: Any, name: str, path: str, said: str) -> None:
+def test_loads_that_are_rejected(served: Any, name: str, path: str, said: str) -> None:
     outside = served.folder.parent / "outside"
     if not outside.exists():
         make_adapter(outside, 3)
@@ -255,7 +255,7 @@ def test_loads_that_are_refused(served: Any, name: str, path: str, said: str) ->
     assert "link" not in names(served)
 
 
-def test_a_damaged_folder_is_refused_by_load(served: Any) -> None:
+def test_a_damaged_folder_is_rejected_by_load(served: Any) -> None:
     folder = served.folder / "deep" / "broken"
     shutil.copytree(served.folder / "ash", folder)
     (folder / "adapter_model.safetensors").write_bytes(b"x" * 50)

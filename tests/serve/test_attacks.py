@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.attacks import ADDRESS, ATTACKS, MOST_SECONDS, REFUSED
+from tests.support.attacks import ADDRESS, ATTACKS, MOST_SECONDS, REJECTED
 from tests.support.served import make_adapter, make_byte_base
 
 FULL = bool(os.environ.get("FASTLORA_ATTACK"))
@@ -195,8 +195,8 @@ def test_others_are_served(program: Program, name: str) -> None:
         assert not {status for status in found if status >= 500}
         if name == "long_prompts":
             assert found and 200 not in found
-        refused = {(model, status) for model, status in statuses if model.startswith(REFUSED)}
-        assert not [own for own in refused if own[1] not in (404, 422)]  # 404 before it is found
+        rejected = {(model, status) for model, status in statuses if model.startswith(REJECTED)}
+        assert not [own for own in rejected if own[1] not in (404, 422)]  # 404 before it is found
         assert (name in ("patterns", "sparse_adapter", "links", "fifos")) == (422 in found)
         time.sleep(SETTLE_SECONDS)
         assert program.resident - memory <= MOST_GROWTH // (2 if name == "sparse_adapter" else 1)

@@ -341,7 +341,7 @@ def test_the_cache_grows_and_keeps_what_it_has() -> None:
     assert rows.cache.nbytes == 2 * 2 * 2 * 2 * 512 * 16 * 4
 
 
-def test_what_serving_cannot_do_is_refused() -> None:
+def test_what_serving_cannot_do_raises() -> None:
     with pytest.raises(
         ConfigError, match="length of 300 tokens exceeds the model's maximum of 200"
     ):

@@ -29,7 +29,7 @@ def _no_keys_around(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("which", ["api", "admin"])
-def test_an_empty_key_is_refused(
+def test_an_empty_key_is_rejected(
     which: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """E10: an option, a file or a variable that holds no key must not open the server."""
@@ -57,7 +57,7 @@ def test_where_keys_come_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert keys_of("--admin-key", "other") == ApiKeys("of the environment", "other")
 
 
-def test_keys_that_are_refused(tmp_path: Path) -> None:
+def test_keys_that_are_rejected(tmp_path: Path) -> None:
     """E9, E10: no message contains a key."""
     file = tmp_path / "key"
     cases: list[tuple[bytes, tuple[object, ...], str]] = [
@@ -70,9 +70,9 @@ def test_keys_that_are_refused(tmp_path: Path) -> None:
     ]
     for content, options, said in cases:
         file.write_bytes(content)
-        with pytest.raises(ConfigError, match=said) as refused:
+        with pytest.raises(ConfigError, match=said) as raised:
             keys_of("--api-key-file", file, *options)
-        assert "s3cret" not in str(refused.value)
+        assert "s3cret" not in str(raised.value)
     for path, said in ((tmp_path, "Is a directory"), (tmp_path / "no", "No such file")):
         with pytest.raises(ConfigError, match=said):
             keys_of("--api-key-file", path)

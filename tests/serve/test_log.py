@@ -97,7 +97,7 @@ def test_a_folder_is_quoted(tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
     assert repr(str(folder)) in caplog.text
 
 
-def test_a_refused_folder_is_named_again_when_it_returns(
+def test_a_rejected_folder_is_named_again_when_it_returns(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Each folder that cannot be served is named once, for as long as it is there."""

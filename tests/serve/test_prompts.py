@@ -97,7 +97,7 @@ TEXTS = (
 )
 
 
-def test_no_text_that_fits_is_refused() -> None:
+def test_no_text_that_fits_is_rejected() -> None:
     """E3: whatever a tokenizer deletes, composes or strips, a text has its least tokens."""
     chance = random.Random(0)
     letters = "".join(TEXTS) + "ab " * 100
@@ -117,7 +117,7 @@ def test_which_tokenizers_have_a_bound() -> None:
         assert not LongTextDetector(tokenizer).certainly_exceeds_tokens("ab" * 500_000, 2048), name
 
 
-def test_a_long_text_is_refused_without_the_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_text_is_rejected_without_the_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
     """E3: six prompts of 1 MB kept a request for two tokens waiting for 32 s."""
     tokenizer = bounded()["bytes, NFC"]
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"

@@ -86,8 +86,8 @@ def test_a_full_queue_says_when_to_come_again(narrow: Any) -> None:
         assert answer.json()["error"]["code"] == "queue_full"
         assert narrow.get("/health").status_code == 200
         break_off = narrow.stream("POST", "/v1/completions", json=short)
-        with break_off as refused:
-            assert refused.status_code == 429
+        with break_off as rejected:
+            assert rejected.status_code == 429
     assert [answer.result().status_code for answer in waiting] == [200, 200]
 
 

@@ -26,7 +26,7 @@ MOST_SECONDS = 180.0
 ANSWER_SECONDS = 20.0
 ADDRESS = "127.0.0.1"
 # Names of adapters that a server must refuse with status 422.
-REFUSED = "refused-"
+REJECTED = "refused-"
 # Both take ``re`` longer than any test may take, on names of ten characters already. PCRE2 finds at
 # once that no name has the last character of the second one.
 SLOW_PATTERN = r"(\w|\w|\w|.|.|.|..)*[!?]"
@@ -181,7 +181,7 @@ def patterns(attack: Attack) -> None:
     config = json.loads((attack.folder / "ash" / _FILES[0]).read_text())
     # A full name is exempt from layers_pattern.
     leaves = sorted({name.rpartition(".")[2] for name in config["target_modules"]})
-    for kind, pattern in ((REFUSED, SLOW_PATTERN), ("decided-", BACKTRACKING)):
+    for kind, pattern in ((REJECTED, SLOW_PATTERN), ("decided-", BACKTRACKING)):
         for field, changes in pattern_fields(pattern).items():
             names.append(f"{kind}{field}")
             attack.copy(names[-1], **{"target_modules": leaves, **changes})
@@ -191,7 +191,7 @@ def patterns(attack: Attack) -> None:
 def sparse_adapter(attack: Attack) -> None:
     """Adapters of rank 1,000,000 in files that hold a header alone."""
     for number in range(2):
-        folder = attack.copy(f"{REFUSED}sparse{number}", r=1_000_000, target_modules=["q_proj"])
+        folder = attack.copy(f"{REJECTED}sparse{number}", r=1_000_000, target_modules=["q_proj"])
         header: dict[str, Any] = {}
         end = 0
         for layer in range(2):
@@ -204,7 +204,7 @@ def sparse_adapter(attack: Attack) -> None:
         with (folder / _FILES[1]).open("wb") as file:
             file.write(struct.pack("<Q", len(text)) + text)
             file.truncate(8 + len(text) + end)
-    attack.ask_for([f"{REFUSED}sparse{number}" for number in range(2)])
+    attack.ask_for([f"{REJECTED}sparse{number}" for number in range(2)])
 
 
 def links(attack: Attack) -> None:
@@ -212,19 +212,19 @@ def links(attack: Attack) -> None:
     outside = attack.folder.parent / "outside"
     shutil.copytree(attack.folder / "ash", outside, dirs_exist_ok=True)
     for number, name in enumerate(_FILES):
-        folder = attack.copy(f"{REFUSED}link{number}")
+        folder = attack.copy(f"{REJECTED}link{number}")
         (folder / name).unlink()
         (folder / name).symlink_to(outside / name)
-    attack.ask_for([f"{REFUSED}link{number}" for number in range(2)])
+    attack.ask_for([f"{REJECTED}link{number}" for number in range(2)])
 
 
 def fifos(attack: Attack) -> None:
     """Files that are FIFOs, which nobody writes into."""
     for number, name in enumerate(_FILES):
-        folder = attack.copy(f"{REFUSED}fifo{number}")
+        folder = attack.copy(f"{REJECTED}fifo{number}")
         (folder / name).unlink()
         os.mkfifo(folder / name)
-    attack.ask_for([f"{REFUSED}fifo{number}" for number in range(2)])
+    attack.ask_for([f"{REJECTED}fifo{number}" for number in range(2)])
 
 
 def odd_names(attack: Attack) -> None:

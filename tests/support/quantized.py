@@ -13,7 +13,7 @@ from fastlora.layers.base_layers import dense_weight
 from tests.support.tiny import Gated
 
 # Those that kernels read, by the loader that does.
-CODED = {
+QUANTIZED = {
     "nf4": "table4",
     "nf4 nested": "table4_nested",
     "fp4": "table4",

@@ -34,7 +34,7 @@ def quantized_model(kind: str, arch: str = "llama", dtype: torch.dtype = torch.f
     """
     if kind == "int8":  # a copy of it has no scales
         return _made(kind, arch, dtype)
-    model = copy.deepcopy(_kept(kind, arch, dtype))
+    model = copy.deepcopy(_cached(kind, arch, dtype))
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
@@ -70,7 +70,7 @@ def _made(kind: str, arch: str, dtype: torch.dtype) -> Any:
     return plain
 
 
-_kept = functools.cache(_made)
+_cached = functools.cache(_made)
 
 
 def _is_inner(module: object, name: str) -> bool:

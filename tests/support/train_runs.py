@@ -134,7 +134,7 @@ def log(out: Path, kind: str = "loss") -> list[dict[str, Any]]:
 def strict(text: str) -> Any:
     """Reads JSON as every reader does, without Python's NaN and Infinity."""
 
-    def refuse(constant: str) -> Any:
+    def raise_error(constant: str) -> Any:
         raise ValueError(f"{constant} is no JSON")
 
-    return json.loads(text, parse_constant=refuse)
+    return json.loads(text, parse_constant=raise_error)

@@ -71,6 +71,6 @@ def test_what_comes_after_is_as_before(layer: fastlora.FastLoraLinear) -> None:
             layer(x)
 
 
-def test_an_unknown_chip_is_refused() -> None:
+def test_an_unknown_chip_is_rejected() -> None:
     with pytest.raises(ValueError, match="no configs for 'sm_75'"), stubbed_launches("sm_75"):
         pass

@@ -266,7 +266,7 @@ def test_a_state_that_does_not_fit_changes_nothing() -> None:
     run(model, optimizers, [batch(NAMES)])
     good = optimizers.state_dict()
     rank = {**good["b"], "kind": {**good["b"]["kind"], "parameters": [[2, 16], [24, 2]]}}
-    refused: list[tuple[Any, type[Exception], str]] = [
+    raising: list[tuple[Any, type[Exception], str]] = [
         ({"a": good["a"], "b": rank}, CheckpointError, r"'b' has parameters \[\[2, 16\], \[24, 2"),
         ({"b": good["a"]}, CheckpointError, "optimizer AdamW, expected SGD"),
         ({"a": good["c"]}, CheckpointError, "scheduler LinearLR, expected ExponentialLR"),
@@ -274,7 +274,7 @@ def test_a_state_that_does_not_fit_changes_nothing() -> None:
         ({"a": good["a"], "e": good["a"]}, AdapterNotFoundError, "'e' has no optimizer; adapters"),
     ]
     fresh = make(build())
-    for state, error, message in refused:
+    for state, error, message in raising:
         with pytest.raises(error, match=message):
             fresh.load_state_dict(state)
         assert fresh.counts["a"].steps == 0 and not fresh.by_adapter["a"].state
@@ -310,7 +310,7 @@ def test_shared_biases_train_alone() -> None:
     assert any(key.endswith("head.bias") for key in adapter_parameters(model, "a"))
 
 
-REFUSED_OPTIMIZERS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+BAD_OPTIMIZERS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "name": ({"optimizers": {"aa": SGD}}, AdapterNotFoundError, "no adapter 'aa'.*close names: a"),
     "none": ({"optimizers": {}}, ValueError, "no adapter is given"),
     "schedule": (
@@ -330,17 +330,17 @@ REFUSED_OPTIMIZERS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 }
 
 
-@pytest.mark.parametrize("case", REFUSED_OPTIMIZERS)
-def test_bad_optimizers_are_refused(case: str) -> None:
+@pytest.mark.parametrize("case", BAD_OPTIMIZERS)
+def test_bad_optimizers_raise(case: str) -> None:
     """Unknown and frozen adapters, and what does not make an optimizer or a schedule."""
-    arguments, error, message = REFUSED_OPTIMIZERS[case]
+    arguments, error, message = BAD_OPTIMIZERS[case]
     model = build()
     train_adapters(model, "a")
     with pytest.raises(error, match=message):
         AdapterOptimizers(model, **{"optimizers": {"a": OPTIMIZERS["a"]}, **arguments})
 
 
-def test_bad_steps_are_refused() -> None:
+def test_bad_steps_raise() -> None:
     """Parameters of others, half precision with a scaler, frozen or unknown adapters, no rows."""
     model = build()
     everything = {"a": lambda _: SGD(model.parameters(), lr=0.1)}

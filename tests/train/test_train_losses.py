@@ -85,7 +85,7 @@ def test_an_adapter_without_tokens_contributes_nothing() -> None:
 
 
 LOGITS, LABELS = torch.zeros(2, 3, 5), torch.zeros(2, 3, dtype=torch.int64)
-REFUSED_LOSSES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
+BAD_LOSSES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "names": (
         lambda: causal_lm_losses(LOGITS, LABELS, ["a"]),
         ValueError,
@@ -128,9 +128,9 @@ REFUSED_LOSSES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
 }
 
 
-@pytest.mark.parametrize("case", REFUSED_LOSSES)
-def test_bad_losses_are_refused(case: str) -> None:
+@pytest.mark.parametrize("case", BAD_LOSSES)
+def test_bad_losses_raise(case: str) -> None:
     """One clear error that names the value and what was expected."""
-    call, error, message = REFUSED_LOSSES[case]
+    call, error, message = BAD_LOSSES[case]
     with pytest.raises(error, match=message):
         call()

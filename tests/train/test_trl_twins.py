@@ -245,7 +245,7 @@ def test_packing_is_trls() -> None:
             assert [[b - a for _, a, b in row] for row in rows] == packed["seq_lengths"]
 
 
-def test_packed_documents_are_kept_apart(base: Path, tmp_path: Path) -> None:
+def test_packed_documents_stay_separate(base: Path, tmp_path: Path) -> None:
     """In bfd each token's loss is that of its document alone; wrapped, it sees what is before."""
     path = tmp_path / "data.jsonl"
     path.write_text("\n".join(json.dumps({"text": f"{w} that {w}"}) for w in WORDS))

@@ -213,13 +213,13 @@ class BaseQuantizedWeight(MergeTarget):
 
     # ------------------------------------------------------------------------------- in pieces
 
-    def row_slices(self, count: int = PIECES) -> list[slice]:
-        """Return a list of slices that divide the rows into about ``count`` pieces."""
-        step = -(-self.shape[0] // count)
+    def row_slices(self, approximate_count: int = PIECES) -> list[slice]:
+        """Return a list of slices that divide the rows into about ``approximate_count`` pieces."""
+        step = -(-self.shape[0] // approximate_count)
         return [slice(start, start + step) for start in range(0, self.shape[0], step)]
 
-    def dequantized_pieces(self, count: int = PIECES) -> Iterator[torch.Tensor]:
-        """Yield the dequantized weight in about ``count`` pieces.
+    def dequantized_pieces(self, approximate_count: int = PIECES) -> Iterator[torch.Tensor]:
+        """Yield the dequantized weight in about ``approximate_count`` pieces.
 
         A piece is flat and contains elements of the weight in fp32.
         """

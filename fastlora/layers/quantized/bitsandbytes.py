@@ -201,15 +201,15 @@ class BitsAndBytes4Bit(BaseQuantizedWeight):
         """Return the number of blocks in each of ``count`` pieces."""
         return -(-(self.shape[0] * self.shape[1]) // (count * self._block))
 
-    def dequantized_pieces(self, count: int = PIECES) -> Iterator[torch.Tensor]:
-        """Yield the dequantized weight in about ``count`` pieces.
+    def dequantized_pieces(self, approximate_count: int = PIECES) -> Iterator[torch.Tensor]:
+        """Yield the dequantized weight in about ``approximate_count`` pieces.
 
         A piece contains elements of the weight in fp32. A repacked weight is one piece.
         """
         if self._is_repacked():
             yield from super().dequantized_pieces()
             return
-        blocks, elements = self._blocks_per_piece(count), self.shape[0] * self.shape[1]
+        blocks, elements = self._blocks_per_piece(approximate_count), self.shape[0] * self.shape[1]
         codes, size = self.weight.data.view(torch.uint8).view(-1), blocks * self._block
         largest = self._absmax_per_block()
         for index, part in enumerate(codes.split(size // 2)):
@@ -239,16 +239,16 @@ class BitsAndBytes4Bit(BaseQuantizedWeight):
         return absmax.float()
 
     def _dequantize_blocks(
-        self, codes: torch.Tensor, largest: torch.Tensor, count: int
+        self, codes: torch.Tensor, absmax: torch.Tensor, element_count: int
     ) -> torch.Tensor:
-        """Dequantize whole blocks to ``count`` elements.
+        """Dequantize whole blocks to ``element_count`` fp32 elements.
 
-        bitsandbytes dequantizes them to fp32.
+        ``absmax`` has one value per block. bitsandbytes dequantizes the blocks.
         """
         state = self.weight.quant_state
         piece = type(state)(
-            absmax=largest,
-            shape=torch.Size([count]),
+            absmax=absmax,
+            shape=torch.Size([element_count]),
             code=state.code,
             blocksize=state.blocksize,
             quant_type=state.quant_type,
@@ -352,10 +352,10 @@ class BitsAndBytes8Bit(BaseQuantizedWeight):
         scales = self.scales.to(self.weight.device)
         return _bitsandbytes().int8_vectorwise_dequant(self.weight.data, scales)
 
-    def dequantized_pieces(self, count: int = PIECES) -> Iterator[torch.Tensor]:
+    def dequantized_pieces(self, approximate_count: int = PIECES) -> Iterator[torch.Tensor]:
         dequantize_rows, codes = _bitsandbytes().int8_vectorwise_dequant, self.weight.data
         scales = self.scales.to(codes.device)
-        for rows in self.row_slices(count):
+        for rows in self.row_slices(approximate_count):
             yield dequantize_rows(codes[rows], scales[rows]).view(-1).float()
 
     def write(self, dense: torch.Tensor) -> None:

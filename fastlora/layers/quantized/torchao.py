@@ -109,8 +109,8 @@ class TorchaoWeight(BaseQuantizedWeight):
     def dense(self) -> torch.Tensor:
         return self.weight.dequantize()
 
-    def dequantized_pieces(self, count: int = PIECES) -> Iterator[torch.Tensor]:
-        """Yield the dequantized weight in about ``count`` pieces.
+    def dequantized_pieces(self, approximate_count: int = PIECES) -> Iterator[torch.Tensor]:
+        """Yield the dequantized weight in about ``approximate_count`` pieces.
 
         A piece contains elements of the weight in fp32. A weight of an unsupported torchao class is
         one piece.
@@ -118,7 +118,7 @@ class TorchaoWeight(BaseQuantizedWeight):
         if type(self.weight).__name__ not in _TORCHAO:
             yield from super().dequantized_pieces()
             return
-        for rows in self.row_slices(count):
+        for rows in self.row_slices(approximate_count):
             yield self.weight[rows].dequantize(torch.float32).reshape(-1)
 
     def check_writable(self) -> None:

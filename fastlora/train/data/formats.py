@@ -200,8 +200,8 @@ def _detect_format(path: Path, columns: Sequence[str], options: DataOptions) -> 
     for ours, theirs in options.columns.items():
         if theirs not in columns:
             raise DataError(
-                f"{path}: has no column {theirs!r}, which `columns` maps to {ours!r}; its columns "
-                f"are {list(columns)}"
+                f"{path}: no column named {theirs!r} (`columns` maps {ours!r} to it); available "
+                f"columns: {list(columns)}"
             )
     taken = set(options.columns.values())
     there = {column for column in columns if column not in taken} | set(options.columns)
@@ -209,8 +209,8 @@ def _detect_format(path: Path, columns: Sequence[str], options: DataOptions) -> 
         missing = [c for c in FORMATS[options.format].required if c not in there]
         if missing:
             raise DataError(
-                f"{path}: has no column {missing[0]!r}, which format {options.format!r} needs; its "
-                f"columns are {list(columns)} (to use another column, set "
+                f"{path}: no column named {missing[0]!r} (format {options.format!r} needs it); "
+                f"available columns: {list(columns)} (to use another column, set "
                 f"columns = {{ {missing[0]} = ... }})"
             )
         return options.format
@@ -284,8 +284,8 @@ class _RowValues:
         for name in map(self._names.__getitem__, columns):
             if name not in self._row:
                 raise DataError(
-                    f"{self.source}: has no column {name!r}, which the first row of the file "
-                    f"has; its columns are {list(self._row)}"
+                    f"{self.source}: no column named {name!r} (the first row of the file has it); "
+                    f"available columns: {list(self._row)}"
                 )
 
     def list_or_str_type(self, *columns: str) -> type:

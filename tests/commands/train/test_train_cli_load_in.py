@@ -190,7 +190,7 @@ def test_dry_run(
     assert not (tmp_path / "out").exists()
 
 
-def test_refusals(
+def test_errors(
     fails: Any, given: Any, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Other bits, a model that is quantized already, and no bitsandbytes; nothing is written."""

@@ -65,7 +65,7 @@ def test_a_second_run_in_a_folder(
     assert same(out, whole)
 
 
-def test_two_processes_are_refused_together(given: Any, tmp_path: Path) -> None:
+def test_two_processes_are_rejected_together(given: Any, tmp_path: Path) -> None:
     """The process that holds no lock learns of the refusal, and does not wait for the other."""
     from tests.support.forked_runs import processes
 

@@ -26,12 +26,12 @@ from tests.support.kernels.modules import module_of
 
 MIXED_K_LOOPS = ("mixed_lora_shrink", "mixed_lora_linear")
 # Launches that a shared-input group shares in training.
-SHARED_BY_SIBLINGS = ("mixed_lora_train_shrink", "mixed_lora_grad_a")
+SHARED_BY_GROUPS = ("mixed_lora_train_shrink", "mixed_lora_grad_a")
 # Kernels that take a shared-input group in one grid.
 IN_ONE_GRID = ("lora_shrink", "lora_linear", "lora_expand")
 IN_ONE_GRID += ("mixed_lora_linear", "mixed_lora_expand")
 # Variants of launches over codes, and the kinds that they read.
-CODED = {
+QUANTIZED = {
     "heavy": "table4_nested",
     "table4": "table4",
     "int8": "int8",
@@ -118,7 +118,7 @@ def cases(chips: Sequence[Chip] = CHIPS) -> list[Case]:
             if trains:
                 if is_compiled(chip, shipped):
                     result.append(Case(chip.arch, shipped, "training"))
-                    if shipped.kernel in SHARED_BY_SIBLINGS and shipped.dtype == torch.bfloat16:
+                    if shipped.kernel in SHARED_BY_GROUPS and shipped.dtype == torch.bfloat16:
                         result.append(Case(chip.arch, shipped, "siblings"))
                 continue
             result.append(Case(chip.arch, shipped, "heavy"))
@@ -166,7 +166,7 @@ def quantized_cases(chip: Chip, shipped: Shipped) -> list[Case]:
         mixed = shipped.kernel == "coded_mixed_lora_linear"
         widest = shipped.config.block_m != 32 and shipped.config.block_n == 64
         if widest and shipped.r > 16 and not mixed:
-            variants += [kind for kind in CODED if kind != "heavy"]
+            variants += [kind for kind in QUANTIZED if kind != "heavy"]
         if chip.arch == "sm_90" and shipped.kernel != "coded_lora_grad_x" and shipped.r > 16:
             variants.append("siblings")
         if chip.arch == "sm_90" and shipped.kernel == "coded_lora_linear" and shipped.r > 16:
@@ -176,7 +176,7 @@ def quantized_cases(chip: Chip, shipped: Shipped) -> list[Case]:
 
 def quantized_operand(variant: str, n: int, k: int) -> QuantizedData:
     """Returns a quantized weight on the meta device, of the kind of a variant."""
-    kind = CODED.get(variant, CODED["heavy"])
+    kind = QUANTIZED.get(variant, QUANTIZED["heavy"])
     dtype = torch.int8 if kind == "int8" else torch.uint8
     by_block = kind.startswith("table4")
     codes = torch.empty(n * k // (2 if by_block else 1), dtype=dtype, device="meta")
@@ -241,7 +241,7 @@ def operands(case: Case) -> dict[str, Any]:
     if not case.is_mixed:
         common |= {"s": empty(m, r), "lora_b": factor(n, r), "scaling": fp32(r)}
         of_dx |= {"lora_b": factor(r, k).t(), **dropped}
-        siblings = config.group_size if heavy else 1
+        group_size = config.group_size if heavy else 1
         sizes = (r + 1, *[64] * 3)
         count = 3 if case.variant == "siblings" else 1
         common |= {"s": empty(m, count * r), "scaling": fp32(1 if count > 1 else r)}
@@ -268,11 +268,11 @@ def operands(case: Case) -> dict[str, Any]:
                 "d_bias": fp32(4, n) if heavy else None,
             },
             "lora_grad_a": {
-                "outs": [sums(r, k) for _ in range(siblings)],
-                "ds": [empty(m, r) for _ in range(siblings)],
-                "seeds": longs(siblings) if drops else None,
-                "dropout_p": [0.1] * siblings,
-                "config": replace(config, group_size=siblings),
+                "outs": [sums(r, k) for _ in range(group_size)],
+                "ds": [empty(m, r) for _ in range(group_size)],
+                "seeds": longs(group_size) if drops else None,
+                "dropout_p": [0.1] * group_size,
+                "config": replace(config, group_size=group_size),
             },
             "lora_grad_x": of_dx,
             "lora_grad_x_add": of_dx,

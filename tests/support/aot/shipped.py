@@ -44,8 +44,8 @@ def all_shipped(chip: Chip) -> Iterator[Shipped]:
         splits = MAX_SPLITS if launch == "lora_shrink" else 1
         for row in (row for row in rows if row.num_warps):
             for block_r, r in _hardest_ranks(kernel_of(launch), row):
-                siblings = _largest_group(row, block_r) if launch == "lora_grad_a" else 1
-                config = config_of_row(chip, launch, kind, row, block_r, splits, siblings)
+                group_size = _largest_group(row, block_r) if launch == "lora_grad_a" else 1
+                config = config_of_row(chip, launch, kind, row, block_r, splits, group_size)
                 made += [Shipped(launch, dtype, r, config) for dtype in _dtypes(launch, kind)]
     yield from dict.fromkeys(made)
 

@@ -62,8 +62,8 @@ class Meeting(NamedTuple):
     def only_fastlora_raises(self, *words: str) -> bool:
         """Whether fastlora alone raises, with one of these words."""
         what, ours, theirs = self.difference
-        refused = isinstance(ours, Exception) and not isinstance(theirs, Exception)
-        return what == "refusal" and refused and any(word in str(ours) for word in words)
+        raised = isinstance(ours, Exception) and not isinstance(theirs, Exception)
+        return what == "refusal" and raised and any(word in str(ours) for word in words)
 
     def accepted(self, *words: str) -> bool:
         """Whether PEFT alone raises, with one of these words."""

@@ -133,12 +133,12 @@ class _Run:
         before = [side.state() for side in self.sides]
         outcomes = [self.outcome(side, operation, number) for side in self.sides]
         ours, theirs, single = outcomes
-        refusals = [isinstance(outcome, Exception) for outcome in outcomes]
-        if not any(refusals):
+        raised = [isinstance(outcome, Exception) for outcome in outcomes]
+        if not any(raised):
             return outcomes, list(differences(*outcomes))
-        if refusals[0] != refusals[1]:
+        if raised[0] != raised[1]:
             return [], [Difference("refusal", ours, theirs)]
-        if not refusals[2]:
+        if not raised[2]:
             return [], [Difference("refusal in float32", single, theirs)]
         if operation.name in OURS and not self.script.patched:  # else PEFT is on every side
             return [], [Difference("refusal of every side", ours, theirs)]

@@ -36,7 +36,7 @@ class Problem:
         m, n, k, r: Rows, outputs, columns of x, rank.
         dtype: Of all operands but the scaling.
         p: Dropout's probability.
-        siblings: Ranks of further layers fed by x, whose d_lora_a comes from the same launch.
+        further_ranks: Ranks of further layers fed by x, whose d_lora_a comes from the same launch.
     """
 
     KERNELS = ("shrink", "linear", "expand", "dropout", "grad_b", "grad_a", "grad_x", "grad_x_add")
@@ -50,7 +50,7 @@ class Problem:
         r: int,
         dtype: torch.dtype = torch.float32,
         p: float = 0.0,
-        siblings: Sequence[int] = (),
+        further_ranks: Sequence[int] = (),
     ) -> None:
         self.lab, self.m, self.n, self.k, self.r, self.p = lab, m, n, k, r, p
         self.x, self.weight = lab.rand(m, k, dtype=dtype), lab.rand(n, k, dtype=dtype)
@@ -59,7 +59,7 @@ class Problem:
         self.y, self.dy = lab.rand(m, n, dtype=dtype), lab.rand(m, n, dtype=dtype)
         self.bias: torch.Tensor | None = lab.rand(n, dtype=dtype)
         self.scaling = torch.tensor([0.75], device=lab.device)
-        self.all_ds = [self.ds, *(lab.rand(m, rank, dtype=dtype) for rank in siblings)]
+        self.all_ds = [self.ds, *(lab.rand(m, rank, dtype=dtype) for rank in further_ranks)]
         seeds = [SEED + 7 * i for i in range(len(self.all_ds))]
         self.seeds = torch.tensor(seeds, device=lab.device)
         self.seed = torch.tensor([SEED], device=lab.device)
@@ -76,9 +76,9 @@ class Problem:
         """The one that an operator chooses."""
         sizes = {"m": self.m, "n": self.n, "k": self.k, "r": self.r}
         sizes["r"] = max(ds.shape[1] for ds in self.all_ds) if launch == "lora_grad_a" else self.r
-        siblings = len(self.all_ds) if launch == "lora_grad_a" else 1
+        group_size = len(self.all_ds) if launch == "lora_grad_a" else 1
         chip = chip_of(self.x.device)
-        return choose(chip, launch, self.dtype, **sizes, group_size=siblings)
+        return choose(chip, launch, self.dtype, **sizes, group_size=group_size)
 
     def drops(self) -> dict[str, Any]:
         """What a launch takes of dropout."""

@@ -69,14 +69,14 @@ def check_linear(
 def of_tables(lab: Lab, kind: str, ids: list[int], ranks: Any, dtype: torch.dtype) -> MixedProblem:
     """A mixed batch over quantized weights, whose truth is that of the matrices."""
     problem = MixedProblem(lab, ids, ranks, 128, [40, 72, 64][: len(ranks)], dtype, biased=(1,))
-    problem.coded = [make_quantized_weight(kind, weight) for weight in problem.weights]
-    problem.weights = [dequantize(weight) for weight in problem.coded]
+    problem.quantized = [make_quantized_weight(kind, weight) for weight in problem.weights]
+    problem.weights = [dequantize(weight) for weight in problem.quantized]
     return problem
 
 
 def at(problem: MixedProblem, plan: str = "auto") -> torch.Tensor:
     """y of module 0, as a layer asks for it."""
-    read = weight_for_kernels(problem.coded[0], problem.x, problem.max_rank, plan)
+    read = weight_for_kernels(problem.quantized[0], problem.x, problem.max_rank, plan)
     invariant = plan == "invariant"
     return forward.linear_at(
         *(problem.x, read, problem.biases[0], problem.rows(invariant), None, problem.all_tables),

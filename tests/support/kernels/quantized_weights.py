@@ -79,5 +79,5 @@ def made(
 ) -> QuantizedTensor:
     """Returns the weight of codes and what decodes them."""
     addresses = torch.tensor([part.data_ptr() for part in parts], device=codes.device)
-    coded = QuantizedData(kind, codes, addresses, *dense.shape, block)
-    return QuantizedTensor(coded, lambda: dense, dense.dtype, (codes, *parts))
+    quantized = QuantizedData(kind, codes, addresses, *dense.shape, block)
+    return QuantizedTensor(quantized, lambda: dense, dense.dtype, (codes, *parts))

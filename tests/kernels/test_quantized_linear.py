@@ -1,6 +1,6 @@
-"""Linears over coded weights, on kernels: the same as over the matrix, within one rounding.
+"""Linears over quantized weights, on kernels: the same as over the matrix, within one rounding.
 
-Forward, siblings, gradients and mixed batches of every kind; few rows read codes.
+Forward, grouped layers, gradients and mixed batches of every kind; few rows read codes.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def test_programs_share_out_k(lab: Lab, launches: list[str], monkeypatch: Any) -
 
 
 @pytest.mark.parametrize("kind", ["nf4", "nf4 nested", "int8"])
-def test_siblings(lab: Lab, dtype: torch.dtype, launches: list[str], kind: str) -> None:
+def test_grouped_layers(lab: Lab, dtype: torch.dtype, launches: list[str], kind: str) -> None:
     """One launch for all; each has a scale, a table and a size of its own."""
     sizes, k, m, r = (64, 33, 40), 128, 9, (8, 4, 16)
     weights = [
@@ -136,7 +136,7 @@ def test_siblings(lab: Lab, dtype: torch.dtype, launches: list[str], kind: str) 
         assert_within_budget(actual, near, exact, "y or dx")
 
 
-def test_siblings_of_several_kinds_have_a_launch_each(lab: Lab, launches: list[str]) -> None:
+def test_grouped_layers_of_several_kinds_have_a_launch_each(lab: Lab, launches: list[str]) -> None:
     weights = [make_quantized_weight("nf4", lab.rand(32, 64)), lab.rand(32, 64), lab.rand(32, 64)]
     weights[1] = make_quantized_weight("int8", weights[1])
     x, none = lab.rand(3, 64), [None] * 3
@@ -170,12 +170,14 @@ def test_mixed_batches(
 
 
 @pytest.mark.parametrize("adapters", [2, 6])
-def test_mixed_siblings(lab: Lab, dtype: torch.dtype, launches: list[str], adapters: int) -> None:
+def test_mixed_grouped_layers(
+    lab: Lab, dtype: torch.dtype, launches: list[str], adapters: int
+) -> None:
     from fastlora.ops.triton import forward
 
     ids = [row % (adapters + 1) - 1 for row in range(11)]
     problem = of_tables(lab, "nf4", ids, [[8] * adapters, [4] * adapters, [1] * adapters], dtype)
-    codes = [own.quantized_data for own in problem.coded]
+    codes = [own.quantized_data for own in problem.quantized]
     for first in (0, 1):  # in the tables
         ys = forward.mixed_grouped_forward(
             *(problem.x, codes[first:], problem.biases[first:], problem.rows()),

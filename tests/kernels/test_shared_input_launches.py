@@ -1,4 +1,4 @@
-"""Siblings of one launch against float64: each with a size, rank, scaling and bias of its own."""
+"""A launch of grouped layers against float64: each with a size, rank, scaling, and bias."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from tests.support.kernels.layers import Layers
 from tests.support.kernels.mixed_problem import RANKS, MixedProblem, draw_ids
 
 # Columns and ranks of each: on and off the tiles, more rank rows than a chunk, four at most.
-SIBLINGS = [
+GROUPS = [
     ((64, 32), (16, 16)),
     ((70, 33, 33), (8, 3, 40)),
     ((32, 96, 5, 64), (4, 16, 1, 20)),
 ]
-SIZES = pytest.mark.parametrize(("columns", "ranks"), SIBLINGS, ids=str)
+SIZES = pytest.mark.parametrize(("columns", "ranks"), GROUPS, ids=str)
 CONFIG = {"block_m": 16, "block_n": 32, "block_k": 32, "block_r": 16, "num_warps": 4}
 
 
@@ -101,7 +101,7 @@ def test_shrink(lab: Lab, dtype: torch.dtype, ranks: tuple[int, ...], k: int, sp
 @pytest.mark.parametrize("kernel", ["linear", "expand"])
 @pytest.mark.parametrize("columns", [(64, 32), (70, 5, 33), (33, 64, 16, 48)], ids=str)
 @pytest.mark.parametrize("splits", [1, 3])
-def test_siblings_of_a_mixed_batch(
+def test_grouped_layers_of_a_mixed_batch(
     lab: Lab, dtype: torch.dtype, kernel: str, columns: tuple[int, ...], splits: int
 ) -> None:
     """In one grid each module's rows have its own adapters, weight and bias."""

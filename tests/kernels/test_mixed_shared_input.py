@@ -1,4 +1,4 @@
-"""Siblings in mixed batches with gradients: one launch for their s, and one for their d_lora_a."""
+"""A group in mixed batches with gradients: one launch for every s, and one for every d_lora_a."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_x_is_read_once_forward_and_once_backward() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled")
-def test_backward_of_some_siblings_and_in_another_thread(launches: Any) -> None:
+def test_backward_of_some_grouped_layers_and_in_another_thread(launches: Any) -> None:
     """Who takes no part gets no gradient, as apart; anomaly detection finds nothing unwritten."""
     model = trainable(3, torch.float32)
     layers = model.base_model.model

@@ -12,7 +12,7 @@ COMPLETIONS = "/v1/completions"
 HI = [{"role": "user", "content": "hi"}]
 
 
-def refused(served: Any, path: str, status: int, body: Any, **options: Any) -> dict[str, Any]:
+def error_of(served: Any, path: str, status: int, body: Any, **options: Any) -> dict[str, Any]:
     """Sends a body, a complete one where it is a dict; returns the error."""
     if isinstance(body, dict):
         body = json.dumps({"model": "ash", "prompt": "hi", "max_tokens": 2} | body)
@@ -62,7 +62,7 @@ def refused(served: Any, path: str, status: int, body: Any, **options: Any) -> d
     ],
 )
 def test_wrong_values(served: Any, path: str, body: dict[str, Any], said: str) -> None:
-    error = refused(served, path, 400, body)
+    error = error_of(served, path, 400, body)
     assert said in error["message"]
     assert error["type"] == "invalid_request_error"
 
@@ -84,7 +84,7 @@ def test_wrong_values(served: Any, path: str, body: dict[str, Any], said: str) -
     ],
 )
 def test_wrong_prompts(served: Any, prompt: Any, said: str) -> None:
-    assert said in refused(served, COMPLETIONS, 400, {"prompt": prompt})["message"]
+    assert said in error_of(served, COMPLETIONS, 400, {"prompt": prompt})["message"]
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_wrong_prompts(served: Any, prompt: Any, said: str) -> None:
     ],
 )
 def test_wrong_messages(served: Any, messages: Any, said: str) -> None:
-    assert said in refused(served, CHAT, 400, {"messages": messages})["message"]
+    assert said in error_of(served, CHAT, 400, {"messages": messages})["message"]
 
 
 @pytest.mark.parametrize(
@@ -153,12 +153,14 @@ def test_one_error_is_enough(
         return errors(self)
 
     monkeypatch.setattr(RequestValidationError, "errors", counted)
-    refused(served, path, 400, body)
+    error_of(served, path, 400, body)
     assert 1 <= max(counts) <= 4
 
 
 def test_two_limits_of_one_thing(served: Any) -> None:
-    assert "the same setting" in refused(served, CHAT, 400, {"max_completion_tokens": 3})["message"]
+    assert (
+        "the same setting" in error_of(served, CHAT, 400, {"max_completion_tokens": 3})["message"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -167,25 +169,25 @@ def test_two_limits_of_one_thing(served: Any) -> None:
     ids=["empty", "cut", "list", "text", "no_utf8", "deep", "nan", "null"],
 )
 def test_bodies_that_are_none(served: Any, body: bytes) -> None:
-    refused(served, COMPLETIONS, 400, body)
+    error_of(served, COMPLETIONS, 400, body)
 
 
 def test_a_body_that_is_too_long(served: Any) -> None:
     body = json.dumps({"model": "ash", "prompt": "x" * 30_000})
-    assert "more than 20000 bytes" in refused(served, COMPLETIONS, 413, body)["message"]
+    assert "more than 20000 bytes" in error_of(served, COMPLETIONS, 413, body)["message"]
     chunks = iter([b" " * 15_000, b" " * 15_000])  # without a Content-Length
-    assert "more than 20000 bytes" in refused(served, COMPLETIONS, 413, chunks)["message"]
+    assert "more than 20000 bytes" in error_of(served, COMPLETIONS, 413, chunks)["message"]
 
 
 @pytest.mark.parametrize(
     "name", ["ashy", "", "../adapters/ash", "ash\n1", "ash ", "ASH", "__base__"]
 )
 def test_an_unknown_name_fails_its_own_request_only(served: Any, name: str) -> None:
-    error = refused(served, COMPLETIONS, 404, {"model": name})
+    error = error_of(served, COMPLETIONS, 404, {"model": name})
     assert error["code"] == "model_not_found"
     if name == "ashy":
         assert "close names: ash" in error["message"]
-    refused(served, CHAT, 404, {"model": name})
+    error_of(served, CHAT, 404, {"model": name})
 
 
 def test_paths_and_methods_that_are_none(served: Any) -> None:

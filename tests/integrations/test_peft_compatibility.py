@@ -1,4 +1,4 @@
-"""In PEFT's company: what our config, model and layers are to it, and what it makes of them."""
+"""PEFT compatibility: what our config, model and layers are to it, and what it makes of them."""
 
 from __future__ import annotations
 

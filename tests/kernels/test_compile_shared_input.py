@@ -1,4 +1,4 @@
-"""Siblings under torch.compile: one shrink and one d_lora_a pass in each graph, counted there.
+"""Groups under torch.compile: one shrink and one d_lora_a pass in each graph, counted there.
 
 Backends that only trace: which operators a graph holds does not depend on who compiles it.
 """
@@ -95,7 +95,7 @@ SHARED = [([2, 3], []), ([], [1, 1, 2, 3])]  # q, k and v; gate and up; o and do
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["trained", "evaluated"])
-def test_one_shrink_and_one_gradient_pass_for_siblings(training: bool) -> None:
+def test_one_shrink_and_one_gradient_pass_for_grouped_layers(training: bool) -> None:
     """After any eager forward: q/k/v join their passes over x, and so do gate and up."""
     model, x, graphs = Block(), inputs(2, 9), Launched()
     with torch.set_grad_enabled(training):
@@ -107,7 +107,7 @@ def test_one_shrink_and_one_gradient_pass_for_siblings(training: bool) -> None:
     assert notes(model) == ["3 layers share x"] * 3 + ["none"] + ["2 layers share x"] * 2 + ["none"]
 
 
-def test_unseen_siblings_stay_apart_and_later_forwards_change_no_graph() -> None:
+def test_unseen_groups_stay_apart_and_later_forwards_change_no_graph() -> None:
     """Compiled first, the graph has a pass a layer, and keeps it once siblings are known."""
     model, x, graphs = Block(), inputs(2, 9), Launched()
     compiled = torch.compile(model, backend=graphs.backend, fullgraph=True)
@@ -153,7 +153,7 @@ APART = {
 
 @pytest.mark.drawn(1 / 3)
 @pytest.mark.parametrize("change", APART)
-def test_siblings_that_cannot_share(change: str) -> None:
+def test_grouped_layers_that_cannot_share(change: str) -> None:
     """Two that are left share; one that is left does not, and the report says why."""
     alter, why = APART[change]
     for names, expected, note in (
@@ -203,7 +203,7 @@ def test_blocks_that_are_compiled_one_by_one() -> None:
     assert graphs.launched() == SHARED * 2
 
 
-def test_a_write_between_siblings_is_seen() -> None:
+def test_a_write_between_grouped_layers_is_seen() -> None:
     """x changed in place after q has used it: k and v get what they are called with."""
     model, x = Block(), inputs(9)
     model(x)

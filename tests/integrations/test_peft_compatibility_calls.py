@@ -142,7 +142,7 @@ def test_without_storage_until_loaded(change: dict[str, Any]) -> None:
     assert torch.equal(model(x), made(**change)(x))
 
 
-def test_a_config_given_to_from_pretrained_is_kept(tmp_path: Path) -> None:
+def test_a_config_given_to_from_pretrained_is_not_copied(tmp_path: Path) -> None:
     """It is the model's own from then on, as in PEFT; where loading fails it is as it was."""
     made().save_pretrained(tmp_path)
     config = LoraConfig(**CONFIG)

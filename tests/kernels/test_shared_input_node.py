@@ -1,4 +1,4 @@
-"""Siblings with gradients: one node of the graph makes every y, one dx, and all other gradients."""
+"""A group with gradients: one node of the graph makes every y, one dx, and all other gradients."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ def test_a_write_into_what_a_graph_has_saved_raises() -> None:
         y.sum().backward()
 
 
-def test_gradients_and_none_are_kept_apart() -> None:
+def test_gradients_and_none_stay_separate() -> None:
     """What was made without gradients is not taken with them, and the other way round."""
     model, x = model_of(), torch.randn(3, 32)
     attention = model.base_model.model
@@ -213,7 +213,7 @@ def test_outputs_may_be_written_into(shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("which", ["lora_bias", "none acts"])
-def test_a_sibling_that_is_not_one_for_this(launches: list[str], which: str) -> None:
+def test_a_layer_that_is_not_of_this_group(launches: list[str], which: str) -> None:
     """It is called between the others, and leaves what they share alone."""
     model, x = model_of(), torch.randn(5, 32)
     k = model.base_model.model.k
@@ -375,7 +375,7 @@ def test_an_x_that_a_transform_has_left_behind() -> None:
         torch.testing.assert_close(mine, own)
 
 
-def test_a_sibling_that_changed_its_dtype_in_place() -> None:
+def test_a_grouped_layer_that_changed_its_dtype_in_place() -> None:
     """The first computes as before; the sibling's own call says what is wrong."""
     model, x = model_of(), torch.randn(5, 32)
     attention = model.base_model.model

@@ -1,4 +1,4 @@
-"""On a GPU: what is kept of a launch computes what a launch by Triton's own launcher computes."""
+"""On a GPU: a cached launch computes what a launch by Triton's own launcher computes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_the_same_bits(lab: Lab, monkeypatch: pytest.MonkeyPatch, m: int, drop: 
         assert all(map(torch.equal, own, other))
 
 
-def test_a_graph_captures_what_is_kept(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_graph_captures_cached_launches(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launching, "_CAN_CACHE", True)
     layer, x = FastLoraLinear(512, 384, r=8, device="cuda"), torch.randn(16, 512, device="cuda")
     torch.nn.init.normal_(layer.lora_B["default"].weight)

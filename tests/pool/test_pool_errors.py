@@ -127,7 +127,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_refused_adapter_changes_nothing(root: Path, damage: str) -> None:
+def test_an_adapter_that_raises_changes_nothing(root: Path, damage: str) -> None:
     model = Blocks().half()
     pool = AdapterPool(model, target_modules=["q", "v"], max_adapters=2, max_rank=8, cpu_bytes=0)
     pool.register_folder(root)
@@ -213,7 +213,7 @@ def test_a_save_that_was_cut_off(root: Path) -> None:
 
 
 @pytest.mark.parametrize("field", SLOW_FIELDS)
-def test_a_pattern_that_backtracks_is_refused_within_a_bound(root: Path, field: str) -> None:
+def test_a_pattern_that_backtracks_raises_within_a_bound(root: Path, field: str) -> None:
     """E2: a folder's pattern, in any field, cannot occupy the process."""
     pool = make_pool(root)
     use(pool, "a0")
@@ -447,7 +447,7 @@ def test_names_are_checked(root: Path) -> None:
     assert len(pool) == 0
 
 
-def test_what_can_never_fit_is_refused(root: Path) -> None:
+def test_what_can_never_fit_raises(root: Path) -> None:
     pool = make_pool(root, max_adapters=3, device_bytes=2 * RANK2)
     use(pool, "a0")
     big = make_folder(root.parent / "big", 0, r=5)
@@ -584,7 +584,7 @@ def test_a_swap_that_fails_where_leases_hold_all_columns_but_one(
     check_pool(pool)
 
 
-def test_a_close_that_is_refused_changes_nothing(root: Path) -> None:
+def test_a_close_that_raises_changes_nothing(root: Path) -> None:
     """Prefetching goes on, and the error that ends a block is the one that is raised."""
     pool = make_pool(root)
     with pool.lease(["a0"]):

@@ -21,7 +21,7 @@ def test_sets_of_replaced_factors_are_dropped_together() -> None:
     assert all(known() is None for known in kept)
 
 
-def test_the_sets_that_were_used_last_are_kept() -> None:
+def test_the_sets_that_were_used_last_stay_cached() -> None:
     cache = AdapterSetCache()
     first, second = (cache.get((name,), False) for name in "ab")
     assert cache.get(("a",), False) is first
@@ -56,7 +56,7 @@ def test_a_clear_ends_what_open_blocks_keep() -> None:
     assert cache.get(("a",), True) is not known
 
 
-def test_what_a_graph_reads_is_kept_until_it_is_unpinned() -> None:
+def test_what_a_graph_reads_stays_in_memory_until_it_is_unpinned() -> None:
     class Read:
         pass
 

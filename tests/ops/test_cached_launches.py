@@ -1,4 +1,4 @@
-"""Launches that are kept: the same kernels, grids and arguments as Triton's own launcher takes."""
+"""Cached launches: the same kernels, grids and arguments as Triton's own launcher takes."""
 
 from __future__ import annotations
 
@@ -216,17 +216,19 @@ def _linear(dtype: torch.dtype, m: int, n: int = 64, **changed: Any) -> tuple[An
     return *own, [p], given["plan"]
 
 
-def _mixed(m: int, index: int, *, s: bool = False, siblings: Any = None, plan: str = "auto") -> Any:
+def _mixed(
+    m: int, index: int, *, s: bool = False, layer_range: Any = None, plan: str = "auto"
+) -> Any:
     """Arguments of `forward.linear_at`: three modules, four slots; tables are parts of a buffer."""
     own = rows_for_address_tables(sort_rows(torch.arange(m) % 4, m, 4), plan == "invariant")
     addresses = torch.zeros(3, 3, 4, dtype=torch.int64)
     numbers = torch.ones(3, 4, dtype=torch.int32), torch.ones(3, 4)
     tables = AddressTables(addresses[0], addresses[1], addresses[2], *numbers, 16, torch.float16)
     x, weight = torch.zeros(m, 1024, dtype=torch.float16), torch.zeros(64, 1024).half()
-    first, stop = siblings or (index, index + 1)
+    first, stop = layer_range or (index, index + 1)
     shape = shrink_partials_shape(m, 1024, stop - first, 16, plan == "invariant")
     planes = torch.zeros(shape) if s else None
-    given = tables.operator_arguments(), index, tables.max_rank, tables.dtype, plan, siblings
+    given = tables.operator_arguments(), index, tables.max_rank, tables.dtype, plan, layer_range
     return (x, weight, None, own, planes, *given)
 
 
@@ -268,12 +270,12 @@ def _operands(p: float, k: int = 96) -> list[torch.Tensor | None]:
     return [*weights_and_factors[:2], *biases, *weights_and_factors[2:], *scalings, *seeds]
 
 
-def _siblings(m: int, p: float = 0.0, with_s: bool = False, k: int = 96) -> tuple[Any, ...]:
+def _grouped_forward(m: int, p: float = 0.0, with_s: bool = False, k: int = 96) -> tuple[Any, ...]:
     """Arguments of `forward.grouped_forward`."""
     return torch.zeros(m, k), (p, p), with_s, *_operands(p, k)
 
 
-def _of_siblings(m: int, p: float = 0.0, same: bool = False) -> tuple[Any, ...]:
+def _grouped_gradients(m: int, p: float = 0.0, same: bool = False) -> tuple[Any, ...]:
     """Arguments of `backward.grouped_gradients`; the second has no bias; one dy for two, or one."""
     dy, s = torch.zeros(m, 64), [torch.zeros(m, 24)]
     if p:
@@ -309,8 +311,8 @@ def _over_codes(made: tuple[Any, ...], *places: int) -> tuple[Any, ...]:
 def _gradients_over_codes(p: float) -> tuple[Any, ...]:
     """As `_gradients` of a layer of 128 inputs."""
     (given,) = _gradients(5, p=p)
-    coded, x, lora_a = _codes(64, 128), torch.zeros(5, 128), torch.zeros(8, 128)
-    weight = QuantizedTensor(coded, lambda: torch.zeros(64, 128), given.dy.dtype, ())
+    quantized, x, lora_a = _codes(64, 128), torch.zeros(5, 128), torch.zeros(8, 128)
+    weight = QuantizedTensor(quantized, lambda: torch.zeros(64, 128), given.dy.dtype, ())
     operands = given.operands._replace(lora_a=[lora_a])
     return (given._replace(weight=weight, x=x, operands=operands),)
 
@@ -331,8 +333,8 @@ OPERATORS: dict[str, tuple[Callable[..., Any], Make]] = {
     "linear, fp32": (forward.linear, lambda: _linear(torch.float32, 5)),
     "linear_at": (forward.linear_at, lambda: _mixed(11, 1)),
     "linear_at, other module": (forward.linear_at, lambda: _mixed(11, 2)),
-    "linear_at, first of siblings": (forward.linear_at, lambda: _mixed(11, 1, siblings=(1, 3))),
-    "linear_at, next": (forward.linear_at, lambda: _mixed(11, 2, s=True, siblings=(1, 3))),
+    "linear_at, first of a group": (forward.linear_at, lambda: _mixed(11, 1, layer_range=(1, 3))),
+    "linear_at, next": (forward.linear_at, lambda: _mixed(11, 2, s=True, layer_range=(1, 3))),
     "linear_at, invariant": (forward.linear_at, lambda: _mixed(11, 0, plan="invariant")),
     "linear_at, split": (forward.linear_at, lambda: _mixed(11, 0, plan="split")),
     "grad_b": (backward.grad_b, lambda: _grad_b(64, 64, False, torch.float32)),
@@ -344,17 +346,29 @@ OPERATORS: dict[str, tuple[Callable[..., Any], Make]] = {
     "gradients, bias": (_gradients_of, lambda: _gradients(2048, bias=True)),
     "gradients, dropout": (_gradients_of, lambda: _gradients(64, p=0.5)),
     "gradients, split": (_gradients_of, lambda: _gradients(64, plan="split")),
-    "siblings": (forward.grouped_forward, lambda: _siblings(5)),
-    "siblings, s too": (forward.grouped_forward, lambda: _siblings(5, with_s=True)),
-    "siblings, more rows": (forward.grouped_forward, lambda: _siblings(200, with_s=True)),
-    "siblings, dropout": (forward.grouped_forward, lambda: _siblings(5, p=0.5, with_s=True)),
-    "siblings' gradients": (backward.grouped_gradients, lambda: _of_siblings(64)),
-    "siblings' gradients, one dy": (
-        backward.grouped_gradients,
-        lambda: _of_siblings(64, same=True),
+    "grouped layers": (forward.grouped_forward, lambda: _grouped_forward(5)),
+    "grouped layers, s too": (forward.grouped_forward, lambda: _grouped_forward(5, with_s=True)),
+    "grouped layers, more rows": (
+        forward.grouped_forward,
+        lambda: _grouped_forward(200, with_s=True),
     ),
-    "siblings' gradients, more rows": (backward.grouped_gradients, lambda: _of_siblings(2048)),
-    "siblings' gradients, dropout": (backward.grouped_gradients, lambda: _of_siblings(64, p=0.5)),
+    "grouped layers, dropout": (
+        forward.grouped_forward,
+        lambda: _grouped_forward(5, p=0.5, with_s=True),
+    ),
+    "grouped layers' gradients": (backward.grouped_gradients, lambda: _grouped_gradients(64)),
+    "grouped layers' gradients, one dy": (
+        backward.grouped_gradients,
+        lambda: _grouped_gradients(64, same=True),
+    ),
+    "grouped layers' gradients, more rows": (
+        backward.grouped_gradients,
+        lambda: _grouped_gradients(2048),
+    ),
+    "grouped layers' gradients, dropout": (
+        backward.grouped_gradients,
+        lambda: _grouped_gradients(64, p=0.5),
+    ),
     "linear, codes": (forward.linear, lambda: _over_codes(_half(5), 1)),
     "linear, codes, other rows": (forward.linear, lambda: _over_codes(_half(48, n=512), 1)),
     "linear_at, codes": (forward.linear_at, lambda: _over_codes(_mixed(11, 1), 1)),
@@ -362,11 +376,14 @@ OPERATORS: dict[str, tuple[Callable[..., Any], Make]] = {
         forward.linear_at,
         lambda: _over_codes(_mixed(11, 0, plan="split"), 1),
     ),
-    "siblings, codes": (forward.grouped_forward, lambda: _over_codes(_siblings(5, k=128), 3, 4)),
+    "grouped layers, codes": (
+        forward.grouped_forward,
+        lambda: _over_codes(_grouped_forward(5, k=128), 3, 4),
+    ),
     "gradients, codes": (_gradients_of, lambda: _gradients_over_codes(0.0)),
     "gradients, codes, dropout": (_gradients_of, lambda: _gradients_over_codes(0.5)),
     "grad_a": (backward.grad_a, lambda: _grad_a(64, 1, False)),
-    "grad_a, siblings": (backward.grad_a, lambda: _grad_a(2048, 3, False)),
+    "grad_a, grouped layers": (backward.grad_a, lambda: _grad_a(2048, 3, False)),
     "grad_a, dropout": (backward.grad_a, lambda: _grad_a(64, 2, True)),
 }
 
@@ -500,7 +517,7 @@ def test_what_else_a_function_does_is_done_each_time(seen: Seen) -> None:
                     assert torch.equal(result, plain(x))
 
 
-def test_products_between_launches_are_kept(seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_products_between_launches_are_cached(seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
     """One that makes a tensor, and one that writes into a tensor, each of the new tensors."""
 
     def square(x: torch.Tensor) -> torch.Tensor:
