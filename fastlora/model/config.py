@@ -234,10 +234,11 @@ class LoraConfig(PeftConfigMethods):
     def _warn_of_conversion(self) -> None:
         if self.use_rslora and (self.rank_pattern or self.alpha_pattern):
             warnings.warn(
-                "Using Rank-Stabilized LoRA with rank_pattern/alpha_pattern and "
-                f"{self.init.title}, which changes the base weights: save_pretrained() will not "
-                "accept path_initial_model_for_weight_conversion. To convert the adapter after "
-                "training, leave use_rslora or the patterns at their defaults",
+                "Using Rank-Stabilized LoRA with rank_pattern/alpha_pattern and post-training "
+                f"conversion is not supported: {self.init.title} changes the base weights, and "
+                "save_pretrained() will not accept path_initial_model_for_weight_conversion. To "
+                "convert the adapter after training, leave use_rslora or the patterns at their "
+                "defaults",
                 stacklevel=5,
             )
 

@@ -186,7 +186,9 @@ def test_conversion_errors(tmp_path: Path) -> None:
     words = "Passing `path_initial_model_for_weight_conversion` to `save_pretrained` is not"
     for pattern in ("rank_pattern", "alpha_pattern"):
         fields = {"use_rslora": True, pattern: {"q": 3}}
-        with pytest.warns(UserWarning, match="Using Rank-Stabilized LoRA with rank_pattern"):
+        with pytest.warns(
+            UserWarning, match="rank_pattern/alpha_pattern and post-training conversion"
+        ):
             fastlora.LoraConfig(init_lora_weights="pissa", **fields)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
